@@ -1,0 +1,52 @@
+//! Finds a block by its content among the layers that the store has.
+
+use std::collections::HashMap;
+
+use super::{BlockTable, LayerManifest, OwnerIndex};
+use crate::digest::ContentDigest;
+use crate::units::{FrameNo, PackNo};
+
+/// The one place where a block's content is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockHome {
+    pub layer: ContentDigest,
+    /// Among the packs of that layer.
+    pub pack: PackNo,
+    pub frame: FrameNo,
+}
+
+/// The blocks of existing layers by content.
+///
+/// Only blocks in a layer's *own* packs are taken in, so a new layer refers to where the content is and never to another
+/// reference: no chains to follow, and a layer's `owners` are all that must be kept for it.
+#[derive(Clone, Debug, Default)]
+pub struct BlockIndex {
+    homes: HashMap<ContentDigest, BlockHome>,
+}
+
+impl BlockIndex {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes in the layer's own blocks. Content that is known already keeps its home.
+    pub fn add_layer(&mut self, manifest: &LayerManifest, table: &BlockTable) {
+        let own = table.stored().filter(|(_, at)| at.owner == OwnerIndex::OWN);
+        for (_, at) in own {
+            self.homes.entry(at.digest).or_insert(BlockHome { layer: manifest.digest, pack: at.pack, frame: at.frame });
+        }
+    }
+
+    pub fn find(&self, digest: &ContentDigest) -> Option<BlockHome> {
+        self.homes.get(digest).copied()
+    }
+
+    /// Different blocks known.
+    pub fn len(&self) -> usize {
+        self.homes.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.homes.is_empty()
+    }
+}

@@ -1,0 +1,456 @@
+//! Where the newest content of each page of a space is, over a checkpoint and all its ancestors.
+
+use thiserror::Error;
+
+use crate::names::SpaceName;
+use crate::pack::{FRAME_PAGES, MAX_FRAMES_PER_PACK, PackIndex, PageRun, RunSource};
+use crate::units::{FrameNo, PackNo, PageCount, PageIndex, PageRange, Slot};
+
+/// Most packs in a lineage.
+pub const MAX_LINEAGE_PACKS: u32 = 1 << 28;
+
+/// Pages in a chunk of the map: 16 MiB of the space in 32 KiB of memory, or in nothing while they are all the same.
+const CHUNK_PAGES: usize = 4096;
+
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+pub enum LineageError {
+    #[error("apply pack {pack} of a lineage: pack {last} was applied before it; apply packs from the oldest to the newest, each once")]
+    OutOfOrder { pack: PackNo, last: PackNo },
+    #[error("apply pack {pack} of a lineage: a lineage has at most {limit} packs; begin anew with a full checkpoint")]
+    TooManyPacks { pack: PackNo, limit: u32 },
+}
+
+/// Where the content of a page is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageLocation {
+    /// No checkpoint of the lineage recorded it. For a disk that means: look into the layer below.
+    Unknown,
+    Zero,
+    Data {
+        pack: PackNo,
+        frame: FrameNo,
+        slot: Slot,
+    },
+}
+
+/// A location in eight bytes: two bits of kind, six of slot, 28 of frame, 28 of pack.
+///
+/// The pack is on top, then the frame, then the slot: sorted by this number, locations are in the order of reading.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Packed(u64);
+
+const KIND_BITS: u32 = 2;
+const SLOT_BITS: u32 = 6;
+const FRAME_BITS: u32 = 28;
+const FRAME_SHIFT: u32 = KIND_BITS + SLOT_BITS;
+const PACK_SHIFT: u32 = FRAME_SHIFT + FRAME_BITS;
+
+const _: () = {
+    assert!(FRAME_PAGES <= 1 << SLOT_BITS);
+    assert!(MAX_FRAMES_PER_PACK <= 1 << FRAME_BITS);
+    assert!(MAX_LINEAGE_PACKS as u64 <= 1 << (u64::BITS - PACK_SHIFT));
+};
+
+impl Packed {
+    const UNKNOWN: Self = Self(0);
+    const ZERO: Self = Self(1);
+    const DATA: u64 = 2;
+
+    fn data(pack: PackNo, frame: FrameNo, slot: Slot) -> Self {
+        let pack = u64::from(pack.0) << PACK_SHIFT;
+        let frame = u64::from(frame.0) << FRAME_SHIFT;
+        Self(pack | frame | u64::from(slot.0) << KIND_BITS | Self::DATA)
+    }
+
+    fn is_data(self) -> bool {
+        self.0 & Self::DATA != 0
+    }
+
+    /// The location `pages` further on, if it is recorded in the same way.
+    fn plus(self, pages: usize) -> Self {
+        if self.is_data() {
+            // A run never goes past the last slot of its frame, so nothing is carried into the frame's bits.
+            Self(self.0 + ((pages as u64) << KIND_BITS))
+        } else {
+            self
+        }
+    }
+
+    fn unpack(self) -> PageLocation {
+        let bits = |shift: u32, width: u32| (self.0 >> shift) & ((1 << width) - 1);
+        match self {
+            Self::UNKNOWN => PageLocation::Unknown,
+            Self::ZERO => PageLocation::Zero,
+            _ => PageLocation::Data {
+                pack: PackNo((self.0 >> PACK_SHIFT) as u32),
+                frame: FrameNo(bits(FRAME_SHIFT, FRAME_BITS) as u32),
+                slot: Slot(bits(KIND_BITS, SLOT_BITS) as u8),
+            },
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Chunk {
+    Uniform(Packed),
+    Mixed(Box<[Packed; CHUNK_PAGES]>),
+}
+
+impl Chunk {
+    /// The page's location; only Unknown and Zero can be all over a chunk.
+    fn get(&self, at: usize) -> Packed {
+        match self {
+            Self::Uniform(all) => *all,
+            Self::Mixed(each) => each[at],
+        }
+    }
+
+    fn pages(&mut self) -> &mut [Packed; CHUNK_PAGES] {
+        if let Self::Uniform(all) = self {
+            *self = Self::Mixed(Box::new([*all; CHUNK_PAGES]));
+        }
+        match self {
+            Self::Mixed(each) => each,
+            Self::Uniform(_) => unreachable!("it was made mixed just above"),
+        }
+    }
+
+    /// Writes `first` and what follows it to the pages `from..to`.
+    fn fill(&mut self, from: usize, to: usize, first: Packed) {
+        if !first.is_data() && to - from == CHUNK_PAGES {
+            *self = Self::Uniform(first);
+            return;
+        }
+        let mut location = first;
+        for page in &mut self.pages()[from..to] {
+            *page = location;
+            location = location.plus(1);
+        }
+    }
+}
+
+/// The newest location of each page of one space.
+///
+/// Replay a lineage from its full checkpoint on: for each checkpoint [`resize`](Self::resize) to the size that the
+/// space had then, and apply its packs in their order. Packs are numbered through the whole lineage, oldest first. What
+/// a space lost when it shrank does not come back when it grows: the new pages are zeros, as in a disk that was grown.
+///
+/// The map costs 8 bytes for each page in a 16 MiB chunk that holds any data, and next to nothing for the others, so a
+/// large and mostly empty disk is cheap. After the replay a restore asks for [`frame_reads`](Self::frame_reads) and
+/// fetches each frame that still matters exactly once, however many generations there are.
+#[derive(Clone, Debug)]
+pub struct PageMap {
+    space: SpaceName,
+    size: PageCount,
+    chunks: Vec<Chunk>,
+    last: Option<PackNo>,
+}
+
+/// Pages one after another that are all unknown, all zero, or in neighbouring slots of one frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocatedRun {
+    pub pages: PageRange,
+    /// Of the first page.
+    pub location: PageLocation,
+}
+
+/// A frame that a restore has to read and the parts of it that are still the newest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FrameRead {
+    pub pack: PackNo,
+    pub frame: FrameNo,
+    /// Ascending by slot.
+    pub parts: Vec<FramePart>,
+}
+
+/// Pages whose content lies in the frame from `first_slot` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FramePart {
+    pub first_slot: Slot,
+    pub pages: PageRange,
+}
+
+impl PageMap {
+    /// Nothing is known about any of the `size` pages yet.
+    pub fn new(space: SpaceName, size: PageCount) -> Self {
+        let mut map = Self { space, size: PageCount(0), chunks: Vec::new(), last: None };
+        map.set_size(size);
+        map
+    }
+
+    pub fn space(&self) -> &SpaceName {
+        &self.space
+    }
+
+    /// Pages in the space.
+    pub fn size(&self) -> PageCount {
+        self.size
+    }
+
+    /// Follows a space that grew or shrank between two checkpoints.
+    pub fn resize(&mut self, size: PageCount) {
+        let before = self.size;
+        self.set_size(size);
+        let grown = PageRange::new(PageIndex(before.0), PageIndex(size.0));
+        self.fill(grown, Packed::ZERO);
+    }
+
+    fn set_size(&mut self, size: PageCount) {
+        let chunks = size.as_usize().div_ceil(CHUNK_PAGES);
+        self.chunks.resize(chunks, Chunk::Uniform(Packed::UNKNOWN));
+        self.size = size;
+    }
+
+    /// Takes in what the pack holds for this space. Pages beyond the space's size are ignored.
+    pub fn apply_pack(&mut self, pack: PackNo, index: &PackIndex) -> Result<(), LineageError> {
+        self.check_order(pack)?;
+        let space = self.space.clone();
+        for run in index.runs_of(&space) {
+            self.apply_run(pack, run);
+        }
+        self.last = Some(pack);
+        Ok(())
+    }
+
+    fn check_order(&self, pack: PackNo) -> Result<(), LineageError> {
+        match self.last {
+            Some(last) if pack <= last => Err(LineageError::OutOfOrder { pack, last }),
+            _ if pack.0 >= MAX_LINEAGE_PACKS => Err(LineageError::TooManyPacks { pack, limit: MAX_LINEAGE_PACKS }),
+            _ => Ok(()),
+        }
+    }
+
+    fn apply_run(&mut self, pack: PackNo, run: &PageRun) {
+        let first = match run.source {
+            RunSource::Zero => Packed::ZERO,
+            RunSource::Frame { frame, first_slot } => Packed::data(pack, frame, first_slot),
+        };
+        self.fill(run.pages.clip(self.size), first);
+    }
+
+    fn fill(&mut self, pages: PageRange, first: Packed) {
+        let (mut at, end) = (pages.start.as_usize(), pages.end.as_usize());
+        let mut location = first;
+        while at < end {
+            let from = at % CHUNK_PAGES;
+            let to = CHUNK_PAGES.min(from + (end - at));
+            self.chunks[at / CHUNK_PAGES].fill(from, to, location);
+            location = location.plus(to - from);
+            at += to - from;
+        }
+    }
+
+    /// A page beyond the space's size is unknown.
+    pub fn get(&self, page: PageIndex) -> PageLocation {
+        self.packed(page.as_usize()).unpack()
+    }
+
+    fn packed(&self, at: usize) -> Packed {
+        if at >= self.size.as_usize() {
+            return Packed::UNKNOWN;
+        }
+        self.chunks[at / CHUNK_PAGES].get(at % CHUNK_PAGES)
+    }
+
+    /// The whole space, in order, in runs as long as they can be (a run of data ends with its frame).
+    pub fn runs(&self) -> impl Iterator<Item = LocatedRun> {
+        let mut start = 0;
+        std::iter::from_fn(move || {
+            let run = self.run_from(start)?;
+            start = run.pages.end.as_usize();
+            Some(run)
+        })
+    }
+
+    fn run_from(&self, start: usize) -> Option<LocatedRun> {
+        let size = self.size.as_usize();
+        if start >= size {
+            return None;
+        }
+        let first = self.packed(start);
+        let end = self.end_of_run(start, first).min(size);
+        Some(LocatedRun { pages: PageRange::new(PageIndex(start as u64), PageIndex(end as u64)), location: first.unpack() })
+    }
+
+    /// May lie beyond the size, in the last chunk.
+    fn end_of_run(&self, start: usize, first: Packed) -> usize {
+        let mut at = start;
+        let mut expected = first;
+        for chunk in &self.chunks[start / CHUNK_PAGES..] {
+            let from = at % CHUNK_PAGES;
+            let same = match chunk {
+                Chunk::Uniform(all) if *all == expected && !expected.is_data() => CHUNK_PAGES - from,
+                Chunk::Uniform(_) => 0,
+                Chunk::Mixed(each) => count_following(&each[from..], &mut expected),
+            };
+            at += same;
+            if from + same < CHUNK_PAGES {
+                break;
+            }
+        }
+        at
+    }
+
+    /// The pages that nothing in the lineage recorded.
+    pub fn unknown(&self) -> impl Iterator<Item = PageRange> {
+        self.ranges_at(PageLocation::Unknown)
+    }
+
+    /// The pages that hold zeros.
+    pub fn zeros(&self) -> impl Iterator<Item = PageRange> {
+        self.ranges_at(PageLocation::Zero)
+    }
+
+    fn ranges_at(&self, location: PageLocation) -> impl Iterator<Item = PageRange> {
+        let matching = self.runs().filter(move |run| run.location == location);
+        matching.map(|run| run.pages)
+    }
+
+    /// The frames that hold the newest content of any page, each once, in the order of packs and frames.
+    pub fn frame_reads(&self) -> Vec<FrameRead> {
+        let mut parts: Vec<_> = self.runs().filter_map(data_part).collect();
+        // One page may not be in two slots, but one slot can't serve two pages either: the keys are all different.
+        parts.sort_unstable_by_key(|&(pack, frame, part)| (pack, frame, part.first_slot));
+        let mut reads: Vec<FrameRead> = Vec::new();
+        for (pack, frame, part) in parts {
+            match reads.last_mut() {
+                Some(read) if (read.pack, read.frame) == (pack, frame) => read.parts.push(part),
+                _ => reads.push(FrameRead { pack, frame, parts: vec![part] }),
+            }
+        }
+        reads
+    }
+}
+
+/// How many locations follow one another from `expected` on, which is left at what would come next.
+fn count_following(locations: &[Packed], expected: &mut Packed) -> usize {
+    let differs = locations.iter().position(|&location| {
+        let same = location == *expected;
+        if same {
+            *expected = expected.plus(1);
+        }
+        !same
+    });
+    differs.unwrap_or(locations.len())
+}
+
+fn data_part(run: LocatedRun) -> Option<(PackNo, FrameNo, FramePart)> {
+    let part = |first_slot| FramePart { first_slot, pages: run.pages };
+    match run.location {
+        PageLocation::Data { pack, frame, slot } => Some((pack, frame, part(slot))),
+        PageLocation::Unknown | PageLocation::Zero => None,
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::pack::testing::{frame, index, ram};
+
+    const SIZE: PageCount = PageCount(3 * CHUNK_PAGES as u64);
+
+    fn range(start: u64, end: u64) -> PageRange {
+        PageRange::new(PageIndex(start), PageIndex(end))
+    }
+
+    fn data(pack: u32, frame: u32, slot: u8) -> PageLocation {
+        PageLocation::Data { pack: PackNo(pack), frame: FrameNo(frame), slot: Slot(slot) }
+    }
+
+    fn zeros(pages: PageRange) -> PackIndex {
+        index(|pack, spaces| {
+            let space = spaces.id(&ram()).expect("in the table");
+            pack.push_zero(space, pages).expect("room");
+        })
+    }
+
+    fn pages(frames: &[&[u64]]) -> PackIndex {
+        index(|pack, spaces| {
+            let space = spaces.id(&ram()).expect("in the table");
+            for numbers in frames {
+                pack.push_frame(frame(space, numbers.iter().copied())).expect("room");
+            }
+        })
+    }
+
+    fn map(packs: &[PackIndex]) -> PageMap {
+        let mut map = PageMap::new(ram(), SIZE);
+        for (number, pack) in (0..).zip(packs) {
+            map.apply_pack(PackNo(number), pack).expect("in order");
+        }
+        map
+    }
+
+    #[test]
+    fn the_largest_numbers_fit_in_eight_bytes() {
+        let (pack, frame) = (MAX_LINEAGE_PACKS - 1, MAX_FRAMES_PER_PACK - 1);
+        let packed = Packed::data(PackNo(pack), FrameNo(frame), Slot(63));
+        assert_eq!(packed.unpack(), data(pack, frame, 63));
+        assert_eq!(Packed::data(PackNo(0), FrameNo(0), Slot(0)).unpack(), data(0, 0, 0));
+    }
+
+    #[test]
+    fn only_frames_that_still_matter_are_read_and_each_once() {
+        let map = map(&[pages(&[&[0, 1, 2, 3], &[4, 5]]), pages(&[&[1, 4, 5]]), zeros(range(2, 3))]);
+        let part = |slot, start, end| FramePart { first_slot: Slot(slot), pages: range(start, end) };
+        let expected = [
+            FrameRead { pack: PackNo(0), frame: FrameNo(0), parts: vec![part(0, 0, 1), part(3, 3, 4)] },
+            FrameRead { pack: PackNo(1), frame: FrameNo(0), parts: vec![part(0, 1, 2), part(1, 4, 6)] },
+        ];
+        assert_eq!(map.frame_reads(), expected);
+        assert_eq!(map.zeros().collect::<Vec<_>>(), [range(2, 3)]);
+        assert_eq!(map.unknown().collect::<Vec<_>>(), [range(6, SIZE.0)]);
+    }
+
+    #[test]
+    fn a_later_record_in_the_same_pack_wins() {
+        let map = map(&[pages(&[&[7], &[7, 8]])]);
+        assert_eq!(map.get(PageIndex(7)), data(0, 1, 0));
+    }
+
+    #[test]
+    fn what_a_shrunken_space_lost_does_not_come_back() {
+        let mut map = map(&[pages(&[&[0, 1, 2, 3]])]);
+        map.resize(PageCount(2));
+        assert_eq!(map.get(PageIndex(3)), PageLocation::Unknown);
+        map.resize(PageCount(6));
+        assert_eq!(map.get(PageIndex(1)), data(0, 0, 1));
+        assert_eq!(map.zeros().collect::<Vec<_>>(), [range(2, 6)]);
+    }
+
+    #[test]
+    fn pages_beyond_the_size_are_ignored() {
+        let mut map = PageMap::new(ram(), PageCount(2));
+        map.apply_pack(PackNo(0), &pages(&[&[1, 2, 9]])).expect("in order");
+        assert_eq!(map.frame_reads()[0].parts.len(), 1);
+        assert_eq!(map.get(PageIndex(9)), PageLocation::Unknown);
+        map.apply_pack(PackNo(1), &zeros(range(1, 1 << 20))).expect("in order");
+        assert_eq!(map.zeros().collect::<Vec<_>>(), [range(1, 2)]);
+    }
+
+    #[test]
+    fn runs_cross_chunks_and_cover_the_space() {
+        let edge = CHUNK_PAGES as u64;
+        let numbers: Vec<_> = (edge - 3..edge + 3).collect();
+        let map = map(&[zeros(range(5, 2 * edge)), pages(&[&numbers])]);
+        let runs: Vec<_> = map.runs().map(|run| (run.pages, run.location)).collect();
+        let expected = [
+            (range(0, 5), PageLocation::Unknown),
+            (range(5, edge - 3), PageLocation::Zero),
+            (range(edge - 3, edge + 3), data(1, 0, 0)),
+            (range(edge + 3, 2 * edge), PageLocation::Zero),
+            (range(2 * edge, 3 * edge), PageLocation::Unknown),
+        ];
+        assert_eq!(runs, expected);
+    }
+
+    #[test]
+    fn packs_out_of_order_are_refused() {
+        let mut map = map(&[zeros(range(0, 1)), zeros(range(0, 1))]);
+        let (pack, last) = (PackNo(1), PackNo(1));
+        let again = map.apply_pack(pack, &zeros(range(0, 1)));
+        assert_eq!(again, Err(LineageError::OutOfOrder { pack, last }));
+        let many = map.apply_pack(PackNo(MAX_LINEAGE_PACKS), &zeros(range(0, 1)));
+        assert!(matches!(many, Err(LineageError::TooManyPacks { .. })));
+    }
+}

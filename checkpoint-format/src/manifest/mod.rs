@@ -1,0 +1,68 @@
+//! The manifest: what one checkpoint is, in the form in which it is saved.
+//!
+//! Written last, so its presence under the committed name means that all it speaks of is there. Its body is JSON, for an
+//! operator's eyes and tools; all bulk is in the packs.
+
+mod record;
+mod validate;
+
+use thiserror::Error;
+
+use crate::envelope::{Envelope, EnvelopeError};
+use crate::pack::PackError;
+
+pub use record::{CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PackRecord, RamBlockRecord, SpaceRecord, Totals};
+pub(crate) use validate::{Check, check_packs};
+pub use validate::{MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_DISKS, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES, MAX_TEXT};
+
+/// The version that this program writes and reads.
+pub const MANIFEST_VERSION: u32 = 1;
+/// Longest body of a manifest.
+pub const MAX_MANIFEST_BODY: usize = 64 << 20;
+
+const ENVELOPE: Envelope = Envelope { kind: "stillpoint-manifest", version: MANIFEST_VERSION, max_body: MAX_MANIFEST_BODY };
+
+/// A manifest that can't be read, or must not be written. The caller adds the file's name.
+#[derive(Debug, Error)]
+pub enum ManifestError {
+    #[error(transparent)]
+    Envelope(#[from] EnvelopeError),
+    #[error("parse the body of the {what}; its digest is right, so another program wrote it or this one has a bug")]
+    Json { what: &'static str, source: serde_json::Error },
+    #[error("check the {what}: {count} {list}, the limit is {limit}; split the machine or remove some")]
+    TooMany { what: &'static str, list: &'static str, count: usize, limit: usize },
+    #[error("check the {what}: {field} is {problem}; what it describes can't be restored")]
+    Invalid { what: &'static str, field: String, problem: &'static str },
+    #[error("check the {what}: the record of pack {pack} is wrong")]
+    Pack { what: &'static str, pack: String, source: Box<PackError> },
+}
+
+impl ManifestError {
+    /// Whether reading the same bytes again, best from another replica, may help.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::Envelope(error) if error.is_retryable())
+    }
+}
+
+impl Manifest {
+    /// The bytes of the file. Refuses what [`parse`](Self::parse) would refuse: better no checkpoint than one that is
+    /// found unreadable when it is needed.
+    pub fn encode(&self) -> Result<Vec<u8>, ManifestError> {
+        self.validate()?;
+        let mut body = serde_json::to_vec_pretty(self).map_err(json_error)?;
+        body.push(b'\n');
+        Ok(ENVELOPE.wrap(&body)?)
+    }
+
+    /// Verifies the file's digest, reads it, and checks that its parts fit one another.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
+        let body = ENVELOPE.unwrap(bytes)?;
+        let manifest: Self = serde_json::from_slice(body).map_err(json_error)?;
+        manifest.validate()?;
+        Ok(manifest)
+    }
+}
+
+fn json_error(source: serde_json::Error) -> ManifestError {
+    ManifestError::Json { what: validate::MANIFEST.what(), source }
+}

@@ -1,0 +1,14 @@
+//! Proof that a checkpoint is durable, seen from the side that waits for it.
+
+use crate::names::VmName;
+use crate::units::CheckpointSeq;
+
+/// Says that a checkpoint is committed in the store and readable by another host.
+///
+/// Dirty pages are a loan: whoever took them from the tracker gives them back unless the checkpoint that carries them
+/// became durable. Settling the loan asks for this receipt, so "written" can't be mistaken for "durable". The trait lives
+/// here because the tracker and the store must not know each other; only the store's commit makes a value that has it.
+pub trait DurableReceipt {
+    /// Which checkpoint became durable.
+    fn checkpoint(&self) -> (&VmName, CheckpointSeq);
+}

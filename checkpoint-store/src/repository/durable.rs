@@ -1,0 +1,51 @@
+//! The proof that a checkpoint exists.
+
+use checkpoint_format::{CheckpointSeq, DurableReceipt, Epoch, VmName};
+
+/// A checkpoint that is committed and readable by another host.
+///
+/// Only [`super::PartialCheckpoint::commit`] makes one, after the rename is known to have happened. Whoever holds
+/// bits that stand for unsaved changes lets go of them for this and for nothing else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[must_use = "a durable checkpoint settles the leases that it carries"]
+pub struct Durable {
+    vm: VmName,
+    seq: CheckpointSeq,
+    epoch: Epoch,
+    least_replicas: Option<u16>,
+    short_of_replicas: usize,
+}
+
+impl Durable {
+    pub(super) fn new(vm: VmName, seq: CheckpointSeq, epoch: Epoch, least_replicas: Option<u16>, short_of_replicas: usize) -> Self {
+        Durable { vm, seq, epoch, least_replicas, short_of_replicas }
+    }
+
+    pub fn vm(&self) -> &VmName {
+        &self.vm
+    }
+
+    pub fn seq(&self) -> CheckpointSeq {
+        self.seq
+    }
+
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The fewest copies that any file of the checkpoint was written with; `None` if the store keeps no copies.
+    pub fn least_replicas(&self) -> Option<u16> {
+        self.least_replicas
+    }
+
+    /// How many files were written with fewer copies than wanted (the store was asked to make up for it).
+    pub fn short_of_replicas(&self) -> usize {
+        self.short_of_replicas
+    }
+}
+
+impl DurableReceipt for Durable {
+    fn checkpoint(&self) -> (&VmName, CheckpointSeq) {
+        (&self.vm, self.seq)
+    }
+}

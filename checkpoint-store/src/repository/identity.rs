@@ -1,0 +1,93 @@
+//! store.json: that this directory is ours, and in which format.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::bounded::Bounded;
+use super::layout;
+use super::retry::steady;
+use crate::error::{Result, StoreError};
+use crate::nonce::nonce;
+use crate::path::StorePath;
+use crate::store::PutOptions;
+
+const FORMAT: &str = "stillpoint-store";
+const VERSION: u32 = 1;
+const MAX_IDENTITY_LEN: u64 = 64 << 10;
+
+/// Whether opening may create.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    CreateIfMissing,
+    MustExist,
+}
+
+/// What every version can be read as.
+#[derive(Debug, Deserialize)]
+struct Header {
+    format: String,
+    version: u32,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Identity {
+    format: String,
+    version: u32,
+    id: String,
+}
+
+/// Finds or creates the store's identity; its id.
+pub(crate) async fn establish(store: &Bounded, mode: Mode) -> Result<String> {
+    match read(store).await {
+        Err(error) if error.is_not_found() => {}
+        other => return other,
+    }
+    match mode {
+        Mode::CreateIfMissing => create(store).await,
+        Mode::MustExist => Err(wrong(store, "there is no store here (store.json is missing)")),
+    }
+}
+
+async fn read(store: &Bounded) -> Result<String> {
+    let path = layout::identity();
+    let bytes = store.read(&path, MAX_IDENTITY_LEN).await?;
+    let corrupt = |error: serde_json::Error| StoreError::Corrupt { path: path.to_string(), reason: error.to_string() };
+    let header: Header = serde_json::from_slice(&bytes).map_err(corrupt)?;
+    if header.format != FORMAT {
+        return Err(wrong(store, "store.json belongs to something else"));
+    }
+    if header.version > VERSION {
+        let reason = format!("the store has format version {}, this Stillpoint knows up to {VERSION}; use a newer one", header.version);
+        return Err(wrong(store, &reason));
+    }
+    let identity: Identity = serde_json::from_slice(&bytes).map_err(corrupt)?;
+    Ok(identity.id)
+}
+
+async fn create(store: &Bounded) -> Result<String> {
+    store.create_dir_all(&StorePath::root()).await?;
+    if !store.list(&StorePath::root()).await?.is_empty() {
+        // Somebody else may have created the store since we looked; otherwise these are not our files.
+        return read(store).await.map_err(|error| match error {
+            StoreError::NotFound { .. } => wrong(store, "the directory is not empty and not a store; give an empty or a new one"),
+            other => other,
+        });
+    }
+    let identity = Identity { format: FORMAT.to_owned(), version: VERSION, id: nonce() };
+    let text = serde_json::to_vec_pretty(&identity).expect("strings and a number are always JSON");
+    let text = Bytes::from(text);
+    // Only ever with the store's own number of copies: that number is what the repository will want for its files.
+    let path = layout::identity();
+    let put = || store.put_exclusive(&path, text.clone(), PutOptions::default());
+    match steady(put).await {
+        Ok(_) => {}
+        Err(error) if error.is_already_exists() || error.is_ambiguous() => {}
+        Err(error) => return Err(error),
+    }
+    // Whoever won: everybody uses what is there.
+    read(store).await
+}
+
+fn wrong(store: &Bounded, reason: &str) -> StoreError {
+    StoreError::WrongStore { url: store.url().to_owned(), reason: reason.to_owned() }
+}

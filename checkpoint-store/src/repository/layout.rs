@@ -1,0 +1,126 @@
+//! Names in the store: made here, parsed here, nowhere else.
+
+use std::fmt::Display;
+
+use checkpoint_format::{CheckpointSeq, ContentDigest, Epoch, VmName};
+
+use crate::path::StorePath;
+
+pub(crate) const MANIFEST: &str = "manifest.json";
+const PARTIAL: &str = ".partial";
+const RELEASED: &str = ".released";
+
+/// A path of parts that can't be invalid: fixed words, numbers, digests, nonces and validated names.
+fn path(text: impl Display) -> StorePath {
+    StorePath::new(&text.to_string()).expect("parts of the layout are valid components by their types")
+}
+
+pub(crate) fn identity() -> StorePath {
+    path("store.json")
+}
+
+pub(crate) fn vms() -> StorePath {
+    path("vms")
+}
+
+pub(crate) fn layers() -> StorePath {
+    path("layers")
+}
+
+pub(crate) fn layer(digest: &ContentDigest) -> StorePath {
+    path(format_args!("layers/{digest}"))
+}
+
+pub(crate) fn partial_layer(digest: &ContentDigest, nonce: &str) -> StorePath {
+    path(format_args!("layers/{digest}.{nonce}{PARTIAL}"))
+}
+
+pub(crate) fn writers(vm: &VmName) -> StorePath {
+    path(format_args!("vms/{vm}/writers"))
+}
+
+pub(crate) fn writer(vm: &VmName, epoch: Epoch) -> StorePath {
+    path(format_args!("vms/{vm}/writers/{}", epoch.0))
+}
+
+pub(crate) fn released(vm: &VmName, epoch: Epoch) -> StorePath {
+    path(format_args!("vms/{vm}/writers/{}{RELEASED}", epoch.0))
+}
+
+pub(crate) fn checkpoints(vm: &VmName) -> StorePath {
+    path(format_args!("vms/{vm}/checkpoints"))
+}
+
+pub(crate) fn checkpoint(vm: &VmName, seq: CheckpointSeq) -> StorePath {
+    path(format_args!("vms/{vm}/checkpoints/{}", seq.0))
+}
+
+/// Where a checkpoint grows. The try is part of the name because a request that timed out may still be carried out
+/// by the store later: a late rename of an earlier try must not find a later one under its name.
+pub(crate) fn partial_checkpoint(vm: &VmName, partial: &PartialName) -> StorePath {
+    let PartialName { seq, epoch, attempt } = partial;
+    path(format_args!("vms/{vm}/checkpoints/{}.{}-{attempt}{PARTIAL}", seq.0, epoch.0))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct PartialName {
+    pub seq: CheckpointSeq,
+    pub epoch: Epoch,
+    pub attempt: u64,
+}
+
+impl PartialName {
+    pub(crate) fn parse(name: &str) -> Option<Self> {
+        let (seq, rest) = name.strip_suffix(PARTIAL)?.split_once('.')?;
+        let (epoch, attempt) = rest.split_once('-')?;
+        Some(PartialName { seq: CheckpointSeq(number(seq)?), epoch: Epoch(number(epoch)?), attempt: number(attempt)? })
+    }
+}
+
+/// A number as we write it: no sign, no leading zeros, so that two names never mean the same.
+pub(crate) fn number(text: &str) -> Option<u64> {
+    let value: u64 = text.parse().ok()?;
+    (value.to_string() == text).then_some(value)
+}
+
+pub(crate) enum WriterFile {
+    Claim(Epoch),
+    Released(Epoch),
+}
+
+pub(crate) fn parse_writer_file(name: &str) -> Option<WriterFile> {
+    match name.strip_suffix(RELEASED) {
+        Some(epoch) => number(epoch).map(|epoch| WriterFile::Released(Epoch(epoch))),
+        None => number(name).map(|epoch| WriterFile::Claim(Epoch(epoch))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn partial_names_parse_back() {
+        let vm: VmName = "vm".parse().expect("valid");
+        let name = PartialName { seq: CheckpointSeq(12), epoch: Epoch(3), attempt: 4 };
+        let path = partial_checkpoint(&vm, &name);
+        assert_eq!(path.as_str(), "vms/vm/checkpoints/12.3-4.partial");
+        assert_eq!(PartialName::parse(path.name()), Some(name));
+    }
+
+    #[test]
+    fn other_names_are_not_partials() {
+        for name in ["12", "12.partial", "12.3.partial", "12.03-1.partial", "12.3-1", "a.3-1.partial", "1.2-+3.partial"] {
+            assert_eq!(PartialName::parse(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn every_number_has_one_name() {
+        assert_eq!(number("0"), Some(0));
+        assert_eq!(number("18446744073709551615"), Some(u64::MAX));
+        for text in ["", "00", "01", "+1", "-1", "1 ", "18446744073709551616"] {
+            assert_eq!(number(text), None, "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! The layout on top of a store, and who may change it.
+//!
+//! ```text
+//! store.json                                        format version, store id
+//! layers/<digest>/                                  a committed layer
+//! layers/<digest>.<nonce>.partial/                  one being stored
+//! vms/<vm>/writers/<epoch>                          claimed exclusively; the highest is the writer
+//! vms/<vm>/writers/<epoch>.released                 its writer ended in order
+//! vms/<vm>/checkpoints/<seq>.<epoch>-<try>.partial/ packs, then manifest.json
+//! vms/<vm>/checkpoints/<seq>/                       the same directory after the one rename: a checkpoint
+//! ```
+
+mod bounded;
+mod durable;
+mod identity;
+mod layers;
+mod layout;
+mod partial;
+mod reading;
+mod retry;
+mod writer;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use durable::Durable;
+pub use identity::Mode;
+pub use layers::{LayerOutcome, PartialLayer};
+pub use partial::PartialCheckpoint;
+pub use reading::MAX_MANIFEST_LEN;
+pub use retry::{RetryPolicy, StoredPack};
+pub use writer::{Claim, Writer, WriterInfo, WriterRecord};
+
+use crate::error::Result;
+use crate::store::Store;
+use bounded::Bounded;
+use retry::Retry;
+
+#[derive(Debug, Clone)]
+pub struct RepositoryOptions {
+    pub retry: RetryPolicy,
+    /// Copies wanted of every file; `None`: what the store gives to files by default.
+    pub replicas: Option<u16>,
+    /// The longest that one call to the store may take, whatever the store's own limits are. A put or a read may
+    /// take longer by a second per MiB.
+    pub call_limit: Duration,
+}
+
+impl Default for RepositoryOptions {
+    fn default() -> Self {
+        RepositoryOptions { retry: RetryPolicy::default(), replicas: None, call_limit: Duration::from_secs(120) }
+    }
+}
+
+/// A store of checkpoints. Cheap to clone; clones share everything.
+#[derive(Debug, Clone)]
+pub struct Repository {
+    store: Arc<Bounded>,
+    retry: Arc<Retry>,
+    id: Arc<str>,
+}
+
+impl Repository {
+    /// Opens the repository in `store`. An empty or missing directory becomes one with
+    /// [`Mode::CreateIfMissing`]; a directory of something else, or a newer format, is refused.
+    pub async fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Self> {
+        Self::open_with(store, mode, RepositoryOptions::default()).await
+    }
+
+    pub async fn open_with(store: Arc<dyn Store>, mode: Mode, options: RepositoryOptions) -> Result<Self> {
+        let store = Bounded::new(store, options.call_limit);
+        let id = identity::establish(&store, mode).await?;
+        let kept = store.stat(&layout::identity()).await?.and_then(|stat| stat.replicas);
+        let wanted = kept.map(|kept| options.replicas.unwrap_or(kept));
+        Ok(Repository { store: Arc::new(store), retry: Arc::new(Retry::new(options.retry, wanted)), id: id.into() })
+    }
+
+    /// The id given to the store when it was created.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub fn url(&self) -> &str {
+        self.store.url()
+    }
+
+    /// The store below; for what the repository does not offer.
+    pub fn store(&self) -> Arc<dyn Store> {
+        self.store.inner()
+    }
+}

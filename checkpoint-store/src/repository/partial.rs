@@ -1,0 +1,174 @@
+//! A checkpoint that does not exist yet, and the commit that makes it exist.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use checkpoint_format::{CheckpointSeq, Epoch};
+use tracing::{debug, warn};
+
+use super::durable::Durable;
+use super::layout::{self, PartialName};
+use super::reading::MAX_MANIFEST_LEN;
+use super::retry::{Naming, StoredPack, steady, store_file};
+use super::writer::Writer;
+use crate::error::{Result, StoreError};
+use crate::path::StorePath;
+
+/// Tries of the committing rename while its answers are lost.
+const MAX_RENAME_TRIES: u32 = 3;
+
+/// A checkpoint under way. Readers don't see it. Dropping it leaves a partial directory that the next
+/// [`Writer::begin`] removes; [`abort`](Self::abort) removes it now.
+#[derive(Debug)]
+pub struct PartialCheckpoint {
+    writer: Writer,
+    name: PartialName,
+    dir: StorePath,
+    tally: Mutex<Tally>,
+}
+
+/// What the files of the checkpoint were stored with.
+#[derive(Debug, Default, Clone, Copy)]
+struct Tally {
+    least_replicas: Option<u16>,
+    short: usize,
+}
+
+impl Tally {
+    fn add(&mut self, pack: &StoredPack) {
+        self.least_replicas = match (self.least_replicas, pack.replicas) {
+            (Some(least), Some(replicas)) => Some(least.min(replicas)),
+            (least, replicas) => least.or(replicas),
+        };
+        self.short += usize::from(pack.is_short());
+    }
+}
+
+impl PartialCheckpoint {
+    pub(super) fn new(writer: Writer, name: PartialName) -> Self {
+        let dir = layout::partial_checkpoint(&writer.vm, &name);
+        PartialCheckpoint { writer, name, dir, tally: Mutex::default() }
+    }
+
+    pub fn seq(&self) -> CheckpointSeq {
+        self.name.seq
+    }
+
+    pub fn epoch(&self) -> Epoch {
+        self.name.epoch
+    }
+
+    pub(super) fn dir(&self) -> &StorePath {
+        &self.dir
+    }
+
+    /// Stores one pack, as often and in as many copies as the retry policy says. `stem` becomes the file name, with
+    /// a suffix; the name that counts is in the result. Several packs may be on their way at once.
+    pub async fn put_pack(&self, stem: &str, data: Vec<Bytes>) -> Result<StoredPack> {
+        let pack = self.store_file(Naming::Stem(stem), data).await?;
+        debug!(dir = %self.dir, name = %pack.name, len = pack.len, attempts = pack.attempts, "pack stored");
+        Ok(pack)
+    }
+
+    async fn store_file(&self, naming: Naming<'_>, data: Vec<Bytes>) -> Result<StoredPack> {
+        let repository = &self.writer.repository;
+        let stored = store_file(&repository.store, &repository.retry, &self.dir, naming, data);
+        match stored.await {
+            Ok(pack) => {
+                self.tally().add(&pack);
+                Ok(pack)
+            }
+            Err(error) => Err(self.explain(error).await),
+        }
+    }
+
+    /// Makes the checkpoint exist: stores the manifest, then renames the directory. On an error the checkpoint does
+    /// not exist and never will, except [`StoreError::CommitUnknown`], where that can't be known.
+    ///
+    /// The manifest must not be the same bytes as another writer's for the same number (its epoch sees to that):
+    /// when the store's answer is lost, what is found under the checkpoint's name is compared with it.
+    pub async fn commit(self, manifest: Bytes) -> Result<Durable> {
+        if manifest.len() as u64 > MAX_MANIFEST_LEN {
+            return Err(StoreError::Limit {
+                path: self.dir.to_string(),
+                what: "the manifest's length",
+                actual: manifest.len() as u64,
+                limit: MAX_MANIFEST_LEN,
+            });
+        }
+        self.writer.check().await?;
+        self.store_file(Naming::Fixed(layout::MANIFEST), vec![manifest.clone()]).await?;
+        self.rename(&manifest).await?;
+        let tally = *self.tally();
+        let (vm, seq, epoch) = (self.writer.vm.clone(), self.name.seq, self.name.epoch);
+        Ok(Durable::new(vm, seq, epoch, tally.least_replicas, tally.short))
+    }
+
+    async fn rename(&self, manifest: &Bytes) -> Result<()> {
+        let store = &self.writer.repository.store;
+        let target = layout::checkpoint(&self.writer.vm, self.name.seq);
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let Err(error) = store.rename_dir(&self.dir, &target).await else {
+                return Ok(());
+            };
+            warn!(dir = %self.dir, %error, "the committing rename failed");
+            if let Ok(true) = self.is_committed(manifest).await {
+                return Ok(());
+            }
+            let hung = matches!(error, StoreError::Timeout { .. });
+            if hung || !error.is_retryable() || tries >= MAX_RENAME_TRIES {
+                return self.settle(manifest, error).await;
+            }
+        }
+    }
+
+    /// Makes the outcome of a failed rename final: once its source is gone, a rename still on its way can't happen.
+    async fn settle(&self, manifest: &Bytes, error: StoreError) -> Result<()> {
+        let store = &self.writer.repository.store;
+        let removed = steady(|| store.remove(&self.dir)).await;
+        let committed = self.is_committed(manifest).await;
+        match (committed, removed) {
+            (Ok(true), _) => Ok(()),
+            (Ok(false), Ok(())) => Err(self.explain(error).await),
+            (Ok(false), Err(_)) | (Err(_), _) if !error.is_ambiguous() => Err(error),
+            (Ok(false), Err(reason)) | (Err(reason), _) => {
+                Err(StoreError::CommitUnknown { vm: self.writer.vm.clone(), seq: self.name.seq, reason: format!("{error}; then {reason}") })
+            }
+        }
+    }
+
+    /// Whether the checkpoint under our number is ours.
+    async fn is_committed(&self, manifest: &Bytes) -> Result<bool> {
+        let found = self.writer.repository.read_manifest(&self.writer.vm, self.name.seq).await;
+        match found {
+            Ok(found) => Ok(found == manifest),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives up: removes all that was stored.
+    pub async fn abort(self) -> Result<()> {
+        steady(|| self.writer.repository.store.remove(&self.dir)).await
+    }
+
+    /// A missing directory means, most likely, that another writer removed it.
+    async fn explain(&self, error: StoreError) -> StoreError {
+        match error {
+            StoreError::NotFound { .. } => self.writer.check().await.err().unwrap_or(error),
+            _ => error,
+        }
+    }
+
+    fn tally(&self) -> MutexGuard<'_, Tally> {
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for PartialCheckpoint {
+    fn drop(&mut self) {
+        self.writer.forget(&self.name);
+    }
+}

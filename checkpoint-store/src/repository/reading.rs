@@ -1,0 +1,60 @@
+//! What is committed, for whoever restores.
+
+use bytes::Bytes;
+use checkpoint_format::{CheckpointSeq, VmName};
+
+use super::Repository;
+use super::layout;
+use super::retry::steady;
+use crate::error::{Op, Result, StoreError};
+use crate::path::StorePath;
+
+/// The longest manifest, header line included.
+pub const MAX_MANIFEST_LEN: u64 = (64 << 20) + 1024;
+
+impl Repository {
+    /// The machines that have checkpoints or had a writer, by name.
+    pub async fn vms(&self) -> Result<Vec<VmName>> {
+        let names = self.names(&layout::vms()).await?;
+        Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
+    }
+
+    /// The committed checkpoints of a machine, ascending. None if there is no such machine.
+    pub async fn checkpoints(&self, vm: &VmName) -> Result<Vec<CheckpointSeq>> {
+        let names = self.names(&layout::checkpoints(vm)).await?;
+        let mut found: Vec<CheckpointSeq> = names.iter().filter_map(|name| layout::number(name)).map(CheckpointSeq).collect();
+        found.sort();
+        Ok(found)
+    }
+
+    pub async fn read_manifest(&self, vm: &VmName, seq: CheckpointSeq) -> Result<Bytes> {
+        let path = layout::checkpoint(vm, seq).join(layout::MANIFEST)?;
+        steady(|| self.store.read(&path, MAX_MANIFEST_LEN)).await
+    }
+
+    /// Exactly `len` bytes of a pack.
+    pub async fn read_pack_range(&self, vm: &VmName, seq: CheckpointSeq, name: &str, offset: u64, len: u64) -> Result<Bytes> {
+        let path = layout::checkpoint(vm, seq).join(name)?;
+        steady(|| self.store.read_range(&path, offset, len)).await
+    }
+
+    pub async fn pack_len(&self, vm: &VmName, seq: CheckpointSeq, name: &str) -> Result<u64> {
+        self.file_len(&layout::checkpoint(vm, seq).join(name)?).await
+    }
+
+    pub(super) async fn file_len(&self, path: &StorePath) -> Result<u64> {
+        match steady(|| self.store.stat(path)).await? {
+            Some(stat) if !stat.is_dir => Ok(stat.len),
+            _ => Err(StoreError::not_found(Op::Stat, path)),
+        }
+    }
+
+    /// The directories in a directory; none if it is missing.
+    pub(super) async fn names(&self, path: &StorePath) -> Result<Vec<String>> {
+        match steady(|| self.store.list(path)).await {
+            Ok(entries) => Ok(entries.into_iter().filter(|e| e.is_dir).map(|e| e.name).collect()),
+            Err(error) if error.is_not_found() => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! Who may write a machine's checkpoints.
+//!
+//! There is no lock that a dead helper could hold and no clock that could be wrong. A writer claims the next epoch by
+//! creating its record exclusively; the highest epoch is the writer. Claiming then removes every partial checkpoint of
+//! lower epochs, and that is what stops a writer that does not know yet that it was replaced: a partial directory's
+//! name carries its epoch, packs never recreate a missing directory, and the rename that would commit has nothing left
+//! to rename. A partial directory made after that removal is caught by the look at the epochs that follows its
+//! creation. What an older writer committed before the removal is a checkpoint like any other: read the list of
+//! checkpoints after claiming, not before.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use checkpoint_format::{CheckpointSeq, Epoch, VmName};
+use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
+
+use super::layout::{self, PartialName, WriterFile};
+use super::partial::PartialCheckpoint;
+use super::retry::{steady, store_exclusive};
+use super::{Repository, bounded::Bounded};
+use crate::error::{Op, Result, StoreError};
+use crate::nonce::nonce;
+
+const MAX_RECORD_LEN: u64 = 64 << 10;
+/// Lost races for an epoch before giving up; each lost race is somebody else's claim.
+const MAX_CLAIM_TRIES: u32 = 32;
+/// Tries to make a partial directory, each under a name of its own.
+const MAX_BEGIN_TRIES: u32 = 3;
+/// Records of earlier writers that are kept to look at.
+const KEPT_RECORDS: usize = 8;
+
+/// Who claims, as it is saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WriterRecord {
+    pub host: String,
+    /// The kernel's boot id: tells a helper that restarted from a host that did.
+    pub boot_id: String,
+    /// The machine's running instance: a helper that restarts beside the same QEMU process goes on with it.
+    pub instance: String,
+    pub pid: u32,
+    /// RFC 3339.
+    pub claimed_at: String,
+    /// The Stillpoint version.
+    #[serde(default)]
+    pub version: String,
+}
+
+/// The record in the store. The nonce tells a claimer whose answer was lost whether the record is its own.
+#[derive(Debug, Serialize, Deserialize)]
+struct SavedRecord {
+    nonce: String,
+    #[serde(flatten)]
+    record: WriterRecord,
+}
+
+/// One claim, as found in the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WriterInfo {
+    pub epoch: Epoch,
+    /// `None` if the record can't be read as one.
+    pub record: Option<WriterRecord>,
+    pub released: bool,
+}
+
+/// On what ground an epoch is claimed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Claim {
+    /// The last writer released, or was the same instance of the machine.
+    Continue { instance: String },
+    /// Whoever wrote last: it is replaced.
+    TakeOver,
+}
+
+impl Claim {
+    fn permits(&self, holder: &WriterInfo) -> bool {
+        match self {
+            Claim::TakeOver => true,
+            Claim::Continue { instance } => holder.released || holder.record.as_ref().is_some_and(|record| record.instance == *instance),
+        }
+    }
+}
+
+impl Repository {
+    /// The claims on a machine, oldest first.
+    pub async fn writers(&self, vm: &VmName) -> Result<Vec<WriterInfo>> {
+        let mut found = Vec::new();
+        let (claims, released) = list_claims(&self.store, vm).await?;
+        for epoch in claims {
+            found.push(WriterInfo { epoch, record: read_record(&self.store, vm, epoch).await?, released: released.contains(&epoch) });
+        }
+        Ok(found)
+    }
+
+    /// Claims the next epoch and fences the lower ones.
+    pub async fn claim_writer(&self, vm: &VmName, record: WriterRecord, claim: Claim) -> Result<Writer> {
+        self.store.create_dir_all(&layout::writers(vm)).await?;
+        self.store.create_dir_all(&layout::checkpoints(vm)).await?;
+        let epoch = self.claim_epoch(vm, record, &claim).await?;
+        let writer = Writer { repository: self.clone(), vm: vm.clone(), epoch, attempts: Arc::default(), live: Arc::default() };
+        writer.remove_partials(|partial| partial.epoch < epoch).await?;
+        writer.check().await?;
+        writer.remove_old_records().await;
+        info!(%vm, %epoch, "claimed");
+        Ok(writer)
+    }
+
+    async fn claim_epoch(&self, vm: &VmName, record: WriterRecord, claim: &Claim) -> Result<Epoch> {
+        let saved = SavedRecord { nonce: nonce(), record };
+        let text = serde_json::to_vec_pretty(&saved).expect("strings and numbers are always JSON");
+        let text = Bytes::from(text);
+        let mut last = None;
+        for _ in 0..MAX_CLAIM_TRIES {
+            let newest = self.writers(vm).await?.pop();
+            if let Some(holder) = newest.as_ref().filter(|holder| !claim.permits(holder)) {
+                return Err(held(vm, holder));
+            }
+            let epoch = next_epoch(vm, newest)?;
+            match self.try_epoch(vm, epoch, &text).await {
+                Ok(true) => return Ok(epoch),
+                Ok(false) => {}
+                Err(error) if error.is_retryable() => last = Some(error),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| {
+            StoreError::unavailable(Op::PutExclusive, &layout::writers(vm), "others claimed at the same time, again and again")
+        }))
+    }
+
+    /// Whether the epoch is ours now; `false`: somebody else's.
+    async fn try_epoch(&self, vm: &VmName, epoch: Epoch, text: &Bytes) -> Result<bool> {
+        let path = layout::writer(vm, epoch);
+        match store_exclusive(&self.store, &self.retry, &path, text).await {
+            Ok(()) => Ok(true),
+            // Perhaps taken by our own call, whose answer was lost.
+            Err(error) if error.is_already_exists() || error.is_ambiguous() => {
+                match steady(|| self.store.read(&path, MAX_RECORD_LEN)).await {
+                    Ok(found) => Ok(found == text),
+                    Err(lost) if lost.is_not_found() => Err(error),
+                    Err(lost) => Err(lost),
+                }
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn next_epoch(vm: &VmName, newest: Option<WriterInfo>) -> Result<Epoch> {
+    let newest = newest.map_or(0, |holder| holder.epoch.0);
+    newest.checked_add(1).map(Epoch).ok_or_else(|| StoreError::Corrupt {
+        path: layout::writers(vm).to_string(),
+        reason: "the highest possible epoch is taken".to_owned(),
+    })
+}
+
+fn held(vm: &VmName, holder: &WriterInfo) -> StoreError {
+    let holder_text = holder.record.as_ref().map_or_else(
+        || "somebody whose record can't be read".to_owned(),
+        |record| format!("process {} on {} (instance {})", record.pid, record.host, record.instance),
+    );
+    StoreError::WriterHeld { vm: vm.clone(), epoch: holder.epoch, holder: holder_text }
+}
+
+/// The epochs claimed, ascending, and those released.
+async fn list_claims(store: &Bounded, vm: &VmName) -> Result<(Vec<Epoch>, HashSet<Epoch>)> {
+    let path = layout::writers(vm);
+    let entries = match steady(|| store.list(&path)).await {
+        Err(error) if error.is_not_found() => Vec::new(),
+        other => other?,
+    };
+    let (mut claims, mut released) = (Vec::new(), HashSet::new());
+    for entry in entries {
+        match layout::parse_writer_file(&entry.name) {
+            Some(WriterFile::Claim(epoch)) => claims.push(epoch),
+            Some(WriterFile::Released(epoch)) => {
+                released.insert(epoch);
+            }
+            None => warn!(%path, name = entry.name, "unknown file among the writers"),
+        }
+    }
+    claims.sort();
+    Ok((claims, released))
+}
+
+async fn read_record(store: &Bounded, vm: &VmName, epoch: Epoch) -> Result<Option<WriterRecord>> {
+    let path = layout::writer(vm, epoch);
+    let text = match steady(|| store.read(&path, MAX_RECORD_LEN)).await {
+        Ok(text) => text,
+        // Pruned since it was listed, or nothing that we wrote: a claim all the same.
+        Err(StoreError::NotFound { .. } | StoreError::Limit { .. }) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    Ok(serde_json::from_slice::<SavedRecord>(&text).ok().map(|saved| saved.record))
+}
+
+/// The right to write a machine's checkpoints, until a higher epoch is claimed. One checkpoint at a time.
+#[derive(Debug, Clone)]
+pub struct Writer {
+    pub(super) repository: Repository,
+    pub(super) vm: VmName,
+    pub(super) epoch: Epoch,
+    attempts: Arc<AtomicU64>,
+    /// Partial checkpoints that somebody in this process still works on.
+    live: Arc<Mutex<HashSet<PartialName>>>,
+}
+
+impl Writer {
+    pub fn vm(&self) -> &VmName {
+        &self.vm
+    }
+
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
+    /// `Fenced` if a higher epoch was claimed.
+    pub async fn check(&self) -> Result<()> {
+        let (claims, _) = list_claims(&self.repository.store, &self.vm).await?;
+        match claims.last() {
+            Some(newest) if *newest > self.epoch => Err(StoreError::Fenced { vm: self.vm.clone(), ours: self.epoch, newest: *newest }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Says that this writer ended in order, so that anybody may continue. Doing it twice is fine.
+    pub async fn release(&self) -> Result<()> {
+        let path = layout::released(&self.vm, self.epoch);
+        let Repository { store, retry, .. } = &self.repository;
+        match store_exclusive(store, retry, &path, &Bytes::new()).await {
+            Err(error) if error.is_already_exists() => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Begins checkpoint `seq`: `AlreadyExists` if there is one of that number. Removes what earlier tries of this
+    /// writer left.
+    pub async fn begin(&self, seq: CheckpointSeq) -> Result<PartialCheckpoint> {
+        let store = &self.repository.store;
+        let committed = layout::checkpoint(&self.vm, seq);
+        if steady(|| store.stat(&committed)).await?.is_some() {
+            return Err(StoreError::already_exists(Op::CreateDir, &committed));
+        }
+        let live = self.live().clone();
+        self.remove_partials(|partial| partial.epoch <= self.epoch && !live.contains(partial)).await?;
+        let partial = self.create_partial(seq).await?;
+        match self.check().await {
+            Ok(()) => Ok(partial),
+            Err(error) => {
+                let _ = partial.abort().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn create_partial(&self, seq: CheckpointSeq) -> Result<PartialCheckpoint> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let name = PartialName { seq, epoch: self.epoch, attempt: self.attempts.fetch_add(1, Ordering::Relaxed) + 1 };
+            self.live().insert(name);
+            let partial = PartialCheckpoint::new(self.clone(), name);
+            match self.repository.store.create_dir(partial.dir()).await {
+                Ok(()) => return Ok(partial),
+                Err(error) if tries < MAX_BEGIN_TRIES && (error.is_retryable() || error.is_already_exists()) => {
+                    warn!(vm = %self.vm, %seq, %error, "partial checkpoint could not be made, trying again");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Removes a committed checkpoint. Whether others build on it is the caller's to know.
+    pub async fn remove_checkpoint(&self, seq: CheckpointSeq) -> Result<()> {
+        self.check().await?;
+        let path = layout::checkpoint(&self.vm, seq);
+        steady(|| self.repository.store.remove(&path)).await
+    }
+
+    async fn remove_partials(&self, doomed: impl Fn(&PartialName) -> bool) -> Result<()> {
+        let store = &self.repository.store;
+        let dir = layout::checkpoints(&self.vm);
+        for entry in steady(|| store.list(&dir)).await? {
+            if PartialName::parse(&entry.name).is_some_and(|name| doomed(&name)) {
+                let path = dir.join(&entry.name)?;
+                warn!(%path, "removing a partial checkpoint");
+                steady(|| store.remove(&path)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn remove_old_records(&self) {
+        let store = &self.repository.store;
+        let Ok((claims, released)) = list_claims(store, &self.vm).await else {
+            return;
+        };
+        let old = claims.len().saturating_sub(KEPT_RECORDS);
+        for epoch in &claims[..old] {
+            // The release first: a record without one only looks more held than it was.
+            if released.contains(epoch) {
+                let _ = store.remove(&layout::released(&self.vm, *epoch)).await;
+            }
+            let _ = store.remove(&layout::writer(&self.vm, *epoch)).await;
+        }
+    }
+
+    fn live(&self) -> MutexGuard<'_, HashSet<PartialName>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn forget(&self, name: &PartialName) {
+        self.live().remove(name);
+    }
+}

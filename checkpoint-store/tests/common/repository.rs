@@ -1,0 +1,336 @@
+//! What a repository must do on every store, as one suite over a factory of empty stores.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use checkpoint_format::{CheckpointSeq, ContentDigest, DurableReceipt, Epoch, PackName, VmName};
+use checkpoint_store::{
+    Claim, Fault, FaultRule, FaultyStore, LayerOutcome, Mode, Op, PutOptions, Repository, Store, StoreError, StorePath, Writer,
+};
+
+use super::{bytes, noise, path, record};
+
+#[macro_export]
+macro_rules! repository_contract {
+    ($make:path) => {
+        $crate::repository_contract!(@each $make:
+            a_store_is_created_once
+            a_foreign_directory_is_refused
+            a_newer_format_is_refused
+            a_checkpoint_exists_after_its_commit_and_not_before
+            numbers_are_used_once
+            claims_follow_the_rules
+            concurrent_takeovers_leave_one_writer
+            an_old_writer_can_store_nothing_after_a_claim
+            an_old_writers_rename_fails_after_a_claim
+            a_partial_made_after_a_claim_is_noticed
+            what_was_committed_before_a_claim_stays
+            a_killed_writer_leaves_nothing_visible
+            an_abort_leaves_nothing
+            a_checkpoint_can_be_removed
+            layers_are_stored_once
+        );
+    };
+    (@each $make:path: $($name:ident)*) => {$(
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $name() {
+            let (store, _alive) = $make().await;
+            $crate::common::repository::$name(store).await;
+        }
+    )*};
+}
+
+type Shared = Arc<dyn Store>;
+
+pub fn vm() -> VmName {
+    "vm-1".parse().expect("valid")
+}
+
+pub async fn opened(store: Shared) -> Repository {
+    Repository::open(store, Mode::CreateIfMissing).await.expect("open")
+}
+
+fn same(instance: &str) -> Claim {
+    Claim::Continue { instance: instance.to_owned() }
+}
+
+pub async fn claimed(repository: &Repository, instance: &str, claim: Claim) -> Writer {
+    repository.claim_writer(&vm(), record(instance), claim).await.expect("claim")
+}
+
+async fn refused(repository: &Repository, instance: &str, claim: Claim) -> StoreError {
+    repository.claim_writer(&vm(), record(instance), claim).await.expect_err("not permitted")
+}
+
+/// A checkpoint of two packs; the manifest names them, so that completeness can be checked from it.
+pub async fn committed(writer: &Writer, seq: u64) -> Result<(), StoreError> {
+    let partial = writer.begin(CheckpointSeq(seq)).await?;
+    let a = partial.put_pack("ram", vec![noise(100_000, seq + 1)]).await?;
+    let b = partial.put_pack("disk", vec![noise(50_000, seq + 2)]).await?;
+    let manifest = format!("{seq} {} {} {}", writer.epoch(), a.name, b.name);
+    let durable = partial.commit(manifest.into()).await?;
+    assert_eq!(durable.checkpoint(), (&vm(), CheckpointSeq(seq)));
+    Ok(())
+}
+
+/// Checks that a checkpoint made by [`committed`] is all there.
+pub async fn assert_complete(repository: &Repository, seq: u64) {
+    let manifest = repository.read_manifest(&vm(), CheckpointSeq(seq)).await.expect("manifest");
+    let manifest = String::from_utf8(manifest.to_vec()).expect("text");
+    let words: Vec<&str> = manifest.split(' ').collect();
+    assert_eq!(words[0], seq.to_string());
+    for (name, expected) in [(words[2], noise(100_000, seq + 1)), (words[3], noise(50_000, seq + 2))] {
+        let len = repository.pack_len(&vm(), CheckpointSeq(seq), name).await.expect("length");
+        let found = repository.read_pack_range(&vm(), CheckpointSeq(seq), name, 0, len).await.expect("range");
+        assert_eq!(found, expected);
+    }
+}
+
+async fn numbers(repository: &Repository) -> Vec<u64> {
+    let found = repository.checkpoints(&vm()).await.expect("checkpoints");
+    found.into_iter().map(|seq| seq.0).collect()
+}
+
+async fn everything_in_checkpoints(store: &Shared) -> Vec<String> {
+    let entries = store.list(&path("vms/vm-1/checkpoints")).await.expect("list");
+    entries.into_iter().map(|entry| entry.name).collect()
+}
+
+pub async fn a_store_is_created_once(store: Shared) {
+    let error = Repository::open(store.clone(), Mode::MustExist).await.expect_err("nothing there");
+    assert!(matches!(error, StoreError::WrongStore { .. }), "{error}");
+    let racers: Vec<_> = (0..8).map(|_| tokio::spawn(opened(store.clone()))).collect();
+    let mut ids = Vec::new();
+    for racer in racers {
+        ids.push(racer.await.expect("no panic").id().to_owned());
+    }
+    ids.dedup();
+    assert_eq!(ids.len(), 1, "{ids:?}");
+    let again = Repository::open(store, Mode::MustExist).await.expect("there");
+    assert_eq!(again.id(), ids[0]);
+}
+
+pub async fn a_foreign_directory_is_refused(store: Shared) {
+    store.create_dir_all(&StorePath::root()).await.expect("root");
+    store.put(&path("somebody-elses"), vec![bytes("x")], PutOptions::default()).await.expect("put");
+    let error = Repository::open(store.clone(), Mode::CreateIfMissing).await.expect_err("foreign");
+    assert!(matches!(error, StoreError::WrongStore { .. }), "{error}");
+    assert_eq!(store.stat(&path("store.json")).await.expect("stat"), None);
+}
+
+pub async fn a_newer_format_is_refused(store: Shared) {
+    store.create_dir_all(&StorePath::root()).await.expect("root");
+    let newer = r#"{"format": "stillpoint-store", "version": 2, "unknown": [1]}"#;
+    store.put(&path("store.json"), vec![bytes(newer)], PutOptions::default()).await.expect("put");
+    let error = Repository::open(store.clone(), Mode::CreateIfMissing).await.expect_err("newer");
+    assert!(error.to_string().contains("version 2"), "{error}");
+    store.remove(&path("store.json")).await.expect("remove");
+    store.put(&path("store.json"), vec![bytes("{\"format\"")], PutOptions::default()).await.expect("put");
+    let error = Repository::open(store, Mode::CreateIfMissing).await.expect_err("torn");
+    assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
+}
+
+pub async fn a_checkpoint_exists_after_its_commit_and_not_before(store: Shared) {
+    let repository = opened(store).await;
+    assert_eq!(repository.vms().await.expect("vms"), []);
+    let writer = claimed(&repository, "i", same("i")).await;
+    let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let pack = partial.put_pack("ram", vec![bytes("0123"), bytes("456")]).await.expect("put");
+    assert_eq!((pack.name.as_str(), pack.len, pack.attempts), ("ram.pack", 7, 1));
+    assert_eq!(numbers(&repository).await, [0; 0]);
+    let error = repository.read_manifest(&vm(), CheckpointSeq(1)).await.expect_err("not yet");
+    assert!(error.is_not_found());
+    let durable = partial.commit(bytes("manifest")).await.expect("commit");
+    assert_eq!((durable.seq(), durable.epoch()), (CheckpointSeq(1), writer.epoch()));
+    assert_eq!(numbers(&repository).await, [1]);
+    assert_eq!(repository.vms().await.expect("vms"), [vm()]);
+    assert_eq!(repository.read_manifest(&vm(), CheckpointSeq(1)).await.expect("there"), "manifest");
+    let part = repository.read_pack_range(&vm(), CheckpointSeq(1), "ram.pack", 3, 2).await.expect("range");
+    assert_eq!(part, "34");
+    let outside = repository.read_pack_range(&vm(), CheckpointSeq(1), "../1/ram.pack", 0, 1).await;
+    assert!(matches!(outside.expect_err("a way out"), StoreError::InvalidPath { .. }));
+}
+
+pub async fn numbers_are_used_once(store: Shared) {
+    let repository = opened(store).await;
+    let writer = claimed(&repository, "i", same("i")).await;
+    for seq in [1, 2, 10] {
+        committed(&writer, seq).await.expect("commit");
+    }
+    assert_eq!(numbers(&repository).await, [1, 2, 10]);
+    let error = writer.begin(CheckpointSeq(2)).await.expect_err("used");
+    assert!(error.is_already_exists(), "{error}");
+}
+
+pub async fn claims_follow_the_rules(store: Shared) {
+    let repository = opened(store).await;
+    let first = claimed(&repository, "a", same("a")).await;
+    assert_eq!(first.epoch(), Epoch(1));
+    let error = refused(&repository, "b", same("b")).await;
+    assert!(matches!(error, StoreError::WriterHeld { epoch: Epoch(1), .. }), "{error}");
+    first.check().await.expect("a refused claim changes nothing");
+    let restarted = claimed(&repository, "a", same("a")).await;
+    assert_eq!(restarted.epoch(), Epoch(2));
+    assert!(first.check().await.expect_err("replaced").is_fenced());
+    restarted.release().await.expect("release");
+    restarted.release().await.expect("again is fine");
+    let other = claimed(&repository, "b", same("b")).await;
+    let taken = claimed(&repository, "c", Claim::TakeOver).await;
+    assert!(taken.epoch() > other.epoch());
+    let writers = repository.writers(&vm()).await.expect("writers");
+    let seen: Vec<(u64, bool)> = writers.iter().map(|info| (info.epoch.0, info.released)).collect();
+    assert_eq!(seen, [(1, false), (2, true), (3, false), (4, false)]);
+    assert_eq!(writers[3].record, Some(record("c")));
+}
+
+pub async fn concurrent_takeovers_leave_one_writer(store: Shared) {
+    let repository = opened(store).await;
+    let racers: Vec<_> = (0..6)
+        .map(|racer| {
+            let repository = repository.clone();
+            tokio::spawn(async move { repository.claim_writer(&vm(), record(&format!("r{racer}")), Claim::TakeOver).await })
+        })
+        .collect();
+    let mut writers = Vec::new();
+    for racer in racers {
+        match racer.await.expect("no panic") {
+            Ok(writer) => writers.push(writer),
+            Err(error) => assert!(error.is_fenced(), "{error}"),
+        }
+    }
+    writers.sort_by_key(Writer::epoch);
+    let last = writers.pop().expect("somebody won");
+    committed(&last, 1).await.expect("the last one may write");
+    for (position, writer) in writers.iter().enumerate() {
+        let error = committed(writer, 10 + position as u64).await.expect_err("fenced");
+        assert!(error.is_fenced(), "{error}");
+    }
+    assert_eq!(numbers(&repository).await, [1]);
+}
+
+pub async fn an_old_writer_can_store_nothing_after_a_claim(store: Shared) {
+    let repository = opened(store.clone()).await;
+    let old = claimed(&repository, "a", same("a")).await;
+    let partial = old.begin(CheckpointSeq(1)).await.expect("begin");
+    partial.put_pack("before", vec![bytes("x")]).await.expect("put");
+    let new = claimed(&repository, "b", Claim::TakeOver).await;
+    assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
+    let error = partial.put_pack("after", vec![bytes("x")]).await.expect_err("fenced");
+    assert!(error.is_fenced(), "{error}");
+    let error = partial.commit(bytes("old")).await.expect_err("fenced");
+    assert!(error.is_fenced(), "{error}");
+    assert!(old.begin(CheckpointSeq(2)).await.expect_err("fenced").is_fenced());
+    committed(&new, 1).await.expect("commit");
+    assert_complete(&repository, 1).await;
+    assert_eq!(everything_in_checkpoints(&store).await, ["1"]);
+}
+
+/// The old writer has checked its epoch and is about to rename when the new one claims.
+pub async fn an_old_writers_rename_fails_after_a_claim(store: Shared) {
+    let slow = FaultyStore::new(store.clone());
+    let repository = opened(Arc::new(slow.clone())).await;
+    let old = claimed(&repository, "a", same("a")).await;
+    let partial = old.begin(CheckpointSeq(1)).await.expect("begin");
+    partial.put_pack("ram", vec![bytes("x")]).await.expect("put");
+    slow.inject(FaultRule::once(Op::RenameDir, Fault::Slow(Duration::from_secs(2))));
+    let commit = tokio::spawn(partial.commit(bytes("old")));
+    while slow.calls(Op::RenameDir, "") == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let other = opened(store.clone()).await;
+    let new = claimed(&other, "b", Claim::TakeOver).await;
+    committed(&new, 1).await.expect("commit");
+    let error = commit.await.expect("no panic").expect_err("fenced");
+    assert!(error.is_fenced(), "{error}");
+    assert_complete(&other, 1).await;
+    assert_eq!(everything_in_checkpoints(&store).await, ["1"]);
+}
+
+/// The old writer's directory is made after the new writer's cleaning.
+pub async fn a_partial_made_after_a_claim_is_noticed(store: Shared) {
+    let slow = FaultyStore::new(store.clone());
+    let repository = opened(Arc::new(slow.clone())).await;
+    let old = claimed(&repository, "a", same("a")).await;
+    slow.inject(FaultRule::once(Op::CreateDir, Fault::Slow(Duration::from_secs(1))));
+    let begin = tokio::spawn(async move { old.begin(CheckpointSeq(1)).await });
+    while slow.calls(Op::CreateDir, "partial") == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    claimed(&opened(store.clone()).await, "b", Claim::TakeOver).await;
+    let error = begin.await.expect("no panic").expect_err("fenced");
+    assert!(error.is_fenced(), "{error}");
+    assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
+}
+
+pub async fn what_was_committed_before_a_claim_stays(store: Shared) {
+    let repository = opened(store).await;
+    let old = claimed(&repository, "a", same("a")).await;
+    committed(&old, 1).await.expect("commit");
+    let new = claimed(&repository, "b", Claim::TakeOver).await;
+    committed(&new, 2).await.expect("commit");
+    assert_eq!(numbers(&repository).await, [1, 2]);
+    assert_complete(&repository, 1).await;
+}
+
+pub async fn a_killed_writer_leaves_nothing_visible(store: Shared) {
+    let repository = opened(store.clone()).await;
+    let writer = claimed(&repository, "a", same("a")).await;
+    let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
+    partial.put_pack("ram", vec![noise(100_000, 1)]).await.expect("put");
+    // What a kill leaves: everything stored, nobody to rename it.
+    std::mem::forget(partial);
+    assert_eq!(numbers(&repository).await, [0; 0]);
+    assert!(repository.read_manifest(&vm(), CheckpointSeq(1)).await.expect_err("none").is_not_found());
+    let restarted = claimed(&repository, "a", same("a")).await;
+    assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
+    committed(&restarted, 1).await.expect("commit");
+    assert_complete(&repository, 1).await;
+}
+
+pub async fn an_abort_leaves_nothing(store: Shared) {
+    let repository = opened(store.clone()).await;
+    let writer = claimed(&repository, "a", same("a")).await;
+    let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
+    partial.put_pack("ram", vec![bytes("x")]).await.expect("put");
+    partial.abort().await.expect("abort");
+    assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
+    // One that is only dropped stays until the next begin.
+    drop(writer.begin(CheckpointSeq(1)).await.expect("begin"));
+    assert_eq!(everything_in_checkpoints(&store).await.len(), 1);
+    committed(&writer, 1).await.expect("commit");
+    assert_eq!(everything_in_checkpoints(&store).await, ["1"]);
+}
+
+pub async fn a_checkpoint_can_be_removed(store: Shared) {
+    let repository = opened(store).await;
+    let writer = claimed(&repository, "a", same("a")).await;
+    committed(&writer, 1).await.expect("commit");
+    committed(&writer, 2).await.expect("commit");
+    writer.remove_checkpoint(CheckpointSeq(1)).await.expect("remove");
+    assert_eq!(numbers(&repository).await, [2]);
+}
+
+pub async fn layers_are_stored_once(store: Shared) {
+    let repository = opened(store.clone()).await;
+    let digest = ContentDigest::of(b"an image");
+    let name = PackName::new("layer.json").expect("valid");
+    assert!(!repository.has_layer(&digest).await.expect("look"));
+    let (one, two) = (repository.begin_layer(&digest).await, repository.begin_layer(&digest).await);
+    let (one, two) = (one.expect("begin"), two.expect("begin"));
+    for partial in [&one, &two] {
+        partial.put_pack("blocks", vec![bytes("0123456789")]).await.expect("put");
+        partial.put_file(&name, vec![bytes("manifest")]).await.expect("put");
+    }
+    assert!(repository.layers().await.expect("layers").is_empty());
+    assert_eq!(one.commit().await.expect("commit"), LayerOutcome::Stored);
+    assert_eq!(two.commit().await.expect("commit"), LayerOutcome::AlreadyThere);
+    assert_eq!(repository.layers().await.expect("layers"), [digest]);
+    assert_eq!(repository.read_layer_file(&digest, "layer.json", 100).await.expect("read"), "manifest");
+    let part = repository.read_layer_range(&digest, "blocks.pack", 2, 3).await.expect("range");
+    assert_eq!(part, Bytes::from_static(b"234"));
+    assert_eq!(repository.layer_file_len(&digest, "blocks.pack").await.expect("length"), 10);
+    assert_eq!(store.list(&path("layers")).await.expect("list").len(), 1, "the loser's partial stays");
+    repository.remove_layer(&digest).await.expect("remove");
+    assert!(!repository.has_layer(&digest).await.expect("look"));
+}

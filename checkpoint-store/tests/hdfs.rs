@@ -1,0 +1,282 @@
+//! The contracts on a real HDFS, and what a real HDFS does to a store.
+//!
+//! Needs `scripts/hdfs-dev`; fails without, because a store that was not tried is not tested. The tests that kill
+//! processes have a cluster of their own and take turns.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use checkpoint_format::CheckpointSeq;
+use checkpoint_store::{
+    Claim, Fault, FaultRule, FaultyStore, HdfsOptions, HdfsStore, Mode, Op, PutOptions, Repository, RepositoryOptions, Store, StoreError,
+    StoreOptions, StorePath, Writer, open,
+};
+use common::cluster::Cluster;
+use common::repository::{assert_complete, committed, vm};
+use common::{bytes, noise, path, record};
+use nix::sys::signal::Signal;
+
+const MIB: usize = 1 << 20;
+
+/// Shows what the client and the retry policy say, with RUST_LOG.
+fn logs() {
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+}
+
+async fn shared() -> Cluster {
+    logs();
+    tokio::task::spawn_blocking(Cluster::shared).await.expect("cluster")
+}
+
+async fn hazards() -> Cluster {
+    logs();
+    tokio::task::spawn_blocking(Cluster::hazards).await.expect("cluster")
+}
+
+async fn hdfs() -> (Arc<dyn Store>, Cluster) {
+    let cluster = shared().await;
+    let store = open(&cluster.fresh_url("contract"), &StoreOptions::default()).expect("open");
+    store.create_dir_all(&StorePath::root()).await.expect("root");
+    (store, cluster)
+}
+
+mod store_contract {
+    crate::store_contract!(super::hdfs);
+}
+
+mod repository_contract {
+    crate::repository_contract!(super::hdfs);
+}
+
+fn patient(cluster: &Cluster, what: &str, options: &HdfsOptions) -> Arc<dyn Store> {
+    Arc::new(HdfsStore::open(&cluster.fresh_url(what), options).expect("open"))
+}
+
+/// Times short enough for a test.
+fn impatient() -> HdfsOptions {
+    HdfsOptions { call_timeout: Duration::from_secs(2), stall_timeout: Duration::from_secs(3), ..HdfsOptions::default() }
+}
+
+async fn writer_on(store: Arc<dyn Store>) -> Writer {
+    let options = RepositoryOptions::default();
+    let repository = Repository::open_with(store, Mode::CreateIfMissing, options).await.expect("open");
+    repository.claim_writer(&vm(), record("i"), Claim::TakeOver).await.expect("claim")
+}
+
+#[tokio::test]
+async fn many_blocks_are_synced_and_come_back() {
+    let cluster = shared().await;
+    let options = HdfsOptions { block_size: MIB as u64, ..HdfsOptions::default() };
+    let store = patient(&cluster, "blocks", &options);
+    store.create_dir_all(&StorePath::root()).await.expect("root");
+    // Ends on a block boundary, and one byte after it.
+    for len in [3 * MIB, 3 * MIB + 1] {
+        let at = path(&format!("a-{len}"));
+        let data = noise(len, 5);
+        store.put(&at, vec![data.clone()], PutOptions::default()).await.expect("put");
+        assert_eq!(store.read(&at, 1 << 30).await.expect("read"), data);
+        let across = store.read_range(&at, MIB as u64 - 5, 10).await.expect("range");
+        assert_eq!(across, data.slice(MIB - 5..MIB + 5));
+    }
+}
+
+#[tokio::test]
+async fn the_receipt_tells_the_copies() {
+    let cluster = shared().await;
+    let store = patient(&cluster, "copies", &HdfsOptions::default());
+    store.create_dir_all(&StorePath::root()).await.expect("root");
+    let default = store.put(&path("a"), vec![bytes("x")], PutOptions::default()).await.expect("put");
+    assert_eq!(default.replicas, Some(3));
+    let two = store.put(&path("b"), vec![bytes("x")], PutOptions { replicas: Some(2) }).await.expect("put");
+    assert_eq!(two.replicas, Some(2));
+}
+
+#[tokio::test]
+async fn nobody_at_the_address_is_said_soon() {
+    let store = HdfsStore::open("hdfs://127.0.0.1:1/x", &HdfsOptions::default()).expect("open");
+    let begun = Instant::now();
+    let error = store.stat(&StorePath::root()).await.expect_err("nobody there");
+    assert!(matches!(error, StoreError::Unavailable { .. }), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+}
+
+/// Nobody replaces the dead node: it is one of three, and the NameNode takes ten minutes to notice.
+#[tokio::test]
+async fn with_a_dead_datanode_a_checkpoint_becomes_durable_in_fewer_copies() {
+    let cluster = hazards().await;
+    let writer = writer_on(patient(&cluster, "dead", &HdfsOptions::default())).await;
+    cluster.signal("datanode-1", Signal::SIGKILL);
+    let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let data = noise(4 * MIB, 9);
+    let begun = Instant::now();
+    let pack = partial.put_pack("ram", vec![data.clone()]).await.expect("stored in spite of the dead node");
+    eprintln!("dead DataNode: stored after {} tries in {:?}", pack.attempts, begun.elapsed());
+    assert!(pack.is_short() && pack.more_requested, "{pack:?}");
+    let durable = partial.commit(bytes("manifest")).await.expect("commit");
+    assert!(durable.least_replicas() < Some(3) && durable.short_of_replicas() >= 1, "{durable:?}");
+    let repository = writer.repository();
+    let found = repository.read_pack_range(&vm(), CheckpointSeq(1), pack.name.as_str(), 0, data.len() as u64).await;
+    assert_eq!(found.expect("read"), data);
+    cluster.restart("datanode-1");
+    assert_copies_made_up(&cluster).await;
+}
+
+/// Once there are enough nodes again, the NameNode makes the copies that were asked for.
+async fn assert_copies_made_up(cluster: &Cluster) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !cluster.status().contains("under-replicated blocks: 0") {
+        assert!(Instant::now() < deadline, "{}", cluster.status());
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_datanode_that_dies_during_an_upload_does_not_stop_it() {
+    let cluster = hazards().await;
+    let store = patient(&cluster, "dies", &HdfsOptions::default());
+    let writer = writer_on(store).await;
+    let partial = Arc::new(writer.begin(CheckpointSeq(1)).await.expect("begin"));
+    let data = noise(96 * MIB, 4);
+    let uploads: Vec<_> = (0..3)
+        .map(|number| {
+            let (partial, data) = (Arc::clone(&partial), data.clone());
+            tokio::spawn(async move { partial.put_pack(&format!("ram-{number}"), vec![data]).await })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert!(!uploads.iter().any(|upload| upload.is_finished()), "the upload was over before the kill");
+    cluster.signal("datanode-2", Signal::SIGKILL);
+    let mut packs = Vec::new();
+    for upload in uploads {
+        packs.push(upload.await.expect("no panic").expect("stored in spite of the death"));
+    }
+    eprintln!("DataNode died during uploads: {packs:?}");
+    let partial = Arc::into_inner(partial).expect("the uploads are over");
+    let _durable = partial.commit(bytes("manifest")).await.expect("commit");
+    for pack in packs {
+        let repository = writer.repository();
+        let found = repository.read_pack_range(&vm(), CheckpointSeq(1), pack.name.as_str(), 0, pack.len).await;
+        assert_eq!(found.expect("read"), data);
+    }
+    cluster.restart("datanode-2");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_datanode_delays_a_pack_but_does_not_hang_it() {
+    let cluster = hazards().await;
+    let writer = writer_on(patient(&cluster, "stopped-data", &impatient())).await;
+    let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
+    cluster.signal("datanode-3", Signal::SIGSTOP);
+    let data = noise(2 * MIB, 3);
+    let begun = Instant::now();
+    let pack = partial.put_pack("ram", vec![data.clone()]).await.expect("stored in the end");
+    eprintln!("stopped DataNode: stored after {} tries in {:?}: {pack:?}", pack.attempts, begun.elapsed());
+    let _durable = partial.commit(bytes("manifest")).await.expect("commit");
+    let repository = writer.repository();
+    let found = repository.read_pack_range(&vm(), CheckpointSeq(1), pack.name.as_str(), 0, pack.len).await;
+    assert_eq!(found.expect("read from another copy"), data);
+    cluster.signal("datanode-3", Signal::SIGCONT);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_namenode_fails_calls_in_time_and_works_again() {
+    let cluster = hazards().await;
+    let store = patient(&cluster, "stopped", &impatient());
+    store.create_dir_all(&StorePath::root()).await.expect("root");
+    store.put(&path("a"), vec![bytes("x")], PutOptions::default()).await.expect("put");
+    cluster.signal("namenode", Signal::SIGSTOP);
+    let begun = Instant::now();
+    let put = store.put(&path("b"), vec![noise(MIB, 1)], PutOptions::default()).await;
+    let stat = store.stat(&path("a")).await;
+    let elapsed = begun.elapsed();
+    cluster.signal("namenode", Signal::SIGCONT);
+    for error in [put.map(|_| ()).expect_err("hung"), stat.map(|_| ()).expect_err("hung")] {
+        assert!(matches!(error, StoreError::Timeout { .. }), "{error}");
+    }
+    assert!(elapsed < Duration::from_secs(7), "{elapsed:?}");
+    assert_eq!(store.read(&path("a"), 10).await.expect("read"), "x");
+    store.put(&path("c"), vec![bytes("y")], PutOptions::default()).await.expect("put");
+}
+
+/// Stops the NameNode once a commit is about to rename, for the given time.
+async fn commit_with_namenode_stopped(
+    cluster: &Cluster,
+    store: &FaultyStore,
+    writer: &Writer,
+    seq: u64,
+    stop: Duration,
+) -> Result<(), StoreError> {
+    let before = store.calls(Op::RenameDir, "");
+    store.inject(FaultRule::once(Op::RenameDir, Fault::Slow(Duration::from_millis(300))));
+    let commit = {
+        let writer = writer.clone();
+        tokio::spawn(async move { committed(&writer, seq).await })
+    };
+    while store.calls(Op::RenameDir, "") == before {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    cluster.signal("namenode", Signal::SIGSTOP);
+    tokio::time::sleep(stop).await;
+    cluster.signal("namenode", Signal::SIGCONT);
+    commit.await.expect("no panic")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_namenode_stopped_for_a_moment_only_delays_a_commit() {
+    let cluster = hazards().await;
+    let store = FaultyStore::new(patient(&cluster, "moment", &impatient()));
+    let writer = writer_on(Arc::new(store.clone())).await;
+    let outcome = commit_with_namenode_stopped(&cluster, &store, &writer, 1, Duration::from_secs(1)).await;
+    outcome.expect("the rename waited for the NameNode");
+    assert_complete(writer.repository(), 1).await;
+}
+
+/// Whatever the NameNode does with the rename when it wakes up: all of the checkpoint is there or none of it, and
+/// the writer goes on with the next number.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_namenode_stopped_during_the_commit_never_makes_half_a_checkpoint() {
+    let cluster = hazards().await;
+    let store = FaultyStore::new(patient(&cluster, "commit", &impatient()));
+    let writer = writer_on(Arc::new(store.clone())).await;
+    for (seq, seconds) in [(1, 3), (2, 5), (3, 12)] {
+        let stop = Duration::from_secs(seconds);
+        let outcome = commit_with_namenode_stopped(&cluster, &store, &writer, seq, stop).await;
+        let exists = exists_for_good(&writer, seq).await;
+        eprintln!("NameNode stopped for {stop:?} at a commit: {outcome:?}, exists: {exists}");
+        match outcome {
+            Ok(()) => assert!(exists, "reported as durable"),
+            Err(error) => assert!(matches!(error, StoreError::CommitUnknown { .. }) || !exists, "exists in spite of: {error}"),
+        }
+        if exists {
+            assert_complete(writer.repository(), seq).await;
+        }
+    }
+    committed(&writer, 10).await.expect("it goes on");
+}
+
+/// Whether the checkpoint is there once the NameNode has had time for what was queued.
+async fn exists_for_good(writer: &Writer, seq: u64) -> bool {
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let found = writer.repository().checkpoints(&vm()).await.expect("it answers again");
+    found.contains(&CheckpointSeq(seq))
+}
+
+/// Two hosts: each a client of its own.
+#[tokio::test]
+async fn another_host_fences_and_reads() {
+    let cluster = shared().await;
+    let url = cluster.fresh_url("hosts");
+    let host = || open(&url, &StoreOptions::default()).expect("open");
+    let old = writer_on(host()).await;
+    committed(&old, 1).await.expect("commit");
+    let partial = old.begin(CheckpointSeq(2)).await.expect("begin");
+    let new = writer_on(host()).await;
+    let error = partial.commit(Bytes::from_static(b"late")).await.expect_err("fenced");
+    assert!(error.is_fenced(), "{error}");
+    assert_complete(new.repository(), 1).await;
+    committed(&new, 2).await.expect("commit");
+}

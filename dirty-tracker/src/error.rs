@@ -1,0 +1,130 @@
+//! What can go wrong between the tracker, the plugin and the kernel.
+
+use std::io;
+use std::path::PathBuf;
+
+use checkpoint_format::PageRange;
+
+/// Each says what was tried, on what, and what to do next.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackerError {
+    #[error(
+        "cannot reach the plugin at {}; start QEMU with -plugin file=libstillpoint_plugin.so,socket={}, as the same user",
+        path.display(), path.display()
+    )]
+    Connect { path: PathBuf, source: io::Error },
+
+    #[error("the greeting with the plugin at {} broke off; try again, and look at QEMU's log if it persists", path.display())]
+    Greeting { path: PathBuf, source: io::Error },
+
+    #[error("what listens at {} is not our plugin: {what}; check the socket= path", path.display())]
+    NotThePlugin { path: PathBuf, what: &'static str },
+
+    #[error(
+        "the plugin at {} speaks protocol {plugin}, this program {ours}; restart QEMU with the plugin of this version",
+        path.display()
+    )]
+    Version { path: PathBuf, plugin: u32, ours: u32 },
+
+    #[error("QEMU could not open its {what} for tracking; {remedy}")]
+    MissingHandle { what: &'static str, remedy: &'static str, source: io::Error },
+
+    #[error("RAM block '{region}' cannot be tracked: {reason}")]
+    Region { region: String, reason: String },
+
+    #[error("cannot read QEMU's memory map; is the process still there?")]
+    Maps { source: io::Error },
+
+    #[error("QEMU's memory map has a line that cannot be understood: '{line}'; please report it with the kernel version")]
+    MapsLine { line: String },
+
+    #[error("cannot register RAM block '{region}' for write tracking; if QEMU's background-snapshot capability is on, switch it off")]
+    Register { region: String, source: io::Error },
+
+    #[error("cannot write-protect RAM block '{region}'; take the next checkpoint as a full one")]
+    Protect { region: String, source: io::Error },
+
+    #[error("cannot scan RAM block '{region}' for written pages; take the next checkpoint as a full one")]
+    Scan { region: String, source: io::Error },
+
+    #[error("cannot read pages {pages} of RAM block '{region}' from QEMU; is the process still there?")]
+    Read { region: String, pages: PageRange, source: io::Error },
+
+    #[error("no RAM block number {0} is attached; use the numbers of this tracker")]
+    UnknownRegion(usize),
+
+    #[error("the lease belongs to another tracker; begin one with the tracker that fills it")]
+    ForeignLease,
+
+    #[error("cannot {what} guest memory '{name}'; {remedy}")]
+    Memory { name: String, what: &'static str, remedy: &'static str, source: io::Error },
+
+    #[error("bytes {start}..{end} are outside guest memory '{name}' of {len} bytes")]
+    OutOfRange { name: String, start: u64, end: u64, len: u64 },
+}
+
+impl TrackerError {
+    /// Whether the same call may succeed a little later, with nothing changed.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Connect { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+            ),
+            Self::Greeting { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Whether the process that was tracked has ended.
+    pub fn is_process_gone(&self) -> bool {
+        match self {
+            Self::Register { source, .. } | Self::Protect { source, .. } | Self::Scan { source, .. } | Self::Maps { source } => {
+                source.raw_os_error() == Some(libc::ESRCH)
+            }
+            _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn error(kind: io::ErrorKind) -> io::Error {
+        kind.into()
+    }
+
+    fn gone() -> io::Error {
+        io::Error::from_raw_os_error(libc::ESRCH)
+    }
+
+    #[test]
+    fn only_what_time_can_cure_is_retryable() {
+        let connect = |kind| TrackerError::Connect { path: "s".into(), source: error(kind) };
+        assert!(connect(io::ErrorKind::NotFound).is_retryable());
+        assert!(connect(io::ErrorKind::ConnectionRefused).is_retryable());
+        assert!(!connect(io::ErrorKind::PermissionDenied).is_retryable());
+        assert!(!TrackerError::ForeignLease.is_retryable());
+    }
+
+    #[test]
+    fn an_ended_process_is_told_from_other_failures() {
+        let scan = |source| TrackerError::Scan { region: "pc.ram".into(), source };
+        assert!(scan(gone()).is_process_gone());
+        assert!(!scan(error(io::ErrorKind::PermissionDenied)).is_process_gone());
+        assert!(!TrackerError::ForeignLease.is_process_gone());
+    }
+
+    #[test]
+    fn texts_are_distinct_and_name_the_block() {
+        let region = || "vga.vram".to_owned();
+        let texts = [
+            TrackerError::Register { region: region(), source: gone() }.to_string(),
+            TrackerError::Protect { region: region(), source: gone() }.to_string(),
+            TrackerError::Scan { region: region(), source: gone() }.to_string(),
+        ];
+        assert!(texts.iter().all(|text| text.contains("'vga.vram'")), "{texts:?}");
+        assert!(texts[0] != texts[1] && texts[1] != texts[2] && texts[0] != texts[2]);
+    }
+}

@@ -1,0 +1,30 @@
+//! Which pages of a running guest were written, and what is in them.
+//!
+//! The plugin in QEMU (`plugin/`) opens a userfaultfd there and lends it. Everything else happens here, in another process:
+//!
+//! 1. [`GuestMemory::create`] makes the RAM file that QEMU is started with.
+//! 2. [`PluginHandles::connect`] fetches QEMU's descriptors, [`Tracker::attach`] registers its RAM blocks.
+//! 3. With the guest stopped, [`Tracker::lease`] takes the dirty pages into a [`DirtyLease`]; with the guest running again
+//!    [`Tracker::read_pages`] copies them.
+//! 4. [`DirtyLease::settle`] when the checkpoint is durable; otherwise the pages go back and come again.
+//!
+//! Unsafe code is in `sys/` only.
+
+mod error;
+mod guest_memory;
+mod handles;
+mod host_support;
+mod lease;
+mod maps;
+mod region;
+mod sys;
+mod tracker;
+
+pub use error::TrackerError;
+pub use guest_memory::GuestMemory;
+pub use handles::{PluginHandles, UffdSource};
+pub use host_support::{HostCheck, HostSupport};
+pub use lease::DirtyLease;
+pub use maps::{Mapping, parse_maps};
+pub use region::{Region, RegionMemory};
+pub use tracker::{RegionId, Tracker};

@@ -1,0 +1,146 @@
+//! Dirty bitmaps of ours on the disks: which are there, and giving changes back.
+
+use serde_json::{Value, json};
+
+use super::names::{self, BitmapTag};
+use crate::qmp::{Qmp, QmpError};
+
+/// Finest granularity: one page.
+const FINEST: u64 = 4096;
+/// Up to this size a disk gets the finest; beyond, the granularity doubles so that a bitmap stays within 8 MiB.
+const FINEST_UP_TO: u64 = 256 << 30;
+/// QEMU's own limit.
+const COARSEST: u64 = 1 << 31;
+
+/// Bytes per bit for a disk of this size.
+pub(super) fn granularity(disk_bytes: u64) -> u64 {
+    let mut granularity = FINEST;
+    let mut limit = FINEST_UP_TO;
+    while disk_bytes > limit && granularity < COARSEST {
+        granularity *= 2;
+        limit = limit.saturating_mul(2);
+    }
+    granularity
+}
+
+/// A bitmap of ours that lives in QEMU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptBitmap {
+    /// The disk's node.
+    pub node: String,
+    /// It records what changed after this checkpoint.
+    pub since: u64,
+    /// Bytes per bit.
+    pub granularity: u64,
+    /// Whether it records now.
+    pub recording: bool,
+    pub(super) name: String,
+}
+
+/// The bitmaps with this tag on all nodes, oldest first.
+pub(super) async fn find(qmp: &Qmp, tag: &BitmapTag) -> Result<Vec<KeptBitmap>, QmpError> {
+    let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
+    let mut found: Vec<KeptBitmap> =
+        nodes.as_array().into_iter().flatten().flat_map(|node| of_node(node, tag)).collect();
+    found.sort_by_key(|bitmap| bitmap.since);
+    Ok(found)
+}
+
+fn of_node(node: &Value, tag: &BitmapTag) -> Vec<KeptBitmap> {
+    let node_name = node["node-name"].as_str().unwrap_or_default();
+    let bitmap = |row: &Value| {
+        let name = row["name"].as_str()?;
+        Some(KeptBitmap {
+            node: node_name.into(),
+            since: names::bitmap_seq(tag, name)?,
+            granularity: row["granularity"].as_u64()?,
+            recording: row["recording"] == true,
+            name: name.into(),
+        })
+    };
+    node["dirty-bitmaps"].as_array().into_iter().flatten().filter_map(bitmap).collect()
+}
+
+/// Per node: all changes into the oldest bitmap, which records again; the others go. One transaction, so no
+/// write can fall between. Returns what is left.
+pub(super) async fn merge_back(qmp: &Qmp, tag: &BitmapTag) -> Result<Vec<KeptBitmap>, QmpError> {
+    let mut kept: Vec<KeptBitmap> = Vec::new();
+    let mut actions = Vec::new();
+    for bitmap in find(qmp, tag).await? {
+        match kept.iter().find(|older| older.node == bitmap.node) {
+            Some(older) => actions.extend([action_merge(older, &bitmap), action_remove(&bitmap)]),
+            None => {
+                if !bitmap.recording {
+                    actions.push(action("block-dirty-bitmap-enable", &bitmap));
+                }
+                kept.push(KeptBitmap { recording: true, ..bitmap });
+            }
+        }
+    }
+    transaction(qmp, actions).await?;
+    Ok(kept)
+}
+
+/// Before a capture of `seq`: one bitmap per node, and none that records since a checkpoint that is yet to be made
+/// (a first capture whose helper was killed leaves one).
+pub(super) async fn sort_out(qmp: &Qmp, tag: &BitmapTag, seq: u64) -> Result<Vec<KeptBitmap>, QmpError> {
+    let kept = merge_back(qmp, tag).await?;
+    let (usable, stale): (Vec<_>, Vec<_>) = kept.into_iter().partition(|bitmap| bitmap.since < seq);
+    transaction(qmp, stale.iter().map(action_remove).collect()).await?;
+    Ok(usable)
+}
+
+/// Drops the bitmaps that record since `seq` on the nodes that `on` picks.
+pub(super) async fn remove_since(
+    qmp: &Qmp,
+    tag: &BitmapTag,
+    seq: u64,
+    on: impl Fn(&str) -> bool,
+) -> Result<(), QmpError> {
+    let found = find(qmp, tag).await?;
+    let gone = found.iter().filter(|bitmap| bitmap.since == seq && on(&bitmap.node));
+    transaction(qmp, gone.map(action_remove).collect()).await
+}
+
+/// Drops the bitmaps that record since anything but `seq`: the checkpoint `seq` is durable.
+pub(super) async fn keep_only(qmp: &Qmp, tag: &BitmapTag, seq: u64) -> Result<(), QmpError> {
+    let found = find(qmp, tag).await?;
+    let actions = found.iter().filter(|bitmap| bitmap.since != seq).map(action_remove).collect();
+    transaction(qmp, actions).await
+}
+
+async fn transaction(qmp: &Qmp, actions: Vec<Value>) -> Result<(), QmpError> {
+    if actions.is_empty() {
+        return Ok(());
+    }
+    qmp.execute_json("transaction", json!({ "actions": actions })).await.map(drop)
+}
+
+fn action(kind: &str, bitmap: &KeptBitmap) -> Value {
+    json!({ "type": kind, "data": { "node": bitmap.node, "name": bitmap.name } })
+}
+
+fn action_remove(bitmap: &KeptBitmap) -> Value {
+    action("block-dirty-bitmap-remove", bitmap)
+}
+
+fn action_merge(into: &KeptBitmap, from: &KeptBitmap) -> Value {
+    json!({
+        "type": "block-dirty-bitmap-merge",
+        "data": { "node": into.node, "target": into.name, "bitmaps": [from.name] },
+    })
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn granularity_doubles_with_the_disk() {
+        assert_eq!(granularity(0), 4096);
+        assert_eq!(granularity(256 << 30), 4096);
+        assert_eq!(granularity((256 << 30) + 1), 8192);
+        assert_eq!(granularity(1 << 40), 16384);
+        assert_eq!(granularity(u64::MAX), COARSEST);
+    }
+}

@@ -1,0 +1,22 @@
+//! Everything this project says to a running QEMU: QMP commands, NBD reads, device state and the migration stream.
+//!
+//! The order in which a checkpoint uses the modules: [`machine`], [`ramblock`] and [`disks`] tell what there is;
+//! [`capture`] prepares the disks; [`paused`] stops the guest; [`capture`] and [`device_state`] take the instant;
+//! [`nbd`] drains it while the guest runs on. A restore goes [`images`], then [`stream`] into [`incoming`].
+
+pub mod capture;
+pub mod device_state;
+pub mod devices;
+pub mod disks;
+pub mod host_finder;
+pub mod images;
+pub mod incoming;
+pub mod machine;
+pub mod nbd;
+pub mod paused;
+pub mod qmp;
+pub mod ramblock;
+pub mod stream;
+
+pub use paused::Paused;
+pub use qmp::{Qmp, QmpError};

@@ -1,0 +1,171 @@
+//! A QMP connection: commands in, replies and events out.
+//!
+//! Commands, their arguments and QEMU's error classes come from the `qapi` crate. Its own reader is not used:
+//! it closes the connection at the first event or enum value newer than its schema, and at a reply whose caller
+//! has given up waiting. Here a reply that nobody waits for is dropped, and an unknown event is just an event.
+//!
+//! A line is written synchronously, by the caller, under a lock: it is at most a few KiB, a dropped future can
+//! never leave half a line behind, and a guard's `drop` can send `cont` without a runtime.
+
+mod error;
+mod wire;
+
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::sync::broadcast;
+
+pub use error::QmpError;
+use wire::Connection;
+
+/// How long a command may take unless [`Qmp::with_timeout`] says otherwise.
+pub const DEFAULT_COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
+/// Events kept for a slow listener; older ones are dropped and the listener is told so.
+pub const EVENT_QUEUE: usize = 256;
+
+/// The `QMP.version` part of the greeting.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct QemuVersion {
+    pub major: u32,
+    pub minor: u32,
+    pub micro: u32,
+    /// The distributor's suffix, e.g. `Debian 1:10.0.2+ds-2`.
+    pub package: String,
+}
+
+impl std::fmt::Display for QemuVersion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+/// An asynchronous message of QEMU.
+#[derive(Debug, Clone)]
+pub struct QmpEvent {
+    pub name: String,
+    pub data: Value,
+    /// When it was read from the socket.
+    pub at: Instant,
+}
+
+/// A handle on one QMP connection; clones share it. The socket closes with the last clone.
+#[derive(Clone, Debug)]
+pub struct Qmp {
+    connection: Arc<Connection>,
+    timeout: Duration,
+}
+
+impl Qmp {
+    /// Connects and negotiates. Within `timeout` it retries a socket that is not there yet or refuses, since
+    /// QEMU makes it a moment after its start. A monitor already in use accepts but never greets: see the error.
+    pub async fn connect(path: impl AsRef<Path>, timeout: Duration) -> Result<Self, QmpError> {
+        let path = path.as_ref();
+        let connection = wire::open(path, timeout).await?;
+        let qmp = Self { connection: Arc::new(connection), timeout: DEFAULT_COMMAND_TIMEOUT };
+        qmp.with_timeout(timeout).execute(qapi::qmp::qmp_capabilities { enable: None }).await?;
+        Ok(qmp)
+    }
+
+    /// The same connection with another limit per command.
+    #[must_use]
+    pub fn with_timeout(&self, timeout: Duration) -> Self {
+        Self { connection: self.connection.clone(), timeout }
+    }
+
+    /// QEMU's version as its greeting gave it.
+    pub fn version(&self) -> &QemuVersion {
+        self.connection.version()
+    }
+
+    /// Runs a command of the `qapi` schema. Prefer [`Self::execute_json`] where replies carry enums that grow.
+    pub async fn execute<C: qapi::Command>(&self, command: C) -> Result<C::Ok, QmpError> {
+        let arguments =
+            serde_json::to_value(&command).map_err(|source| QmpError::Encode { command: C::NAME.into(), source })?;
+        let reply = self.execute_json(C::NAME, arguments).await?;
+        serde_json::from_value(reply).map_err(|source| QmpError::Reply { command: C::NAME.into(), source })
+    }
+
+    /// Runs any command; `arguments` is an object or null.
+    pub async fn execute_json(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        self.run(command, arguments, None).await
+    }
+
+    /// Runs a command with a file descriptor as ancillary data (`getfd`, `add-fd`).
+    pub async fn execute_with_fd(
+        &self,
+        command: &str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+    ) -> Result<Value, QmpError> {
+        self.run(command, arguments, Some(fd)).await
+    }
+
+    /// Runs an HMP line and returns its text. HMP reports failure as text only, so the caller must look at it.
+    pub async fn hmp(&self, line: &str) -> Result<String, QmpError> {
+        let reply = self.execute_json("human-monitor-command", json!({ "command-line": line })).await?;
+        match reply {
+            Value::String(text) => Ok(text),
+            other => Err(QmpError::unexpected("human-monitor-command", "a string", &other)),
+        }
+    }
+
+    /// Sends a command without waiting; its reply is dropped. Needs no runtime, so a `Drop` may call it.
+    pub fn send_detached(&self, command: &str, arguments: Value) -> Result<(), QmpError> {
+        let id = self.connection.next_id();
+        self.connection.send(command, &encode(command, arguments, id)?, None)
+    }
+
+    /// Sends a command and blocks the thread until QEMU answered, but not longer than `patience`. For a `Drop` whose
+    /// command must count although the process may end next: QEMU throws commands away that it has read and not yet
+    /// begun when the connection closes (seen: a `cont` followed by a close is lost in most cases).
+    pub fn send_and_linger(&self, command: &str, arguments: Value, patience: Duration) -> Result<(), QmpError> {
+        let id = self.connection.next_id();
+        let line = encode(command, arguments, id)?;
+        let reply = self.connection.expect_reply(command, id)?;
+        self.connection.send(command, &line, None)?;
+        match reply.wait_blocking(&self.connection, patience) {
+            true => Ok(()),
+            false => Err(QmpError::Timeout { command: command.into(), after: patience }),
+        }
+    }
+
+    /// Events from now on.
+    pub fn events(&self) -> broadcast::Receiver<QmpEvent> {
+        self.connection.events()
+    }
+
+    /// Resolves when the connection is gone: QEMU ended or closed the monitor.
+    pub async fn closed(&self) {
+        self.connection.closed().await;
+    }
+
+    async fn run(&self, command: &str, arguments: Value, fd: Option<BorrowedFd<'_>>) -> Result<Value, QmpError> {
+        let id = self.connection.next_id();
+        let line = encode(command, arguments, id)?;
+        let reply = self.connection.expect_reply(command, id)?;
+        self.connection.send(command, &line, fd)?;
+        match tokio::time::timeout(self.timeout, reply.wait()).await {
+            Ok(Some(Ok(value))) => Ok(value),
+            Ok(Some(Err(refusal))) => Err(QmpError::refused(command, refusal)),
+            Ok(None) => Err(self.connection.closed_error(command)),
+            Err(_) => Err(QmpError::Timeout { command: command.into(), after: self.timeout }),
+        }
+    }
+}
+
+fn encode(command: &str, arguments: Value, id: u64) -> Result<Vec<u8>, QmpError> {
+    let mut message = json!({ "execute": command, "id": id });
+    if !arguments.is_null() {
+        message["arguments"] = arguments;
+    }
+    let mut line =
+        serde_json::to_vec(&message).map_err(|source| QmpError::Encode { command: command.into(), source })?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+#[cfg(test)]
+pub(crate) mod test;

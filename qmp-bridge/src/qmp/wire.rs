@@ -1,0 +1,333 @@
+//! Lines on the QMP socket: a locked synchronous writer and one reader task that hands out replies by id.
+
+use std::collections::HashMap;
+use std::io::IoSlice;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::sync::{broadcast, oneshot, watch};
+use tokio::task::JoinHandle;
+
+use super::{EVENT_QUEUE, QemuVersion, QmpError, QmpEvent};
+
+/// Longest line accepted from QEMU; the largest known reply, `query-qmp-schema`, has 240 KB.
+const MAX_LINE: usize = 32 << 20;
+/// Most commands waiting for their reply at once.
+const MAX_PENDING: usize = 1024;
+/// How long QEMU may leave our lines unread with its socket buffer full before the connection counts as dead.
+const WRITE_PATIENCE_MS: u16 = 5_000;
+/// Pause between two looks for the reply of a lingering command.
+const LINGER_LOOK: Duration = Duration::from_micros(200);
+/// How far into the unread bytes those looks go; events before the reply have some hundred bytes.
+const PEEKED: usize = 64 << 10;
+/// Pause between attempts to reach a socket that is not there yet.
+const CONNECT_RETRY: Duration = Duration::from_millis(5);
+
+pub(super) type CommandResult = Result<Value, qapi::Error>;
+type Waiting = HashMap<u64, oneshot::Sender<CommandResult>>;
+
+#[derive(Debug)]
+struct Shared {
+    waiting: Mutex<Waiting>,
+    events: broadcast::Sender<QmpEvent>,
+    /// Why the connection ended; `None` while it lives.
+    ended: watch::Sender<Option<String>>,
+}
+
+impl Shared {
+    fn new() -> Self {
+        Self {
+            waiting: Mutex::default(),
+            events: broadcast::channel(EVENT_QUEUE).0,
+            ended: watch::channel(None).0,
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Marks the end first, so that no command can start waiting after the waiters were woken.
+    fn end(&self, why: String) {
+        self.ended.send_if_modified(|slot| slot.is_none().then(|| *slot = Some(why)).is_some());
+        self.waiting().clear();
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Connection {
+    writer: Mutex<StdStream>,
+    shared: Arc<Shared>,
+    reader: JoinHandle<()>,
+    ids: AtomicU64,
+    version: QemuVersion,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+/// The wait for one reply; dropping it forgets the command.
+pub(super) struct Reply<'a> {
+    shared: &'a Shared,
+    id: u64,
+    receiver: oneshot::Receiver<CommandResult>,
+}
+
+impl Reply<'_> {
+    /// `None` when the connection ended first.
+    pub(super) async fn wait(mut self) -> Option<CommandResult> {
+        (&mut self.receiver).await.ok()
+    }
+
+    /// Waits without a runtime: either the reader task, on another thread, takes the reply, or it lies unread in
+    /// the socket because this very thread should have run the reader. Returns whether a reply came.
+    pub(super) fn wait_blocking(mut self, connection: &Connection, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.receiver.try_recv() {
+                Ok(_) => return true,
+                Err(oneshot::error::TryRecvError::Closed) => return false,
+                Err(oneshot::error::TryRecvError::Empty) if connection.unread_has_reply(self.id) => return true,
+                Err(oneshot::error::TryRecvError::Empty) if Instant::now() >= deadline => return false,
+                Err(oneshot::error::TryRecvError::Empty) => std::thread::sleep(LINGER_LOOK),
+            }
+        }
+    }
+}
+
+impl Drop for Reply<'_> {
+    fn drop(&mut self) {
+        self.shared.waiting().remove(&self.id);
+    }
+}
+
+impl Connection {
+    pub(super) fn version(&self) -> &QemuVersion {
+        &self.version
+    }
+
+    pub(super) fn next_id(&self) -> u64 {
+        self.ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn events(&self) -> broadcast::Receiver<QmpEvent> {
+        self.shared.events.subscribe()
+    }
+
+    pub(super) async fn closed(&self) {
+        // An error means that the sender is gone, which is an end as well.
+        let _ = self.shared.ended.subscribe().wait_for(Option::is_some).await;
+    }
+
+    /// Whether the reply to `id` lies in the socket, looked at without taking it.
+    fn unread_has_reply(&self, id: u64) -> bool {
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut unread = vec![0; PEEKED];
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        let count = recv(writer.as_raw_fd(), &mut unread, flags).unwrap_or(0);
+        let mut lines = unread[..count].split(|byte| *byte == b'\n');
+        lines.any(|line| serde_json::from_slice::<Message>(line).is_ok_and(|message| message.id == Some(id)))
+    }
+
+    pub(super) fn closed_error(&self, command: &str) -> QmpError {
+        let why = self.shared.ended.borrow().clone().unwrap_or_else(|| "the reader stopped".into());
+        QmpError::Closed { command: command.into(), why }
+    }
+
+    pub(super) fn expect_reply(&self, command: &str, id: u64) -> Result<Reply<'_>, QmpError> {
+        let (sender, receiver) = oneshot::channel();
+        let mut waiting = self.shared.waiting();
+        if self.shared.ended.borrow().is_some() {
+            return Err(self.closed_error(command));
+        }
+        if waiting.len() >= MAX_PENDING {
+            let why = format!("{MAX_PENDING} commands already wait for QEMU");
+            return Err(QmpError::Closed { command: command.into(), why });
+        }
+        waiting.insert(id, sender);
+        Ok(Reply { shared: &self.shared, id, receiver })
+    }
+
+    pub(super) fn send(&self, command: &str, line: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<(), QmpError> {
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        write_line(&writer, line, fd).map_err(|errno| {
+            let why = format!("writing to the socket: {errno}");
+            // A half-written line cannot be taken back: nothing after it would be understood.
+            self.shared.end(why.clone());
+            QmpError::Closed { command: command.into(), why }
+        })
+    }
+}
+
+fn write_line(socket: &StdStream, mut line: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+    let fds = fd.map(|fd| [fd.as_raw_fd()]);
+    let mut ancillary: Vec<ControlMessage<'_>> =
+        fds.iter().map(|fds| ControlMessage::ScmRights(fds.as_slice())).collect();
+    while !line.is_empty() {
+        let sent = sendmsg::<()>(
+            socket.as_raw_fd(),
+            &[IoSlice::new(line)],
+            &ancillary,
+            MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
+            None,
+        );
+        match sent {
+            Ok(count) => {
+                line = &line[count..];
+                ancillary.clear();
+            }
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => wait_writable(socket)?,
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+fn wait_writable(socket: &StdStream) -> Result<(), Errno> {
+    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+    match poll(&mut fds, PollTimeout::from(WRITE_PATIENCE_MS)) {
+        Ok(0) => Err(Errno::ETIMEDOUT),
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Connects, reads the greeting and starts the reader.
+pub(super) async fn open(path: &Path, timeout: Duration) -> Result<Connection, QmpError> {
+    let deadline = Instant::now() + timeout;
+    let connect_error = |source| QmpError::Connect { path: path.into(), source };
+    let stream = connect_until(path, deadline).await.map_err(connect_error)?;
+    let writer = stream.as_fd().try_clone_to_owned().map_err(connect_error)?;
+    let mut lines = Lines { stream, buffer: Vec::new(), searched: 0 };
+    let greeting = match tokio::time::timeout_at(deadline.into(), lines.next()).await {
+        Err(_) => return Err(QmpError::NoGreeting { path: path.into(), after: timeout }),
+        Ok(line) => line.and_then(|line| parse_greeting(&line)),
+    };
+    let version = greeting.map_err(|why| QmpError::NotQmp { path: path.into(), why })?;
+    let shared = Arc::new(Shared::new());
+    let reader = tokio::spawn(read_all(lines, shared.clone()));
+    Ok(Connection { writer: Mutex::new(writer.into()), shared, reader, ids: AtomicU64::new(1), version })
+}
+
+async fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {
+    loop {
+        match UnixStream::connect(path).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) if Instant::now() + CONNECT_RETRY >= deadline => return Err(error),
+            Err(_) => tokio::time::sleep(CONNECT_RETRY).await,
+        }
+    }
+}
+
+struct Lines {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+    /// How much of `buffer` is known to hold no newline.
+    searched: usize,
+}
+
+impl Lines {
+    async fn next(&mut self) -> Result<Vec<u8>, String> {
+        loop {
+            if let Some(found) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
+                let rest = self.buffer.split_off(self.searched + found + 1);
+                self.searched = 0;
+                return Ok(std::mem::replace(&mut self.buffer, rest));
+            }
+            self.searched = self.buffer.len();
+            if self.buffer.len() > MAX_LINE {
+                return Err(format!("a line of more than {MAX_LINE} bytes"));
+            }
+            match self.stream.read_buf(&mut self.buffer).await {
+                Ok(0) => return Err("the peer closed the connection".into()),
+                Ok(_) => {}
+                Err(error) => return Err(format!("reading from the socket: {error}")),
+            }
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Message {
+    #[serde(rename = "return")]
+    result: Option<Value>,
+    error: Option<RefusalBody>,
+    id: Option<u64>,
+    event: Option<String>,
+    data: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct RefusalBody {
+    class: String,
+    desc: String,
+}
+
+impl From<RefusalBody> for qapi::Error {
+    fn from(body: RefusalBody) -> Self {
+        let class =
+            serde_json::from_value(Value::String(body.class)).unwrap_or(qapi::ErrorClass::GenericError);
+        Self { class, desc: body.desc, id: None }
+    }
+}
+
+async fn read_all(mut lines: Lines, shared: Arc<Shared>) {
+    let why = loop {
+        match lines.next().await {
+            Ok(line) => dispatch(&shared, &line),
+            Err(why) => break why,
+        }
+    };
+    tracing::debug!(%why, "QMP connection ended");
+    shared.end(why);
+}
+
+fn dispatch(shared: &Shared, line: &[u8]) {
+    let message: Message = match serde_json::from_slice(line) {
+        Ok(message) => message,
+        Err(error) => return tracing::warn!(%error, "ignored a QMP line that is not understood"),
+    };
+    if let Some(name) = message.event {
+        let data = message.data.unwrap_or(Value::Null);
+        // Sending fails only when nobody listens.
+        let _ = shared.events.send(QmpEvent { name, data, at: Instant::now() });
+        return;
+    }
+    let Some(sender) = message.id.and_then(|id| shared.waiting().remove(&id)) else { return };
+    let result = match message.error {
+        Some(body) => Err(body.into()),
+        None => Ok(message.result.unwrap_or(Value::Null)),
+    };
+    // The caller may have stopped waiting in this very moment.
+    let _ = sender.send(result);
+}
+
+fn parse_greeting(line: &[u8]) -> Result<QemuVersion, String> {
+    let greeting: Value = serde_json::from_slice(line).map_err(|error| format!("its greeting is not JSON: {error}"))?;
+    let version = &greeting["QMP"]["version"];
+    let number = |field: &str| {
+        let number = version["qemu"][field].as_u64().and_then(|n| u32::try_from(n).ok());
+        number.ok_or_else(|| format!("its greeting has no version number `{field}`"))
+    };
+    Ok(QemuVersion {
+        major: number("major")?,
+        minor: number("minor")?,
+        micro: number("micro")?,
+        package: version["package"].as_str().unwrap_or_default().into(),
+    })
+}

@@ -1,0 +1,314 @@
+//! Disk captures on real QEMUs: the instant is the instant, whatever is written after it, and nothing is ever lost.
+
+mod common;
+
+use std::path::Path;
+use std::time::Instant;
+
+use common::{TestQemu, qemu_img, with_each_qemu};
+use qmp_bridge::capture::{BitmapTag, CapturePlan, FrozenDisks, PreparedDisks, cleanup_leftovers};
+use qmp_bridge::disks::{self, Disks};
+use qmp_bridge::nbd::{Content, ContentRange, content_ranges};
+use qmp_bridge::{Paused, Qmp};
+
+const DISK: u64 = 8 << 20;
+const PAGE: u64 = 4096;
+
+/// What a restore would build: the model of a disk, written by captures.
+type Image = Vec<u8>;
+
+fn tag() -> BitmapTag {
+    "test-1".parse().expect("tag")
+}
+
+/// A QEMU with four disks: an overlay on a base, a plain qcow2, a raw file and a raw file of odd length.
+async fn start(qemu: &Path) -> (TestQemu, Disks) {
+    let directory = tempfile::tempdir().expect("directory");
+    let size = DISK.to_string();
+    qemu_img(qemu, directory.path(), &["create", "-q", "-f", "qcow2", "base.qcow2", &size]);
+    qemu_img(qemu, directory.path(), &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2", "top.qcow2"]);
+    qemu_img(qemu, directory.path(), &["create", "-q", "-f", "qcow2", "plain.qcow2", &size]);
+    std::fs::File::create(directory.path().join("raw.img")).and_then(|file| file.set_len(DISK)).expect("raw");
+    std::fs::write(directory.path().join("odd.img"), vec![0x11; 512 * 77]).expect("odd");
+    let arguments = [
+        "-M", "q35", "-m", "16", "-S", "-drive", "if=none,id=drive-top,node-name=top,file=top.qcow2,format=qcow2",
+        "-drive", "if=none,id=drive-plain,node-name=plain,file=plain.qcow2,format=qcow2",
+        "-drive", "if=none,id=drive-raw,node-name=raw,file=raw.img,format=raw",
+        "-drive", "if=none,id=drive-odd,node-name=odd,file=odd.img,format=raw",
+        "-drive", "if=none,id=drive-ro,node-name=ro,file=base.qcow2,format=qcow2,read-only=on",
+    ];
+    let machine = TestQemu::start_in(qemu, &arguments, directory).await;
+    let disks = disks::list(&machine.qmp, Some(machine.directory.path())).await.expect("disks");
+    (machine, disks)
+}
+
+fn plan(machine: &TestQemu, seq: u64, parent: Option<u64>) -> CapturePlan {
+    let scratch_dir = machine.directory.path().to_owned();
+    CapturePlan { tag: tag(), seq, parent, scratch_dir, nbd_socket: machine.path("nbd.sock") }
+}
+
+async fn freeze(qmp: &Qmp, disks: &Disks, plan: CapturePlan) -> FrozenDisks {
+    let prepared = PreparedDisks::prepare(qmp, &disks.disks, plan).await.expect("prepare");
+    let paused = Paused::stop(qmp).await.expect("stop");
+    let frozen = prepared.freeze(&paused).await.expect("freeze");
+    paused.resume().await.expect("resume");
+    frozen
+}
+
+/// Reads what the capture holds into the images, as a restore would.
+async fn drain(frozen: &FrozenDisks, images: &mut [Image]) -> Vec<Vec<ContentRange>> {
+    frozen.export().await.expect("export");
+    let mut all = Vec::new();
+    for (disk, image) in frozen.disks().iter().zip(images) {
+        let client = frozen.connect(disk).await.expect("connect");
+        assert_eq!(client.size(), disk.bytes);
+        let states = client.block_status(0, disk.bytes).await.expect("status");
+        let ranges = content_ranges(&states[0], &states[1], PAGE, disk.bytes);
+        for range in &ranges {
+            let target = &mut image[range.start as usize..range.end as usize];
+            match range.content {
+                Content::Zero => target.fill(0),
+                Content::Data => {
+                    let length = u32::try_from(range.end - range.start).expect("small disk");
+                    target.copy_from_slice(&client.read(range.start, length).await.expect("read"));
+                }
+            }
+        }
+        client.close().await;
+        all.push(ranges);
+    }
+    frozen.verify().await.expect("verify");
+    all
+}
+
+fn covered(ranges: &[ContentRange]) -> u64 {
+    ranges.iter().map(|range| range.end - range.start).sum()
+}
+
+/// Empty images of the four disks; the overlay's begins as its base.
+fn new_images(disks: &Disks) -> Vec<Image> {
+    disks.writable().map(|disk| vec![0; disk.virtual_size as usize]).collect()
+}
+
+/// Writes the same into a disk and into its model.
+async fn write(machine: &TestQemu, disks: &Disks, models: &mut [Image], (index, pattern, offset, length): (usize, u8, u64, u64)) {
+    machine.write_disk(&disks.disks[index].device, pattern, offset, length).await;
+    models[index][offset as usize..(offset + length) as usize].fill(pattern);
+}
+
+fn assert_same(images: &[Image], models: &[Image], what: &str) {
+    for (index, (image, model)) in images.iter().zip(models).enumerate() {
+        let differs = image.iter().zip(model).position(|(a, b)| a != b);
+        assert_eq!((image.len(), differs), (model.len(), None), "{what}: disk {index}");
+    }
+}
+
+/// Bitmaps and other things of ours that QEMU still has, as text.
+async fn traces(qmp: &Qmp) -> String {
+    let nodes = qmp.execute_json("query-named-block-nodes", serde_json::json!({"flat": true})).await.expect("nodes");
+    let jobs = qmp.execute_json("query-jobs", serde_json::Value::Null).await.expect("jobs");
+    let exports = qmp.execute_json("query-block-exports", serde_json::Value::Null).await.expect("exports");
+    let mut found: Vec<String> = Vec::new();
+    for node in nodes.as_array().expect("list") {
+        let name = node["node-name"].as_str().expect("name");
+        if name.contains("stillpoint") {
+            found.push(name.into());
+        }
+        for bitmap in node["dirty-bitmaps"].as_array().into_iter().flatten() {
+            let recording = if bitmap["recording"] == true { "on" } else { "off" };
+            found.push(format!("{name}:{}:{recording}", bitmap["name"].as_str().unwrap_or("?")));
+        }
+    }
+    found.extend(jobs.as_array().expect("list").iter().map(|job| job["id"].to_string()));
+    found.extend(exports.as_array().expect("list").iter().map(|export| export["id"].to_string()));
+    found.sort();
+    found.join(" ")
+}
+
+fn bitmaps_since(seq: u64) -> String {
+    ["odd", "plain", "raw", "top"].map(|node| format!("{node}:stillpoint/test-1/{seq}:on")).join(" ")
+}
+
+#[tokio::test]
+async fn full_then_incrementals_show_the_instant() {
+    with_each_qemu(async |qemu| {
+        let (machine, disks) = start(&qemu).await;
+        assert_eq!(disks.writable().count(), 4);
+        assert_eq!(disks.disks[0].backing.len(), 1);
+        assert_eq!(disks.disks[0].backing[0].file, machine.path("base.qcow2"));
+        let mut models = new_images(&disks);
+        models[3].fill(0x11);
+        let mut images = new_images(&disks);
+        for at in 0..4 {
+            write(&machine, &disks, &mut models, (at, 0x21 + at as u8, 4096 * at as u64, 20_480)).await;
+        }
+        // An explicit zero in the overlay and unaligned writes.
+        write(&machine, &disks, &mut models, (0, 0x5a, 1 << 20, 512)).await;
+        write(&machine, &disks, &mut models, (1, 0x5b, (1 << 20) + 1024, 5 * 512)).await;
+        machine.qemu_io("drive-top", "write -z 2097152 65536").await;
+
+        let frozen = freeze(&machine.qmp, &disks, plan(&machine, 1, None)).await;
+        let instant = models.clone();
+        // After the instant: overwrite old data, write where nothing was, zero and discard.
+        write(&machine, &disks, &mut models, (0, 0x77, 0, 65_536)).await;
+        write(&machine, &disks, &mut models, (1, 0x77, 3 << 20, 65_536)).await;
+        write(&machine, &disks, &mut models, (2, 0x77, 8192, 4096)).await;
+        write(&machine, &disks, &mut models, (3, 0x77, 0, 512 * 77)).await;
+        machine.qemu_io("drive-raw", "write -z 4194304 65536").await;
+        drain(&frozen, &mut images).await;
+        assert_same(&images, &instant, "full");
+        frozen.settle().await.expect("settle");
+        assert_eq!(traces(&machine.qmp).await, bitmaps_since(1));
+
+        // Incremental: only what changed, and again the instant.
+        write(&machine, &disks, &mut models, (1, 0, 1 << 20, 4096)).await;
+        let frozen = freeze(&machine.qmp, &disks, plan(&machine, 2, Some(1))).await;
+        let instant = models.clone();
+        write(&machine, &disks, &mut models, (0, 0x78, 0, 131_072)).await;
+        let ranges = drain(&frozen, &mut images).await;
+        assert_same(&images, &instant, "incremental");
+        assert_eq!(covered(&ranges[0]), 65_536);
+        assert_eq!(covered(&ranges[1]), 65_536 + 4096);
+        frozen.settle().await.expect("settle");
+
+        // Nothing changed on three of them.
+        let frozen = freeze(&machine.qmp, &disks, plan(&machine, 3, Some(2))).await;
+        let ranges = drain(&frozen, &mut images).await;
+        assert_same(&images, &models, "third");
+        assert_eq!([1, 2, 3].map(|at| covered(&ranges[at])), [0; 3]);
+        frozen.settle().await.expect("settle");
+        assert_eq!(traces(&machine.qmp).await, bitmaps_since(3));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_failed_checkpoint_gives_its_changes_to_the_next() {
+    with_each_qemu(async |qemu| {
+        let (machine, disks) = start(&qemu).await;
+        let mut models = new_images(&disks);
+        models[3].fill(0x11);
+        let mut images = new_images(&disks);
+        // The first ever fails: nothing may remain, the same number can be used again.
+        freeze(&machine.qmp, &disks, plan(&machine, 1, None)).await.give_back().await.expect("give back");
+        assert_eq!(traces(&machine.qmp).await, "");
+        write(&machine, &disks, &mut models, (2, 0x31, 0, 8192)).await;
+        let frozen = freeze(&machine.qmp, &disks, plan(&machine, 1, None)).await;
+        drain(&frozen, &mut images).await;
+        assert_same(&images, &models, "full");
+        frozen.settle().await.expect("settle");
+
+        write(&machine, &disks, &mut models, (0, 0x41, 8192, 4096)).await;
+        let frozen = freeze(&machine.qmp, &disks, plan(&machine, 2, Some(1))).await;
+        write(&machine, &disks, &mut models, (0, 0x42, 65_536, 4096)).await;
+        drain(&frozen, &mut images.clone()).await;
+        frozen.give_back().await.expect("give back");
+        assert_eq!(traces(&machine.qmp).await, bitmaps_since(1));
+
+        // Dropped without a word, in each phase: the same, in the background.
+        drop(freeze(&machine.qmp, &disks, plan(&machine, 2, Some(1))).await);
+        wait_for_traces(&machine.qmp, &bitmaps_since(1)).await;
+        drop(PreparedDisks::prepare(&machine.qmp, &disks.disks, plan(&machine, 2, Some(1))).await.expect("prepare"));
+        wait_for_traces(&machine.qmp, &bitmaps_since(1)).await;
+
+        let frozen = freeze(&machine.qmp, &disks, plan(&machine, 2, Some(1))).await;
+        let ranges = drain(&frozen, &mut images).await;
+        assert_same(&images, &models, "after failures");
+        assert_eq!(covered(&ranges[0]), 8192);
+        frozen.settle().await.expect("settle");
+
+        // A forced full capture leaves the running bitmap alone when it fails.
+        freeze(&machine.qmp, &disks, plan(&machine, 3, None)).await.give_back().await.expect("give back");
+        assert_eq!(traces(&machine.qmp).await, bitmaps_since(2));
+    })
+    .await;
+}
+
+async fn wait_for_traces(qmp: &Qmp, wanted: &str) {
+    let deadline = Instant::now() + std::time::Duration::from_secs(10);
+    while traces(qmp).await != wanted {
+        assert!(Instant::now() < deadline, "{} instead of {wanted}", traces(qmp).await);
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+}
+
+/// Where a helper is killed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Death {
+    Prepared,
+    Paused,
+    Frozen,
+    Exported,
+    Reading,
+    Released,
+    HalfSettled,
+}
+
+#[tokio::test]
+async fn a_killed_helper_is_cleaned_up_after() {
+    use Death::*;
+    with_each_qemu(async |qemu| {
+        for death in [Prepared, Paused, Frozen, Exported, Reading, Released, HalfSettled] {
+            eprintln!("{death:?}");
+            let (machine, disks) = start(&qemu).await;
+            let mut models = new_images(&disks);
+            models[3].fill(0x11);
+            let mut images = new_images(&disks);
+            machine.qmp.execute_json("cont", serde_json::Value::Null).await.expect("cont");
+            let first = freeze(&machine.qmp, &disks, plan(&machine, 1, None)).await;
+            drain(&first, &mut images).await;
+            first.settle().await.expect("settle");
+            write(&machine, &disks, &mut models, (0, 0x41, 0, 4096)).await;
+
+            die(machine.second().await, &disks, plan(&machine, 2, Some(1)), death).await;
+            write(&machine, &disks, &mut models, (1, 0x42, 65_536, 4096)).await;
+            let left = cleanup_leftovers(&machine.qmp, &tag()).await.expect("clean up");
+            assert_eq!(left.resumed, death == Paused);
+            assert_eq!(left.found_capture(), !matches!(death, Released | HalfSettled));
+            assert_eq!(left.bitmaps.len(), 4);
+            let since = if death == HalfSettled { 2 } else { 1 };
+            assert!(left.bitmaps.iter().all(|bitmap| bitmap.since == since && bitmap.recording), "{left:?}");
+            assert_eq!(traces(&machine.qmp).await, bitmaps_since(since));
+            assert_eq!(cleanup_leftovers(&machine.qmp, &tag()).await.expect("again").found_capture(), false);
+
+            let parent = left.bitmaps[0].since;
+            let next = freeze(&machine.qmp, &disks, plan(&machine, 3, Some(parent))).await;
+            let ranges = drain(&next, &mut images).await;
+            if death != HalfSettled {
+                assert_same(&images, &models, "after the cleanup");
+                assert_eq!((covered(&ranges[0]), covered(&ranges[1])), (4096, 4096));
+            }
+            next.settle().await.expect("settle");
+            assert_eq!(traces(&machine.qmp).await, bitmaps_since(3));
+        }
+    })
+    .await;
+}
+
+/// A helper of its own that gets as far as `death` and then does nothing more, not even a drop.
+async fn die(qmp: Qmp, disks: &Disks, plan: CapturePlan, death: Death) {
+    let prepared = PreparedDisks::prepare(&qmp, &disks.disks, plan).await.expect("prepare");
+    if death == Death::Prepared {
+        return std::mem::forget(prepared);
+    }
+    let paused = Paused::stop(&qmp).await.expect("stop");
+    let mut frozen = prepared.freeze(&paused).await.expect("freeze");
+    if death == Death::Paused {
+        std::mem::forget(paused);
+        return std::mem::forget(frozen);
+    }
+    paused.resume().await.expect("resume");
+    match death {
+        Death::Exported => frozen.export().await.expect("export"),
+        Death::Reading => {
+            frozen.export().await.expect("export");
+            let client = frozen.connect(&frozen.disks()[0]).await.expect("connect");
+            client.read(0, 4096).await.expect("read");
+            std::mem::forget(client);
+        }
+        Death::Released => frozen.release().await.expect("release"),
+        Death::HalfSettled => return frozen.settle().await.expect("settle"),
+        _ => {}
+    }
+    std::mem::forget(frozen);
+}

@@ -1,0 +1,100 @@
+//! What the next checkpoint builds on: the last durable one, and digests of all that it holds.
+
+use super::delta::Space;
+use crate::helper::machine::Machine;
+use crate::lineage::Lineage;
+use anyhow::{Context, Result};
+use checkpoint_format::{ByteLen, CheckpointSeq, DigestTable, PageCount, SpaceKind, SpaceName};
+use checkpoint_store::Repository;
+
+/// Digests of disk pages in memory, over all disks: those of 4 GiB of content.
+const DISK_TABLES: ByteLen = ByteLen(16 << 20);
+/// Device state has a few hundred KiB; digests for 64 MiB of it.
+const STATE_TABLE: ByteLen = ByteLen(256 << 10);
+
+pub struct Base {
+    /// None: the next checkpoint is full.
+    pub parent: Option<CheckpointSeq>,
+    pub next: CheckpointSeq,
+    pub spaces: Vec<Space>,
+    /// The tracker knows every page written since the parent. Otherwise its first lease has all pages that exist, and those
+    /// that do not exist must be compared as zeros.
+    pub is_exact: bool,
+}
+
+impl Base {
+    /// Looks up what this machine's last durable checkpoint is, if it is of this machine's lineage at all.
+    pub async fn find(machine: &Machine, repository: &Repository, disks: &[(SpaceName, PageCount)]) -> Result<Self> {
+        let vm = &machine.file.name;
+        let known = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
+        let newest = known.last().copied();
+        let next = newest.map_or(CheckpointSeq::FIRST, CheckpointSeq::next);
+        let names = names(machine, disks)?;
+        let Some(newest) = newest else {
+            return Ok(Self::full(next, names, disks.len()));
+        };
+        let manifest = crate::lineage::manifest(repository, vm, newest).await?;
+        let continues = manifest.instance == machine.file.instance || machine.file.restored_from == Some(newest);
+        if !continues {
+            tracing::info!(%vm, %newest, "the store's newest checkpoint is of another life of this machine; the next one is full");
+            return Ok(Self::full(next, names, disks.len()));
+        }
+        let lineage = Lineage::read(repository, vm, newest).await?;
+        let mut tables = empty_tables(names, disks.len());
+        lineage.digests(repository, &mut tables).await.context("reading what the last checkpoint holds")?;
+        let is_exact = machine.runtime.exact_since() == Some(newest);
+        if is_exact {
+            machine.lock_tracker().resume_protection();
+        }
+        tracing::info!(%vm, parent = %newest, is_exact, "continuing a lineage");
+        Ok(Self { parent: Some(newest), next, spaces: spaces(machine, disks, tables), is_exact })
+    }
+
+    fn full(next: CheckpointSeq, names: Vec<(SpaceName, PageCount)>, disks: usize) -> Self {
+        let sizes: Vec<PageCount> = names.iter().map(|(_, pages)| *pages).collect();
+        let tables = empty_tables(names, disks);
+        let spaces = tables.into_iter().zip(sizes).map(|((name, table), pages)| Space::new(name, pages, table));
+        Self { parent: None, next, spaces: spaces.collect(), is_exact: false }
+    }
+
+    /// After a hot-plug: spaces of disks that came get an empty table, those of disks that went are dropped.
+    pub fn adapt(&mut self, machine: &Machine, disks: &[(SpaceName, PageCount)]) -> Result<()> {
+        let names = names(machine, disks)?;
+        let same = |(space, (name, pages)): (&Space, &(SpaceName, PageCount))| space.name == *name && space.pages == *pages;
+        if self.spaces.len() == names.len() && self.spaces.iter().zip(&names).all(same) {
+            return Ok(());
+        }
+        let mut old = std::mem::take(&mut self.spaces);
+        for ((name, table), (_, pages)) in empty_tables(names.clone(), disks.len()).into_iter().zip(names) {
+            let found = old.iter().position(|space| space.name == name && space.pages == pages);
+            let table = found.map_or(table, |place| old.swap_remove(place).table);
+            self.spaces.push(Space::new(name, pages, table));
+        }
+        Ok(())
+    }
+}
+
+/// RAM blocks in the tracker's order, then disks, then the device state: a space's place is its number.
+fn names(machine: &Machine, disks: &[(SpaceName, PageCount)]) -> Result<Vec<(SpaceName, PageCount)>> {
+    let mut names = machine.ram_spaces()?;
+    names.extend(disks.iter().cloned());
+    names.push((SpaceName::device_state(), PageCount(0)));
+    Ok(names)
+}
+
+fn empty_tables(names: Vec<(SpaceName, PageCount)>, disks: usize) -> Vec<(SpaceName, DigestTable)> {
+    let share = ByteLen(DISK_TABLES.0 / disks.max(1) as u64);
+    let table = |name: &SpaceName, pages| match name.kind() {
+        SpaceKind::Ram => DigestTable::dense(pages),
+        SpaceKind::Disk => DigestTable::sparse(share),
+        SpaceKind::State | SpaceKind::Layer => DigestTable::sparse(STATE_TABLE),
+    };
+    names.into_iter().map(|(name, pages)| { let table = table(&name, pages); (name, table) }).collect()
+}
+
+fn spaces(machine: &Machine, disks: &[(SpaceName, PageCount)], tables: Vec<(SpaceName, DigestTable)>) -> Vec<Space> {
+    let sizes = machine.ram_spaces().into_iter().flatten().chain(disks.iter().cloned());
+    let sizes: std::collections::HashMap<SpaceName, PageCount> = sizes.collect();
+    let pages = |name: &SpaceName| sizes.get(name).copied().unwrap_or(PageCount(0));
+    tables.into_iter().map(|(name, table)| { let pages = pages(&name); Space::new(name, pages, table) }).collect()
+}

@@ -1,0 +1,151 @@
+//! Phase `commit`: packs closed, the manifest written, one rename. After that the checkpoint exists.
+
+use super::Checkpointer;
+use super::outcome::{Kind, Outcome, Phases, milliseconds};
+use super::prepare::Run;
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use checkpoint_format::{
+    ByteLen, CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PAGE_SIZE, PackRecord, RamBlockRecord, SpaceName, SpaceRecord,
+    Totals,
+};
+use checkpoint_store::Durable;
+use qmp_bridge::disks::Disk;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+impl Checkpointer {
+    pub(super) async fn commit(&mut self, run: &mut Run, phases: &mut Phases) -> Result<Outcome> {
+        let begun = Instant::now();
+        let packs = run.packer.take().context("the packer is gone")?.finish().await?;
+        let partial = run.partial.take().context("the partial checkpoint is gone")?;
+        let partial = Arc::try_unwrap(partial).ok().context("the pack pipeline still holds the checkpoint")?;
+        phases.since("upload", begun);
+        if let (Some(parent), true) = (run.parent, packs.is_empty()) {
+            partial.abort().await.context("removing an empty checkpoint")?;
+            return self.unchanged(run, parent).await;
+        }
+        let begun = Instant::now();
+        let totals = self.totals(run, &packs);
+        let (manifest, totals) = self.manifest(run, packs, totals)?;
+        let durable = partial.commit(Bytes::from(manifest)).await.context("committing the checkpoint")?;
+        phases.since("commit", begun);
+        let outcome = outcome(run, &durable, totals);
+        let begun = Instant::now();
+        self.settle(run, durable).await;
+        phases.since("settle", begun);
+        Ok(outcome)
+    }
+
+    fn totals(&self, run: &Run, packs: &[PackRecord]) -> Totals {
+        let changed = run.delta.as_ref().map_or(0, |delta| delta.changed().0);
+        Totals {
+            pages_dirty: run.pages_dirty,
+            bytes_changed: ByteLen(changed * PAGE_SIZE as u64),
+            bytes_stored_raw: ByteLen(packs.iter().map(|pack| pack.info.raw_bytes.0).sum()),
+            bytes_stored: ByteLen(packs.iter().map(|pack| pack.info.len.0).sum()),
+        }
+    }
+
+    /// The manifest counts itself: its length is in its own totals.
+    fn manifest(&self, run: &Run, packs: Vec<PackRecord>, totals: Totals) -> Result<(Vec<u8>, Totals)> {
+        let mut manifest = self.describe(run, packs, totals)?;
+        let draft = manifest.encode().context("encoding the manifest")?.len() as u64;
+        manifest.totals.bytes_stored_raw.0 += draft;
+        manifest.totals.bytes_stored.0 += draft;
+        Ok((manifest.encode().context("encoding the manifest")?, manifest.totals))
+    }
+
+    fn describe(&self, run: &Run, packs: Vec<PackRecord>, totals: Totals) -> Result<Manifest> {
+        let (file, facts) = (&self.machine.file, &self.machine.facts);
+        let session = self.store.as_ref().context("the store is not open")?;
+        Ok(Manifest {
+            vm: file.name.clone(),
+            seq: run.seq,
+            parent: run.parent,
+            kind: if run.parent.is_some() { CheckpointKind::Incremental } else { CheckpointKind::Full },
+            epoch: session.writer.epoch(),
+            instance: file.instance.clone(),
+            created_at: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+            stillpoint_version: env!("CARGO_PKG_VERSION").to_owned(),
+            machine: MachineRecord {
+                qemu_version: facts.qemu.to_string(),
+                machine_type: file.machine_type.clone(),
+                accelerator: file.accelerator.clone(),
+                arguments: file.arguments.clone(),
+                vcpus: facts.vcpus,
+                ram_bytes: ByteLen(file.ram_bytes),
+                ram_block: file.ram_block.clone(),
+                directory: self.machine.directory().to_string_lossy().into_owned(),
+                files: run.boot_files.clone(),
+            },
+            spaces: self.space_records(run)?,
+            ram_blocks: self.machine.blocks.iter().map(|block| self.ram_record(block)).collect(),
+            disks: run.disks.iter().map(|disk| self.disk_record(disk)).collect::<Result<_>>()?,
+            packs,
+            totals,
+        })
+    }
+
+    fn space_records(&self, run: &Run) -> Result<Vec<SpaceRecord>> {
+        let ram = self.machine.blocks.iter().map(|block| Ok(SpaceRecord::new(SpaceName::ram(&block.name)?, ByteLen(block.used))));
+        let writable = run.disks.iter().filter(|disk| !disk.read_only);
+        let disks = writable.map(|disk| Ok(SpaceRecord::new(SpaceName::disk(&disk.node)?, ByteLen(disk.virtual_size))));
+        let state = SpaceRecord::new(SpaceName::device_state(), run.state_bytes);
+        ram.chain(disks).chain([Ok(state)]).collect()
+    }
+
+    fn ram_record(&self, block: &qmp_bridge::ramblock::RamBlock) -> RamBlockRecord {
+        RamBlockRecord {
+            name: block.name.clone(),
+            used: ByteLen(block.used),
+            total: ByteLen(block.total),
+            page_size: ByteLen(block.page_size),
+            shared: block.name == self.machine.file.ram_block,
+        }
+    }
+
+    fn disk_record(&self, disk: &Disk) -> Result<DiskRecord> {
+        let layer = |path: &std::path::Path| -> Result<LayerRef> {
+            self.layers.get(path).cloned().with_context(|| format!("the layer {} was not stored", path.display()))
+        };
+        let own = disk.read_only.then(|| layer(&disk.file)).transpose()?;
+        let backing = disk.backing.iter().map(|image| layer(&image.file));
+        Ok(DiskRecord {
+            node: disk.node.clone(),
+            space: (!disk.read_only).then(|| SpaceName::disk(&disk.node)).transpose()?,
+            read_only: disk.read_only,
+            format: disk.format.as_str().to_owned(),
+            virtual_size: ByteLen(disk.virtual_size),
+            file: disk.file.to_string_lossy().into_owned(),
+            backing: own.into_iter().map(Ok).chain(backing).collect::<Result<_>>()?,
+        })
+    }
+}
+
+fn outcome(run: &Run, durable: &Durable, totals: Totals) -> Outcome {
+    let mut notes = Vec::new();
+    if durable.short_of_replicas() > 0 {
+        notes.push(format!(
+            "{} files were written with fewer replicas than wanted ({} at least); the store was asked to make up for it",
+            durable.short_of_replicas(),
+            durable.least_replicas().unwrap_or(0)
+        ));
+    }
+    Outcome {
+        id: run.seq,
+        parent: run.parent,
+        kind: if run.parent.is_some() { Kind::Incremental } else { Kind::Full },
+        pause_ms: milliseconds(run.pause),
+        rounds: run.round_pauses.len() as u32,
+        round_pauses_ms: run.round_pauses.iter().copied().map(milliseconds).collect(),
+        pages_dirty: totals.pages_dirty.0,
+        bytes_changed: totals.bytes_changed.0,
+        bytes_stored_raw: totals.bytes_stored_raw.0,
+        bytes_stored: totals.bytes_stored.0,
+        layer_bytes_stored: run.layer_bytes,
+        replicas: durable.least_replicas(),
+        notes,
+        ..Outcome::default()
+    }
+}

@@ -1,0 +1,244 @@
+//! What differs from the parent, page by page, as jobs for the packer.
+//!
+//! Each space has a table of digests: what a restore of the parent, plus what this checkpoint has stored so far, would
+//! give. A page is stored when its digest is not the table's, and the table then takes the new one. So a page that was
+//! written with its old content costs nothing, and one that was stored in a live round and changed again is stored
+//! again, also when it went back to what the parent holds.
+//!
+//! When the checkpoint fails, the tables tell of pages that no checkpoint holds: [`Delta::fail`] forgets them.
+
+use super::staging::SpaceNumber;
+use crate::pack::{FrameJob, PackJob};
+use anyhow::{Context, Result};
+use checkpoint_format::{
+    DigestTable, FRAME_PAGES, PAGE_SIZE, PageCount, PageDigest, PageIndex, PageRange, PageSet, SpaceId, SpaceKind, SpaceName,
+    SpaceTable, is_zero,
+};
+
+/// One named array of pages of the machine, and what the last durable checkpoint holds of it.
+pub struct Space {
+    pub name: SpaceName,
+    pub pages: PageCount,
+    pub table: DigestTable,
+    /// RAM pages stored by the checkpoint under way.
+    stored: PageSet,
+}
+
+impl Space {
+    pub fn new(name: SpaceName, pages: PageCount, table: DigestTable) -> Self {
+        let counted = if name.kind() == SpaceKind::Ram { pages } else { PageCount(0) };
+        Self { name, pages, table, stored: PageSet::new(counted) }
+    }
+}
+
+#[derive(Default)]
+struct OpenFrame {
+    pages: Vec<(PageIndex, PageDigest)>,
+    raw: Vec<u8>,
+}
+
+pub struct Delta {
+    spaces: Vec<Space>,
+    ids: Vec<SpaceId>,
+    frames: Vec<OpenFrame>,
+    zeros: Option<(SpaceNumber, PageRange)>,
+    changed: PageCount,
+}
+
+impl Delta {
+    pub fn new(spaces: Vec<Space>, table: &SpaceTable) -> Result<Self> {
+        let id = |space: &Space| table.id(&space.name).with_context(|| format!("space {} has no number", space.name));
+        let ids = spaces.iter().map(id).collect::<Result<_>>()?;
+        let frames = spaces.iter().map(|_| OpenFrame::default()).collect();
+        Ok(Self { spaces, ids, frames, zeros: None, changed: PageCount(0) })
+    }
+
+    pub fn spaces(&self) -> &[Space] {
+        &self.spaces
+    }
+
+    /// Pages whose content differs from the parent's.
+    pub fn changed(&self) -> PageCount {
+        self.changed
+    }
+
+    /// Takes pages in ascending order, each at most once until the next [`Delta::flush`].
+    pub fn offer(&mut self, space: SpaceNumber, first: PageIndex, bytes: &[u8], jobs: &mut Vec<PackJob>) {
+        for (number, page) in bytes.chunks_exact(PAGE_SIZE).enumerate() {
+            self.offer_page(space, PageIndex(first.0 + number as u64), page, jobs);
+        }
+    }
+
+    fn offer_page(&mut self, space: SpaceNumber, page: PageIndex, bytes: &[u8], jobs: &mut Vec<PackJob>) {
+        if is_zero(bytes) {
+            return self.offer_zero(space, PageRange::single(page), jobs);
+        }
+        let digest = PageDigest::of(bytes);
+        if !self.take(space, page, digest) {
+            return;
+        }
+        let frame = &mut self.frames[usize::from(space)];
+        frame.pages.push((page, digest));
+        frame.raw.extend_from_slice(bytes);
+        if frame.pages.len() == FRAME_PAGES {
+            self.close_frame(space, jobs);
+        }
+    }
+
+    /// Pages known to hold zeros.
+    pub fn offer_zero(&mut self, space: SpaceNumber, pages: PageRange, jobs: &mut Vec<PackJob>) {
+        for page in pages.iter() {
+            if !self.take(space, page, PageDigest::ZERO_PAGE) {
+                continue;
+            }
+            match &mut self.zeros {
+                Some((open, range)) if *open == space && range.end == page => range.end = PageIndex(page.0 + 1),
+                _ => {
+                    self.close_zeros(jobs);
+                    self.zeros = Some((space, PageRange::single(page)));
+                }
+            }
+        }
+    }
+
+    /// Says that a whole space is zero but for what is offered after: the ground of a full checkpoint.
+    pub fn ground(&mut self, space: SpaceNumber, jobs: &mut Vec<PackJob>) {
+        let pages = self.spaces[usize::from(space)].pages;
+        for page in pages.all().iter() {
+            self.spaces[usize::from(space)].table.set(page, PageDigest::ZERO_PAGE);
+        }
+        jobs.push(PackJob::Zero(self.ids[usize::from(space)], pages.all()));
+    }
+
+    /// Whether the page is news.
+    fn take(&mut self, space: SpaceNumber, page: PageIndex, digest: PageDigest) -> bool {
+        let space = &mut self.spaces[usize::from(space)];
+        if space.table.holds(page, digest) {
+            return false;
+        }
+        space.table.set(page, digest);
+        if space.stored.len() == PageCount(0) || !space.stored.contains(page) {
+            self.changed.0 += 1;
+        }
+        if space.stored.len() > PageCount(0) {
+            space.stored.insert(page);
+        }
+        true
+    }
+
+    /// Ends a round: everything offered so far comes before whatever follows.
+    pub fn flush(&mut self, jobs: &mut Vec<PackJob>) {
+        for space in 0..self.frames.len() {
+            self.close_frame(space as SpaceNumber, jobs);
+        }
+        self.close_zeros(jobs);
+    }
+
+    fn close_frame(&mut self, space: SpaceNumber, jobs: &mut Vec<PackJob>) {
+        let frame = std::mem::take(&mut self.frames[usize::from(space)]);
+        if !frame.pages.is_empty() {
+            let space = self.ids[usize::from(space)];
+            jobs.push(PackJob::Data(FrameJob { space, pages: frame.pages, raw: frame.raw }));
+        }
+    }
+
+    fn close_zeros(&mut self, jobs: &mut Vec<PackJob>) {
+        if let Some((space, range)) = self.zeros.take() {
+            jobs.push(PackJob::Zero(self.ids[usize::from(space)], range));
+        }
+    }
+
+    /// The checkpoint is durable: the tables are what the next one compares with.
+    pub fn settle(mut self) -> Vec<Space> {
+        self.spaces.iter_mut().for_each(|space| space.stored.clear());
+        self.spaces
+    }
+
+    /// The checkpoint failed: what it would have stored is unknown again, so it is stored by the next one.
+    pub fn fail(mut self) -> Vec<Space> {
+        for space in &mut self.spaces {
+            if space.name.kind() == SpaceKind::Ram {
+                for page in space.stored.iter() {
+                    space.table.forget(page);
+                }
+                space.stored.clear();
+            } else {
+                space.table.truncate(PageCount(0));
+            }
+        }
+        self.spaces
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn delta(pages: u64) -> Delta {
+        let names = [SpaceName::ram("pc.ram").unwrap(), SpaceName::disk("d").unwrap()];
+        let table = SpaceTable::new(names.clone()).unwrap();
+        let spaces = names.into_iter().map(|name| Space::new(name, PageCount(pages), DigestTable::dense(PageCount(pages))));
+        Delta::new(spaces.collect(), &table).unwrap()
+    }
+
+    fn again(spaces: Vec<Space>) -> Delta {
+        let table = SpaceTable::new(spaces.iter().map(|space| space.name.clone())).unwrap();
+        Delta::new(spaces, &table).unwrap()
+    }
+
+    fn jobs_of(delta: &mut Delta, pages: &[(u64, u8)]) -> Vec<PackJob> {
+        let mut jobs = Vec::new();
+        for (page, fill) in pages {
+            delta.offer(0, PageIndex(*page), &[*fill; PAGE_SIZE], &mut jobs);
+        }
+        delta.flush(&mut jobs);
+        jobs
+    }
+
+    fn data_pages(jobs: &[PackJob]) -> Vec<u64> {
+        let frames = jobs.iter().filter_map(|job| match job {
+            PackJob::Data(frame) => Some(frame.pages.iter().map(|(page, _)| page.0)),
+            PackJob::Zero(..) => None,
+        });
+        frames.flatten().collect()
+    }
+
+    #[test]
+    fn an_equal_page_is_not_stored_again() {
+        let mut first = delta(8);
+        assert_eq!(data_pages(&jobs_of(&mut first, &[(1, 7), (3, 7), (4, 0)])), [1, 3]);
+        let mut second = again(first.settle());
+        assert_eq!(data_pages(&jobs_of(&mut second, &[(1, 7), (3, 8)])), [3]);
+        assert_eq!(second.changed(), PageCount(1));
+    }
+
+    #[test]
+    fn a_failed_checkpoint_stores_its_pages_with_the_next() {
+        let mut first = delta(8);
+        jobs_of(&mut first, &[(1, 7)]);
+        let mut second = again(first.settle());
+        jobs_of(&mut second, &[(1, 9), (2, 9)]);
+        let mut third = again(second.fail());
+        assert_eq!(data_pages(&jobs_of(&mut third, &[(1, 9), (2, 9)])), [1, 2]);
+    }
+
+    #[test]
+    fn a_page_that_went_back_is_stored_again_and_counted_once() {
+        let mut delta = delta(8);
+        assert_eq!(data_pages(&jobs_of(&mut delta, &[(5, 1)])), [5]);
+        assert_eq!(data_pages(&jobs_of(&mut delta, &[(5, 2)])), [5]);
+        assert_eq!(data_pages(&jobs_of(&mut delta, &[(5, 1)])), [5]);
+        assert_eq!(delta.changed(), PageCount(1));
+    }
+
+    #[test]
+    fn zero_pages_are_runs() {
+        let mut delta = delta(100);
+        let jobs = jobs_of(&mut delta, &[(4, 0), (5, 0), (6, 1), (7, 0)]);
+        let zeros: Vec<_> = jobs.iter().filter_map(|job| match job {
+            PackJob::Zero(_, range) => Some((range.start.0, range.end.0)),
+            PackJob::Data(_) => None,
+        }).collect();
+        assert_eq!(zeros, [(4, 6), (7, 8)]);
+    }
+}

@@ -1,0 +1,211 @@
+//! Phase `drain`: what the freeze caught goes to the packer while the guest runs: disks first, because each block that the
+//! guest overwrites meanwhile must be copied aside; then the device state; then the staged memory.
+
+use super::delta::Delta;
+use super::outcome::Phases;
+use super::prepare::Run;
+use super::round::{self, blocking};
+use super::staging::{SpaceNumber, Staging};
+use super::{Checkpointer, Report};
+use crate::pack::Packer;
+use anyhow::{Context, Result, bail};
+use checkpoint_format::{ByteLen, ByteOffset, FRAME_PAGES, PAGE_SIZE, PageCount, PageIndex, PageRange, SpaceKind, SpaceName};
+use futures::future::BoxFuture;
+use futures::{StreamExt, TryStreamExt};
+use qmp_bridge::capture::{FrozenDisk, FrozenDisks};
+use qmp_bridge::nbd::{Content, ContentRange, ContextExtents, NbdClient, content_ranges, context};
+use std::time::Instant;
+use tokio::sync::mpsc;
+
+/// A disk's extents are looked up for this much of it at a time.
+const WINDOW: u64 = 1 << 30;
+/// One NBD read: a frame.
+const READ_BYTES: u64 = (FRAME_PAGES * PAGE_SIZE) as u64;
+/// NBD reads of one disk under way: 2 MiB.
+const READS: usize = 8;
+/// Pieces of all disks waiting for the comparison: 4 MiB.
+const QUEUE: usize = 16;
+/// The guest's own writes come first: with less free space for the copies aside, the checkpoint gives up.
+const SCRATCH_RESERVE: u64 = 256 << 20;
+
+enum Piece {
+    Data(SpaceNumber, u64, Vec<u8>),
+    Zero(SpaceNumber, PageRange),
+}
+
+impl Checkpointer {
+    pub(super) async fn drain(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
+        let begun = Instant::now();
+        self.drain_disks(run, report).await.context("reading the disks' instant")?;
+        phases.since("drain.disks", begun);
+        let begun = Instant::now();
+        self.drain_state(run).await?;
+        self.drain_staging(run).await?;
+        phases.since("drain.memory", begun);
+        Ok(())
+    }
+
+    async fn drain_disks(&mut self, run: &mut Run, report: &Report) -> Result<()> {
+        let frozen = run.frozen.as_mut().context("the disks were not frozen")?;
+        if frozen.disks().is_empty() {
+            return Ok(());
+        }
+        frozen.export().await?;
+        let delta = run.delta.as_mut().context("the tables are gone")?;
+        let packer = run.packer.as_ref().context("the packer is gone")?;
+        // What no earlier checkpoint says anything about is read by where it is allocated; else every block counts.
+        let is_fresh = run.parent.is_none();
+        let (pieces, mut queue) = mpsc::channel(QUEUE);
+        let mut readers: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
+        for disk in frozen.disks() {
+            let number = disk_number(delta, disk);
+            let known = number.is_some_and(|number| delta.spaces()[usize::from(number)].table.known() > PageCount(0));
+            readers.push(Box::pin(read_disk(frozen, disk, number, is_fresh || !known, pieces.clone(), report)));
+        }
+        drop(pieces);
+        let readers = futures::future::try_join_all(readers);
+        let collector = collect(delta, packer, &mut queue);
+        let (read, collected) = tokio::join!(readers, collector);
+        // A reader that found its queue closed only says so; the collector knows why.
+        collected?;
+        read?;
+        frozen.verify().await?;
+        frozen.release().await?;
+        Ok(())
+    }
+
+    async fn drain_state(&mut self, run: &mut Run) -> Result<()> {
+        let file = run.device_state.take().context("the device state was not saved")?;
+        let mut state = file.read().context("reading the device state back")?.into_bytes();
+        run.state_bytes = ByteLen(state.len() as u64);
+        state.resize(state.len().next_multiple_of(PAGE_SIZE), 0);
+        let delta = run.delta.as_mut().context("the tables are gone")?;
+        let number = delta.spaces().iter().position(|space| space.name.kind() == SpaceKind::State);
+        let number = number.context("the device state has no space")? as SpaceNumber;
+        let mut jobs = Vec::new();
+        delta.offer(number, PageIndex(0), &state, &mut jobs);
+        delta.flush(&mut jobs);
+        run.packer.as_ref().context("the packer is gone")?.send(&mut jobs).await
+    }
+
+    /// Sends the staged pages and empties the staging memory.
+    pub(super) async fn drain_staging(&mut self, run: &mut Run) -> Result<()> {
+        let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
+        let delta = run.delta.take().context("the tables are gone")?;
+        let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
+        let job = move |(staging, delta): &mut (Staging, Delta)| round::drain(staging, delta, &entrance);
+        let ((mut staging, delta), result) = blocking((staging, delta), job).await?;
+        staging.clear(staging.capacity());
+        self.staging = staging;
+        run.delta = Some(delta);
+        result
+    }
+}
+
+fn is_disk(name: &SpaceName, disk: &FrozenDisk) -> bool {
+    name.kind() == SpaceKind::Disk && name.local() == disk.node
+}
+
+fn disk_number(delta: &Delta, disk: &FrozenDisk) -> Option<SpaceNumber> {
+    delta.spaces().iter().position(|space| is_disk(&space.name, disk)).map(|number| number as SpaceNumber)
+}
+
+async fn collect(delta: &mut Delta, packer: &Packer, queue: &mut mpsc::Receiver<Piece>) -> Result<()> {
+    let mut jobs = Vec::new();
+    while let Some(piece) = queue.recv().await {
+        match piece {
+            Piece::Zero(space, pages) => delta.offer_zero(space, pages, &mut jobs),
+            Piece::Data(space, offset, mut bytes) => {
+                bytes.resize(bytes.len().next_multiple_of(PAGE_SIZE), 0);
+                delta.offer(space, PageIndex::containing(ByteOffset(offset)), &bytes, &mut jobs);
+            }
+        }
+        packer.send(&mut jobs).await?;
+    }
+    delta.flush(&mut jobs);
+    packer.send(&mut jobs).await
+}
+
+async fn read_disk(
+    frozen: &FrozenDisks,
+    disk: &FrozenDisk,
+    space: Option<SpaceNumber>,
+    is_fresh: bool,
+    pieces: mpsc::Sender<Piece>,
+    report: &Report,
+) -> Result<()> {
+    let space = space.with_context(|| format!("disk {} has no space", disk.node))?;
+    let client = frozen.connect(disk).await?;
+    let mut offset = 0;
+    while offset < disk.bytes {
+        frozen.check_scratch_room(SCRATCH_RESERVE)?;
+        let len = WINDOW.min(disk.bytes - offset);
+        report.say(&format!("disk {}", disk.node), offset, disk.bytes);
+        let ranges = ranges(&client, disk, offset, len, is_fresh).await?;
+        read_window(&client, space, &ranges, &pieces, || frozen.check_scratch_room(SCRATCH_RESERVE)).await?;
+        offset += len;
+    }
+    client.close().await;
+    Ok(())
+}
+
+async fn ranges(client: &NbdClient, disk: &FrozenDisk, offset: u64, len: u64, is_fresh: bool) -> Result<Vec<ContentRange>> {
+    let contexts = client.block_status(offset, len).await?;
+    let [allocation, changes] = contexts.as_slice() else {
+        bail!("QEMU answered {} meta contexts for disk {} where 2 were asked for", contexts.len(), disk.node);
+    };
+    let changes = if disk.changes.is_none() && !is_fresh { everything(changes) } else { changes.clone() };
+    Ok(content_ranges(allocation, &changes, PAGE_SIZE as u64, disk.bytes))
+}
+
+/// A disk whose bitmap was lost while its lineage goes on: whatever the layers or earlier checkpoints hold, each block is
+/// looked at as it is now.
+fn everything(changes: &ContextExtents) -> ContextExtents {
+    let mut all = changes.clone();
+    all.context = context::ALLOCATION_DEPTH.to_owned();
+    all.extents.iter_mut().for_each(|extent| extent.flags = 1);
+    all
+}
+
+async fn read_window(
+    client: &NbdClient,
+    space: SpaceNumber,
+    ranges: &[ContentRange],
+    pieces: &mpsc::Sender<Piece>,
+    check: impl Fn() -> Result<(), qmp_bridge::capture::CaptureError>,
+) -> Result<()> {
+    let cut = ranges.iter().copied().flat_map(cut);
+    let reads = futures::stream::iter(cut).map(|range| async move {
+        Ok::<_, anyhow::Error>(match range.content {
+            Content::Zero => Piece::Zero(space, pages(range)),
+            Content::Data => Piece::Data(space, range.start, client.read(range.start, (range.end - range.start) as u32).await?),
+        })
+    });
+    let mut reads = reads.buffered(READS);
+    let mut count = 0_u64;
+    while let Some(piece) = reads.try_next().await? {
+        count += 1;
+        if count.is_multiple_of(256) {
+            check()?;
+        }
+        pieces.send(piece).await.context("the comparison has ended")?;
+    }
+    Ok(())
+}
+
+/// Data in pieces of a frame; zeros as they are.
+fn cut(range: ContentRange) -> impl Iterator<Item = ContentRange> {
+    let step = if range.content == Content::Data { READ_BYTES } else { u64::MAX };
+    let mut start = range.start;
+    std::iter::from_fn(move || {
+        let end = range.end.min(start.saturating_add(step));
+        let piece = (start < range.end).then_some(ContentRange { start, end, content: range.content });
+        start = end;
+        piece
+    })
+}
+
+fn pages(range: ContentRange) -> PageRange {
+    let end = PageCount::covering(ByteLen(range.end));
+    PageRange::new(PageIndex::containing(ByteOffset(range.start)), PageIndex(end.0))
+}

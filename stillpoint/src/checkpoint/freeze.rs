@@ -1,0 +1,172 @@
+//! Phases `round` and `freeze` as seen from the guest: what happens between `stop` and `cont`.
+//!
+//! The freeze does two things side by side: a thread scans, protects and copies memory; QMP takes the disks' instant in
+//! one transaction and writes the device state to a file. The guest runs again when both are done, whatever they did.
+
+use super::outcome::{Phases, milliseconds};
+use super::prepare::Run;
+use super::round::{self, Taken, blocking};
+use super::staging::Staging;
+use super::{Checkpointer, Report};
+use crate::helper::machine::lock;
+use anyhow::{Context, Result, bail};
+use checkpoint_format::{PageCount, PageSet};
+use dirty_tracker::DirtyLease;
+use qmp_bridge::Paused;
+use qmp_bridge::device_state::DeviceStateFile;
+use std::time::{Duration, Instant};
+
+/// A freeze that would copy more than this is not begun: about 100 ms of copying.
+const MOST_FREEZE_PAGES: PageCount = PageCount(96 * 256);
+
+impl Checkpointer {
+    pub(super) async fn rounds(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
+        let begun = Instant::now();
+        let mut before = None;
+        let mut dirty = round::look(&self.machine)?;
+        // Until the tracker is exact, its first lease has every page: never inside the freeze.
+        let mut is_first = !run.is_exact;
+        while is_first || round::is_worth_it(run.round_pauses.len() as u32, dirty, before) {
+            report.say("round", run.round_pauses.len() as u64, u64::from(round::MAX_ROUNDS));
+            self.round(run, is_first).await?;
+            is_first = false;
+            before = Some(dirty);
+            dirty = round::look(&self.machine)?;
+            tracing::debug!(rounds = run.round_pauses.len(), left = dirty.0, "round");
+        }
+        self.make_room(run, dirty).await?;
+        phases.since("round", begun);
+        if dirty > MOST_FREEZE_PAGES {
+            bail!(
+                "the guest writes memory faster than it can be copied: {dirty} pages are dirty after {} rounds, which would stop it for too long; \
+                 slow the guest down and try again",
+                run.round_pauses.len()
+            );
+        }
+        Ok(())
+    }
+
+    async fn round(&mut self, run: &mut Run, is_first: bool) -> Result<()> {
+        let lease = run.lease.as_mut().context("the lease is gone")?;
+        let (taken, pause) = round::begin(&self.machine, lease).await?;
+        run.round_pauses.push(pause);
+        let pages = round::count(&taken);
+        run.pages_dirty.0 += pages.0;
+        if is_first {
+            self.offer_holes(run, &taken).await?;
+        }
+        if pages <= self.staging.free() && !is_first {
+            self.stage(taken).await
+        } else {
+            self.spill(run, taken).await
+        }
+    }
+
+    /// Pages that do not exist hold zeros. Only where the parent holds something else is that news.
+    async fn offer_holes(&mut self, run: &mut Run, taken: &Taken) -> Result<()> {
+        let packer = run.packer.as_ref().context("the packer is gone")?;
+        let delta = run.delta.as_mut().context("the tables are gone")?;
+        let mut jobs = Vec::new();
+        for (space, pages) in taken {
+            let mut holes = PageSet::full(pages.len());
+            holes.subtract(pages);
+            for range in holes.ranges() {
+                delta.offer_zero(*space, range, &mut jobs);
+            }
+        }
+        delta.flush(&mut jobs);
+        packer.send(&mut jobs).await
+    }
+
+    async fn stage(&mut self, taken: Taken) -> Result<()> {
+        let tracker = self.machine.tracker();
+        let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
+        let (staging, result) = blocking(staging, move |staging| round::stage(&lock(&tracker), &taken, staging)).await?;
+        self.staging = staging;
+        result
+    }
+
+    async fn spill(&mut self, run: &mut Run, taken: Taken) -> Result<()> {
+        let tracker = self.machine.tracker();
+        let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
+        let delta = run.delta.take().context("the tables are gone")?;
+        run.is_spilled = true;
+        let (delta, result) = blocking(delta, move |delta| round::spill(&tracker, &taken, delta, &entrance)).await?;
+        run.delta = Some(delta);
+        result
+    }
+
+    /// The freeze copies into memory that is there already.
+    async fn make_room(&mut self, run: &mut Run, expected: PageCount) -> Result<()> {
+        let wanted = PageCount(expected.0 * 2 + 1024);
+        if wanted > self.staging.free() && !self.staging.is_empty() {
+            self.drain_staging(run).await?;
+        }
+        self.staging.prefault(wanted);
+        Ok(())
+    }
+
+    pub(super) async fn freeze(&mut self, run: &mut Run, phases: &mut Phases) -> Result<()> {
+        let prepared = run.prepared.take().context("the disks are not prepared")?;
+        let lease = run.lease.take().context("the lease is gone")?;
+        let state_file = DeviceStateFile::new(self.machine.runtime.path())?;
+        let begun = Instant::now();
+        let paused = Paused::stop(&self.machine.qmp).await.context("stopping the guest")?;
+        let stopped = begun.elapsed();
+        let memory = self.freeze_memory(lease);
+        let devices = async {
+            let frozen = prepared.freeze(&paused).await.context("taking the disks' instant")?;
+            let disks = begun.elapsed();
+            // The disks' instant is taken: it must be known to the run whatever comes now.
+            let saved = state_file.save(&paused).await.context("saving the device state");
+            Ok::<_, anyhow::Error>((frozen, disks, saved))
+        };
+        let (memory, devices) = tokio::join!(memory, devices);
+        let saved = begun.elapsed();
+        let resumed = paused.resume().await.context("letting the guest run again");
+        let (lease, staging, taken, copied) = memory?;
+        self.staging = staging;
+        run.lease = Some(lease);
+        let (frozen, disks, device_state) = devices?;
+        run.frozen = Some(frozen);
+        run.pause = resumed?;
+        device_state?;
+        run.device_state = Some(state_file);
+        run.pages_dirty.0 += taken?.0;
+        trace_freeze(phases, stopped, disks, copied, saved, run.pause);
+        Ok(())
+    }
+
+    /// On a thread of its own, from the moment the guest stands still.
+    fn freeze_memory(&mut self, lease: DirtyLease) -> impl Future<Output = Result<FrozenMemory>> + use<> {
+        let tracker = self.machine.tracker();
+        let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
+        let begun = Instant::now();
+        let job = blocking((lease, staging), move |(lease, staging)| {
+            let mut tracker = lock(&tracker);
+            let taken = round::take(&mut tracker, lease)?;
+            let pages = round::count(&taken);
+            if pages > staging.free() {
+                bail!("{pages} pages were dirty in the freeze, more than the staging memory has room for; try again");
+            }
+            round::stage(&tracker, &taken, staging)?;
+            Ok(pages)
+        });
+        async move {
+            let ((lease, staging), taken) = job.await?;
+            Ok((lease, staging, taken, begun.elapsed()))
+        }
+    }
+}
+
+type FrozenMemory = (DirtyLease, Staging, Result<PageCount>, Duration);
+
+fn trace_freeze(phases: &mut Phases, stopped: Duration, disks: Duration, copied: Duration, saved: Duration, pause: Duration) {
+    phases.add("freeze", pause);
+    phases.add("freeze.stop", stopped);
+    phases.add("freeze.disks", disks.saturating_sub(stopped));
+    phases.add("freeze.devices", saved.saturating_sub(disks));
+    phases.add("freeze.memory", copied);
+    tracing::info!(pause_ms = milliseconds(pause), "freeze");
+}
+

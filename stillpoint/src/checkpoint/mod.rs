@@ -1,0 +1,111 @@
+//! Taking a checkpoint: RAM, device state and disks of one instant.
+//!
+//! The phases are files, in the order in which data flows:
+//!
+//! ```text
+//! prepare   guest runs    writer epoch, layers, scratch overlays, room for the copies
+//! round     guest runs    live copies, each after a micro-pause
+//! freeze    guest paused  scan, copy, disk transaction, device state
+//! drain     guest runs    compare, compress, store; disks over NBD
+//! commit    guest runs    manifest, one rename
+//! settle    guest runs    leases, bitmaps, tables
+//! ```
+//! Whatever fails before the commit, [`Checkpointer::take`] gives back what was taken and the next checkpoint carries it.
+
+mod base;
+mod commit;
+mod delta;
+mod drain;
+mod freeze;
+pub mod outcome;
+mod prepare;
+mod round;
+mod settle;
+mod staging;
+mod store;
+
+use crate::control::Progress;
+use crate::helper::machine::Machine;
+use anyhow::Result;
+use checkpoint_store::StoreError;
+use base::Base;
+use outcome::{Outcome, Phases, milliseconds};
+use staging::Staging;
+use std::time::{Instant, SystemTime};
+use store::StoreSession;
+use tokio::sync::mpsc;
+
+pub use store::claim;
+
+/// Tells what goes on to whoever listens; never waits for them.
+pub struct Report(pub mpsc::Sender<Progress>);
+
+impl Report {
+    fn say(&self, phase: &str, done: u64, total: u64) {
+        // A full queue means a slow listener: they miss a line, the guest misses nothing.
+        let _ = self.0.try_send(Progress { phase: phase.to_owned(), done, total });
+    }
+}
+
+/// Everything that lasts from one checkpoint of a machine to the next.
+pub struct Checkpointer {
+    pub machine: Machine,
+    take_over: bool,
+    staging: Staging,
+    store: Option<StoreSession>,
+    base: Option<Base>,
+    layers: crate::layers::Known,
+    /// What an earlier helper may have left in QEMU has been cleaned up.
+    is_clean: bool,
+}
+
+impl Checkpointer {
+    pub fn new(machine: Machine, take_over: bool) -> Self {
+        let staging = Staging::new(prepare::STAGING_PAGES);
+        Self { machine, take_over, staging, store: None, base: None, layers: Default::default(), is_clean: false }
+    }
+
+    /// One checkpoint, complete and durable, or an error and nothing.
+    pub async fn take(&mut self, report: &Report) -> Result<Outcome> {
+        let begun = Instant::now();
+        let started_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+        let mut phases = Phases::default();
+        let mut outcome = self.run_phases(&mut phases, report).await?;
+        outcome.started_at = started_at;
+        outcome.durable_ms = milliseconds(begun.elapsed());
+        outcome.phases = phases.into_map();
+        Ok(outcome)
+    }
+
+    async fn run_phases(&mut self, phases: &mut Phases, report: &Report) -> Result<Outcome> {
+        let mut run = self.prepare(phases, report).await?;
+        let captured = self.capture(&mut run, phases, report).await;
+        match captured {
+            Ok(outcome) => Ok(outcome),
+            Err(error) => {
+                self.abort(run).await;
+                if error.downcast_ref::<StoreError>().is_some_and(StoreError::is_ambiguous) {
+                    // The store knows whether it was committed; ask it before the next one.
+                    self.base = None;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn capture(&mut self, run: &mut prepare::Run, phases: &mut Phases, report: &Report) -> Result<Outcome> {
+        self.rounds(run, phases, report).await?;
+        self.freeze(run, phases).await?;
+        self.drain(run, phases, report).await?;
+        self.commit(run, phases).await
+    }
+
+    /// The helper ends in order: another may take the writer's place without force.
+    pub async fn release(&self) {
+        if let Some(session) = &self.store
+            && let Err(error) = session.writer.release().await
+        {
+            tracing::warn!(%error, "the writer's place in the store was not released");
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Phase `prepare`: all that can be done while the guest runs, so that the freeze has nothing to wait for.
+
+use super::base::Base;
+use super::delta::{Delta, Space};
+use super::outcome::Phases;
+use super::store::StoreSession;
+use super::{Checkpointer, Report};
+use crate::helper::machine::lock;
+use crate::layers;
+use crate::pack::{PackJob, PackTarget, Packer};
+use anyhow::{Context, Result};
+use checkpoint_format::{ByteLen, CheckpointSeq, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable};
+use checkpoint_store::PartialCheckpoint;
+use dirty_tracker::DirtyLease;
+use qmp_bridge::capture::{BitmapTag, CapturePlan, FrozenDisks, PreparedDisks, cleanup_leftovers};
+use qmp_bridge::device_state::DeviceStateFile;
+use qmp_bridge::disks::Disk;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Room for copied pages: 160 MiB. With packs being filled, written and waiting (96 MiB) that is the staging of 256 MiB.
+pub const STAGING_PAGES: PageCount = PageCount((160 << 20) / 4096);
+
+/// A checkpoint under way.
+pub struct Run {
+    pub seq: CheckpointSeq,
+    pub parent: Option<CheckpointSeq>,
+    pub disks: Vec<Disk>,
+    pub boot_files: Vec<LayerRef>,
+    pub partial: Option<Arc<PartialCheckpoint>>,
+    pub packer: Option<Packer>,
+    pub delta: Option<Delta>,
+    pub lease: Option<DirtyLease>,
+    pub prepared: Option<PreparedDisks>,
+    pub frozen: Option<FrozenDisks>,
+    pub device_state: Option<DeviceStateFile>,
+    pub round_pauses: Vec<Duration>,
+    pub pause: Duration,
+    pub pages_dirty: PageCount,
+    pub layer_bytes: u64,
+    pub state_bytes: ByteLen,
+    pub is_exact: bool,
+    pub is_spilled: bool,
+}
+
+impl Checkpointer {
+    pub(super) async fn prepare(&mut self, phases: &mut Phases, report: &Report) -> Result<Run> {
+        let begun = Instant::now();
+        report.say("prepare", 0, 0);
+        self.machine.check_blocks().await?;
+        self.ensure_session().await?;
+        let disks = self.machine.disks().await?.disks;
+        self.ensure_clean().await?;
+        let spaces = disk_spaces(&disks)?;
+        self.ensure_base(&spaces).await?;
+        let layers_begun = Instant::now();
+        let layer_bytes = self.ensure_layers(&disks).await?;
+        phases.since("layers", layers_begun);
+        let run = self.begin_run(disks, layer_bytes).await?;
+        phases.since("prepare", begun);
+        Ok(run)
+    }
+
+    async fn ensure_session(&mut self) -> Result<()> {
+        if let Some(session) = &self.store {
+            return Ok(session.writer.check().await?);
+        }
+        self.store = Some(StoreSession::open(&self.machine.file, self.take_over).await?);
+        Ok(())
+    }
+
+    /// Once per helper: what an earlier one left in QEMU when it was killed.
+    async fn ensure_clean(&mut self) -> Result<()> {
+        if !self.is_clean {
+            cleanup_leftovers(&self.machine.qmp, &self.tag()?).await.context("cleaning up after an earlier helper")?;
+            self.is_clean = true;
+        }
+        Ok(())
+    }
+
+    /// Bitmaps serve one lineage: that of this instance.
+    fn tag(&self) -> Result<BitmapTag> {
+        self.machine.file.instance.parse().context("naming the dirty bitmaps")
+    }
+
+    async fn ensure_base(&mut self, disks: &[(SpaceName, PageCount)]) -> Result<()> {
+        let session = self.store.as_ref().context("the store is not open")?;
+        match &mut self.base {
+            Some(base) => base.adapt(&self.machine, disks),
+            none => {
+                *none = Some(Base::find(&self.machine, &session.repository, disks).await?);
+                Ok(())
+            }
+        }
+    }
+
+    async fn ensure_layers(&mut self, disks: &[Disk]) -> Result<u64> {
+        let session = self.store.as_ref().context("the store is not open")?;
+        let boot = layers::boot_files(&self.machine.file.arguments, &self.machine.directory())?;
+        self.layers.ensure_all(&session.repository, disks, &boot).await
+    }
+
+    async fn begin_run(&mut self, disks: Vec<Disk>, layer_bytes: u64) -> Result<Run> {
+        let session = self.store.as_ref().context("the store is not open")?;
+        let base = self.base.as_ref().context("the base is not known")?;
+        let (seq, parent, is_exact) = (base.next, base.parent, base.is_exact);
+        let plan = CapturePlan {
+            tag: self.tag()?,
+            seq: seq.0,
+            parent: parent.map(|parent| parent.0),
+            scratch_dir: self.machine.file.scratch.clone(),
+            nbd_socket: self.machine.runtime.nbd(),
+        };
+        let prepared = PreparedDisks::prepare(&self.machine.qmp, &disks, plan).await.context("preparing the disks")?;
+        let partial = Arc::new(session.writer.begin(seq).await.context("beginning a checkpoint in the store")?);
+        let boot = layers::boot_files(&self.machine.file.arguments, &self.machine.directory())?;
+        let boot_files = boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
+        let (packer, delta) = self.begin_delta(&partial, seq, parent.is_none()).await?;
+        // From here on a helper that dies has leased pages that nobody knows of.
+        self.machine.runtime.forget_exact_since()?;
+        let lease = self.begin_lease().await?;
+        Ok(Run {
+            seq,
+            parent,
+            disks,
+            boot_files,
+            partial: Some(partial),
+            packer: Some(packer),
+            delta: Some(delta),
+            lease: Some(lease),
+            prepared: Some(prepared),
+            frozen: None,
+            device_state: None,
+            round_pauses: Vec::new(),
+            pause: Duration::ZERO,
+            pages_dirty: PageCount(0),
+            layer_bytes,
+            state_bytes: ByteLen(0),
+            is_exact,
+            is_spilled: false,
+        })
+    }
+
+    async fn begin_lease(&self) -> Result<DirtyLease> {
+        let tracker = self.machine.tracker();
+        let begin = move || {
+            let mut tracker = lock(&tracker);
+            tracker.prepare()?;
+            Ok(tracker.begin_lease())
+        };
+        tokio::task::spawn_blocking(begin).await.context("preparing the tracker was cut off")?
+    }
+
+    async fn begin_delta(&mut self, partial: &Arc<PartialCheckpoint>, seq: CheckpointSeq, is_full: bool) -> Result<(Packer, Delta)> {
+        let base = self.base.as_mut().context("the base is not known")?;
+        let spaces = std::mem::take(&mut base.spaces);
+        let table = SpaceTable::new(spaces.iter().map(|space| space.name.clone()))?;
+        let label = format!("{} {seq} {}", self.machine.file.name, self.machine.file.instance);
+        let packer = Packer::new(Arc::clone(partial) as Arc<dyn PackTarget>, table.clone(), label);
+        let mut delta = Delta::new(spaces, &table)?;
+        if is_full {
+            let mut jobs = Vec::new();
+            ground_ram(&mut delta, &mut jobs);
+            packer.send(&mut jobs).await?;
+        }
+        Ok((packer, delta))
+    }
+}
+
+/// All RAM is zero but for what follows.
+fn ground_ram(delta: &mut Delta, jobs: &mut Vec<PackJob>) {
+    let is_ram = |space: &Space| space.name.kind() == SpaceKind::Ram;
+    let count = delta.spaces().iter().filter(|space| is_ram(space)).count();
+    (0..count).for_each(|number| delta.ground(number as u16, jobs));
+}
+
+/// What the disks' content is called and how large it is; read-only disks have none.
+pub fn disk_spaces(disks: &[Disk]) -> Result<Vec<(SpaceName, PageCount)>> {
+    let writable = disks.iter().filter(|disk| !disk.read_only);
+    writable.map(|disk| Ok((SpaceName::disk(&disk.node)?, PageCount::covering(ByteLen(disk.virtual_size))))).collect()
+}
+

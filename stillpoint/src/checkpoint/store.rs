@@ -1,0 +1,58 @@
+//! The helper's place in the store: opened at the first checkpoint, kept for all that follow.
+
+use crate::runtime::MachineFile;
+use anyhow::{Context, Result};
+use checkpoint_store::{Claim, Mode, Repository, StoreOptions, Writer, WriterRecord};
+use checkpoint_format::VmName;
+use std::time::SystemTime;
+
+pub struct StoreSession {
+    pub repository: Repository,
+    pub writer: Writer,
+}
+
+impl StoreSession {
+    /// Opens the store and claims the writer's place of this machine.
+    pub async fn open(machine: &MachineFile, take_over: bool) -> Result<Self> {
+        let store = checkpoint_store::open(&machine.store, &StoreOptions::default());
+        let store = store.with_context(|| format!("opening the store {}", machine.store))?;
+        let repository = Repository::open(store, Mode::CreateIfMissing).await;
+        let repository = repository.with_context(|| format!("opening the store {}", machine.store))?;
+        let writer = claim(&repository, &machine.name, &machine.instance, take_over).await?;
+        tracing::info!(vm = %machine.name, epoch = writer.epoch().0, store = repository.url(), "this helper is the writer");
+        Ok(Self { repository, writer })
+    }
+}
+
+/// Claims the writer's place of a machine for one instance of it.
+///
+/// A place that another instance holds is not taken without force, unless that holder cannot be alive: it was on this
+/// host, and before its last boot or in a process that is gone.
+pub async fn claim(repository: &Repository, vm: &VmName, instance: &str, force: bool) -> Result<Writer> {
+    let about = || format!("claiming the writer's place of {vm}");
+    let record = writer_record(instance)?;
+    let newest = repository.writers(vm).await.with_context(about)?.pop().and_then(|holder| holder.record);
+    let is_gone = newest.is_some_and(|holder| holder.instance != instance && cannot_live(&holder, &record));
+    let claim = if force || is_gone { Claim::TakeOver } else { Claim::Continue { instance: instance.to_owned() } };
+    repository.claim_writer(vm, record, claim).await.with_context(about)
+}
+
+fn cannot_live(holder: &WriterRecord, here: &WriterRecord) -> bool {
+    let comm = std::fs::read_to_string(format!("/proc/{}/comm", holder.pid)).unwrap_or_default();
+    let is_ours = comm.trim().starts_with("stillpoint");
+    holder.host == here.host && (holder.boot_id != here.boot_id || !is_ours)
+}
+
+/// Who claims, for whoever finds the claim later.
+fn writer_record(instance: &str) -> Result<WriterRecord> {
+    let host = nix::unistd::gethostname().context("asking for the host's name")?;
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context("asking for the boot's id")?;
+    Ok(WriterRecord {
+        host: host.to_string_lossy().into_owned(),
+        boot_id: boot.trim().to_owned(),
+        instance: instance.to_owned(),
+        pid: std::process::id(),
+        claimed_at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    })
+}

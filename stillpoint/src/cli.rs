@@ -1,0 +1,270 @@
+//! The command line.
+
+use checkpoint_format::{CheckpointSeq, VmName};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+const EXIT_CODES: &str = "Exit codes:
+  0  done
+  1  failed; the message says what, on what and what to do
+  2  the command line is wrong
+  3  refused: the machine, host or store is not in a state in which this may be done
+  4  the store did not take or give the data; nothing is lost, try again
+  5  the store holds damaged content";
+
+/// Live, incremental, consistent checkpoints of QEMU machines, restored on any host.
+#[derive(Parser)]
+#[command(name = "stillpoint", version, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// Say more on stderr (RUST_LOG is read too)
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Start QEMU so that it can be checkpointed; this process becomes QEMU
+    Run(RunArgs),
+    /// Give a running machine a helper again
+    Attach(AttachArgs),
+    /// Take a checkpoint of a running machine
+    Checkpoint(CheckpointArgs),
+    /// Bring a machine back from the store
+    Restore(RestoreArgs),
+    /// List machines, or the checkpoints of one
+    Ls(LsArgs),
+    /// Show one checkpoint
+    Show(ShowArgs),
+    /// Read back every frame and digest of a checkpoint
+    Verify(VerifyArgs),
+    /// Check what this host can do
+    Doctor(DoctorArgs),
+    /// Measure pauses and sizes on a running machine
+    Bench(BenchArgs),
+    /// The helper itself; 'run', 'attach' and 'restore' start it
+    #[command(hide = true)]
+    Helper(HelperArgs),
+}
+
+#[derive(Args)]
+pub struct Runtime {
+    /// Directory of the running machines' sockets and logs [default: /run/stillpoint]
+    #[arg(long, env = "STILLPOINT_RUNTIME_DIR", value_name = "DIR")]
+    pub runtime_dir: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct Store {
+    /// file:///DIR, hdfs://NAMENODE:PORT/PATH or hdfs://NAMESERVICE/PATH
+    #[arg(long, env = "STILLPOINT_STORE", value_name = "URL")]
+    pub store: String,
+}
+
+#[derive(Args)]
+pub struct RunArgs {
+    /// The machine's name in the store
+    #[arg(long, env = "STILLPOINT_NAME")]
+    pub name: VmName,
+    #[command(flatten)]
+    pub store: Store,
+    #[command(flatten)]
+    pub runtime: Runtime,
+    /// Where old disk blocks wait during a checkpoint (on a disk with room) [default: /var/tmp]
+    #[arg(long, env = "STILLPOINT_SCRATCH_DIR", value_name = "DIR")]
+    pub scratch_dir: Option<PathBuf>,
+    /// The QEMU program and its arguments, after '--'
+    #[arg(last = true, required = true, value_name = "QEMU ARGS")]
+    pub qemu: Vec<String>,
+}
+
+#[derive(Args)]
+pub struct AttachArgs {
+    pub name: VmName,
+    #[command(flatten)]
+    pub runtime: Runtime,
+    /// Stay in the foreground (for a service manager)
+    #[arg(long)]
+    pub foreground: bool,
+    /// Fence another helper that holds this machine's place in the store
+    #[arg(long)]
+    pub take_over: bool,
+}
+
+#[derive(Args)]
+pub struct CheckpointArgs {
+    pub name: VmName,
+    #[command(flatten)]
+    pub runtime: Runtime,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct RestoreArgs {
+    /// NAME for the newest checkpoint, NAME@ID for a certain one
+    pub checkpoint: CheckpointName,
+    #[command(flatten)]
+    pub store: Store,
+    #[command(flatten)]
+    pub runtime: Runtime,
+    /// Restore under another name, as a machine of its own
+    #[arg(long = "as", value_name = "NEW")]
+    pub new_name: Option<VmName>,
+    /// Directory of the restored disks [default: ./NAME]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// QEMU to use [default: the program that the checkpoint names, else qemu-system-x86_64]
+    #[arg(long, value_name = "PROGRAM")]
+    pub qemu: Option<String>,
+    /// Where old disk blocks wait during a checkpoint [default: /var/tmp]
+    #[arg(long, env = "STILLPOINT_SCRATCH_DIR", value_name = "DIR")]
+    pub scratch_dir: Option<PathBuf>,
+    /// Use NEW where the machine's command line says OLD (a whole value; repeatable)
+    #[arg(long, value_name = "OLD=NEW")]
+    pub map: Vec<Mapping>,
+    /// Fence a helper on another host that holds this machine's place in the store
+    #[arg(long)]
+    pub take_over: bool,
+    /// Leave the restored machine paused
+    #[arg(long)]
+    pub paused: bool,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct LsArgs {
+    pub name: Option<VmName>,
+    #[command(flatten)]
+    pub store: Store,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct ShowArgs {
+    /// NAME@ID, or NAME for the newest
+    pub checkpoint: CheckpointName,
+    #[command(flatten)]
+    pub store: Store,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct VerifyArgs {
+    /// NAME for every checkpoint, NAME@ID for one and what it needs
+    pub checkpoint: CheckpointName,
+    #[command(flatten)]
+    pub store: Store,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct DoctorArgs {
+    #[arg(long, default_value = "qemu-system-x86_64", value_name = "PROGRAM")]
+    pub qemu: String,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct BenchArgs {
+    pub name: VmName,
+    #[command(flatten)]
+    pub runtime: Runtime,
+    /// Checkpoints to take
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub count: u32,
+    /// Milliseconds between two checkpoints
+    #[arg(long, default_value_t = 1000)]
+    pub interval_ms: u64,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct HelperArgs {
+    pub name: VmName,
+    #[command(flatten)]
+    pub runtime: Runtime,
+    #[arg(long)]
+    pub take_over: bool,
+}
+
+impl RunArgs {
+    pub fn into_request(self) -> anyhow::Result<crate::launch::RunRequest> {
+        let mut words = self.qemu.into_iter();
+        let qemu = words.next().ok_or_else(|| anyhow::anyhow!("no QEMU program was named after '--'"))?;
+        Ok(crate::launch::RunRequest {
+            name: self.name,
+            store: self.store.store,
+            runtime_base: self.runtime.runtime_dir,
+            scratch: self.scratch_dir,
+            qemu,
+            arguments: words.collect(),
+        })
+    }
+}
+
+/// `NAME` or `NAME@ID`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckpointName {
+    pub vm: VmName,
+    pub seq: Option<CheckpointSeq>,
+}
+
+impl FromStr for CheckpointName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, seq) = match text.split_once('@') {
+            Some((name, seq)) => (name, Some(seq)),
+            None => (text, None),
+        };
+        let vm = name.parse().map_err(|error| format!("{error}"))?;
+        let number = |seq: &str| seq.parse().map(CheckpointSeq).map_err(|_| format!("'{seq}' is no checkpoint id: a number was expected, as in {name}@7"));
+        Ok(Self { vm, seq: seq.map(number).transpose()? })
+    }
+}
+
+/// `OLD=NEW`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    pub old: String,
+    pub new: String,
+}
+
+impl FromStr for Mapping {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((old, new)) if !old.is_empty() => Ok(Self { old: old.to_owned(), new: new.to_owned() }),
+            _ => Err(format!("'{text}' is not of the form OLD=NEW")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn checkpoint_names_are_parsed() {
+        let name: CheckpointName = "web-1@12".parse().unwrap();
+        assert_eq!((name.vm.as_str(), name.seq), ("web-1", Some(CheckpointSeq(12))));
+        assert!("web@x".parse::<CheckpointName>().unwrap_err().contains("web@7"));
+        assert!("/etc@1".parse::<CheckpointName>().is_err());
+    }
+}

@@ -1,0 +1,59 @@
+//! `stillpoint attach`: a running machine gets a helper again.
+
+use super::client;
+use crate::cli::AttachArgs;
+use crate::control::Request;
+use crate::exit::refused;
+use crate::launch;
+use crate::runtime::{RuntimeDir, read_limited};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::time::{Duration, Instant};
+
+/// A helper is up in tens of milliseconds; a busy host may need longer.
+const PATIENCE: Duration = Duration::from_secs(30);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+pub async fn run(args: AttachArgs) -> Result<()> {
+    let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
+    let machine = runtime.machine()?;
+    if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_err() {
+        return Err(refused(format!("{} does not run: nobody answers at {}", machine.name, runtime.plugin().display())));
+    }
+    drop(runtime.lock_helper()?);
+    if args.foreground {
+        return super::serve(runtime, args.take_over).await;
+    }
+    let begin = std::fs::metadata(runtime.helper_log()).map_or(0, |facts| facts.len());
+    launch::spawn_helper(&args.name, args.runtime.runtime_dir.as_deref(), &runtime, args.take_over)?;
+    let status = wait(&runtime, begin).await?;
+    println!("helper {} is attached to {} (QEMU {}, pid {})", status["pid"], machine.name, status["qemu_version"].as_str().unwrap_or("?"), status["qemu_pid"]);
+    Ok(())
+}
+
+/// Until the helper of the machine answers.
+pub async fn wait(runtime: &RuntimeDir, log_begin: u64) -> Result<Value> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match client::ask(runtime, &Request::Status).await {
+            Ok(status) => return Ok(status),
+            Err(_) if Instant::now() < end && !has_failed(runtime, log_begin) => tokio::time::sleep(LOOK_EVERY).await,
+            Err(error) => {
+                let said = log_tail(runtime, log_begin).unwrap_or_default();
+                let said = said.lines().last().unwrap_or("nothing").to_owned();
+                bail!("the helper did not come up ({error:#}); its log {} ends with: {said}", runtime.helper_log().display());
+            }
+        }
+    }
+}
+
+fn has_failed(runtime: &RuntimeDir, log_begin: u64) -> bool {
+    log_tail(runtime, log_begin).is_ok_and(|text| text.lines().any(|line| line.starts_with("stillpoint: ")))
+}
+
+fn log_tail(runtime: &RuntimeDir, begin: u64) -> Result<String> {
+    const MAX_LOG: u64 = 64 << 20;
+    let bytes = read_limited(&runtime.helper_log(), MAX_LOG)?;
+    let tail = bytes.get(begin as usize..).context("the log was cut")?;
+    Ok(String::from_utf8_lossy(tail).into_owned())
+}

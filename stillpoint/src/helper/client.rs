@@ -1,0 +1,63 @@
+//! The other end of the control socket.
+
+use crate::checkpoint::outcome::{Kind, Outcome};
+use crate::cli::CheckpointArgs;
+use crate::control::{MAX_LINE, Reply, Request};
+use crate::exit::{coded, refused};
+use crate::inspect::print_json;
+use crate::runtime::RuntimeDir;
+use crate::terminal::{Progress, bytes};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+pub async fn checkpoint(args: &CheckpointArgs) -> Result<()> {
+    let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
+    let result = ask(&runtime, &Request::Checkpoint).await?;
+    if args.json {
+        return print_json(&result);
+    }
+    let outcome: Outcome = serde_json::from_value(result).context("the helper's answer is not understood")?;
+    println!("{}", describe(&args.name, &outcome));
+    outcome.notes.iter().for_each(|note| println!("  note: {note}"));
+    Ok(())
+}
+
+fn describe(name: &checkpoint_format::VmName, outcome: &Outcome) -> String {
+    let Outcome { id, pause_ms, durable_ms, .. } = outcome;
+    if outcome.kind == Kind::Unchanged {
+        return format!("{name}@{id} still holds: nothing changed since (paused {pause_ms:.1} ms)");
+    }
+    let parent = outcome.parent.map(|parent| format!("on {parent}")).unwrap_or_else(|| "full".to_owned());
+    let (changed, stored) = (bytes(outcome.bytes_changed), bytes(outcome.bytes_stored));
+    format!("{name}@{id} ({parent}): paused {pause_ms:.1} ms, {changed} changed, {stored} stored, durable after {durable_ms:.0} ms")
+}
+
+/// Sends one request and waits for its result, showing progress meanwhile.
+pub async fn ask(runtime: &RuntimeDir, request: &Request) -> Result<Value> {
+    let path = runtime.control();
+    let stream = UnixStream::connect(&path).await;
+    let stream = stream.map_err(|error| {
+        refused(format!("no helper answers at {} ({error}); 'stillpoint attach NAME' starts one for a running machine", path.display()))
+    })?;
+    let (read, mut write) = stream.into_split();
+    let mut line = serde_json::to_vec(request).context("encoding the request")?;
+    line.push(b'\n');
+    write.write_all(&line).await.context("sending the request to the helper")?;
+    let mut replies = BufReader::new(read.take(u64::MAX));
+    let progress = Progress::bytes("checkpoint", 0);
+    loop {
+        let mut line = String::new();
+        replies.get_mut().set_limit(MAX_LINE as u64);
+        let count = replies.read_line(&mut line).await.context("reading the helper's answer")?;
+        if count == 0 {
+            bail!("the helper ended before it answered; the guest goes on, and 'stillpoint attach' starts another helper");
+        }
+        match serde_json::from_str(&line).context("the helper's answer is not understood")? {
+            Reply::Progress(update) => progress.set(&update.phase, update.done, update.total),
+            Reply::Done(value) => return Ok(value),
+            Reply::Failed(failure) => return Err(coded(failure.exit_code, failure.message)),
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! The running machine as the helper holds it: QEMU's monitor, the tracker on its memory, and what it consists of.
+
+use crate::exit::refused;
+use crate::runtime::{MachineFile, RuntimeDir};
+use anyhow::{Context, Result};
+use checkpoint_format::{ByteLen, PageCount, SpaceName};
+use dirty_tracker::{GuestMemory, PluginHandles, Region, RegionMemory, Tracker};
+use qmp_bridge::machine::MachineFacts;
+use qmp_bridge::ramblock::RamBlock;
+use qmp_bridge::{Qmp, disks, ramblock};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// QEMU opens its monitor within 100 ms; a large machine that preallocates takes longer.
+const STARTUP: Duration = Duration::from_secs(60);
+const PAGE: u64 = checkpoint_format::PAGE_SIZE as u64;
+
+pub struct Machine {
+    pub file: MachineFile,
+    pub runtime: RuntimeDir,
+    pub qmp: Qmp,
+    pub facts: MachineFacts,
+    pub blocks: Vec<RamBlock>,
+    pub pid: u32,
+    tracker: Arc<Mutex<Tracker>>,
+}
+
+impl Machine {
+    pub async fn attach(runtime: RuntimeDir) -> Result<Self> {
+        let file = runtime.machine()?;
+        let socket = runtime.plugin();
+        let connect = move || PluginHandles::connect(&socket, STARTUP);
+        let handles = tokio::task::spawn_blocking(connect).await.context("connecting to the plugin was cut off")?;
+        let handles = handles.context("QEMU's plugin does not answer; is the machine running?")?;
+        let qmp = Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?;
+        let facts = MachineFacts::read(&qmp).await.context("asking QEMU what machine it runs")?;
+        check(&facts)?;
+        let blocks = ram_blocks(&qmp, &handles, &file.ram_block).await?;
+        let pid = handles.pid();
+        let regions = regions(&handles, &blocks, &file.ram_block)?;
+        let tracker = Tracker::attach(handles, regions).context("tracking the guest's memory")?;
+        Ok(Self { file, runtime, qmp, facts, blocks, pid, tracker: Arc::new(Mutex::new(tracker)) })
+    }
+
+    /// The tracker, for one phase at a time.
+    pub fn tracker(&self) -> Arc<Mutex<Tracker>> {
+        Arc::clone(&self.tracker)
+    }
+
+    pub fn lock_tracker(&self) -> MutexGuard<'_, Tracker> {
+        lock(&self.tracker)
+    }
+
+    /// QEMU's working directory, to which relative paths on its command line belong.
+    pub fn directory(&self) -> PathBuf {
+        std::fs::read_link(format!("/proc/{}/cwd", self.pid)).unwrap_or_else(|_| self.file.directory.clone())
+    }
+
+    pub async fn disks(&self) -> Result<disks::Disks> {
+        disks::list(&self.qmp, Some(&self.directory())).await.context("asking QEMU for its disks")
+    }
+
+    /// The guest's memory: one space for each RAM block, in the order of the tracker's regions.
+    pub fn ram_spaces(&self) -> Result<Vec<(SpaceName, PageCount)>> {
+        let space = |block: &RamBlock| Ok((SpaceName::ram(&block.name)?, PageCount::covering(ByteLen(block.used))));
+        self.blocks.iter().map(space).collect()
+    }
+
+    /// Hot-plugged memory changes the list of RAM blocks; the tracker must then be attached anew.
+    pub async fn check_blocks(&self) -> Result<()> {
+        let now = ramblock::ram_blocks(&self.qmp).await.context("asking QEMU for its RAM blocks")?;
+        let same = |(now, then): (&RamBlock, &RamBlock)| now.name == then.name && now.used == then.used;
+        if now.len() != self.blocks.len() || !now.iter().zip(&self.blocks).all(same) {
+            return Err(refused("the machine's RAM blocks have changed (hot-plug or reset); restart the helper: 'stillpoint attach'"));
+        }
+        Ok(())
+    }
+}
+
+/// A thread that panicked left no lease half taken: each change of the tracker is one call.
+pub fn lock(tracker: &Mutex<Tracker>) -> MutexGuard<'_, Tracker> {
+    tracker.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn check(facts: &MachineFacts) -> Result<()> {
+    if facts.migration_blockers.is_empty() {
+        return Ok(());
+    }
+    let why = facts.migration_blockers.join("; ");
+    Err(refused(format!("QEMU says that this machine's device state cannot be saved: {why}; remove that device")))
+}
+
+/// Blocks with the addresses that the tracker needs: printed by QEMU, or found in its heap where it is too old to say.
+async fn ram_blocks(qmp: &Qmp, handles: &PluginHandles, main: &str) -> Result<Vec<RamBlock>> {
+    let mut blocks = ramblock::ram_blocks(qmp).await.context("asking QEMU for its RAM blocks")?;
+    if !blocks.iter().any(|block| block.name == main) {
+        return Err(refused(format!("QEMU has no RAM block '{main}'; was this machine started by 'stillpoint run'?")));
+    }
+    if blocks.iter().any(|block| block.host.is_none()) {
+        let maps = handles.maps_text()?;
+        let _ = maps; todo!();
+    }
+    if let Some(odd) = blocks.iter().find(|block| block.used % PAGE != 0) {
+        return Err(refused(format!("RAM block {} has {} bytes, which are no whole pages", odd.name, odd.used)));
+    }
+    Ok(blocks)
+}
+
+fn regions(handles: &PluginHandles, blocks: &[RamBlock], main: &str) -> Result<Vec<Region>> {
+    let memory = handles.ram(main)?.context("the plugin has no descriptor of the guest's memory; start the machine by 'stillpoint run'")?;
+    blocks.iter().map(|block| region(block, main, &memory)).collect()
+}
+
+fn region(block: &RamBlock, main: &str, memory: &GuestMemory) -> Result<Region> {
+    let host_address = block.host.with_context(|| format!("the address of RAM block {} is unknown", block.name))?;
+    let backing = if block.name == main { RegionMemory::Shared(memory.clone()) } else { RegionMemory::Private };
+    Ok(Region { name: block.name.clone(), host_address, bytes: block.used, memory: backing })
+}

@@ -1,0 +1,50 @@
+//! The helper: one process beside each QEMU. It holds the tracker and the monitor, and takes checkpoints on request.
+//!
+//! It may die at any moment; QEMU does not notice, and `stillpoint attach` starts another that goes on from what the
+//! store and QEMU itself know.
+
+pub mod attach;
+pub mod client;
+pub mod machine;
+mod server;
+
+use crate::checkpoint::Checkpointer;
+use crate::cli::HelperArgs;
+use crate::runtime::RuntimeDir;
+use anyhow::{Context, Result};
+use machine::Machine;
+use std::path::Path;
+use tokio::signal::unix::{SignalKind, signal};
+
+pub async fn run(args: HelperArgs) -> Result<()> {
+    let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
+    serve(runtime, args.take_over).await
+}
+
+/// Until QEMU ends or somebody ends us.
+pub async fn serve(runtime: RuntimeDir, take_over: bool) -> Result<()> {
+    let _lock = runtime.lock_helper()?;
+    let pid = std::process::id().to_string();
+    std::fs::write(runtime.helper_pid(), pid).with_context(|| format!("writing {}", runtime.helper_pid().display()))?;
+    let control = server::listen(&runtime)?;
+    let machine = Machine::attach(runtime).await?;
+    let (name, socket) = (machine.file.name.clone(), machine.runtime.control());
+    tracing::info!(%name, qemu = machine.pid, version = %machine.facts.qemu, accelerator = machine.facts.accelerator.as_str(), "attached");
+    let qmp = machine.qmp.clone();
+    let server = server::Server::new(Checkpointer::new(machine, take_over));
+    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    tokio::select! {
+        result = server.run(control) => result?,
+        () = qmp.closed() => tracing::info!(%name, "QEMU has ended"),
+        _ = terminate.recv() => tracing::info!(%name, "asked to end"),
+        _ = tokio::signal::ctrl_c() => tracing::info!(%name, "interrupted"),
+    }
+    server.end().await;
+    remove(&socket);
+    Ok(())
+}
+
+fn remove(socket: &Path) {
+    // Missing is fine: somebody cleaned up before us.
+    let _ = std::fs::remove_file(socket);
+}

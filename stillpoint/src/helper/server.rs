@@ -1,0 +1,126 @@
+//! The control socket: requests in, progress and results out.
+
+use crate::checkpoint::{Checkpointer, Report};
+use crate::checkpoint::outcome::milliseconds;
+use crate::control::{Failure, MAX_LINE, Progress, Reply, Request};
+use crate::exit::{self, explain};
+use crate::runtime::RuntimeDir;
+use anyhow::{Context, Result, bail};
+use qmp_bridge::Paused;
+use serde_json::{Value, json};
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Mutex, mpsc};
+
+/// Progress waits for a slow client only this far; then it is dropped, never the work.
+const PROGRESS_QUEUE: usize = 64;
+
+pub fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
+    let path = runtime.control();
+    // The lock says that no helper lives: this is a dead one's.
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).with_context(|| format!("listening on {}", path.display()))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).with_context(|| format!("protecting {}", path.display()))?;
+    Ok(listener)
+}
+
+#[derive(Clone)]
+pub struct Server {
+    checkpointer: Arc<Mutex<Checkpointer>>,
+}
+
+impl Server {
+    pub fn new(checkpointer: Checkpointer) -> Self {
+        Self { checkpointer: Arc::new(Mutex::new(checkpointer)) }
+    }
+
+    pub async fn run(&self, listener: UnixListener) -> Result<()> {
+        loop {
+            let (stream, _) = listener.accept().await.context("accepting on the control socket")?;
+            let server = self.clone();
+            tokio::spawn(async move {
+                if let Err(error) = server.converse(stream).await {
+                    tracing::debug!(error = format!("{error:#}"), "a control connection ended");
+                }
+            });
+        }
+    }
+
+    /// Frees the writer's place, unless a checkpoint is under way: then the next writer must be told by force.
+    pub async fn end(&self) {
+        if let Ok(checkpointer) = self.checkpointer.try_lock() {
+            checkpointer.release().await;
+        }
+    }
+
+    async fn converse(&self, stream: UnixStream) -> Result<()> {
+        let (read, mut write) = stream.into_split();
+        let mut line = String::new();
+        BufReader::new(read.take(MAX_LINE as u64)).read_line(&mut line).await.context("reading a request")?;
+        let (progress, mut updates) = mpsc::channel(PROGRESS_QUEUE);
+        let server = self.clone();
+        // Not tied to the connection: a client that goes away does not cut a checkpoint short.
+        let work = tokio::spawn(async move { server.answer(&line, progress).await });
+        while let Some(update) = updates.recv().await {
+            // The client may be gone; the work goes on.
+            let _ = send(&mut write, &Reply::Progress(update)).await;
+        }
+        let reply = match work.await.context("the request was cut off")? {
+            Ok(value) => Reply::Done(value),
+            Err(error) => Reply::Failed(Failure { message: explain(&error), exit_code: exit::code_of(&error) }),
+        };
+        send(&mut write, &reply).await
+    }
+
+    async fn answer(&self, line: &str, progress: mpsc::Sender<Progress>) -> Result<Value> {
+        let request: Request = serde_json::from_str(line).context("the request is not understood; are command and helper of one version?")?;
+        if request == Request::Status {
+            return self.status().await;
+        }
+        let Ok(mut checkpointer) = self.checkpointer.try_lock() else {
+            bail!("a checkpoint of this machine is under way; wait for it");
+        };
+        match request {
+            Request::Checkpoint => {
+                let outcome = checkpointer.take(&Report(progress)).await;
+                if let Err(error) = &outcome {
+                    tracing::error!(error = explain(error), "checkpoint failed");
+                }
+                serde_json::to_value(outcome?).context("encoding the result")
+            }
+            Request::BarePause => bare_pause(&checkpointer).await,
+            Request::Status => Ok(Value::Null),
+        }
+    }
+
+    async fn status(&self) -> Result<Value> {
+        let Ok(checkpointer) = self.checkpointer.try_lock() else {
+            return Ok(json!({ "pid": std::process::id(), "busy": true }));
+        };
+        let machine = &checkpointer.machine;
+        Ok(json!({
+            "pid": std::process::id(),
+            "busy": false,
+            "name": machine.file.name,
+            "store": machine.file.store,
+            "instance": machine.file.instance,
+            "qemu_pid": machine.pid,
+            "qemu_version": machine.facts.qemu.to_string(),
+            "accelerator": machine.facts.accelerator.as_str(),
+        }))
+    }
+}
+
+async fn bare_pause(checkpointer: &Checkpointer) -> Result<Value> {
+    let paused = Paused::stop(&checkpointer.machine.qmp).await.context("stopping the guest")?;
+    let pause = paused.resume().await.context("letting the guest run again")?;
+    Ok(json!({ "pause_ms": milliseconds(pause) }))
+}
+
+async fn send(stream: &mut (impl AsyncWriteExt + Unpin), reply: &Reply) -> Result<()> {
+    let mut line = serde_json::to_vec(reply).context("encoding a reply")?;
+    line.push(b'\n');
+    stream.write_all(&line).await.context("answering on the control socket")
+}

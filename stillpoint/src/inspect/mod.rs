@@ -1,0 +1,141 @@
+//! Looking at a store: `ls`, `show`, `verify`. Nothing here changes it.
+
+pub mod verify;
+
+use crate::cli::{CheckpointName, LsArgs, ShowArgs};
+use crate::exit::coded;
+use crate::lineage;
+use crate::terminal::bytes;
+use anyhow::{Context, Result};
+use checkpoint_format::{CheckpointKind, CheckpointSeq, Manifest, VmName};
+use checkpoint_store::{Mode, Repository, StoreOptions};
+use futures::{StreamExt, TryStreamExt};
+use serde_json::json;
+
+/// Manifests read at once.
+const READS: usize = 8;
+
+/// The store for reading; a directory that is no store is not made one.
+pub async fn open(url: &str) -> Result<Repository> {
+    let store = checkpoint_store::open(&crate::launch::absolute_store(url)?, &StoreOptions::default())?;
+    Repository::open(store, Mode::MustExist).await.with_context(|| format!("opening the store {url}"))
+}
+
+/// The checkpoint that a name means: the newest when it names none.
+pub async fn resolve(repository: &Repository, name: &CheckpointName) -> Result<CheckpointSeq> {
+    let known = repository.checkpoints(&name.vm).await.with_context(|| format!("looking for checkpoints of {}", name.vm))?;
+    let Some(newest) = known.last() else {
+        return Err(coded(crate::exit::FAILED, format!("the store has no checkpoint of {}; 'stillpoint ls' shows what it has", name.vm)));
+    };
+    match name.seq {
+        None => Ok(*newest),
+        Some(seq) if known.contains(&seq) => Ok(seq),
+        Some(seq) => Err(coded(crate::exit::FAILED, format!("the store has no checkpoint {}@{seq}; the newest is {}@{newest}", name.vm, name.vm))),
+    }
+}
+
+pub async fn ls(args: &LsArgs) -> Result<()> {
+    let repository = open(&args.store.store).await?;
+    match &args.name {
+        Some(vm) => ls_checkpoints(&repository, vm, args.json).await,
+        None => ls_machines(&repository, args.json).await,
+    }
+}
+
+async fn ls_machines(repository: &Repository, as_json: bool) -> Result<()> {
+    let mut rows = Vec::new();
+    for vm in repository.vms().await? {
+        let checkpoints = repository.checkpoints(&vm).await?;
+        rows.push((vm, checkpoints));
+    }
+    if as_json {
+        let rows: Vec<_> = rows.iter().map(|(vm, seqs)| json!({"name": vm, "checkpoints": seqs.len(), "newest": seqs.last()})).collect();
+        return print_json(&json!({ "store": repository.url(), "machines": rows }));
+    }
+    println!("{:32} {:>11} {:>8}", "MACHINE", "CHECKPOINTS", "NEWEST");
+    for (vm, seqs) in rows {
+        let newest = seqs.last().map(ToString::to_string).unwrap_or_else(|| "-".to_owned());
+        println!("{:32} {:>11} {newest:>8}", vm.as_str(), seqs.len());
+    }
+    Ok(())
+}
+
+async fn ls_checkpoints(repository: &Repository, vm: &VmName, as_json: bool) -> Result<()> {
+    let seqs = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
+    let reads = seqs.into_iter().map(|seq| lineage::manifest(repository, vm, seq));
+    let manifests: Vec<Manifest> = futures::stream::iter(reads).buffered(READS).try_collect().await?;
+    if as_json {
+        let rows: Vec<_> = manifests.iter().map(summary).collect();
+        return print_json(&json!({ "name": vm, "checkpoints": rows }));
+    }
+    println!("{:>6} {:>6} {:11} {:24} {:>12} {:>12}", "ID", "PARENT", "KIND", "CREATED", "CHANGED", "STORED");
+    for manifest in &manifests {
+        println!("{}", row(manifest));
+    }
+    Ok(())
+}
+
+fn kind(manifest: &Manifest) -> &'static str {
+    match manifest.kind {
+        CheckpointKind::Full => "full",
+        CheckpointKind::Incremental => "incremental",
+    }
+}
+
+fn row(manifest: &Manifest) -> String {
+    let parent = manifest.parent.map(|parent| parent.to_string()).unwrap_or_else(|| "-".to_owned());
+    let changed = bytes(manifest.totals.bytes_changed.0);
+    let stored = bytes(manifest.totals.bytes_stored.0);
+    format!("{:>6} {parent:>6} {:11} {:24} {changed:>12} {stored:>12}", manifest.seq.0, kind(manifest), manifest.created_at)
+}
+
+fn summary(manifest: &Manifest) -> serde_json::Value {
+    json!({
+        "id": manifest.seq,
+        "parent": manifest.parent,
+        "kind": kind(manifest),
+        "created_at": manifest.created_at,
+        "bytes_changed": manifest.totals.bytes_changed,
+        "bytes_stored_raw": manifest.totals.bytes_stored_raw,
+        "bytes_stored": manifest.totals.bytes_stored,
+        "packs": manifest.packs.len(),
+    })
+}
+
+pub async fn show(args: &ShowArgs) -> Result<()> {
+    let repository = open(&args.store.store).await?;
+    let seq = resolve(&repository, &args.checkpoint).await?;
+    let manifest = lineage::manifest(&repository, &args.checkpoint.vm, seq).await?;
+    if args.json {
+        return print_json(&serde_json::to_value(&manifest).context("encoding the manifest")?);
+    }
+    print!("{}", describe(&manifest));
+    Ok(())
+}
+
+fn describe(manifest: &Manifest) -> String {
+    let machine = &manifest.machine;
+    let mut lines = vec![
+        format!("{}@{}  {}  {}", manifest.vm, manifest.seq, kind(manifest), manifest.created_at),
+        format!("  parent    {}", manifest.parent.map(|parent| parent.to_string()).unwrap_or_else(|| "none".to_owned())),
+        format!("  machine   {}, {} vCPUs, {} RAM, {}", machine.machine_type, machine.vcpus, bytes(machine.ram_bytes.0), machine.accelerator),
+        format!("  QEMU      {}", machine.qemu_version),
+        format!("  changed   {} in {} dirty pages", bytes(manifest.totals.bytes_changed.0), manifest.totals.pages_dirty),
+        format!("  stored    {} ({} before compression)", bytes(manifest.totals.bytes_stored.0), bytes(manifest.totals.bytes_stored_raw.0)),
+    ];
+    for disk in &manifest.disks {
+        let mode = if disk.read_only { "read-only" } else { "read-write" };
+        lines.push(format!("  disk      {} {mode} {} {}  {}", disk.node, disk.format, bytes(disk.virtual_size.0), disk.file));
+        lines.extend(disk.backing.iter().map(|layer| format!("    layer   {}  {} {}", layer.digest, layer.format, layer.path)));
+    }
+    for pack in &manifest.packs {
+        let copies = pack.replicas.map(|copies| format!(", {copies} replicas")).unwrap_or_default();
+        lines.push(format!("  pack      {}  {}{copies}", pack.name, bytes(pack.info.len.0)));
+    }
+    lines.join("\n") + "\n"
+}
+
+pub fn print_json(value: &serde_json::Value) -> Result<()> {
+    println!("{}", serde_json::to_string_pretty(value).context("encoding JSON")?);
+    Ok(())
+}

@@ -1,0 +1,166 @@
+//! `stillpoint verify`: reads back every pack, frame, page digest and layer block that a restore could need.
+
+use super::{open, print_json, resolve};
+use crate::cli::VerifyArgs;
+use crate::exit::{damaged, explain};
+use crate::layers::StoredLayer;
+use crate::lineage::{self, Lineage};
+use crate::terminal::Progress;
+use anyhow::{Context, Result};
+use checkpoint_format::{ContentDigest, HEADER_LEN, Manifest, PAGE_SIZE, PackHeader, PackIndex, PackRecord, PageDigest, PageRun, RunSource, Slot};
+use checkpoint_store::Repository;
+use serde_json::json;
+use std::collections::BTreeSet;
+
+/// A read of the store: whole frames, next to each other.
+const READ_BYTES: u64 = 8 << 20;
+
+#[derive(Default)]
+struct Report {
+    checkpoints: u64,
+    packs: u64,
+    frames: u64,
+    pages: u64,
+    bytes: u64,
+    layers: u64,
+    problems: Vec<String>,
+}
+
+pub async fn run(args: &VerifyArgs) -> Result<()> {
+    let repository = open(&args.store.store).await?;
+    let name = &args.checkpoint;
+    let newest = resolve(&repository, name).await?;
+    let manifests = match name.seq {
+        Some(_) => Lineage::read(&repository, &name.vm, newest).await?.manifests,
+        None => all(&repository, name).await?,
+    };
+    let mut report = Report::default();
+    let total = manifests.iter().flat_map(|manifest| &manifest.packs).map(|pack| pack.info.len.0).sum();
+    let progress = Progress::bytes("verify", total);
+    for manifest in &manifests {
+        check_checkpoint(&repository, manifest, &progress, &mut report).await;
+    }
+    let layers: BTreeSet<ContentDigest> = manifests.iter().flat_map(Manifest::layers).map(|layer| layer.digest).collect();
+    for digest in layers {
+        let result = check_layer(&repository, &digest, &mut report).await;
+        note(&mut report, format!("layer {digest}"), result);
+    }
+    drop(progress);
+    tell(args, &report)
+}
+
+async fn all(repository: &Repository, name: &crate::cli::CheckpointName) -> Result<Vec<Manifest>> {
+    let mut manifests = Vec::new();
+    for seq in repository.checkpoints(&name.vm).await? {
+        manifests.push(lineage::manifest(repository, &name.vm, seq).await?);
+    }
+    Ok(manifests)
+}
+
+fn note(report: &mut Report, what: String, result: Result<()>) {
+    if let Err(error) = result {
+        report.problems.push(format!("{what}: {}", explain(&error)));
+    }
+}
+
+fn tell(args: &VerifyArgs, report: &Report) -> Result<()> {
+    if args.json {
+        print_json(&json!({
+            "ok": report.problems.is_empty(), "checkpoints": report.checkpoints, "packs": report.packs, "frames": report.frames,
+            "pages": report.pages, "bytes": report.bytes, "layers": report.layers, "problems": report.problems,
+        }))?;
+    } else {
+        let Report { checkpoints, packs, frames, pages, layers, .. } = report;
+        println!("read back {checkpoints} checkpoints, {packs} packs, {frames} frames, {pages} pages, {layers} layers");
+        report.problems.iter().for_each(|problem| println!("  damaged: {problem}"));
+    }
+    match report.problems.len() {
+        0 => Ok(()),
+        count => Err(damaged(format!("{count} of the parts of {} cannot be restored", args.checkpoint.vm))),
+    }
+}
+
+async fn check_checkpoint(repository: &Repository, manifest: &Manifest, progress: &Progress, report: &mut Report) {
+    report.checkpoints += 1;
+    for pack in &manifest.packs {
+        let result = check_pack(repository, manifest, pack, progress, report).await;
+        note(report, format!("{}@{}/{}", manifest.vm, manifest.seq, pack.name), result);
+    }
+}
+
+async fn check_pack(repository: &Repository, manifest: &Manifest, pack: &PackRecord, progress: &Progress, report: &mut Report) -> Result<()> {
+    let (vm, seq) = (&manifest.vm, manifest.seq);
+    let index = lineage::index(repository, vm, seq, pack).await?;
+    let header = repository.read_pack_range(vm, seq, pack.name.as_str(), 0, HEADER_LEN as u64).await?;
+    if PackHeader::parse(&header)?.id != pack.info.id {
+        return Err(damaged("its header is another pack's"));
+    }
+    report.packs += 1;
+    let runs = runs_by_frame(&index);
+    let frames = index.frames();
+    let mut next = 0;
+    while next < frames.len() {
+        let begin = frames[next].byte_range().start;
+        let fits = frames[next..].iter().take_while(|frame| frame.byte_range().end - begin <= READ_BYTES).count().max(1);
+        let end = frames[next + fits - 1].byte_range().end;
+        let bytes = repository.read_pack_range(vm, seq, pack.name.as_str(), begin, end - begin).await?;
+        for number in next..next + fits {
+            let range = frames[number].byte_range();
+            let part = &bytes[(range.start - begin) as usize..(range.end - begin) as usize];
+            report.pages += check_frame(&index, number, &runs[number], part).with_context(|| format!("frame {number}"))?;
+        }
+        report.frames += fits as u64;
+        report.bytes += end - begin;
+        progress.advance(end - begin);
+        next += fits;
+    }
+    Ok(())
+}
+
+fn runs_by_frame(index: &PackIndex) -> Vec<Vec<(Slot, &PageRun)>> {
+    let mut runs = vec![Vec::new(); index.frames().len()];
+    for run in index.runs() {
+        if let RunSource::Frame { frame, first_slot } = run.source
+            && let Some(list) = runs.get_mut(frame.0 as usize)
+        {
+            list.push((first_slot, run));
+        }
+    }
+    runs
+}
+
+/// Every page of the frame against its digest.
+fn check_frame(index: &PackIndex, number: usize, runs: &[(Slot, &PageRun)], bytes: &[u8]) -> Result<u64> {
+    let content = index.frames()[number].decode(bytes)?;
+    let mut checked = 0;
+    for (first_slot, run) in runs {
+        for (offset, digest) in index.run_digests(run).iter().enumerate() {
+            let start = (usize::from(first_slot.0) + offset) * PAGE_SIZE;
+            let page = content.get(start..start + PAGE_SIZE).context("the frame is shorter than its index says")?;
+            if PageDigest::of(page) != *digest {
+                return Err(damaged(format!("page {} does not have its digest", run.pages.start.0 + offset as u64)));
+            }
+            checked += 1;
+        }
+    }
+    Ok(checked)
+}
+
+async fn check_layer(repository: &Repository, digest: &ContentDigest, report: &mut Report) -> Result<()> {
+    let mut layer = StoredLayer::open(repository, digest).await?;
+    let blocks = layer.table.blocks().to_vec();
+    let mut hasher = checkpoint_format::ContentHasher::new();
+    let block_size = u64::from(layer.manifest.block_size);
+    for (number, block) in blocks.iter().enumerate() {
+        let number = number as u64;
+        match layer.read_block(number, block).await? {
+            Some(bytes) => hasher.update(&bytes),
+            None => hasher.update(&vec![0; block_size.min(layer.len().0 - number * block_size) as usize]),
+        };
+    }
+    if hasher.finish() != *digest {
+        return Err(damaged("its blocks make a file of another digest"));
+    }
+    report.layers += 1;
+    Ok(())
+}

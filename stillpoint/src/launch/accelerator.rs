@@ -1,0 +1,140 @@
+//! KVM where it can run the guest, TCG elsewhere, and it says which.
+//!
+//! That `/dev/kvm` opens says little: inside some virtual machines it runs real-mode code and hangs on anything more.
+//! So a firmware of 142 bytes (`long_mode.S`) is run under KVM first: it switches to long mode with paging, as every
+//! operating system does, and ends QEMU with a status that nothing else gives. The answer is kept until the next boot.
+
+use super::arguments::{KeyList, QemuOption};
+use crate::cache;
+use anyhow::{Context, Result};
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+const LONG_MODE: &[u8] = include_bytes!("long_mode.bin");
+const ROM_BYTES: usize = 64 << 10;
+/// `ljmp $0xF000, $0` at the reset vector.
+const RESET_VECTOR: usize = 0xFFF0;
+const JUMP: [u8; 5] = [0xEA, 0x00, 0x00, 0x00, 0xF0];
+/// isa-debug-exit: (0x31 << 1) | 1.
+const SUCCESS: i32 = 99;
+/// The firmware needs 60 ms under TCG, less under KVM.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Accelerator {
+    /// The value of `-accel`.
+    pub name: String,
+    pub reason: String,
+}
+
+/// What the user asked for, else KVM when it can run an operating system on this host.
+pub fn choose(options: &[QemuOption], qemu: &Path) -> Result<Accelerator> {
+    if let Some(name) = wanted(options) {
+        return Ok(Accelerator { name, reason: "as the command line says".to_owned() });
+    }
+    let (name, reason) = match kvm_works(qemu) {
+        Ok(()) => ("kvm", "it runs long mode on this host".to_owned()),
+        Err(why) => ("tcg", format!("KVM cannot be used: {why}")),
+    };
+    Ok(Accelerator { name: name.to_owned(), reason })
+}
+
+/// The options without the accelerator, which is said apart.
+pub fn without(options: Vec<QemuOption>) -> Vec<QemuOption> {
+    let kept = options.into_iter().filter(|option| !["accel", "enable-kvm"].contains(&option.name.as_str()));
+    kept.map(|option| match option.name.as_str() {
+        "machine" | "M" => QemuOption::with(&option.name, drop_key(&option.keys(), "accel").to_string()),
+        _ => option,
+    })
+    .collect()
+}
+
+fn drop_key(list: &KeyList, unwanted: &str) -> KeyList {
+    let mut kept = KeyList::default();
+    for (key, value) in list.iter().filter(|(key, _)| *key != Some(unwanted)) {
+        kept.push(key, value);
+    }
+    kept
+}
+
+fn wanted(options: &[QemuOption]) -> Option<String> {
+    let asked = options.iter().filter_map(|option| match option.name.as_str() {
+        "accel" => Some(option.value().to_owned()),
+        "enable-kvm" => Some("kvm".to_owned()),
+        "machine" | "M" => {
+            // "kvm:tcg" asks for the first that works, which is what the probe finds out.
+            option.keys().get("accel").filter(|name| !name.contains(':')).map(str::to_owned)
+        }
+        _ => None,
+    });
+    asked.last()
+}
+
+/// `Err` says why not.
+pub fn kvm_works(qemu: &Path) -> Result<(), String> {
+    if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+        return Err(format!("/dev/kvm: {error}"));
+    }
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let key = format!("{} {}", boot.trim(), qemu.display());
+    let works = cache::load::<bool>("kvm", &key).unwrap_or_else(|| {
+        let works = run_probe(qemu).unwrap_or(false);
+        cache::save("kvm", &key, &works);
+        works
+    });
+    if works { Ok(()) } else { Err("/dev/kvm opens, but a guest in long mode does not run".to_owned()) }
+}
+
+fn run_probe(qemu: &Path) -> Result<bool> {
+    let mut rom = vec![0; ROM_BYTES];
+    rom[..LONG_MODE.len()].copy_from_slice(LONG_MODE);
+    rom[RESET_VECTOR..RESET_VECTOR + JUMP.len()].copy_from_slice(&JUMP);
+    let mut file = tempfile::NamedTempFile::new().context("making the probe's firmware")?;
+    file.write_all(&rom).context("writing the probe's firmware")?;
+    let mut child = Command::new(qemu)
+        .args(["-accel", "kvm", "-machine", "pc", "-m", "16", "-nodefaults", "-no-user-config", "-no-reboot"])
+        .args(["-display", "none", "-device", "isa-debug-exit,iobase=0xf4,iosize=1", "-bios"])
+        .arg(file.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("starting the probe")?;
+    let end = Instant::now() + PROBE_TIMEOUT;
+    while Instant::now() < end {
+        if let Some(status) = child.try_wait().context("waiting for the probe")? {
+            return Ok(status.code() == Some(SUCCESS));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().context("ending the probe")?;
+    child.wait().context("waiting for the probe")?;
+    Ok(false)
+}
+
+#[cfg(test)]
+mod test {
+    use super::super::arguments::{parse, words};
+    use super::*;
+
+    fn options(line: &str) -> Vec<QemuOption> {
+        parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>()).unwrap()
+    }
+
+    #[test]
+    fn the_users_choice_is_found_wherever_it_stands() {
+        assert_eq!(wanted(&options("-enable-kvm -m 1G")), Some("kvm".to_owned()));
+        assert_eq!(wanted(&options("-accel tcg,thread=multi")), Some("tcg,thread=multi".to_owned()));
+        assert_eq!(wanted(&options("-machine q35,accel=kvm")), Some("kvm".to_owned()));
+        assert_eq!(wanted(&options("-machine q35,accel=kvm:tcg")), None);
+        assert_eq!(wanted(&options("-m 1G")), None);
+    }
+
+    #[test]
+    fn the_accelerator_is_taken_out() {
+        let left = without(options("-M q35,accel=tcg,usb=off -accel tcg -enable-kvm -m 1G"));
+        assert_eq!(words(&left).join(" "), "-M q35,usb=off -m 1G");
+    }
+}

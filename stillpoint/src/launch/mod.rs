@@ -1,0 +1,159 @@
+//! `stillpoint run`: an ordinary QEMU command line becomes a machine that can be checkpointed.
+//!
+//! The process prepares the machine, leaves a helper behind (detached, in a session of its own) and then *becomes*
+//! QEMU by exec: same pid, same terminal, same exit status. So a wrapper can put it where QEMU stood, and QEMU never
+//! depends on a helper that lives.
+
+pub mod accelerator;
+pub mod arguments;
+pub mod command;
+pub mod normalize;
+pub mod paths;
+pub mod probe;
+mod readconfig;
+mod refuse;
+
+use crate::runtime::{MachineFile, RuntimeDir};
+use anyhow::{Context, Result, anyhow, bail};
+use checkpoint_format::VmName;
+use checkpoint_store::StoreOptions;
+use command::Start;
+use dirty_tracker::GuestMemory;
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+pub struct RunRequest {
+    pub name: VmName,
+    pub store: String,
+    pub runtime_base: Option<PathBuf>,
+    pub scratch: Option<PathBuf>,
+    pub qemu: String,
+    pub arguments: Vec<String>,
+}
+
+/// Returns only on failure: on success this process is QEMU.
+pub fn run(request: RunRequest) -> Result<std::convert::Infallible> {
+    let plugin = plugin_path()?;
+    let runtime = RuntimeDir::new(request.runtime_base.as_deref(), &request.name)?;
+    let machine = describe(&request, &plugin)?;
+    checkpoint_store::open(&machine.store, &StoreOptions::default())?;
+    runtime.create()?;
+    refuse_running(&runtime)?;
+    runtime.forget_exact_since()?;
+    runtime.save_machine(&machine)?;
+    let memory = GuestMemory::create(&machine.name.to_string(), machine.ram_bytes)
+        .context("making the guest's memory")?;
+    spawn_helper(&machine.name, request.runtime_base.as_deref(), &runtime, false)?;
+    memory.set_inheritable(true)?;
+    let words = command::arguments(&machine, &runtime, &plugin, memory.raw_fd(), Start::Boot);
+    let error = Command::new(&machine.qemu).args(words).exec();
+    Err(error).with_context(|| format!("starting {}", machine.qemu.display()))
+}
+
+fn describe(request: &RunRequest, plugin: &Path) -> Result<MachineFile> {
+    let qemu = find_program(&request.qemu)?;
+    let facts = probe::probe(&qemu, plugin)?;
+    let options = readconfig::expand(arguments::parse(&request.arguments)?)?;
+    refuse::check(&options)?;
+    let accelerator = accelerator::choose(&options, &qemu)?;
+    eprintln!("stillpoint: {} runs on {} ({})", request.name, accelerator.name, accelerator.reason);
+    let options = accelerator::without(options);
+    let normalized = normalize::normalize(options, &facts)?;
+    let directory = std::env::current_dir().context("asking for the current directory")?;
+    Ok(MachineFile {
+        format: MachineFile::FORMAT,
+        name: request.name.clone(),
+        store: absolute_store(&request.store)?,
+        instance: new_instance()?,
+        qemu,
+        qemu_version: facts.version,
+        machine_type: normalized.machine_type,
+        accelerator: accelerator.name,
+        ram_bytes: normalized.ram_bytes,
+        ram_block: normalized.ram_block,
+        arguments: arguments::words(&normalized.options),
+        scratch: scratch_dir(request.scratch.as_deref())?,
+        directory,
+        restored_from: None,
+    })
+}
+
+/// `file:` stores may be named relative to where the user stands; the helper stands elsewhere.
+pub fn absolute_store(url: &str) -> Result<String> {
+    match url.strip_prefix("file:") {
+        Some(rest) if !rest.starts_with('/') => {
+            let path = std::path::absolute(rest).with_context(|| format!("making store {url} absolute"))?;
+            Ok(format!("file://{}", path.display()))
+        }
+        _ => Ok(url.to_owned()),
+    }
+}
+
+/// Where the old content of disk blocks waits during a checkpoint: on a disk, never on a tmpfs.
+pub fn scratch_dir(wanted: Option<&Path>) -> Result<PathBuf> {
+    let path = wanted.unwrap_or(Path::new("/var/tmp"));
+    std::path::absolute(path).with_context(|| format!("making {} absolute", path.display()))
+}
+
+pub fn new_instance() -> Result<String> {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").context("asking the kernel for a random id")?;
+    Ok(id.trim().to_owned())
+}
+
+fn refuse_running(runtime: &RuntimeDir) -> Result<()> {
+    if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_ok() {
+        bail!("a machine of this name is running at {}; give this one another --name", runtime.path().display());
+    }
+    let _free = runtime.lock_helper()?;
+    for socket in [runtime.qmp(), runtime.plugin(), runtime.control(), runtime.nbd()] {
+        // Left by a machine that is gone; QEMU makes them anew.
+        let _ = std::fs::remove_file(socket);
+    }
+    Ok(())
+}
+
+/// Starts the helper in a session of its own, not as a child of what will be QEMU.
+pub fn spawn_helper(name: &VmName, runtime_base: Option<&Path>, runtime: &RuntimeDir, take_over: bool) -> Result<()> {
+    let log = File::options().create(true).append(true).open(runtime.helper_log());
+    let log = log.with_context(|| format!("opening {}", runtime.helper_log().display()))?;
+    let program = std::env::current_exe().context("finding this program's own path")?;
+    let mut command = Command::new("setsid");
+    command.arg("--fork").arg(program).arg("helper");
+    if let Some(base) = runtime_base {
+        command.arg("--runtime-dir").arg(std::path::absolute(base).context("making --runtime-dir absolute")?);
+    }
+    if take_over {
+        command.arg("--take-over");
+    }
+    command.arg(name.as_str()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).current_dir("/");
+    let status = command.status().context("starting the helper through setsid (package util-linux)")?;
+    if !status.success() {
+        bail!("setsid could not start the helper: {status}; see {}", runtime.helper_log().display());
+    }
+    Ok(())
+}
+
+/// `$STILLPOINT_PLUGIN`, or the file beside this program, or in the library folder next to it.
+pub fn plugin_path() -> Result<PathBuf> {
+    const FILE: &str = "libstillpoint_plugin.so";
+    let program = std::env::current_exe().context("finding this program's own path")?;
+    let beside = program.parent().unwrap_or(Path::new("/"));
+    let named = std::env::var_os("STILLPOINT_PLUGIN").filter(|value| !value.is_empty()).map(PathBuf::from);
+    let places = match named {
+        Some(path) => vec![path],
+        None => vec![beside.join(FILE), beside.join("../lib/stillpoint").join(FILE)],
+    };
+    let hit = places.iter().find_map(|path| path.canonicalize().ok());
+    hit.ok_or_else(|| anyhow!("the QEMU plugin {FILE} is not at {places:?}; build it by 'cargo build --release' or set STILLPOINT_PLUGIN"))
+}
+
+pub fn find_program(name: &str) -> Result<PathBuf> {
+    if name.contains('/') {
+        return Path::new(name).canonicalize().with_context(|| format!("looking for the program {name}"));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let hit = std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file());
+    hit.ok_or_else(|| anyhow!("there is no {name} on the PATH; install QEMU (Debian: apt-get install qemu-system-x86)"))
+}

@@ -1,0 +1,149 @@
+//! What a QEMU binary is: its version, its machine types and whether it takes plugins. Asked once per binary of the
+//! binary itself (a machine of type `none`, about 60 ms), then kept in the cache directory.
+
+use crate::cache;
+use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+/// A QMP answer of `query-machines` has about 40 KB.
+const MAX_ANSWER_BYTES: u64 = 4 << 20;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QemuFacts {
+    pub version: String,
+    pub machines: Vec<MachineType>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineType {
+    pub name: String,
+    pub alias: Option<String>,
+    pub is_default: bool,
+    pub default_ram_id: Option<String>,
+}
+
+impl QemuFacts {
+    /// The machine type that QEMU would take for `wanted`, aliases resolved.
+    pub fn machine(&self, wanted: Option<&str>) -> Result<&MachineType> {
+        let hit = self.machines.iter().find(|machine| match wanted {
+            Some(name) => machine.name == name || machine.alias.as_deref() == Some(name),
+            None => machine.is_default,
+        });
+        hit.ok_or_else(|| match wanted {
+            Some(name) => anyhow!("QEMU {} has no machine type '{name}'; '-machine help' lists its types", self.version),
+            None => anyhow!("QEMU {} has no default machine type; name one by -machine", self.version),
+        })
+    }
+}
+
+/// The facts of `binary`, from the cache when the binary has not changed since.
+pub fn probe(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
+    let about = |path: &Path| std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()));
+    let (qemu, ours) = (about(binary)?, about(plugin)?);
+    let identity = [qemu.dev(), qemu.ino(), qemu.size(), qemu.ctime() as u64, ours.ino(), ours.size(), ours.ctime() as u64];
+    let key = format!("{}-{identity:?}", binary.display());
+    if let Some(facts) = cache::load::<QemuFacts>("qemu", &key) {
+        return Ok(facts);
+    }
+    let facts = ask(binary, plugin)?;
+    cache::save("qemu", &key, &facts);
+    Ok(facts)
+}
+
+fn ask(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
+    let socket = std::env::temp_dir().join(format!("stillpoint-probe-{}.sock", std::process::id()));
+    let child = Command::new(binary)
+        .args(["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "stdio"])
+        .arg("-plugin")
+        .arg(format!("file={},socket={}", plugin.display(), socket.display()))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting {}; install QEMU (Debian: apt-get install qemu-system-x86)", binary.display()))?;
+    let answer = converse(child, binary);
+    // The plugin leaves its socket when QEMU goes.
+    let _ = std::fs::remove_file(&socket);
+    answer
+}
+
+fn converse(mut child: Child, binary: &Path) -> Result<QemuFacts> {
+    let mut input = child.stdin.take().context("the probe's QEMU has no stdin")?;
+    let output = child.stdout.take().context("the probe's QEMU has no stdout")?;
+    let mut lines = BufReader::new(output.take(MAX_ANSWER_BYTES));
+    let talk = (|| -> Result<QemuFacts> {
+        let greeting = answer(&mut lines, "QMP")?;
+        ask_one(&mut input, &mut lines, "qmp_capabilities")?;
+        let machines = ask_one(&mut input, &mut lines, "query-machines")?;
+        Ok(QemuFacts { version: version(&greeting)?, machines: machine_types(&machines)? })
+    })();
+    // An answer or none: this QEMU has no guest and nothing to lose.
+    let _ = input.write_all(b"{\"execute\":\"quit\"}\n");
+    drop(input);
+    if talk.is_err() {
+        let _ = child.kill();
+    }
+    let ended = child.wait_with_output().context("waiting for the probe's QEMU")?;
+    talk.map_err(|error| {
+        let said = String::from_utf8_lossy(&ended.stderr);
+        explain(binary, said.trim(), error)
+    })
+}
+
+fn explain(binary: &Path, said: &str, error: anyhow::Error) -> anyhow::Error {
+    let binary = binary.display();
+    if said.contains("plugin") {
+        return anyhow!("{binary} does not take Stillpoint's plugin; use a QEMU built with --enable-plugins (Debian's are). It said: {said}");
+    }
+    error.context(format!("asking {binary} what it is; it said: {said}"))
+}
+
+fn ask_one(input: &mut impl Write, lines: &mut impl BufRead, command: &str) -> Result<Value> {
+    writeln!(input, "{{\"execute\":\"{command}\"}}").with_context(|| format!("sending {command}"))?;
+    answer(lines, "return").with_context(|| format!("waiting for the answer to {command}"))
+}
+
+/// The next message that has `key`; events in between are passed over.
+fn answer(lines: &mut impl BufRead, key: &str) -> Result<Value> {
+    let mut line = String::new();
+    loop {
+        line.clear();
+        if lines.read_line(&mut line).context("reading QMP")? == 0 {
+            bail!("QEMU ended before it answered");
+        }
+        let mut message: Value = serde_json::from_str(&line).with_context(|| format!("QMP answer is no JSON: {line}"))?;
+        if let Some(error) = message.get("error") {
+            bail!("QEMU answered {error}");
+        }
+        if let Some(value) = message.get_mut(key) {
+            return Ok(value.take());
+        }
+    }
+}
+
+fn version(greeting: &Value) -> Result<String> {
+    let part = |name: &str| greeting["version"]["qemu"][name].as_u64();
+    match (part("major"), part("minor"), part("micro")) {
+        (Some(major), Some(minor), Some(micro)) => Ok(format!("{major}.{minor}.{micro}")),
+        _ => bail!("QEMU's greeting names no version: {greeting}"),
+    }
+}
+
+fn machine_types(list: &Value) -> Result<Vec<MachineType>> {
+    let list = list.as_array().context("query-machines answered no list")?;
+    let text = |machine: &Value, key: &str| machine[key].as_str().map(str::to_owned);
+    let types = list.iter().filter_map(|machine| {
+        Some(MachineType {
+            name: text(machine, "name")?,
+            alias: text(machine, "alias"),
+            is_default: machine["is-default"].as_bool().unwrap_or(false),
+            default_ram_id: text(machine, "default-ram-id"),
+        })
+    });
+    Ok(types.collect())
+}

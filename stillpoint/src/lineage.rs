@@ -1,0 +1,83 @@
+//! A checkpoint and its ancestors, as the store has them.
+
+use crate::exit::damaged;
+use anyhow::{Context, Result};
+use checkpoint_format::{CheckpointSeq, DigestTable, Manifest, PackIndex, PackRecord, SpaceName, VmName};
+use checkpoint_store::Repository;
+use futures::future::BoxFuture;
+use futures::{StreamExt, TryStreamExt};
+
+/// A longer chain of incremental checkpoints is taken for damage.
+const MAX_LINEAGE: usize = 100_000;
+/// Manifests and pack indexes read from the store at once.
+const READS: usize = 8;
+
+/// Oldest first; the first is a full checkpoint.
+pub struct Lineage {
+    pub vm: VmName,
+    pub manifests: Vec<Manifest>,
+}
+
+impl Lineage {
+    pub async fn read(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<Self> {
+        let mut manifests = Vec::new();
+        let mut next = Some(seq);
+        while let Some(seq) = next {
+            let manifest = manifest(repository, vm, seq).await?;
+            next = manifest.parent;
+            manifests.push(manifest);
+            if manifests.len() > MAX_LINEAGE {
+                return Err(damaged(format!("{vm}@{seq}: more than {MAX_LINEAGE} ancestors")));
+            }
+        }
+        manifests.reverse();
+        Ok(Self { vm: vm.clone(), manifests })
+    }
+
+    pub fn newest(&self) -> &Manifest {
+        self.manifests.last().expect("a lineage holds the checkpoint that it was read for")
+    }
+
+    /// Every pack, oldest first; its place in this list is its number in a page map.
+    pub fn packs(&self) -> Vec<(CheckpointSeq, &PackRecord)> {
+        let of = |manifest: &Manifest| manifest.seq;
+        self.manifests.iter().flat_map(|manifest| manifest.packs.iter().map(move |pack| (of(manifest), pack))).collect()
+    }
+
+    /// The indexes of [`Lineage::packs`], in that order.
+    pub async fn indexes(&self, repository: &Repository) -> Result<Vec<PackIndex>> {
+        let mut reads: Vec<BoxFuture<'_, Result<PackIndex>>> = Vec::new();
+        let packs = self.packs();
+        for (seq, pack) in packs {
+            reads.push(Box::pin(index(repository, &self.vm, seq, pack)));
+        }
+        futures::stream::iter(reads).buffered(READS).try_collect().await
+    }
+
+    /// What the newest checkpoint holds, page by page. `sizes` names the spaces wanted and how to hold them.
+    pub async fn digests(&self, repository: &Repository, tables: &mut [(SpaceName, DigestTable)]) -> Result<()> {
+        let indexes = self.indexes(repository).await?;
+        for index in indexes {
+            for (space, table) in tables.iter_mut() {
+                table.apply_pack(space, &index);
+            }
+        }
+        Ok(())
+    }
+}
+
+pub async fn manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<Manifest> {
+    let bytes = repository.read_manifest(vm, seq).await.with_context(|| format!("reading the manifest of {vm}@{seq}"))?;
+    let manifest = Manifest::parse(&bytes).with_context(|| format!("the manifest of {vm}@{seq}"))?;
+    if manifest.seq != seq || manifest.parent.is_some_and(|parent| parent >= seq) {
+        return Err(damaged(format!("the manifest of {vm}@{seq} says that it is {}@{}", manifest.vm, manifest.seq)));
+    }
+    Ok(manifest)
+}
+
+pub async fn index(repository: &Repository, vm: &VmName, seq: CheckpointSeq, pack: &PackRecord) -> Result<PackIndex> {
+    let about = || format!("the index of {vm}@{seq}/{}", pack.name);
+    let range = pack.info.footer().trailer_range();
+    let trailer = repository.read_pack_range(vm, seq, pack.name.as_str(), range.start, range.end - range.start).await;
+    pack.info.parse_index(&trailer.with_context(about)?).with_context(about)
+}

@@ -1,0 +1,77 @@
+//! The `stillpoint` command. ARCHITECTURE.md has the picture; each folder here is one room of it:
+//! `launch` starts QEMU, `helper` sits beside it, `checkpoint` takes, `restore` brings back, `layers` and `pack` carry
+//! data, `inspect` looks at a store.
+
+mod bench;
+mod cache;
+mod checkpoint;
+mod cli;
+mod control;
+mod doctor;
+mod exit;
+mod helper;
+mod inspect;
+mod launch;
+mod layers;
+mod lineage;
+mod pack;
+mod restore;
+mod runtime;
+mod terminal;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use cli::{Cli, Command};
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr(&cli);
+    match dispatch(cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("stillpoint: {}", exit::explain(&error));
+            exit::code(&error)
+        }
+    }
+}
+
+fn log_to_stderr(cli: &Cli) {
+    let quiet = if matches!(cli.command, Command::Helper(_)) { "info" } else { "warn" };
+    let default = if cli.verbose { "debug" } else { quiet };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).with_target(false).init();
+}
+
+fn dispatch(command: Command) -> Result<ExitCode> {
+    match command {
+        // Before any thread exists: this process becomes QEMU.
+        Command::Run(args) => match launch::run(args.into_request()?)? {},
+        Command::Doctor(args) => doctor::run(&args),
+        other => {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .context("starting the asynchronous runtime")?;
+            runtime.block_on(dispatch_async(other))
+        }
+    }
+}
+
+async fn dispatch_async(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Attach(args) => helper::attach::run(args).await?,
+        Command::Helper(args) => helper::run(args).await?,
+        Command::Checkpoint(args) => helper::client::checkpoint(&args).await?,
+        Command::Restore(args) => restore::run(args).await?,
+        Command::Ls(args) => inspect::ls(&args).await?,
+        Command::Show(args) => inspect::show(&args).await?,
+        Command::Verify(args) => inspect::verify::run(&args).await?,
+        Command::Bench(args) => bench::run(&args).await?,
+        Command::Run(_) | Command::Doctor(_) => unreachable!("handled without the asynchronous runtime"),
+    }
+    Ok(ExitCode::SUCCESS)
+}

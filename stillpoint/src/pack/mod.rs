@@ -1,0 +1,198 @@
+//! Pages on their way into the store: jobs -> frames (compressed side by side) -> packs -> uploads.
+//!
+//! ```text
+//! Packer::send --(bounded)--> encode x2 --(in order)--> builder --(full)--> upload x2
+//! ```
+//! Everything is bounded: a slow store fills the queues, then the caller waits, and the caller never holds the guest.
+//! Frames reach the builder in the order of the jobs, so of two records of a page the later one counts.
+
+mod target;
+
+pub use target::PackTarget;
+
+use anyhow::{Context, Result, anyhow};
+use bytes::Bytes;
+use checkpoint_format::{
+    ByteLen, EncodedFrame, FinishedPack, PackBuilder, PackId, PackRecord, PageDigest, PageIndex, PageRange, SpaceId, SpaceTable,
+};
+use checkpoint_store::StoredPack;
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+/// A pack is closed when its frames reach this length. HDFS keeps a few hundred bytes of NameNode memory for each file,
+/// and a pack under way is held in memory so that it can be written again from its start.
+pub const PACK_BYTES: ByteLen = ByteLen(24 << 20);
+/// Packs being written at once, besides the one being filled: HDFS gives a pipeline to each file.
+const UPLOADS: usize = 2;
+/// Frames being compressed at once.
+const ENCODERS: usize = 2;
+/// Jobs waiting for an encoder, of up to 256 KiB each.
+const QUEUE: usize = 16;
+const ZSTD_LEVEL: i32 = 1;
+
+/// Up to 64 pages of one space and their content.
+pub struct FrameJob {
+    pub space: SpaceId,
+    pub pages: Vec<(PageIndex, PageDigest)>,
+    pub raw: Vec<u8>,
+}
+
+pub enum PackJob {
+    Data(FrameJob),
+    /// These pages hold zeros.
+    Zero(SpaceId, PageRange),
+}
+
+enum Encoded {
+    Frame(EncodedFrame),
+    Zero(SpaceId, PageRange),
+}
+
+/// The entrance of the pipeline. Dropping it unfinished stops the pipeline and its uploads.
+pub struct Packer {
+    jobs: mpsc::Sender<PackJob>,
+    task: JoinHandle<Result<Vec<PackRecord>>>,
+}
+
+impl Packer {
+    /// `label` makes the packs' ids: the same for no two checkpoints or layers.
+    pub fn new(target: Arc<dyn PackTarget>, spaces: SpaceTable, label: String) -> Self {
+        let (jobs, queue) = mpsc::channel(QUEUE);
+        let task = tokio::spawn(Pipeline::new(target, spaces, label).run(queue));
+        Self { jobs, task }
+    }
+
+    /// Waits while the queue is full. An error here only says that the pipeline ended; [`Packer::finish`] tells why.
+    pub async fn send(&self, jobs: &mut Vec<PackJob>) -> Result<()> {
+        for job in jobs.drain(..) {
+            self.jobs.send(job).await.map_err(|_| ended())?;
+        }
+        Ok(())
+    }
+
+    /// The entrance for threads that may block.
+    pub fn entrance(&self) -> Entrance {
+        Entrance(self.jobs.clone())
+    }
+
+    /// Waits until every pack is stored.
+    pub async fn finish(mut self) -> Result<Vec<PackRecord>> {
+        let (closed, _) = mpsc::channel(1);
+        self.jobs = closed;
+        let task = std::mem::replace(&mut self.task, tokio::spawn(async { Ok(Vec::new()) }));
+        task.await.context("the pack pipeline was cut off")?
+    }
+}
+
+/// [`Packer::send`] for a thread outside the asynchronous runtime.
+pub struct Entrance(mpsc::Sender<PackJob>);
+
+impl Entrance {
+    pub fn send(&self, jobs: &mut Vec<PackJob>) -> Result<()> {
+        jobs.drain(..).try_for_each(|job| self.0.blocking_send(job).map_err(|_| ended()))
+    }
+}
+
+fn ended() -> anyhow::Error {
+    anyhow!("the pack pipeline has ended")
+}
+
+impl Drop for Packer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+struct Pipeline {
+    target: Arc<dyn PackTarget>,
+    spaces: SpaceTable,
+    label: String,
+    builder: PackBuilder,
+    /// Packs begun so far; the builder's is the last of them.
+    begun: u32,
+    uploads: FuturesUnordered<BoxFuture<'static, Result<(u32, PackRecord)>>>,
+    stored: Vec<(u32, PackRecord)>,
+}
+
+impl Pipeline {
+    fn new(target: Arc<dyn PackTarget>, spaces: SpaceTable, label: String) -> Self {
+        let builder = PackBuilder::new(pack_id(&label, 1), &spaces);
+        Self { target, spaces, label, builder, begun: 1, uploads: FuturesUnordered::new(), stored: Vec::new() }
+    }
+
+    async fn run(mut self, queue: mpsc::Receiver<PackJob>) -> Result<Vec<PackRecord>> {
+        let jobs = futures::stream::unfold(queue, |mut queue| async { queue.recv().await.map(|job| (job, queue)) });
+        let mut encoded = Box::pin(jobs.map(encode).buffered(ENCODERS));
+        loop {
+            tokio::select! {
+                record = encoded.next() => match record {
+                    Some(record) => self.push(record?).await?,
+                    None => break,
+                },
+                Some(done) = self.uploads.next() => self.stored.push(done?),
+            }
+        }
+        self.close()?;
+        while let Some(done) = self.uploads.next().await {
+            self.stored.push(done?);
+        }
+        self.stored.sort_by_key(|(number, _)| *number);
+        Ok(self.stored.into_iter().map(|(_, record)| record).collect())
+    }
+
+    async fn push(&mut self, record: Encoded) -> Result<()> {
+        match record {
+            Encoded::Zero(space, pages) => self.builder.push_zero(space, pages)?,
+            Encoded::Frame(frame) => {
+                if self.builder.len() >= PACK_BYTES || !self.builder.has_room_for(&frame) {
+                    self.close()?;
+                }
+                self.builder.push_frame(frame)?;
+            }
+        }
+        while self.uploads.len() >= UPLOADS {
+            if let Some(done) = self.uploads.next().await {
+                self.stored.push(done?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the builder's pack on its way, if anything is in it.
+    fn close(&mut self) -> Result<()> {
+        if self.builder.is_empty() {
+            return Ok(());
+        }
+        let number = self.begun;
+        self.begun += 1;
+        let next = PackBuilder::new(pack_id(&self.label, self.begun), &self.spaces);
+        let pack = std::mem::replace(&mut self.builder, next).finish().context("closing a pack")?;
+        self.uploads.push(Box::pin(upload(Arc::clone(&self.target), number, pack)));
+        Ok(())
+    }
+}
+
+fn pack_id(label: &str, number: u32) -> PackId {
+    PackId::derive(&[label, &number.to_string()])
+}
+
+async fn upload(target: Arc<dyn PackTarget>, number: u32, pack: FinishedPack) -> Result<(u32, PackRecord)> {
+    let chunks = pack.chunks.into_iter().map(Bytes::from).collect();
+    let StoredPack { name, replicas, .. } = target.put_pack(&format!("pack-{number:04}"), chunks).await?;
+    Ok((number, PackRecord { name, info: pack.info, replicas }))
+}
+
+async fn encode(job: PackJob) -> Result<Encoded> {
+    match job {
+        PackJob::Zero(space, pages) => Ok(Encoded::Zero(space, pages)),
+        PackJob::Data(job) => {
+            let frame = move || EncodedFrame::encode(job.space, &job.pages, &job.raw, ZSTD_LEVEL);
+            let frame = tokio::task::spawn_blocking(frame).await.context("compressing a frame was cut off")?;
+            Ok(Encoded::Frame(frame.context("compressing a frame")?))
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! The directory of one running machine: its sockets, its log, and what the launcher knew about it. It lives as long
+//! as QEMU does (a tmpfs suits it) and is all that a new helper needs to take a machine over.
+
+use anyhow::{Context, Result, bail};
+use checkpoint_format::{CheckpointSeq, VmName};
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// `sun_path` of a unix socket, less its final zero.
+const MAX_SOCKET_PATH: usize = 107;
+/// A saved machine has a few kilobytes of arguments.
+const MAX_MACHINE_FILE_BYTES: u64 = 4 << 20;
+const MACHINE_FILE_FORMAT: u32 = 1;
+
+/// What was launched, in the words of `launch`: enough to attach to it and to start it anew elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineFile {
+    pub format: u32,
+    pub name: VmName,
+    pub store: String,
+    /// One life of one QEMU process; a restored machine is a new instance.
+    pub instance: String,
+    pub qemu: PathBuf,
+    pub qemu_version: String,
+    pub machine_type: String,
+    pub accelerator: String,
+    pub ram_bytes: u64,
+    pub ram_block: String,
+    /// The user's options, normalized: no readconfig, every drive named, the machine type versioned.
+    pub arguments: Vec<String>,
+    pub directory: PathBuf,
+    pub scratch: PathBuf,
+    /// The checkpoint that this instance was restored from.
+    pub restored_from: Option<CheckpointSeq>,
+}
+
+impl MachineFile {
+    pub const FORMAT: u32 = MACHINE_FILE_FORMAT;
+}
+
+#[derive(Clone, Debug)]
+pub struct RuntimeDir {
+    path: PathBuf,
+}
+
+impl RuntimeDir {
+    /// The directory of machine `name` below `base` (default `/run/stillpoint`, or the user's own run directory).
+    pub fn new(base: Option<&Path>, name: &VmName) -> Result<Self> {
+        let path = std::path::absolute(base.map_or_else(default_base, Path::to_owned).join(name.as_str()))
+            .context("making the runtime directory's path absolute")?;
+        let Some(text) = path.to_str() else {
+            bail!("the runtime directory {} is not valid UTF-8; name another by --runtime-dir", path.display());
+        };
+        if text.len() + "/control.sock".len() > MAX_SOCKET_PATH || text.contains([',', '=']) {
+            bail!("the runtime directory {text} cannot hold sockets (too long, or a comma or '=' in it); name another by --runtime-dir");
+        }
+        Ok(Self { path })
+    }
+
+    pub fn create(&self) -> Result<()> {
+        let mut builder = std::fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder.create(&self.path).with_context(|| format!("making the runtime directory {}", self.path.display()))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn qmp(&self) -> PathBuf {
+        self.path.join("qmp.sock")
+    }
+
+    pub fn plugin(&self) -> PathBuf {
+        self.path.join("plugin.sock")
+    }
+
+    pub fn control(&self) -> PathBuf {
+        self.path.join("control.sock")
+    }
+
+    pub fn nbd(&self) -> PathBuf {
+        self.path.join("nbd.sock")
+    }
+
+    pub fn helper_log(&self) -> PathBuf {
+        self.path.join("helper.log")
+    }
+
+    pub fn qemu_log(&self) -> PathBuf {
+        self.path.join("qemu.log")
+    }
+
+    pub fn helper_pid(&self) -> PathBuf {
+        self.path.join("helper.pid")
+    }
+
+    pub fn save_machine(&self, machine: &MachineFile) -> Result<()> {
+        let text = serde_json::to_vec_pretty(machine).context("encoding machine.json")?;
+        replace(&self.path.join("machine.json"), &text)
+    }
+
+    pub fn machine(&self) -> Result<MachineFile> {
+        let path = self.path.join("machine.json");
+        let text = read_limited(&path, MAX_MACHINE_FILE_BYTES).with_context(|| {
+            format!("no machine is known at {}; start one by 'stillpoint run' or name its --runtime-dir", self.path.display())
+        })?;
+        let machine: MachineFile =
+            serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
+        if machine.format != MACHINE_FILE_FORMAT {
+            bail!("{} has format {}; this build reads {MACHINE_FILE_FORMAT}", path.display(), machine.format);
+        }
+        Ok(machine)
+    }
+
+    /// The checkpoint since which the kernel's dirty bits are exact, if a helper left them so.
+    ///
+    /// Dirty bits live in the guest's page tables and outlive the helper; a lease that a dying helper held does not.
+    /// So the mark is taken away before the first lease of a checkpoint and set again when it is durable.
+    pub fn exact_since(&self) -> Option<CheckpointSeq> {
+        let text = read_limited(&self.path.join("exact-since"), 32).ok()?;
+        std::str::from_utf8(&text).ok()?.trim().parse().ok().map(CheckpointSeq)
+    }
+
+    pub fn set_exact_since(&self, seq: CheckpointSeq) -> Result<()> {
+        replace(&self.path.join("exact-since"), seq.0.to_string().as_bytes())
+    }
+
+    pub fn forget_exact_since(&self) -> Result<()> {
+        match std::fs::remove_file(self.path.join("exact-since")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("removing {}/exact-since", self.path.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// One helper per machine: the lock ends with the process that holds it, however it dies.
+    pub fn lock_helper(&self) -> Result<Flock<File>> {
+        let path = self.path.join("helper.lock");
+        let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path);
+        let file = file.with_context(|| format!("opening {}", path.display()))?;
+        Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
+            let pid = std::fs::read_to_string(self.helper_pid()).unwrap_or_default();
+            anyhow::anyhow!("a helper (pid {}) is attached to this machine already; use it, or end it first", pid.trim())
+        })
+    }
+}
+
+fn default_base() -> PathBuf {
+    let own = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !nix::unistd::geteuid().is_root());
+    own.map_or_else(|| PathBuf::from("/run"), PathBuf::from).join("stillpoint")
+}
+
+fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let about = || format!("writing {}", path.display());
+    let new = path.with_extension("new");
+    std::fs::write(&new, bytes).with_context(about)?;
+    std::fs::rename(&new, path).with_context(about)
+}
+
+pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    let mut bytes = Vec::new();
+    file.take(limit + 1).read_to_end(&mut bytes).with_context(|| format!("reading {}", path.display()))?;
+    if bytes.len() as u64 > limit {
+        bail!("{} is larger than {limit} bytes", path.display());
+    }
+    Ok(bytes)
+}

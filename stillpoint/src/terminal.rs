@@ -1,0 +1,54 @@
+//! Progress for a person who waits: bars on stderr when it is a terminal, nothing otherwise.
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::IsTerminal;
+use std::time::Duration;
+
+/// Shown only for what takes this long.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+pub struct Progress {
+    bar: ProgressBar,
+    begun: std::time::Instant,
+}
+
+impl Progress {
+    pub fn bytes(what: &str, total: u64) -> Self {
+        let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
+        let template = "{msg:20} [{bar:32}] {bytes:>10} of {total_bytes:10} {bytes_per_sec:>12} {eta:>4}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar.set_message(what.to_owned());
+        Self { bar, begun: std::time::Instant::now() }
+    }
+
+    pub fn advance(&self, bytes: u64) {
+        self.bar.inc(bytes);
+        self.show();
+    }
+
+    pub fn set(&self, what: &str, done: u64, total: u64) {
+        self.bar.set_message(what.to_owned());
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+        self.show();
+    }
+
+    fn show(&self) {
+        if self.bar.is_hidden() && self.begun.elapsed() > PATIENCE && std::io::stderr().is_terminal() {
+            self.bar.set_draw_target(ProgressDrawTarget::stderr());
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// `1.5 MiB`.
+pub fn bytes(count: u64) -> String {
+    indicatif::HumanBytes(count).to_string()
+}
