@@ -76,6 +76,13 @@ impl Packed {
         }
     }
 
+    /// What the next page must have to belong to the same run. The last slot of a frame ends its run: the carry into the
+    /// frame's bits would look like the first slot of the next frame, where the next page may really be.
+    fn successor(self) -> Option<Self> {
+        let last_slot = (self.0 >> KIND_BITS) & ((1 << SLOT_BITS) - 1) == (1 << SLOT_BITS) - 1;
+        (!(self.is_data() && last_slot)).then(|| self.plus(1))
+    }
+
     fn unpack(self) -> PageLocation {
         let bits = |shift: u32, width: u32| (self.0 >> shift) & ((1 << width) - 1);
         match self {
@@ -275,11 +282,11 @@ impl PageMap {
     /// May lie beyond the size, in the last chunk.
     fn end_of_run(&self, start: usize, first: Packed) -> usize {
         let mut at = start;
-        let mut expected = first;
+        let mut expected = Some(first);
         for chunk in &self.chunks[start / CHUNK_PAGES..] {
             let from = at % CHUNK_PAGES;
             let same = match chunk {
-                Chunk::Uniform(all) if *all == expected && !expected.is_data() => CHUNK_PAGES - from,
+                Chunk::Uniform(all) if Some(*all) == expected && !all.is_data() => CHUNK_PAGES - from,
                 Chunk::Uniform(_) => 0,
                 Chunk::Mixed(each) => count_following(&each[from..], &mut expected),
             };
@@ -323,11 +330,11 @@ impl PageMap {
 }
 
 /// How many locations follow one another from `expected` on, which is left at what would come next.
-fn count_following(locations: &[Packed], expected: &mut Packed) -> usize {
+fn count_following(locations: &[Packed], expected: &mut Option<Packed>) -> usize {
     let differs = locations.iter().position(|&location| {
-        let same = location == *expected;
+        let same = Some(location) == *expected;
         if same {
-            *expected = expected.plus(1);
+            *expected = location.successor();
         }
         !same
     });
@@ -400,6 +407,19 @@ mod test {
         assert_eq!(map.frame_reads(), expected);
         assert_eq!(map.zeros().collect::<Vec<_>>(), [range(2, 3)]);
         assert_eq!(map.unknown().collect::<Vec<_>>(), [range(6, SIZE.0)]);
+    }
+
+    #[test]
+    fn a_run_ends_with_its_frame_though_the_next_frame_goes_on() {
+        let full: Vec<u64> = (0..FRAME_PAGES as u64).collect();
+        let next: Vec<u64> = (FRAME_PAGES as u64..FRAME_PAGES as u64 + 3).collect();
+        let map = map(&[pages(&[&full, &next])]);
+        let part = |start, end| vec![FramePart { first_slot: Slot(0), pages: range(start, end) }];
+        let expected = [
+            FrameRead { pack: PackNo(0), frame: FrameNo(0), parts: part(0, 64) },
+            FrameRead { pack: PackNo(0), frame: FrameNo(1), parts: part(64, 67) },
+        ];
+        assert_eq!(map.frame_reads(), expected);
     }
 
     #[test]

@@ -1,1 +1,210 @@
-//! Under construction.
+//! A short-lived QEMU without a machine that makes and fills disk images.
+//!
+//! It writes every format just as the QEMU does that will open the image, so no format is written here; and its NBD
+//! export takes data as fast as we send it.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use thiserror::Error;
+use tokio::process::{Child, Command};
+
+use crate::disks::ImageFormat;
+use crate::jobs::{self, JobError};
+use crate::nbd::{NbdClient, NbdError};
+use crate::qmp::{Qmp, QmpError};
+
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest backing name a qcow2 header can hold.
+const MAX_BACKING_NAME: usize = 1023;
+
+#[derive(Debug, Error)]
+pub enum ImageError {
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    #[error(transparent)]
+    Nbd(#[from] NbdError),
+    #[error(transparent)]
+    Job(#[from] JobError),
+    #[error("cannot start the image worker {binary}: {source}; name a QEMU system emulator")]
+    Start { binary: PathBuf, source: std::io::Error },
+    #[error("the image worker {binary} did not come up: {source}; try `{binary} -machine none` by hand")]
+    Silent { binary: PathBuf, source: QmpError },
+    #[error("cannot make the image {path}: {why}")]
+    Create { path: PathBuf, why: String },
+    #[error("cannot open the image {path}: {source}")]
+    Open { path: PathBuf, source: QmpError },
+    #[error("the path {path} is not UTF-8, and QMP can carry no other")]
+    Path { path: PathBuf },
+    #[error("the image worker did not end within {EXIT_TIMEOUT:?}; it was killed, and its last images may lack data")]
+    Exit,
+}
+
+/// What an image stands on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backing {
+    /// A path, or `json:{…}` for anything that QEMU can open.
+    pub file: String,
+    pub format: ImageFormat,
+}
+
+/// An image to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageSpec {
+    pub path: PathBuf,
+    pub format: ImageFormat,
+    pub virtual_size: u64,
+    /// qcow2 only. It need not exist yet.
+    pub backing: Option<Backing>,
+}
+
+/// How an image is opened to be filled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackingMode {
+    /// With its backing chain: what is not written keeps showing through, whatever the size of a write.
+    Chain,
+    /// Alone, so that the chain need not exist. The rest of a cluster written in part becomes zeroes!
+    Alone,
+}
+
+/// The worker; dropping kills it.
+#[derive(Debug)]
+pub struct ImageWorker {
+    qmp: Qmp,
+    child: Child,
+    directory: PathBuf,
+    images: u64,
+    serving: bool,
+}
+
+/// An image open in the worker.
+#[derive(Debug)]
+pub struct OpenImage {
+    pub client: NbdClient,
+    node: String,
+}
+
+impl ImageWorker {
+    /// Starts `binary`; its sockets are in `directory`, whose path should be short (sockets allow 107 bytes).
+    pub async fn start(binary: &Path, directory: &Path) -> Result<Self, ImageError> {
+        let socket = directory.join("image-worker.qmp");
+        let _ = std::fs::remove_file(&socket);
+        let server = format!("unix:{},server=on,wait=off", utf8(&socket)?.replace(',', ",,"));
+        let child = Command::new(binary)
+            .args(["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", &server])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|source| ImageError::Start { binary: binary.into(), source })?;
+        let qmp = Qmp::connect(&socket, START_TIMEOUT).await;
+        let qmp = qmp.map_err(|source| ImageError::Silent { binary: binary.into(), source })?;
+        Ok(Self { qmp, child, directory: directory.into(), images: 0, serving: false })
+    }
+
+    /// For whatever else a QEMU without a machine can tell, e.g. [`crate::machine::machine_types`].
+    pub fn qmp(&self) -> &Qmp {
+        &self.qmp
+    }
+
+    /// Makes an empty image. The file must not exist.
+    pub async fn create(&mut self, spec: &ImageSpec) -> Result<(), ImageError> {
+        let refuse = |why: String| Err(ImageError::Create { path: spec.path.clone(), why });
+        match &spec.backing {
+            Some(_) if spec.format == ImageFormat::Raw => return refuse("a raw image cannot have a backing file".into()),
+            Some(backing) if backing.file.len() > MAX_BACKING_NAME => {
+                return refuse(format!("the name of its backing file is longer than {MAX_BACKING_NAME} bytes"));
+            }
+            _ => {}
+        }
+        // Made here, since QEMU would overwrite a file that exists.
+        if let Err(error) = std::fs::OpenOptions::new().write(true).create_new(true).open(&spec.path) {
+            return refuse(error.to_string());
+        }
+        let filename = utf8(&spec.path)?;
+        let file_bytes = if spec.format == ImageFormat::Raw { spec.virtual_size } else { 0 };
+        self.job(spec, json!({ "driver": "file", "filename": filename, "size": file_bytes })).await?;
+        if spec.format == ImageFormat::Raw {
+            return Ok(());
+        }
+        let node = self.next_node();
+        self.qmp.execute_json("blockdev-add", json!({ "driver": "file", "node-name": node, "filename": filename })).await?;
+        let mut options = json!({ "driver": "qcow2", "file": node, "size": spec.virtual_size });
+        if let Some(backing) = &spec.backing {
+            options["backing-file"] = backing.file.as_str().into();
+            options["backing-fmt"] = backing.format.as_str().into();
+        }
+        let made = self.job(spec, options).await;
+        self.qmp.execute_json("blockdev-del", json!({ "node-name": node })).await?;
+        made
+    }
+
+    async fn job(&mut self, spec: &ImageSpec, options: Value) -> Result<(), ImageError> {
+        let job = self.next_node();
+        jobs::create_image(&self.qmp, &job, options).await.map_err(|error| match error {
+            JobError::Qmp(error) if !error.is_refusal() => ImageError::Qmp(error),
+            other => ImageError::Create { path: spec.path.clone(), why: other.to_string() },
+        })
+    }
+
+    fn next_node(&mut self) -> String {
+        self.images += 1;
+        format!("image-{}", self.images)
+    }
+
+    /// Opens an image for reading and writing over NBD.
+    pub async fn open(&mut self, path: &Path, format: ImageFormat, mode: BackingMode) -> Result<OpenImage, ImageError> {
+        let socket = self.directory.join("image-worker.nbd");
+        self.serve(&socket).await?;
+        let node = self.next_node();
+        let mut options = json!({
+            "driver": format.as_str(), "node-name": node, "discard": "unmap",
+            "file": { "driver": "file", "filename": utf8(path)?, "discard": "unmap" },
+        });
+        if mode == BackingMode::Alone && format == ImageFormat::Qcow2 {
+            options["backing"] = Value::Null;
+        }
+        let added = self.qmp.execute_json("blockdev-add", options).await;
+        added.map_err(|source| ImageError::Open { path: path.into(), source })?;
+        let export = json!({ "type": "nbd", "id": node, "name": node, "node-name": node, "writable": true });
+        self.qmp.execute_json("block-export-add", export).await?;
+        let client = NbdClient::connect(&socket, &node, &[]).await?;
+        Ok(OpenImage { client, node })
+    }
+
+    async fn serve(&mut self, socket: &Path) -> Result<(), ImageError> {
+        if !self.serving {
+            let _ = std::fs::remove_file(socket);
+            let address = json!({ "type": "unix", "data": { "path": utf8(socket)? } });
+            self.qmp.execute_json("nbd-server-start", json!({ "addr": address })).await?;
+            self.serving = true;
+        }
+        Ok(())
+    }
+
+    /// Flushes and closes an image; after this its file is complete.
+    pub async fn close(&mut self, image: OpenImage) -> Result<(), ImageError> {
+        image.client.flush().await?;
+        image.client.close().await;
+        jobs::remove_exports(&self.qmp, |id| id == image.node).await?;
+        self.qmp.execute_json("blockdev-del", json!({ "node-name": image.node })).await?;
+        Ok(())
+    }
+
+    /// Ends the worker.
+    pub async fn shutdown(mut self) -> Result<(), ImageError> {
+        self.qmp.execute(qapi::qmp::quit {}).await?;
+        match tokio::time::timeout(EXIT_TIMEOUT, self.child.wait()).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(ImageError::Exit),
+        }
+    }
+}
+
+fn utf8(path: &Path) -> Result<&str, ImageError> {
+    path.to_str().ok_or_else(|| ImageError::Path { path: path.into() })
+}

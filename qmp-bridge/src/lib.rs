@@ -11,6 +11,7 @@ pub mod disks;
 pub mod host_finder;
 pub mod images;
 pub mod incoming;
+mod jobs;
 pub mod machine;
 pub mod nbd;
 pub mod paused;
@@ -18,5 +19,6 @@ pub mod qmp;
 pub mod ramblock;
 pub mod stream;
 
+pub use jobs::JobError;
 pub use paused::Paused;
 pub use qmp::{Qmp, QmpError};

@@ -135,8 +135,15 @@ mod test {
 
     #[test]
     fn damaged_lines_are_errors() {
-        for line in ["pc.ram", "pc.ram 4 KiB", "pc.ram 4 KiB 0x0 0x10", "pc.ram 4 KiB 0x0 0x20 0x10", "a 4 KiB 0x0 0x1 0x1 0x1 xx",
-            "a 4 XiB 0x0 0x1 0x1", "a 99999999999999999 GiB 0x0 0x1 0x1"] {
+        for line in [
+            "pc.ram",
+            "pc.ram 4 KiB",
+            "pc.ram 4 KiB 0x0 0x10",
+            "pc.ram 4 KiB 0x0 0x20 0x10",
+            "a 4 KiB 0x0 0x1 0x1 0x1 xx",
+            "a 4 XiB 0x0 0x1 0x1",
+            "a 99999999999999999 GiB 0x0 0x1 0x1",
+        ] {
             assert!(matches!(parse(line), Err(RamBlockError::Line { .. })), "{line}");
         }
         assert!(matches!(parse(""), Err(RamBlockError::Empty)));

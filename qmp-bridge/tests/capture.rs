@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use common::{TestQemu, qemu_img, with_each_qemu};
-use qmp_bridge::capture::{BitmapTag, CapturePlan, FrozenDisks, PreparedDisks, cleanup_leftovers};
+use qmp_bridge::capture::{BitmapTag, CaptureError, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
 use qmp_bridge::disks::{self, Disks};
 use qmp_bridge::nbd::{Content, ContentRange, content_ranges};
 use qmp_bridge::{Paused, Qmp};
@@ -31,11 +31,21 @@ async fn start(qemu: &Path) -> (TestQemu, Disks) {
     std::fs::File::create(directory.path().join("raw.img")).and_then(|file| file.set_len(DISK)).expect("raw");
     std::fs::write(directory.path().join("odd.img"), vec![0x11; 512 * 77]).expect("odd");
     let arguments = [
-        "-M", "q35", "-m", "16", "-S", "-drive", "if=none,id=drive-top,node-name=top,file=top.qcow2,format=qcow2",
-        "-drive", "if=none,id=drive-plain,node-name=plain,file=plain.qcow2,format=qcow2",
-        "-drive", "if=none,id=drive-raw,node-name=raw,file=raw.img,format=raw",
-        "-drive", "if=none,id=drive-odd,node-name=odd,file=odd.img,format=raw",
-        "-drive", "if=none,id=drive-ro,node-name=ro,file=base.qcow2,format=qcow2,read-only=on",
+        "-M",
+        "q35",
+        "-m",
+        "16",
+        "-S",
+        "-drive",
+        "if=none,id=drive-top,node-name=top,file=top.qcow2,format=qcow2",
+        "-drive",
+        "if=none,id=drive-plain,node-name=plain,file=plain.qcow2,format=qcow2",
+        "-drive",
+        "if=none,id=drive-raw,node-name=raw,file=raw.img,format=raw",
+        "-drive",
+        "if=none,id=drive-odd,node-name=odd,file=odd.img,format=raw",
+        "-drive",
+        "if=none,id=drive-ro,node-name=ro,file=base.qcow2,format=qcow2,read-only=on",
     ];
     let machine = TestQemu::start_in(qemu, &arguments, directory).await;
     let disks = disks::list(&machine.qmp, Some(machine.directory.path())).await.expect("disks");
@@ -44,7 +54,7 @@ async fn start(qemu: &Path) -> (TestQemu, Disks) {
 
 fn plan(machine: &TestQemu, seq: u64, parent: Option<u64>) -> CapturePlan {
     let scratch_dir = machine.directory.path().to_owned();
-    CapturePlan { tag: tag(), seq, parent, scratch_dir, nbd_socket: machine.path("nbd.sock") }
+    CapturePlan { tag: tag(), seq, parent, scratch_dir, scratch_reserve: DEFAULT_SCRATCH_RESERVE, nbd_socket: machine.path("nbd.sock") }
 }
 
 async fn freeze(qmp: &Qmp, disks: &Disks, plan: CapturePlan) -> FrozenDisks {
@@ -269,7 +279,7 @@ async fn a_killed_helper_is_cleaned_up_after() {
             let since = if death == HalfSettled { 2 } else { 1 };
             assert!(left.bitmaps.iter().all(|bitmap| bitmap.since == since && bitmap.recording), "{left:?}");
             assert_eq!(traces(&machine.qmp).await, bitmaps_since(since));
-            assert_eq!(cleanup_leftovers(&machine.qmp, &tag()).await.expect("again").found_capture(), false);
+            assert!(!cleanup_leftovers(&machine.qmp, &tag()).await.expect("again").found_capture());
 
             let parent = left.bitmaps[0].since;
             let next = freeze(&machine.qmp, &disks, plan(&machine, 3, Some(parent))).await;
@@ -311,4 +321,71 @@ async fn die(qmp: Qmp, disks: &Disks, plan: CapturePlan, death: Death) {
         _ => {}
     }
     std::mem::forget(frozen);
+}
+
+#[tokio::test]
+async fn a_full_scratch_disk_ends_the_capture_and_not_a_write() {
+    with_each_qemu(async |qemu| {
+        let (machine, disks) = start(&qemu).await;
+        // Memory that others may use too, so that room can be made to run out: with a wide margin against their noise.
+        let scratch = tempfile::tempdir_in("/dev/shm").expect("scratch");
+        let stat = nix::sys::statvfs::statvfs(scratch.path()).expect("statvfs");
+        let free = stat.blocks_available() * stat.fragment_size();
+        let with = |reserve| CapturePlan { scratch_dir: scratch.path().into(), scratch_reserve: reserve, ..plan(&machine, 1, None) };
+        let refused = PreparedDisks::prepare(&machine.qmp, &disks.disks, with(u64::MAX)).await;
+        assert!(matches!(refused, Err(CaptureError::ScratchFull { .. })), "{refused:?}");
+        let frozen = freeze(&machine.qmp, &disks, with(free - (16 << 20))).await;
+        frozen.verify().await.expect("room is left");
+        std::fs::write(scratch.path().join("other"), vec![1; 32 << 20]).expect("fill");
+        let deadline = Instant::now() + std::time::Duration::from_secs(5);
+        while frozen.verify().await.is_ok() {
+            assert!(Instant::now() < deadline, "the capture went on");
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        assert!(matches!(frozen.verify().await, Err(CaptureError::Broken { .. })));
+        frozen.give_back().await.expect("give back");
+        assert_eq!(traces(&machine.qmp).await, "");
+    })
+    .await;
+}
+
+/// Disks of running devices, one of them in a thread of its own.
+#[tokio::test]
+async fn disks_of_devices_and_iothreads_are_captured_too() {
+    with_each_qemu(async |qemu| {
+        let directory = tempfile::tempdir().expect("directory");
+        qemu_img(&qemu, directory.path(), &["create", "-q", "-f", "qcow2", "a.qcow2", "8M"]);
+        qemu_img(&qemu, directory.path(), &["create", "-q", "-f", "qcow2", "b.qcow2", "8M"]);
+        let arguments = [
+            "-M",
+            "q35",
+            "-m",
+            "16",
+            "-object",
+            "iothread,id=io",
+            "-drive",
+            "if=none,id=a,node-name=na,file=a.qcow2,format=qcow2",
+            "-device",
+            "virtio-blk-pci,drive=a,iothread=io",
+            "-blockdev",
+            "driver=file,node-name=fb,filename=b.qcow2",
+            "-blockdev",
+            "driver=qcow2,node-name=nb,file=fb",
+            "-device",
+            "virtio-blk-pci,drive=nb,id=vdb",
+        ];
+        let machine = TestQemu::start_in(&qemu, &arguments, directory).await;
+        let disks = disks::list(&machine.qmp, Some(machine.directory.path())).await.expect("disks");
+        assert_eq!(disks.disks[1].device, "/machine/peripheral/vdb/virtio-backend");
+        for seq in 1..4 {
+            machine.write_disk("a", seq as u8, 0, 65_536).await;
+            let frozen = freeze(&machine.qmp, &disks, plan(&machine, seq, Some(seq - 1).filter(|parent| *parent > 0))).await;
+            machine.write_disk("a", 0xee, 0, 65_536).await;
+            let mut images = new_images(&disks);
+            drain(&frozen, &mut images).await;
+            assert_eq!(images[0][..65_536], vec![seq as u8; 65_536]);
+            frozen.settle().await.expect("settle");
+        }
+    })
+    .await;
 }

@@ -9,6 +9,7 @@ mod cli;
 mod control;
 mod doctor;
 mod exit;
+mod fault;
 mod helper;
 mod inspect;
 mod launch;

@@ -57,7 +57,7 @@ impl Default for HdfsOptions {
     fn default() -> Self {
         HdfsOptions {
             call_timeout: Duration::from_secs(20),
-            stall_timeout: Duration::from_secs(30),
+            stall_timeout: Duration::from_secs(20),
             sync: true,
             block_size: 128 << 20,
             config: Vec::new(),

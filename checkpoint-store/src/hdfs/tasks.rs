@@ -7,7 +7,7 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::task::JoinHandle;
@@ -16,6 +16,8 @@ use crate::error::{Op, Result, StoreError};
 use crate::path::StorePath;
 
 const IO_THREADS: usize = 2;
+/// How often a task is looked at before it counts as standing still; it may be noticed one look late.
+const LOOKS_PER_LIMIT: u32 = 8;
 
 pub(super) fn runtime() -> io::Result<Handle> {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
@@ -62,12 +64,15 @@ pub(super) async fn watched<T: Send + 'static>(
 ) -> Result<T> {
     let handle = runtime().map_err(|error| StoreError::failed(op, path, error))?;
     let mut task = AbortOnDrop(handle.spawn(work));
+    let (mut seen, mut since) = (progress.steps(), Instant::now());
     loop {
-        let before = progress.steps();
-        match tokio::time::timeout(limit, &mut task.0).await {
+        match tokio::time::timeout(limit / LOOKS_PER_LIMIT, &mut task.0).await {
             Ok(Ok(value)) => return Ok(value),
-            Ok(Err(join)) => return Err(StoreError::failed(op, path, format!("the HDFS client broke: {join}"))),
-            Err(_) if progress.steps() != before => {}
+            Ok(Err(join)) => {
+                return Err(StoreError::failed(op, path, format!("the HDFS client broke: {join}")));
+            }
+            Err(_) if progress.steps() != seen => (seen, since) = (progress.steps(), Instant::now()),
+            Err(_) if since.elapsed() < limit => {}
             Err(_) => {
                 return Err(StoreError::Timeout { op, path: path.to_string(), after: limit });
             }

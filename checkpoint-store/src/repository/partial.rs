@@ -131,7 +131,7 @@ impl PartialCheckpoint {
         let committed = self.is_committed(manifest).await;
         match (committed, removed) {
             (Ok(true), _) => Ok(()),
-            (Ok(false), Ok(())) => Err(self.explain(error).await),
+            (Ok(false), Ok(())) => Err(self.explain(withdrawn(error)).await),
             (Ok(false), Err(_)) | (Err(_), _) if !error.is_ambiguous() => Err(error),
             (Ok(false), Err(reason)) | (Err(reason), _) => {
                 Err(StoreError::CommitUnknown { vm: self.writer.vm.clone(), seq: self.name.seq, reason: format!("{error}; then {reason}") })
@@ -164,6 +164,19 @@ impl PartialCheckpoint {
 
     fn tally(&self) -> MutexGuard<'_, Tally> {
         self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The error of a rename that is known not to have happened, whatever its own error had to leave open.
+fn withdrawn(error: StoreError) -> StoreError {
+    match error {
+        StoreError::Timeout { op, path, after } => {
+            StoreError::Unavailable { op, path, reason: format!("no answer for {after:?}; the commit was withdrawn") }
+        }
+        StoreError::Uncertain { op, path, reason } => {
+            StoreError::Unavailable { op, path, reason: format!("{reason}; the commit was withdrawn") }
+        }
+        other => other,
     }
 }
 

@@ -5,7 +5,8 @@
 //! lower epochs, and that is what stops a writer that does not know yet that it was replaced: a partial directory's
 //! name carries its epoch, packs never recreate a missing directory, and the rename that would commit has nothing left
 //! to rename. A partial directory made after that removal is caught by the look at the epochs that follows its
-//! creation. What an older writer committed before the removal is a checkpoint like any other: read the list of
+//! creation (also where an HDFS observer answers it: it is never behind what the asking client has done itself, and
+//! the claim came before that). What an older writer committed before the removal is a checkpoint like any other: read the list of
 //! checkpoints after claiming, not before.
 
 use std::collections::HashSet;

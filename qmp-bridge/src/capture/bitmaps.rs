@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::names::{self, BitmapTag};
+use crate::disks::Disk;
 use crate::qmp::{Qmp, QmpError};
 
 /// Finest granularity: one page.
@@ -40,8 +41,7 @@ pub struct KeptBitmap {
 /// The bitmaps with this tag on all nodes, oldest first.
 pub(super) async fn find(qmp: &Qmp, tag: &BitmapTag) -> Result<Vec<KeptBitmap>, QmpError> {
     let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
-    let mut found: Vec<KeptBitmap> =
-        nodes.as_array().into_iter().flatten().flat_map(|node| of_node(node, tag)).collect();
+    let mut found: Vec<KeptBitmap> = nodes.as_array().into_iter().flatten().flat_map(|node| of_node(node, tag)).collect();
     found.sort_by_key(|bitmap| bitmap.since);
     Ok(found)
 }
@@ -91,15 +91,21 @@ pub(super) async fn sort_out(qmp: &Qmp, tag: &BitmapTag, seq: u64) -> Result<Vec
 }
 
 /// Drops the bitmaps that record since `seq` on the nodes that `on` picks.
-pub(super) async fn remove_since(
-    qmp: &Qmp,
-    tag: &BitmapTag,
-    seq: u64,
-    on: impl Fn(&str) -> bool,
-) -> Result<(), QmpError> {
+pub(super) async fn remove_since(qmp: &Qmp, tag: &BitmapTag, seq: u64, on: impl Fn(&str) -> bool) -> Result<(), QmpError> {
     let found = find(qmp, tag).await?;
     let gone = found.iter().filter(|bitmap| bitmap.since == seq && on(&bitmap.node));
     transaction(qmp, gone.map(action_remove).collect()).await
+}
+
+/// Begins to record on every writable disk, as if checkpoint `seq` had just been taken: right after a restore of it,
+/// before the guest runs.
+pub async fn start_recording(qmp: &Qmp, tag: &BitmapTag, seq: u64, disks: &[Disk]) -> Result<(), QmpError> {
+    let name = names::bitmap(tag, seq);
+    let add = |disk: &Disk| {
+        let data = json!({ "node": disk.node, "name": name, "granularity": granularity(disk.virtual_size) });
+        json!({ "type": "block-dirty-bitmap-add", "data": data })
+    };
+    transaction(qmp, disks.iter().filter(|disk| !disk.read_only).map(add).collect()).await
 }
 
 /// Drops the bitmaps that record since anything but `seq`: the checkpoint `seq` is durable.

@@ -1,10 +1,10 @@
 //! Errors of the disk capture.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::jobs::JobError;
 use crate::nbd::NbdError;
 use crate::qmp::QmpError;
 
@@ -18,15 +18,15 @@ pub enum CaptureError {
     Scratch { path: PathBuf, source: std::io::Error },
     #[error("the path {path} is not UTF-8, and QMP can carry no other")]
     Path { path: PathBuf },
-    #[error("QEMU's job {job} failed: {why}")]
-    Job { job: String, why: String },
-    #[error("QEMU still has {what} after {after:?}; it may be hung on slow storage")]
-    Stuck { what: String, after: Duration },
+    #[error(transparent)]
+    Job(#[from] JobError),
     #[error("cannot start the NBD server of QEMU: {source}; if another tool uses it, stop that one (`nbd-server-stop`)")]
     Server { source: QmpError },
     #[error("the copy of disk node `{node}` is broken: {why}; this checkpoint must be given up, the guest is not affected")]
     Broken { node: String, why: String },
-    #[error("only {free} bytes are free in the scratch directory {path}, fewer than the wanted {wanted}; give this checkpoint up before the guest's writes fail")]
+    #[error(
+        "only {free} bytes are free in the scratch directory {path}, fewer than the wanted {wanted}; give this checkpoint up before the guest's writes fail"
+    )]
     ScratchFull { path: PathBuf, free: u64, wanted: u64 },
 }
 
@@ -35,7 +35,8 @@ impl CaptureError {
         match self {
             Self::Qmp(error) | Self::Server { source: error } => error.is_retryable(),
             Self::Nbd(error) => error.is_retryable(),
-            Self::Stuck { .. } | Self::Broken { .. } | Self::ScratchFull { .. } | Self::Job { .. } => true,
+            Self::Job(error) => error.is_retryable(),
+            Self::Broken { .. } | Self::ScratchFull { .. } => true,
             Self::Scratch { .. } | Self::Path { .. } => false,
         }
     }

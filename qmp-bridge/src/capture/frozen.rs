@@ -2,10 +2,11 @@
 
 use serde_json::json;
 
+use super::CaptureError;
 use super::bitmaps;
 use super::names;
 use super::prepare::{Session, Target};
-use super::{CaptureError, jobs, scratch};
+use crate::jobs;
 use crate::nbd::{NbdClient, context};
 
 /// One disk of the instant.
@@ -74,17 +75,6 @@ impl FrozenDisks {
                 }
                 Some(_) => {}
             }
-        }
-        Ok(())
-    }
-
-    /// Fails if fewer than `wanted` bytes are free for the scratch overlays. A guest write whose old block cannot be
-    /// saved fails, so ask this now and then while draining and [`Self::give_back`] in time.
-    pub fn check_scratch_room(&self, wanted: u64) -> Result<(), CaptureError> {
-        let path = &self.session.plan.scratch_dir;
-        let free = scratch::free_bytes(path)?;
-        if free < wanted && !self.session.released && !self.disks.is_empty() {
-            return Err(CaptureError::ScratchFull { path: path.clone(), free, wanted });
         }
         Ok(())
     }

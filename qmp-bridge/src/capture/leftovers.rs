@@ -1,9 +1,10 @@
 //! What a helper that was killed in the middle of a capture left in QEMU.
 
+use super::CaptureError;
 use super::bitmaps::{self, KeptBitmap};
 use super::names::BitmapTag;
 use super::sweep;
-use super::CaptureError;
+use crate::jobs;
 use crate::paused;
 use crate::qmp::Qmp;
 
@@ -34,12 +35,11 @@ pub async fn cleanup_leftovers(qmp: &Qmp, tag: &BitmapTag) -> Result<Leftovers, 
     let resumed = paused::resume_abandoned(qmp).await?;
     let swept = sweep::sweep(qmp).await?;
     // A server without our exports may be somebody else's.
-    if swept != sweep::Swept::default() && sweep::export_ids(qmp).await?.is_empty() {
+    if swept != sweep::Swept::default() && jobs::export_ids(qmp).await?.is_empty() {
         sweep::stop_server(qmp).await?;
     }
     let bitmaps = bitmaps::merge_back(qmp, tag).await?;
-    let left =
-        Leftovers { resumed, exports: swept.exports, jobs: swept.jobs, nodes: swept.nodes, bitmaps };
+    let left = Leftovers { resumed, exports: swept.exports, jobs: swept.jobs, nodes: swept.nodes, bitmaps };
     if left.found_capture() {
         tracing::warn!(?left, "cleaned up after a helper that ended in the middle of a capture");
     }

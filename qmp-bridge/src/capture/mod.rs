@@ -20,16 +20,16 @@
 mod bitmaps;
 mod error;
 mod frozen;
-mod jobs;
+mod guard;
 mod leftovers;
 mod names;
 mod prepare;
 mod scratch;
 mod sweep;
 
-pub use bitmaps::KeptBitmap;
+pub use bitmaps::{KeptBitmap, start_recording};
 pub use error::CaptureError;
 pub use frozen::{FrozenDisk, FrozenDisks};
 pub use leftovers::{Leftovers, cleanup_leftovers};
 pub use names::{BadTag, BitmapTag};
-pub use prepare::{CapturePlan, PreparedDisks};
+pub use prepare::{CapturePlan, DEFAULT_SCRATCH_RESERVE, PreparedDisks};

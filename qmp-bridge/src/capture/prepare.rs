@@ -6,12 +6,17 @@ use serde_json::{Value, json};
 
 use super::bitmaps::{self, KeptBitmap};
 use super::frozen::FrozenDisks;
+use super::guard::{self, ScratchGuard};
 use super::names::{self, BitmapTag, DiskNames};
 use super::{CaptureError, scratch, sweep};
 use crate::disks::Disk;
+use crate::jobs::remove_exports;
 use crate::nbd::NbdClient;
 use crate::paused::Paused;
 use crate::qmp::Qmp;
+
+/// A good [`CapturePlan::scratch_reserve`].
+pub const DEFAULT_SCRATCH_RESERVE: u64 = 256 << 20;
 
 /// What a capture has to know.
 #[derive(Debug, Clone)]
@@ -24,6 +29,8 @@ pub struct CapturePlan {
     pub parent: Option<u64>,
     /// Where scratch overlays live. They grow by what the guest overwrites until [`FrozenDisks::release`].
     pub scratch_dir: PathBuf,
+    /// When fewer bytes than this are free there, the capture is given up rather than a write of the guest.
+    pub scratch_reserve: u64,
     /// Where QEMU's NBD server shall listen; a stale socket there is removed.
     pub nbd_socket: PathBuf,
 }
@@ -44,6 +51,7 @@ pub(super) struct Session {
     pub(super) plan: CapturePlan,
     pub(super) targets: Vec<Target>,
     pub(super) released: bool,
+    pub(super) guard: Option<ScratchGuard>,
     /// Bitmaps are as they shall stay.
     pub(super) decided: bool,
 }
@@ -62,19 +70,21 @@ impl PreparedDisks {
     pub async fn prepare(qmp: &Qmp, disks: &[Disk], plan: CapturePlan) -> Result<Self, CaptureError> {
         let kept = bitmaps::sort_out(qmp, &plan.tag, plan.seq).await?;
         let writable = disks.iter().filter(|disk| !disk.read_only);
-        let targets: Vec<Target> =
-            writable.enumerate().map(|(index, disk)| target(index, disk, &plan, &kept)).collect();
+        let targets: Vec<Target> = writable.enumerate().map(|(index, disk)| target(index, disk, &plan, &kept)).collect();
         let transaction = json!({ "actions": targets.iter().flat_map(|t| actions(&plan, t)).collect::<Vec<_>>() });
         // From here on an early return is a drop, which takes back whatever was done.
-        let session = Session { qmp: qmp.clone(), plan, targets, released: false, decided: false };
+        let session = Session { qmp: qmp.clone(), plan, targets, released: false, guard: None, decided: false };
         session.set_up().await?;
         Ok(Self { session, transaction })
     }
 
     /// Takes the instant: one `transaction`, and only while the guest is paused.
-    pub async fn freeze(self, paused: &Paused) -> Result<FrozenDisks, CaptureError> {
+    pub async fn freeze(mut self, paused: &Paused) -> Result<FrozenDisks, CaptureError> {
         if !self.session.targets.is_empty() {
             paused.qmp().execute_json("transaction", self.transaction).await?;
+            let plan = &self.session.plan;
+            let guard = ScratchGuard::start(self.session.qmp.clone(), plan.scratch_dir.clone(), plan.scratch_reserve);
+            self.session.guard = Some(guard);
         }
         Ok(FrozenDisks::new(self.session))
     }
@@ -118,6 +128,7 @@ impl Session {
         if self.targets.is_empty() {
             return Ok(());
         }
+        guard::check(&self.plan.scratch_dir, self.plan.scratch_reserve)?;
         self.start_server().await?;
         for target in &self.targets {
             let directory = &self.plan.scratch_dir;
@@ -147,12 +158,14 @@ impl Session {
         let client = NbdClient::connect(&self.plan.nbd_socket, &export, &[]).await?;
         client.flush().await?;
         client.close().await;
-        sweep::remove_export(&self.qmp, &export).await
+        remove_exports(&self.qmp, |id| id == export).await?;
+        Ok(())
     }
 
     /// Ends copying before write and removes everything but bitmaps.
     pub(super) async fn release(&mut self) -> Result<(), CaptureError> {
         if !self.released {
+            self.guard = None;
             sweep::sweep(&self.qmp).await?;
             if !self.targets.is_empty() {
                 sweep::stop_server(&self.qmp).await?;
@@ -182,6 +195,7 @@ impl Session {
             plan: self.plan.clone(),
             targets: self.targets.clone(),
             released: self.released,
+            guard: None,
             // Its own end must not start another.
             decided: true,
         };

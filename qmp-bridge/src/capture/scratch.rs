@@ -6,19 +6,14 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
+use super::CaptureError;
 use super::names::DiskNames;
-use super::{CaptureError, jobs};
+use crate::jobs;
 use crate::qmp::Qmp;
 
 /// Makes the overlay above `node` and adds it to QEMU. Its file is gone from the directory when this returns: a
 /// scratch overlay is worth nothing to anybody after QEMU's end, and so nobody has to find and delete it.
-pub(super) async fn add_overlay(
-    qmp: &Qmp,
-    names: &DiskNames,
-    node: &str,
-    disk_bytes: u64,
-    directory: &Path,
-) -> Result<(), CaptureError> {
+pub(super) async fn add_overlay(qmp: &Qmp, names: &DiskNames, node: &str, disk_bytes: u64, directory: &Path) -> Result<(), CaptureError> {
     let file = ScratchFile::create(directory, &names.overlay())?;
     let filename = file.0.to_str().ok_or_else(|| CaptureError::Path { path: file.0.clone() })?;
     // Nothing of a scratch file has to survive a crash, so no flush of it may cost the guest's pause anything.
@@ -39,9 +34,9 @@ pub(super) async fn add_overlay(
 
 /// Bytes free for an ordinary user in the file system of `directory`.
 pub(super) fn free_bytes(directory: &Path) -> Result<u64, CaptureError> {
-    let stat = nix::sys::statvfs::statvfs(directory)
-        .map_err(|errno| CaptureError::Scratch { path: directory.into(), source: errno.into() })?;
-    Ok(u64::from(stat.blocks_available()).saturating_mul(u64::from(stat.fragment_size())))
+    let stat =
+        nix::sys::statvfs::statvfs(directory).map_err(|errno| CaptureError::Scratch { path: directory.into(), source: errno.into() })?;
+    Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
 }
 
 /// A file that only its openers keep once this is dropped.

@@ -5,8 +5,8 @@
 
 use serde_json::{Value, json};
 
-use super::jobs::{self, Looks};
 use super::{CaptureError, names};
+use crate::jobs::{self, Looks, remove_exports, tolerate_refusal};
 use crate::qmp::{Qmp, QmpError};
 
 /// What was found and removed.
@@ -18,7 +18,7 @@ pub(super) struct Swept {
 }
 
 pub(super) async fn sweep(qmp: &Qmp) -> Result<Swept, CaptureError> {
-    Ok(Swept { exports: exports(qmp).await?, jobs: jobs(qmp).await?, nodes: nodes(qmp).await? })
+    Ok(Swept { exports: remove_exports(qmp, names::is_ours).await?, jobs: end_jobs(qmp).await?, nodes: nodes(qmp).await? })
 }
 
 /// Stops QEMU's NBD server. It may not run.
@@ -26,43 +26,8 @@ pub(super) async fn stop_server(qmp: &Qmp) -> Result<(), QmpError> {
     tolerate_refusal(qmp.execute_json("nbd-server-stop", Value::Null).await)
 }
 
-/// Removes one export and waits until its clients are gone.
-pub(super) async fn remove_export(qmp: &Qmp, id: &str) -> Result<(), CaptureError> {
-    let mut looks = Looks::new();
-    while export_ids(qmp).await?.iter().any(|export| export == id) {
-        ask_export_to_end(qmp, id).await?;
-        looks.again(|| format!("the export {id}")).await?;
-    }
-    Ok(())
-}
-
-async fn ask_export_to_end(qmp: &Qmp, id: &str) -> Result<(), QmpError> {
-    tolerate_refusal(qmp.execute_json("block-export-del", json!({ "id": id, "mode": "hard" })).await)
-}
-
-async fn exports(qmp: &Qmp) -> Result<usize, CaptureError> {
-    let mut looks = Looks::new();
-    let mut found = 0;
-    loop {
-        let mut ours = export_ids(qmp).await?;
-        ours.retain(|id| names::is_ours(id));
-        found = found.max(ours.len());
-        if ours.is_empty() {
-            return Ok(found);
-        }
-        for id in &ours {
-            ask_export_to_end(qmp, id).await?;
-        }
-        looks.again(|| format!("exports {ours:?}")).await?;
-    }
-}
-
-pub(super) async fn export_ids(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
-    let reply = qmp.execute_json("query-block-exports", Value::Null).await?;
-    Ok(reply.as_array().into_iter().flatten().filter_map(|row| row["id"].as_str().map(Into::into)).collect())
-}
-
-async fn jobs(qmp: &Qmp) -> Result<usize, CaptureError> {
+/// Ends all jobs of ours; with the backup jobs, copying before write.
+pub(super) async fn end_jobs(qmp: &Qmp) -> Result<usize, CaptureError> {
     let mut looks = Looks::new();
     let mut found = 0;
     loop {
@@ -97,15 +62,5 @@ async fn nodes(qmp: &Qmp) -> Result<usize, CaptureError> {
             tolerate_refusal(qmp.execute_json("blockdev-del", json!({ "node-name": name })).await)?;
         }
         looks.again(|| format!("block nodes {ours:?}")).await?;
-    }
-}
-
-fn tolerate_refusal(result: Result<Value, QmpError>) -> Result<(), QmpError> {
-    match result {
-        Err(error) if error.is_refusal() => {
-            tracing::debug!(%error, "tolerated while cleaning up");
-            Ok(())
-        }
-        other => other.map(drop),
     }
 }

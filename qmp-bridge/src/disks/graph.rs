@@ -15,8 +15,7 @@ impl Graph {
     pub(super) fn parse(reply: &Value) -> Self {
         let list = |field: &str| reply[field].as_array().map(Vec::as_slice).unwrap_or_default();
         let drivers = list("nodes").iter().filter(|node| node["type"] == "block-driver");
-        let names: HashMap<u64, &str> =
-            drivers.filter_map(|node| Some((node["id"].as_u64()?, node["name"].as_str()?))).collect();
+        let names: HashMap<u64, &str> = drivers.filter_map(|node| Some((node["id"].as_u64()?, node["name"].as_str()?))).collect();
         let edge = |edge: &Value| {
             let end = |side: &str| names.get(&edge[side].as_u64()?).map(|name| (*name).to_owned());
             Some(((end("parent")?, edge["name"].as_str()?.to_owned()), end("child")?))

@@ -11,10 +11,8 @@ fn graph(edges: &[(&str, &str, &str)]) -> Value {
     names.sort_unstable();
     names.dedup();
     let id = |wanted: &str| names.iter().position(|name| *name == wanted);
-    let nodes: Vec<Value> =
-        names.iter().map(|name| json!({"id": id(name), "type": "block-driver", "name": name})).collect();
-    let edges: Vec<Value> =
-        edges.iter().map(|(p, name, c)| json!({"parent": id(p), "name": name, "child": id(c)})).collect();
+    let nodes: Vec<Value> = names.iter().map(|name| json!({"id": id(name), "type": "block-driver", "name": name})).collect();
+    let edges: Vec<Value> = edges.iter().map(|(p, name, c)| json!({"parent": id(p), "name": name, "child": id(c)})).collect();
     json!({"nodes": nodes, "edges": edges})
 }
 
@@ -39,8 +37,7 @@ fn an_overlay_on_two_layers() {
         node("low", "raw", "/base/low.img"),
         node("f2", "file", "file:/base/low.img"),
     ];
-    let edges = [("top", "file", "f0"), ("top", "backing", "mid"), ("mid", "file", "f1"), ("mid", "backing", "low"),
-        ("low", "file", "f2")];
+    let edges = [("top", "file", "f0"), ("top", "backing", "mid"), ("mid", "file", "f1"), ("mid", "backing", "low"), ("low", "file", "f2")];
     let disks = survey(&nodes, &edges, drive("top")).expect("disks").disks;
     assert_eq!(disks.len(), 1);
     assert_eq!(disks[0].file, Path::new("/vm/top.qcow2"));

@@ -13,12 +13,12 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use super::NbdError;
 use super::chunks::{self, Kind, Outcome, Pending, io_error};
 use super::coverage::Coverage;
 use super::extents::{ContextExtents, Extent};
 use super::handshake::{self, ExportInfo};
 use super::wire::*;
-use super::NbdError;
 
 /// How long one request may take. Local storage answers in milliseconds; a disk on a slow network may need seconds.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -169,8 +169,7 @@ impl NbdClient {
         while at < end && !known.is_empty() {
             let step = (end - at).min(MAX_STATUS_RANGE);
             let kind = Kind::Status(Vec::new());
-            let outcome =
-                self.request("block_status", CMD_BLOCK_STATUS, 0, (at, step as u32), kind, Bytes::new()).await?;
+            let outcome = self.request("block_status", CMD_BLOCK_STATUS, 0, (at, step as u32), kind, Bytes::new()).await?;
             let Outcome::Status(states) = outcome else {
                 return Err(NbdError::Protocol(format!("{outcome:?} in reply to block_status")));
             };
@@ -344,9 +343,7 @@ async fn read_chunk(reader: &mut BufReader<OwnedReadHalf>, state: &SharedState) 
     let mut header = [0; 16];
     reader.read_exact(&mut header).await.map_err(io_error)?;
     let mut fields = Fields(&header);
-    let (Some(flags), Some(kind), Some(cookie), Some(length)) =
-        (fields.u16(), fields.u16(), fields.u64(), fields.u32())
-    else {
+    let (Some(flags), Some(kind), Some(cookie), Some(length)) = (fields.u16(), fields.u16(), fields.u64(), fields.u32()) else {
         return Err(NbdError::Protocol("a short chunk header".into()));
     };
     // While its chunk is read the request is ours alone, so nothing is locked across a wait.
@@ -359,10 +356,13 @@ async fn read_chunk(reader: &mut BufReader<OwnedReadHalf>, state: &SharedState) 
     }
     if flags & CHUNK_DONE != 0 {
         pending.finish();
-    } else if !pending.sender.is_closed() {
-        if let State::Open(requests) = &mut *lock(state) {
-            requests.insert(cookie, pending);
-        }
+    } else if !pending.sender.is_closed()
+        && let State::Open(requests) = &mut *lock(state)
+    {
+        requests.insert(cookie, pending);
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod test;

@@ -23,7 +23,8 @@ impl Coverage {
         let touched = &self.ranges[at..at + touching];
         let start = touched.first().map_or(new.start, |first| first.start.min(new.start));
         let end = touched.last().map_or(new.end, |last| last.end.max(new.end));
-        self.ranges.splice(at..at + touching, [start..end]);
+        self.ranges.drain(at..at + touching);
+        self.ranges.insert(at, start..end);
         true
     }
 

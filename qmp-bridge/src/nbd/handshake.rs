@@ -65,11 +65,7 @@ async fn option<S: AsyncWrite + Unpin>(stream: &mut S, option: u32, data: &[u8])
 }
 
 /// Reads replies until the acknowledgement; returns the others.
-async fn read_replies<S: AsyncRead + Unpin>(
-    stream: &mut S,
-    option: u32,
-    what: &str,
-) -> Result<Vec<(u32, Vec<u8>)>, NbdError> {
+async fn read_replies<S: AsyncRead + Unpin>(stream: &mut S, option: u32, what: &str) -> Result<Vec<(u32, Vec<u8>)>, NbdError> {
     let mut replies = Vec::new();
     while replies.len() < MAX_REPLIES {
         let (kind, data) = read_reply(stream, option).await?;

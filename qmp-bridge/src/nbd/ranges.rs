@@ -26,12 +26,7 @@ const OWN_DEPTHS: std::ops::RangeInclusive<u32> = 1..=2;
 /// Combines the two contexts of a capture over a window: `allocation` (`base:allocation`) tells zeroes, `changes`
 /// tells what belongs to the capture: dirty blocks, or, for a full one (its context is the allocation depth), blocks
 /// of the disk itself. A piece that is not whole counts as data. `window_start` must be aligned, `disk_bytes` ends the last piece.
-pub fn content_ranges(
-    allocation: &ContextExtents,
-    changes: &ContextExtents,
-    alignment: u64,
-    disk_bytes: u64,
-) -> Vec<ContentRange> {
+pub fn content_ranges(allocation: &ContextExtents, changes: &ContextExtents, alignment: u64, disk_bytes: u64) -> Vec<ContentRange> {
     let by_depth = changes.context == super::context::ALLOCATION_DEPTH;
     let belongs = |flags: u32| if by_depth { OWN_DEPTHS.contains(&flags) } else { flags & STATE_DIRTY != 0 };
     let mut output = Output { alignment, disk_bytes, ranges: Vec::new() };

@@ -82,8 +82,7 @@ impl Qmp {
 
     /// Runs a command of the `qapi` schema. Prefer [`Self::execute_json`] where replies carry enums that grow.
     pub async fn execute<C: qapi::Command>(&self, command: C) -> Result<C::Ok, QmpError> {
-        let arguments =
-            serde_json::to_value(&command).map_err(|source| QmpError::Encode { command: C::NAME.into(), source })?;
+        let arguments = serde_json::to_value(&command).map_err(|source| QmpError::Encode { command: C::NAME.into(), source })?;
         let reply = self.execute_json(C::NAME, arguments).await?;
         serde_json::from_value(reply).map_err(|source| QmpError::Reply { command: C::NAME.into(), source })
     }
@@ -94,12 +93,7 @@ impl Qmp {
     }
 
     /// Runs a command with a file descriptor as ancillary data (`getfd`, `add-fd`).
-    pub async fn execute_with_fd(
-        &self,
-        command: &str,
-        arguments: Value,
-        fd: BorrowedFd<'_>,
-    ) -> Result<Value, QmpError> {
+    pub async fn execute_with_fd(&self, command: &str, arguments: Value, fd: BorrowedFd<'_>) -> Result<Value, QmpError> {
         self.run(command, arguments, Some(fd)).await
     }
 
@@ -161,8 +155,7 @@ fn encode(command: &str, arguments: Value, id: u64) -> Result<Vec<u8>, QmpError>
     if !arguments.is_null() {
         message["arguments"] = arguments;
     }
-    let mut line =
-        serde_json::to_vec(&message).map_err(|source| QmpError::Encode { command: command.into(), source })?;
+    let mut line = serde_json::to_vec(&message).map_err(|source| QmpError::Encode { command: command.into(), source })?;
     line.push(b'\n');
     Ok(line)
 }

@@ -47,11 +47,7 @@ struct Shared {
 
 impl Shared {
     fn new() -> Self {
-        Self {
-            waiting: Mutex::default(),
-            events: broadcast::channel(EVENT_QUEUE).0,
-            ended: watch::channel(None).0,
-        }
+        Self { waiting: Mutex::default(), events: broadcast::channel(EVENT_QUEUE).0, ended: watch::channel(None).0 }
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
@@ -175,16 +171,10 @@ impl Connection {
 
 fn write_line(socket: &StdStream, mut line: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
     let fds = fd.map(|fd| [fd.as_raw_fd()]);
-    let mut ancillary: Vec<ControlMessage<'_>> =
-        fds.iter().map(|fds| ControlMessage::ScmRights(fds.as_slice())).collect();
+    let mut ancillary: Vec<ControlMessage<'_>> = fds.iter().map(|fds| ControlMessage::ScmRights(fds.as_slice())).collect();
     while !line.is_empty() {
-        let sent = sendmsg::<()>(
-            socket.as_raw_fd(),
-            &[IoSlice::new(line)],
-            &ancillary,
-            MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
-            None,
-        );
+        let sent =
+            sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(line)], &ancillary, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT, None);
         match sent {
             Ok(count) => {
                 line = &line[count..];
@@ -280,8 +270,7 @@ struct RefusalBody {
 
 impl From<RefusalBody> for qapi::Error {
     fn from(body: RefusalBody) -> Self {
-        let class =
-            serde_json::from_value(Value::String(body.class)).unwrap_or(qapi::ErrorClass::GenericError);
+        let class = serde_json::from_value(Value::String(body.class)).unwrap_or(qapi::ErrorClass::GenericError);
         Self { class, desc: body.desc, id: None }
     }
 }

@@ -1,6 +1,8 @@
 //! Real QEMUs for the tests: which ones, how to start one, and that none is left behind.
 #![allow(dead_code)] // each test file uses a part
 
+pub mod loop_guest;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;

@@ -3,6 +3,7 @@
 use super::Checkpointer;
 use super::outcome::{Kind, Outcome, Phases, milliseconds};
 use super::prepare::Run;
+use crate::fault;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
@@ -21,6 +22,7 @@ impl Checkpointer {
         let partial = run.partial.take().context("the partial checkpoint is gone")?;
         let partial = Arc::try_unwrap(partial).ok().context("the pack pipeline still holds the checkpoint")?;
         phases.since("upload", begun);
+        fault::point("upload");
         if let (Some(parent), true) = (run.parent, packs.is_empty()) {
             partial.abort().await.context("removing an empty checkpoint")?;
             return self.unchanged(run, parent).await;
@@ -28,8 +30,10 @@ impl Checkpointer {
         let begun = Instant::now();
         let totals = self.totals(run, &packs);
         let (manifest, totals) = self.manifest(run, packs, totals)?;
+        fault::point("commit");
         let durable = partial.commit(Bytes::from(manifest)).await.context("committing the checkpoint")?;
         phases.since("commit", begun);
+        fault::point("committed");
         let outcome = outcome(run, &durable, totals);
         let begun = Instant::now();
         self.settle(run, durable).await;

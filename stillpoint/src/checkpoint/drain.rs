@@ -7,6 +7,7 @@ use super::prepare::Run;
 use super::round::{self, blocking};
 use super::staging::{SpaceNumber, Staging};
 use super::{Checkpointer, Report};
+use crate::fault;
 use crate::pack::Packer;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{ByteLen, ByteOffset, FRAME_PAGES, PAGE_SIZE, PageCount, PageIndex, PageRange, SpaceKind, SpaceName};
@@ -38,6 +39,7 @@ impl Checkpointer {
         let begun = Instant::now();
         self.drain_disks(run, report).await.context("reading the disks' instant")?;
         phases.since("drain.disks", begun);
+        fault::point("drain.disks");
         let begun = Instant::now();
         self.drain_state(run).await?;
         self.drain_staging(run).await?;

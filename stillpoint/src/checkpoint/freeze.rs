@@ -8,6 +8,7 @@ use super::prepare::Run;
 use super::round::{self, Taken, blocking};
 use super::staging::Staging;
 use super::{Checkpointer, Report};
+use crate::fault;
 use crate::helper::machine::lock;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{PageCount, PageSet};
@@ -123,6 +124,7 @@ impl Checkpointer {
         };
         let (memory, devices) = tokio::join!(memory, devices);
         let saved = begun.elapsed();
+        fault::point("freeze.paused");
         let resumed = paused.resume().await.context("letting the guest run again");
         let (lease, staging, taken, copied) = memory?;
         self.staging = staging;

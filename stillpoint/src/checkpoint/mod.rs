@@ -25,6 +25,7 @@ mod staging;
 mod store;
 
 use crate::control::Progress;
+use crate::fault;
 use crate::helper::machine::Machine;
 use anyhow::Result;
 use checkpoint_store::StoreError;
@@ -94,9 +95,13 @@ impl Checkpointer {
     }
 
     async fn capture(&mut self, run: &mut prepare::Run, phases: &mut Phases, report: &Report) -> Result<Outcome> {
+        fault::point("prepared");
         self.rounds(run, phases, report).await?;
+        fault::point("round");
         self.freeze(run, phases).await?;
+        fault::point("freeze.frozen");
         self.drain(run, phases, report).await?;
+        fault::point("drain");
         self.commit(run, phases).await
     }
 

@@ -5,6 +5,7 @@ use super::delta::{Delta, Space};
 use super::outcome::Phases;
 use super::store::StoreSession;
 use super::{Checkpointer, Report};
+use crate::fault;
 use crate::helper::machine::lock;
 use crate::layers;
 use crate::pack::{PackJob, PackTarget, Packer};
@@ -47,6 +48,7 @@ impl Checkpointer {
     pub(super) async fn prepare(&mut self, phases: &mut Phases, report: &Report) -> Result<Run> {
         let begun = Instant::now();
         report.say("prepare", 0, 0);
+        fault::point("prepare");
         self.machine.check_blocks().await?;
         self.ensure_session().await?;
         let disks = self.machine.disks().await?.disks;

@@ -6,6 +6,7 @@
 
 use super::delta::Delta;
 use super::staging::{SpaceNumber, Staging};
+use crate::fault;
 use crate::helper::machine::{Machine, lock};
 use crate::pack::Entrance;
 use anyhow::{Context, Result};
@@ -57,6 +58,7 @@ pub fn take(tracker: &mut Tracker, lease: &mut DirtyLease) -> Result<Taken> {
 pub async fn begin(machine: &Machine, lease: &mut DirtyLease) -> Result<(Taken, Duration)> {
     let paused = Paused::stop(&machine.qmp).await.context("stopping the guest for a round")?;
     let taken = take(&mut machine.lock_tracker(), lease);
+    fault::point("round.paused");
     let pause = paused.resume().await.context("letting the guest run again")?;
     Ok((taken?, pause))
 }

@@ -7,7 +7,7 @@ use checkpoint_format::{ByteLen, PageCount, SpaceName};
 use dirty_tracker::{GuestMemory, PluginHandles, Region, RegionMemory, Tracker};
 use qmp_bridge::machine::MachineFacts;
 use qmp_bridge::ramblock::RamBlock;
-use qmp_bridge::{Qmp, disks, ramblock};
+use qmp_bridge::{Qmp, disks, host_finder, ramblock};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -99,7 +99,7 @@ async fn ram_blocks(qmp: &Qmp, handles: &PluginHandles, main: &str) -> Result<Ve
     }
     if blocks.iter().any(|block| block.host.is_none()) {
         let maps = handles.maps_text()?;
-        let _ = maps; todo!();
+        host_finder::find_hosts(handles.memory()?, &maps, &mut blocks).context("finding QEMU's RAM blocks in its memory")?;
     }
     if let Some(odd) = blocks.iter().find(|block| block.used % PAGE != 0) {
         return Err(refused(format!("RAM block {} has {} bytes, which are no whole pages", odd.name, odd.used)));

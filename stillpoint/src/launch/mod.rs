@@ -102,7 +102,7 @@ pub fn new_instance() -> Result<String> {
     Ok(id.trim().to_owned())
 }
 
-fn refuse_running(runtime: &RuntimeDir) -> Result<()> {
+pub fn refuse_running(runtime: &RuntimeDir) -> Result<()> {
     if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_ok() {
         bail!("a machine of this name is running at {}; give this one another --name", runtime.path().display());
     }

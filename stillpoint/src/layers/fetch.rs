@@ -17,10 +17,11 @@ pub struct Provided {
     pub bytes_read: u64,
 }
 
-pub async fn provide(repository: &Repository, layer: &LayerRef) -> Result<Provided> {
+/// Looks where the layer was on the host of the checkpoint (a relative path counts from `directory`), then in the cache.
+pub async fn provide(repository: &Repository, layer: &LayerRef, directory: &Path) -> Result<Provided> {
     let cached = cache::directory().join("layers").join(layer.digest.to_string());
-    for place in [Path::new(&layer.path), &cached] {
-        if is_copy(place, layer) {
+    for place in [directory.join(&layer.path), cached.clone()] {
+        if is_copy(&place, layer) {
             return Ok(Provided { path: place.canonicalize()?, bytes_read: 0 });
         }
     }

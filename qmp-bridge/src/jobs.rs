@@ -1,10 +1,11 @@
-//! QEMU's jobs: waiting for one, ending them.
+//! What QEMU does in the background, jobs and exports: waiting for it, ending it.
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::CaptureError;
+use thiserror::Error;
+
 use crate::qmp::{Qmp, QmpError};
 
 /// How long creating an empty overlay or ending a job may take.
@@ -12,6 +13,25 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// First and longest pause between two looks.
 const FIRST_LOOK: Duration = Duration::from_micros(500);
 const LONGEST_LOOK: Duration = Duration::from_millis(20);
+
+#[derive(Debug, Error)]
+pub enum JobError {
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    #[error("QEMU's job {job} failed: {why}")]
+    Failed { job: String, why: String },
+    #[error("QEMU still has {what} after {after:?}; it may be hung on slow storage")]
+    Stuck { what: String, after: Duration },
+}
+
+impl JobError {
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Qmp(error) => error.is_retryable(),
+            Self::Failed { .. } | Self::Stuck { .. } => true,
+        }
+    }
+}
 
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
@@ -44,9 +64,9 @@ impl Looks {
         Self { deadline: Instant::now() + PATIENCE, pause: FIRST_LOOK }
     }
 
-    pub(crate) async fn again(&mut self, what: impl Fn() -> String) -> Result<(), CaptureError> {
+    pub(crate) async fn again(&mut self, what: impl Fn() -> String) -> Result<(), JobError> {
         if Instant::now() >= self.deadline {
-            return Err(CaptureError::Stuck { what: what(), after: PATIENCE });
+            return Err(JobError::Stuck { what: what(), after: PATIENCE });
         }
         tokio::time::sleep(self.pause).await;
         self.pause = (self.pause * 2).min(LONGEST_LOOK);
@@ -55,17 +75,17 @@ impl Looks {
 }
 
 /// Runs a `blockdev-create` job to its end.
-pub(crate) async fn create_image(qmp: &Qmp, job: &str, options: Value) -> Result<(), CaptureError> {
+pub(crate) async fn create_image(qmp: &Qmp, job: &str, options: Value) -> Result<(), JobError> {
     qmp.execute_json("blockdev-create", json!({ "job-id": job, "options": options })).await?;
     let mut looks = Looks::new();
     loop {
         let found = list(qmp).await?.into_iter().find(|row| row.id == job);
         let Some(row) = found else {
-            return Err(CaptureError::Job { job: job.into(), why: "it vanished".into() });
+            return Err(JobError::Failed { job: job.into(), why: "it vanished".into() });
         };
         if row.status == "concluded" {
             qmp.execute_json("job-dismiss", json!({ "id": job })).await?;
-            return row.error.map_or(Ok(()), |why| Err(CaptureError::Job { job: job.into(), why }));
+            return row.error.map_or(Ok(()), |why| Err(JobError::Failed { job: job.into(), why }));
         }
         looks.again(|| format!("the unfinished job {job}")).await?;
     }
@@ -79,9 +99,37 @@ pub(crate) async fn ask_to_end(qmp: &Qmp, job: &Job) -> Result<(), QmpError> {
         (_, "create") => ("job-cancel", json!({ "id": job.id })),
         _ => ("block-job-cancel", json!({ "device": job.id, "force": true })),
     };
-    match qmp.execute_json(command, arguments).await {
+    tolerate_refusal(qmp.execute_json(command, arguments).await)
+}
+
+pub(crate) async fn export_ids(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
+    let reply = qmp.execute_json("query-block-exports", Value::Null).await?;
+    Ok(reply.as_array().into_iter().flatten().filter_map(|row| row["id"].as_str().map(Into::into)).collect())
+}
+
+/// Removes the exports that `ours` picks and waits until their clients are gone. Returns how many there were.
+pub(crate) async fn remove_exports(qmp: &Qmp, ours: impl Fn(&str) -> bool) -> Result<usize, JobError> {
+    let mut looks = Looks::new();
+    let mut found = 0;
+    loop {
+        let mut left = export_ids(qmp).await?;
+        left.retain(|id| ours(id));
+        found = found.max(left.len());
+        if left.is_empty() {
+            return Ok(found);
+        }
+        for id in &left {
+            tolerate_refusal(qmp.execute_json("block-export-del", json!({ "id": id, "mode": "hard" })).await)?;
+        }
+        looks.again(|| format!("the exports {left:?}")).await?;
+    }
+}
+
+/// For clean-up, where a refusal usually means that the thing is gone or going; the next look tells.
+pub(crate) fn tolerate_refusal(result: Result<Value, QmpError>) -> Result<(), QmpError> {
+    match result {
         Err(error) if error.is_refusal() => {
-            tracing::debug!(%error, job = job.id, "a job did not take its end yet");
+            tracing::debug!(%error, "tolerated while cleaning up");
             Ok(())
         }
         other => other.map(drop),

@@ -1,0 +1,47 @@
+//! Median and spread of a few dozen samples.
+
+use serde::Serialize;
+
+/// Nearest-rank percentiles; the median of an even count is the mean of the middle two.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Spread {
+    pub min: f64,
+    pub median: f64,
+    pub p90: f64,
+    pub max: f64,
+}
+
+impl Spread {
+    /// `None` without a sample.
+    pub fn of(samples: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let mut sorted: Vec<f64> = samples.into_iter().collect();
+        sorted.sort_by(f64::total_cmp);
+        let (min, max) = (*sorted.first()?, *sorted.last()?);
+        Some(Self { min, median: median(&sorted)?, p90: nearest_rank(&sorted, 90)?, max })
+    }
+}
+
+fn median(sorted: &[f64]) -> Option<f64> {
+    let (low, high) = (sorted.len().checked_sub(1)? / 2, sorted.len() / 2);
+    Some((sorted.get(low)? + sorted.get(high)?) / 2.0)
+}
+
+fn nearest_rank(sorted: &[f64], percent: usize) -> Option<f64> {
+    let rank = (sorted.len() * percent).div_ceil(100);
+    sorted.get(rank.checked_sub(1)?).copied()
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn known_samples_give_known_figures() {
+        let ten = Spread::of((1..=10).rev().map(f64::from)).unwrap();
+        assert_eq!(ten, Spread { min: 1.0, median: 5.5, p90: 9.0, max: 10.0 });
+        let three = Spread::of([3.0, 1.0, 2.0]).unwrap();
+        assert_eq!(three, Spread { min: 1.0, median: 2.0, p90: 3.0, max: 3.0 });
+        assert_eq!(Spread::of([7.0]).unwrap(), Spread { min: 7.0, median: 7.0, p90: 7.0, max: 7.0 });
+        assert_eq!(Spread::of([]), None);
+    }
+}

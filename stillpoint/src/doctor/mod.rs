@@ -1,0 +1,111 @@
+//! `stillpoint doctor`: what this host can do, found out by trying each thing as `run` and the helper would.
+//!
+//! Nothing is left behind and no store is touched. A row that says `no` makes checkpoints impossible; `warn` names
+//! something that works less well than it could.
+
+mod host;
+mod places;
+mod qemu;
+
+use crate::cli::DoctorArgs;
+use crate::exit::REFUSED;
+use crate::inspect::print_json;
+use anyhow::Result;
+use serde::Serialize;
+use serde_json::json;
+use std::process::ExitCode;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum State {
+    Ok,
+    Warn,
+    No,
+}
+
+impl State {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warn => "warn",
+            Self::No => "no",
+        }
+    }
+}
+
+/// One thing that was tried.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Row {
+    check: &'static str,
+    state: State,
+    /// What was found.
+    detail: String,
+    /// What to do about it, unless it is fine.
+    remedy: Option<String>,
+}
+
+impl Row {
+    fn ok(check: &'static str, detail: impl Into<String>) -> Self {
+        Self { check, state: State::Ok, detail: detail.into(), remedy: None }
+    }
+
+    fn warn(check: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { check, state: State::Warn, detail: detail.into(), remedy: Some(remedy.into()) }
+    }
+
+    fn no(check: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { check, state: State::No, detail: detail.into(), remedy: Some(remedy.into()) }
+    }
+}
+
+pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
+    let mut rows = host::check();
+    rows.extend(qemu::check(&args.qemu));
+    rows.extend(places::check());
+    let can = !rows.iter().any(|row| row.state == State::No);
+    if args.json {
+        print_json(&json!({ "checkpoints_possible": can, "checks": rows }))?;
+    } else {
+        print!("{}", table(&rows));
+    }
+    Ok(if can { ExitCode::SUCCESS } else { ExitCode::from(REFUSED) })
+}
+
+fn table(rows: &[Row]) -> String {
+    let width = rows.iter().map(|row| row.check.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for Row { check, state, detail, remedy } in rows {
+        text += &format!("{:4}  {check:width$}  {detail}\n", state.word());
+        if let Some(remedy) = remedy {
+            text += &format!("{:4}  {:width$}  to do: {remedy}\n", "", "");
+        }
+    }
+    text + &verdict(rows) + "\n"
+}
+
+fn verdict(rows: &[Row]) -> String {
+    let count = |state| rows.iter().filter(|row| row.state == state).count();
+    match (count(State::No), count(State::Warn)) {
+        (0, 0) => "Checkpoints can be taken on this host.".to_owned(),
+        (0, warnings) => format!("Checkpoints can be taken on this host; {warnings} of {} rows say how it could do better.", rows.len()),
+        (failures, _) => format!("No checkpoints can be taken on this host: {failures} of {} rows say 'no'.", rows.len()),
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn the_table_lines_up_and_says_what_to_do() {
+        let rows = [Row::ok("a", "fine"), Row::no("longer", "absent", "install it")];
+        let text = table(&rows);
+        assert_eq!(
+            text,
+            "ok    a       fine\n\
+             no    longer  absent\n              to do: install it\n\
+             No checkpoints can be taken on this host: 1 of 2 rows say 'no'.\n"
+        );
+        assert!(verdict(&[Row::warn("a", "b", "c")]).starts_with("Checkpoints can be taken"));
+    }
+}

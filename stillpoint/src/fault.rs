@@ -1,0 +1,24 @@
+//! Kill points: `STILLPOINT_DIE_AT=NAME` in a helper's environment makes it die there by SIGKILL, as a crash would have it.
+//!
+//! For tests of what a dead helper leaves behind. Without the variable a point is one comparison of an empty option.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::sync::OnceLock;
+
+/// Every point, in the order in which a checkpoint passes them.
+pub const POINTS: &[&str] = &[
+    "prepare", "prepared", "round.paused", "round", "freeze.paused", "freeze.frozen", "drain.disks", "drain", "upload", "commit", "committed",
+];
+
+/// Dies here if that was asked for.
+pub fn point(name: &'static str) {
+    static CHOSEN: OnceLock<Option<String>> = OnceLock::new();
+    debug_assert!(POINTS.contains(&name), "{name} is not listed");
+    let chosen = CHOSEN.get_or_init(|| std::env::var("STILLPOINT_DIE_AT").ok());
+    if chosen.as_deref() == Some(name) {
+        tracing::error!(name, "dying, as STILLPOINT_DIE_AT asks");
+        // It cannot fail for ourselves, and cannot be caught.
+        let _ = kill(Pid::this(), Signal::SIGKILL);
+    }
+}

@@ -1,0 +1,63 @@
+//! The QEMU process of a restored machine: started detached, ended again if the restore fails.
+
+use crate::launch::command::{self, Start};
+use crate::runtime::{MachineFile, RuntimeDir};
+use anyhow::{Context, Error, Result};
+use dirty_tracker::GuestMemory;
+use std::fs::File;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+/// The last lines of QEMU's own output that an error quotes.
+const QUOTED_LINES: usize = 5;
+
+/// Dropping it ends QEMU, unless it was left to itself.
+pub struct NewQemu {
+    child: Option<Child>,
+    log: std::path::PathBuf,
+}
+
+impl NewQemu {
+    /// In a session of its own (by `setsid`), in the directory of its disks.
+    pub fn start(file: &MachineFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestMemory) -> Result<Self> {
+        let log = runtime.qemu_log();
+        let output = File::create(&log).with_context(|| format!("making {}", log.display()))?;
+        let errors = output.try_clone().context("opening QEMU's log twice")?;
+        memory.set_inheritable(true)?;
+        let words = command::arguments(file, runtime, plugin, memory.raw_fd(), Start::Incoming);
+        let child = Command::new("setsid")
+            .arg(&file.qemu)
+            .args(words)
+            .current_dir(&file.directory)
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors)
+            .spawn()
+            .with_context(|| format!("starting {}", file.qemu.display()));
+        memory.set_inheritable(false)?;
+        Ok(Self { child: Some(child?), log })
+    }
+
+    /// It runs on by itself.
+    pub fn leave(mut self) {
+        self.child = None;
+    }
+
+    /// The error with what QEMU itself said.
+    pub fn explain(self, error: Error) -> Error {
+        let said = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = said.lines().collect();
+        let tail = lines[lines.len().saturating_sub(QUOTED_LINES)..].join("; ");
+        if tail.is_empty() { error } else { error.context(format!("QEMU said: {tail}")) }
+    }
+}
+
+impl Drop for NewQemu {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // It has no guest yet; nothing is lost.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! A second monitor of a machine under test: what an administrator would do beside the helper, and a look at the truth.
+
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub struct QmpClient {
+    read: BufReader<UnixStream>,
+    write: UnixStream,
+}
+
+impl QmpClient {
+    pub fn connect(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket).unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
+        stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
+        let mut client = Self { read: BufReader::new(stream.try_clone().expect("a socket")), write: stream };
+        client.answer("QMP").expect("a greeting");
+        client.execute("qmp_capabilities", json!({}));
+        client
+    }
+
+    /// Panics with QEMU's own words when it refuses.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Value {
+        writeln!(self.write, "{}", json!({"execute": command, "arguments": arguments})).expect("QEMU listens");
+        self.answer("return").unwrap_or_else(|error| panic!("{command} {arguments}: {error}"))
+    }
+
+    /// A command of the human monitor; its output.
+    pub fn human(&mut self, line: &str) -> String {
+        self.execute("human-monitor-command", json!({"command-line": line})).as_str().unwrap_or_default().trim().to_owned()
+    }
+
+    /// The next message that is no event.
+    fn answer(&mut self, key: &str) -> Result<Value, String> {
+        loop {
+            let mut line = String::new();
+            let count = self.read.read_line(&mut line).map_err(|error| error.to_string())?;
+            if count == 0 {
+                return Err("QEMU has ended".to_owned());
+            }
+            let mut message: Value = serde_json::from_str(&line).map_err(|error| format!("{error} in {line}"))?;
+            if let Some(error) = message.get("error") {
+                return Err(error.to_string());
+            }
+            if let Some(value) = message.get_mut(key) {
+                return Ok(value.take());
+            }
+        }
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.execute("query-status", json!({}))["running"].as_bool().expect("QEMU says so")
+    }
+
+    pub fn stop(&mut self) {
+        self.execute("stop", json!({}));
+    }
+
+    pub fn cont(&mut self) {
+        self.execute("cont", json!({}));
+    }
+
+    /// The guest's physical memory from 0 on, as QEMU itself writes it out.
+    pub fn memory(&mut self, bytes: u64) -> Vec<u8> {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        self.execute("pmemsave", json!({"val": 0, "size": bytes, "filename": file.path()}));
+        std::fs::read(file.path()).expect("QEMU wrote it")
+    }
+
+    /// A request to a drive as a guest would make it, in the language of qemu-io.
+    pub fn disk_io(&mut self, drive: &str, command: &str) {
+        let said = self.human(&format!("qemu-io {drive} \"{command}\""));
+        assert!(said.is_empty(), "{drive}: {command}: {said}");
+    }
+}
