@@ -27,6 +27,8 @@ impl GuestDevice {
             Some("its daemon writes guest memory through a mapping of its own; use the device without vhost-user")
         } else if kind.starts_with("vfio") || kind.starts_with("vhost-vdpa") {
             Some("its hardware writes guest memory unseen and its state stays in it; use an emulated device")
+        } else if kind.starts_with("virtio-balloon") || kind.starts_with("virtio-mem") {
+            Some("it punches holes into guest memory, which no page fault shows; unplug it")
         } else if kind.starts_with("ivshmem") {
             Some("other processes write the memory it shares")
         } else if kind.starts_with("vhost-vsock") || kind.starts_with("vhost-scsi") {

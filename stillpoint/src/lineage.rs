@@ -34,10 +34,6 @@ impl Lineage {
         Ok(Self { vm: vm.clone(), manifests })
     }
 
-    pub fn newest(&self) -> &Manifest {
-        self.manifests.last().expect("a lineage holds the checkpoint that it was read for")
-    }
-
     /// Every pack, oldest first; its place in this list is its number in a page map.
     pub fn packs(&self) -> Vec<(CheckpointSeq, &PackRecord)> {
         let of = |manifest: &Manifest| manifest.seq;

@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{CheckpointSeq, VmName};
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Read;
@@ -25,6 +26,8 @@ pub struct MachineFile {
     /// One life of one QEMU process; a restored machine is a new instance.
     pub instance: String,
     pub qemu: PathBuf,
+    /// QEMU's process, where the launcher knows it: a helper does not wait for one that is gone.
+    pub pid: Option<u32>,
     pub qemu_version: String,
     pub machine_type: String,
     pub accelerator: String,
@@ -97,6 +100,13 @@ impl RuntimeDir {
 
     pub fn helper_pid(&self) -> PathBuf {
         self.path.join("helper.pid")
+    }
+
+    /// The helper that holds [`RuntimeDir::lock_helper`].
+    pub fn helper_pid_of_holder(&self) -> Result<Pid> {
+        let text = read_limited(&self.helper_pid(), 32)?;
+        let pid = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).filter(|pid| *pid > 1);
+        pid.map(Pid::from_raw).with_context(|| format!("{} holds no process id", self.helper_pid().display()))
     }
 
     pub fn save_machine(&self, machine: &MachineFile) -> Result<()> {

@@ -1,6 +1,7 @@
 //! Errors of the disk capture.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -16,6 +17,8 @@ pub enum CaptureError {
     Nbd(#[from] NbdError),
     #[error("cannot make the scratch file {path}: {source}; give a writable scratch directory on a disk with room")]
     Scratch { path: PathBuf, source: std::io::Error },
+    #[error("an earlier capture of this machine is still there after {after:?}; settle it or give it back first")]
+    Busy { after: Duration },
     #[error("the path {path} is not UTF-8, and QMP can carry no other")]
     Path { path: PathBuf },
     #[error(transparent)]
@@ -36,7 +39,7 @@ impl CaptureError {
             Self::Qmp(error) | Self::Server { source: error } => error.is_retryable(),
             Self::Nbd(error) => error.is_retryable(),
             Self::Job(error) => error.is_retryable(),
-            Self::Broken { .. } | Self::ScratchFull { .. } => true,
+            Self::Busy { .. } | Self::Broken { .. } | Self::ScratchFull { .. } => true,
             Self::Scratch { .. } | Self::Path { .. } => false,
         }
     }

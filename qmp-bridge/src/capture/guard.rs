@@ -5,7 +5,7 @@
 //! before room runs out, this task ends the copying. The capture is broken then, which
 //! [`super::FrozenDisks::verify`] finds, and its changes go to the next one.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
@@ -41,10 +41,10 @@ impl Drop for ScratchGuard {
 }
 
 /// Fails if fewer than `reserve` bytes are free.
-pub(super) fn check(directory: &PathBuf, reserve: u64) -> Result<(), CaptureError> {
+pub(super) fn check(directory: &Path, reserve: u64) -> Result<(), CaptureError> {
     let free = scratch::free_bytes(directory)?;
     if free < reserve {
-        return Err(CaptureError::ScratchFull { path: directory.clone(), free, wanted: reserve });
+        return Err(CaptureError::ScratchFull { path: directory.into(), free, wanted: reserve });
     }
     Ok(())
 }

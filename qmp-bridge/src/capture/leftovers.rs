@@ -3,6 +3,7 @@
 use super::CaptureError;
 use super::bitmaps::{self, KeptBitmap};
 use super::names::BitmapTag;
+use super::prepare::take_turn;
 use super::sweep;
 use crate::jobs;
 use crate::paused;
@@ -32,6 +33,7 @@ impl Leftovers {
 /// The guest is resumed first if an earlier helper left it paused. Changes are never lost: bitmaps with this tag are
 /// merged into the oldest of their node, whose set then holds at least what changed since that checkpoint.
 pub async fn cleanup_leftovers(qmp: &Qmp, tag: &BitmapTag) -> Result<Leftovers, CaptureError> {
+    let _turn = take_turn(qmp).await?;
     let resumed = paused::resume_abandoned(qmp).await?;
     let swept = sweep::sweep(qmp).await?;
     // A server without our exports may be somebody else's.

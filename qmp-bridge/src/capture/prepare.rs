@@ -1,8 +1,10 @@
 //! Phase `prepare`: all that can be done while the guest runs, so that the pause holds one round trip for the disks.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::sync::OwnedMutexGuard;
 
 use super::bitmaps::{self, KeptBitmap};
 use super::frozen::FrozenDisks;
@@ -54,6 +56,8 @@ pub(super) struct Session {
     pub(super) guard: Option<ScratchGuard>,
     /// Bitmaps are as they shall stay.
     pub(super) decided: bool,
+    /// Held until nothing of this capture is left, so that the clean-up of one never meets the next.
+    turn: Option<OwnedMutexGuard<()>>,
 }
 
 /// Disks ready for the instant.
@@ -68,13 +72,17 @@ impl PreparedDisks {
     /// Starts the NBD server, adds a scratch overlay per writable disk, and flushes the disks so that the flush in
     /// `stop` finds little to do. Read-only disks among `disks` are passed over.
     pub async fn prepare(qmp: &Qmp, disks: &[Disk], plan: CapturePlan) -> Result<Self, CaptureError> {
+        let turn = take_turn(qmp).await?;
         let kept = bitmaps::sort_out(qmp, &plan.tag, plan.seq).await?;
         let writable = disks.iter().filter(|disk| !disk.read_only);
         let targets: Vec<Target> = writable.enumerate().map(|(index, disk)| target(index, disk, &plan, &kept)).collect();
         let transaction = json!({ "actions": targets.iter().flat_map(|t| actions(&plan, t)).collect::<Vec<_>>() });
-        // From here on an early return is a drop, which takes back whatever was done.
-        let session = Session { qmp: qmp.clone(), plan, targets, released: false, guard: None, decided: false };
-        session.set_up().await?;
+        // From here on a cancelled call is a drop, which takes back whatever was done.
+        let mut session = Session { qmp: qmp.clone(), plan, targets, released: false, guard: None, decided: false, turn: Some(turn) };
+        if let Err(error) = session.set_up().await {
+            session.undo().await?;
+            return Err(error);
+        }
         Ok(Self { session, transaction })
     }
 
@@ -93,6 +101,15 @@ impl PreparedDisks {
     pub async fn discard(mut self) -> Result<(), CaptureError> {
         self.session.undo().await
     }
+}
+
+/// How long a capture waits for the clean-up of one before.
+const TURN_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until no other capture of this connection is left.
+pub(super) async fn take_turn(qmp: &Qmp) -> Result<OwnedMutexGuard<()>, CaptureError> {
+    let turn = tokio::time::timeout(TURN_PATIENCE, qmp.capture_turn().lock_owned()).await;
+    turn.map_err(|_| CaptureError::Busy { after: TURN_PATIENCE })
 }
 
 /// A base must be one bitmap, recording, and since the parent or before it: then it holds at least what is needed.
@@ -189,7 +206,7 @@ impl Session {
         Ok(())
     }
 
-    fn undo_in_background(&self) {
+    fn undo_in_background(&mut self) {
         let mut session = Self {
             qmp: self.qmp.clone(),
             plan: self.plan.clone(),
@@ -198,6 +215,7 @@ impl Session {
             guard: None,
             // Its own end must not start another.
             decided: true,
+            turn: self.turn.take(),
         };
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
             return tracing::warn!("a capture ends with its runtime; the next start of the helper cleans up");

@@ -109,7 +109,34 @@ pub async fn list(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Disks, DiskError
     let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
     let graph = qmp.execute_json("x-debug-query-block-graph", Value::Null).await?;
     let survey = Survey { nodes: node_infos(&nodes), graph: Graph::parse(&graph), qemu_cwd };
-    survey.read(&block)
+    let disks = survey.read(&block)?;
+    refuse_unsafe_iothreads(qmp, &disks).await?;
+    Ok(disks)
+}
+
+/// Before this version QEMU's NBD server ends a connection in the thread of the disk. Debian's 7.2.22 asserts there that
+/// this is the main thread and aborts, guest and all, as soon as a client of a disk in an iothread hangs up (seen).
+const IOTHREADS_SAFE_SINCE: u32 = 9;
+
+async fn refuse_unsafe_iothreads(qmp: &Qmp, disks: &Disks) -> Result<(), DiskError> {
+    if qmp.version().major >= IOTHREADS_SAFE_SINCE || disks.writable().next().is_none() {
+        return Ok(());
+    }
+    let threads = qmp.execute_json("query-iothreads", Value::Null).await?;
+    // Which disk is in which thread cannot be asked in general, so any thread counts.
+    match threads.as_array().and_then(|threads| threads.first()) {
+        None => Ok(()),
+        Some(thread) => {
+            let why = format!(
+                "QEMU {} has iothread `{}`, and before {IOTHREADS_SAFE_SINCE}.0 its NBD server can abort QEMU when a disk is in one; \
+                 run without `-object iothread` or with a newer QEMU",
+                qmp.version(),
+                thread["id"].as_str().unwrap_or("?"),
+            );
+            let device = disks.writable().next().map(|disk| disk.device.clone()).unwrap_or_default();
+            Err(DiskError::Unsupported { device, why })
+        }
+    }
 }
 
 fn node_infos(reply: &Value) -> HashMap<String, NodeInfo> {

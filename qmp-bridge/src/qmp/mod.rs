@@ -55,6 +55,8 @@ pub struct QmpEvent {
 #[derive(Clone, Debug)]
 pub struct Qmp {
     connection: Arc<Connection>,
+    /// Whose turn it is to have a capture in this QEMU.
+    capture_turn: Arc<tokio::sync::Mutex<()>>,
     timeout: Duration,
 }
 
@@ -64,7 +66,7 @@ impl Qmp {
     pub async fn connect(path: impl AsRef<Path>, timeout: Duration) -> Result<Self, QmpError> {
         let path = path.as_ref();
         let connection = wire::open(path, timeout).await?;
-        let qmp = Self { connection: Arc::new(connection), timeout: DEFAULT_COMMAND_TIMEOUT };
+        let qmp = Self { connection: Arc::new(connection), capture_turn: Arc::default(), timeout: DEFAULT_COMMAND_TIMEOUT };
         qmp.with_timeout(timeout).execute(qapi::qmp::qmp_capabilities { enable: None }).await?;
         Ok(qmp)
     }
@@ -72,12 +74,16 @@ impl Qmp {
     /// The same connection with another limit per command.
     #[must_use]
     pub fn with_timeout(&self, timeout: Duration) -> Self {
-        Self { connection: self.connection.clone(), timeout }
+        Self { timeout, ..self.clone() }
     }
 
     /// QEMU's version as its greeting gave it.
     pub fn version(&self) -> &QemuVersion {
         self.connection.version()
+    }
+
+    pub(crate) fn capture_turn(&self) -> Arc<tokio::sync::Mutex<()>> {
+        self.capture_turn.clone()
     }
 
     /// Runs a command of the `qapi` schema. Prefer [`Self::execute_json`] where replies carry enums that grow.

@@ -20,6 +20,8 @@ impl Peer {
         let (stream, _) = listener.accept().await.expect("accept");
         let (read, write) = UnixStream::into_split(stream);
         let mut peer = Self { lines: BufReader::new(read).lines(), write };
+        // As QEMU does when the client before was cut off.
+        peer.send(r#"{"return": {}, "id": 1}"#).await;
         peer.send(GREETING).await;
         let (command, id) = peer.command().await.expect("negotiation");
         assert_eq!(command["execute"], "qmp_capabilities");

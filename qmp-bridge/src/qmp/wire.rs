@@ -23,6 +23,8 @@ use super::{EVENT_QUEUE, QemuVersion, QmpError, QmpEvent};
 
 /// Longest line accepted from QEMU; the largest known reply, `query-qmp-schema`, has 240 KB.
 const MAX_LINE: usize = 32 << 20;
+/// Most lines of an earlier session that may come before the greeting.
+const MAX_LINES_BEFORE_GREETING: usize = 1024;
 /// Most commands waiting for their reply at once.
 const MAX_PENDING: usize = 1024;
 /// How long QEMU may leave our lines unread with its socket buffer full before the connection counts as dead.
@@ -204,9 +206,9 @@ pub(super) async fn open(path: &Path, timeout: Duration) -> Result<Connection, Q
     let stream = connect_until(path, deadline).await.map_err(connect_error)?;
     let writer = stream.as_fd().try_clone_to_owned().map_err(connect_error)?;
     let mut lines = Lines { stream, buffer: Vec::new(), searched: 0 };
-    let greeting = match tokio::time::timeout_at(deadline.into(), lines.next()).await {
+    let greeting = match tokio::time::timeout_at(deadline.into(), read_greeting(&mut lines)).await {
         Err(_) => return Err(QmpError::NoGreeting { path: path.into(), after: timeout }),
-        Ok(line) => line.and_then(|line| parse_greeting(&line)),
+        Ok(greeting) => greeting,
     };
     let version = greeting.map_err(|why| QmpError::NotQmp { path: path.into(), why })?;
     let shared = Arc::new(Shared::new());
@@ -306,8 +308,19 @@ fn dispatch(shared: &Shared, line: &[u8]) {
     let _ = sender.send(result);
 }
 
-fn parse_greeting(line: &[u8]) -> Result<QemuVersion, String> {
-    let greeting: Value = serde_json::from_slice(line).map_err(|error| format!("its greeting is not JSON: {error}"))?;
+/// QEMU may send what was left for the client before us, a reply or an event, ahead of the greeting (seen with 7.2).
+async fn read_greeting(lines: &mut Lines) -> Result<QemuVersion, String> {
+    for _ in 0..MAX_LINES_BEFORE_GREETING {
+        let line = lines.next().await?;
+        let message: Value = serde_json::from_slice(&line).map_err(|error| format!("its greeting is not JSON: {error}"))?;
+        if message.get("QMP").is_some() {
+            return parse_greeting(&message);
+        }
+    }
+    Err("it does not greet".into())
+}
+
+fn parse_greeting(greeting: &Value) -> Result<QemuVersion, String> {
     let version = &greeting["QMP"]["version"];
     let number = |field: &str| {
         let number = version["qemu"][field].as_u64().and_then(|n| u32::try_from(n).ok());

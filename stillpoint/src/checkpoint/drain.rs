@@ -26,8 +26,6 @@ const READ_BYTES: u64 = (FRAME_PAGES * PAGE_SIZE) as u64;
 const READS: usize = 8;
 /// Pieces of all disks waiting for the comparison: 4 MiB.
 const QUEUE: usize = 16;
-/// The guest's own writes come first: with less free space for the copies aside, the checkpoint gives up.
-const SCRATCH_RESERVE: u64 = 256 << 20;
 
 enum Piece {
     Data(SpaceNumber, u64, Vec<u8>),
@@ -140,11 +138,10 @@ async fn read_disk(
     let client = frozen.connect(disk).await?;
     let mut offset = 0;
     while offset < disk.bytes {
-        frozen.check_scratch_room(SCRATCH_RESERVE)?;
         let len = WINDOW.min(disk.bytes - offset);
         report.say(&format!("disk {}", disk.node), offset, disk.bytes);
         let ranges = ranges(&client, disk, offset, len, is_fresh).await?;
-        read_window(&client, space, &ranges, &pieces, || frozen.check_scratch_room(SCRATCH_RESERVE)).await?;
+        read_window(&client, space, &ranges, &pieces).await?;
         offset += len;
     }
     client.close().await;
@@ -169,13 +166,7 @@ fn everything(changes: &ContextExtents) -> ContextExtents {
     all
 }
 
-async fn read_window(
-    client: &NbdClient,
-    space: SpaceNumber,
-    ranges: &[ContentRange],
-    pieces: &mpsc::Sender<Piece>,
-    check: impl Fn() -> Result<(), qmp_bridge::capture::CaptureError>,
-) -> Result<()> {
+async fn read_window(client: &NbdClient, space: SpaceNumber, ranges: &[ContentRange], pieces: &mpsc::Sender<Piece>) -> Result<()> {
     let cut = ranges.iter().copied().flat_map(cut);
     let reads = futures::stream::iter(cut).map(|range| async move {
         Ok::<_, anyhow::Error>(match range.content {
@@ -184,12 +175,7 @@ async fn read_window(
         })
     });
     let mut reads = reads.buffered(READS);
-    let mut count = 0_u64;
     while let Some(piece) = reads.try_next().await? {
-        count += 1;
-        if count.is_multiple_of(256) {
-            check()?;
-        }
         pieces.send(piece).await.context("the comparison has ended")?;
     }
     Ok(())

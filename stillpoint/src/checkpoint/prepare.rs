@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, CheckpointSeq, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable};
 use checkpoint_store::PartialCheckpoint;
 use dirty_tracker::DirtyLease;
-use qmp_bridge::capture::{BitmapTag, CapturePlan, FrozenDisks, PreparedDisks, cleanup_leftovers};
+use qmp_bridge::capture::{DEFAULT_SCRATCH_RESERVE, BitmapTag, CapturePlan, FrozenDisks, PreparedDisks, cleanup_leftovers};
 use qmp_bridge::device_state::DeviceStateFile;
 use qmp_bridge::disks::Disk;
 use std::sync::Arc;
@@ -50,6 +50,7 @@ impl Checkpointer {
         report.say("prepare", 0, 0);
         fault::point("prepare");
         self.machine.check_blocks().await?;
+        self.machine.check_devices().await?;
         self.ensure_session().await?;
         let disks = self.machine.disks().await?.disks;
         self.ensure_clean().await?;
@@ -111,6 +112,7 @@ impl Checkpointer {
             seq: seq.0,
             parent: parent.map(|parent| parent.0),
             scratch_dir: self.machine.file.scratch.clone(),
+            scratch_reserve: DEFAULT_SCRATCH_RESERVE,
             nbd_socket: self.machine.runtime.nbd(),
         };
         let prepared = PreparedDisks::prepare(&self.machine.qmp, &disks, plan).await.context("preparing the disks")?;

@@ -7,11 +7,14 @@ use crate::exit::refused;
 use crate::launch;
 use crate::runtime::{RuntimeDir, read_limited};
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
 /// A helper is up in tens of milliseconds; a busy host may need longer.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// What a helper gets to end in order.
+const GRACE: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 pub async fn run(args: AttachArgs) -> Result<()> {
@@ -19,6 +22,9 @@ pub async fn run(args: AttachArgs) -> Result<()> {
     let machine = runtime.machine()?;
     if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_err() {
         return Err(refused(format!("{} does not run: nobody answers at {}", machine.name, runtime.plugin().display())));
+    }
+    if args.take_over {
+        end_other(&runtime).await?;
     }
     drop(runtime.lock_helper()?);
     if args.foreground {
@@ -29,6 +35,25 @@ pub async fn run(args: AttachArgs) -> Result<()> {
     let status = wait(&runtime, begin).await?;
     println!("helper {} is attached to {} (QEMU {}, pid {})", status["pid"], machine.name, status["qemu_version"].as_str().unwrap_or("?"), status["qemu_pid"]);
     Ok(())
+}
+
+/// Ends the helper that holds the machine, by force if it does not listen. The guest does not notice either way.
+async fn end_other(runtime: &RuntimeDir) -> Result<()> {
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let end = Instant::now() + GRACE;
+        while Instant::now() < end {
+            if runtime.lock_helper().is_ok() {
+                return Ok(());
+            }
+            // The pid is that of the process that holds the lock, which lives.
+            let pid = runtime.helper_pid_of_holder()?;
+            if let Err(error) = kill(pid, signal) {
+                tracing::debug!(%pid, %error, "signalling the other helper");
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+    bail!("the other helper of this machine does not end; its pid is in {}", runtime.helper_pid().display())
 }
 
 /// Until the helper of the machine answers.

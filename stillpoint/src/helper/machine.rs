@@ -7,13 +7,15 @@ use checkpoint_format::{ByteLen, PageCount, SpaceName};
 use dirty_tracker::{GuestMemory, PluginHandles, Region, RegionMemory, Tracker};
 use qmp_bridge::machine::MachineFacts;
 use qmp_bridge::ramblock::RamBlock;
-use qmp_bridge::{Qmp, disks, host_finder, ramblock};
-use std::path::PathBuf;
+use qmp_bridge::{Qmp, devices, disks, host_finder, ramblock};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// QEMU opens its monitor within 100 ms; a large machine that preallocates takes longer.
 const STARTUP: Duration = Duration::from_secs(60);
+/// Between two looks whether QEMU still lives.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 const PAGE: u64 = checkpoint_format::PAGE_SIZE as u64;
 
 pub struct Machine {
@@ -29,10 +31,9 @@ pub struct Machine {
 impl Machine {
     pub async fn attach(runtime: RuntimeDir) -> Result<Self> {
         let file = runtime.machine()?;
-        let socket = runtime.plugin();
-        let connect = move || PluginHandles::connect(&socket, STARTUP);
-        let handles = tokio::task::spawn_blocking(connect).await.context("connecting to the plugin was cut off")?;
-        let handles = handles.context("QEMU's plugin does not answer; is the machine running?")?;
+        let (socket, pid) = (runtime.plugin(), file.pid);
+        let connect = tokio::task::spawn_blocking(move || connect(&socket, pid));
+        let handles = connect.await.context("connecting to the plugin was cut off")??;
         let qmp = Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?;
         let facts = MachineFacts::read(&qmp).await.context("asking QEMU what machine it runs")?;
         check(&facts)?;
@@ -67,6 +68,15 @@ impl Machine {
         self.blocks.iter().map(space).collect()
     }
 
+    /// A device that came by hot-plug may write memory that the tracker cannot see.
+    pub async fn check_devices(&self) -> Result<()> {
+        let devices = devices::guest_devices(&self.qmp).await.context("asking QEMU for its devices")?;
+        match devices.iter().find_map(|device| Some((device, device.refusal()?))) {
+            None => Ok(()),
+            Some((device, why)) => Err(refused(format!("device {} ({}) cannot be checkpointed: {why}", device.path, device.kind))),
+        }
+    }
+
     /// Hot-plugged memory changes the list of RAM blocks; the tracker must then be attached anew.
     pub async fn check_blocks(&self) -> Result<()> {
         let now = ramblock::ram_blocks(&self.qmp).await.context("asking QEMU for its RAM blocks")?;
@@ -81,6 +91,23 @@ impl Machine {
 /// A thread that panicked left no lease half taken: each change of the tracker is one call.
 pub fn lock(tracker: &Mutex<Tracker>) -> MutexGuard<'_, Tracker> {
     tracker.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits for QEMU to come up, but not for one that has ended.
+fn connect(socket: &Path, pid: Option<u32>) -> Result<PluginHandles> {
+    let end = Instant::now() + STARTUP;
+    loop {
+        let error = match PluginHandles::connect(socket, LOOK_EVERY) {
+            Ok(handles) => return Ok(handles),
+            Err(error) => error,
+        };
+        if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            return Err(refused("QEMU has ended before it could be attached; its own output says why"));
+        }
+        if !error.is_retryable() || Instant::now() >= end {
+            return Err(error).context("QEMU's plugin does not answer; is the machine running?");
+        }
+    }
 }
 
 fn check(facts: &MachineFacts) -> Result<()> {

@@ -140,11 +140,6 @@ impl KeyList {
         })
     }
 
-    pub fn set(&mut self, key: &str, value: impl Into<String>) {
-        self.parts.retain(|(name, _)| name.as_deref() != Some(key));
-        self.parts.push((Some(key.to_owned()), value.into()));
-    }
-
     pub fn push(&mut self, key: Option<&str>, value: impl Into<String>) {
         self.parts.push((key.map(str::to_owned), value.into()));
     }

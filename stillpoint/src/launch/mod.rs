@@ -68,6 +68,8 @@ fn describe(request: &RunRequest, plugin: &Path) -> Result<MachineFile> {
         store: absolute_store(&request.store)?,
         instance: new_instance()?,
         qemu,
+        // By exec this process becomes QEMU, unless that forks once more.
+        pid: (!options_daemonize(&normalized.options)).then(std::process::id),
         qemu_version: facts.version,
         machine_type: normalized.machine_type,
         accelerator: accelerator.name,
@@ -78,6 +80,10 @@ fn describe(request: &RunRequest, plugin: &Path) -> Result<MachineFile> {
         directory,
         restored_from: None,
     })
+}
+
+fn options_daemonize(options: &[arguments::QemuOption]) -> bool {
+    options.iter().any(|option| option.name == "daemonize")
 }
 
 /// `file:` stores may be named relative to where the user stands; the helper stands elsewhere.

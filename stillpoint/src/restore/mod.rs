@@ -127,6 +127,7 @@ impl Restore {
             store: launch::absolute_store(&self.args.store.store)?,
             instance: launch::new_instance()?,
             qemu: self.qemu.clone(),
+            pid: None,
             qemu_version: self.qemu_version.clone(),
             machine_type: record.machine_type.clone(),
             accelerator: record.accelerator.clone(),

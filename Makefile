@@ -1,0 +1,50 @@
+# Stillpoint: everything that a person or a machine needs to call. 'make' alone tells what there is.
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+STORE ?= file
+ARGS ?=
+CARGO ?= $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
+RELEASE = $(or $(CARGO_TARGET_DIR),target)/release
+
+.PHONY: help deps build install uninstall test demo bench doctor
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make deps                    install what is missing (Debian 12 or 13)'
+	@echo 'make build                   the release build: stillpoint and its QEMU plugin'
+	@echo 'make install PREFIX=DIR      install them (default /usr/local; DESTDIR is honoured)'
+	@echo 'make doctor                  check what this host can do'
+	@echo 'make demo [STORE=hdfs]       checkpoints, a crash and a restore, shown on a real guest'
+	@echo 'make bench [ARGS=--json]     pauses and sizes on a 1 GiB guest'
+	@echo 'make test                    format, lints, build and all tests, with QEMU and HDFS'
+
+deps:
+	@scripts/install-deps
+
+build:
+	$(CARGO) build --release -p stillpoint -p stillpoint-plugin
+
+# Builds nothing, so that it may run as another user than the build.
+install:
+	@test -x $(RELEASE)/stillpoint || { echo "nothing is built yet: run 'make build' first" >&2; exit 1; }
+	install -D -m 755 $(RELEASE)/stillpoint $(DESTDIR)$(PREFIX)/bin/stillpoint
+	install -D -m 755 scripts/stillpoint-qemu $(DESTDIR)$(PREFIX)/bin/stillpoint-qemu
+	install -D -m 644 $(RELEASE)/libstillpoint_plugin.so $(DESTDIR)$(PREFIX)/lib/stillpoint/libstillpoint_plugin.so
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/stillpoint $(DESTDIR)$(PREFIX)/bin/stillpoint-qemu
+	rm -f $(DESTDIR)$(PREFIX)/lib/stillpoint/libstillpoint_plugin.so
+	-rmdir $(DESTDIR)$(PREFIX)/lib/stillpoint
+
+test:
+	@scripts/test
+
+demo:
+	@scripts/demo $(STORE)
+
+bench:
+	@scripts/bench $(ARGS)
+
+doctor: build
+	@$(RELEASE)/stillpoint doctor $(ARGS)

@@ -1,0 +1,178 @@
+//! Where a test takes place: a directory, a store in it, and the right to run so many machines.
+
+use crate::built::built;
+use crate::machine::TestMachine;
+use crate::recipe::Recipe;
+use crate::slots::{Slots, shared_directory};
+use serde_json::Value;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// The longest that any one command may take: a hanging store is given up after two minutes.
+const COMMAND_PATIENCE: Duration = Duration::from_secs(180);
+
+pub struct Lab {
+    // Before the directory, so that it is given back last: fields are dropped in order.
+    directory: TempDir,
+    store: String,
+    environment: Vec<(String, String)>,
+    _slots: Slots,
+}
+
+impl Lab {
+    /// A place for a test that has one machine at a time.
+    pub fn new() -> Self {
+        Self::for_machines(1)
+    }
+
+    /// Waits until so many machines may run.
+    pub fn for_machines(count: usize) -> Self {
+        let slots = Slots::take(count);
+        let mut directory = tempfile::Builder::new().prefix("stillpoint-").tempdir().expect("a directory");
+        directory.disable_cleanup(std::env::var_os("STILLPOINT_TEST_KEEP").is_some());
+        let store = format!("file://{}/store", directory.path().display());
+        // What a QEMU binary is need not be found out by every test.
+        let cache = shared_directory().join("cache");
+        let mut lab = Self { directory, store, environment: Vec::new(), _slots: slots };
+        lab.set("STILLPOINT_RUNTIME_DIR", lab.runtime().display().to_string());
+        lab.set("STILLPOINT_SCRATCH_DIR", lab.path().display().to_string());
+        lab.set("STILLPOINT_CACHE_DIR", cache.display().to_string());
+        lab
+    }
+
+    pub fn with_store(mut self, url: &str) -> Self {
+        url.clone_into(&mut self.store);
+        self
+    }
+
+    /// A variable for every command from now on.
+    pub fn set(&mut self, name: &str, value: String) {
+        self.environment.retain(|(known, _)| known != name);
+        self.environment.push((name.to_owned(), value));
+    }
+
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn store(&self) -> &str {
+        &self.store
+    }
+
+    /// The store's directory, where it is one.
+    pub fn store_directory(&self) -> PathBuf {
+        PathBuf::from(self.store.strip_prefix("file://").expect("a store in a directory"))
+    }
+
+    pub fn runtime(&self) -> PathBuf {
+        self.path().join("run")
+    }
+
+    /// Starts a machine and its helper; its directory is named as it is.
+    pub fn start(&self, name: &str, recipe: &Recipe) -> TestMachine<'_> {
+        TestMachine::start(self, name, recipe, &[])
+    }
+
+    /// The same with more environment, for the helper too.
+    pub fn start_with(&self, name: &str, recipe: &Recipe, environment: &[(&str, &str)]) -> TestMachine<'_> {
+        TestMachine::start(self, name, recipe, environment)
+    }
+
+    /// Restores NAME or NAME@ID as machine `new_name`, in a directory of that name.
+    pub fn restore(&self, checkpoint: &str, new_name: &str, more: &[&str]) -> TestMachine<'_> {
+        TestMachine::restore(self, checkpoint, new_name, more)
+    }
+
+    /// `stillpoint` with this lab's variables.
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(built());
+        command.args(words).current_dir(self.path()).env("STILLPOINT_STORE", &self.store);
+        for name in ["STILLPOINT_DIE_AT", "STILLPOINT_NAME", "RUST_LOG"] {
+            command.env_remove(name);
+        }
+        command.envs(self.environment.iter().cloned());
+        command
+    }
+
+    pub fn run(&self, words: &[&str]) -> Ran {
+        self.run_with(words, &[])
+    }
+
+    pub fn run_with(&self, words: &[&str], environment: &[(&str, &str)]) -> Ran {
+        let mut command = self.command(words);
+        command.envs(environment.iter().copied());
+        Ran::of(command, &words.join(" "))
+    }
+
+    /// Ids of the checkpoints that a machine has in the store.
+    pub fn list(&self, name: &str) -> Vec<u64> {
+        let listed = self.run(&["ls", name, "--json"]).expect_success().json();
+        let rows = listed["checkpoints"].as_array().expect("a list").iter();
+        rows.map(|row| row["id"].as_u64().expect("a number")).collect()
+    }
+
+    /// Reads back all that the machine has in the store.
+    pub fn verify(&self, name: &str) {
+        let report = self.run(&["verify", name, "--json"]).expect_success().json();
+        assert_eq!(report["ok"], true, "{report}");
+    }
+}
+
+impl Default for Lab {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// How a command went.
+#[derive(Debug)]
+pub struct Ran {
+    pub what: String,
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+    pub time: Duration,
+}
+
+impl Ran {
+    /// Runs to the end. Output goes to files: a machine that the command leaves behind may hold them open.
+    fn of(mut command: Command, what: &str) -> Self {
+        let files = [tempfile::NamedTempFile::new().expect("a file"), tempfile::NamedTempFile::new().expect("a file")];
+        let open = |number: usize| Stdio::from(File::create(files[number].path()).expect("a file"));
+        let begun = Instant::now();
+        let mut child = command.stdin(Stdio::null()).stdout(open(0)).stderr(open(1)).spawn().expect("stillpoint can be run");
+        let read = |number: usize| String::from_utf8_lossy(&std::fs::read(files[number].path()).unwrap_or_default()).into_owned();
+        let status = loop {
+            if let Some(status) = child.try_wait().expect("a child") {
+                break status;
+            }
+            if begun.elapsed() > COMMAND_PATIENCE {
+                let _ = child.kill();
+                let _ = child.wait();
+                panic!("stillpoint {what} hangs; it said: {}", read(1));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let ran = Self { what: what.to_owned(), code: status.code().unwrap_or(-1), out: read(0), err: read(1), time: begun.elapsed() };
+        assert!(!ran.err.contains("panicked at"), "stillpoint {what} panicked: {}", ran.err);
+        ran
+    }
+
+    pub fn expect_success(self) -> Self {
+        assert_eq!(self.code, 0, "stillpoint {}: {}", self.what, self.err);
+        self
+    }
+
+    /// It failed with this code; its message.
+    pub fn expect_failure(self, code: i32) -> String {
+        assert_eq!(self.code, code, "stillpoint {}: {}{}", self.what, self.out, self.err);
+        format!("{}{}", self.out, self.err)
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("stillpoint {}: {error} in {}", self.what, self.out))
+    }
+}

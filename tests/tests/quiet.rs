@@ -1,0 +1,67 @@
+//! What a checkpoint costs: next to nothing for a guest that does nothing, and little more than its changes otherwise.
+
+use std::time::Duration;
+use stillpoint_tests::{Lab, Recipe, newest_qemu, on_each_qemu};
+
+const IDLE_BYTES: u64 = 100 << 10;
+/// The share of what is stored that is not the guest's own changed pages, where changes are many.
+const OVERHEAD: f64 = 1.05;
+const MANY_BYTES: u64 = 4 << 20;
+
+#[test]
+fn an_idle_guest_costs_next_to_nothing() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new();
+        let machine = lab.start("idle", &Recipe::witness(qemu, "q35-virtio.cfg").words("witness.rate=0"));
+        machine.wait_for_witness();
+        machine.checkpoint();
+        std::thread::sleep(Duration::from_secs(2));
+        let sizes: Vec<u64> = (0..3)
+            .map(|_| {
+                std::thread::sleep(Duration::from_secs(1));
+                machine.checkpoint().outcome.bytes_stored_raw
+            })
+            .collect();
+        assert!(sizes.iter().all(|size| *size <= IDLE_BYTES), "{sizes:?} bytes for an idle second each");
+    });
+}
+
+#[test]
+fn nothing_is_stored_when_nothing_changed() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new();
+        let machine = lab.start("still", &Recipe::scribbler(qemu, 3));
+        std::thread::sleep(Duration::from_secs(2));
+        let mut monitor = machine.qmp();
+        monitor.stop();
+        let first = machine.checkpoint().outcome;
+        let second = machine.checkpoint().outcome;
+        assert_eq!((second.kind.as_str(), second.id, second.bytes_stored), ("unchanged", first.id, 0));
+        assert_eq!(lab.list("still"), [first.id]);
+        assert!(!monitor.is_running(), "it was stopped before the checkpoint, so it stays so");
+        monitor.disk_io("cow", "write -P 7 0 4096");
+        let third = machine.checkpoint().outcome;
+        assert_eq!((third.kind.as_str(), third.parent), ("incremental", Some(first.id)));
+        monitor.cont();
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(machine.checkpoint().outcome.parent, Some(third.id));
+        lab.verify("still");
+    });
+}
+
+#[test]
+fn a_large_change_is_stored_with_little_besides() {
+    let lab = Lab::new();
+    let busy = "witness.table_mib=24 witness.rate=6000 witness.journal_pages=16";
+    let machine = lab.start("busy", &Recipe::witness(&newest_qemu(), "q35-virtio.cfg").words(busy));
+    machine.wait_for_witness();
+    machine.checkpoint();
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_secs(1));
+        let outcome = machine.checkpoint().outcome;
+        assert!(outcome.bytes_changed > MANY_BYTES, "the guest is not busy enough: {outcome:?}");
+        let ratio = outcome.bytes_stored_raw as f64 / outcome.bytes_changed as f64;
+        assert!(ratio <= OVERHEAD, "{ratio:.3}: {outcome:?}");
+    }
+    machine.assert_no_contradiction();
+}
