@@ -36,7 +36,7 @@ newest_qemu() {
 # ---- processes: a process is ours when its command line names our directory -----------------------------------------
 
 is_ours() { # PID
-  [ -n "${1:-}" ] && [ -n "${work:-}" ] && tr '\0' ' ' <"/proc/$1/cmdline" 2>/dev/null | grep -qF -- "$work"
+  [ -n "${1:-}" ] && [ -n "${work:-}" ] && { tr '\0' ' ' <"/proc/$1/cmdline"; } 2>/dev/null | grep -qF -- "$work"
 }
 
 signal() { # SIGNAL PID...
@@ -66,11 +66,11 @@ end_processes() { # PID...
   wait_gone 5 "$@" || true
 }
 
-# Whatever still runs out of our directory: machines and helpers write their ids there.
+# Whatever still runs out of our directory, whether or not it came to say so: QEMUs and helpers, nobody's editor.
 end_machines() {
-  local file pids=()
-  for file in "$work"/*/run/*/helper.pid "$work"/*/qemu.pid; do
-    [ -s "$file" ] && pids+=("$(cat "$file")")
+  local dir pids=()
+  for dir in /proc/[0-9]*; do
+    case $(cat "$dir/comm" 2>/dev/null) in qemu-* | stillpoint*) is_ours "${dir#/proc/}" && pids+=("${dir#/proc/}") ;; esac
   done
   [ ${#pids[@]} = 0 ] || end_processes "${pids[@]}"
 }
@@ -78,7 +78,7 @@ end_machines() {
 # ---- the witness -------------------------------------------------------------------------------------------------
 
 # The last (or the first) line of progress, and a word of it: 'field step LINE'. The last line may be half written.
-progress() { tr -d '\r' <"$1" 2>/dev/null | sed -n 's/^.*\(WITNESS step=.* late=[0-9]*\)$/\1/p'; }
+progress() { { tr -d '\r' <"$1"; } 2>/dev/null | sed -n 's/^.*\(WITNESS step=.* late=[0-9]*\)$/\1/p'; }
 last_progress() { progress "$1" | tail -n 1; }
 first_progress() { progress "$1" | head -n 1; }
 field() { sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" <<<"$2"; }
@@ -88,10 +88,10 @@ is_well() {
   [ -n "$1" ] && [ "$(field table "$1"),$(field journal "$1"),$(field base "$1"),$(field contradictions "$1")" = ok,ok,ok,0 ]
 }
 
-wait_progress() { # SERIAL SECONDS PID
+wait_progress() { # SERIAL SECONDS PID LOG
   local deadline=$((SECONDS + $2))
   until [ -n "$(last_progress "$1")" ]; do
-    is_ours "$3" || die "QEMU has ended before the guest spoke"
+    kill -0 "$3" 2>/dev/null || die "QEMU has ended before the guest spoke; it said: $(tail -n 3 "$4")"
     if grep -q 'WITNESS REFUSED' "$1" 2>/dev/null; then die "the guest says: $(grep 'WITNESS REFUSED' "$1")"; fi
     [ $SECONDS -lt $deadline ] || die "the guest said nothing within $2 s; its console: $1"
     sleep 0.1

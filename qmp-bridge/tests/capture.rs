@@ -25,7 +25,9 @@ fn tag() -> BitmapTag {
 async fn start(qemu: &Path) -> (TestQemu, Disks) {
     let directory = tempfile::tempdir().expect("directory");
     let size = DISK.to_string();
-    qemu_img(qemu, directory.path(), &["create", "-q", "-f", "qcow2", "base.qcow2", &size]);
+    // The layer below holds data of its own, which must show through and must not be captured.
+    std::fs::write(directory.path().join("base.raw"), base_content()).expect("base");
+    qemu_img(qemu, directory.path(), &["convert", "-q", "-f", "raw", "-O", "qcow2", "base.raw", "base.qcow2"]);
     qemu_img(qemu, directory.path(), &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2", "top.qcow2"]);
     qemu_img(qemu, directory.path(), &["create", "-q", "-f", "qcow2", "plain.qcow2", &size]);
     std::fs::File::create(directory.path().join("raw.img")).and_then(|file| file.set_len(DISK)).expect("raw");
@@ -50,6 +52,15 @@ async fn start(qemu: &Path) -> (TestQemu, Disks) {
     let machine = TestQemu::start_in(qemu, &arguments, directory).await;
     let disks = disks::list(&machine.qmp, Some(machine.directory.path())).await.expect("disks");
     (machine, disks)
+}
+
+/// Data where the overlay gets some too, and data that only the layer has.
+fn base_content() -> Image {
+    let mut image = vec![0; DISK as usize];
+    image[..1 << 20].fill(0x91);
+    image[2 << 20..3 << 20].fill(0x92);
+    image[6 << 20..7 << 20].fill(0x93);
+    image
 }
 
 fn plan(machine: &TestQemu, seq: u64, parent: Option<u64>) -> CapturePlan {
@@ -95,9 +106,10 @@ fn covered(ranges: &[ContentRange]) -> u64 {
     ranges.iter().map(|range| range.end - range.start).sum()
 }
 
-/// Empty images of the four disks; the overlay's begins as its base.
+/// What a restore begins with: empty images, but the overlay's disk shows its layer.
 fn new_images(disks: &Disks) -> Vec<Image> {
-    disks.writable().map(|disk| vec![0; disk.virtual_size as usize]).collect()
+    let image = |disk: &disks::Disk| if disk.backing.is_empty() { vec![0; disk.virtual_size as usize] } else { base_content() };
+    disks.writable().map(image).collect()
 }
 
 /// Writes the same into a disk and into its model.
@@ -156,6 +168,7 @@ async fn full_then_incrementals_show_the_instant() {
         write(&machine, &disks, &mut models, (0, 0x5a, 1 << 20, 512)).await;
         write(&machine, &disks, &mut models, (1, 0x5b, (1 << 20) + 1024, 5 * 512)).await;
         machine.qemu_io("drive-top", "write -z 2097152 65536").await;
+        models[0][2 << 20..(2 << 20) + 65_536].fill(0);
 
         let frozen = freeze(&machine.qmp, &disks, plan(&machine, 1, None)).await;
         let instant = models.clone();
@@ -165,8 +178,11 @@ async fn full_then_incrementals_show_the_instant() {
         write(&machine, &disks, &mut models, (2, 0x77, 8192, 4096)).await;
         write(&machine, &disks, &mut models, (3, 0x77, 0, 512 * 77)).await;
         machine.qemu_io("drive-raw", "write -z 4194304 65536").await;
-        drain(&frozen, &mut images).await;
+        let ranges = drain(&frozen, &mut images).await;
         assert_same(&images, &instant, "full");
+        // Three clusters of the overlay's own, one of them zero; its layer's other 45 clusters stay out.
+        assert_eq!(covered(&ranges[0]), 3 * 65_536);
+        assert!(ranges[0].contains(&ContentRange { start: 2 << 20, end: (2 << 20) + 65_536, content: Content::Zero }));
         frozen.settle().await.expect("settle");
         assert_eq!(traces(&machine.qmp).await, bitmaps_since(1));
 

@@ -227,7 +227,9 @@ impl FromStr for CheckpointName {
             None => (text, None),
         };
         let vm = name.parse().map_err(|error| format!("{error}"))?;
-        let number = |seq: &str| seq.parse().map(CheckpointSeq).map_err(|_| format!("'{seq}' is no checkpoint id: a number was expected, as in {name}@7"));
+        let number = |seq: &str| {
+            seq.parse().map(CheckpointSeq).map_err(|_| format!("'{seq}' is no checkpoint id: a number was expected, as in {name}@7"))
+        };
         Ok(Self { vm, seq: seq.map(number).transpose()? })
     }
 }

@@ -8,7 +8,17 @@ use std::sync::OnceLock;
 
 /// Every point, in the order in which a checkpoint passes them.
 pub const POINTS: &[&str] = &[
-    "prepare", "prepared", "round.paused", "round", "freeze.paused", "freeze.frozen", "drain.disks", "drain", "upload", "commit", "committed",
+    "prepare",
+    "prepared",
+    "round.paused",
+    "round",
+    "freeze.paused",
+    "freeze.frozen",
+    "drain.disks",
+    "drain",
+    "upload",
+    "commit",
+    "committed",
 ];
 
 /// Dies here if that was asked for.

@@ -18,6 +18,7 @@ mod lineage;
 mod pack;
 mod restore;
 mod runtime;
+mod stores;
 mod terminal;
 
 use anyhow::{Context, Result};
@@ -43,7 +44,12 @@ fn log_to_stderr(cli: &Cli) {
     let quiet = if matches!(cli.command, Command::Helper(_)) { "info" } else { "warn" };
     let default = if cli.verbose { "debug" } else { quiet };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
 }
 
 fn dispatch(command: Command) -> Result<ExitCode> {

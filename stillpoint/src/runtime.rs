@@ -119,8 +119,7 @@ impl RuntimeDir {
         let text = read_limited(&path, MAX_MACHINE_FILE_BYTES).with_context(|| {
             format!("no machine is known at {}; start one by 'stillpoint run' or name its --runtime-dir", self.path.display())
         })?;
-        let machine: MachineFile =
-            serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
+        let machine: MachineFile = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
         if machine.format != MACHINE_FILE_FORMAT {
             bail!("{} has format {}; this build reads {MACHINE_FILE_FORMAT}", path.display(), machine.format);
         }

@@ -110,7 +110,10 @@ impl<'lab> TestMachine<'lab> {
     fn said(&self) -> String {
         let files = [self.directory.join("qemu.out"), self.runtime_file("qemu.log"), self.runtime_file("helper.log")];
         let texts = files.iter().filter_map(|file| std::fs::read_to_string(file).ok());
-        texts.map(|text| text.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n")).collect::<Vec<_>>().join("\n")
+        texts
+            .map(|text| text.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"))
+            .collect::<Vec<_>>()
+            .join("\n")
     }
 
     // ---- the guest
@@ -137,7 +140,13 @@ impl<'lab> TestMachine<'lab> {
 
     pub fn assert_no_contradiction(&self) {
         let found = witness::contradictions(&self.directory.join("serial.log"));
-        assert!(found.is_empty(), "{} is not what it was: {} contradictions, first {:#?}", self.name, found.len(), &found[..found.len().min(3)]);
+        assert!(
+            found.is_empty(),
+            "{} is not what it was: {} contradictions, first {:#?}",
+            self.name,
+            found.len(),
+            &found[..found.len().min(3)]
+        );
     }
 
     /// The guest is up and has worked a little.

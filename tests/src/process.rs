@@ -20,11 +20,15 @@ pub fn wait_until(patience: Duration, mut done: impl FnMut() -> bool) -> bool {
     }
 }
 
-/// A process that ended but was not waited for does not run.
+/// A process whose threads have all ended does not run, though nobody has waited for it. The first thread alone says
+/// nothing: while another one is still dying, files and locks of the process are held.
 pub fn is_running(pid: Pid) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
-    state.is_some_and(|state| state != 'Z' && state != 'X')
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    tasks.into_iter().any(|task| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+        state.is_some_and(|state| state != 'Z' && state != 'X')
+    })
 }
 
 /// Whether the process has `path` on its command line: a number alone may by now be somebody else's.

@@ -213,7 +213,13 @@ pub(super) async fn open(path: &Path, timeout: Duration) -> Result<Connection, Q
     let version = greeting.map_err(|why| QmpError::NotQmp { path: path.into(), why })?;
     let shared = Arc::new(Shared::new());
     let reader = tokio::spawn(read_all(lines, shared.clone()));
-    Ok(Connection { writer: Mutex::new(writer.into()), shared, reader, ids: AtomicU64::new(1), version })
+    Ok(Connection { writer: Mutex::new(writer.into()), shared, reader, ids: AtomicU64::new(first_id()), version })
+}
+
+/// Ids of a connection begin at an unlikely number: a late reply to the client before us must not look like ours.
+fn first_id() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::from(now.subsec_nanos()) << 20
 }
 
 async fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {

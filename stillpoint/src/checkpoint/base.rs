@@ -47,7 +47,9 @@ impl Base {
             machine.lock_tracker().resume_protection();
         }
         tracing::info!(%vm, parent = %newest, is_exact, "continuing a lineage");
-        Ok(Self { parent: Some(newest), next, spaces: spaces(machine, disks, tables), is_exact })
+        let mut spaces = spaces(machine, disks, tables);
+        spaces.iter_mut().for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
+        Ok(Self { parent: Some(newest), next, spaces, is_exact })
     }
 
     fn full(next: CheckpointSeq, names: Vec<(SpaceName, PageCount)>, disks: usize) -> Self {
@@ -66,9 +68,12 @@ impl Base {
         }
         let mut old = std::mem::take(&mut self.spaces);
         for ((name, table), (_, pages)) in empty_tables(names.clone(), disks.len()).into_iter().zip(names) {
-            let found = old.iter().position(|space| space.name == name && space.pages == pages);
-            let table = found.map_or(table, |place| old.swap_remove(place).table);
-            self.spaces.push(Space::new(name, pages, table));
+            let found = old.iter().position(|space| space.name == name).map(|place| old.swap_remove(place));
+            let in_lineage = found.as_ref().is_some_and(|space| space.in_lineage);
+            let table = found.filter(|space| space.pages == pages).map_or(table, |space| space.table);
+            let mut space = Space::new(name, pages, table);
+            space.in_lineage = in_lineage;
+            self.spaces.push(space);
         }
         Ok(())
     }
@@ -89,12 +94,24 @@ fn empty_tables(names: Vec<(SpaceName, PageCount)>, disks: usize) -> Vec<(SpaceN
         SpaceKind::Disk => DigestTable::sparse(share),
         SpaceKind::State | SpaceKind::Layer => DigestTable::sparse(STATE_TABLE),
     };
-    names.into_iter().map(|(name, pages)| { let table = table(&name, pages); (name, table) }).collect()
+    names
+        .into_iter()
+        .map(|(name, pages)| {
+            let table = table(&name, pages);
+            (name, table)
+        })
+        .collect()
 }
 
 fn spaces(machine: &Machine, disks: &[(SpaceName, PageCount)], tables: Vec<(SpaceName, DigestTable)>) -> Vec<Space> {
     let sizes = machine.ram_spaces().into_iter().flatten().chain(disks.iter().cloned());
     let sizes: std::collections::HashMap<SpaceName, PageCount> = sizes.collect();
     let pages = |name: &SpaceName| sizes.get(name).copied().unwrap_or(PageCount(0));
-    tables.into_iter().map(|(name, table)| { let pages = pages(&name); Space::new(name, pages, table) }).collect()
+    tables
+        .into_iter()
+        .map(|(name, table)| {
+            let pages = pages(&name);
+            Space::new(name, pages, table)
+        })
+        .collect()
 }

@@ -11,8 +11,8 @@ use super::staging::SpaceNumber;
 use crate::pack::{FrameJob, PackJob};
 use anyhow::{Context, Result};
 use checkpoint_format::{
-    DigestTable, FRAME_PAGES, PAGE_SIZE, PageCount, PageDigest, PageIndex, PageRange, PageSet, SpaceId, SpaceKind, SpaceName,
-    SpaceTable, is_zero,
+    DigestTable, FRAME_PAGES, PAGE_SIZE, PageCount, PageDigest, PageIndex, PageRange, PageSet, SpaceId, SpaceKind, SpaceName, SpaceTable,
+    is_zero,
 };
 
 /// One named array of pages of the machine, and what the last durable checkpoint holds of it.
@@ -20,6 +20,8 @@ pub struct Space {
     pub name: SpaceName,
     pub pages: PageCount,
     pub table: DigestTable,
+    /// Whether a checkpoint of the lineage has recorded this space, so that what is not recorded now is what it was then.
+    pub in_lineage: bool,
     /// RAM pages stored by the checkpoint under way.
     stored: PageSet,
 }
@@ -27,7 +29,7 @@ pub struct Space {
 impl Space {
     pub fn new(name: SpaceName, pages: PageCount, table: DigestTable) -> Self {
         let counted = if name.kind() == SpaceKind::Ram { pages } else { PageCount(0) };
-        Self { name, pages, table, stored: PageSet::new(counted) }
+        Self { name, pages, table, in_lineage: false, stored: PageSet::new(counted) }
     }
 }
 
@@ -150,7 +152,10 @@ impl Delta {
 
     /// The checkpoint is durable: the tables are what the next one compares with.
     pub fn settle(mut self) -> Vec<Space> {
-        self.spaces.iter_mut().for_each(|space| space.stored.clear());
+        for space in &mut self.spaces {
+            space.stored.clear();
+            space.in_lineage = true;
+        }
         self.spaces
     }
 
@@ -235,10 +240,13 @@ mod test {
     fn zero_pages_are_runs() {
         let mut delta = delta(100);
         let jobs = jobs_of(&mut delta, &[(4, 0), (5, 0), (6, 1), (7, 0)]);
-        let zeros: Vec<_> = jobs.iter().filter_map(|job| match job {
-            PackJob::Zero(_, range) => Some((range.start.0, range.end.0)),
-            PackJob::Data(_) => None,
-        }).collect();
+        let zeros: Vec<_> = jobs
+            .iter()
+            .filter_map(|job| match job {
+                PackJob::Zero(_, range) => Some((range.start.0, range.end.0)),
+                PackJob::Data(_) => None,
+            })
+            .collect();
         assert_eq!(zeros, [(4, 6), (7, 8)]);
     }
 }

@@ -53,14 +53,13 @@ impl Checkpointer {
         frozen.export().await?;
         let delta = run.delta.as_mut().context("the tables are gone")?;
         let packer = run.packer.as_ref().context("the packer is gone")?;
-        // What no earlier checkpoint says anything about is read by where it is allocated; else every block counts.
-        let is_fresh = run.parent.is_none();
         let (pieces, mut queue) = mpsc::channel(QUEUE);
         let mut readers: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
         for disk in frozen.disks() {
             let number = disk_number(delta, disk);
-            let known = number.is_some_and(|number| delta.spaces()[usize::from(number)].table.known() > PageCount(0));
-            readers.push(Box::pin(read_disk(frozen, disk, number, is_fresh || !known, pieces.clone(), report)));
+            // What no earlier checkpoint says anything about is read by where it is allocated; else every block counts.
+            let is_fresh = run.parent.is_none() || number.is_some_and(|number| !delta.spaces()[usize::from(number)].in_lineage);
+            readers.push(Box::pin(read_disk(frozen, disk, number, is_fresh, pieces.clone(), report)));
         }
         drop(pieces);
         let readers = futures::future::try_join_all(readers);

@@ -56,11 +56,7 @@ impl Checkpointer {
         if is_first {
             self.offer_holes(run, &taken).await?;
         }
-        if pages <= self.staging.free() && !is_first {
-            self.stage(taken).await
-        } else {
-            self.spill(run, taken).await
-        }
+        if pages <= self.staging.free() && !is_first { self.stage(taken).await } else { self.spill(run, taken).await }
     }
 
     /// Pages that do not exist hold zeros. Only where the parent holds something else is that news.
@@ -171,4 +167,3 @@ fn trace_freeze(phases: &mut Phases, stopped: Duration, disks: Duration, copied:
     phases.add("freeze.memory", copied);
     tracing::info!(pause_ms = milliseconds(pause), "freeze");
 }
-

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, CheckpointSeq, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable};
 use checkpoint_store::PartialCheckpoint;
 use dirty_tracker::DirtyLease;
-use qmp_bridge::capture::{DEFAULT_SCRATCH_RESERVE, BitmapTag, CapturePlan, FrozenDisks, PreparedDisks, cleanup_leftovers};
+use qmp_bridge::capture::{BitmapTag, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
 use qmp_bridge::device_state::DeviceStateFile;
 use qmp_bridge::disks::Disk;
 use std::sync::Arc;
@@ -49,7 +49,10 @@ impl Checkpointer {
         let begun = Instant::now();
         report.say("prepare", 0, 0);
         fault::point("prepare");
-        self.machine.check_blocks().await?;
+        if self.machine.refresh_blocks().await? {
+            self.machine.runtime.forget_exact_since()?;
+            self.base.iter_mut().for_each(|base| base.is_exact = false);
+        }
         self.machine.check_devices().await?;
         self.ensure_session().await?;
         let disks = self.machine.disks().await?.disks;
@@ -183,4 +186,3 @@ pub fn disk_spaces(disks: &[Disk]) -> Result<Vec<(SpaceName, PageCount)>> {
     let writable = disks.iter().filter(|disk| !disk.read_only);
     writable.map(|disk| Ok((SpaceName::disk(&disk.node)?, PageCount::covering(ByteLen(disk.virtual_size))))).collect()
 }
-

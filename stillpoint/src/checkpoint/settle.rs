@@ -70,6 +70,8 @@ impl Checkpointer {
         {
             tracing::warn!(%error, "a partial checkpoint is left in the store; the next one removes it");
         }
+        // A failed freeze takes its disks back in the background; the next checkpoint looks what is left of it.
+        self.is_clean = false;
     }
 
     async fn give_back(&mut self, run: &mut Run) {
@@ -81,7 +83,6 @@ impl Checkpointer {
         };
         if let Err(error) = disks {
             tracing::warn!(%error, "the disks' changes were not given back in order; the next checkpoint does it");
-            self.is_clean = false;
         }
         self.staging.clear(KEPT_STAGING);
     }

@@ -102,11 +102,7 @@ impl Staging {
 impl StagedRange {
     fn pages(&self) -> impl Iterator<Item = StagedPage> + use<> {
         let Self { space, offset, .. } = *self;
-        self.pages.iter().enumerate().map(move |(number, page)| StagedPage {
-            space,
-            page,
-            offset: offset + number * PAGE_SIZE,
-        })
+        self.pages.iter().enumerate().map(move |(number, page)| StagedPage { space, page, offset: offset + number * PAGE_SIZE })
     }
 }
 

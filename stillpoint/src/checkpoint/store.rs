@@ -1,9 +1,11 @@
 //! The helper's place in the store: opened at the first checkpoint, kept for all that follow.
 
+use crate::launch::command::is_running;
 use crate::runtime::MachineFile;
+use crate::stores;
 use anyhow::{Context, Result};
-use checkpoint_store::{Claim, Mode, Repository, StoreOptions, Writer, WriterRecord};
 use checkpoint_format::VmName;
+use checkpoint_store::{Claim, Mode, Repository, Writer, WriterRecord};
 use std::time::SystemTime;
 
 pub struct StoreSession {
@@ -14,10 +16,7 @@ pub struct StoreSession {
 impl StoreSession {
     /// Opens the store and claims the writer's place of this machine.
     pub async fn open(machine: &MachineFile, take_over: bool) -> Result<Self> {
-        let store = checkpoint_store::open(&machine.store, &StoreOptions::default());
-        let store = store.with_context(|| format!("opening the store {}", machine.store))?;
-        let repository = Repository::open(store, Mode::CreateIfMissing).await;
-        let repository = repository.with_context(|| format!("opening the store {}", machine.store))?;
+        let repository = stores::open(&machine.store, Mode::CreateIfMissing).await?;
         let writer = claim(&repository, &machine.name, &machine.instance, take_over).await?;
         tracing::info!(vm = %machine.name, epoch = writer.epoch().0, store = repository.url(), "this helper is the writer");
         Ok(Self { repository, writer })
@@ -27,7 +26,7 @@ impl StoreSession {
 /// Claims the writer's place of a machine for one instance of it.
 ///
 /// A place that another instance holds is not taken without force, unless that holder cannot be alive: it was on this
-/// host, and before its last boot or in a process that is gone.
+/// host, and before its last boot or with a QEMU that is gone.
 pub async fn claim(repository: &Repository, vm: &VmName, instance: &str, force: bool) -> Result<Writer> {
     let about = || format!("claiming the writer's place of {vm}");
     let record = writer_record(instance)?;
@@ -38,9 +37,7 @@ pub async fn claim(repository: &Repository, vm: &VmName, instance: &str, force: 
 }
 
 fn cannot_live(holder: &WriterRecord, here: &WriterRecord) -> bool {
-    let comm = std::fs::read_to_string(format!("/proc/{}/comm", holder.pid)).unwrap_or_default();
-    let is_ours = comm.trim().starts_with("stillpoint");
-    holder.host == here.host && (holder.boot_id != here.boot_id || !is_ours)
+    holder.host == here.host && (holder.boot_id != here.boot_id || !is_running(&holder.instance))
 }
 
 /// Who claims, for whoever finds the claim later.

@@ -67,7 +67,11 @@ fn try_scratch(wanted: Option<&Path>) -> Result<Row> {
 fn judge_scratch(path: &Path, room: u64, kind: FsType) -> Row {
     let detail = format!("{} has {} free", path.display(), bytes(room));
     if kind == TMPFS_MAGIC {
-        return Row::warn(SCRATCH, format!("{detail}, but it is in memory"), "name a directory on a disk by --scratch-dir or STILLPOINT_SCRATCH_DIR");
+        return Row::warn(
+            SCRATCH,
+            format!("{detail}, but it is in memory"),
+            "name a directory on a disk by --scratch-dir or STILLPOINT_SCRATCH_DIR",
+        );
     }
     if room < COMFORTABLE_ROOM {
         let remedy = "free some, or name a directory on another disk by --scratch-dir or STILLPOINT_SCRATCH_DIR";

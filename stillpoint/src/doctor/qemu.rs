@@ -11,7 +11,8 @@ const INSTALL: &str = "install QEMU (Debian: apt-get install qemu-system-x86), o
 
 pub fn check(name: &str) -> Vec<Row> {
     let (qemu, plugin) = (find_program(name), plugin_path());
-    let mut rows = vec![found("QEMU", &qemu, INSTALL), found("QEMU plugin", &plugin, "cargo build --release, or set STILLPOINT_PLUGIN to the file")];
+    let mut rows =
+        vec![found("QEMU", &qemu, INSTALL), found("QEMU plugin", &plugin, "cargo build --release, or set STILLPOINT_PLUGIN to the file")];
     if let (Ok(qemu), Ok(plugin)) = (&qemu, &plugin) {
         rows.push(accepts(qemu, plugin));
     }
@@ -32,7 +33,9 @@ fn accepts(qemu: &Path, plugin: &Path) -> Row {
     const CHECK: &str = "QEMU takes the plugin";
     match probe::probe(qemu, plugin) {
         Ok(QemuFacts { version, machines }) => Row::ok(CHECK, format!("version {version}, {} machine types", machines.len())),
-        Err(error) => Row::no(CHECK, one_line(&explain(&error)), "use a QEMU 7.2 or later for x86_64 that is built with plugins (Debian's are)"),
+        Err(error) => {
+            Row::no(CHECK, one_line(&explain(&error)), "use a QEMU 7.2 or later for x86_64 that is built with plugins (Debian's are)")
+        }
     }
 }
 

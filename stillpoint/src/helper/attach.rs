@@ -33,7 +33,13 @@ pub async fn run(args: AttachArgs) -> Result<()> {
     let begin = std::fs::metadata(runtime.helper_log()).map_or(0, |facts| facts.len());
     launch::spawn_helper(&args.name, args.runtime.runtime_dir.as_deref(), &runtime, args.take_over)?;
     let status = wait(&runtime, begin).await?;
-    println!("helper {} is attached to {} (QEMU {}, pid {})", status["pid"], machine.name, status["qemu_version"].as_str().unwrap_or("?"), status["qemu_pid"]);
+    println!(
+        "helper {} is attached to {} (QEMU {}, pid {})",
+        status["pid"],
+        machine.name,
+        status["qemu_version"].as_str().unwrap_or("?"),
+        status["qemu_pid"]
+    );
     Ok(())
 }
 

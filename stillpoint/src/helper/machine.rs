@@ -37,11 +37,9 @@ impl Machine {
         let qmp = Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?;
         let facts = MachineFacts::read(&qmp).await.context("asking QEMU what machine it runs")?;
         check(&facts)?;
-        let blocks = ram_blocks(&qmp, &handles, &file.ram_block).await?;
         let pid = handles.pid();
-        let regions = regions(&handles, &blocks, &file.ram_block)?;
-        let tracker = Tracker::attach(handles, regions).context("tracking the guest's memory")?;
-        Ok(Self { file, runtime, qmp, facts, blocks, pid, tracker: Arc::new(Mutex::new(tracker)) })
+        let (blocks, tracker) = track(&qmp, handles, &file.ram_block).await?;
+        Ok(Self { file, runtime, qmp, facts, blocks, pid, tracker })
     }
 
     /// The tracker, for one phase at a time.
@@ -77,14 +75,19 @@ impl Machine {
         }
     }
 
-    /// Hot-plugged memory changes the list of RAM blocks; the tracker must then be attached anew.
-    pub async fn check_blocks(&self) -> Result<()> {
+    /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked anew, from nothing. Says whether.
+    pub async fn refresh_blocks(&mut self) -> Result<bool> {
         let now = ramblock::ram_blocks(&self.qmp).await.context("asking QEMU for its RAM blocks")?;
         let same = |(now, then): (&RamBlock, &RamBlock)| now.name == then.name && now.used == then.used;
-        if now.len() != self.blocks.len() || !now.iter().zip(&self.blocks).all(same) {
-            return Err(refused("the machine's RAM blocks have changed (hot-plug or reset); restart the helper: 'stillpoint attach'"));
+        if now.len() == self.blocks.len() && now.iter().zip(&self.blocks).all(same) {
+            return Ok(false);
         }
-        Ok(())
+        let socket = self.runtime.plugin();
+        let connect = tokio::task::spawn_blocking(move || connect(&socket, None));
+        let handles = connect.await.context("connecting to the plugin was cut off")??;
+        (self.blocks, self.tracker) = track(&self.qmp, handles, &self.file.ram_block).await?;
+        tracing::info!(blocks = self.blocks.len(), "the machine's RAM blocks have changed; they are tracked anew");
+        Ok(true)
     }
 }
 
@@ -116,6 +119,13 @@ fn check(facts: &MachineFacts) -> Result<()> {
     }
     let why = facts.migration_blockers.join("; ");
     Err(refused(format!("QEMU says that this machine's device state cannot be saved: {why}; remove that device")))
+}
+
+async fn track(qmp: &Qmp, handles: PluginHandles, main: &str) -> Result<(Vec<RamBlock>, Arc<Mutex<Tracker>>)> {
+    let blocks = ram_blocks(qmp, &handles, main).await?;
+    let regions = regions(&handles, &blocks, main)?;
+    let tracker = Tracker::attach(handles, regions).context("tracking the guest's memory")?;
+    Ok((blocks, Arc::new(Mutex::new(tracker))))
 }
 
 /// Blocks with the addresses that the tracker needs: printed by QEMU, or found in its heap where it is too old to say.

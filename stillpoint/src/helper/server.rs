@@ -1,7 +1,7 @@
 //! The control socket: requests in, progress and results out.
 
-use crate::checkpoint::{Checkpointer, Report};
 use crate::checkpoint::outcome::milliseconds;
+use crate::checkpoint::{Checkpointer, Report};
 use crate::control::{Failure, MAX_LINE, Progress, Reply, Request};
 use crate::exit::{self, explain};
 use crate::runtime::RuntimeDir;
@@ -10,12 +10,16 @@ use qmp_bridge::Paused;
 use serde_json::{Value, json};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, mpsc};
 
 /// Progress waits for a slow client only this far; then it is dropped, never the work.
 const PROGRESS_QUEUE: usize = 64;
+
+/// What a checkpoint gets to end when the helper must; a service manager waits 90 s.
+const GRACE: Duration = Duration::from_secs(60);
 
 pub fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
     let path = runtime.control();
@@ -48,10 +52,11 @@ impl Server {
         }
     }
 
-    /// Frees the writer's place, unless a checkpoint is under way: then the next writer must be told by force.
+    /// Lets a checkpoint that is under way end, so that the guest is not left stopped, then frees the writer's place.
     pub async fn end(&self) {
-        if let Ok(checkpointer) = self.checkpointer.try_lock() {
-            checkpointer.release().await;
+        match tokio::time::timeout(GRACE, self.checkpointer.lock()).await {
+            Ok(checkpointer) => checkpointer.release().await,
+            Err(_) => tracing::warn!("a checkpoint is cut off; the next helper cleans up after it"),
         }
     }
 
@@ -75,7 +80,8 @@ impl Server {
     }
 
     async fn answer(&self, line: &str, progress: mpsc::Sender<Progress>) -> Result<Value> {
-        let request: Request = serde_json::from_str(line).context("the request is not understood; are command and helper of one version?")?;
+        let request: Request =
+            serde_json::from_str(line).context("the request is not understood; are command and helper of one version?")?;
         if request == Request::Status {
             return self.status().await;
         }

@@ -5,10 +5,11 @@ pub mod verify;
 use crate::cli::{CheckpointName, LsArgs, ShowArgs};
 use crate::exit::coded;
 use crate::lineage;
+use crate::stores;
 use crate::terminal::bytes;
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointKind, CheckpointSeq, Manifest, VmName};
-use checkpoint_store::{Mode, Repository, StoreOptions};
+use checkpoint_store::{Mode, Repository};
 use futures::{StreamExt, TryStreamExt};
 use serde_json::json;
 
@@ -17,8 +18,7 @@ const READS: usize = 8;
 
 /// The store for reading; a directory that is no store is not made one.
 pub async fn open(url: &str) -> Result<Repository> {
-    let store = checkpoint_store::open(&crate::launch::absolute_store(url)?, &StoreOptions::default())?;
-    Repository::open(store, Mode::MustExist).await.with_context(|| format!("opening the store {url}"))
+    stores::open(&crate::launch::absolute_store(url)?, Mode::MustExist).await
 }
 
 /// The checkpoint that a name means: the newest when it names none.
@@ -30,7 +30,9 @@ pub async fn resolve(repository: &Repository, name: &CheckpointName) -> Result<C
     match name.seq {
         None => Ok(*newest),
         Some(seq) if known.contains(&seq) => Ok(seq),
-        Some(seq) => Err(coded(crate::exit::FAILED, format!("the store has no checkpoint {}@{seq}; the newest is {}@{newest}", name.vm, name.vm))),
+        Some(seq) => {
+            Err(coded(crate::exit::FAILED, format!("the store has no checkpoint {}@{seq}; the newest is {}@{newest}", name.vm, name.vm)))
+        }
     }
 }
 
@@ -118,7 +120,13 @@ fn describe(manifest: &Manifest) -> String {
     let mut lines = vec![
         format!("{}@{}  {}  {}", manifest.vm, manifest.seq, kind(manifest), manifest.created_at),
         format!("  parent    {}", manifest.parent.map(|parent| parent.to_string()).unwrap_or_else(|| "none".to_owned())),
-        format!("  machine   {}, {} vCPUs, {} RAM, {}", machine.machine_type, machine.vcpus, bytes(machine.ram_bytes.0), machine.accelerator),
+        format!(
+            "  machine   {}, {} vCPUs, {} RAM, {}",
+            machine.machine_type,
+            machine.vcpus,
+            bytes(machine.ram_bytes.0),
+            machine.accelerator
+        ),
         format!("  QEMU      {}", machine.qemu_version),
         format!("  changed   {} in {} dirty pages", bytes(manifest.totals.bytes_changed.0), manifest.totals.pages_dirty),
         format!("  stored    {} ({} before compression)", bytes(manifest.totals.bytes_stored.0), bytes(manifest.totals.bytes_stored_raw.0)),

@@ -7,7 +7,9 @@ use crate::layers::StoredLayer;
 use crate::lineage::{self, Lineage};
 use crate::terminal::Progress;
 use anyhow::{Context, Result};
-use checkpoint_format::{ContentDigest, HEADER_LEN, Manifest, PAGE_SIZE, PackHeader, PackIndex, PackRecord, PageDigest, PageRun, RunSource, Slot};
+use checkpoint_format::{
+    ContentDigest, HEADER_LEN, Manifest, PAGE_SIZE, PackHeader, PackIndex, PackRecord, PageDigest, PageRun, RunSource, Slot,
+};
 use checkpoint_store::Repository;
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -88,7 +90,13 @@ async fn check_checkpoint(repository: &Repository, manifest: &Manifest, progress
     }
 }
 
-async fn check_pack(repository: &Repository, manifest: &Manifest, pack: &PackRecord, progress: &Progress, report: &mut Report) -> Result<()> {
+async fn check_pack(
+    repository: &Repository,
+    manifest: &Manifest,
+    pack: &PackRecord,
+    progress: &Progress,
+    report: &mut Report,
+) -> Result<()> {
     let (vm, seq) = (&manifest.vm, manifest.seq);
     let index = lineage::index(repository, vm, seq, pack).await?;
     let header = repository.read_pack_range(vm, seq, pack.name.as_str(), 0, HEADER_LEN as u64).await?;

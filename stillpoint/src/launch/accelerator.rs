@@ -69,7 +69,7 @@ fn wanted(options: &[QemuOption]) -> Option<String> {
         }
         _ => None,
     });
-    asked.last()
+    asked.rev().next()
 }
 
 /// `Err` says why not.

@@ -24,11 +24,43 @@ pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: &Path, ram
     add("-machine", format!("memory-backend={block}"));
     add("-accel", machine.accelerator.clone());
     add("-chardev", format!("socket,id=stillpoint-qmp,path={},server=on,wait=off", runtime.qmp().display()));
-    add("-mon", "chardev=stillpoint-qmp,mode=control".to_owned());
+    // The id tells in the list of processes which instance this is: `is_running` looks for it.
+    add("-mon", format!("chardev=stillpoint-qmp,mode=control,id={}", monitor_id(&machine.instance)));
     let plugin = plugin.display().to_string().replace(',', ",,");
     add("-plugin", format!("file={plugin},socket={},ramfd={ram}", runtime.plugin().display()));
     if start == Start::Incoming {
         words.extend(["-S", "-incoming", "defer"].map(OsString::from));
     }
     words
+}
+
+fn monitor_id(instance: &str) -> String {
+    format!("stillpoint-{instance}")
+}
+
+/// Whether a QEMU of this instance runs on this host.
+pub fn is_running(instance: &str) -> bool {
+    let id = monitor_id(instance);
+    let has_id = |line: Vec<u8>| line.windows(id.len()).any(|part| part == id.as_bytes());
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok()).any(has_id)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_running_instance_is_found_by_its_command_line() {
+        let instance = format!("test-{}", std::process::id());
+        assert!(!is_running(&instance));
+        let id = monitor_id(&instance);
+        // Its own arguments are the shell's, which waits for input.
+        let mut child =
+            std::process::Command::new("sh").args(["-c", "read line", &id]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        assert!(is_running(&instance));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!is_running(&instance));
+    }
 }

@@ -14,9 +14,9 @@ mod readconfig;
 mod refuse;
 
 use crate::runtime::{MachineFile, RuntimeDir};
+use crate::stores;
 use anyhow::{Context, Result, anyhow, bail};
 use checkpoint_format::VmName;
-use checkpoint_store::StoreOptions;
 use command::Start;
 use dirty_tracker::GuestMemory;
 use std::fs::File;
@@ -38,13 +38,12 @@ pub fn run(request: RunRequest) -> Result<std::convert::Infallible> {
     let plugin = plugin_path()?;
     let runtime = RuntimeDir::new(request.runtime_base.as_deref(), &request.name)?;
     let machine = describe(&request, &plugin)?;
-    checkpoint_store::open(&machine.store, &StoreOptions::default())?;
+    stores::connect(&machine.store)?;
     runtime.create()?;
     refuse_running(&runtime)?;
     runtime.forget_exact_since()?;
     runtime.save_machine(&machine)?;
-    let memory = GuestMemory::create(&machine.name.to_string(), machine.ram_bytes)
-        .context("making the guest's memory")?;
+    let memory = GuestMemory::create(machine.name.as_ref(), machine.ram_bytes).context("making the guest's memory")?;
     spawn_helper(&machine.name, request.runtime_base.as_deref(), &runtime, false)?;
     memory.set_inheritable(true)?;
     let words = command::arguments(&machine, &runtime, &plugin, memory.raw_fd(), Start::Boot);

@@ -41,18 +41,13 @@ pub fn normalize(options: Vec<QemuOption>, facts: &QemuFacts) -> Result<Normaliz
     let ram_bytes = ram_bytes(&options)?;
     let mut drives = 0;
     let options = options.into_iter().map(|option| name_drive(option, &mut drives)).collect();
-    Ok(Normalized {
-        options: pin_machine(options, &machine.name),
-        machine_type: machine.name.clone(),
-        ram_bytes,
-        ram_block,
-    })
+    Ok(Normalized { options: pin_machine(options, &machine.name), machine_type: machine.name.clone(), ram_bytes, ram_block })
 }
 
 /// Alone in its list, a word without `=` is the type.
 fn machine_type(options: &[QemuOption]) -> Option<String> {
     let machines = options.iter().filter(|option| is_machine(option));
-    machines.filter_map(|option| option.keys().get_or_implied("type").map(str::to_owned)).last()
+    machines.rev().find_map(|option| option.keys().get_or_implied("type").map(str::to_owned))
 }
 
 fn is_machine(option: &QemuOption) -> bool {
@@ -88,7 +83,7 @@ fn ram_bytes(options: &[QemuOption]) -> Result<u64> {
             bytes = parse_memory_size(size).with_context(|| format!("QEMU option -m {}", option.value()))?;
         }
     }
-    if bytes == 0 || bytes % 4096 != 0 {
+    if bytes == 0 || !bytes.is_multiple_of(4096) {
         bail!("the machine's RAM of {bytes} bytes is not a multiple of a 4096-byte page; give -m in MiB");
     }
     Ok(bytes)
@@ -167,11 +162,14 @@ mod test {
     #[test]
     fn drives_get_steady_node_names() {
         let (line, _) = run("-hda a.img -drive file=b,,c.qcow2,id=data -drive file=c,node-name=mine -cdrom x.iso").unwrap();
-        assert!(line.starts_with(
-            "-drive index=0,media=disk,file=a.img,node-name=sp-drive0 \
+        assert!(
+            line.starts_with(
+                "-drive index=0,media=disk,file=a.img,node-name=sp-drive0 \
              -drive file=b,,c.qcow2,id=data,node-name=sp-data -drive file=c,node-name=mine \
              -drive index=2,media=cdrom,file=x.iso,node-name=sp-drive3"
-        ), "{line}");
+            ),
+            "{line}"
+        );
     }
 
     #[test]

@@ -79,7 +79,8 @@ mod test {
 
     #[test]
     fn boot_files_are_found_once() {
-        let line = "-kernel vmlinuz -initrd i.gz -fw_cfg name=opt/x,file=a.bin -option-rom vmlinuz -drive file=d.img -device e1000,romfile=";
+        let line =
+            "-kernel vmlinuz -initrd i.gz -fw_cfg name=opt/x,file=a.bin -option-rom vmlinuz -drive file=d.img -device e1000,romfile=";
         assert_eq!(boot_files(&options(line)), ["a.bin", "i.gz", "vmlinuz"]);
     }
 

@@ -98,7 +98,9 @@ fn converse(mut child: Child, binary: &Path) -> Result<QemuFacts> {
 fn explain(binary: &Path, said: &str, error: anyhow::Error) -> anyhow::Error {
     let binary = binary.display();
     if said.contains("plugin") {
-        return anyhow!("{binary} does not take Stillpoint's plugin; use a QEMU built with --enable-plugins (Debian's are). It said: {said}");
+        return anyhow!(
+            "{binary} does not take Stillpoint's plugin; use a QEMU built with --enable-plugins (Debian's are). It said: {said}"
+        );
     }
     error.context(format!("asking {binary} what it is; it said: {said}"))
 }

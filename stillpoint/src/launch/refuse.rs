@@ -44,16 +44,15 @@ fn check_option(option: &QemuOption) -> Result<()> {
             "-machine memory-backend={} gives the guest RAM of its own; leave it out: Stillpoint gives the machine sealed shared memory",
             option.keys().get("memory-backend").unwrap_or_default()
         ),
-        "numa" if option.keys().get("memdev").is_some() => bail!(
-            "-numa memdev=… gives the guest RAM of its own, which the tracker does not map; use -numa node,cpus=… without memdev"
-        ),
+        "numa" if option.keys().get("memdev").is_some() => {
+            bail!("-numa memdev=… gives the guest RAM of its own, which the tracker does not map; use -numa node,cpus=… without memdev")
+        }
         "drive" if option.keys().get("snapshot") == Some("on") => bail!(
             "-drive snapshot=on writes to a disk that vanishes with QEMU; make an overlay: qemu-img create -f qcow2 -b BASE -F qcow2 OVERLAY"
         ),
-        "netdev" | "nic" if option.keys().get_or_implied("type") == Some("vhost-user") => bail!(
-            "-{} vhost-user: a vhost-user daemon writes guest RAM through a mapping of its own; use tap, user or bridge",
-            option.name
-        ),
+        "netdev" | "nic" if option.keys().get_or_implied("type") == Some("vhost-user") => {
+            bail!("-{} vhost-user: a vhost-user daemon writes guest RAM through a mapping of its own; use tap, user or bridge", option.name)
+        }
         _ => Ok(()),
     }
 }

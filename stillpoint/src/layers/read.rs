@@ -68,7 +68,7 @@ impl StoredLayer {
         }
         let entry = self.indexes[&(owner, pack)].frame(frame);
         let entry = entry.with_context(|| format!("layer {owner}/{} has no frame {frame}", record.name))?;
-        Ok((record.name.to_string(), entry.clone()))
+        Ok((record.name.to_string(), *entry))
     }
 
     pub fn len(&self) -> ByteLen {

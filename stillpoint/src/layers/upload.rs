@@ -150,4 +150,3 @@ fn table(found: Vec<Found>, packs: &[PackRecord]) -> Result<BlockTableBuilder> {
     }
     Ok(builder)
 }
-

@@ -21,7 +21,6 @@ use crate::runtime::{MachineFile, RuntimeDir};
 use crate::terminal::bytes;
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointSeq, Manifest};
-use checkpoint_store::{Mode, Repository, StoreOptions};
 use dirty_tracker::GuestMemory;
 use layers::LocalLayers;
 use qemu::NewQemu;
@@ -102,7 +101,7 @@ impl Restore {
         self.claim(&file).await?;
         self.runtime.forget_exact_since()?;
         self.runtime.save_machine(&file)?;
-        let memory = GuestMemory::create(&file.name.to_string(), file.ram_bytes).context("making the guest's memory")?;
+        let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes).context("making the guest's memory")?;
         let new = NewQemu::start(&file, &self.runtime, &self.plugin, &memory)?;
         match self.bring_up(memory).await {
             Ok(()) => new.leave(),
@@ -142,9 +141,7 @@ impl Restore {
 
     /// Before anything runs: from here on an older helper of this machine cannot commit.
     async fn claim(&self, file: &MachineFile) -> Result<()> {
-        let store = checkpoint_store::open(&file.store, &StoreOptions::default())?;
-        let repository = Repository::open(store, Mode::MustExist).await?;
-        checkpoint::claim(&repository, &file.name, &file.instance, self.args.take_over).await?;
+        checkpoint::claim(self.source.repository(), &file.name, &file.instance, self.args.take_over).await?;
         Ok(())
     }
 

@@ -15,22 +15,13 @@ const BASE_RUN: u64 = 0x5749_544e_4553_5331;
 const MAX_PAGES: u64 = 1 << 28;
 
 fn stamp(place: u64, pages: u64) -> Stamp {
-    Stamp {
-        kind: Kind::Base,
-        run: BASE_RUN,
-        place,
-        step: 0,
-        digest: pages,
-    }
+    Stamp { kind: Kind::Base, run: BASE_RUN, place, step: 0, digest: pages }
 }
 
 /// Writes a whole image of `pages` pages.
 pub fn write_image(out: &mut impl Write, pages: u64) -> io::Result<()> {
     if !(RESERVED_PAGES + 1..=MAX_PAGES).contains(&pages) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "a base image has 17 MiB to 1 TiB",
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a base image has 17 MiB to 1 TiB"));
     }
     let mut page = Page::zeroed();
     for place in 0..pages {
@@ -72,23 +63,10 @@ impl<M: Medium> Base<M> {
         medium.read_page(RESERVED_PAGES, &mut page)?;
         let claimed = page.stamp().map(|stamp| stamp.digest).unwrap_or(0);
         let fits = claimed > RESERVED_PAGES && claimed <= bytes / PAGE_BYTES as u64;
-        if !fits
-            || page
-                .check(&stamp(RESERVED_PAGES, claimed), &mut Page::zeroed())
-                .is_err()
-        {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "not a base image made by `witness make-base`",
-            ));
+        if !fits || page.check(&stamp(RESERVED_PAGES, claimed), &mut Page::zeroed()).is_err() {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "not a base image made by `witness make-base`"));
         }
-        Ok(Base {
-            medium,
-            pages: claimed,
-            reads: 0,
-            page,
-            scratch: Page::zeroed(),
-        })
+        Ok(Base { medium, pages: claimed, reads: 0, page, scratch: Page::zeroed() })
     }
 
     /// Checks one pseudo-random generated page.
@@ -97,9 +75,7 @@ impl<M: Medium> Base<M> {
         self.reads += 1;
         let read = self.medium.read_page(place, &mut self.page);
         read.map_err(|error| BaseFlaw::Io { place, error })?;
-        self.page
-            .check(&stamp(place, self.pages), &mut self.scratch)
-            .map_err(BaseFlaw::Page)
+        self.page.check(&stamp(place, self.pages), &mut self.scratch).map_err(BaseFlaw::Page)
     }
 }
 
@@ -112,10 +88,7 @@ mod test {
     impl Medium for Image {
         fn read_page(&mut self, place: u64, page: &mut Page) -> io::Result<()> {
             let at = place as usize * PAGE_BYTES;
-            let bytes = self
-                .0
-                .get(at..at + PAGE_BYTES)
-                .ok_or(io::ErrorKind::UnexpectedEof)?;
+            let bytes = self.0.get(at..at + PAGE_BYTES).ok_or(io::ErrorKind::UnexpectedEof)?;
             page.bytes_mut().copy_from_slice(bytes);
             Ok(())
         }
@@ -148,10 +121,7 @@ mod test {
         bytes[(RESERVED_PAGES as usize + 2) * PAGE_BYTES + 99] ^= 1;
         let length = bytes.len() as u64;
         let mut base = Base::open(Image(bytes), length).expect("its first page is whole");
-        assert!((0..50).any(|_| matches!(
-            base.check_one(),
-            Err(BaseFlaw::Page(Flaw::Damaged { at: 99, .. }))
-        )));
+        assert!((0..50).any(|_| matches!(base.check_one(), Err(BaseFlaw::Page(Flaw::Damaged { at: 99, .. })))));
     }
 
     #[test]

@@ -24,16 +24,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Config {
-            table_mib: 32,
-            rate: 200,
-            steps: 10,
-            check: None,
-            journals: Vec::new(),
-            journal_mib: 4,
-            journal_pages: 1,
-            base: None,
-        }
+        Config { table_mib: 32, rate: 200, steps: 10, check: None, journals: Vec::new(), journal_mib: 4, journal_pages: 1, base: None }
     }
 }
 
@@ -44,9 +35,7 @@ impl Config {
     /// `kernel`: the text of /proc/cmdline; words without our prefix are not ours.
     pub fn parse(kernel: &str, arguments: &[String]) -> Result<Self, String> {
         let mut config = Config::default();
-        let words = kernel
-            .split_whitespace()
-            .filter_map(|word| word.strip_prefix(PREFIX));
+        let words = kernel.split_whitespace().filter_map(|word| word.strip_prefix(PREFIX));
         for word in words.chain(arguments.iter().map(String::as_str)) {
             config.apply(word)?;
         }
@@ -54,30 +43,20 @@ impl Config {
     }
 
     fn apply(&mut self, word: &str) -> Result<(), String> {
-        let (key, value) = word
-            .split_once('=')
-            .ok_or_else(|| format!("{word:?}: expected key=value"))?;
+        let (key, value) = word.split_once('=').ok_or_else(|| format!("{word:?}: expected key=value"))?;
         match key {
             "table_mib" => self.table_mib = number(key, value, 1..=1 << 20)?,
             "rate" => self.rate = number(key, value, 0..=10_000_000)?,
             "steps" => self.steps = number(key, value, 1..=1000)?,
             "check" => self.check = Some(number(key, value, 1..=10_000_000)?),
-            "journal" => {
-                self.journals = value
-                    .split(',')
-                    .filter(|path| !path.is_empty())
-                    .map(PathBuf::from)
-                    .collect()
-            }
+            "journal" => self.journals = value.split(',').filter(|path| !path.is_empty()).map(PathBuf::from).collect(),
             "journal_mib" => self.journal_mib = number(key, value, 1..=1 << 20)?,
             "journal_pages" => self.journal_pages = number(key, value, 1..=1024)?,
             "base" => self.base = (!value.is_empty()).then(|| PathBuf::from(value)),
             // The guest's init reads these itself.
             "root" | "ro" | "rw" => {}
             _ => {
-                return Err(format!(
-                    "{word:?}: no such key (table_mib, rate, steps, check, journal, journal_mib, journal_pages, base)"
-                ));
+                return Err(format!("{word:?}: no such key (table_mib, rate, steps, check, journal, journal_mib, journal_pages, base)"));
             }
         }
         Ok(())
@@ -85,15 +64,9 @@ impl Config {
 
     fn validated(self) -> Result<Self, String> {
         let reserved_mib = (crate::base::RESERVED_PAGES * crate::page::PAGE_BYTES as u64) >> 20;
-        let shared = self
-            .base
-            .as_ref()
-            .is_some_and(|base| self.journals.contains(base));
+        let shared = self.base.as_ref().is_some_and(|base| self.journals.contains(base));
         if shared && self.journal_mib > reserved_mib {
-            return Err(format!(
-                "journal_mib={}: a journal on the base disk has {reserved_mib} MiB at most",
-                self.journal_mib
-            ));
+            return Err(format!("journal_mib={}: a journal on the base disk has {reserved_mib} MiB at most", self.journal_mib));
         }
         Ok(self)
     }
@@ -109,8 +82,7 @@ impl Config {
     }
 
     pub fn check(&self) -> u64 {
-        self.check
-            .unwrap_or(if self.is_idle() { 1024 } else { 4096 })
+        self.check.unwrap_or(if self.is_idle() { 1024 } else { 4096 })
     }
 
     pub fn checks_per_tick(&self) -> u64 {
@@ -120,13 +92,7 @@ impl Config {
 
 fn number(key: &str, value: &str, range: std::ops::RangeInclusive<u64>) -> Result<u64, String> {
     let parsed = value.parse().ok().filter(|number| range.contains(number));
-    parsed.ok_or_else(|| {
-        format!(
-            "{key}={value}: expected a number from {} to {}",
-            range.start(),
-            range.end()
-        )
-    })
+    parsed.ok_or_else(|| format!("{key}={value}: expected a number from {} to {}", range.start(), range.end()))
 }
 
 #[cfg(test)]
@@ -140,16 +106,9 @@ mod test {
 
     #[test]
     fn arguments_win_over_the_kernel_command_line() {
-        let config = parse(
-            "quiet witness.rate=5 witness.journal=/dev/vda,/dev/vdb x=y",
-            &["rate=7"],
-        )
-        .expect("valid");
+        let config = parse("quiet witness.rate=5 witness.journal=/dev/vda,/dev/vdb x=y", &["rate=7"]).expect("valid");
         assert_eq!(config.rate, 7);
-        assert_eq!(
-            config.journals,
-            [PathBuf::from("/dev/vda"), PathBuf::from("/dev/vdb")]
-        );
+        assert_eq!(config.journals, [PathBuf::from("/dev/vda"), PathBuf::from("/dev/vdb")]);
     }
 
     #[test]
@@ -163,10 +122,7 @@ mod test {
     #[test]
     fn the_rate_is_kept_over_a_second() {
         let config = parse("", &["rate=203", "steps=10"]).expect("valid");
-        assert_eq!(
-            (1..=10).map(|step| config.pages_in_step(step)).sum::<u64>(),
-            203
-        );
+        assert_eq!((1..=10).map(|step| config.pages_in_step(step)).sum::<u64>(), 203);
         assert!(parse("", &["rate=0"]).expect("valid").is_idle());
     }
 }

@@ -34,17 +34,11 @@ impl Disk {
         options.read(true).write(write);
         let (mut file, direct) = match options.clone().custom_flags(libc::O_DIRECT).open(path) {
             Ok(file) => (file, true),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                (options.open(path)?, false)
-            }
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => (options.open(path)?, false),
             Err(error) => return Err(error),
         };
         let bytes = file.seek(SeekFrom::End(0))?;
-        Ok(Disk {
-            file,
-            bytes,
-            direct,
-        })
+        Ok(Disk { file, bytes, direct })
     }
 
     pub fn bytes(&self) -> u64 {
@@ -63,11 +57,7 @@ fn is_device(path: &Path) -> bool {
 
 /// Writes the file's zeros out, so that records later overwrite blocks in place.
 fn allocate(path: &Path, bytes: u64) -> io::Result<()> {
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(path)?;
+    let file = OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
     let zeros = vec![0; 1 << 20];
     let mut at = 0;
     while at < bytes {
@@ -80,13 +70,11 @@ fn allocate(path: &Path, bytes: u64) -> io::Result<()> {
 
 impl Medium for Disk {
     fn read_page(&mut self, place: u64, page: &mut Page) -> io::Result<()> {
-        self.file
-            .read_exact_at(page.bytes_mut(), place * PAGE_BYTES as u64)
+        self.file.read_exact_at(page.bytes_mut(), place * PAGE_BYTES as u64)
     }
 
     fn write_page(&mut self, place: u64, page: &Page) -> io::Result<()> {
-        self.file
-            .write_all_at(page.bytes(), place * PAGE_BYTES as u64)
+        self.file.write_all_at(page.bytes(), place * PAGE_BYTES as u64)
     }
 
     fn make_durable(&mut self) -> io::Result<()> {
@@ -101,8 +89,7 @@ mod test {
     #[test]
     fn a_journal_file_is_allocated_and_keeps_what_is_written() {
         let path = std::env::temp_dir().join(format!("witness-disk-{}", std::process::id()));
-        let mut disk =
-            Disk::open_journal(&path, 3 * PAGE_BYTES as u64).expect("temp dir is writable");
+        let mut disk = Disk::open_journal(&path, 3 * PAGE_BYTES as u64).expect("temp dir is writable");
         assert_eq!(disk.bytes(), 3 * PAGE_BYTES as u64);
         let mut page = Page::zeroed();
         page.bytes_mut()[7] = 9;

@@ -32,10 +32,7 @@ impl Shape {
     pub fn fitting(bytes: u64, record_pages: u64) -> Option<Self> {
         let record_pages = record_pages.max(1);
         let slots = bytes / (PAGE_BYTES as u64).checked_mul(record_pages)?;
-        (slots >= 2).then_some(Shape {
-            slots,
-            record_pages,
-        })
+        (slots >= 2).then_some(Shape { slots, record_pages })
     }
 
     /// The newest step, `now` or before, whose record belongs into `slot`.
@@ -48,15 +45,8 @@ impl Shape {
 #[derive(Debug)]
 pub enum JournalFlaw {
     Page(Flaw),
-    FromTheFuture {
-        now: u64,
-        found: Stamp,
-    },
-    Io {
-        what: &'static str,
-        place: u64,
-        error: io::Error,
-    },
+    FromTheFuture { now: u64, found: Stamp },
+    Io { what: &'static str, place: u64, error: io::Error },
 }
 
 impl fmt::Display for JournalFlaw {
@@ -64,10 +54,7 @@ impl fmt::Display for JournalFlaw {
         match self {
             JournalFlaw::Page(flaw) => write!(out, "{flaw}"),
             JournalFlaw::FromTheFuture { now, found } => {
-                write!(
-                    out,
-                    "disk is ahead of RAM: RAM is at step {now}, disk holds {found}"
-                )
+                write!(out, "disk is ahead of RAM: RAM is at step {now}, disk holds {found}")
             }
             JournalFlaw::Io { what, place, error } => write!(out, "{what} page {place}: {error}"),
         }
@@ -84,11 +71,7 @@ pub struct History {
 impl History {
     /// Remembers at least `slots` steps: the most that any journal holds.
     pub fn new(run: u64, slots: u64, digest: u64) -> Self {
-        History {
-            run,
-            step: 0,
-            digests: vec![digest; slots.max(1) as usize],
-        }
+        History { run, step: 0, digests: vec![digest; slots.max(1) as usize] }
     }
 
     pub fn step(&self) -> u64 {
@@ -106,13 +89,7 @@ impl History {
     }
 
     fn stamp(&self, place: u64, step: u64) -> Stamp {
-        Stamp {
-            kind: Kind::Journal,
-            run: self.run,
-            place,
-            step,
-            digest: self.digests[self.slot(step)],
-        }
+        Stamp { kind: Kind::Journal, run: self.run, place, step, digest: self.digests[self.slot(step)] }
     }
 }
 
@@ -127,14 +104,7 @@ pub struct Journal<M> {
 
 impl<M: Medium> Journal<M> {
     pub fn new(medium: M, shape: Shape) -> Self {
-        Journal {
-            medium,
-            shape,
-            scrub: 0,
-            last: 0,
-            page: Page::zeroed(),
-            scratch: Page::zeroed(),
-        }
+        Journal { medium, shape, scrub: 0, last: 0, page: Page::zeroed(), scratch: Page::zeroed() }
     }
 
     pub fn medium(&self) -> &M {
@@ -159,18 +129,10 @@ impl<M: Medium> Journal<M> {
         for place in self.places(step % self.shape.slots) {
             self.page.fill(&history.stamp(place, step));
             let written = self.medium.write_page(place, &self.page);
-            written.map_err(|error| JournalFlaw::Io {
-                what: "write",
-                place,
-                error,
-            })?;
+            written.map_err(|error| JournalFlaw::Io { what: "write", place, error })?;
         }
         let synced = self.medium.make_durable();
-        synced.map_err(|error| JournalFlaw::Io {
-            what: "fdatasync after",
-            place: step % self.shape.slots,
-            error,
-        })
+        synced.map_err(|error| JournalFlaw::Io { what: "fdatasync after", place: step % self.shape.slots, error })
     }
 
     fn places(&self, slot: u64) -> std::ops::Range<u64> {
@@ -198,16 +160,9 @@ impl<M: Medium> Journal<M> {
 
     fn check_place(&mut self, place: u64, slot: u64, history: &History) -> Result<(), JournalFlaw> {
         let read = self.medium.read_page(place, &mut self.page);
-        read.map_err(|error| JournalFlaw::Io {
-            what: "read",
-            place,
-            error,
-        })?;
+        read.map_err(|error| JournalFlaw::Io { what: "read", place, error })?;
         let now = history.step;
-        let found = self
-            .page
-            .stamp()
-            .filter(|found| found.kind == Kind::Journal && found.run == history.run);
+        let found = self.page.stamp().filter(|found| found.kind == Kind::Journal && found.run == history.run);
         if let Some(found) = found.filter(|found| found.step > now) {
             return Err(JournalFlaw::FromTheFuture { now, found });
         }
@@ -218,9 +173,7 @@ impl<M: Medium> Journal<M> {
                 None => Ok(()),
             };
         };
-        self.page
-            .check(&history.stamp(place, step), &mut self.scratch)
-            .map_err(JournalFlaw::Page)
+        self.page.check(&history.stamp(place, step), &mut self.scratch).map_err(JournalFlaw::Page)
     }
 }
 
@@ -228,28 +181,18 @@ impl<M: Medium> Journal<M> {
 mod test {
     use super::*;
 
-    const SHAPE: Shape = Shape {
-        slots: 8,
-        record_pages: 2,
-    };
+    const SHAPE: Shape = Shape { slots: 8, record_pages: 2 };
 
     #[derive(Clone)]
     struct Memory(Vec<Page>);
 
     impl Medium for Memory {
         fn read_page(&mut self, place: u64, page: &mut Page) -> io::Result<()> {
-            *page = self
-                .0
-                .get(place as usize)
-                .ok_or(io::ErrorKind::UnexpectedEof)?
-                .clone();
+            *page = self.0.get(place as usize).ok_or(io::ErrorKind::UnexpectedEof)?.clone();
             Ok(())
         }
         fn write_page(&mut self, place: u64, page: &Page) -> io::Result<()> {
-            *self
-                .0
-                .get_mut(place as usize)
-                .ok_or(io::ErrorKind::UnexpectedEof)? = page.clone();
+            *self.0.get_mut(place as usize).ok_or(io::ErrorKind::UnexpectedEof)? = page.clone();
             Ok(())
         }
         fn make_durable(&mut self) -> io::Result<()> {
@@ -315,10 +258,7 @@ mod test {
             let (old, _) = after(40 - behind);
             let (mut journal, history) = after(40);
             journal.medium = old.medium.clone();
-            assert!(
-                !flaws(&mut journal, &history).is_empty(),
-                "{behind} steps behind"
-            );
+            assert!(!flaws(&mut journal, &history).is_empty(), "{behind} steps behind");
         }
     }
 
@@ -328,10 +268,7 @@ mod test {
             let (new, _) = after(now + ahead);
             let (mut journal, history) = after(now);
             journal.medium = new.medium.clone();
-            assert!(
-                flaws(&mut journal, &history)[0].contains("ahead of RAM"),
-                "{ahead} steps ahead of {now}"
-            );
+            assert!(flaws(&mut journal, &history)[0].contains("ahead of RAM"), "{ahead} steps ahead of {now}");
         }
     }
 
@@ -362,9 +299,6 @@ mod test {
     fn a_shape_needs_two_slots() {
         assert!(Shape::fitting(4096, 1).is_none());
         assert!(Shape::fitting(u64::MAX, u64::MAX).is_none());
-        assert_eq!(
-            Shape::fitting(8 * 4096 + 5, 2).map(|shape| shape.slots),
-            Some(4)
-        );
+        assert_eq!(Shape::fitting(8 * 4096 + 5, 2).map(|shape| shape.slots), Some(4));
     }
 }

@@ -40,9 +40,7 @@ fn main() -> ExitCode {
 }
 
 fn make_base(file: &str, mib: &str) -> Result<(), String> {
-    let mib: u64 = mib
-        .parse()
-        .map_err(|_| format!("make-base: {mib:?} is not a number of MiB"))?;
+    let mib: u64 = mib.parse().map_err(|_| format!("make-base: {mib:?} is not a number of MiB"))?;
     let pages = mib.saturating_mul(256);
     let written = std::fs::File::create(file).and_then(|out| write_base(out, pages));
     written.map_err(|error| format!("make-base {file}: {error}"))

@@ -51,10 +51,7 @@ impl Page {
             self.set_word(index, value);
         }
         self.set_word(CHECKSUM_WORD, 0);
-        let seed = stamp
-            .words()
-            .into_iter()
-            .fold(GOLDEN, |seed, word| mix(seed ^ word));
+        let seed = stamp.words().into_iter().fold(GOLDEN, |seed, word| mix(seed ^ word));
         for (index, chunk) in self.0.chunks_exact_mut(WORD).enumerate().skip(HEADER_WORDS) {
             chunk.copy_from_slice(&body_word(seed, index).to_le_bytes());
         }
@@ -66,13 +63,7 @@ impl Page {
     pub fn stamp(&self) -> Option<Stamp> {
         let intact = self.word(CHECKSUM_WORD) == self.checksum();
         let kind = Kind::from_magic(self.word(0))?;
-        intact.then(|| Stamp {
-            kind,
-            run: self.word(1),
-            place: self.word(2),
-            step: self.word(3),
-            digest: self.word(4),
-        })
+        intact.then(|| Stamp { kind, run: self.word(1), place: self.word(2), step: self.word(3), digest: self.word(4) })
     }
 
     /// The step in the header, whatever the state of the rest: what a digest over the real memory is made of.
@@ -81,13 +72,8 @@ impl Page {
     }
 
     fn checksum(&self) -> u64 {
-        let words = self
-            .words()
-            .enumerate()
-            .filter(|(index, _)| *index != CHECKSUM_WORD);
-        words.fold(GOLDEN, |sum, (_, word)| {
-            (sum ^ word).wrapping_mul(GOLDEN | 1).rotate_left(27)
-        })
+        let words = self.words().enumerate().filter(|(index, _)| *index != CHECKSUM_WORD);
+        words.fold(GOLDEN, |sum, (_, word)| (sum ^ word).wrapping_mul(GOLDEN | 1).rotate_left(27))
     }
 
     /// Compares the whole page with what `expected` generates; `scratch` spares an allocation per check.
@@ -142,9 +128,7 @@ impl Kind {
     }
 
     fn from_magic(magic: u64) -> Option<Self> {
-        [Kind::Table, Kind::Journal, Kind::Base]
-            .into_iter()
-            .find(|kind| kind.magic() == magic)
+        [Kind::Table, Kind::Journal, Kind::Base].into_iter().find(|kind| kind.magic() == magic)
     }
 }
 
@@ -163,29 +147,14 @@ pub struct Stamp {
 
 impl Stamp {
     fn words(&self) -> [u64; HEADER_WORDS - 1] {
-        [
-            self.kind.magic(),
-            self.run,
-            self.place,
-            self.step,
-            self.digest,
-        ]
+        [self.kind.magic(), self.run, self.place, self.step, self.digest]
     }
 }
 
 impl fmt::Display for Stamp {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Stamp {
-            kind,
-            run,
-            place,
-            step,
-            digest,
-        } = self;
-        write!(
-            out,
-            "{kind:?}/run={run:016x}/place={place}/step={step}/digest={digest:016x}"
-        )
+        let Stamp { kind, run, place, step, digest } = self;
+        write!(out, "{kind:?}/run={run:016x}/place={place}/step={step}/digest={digest:016x}")
     }
 }
 
@@ -200,15 +169,9 @@ impl fmt::Display for Flaw {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Flaw::OtherInstant { expected, found } => {
-                write!(
-                    out,
-                    "intact page of another instant: expected {expected}, found {found}"
-                )
+                write!(out, "intact page of another instant: expected {expected}, found {found}")
             }
-            Flaw::Damaged { expected, at } => write!(
-                out,
-                "damaged page: expected {expected}, first wrong byte {at}"
-            ),
+            Flaw::Damaged { expected, at } => write!(out, "damaged page: expected {expected}, first wrong byte {at}"),
         }
     }
 }
@@ -218,13 +181,7 @@ mod test {
     use super::*;
 
     fn stamp(step: u64) -> Stamp {
-        Stamp {
-            kind: Kind::Table,
-            run: 7,
-            place: 3,
-            step,
-            digest: 0,
-        }
+        Stamp { kind: Kind::Table, run: 7, place: 3, step, digest: 0 }
     }
 
     fn filled(step: u64) -> Page {
@@ -245,39 +202,21 @@ mod test {
         for at in (0..PAGE_BYTES).step_by(5).chain(0..64) {
             let mut page = filled(9);
             page.bytes_mut()[at] ^= 1 << (at % 8);
-            assert_eq!(
-                page.check(&stamp(9), &mut scratch),
-                Err(Flaw::Damaged {
-                    expected: stamp(9),
-                    at
-                })
-            );
+            assert_eq!(page.check(&stamp(9), &mut scratch), Err(Flaw::Damaged { expected: stamp(9), at }));
         }
     }
 
     #[test]
     fn a_page_of_an_older_step_is_told_from_damage() {
         let flaw = filled(8).check(&stamp(9), &mut Page::zeroed());
-        assert_eq!(
-            flaw,
-            Err(Flaw::OtherInstant {
-                expected: stamp(9),
-                found: stamp(8)
-            })
-        );
+        assert_eq!(flaw, Err(Flaw::OtherInstant { expected: stamp(9), found: stamp(8) }));
     }
 
     #[test]
     fn a_page_torn_between_two_steps_is_damage() {
         let mut page = filled(9);
         page.bytes_mut()[2048..].copy_from_slice(&filled(8).bytes()[2048..]);
-        assert_eq!(
-            page.check(&stamp(9), &mut Page::zeroed()),
-            Err(Flaw::Damaged {
-                expected: stamp(9),
-                at: 2048
-            })
-        );
+        assert_eq!(page.check(&stamp(9), &mut Page::zeroed()), Err(Flaw::Damaged { expected: stamp(9), at: 2048 }));
     }
 
     #[test]

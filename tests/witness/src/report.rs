@@ -39,12 +39,7 @@ impl Report {
         *counter += 1;
         let total = self.contradictions();
         let printed = total <= PRINTED_CONTRADICTIONS || total.is_multiple_of(1000);
-        printed.then(|| {
-            format!(
-                "WITNESS CONTRADICTION {name} step={step} uptime={} {what}",
-                uptime()
-            )
-        })
+        printed.then(|| format!("WITNESS CONTRADICTION {name} step={step} uptime={} {what}", uptime()))
     }
 
     pub fn contradiction(&mut self, part: Part, step: u64, what: &dyn Display) {
@@ -56,9 +51,7 @@ impl Report {
     pub fn progress(&self, step: u64, rest: &dyn Display) -> String {
         let [table, journal] = [self.table, self.journal].map(verdict);
         let (count, uptime, base) = (self.contradictions(), uptime(), verdict(self.base));
-        format!(
-            "WITNESS step={step} table={table} journal={journal} contradictions={count} uptime={uptime} base={base} {rest}"
-        )
+        format!("WITNESS step={step} table={table} journal={journal} contradictions={count} uptime={uptime} base={base} {rest}")
     }
 }
 
@@ -86,29 +79,15 @@ mod test {
     #[test]
     fn a_verdict_never_turns_back() {
         let mut report = Report::default();
-        assert!(
-            report
-                .progress(5, &"")
-                .starts_with("WITNESS step=5 table=ok journal=ok contradictions=0 uptime=")
-        );
-        assert!(
-            report
-                .count(Part::Journal, 5, &"x")
-                .is_some_and(|text| text.starts_with("WITNESS CONTRADICTION journal step=5 "))
-        );
-        assert!(
-            report
-                .progress(6, &"")
-                .starts_with("WITNESS step=6 table=ok journal=BAD contradictions=1 uptime=")
-        );
+        assert!(report.progress(5, &"").starts_with("WITNESS step=5 table=ok journal=ok contradictions=0 uptime="));
+        assert!(report.count(Part::Journal, 5, &"x").is_some_and(|text| text.starts_with("WITNESS CONTRADICTION journal step=5 ")));
+        assert!(report.progress(6, &"").starts_with("WITNESS step=6 table=ok journal=BAD contradictions=1 uptime="));
     }
 
     #[test]
     fn a_flood_is_counted_but_not_printed() {
         let mut report = Report::default();
-        let printed = (0..5000)
-            .filter_map(|_| report.count(Part::Table, 1, &"x"))
-            .count();
+        let printed = (0..5000).filter_map(|_| report.count(Part::Table, 1, &"x")).count();
         assert_eq!((report.contradictions(), printed), (5000, 205));
     }
 }

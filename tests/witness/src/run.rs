@@ -38,16 +38,7 @@ impl Witness {
         let history = History::new(run, slots, table.digest());
         let base = config.base.as_deref().map(open_base).transpose()?;
         let report = Report::default();
-        let mut witness = Witness {
-            config,
-            run,
-            table,
-            history,
-            journals,
-            base,
-            report,
-            late: 0,
-        };
+        let mut witness = Witness { config, run, table, history, journals, base, report, late: 0 };
         witness.announce(&shapes);
         if !witness.config.is_idle() {
             witness.append();
@@ -58,11 +49,7 @@ impl Witness {
     fn announce(&self, shapes: &[Shape]) {
         let config = &self.config;
         let slots: Vec<String> = shapes.iter().map(|shape| shape.slots.to_string()).collect();
-        let slots = if slots.is_empty() {
-            "-".to_owned()
-        } else {
-            slots.join(",")
-        };
+        let slots = if slots.is_empty() { "-".to_owned() } else { slots.join(",") };
         report::line(&format!(
             "WITNESS start run={:016x} table_mib={} rate={} steps={} check={} journals={} slots={slots} cached={} base={} uptime={}",
             self.run,
@@ -70,16 +57,8 @@ impl Witness {
             config.rate,
             config.steps,
             config.check(),
-            list(
-                config
-                    .journals
-                    .iter()
-                    .map(|path| path.display().to_string())
-            ),
-            self.journals
-                .iter()
-                .filter(|journal| !journal.medium().is_direct())
-                .count(),
+            list(config.journals.iter().map(|path| path.display().to_string())),
+            self.journals.iter().filter(|journal| !journal.medium().is_direct()).count(),
             list(config.base.iter().map(|path| path.display().to_string())),
             report::uptime(),
         ));
@@ -117,8 +96,7 @@ impl Witness {
         if !self.config.is_idle() {
             self.step(&mut flaws);
         }
-        self.table
-            .check_next(self.config.checks_per_tick(), &mut flaws);
+        self.table.check_next(self.config.checks_per_tick(), &mut flaws);
         let step = self.history.step();
         for flaw in flaws {
             self.report.contradiction(Part::Table, step, &flaw);
@@ -128,8 +106,7 @@ impl Witness {
     /// RAM first, then each journal in order: what [`crate::journal`] promises rests on this.
     fn step(&mut self, flaws: &mut Vec<TableFlaw>) {
         let step = self.history.step() + 1;
-        self.table
-            .write_step(step, self.config.pages_in_step(step), flaws);
+        self.table.write_step(step, self.config.pages_in_step(step), flaws);
         self.history.advance(self.table.digest());
         self.append();
     }
@@ -144,11 +121,7 @@ impl Witness {
             let mut flaws = Vec::new();
             act(journal, &self.history, &mut flaws);
             for flaw in flaws {
-                self.report.contradiction(
-                    Part::Journal,
-                    step,
-                    &format_args!("{}: {flaw}", path.display()),
-                );
+                self.report.contradiction(Part::Journal, step, &format_args!("{}: {flaw}", path.display()));
             }
         }
     }
@@ -158,17 +131,12 @@ impl Witness {
             self.on_journals(Journal::check);
         }
         if let Some(Err(flaw)) = self.base.as_mut().map(Base::check_one) {
-            self.report
-                .contradiction(Part::Base, self.history.step(), &flaw);
+            self.report.contradiction(Part::Base, self.history.step(), &flaw);
         }
     }
 
     fn progress(&self) {
-        let disks = list(
-            self.journals
-                .iter()
-                .map(|journal| journal.last().to_string()),
-        );
+        let disks = list(self.journals.iter().map(|journal| journal.last().to_string()));
         let (passes, late) = (self.table.passes(), self.late);
         let rest = format_args!("disks={disks} passes={passes} late={late}");
         report::line(&self.report.progress(self.history.step(), &rest));
@@ -177,11 +145,7 @@ impl Witness {
 
 fn list(items: impl Iterator<Item = String>) -> String {
     let items: Vec<String> = items.collect();
-    if items.is_empty() {
-        "-".to_owned()
-    } else {
-        items.join(",")
-    }
+    if items.is_empty() { "-".to_owned() } else { items.join(",") }
 }
 
 fn open_journals(config: &Config) -> Result<(Vec<Journal<Disk>>, Vec<Shape>), String> {
@@ -191,14 +155,8 @@ fn open_journals(config: &Config) -> Result<(Vec<Journal<Disk>>, Vec<Shape>), St
     for path in &config.journals {
         let opened = Disk::open_journal(path, wanted);
         let disk = opened.map_err(|error| format!("journal {}: {error}", path.display()))?;
-        let shape =
-            Shape::fitting(disk.bytes().min(wanted), config.journal_pages).ok_or_else(|| {
-                format!(
-                    "journal {}: {} bytes hold no two records",
-                    path.display(),
-                    disk.bytes()
-                )
-            })?;
+        let shape = Shape::fitting(disk.bytes().min(wanted), config.journal_pages)
+            .ok_or_else(|| format!("journal {}: {} bytes hold no two records", path.display(), disk.bytes()))?;
         journals.push(Journal::new(disk, shape));
         shapes.push(shape);
     }
@@ -217,13 +175,7 @@ fn open_base(path: &Path) -> Result<Base<Disk>, String> {
 fn random_run() -> u64 {
     let mut bytes = [0; 8];
     let read = File::open("/dev/urandom").and_then(|mut source| source.read_exact(&mut bytes));
-    let clock = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_nanos() as u64);
-    let random = if read.is_ok() {
-        u64::from_le_bytes(bytes)
-    } else {
-        0
-    };
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
+    let random = if read.is_ok() { u64::from_le_bytes(bytes) } else { 0 };
     mix(random ^ mix(clock))
 }

@@ -36,14 +36,8 @@ impl fmt::Display for TableFlaw {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             TableFlaw::Page(flaw) => write!(out, "{flaw}"),
-            TableFlaw::Digest {
-                from_pages,
-                expected,
-            } => {
-                write!(
-                    out,
-                    "digest over all pages is {from_pages:016x}, expected {expected:016x}"
-                )
+            TableFlaw::Digest { from_pages, expected } => {
+                write!(out, "digest over all pages is {from_pages:016x}, expected {expected:016x}")
             }
         }
     }
@@ -70,13 +64,7 @@ impl Table {
     }
 
     fn expected(&self, index: usize) -> Stamp {
-        Stamp {
-            kind: Kind::Table,
-            run: self.run,
-            place: index as u64,
-            step: self.written[index],
-            digest: 0,
-        }
+        Stamp { kind: Kind::Table, run: self.run, place: index as u64, step: self.written[index], digest: 0 }
     }
 
     /// Digest of the state that the table must have now.
@@ -134,18 +122,9 @@ impl Table {
 
     fn finish_pass(&mut self, flaws: &mut Vec<TableFlaw>) {
         let finished = self.pass.finished + 1;
-        let pass = std::mem::replace(
-            &mut self.pass,
-            Pass {
-                finished,
-                ..Pass::default()
-            },
-        );
+        let pass = std::mem::replace(&mut self.pass, Pass { finished, ..Pass::default() });
         if pass.sum != self.digest {
-            flaws.push(TableFlaw::Digest {
-                from_pages: pass.sum,
-                expected: self.digest,
-            });
+            flaws.push(TableFlaw::Digest { from_pages: pass.sum, expected: self.digest });
         }
     }
 }
@@ -194,26 +173,18 @@ mod test {
     fn a_flipped_bit_is_found() {
         let mut table = after(20);
         table.pages[11].bytes_mut()[1234] ^= 4;
-        assert!(matches!(
-            flaws_of_two_passes(&mut table)[0],
-            TableFlaw::Page(Flaw::Damaged { at: 1234, .. })
-        ));
+        assert!(matches!(flaws_of_two_passes(&mut table)[0], TableFlaw::Page(Flaw::Damaged { at: 1234, .. })));
     }
 
     #[test]
     fn a_stale_page_is_found_before_a_step_rewrites_it() {
         let mut table = after(20);
         let index = target(42, 21, 0, PAGES);
-        let old = Stamp {
-            step: 999,
-            ..table.expected(index)
-        };
+        let old = Stamp { step: 999, ..table.expected(index) };
         table.pages[index].fill(&old);
         let mut flaws = Vec::new();
         table.write_step(21, 1, &mut flaws);
-        assert!(
-            matches!(flaws[..], [TableFlaw::Page(Flaw::OtherInstant { found, .. })] if found == old)
-        );
+        assert!(matches!(flaws[..], [TableFlaw::Page(Flaw::OtherInstant { found, .. })] if found == old));
     }
 
     #[test]
@@ -222,10 +193,7 @@ mod test {
         table.written[5] = 777;
         let stamp = table.expected(5);
         table.pages[5].fill(&stamp);
-        assert!(matches!(
-            flaws_of_two_passes(&mut table)[..],
-            [.., TableFlaw::Digest { .. }]
-        ));
+        assert!(matches!(flaws_of_two_passes(&mut table)[..], [.., TableFlaw::Digest { .. }]));
     }
 
     #[test]

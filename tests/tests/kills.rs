@@ -1,0 +1,196 @@
+//! The helper dies at every point of a checkpoint; the guest does not notice, and nothing is lost.
+
+use std::path::Path;
+use stillpoint_tests::{Lab, Recipe, Taken, TestMachine, on_each_qemu, project, wait_until};
+
+/// The kill points, from the list in the program's own source.
+fn points() -> Vec<String> {
+    let source = std::fs::read_to_string(project().join("stillpoint/src/fault.rs")).expect("the list of kill points");
+    let list = source.split("POINTS: &[&str] = &[").nth(1).and_then(|rest| rest.split("];").next()).expect("the list of kill points");
+    let points: Vec<String> = list.split('"').skip(1).step_by(2).map(str::to_owned).collect();
+    assert!(points.len() >= 8 && points.contains(&"freeze.paused".to_owned()), "{points:?}");
+    points
+}
+
+fn recipe(qemu: &Path) -> Recipe {
+    Recipe::witness(qemu, "q35-virtio.cfg")
+}
+
+/// Lets the helper die at `point` of the checkpoint that is asked for now.
+fn die_at(machine: &TestMachine, point: &str) {
+    let ran = machine.try_checkpoint();
+    assert_ne!(ran.code, 0, "{point}: the helper should have died: {}", ran.out);
+    assert!(ran.err.contains("helper"), "{point}: {}", ran.err);
+    assert!(wait_until(std::time::Duration::from_secs(5), || machine.helper().is_none()), "{point}: the helper lives");
+    assert!(machine.qemu_runs(), "{point}: QEMU died with its helper");
+}
+
+/// After a death at `point`: the guest goes on, the store has whole checkpoints only, the next one is complete.
+fn recover(lab: &Lab, machine: &TestMachine, point: &str, known: &[u64]) -> Taken {
+    // Only a guest that was stopped at that moment needs somebody to let it go on.
+    if !point.ends_with(".paused") {
+        machine.assert_goes_on();
+    }
+    let listed = lab.list(&machine.name);
+    let new = listed.strip_prefix(known).unwrap_or_else(|| panic!("{point}: {listed:?} after {known:?}"));
+    assert_eq!(new.len(), usize::from(point == "committed"), "{point}: {listed:?} after {known:?}");
+    machine.attach();
+    machine.assert_goes_on();
+    let taken = machine.checkpoint();
+    assert_eq!(taken.outcome.parent, listed.last().copied(), "{point}");
+    taken
+}
+
+/// Every checkpoint by itself brings a machine back.
+fn restore_all(lab: &Lab, taken: &[(String, Taken)]) {
+    for (point, taken) in taken {
+        eprintln!("restoring {}, taken after a death at {point}", taken.name);
+        lab.restore(&taken.name, "restored", &[]).assert_continues(taken);
+    }
+}
+
+#[test]
+fn a_helper_may_die_at_every_point_of_a_checkpoint() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new();
+        let machine = lab.start("m", &recipe(qemu));
+        machine.wait_for_witness();
+        let mut known = vec![machine.checkpoint().outcome.id];
+        let mut all = Vec::new();
+        for point in points() {
+            machine.kill_helper();
+            machine.attach_with(&[], &[("STILLPOINT_DIE_AT", &point)]);
+            die_at(&machine, &point);
+            let taken = recover(&lab, &machine, &point, &known);
+            known = lab.list("m");
+            assert_eq!(known.last(), Some(&taken.outcome.id));
+            all.push((point, taken));
+        }
+        lab.verify("m");
+        machine.kill();
+        restore_all(&lab, &all);
+    });
+}
+
+#[test]
+fn a_helper_may_die_at_every_point_of_the_first_checkpoint() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new();
+        let machine = lab.start_with("m", &recipe(qemu), &[("STILLPOINT_DIE_AT", "round.paused")]);
+        machine.wait_for_witness();
+        die_at(&machine, "round.paused");
+        assert!(!machine.qmp().is_running(), "it died while the guest was stopped");
+        let first_points = ["round", "freeze.paused", "freeze.frozen", "drain", "upload", "commit"];
+        for point in first_points {
+            machine.attach_with(&[], &[("STILLPOINT_DIE_AT", point)]);
+            machine.assert_goes_on();
+            die_at(&machine, point);
+            assert_eq!(lab.list("m"), [0; 0], "{point}");
+        }
+        machine.attach();
+        machine.assert_goes_on();
+        let taken = machine.checkpoint();
+        assert_eq!(taken.outcome.kind, "full");
+        lab.verify("m");
+        machine.kill();
+        restore_all(&lab, &[("commit".to_owned(), taken)]);
+    });
+}
+
+#[test]
+fn a_helper_may_die_between_checkpoints() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new();
+        let machine = lab.start("m", &recipe(qemu));
+        machine.wait_for_witness();
+        let first = machine.checkpoint();
+        machine.assert_goes_on();
+        machine.kill_helper();
+        let refusal = machine.try_checkpoint().expect_failure(3);
+        assert!(refusal.contains("stillpoint attach"), "no remedy in {refusal}");
+        machine.assert_goes_on();
+        machine.attach();
+        let second = machine.checkpoint();
+        assert_eq!((second.outcome.kind.as_str(), second.outcome.parent), ("incremental", Some(first.outcome.id)));
+        assert!(second.outcome.bytes_stored_raw < first.outcome.bytes_stored_raw / 4, "{:?}", second.outcome);
+        lab.verify("m");
+        machine.kill();
+        restore_all(&lab, &[("nothing".to_owned(), second)]);
+    });
+}
+
+#[test]
+fn a_second_helper_is_refused() {
+    let lab = Lab::new();
+    let machine = lab.start("m", &recipe(&stillpoint_tests::newest_qemu()));
+    machine.wait_for_witness();
+    machine.checkpoint();
+    let helper = machine.helper().expect("it runs").to_string();
+    let ran = lab.run(&["attach", "m"]);
+    let said = if ran.code == 3 { ran.expect_failure(3) } else { ran.expect_failure(1) };
+    assert!(said.contains(&helper), "the holder {helper} is not named: {said}");
+    machine.checkpoint();
+}
+
+/// The same machine, known by two runtime directories, as after a move of its store to another host.
+#[test]
+fn a_helper_that_takes_over_fences_the_other() {
+    let mut lab = Lab::for_machines(2);
+    let recipe = Recipe::scribbler(&stillpoint_tests::newest_qemu(), 5);
+    let first = TwoHosts::start(&mut lab, &recipe, "a");
+    let second = TwoHosts::start(&mut lab, &recipe, "b");
+    first.run(&lab, &["checkpoint", "m"]).expect_success();
+    let refusal = second.run(&lab, &["checkpoint", "m"]).expect_failure(3);
+    assert!(refusal.contains("take-over") || refusal.contains("take over"), "no remedy in {refusal}");
+    second.end_helper();
+    second.run(&lab, &["attach", "m", "--take-over"]).expect_success();
+    second.run(&lab, &["checkpoint", "m"]).expect_success();
+    let fenced = first.run(&lab, &["checkpoint", "m"]).expect_failure(3);
+    assert!(fenced.contains("fenced") || fenced.contains("another"), "{fenced}");
+    second.run(&lab, &["checkpoint", "m"]).expect_success();
+    lab.verify("m");
+}
+
+/// A machine `m` whose runtime directory is another host's, as it were.
+struct TwoHosts {
+    runtime: String,
+    child: std::process::Child,
+}
+
+impl TwoHosts {
+    fn start(lab: &mut Lab, recipe: &Recipe, host: &str) -> Self {
+        let runtime = lab.path().join(host).display().to_string();
+        let directory = lab.path().join(format!("{host}-disks"));
+        std::fs::create_dir_all(&directory).expect("the test's directory");
+        recipe.furnish(&directory);
+        let mut command = lab.command(&["run", "--name", "m", "--runtime-dir", &runtime, "--"]);
+        let log = std::fs::File::create(directory.join("qemu.out")).expect("a file");
+        command.args(recipe.command_line()).current_dir(&directory).stderr(log.try_clone().expect("a file")).stdout(log);
+        let host = Self { child: command.spawn().expect("stillpoint can be run"), runtime };
+        let control = std::path::Path::new(&host.runtime).join("m/control.sock");
+        let up = || std::os::unix::net::UnixStream::connect(&control).is_ok();
+        assert!(wait_until(std::time::Duration::from_secs(30), up), "no helper at {}", control.display());
+        host
+    }
+
+    fn run(&self, lab: &Lab, words: &[&str]) -> stillpoint_tests::Ran {
+        lab.run(&[words, &["--runtime-dir", &self.runtime]].concat())
+    }
+
+    fn end_helper(&self) {
+        let text = std::fs::read_to_string(std::path::Path::new(&self.runtime).join("m/helper.pid")).unwrap_or_default();
+        if let Ok(pid) = text.trim().parse() {
+            let pid = stillpoint_tests::Pid::from_raw(pid);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            wait_until(std::time::Duration::from_secs(5), || !stillpoint_tests::is_running(pid));
+        }
+    }
+}
+
+impl Drop for TwoHosts {
+    fn drop(&mut self) {
+        self.end_helper();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
