@@ -1,6 +1,7 @@
 //! The directory of one running machine: its sockets, its log, and what the launcher knew about it. It lives as long
 //! as QEMU does (a tmpfs suits it) and is all that a new helper needs to take a machine over.
 
+use crate::exit::refused;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{CheckpointSeq, VmName};
 use nix::fcntl::{Flock, FlockArg};
@@ -10,11 +11,14 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// `sun_path` of a unix socket, less its final zero.
 const MAX_SOCKET_PATH: usize = 107;
 /// A saved machine has a few kilobytes of arguments.
 const MAX_MACHINE_FILE_BYTES: u64 = 4 << 20;
+/// A killed process keeps its locks until the last of its threads is gone.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const MACHINE_FILE_FORMAT: u32 = 1;
 
 /// What was launched, in the words of `launch`: enough to attach to it and to start it anew elsewhere.
@@ -152,11 +156,19 @@ impl RuntimeDir {
     pub fn lock_helper(&self) -> Result<Flock<File>> {
         let path = self.path.join("helper.lock");
         let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path);
-        let file = file.with_context(|| format!("opening {}", path.display()))?;
-        Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
-            let pid = std::fs::read_to_string(self.helper_pid()).unwrap_or_default();
-            anyhow::anyhow!("a helper (pid {}) is attached to this machine already; use it, or end it first", pid.trim())
-        })
+        let mut file = file.with_context(|| format!("opening {}", path.display()))?;
+        let end = Instant::now() + LOCK_PATIENCE;
+        loop {
+            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(lock),
+                Err((file, _)) => file,
+            };
+            if Instant::now() >= end {
+                let pid = std::fs::read_to_string(self.helper_pid()).unwrap_or_default();
+                return Err(refused(format!("a helper (pid {}) is attached to this machine already; use it, or replace it by 'stillpoint attach --take-over'", pid.trim())));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::process::Command;
 
-const OWN_PORT: &str = "20020";
+const OWN_PORT: &str = "20620";
 const ROLES: &[&str] = &["namenode", "datanode-1", "datanode-2", "datanode-3"];
 
 pub struct Cluster {

@@ -17,6 +17,7 @@ const COMMAND_PATIENCE: Duration = Duration::from_secs(180);
 pub struct Lab {
     // Before the directory, so that it is given back last: fields are dropped in order.
     directory: TempDir,
+    pub qemu: PathBuf,
     store: String,
     environment: Vec<(String, String)>,
     _slots: Slots,
@@ -24,19 +25,19 @@ pub struct Lab {
 
 impl Lab {
     /// A place for a test that has one machine at a time.
-    pub fn new() -> Self {
-        Self::for_machines(1)
+    pub fn new(qemu: &Path) -> Self {
+        Self::for_machines(qemu, 1)
     }
 
     /// Waits until so many machines may run.
-    pub fn for_machines(count: usize) -> Self {
+    pub fn for_machines(qemu: &Path, count: usize) -> Self {
         let slots = Slots::take(count);
         let mut directory = tempfile::Builder::new().prefix("stillpoint-").tempdir().expect("a directory");
         directory.disable_cleanup(std::env::var_os("STILLPOINT_TEST_KEEP").is_some());
         let store = format!("file://{}/store", directory.path().display());
         // What a QEMU binary is need not be found out by every test.
         let cache = shared_directory().join("cache");
-        let mut lab = Self { directory, store, environment: Vec::new(), _slots: slots };
+        let mut lab = Self { directory, qemu: qemu.to_owned(), store, environment: Vec::new(), _slots: slots };
         lab.set("STILLPOINT_RUNTIME_DIR", lab.runtime().display().to_string());
         lab.set("STILLPOINT_SCRATCH_DIR", lab.path().display().to_string());
         lab.set("STILLPOINT_CACHE_DIR", cache.display().to_string());
@@ -67,6 +68,12 @@ impl Lab {
         PathBuf::from(self.store.strip_prefix("file://").expect("a store in a directory"))
     }
 
+    /// A name in the lab that was not used before; nothing is there yet.
+    pub fn fresh_directory(&self, name: &str) -> PathBuf {
+        let names = (1..).map(|number| self.path().join(format!("{name}-{number}")));
+        names.into_iter().find(|path| !path.exists()).expect("numbers do not end")
+    }
+
     pub fn runtime(&self) -> PathBuf {
         self.path().join("run")
     }
@@ -81,7 +88,7 @@ impl Lab {
         TestMachine::start(self, name, recipe, environment)
     }
 
-    /// Restores NAME or NAME@ID as machine `new_name`, in a directory of that name.
+    /// Restores NAME or NAME@ID as machine `new_name`, in a fresh directory.
     pub fn restore(&self, checkpoint: &str, new_name: &str, more: &[&str]) -> TestMachine<'_> {
         TestMachine::restore(self, checkpoint, new_name, more)
     }
@@ -118,12 +125,6 @@ impl Lab {
     pub fn verify(&self, name: &str) {
         let report = self.run(&["verify", name, "--json"]).expect_success().json();
         assert_eq!(report["ok"], true, "{report}");
-    }
-}
-
-impl Default for Lab {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

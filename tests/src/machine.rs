@@ -60,10 +60,10 @@ impl<'lab> TestMachine<'lab> {
     pub(crate) fn start(lab: &'lab Lab, name: &str, recipe: &Recipe, environment: &[(&str, &str)]) -> Self {
         let directory = lab.path().join(name);
         std::fs::create_dir_all(&directory).expect("the test's directory");
-        recipe.furnish(&directory);
+        recipe.furnish(&lab.qemu, &directory);
         let log = File::create(directory.join("qemu.out")).expect("the test's directory");
         let mut command = lab.command(&["run", "--name", name, "--"]);
-        command.args(recipe.command_line()).envs(environment.iter().copied()).current_dir(&directory);
+        command.args(recipe.command_line(&lab.qemu)).envs(environment.iter().copied()).current_dir(&directory);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file")).stderr(log);
         let child = command.spawn().expect("stillpoint can be run");
         let qemu = Pid::from_raw(child.id() as i32);
@@ -73,8 +73,9 @@ impl<'lab> TestMachine<'lab> {
     }
 
     pub(crate) fn restore(lab: &'lab Lab, checkpoint: &str, new_name: &str, more: &[&str]) -> Self {
-        let directory = lab.path().join(new_name);
-        let mut words = vec!["restore", checkpoint, "--dir", directory.to_str().expect("UTF-8")];
+        let directory = lab.fresh_directory(new_name);
+        let qemu = lab.qemu.to_str().expect("UTF-8");
+        let mut words = vec!["restore", checkpoint, "--qemu", qemu, "--dir", directory.to_str().expect("UTF-8")];
         if checkpoint.split('@').next() != Some(new_name) {
             words.extend(["--as", new_name]);
         }

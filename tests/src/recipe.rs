@@ -2,7 +2,7 @@
 
 use crate::built::project;
 use crate::images::qemu_img;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 /// The boot-sector machine is as small as SeaBIOS allows.
@@ -23,7 +23,6 @@ enum Guest {
 
 #[derive(Clone, Debug)]
 pub struct Recipe {
-    pub qemu: PathBuf,
     guest: Guest,
     words: String,
     arguments: Vec<String>,
@@ -32,18 +31,18 @@ pub struct Recipe {
 
 impl Recipe {
     /// A machine of `qemu-configs/` with the witness as its guest.
-    pub fn witness(qemu: &Path, config: &'static str) -> Self {
+    pub fn witness(config: &'static str) -> Self {
         let kind = if config == "guest-union.cfg" { "union" } else { "plain" };
-        Self::new(qemu, Guest::Witness { kind, config })
+        Self::new(Guest::Witness { kind, config })
     }
 
     /// Boots in a second and needs no image: `boot` (IDE, raw), `cow` (qcow2 on a base, 16 MiB), `odd` (raw, 3 MiB and 512 bytes).
-    pub fn scribbler(qemu: &Path, seed: u32) -> Self {
-        Self::new(qemu, Guest::Scribbler { seed })
+    pub fn scribbler(seed: u32) -> Self {
+        Self::new(Guest::Scribbler { seed })
     }
 
-    fn new(qemu: &Path, guest: Guest) -> Self {
-        Self { qemu: qemu.to_owned(), guest, words: String::new(), arguments: Vec::new(), prepare: Vec::new() }
+    fn new(guest: Guest) -> Self {
+        Self { guest, words: String::new(), arguments: Vec::new(), prepare: Vec::new() }
     }
 
     /// More words for the guest's kernel command line; the last of a key wins.
@@ -66,23 +65,23 @@ impl Recipe {
     }
 
     /// Makes the machine's files in `directory`.
-    pub fn furnish(&self, directory: &Path) {
+    pub fn furnish(&self, qemu: &Path, directory: &Path) {
         match self.guest {
             Guest::Witness { kind, config } => {
                 guest_image(kind, directory);
                 add_words(&directory.join(config), &format!("{QUICK}{}", self.words));
             }
-            Guest::Scribbler { seed } => furnish_scribbler(&self.qemu, seed, directory),
+            Guest::Scribbler { seed } => furnish_scribbler(qemu, seed, directory),
         }
         for command in &self.prepare {
             let command: Vec<&str> = command.iter().map(String::as_str).collect();
-            qemu_img(&self.qemu, directory, &command);
+            qemu_img(qemu, directory, &command);
         }
     }
 
     /// What stands after `stillpoint run … --`. Paths are relative, so that a restored machine has its own.
-    pub fn command_line(&self) -> Vec<String> {
-        let mut words = vec![self.qemu.display().to_string()];
+    pub fn command_line(&self, qemu: &Path) -> Vec<String> {
+        let mut words = vec![qemu.display().to_string()];
         let guest = match self.guest {
             Guest::Witness { config, .. } => format!("-readconfig {config}"),
             Guest::Scribbler { .. } => format!(

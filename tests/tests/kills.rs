@@ -1,7 +1,9 @@
 //! The helper dies at every point of a checkpoint; the guest does not notice, and nothing is lost.
 
+use nix::sys::signal::{Signal, kill};
 use std::path::Path;
-use stillpoint_tests::{Lab, Recipe, Taken, TestMachine, on_each_qemu, project, wait_until};
+use std::time::Duration;
+use stillpoint_tests::{Lab, Pid, Ran, Recipe, Taken, TestMachine, is_running, newest_qemu, on_each_qemu, project, wait_until};
 
 /// The kill points, from the list in the program's own source.
 fn points() -> Vec<String> {
@@ -12,8 +14,8 @@ fn points() -> Vec<String> {
     points
 }
 
-fn recipe(qemu: &Path) -> Recipe {
-    Recipe::witness(qemu, "q35-virtio.cfg")
+fn recipe() -> Recipe {
+    Recipe::witness("q35-virtio.cfg")
 }
 
 /// Lets the helper die at `point` of the checkpoint that is asked for now.
@@ -21,7 +23,7 @@ fn die_at(machine: &TestMachine, point: &str) {
     let ran = machine.try_checkpoint();
     assert_ne!(ran.code, 0, "{point}: the helper should have died: {}", ran.out);
     assert!(ran.err.contains("helper"), "{point}: {}", ran.err);
-    assert!(wait_until(std::time::Duration::from_secs(5), || machine.helper().is_none()), "{point}: the helper lives");
+    assert!(wait_until(Duration::from_secs(5), || machine.helper().is_none()), "{point}: the helper lives");
     assert!(machine.qemu_runs(), "{point}: QEMU died with its helper");
 }
 
@@ -52,8 +54,8 @@ fn restore_all(lab: &Lab, taken: &[(String, Taken)]) {
 #[test]
 fn a_helper_may_die_at_every_point_of_a_checkpoint() {
     on_each_qemu(|qemu| {
-        let lab = Lab::new();
-        let machine = lab.start("m", &recipe(qemu));
+        let lab = Lab::new(qemu);
+        let machine = lab.start("m", &recipe());
         machine.wait_for_witness();
         let mut known = vec![machine.checkpoint().outcome.id];
         let mut all = Vec::new();
@@ -75,8 +77,8 @@ fn a_helper_may_die_at_every_point_of_a_checkpoint() {
 #[test]
 fn a_helper_may_die_at_every_point_of_the_first_checkpoint() {
     on_each_qemu(|qemu| {
-        let lab = Lab::new();
-        let machine = lab.start_with("m", &recipe(qemu), &[("STILLPOINT_DIE_AT", "round.paused")]);
+        let lab = Lab::new(qemu);
+        let machine = lab.start_with("m", &recipe(), &[("STILLPOINT_DIE_AT", "round.paused")]);
         machine.wait_for_witness();
         die_at(&machine, "round.paused");
         assert!(!machine.qmp().is_running(), "it died while the guest was stopped");
@@ -100,8 +102,8 @@ fn a_helper_may_die_at_every_point_of_the_first_checkpoint() {
 #[test]
 fn a_helper_may_die_between_checkpoints() {
     on_each_qemu(|qemu| {
-        let lab = Lab::new();
-        let machine = lab.start("m", &recipe(qemu));
+        let lab = Lab::new(qemu);
+        let machine = lab.start("m", &recipe());
         machine.wait_for_witness();
         let first = machine.checkpoint();
         machine.assert_goes_on();
@@ -121,8 +123,8 @@ fn a_helper_may_die_between_checkpoints() {
 
 #[test]
 fn a_second_helper_is_refused() {
-    let lab = Lab::new();
-    let machine = lab.start("m", &recipe(&stillpoint_tests::newest_qemu()));
+    let lab = Lab::new(&newest_qemu());
+    let machine = lab.start("m", &recipe());
     machine.wait_for_witness();
     machine.checkpoint();
     let helper = machine.helper().expect("it runs").to_string();
@@ -135,8 +137,8 @@ fn a_second_helper_is_refused() {
 /// The same machine, known by two runtime directories, as after a move of its store to another host.
 #[test]
 fn a_helper_that_takes_over_fences_the_other() {
-    let mut lab = Lab::for_machines(2);
-    let recipe = Recipe::scribbler(&stillpoint_tests::newest_qemu(), 5);
+    let mut lab = Lab::for_machines(&newest_qemu(), 2);
+    let recipe = Recipe::scribbler(5);
     let first = TwoHosts::start(&mut lab, &recipe, "a");
     let second = TwoHosts::start(&mut lab, &recipe, "b");
     first.run(&lab, &["checkpoint", "m"]).expect_success();
@@ -162,27 +164,27 @@ impl TwoHosts {
         let runtime = lab.path().join(host).display().to_string();
         let directory = lab.path().join(format!("{host}-disks"));
         std::fs::create_dir_all(&directory).expect("the test's directory");
-        recipe.furnish(&directory);
+        recipe.furnish(&lab.qemu, &directory);
         let mut command = lab.command(&["run", "--name", "m", "--runtime-dir", &runtime, "--"]);
         let log = std::fs::File::create(directory.join("qemu.out")).expect("a file");
-        command.args(recipe.command_line()).current_dir(&directory).stderr(log.try_clone().expect("a file")).stdout(log);
+        command.args(recipe.command_line(&lab.qemu)).current_dir(&directory).stderr(log.try_clone().expect("a file")).stdout(log);
         let host = Self { child: command.spawn().expect("stillpoint can be run"), runtime };
-        let control = std::path::Path::new(&host.runtime).join("m/control.sock");
+        let control = Path::new(&host.runtime).join("m/control.sock");
         let up = || std::os::unix::net::UnixStream::connect(&control).is_ok();
-        assert!(wait_until(std::time::Duration::from_secs(30), up), "no helper at {}", control.display());
+        assert!(wait_until(Duration::from_secs(30), up), "no helper at {}", control.display());
         host
     }
 
-    fn run(&self, lab: &Lab, words: &[&str]) -> stillpoint_tests::Ran {
+    fn run(&self, lab: &Lab, words: &[&str]) -> Ran {
         lab.run(&[words, &["--runtime-dir", &self.runtime]].concat())
     }
 
     fn end_helper(&self) {
-        let text = std::fs::read_to_string(std::path::Path::new(&self.runtime).join("m/helper.pid")).unwrap_or_default();
+        let text = std::fs::read_to_string(Path::new(&self.runtime).join("m/helper.pid")).unwrap_or_default();
         if let Ok(pid) = text.trim().parse() {
-            let pid = stillpoint_tests::Pid::from_raw(pid);
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-            wait_until(std::time::Duration::from_secs(5), || !stillpoint_tests::is_running(pid));
+            let pid = Pid::from_raw(pid);
+            let _ = kill(pid, Signal::SIGKILL);
+            wait_until(Duration::from_secs(5), || !is_running(pid));
         }
     }
 }

@@ -19,8 +19,8 @@ fn take(machine: &TestMachine, count: usize) -> Vec<Taken> {
 }
 
 /// The whole life of one machine and of two that are made from its checkpoints.
-fn survives(recipe: &Recipe) {
-    let lab = Lab::new();
+fn survives(qemu: &Path, recipe: &Recipe) {
+    let lab = Lab::new(qemu);
     let machine = lab.start("m", recipe);
     let taken = take(&machine, 4);
     machine.assert_no_contradiction();
@@ -43,31 +43,31 @@ fn survives(recipe: &Recipe) {
 
 #[test]
 fn an_overlay_on_a_base_image_survives() {
-    on_each_qemu(|qemu| survives(&Recipe::witness(qemu, "q35-virtio.cfg")));
+    on_each_qemu(|qemu| survives(qemu, &Recipe::witness("q35-virtio.cfg")));
 }
 
 #[test]
 fn two_plain_ide_disks_and_a_display_survive() {
-    on_each_qemu(|qemu| survives(&Recipe::witness(qemu, "pc-ide.cfg")));
+    on_each_qemu(|qemu| survives(qemu, &Recipe::witness("pc-ide.cfg")));
 }
 
 #[test]
 fn layers_joined_inside_the_guest_survive() {
-    on_each_qemu(|qemu| survives(&Recipe::witness(qemu, "guest-union.cfg")));
+    on_each_qemu(|qemu| survives(qemu, &Recipe::witness("guest-union.cfg")));
 }
 
 #[test]
 fn a_scsi_disk_and_a_network_card_survive() {
-    on_each_qemu(|qemu| survives(&Recipe::witness(qemu, "q35-scsi.cfg")));
+    on_each_qemu(|qemu| survives(qemu, &Recipe::witness("q35-scsi.cfg")));
 }
 
 #[test]
 fn four_processors_and_four_disks_of_which_one_is_read_only_survive() {
-    on_each_qemu(|qemu| survives(&many_disks(qemu)));
+    on_each_qemu(|qemu| survives(qemu, &many_disks()));
 }
 
-fn many_disks(qemu: &Path) -> Recipe {
-    Recipe::witness(qemu, "q35-virtio.cfg")
+fn many_disks() -> Recipe {
+    Recipe::witness("q35-virtio.cfg")
         .image(&["convert", "-f", "qcow2", "-O", "raw", "base.qcow2", "read-only.raw"])
         .words("witness.journal=/dev/vda,/dev/vdb,/dev/vdc witness.base=/dev/vdd")
         .arguments(&["-smp", "4"])

@@ -11,8 +11,8 @@ const MANY_BYTES: u64 = 4 << 20;
 #[test]
 fn an_idle_guest_costs_next_to_nothing() {
     on_each_qemu(|qemu| {
-        let lab = Lab::new();
-        let machine = lab.start("idle", &Recipe::witness(qemu, "q35-virtio.cfg").words("witness.rate=0"));
+        let lab = Lab::new(qemu);
+        let machine = lab.start("idle", &Recipe::witness("q35-virtio.cfg").words("witness.rate=0"));
         machine.wait_for_witness();
         machine.checkpoint();
         std::thread::sleep(Duration::from_secs(2));
@@ -29,8 +29,8 @@ fn an_idle_guest_costs_next_to_nothing() {
 #[test]
 fn nothing_is_stored_when_nothing_changed() {
     on_each_qemu(|qemu| {
-        let lab = Lab::new();
-        let machine = lab.start("still", &Recipe::scribbler(qemu, 3));
+        let lab = Lab::new(qemu);
+        let machine = lab.start("still", &Recipe::scribbler(3));
         std::thread::sleep(Duration::from_secs(2));
         let mut monitor = machine.qmp();
         monitor.stop();
@@ -51,9 +51,9 @@ fn nothing_is_stored_when_nothing_changed() {
 
 #[test]
 fn a_large_change_is_stored_with_little_besides() {
-    let lab = Lab::new();
+    let lab = Lab::new(&newest_qemu());
     let busy = "witness.table_mib=24 witness.rate=6000 witness.journal_pages=16";
-    let machine = lab.start("busy", &Recipe::witness(&newest_qemu(), "q35-virtio.cfg").words(busy));
+    let machine = lab.start("busy", &Recipe::witness("q35-virtio.cfg").words(busy));
     machine.wait_for_witness();
     machine.checkpoint();
     for _ in 0..3 {

@@ -56,7 +56,7 @@ impl Checkpointer {
         self.machine.check_devices().await?;
         self.ensure_session().await?;
         let disks = self.machine.disks().await?.disks;
-        self.ensure_clean().await?;
+        self.clean_up().await?;
         let spaces = disk_spaces(&disks)?;
         self.ensure_base(&spaces).await?;
         let layers_begun = Instant::now();
@@ -75,8 +75,8 @@ impl Checkpointer {
         Ok(())
     }
 
-    /// Once per helper: what an earlier one left in QEMU when it was killed.
-    async fn ensure_clean(&mut self) -> Result<()> {
+    /// Once per helper, and after a failure: what was left in QEMU, a stopped guest first of all.
+    pub async fn clean_up(&mut self) -> Result<()> {
         if !self.is_clean {
             cleanup_leftovers(&self.machine.qmp, &self.tag()?).await.context("cleaning up after an earlier helper")?;
             self.is_clean = true;

@@ -31,7 +31,10 @@ pub async fn serve(runtime: RuntimeDir, take_over: bool) -> Result<()> {
     let (name, socket) = (machine.file.name.clone(), machine.runtime.control());
     tracing::info!(%name, qemu = machine.pid, version = %machine.facts.qemu, accelerator = machine.facts.accelerator.as_str(), "attached");
     let qmp = machine.qmp.clone();
-    let server = server::Server::new(Checkpointer::new(machine, take_over));
+    let mut checkpointer = Checkpointer::new(machine, take_over);
+    // A guest that a dying helper left stopped must not wait for the next checkpoint.
+    checkpointer.clean_up().await?;
+    let server = server::Server::new(checkpointer);
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     tokio::select! {
         result = server.run(control) => result?,

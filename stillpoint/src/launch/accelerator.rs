@@ -60,7 +60,7 @@ fn drop_key(list: &KeyList, unwanted: &str) -> KeyList {
 }
 
 fn wanted(options: &[QemuOption]) -> Option<String> {
-    let asked = options.iter().filter_map(|option| match option.name.as_str() {
+    let mut asked = options.iter().filter_map(|option| match option.name.as_str() {
         "accel" => Some(option.value().to_owned()),
         "enable-kvm" => Some("kvm".to_owned()),
         "machine" | "M" => {
@@ -69,7 +69,7 @@ fn wanted(options: &[QemuOption]) -> Option<String> {
         }
         _ => None,
     });
-    asked.rev().next()
+    asked.next_back()
 }
 
 /// `Err` says why not.
