@@ -114,6 +114,11 @@ impl Lab {
         Ran::of(command, &words.join(" "))
     }
 
+    /// The same where there may be no store yet.
+    pub fn list_if_any(&self, name: &str) -> Vec<u64> {
+        if self.store_directory().join("store.json").exists() { self.list(name) } else { Vec::new() }
+    }
+
     /// Ids of the checkpoints that a machine has in the store.
     pub fn list(&self, name: &str) -> Vec<u64> {
         let listed = self.run(&["ls", name, "--json"]).expect_success().json();

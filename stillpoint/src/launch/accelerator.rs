@@ -79,15 +79,19 @@ pub fn kvm_works(qemu: &Path) -> Result<(), String> {
     }
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let key = format!("{} {}", boot.trim(), qemu.display());
-    let works = cache::load::<bool>("kvm", &key).unwrap_or_else(|| {
-        let works = run_probe(qemu).unwrap_or(false);
-        cache::save("kvm", &key, &works);
-        works
-    });
-    if works { Ok(()) } else { Err("/dev/kvm opens, but a guest in long mode does not run".to_owned()) }
+    let works = match cache::load::<bool>("kvm", &key) {
+        Some(known) => Some(known),
+        None => run_probe(qemu).map_err(|error| format!("{error:#}"))?.inspect(|works| cache::save("kvm", &key, works)),
+    };
+    match works {
+        Some(true) => Ok(()),
+        Some(false) => Err("/dev/kvm opens, but a guest in long mode does not run".to_owned()),
+        None => Err(format!("{} under KVM ended before the probe did", qemu.display())),
+    }
 }
 
-fn run_probe(qemu: &Path) -> Result<bool> {
+/// None: QEMU ended in a way that says nothing about KVM.
+fn run_probe(qemu: &Path) -> Result<Option<bool>> {
     let mut rom = vec![0; ROM_BYTES];
     rom[..LONG_MODE.len()].copy_from_slice(LONG_MODE);
     rom[RESET_VECTOR..RESET_VECTOR + JUMP.len()].copy_from_slice(&JUMP);
@@ -105,13 +109,13 @@ fn run_probe(qemu: &Path) -> Result<bool> {
     let end = Instant::now() + PROBE_TIMEOUT;
     while Instant::now() < end {
         if let Some(status) = child.try_wait().context("waiting for the probe")? {
-            return Ok(status.code() == Some(SUCCESS));
+            return Ok((status.code() == Some(SUCCESS)).then_some(true));
         }
         std::thread::sleep(Duration::from_millis(5));
     }
     child.kill().context("ending the probe")?;
     child.wait().context("waiting for the probe")?;
-    Ok(false)
+    Ok(Some(false))
 }
 
 #[cfg(test)]

@@ -5,13 +5,18 @@ use crate::cache;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
 
 /// A QMP answer of `query-machines` has about 40 KB.
 const MAX_ANSWER_BYTES: u64 = 4 << 20;
+/// It answers within 100 ms; a loaded host may need longer.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QemuFacts {
@@ -57,42 +62,53 @@ pub fn probe(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
 
 fn ask(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
     let socket = std::env::temp_dir().join(format!("stillpoint-probe-{}.sock", std::process::id()));
+    let said = tempfile::tempfile().context("making a file for QEMU's messages")?;
     let child = Command::new(binary)
         .args(["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "stdio"])
         .arg("-plugin")
         .arg(format!("file={},socket={}", plugin.display(), socket.display()))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
+        .stderr(said.try_clone().context("opening the file for QEMU's messages twice")?)
         .spawn()
         .with_context(|| format!("starting {}; install QEMU (Debian: apt-get install qemu-system-x86)", binary.display()))?;
-    let answer = converse(child, binary);
+    let answer = converse(child);
     // The plugin leaves its socket when QEMU goes.
     let _ = std::fs::remove_file(&socket);
-    answer
+    answer.map_err(|error| explain(binary, &messages(said), error))
 }
 
-fn converse(mut child: Child, binary: &Path) -> Result<QemuFacts> {
+/// On a thread of its own, so that a program that says nothing is not waited for.
+fn converse(mut child: Child) -> Result<QemuFacts> {
     let mut input = child.stdin.take().context("the probe's QEMU has no stdin")?;
     let output = child.stdout.take().context("the probe's QEMU has no stdout")?;
-    let mut lines = BufReader::new(output.take(MAX_ANSWER_BYTES));
-    let talk = (|| -> Result<QemuFacts> {
-        let greeting = answer(&mut lines, "QMP")?;
-        ask_one(&mut input, &mut lines, "qmp_capabilities")?;
-        let machines = ask_one(&mut input, &mut lines, "query-machines")?;
-        Ok(QemuFacts { version: version(&greeting)?, machines: machine_types(&machines)? })
-    })();
-    // An answer or none: this QEMU has no guest and nothing to lose.
-    let _ = input.write_all(b"{\"execute\":\"quit\"}\n");
-    drop(input);
-    if talk.is_err() {
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let facts = interview(&mut input, &mut BufReader::new(output.take(MAX_ANSWER_BYTES)));
+        // An answer or none: this QEMU has no guest and nothing to lose.
+        let _ = input.write_all(b"{\"execute\":\"quit\"}\n");
+        let _ = sender.send(facts);
+    });
+    let facts = receiver.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(anyhow!("it did not answer within {PATIENCE:?}")));
+    if facts.is_err() {
         let _ = child.kill();
     }
-    let ended = child.wait_with_output().context("waiting for the probe's QEMU")?;
-    talk.map_err(|error| {
-        let said = String::from_utf8_lossy(&ended.stderr);
-        explain(binary, said.trim(), error)
-    })
+    child.wait().context("waiting for the probe's QEMU")?;
+    facts
+}
+
+fn interview(input: &mut impl Write, lines: &mut impl BufRead) -> Result<QemuFacts> {
+    let greeting = answer(lines, "QMP")?;
+    ask_one(input, lines, "qmp_capabilities")?;
+    let machines = ask_one(input, lines, "query-machines")?;
+    Ok(QemuFacts { version: version(&greeting)?, machines: machine_types(&machines)? })
+}
+
+fn messages(mut file: File) -> String {
+    const QUOTED_BYTES: u64 = 4096;
+    let mut text = Vec::new();
+    let read = file.rewind().and_then(|()| file.take(QUOTED_BYTES).read_to_end(&mut text));
+    read.map(|_| String::from_utf8_lossy(&text).trim().to_owned()).unwrap_or_default()
 }
 
 fn explain(binary: &Path, said: &str, error: anyhow::Error) -> anyhow::Error {
