@@ -12,8 +12,8 @@ use stillpoint_tests::{
     Lab, QmpClient, Random, Recipe, SCRIBBLER_RAM_BYTES, SmallStore, TestMachine, newest_qemu, on_each_qemu, read_image, wait_until,
 };
 
-const SEEDS: &[u64] = &[1, 20_260_711];
-const ACTIONS: usize = 14;
+const SEEDS: &[u64] = &[1, 7, 20_260_711];
+const ACTIONS: usize = 40;
 const DISK_BLOCK: u64 = 512;
 /// Where a helper dies in these runs; `kills.rs` has them all.
 const POINTS: &[&str] = &["prepared", "round", "freeze.frozen", "drain", "commit", "committed"];
@@ -143,6 +143,7 @@ impl<'lab> Run<'lab> {
 
     fn check_all(self, seed: u64) {
         let Self { lab, machine, truths, disks, story, .. } = self;
+        eprintln!("{story:#?}");
         lab.verify("p");
         let listed = lab.list("p");
         machine.kill();

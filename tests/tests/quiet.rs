@@ -19,7 +19,7 @@ fn an_idle_guest_costs_next_to_nothing() {
         let sizes: Vec<u64> = (0..3)
             .map(|_| {
                 std::thread::sleep(Duration::from_secs(1));
-                machine.checkpoint().outcome.bytes_stored_raw
+                machine.checkpoint().outcome.bytes_stored
             })
             .collect();
         assert!(sizes.iter().all(|size| *size <= IDLE_BYTES), "{sizes:?} bytes for an idle second each");

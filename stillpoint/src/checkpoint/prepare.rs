@@ -55,8 +55,8 @@ impl Checkpointer {
         }
         self.machine.check_devices().await?;
         self.ensure_session().await?;
-        let disks = self.machine.disks().await?.disks;
         self.clean_up().await?;
+        let disks = self.machine.disks().await?.disks;
         let spaces = disk_spaces(&disks)?;
         self.ensure_base(&spaces).await?;
         let layers_begun = Instant::now();
