@@ -27,6 +27,7 @@ use cli::{Cli, Command};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::FmtSpan;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -49,6 +50,7 @@ fn log_to_stderr(cli: &Cli) {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
+        .with_span_events(FmtSpan::CLOSE)
         .init();
 }
 

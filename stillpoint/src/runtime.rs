@@ -165,7 +165,10 @@ impl RuntimeDir {
             };
             if Instant::now() >= end {
                 let pid = std::fs::read_to_string(self.helper_pid()).unwrap_or_default();
-                return Err(refused(format!("a helper (pid {}) is attached to this machine already; use it, or replace it by 'stillpoint attach --take-over'", pid.trim())));
+                return Err(refused(format!(
+                    "a helper (pid {}) is attached to this machine already; use it, or replace it by 'stillpoint attach --take-over'",
+                    pid.trim()
+                )));
             }
             std::thread::sleep(Duration::from_millis(10));
         }

@@ -126,6 +126,12 @@ impl Lab {
         rows.map(|row| row["id"].as_u64().expect("a number")).collect()
     }
 
+    /// Neither a QEMU nor a helper of that name answers.
+    pub fn nothing_runs(&self, name: &str) -> bool {
+        let socket = |file: &str| std::os::unix::net::UnixStream::connect(self.runtime().join(name).join(file));
+        ["plugin.sock", "control.sock"].iter().all(|file| socket(file).is_err())
+    }
+
     /// Reads back all that the machine has in the store.
     pub fn verify(&self, name: &str) {
         let report = self.run(&["verify", name, "--json"]).expect_success().json();

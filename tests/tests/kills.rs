@@ -27,6 +27,13 @@ fn die_at(machine: &TestMachine, point: &str) {
     assert!(machine.qemu_runs(), "{point}: QEMU died with its helper");
 }
 
+/// The same with a helper of its own.
+fn die_attached(machine: &TestMachine, point: &str) {
+    machine.kill_helper();
+    machine.attach_with(&[], &[("STILLPOINT_DIE_AT", point)]);
+    die_at(machine, point);
+}
+
 /// After a death at `point`: the guest goes on, the store has whole checkpoints only, the next one is complete.
 fn recover(lab: &Lab, machine: &TestMachine, point: &str, known: &[u64]) -> Taken {
     // Only a guest that was stopped at that moment needs somebody to let it go on.
@@ -60,9 +67,11 @@ fn a_helper_may_die_at_every_point_of_a_checkpoint() {
         let mut known = vec![machine.checkpoint().outcome.id];
         let mut all = Vec::new();
         for point in points() {
-            machine.kill_helper();
-            machine.attach_with(&[], &[("STILLPOINT_DIE_AT", &point)]);
-            die_at(&machine, &point);
+            if point == "round.paused" {
+                // Live rounds come only where much is dirty: for a helper that does not know what has changed.
+                die_attached(&machine, "prepared");
+            }
+            die_attached(&machine, &point);
             let taken = recover(&lab, &machine, &point, &known);
             known = lab.list("m");
             assert_eq!(known.last(), Some(&taken.outcome.id));
@@ -84,9 +93,7 @@ fn a_helper_may_die_at_every_point_of_the_first_checkpoint() {
         assert!(!machine.qmp().is_running(), "it died while the guest was stopped");
         let first_points = ["round", "freeze.paused", "freeze.frozen", "drain", "upload", "commit"];
         for point in first_points {
-            machine.attach_with(&[], &[("STILLPOINT_DIE_AT", point)]);
-            machine.assert_goes_on();
-            die_at(&machine, point);
+            die_attached(&machine, point);
             assert_eq!(lab.list("m"), [0; 0], "{point}");
         }
         machine.attach();

@@ -143,7 +143,6 @@ impl<'lab> Run<'lab> {
 
     fn check_all(self, seed: u64) {
         let Self { lab, machine, truths, disks, story, .. } = self;
-        eprintln!("{story:#?}");
         lab.verify("p");
         let listed = lab.list("p");
         machine.kill();

@@ -47,6 +47,8 @@ pub enum CheckpointKind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineRecord {
     pub qemu_version: String,
+    /// Path of the QEMU program on the host of the checkpoint: what a restore tries first.
+    pub program: String,
     /// Its versioned name (`pc-q35-10.0`), so that a newer QEMU builds the same machine.
     pub machine_type: String,
     pub accelerator: String,

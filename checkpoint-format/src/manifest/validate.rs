@@ -164,6 +164,7 @@ impl Manifest {
 
 fn check_machine(machine: &MachineRecord) -> Result<(), ManifestError> {
     MANIFEST.text("machine.qemu_version", &machine.qemu_version)?;
+    MANIFEST.text("machine.program", &machine.program)?;
     MANIFEST.named("machine.machine_type", &machine.machine_type)?;
     MANIFEST.text("machine.accelerator", &machine.accelerator)?;
     MANIFEST.count("arguments", machine.arguments.len(), MAX_ARGUMENTS)?;

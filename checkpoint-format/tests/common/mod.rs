@@ -142,6 +142,7 @@ pub fn sample_manifest() -> Manifest {
 fn sample_machine() -> MachineRecord {
     MachineRecord {
         qemu_version: "10.0.2".into(),
+        program: "/usr/bin/qemu-system-x86_64".into(),
         machine_type: "pc-q35-10.0".into(),
         accelerator: "tcg".into(),
         arguments: vec!["-nodefaults".into(), "-name".into(), "a \"quoted\" näme".into()],

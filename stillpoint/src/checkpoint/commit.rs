@@ -14,8 +14,10 @@ use checkpoint_store::Durable;
 use qmp_bridge::disks::Disk;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
+use tracing::instrument;
 
 impl Checkpointer {
+    #[instrument(name = "commit", level = "debug", skip_all)]
     pub(super) async fn commit(&mut self, run: &mut Run, phases: &mut Phases) -> Result<Outcome> {
         let begun = Instant::now();
         let packs = run.packer.take().context("the packer is gone")?.finish().await?;
@@ -74,6 +76,7 @@ impl Checkpointer {
             stillpoint_version: env!("CARGO_PKG_VERSION").to_owned(),
             machine: MachineRecord {
                 qemu_version: facts.qemu.to_string(),
+                program: file.qemu.to_string_lossy().into_owned(),
                 machine_type: file.machine_type.clone(),
                 accelerator: file.accelerator.clone(),
                 arguments: file.arguments.clone(),

@@ -17,6 +17,7 @@ use qmp_bridge::capture::{FrozenDisk, FrozenDisks};
 use qmp_bridge::nbd::{Content, ContentRange, ContextExtents, NbdClient, content_ranges, context};
 use std::time::Instant;
 use tokio::sync::mpsc;
+use tracing::instrument;
 
 /// A disk's extents are looked up for this much of it at a time.
 const WINDOW: u64 = 1 << 30;
@@ -33,6 +34,7 @@ enum Piece {
 }
 
 impl Checkpointer {
+    #[instrument(name = "drain", level = "debug", skip_all)]
     pub(super) async fn drain(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
         let begun = Instant::now();
         self.drain_disks(run, report).await.context("reading the disks' instant")?;

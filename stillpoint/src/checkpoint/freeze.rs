@@ -16,11 +16,13 @@ use dirty_tracker::DirtyLease;
 use qmp_bridge::Paused;
 use qmp_bridge::device_state::DeviceStateFile;
 use std::time::{Duration, Instant};
+use tracing::instrument;
 
 /// A freeze that would copy more than this is not begun: about 100 ms of copying.
 const MOST_FREEZE_PAGES: PageCount = PageCount(96 * 256);
 
 impl Checkpointer {
+    #[instrument(name = "round", level = "debug", skip_all)]
     pub(super) async fn rounds(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
         let begun = Instant::now();
         let mut before = None;
@@ -103,6 +105,7 @@ impl Checkpointer {
         Ok(())
     }
 
+    #[instrument(name = "freeze", level = "debug", skip_all)]
     pub(super) async fn freeze(&mut self, run: &mut Run, phases: &mut Phases) -> Result<()> {
         let prepared = run.prepared.take().context("the disks are not prepared")?;
         let lease = run.lease.take().context("the lease is gone")?;

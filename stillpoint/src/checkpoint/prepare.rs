@@ -18,6 +18,7 @@ use qmp_bridge::device_state::DeviceStateFile;
 use qmp_bridge::disks::Disk;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tracing::instrument;
 
 /// Room for copied pages: 160 MiB. With packs being filled, written and waiting (96 MiB) that is the staging of 256 MiB.
 pub const STAGING_PAGES: PageCount = PageCount((160 << 20) / 4096);
@@ -45,6 +46,7 @@ pub struct Run {
 }
 
 impl Checkpointer {
+    #[instrument(name = "prepare", level = "debug", skip_all)]
     pub(super) async fn prepare(&mut self, phases: &mut Phases, report: &Report) -> Result<Run> {
         let begun = Instant::now();
         report.say("prepare", 0, 0);

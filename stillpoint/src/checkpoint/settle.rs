@@ -7,12 +7,14 @@ use anyhow::Result;
 use checkpoint_format::{CheckpointSeq, PageCount};
 use checkpoint_store::Durable;
 use std::sync::Arc;
+use tracing::instrument;
 
 /// Staging memory that stays between checkpoints, already faulted in.
 const KEPT_STAGING: PageCount = PageCount((16 << 20) / 4096);
 
 impl Checkpointer {
     /// The checkpoint is durable; nothing that fails here can undo that.
+    #[instrument(name = "settle", level = "debug", skip_all)]
     pub(super) async fn settle(&mut self, run: &mut Run, durable: Durable) {
         let seq = durable.seq();
         if let Some(lease) = run.lease.take() {

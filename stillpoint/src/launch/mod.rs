@@ -13,12 +13,13 @@ pub mod probe;
 mod readconfig;
 mod refuse;
 
+use crate::exit::refused;
 use crate::runtime::{MachineFile, RuntimeDir};
 use crate::stores;
 use anyhow::{Context, Result, anyhow, bail};
 use checkpoint_format::VmName;
 use command::Start;
-use dirty_tracker::GuestMemory;
+use dirty_tracker::{GuestMemory, HostSupport};
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -55,7 +56,8 @@ fn describe(request: &RunRequest, plugin: &Path) -> Result<MachineFile> {
     let qemu = find_program(&request.qemu)?;
     let facts = probe::probe(&qemu, plugin)?;
     let options = readconfig::expand(arguments::parse(&request.arguments)?)?;
-    refuse::check(&options)?;
+    refuse::check(&options).map_err(|error| refused(error.to_string()))?;
+    check_host()?;
     let accelerator = accelerator::choose(&options, &qemu)?;
     eprintln!("stillpoint: {} runs on {} ({})", request.name, accelerator.name, accelerator.reason);
     let options = accelerator::without(options);
@@ -79,6 +81,17 @@ fn describe(request: &RunRequest, plugin: &Path) -> Result<MachineFile> {
         directory,
         restored_from: None,
     })
+}
+
+/// Before the guest starts: what the tracker needs of this kernel, and of our rights.
+fn check_host() -> Result<()> {
+    let host = HostSupport::probe();
+    if host.can_track {
+        return Ok(());
+    }
+    let missing = host.checks.iter().filter(|check| !check.ok);
+    let missing = missing.map(|check| format!("{}: {}; {}", check.name, check.detail, check.remedy.unwrap_or("see 'stillpoint doctor'")));
+    Err(refused(format!("this host cannot track a guest's writes: {}", missing.collect::<Vec<_>>().join(". "))))
 }
 
 fn options_daemonize(options: &[arguments::QemuOption]) -> bool {

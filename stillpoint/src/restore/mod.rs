@@ -28,7 +28,7 @@ use qmp_bridge::capture::{BitmapTag, start_recording};
 use qmp_bridge::incoming::Incoming;
 use serde_json::{Value, json};
 use source::Source;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub async fn run(args: RestoreArgs) -> Result<()> {
@@ -78,7 +78,7 @@ impl Restore {
         let dir = args.dir.clone().unwrap_or_else(|| PathBuf::from(name.as_str()));
         let dir = std::path::absolute(&dir).with_context(|| format!("making {} absolute", dir.display()))?;
         let plugin = launch::plugin_path()?;
-        let qemu = launch::find_program(args.qemu.as_deref().unwrap_or("qemu-system-x86_64"))?;
+        let qemu = find_qemu(args.qemu.as_deref(), &source.manifest().machine.program)?;
         let facts = launch::probe::probe(&qemu, &plugin)?;
         check_machine_type(source.manifest(), &facts)?;
         let mut phases = Phases::default();
@@ -193,6 +193,15 @@ impl Restore {
             "phases": self.phases.into_map(),
         });
         Report { json: self.args.json, value }
+    }
+}
+
+/// What the user names, else the program of the checkpoint where this host has it, else the one on the PATH.
+fn find_qemu(named: Option<&str>, recorded: &str) -> Result<PathBuf> {
+    match named {
+        Some(name) => launch::find_program(name),
+        None if Path::new(recorded).is_file() => Ok(PathBuf::from(recorded)),
+        None => launch::find_program("qemu-system-x86_64"),
     }
 }
 

@@ -1,0 +1,134 @@
+//! What cannot be checkpointed is refused before a guest runs, and every refusal says what to do instead.
+
+use std::path::Path;
+use stillpoint_tests::{Lab, QmpClient, Recipe, newest_qemu, on_each_qemu, wait_until};
+
+/// A command line, the word of it that the message must name, and a word of the remedy.
+const REFUSED: &[(&str, &str, &str)] = &[
+    ("-m 64 -object memory-backend-ram,id=r,size=64M -machine pc,memory-backend=r", "memory-backend", "leave it out"),
+    ("-m 64 -object memory-backend-memfd,id=r,size=64M -numa node,memdev=r", "memory-backend", "leave it out"),
+    ("-m 64 -mem-path /dev/shm", "mem-path", "leave it out"),
+    ("-chardev null,id=c -device vhost-user-blk-pci,chardev=c", "vhost-user-blk-pci", "use the virtio device"),
+    ("-chardev null,id=c -netdev vhost-user,id=n,chardev=c", "vhost-user", "use tap, user or bridge"),
+    ("-device vfio-pci,host=00:01.0", "vfio-pci", "use an emulated"),
+    ("-device virtio-balloon-pci", "virtio-balloon", "leave the balloon out"),
+    ("-device virtio-mem-pci,memdev=m", "virtio-mem", "by -m"),
+    ("-device ivshmem-doorbell,chardev=c", "ivshmem", "use"),
+    ("-incoming defer", "incoming", "stillpoint restore"),
+    ("-snapshot", "snapshot", "qemu-img create"),
+    ("-drive file=boot.raw,format=raw,snapshot=on", "snapshot=on", "qemu-img create"),
+    ("-machine none", "none", "pc, q35"),
+    ("-machine nonsense", "nonsense", "-machine help"),
+    ("-m 0", "0", "-m"),
+    ("-m lots", "lots", "suffix"),
+    ("-drive", "-drive", "value"),
+    ("-readconfig missing.cfg", "missing.cfg", "No such file"),
+];
+
+fn refuse(lab: &Lab, words: &[&str]) -> String {
+    let ran = lab.run(words);
+    assert!(ran.code == 1 || ran.code == 3, "{words:?} ended with {}: {}", ran.code, ran.err);
+    ran.err
+}
+
+#[test]
+fn what_cannot_be_checkpointed_is_refused_with_a_remedy() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let qemu = qemu.to_str().expect("UTF-8");
+        for (line, named, remedy) in REFUSED {
+            let words: Vec<&str> = ["run", "--name", "m", "--", qemu].into_iter().chain(line.split(' ')).collect();
+            let message = refuse(&lab, &words);
+            assert!(message.contains(named), "{line}: '{named}' is not named in: {message}");
+            assert!(message.contains(remedy), "{line}: no '{remedy}' in: {message}");
+        }
+        assert!(!lab.runtime().join("m").exists(), "a refused machine leaves nothing behind");
+        assert!(!lab.store_directory().exists(), "a refused machine makes no store");
+    });
+}
+
+#[test]
+fn bad_names_are_refused() {
+    let lab = Lab::new(&newest_qemu());
+    let long = "x".repeat(65);
+    for name in ["", "../m", "a/b", "-m", ".hidden", "a b", "m\n", &long] {
+        let ran = lab.run(&["run", &format!("--name={name}"), "--", "qemu-system-x86_64"]);
+        assert_eq!(ran.code, 2, "{name:?}: {}", ran.err);
+    }
+    for checkpoint in ["m@", "m@x", "m@-1", "@1", "m@99999999999999999999"] {
+        assert_eq!(lab.run(&["restore", checkpoint]).code, 2, "{checkpoint}");
+    }
+    refuse(&lab, &["run", "--name", "m", "--", "no-such-qemu"]);
+    let ran = lab.run(&["run", "--name", "m", "--", "/bin/true"]);
+    assert_eq!(ran.code, 1, "{}", ran.err);
+}
+
+#[test]
+fn a_store_that_cannot_be_named_or_is_not_there_is_said_so() {
+    let mut lab = Lab::new(&newest_qemu());
+    let ran = lab.run(&["ls"]);
+    assert!([1, 3, 4].contains(&ran.code) && ran.err.contains("store"), "{ran:?}");
+    assert!(!lab.store_directory().exists(), "looking at a store makes none");
+    std::fs::create_dir_all(lab.path().join("foreign/thing")).expect("the test's directory");
+    for (url, named) in [
+        ("ftp://x/y", "ftp"),
+        ("relative", "relative"),
+        ("hdfs://", "hdfs"),
+        ("hdfs://127.0.0.1:1/x", "127.0.0.1:1"),
+        (&format!("file://{}", lab.path().join("foreign").display()), "foreign"),
+        ("file:///proc/nowhere", "nowhere"),
+    ] {
+        lab.set("STILLPOINT_STORE", url.to_owned());
+        for words in [&["ls"][..], &["restore", "m"], &["verify", "m"], &["show", "m"]] {
+            let ran = lab.run(words);
+            assert!([1, 3, 4].contains(&ran.code), "{url} {words:?}: {ran:?}");
+            assert!(ran.err.contains(named), "{url} {words:?}: {}", ran.err);
+        }
+    }
+}
+
+#[test]
+fn commands_for_a_machine_that_does_not_run_say_so() {
+    let lab = Lab::new(&newest_qemu());
+    for words in [&["checkpoint", "nobody"][..], &["attach", "nobody"]] {
+        let message = refuse(&lab, words);
+        assert!(message.contains("nobody") && message.contains("stillpoint"), "{words:?}: {message}");
+    }
+}
+
+#[test]
+fn a_running_machine_keeps_its_name_and_a_dead_one_gives_it_back() {
+    let lab = Lab::new(&newest_qemu());
+    let recipe = Recipe::scribbler(1);
+    let machine = lab.start("m", &recipe);
+    let words = recipe.command_line(&lab.qemu);
+    let again: Vec<&str> = ["run", "--name", "m", "--"].into_iter().chain(words.iter().map(String::as_str)).collect();
+    let message = refuse(&lab, &again);
+    assert!(message.contains("running") && message.contains("--name"), "{message}");
+    machine.checkpoint();
+    let message = refuse(&lab, &["restore", "m", "--qemu", lab.qemu.to_str().expect("UTF-8")]);
+    assert!(message.contains("running"), "{message}");
+    machine.kill();
+    let machine = lab.start("m", &recipe);
+    let outcome = machine.checkpoint().outcome;
+    assert_eq!((outcome.kind.as_str(), outcome.id), ("full", 2), "another life of the same name is another lineage");
+    lab.verify("m");
+}
+
+/// The launcher stands where QEMU stood: same process, same exit status, and the user's own options all there.
+#[test]
+fn the_launcher_becomes_qemu() {
+    let lab = Lab::new(&newest_qemu());
+    let machine = lab.start("m", &Recipe::scribbler(1).arguments(&["-name", "hello"]));
+    let mut monitor = machine.qmp();
+    assert_eq!(name_of(&mut monitor), "hello");
+    monitor.execute("quit", serde_json::json!({}));
+    assert!(wait_until(std::time::Duration::from_secs(10), || !machine.qemu_runs()));
+    assert!(wait_until(std::time::Duration::from_secs(10), || machine.helper().is_none()), "the helper ends with QEMU");
+    let control = lab.runtime().join("m/control.sock");
+    assert!(!Path::new(&control).exists(), "the helper removes its socket");
+}
+
+fn name_of(monitor: &mut QmpClient) -> String {
+    monitor.execute("query-name", serde_json::json!({}))["name"].as_str().unwrap_or_default().to_owned()
+}
