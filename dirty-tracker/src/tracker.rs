@@ -125,6 +125,8 @@ impl Tracker {
                 let mut existing = PageSet::new(self.regions[index].region.pages());
                 self.populated_into(RegionId(index), &mut existing)?;
                 self.protect_ahead(RegionId(index))?;
+                // A page born between the two calls is protected by now, so nothing else would ever tell of it.
+                self.born_meanwhile_into(RegionId(index), &mut existing)?;
                 self.regions[index].knowledge = Knowledge::Prepared { existing };
             }
         }
@@ -197,8 +199,16 @@ impl Tracker {
     fn take_everything(&self, id: RegionId, pages: &mut PageSet) -> Result<(), TrackerError> {
         self.populated_into(id, pages)?;
         self.protect_now(id)?;
-        // Protected pages that do not exist look swapped out from here on. Those that came into being between the two calls
-        // are in memory.
+        self.born_meanwhile_into(id, pages)
+    }
+
+    /// Pages that came into being between a look at what exists and the end of its protection.
+    ///
+    /// Protected private pages that do not exist look swapped out from here on; those born just now are in memory.
+    fn born_meanwhile_into(&self, id: RegionId, pages: &mut PageSet) -> Result<(), TrackerError> {
+        if let RegionMemory::Shared(_) = self.tracked(id)?.region.memory {
+            self.populated_into(id, pages)?;
+        }
         self.scan_into(id, Categories::PRESENT, Then::Leave, pages)
     }
 

@@ -61,6 +61,35 @@ fn a_prepared_first_lease_has_just_what_exists() {
 }
 
 #[test]
+fn pages_born_while_the_tracker_prepares_are_in_the_first_lease() {
+    const PAGES: u64 = 128 << 10;
+    let mut guest = StandIn::start(PAGES, PAGES);
+    let (mut tracker, shared, private) = guest.attach();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let born = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut born = Vec::new();
+            while !done.load(std::sync::atomic::Ordering::Relaxed) && born.len() < 1000 {
+                // All over the memory, so that some are on either side of the protection wherever it has come.
+                let page = (born.len() as u64 * 48_271) % PAGES;
+                guest.write('s', &[page]);
+                guest.write('p', &[page]);
+                born.push(page);
+            }
+            born
+        });
+        tracker.prepare().unwrap();
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        writer.join().unwrap()
+    });
+    for (memory, region) in [('s', shared), ('p', private)] {
+        let leased = drain(&mut tracker, region);
+        let missing: Vec<&u64> = born.iter().filter(|page| !leased.contains(page)).collect();
+        assert!(missing.is_empty(), "{memory}: {} of {} pages are missing", missing.len(), born.len());
+    }
+}
+
+#[test]
 fn what_exists_before_and_is_not_mapped_counts_as_existing() {
     let mut guest = StandIn::start(64, 1);
     guest.memory.write(5 * PAGE, &[1]).unwrap();
