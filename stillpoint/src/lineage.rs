@@ -2,7 +2,7 @@
 
 use crate::exit::damaged;
 use anyhow::{Context, Result};
-use checkpoint_format::{CheckpointSeq, DigestTable, Manifest, PackIndex, PackRecord, SpaceName, VmName};
+use checkpoint_format::{CheckpointSeq, DigestTable, Manifest, PackIndex, PackRecord, PageCount, SpaceName, SpaceRecord, VmName};
 use checkpoint_store::Repository;
 use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt};
@@ -53,9 +53,13 @@ impl Lineage {
     /// What the newest checkpoint holds, page by page. `sizes` names the spaces wanted and how to hold them.
     pub async fn digests(&self, repository: &Repository, tables: &mut [(SpaceName, DigestTable)]) -> Result<()> {
         let indexes = self.indexes(repository).await?;
-        for index in indexes {
+        let mut indexes = indexes.iter();
+        for manifest in &self.manifests {
+            let packs: Vec<&PackIndex> = indexes.by_ref().take(manifest.packs.len()).collect();
             for (space, table) in tables.iter_mut() {
-                table.apply_pack(space, &index);
+                // As a restore sees it: what a space lost when it shrank, or was away, does not come back.
+                table.truncate(manifest.space(space).map_or(PageCount(0), SpaceRecord::pages));
+                packs.iter().for_each(|index| table.apply_pack(space, index));
             }
         }
         Ok(())

@@ -27,29 +27,24 @@ impl Base {
     pub async fn find(machine: &Machine, repository: &Repository, disks: &[(SpaceName, PageCount)]) -> Result<Self> {
         let vm = &machine.file.name;
         let known = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
-        let newest = known.last().copied();
-        let next = newest.map_or(CheckpointSeq::FIRST, CheckpointSeq::next);
+        let next = known.last().map_or(CheckpointSeq::FIRST, |newest| newest.next());
         let names = names(machine, disks)?;
-        let Some(newest) = newest else {
+        let Some(parent) = parent(machine, repository, &known).await? else {
+            tracing::info!(%vm, %next, "the store has no checkpoint of this life of the machine; the next one is full");
             return Ok(Self::full(next, names, disks.len()));
         };
-        let manifest = crate::lineage::manifest(repository, vm, newest).await?;
-        let continues = manifest.instance == machine.file.instance || machine.file.restored_from == Some(newest);
-        if !continues {
-            tracing::info!(%vm, %newest, "the store's newest checkpoint is of another life of this machine; the next one is full");
-            return Ok(Self::full(next, names, disks.len()));
-        }
-        let lineage = Lineage::read(repository, vm, newest).await?;
+        let lineage = Lineage::read(repository, vm, parent).await?;
+        let manifest = crate::lineage::manifest(repository, vm, parent).await?;
         let mut tables = empty_tables(names, disks.len());
         lineage.digests(repository, &mut tables).await.context("reading what the last checkpoint holds")?;
-        let is_exact = machine.runtime.exact_since() == Some(newest);
+        let is_exact = machine.runtime.exact_since() == Some(parent);
         if is_exact {
             machine.lock_tracker().resume_protection();
         }
-        tracing::info!(%vm, parent = %newest, is_exact, "continuing a lineage");
+        tracing::info!(%vm, %parent, is_exact, "continuing a lineage");
         let mut spaces = spaces(machine, disks, tables);
         spaces.iter_mut().for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
-        Ok(Self { parent: Some(newest), next, spaces, is_exact })
+        Ok(Self { parent: Some(parent), next, spaces, is_exact })
     }
 
     fn full(next: CheckpointSeq, names: Vec<(SpaceName, PageCount)>, disks: usize) -> Self {
@@ -77,6 +72,16 @@ impl Base {
         }
         Ok(())
     }
+}
+
+/// The newest checkpoint that this instance took, else the one that it was restored from (which need not be the newest).
+async fn parent(machine: &Machine, repository: &Repository, known: &[CheckpointSeq]) -> Result<Option<CheckpointSeq>> {
+    let Some(newest) = known.last() else { return Ok(None) };
+    let manifest = crate::lineage::manifest(repository, &machine.file.name, *newest).await?;
+    if manifest.instance == machine.file.instance {
+        return Ok(Some(*newest));
+    }
+    Ok(machine.file.restored_from.filter(|seq| known.contains(seq)))
 }
 
 /// RAM blocks in the tracker's order, then disks, then the device state: a space's place is its number.

@@ -112,6 +112,11 @@ impl Delta {
         jobs.push(PackJob::Zero(self.ids[usize::from(space)], pages.all()));
     }
 
+    /// The space has this size now: what was known of pages beyond is gone.
+    pub fn truncate(&mut self, space: SpaceNumber, pages: PageCount) {
+        self.spaces[usize::from(space)].table.truncate(pages);
+    }
+
     /// Whether the page is news.
     fn take(&mut self, space: SpaceNumber, page: PageIndex, digest: PageDigest) -> bool {
         let space = &mut self.spaces[usize::from(space)];
@@ -234,6 +239,16 @@ mod test {
         assert_eq!(data_pages(&jobs_of(&mut delta, &[(5, 2)])), [5]);
         assert_eq!(data_pages(&jobs_of(&mut delta, &[(5, 1)])), [5]);
         assert_eq!(delta.changed(), PageCount(1));
+    }
+
+    #[test]
+    fn a_page_beyond_a_shrunken_end_is_news_when_it_comes_back() {
+        let mut first = delta(8);
+        jobs_of(&mut first, &[(5, 7), (6, 7)]);
+        let mut second = again(first.settle());
+        second.truncate(0, PageCount(6));
+        let mut third = again(second.settle());
+        assert_eq!(data_pages(&jobs_of(&mut third, &[(5, 7), (6, 7)])), [6]);
     }
 
     #[test]

@@ -55,7 +55,7 @@ impl Checkpointer {
         frozen.export().await?;
         let delta = run.delta.as_mut().context("the tables are gone")?;
         let packer = run.packer.as_ref().context("the packer is gone")?;
-        let (pieces, mut queue) = mpsc::channel(QUEUE);
+        let (pieces, queue) = mpsc::channel(QUEUE);
         let mut readers: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
         for disk in frozen.disks() {
             let number = disk_number(delta, disk);
@@ -65,7 +65,7 @@ impl Checkpointer {
         }
         drop(pieces);
         let readers = futures::future::try_join_all(readers);
-        let collector = collect(delta, packer, &mut queue);
+        let collector = collect(delta, packer, queue);
         let (read, collected) = tokio::join!(readers, collector);
         // A reader that found its queue closed only says so; the collector knows why.
         collected?;
@@ -83,6 +83,8 @@ impl Checkpointer {
         let delta = run.delta.as_mut().context("the tables are gone")?;
         let number = delta.spaces().iter().position(|space| space.name.kind() == SpaceKind::State);
         let number = number.context("the device state has no space")? as SpaceNumber;
+        // A restore forgets the pages that a shrunken space lost, so the table must too.
+        delta.truncate(number, PageCount::covering(run.state_bytes));
         let mut jobs = Vec::new();
         delta.offer(number, PageIndex(0), &state, &mut jobs);
         delta.flush(&mut jobs);
@@ -111,7 +113,8 @@ fn disk_number(delta: &Delta, disk: &FrozenDisk) -> Option<SpaceNumber> {
     delta.spaces().iter().position(|space| is_disk(&space.name, disk)).map(|number| number as SpaceNumber)
 }
 
-async fn collect(delta: &mut Delta, packer: &Packer, queue: &mut mpsc::Receiver<Piece>) -> Result<()> {
+/// Owns the queue: when this ends, whatever for, the readers find it closed and end too.
+async fn collect(delta: &mut Delta, packer: &Packer, mut queue: mpsc::Receiver<Piece>) -> Result<()> {
     let mut jobs = Vec::new();
     while let Some(piece) = queue.recv().await {
         match piece {

@@ -62,6 +62,8 @@ impl Checkpointer {
     }
 
     /// Pages that do not exist hold zeros. Only where the parent holds something else is that news.
+    ///
+    /// What exists is asked of the memory itself. That a page was not taken says nothing: it may be clean.
     async fn offer_holes(&mut self, run: &mut Run, taken: &Taken) -> Result<()> {
         let packer = run.packer.as_ref().context("the packer is gone")?;
         let delta = run.delta.as_mut().context("the tables are gone")?;
@@ -69,6 +71,7 @@ impl Checkpointer {
         for (space, pages) in taken {
             let mut holes = PageSet::full(pages.len());
             holes.subtract(pages);
+            holes.subtract(&round::existing(&self.machine, *space)?);
             for range in holes.ranges() {
                 delta.offer_zero(*space, range, &mut jobs);
             }

@@ -55,6 +55,9 @@ pub struct Checkpointer {
     staging: Staging,
     store: Option<StoreSession>,
     base: Option<Base>,
+    /// The base must be looked up anew, because a commit's outcome is unknown. Whatever it was, the tracker still owes all that
+    /// it owed: holds whether that is everything since the old base.
+    stale: Option<bool>,
     layers: crate::layers::Known,
     /// What an earlier helper may have left in QEMU has been cleaned up.
     is_clean: bool,
@@ -63,7 +66,7 @@ pub struct Checkpointer {
 impl Checkpointer {
     pub fn new(machine: Machine, take_over: bool) -> Self {
         let staging = Staging::new(prepare::STAGING_PAGES);
-        Self { machine, take_over, staging, store: None, base: None, layers: Default::default(), is_clean: false }
+        Self { machine, take_over, staging, store: None, base: None, stale: None, layers: Default::default(), is_clean: false }
     }
 
     /// One checkpoint, complete and durable, or an error and nothing.
@@ -84,10 +87,13 @@ impl Checkpointer {
         match captured {
             Ok(outcome) => Ok(outcome),
             Err(error) => {
+                let error = match run.packer.take() {
+                    Some(packer) => packer.why(error).await,
+                    None => error,
+                };
                 self.abort(run).await;
                 if error.downcast_ref::<StoreError>().is_some_and(StoreError::is_ambiguous) {
-                    // The store knows whether it was committed; ask it before the next one.
-                    self.base = None;
+                    self.stale = self.base.take().map(|base| base.is_exact);
                 }
                 Err(error)
             }

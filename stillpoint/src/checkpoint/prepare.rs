@@ -96,7 +96,9 @@ impl Checkpointer {
         match &mut self.base {
             Some(base) => base.adapt(&self.machine, disks),
             none => {
-                *none = Some(Base::find(&self.machine, &session.repository, disks).await?);
+                let mut base = Base::find(&self.machine, &session.repository, disks).await?;
+                base.is_exact = self.stale.take().unwrap_or(base.is_exact);
+                *none = Some(base);
                 Ok(())
             }
         }

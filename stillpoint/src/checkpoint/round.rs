@@ -41,6 +41,12 @@ pub fn look(machine: &Machine) -> Result<PageCount> {
     Ok(PageCount(dirty))
 }
 
+/// Pages of a RAM space that exist; all others are zero.
+pub fn existing(machine: &Machine, space: SpaceNumber) -> Result<PageSet> {
+    let tracker = machine.lock_tracker();
+    Ok(tracker.populated(region_id(&tracker, space)?)?)
+}
+
 /// Whether another live round shortens the freeze.
 pub fn is_worth_it(rounds: u32, dirty: PageCount, before: Option<PageCount>) -> bool {
     let shrinks = before.is_none_or(|before| (dirty.0 as f64) < before.0 as f64 * WORTH);

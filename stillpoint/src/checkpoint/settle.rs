@@ -64,8 +64,6 @@ impl Checkpointer {
         if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
             base.spaces = delta.fail();
         }
-        // Ends the uploads, so that nothing holds the partial checkpoint any more.
-        drop(run.packer.take());
         self.give_back(&mut run).await;
         if let Some(partial) = run.partial.take().and_then(|partial| Arc::try_unwrap(partial).ok())
             && let Err(error) = partial.abort().await

@@ -42,14 +42,23 @@ fn cannot_live(holder: &WriterRecord, here: &WriterRecord) -> bool {
 
 /// Who claims, for whoever finds the claim later.
 fn writer_record(instance: &str) -> Result<WriterRecord> {
-    let host = nix::unistd::gethostname().context("asking for the host's name")?;
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context("asking for the boot's id")?;
     Ok(WriterRecord {
-        host: host.to_string_lossy().into_owned(),
+        host: host(boot.trim())?,
         boot_id: boot.trim().to_owned(),
         instance: instance.to_owned(),
         pid: std::process::id(),
         claimed_at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     })
+}
+
+/// The host's name, and what tells it from others of that name: the machine's id, and which processes we can see at all.
+fn host(boot: &str) -> Result<String> {
+    let name = nix::unistd::gethostname().context("asking for the host's name")?;
+    let id = std::fs::read_to_string("/etc/machine-id").map(|id| id.trim().to_owned()).ok().filter(|id| !id.is_empty());
+    // Without an id only records of this very boot may look like this host.
+    let id = id.unwrap_or_else(|| boot.to_owned());
+    let processes = std::fs::read_link("/proc/self/ns/pid").context("asking for our process namespace")?;
+    Ok(format!("{} (machine {id}, {})", name.to_string_lossy(), processes.display()))
 }

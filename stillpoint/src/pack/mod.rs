@@ -79,6 +79,14 @@ impl Packer {
         Entrance(self.jobs.clone())
     }
 
+    /// What really went wrong, when `seen` may only be that the pipeline has ended.
+    pub async fn why(self, seen: anyhow::Error) -> anyhow::Error {
+        match self.jobs.is_closed() {
+            true => self.finish().await.err().unwrap_or(seen),
+            false => seen,
+        }
+    }
+
     /// Waits until every pack is stored.
     pub async fn finish(mut self) -> Result<Vec<PackRecord>> {
         let (closed, _) = mpsc::channel(1);

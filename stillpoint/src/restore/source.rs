@@ -80,7 +80,11 @@ impl Source {
         for manifest in &self.0.manifests {
             let first = next;
             next += manifest.packs.len();
-            let Some(then) = manifest.space(name) else { continue };
+            let Some(then) = manifest.space(name) else {
+                // A disk of this name that comes later is another one.
+                map = None;
+                continue;
+            };
             let map = map.get_or_insert_with(|| PageMap::new(name.clone(), then.pages()));
             map.resize(then.pages());
             for number in first..next {
