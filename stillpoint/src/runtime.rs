@@ -130,6 +130,22 @@ impl RuntimeDir {
         Ok(machine)
     }
 
+    /// The devices that the machine had when a helper first asked; `now` is remembered if none did.
+    pub fn devices_at_start(&self, now: &[String]) -> Result<Vec<String>> {
+        let path = self.path.join("devices.json");
+        if !path.exists() {
+            replace(&path, &serde_json::to_vec(now).context("encoding devices.json")?)?;
+        }
+        let text = read_limited(&path, MAX_MACHINE_FILE_BYTES)?;
+        serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))
+    }
+
+    /// A new machine of this name begins: what was known of an earlier one is gone.
+    pub fn forget_earlier(&self) -> Result<()> {
+        self.forget("devices.json")?;
+        self.forget_exact_since()
+    }
+
     /// The checkpoint since which the kernel's dirty bits are exact, if a helper left them so.
     ///
     /// Dirty bits live in the guest's page tables and outlive the helper; a lease that a dying helper held does not.
@@ -144,9 +160,13 @@ impl RuntimeDir {
     }
 
     pub fn forget_exact_since(&self) -> Result<()> {
-        match std::fs::remove_file(self.path.join("exact-since")) {
+        self.forget("exact-since")
+    }
+
+    fn forget(&self, name: &str) -> Result<()> {
+        match std::fs::remove_file(self.path.join(name)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("removing {}/exact-since", self.path.display()))
+                Err(error).with_context(|| format!("removing {}/{name}", self.path.display()))
             }
             _ => Ok(()),
         }

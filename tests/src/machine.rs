@@ -1,5 +1,6 @@
 //! One machine under test, started or restored: its QEMU, its helper, its witness.
 
+use crate::images::read_image;
 use crate::lab::{Lab, Ran};
 use crate::process::{self, Pid, wait_until};
 use crate::qmp::QmpClient;
@@ -7,6 +8,7 @@ use crate::recipe::Recipe;
 use crate::witness::{self, Line};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::Deserialize;
+use serde_json::{Value, json};
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -50,6 +52,8 @@ pub struct TestMachine<'lab> {
     pub name: String,
     /// QEMU's working directory.
     pub directory: PathBuf,
+    /// What `stillpoint restore --json` said; null for a machine that was started.
+    pub report: Value,
     lab: &'lab Lab,
     qemu: Pid,
     /// None when `stillpoint restore` started it.
@@ -67,7 +71,7 @@ impl<'lab> TestMachine<'lab> {
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file")).stderr(log);
         let child = command.spawn().expect("stillpoint can be run");
         let qemu = Pid::from_raw(child.id() as i32);
-        let mut machine = Self { name: name.to_owned(), directory, lab, qemu, child: Some(child) };
+        let mut machine = Self { name: name.to_owned(), directory, report: Value::Null, lab, qemu, child: Some(child) };
         machine.wait_for_qemu();
         machine
     }
@@ -75,19 +79,19 @@ impl<'lab> TestMachine<'lab> {
     pub(crate) fn restore(lab: &'lab Lab, checkpoint: &str, new_name: &str, more: &[&str]) -> Self {
         let directory = lab.fresh_directory(new_name);
         let qemu = lab.qemu.to_str().expect("UTF-8");
-        let mut words = vec!["restore", checkpoint, "--qemu", qemu, "--dir", directory.to_str().expect("UTF-8")];
+        let mut words = vec!["restore", checkpoint, "--json", "--qemu", qemu, "--dir", directory.to_str().expect("UTF-8")];
         if checkpoint.split('@').next() != Some(new_name) {
             words.extend(["--as", new_name]);
         }
         words.extend(more);
         let ran = lab.run(&words);
-        let mut machine = Self { name: new_name.to_owned(), directory, lab, qemu: Pid::from_raw(0), child: None };
+        let mut machine = Self { name: new_name.to_owned(), directory, report: Value::Null, lab, qemu: Pid::from_raw(0), child: None };
         match machine.peer() {
             // Even after a failure, so that it is ended.
             Some(pid) => machine.qemu = pid,
             None => assert_ne!(ran.code, 0, "restore succeeded, but no QEMU answers"),
         }
-        ran.expect_success();
+        machine.report = ran.expect_success().json();
         machine
     }
 
@@ -112,7 +116,7 @@ impl<'lab> TestMachine<'lab> {
         let files = [self.directory.join("qemu.out"), self.runtime_file("qemu.log"), self.runtime_file("helper.log")];
         let texts = files.iter().filter_map(|file| std::fs::read_to_string(file).ok());
         texts
-            .map(|text| text.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"))
+            .map(|text| text.lines().rev().take(60).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"))
             .collect::<Vec<_>>()
             .join("\n")
     }
@@ -178,6 +182,15 @@ impl<'lab> TestMachine<'lab> {
     /// The monitor that every recipe has besides the helper's.
     pub fn qmp(&self) -> QmpClient {
         QmpClient::connect(&self.directory.join("extra.sock"))
+    }
+
+    /// What a drive holds. Where a restored machine has its disks is its own affair: QEMU says.
+    pub fn disk(&self, drive: &str) -> Vec<u8> {
+        let all = self.qmp().execute("query-block", json!({}));
+        let hit = all.as_array().into_iter().flatten().find(|block| block["device"] == drive);
+        let inserted = &hit.unwrap_or_else(|| panic!("no drive {drive} in {all}"))["inserted"];
+        let (file, format) = (inserted["file"].as_str().expect("a file"), inserted["drv"].as_str().expect("a format"));
+        read_image(&self.lab.qemu, &self.directory.join(file), format)
     }
 
     // ---- the helper

@@ -2,6 +2,8 @@
 
 use crate::built::project;
 use crate::images::qemu_img;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -27,6 +29,7 @@ pub struct Recipe {
     words: String,
     arguments: Vec<String>,
     prepare: Vec<Vec<String>>,
+    patches: Vec<(&'static str, u64, &'static [u8])>,
 }
 
 impl Recipe {
@@ -42,7 +45,7 @@ impl Recipe {
     }
 
     fn new(guest: Guest) -> Self {
-        Self { guest, words: String::new(), arguments: Vec::new(), prepare: Vec::new() }
+        Self { guest, words: String::new(), arguments: Vec::new(), prepare: Vec::new(), patches: Vec::new() }
     }
 
     /// More words for the guest's kernel command line; the last of a key wins.
@@ -64,6 +67,12 @@ impl Recipe {
         self
     }
 
+    /// Other bytes in one of the machine's files, before it starts.
+    pub fn patch(mut self, file: &'static str, offset: u64, bytes: &'static [u8]) -> Self {
+        self.patches.push((file, offset, bytes));
+        self
+    }
+
     /// Makes the machine's files in `directory`.
     pub fn furnish(&self, qemu: &Path, directory: &Path) {
         match self.guest {
@@ -76,6 +85,10 @@ impl Recipe {
         for command in &self.prepare {
             let command: Vec<&str> = command.iter().map(String::as_str).collect();
             qemu_img(qemu, directory, &command);
+        }
+        for (name, offset, bytes) in &self.patches {
+            let file = File::options().write(true).open(directory.join(name)).expect("the test's directory");
+            file.write_all_at(bytes, *offset).expect("the test's directory");
         }
     }
 

@@ -13,6 +13,8 @@ fn fill(lab: &Lab) {
     std::thread::sleep(std::time::Duration::from_millis(500));
     machine.checkpoint();
     machine.kill();
+    // A restore would take the base image from there, and not look at the store's.
+    std::fs::remove_dir_all(lab.path().join("m")).expect("the test's directory");
     std::fs::rename(lab.store_directory(), lab.path().join("good")).expect("the test's directory");
 }
 

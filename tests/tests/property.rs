@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, QmpClient, Random, Recipe, SCRIBBLER_RAM_BYTES, SmallStore, TestMachine, newest_qemu, on_each_qemu, read_image, wait_until,
+    Lab, QmpClient, Random, Recipe, SCRIBBLER_RAM_BYTES, SmallStore, TestMachine, newest_qemu, on_each_qemu, wait_until,
 };
 
 const SEEDS: &[u64] = &[1, 7, 20_260_711];
@@ -21,8 +21,6 @@ const POINTS: &[&str] = &["prepared", "round", "freeze.frozen", "drain", "commit
 /// A disk of the machine, and what it holds if everything is right.
 struct ModelDisk {
     drive: &'static str,
-    file: &'static str,
-    format: &'static str,
     content: Vec<u8>,
 }
 
@@ -47,11 +45,7 @@ struct Run<'lab> {
 impl<'lab> Run<'lab> {
     fn start(lab: &'lab Lab, small: Option<&'lab SmallStore>, seed: u64) -> Self {
         let machine = lab.start("p", &Recipe::scribbler(seed as u32));
-        let disk = |drive, file: &'static str, format| {
-            let content = read_image(&lab.qemu, &machine.directory.join(file), format);
-            ModelDisk { drive, file, format, content }
-        };
-        let disks = vec![disk("cow", "cow.qcow2", "qcow2"), disk("odd", "odd.raw", "raw")];
+        let disks = ["cow", "odd"].map(|drive| ModelDisk { drive, content: machine.disk(drive) }).into();
         let mut monitor = machine.qmp();
         wait_for_scribbles(&mut monitor);
         Self { lab, machine, monitor, small, random: Random::new(seed), disks, truths: BTreeMap::new(), story: Vec::new() }
@@ -175,18 +169,11 @@ fn compare(lab: &Lab, id: u64, truth: &Truth, disks: &[ModelDisk]) -> Vec<String
         wrong.push(format!("--paused, but {status}"));
     }
     wrong.extend(differences("memory", &truth.memory, &monitor.memory(SCRIBBLER_RAM_BYTES)));
+    drop(monitor);
     for (disk, content) in disks.iter().zip(&truth.disks) {
-        let found = read_image(&lab.qemu, &file_of(&mut monitor, disk.drive, &restored.directory), disk.format);
-        wrong.extend(differences(disk.file, content, &found));
+        wrong.extend(differences(disk.drive, content, &restored.disk(disk.drive)));
     }
     wrong
-}
-
-/// Where the restored machine has a disk is its own affair: QEMU says.
-fn file_of(monitor: &mut QmpClient, drive: &str, directory: &Path) -> std::path::PathBuf {
-    let all = monitor.execute("query-block", json!({}));
-    let hit = all.as_array().into_iter().flatten().find(|block| block["device"] == drive).expect("the drive is there");
-    directory.join(hit["inserted"]["file"].as_str().expect("a file"))
 }
 
 fn differences(what: &str, expected: &[u8], found: &[u8]) -> Option<String> {

@@ -59,6 +59,7 @@ impl Checkpointer {
         self.ensure_session().await?;
         self.clean_up().await?;
         let disks = self.machine.disks().await?.disks;
+        self.machine.check_disks(&disks)?;
         let spaces = disk_spaces(&disks)?;
         self.ensure_base(&spaces).await?;
         let layers_begun = Instant::now();

@@ -1,6 +1,7 @@
 //! The running machine as the helper holds it: QEMU's monitor, the tracker on its memory, and what it consists of.
 
 use crate::exit::refused;
+use crate::launch::{arguments, paths};
 use crate::runtime::{MachineFile, RuntimeDir};
 use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, PageCount, SpaceName};
@@ -66,12 +67,35 @@ impl Machine {
         self.blocks.iter().map(space).collect()
     }
 
-    /// A device that came by hot-plug may write memory that the tracker cannot see.
+    /// A restore builds the machine from its command line, so what was plugged in or out since has no place there; and a new
+    /// device may write memory that the tracker cannot see.
     pub async fn check_devices(&self) -> Result<()> {
         let devices = devices::guest_devices(&self.qmp).await.context("asking QEMU for its devices")?;
-        match devices.iter().find_map(|device| Some((device, device.refusal()?))) {
+        if let Some((device, why)) = devices.iter().find_map(|device| Some((device, device.refusal()?))) {
+            return Err(refused(format!("device {} ({}) cannot be checkpointed: {why}", device.path, device.kind)));
+        }
+        let now: Vec<String> = devices.iter().map(|device| format!("{} ({})", device.path, device.kind)).collect();
+        let then = self.runtime.devices_at_start(&now)?;
+        let new = now.iter().find(|device| !then.contains(device)).map(|device| format!("{device} was plugged in"));
+        let gone = then.iter().find(|device| !now.contains(device)).map(|device| format!("{device} was unplugged"));
+        match new.or(gone) {
             None => Ok(()),
-            Some((device, why)) => Err(refused(format!("device {} ({}) cannot be checkpointed: {why}", device.path, device.kind))),
+            Some(what) => Err(refused(format!(
+                "{what} after the machine's start, and its command line, from which it would be restored, does not say so; undo that, or start the machine anew with the devices that it should have"
+            ))),
+        }
+    }
+
+    /// Likewise a disk whose image was changed at run time.
+    pub fn check_disks(&self, disks: &[disks::Disk]) -> Result<()> {
+        let options = arguments::parse(&self.file.arguments)?;
+        match disks.iter().find(|disk| !paths::is_named(&options, &self.directory(), &disk.file)) {
+            None => Ok(()),
+            Some(disk) => Err(refused(format!(
+                "disk {} is on {} now, which the machine's command line does not name (a snapshot or mirror was made at run time?); start the machine anew on that file",
+                disk.node,
+                disk.file.display()
+            ))),
         }
     }
 
@@ -104,13 +128,20 @@ fn connect(socket: &Path, pid: Option<u32>) -> Result<PluginHandles> {
             Ok(handles) => return Ok(handles),
             Err(error) => error,
         };
-        if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+        if pid.is_some_and(|pid| !is_alive(pid)) {
             return Err(refused("QEMU has ended before it could be attached; its own output says why"));
         }
         if !error.is_retryable() || Instant::now() >= end {
             return Err(error).context("QEMU's plugin does not answer; is the machine running?");
         }
     }
+}
+
+/// A process that has ended and was not waited for yet is a zombie.
+fn is_alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state follows the name, which stands in parentheses and may hold any letter.
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 fn check(facts: &MachineFacts) -> Result<()> {

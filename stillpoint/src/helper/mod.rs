@@ -14,6 +14,7 @@ use crate::runtime::RuntimeDir;
 use anyhow::{Context, Result};
 use machine::Machine;
 use std::path::Path;
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 pub async fn run(args: HelperArgs) -> Result<()> {
@@ -27,8 +28,19 @@ pub async fn serve(runtime: RuntimeDir, take_over: bool) -> Result<()> {
     let pid = std::process::id().to_string();
     std::fs::write(runtime.helper_pid(), pid).with_context(|| format!("writing {}", runtime.helper_pid().display()))?;
     let control = server::listen(&runtime)?;
+    let socket = runtime.control();
+    let result = serve_machine(runtime, control, take_over).await;
+    remove(&socket);
+    result
+}
+
+async fn serve_machine(runtime: RuntimeDir, control: UnixListener, take_over: bool) -> Result<()> {
     let machine = Machine::attach(runtime).await?;
-    let (name, socket) = (machine.file.name.clone(), machine.runtime.control());
+    // Remembers what the machine began with, and says at once if it cannot be checkpointed; it may be mended while it runs.
+    if let Err(error) = machine.check_devices().await {
+        tracing::warn!(error = format!("{error:#}"), "no checkpoint can be taken as the machine is");
+    }
+    let name = machine.file.name.clone();
     tracing::info!(%name, qemu = machine.pid, version = %machine.facts.qemu, accelerator = machine.facts.accelerator.as_str(), "attached");
     let qmp = machine.qmp.clone();
     let mut checkpointer = Checkpointer::new(machine, take_over);
@@ -43,7 +55,6 @@ pub async fn serve(runtime: RuntimeDir, take_over: bool) -> Result<()> {
         _ = tokio::signal::ctrl_c() => tracing::info!(%name, "interrupted"),
     }
     server.end().await;
-    remove(&socket);
     Ok(())
 }
 

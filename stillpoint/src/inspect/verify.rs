@@ -8,7 +8,8 @@ use crate::lineage::{self, Lineage};
 use crate::terminal::Progress;
 use anyhow::{Context, Result};
 use checkpoint_format::{
-    ContentDigest, HEADER_LEN, Manifest, PAGE_SIZE, PackHeader, PackIndex, PackRecord, PageDigest, PageRun, RunSource, Slot,
+    ContentDigest, FOOTER_LEN, HEADER_LEN, Manifest, PAGE_SIZE, PackFooter, PackHeader, PackIndex, PackRecord, PageDigest, PageRun,
+    RunSource, Slot,
 };
 use checkpoint_store::Repository;
 use serde_json::json;
@@ -102,6 +103,13 @@ async fn check_pack(
     let header = repository.read_pack_range(vm, seq, pack.name.as_str(), 0, HEADER_LEN as u64).await?;
     if PackHeader::parse(&header)?.id != pack.info.id {
         return Err(damaged("its header is another pack's"));
+    }
+    let footer = repository.read_pack_range(vm, seq, pack.name.as_str(), pack.info.len.0 - FOOTER_LEN as u64, FOOTER_LEN as u64).await?;
+    if PackFooter::parse(&footer)? != pack.info.footer() {
+        return Err(damaged("its footer is not the one that the manifest describes"));
+    }
+    if repository.pack_len(vm, seq, pack.name.as_str()).await? != pack.info.len.0 {
+        return Err(damaged(format!("its file does not have the {} bytes that the manifest says", pack.info.len)));
     }
     report.packs += 1;
     let runs = runs_by_frame(&index);

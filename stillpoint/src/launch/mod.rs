@@ -42,7 +42,7 @@ pub fn run(request: RunRequest) -> Result<std::convert::Infallible> {
     stores::connect(&machine.store)?;
     runtime.create()?;
     refuse_running(&runtime)?;
-    runtime.forget_exact_since()?;
+    runtime.forget_earlier()?;
     runtime.save_machine(&machine)?;
     let memory = GuestMemory::create(machine.name.as_ref(), machine.ram_bytes).context("making the guest's memory")?;
     spawn_helper(&machine.name, request.runtime_base.as_deref(), &runtime, false)?;

@@ -35,6 +35,9 @@ pub struct Normalized {
 pub fn normalize(options: Vec<QemuOption>, facts: &QemuFacts) -> Result<Normalized> {
     let wanted = machine_type(&options);
     let machine = facts.machine(wanted.as_deref())?;
+    if machine.name == "none" {
+        bail!("machine type none has no guest to checkpoint; name another by -machine");
+    }
     let Some(ram_block) = machine.default_ram_id.clone() else {
         bail!("machine type {} has no main RAM of its own; Stillpoint knows pc, q35 and microvm", machine.name);
     };

@@ -1,8 +1,9 @@
 //! Files that a command line names: which of them a checkpoint must carry, and how a restored machine gets its own.
 
-use super::arguments::QemuOption;
+use super::arguments::{KeyList, QemuOption};
 use serde_json::Value;
 use std::collections::HashMap;
+use std::path::Path;
 
 /// Options whose whole value is a file that QEMU reads at its start, and reads again when the guest reboots.
 const WHOLE: &[&str] = &["kernel", "initrd", "bios", "dtb"];
@@ -36,35 +37,68 @@ pub fn repath(options: Vec<QemuOption>, new: &HashMap<String, String>) -> Vec<Qe
     options.into_iter().map(|option| repath_one(option, new)).collect()
 }
 
-fn repath_one(option: QemuOption, new: &HashMap<String, String>) -> QemuOption {
-    let Some(value) = &option.value else { return option };
-    if let Some(path) = new.get(value) {
-        return QemuOption::with(&option.name, path);
-    }
-    if value.starts_with('{') {
-        let Ok(mut tree) = serde_json::from_str::<Value>(value) else { return option };
-        repath_json(&mut tree, new);
-        return QemuOption::with(&option.name, tree.to_string());
-    }
-    let mut keys = option.keys();
-    // `file:PATH` is the old form of a character device's path.
-    let changed = keys.map_values(|old| {
-        let (scheme, path) = old.strip_prefix("file:").map_or(("", old), |path| ("file:", path));
-        new.get(path).map(|path| format!("{scheme}{path}"))
-    });
-    if changed { QemuOption::with(&option.name, keys.to_string()) } else { option }
+/// Whether some value is this file; relative ones belong to `directory`. A machine whose disk came by another way (a
+/// snapshot or a mirror made at run time) would be restored with the disk that the command line names.
+pub fn is_named(options: &[QemuOption], directory: &Path, file: &Path) -> bool {
+    let real = file.canonicalize().ok();
+    let is_it = |text: &str| {
+        let path = directory.join(text);
+        path == file || real.is_some() && path.canonicalize().ok() == real
+    };
+    options.iter().any(|option| {
+        let mut found = false;
+        map_paths(option.value(), &mut |path| {
+            found |= is_it(path);
+            None
+        });
+        found
+    })
 }
 
-fn repath_json(tree: &mut Value, new: &HashMap<String, String>) {
-    match tree {
-        Value::String(text) => {
-            if let Some(path) = new.get(text) {
-                *text = path.clone();
-            }
+fn repath_one(option: QemuOption, new: &HashMap<String, String>) -> QemuOption {
+    match map_paths(option.value(), &mut |path| new.get(path).cloned()) {
+        Some(value) => QemuOption::with(&option.name, value),
+        None => option,
+    }
+}
+
+/// Shows every value that may be a path to `change`; the new text if anything changed.
+fn map_paths(value: &str, change: &mut dyn FnMut(&str) -> Option<String>) -> Option<String> {
+    if let Some(path) = change(value) {
+        return Some(path);
+    }
+    if value.starts_with('{') {
+        return map_json(value, change);
+    }
+    let mut keys = KeyList::parse(value);
+    // `file:PATH` is the old form of a character device's path, `json:{…}` that of a block device.
+    let changed = keys.map_values(|old| {
+        if let Some(tree) = old.strip_prefix("json:") {
+            return map_json(tree, change).map(|tree| format!("json:{tree}"));
         }
-        Value::Array(list) => list.iter_mut().for_each(|item| repath_json(item, new)),
-        Value::Object(map) => map.values_mut().for_each(|item| repath_json(item, new)),
-        _ => {}
+        let (scheme, path) = old.strip_prefix("file:").map_or(("", old), |path| ("file:", path));
+        change(path).map(|path| format!("{scheme}{path}"))
+    });
+    changed.then(|| keys.to_string())
+}
+
+fn map_json(text: &str, change: &mut dyn FnMut(&str) -> Option<String>) -> Option<String> {
+    let mut tree: Value = serde_json::from_str(text).ok()?;
+    map_tree(&mut tree, change).then(|| tree.to_string())
+}
+
+fn map_tree(tree: &mut Value, change: &mut dyn FnMut(&str) -> Option<String>) -> bool {
+    match tree {
+        Value::String(text) => match change(text) {
+            Some(path) => {
+                *text = path;
+                true
+            }
+            None => false,
+        },
+        Value::Array(list) => list.iter_mut().fold(false, |changed, item| map_tree(item, change) | changed),
+        Value::Object(map) => map.values_mut().fold(false, |changed, item| map_tree(item, change) | changed),
+        _ => false,
     }
 }
 
@@ -93,5 +127,22 @@ mod test {
             line,
             r#"-drive file=/r/d,,1.img,node-name=d.img2 -serial file:/r/log -blockdev {"driver":"file","filename":"/r/d,1.img"} -kernel /r/d,1.img"#
         );
+    }
+
+    #[test]
+    fn a_disk_is_named_wherever_its_path_stands() {
+        let line = r#"-drive file=sub/a.img,if=none -drive file=json:{"driver":"raw",,"file":{"driver":"file",,"filename":"/abs/b.img"}} -hda c.img"#;
+        let options = options(line);
+        let named = |file: &str| is_named(&options, Path::new("/vm"), Path::new(file));
+        assert!(named("/vm/sub/a.img") && named("/abs/b.img") && named("/vm/c.img"));
+        assert!(!named("/vm/a.img") && !named("/vm/snap.qcow2"));
+    }
+
+    #[test]
+    fn a_json_drive_gets_its_new_path() {
+        let new = HashMap::from([("/abs/b.img".to_owned(), "/r/b.img".to_owned())]);
+        let line = r#"-drive file=json:{"driver":"raw",,"file":{"driver":"file",,"filename":"/abs/b.img"}},if=none"#;
+        let line = words(&repath(options(line), &new)).join(" ");
+        assert!(line.contains(r#""filename":"/r/b.img""#) && line.ends_with(",if=none"), "{line}");
     }
 }

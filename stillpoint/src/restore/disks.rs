@@ -51,7 +51,7 @@ fn insert(paths: &mut NewPaths, old_directory: &Path, old: &str, new: &Path) {
 }
 
 /// A name of the new image: the node's, since two disks may have had files of one name in different directories.
-fn file_name(disk: &DiskRecord) -> String {
+pub fn file_name(disk: &DiskRecord) -> String {
     let safe = |letter: char| if letter.is_ascii_alphanumeric() || "-_.".contains(letter) { letter } else { '_' };
     let stem: String = disk.node.chars().map(safe).collect();
     format!("{}.{}", stem.trim_start_matches('.'), disk.format)

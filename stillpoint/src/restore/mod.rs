@@ -17,6 +17,7 @@ use crate::helper::attach;
 use crate::helper::machine::Machine;
 use crate::inspect::{self, print_json};
 use crate::launch;
+use crate::launch::arguments::QemuOption;
 use crate::runtime::{MachineFile, RuntimeDir};
 use crate::terminal::bytes;
 use anyhow::{Context, Result};
@@ -97,12 +98,13 @@ impl Restore {
         let runtime_path = self.runtime.path().to_owned();
         let paths = disks::restore(&self.source, &layers, &self.dir, &self.qemu, &runtime_path).await?;
         self.phases.since("disks", step);
-        let file = self.machine_file(paths)?;
+        let mut file = self.machine_file(&layers, paths)?;
         self.claim(&file).await?;
-        self.runtime.forget_exact_since()?;
-        self.runtime.save_machine(&file)?;
+        self.runtime.forget_earlier()?;
         let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes).context("making the guest's memory")?;
         let new = NewQemu::start(&file, &self.runtime, &self.plugin, &memory)?;
+        file.pid = Some(new.pid());
+        self.runtime.save_machine(&file)?;
         match self.bring_up(memory).await {
             Ok(()) => new.leave(),
             Err(error) => return Err(new.explain(error)),
@@ -115,11 +117,12 @@ impl Restore {
     }
 
     /// The command line of the old machine with the files of the new one.
-    fn machine_file(&self, mut paths: disks::NewPaths) -> Result<MachineFile> {
+    fn machine_file(&self, layers: &LocalLayers, mut paths: disks::NewPaths) -> Result<MachineFile> {
         let record = &self.source.manifest().machine;
         paths.extend(self.args.map.iter().map(|map| (map.old.clone(), map.new.clone())));
         let options = launch::paths::repath(launch::arguments::parse(&record.arguments)?, &paths);
         let manifest = self.source.manifest();
+        check_disks(manifest, layers, &options, &self.dir)?;
         Ok(MachineFile {
             format: MachineFile::FORMAT,
             name: self.args.new_name.clone().unwrap_or_else(|| manifest.vm.clone()),
@@ -215,6 +218,23 @@ fn check_machine_type(manifest: &Manifest, facts: &launch::probe::QemuFacts) -> 
         "QEMU {} does not know the machine type {wanted}; the checkpoint was taken with QEMU {}: name a QEMU as new as that by --qemu",
         facts.version, manifest.machine.qemu_version
     )))
+}
+
+/// Every disk must be on the new command line, or QEMU would open files of the old machine.
+fn check_disks(manifest: &Manifest, layers: &LocalLayers, options: &[QemuOption], dir: &Path) -> Result<()> {
+    for disk in &manifest.disks {
+        let file = match disk.backing.first().filter(|_| disk.read_only) {
+            Some(layer) => layers.path(layer).to_owned(),
+            None => dir.join(disks::file_name(disk)),
+        };
+        if !launch::paths::is_named(options, dir, &file) {
+            return Err(refused(format!(
+                "the saved command line does not name {}, the file of disk {}; the checkpoint cannot be restored as it is",
+                disk.file, disk.node
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The new QEMU must have built the same RAM blocks, or the state would be loaded into the wrong place.

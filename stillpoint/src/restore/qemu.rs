@@ -38,6 +38,11 @@ impl NewQemu {
         Ok(Self { child: Some(child?), log })
     }
 
+    /// `setsid` becomes QEMU without another fork, because it leads no process group.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().map_or(0, Child::id)
+    }
+
     /// It runs on by itself.
     pub fn leave(mut self) {
         self.child = None;

@@ -1,0 +1,99 @@
+//! Machines on a real HDFS: the ordinary way, with DataNodes that die, and with a NameNode that hangs.
+
+use std::time::{Duration, Instant};
+use stillpoint_tests::{Cluster, Lab, Recipe, TestMachine, newest_qemu, stop_and_continue};
+
+const REPLICAS: u16 = 3;
+/// A hung NameNode is given up after this; with two more tries and the store's own overhead a checkpoint may take thrice as long.
+const STORE_TIMEOUT_SECONDS: u64 = 20;
+
+fn lab(url: &str) -> Lab {
+    let mut lab = Lab::new(&newest_qemu()).with_store(url);
+    lab.set("STILLPOINT_STORE_TIMEOUT", STORE_TIMEOUT_SECONDS.to_string());
+    lab
+}
+
+fn busy() -> Recipe {
+    Recipe::witness("q35-virtio.cfg").words("witness.table_mib=24 witness.check=12288 witness.rate=4000")
+}
+
+/// Copies that a checkpoint has, as the store said when it was written.
+fn replicas(machine: &TestMachine) -> u16 {
+    machine.checkpoint().outcome.replicas.expect("HDFS says how many copies it made")
+}
+
+#[test]
+fn a_machine_lives_on_hdfs() {
+    let cluster = Cluster::shared();
+    let lab = lab(&cluster.fresh_store("machine"));
+    let machine = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
+    machine.wait_for_witness();
+    machine.checkpoint();
+    machine.assert_goes_on();
+    let second = machine.checkpoint();
+    assert_eq!((second.outcome.kind.as_str(), second.outcome.replicas), ("incremental", Some(REPLICAS)));
+    machine.assert_goes_on();
+    machine.kill();
+    std::fs::remove_dir_all(lab.path().join("m")).expect("the test's directory");
+    let restored = lab.restore("m", "m", &[]);
+    restored.assert_continues(&second);
+    assert_eq!(restored.checkpoint().outcome.parent, Some(second.outcome.id));
+    assert_eq!(lab.list("m"), [1, 2, 3]);
+    lab.verify("m");
+}
+
+#[test]
+fn a_datanode_that_dies_costs_copies_and_no_checkpoint() {
+    let cluster = Cluster::to_harm();
+    let lab = lab(&cluster.fresh_store("datanode"));
+    let machine = lab.start("m", &busy());
+    machine.wait_for_witness();
+    machine.checkpoint();
+    machine.assert_goes_on();
+    cluster.kill("datanode-2");
+    let outcome = machine.checkpoint().outcome;
+    assert!(outcome.replicas.is_some_and(|copies| (1..REPLICAS).contains(&copies)), "{outcome:?}");
+    assert!(outcome.notes.iter().any(|note| note.contains("replicas")), "a shortage is told: {outcome:?}");
+    cluster.restart("datanode-2");
+    let taken = std::thread::scope(|scope| {
+        let upload = scope.spawn(|| machine.checkpoint());
+        std::thread::sleep(Duration::from_millis(150));
+        cluster.kill("datanode-3");
+        upload.join().expect("durable all the same")
+    });
+    machine.assert_goes_on();
+    cluster.restart("datanode-3");
+    let last = machine.checkpoint();
+    assert_eq!(last.outcome.parent, Some(taken.outcome.id));
+    lab.verify("m");
+    machine.kill();
+    lab.restore(&taken.name, "taken", &[]).assert_continues(&taken);
+    lab.restore("m", "last", &[]).assert_continues(&last);
+}
+
+#[test]
+fn a_namenode_that_hangs_fails_the_checkpoint_and_stops_no_guest() {
+    let cluster = Cluster::to_harm();
+    let lab = lab(&cluster.fresh_store("namenode"));
+    let machine = lab.start("m", &busy());
+    machine.wait_for_witness();
+    machine.checkpoint();
+    let hung = stop_and_continue(cluster.pid("namenode"));
+    let begun = Instant::now();
+    let ran = std::thread::scope(|scope| {
+        let failing = scope.spawn(|| machine.try_checkpoint());
+        machine.assert_goes_on();
+        failing.join().expect("it ends")
+    });
+    let message = ran.expect_failure(4);
+    let most = Duration::from_secs(STORE_TIMEOUT_SECONDS * 5);
+    assert!(begun.elapsed() < most, "failed only after {:?}: {message}", begun.elapsed());
+    machine.assert_goes_on();
+    drop(hung);
+    let taken = machine.checkpoint();
+    assert_eq!((taken.outcome.kind.as_str(), taken.outcome.parent), ("incremental", Some(1)));
+    assert_eq!(replicas(&machine), REPLICAS);
+    lab.verify("m");
+    machine.kill();
+    lab.restore(&taken.name, "restored", &[]).assert_continues(&taken);
+}

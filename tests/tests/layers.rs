@@ -1,0 +1,86 @@
+//! What machines only read is stored once for all of them, and comes from the nearest place at restore.
+
+use stillpoint_tests::{Lab, Outcome, Recipe, TestMachine, newest_qemu, on_each_qemu};
+
+fn one_checkpoint(lab: &Lab, name: &str, recipe: &Recipe) -> Outcome {
+    let machine = lab.start(name, recipe);
+    let outcome = machine.checkpoint().outcome;
+    machine.kill();
+    outcome
+}
+
+#[test]
+fn machines_on_one_base_image_store_it_once() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let first = one_checkpoint(&lab, "first", &Recipe::scribbler(1));
+        assert!(first.layer_bytes_stored > 0, "{first:?}");
+        let second = one_checkpoint(&lab, "second", &Recipe::scribbler(2));
+        assert_eq!(second.layer_bytes_stored, 0, "the same image at another path");
+        let changed = Recipe::scribbler(3).patch("base.raw", 5 << 20, b"an update of one file");
+        let third = one_checkpoint(&lab, "third", &changed);
+        assert!((1..128 << 10).contains(&third.layer_bytes_stored), "one block of 64 KiB differs: {third:?}");
+        let layers = std::fs::read_dir(lab.store_directory().join("layers")).expect("a store has it").count();
+        assert_eq!(layers, 2);
+        ["first", "second", "third"].iter().for_each(|name| lab.verify(name));
+        let restored = lab.restore("third", "third", &[]);
+        let content = restored.disk("cow");
+        assert_eq!(&content[5 << 20..(5 << 20) + 21], b"an update of one file");
+    });
+}
+
+fn layer_bytes(machine: &TestMachine) -> u64 {
+    machine.report["layer_bytes_read"].as_u64().expect("a number")
+}
+
+#[test]
+fn a_local_copy_serves_only_if_its_content_is_right() {
+    let mut lab = Lab::new(&newest_qemu());
+    let recipe = Recipe::scribbler(4);
+    let machine = lab.start("m", &recipe);
+    let expected = machine.disk("cow");
+    let base = machine.directory.join("base.raw");
+    machine.checkpoint();
+    machine.kill();
+    lab.set("XDG_CACHE_HOME", lab.path().join("cache").display().to_string());
+    lab.set("STILLPOINT_CACHE_DIR", String::new());
+    let check = |what: &str, is_fetched: bool| {
+        let restored = lab.restore("m", "restored", &["--paused"]);
+        assert_eq!(layer_bytes(&restored) > 0, is_fetched, "{what}: {}", restored.report);
+        let found = restored.disk("cow");
+        assert!(found == expected, "{what}: the disk has another content");
+    };
+    check("the base image is where it was", false);
+    let mut other = std::fs::read(&base).expect("the test's directory");
+    other[100] ^= 1;
+    std::fs::write(&base, other).expect("the test's directory");
+    check("a changed image of the same length is where it was", true);
+    check("the cache has it by now", false);
+    std::fs::remove_file(&base).expect("the test's directory");
+    std::fs::remove_dir_all(lab.path().join("cache/stillpoint/layers")).expect("the cache is where it was asked to be");
+    check("neither has it", true);
+}
+
+#[test]
+fn a_chain_of_backing_files_comes_back() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let recipe = Recipe::scribbler(5)
+            .image(&["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "middle.qcow2"])
+            .image(&["create", "-q", "-f", "qcow2", "-b", "middle.qcow2", "-F", "qcow2", "top.qcow2"])
+            .arguments(&["-drive", "file=top.qcow2,format=qcow2,if=none,id=top", "-device", "virtio-blk-pci,drive=top"]);
+        let machine = lab.start("m", &recipe);
+        machine.qmp().disk_io("top", "write -P 9 65536 100000");
+        machine.checkpoint();
+        machine.qmp().disk_io("top", "write -P 8 131072 512");
+        machine.checkpoint();
+        let expected = machine.disk("top");
+        let directory = machine.directory.clone();
+        machine.kill();
+        std::fs::remove_dir_all(directory).expect("the test's directory");
+        let restored = lab.restore("m", "m", &["--paused"]);
+        let found = restored.disk("top");
+        assert!(found == expected && found[65536] == 9 && found[131_072] == 8);
+        assert_eq!(restored.checkpoint().outcome.layer_bytes_stored, 0, "the fetched layers are known");
+    });
+}
