@@ -5,6 +5,7 @@ use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointSeq, DigestTable, Manifest, PackIndex, PackRecord, PageCount, SpaceName, SpaceRecord, VmName};
 use checkpoint_store::Repository;
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 
 /// A longer chain of incremental checkpoints is taken for damage.
@@ -42,24 +43,34 @@ impl Lineage {
 
     /// The indexes of [`Lineage::packs`], in that order.
     pub async fn indexes(&self, repository: &Repository) -> Result<Vec<PackIndex>> {
-        let mut reads: Vec<BoxFuture<'_, Result<PackIndex>>> = Vec::new();
-        let packs = self.packs();
-        for (seq, pack) in packs {
+        self.read_indexes(repository).try_collect().await
+    }
+
+    /// A few at a time: all of a long lineage's indexes together may be larger than the machine.
+    fn read_indexes<'a>(&'a self, repository: &'a Repository) -> BoxStream<'a, Result<PackIndex>> {
+        let mut reads: Vec<BoxFuture<'a, Result<PackIndex>>> = Vec::new();
+        for (seq, pack) in self.packs() {
             reads.push(Box::pin(index(repository, &self.vm, seq, pack)));
         }
-        futures::stream::iter(reads).buffered(READS).try_collect().await
+        futures::stream::iter(reads).buffered(READS).boxed()
     }
 
     /// What the newest checkpoint holds, page by page. `sizes` names the spaces wanted and how to hold them.
     pub async fn digests(&self, repository: &Repository, tables: &mut [(SpaceName, DigestTable)]) -> Result<()> {
-        let indexes = self.indexes(repository).await?;
-        let mut indexes = indexes.iter();
+        let mut indexes = self.read_indexes(repository);
+        let mut sizes = vec![PageCount(0); tables.len()];
         for manifest in &self.manifests {
-            let packs: Vec<&PackIndex> = indexes.by_ref().take(manifest.packs.len()).collect();
-            for (space, table) in tables.iter_mut() {
+            for ((space, table), before) in tables.iter_mut().zip(&mut sizes) {
                 // As a restore sees it: what a space lost when it shrank, or was away, does not come back.
-                table.truncate(manifest.space(space).map_or(PageCount(0), SpaceRecord::pages));
-                packs.iter().for_each(|index| table.apply_pack(space, index));
+                let now = manifest.space(space).map_or(PageCount(0), SpaceRecord::pages);
+                if now < *before {
+                    table.truncate(now);
+                }
+                *before = now;
+            }
+            for _ in &manifest.packs {
+                let index = indexes.try_next().await?.context("a pack of the lineage has no index")?;
+                tables.iter_mut().for_each(|(space, table)| table.apply_pack(space, &index));
             }
         }
         Ok(())

@@ -4,13 +4,17 @@ use super::delta::Space;
 use crate::helper::machine::Machine;
 use crate::lineage::Lineage;
 use anyhow::{Context, Result};
-use checkpoint_format::{ByteLen, CheckpointSeq, DigestTable, PageCount, SpaceKind, SpaceName};
+use checkpoint_format::{ByteLen, CheckpointSeq, ContentDigest, DigestTable, Manifest, PageCount, SpaceKind, SpaceName};
 use checkpoint_store::Repository;
+use std::collections::HashMap;
 
 /// Digests of disk pages in memory, over all disks: those of 4 GiB of content.
 const DISK_TABLES: ByteLen = ByteLen(16 << 20);
 /// Device state has a few hundred KiB; digests for 64 MiB of it.
 const STATE_TABLE: ByteLen = ByteLen(256 << 10);
+
+/// The layers below each writable disk, by node.
+pub type Chains = HashMap<String, Vec<ContentDigest>>;
 
 pub struct Base {
     /// None: the next checkpoint is full.
@@ -20,6 +24,8 @@ pub struct Base {
     /// The tracker knows every page written since the parent. Otherwise its first lease has all pages that exist, and those
     /// that do not exist must be compared as zeros.
     pub is_exact: bool,
+    /// As the parent recorded them.
+    pub chains: Chains,
 }
 
 impl Base {
@@ -44,14 +50,24 @@ impl Base {
         tracing::info!(%vm, %parent, is_exact, "continuing a lineage");
         let mut spaces = spaces(machine, disks, tables);
         spaces.iter_mut().for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
-        Ok(Self { parent: Some(parent), next, spaces, is_exact })
+        Ok(Self { parent: Some(parent), next, spaces, is_exact, chains: chains(&manifest) })
     }
 
     fn full(next: CheckpointSeq, names: Vec<(SpaceName, PageCount)>, disks: usize) -> Self {
         let sizes: Vec<PageCount> = names.iter().map(|(_, pages)| *pages).collect();
         let tables = empty_tables(names, disks);
         let spaces = tables.into_iter().zip(sizes).map(|((name, table), pages)| Space::new(name, pages, table));
-        Self { parent: None, next, spaces: spaces.collect(), is_exact: false }
+        Self { parent: None, next, spaces: spaces.collect(), is_exact: false, chains: Chains::new() }
+    }
+
+    /// The next checkpoint is full: nothing is known of what any page holds.
+    pub fn begin_anew(&mut self) {
+        self.parent = None;
+        self.is_exact = false;
+        for space in &mut self.spaces {
+            space.table.truncate(PageCount(0));
+            space.in_lineage = false;
+        }
     }
 
     /// After a hot-plug: spaces of disks that came get an empty table, those of disks that went are dropped.
@@ -72,6 +88,11 @@ impl Base {
         }
         Ok(())
     }
+}
+
+fn chains(manifest: &Manifest) -> Chains {
+    let writable = manifest.disks.iter().filter(|disk| !disk.read_only);
+    writable.map(|disk| (disk.node.clone(), disk.backing.iter().map(|layer| layer.digest).collect())).collect()
 }
 
 /// The newest checkpoint that this instance took, else the one that it was restored from (which need not be the newest).
@@ -110,7 +131,7 @@ fn empty_tables(names: Vec<(SpaceName, PageCount)>, disks: usize) -> Vec<(SpaceN
 
 fn spaces(machine: &Machine, disks: &[(SpaceName, PageCount)], tables: Vec<(SpaceName, DigestTable)>) -> Vec<Space> {
     let sizes = machine.ram_spaces().into_iter().flatten().chain(disks.iter().cloned());
-    let sizes: std::collections::HashMap<SpaceName, PageCount> = sizes.collect();
+    let sizes: HashMap<SpaceName, PageCount> = sizes.collect();
     let pages = |name: &SpaceName| sizes.get(name).copied().unwrap_or(PageCount(0));
     tables
         .into_iter()

@@ -4,6 +4,7 @@ use super::Checkpointer;
 use super::outcome::{Kind, Outcome, Phases, milliseconds};
 use super::prepare::Run;
 use crate::fault;
+use crate::lineage;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
@@ -25,7 +26,8 @@ impl Checkpointer {
         let partial = Arc::try_unwrap(partial).ok().context("the pack pipeline still holds the checkpoint")?;
         phases.since("upload", begun);
         fault::point("upload");
-        if let (Some(parent), true) = (run.parent, packs.is_empty()) {
+        let is_same = packs.is_empty() && self.is_same_machine(run).await?;
+        if let (Some(parent), true) = (run.parent, is_same) {
             partial.abort().await.context("removing an empty checkpoint")?;
             return self.unchanged(run, parent).await;
         }
@@ -41,6 +43,14 @@ impl Checkpointer {
         self.settle(run, durable).await;
         phases.since("settle", begun);
         Ok(outcome)
+    }
+
+    /// No page differs from the parent; neither do the disks and the sizes of what there is?
+    async fn is_same_machine(&self, run: &Run) -> Result<bool> {
+        let (Some(parent), Some(session)) = (run.parent, &self.store) else { return Ok(false) };
+        let before = lineage::manifest(&session.repository, &self.machine.file.name, parent).await?;
+        let now = self.describe(run, Vec::new(), Totals::default())?;
+        Ok((now.spaces, now.ram_blocks, now.disks, now.machine) == (before.spaces, before.ram_blocks, before.disks, before.machine))
     }
 
     fn totals(&self, run: &Run, packs: &[PackRecord]) -> Totals {

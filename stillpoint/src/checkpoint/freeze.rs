@@ -58,7 +58,12 @@ impl Checkpointer {
         if is_first {
             self.offer_holes(run, &taken).await?;
         }
-        if pages <= self.staging.free() && !is_first { self.stage(taken).await } else { self.spill(run, taken).await }
+        if pages <= self.staging.free() && !is_first {
+            return self.stage(taken).await;
+        }
+        // What was staged is older, so it must reach the packs before.
+        self.drain_staging(run).await?;
+        self.spill(run, taken).await
     }
 
     /// Pages that do not exist hold zeros. Only where the parent holds something else is that news.

@@ -27,16 +27,20 @@ mod store;
 use crate::control::Progress;
 use crate::fault;
 use crate::helper::machine::Machine;
+use crate::launch::command::is_running;
 use anyhow::Result;
 use base::Base;
 use checkpoint_store::StoreError;
 use outcome::{Outcome, Phases, milliseconds};
 use staging::Staging;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use store::StoreSession;
 use tokio::sync::mpsc;
 
 pub use store::claim;
+
+/// Between the end of QEMU's monitor and that of its process.
+const QEMU_EXIT: Duration = Duration::from_secs(5);
 
 /// Tells what goes on to whoever listens; never waits for them.
 pub struct Report(pub mpsc::Sender<Progress>);
@@ -82,7 +86,8 @@ impl Checkpointer {
     }
 
     async fn run_phases(&mut self, phases: &mut Phases, report: &Report) -> Result<Outcome> {
-        let mut run = self.prepare(phases, report).await?;
+        let prepared = self.prepare(phases, report).await;
+        let mut run = prepared.inspect_err(|_| self.look_up_anew())?;
         let captured = self.capture(&mut run, phases, report).await;
         match captured {
             Ok(outcome) => Ok(outcome),
@@ -93,11 +98,17 @@ impl Checkpointer {
                 };
                 self.abort(run).await;
                 if error.downcast_ref::<StoreError>().is_some_and(StoreError::is_ambiguous) {
-                    self.stale = self.base.take().map(|base| base.is_exact);
+                    self.look_up_anew();
                 }
                 Err(error)
             }
         }
+    }
+
+    /// The base may not be what the store has; the tracker still owes all that it owed.
+    fn look_up_anew(&mut self) {
+        self.stale = self.base.take().map(|base| base.is_exact).or(self.stale);
+        self.is_clean = false;
     }
 
     async fn capture(&mut self, run: &mut prepare::Run, phases: &mut Phases, report: &Report) -> Result<Outcome> {
@@ -111,8 +122,20 @@ impl Checkpointer {
         self.commit(run, phases).await
     }
 
-    /// The helper ends in order: another may take the writer's place without force.
+    /// The machine has ended: another may take the writer's place without force.
+    ///
+    /// While QEMU runs the place is kept, whoever ends the helper: a restore elsewhere would make a second machine.
     pub async fn release(&self) {
+        if tokio::time::timeout(Duration::from_millis(1), self.machine.qmp.closed()).await.is_err() {
+            return;
+        }
+        let end = Instant::now() + QEMU_EXIT;
+        while is_running(&self.machine.file.instance) {
+            if Instant::now() >= end {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
         if let Some(session) = &self.store
             && let Err(error) = session.writer.release().await
         {

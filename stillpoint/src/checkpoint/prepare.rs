@@ -1,6 +1,6 @@
 //! Phase `prepare`: all that can be done while the guest runs, so that the freeze has nothing to wait for.
 
-use super::base::Base;
+use super::base::{Base, Chains};
 use super::delta::{Delta, Space};
 use super::outcome::Phases;
 use super::store::StoreSession;
@@ -10,7 +10,7 @@ use crate::helper::machine::lock;
 use crate::layers;
 use crate::pack::{PackJob, PackTarget, Packer};
 use anyhow::{Context, Result};
-use checkpoint_format::{ByteLen, CheckpointSeq, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable};
+use checkpoint_format::{ByteLen, CheckpointSeq, ContentDigest, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable};
 use checkpoint_store::PartialCheckpoint;
 use dirty_tracker::DirtyLease;
 use qmp_bridge::capture::{BitmapTag, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
@@ -54,6 +54,7 @@ impl Checkpointer {
         if self.machine.refresh_blocks().await? {
             self.machine.runtime.forget_exact_since()?;
             self.base.iter_mut().for_each(|base| base.is_exact = false);
+            self.stale = self.stale.map(|_| false);
         }
         self.machine.check_devices().await?;
         self.ensure_session().await?;
@@ -65,6 +66,7 @@ impl Checkpointer {
         let layers_begun = Instant::now();
         let layer_bytes = self.ensure_layers(&disks).await?;
         phases.since("layers", layers_begun);
+        self.follow_chains(&disks)?;
         let run = self.begin_run(disks, layer_bytes).await?;
         phases.since("prepare", begun);
         Ok(run)
@@ -108,7 +110,27 @@ impl Checkpointer {
     async fn ensure_layers(&mut self, disks: &[Disk]) -> Result<u64> {
         let session = self.store.as_ref().context("the store is not open")?;
         let boot = layers::boot_files(&self.machine.file.arguments, &self.machine.directory())?;
-        self.layers.ensure_all(&session.repository, disks, &boot).await
+        let open = self.machine.open_files()?;
+        self.layers.ensure_all(&session.repository, disks, &boot, &open).await
+    }
+
+    /// A disk that stands on other layers than its parent did (a stream or commit at run time) may show other content where
+    /// nothing was written: then all is stored anew.
+    fn follow_chains(&mut self, disks: &[Disk]) -> Result<()> {
+        let chains = disks.iter().map(|disk| Ok((disk.node.clone(), self.chain(disk)?))).collect::<Result<Chains>>()?;
+        let base = self.base.as_mut().context("the base is not known")?;
+        let is_same = |(node, chain): (&String, &Vec<ContentDigest>)| base.chains.get(node).is_none_or(|before| before == chain);
+        if base.parent.is_some() && !chains.iter().all(is_same) {
+            tracing::info!("a disk stands on other layers than before; the next checkpoint is full");
+            base.begin_anew();
+        }
+        base.chains = chains;
+        Ok(())
+    }
+
+    fn chain(&self, disk: &Disk) -> Result<Vec<ContentDigest>> {
+        let layers = disk.backing.iter().map(|image| self.layers.get(&image.file));
+        layers.map(|layer| Ok(layer.context("a layer was not stored")?.digest)).collect()
     }
 
     async fn begin_run(&mut self, disks: Vec<Disk>, layer_bytes: u64) -> Result<Run> {

@@ -9,6 +9,8 @@ use dirty_tracker::{GuestMemory, PluginHandles, Region, RegionMemory, Tracker};
 use qmp_bridge::machine::MachineFacts;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::{Qmp, devices, disks, host_finder, ramblock};
+use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -57,6 +59,14 @@ impl Machine {
         std::fs::read_link(format!("/proc/{}/cwd", self.pid)).unwrap_or_else(|_| self.file.directory.clone())
     }
 
+    /// Device and inode of every file that QEMU has open.
+    pub fn open_files(&self) -> Result<HashSet<(u64, u64)>> {
+        let folder = format!("/proc/{}/fd", self.pid);
+        let files = std::fs::read_dir(&folder).with_context(|| format!("looking at QEMU's open files in {folder}"))?;
+        let facts = files.flatten().filter_map(|file| std::fs::metadata(file.path()).ok());
+        Ok(facts.map(|facts| (facts.dev(), facts.ino())).collect())
+    }
+
     pub async fn disks(&self) -> Result<disks::Disks> {
         disks::list(&self.qmp, Some(&self.directory())).await.context("asking QEMU for its disks")
     }
@@ -102,7 +112,10 @@ impl Machine {
     /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked anew, from nothing. Says whether.
     pub async fn refresh_blocks(&mut self) -> Result<bool> {
         let now = ramblock::ram_blocks(&self.qmp).await.context("asking QEMU for its RAM blocks")?;
-        let same = |(now, then): (&RamBlock, &RamBlock)| now.name == then.name && now.used == then.used;
+        let place = |block: &RamBlock| (block.name.clone(), block.used, block.offset);
+        // Where QEMU is too old to print the address, the offset tells a block that went and came again.
+        let moved = |now: &RamBlock, then: &RamBlock| now.host.is_some() && now.host != then.host;
+        let same = |(now, then): (&RamBlock, &RamBlock)| place(now) == place(then) && !moved(now, then);
         if now.len() == self.blocks.len() && now.iter().zip(&self.blocks).all(same) {
             return Ok(false);
         }

@@ -49,7 +49,7 @@ async fn serve_machine(runtime: RuntimeDir, control: UnixListener, take_over: bo
     let server = server::Server::new(checkpointer);
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     tokio::select! {
-        result = server.run(control) => result?,
+        () = server.run(control) => {},
         () = qmp.closed() => tracing::info!(%name, "QEMU has ended"),
         _ = terminate.recv() => tracing::info!(%name, "asked to end"),
         _ = tokio::signal::ctrl_c() => tracing::info!(%name, "interrupted"),

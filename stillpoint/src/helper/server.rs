@@ -40,9 +40,17 @@ impl Server {
         Self { checkpointer: Arc::new(Mutex::new(checkpointer)) }
     }
 
-    pub async fn run(&self, listener: UnixListener) -> Result<()> {
+    pub async fn run(&self, listener: UnixListener) {
         loop {
-            let (stream, _) = listener.accept().await.context("accepting on the control socket")?;
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of descriptors, say: that passes, and the machine needs its helper.
+                    tracing::warn!(%error, "accepting on the control socket");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    continue;
+                }
+            };
             let server = self.clone();
             tokio::spawn(async move {
                 if let Err(error) = server.converse(stream).await {

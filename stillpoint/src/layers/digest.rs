@@ -21,7 +21,7 @@ pub struct FileDigest {
 }
 
 /// What a file's content is known by: device, inode, size, modification and change times.
-fn identity(facts: &Metadata) -> String {
+pub fn identity(facts: &Metadata) -> String {
     let times = [facts.mtime(), facts.mtime_nsec(), facts.ctime(), facts.ctime_nsec()];
     format!("{:?} {times:?}", [facts.dev(), facts.ino(), facts.size()])
 }

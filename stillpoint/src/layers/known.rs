@@ -1,23 +1,39 @@
 //! The layers of a running machine, found and stored once.
 
 use super::{digest, ensure};
+use crate::exit::refused;
 use crate::launch::{arguments, paths};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, LayerRef};
 use checkpoint_store::Repository;
 use qmp_bridge::disks::Disk;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// By path: a layer that was stored stays stored.
+/// By path and identity: a layer that was stored stays stored, another file under its path is another layer.
 #[derive(Default)]
-pub struct Known(HashMap<PathBuf, LayerRef>);
+pub struct Known(HashMap<PathBuf, (String, LayerRef)>);
 
 impl Known {
-    /// Digests and stores what the machine reads only, and returns how many bytes that stored.
-    pub async fn ensure_all(&mut self, repository: &Repository, disks: &[Disk], boot_files: &[(String, PathBuf)]) -> Result<u64> {
+    /// Digests and stores what the machine reads only, and returns how many bytes that stored. `open` tells which files QEMU
+    /// has open: a layer that was replaced under its path is not what the guest sees.
+    pub async fn ensure_all(
+        &mut self,
+        repository: &Repository,
+        disks: &[Disk],
+        boot_files: &[(String, PathBuf)],
+        open: &HashSet<(u64, u64)>,
+    ) -> Result<u64> {
         let mut stored = 0;
         for (path, format) in read_only_files(disks) {
+            let facts = std::fs::metadata(&path).with_context(|| format!("looking at the layer {}", path.display()))?;
+            if !open.contains(&(facts.dev(), facts.ino())) {
+                return Err(refused(format!(
+                    "{} was replaced by another file since QEMU opened it; put the old one back, or start the machine anew",
+                    path.display()
+                )));
+            }
             stored += self.ensure(repository, &path, &format, path.to_string_lossy().into_owned()).await?;
         }
         for (named, path) in boot_files {
@@ -27,19 +43,21 @@ impl Known {
     }
 
     async fn ensure(&mut self, repository: &Repository, path: &Path, format: &str, named: String) -> Result<u64> {
-        if self.0.contains_key(path) {
+        let facts = std::fs::metadata(path).with_context(|| format!("looking at the layer {}", path.display()))?;
+        let identity = digest::identity(&facts);
+        if self.0.get(path).is_some_and(|(known, _)| *known == identity) {
             return Ok(0);
         }
         let owned = path.to_owned();
-        let found = tokio::task::spawn_blocking(move || digest::of_file(&owned)).await??;
+        let found = tokio::task::spawn_blocking(move || digest::of_file(&owned)).await.context("digesting was cut off")??;
         let stored = ensure(repository, path, found).await?;
         let layer = LayerRef { digest: found.digest, len: ByteLen(found.len.0), format: format.to_owned(), path: named };
-        self.0.insert(path.to_owned(), layer);
+        self.0.insert(path.to_owned(), (identity, layer));
         Ok(stored)
     }
 
     pub fn get(&self, path: &Path) -> Option<&LayerRef> {
-        self.0.get(path)
+        self.0.get(path).map(|(_, layer)| layer)
     }
 }
 

@@ -79,12 +79,15 @@ impl Packer {
         Entrance(self.jobs.clone())
     }
 
-    /// What really went wrong, when `seen` may only be that the pipeline has ended.
-    pub async fn why(self, seen: anyhow::Error) -> anyhow::Error {
-        match self.jobs.is_closed() {
-            true => self.finish().await.err().unwrap_or(seen),
-            false => seen,
+    /// Ends the pipeline, and says what really went wrong, when `seen` may only be that the pipeline has ended.
+    pub async fn why(mut self, seen: anyhow::Error) -> anyhow::Error {
+        if self.jobs.is_closed() {
+            return self.finish().await.err().unwrap_or(seen);
         }
+        self.task.abort();
+        // Waited for, so that nothing holds the target any more.
+        let _ = (&mut self.task).await;
+        seen
     }
 
     /// Waits until every pack is stored.
@@ -154,7 +157,13 @@ impl Pipeline {
 
     async fn push(&mut self, record: Encoded) -> Result<()> {
         match record {
-            Encoded::Zero(space, pages) => self.builder.push_zero(space, pages)?,
+            Encoded::Zero(space, pages) => {
+                if self.builder.push_zero(space, pages).is_err() {
+                    // No room for more runs in this one.
+                    self.close()?;
+                    self.builder.push_zero(space, pages)?;
+                }
+            }
             Encoded::Frame(frame) => {
                 if self.builder.len() >= PACK_BYTES || !self.builder.has_room_for(&frame) {
                     self.close()?;

@@ -29,6 +29,7 @@ use qmp_bridge::capture::{BitmapTag, start_recording};
 use qmp_bridge::incoming::Incoming;
 use serde_json::{Value, json};
 use source::Source;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -90,7 +91,8 @@ impl Restore {
     async fn run(mut self) -> Result<Report> {
         self.runtime.create()?;
         launch::refuse_running(&self.runtime)?;
-        std::fs::create_dir_all(&self.dir).with_context(|| format!("making {}", self.dir.display()))?;
+        let mut builder = std::fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(&self.dir).with_context(|| format!("making {}", self.dir.display()))?;
         let step = Instant::now();
         let layers = LocalLayers::provide(&self.source).await?;
         self.phases.since("layers", step);
@@ -100,6 +102,7 @@ impl Restore {
         self.phases.since("disks", step);
         let mut file = self.machine_file(&layers, paths)?;
         self.claim(&file).await?;
+        self.check_newest().await?;
         self.runtime.forget_earlier()?;
         let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes).context("making the guest's memory")?;
         let new = NewQemu::start(&file, &self.runtime, &self.plugin, &memory)?;
@@ -145,6 +148,15 @@ impl Restore {
     /// Before anything runs: from here on an older helper of this machine cannot commit.
     async fn claim(&self, file: &MachineFile) -> Result<()> {
         checkpoint::claim(self.source.repository(), &file.name, &file.instance, self.args.take_over).await?;
+        Ok(())
+    }
+
+    /// Whoever wrote before the claim may have committed while we were reading.
+    async fn check_newest(&self) -> Result<()> {
+        let newest = inspect::resolve(self.source.repository(), &self.args.checkpoint).await?;
+        if newest != self.seq {
+            return Err(refused(format!("checkpoint {newest} was committed while {} was being restored; run the command again", self.seq)));
+        }
         Ok(())
     }
 

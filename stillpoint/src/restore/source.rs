@@ -1,5 +1,6 @@
 //! The content of a checkpoint: which frame of which pack of its lineage has each page, and reading just those frames.
 
+use crate::exit::damaged;
 use crate::lineage::Lineage;
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -14,6 +15,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Neighbouring frames are read in one go up to this length.
 const BATCH_BYTES: u64 = 4 << 20;
+/// Frames that compressed well are read together up to this content.
+const BATCH_RAW_BYTES: u64 = 16 << 20;
+/// The largest space that is held in memory whole: video memory of a large display.
+const MAX_WHOLE: u64 = 1 << 30;
 /// A gap between two needed frames that is cheaper to read than to skip.
 const GAP_BYTES: u64 = 256 << 10;
 /// Batches being read or decoded at once.
@@ -40,6 +45,7 @@ struct Batch {
     start: u64,
     end: u64,
     frames: Vec<FrameRead>,
+    raw_bytes: u64,
 }
 
 impl Source {
@@ -109,6 +115,9 @@ impl Source {
 
     /// All of a space that fits into memory; pages that no pack has are zero.
     pub async fn read_whole(&self, record: &SpaceRecord) -> Result<Vec<u8>> {
+        if record.bytes.0 > MAX_WHOLE {
+            return Err(damaged(format!("space {} has {} bytes, more than the {MAX_WHOLE} that are possible", record.name, record.bytes)));
+        }
         let map = self.map(&record.name)?;
         let mut content = vec![0; record.pages().as_usize() * PAGE_SIZE];
         let mut runs = std::pin::pin!(self.read(&map));
@@ -127,13 +136,15 @@ impl Source {
         for read in frames {
             let pack = read.pack.0 as usize;
             let entry = self.0.indexes.get(pack).and_then(|index| index.frame(read.frame));
-            let range = entry.with_context(|| format!("pack {pack} of the lineage has no frame {}", read.frame))?.byte_range();
+            let entry = entry.with_context(|| format!("pack {pack} of the lineage has no frame {}", read.frame))?;
+            let (range, raw_bytes) = (entry.byte_range(), entry.raw_len() as u64);
             match batches.last_mut() {
                 Some(last) if last.takes(pack, range.start, range.end) => {
                     last.end = range.end;
+                    last.raw_bytes += raw_bytes;
                     last.frames.push(read);
                 }
-                _ => batches.push(Batch { pack, start: range.start, end: range.end, frames: vec![read] }),
+                _ => batches.push(Batch { pack, start: range.start, end: range.end, frames: vec![read], raw_bytes }),
             }
         }
         Ok(batches)
@@ -171,6 +182,6 @@ impl Source {
 impl Batch {
     fn takes(&self, pack: usize, start: u64, end: u64) -> bool {
         let near = (self.end..=self.end + GAP_BYTES).contains(&start);
-        self.pack == pack && near && end - self.start <= BATCH_BYTES
+        self.pack == pack && near && end - self.start <= BATCH_BYTES && self.raw_bytes < BATCH_RAW_BYTES
     }
 }
