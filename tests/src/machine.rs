@@ -116,7 +116,7 @@ impl<'lab> TestMachine<'lab> {
         let files = [self.directory.join("qemu.out"), self.runtime_file("qemu.log"), self.runtime_file("helper.log")];
         let texts = files.iter().filter_map(|file| std::fs::read_to_string(file).ok());
         texts
-            .map(|text| text.lines().rev().take(60).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"))
+            .map(|text| text.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"))
             .collect::<Vec<_>>()
             .join("\n")
     }

@@ -15,7 +15,7 @@ impl Random {
         bytes.iter().fold(0, |seed: u64, byte| seed.rotate_left(5) ^ u64::from(*byte))
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -25,7 +25,7 @@ impl Random {
 
     /// From 0 to `end`, without it.
     pub fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
+        self.number() % end
     }
 
     pub fn pick<'a, T>(&mut self, list: &'a [T]) -> &'a T {

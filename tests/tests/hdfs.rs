@@ -4,13 +4,11 @@ use std::time::{Duration, Instant};
 use stillpoint_tests::{Cluster, Lab, Recipe, TestMachine, newest_qemu, stop_and_continue};
 
 const REPLICAS: u16 = 3;
-/// A hung NameNode is given up after this; with two more tries and the store's own overhead a checkpoint may take thrice as long.
-const STORE_TIMEOUT_SECONDS: u64 = 20;
+/// A hung NameNode is given up after this; with two more tries and what lies between a checkpoint may take some times as long.
+const STORE_TIMEOUT_SECONDS: u64 = 4;
 
 fn lab(url: &str) -> Lab {
-    let mut lab = Lab::new(&newest_qemu()).with_store(url);
-    lab.set("STILLPOINT_STORE_TIMEOUT", STORE_TIMEOUT_SECONDS.to_string());
-    lab
+    Lab::new(&newest_qemu()).with_store(url)
 }
 
 fn busy() -> Recipe {
@@ -52,6 +50,7 @@ fn a_datanode_that_dies_costs_copies_and_no_checkpoint() {
     machine.assert_goes_on();
     cluster.kill("datanode-2");
     let outcome = machine.checkpoint().outcome;
+    eprintln!("one of three DataNodes dead: durable after {:.0} ms", outcome.durable_ms);
     assert!(outcome.replicas.is_some_and(|copies| (1..REPLICAS).contains(&copies)), "{outcome:?}");
     assert!(outcome.notes.iter().any(|note| note.contains("replicas")), "a shortage is told: {outcome:?}");
     cluster.restart("datanode-2");
@@ -61,6 +60,7 @@ fn a_datanode_that_dies_costs_copies_and_no_checkpoint() {
         cluster.kill("datanode-3");
         upload.join().expect("durable all the same")
     });
+    eprintln!("one of them killed during the upload: durable after {:.0} ms", taken.outcome.durable_ms);
     machine.assert_goes_on();
     cluster.restart("datanode-3");
     let last = machine.checkpoint();
@@ -74,7 +74,8 @@ fn a_datanode_that_dies_costs_copies_and_no_checkpoint() {
 #[test]
 fn a_namenode_that_hangs_fails_the_checkpoint_and_stops_no_guest() {
     let cluster = Cluster::to_harm();
-    let lab = lab(&cluster.fresh_store("namenode"));
+    let mut lab = lab(&cluster.fresh_store("namenode"));
+    lab.set("STILLPOINT_STORE_TIMEOUT", STORE_TIMEOUT_SECONDS.to_string());
     let machine = lab.start("m", &busy());
     machine.wait_for_witness();
     machine.checkpoint();

@@ -78,7 +78,7 @@ fn a_chain_of_backing_files_comes_back() {
         let directory = machine.directory.clone();
         machine.kill();
         std::fs::remove_dir_all(directory).expect("the test's directory");
-        let restored = lab.restore("m", "m", &["--paused"]);
+        let restored = lab.restore("m", "m", &[]);
         let found = restored.disk("top");
         assert!(found == expected && found[65536] == 9 && found[131_072] == 8);
         assert_eq!(restored.checkpoint().outcome.layer_bytes_stored, 0, "the fetched layers are known");

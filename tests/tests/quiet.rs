@@ -50,6 +50,25 @@ fn nothing_is_stored_when_nothing_changed() {
 }
 
 #[test]
+fn a_machine_restored_paused_can_be_checkpointed_before_it_runs() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let machine = lab.start("m", &Recipe::scribbler(8));
+        std::thread::sleep(Duration::from_secs(2));
+        let first = machine.checkpoint().outcome;
+        machine.kill();
+        let restored = lab.restore("m", "m", &["--paused"]);
+        let second = restored.checkpoint().outcome;
+        // What QEMU itself wrote while it loaded the state may count as a change, and is all that does.
+        assert!(second.kind == "unchanged" || second.parent == Some(first.id) && second.bytes_changed < 1 << 20, "{second:?}");
+        assert!(!restored.qmp().is_running());
+        restored.qmp().cont();
+        restored.checkpoint();
+        lab.verify("m");
+    });
+}
+
+#[test]
 fn a_large_change_is_stored_with_little_besides() {
     let lab = Lab::new(&newest_qemu());
     let busy = "witness.table_mib=24 witness.rate=6000 witness.journal_pages=16";

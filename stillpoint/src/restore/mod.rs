@@ -177,7 +177,9 @@ impl Restore {
         memory::load(incoming, &self.source, &contents, &devices).await?;
         self.phases.since("devices", step);
         self.begin_recording(&machine).await?;
-        if !self.args.paused {
+        if self.args.paused {
+            activate_disks(&machine).await;
+        } else {
             machine.qmp.execute_json("cont", Value::Null).await.context("starting the guest")?;
             announce(&machine).await;
         }
@@ -262,6 +264,14 @@ fn check_blocks(manifest: &Manifest, machine: &Machine) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// After a load QEMU keeps the disks inactive until `cont`; a checkpoint of a machine that has not run yet needs them. QEMU
+/// before 10.0 lacks the command and does not ask for it.
+async fn activate_disks(machine: &Machine) {
+    if let Err(error) = machine.qmp.execute_json("blockdev-set-active", json!({ "active": true })).await {
+        tracing::debug!(%error, "blockdev-set-active");
+    }
 }
 
 /// Tells the network where the machine is now; a machine without a network does not mind.
