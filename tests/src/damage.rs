@@ -1,5 +1,6 @@
 //! Damage as disks and mistaken people do it.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -34,8 +35,6 @@ impl Damage {
         }
     }
 }
-
-use std::fs::File;
 
 /// Every file below a directory.
 pub fn files_below(directory: &Path) -> Vec<PathBuf> {

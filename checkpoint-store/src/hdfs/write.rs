@@ -1,6 +1,7 @@
 //! Writing one file: under a hidden name, synced, closed, then renamed.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use hdfs_native::file::FileWriter;
@@ -18,6 +19,9 @@ use crate::store::{PutReceipt, total_len};
 const SLICE: usize = 1 << 20;
 /// HDFS wants blocks of whole checksum chunks, and by default none below 1 MiB.
 const BLOCK_UNIT: u64 = 1 << 20;
+/// For the last sync and the close, when all data is with the DataNodes. The client waits for ever for an acknowledgement if a
+/// DataNode's connection broke after everything was sent; whoever tries again must not wait the whole stall limit each time.
+const FINISH_LIMIT: Duration = Duration::from_secs(10);
 const MAX_RENAME_TRIES: u32 = 3;
 
 pub(super) struct Job {
@@ -38,12 +42,16 @@ impl Job {
         if self.exists(&self.target).await? {
             return Err(StoreError::already_exists(self.op, &self.path));
         }
-        self.write().await.map_err(|error| explain(self.op, &self.path, Effect::Idempotent, error))?;
+        let write = |error| explain(self.op, &self.path, Effect::Idempotent, error);
+        let (mut writer, syncing) = self.write().await.map_err(write)?;
+        let finish = tokio::time::timeout(FINISH_LIMIT, self.finish(&mut writer, syncing)).await;
+        finish.map_err(|_| StoreError::Timeout { op: self.op, path: self.path.to_string(), after: FINISH_LIMIT })?.map_err(write)?;
         self.rename().await?;
         self.verify().await
     }
 
-    async fn write(&self) -> hdfs_native::Result<()> {
+    /// Hands all data over. Says whether the last block is still to be synced.
+    async fn write(&self) -> hdfs_native::Result<(FileWriter, bool)> {
         let block_size = (self.options.block_size / BLOCK_UNIT).max(1) * BLOCK_UNIT;
         let options = WriteOptions {
             block_size: Some(block_size),
@@ -66,8 +74,12 @@ impl Job {
             writer.write_bytes(slice).await?;
             self.progress.step();
         }
-        if syncing && in_block > 0 {
-            sync(&mut writer).await?;
+        Ok((writer, syncing && in_block > 0))
+    }
+
+    async fn finish(&self, writer: &mut FileWriter, syncing: bool) -> hdfs_native::Result<()> {
+        if syncing {
+            sync(writer).await?;
             self.progress.step();
         }
         writer.close().await?;

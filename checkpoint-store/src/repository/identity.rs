@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::bounded::Bounded;
 use super::layout;
-use super::retry::steady;
+use super::retry::{Retry, RetryPolicy, store_exclusive};
 use crate::error::{Result, StoreError};
 use crate::nonce::nonce;
 use crate::path::StorePath;
@@ -37,13 +37,13 @@ struct Identity {
 }
 
 /// Finds or creates the store's identity; its id.
-pub(crate) async fn establish(store: &Bounded, mode: Mode) -> Result<String> {
+pub(crate) async fn establish(store: &Bounded, mode: Mode, policy: &RetryPolicy) -> Result<String> {
     match read(store).await {
         Err(error) if error.is_not_found() => {}
         other => return other,
     }
     match mode {
-        Mode::CreateIfMissing => create(store).await,
+        Mode::CreateIfMissing => create(store, policy).await,
         Mode::MustExist => Err(wrong(store, "there is no store here (store.json is missing)")),
     }
 }
@@ -64,9 +64,10 @@ async fn read(store: &Bounded) -> Result<String> {
     Ok(identity.id)
 }
 
-async fn create(store: &Bounded) -> Result<String> {
+async fn create(store: &Bounded, policy: &RetryPolicy) -> Result<String> {
     store.create_dir_all(&StorePath::root()).await?;
-    if !store.list(&StorePath::root()).await?.is_empty() {
+    let found = store.list(&StorePath::root()).await?;
+    if found.iter().any(|entry| !entry.name.starts_with(PROBE)) {
         // Somebody else may have created the store since we looked; otherwise these are not our files.
         return read(store).await.map_err(|error| match error {
             StoreError::NotFound { .. } => wrong(store, "the directory is not empty and not a store; give an empty or a new one"),
@@ -76,16 +77,28 @@ async fn create(store: &Bounded) -> Result<String> {
     let identity = Identity { format: FORMAT.to_owned(), version: VERSION, id: nonce() };
     let text = serde_json::to_vec_pretty(&identity).expect("strings and a number are always JSON");
     let text = Bytes::from(text);
-    // Only ever with the store's own number of copies: that number is what the repository will want for its files.
     let path = layout::identity();
-    let put = || store.put_exclusive(&path, text.clone(), PutOptions::default());
-    match steady(put).await {
-        Ok(_) => {}
+    // Its number of copies is what the repository will want for all files, so it ends with the store's own number, even if
+    // fewer can be written just now.
+    let retry = Retry::new(policy.clone(), default_replicas(store).await?);
+    match store_exclusive(store, &retry, &path, &text).await {
+        Ok(()) => {}
         Err(error) if error.is_already_exists() || error.is_ambiguous() => {}
         Err(error) => return Err(error),
     }
     // Whoever won: everybody uses what is there.
     read(store).await
+}
+
+/// Of the empty files that somebody makes here for a moment while the store is created.
+const PROBE: &str = "probe-";
+
+/// The copies that the store gives a file by itself: those of an empty file, which no DataNode has to take.
+async fn default_replicas(store: &Bounded) -> Result<Option<u16>> {
+    let path = StorePath::new(&format!("{PROBE}{}", nonce()))?;
+    let receipt = store.put(&path, Vec::new(), PutOptions::default()).await;
+    store.remove(&path).await?;
+    Ok(receipt?.replicas)
 }
 
 fn wrong(store: &Bounded, reason: &str) -> StoreError {

@@ -69,7 +69,7 @@ impl Repository {
 
     pub async fn open_with(store: Arc<dyn Store>, mode: Mode, options: RepositoryOptions) -> Result<Self> {
         let store = Bounded::new(store, options.call_limit);
-        let id = identity::establish(&store, mode).await?;
+        let id = identity::establish(&store, mode, &options.retry).await?;
         let kept = store.stat(&layout::identity()).await?.and_then(|stat| stat.replicas);
         let wanted = kept.map(|kept| options.replicas.unwrap_or(kept));
         Ok(Repository { store: Arc::new(store), retry: Arc::new(Retry::new(options.retry, wanted)), id: id.into() })
