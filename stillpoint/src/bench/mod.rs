@@ -26,16 +26,17 @@ struct Pair {
 
 pub async fn run(args: &BenchArgs) -> Result<()> {
     let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
-    let status = ask(&runtime, &Request::Status).await?;
     // Not counted: it may be a full one, and every counted one is then a delta since about one interval.
     let first = checkpoint(&runtime).await.context("taking the first checkpoint, which is not counted")?;
     let interval = Duration::from_millis(args.interval_ms);
     let pairs = measure(&runtime, args.count, interval).await?;
+    let status = ask(&runtime, &Request::Status).await?;
     let report = Report::new(&pairs);
     if args.json {
         return print_json(&report.json(&status, &first, &pairs, interval));
     }
     print!("{}", report.text(args.name.as_str(), interval));
+    print!("{}", report::memory(&status));
     Ok(())
 }
 

@@ -105,6 +105,12 @@ impl Report {
     }
 }
 
+/// What the helper has held at most, beside what it may.
+pub fn memory(status: &Value) -> String {
+    let held = |key: &str| status[key].as_u64().map_or_else(|| "unknown".to_owned(), bytes);
+    format!("{:24} {:>9} of at most {}\n", "helper's memory", held("peak_memory_bytes"), held("memory_limit_bytes"))
+}
+
 fn line(what: &str, spread: Option<Spread>) -> String {
     match spread {
         Some(Spread { min, median, p90, max }) => format!("{what:24} {min:>9.2} {median:>9.2} {p90:>9.2} {max:>9.2}\n"),
