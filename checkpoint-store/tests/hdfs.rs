@@ -246,13 +246,14 @@ async fn a_namenode_stopped_for_a_moment_only_delays_a_commit() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_namenode_stopped_during_the_commit_never_makes_half_a_checkpoint() {
     let cluster = hazards().await;
-    let options = HdfsOptions { call_timeout: Duration::from_millis(500), stall_timeout: Duration::from_secs(2), ..HdfsOptions::default() };
+    let options =
+        HdfsOptions { call_timeout: Duration::from_millis(1500), stall_timeout: Duration::from_secs(5), ..HdfsOptions::default() };
     let store = FaultyStore::new(patient(&cluster, "commit", &options));
     let writer = writer_on(Arc::new(store.clone())).await;
-    for seq in 1..=10 {
+    for seq in 1..=6 {
         // Before the rename is sent, while it is under way, after it; and a wake-up before or after we give up.
-        let delay = Duration::from_micros(250) * u32::try_from(seq).expect("small");
-        let stop = Duration::from_millis(if seq % 2 == 0 { 1200 } else { 3000 });
+        let delay = Duration::from_micros(400) * u32::try_from(seq).expect("small");
+        let stop = Duration::from_millis(if seq % 2 == 0 { 2500 } else { 6000 });
         let outcome = commit_with_namenode_stopped(&cluster, &store, &writer, seq, delay, stop).await;
         let exists = exists_for_good(&writer, seq).await;
         eprintln!("NameNode stopped {delay:?} into a commit for {stop:?}: exists: {exists}, {outcome:?}");

@@ -2,6 +2,7 @@
 
 use crate::built::built;
 use crate::machine::TestMachine;
+use crate::process;
 use crate::recipe::Recipe;
 use crate::slots::{Slots, shared_directory};
 use serde_json::Value;
@@ -136,6 +137,20 @@ impl Lab {
     pub fn verify(&self, name: &str) {
         let report = self.run(&["verify", name, "--json"]).expect_success().json();
         assert_eq!(report["ok"], true, "{report}");
+    }
+}
+
+impl Drop for Lab {
+    /// Machines that a failed test did not expect to run.
+    fn drop(&mut self) {
+        let runtime = self.runtime();
+        let machines = std::fs::read_dir(&runtime).into_iter().flatten().flatten();
+        for machine in machines.map(|entry| entry.path()) {
+            for socket in ["control.sock", "plugin.sock"] {
+                let pid = process::listener(&machine.join(socket)).filter(|pid| process::is_ours(*pid, &runtime));
+                pid.into_iter().for_each(process::kill_hard);
+            }
+        }
     }
 }
 

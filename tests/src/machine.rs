@@ -6,11 +6,9 @@ use crate::process::{self, Pid, wait_until};
 use crate::qmp::QmpClient;
 use crate::recipe::Recipe;
 use crate::witness::{self, Line};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::fs::File;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::Duration;
@@ -100,11 +98,8 @@ impl<'lab> TestMachine<'lab> {
         assert!(up && self.qemu_runs(), "{} did not start: {}", self.name, self.said());
     }
 
-    /// The process that listens at the plugin's socket.
     fn peer(&self) -> Option<Pid> {
-        let stream = UnixStream::connect(self.runtime_file("plugin.sock")).ok()?;
-        let peer = getsockopt(&stream, PeerCredentials).ok()?;
-        Some(Pid::from_raw(peer.pid()))
+        process::listener(&self.runtime_file("plugin.sock"))
     }
 
     fn runtime_file(&self, name: &str) -> PathBuf {

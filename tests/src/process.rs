@@ -3,6 +3,8 @@
 pub use nix::unistd::Pid;
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -35,6 +37,13 @@ pub fn is_running(pid: Pid) -> bool {
 pub fn is_ours(pid: Pid, path: &Path) -> bool {
     let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     String::from_utf8_lossy(&words).contains(&path.display().to_string())
+}
+
+/// The process that listens at a socket.
+pub fn listener(socket: &Path) -> Option<Pid> {
+    let stream = UnixStream::connect(socket).ok()?;
+    let peer = getsockopt(&stream, PeerCredentials).ok()?;
+    Some(Pid::from_raw(peer.pid()))
 }
 
 /// Ends it as a crash would, and waits until it is gone.

@@ -46,8 +46,7 @@ fn a_datanode_that_dies_costs_copies_and_no_checkpoint() {
     let lab = lab(&cluster.fresh_store("datanode"));
     let machine = lab.start("m", &busy());
     machine.wait_for_witness();
-    machine.checkpoint();
-    machine.assert_goes_on();
+    // Before the store itself is made.
     cluster.kill("datanode-2");
     let outcome = machine.checkpoint().outcome;
     eprintln!("one of three DataNodes dead: durable after {:.0} ms", outcome.durable_ms);

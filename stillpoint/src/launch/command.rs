@@ -58,7 +58,11 @@ mod test {
         // Its own arguments are the shell's, which waits for input.
         let mut child =
             std::process::Command::new("sh").args(["-c", "read line", &id]).stdin(std::process::Stdio::piped()).spawn().unwrap();
-        assert!(is_running(&instance));
+        // A process shows no arguments for a moment while it starts.
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while !is_running(&instance) {
+            assert!(std::time::Instant::now() < end, "not found");
+        }
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(!is_running(&instance));
