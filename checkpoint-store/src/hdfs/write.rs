@@ -21,7 +21,8 @@ const SLICE: usize = 1 << 20;
 const BLOCK_UNIT: u64 = 1 << 20;
 /// For the last sync and the close, when all data is with the DataNodes. The client waits for ever for an acknowledgement if a
 /// DataNode's connection broke after everything was sent; whoever tries again must not wait the whole stall limit each time.
-const FINISH_LIMIT: Duration = Duration::from_secs(10);
+const FINISH_LIMIT: Duration = Duration::from_secs(5);
+const FINISH_PER_MIB: Duration = Duration::from_millis(100);
 const MAX_RENAME_TRIES: u32 = 3;
 
 pub(super) struct Job {
@@ -44,8 +45,9 @@ impl Job {
         }
         let write = |error| explain(self.op, &self.path, Effect::Idempotent, error);
         let (mut writer, syncing) = self.write().await.map_err(write)?;
-        let finish = tokio::time::timeout(FINISH_LIMIT, self.finish(&mut writer, syncing)).await;
-        finish.map_err(|_| StoreError::Timeout { op: self.op, path: self.path.to_string(), after: FINISH_LIMIT })?.map_err(write)?;
+        let limit = FINISH_LIMIT + FINISH_PER_MIB * u32::try_from(total_len(&self.data) >> 20).unwrap_or(u32::MAX);
+        let finish = tokio::time::timeout(limit, self.finish(&mut writer, syncing)).await;
+        finish.map_err(|_| self.unfinished_after(limit))?.map_err(write)?;
         self.rename().await?;
         self.verify().await
     }
@@ -75,6 +77,12 @@ impl Job {
             self.progress.step();
         }
         Ok((writer, syncing && in_block > 0))
+    }
+
+    /// Not a time-out whose outcome is open: without the rename the file does not exist under its name, now or later.
+    fn unfinished_after(&self, limit: Duration) -> StoreError {
+        let reason = format!("the DataNodes did not acknowledge all data within {limit:?}");
+        StoreError::Unavailable { op: self.op, path: self.path.to_string(), reason }
     }
 
     async fn finish(&self, writer: &mut FileWriter, syncing: bool) -> hdfs_native::Result<()> {
