@@ -40,7 +40,7 @@ impl Base {
             return Ok(Self::full(next, names, disks.len()));
         };
         let lineage = Lineage::read(repository, vm, parent).await?;
-        let manifest = crate::lineage::manifest(repository, vm, parent).await?;
+        let manifest = lineage.manifests.last().context("a lineage without its newest checkpoint")?;
         let mut tables = empty_tables(names, disks.len());
         lineage.digests(repository, &mut tables).await.context("reading what the last checkpoint holds")?;
         let is_exact = machine.runtime.exact_since() == Some(parent);
@@ -50,7 +50,7 @@ impl Base {
         tracing::info!(%vm, %parent, is_exact, "continuing a lineage");
         let mut spaces = spaces(machine, disks, tables);
         spaces.iter_mut().for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
-        Ok(Self { parent: Some(parent), next, spaces, is_exact, chains: chains(&manifest) })
+        Ok(Self { parent: Some(parent), next, spaces, is_exact, chains: chains(manifest) })
     }
 
     fn full(next: CheckpointSeq, names: Vec<(SpaceName, PageCount)>, disks: usize) -> Self {

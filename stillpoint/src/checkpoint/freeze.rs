@@ -51,13 +51,17 @@ impl Checkpointer {
 
     async fn round(&mut self, run: &mut Run, is_first: bool) -> Result<()> {
         let lease = run.lease.as_mut().context("the lease is gone")?;
-        let (taken, pause) = round::begin(&self.machine, lease).await?;
+        let (mut taken, pause) = round::begin(&self.machine, lease).await?;
         run.round_pauses.push(pause);
-        let pages = round::count(&taken);
-        run.pages_dirty.0 += pages.0;
         if is_first {
+            // Also what is clean for the tracker: this checkpoint may know less than it (a full one after a change of layers).
+            for (space, pages) in &mut taken {
+                pages.union_with(&round::existing(&self.machine, *space)?);
+            }
             self.offer_holes(run, &taken).await?;
         }
+        let pages = round::count(&taken);
+        run.pages_dirty.0 += pages.0;
         if pages <= self.staging.free() && !is_first {
             return self.stage(taken).await;
         }
@@ -67,8 +71,6 @@ impl Checkpointer {
     }
 
     /// Pages that do not exist hold zeros. Only where the parent holds something else is that news.
-    ///
-    /// What exists is asked of the memory itself. That a page was not taken says nothing: it may be clean.
     async fn offer_holes(&mut self, run: &mut Run, taken: &Taken) -> Result<()> {
         let packer = run.packer.as_ref().context("the packer is gone")?;
         let delta = run.delta.as_mut().context("the tables are gone")?;
@@ -76,7 +78,6 @@ impl Checkpointer {
         for (space, pages) in taken {
             let mut holes = PageSet::full(pages.len());
             holes.subtract(pages);
-            holes.subtract(&round::existing(&self.machine, *space)?);
             for range in holes.ranges() {
                 delta.offer_zero(*space, range, &mut jobs);
             }
