@@ -13,15 +13,11 @@ use thiserror::Error;
 
 use crate::paused::Paused;
 use crate::qmp::QmpError;
+use crate::stream_format::STREAM_HEADER;
+use crate::stream_format::mark::{END_OF_STREAM, SECTION_FULL};
 
 /// Largest device state accepted; an ordinary machine has 0.1 to 1 MiB, one with virtio-gpu up to some dozen.
 pub const MAX_DEVICE_STATE: u64 = 256 << 20;
-/// `QEVM`, then the stream version.
-pub(crate) const STREAM_HEADER: [u8; 8] = *b"QEVM\0\0\0\x03";
-/// First byte of a section with everything in it.
-const SECTION_FULL: u8 = 4;
-/// Last byte of a stream.
-pub(crate) const END_OF_STREAM: u8 = 0;
 
 #[derive(Debug, Error)]
 pub enum DeviceStateError {

@@ -20,15 +20,26 @@ pub struct GuestDevice {
 }
 
 impl GuestDevice {
-    /// Why a checkpoint with this device would be wrong; `None` if it is fine.
+    /// Why the tracker would miss writes with this device, though QEMU's own migration stream would not.
+    pub fn tracker_refusal(&self) -> Option<&'static str> {
+        self.is_balloon().then_some("it punches holes into guest memory, which no page fault shows; unplug it")
+    }
+
+    pub fn is_balloon(&self) -> bool {
+        self.kind.starts_with("virtio-balloon")
+    }
+
+    /// Why a checkpoint with this device would be wrong, whatever takes it; `None` if it is fine.
     pub fn refusal(&self) -> Option<&'static str> {
         let kind = self.kind.as_str();
         if kind.starts_with("vhost-user") {
             Some("its daemon writes guest memory through a mapping of its own; use the device without vhost-user")
         } else if kind.starts_with("vfio") || kind.starts_with("vhost-vdpa") {
             Some("its hardware writes guest memory unseen and its state stays in it; use an emulated device")
-        } else if kind.starts_with("virtio-balloon") || kind.starts_with("virtio-mem") {
-            Some("it punches holes into guest memory, which no page fault shows; unplug it")
+        } else if kind.starts_with("virtio-mem") || kind == "pc-dimm" {
+            Some("a checkpoint knows one memory, the machine's own; unplug it")
+        } else if kind == "scsi-block" || kind == "scsi-generic" {
+            Some("it sends the guest's writes to the hardware past QEMU's bitmaps; use scsi-hd on the same device")
         } else if kind.starts_with("ivshmem") {
             Some("other processes write the memory it shares")
         } else if kind.starts_with("vhost-vsock") || kind.starts_with("vhost-scsi") {
@@ -38,6 +49,16 @@ impl GuestDevice {
         } else {
             None
         }
+    }
+}
+
+/// Whether a balloon keeps the guest's free pages out of the migration stream (`free-page-hint=on`).
+pub async fn hints_free_pages(qmp: &Qmp, balloon: &GuestDevice) -> Result<bool, QmpError> {
+    let arguments = json!({ "path": balloon.path, "property": "free-page-hint" });
+    match qmp.execute_json("qom-get", arguments).await {
+        Ok(value) => Ok(value == true),
+        Err(error) if error.is_refusal() => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -63,8 +84,10 @@ mod test {
     #[test]
     fn devices_with_a_foreign_writer_are_refused() {
         let refused = |kind: &str| GuestDevice { path: "/x".into(), kind: kind.into() }.refusal().is_some();
-        assert!(["vhost-user-fs-pci", "vfio-pci", "ivshmem-plain", "vhost-vsock-pci", "nvdimm"].into_iter().all(refused));
-        assert!(!["virtio-blk-pci", "virtio-net-pci", "e1000e", "virtio-rng-pci"].into_iter().any(refused));
+        assert!(["vhost-user-fs-pci", "vfio-pci", "ivshmem-plain", "vhost-vsock-pci", "nvdimm", "scsi-block"].into_iter().all(refused));
+        assert!(!["virtio-blk-pci", "virtio-net-pci", "e1000e", "virtio-rng-pci", "virtio-balloon-pci"].into_iter().any(refused));
+        let untracked = |kind: &str| GuestDevice { path: "/x".into(), kind: kind.into() }.tracker_refusal().is_some();
+        assert!(untracked("virtio-balloon-pci") && !untracked("virtio-blk-pci"));
         let row = json!({"name": "device[0]", "type": "child<virtio-blk-pci>"});
         let device = parse(PARENTS[1], &row).expect("device");
         assert_eq!(device.path, "/machine/peripheral-anon/device[0]");

@@ -2,10 +2,17 @@
 //!
 //! It writes every format just as the QEMU does that will open the image, so no format is written here; and its NBD
 //! export takes data as fast as we send it.
+//!
+//! A slow disk holds up QEMU's main loop, and with it the answer to any command. So a worker gets minutes where a QEMU
+//! with a guest gets seconds, and only one that answers nothing at all any more is replaced ([`ImageWorkers`]).
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -16,8 +23,19 @@ use crate::jobs::{self, JobError};
 use crate::nbd::{NbdClient, NbdError};
 use crate::qmp::{Qmp, QmpError};
 
-const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// A QEMU without a machine greets after 50 ms; a loaded host may need many times as long.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long one command of the worker, or one job, may take: nothing but the storage can hold it up.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// A wait that is longer than this is told of, again and again.
+const SAY_EVERY: Duration = Duration::from_secs(10);
+/// How long a worker that has failed gets to show that it still listens.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Workers that one image may use up.
+const TRIES: u32 = 3;
+/// How much of QEMU's own words an error quotes.
+const QUOTED_LINES: usize = 5;
 /// Longest backing name a qcow2 header can hold.
 const MAX_BACKING_NAME: usize = 1023;
 
@@ -31,15 +49,15 @@ pub enum ImageError {
     Job(#[from] JobError),
     #[error("cannot start the image worker {binary}: {source}; name a QEMU system emulator")]
     Start { binary: PathBuf, source: std::io::Error },
-    #[error("the image worker {binary} did not come up: {source}; try `{binary} -machine none` by hand")]
-    Silent { binary: PathBuf, source: QmpError },
+    #[error("the image worker {binary} did not come up: {source}; it said: {said}; try `{binary} -machine none` by hand")]
+    Silent { binary: PathBuf, source: QmpError, said: String },
     #[error("cannot make the image {path}: {why}")]
     Create { path: PathBuf, why: String },
     #[error("cannot open the image {path}: {source}")]
     Open { path: PathBuf, source: QmpError },
     #[error("the path {path} is not UTF-8, and QMP can carry no other")]
     Path { path: PathBuf },
-    #[error("the image worker did not end within {EXIT_TIMEOUT:?}; it was killed, and its last images may lack data")]
+    #[error("the image worker did not end within {EXIT_TIMEOUT:?}; it was killed; images that were not closed may lack data")]
     Exit,
 }
 
@@ -85,25 +103,29 @@ pub struct ImageWorker {
 pub struct OpenImage {
     pub client: NbdClient,
     node: String,
+    path: PathBuf,
 }
 
 impl ImageWorker {
-    /// Starts `binary`; its sockets are in `directory`, whose path should be short (sockets allow 107 bytes).
+    /// Starts `binary`; its socket and its log are in `directory`, whose path should be short (sockets allow 107 bytes).
     pub async fn start(binary: &Path, directory: &Path) -> Result<Self, ImageError> {
-        let socket = directory.join("image-worker.qmp");
-        let _ = std::fs::remove_file(&socket);
-        let server = format!("unix:{},server=on,wait=off", utf8(&socket)?.replace(',', ",,"));
+        let start_error = |source| ImageError::Start { binary: binary.into(), source };
+        let (ours, theirs) = UnixStream::pair().map_err(start_error)?;
+        let log = directory.join("image-worker.log");
+        let said = File::create(&log).map_err(start_error)?;
         let child = Command::new(binary)
-            .args(["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", &server])
-            .stdin(Stdio::null())
+            .args(["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none"])
+            // Its standard input is its monitor.
+            .args(["-chardev", "socket,id=qmp,fd=0", "-mon", "chardev=qmp,mode=control"])
+            .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(said)
             .kill_on_drop(true)
             .spawn()
-            .map_err(|source| ImageError::Start { binary: binary.into(), source })?;
-        let qmp = Qmp::connect(&socket, START_TIMEOUT).await;
-        let qmp = qmp.map_err(|source| ImageError::Silent { binary: binary.into(), source })?;
-        Ok(Self { qmp, child, directory: directory.into(), images: 0, serving: false })
+            .map_err(start_error)?;
+        let qmp = Qmp::over(ours, START_TIMEOUT).await;
+        let qmp = qmp.map_err(|source| ImageError::Silent { binary: binary.into(), source, said: last_lines(&log) })?;
+        Ok(Self { qmp: qmp.with_timeout(PATIENCE), child, directory: directory.into(), images: 0, serving: false })
     }
 
     /// For whatever else a QEMU without a machine can tell, e.g. [`crate::machine::machine_types`].
@@ -113,6 +135,10 @@ impl ImageWorker {
 
     /// Makes an empty image. The file must not exist.
     pub async fn create(&mut self, spec: &ImageSpec) -> Result<(), ImageError> {
+        patiently("making", &spec.path, self.make(spec)).await
+    }
+
+    async fn make(&mut self, spec: &ImageSpec) -> Result<(), ImageError> {
         let refuse = |why: String| Err(ImageError::Create { path: spec.path.clone(), why });
         match &spec.backing {
             Some(_) if spec.format == ImageFormat::Raw => return refuse("a raw image cannot have a backing file".into()),
@@ -158,6 +184,10 @@ impl ImageWorker {
 
     /// Opens an image for reading and writing over NBD.
     pub async fn open(&mut self, path: &Path, format: ImageFormat, mode: BackingMode) -> Result<OpenImage, ImageError> {
+        patiently("opening", path, self.export(path, format, mode)).await
+    }
+
+    async fn export(&mut self, path: &Path, format: ImageFormat, mode: BackingMode) -> Result<OpenImage, ImageError> {
         let socket = self.directory.join("image-worker.nbd");
         self.serve(&socket).await?;
         let node = self.next_node();
@@ -173,7 +203,7 @@ impl ImageWorker {
         let export = json!({ "type": "nbd", "id": node, "name": node, "node-name": node, "writable": true });
         self.qmp.execute_json("block-export-add", export).await?;
         let client = NbdClient::connect(&socket, &node, &[]).await?;
-        Ok(OpenImage { client, node })
+        Ok(OpenImage { client, node, path: path.into() })
     }
 
     async fn serve(&mut self, socket: &Path) -> Result<(), ImageError> {
@@ -188,6 +218,11 @@ impl ImageWorker {
 
     /// Flushes and closes an image; after this its file is complete.
     pub async fn close(&mut self, image: OpenImage) -> Result<(), ImageError> {
+        let path = image.path.clone();
+        patiently("closing", &path, self.finish(image)).await
+    }
+
+    async fn finish(&mut self, image: OpenImage) -> Result<(), ImageError> {
         image.client.flush().await?;
         image.client.close().await;
         jobs::remove_exports(&self.qmp, |id| id == image.node).await?;
@@ -202,6 +237,87 @@ impl ImageWorker {
             Ok(_) => Ok(()),
             Err(_) => Err(ImageError::Exit),
         }
+    }
+
+    /// Whether it still lives and listens.
+    async fn answers(&self) -> bool {
+        self.qmp.with_timeout(ANSWER_TIMEOUT).execute(qapi::qmp::query_version {}).await.is_ok()
+    }
+}
+
+/// Workers one after the other, each for as many images as it lives for.
+#[derive(Debug)]
+pub struct ImageWorkers {
+    binary: PathBuf,
+    directory: PathBuf,
+    worker: Option<ImageWorker>,
+}
+
+impl ImageWorkers {
+    /// None is started yet. For the arguments see [`ImageWorker::start`].
+    pub fn new(binary: &Path, directory: &Path) -> Self {
+        Self { binary: binary.into(), directory: directory.into(), worker: None }
+    }
+
+    /// Does `work` for one image; from its beginning, with a fresh worker, if the worker is dead or hangs after a failure.
+    /// So `work` has to clear away what an earlier call of it left.
+    pub async fn run<T, E>(&mut self, mut work: impl AsyncFnMut(&mut ImageWorker) -> Result<T, E>) -> Result<T, E>
+    where
+        E: From<ImageError> + std::fmt::Display,
+    {
+        for number in 1.. {
+            let mut worker = match self.worker.take() {
+                Some(worker) => worker,
+                None => ImageWorker::start(&self.binary, &self.directory).await?,
+            };
+            let outcome = work(&mut worker).await;
+            match outcome {
+                Err(error) if !worker.answers().await => {
+                    if number == TRIES {
+                        return Err(error);
+                    }
+                    tracing::warn!(%error, "the QEMU that writes the image is dead or hangs; the image is begun anew with another");
+                }
+                outcome => {
+                    self.worker = Some(worker);
+                    return outcome;
+                }
+            }
+        }
+        unreachable!("the last try returns")
+    }
+
+    /// Ends the worker. Every image that was closed is complete, so one that does not end in time is only told of.
+    pub async fn shutdown(self) {
+        if let Some(worker) = self.worker
+            && let Err(error) = worker.shutdown().await
+        {
+            tracing::warn!(%error, "ending the QEMU that wrote images");
+        }
+    }
+}
+
+/// Tells of a wait that is long.
+async fn patiently<T>(doing: &str, path: &Path, work: impl Future<Output = T>) -> T {
+    let begun = Instant::now();
+    let mut work = pin!(work);
+    loop {
+        match tokio::time::timeout(SAY_EVERY, &mut work).await {
+            Ok(done) => return done,
+            Err(_) => {
+                let seconds = begun.elapsed().as_secs();
+                tracing::warn!("{doing} the image {} has taken {seconds} s so far; its storage may be slow", path.display());
+            }
+        }
+    }
+}
+
+fn last_lines(log: &Path) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    match &lines[lines.len().saturating_sub(QUOTED_LINES)..] {
+        [] => "nothing".into(),
+        last => last.join("; "),
     }
 }
 

@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use crate::qmp::{Qmp, QmpError};
 
-/// How long creating an empty overlay or ending a job may take.
+/// How long ending a job may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// First and longest pause between two looks.
 const FIRST_LOOK: Duration = Duration::from_micros(500);
@@ -55,18 +55,28 @@ pub(crate) async fn list(qmp: &Qmp) -> Result<Vec<Job>, QmpError> {
 
 /// Sleeps a little longer each time, up to a limit and until a deadline.
 pub(crate) struct Looks {
-    deadline: Instant,
+    begun: Instant,
+    patience: Duration,
     pause: Duration,
 }
 
 impl Looks {
     pub(crate) fn new() -> Self {
-        Self { deadline: Instant::now() + PATIENCE, pause: FIRST_LOOK }
+        Self::within(PATIENCE)
+    }
+
+    /// As patient as the connection is with one command: whoever knows that the storage may be slow says so once.
+    fn on(qmp: &Qmp) -> Self {
+        Self::within(qmp.timeout())
+    }
+
+    fn within(patience: Duration) -> Self {
+        Self { begun: Instant::now(), patience, pause: FIRST_LOOK }
     }
 
     pub(crate) async fn again(&mut self, what: impl Fn() -> String) -> Result<(), JobError> {
-        if Instant::now() >= self.deadline {
-            return Err(JobError::Stuck { what: what(), after: PATIENCE });
+        if self.begun.elapsed() >= self.patience {
+            return Err(JobError::Stuck { what: what(), after: self.patience });
         }
         tokio::time::sleep(self.pause).await;
         self.pause = (self.pause * 2).min(LONGEST_LOOK);
@@ -77,7 +87,7 @@ impl Looks {
 /// Runs a `blockdev-create` job to its end.
 pub(crate) async fn create_image(qmp: &Qmp, job: &str, options: Value) -> Result<(), JobError> {
     qmp.execute_json("blockdev-create", json!({ "job-id": job, "options": options })).await?;
-    let mut looks = Looks::new();
+    let mut looks = Looks::on(qmp);
     loop {
         let found = list(qmp).await?.into_iter().find(|row| row.id == job);
         let Some(row) = found else {
@@ -109,7 +119,7 @@ pub(crate) async fn export_ids(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
 
 /// Removes the exports that `ours` picks and waits until their clients are gone. Returns how many there were.
 pub(crate) async fn remove_exports(qmp: &Qmp, ours: impl Fn(&str) -> bool) -> Result<usize, JobError> {
-    let mut looks = Looks::new();
+    let mut looks = Looks::on(qmp);
     let mut found = 0;
     loop {
         let mut left = export_ids(qmp).await?;

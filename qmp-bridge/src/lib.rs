@@ -13,11 +13,14 @@ pub mod images;
 pub mod incoming;
 mod jobs;
 pub mod machine;
+pub mod migration;
 pub mod nbd;
 pub mod paused;
 pub mod qmp;
 pub mod ramblock;
 pub mod stream;
+mod stream_format;
+pub mod stream_reader;
 
 pub use jobs::JobError;
 pub use paused::Paused;

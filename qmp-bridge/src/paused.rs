@@ -5,6 +5,11 @@
 //! command whose connection closes at once is lost in QEMU. A helper that is killed there cannot do
 //! that: so before each stop a marker object is put into QEMU, outside the pause, and
 //! [`resume_abandoned`] of the next helper finds it and resumes, without ever resuming a guest that its owner stopped.
+//!
+//! A migration's switch-over is the same pause with another beginning and end: QEMU stops the guest by itself, and
+//! before it has completed only `migrate_cancel` lets the guest run again. It has a marker of its own, since that one
+//! lies in QEMU while the guest still runs for seconds: it must not speak for a `stop` of the owner, and need not, as a
+//! switch-over shows in the run state.
 
 use std::time::{Duration, Instant};
 
@@ -15,16 +20,33 @@ use crate::qmp::{Qmp, QmpError};
 /// Id of the object that says: whoever finds the guest paused, we did it.
 const MARKER: &str = "stillpoint-paused";
 
+/// Id of the object that says: a migration that stops the guest is ours.
+const SWITCHOVER_MARKER: &str = "stillpoint-switchover";
+
+/// How long a cancelled migration may take to let the guest run again.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
+const CANCEL_LOOK: Duration = Duration::from_millis(1);
+
 /// How long a drop may block its thread until QEMU has taken the `cont`; usually less than a millisecond.
 const LAST_PATIENCE: Duration = Duration::from_secs(2);
+
+/// What has to be done before the guest is as it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owed {
+    Nothing,
+    Cont,
+    /// Before the migration has completed `migrate_cancel`, after that `cont`. In the wrong one's place each is harmless.
+    CancelOrCont,
+}
 
 /// The guest's vCPUs are stopped and its block I/O is drained, for as long as this lives.
 #[must_use = "dropping the guard resumes the guest"]
 #[derive(Debug)]
 pub struct Paused {
     qmp: Qmp,
-    /// Whether we have to let it run again.
-    owes_cont: bool,
+    owed: Owed,
+    /// What lies in QEMU for the case of our death.
+    marker: Option<&'static str>,
     ran: bool,
     since: Instant,
 }
@@ -34,14 +56,41 @@ impl Paused {
     pub async fn stop(qmp: &Qmp) -> Result<Self, QmpError> {
         let ran = is_running(qmp).await?;
         if ran {
-            place_marker(qmp).await?;
+            place_marker(qmp, MARKER).await?;
         }
         // From here on the drop resumes, also when this future is dropped in the middle or `stop` times out.
-        let paused = Self { qmp: qmp.clone(), owes_cont: ran, ran, since: Instant::now() };
+        let (owed, marker) = if ran { (Owed::Cont, Some(MARKER)) } else { (Owed::Nothing, None) };
+        let paused = Self { qmp: qmp.clone(), owed, marker, ran, since: Instant::now() };
         if ran {
             qmp.execute(qapi::qmp::stop {}).await?;
         }
         Ok(paused)
+    }
+
+    /// To be called before a migration that will stop the guest: leaves the word that it is ours. Returns whether the guest runs.
+    pub(crate) async fn announce_switchover(qmp: &Qmp) -> Result<bool, QmpError> {
+        let runs = is_running(qmp).await?;
+        place_marker(qmp, SWITCHOVER_MARKER).await?;
+        Ok(runs)
+    }
+
+    /// The guard of a pause that a migration of ours begins, now or later: its drop cancels the migration.
+    pub(crate) fn by_switchover(qmp: &Qmp) -> Self {
+        let marker = Some(SWITCHOVER_MARKER);
+        Self { qmp: qmp.clone(), owed: Owed::CancelOrCont, marker, ran: true, since: Instant::now() }
+    }
+
+    /// QEMU has stopped the guest at `since`, or found it stopped by its owner.
+    pub(crate) fn switched_over(&mut self, ran: bool, since: Instant) {
+        self.ran = ran;
+        self.since = since;
+    }
+
+    /// QEMU has let the guest run by itself, at `at`. Returns the length of the pause.
+    pub(crate) fn resumed_by_qemu(mut self, at: Instant) -> Duration {
+        self.owed = Owed::Nothing;
+        self.remove_marker();
+        at.saturating_duration_since(self.since)
     }
 
     /// Whether the guest ran when it was stopped; if not, [`Self::resume`] leaves it stopped.
@@ -49,7 +98,7 @@ impl Paused {
         self.ran
     }
 
-    /// Time since `stop` was sent.
+    /// Time since `stop` was sent, or since QEMU stopped it.
     pub fn elapsed(&self) -> Duration {
         self.since.elapsed()
     }
@@ -60,24 +109,26 @@ impl Paused {
 
     /// Lets the guest run again if it ran before. Returns the time from sending `stop` to the reply of `cont`.
     pub async fn resume(mut self) -> Result<Duration, QmpError> {
-        if self.owes_cont {
-            self.qmp.execute(qapi::qmp::cont {}).await?;
-            self.owes_cont = false;
-            let paused = self.since.elapsed();
-            self.remove_marker();
-            return Ok(paused);
+        match self.owed {
+            Owed::Nothing => return Ok(self.since.elapsed()),
+            Owed::Cont => drop(self.qmp.execute(qapi::qmp::cont {}).await?),
+            Owed::CancelOrCont => end_switchover(&self.qmp, self.ran).await?,
         }
-        Ok(self.since.elapsed())
+        self.owed = Owed::Nothing;
+        let paused = self.since.elapsed();
+        self.remove_marker();
+        Ok(paused)
     }
 
     /// Gives up the guard and leaves the guest stopped, for a last checkpoint before QEMU is ended.
     pub fn leave_stopped(mut self) {
-        self.owes_cont = false;
+        self.owed = Owed::Nothing;
         self.remove_marker();
     }
 
     fn remove_marker(&self) {
-        if self.ran && self.qmp.send_detached("object-del", json!({ "id": MARKER })).is_err() {
+        let Some(marker) = self.marker else { return };
+        if self.qmp.send_detached("object-del", json!({ "id": marker })).is_err() {
             tracing::debug!("the pause marker stays: the QMP connection is gone");
         }
     }
@@ -85,28 +136,78 @@ impl Paused {
 
 impl Drop for Paused {
     fn drop(&mut self) {
-        if !self.owes_cont {
-            return;
-        }
+        let commands: &[&str] = match (self.owed, self.ran) {
+            (Owed::Nothing, _) => return,
+            (Owed::Cont, _) => &["cont"],
+            (Owed::CancelOrCont, true) => &["migrate_cancel", "cont"],
+            (Owed::CancelOrCont, false) => &["migrate_cancel"],
+        };
         tracing::warn!("a pause was abandoned after {:?}; resuming the guest", self.since.elapsed());
-        match self.qmp.send_and_linger("cont", Value::Null, LAST_PATIENCE) {
-            Ok(()) => self.remove_marker(),
-            Err(error) => tracing::error!(%error, "cannot resume the guest; the next start of the helper will"),
+        for command in commands {
+            if let Err(error) = self.qmp.send_and_linger(command, Value::Null, LAST_PATIENCE) {
+                return tracing::error!(%error, "cannot resume the guest; the next start of the helper will");
+            }
+        }
+        self.remove_marker();
+    }
+}
+
+/// `cont` if the migration has completed; else it is cancelled, and QEMU lets a guest that ran run again.
+async fn end_switchover(qmp: &Qmp, ran: bool) -> Result<(), QmpError> {
+    if ran {
+        match qmp.execute(qapi::qmp::cont {}).await {
+            Err(error) if error.is_refusal() => tracing::debug!(%error, "not completed; cancelling instead"),
+            other => return other.map(drop),
         }
     }
+    cancel_switchover(qmp).await?;
+    if ran && !is_running(qmp).await? {
+        qmp.execute(qapi::qmp::cont {}).await?;
+    }
+    Ok(())
+}
+
+/// Cancels a migration and waits until the guest's state is not that of a switch-over any more.
+async fn cancel_switchover(qmp: &Qmp) -> Result<(), QmpError> {
+    qmp.execute_json("migrate_cancel", Value::Null).await?;
+    let deadline = Instant::now() + CANCEL_PATIENCE;
+    while run_state(qmp).await? == "finish-migrate" {
+        if Instant::now() >= deadline {
+            return Err(QmpError::Timeout { command: "migrate_cancel".into(), after: CANCEL_PATIENCE });
+        }
+        tokio::time::sleep(CANCEL_LOOK).await;
+    }
+    Ok(())
+}
+
+/// Takes back the word of [`Paused::announce_switchover`] unless a guard still needs it.
+pub(crate) async fn withdraw_switchover(qmp: &Qmp) -> Result<(), QmpError> {
+    if matches!(run_state(qmp).await?.as_str(), "finish-migrate" | "postmigrate") || !marker_present(qmp, SWITCHOVER_MARKER).await? {
+        return Ok(());
+    }
+    crate::jobs::tolerate_refusal(qmp.execute_json("object-del", json!({ "id": SWITCHOVER_MARKER })).await)
 }
 
 /// Resumes a guest that an earlier helper stopped and did not live to resume. Returns whether it did.
 pub async fn resume_abandoned(qmp: &Qmp) -> Result<bool, QmpError> {
-    if !marker_present(qmp).await? {
-        return Ok(false);
+    let mut resumed = false;
+    if marker_present(qmp, SWITCHOVER_MARKER).await? {
+        let stopped = matches!(run_state(qmp).await?.as_str(), "finish-migrate" | "postmigrate");
+        if stopped {
+            end_switchover(qmp, true).await?;
+        }
+        qmp.execute_json("object-del", json!({ "id": SWITCHOVER_MARKER })).await?;
+        resumed |= stopped;
     }
-    let stopped = run_state(qmp).await? == "paused";
-    if stopped {
-        qmp.execute(qapi::qmp::cont {}).await?;
+    if marker_present(qmp, MARKER).await? {
+        let stopped = run_state(qmp).await? == "paused";
+        if stopped {
+            qmp.execute(qapi::qmp::cont {}).await?;
+        }
+        qmp.execute_json("object-del", json!({ "id": MARKER })).await?;
+        resumed |= stopped;
     }
-    qmp.execute_json("object-del", json!({ "id": MARKER })).await?;
-    Ok(stopped)
+    Ok(resumed)
 }
 
 /// QEMU's run state by name (`running`, `paused`, `inmigrate` ...).
@@ -123,11 +224,11 @@ async fn is_running(qmp: &Qmp) -> Result<bool, QmpError> {
     Ok(matches!(run_state(qmp).await?.as_str(), "running" | "suspended"))
 }
 
-async fn place_marker(qmp: &Qmp) -> Result<(), QmpError> {
-    let made = qmp.execute_json("object-add", json!({ "qom-type": "throttle-group", "id": MARKER })).await;
+async fn place_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpError> {
+    let made = qmp.execute_json("object-add", json!({ "qom-type": "throttle-group", "id": marker })).await;
     match made {
         // One is left by a pause whose end was not acknowledged; it says the same.
-        Err(error) if error.is_refusal() && marker_present(qmp).await? => {
+        Err(error) if error.is_refusal() && marker_present(qmp, marker).await? => {
             tracing::debug!(%error, "the pause marker is already there");
             Ok(())
         }
@@ -135,9 +236,9 @@ async fn place_marker(qmp: &Qmp) -> Result<(), QmpError> {
     }
 }
 
-async fn marker_present(qmp: &Qmp) -> Result<bool, QmpError> {
+async fn marker_present(qmp: &Qmp, marker: &str) -> Result<bool, QmpError> {
     let objects = qmp.execute_json("qom-list", json!({ "path": "/objects" })).await?;
-    Ok(objects.as_array().is_some_and(|list| list.iter().any(|object| object["name"] == MARKER)))
+    Ok(objects.as_array().is_some_and(|list| list.iter().any(|object| object["name"] == marker)))
 }
 
 #[cfg(test)]

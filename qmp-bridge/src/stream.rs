@@ -14,30 +14,13 @@
 
 use thiserror::Error;
 
-use crate::device_state::{DeviceState, END_OF_STREAM, STREAM_HEADER};
+use crate::device_state::DeviceState;
 use crate::ramblock::{MAX_RAM_BLOCKS, RamBlock};
+pub use crate::stream_format::STREAM_PAGE;
+use crate::stream_format::{STREAM_HEADER, configuration, mark, ram};
 
-/// Bytes per page record on x86.
-pub const STREAM_PAGE: usize = 4096;
-
-const CONFIGURATION: u8 = 7;
-const SUBSECTION: u8 = 5;
-const SECTION_START: u8 = 1;
-const SECTION_END: u8 = 3;
-const SECTION_FOOTER: u8 = 0x7e;
-const CAPABILITIES: &str = "configuration/capabilities";
-const IGNORE_SHARED: &str = "x-ignore-shared";
-const RAM: &str = "ram";
 /// QEMU numbers its sections at start; the loader takes any number. This is the usual one.
 const RAM_SECTION: u32 = 2;
-const RAM_INSTANCE: u32 = 0;
-const RAM_VERSION: u32 = 4;
-
-const FLAG_ZERO: u64 = 0x02;
-const FLAG_MEM_SIZE: u64 = 0x04;
-const FLAG_PAGE: u64 = 0x08;
-const FLAG_END: u64 = 0x10;
-const FLAG_CONTINUE: u64 = 0x20;
 
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum StreamError {
@@ -101,7 +84,7 @@ impl StreamWriter {
         let mut writer = Self { blocks, given, current: None, out: STREAM_HEADER.to_vec() };
         writer.configuration(machine_type)?;
         writer.setup()?;
-        writer.section_head(SECTION_END);
+        writer.section_head(mark::SECTION_END);
         Ok(writer)
     }
 
@@ -143,27 +126,27 @@ impl StreamWriter {
         }
         self.section_end();
         self.out.extend(devices.sections());
-        self.out.push(END_OF_STREAM);
+        self.out.push(mark::END_OF_STREAM);
         Ok(self.out)
     }
 
     fn configuration(&mut self, machine_type: &str) -> Result<(), StreamError> {
-        self.out.push(CONFIGURATION);
+        self.out.push(mark::CONFIGURATION);
         let length = short(machine_type)?;
         self.out.extend(u32::from(length).to_be_bytes());
         self.out.extend(machine_type.as_bytes());
-        self.out.push(SUBSECTION);
-        self.string(CAPABILITIES)?;
+        self.out.push(mark::SUBSECTION);
+        self.string(configuration::CAPABILITIES)?;
+        self.out.extend(configuration::VERSION.to_be_bytes());
         self.out.extend(1u32.to_be_bytes());
-        self.out.extend(1u32.to_be_bytes());
-        self.string(IGNORE_SHARED)
+        self.string(configuration::IGNORE_SHARED)
     }
 
     fn setup(&mut self) -> Result<(), StreamError> {
-        self.section_head(SECTION_START);
-        self.string(RAM)?;
-        self.out.extend(RAM_INSTANCE.to_be_bytes());
-        self.out.extend(RAM_VERSION.to_be_bytes());
+        self.section_head(mark::SECTION_START);
+        self.string(ram::NAME)?;
+        self.out.extend(ram::INSTANCE.to_be_bytes());
+        self.out.extend(ram::VERSION.to_be_bytes());
         let mut total = 0u64;
         for block in &self.blocks {
             if block.used % STREAM_PAGE as u64 != 0 {
@@ -171,7 +154,7 @@ impl StreamWriter {
             }
             total = total.checked_add(block.used).ok_or(StreamError::Overflow)?;
         }
-        self.number(total | FLAG_MEM_SIZE);
+        self.number(total | ram::MEM_SIZE);
         for at in 0..self.blocks.len() {
             let StreamBlock { name, used, address, .. } = self.blocks[at].clone();
             self.string(&name)?;
@@ -185,8 +168,8 @@ impl StreamWriter {
     fn record(&mut self, block: usize, offset: u64, page: &[u8]) -> Result<(), StreamError> {
         let zero = page.iter().all(|byte| *byte == 0);
         let same = self.current == Some(block);
-        let kind = if zero { FLAG_ZERO } else { FLAG_PAGE };
-        self.number(offset | kind | if same { FLAG_CONTINUE } else { 0 });
+        let kind = if zero { ram::ZERO } else { ram::PAGE };
+        self.number(offset | kind | if same { ram::CONTINUE } else { 0 });
         if !same {
             let name = self.blocks[block].name.clone();
             self.string(&name)?;
@@ -206,8 +189,8 @@ impl StreamWriter {
     }
 
     fn section_end(&mut self) {
-        self.number(FLAG_END);
-        self.out.push(SECTION_FOOTER);
+        self.number(ram::END);
+        self.out.push(mark::SECTION_FOOTER);
         self.out.extend(RAM_SECTION.to_be_bytes());
     }
 

@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::engine::{EngineChoice, StreamChoice};
 use checkpoint_format::{CheckpointSeq, VmName};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -28,8 +29,10 @@ pub struct Cli {
 pub enum Command {
     /// Start QEMU so that it can be checkpointed; this process becomes QEMU
     Run(RunArgs),
-    /// Give a running machine a helper again
+    /// Give a running machine a helper: one of ours again, or any QEMU by its QMP socket
     Attach(AttachArgs),
+    /// Move a machine that is attached by its QMP socket into a QEMU of ours, while it runs
+    Adopt(AdoptArgs),
     /// Take a checkpoint of a running machine
     Checkpoint(CheckpointArgs),
     /// Bring a machine back from the store
@@ -82,7 +85,27 @@ pub struct RunArgs {
 
 #[derive(Args)]
 pub struct AttachArgs {
-    pub name: VmName,
+    /// The machine's name
+    #[arg(required_unless_present = "long_name")]
+    pub name: Option<VmName>,
+    /// The machine's name (the same as NAME)
+    #[arg(id = "long_name", long = "name", value_name = "NAME", conflicts_with = "name")]
+    pub long_name: Option<VmName>,
+    /// Monitor of a running QEMU that Stillpoint did not start (a unix socket)
+    #[arg(long, env = "STILLPOINT_QMP", value_name = "SOCKET", requires = "store")]
+    pub qmp: Option<PathBuf>,
+    /// With --qmp: file:///DIR, hdfs://NAMENODE:PORT/PATH or hdfs://NAMESERVICE/PATH
+    #[arg(long, env = "STILLPOINT_STORE", value_name = "URL")]
+    pub store: Option<String>,
+    /// With --qmp: where old disk blocks wait during a checkpoint (on a disk with room) [default: /var/tmp]
+    #[arg(long, env = "STILLPOINT_SCRATCH_DIR", value_name = "DIR")]
+    pub scratch_dir: Option<PathBuf>,
+    /// With --qmp: where memory comes from
+    #[arg(long, value_enum, default_value_t, value_name = "ENGINE")]
+    pub engine: EngineChoice,
+    /// With --qmp: how the stream engine gets memory of one instant
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    pub stream: StreamChoice,
     #[command(flatten)]
     pub runtime: Runtime,
     /// Stay in the foreground (for a service manager)
@@ -94,10 +117,28 @@ pub struct AttachArgs {
 }
 
 #[derive(Args)]
+pub struct AdoptArgs {
+    pub name: VmName,
+    #[command(flatten)]
+    pub runtime: Runtime,
+    /// QEMU to move it into [default: the program that runs it]
+    #[arg(long, value_name = "PROGRAM")]
+    pub qemu: Option<String>,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
 pub struct CheckpointArgs {
     pub name: VmName,
     #[command(flatten)]
     pub runtime: Runtime,
+    /// Where this checkpoint's memory comes from [default: what the machine was attached with]
+    #[arg(long, value_enum, value_name = "ENGINE")]
+    pub engine: Option<EngineChoice>,
+    /// How the stream engine gets memory of one instant [default: what the machine was attached with]
+    #[arg(long, value_enum, value_name = "MODE")]
+    pub stream: Option<StreamChoice>,
     #[arg(long)]
     pub json: bool,
 }
@@ -168,6 +209,9 @@ pub struct VerifyArgs {
 pub struct DoctorArgs {
     #[arg(long, default_value = "qemu-system-x86_64", value_name = "PROGRAM")]
     pub qemu: String,
+    /// Look at a running QEMU through its monitor: what can be done with it, and what is in the way
+    #[arg(long, value_name = "SOCKET", conflicts_with = "qemu")]
+    pub qmp: Option<PathBuf>,
     #[arg(long)]
     pub json: bool,
 }
@@ -194,6 +238,12 @@ pub struct HelperArgs {
     pub runtime: Runtime,
     #[arg(long)]
     pub take_over: bool,
+}
+
+impl AttachArgs {
+    pub fn machine(&self) -> anyhow::Result<&VmName> {
+        self.name.as_ref().or(self.long_name.as_ref()).ok_or_else(|| anyhow::anyhow!("no machine was named"))
+    }
 }
 
 impl RunArgs {

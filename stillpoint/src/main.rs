@@ -2,12 +2,14 @@
 //! `launch` starts QEMU, `helper` sits beside it, `checkpoint` takes, `restore` brings back, `layers` and `pack` carry
 //! data, `inspect` looks at a store.
 
+mod adopt;
 mod bench;
 mod cache;
 mod checkpoint;
 mod cli;
 mod control;
 mod doctor;
+mod engine;
 mod exit;
 mod fault;
 mod helper;
@@ -73,6 +75,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
 async fn dispatch_async(command: Command) -> Result<ExitCode> {
     match command {
         Command::Attach(args) => helper::attach::run(args).await?,
+        Command::Adopt(args) => adopt::run(&args).await?,
         Command::Helper(args) => helper::run(args).await?,
         Command::Checkpoint(args) => helper::client::checkpoint(&args).await?,
         Command::Restore(args) => restore::run(args).await?,

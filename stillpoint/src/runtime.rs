@@ -2,6 +2,7 @@
 //! as QEMU does (a tmpfs suits it) and is all that a new helper needs to take a machine over.
 
 use crate::exit::refused;
+use crate::engine::{EngineChoice, StreamChoice};
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{CheckpointSeq, VmName};
 use nix::fcntl::{Flock, FlockArg};
@@ -43,10 +44,37 @@ pub struct MachineFile {
     pub scratch: PathBuf,
     /// The checkpoint that this instance was restored from.
     pub restored_from: Option<CheckpointSeq>,
+    /// A machine that somebody else started; none for one of ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unprepared: Option<Unprepared>,
+}
+
+/// How a machine that nobody prepared is reached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unprepared {
+    /// Its monitor, ours alone while a helper is attached.
+    pub monitor: PathBuf,
+    /// Where the plugin listens, if its owner put it into that QEMU.
+    pub plugin: Option<PathBuf>,
+    /// When the process began, in the kernel's ticks since boot: a later one may get the same pid.
+    pub started: u64,
+    /// What its owner chose for it.
+    pub engine: EngineChoice,
+    pub stream: StreamChoice,
 }
 
 impl MachineFile {
     pub const FORMAT: u32 = MACHINE_FILE_FORMAT;
+
+    /// QEMU's monitor.
+    pub fn monitor(&self, runtime: &RuntimeDir) -> PathBuf {
+        self.unprepared.as_ref().map_or_else(|| runtime.qmp(), |there| there.monitor.clone())
+    }
+
+    /// The plugin's socket, if there is a plugin.
+    pub fn plugin(&self, runtime: &RuntimeDir) -> Option<PathBuf> {
+        self.unprepared.as_ref().map_or_else(|| Some(runtime.plugin()), |there| there.plugin.clone())
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -88,6 +116,16 @@ impl RuntimeDir {
 
     pub fn control(&self) -> PathBuf {
         self.path.join("control.sock")
+    }
+
+    /// Capabilities and parameters of QEMU's migration as they were before a checkpoint by stream changed them.
+    pub fn migration_journal(&self) -> PathBuf {
+        self.path.join("migration.json")
+    }
+
+    /// How far an adoption got.
+    pub fn adoption(&self) -> PathBuf {
+        self.path.join("adopt.json")
     }
 
     pub fn nbd(&self) -> PathBuf {

@@ -89,6 +89,11 @@ impl Lab {
         TestMachine::start(self, name, recipe, environment)
     }
 
+    /// Starts QEMU as anybody would, without `stillpoint`.
+    pub fn start_plain(&self, name: &str, recipe: &Recipe) -> TestMachine<'_> {
+        TestMachine::start_plain(self, name, recipe)
+    }
+
     /// Restores NAME or NAME@ID as machine `new_name`, in a fresh directory.
     pub fn restore(&self, checkpoint: &str, new_name: &str, more: &[&str]) -> TestMachine<'_> {
         TestMachine::restore(self, checkpoint, new_name, more)
@@ -143,6 +148,7 @@ impl Lab {
 impl Drop for Lab {
     /// Machines that a failed test did not expect to run.
     fn drop(&mut self) {
+        process::qemus_below(self.path()).into_iter().for_each(process::kill_hard);
         let runtime = self.runtime();
         let machines = std::fs::read_dir(&runtime).into_iter().flatten().flatten();
         for machine in machines.map(|entry| entry.path()) {

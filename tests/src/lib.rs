@@ -1,40 +1,54 @@
 //! Whole machines under test: a real QEMU, a guest that would notice a wrong restore, the real `stillpoint` program.
 //!
 //! A test makes a [`Lab`] (a directory, a store, a place among the few machines that may run at once), starts a
-//! [`TestMachine`] in it by a [`Recipe`], and restores others from its checkpoints. What runs is ended when the values are dropped, also
-//! when the test fails; nothing but processes of its own is ever signalled.
+//! [`TestMachine`] in it by a [`Recipe`], and restores others from its checkpoints. What all of them have is a [`Guest`]. What runs is
+//! ended when the values are dropped, also when the test fails; nothing but processes of its own is ever signalled.
 //!
 //! | variable | meaning |
 //! | --- | --- |
 //! | `STILLPOINT_TEST_QEMUS` | QEMU programs to test with, separated by colons (default: those of `scripts/install-deps`) |
 //! | `STILLPOINT_TEST_PROGRAM` | a `stillpoint` with its plugin beside it, instead of building this tree's |
+//! | `STILLPOINT_TEST_THOROUGH` | more of the same: 20 checkpoints on every layout of an unprepared machine (before a release; 20 minutes) |
 //! | `STILLPOINT_TEST_KEEP` | leave the directories of the tests behind |
 
 mod built;
 mod damage;
+mod footprint;
+mod guest;
 mod hdfs;
 mod images;
 mod lab;
 mod machine;
+mod plain;
+mod points;
 mod process;
 mod qemus;
 mod qmp;
 mod random;
 mod recipe;
+mod scribbles;
 mod slots;
+mod taken;
 mod tmpfs;
+mod truth;
 mod witness;
 
 pub use built::{built, project};
 pub use damage::{Damage, copy_tree, files_below};
+pub use footprint::{Footprint, descriptors};
+pub use guest::Guest;
 pub use hdfs::Cluster;
 pub use images::{qemu_img, read_image};
 pub use lab::{Lab, Ran};
-pub use machine::{Outcome, Taken, TestMachine};
-pub use process::{Pid, is_running, stop_and_continue, wait_until};
+pub use machine::TestMachine;
+pub use points::kill_points;
+pub use process::{Pid, is_running, kill_hard, processor_time, stop_and_continue, wait_until};
 pub use qemus::{newest_qemu, on_each_qemu, qemus};
 pub use qmp::QmpClient;
 pub use random::Random;
 pub use recipe::{Recipe, SCRIBBLER_RAM_BYTES};
+pub use scribbles::Scribbles;
+pub use taken::{Outcome, Taken};
 pub use tmpfs::SmallStore;
+pub use truth::{Scribbled, thorough};
 pub use witness::{Line, lines};

@@ -1,77 +1,75 @@
-//! One machine under test, started or restored: its QEMU, its helper, its witness.
+//! One machine under test: its guest, and the helper beside it. Started by `stillpoint run`, restored, or plain: by QEMU alone.
 
-use crate::images::read_image;
+use crate::guest::{Guest, PATIENCE};
 use crate::lab::{Lab, Ran};
 use crate::process::{self, Pid, wait_until};
-use crate::qmp::QmpClient;
 use crate::recipe::Recipe;
-use crate::witness::{self, Line};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use crate::taken::{Outcome, Taken};
+use serde_json::Value;
 use std::fs::File;
-use std::path::PathBuf;
-use std::process::{Child, Stdio};
-use std::time::Duration;
-
-/// A guest needs 4 to 8 seconds to boot on two free cores; nothing else takes nearly as long.
-const PATIENCE: Duration = Duration::from_secs(90);
-/// Lines come once a second, steps ten times a second, and a busy host is late.
-const STEPS_BETWEEN_LINES: u64 = 15;
-
-/// What `stillpoint checkpoint --json` says, as far as tests look at it.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Outcome {
-    pub id: u64,
-    pub parent: Option<u64>,
-    pub kind: String,
-    pub pause_ms: f64,
-    pub pages_dirty: u64,
-    pub bytes_changed: u64,
-    pub bytes_stored_raw: u64,
-    pub bytes_stored: u64,
-    pub layer_bytes_stored: u64,
-    pub durable_ms: f64,
-    pub replicas: Option<u16>,
-    pub notes: Vec<String>,
-}
-
-/// A checkpoint, and the guest's last steps that were seen before and after it.
-#[derive(Clone, Debug)]
-pub struct Taken {
-    /// NAME@ID.
-    pub name: String,
-    pub outcome: Outcome,
-    before: u64,
-    after: u64,
-}
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
 /// Ended when dropped.
 pub struct TestMachine<'lab> {
-    pub name: String,
-    /// QEMU's working directory.
-    pub directory: PathBuf,
-    /// What `stillpoint restore --json` said; null for a machine that was started.
+    pub(crate) guest: Guest,
+    /// What `stillpoint restore --json` or `stillpoint adopt --json` said; null for a machine that was started.
     pub report: Value,
-    lab: &'lab Lab,
-    qemu: Pid,
+    pub(crate) lab: &'lab Lab,
     /// None when `stillpoint restore` started it.
     child: Option<Child>,
 }
 
+impl Deref for TestMachine<'_> {
+    type Target = Guest;
+
+    fn deref(&self) -> &Guest {
+        &self.guest
+    }
+}
+
 impl<'lab> TestMachine<'lab> {
+    fn new(lab: &'lab Lab, name: &str, directory: PathBuf) -> Self {
+        let runtime = lab.runtime().join(name);
+        let logs = vec![directory.join("qemu.out"), runtime.join("qemu.log"), runtime.join("helper.log")];
+        Self { guest: Guest::new(name, directory, &lab.qemu, logs), report: Value::Null, lab, child: None }
+    }
+
     pub(crate) fn start(lab: &'lab Lab, name: &str, recipe: &Recipe, environment: &[(&str, &str)]) -> Self {
+        let mut machine = Self::furnished(lab, name, recipe);
+        let mut command = lab.command(&["run", "--name", name, "--"]);
+        command.args(recipe.command_line(&lab.qemu)).envs(environment.iter().copied());
+        machine.spawn(command);
+        machine.wait_for("QEMU's plugin", |machine| machine.peer().is_some());
+        machine
+    }
+
+    /// QEMU as anybody starts it: no launcher, no plugin, no helper, and RAM as the recipe says.
+    pub(crate) fn start_plain(lab: &'lab Lab, name: &str, recipe: &Recipe) -> Self {
+        let mut machine = Self::furnished(lab, name, recipe);
+        let words = recipe.plain_command_line(&lab.qemu);
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]);
+        machine.spawn(command);
+        let socket = machine.directory.join("extra.sock");
+        machine.wait_for("QEMU's monitor", |_| std::os::unix::net::UnixStream::connect(&socket).is_ok());
+        machine
+    }
+
+    fn furnished(lab: &'lab Lab, name: &str, recipe: &Recipe) -> Self {
         let directory = lab.path().join(name);
         std::fs::create_dir_all(&directory).expect("the test's directory");
         recipe.furnish(&lab.qemu, &directory);
-        let log = File::create(directory.join("qemu.out")).expect("the test's directory");
-        let mut command = lab.command(&["run", "--name", name, "--"]);
-        command.args(recipe.command_line(&lab.qemu)).envs(environment.iter().copied()).current_dir(&directory);
-        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file")).stderr(log);
-        let child = command.spawn().expect("stillpoint can be run");
-        let qemu = Pid::from_raw(child.id() as i32);
-        let mut machine = Self { name: name.to_owned(), directory, report: Value::Null, lab, qemu, child: Some(child) };
-        machine.wait_for_qemu();
-        machine
+        Self::new(lab, name, directory)
+    }
+
+    fn spawn(&mut self, mut command: Command) {
+        let log = File::create(self.directory.join("qemu.out")).expect("the test's directory");
+        command.current_dir(&self.directory).stdin(Stdio::null()).stdout(log.try_clone().expect("a file")).stderr(log);
+        let child = command.spawn().expect("the program can be run");
+        self.guest.qemu = Pid::from_raw(child.id() as i32);
+        self.child = Some(child);
     }
 
     pub(crate) fn restore(lab: &'lab Lab, checkpoint: &str, new_name: &str, more: &[&str]) -> Self {
@@ -83,125 +81,50 @@ impl<'lab> TestMachine<'lab> {
         }
         words.extend(more);
         let ran = lab.run(&words);
-        let mut machine = Self { name: new_name.to_owned(), directory, report: Value::Null, lab, qemu: Pid::from_raw(0), child: None };
+        let mut machine = Self::new(lab, new_name, directory.clone());
         match machine.peer() {
             // Even after a failure, so that it is ended.
-            Some(pid) => machine.qemu = pid,
+            Some(pid) => machine.guest.qemu = pid,
             None => assert_ne!(ran.code, 0, "restore succeeded, but no QEMU answers"),
         }
         machine.report = ran.expect_success().json();
         machine
     }
 
-    fn wait_for_qemu(&mut self) {
-        let up = wait_until(PATIENCE, || self.peer().is_some() || !self.qemu_runs());
-        assert!(up && self.qemu_runs(), "{} did not start: {}", self.name, self.said());
+    fn wait_for(&self, what: &str, mut up: impl FnMut(&Self) -> bool) {
+        let up = wait_until(PATIENCE, || up(self) || !self.qemu_runs());
+        assert!(up && self.qemu_runs(), "{} did not start, {what} does not answer: {}", self.name, self.said());
     }
 
     fn peer(&self) -> Option<Pid> {
         process::listener(&self.runtime_file("plugin.sock"))
     }
 
-    fn runtime_file(&self, name: &str) -> PathBuf {
+    pub(crate) fn runtime_file(&self, name: &str) -> PathBuf {
         self.lab.runtime().join(&self.name).join(name)
-    }
-
-    /// What QEMU, the launcher and the helper have said: for messages of failed tests.
-    fn said(&self) -> String {
-        let files = [self.directory.join("qemu.out"), self.runtime_file("qemu.log"), self.runtime_file("helper.log")];
-        let texts = files.iter().filter_map(|file| std::fs::read_to_string(file).ok());
-        texts
-            .map(|text| text.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"))
-            .collect::<Vec<_>>()
-            .join("\n")
-    }
-
-    // ---- the guest
-
-    pub fn qemu_runs(&self) -> bool {
-        process::is_running(self.qemu)
-    }
-
-    pub fn lines(&self) -> Vec<Line> {
-        witness::lines(&self.directory.join("serial.log"))
-    }
-
-    /// The last line, once there is one that fits. Panics on a contradiction, and when QEMU ends.
-    pub fn wait_for_line(&self, what: &str, fits: impl Fn(&Line) -> bool) -> Line {
-        let mut hit = None;
-        let done = wait_until(PATIENCE, || {
-            hit = self.lines().pop().filter(|line| fits(line));
-            hit.is_some() || !self.qemu_runs()
-        });
-        self.assert_no_contradiction();
-        assert!(done && hit.is_some(), "{}: {what} never came; last {:?}\n{}", self.name, self.lines().last(), self.said());
-        hit.expect("just checked")
-    }
-
-    pub fn assert_no_contradiction(&self) {
-        let found = witness::contradictions(&self.directory.join("serial.log"));
-        assert!(
-            found.is_empty(),
-            "{} is not what it was: {} contradictions, first {:#?}",
-            self.name,
-            found.len(),
-            &found[..found.len().min(3)]
-        );
-    }
-
-    /// The guest is up and has worked a little.
-    pub fn wait_for_witness(&self) -> Line {
-        self.wait_for_line("the witness", |line| line.passes >= 1)
-    }
-
-    /// The guest takes further steps.
-    pub fn assert_goes_on(&self) {
-        let now = self.lines().len();
-        let more = wait_until(PATIENCE, || self.lines().len() > now + 1 || !self.qemu_runs());
-        self.assert_no_contradiction();
-        assert!(more && self.qemu_runs(), "{}: the guest stands still\n{}", self.name, self.said());
-    }
-
-    /// This restored machine goes on where the checkpoint was taken, and all of its memory and disks are right: the
-    /// witness has walked over the whole table twice.
-    pub fn assert_continues(&self, taken: &Taken) {
-        let first = self.wait_for_line("a first line", |_| true);
-        let first = self.lines().into_iter().next().unwrap_or(first);
-        let expected = taken.before + 1..=taken.after + STEPS_BETWEEN_LINES;
-        assert!(expected.contains(&first.step), "{}: went on with step {}, {expected:?} was expected", self.name, first.step);
-        let last = self.wait_for_line("two passes", |line| line.passes >= first.passes + 2);
-        assert!(last.is_ok && last.contradictions == 0, "{}: {last:?}", self.name);
-        assert!(last.disks.iter().all(|disk| *disk == last.step), "{}: {last:?}", self.name);
-    }
-
-    /// The monitor that every recipe has besides the helper's.
-    pub fn qmp(&self) -> QmpClient {
-        QmpClient::connect(&self.directory.join("extra.sock"))
-    }
-
-    /// What a drive holds. Where a restored machine has its disks is its own affair: QEMU says.
-    pub fn disk(&self, drive: &str) -> Vec<u8> {
-        let all = self.qmp().execute("query-block", json!({}));
-        let hit = all.as_array().into_iter().flatten().find(|block| block["device"] == drive);
-        let inserted = &hit.unwrap_or_else(|| panic!("no drive {drive} in {all}"))["inserted"];
-        let (file, format) = (inserted["file"].as_str().expect("a file"), inserted["drv"].as_str().expect("a format"));
-        read_image(&self.lab.qemu, &self.directory.join(file), format)
     }
 
     // ---- the helper
 
     pub fn try_checkpoint(&self) -> Ran {
-        self.lab.run(&["checkpoint", &self.name, "--json"])
+        self.try_checkpoint_with(&[])
+    }
+
+    pub fn try_checkpoint_with(&self, words: &[&str]) -> Ran {
+        self.lab.run(&[&["checkpoint", &self.name, "--json"], words].concat())
     }
 
     /// A checkpoint that must succeed.
     pub fn checkpoint(&self) -> Taken {
-        let step = || self.lines().last().map_or(0, |line| line.step);
-        let before = step();
-        let ran = self.try_checkpoint();
+        self.checkpoint_with(&[])
+    }
+
+    pub fn checkpoint_with(&self, words: &[&str]) -> Taken {
+        let before = self.step();
+        let ran = self.try_checkpoint_with(words);
         assert_eq!(ran.code, 0, "checkpoint of {}: {}\n{}", self.name, ran.err, self.said());
         let outcome: Outcome = serde_json::from_value(ran.json()).expect("the documented form");
-        Taken { name: format!("{}@{}", self.name, outcome.id), outcome, before, after: step() }
+        Taken { name: format!("{}@{}", self.name, outcome.id), outcome, before, after: self.step() }
     }
 
     /// The helper's process, if it runs.
@@ -234,15 +157,29 @@ impl<'lab> TestMachine<'lab> {
         self.end();
     }
 
-    fn end(&mut self) {
-        self.kill_helper();
+    /// SIGKILL for QEMU alone; waits until it is gone.
+    pub fn kill_qemu(&mut self) {
         if let Some(mut child) = self.child.take() {
             // Ours until it is waited for, so the number cannot be another's.
             let _ = child.kill();
             let _ = child.wait();
-        } else if self.qemu.as_raw() > 0 && process::is_ours(self.qemu, &self.lab.runtime()) {
+        }
+        self.end_other_qemu();
+    }
+
+    fn end_other_qemu(&self) {
+        if self.qemu.as_raw() > 0 && process::belongs_to(self.qemu, &self.places()) {
             process::kill_hard(self.qemu);
         }
+    }
+
+    fn places(&self) -> [&Path; 2] {
+        [self.lab.path(), &self.directory]
+    }
+
+    fn end(&mut self) {
+        self.kill_helper();
+        self.kill_qemu();
     }
 }
 

@@ -39,6 +39,37 @@ pub fn is_ours(pid: Pid, path: &Path) -> bool {
     String::from_utf8_lossy(&words).contains(&path.display().to_string())
 }
 
+/// Whether it works in one of `places`, or has one on its command line.
+pub fn belongs_to(pid: Pid, places: &[&Path]) -> bool {
+    let works_in = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+    places.iter().any(|place| works_in.starts_with(place) || is_ours(pid, place))
+}
+
+/// Running QEMUs that belong to a directory.
+pub fn qemus_below(directory: &Path) -> Vec<Pid> {
+    let all = std::fs::read_dir("/proc").expect("a kernel that tells").flatten();
+    let numbers = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw);
+    let is_qemu = |pid: &Pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("qemu-system"));
+    numbers.filter(is_qemu).filter(|pid| is_running(*pid) && belongs_to(*pid, &[directory])).collect()
+}
+
+/// Processor time that it has used.
+pub fn processor_time(pid: Pid) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Counted from the state, which follows the name.
+    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+    let ticks = |place: usize| fields.get(place).and_then(|field| field.parse::<u64>().ok()).unwrap_or(0);
+    // The kernel counts hundredths of a second for user space, whatever its own clock does.
+    Duration::from_millis((ticks(11) + ticks(12)) * 10)
+}
+
+/// The most memory that it has ever held.
+pub fn peak_bytes(pid: Pid) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? << 10)
+}
+
 /// The process that listens at a socket.
 pub fn listener(socket: &Path) -> Option<Pid> {
     let stream = UnixStream::connect(socket).ok()?;

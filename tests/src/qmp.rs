@@ -11,13 +11,15 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub struct QmpClient {
     read: BufReader<UnixStream>,
     write: UnixStream,
+    /// Events that came while an answer was awaited.
+    events: Vec<Value>,
 }
 
 impl QmpClient {
     pub fn connect(socket: &Path) -> Self {
         let stream = UnixStream::connect(socket).unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
         stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
-        let mut client = Self { read: BufReader::new(stream.try_clone().expect("a socket")), write: stream };
+        let mut client = Self { read: BufReader::new(stream.try_clone().expect("a socket")), write: stream, events: Vec::new() };
         client.answer("QMP").expect("a greeting");
         client.execute("qmp_capabilities", json!({}));
         client
@@ -25,8 +27,27 @@ impl QmpClient {
 
     /// Panics with QEMU's own words when it refuses.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Value {
-        writeln!(self.write, "{}", json!({"execute": command, "arguments": arguments})).expect("QEMU listens");
-        self.answer("return").unwrap_or_else(|error| panic!("{command} {arguments}: {error}"))
+        self.try_execute(command, arguments.clone()).unwrap_or_else(|error| panic!("{command} {arguments}: {error}"))
+    }
+
+    pub fn try_execute(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
+        let said = writeln!(self.write, "{}", json!({"execute": command, "arguments": arguments}));
+        said.map_err(|error| error.to_string())?;
+        self.answer("return")
+    }
+
+    /// Events since the last call, oldest first.
+    pub fn events(&mut self) -> Vec<Value> {
+        // Events come in order with answers.
+        self.execute("query-status", json!({}));
+        std::mem::take(&mut self.events)
+    }
+
+    /// When an event of that name came last, in seconds of QEMU's clock (that of the host). Events are used up.
+    pub fn time_of_event(&mut self, name: &str) -> Option<f64> {
+        let event = self.events().into_iter().rev().find(|event| event["event"] == name)?;
+        let part = |key: &str| event["timestamp"][key].as_f64();
+        Some(part("seconds")? + part("microseconds")? / 1e6)
     }
 
     /// A command of the human monitor; its output.
@@ -49,6 +70,7 @@ impl QmpClient {
             if let Some(value) = message.get_mut(key) {
                 return Ok(value.take());
             }
+            self.events.push(message);
         }
     }
 

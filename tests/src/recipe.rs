@@ -19,6 +19,8 @@ const QUICK: &str = "witness.table_mib=12 witness.check=6144";
 enum Guest {
     /// Linux and the witness, from `scripts/guest-image --kind KIND`, run by a file of `qemu-configs/`.
     Witness { kind: &'static str, config: &'static str },
+    /// The same guest on a bare board, which has only what `arguments` give it.
+    Board { machine: &'static str },
     /// A boot sector that writes to memory (`scribbler.S`), and two disks that nobody touches but the test.
     Scribbler { seed: u32 },
 }
@@ -37,6 +39,12 @@ impl Recipe {
     pub fn witness(config: &'static str) -> Self {
         let kind = if config == "guest-union.cfg" { "union" } else { "plain" };
         Self::new(Guest::Witness { kind, config })
+    }
+
+    /// The witness on a board without disks and display (`pc` or `q35`, 256 MiB); the arguments of a test give it disks.
+    /// Files to use: `base.qcow2`, `overlay.qcow2` on it (64 MiB), `data.qcow2` and `data.raw` (32 MiB).
+    pub fn board(machine: &'static str) -> Self {
+        Self::new(Guest::Board { machine })
     }
 
     /// Boots in a second and needs no image: `boot` (IDE, raw), `cow` (qcow2 on a base, 16 MiB), `odd` (raw, 3 MiB and 512 bytes).
@@ -80,6 +88,7 @@ impl Recipe {
                 guest_image(kind, directory);
                 add_words(&directory.join(config), &format!("{QUICK}{}", self.words));
             }
+            Guest::Board { .. } => guest_image("plain", directory),
             Guest::Scribbler { seed } => furnish_scribbler(qemu, seed, directory),
         }
         for command in &self.prepare {
@@ -97,6 +106,7 @@ impl Recipe {
         let mut words = vec![qemu.display().to_string()];
         let guest = match self.guest {
             Guest::Witness { config, .. } => format!("-readconfig {config}"),
+            Guest::Board { machine } => format!("-machine {machine} -m 256 -nodefaults -kernel vmlinuz -initrd initrd.img"),
             Guest::Scribbler { .. } => format!(
                 "-machine pc -m {} -nodefaults \
                  -drive file=boot.raw,format=raw,if=none,id=boot -device ide-hd,drive=boot \
@@ -106,9 +116,19 @@ impl Recipe {
             ),
         };
         words.extend(guest.split_whitespace().map(str::to_owned));
+        if let Guest::Board { .. } = self.guest {
+            words.extend(["-append".to_owned(), format!("console=ttyS0 quiet panic=-1 {QUICK}{}", self.words)]);
+        }
         let common = "-accel tcg -display none -monitor none -serial file:serial.log -qmp unix:extra.sock,server=on,wait=off";
         words.extend(common.split(' ').map(str::to_owned));
         words.extend(self.arguments.clone());
+        words
+    }
+
+    /// The same for QEMU alone, with a monitor for the helper.
+    pub fn plain_command_line(&self, qemu: &Path) -> Vec<String> {
+        let mut words = self.command_line(qemu);
+        words.extend(["-qmp", "unix:qmp.sock,server=on,wait=off"].map(str::to_owned));
         words
     }
 }

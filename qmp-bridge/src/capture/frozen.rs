@@ -14,6 +14,8 @@ use crate::nbd::{NbdClient, context};
 pub struct FrozenDisk {
     /// The node of the disk, as in [`crate::disks::Disk::node`].
     pub node: String,
+    /// Its stable name, as in [`crate::disks::Disk::name`].
+    pub name: String,
     pub bytes: u64,
     /// Its NBD export name.
     pub export: String,
@@ -108,6 +110,7 @@ impl FrozenDisks {
 fn frozen_disk(target: &Target) -> FrozenDisk {
     FrozenDisk {
         node: target.node.clone(),
+        name: target.name.clone(),
         bytes: target.bytes,
         export: target.names.export(),
         changes: target.base.as_ref().map(|base| context::dirty_bitmap(&base.name)),

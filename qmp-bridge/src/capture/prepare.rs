@@ -41,6 +41,7 @@ pub struct CapturePlan {
 #[derive(Debug, Clone)]
 pub(super) struct Target {
     pub(super) node: String,
+    pub(super) name: String,
     pub(super) bytes: u64,
     pub(super) names: DiskNames,
     pub(super) base: Option<KeptBitmap>,
@@ -119,7 +120,8 @@ fn target(index: usize, disk: &Disk, plan: &CapturePlan, kept: &[KeptBitmap]) ->
         (Some(only), None, Some(parent)) if only.recording && only.since <= parent => Some(only.clone()),
         _ => None,
     };
-    Target { node: disk.node.clone(), bytes: disk.virtual_size, names: DiskNames::new(plan.seq, index), base }
+    let names = DiskNames::new(plan.seq, index);
+    Target { node: disk.node.clone(), name: disk.name.clone(), bytes: disk.virtual_size, names, base }
 }
 
 fn actions(plan: &CapturePlan, target: &Target) -> Vec<Value> {

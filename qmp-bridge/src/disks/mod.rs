@@ -64,8 +64,11 @@ pub struct BackingImage {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
-    /// The node that the device writes to.
+    /// The node that the device writes to, as QMP knows it.
     pub node: String,
+    /// What outlives this QEMU: the disk's name in stores. The node's, unless whoever knows the command line gives another
+    /// (QEMU generates node names like `#block123`, and others at the next start).
+    pub name: String,
     /// `-drive id=`, or the path of the device.
     pub device: String,
     pub read_only: bool,
@@ -183,6 +186,7 @@ impl Survey<'_> {
             backing: self.chain(&device, node)?,
             removable: drive["removable"] == true,
             node: node.into(),
+            name: node.into(),
             device,
         })
     }

@@ -41,6 +41,7 @@ fn an_overlay_on_two_layers() {
     let disks = survey(&nodes, &edges, drive("top")).expect("disks").disks;
     assert_eq!(disks.len(), 1);
     assert_eq!(disks[0].file, Path::new("/vm/top.qcow2"));
+    assert_eq!((disks[0].node.as_str(), disks[0].name.as_str()), ("top", "top"), "the node's name until somebody knows a steadier one");
     assert_eq!(disks[0].device, "/machine/peripheral/vda/virtio-backend");
     let layers: Vec<_> = disks[0].backing.iter().map(|b| (b.file.to_str().expect("path"), b.format)).collect();
     assert_eq!(layers, [("/base/mid.qcow2", ImageFormat::Qcow2), ("/base/low.img", ImageFormat::Raw)]);

@@ -14,6 +14,8 @@ pub enum QmpError {
     NoGreeting { path: PathBuf, after: Duration },
     #[error("the socket {path} does not speak QMP: {why}")]
     NotQmp { path: PathBuf, why: String },
+    #[error("QEMU does not speak QMP on the socket that it was started with: {why}")]
+    NoMonitor { why: String },
     #[error("cannot encode the QMP command {command}: {source}")]
     Encode { command: String, source: serde_json::Error },
     #[error("QEMU did not answer {command} within {after:?}; it may still carry it out")]
@@ -43,7 +45,10 @@ impl QmpError {
 
     /// Whether the same call may work later, after a reconnect if the connection was lost.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Connect { .. } | Self::NoGreeting { .. } | Self::Timeout { .. } | Self::Closed { .. })
+        matches!(
+            self,
+            Self::Connect { .. } | Self::NoGreeting { .. } | Self::NoMonitor { .. } | Self::Timeout { .. } | Self::Closed { .. }
+        )
     }
 
     /// Whether this QEMU lacks the command.

@@ -11,6 +11,7 @@ mod error;
 mod wire;
 
 use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -64,8 +65,18 @@ impl Qmp {
     /// Connects and negotiates. Within `timeout` it retries a socket that is not there yet or refuses, since
     /// QEMU makes it a moment after its start. A monitor already in use accepts but never greets: see the error.
     pub async fn connect(path: impl AsRef<Path>, timeout: Duration) -> Result<Self, QmpError> {
-        let path = path.as_ref();
-        let connection = wire::open(path, timeout).await?;
+        Self::negotiate(wire::open(path.as_ref(), timeout).await?, timeout).await
+    }
+
+    /// Negotiates on the other end of a socket that QEMU was started with (`-chardev socket,fd=N`). Nothing can go wrong
+    /// in between, whereas a QEMU that listens is best not spoken to while it starts: its main thread and its monitor's
+    /// thread both watch the listening socket for a moment, and if both see the client come, one of them waits in
+    /// accept(2) for ever (seen with 10.0, once in about 1500 starts on two busy processors).
+    pub async fn over(socket: UnixStream, timeout: Duration) -> Result<Self, QmpError> {
+        Self::negotiate(wire::over(socket, timeout).await?, timeout).await
+    }
+
+    async fn negotiate(connection: Connection, timeout: Duration) -> Result<Self, QmpError> {
         let qmp = Self { connection: Arc::new(connection), capture_turn: Arc::default(), timeout: DEFAULT_COMMAND_TIMEOUT };
         qmp.with_timeout(timeout).execute(qapi::qmp::qmp_capabilities { enable: None }).await?;
         Ok(qmp)
@@ -75,6 +86,10 @@ impl Qmp {
     #[must_use]
     pub fn with_timeout(&self, timeout: Duration) -> Self {
         Self { timeout, ..self.clone() }
+    }
+
+    pub(crate) fn timeout(&self) -> Duration {
+        self.timeout
     }
 
     /// QEMU's version as its greeting gave it.

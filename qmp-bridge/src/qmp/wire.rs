@@ -204,13 +204,41 @@ pub(super) async fn open(path: &Path, timeout: Duration) -> Result<Connection, Q
     let deadline = Instant::now() + timeout;
     let connect_error = |source| QmpError::Connect { path: path.into(), source };
     let stream = connect_until(path, deadline).await.map_err(connect_error)?;
-    let writer = stream.as_fd().try_clone_to_owned().map_err(connect_error)?;
-    let mut lines = Lines { stream, buffer: Vec::new(), searched: 0 };
-    let greeting = match tokio::time::timeout_at(deadline.into(), read_greeting(&mut lines)).await {
-        Err(_) => return Err(QmpError::NoGreeting { path: path.into(), after: timeout }),
-        Ok(greeting) => greeting,
+    begin(stream, deadline).await.map_err(|failure| match failure {
+        Beginning::Broken(source) => connect_error(source),
+        Beginning::Silent => QmpError::NoGreeting { path: path.into(), after: timeout },
+        Beginning::Foreign(why) => QmpError::NotQmp { path: path.into(), why },
+    })
+}
+
+/// The same on a socket whose other end QEMU has already.
+pub(super) async fn over(socket: StdStream, timeout: Duration) -> Result<Connection, QmpError> {
+    let deadline = Instant::now() + timeout;
+    let begun = async {
+        socket.set_nonblocking(true).map_err(Beginning::Broken)?;
+        begin(UnixStream::from_std(socket).map_err(Beginning::Broken)?, deadline).await
     };
-    let version = greeting.map_err(|why| QmpError::NotQmp { path: path.into(), why })?;
+    begun.await.map_err(|failure| QmpError::NoMonitor {
+        why: match failure {
+            Beginning::Broken(source) => source.to_string(),
+            Beginning::Silent => format!("no greeting within {timeout:?}"),
+            Beginning::Foreign(why) => why,
+        },
+    })
+}
+
+/// Why a connected socket did not become a [`Connection`].
+enum Beginning {
+    Broken(std::io::Error),
+    Silent,
+    Foreign(String),
+}
+
+async fn begin(stream: UnixStream, deadline: Instant) -> Result<Connection, Beginning> {
+    let writer = stream.as_fd().try_clone_to_owned().map_err(Beginning::Broken)?;
+    let mut lines = Lines { stream, buffer: Vec::new(), searched: 0 };
+    let greeting = tokio::time::timeout_at(deadline.into(), read_greeting(&mut lines)).await;
+    let version = greeting.map_err(|_| Beginning::Silent)?.map_err(Beginning::Foreign)?;
     let shared = Arc::new(Shared::new());
     let reader = tokio::spawn(read_all(lines, shared.clone()));
     Ok(Connection { writer: Mutex::new(writer.into()), shared, reader, ids: AtomicU64::new(first_id()), version })

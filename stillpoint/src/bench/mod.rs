@@ -57,7 +57,7 @@ async fn measure(runtime: &RuntimeDir, count: u32, interval: Duration) -> Result
 }
 
 async fn checkpoint(runtime: &RuntimeDir) -> Result<Outcome> {
-    let result = ask(runtime, &Request::Checkpoint).await?;
+    let result = ask(runtime, &Request::Checkpoint { engine: None, stream: None }).await?;
     serde_json::from_value(result).context("the helper's answer is not understood")
 }
 

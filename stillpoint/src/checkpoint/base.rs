@@ -43,9 +43,9 @@ impl Base {
         let manifest = lineage.manifests.last().context("a lineage without its newest checkpoint")?;
         let mut tables = empty_tables(names, disks.len());
         lineage.digests(repository, &mut tables).await.context("reading what the last checkpoint holds")?;
-        let is_exact = machine.runtime.exact_since() == Some(parent);
+        let is_exact = machine.has_tracker() && machine.runtime.exact_since() == Some(parent);
         if is_exact {
-            machine.lock_tracker().resume_protection();
+            machine.lock_tracker()?.resume_protection();
         }
         tracing::info!(%vm, %parent, is_exact, "continuing a lineage");
         let mut spaces = spaces(machine, disks, tables);

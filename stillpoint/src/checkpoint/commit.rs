@@ -107,7 +107,7 @@ impl Checkpointer {
     fn space_records(&self, run: &Run) -> Result<Vec<SpaceRecord>> {
         let ram = self.machine.blocks.iter().map(|block| Ok(SpaceRecord::new(SpaceName::ram(&block.name)?, ByteLen(block.used))));
         let writable = run.disks.iter().filter(|disk| !disk.read_only);
-        let disks = writable.map(|disk| Ok(SpaceRecord::new(SpaceName::disk(&disk.node)?, ByteLen(disk.virtual_size))));
+        let disks = writable.map(|disk| Ok(SpaceRecord::new(SpaceName::disk(&disk.name)?, ByteLen(disk.virtual_size))));
         let state = SpaceRecord::new(SpaceName::device_state(), run.state_bytes);
         ram.chain(disks).chain([Ok(state)]).collect()
     }
@@ -129,8 +129,8 @@ impl Checkpointer {
         let own = disk.read_only.then(|| layer(&disk.file)).transpose()?;
         let backing = disk.backing.iter().map(|image| layer(&image.file));
         Ok(DiskRecord {
-            node: disk.node.clone(),
-            space: (!disk.read_only).then(|| SpaceName::disk(&disk.node)).transpose()?,
+            node: disk.name.clone(),
+            space: (!disk.read_only).then(|| SpaceName::disk(&disk.name)).transpose()?,
             read_only: disk.read_only,
             format: disk.format.as_str().to_owned(),
             virtual_size: ByteLen(disk.virtual_size),
@@ -163,6 +163,7 @@ fn outcome(run: &Run, durable: &Durable, totals: Totals) -> Outcome {
         layer_bytes_stored: run.layer_bytes,
         replicas: durable.least_replicas(),
         notes,
+        engine: run.engine.name().to_owned(),
         ..Outcome::default()
     }
 }

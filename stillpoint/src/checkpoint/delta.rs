@@ -64,6 +64,11 @@ impl Delta {
         self.changed
     }
 
+    /// Whether a restore of the parent, plus what was stored so far, would give this page.
+    pub fn holds(&self, space: SpaceNumber, page: PageIndex, digest: PageDigest) -> bool {
+        self.spaces[usize::from(space)].table.holds(page, digest)
+    }
+
     /// Takes pages in ascending order, each at most once until the next [`Delta::flush`].
     pub fn offer(&mut self, space: SpaceNumber, first: PageIndex, bytes: &[u8], jobs: &mut Vec<PackJob>) {
         for (number, page) in bytes.chunks_exact(PAGE_SIZE).enumerate() {

@@ -3,7 +3,7 @@
 
 use super::delta::Delta;
 use super::outcome::Phases;
-use super::prepare::Run;
+use super::prepare::{Run, SavedState};
 use super::round::{self, blocking};
 use super::staging::{SpaceNumber, Staging};
 use super::{Checkpointer, Report};
@@ -76,8 +76,12 @@ impl Checkpointer {
     }
 
     async fn drain_state(&mut self, run: &mut Run) -> Result<()> {
-        let file = run.device_state.take().context("the device state was not saved")?;
-        let mut state = file.read().context("reading the device state back")?.into_bytes();
+        let saved = run.device_state.take().context("the device state was not saved")?;
+        let state = match saved {
+            SavedState::File(file) => file.read().context("reading the device state back")?,
+            SavedState::Read(state) => state,
+        };
+        let mut state = state.into_bytes();
         run.state_bytes = ByteLen(state.len() as u64);
         state.resize(state.len().next_multiple_of(PAGE_SIZE), 0);
         let delta = run.delta.as_mut().context("the tables are gone")?;
@@ -106,7 +110,7 @@ impl Checkpointer {
 }
 
 fn is_disk(name: &SpaceName, disk: &FrozenDisk) -> bool {
-    name.kind() == SpaceKind::Disk && name.local() == disk.node
+    name.kind() == SpaceKind::Disk && name.local() == disk.name
 }
 
 fn disk_number(delta: &Delta, disk: &FrozenDisk) -> Option<SpaceNumber> {
@@ -138,12 +142,12 @@ async fn read_disk(
     pieces: mpsc::Sender<Piece>,
     report: &Report,
 ) -> Result<()> {
-    let space = space.with_context(|| format!("disk {} has no space", disk.node))?;
+    let space = space.with_context(|| format!("disk {} has no space", disk.name))?;
     let client = frozen.connect(disk).await?;
     let mut offset = 0;
     while offset < disk.bytes {
         let len = WINDOW.min(disk.bytes - offset);
-        report.say(&format!("disk {}", disk.node), offset, disk.bytes);
+        report.say(&format!("disk {}", disk.name), offset, disk.bytes);
         let ranges = ranges(&client, disk, offset, len, is_fresh).await?;
         read_window(&client, space, &ranges, &pieces).await?;
         offset += len;
@@ -155,7 +159,7 @@ async fn read_disk(
 async fn ranges(client: &NbdClient, disk: &FrozenDisk, offset: u64, len: u64, is_fresh: bool) -> Result<Vec<ContentRange>> {
     let contexts = client.block_status(offset, len).await?;
     let [allocation, changes] = contexts.as_slice() else {
-        bail!("QEMU answered {} meta contexts for disk {} where 2 were asked for", contexts.len(), disk.node);
+        bail!("QEMU answered {} meta contexts for disk {} where 2 were asked for", contexts.len(), disk.name);
     };
     let changes = if disk.changes.is_none() && !is_fresh { everything(changes) } else { changes.clone() };
     Ok(content_ranges(allocation, &changes, PAGE_SIZE as u64, disk.bytes))

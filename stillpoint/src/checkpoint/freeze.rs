@@ -4,7 +4,7 @@
 //! one transaction and writes the device state to a file. The guest runs again when both are done, whatever they did.
 
 use super::outcome::{Phases, milliseconds};
-use super::prepare::Run;
+use super::prepare::{Run, SavedState};
 use super::round::{self, Taken, blocking};
 use super::staging::Staging;
 use super::{Checkpointer, Report};
@@ -12,9 +12,10 @@ use crate::fault;
 use crate::helper::machine::lock;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{PageCount, PageSet};
-use dirty_tracker::DirtyLease;
+use dirty_tracker::{DirtyLease, Tracker};
 use qmp_bridge::Paused;
 use qmp_bridge::device_state::DeviceStateFile;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tracing::instrument;
 
@@ -87,7 +88,7 @@ impl Checkpointer {
     }
 
     async fn stage(&mut self, taken: Taken) -> Result<()> {
-        let tracker = self.machine.tracker();
+        let tracker = self.machine.tracker()?;
         let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
         let (staging, result) = blocking(staging, move |staging| round::stage(&lock(&tracker), &taken, staging)).await?;
         self.staging = staging;
@@ -95,7 +96,7 @@ impl Checkpointer {
     }
 
     async fn spill(&mut self, run: &mut Run, taken: Taken) -> Result<()> {
-        let tracker = self.machine.tracker();
+        let tracker = self.machine.tracker()?;
         let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
         let delta = run.delta.take().context("the tables are gone")?;
         run.is_spilled = true;
@@ -118,11 +119,12 @@ impl Checkpointer {
     pub(super) async fn freeze(&mut self, run: &mut Run, phases: &mut Phases) -> Result<()> {
         let prepared = run.prepared.take().context("the disks are not prepared")?;
         let lease = run.lease.take().context("the lease is gone")?;
+        let tracker = self.machine.tracker()?;
         let state_file = DeviceStateFile::new(self.machine.runtime.path())?;
         let begun = Instant::now();
         let paused = Paused::stop(&self.machine.qmp).await.context("stopping the guest")?;
         let stopped = begun.elapsed();
-        let memory = self.freeze_memory(lease);
+        let memory = self.freeze_memory(tracker, lease);
         let devices = async {
             let frozen = prepared.freeze(&paused).await.context("taking the disks' instant")?;
             let disks = begun.elapsed();
@@ -141,15 +143,14 @@ impl Checkpointer {
         run.frozen = Some(frozen);
         run.pause = resumed?;
         device_state?;
-        run.device_state = Some(state_file);
+        run.device_state = Some(SavedState::File(state_file));
         run.pages_dirty.0 += taken?.0;
         trace_freeze(phases, stopped, disks, copied, saved, run.pause);
         Ok(())
     }
 
     /// On a thread of its own, from the moment the guest stands still.
-    fn freeze_memory(&mut self, lease: DirtyLease) -> impl Future<Output = Result<FrozenMemory>> + use<> {
-        let tracker = self.machine.tracker();
+    fn freeze_memory(&mut self, tracker: Arc<Mutex<Tracker>>, lease: DirtyLease) -> impl Future<Output = Result<FrozenMemory>> + use<> {
         let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
         let begun = Instant::now();
         let job = blocking((lease, staging), move |(lease, staging)| {

@@ -3,9 +3,10 @@
 //! The phases are files, in the order in which data flows:
 //!
 //! ```text
-//! prepare   guest runs    writer epoch, layers, scratch overlays, room for the copies
+//! prepare   guest runs    engine, writer epoch, layers, scratch overlays, room for the copies
 //! round     guest runs    live copies, each after a micro-pause
 //! freeze    guest paused  scan, copy, disk transaction, device state
+//! (stream   instead of round and freeze, where QEMU's own migration brings the memory)
 //! drain     guest runs    compare, compress, store; disks over NBD
 //! commit    guest runs    manifest, one rename
 //! settle    guest runs    leases, bitmaps, tables
@@ -19,18 +20,22 @@ mod drain;
 mod freeze;
 pub mod outcome;
 mod prepare;
+mod receive;
 mod round;
 mod settle;
 mod staging;
 mod store;
+mod stream;
 
 use crate::control::Progress;
+use crate::engine::{Engine, EngineChoice, StreamChoice};
 use crate::fault;
 use crate::helper::machine::Machine;
 use crate::launch::command::is_running;
 use anyhow::Result;
 use base::Base;
 use checkpoint_store::StoreError;
+use qmp_bridge::migration::Support;
 use outcome::{Outcome, Phases, milliseconds};
 use staging::Staging;
 use std::time::{Duration, Instant, SystemTime};
@@ -52,6 +57,9 @@ impl Report {
     }
 }
 
+/// What the request chooses; what it leaves open is as the machine was attached.
+type Choice = (Option<EngineChoice>, Option<StreamChoice>);
+
 /// Everything that lasts from one checkpoint of a machine to the next.
 pub struct Checkpointer {
     pub machine: Machine,
@@ -63,6 +71,8 @@ pub struct Checkpointer {
     /// it owed: holds whether that is everything since the old base.
     stale: Option<bool>,
     layers: crate::layers::Known,
+    /// What this QEMU's migration can do, once it was asked.
+    support: Option<Support>,
     /// What an earlier helper may have left in QEMU has been cleaned up.
     is_clean: bool,
 }
@@ -70,23 +80,23 @@ pub struct Checkpointer {
 impl Checkpointer {
     pub fn new(machine: Machine, take_over: bool) -> Self {
         let staging = Staging::new(prepare::STAGING_PAGES);
-        Self { machine, take_over, staging, store: None, base: None, stale: None, layers: Default::default(), is_clean: false }
+        Self { machine, take_over, staging, store: None, base: None, stale: None, layers: Default::default(), support: None, is_clean: false }
     }
 
     /// One checkpoint, complete and durable, or an error and nothing.
-    pub async fn take(&mut self, report: &Report) -> Result<Outcome> {
+    pub async fn take(&mut self, engine: Option<EngineChoice>, stream: Option<StreamChoice>, report: &Report) -> Result<Outcome> {
         let begun = Instant::now();
         let started_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
         let mut phases = Phases::default();
-        let mut outcome = self.run_phases(&mut phases, report).await?;
+        let mut outcome = self.run_phases((engine, stream), &mut phases, report).await?;
         outcome.started_at = started_at;
         outcome.durable_ms = milliseconds(begun.elapsed());
         outcome.phases = phases.into_map();
         Ok(outcome)
     }
 
-    async fn run_phases(&mut self, phases: &mut Phases, report: &Report) -> Result<Outcome> {
-        let prepared = self.prepare(phases, report).await;
+    async fn run_phases(&mut self, choice: Choice, phases: &mut Phases, report: &Report) -> Result<Outcome> {
+        let prepared = self.prepare(choice, phases, report).await;
         let mut run = prepared.inspect_err(|_| self.look_up_anew())?;
         let captured = self.capture(&mut run, phases, report).await;
         match captured {
@@ -113,9 +123,14 @@ impl Checkpointer {
 
     async fn capture(&mut self, run: &mut prepare::Run, phases: &mut Phases, report: &Report) -> Result<Outcome> {
         fault::point("prepared");
-        self.rounds(run, phases, report).await?;
-        fault::point("round");
-        self.freeze(run, phases).await?;
+        match run.engine {
+            Engine::Stream(mode) => self.stream(run, mode, phases, report).await?,
+            Engine::Tracker => {
+                self.rounds(run, phases, report).await?;
+                fault::point("round");
+                self.freeze(run, phases).await?;
+            }
+        }
         fault::point("freeze.frozen");
         self.drain(run, phases, report).await?;
         fault::point("drain");

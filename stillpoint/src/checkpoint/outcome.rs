@@ -11,6 +11,8 @@ pub struct Outcome {
     pub id: CheckpointSeq,
     pub parent: Option<CheckpointSeq>,
     pub kind: Kind,
+    /// Where the memory came from: `tracker`, `pre-copy` or `background-snapshot`.
+    pub engine: String,
     /// RFC 3339, UTC.
     pub started_at: String,
     /// From the order to stop until the guest ran again.

@@ -4,7 +4,9 @@ use super::base::{Base, Chains};
 use super::delta::{Delta, Space};
 use super::outcome::Phases;
 use super::store::StoreSession;
-use super::{Checkpointer, Report};
+use super::{Checkpointer, Choice, Report};
+use crate::engine::{Engine, EngineChoice, StreamChoice};
+use crate::exit::refused;
 use crate::fault;
 use crate::helper::machine::lock;
 use crate::layers;
@@ -14,8 +16,9 @@ use checkpoint_format::{ByteLen, CheckpointSeq, ContentDigest, LayerRef, PageCou
 use checkpoint_store::PartialCheckpoint;
 use dirty_tracker::DirtyLease;
 use qmp_bridge::capture::{BitmapTag, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
-use qmp_bridge::device_state::DeviceStateFile;
+use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
 use qmp_bridge::disks::Disk;
+use qmp_bridge::migration::{self, StreamMode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::instrument;
@@ -23,8 +26,15 @@ use tracing::instrument;
 /// Room for copied pages: 160 MiB. With packs being filled, written and waiting (96 MiB) that is the staging of 256 MiB.
 pub const STAGING_PAGES: PageCount = PageCount((160 << 20) / 4096);
 
+/// Where the devices' state of the instant is.
+pub enum SavedState {
+    File(DeviceStateFile),
+    Read(DeviceState),
+}
+
 /// A checkpoint under way.
 pub struct Run {
+    pub engine: Engine,
     pub seq: CheckpointSeq,
     pub parent: Option<CheckpointSeq>,
     pub disks: Vec<Disk>,
@@ -35,7 +45,7 @@ pub struct Run {
     pub lease: Option<DirtyLease>,
     pub prepared: Option<PreparedDisks>,
     pub frozen: Option<FrozenDisks>,
-    pub device_state: Option<DeviceStateFile>,
+    pub device_state: Option<SavedState>,
     pub round_pauses: Vec<Duration>,
     pub pause: Duration,
     pub pages_dirty: PageCount,
@@ -47,7 +57,7 @@ pub struct Run {
 
 impl Checkpointer {
     #[instrument(name = "prepare", level = "debug", skip_all)]
-    pub(super) async fn prepare(&mut self, phases: &mut Phases, report: &Report) -> Result<Run> {
+    pub(super) async fn prepare(&mut self, choice: Choice, phases: &mut Phases, report: &Report) -> Result<Run> {
         let begun = Instant::now();
         report.say("prepare", 0, 0);
         fault::point("prepare");
@@ -67,7 +77,8 @@ impl Checkpointer {
         let layer_bytes = self.ensure_layers(&disks).await?;
         phases.since("layers", layers_begun);
         self.follow_chains(&disks)?;
-        let run = self.begin_run(disks, layer_bytes).await?;
+        let engine = self.choose_engine(choice).await?;
+        let run = self.begin_run(engine, disks, layer_bytes).await?;
         phases.since("prepare", begun);
         Ok(run)
     }
@@ -83,10 +94,40 @@ impl Checkpointer {
     /// Once per helper, and after a failure: what was left in QEMU, a stopped guest first of all.
     pub async fn clean_up(&mut self) -> Result<()> {
         if !self.is_clean {
+            let journal = self.machine.runtime.migration_journal();
+            migration::recover(&self.machine.qmp, &journal).await.context("taking back an earlier helper's migration")?;
             cleanup_leftovers(&self.machine.qmp, &self.tag()?).await.context("cleaning up after an earlier helper")?;
             self.is_clean = true;
         }
         Ok(())
+    }
+
+    /// What is wanted, if it can be had.
+    async fn choose_engine(&mut self, (engine, stream): Choice) -> Result<Engine> {
+        let there = self.machine.file.unprepared.as_ref();
+        let engine = engine.or(there.map(|there| there.engine)).unwrap_or_default();
+        let stream = stream.or(there.map(|there| there.stream)).unwrap_or_default();
+        match (engine, self.machine.has_tracker()) {
+            (EngineChoice::Auto | EngineChoice::Tracker, true) => Ok(Engine::Tracker),
+            (EngineChoice::Tracker, false) => {
+                Err(refused("no plugin of ours sits in this QEMU, so nothing tracks its memory; use --engine stream, or 'stillpoint adopt'"))
+            }
+            (EngineChoice::Auto | EngineChoice::Stream, _) => Ok(Engine::Stream(self.choose_mode(stream).await?)),
+        }
+    }
+
+    async fn choose_mode(&mut self, wanted: StreamChoice) -> Result<StreamMode> {
+        if self.support.is_none() {
+            self.support = Some(migration::probe(&self.machine.qmp).await.context("asking what QEMU's migration can do")?);
+        }
+        let support = self.support.as_ref().context("just asked")?;
+        let cannot = |mode: &str, why: &str| Err(refused(format!("this QEMU cannot be read by {mode}: {why}")));
+        match (wanted, &support.pre_copy, &support.background_snapshot) {
+            (StreamChoice::Auto | StreamChoice::PreCopy, Ok(()), _) => Ok(StreamMode::PreCopy),
+            (StreamChoice::Auto | StreamChoice::BackgroundSnapshot, _, Ok(())) => Ok(StreamMode::BackgroundSnapshot),
+            (StreamChoice::Auto | StreamChoice::PreCopy, Err(why), _) => cannot("pre-copy", why),
+            (StreamChoice::BackgroundSnapshot, _, Err(why)) => cannot("background-snapshot", why),
+        }
     }
 
     /// Bitmaps serve one lineage: that of this instance.
@@ -117,7 +158,7 @@ impl Checkpointer {
     /// A disk that stands on other layers than its parent did (a stream or commit at run time) may show other content where
     /// nothing was written: then all is stored anew.
     fn follow_chains(&mut self, disks: &[Disk]) -> Result<()> {
-        let chains = disks.iter().map(|disk| Ok((disk.node.clone(), self.chain(disk)?))).collect::<Result<Chains>>()?;
+        let chains = disks.iter().map(|disk| Ok((disk.name.clone(), self.chain(disk)?))).collect::<Result<Chains>>()?;
         let base = self.base.as_mut().context("the base is not known")?;
         let is_same = |(node, chain): (&String, &Vec<ContentDigest>)| base.chains.get(node).is_none_or(|before| before == chain);
         if base.parent.is_some() && !chains.iter().all(is_same) {
@@ -133,7 +174,7 @@ impl Checkpointer {
         layers.map(|layer| Ok(layer.context("a layer was not stored")?.digest)).collect()
     }
 
-    async fn begin_run(&mut self, disks: Vec<Disk>, layer_bytes: u64) -> Result<Run> {
+    async fn begin_run(&mut self, engine: Engine, disks: Vec<Disk>, layer_bytes: u64) -> Result<Run> {
         let session = self.store.as_ref().context("the store is not open")?;
         let base = self.base.as_ref().context("the base is not known")?;
         let (seq, parent, is_exact) = (base.next, base.parent, base.is_exact);
@@ -150,10 +191,16 @@ impl Checkpointer {
         let boot = layers::boot_files(&self.machine.file.arguments, &self.machine.directory())?;
         let boot_files = boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
         let (packer, delta) = self.begin_delta(&partial, seq, parent.is_none()).await?;
-        // From here on a helper that dies has leased pages that nobody knows of.
-        self.machine.runtime.forget_exact_since()?;
-        let lease = self.begin_lease().await?;
+        let lease = match engine {
+            Engine::Stream(_) => None,
+            Engine::Tracker => {
+                // From here on a helper that dies has leased pages that nobody knows of.
+                self.machine.runtime.forget_exact_since()?;
+                Some(self.begin_lease().await?)
+            }
+        };
         Ok(Run {
+            engine,
             seq,
             parent,
             disks,
@@ -161,7 +208,7 @@ impl Checkpointer {
             partial: Some(partial),
             packer: Some(packer),
             delta: Some(delta),
-            lease: Some(lease),
+            lease,
             prepared: Some(prepared),
             frozen: None,
             device_state: None,
@@ -176,7 +223,7 @@ impl Checkpointer {
     }
 
     async fn begin_lease(&self) -> Result<DirtyLease> {
-        let tracker = self.machine.tracker();
+        let tracker = self.machine.tracker()?;
         let begin = move || {
             let mut tracker = lock(&tracker);
             tracker.prepare()?;
@@ -211,5 +258,5 @@ fn ground_ram(delta: &mut Delta, jobs: &mut Vec<PackJob>) {
 /// What the disks' content is called and how large it is; read-only disks have none.
 pub fn disk_spaces(disks: &[Disk]) -> Result<Vec<(SpaceName, PageCount)>> {
     let writable = disks.iter().filter(|disk| !disk.read_only);
-    writable.map(|disk| Ok((SpaceName::disk(&disk.node)?, PageCount::covering(ByteLen(disk.virtual_size))))).collect()
+    writable.map(|disk| Ok((SpaceName::disk(&disk.name)?, PageCount::covering(ByteLen(disk.virtual_size))))).collect()
 }

@@ -32,7 +32,7 @@ pub fn count(taken: &Taken) -> PageCount {
 
 /// Dirty pages at this moment; nothing is taken.
 pub fn look(machine: &Machine) -> Result<PageCount> {
-    let tracker = machine.lock_tracker();
+    let tracker = machine.lock_tracker()?;
     let ids: Vec<RegionId> = tracker.regions().map(|(id, _)| id).collect();
     let mut dirty = 0;
     for id in ids {
@@ -43,7 +43,7 @@ pub fn look(machine: &Machine) -> Result<PageCount> {
 
 /// Pages of a RAM space that exist; all others are zero.
 pub fn existing(machine: &Machine, space: SpaceNumber) -> Result<PageSet> {
-    let tracker = machine.lock_tracker();
+    let tracker = machine.lock_tracker()?;
     Ok(tracker.populated(region_id(&tracker, space)?)?)
 }
 
@@ -63,7 +63,7 @@ pub fn take(tracker: &mut Tracker, lease: &mut DirtyLease) -> Result<Taken> {
 /// The micro-pause of a live round.
 pub async fn begin(machine: &Machine, lease: &mut DirtyLease) -> Result<(Taken, Duration)> {
     let paused = Paused::stop(&machine.qmp).await.context("stopping the guest for a round")?;
-    let taken = take(&mut machine.lock_tracker(), lease);
+    let taken = machine.lock_tracker().and_then(|mut tracker| take(&mut tracker, lease));
     fault::point("round.paused");
     let pause = paused.resume().await.context("letting the guest run again")?;
     Ok((taken?, pause))

@@ -3,6 +3,7 @@
 use super::Checkpointer;
 use super::outcome::{Kind, Outcome, milliseconds};
 use super::prepare::Run;
+use crate::engine::Engine;
 use anyhow::Result;
 use checkpoint_format::{CheckpointSeq, PageCount};
 use checkpoint_store::Durable;
@@ -24,7 +25,8 @@ impl Checkpointer {
             base.spaces = delta.settle();
             base.parent = Some(seq);
             base.next = seq.next();
-            base.is_exact = true;
+            // A stream leaves the tracker's marks alone: what they count from is older, so they hold more than is needed.
+            base.is_exact |= run.engine == Engine::Tracker;
         }
         if let Some(frozen) = run.frozen.take()
             && let Err(error) = frozen.settle().await
@@ -32,7 +34,8 @@ impl Checkpointer {
             // Older bits than needed stay: the next checkpoint reads more than it must, and stores what differs.
             tracing::warn!(%error, "the disks' old bitmaps were not dropped");
         }
-        if let Err(error) = self.machine.runtime.set_exact_since(seq) {
+        let is_exact = self.base.as_ref().is_some_and(|base| base.is_exact);
+        if is_exact && let Err(error) = self.machine.runtime.set_exact_since(seq) {
             tracing::warn!(error = format!("{error:#}"), "a later helper will compare all memory once");
         }
         self.staging.clear(KEPT_STAGING);
@@ -48,12 +51,13 @@ impl Checkpointer {
             rounds: run.round_pauses.len() as u32,
             round_pauses_ms: run.round_pauses.iter().copied().map(milliseconds).collect(),
             pages_dirty: run.pages_dirty.0,
+            engine: run.engine.name().to_owned(),
             ..Outcome::default()
         };
         if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
             base.spaces = delta.settle();
             // The tracker holds the pages that were given back, so it is exact from here on.
-            base.is_exact = true;
+            base.is_exact |= run.engine == Engine::Tracker;
         }
         self.give_back(run).await;
         Ok(outcome)

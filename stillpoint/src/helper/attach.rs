@@ -5,7 +5,7 @@ use crate::cli::AttachArgs;
 use crate::control::Request;
 use crate::exit::refused;
 use crate::launch;
-use crate::runtime::{RuntimeDir, read_limited};
+use crate::runtime::{MachineFile, RuntimeDir, read_limited};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
@@ -18,20 +18,23 @@ const GRACE: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 pub async fn run(args: AttachArgs) -> Result<()> {
-    let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
-    let machine = runtime.machine()?;
-    if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_err() {
-        return Err(refused(format!("{} does not run: nobody answers at {}", machine.name, runtime.plugin().display())));
-    }
-    if args.take_over {
+    let name = args.machine()?;
+    let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), name)?;
+    if args.take_over && runtime.path().exists() {
         end_other(&runtime).await?;
     }
+    let found = match &args.qmp {
+        Some(monitor) => Some(super::unprepared::describe(&runtime, name, monitor, &args).await?),
+        None => None,
+    };
+    let machine = runtime.machine()?;
+    check_running(&machine, &runtime)?;
     drop(runtime.lock_helper()?);
     if args.foreground {
         return super::serve(runtime, args.take_over).await;
     }
     let begin = std::fs::metadata(runtime.helper_log()).map_or(0, |facts| facts.len());
-    launch::spawn_helper(&args.name, args.runtime.runtime_dir.as_deref(), &runtime, args.take_over)?;
+    launch::spawn_helper(name, args.runtime.runtime_dir.as_deref(), &runtime, args.take_over)?;
     let status = wait(&runtime, begin).await?;
     println!(
         "helper {} is attached to {} (QEMU {}, pid {})",
@@ -40,7 +43,18 @@ pub async fn run(args: AttachArgs) -> Result<()> {
         status["qemu_version"].as_str().unwrap_or("?"),
         status["qemu_pid"]
     );
+    if let Some(found) = found {
+        println!("engine {}", found.engine);
+    }
     Ok(())
+}
+
+fn check_running(machine: &MachineFile, runtime: &RuntimeDir) -> Result<()> {
+    let socket = machine.plugin(runtime).unwrap_or_else(|| machine.monitor(runtime));
+    match std::os::unix::net::UnixStream::connect(&socket) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(refused(format!("{} does not run: nobody answers at {}", machine.name, socket.display()))),
+    }
 }
 
 /// Ends the helper that holds the machine, by force if it does not listen. The guest does not notice either way.

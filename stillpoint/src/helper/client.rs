@@ -14,7 +14,7 @@ use tokio::net::UnixStream;
 
 pub async fn checkpoint(args: &CheckpointArgs) -> Result<()> {
     let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
-    let result = ask(&runtime, &Request::Checkpoint).await?;
+    let result = ask(&runtime, &Request::Checkpoint { engine: args.engine, stream: args.stream }).await?;
     if args.json {
         return print_json(&result);
     }

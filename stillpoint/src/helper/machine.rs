@@ -1,15 +1,18 @@
 //! The running machine as the helper holds it: QEMU's monitor, the tracker on its memory, and what it consists of.
 
 use crate::exit::refused;
-use crate::launch::{arguments, paths};
+use crate::helper::unprepared;
+use crate::launch::{arguments, disk_names, expected, paths};
 use crate::runtime::{MachineFile, RuntimeDir};
 use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, PageCount, SpaceName};
 use dirty_tracker::{GuestMemory, PluginHandles, Region, RegionMemory, Tracker};
+use qmp_bridge::devices::GuestDevice;
 use qmp_bridge::machine::MachineFacts;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::{Qmp, devices, disks, host_finder, ramblock};
 use std::collections::HashSet;
+use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,6 +20,8 @@ use std::time::{Duration, Instant};
 
 /// QEMU opens its monitor within 100 ms; a large machine that preallocates takes longer.
 const STARTUP: Duration = Duration::from_secs(60);
+/// A plugin that is there answers at once.
+const PLUGIN_ANSWER: Duration = Duration::from_secs(2);
 /// Between two looks whether QEMU still lives.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 const PAGE: u64 = checkpoint_format::PAGE_SIZE as u64;
@@ -28,30 +33,43 @@ pub struct Machine {
     pub facts: MachineFacts,
     pub blocks: Vec<RamBlock>,
     pub pid: u32,
-    tracker: Arc<Mutex<Tracker>>,
+    /// None where no plugin sits in that QEMU: memory comes by stream only.
+    tracker: Option<Arc<Mutex<Tracker>>>,
 }
 
 impl Machine {
     pub async fn attach(runtime: RuntimeDir) -> Result<Self> {
         let file = runtime.machine()?;
-        let (socket, pid) = (runtime.plugin(), file.pid);
-        let connect = tokio::task::spawn_blocking(move || connect(&socket, pid));
-        let handles = connect.await.context("connecting to the plugin was cut off")??;
-        let qmp = Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?;
+        unprepared::check_alive(&file)?;
+        let handles = match file.plugin(&runtime) {
+            Some(socket) => Some(connect_later(socket, file.pid).await?),
+            None => None,
+        };
+        let qmp = match &file.unprepared {
+            Some(there) => unprepared::look::connect(&there.monitor).await?,
+            None => Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?,
+        };
+        if file.unprepared.is_some() && handles.is_some() {
+            unprepared::owner::claim(&qmp, &runtime, &file).await?;
+        }
         let facts = MachineFacts::read(&qmp).await.context("asking QEMU what machine it runs")?;
         check(&facts)?;
-        let pid = handles.pid();
-        let (blocks, tracker) = track(&qmp, handles, &file.ram_block).await?;
+        let pid = handles.as_ref().map(PluginHandles::pid).or(file.pid).context("the machine's file does not name QEMU's process")?;
+        let (blocks, tracker) = look(&qmp, handles, &file.ram_block).await?;
         Ok(Self { file, runtime, qmp, facts, blocks, pid, tracker })
     }
 
     /// The tracker, for one phase at a time.
-    pub fn tracker(&self) -> Arc<Mutex<Tracker>> {
-        Arc::clone(&self.tracker)
+    pub fn tracker(&self) -> Result<Arc<Mutex<Tracker>>> {
+        self.tracker.clone().context("no plugin sits in this QEMU, so nothing tracks its memory")
     }
 
-    pub fn lock_tracker(&self) -> MutexGuard<'_, Tracker> {
-        lock(&self.tracker)
+    pub fn has_tracker(&self) -> bool {
+        self.tracker.is_some()
+    }
+
+    pub fn lock_tracker(&self) -> Result<MutexGuard<'_, Tracker>> {
+        self.tracker.as_deref().map(lock).context("no plugin sits in this QEMU, so nothing tracks its memory")
     }
 
     /// QEMU's working directory, to which relative paths on its command line belong.
@@ -67,8 +85,11 @@ impl Machine {
         Ok(facts.map(|facts| (facts.dev(), facts.ino())).collect())
     }
 
+    /// The disks, each under the name that it has in the store.
     pub async fn disks(&self) -> Result<disks::Disks> {
-        disks::list(&self.qmp, Some(&self.directory())).await.context("asking QEMU for its disks")
+        let mut list = disks::list(&self.qmp, Some(&self.directory())).await.context("asking QEMU for its disks")?;
+        disk_names::name_disks(&arguments::parse(&self.file.arguments)?, &self.directory(), &mut list.disks);
+        Ok(list)
     }
 
     /// The guest's memory: one space for each RAM block, in the order of the tracker's regions.
@@ -81,14 +102,12 @@ impl Machine {
     /// device may write memory that the tracker cannot see.
     pub async fn check_devices(&self) -> Result<()> {
         let devices = devices::guest_devices(&self.qmp).await.context("asking QEMU for its devices")?;
-        if let Some((device, why)) = devices.iter().find_map(|device| Some((device, device.refusal()?))) {
-            return Err(refused(format!("device {} ({}) cannot be checkpointed: {why}", device.path, device.kind)));
+        for device in &devices {
+            if let Some(why) = self.refusal(device).await? {
+                return Err(refused(format!("device {} ({}) cannot be checkpointed: {why}", device.path, device.kind)));
+            }
         }
-        let now: Vec<String> = devices.iter().map(|device| format!("{} ({})", device.path, device.kind)).collect();
-        let then = self.runtime.devices_at_start(&now)?;
-        let new = now.iter().find(|device| !then.contains(device)).map(|device| format!("{device} was plugged in"));
-        let gone = then.iter().find(|device| !now.contains(device)).map(|device| format!("{device} was unplugged"));
-        match new.or(gone) {
+        match self.difference(&devices)? {
             None => Ok(()),
             Some(what) => Err(refused(format!(
                 "{what} after the machine's start, and its command line, from which it would be restored, does not say so; undo that, or start the machine anew with the devices that it should have"
@@ -96,14 +115,37 @@ impl Machine {
         }
     }
 
+    async fn refusal(&self, device: &GuestDevice) -> Result<Option<&'static str>> {
+        if let Some(why) = device.refusal().or_else(|| device.tracker_refusal().filter(|_| self.has_tracker())) {
+            return Ok(Some(why));
+        }
+        if device.is_balloon() && devices::hints_free_pages(&self.qmp, device).await.context("asking QEMU for its balloon")? {
+            return Ok(Some("by free-page-hint=on it keeps pages out of QEMU's migration stream; start the machine without free-page-hint"));
+        }
+        Ok(None)
+    }
+
+    /// What was plugged in or out. A machine of ours is known from its start; of another, only its command line tells.
+    fn difference(&self, devices: &[GuestDevice]) -> Result<Option<String>> {
+        if self.file.unprepared.is_some() {
+            return Ok(expected::difference(&arguments::parse(&self.file.arguments)?, devices));
+        }
+        let now: Vec<String> = devices.iter().map(|device| format!("{} ({})", device.path, device.kind)).collect();
+        let then = self.runtime.devices_at_start(&now)?;
+        let new = now.iter().find(|device| !then.contains(device)).map(|device| format!("{device} was plugged in"));
+        let gone = then.iter().find(|device| !now.contains(device)).map(|device| format!("{device} was unplugged"));
+        Ok(new.or(gone))
+    }
+
     /// Likewise a disk whose image was changed at run time.
     pub fn check_disks(&self, disks: &[disks::Disk]) -> Result<()> {
         let options = arguments::parse(&self.file.arguments)?;
-        match disks.iter().find(|disk| !paths::is_named(&options, &self.directory(), &disk.file)) {
+        let is_foreign = |disk: &&disks::Disk| disk_names::is_unnamed(disk) || !paths::is_named(&options, &self.directory(), &disk.file);
+        match disks.iter().find(is_foreign) {
             None => Ok(()),
             Some(disk) => Err(refused(format!(
                 "disk {} is on {} now, which the machine's command line does not name (a snapshot or mirror was made at run time?); start the machine anew on that file",
-                disk.node,
+                disk.device,
                 disk.file.display()
             ))),
         }
@@ -119,10 +161,11 @@ impl Machine {
         if now.len() == self.blocks.len() && now.iter().zip(&self.blocks).all(same) {
             return Ok(false);
         }
-        let socket = self.runtime.plugin();
-        let connect = tokio::task::spawn_blocking(move || connect(&socket, None));
-        let handles = connect.await.context("connecting to the plugin was cut off")??;
-        (self.blocks, self.tracker) = track(&self.qmp, handles, &self.file.ram_block).await?;
+        let handles = match self.file.plugin(&self.runtime) {
+            Some(socket) => Some(connect_later(socket, None).await?),
+            None => None,
+        };
+        (self.blocks, self.tracker) = look(&self.qmp, handles, &self.file.ram_block).await?;
         tracing::info!(blocks = self.blocks.len(), "the machine's RAM blocks have changed; they are tracked anew");
         Ok(true)
     }
@@ -131,6 +174,11 @@ impl Machine {
 /// A thread that panicked left no lease half taken: each change of the tracker is one call.
 pub fn lock(tracker: &Mutex<Tracker>) -> MutexGuard<'_, Tracker> {
     tracker.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn connect_later(socket: PathBuf, pid: Option<u32>) -> Result<PluginHandles> {
+    let connect = tokio::task::spawn_blocking(move || connect(&socket, pid));
+    connect.await.context("connecting to the plugin was cut off")?
 }
 
 /// Waits for QEMU to come up, but not for one that has ended.
@@ -165,6 +213,17 @@ fn check(facts: &MachineFacts) -> Result<()> {
     Err(refused(format!("QEMU says that this machine's device state cannot be saved: {why}; remove that device")))
 }
 
+/// What memory there is, and who watches it.
+async fn look(qmp: &Qmp, handles: Option<PluginHandles>, main: &str) -> Result<(Vec<RamBlock>, Option<Arc<Mutex<Tracker>>>)> {
+    match handles {
+        Some(handles) => {
+            let (blocks, tracker) = track(qmp, handles, main).await?;
+            Ok((blocks, Some(tracker)))
+        }
+        None => Ok((whole_blocks(qmp).await?, None)),
+    }
+}
+
 async fn track(qmp: &Qmp, handles: PluginHandles, main: &str) -> Result<(Vec<RamBlock>, Arc<Mutex<Tracker>>)> {
     let blocks = ram_blocks(qmp, &handles, main).await?;
     let regions = regions(&handles, &blocks, main)?;
@@ -174,7 +233,7 @@ async fn track(qmp: &Qmp, handles: PluginHandles, main: &str) -> Result<(Vec<Ram
 
 /// Blocks with the addresses that the tracker needs: printed by QEMU, or found in its heap where it is too old to say.
 async fn ram_blocks(qmp: &Qmp, handles: &PluginHandles, main: &str) -> Result<Vec<RamBlock>> {
-    let mut blocks = ramblock::ram_blocks(qmp).await.context("asking QEMU for its RAM blocks")?;
+    let mut blocks = whole_blocks(qmp).await?;
     if !blocks.iter().any(|block| block.name == main) {
         return Err(refused(format!("QEMU has no RAM block '{main}'; was this machine started by 'stillpoint run'?")));
     }
@@ -182,19 +241,65 @@ async fn ram_blocks(qmp: &Qmp, handles: &PluginHandles, main: &str) -> Result<Ve
         let maps = handles.maps_text()?;
         host_finder::find_hosts(handles.memory()?, &maps, &mut blocks).context("finding QEMU's RAM blocks in its memory")?;
     }
-    if let Some(odd) = blocks.iter().find(|block| block.used % PAGE != 0) {
-        return Err(refused(format!("RAM block {} has {} bytes, which are no whole pages", odd.name, odd.used)));
-    }
     Ok(blocks)
 }
 
-fn regions(handles: &PluginHandles, blocks: &[RamBlock], main: &str) -> Result<Vec<Region>> {
-    let memory = handles.ram(main)?.context("the plugin has no descriptor of the guest's memory; start the machine by 'stillpoint run'")?;
-    blocks.iter().map(|block| region(block, main, &memory)).collect()
+async fn whole_blocks(qmp: &Qmp) -> Result<Vec<RamBlock>> {
+    let blocks = ramblock::ram_blocks(qmp).await.context("asking QEMU for its RAM blocks")?;
+    match blocks.iter().find(|block| block.used % PAGE != 0) {
+        None => Ok(blocks),
+        Some(odd) => Err(refused(format!("RAM block {} has {} bytes, which are no whole pages", odd.name, odd.used))),
+    }
 }
 
-fn region(block: &RamBlock, main: &str, memory: &GuestMemory) -> Result<Region> {
+/// Whether the plugin at `socket` lets the tracker follow that QEMU's memory. Nothing is registered.
+pub async fn can_track(qmp: &Qmp, socket: PathBuf, main: &str) -> Result<()> {
+    let connect = tokio::task::spawn_blocking(move || PluginHandles::connect(&socket, PLUGIN_ANSWER));
+    let handles = connect.await.context("connecting to the plugin was cut off")??;
+    handles.uffd()?;
+    let blocks = ram_blocks(qmp, &handles, main).await?;
+    regions(&handles, &blocks, main).map(drop)
+}
+
+fn regions(handles: &PluginHandles, blocks: &[RamBlock], main: &str) -> Result<Vec<Region>> {
+    blocks.iter().map(|block| region(handles, block, main)).collect()
+}
+
+fn region(handles: &PluginHandles, block: &RamBlock, main: &str) -> Result<Region> {
     let host_address = block.host.with_context(|| format!("the address of RAM block {} is unknown", block.name))?;
-    let backing = if block.name == main { RegionMemory::Shared(memory.clone()) } else { RegionMemory::Private };
-    Ok(Region { name: block.name.clone(), host_address, bytes: block.used, memory: backing })
+    let memory = if block.name == main { main_memory(handles, host_address, main)? } else { RegionMemory::Private };
+    Ok(Region { name: block.name.clone(), host_address, bytes: block.used, memory })
+}
+
+/// The guest's own RAM: the file that we gave QEMU; or one that QEMU made itself; or memory without a file.
+fn main_memory(handles: &PluginHandles, host_address: u64, main: &str) -> Result<RegionMemory> {
+    if let Some(given) = handles.ram(main)? {
+        return Ok(RegionMemory::Shared(given));
+    }
+    let maps = handles.maps()?;
+    let mapping = maps.iter().find(|mapping| mapping.addresses().contains(&host_address));
+    let mapping = mapping.with_context(|| format!("nothing is mapped where QEMU has its RAM block {main}"))?;
+    if mapping.shared {
+        let file = own_file(handles.pid(), mapping.inode, &mapping.path)?;
+        return Ok(RegionMemory::Shared(GuestMemory::from_fd(main, file.into())?));
+    }
+    if mapping.inode != 0 {
+        return Err(refused(format!(
+            "the guest's memory is a private mapping of {}, whose content the tracker cannot tell from the guest's; use a memory-backend-memfd",
+            mapping.path
+        )));
+    }
+    Ok(RegionMemory::Private)
+}
+
+/// A memory file that QEMU has open and mapped. It has no path of its own.
+fn own_file(pid: u32, inode: u64, shown: &str) -> Result<File> {
+    let folder = format!("/proc/{pid}/fd");
+    let files = std::fs::read_dir(&folder).with_context(|| format!("looking at QEMU's open files in {folder}"))?;
+    let is_it = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|facts| facts.ino() == inode && facts.is_file());
+    let is_memory = |path: &PathBuf| std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:"));
+    match files.flatten().map(|file| file.path()).find(|path| is_it(path) && is_memory(path)) {
+        Some(path) => File::open(&path).with_context(|| format!("opening the guest's memory by {}", path.display())),
+        None => Err(refused(format!("the guest's memory is the file {shown}, which others can write or cut off unseen; use a memory-backend-memfd"))),
+    }
 }

@@ -7,6 +7,7 @@ pub mod attach;
 pub mod client;
 pub mod machine;
 mod server;
+pub mod unprepared;
 
 use crate::checkpoint::Checkpointer;
 use crate::cli::HelperArgs;

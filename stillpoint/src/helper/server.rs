@@ -98,13 +98,14 @@ impl Server {
             bail!("a checkpoint of this machine is under way; wait for it");
         };
         match request {
-            Request::Checkpoint => {
-                let outcome = checkpointer.take(&Report(progress)).await;
+            Request::Checkpoint { engine, stream } => {
+                let outcome = checkpointer.take(engine, stream, &Report(progress)).await;
                 if let Err(error) = &outcome {
                     tracing::error!(error = explain(error), "checkpoint failed");
                 }
                 serde_json::to_value(outcome?).context("encoding the result")
             }
+            Request::Adopt { qemu } => bail!("adopting into {qemu:?} is not built yet"),
             Request::BarePause => bare_pause(&checkpointer).await,
             Request::Status => Ok(Value::Null),
         }

@@ -41,6 +41,13 @@ pub fn choose(options: &[QemuOption], qemu: &Path) -> Result<Accelerator> {
     Ok(Accelerator { name: name.to_owned(), reason })
 }
 
+/// What a running machine has: in the words of its command line where they fit, else by name.
+pub fn of_running(options: &[QemuOption], name: &str) -> String {
+    let accels = options.iter().filter(|option| option.name == "accel").map(QemuOption::value);
+    let named = accels.filter(|value| value.split(',').next() == Some(name)).next_back();
+    named.unwrap_or(name).to_owned()
+}
+
 /// The options without the accelerator, which is said apart.
 pub fn without(options: Vec<QemuOption>) -> Vec<QemuOption> {
     let kept = options.into_iter().filter(|option| !["accel", "enable-kvm"].contains(&option.name.as_str()));
@@ -134,6 +141,14 @@ mod test {
         assert_eq!(wanted(&options("-machine q35,accel=kvm")), Some("kvm".to_owned()));
         assert_eq!(wanted(&options("-machine q35,accel=kvm:tcg")), None);
         assert_eq!(wanted(&options("-m 1G")), None);
+    }
+
+    #[test]
+    fn a_running_machine_has_the_one_that_it_says() {
+        assert_eq!(of_running(&options("-accel tcg,thread=multi"), "tcg"), "tcg,thread=multi");
+        assert_eq!(of_running(&options("-M q35,accel=kvm:tcg"), "tcg"), "tcg");
+        assert_eq!(of_running(&options("-accel kvm -accel tcg"), "kvm"), "kvm", "the one that came first ran");
+        assert_eq!(of_running(&options("-enable-kvm"), "kvm"), "kvm");
     }
 
     #[test]

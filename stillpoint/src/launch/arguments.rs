@@ -8,9 +8,11 @@ const WITHOUT_VALUE: &[&str] = &[
     "?",
     "S",
     "alt-grab",
+    "async-teardown",
     "ctrl-grab",
     "curses",
     "daemonize",
+    "enable-fips",
     "enable-kvm",
     "enable-sync-profile",
     "fips",
@@ -138,6 +140,15 @@ impl KeyList {
             Some((None, value)) => Some(value.as_str()),
             _ => None,
         })
+    }
+
+    /// The same without `key`, and without a first word that stands for it.
+    pub fn without(&self, key: &str, is_implied: bool) -> Self {
+        let is_it = |(index, (name, _)): &(usize, &(Option<String>, String))| match name {
+            Some(name) => name == key,
+            None => is_implied && *index == 0,
+        };
+        Self { parts: self.parts.iter().enumerate().filter(|part| !is_it(part)).map(|(_, part)| part.clone()).collect() }
     }
 
     pub fn push(&mut self, key: Option<&str>, value: impl Into<String>) {

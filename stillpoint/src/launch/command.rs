@@ -1,5 +1,6 @@
 //! From a machine file to the words of the QEMU process: the user's options, and what checkpointing adds.
 
+use super::{arguments, instance};
 use crate::runtime::{MachineFile, RuntimeDir};
 use std::ffi::OsString;
 use std::os::fd::RawFd;
@@ -20,8 +21,13 @@ pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: &Path, ram
     let mut words: Vec<OsString> = machine.arguments.iter().map(OsString::from).collect();
     let mut add = |option: &str, value: String| words.extend([OsString::from(option), OsString::from(value)]);
     let bytes = machine.ram_bytes;
-    add("-object", format!("memory-backend-file,id={block},size={bytes}B,share=on,mem-path=/proc/self/fd/{ram}"));
-    add("-machine", format!("memory-backend={block}"));
+    // Machine types before 4.1 would call the RAM block by the object's path and not by its id.
+    let name = "x-use-canonical-path-for-ramblock-id=off";
+    add("-object", format!("memory-backend-file,id={block},size={bytes}B,share=on,mem-path=/proc/self/fd/{ram},{name}"));
+    // QEMU takes one or the other.
+    if !is_numa_memory(&machine.arguments, block) {
+        add("-machine", format!("memory-backend={block}"));
+    }
     add("-accel", machine.accelerator.clone());
     add("-chardev", format!("socket,id=stillpoint-qmp,path={},server=on,wait=off", runtime.qmp().display()));
     // The id tells in the list of processes which instance this is: `is_running` looks for it.
@@ -34,12 +40,21 @@ pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: &Path, ram
     words
 }
 
+/// Whether a NUMA node of the machine names the block as its memory.
+fn is_numa_memory(arguments: &[String], block: &str) -> bool {
+    let options = arguments::parse(arguments).unwrap_or_default();
+    options.iter().any(|option| option.name == "numa" && option.keys().get("memdev") == Some(block))
+}
+
 fn monitor_id(instance: &str) -> String {
     format!("stillpoint-{instance}")
 }
 
 /// Whether a QEMU of this instance runs on this host.
 pub fn is_running(instance: &str) -> bool {
+    if let Some(runs) = instance::process_runs(instance) {
+        return runs;
+    }
     let id = monitor_id(instance);
     let has_id = |line: Vec<u8>| line.windows(id.len()).any(|part| part == id.as_bytes());
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();

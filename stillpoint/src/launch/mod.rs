@@ -7,11 +7,19 @@
 pub mod accelerator;
 pub mod arguments;
 pub mod command;
+pub mod disk_names;
+pub mod expected;
+pub mod foreign;
+mod form;
+pub mod inherited;
+pub mod instance;
+mod memory;
 pub mod normalize;
 pub mod paths;
 pub mod probe;
+pub mod process;
 mod readconfig;
-mod refuse;
+pub mod refuse;
 
 use crate::exit::refused;
 use crate::runtime::{MachineFile, RuntimeDir};
@@ -56,7 +64,7 @@ fn describe(request: &RunRequest, plugin: &Path) -> Result<MachineFile> {
     let qemu = find_program(&request.qemu)?;
     let facts = probe::probe(&qemu, plugin)?;
     let options = readconfig::expand(arguments::parse(&request.arguments)?)?;
-    refuse::check(&options).map_err(|error| refused(error.to_string()))?;
+    refuse::check(&options, refuse::Rules::Launched).map_err(|error| refused(error.to_string()))?;
     check_host()?;
     let accelerator = accelerator::choose(&options, &qemu)?;
     eprintln!("stillpoint: {} runs on {} ({})", request.name, accelerator.name, accelerator.reason);
@@ -80,6 +88,7 @@ fn describe(request: &RunRequest, plugin: &Path) -> Result<MachineFile> {
         scratch: scratch_dir(request.scratch.as_deref())?,
         directory,
         restored_from: None,
+        unprepared: None,
     })
 }
 

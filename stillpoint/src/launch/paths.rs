@@ -3,6 +3,7 @@
 use super::arguments::{KeyList, QemuOption};
 use serde_json::Value;
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// Options whose whole value is a file that QEMU reads at its start, and reads again when the guest reboots.
@@ -40,10 +41,10 @@ pub fn repath(options: Vec<QemuOption>, new: &HashMap<String, String>) -> Vec<Qe
 /// Whether some value is this file; relative ones belong to `directory`. A machine whose disk came by another way (a
 /// snapshot or a mirror made at run time) would be restored with the disk that the command line names.
 pub fn is_named(options: &[QemuOption], directory: &Path, file: &Path) -> bool {
-    let real = file.canonicalize().ok();
+    let real = identity(file);
     let is_it = |text: &str| {
         let path = directory.join(text);
-        path == file || real.is_some() && path.canonicalize().ok() == real
+        path == file || real.is_some() && identity(&path) == real
     };
     options.iter().any(|option| {
         let mut found = false;
@@ -53,6 +54,11 @@ pub fn is_named(options: &[QemuOption], directory: &Path, file: &Path) -> bool {
         });
         found
     })
+}
+
+/// Device and inode: a file may have many paths.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|facts| (facts.dev(), facts.ino()))
 }
 
 fn repath_one(option: QemuOption, new: &HashMap<String, String>) -> QemuOption {

@@ -13,10 +13,15 @@ const RENAMED: &[(&str, &str)] = &[("memory", "m"), ("smp-opts", "smp"), ("boot-
 
 /// Replaces each `-readconfig` by its options, in its place.
 pub fn expand(options: Vec<QemuOption>) -> Result<Vec<QemuOption>> {
+    expand_in(options, Path::new(""))
+}
+
+/// The same for a process whose relative paths belong to `directory`.
+pub fn expand_in(options: Vec<QemuOption>, directory: &Path) -> Result<Vec<QemuOption>> {
     let mut expanded = Vec::new();
     for option in options {
         if option.name == "readconfig" {
-            expanded.extend(read(Path::new(option.value()))?);
+            expanded.extend(read(&directory.join(option.value()))?);
         } else {
             expanded.push(option);
         }

@@ -1,83 +1,150 @@
-//! What cannot be checkpointed is refused before the guest starts, with the reason and what to do instead.
+//! What cannot be checkpointed is refused before anything is done, with the reason and what to do instead.
 //!
 //! The tracker sees every write that goes through QEMU's own mapping of guest RAM: vCPUs, emulated devices, vhost
 //! in the kernel. It does not see a process or a piece of hardware that writes through a mapping of its own, nor
 //! holes punched into the memory. Such a machine would be saved wrongly without a sign, so it is not started.
+//!
+//! QEMU's own migration stream sees holes too, and does not ask whose memory it is. So a machine that is attached by its
+//! monitor may have what one of ours may not; what no engine can save is refused to both.
 
 use super::arguments::QemuOption;
+use super::form::Form;
 use anyhow::{Result, bail};
 
-/// Device models (a prefix of the `-device` driver) and why they cannot be tracked.
-const DEVICES: &[(&str, &str, &str)] = &[
-    ("vhost-user", "a vhost-user daemon writes guest RAM through a mapping of its own", "use the virtio device that QEMU emulates"),
-    ("vfio-", "an assigned device writes guest RAM by DMA, past the page tables", "use an emulated or vhost (kernel) device"),
-    ("virtio-balloon", "the balloon punches holes into guest RAM, which no page fault shows", "leave the balloon out"),
-    ("virtio-mem", "virtio-mem punches holes into guest RAM, which no page fault shows", "give the machine all of its memory by -m"),
-    ("virtio-pmem", "virtio-pmem maps a file that is no part of the checkpoint", "use a virtio-blk disk"),
-    ("nvdimm", "an NVDIMM maps a file that is no part of the checkpoint", "use a virtio-blk disk"),
-    ("ivshmem", "other processes write the shared memory of ivshmem", "use a virtio-serial or network device"),
-    ("virtio-9p", "a mounted 9p share blocks QEMU's migration", "use a disk or a network file system"),
+/// For whom a rule stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rules {
+    /// No engine can save it.
+    Always,
+    /// The tracker cannot follow it; the stream can.
+    Tracked,
+    /// Only a machine that we start: it gets memory of ours, and must come up by itself.
+    Launched,
+}
+
+impl Rules {
+    /// A machine of ours obeys all of them.
+    fn include(self, rule: Self) -> bool {
+        self == rule || self == Self::Launched
+    }
+}
+
+const LEAVE_MEMORY: &str = "leave it out: Stillpoint gives the machine sealed shared memory";
+const OVERLAY: &str = "make an overlay: qemu-img create -f qcow2 -b BASE -F qcow2 OVERLAY";
+
+type Rule = (&'static str, Rules, &'static str, &'static str);
+
+/// Device models (a prefix of the `-device` driver) and why they cannot be saved.
+const DEVICES: &[Rule] = &[
+    ("vhost-user", Rules::Always, "a vhost-user daemon writes guest RAM through a mapping of its own", "use the virtio device that QEMU emulates"),
+    ("vhost-vdpa", Rules::Always, "its hardware writes guest RAM by DMA, past the page tables", "use an emulated or vhost (kernel) device"),
+    ("vfio-", Rules::Always, "an assigned device writes guest RAM by DMA, past the page tables", "use an emulated or vhost (kernel) device"),
+    ("virtio-balloon", Rules::Tracked, "the balloon punches holes into guest RAM, which no page fault shows", "leave the balloon out"),
+    ("virtio-mem", Rules::Always, "virtio-mem punches holes into guest RAM, which no page fault shows", "give the machine all of its memory by -m"),
+    ("virtio-pmem", Rules::Always, "virtio-pmem maps a file that is no part of the checkpoint", "use a virtio-blk disk"),
+    ("nvdimm", Rules::Always, "an NVDIMM maps a file that is no part of the checkpoint", "use a virtio-blk disk"),
+    ("pc-dimm", Rules::Always, "a checkpoint knows one memory, the machine's own", "give the machine all of its memory by -m"),
+    ("ivshmem", Rules::Always, "other processes write the shared memory of ivshmem", "use a virtio-serial or network device"),
+    ("scsi-block", Rules::Always, "it sends the guest's writes to the hardware past QEMU's bitmaps", "use scsi-hd on the same device"),
+    ("scsi-generic", Rules::Always, "it sends the guest's writes to the hardware past QEMU's bitmaps", "use scsi-hd on the same device"),
+    ("virtio-9p", Rules::Launched, "a mounted 9p share blocks QEMU's migration", "use a disk or a network file system"),
 ];
 
 /// Whole options that cannot go together with checkpoints.
-const OPTIONS: &[(&str, &str, &str)] = &[
-    ("mem-path", "it gives the guest RAM of its own", "leave it out: Stillpoint gives the machine sealed shared memory"),
-    ("incoming", "it waits for somebody else's machine", "use 'stillpoint restore', or start the machine without it"),
-    ("snapshot", "it writes to disks that vanish with QEMU", "make an overlay: qemu-img create -f qcow2 -b BASE -F qcow2 OVERLAY"),
-    ("preconfig", "the machine would not exist when the helper attaches", "leave it out"),
-    ("virtfs", "a mounted 9p share blocks QEMU's migration", "use a disk or a network file system"),
-    ("xen-attach", "Xen owns the guest's memory", "run the guest under KVM or TCG"),
+const OPTIONS: &[Rule] = &[
+    ("mem-path", Rules::Launched, "it gives the guest RAM of its own", LEAVE_MEMORY),
+    ("incoming", Rules::Launched, "it waits for somebody else's machine", "use 'stillpoint restore', or start the machine without it"),
+    ("snapshot", Rules::Always, "it writes to disks that vanish with QEMU", OVERLAY),
+    ("preconfig", Rules::Launched, "the machine would not exist when the helper attaches", "leave it out"),
+    ("virtfs", Rules::Launched, "a mounted 9p share blocks QEMU's migration", "use a disk or a network file system"),
+    ("xen-attach", Rules::Always, "Xen owns the guest's memory", "run the guest under KVM or TCG"),
 ];
 
-pub fn check(options: &[QemuOption]) -> Result<()> {
-    options.iter().try_for_each(check_option)
+/// Objects by the beginning of their type.
+const OBJECTS: &[Rule] = &[
+    ("memory-backend-epc", Rules::Always, "SGX memory cannot be read by anybody else", "run the guest without it"),
+    (
+        "memory-backend-",
+        Rules::Launched,
+        "it gives the guest RAM that the tracker cannot map",
+        "leave it out: Stillpoint gives the machine sealed shared memory of the size of -m",
+    ),
+    ("sev-guest", Rules::Always, ENCRYPTED, UNENCRYPTED),
+    ("sev-snp-guest", Rules::Always, ENCRYPTED, UNENCRYPTED),
+    ("tdx-guest", Rules::Always, ENCRYPTED, UNENCRYPTED),
+    ("x-remote-object", Rules::Always, "a process of its own holds the device", "use the device that QEMU emulates"),
+];
+
+const ENCRYPTED: &str = "encrypted guest memory cannot be read by the helper";
+const UNENCRYPTED: &str = "run the guest without it";
+
+pub fn check(options: &[QemuOption], rules: Rules) -> Result<()> {
+    options.iter().try_for_each(|option| check_option(option, rules))
 }
 
-fn check_option(option: &QemuOption) -> Result<()> {
-    if let Some((name, why, remedy)) = OPTIONS.iter().find(|(name, ..)| *name == option.name) {
+fn find<'a>(table: &'a [Rule], rules: Rules, fits: impl Fn(&str) -> bool) -> Option<&'a Rule> {
+    table.iter().find(|(name, rule, ..)| rules.include(*rule) && fits(name))
+}
+
+fn check_option(option: &QemuOption, rules: Rules) -> Result<()> {
+    if let Some((name, _, why, remedy)) = find(OPTIONS, rules, |name| name == option.name) {
         bail!("QEMU option -{name} cannot be used with checkpoints: {why}; {remedy}");
     }
+    let form = Form::of(option);
     match option.name.as_str() {
-        "device" => check_device(option),
-        "object" => check_object(option),
-        "machine" | "M" if option.keys().get("memory-backend").is_some() => bail!(
-            "-machine memory-backend={} gives the guest RAM of its own; leave it out: Stillpoint gives the machine sealed shared memory",
-            option.keys().get("memory-backend").unwrap_or_default()
-        ),
-        "numa" if option.keys().get("memdev").is_some() => {
+        "device" => check_device(&form, rules),
+        "object" => check_object(&form, rules),
+        "machine" | "M" => check_machine(&form, rules),
+        "numa" if rules == Rules::Launched && form.has("memdev") => {
             bail!("-numa memdev=… gives the guest RAM of its own, which the tracker does not map; use -numa node,cpus=… without memdev")
         }
-        "drive" if option.keys().get("snapshot") == Some("on") => bail!(
-            "-drive snapshot=on writes to a disk that vanishes with QEMU; make an overlay: qemu-img create -f qcow2 -b BASE -F qcow2 OVERLAY"
-        ),
-        "netdev" | "nic" if option.keys().get_or_implied("type") == Some("vhost-user") => {
-            bail!("-{} vhost-user: a vhost-user daemon writes guest RAM through a mapping of its own; use tap, user or bridge", option.name)
+        "drive" if rules != Rules::Tracked && form.is_on("snapshot") => {
+            bail!("-drive snapshot=on writes to a disk that vanishes with QEMU; {OVERLAY}")
         }
+        "netdev" | "nic" if rules != Rules::Tracked => check_network(&option.name, &form),
         _ => Ok(()),
     }
 }
 
-fn check_device(option: &QemuOption) -> Result<()> {
-    let keys = option.keys();
-    let driver = keys.get_or_implied("driver").unwrap_or_default();
-    if let Some((_, why, remedy)) = DEVICES.iter().find(|(prefix, ..)| driver.starts_with(prefix)) {
+fn check_device(form: &Form, rules: Rules) -> Result<()> {
+    let driver = form.get("driver").unwrap_or_default();
+    if let Some((_, _, why, remedy)) = find(DEVICES, rules, |prefix| driver.starts_with(prefix)) {
         bail!("-device {driver} cannot be checkpointed: {why}; {remedy}");
+    }
+    if rules == Rules::Always && form.is_on("free-page-hint") {
+        bail!("-device {driver},free-page-hint=on keeps pages out of QEMU's migration stream; leave free-page-hint out");
     }
     Ok(())
 }
 
-fn check_object(option: &QemuOption) -> Result<()> {
-    let keys = option.keys();
-    let kind = keys.get_or_implied("qom-type").unwrap_or_default();
-    if kind.starts_with("memory-backend-") {
-        bail!(
-            "-object {kind} gives the guest RAM that the tracker cannot map; leave it out: Stillpoint gives the machine sealed shared memory of the size of -m"
-        );
+fn check_object(form: &Form, rules: Rules) -> Result<()> {
+    let kind = form.get("qom-type").unwrap_or_default();
+    match find(OBJECTS, rules, |prefix| kind.starts_with(prefix)) {
+        Some((_, _, why, remedy)) => bail!("-object {kind} cannot be checkpointed: {why}; {remedy}"),
+        None => Ok(()),
     }
-    if ["sev-guest", "sev-snp-guest", "tdx-guest"].contains(&kind) {
-        bail!("-object {kind}: encrypted guest memory cannot be read by the helper; run the guest without it");
+}
+
+fn check_machine(form: &Form, rules: Rules) -> Result<()> {
+    if let Some(backend) = form.get("memory-backend").filter(|_| rules == Rules::Launched) {
+        bail!("-machine memory-backend={backend} gives the guest RAM of its own; {LEAVE_MEMORY}");
+    }
+    for key in ["confidential-guest-support", "memory-encryption"] {
+        if let Some(object) = form.get(key).filter(|_| rules != Rules::Tracked) {
+            bail!("-machine {key}={object}: {ENCRYPTED}; {UNENCRYPTED}");
+        }
     }
     Ok(())
+}
+
+fn check_network(option: &str, form: &Form) -> Result<()> {
+    match form.get("type").as_deref() {
+        Some("vhost-user") => {
+            bail!("-{option} vhost-user: a vhost-user daemon writes guest RAM through a mapping of its own; use tap, user or bridge")
+        }
+        Some("vhost-vdpa") => bail!("-{option} vhost-vdpa: its hardware writes guest RAM by DMA, past the page tables; use tap, user or bridge"),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -87,7 +154,7 @@ mod test {
 
     fn refused(line: &str) -> String {
         let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
-        check(&parse(&words).unwrap()).unwrap_err().to_string()
+        check(&parse(&words).unwrap(), Rules::Launched).unwrap_err().to_string()
     }
 
     #[test]
@@ -117,6 +184,42 @@ mod test {
     fn an_ordinary_machine_passes() {
         let line = "-m 1G -smp 4 -machine q35 -drive file=a.qcow2,if=virtio -netdev tap,id=n,vhost=on -device virtio-net-pci,netdev=n";
         let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
-        check(&parse(&words).unwrap()).unwrap();
+        check(&parse(&words).unwrap(), Rules::Launched).unwrap();
+    }
+
+    fn judged(line: &str, rules: Rules) -> bool {
+        let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+        check(&parse(&words).unwrap(), rules).is_ok()
+    }
+
+    #[test]
+    fn the_stream_takes_what_only_the_tracker_cannot() {
+        for line in [
+            "-device virtio-balloon-pci",
+            r#"-device {"driver":"virtio-balloon-pci","id":"balloon0"}"#,
+        ] {
+            assert!(judged(line, Rules::Always) && !judged(line, Rules::Tracked) && !judged(line, Rules::Launched), "{line}");
+        }
+        for line in ["-object memory-backend-ram,id=m,size=1G", "-machine q35,memory-backend=m", "-numa node,memdev=m", "-mem-path /x", "-incoming defer"] {
+            assert!(judged(line, Rules::Always) && judged(line, Rules::Tracked) && !judged(line, Rules::Launched), "{line}");
+        }
+    }
+
+    #[test]
+    fn what_no_engine_can_save_is_refused_in_every_form() {
+        for line in [
+            r#"-device {"driver":"vfio-pci","host":"0000:01:00.0"}"#,
+            r#"-netdev {"type":"vhost-user","id":"n"}"#,
+            "-netdev vhost-vdpa,id=n",
+            "-device virtio-balloon-pci,free-page-hint=on",
+            r#"-device {"driver":"virtio-balloon-pci","free-page-hint":true}"#,
+            "-device scsi-block,drive=d",
+            r#"-object {"qom-type":"sev-guest","id":"s"}"#,
+            "-machine q35,confidential-guest-support=s",
+            "-drive file=a,snapshot=on",
+            "-device pc-dimm,memdev=m",
+        ] {
+            assert!(!judged(line, Rules::Always), "{line}");
+        }
     }
 }

@@ -10,7 +10,7 @@ mod target;
 
 pub use target::PackTarget;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use checkpoint_format::{
     ByteLen, EncodedFrame, FinishedPack, PackBuilder, PackId, PackRecord, PageDigest, PageIndex, PageRange, SpaceId, SpaceTable,
@@ -20,7 +20,10 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::task::JoinHandle;
 
 /// A pack is closed when its frames reach this length. HDFS keeps a few hundred bytes of NameNode memory for each file,
@@ -76,7 +79,7 @@ impl Packer {
 
     /// The entrance for threads that may block.
     pub fn entrance(&self) -> Entrance {
-        Entrance(self.jobs.clone())
+        Entrance { jobs: self.jobs.clone(), patience: None }
     }
 
     /// Ends the pipeline, and says what really went wrong, when `seen` may only be that the pipeline has ended.
@@ -100,11 +103,30 @@ impl Packer {
 }
 
 /// [`Packer::send`] for a thread outside the asynchronous runtime.
-pub struct Entrance(mpsc::Sender<PackJob>);
+pub struct Entrance {
+    jobs: mpsc::Sender<PackJob>,
+    patience: Option<Duration>,
+}
 
 impl Entrance {
+    /// Gives up when the pipeline takes no job for so long: where a guest waits for who sends.
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience: Some(patience), ..self }
+    }
+
     pub fn send(&self, jobs: &mut Vec<PackJob>) -> Result<()> {
-        jobs.drain(..).try_for_each(|job| self.0.blocking_send(job).map_err(|_| ended()))
+        jobs.drain(..).try_for_each(|job| self.send_one(job))
+    }
+
+    fn send_one(&self, job: PackJob) -> Result<()> {
+        let Some(patience) = self.patience else {
+            return self.jobs.blocking_send(job).map_err(|_| ended());
+        };
+        match Handle::current().block_on(self.jobs.send_timeout(job, patience)) {
+            Ok(()) => Ok(()),
+            Err(SendTimeoutError::Closed(_)) => Err(ended()),
+            Err(SendTimeoutError::Timeout(_)) => bail!("the store took nothing for {patience:?}, for which the guest must not wait"),
+        }
     }
 }
 

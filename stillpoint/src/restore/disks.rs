@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use checkpoint_format::{ByteLen, DiskRecord, LayerRef, PageRange};
 use futures::{StreamExt, TryStreamExt};
 use qmp_bridge::disks::ImageFormat;
-use qmp_bridge::images::{Backing, BackingMode, ImageSpec, ImageWorker};
+use qmp_bridge::images::{Backing, BackingMode, ImageSpec, ImageWorker, ImageWorkers};
 use qmp_bridge::nbd::{NbdClient, ZeroMode};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 
 /// Writes of one image under way.
 const WRITES: usize = 8;
+/// Bytes between two flushes: a slow disk gets them down within the time of one NBD request.
+const FLUSH_EVERY: u64 = 256 << 20;
 
 /// Old path -> new path, for every file of every disk as the command line may name it.
 pub type NewPaths = HashMap<String, String>;
@@ -27,15 +29,13 @@ pub async fn restore(source: &Source, layers: &LocalLayers, dir: &Path, binary: 
     for layer in manifest.layers() {
         insert(&mut paths, Path::new(&manifest.machine.directory), &layer.path, layers.path(layer));
     }
-    if !writable.is_empty() {
-        let mut worker = ImageWorker::start(binary, runtime).await.context("starting a QEMU to write images")?;
-        for disk in writable {
-            let path = dir.join(file_name(disk));
-            restore_one(source, layers, &mut worker, disk, &path).await.with_context(|| format!("restoring disk {}", disk.node))?;
-            insert(&mut paths, Path::new(&manifest.machine.directory), &disk.file, &path);
-        }
-        worker.shutdown().await.context("ending the QEMU that wrote images")?;
+    let mut workers = ImageWorkers::new(binary, runtime);
+    for disk in writable {
+        let path = dir.join(file_name(disk));
+        restore_one(source, layers, &mut workers, disk, &path).await.with_context(|| format!("restoring disk {}", disk.node))?;
+        insert(&mut paths, Path::new(&manifest.machine.directory), &disk.file, &path);
     }
+    workers.shutdown().await;
     Ok(paths)
 }
 
@@ -57,18 +57,35 @@ pub fn file_name(disk: &DiskRecord) -> String {
     format!("{}.{}", stem.trim_start_matches('.'), disk.format)
 }
 
-async fn restore_one(source: &Source, layers: &LocalLayers, worker: &mut ImageWorker, disk: &DiskRecord, path: &Path) -> Result<()> {
+async fn restore_one(source: &Source, layers: &LocalLayers, workers: &mut ImageWorkers, disk: &DiskRecord, path: &Path) -> Result<()> {
     if path.exists() {
         bail!("{} exists already; name another directory by --dir, or remove it", path.display());
     }
     let format = image_format(&disk.format)?;
     let backing = backing(layers, &disk.backing)?;
     let spec = ImageSpec { path: path.to_owned(), format, virtual_size: disk.virtual_size.0, backing };
-    worker.create(&spec).await?;
-    let image = worker.open(path, format, BackingMode::Chain).await?;
+    let write = async |worker: &mut ImageWorker| {
+        remove_unfinished(path)?;
+        write_image(source, disk, worker, &spec).await
+    };
+    workers.run(write).await?;
+    sync(path)
+}
+
+/// What a worker left that was lost over it.
+fn remove_unfinished(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).with_context(|| format!("removing {}", path.display())),
+        _ => Ok(()),
+    }
+}
+
+async fn write_image(source: &Source, disk: &DiskRecord, worker: &mut ImageWorker, spec: &ImageSpec) -> Result<()> {
+    worker.create(spec).await?;
+    let image = worker.open(&spec.path, spec.format, BackingMode::Chain).await?;
     fill(source, disk, &image.client).await?;
     worker.close(image).await?;
-    sync(path)
+    Ok(())
 }
 
 /// QEMU has flushed the file; its name must survive a crash too.
@@ -92,13 +109,19 @@ async fn fill(source: &Source, disk: &DiskRecord, client: &NbdClient) -> Result<
     }
     let progress = Progress::bytes(&format!("disk {}", disk.node), disk.virtual_size.0);
     let mut runs = std::pin::pin!(source.read(&map));
+    let mut unflushed = 0;
     while let Some(batch) = runs.next().await {
         let writes = batch?.into_iter().map(|(pages, bytes)| {
             let (start, len) = clip(pages, disk.virtual_size);
+            unflushed += len;
             client.write(start, bytes.slice(..len as usize))
         });
         futures::stream::iter(writes).buffer_unordered(WRITES).try_collect::<Vec<()>>().await?;
         progress.advance(0);
+        if unflushed >= FLUSH_EVERY {
+            client.flush().await?;
+            unflushed = 0;
+        }
     }
     client.flush().await?;
     Ok(())

@@ -142,6 +142,7 @@ impl Restore {
             directory: self.dir.clone(),
             scratch: launch::scratch_dir(self.args.scratch_dir.as_deref())?,
             restored_from: self.args.new_name.is_none().then_some(self.seq),
+            unprepared: None,
         })
     }
 
@@ -172,7 +173,7 @@ impl Restore {
         self.phases.since("memory", step);
         let step = Instant::now();
         // QEMU has not touched the memory yet; what it writes while it loads is dirty from the first checkpoint's view.
-        machine.lock_tracker().protect_all()?;
+        machine.lock_tracker()?.protect_all()?;
         let incoming = Incoming::begin(&machine.qmp, &self.runtime.path().join("incoming.sock")).await?;
         memory::load(incoming, &self.source, &contents, &devices).await?;
         self.phases.since("devices", step);

@@ -1,0 +1,41 @@
+//! Feeds the stream reader with anything. The first byte says in how small pieces the rest comes.
+#![no_main]
+
+use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
+
+#[path = "../check.rs"]
+mod check;
+
+use check::{Pieces, limits, read_all};
+
+/// The end of a sound stream: end mark, mark of a description, its length, its first byte.
+const LENGTH_AT: usize = 2;
+const TEXT_AT: usize = LENGTH_AT + 4;
+
+fuzz_target!(|data: &[u8]| {
+    let Some((first, stream)) = data.split_first() else { return };
+    let size = match first {
+        0..=63 => 1 + usize::from(*first),
+        64..=127 => 4096 + usize::from(*first),
+        _ => usize::MAX,
+    };
+    // Whether it is an error does not matter; that nothing is given that the reader promises not to give is in `check`.
+    let _ = read_all(Pieces { bytes: stream, size }, limits());
+});
+
+fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
+    let size = fuzzer_mutate(data, size, max_size);
+    if seed % 4 != 0 {
+        mend_length(&mut data[..size]);
+    }
+    size
+});
+
+/// The length of the description is the one number that must fit everything before and behind it; chance does not find it.
+fn mend_length(data: &mut [u8]) {
+    let begins = |window: &[u8]| window[..LENGTH_AT] == [0, 6] && window[TEXT_AT] == b'{';
+    if let Some(at) = data.windows(TEXT_AT + 1).rposition(begins) {
+        let length = (data.len() - at - TEXT_AT) as u32;
+        data[at + LENGTH_AT..at + TEXT_AT].copy_from_slice(&length.to_be_bytes());
+    }
+}

@@ -1,0 +1,285 @@
+//! Moving a running machine from one QEMU into another on the same host: a live migration over a unix socket whose last
+//! step waits for us.
+//!
+//! ```text
+//! Found::read          what the source has, for whoever must put it back
+//! Handover::begin      settings on both sides; memory begins to flow while the guest runs
+//! Handover::switchover the source has stopped the guest, and waits
+//! Handover::complete   rest of memory, devices; both sides say `completed`; the source has given its disks away
+//! ------------------   here the caller decides which machine goes on
+//! Handover::resume     the destination takes the disks, and the guest runs there
+//! ```
+//! Until the decision [`take_back`] lets the source go on, from whatever point; the destination must be dead by then. The
+//! destination has `late-block-activate`, so it takes no lock on an image and writes to none before it is told to run.
+
+mod bitmaps;
+mod error;
+mod policy;
+mod settings;
+mod watch;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+pub use bitmaps::BitmapMap;
+pub use error::HandoverError;
+pub use settings::Found;
+pub use watch::State;
+
+use crate::paused::run_state;
+use crate::qmp::{Qmp, QmpError};
+use policy::Policy;
+use watch::{Events, Happened};
+
+/// Between two looks while memory flows, for progress and the policy of the pause; nothing waits for it.
+const LOOK: Duration = Duration::from_millis(50);
+/// Between two looks when the guest is stopped, should an event be lost.
+const PAUSED_LOOK: Duration = Duration::from_millis(5);
+/// A move that sends nothing for so long is given up.
+const STANDSTILL: Duration = Duration::from_secs(60);
+/// What a cancelled migration gets to end.
+const CANCEL: Duration = Duration::from_secs(60);
+/// From this version on QEMU can report a failed load instead of ending.
+const EXIT_ON_ERROR_SINCE: (u32, u32) = (9, 1);
+
+/// A machine on its way.
+#[derive(Debug)]
+pub struct Handover {
+    source: Qmp,
+    destination: Qmp,
+    source_events: Events,
+    destination_events: Events,
+    policy: Policy,
+    stopped: Option<Instant>,
+    destination_completed: bool,
+}
+
+/// How long the guest stood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Downtime {
+    /// From the source's STOP to the destination's RESUME.
+    pub seen: Duration,
+    /// What the source's QEMU says, which does not know the destination's part.
+    pub by_qemu: Option<Duration>,
+}
+
+/// Fails if a migration is under way already.
+pub async fn check_idle(source: &Qmp) -> Result<(), HandoverError> {
+    let state = State::query(source).await?;
+    if state.is_under_way() { Err(HandoverError::Busy { status: state.status }) } else { Ok(()) }
+}
+
+impl Handover {
+    /// Sets up both sides and starts the flow. The destination waits with `-incoming defer`, `-S`; `socket` is its to make.
+    pub async fn begin(
+        source: &Qmp,
+        destination: &Qmp,
+        found: &Found,
+        bitmaps: &BitmapMap,
+        socket: &Path,
+    ) -> Result<Self, HandoverError> {
+        check_idle(source).await?;
+        let policy = Policy::default();
+        settings::apply_to_destination(destination, bitmaps).await?;
+        settings::apply_to_source(source, found, bitmaps, policy.limit_ms()).await?;
+        let uri = format!("unix:{}", socket.display());
+        let mut listen = json!({ "uri": uri });
+        if (destination.version().major, destination.version().minor) >= EXIT_ON_ERROR_SINCE {
+            listen["exit-on-error"] = Value::Bool(false);
+        }
+        destination.execute_json("migrate-incoming", listen).await?;
+        let (source_events, destination_events) = (Events::new(source), Events::new(destination));
+        source.execute_json("migrate", json!({ "uri": uri })).await?;
+        Ok(Self {
+            source: source.clone(),
+            destination: destination.clone(),
+            source_events,
+            destination_events,
+            policy,
+            stopped: None,
+            destination_completed: false,
+        })
+    }
+
+    /// Until the source has stopped the guest and waits. `tell` gets bytes sent and to be sent.
+    pub async fn switchover(&mut self, mut tell: impl FnMut(u64, u64)) -> Result<(), HandoverError> {
+        let mut moved = (0, Instant::now());
+        loop {
+            match self.source_events.next(LOOK).await {
+                Happened::Status(status) if status == "pre-switchover" => return Ok(()),
+                Happened::Status(status) if matches!(status.as_str(), "failed" | "completed" | "cancelled") => {
+                    return Err(self.why().await);
+                }
+                Happened::Stop(at) => self.stopped = Some(at),
+                Happened::Status(_) | Happened::Resume(_) => {}
+                Happened::Nothing => {
+                    if self.look(&mut moved, &mut tell).await? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    async fn look(&mut self, moved: &mut (u64, Instant), tell: &mut impl FnMut(u64, u64)) -> Result<bool, HandoverError> {
+        self.check_destination().await?;
+        let state = State::query(&self.source).await.map_err(source_gone)?;
+        tell(state.total.saturating_sub(state.remaining), state.total);
+        if state.status == "pre-switchover" {
+            return Ok(true);
+        }
+        if !state.is_under_way() {
+            return Err(self.why().await);
+        }
+        if state.sent != moved.0 {
+            *moved = (state.sent, Instant::now());
+        } else if moved.1.elapsed() > STANDSTILL {
+            return Err(HandoverError::Stuck { status: state.status, after: STANDSTILL });
+        }
+        if let Some(limit) = self.policy.judge(&state)? {
+            tracing::info!(limit_ms = limit, passes = state.passes, "the guest writes fast; it may be stopped for longer");
+            settings::set_downtime_limit(&self.source, limit).await.map_err(source_gone)?;
+        }
+        Ok(false)
+    }
+
+    /// Whether the destination still reads; asks nothing of it, for it is busy.
+    async fn check_destination(&self) -> Result<(), HandoverError> {
+        match tokio::time::timeout(Duration::ZERO, self.destination.closed()).await {
+            Ok(()) => Err(HandoverError::DestinationEnded),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// The rest of memory and the devices. Ends when both sides say that they have completed.
+    pub async fn complete(&mut self) -> Result<(), HandoverError> {
+        self.check_destination().await?;
+        let go_on = json!({ "state": "pre-switchover" });
+        self.source.execute_json("migrate-continue", go_on).await.map_err(source_gone)?;
+        let begun = Instant::now();
+        let mut source_completed = false;
+        while !(source_completed && self.destination_completed) {
+            let (happened, is_source) = tokio::select! {
+                happened = self.source_events.next(PAUSED_LOOK), if !source_completed => (happened, true),
+                happened = self.destination_events.next(PAUSED_LOOK), if !self.destination_completed => (happened, false),
+            };
+            let completed = if is_source { &mut source_completed } else { &mut self.destination_completed };
+            match happened {
+                Happened::Status(status) if status == "completed" => *completed = true,
+                Happened::Status(status) if matches!(status.as_str(), "failed" | "cancelled") => return Err(self.why().await),
+                Happened::Stop(at) if is_source => self.stopped = self.stopped.or(Some(at)),
+                Happened::Nothing if begun.elapsed() > STANDSTILL => {
+                    return Err(HandoverError::Stuck { status: "device".into(), after: STANDSTILL });
+                }
+                Happened::Nothing => {
+                    let qmp = if is_source { &self.source } else { &self.destination };
+                    let gone = if is_source { source_gone } else { destination_gone };
+                    let state = State::query(qmp).await.map_err(gone)?;
+                    match state.status.as_str() {
+                        "completed" => *completed = true,
+                        "failed" | "cancelled" => return Err(self.why().await),
+                        _ => {}
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the destination run: its disks become active, and the guest goes on.
+    pub async fn resume(&mut self) -> Result<Downtime, HandoverError> {
+        self.destination.execute_json("cont", Value::Null).await.map_err(destination_gone)?;
+        let replied = Instant::now();
+        let mut resumed = None;
+        while resumed.is_none() && replied.elapsed() < PAUSED_LOOK {
+            match self.destination_events.next(PAUSED_LOOK).await {
+                Happened::Resume(at) => resumed = Some(at),
+                Happened::Nothing => break,
+                _ => {}
+            }
+        }
+        let seen = self.stopped.map(|stopped| resumed.unwrap_or(replied).duration_since(stopped)).unwrap_or_default();
+        // The source has no guest any more; its figure is a courtesy.
+        let by_qemu = State::query(&self.source).await.ok().and_then(|state| state.downtime);
+        Ok(Downtime { seen, by_qemu })
+    }
+
+    /// Why it ended early: a side that is gone, else QEMU's own words.
+    async fn why(&self) -> HandoverError {
+        // A QEMU that could not load ends at once, or says why.
+        tokio::time::sleep(PAUSED_LOOK).await;
+        let said = match State::query(&self.destination).await {
+            Err(_) => return HandoverError::DestinationEnded,
+            Ok(state) => state.why,
+        };
+        match State::query(&self.source).await {
+            Err(error) => source_gone(error),
+            Ok(state) => {
+                let why = said.or(state.why).unwrap_or_else(|| "QEMU gives no reason; its log may".into());
+                HandoverError::Failed { status: state.status, why }
+            }
+        }
+    }
+}
+
+fn source_gone(error: QmpError) -> HandoverError {
+    match error {
+        QmpError::Closed { .. } => HandoverError::SourceEnded,
+        other => HandoverError::Qmp(other),
+    }
+}
+
+fn destination_gone(error: QmpError) -> HandoverError {
+    match error {
+        QmpError::Closed { .. } => HandoverError::DestinationEnded,
+        other => HandoverError::Qmp(other),
+    }
+}
+
+/// Lets the source go on, however far it got: ends the migration, makes its disks active again and lets the guest run. The
+/// destination must be dead. Repeatable.
+pub async fn take_back(source: &Qmp, found: Option<&Found>) -> Result<(), HandoverError> {
+    let begun = Instant::now();
+    loop {
+        let state = State::query(source).await.map_err(source_gone)?;
+        if !state.is_under_way() {
+            break;
+        }
+        if begun.elapsed() > CANCEL {
+            return Err(HandoverError::Stuck { status: state.status, after: CANCEL });
+        }
+        if state.status != "cancelling" {
+            source.execute_json("migrate_cancel", Value::Null).await.map_err(source_gone)?;
+        }
+        tokio::time::sleep(PAUSED_LOOK).await;
+    }
+    go_on(source, begun).await?;
+    match found {
+        Some(found) => Ok(found.put_back(source).await.map_err(source_gone)?),
+        None => Ok(()),
+    }
+}
+
+/// QEMU resumes a guest whose migration it cancelled by itself; one whose migration had completed waits for `cont`, which
+/// makes its disks active too.
+async fn go_on(source: &Qmp, begun: Instant) -> Result<(), HandoverError> {
+    loop {
+        match run_state(source).await.map_err(source_gone)?.as_str() {
+            // A guest that failed by itself meanwhile is its owner's affair.
+            "running" | "suspended" | "shutdown" | "guest-panicked" | "internal-error" | "io-error" => return Ok(()),
+            "finish-migrate" if begun.elapsed() < CANCEL => tokio::time::sleep(PAUSED_LOOK).await,
+            _ => {
+                source.execute_json("cont", Value::Null).await.map_err(source_gone)?;
+            }
+        }
+        if begun.elapsed() > CANCEL {
+            return Err(HandoverError::Stuck { status: "paused".into(), after: CANCEL });
+        }
+    }
+}
+
+#[cfg(test)]
+mod test;

@@ -1,0 +1,124 @@
+//! After a completed migration QEMU has given its disks away: their nodes are inactive until `cont`, and an inactive
+//! node takes no transaction. This makes them active before, with the guest still stopped.
+//!
+//! QEMU has a command for it since 10.0. Before, there is a side effect: a block export activates the node it exports
+//! and all below it. So each writable node on which no other node stands is exported for a while, read-only, under a
+//! name that nobody is told. The server must run for that; it is the one of the disk capture, or one that is started here.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::MigrationError;
+use crate::jobs::{JobError, remove_exports, tolerate_refusal};
+use crate::qmp::{Qmp, QmpError};
+
+const SET_ACTIVE: &str = "blockdev-set-active";
+/// Begins the names of the exports; the disk capture's clean-up would find them too.
+const EXPORTS: &str = "stillpoint-activate-";
+
+/// How the nodes of a QEMU come back.
+#[derive(Debug)]
+pub(super) enum Activation {
+    Command,
+    Exports { roots: Vec<String>, socket: Option<PathBuf> },
+}
+
+impl Activation {
+    /// Finds the way while the guest runs. `socket`: where the NBD server may listen if none runs yet.
+    pub(super) async fn plan(qmp: &Qmp, socket: &Path) -> Result<Self, QmpError> {
+        let commands = qmp.execute_json("query-commands", Value::Null).await?;
+        if commands.as_array().is_some_and(|list| list.iter().any(|command| command["name"] == SET_ACTIVE)) {
+            return Ok(Self::Command);
+        }
+        let roots = writable_roots(qmp).await?;
+        let mut plan = Self::Exports { roots, socket: None };
+        plan.ensure_server(qmp, socket).await?;
+        Ok(plan)
+    }
+
+    async fn ensure_server(&mut self, qmp: &Qmp, path: &Path) -> Result<(), QmpError> {
+        let Self::Exports { roots, socket } = self else { return Ok(()) };
+        if roots.is_empty() {
+            return Ok(());
+        }
+        let _ = std::fs::remove_file(path);
+        let address = json!({ "type": "unix", "data": { "path": path.to_string_lossy() } });
+        match qmp.execute_json("nbd-server-start", json!({ "addr": address })).await {
+            Ok(_) => *socket = Some(path.into()),
+            // One runs already, which is as good.
+            Err(error) if error.is_refusal() => tracing::debug!(%error, "no NBD server of our own for the activation"),
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// To be called with the guest stopped after the migration has completed.
+    pub(super) async fn run(&self, qmp: &Qmp) -> Result<(), MigrationError> {
+        let failed = |what: &str, error: QmpError| match error {
+            error if error.is_refusal() => MigrationError::Activate { why: format!("{what}: {error}") },
+            error => MigrationError::Qmp(error),
+        };
+        match self {
+            Self::Command => {
+                let done = qmp.execute_json(SET_ACTIVE, json!({ "active": true })).await;
+                done.map(drop).map_err(|error| failed("all nodes", error))
+            }
+            Self::Exports { roots, .. } => {
+                // All at once: QEMU takes them one by one, but the guest waits for one round trip only.
+                let exports = roots.iter().enumerate().map(|(index, root)| async move {
+                    let id = format!("{EXPORTS}{index}");
+                    let options = json!({ "type": "nbd", "id": id, "name": id, "node-name": root });
+                    qmp.execute_json("block-export-add", options).await.map_err(|error| failed(root, error))
+                });
+                futures::future::try_join_all(exports).await.map(drop)
+            }
+        }
+    }
+
+    /// Takes the exports back, with the guest running. Repeatable.
+    pub(super) async fn remove(&self, qmp: &Qmp) -> Result<(), JobError> {
+        let Self::Exports { socket, .. } = self else { return Ok(()) };
+        remove_leftovers(qmp).await?;
+        if let Some(path) = socket {
+            stop_server(qmp).await?;
+            let _ = std::fs::remove_file(path);
+        }
+        Ok(())
+    }
+}
+
+/// The exports of any session. A server stays: whose it is cannot be told.
+pub(super) async fn remove_leftovers(qmp: &Qmp) -> Result<(), JobError> {
+    remove_exports(qmp, |id| id.starts_with(EXPORTS)).await.map(drop)
+}
+
+/// Not while others use it: a capture that began after us may rely on the server that we started.
+async fn stop_server(qmp: &Qmp) -> Result<(), QmpError> {
+    if crate::jobs::export_ids(qmp).await?.is_empty() {
+        tolerate_refusal(qmp.execute_json("nbd-server-stop", Value::Null).await)?;
+    }
+    Ok(())
+}
+
+/// Named nodes that can be written and have no node above them.
+async fn writable_roots(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
+    let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
+    let graph = qmp.execute_json("x-debug-query-block-graph", Value::Null).await?;
+    Ok(roots(&nodes, &graph))
+}
+
+fn roots(nodes: &Value, graph: &Value) -> Vec<String> {
+    let rows = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let drivers = rows(&graph["nodes"]).into_iter().filter(|node| node["type"] == "block-driver").collect::<Vec<_>>();
+    let ids: HashSet<u64> = drivers.iter().filter_map(|node| node["id"].as_u64()).collect();
+    let is_node = |value: &Value| value.as_u64().is_some_and(|id| ids.contains(&id));
+    let edges = rows(&graph["edges"]);
+    let below: HashSet<u64> = edges.iter().filter(|edge| is_node(&edge["parent"])).filter_map(|edge| edge["child"].as_u64()).collect();
+    let tops = drivers.iter().filter(|node| node["id"].as_u64().is_some_and(|id| !below.contains(&id)));
+    let tops: HashSet<&str> = tops.filter_map(|node| node["name"].as_str()).collect();
+    let writable = rows(nodes).into_iter().filter(|node| node["ro"] == false);
+    let names = writable.filter_map(|node| node["node-name"].as_str().map(str::to_owned));
+    names.filter(|name| tops.contains(name.as_str())).collect()
+}

@@ -1,0 +1,83 @@
+//! The socket pair through which the stream comes: one end for QEMU by `getfd`, one for the reader.
+//!
+//! A third handle, on the reader's end, stays here. By it the stream can be cut whoever reads it, which frees a QEMU
+//! that blocks in a write; and it shows when QEMU has closed its end, the last thing it does with a migration.
+
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::sockopt::{RcvBuf, SndBuf};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair};
+use serde_json::json;
+
+use super::MigrationError;
+use crate::jobs::tolerate_refusal;
+use crate::qmp::{Qmp, QmpError};
+
+/// QEMU's name for its end until `migrate` takes it.
+const FD_NAME: &str = "stillpoint-migration";
+/// Asked for; the kernel gives at most `net.core.wmem_max`.
+const BUFFER: usize = 4 << 20;
+/// Pause between two looks whether QEMU has closed its end.
+const LOOK: Duration = Duration::from_millis(1);
+
+#[derive(Debug)]
+pub(super) struct Channel {
+    reader: Option<UnixStream>,
+    ours: UnixStream,
+}
+
+impl Channel {
+    pub(super) async fn open(qmp: &Qmp) -> Result<Self, MigrationError> {
+        let error = |source| MigrationError::Socket { source };
+        let (ours, theirs) = pair().map_err(error)?;
+        let reader = ours.try_clone().map_err(error)?;
+        let given = qmp.execute_with_fd("getfd", json!({ "fdname": FD_NAME }), theirs.as_fd()).await;
+        given.map_err(|source| MigrationError::Setup { source })?;
+        Ok(Self { reader: Some(reader), ours })
+    }
+
+    pub(super) fn uri() -> String {
+        format!("fd:{FD_NAME}")
+    }
+
+    pub(super) fn take_reader(&mut self) -> Option<UnixStream> {
+        self.reader.take()
+    }
+
+    /// Ends the stream for QEMU and for the reader.
+    pub(super) fn cut(&self) {
+        // Fails only when it is cut already.
+        let _ = self.ours.shutdown(Shutdown::Both);
+    }
+
+    /// Whether QEMU has closed its end within `patience`. Bytes that nobody has read yet do not matter.
+    pub(super) async fn closed_by_qemu(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            let mut fds = [PollFd::new(self.ours.as_fd(), PollFlags::empty())];
+            let hung_up = poll(&mut fds, PollTimeout::ZERO).is_ok()
+                && fds[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR));
+            if hung_up || Instant::now() >= deadline {
+                return hung_up;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+/// Closes QEMU's end if `migrate` has not taken it. Repeatable.
+pub(super) async fn close_unused(qmp: &Qmp) -> Result<(), QmpError> {
+    tolerate_refusal(qmp.execute_json("closefd", json!({ "fdname": FD_NAME })).await)
+}
+
+fn pair() -> std::io::Result<(UnixStream, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
+    // Less than asked for is no error; the stream only goes in smaller steps.
+    setsockopt(&theirs, SndBuf, &BUFFER)?;
+    setsockopt(&ours, RcvBuf, &BUFFER)?;
+    Ok((ours.into(), theirs))
+}

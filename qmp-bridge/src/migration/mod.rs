@@ -1,0 +1,88 @@
+//! QEMU's own migration, into a socket of ours, as a source of memory for machines that were not launched by us.
+//!
+//! Two ways, both of stock QEMU:
+//! - [`StreamMode::PreCopy`]: memory travels while the guest runs, in passes, until the rest is small; QEMU stops the
+//!   guest, sends the rest and the devices, and hands its disks over. As nobody takes them, they are made active again
+//!   while the guest still waits, so that a disk transaction can be of the same instant; then `cont`.
+//! - [`StreamMode::BackgroundSnapshot`]: the caller stops the guest and takes the disks; QEMU write-protects memory by
+//!   userfaultfd and lets the guest run on; each page is sent before the guest may overwrite it.
+//!
+//! Order of calls, pre-copy: [`Migration::prepare`], [`Migration::take_reader`] (somebody must read, always),
+//! [`Migration::start`], [`Migration::switchover`], [`Migration::complete`], disk transaction, [`Paused::resume`],
+//! [`Migration::finish`]. Background snapshot: `prepare`, `take_reader`, [`Paused::stop`], disk transaction, `start`,
+//! [`Migration::memory_is_held`] (resumes), `finish`.
+//!
+//! Whatever goes wrong, also the death of this process, leaves the guest running, its disks active, and QEMU's
+//! capabilities and parameters as they were: what was found stands in a journal file before anything is changed, and
+//! [`recover`] puts it back.
+//!
+//! [`Paused::stop`]: crate::Paused::stop
+//! [`Paused::resume`]: crate::Paused::resume
+
+mod activation;
+mod channel;
+mod error;
+mod journal;
+mod policy;
+mod probe;
+mod recover;
+mod session;
+mod settings;
+mod status;
+mod switchover;
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub use error::MigrationError;
+pub use probe::{Support, probe};
+pub use recover::{Recovered, recover};
+pub use session::Migration;
+pub use status::Progress;
+
+/// How memory gets out of QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StreamMode {
+    BackgroundSnapshot,
+    PreCopy,
+}
+
+impl fmt::Display for StreamMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::BackgroundSnapshot => "background snapshot",
+            Self::PreCopy => "pre-copy",
+        })
+    }
+}
+
+/// What to do with a guest that writes faster than its memory can be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WhenTooFast {
+    /// Give up, and say how fast it is.
+    Fail,
+    /// Stop it for longer than [`StreamOptions::max_pause`].
+    SwitchOver,
+}
+
+#[derive(Debug, Clone)]
+pub struct StreamOptions {
+    /// Pre-copy: for how long the guest may be stopped for the rest of its memory, by QEMU's estimate. Device state,
+    /// disks and the resumption come on top, some milliseconds.
+    pub max_pause: Duration,
+    pub when_too_fast: WhenTooFast,
+    /// For the whole migration.
+    pub timeout: Duration,
+}
+
+impl Default for StreamOptions {
+    fn default() -> Self {
+        Self { max_pause: Duration::from_millis(100), when_too_fast: WhenTooFast::Fail, timeout: Duration::from_secs(600) }
+    }
+}
+
+#[cfg(test)]
+mod test;

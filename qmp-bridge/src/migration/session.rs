@@ -1,0 +1,369 @@
+//! One migration from its preparation to its end, as a guard.
+//!
+//! A dropped session cancels: what the guest needs is done before `drop` returns, the rest (settings, journal) by a task;
+//! and if there is no runtime any more, by [`super::recover`] of the next helper.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::activation::{self, Activation};
+use super::channel::{self, Channel};
+use super::journal::Journal;
+use super::settings::Settings;
+use super::status::{Hint, Hints, Progress, wait_until_over};
+use super::{MigrationError, StreamMode, StreamOptions, policy, probe, recover};
+use crate::paused::{self, Paused, run_state};
+use crate::qmp::Qmp;
+
+/// How long a cancelled migration may take to be over.
+pub(super) const CANCEL_PATIENCE: Duration = Duration::from_secs(30);
+/// Pause between two looks at a migration while the guest runs.
+pub(super) const IDLE_LOOK: Duration = Duration::from_millis(10);
+/// While it waits. Events tell first, mostly.
+pub(super) const PAUSED_LOOK: Duration = Duration::from_millis(1);
+/// How long QEMU may take to close its end of the stream after it says `completed`.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a drop may block its thread until QEMU has taken the cancellation.
+const LAST_PATIENCE: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    Prepared,
+    Started,
+    /// Pre-copy: QEMU has stopped the guest and waits for us.
+    SwitchedOver,
+    /// The guest may run on, or does.
+    Held,
+}
+
+/// What has to be undone, in one piece that a task can take over.
+#[derive(Debug)]
+pub(super) struct Undo {
+    qmp: Qmp,
+    journal: Journal,
+    channel: Option<Channel>,
+    activation: Option<Activation>,
+}
+
+/// A migration of ours; see the module's head for the order of calls.
+#[must_use = "dropping it cancels the migration"]
+#[derive(Debug)]
+pub struct Migration {
+    pub(super) qmp: Qmp,
+    mode: StreamMode,
+    pub(super) options: StreamOptions,
+    pub(super) stage: Stage,
+    pub(super) hints: Hints,
+    /// When `migrate` was sent.
+    pub(super) started: Instant,
+    /// Whether the guest ran then.
+    pub(super) ran: bool,
+    /// Taken when everything is as it was.
+    undo: Option<Undo>,
+}
+
+impl Migration {
+    /// While the guest runs: looks that QEMU is idle and able, writes down in `journal` what it finds, sets capabilities
+    /// and parameters, and gives QEMU its end of a socket pair. A journal that is there already is recovered from first.
+    pub async fn prepare(qmp: &Qmp, mode: StreamMode, options: &StreamOptions, journal: &Path) -> Result<Self, MigrationError> {
+        recover::recover(qmp, journal).await?;
+        let progress = probe::idle(qmp).await?;
+        if !progress.blocked.is_empty() {
+            return Err(MigrationError::Unsupported { mode, why: progress.blocked.join("; ") });
+        }
+        check_state(qmp, mode).await?;
+        let settings = Settings::survey(qmp, mode, policy::first_limit_ms(options)).await?;
+        let journal = Journal::write(journal, mode, settings)?;
+        let undo = Undo { qmp: qmp.clone(), journal, channel: None, activation: None };
+        // From here on the drop undoes, also when this future is dropped.
+        let mut session = Self {
+            qmp: qmp.clone(),
+            mode,
+            options: options.clone(),
+            stage: Stage::Prepared,
+            hints: Hints::new(qmp),
+            started: Instant::now(),
+            ran: false,
+            undo: Some(undo),
+        };
+        match session.set_up().await {
+            Ok(()) => Ok(session),
+            Err(error) => {
+                session.cancel().await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn set_up(&mut self) -> Result<(), MigrationError> {
+        let undo = self.undo()?;
+        let applied = undo.journal.entry.settings.apply(&undo.qmp).await;
+        applied.map_err(|source| MigrationError::Setup { source })?;
+        undo.channel = Some(Channel::open(&undo.qmp).await?);
+        Ok(())
+    }
+
+    pub(super) fn undo(&mut self) -> Result<&mut Undo, MigrationError> {
+        self.undo.as_mut().ok_or(MigrationError::Order("it has ended"))
+    }
+
+    pub fn mode(&self) -> StreamMode {
+        self.mode
+    }
+
+    /// The end of the stream to read from, blocking, to its end: while nobody reads, QEMU waits, and after a background
+    /// snapshot has begun so does a guest that writes. To be taken once.
+    pub fn take_reader(&mut self) -> Result<UnixStream, MigrationError> {
+        let reader = self.undo()?.channel.as_mut().and_then(Channel::take_reader);
+        reader.ok_or(MigrationError::Order("the reader was taken before"))
+    }
+
+    /// Sends `migrate`. Pre-copy: the guest runs, the scratch overlays of the disk capture are prepared already (QEMU before
+    /// 10.0 can only activate nodes that it has now), and [`Self::switchover`] follows at once. Background snapshot: the
+    /// caller holds a [`Paused`] and has taken the disks, and [`Self::memory_is_held`] follows at once.
+    #[tracing::instrument(name = "migrate", skip_all, fields(mode = %self.mode))]
+    pub async fn start(&mut self) -> Result<(), MigrationError> {
+        if self.stage != Stage::Prepared {
+            return Err(MigrationError::Order("it was started before"));
+        }
+        match self.mode {
+            StreamMode::PreCopy => self.announce().await?,
+            StreamMode::BackgroundSnapshot => self.check_stopped().await?,
+        }
+        self.hints = Hints::new(&self.qmp);
+        self.started = Instant::now();
+        // A `migrate` without a reply may have begun.
+        self.stage = Stage::Started;
+        let sent = self.qmp.execute_json("migrate", json!({ "uri": Channel::uri() })).await;
+        sent.map(drop).map_err(|source| MigrationError::Setup { source })
+    }
+
+    async fn announce(&mut self) -> Result<(), MigrationError> {
+        check_state(&self.qmp, self.mode).await?;
+        let undo = self.undo.as_mut().ok_or(MigrationError::Order("it has ended"))?;
+        undo.activation = Some(Activation::plan(&self.qmp, &undo.journal.socket()).await?);
+        self.ran = Paused::announce_switchover(&self.qmp).await?;
+        Ok(())
+    }
+
+    /// From another state QEMU would abort, see [`probe::unsupported_state`].
+    async fn check_stopped(&mut self) -> Result<(), MigrationError> {
+        match run_state(&self.qmp).await?.as_str() {
+            "paused" => Ok(()),
+            other => {
+                let why = format!("the guest's state is `{other}` and must be `paused`");
+                Err(MigrationError::Unsupported { mode: self.mode, why })
+            }
+        }
+    }
+
+    /// Pre-copy, with the guest stopped by [`Self::switchover`]: lets QEMU send the rest of memory and the devices, waits for
+    /// it, and makes all disks active again, so that a disk transaction can follow. The guest stays stopped.
+    #[tracing::instrument(name = "complete", skip_all)]
+    pub async fn complete(&mut self, paused: &Paused) -> Result<(), MigrationError> {
+        if self.stage != Stage::SwitchedOver {
+            return Err(MigrationError::Order("`complete` comes after `switchover`"));
+        }
+        self.qmp.execute_json("migrate-continue", json!({ "state": "pre-switchover" })).await?;
+        loop {
+            match self.hints.next(PAUSED_LOOK).await {
+                Hint::Status(status) if status == "completed" => break,
+                _ => {}
+            }
+            let progress = Progress::query(&self.qmp).await?;
+            if progress.status == "completed" {
+                break;
+            }
+            progress.check()?;
+            self.check_time("is the stream read?")?;
+        }
+        // `completed` is said a little before the guest's state follows, and `cont` is refused until then.
+        while run_state(&self.qmp).await? == "finish-migrate" {
+            self.check_time("the guest's state does not follow")?;
+        }
+        tracing::debug!("completed after {:?} of pause", paused.elapsed());
+        if let Some(Undo { qmp, activation: Some(activation), .. }) = &self.undo {
+            activation.run(qmp).await?;
+        }
+        self.stage = Stage::Held;
+        Ok(())
+    }
+
+    /// Background snapshot: waits until QEMU has write-protected all memory and lets the guest run on. Returns how long it
+    /// was stopped. Needs a reader at work.
+    #[tracing::instrument(name = "hold", skip_all)]
+    pub async fn memory_is_held(&mut self, paused: Paused) -> Result<Duration, MigrationError> {
+        if self.stage != Stage::Started || self.mode != StreamMode::BackgroundSnapshot {
+            return Err(MigrationError::Order("`memory_is_held` comes after `start` of a background snapshot"));
+        }
+        let pause = loop {
+            match self.hints.next(PAUSED_LOOK).await {
+                Hint::Resume(at) => break self.was_resumed(paused, at).await?,
+                Hint::Stop(_) | Hint::Status(_) | Hint::Look => {}
+            }
+            let progress = Progress::query(&self.qmp).await?;
+            progress.check()?;
+            // Pages are sent only after all are protected.
+            if progress.pages > 0 {
+                break match run_state(&self.qmp).await?.as_str() {
+                    "running" => self.was_resumed(paused, Instant::now()).await?,
+                    _ => paused.resume().await?,
+                };
+            }
+            self.check_time("memory is not write-protected yet")?;
+        };
+        self.stage = Stage::Held;
+        Ok(pause)
+    }
+
+    /// Before 9.0 QEMU lets the guest run after a background snapshot whatever it did before.
+    async fn was_resumed(&self, paused: Paused, at: Instant) -> Result<Duration, MigrationError> {
+        if !paused.guest_ran() {
+            tracing::warn!("QEMU let a stopped guest run; stopping it again");
+            self.qmp.execute(qapi::qmp::stop {}).await?;
+        }
+        Ok(paused.resumed_by_qemu(at))
+    }
+
+    /// Waits until QEMU has sent everything, then puts back what was changed and removes the journal. If the stream failed,
+    /// its reason is the error, and all is put back as well.
+    #[tracing::instrument(name = "finish", skip_all)]
+    pub async fn finish(mut self) -> Result<Progress, MigrationError> {
+        let waited = match self.stage {
+            Stage::Prepared => Err(MigrationError::Order("`finish` comes after `start`")),
+            _ => self.wait_completed(IDLE_LOOK).await,
+        };
+        let ended = match waited {
+            Ok(progress) => {
+                self.wait_closed().await;
+                Ok(progress)
+            }
+            Err(error) => Err(error),
+        };
+        let undone = self.end().await;
+        let progress = ended?;
+        undone?;
+        Ok(progress)
+    }
+
+    /// Ends the migration and puts back what was changed. A [`Paused`] of it resumes the guest by itself.
+    pub async fn cancel(mut self) -> Result<(), MigrationError> {
+        self.end().await
+    }
+
+    async fn end(&mut self) -> Result<(), MigrationError> {
+        let undo = self.undo()?;
+        undo.run().await?;
+        self.undo = None;
+        Ok(())
+    }
+
+    /// How far it is.
+    pub async fn progress(&self) -> Result<Progress, MigrationError> {
+        Ok(Progress::query(&self.qmp).await?)
+    }
+
+    /// The capabilities may be changed only when QEMU's clean-up, which asks them what there is to clean, is over.
+    async fn wait_closed(&mut self) {
+        let Some(channel) = self.undo.as_ref().and_then(|undo| undo.channel.as_ref()) else { return };
+        if !channel.closed_by_qemu(CLOSE_PATIENCE).await {
+            tracing::warn!("QEMU keeps its end of a completed stream open");
+        }
+    }
+
+    async fn wait_completed(&mut self, look: Duration) -> Result<Progress, MigrationError> {
+        loop {
+            let progress = Progress::query(&self.qmp).await?;
+            if progress.status == "completed" {
+                return Ok(progress);
+            }
+            progress.check()?;
+            self.check_time("is the stream read?")?;
+            self.hints.next(look).await;
+        }
+    }
+
+    pub(super) fn check_time(&self, hint: &str) -> Result<(), MigrationError> {
+        if self.started.elapsed() <= self.options.timeout {
+            return Ok(());
+        }
+        let hint = format!("; {hint}");
+        Err(MigrationError::Stuck { status: "active".into(), after: self.options.timeout, hint })
+    }
+}
+
+impl Drop for Migration {
+    fn drop(&mut self) {
+        let Some(mut undo) = self.undo.take() else { return };
+        tracing::warn!("a migration session was abandoned; cancelling it");
+        if self.stage != Stage::Prepared {
+            undo.cancel_blocking();
+        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return tracing::warn!("a migration session ends with its runtime; the next start of the helper puts things back");
+        };
+        runtime.spawn(async move {
+            if let Err(error) = undo.run().await {
+                tracing::warn!(%error, "cannot put QEMU's migration settings back; the next start of the helper will");
+            }
+        });
+    }
+}
+
+impl Undo {
+    /// For a drop: the guest must not wait for what comes later.
+    fn cancel_blocking(&mut self) {
+        // A guest whose pages nobody takes any more may hold up QEMU's monitor, so the stream is cut first.
+        if self.journal.entry.mode == StreamMode::BackgroundSnapshot {
+            self.cut();
+        }
+        if let Err(error) = self.qmp.send_and_linger("migrate_cancel", Value::Null, LAST_PATIENCE) {
+            tracing::warn!(%error, "cannot cancel the migration");
+        }
+        self.cut();
+    }
+
+    fn cut(&self) {
+        if let Some(channel) = &self.channel {
+            channel.cut();
+        }
+    }
+
+    /// Ends whatever of the migration is left. Repeatable.
+    async fn run(&mut self) -> Result<(), MigrationError> {
+        if self.journal.entry.mode == StreamMode::BackgroundSnapshot && Progress::query(&self.qmp).await?.is_running() {
+            self.cut();
+        }
+        let ended = undo(&self.qmp, &self.journal, true).await;
+        self.cut();
+        ended?;
+        if let Some(activation) = &self.activation {
+            activation.remove(&self.qmp).await?;
+        }
+        self.journal.remove()
+    }
+}
+
+/// What an end and a recovery have in common; the journal stays until this has worked.
+pub(super) async fn undo(qmp: &Qmp, journal: &Journal, cancel: bool) -> Result<(), MigrationError> {
+    if cancel && Progress::query(qmp).await?.is_running() {
+        qmp.execute_json("migrate_cancel", Value::Null).await?;
+        wait_until_over(qmp, IDLE_LOOK, CANCEL_PATIENCE).await?;
+    }
+    channel::close_unused(qmp).await?;
+    paused::withdraw_switchover(qmp).await?;
+    activation::remove_leftovers(qmp).await?;
+    journal.entry.settings.put_back(qmp).await?;
+    Ok(())
+}
+
+async fn check_state(qmp: &Qmp, mode: StreamMode) -> Result<(), MigrationError> {
+    let state = run_state(qmp).await?;
+    match probe::unsupported_state(qmp, mode, &state) {
+        Some(why) => Err(MigrationError::Unsupported { mode, why }),
+        None => Ok(()),
+    }
+}

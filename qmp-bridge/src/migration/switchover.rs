@@ -1,0 +1,53 @@
+//! Pre-copy until QEMU has stopped the guest.
+
+use std::time::Instant;
+
+use super::policy::{Policy, Step};
+use super::session::{IDLE_LOOK, Migration, PAUSED_LOOK, Stage};
+use super::settings::set_downtime_limit;
+use super::status::{Hint, Progress};
+use super::{MigrationError, StreamMode};
+use crate::paused::{Paused, run_state};
+
+impl Migration {
+    /// Waits while memory travels and the guest runs, until QEMU has stopped it to send the rest. The pause counts from
+    /// QEMU's own word that it has stopped. Dropping the guard, or this future, cancels.
+    #[tracing::instrument(name = "pre-copy", skip_all)]
+    pub async fn switchover(&mut self) -> Result<Paused, MigrationError> {
+        if self.stage != Stage::Started || self.mode() != StreamMode::PreCopy {
+            return Err(MigrationError::Order("`switchover` comes after `start` of a pre-copy"));
+        }
+        let mut paused = Paused::by_switchover(&self.qmp);
+        let mut policy = Policy::new(&self.options, self.started);
+        let mut stopped = None;
+        loop {
+            let look = if stopped.is_some() { PAUSED_LOOK } else { IDLE_LOOK };
+            match self.hints.next(look).await {
+                Hint::Status(status) if status == "pre-switchover" => break,
+                // The owner may stop the guest, or QEMU for the switch-over: the state tells which.
+                Hint::Stop(at) => match run_state(&self.qmp).await?.as_str() {
+                    "finish-migrate" => stopped = Some(at),
+                    _ => self.ran = false,
+                },
+                Hint::Resume(_) => self.ran = true,
+                Hint::Status(_) | Hint::Look => {
+                    let progress = Progress::query(&self.qmp).await?;
+                    progress.check()?;
+                    if progress.status == "pre-switchover" {
+                        break;
+                    }
+                    if stopped.is_none()
+                        && let Step::Raise(limit) = policy.judge(&progress, Instant::now())?
+                    {
+                        tracing::debug!(limit, passes = progress.passes, "allowing a longer pause");
+                        set_downtime_limit(&self.qmp, limit).await?;
+                    }
+                    self.check_time("the guest's memory does not settle, or the stream is not read")?;
+                }
+            }
+        }
+        paused.switched_over(self.ran, stopped.unwrap_or_else(Instant::now));
+        self.stage = Stage::SwitchedOver;
+        Ok(paused)
+    }
+}

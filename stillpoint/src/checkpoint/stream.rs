@@ -1,0 +1,163 @@
+//! The stream engine: what the phases `round` and `freeze` are for a QEMU in which nothing of ours tracks memory.
+//!
+//! QEMU migrates itself to us, over a socket pair, and goes on. Either
+//! - *pre-copy*: memory comes while the guest runs; QEMU stops it for the rest when that is small, and waits for our word
+//!   before it sends it, so that the disks' instant can be taken in the same pause; or
+//! - *background snapshot*: the guest is stopped, the disks' instant taken, memory write-protected; the guest runs on and
+//!   memory comes as it was.
+//!
+//! The devices' state is the stream's own last part. Whatever fails: the guest runs, and QEMU's capabilities and parameters are
+//! what they were.
+
+use super::outcome::{Phases, milliseconds};
+use super::prepare::{Run, SavedState};
+use super::receive::Receiver;
+use super::round::blocking;
+use super::staging::Staging;
+use super::{Checkpointer, Report};
+use crate::fault;
+use anyhow::{Context, Result};
+use checkpoint_format::PageCount;
+use qmp_bridge::Paused;
+use qmp_bridge::device_state::DeviceState;
+use qmp_bridge::migration::{Migration, StreamMode, StreamOptions};
+use qmp_bridge::stream_reader::StreamReadError;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
+use tracing::instrument;
+
+type Reading = JoinHandle<Result<(Receiver, Result<DeviceState>)>>;
+
+/// What the pause fills without a page fault: 16 MiB.
+const PAUSE_ROOM: PageCount = PageCount(4096);
+
+/// How long a guest may wait for the store, where it would (see [`Checkpointer::begin_reading`]).
+const GUEST_PATIENCE: Duration = Duration::from_millis(500);
+
+impl Run {
+    async fn freeze_disks(&mut self, paused: &Paused) -> Result<()> {
+        let prepared = self.prepared.take().context("the disks are not prepared")?;
+        self.frozen = Some(prepared.freeze(paused).await.context("taking the disks' instant")?);
+        Ok(())
+    }
+}
+
+impl Checkpointer {
+    #[instrument(name = "stream", level = "debug", skip_all)]
+    pub(super) async fn stream(&mut self, run: &mut Run, mode: StreamMode, phases: &mut Phases, report: &Report) -> Result<()> {
+        report.say("stream", 0, 0);
+        let begun = Instant::now();
+        let journal = self.machine.runtime.migration_journal();
+        let options = StreamOptions::default();
+        let mut migration = Migration::prepare(&self.machine.qmp, mode, &options, &journal).await.context("preparing QEMU's migration")?;
+        fault::point("stream.prepared");
+        let taken = self.take_stream(run, mode, &mut migration, phases).await;
+        let ended = match &taken {
+            Ok(()) => migration.finish().await.map(drop).context("ending QEMU's migration"),
+            Err(_) => migration.cancel().await.context("cancelling QEMU's migration"),
+        };
+        phases.since("stream", begun);
+        if let (Err(_), Err(error)) = (&taken, &ended) {
+            // What comes first is why; the next checkpoint, or helper, puts QEMU's migration in order.
+            tracing::warn!(error = format!("{error:#}"), "after a stream that failed");
+        }
+        taken.and(ended)
+    }
+
+    async fn take_stream(&mut self, run: &mut Run, mode: StreamMode, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
+        let source = migration.take_reader().context("the stream has a reader already")?;
+        let cut = source.try_clone().context("keeping a hand on the stream")?;
+        let guest_waits = Arc::new(AtomicBool::new(false));
+        let reading = self.begin_reading(run, mode, source, Arc::clone(&guest_waits))?;
+        let flow = match mode {
+            StreamMode::PreCopy => self.pre_copy(run, migration, &guest_waits, phases).await,
+            StreamMode::BackgroundSnapshot => self.background_snapshot(run, migration, phases).await,
+        };
+        if flow.is_err() {
+            // Ends the reading thread too; a socket that is closed already is as good.
+            let _ = cut.shutdown(std::net::Shutdown::Both);
+        }
+        self.end_reading(run, reading, flow).await
+    }
+
+    fn begin_reading(&mut self, run: &mut Run, mode: StreamMode, source: UnixStream, guest_waits: Arc<AtomicBool>) -> Result<Reading> {
+        let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
+        let delta = run.delta.take().context("the tables are gone")?;
+        let mut staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
+        staging.prefault(PAUSE_ROOM);
+        let entrance = match mode {
+            StreamMode::PreCopy => entrance,
+            // The guest waits for a page that it wants to write until we have taken it.
+            StreamMode::BackgroundSnapshot => entrance.with_patience(GUEST_PATIENCE),
+        };
+        let receiver = Receiver::new(staging, delta, entrance, guest_waits);
+        Ok(tokio::spawn(blocking(receiver, move |receiver| receiver.receive(source))))
+    }
+
+    /// Memory and tables come back whatever happened. Of two errors the one that is not the other's echo is told.
+    async fn end_reading(&mut self, run: &mut Run, reading: Reading, flow: Result<()>) -> Result<()> {
+        let (receiver, state) = reading.await.context("reading the stream was cut off")??;
+        fault::point("stream.read");
+        run.pages_dirty.0 += receiver.news.0;
+        self.staging = receiver.staging;
+        run.delta = Some(receiver.delta);
+        match (flow, state) {
+            (Ok(()), state) => {
+                run.device_state = Some(SavedState::Read(state.context("reading QEMU's migration stream")?));
+                Ok(())
+            }
+            (Err(flow), Err(state)) if !is_echo(&state) => Err(state.context("reading QEMU's migration stream").context(flow)),
+            (Err(flow), _) => Err(flow),
+        }
+    }
+
+    async fn pre_copy(&mut self, run: &mut Run, migration: &mut Migration, guest_waits: &AtomicBool, phases: &mut Phases) -> Result<()> {
+        let begun = Instant::now();
+        migration.start().await.context("starting QEMU's migration to the helper")?;
+        fault::point("stream.started");
+        let paused = migration.switchover().await.context("waiting until the rest of the memory is small")?;
+        phases.since("stream.live", begun);
+        guest_waits.store(true, Ordering::SeqCst);
+        fault::point("stream.switched");
+        let stopped = paused.elapsed();
+        migration.complete(&paused).await.context("taking the rest of the memory")?;
+        fault::point("stream.completed");
+        let completed = paused.elapsed();
+        run.freeze_disks(&paused).await?;
+        let frozen = paused.elapsed();
+        fault::point("stream.frozen");
+        run.pause = paused.resume().await.context("letting the guest run again")?;
+        guest_waits.store(false, Ordering::SeqCst);
+        trace(phases, run.pause, &[("freeze.stop", stopped), ("freeze.stream", completed - stopped), ("freeze.disks", frozen - completed)]);
+        Ok(())
+    }
+
+    async fn background_snapshot(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
+        let paused = Paused::stop(&self.machine.qmp).await.context("stopping the guest")?;
+        let stopped = paused.elapsed();
+        fault::point("stream.switched");
+        run.freeze_disks(&paused).await?;
+        let frozen = paused.elapsed();
+        fault::point("stream.frozen");
+        migration.start().await.context("starting QEMU's migration to the helper")?;
+        fault::point("stream.started");
+        run.pause = migration.memory_is_held(paused).await.context("write-protecting the guest's memory")?;
+        fault::point("stream.held");
+        trace(phases, run.pause, &[("freeze.stop", stopped), ("freeze.disks", frozen - stopped), ("freeze.stream", run.pause.saturating_sub(frozen))]);
+        Ok(())
+    }
+}
+
+fn trace(phases: &mut Phases, pause: Duration, parts: &[(&str, Duration)]) {
+    phases.add("freeze", pause);
+    parts.iter().for_each(|(name, time)| phases.add(name, *time));
+    tracing::info!(pause_ms = milliseconds(pause), "freeze");
+}
+
+/// The stream was only cut off, which says no more than that the migration ended.
+fn is_echo(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<StreamReadError>().is_some_and(StreamReadError::is_cut_off)
+}

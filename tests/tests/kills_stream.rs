@@ -1,0 +1,163 @@
+//! The helper dies at every point of a stream, and the owner cuts streams off: the guest goes on, QEMU is left as it was found, and
+//! nothing is lost.
+
+use serde_json::json;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::Duration;
+use stillpoint_tests::{
+    Footprint, Lab, QmpClient, Ran, Recipe, Taken, TestMachine, kill_points, on_each_qemu, stop_and_continue, wait_until,
+};
+
+const MODES: &[&str] = &["background-snapshot", "pre-copy"];
+/// Points that every checkpoint passes; `kills.rs` has the tracker's.
+const COMMON: &[&str] = &["prepared", "upload", "commit", "committed"];
+
+fn points() -> Vec<String> {
+    let stream: Vec<String> = kill_points().into_iter().filter(|point| point.starts_with("stream.")).collect();
+    assert!(!stream.is_empty(), "stillpoint/src/fault.rs has no kill points of the stream");
+    stream.into_iter().chain(COMMON.iter().map(|point| (*point).to_owned())).collect()
+}
+
+fn recipe() -> Recipe {
+    Recipe::witness("q35-virtio.cfg").words("witness.rate=1500")
+}
+
+struct Killed<'lab> {
+    lab: &'lab Lab,
+    machine: TestMachine<'lab>,
+    mode: &'static str,
+    /// QEMU as its owner has it.
+    found: Footprint,
+    known: Vec<u64>,
+}
+
+impl<'lab> Killed<'lab> {
+    fn start(lab: &'lab Lab, mode: &'static str) -> Self {
+        let machine = lab.start_plain("m", &recipe());
+        machine.wait_for_witness();
+        let mut monitor = machine.qmp();
+        monitor.execute("migrate-set-parameters", json!({"max-bandwidth": 34_567_890, "downtime-limit": 451}));
+        let mut found = Footprint::of(&mut monitor);
+        found.take_bitmaps();
+        Self { lab, machine, mode, found, known: Vec::new() }
+    }
+
+    /// Lets a helper die at `point`; false when a checkpoint of this kind does not pass it.
+    fn dies_at(&self, point: &str) -> bool {
+        let machine = &self.machine;
+        machine.kill_helper();
+        machine.attach_plain_with(&["--stream", self.mode], &[("STILLPOINT_DIE_AT", point)]);
+        let ran = machine.try_checkpoint();
+        if ran.code == 0 {
+            return false;
+        }
+        assert!(wait_until(Duration::from_secs(5), || machine.helper().is_none()), "{point}: the helper lives: {}", ran.err);
+        assert!(machine.qemu_runs(), "{point}: QEMU died with its helper");
+        true
+    }
+
+    /// After a death: the store has whole checkpoints only, the guest goes on, QEMU is as it was, the next checkpoint is complete.
+    fn recover(&mut self, point: &str) -> Taken {
+        let machine = &self.machine;
+        let listed = self.lab.list_if_any(&machine.name);
+        let new = listed.strip_prefix(self.known.as_slice()).unwrap_or_else(|| panic!("{point}: {listed:?} after {:?}", self.known));
+        assert_eq!(new.len(), usize::from(point == "committed"), "{point}: {listed:?} after {:?}", self.known);
+        machine.attach();
+        machine.assert_goes_on();
+        self.assert_left_as_found(point);
+        let machine = &self.machine;
+        let taken = machine.checkpoint();
+        assert_eq!((taken.outcome.parent, taken.outcome.engine.as_str()), (listed.last().copied(), self.mode), "{point}");
+        self.known = self.lab.list(&machine.name);
+        assert_eq!(self.known.last(), Some(&taken.outcome.id));
+        self.assert_left_as_found(point);
+        taken
+    }
+
+    fn assert_left_as_found(&self, point: &str) {
+        let mut now = Footprint::of(&mut self.machine.qmp());
+        now.take_bitmaps();
+        assert_eq!(self.found.differences(&now), [""; 0], "{point}, {}", self.mode);
+    }
+}
+
+/// What was taken after deaths, by the points. Each point of the stream is passed in one of the modes at least.
+fn die_everywhere(qemu: &Path, mode: &'static str, passed: &Mutex<BTreeSet<String>>) {
+    let lab = Lab::new(qemu);
+    let mut killed = Killed::start(&lab, mode);
+    let mut all = Vec::new();
+    for point in points() {
+        if killed.dies_at(&point) {
+            passed.lock().expect("no other test panicked").insert(point.clone());
+            let taken = killed.recover(&point);
+            all.push((point, taken));
+        } else {
+            assert!(point.starts_with("stream."), "{point} is passed by every checkpoint");
+            killed.known = lab.list("m");
+        }
+    }
+    lab.verify("m");
+    killed.machine.kill();
+    for (point, taken) in all {
+        eprintln!("restoring {}, taken by {mode} after a death at {point}", taken.name);
+        lab.restore(&taken.name, "restored", &[]).assert_continues(&taken);
+    }
+}
+
+#[test]
+fn a_helper_may_die_at_every_point_of_a_stream() {
+    on_each_qemu(|qemu| {
+        let passed = Mutex::new(BTreeSet::new());
+        MODES.iter().for_each(|mode| die_everywhere(qemu, mode, &passed));
+        let passed = passed.into_inner().expect("no other test panicked");
+        let missed: Vec<String> = points().into_iter().filter(|point| !passed.contains(point)).collect();
+        assert!(missed.is_empty(), "no checkpoint passes {missed:?}");
+    });
+}
+
+// ---- cut off by the owner
+
+fn status(monitor: &mut QmpClient) -> String {
+    monitor.execute("query-migrate", json!({}))["status"].as_str().unwrap_or("none").to_owned()
+}
+
+/// A checkpoint in whose stream the owner says `migrate_cancel`. The helper is held meanwhile, so that the stream is in its middle.
+fn cut_off(machine: &TestMachine) -> Ran {
+    let mut monitor = machine.qmp();
+    let earlier = status(&mut monitor);
+    std::thread::scope(|scope| {
+        let checkpoint = scope.spawn(|| machine.try_checkpoint());
+        let is_under_way = |status: String| ["setup", "active"].contains(&status.as_str()) && status != earlier;
+        let seen = wait_until(Duration::from_secs(20), || checkpoint.is_finished() || is_under_way(status(&mut monitor)));
+        assert!(seen && !checkpoint.is_finished(), "the stream was over before it was seen: {:?}", checkpoint.join());
+        let held = stop_and_continue(machine.helper().expect("it streams"));
+        monitor.execute("migrate_cancel", json!({}));
+        drop(held);
+        checkpoint.join().expect("it says above why not")
+    })
+}
+
+#[test]
+fn a_stream_that_the_owner_cuts_off_fails_one_checkpoint() {
+    on_each_qemu(|qemu| {
+        for mode in MODES {
+            let lab = Lab::new(qemu);
+            let mut killed = Killed::start(&lab, mode);
+            killed.machine.attach_plain(&["--stream", mode]);
+            killed.known = vec![killed.machine.checkpoint().outcome.id];
+            let said = cut_off(&killed.machine);
+            assert_ne!(said.code, 0, "{mode}: a checkpoint of half a stream");
+            assert!(said.err.contains("cancel"), "{mode}: the cause is not named: {}", said.err);
+            killed.machine.assert_goes_on();
+            killed.assert_left_as_found("cut off");
+            assert_eq!(lab.list("m"), killed.known, "{mode}");
+            let next = killed.machine.checkpoint();
+            assert_eq!((next.outcome.kind.as_str(), next.outcome.parent), ("incremental", killed.known.last().copied()), "{mode}");
+            killed.assert_left_as_found("the checkpoint after it");
+            killed.machine.kill();
+            lab.restore(&next.name, "restored", &[]).assert_continues(&next);
+        }
+    });
+}

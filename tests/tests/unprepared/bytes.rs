@@ -1,0 +1,173 @@
+//! Byte for byte: what a stream brings back is what the machine was, stopped or running, and whichever engine took the checkpoint before.
+
+use crate::MODES;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use stillpoint_tests::{Lab, QmpClient, Random, Recipe, Scribbled, Scribbles, TestMachine, newest_qemu, on_each_qemu, thorough};
+
+const ACTIONS: usize = 14;
+
+fn attached<'lab>(lab: &'lab Lab, seed: u64, mode: &str) -> TestMachine<'lab> {
+    let machine = lab.start_plain("p", &Recipe::scribbler(seed as u32));
+    machine.attach_plain(&["--stream", mode]);
+    machine
+}
+
+fn random_checkpoints(qemu: &Path, seed: u64, mode: &str) {
+    eprintln!("seed {seed} with {} by {mode}", qemu.display());
+    let lab = Lab::new(qemu);
+    let mut scribbled = Scribbled::new(&lab, attached(&lab, seed, mode), seed);
+    assert_eq!(scribbled.checkpoint().engine, mode);
+    let actions = if thorough() { 3 * ACTIONS } else { ACTIONS };
+    for _ in 0..actions {
+        match scribbled.random.below(10) {
+            0..=4 => scribbled.write_disks(),
+            5 => scribbled.pause_between(),
+            _ => assert_eq!(scribbled.checkpoint().engine, mode),
+        }
+    }
+    scribbled.write_disks();
+    scribbled.checkpoint();
+    // The newest, and others over the whole lineage.
+    scribbled.check(|newest_first| newest_first.iter().step_by(2).copied().take(3).collect());
+}
+
+#[test]
+fn streams_are_byte_for_byte_what_the_machine_was() {
+    on_each_qemu(|qemu| MODES.iter().for_each(|mode| random_checkpoints(qemu, 7, mode)));
+}
+
+#[test]
+fn and_so_they_are_with_a_seed_that_nobody_tried_before() {
+    MODES.iter().for_each(|mode| random_checkpoints(&newest_qemu(), Random::fresh_seed() >> 32, mode));
+}
+
+/// Tracker and stream share the digests of what the parent holds, and the bitmaps of the disks.
+#[test]
+fn engines_may_be_switched_at_any_checkpoint() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let machine = lab.start("p", &Recipe::scribbler(11));
+        let mut scribbled = Scribbled::new(&lab, machine, 11);
+        let mut last = None;
+        for engine in ["tracker", "stream", "tracker", "stream", "tracker", "tracker", "stream", "stream"] {
+            let outcome = scribbled.checkpoint_with(&["--engine", engine]);
+            assert_eq!((outcome.engine == "tracker", outcome.parent), (engine == "tracker", last), "{engine}: {outcome:?}");
+            last = Some(outcome.id);
+            scribbled.write_disks();
+            scribbled.pause_between();
+        }
+        scribbled.check(<[u64]>::to_vec);
+    });
+}
+
+// ---- of one instant, while the guest runs and its disks are written
+
+/// Numbered blocks, in turn on one disk and the other.
+struct Writes {
+    disks: [(&'static str, Vec<u8>); 2],
+}
+
+const BLOCK: u64 = 4096;
+
+impl Writes {
+    fn new(machine: &TestMachine) -> Self {
+        Self { disks: ["cow", "odd"].map(|drive| (drive, machine.disk(drive))) }
+    }
+
+    /// Disk, offset and byte of the write `number`.
+    fn place(&self, number: u64) -> (usize, u64, u8) {
+        let disk = (number % 2) as usize;
+        let blocks = self.disks[disk].1.len() as u64 / BLOCK;
+        // A step that visits every block before it comes back.
+        (disk, (number / 2 * 7919 % blocks) * BLOCK, (number % 255) as u8 + 1)
+    }
+
+    fn write(&self, number: u64, monitor: &mut QmpClient) {
+        let (disk, offset, byte) = self.place(number);
+        monitor.disk_io(self.disks[disk].0, &format!("write -P {byte} {offset} {BLOCK}"));
+    }
+
+    fn apply(&mut self, number: u64) {
+        let (disk, offset, byte) = self.place(number);
+        self.disks[disk].1[offset as usize..(offset + BLOCK) as usize].fill(byte);
+    }
+
+    /// The disks of the restored machine hold all writes up to one that was made during the checkpoint, and none after it.
+    fn assert_instant(&mut self, restored: &TestMachine, during: std::ops::Range<u64>) {
+        let found = self.disks.each_ref().map(|(drive, _)| restored.disk(drive));
+        let mut number = during.start;
+        while self.disks.iter().zip(&found).any(|((_, model), found)| model != found) {
+            assert!(number <= during.end, "{}: the disks are of no instant from {during:?}", restored.name);
+            self.apply(number);
+            number += 1;
+        }
+    }
+}
+
+/// A checkpoint while blocks are written; the numbers of the writes that were made meanwhile.
+fn checkpoint_while_written(machine: &TestMachine, writes: &Writes, next: &AtomicU64) -> (String, std::ops::Range<u64>) {
+    let mut monitor = machine.qmp();
+    let begin = next.load(Ordering::SeqCst);
+    let taken = std::thread::scope(|scope| {
+        let checkpoint = scope.spawn(|| machine.checkpoint());
+        while !checkpoint.is_finished() {
+            writes.write(next.fetch_add(1, Ordering::SeqCst), &mut monitor);
+        }
+        checkpoint.join().expect("it says above why not")
+    });
+    (taken.name, begin..next.load(Ordering::SeqCst))
+}
+
+fn one_instant(qemu: &Path, mode: &str) {
+    let lab = Lab::new(qemu);
+    let seed = 23;
+    let machine = attached(&lab, seed, mode);
+    std::thread::sleep(Duration::from_secs(3));
+    let mut writes = Writes::new(&machine);
+    let next = AtomicU64::new(0);
+    let taken: Vec<_> = (0..3)
+        .map(|_| {
+            std::thread::sleep(Duration::from_millis(300));
+            checkpoint_while_written(&machine, &writes, &next)
+        })
+        .collect();
+    machine.kill();
+    let mut applied = 0;
+    for (checkpoint, during) in &taken {
+        let restored = lab.restore(checkpoint, "back", &["--paused"]);
+        let wrong = Scribbles::new(seed as u32).differences(&mut restored.qmp());
+        assert!(
+            wrong.is_empty(),
+            "{checkpoint} by {mode}: {} pages are not of its instant: {:?}",
+            wrong.len(),
+            &wrong[..wrong.len().min(8)]
+        );
+        (applied..during.start).for_each(|number| writes.apply(number));
+        applied = during.start;
+        let mut model = Writes { disks: writes.disks.clone() };
+        model.assert_instant(&restored, during.clone());
+    }
+}
+
+#[test]
+fn a_running_machine_is_caught_at_one_instant() {
+    on_each_qemu(|qemu| MODES.iter().for_each(|mode| one_instant(qemu, mode)));
+}
+
+/// The same for the other engine, and so for this test itself.
+#[test]
+fn a_tracked_machine_is_caught_at_one_instant() {
+    let lab = Lab::new(&newest_qemu());
+    let machine = lab.start("p", &Recipe::scribbler(31));
+    std::thread::sleep(Duration::from_secs(3));
+    let mut writes = Writes::new(&machine);
+    let (checkpoint, during) = checkpoint_while_written(&machine, &writes, &AtomicU64::new(0));
+    machine.kill();
+    let restored = lab.restore(&checkpoint, "back", &["--paused"]);
+    let wrong = Scribbles::new(31).differences(&mut restored.qmp());
+    assert!(wrong.is_empty(), "{} pages are not of the checkpoint's instant: {:?}", wrong.len(), &wrong[..wrong.len().min(8)]);
+    assert!(during.end > 3, "the disks were not written meanwhile");
+    writes.assert_instant(&restored, during);
+}

@@ -1,0 +1,194 @@
+//! Shapes of machines, each checkpointed under load and brought back.
+//!
+//! They are a covering set: every pair of (RAM, board), (RAM, bus), (RAM, format), (RAM, processors), (board, bus), (board, format),
+//! (board, processors), (bus, format), (bus, processors) and (format, processors) is in one of them.
+
+use crate::memory_limit;
+use std::path::Path;
+use std::time::Duration;
+use stillpoint_tests::{Lab, Recipe, Taken, TestMachine, on_each_qemu, thorough};
+
+/// 4 KiB pages that the witness rewrites a second: deltas of some MiB.
+const LOAD: &str = "witness.rate=1500";
+
+#[derive(Clone, Copy)]
+enum Ram {
+    Default,
+    Private,
+    SharedMemfd,
+}
+
+/// One machine with three disks: each bus has one, and each format is one.
+struct Shape {
+    board: &'static str,
+    ram: Ram,
+    processors: u8,
+    virtio: Image,
+    scsi: Image,
+    ide: Image,
+    /// How the memory is asked for.
+    stream: &'static str,
+}
+
+#[derive(Clone, Copy)]
+enum Image {
+    /// qcow2 on a read-only base.
+    Backed,
+    Cow,
+    Raw,
+}
+
+impl Shape {
+    fn recipe(&self) -> Recipe {
+        let ram: &[&str] = match self.ram {
+            Ram::Default => &[],
+            Ram::Private => &["-object", "memory-backend-ram,id=mem,size=256M", "-machine", "memory-backend=mem"],
+            Ram::SharedMemfd => &["-object", "memory-backend-memfd,id=mem,size=256M,share=on", "-machine", "memory-backend=mem"],
+        };
+        let processors = self.processors.to_string();
+        let recipe = Recipe::board(self.board).arguments(ram).arguments(&["-smp", &processors]);
+        let recipe = recipe.words(LOAD).words("witness.journal=/dev/vda,/dev/sda,/dev/sdb").words(self.base());
+        let recipe = disk(recipe, "virtio-blk-pci", self.virtio);
+        let recipe = disk(recipe.arguments(&["-device", "virtio-scsi-pci"]), "scsi-hd", self.scsi);
+        // The guest's kernel has no driver for the controller of q35 (AHCI).
+        match self.board {
+            "q35" => disk(recipe.arguments(&["-device", "piix3-ide,id=pata"]), "ide-hd,bus=pata.0", self.ide),
+            _ => disk(recipe, "ide-hd", self.ide),
+        }
+    }
+
+    /// Which of the guest's other two disks is which is up to its kernel.
+    fn base(&self) -> &'static str {
+        if matches!(self.virtio, Image::Backed) { "witness.base=/dev/vda" } else { "" }
+    }
+}
+
+fn disk(recipe: Recipe, device: &str, image: Image) -> Recipe {
+    let (file, format) = match image {
+        Image::Backed => ("overlay.qcow2", "qcow2"),
+        Image::Cow => ("data.qcow2", "qcow2"),
+        Image::Raw => ("data.raw", "raw"),
+    };
+    let id = file.replace('.', "-");
+    let drive = format!("file={file},format={format},if=none,id={id}");
+    recipe.arguments(&["-drive", &drive, "-device", &format!("{device},drive={id}")])
+}
+
+/// Checkpoints under load; every `step`-th comes back.
+fn survives(qemu: &Path, shape: &Shape) {
+    let (count, step) = if thorough() { (20, 5) } else { (4, 2) };
+    let lab = Lab::new(qemu);
+    let machine = lab.start_plain("m", &shape.recipe());
+    machine.wait_for_witness();
+    machine.attach_plain(&["--stream", shape.stream]);
+    let taken = take(&machine, count);
+    machine.assert_goes_on();
+    let limit = memory_limit(256 << 20);
+    assert!(machine.helper_peak_bytes() <= limit, "the helper held {} bytes of at most {limit}", machine.helper_peak_bytes());
+    machine.kill();
+    for taken in taken.iter().skip(step - 1).step_by(step) {
+        let restored = lab.restore(&taken.name, "restored", &[]);
+        restored.assert_continues(taken);
+    }
+    lab.verify("m");
+}
+
+fn take(machine: &TestMachine, count: usize) -> Vec<Taken> {
+    let mut all: Vec<Taken> = Vec::new();
+    for _ in 0..count {
+        let taken = machine.checkpoint();
+        let outcome = &taken.outcome;
+        eprintln!(
+            "{}: {} by {}, paused {:.1} ms, {} changed",
+            taken.name, outcome.kind, outcome.engine, outcome.pause_ms, outcome.bytes_changed
+        );
+        let expected = if all.is_empty() { "full" } else { "incremental" };
+        assert_eq!((outcome.kind.as_str(), outcome.parent), (expected, all.last().map(|last| last.outcome.id)));
+        assert_ne!(outcome.engine, "tracker");
+        all.push(taken);
+        machine.assert_no_contradiction();
+        std::thread::sleep(Duration::from_millis(700));
+    }
+    all
+}
+
+fn survives_on_each(shape: Shape) {
+    on_each_qemu(|qemu| survives(qemu, &shape));
+}
+
+#[test]
+fn default_ram_on_pc() {
+    let (virtio, scsi, ide) = (Image::Backed, Image::Cow, Image::Raw);
+    survives_on_each(Shape { board: "pc", ram: Ram::Default, processors: 1, virtio, scsi, ide, stream: "auto" });
+}
+
+#[test]
+fn private_ram_on_q35_with_four_processors() {
+    let (virtio, scsi, ide) = (Image::Raw, Image::Backed, Image::Cow);
+    survives_on_each(Shape { board: "q35", ram: Ram::Private, processors: 4, virtio, scsi, ide, stream: "pre-copy" });
+}
+
+#[test]
+fn a_shared_memfd_on_pc_with_four_processors() {
+    let (virtio, scsi, ide) = (Image::Cow, Image::Raw, Image::Backed);
+    survives_on_each(Shape { board: "pc", ram: Ram::SharedMemfd, processors: 4, virtio, scsi, ide, stream: "auto" });
+}
+
+#[test]
+fn default_ram_on_q35_with_four_processors() {
+    let (virtio, scsi, ide) = (Image::Backed, Image::Raw, Image::Cow);
+    survives_on_each(Shape { board: "q35", ram: Ram::Default, processors: 4, virtio, scsi, ide, stream: "pre-copy" });
+}
+
+#[test]
+fn a_shared_memfd_on_q35() {
+    let (virtio, scsi, ide) = (Image::Raw, Image::Cow, Image::Backed);
+    survives_on_each(Shape { board: "q35", ram: Ram::SharedMemfd, processors: 1, virtio, scsi, ide, stream: "pre-copy" });
+}
+
+#[test]
+fn private_ram_on_pc() {
+    let (virtio, scsi, ide) = (Image::Cow, Image::Backed, Image::Raw);
+    survives_on_each(Shape { board: "pc", ram: Ram::Private, processors: 1, virtio, scsi, ide, stream: "auto" });
+}
+
+/// As people start it: the machine of a -readconfig file, which a restore must find, too.
+#[test]
+fn a_machine_from_a_configuration_file() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let machine = lab.start_plain("m", &Recipe::witness("q35-scsi.cfg").words(LOAD));
+        machine.wait_for_witness();
+        machine.attach_plain(&[]);
+        let taken = take(&machine, 2);
+        machine.kill();
+        let restored = lab.restore("m", "m", &[]);
+        restored.assert_continues(&taken[1]);
+        let next = restored.checkpoint().outcome;
+        assert_eq!((next.engine.as_str(), next.kind.as_str(), next.parent), ("tracker", "incremental", Some(2)));
+    });
+}
+
+// ---- the harness itself
+
+/// Shows that what the cases above start, watch and compare works without a helper.
+#[test]
+fn a_plain_machine_of_each_shape_runs() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let shape = Shape {
+            board: "q35",
+            ram: Ram::SharedMemfd,
+            processors: 4,
+            virtio: Image::Cow,
+            scsi: Image::Raw,
+            ide: Image::Backed,
+            stream: "auto",
+        };
+        let machine = lab.start_plain("m", &shape.recipe());
+        let line = machine.wait_for_witness();
+        machine.assert_all_right(&line);
+        machine.assert_goes_on();
+        assert_eq!(machine.qemus(), [machine.qemu()]);
+    });
+}

@@ -1,0 +1,145 @@
+//! A guest in somebody else's QEMU: what the owner set stays set, what the owner does goes first, and nothing is left behind.
+
+use crate::MODES;
+use serde_json::json;
+use std::path::Path;
+use std::time::Duration;
+use stillpoint_tests::{Footprint, Lab, QmpClient, Recipe, TestMachine, descriptors, newest_qemu, on_each_qemu, wait_until};
+
+/// Other values than QEMU's own, and a capability that does not go together with a background snapshot.
+fn set_owners_values(monitor: &mut QmpClient) {
+    let capabilities = json!([{"capability": "events", "state": true}, {"capability": "auto-converge", "state": true}]);
+    monitor.execute("migrate-set-capabilities", json!({"capabilities": capabilities}));
+    monitor.execute("migrate-set-parameters", json!({"max-bandwidth": 34_567_890, "downtime-limit": 451}));
+}
+
+fn leaves_nothing(qemu: &Path, mode: &str) {
+    let lab = Lab::new(qemu);
+    let machine = lab.start_plain("m", &Recipe::scribbler(2));
+    let mut monitor = machine.qmp();
+    set_owners_values(&mut monitor);
+    let before = Footprint::of(&mut monitor);
+    let files_before = descriptors(machine.qemu());
+    machine.attach_plain(&["--stream", mode]);
+    machine.checkpoint();
+    let (after_one, files_after_one) = (Footprint::of(&mut monitor), descriptors(machine.qemu()));
+    for _ in 0..3 {
+        monitor.disk_io("odd", "write -P 1 0 1M");
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(machine.checkpoint().outcome.kind, "incremental");
+    }
+    let (mut after, files_after) = (Footprint::of(&mut monitor), descriptors(machine.qemu()));
+    let bitmaps = after.take_bitmaps();
+    assert_eq!(bitmaps.len(), 3, "{mode}: one bitmap for each of three disks: {bitmaps:?}");
+    assert_eq!(before.differences(&after), [""; 0], "{mode}");
+    let mut after_one = after_one;
+    assert_eq!(after_one.take_bitmaps().len(), 3);
+    assert_eq!(after_one.differences(&after), [""; 0], "{mode}");
+    assert_eq!(files_after_one, files_after, "{mode}: descriptors pile up");
+    machine.kill_helper();
+    let same = || descriptors(machine.qemu()) == files_before;
+    assert!(wait_until(Duration::from_secs(2), same), "{mode}: {:?} open, {files_before:?} before", descriptors(machine.qemu()));
+}
+
+#[test]
+fn what_was_found_is_left_as_it_was() {
+    on_each_qemu(|qemu| MODES.iter().for_each(|mode| leaves_nothing(qemu, mode)));
+}
+
+#[test]
+fn a_guest_that_its_owner_stopped_stays_stopped() {
+    on_each_qemu(|qemu| {
+        for mode in MODES {
+            let lab = Lab::new(qemu);
+            let machine = lab.start_plain("m", &Recipe::scribbler(6));
+            std::thread::sleep(Duration::from_secs(2));
+            let mut monitor = machine.qmp();
+            machine.attach_plain(&["--stream", mode]);
+            machine.checkpoint();
+            monitor.stop();
+            monitor.events();
+            machine.checkpoint();
+            assert!(!monitor.is_running(), "{mode}");
+            let ran = monitor.events().iter().any(|event| event["event"] == "RESUME");
+            assert!(!ran, "{mode}: it ran for a moment");
+            monitor.cont();
+            std::thread::sleep(Duration::from_millis(300));
+            assert_eq!(machine.checkpoint().outcome.kind, "incremental", "{mode}");
+            assert!(monitor.is_running(), "{mode}");
+        }
+    });
+}
+
+/// A unix socket of QEMU serves one client at a time; who comes second waits for ever.
+#[test]
+fn a_busy_monitor_is_refused() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let machine = lab.start_plain("m", &Recipe::scribbler(2));
+        let other = QmpClient::connect(&machine.directory.join("qmp.sock"));
+        let said = machine.try_attach_plain(&[], &[]).expect_failure(3);
+        assert!(said.contains("qmp.sock") && said.contains("-qmp"), "no remedy in: {said}");
+        assert!(machine.helper().is_none(), "a helper was left");
+        drop(other);
+        machine.attach_plain(&[]);
+        machine.checkpoint();
+    });
+}
+
+#[test]
+fn a_socket_at_which_nobody_answers_is_refused() {
+    let lab = Lab::new(&newest_qemu());
+    let missing = lab.path().join("nobody.sock");
+    let ran = lab.run(&["attach", "--qmp", missing.to_str().expect("UTF-8"), "--store", lab.store(), "--name", "m"]);
+    assert!([1, 3].contains(&ran.code) && ran.err.contains("nobody.sock"), "{ran:?}");
+    assert!(!lab.store_directory().exists(), "a store was made for no machine");
+}
+
+/// QEMU can be in one migration at a time, and it is the owner's.
+#[test]
+fn a_migration_of_the_owner_goes_first() {
+    on_each_qemu(|qemu| {
+        for mode in MODES {
+            let lab = Lab::new(qemu);
+            let machine = lab.start_plain("m", &Recipe::witness("q35-virtio.cfg"));
+            machine.wait_for_witness();
+            machine.attach_plain(&["--stream", mode]);
+            let first = machine.checkpoint().outcome;
+            let mut monitor = machine.qmp();
+            begin_slow_migration(&mut monitor);
+            let said = machine.try_checkpoint().expect_failure(3);
+            assert!(said.contains("migrat"), "{mode}: {said}");
+            assert_eq!(migration_status(&mut monitor), "active", "{mode}: the owner's migration was touched");
+            machine.assert_goes_on();
+            monitor.execute("migrate_cancel", json!({}));
+            let is_over = wait_until(Duration::from_secs(10), || migration_status(&mut monitor) == "cancelled");
+            assert!(is_over, "{}", migration_status(&mut monitor));
+            let next = machine.checkpoint().outcome;
+            assert_eq!((next.kind.as_str(), next.parent), ("incremental", Some(first.id)), "{mode}");
+            attach_meanwhile(&machine, &mut monitor);
+            lab.verify("m");
+        }
+    });
+}
+
+/// Whether a helper that comes during the owner's migration is refused or waits for its first checkpoint: the guest goes on.
+fn attach_meanwhile(machine: &TestMachine, monitor: &mut QmpClient) {
+    machine.kill_helper();
+    begin_slow_migration(monitor);
+    let ran = machine.try_attach_plain(&[], &[]);
+    assert!([0, 3].contains(&ran.code), "{ran:?}");
+    assert_eq!(migration_status(monitor), "active", "the owner's migration was touched");
+    machine.assert_goes_on();
+    monitor.execute("migrate_cancel", json!({}));
+}
+
+fn begin_slow_migration(monitor: &mut QmpClient) {
+    monitor.execute("migrate-set-parameters", json!({"max-bandwidth": 4096}));
+    monitor.execute("migrate", json!({"uri": "exec:cat >/dev/null"}));
+    let is_active = wait_until(Duration::from_secs(10), || migration_status(monitor) == "active");
+    assert!(is_active, "{}", migration_status(monitor));
+}
+
+fn migration_status(monitor: &mut QmpClient) -> String {
+    monitor.execute("query-migrate", json!({}))["status"].as_str().unwrap_or("none").to_owned()
+}

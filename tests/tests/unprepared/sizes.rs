@@ -1,0 +1,113 @@
+//! What a checkpoint by stream costs: all memory goes through the stream, and only what changed goes to the store.
+
+use crate::{MODES, memory_limit};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::time::Duration;
+use stillpoint_tests::{Lab, Recipe, TestMachine, newest_qemu, on_each_qemu};
+
+const IDLE_BYTES: u64 = 100 << 10;
+/// The share of what is stored that is not the guest's own changed pages, where changes are many.
+const OVERHEAD: f64 = 1.05;
+const MANY_BYTES: u64 = 4 << 20;
+
+#[test]
+fn an_idle_guest_costs_next_to_nothing() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let machine = lab.start_plain("idle", &Recipe::witness("q35-virtio.cfg").words("witness.rate=0"));
+        machine.wait_for_witness();
+        machine.attach_plain(&[]);
+        machine.checkpoint();
+        std::thread::sleep(Duration::from_secs(2));
+        let sizes = [(); 3].map(|()| {
+            std::thread::sleep(Duration::from_secs(1));
+            machine.checkpoint().outcome.bytes_stored
+        });
+        assert!(sizes.iter().all(|size| *size <= IDLE_BYTES), "{sizes:?} bytes for an idle second each");
+    });
+}
+
+#[test]
+fn nothing_is_stored_when_nothing_changed() {
+    on_each_qemu(|qemu| {
+        for mode in MODES {
+            let lab = Lab::new(qemu);
+            let machine = lab.start_plain("still", &Recipe::scribbler(3));
+            std::thread::sleep(Duration::from_secs(2));
+            let mut monitor = machine.qmp();
+            monitor.stop();
+            machine.attach_plain(&["--stream", mode]);
+            let first = machine.checkpoint().outcome;
+            let second = machine.checkpoint().outcome;
+            assert_eq!((second.kind.as_str(), second.id, second.bytes_stored), ("unchanged", first.id, 0), "{mode}");
+            assert_eq!(lab.list("still"), [first.id]);
+            assert!(!monitor.is_running(), "it was stopped before the checkpoint, so it stays so");
+            monitor.disk_io("cow", "write -P 7 0 4096");
+            let third = machine.checkpoint().outcome;
+            assert_eq!((third.kind.as_str(), third.parent), ("incremental", Some(first.id)), "{mode}");
+            monitor.cont();
+            lab.verify("still");
+        }
+    });
+}
+
+#[test]
+fn a_large_change_is_stored_with_little_besides() {
+    for mode in MODES {
+        let lab = Lab::new(&newest_qemu());
+        let busy = "witness.table_mib=24 witness.rate=6000 witness.journal_pages=16";
+        let machine = lab.start_plain("busy", &Recipe::witness("q35-virtio.cfg").words(busy));
+        machine.wait_for_witness();
+        machine.attach_plain(&["--stream", mode]);
+        machine.checkpoint();
+        for _ in 0..2 {
+            std::thread::sleep(Duration::from_secs(1));
+            let outcome = machine.checkpoint().outcome;
+            assert!(outcome.bytes_changed > MANY_BYTES, "the guest is not busy enough: {outcome:?}");
+            let ratio = outcome.stored_over_changed();
+            assert!(ratio <= OVERHEAD, "{mode}: {ratio:.3}: {outcome:?}");
+        }
+        machine.assert_no_contradiction();
+    }
+}
+
+/// Half a GiB of noise, which no digest and no compression makes smaller, and all of it new.
+#[test]
+fn the_helper_keeps_its_limit_whatever_memory_holds() {
+    let ram_mib = 512;
+    let object = format!("memory-backend-memfd,id=mem,size={ram_mib}M,share=on");
+    let recipe = Recipe::scribbler(5).arguments(&["-m", "512", "-object", &object, "-machine", "memory-backend=mem"]);
+    for mode in MODES {
+        let lab = Lab::new(&newest_qemu());
+        let machine = lab.start_plain("large", &recipe);
+        std::thread::sleep(Duration::from_secs(2));
+        fill_with_noise(&machine, 16, ram_mib);
+        machine.attach_plain(&["--stream", mode]);
+        let first = machine.checkpoint().outcome;
+        assert!(first.bytes_stored > (ram_mib - 17) << 20, "{mode}: memory was not full: {first:?}");
+        fill_with_noise(&machine, 16, ram_mib / 2);
+        let second = machine.checkpoint().outcome;
+        assert!(second.bytes_changed > (ram_mib / 2 - 17) << 20, "{mode}: {second:?}");
+        assert!(second.stored_over_changed() <= OVERHEAD, "{mode}: {second:?}");
+        let (held, limit) = (machine.helper_peak_bytes(), memory_limit(ram_mib << 20));
+        eprintln!("{mode}: the helper held {} MiB of at most {} MiB", held >> 20, limit >> 20);
+        assert!(held <= limit, "{mode}: the helper held {held} bytes of at most {limit}");
+    }
+}
+
+/// Writes to the guest's memory from outside, from one MiB to another; nothing of the guest lives there.
+fn fill_with_noise(machine: &TestMachine, from_mib: u64, until_mib: u64) {
+    let folder = format!("/proc/{}/fd", machine.qemu());
+    let mut files = std::fs::read_dir(folder).expect("QEMU runs").flatten().map(|entry| entry.path());
+    let is_memory = |path: &std::path::PathBuf| std::fs::read_link(path).is_ok_and(|link| link.to_string_lossy().contains("memfd:"));
+    let memory = files.find(is_memory).expect("RAM is a memfd");
+    let mut memory = File::options().write(true).open(memory).expect("the test is QEMU's user");
+    std::io::Seek::seek(&mut memory, std::io::SeekFrom::Start(from_mib << 20)).expect("a memfd can be sought");
+    let mut noise = File::open("/dev/urandom").expect("the kernel has it");
+    let mut piece = vec![0; 1 << 20];
+    for _ in from_mib..until_mib {
+        noise.read_exact(&mut piece).expect("it does not end");
+        memory.write_all(&piece).expect("it is as long as RAM");
+    }
+}
