@@ -6,6 +6,8 @@ STORE ?= file
 ARGS ?=
 CARGO ?= $(shell command -v cargo || echo $(HOME)/.cargo/bin/cargo)
 RELEASE = $(or $(CARGO_TARGET_DIR),target)/release
+UNITS = $(notdir $(wildcard systemd/*))
+UNITDIR = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
 .PHONY: help deps build install uninstall test demo bench doctor
 .DEFAULT_GOAL := help
@@ -31,10 +33,15 @@ install:
 	install -D -m 755 $(RELEASE)/stillpoint $(DESTDIR)$(PREFIX)/bin/stillpoint
 	install -D -m 755 scripts/stillpoint-qemu $(DESTDIR)$(PREFIX)/bin/stillpoint-qemu
 	install -D -m 644 $(RELEASE)/libstillpoint_plugin.so $(DESTDIR)$(PREFIX)/lib/stillpoint/libstillpoint_plugin.so
+	install -D -m 755 scripts/libvirt-hook $(DESTDIR)$(PREFIX)/lib/stillpoint/libvirt-hook
+	install -D -m 755 scripts/proxmox-hook $(DESTDIR)$(PREFIX)/lib/stillpoint/proxmox-hook
+	install -d $(UNITDIR)
+	for unit in $(UNITS); do sed 's|/usr/local/|$(PREFIX)/|' systemd/$$unit >$(UNITDIR)/$$unit && chmod 644 $(UNITDIR)/$$unit || exit 1; done
 
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/stillpoint $(DESTDIR)$(PREFIX)/bin/stillpoint-qemu
-	rm -f $(DESTDIR)$(PREFIX)/lib/stillpoint/libstillpoint_plugin.so
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/lib/stillpoint/,libstillpoint_plugin.so libvirt-hook proxmox-hook)
+	rm -f $(addprefix $(UNITDIR)/,$(UNITS))
 	-rmdir $(DESTDIR)$(PREFIX)/lib/stillpoint
 
 test:

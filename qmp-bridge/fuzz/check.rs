@@ -103,5 +103,6 @@ fn items<R: Read>(reader: &mut StreamReader<R>) -> Result<Facts, StreamReadError
 
 fn inside(facts: &Facts, block: usize, offset: u64) {
     let (_, used) = &facts.blocks[block];
-    assert!(offset % STREAM_PAGE as u64 == 0 && offset < *used && used % STREAM_PAGE as u64 == 0);
+    let page = STREAM_PAGE as u64;
+    assert!(offset.is_multiple_of(page) && offset < *used && used.is_multiple_of(page));
 }

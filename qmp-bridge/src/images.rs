@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// A wait that is longer than this is told of, again and again.
 const SAY_EVERY: Duration = Duration::from_secs(10);
 /// How long a worker that has failed gets to show that it still listens.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Workers that one image may use up.
 const TRIES: u32 = 3;
@@ -131,6 +131,11 @@ impl ImageWorker {
     /// For whatever else a QEMU without a machine can tell, e.g. [`crate::machine::machine_types`].
     pub fn qmp(&self) -> &Qmp {
         &self.qmp
+    }
+
+    /// Its process, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
     }
 
     /// Makes an empty image. The file must not exist.
@@ -265,15 +270,16 @@ impl ImageWorkers {
     where
         E: From<ImageError> + std::fmt::Display,
     {
-        for number in 1.. {
+        let mut left = TRIES;
+        loop {
             let mut worker = match self.worker.take() {
                 Some(worker) => worker,
                 None => ImageWorker::start(&self.binary, &self.directory).await?,
             };
-            let outcome = work(&mut worker).await;
-            match outcome {
+            left -= 1;
+            match work(&mut worker).await {
                 Err(error) if !worker.answers().await => {
-                    if number == TRIES {
+                    if left == 0 {
                         return Err(error);
                     }
                     tracing::warn!(%error, "the QEMU that writes the image is dead or hangs; the image is begun anew with another");
@@ -284,7 +290,6 @@ impl ImageWorkers {
                 }
             }
         }
-        unreachable!("the last try returns")
     }
 
     /// Ends the worker. Every image that was closed is complete, so one that does not end in time is only told of.

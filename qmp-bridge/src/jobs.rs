@@ -145,3 +145,29 @@ pub(crate) fn tolerate_refusal(result: Result<Value, QmpError>) -> Result<(), Qm
         other => other.map(drop),
     }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::qmp::test::pair;
+
+    /// A job gets as long as the connection gives a command: who knows of slow storage says so there.
+    #[tokio::test]
+    async fn a_job_is_waited_for_as_long_as_a_command() {
+        let (qmp, mut peer, _directory) = pair().await;
+        let patient = qmp.with_timeout(Duration::from_millis(300));
+        let script = async {
+            while let Some((command, id)) = peer.command().await {
+                let busy = json!([{ "id": "j", "type": "create", "status": "running" }]);
+                peer.answer(id, if command["execute"] == "query-jobs" { busy } else { json!({}) }).await;
+            }
+        };
+        let begun = Instant::now();
+        let made = tokio::select! {
+            made = create_image(&patient, "j", json!({})) => made,
+            () = script => unreachable!("the client goes first"),
+        };
+        assert!(matches!(made, Err(JobError::Stuck { after, .. }) if after == Duration::from_millis(300)), "{made:?}");
+        assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
+    }
+}

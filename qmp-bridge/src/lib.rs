@@ -8,6 +8,7 @@ pub mod capture;
 pub mod device_state;
 pub mod devices;
 pub mod disks;
+pub mod handover;
 pub mod host_finder;
 pub mod images;
 pub mod incoming;

@@ -8,8 +8,8 @@
 //!
 //! A migration's switch-over is the same pause with another beginning and end: QEMU stops the guest by itself, and
 //! before it has completed only `migrate_cancel` lets the guest run again. It has a marker of its own, since that one
-//! lies in QEMU while the guest still runs for seconds: it must not speak for a `stop` of the owner, and need not, as a
-//! switch-over shows in the run state.
+//! lies in QEMU while the guest still runs, for seconds, and must not speak for a `stop` of the owner. Nor does it alone
+//! allow to resume: a guest that was migrated away looks the same. [`crate::migration::recover`] knows which it was.
 
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ use crate::qmp::{Qmp, QmpError};
 /// Id of the object that says: whoever finds the guest paused, we did it.
 const MARKER: &str = "stillpoint-paused";
 
-/// Id of the object that says: a migration that stops the guest is ours.
+/// Id of the object that says: a guest that runs is about to be stopped by a migration of ours.
 const SWITCHOVER_MARKER: &str = "stillpoint-switchover";
 
 /// How long a cancelled migration may take to let the guest run again.
@@ -67,10 +67,13 @@ impl Paused {
         Ok(paused)
     }
 
-    /// To be called before a migration that will stop the guest: leaves the word that it is ours. Returns whether the guest runs.
+    /// To be called before a migration that will stop the guest: if it runs, leaves word that it is to run again. Returns
+    /// whether it runs.
     pub(crate) async fn announce_switchover(qmp: &Qmp) -> Result<bool, QmpError> {
         let runs = is_running(qmp).await?;
-        place_marker(qmp, SWITCHOVER_MARKER).await?;
+        if runs {
+            place_marker(qmp, SWITCHOVER_MARKER).await?;
+        }
         Ok(runs)
     }
 
@@ -84,13 +87,6 @@ impl Paused {
     pub(crate) fn switched_over(&mut self, ran: bool, since: Instant) {
         self.ran = ran;
         self.since = since;
-    }
-
-    /// QEMU has let the guest run by itself, at `at`. Returns the length of the pause.
-    pub(crate) fn resumed_by_qemu(mut self, at: Instant) -> Duration {
-        self.owed = Owed::Nothing;
-        self.remove_marker();
-        at.saturating_duration_since(self.since)
     }
 
     /// Whether the guest ran when it was stopped; if not, [`Self::resume`] leaves it stopped.
@@ -160,15 +156,6 @@ async fn end_switchover(qmp: &Qmp, ran: bool) -> Result<(), QmpError> {
             other => return other.map(drop),
         }
     }
-    cancel_switchover(qmp).await?;
-    if ran && !is_running(qmp).await? {
-        qmp.execute(qapi::qmp::cont {}).await?;
-    }
-    Ok(())
-}
-
-/// Cancels a migration and waits until the guest's state is not that of a switch-over any more.
-async fn cancel_switchover(qmp: &Qmp) -> Result<(), QmpError> {
     qmp.execute_json("migrate_cancel", Value::Null).await?;
     let deadline = Instant::now() + CANCEL_PATIENCE;
     while run_state(qmp).await? == "finish-migrate" {
@@ -177,37 +164,45 @@ async fn cancel_switchover(qmp: &Qmp) -> Result<(), QmpError> {
         }
         tokio::time::sleep(CANCEL_LOOK).await;
     }
+    if ran && !is_running(qmp).await? {
+        qmp.execute(qapi::qmp::cont {}).await?;
+    }
     Ok(())
+}
+
+/// Resumes a guest that a migration of a dead helper stopped. Only the caller can know that the last migration was that
+/// one and no other, and that it is over or cancelled. Returns whether there was one.
+pub(crate) async fn resume_switched_over(qmp: &Qmp) -> Result<bool, QmpError> {
+    let stopped = in_switchover(qmp).await? && marker_present(qmp, SWITCHOVER_MARKER).await?;
+    if stopped {
+        end_switchover(qmp, true).await?;
+    }
+    Ok(stopped)
 }
 
 /// Takes back the word of [`Paused::announce_switchover`] unless a guard still needs it.
 pub(crate) async fn withdraw_switchover(qmp: &Qmp) -> Result<(), QmpError> {
-    if matches!(run_state(qmp).await?.as_str(), "finish-migrate" | "postmigrate") || !marker_present(qmp, SWITCHOVER_MARKER).await? {
+    if in_switchover(qmp).await? || !marker_present(qmp, SWITCHOVER_MARKER).await? {
         return Ok(());
     }
-    crate::jobs::tolerate_refusal(qmp.execute_json("object-del", json!({ "id": SWITCHOVER_MARKER })).await)
+    remove_marker(qmp, SWITCHOVER_MARKER).await
+}
+
+async fn in_switchover(qmp: &Qmp) -> Result<bool, QmpError> {
+    Ok(matches!(run_state(qmp).await?.as_str(), "finish-migrate" | "postmigrate"))
 }
 
 /// Resumes a guest that an earlier helper stopped and did not live to resume. Returns whether it did.
 pub async fn resume_abandoned(qmp: &Qmp) -> Result<bool, QmpError> {
-    let mut resumed = false;
-    if marker_present(qmp, SWITCHOVER_MARKER).await? {
-        let stopped = matches!(run_state(qmp).await?.as_str(), "finish-migrate" | "postmigrate");
-        if stopped {
-            end_switchover(qmp, true).await?;
-        }
-        qmp.execute_json("object-del", json!({ "id": SWITCHOVER_MARKER })).await?;
-        resumed |= stopped;
+    if !marker_present(qmp, MARKER).await? {
+        return Ok(false);
     }
-    if marker_present(qmp, MARKER).await? {
-        let stopped = run_state(qmp).await? == "paused";
-        if stopped {
-            qmp.execute(qapi::qmp::cont {}).await?;
-        }
-        qmp.execute_json("object-del", json!({ "id": MARKER })).await?;
-        resumed |= stopped;
+    let stopped = run_state(qmp).await? == "paused";
+    if stopped {
+        qmp.execute(qapi::qmp::cont {}).await?;
     }
-    Ok(resumed)
+    qmp.execute_json("object-del", json!({ "id": MARKER })).await?;
+    Ok(stopped)
 }
 
 /// QEMU's run state by name (`running`, `paused`, `inmigrate` ...).
@@ -224,7 +219,8 @@ async fn is_running(qmp: &Qmp) -> Result<bool, QmpError> {
     Ok(matches!(run_state(qmp).await?.as_str(), "running" | "suspended"))
 }
 
-async fn place_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpError> {
+/// Puts an object into QEMU that does nothing but say something to a later helper.
+pub(crate) async fn place_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpError> {
     let made = qmp.execute_json("object-add", json!({ "qom-type": "throttle-group", "id": marker })).await;
     match made {
         // One is left by a pause whose end was not acknowledged; it says the same.
@@ -236,7 +232,11 @@ async fn place_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpError> {
     }
 }
 
-async fn marker_present(qmp: &Qmp, marker: &str) -> Result<bool, QmpError> {
+pub(crate) async fn remove_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpError> {
+    crate::jobs::tolerate_refusal(qmp.execute_json("object-del", json!({ "id": marker })).await)
+}
+
+pub(crate) async fn marker_present(qmp: &Qmp, marker: &str) -> Result<bool, QmpError> {
     let objects = qmp.execute_json("qom-list", json!({ "path": "/objects" })).await?;
     Ok(objects.as_array().is_some_and(|list| list.iter().any(|object| object["name"] == marker)))
 }

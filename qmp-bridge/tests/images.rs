@@ -2,11 +2,14 @@
 
 mod common;
 
-use common::{qemu_img, with_each_qemu};
+use common::{qemu_img, qemus, with_each_qemu};
+use nix::sys::signal::Signal;
 use qmp_bridge::disks::ImageFormat;
-use qmp_bridge::images::{Backing, BackingMode, ImageError, ImageSpec, ImageWorker};
+use qmp_bridge::images::{Backing, BackingMode, ImageError, ImageSpec, ImageWorker, ImageWorkers};
 use qmp_bridge::machine::{machine_types, resolve};
 use qmp_bridge::nbd::{NbdError, ZeroMode};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 const SIZE: u64 = 64 << 20;
 
@@ -72,4 +75,115 @@ async fn images_round_trip() {
         worker.shutdown().await.expect("shutdown");
     })
     .await;
+}
+
+/// Makes and fills one image; the first `losses` workers are killed in the middle of it. Counts the calls.
+async fn fill_in_spite_of(workers: &mut ImageWorkers, path: &Path, losses: u32, calls: &mut u32) -> Result<(), ImageError> {
+    workers
+        .run(async |worker: &mut ImageWorker| {
+            *calls += 1;
+            let _ = std::fs::remove_file(path);
+            worker.create(&spec(path.into(), ImageFormat::Qcow2, None)).await?;
+            let image = worker.open(path, ImageFormat::Qcow2, BackingMode::Chain).await?;
+            if *calls <= losses {
+                signal(worker, Signal::SIGKILL);
+            }
+            image.client.write(0, vec![*calls as u8; 65_536].into()).await?;
+            worker.close(image).await
+        })
+        .await
+}
+
+fn signal(worker: &ImageWorker, signal: Signal) {
+    let pid = nix::unistd::Pid::from_raw(worker.pid().expect("it runs") as i32);
+    nix::sys::signal::kill(pid, signal).expect("it is ours");
+}
+
+#[tokio::test]
+async fn a_worker_that_dies_is_replaced() {
+    with_each_qemu(async |qemu| {
+        let directory = tempfile::tempdir().expect("directory");
+        let path = directory.path().join("a.qcow2");
+        let mut workers = ImageWorkers::new(&qemu, directory.path());
+        let mut calls = 0;
+        fill_in_spite_of(&mut workers, &path, 2, &mut calls).await.expect("the third worker lives");
+        assert_eq!(calls, 3);
+        let other = directory.path().join("b.qcow2");
+        let mut calls = 0;
+        fill_in_spite_of(&mut workers, &other, 3, &mut calls).await.expect_err("that was the last try");
+        assert_eq!(calls, 3);
+        workers.shutdown().await;
+        qemu_img(&qemu, directory.path(), &["check", "-q", "a.qcow2"]);
+        let mut workers = ImageWorkers::new(&qemu, directory.path());
+        let first = workers.run(async |worker: &mut ImageWorker| read_first(worker, &path).await).await.expect("readable");
+        assert_eq!(first, 3, "what the third worker wrote");
+        workers.shutdown().await;
+    })
+    .await;
+}
+
+async fn read_first(worker: &mut ImageWorker, path: &Path) -> Result<u8, ImageError> {
+    let image = worker.open(path, ImageFormat::Qcow2, BackingMode::Chain).await?;
+    let first = image.client.read(0, 1).await?[0];
+    worker.close(image).await?;
+    Ok(first)
+}
+
+#[tokio::test]
+async fn a_worker_that_hangs_is_replaced() {
+    let directory = tempfile::tempdir().expect("directory");
+    let mut workers = ImageWorkers::new(&qemus()[0], directory.path());
+    let mut pids = Vec::new();
+    let work = async |worker: &mut ImageWorker| {
+        pids.push(worker.pid().expect("it runs"));
+        if pids.len() == 1 {
+            signal(worker, Signal::SIGSTOP);
+            return Err(ImageError::Exit);
+        }
+        Ok(())
+    };
+    workers.run(work).await.expect("the second worker answers");
+    workers.shutdown().await;
+    assert_ne!(pids[0], pids[1]);
+    // A signal ends even what is stopped; nobody else has waited for our child.
+    let status = std::fs::read_to_string(format!("/proc/{}/stat", pids[0])).unwrap_or_default();
+    assert!(status.is_empty() || status.contains(") Z "), "the first worker still is: {status}");
+}
+
+/// What fails for another reason is not tried again.
+#[tokio::test]
+async fn a_worker_that_answers_is_kept() {
+    with_each_qemu(async |qemu| {
+        let directory = tempfile::tempdir().expect("directory");
+        let mut workers = ImageWorkers::new(&qemu, directory.path());
+        let mut pids = Vec::new();
+        for _ in 0..2 {
+            let wrong = spec(directory.path().join("none/a.qcow2"), ImageFormat::Qcow2, None);
+            let refused = workers
+                .run(async |worker: &mut ImageWorker| {
+                    pids.push(worker.pid());
+                    worker.create(&wrong).await
+                })
+                .await;
+            assert!(matches!(refused, Err(ImageError::Create { .. })), "{refused:?}");
+        }
+        assert!(pids.len() == 2 && pids[0].is_some() && pids[0] == pids[1], "{pids:?}");
+        workers.shutdown().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_worker_that_does_not_start_is_quoted() {
+    let directory = tempfile::tempdir().expect("directory");
+    let script = directory.path().join("qemu");
+    std::fs::write(&script, "#!/bin/sh\necho no such machine >&2\nexit 1\n").expect("script");
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("mode");
+    let begun = Instant::now();
+    let error = ImageWorker::start(&script, directory.path()).await.expect_err("it ends at once");
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert!(error.to_string().contains("no such machine"), "{error}");
+    let mut workers = ImageWorkers::new(&directory.path().join("none"), directory.path());
+    let error = workers.run(async |_: &mut ImageWorker| Ok::<(), ImageError>(())).await.expect_err("no such program");
+    assert!(matches!(error, ImageError::Start { .. }), "{error}");
 }

@@ -22,6 +22,22 @@ pub enum Request {
     BarePause,
 }
 
+/// What `stillpoint adopt --json` says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Adopted {
+    pub adopted: bool,
+    /// From the old QEMU's STOP to the new one's RESUME.
+    pub downtime_ms: f64,
+    /// As the old QEMU counts, which does not know the new one's part.
+    pub qemu_downtime_ms: Option<f64>,
+    /// From the request on.
+    pub total_ms: f64,
+    pub source_pid: u32,
+    pub pid: u32,
+    /// What the owner should know though all went well.
+    pub notes: Vec<String>,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {

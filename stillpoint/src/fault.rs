@@ -6,7 +6,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::sync::OnceLock;
 
-/// Every point, in the order in which a checkpoint passes them.
+/// Every point, in the order in which a checkpoint passes them, then an adoption.
 pub const POINTS: &[&str] = &[
     "prepare",
     "prepared",
@@ -26,6 +26,14 @@ pub const POINTS: &[&str] = &[
     "upload",
     "commit",
     "committed",
+    "adopt.plan",
+    "adopt.started",
+    "adopt.migrating",
+    "adopt.switchover",
+    "adopt.completed",
+    "adopt.decided",
+    "adopt.running",
+    "adopt.done",
 ];
 
 /// Dies here if that was asked for.

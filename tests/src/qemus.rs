@@ -1,6 +1,7 @@
 //! Which QEMUs to test with.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 const DEFAULTS: &[&str] = &["/usr/bin/qemu-system-x86_64", "/opt/stillpoint/qemu-10.0/usr/bin/qemu-system-x86_64"];
 
@@ -19,6 +20,14 @@ pub fn qemus() -> Vec<PathBuf> {
 /// For tests of what does not depend on the version.
 pub fn newest_qemu() -> PathBuf {
     qemus().pop().expect("at least one is named")
+}
+
+/// 7 of 7.2.22.
+pub fn major_version(qemu: &Path) -> u32 {
+    let output = Command::new(qemu).arg("--version").output().expect("QEMU can be run");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let number = text.split("version ").nth(1).and_then(|rest| rest.split('.').next()?.parse().ok());
+    number.unwrap_or_else(|| panic!("no version in {text}"))
 }
 
 /// Runs a test body with every QEMU, side by side as far as machines may run at once; a failure names its QEMU.

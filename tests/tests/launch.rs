@@ -18,6 +18,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("-snapshot", "snapshot", "qemu-img create"),
     ("-drive file=boot.raw,format=raw,snapshot=on", "snapshot=on", "qemu-img create"),
     ("-machine nonsense", "nonsense", "-machine help"),
+    ("-machine none", "none", "name another"),
     ("-m 0", "0", "-m"),
     ("-m lots", "lots", "suffix"),
     ("-drive", "-drive", "value"),

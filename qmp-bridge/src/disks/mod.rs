@@ -106,13 +106,25 @@ struct NodeInfo {
     encrypted: bool,
 }
 
+/// One drive of a machine, whatever is to be said of it.
+#[derive(Debug)]
+pub struct Drive {
+    /// As [`Disk::device`].
+    pub device: String,
+    /// `None` where no medium is in it.
+    pub disk: Result<Option<Disk>, DiskError>,
+}
+
+/// Every drive with what [`list`] would say of it alone.
+pub async fn survey(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Vec<Drive>, QmpError> {
+    let block = qmp.execute_json("query-block", Value::Null).await?;
+    Ok(Survey::of(qmp, qemu_cwd).await?.drives(&block))
+}
+
 /// Lists the disks. Relative file names are relative to QEMU's working directory (`/proc/PID/cwd`).
 pub async fn list(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Disks, DiskError> {
     let block = qmp.execute_json("query-block", Value::Null).await?;
-    let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
-    let graph = qmp.execute_json("x-debug-query-block-graph", Value::Null).await?;
-    let survey = Survey { nodes: node_infos(&nodes), graph: Graph::parse(&graph), qemu_cwd };
-    let disks = survey.read(&block)?;
+    let disks = Survey::of(qmp, qemu_cwd).await?.read(&block)?;
     refuse_unsafe_iothreads(qmp, &disks).await?;
     Ok(disks)
 }
@@ -122,24 +134,29 @@ pub async fn list(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Disks, DiskError
 const IOTHREADS_SAFE_SINCE: u32 = 9;
 
 async fn refuse_unsafe_iothreads(qmp: &Qmp, disks: &Disks) -> Result<(), DiskError> {
-    if qmp.version().major >= IOTHREADS_SAFE_SINCE || disks.writable().next().is_none() {
-        return Ok(());
+    let Some(disk) = disks.writable().next() else { return Ok(()) };
+    match unsafe_iothread(qmp).await? {
+        None => Ok(()),
+        Some(why) => Err(DiskError::Unsupported { device: disk.device.clone(), why }),
+    }
+}
+
+/// Why no writable disk of this machine can be captured for the threads that it has.
+pub async fn unsafe_iothread(qmp: &Qmp) -> Result<Option<String>, QmpError> {
+    if qmp.version().major >= IOTHREADS_SAFE_SINCE {
+        return Ok(None);
     }
     let threads = qmp.execute_json("query-iothreads", Value::Null).await?;
     // Which disk is in which thread cannot be asked in general, so any thread counts.
-    match threads.as_array().and_then(|threads| threads.first()) {
-        None => Ok(()),
-        Some(thread) => {
-            let why = format!(
-                "QEMU {} has iothread `{}`, and before {IOTHREADS_SAFE_SINCE}.0 its NBD server can abort QEMU when a disk is in one; \
-                 run without `-object iothread` or with a newer QEMU",
-                qmp.version(),
-                thread["id"].as_str().unwrap_or("?"),
-            );
-            let device = disks.writable().next().map(|disk| disk.device.clone()).unwrap_or_default();
-            Err(DiskError::Unsupported { device, why })
-        }
-    }
+    let thread = threads.as_array().and_then(|threads| threads.first());
+    Ok(thread.map(|thread| {
+        format!(
+            "QEMU {} has iothread `{}`, and before {IOTHREADS_SAFE_SINCE}.0 its NBD server can abort QEMU when a disk is in one; \
+             run without `-object iothread` or with a newer QEMU",
+            qmp.version(),
+            thread["id"].as_str().unwrap_or("?"),
+        )
+    }))
 }
 
 fn node_infos(reply: &Value) -> HashMap<String, NodeInfo> {
@@ -163,17 +180,31 @@ struct Survey<'a> {
     qemu_cwd: Option<&'a Path>,
 }
 
-impl Survey<'_> {
+impl<'a> Survey<'a> {
+    async fn of(qmp: &Qmp, qemu_cwd: Option<&'a Path>) -> Result<Self, QmpError> {
+        let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
+        let graph = qmp.execute_json("x-debug-query-block-graph", Value::Null).await?;
+        Ok(Self { nodes: node_infos(&nodes), graph: Graph::parse(&graph), qemu_cwd })
+    }
+
     fn read(&self, block: &Value) -> Result<Disks, DiskError> {
         let mut result = Disks::default();
-        for drive in block.as_array().map(Vec::as_slice).unwrap_or_default() {
-            let device = device_name(drive);
-            match drive["inserted"]["node-name"].as_str() {
-                None => result.empty.push(device),
-                Some(node) => result.disks.push(self.disk(device, node, drive)?),
+        for drive in self.drives(block) {
+            match drive.disk? {
+                None => result.empty.push(drive.device),
+                Some(disk) => result.disks.push(disk),
             }
         }
         Ok(result)
+    }
+
+    fn drives(&self, block: &Value) -> Vec<Drive> {
+        let drive = |drive: &Value| {
+            let device = device_name(drive);
+            let disk = drive["inserted"]["node-name"].as_str().map(|node| self.disk(device.clone(), node, drive));
+            Drive { device, disk: disk.transpose() }
+        };
+        block.as_array().into_iter().flatten().map(drive).collect()
     }
 
     fn disk(&self, device: String, node: &str, drive: &Value) -> Result<Disk, DiskError> {

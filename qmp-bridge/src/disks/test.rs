@@ -60,6 +60,19 @@ fn a_bare_file_node_is_raw_and_an_empty_drive_is_no_disk() {
 }
 
 #[test]
+fn a_survey_tells_each_drive_by_itself() {
+    let block = json!([
+        {"device": "bad", "inserted": {"node-name": "n", "ro": false}},
+        {"device": "good", "inserted": {"node-name": "f", "ro": false}},
+        {"device": "cd", "removable": true},
+    ]);
+    let nodes = node_infos(&json!([node("n", "vvfat", "fat:/x"), node("f", "file", "/x.img")]));
+    let drives = Survey { nodes, graph: Graph::parse(&graph(&[])), qemu_cwd: None }.drives(&block);
+    let told: Vec<_> = drives.iter().map(|drive| (drive.device.as_str(), drive.disk.as_ref().map(Option::is_some).ok())).collect();
+    assert_eq!(told, [("bad", None), ("good", Some(true)), ("cd", Some(false))]);
+}
+
+#[test]
 fn what_cannot_come_back_is_refused_with_a_reason() {
     let cases = [
         (vec![node("n", "vvfat", "fat:/x")], vec![], "directory of the host"),

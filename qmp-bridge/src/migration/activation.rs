@@ -122,3 +122,29 @@ fn roots(nodes: &Value, graph: &Value) -> Vec<String> {
     let names = writable.filter_map(|node| node["node-name"].as_str().map(str::to_owned));
     names.filter(|name| tops.contains(name.as_str())).collect()
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn roots_are_writable_and_have_no_node_above() {
+        let node = |name: &str, ro: bool| json!({ "node-name": name, "ro": ro });
+        let nodes =
+            json!([node("overlay", false), node("overlay-file", false), node("disk", false), node("cd", true), node("spare", false)]);
+        let vertex = |id: u64, kind: &str, name: &str| json!({ "id": id, "type": kind, "name": name });
+        let graph = json!({
+            "nodes": [
+                vertex(1, "block-driver", "overlay"), vertex(2, "block-driver", "overlay-file"), vertex(3, "block-driver", "disk"),
+                vertex(4, "block-driver", "cd"), vertex(5, "block-driver", "spare"), vertex(6, "block-backend", "drive0"),
+            ],
+            // A device stands above a node, which is no node.
+            "edges": [
+                { "parent": 1, "child": 2, "name": "file" }, { "parent": 1, "child": 3, "name": "backing" },
+                { "parent": 6, "child": 3, "name": "root" }, { "parent": 6, "child": 5, "name": "root" },
+            ],
+        });
+        assert_eq!(roots(&nodes, &graph), ["overlay", "spare"]);
+        assert!(roots(&json!("?"), &Value::Null).is_empty());
+    }
+}

@@ -30,6 +30,10 @@ pub enum MigrationError {
     TooFast { written: u64, read: u64, limit: Duration },
     #[error("cannot set up QEMU for the migration stream: {source}; nothing was left changed")]
     Setup { source: QmpError },
+    #[error("QEMU does not begin {mode}: {source}; nothing was left changed")]
+    Start { mode: StreamMode, source: QmpError },
+    #[error("the guest would have waited too long for QEMU's migration (`{status}`); {hint}")]
+    PauseTooLong { status: String, hint: String },
     #[error("cannot make a socket pair for the migration stream: {source}")]
     Socket { source: std::io::Error },
     #[error("cannot {what} the migration journal {path}: {source}")]
@@ -49,9 +53,9 @@ impl MigrationError {
     /// Whether the same call may work later.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Qmp(error) | Self::Setup { source: error } => error.is_retryable(),
+            Self::Qmp(error) | Self::Setup { source: error } | Self::Start { source: error, .. } => error.is_retryable(),
             Self::Export(error) => error.is_retryable(),
-            Self::Busy { .. } | Self::Failed { .. } | Self::Stuck { .. } | Self::TooFast { .. } => true,
+            Self::Busy { .. } | Self::Failed { .. } | Self::Stuck { .. } | Self::PauseTooLong { .. } | Self::TooFast { .. } => true,
             Self::Unsupported { .. }
             | Self::Socket { .. }
             | Self::Journal { .. }

@@ -87,3 +87,28 @@ fn parse(text: &[u8]) -> Result<Entry, String> {
 fn bad(path: &Path, why: String) -> MigrationError {
     MigrationError::BadJournal { path: path.into(), why }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn it_is_read_as_written_and_only_if_sound() {
+        let directory = tempfile::tempdir().expect("directory");
+        let path = directory.path().join("migration.json");
+        assert!(Journal::read(&path).expect("none").is_none());
+        let written = Journal::write(&path, StreamMode::PreCopy, Settings::default()).expect("write");
+        assert_eq!(Journal::read(&path).expect("read").expect("there").entry, written.entry);
+        assert_eq!(std::fs::read_dir(directory.path()).expect("list").count(), 1, "a part stays behind");
+        let text = std::fs::read_to_string(&path).expect("text");
+        let newer = text.replace("\"version\": 1", "\"version\": 2, \"new\": []");
+        let large = format!("{text}{}", " ".repeat(64 << 10));
+        for bad in [newer.as_str(), &large, "", "{}", "[1]", &text[..text.len() / 2], "{\"version\": 1, \"mode\": \"teleport\"}"] {
+            std::fs::write(&path, bad).expect("spoil");
+            let error = Journal::read(&path).map(drop).expect_err("spoilt");
+            assert!(matches!(error, MigrationError::BadJournal { .. }) && error.to_string().contains("migration.json"), "{error}");
+        }
+        written.remove().expect("remove");
+        written.remove().expect("again");
+    }
+}

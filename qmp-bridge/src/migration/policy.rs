@@ -76,3 +76,64 @@ fn first_limit(options: &StreamOptions) -> Duration {
 fn milliseconds(limit: Duration) -> u64 {
     u64::try_from(limit.min(NO_LIMIT).as_millis()).unwrap_or(u64::MAX).max(1)
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn progress(passes: u64) -> Progress {
+        Progress { passes, written_rate: 300 << 20, sent_rate: 100 << 20, ..Progress::default() }
+    }
+
+    /// Each pass takes half a second and is not enough.
+    fn run(options: &StreamOptions) -> (Vec<u64>, Option<MigrationError>) {
+        let start = Instant::now();
+        let mut policy = Policy::new(options, start);
+        let mut limits = vec![first_limit_ms(options)];
+        for pass in 1..100 {
+            match policy.judge(&progress(pass), start + Duration::from_millis(500) * pass as u32) {
+                Ok(Step::Wait) => {}
+                Ok(Step::Raise(limit)) => limits.push(limit),
+                Err(error) => return (limits, Some(error)),
+            }
+        }
+        (limits, None)
+    }
+
+    #[test]
+    fn the_limit_doubles_up_to_the_longest_pause_allowed() {
+        let options = StreamOptions { max_pause: Duration::from_millis(30), ..StreamOptions::default() };
+        let (limits, error) = run(&options);
+        assert_eq!(limits, [5, 10, 20, 30]);
+        let said = error.expect("too fast").to_string();
+        assert!(said.contains("300 MiB/s") && said.contains("100 MiB/s") && said.contains("30ms"), "{said}");
+        let (limits, error) = run(&StreamOptions { when_too_fast: WhenTooFast::SwitchOver, ..options });
+        assert_eq!((limits, error.is_none()), (vec![5, 10, 20, 30, 2_000_000], true));
+    }
+
+    #[test]
+    fn a_small_allowance_is_kept_from_the_start() {
+        assert_eq!(run(&StreamOptions { max_pause: Duration::from_millis(2), ..StreamOptions::default() }).0, [2]);
+        assert_eq!(run(&StreamOptions { max_pause: Duration::ZERO, ..StreamOptions::default() }).0, [1]);
+        let huge = StreamOptions { max_pause: Duration::MAX, ..StreamOptions::default() };
+        assert_eq!(run(&huge).0.last(), Some(&2_000_000));
+    }
+
+    #[test]
+    fn quick_passes_do_not_raise_it_before_qemu_knows_its_speed() {
+        let start = Instant::now();
+        let mut policy = Policy::new(&StreamOptions::default(), start);
+        for pass in 1..1000 {
+            assert_eq!(policy.judge(&progress(pass), start + Duration::from_millis(100)).expect("early"), Step::Wait);
+        }
+    }
+
+    #[test]
+    fn the_first_pass_may_take_for_ever() {
+        let start = Instant::now();
+        let mut policy = Policy::new(&StreamOptions::default(), start);
+        for second in 0..1000 {
+            assert_eq!(policy.judge(&progress(1), start + Duration::from_secs(second)).expect("first"), Step::Wait);
+        }
+    }
+}

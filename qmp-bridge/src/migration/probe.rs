@@ -15,14 +15,18 @@ use crate::qmp::{Qmp, QmpError};
 
 /// How long putting back may block a thread if this call is dropped half-way.
 const LAST_PATIENCE: Duration = Duration::from_secs(2);
-/// Before this version QEMU runs the guest after a background snapshot, and wakes a suspended one for any migration.
-const KEEPS_RUN_STATE_SINCE: u32 = 9;
+/// Before this version QEMU goes on write-protecting memory after a background snapshot that was cancelled or whose reader
+/// is gone: the guest's processors then wait in a page fault for ever (seen with 7.2). A guest must not depend on us so.
+/// Nor does it keep the run state: any guest runs after a snapshot, and a suspended one wakes up for any migration.
+const SNAPSHOTS_SINCE: u32 = 9;
 
 /// What [`probe`] found; each `Err` says why not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Support {
     pub background_snapshot: Result<(), String>,
     pub pre_copy: Result<(), String>,
+    /// The guest is stopped, by its owner.
+    pub stopped: bool,
 }
 
 impl Support {
@@ -33,9 +37,14 @@ impl Support {
         }
     }
 
-    /// The mode to use when nobody wants a certain one; `None` if none is possible.
+    /// The mode to use when nobody wants a certain one; `None` if none is possible. Pre-copy for a guest that runs, see the
+    /// module's head; a stopped one has no pause to lose, and after a background snapshot its state is still `paused`.
     pub fn preferred(&self) -> Option<StreamMode> {
-        [StreamMode::PreCopy, StreamMode::BackgroundSnapshot].into_iter().find(|mode| self.of(*mode).is_ok())
+        let mut modes = [StreamMode::PreCopy, StreamMode::BackgroundSnapshot];
+        if self.stopped {
+            modes.reverse();
+        }
+        modes.into_iter().find(|mode| self.of(*mode).is_ok())
     }
 }
 
@@ -44,9 +53,10 @@ pub async fn probe(qmp: &Qmp) -> Result<Support, MigrationError> {
     let progress = idle(qmp).await?;
     if !progress.blocked.is_empty() {
         let why = progress.blocked.join("; ");
-        return Ok(Support { background_snapshot: Err(why.clone()), pre_copy: Err(why) });
+        return Ok(Support { background_snapshot: Err(why.clone()), pre_copy: Err(why), stopped: false });
     }
     let state = run_state(qmp).await?;
+    let stopped = !matches!(state.as_str(), "running" | "suspended");
     let pre_copy = match unsupported_state(qmp, StreamMode::PreCopy, &state) {
         Some(why) => Err(why),
         None => pre_copy(qmp).await?,
@@ -55,7 +65,7 @@ pub async fn probe(qmp: &Qmp) -> Result<Support, MigrationError> {
         Some(why) => Err(why),
         None => background_snapshot(qmp).await?,
     };
-    Ok(Support { background_snapshot, pre_copy })
+    Ok(Support { background_snapshot, pre_copy, stopped })
 }
 
 /// QEMU's word on its last migration, if none is under way.
@@ -68,19 +78,21 @@ pub(super) async fn idle(qmp: &Qmp) -> Result<Progress, MigrationError> {
 }
 
 /// Why a guest in this run state cannot be streamed so. A background snapshot puts the guest into the state `paused`, and
-/// QEMU aborts when its table of states does not allow that step.
+/// QEMU aborts when its table of states does not allow that step (seen with 7.2 and 10.0 from `prelaunch`).
 pub(super) fn unsupported_state(qmp: &Qmp, mode: StreamMode, state: &str) -> Option<String> {
-    let old = qmp.version().major < KEEPS_RUN_STATE_SINCE;
-    match (mode, state) {
-        (_, "inmigrate") => Some("the guest's own state is still being loaded".into()),
-        (_, "suspended") if old => Some(format!("the guest is suspended, and QEMU {} would wake it", qmp.version())),
-        (StreamMode::BackgroundSnapshot, "running" | "suspended") => None,
-        (StreamMode::BackgroundSnapshot, "paused") if old => {
-            Some(format!("the guest is stopped, and QEMU {} would let it run", qmp.version()))
+    let version = qmp.version();
+    let old = version.major < SNAPSHOTS_SINCE;
+    let why = match (mode, state) {
+        (_, "inmigrate") => "the guest's own state is still being loaded".into(),
+        (_, "postmigrate") => "the guest is stopped since an earlier migration; QEMU allows the next when it has run again (`cont`)".into(),
+        (StreamMode::BackgroundSnapshot, _) if old => {
+            format!("with QEMU {version} a guest can hang for ever when its reader ends; {SNAPSHOTS_SINCE}.0 is the first that is safe")
         }
-        (StreamMode::BackgroundSnapshot, "paused") | (StreamMode::PreCopy, _) => None,
-        (StreamMode::BackgroundSnapshot, other) => Some(format!("the guest's state is `{other}`, from which QEMU cannot make one")),
-    }
+        (StreamMode::PreCopy, "suspended") if old => format!("the guest is suspended, and QEMU {version} would wake it"),
+        (StreamMode::PreCopy, _) | (_, "running" | "suspended" | "paused") => return None,
+        (StreamMode::BackgroundSnapshot, other) => format!("the guest's state is `{other}`, from which QEMU cannot make one"),
+    };
+    Some(why)
 }
 
 async fn pre_copy(qmp: &Qmp) -> Result<Result<(), String>, MigrationError> {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::MigrationError;
 use super::journal::Journal;
-use super::session::undo;
+use super::session::{SESSION_MARKER, undo};
 use super::status::Progress;
 use crate::paused;
 use crate::qmp::Qmp;
@@ -23,18 +23,28 @@ pub struct Recovered {
 /// Brings QEMU back to the state before the session that `journal` tells of: cancels its migration, lets the guest run if
 /// it was stopped by it, puts capabilities and parameters back, and removes the journal. Does nothing without a journal,
 /// and may be called again. A migration of somebody else is [`MigrationError::Busy`], and the journal stays.
+///
+/// A guest that stands after a migration is resumed only if the settings of the session are still there: else its owner
+/// has migrated it since, perhaps to another host, where it runs.
 #[tracing::instrument(skip_all)]
 pub async fn recover(qmp: &Qmp, journal: &Path) -> Result<Recovered, MigrationError> {
     let Some(journal) = Journal::read(journal)? else { return Ok(Recovered::default()) };
-    let progress = Progress::query(qmp).await?;
-    let cancelled = progress.is_running();
-    if cancelled && !journal.entry.settings.is_ours(qmp).await? {
-        return Err(MigrationError::Busy { status: progress.status });
+    let mut recovered = Recovered { found: true, ..Recovered::default() };
+    // Without the marker this is another QEMU, or the helper died before it changed anything.
+    if paused::marker_present(qmp, SESSION_MARKER).await? {
+        let progress = Progress::query(qmp).await?;
+        recovered.cancelled = progress.is_running();
+        let ours = journal.entry.settings.is_ours(qmp).await?;
+        if recovered.cancelled && !ours {
+            return Err(MigrationError::Busy { status: progress.status });
+        }
+        if ours {
+            recovered.resumed = paused::resume_switched_over(qmp).await?;
+        }
+        recovered.resumed |= paused::resume_abandoned(qmp).await?;
+        undo(qmp, &journal).await?;
     }
-    let resumed = paused::resume_abandoned(qmp).await?;
-    undo(qmp, &journal, cancelled).await?;
     journal.remove()?;
-    let recovered = Recovered { found: true, cancelled, resumed };
     tracing::warn!(?recovered, "put QEMU back after a helper that ended in the middle of a migration stream");
     Ok(recovered)
 }

@@ -14,10 +14,15 @@ use super::channel::{self, Channel};
 use super::journal::Journal;
 use super::settings::Settings;
 use super::status::{Hint, Hints, Progress, wait_until_over};
-use super::{MigrationError, StreamMode, StreamOptions, policy, probe, recover};
+use super::{MigrationError, StreamMode, StreamOptions, WhenTooFast, policy, probe, recover};
 use crate::paused::{self, Paused, run_state};
 use crate::qmp::Qmp;
 
+/// Id of the object that says: this QEMU is the one that a journal tells of.
+pub(super) const SESSION_MARKER: &str = "stillpoint-migration";
+/// What QEMU gets on top of twice [`StreamOptions::max_pause`] before a pause counts as stuck, by a reader that does not
+/// read say, and is ended.
+const PAUSE_GRACE: Duration = Duration::from_secs(2);
 /// How long a cancelled migration may take to be over.
 pub(super) const CANCEL_PATIENCE: Duration = Duration::from_secs(30);
 /// Pause between two looks at a migration while the guest runs.
@@ -92,7 +97,9 @@ impl Migration {
         match session.set_up().await {
             Ok(()) => Ok(session),
             Err(error) => {
-                session.cancel().await?;
+                if let Err(second) = session.cancel().await {
+                    tracing::warn!(error = %second, "cannot take the preparation of a migration back; the next start of the helper will");
+                }
                 Err(error)
             }
         }
@@ -100,6 +107,7 @@ impl Migration {
 
     async fn set_up(&mut self) -> Result<(), MigrationError> {
         let undo = self.undo()?;
+        paused::place_marker(&undo.qmp, SESSION_MARKER).await?;
         let applied = undo.journal.entry.settings.apply(&undo.qmp).await;
         applied.map_err(|source| MigrationError::Setup { source })?;
         undo.channel = Some(Channel::open(&undo.qmp).await?);
@@ -138,7 +146,7 @@ impl Migration {
         // A `migrate` without a reply may have begun.
         self.stage = Stage::Started;
         let sent = self.qmp.execute_json("migrate", json!({ "uri": Channel::uri() })).await;
-        sent.map(drop).map_err(|source| MigrationError::Setup { source })
+        sent.map(drop).map_err(|source| MigrationError::Start { mode: self.mode, source })
     }
 
     async fn announce(&mut self) -> Result<(), MigrationError> {
@@ -168,6 +176,7 @@ impl Migration {
             return Err(MigrationError::Order("`complete` comes after `switchover`"));
         }
         self.qmp.execute_json("migrate-continue", json!({ "state": "pre-switchover" })).await?;
+        let deadline = self.pause_deadline(paused);
         loop {
             match self.hints.next(PAUSED_LOOK).await {
                 Hint::Status(status) if status == "completed" => break,
@@ -178,11 +187,11 @@ impl Migration {
                 break;
             }
             progress.check()?;
-            self.check_time("is the stream read?")?;
+            check_pause(deadline, &progress, "is the stream read?")?;
         }
         // `completed` is said a little before the guest's state follows, and `cont` is refused until then.
         while run_state(&self.qmp).await? == "finish-migrate" {
-            self.check_time("the guest's state does not follow")?;
+            check_pause(deadline, &Progress::default(), "the guest's state does not follow")?;
         }
         tracing::debug!("completed after {:?} of pause", paused.elapsed());
         if let Some(Undo { qmp, activation: Some(activation), .. }) = &self.undo {
@@ -199,33 +208,20 @@ impl Migration {
         if self.stage != Stage::Started || self.mode != StreamMode::BackgroundSnapshot {
             return Err(MigrationError::Order("`memory_is_held` comes after `start` of a background snapshot"));
         }
-        let pause = loop {
-            match self.hints.next(PAUSED_LOOK).await {
-                Hint::Resume(at) => break self.was_resumed(paused, at).await?,
-                Hint::Stop(_) | Hint::Status(_) | Hint::Look => {}
-            }
+        let deadline = self.pause_deadline(&paused);
+        loop {
             let progress = Progress::query(&self.qmp).await?;
             progress.check()?;
             // Pages are sent only after all are protected.
             if progress.pages > 0 {
-                break match run_state(&self.qmp).await?.as_str() {
-                    "running" => self.was_resumed(paused, Instant::now()).await?,
-                    _ => paused.resume().await?,
-                };
+                break;
             }
-            self.check_time("memory is not write-protected yet")?;
-        };
+            check_pause(deadline, &progress, "large memory takes long to be write-protected; use pre-copy")?;
+            self.hints.next(PAUSED_LOOK).await;
+        }
+        let pause = paused.resume().await?;
         self.stage = Stage::Held;
         Ok(pause)
-    }
-
-    /// Before 9.0 QEMU lets the guest run after a background snapshot whatever it did before.
-    async fn was_resumed(&self, paused: Paused, at: Instant) -> Result<Duration, MigrationError> {
-        if !paused.guest_ran() {
-            tracing::warn!("QEMU let a stopped guest run; stopping it again");
-            self.qmp.execute(qapi::qmp::stop {}).await?;
-        }
-        Ok(paused.resumed_by_qemu(at))
     }
 
     /// Waits until QEMU has sent everything, then puts back what was changed and removes the journal. If the stream failed,
@@ -233,18 +229,16 @@ impl Migration {
     #[tracing::instrument(name = "finish", skip_all)]
     pub async fn finish(mut self) -> Result<Progress, MigrationError> {
         let waited = match self.stage {
-            Stage::Prepared => Err(MigrationError::Order("`finish` comes after `start`")),
-            _ => self.wait_completed(IDLE_LOOK).await,
+            Stage::Held => self.wait_completed().await,
+            _ => Err(MigrationError::Order("`finish` comes after `complete` or `memory_is_held`")),
         };
-        let ended = match waited {
-            Ok(progress) => {
-                self.wait_closed().await;
-                Ok(progress)
-            }
-            Err(error) => Err(error),
-        };
+        if waited.is_ok() {
+            // What QEMU has sent is still on its way to the reader, so nothing is cut.
+            self.wait_closed().await;
+            self.undo()?.channel = None;
+        }
         let undone = self.end().await;
-        let progress = ended?;
+        let progress = waited?;
         undone?;
         Ok(progress)
     }
@@ -274,7 +268,7 @@ impl Migration {
         }
     }
 
-    async fn wait_completed(&mut self, look: Duration) -> Result<Progress, MigrationError> {
+    async fn wait_completed(&mut self) -> Result<Progress, MigrationError> {
         loop {
             let progress = Progress::query(&self.qmp).await?;
             if progress.status == "completed" {
@@ -282,8 +276,17 @@ impl Migration {
             }
             progress.check()?;
             self.check_time("is the stream read?")?;
-            self.hints.next(look).await;
+            self.hints.next(IDLE_LOOK).await;
         }
+    }
+
+    /// When a guest has waited long enough for anything. Whoever accepts any pause gets it.
+    fn pause_deadline(&self, paused: &Paused) -> Instant {
+        let allowed = match (self.mode, self.options.when_too_fast) {
+            (StreamMode::PreCopy, WhenTooFast::SwitchOver) => self.options.timeout,
+            _ => (self.options.max_pause * 2 + PAUSE_GRACE).min(self.options.timeout),
+        };
+        Instant::now() + allowed.saturating_sub(paused.elapsed())
     }
 
     pub(super) fn check_time(&self, hint: &str) -> Result<(), MigrationError> {
@@ -292,6 +295,13 @@ impl Migration {
         }
         let hint = format!("; {hint}");
         Err(MigrationError::Stuck { status: "active".into(), after: self.options.timeout, hint })
+    }
+}
+
+fn check_pause(deadline: Instant, progress: &Progress, hint: &str) -> Result<(), MigrationError> {
+    match Instant::now() < deadline {
+        true => Ok(()),
+        false => Err(MigrationError::PauseTooLong { status: progress.status.clone(), hint: hint.into() }),
     }
 }
 
@@ -334,10 +344,11 @@ impl Undo {
 
     /// Ends whatever of the migration is left. Repeatable.
     async fn run(&mut self) -> Result<(), MigrationError> {
-        if self.journal.entry.mode == StreamMode::BackgroundSnapshot && Progress::query(&self.qmp).await?.is_running() {
+        // See [`Self::cancel_blocking`].
+        if self.journal.entry.mode == StreamMode::BackgroundSnapshot {
             self.cut();
         }
-        let ended = undo(&self.qmp, &self.journal, true).await;
+        let ended = undo(&self.qmp, &self.journal).await;
         self.cut();
         ended?;
         if let Some(activation) = &self.activation {
@@ -347,9 +358,9 @@ impl Undo {
     }
 }
 
-/// What an end and a recovery have in common; the journal stays until this has worked.
-pub(super) async fn undo(qmp: &Qmp, journal: &Journal, cancel: bool) -> Result<(), MigrationError> {
-    if cancel && Progress::query(qmp).await?.is_running() {
+/// What an end and a recovery have in common. The journal goes after it has worked.
+pub(super) async fn undo(qmp: &Qmp, journal: &Journal) -> Result<(), MigrationError> {
+    if Progress::query(qmp).await?.is_running() {
         qmp.execute_json("migrate_cancel", Value::Null).await?;
         wait_until_over(qmp, IDLE_LOOK, CANCEL_PATIENCE).await?;
     }
@@ -357,6 +368,7 @@ pub(super) async fn undo(qmp: &Qmp, journal: &Journal, cancel: bool) -> Result<(
     paused::withdraw_switchover(qmp).await?;
     activation::remove_leftovers(qmp).await?;
     journal.entry.settings.put_back(qmp).await?;
+    paused::remove_marker(qmp, SESSION_MARKER).await?;
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tokio::sync::broadcast;
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 
 use super::MigrationError;
 use crate::qmp::{Qmp, QmpError, QmpEvent};
@@ -89,7 +89,7 @@ pub(super) enum Hint {
     /// The migration has this status, says an event.
     Status(String),
     Stop(Instant),
-    Resume(Instant),
+    Resume,
     /// Time to look.
     Look,
 }
@@ -117,13 +117,33 @@ impl Hints {
                 }
                 Ok(Ok(event)) => event,
             };
-            match event.name.as_str() {
-                MIGRATION_EVENT => return Hint::Status(event.data["status"].as_str().unwrap_or_default().into()),
-                "STOP" => return Hint::Stop(event.at),
-                "RESUME" => return Hint::Resume(event.at),
-                _ => {}
+            if let Some(hint) = understand(event) {
+                return hint;
             }
         }
+    }
+
+    /// What has come already, without waiting.
+    pub(super) fn queued(&mut self) -> impl Iterator<Item = Hint> {
+        std::iter::from_fn(|| {
+            loop {
+                match self.events.try_recv() {
+                    Ok(event) => return Some(understand(event)),
+                    Err(TryRecvError::Lagged(_)) => {}
+                    Err(TryRecvError::Empty | TryRecvError::Closed) => return None,
+                }
+            }
+        })
+        .flatten()
+    }
+}
+
+fn understand(event: QmpEvent) -> Option<Hint> {
+    match event.name.as_str() {
+        MIGRATION_EVENT => Some(Hint::Status(event.data["status"].as_str().unwrap_or_default().into())),
+        "STOP" => Some(Hint::Stop(event.at)),
+        "RESUME" => Some(Hint::Resume),
+        _ => None,
     }
 }
 

@@ -29,7 +29,7 @@ impl Migration {
                     "finish-migrate" => stopped = Some(at),
                     _ => self.ran = false,
                 },
-                Hint::Resume(_) => self.ran = true,
+                Hint::Resume => self.ran = true,
                 Hint::Status(_) | Hint::Look => {
                     let progress = Progress::query(&self.qmp).await?;
                     progress.check()?;
@@ -44,6 +44,14 @@ impl Migration {
                     }
                     self.check_time("the guest's memory does not settle, or the stream is not read")?;
                 }
+            }
+        }
+        // The reply to a question may have overtaken the news.
+        for hint in self.hints.queued() {
+            match hint {
+                Hint::Stop(at) => stopped = Some(at),
+                Hint::Resume => self.ran = true,
+                Hint::Status(_) | Hint::Look => {}
             }
         }
         paused.switched_over(self.ran, stopped.unwrap_or_else(Instant::now));

@@ -112,3 +112,55 @@ fn drop_works_and_waits_after_the_runtime_is_gone() {
     drop(runtime);
     assert_eq!(peer.join().expect("peer")[2..], ["stop", "cont", "object-del"]);
 }
+
+/// Answers everything; `cont` is refused while a switch-over has not completed, until it is cancelled.
+async fn serve_switchover(mut peer: Peer) -> Vec<String> {
+    let mut seen = Vec::new();
+    let mut status = "finish-migrate";
+    while let Some((command, id)) = peer.command().await {
+        let name = command["execute"].as_str().expect("name").to_owned();
+        match name.as_str() {
+            "cont" if status == "finish-migrate" => {
+                peer.send(&json!({"error": {"class": "GenericError", "desc": "not finalized"}, "id": id}).to_string()).await;
+            }
+            "migrate_cancel" => {
+                status = "running";
+                peer.answer(id, json!({})).await;
+            }
+            _ => peer.answer(id, json!({ "status": status })).await,
+        }
+        seen.push(name);
+    }
+    seen
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dropped_switchover_is_cancelled_and_continued() {
+    let (qmp, peer, _directory) = pair().await;
+    let peer = tokio::spawn(serve(peer, "running", false));
+    assert!(Paused::announce_switchover(&qmp).await.expect("announce"));
+    drop(Paused::by_switchover(&qmp));
+    drop(qmp);
+    assert_eq!(peer.await.expect("peer"), ["query-status", "object-add", "migrate_cancel", "cont", "object-del"]);
+}
+
+#[tokio::test]
+async fn a_switchover_that_has_not_completed_is_cancelled_to_resume() {
+    let (qmp, peer, _directory) = pair().await;
+    let peer = tokio::spawn(serve_switchover(peer));
+    Paused::by_switchover(&qmp).resume().await.expect("resume");
+    drop(qmp);
+    assert_eq!(peer.await.expect("peer"), ["cont", "migrate_cancel", "query-status", "query-status", "object-del"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_stood_before_the_switchover_is_not_continued() {
+    let (qmp, peer, _directory) = pair().await;
+    let peer = tokio::spawn(serve(peer, "paused", false));
+    assert!(!Paused::announce_switchover(&qmp).await.expect("announce"));
+    let mut paused = Paused::by_switchover(&qmp);
+    paused.switched_over(false, Instant::now());
+    drop(paused);
+    drop(qmp);
+    assert_eq!(peer.await.expect("peer")[..2], ["query-status", "migrate_cancel"]);
+}

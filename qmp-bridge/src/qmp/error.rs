@@ -45,10 +45,7 @@ impl QmpError {
 
     /// Whether the same call may work later, after a reconnect if the connection was lost.
     pub fn is_retryable(&self) -> bool {
-        matches!(
-            self,
-            Self::Connect { .. } | Self::NoGreeting { .. } | Self::NoMonitor { .. } | Self::Timeout { .. } | Self::Closed { .. }
-        )
+        matches!(self, Self::Connect { .. } | Self::NoGreeting { .. } | Self::NoMonitor { .. } | Self::Timeout { .. } | Self::Closed { .. })
     }
 
     /// Whether this QEMU lacks the command.

@@ -63,15 +63,14 @@ pub struct Qmp {
 
 impl Qmp {
     /// Connects and negotiates. Within `timeout` it retries a socket that is not there yet or refuses, since
-    /// QEMU makes it a moment after its start. A monitor already in use accepts but never greets: see the error.
+    /// QEMU makes it a moment after its start; a socket that it has just made it lets alone for 250 ms, since QEMU may hang
+    /// on a client that comes too early. A monitor already in use accepts but never greets: see the error.
     pub async fn connect(path: impl AsRef<Path>, timeout: Duration) -> Result<Self, QmpError> {
         Self::negotiate(wire::open(path.as_ref(), timeout).await?, timeout).await
     }
 
-    /// Negotiates on the other end of a socket that QEMU was started with (`-chardev socket,fd=N`). Nothing can go wrong
-    /// in between, whereas a QEMU that listens is best not spoken to while it starts: its main thread and its monitor's
-    /// thread both watch the listening socket for a moment, and if both see the client come, one of them waits in
-    /// accept(2) for ever (seen with 10.0, once in about 1500 starts on two busy processors).
+    /// Negotiates on the other end of a socket that QEMU was started with (`-chardev socket,fd=N`). Unlike a listening
+    /// socket it can be spoken to while QEMU starts: nobody has to accept it.
     pub async fn over(socket: UnixStream, timeout: Duration) -> Result<Self, QmpError> {
         Self::negotiate(wire::over(socket, timeout).await?, timeout).await
     }

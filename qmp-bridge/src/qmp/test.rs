@@ -18,6 +18,10 @@ pub(crate) struct Peer {
 impl Peer {
     pub(crate) async fn accept(listener: &UnixListener) -> Self {
         let (stream, _) = listener.accept().await.expect("accept");
+        Self::greet(stream).await
+    }
+
+    pub(crate) async fn greet(stream: UnixStream) -> Self {
         let (read, write) = UnixStream::into_split(stream);
         let mut peer = Self { lines: BufReader::new(read).lines(), write };
         // As QEMU does when the client before was cut off.
@@ -111,4 +115,68 @@ async fn a_foreign_greeting_is_refused() {
     };
     let (result, _stream) = tokio::join!(Qmp::connect(&path, Duration::from_secs(5)), peer);
     assert!(matches!(result, Err(QmpError::NotQmp { .. })));
+}
+
+/// QEMU answers so what it cannot parse. Waiting for a better answer would be waiting for ever.
+#[tokio::test]
+async fn a_command_that_arrived_garbled_fails_at_once() {
+    let (qmp, mut peer, _directory) = pair().await;
+    let script = async {
+        peer.command().await.expect("a command");
+        peer.send(r#"{"error": {"class": "GenericError", "desc": "JSON parse error, expected separator in dict"}}"#).await;
+    };
+    let (reply, ()) = tokio::join!(qmp.execute_json("blockdev-create", Value::Null), script);
+    let error = reply.expect_err("it was lost");
+    assert!(matches!(&error, QmpError::Closed { .. }) && error.to_string().contains("expected separator"), "{error}");
+    assert!(error.is_retryable());
+    qmp.closed().await;
+}
+
+#[tokio::test]
+async fn a_socket_that_was_just_made_is_let_alone() {
+    let directory = tempfile::tempdir().expect("directory");
+    let path = directory.path().join("qmp");
+    let late = async {
+        // Not there yet when the client begins.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let listener = UnixListener::bind(&path).expect("bind");
+        let bound = Instant::now();
+        let _peer = Peer::accept(&listener).await;
+        bound.elapsed()
+    };
+    let (qmp, young) = tokio::join!(Qmp::connect(&path, Duration::from_secs(20)), late);
+    qmp.expect("connect");
+    assert!(young >= Duration::from_millis(240), "a client came {young:?} after the socket was made");
+}
+
+#[tokio::test]
+async fn an_old_socket_is_connected_to_at_once() {
+    let directory = tempfile::tempdir().expect("directory");
+    let path = directory.path().join("qmp");
+    let listener = UnixListener::bind(&path).expect("bind");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let begun = Instant::now();
+    let (qmp, _peer) = tokio::join!(Qmp::connect(&path, Duration::from_secs(20)), Peer::accept(&listener));
+    qmp.expect("connect");
+    assert!(begun.elapsed() < Duration::from_millis(240), "it took {:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_socket_that_qemu_was_given_needs_no_listener() {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair");
+    theirs.set_nonblocking(true).expect("set");
+    let theirs = UnixStream::from_std(theirs).expect("a stream");
+    let (qmp, mut peer) = tokio::join!(Qmp::over(ours, Duration::from_secs(20)), Peer::greet(theirs));
+    let qmp = qmp.expect("negotiated");
+    let script = async {
+        let (_, id) = peer.command().await.expect("a command");
+        peer.answer(id, json!("yes")).await;
+    };
+    let (reply, ()) = tokio::join!(qmp.execute_json("query", Value::Null), script);
+    assert_eq!(reply.expect("answered"), json!("yes"));
+
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair");
+    drop(theirs);
+    let error = Qmp::over(ours, Duration::from_secs(20)).await.expect_err("nobody is there");
+    assert!(matches!(&error, QmpError::NoMonitor { why } if why.contains("closed")), "{error}");
 }

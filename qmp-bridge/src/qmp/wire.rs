@@ -35,6 +35,14 @@ const LINGER_LOOK: Duration = Duration::from_micros(200);
 const PEEKED: usize = 64 << 10;
 /// Pause between attempts to reach a socket that is not there yet.
 const CONNECT_RETRY: Duration = Duration::from_millis(5);
+/// A listening socket younger than this is left alone.
+///
+/// While QEMU (all versions known) starts, the main thread watches a `server=on,wait=off` socket from the moment it is
+/// bound, and hands it over to the monitor's thread a little later, without a lock. To a client that comes in between one
+/// of these happens, about once in a thousand starts of a host with more to do than processors: both threads accept, and
+/// one waits in accept(2) for ever; both then read the connection, byte by byte, and no command arrives whole; or the
+/// client is greeted twice. The handover takes less than a millisecond of a free processor.
+const SETTLING: Duration = Duration::from_millis(250);
 
 pub(super) type CommandResult = Result<Value, qapi::Error>;
 type Waiting = HashMap<u64, oneshot::Sender<CommandResult>>;
@@ -251,13 +259,25 @@ fn first_id() -> u64 {
 }
 
 async fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {
+    let mut patience = SETTLING;
     loop {
-        match UnixStream::connect(path).await {
+        match connect_settled(path, &mut patience, deadline).await {
             Ok(stream) => return Ok(stream),
             Err(error) if Instant::now() + CONNECT_RETRY >= deadline => return Err(error),
             Err(_) => tokio::time::sleep(CONNECT_RETRY).await,
         }
     }
+}
+
+/// Looks at the file first: a socket that appears only then is younger than any.
+async fn connect_settled(path: &Path, patience: &mut Duration, deadline: Instant) -> Result<UnixStream, std::io::Error> {
+    let bound = std::fs::metadata(path)?.modified()?;
+    // The clock may have been set since, so what is waited here is bounded on its own.
+    let age = bound.elapsed().unwrap_or(Duration::ZERO);
+    let young = SETTLING.saturating_sub(age).min(*patience).min(deadline.saturating_duration_since(Instant::now()));
+    *patience -= young;
+    tokio::time::sleep(young).await;
+    UnixStream::connect(path).await
 }
 
 struct Lines {
@@ -314,7 +334,11 @@ impl From<RefusalBody> for qapi::Error {
 async fn read_all(mut lines: Lines, shared: Arc<Shared>) {
     let why = loop {
         match lines.next().await {
-            Ok(line) => dispatch(&shared, &line),
+            Ok(line) => {
+                if let Err(why) = dispatch(&shared, &line) {
+                    break why;
+                }
+            }
             Err(why) => break why,
         }
     };
@@ -322,24 +346,36 @@ async fn read_all(mut lines: Lines, shared: Arc<Shared>) {
     shared.end(why);
 }
 
-fn dispatch(shared: &Shared, line: &[u8]) {
+/// Hands a line to whoever waits for it; an error ends the connection.
+fn dispatch(shared: &Shared, line: &[u8]) -> Result<(), String> {
     let message: Message = match serde_json::from_slice(line) {
         Ok(message) => message,
-        Err(error) => return tracing::warn!(%error, "ignored a QMP line that is not understood"),
+        Err(error) => {
+            tracing::warn!(%error, "ignored a QMP line that is not understood");
+            return Ok(());
+        }
     };
     if let Some(name) = message.event {
         let data = message.data.unwrap_or(Value::Null);
         // Sending fails only when nobody listens.
         let _ = shared.events.send(QmpEvent { name, data, at: Instant::now() });
-        return;
+        return Ok(());
     }
-    let Some(sender) = message.id.and_then(|id| shared.waiting().remove(&id)) else { return };
+    let Some(id) = message.id else { return message.error.map_or(Ok(()), |body| Err(garbled(&body))) };
+    let Some(sender) = shared.waiting().remove(&id) else { return Ok(()) };
     let result = match message.error {
         Some(body) => Err(body.into()),
         None => Ok(message.result.unwrap_or(Value::Null)),
     };
     // The caller may have stopped waiting in this very moment.
     let _ = sender.send(result);
+    Ok(())
+}
+
+/// Each of our commands has an id, so a refusal without one is of something that QEMU could not even read: whatever was
+/// sent has been lost, and nobody would ever be told. See [`SETTLING`] for how that comes about.
+fn garbled(body: &RefusalBody) -> String {
+    format!("QEMU could not read what was sent ({}); a new connection is sound", body.desc)
 }
 
 /// QEMU may send what was left for the client before us, a reply or an event, ahead of the greeting (seen with 7.2).

@@ -145,7 +145,7 @@ impl Ram {
             let used = source.u64()?;
             let address = if self.addresses { Some(source.u64()?) } else { None };
             let sized = || format!("RAM block `{}` of {used:#x} bytes", name.escape_debug());
-            if used % PAGE != 0 {
+            if !used.is_multiple_of(PAGE) {
                 return Err(StreamReadError::malformed(at, sized(), format!("a multiple of {PAGE}")));
             }
             left = left.checked_sub(used).ok_or_else(|| {

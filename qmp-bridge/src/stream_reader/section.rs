@@ -9,18 +9,18 @@ use crate::stream_format::{mark, ram};
 /// Tells the receiver that the source has stopped its guest; carries nothing. QEMU sends it since 10.0.
 const SWITCHOVER_START: u16 = 11;
 
-/// QEMU's numbers of commands that a plain migration does not send, and what makes it send them.
+/// QEMU's numbers of commands that a plain migration does not send, and the capabilities that make it send them.
 const REFUSED_COMMANDS: [(u16, &str, &str); 10] = [
-    (1, "OPEN_RETURN_PATH", "return-path"),
-    (2, "PING", "return-path"),
-    (3, "POSTCOPY_ADVISE", "postcopy-ram"),
-    (4, "POSTCOPY_LISTEN", "postcopy-ram"),
-    (5, "POSTCOPY_RUN", "postcopy-ram"),
-    (6, "POSTCOPY_RAM_DISCARD", "postcopy-ram"),
-    (7, "PACKAGED", "postcopy-ram"),
-    (8, "ENABLE_COLO", "x-colo"),
-    (9, "POSTCOPY_RESUME", "postcopy-ram"),
-    (10, "RECV_BITMAP", "postcopy-ram"),
+    (1, "OPEN_RETURN_PATH", "`return-path` and `postcopy-ram`"),
+    (2, "PING", "`return-path` and `postcopy-ram`"),
+    (3, "POSTCOPY_ADVISE", "`postcopy-ram` and `dirty-bitmaps`"),
+    (4, "POSTCOPY_LISTEN", "`postcopy-ram`"),
+    (5, "POSTCOPY_RUN", "`postcopy-ram`"),
+    (6, "POSTCOPY_RAM_DISCARD", "`postcopy-ram`"),
+    (7, "PACKAGED", "`postcopy-ram`"),
+    (8, "ENABLE_COLO", "`x-colo`"),
+    (9, "POSTCOPY_RESUME", "`postcopy-ram`"),
+    (10, "RECV_BITMAP", "`postcopy-ram`"),
 ];
 
 /// Sections in rounds that are not memory, and what makes QEMU send them.
@@ -83,7 +83,7 @@ pub(super) fn command<R: Read>(source: &mut Source<R>, at: u64) -> Result<(), St
             let known = REFUSED_COMMANDS.iter().find(|(number, _, _)| *number == command);
             let (what, advice) = known.map_or_else(
                 || (format!("the command {command}"), "it is of a newer QEMU, or of a capability to turn off".into()),
-                |(_, name, capability)| (format!("the command {name}"), format!("turn off the migration capability `{capability}`")),
+                |(_, name, capability)| (format!("the command {name}"), format!("turn off the migration capability {capability}")),
             );
             Err(StreamReadError::unsupported(at, what, advice))
         }

@@ -141,7 +141,7 @@ impl Checkpointer {
 }
 
 fn outcome(run: &Run, durable: &Durable, totals: Totals) -> Outcome {
-    let mut notes = Vec::new();
+    let mut notes = run.notes.clone();
     if durable.short_of_replicas() > 0 {
         notes.push(format!(
             "{} files were written with fewer replicas than wanted ({} at least); the store was asked to make up for it",

@@ -28,14 +28,13 @@ mod store;
 mod stream;
 
 use crate::control::Progress;
-use crate::engine::{Engine, EngineChoice, StreamChoice};
+use crate::engine::{EngineChoice, StreamChoice};
 use crate::fault;
 use crate::helper::machine::Machine;
 use crate::launch::command::is_running;
 use anyhow::Result;
 use base::Base;
 use checkpoint_store::StoreError;
-use qmp_bridge::migration::Support;
 use outcome::{Outcome, Phases, milliseconds};
 use staging::Staging;
 use std::time::{Duration, Instant, SystemTime};
@@ -71,8 +70,6 @@ pub struct Checkpointer {
     /// it owed: holds whether that is everything since the old base.
     stale: Option<bool>,
     layers: crate::layers::Known,
-    /// What this QEMU's migration can do, once it was asked.
-    support: Option<Support>,
     /// What an earlier helper may have left in QEMU has been cleaned up.
     is_clean: bool,
 }
@@ -80,7 +77,15 @@ pub struct Checkpointer {
 impl Checkpointer {
     pub fn new(machine: Machine, take_over: bool) -> Self {
         let staging = Staging::new(prepare::STAGING_PAGES);
-        Self { machine, take_over, staging, store: None, base: None, stale: None, layers: Default::default(), support: None, is_clean: false }
+        Self { machine, take_over, staging, store: None, base: None, stale: None, layers: Default::default(), is_clean: false }
+    }
+
+    /// The machine goes on in another QEMU: what the store holds is as it was; what was written since is not known.
+    pub fn replace_machine(&mut self, machine: Machine) {
+        self.machine = machine;
+        self.is_clean = false;
+        self.base.iter_mut().for_each(|base| base.is_exact = false);
+        self.stale = self.stale.map(|_| false);
     }
 
     /// One checkpoint, complete and durable, or an error and nothing.
@@ -123,9 +128,9 @@ impl Checkpointer {
 
     async fn capture(&mut self, run: &mut prepare::Run, phases: &mut Phases, report: &Report) -> Result<Outcome> {
         fault::point("prepared");
-        match run.engine {
-            Engine::Stream(mode) => self.stream(run, mode, phases, report).await?,
-            Engine::Tracker => {
+        match run.engine.mode() {
+            Some(mode) => self.stream(run, mode, phases, report).await?,
+            None => {
                 self.rounds(run, phases, report).await?;
                 fault::point("round");
                 self.freeze(run, phases).await?;

@@ -5,8 +5,7 @@ use super::delta::{Delta, Space};
 use super::outcome::Phases;
 use super::store::StoreSession;
 use super::{Checkpointer, Choice, Report};
-use crate::engine::{Engine, EngineChoice, StreamChoice};
-use crate::exit::refused;
+use crate::engine::{Chosen, Engine, choose_stream, choose_tracker};
 use crate::fault;
 use crate::helper::machine::lock;
 use crate::layers;
@@ -18,7 +17,7 @@ use dirty_tracker::DirtyLease;
 use qmp_bridge::capture::{BitmapTag, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
 use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
 use qmp_bridge::disks::Disk;
-use qmp_bridge::migration::{self, StreamMode};
+use qmp_bridge::migration;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::instrument;
@@ -35,6 +34,8 @@ pub enum SavedState {
 /// A checkpoint under way.
 pub struct Run {
     pub engine: Engine,
+    /// What the operator should know though all goes well.
+    pub notes: Vec<String>,
     pub seq: CheckpointSeq,
     pub parent: Option<CheckpointSeq>,
     pub disks: Vec<Disk>,
@@ -77,8 +78,8 @@ impl Checkpointer {
         let layer_bytes = self.ensure_layers(&disks).await?;
         phases.since("layers", layers_begun);
         self.follow_chains(&disks)?;
-        let engine = self.choose_engine(choice).await?;
-        let run = self.begin_run(engine, disks, layer_bytes).await?;
+        let chosen = self.choose_engine(choice).await?;
+        let run = self.begin_run(chosen, disks, layer_bytes).await?;
         phases.since("prepare", begun);
         Ok(run)
     }
@@ -103,31 +104,17 @@ impl Checkpointer {
     }
 
     /// What is wanted, if it can be had.
-    async fn choose_engine(&mut self, (engine, stream): Choice) -> Result<Engine> {
+    async fn choose_engine(&mut self, (engine, stream): Choice) -> Result<Chosen> {
         let there = self.machine.file.unprepared.as_ref();
         let engine = engine.or(there.map(|there| there.engine)).unwrap_or_default();
         let stream = stream.or(there.map(|there| there.stream)).unwrap_or_default();
-        match (engine, self.machine.has_tracker()) {
-            (EngineChoice::Auto | EngineChoice::Tracker, true) => Ok(Engine::Tracker),
-            (EngineChoice::Tracker, false) => {
-                Err(refused("no plugin of ours sits in this QEMU, so nothing tracks its memory; use --engine stream, or 'stillpoint adopt'"))
-            }
-            (EngineChoice::Auto | EngineChoice::Stream, _) => Ok(Engine::Stream(self.choose_mode(stream).await?)),
+        let has_tracker = self.machine.has_tracker();
+        let tracker = if has_tracker { Ok(()) } else { Err("no plugin of ours sits in this QEMU".to_owned()) };
+        if let Some(chosen) = choose_tracker(engine, &tracker)? {
+            return Ok(chosen);
         }
-    }
-
-    async fn choose_mode(&mut self, wanted: StreamChoice) -> Result<StreamMode> {
-        if self.support.is_none() {
-            self.support = Some(migration::probe(&self.machine.qmp).await.context("asking what QEMU's migration can do")?);
-        }
-        let support = self.support.as_ref().context("just asked")?;
-        let cannot = |mode: &str, why: &str| Err(refused(format!("this QEMU cannot be read by {mode}: {why}")));
-        match (wanted, &support.pre_copy, &support.background_snapshot) {
-            (StreamChoice::Auto | StreamChoice::PreCopy, Ok(()), _) => Ok(StreamMode::PreCopy),
-            (StreamChoice::Auto | StreamChoice::BackgroundSnapshot, _, Ok(())) => Ok(StreamMode::BackgroundSnapshot),
-            (StreamChoice::Auto | StreamChoice::PreCopy, Err(why), _) => cannot("pre-copy", why),
-            (StreamChoice::BackgroundSnapshot, _, Err(why)) => cannot("background-snapshot", why),
-        }
+        let support = migration::probe(&self.machine.qmp).await.context("asking what QEMU's migration can do")?;
+        choose_stream(stream, &support, &self.machine.facts, has_tracker)
     }
 
     /// Bitmaps serve one lineage: that of this instance.
@@ -174,7 +161,7 @@ impl Checkpointer {
         layers.map(|layer| Ok(layer.context("a layer was not stored")?.digest)).collect()
     }
 
-    async fn begin_run(&mut self, engine: Engine, disks: Vec<Disk>, layer_bytes: u64) -> Result<Run> {
+    async fn begin_run(&mut self, chosen: Chosen, disks: Vec<Disk>, layer_bytes: u64) -> Result<Run> {
         let session = self.store.as_ref().context("the store is not open")?;
         let base = self.base.as_ref().context("the base is not known")?;
         let (seq, parent, is_exact) = (base.next, base.parent, base.is_exact);
@@ -191,16 +178,17 @@ impl Checkpointer {
         let boot = layers::boot_files(&self.machine.file.arguments, &self.machine.directory())?;
         let boot_files = boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
         let (packer, delta) = self.begin_delta(&partial, seq, parent.is_none()).await?;
-        let lease = match engine {
-            Engine::Stream(_) => None,
+        let lease = match chosen.engine {
             Engine::Tracker => {
                 // From here on a helper that dies has leased pages that nobody knows of.
                 self.machine.runtime.forget_exact_since()?;
                 Some(self.begin_lease().await?)
             }
+            Engine::PreCopy | Engine::BackgroundSnapshot | Engine::Stopped => None,
         };
         Ok(Run {
-            engine,
+            engine: chosen.engine,
+            notes: notes(chosen),
             seq,
             parent,
             disks,
@@ -246,6 +234,11 @@ impl Checkpointer {
         }
         Ok((packer, delta))
     }
+}
+
+/// A guest that stands still longer than usual is worth a word.
+fn notes(chosen: Chosen) -> Vec<String> {
+    Some(chosen).filter(|chosen| chosen.engine == Engine::Stopped).map(|chosen| format!("stopped: {}", chosen.why)).into_iter().collect()
 }
 
 /// All RAM is zero but for what follows.

@@ -1,10 +1,11 @@
 //! The stream engine: what the phases `round` and `freeze` are for a QEMU in which nothing of ours tracks memory.
 //!
-//! QEMU migrates itself to us, over a socket pair, and goes on. Either
+//! QEMU migrates itself to us, over a socket pair, and goes on. By
 //! - *pre-copy*: memory comes while the guest runs; QEMU stops it for the rest when that is small, and waits for our word
 //!   before it sends it, so that the disks' instant can be taken in the same pause; or
 //! - *background snapshot*: the guest is stopped, the disks' instant taken, memory write-protected; the guest runs on and
-//!   memory comes as it was.
+//!   memory comes as it was; or
+//! - *stopped*: the guest stands still while all of its memory comes (where QEMU's pre-copy of a running guest has a fault).
 //!
 //! The devices' state is the stream's own last part. Whatever fails: the guest runs, and QEMU's capabilities and parameters are
 //! what they were.
@@ -15,6 +16,7 @@ use super::receive::Receiver;
 use super::round::blocking;
 use super::staging::Staging;
 use super::{Checkpointer, Report};
+use crate::engine::Engine;
 use crate::fault;
 use anyhow::{Context, Result};
 use checkpoint_format::PageCount;
@@ -54,7 +56,7 @@ impl Checkpointer {
         let options = StreamOptions::default();
         let mut migration = Migration::prepare(&self.machine.qmp, mode, &options, &journal).await.context("preparing QEMU's migration")?;
         fault::point("stream.prepared");
-        let taken = self.take_stream(run, mode, &mut migration, phases).await;
+        let taken = self.take_stream(run, &mut migration, phases).await;
         let ended = match &taken {
             Ok(()) => migration.finish().await.map(drop).context("ending QEMU's migration"),
             Err(_) => migration.cancel().await.context("cancelling QEMU's migration"),
@@ -67,14 +69,15 @@ impl Checkpointer {
         taken.and(ended)
     }
 
-    async fn take_stream(&mut self, run: &mut Run, mode: StreamMode, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
+    async fn take_stream(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
         let source = migration.take_reader().context("the stream has a reader already")?;
         let cut = source.try_clone().context("keeping a hand on the stream")?;
         let guest_waits = Arc::new(AtomicBool::new(false));
-        let reading = self.begin_reading(run, mode, source, Arc::clone(&guest_waits))?;
-        let flow = match mode {
-            StreamMode::PreCopy => self.pre_copy(run, migration, &guest_waits, phases).await,
-            StreamMode::BackgroundSnapshot => self.background_snapshot(run, migration, phases).await,
+        let reading = self.begin_reading(run, source, Arc::clone(&guest_waits))?;
+        let flow = match run.engine {
+            Engine::BackgroundSnapshot => self.background_snapshot(run, migration, phases).await,
+            Engine::Stopped => self.stopped(run, migration, phases).await,
+            Engine::PreCopy | Engine::Tracker => self.pre_copy(run, migration, &guest_waits, phases).await,
         };
         if flow.is_err() {
             // Ends the reading thread too; a socket that is closed already is as good.
@@ -83,16 +86,13 @@ impl Checkpointer {
         self.end_reading(run, reading, flow).await
     }
 
-    fn begin_reading(&mut self, run: &mut Run, mode: StreamMode, source: UnixStream, guest_waits: Arc<AtomicBool>) -> Result<Reading> {
+    fn begin_reading(&mut self, run: &mut Run, source: UnixStream, guest_waits: Arc<AtomicBool>) -> Result<Reading> {
         let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
         let delta = run.delta.take().context("the tables are gone")?;
         let mut staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
         staging.prefault(PAUSE_ROOM);
-        let entrance = match mode {
-            StreamMode::PreCopy => entrance,
-            // The guest waits for a page that it wants to write until we have taken it.
-            StreamMode::BackgroundSnapshot => entrance.with_patience(GUEST_PATIENCE),
-        };
+        // Otherwise the guest waits until we have taken all, or the page that it wants to write.
+        let entrance = if run.engine == Engine::PreCopy { entrance } else { entrance.with_patience(GUEST_PATIENCE) };
         let receiver = Receiver::new(staging, delta, entrance, guest_waits);
         Ok(tokio::spawn(blocking(receiver, move |receiver| receiver.receive(source))))
     }
@@ -131,6 +131,27 @@ impl Checkpointer {
         fault::point("stream.frozen");
         run.pause = paused.resume().await.context("letting the guest run again")?;
         guest_waits.store(false, Ordering::SeqCst);
+        trace(phases, run.pause, &[("freeze.stop", stopped), ("freeze.stream", completed - stopped), ("freeze.disks", frozen - completed)]);
+        Ok(())
+    }
+
+    /// Pre-copy of a guest that we have stopped before: all of its memory is read in the pause.
+    async fn stopped(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
+        let paused = Paused::stop(&self.machine.qmp).await.context("stopping the guest")?;
+        let stopped = paused.elapsed();
+        migration.start().await.context("starting QEMU's migration to the helper")?;
+        fault::point("stream.started");
+        let switched = migration.switchover().await.context("reading the guest's memory")?;
+        fault::point("stream.switched");
+        migration.complete(&switched).await.context("taking the rest of the memory")?;
+        fault::point("stream.completed");
+        let completed = paused.elapsed();
+        run.freeze_disks(&paused).await?;
+        let frozen = paused.elapsed();
+        fault::point("stream.frozen");
+        // It has nothing to resume: the guest did not run.
+        switched.resume().await.context("ending QEMU's switch-over")?;
+        run.pause = paused.resume().await.context("letting the guest run again")?;
         trace(phases, run.pause, &[("freeze.stop", stopped), ("freeze.stream", completed - stopped), ("freeze.disks", frozen - completed)]);
         Ok(())
     }

@@ -1,11 +1,14 @@
 //! `stillpoint doctor`: what this host can do, found out by trying each thing as `run` and the helper would.
 //!
+//! `stillpoint doctor --qmp SOCKET` looks at one running machine instead: see [`running`].
+//!
 //! Nothing is left behind and no store is touched. A row that says `no` makes checkpoints impossible; `warn` names
 //! something that works less well than it could.
 
 mod host;
 mod places;
 mod qemu;
+mod running;
 
 use crate::cli::DoctorArgs;
 use crate::exit::REFUSED;
@@ -13,6 +16,7 @@ use crate::inspect::print_json;
 use anyhow::Result;
 use serde::Serialize;
 use serde_json::json;
+use std::borrow::Cow;
 use std::process::ExitCode;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -36,7 +40,7 @@ impl State {
 /// One thing that was tried.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 struct Row {
-    check: &'static str,
+    check: Cow<'static, str>,
     state: State,
     /// What was found.
     detail: String,
@@ -45,20 +49,23 @@ struct Row {
 }
 
 impl Row {
-    fn ok(check: &'static str, detail: impl Into<String>) -> Self {
-        Self { check, state: State::Ok, detail: detail.into(), remedy: None }
+    fn ok(check: impl Into<Cow<'static, str>>, detail: impl Into<String>) -> Self {
+        Self { check: check.into(), state: State::Ok, detail: detail.into(), remedy: None }
     }
 
-    fn warn(check: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { check, state: State::Warn, detail: detail.into(), remedy: Some(remedy.into()) }
+    fn warn(check: impl Into<Cow<'static, str>>, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { check: check.into(), state: State::Warn, detail: detail.into(), remedy: Some(remedy.into()) }
     }
 
-    fn no(check: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { check, state: State::No, detail: detail.into(), remedy: Some(remedy.into()) }
+    fn no(check: impl Into<Cow<'static, str>>, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { check: check.into(), state: State::No, detail: detail.into(), remedy: Some(remedy.into()) }
     }
 }
 
 pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
+    if let Some(monitor) = &args.qmp {
+        return running::run(monitor, args.json);
+    }
     let mut rows = host::check();
     rows.extend(qemu::check(&args.qemu));
     rows.extend(places::check());
@@ -66,12 +73,12 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     if args.json {
         print_json(&json!({ "checkpoints_possible": can, "checks": rows }))?;
     } else {
-        print!("{}", table(&rows));
+        print!("{}", table(&rows, "on this host"));
     }
     Ok(if can { ExitCode::SUCCESS } else { ExitCode::from(REFUSED) })
 }
 
-fn table(rows: &[Row]) -> String {
+fn table(rows: &[Row], place: &str) -> String {
     let width = rows.iter().map(|row| row.check.len()).max().unwrap_or(0);
     let mut text = String::new();
     for Row { check, state, detail, remedy } in rows {
@@ -80,15 +87,15 @@ fn table(rows: &[Row]) -> String {
             text += &format!("{:4}  {:width$}  to do: {remedy}\n", "", "");
         }
     }
-    text + &verdict(rows) + "\n"
+    text + &verdict(rows, place) + "\n"
 }
 
-fn verdict(rows: &[Row]) -> String {
+fn verdict(rows: &[Row], place: &str) -> String {
     let count = |state| rows.iter().filter(|row| row.state == state).count();
     match (count(State::No), count(State::Warn)) {
-        (0, 0) => "Checkpoints can be taken on this host.".to_owned(),
-        (0, warnings) => format!("Checkpoints can be taken on this host; {warnings} of {} rows say how it could do better.", rows.len()),
-        (failures, _) => format!("No checkpoints can be taken on this host: {failures} of {} rows say 'no'.", rows.len()),
+        (0, 0) => format!("Checkpoints can be taken {place}."),
+        (0, warnings) => format!("Checkpoints can be taken {place}; {warnings} of {} rows say how it could do better.", rows.len()),
+        (failures, _) => format!("No checkpoints can be taken {place}: {failures} of {} rows say 'no'.", rows.len()),
     }
 }
 
@@ -99,13 +106,13 @@ mod test {
     #[test]
     fn the_table_lines_up_and_says_what_to_do() {
         let rows = [Row::ok("a", "fine"), Row::no("longer", "absent", "install it")];
-        let text = table(&rows);
+        let text = table(&rows, "on this host");
         assert_eq!(
             text,
             "ok    a       fine\n\
              no    longer  absent\n              to do: install it\n\
              No checkpoints can be taken on this host: 1 of 2 rows say 'no'.\n"
         );
-        assert!(verdict(&[Row::warn("a", "b", "c")]).starts_with("Checkpoints can be taken"));
+        assert!(verdict(&[Row::warn("a", "b", "c")], "here").starts_with("Checkpoints can be taken"));
     }
 }

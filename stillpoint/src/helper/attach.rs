@@ -50,7 +50,14 @@ pub async fn run(args: AttachArgs) -> Result<()> {
 }
 
 fn check_running(machine: &MachineFile, runtime: &RuntimeDir) -> Result<()> {
-    let socket = machine.plugin(runtime).unwrap_or_else(|| machine.monitor(runtime));
+    if runtime.adoption().exists() {
+        // Which of the two QEMUs is the machine is for the helper to find out.
+        return Ok(());
+    }
+    if machine.unprepared.is_some() {
+        return super::unprepared::check_alive(runtime, machine);
+    }
+    let socket = runtime.plugin();
     match std::os::unix::net::UnixStream::connect(&socket) {
         Ok(_) => Ok(()),
         Err(_) => Err(refused(format!("{} does not run: nobody answers at {}", machine.name, socket.display()))),

@@ -40,13 +40,13 @@ pub struct Machine {
 impl Machine {
     pub async fn attach(runtime: RuntimeDir) -> Result<Self> {
         let file = runtime.machine()?;
-        unprepared::check_alive(&file)?;
+        unprepared::check_alive(&runtime, &file)?;
         let handles = match file.plugin(&runtime) {
             Some(socket) => Some(connect_later(socket, file.pid).await?),
             None => None,
         };
         let qmp = match &file.unprepared {
-            Some(there) => unprepared::look::connect(&there.monitor).await?,
+            Some(there) => unprepared::connect(&file, there).await?,
             None => Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?,
         };
         if file.unprepared.is_some() && handles.is_some() {

@@ -36,6 +36,8 @@ pub async fn serve(runtime: RuntimeDir, take_over: bool) -> Result<()> {
 }
 
 async fn serve_machine(runtime: RuntimeDir, control: UnixListener, take_over: bool) -> Result<()> {
+    // An adoption that an earlier helper did not live to end decides which QEMU that is.
+    crate::adopt::recover(&runtime).await?;
     let machine = Machine::attach(runtime).await?;
     // Remembers what the machine began with, and says at once if it cannot be checkpointed; it may be mended while it runs.
     if let Err(error) = machine.check_devices().await {
@@ -43,7 +45,6 @@ async fn serve_machine(runtime: RuntimeDir, control: UnixListener, take_over: bo
     }
     let name = machine.file.name.clone();
     tracing::info!(%name, qemu = machine.pid, version = %machine.facts.qemu, accelerator = machine.facts.accelerator.as_str(), "attached");
-    let qmp = machine.qmp.clone();
     let mut checkpointer = Checkpointer::new(machine, take_over);
     // A guest that a dying helper left stopped must not wait for the next checkpoint.
     checkpointer.clean_up().await?;
@@ -51,7 +52,7 @@ async fn serve_machine(runtime: RuntimeDir, control: UnixListener, take_over: bo
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     tokio::select! {
         () = server.run(control) => {},
-        () = qmp.closed() => tracing::info!(%name, "QEMU has ended"),
+        () = server.machine_ended() => tracing::info!(%name, "QEMU has ended"),
         _ = terminate.recv() => tracing::info!(%name, "asked to end"),
         _ = tokio::signal::ctrl_c() => tracing::info!(%name, "interrupted"),
     }

@@ -61,6 +61,18 @@ impl Server {
         }
     }
 
+    /// Until the machine's QEMU has ended. An adoption puts another in its place, whose end counts then.
+    pub async fn machine_ended(&self) {
+        loop {
+            let qmp = self.checkpointer.lock().await.machine.qmp.clone();
+            qmp.closed().await;
+            let now = self.checkpointer.lock().await.machine.qmp.clone();
+            if tokio::time::timeout(Duration::from_millis(1), now.closed()).await.is_ok() {
+                return;
+            }
+        }
+    }
+
     /// Lets a checkpoint that is under way end, so that the guest is not left stopped, then frees the writer's place.
     pub async fn end(&self) {
         match tokio::time::timeout(GRACE, self.checkpointer.lock()).await {
@@ -105,7 +117,13 @@ impl Server {
                 }
                 serde_json::to_value(outcome?).context("encoding the result")
             }
-            Request::Adopt { qemu } => bail!("adopting into {qemu:?} is not built yet"),
+            Request::Adopt { qemu } => {
+                let adopted = crate::adopt::adopt(&mut checkpointer, qemu, &Report(progress)).await;
+                if let Err(error) = &adopted {
+                    tracing::error!(error = explain(error), "adoption failed");
+                }
+                serde_json::to_value(adopted?).context("encoding the result")
+            }
             Request::BarePause => bare_pause(&checkpointer).await,
             Request::Status => Ok(Value::Null),
         }

@@ -43,8 +43,8 @@ pub fn choose(options: &[QemuOption], qemu: &Path) -> Result<Accelerator> {
 
 /// What a running machine has: in the words of its command line where they fit, else by name.
 pub fn of_running(options: &[QemuOption], name: &str) -> String {
-    let accels = options.iter().filter(|option| option.name == "accel").map(QemuOption::value);
-    let named = accels.filter(|value| value.split(',').next() == Some(name)).next_back();
+    let mut accels = options.iter().filter(|option| option.name == "accel").map(QemuOption::value);
+    let named = accels.rfind(|value| value.split(',').next() == Some(name));
     named.unwrap_or(name).to_owned()
 }
 

@@ -5,6 +5,7 @@
 //! has. What no engine can save is refused; what only the tracker cannot follow is told.
 
 use super::arguments::QemuOption;
+use super::form::Form;
 use super::inherited::{self, Dropped, Hold, Manager};
 use super::normalize::{self, Normalized};
 use super::probe::{MachineType, QemuFacts};
@@ -45,6 +46,7 @@ pub struct Said<'a> {
 pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<Foreign> {
     let options = arguments::parse(words).context("reading the command line of that process")?;
     let options = readconfig::expand_in(options, hold.directory).map_err(config_gone)?;
+    let options: Vec<QemuOption> = options.into_iter().map(without_revision).collect();
     let refuse = |error: anyhow::Error| refused(error.to_string());
     refuse::check(&options, Rules::Always).map_err(refuse)?;
     let no_tracker = refuse::check(&options, Rules::Tracked).err().map(|error| error.to_string());
@@ -59,6 +61,19 @@ pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<
     let (machine_type, ram_bytes) = (normalized.machine_type.clone(), normalized.ram_bytes);
     check(&normalized, &ram_block, said)?;
     Ok(Foreign { options: normalized.options, machine_type, accelerator, ram_bytes, ram_block, dropped, manager, plugin, no_tracker })
+}
+
+/// Proxmox's QEMU counts revisions of a machine type (`pc-i440fx-9.0+pve0`), which no list of types shows.
+fn without_revision(option: QemuOption) -> QemuOption {
+    let mut form = Form::of(&option);
+    let plain = form.get("type").filter(|_| normalize::is_machine(&option)).and_then(|name| name.split_once("+pve").map(|(name, _)| name.to_owned()));
+    match plain {
+        Some(name) => {
+            form.set("type", &name);
+            form.into_option(&option.name)
+        }
+        None => option,
+    }
 }
 
 fn config_gone(error: anyhow::Error) -> anyhow::Error {
@@ -102,3 +117,6 @@ fn check(normalized: &Normalized, ram_block: &str, said: &Said<'_>) -> Result<()
         None => Err(refused(format!("QEMU has no RAM block '{ram_block}', which by its command line is the guest's memory"))),
     }
 }
+
+#[cfg(test)]
+mod test;

@@ -20,6 +20,7 @@ const WHOLE: &[(&str, &str)] = &[
     ("daemonize", PROCESS),
     ("dfilter", LOGS),
     ("gdb", DEBUG),
+    ("id", "only Proxmox's QEMU knows it"),
     ("incoming", "the machine has arrived"),
     ("loadvm", "the snapshot has been loaded"),
     ("msg", LOGS),

@@ -10,7 +10,7 @@ pub mod command;
 pub mod disk_names;
 pub mod expected;
 pub mod foreign;
-mod form;
+pub mod form;
 pub mod inherited;
 pub mod instance;
 mod memory;

@@ -53,7 +53,7 @@ fn machine_type(options: &[QemuOption]) -> Option<String> {
     machines.rev().find_map(|option| option.keys().get_or_implied("type").map(str::to_owned))
 }
 
-fn is_machine(option: &QemuOption) -> bool {
+pub fn is_machine(option: &QemuOption) -> bool {
     option.name == "machine" || option.name == "M"
 }
 

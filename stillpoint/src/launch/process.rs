@@ -43,11 +43,6 @@ impl QemuProcess {
         Ok(Self { pid, started, program: without_deleted(&program), directory, words: words(pid, &line)?, user })
     }
 
-    /// Whether the program is a QEMU that runs a machine, by its name: `qemu-system-x86_64`, `qemu-kvm`, `kvm`.
-    pub fn is_qemu(&self) -> bool {
-        is_qemu_program(&self.program)
-    }
-
     /// The network device behind a descriptor of the process, if it is a tap.
     pub fn tap(&self, descriptor: &str) -> Option<String> {
         let number: u32 = descriptor.parse().ok()?;
@@ -57,7 +52,7 @@ impl QemuProcess {
     }
 }
 
-/// Whether the program of a process is a QEMU, without reading more of it.
+/// Whether a process is a QEMU that runs a machine, by its program's name: `qemu-system-x86_64`, `qemu-kvm`, `kvm`.
 pub fn runs_qemu(pid: u32) -> bool {
     std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|program| is_qemu_program(&without_deleted(&program)))
 }
@@ -96,7 +91,7 @@ fn start_time(stat: &str) -> Option<u64> {
     fields.get(START_TIME).filter(|_| !is_gone)?.parse().ok()
 }
 
-/// Running QEMUs that hold an open file of that device and inode (for a socket: `socket:[INODE]`).
+/// Running QEMUs that have one of these sockets open.
 pub fn qemus_with_socket(inodes: &HashSet<u64>) -> Vec<u32> {
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = processes.filter_map(|process| process.file_name().to_str()?.parse::<u32>().ok());
@@ -130,7 +125,7 @@ mod test {
         let own = QemuProcess::read(std::process::id()).unwrap();
         assert_eq!(own.started, started(std::process::id()).unwrap());
         assert_eq!(own.directory, std::env::current_dir().unwrap());
-        assert!(!own.is_qemu() && own.tap("0").is_none());
+        assert!(!runs_qemu(own.pid) && own.tap("0").is_none());
         assert!(QemuProcess::read(0).is_err());
     }
 

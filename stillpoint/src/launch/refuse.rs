@@ -82,7 +82,7 @@ pub fn check(options: &[QemuOption], rules: Rules) -> Result<()> {
     options.iter().try_for_each(|option| check_option(option, rules))
 }
 
-fn find<'a>(table: &'a [Rule], rules: Rules, fits: impl Fn(&str) -> bool) -> Option<&'a Rule> {
+fn find(table: &[Rule], rules: Rules, fits: impl Fn(&str) -> bool) -> Option<&Rule> {
     table.iter().find(|(name, rule, ..)| rules.include(*rule) && fits(name))
 }
 

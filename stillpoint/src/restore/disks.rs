@@ -64,20 +64,16 @@ async fn restore_one(source: &Source, layers: &LocalLayers, workers: &mut ImageW
     let format = image_format(&disk.format)?;
     let backing = backing(layers, &disk.backing)?;
     let spec = ImageSpec { path: path.to_owned(), format, virtual_size: disk.virtual_size.0, backing };
+    let mut begun = false;
     let write = async |worker: &mut ImageWorker| {
-        remove_unfinished(path)?;
+        if std::mem::replace(&mut begun, true) && path.exists() {
+            // What a worker left that was lost over it.
+            std::fs::remove_file(path).with_context(|| format!("removing {}", path.display()))?;
+        }
         write_image(source, disk, worker, &spec).await
     };
     workers.run(write).await?;
     sync(path)
-}
-
-/// What a worker left that was lost over it.
-fn remove_unfinished(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).with_context(|| format!("removing {}", path.display())),
-        _ => Ok(()),
-    }
 }
 
 async fn write_image(source: &Source, disk: &DiskRecord, worker: &mut ImageWorker, spec: &ImageSpec) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Byte for byte: what a stream brings back is what the machine was, stopped or running, and whichever engine took the checkpoint before.
 
-use crate::MODES;
+use crate::{MODES, modes_for_stopped};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -35,7 +35,7 @@ fn random_checkpoints(qemu: &Path, seed: u64, mode: &str) {
 
 #[test]
 fn streams_are_byte_for_byte_what_the_machine_was() {
-    on_each_qemu(|qemu| MODES.iter().for_each(|mode| random_checkpoints(qemu, 7, mode)));
+    on_each_qemu(|qemu| modes_for_stopped(qemu).for_each(|mode| random_checkpoints(qemu, 7, mode)));
 }
 
 #[test]
@@ -99,17 +99,23 @@ impl Writes {
         let found = self.disks.each_ref().map(|(drive, _)| restored.disk(drive));
         let mut number = during.start;
         while self.disks.iter().zip(&found).any(|((_, model), found)| model != found) {
-            assert!(number <= during.end, "{}: the disks are of no instant from {during:?}", restored.name);
+            assert!(number < during.end, "{}: the disks are of no instant from {during:?}", restored.name);
             self.apply(number);
             number += 1;
         }
     }
 }
 
-/// A checkpoint while blocks are written; the numbers of the writes that were made meanwhile.
-fn checkpoint_while_written(machine: &TestMachine, writes: &Writes, next: &AtomicU64) -> (String, std::ops::Range<u64>) {
+/// A checkpoint while blocks are written; the numbers of the writes that were made meanwhile. Not in pre-copy: there QEMU gives its disks
+/// away in the pause, and asserts that nobody writes then, as no guest does (`unprepared layouts` has guests that do all the rest).
+fn checkpoint_while_written(machine: &TestMachine, mode: &str, writes: &Writes, next: &AtomicU64) -> (String, std::ops::Range<u64>) {
     let mut monitor = machine.qmp();
     let begin = next.load(Ordering::SeqCst);
+    if mode == "pre-copy" {
+        (0..20).for_each(|_| writes.write(next.fetch_add(1, Ordering::SeqCst), &mut monitor));
+        let end = next.load(Ordering::SeqCst);
+        return (machine.checkpoint().name, end..end);
+    }
     let taken = std::thread::scope(|scope| {
         let checkpoint = scope.spawn(|| machine.checkpoint());
         while !checkpoint.is_finished() {
@@ -130,7 +136,7 @@ fn one_instant(qemu: &Path, mode: &str) {
     let taken: Vec<_> = (0..3)
         .map(|_| {
             std::thread::sleep(Duration::from_millis(300));
-            checkpoint_while_written(&machine, &writes, &next)
+            checkpoint_while_written(&machine, mode, &writes, &next)
         })
         .collect();
     machine.kill();
@@ -163,7 +169,7 @@ fn a_tracked_machine_is_caught_at_one_instant() {
     let machine = lab.start("p", &Recipe::scribbler(31));
     std::thread::sleep(Duration::from_secs(3));
     let mut writes = Writes::new(&machine);
-    let (checkpoint, during) = checkpoint_while_written(&machine, &writes, &AtomicU64::new(0));
+    let (checkpoint, during) = checkpoint_while_written(&machine, "tracker", &writes, &AtomicU64::new(0));
     machine.kill();
     let restored = lab.restore(&checkpoint, "back", &["--paused"]);
     let wrong = Scribbles::new(31).differences(&mut restored.qmp());

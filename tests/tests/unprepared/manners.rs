@@ -1,7 +1,8 @@
 //! A guest in somebody else's QEMU: what the owner set stays set, what the owner does goes first, and nothing is left behind.
 
-use crate::MODES;
+use crate::{MODES, modes_for_stopped};
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{Footprint, Lab, QmpClient, Recipe, TestMachine, descriptors, newest_qemu, on_each_qemu, wait_until};
@@ -37,7 +38,13 @@ fn leaves_nothing(qemu: &Path, mode: &str) {
     assert_eq!(after_one.differences(&after), [""; 0], "{mode}");
     assert_eq!(files_after_one, files_after, "{mode}: descriptors pile up");
     machine.kill_helper();
-    let same = || descriptors(machine.qemu()) == files_before;
+    // Event descriptors and the userfaultfd device are QEMU's own, which it keeps once it had to open them.
+    let without_own = |mut kinds: BTreeMap<String, usize>| {
+        ["anon_inode", "/dev/userfaultfd"].iter().for_each(|own| drop(kinds.remove(*own)));
+        kinds
+    };
+    let files_before = without_own(files_before);
+    let same = || without_own(descriptors(machine.qemu())) == files_before;
     assert!(wait_until(Duration::from_secs(2), same), "{mode}: {:?} open, {files_before:?} before", descriptors(machine.qemu()));
 }
 
@@ -58,7 +65,13 @@ fn a_guest_that_its_owner_stopped_stays_stopped() {
             machine.checkpoint();
             monitor.stop();
             monitor.events();
-            machine.checkpoint();
+            if modes_for_stopped(qemu).any(|possible| possible == *mode) {
+                machine.checkpoint();
+            } else {
+                let said = machine.try_checkpoint().expect_failure(3);
+                assert!(said.contains("stopped"), "{said}");
+                assert_eq!(machine.checkpoint_with(&["--stream", "auto"]).outcome.engine, "pre-copy");
+            }
             assert!(!monitor.is_running(), "{mode}");
             let ran = monitor.events().iter().any(|event| event["event"] == "RESUME");
             assert!(!ran, "{mode}: it ran for a moment");

@@ -1,7 +1,6 @@
 //! A look at a running QEMU: its process, and what its monitor says. Nothing is changed.
 
-use super::peer;
-use crate::exit::refused;
+use super::peer::Line;
 use crate::helper::machine;
 use crate::launch::foreign::{self, Foreign, Said};
 use crate::launch::inherited::Hold;
@@ -10,14 +9,10 @@ use anyhow::{Context, Result};
 use qmp_bridge::machine::{MachineFacts, MachineType, machine_types};
 use qmp_bridge::migration::{self, Support};
 use qmp_bridge::ramblock::{self, RamBlock};
-use qmp_bridge::{Qmp, QmpError};
+use qmp_bridge::Qmp;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
-
-/// A QEMU that runs greets at once, unless another client holds its monitor.
-const ANSWER: Duration = Duration::from_secs(5);
 
 pub struct Look {
     pub process: QemuProcess,
@@ -31,8 +26,12 @@ pub struct Look {
 }
 
 impl Look {
-    pub async fn at(monitor: &Path, process: QemuProcess) -> Result<Self> {
-        let qmp = connect(monitor).await?;
+    /// At whatever is behind `monitor`. `check` may refuse the process before anything is said to it.
+    pub async fn at(monitor: &Path, check: impl FnOnce(&QemuProcess) -> Result<()>) -> Result<Self> {
+        let line = Line::open(monitor).await?;
+        let process = line.qemu(monitor)?;
+        check(&process)?;
+        let qmp = line.greet(monitor).await?;
         let facts = MachineFacts::read(&qmp).await.context("asking QEMU what machine it runs")?;
         let types = machine_types(&qmp).await.context("asking QEMU for its machine types")?;
         let blocks = ramblock::ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?;
@@ -68,25 +67,6 @@ impl Look {
     }
 }
 
-/// The monitor, or why it cannot be had.
-pub async fn connect(monitor: &Path) -> Result<Qmp> {
-    Qmp::connect(monitor, ANSWER).await.map_err(|error| match error {
-        QmpError::NoGreeting { .. } => refused(busy(monitor)),
-        QmpError::Connect { .. } | QmpError::NotQmp { .. } => refused(error.to_string()),
-        other => anyhow::Error::from(other).context("connecting to QEMU's monitor"),
-    })
-}
-
-/// QEMU serves one client of a monitor at a time; the next one waits without a word.
-fn busy(monitor: &Path) -> String {
-    format!(
-        "the monitor {} does not answer: another client holds it (its manager, or a helper of Stillpoint that is attached under another \
-         name); give QEMU a second one, -qmp unix:/run/NAME-stillpoint.qmp,server=on,wait=off, with libvirt by <qemu:commandline> \
-         (docs/libvirt.md)",
-        monitor.display()
-    )
-}
-
 /// `/dev/fdset/N` by the file that the first descriptor of the set is.
 fn fd_paths(sets: &Value, pid: u32) -> HashMap<String, PathBuf> {
     let path = |set: &Value| {
@@ -95,11 +75,4 @@ fn fd_paths(sets: &Value, pid: u32) -> HashMap<String, PathBuf> {
         (file.is_absolute() && !file.starts_with("/dev")).then(|| Some((format!("/dev/fdset/{}", set["fdset-id"].as_u64()?), file)))?
     };
     sets.as_array().into_iter().flatten().filter_map(path).collect()
-}
-
-/// A look at whatever is behind `monitor`.
-pub async fn at_monitor(monitor: &Path) -> Result<Look> {
-    let monitor = std::path::absolute(monitor).with_context(|| format!("making {} absolute", monitor.display()))?;
-    let process = peer::behind(&monitor)?;
-    Look::at(&monitor, process).await
 }

@@ -4,19 +4,22 @@
 //! down in the runtime directory, as `stillpoint run` does for a machine of ours, so that every later helper goes on from
 //! there.
 
-mod engine;
 pub mod look;
 pub mod owner;
-pub mod peer;
+mod peer;
 
 use crate::cli::AttachArgs;
+use crate::engine::{choose_stream, choose_tracker};
 use crate::exit::refused;
-use crate::launch::{self, arguments, instance, process};
+use crate::launch::process::{self, QemuProcess};
+use crate::launch::{self, arguments, instance};
 use crate::runtime::{MachineFile, RuntimeDir, Unprepared};
 use crate::stores;
 use anyhow::{Context, Result};
 use checkpoint_format::VmName;
 use look::Look;
+use peer::Line;
+use qmp_bridge::Qmp;
 use std::path::Path;
 
 /// What `attach` tells about a machine that it found.
@@ -30,12 +33,21 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, monitor: &Path, args:
     let store = launch::absolute_store(args.store.as_deref().context("--qmp needs --store (or STILLPOINT_STORE)")?)?;
     stores::connect(&store)?;
     let monitor = std::path::absolute(monitor).with_context(|| format!("making {} absolute", monitor.display()))?;
-    let process = peer::behind(&monitor)?;
-    let earlier = earlier(runtime, &process)?;
-    let look = Look::at(&monitor, process).await?;
+    let mut earlier = None;
+    let look = Look::at(&monitor, |process| {
+        refuse_ours(process)?;
+        refuse_taken(runtime, process.pid, process.started)?;
+        earlier = known(runtime, process)?;
+        Ok(())
+    });
+    let look = look.await?;
     let found = look.understand()?;
     let tracker = look.tracker(&found).await;
-    let choice = engine::choose(args.engine, args.stream, &tracker, &look.support().await?)?;
+    // A checkpoint chooses anew; what cannot be had at all is refused before a helper is started.
+    let chosen = match choose_tracker(args.engine, &tracker)? {
+        Some(chosen) => chosen,
+        None => choose_stream(args.stream, &look.support().await?, &look.facts, tracker.is_ok())?,
+    };
     let file = MachineFile {
         format: MachineFile::FORMAT,
         name: name.clone(),
@@ -64,11 +76,11 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, monitor: &Path, args:
         tracing::info!(what = dropped.what, why = dropped.why, "a restored machine is started without it");
     }
     save(runtime, &file, earlier.as_ref())?;
-    Ok(Found { engine: format!("{}: {}", choice.engine.name(), choice.why) })
+    Ok(Found { engine: format!("{}: {}", chosen.engine.name(), chosen.why) })
 }
 
 /// What is known under that name already; refused if a machine of that name runs that is not this process.
-fn earlier(runtime: &RuntimeDir, process: &process::QemuProcess) -> Result<Option<MachineFile>> {
+fn known(runtime: &RuntimeDir, process: &QemuProcess) -> Result<Option<MachineFile>> {
     if !runtime.path().exists() {
         return Ok(None);
     }
@@ -97,8 +109,36 @@ fn save(runtime: &RuntimeDir, file: &MachineFile, earlier: Option<&MachineFile>)
     runtime.save_machine(file)
 }
 
-/// That the machine of a runtime directory is still the process that it was written down for.
-pub fn check_alive(file: &MachineFile) -> Result<()> {
+/// A machine of ours has its monitor and its helper already.
+fn refuse_ours(process: &QemuProcess) -> Result<()> {
+    let ours = process.words.iter().find(|word| word.starts_with("chardev=stillpoint-qmp,"));
+    match ours {
+        None => Ok(()),
+        Some(_) => Err(refused(format!("QEMU {} was started by Stillpoint; give it a helper by its name: stillpoint attach NAME", process.pid))),
+    }
+}
+
+/// Two helpers would take each other's captures apart.
+fn refuse_taken(runtime: &RuntimeDir, pid: u32, started: u64) -> Result<()> {
+    let base = runtime.path().parent().unwrap_or(runtime.path());
+    let names = std::fs::read_dir(base).into_iter().flatten().flatten();
+    let names = names.filter_map(|entry| entry.file_name().to_str()?.parse::<VmName>().ok());
+    for name in names {
+        let other = RuntimeDir::new(Some(base), &name)?;
+        if other.path() == runtime.path() {
+            continue;
+        }
+        let Ok(file) = other.machine() else { continue };
+        let is_same = file.pid == Some(pid) && file.unprepared.is_some_and(|there| there.started == started);
+        if is_same && other.lock_helper().is_err() {
+            return Err(refused(format!("that QEMU (pid {pid}) is attached as {name} already, and its helper lives; use that name")));
+        }
+    }
+    Ok(())
+}
+
+/// That the machine of a runtime directory is still the process that it was written down for, and nobody else's.
+pub fn check_alive(runtime: &RuntimeDir, file: &MachineFile) -> Result<()> {
     let (Some(there), Some(pid)) = (&file.unprepared, file.pid) else { return Ok(()) };
     let known = instance::of_process(pid, there.started, &file.store, &file.name)?;
     if known != file.instance || process::started(pid) != Some(there.started) {
@@ -107,14 +147,20 @@ pub fn check_alive(file: &MachineFile) -> Result<()> {
             file.name
         )));
     }
-    let peer = peer::behind(&there.monitor)?;
-    if peer.pid != pid {
+    refuse_taken(runtime, pid, there.started)
+}
+
+/// The monitor of a machine that was written down.
+pub async fn connect(file: &MachineFile, there: &Unprepared) -> Result<Qmp> {
+    let line = Line::open(&there.monitor).await?;
+    let peer = line.qemu(&there.monitor)?;
+    if Some(peer.pid) != file.pid {
         return Err(refused(format!(
-            "the monitor {} of {} is that of another process now (pid {}); attach to it by --qmp under another name",
+            "the monitor {} of {} is that of another process now (pid {}); attach to that one by --qmp under another name",
             there.monitor.display(),
             file.name,
             peer.pid
         )));
     }
-    Ok(())
+    line.greet(&there.monitor).await
 }

@@ -6,39 +6,91 @@
 use crate::exit::refused;
 use crate::launch::process::{self, QemuProcess};
 use crate::runtime::read_limited;
-use anyhow::{Context, Result};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use anyhow::{Context, Error, Result};
+use qmp_bridge::{Qmp, QmpError};
 use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
+/// A QEMU that runs greets at once, unless another client holds its monitor.
+const ANSWER: Duration = Duration::from_secs(5);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// A busy host has some thousand sockets of 100 bytes a line.
 const MAX_SOCKETS_BYTES: u64 = 64 << 20;
 
-/// The QEMU behind `monitor`.
-pub fn behind(monitor: &Path) -> Result<QemuProcess> {
-    let pid = listener(monitor)?;
-    if process::runs_qemu(pid) {
-        return QemuProcess::read(pid);
+/// A connection that nothing was said on yet. QEMU serves one client of a monitor at a time, so there is one for all.
+pub struct Line {
+    stream: UnixStream,
+    listener: u32,
+}
+
+impl Line {
+    /// Waits a moment where others wait too: a client that has just left may still be in the queue.
+    pub async fn open(monitor: &Path) -> Result<Self> {
+        let end = Instant::now() + ANSWER;
+        loop {
+            let error = match tokio::net::UnixStream::connect(monitor).await {
+                Ok(stream) => return Self::of(stream).with_context(|| format!("asking who listens at {}", monitor.display())),
+                Err(error) => error,
+            };
+            match error.kind() {
+                ErrorKind::WouldBlock if Instant::now() < end => tokio::time::sleep(LOOK_EVERY).await,
+                ErrorKind::WouldBlock => return Err(refused(busy(monitor))),
+                _ => return Err(refused(cannot_connect(monitor, &error))),
+            }
+        }
     }
-    if pid == 0 {
-        return Err(refused(format!(
-            "the process behind {} is in another process namespace (a container?); run Stillpoint where QEMU runs, with the same --pid",
-            monitor.display()
-        )));
+
+    fn of(stream: tokio::net::UnixStream) -> std::io::Result<Self> {
+        let listener = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
+        Ok(Self { stream: stream.into_std()?, listener })
     }
-    match process::qemus_with_socket(&inodes(monitor)?).as_slice() {
-        [only] => QemuProcess::read(*only),
-        [] => Err(refused(no_qemu(monitor, pid))),
-        many => Err(refused(format!("{} QEMUs hold {}; name the monitor of one", many.len(), monitor.display()))),
+
+    /// The QEMU at the other end of `monitor`.
+    pub fn qemu(&self, monitor: &Path) -> Result<QemuProcess> {
+        if process::runs_qemu(self.listener) {
+            return QemuProcess::read(self.listener).map_err(no_rights);
+        }
+        if self.listener == 0 {
+            return Err(refused(format!(
+                "the process behind {} is in another process namespace (a container?); run Stillpoint where QEMU runs",
+                monitor.display()
+            )));
+        }
+        match process::qemus_with_socket(&inodes(monitor)?).as_slice() {
+            [only] => QemuProcess::read(*only).map_err(no_rights),
+            [] => Err(refused(no_qemu(monitor, self.listener))),
+            many => Err(refused(format!("{} QEMUs hold {}; name the monitor of one", many.len(), monitor.display()))),
+        }
+    }
+
+    pub async fn greet(self, monitor: &Path) -> Result<Qmp> {
+        self.greet_within(monitor, ANSWER).await
+    }
+
+    async fn greet_within(self, monitor: &Path, patience: Duration) -> Result<Qmp> {
+        Qmp::over(self.stream, patience).await.map_err(|error| match error {
+            QmpError::NoMonitor { why } if why.contains("no greeting") => refused(busy(monitor)),
+            QmpError::NoMonitor { why } => refused(format!("{} is no QMP monitor: {why}", monitor.display())),
+            other => Error::from(other).context("connecting to QEMU's monitor"),
+        })
     }
 }
 
-fn listener(monitor: &Path) -> Result<u32> {
-    let stream = UnixStream::connect(monitor).map_err(|error| refused(cannot_connect(monitor, &error)))?;
-    let peer = getsockopt(&stream, PeerCredentials).with_context(|| format!("asking who listens at {}", monitor.display()))?;
-    Ok(u32::try_from(peer.pid()).unwrap_or(0))
+/// Nothing of the machine can be told without its process.
+fn no_rights(error: Error) -> Error {
+    refused(format!("{error:#}"))
+}
+
+/// The next client waits without a word.
+fn busy(monitor: &Path) -> String {
+    format!(
+        "the monitor {} does not answer: another client holds it (its manager, or a helper of Stillpoint); give QEMU a second one, \
+         -qmp unix:/run/NAME-stillpoint.qmp,server=on,wait=off, with libvirt by <qemu:commandline> (docs/libvirt.md)",
+        monitor.display()
+    )
 }
 
 fn cannot_connect(monitor: &Path, error: &std::io::Error) -> String {
@@ -84,20 +136,32 @@ mod test {
     use super::*;
     use std::os::unix::net::UnixListener;
 
-    #[test]
-    fn a_socket_of_this_process_is_found_and_is_no_qemu() {
+    #[tokio::test]
+    async fn a_socket_of_this_process_is_found_and_is_no_qemu() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a socket");
-        assert!(behind(&path).unwrap_err().to_string().contains("is the path right?"));
+        let failure = |result: Result<Line>| result.err().unwrap().to_string();
+        assert!(failure(Line::open(&path).await).contains("is the path right?"));
         let listening = UnixListener::bind(&path).unwrap();
-        assert_eq!(listener(&path).unwrap(), std::process::id());
+        let line = Line::open(&path).await.unwrap();
+        assert_eq!(line.listener, std::process::id());
         let found = inodes(&path).unwrap();
         assert!(!found.is_empty());
         assert!(process::qemus_with_socket(&found).is_empty());
-        let error = behind(&path).unwrap_err().to_string();
+        let error = line.qemu(&path).unwrap_err().to_string();
         assert!(error.contains(&format!("process {}", std::process::id())) && error.contains("no QEMU"), "{error}");
         drop(listening);
-        assert!(behind(&path).unwrap_err().to_string().contains("has ended"));
+        assert!(failure(Line::open(&path).await).contains("has ended"));
+    }
+
+    #[tokio::test]
+    async fn who_accepts_and_says_nothing_is_busy() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let _listening = UnixListener::bind(&path).unwrap();
+        let error = Line::open(&path).await.unwrap().greet_within(&path, Duration::from_millis(50)).await.err().unwrap();
+        assert!(error.to_string().contains("-stillpoint.qmp"), "{error}");
+        assert_eq!(crate::exit::code_of(&error), crate::exit::REFUSED);
     }
 
     #[test]

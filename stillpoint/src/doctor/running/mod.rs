@@ -1,0 +1,132 @@
+//! `stillpoint doctor --qmp SOCKET`: whether a running machine that nobody prepared can be checkpointed, by which engine, and
+//! what is in the way.
+//!
+//! The same looks as `attach` takes; the guest is not stopped and nothing is changed. (QEMU is asked whether it would take a
+//! background snapshot by switching that on and off again: it alone knows.)
+
+mod disks;
+mod elsewhere;
+mod engines;
+
+use super::{Row, State, table};
+use crate::exit::{REFUSED, explain};
+use crate::helper::unprepared::look::Look;
+use crate::inspect::print_json;
+use crate::launch::arguments;
+use crate::launch::expected;
+use crate::launch::foreign::Foreign;
+use crate::terminal::bytes;
+use anyhow::{Context, Error, Result};
+use qmp_bridge::devices;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::ExitCode;
+
+const ANOTHER_MONITOR: &str = "name a monitor that QEMU itself has opened and nobody uses (docs/attach.md)";
+const START_ANEW: &str = "see docs/attach.md; start the machine without it, or by 'stillpoint run'";
+
+pub fn run(monitor: &Path, as_json: bool) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the asynchronous runtime")?;
+    let report = runtime.block_on(look(monitor));
+    let can = !report.rows.iter().any(|row| row.state == State::No);
+    if as_json {
+        let left_out: Vec<Value> = report.left_out.iter().map(|(what, why)| json!({ "what": what, "why": why })).collect();
+        print_json(&json!({ "checkpoints_possible": can, "checks": report.rows, "engines": report.engines, "left_out": left_out }))?;
+    } else {
+        print!("{}", table(&report.rows, "of this machine"));
+    }
+    Ok(if can { ExitCode::SUCCESS } else { ExitCode::from(REFUSED) })
+}
+
+#[derive(Default)]
+struct Report {
+    rows: Vec<Row>,
+    /// By name, whether it is possible.
+    engines: Value,
+    /// What a restored machine is started without, and why.
+    left_out: Vec<(String, &'static str)>,
+}
+
+async fn look(monitor: &Path) -> Report {
+    let path = std::path::absolute(monitor).unwrap_or_else(|_| monitor.to_owned());
+    let look = match Look::at(&path, |_| Ok(())).await {
+        Ok(look) => look,
+        Err(error) => return Report { rows: vec![cannot("monitor", &error, ANOTHER_MONITOR)], ..Report::default() },
+    };
+    let understood = look.understand();
+    let mut report = Report { rows: who(&look, understood.as_ref().ok()), ..Report::default() };
+    report.rows.push(command_line(&understood));
+    report.rows.extend(engines::check(&look, understood.as_ref().ok(), &mut report.engines).await);
+    report.rows.extend(disks::check(&look, understood.as_ref().ok()).await);
+    report.rows.extend(plugged(&look, understood.as_ref().ok()).await);
+    report.rows.extend(files(&look));
+    if let Ok(found) = &understood {
+        report.rows.extend(elsewhere::check(&found.options));
+        report.left_out = found.dropped.iter().map(|dropped| (dropped.what.clone(), dropped.why)).collect();
+    }
+    report
+}
+
+/// A reason often ends in what to do.
+fn cannot(check: impl Into<std::borrow::Cow<'static, str>>, error: &Error, remedy: &str) -> Row {
+    let text = explain(error);
+    match text.rsplit_once("; ") {
+        Some((why, what)) => Row::no(check, why, what),
+        None => Row::no(check, text, remedy),
+    }
+}
+
+fn who(look: &Look, found: Option<&Foreign>) -> Vec<Row> {
+    let process = &look.process;
+    let manager = found.and_then(|found| found.manager).map_or(String::new(), |manager| format!(", of {}", manager.name()));
+    let facts = &look.facts;
+    let package = if facts.qemu.package.is_empty() { String::new() } else { format!(" ({})", facts.qemu.package) };
+    let memory = format!("{} in {} RAM blocks", bytes(facts.ram_bytes), look.blocks.len());
+    vec![
+        Row::ok("process", format!("{} {}, user {}{manager}", process.pid, process.program.display(), process.user)),
+        Row::ok("QEMU", format!("{}{package}, accelerator {}", facts.qemu, facts.accelerator.as_str())),
+        Row::ok("machine", format!("{}, {} processors, {memory}", facts.machine_type, facts.vcpus)),
+    ]
+}
+
+fn command_line(understood: &Result<Foreign>) -> Row {
+    const CHECK: &str = "command line";
+    match understood {
+        Ok(found) => Row::ok(CHECK, format!("it can be started anew elsewhere, {} things of this process left out", found.dropped.len())),
+        Err(error) => cannot(CHECK, error, START_ANEW),
+    }
+}
+
+/// Devices that a checkpoint would miss, or that the command line does not name.
+async fn plugged(look: &Look, found: Option<&Foreign>) -> Vec<Row> {
+    const CHECK: &str = "devices";
+    let devices = match devices::guest_devices(&look.qmp).await {
+        Ok(devices) => devices,
+        Err(error) => return vec![Row::no(CHECK, error.to_string(), "try again")],
+    };
+    let refused = devices.iter().filter_map(|device| Some((device, device.refusal()?)));
+    let mut rows: Vec<Row> = refused.map(|(device, why)| cannot(CHECK, &Error::msg(format!("{} ({}): {why}", device.path, device.kind)), START_ANEW)).collect();
+    let options = arguments::parse(&look.process.words).unwrap_or_default();
+    let options = found.map_or(options, |found| found.options.clone());
+    if let Some(difference) = expected::difference(&options, &devices) {
+        let remedy = "undo that, or start the machine anew with the devices that it should have";
+        rows.push(Row::no(CHECK, format!("{difference} after the machine's start, and its command line does not say so"), remedy));
+    }
+    if rows.is_empty() {
+        rows.push(Row::ok(CHECK, format!("{} devices, all on the command line", devices.len())));
+    }
+    rows
+}
+
+/// QEMU itself writes the disks' old blocks and serves them.
+fn files(look: &Look) -> Option<Row> {
+    let ours = nix::unistd::geteuid().as_raw();
+    let theirs = look.process.user;
+    (theirs != ours && theirs != 0).then(|| {
+        Row::warn(
+            "QEMU's user",
+            format!("QEMU runs as user {theirs}, and must be able to use the runtime and the scratch directory"),
+            "give that user access to both (docs/attach.md)",
+        )
+    })
+}

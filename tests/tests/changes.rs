@@ -1,0 +1,282 @@
+//! What changes under a machine, while it runs or between its lives: a checkpoint follows it, or says that it cannot.
+
+use serde_json::{Value, json};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use stillpoint_tests::{Lab, QmpClient, Ran, Recipe, SCRIBBLER_RAM_BYTES, Scribbled, TestMachine, newest_qemu, on_each_qemu, wait_until};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The boot sector goes on writing to memory.
+fn assert_goes_on(monitor: &mut QmpClient) {
+    assert!(monitor.is_running(), "the guest was stopped");
+    let before = monitor.memory(SCRIBBLER_RAM_BYTES);
+    assert!(wait_until(PATIENCE, || monitor.memory(SCRIBBLER_RAM_BYTES) != before), "the guest stands still");
+}
+
+/// A checkpoint that is refused, in words that name each of `named`; the guest does not notice.
+fn assert_refused(machine: &TestMachine, monitor: &mut QmpClient, named: &[&str]) {
+    let known = machine.try_list();
+    let message = machine.try_checkpoint().expect_failure(3);
+    let missing: Vec<_> = named.iter().filter(|word| !message.contains(**word)).collect();
+    assert!(missing.is_empty(), "{missing:?} not named in: {message}");
+    assert_eq!(machine.try_list(), known, "a refused checkpoint is none");
+    assert_goes_on(monitor);
+}
+
+/// What the machine has in the store.
+trait Listed {
+    fn try_list(&self) -> Vec<PathBuf>;
+}
+
+impl Listed for TestMachine<'_> {
+    fn try_list(&self) -> Vec<PathBuf> {
+        let folder = self.directory.with_file_name("store").join("vms").join(&self.name).join("checkpoints");
+        let mut all: Vec<PathBuf> = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        all.retain(|path| path.extension().is_none());
+        all.sort();
+        all
+    }
+}
+
+#[test]
+fn a_chain_that_was_streamed_together_is_stored_anew() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let mut scribbled = Scribbled::new(&lab, lab.start("m", &Recipe::scribbler(21)), 21);
+        scribbled.write_disks();
+        assert_eq!(scribbled.checkpoint().kind, "full");
+        scribbled.write_disks();
+        assert_eq!(scribbled.checkpoint().kind, "incremental");
+        let layers = backing_files(&mut scribbled.monitor, "cow");
+        scribbled.monitor.execute("block-stream", json!({ "job-id": "stream", "device": "cow" }));
+        let jobs = |monitor: &mut QmpClient| monitor.execute("query-block-jobs", json!({}));
+        assert!(wait_until(PATIENCE, || jobs(&mut scribbled.monitor) == json!([])), "the stream does not end");
+        assert_eq!((layers, backing_files(&mut scribbled.monitor, "cow")), (1, 0), "the base image is no part of the disk any more");
+        scribbled.write_disks();
+        let anew = scribbled.checkpoint();
+        assert_eq!((anew.kind.as_str(), anew.parent), ("full", None), "{anew:?}");
+        scribbled.write_disks();
+        assert_eq!(scribbled.checkpoint().parent, Some(anew.id));
+        // Nothing that the old chain was made of may be needed.
+        std::fs::remove_file(scribbled.machine.directory.join("base.raw")).expect("the test's directory");
+        scribbled.check(|newest_first| newest_first.to_vec());
+    });
+}
+
+/// How many images a drive has below its own.
+fn backing_files(monitor: &mut QmpClient, drive: &str) -> u64 {
+    let all = monitor.execute("query-block", json!({}));
+    let hit = all.as_array().into_iter().flatten().find(|block| block["device"] == drive);
+    hit.and_then(|block| block["inserted"]["backing_file_depth"].as_u64()).unwrap_or_else(|| panic!("no drive {drive} in {all}"))
+}
+
+/// USB, since a PCI device leaves only when the guest lets it go, and a boot sector does not.
+#[test]
+fn a_plugged_device_is_refused_until_it_is_gone() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let machine = lab.start("m", &Recipe::scribbler(22).arguments(&["-device", "nec-usb-xhci,id=usb"]));
+        let first = machine.checkpoint().outcome;
+        let mut monitor = machine.qmp();
+        monitor.execute("device_add", json!({ "driver": "usb-tablet", "id": "late", "bus": "usb.0" }));
+        assert_refused(&machine, &mut monitor, &["late", "usb-tablet", "plugged"]);
+        // Another helper does not take it for a device that was always there.
+        machine.kill_helper();
+        machine.attach();
+        assert_refused(&machine, &mut monitor, &["late"]);
+        monitor.execute("device_del", json!({ "id": "late" }));
+        let second = machine.checkpoint().outcome;
+        assert_eq!(second.parent, Some(first.id));
+        drop(monitor);
+        lab.verify("m");
+        machine.kill();
+        lab.restore("m", "m", &[]).checkpoint();
+    });
+}
+
+#[test]
+fn a_disk_that_was_moved_is_refused() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let machine = lab.start("m", &Recipe::scribbler(23));
+        machine.checkpoint();
+        let mut monitor = machine.qmp();
+        monitor.execute("blockdev-snapshot-sync", json!({ "device": "odd", "snapshot-file": "moved.qcow2", "format": "qcow2" }));
+        assert_refused(&machine, &mut monitor, &["odd", "moved.qcow2"]);
+        monitor.disk_io("odd", "write -P 5 0 4096");
+        drop(monitor);
+        lab.verify("m");
+        machine.kill();
+        let restored = lab.restore("m", "m", &["--paused"]);
+        assert!(restored.disk("odd").iter().all(|byte| *byte == 0), "the checkpoint is of the time before");
+    });
+}
+
+fn patch(file: &Path, offset: u64, bytes: &[u8]) {
+    let file = File::options().write(true).open(file).expect("the test's directory");
+    file.write_all_at(bytes, offset).expect("the test's directory");
+}
+
+const PLACE: usize = 5 << 20;
+
+#[test]
+fn a_layer_replaced_while_the_machine_runs_is_seen() {
+    let lab = Lab::new(&newest_qemu());
+    let machine = lab.start("m", &Recipe::scribbler(24));
+    let first = machine.checkpoint().outcome;
+    let mut monitor = machine.qmp();
+    let base = machine.directory.join("base.raw");
+    let kept = machine.directory.join("kept.raw");
+    // Another file at its path: QEMU has the old one open.
+    std::fs::rename(&base, &kept).expect("the test's directory");
+    std::fs::copy(&kept, &base).expect("the test's directory");
+    assert_refused(&machine, &mut monitor, &["base.raw", "replaced"]);
+    std::fs::rename(&kept, &base).expect("the test's directory");
+    assert_eq!(machine.checkpoint().outcome.parent, Some(first.id));
+    // Other content in the same file: QEMU reads it, too, so it is another layer.
+    patch(&base, PLACE as u64, b"written from outside");
+    let anew = machine.checkpoint().outcome;
+    assert_eq!((anew.kind.as_str(), anew.parent), ("full", None), "{anew:?}");
+    assert!(anew.layer_bytes_stored > 0, "{anew:?}");
+    let expected = machine.disk("cow");
+    lab.verify("m");
+    drop(monitor);
+    machine.kill();
+    check_base(&lab, &format!("m@{}", anew.id), &expected, b"written from outside");
+    check_base(&lab, "m@1", &[], &pattern());
+}
+
+/// What the scribbler's base image holds at `PLACE` when nobody has changed it.
+fn pattern() -> [u8; 20] {
+    [(PLACE >> 12) as u8 | 1; 20].map(|byte| if PLACE % (3 << 20) < (1 << 20) { byte } else { 0 })
+}
+
+/// A restored disk shows the layer of its own checkpoint; no `expected` content compares that place only.
+fn check_base(lab: &Lab, checkpoint: &str, expected: &[u8], at_place: &[u8]) {
+    let restored = lab.restore(checkpoint, "back", &["--paused"]);
+    let disk = restored.disk("cow");
+    assert_eq!(&disk[PLACE..PLACE + at_place.len()], at_place, "{checkpoint}");
+    assert!(expected.is_empty() || disk == expected, "{checkpoint}: the disk is another");
+}
+
+#[test]
+fn a_layer_replaced_between_two_lives_is_another_layer() {
+    let mut lab = Lab::new(&newest_qemu());
+    lab.set("STILLPOINT_CACHE_DIR", lab.path().join("cache").display().to_string());
+    let recipe = Recipe::scribbler(25);
+    let machine = lab.start("m", &recipe);
+    machine.checkpoint();
+    machine.kill();
+    let machine = lab.start("m", &recipe.patch("base.raw", PLACE as u64, b"another base image"));
+    let second = machine.checkpoint().outcome;
+    assert_eq!((second.kind.as_str(), second.id), ("full", 2));
+    machine.kill();
+    lab.verify("m");
+    check_base(&lab, "m@1", &[], &pattern());
+    check_base(&lab, "m@2", &[], b"another base image");
+    // The first one's layer came from the store; a cached copy that somebody damaged is not believed.
+    let layers = std::fs::read_dir(lab.path().join("cache/layers")).expect("the cache").flatten();
+    let cached: Vec<PathBuf> = layers.map(|entry| entry.path()).collect();
+    assert_eq!(cached.len(), 1, "{cached:?}");
+    let mut permissions = std::fs::metadata(&cached[0]).expect("the cache").permissions();
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);
+    std::fs::set_permissions(&cached[0], permissions).expect("the cache");
+    patch(&cached[0], PLACE as u64, b"damage");
+    check_base(&lab, "m@1", &[], &pattern());
+}
+
+/// A QEMU that is `shell` before it becomes the real one, which it may do by `exec "$qemu" "$@"`.
+fn script(lab: &Lab, name: &str, shell: &str) -> String {
+    let path = lab.path().join(name);
+    std::fs::write(&path, format!("#!/bin/sh\nqemu={}\n{shell}\n", lab.qemu.display())).expect("the test's directory");
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("the test's directory");
+    path.display().to_string()
+}
+
+fn restore_with(lab: &Lab, words: &[&str]) -> Ran {
+    let directory = lab.fresh_directory("back");
+    let common = ["restore", "m", "--json", "--as", "back", "--dir", directory.to_str().expect("UTF-8")];
+    lab.run(&[&common, words].concat())
+}
+
+#[test]
+fn a_restore_ends_soon_when_qemu_does_and_quotes_it() {
+    let lab = Lab::new(&newest_qemu());
+    let machine = lab.start("m", &Recipe::scribbler(26));
+    machine.checkpoint();
+    machine.kill();
+    let scripts = [
+        ("never", "echo this host has no room >&2; exit 1", "this host has no room"),
+        ("asked", "case \"$*\" in *incoming*) echo this host has no room >&2; exit 1;; esac; exec \"$qemu\" \"$@\"", "this host has no room"),
+        // The plugin is there by then, and the monitor too.
+        ("late", "case \"$*\" in *incoming*) set -- \"$@\" -device nonsense;; esac; exec \"$qemu\" \"$@\"", "nonsense"),
+    ];
+    for (name, shell, quoted) in scripts {
+        let ran = restore_with(&lab, &["--qemu", &script(&lab, name, shell)]);
+        assert!(ran.code != 0 && ran.err.contains(quoted), "{name}: ended with {}: {}", ran.code, ran.err);
+        assert!(ran.time < Duration::from_secs(15), "{name}: ended only after {:?}", ran.time);
+        assert!(lab.nothing_runs("back"), "{name}");
+    }
+    lab.restore("m", "back", &[]);
+}
+
+/// The name that QEMU was given by -name.
+fn name_of(directory: &Path) -> String {
+    let name = QmpClient::connect(&directory.join("extra.sock")).execute("query-name", json!({}));
+    name["name"].as_str().unwrap_or_default().to_owned()
+}
+
+/// The program that made a checkpoint restores it, where it still is.
+#[test]
+fn a_restore_takes_the_program_that_the_checkpoint_names() {
+    let mut lab = Lab::new(&newest_qemu());
+    let real = lab.qemu.clone();
+    let given = script(&lab, "my-qemu", "exec \"$qemu\" -name mine \"$@\"");
+    lab.qemu = PathBuf::from(&given);
+    let machine = lab.start("m", &Recipe::scribbler(27));
+    machine.checkpoint();
+    machine.kill();
+    let restore = |lab: &Lab| -> Value { restore_with(lab, &["--paused"]).expect_success().json() };
+    let directory = |report: &Value| PathBuf::from(report["dir"].as_str().expect("the documented form"));
+    assert_eq!(name_of(&directory(&restore(&lab))), "mine");
+    end(&lab, "back");
+    // Without it, the one on the PATH.
+    std::fs::remove_file(&given).expect("the test's directory");
+    let path = format!("{}:{}", real.parent().expect("a folder").display(), std::env::var("PATH").unwrap_or_default());
+    lab.set("PATH", path);
+    assert_eq!(name_of(&directory(&restore(&lab))), "");
+    end(&lab, "back");
+}
+
+/// Ends a machine that a plain command has restored.
+fn end(lab: &Lab, name: &str) {
+    let record = std::fs::read(lab.runtime().join(name).join("machine.json")).expect("a machine has it");
+    let record: Value = serde_json::from_slice(&record).expect("JSON");
+    let mut monitor = QmpClient::connect(&PathBuf::from(record["directory"].as_str().expect("a path")).join("extra.sock"));
+    monitor.execute("quit", json!({}));
+    assert!(wait_until(PATIENCE, || lab.nothing_runs(name)), "{name} does not end");
+}
+
+/// Nobody may wait at a socket that nobody serves.
+#[test]
+fn a_helper_that_cannot_attach_leaves_no_socket() {
+    let lab = Lab::new(&newest_qemu());
+    let machine = lab.start("m", &Recipe::scribbler(28));
+    machine.checkpoint();
+    machine.kill_helper();
+    let place = lab.runtime().join("m");
+    let record = std::fs::read_to_string(place.join("machine.json")).expect("a machine has it");
+    let wrong = record.replace("\"ram_block\":\"", "\"ram_block\":\"not-");
+    assert_ne!(wrong, record, "no RAM block in {record}");
+    std::fs::write(place.join("machine.json"), wrong).expect("the test's directory");
+    let ran = lab.run(&["attach", "m"]);
+    assert!(ran.code != 0 && ran.err.contains("not-"), "ended with {}: {}", ran.code, ran.err);
+    let gone = || !place.join("control.sock").exists();
+    assert!(wait_until(PATIENCE, gone), "the control socket of a helper that has ended is left");
+    std::fs::write(place.join("machine.json"), record).expect("the test's directory");
+    machine.attach();
+    machine.checkpoint();
+}
