@@ -32,6 +32,19 @@ pub struct Pieces<'a> {
     pub size: usize,
 }
 
+impl<'a> Pieces<'a> {
+    /// What the fuzzer makes: the first byte says in how small pieces the rest comes.
+    pub fn of_fuzzer(input: &'a [u8]) -> Option<Self> {
+        let (first, bytes) = input.split_first()?;
+        let size = match first {
+            0..=63 => 1 + usize::from(*first),
+            64..=127 => 4096 + usize::from(*first),
+            _ => usize::MAX,
+        };
+        Some(Self { bytes, size })
+    }
+}
+
 impl Read for Pieces<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let length = self.bytes.len().min(buffer.len()).min(self.size);

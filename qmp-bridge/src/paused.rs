@@ -7,10 +7,13 @@
 //! [`resume_abandoned`] of the next helper finds it and resumes, without ever resuming a guest that its owner stopped.
 //!
 //! A migration's switch-over is the same pause with another beginning and end: QEMU stops the guest by itself, and
-//! before it has completed only `migrate_cancel` lets the guest run again. It has a marker of its own, since that one
+//! before it has completed only `migrate_cancel` lets the guest run again. And while QEMU writes the last of the stream it
+//! hears no command, so if nobody reads, only cutting the stream does: the guard can hold it for that. It has a marker of its own, since that one
 //! lies in QEMU while the guest still runs, for seconds, and must not speak for a `stop` of the owner. Nor does it alone
 //! allow to resume: a guest that was migrated away looks the same. [`crate::migration::recover`] knows which it was.
 
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -47,6 +50,8 @@ pub struct Paused {
     owed: Owed,
     /// What lies in QEMU for the case of our death.
     marker: Option<&'static str>,
+    /// The stream of a migration that may hold up QEMU.
+    stream: Option<UnixStream>,
     ran: bool,
     since: Instant,
 }
@@ -60,7 +65,7 @@ impl Paused {
         }
         // From here on the drop resumes, also when this future is dropped in the middle or `stop` times out.
         let (owed, marker) = if ran { (Owed::Cont, Some(MARKER)) } else { (Owed::Nothing, None) };
-        let paused = Self { qmp: qmp.clone(), owed, marker, ran, since: Instant::now() };
+        let paused = Self { qmp: qmp.clone(), owed, marker, stream: None, ran, since: Instant::now() };
         if ran {
             qmp.execute(qapi::qmp::stop {}).await?;
         }
@@ -80,7 +85,12 @@ impl Paused {
     /// The guard of a pause that a migration of ours begins, now or later: its drop cancels the migration.
     pub(crate) fn by_switchover(qmp: &Qmp) -> Self {
         let marker = Some(SWITCHOVER_MARKER);
-        Self { qmp: qmp.clone(), owed: Owed::CancelOrCont, marker, ran: true, since: Instant::now() }
+        Self { qmp: qmp.clone(), owed: Owed::CancelOrCont, marker, stream: None, ran: true, since: Instant::now() }
+    }
+
+    /// From now on the drop cuts this stream before it speaks to QEMU.
+    pub(crate) fn hold_stream(&mut self, stream: UnixStream) {
+        self.stream = Some(stream);
     }
 
     /// QEMU has stopped the guest at `since`, or found it stopped by its owner.
@@ -139,6 +149,10 @@ impl Drop for Paused {
             (Owed::CancelOrCont, false) => &["migrate_cancel"],
         };
         tracing::warn!("a pause was abandoned after {:?}; resuming the guest", self.since.elapsed());
+        if let Some(stream) = &self.stream {
+            // Fails only when it is cut already.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
         for command in commands {
             if let Err(error) = self.qmp.send_and_linger(command, Value::Null, LAST_PATIENCE) {
                 return tracing::error!(%error, "cannot resume the guest; the next start of the helper will");
@@ -157,13 +171,7 @@ async fn end_switchover(qmp: &Qmp, ran: bool) -> Result<(), QmpError> {
         }
     }
     qmp.execute_json("migrate_cancel", Value::Null).await?;
-    let deadline = Instant::now() + CANCEL_PATIENCE;
-    while run_state(qmp).await? == "finish-migrate" {
-        if Instant::now() >= deadline {
-            return Err(QmpError::Timeout { command: "migrate_cancel".into(), after: CANCEL_PATIENCE });
-        }
-        tokio::time::sleep(CANCEL_LOOK).await;
-    }
+    leave_finish_migrate(qmp).await?;
     if ran && !is_running(qmp).await? {
         qmp.execute(qapi::qmp::cont {}).await?;
     }
@@ -180,12 +188,28 @@ pub(crate) async fn resume_switched_over(qmp: &Qmp) -> Result<bool, QmpError> {
     Ok(stopped)
 }
 
-/// Takes back the word of [`Paused::announce_switchover`] unless a guard still needs it.
+/// Takes back the word of [`Paused::announce_switchover`] when the migration is over, unless a guard still needs it.
 pub(crate) async fn withdraw_switchover(qmp: &Qmp) -> Result<(), QmpError> {
-    if in_switchover(qmp).await? || !marker_present(qmp, SWITCHOVER_MARKER).await? {
+    if !marker_present(qmp, SWITCHOVER_MARKER).await? {
+        return Ok(());
+    }
+    leave_finish_migrate(qmp).await?;
+    if in_switchover(qmp).await? {
         return Ok(());
     }
     remove_marker(qmp, SWITCHOVER_MARKER).await
+}
+
+/// A migration is over a little before QEMU has put the guest into the state that follows.
+async fn leave_finish_migrate(qmp: &Qmp) -> Result<(), QmpError> {
+    let deadline = Instant::now() + CANCEL_PATIENCE;
+    while run_state(qmp).await? == "finish-migrate" {
+        if Instant::now() >= deadline {
+            return Err(QmpError::Timeout { command: "migrate_cancel".into(), after: CANCEL_PATIENCE });
+        }
+        tokio::time::sleep(CANCEL_LOOK).await;
+    }
+    Ok(())
 }
 
 async fn in_switchover(qmp: &Qmp) -> Result<bool, QmpError> {

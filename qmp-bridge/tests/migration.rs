@@ -7,6 +7,8 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -80,7 +82,12 @@ async fn start(qemu: &Path, pages: u64, more: &[&str]) -> TestQemu {
         arguments.extend(["-m", "32"]);
     }
     arguments.extend(more);
-    TestQemu::start_in(qemu, &arguments, directory).await
+    let machine = TestQemu::start_in(qemu, &arguments, directory).await;
+    let last = format!("xp /1wx {:#x}", FIRST_COUNTER + (pages - 1) * PAGE);
+    while !more.contains(&"-S") && machine.qmp.hmp(&last).await.expect("xp").contains("0x00000000\r") {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    machine
 }
 
 /// Reads the stream to its end and throws it away; `chunk` bytes at a time with `pause` between, for a slow one.
@@ -160,7 +167,8 @@ async fn counter(qmp: &Qmp) -> String {
 async fn assert_as_before(machine: &TestQemu, before: &BTreeMap<String, Value>, what: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
-        let (state, now, traces) = (run_state(&machine.qmp).await.expect("state"), settings(&machine.qmp).await, traces(&machine.qmp).await);
+        let (state, now, traces) =
+            (run_state(&machine.qmp).await.expect("state"), settings(&machine.qmp).await, traces(&machine.qmp).await);
         let status = machine.qmp.execute_json("query-migrate", Value::Null).await.expect("status");
         let busy = matches!(status["status"].as_str(), Some("active" | "setup" | "pre-switchover" | "device" | "cancelling"));
         let journal = journal(machine).exists();
@@ -190,13 +198,7 @@ async fn assert_disk_works(machine: &TestQemu, what: &str) {
 }
 
 /// A whole checkpoint's worth in either mode. Returns the pause, the stream's length and the disks of the instant.
-async fn stream(
-    machine: &TestQemu,
-    qmp: &Qmp,
-    mode: StreamMode,
-    options: &StreamOptions,
-    seq: u64,
-) -> (Duration, u64, FrozenDisks) {
+async fn stream(machine: &TestQemu, qmp: &Qmp, mode: StreamMode, options: &StreamOptions, seq: u64) -> (Duration, u64, FrozenDisks) {
     let prepared = prepare_disks(machine, qmp, seq).await;
     let mut migration = Migration::prepare(qmp, mode, options, &journal(machine)).await.expect("prepare");
     let bytes = drain_fast(&mut migration);
@@ -309,7 +311,8 @@ struct Hands {
 
 async fn get_to(machine_directory: &Path, qmp: &Qmp, stage: Stage) -> Hands {
     let journal = machine_directory.join("migration.json");
-    let mode = if matches!(stage, Stage::SnapshotBegun | Stage::SnapshotHeld) { StreamMode::BackgroundSnapshot } else { StreamMode::PreCopy };
+    let mode =
+        if matches!(stage, Stage::SnapshotBegun | Stage::SnapshotHeld) { StreamMode::BackgroundSnapshot } else { StreamMode::PreCopy };
     let list = disks::list(qmp, Some(machine_directory)).await.expect("disks");
     let plan = CapturePlan {
         tag: "test".parse().expect("tag"),
@@ -451,8 +454,7 @@ async fn a_guest_that_has_not_begun_is_taken_by_pre_copy_only() {
         let machine = start(&qemu, FEW, &["-S"]).await;
         let support = probe(&machine.qmp).await.expect("probe");
         assert!(support.background_snapshot.is_err_and(|why| why.contains("prelaunch") || !snapshots(&machine)));
-        let refused =
-            Migration::prepare(&machine.qmp, StreamMode::BackgroundSnapshot, &StreamOptions::default(), &journal(&machine)).await;
+        let refused = Migration::prepare(&machine.qmp, StreamMode::BackgroundSnapshot, &StreamOptions::default(), &journal(&machine)).await;
         assert!(matches!(&refused, Err(MigrationError::Unsupported { .. })), "{refused:?}");
         let (_, _, frozen) = stream(&machine, &machine.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
         frozen.settle().await.expect("settle");
@@ -471,6 +473,7 @@ async fn a_guest_that_writes_too_fast_is_told_of_or_stopped_longer() {
         drain(migration.take_reader().expect("reader"), 64 << 10, Duration::from_millis(2));
         migration.start().await.expect("start");
         let error = migration.switchover().await.map(drop).expect_err("too fast");
+        eprintln!("{error}");
         assert!(matches!(error, MigrationError::TooFast { .. }) && error.is_retryable(), "{error}");
         assert!(error.to_string().contains("allow a longer pause"), "{error}");
         migration.cancel().await.expect("cancel");
@@ -518,6 +521,36 @@ async fn a_reader_that_stops_or_hangs_up_costs_the_stream_only() {
             migration.cancel().await.expect("cancel");
             assert_as_before(&machine, &before, &format!("{mode}, hung up")).await;
         }
+    })
+    .await;
+}
+
+/// The worst moment: QEMU has given the disks away and sends the last pages, and nobody takes them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
+    with_each_qemu(async |qemu| {
+        let machine = start(&qemu, MANY, &[]).await;
+        let before = settings(&machine.qmp).await;
+        let options = StreamOptions { timeout: Duration::from_secs(1), ..StreamOptions::default() };
+        let mut migration = Migration::prepare(&machine.qmp, StreamMode::PreCopy, &options, &journal(&machine)).await.expect("prepare");
+        let mut reader = migration.take_reader().expect("reader");
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        std::thread::spawn(move || {
+            let mut buffer = vec![0; 256 << 10];
+            while !stopped.load(Ordering::Relaxed) && reader.read(&mut buffer).is_ok_and(|count| count > 0) {}
+            // Held open, as by a process that was stopped.
+            std::thread::sleep(Duration::from_secs(30));
+        });
+        migration.start().await.expect("start");
+        let paused = migration.switchover().await.expect("switchover");
+        stop.store(true, Ordering::Relaxed);
+        let error = migration.complete(&paused).await.expect_err("nobody reads");
+        assert!(matches!(error, MigrationError::PauseTooLong { .. }), "{error}");
+        assert!(paused.elapsed() < Duration::from_secs(2));
+        drop(paused);
+        migration.cancel().await.expect("cancel");
+        assert_as_before(&machine, &before, "stopped in the pause").await;
     })
     .await;
 }
@@ -579,4 +612,68 @@ async fn a_migration_of_somebody_else_is_left_alone() {
         assert_as_before(&machine, &before, "after the owner's").await;
     })
     .await;
+}
+
+/// Not a test but a measurement, of Linux in a directory that `scripts/guest-image --vm` furnished, or of the counting guest:
+/// `STILLPOINT_FIGURES=/tmp/m1 cargo test -p qmp-bridge --test migration --release -- --ignored --nocapture figures`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes minutes"]
+async fn figures() {
+    let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
+    let (rounds, megabytes) = (number("STILLPOINT_FIGURES_ROUNDS", 10), number("STILLPOINT_FIGURES_MIB", 1024));
+    let furnished = std::env::var("STILLPOINT_FIGURES").ok();
+    for backend in ["none", "memory-backend-ram", "memory-backend-memfd,share=on"] {
+        with_each_qemu(async |qemu| {
+            let memory = megabytes.to_string();
+            let object = format!("{backend},id=memory,size={memory}M");
+            let mut more = vec!["-m", &memory];
+            if backend != "none" {
+                more.extend(["-object", &object, "-machine", "memory-backend=memory"]);
+            }
+            let machine = match &furnished {
+                Some(from) => start_linux(&qemu, Path::new(from), &more).await,
+                None => start(&qemu, FEW, &more).await,
+            };
+            for &mode in modes(&machine) {
+                eprintln!("{mode}, {megabytes} MiB, backend {backend}, resident {}", resident(&machine));
+                let mut pauses = Vec::new();
+                for seq in 1..=rounds {
+                    let begun = Instant::now();
+                    let (pause, bytes, frozen) = stream(&machine, &machine.qmp, mode, &StreamOptions::default(), seq).await;
+                    eprintln!("    stream {:.0?} {} KiB, resident {}", begun.elapsed(), bytes >> 10, resident(&machine));
+                    frozen.give_back().await.expect("give back");
+                    pauses.push(pause);
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                }
+                pauses.sort();
+                eprintln!("  pause p50 {:.1?} max {:.1?}", pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
+            }
+        })
+        .await;
+    }
+}
+
+async fn start_linux(qemu: &Path, furnished: &Path, more: &[&str]) -> TestQemu {
+    let directory = tempfile::tempdir_in("/dev/shm").expect("directory");
+    let list = std::fs::read_dir(furnished).expect("a furnished directory");
+    for entry in list {
+        let entry = entry.expect("entry");
+        std::fs::copy(entry.path(), directory.path().join(entry.file_name())).expect("copy");
+    }
+    let mut arguments = vec!["-readconfig", "q35-virtio.cfg", "-accel", "tcg", "-serial", "file:serial.log"];
+    arguments.extend(more);
+    let machine = TestQemu::start_in(qemu, &arguments, directory).await;
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !std::fs::read_to_string(machine.path("serial.log")).unwrap_or_default().contains("WITNESS step=") {
+        assert!(Instant::now() < deadline, "Linux does not come up");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    machine
+}
+
+fn resident(machine: &TestQemu) -> String {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", machine.pid())).unwrap_or_default();
+    let line = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("?").trim().to_owned();
+    format!("{} (page tables {})", line("VmRSS:"), line("VmPTE:"))
 }

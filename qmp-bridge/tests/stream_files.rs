@@ -6,7 +6,7 @@ mod streams;
 use proptest::prelude::*;
 use qmp_bridge::stream_reader::{ReaderLimits, StreamReadError};
 use streams::check::{Facts, Pieces, limits, read_all};
-use streams::{directory, files, recorded};
+use streams::{files, recorded, seeds};
 
 const SECTION_FULL: u8 = 4;
 
@@ -129,15 +129,17 @@ fn all_cut_at_many_places() {
     }
 }
 
-/// Streams that once went wrong, as the fuzzer left them: their first byte is the size of the pieces.
+/// What the fuzzer begins with: streams made by hand, and those that once went wrong.
 #[test]
-fn findings_of_the_fuzzer() {
-    let found = files(&directory().join("regressions"), "fuzz");
-    for (name, bytes) in found {
-        eprintln!("{name}");
-        let Some((size, stream)) = bytes.split_first() else { continue };
-        let _ = read_all(Pieces { bytes: stream, size: usize::from(*size).max(1) }, limits());
-    }
+fn seeds_of_the_fuzzer() {
+    let seeds = files(&seeds(), "fuzz");
+    let sound: Vec<_> = seeds
+        .iter()
+        .filter(|(_, input)| Pieces::of_fuzzer(input).is_some_and(|pieces| read_all(pieces, limits()).is_ok()))
+        .map(|(name, _)| name.as_str())
+        .collect();
+    assert_eq!(sound, ["10.0-none-precopy", "7.2-none-background", "background", "page", "precopy", "shared"]);
+    assert!(seeds.len() >= 12);
 }
 
 #[derive(Debug, Clone)]

@@ -100,7 +100,10 @@ pub fn choose_tracker(wanted: EngineChoice, tracker: &Result<(), String>) -> Res
 pub fn choose_stream(wanted: StreamChoice, support: &Support, facts: &MachineFacts, has_tracker: bool) -> Result<Chosen> {
     let is_live = is_live_pre_copy_exact(facts);
     let loses = || format!("QEMU {} under TCG loses pages when it reads memory of a running guest", facts.qemu);
+    let can_hold = !has_tracker && support.background_snapshot.is_ok();
     let (engine, why) = match wanted {
+        // It has no pause to lose; and after a pre-copy QEMU would not migrate it again until it has run.
+        StreamChoice::Auto if support.stopped && can_hold => (Engine::BackgroundSnapshot, "the guest is stopped".to_owned()),
         StreamChoice::Auto if is_live => (Engine::PreCopy, "memory by QEMU's own migration stream".to_owned()),
         StreamChoice::Auto => (Engine::Stopped, format!("{}, so it is stopped meanwhile", loses())),
         StreamChoice::PreCopy if !is_live => return Err(refused(format!("{}; use --stream stopped", loses()))),
@@ -174,6 +177,15 @@ mod test {
         assert_eq!(stream(StreamChoice::Auto, &new).unwrap(), Engine::PreCopy);
         assert_refused(stream(StreamChoice::PreCopy, &old), "--stream stopped");
         assert_eq!(stream(StreamChoice::Stopped, &new).unwrap(), Engine::Stopped);
+    }
+
+    #[test]
+    fn a_guest_that_its_owner_stopped_is_read_so_that_it_can_be_read_again() {
+        let (new, stopped) = (facts(10, Accelerator::Tcg), Support { stopped: true, ..able() });
+        let auto = |support: &Support, has_tracker| choose_stream(StreamChoice::Auto, support, &new, has_tracker).unwrap().engine;
+        assert_eq!(auto(&stopped, false), Engine::BackgroundSnapshot);
+        assert_eq!(auto(&stopped, true), Engine::PreCopy);
+        assert_eq!(auto(&Support { background_snapshot: Err("old".to_owned()), ..stopped }, false), Engine::PreCopy);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! How a command ends: the message (printed once, each fact once) and the exit code.
 
 use checkpoint_store::StoreError;
+use qmp_bridge::migration::MigrationError;
 use std::process::ExitCode;
 
 /// See `stillpoint --help`.
@@ -47,8 +48,16 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(store) = cause.downcast_ref::<StoreError>() {
         return Some(store_code(store));
     }
+    if let Some(migration) = cause.downcast_ref::<MigrationError>() {
+        return migration_code(migration);
+    }
     let damaged = cause.is::<checkpoint_format::PackError>() || cause.is::<checkpoint_format::ManifestError>();
     (damaged || cause.is::<checkpoint_format::LayerError>()).then_some(DAMAGED)
+}
+
+/// QEMU or its machine is not in a state in which it can be streamed.
+fn migration_code(error: &MigrationError) -> Option<u8> {
+    matches!(error, MigrationError::Busy { .. } | MigrationError::Unsupported { .. }).then_some(REFUSED)
 }
 
 fn store_code(error: &StoreError) -> u8 {
@@ -90,5 +99,7 @@ mod test {
         assert_eq!(code_of(&error), REFUSED);
         assert_eq!(explain(&error), "restoring m: it runs elsewhere");
         assert_eq!(code_of(&anyhow::anyhow!("x")), FAILED);
+        let busy = anyhow::Error::from(MigrationError::Busy { status: "active".to_owned() });
+        assert_eq!(code_of(&busy.context("preparing")), REFUSED);
     }
 }

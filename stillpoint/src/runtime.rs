@@ -66,11 +66,6 @@ pub struct Unprepared {
 impl MachineFile {
     pub const FORMAT: u32 = MACHINE_FILE_FORMAT;
 
-    /// QEMU's monitor.
-    pub fn monitor(&self, runtime: &RuntimeDir) -> PathBuf {
-        self.unprepared.as_ref().map_or_else(|| runtime.qmp(), |there| there.monitor.clone())
-    }
-
     /// The plugin's socket, if there is a plugin.
     pub fn plugin(&self, runtime: &RuntimeDir) -> Option<PathBuf> {
         self.unprepared.as_ref().map_or_else(|| Some(runtime.plugin()), |there| there.plugin.clone())
@@ -181,6 +176,8 @@ impl RuntimeDir {
     /// A new machine of this name begins: what was known of an earlier one is gone.
     pub fn forget_earlier(&self) -> Result<()> {
         self.forget("devices.json")?;
+        // Of another process: put back here, it would change what nobody changed.
+        self.forget("migration.json")?;
         self.forget_exact_since()
     }
 

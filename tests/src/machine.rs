@@ -52,8 +52,9 @@ impl<'lab> TestMachine<'lab> {
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]);
         machine.spawn(command);
-        let socket = machine.directory.join("extra.sock");
-        machine.wait_for("QEMU's monitor", |_| std::os::unix::net::UnixStream::connect(&socket).is_ok());
+        // The last one that it opens; nobody connects to it but the helper.
+        let monitor = machine.directory.join("qmp.sock");
+        machine.wait_for("QEMU's monitor", |_| monitor.exists());
         machine
     }
 

@@ -119,7 +119,7 @@ impl<'lab> Scribbled<'lab> {
 }
 
 /// The boot sector runs once pages beyond the first MiB change.
-fn wait_for_scribbles(monitor: &mut QmpClient) {
+pub fn wait_for_scribbles(monitor: &mut QmpClient) {
     let ran = wait_until(Duration::from_secs(60), || {
         let memory = monitor.memory(SCRIBBLER_RAM_BYTES);
         memory[2 << 20..14 << 20].chunks(4096).filter(|page| page.iter().any(|byte| *byte != 0)).count() > 300

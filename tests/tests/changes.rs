@@ -17,28 +17,13 @@ fn assert_goes_on(monitor: &mut QmpClient) {
 }
 
 /// A checkpoint that is refused, in words that name each of `named`; the guest does not notice.
-fn assert_refused(machine: &TestMachine, monitor: &mut QmpClient, named: &[&str]) {
-    let known = machine.try_list();
+fn assert_refused(lab: &Lab, machine: &TestMachine, monitor: &mut QmpClient, named: &[&str]) {
+    let known = lab.list(&machine.name);
     let message = machine.try_checkpoint().expect_failure(3);
     let missing: Vec<_> = named.iter().filter(|word| !message.contains(**word)).collect();
     assert!(missing.is_empty(), "{missing:?} not named in: {message}");
-    assert_eq!(machine.try_list(), known, "a refused checkpoint is none");
+    assert_eq!(lab.list(&machine.name), known, "a refused checkpoint is none");
     assert_goes_on(monitor);
-}
-
-/// What the machine has in the store.
-trait Listed {
-    fn try_list(&self) -> Vec<PathBuf>;
-}
-
-impl Listed for TestMachine<'_> {
-    fn try_list(&self) -> Vec<PathBuf> {
-        let folder = self.directory.with_file_name("store").join("vms").join(&self.name).join("checkpoints");
-        let mut all: Vec<PathBuf> = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
-        all.retain(|path| path.extension().is_none());
-        all.sort();
-        all
-    }
 }
 
 #[test]
@@ -82,11 +67,11 @@ fn a_plugged_device_is_refused_until_it_is_gone() {
         let first = machine.checkpoint().outcome;
         let mut monitor = machine.qmp();
         monitor.execute("device_add", json!({ "driver": "usb-tablet", "id": "late", "bus": "usb.0" }));
-        assert_refused(&machine, &mut monitor, &["late", "usb-tablet", "plugged"]);
+        assert_refused(&lab, &machine, &mut monitor, &["late", "usb-tablet", "plugged"]);
         // Another helper does not take it for a device that was always there.
         machine.kill_helper();
         machine.attach();
-        assert_refused(&machine, &mut monitor, &["late"]);
+        assert_refused(&lab, &machine, &mut monitor, &["late"]);
         monitor.execute("device_del", json!({ "id": "late" }));
         let second = machine.checkpoint().outcome;
         assert_eq!(second.parent, Some(first.id));
@@ -105,7 +90,7 @@ fn a_disk_that_was_moved_is_refused() {
         machine.checkpoint();
         let mut monitor = machine.qmp();
         monitor.execute("blockdev-snapshot-sync", json!({ "device": "odd", "snapshot-file": "moved.qcow2", "format": "qcow2" }));
-        assert_refused(&machine, &mut monitor, &["odd", "moved.qcow2"]);
+        assert_refused(&lab, &machine, &mut monitor, &["odd", "moved.qcow2"]);
         monitor.disk_io("odd", "write -P 5 0 4096");
         drop(monitor);
         lab.verify("m");
@@ -133,7 +118,7 @@ fn a_layer_replaced_while_the_machine_runs_is_seen() {
     // Another file at its path: QEMU has the old one open.
     std::fs::rename(&base, &kept).expect("the test's directory");
     std::fs::copy(&kept, &base).expect("the test's directory");
-    assert_refused(&machine, &mut monitor, &["base.raw", "replaced"]);
+    assert_refused(&lab, &machine, &mut monitor, &["base.raw", "replaced"]);
     std::fs::rename(&kept, &base).expect("the test's directory");
     assert_eq!(machine.checkpoint().outcome.parent, Some(first.id));
     // Other content in the same file: QEMU reads it, too, so it is another layer.
@@ -141,9 +126,9 @@ fn a_layer_replaced_while_the_machine_runs_is_seen() {
     let anew = machine.checkpoint().outcome;
     assert_eq!((anew.kind.as_str(), anew.parent), ("full", None), "{anew:?}");
     assert!(anew.layer_bytes_stored > 0, "{anew:?}");
+    drop(monitor);
     let expected = machine.disk("cow");
     lab.verify("m");
-    drop(monitor);
     machine.kill();
     check_base(&lab, &format!("m@{}", anew.id), &expected, b"written from outside");
     check_base(&lab, "m@1", &[], &pattern());
@@ -210,7 +195,11 @@ fn a_restore_ends_soon_when_qemu_does_and_quotes_it() {
     machine.kill();
     let scripts = [
         ("never", "echo this host has no room >&2; exit 1", "this host has no room"),
-        ("asked", "case \"$*\" in *incoming*) echo this host has no room >&2; exit 1;; esac; exec \"$qemu\" \"$@\"", "this host has no room"),
+        (
+            "asked",
+            "case \"$*\" in *incoming*) echo this host has no room >&2; exit 1;; esac; exec \"$qemu\" \"$@\"",
+            "this host has no room",
+        ),
         // The plugin is there by then, and the monitor too.
         ("late", "case \"$*\" in *incoming*) set -- \"$@\" -device nonsense;; esac; exec \"$qemu\" \"$@\"", "nonsense"),
     ];
@@ -269,11 +258,11 @@ fn a_helper_that_cannot_attach_leaves_no_socket() {
     machine.kill_helper();
     let place = lab.runtime().join("m");
     let record = std::fs::read_to_string(place.join("machine.json")).expect("a machine has it");
-    let wrong = record.replace("\"ram_block\":\"", "\"ram_block\":\"not-");
-    assert_ne!(wrong, record, "no RAM block in {record}");
-    std::fs::write(place.join("machine.json"), wrong).expect("the test's directory");
+    let mut wrong: Value = serde_json::from_str(&record).expect("JSON");
+    wrong["ram_block"] = json!("not-there");
+    std::fs::write(place.join("machine.json"), wrong.to_string()).expect("the test's directory");
     let ran = lab.run(&["attach", "m"]);
-    assert!(ran.code != 0 && ran.err.contains("not-"), "ended with {}: {}", ran.code, ran.err);
+    assert!(ran.code != 0 && ran.err.contains("not-there"), "ended with {}: {}", ran.code, ran.err);
     let gone = || !place.join("control.sock").exists();
     assert!(wait_until(PATIENCE, gone), "the control socket of a helper that has ended is left");
     std::fs::write(place.join("machine.json"), record).expect("the test's directory");

@@ -2,6 +2,7 @@
 //! service files. The snippets of docs/libvirt.md and docs/proxmox.md are those used here.
 
 use serde_json::Value;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -76,7 +77,7 @@ fn the_hook_attaches_a_domain_that_has_the_plugin() {
     let socket = lab.path().join("db1.plugin");
     let words = ["-plugin".to_owned(), format!("file={},socket={}", plugin.display(), socket.display())];
     let domain = libvirt.start("db1", Shape { shared_memory: true, balloon: false }, &words);
-    assert!(wait_until(PATIENCE, || domain.helper().is_some()), "the hook attaches nobody: {}", hook_log(&conf, "db1"));
+    assert!(wait_until(PATIENCE, || answers(&lab, "db1")), "the hook attaches nobody: {}", hook_log(&conf, "db1"));
     let helper = domain.helper();
 
     domain.wait_for_witness();
@@ -94,6 +95,11 @@ fn the_hook_attaches_a_domain_that_has_the_plugin() {
     lab.restore(&last.name, "db2", &[]).assert_continues(&last);
 }
 
+/// The helper takes requests.
+fn answers(lab: &Lab, name: &str) -> bool {
+    UnixStream::connect(lab.runtime().join(name).join("control.sock")).is_ok()
+}
+
 fn hook_log(conf: &Path, name: &str) -> String {
     std::fs::read_to_string(conf.join(format!("{name}.log"))).unwrap_or_default()
 }
@@ -104,10 +110,10 @@ fn the_hook_is_in_nobodys_way() {
     let lab = Lab::new(&newest_qemu());
     let conf = lab.path().join("conf");
     std::fs::create_dir_all(&conf).expect("the test's directory");
-    std::fs::write(conf.join("broken.conf"), "STILLPOINT_QMP=/nowhere\nif (\n").expect("the test's directory");
-    std::fs::write(conf.join("slow.conf"), "sleep 30\n").expect("the test's directory");
+    // The file is read by a shell where there is no service manager.
+    std::fs::write(conf.join("broken.conf"), "sleep 30; if (\n").expect("the test's directory");
     let libvirt = Libvirt::up_with_hook(&lab);
-    for name in ["broken", "slow", "unknown"] {
+    for name in ["broken", "unknown"] {
         let begun = Instant::now();
         let domain = libvirt.start(name, Shape { shared_memory: false, balloon: true }, &[]);
         assert!(begun.elapsed() < START_WITH_HOOK, "{name} took {:?} to start", begun.elapsed());
@@ -116,7 +122,7 @@ fn the_hook_is_in_nobodys_way() {
         domain.destroy();
         assert!(begun.elapsed() < START_WITH_HOOK, "{name} took {:?} to end", begun.elapsed());
     }
-    assert!(hook_log(&conf, "broken").contains("broken.conf"), "the hook did not even try: {}", hook_log(&conf, "broken"));
+    assert!(conf.join("broken.log").exists(), "the hook did not even try");
     assert!(!conf.join("unknown.log").exists(), "a domain that nobody configured was attached");
 }
 
@@ -144,16 +150,15 @@ fn the_service_files_are_understood_by_systemd() {
 
 // ---- Proxmox VE
 
-/// What `qm showcmd` prints for a linked clone on virtio-scsi-single, without what only Proxmox's own QEMU knows (`-id`, the `+pve`
-/// machine types), what needs its host (tap, iscsi, the boot splash, `-daemonize`) and the flags of KVM. On QEMU 10 the
-/// nested -blockdev of Proxmox VE 9 with an iothread, before it the -drive of Proxmox VE 8.
-fn proxmox_arguments(qemu: &Path, monitor: &Path) -> Vec<String> {
-    let is_nine = text(qemu).contains("10.0");
-    let event = if is_nine { "reconnect-ms=5000" } else { "reconnect=5" };
-    let common = format!(
+/// What `qm showcmd` prints for a linked clone, without what only Proxmox's own QEMU knows (`-id`, the `+pve` machine types),
+/// what needs its host (tap, iscsi, the boot splash, `-daemonize`) and the flags of KVM. `disk` is the disk's part of it.
+fn proxmox(qemu: &Path, lab: &Lab, disk: &str) -> Recipe {
+    // From QEMU 9.2 on it is in milliseconds.
+    let reconnect = if has_iothreads(qemu) { "reconnect-ms=5000" } else { "reconnect=5" };
+    let machine = format!(
         "-name vm100,debug-threads=on -no-shutdown \
          -chardev socket,id=qmp,path=100.qmp,server=on,wait=off -mon chardev=qmp,mode=control \
-         -chardev socket,id=qmp-event,path=qmeventd.sock,{event} -mon chardev=qmp-event,mode=control \
+         -chardev socket,id=qmp-event,path=qmeventd.sock,{reconnect} -mon chardev=qmp-event,mode=control \
          -smbios type=1,uuid=3dd750ce-d910-44d0-9493-525c0be4e687 -smp 2,sockets=1,cores=2,maxcpus=2 -nodefaults \
          -boot menu=on,strict=on,reboot-timeout=1000 -vnc unix:100.vnc,password=on -cpu qemu64 \
          -global PIIX4_PM.disable_s3=1 -global PIIX4_PM.disable_s4=1 \
@@ -163,41 +168,52 @@ fn proxmox_arguments(qemu: &Path, monitor: &Path) -> Vec<String> {
          -device VGA,id=vga,bus=pci.0,addr=0x2 -chardev socket,path=100.qga,server=on,wait=off,id=qga0 \
          -device virtio-serial,id=qga0,bus=pci.0,addr=0x8 -device virtserialport,chardev=qga0,name=org.qemu.guest_agent.0 \
          -device virtio-balloon-pci,id=balloon0,bus=pci.0,addr=0x3,free-page-reporting=on \
+         -drive if=none,id=drive-ide2,media=cdrom -device ide-cd,bus=ide.1,unit=0,drive=drive-ide2,id=ide2,bootindex=101 \
          -netdev type=user,id=net0 -device virtio-net-pci,mac=2E:01:68:F9:9C:87,netdev=net0,bus=pci.0,addr=0x12,id=net0,bootindex=300"
     );
-    let disks = if is_nine {
-        r#"-object {"id":"throttle-drive-scsi0","limits":{},"qom-type":"throttle-group"} -object iothread,id=iothread-virtioscsi0
-           -device virtio-scsi-pci,id=virtioscsi0,bus=pci.3,addr=0x1,iothread=iothread-virtioscsi0
-           -blockdev {"detect-zeroes":"on","discard":"ignore","driver":"throttle","file":{"backing":{"cache":{"direct":false,"no-flush":false},"driver":"qcow2","file":{"aio":"threads","driver":"file","filename":"base.qcow2","node-name":"ea91a385a49a008a4735c0aec5c6749","read-only":true},"node-name":"fa91a385a49a008a4735c0aec5c6749","read-only":true},"cache":{"direct":true,"no-flush":false},"detect-zeroes":"on","discard":"ignore","driver":"qcow2","file":{"aio":"threads","cache":{"direct":true,"no-flush":false},"detect-zeroes":"on","discard":"ignore","driver":"file","filename":"overlay.qcow2","node-name":"e74f4959037afb46eddc7313c43dfdd","read-only":false},"node-name":"f74f4959037afb46eddc7313c43dfdd","read-only":false},"node-name":"drive-scsi0","read-only":false,"throttle-group":"throttle-drive-scsi0"}
-           -device scsi-hd,bus=virtioscsi0.0,channel=0,scsi-id=0,lun=0,drive=drive-scsi0,id=scsi0,device_id=drive-scsi0,bootindex=100,write-cache=on"#
-    } else {
-        "-drive if=none,id=drive-ide2,media=cdrom -device ide-cd,bus=ide.1,unit=0,drive=drive-ide2,id=ide2,bootindex=101 \
-         -device virtio-scsi-pci,id=virtioscsi0,bus=pci.3,addr=0x1 \
-         -drive file=overlay.qcow2,if=none,id=drive-scsi0,cache=none,format=qcow2,detect-zeroes=on \
-         -device scsi-hd,bus=virtioscsi0.0,channel=0,scsi-id=0,lun=0,drive=drive-scsi0,id=scsi0,bootindex=100"
-    };
     // The 'args:' line of the machine's configuration.
-    let args = format!("-qmp unix:{},server=on,wait=off", monitor.display());
-    [&common, disks, &args].iter().flat_map(|words| words.split_whitespace()).map(str::to_owned).collect()
+    let args = format!("-qmp unix:{},server=on,wait=off", proxmox_monitor(lab).display());
+    let words: Vec<&str> = [&machine, disk, &args].into_iter().flat_map(str::split_whitespace).collect();
+    Recipe::board("pc").words("witness.journal=/dev/sda witness.base=/dev/sda").arguments(&words)
 }
+
+fn proxmox_monitor(lab: &Lab) -> PathBuf {
+    lab.path().join("stillpoint-100.qmp")
+}
+
+/// Before QEMU 9.0 disks in an iothread are refused.
+fn has_iothreads(qemu: &Path) -> bool {
+    !Command::new(qemu).arg("--version").output().expect("QEMU can be run").stdout.starts_with(b"QEMU emulator version 7.")
+}
+
+/// Machine versions before 10.0, on Proxmox VE 8 and 9.
+const DRIVE: &str = "-drive file=overlay.qcow2,if=none,id=drive-scsi0,cache=none,format=qcow2,detect-zeroes=on \
+    -device scsi-hd,bus=virtioscsi0.0,channel=0,scsi-id=0,lun=0,drive=drive-scsi0,id=scsi0,bootindex=100";
+
+/// Machine versions from 10.0 on: a throttle node on every disk.
+const THROTTLED: &str = r#"-device virtio-scsi-pci,id=virtioscsi0,bus=pci.3,addr=0x1
+    -object {"id":"throttle-drive-scsi0","limits":{},"qom-type":"throttle-group"}
+    -blockdev {"detect-zeroes":"on","discard":"ignore","driver":"throttle","file":{"cache":{"direct":true,"no-flush":false},"detect-zeroes":"on","discard":"ignore","driver":"qcow2","file":{"aio":"threads","cache":{"direct":true,"no-flush":false},"detect-zeroes":"on","discard":"ignore","driver":"file","filename":"overlay.qcow2","node-name":"e74f4959037afb46eddc7313c43dfdd","read-only":false},"node-name":"f74f4959037afb46eddc7313c43dfdd","read-only":false},"node-name":"drive-scsi0","read-only":false,"throttle-group":"throttle-drive-scsi0"}
+    -device scsi-hd,bus=virtioscsi0.0,channel=0,scsi-id=0,lun=0,drive=drive-scsi0,id=scsi0,device_id=drive-scsi0,bootindex=100,write-cache=on"#;
 
 #[test]
 fn a_machine_as_proxmox_starts_it_is_attached_by_its_hook() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let monitor = lab.path().join("stillpoint-100.qmp");
-        let arguments = proxmox_arguments(qemu, &monitor);
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let recipe = Recipe::board("pc").words("witness.journal=/dev/sda witness.base=/dev/sda").arguments(&arguments);
-        let machine = lab.start_plain("100", &recipe);
-        let conf = format!("STILLPOINT_QMP={}\nSTILLPOINT_STORE={}\n", monitor.display(), lab.store());
+        let controller = if has_iothreads(qemu) {
+            "-object iothread,id=iothread-virtioscsi0 -device virtio-scsi-pci,id=virtioscsi0,bus=pci.3,addr=0x1,iothread=iothread-virtioscsi0"
+        } else {
+            "-device virtio-scsi-pci,id=virtioscsi0,bus=pci.3,addr=0x1"
+        };
+        let machine = lab.start_plain("100", &proxmox(qemu, &lab, &format!("{controller} {DRIVE}")));
+        let conf = format!("STILLPOINT_QMP={}\nSTILLPOINT_STORE={}\n", proxmox_monitor(&lab).display(), lab.store());
         std::fs::write(lab.path().join("100.conf"), conf).expect("the test's directory");
         machine.wait_for_witness();
 
         proxmox_hook(&lab, "pre-start");
         assert!(machine.helper().is_none());
         proxmox_hook(&lab, "post-start");
-        assert!(wait_until(PATIENCE, || machine.helper().is_some()), "the hook attaches nobody: {}", hook_log(lab.path(), "100"));
+        assert!(wait_until(PATIENCE, || answers(&lab, "100")), "the hook attaches nobody: {}", hook_log(lab.path(), "100"));
         let mut last = machine.checkpoint();
         for _ in 0..2 {
             machine.assert_goes_on();
@@ -209,6 +225,18 @@ fn a_machine_as_proxmox_starts_it_is_attached_by_its_hook() {
         machine.kill();
         lab.restore(&last.name, "101", &[]).assert_continues(&last);
     });
+}
+
+#[test]
+fn the_throttle_nodes_of_newer_proxmox_machines_are_refused() {
+    let qemu = newest_qemu();
+    let lab = Lab::new(&qemu);
+    let machine = lab.start_plain("100", &proxmox(&qemu, &lab, THROTTLED));
+    let monitor = proxmox_monitor(&lab);
+    lab.run(&["attach", "--qmp", text(&monitor), "--store", lab.store(), "--name", "100"]).expect_success();
+    let said = lab.run(&["checkpoint", "100"]).expect_failure(1);
+    assert!(said.contains("throttle") && said.contains("scsi0"), "{said}");
+    assert!(machine.qmp().is_running());
 }
 
 /// As Proxmox calls it: it waits for the hook, and a failure would end a start.

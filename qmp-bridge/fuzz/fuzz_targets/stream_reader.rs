@@ -1,4 +1,4 @@
-//! Feeds the stream reader with anything. The first byte says in how small pieces the rest comes.
+//! Feeds the stream reader with anything.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
@@ -13,14 +13,8 @@ const LENGTH_AT: usize = 2;
 const TEXT_AT: usize = LENGTH_AT + 4;
 
 fuzz_target!(|data: &[u8]| {
-    let Some((first, stream)) = data.split_first() else { return };
-    let size = match first {
-        0..=63 => 1 + usize::from(*first),
-        64..=127 => 4096 + usize::from(*first),
-        _ => usize::MAX,
-    };
     // Whether it is an error does not matter; that nothing is given that the reader promises not to give is in `check`.
-    let _ = read_all(Pieces { bytes: stream, size }, limits());
+    let _ = Pieces::of_fuzzer(data).map(|pieces| read_all(pieces, limits()));
 });
 
 fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {

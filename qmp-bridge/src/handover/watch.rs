@@ -46,7 +46,7 @@ impl State {
         Ok(Self::parse(&qmp.execute_json("query-migrate", Value::Null).await?))
     }
 
-    fn parse(reply: &Value) -> Self {
+    pub(super) fn parse(reply: &Value) -> Self {
         let ram = &reply["ram"];
         let number = |name: &str| ram[name].as_u64().unwrap_or(0);
         let page = number("page-size").max(4096);

@@ -6,12 +6,12 @@
 //! name that nobody is told. The server must run for that; it is the one of the disk capture, or one that is started here.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
 
 use super::MigrationError;
-use crate::jobs::{JobError, remove_exports, tolerate_refusal};
+use crate::jobs::{JobError, export_ids, remove_exports, tolerate_refusal};
 use crate::qmp::{Qmp, QmpError};
 
 const SET_ACTIVE: &str = "blockdev-set-active";
@@ -22,7 +22,7 @@ const EXPORTS: &str = "stillpoint-activate-";
 #[derive(Debug)]
 pub(super) enum Activation {
     Command,
-    Exports { roots: Vec<String>, socket: Option<PathBuf> },
+    Exports { roots: Vec<String> },
 }
 
 impl Activation {
@@ -33,25 +33,10 @@ impl Activation {
             return Ok(Self::Command);
         }
         let roots = writable_roots(qmp).await?;
-        let mut plan = Self::Exports { roots, socket: None };
-        plan.ensure_server(qmp, socket).await?;
-        Ok(plan)
-    }
-
-    async fn ensure_server(&mut self, qmp: &Qmp, path: &Path) -> Result<(), QmpError> {
-        let Self::Exports { roots, socket } = self else { return Ok(()) };
-        if roots.is_empty() {
-            return Ok(());
+        if !roots.is_empty() {
+            ensure_server(qmp, socket).await?;
         }
-        let _ = std::fs::remove_file(path);
-        let address = json!({ "type": "unix", "data": { "path": path.to_string_lossy() } });
-        match qmp.execute_json("nbd-server-start", json!({ "addr": address })).await {
-            Ok(_) => *socket = Some(path.into()),
-            // One runs already, which is as good.
-            Err(error) if error.is_refusal() => tracing::debug!(%error, "no NBD server of our own for the activation"),
-            Err(error) => return Err(error),
-        }
-        Ok(())
+        Ok(Self::Exports { roots })
     }
 
     /// To be called with the guest stopped after the migration has completed.
@@ -65,7 +50,7 @@ impl Activation {
                 let done = qmp.execute_json(SET_ACTIVE, json!({ "active": true })).await;
                 done.map(drop).map_err(|error| failed("all nodes", error))
             }
-            Self::Exports { roots, .. } => {
+            Self::Exports { roots } => {
                 // All at once: QEMU takes them one by one, but the guest waits for one round trip only.
                 let exports = roots.iter().enumerate().map(|(index, root)| async move {
                     let id = format!("{EXPORTS}{index}");
@@ -76,28 +61,27 @@ impl Activation {
             }
         }
     }
+}
 
-    /// Takes the exports back, with the guest running. Repeatable.
-    pub(super) async fn remove(&self, qmp: &Qmp) -> Result<(), JobError> {
-        let Self::Exports { socket, .. } = self else { return Ok(()) };
-        remove_leftovers(qmp).await?;
-        if let Some(path) = socket {
-            stop_server(qmp).await?;
-            let _ = std::fs::remove_file(path);
-        }
-        Ok(())
+async fn ensure_server(qmp: &Qmp, socket: &Path) -> Result<(), QmpError> {
+    let _ = std::fs::remove_file(socket);
+    let address = json!({ "type": "unix", "data": { "path": socket.to_string_lossy() } });
+    match qmp.execute_json("nbd-server-start", json!({ "addr": address })).await {
+        // One runs already, which is as good.
+        Err(error) if error.is_refusal() => tracing::debug!(%error, "no NBD server of our own for the activation"),
+        other => return other.map(drop),
     }
+    Ok(())
 }
 
-/// The exports of any session. A server stays: whose it is cannot be told.
-pub(super) async fn remove_leftovers(qmp: &Qmp) -> Result<(), JobError> {
-    remove_exports(qmp, |id| id.starts_with(EXPORTS)).await.map(drop)
-}
-
-/// Not while others use it: a capture that began after us may rely on the server that we started.
-async fn stop_server(qmp: &Qmp) -> Result<(), QmpError> {
-    if crate::jobs::export_ids(qmp).await?.is_empty() {
+/// Takes the exports of any session back, and the server that it started at `socket`, if it did. With the guest running;
+/// repeatable.
+pub(super) async fn remove(qmp: &Qmp, socket: &Path) -> Result<(), JobError> {
+    remove_exports(qmp, |id| id.starts_with(EXPORTS)).await?;
+    // A capture that began after us may rely on that server.
+    if socket.exists() && export_ids(qmp).await?.is_empty() {
         tolerate_refusal(qmp.execute_json("nbd-server-stop", Value::Null).await)?;
+        let _ = std::fs::remove_file(socket);
     }
     Ok(())
 }

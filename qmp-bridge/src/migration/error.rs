@@ -32,8 +32,8 @@ pub enum MigrationError {
     Setup { source: QmpError },
     #[error("QEMU does not begin {mode}: {source}; nothing was left changed")]
     Start { mode: StreamMode, source: QmpError },
-    #[error("the guest would have waited too long for QEMU's migration (`{status}`); {hint}")]
-    PauseTooLong { status: String, hint: String },
+    #[error("the guest would have waited too long for QEMU's migration; {hint}")]
+    PauseTooLong { hint: &'static str },
     #[error("cannot make a socket pair for the migration stream: {source}")]
     Socket { source: std::io::Error },
     #[error("cannot {what} the migration journal {path}: {source}")]

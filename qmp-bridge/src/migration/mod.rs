@@ -7,6 +7,21 @@
 //! - [`StreamMode::BackgroundSnapshot`]: the caller stops the guest and takes the disks; QEMU write-protects memory by
 //!   userfaultfd and lets the guest run on; each page is sent before the guest may overwrite it.
 //!
+//! Pre-copy is the default, by measurement (Linux of 1 GiB that writes 1500 pages/s, 260 MiB resident, TCG, pause including
+//! the disk transaction; median and worst of 6 on a busy host):
+//!
+//! | | QEMU 7.2 | QEMU 10.0 | stream, 10.0 |
+//! | --- | --- | --- | --- |
+//! | pre-copy | 12.5, 15.1 ms | 9.8, 20.6 ms | 0.13 to 0.37 s |
+//! | background snapshot | refused | 43, 260 ms | 2 to 3 s |
+//!
+//! Of a pre-copy's pause, 1.5 ms are QEMU's way to the switch-over, 3.5 ms the last pages, the devices and the disks' way out
+//! and in, 1.8 ms the transaction, 0.7 ms `cont`; it does not grow with the memory. A background snapshot touches and
+//! write-protects each page within the pause, sends each by a system call of its own, and makes a guest that writes wait
+//! for our reader: a helper that is stopped (not killed) stops the guest. Before QEMU 9.0 a killed one stops it for ever.
+//! Either reads all memory: of private memory nothing becomes resident by that but page tables (2 MiB/GiB), of shared
+//! memory (memfd) all of it.
+//!
 //! Order of calls, pre-copy: [`Migration::prepare`], [`Migration::take_reader`] (somebody must read, always),
 //! [`Migration::start`], [`Migration::switchover`], [`Migration::complete`], disk transaction, [`Paused::resume`],
 //! [`Migration::finish`]. Background snapshot: `prepare`, `take_reader`, [`Paused::stop`], disk transaction, `start`,

@@ -151,8 +151,7 @@ impl Drop for PutBack {
         if self.states.is_empty() {
             return;
         }
-        let list: Vec<Value> =
-            self.states.iter().map(|(name, state)| serde_json::json!({ "capability": name, "state": state })).collect();
+        let list: Vec<Value> = self.states.iter().map(|(name, state)| serde_json::json!({ "capability": name, "state": state })).collect();
         let arguments = serde_json::json!({ "capabilities": list });
         if let Err(error) = self.qmp.send_and_linger("migrate-set-capabilities", arguments, LAST_PATIENCE) {
             tracing::warn!(%error, "cannot put QEMU's migration capabilities back");

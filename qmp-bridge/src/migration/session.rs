@@ -118,6 +118,10 @@ impl Migration {
         self.undo.as_mut().ok_or(MigrationError::Order("it has ended"))
     }
 
+    pub(super) fn channel(&mut self) -> Result<&mut Channel, MigrationError> {
+        self.undo()?.channel.as_mut().ok_or(MigrationError::Order("it has no stream any more"))
+    }
+
     pub fn mode(&self) -> StreamMode {
         self.mode
     }
@@ -125,8 +129,7 @@ impl Migration {
     /// The end of the stream to read from, blocking, to its end: while nobody reads, QEMU waits, and after a background
     /// snapshot has begun so does a guest that writes. To be taken once.
     pub fn take_reader(&mut self) -> Result<UnixStream, MigrationError> {
-        let reader = self.undo()?.channel.as_mut().and_then(Channel::take_reader);
-        reader.ok_or(MigrationError::Order("the reader was taken before"))
+        self.channel()?.take_reader().ok_or(MigrationError::Order("the reader was taken before"))
     }
 
     /// Sends `migrate`. Pre-copy: the guest runs, the scratch overlays of the disk capture are prepared already (QEMU before
@@ -175,8 +178,23 @@ impl Migration {
         if self.stage != Stage::SwitchedOver {
             return Err(MigrationError::Order("`complete` comes after `switchover`"));
         }
+        let limit = self.pause_limit(paused);
+        let completed = within(limit, "is the stream read?", self.wait_switched()).await;
+        if let Err(error) = completed {
+            // While QEMU cannot write it hears no command either; with the stream cut the migration fails.
+            self.channel()?.cut();
+            return Err(error);
+        }
+        tracing::debug!("completed after {:?} of pause", paused.elapsed());
+        if let Some(Undo { qmp, activation: Some(activation), .. }) = &self.undo {
+            activation.run(qmp).await?;
+        }
+        self.stage = Stage::Held;
+        Ok(())
+    }
+
+    async fn wait_switched(&mut self) -> Result<(), MigrationError> {
         self.qmp.execute_json("migrate-continue", json!({ "state": "pre-switchover" })).await?;
-        let deadline = self.pause_deadline(paused);
         loop {
             match self.hints.next(PAUSED_LOOK).await {
                 Hint::Status(status) if status == "completed" => break,
@@ -187,41 +205,41 @@ impl Migration {
                 break;
             }
             progress.check()?;
-            check_pause(deadline, &progress, "is the stream read?")?;
         }
         // `completed` is said a little before the guest's state follows, and `cont` is refused until then.
-        while run_state(&self.qmp).await? == "finish-migrate" {
-            check_pause(deadline, &Progress::default(), "the guest's state does not follow")?;
-        }
-        tracing::debug!("completed after {:?} of pause", paused.elapsed());
-        if let Some(Undo { qmp, activation: Some(activation), .. }) = &self.undo {
-            activation.run(qmp).await?;
-        }
-        self.stage = Stage::Held;
+        while run_state(&self.qmp).await? == "finish-migrate" {}
         Ok(())
     }
 
     /// Background snapshot: waits until QEMU has write-protected all memory and lets the guest run on. Returns how long it
     /// was stopped. Needs a reader at work.
     #[tracing::instrument(name = "hold", skip_all)]
-    pub async fn memory_is_held(&mut self, paused: Paused) -> Result<Duration, MigrationError> {
+    pub async fn memory_is_held(&mut self, mut paused: Paused) -> Result<Duration, MigrationError> {
         if self.stage != Stage::Started || self.mode != StreamMode::BackgroundSnapshot {
             return Err(MigrationError::Order("`memory_is_held` comes after `start` of a background snapshot"));
         }
-        let deadline = self.pause_deadline(&paused);
+        let limit = self.pause_limit(&paused);
+        // QEMU itself may wait for a page that nobody reads.
+        paused.hold_stream(self.channel()?.handle()?);
+        let held = async {
+            self.wait_protected().await?;
+            Ok(paused.resume().await?)
+        };
+        let pause = within(limit, "large memory takes long to be write-protected; use pre-copy", held).await?;
+        self.stage = Stage::Held;
+        Ok(pause)
+    }
+
+    /// Pages are sent only after all are protected.
+    async fn wait_protected(&mut self) -> Result<(), MigrationError> {
         loop {
             let progress = Progress::query(&self.qmp).await?;
             progress.check()?;
-            // Pages are sent only after all are protected.
             if progress.pages > 0 {
-                break;
+                return Ok(());
             }
-            check_pause(deadline, &progress, "large memory takes long to be write-protected; use pre-copy")?;
             self.hints.next(PAUSED_LOOK).await;
         }
-        let pause = paused.resume().await?;
-        self.stage = Stage::Held;
-        Ok(pause)
     }
 
     /// Waits until QEMU has sent everything, then puts back what was changed and removes the journal. If the stream failed,
@@ -275,34 +293,36 @@ impl Migration {
                 return Ok(progress);
             }
             progress.check()?;
-            self.check_time("is the stream read?")?;
+            self.check_time(&progress, "is the stream read?")?;
             self.hints.next(IDLE_LOOK).await;
         }
     }
 
-    /// When a guest has waited long enough for anything. Whoever accepts any pause gets it.
-    fn pause_deadline(&self, paused: &Paused) -> Instant {
+    /// How much longer the pause may take; whoever accepts any pause gets it.
+    fn pause_limit(&self, paused: &Paused) -> Duration {
         let allowed = match (self.mode, self.options.when_too_fast) {
             (StreamMode::PreCopy, WhenTooFast::SwitchOver) => self.options.timeout,
-            _ => (self.options.max_pause * 2 + PAUSE_GRACE).min(self.options.timeout),
+            _ => self.options.max_pause.saturating_mul(2).saturating_add(PAUSE_GRACE).min(self.options.timeout),
         };
-        Instant::now() + allowed.saturating_sub(paused.elapsed())
+        allowed.saturating_sub(paused.elapsed())
     }
 
-    pub(super) fn check_time(&self, hint: &str) -> Result<(), MigrationError> {
+    pub(super) fn check_time(&self, progress: &Progress, hint: &str) -> Result<(), MigrationError> {
         if self.started.elapsed() <= self.options.timeout {
             return Ok(());
         }
         let hint = format!("; {hint}");
-        Err(MigrationError::Stuck { status: "active".into(), after: self.options.timeout, hint })
+        Err(MigrationError::Stuck { status: progress.status.clone(), after: self.options.timeout, hint })
     }
 }
 
-fn check_pause(deadline: Instant, progress: &Progress, hint: &str) -> Result<(), MigrationError> {
-    match Instant::now() < deadline {
-        true => Ok(()),
-        false => Err(MigrationError::PauseTooLong { status: progress.status.clone(), hint: hint.into() }),
-    }
+/// Ends a pause that has taken too long for anything.
+async fn within<T>(
+    limit: Duration,
+    hint: &'static str,
+    work: impl Future<Output = Result<T, MigrationError>>,
+) -> Result<T, MigrationError> {
+    tokio::time::timeout(limit, work).await.unwrap_or(Err(MigrationError::PauseTooLong { hint }))
 }
 
 impl Drop for Migration {
@@ -326,16 +346,13 @@ impl Drop for Migration {
 impl Undo {
     /// For a drop: the guest must not wait for what comes later.
     fn cancel_blocking(&mut self) {
-        // A guest whose pages nobody takes any more may hold up QEMU's monitor, so the stream is cut first.
-        if self.journal.entry.mode == StreamMode::BackgroundSnapshot {
-            self.cut();
-        }
+        self.cut();
         if let Err(error) = self.qmp.send_and_linger("migrate_cancel", Value::Null, LAST_PATIENCE) {
             tracing::warn!(%error, "cannot cancel the migration");
         }
-        self.cut();
     }
 
+    /// Always first: a QEMU that cannot write, or whose guest waits for a page to be sent, may hear no command.
     fn cut(&self) {
         if let Some(channel) = &self.channel {
             channel.cut();
@@ -344,16 +361,8 @@ impl Undo {
 
     /// Ends whatever of the migration is left. Repeatable.
     async fn run(&mut self) -> Result<(), MigrationError> {
-        // See [`Self::cancel_blocking`].
-        if self.journal.entry.mode == StreamMode::BackgroundSnapshot {
-            self.cut();
-        }
-        let ended = undo(&self.qmp, &self.journal).await;
         self.cut();
-        ended?;
-        if let Some(activation) = &self.activation {
-            activation.remove(&self.qmp).await?;
-        }
+        undo(&self.qmp, &self.journal).await?;
         self.journal.remove()
     }
 }
@@ -366,7 +375,7 @@ pub(super) async fn undo(qmp: &Qmp, journal: &Journal) -> Result<(), MigrationEr
     }
     channel::close_unused(qmp).await?;
     paused::withdraw_switchover(qmp).await?;
-    activation::remove_leftovers(qmp).await?;
+    activation::remove(qmp, &journal.socket()).await?;
     journal.entry.settings.put_back(qmp).await?;
     paused::remove_marker(qmp, SESSION_MARKER).await?;
     Ok(())

@@ -18,6 +18,7 @@ impl Migration {
             return Err(MigrationError::Order("`switchover` comes after `start` of a pre-copy"));
         }
         let mut paused = Paused::by_switchover(&self.qmp);
+        paused.hold_stream(self.channel()?.handle()?);
         let mut policy = Policy::new(&self.options, self.started);
         let mut stopped = None;
         loop {
@@ -42,7 +43,7 @@ impl Migration {
                         tracing::debug!(limit, passes = progress.passes, "allowing a longer pause");
                         set_downtime_limit(&self.qmp, limit).await?;
                     }
-                    self.check_time("the guest's memory does not settle, or the stream is not read")?;
+                    self.check_time(&progress, "the guest's memory does not settle, or the stream is not read")?;
                 }
             }
         }

@@ -62,9 +62,10 @@ pub struct Qmp {
 }
 
 impl Qmp {
-    /// Connects and negotiates. Within `timeout` it retries a socket that is not there yet or refuses, since
-    /// QEMU makes it a moment after its start; a socket that it has just made it lets alone for 250 ms, since QEMU may hang
-    /// on a client that comes too early. A monitor already in use accepts but never greets: see the error.
+    /// Connects and negotiates. Within `timeout` it waits for a socket that is not there yet, since QEMU makes it a moment
+    /// after its start; one that has just been made is let alone for 250 ms more, since QEMU may hang on a client that comes too
+    /// early; and one that refuses for 2 s belongs to no QEMU any more. A monitor already in use accepts but never greets: see
+    /// the error.
     pub async fn connect(path: impl AsRef<Path>, timeout: Duration) -> Result<Self, QmpError> {
         Self::negotiate(wire::open(path.as_ref(), timeout).await?, timeout).await
     }

@@ -161,6 +161,27 @@ async fn an_old_socket_is_connected_to_at_once() {
     assert!(begun.elapsed() < Duration::from_millis(240), "it took {:?}", begun.elapsed());
 }
 
+/// QEMU has died since it made the socket; one that is being started makes its own.
+#[tokio::test]
+async fn a_deserted_socket_is_not_waited_for() {
+    let directory = tempfile::tempdir().expect("directory");
+    let path = directory.path().join("qmp");
+    drop(UnixListener::bind(&path).expect("bind"));
+    let begun = Instant::now();
+    let error = Qmp::connect(&path, Duration::from_secs(30)).await.expect_err("nobody listens");
+    assert!(matches!(error, QmpError::Connect { .. }), "{error}");
+    assert!((2..15).contains(&begun.elapsed().as_secs()), "it took {:?}", begun.elapsed());
+
+    let late = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        std::fs::remove_file(&path).expect("remove");
+        let listener = UnixListener::bind(&path).expect("bind");
+        Peer::accept(&listener).await
+    };
+    let (qmp, _peer) = tokio::join!(Qmp::connect(&path, Duration::from_secs(30)), late);
+    qmp.expect("another QEMU took its place");
+}
+
 #[tokio::test]
 async fn a_socket_that_qemu_was_given_needs_no_listener() {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair");

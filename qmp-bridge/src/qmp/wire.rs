@@ -35,6 +35,8 @@ const LINGER_LOOK: Duration = Duration::from_micros(200);
 const PEEKED: usize = 64 << 10;
 /// Pause between attempts to reach a socket that is not there yet.
 const CONNECT_RETRY: Duration = Duration::from_millis(5);
+/// A socket that refuses for so long was left by a QEMU that is gone: between bind(2) and listen(2) are microseconds.
+const DESERTED: Duration = Duration::from_secs(2);
 /// A listening socket younger than this is left alone.
 ///
 /// While QEMU (all versions known) starts, the main thread watches a `server=on,wait=off` socket from the moment it is
@@ -259,24 +261,30 @@ fn first_id() -> u64 {
 }
 
 async fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {
-    let mut patience = SETTLING;
+    let mut last_hope = None;
     loop {
-        match connect_settled(path, &mut patience, deadline).await {
+        let error = match connect_settled(path, deadline).await {
             Ok(stream) => return Ok(stream),
-            Err(error) if Instant::now() + CONNECT_RETRY >= deadline => return Err(error),
-            Err(_) => tokio::time::sleep(CONNECT_RETRY).await,
+            Err(error) => error,
+        };
+        let end = match error.kind() {
+            std::io::ErrorKind::ConnectionRefused => *last_hope.get_or_insert(Instant::now() + DESERTED),
+            _ => deadline,
+        };
+        if Instant::now() + CONNECT_RETRY >= end.min(deadline) {
+            return Err(error);
         }
+        tokio::time::sleep(CONNECT_RETRY).await;
     }
 }
 
 /// Looks at the file first: a socket that appears only then is younger than any.
-async fn connect_settled(path: &Path, patience: &mut Duration, deadline: Instant) -> Result<UnixStream, std::io::Error> {
+async fn connect_settled(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {
     let bound = std::fs::metadata(path)?.modified()?;
-    // The clock may have been set since, so what is waited here is bounded on its own.
-    let age = bound.elapsed().unwrap_or(Duration::ZERO);
-    let young = SETTLING.saturating_sub(age).min(*patience).min(deadline.saturating_duration_since(Instant::now()));
-    *patience -= young;
-    tokio::time::sleep(young).await;
+    // None when the clock was set back since. It is tried after this one wait in any case.
+    let age = bound.elapsed().unwrap_or_default();
+    let left = deadline.saturating_duration_since(Instant::now());
+    tokio::time::sleep(SETTLING.saturating_sub(age).min(left)).await;
     UnixStream::connect(path).await
 }
 

@@ -123,7 +123,7 @@ impl<'a> Walk<'a> {
         let start = self.next;
         let [kind] = self.array(device)?;
         if kind != mark::SECTION_FULL {
-            return Err(misplaced(self.part.offset(start), kind));
+            return Err(misplaced(self.part.offset(start), kind, "a device section"));
         }
         let id = u32::from_be_bytes(self.array(device)?);
         let [length] = self.array(device)?;

@@ -20,12 +20,12 @@
 //! last one counts. A **background snapshot** stops it at the beginning, when QEMU puts the device sections into a buffer;
 //! each page comes once, with its content at that instant. It has no END section: the first device section says that all
 //! memory is there. Both send every page of every block in the list, with two exceptions that the stream does not tell:
-//! blocks in shared files under `x-ignore-shared`, and pages that the guest gave back (balloon hints). A page that did not
-//! come is not known to be zero.
+//! blocks in shared files under `x-ignore-shared`, and pages that the guest gave back (balloon hints) or that are not plugged
+//! in (virtio-mem). A page that did not come is not known to be zero.
 //!
 //! Device sections carry no length. What comes after memory is gathered up to the end of the source and cut by the sizes in
 //! the description behind it; a head or footer that is not where it should be is an error. A device that saves a section
-//! *before* memory (virtio-mem) cannot be cut that way, and is refused.
+//! *before* memory (virtio-mem since 8.0) cannot be cut that way, and is refused.
 //!
 //! Nothing is trusted. Memory used is the buffer, the list of blocks, and the device part, each with a limit
 //! ([`ReaderLimits`]); pages are borrowed from the buffer.
@@ -253,9 +253,13 @@ impl<R: Read> StreamReader<R> {
             }
             (mark::COMMAND, None) => {
                 section::command(&mut self.source, at)?;
-                return Err(section::misplaced(at, kind));
+                return Err(section::misplaced(at, kind, "the START section of memory"));
             }
-            _ => return Err(section::misplaced(at, kind)),
+            (_, None) => return Err(section::misplaced(at, kind, "the START section of memory")),
+            (_, Some(ram)) if !ram.is_listed() => {
+                return Err(section::misplaced(at, kind, "a list of RAM blocks in the section before"));
+            }
+            _ => return Err(section::misplaced(at, kind, "a section of memory or the first device section")),
         }
         Ok(None)
     }
@@ -287,7 +291,11 @@ impl<R: Read> StreamReader<R> {
 
     fn record(&mut self, kind: u8) -> Result<Option<Event>, StreamReadError> {
         let ram = self.ram.as_mut().expect("a section of memory is open");
+        let at = self.source.at();
         let event = match ram.record(&mut self.source)? {
+            Record::Page { .. } | Record::Filled { .. } if kind == mark::SECTION_START => {
+                return Err(StreamReadError::malformed(at, "a page in the START section of memory", "no page before a PART section"));
+            }
             Record::Page { block, offset, bytes } => Event::Page { block, offset, bytes },
             Record::Filled { block, offset, byte: 0 } => Event::Zero { block, offset },
             Record::Filled { block, offset, byte } => {
@@ -320,7 +328,7 @@ impl<R: Read> StreamReader<R> {
         let at = self.source.at();
         match self.source.peek()? {
             mark::SECTION_FULL => {}
-            kind => return Err(section::misplaced(at, kind)),
+            kind => return Err(section::misplaced(at, kind, "the first device section")),
         }
         let limits = (self.limits.devices, self.limits.description);
         let most = limits.0.saturating_add(limits.1).saturating_add(DESCRIPTION_HEAD as u64);

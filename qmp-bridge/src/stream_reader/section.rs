@@ -90,8 +90,8 @@ pub(super) fn command<R: Read>(source: &mut Source<R>, at: u64) -> Result<(), St
     }
 }
 
-/// The error for a section that cannot stand where it does.
-pub(super) fn misplaced(at: u64, kind: u8) -> StreamReadError {
+/// The error for a mark that cannot stand where it does.
+pub(super) fn misplaced(at: u64, kind: u8, expected: &str) -> StreamReadError {
     let name = match kind {
         mark::END_OF_STREAM => "the end mark",
         mark::SECTION_START => "a START section",
@@ -102,7 +102,7 @@ pub(super) fn misplaced(at: u64, kind: u8) -> StreamReadError {
         mark::DESCRIPTION => "the description",
         mark::CONFIGURATION => "a configuration section",
         mark::COMMAND => "a command",
-        _ => return StreamReadError::malformed(at, format!("the mark {kind:#04x}"), "a section"),
+        _ => return StreamReadError::malformed(at, format!("the mark {kind:#04x}"), expected),
     };
-    StreamReadError::malformed(at, name, "another section")
+    StreamReadError::malformed(at, name, expected)
 }

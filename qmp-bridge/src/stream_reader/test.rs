@@ -305,22 +305,23 @@ fn sections_and_commands_that_are_refused() {
     let other = Stream::listed().with([mark::SECTION_PART]).u32(3);
     assert_error("number", &other, &["section 3", "section 2"]);
     let none = Stream::begin().start("ram", 0, 4).end().section(mark::SECTION_PART);
-    assert_error("no list", &none, &["a PART section"]);
+    assert_error("no list", &none, &["a PART section", "a list of RAM blocks"]);
     let late = Stream::with_memory().section(mark::SECTION_PART);
-    assert_error("after END", &late, &["a PART section"]);
+    assert_error("after END", &late, &["a PART section", "the first device section"]);
 }
 
 #[test]
 fn memory_that_does_not_add_up() {
     let open = || Stream::begin().start("ram", 0, 4);
     let part = || Stream::listed().section(mark::SECTION_PART);
-    let cases: [(&str, Stream, &[&str]); 17] = [
+    let cases: [(&str, Stream, &[&str]); 18] = [
         ("duplicate", open().list(&[("a", 4096), ("a", 4096)]), &["a second RAM block `a`"]),
         ("uneven", open().u64(0x1000 | flags::MEM_SIZE).name("a").u64(0x800), &["`a` of 0x800", "multiple of 4096"]),
         ("more than all", open().u64(0x1000 | flags::MEM_SIZE).name("a").u64(0x2000), &["0x2000", "total of 0x1000"]),
         ("nameless", open().u64(0x1000 | flags::MEM_SIZE).name(""), &["a name"]),
         ("again", Stream::listed().section(mark::SECTION_PART).list(&TWO), &["a second list"]),
         ("no list", open().zero(0, Some("rom")), &["the list of RAM blocks before"]),
+        ("in START", open().list(&TWO).zero(0, Some("rom")), &["a page in the START section", "byte 67"]),
         ("no block", part().zero(0, None), &["of the same block"]),
         ("unknown block", part().zero(0, Some("flash")), &["`flash`"]),
         ("outside", part().zero(0x1000, Some("rom")), &["0x1000 of the RAM block `rom`"]),
@@ -398,7 +399,7 @@ fn without_a_description_the_option_is_named() {
 fn the_device_part_is_limited_before_it_is_held() {
     let stream = Stream::with_memory();
     let limits = ReaderLimits { read_buffer: 0, devices: 1 << 16, description: 1 << 16, ..ReaderLimits::default() };
-    let endless = stream.0.chain(std::io::repeat(mark::SECTION_FULL)).take(1 << 40);
+    let endless = stream.0.chain(std::io::repeat(mark::SECTION_FULL)).take(1 << 28);
     let mut reader = StreamReader::new(endless, limits.clone());
     let error = loop {
         if let Err(error) = reader.next() {

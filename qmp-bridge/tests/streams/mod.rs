@@ -31,6 +31,11 @@ pub fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/streams")
 }
 
+/// Where the fuzzer's seeds are.
+pub fn seeds() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds")
+}
+
 /// Recorded streams by name, e.g. `7.2-pc-precopy`.
 pub fn recorded() -> Vec<(String, Vec<u8>)> {
     files(&directory(), "stream")

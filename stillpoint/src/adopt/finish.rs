@@ -21,6 +21,10 @@ pub async fn finish(record: &Record, runtime: &RuntimeDir, source: Option<&Qmp>,
     runtime.forget_exact_since()?;
     runtime.save_machine(&record.file)?;
     end_source(record.source, source).await?;
+    // What its owner had set for migrations, and nothing of this one.
+    if let Err(error) = record.found.put_back(destination).await {
+        tracing::warn!(%error, "the new QEMU's migration settings are not those of the old one");
+    }
     let notes = take_over(&record.later, destination).await;
     fault::point("adopt.done");
     Record::remove(runtime)?;

@@ -3,6 +3,7 @@
 use super::destination;
 use super::finish::finish;
 use super::record::{Process, Record, Side, Stage};
+use super::steps::stream_socket;
 use crate::exit::{explain, refused};
 use crate::runtime::RuntimeDir;
 use anyhow::{Context, Error, Result};
@@ -79,7 +80,7 @@ async fn undo(record: &Record, destination: Option<Process>, runtime: &RuntimeDi
         // It may not have come so far as to make them.
         let _ = std::fs::remove_file(&socket.waits);
     }
-    [runtime.qmp(), runtime.plugin()].iter().for_each(|socket| drop(std::fs::remove_file(socket)));
+    [runtime.qmp(), runtime.plugin(), stream_socket(runtime)].iter().for_each(|socket| drop(std::fs::remove_file(socket)));
     let gone = || died(record);
     let (Some(source), true) = (source, record.source.lives()) else {
         Record::remove(runtime)?;

@@ -24,8 +24,10 @@ use std::path::PathBuf;
 use std::time::Instant;
 use tracing::instrument;
 
-/// The new QEMU's end of the stream, in the runtime directory.
-const SOCKET: &str = "adopt.sock";
+/// Where the new QEMU waits for the stream.
+pub fn stream_socket(runtime: &RuntimeDir) -> PathBuf {
+    runtime.path().join("adopt.sock")
+}
 
 /// Moves the machine of `checkpointer`, which goes on with the new one.
 #[instrument(name = "adopt", skip_all)]
@@ -75,8 +77,9 @@ impl Adoption<'_> {
         fault::point("adopt.started");
         let destination = destination::connect(process, self.runtime).await?;
         self.check_same(&destination).await?;
+        let mender = self.mender(&destination, process).await?;
         self.record.advance(Stage::Moving, self.runtime)?;
-        let socket = self.runtime.path().join(SOCKET);
+        let socket = stream_socket(self.runtime);
         let plan = self.plan;
         let mut handover = Handover::begin(&self.machine.qmp, &destination, &plan.found, &plan.bitmaps, &socket).await?;
         fault::point("adopt.migrating");
@@ -84,12 +87,12 @@ impl Adoption<'_> {
             // A slow listener misses a line, the guest nothing.
             let _ = report.0.try_send(Progress { phase: "adopt".to_owned(), done, total });
         };
-        let mender = self.mender(&destination, process).await?;
         handover.switchover(tell).await?;
         fault::point("adopt.switchover");
         if let Some(mender) = mender {
+            let begun = Instant::now();
             let pages = mender.mend(&destination).await?;
-            tracing::info!(pages, "pages that QEMU's emulator had lost, or had yet to send, were copied");
+            tracing::info!(pages, ms = milliseconds(begun.elapsed()), "pages that QEMU's emulator had lost, or had yet to send, were copied");
         }
         handover.complete().await?;
         fault::point("adopt.completed");

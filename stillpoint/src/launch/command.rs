@@ -52,9 +52,10 @@ fn monitor_id(instance: &str) -> String {
 
 /// Whether a QEMU of this instance runs on this host.
 pub fn is_running(instance: &str) -> bool {
-    if let Some(runs) = instance::process_runs(instance) {
-        return runs;
+    if instance::process_runs(instance) == Some(true) {
+        return true;
     }
+    // An adopted machine keeps its instance, and its new QEMU has the mark of ours.
     let id = monitor_id(instance);
     let has_id = |line: Vec<u8>| line.windows(id.len()).any(|part| part == id.as_bytes());
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();

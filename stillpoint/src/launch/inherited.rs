@@ -36,6 +36,8 @@ const LOGS: &str = "a log of the old process";
 const PROCESS: &str = "it is about the old process";
 const DEBUG: &str = "a debugger of the old process";
 const FDS: &str = "a descriptor that a manager handed to the old process";
+const UNKNOWN_BACKEND: &str = "is a descriptor that the machine's manager opened, and what is behind it cannot be told, so it could not be \
+                               made anew elsewhere; give the machine a tap by name, a bridge or user networking";
 const MONITOR: &str = "a monitor of the old process; the restored machine has Stillpoint's";
 const PLUGIN: &str = "the restored machine gets the plugin anew";
 const SECRET: &str = "nothing on the command line uses this secret";
@@ -92,7 +94,7 @@ pub struct Hold<'a> {
 /// The options of the machine alone, and what was taken out.
 pub fn without_process(options: Vec<QemuOption>, hold: &Hold<'_>) -> Result<(Vec<QemuOption>, Vec<Dropped>)> {
     let managed = Manager::of(&options).is_some();
-    let mut walk = Walk { hold, managed, gone: monitor_chardevs(&options, hold), unused: unused_secrets(&options), dropped: Vec::new() };
+    let mut walk = Walk { hold, managed, gone: monitor_chardevs(&options, hold), shared: shared_chardevs(&options), unused: unused_secrets(&options), dropped: Vec::new() };
     let mut kept = Vec::new();
     for option in options {
         kept.extend(walk.visit(option)?);
@@ -104,6 +106,8 @@ struct Walk<'a> {
     hold: &'a Hold<'a>,
     /// Character devices that only serve monitors which go.
     gone: Vec<String>,
+    /// Character devices that something else than a monitor uses.
+    shared: Vec<String>,
     unused: Vec<String>,
     /// Somebody watches the process.
     managed: bool,
@@ -147,7 +151,7 @@ impl Walk<'_> {
     fn chardev(&mut self, option: QemuOption) -> Option<QemuOption> {
         let mut form = Form::of(&option);
         let id = form.get("id").unwrap_or_default();
-        if self.gone.contains(&id) {
+        if self.gone.contains(&id) && !self.shared.contains(&id) {
             return self.drop_it(&option, MONITOR);
         }
         if is_handed_over(&form) {
@@ -201,6 +205,9 @@ impl Walk<'_> {
 
     fn network(&mut self, option: QemuOption) -> Result<QemuOption> {
         let mut form = Form::of(&option);
+        if ["addr.type", "local.type"].iter().any(|key| form.get(key).as_deref() == Some("fd")) {
+            bail!("network backend {} {UNKNOWN_BACKEND}", form.get("id").unwrap_or_default());
+        }
         let held: Vec<String> =
             ["fd", "fds"].iter().filter_map(|key| form.get(key)).flat_map(|fds| fds.split(':').map(str::to_owned).collect::<Vec<_>>()).collect();
         if held.is_empty() {
@@ -210,10 +217,7 @@ impl Walk<'_> {
         let id = form.get("id").unwrap_or_default();
         let tap = held.first().filter(|_| kind == "tap").and_then(|fd| (self.hold.tap)(fd));
         let Some(tap) = tap else {
-            bail!(
-                "network backend {id} ({kind}) is a descriptor that the machine's manager opened, and what is behind it cannot be told, so it \
-                 could not be made anew elsewhere; give the machine a tap by name, a bridge or user networking"
-            );
+            bail!("network backend {id} ({kind}) {UNKNOWN_BACKEND}");
         };
         self.dropped.push(Dropped { what: format!("-{} {}: its descriptors", option.name, option.value()), why: FDS });
         let with_vhost = form.has("vhostfd") || form.has("vhostfds");
@@ -267,6 +271,13 @@ fn monitor_chardevs(options: &[QemuOption], hold: &Hold<'_>) -> Vec<String> {
         is_ours || !has_place || is_handed_over(form)
     };
     chardevs.filter(goes).filter_map(|form| form.get("id")).filter(|id| used.contains(id)).collect()
+}
+
+/// `mux=on` lets a monitor and a serial port share one.
+fn shared_chardevs(options: &[QemuOption]) -> Vec<String> {
+    let users = options.iter().filter(|option| !["mon", "chardev"].contains(&option.name.as_str()));
+    let values = users.flat_map(|option| Form::of(option).scalars());
+    values.filter_map(|(key, value)| value.strip_prefix("chardev:").map(str::to_owned).or((key == "chardev").then_some(value))).collect()
 }
 
 fn is_same_file(one: &Path, other: &Path) -> bool {

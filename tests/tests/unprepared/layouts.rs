@@ -26,8 +26,6 @@ struct Shape {
     virtio: Image,
     scsi: Image,
     ide: Image,
-    /// How the memory is asked for.
-    stream: &'static str,
 }
 
 #[derive(Clone, Copy)]
@@ -80,7 +78,7 @@ fn survives(qemu: &Path, shape: &Shape) {
     let lab = Lab::new(qemu);
     let machine = lab.start_plain("m", &shape.recipe());
     machine.wait_for_witness();
-    machine.attach_plain(&["--stream", shape.stream]);
+    machine.attach_plain(&[]);
     let taken = take(&machine, count);
     machine.assert_goes_on();
     let limit = memory_limit(256 << 20);
@@ -119,37 +117,37 @@ fn survives_on_each(shape: Shape) {
 #[test]
 fn default_ram_on_pc() {
     let (virtio, scsi, ide) = (Image::Backed, Image::Cow, Image::Raw);
-    survives_on_each(Shape { board: "pc", ram: Ram::Default, processors: 1, virtio, scsi, ide, stream: "auto" });
+    survives_on_each(Shape { board: "pc", ram: Ram::Default, processors: 1, virtio, scsi, ide });
 }
 
 #[test]
 fn private_ram_on_q35_with_four_processors() {
     let (virtio, scsi, ide) = (Image::Raw, Image::Backed, Image::Cow);
-    survives_on_each(Shape { board: "q35", ram: Ram::Private, processors: 4, virtio, scsi, ide, stream: "pre-copy" });
+    survives_on_each(Shape { board: "q35", ram: Ram::Private, processors: 4, virtio, scsi, ide });
 }
 
 #[test]
 fn a_shared_memfd_on_pc_with_four_processors() {
     let (virtio, scsi, ide) = (Image::Cow, Image::Raw, Image::Backed);
-    survives_on_each(Shape { board: "pc", ram: Ram::SharedMemfd, processors: 4, virtio, scsi, ide, stream: "auto" });
+    survives_on_each(Shape { board: "pc", ram: Ram::SharedMemfd, processors: 4, virtio, scsi, ide });
 }
 
 #[test]
 fn default_ram_on_q35_with_four_processors() {
     let (virtio, scsi, ide) = (Image::Backed, Image::Raw, Image::Cow);
-    survives_on_each(Shape { board: "q35", ram: Ram::Default, processors: 4, virtio, scsi, ide, stream: "pre-copy" });
+    survives_on_each(Shape { board: "q35", ram: Ram::Default, processors: 4, virtio, scsi, ide });
 }
 
 #[test]
 fn a_shared_memfd_on_q35() {
     let (virtio, scsi, ide) = (Image::Raw, Image::Cow, Image::Backed);
-    survives_on_each(Shape { board: "q35", ram: Ram::SharedMemfd, processors: 1, virtio, scsi, ide, stream: "pre-copy" });
+    survives_on_each(Shape { board: "q35", ram: Ram::SharedMemfd, processors: 1, virtio, scsi, ide });
 }
 
 #[test]
 fn private_ram_on_pc() {
     let (virtio, scsi, ide) = (Image::Cow, Image::Backed, Image::Raw);
-    survives_on_each(Shape { board: "pc", ram: Ram::Private, processors: 1, virtio, scsi, ide, stream: "auto" });
+    survives_on_each(Shape { board: "pc", ram: Ram::Private, processors: 1, virtio, scsi, ide });
 }
 
 /// As people start it: the machine of a -readconfig file, which a restore must find, too.
@@ -176,15 +174,7 @@ fn a_machine_from_a_configuration_file() {
 fn a_plain_machine_of_each_shape_runs() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let shape = Shape {
-            board: "q35",
-            ram: Ram::SharedMemfd,
-            processors: 4,
-            virtio: Image::Cow,
-            scsi: Image::Raw,
-            ide: Image::Backed,
-            stream: "auto",
-        };
+        let shape = Shape { board: "q35", ram: Ram::SharedMemfd, processors: 4, virtio: Image::Cow, scsi: Image::Raw, ide: Image::Backed };
         let machine = lab.start_plain("m", &shape.recipe());
         let line = machine.wait_for_witness();
         machine.assert_all_right(&line);

@@ -13,18 +13,6 @@ mod layouts;
 mod manners;
 mod sizes;
 
-use std::path::Path;
-use stillpoint_tests::major_version;
-
-/// How the stream engine can get memory of one instant.
-const MODES: &[&str] = &["background-snapshot", "pre-copy"];
-
-/// How it can for a guest that its owner stopped: QEMU before 9.0 lets such a guest run at the end of a background snapshot.
-fn modes_for_stopped(qemu: &Path) -> impl Iterator<Item = &'static str> + use<> {
-    let has_both = major_version(qemu) >= 9;
-    MODES.iter().copied().filter(move |mode| has_both || *mode == "pre-copy")
-}
-
 /// What the helper may hold, as docs/limits.md says.
 fn memory_limit(ram_bytes: u64) -> u64 {
     (64 << 20) + (256 << 20) + 20 * (ram_bytes / 4096)

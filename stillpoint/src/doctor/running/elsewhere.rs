@@ -58,7 +58,7 @@ fn need(option: &QemuOption, form: &Form) -> Option<Row> {
         }
         "fsdev" | "virtfs" => get("path").and_then(|path| row(format!("the shared directory {path}"), MAP)),
         "vnc" | "spice" if option.value() != "none" => row(format!("a free display port (-{} {})", option.name, option.value()), MAP),
-        "cpu" if option.keys().get_or_implied("model").is_some_and(|model| ["host", "max"].contains(&model)) => {
+        "cpu" if option.keys().get_or_implied("model").is_some_and(|model| model == "host") => {
             row("a processor like this host's (-cpu host)".to_owned(), "restore only on hosts of the same processor model")
         }
         _ => None,

@@ -6,17 +6,16 @@ use crate::engine::{Engine, is_live_pre_copy_exact};
 use crate::helper::unprepared::look::Look;
 use crate::launch::foreign::Foreign;
 use anyhow::Error;
-use qmp_bridge::migration::StreamOptions;
+use qmp_bridge::machine::MachineFacts;
+use qmp_bridge::migration::{StreamOptions, Support};
 use serde_json::{Value, json};
 
 /// `stop`, the disks' transaction, the devices' state and `cont`, in milliseconds; docs/attach.md has the measurements.
 const BASE_MS: u64 = 10;
 /// Finding and protecting written pages.
 const TRACKER_MS_PER_GIB: u64 = 1;
-/// Write-protecting memory that the guest has touched.
-const PROTECT_MS_PER_GIB: u64 = 10;
-/// Reading and comparing it all.
-const READ_MS_PER_GIB: u64 = 600;
+/// Reading memory to protect it, and reading all of it into the stream.
+const READ_MS_PER_GIB: u64 = 500;
 const GIB: u64 = 1 << 30;
 
 const HAVE_PLUGIN: &str = "not needed; to have it, start QEMU with -plugin file=libstillpoint_plugin.so,socket=PATH, or use 'stillpoint adopt'";
@@ -31,59 +30,89 @@ pub async fn check(look: &Look, found: Option<&Foreign>, engines: &mut Value) ->
         Ok(support) => support,
         Err(error) => return vec![cannot("engine", &error, "wait until that migration has ended, and try again")],
     };
-    let all = [
-        (Engine::Tracker, tracker),
-        (Engine::PreCopy, live_pre_copy(look).and(support.pre_copy.clone())),
-        (Engine::Stopped, support.pre_copy),
-        (Engine::BackgroundSnapshot, support.background_snapshot),
-    ];
+    let has_plugin = found.is_some_and(|found| found.plugin.is_some());
+    let all = judge(tracker, &support, &look.facts, has_plugin);
     *engines = all.iter().map(|(engine, can)| (engine.name().to_owned(), json!({ "possible": can.is_ok(), "why_not": can.as_ref().err() }))).collect();
     let is_possible = all.iter().any(|(_, can)| can.is_ok());
-    all.into_iter().map(|(engine, can)| row(look, engine, can, is_possible)).collect()
+    let ram_bytes = look.blocks.iter().map(|block| block.used).sum();
+    all.into_iter().map(|(engine, can)| row(engine, can, ram_bytes, is_possible)).collect()
 }
 
-fn row(look: &Look, engine: Engine, can: Result<(), String>, is_another_possible: bool) -> Row {
+type Judged = [(Engine, Result<(), String>); 4];
+
+fn judge(tracker: Result<(), String>, support: &Support, facts: &MachineFacts, has_plugin: bool) -> Judged {
+    let pre_copy = match is_live_pre_copy_exact(facts) {
+        true => support.pre_copy.clone(),
+        false => Err(format!("QEMU {} under TCG loses pages when it reads memory of a running guest", facts.qemu)),
+    };
+    let background = match has_plugin {
+        true => Err("QEMU would find its memory registered by the plugin, and abort".to_owned()),
+        false => support.background_snapshot.clone(),
+    };
+    [(Engine::Tracker, tracker), (Engine::PreCopy, pre_copy), (Engine::BackgroundSnapshot, background), (Engine::Stopped, support.pre_copy.clone())]
+}
+
+fn row(engine: Engine, can: Result<(), String>, ram_bytes: u64, is_another_possible: bool) -> Row {
     let check = format!("engine {}", engine.name());
     let remedy = if engine == Engine::Tracker { HAVE_PLUGIN } else { OTHER_ENGINE };
     match can {
-        Ok(()) => Row::ok(check, pause(engine, look.blocks.iter().map(|block| block.used).sum())),
+        Ok(()) => Row::ok(check, format!("possible; {}", pause(engine, ram_bytes))),
         Err(why) if is_another_possible => Row::warn(check, why, remedy),
         Err(why) => cannot(check, &Error::msg(why), "see docs/attach.md"),
     }
 }
 
-fn live_pre_copy(look: &Look) -> Result<(), String> {
-    match is_live_pre_copy_exact(&look.facts) {
-        true => Ok(()),
-        false => Err(format!("QEMU {} under TCG loses pages when it reads the memory of a running guest", look.facts.qemu)),
-    }
-}
-
 /// An estimate: the guest is not stopped to find out.
 fn pause(engine: Engine, ram_bytes: u64) -> String {
-    let per_gib = |ms: u64| BASE_MS + ms * ram_bytes.div_ceil(GIB);
+    let with = |ms_per_gib: u64| BASE_MS + ms_per_gib * ram_bytes / GIB;
     match engine {
-        Engine::Tracker => format!("possible; pauses of about {} ms", per_gib(TRACKER_MS_PER_GIB)),
-        Engine::BackgroundSnapshot => {
-            format!("possible; pauses of about {} ms, and the guest is slower while its memory is read", per_gib(PROTECT_MS_PER_GIB))
-        }
-        Engine::Stopped => format!("possible; pauses of about {} ms: all memory is read meanwhile", per_gib(READ_MS_PER_GIB)),
+        Engine::Tracker => format!("pauses of about {} ms", with(TRACKER_MS_PER_GIB)),
         Engine::PreCopy => {
             let rest = StreamOptions::default().max_pause.as_millis();
-            format!("possible; pauses of about {BASE_MS} ms and what the guest writes at the end, {rest} ms at most")
+            format!("pauses of about {BASE_MS} ms and what the guest writes at the end, {rest} ms more at most")
         }
+        Engine::BackgroundSnapshot => format!("pauses of up to {} ms, and a slower guest while its memory is read", with(READ_MS_PER_GIB)),
+        Engine::Stopped => format!("the guest stands still while all of its memory is read, up to {} ms", with(READ_MS_PER_GIB)),
     }
 }
 
 #[cfg(test)]
 mod test {
+    use super::super::super::State;
     use super::*;
+    use qmp_bridge::machine::Accelerator;
+    use qmp_bridge::qmp::QemuVersion;
+
+    fn facts(major: u32) -> MachineFacts {
+        MachineFacts {
+            qemu: QemuVersion { major, minor: 0, micro: 0, package: String::new() },
+            machine_type: "pc-q35-7.2".to_owned(),
+            default_ram_id: None,
+            ram_backend: None,
+            vcpus: 1,
+            ram_bytes: GIB,
+            plugged_bytes: 0,
+            accelerator: Accelerator::Tcg,
+            migration_blockers: Vec::new(),
+        }
+    }
 
     #[test]
     fn pauses_grow_with_memory_where_memory_is_walked() {
-        let background = |bytes| pause(Engine::BackgroundSnapshot, bytes);
-        assert!(background(GIB).contains("about 20 ms") && background(4 * GIB).contains("about 50 ms"));
-        assert!(pause(Engine::Tracker, 2 * GIB).contains("about 12 ms"));
-        assert!(pause(Engine::PreCopy, 64 * GIB).contains("100 ms at most"));
+        assert_eq!(pause(Engine::Tracker, 2 * GIB), "pauses of about 12 ms");
+        assert!(pause(Engine::Stopped, 2 * GIB).contains("1010 ms"));
+        assert!(pause(Engine::PreCopy, 64 * GIB).contains("100 ms more at most"));
+    }
+
+    #[test]
+    fn an_engine_that_cannot_be_had_is_no_fault_while_there_is_another() {
+        let able = Support { background_snapshot: Ok(()), pre_copy: Ok(()), stopped: false };
+        let can = |judged: Judged| judged.map(|(_, can)| can.is_ok());
+        let none = || Err("no plugin".to_owned());
+        assert_eq!(can(judge(none(), &able, &facts(10), false)), [false, true, true, true]);
+        assert_eq!(can(judge(none(), &able, &facts(7), false)), [false, false, true, true], "TCG of QEMU 7 loses pages");
+        assert_eq!(can(judge(Ok(()), &able, &facts(10), true)), [true, true, false, true]);
+        assert_eq!(row(Engine::Tracker, none(), GIB, true).state, State::Warn);
+        assert_eq!(row(Engine::Tracker, none(), GIB, false).state, State::No);
     }
 }

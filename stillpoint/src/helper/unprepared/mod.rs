@@ -46,7 +46,7 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, monitor: &Path, args:
     // A checkpoint chooses anew; what cannot be had at all is refused before a helper is started.
     let chosen = match choose_tracker(args.engine, &tracker)? {
         Some(chosen) => chosen,
-        None => choose_stream(args.stream, &look.support().await?, &look.facts, tracker.is_ok())?,
+        None => choose_stream(args.stream, &look.support().await?, &look.facts, found.plugin.is_some())?,
     };
     let file = MachineFile {
         format: MachineFile::FORMAT,
@@ -91,6 +91,9 @@ fn known(runtime: &RuntimeDir, process: &QemuProcess) -> Result<Option<MachineFi
         )));
     }
     drop(runtime.lock_helper()?);
+    if runtime.adoption().exists() {
+        return Err(refused("an adoption of this machine was cut off; 'stillpoint attach NAME' (without --qmp) brings it to an end"));
+    }
     let Ok(file) = runtime.machine() else { return Ok(None) };
     let (Some(there), Some(pid)) = (&file.unprepared, file.pid) else { return Ok(Some(file)) };
     let is_other = (pid, there.started) != (process.pid, process.started);

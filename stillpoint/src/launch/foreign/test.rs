@@ -186,6 +186,17 @@ fn taps_that_a_manager_opened_are_named() {
     has(&line, &["-netdev tap,id=n,ifname=vnet3,script=no,downscript=no,queues=2,vhost=on"]);
     let error = case.line("-M q35 -m 256 -netdev tap,fd=40,id=n").unwrap_err();
     assert!(code_of(&error) == REFUSED && error.to_string().contains("network backend n"), "{error}");
+    assert!(case.line("-M q35 -m 256 -netdev stream,id=n,addr.type=fd,addr.str=5").is_err());
+}
+
+#[test]
+fn a_monitor_may_share_its_line_with_a_serial_port() {
+    let case = Case::default();
+    let (_, line) = case.line("-M q35 -m 256 -chardev stdio,mux=on,id=c -mon chardev=c,mode=readline -serial chardev:c").unwrap();
+    has(&line, &["-chardev stdio,mux=on,id=c", "-serial chardev:c"]);
+    lacks(&line, &["-mon "]);
+    let (_, line) = case.line("-M q35 -m 256 -chardev stdio,id=c -mon chardev=c,mode=control -serial pty").unwrap();
+    lacks(&line, &["-chardev", "-mon "]);
 }
 
 #[test]
