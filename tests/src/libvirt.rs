@@ -6,58 +6,88 @@ use crate::lab::Lab;
 use crate::process::{self, Pid, wait_until};
 use crate::recipe::Recipe;
 use std::ops::Deref;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 const HOOK: &str = "etc/hooks/qemu";
+
+/// Whom the QEMUs of Debian's libvirt run as.
+const ACCOUNT: &str = "libvirt-qemu";
 
 /// Down again when dropped, with all of its domains.
 pub struct Libvirt<'lab> {
     lab: &'lab Lab,
     directory: PathBuf,
     uri: String,
+    /// The owner of what QEMU and the helper use, if that is not root.
+    owner: Option<u32>,
 }
 
 impl<'lab> Libvirt<'lab> {
+    /// QEMU and whoever attaches to it are root.
     pub fn up(lab: &'lab Lab) -> Self {
-        Self::up_with(lab, None)
+        Self::up_as(lab, "root")
     }
 
-    /// With a hook for its domains: what `scripts/libvirt-hook` is on a host, told where this lab has its things.
-    pub fn up_with_hook(lab: &'lab Lab) -> Self {
-        let path = std::env::var("PATH").unwrap_or_default();
-        let program = built().parent().expect("a directory").display();
-        let command = lab.command(&[]);
-        let variables = command.get_envs().filter_map(|(name, value)| Some((name.to_str()?, value?.to_str()?)));
-        let variables: String = variables.map(|(name, value)| format!("export {name}='{value}'\n")).collect();
-        let conf = lab.path().join("conf").display().to_string();
-        let text = format!(
-            "#!/bin/sh\nexport PATH='{program}:{path}'\n{variables}export STILLPOINT_CONFIG_DIR='{conf}' STILLPOINT_LOG_DIR='{conf}'\n\
-             exec '{}' \"$@\"\n",
-            project().join("scripts/libvirt-hook").display()
-        );
-        Self::up_with(lab, Some(&text))
-    }
-
-    fn up_with(lab: &'lab Lab, hook: Option<&str>) -> Self {
-        let mut libvirt = Self { lab, directory: lab.path().join("libvirt"), uri: String::new() };
-        if let Some(text) = hook {
-            let path = libvirt.directory.join(HOOK);
-            std::fs::create_dir_all(path.parent().expect("a directory")).expect("the test's directory");
-            std::fs::write(&path, text).expect("the test's directory");
-            std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).expect("the test's directory");
-        }
-        let output = libvirt.dev("up");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "these tests need root and a libvirt: scripts/install-deps. It said: {said}");
-        libvirt.uri = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    /// As on a host: QEMU and the helper have an account of their own, without a single privilege, and the helper is attached
+    /// by `scripts/libvirt-hook` for each domain that [`Self::configure`] was told of.
+    pub fn up_with_hook(lab: &'lab mut Lab) -> Self {
+        lab.set("STILLPOINT_CACHE_DIR", lab.path().join("cache").display().to_string());
+        install_hook(lab, &lab.path().join("libvirt").join(HOOK));
+        let mut libvirt = Self::up_as(lab, ACCOUNT);
+        let accounts = std::fs::read_to_string(libvirt.directory.join("passwd")).expect("scripts/libvirt-dev wrote it");
+        let line = accounts.lines().find(|line| line.starts_with(&format!("{ACCOUNT}:"))).expect("libvirt runs with it");
+        libvirt.owner = line.split(':').nth(2).and_then(|number| number.parse().ok());
+        libvirt.give(lab.path());
         libvirt
     }
 
-    fn dev(&self, command: &str) -> Output {
-        let script = project().join("scripts/libvirt-dev");
-        Command::new(script).args([command, "--dir"]).arg(&self.directory).output().expect("scripts/libvirt-dev can be run")
+    fn up_as(lab: &'lab Lab, user: &str) -> Self {
+        let mut libvirt = Self { lab, directory: lab.path().join("libvirt"), uri: String::new(), owner: None };
+        libvirt.uri = libvirt.dev_up(&["--user", user]);
+        libvirt
+    }
+
+    pub fn lab(&self) -> &'lab Lab {
+        self.lab
+    }
+
+    fn dev_up(&self, words: &[&str]) -> String {
+        let output = self.dev(&[&["up"], words].concat());
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "these tests need root and a libvirt: scripts/install-deps. It said: {said}");
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    /// Lets QEMU's account have it.
+    fn give(&self, path: &Path) {
+        if self.owner.is_some() {
+            chown(path, self.owner, None).expect("the test's directory");
+        }
+    }
+
+    /// The configuration of a domain for the hook; `text` is besides what every domain needs.
+    pub fn configure(&self, name: &str, text: &str) {
+        let monitor = monitor(&self.lab.path().join(name));
+        let common = format!("STILLPOINT_USER={ACCOUNT}\nSTILLPOINT_QMP={}\nSTILLPOINT_STORE={}\n", monitor.display(), self.lab.store());
+        std::fs::write(configuration(self.lab).join(format!("{name}.conf")), common + text).expect("the test's directory");
+    }
+
+    /// What the hook has said of a domain; nothing, if it was not concerned.
+    pub fn hook_log(&self, name: &str) -> Option<String> {
+        std::fs::read_to_string(configuration(self.lab).join(format!("{name}.log"))).ok()
+    }
+
+    /// Stillpoint's plugin for QEMU, where that QEMU can read it.
+    pub fn plugin(&self) -> PathBuf {
+        configuration(self.lab).join("libstillpoint_plugin.so")
+    }
+
+    fn dev(&self, words: &[&str]) -> Output {
+        let mut command = Command::new(project().join("scripts/libvirt-dev"));
+        command.arg(words[0]).arg("--dir").arg(&self.directory).args(&words[1..]);
+        command.output().expect("scripts/libvirt-dev can be run")
     }
 
     /// virsh, connected to this libvirt; what it said. Panics if it fails.
@@ -74,6 +104,12 @@ impl<'lab> Libvirt<'lab> {
         std::fs::create_dir_all(&directory).expect("the test's directory");
         // For the guest's files alone: the domain's XML says the rest.
         Recipe::witness("q35-virtio.cfg").furnish(&self.lab.qemu, &directory);
+        if self.owner.is_some() {
+            self.give(&directory);
+            for file in ["vmlinuz", "initrd.img", "base.qcow2"] {
+                copy_in_place(&directory.join(file));
+            }
+        }
         let xml = directory.join("domain.xml");
         std::fs::write(&xml, domain_xml(&self.lab.qemu, name, &directory, shape, more)).expect("the test's directory");
         self.virsh(&["define", xml.to_str().expect("UTF-8")]);
@@ -91,8 +127,7 @@ impl<'lab> Libvirt<'lab> {
         let pid = Pid::from_raw(text.trim().parse().expect("a process id"));
         assert!(process::is_ours(pid, Path::new("libvirtd")), "{pid} is another's");
         process::kill_hard(pid);
-        let output = self.dev("up");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        self.dev_up(&["--user", if self.owner.is_some() { ACCOUNT } else { "root" }]);
     }
 
     fn log(&self) -> String {
@@ -101,12 +136,46 @@ impl<'lab> Libvirt<'lab> {
     }
 }
 
+/// Where the hook, its log and its programs are.
+fn configuration(lab: &Lab) -> PathBuf {
+    lab.path().join("conf")
+}
+
+/// What stands in `/etc/libvirt/hooks/qemu` here: the real one, told where this lab has its things. The account of QEMU may
+/// not be able to reach what was built, so copies of that stand beside the configuration.
+fn install_hook(lab: &Lab, path: &Path) {
+    let conf = configuration(lab);
+    std::fs::create_dir_all(&conf).expect("the test's directory");
+    for file in ["stillpoint", "libstillpoint_plugin.so"] {
+        std::fs::copy(built().with_file_name(file), conf.join(file)).expect("it was built");
+    }
+    let command = lab.command(&[]);
+    let variables = command.get_envs().filter_map(|(name, value)| Some((name.to_str()?, value?.to_str()?)));
+    let variables: String = variables.map(|(name, value)| format!("export {name}='{value}'\n")).collect();
+    let (hook, conf) = (project().join("scripts/libvirt-hook"), conf.display());
+    let text = format!(
+        "#!/bin/sh\n{variables}export PATH='{conf}':\"$PATH\" STILLPOINT_CONFIG_DIR='{conf}' STILLPOINT_LOG_DIR='{conf}'\n\
+         exec '{}' \"$@\"\n",
+        hook.display()
+    );
+    std::fs::create_dir_all(path.parent().expect("a directory")).expect("the test's directory");
+    std::fs::write(path, text).expect("the test's directory");
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).expect("the test's directory");
+}
+
+/// A file of one's own instead of a link into the cache.
+fn copy_in_place(path: &Path) {
+    let original = path.canonicalize().expect("the guest's files");
+    std::fs::remove_file(path).expect("the test's directory");
+    std::fs::copy(original, path).expect("the test's directory");
+}
+
 impl Drop for Libvirt<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("--- libvirt has said:\n{}\n---", self.log());
         }
-        let output = self.dev("down");
+        let output = self.dev(&["down"]);
         assert!(output.status.success() || std::thread::panicking(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 }

@@ -9,7 +9,7 @@ const WORK_SEEN_IN: Duration = Duration::from_secs(2);
 const WORK: Duration = Duration::from_millis(60);
 
 fn recipe() -> Recipe {
-    Recipe::witness("q35-scsi.cfg").words("witness.rate=1500")
+    Recipe::witness("q35-virtio.cfg").words("witness.rate=1500").arguments(&["-nic", "user,model=virtio-net-pci"])
 }
 
 /// A plain machine with two checkpoints by stream.

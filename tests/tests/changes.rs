@@ -212,12 +212,6 @@ fn a_restore_ends_soon_when_qemu_does_and_quotes_it() {
     lab.restore("m", "back", &[]);
 }
 
-/// The name that QEMU was given by -name.
-fn name_of(directory: &Path) -> String {
-    let name = QmpClient::connect(&directory.join("extra.sock")).execute("query-name", json!({}));
-    name["name"].as_str().unwrap_or_default().to_owned()
-}
-
 /// The program that made a checkpoint restores it, where it still is.
 #[test]
 fn a_restore_takes_the_program_that_the_checkpoint_names() {
@@ -228,25 +222,23 @@ fn a_restore_takes_the_program_that_the_checkpoint_names() {
     let machine = lab.start("m", &Recipe::scribbler(27));
     machine.checkpoint();
     machine.kill();
-    let restore = |lab: &Lab| -> Value { restore_with(lab, &["--paused"]).expect_success().json() };
-    let directory = |report: &Value| PathBuf::from(report["dir"].as_str().expect("the documented form"));
-    assert_eq!(name_of(&directory(&restore(&lab))), "mine");
-    end(&lab, "back");
+    assert_eq!(restored_and_ended(&lab), "mine");
     // Without it, the one on the PATH.
     std::fs::remove_file(&given).expect("the test's directory");
     let path = format!("{}:{}", real.parent().expect("a folder").display(), std::env::var("PATH").unwrap_or_default());
     lab.set("PATH", path);
-    assert_eq!(name_of(&directory(&restore(&lab))), "");
-    end(&lab, "back");
+    assert_eq!(restored_and_ended(&lab), "");
 }
 
-/// Ends a machine that a plain command has restored.
-fn end(lab: &Lab, name: &str) {
-    let record = std::fs::read(lab.runtime().join(name).join("machine.json")).expect("a machine has it");
-    let record: Value = serde_json::from_slice(&record).expect("JSON");
-    let mut monitor = QmpClient::connect(&PathBuf::from(record["directory"].as_str().expect("a path")).join("extra.sock"));
+/// Restores by a command that names no QEMU, and ends what came of it. What its QEMU was called by -name.
+fn restored_and_ended(lab: &Lab) -> String {
+    let report = restore_with(lab, &["--paused"]).expect_success().json();
+    let directory = PathBuf::from(report["dir"].as_str().expect("the documented form"));
+    let mut monitor = QmpClient::connect(&directory.join("extra.sock"));
+    let name = monitor.execute("query-name", json!({}));
     monitor.execute("quit", json!({}));
-    assert!(wait_until(PATIENCE, || lab.nothing_runs(name)), "{name} does not end");
+    assert!(wait_until(PATIENCE, || lab.nothing_runs("back")), "it does not end");
+    name["name"].as_str().unwrap_or_default().to_owned()
 }
 
 /// Nobody may wait at a socket that nobody serves.

@@ -63,32 +63,25 @@ fn a_domain_is_checkpointed_by_its_second_monitor() {
 /// The plugin by `<qemu:commandline>`: the tracker follows the domain's memory, and the hook attaches and lets go.
 #[test]
 fn the_hook_attaches_a_domain_that_has_the_plugin() {
-    let lab = Lab::new(&newest_qemu());
-    let conf = lab.path().join("conf");
-    std::fs::create_dir_all(&conf).expect("the test's directory");
-    let configure = |name: &str, more: &str| {
-        let monitor = lab.path().join(name).join("stillpoint.qmp");
-        let text = format!("STILLPOINT_QMP={}\nSTILLPOINT_STORE={}\n{more}", monitor.display(), lab.store());
-        std::fs::write(conf.join(format!("{name}.conf")), text).expect("the test's directory");
-    };
-    configure("db1", "");
-    let libvirt = Libvirt::up_with_hook(&lab);
-    let plugin = built().with_file_name("libstillpoint_plugin.so");
-    let socket = lab.path().join("db1.plugin");
-    let words = ["-plugin".to_owned(), format!("file={},socket={}", plugin.display(), socket.display())];
+    let mut lab = Lab::new(&newest_qemu());
+    let libvirt = Libvirt::up_with_hook(&mut lab);
+    let lab = libvirt.lab();
+    libvirt.configure("db1", "");
+    let plugin = format!("file={},socket={}", libvirt.plugin().display(), lab.path().join("db1.plugin").display());
+    let words = ["-plugin".to_owned(), plugin];
     let domain = libvirt.start("db1", Shape { shared_memory: true, balloon: false }, &words);
-    assert!(wait_until(PATIENCE, || answers(&lab, "db1")), "the hook attaches nobody: {}", hook_log(&conf, "db1"));
+    assert!(wait_until(PATIENCE, || answers(lab, "db1")), "the hook attaches nobody: {:?}", libvirt.hook_log("db1"));
     let helper = domain.helper();
 
     domain.wait_for_witness();
-    let first = checkpoint(&lab, &domain);
+    let first = checkpoint(lab, &domain);
     assert_eq!(first.outcome.engine, "tracker");
     // A restarted libvirtd finds its domains again and calls the hook for each.
     libvirt.restart();
     assert_eq!(domain.state(), "running");
-    let last = checkpoint(&lab, &domain);
+    let last = checkpoint(lab, &domain);
     assert_eq!(last.outcome.parent, Some(first.outcome.id));
-    assert_eq!(domain.helper(), helper, "the helper is another now: {}", hook_log(&conf, "db1"));
+    assert_eq!(domain.helper(), helper, "the helper is another now: {:?}", libvirt.hook_log("db1"));
 
     domain.destroy();
     assert!(wait_until(PATIENCE, || domain.helper().is_none()), "the helper outlives its domain");
@@ -100,19 +93,13 @@ fn answers(lab: &Lab, name: &str) -> bool {
     UnixStream::connect(lab.runtime().join(name).join("control.sock")).is_ok()
 }
 
-fn hook_log(conf: &Path, name: &str) -> String {
-    std::fs::read_to_string(conf.join(format!("{name}.log"))).unwrap_or_default()
-}
-
 /// Whatever is wrong with a domain's configuration, its start neither fails nor waits.
 #[test]
 fn the_hook_is_in_nobodys_way() {
-    let lab = Lab::new(&newest_qemu());
-    let conf = lab.path().join("conf");
-    std::fs::create_dir_all(&conf).expect("the test's directory");
+    let mut lab = Lab::new(&newest_qemu());
+    let libvirt = Libvirt::up_with_hook(&mut lab);
     // The file is read by a shell where there is no service manager.
-    std::fs::write(conf.join("broken.conf"), "sleep 30; if (\n").expect("the test's directory");
-    let libvirt = Libvirt::up_with_hook(&lab);
+    libvirt.configure("broken", "sleep 30; if (\n");
     for name in ["broken", "unknown"] {
         let begun = Instant::now();
         let domain = libvirt.start(name, Shape { shared_memory: false, balloon: true }, &[]);
@@ -122,8 +109,8 @@ fn the_hook_is_in_nobodys_way() {
         domain.destroy();
         assert!(begun.elapsed() < START_WITH_HOOK, "{name} took {:?} to end", begun.elapsed());
     }
-    assert!(conf.join("broken.log").exists(), "the hook did not even try");
-    assert!(!conf.join("unknown.log").exists(), "a domain that nobody configured was attached");
+    assert!(libvirt.hook_log("broken").is_some(), "the hook did not even try");
+    assert_eq!(libvirt.hook_log("unknown"), None, "a domain that nobody configured was attached");
 }
 
 /// What systemd says about the files that `make install` puts in place.
@@ -213,14 +200,14 @@ fn a_machine_as_proxmox_starts_it_is_attached_by_its_hook() {
         proxmox_hook(&lab, "pre-start");
         assert!(machine.helper().is_none());
         proxmox_hook(&lab, "post-start");
-        assert!(wait_until(PATIENCE, || answers(&lab, "100")), "the hook attaches nobody: {}", hook_log(lab.path(), "100"));
+        assert!(wait_until(PATIENCE, || answers(&lab, "100")), "the hook attaches nobody: {}", proxmox_log(&lab));
         let mut last = machine.checkpoint();
         for _ in 0..2 {
             machine.assert_goes_on();
             last = machine.checkpoint();
         }
         proxmox_hook(&lab, "pre-stop");
-        assert!(wait_until(PATIENCE, || machine.helper().is_none()), "the hook does not let go: {}", hook_log(lab.path(), "100"));
+        assert!(wait_until(PATIENCE, || machine.helper().is_none()), "the hook does not let go: {}", proxmox_log(&lab));
         machine.assert_goes_on();
         machine.kill();
         lab.restore(&last.name, "101", &[]).assert_continues(&last);
@@ -249,6 +236,10 @@ fn proxmox_hook(lab: &Lab, phase: &str) {
     let output = hook.env("STILLPOINT_CONFIG_DIR", lab.path()).env("STILLPOINT_LOG_DIR", lab.path()).output();
     let output = output.expect("the hook can be run");
     assert!(output.status.success() && begun.elapsed() < Duration::from_secs(5), "{phase}: {output:?} after {:?}", begun.elapsed());
+}
+
+fn proxmox_log(lab: &Lab) -> String {
+    std::fs::read_to_string(lab.path().join("100.log")).unwrap_or_default()
 }
 
 fn search_path() -> String {

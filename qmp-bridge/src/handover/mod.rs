@@ -53,7 +53,10 @@ pub struct Handover {
     destination_events: Events,
     policy: Policy,
     stopped: Option<Instant>,
-    destination_completed: bool,
+    /// The source waited for us; we let it go on; both sides had completed.
+    waited: Option<Instant>,
+    continued: Option<Instant>,
+    completed: Option<Instant>,
 }
 
 /// How long the guest stood.
@@ -99,7 +102,9 @@ impl Handover {
             destination_events,
             policy,
             stopped: None,
-            destination_completed: false,
+            waited: None,
+            continued: None,
+            completed: None,
         })
     }
 
@@ -108,7 +113,7 @@ impl Handover {
         let mut moved = (0, Instant::now());
         loop {
             match self.source_events.next(LOOK).await {
-                Happened::Status(status) if status == "pre-switchover" => return Ok(()),
+                Happened::Status(status) if status == "pre-switchover" => break,
                 Happened::Status(status) if matches!(status.as_str(), "failed" | "completed" | "cancelled") => {
                     return Err(self.why().await);
                 }
@@ -116,11 +121,13 @@ impl Handover {
                 Happened::Status(_) | Happened::Resume(_) => {}
                 Happened::Nothing => {
                     if self.look(&mut moved, &mut tell).await? {
-                        return Ok(());
+                        break;
                     }
                 }
             }
         }
+        self.waited = Some(Instant::now());
+        Ok(())
     }
 
     async fn look(&mut self, moved: &mut (u64, Instant), tell: &mut impl FnMut(u64, u64)) -> Result<bool, HandoverError> {
@@ -159,13 +166,14 @@ impl Handover {
         let go_on = json!({ "state": "pre-switchover" });
         self.source.execute_json("migrate-continue", go_on).await.map_err(source_gone)?;
         let begun = Instant::now();
-        let mut source_completed = false;
-        while !(source_completed && self.destination_completed) {
+        self.continued = Some(begun);
+        let (mut source_completed, mut destination_completed) = (false, false);
+        while !(source_completed && destination_completed) {
             let (happened, is_source) = tokio::select! {
                 happened = self.source_events.next(PAUSED_LOOK), if !source_completed => (happened, true),
-                happened = self.destination_events.next(PAUSED_LOOK), if !self.destination_completed => (happened, false),
+                happened = self.destination_events.next(PAUSED_LOOK), if !destination_completed => (happened, false),
             };
-            let completed = if is_source { &mut source_completed } else { &mut self.destination_completed };
+            let completed = if is_source { &mut source_completed } else { &mut destination_completed };
             match happened {
                 Happened::Status(status) if status == "completed" => *completed = true,
                 Happened::Status(status) if matches!(status.as_str(), "failed" | "cancelled") => return Err(self.why().await),
@@ -186,11 +194,13 @@ impl Handover {
                 _ => {}
             }
         }
+        self.completed = Some(Instant::now());
         Ok(())
     }
 
     /// Lets the destination run: its disks become active, and the guest goes on.
     pub async fn resume(&mut self) -> Result<Downtime, HandoverError> {
+        let told = Instant::now();
         self.destination.execute_json("cont", Value::Null).await.map_err(destination_gone)?;
         let replied = Instant::now();
         let mut resumed = None;
@@ -201,10 +211,28 @@ impl Handover {
                 _ => {}
             }
         }
-        let seen = self.stopped.map(|stopped| resumed.unwrap_or(replied).duration_since(stopped)).unwrap_or_default();
+        let resumed = resumed.unwrap_or(replied);
+        let seen = self.stopped.map(|stopped| resumed.duration_since(stopped)).unwrap_or_default();
+        self.trace(told, resumed);
         // The source has no guest any more; its figure is a courtesy.
         let by_qemu = State::query(&self.source).await.ok().and_then(|state| state.downtime);
         Ok(Downtime { seen, by_qemu })
+    }
+
+    /// Where the downtime went.
+    fn trace(&self, told: Instant, resumed: Instant) {
+        let between = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64() * 1e3,
+            _ => 0.0,
+        };
+        tracing::info!(
+            stop_ms = between(self.stopped, self.waited),
+            look_ms = between(self.waited, self.continued),
+            rest_ms = between(self.continued, self.completed),
+            decision_ms = between(self.completed, Some(told)),
+            cont_ms = between(Some(told), Some(resumed)),
+            "switched over"
+        );
     }
 
     /// Why it ended early: a side that is gone, else QEMU's own words.

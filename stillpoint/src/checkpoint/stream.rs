@@ -94,7 +94,14 @@ impl Checkpointer {
         // Otherwise the guest waits until we have taken all, or the page that it wants to write.
         let entrance = if run.engine == Engine::PreCopy { entrance } else { entrance.with_patience(GUEST_PATIENCE) };
         let receiver = Receiver::new(staging, delta, entrance, guest_waits);
-        Ok(tokio::spawn(blocking(receiver, move |receiver| receiver.receive(source))))
+        let hand = source.try_clone().context("keeping a hand on the stream")?;
+        let read = move |receiver: &mut Receiver| {
+            let state = receiver.receive(source);
+            // A reader that has given up must not leave QEMU, and its guest, waiting: its migration fails now.
+            let _ = hand.shutdown(std::net::Shutdown::Both);
+            state
+        };
+        Ok(tokio::spawn(blocking(receiver, read)))
     }
 
     /// Memory and tables come back whatever happened. Of two errors the one that is not the other's echo is told.

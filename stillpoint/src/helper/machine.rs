@@ -120,7 +120,9 @@ impl Machine {
             return Ok(Some(why));
         }
         if device.is_balloon() && devices::hints_free_pages(&self.qmp, device).await.context("asking QEMU for its balloon")? {
-            return Ok(Some("by free-page-hint=on it keeps pages out of QEMU's migration stream; start the machine without free-page-hint"));
+            return Ok(Some(
+                "by free-page-hint=on it keeps pages out of QEMU's migration stream; start the machine without free-page-hint",
+            ));
         }
         Ok(None)
     }
@@ -300,6 +302,8 @@ fn own_file(pid: u32, inode: u64, shown: &str) -> Result<File> {
     let is_memory = |path: &PathBuf| std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:"));
     match files.flatten().map(|file| file.path()).find(|path| is_it(path) && is_memory(path)) {
         Some(path) => File::open(&path).with_context(|| format!("opening the guest's memory by {}", path.display())),
-        None => Err(refused(format!("the guest's memory is the file {shown}, which others can write or cut off unseen; use a memory-backend-memfd"))),
+        None => Err(refused(format!(
+            "the guest's memory is the file {shown}, which others can write or cut off unseen; use a memory-backend-memfd"
+        ))),
     }
 }

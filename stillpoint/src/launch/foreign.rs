@@ -66,7 +66,10 @@ pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<
 /// Proxmox's QEMU counts revisions of a machine type (`pc-i440fx-9.0+pve0`), which no list of types shows.
 fn without_revision(option: QemuOption) -> QemuOption {
     let mut form = Form::of(&option);
-    let plain = form.get("type").filter(|_| normalize::is_machine(&option)).and_then(|name| name.split_once("+pve").map(|(name, _)| name.to_owned()));
+    let plain = form
+        .get("type")
+        .filter(|_| normalize::is_machine(&option))
+        .and_then(|name| name.split_once("+pve").map(|(name, _)| name.to_owned()));
     match plain {
         Some(name) => {
             form.set("type", &name);
@@ -113,7 +116,10 @@ fn check(normalized: &Normalized, ram_block: &str, said: &Said<'_>) -> Result<()
     }
     match said.blocks.iter().find(|block| block.name == ram_block) {
         Some(block) if block.used == facts.ram_bytes => Ok(()),
-        Some(block) => Err(refused(format!("RAM block {ram_block} has {} bytes of the machine's {}; the rest is elsewhere", block.used, facts.ram_bytes))),
+        Some(block) => Err(refused(format!(
+            "RAM block {ram_block} has {} bytes of the machine's {}; the rest is elsewhere",
+            block.used, facts.ram_bytes
+        ))),
         None => Err(refused(format!("QEMU has no RAM block '{ram_block}', which by its command line is the guest's memory"))),
     }
 }

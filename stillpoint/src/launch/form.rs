@@ -149,10 +149,9 @@ mod test {
 
     #[test]
     fn both_forms_are_read_alike() {
-        for value in [
-            "tap,id=n,vhost=on,fd=33,file.filename=/x",
-            r#"{"type":"tap","id":"n","vhost":true,"fd":"33","file":{"filename":"/x"}}"#,
-        ] {
+        for value in
+            ["tap,id=n,vhost=on,fd=33,file.filename=/x", r#"{"type":"tap","id":"n","vhost":true,"fd":"33","file":{"filename":"/x"}}"#]
+        {
             let form = Form::of(&QemuOption::with("netdev", value));
             let get = |key: &str| form.get(key).unwrap_or_default();
             assert_eq!([get("type"), get("id"), get("fd"), get("file.filename")], ["tap", "n", "33", "/x"], "{value}");

@@ -94,7 +94,14 @@ pub struct Hold<'a> {
 /// The options of the machine alone, and what was taken out.
 pub fn without_process(options: Vec<QemuOption>, hold: &Hold<'_>) -> Result<(Vec<QemuOption>, Vec<Dropped>)> {
     let managed = Manager::of(&options).is_some();
-    let mut walk = Walk { hold, managed, gone: monitor_chardevs(&options, hold), shared: shared_chardevs(&options), unused: unused_secrets(&options), dropped: Vec::new() };
+    let mut walk = Walk {
+        hold,
+        managed,
+        gone: monitor_chardevs(&options, hold),
+        shared: shared_chardevs(&options),
+        unused: unused_secrets(&options),
+        dropped: Vec::new(),
+    };
     let mut kept = Vec::new();
     for option in options {
         kept.extend(walk.visit(option)?);
@@ -208,8 +215,11 @@ impl Walk<'_> {
         if ["addr.type", "local.type"].iter().any(|key| form.get(key).as_deref() == Some("fd")) {
             bail!("network backend {} {UNKNOWN_BACKEND}", form.get("id").unwrap_or_default());
         }
-        let held: Vec<String> =
-            ["fd", "fds"].iter().filter_map(|key| form.get(key)).flat_map(|fds| fds.split(':').map(str::to_owned).collect::<Vec<_>>()).collect();
+        let held: Vec<String> = ["fd", "fds"]
+            .iter()
+            .filter_map(|key| form.get(key))
+            .flat_map(|fds| fds.split(':').map(str::to_owned).collect::<Vec<_>>())
+            .collect();
         if held.is_empty() {
             return Ok(option);
         }
@@ -263,7 +273,8 @@ fn is_fd_path(path: &str) -> bool {
 
 /// Character devices of monitors that go: ours, and those that nobody can reach by a path.
 fn monitor_chardevs(options: &[QemuOption], hold: &Hold<'_>) -> Vec<String> {
-    let used: Vec<String> = options.iter().filter(|option| option.name == "mon").filter_map(|option| Form::of(option).get("chardev")).collect();
+    let used: Vec<String> =
+        options.iter().filter(|option| option.name == "mon").filter_map(|option| Form::of(option).get("chardev")).collect();
     let chardevs = options.iter().filter(|option| option.name == "chardev").map(Form::of);
     let goes = |form: &Form| {
         let has_place = form.has("path") || form.has("host") || form.has("port");

@@ -61,7 +61,8 @@ fn is_memory(option: &QemuOption) -> bool {
 fn block(options: &[QemuOption]) -> Result<Option<String>> {
     let machine = options.iter().filter(|option| ["machine", "M"].contains(&option.name.as_str()));
     let machine = machine.filter_map(|option| Form::of(option).get("memory-backend")).next_back();
-    let mut nodes: Vec<String> = options.iter().filter(|option| option.name == "numa").filter_map(|option| Form::of(option).get("memdev")).collect();
+    let mut nodes: Vec<String> =
+        options.iter().filter(|option| option.name == "numa").filter_map(|option| Form::of(option).get("memdev")).collect();
     nodes.dedup();
     if nodes.len() > 1 {
         bail!(
@@ -118,7 +119,8 @@ mod test {
 
     #[test]
     fn other_objects_stay() {
-        let freed = run(&["-object", "iothread,id=t", "-machine", "memory-backend=m", "-object", "memory-backend-file,id=m,size=1G,mem-path=/x"]);
+        let freed =
+            run(&["-object", "iothread,id=t", "-machine", "memory-backend=m", "-object", "memory-backend-file,id=m,size=1G,mem-path=/x"]);
         assert_eq!(line(&freed.unwrap()), "-object iothread,id=t");
     }
 }

@@ -132,9 +132,11 @@ mod test {
     #[test]
     fn programs_that_are_a_qemu() {
         let is = |path: &str| is_qemu_program(&without_deleted(Path::new(path)));
-        assert!(["/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm", "/usr/bin/kvm (deleted)", "/nix/x/.qemu-system-x86_64-wrapped"]
-            .into_iter()
-            .all(is));
+        assert!(
+            ["/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm", "/usr/bin/kvm (deleted)", "/nix/x/.qemu-system-x86_64-wrapped"]
+                .into_iter()
+                .all(is)
+        );
         assert!(!["/usr/sbin/libvirtd", "/usr/bin/qemu-storage-daemon", "/usr/bin/socat"].into_iter().any(is));
     }
 

@@ -36,11 +36,26 @@ type Rule = (&'static str, Rules, &'static str, &'static str);
 
 /// Device models (a prefix of the `-device` driver) and why they cannot be saved.
 const DEVICES: &[Rule] = &[
-    ("vhost-user", Rules::Always, "a vhost-user daemon writes guest RAM through a mapping of its own", "use the virtio device that QEMU emulates"),
+    (
+        "vhost-user",
+        Rules::Always,
+        "a vhost-user daemon writes guest RAM through a mapping of its own",
+        "use the virtio device that QEMU emulates",
+    ),
     ("vhost-vdpa", Rules::Always, "its hardware writes guest RAM by DMA, past the page tables", "use an emulated or vhost (kernel) device"),
-    ("vfio-", Rules::Always, "an assigned device writes guest RAM by DMA, past the page tables", "use an emulated or vhost (kernel) device"),
+    (
+        "vfio-",
+        Rules::Always,
+        "an assigned device writes guest RAM by DMA, past the page tables",
+        "use an emulated or vhost (kernel) device",
+    ),
     ("virtio-balloon", Rules::Tracked, "the balloon punches holes into guest RAM, which no page fault shows", "leave the balloon out"),
-    ("virtio-mem", Rules::Always, "virtio-mem punches holes into guest RAM, which no page fault shows", "give the machine all of its memory by -m"),
+    (
+        "virtio-mem",
+        Rules::Always,
+        "virtio-mem punches holes into guest RAM, which no page fault shows",
+        "give the machine all of its memory by -m",
+    ),
     ("virtio-pmem", Rules::Always, "virtio-pmem maps a file that is no part of the checkpoint", "use a virtio-blk disk"),
     ("nvdimm", Rules::Always, "an NVDIMM maps a file that is no part of the checkpoint", "use a virtio-blk disk"),
     ("pc-dimm", Rules::Always, "a checkpoint knows one memory, the machine's own", "give the machine all of its memory by -m"),
@@ -142,7 +157,9 @@ fn check_network(option: &str, form: &Form) -> Result<()> {
         Some("vhost-user") => {
             bail!("-{option} vhost-user: a vhost-user daemon writes guest RAM through a mapping of its own; use tap, user or bridge")
         }
-        Some("vhost-vdpa") => bail!("-{option} vhost-vdpa: its hardware writes guest RAM by DMA, past the page tables; use tap, user or bridge"),
+        Some("vhost-vdpa") => {
+            bail!("-{option} vhost-vdpa: its hardware writes guest RAM by DMA, past the page tables; use tap, user or bridge")
+        }
         _ => Ok(()),
     }
 }
@@ -194,13 +211,16 @@ mod test {
 
     #[test]
     fn the_stream_takes_what_only_the_tracker_cannot() {
-        for line in [
-            "-device virtio-balloon-pci",
-            r#"-device {"driver":"virtio-balloon-pci","id":"balloon0"}"#,
-        ] {
+        for line in ["-device virtio-balloon-pci", r#"-device {"driver":"virtio-balloon-pci","id":"balloon0"}"#] {
             assert!(judged(line, Rules::Always) && !judged(line, Rules::Tracked) && !judged(line, Rules::Launched), "{line}");
         }
-        for line in ["-object memory-backend-ram,id=m,size=1G", "-machine q35,memory-backend=m", "-numa node,memdev=m", "-mem-path /x", "-incoming defer"] {
+        for line in [
+            "-object memory-backend-ram,id=m,size=1G",
+            "-machine q35,memory-backend=m",
+            "-numa node,memdev=m",
+            "-mem-path /x",
+            "-incoming defer",
+        ] {
             assert!(judged(line, Rules::Always) && judged(line, Rules::Tracked) && !judged(line, Rules::Launched), "{line}");
         }
     }

@@ -34,7 +34,7 @@ async fn rows(look: &Look, found: Option<&Foreign>) -> Result<Vec<Row>, QmpError
 }
 
 fn row(look: &Look, found: Option<&Foreign>, drive: Drive) -> Row {
-    let check = format!("disk {}", drive.device);
+    let check = format!("disk {}", short(&drive.device));
     let disk = match drive.disk {
         Ok(Some(disk)) => disk,
         Ok(None) => return Row::ok(check, "no medium"),
@@ -49,10 +49,19 @@ fn row(look: &Look, found: Option<&Foreign>, drive: Drive) -> Row {
     let [disk] = named;
     let is_named = |found: &Foreign| !disk_names::is_unnamed(&disk) && paths::is_named(&found.options, &look.process.directory, &disk.file);
     if found.is_some_and(|found| !is_named(found)) {
-        let why = format!("it is on {} now, which the command line does not name (a snapshot or mirror was made at run time?)", disk.file.display());
+        let why = format!(
+            "it is on {} now, which the command line does not name (a snapshot or mirror was made at run time?)",
+            disk.file.display()
+        );
         return Row::no(check, why, ELSEWHERE);
     }
     Row::ok(check, describe(&disk))
+}
+
+/// A drive without a name of its own is told by its device: `/machine/peripheral/virtio-disk0/virtio-backend`.
+fn short(device: &str) -> &str {
+    let below = device.strip_prefix("/machine/peripheral/").or_else(|| device.strip_prefix("/machine/peripheral-anon/"));
+    below.map_or(device, |below| below.split('/').next().unwrap_or(below))
 }
 
 fn describe(disk: &Disk) -> String {
@@ -77,7 +86,9 @@ fn jobs(reply: &Value) -> Option<Row> {
 fn exports(reply: &Value) -> Option<Row> {
     let list = reply.as_array().into_iter().flatten().filter(|export| export["type"] == "nbd");
     let names: Vec<&str> = list.filter_map(|export| export["id"].as_str()).collect();
-    (!names.is_empty()).then(|| Row::no("NBD server", format!("somebody serves {} by it", names.join(", ")), "end that export (block-export-del, nbd-server-stop)"))
+    (!names.is_empty()).then(|| {
+        Row::no("NBD server", format!("somebody serves {} by it", names.join(", ")), "end that export (block-export-del, nbd-server-stop)")
+    })
 }
 
 #[cfg(test)]
@@ -85,6 +96,13 @@ mod test {
     use super::super::super::State;
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn a_drive_is_told_by_its_device() {
+        assert_eq!(short("/machine/peripheral/virtio-disk0/virtio-backend"), "virtio-disk0");
+        assert_eq!(short("/machine/peripheral-anon/device[0]"), "device[0]");
+        assert_eq!(short("drive-scsi0"), "drive-scsi0");
+    }
 
     #[test]
     fn jobs_and_exports_of_others_are_in_the_way() {

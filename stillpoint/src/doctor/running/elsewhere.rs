@@ -68,7 +68,10 @@ fn need(option: &QemuOption, form: &Form) -> Option<Row> {
 /// A socket or a log at an absolute path needs its directory.
 fn socket_directory(option: &QemuOption, form: &Form) -> Option<String> {
     let value = option.value();
-    let plain = ["unix:", "file:", "pipe:"].iter().find_map(|scheme| value.strip_prefix(scheme)).map(|rest| Cow::from(rest.split(',').next().unwrap_or_default()));
+    let plain = ["unix:", "file:", "pipe:"]
+        .iter()
+        .find_map(|scheme| value.strip_prefix(scheme))
+        .map(|rest| Cow::from(rest.split(',').next().unwrap_or_default()));
     let path = plain.or_else(|| form.get("path").map(Cow::from))?;
     let is_absolute = path.starts_with('/') && !path.starts_with("/dev/");
     is_absolute.then(|| format!("the place of {path}"))

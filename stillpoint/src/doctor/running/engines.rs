@@ -15,10 +15,11 @@ const BASE_MS: u64 = 10;
 /// Finding and protecting written pages.
 const TRACKER_MS_PER_GIB: u64 = 1;
 /// Reading memory to protect it, and reading all of it into the stream.
-const READ_MS_PER_GIB: u64 = 500;
+const READ_MS_PER_GIB: u64 = 1000;
 const GIB: u64 = 1 << 30;
 
-const HAVE_PLUGIN: &str = "not needed; to have it, start QEMU with -plugin file=libstillpoint_plugin.so,socket=PATH, or use 'stillpoint adopt'";
+const HAVE_PLUGIN: &str =
+    "not needed; to have it, start QEMU with -plugin file=libstillpoint_plugin.so,socket=PATH, or use 'stillpoint adopt'";
 const OTHER_ENGINE: &str = "not needed where another engine is possible (docs/attach.md)";
 
 pub async fn check(look: &Look, found: Option<&Foreign>, engines: &mut Value) -> Vec<Row> {
@@ -32,7 +33,10 @@ pub async fn check(look: &Look, found: Option<&Foreign>, engines: &mut Value) ->
     };
     let has_plugin = found.is_some_and(|found| found.plugin.is_some());
     let all = judge(tracker, &support, &look.facts, has_plugin);
-    *engines = all.iter().map(|(engine, can)| (engine.name().to_owned(), json!({ "possible": can.is_ok(), "why_not": can.as_ref().err() }))).collect();
+    *engines = all
+        .iter()
+        .map(|(engine, can)| (engine.name().to_owned(), json!({ "possible": can.is_ok(), "why_not": can.as_ref().err() })))
+        .collect();
     let is_possible = all.iter().any(|(_, can)| can.is_ok());
     let ram_bytes = look.blocks.iter().map(|block| block.used).sum();
     all.into_iter().map(|(engine, can)| row(engine, can, ram_bytes, is_possible)).collect()
@@ -49,7 +53,12 @@ fn judge(tracker: Result<(), String>, support: &Support, facts: &MachineFacts, h
         true => Err("QEMU would find its memory registered by the plugin, and abort".to_owned()),
         false => support.background_snapshot.clone(),
     };
-    [(Engine::Tracker, tracker), (Engine::PreCopy, pre_copy), (Engine::BackgroundSnapshot, background), (Engine::Stopped, support.pre_copy.clone())]
+    [
+        (Engine::Tracker, tracker),
+        (Engine::PreCopy, pre_copy),
+        (Engine::BackgroundSnapshot, background),
+        (Engine::Stopped, support.pre_copy.clone()),
+    ]
 }
 
 fn row(engine: Engine, can: Result<(), String>, ram_bytes: u64, is_another_possible: bool) -> Row {
@@ -72,7 +81,9 @@ fn pause(engine: Engine, ram_bytes: u64) -> String {
             format!("pauses of about {BASE_MS} ms and what the guest writes at the end, {rest} ms more at most")
         }
         Engine::BackgroundSnapshot => format!("pauses of up to {} ms, and a slower guest while its memory is read", with(READ_MS_PER_GIB)),
-        Engine::Stopped => format!("the guest stands still while all of its memory is read, up to {} ms", with(READ_MS_PER_GIB)),
+        Engine::Stopped => {
+            format!("the guest stands still while all of its memory is read, about {} ms (longer the first time)", with(READ_MS_PER_GIB))
+        }
     }
 }
 
@@ -100,7 +111,7 @@ mod test {
     #[test]
     fn pauses_grow_with_memory_where_memory_is_walked() {
         assert_eq!(pause(Engine::Tracker, 2 * GIB), "pauses of about 12 ms");
-        assert!(pause(Engine::Stopped, 2 * GIB).contains("1010 ms"));
+        assert!(pause(Engine::Stopped, 2 * GIB).contains("2010 ms"));
         assert!(pause(Engine::PreCopy, 64 * GIB).contains("100 ms more at most"));
     }
 

@@ -105,7 +105,8 @@ async fn plugged(look: &Look, found: Option<&Foreign>) -> Vec<Row> {
         Err(error) => return vec![Row::no(CHECK, error.to_string(), "try again")],
     };
     let refused = devices.iter().filter_map(|device| Some((device, device.refusal()?)));
-    let mut rows: Vec<Row> = refused.map(|(device, why)| cannot(CHECK, &Error::msg(format!("{} ({}): {why}", device.path, device.kind)), START_ANEW)).collect();
+    let mut rows: Vec<Row> =
+        refused.map(|(device, why)| cannot(CHECK, &Error::msg(format!("{} ({}): {why}", device.path, device.kind)), START_ANEW)).collect();
     let options = arguments::parse(&look.process.words).unwrap_or_default();
     let options = found.map_or(options, |found| found.options.clone());
     if let Some(difference) = expected::difference(&options, &devices) {

@@ -117,7 +117,9 @@ fn refuse_ours(process: &QemuProcess) -> Result<()> {
     let ours = process.words.iter().find(|word| word.starts_with("chardev=stillpoint-qmp,"));
     match ours {
         None => Ok(()),
-        Some(_) => Err(refused(format!("QEMU {} was started by Stillpoint; give it a helper by its name: stillpoint attach NAME", process.pid))),
+        Some(_) => {
+            Err(refused(format!("QEMU {} was started by Stillpoint; give it a helper by its name: stillpoint attach NAME", process.pid)))
+        }
     }
 }
 

@@ -121,7 +121,21 @@ fn a_plain_machine() {
 fn libvirt_with_a_shared_memfd() {
     let case = Case { monitor: "/srv/m72/stillpoint.qmp", ..Case::default() };
     let (found, line) = case.file(LIBVIRT_7);
-    lacks(&line, &["charmonitor", "masterKey0", "memory-backend", "-S ", "-msg", "/dev/fdset", "fd=", "debug-threads", "-no-shutdown", "stillpoint.qmp"]);
+    lacks(
+        &line,
+        &[
+            "charmonitor",
+            "masterKey0",
+            "memory-backend",
+            "-S ",
+            "-msg",
+            "/dev/fdset",
+            "fd=",
+            "debug-threads",
+            "-no-shutdown",
+            "stillpoint.qmp",
+        ],
+    );
     has(
         &line,
         &[
@@ -203,7 +217,8 @@ fn a_monitor_may_share_its_line_with_a_serial_port() {
 fn a_secret_that_is_used_stays() {
     let case = Case::default();
     let key = r#"-object {"qom-type":"secret","id":"masterKey0","format":"raw","file":"/k"}"#;
-    let (_, line) = case.line(&format!("-M q35 -m 256 {key} -object secret,id=vnc,keyid=masterKey0,data=x -vnc :1,password-secret=vnc")).unwrap();
+    let (_, line) =
+        case.line(&format!("-M q35 -m 256 {key} -object secret,id=vnc,keyid=masterKey0,data=x -vnc :1,password-secret=vnc")).unwrap();
     has(&line, &["masterKey0", "id=vnc"]);
     let (_, line) = case.line(&format!("-M q35 -m 256 {key}")).unwrap();
     lacks(&line, &["secret"]);
@@ -212,7 +227,8 @@ fn a_secret_that_is_used_stays() {
 #[test]
 fn our_plugin_is_found_and_left_out() {
     let case = Case::default();
-    let (found, line) = case.line("-M q35 -m 256 -plugin file=/usr/lib/libstillpoint_plugin.so,socket=plug.sock -plugin file=/x/other.so").unwrap();
+    let (found, line) =
+        case.line("-M q35 -m 256 -plugin file=/usr/lib/libstillpoint_plugin.so,socket=plug.sock -plugin file=/x/other.so").unwrap();
     assert_eq!(found.plugin, Some(PathBuf::from("/vm/plug.sock")));
     has(&line, &["-plugin file=/x/other.so"]);
     lacks(&line, &["stillpoint"]);
@@ -221,7 +237,11 @@ fn our_plugin_is_found_and_left_out() {
 #[test]
 fn a_configuration_is_read_where_the_process_works() {
     let directory = tempfile::tempdir().unwrap();
-    std::fs::write(directory.path().join("m.cfg"), "[machine]\n type = \"q35\"\n[memory]\n size = \"256\"\n[drive \"d\"]\n file = \"a.img\"\n").unwrap();
+    std::fs::write(
+        directory.path().join("m.cfg"),
+        "[machine]\n type = \"q35\"\n[memory]\n size = \"256\"\n[drive \"d\"]\n file = \"a.img\"\n",
+    )
+    .unwrap();
     let case = Case { directory: directory.path(), ..Case::default() };
     let (_, line) = case.line("-readconfig m.cfg").unwrap();
     has(&line, &["-drive id=d,file=a.img,node-name=sp-d", "-m size=256"]);
