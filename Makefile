@@ -9,7 +9,7 @@ RELEASE = $(or $(CARGO_TARGET_DIR),target)/release
 UNITS = $(notdir $(wildcard systemd/*))
 UNITDIR = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
-.PHONY: help deps build install uninstall test demo bench doctor
+.PHONY: help deps build install uninstall test demo bench bench-adopt doctor
 .DEFAULT_GOAL := help
 
 help:
@@ -18,7 +18,8 @@ help:
 	@echo 'make install PREFIX=DIR      install them (default /usr/local; DESTDIR is honoured)'
 	@echo 'make doctor                  check what this host can do'
 	@echo 'make demo [STORE=hdfs]       checkpoints, a crash and a restore, shown on a real guest'
-	@echo 'make bench [ARGS=--json]     pauses and sizes on a 1 GiB guest'
+	@echo 'make bench [ARGS=--json]     pauses and sizes on a 1 GiB guest, by each engine'
+	@echo 'make bench-adopt             downtime of an adoption beside that of a live migration'
 	@echo 'make test                    format, lints, build and all tests, with QEMU and HDFS'
 
 deps:
@@ -52,6 +53,9 @@ demo:
 
 bench:
 	@scripts/bench $(ARGS)
+
+bench-adopt:
+	@scripts/bench-adopt $(ARGS)
 
 doctor: build
 	@$(RELEASE)/stillpoint doctor $(ARGS)

@@ -99,7 +99,7 @@ fn the_hook_is_in_nobodys_way() {
     let mut lab = Lab::new(&newest_qemu());
     let libvirt = Libvirt::up_with_hook(&mut lab);
     // The file is read by a shell where there is no service manager.
-    libvirt.configure("broken", "sleep 30; if (\n");
+    libvirt.configure("broken", "sleep 30\nif (\n");
     for name in ["broken", "unknown"] {
         let begun = Instant::now();
         let domain = libvirt.start(name, Shape { shared_memory: false, balloon: true }, &[]);

@@ -76,13 +76,7 @@ pub async fn check_idle(source: &Qmp) -> Result<(), HandoverError> {
 
 impl Handover {
     /// Sets up both sides and starts the flow. The destination waits with `-incoming defer`, `-S`; `socket` is its to make.
-    pub async fn begin(
-        source: &Qmp,
-        destination: &Qmp,
-        found: &Found,
-        bitmaps: &BitmapMap,
-        socket: &Path,
-    ) -> Result<Self, HandoverError> {
+    pub async fn begin(source: &Qmp, destination: &Qmp, found: &Found, bitmaps: &BitmapMap, socket: &Path) -> Result<Self, HandoverError> {
         check_idle(source).await?;
         let policy = Policy::default();
         settings::apply_to_destination(destination, bitmaps).await?;

@@ -15,8 +15,7 @@ use crate::qmp::{Qmp, QmpError};
 const BANDWIDTH: u64 = 1 << 36;
 const BITMAP_MAPPING: &str = "block-bitmap-mapping";
 /// Parameters that a move sets; one that QEMU does not list does not exist in it.
-const PARAMETERS: [&str; 6] =
-    ["max-bandwidth", "downtime-limit", "tls-creds", "mode", "avail-switchover-bandwidth", BITMAP_MAPPING];
+const PARAMETERS: [&str; 6] = ["max-bandwidth", "downtime-limit", "tls-creds", "mode", "avail-switchover-bandwidth", BITMAP_MAPPING];
 
 /// No return path: after a migration that failed QEMU 7.2 goes on to announce one in each later stream (seen). We ask the
 /// destination ourselves whether it has everything.

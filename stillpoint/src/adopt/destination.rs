@@ -108,8 +108,7 @@ pub fn find(file: &MachineFile) -> Option<Process> {
     let ends_with_id = |word: &[u8]| word.ends_with(id.as_bytes());
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let mut hits = numbers.filter(|pid| {
-        std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.split(|byte| *byte == 0).any(ends_with_id))
-    });
+    let mut hits = numbers
+        .filter(|pid| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.split(|byte| *byte == 0).any(ends_with_id)));
     hits.find_map(Process::of)
 }

@@ -43,7 +43,11 @@ const ALONE: &[(&str, &str, &str)] = &[
     ("add-fd", "its descriptor belongs to the old process", "open the file by its path"),
     ("chroot", "the new QEMU could not open the same paths", "start the machine without it"),
     ("curses", "its terminal is the old process's", "use -display none or a VNC display on a unix socket"),
-    ("nographic", "its serial port and monitor are on the old process's terminal", "use -display none -serial unix:PATH,server=on,wait=off"),
+    (
+        "nographic",
+        "its serial port and monitor are on the old process's terminal",
+        "use -display none -serial unix:PATH,server=on,wait=off",
+    ),
     ("sdl", "its window is the old process's", "use -display none"),
     ("spice", "its port is the old process's", "start the machine without it"),
     ("tpmdev", "the TPM serves one process only", "start the machine without it"),
@@ -174,7 +178,11 @@ impl Walk<'_> {
             return Err(cannot(option, "only one process can have this network backend", "use user networking or a bridge"));
         }
         if ["fd", "fds", "vhostfd", "vhostfds"].into_iter().any(has) {
-            return Err(cannot(option, "its descriptors belong to the old process", "use -netdev bridge, which makes a tap for each process"));
+            return Err(cannot(
+                option,
+                "its descriptors belong to the old process",
+                "use -netdev bridge, which makes a tap for each process",
+            ));
         }
         if kind == "tap" && has("ifname") {
             let remedy = "use -netdev bridge, or tap without ifname, which make a tap for each process";
@@ -300,7 +308,8 @@ mod test {
 
     #[test]
     fn forwarded_ports_come_later() {
-        let found = line("-display none -netdev user,id=n,hostfwd=tcp::2222-:22,hostfwd=udp::53-:53 -nic user,hostfwd=tcp::80-:80").unwrap();
+        let found =
+            line("-display none -netdev user,id=n,hostfwd=tcp::2222-:22,hostfwd=udp::53-:53 -nic user,hostfwd=tcp::80-:80").unwrap();
         assert_eq!(words(&found.options).join(" "), "-display none -netdev user,id=n -nic user,id=stillpoint-net2");
         let forward = |netdev: &str, rule: &str| Forward { netdev: netdev.to_owned(), rule: rule.to_owned() };
         let expected = [forward("n", "tcp::2222-:22"), forward("n", "udp::53-:53"), forward("stillpoint-net2", "tcp::80-:80")];

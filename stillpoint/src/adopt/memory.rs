@@ -156,7 +156,7 @@ fn read(pid: u32, at: u64, out: &mut [u8]) -> Result<()> {
 /// The parts of a piece that exist in the old process, as bytes from its begin.
 fn existing(pagemap: &File, piece: &Piece) -> Result<Vec<Range<u64>>> {
     if !piece.is_sparse {
-        return Ok(vec![0..piece.bytes]);
+        return Ok(Vec::from([Range { start: 0, end: piece.bytes }]));
     }
     let pages = piece.bytes.div_ceil(PAGE);
     let mut entries = vec![0; usize::try_from(pages * ENTRY).context("a piece is too large")?];
@@ -275,9 +275,10 @@ mod test {
 
     #[test]
     fn mappings_of_files_are_not_taken_for_sparse() {
-        let maps = "1000-3000 rw-p 00000000 00:00 0    [heap]\n5000-6000 rw-s 00000000 00:01 5 /memfd:x\n7000-8000 rw-p 0 08:01 9 /lib\nx\n";
-        assert_eq!(sparse(maps), [0x1000..0x3000]);
-        let pieces = cut(0x1000, 0x9000, PIECE + 5, &[0x1000..0x1000 + PIECE]);
+        let maps =
+            "1000-3000 rw-p 00000000 00:00 0    [heap]\n5000-6000 rw-s 00000000 00:01 5 /memfd:x\n7000-8000 rw-p 0 08:01 9 /lib\nx\n";
+        assert_eq!(sparse(maps), [Range { start: 0x1000, end: 0x3000 }]);
+        let pieces = cut(0x1000, 0x9000, PIECE + 5, &[Range { start: 0x1000, end: 0x1000 + PIECE }]);
         assert_eq!(pieces[0], Piece { from: 0x1000, to: 0x9000, bytes: PIECE, is_sparse: true });
         assert_eq!(pieces[1], Piece { from: 0x1000 + PIECE, to: 0x9000 + PIECE, bytes: 5, is_sparse: false });
     }

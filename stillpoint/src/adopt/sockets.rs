@@ -58,9 +58,9 @@ pub(super) fn shorthand(walk: &mut Walk<'_>, option: &QemuOption) -> Result<()> 
     walk.serials += usize::from(option.name == "serial");
     let value = option.value();
     let (mux, device) = value.strip_prefix("mon:").map_or(("", value), |rest| ("mon:", rest));
-    let is_own = ["none", "null", "vc", "msmouse", "ringbuf"].iter().any(|own| {
-        device.strip_prefix(own).is_some_and(|rest| rest.is_empty() || rest.starts_with([':', ',']))
-    });
+    let is_own = ["none", "null", "vc", "msmouse", "ringbuf"]
+        .iter()
+        .any(|own| device.strip_prefix(own).is_some_and(|rest| rest.is_empty() || rest.starts_with([':', ','])));
     if is_own || device.starts_with("chardev:") {
         walk.keep(option.clone());
     } else if let Some(rest) = device.strip_prefix("unix:") {
@@ -72,7 +72,11 @@ pub(super) fn shorthand(walk: &mut Walk<'_>, option: &QemuOption) -> Result<()> 
         walk.keep(QemuOption::with(&option.name, format!("{mux}unix:{list}")));
     } else if let Some(path) = device.strip_prefix("file:").filter(|_| mux.is_empty()) {
         // The old words know no appending. QEMU itself would call it by this id.
-        let id = if option.name == "serial" { format!("serial{number}") } else { format!("stillpoint-{}{}", option.name, walk.line.options.len()) };
+        let id = if option.name == "serial" {
+            format!("serial{number}")
+        } else {
+            format!("stillpoint-{}{}", option.name, walk.line.options.len())
+        };
         let mut keys = KeyList::default();
         keys.push(None, "file");
         for (key, value) in [("id", id.as_str()), ("path", path), ("append", "on")] {
@@ -182,14 +186,16 @@ mod test {
 
     #[test]
     fn served_sockets_wait_under_another_name() {
-        let found = line("-qmp unix:q.sock,server,nowait -chardev socket,id=c,path=/run/s,server=on,telnet=off -serial mon:unix:t,server=on");
+        let found =
+            line("-qmp unix:q.sock,server,nowait -chardev socket,id=c,path=/run/s,server=on,telnet=off -serial mon:unix:t,server=on");
         assert_eq!(
             words(&found.options)[2..].join(" "),
             "-qmp unix:q.sock.adopting,server,wait=off -chardev socket,id=c,path=/run/s.adopting,server=on,telnet=off,wait=off \
              -serial mon:unix:t.adopting,server=on,wait=off"
         );
         let socket = |waits: &str, path: &str| Socket { waits: waits.into(), path: path.into() };
-        let expected = [socket("/vm/q.sock.adopting", "/vm/q.sock"), socket("/run/s.adopting", "/run/s"), socket("/vm/t.adopting", "/vm/t")];
+        let expected =
+            [socket("/vm/q.sock.adopting", "/vm/q.sock"), socket("/run/s.adopting", "/run/s"), socket("/vm/t.adopting", "/vm/t")];
         assert_eq!(found.later.sockets, expected);
     }
 

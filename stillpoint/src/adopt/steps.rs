@@ -92,7 +92,11 @@ impl Adoption<'_> {
         if let Some(mender) = mender {
             let begun = Instant::now();
             let pages = mender.mend(&destination).await?;
-            tracing::info!(pages, ms = milliseconds(begun.elapsed()), "pages that QEMU's emulator had lost, or had yet to send, were copied");
+            tracing::info!(
+                pages,
+                ms = milliseconds(begun.elapsed()),
+                "pages that QEMU's emulator had lost, or had yet to send, were copied"
+            );
         }
         handover.complete().await?;
         fault::point("adopt.completed");
@@ -137,7 +141,9 @@ impl Adoption<'_> {
         let here = list(guest_devices(destination).await.context("asking the new QEMU for its devices")?);
         let differs = there.iter().find(|device| !here.contains(device)).or_else(|| here.iter().find(|device| !there.contains(device)));
         if let Some(device) = differs {
-            return Err(refused(format!("device {device} is in one of the two QEMUs only; was it plugged in or out since the machine began?")));
+            return Err(refused(format!(
+                "device {device} is in one of the two QEMUs only; was it plugged in or out since the machine began?"
+            )));
         }
         let sizes = |qmp: Qmp| async move {
             let blocks = ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?;

@@ -66,6 +66,38 @@ pub fn is_running(instance: &str) -> bool {
 mod test {
     use super::*;
 
+    fn line(arguments: &[&str]) -> String {
+        let machine = MachineFile {
+            format: MachineFile::FORMAT,
+            name: "m".parse().unwrap(),
+            store: "file:///s".to_owned(),
+            instance: "i".to_owned(),
+            qemu: "qemu".into(),
+            pid: None,
+            qemu_version: "10.0.2".to_owned(),
+            machine_type: "pc-q35-10.0".to_owned(),
+            accelerator: "tcg".to_owned(),
+            ram_bytes: 1 << 20,
+            ram_block: "ram-node0".to_owned(),
+            arguments: arguments.iter().map(|word| (*word).to_owned()).collect(),
+            directory: "/vm".into(),
+            scratch: "/var/tmp".into(),
+            restored_from: None,
+            unprepared: None,
+        };
+        let runtime = RuntimeDir::new(Some(Path::new("/run/x")), &machine.name).unwrap();
+        let words = super::arguments(&machine, &runtime, Path::new("/p.so"), 7, Start::Boot);
+        words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn memory_is_named_by_the_machine_or_by_its_numa_node() {
+        let by_machine = "-machine memory-backend=ram-node0";
+        assert!(line(&["-numa", "node,cpus=0"]).contains(by_machine));
+        let by_node = line(&["-numa", "node,cpus=0,memdev=ram-node0"]);
+        assert!(!by_node.contains(by_machine) && by_node.contains("-object memory-backend-file,id=ram-node0,size=1048576B"), "{by_node}");
+    }
+
     #[test]
     fn a_running_instance_is_found_by_its_command_line() {
         let instance = format!("test-{}", std::process::id());
