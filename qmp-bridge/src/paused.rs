@@ -117,7 +117,7 @@ impl Paused {
     pub async fn resume(mut self) -> Result<Duration, QmpError> {
         match self.owed {
             Owed::Nothing => return Ok(self.since.elapsed()),
-            Owed::Cont => drop(self.qmp.execute(qapi::qmp::cont {}).await?),
+            Owed::Cont => cont(&self.qmp).await?,
             Owed::CancelOrCont => end_switchover(&self.qmp, self.ran).await?,
         }
         self.owed = Owed::Nothing;
@@ -162,6 +162,17 @@ impl Drop for Paused {
     }
 }
 
+/// A migration of the stopped guest that has just ended, or was cancelled, keeps QEMU from it for a moment.
+async fn cont(qmp: &Qmp) -> Result<(), QmpError> {
+    match qmp.execute(qapi::qmp::cont {}).await {
+        Err(error) if error.is_refusal() && run_state(qmp).await? == "finish-migrate" => {
+            leave_finish_migrate(qmp).await?;
+            qmp.execute(qapi::qmp::cont {}).await.map(drop)
+        }
+        other => other.map(drop),
+    }
+}
+
 /// `cont` if the migration has completed; else it is cancelled, and QEMU lets a guest that ran run again.
 async fn end_switchover(qmp: &Qmp, ran: bool) -> Result<(), QmpError> {
     if ran {
@@ -178,10 +189,11 @@ async fn end_switchover(qmp: &Qmp, ran: bool) -> Result<(), QmpError> {
     Ok(())
 }
 
-/// Resumes a guest that a migration of a dead helper stopped. Only the caller can know that the last migration was that
+/// Resumes a guest that a migration of a dead helper stopped, or that the helper had stopped for it. Only the caller can know that the last migration was that
 /// one and no other, and that it is over or cancelled. Returns whether there was one.
 pub(crate) async fn resume_switched_over(qmp: &Qmp) -> Result<bool, QmpError> {
-    let stopped = in_switchover(qmp).await? && marker_present(qmp, SWITCHOVER_MARKER).await?;
+    let is_owed = marker_present(qmp, SWITCHOVER_MARKER).await? || marker_present(qmp, MARKER).await?;
+    let stopped = is_owed && in_switchover(qmp).await?;
     if stopped {
         end_switchover(qmp, true).await?;
     }

@@ -1,8 +1,8 @@
 //! The directory of one running machine: its sockets, its log, and what the launcher knew about it. It lives as long
 //! as QEMU does (a tmpfs suits it) and is all that a new helper needs to take a machine over.
 
-use crate::exit::refused;
 use crate::engine::{EngineChoice, StreamChoice};
+use crate::exit::refused;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{CheckpointSeq, VmName};
 use nix::fcntl::{Flock, FlockArg};

@@ -7,6 +7,8 @@ use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{Lab, QmpClient, Recipe, Scribbled, TestMachine, built, kill_hard, newest_qemu, on_each_qemu, wait_until};
 
+const NOBODY: u32 = 65534;
+
 fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
@@ -296,6 +298,33 @@ fn doctor_waits_only_so_long() {
     assert!(ran.time < Duration::from_secs(30), "{ran:?}");
     assert!(ran.code == 3 && ran.out.contains("does not answer"), "{ran:?}");
     assert_eq!(doctor(&lab, &socket).0, 0);
+}
+
+/// QEMU opens the helper's files itself.
+#[test]
+fn a_qemu_of_another_user_is_refused() {
+    let lab = Lab::new(&newest_qemu());
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("not tested: only root can start a QEMU as another user");
+    }
+    let directory = lab.path().join("theirs");
+    std::fs::create_dir(&directory).expect("a directory");
+    nix::unistd::chown(&directory, Some(NOBODY.into()), None).expect("a directory of another user");
+    // Others must be able to come as far as there.
+    std::fs::set_permissions(lab.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711)).expect("a directory");
+    let mut command = std::process::Command::new(&lab.qemu);
+    command.args("-m 16 -nodefaults -display none -accel tcg -qmp unix:qmp.sock,server=on,wait=off".split(' ')).current_dir(&directory);
+    let mut child = std::os::unix::process::CommandExt::uid(&mut command, NOBODY).spawn().expect("QEMU can be run");
+    let socket = directory.join("qmp.sock");
+    let up = wait_until(Duration::from_secs(20), || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+    let (attached, (code, report)) = (attach(&lab, &socket, "m"), doctor(&lab, &socket));
+    child.kill().expect("a child");
+    child.wait().expect("a child");
+    assert!(up, "QEMU did not come up");
+    let message = attached.expect_failure(3);
+    assert!(message.contains("runs as user 65534"), "{message}");
+    assert!(code == 3 && rows(&report, "QEMU's user")[0].0 == "no", "{report}");
+    assert!(!lab.runtime().join("m").exists(), "a machine was written down");
 }
 
 #[test]

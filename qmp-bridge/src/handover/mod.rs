@@ -21,6 +21,7 @@ mod watch;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use futures::FutureExt;
 use serde_json::{Value, json};
 
 pub use bitmaps::BitmapMap;
@@ -105,27 +106,32 @@ impl Handover {
     /// Until the source has stopped the guest and waits. `tell` gets bytes sent and to be sent.
     pub async fn switchover(&mut self, mut tell: impl FnMut(u64, u64)) -> Result<(), HandoverError> {
         let mut moved = (0, Instant::now());
-        loop {
+        while self.waited.is_none() {
             match self.source_events.next(LOOK).await {
-                Happened::Status(status) if status == "pre-switchover" => break,
-                Happened::Status(status) if matches!(status.as_str(), "failed" | "completed" | "cancelled") => {
-                    return Err(self.why().await);
-                }
+                Happened::Status(status) => self.heard(&status).await?,
                 Happened::Stop(at) => self.stopped = Some(at),
-                Happened::Status(_) | Happened::Resume(_) => {}
+                Happened::Resume(_) => {}
                 Happened::Nothing => {
                     if self.look(&mut moved, &mut tell).await? {
-                        break;
+                        self.waited = Some(Instant::now());
                     }
                 }
             }
         }
-        self.waited = Some(Instant::now());
+        Ok(())
+    }
+
+    async fn heard(&mut self, status: &str) -> Result<(), HandoverError> {
+        match status {
+            "pre-switchover" => self.waited = Some(Instant::now()),
+            "failed" | "completed" | "cancelled" => return Err(self.why().await),
+            _ => {}
+        }
         Ok(())
     }
 
     async fn look(&mut self, moved: &mut (u64, Instant), tell: &mut impl FnMut(u64, u64)) -> Result<bool, HandoverError> {
-        self.check_destination().await?;
+        self.check_destination()?;
         let state = State::query(&self.source).await.map_err(source_gone)?;
         tell(state.total.saturating_sub(state.remaining), state.total);
         if state.status == "pre-switchover" {
@@ -147,16 +153,16 @@ impl Handover {
     }
 
     /// Whether the destination still reads; asks nothing of it, for it is busy.
-    async fn check_destination(&self) -> Result<(), HandoverError> {
-        match tokio::time::timeout(Duration::ZERO, self.destination.closed()).await {
-            Ok(()) => Err(HandoverError::DestinationEnded),
-            Err(_) => Ok(()),
+    fn check_destination(&self) -> Result<(), HandoverError> {
+        match self.destination.closed().now_or_never() {
+            Some(()) => Err(HandoverError::DestinationEnded),
+            None => Ok(()),
         }
     }
 
     /// The rest of memory and the devices. Ends when both sides say that they have completed.
     pub async fn complete(&mut self) -> Result<(), HandoverError> {
-        self.check_destination().await?;
+        self.check_destination()?;
         let go_on = json!({ "state": "pre-switchover" });
         self.source.execute_json("migrate-continue", go_on).await.map_err(source_gone)?;
         let begun = Instant::now();

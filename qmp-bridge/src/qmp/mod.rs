@@ -13,6 +13,7 @@ mod wire;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -162,13 +163,26 @@ impl Qmp {
         let line = encode(command, arguments, id)?;
         let reply = self.connection.expect_reply(command, id)?;
         self.connection.send(command, &line, fd)?;
-        match tokio::time::timeout(self.timeout, reply.wait()).await {
-            Ok(Some(Ok(value))) => Ok(value),
-            Ok(Some(Err(refusal))) => Err(QmpError::refused(command, refusal)),
-            Ok(None) => Err(self.connection.closed_error(command)),
-            Err(_) => Err(QmpError::Timeout { command: command.into(), after: self.timeout }),
+        match within(self.timeout, reply.wait()).await {
+            Some(Some(Ok(value))) => Ok(value),
+            Some(Some(Err(refusal))) => Err(QmpError::refused(command, refusal)),
+            Some(None) => Err(self.connection.closed_error(command)),
+            None => Err(QmpError::Timeout { command: command.into(), after: self.timeout }),
         }
     }
+}
+
+/// Waits for a time in which this process can run: while a host stands still (suspended, or out of memory), QEMU does too, and
+/// all of that counts as one slice.
+async fn within<T>(patience: Duration, work: impl Future<Output = T>) -> Option<T> {
+    const SLICES: u32 = 8;
+    let mut work = pin!(work);
+    for _ in 0..SLICES {
+        if let Ok(done) = tokio::time::timeout(patience / SLICES, &mut work).await {
+            return Some(done);
+        }
+    }
+    None
 }
 
 fn encode(command: &str, arguments: Value, id: u64) -> Result<Vec<u8>, QmpError> {

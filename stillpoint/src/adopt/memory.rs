@@ -5,9 +5,10 @@
 //! written often went unseen, and the destination kept an older copy (seen with 7.2.22 alone in one of four migrations:
 //! a guest that finds old data, or a kernel that crashes). KVM and QEMU since 9.0 are not touched by this.
 //!
-//! Nobody can tell afterwards which pages these are. So with the guest stopped, and the destination waiting for the rest
-//! of the stream, the two memories are compared, page by page, and what differs is copied. Pages that the old process never
-//! touched are zero on both sides and are passed over. The rest of the stream then brings what the source knew to be dirty.
+//! Nobody can tell afterwards which pages these are (a look only at what was sent again after the first pass missed some, as
+//! seen). So with the guest stopped, and the destination waiting for the rest of the stream, the two memories are compared, page
+//! by page, and what differs is copied. Pages that the old process never touched are zero on both sides and are passed
+//! over. The rest of the stream then brings what the source knew to be dirty.
 
 use crate::exit::refused;
 use crate::launch::process;

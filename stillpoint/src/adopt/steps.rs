@@ -105,7 +105,10 @@ impl Adoption<'_> {
         fault::point("adopt.decided");
         self.record.advance(Stage::Resuming, self.runtime)?;
         let downtime = handover.resume().await?;
-        self.record.advance(Stage::Running, self.runtime)?;
+        // It has run: from here on no failure may end it. What stands on disk is enough for a later helper.
+        if let Err(error) = self.record.advance(Stage::Running, self.runtime) {
+            tracing::warn!(error = format!("{error:#}"), "the adoption's last stage was not written down");
+        }
         fault::point("adopt.running");
         // It was bound by the new QEMU, which does not need it any more.
         let _ = std::fs::remove_file(socket);

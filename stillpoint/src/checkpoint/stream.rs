@@ -146,19 +146,11 @@ impl Checkpointer {
     async fn stopped(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
         let paused = Paused::stop(&self.machine.qmp).await.context("stopping the guest")?;
         let stopped = paused.elapsed();
-        migration.start().await.context("starting QEMU's migration to the helper")?;
-        fault::point("stream.started");
-        let switched = migration.switchover().await.context("reading the guest's memory")?;
-        fault::point("stream.switched");
-        migration.complete(&switched).await.context("taking the rest of the memory")?;
-        fault::point("stream.completed");
-        let completed = paused.elapsed();
-        run.freeze_disks(&paused).await?;
-        let frozen = paused.elapsed();
-        fault::point("stream.frozen");
-        // It has nothing to resume: the guest did not run.
-        switched.resume().await.context("ending QEMU's switch-over")?;
-        run.pause = paused.resume().await.context("letting the guest run again")?;
+        let read = read_stopped(run, migration, &paused).await;
+        // After a failure too, and then before anything else.
+        let resumed = paused.resume().await.context("letting the guest run again");
+        let (completed, frozen) = read?;
+        run.pause = resumed?;
         trace(phases, run.pause, &[("freeze.stop", stopped), ("freeze.stream", completed - stopped), ("freeze.disks", frozen - completed)]);
         Ok(())
     }
@@ -174,9 +166,30 @@ impl Checkpointer {
         fault::point("stream.started");
         run.pause = migration.memory_is_held(paused).await.context("write-protecting the guest's memory")?;
         fault::point("stream.held");
-        trace(phases, run.pause, &[("freeze.stop", stopped), ("freeze.disks", frozen - stopped), ("freeze.stream", run.pause.saturating_sub(frozen))]);
+        trace(
+            phases,
+            run.pause,
+            &[("freeze.stop", stopped), ("freeze.disks", frozen - stopped), ("freeze.stream", run.pause.saturating_sub(frozen))],
+        );
         Ok(())
     }
+}
+
+/// Returns when memory and disks were taken, from the beginning of the pause.
+async fn read_stopped(run: &mut Run, migration: &mut Migration, paused: &Paused) -> Result<(Duration, Duration)> {
+    migration.start().await.context("starting QEMU's migration to the helper")?;
+    fault::point("stream.started");
+    let switched = migration.switchover().await.context("reading the guest's memory")?;
+    fault::point("stream.switched");
+    migration.complete(&switched).await.context("taking the rest of the memory")?;
+    fault::point("stream.completed");
+    let completed = paused.elapsed();
+    run.freeze_disks(paused).await?;
+    let frozen = paused.elapsed();
+    fault::point("stream.frozen");
+    // It has nothing to resume: the guest did not run when QEMU switched over.
+    switched.resume().await.context("ending QEMU's switch-over")?;
+    Ok((completed, frozen))
 }
 
 fn trace(phases: &mut Phases, pause: Duration, parts: &[(&str, Duration)]) {

@@ -35,6 +35,8 @@ pub struct Foreign {
     pub no_tracker: Option<String>,
 }
 
+const NETWORK: &[&str] = &["net", "netdev", "nic", "nodefaults"];
+
 /// What QEMU itself says of its machine.
 pub struct Said<'a> {
     pub facts: &'a MachineFacts,
@@ -45,7 +47,9 @@ pub struct Said<'a> {
 /// Reads `words`, the arguments of the process, against what QEMU says.
 pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<Foreign> {
     let options = arguments::parse(words).context("reading the command line of that process")?;
+    let said_network = options.iter().any(|option| NETWORK.contains(&option.name.as_str()));
     let options = readconfig::expand_in(options, hold.directory).map_err(config_gone)?;
+    let options = with_default_network(options, said_network);
     let options: Vec<QemuOption> = options.into_iter().map(without_revision).collect();
     let refuse = |error: anyhow::Error| refused(error.to_string());
     refuse::check(&options, Rules::Always).map_err(refuse)?;
@@ -61,6 +65,16 @@ pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<
     let (machine_type, ram_bytes) = (normalized.machine_type.clone(), normalized.ram_bytes);
     check(&normalized, &ram_block, said)?;
     Ok(Foreign { options: normalized.options, machine_type, accelerator, ram_bytes, ram_block, dropped, manager, plugin, no_tracker })
+}
+
+/// QEMU makes its default network card unless one of these stands on the command line itself; a configuration file's do not count.
+/// Written out, they would; so the default is written out too, in QEMU's own words.
+fn with_default_network(mut options: Vec<QemuOption>, said_network: bool) -> Vec<QemuOption> {
+    let from_file = options.iter().any(|option| NETWORK.contains(&option.name.as_str()));
+    if from_file && !said_network {
+        options.extend(["nic", "user"].map(|what| QemuOption::with("net", what)));
+    }
+    options
 }
 
 /// Proxmox's QEMU counts revisions of a machine type (`pc-i440fx-9.0+pve0`), which no list of types shows.

@@ -59,7 +59,7 @@ async fn look(monitor: &Path) -> Report {
     report.rows.extend(engines::check(&look, understood.as_ref().ok(), &mut report.engines).await);
     report.rows.extend(disks::check(&look, understood.as_ref().ok()).await);
     report.rows.extend(plugged(&look, understood.as_ref().ok()).await);
-    report.rows.extend(files(&look));
+    report.rows.extend(look.foreign_user().map(|why| cannot("QEMU's user", &Error::msg(why), START_ANEW)));
     if let Ok(found) = &understood {
         report.rows.extend(elsewhere::check(&found.options));
         report.left_out = found.dropped.iter().map(|dropped| (dropped.what.clone(), dropped.why)).collect();
@@ -117,17 +117,4 @@ async fn plugged(look: &Look, found: Option<&Foreign>) -> Vec<Row> {
         rows.push(Row::ok(CHECK, format!("{} devices, all on the command line", devices.len())));
     }
     rows
-}
-
-/// QEMU itself writes the disks' old blocks and serves them.
-fn files(look: &Look) -> Option<Row> {
-    let ours = nix::unistd::geteuid().as_raw();
-    let theirs = look.process.user;
-    (theirs != ours && theirs != 0).then(|| {
-        Row::warn(
-            "QEMU's user",
-            format!("QEMU runs as user {theirs}, and must be able to use the runtime and the scratch directory"),
-            "give that user access to both (docs/attach.md)",
-        )
-    })
 }

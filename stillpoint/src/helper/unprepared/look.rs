@@ -62,6 +62,17 @@ impl Look {
         machine::can_track(&self.qmp, socket.clone(), &found.ram_block).await.map_err(|error| format!("{error:#}"))
     }
 
+    /// Why QEMU could not do its part for this user's helper: it opens the scratch files and serves the disks' instant itself.
+    pub fn foreign_user(&self) -> Option<String> {
+        let (ours, theirs) = (nix::unistd::geteuid().as_raw(), self.process.user);
+        (theirs != ours && theirs != 0).then(|| {
+            format!(
+                "QEMU runs as user {theirs} and cannot use the files of a helper of user {ours}; run Stillpoint as that user, or that QEMU as root \
+                 (libvirt: user = \"root\" in qemu.conf)"
+            )
+        })
+    }
+
     pub async fn support(&self) -> Result<Support> {
         migration::probe(&self.qmp).await.context("asking what QEMU's migration can do")
     }

@@ -41,6 +41,9 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, monitor: &Path, args:
         Ok(())
     });
     let look = look.await?;
+    if let Some(why) = look.foreign_user() {
+        return Err(refused(why));
+    }
     let found = look.understand()?;
     let tracker = look.tracker(&found).await;
     // A checkpoint chooses anew; what cannot be had at all is refused before a helper is started.

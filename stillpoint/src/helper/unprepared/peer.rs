@@ -88,7 +88,7 @@ fn no_rights(error: Error) -> Error {
 fn busy(monitor: &Path) -> String {
     format!(
         "the monitor {} does not answer: another client holds it (its manager, or a helper of Stillpoint); give QEMU a second one, \
-         -qmp unix:/run/NAME-stillpoint.qmp,server=on,wait=off, with libvirt by <qemu:commandline> (docs/libvirt.md)",
+         -qmp unix:PATH,server=on,wait=off (where QEMU's own user may make it), with libvirt by <qemu:commandline> (docs/libvirt.md)",
         monitor.display()
     )
 }
@@ -164,7 +164,7 @@ mod test {
         let path = directory.path().join("s");
         let _listening = UnixListener::bind(&path).unwrap();
         let error = Line::open(&path).await.unwrap().greet_within(&path, Duration::from_millis(50)).await.err().unwrap();
-        assert!(error.to_string().contains("-stillpoint.qmp"), "{error}");
+        assert!(error.to_string().contains("a second one, -qmp unix:"), "{error}");
         assert_eq!(crate::exit::code_of(&error), crate::exit::REFUSED);
     }
 

@@ -262,3 +262,14 @@ fn another_machine_than_the_command_line_says_is_refused() {
         assert!(code_of(&error) == REFUSED && error.to_string().contains(reason), "{line}: {error}");
     }
 }
+
+#[test]
+fn the_default_network_of_a_machine_from_a_file_is_written_out() {
+    let line = |words: &str, said| -> Vec<String> {
+        let list: Vec<String> = words.split(' ').map(str::to_owned).collect();
+        super::super::arguments::words(&with_default_network(arguments::parse(&list).unwrap(), said))
+    };
+    assert_eq!(line("-netdev user,id=n", false)[2..], ["-net", "nic", "-net", "user"]);
+    assert_eq!(line("-netdev user,id=n", true).len(), 2, "the command line itself named a network");
+    assert_eq!(line("-m 1G", false).len(), 2, "QEMU's default comes by itself");
+}
