@@ -189,7 +189,8 @@ async fn end_switchover(qmp: &Qmp, ran: bool) -> Result<(), QmpError> {
     Ok(())
 }
 
-/// Resumes a guest that a migration of a dead helper stopped, or that the helper had stopped for it. Only the caller can know that the last migration was that
+/// Resumes a guest that a migration of a dead helper stopped, or that the helper had stopped for it. Only the caller can know that
+/// the last migration was that
 /// one and no other, and that it is over or cancelled. Returns whether there was one.
 pub(crate) async fn resume_switched_over(qmp: &Qmp) -> Result<bool, QmpError> {
     let is_owed = marker_present(qmp, SWITCHOVER_MARKER).await? || marker_present(qmp, MARKER).await?;

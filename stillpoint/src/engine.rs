@@ -96,18 +96,18 @@ pub fn choose_tracker(wanted: EngineChoice, tracker: &Result<(), String>) -> Res
     }
 }
 
-/// `has_tracker`: our plugin tracks this QEMU's memory.
-pub fn choose_stream(wanted: StreamChoice, support: &Support, facts: &MachineFacts, has_tracker: bool) -> Result<Chosen> {
+/// `has_plugin`: our plugin sits in this QEMU, and may have registered its memory.
+pub fn choose_stream(wanted: StreamChoice, support: &Support, facts: &MachineFacts, has_plugin: bool) -> Result<Chosen> {
     let is_live = is_live_pre_copy_exact(facts);
     let loses = || format!("QEMU {} under TCG loses pages when it reads memory of a running guest", facts.qemu);
-    let can_hold = !has_tracker && support.background_snapshot.is_ok();
+    let can_hold = !has_plugin && support.background_snapshot.is_ok();
     let (engine, why) = match wanted {
         // It has no pause to lose; and after a pre-copy QEMU would not migrate it again until it has run.
         StreamChoice::Auto if support.stopped && can_hold => (Engine::BackgroundSnapshot, "the guest is stopped".to_owned()),
         StreamChoice::Auto if is_live => (Engine::PreCopy, "memory by QEMU's own migration stream".to_owned()),
         StreamChoice::Auto => (Engine::Stopped, format!("{}, so it is stopped meanwhile", loses())),
         StreamChoice::PreCopy if !is_live => return Err(refused(format!("{}; use --stream stopped", loses()))),
-        StreamChoice::BackgroundSnapshot if has_tracker => {
+        StreamChoice::BackgroundSnapshot if has_plugin => {
             // QEMU would find its memory registered with our userfaultfd, and abort, guest and all (seen with 10.0).
             return Err(refused("a background snapshot is not possible in a QEMU whose memory our plugin tracks; use --stream pre-copy"));
         }

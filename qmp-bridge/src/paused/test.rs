@@ -45,7 +45,7 @@ async fn a_refused_cont_is_sent_again_by_the_drop() {
     let error = Paused::stop(&qmp).await.expect("stop").resume().await;
     assert!(error.is_err());
     drop(qmp);
-    assert_eq!(peer.await.expect("peer")[2..], ["stop", "cont", "cont", "object-del"]);
+    assert_eq!(peer.await.expect("peer")[2..], ["stop", "cont", "query-status", "cont", "object-del"]);
 }
 
 #[tokio::test]

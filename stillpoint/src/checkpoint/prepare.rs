@@ -114,7 +114,7 @@ impl Checkpointer {
             return Ok(chosen);
         }
         let support = migration::probe(&self.machine.qmp).await.context("asking what QEMU's migration can do")?;
-        choose_stream(stream, &support, &self.machine.facts, has_tracker)
+        choose_stream(stream, &support, &self.machine.facts, self.machine.has_plugin())
     }
 
     /// Bitmaps serve one lineage: that of this instance.

@@ -2,6 +2,7 @@
 
 use crate::exit::refused;
 use crate::helper::unprepared;
+use crate::launch::process::QemuProcess;
 use crate::launch::{arguments, disk_names, expected, paths};
 use crate::runtime::{MachineFile, RuntimeDir};
 use anyhow::{Context, Result};
@@ -66,6 +67,12 @@ impl Machine {
 
     pub fn has_tracker(&self) -> bool {
         self.tracker.is_some()
+    }
+
+    /// Whether our plugin is in this QEMU, in use or not: its userfaultfd may hold the memory since an earlier helper.
+    pub fn has_plugin(&self) -> bool {
+        let loads_it = |process: QemuProcess| process.words.iter().any(|word| word.contains("stillpoint_plugin"));
+        self.has_tracker() || QemuProcess::read(self.pid).is_ok_and(loads_it)
     }
 
     pub fn lock_tracker(&self) -> Result<MutexGuard<'_, Tracker>> {
