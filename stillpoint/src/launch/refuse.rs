@@ -36,6 +36,8 @@ type Rule = (&'static str, Rules, &'static str, &'static str);
 
 /// Device models (a prefix of the `-device` driver) and why they cannot be saved.
 const DEVICES: &[Rule] = &[
+    ("vmbus-bridge", Rules::Always, "QEMU aborts, guest and all, when it saves this device's state", "leave VMBus out"),
+    ("pci-serial-2x", Rules::Always, "QEMU aborts, guest and all, when it saves this device's state", "use pci-serial or pci-serial-4x"),
     (
         "vhost-user",
         Rules::Always,
