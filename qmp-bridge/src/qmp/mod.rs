@@ -22,6 +22,7 @@ use tokio::sync::broadcast;
 
 pub use error::QmpError;
 use wire::Connection;
+pub use wire::connect_settled;
 
 /// How long a command may take unless [`Qmp::with_timeout`] says otherwise.
 pub const DEFAULT_COMMAND_TIMEOUT: Duration = Duration::from_secs(30);

@@ -278,8 +278,10 @@ async fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, std
     }
 }
 
+/// Connects to a monitor, but not to one that has only just been bound: see [`SETTLING`].
+///
 /// Looks at the file first: a socket that appears only then is younger than any.
-async fn connect_settled(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {
+pub async fn connect_settled(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {
     let bound = std::fs::metadata(path)?.modified()?;
     // None when the clock was set back since. It is tried after this one wait in any case.
     let age = bound.elapsed().unwrap_or_default();

@@ -31,7 +31,7 @@ impl Line {
     pub async fn open(monitor: &Path) -> Result<Self> {
         let end = Instant::now() + ANSWER;
         loop {
-            let error = match tokio::net::UnixStream::connect(monitor).await {
+            let error = match qmp_bridge::qmp::connect_settled(monitor, end).await {
                 Ok(stream) => return Self::of(stream).with_context(|| format!("asking who listens at {}", monitor.display())),
                 Err(error) => error,
             };
