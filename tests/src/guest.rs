@@ -11,6 +11,8 @@ use std::time::Duration;
 
 /// A guest needs 4 to 8 seconds to boot on two free cores; nothing else takes nearly as long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+/// It takes 4 to 12 seconds.
+const BOOT_PATIENCE: Duration = Duration::from_secs(60);
 /// Lines come once a second, steps ten times a second, and a busy host is late.
 const STEPS_BETWEEN_LINES: u64 = 15;
 
@@ -31,7 +33,8 @@ impl Guest {
     }
 
     pub(crate) fn said(&self) -> String {
-        let texts = self.logs.iter().filter_map(|file| std::fs::read_to_string(file).ok());
+        let serial = self.directory.join("serial.log");
+        let texts = self.logs.iter().chain([&serial]).filter_map(|file| std::fs::read_to_string(file).ok());
         texts
             .map(|text| text.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"))
             .collect::<Vec<_>>()
@@ -81,7 +84,15 @@ impl Guest {
     }
 
     /// The guest is up and has worked a little.
+    ///
+    /// The emulator's processors hang in the guest kernel's start now and then, before the witness is there; that is told, and reset
+    /// once.
     pub fn wait_for_witness(&self) -> Line {
+        let began = wait_until(BOOT_PATIENCE, || !self.lines().is_empty() || !self.qemu_runs());
+        if !began && self.qemu_runs() {
+            eprintln!("{}: the guest did not come up in {BOOT_PATIENCE:?} and is reset; it has said:\n{}", self.name, self.said());
+            self.qmp().execute("system_reset", serde_json::json!({}));
+        }
         self.wait_for_line("the witness", |line| line.passes >= 1)
     }
 

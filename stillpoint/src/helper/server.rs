@@ -22,6 +22,9 @@ const PROGRESS_QUEUE: usize = 64;
 /// What a checkpoint gets to end when the helper must; a service manager waits 90 s.
 const GRACE: Duration = Duration::from_secs(60);
 
+/// Whoever only looks at the machine is done by then; a checkpoint is not.
+const GLANCE: Duration = Duration::from_millis(500);
+
 pub fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
     let path = runtime.control();
     // The lock says that no helper lives: this is a dead one's.
@@ -106,7 +109,7 @@ impl Server {
         if request == Request::Status {
             return self.status().await;
         }
-        let Ok(mut checkpointer) = self.checkpointer.try_lock() else {
+        let Ok(mut checkpointer) = tokio::time::timeout(GLANCE, self.checkpointer.lock()).await else {
             bail!("a checkpoint of this machine is under way; wait for it");
         };
         match request {
