@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 /// Before this version a live migration of a TCG guest loses pages: QEMU clears the dirty bits that it has read, but not the
 /// translation cache's belief that the page is dirty, so later writes go unseen (seen with 7.2: one restored guest in two to four
 /// had a page of an earlier instant; 10.0: none; KVM marks pages in another way).
-const LIVE_TCG_SINCE: u32 = 9;
+pub const LIVE_TCG_SINCE: u32 = 9;
 
 /// Which engine is wanted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -98,20 +98,23 @@ pub fn choose_tracker(wanted: EngineChoice, tracker: &Result<(), String>) -> Res
 
 /// `has_plugin`: our plugin sits in this QEMU, and may have registered its memory.
 pub fn choose_stream(wanted: StreamChoice, support: &Support, facts: &MachineFacts, has_plugin: bool) -> Result<Chosen> {
-    let is_live = is_live_pre_copy_exact(facts);
-    let loses = || format!("QEMU {} under TCG loses pages when it reads memory of a running guest", facts.qemu);
+    let live = can_pre_copy_live(facts);
     let can_hold = !has_plugin && support.background_snapshot.is_ok();
     let (engine, why) = match wanted {
         // It has no pause to lose; and after a pre-copy QEMU would not migrate it again until it has run.
         StreamChoice::Auto if support.stopped && can_hold => (Engine::BackgroundSnapshot, "the guest is stopped".to_owned()),
-        StreamChoice::Auto if is_live => (Engine::PreCopy, "memory by QEMU's own migration stream".to_owned()),
-        StreamChoice::Auto => (Engine::Stopped, format!("{}, so it is stopped meanwhile", loses())),
-        StreamChoice::PreCopy if !is_live => return Err(refused(format!("{}; use --stream stopped", loses()))),
+        StreamChoice::Auto => match live {
+            Ok(()) => (Engine::PreCopy, "memory by QEMU's own migration stream".to_owned()),
+            Err(loses) => (Engine::Stopped, format!("{loses}, so it is stopped meanwhile")),
+        },
+        StreamChoice::PreCopy => match live {
+            Ok(()) => (Engine::PreCopy, "as wanted".to_owned()),
+            Err(loses) => return Err(refused(format!("{loses}; use --stream stopped"))),
+        },
         StreamChoice::BackgroundSnapshot if has_plugin => {
             // QEMU would find its memory registered with our userfaultfd, and abort, guest and all (seen with 10.0).
             return Err(refused("a background snapshot is not possible in a QEMU whose memory our plugin tracks; use --stream pre-copy"));
         }
-        StreamChoice::PreCopy => (Engine::PreCopy, "as wanted".to_owned()),
         StreamChoice::BackgroundSnapshot => (Engine::BackgroundSnapshot, "as wanted".to_owned()),
         StreamChoice::Stopped => (Engine::Stopped, "as wanted".to_owned()),
     };
@@ -121,18 +124,21 @@ pub fn choose_stream(wanted: StreamChoice, support: &Support, facts: &MachineFac
     }
 }
 
-/// Whether pages that the guest writes during a live migration reach its stream.
-pub fn is_live_pre_copy_exact(facts: &MachineFacts) -> bool {
-    facts.accelerator != Accelerator::Tcg || facts.qemu.major >= LIVE_TCG_SINCE
+/// That pages which the guest writes during a live migration reach its stream, or why not.
+pub fn can_pre_copy_live(facts: &MachineFacts) -> Result<(), String> {
+    if facts.accelerator != Accelerator::Tcg || facts.qemu.major >= LIVE_TCG_SINCE {
+        return Ok(());
+    }
+    Err(format!("QEMU {} under TCG loses pages when it reads memory of a running guest", facts.qemu))
 }
 
 #[cfg(test)]
-mod test {
+pub mod test {
     use super::*;
     use crate::exit;
     use qmp_bridge::qmp::QemuVersion;
 
-    fn facts(major: u32, accelerator: Accelerator) -> MachineFacts {
+    pub fn facts(major: u32, accelerator: Accelerator) -> MachineFacts {
         MachineFacts {
             qemu: QemuVersion { major, minor: 0, micro: 0, package: String::new() },
             machine_type: "pc-q35-7.2".to_owned(),
@@ -167,6 +173,13 @@ mod test {
         assert_eq!(choose_tracker(EngineChoice::Auto, &Err("none".to_owned())).unwrap(), None);
         assert_eq!(choose_tracker(EngineChoice::Stream, &Ok(())).unwrap(), None);
         assert_refused(choose_tracker(EngineChoice::Tracker, &Err("no plugin".to_owned())), "no plugin");
+    }
+
+    #[test]
+    fn only_the_old_emulator_is_mistrusted() {
+        let can = |major, accelerator| can_pre_copy_live(&facts(major, accelerator)).is_ok();
+        assert!(!can(8, Accelerator::Tcg) && can(9, Accelerator::Tcg));
+        assert!(can(7, Accelerator::Kvm));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | `STILLPOINT_TEST_KEEP` | leave the directories of the tests behind |
 
 mod built;
+pub mod cost;
 mod damage;
 mod footprint;
 mod guest;

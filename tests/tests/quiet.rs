@@ -1,14 +1,8 @@
 //! What a checkpoint costs: next to nothing for a guest that does nothing, and little more than its changes otherwise.
 
 use std::time::Duration;
+use stillpoint_tests::cost::{IDLE_BYTES, MANY_BYTES, OVERHEAD, TIMELESS};
 use stillpoint_tests::{Lab, Recipe, newest_qemu, on_each_qemu, wait_for_scribbles};
-
-const IDLE_BYTES: u64 = 100 << 10;
-/// The share of what is stored that is not the guest's own changed pages, where changes are many.
-const OVERHEAD: f64 = 1.05;
-const MANY_BYTES: u64 = 4 << 20;
-/// The clock of a stopped machine stands still, too; otherwise its seconds are a change of the device state.
-const TIMELESS: &[&str] = &["-rtc", "clock=vm"];
 
 #[test]
 fn an_idle_guest_costs_next_to_nothing() {

@@ -10,12 +10,12 @@
 //! by page, and what differs is copied. Pages that the old process never touched are zero on both sides and are passed
 //! over. The rest of the stream then brings what the source knew to be dirty.
 
+use crate::engine::LIVE_TCG_SINCE;
 use crate::exit::refused;
 use crate::launch::process;
 use anyhow::{Context, Result, bail};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use qmp_bridge::machine::{Accelerator, MachineFacts};
 use qmp_bridge::paused::run_state;
 use qmp_bridge::ramblock::{RamBlock, ram_blocks};
 use qmp_bridge::{Qmp, host_finder};
@@ -25,8 +25,6 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// The first QEMU whose emulator is right.
-const RIGHT_SINCE: u32 = 9;
 const PAGE: u64 = 4096;
 /// What one thread takes at a time; both copies stay in its cache.
 const PIECE: u64 = 256 << 10;
@@ -34,11 +32,6 @@ const THREADS: usize = 2;
 /// An entry of `pagemap`: in memory, or swapped out.
 const EXISTS: u64 = 0b11 << 62;
 const ENTRY: u64 = 8;
-
-/// Whether this QEMU's own migration can be trusted with this machine.
-pub fn loses_pages(facts: &MachineFacts) -> bool {
-    facts.accelerator == Accelerator::Tcg && facts.qemu.major < RIGHT_SINCE
-}
 
 /// The same part of a RAM block in both processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -226,7 +219,7 @@ fn cut(from: u64, to: u64, bytes: u64, sparse: &[Range<u64>]) -> Vec<Piece> {
 
 fn cannot_read(error: anyhow::Error) -> anyhow::Error {
     refused(format!(
-        "QEMU before {RIGHT_SINCE}.0 loses pages when an emulated (TCG) guest is migrated, and its memory cannot be read to mend that \
+        "QEMU before {LIVE_TCG_SINCE}.0 loses pages when an emulated (TCG) guest is migrated, and its memory cannot be read to mend that \
          ({error:#}); run Stillpoint as root or as the user of that QEMU, or checkpoint it by stream as it is"
     ))
 }
@@ -282,22 +275,5 @@ mod test {
         let pieces = cut(0x1000, 0x9000, PIECE + 5, &[Range { start: 0x1000, end: 0x1000 + PIECE }]);
         assert_eq!(pieces[0], Piece { from: 0x1000, to: 0x9000, bytes: PIECE, is_sparse: true });
         assert_eq!(pieces[1], Piece { from: 0x1000 + PIECE, to: 0x9000 + PIECE, bytes: 5, is_sparse: false });
-    }
-
-    #[test]
-    fn only_the_old_emulator_is_mistrusted() {
-        let facts = |major, accelerator| MachineFacts {
-            qemu: qmp_bridge::qmp::QemuVersion { major, minor: 2, micro: 0, package: String::new() },
-            machine_type: String::new(),
-            default_ram_id: None,
-            ram_backend: None,
-            vcpus: 1,
-            ram_bytes: 0,
-            plugged_bytes: 0,
-            accelerator,
-            migration_blockers: Vec::new(),
-        };
-        assert!(loses_pages(&facts(8, Accelerator::Tcg)) && !loses_pages(&facts(9, Accelerator::Tcg)));
-        assert!(!loses_pages(&facts(7, Accelerator::Kvm)));
     }
 }

@@ -5,6 +5,7 @@ use super::line::{self, Later};
 use super::memory;
 use super::record::Process;
 use super::sockets::{self, Socket};
+use crate::engine::can_pre_copy_live;
 use crate::exit::refused;
 use crate::helper::machine::Machine;
 use crate::launch;
@@ -47,7 +48,7 @@ impl Plan {
         let options = arguments::parse(&machine.file.arguments)?;
         refuse::check(&options, Rules::Tracked).map_err(|error| refused(error.to_string()))?;
         host::check(&process, machine.file.ram_bytes)?;
-        if memory::loses_pages(&machine.facts) {
+        if can_pre_copy_live(&machine.facts).is_err() {
             memory::check_readable(machine.pid)?;
         }
         let mut line = line::rewrite(&options, &process.directory)?;

@@ -3,13 +3,14 @@
 
 use super::destination;
 use super::finish::finish;
-use super::memory::{self, Mender};
+use super::memory::Mender;
 use super::plan::Plan;
 use super::record::{ImageMark, Process, Record, Stage};
 use super::recover::take_back;
 use crate::checkpoint::outcome::milliseconds;
 use crate::checkpoint::{Checkpointer, Report};
 use crate::control::{Adopted, Progress};
+use crate::engine::can_pre_copy_live;
 use crate::exit::refused;
 use crate::fault;
 use crate::helper::machine::Machine;
@@ -126,7 +127,7 @@ impl Adoption<'_> {
     }
 
     async fn mender(&self, destination: &Qmp, process: Process) -> Result<Option<Mender>> {
-        if !memory::loses_pages(&self.machine.facts) {
+        if can_pre_copy_live(&self.machine.facts).is_ok() {
             return Ok(None);
         }
         let source = (&self.machine.qmp, self.plan.source.pid);

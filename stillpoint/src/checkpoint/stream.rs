@@ -130,12 +130,7 @@ impl Checkpointer {
         guest_waits.store(true, Ordering::SeqCst);
         fault::point("stream.switched");
         let stopped = paused.elapsed();
-        migration.complete(&paused).await.context("taking the rest of the memory")?;
-        fault::point("stream.completed");
-        let completed = paused.elapsed();
-        run.freeze_disks(&paused).await?;
-        let frozen = paused.elapsed();
-        fault::point("stream.frozen");
+        let (completed, frozen) = take_rest(run, migration, &paused, &paused).await?;
         run.pause = paused.resume().await.context("letting the guest run again")?;
         guest_waits.store(false, Ordering::SeqCst);
         trace(phases, run.pause, &[("freeze.stop", stopped), ("freeze.stream", completed - stopped), ("freeze.disks", frozen - completed)]);
@@ -181,14 +176,20 @@ async fn read_stopped(run: &mut Run, migration: &mut Migration, paused: &Paused)
     fault::point("stream.started");
     let switched = migration.switchover().await.context("reading the guest's memory")?;
     fault::point("stream.switched");
-    migration.complete(&switched).await.context("taking the rest of the memory")?;
+    let times = take_rest(run, migration, &switched, paused).await?;
+    // It has nothing to resume: the guest did not run when QEMU switched over.
+    switched.resume().await.context("ending QEMU's switch-over")?;
+    Ok(times)
+}
+
+/// After the switch-over: the rest of the memory, then the disks. Returns when each was taken, from the beginning of `paused`.
+async fn take_rest(run: &mut Run, migration: &mut Migration, switched: &Paused, paused: &Paused) -> Result<(Duration, Duration)> {
+    migration.complete(switched).await.context("taking the rest of the memory")?;
     fault::point("stream.completed");
     let completed = paused.elapsed();
     run.freeze_disks(paused).await?;
     let frozen = paused.elapsed();
     fault::point("stream.frozen");
-    // It has nothing to resume: the guest did not run when QEMU switched over.
-    switched.resume().await.context("ending QEMU's switch-over")?;
     Ok((completed, frozen))
 }
 

@@ -2,7 +2,7 @@
 
 use super::super::Row;
 use super::cannot;
-use crate::engine::{Engine, is_live_pre_copy_exact};
+use crate::engine::{Engine, can_pre_copy_live};
 use crate::helper::unprepared::look::Look;
 use crate::launch::foreign::Foreign;
 use anyhow::Error;
@@ -45,10 +45,7 @@ pub async fn check(look: &Look, found: Option<&Foreign>, engines: &mut Value) ->
 type Judged = [(Engine, Result<(), String>); 4];
 
 fn judge(tracker: Result<(), String>, support: &Support, facts: &MachineFacts, has_plugin: bool) -> Judged {
-    let pre_copy = match is_live_pre_copy_exact(facts) {
-        true => support.pre_copy.clone(),
-        false => Err(format!("QEMU {} under TCG loses pages when it reads memory of a running guest", facts.qemu)),
-    };
+    let pre_copy = can_pre_copy_live(facts).and(support.pre_copy.clone());
     let background = match has_plugin {
         true => Err("QEMU would find its memory registered by the plugin, and abort".to_owned()),
         false => support.background_snapshot.clone(),
@@ -91,21 +88,11 @@ fn pause(engine: Engine, ram_bytes: u64) -> String {
 mod test {
     use super::super::super::State;
     use super::*;
+    use crate::engine::test::facts as facts_of;
     use qmp_bridge::machine::Accelerator;
-    use qmp_bridge::qmp::QemuVersion;
 
     fn facts(major: u32) -> MachineFacts {
-        MachineFacts {
-            qemu: QemuVersion { major, minor: 0, micro: 0, package: String::new() },
-            machine_type: "pc-q35-7.2".to_owned(),
-            default_ram_id: None,
-            ram_backend: None,
-            vcpus: 1,
-            ram_bytes: GIB,
-            plugged_bytes: 0,
-            accelerator: Accelerator::Tcg,
-            migration_blockers: Vec::new(),
-        }
+        facts_of(major, Accelerator::Tcg)
     }
 
     #[test]
