@@ -327,6 +327,10 @@ enum Step {
 }
 
 const PAGES: u64 = 1200;
+/// Memory for those pages to be anywhere in.
+const ROOM: u64 = 2 * PIECE_PAGES;
+/// The kernel is asked in pieces of 16 MiB of addresses.
+const PIECE_PAGES: u64 = (16 << 20) / PAGE;
 
 fn step() -> impl Strategy<Value = Step> {
     let pages = || prop::collection::vec(0..PAGES, 1..40);
@@ -349,8 +353,16 @@ struct Oracle {
 
 const MEMORIES: [char; 2] = ['s', 'p'];
 
+/// The first of those pages in a memory at `address`: the end of a piece lies in their middle.
+fn first_page(address: u64) -> u64 {
+    let piece = PIECE_PAGES - (address / PAGE) % PIECE_PAGES;
+    if piece < PAGES / 2 { piece + PIECE_PAGES - PAGES / 2 } else { piece - PAGES / 2 }
+}
+
 fn run(steps: &[Step]) {
-    let mut guest = StandIn::start(PAGES, PAGES);
+    let mut guest = StandIn::start(ROOM, ROOM);
+    let first = [first_page(guest.shared_address), first_page(guest.private_address)];
+    let placed = |memory: usize, pages: &[u64]| pages.iter().map(|page| first[memory] + page).collect::<Vec<u64>>();
     let (mut tracker, shared, private) = guest.attach();
     let regions = [shared, private];
     tracker.protect_all().unwrap();
@@ -359,10 +371,11 @@ fn run(steps: &[Step]) {
     for step in steps {
         match step {
             Step::Write(memory, pages) => {
-                guest.write(MEMORIES[*memory], pages);
+                let pages = placed(*memory, pages);
+                guest.write(MEMORIES[*memory], &pages);
                 oracle.dirty[*memory].extend(pages);
             }
-            Step::Read(memory, pages) => guest.act('r', MEMORIES[*memory], pages),
+            Step::Read(memory, pages) => guest.act('r', MEMORIES[*memory], &placed(*memory, pages)),
             Step::Look => {
                 for (region, dirty) in regions.iter().zip(&oracle.dirty) {
                     assert!(tracker.scan(*region).unwrap().iter().map(PageIndex::get).eq(dirty.iter().copied()));

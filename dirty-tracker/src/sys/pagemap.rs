@@ -7,7 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use super::check;
+use super::{check, pieces};
 
 /// Page states that a scan can ask for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,7 +108,7 @@ pub enum Then {
     Protect,
 }
 
-/// Calls `found` with each run of addresses in `range` whose pages are in any of `categories`.
+/// Calls `found` with runs of addresses in `range`, in order, whose pages are in any of `categories`. Neighbouring runs may touch.
 ///
 /// When a later part fails, the runs found until then have been reported: with [`Then::Protect`] they are protected already,
 /// and nobody else will report them again.
@@ -119,6 +119,17 @@ pub fn scan(
     then: Then,
     buffer: &mut ScanBuffer,
     mut found: impl FnMut(Range<u64>),
+) -> io::Result<()> {
+    pieces(&range).try_for_each(|piece| scan_at_once(pagemap, piece, categories, then, buffer, &mut found))
+}
+
+fn scan_at_once(
+    pagemap: &File,
+    range: Range<u64>,
+    categories: Categories,
+    then: Then,
+    buffer: &mut ScanBuffer,
+    found: &mut impl FnMut(Range<u64>),
 ) -> io::Result<()> {
     let mut at = range.start;
     while at < range.end {
@@ -144,6 +155,10 @@ pub fn scan(
 /// Faster than `UFFDIO_WRITEPROTECT`: 6 ms against 52 for 1 GiB of which half is in use. Huge pages stay huge: in private memory the
 /// first write splits them, and just the page written is found; in shared memory it makes all 512 look written, once.
 pub fn protect_all(pagemap: &File, range: Range<u64>) -> io::Result<()> {
+    pieces(&range).try_for_each(|piece| protect_all_at_once(pagemap, piece))
+}
+
+fn protect_all_at_once(pagemap: &File, range: Range<u64>) -> io::Result<()> {
     let mut at = range.start;
     while at < range.end {
         let mut arg = ScanArg::new(at..range.end, Categories::WRITTEN, Then::Protect);
@@ -160,11 +175,14 @@ mod test {
     #![allow(clippy::single_range_in_vec_init)]
 
     use std::os::fd::AsFd;
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant};
 
     use super::*;
     use crate::sys::scratch::Scratch;
     use crate::sys::uffd;
-    use crate::sys::write_protect::{protect, register};
+    use crate::sys::write_protect::{protect, protect_at_once, register};
 
     const PAGE: u64 = 4096;
     const PAGES: u64 = 64;
@@ -191,9 +209,13 @@ mod test {
         /// Page numbers.
         fn scan(&self, categories: Categories, then: Then, runs: usize) -> Vec<Range<u64>> {
             let range = self.memory.addresses();
-            let mut found = Vec::new();
+            let mut found: Vec<Range<u64>> = Vec::new();
             scan(&self.pagemap, range.clone(), categories, then, &mut ScanBuffer::with_runs(runs), |run| {
-                found.push((run.start - range.start) / PAGE..(run.end - range.start) / PAGE);
+                let run = (run.start - range.start) / PAGE..(run.end - range.start) / PAGE;
+                match found.last_mut().filter(|last| last.end == run.start) {
+                    Some(last) => last.end = run.end,
+                    None => found.push(run),
+                }
             })
             .unwrap();
             found
@@ -255,5 +277,63 @@ mod test {
         let result = scan(&pagemap, memory.addresses(), Categories::WRITTEN, Then::Leave, &mut buffer, drop);
         assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EPERM));
         assert!(protect_all(&pagemap, memory.addresses()).is_err());
+    }
+
+    const GIB: usize = 1 << 30;
+
+    /// The longest that another thread waited for `mmap` or `munmap` during `action`, and how long that took.
+    fn longest_wait(action: impl FnOnce()) -> (Duration, Duration) {
+        let done = AtomicBool::new(false);
+        let started = Barrier::new(2);
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| {
+                started.wait();
+                let mut longest = Duration::ZERO;
+                while !done.load(Ordering::Relaxed) {
+                    let begun = Instant::now();
+                    drop(Scratch::new(PAGE as usize).unwrap());
+                    longest = longest.max(begun.elapsed());
+                }
+                longest
+            });
+            started.wait();
+            let begun = Instant::now();
+            action();
+            let took = begun.elapsed();
+            done.store(true, Ordering::Relaxed);
+            (waiter.join().unwrap(), took)
+        })
+    }
+
+    /// `cargo test --release -p dirty-tracker --lib what_mmap_waits -- --ignored --nocapture`
+    #[test]
+    #[ignore = "takes 4 GiB of memory and prints figures"]
+    fn what_mmap_waits_for_while_memory_is_protected() {
+        let mut memory = Scratch::new(4 * GIB).unwrap();
+        (0..4 * GIB).step_by(PAGE as usize).for_each(|at| memory.write_byte(at));
+        let range = memory.addresses();
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let mut buffer = ScanBuffer::new();
+        let mut written = |piece: Range<u64>| {
+            scan_at_once(&pagemap, piece, Categories::WRITTEN, Then::Protect, &mut buffer, &mut drop).unwrap();
+        };
+        let print = |what: &str, (wait, took): (Duration, Duration)| println!("{what}: mmap waits {wait:?} at most, all takes {took:?}");
+        for round in 1..=3 {
+            println!("round {round}: 4 GiB in use");
+            // A new one each time: when it closes, its protection goes.
+            let uffd = uffd::open().unwrap();
+            register(uffd.fd.as_fd(), &range).unwrap();
+            print("UFFDIO_WRITEPROTECT at once  ", longest_wait(|| protect_at_once(uffd.fd.as_fd(), &range).unwrap()));
+            drop(uffd);
+            let uffd = uffd::open().unwrap();
+            register(uffd.fd.as_fd(), &range).unwrap();
+            print("UFFDIO_WRITEPROTECT in pieces", longest_wait(|| protect(uffd.fd.as_fd(), &range).unwrap()));
+            print("PAGEMAP_SCAN at once, nothing written  ", longest_wait(|| written(range.clone())));
+            print("PAGEMAP_SCAN in pieces, nothing written", longest_wait(|| pieces(&range).for_each(&mut written)));
+            (0..4 * GIB).step_by(2 * PAGE as usize).for_each(|at| memory.write_byte(at));
+            print("PAGEMAP_SCAN at once, every other page written  ", longest_wait(|| written(range.clone())));
+            (0..4 * GIB).step_by(2 * PAGE as usize).for_each(|at| memory.write_byte(at));
+            print("PAGEMAP_SCAN in pieces, every other page written", longest_wait(|| pieces(&range).for_each(&mut written)));
+        }
     }
 }

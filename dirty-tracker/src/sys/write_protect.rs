@@ -4,8 +4,8 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use super::check;
 use super::uapi;
+use super::{check, pieces};
 
 /// `UFFDIO_REGISTER_MODE_WP`
 const REGISTER_MODE_WP: u64 = 1 << 1;
@@ -48,8 +48,12 @@ pub fn register(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
     check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, &raw mut arg) }).map(drop)
 }
 
-/// Protects every page of a registered range, those that do not exist yet included.
+/// Protects every page of a registered range, those that do not exist yet included, piece by piece.
 pub fn protect(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
+    pieces(range).try_for_each(|piece| protect_at_once(uffd, &piece))
+}
+
+pub(super) fn protect_at_once(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
     let mut tries = 0;
     loop {
         let mut arg = WriteProtect { start: range.start, len: range.end - range.start, mode: WRITEPROTECT_MODE_WP };
