@@ -139,6 +139,9 @@ pub struct CheckpointArgs {
     /// How the stream engine gets memory of one instant [default: what the machine was attached with]
     #[arg(long, value_enum, value_name = "MODE")]
     pub stream: Option<StreamChoice>,
+    /// Take a full checkpoint, which begins a new lineage: it needs no earlier one
+    #[arg(long)]
+    pub full: bool,
     #[arg(long)]
     pub json: bool,
 }

@@ -1,7 +1,7 @@
 //! What the commands and the helper say to each other over the control socket: one JSON request on a line, then lines
 //! of progress, then one result. Only the owner of the runtime directory can reach it.
 
-use crate::engine::{EngineChoice, StreamChoice};
+use crate::checkpoint::Choice;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ pub const MAX_LINE: usize = 1 << 20;
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
     /// Take a checkpoint; where nothing is chosen, as the machine was attached.
-    Checkpoint { engine: Option<EngineChoice>, stream: Option<StreamChoice> },
+    Checkpoint(Choice),
     /// Move the machine into a QEMU of ours.
     Adopt { qemu: Option<PathBuf> },
     /// What machine is this, and what is it doing.

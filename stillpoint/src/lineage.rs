@@ -2,37 +2,62 @@
 
 use crate::exit::damaged;
 use anyhow::{Context, Result};
-use checkpoint_format::{CheckpointSeq, DigestTable, Manifest, PackIndex, PackRecord, PageCount, SpaceName, SpaceRecord, VmName};
+use checkpoint_format::{
+    CheckpointSeq, ContentDigest, DigestTable, Manifest, PackIndex, PackRecord, PageCount, SpaceName, SpaceRecord, VmName,
+};
 use checkpoint_store::Repository;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
+use serde::{Deserialize, Serialize};
 
-/// A longer chain of incremental checkpoints is taken for damage.
-const MAX_LINEAGE: usize = 100_000;
+/// Most checkpoints of a lineage, the full one included. A reader takes more for damage.
+pub const LONGEST_LINEAGE: usize = 100_000;
+/// A lineage of this many checkpoints gets no more: the next one is full and begins another. A restore reads each manifest of a
+/// lineage, one after the other, so this is also what bounds its beginning (about a minute on HDFS).
+pub const NEW_LINEAGE_AFTER: usize = LONGEST_LINEAGE / 10;
 /// Manifests and pack indexes read from the store at once.
 const READS: usize = 8;
+
+/// One certain checkpoint. Its number alone could be that of another, in a store that lost its newest checkpoints or that another
+/// store has replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointIdentity {
+    pub seq: CheckpointSeq,
+    /// Of the manifest's file.
+    pub manifest: ContentDigest,
+}
+
+impl CheckpointIdentity {
+    pub fn new(seq: CheckpointSeq, manifest: &[u8]) -> Self {
+        Self { seq, manifest: ContentDigest::of(manifest) }
+    }
+}
 
 /// Oldest first; the first is a full checkpoint.
 pub struct Lineage {
     pub vm: VmName,
     pub manifests: Vec<Manifest>,
+    /// Of [`Self::manifests`], in the same order.
+    pub identities: Vec<CheckpointIdentity>,
 }
 
 impl Lineage {
     pub async fn read(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<Self> {
-        let mut manifests = Vec::new();
+        let (mut manifests, mut identities) = (Vec::new(), Vec::new());
         let mut next = Some(seq);
-        while let Some(seq) = next {
-            let manifest = manifest(repository, vm, seq).await?;
+        while let Some(ancestor) = next {
+            if manifests.len() == LONGEST_LINEAGE {
+                return Err(damaged(format!("the lineage of {vm}@{seq} has more than {LONGEST_LINEAGE} checkpoints")));
+            }
+            let (manifest, identity) = identified_manifest(repository, vm, ancestor).await?;
             next = manifest.parent;
             manifests.push(manifest);
-            if manifests.len() > MAX_LINEAGE {
-                return Err(damaged(format!("{vm}@{seq}: more than {MAX_LINEAGE} ancestors")));
-            }
+            identities.push(identity);
         }
         manifests.reverse();
-        Ok(Self { vm: vm.clone(), manifests })
+        identities.reverse();
+        Ok(Self { vm: vm.clone(), manifests, identities })
     }
 
     /// Every pack, oldest first; its place in this list is its number in a page map.
@@ -78,12 +103,31 @@ impl Lineage {
 }
 
 pub async fn manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<Manifest> {
+    identified_manifest(repository, vm, seq).await.map(|(manifest, _)| manifest)
+}
+
+pub async fn identified_manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<(Manifest, CheckpointIdentity)> {
     let bytes = repository.read_manifest(vm, seq).await.with_context(|| format!("reading the manifest of {vm}@{seq}"))?;
     let manifest = Manifest::parse(&bytes).with_context(|| format!("the manifest of {vm}@{seq}"))?;
     if manifest.seq != seq || manifest.parent.is_some_and(|parent| parent >= seq) {
         return Err(damaged(format!("the manifest of {vm}@{seq} says that it is {}@{}", manifest.vm, manifest.seq)));
     }
-    Ok(manifest)
+    Ok((manifest, CheckpointIdentity::new(seq, &bytes)))
+}
+
+/// Whether the store still holds all of a lineage (oldest first, as it was read or written), and nothing newer than `newest`.
+pub async fn is_held(repository: &Repository, vm: &VmName, lineage: &[CheckpointIdentity], newest: Option<CheckpointSeq>) -> Result<bool> {
+    let known = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
+    let is_there = |identity: &CheckpointIdentity| known.binary_search(&identity.seq).is_ok();
+    if known.last().copied() != newest || !lineage.iter().all(is_there) {
+        return Ok(false);
+    }
+    let Some(parent) = lineage.last() else { return Ok(true) };
+    match repository.read_manifest(vm, parent.seq).await {
+        Ok(bytes) => Ok(CheckpointIdentity::new(parent.seq, &bytes) == *parent),
+        Err(error) if error.is_not_found() => Ok(false),
+        Err(error) => Err(error).with_context(|| format!("reading the manifest of {vm}@{}", parent.seq)),
+    }
 }
 
 pub async fn index(repository: &Repository, vm: &VmName, seq: CheckpointSeq, pack: &PackRecord) -> Result<PackIndex> {

@@ -3,6 +3,7 @@
 
 use crate::engine::{EngineChoice, StreamChoice};
 use crate::exit::refused;
+use crate::lineage::CheckpointIdentity;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{CheckpointSeq, VmName};
 use nix::fcntl::{Flock, FlockArg};
@@ -21,6 +22,8 @@ const MAX_MACHINE_FILE_BYTES: u64 = 4 << 20;
 /// A killed process keeps its locks until the last of its threads is gone.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const MACHINE_FILE_FORMAT: u32 = 1;
+const MARKS: &str = "marks.json";
+const MAX_MARKS_BYTES: u64 = 1024;
 
 /// What was launched, in the words of `launch`: enough to attach to it and to start it anew elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +72,23 @@ impl MachineFile {
     /// The plugin's socket, if there is a plugin.
     pub fn plugin(&self, runtime: &RuntimeDir) -> Option<PathBuf> {
         self.unprepared.as_ref().map_or_else(|| Some(runtime.plugin()), |there| there.plugin.clone())
+    }
+}
+
+/// What the marks of written pages count from. They outlive a helper: the kernel's in the guest's page tables, the disks' as
+/// dirty bitmaps in QEMU. They say nothing of any checkpoint that does not descend from `since`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marks {
+    /// The disks' bitmaps record at least since this checkpoint.
+    pub since: CheckpointIdentity,
+    /// So do the kernel's marks of the guest's memory.
+    pub is_exact: bool,
+}
+
+impl Marks {
+    /// These marks, if they are of use for a checkpoint that adds to `lineage`.
+    pub fn of(self, lineage: &[CheckpointIdentity]) -> Option<Self> {
+        lineage.contains(&self.since).then_some(self)
     }
 }
 
@@ -178,24 +198,25 @@ impl RuntimeDir {
         self.forget("devices.json")?;
         // Of another process: put back here, it would change what nobody changed.
         self.forget("migration.json")?;
-        self.forget_exact_since()
+        self.forget(MARKS)
     }
 
-    /// The checkpoint since which the kernel's dirty bits are exact, if a helper left them so.
-    ///
-    /// Dirty bits live in the guest's page tables and outlive the helper; a lease that a dying helper held does not.
-    /// So the mark is taken away before the first lease of a checkpoint and set again when it is durable.
-    pub fn exact_since(&self) -> Option<CheckpointSeq> {
-        let text = read_limited(&self.path.join("exact-since"), 32).ok()?;
-        std::str::from_utf8(&text).ok()?.trim().parse().ok().map(CheckpointSeq)
+    /// What an earlier helper left behind in the way of marks of written pages. None if that is not known.
+    pub fn marks(&self) -> Option<Marks> {
+        serde_json::from_slice(&read_limited(&self.path.join(MARKS), MAX_MARKS_BYTES).ok()?).ok()
     }
 
-    pub fn set_exact_since(&self, seq: CheckpointSeq) -> Result<()> {
-        replace(&self.path.join("exact-since"), seq.0.to_string().as_bytes())
+    pub fn set_marks(&self, marks: Marks) -> Result<()> {
+        replace(&self.path.join(MARKS), &serde_json::to_vec(&marks).context("encoding the record of marks")?)
     }
 
-    pub fn forget_exact_since(&self) -> Result<()> {
-        self.forget("exact-since")
+    /// From here on the kernel's marks alone do not tell what was written: a lease begins, whose pages die with its helper, or
+    /// another process has used them.
+    pub fn forget_exact_marks(&self) -> Result<()> {
+        match self.marks() {
+            Some(marks) => self.set_marks(Marks { is_exact: false, ..marks }),
+            None => self.forget(MARKS),
+        }
     }
 
     fn forget(&self, name: &str) -> Result<()> {
@@ -250,4 +271,20 @@ pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
         bail!("{} is larger than {limit} bytes", path.display());
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn marks_count_from_one_certain_checkpoint() {
+        let identity = |seq: u64, manifest: &str| CheckpointIdentity::new(CheckpointSeq(seq), manifest.as_bytes());
+        let lineage = [identity(1, "one"), identity(2, "two")];
+        let marks = |since| Marks { since, is_exact: true };
+        assert_eq!(marks(identity(2, "two")).of(&lineage), Some(marks(identity(2, "two"))));
+        assert!(marks(identity(1, "one")).of(&lineage).is_some(), "of an ancestor they hold more than is needed");
+        assert_eq!(marks(identity(2, "another")).of(&lineage), None);
+        assert_eq!(marks(identity(3, "three")).of(&lineage), None);
+    }
 }

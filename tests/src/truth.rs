@@ -102,6 +102,12 @@ impl<'lab> Scribbled<'lab> {
         Truth { memory: self.monitor.memory(SCRIBBLER_RAM_BYTES), disks }
     }
 
+    /// Restores a checkpoint of the store as it is now, beside the machine: byte for byte what it was.
+    pub fn check_beside(&self, id: u64) {
+        let wrong = compare(self.lab, &format!("{}@{id}", self.machine.name), &self.truths[&id], &self.disks);
+        assert!(wrong.is_empty(), "seed {}, checkpoint {id}: {wrong:#?}\nafter {:#?}", self.seed, self.story);
+    }
+
     /// Ends the machine, and restores what `choose` takes of its checkpoints (newest first): each is what it was, byte for byte.
     pub fn check(self, choose: impl Fn(&[u64]) -> Vec<u64>) {
         let Self { lab, machine, truths, disks, story, seed, .. } = self;

@@ -48,7 +48,7 @@ pub(crate) async fn establish(store: &Bounded, mode: Mode, policy: &RetryPolicy)
     }
 }
 
-async fn read(store: &Bounded) -> Result<String> {
+pub(crate) async fn read(store: &Bounded) -> Result<String> {
     let path = layout::identity();
     let bytes = store.read(&path, MAX_IDENTITY_LEN).await?;
     let corrupt = |error: serde_json::Error| StoreError::Corrupt { path: path.to_string(), reason: error.to_string() };

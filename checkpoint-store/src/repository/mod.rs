@@ -80,6 +80,15 @@ impl Repository {
         &self.id
     }
 
+    /// Whether the store at this URL is still the one that was opened, and no other that took its place.
+    pub async fn is_unchanged(&self) -> Result<bool> {
+        match identity::read(&self.store).await {
+            Ok(id) => Ok(*id == *self.id),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     pub fn url(&self) -> &str {
         self.store.url()
     }

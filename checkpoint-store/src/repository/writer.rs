@@ -223,10 +223,16 @@ impl Writer {
 
     /// `Fenced` if a higher epoch was claimed.
     pub async fn check(&self) -> Result<()> {
+        self.is_claimed().await.map(drop)
+    }
+
+    /// Whether the store has this writer's claim: one that was set back to an earlier state may have lost it. `Fenced` if a higher
+    /// epoch was claimed.
+    pub async fn is_claimed(&self) -> Result<bool> {
         let (claims, _) = list_claims(&self.repository.store, &self.vm).await?;
         match claims.last() {
             Some(newest) if *newest > self.epoch => Err(StoreError::Fenced { vm: self.vm.clone(), ours: self.epoch, newest: *newest }),
-            _ => Ok(()),
+            newest => Ok(newest == Some(&self.epoch)),
         }
     }
 

@@ -18,7 +18,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 pub async fn finish(record: &Record, runtime: &RuntimeDir, source: Option<&Qmp>, destination: &Qmp) -> Result<Vec<String>> {
     announce(destination).await;
     // The kernel's marks are those of another process from now on.
-    runtime.forget_exact_since()?;
+    runtime.forget_exact_marks()?;
     runtime.save_machine(&record.file)?;
     end_source(record.source, source).await?;
     // What its owner had set for migrations, and nothing of this one.

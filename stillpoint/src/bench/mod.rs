@@ -6,6 +6,7 @@
 mod report;
 mod statistics;
 
+use crate::checkpoint::Choice;
 use crate::checkpoint::outcome::Outcome;
 use crate::cli::BenchArgs;
 use crate::control::Request;
@@ -57,7 +58,7 @@ async fn measure(runtime: &RuntimeDir, count: u32, interval: Duration) -> Result
 }
 
 async fn checkpoint(runtime: &RuntimeDir) -> Result<Outcome> {
-    let result = ask(runtime, &Request::Checkpoint { engine: None, stream: None }).await?;
+    let result = ask(runtime, &Request::Checkpoint(Choice::default())).await?;
     serde_json::from_value(result).context("the helper's answer is not understood")
 }
 

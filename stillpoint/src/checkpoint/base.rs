@@ -1,11 +1,13 @@
 //! What the next checkpoint builds on: the last durable one, and digests of all that it holds.
 
 use super::delta::Space;
+use crate::exit;
 use crate::helper::machine::Machine;
-use crate::lineage::Lineage;
+use crate::lineage::{self, CheckpointIdentity, Lineage, NEW_LINEAGE_AFTER};
+use crate::runtime::Marks;
 use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, CheckpointSeq, ContentDigest, DigestTable, Manifest, PageCount, SpaceKind, SpaceName};
-use checkpoint_store::Repository;
+use checkpoint_store::{Repository, StoreError};
 use std::collections::HashMap;
 
 /// Digests of disk pages in memory, over all disks: those of 4 GiB of content.
@@ -16,54 +18,101 @@ const STATE_TABLE: ByteLen = ByteLen(256 << 10);
 /// The layers below each writable disk, by node.
 pub type Chains = HashMap<String, Vec<ContentDigest>>;
 
+/// What the next checkpoint builds on. The parent, and how far the marks of written pages can be believed, are looked up together and
+/// hold together: marks count from one certain checkpoint, and a store may have lost that one.
 pub struct Base {
-    /// None: the next checkpoint is full.
-    pub parent: Option<CheckpointSeq>,
-    pub next: CheckpointSeq,
+    /// The parent and its ancestors, oldest first. Empty: the next checkpoint is full.
+    lineage: Vec<CheckpointIdentity>,
+    /// In the store, of this lineage or not.
+    newest: Option<CheckpointSeq>,
     pub spaces: Vec<Space>,
     /// The tracker knows every page written since the parent. Otherwise its first lease has all pages that exist, and those
     /// that do not exist must be compared as zeros.
     pub is_exact: bool,
+    /// The disks' bitmaps record at least since the parent.
+    are_bitmaps_of_lineage: bool,
     /// As the parent recorded them.
     pub chains: Chains,
 }
 
 impl Base {
     /// Looks up what this machine's last durable checkpoint is, if it is of this machine's lineage at all.
-    pub async fn find(machine: &Machine, repository: &Repository, disks: &[(SpaceName, PageCount)]) -> Result<Self> {
+    pub async fn find(machine: &Machine, repository: &Repository, disks: &[(SpaceName, PageCount)], marks: Option<Marks>) -> Result<Self> {
         let vm = &machine.file.name;
         let known = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
-        let next = known.last().map_or(CheckpointSeq::FIRST, |newest| newest.next());
+        let newest = known.last().copied();
         let names = names(machine, disks)?;
-        let Some(parent) = parent(machine, repository, &known).await? else {
-            tracing::info!(%vm, %next, "the store has no checkpoint of this life of the machine; the next one is full");
-            return Ok(Self::full(next, names, disks.len()));
+        let Some(lineage) = own_lineage(machine, repository, &known).await? else {
+            tracing::info!(%vm, "the store has no checkpoint of this life of the machine; the next one is full");
+            return Ok(Self::full(newest, names, disks.len()));
         };
-        let lineage = Lineage::read(repository, vm, parent).await?;
         let manifest = lineage.manifests.last().context("a lineage without its newest checkpoint")?;
         let mut tables = empty_tables(names, disks.len());
         lineage.digests(repository, &mut tables).await.context("reading what the last checkpoint holds")?;
-        let is_exact = machine.has_tracker() && machine.runtime.exact_since() == Some(parent);
+        let marks = marks.and_then(|marks| marks.of(&lineage.identities));
+        let is_exact = machine.has_tracker() && marks.is_some_and(|marks| marks.is_exact);
         if is_exact {
             machine.lock_tracker()?.resume_protection();
         }
-        tracing::info!(%vm, %parent, is_exact, "continuing a lineage");
+        tracing::info!(%vm, parent = %manifest.seq, is_exact, has_bitmaps = marks.is_some(), "continuing a lineage");
         let mut spaces = spaces(machine, disks, tables);
         spaces.iter_mut().for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
-        Ok(Self { parent: Some(parent), next, spaces, is_exact, chains: chains(manifest) })
+        let chains = chains(manifest);
+        Ok(Self { lineage: lineage.identities, newest, spaces, is_exact, are_bitmaps_of_lineage: marks.is_some(), chains })
     }
 
-    fn full(next: CheckpointSeq, names: Vec<(SpaceName, PageCount)>, disks: usize) -> Self {
+    fn full(newest: Option<CheckpointSeq>, names: Vec<(SpaceName, PageCount)>, disks: usize) -> Self {
         let sizes: Vec<PageCount> = names.iter().map(|(_, pages)| *pages).collect();
         let tables = empty_tables(names, disks);
-        let spaces = tables.into_iter().zip(sizes).map(|((name, table), pages)| Space::new(name, pages, table));
-        Self { parent: None, next, spaces: spaces.collect(), is_exact: false, chains: Chains::new() }
+        let spaces = tables.into_iter().zip(sizes).map(|((name, table), pages)| Space::new(name, pages, table)).collect();
+        let (lineage, chains) = (Vec::new(), Chains::new());
+        Self { lineage, newest, spaces, is_exact: false, are_bitmaps_of_lineage: false, chains }
+    }
+
+    /// None: the next checkpoint is full.
+    pub fn parent(&self) -> Option<CheckpointSeq> {
+        self.lineage.last().map(|parent| parent.seq)
+    }
+
+    /// The checkpoint that the disks' bitmaps are to be believed from.
+    pub fn parent_of_bitmaps(&self) -> Option<CheckpointSeq> {
+        self.parent().filter(|_| self.are_bitmaps_of_lineage)
+    }
+
+    pub fn next(&self) -> CheckpointSeq {
+        self.newest.map_or(CheckpointSeq::FIRST, |newest| newest.next())
+    }
+
+    /// Whether the lineage is so long that another has to begin.
+    pub fn is_long(&self) -> bool {
+        self.lineage.len() >= NEW_LINEAGE_AFTER
+    }
+
+    /// Whether the store still holds the parent, all that it builds on, and nothing newer than what was found.
+    pub async fn is_held(&self, machine: &Machine, repository: &Repository) -> Result<bool> {
+        lineage::is_held(repository, &machine.file.name, &self.lineage, self.newest).await
+    }
+
+    /// A checkpoint is durable; what it was given of the marks counts from it. Returns the marks' new meaning.
+    pub fn advance(&mut self, checkpoint: CheckpointIdentity) -> Marks {
+        self.lineage.push(checkpoint);
+        self.newest = Some(checkpoint.seq);
+        // A bitmap was begun on every disk in its pause.
+        self.are_bitmaps_of_lineage = true;
+        Marks { since: checkpoint, is_exact: self.is_exact }
+    }
+
+    /// What the marks count from, if that is the parent.
+    pub fn marks(&self) -> Option<Marks> {
+        let since = self.lineage.last().filter(|_| self.are_bitmaps_of_lineage);
+        since.map(|since| Marks { since: *since, is_exact: self.is_exact })
     }
 
     /// The next checkpoint is full: nothing is known of what any page holds.
     pub fn begin_anew(&mut self) {
-        self.parent = None;
+        self.lineage.clear();
         self.is_exact = false;
+        self.are_bitmaps_of_lineage = false;
         for space in &mut self.spaces {
             space.table.truncate(PageCount(0));
             space.in_lineage = false;
@@ -93,6 +142,25 @@ impl Base {
 fn chains(manifest: &Manifest) -> Chains {
     let writable = manifest.disks.iter().filter(|disk| !disk.read_only);
     writable.map(|disk| (disk.node.clone(), disk.backing.iter().map(|layer| layer.digest).collect())).collect()
+}
+
+/// The lineage that the next checkpoint goes on with. One that has lost an ancestor, or is damaged, is not built on: no restore could
+/// use what comes after.
+async fn own_lineage(machine: &Machine, repository: &Repository, known: &[CheckpointSeq]) -> Result<Option<Lineage>> {
+    let read = async {
+        match parent(machine, repository, known).await? {
+            Some(parent) => Lineage::read(repository, &machine.file.name, parent).await.map(Some),
+            None => Ok(None),
+        }
+    };
+    read.await.or_else(|error: anyhow::Error| {
+        let is_missing = error.chain().any(|cause| cause.downcast_ref::<StoreError>().is_some_and(StoreError::is_not_found));
+        if !is_missing && exit::code_of(&error) != exit::DAMAGED {
+            return Err(error);
+        }
+        tracing::warn!(error = format!("{error:#}"), "the last checkpoint cannot be built on; the next one is full");
+        Ok(None)
+    })
 }
 
 /// The newest checkpoint that this instance took, else the one that it was restored from (which need not be the newest).

@@ -3,8 +3,9 @@
 use super::Checkpointer;
 use super::outcome::{Kind, Outcome, Phases, milliseconds};
 use super::prepare::Run;
+use crate::exit::{self, coded};
 use crate::fault;
-use crate::lineage;
+use crate::lineage::{self, CheckpointIdentity};
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
@@ -26,6 +27,7 @@ impl Checkpointer {
         let partial = Arc::try_unwrap(partial).ok().context("the pack pipeline still holds the checkpoint")?;
         phases.since("upload", begun);
         fault::point("upload");
+        self.check_parent(run).await?;
         let is_same = packs.is_empty() && self.is_same_machine(run).await?;
         if let (Some(parent), true) = (run.parent, is_same) {
             partial.abort().await.context("removing an empty checkpoint")?;
@@ -34,15 +36,33 @@ impl Checkpointer {
         let begun = Instant::now();
         let totals = self.totals(run, &packs);
         let (manifest, totals) = self.manifest(run, packs, totals)?;
+        let identity = CheckpointIdentity::new(run.seq, &manifest);
         fault::point("commit");
         let durable = partial.commit(Bytes::from(manifest)).await.context("committing the checkpoint")?;
         phases.since("commit", begun);
         fault::point("committed");
         let outcome = outcome(run, &durable, totals);
         let begun = Instant::now();
-        self.settle(run, durable).await;
+        self.settle(run, durable, identity).await;
         phases.since("settle", begun);
         Ok(outcome)
+    }
+
+    /// A checkpoint that adds to one that the store no longer holds could not be restored.
+    async fn check_parent(&self, run: &Run) -> Result<()> {
+        let (session, base) = (self.store.as_ref().context("the store is not open")?, self.base.as_ref().context("the base is not known")?);
+        if base.is_held(&self.machine, &session.repository).await? {
+            return Ok(());
+        }
+        let vm = &self.machine.file.name;
+        let what = run.parent.map_or_else(
+            || format!("it has checkpoints of {vm} that it did not have"),
+            |parent| format!("it does not hold {vm}@{parent}, or what that builds on, as it did"),
+        );
+        Err(coded(
+            exit::STORE,
+            format!("the store has changed while checkpoint {} was taken: {what}; the next one starts from what it holds", run.seq),
+        ))
     }
 
     /// No page differs from the parent; neither do the disks and the sizes of what there is?

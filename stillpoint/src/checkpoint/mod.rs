@@ -32,10 +32,11 @@ use crate::engine::{EngineChoice, StreamChoice};
 use crate::fault;
 use crate::helper::machine::Machine;
 use crate::launch::command::is_running;
+use crate::runtime::Marks;
 use anyhow::Result;
 use base::Base;
-use checkpoint_store::StoreError;
 use outcome::{Outcome, Phases, milliseconds};
+use serde::{Deserialize, Serialize};
 use staging::Staging;
 use std::time::{Duration, Instant, SystemTime};
 use store::StoreSession;
@@ -56,8 +57,15 @@ impl Report {
     }
 }
 
-/// What the request chooses; what it leaves open is as the machine was attached.
-type Choice = (Option<EngineChoice>, Option<StreamChoice>);
+/// What the request chooses; an engine that it leaves open is as the VM was attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Choice {
+    pub engine: Option<EngineChoice>,
+    pub stream: Option<StreamChoice>,
+    /// A full checkpoint, which begins a new lineage.
+    pub full: bool,
+}
 
 /// Everything that lasts from one checkpoint of a machine to the next.
 pub struct Checkpointer {
@@ -66,9 +74,8 @@ pub struct Checkpointer {
     staging: Staging,
     store: Option<StoreSession>,
     base: Option<Base>,
-    /// The base must be looked up anew, because a commit's outcome is unknown. Whatever it was, the tracker still owes all that
-    /// it owed: holds whether that is everything since the old base.
-    stale: Option<bool>,
+    /// What the marks of written pages count from; whether that is of use decides the lineage of the base.
+    marks: Option<Marks>,
     layers: crate::layers::Known,
     /// What an earlier helper may have left in QEMU has been cleaned up.
     is_clean: bool,
@@ -77,23 +84,29 @@ pub struct Checkpointer {
 impl Checkpointer {
     pub fn new(machine: Machine, take_over: bool) -> Self {
         let staging = Staging::new(prepare::STAGING_PAGES);
-        Self { machine, take_over, staging, store: None, base: None, stale: None, layers: Default::default(), is_clean: false }
+        let marks = machine.runtime.marks();
+        Self { machine, take_over, staging, store: None, base: None, marks, layers: Default::default(), is_clean: false }
     }
 
     /// The machine goes on in another QEMU: what the store holds is as it was; what was written since is not known.
     pub fn replace_machine(&mut self, machine: Machine) {
         self.machine = machine;
         self.is_clean = false;
+        self.distrust_marks();
+    }
+
+    /// What was written to memory since the last checkpoint is not known any more.
+    fn distrust_marks(&mut self) {
         self.base.iter_mut().for_each(|base| base.is_exact = false);
-        self.stale = self.stale.map(|_| false);
+        self.marks.iter_mut().for_each(|marks| marks.is_exact = false);
     }
 
     /// One checkpoint, complete and durable, or an error and nothing.
-    pub async fn take(&mut self, engine: Option<EngineChoice>, stream: Option<StreamChoice>, report: &Report) -> Result<Outcome> {
+    pub async fn take(&mut self, choice: Choice, report: &Report) -> Result<Outcome> {
         let begun = Instant::now();
         let started_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
         let mut phases = Phases::default();
-        let mut outcome = self.run_phases((engine, stream), &mut phases, report).await?;
+        let mut outcome = self.run_phases(choice, &mut phases, report).await?;
         outcome.started_at = started_at;
         outcome.durable_ms = milliseconds(begun.elapsed());
         outcome.phases = phases.into_map();
@@ -102,7 +115,7 @@ impl Checkpointer {
 
     async fn run_phases(&mut self, choice: Choice, phases: &mut Phases, report: &Report) -> Result<Outcome> {
         let prepared = self.prepare(choice, phases, report).await;
-        let mut run = prepared.inspect_err(|_| self.look_up_anew())?;
+        let mut run = prepared.inspect_err(|_| self.after_failure())?;
         let captured = self.capture(&mut run, phases, report).await;
         match captured {
             Ok(outcome) => Ok(outcome),
@@ -112,18 +125,17 @@ impl Checkpointer {
                     None => error,
                 };
                 self.abort(run).await;
-                if error.downcast_ref::<StoreError>().is_some_and(StoreError::is_ambiguous) {
-                    self.look_up_anew();
-                }
+                self.after_failure();
                 Err(error)
             }
         }
     }
 
-    /// The base may not be what the store has; the tracker still owes all that it owed.
-    fn look_up_anew(&mut self) {
-        self.stale = self.base.take().map(|base| base.is_exact).or(self.stale);
+    /// A failed freeze takes its disks back in the background, so the next checkpoint looks what is left of it. A base whose tables
+    /// went down with the checkpoint is looked up again.
+    fn after_failure(&mut self) {
         self.is_clean = false;
+        self.base.take_if(|base| base.spaces.is_empty());
     }
 
     async fn capture(&mut self, run: &mut prepare::Run, phases: &mut Phases, report: &Report) -> Result<Outcome> {

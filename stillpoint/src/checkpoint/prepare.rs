@@ -12,7 +12,7 @@ use crate::layers;
 use crate::pack::{PackJob, PackTarget, Packer};
 use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, CheckpointSeq, ContentDigest, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable};
-use checkpoint_store::PartialCheckpoint;
+use checkpoint_store::{Mode, PartialCheckpoint};
 use dirty_tracker::DirtyLease;
 use qmp_bridge::capture::{BitmapTag, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
 use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
@@ -63,12 +63,11 @@ impl Checkpointer {
         report.say("prepare", 0, 0);
         fault::point("prepare");
         if self.machine.refresh_blocks().await? {
-            self.machine.runtime.forget_exact_since()?;
-            self.base.iter_mut().for_each(|base| base.is_exact = false);
-            self.stale = self.stale.map(|_| false);
+            self.machine.runtime.forget_exact_marks()?;
+            self.distrust_marks();
         }
         self.machine.check_devices().await?;
-        self.ensure_session().await?;
+        self.ensure_session(choice.full).await?;
         self.clean_up().await?;
         let disks = self.machine.disks().await?.disks;
         self.machine.check_disks(&disks)?;
@@ -78,17 +77,24 @@ impl Checkpointer {
         let layer_bytes = self.ensure_layers(&disks).await?;
         phases.since("layers", layers_begun);
         self.follow_chains(&disks)?;
+        self.begin_lineage_if_due(choice.full)?;
         let chosen = self.choose_engine(choice).await?;
         let run = self.begin_run(chosen, disks, layer_bytes).await?;
         phases.since("prepare", begun);
         Ok(run)
     }
 
-    async fn ensure_session(&mut self) -> Result<()> {
+    async fn ensure_session(&mut self, is_full: bool) -> Result<()> {
         if let Some(session) = &self.store {
-            return Ok(session.writer.check().await?);
+            if session.is_current().await? {
+                return Ok(());
+            }
+            tracing::warn!(store = session.repository.url(), "this is not the state of the store that the helper has written to");
+            (self.store, self.base) = (None, None);
         }
-        self.store = Some(StoreSession::open(&self.machine.file, self.take_over).await?);
+        // A store that has this VM's checkpoints is there already; where it is missing, its file system is not mounted, say.
+        let mode = if is_full || self.marks.is_none() { Mode::CreateIfMissing } else { Mode::MustExist };
+        self.store = Some(StoreSession::open(&self.machine.file, self.take_over, mode).await?);
         Ok(())
     }
 
@@ -104,10 +110,10 @@ impl Checkpointer {
     }
 
     /// What is wanted, if it can be had.
-    async fn choose_engine(&mut self, (engine, stream): Choice) -> Result<Chosen> {
+    async fn choose_engine(&mut self, choice: Choice) -> Result<Chosen> {
         let there = self.machine.file.unprepared.as_ref();
-        let engine = engine.or(there.map(|there| there.engine)).unwrap_or_default();
-        let stream = stream.or(there.map(|there| there.stream)).unwrap_or_default();
+        let engine = choice.engine.or(there.map(|there| there.engine)).unwrap_or_default();
+        let stream = choice.stream.or(there.map(|there| there.stream)).unwrap_or_default();
         let has_tracker = self.machine.has_tracker();
         let tracker = if has_tracker { Ok(()) } else { Err("no plugin of ours sits in this QEMU".to_owned()) };
         if let Some(chosen) = choose_tracker(engine, &tracker)? {
@@ -122,14 +128,22 @@ impl Checkpointer {
         self.machine.file.instance.parse().context("naming the dirty bitmaps")
     }
 
+    /// The store may have changed since the last checkpoint: it lost some (a snapshot of it was restored), or a commit whose answer was
+    /// lost took place.
     async fn ensure_base(&mut self, disks: &[(SpaceName, PageCount)]) -> Result<()> {
         let session = self.store.as_ref().context("the store is not open")?;
+        let is_held = match &self.base {
+            Some(base) => base.is_held(&self.machine, &session.repository).await?,
+            None => false,
+        };
+        if !is_held {
+            tracing::info!("looking up what the store has of this VM");
+            self.base = None;
+        }
         match &mut self.base {
             Some(base) => base.adapt(&self.machine, disks),
             none => {
-                let mut base = Base::find(&self.machine, &session.repository, disks).await?;
-                base.is_exact = self.stale.take().unwrap_or(base.is_exact);
-                *none = Some(base);
+                *none = Some(Base::find(&self.machine, &session.repository, disks, self.marks).await?);
                 Ok(())
             }
         }
@@ -148,11 +162,20 @@ impl Checkpointer {
         let chains = disks.iter().map(|disk| Ok((disk.name.clone(), self.chain(disk)?))).collect::<Result<Chains>>()?;
         let base = self.base.as_mut().context("the base is not known")?;
         let is_same = |(node, chain): (&String, &Vec<ContentDigest>)| base.chains.get(node).is_none_or(|before| before == chain);
-        if base.parent.is_some() && !chains.iter().all(is_same) {
+        if base.parent().is_some() && !chains.iter().all(is_same) {
             tracing::info!("a disk stands on other layers than before; the next checkpoint is full");
             base.begin_anew();
         }
         base.chains = chains;
+        Ok(())
+    }
+
+    fn begin_lineage_if_due(&mut self, is_wanted: bool) -> Result<()> {
+        let base = self.base.as_mut().context("the base is not known")?;
+        if is_wanted || base.is_long() {
+            tracing::info!(is_wanted, "the next checkpoint is full and begins a lineage");
+            base.begin_anew();
+        }
         Ok(())
     }
 
@@ -164,11 +187,11 @@ impl Checkpointer {
     async fn begin_run(&mut self, chosen: Chosen, disks: Vec<Disk>, layer_bytes: u64) -> Result<Run> {
         let session = self.store.as_ref().context("the store is not open")?;
         let base = self.base.as_ref().context("the base is not known")?;
-        let (seq, parent, is_exact) = (base.next, base.parent, base.is_exact);
+        let (seq, parent, is_exact) = (base.next(), base.parent(), base.is_exact);
         let plan = CapturePlan {
             tag: self.tag()?,
             seq: seq.0,
-            parent: parent.map(|parent| parent.0),
+            parent: base.parent_of_bitmaps().map(|parent| parent.0),
             scratch_dir: self.machine.file.scratch.clone(),
             scratch_reserve: DEFAULT_SCRATCH_RESERVE,
             nbd_socket: self.machine.runtime.nbd(),
@@ -181,7 +204,7 @@ impl Checkpointer {
         let lease = match chosen.engine {
             Engine::Tracker => {
                 // From here on a helper that dies has leased pages that nobody knows of.
-                self.machine.runtime.forget_exact_since()?;
+                self.machine.runtime.forget_exact_marks()?;
                 Some(self.begin_lease().await?)
             }
             Engine::PreCopy | Engine::BackgroundSnapshot | Engine::Stopped => None,

@@ -4,6 +4,7 @@ use super::Checkpointer;
 use super::outcome::{Kind, Outcome, milliseconds};
 use super::prepare::Run;
 use crate::engine::Engine;
+use crate::lineage::CheckpointIdentity;
 use anyhow::Result;
 use checkpoint_format::{CheckpointSeq, PageCount};
 use checkpoint_store::Durable;
@@ -16,17 +17,15 @@ const KEPT_STAGING: PageCount = PageCount((16 << 20) / 4096);
 impl Checkpointer {
     /// The checkpoint is durable; nothing that fails here can undo that.
     #[instrument(name = "settle", level = "debug", skip_all)]
-    pub(super) async fn settle(&mut self, run: &mut Run, durable: Durable) {
-        let seq = durable.seq();
+    pub(super) async fn settle(&mut self, run: &mut Run, durable: Durable, identity: CheckpointIdentity) {
         if let Some(lease) = run.lease.take() {
             lease.settle(&durable);
         }
         if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
             base.spaces = delta.settle();
-            base.parent = Some(seq);
-            base.next = seq.next();
             // A stream leaves the tracker's marks alone: what they count from is older, so they hold more than is needed.
             base.is_exact |= run.engine == Engine::Tracker;
+            self.marks = Some(base.advance(identity));
         }
         if let Some(frozen) = run.frozen.take()
             && let Err(error) = frozen.settle().await
@@ -34,9 +33,10 @@ impl Checkpointer {
             // Older bits than needed stay: the next checkpoint reads more than it must, and stores what differs.
             tracing::warn!(%error, "the disks' old bitmaps were not dropped");
         }
-        let is_exact = self.base.as_ref().is_some_and(|base| base.is_exact);
-        if is_exact && let Err(error) = self.machine.runtime.set_exact_since(seq) {
-            tracing::warn!(error = format!("{error:#}"), "a later helper will compare all memory once");
+        if let Some(marks) = self.marks
+            && let Err(error) = self.machine.runtime.set_marks(marks)
+        {
+            tracing::warn!(error = format!("{error:#}"), "a later helper will compare all memory and all disks once");
         }
         self.staging.clear(KEPT_STAGING);
     }
@@ -58,6 +58,7 @@ impl Checkpointer {
             base.spaces = delta.settle();
             // The tracker holds the pages that were given back, so it is exact from here on.
             base.is_exact |= run.engine == Engine::Tracker;
+            self.marks = base.marks().or(self.marks);
         }
         self.give_back(run).await;
         Ok(outcome)
@@ -74,8 +75,6 @@ impl Checkpointer {
         {
             tracing::warn!(%error, "a partial checkpoint is left in the store; the next one removes it");
         }
-        // A failed freeze takes its disks back in the background; the next checkpoint looks what is left of it.
-        self.is_clean = false;
     }
 
     async fn give_back(&mut self, run: &mut Run) {

@@ -15,11 +15,16 @@ pub struct StoreSession {
 
 impl StoreSession {
     /// Opens the store and claims the writer's place of this machine.
-    pub async fn open(machine: &MachineFile, take_over: bool) -> Result<Self> {
-        let repository = stores::open(&machine.store, Mode::CreateIfMissing).await?;
+    pub async fn open(machine: &MachineFile, take_over: bool, mode: Mode) -> Result<Self> {
+        let repository = stores::open(&machine.store, mode).await?;
         let writer = claim(&repository, &machine.name, &machine.instance, take_over).await?;
         tracing::info!(vm = %machine.name, epoch = writer.epoch().0, store = repository.url(), "this helper is the writer");
         Ok(Self { repository, writer })
+    }
+
+    /// Whether this is still the store that was opened, and it knows of this writer. Fails if it knows of a later one.
+    pub async fn is_current(&self) -> Result<bool> {
+        Ok(self.repository.is_unchanged().await? && self.writer.is_claimed().await?)
     }
 }
 

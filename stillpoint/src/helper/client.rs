@@ -1,5 +1,6 @@
 //! The other end of the control socket.
 
+use crate::checkpoint::Choice;
 use crate::checkpoint::outcome::{Kind, Outcome};
 use crate::cli::CheckpointArgs;
 use crate::control::{MAX_LINE, Reply, Request};
@@ -14,7 +15,8 @@ use tokio::net::UnixStream;
 
 pub async fn checkpoint(args: &CheckpointArgs) -> Result<()> {
     let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
-    let result = ask(&runtime, &Request::Checkpoint { engine: args.engine, stream: args.stream }).await?;
+    let choice = Choice { engine: args.engine, stream: args.stream, full: args.full };
+    let result = ask(&runtime, &Request::Checkpoint(choice)).await?;
     if args.json {
         return print_json(&result);
     }

@@ -113,8 +113,8 @@ impl Server {
             bail!("a checkpoint of this machine is under way; wait for it");
         };
         match request {
-            Request::Checkpoint { engine, stream } => {
-                let outcome = checkpointer.take(engine, stream, &Report(progress)).await;
+            Request::Checkpoint(choice) => {
+                let outcome = checkpointer.take(choice, &Report(progress)).await;
                 if let Err(error) = &outcome {
                     tracing::error!(error = explain(error), "checkpoint failed");
                 }

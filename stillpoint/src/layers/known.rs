@@ -45,7 +45,11 @@ impl Known {
     async fn ensure(&mut self, repository: &Repository, path: &Path, format: &str, named: String) -> Result<u64> {
         let facts = std::fs::metadata(path).with_context(|| format!("looking at the layer {}", path.display()))?;
         let identity = digest::identity(&facts);
-        if self.0.get(path).is_some_and(|(known, _)| *known == identity) {
+        if let Some((known, layer)) = self.0.get(path)
+            && *known == identity
+            // A store that was set back to an earlier state has lost it.
+            && repository.has_layer(&layer.digest).await?
+        {
             return Ok(0);
         }
         let owned = path.to_owned();

@@ -18,7 +18,7 @@ use crate::helper::machine::Machine;
 use crate::inspect::{self, print_json};
 use crate::launch;
 use crate::launch::arguments::QemuOption;
-use crate::runtime::{MachineFile, RuntimeDir};
+use crate::runtime::{MachineFile, Marks, RuntimeDir};
 use crate::terminal::bytes;
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointSeq, Manifest};
@@ -195,7 +195,7 @@ impl Restore {
         let tag: BitmapTag = machine.file.instance.parse().context("naming the dirty bitmaps")?;
         let disks = machine.disks().await?.disks;
         start_recording(&machine.qmp, &tag, self.seq.0, &disks).await.context("beginning to record the disks' changes")?;
-        self.runtime.set_exact_since(self.seq)
+        self.runtime.set_marks(Marks { since: self.source.identity(), is_exact: true })
     }
 
     fn report(self, file: &MachineFile, layer_bytes: u64, resume_ms: f64) -> Report {

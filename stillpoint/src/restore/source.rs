@@ -1,7 +1,7 @@
 //! The content of a checkpoint: which frame of which pack of its lineage has each page, and reading just those frames.
 
 use crate::exit::damaged;
-use crate::lineage::Lineage;
+use crate::lineage::{CheckpointIdentity, Lineage};
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
@@ -36,6 +36,7 @@ struct Inner {
     packs: Vec<(CheckpointSeq, PackName)>,
     indexes: Vec<PackIndex>,
     manifests: Vec<Manifest>,
+    identity: CheckpointIdentity,
     bytes_read: AtomicU64,
 }
 
@@ -54,14 +55,20 @@ impl Source {
         let indexes = lineage.indexes(repository).await?;
         let packs = lineage.packs().into_iter().map(|(seq, pack)| (seq, pack.name.clone())).collect();
         let trailers = lineage.packs().iter().map(|(_, pack)| u64::from(pack.info.trailer_len)).sum();
+        let identity = *lineage.identities.last().context("a lineage without its newest checkpoint")?;
         Ok(Self(Arc::new(Inner {
             repository: repository.clone(),
             vm: vm.clone(),
             packs,
             indexes,
             manifests: lineage.manifests,
+            identity,
             bytes_read: AtomicU64::new(trailers),
         })))
+    }
+
+    pub fn identity(&self) -> CheckpointIdentity {
+        self.0.identity
     }
 
     /// Of the checkpoint that is restored.

@@ -2,7 +2,7 @@
 //!
 //! The kernel's marks of written pages are one set for one QEMU. A machine that is attached under another name, or from
 //! another runtime directory, takes and settles them for itself, and the first one would go on as if they were its own.
-//! So whoever attaches leaves its sign in QEMU (an object that does nothing) and believes its `exact-since` only if the
+//! So whoever attaches leaves its sign in QEMU (an object that does nothing) and believes its `marks.json` only if the
 //! sign is still there, alone.
 
 use crate::runtime::{MachineFile, RuntimeDir};
@@ -22,7 +22,7 @@ pub async fn claim(qmp: &Qmp, runtime: &RuntimeDir, file: &MachineFile) -> Resul
     if signs == [own.as_str()] {
         return Ok(());
     }
-    runtime.forget_exact_since()?;
+    runtime.forget_exact_marks()?;
     for sign in signs {
         qmp.execute_json("object-del", json!({ "id": sign })).await.context("taking an earlier helper's sign out of QEMU")?;
     }
