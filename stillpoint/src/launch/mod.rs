@@ -5,12 +5,10 @@
 //! depends on a helper that lives.
 
 pub mod accelerator;
-pub mod arguments;
 pub mod command;
 pub mod disk_names;
 pub mod expected;
 pub mod foreign;
-pub mod form;
 pub mod inherited;
 pub mod instance;
 mod memory;
@@ -20,6 +18,8 @@ pub mod probe;
 pub mod process;
 mod readconfig;
 pub mod refuse;
+
+pub use qemu_cmdline::{arguments, form};
 
 use crate::exit::refused;
 use crate::runtime::{MachineFile, RuntimeDir};

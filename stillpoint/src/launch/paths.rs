@@ -1,117 +1,71 @@
-//! Files that a command line names: which of them a checkpoint must carry, and how a restored machine gets its own.
+//! Files that a command line names: which of them a checkpoint must carry, and how a restored VM gets its own.
+//!
+//! Which values are files says the table of `qemu-cmdline`, never how a value is spelled.
 
-use super::arguments::{KeyList, QemuOption};
-use serde_json::Value;
+use qemu_cmdline::{QemuOption, Site, Use, visit};
 use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
-
-/// Options whose whole value is a file that QEMU reads at its start, and reads again when the guest reboots.
-const WHOLE: &[&str] = &["kernel", "initrd", "bios", "dtb"];
-/// Options with such a file under a key.
-const KEYED: &[(&str, &[&str])] = &[
-    ("machine", &["kernel", "initrd", "dtb", "firmware"]),
-    ("option-rom", &["romfile"]),
-    ("fw_cfg", &["file"]),
-    ("acpitable", &["file", "data"]),
-    ("smbios", &["file"]),
-    ("device", &["romfile"]),
-];
+use std::path::{Path, PathBuf};
 
 /// The boot files named on the command line, as they are written there, each once. Disks are not among them: QEMU itself
 /// says which it has.
 pub fn boot_files(options: &[QemuOption]) -> Vec<String> {
     let mut files: Vec<String> = Vec::new();
-    for option in options {
-        let whole = WHOLE.contains(&option.name.as_str()).then(|| option.value().to_owned());
-        let keys = KEYED.iter().filter(|(name, _)| *name == option.name).flat_map(|(_, keys)| *keys);
-        let keyed = keys.filter_map(|key| option.keys().get(key).map(str::to_owned));
-        files.extend(whole.into_iter().chain(keyed).filter(|file| !file.is_empty()));
-    }
+    visit(options, |site| {
+        if matches!(site.means, Use::Boot | Use::Firmware) {
+            files.push(site.value.to_owned());
+        }
+    });
     files.sort();
     files.dedup();
     files
 }
 
-/// Replaces each value that is exactly an old path (or any other whole value in `new`).
-pub fn repath(options: Vec<QemuOption>, new: &HashMap<String, String>) -> Vec<QemuOption> {
-    options.into_iter().map(|option| repath_one(option, new)).collect()
+/// Where the files of a checkpoint are on the restoring host.
+#[derive(Debug, Default)]
+pub struct NewPaths {
+    /// The old VM's working directory, to which relative paths of its command line belong.
+    directory: PathBuf,
+    disks: HashMap<PathBuf, String>,
+    boot_files: HashMap<PathBuf, String>,
 }
 
-/// Whether some value is this file; relative ones belong to `directory`. A machine whose disk came by another way (a
-/// snapshot or a mirror made at run time) would be restored with the disk that the command line names.
-pub fn is_named(options: &[QemuOption], directory: &Path, file: &Path) -> bool {
-    let real = identity(file);
-    let is_it = |text: &str| {
-        let path = directory.join(text);
-        path == file || real.is_some() && identity(&path) == real
+impl NewPaths {
+    pub fn new(directory: &Path) -> Self {
+        Self { directory: directory.to_owned(), ..Self::default() }
+    }
+
+    /// The file of a disk, or of a layer below one.
+    pub fn add_disk(&mut self, old: &str, new: &Path) {
+        self.disks.insert(self.directory.join(old), new.to_string_lossy().into_owned());
+    }
+
+    pub fn add_boot_file(&mut self, old: &str, new: &Path) {
+        self.boot_files.insert(self.directory.join(old), new.to_string_lossy().into_owned());
+    }
+}
+
+/// The new path of a disk or boot file.
+pub fn new_path(site: &Site<'_>, new: &NewPaths) -> Option<String> {
+    let paths = match site.means {
+        Use::Disk => &new.disks,
+        Use::Boot | Use::Firmware => &new.boot_files,
+        _ => return None,
     };
-    options.iter().any(|option| {
-        let mut found = false;
-        map_paths(option.value(), &mut |path| {
-            found |= is_it(path);
-            None
-        });
-        found
-    })
+    paths.get(&new.directory.join(site.value)).cloned()
 }
 
-/// Device and inode: a file may have many paths.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    std::fs::metadata(path).ok().map(|facts| (facts.dev(), facts.ino()))
-}
-
-fn repath_one(option: QemuOption, new: &HashMap<String, String>) -> QemuOption {
-    match map_paths(option.value(), &mut |path| new.get(path).cloned()) {
-        Some(value) => QemuOption::with(&option.name, value),
-        None => option,
-    }
-}
-
-/// Shows every value that may be a path to `change`; the new text if anything changed.
-fn map_paths(value: &str, change: &mut dyn FnMut(&str) -> Option<String>) -> Option<String> {
-    if let Some(path) = change(value) {
-        return Some(path);
-    }
-    if value.starts_with('{') {
-        return map_json(value, change);
-    }
-    let mut keys = KeyList::parse(value);
-    // `file:PATH` is the old form of a character device's path, `json:{…}` that of a block device.
-    let changed = keys.map_values(|old| {
-        if let Some(tree) = old.strip_prefix("json:") {
-            return map_json(tree, change).map(|tree| format!("json:{tree}"));
-        }
-        let (scheme, path) = old.strip_prefix("file:").map_or(("", old), |path| ("file:", path));
-        change(path).map(|path| format!("{scheme}{path}"))
-    });
-    changed.then(|| keys.to_string())
-}
-
-fn map_json(text: &str, change: &mut dyn FnMut(&str) -> Option<String>) -> Option<String> {
-    let mut tree: Value = serde_json::from_str(text).ok()?;
-    map_tree(&mut tree, change).then(|| tree.to_string())
-}
-
-fn map_tree(tree: &mut Value, change: &mut dyn FnMut(&str) -> Option<String>) -> bool {
-    match tree {
-        Value::String(text) => match change(text) {
-            Some(path) => {
-                *text = path;
-                true
-            }
-            None => false,
-        },
-        Value::Array(list) => list.iter_mut().fold(false, |changed, item| map_tree(item, change) | changed),
-        Value::Object(map) => map.values_mut().fold(false, |changed, item| map_tree(item, change) | changed),
-        _ => false,
-    }
+/// Whether some disk of the command line is this file; relative ones belong to `directory`. A VM whose disk came by another
+/// way (a snapshot or a mirror made at run time) would be restored with the disk that the command line names.
+pub fn is_named(options: &[QemuOption], directory: &Path, file: &Path) -> bool {
+    let mut found = false;
+    visit(options, |site| found |= site.means == Use::Disk && directory.join(site.value) == file);
+    found
 }
 
 #[cfg(test)]
 mod test {
-    use super::super::arguments::{parse, words};
     use super::*;
+    use qemu_cmdline::{parse, rewrite, words};
 
     fn options(line: &str) -> Vec<QemuOption> {
         parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>()).unwrap()
@@ -125,30 +79,28 @@ mod test {
     }
 
     #[test]
-    fn whole_values_are_replaced_wherever_they_stand() {
-        let new = HashMap::from([("d.img".to_owned(), "/r/d,1.img".to_owned()), ("log".to_owned(), "/r/log".to_owned())]);
-        let line = r#"-drive file=d.img,node-name=d.img2 -serial file:log -blockdev {"driver":"file","filename":"d.img"} -kernel d.img"#;
-        let line = words(&repath(options(line), &new)).join(" ");
+    fn paths_are_replaced_where_they_are_paths() {
+        let mut new = NewPaths::new(Path::new("/vm"));
+        for (old, path) in [("/vm/disk", "/r/d,1.img"), ("/vm/on", "/r/on"), ("/vm/16", "/r/16")] {
+            new.add_disk(old, Path::new(path));
+        }
+        new.add_boot_file("disk", Path::new("/r/kernel"));
+        let line = "-drive index=1,media=disk,file=disk,id=disk,readonly=on -drive file=./on,snapshot=on,cache.direct=on -hda 16 -m 16 -kernel disk \
+                    -serial file:disk -device ide-hd,drive=disk -fw_cfg name=opt/x,file=/vm/disk";
+        let line = words(&rewrite(options(line), |site| new_path(site, &new))).join(" ");
         assert_eq!(
             line,
-            r#"-drive file=/r/d,,1.img,node-name=d.img2 -serial file:/r/log -blockdev {"driver":"file","filename":"/r/d,1.img"} -kernel /r/d,1.img"#
+            "-drive index=1,media=disk,file=/r/d,,1.img,id=disk,readonly=on -drive file=/r/on,snapshot=on,cache.direct=on -hda /r/16 -m 16 \
+             -kernel /r/kernel -serial file:disk -device ide-hd,drive=disk -fw_cfg name=opt/x,file=/r/kernel"
         );
     }
 
     #[test]
     fn a_disk_is_named_wherever_its_path_stands() {
-        let line = r#"-drive file=sub/a.img,if=none -drive file=json:{"driver":"raw",,"file":{"driver":"file",,"filename":"/abs/b.img"}} -hda c.img"#;
+        let line = r#"-drive file=sub/a.img,if=none -drive file=json:{"driver":"raw",,"file":{"driver":"file",,"filename":"/abs/b.img"}} -hda c.img -serial file:e"#;
         let options = options(line);
         let named = |file: &str| is_named(&options, Path::new("/vm"), Path::new(file));
         assert!(named("/vm/sub/a.img") && named("/abs/b.img") && named("/vm/c.img"));
-        assert!(!named("/vm/a.img") && !named("/vm/snap.qcow2"));
-    }
-
-    #[test]
-    fn a_json_drive_gets_its_new_path() {
-        let new = HashMap::from([("/abs/b.img".to_owned(), "/r/b.img".to_owned())]);
-        let line = r#"-drive file=json:{"driver":"raw",,"file":{"driver":"file",,"filename":"/abs/b.img"}},if=none"#;
-        let line = words(&repath(options(line), &new)).join(" ");
-        assert!(line.contains(r#""filename":"/r/b.img""#) && line.ends_with(",if=none"), "{line}");
+        assert!(!named("/vm/a.img") && !named("/vm/snap.qcow2") && !named("/vm/e"));
     }
 }

@@ -2,6 +2,7 @@
 
 use super::layers::LocalLayers;
 use super::source::Source;
+use crate::launch::paths::NewPaths;
 use crate::terminal::Progress;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{ByteLen, DiskRecord, LayerRef, PageRange};
@@ -10,7 +11,6 @@ use qmp_bridge::disks::ImageFormat;
 use qmp_bridge::images::{Backing, BackingMode, ImageSpec, ImageWorker, ImageWorkers};
 use qmp_bridge::nbd::{NbdClient, ZeroMode};
 use serde_json::{Value, json};
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 /// Writes of one image under way.
@@ -18,36 +18,20 @@ const WRITES: usize = 8;
 /// Bytes between two flushes: a slow disk gets them down within the time of one NBD request.
 const FLUSH_EVERY: u64 = 256 << 20;
 
-/// Old path -> new path, for every file of every disk as the command line may name it.
-pub type NewPaths = HashMap<String, String>;
-
 /// Makes and fills the writable images. `binary` serves as the worker, `runtime` holds its sockets.
 pub async fn restore(source: &Source, layers: &LocalLayers, dir: &Path, binary: &Path, runtime: &Path) -> Result<NewPaths> {
     let manifest = source.manifest();
-    let mut paths = NewPaths::new();
-    let writable: Vec<&DiskRecord> = manifest.disks.iter().filter(|disk| !disk.read_only).collect();
-    for layer in manifest.layers() {
-        insert(&mut paths, Path::new(&manifest.machine.directory), &layer.path, layers.path(layer));
-    }
+    let mut paths = NewPaths::new(Path::new(&manifest.machine.directory));
+    manifest.disks.iter().flat_map(|disk| &disk.backing).for_each(|layer| paths.add_disk(&layer.path, layers.path(layer)));
+    manifest.machine.files.iter().for_each(|layer| paths.add_boot_file(&layer.path, layers.path(layer)));
     let mut workers = ImageWorkers::new(binary, runtime);
-    for disk in writable {
+    for disk in manifest.disks.iter().filter(|disk| !disk.read_only) {
         let path = dir.join(file_name(disk));
         restore_one(source, layers, &mut workers, disk, &path).await.with_context(|| format!("restoring disk {}", disk.node))?;
-        insert(&mut paths, Path::new(&manifest.machine.directory), &disk.file, &path);
+        paths.add_disk(&disk.file, &path);
     }
     workers.shutdown().await;
     Ok(paths)
-}
-
-/// An old path may stand on the command line as it is, or relative to the old working directory.
-fn insert(paths: &mut NewPaths, old_directory: &Path, old: &str, new: &Path) {
-    let new = new.to_string_lossy().into_owned();
-    if let Ok(relative) = Path::new(old).strip_prefix(old_directory) {
-        let relative = relative.to_string_lossy();
-        paths.insert(format!("./{relative}"), new.clone());
-        paths.insert(relative.into_owned(), new.clone());
-    }
-    paths.insert(old.to_owned(), new);
 }
 
 /// A name of the new image: the node's, since two disks may have had files of one name in different directories.

@@ -18,6 +18,7 @@ use crate::helper::machine::Machine;
 use crate::inspect::{self, print_json};
 use crate::launch;
 use crate::launch::arguments::QemuOption;
+use crate::launch::paths::{NewPaths, new_path};
 use crate::runtime::{MachineFile, Marks, RuntimeDir};
 use crate::terminal::bytes;
 use anyhow::{Context, Result};
@@ -25,6 +26,7 @@ use checkpoint_format::{CheckpointSeq, Manifest};
 use dirty_tracker::GuestMemory;
 use layers::LocalLayers;
 use qemu::NewQemu;
+use qemu_cmdline::restorable::{self, Wishes};
 use qmp_bridge::capture::{BitmapTag, start_recording};
 use qmp_bridge::incoming::Incoming;
 use serde_json::{Value, json};
@@ -100,7 +102,7 @@ impl Restore {
         let runtime_path = self.runtime.path().to_owned();
         let paths = disks::restore(&self.source, &layers, &self.dir, &self.qemu, &runtime_path).await?;
         self.phases.since("disks", step);
-        let mut file = self.machine_file(&layers, paths)?;
+        let mut file = self.machine_file(&layers, &paths)?;
         self.claim(&file).await?;
         self.check_newest().await?;
         self.runtime.forget_earlier()?;
@@ -120,11 +122,14 @@ impl Restore {
     }
 
     /// The command line of the old machine with the files of the new one.
-    fn machine_file(&self, layers: &LocalLayers, mut paths: disks::NewPaths) -> Result<MachineFile> {
-        let record = &self.source.manifest().machine;
-        paths.extend(self.args.map.iter().map(|map| (map.old.clone(), map.new.clone())));
-        let options = launch::paths::repath(launch::arguments::parse(&record.arguments)?, &paths);
+    fn machine_file(&self, layers: &LocalLayers, paths: &NewPaths) -> Result<MachineFile> {
         let manifest = self.source.manifest();
+        let record = &manifest.machine;
+        let map = self.args.map.iter().map(|map| (map.old.clone(), map.new.clone())).collect();
+        let wishes = Wishes { map, ..Wishes::default() };
+        let mut mapped = restorable::map(launch::arguments::parse(&record.arguments)?, &wishes);
+        mapped.rewrite(|site| new_path(site, paths));
+        let options = mapped.options;
         check_disks(manifest, layers, &options, &self.dir)?;
         Ok(MachineFile {
             format: MachineFile::FORMAT,

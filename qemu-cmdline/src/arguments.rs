@@ -1,52 +1,16 @@
 //! A QEMU command line taken apart into options, so that the launcher can read and change it without
 //! guessing: which word is an option, which is its value, and how `key=value` lists are quoted.
 
-use anyhow::{Result, bail};
+use crate::table;
+use thiserror::Error;
 
-/// Options of `qemu-system-x86_64` (7.2 to 11.1) that stand alone. Every other option takes one value.
-const WITHOUT_VALUE: &[&str] = &[
-    "?",
-    "S",
-    "alt-grab",
-    "async-teardown",
-    "ctrl-grab",
-    "curses",
-    "daemonize",
-    "enable-fips",
-    "enable-kvm",
-    "enable-sync-profile",
-    "fips",
-    "full-screen",
-    "h",
-    "help",
-    "mem-prealloc",
-    "no-acpi",
-    "no-fd-bootchk",
-    "no-frame",
-    "no-hpet",
-    "no-quit",
-    "no-reboot",
-    "no-shutdown",
-    "no-user-config",
-    "nodefaults",
-    "nographic",
-    "nouserconfig",
-    "old-param",
-    "one-insn-per-tb",
-    "only-migratable",
-    "portrait",
-    "preconfig",
-    "s",
-    "sdl",
-    "semihosting",
-    "singlestep",
-    "snapshot",
-    "usb",
-    "version",
-    "win2k-hack",
-    "xen-attach",
-    "xen-domid-restrict",
-];
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ArgumentError {
+    #[error("the QEMU arguments hold a lone '{0}': an option name was expected")]
+    NoName(String),
+    #[error("QEMU option -{0} stands last and has no value")]
+    NoValue(String),
+}
 
 /// One option as QEMU reads it; `name` has no leading dash.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,7 +39,7 @@ impl QemuOption {
 }
 
 /// Splits a command line into options. A word without a dash is a disk image, as for QEMU (`-hda`).
-pub fn parse(words: &[String]) -> Result<Vec<QemuOption>> {
+pub fn parse(words: &[String]) -> Result<Vec<QemuOption>, ArgumentError> {
     let mut options = Vec::new();
     let mut words = words.iter();
     while let Some(word) = words.next() {
@@ -85,15 +49,15 @@ pub fn parse(words: &[String]) -> Result<Vec<QemuOption>> {
         };
         let name = name.strip_prefix('-').unwrap_or(name);
         if name.is_empty() {
-            bail!("the QEMU arguments hold a lone '{word}': an option name was expected");
+            return Err(ArgumentError::NoName(word.clone()));
         }
-        if WITHOUT_VALUE.contains(&name) {
+        if table::is_flag(name) {
             options.push(QemuOption::flag(name));
             continue;
         }
         match words.next() {
             Some(value) => options.push(QemuOption::with(name, value)),
-            None => bail!("QEMU option -{name} stands last and has no value"),
+            None => return Err(ArgumentError::NoValue(name.to_owned())),
         }
     }
     Ok(options)
@@ -103,7 +67,9 @@ pub fn parse(words: &[String]) -> Result<Vec<QemuOption>> {
 pub fn words(options: &[QemuOption]) -> Vec<String> {
     let mut words = Vec::new();
     for option in options {
-        words.push(format!("-{}", option.name));
+        // A name of its own dash keeps it: two are taken off, three are not.
+        let dashes = if option.name.starts_with('-') { "--" } else { "-" };
+        words.push(format!("{dashes}{}", option.name));
         words.extend(option.value.clone());
     }
     words
@@ -119,19 +85,32 @@ pub struct KeyList {
 impl KeyList {
     pub fn parse(text: &str) -> Self {
         let mut parts = Vec::new();
-        for part in split_commas(text) {
-            match part.split_once('=') {
-                Some((key, value)) => parts.push((Some(key.to_owned()), value.to_owned())),
-                None => parts.push((None, part)),
-            }
+        let mut rest = text;
+        while !rest.is_empty() {
+            let name_end = rest.find(['=', ',']).unwrap_or(rest.len());
+            let (key, value) = if rest[name_end..].starts_with('=') {
+                let key = rest[..name_end].to_owned();
+                (Some(key), take_value(&rest[name_end + 1..]))
+            } else if parts.is_empty() {
+                (None, take_value(rest))
+            } else {
+                // A switch: its name ends at the comma, doubled or not.
+                (None, (rest[..name_end].to_owned(), &rest[name_end..]))
+            };
+            parts.push((key, value.0));
+            rest = value.1.strip_prefix(',').unwrap_or(value.1);
         }
         Self { parts }
     }
 
-    /// The last value of `key`, as QEMU takes it.
+    /// The last value of `key`, as QEMU takes it. A switch alone is `on`, with `no` before it `off` (`server,nowait`).
     pub fn get(&self, key: &str) -> Option<&str> {
-        let hit = self.parts.iter().rev().find(|(name, _)| name.as_deref() == Some(key));
-        hit.map(|(_, value)| value.as_str())
+        let value = |(index, (name, value)): (usize, &'_ (Option<String>, String))| match name {
+            Some(name) => (name == key).then_some(index),
+            None => (index > 0 && switch(value, key).is_some()).then_some(index),
+        };
+        let (name, text) = &self.parts[self.parts.iter().enumerate().rev().find_map(value)?];
+        if name.is_some() { Some(text) } else { switch(text, key) }
     }
 
     /// The value of `key`, or the first part when it has no key of its own.
@@ -144,9 +123,15 @@ impl KeyList {
 
     /// The same without `key`, and without a first word that stands for it.
     pub fn without(&self, key: &str, is_implied: bool) -> Self {
-        let is_it = |(index, (name, _)): &(usize, &(Option<String>, String))| match name {
+        let is_it = |(index, (name, value)): &(usize, &(Option<String>, String))| match name {
             Some(name) => name == key,
-            None => is_implied && *index == 0,
+            None => {
+                if *index == 0 {
+                    is_implied
+                } else {
+                    switch(value, key).is_some()
+                }
+            }
         };
         Self { parts: self.parts.iter().enumerate().filter(|part| !is_it(part)).map(|(_, part)| part.clone()).collect() }
     }
@@ -155,11 +140,14 @@ impl KeyList {
         self.parts.push((key.map(str::to_owned), value.into()));
     }
 
-    /// Replaces each whole value that `change` answers for.
-    pub fn map_values(&mut self, mut change: impl FnMut(&str) -> Option<String>) -> bool {
+    /// Replaces each value that `change` answers for; says whether any was. A switch has no value.
+    pub fn map_values(&mut self, mut change: impl FnMut(usize, Option<&str>, &str) -> Option<String>) -> bool {
         let mut changed = false;
-        for (_, value) in &mut self.parts {
-            if let Some(new) = change(value) {
+        for (index, (key, value)) in self.parts.iter_mut().enumerate() {
+            if key.is_none() && index > 0 {
+                continue;
+            }
+            if let Some(new) = change(index, key.as_deref(), value) {
                 *value = new;
                 changed = true;
             }
@@ -178,51 +166,38 @@ impl std::fmt::Display for KeyList {
             if number > 0 {
                 f.write_str(",")?;
             }
-            if let Some(key) = key {
-                write!(f, "{key}=")?;
+            match key {
+                Some(key) => write!(f, "{key}={}", value.replace(',', ",,"))?,
+                None if number == 0 => f.write_str(&value.replace(',', ",,"))?,
+                None => f.write_str(value)?,
             }
-            f.write_str(&value.replace(',', ",,"))?;
         }
-        Ok(())
+        // An empty word at the end is there by its comma.
+        let is_open = self.parts.last().is_some_and(|(key, value)| key.is_none() && value.is_empty());
+        if is_open { f.write_str(",") } else { Ok(()) }
     }
 }
 
-fn split_commas(text: &str) -> Vec<String> {
-    let mut parts = Vec::new();
-    let mut part = String::new();
-    let mut letters = text.chars().peekable();
-    while let Some(letter) = letters.next() {
-        match letter {
-            ',' if letters.peek() == Some(&',') => {
-                letters.next();
-                part.push(',');
-            }
-            ',' => parts.push(std::mem::take(&mut part)),
-            other => part.push(other),
-        }
+/// What the word `text` makes of the switch `key`.
+pub(crate) fn switch(text: &str, key: &str) -> Option<&'static str> {
+    if text == key {
+        return Some("on");
     }
-    if !part.is_empty() || parts.is_empty() && !text.is_empty() {
-        parts.push(part);
-    }
-    parts
+    (text.strip_prefix("no") == Some(key)).then_some("off")
 }
 
-/// A memory size as `-m` takes it: a plain number counts MiB, suffixes are B, K, M, G, T.
-pub fn parse_memory_size(text: &str) -> Result<u64> {
-    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-    let number: f64 = match digits.parse() {
-        Ok(number) if (0.0..1e15).contains(&number) => number,
-        _ => bail!("'{text}' is no memory size: give MiB as a plain number, or a suffix as in 4G"),
-    };
-    let unit: u64 = match text[digits.len()..].to_ascii_uppercase().as_str() {
-        "" | "M" | "MB" | "MIB" => 1 << 20,
-        "B" => 1,
-        "K" | "KB" | "KIB" => 1 << 10,
-        "G" | "GB" | "GIB" => 1 << 30,
-        "T" | "TB" | "TIB" => 1 << 40,
-        other => bail!("'{text}' is no memory size: the suffix {other} is not one of B, K, M, G, T"),
-    };
-    Ok((number * unit as f64) as u64)
+/// The value up to the first comma that stands alone, and what follows (that comma first).
+fn take_value(text: &str) -> (String, &str) {
+    let mut value = String::new();
+    let mut rest = text;
+    while let Some(comma) = rest.find(',') {
+        value.push_str(&rest[..comma]);
+        let Some(after) = rest[comma + 1..].strip_prefix(',') else { return (value, &rest[comma..]) };
+        value.push(',');
+        rest = after;
+    }
+    value.push_str(rest);
+    (value, "")
 }
 
 #[cfg(test)]
@@ -256,14 +231,5 @@ mod test {
         assert_eq!(list.get("file"), Some("/a,b.img"));
         assert_eq!(list.get_or_implied("type"), Some("q35"));
         assert_eq!(list.to_string(), "q35,file=/a,,b.img,read-only=on");
-    }
-
-    #[test]
-    fn memory_sizes_are_those_of_qemu() {
-        assert_eq!(parse_memory_size("512").unwrap(), 512 << 20);
-        assert_eq!(parse_memory_size("1.5G").unwrap(), 3 << 29);
-        assert!(parse_memory_size("4X").is_err());
-        assert!(parse_memory_size("").is_err());
-        assert!(parse_memory_size("-4").is_err());
     }
 }

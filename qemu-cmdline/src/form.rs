@@ -2,24 +2,9 @@
 //!
 //! Members of nested JSON objects are read and written under dotted keys, as the list form has them (`file.filename`).
 
-use super::arguments::{KeyList, QemuOption};
+use crate::arguments::{KeyList, QemuOption, switch};
+use crate::table;
 use serde_json::{Map, Value};
-
-/// Options whose value may be a JSON object, and the key that a list's first word stands for.
-const IMPLIED: &[(&str, &str)] = &[
-    ("audiodev", "driver"),
-    ("blockdev", "driver"),
-    ("chardev", "backend"),
-    ("device", "driver"),
-    ("machine", "type"),
-    ("M", "type"),
-    ("mon", "chardev"),
-    ("name", "guest"),
-    ("netdev", "type"),
-    ("nic", "type"),
-    ("numa", "type"),
-    ("object", "qom-type"),
-];
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Form {
@@ -35,15 +20,14 @@ impl Form {
         {
             return Self::Object(members);
         }
-        let implied = IMPLIED.iter().find(|(name, _)| *name == option.name).map(|(_, key)| *key);
-        Self::List { keys: option.keys(), implied }
+        Self::List { keys: option.keys(), implied: table::implied_key(&option.name) }
     }
 
     /// The text of a scalar; booleans are `on` and `off`.
     pub fn get(&self, key: &str) -> Option<String> {
         match self {
             Self::List { keys, implied } if *implied == Some(key) => keys.get_or_implied(key).map(str::to_owned),
-            Self::List { keys, .. } => keys.get(key).map(str::to_owned),
+            Self::List { keys, implied } => keys.get(key).or_else(|| first_switch(keys, *implied, key)).map(str::to_owned),
             Self::Object(members) => scalar(at(members, key)?),
         }
     }
@@ -114,6 +98,14 @@ impl Form {
             Self::List { keys, .. } => QemuOption::with(name, keys.to_string()),
             Self::Object(members) => QemuOption::with(name, Value::Object(members).to_string()),
         }
+    }
+}
+
+/// Where no key is implied, the first word is a switch as the others are.
+fn first_switch(keys: &KeyList, implied: Option<&str>, key: &str) -> Option<&'static str> {
+    match keys.iter().next() {
+        Some((None, word)) if implied.is_none() => switch(word, key),
+        _ => None,
     }
 }
 
