@@ -4,7 +4,7 @@
 //! "QEVM" 3 | configuration: machine type, capability x-ignore-shared
 //!          | section START "ram": total size, list of blocks (name, used length, address), end mark, footer
 //!          | section END "ram": pages of the blocks that are not shared, end mark, footer
-//!          | device sections as `xen-save-devices-state` gave them | end of stream
+//!          | device sections as `xen-save-devices-state` gave them | end of stream | an empty description
 //! ```
 //!
 //! All numbers are big-endian. Blocks in shared file memory stand in the list and have no pages: `x-ignore-shared` says
@@ -127,7 +127,16 @@ impl StreamWriter {
         self.section_end();
         self.out.extend(devices.sections());
         self.out.push(mark::END_OF_STREAM);
+        self.description();
         Ok(self.out)
+    }
+
+    /// QEMU reads past it, and warns when there is none.
+    fn description(&mut self) {
+        const EMPTY: &[u8] = b"{}";
+        self.out.push(mark::DESCRIPTION);
+        self.out.extend((EMPTY.len() as u32).to_be_bytes());
+        self.out.extend(EMPTY);
     }
 
     fn configuration(&mut self, machine_type: &str) -> Result<(), StreamError> {

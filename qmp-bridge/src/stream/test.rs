@@ -26,6 +26,7 @@ fn the_bytes_of_a_small_stream() {
     wanted.extend(b"\0\0\0\0\0\0\0\x08\x03rom");
     wanted.extend([7; STREAM_PAGE]);
     wanted.extend(b"\0\0\0\0\0\0\x10\x22\0\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02\x04\x09\x09\0");
+    wanted.extend(b"\x06\0\0\0\x02{}");
     assert_eq!(bytes, wanted);
 }
 

@@ -6,6 +6,9 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::Path;
 
+/// The character device of Stillpoint's monitor in a managed VM.
+pub const MONITOR_CHARDEV: &str = "stillpoint-qmp";
+
 /// How the new QEMU begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
@@ -29,9 +32,9 @@ pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: &Path, ram
         add("-machine", format!("memory-backend={block}"));
     }
     add("-accel", machine.accelerator.clone());
-    add("-chardev", format!("socket,id=stillpoint-qmp,path={},server=on,wait=off", runtime.qmp().display()));
-    // The id tells in the list of processes which instance this is: `is_running` looks for it.
-    add("-mon", format!("chardev=stillpoint-qmp,mode=control,id={}", monitor_id(&machine.instance)));
+    add("-chardev", format!("socket,id={MONITOR_CHARDEV},path={},server=on,wait=off", runtime.qmp().display()));
+    let (option, value) = monitor(&machine.qemu_version, &machine.instance);
+    add(option, value);
     let plugin = plugin.display().to_string().replace(',', ",,");
     add("-plugin", format!("file={plugin},socket={},ramfd={ram}", runtime.plugin().display()));
     if start == Start::Incoming {
@@ -44,6 +47,26 @@ pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: &Path, ram
 fn is_numa_memory(arguments: &[String], block: &str) -> bool {
     let options = arguments::parse(arguments).unwrap_or_default();
     options.iter().any(|option| option.name == "numa" && option.keys().get("memdev") == Some(block))
+}
+
+/// QEMU from this version on has monitors as objects, and warns of `-mon`.
+const MONITOR_OBJECTS_SINCE: (u32, u32) = (11, 1);
+
+/// The option of Stillpoint's monitor. Its id tells in the list of processes which instance this is: [`is_running`] looks
+/// for it.
+fn monitor(qemu_version: &str, instance: &str) -> (&'static str, String) {
+    let id = monitor_id(instance);
+    if release(qemu_version).is_some_and(|release| release >= MONITOR_OBJECTS_SINCE) {
+        ("-object", format!("monitor-qmp,id={id},chardev={MONITOR_CHARDEV}"))
+    } else {
+        ("-mon", format!("chardev={MONITOR_CHARDEV},mode=control,id={id}"))
+    }
+}
+
+/// Major and minor number of `10.0.2`.
+fn release(version: &str) -> Option<(u32, u32)> {
+    let mut numbers = version.split('.').map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 fn monitor_id(instance: &str) -> String {
@@ -96,6 +119,14 @@ mod test {
         assert!(line(&["-numa", "node,cpus=0"]).contains(by_machine));
         let by_node = line(&["-numa", "node,cpus=0,memdev=ram-node0"]);
         assert!(!by_node.contains(by_machine) && by_node.contains("-object memory-backend-file,id=ram-node0,size=1048576B"), "{by_node}");
+    }
+
+    #[test]
+    fn monitor_is_an_object_where_qemu_wants_one() {
+        assert_eq!(monitor("7.2.22", "i"), ("-mon", "chardev=stillpoint-qmp,mode=control,id=stillpoint-i".to_owned()));
+        assert_eq!(monitor("11.0.9", "i").0, "-mon");
+        assert_eq!(monitor("11.1.3", "i"), ("-object", "monitor-qmp,id=stillpoint-i,chardev=stillpoint-qmp".to_owned()));
+        assert_eq!(monitor("12.0.0", "i").0, "-object");
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod peer;
 use crate::cli::AttachArgs;
 use crate::engine::{choose_stream, choose_tracker};
 use crate::exit::refused;
+use crate::launch::command::MONITOR_CHARDEV;
 use crate::launch::process::{self, QemuProcess};
 use crate::launch::{self, arguments, instance};
 use crate::runtime::{MachineFile, RuntimeDir, Unprepared};
@@ -117,7 +118,8 @@ fn save(runtime: &RuntimeDir, file: &MachineFile, earlier: Option<&MachineFile>)
 
 /// A machine of ours has its monitor and its helper already.
 fn refuse_ours(process: &QemuProcess) -> Result<()> {
-    let ours = process.words.iter().find(|word| word.starts_with("chardev=stillpoint-qmp,"));
+    let chardev = format!("chardev={MONITOR_CHARDEV}");
+    let ours = process.words.iter().find(|word| word.split(',').any(|key| key == chardev));
     match ours {
         None => Ok(()),
         Some(_) => {
