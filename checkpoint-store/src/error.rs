@@ -90,8 +90,9 @@ pub enum StoreError {
     Corrupt { path: String, reason: String },
 
     #[error(
-        "writer epoch {ours} of {vm} is fenced: epoch {newest} was claimed after it. Another helper owns this \
-         machine's checkpoints now; this one must stop writing"
+        "writer epoch {ours} of {vm} is fenced: epoch {newest} was claimed after it, by another instance of this VM, \
+         whose checkpoints do not contain this one's state. Only if that instance is surely dead, order it: \
+         'stillpoint attach {vm} --take-over'"
     )]
     Fenced { vm: VmName, ours: Epoch, newest: Epoch },
 

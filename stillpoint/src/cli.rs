@@ -111,7 +111,7 @@ pub struct AttachArgs {
     /// Stay in the foreground (for a service manager)
     #[arg(long)]
     pub foreground: bool,
-    /// Fence another helper that holds this machine's place in the store
+    /// Take over the VM's writer epoch now and fence the current writer, once; do not put it into a service's unit
     #[arg(long)]
     pub take_over: bool,
 }
@@ -169,7 +169,7 @@ pub struct RestoreArgs {
     /// Use NEW where the machine's command line says OLD (a whole value; repeatable)
     #[arg(long, value_name = "OLD=NEW")]
     pub map: Vec<Mapping>,
-    /// Fence a helper on another host that holds this machine's place in the store
+    /// Take over the VM's writer epoch and fence the current writer, which must be dead
     #[arg(long)]
     pub take_over: bool,
     /// Leave the restored machine paused
@@ -239,8 +239,6 @@ pub struct HelperArgs {
     pub name: VmName,
     #[command(flatten)]
     pub runtime: Runtime,
-    #[arg(long)]
-    pub take_over: bool,
 }
 
 impl AttachArgs {

@@ -5,7 +5,7 @@ use crate::engine::{EngineChoice, StreamChoice};
 use crate::exit::refused;
 use crate::lineage::CheckpointIdentity;
 use anyhow::{Context, Result, bail};
-use checkpoint_format::{CheckpointSeq, VmName};
+use checkpoint_format::{CheckpointSeq, Epoch, VmName};
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -198,6 +198,7 @@ impl RuntimeDir {
         self.forget("devices.json")?;
         // Of another process: put back here, it would change what nobody changed.
         self.forget("migration.json")?;
+        self.forget("writer-epoch")?;
         self.forget(MARKS)
     }
 
@@ -217,6 +218,16 @@ impl RuntimeDir {
             Some(marks) => self.set_marks(Marks { is_exact: false, ..marks }),
             None => self.forget(MARKS),
         }
+    }
+
+    /// The highest writer epoch that this VM's instance has claimed.
+    pub fn writer_epoch(&self) -> Option<Epoch> {
+        let text = read_limited(&self.path.join("writer-epoch"), 32).ok()?;
+        std::str::from_utf8(&text).ok()?.trim().parse().ok().map(Epoch)
+    }
+
+    pub fn set_writer_epoch(&self, epoch: Epoch) -> Result<()> {
+        replace(&self.path.join("writer-epoch"), epoch.0.to_string().as_bytes())
     }
 
     fn forget(&self, name: &str) -> Result<()> {

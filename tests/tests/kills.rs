@@ -157,6 +157,36 @@ fn a_helper_that_takes_over_fences_the_other() {
     lab.verify("m");
 }
 
+/// A take-over is one claim, made when it was ordered. An instance that was replaced stays so, whatever becomes of its helper and
+/// of its successor, until it is ordered again.
+#[test]
+fn take_over_is_carried_out_once() {
+    let mut lab = Lab::for_machines(&newest_qemu(), 2);
+    let recipe = Recipe::scribbler(6);
+    let mut first = TwoHosts::start(&mut lab, &recipe, "a");
+    first.run(&lab, &["checkpoint", "m"]).expect_success();
+    let second = TwoHosts::start(&mut lab, &recipe, "b");
+    second.run(&lab, &["attach", "m", "--take-over"]).expect_success();
+    // Claimed at once, before any checkpoint of the second.
+    first.run(&lab, &["checkpoint", "m"]).expect_failure(3);
+    first.run(&lab, &["attach", "m", "--take-over"]).expect_success();
+    second.run(&lab, &["checkpoint", "m"]).expect_failure(3);
+    first.run(&lab, &["checkpoint", "m"]).expect_success();
+    // Its order was carried out: a new helper of it does not repeat it, not even when the first has ended in order.
+    second.end_helper();
+    second.run(&lab, &["attach", "m"]).expect_success();
+    second.run(&lab, &["checkpoint", "m"]).expect_failure(3);
+    first.end_qemu();
+    assert!(wait_until(Duration::from_secs(20), || first.helper().is_none_or(|pid| !is_running(pid))));
+    second.run(&lab, &["checkpoint", "m"]).expect_failure(3);
+    second.end_helper();
+    second.run(&lab, &["attach", "m"]).expect_success();
+    second.run(&lab, &["checkpoint", "m"]).expect_failure(3);
+    second.run(&lab, &["attach", "m", "--take-over"]).expect_success();
+    second.run(&lab, &["checkpoint", "m"]).expect_success();
+    lab.verify("m");
+}
+
 /// A machine `m` whose runtime directory is another host's, as it were.
 struct TwoHosts {
     runtime: String,
@@ -183,20 +213,28 @@ impl TwoHosts {
         lab.run(&[words, &["--runtime-dir", &self.runtime]].concat())
     }
 
+    fn helper(&self) -> Option<Pid> {
+        let text = std::fs::read_to_string(Path::new(&self.runtime).join("m/helper.pid")).ok()?;
+        text.trim().parse().ok().map(Pid::from_raw)
+    }
+
     fn end_helper(&self) {
-        let text = std::fs::read_to_string(Path::new(&self.runtime).join("m/helper.pid")).unwrap_or_default();
-        if let Ok(pid) = text.trim().parse() {
-            let pid = Pid::from_raw(pid);
+        if let Some(pid) = self.helper() {
             let _ = kill(pid, Signal::SIGKILL);
             wait_until(Duration::from_secs(5), || !is_running(pid));
         }
+    }
+
+    /// Its helper sees that and releases the epoch.
+    fn end_qemu(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
 impl Drop for TwoHosts {
     fn drop(&mut self) {
         self.end_helper();
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end_qemu();
     }
 }

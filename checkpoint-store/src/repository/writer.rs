@@ -47,6 +47,10 @@ pub struct WriterRecord {
     /// The Stillpoint version.
     #[serde(default)]
     pub version: String,
+    /// What tells this host's hardware from a clone of its disk; `None` where that could not be read, and in records of
+    /// older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hardware: Option<String>,
 }
 
 /// The record in the store. The nonce tells a claimer whose answer was lost whether the record is its own.
@@ -69,17 +73,40 @@ pub struct WriterInfo {
 /// On what ground an epoch is claimed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Claim {
-    /// The last writer released, or was the same instance of the machine.
-    Continue { instance: String },
-    /// Whoever wrote last: it is replaced.
+    /// The last writer was the same instance; or it released, or is known to be dead, and this instance was never replaced.
+    Continue {
+        instance: String,
+        /// The highest epoch that this instance remembers to have claimed. Records in the store are pruned.
+        last: Option<Epoch>,
+        /// The epoch of a writer that cannot be alive.
+        dead: Option<Epoch>,
+    },
+    /// The last writer is fenced, whoever it is.
     TakeOver,
 }
 
 impl Claim {
-    fn permits(&self, holder: &WriterInfo) -> bool {
+    /// Whether the next epoch may be claimed after `writers`, oldest first.
+    ///
+    /// An instance that another one replaced holds a state that the lineage has left behind. It does not become the writer
+    /// again because its successor has ended: that takes an order.
+    fn check(&self, vm: &VmName, writers: &[WriterInfo]) -> Result<()> {
+        let (Claim::Continue { instance, last, dead }, Some(newest)) = (self, writers.last()) else { return Ok(()) };
+        let is_own = |writer: &&WriterInfo| writer.record.as_ref().is_some_and(|record| record.instance == *instance);
+        if is_own(&newest) {
+            return Ok(());
+        }
+        let own = writers.iter().filter(is_own).map(|writer| writer.epoch).max().max(*last);
+        if let Some(ours) = own.filter(|ours| *ours < newest.epoch) {
+            return Err(StoreError::Fenced { vm: vm.clone(), ours, newest: newest.epoch });
+        }
+        if newest.released || *dead == Some(newest.epoch) { Ok(()) } else { Err(held(vm, newest)) }
+    }
+
+    fn last(&self) -> Option<Epoch> {
         match self {
-            Claim::TakeOver => true,
-            Claim::Continue { instance } => holder.released || holder.record.as_ref().is_some_and(|record| record.instance == *instance),
+            Claim::Continue { last, .. } => *last,
+            Claim::TakeOver => None,
         }
     }
 }
@@ -114,11 +141,9 @@ impl Repository {
         let text = Bytes::from(text);
         let mut last = None;
         for _ in 0..MAX_CLAIM_TRIES {
-            let newest = self.writers(vm).await?.pop();
-            if let Some(holder) = newest.as_ref().filter(|holder| !claim.permits(holder)) {
-                return Err(held(vm, holder));
-            }
-            let epoch = next_epoch(vm, newest)?;
+            let writers = self.writers(vm).await?;
+            claim.check(vm, &writers)?;
+            let epoch = next_epoch(vm, writers.last().map(|newest| newest.epoch).max(claim.last()))?;
             match self.try_epoch(vm, epoch, &text).await {
                 Ok(true) => return Ok(epoch),
                 Ok(false) => {}
@@ -149,8 +174,8 @@ impl Repository {
     }
 }
 
-fn next_epoch(vm: &VmName, newest: Option<WriterInfo>) -> Result<Epoch> {
-    let newest = newest.map_or(0, |holder| holder.epoch.0);
+fn next_epoch(vm: &VmName, newest: Option<Epoch>) -> Result<Epoch> {
+    let newest = newest.map_or(0, |epoch| epoch.0);
     newest.checked_add(1).map(Epoch).ok_or_else(|| StoreError::Corrupt {
         path: layout::writers(vm).to_string(),
         reason: "the highest possible epoch is taken".to_owned(),

@@ -39,5 +39,6 @@ pub fn record(instance: &str) -> WriterRecord {
         pid: 1,
         claimed_at: "2026-01-01T00:00:00Z".to_owned(),
         version: "test".to_owned(),
+        hardware: None,
     }
 }

@@ -20,7 +20,7 @@ macro_rules! repository_contract {
             a_newer_format_is_refused
             a_checkpoint_exists_after_its_commit_and_not_before
             numbers_are_used_once
-            claims_follow_the_rules
+            claims_follow_the_rules fencing_replaced_instance_needs_an_order fencing_only_the_dead_one_is_replaced
             concurrent_takeovers_leave_one_writer
             an_old_writer_can_store_nothing_after_a_claim
             an_old_writers_rename_fails_after_a_claim
@@ -52,7 +52,7 @@ pub async fn opened(store: Shared) -> Repository {
 }
 
 fn same(instance: &str) -> Claim {
-    Claim::Continue { instance: instance.to_owned() }
+    Claim::Continue { instance: instance.to_owned(), last: None, dead: None }
 }
 
 pub async fn claimed(repository: &Repository, instance: &str, claim: Claim) -> Writer {
@@ -182,6 +182,38 @@ pub async fn claims_follow_the_rules(store: Shared) {
     let seen: Vec<(u64, bool)> = writers.iter().map(|info| (info.epoch.0, info.released)).collect();
     assert_eq!(seen, [(1, false), (2, true), (3, false), (4, false)]);
     assert_eq!(writers[3].record, Some(record("c")));
+}
+
+/// By the records in the store while they are there, by its own memory when they have been pruned.
+pub async fn fencing_replaced_instance_needs_an_order(store: Shared) {
+    let repository = opened(store).await;
+    let first = claimed(&repository, "a", same("a")).await;
+    let second = claimed(&repository, "b", Claim::TakeOver).await;
+    for released in [false, true] {
+        assert!(refused(&repository, "a", same("a")).await.is_fenced(), "released: {released}");
+        let dead = Claim::Continue { instance: "a".to_owned(), last: None, dead: Some(second.epoch()) };
+        assert!(refused(&repository, "a", dead).await.is_fenced(), "released: {released}");
+        second.release().await.expect("release");
+    }
+    for _ in 0..9 {
+        claimed(&repository, "b", same("b")).await.release().await.expect("release");
+    }
+    let remembers = Claim::Continue { instance: "a".to_owned(), last: Some(first.epoch()), dead: None };
+    assert!(refused(&repository, "a", remembers).await.is_fenced());
+    let ordered = claimed(&repository, "a", Claim::TakeOver).await;
+    let again = Claim::Continue { instance: "a".to_owned(), last: Some(ordered.epoch()), dead: None };
+    claimed(&repository, "a", again).await;
+}
+
+/// A holder that is known to be dead is replaced; one that came since that was found out is not.
+pub async fn fencing_only_the_dead_one_is_replaced(store: Shared) {
+    let repository = opened(store).await;
+    let first = claimed(&repository, "a", same("a")).await;
+    let claim = Claim::Continue { instance: "c".to_owned(), last: None, dead: Some(first.epoch()) };
+    let second = claimed(&repository, "b", Claim::TakeOver).await;
+    let error = refused(&repository, "c", claim).await;
+    assert!(matches!(error, StoreError::WriterHeld { .. }), "{error}");
+    claimed(&repository, "c", Claim::Continue { instance: "c".to_owned(), last: None, dead: Some(second.epoch()) }).await;
 }
 
 pub async fn concurrent_takeovers_leave_one_writer(store: Shared) {

@@ -18,6 +18,7 @@ mod commit;
 mod delta;
 mod drain;
 mod freeze;
+mod holder;
 pub mod outcome;
 mod prepare;
 mod receive;
@@ -39,10 +40,9 @@ use outcome::{Outcome, Phases, milliseconds};
 use serde::{Deserialize, Serialize};
 use staging::Staging;
 use std::time::{Duration, Instant, SystemTime};
-use store::StoreSession;
 use tokio::sync::mpsc;
 
-pub use store::claim;
+pub use store::{Force, StoreSession, claim};
 
 /// Between the end of QEMU's monitor and that of its process.
 const QEMU_EXIT: Duration = Duration::from_secs(5);
@@ -70,7 +70,6 @@ pub struct Choice {
 /// Everything that lasts from one checkpoint of a machine to the next.
 pub struct Checkpointer {
     pub machine: Machine,
-    take_over: bool,
     staging: Staging,
     store: Option<StoreSession>,
     base: Option<Base>,
@@ -82,10 +81,10 @@ pub struct Checkpointer {
 }
 
 impl Checkpointer {
-    pub fn new(machine: Machine, take_over: bool) -> Self {
+    pub fn new(machine: Machine) -> Self {
         let staging = Staging::new(prepare::STAGING_PAGES);
         let marks = machine.runtime.marks();
-        Self { machine, take_over, staging, store: None, base: None, marks, layers: Default::default(), is_clean: false }
+        Self { machine, staging, store: None, base: None, marks, layers: Default::default(), is_clean: false }
     }
 
     /// The machine goes on in another QEMU: what the store holds is as it was; what was written since is not known.

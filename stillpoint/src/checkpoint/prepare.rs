@@ -3,7 +3,7 @@
 use super::base::{Base, Chains};
 use super::delta::{Delta, Space};
 use super::outcome::Phases;
-use super::store::StoreSession;
+use super::store::{Force, StoreSession};
 use super::{Checkpointer, Choice, Report};
 use crate::engine::{Chosen, Engine, choose_stream, choose_tracker};
 use crate::fault;
@@ -94,7 +94,7 @@ impl Checkpointer {
         }
         // A store that has this VM's checkpoints is there already; where it is missing, its file system is not mounted, say.
         let mode = if is_full || self.marks.is_none() { Mode::CreateIfMissing } else { Mode::MustExist };
-        self.store = Some(StoreSession::open(&self.machine.file, self.take_over, mode).await?);
+        self.store = Some(StoreSession::open(&self.machine.file, &self.machine.runtime, mode, Force::No).await?);
         Ok(())
     }
 

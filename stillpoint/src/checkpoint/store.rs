@@ -1,23 +1,36 @@
-//! The helper's place in the store: opened at the first checkpoint, kept for all that follow.
+//! The helper's writer epoch in the store: claimed at the first checkpoint, kept for all that follow.
 
-use crate::launch::command::is_running;
-use crate::runtime::MachineFile;
+use super::holder::{self, Holder};
+use crate::runtime::{MachineFile, RuntimeDir};
 use crate::stores;
 use anyhow::{Context, Result};
 use checkpoint_format::VmName;
-use checkpoint_store::{Claim, Mode, Repository, Writer, WriterRecord};
-use std::time::SystemTime;
+use checkpoint_store::{Claim, Mode, Repository, Writer};
 
 pub struct StoreSession {
     pub repository: Repository,
     pub writer: Writer,
 }
 
+/// Whether a writer that may be alive is fenced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Force {
+    No,
+    /// The operator's order, good for one claim. It is never stored.
+    TakeOver,
+}
+
+impl Force {
+    pub fn if_ordered(take_over: bool) -> Self {
+        if take_over { Force::TakeOver } else { Force::No }
+    }
+}
+
 impl StoreSession {
-    /// Opens the store and claims the writer's place of this machine.
-    pub async fn open(machine: &MachineFile, take_over: bool, mode: Mode) -> Result<Self> {
+    /// Opens the store and claims the VM's next writer epoch.
+    pub async fn open(machine: &MachineFile, runtime: &RuntimeDir, mode: Mode, force: Force) -> Result<Self> {
         let repository = stores::open(&machine.store, mode).await?;
-        let writer = claim(&repository, &machine.name, &machine.instance, take_over).await?;
+        let writer = claim(&repository, &machine.name, &machine.instance, runtime, force).await?;
         tracing::info!(vm = %machine.name, epoch = writer.epoch().0, store = repository.url(), "this helper is the writer");
         Ok(Self { repository, writer })
     }
@@ -28,42 +41,26 @@ impl StoreSession {
     }
 }
 
-/// Claims the writer's place of a machine for one instance of it.
+/// Claims the next writer epoch of a VM for one instance of it.
 ///
-/// A place that another instance holds is not taken without force, unless that holder cannot be alive: it was on this
-/// host, and before its last boot or with a QEMU that is gone.
-pub async fn claim(repository: &Repository, vm: &VmName, instance: &str, force: bool) -> Result<Writer> {
-    let about = || format!("claiming the writer's place of {vm}");
-    let record = writer_record(instance)?;
-    let newest = repository.writers(vm).await.with_context(about)?.pop().and_then(|holder| holder.record);
-    let is_gone = newest.is_some_and(|holder| holder.instance != instance && cannot_live(&holder, &record));
-    let claim = if force || is_gone { Claim::TakeOver } else { Claim::Continue { instance: instance.to_owned() } };
-    repository.claim_writer(vm, record, claim).await.with_context(about)
-}
-
-fn cannot_live(holder: &WriterRecord, here: &WriterRecord) -> bool {
-    holder.host == here.host && (holder.boot_id != here.boot_id || !is_running(&holder.instance))
-}
-
-/// Who claims, for whoever finds the claim later.
-fn writer_record(instance: &str) -> Result<WriterRecord> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context("asking for the boot's id")?;
-    Ok(WriterRecord {
-        host: host(boot.trim())?,
-        boot_id: boot.trim().to_owned(),
-        instance: instance.to_owned(),
-        pid: std::process::id(),
-        claimed_at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-    })
-}
-
-/// The host's name, and what tells it from others of that name: the machine's id, and which processes we can see at all.
-fn host(boot: &str) -> Result<String> {
-    let name = nix::unistd::gethostname().context("asking for the host's name")?;
-    let id = std::fs::read_to_string("/etc/machine-id").map(|id| id.trim().to_owned()).ok().filter(|id| !id.is_empty());
-    // Without an id only records of this very boot may look like this host.
-    let id = id.unwrap_or_else(|| boot.to_owned());
-    let processes = std::fs::read_link("/proc/self/ns/pid").context("asking for our process namespace")?;
-    Ok(format!("{} (machine {id}, {})", name.to_string_lossy(), processes.display()))
+/// An epoch that another instance holds is not taken without an order, unless that holder cannot be alive; and never by an
+/// instance that was itself replaced before.
+pub async fn claim(repository: &Repository, vm: &VmName, instance: &str, runtime: &RuntimeDir, force: Force) -> Result<Writer> {
+    let about = || format!("claiming the writer epoch of {vm}");
+    let record = holder::record(instance)?;
+    let claim = match force {
+        Force::TakeOver => Claim::TakeOver,
+        Force::No => {
+            let newest = repository.writers(vm).await.with_context(about)?.pop();
+            let is_dead = |holder: &Holder| holder.instance != instance && holder::cannot_live(holder, &record);
+            let dead = newest.and_then(|newest| newest.record.filter(is_dead).map(|_| newest.epoch));
+            Claim::Continue { instance: instance.to_owned(), last: runtime.writer_epoch(), dead }
+        }
+    };
+    let writer = repository.claim_writer(vm, record, claim).await.with_context(about)?;
+    // Without it the store's records still tell, until they are pruned.
+    if let Err(error) = runtime.set_writer_epoch(writer.epoch()) {
+        tracing::warn!(error = format!("{error:#}"), "the claimed epoch was not written down");
+    }
+    Ok(writer)
 }

@@ -1,12 +1,14 @@
 //! `stillpoint attach`: a running machine gets a helper again.
 
 use super::client;
+use crate::checkpoint::{Force, StoreSession};
 use crate::cli::AttachArgs;
 use crate::control::Request;
 use crate::exit::refused;
 use crate::launch;
 use crate::runtime::{MachineFile, RuntimeDir, read_limited};
 use anyhow::{Context, Result, bail};
+use checkpoint_store::Mode;
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 use std::time::{Duration, Instant};
@@ -30,11 +32,15 @@ pub async fn run(args: AttachArgs) -> Result<()> {
     let machine = runtime.machine()?;
     check_running(&machine, &runtime)?;
     drop(runtime.lock_helper()?);
+    if args.take_over {
+        // At once, and by this command: a helper that remembered the order would carry it out whenever it next starts.
+        StoreSession::open(&machine, &runtime, Mode::CreateIfMissing, Force::TakeOver).await?;
+    }
     if args.foreground {
-        return super::serve(runtime, args.take_over).await;
+        return super::serve(runtime).await;
     }
     let begin = std::fs::metadata(runtime.helper_log()).map_or(0, |facts| facts.len());
-    launch::spawn_helper(name, args.runtime.runtime_dir.as_deref(), &runtime, args.take_over)?;
+    launch::spawn_helper(name, args.runtime.runtime_dir.as_deref(), &runtime)?;
     let status = wait(&runtime, begin).await?;
     println!(
         "helper {} is attached to {} (QEMU {}, pid {})",

@@ -20,22 +20,22 @@ use tokio::signal::unix::{SignalKind, signal};
 
 pub async fn run(args: HelperArgs) -> Result<()> {
     let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
-    serve(runtime, args.take_over).await
+    serve(runtime).await
 }
 
 /// Until QEMU ends or somebody ends us.
-pub async fn serve(runtime: RuntimeDir, take_over: bool) -> Result<()> {
+pub async fn serve(runtime: RuntimeDir) -> Result<()> {
     let _lock = runtime.lock_helper()?;
     let pid = std::process::id().to_string();
     std::fs::write(runtime.helper_pid(), pid).with_context(|| format!("writing {}", runtime.helper_pid().display()))?;
     let control = server::listen(&runtime)?;
     let socket = runtime.control();
-    let result = serve_machine(runtime, control, take_over).await;
+    let result = serve_machine(runtime, control).await;
     remove(&socket);
     result
 }
 
-async fn serve_machine(runtime: RuntimeDir, control: UnixListener, take_over: bool) -> Result<()> {
+async fn serve_machine(runtime: RuntimeDir, control: UnixListener) -> Result<()> {
     // An adoption that an earlier helper did not live to end decides which QEMU that is.
     crate::adopt::recover(&runtime).await?;
     let machine = Machine::attach(runtime).await?;
@@ -45,7 +45,7 @@ async fn serve_machine(runtime: RuntimeDir, control: UnixListener, take_over: bo
     }
     let name = machine.file.name.clone();
     tracing::info!(%name, qemu = machine.pid, version = %machine.facts.qemu, accelerator = machine.facts.accelerator.as_str(), "attached");
-    let mut checkpointer = Checkpointer::new(machine, take_over);
+    let mut checkpointer = Checkpointer::new(machine);
     // A guest that a dying helper left stopped must not wait for the next checkpoint.
     checkpointer.clean_up().await?;
     let server = server::Server::new(checkpointer);

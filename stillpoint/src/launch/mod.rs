@@ -53,7 +53,7 @@ pub fn run(request: RunRequest) -> Result<std::convert::Infallible> {
     runtime.forget_earlier()?;
     runtime.save_machine(&machine)?;
     let memory = GuestMemory::create(machine.name.as_ref(), machine.ram_bytes).context("making the guest's memory")?;
-    spawn_helper(&machine.name, request.runtime_base.as_deref(), &runtime, false)?;
+    spawn_helper(&machine.name, request.runtime_base.as_deref(), &runtime)?;
     memory.set_inheritable(true)?;
     let words = command::arguments(&machine, &runtime, &plugin, memory.raw_fd(), Start::Boot);
     let error = Command::new(&machine.qemu).args(words).exec();
@@ -142,7 +142,7 @@ pub fn refuse_running(runtime: &RuntimeDir) -> Result<()> {
 }
 
 /// Starts the helper in a session of its own, not as a child of what will be QEMU.
-pub fn spawn_helper(name: &VmName, runtime_base: Option<&Path>, runtime: &RuntimeDir, take_over: bool) -> Result<()> {
+pub fn spawn_helper(name: &VmName, runtime_base: Option<&Path>, runtime: &RuntimeDir) -> Result<()> {
     let log = File::options().create(true).append(true).open(runtime.helper_log());
     let log = log.with_context(|| format!("opening {}", runtime.helper_log().display()))?;
     let program = std::env::current_exe().context("finding this program's own path")?;
@@ -150,9 +150,6 @@ pub fn spawn_helper(name: &VmName, runtime_base: Option<&Path>, runtime: &Runtim
     command.arg("--fork").arg(program).arg("helper");
     if let Some(base) = runtime_base {
         command.arg("--runtime-dir").arg(std::path::absolute(base).context("making --runtime-dir absolute")?);
-    }
-    if take_over {
-        command.arg("--take-over");
     }
     command.arg(name.as_str()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).current_dir("/");
     let status = command.status().context("starting the helper through setsid (package util-linux)")?;

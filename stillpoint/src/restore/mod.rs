@@ -10,6 +10,7 @@ mod qemu;
 mod source;
 
 use crate::checkpoint;
+use crate::checkpoint::Force;
 use crate::checkpoint::outcome::{Phases, milliseconds};
 use crate::cli::RestoreArgs;
 use crate::exit::refused;
@@ -103,9 +104,10 @@ impl Restore {
         let paths = disks::restore(&self.source, &layers, &self.dir, &self.qemu, &runtime_path).await?;
         self.phases.since("disks", step);
         let mut file = self.machine_file(&layers, &paths)?;
+        // First: what an earlier instance of this name remembers of its claims is not this one's.
+        self.runtime.forget_earlier()?;
         self.claim(&file).await?;
         self.check_newest().await?;
-        self.runtime.forget_earlier()?;
         let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes).context("making the guest's memory")?;
         let new = NewQemu::start(&file, &self.runtime, &self.plugin, &memory)?;
         file.pid = Some(new.pid());
@@ -116,7 +118,7 @@ impl Restore {
         }
         let resume_ms = milliseconds(self.begun.elapsed());
         let log_begin = std::fs::metadata(self.runtime.helper_log()).map_or(0, |facts| facts.len());
-        launch::spawn_helper(&file.name, self.args.runtime.runtime_dir.as_deref(), &self.runtime, false)?;
+        launch::spawn_helper(&file.name, self.args.runtime.runtime_dir.as_deref(), &self.runtime)?;
         attach::wait(&self.runtime, log_begin).await?;
         Ok(self.report(&file, layers.bytes_read, resume_ms))
     }
@@ -153,7 +155,8 @@ impl Restore {
 
     /// Before anything runs: from here on an older helper of this machine cannot commit.
     async fn claim(&self, file: &MachineFile) -> Result<()> {
-        checkpoint::claim(self.source.repository(), &file.name, &file.instance, self.args.take_over).await?;
+        let force = Force::if_ordered(self.args.take_over);
+        checkpoint::claim(self.source.repository(), &file.name, &file.instance, &self.runtime, force).await?;
         Ok(())
     }
 
