@@ -22,6 +22,7 @@ use crate::disks::ImageFormat;
 use crate::jobs::{self, JobError};
 use crate::nbd::{NbdClient, NbdError};
 use crate::qmp::{Qmp, QmpError};
+use crate::said;
 
 /// A QEMU without a machine greets after 50 ms; a loaded host may need many times as long.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -34,8 +35,6 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Workers that one image may use up.
 const TRIES: u32 = 3;
-/// How much of QEMU's own words an error quotes.
-const QUOTED_LINES: usize = 5;
 /// Longest backing name a qcow2 header can hold.
 const MAX_BACKING_NAME: usize = 1023;
 
@@ -318,12 +317,8 @@ async fn patiently<T>(doing: &str, path: &Path, work: impl Future<Output = T>) -
 }
 
 fn last_lines(log: &Path) -> String {
-    let text = std::fs::read_to_string(log).unwrap_or_default();
-    let lines: Vec<&str> = text.lines().collect();
-    match &lines[lines.len().saturating_sub(QUOTED_LINES)..] {
-        [] => "nothing".into(),
-        last => last.join("; "),
-    }
+    let said = said::quote_log(log);
+    if said.is_empty() { "nothing".into() } else { said }
 }
 
 fn utf8(path: &Path) -> Result<&str, ImageError> {

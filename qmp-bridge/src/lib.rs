@@ -19,6 +19,7 @@ pub mod nbd;
 pub mod paused;
 pub mod qmp;
 pub mod ramblock;
+pub mod said;
 pub mod stream;
 mod stream_format;
 pub mod stream_reader;

@@ -54,7 +54,8 @@ pub enum Command {
 
 #[derive(Args)]
 pub struct Runtime {
-    /// Directory of the running machines' sockets and logs [default: /run/stillpoint]
+    /// Directory of the running machines' sockets and logs [default: /run/stillpoint; a
+    /// user's is $XDG_RUNTIME_DIR/stillpoint, else /run/user/UID/stillpoint, else /tmp/stillpoint-UID]
     #[arg(long, env = "STILLPOINT_RUNTIME_DIR", value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,
 }

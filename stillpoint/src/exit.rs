@@ -1,7 +1,14 @@
 //! How a command ends: the message (printed once, each fact once) and the exit code.
 
 use checkpoint_store::StoreError;
+use dirty_tracker::TrackerError;
+use qmp_bridge::QmpError;
+use qmp_bridge::capture::CaptureError;
+use qmp_bridge::disks::DiskError;
+use qmp_bridge::handover::HandoverError;
+use qmp_bridge::machine::MachineError;
 use qmp_bridge::migration::MigrationError;
+use qmp_bridge::stream_reader::StreamReadError;
 use std::process::ExitCode;
 
 /// See `stillpoint --help`.
@@ -48,16 +55,41 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(store) = cause.downcast_ref::<StoreError>() {
         return Some(store_code(store));
     }
-    if let Some(migration) = cause.downcast_ref::<MigrationError>() {
-        return migration_code(migration);
-    }
     let damaged = cause.is::<checkpoint_format::PackError>() || cause.is::<checkpoint_format::ManifestError>();
-    (damaged || cause.is::<checkpoint_format::LayerError>()).then_some(DAMAGED)
+    if damaged || cause.is::<checkpoint_format::LayerError>() {
+        return Some(DAMAGED);
+    }
+    is_refusal(cause).then_some(REFUSED)
 }
 
-/// QEMU or its machine is not in a state in which it can be streamed.
-fn migration_code(error: &MigrationError) -> Option<u8> {
-    matches!(error, MigrationError::Busy { .. } | MigrationError::Unsupported { .. }).then_some(REFUSED)
+/// The VM, its QEMU or this host is not in a state in which it can be done: nothing has failed, and the message says what to change.
+fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let disk = |error: &DiskError| matches!(error, DiskError::Unsupported { .. } | DiskError::Inconsistent { .. });
+    let capture = |error: &CaptureError| matches!(error, CaptureError::Server { .. });
+    let migration = |error: &MigrationError| matches!(error, MigrationError::Busy { .. } | MigrationError::Unsupported { .. });
+    let handover = |error: &HandoverError| matches!(error, HandoverError::Busy { .. } | HandoverError::Missing { .. });
+    let stream = |error: &StreamReadError| matches!(error, StreamReadError::Unsupported { .. } | StreamReadError::NoDescription { .. });
+    let qmp = |error: &QmpError| matches!(error, QmpError::NoGreeting { .. } | QmpError::NotQmp { .. });
+    let machine = |error: &MachineError| matches!(error, MachineError::UnknownType { .. } | MachineError::NoDefault);
+    is(cause, disk)
+        || is(cause, capture)
+        || is(cause, migration)
+        || is(cause, handover)
+        || is(cause, stream)
+        || is(cause, qmp)
+        || is(cause, machine)
+        || is(cause, cannot_track)
+}
+
+fn cannot_track(error: &TrackerError) -> bool {
+    matches!(
+        error,
+        TrackerError::NotThePlugin { .. } | TrackerError::Version { .. } | TrackerError::MissingHandle { .. } | TrackerError::Region { .. }
+    )
+}
+
+fn is<E: std::error::Error + 'static>(cause: &(dyn std::error::Error + 'static), which: impl FnOnce(&E) -> bool) -> bool {
+    cause.downcast_ref::<E>().is_some_and(which)
 }
 
 fn store_code(error: &StoreError) -> u8 {
@@ -101,5 +133,31 @@ mod test {
         assert_eq!(code_of(&anyhow::anyhow!("x")), FAILED);
         let busy = anyhow::Error::from(MigrationError::Busy { status: "active".to_owned() });
         assert_eq!(code_of(&busy.context("preparing")), REFUSED);
+    }
+
+    /// What the documented tables call refused is exit code 3, wherever it is found out.
+    #[test]
+    fn exit_code_of_each_refusal_is_3() {
+        let text = || "x".to_owned();
+        let refused_by_qemu = || QmpError::NotQmp { path: "x".into(), why: text() };
+        let errors: Vec<anyhow::Error> = vec![
+            DiskError::Unsupported { device: text(), why: text() }.into(),
+            DiskError::Inconsistent { device: text(), why: text() }.into(),
+            CaptureError::Server { source: refused_by_qemu() }.into(),
+            MigrationError::Busy { status: text() }.into(),
+            HandoverError::Missing { version: text(), name: "x" }.into(),
+            HandoverError::Busy { status: text() }.into(),
+            QmpError::NoGreeting { path: "x".into(), after: std::time::Duration::ZERO }.into(),
+            refused_by_qemu().into(),
+            MachineError::NoDefault.into(),
+            TrackerError::Region { region: text(), reason: text() }.into(),
+            TrackerError::Version { path: "x".into(), plugin: 1, ours: 2 }.into(),
+        ];
+        for error in errors {
+            let shown = format!("{error:?}");
+            assert_eq!(code_of(&error.context("preparing")), REFUSED, "{shown}");
+        }
+        let failed = CaptureError::Broken { node: text(), why: text() };
+        assert_eq!(code_of(&failed.into()), FAILED);
     }
 }

@@ -7,8 +7,7 @@ use anyhow::{Context, Error, Result, bail};
 use dirty_tracker::GuestMemory;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use qmp_bridge::Qmp;
-use std::fs::File;
+use qmp_bridge::{Qmp, said};
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -19,8 +18,6 @@ const STARTUP: Duration = Duration::from_secs(60);
 /// A killed process with a large memory takes a while to go.
 const END: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
-/// The last lines of QEMU's own output that an error quotes.
-const QUOTED_LINES: usize = 5;
 
 /// Variables of ours that the new QEMU does not get from the old one's environment.
 const NOT_INHERITED: &str = "STILLPOINT_";
@@ -30,7 +27,7 @@ const NOT_INHERITED: &str = "STILLPOINT_";
 /// `like`: the old process, whose environment it gets (a library path, say).
 pub fn start(file: &MachineFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestMemory, like: Option<u32>) -> Result<Process> {
     let log = runtime.qemu_log();
-    let output = File::create(&log).with_context(|| format!("making {}", log.display()))?;
+    let output = runtime.create_qemu_log()?;
     let errors = output.try_clone().context("opening QEMU's log twice")?;
     for socket in [runtime.qmp(), runtime.plugin()] {
         // Left by an earlier machine of this name.
@@ -96,10 +93,8 @@ pub async fn end(process: Process) -> Result<()> {
 
 /// The error with what the new QEMU itself said.
 pub fn explain(runtime: &RuntimeDir, error: Error) -> Error {
-    let said = std::fs::read_to_string(runtime.qemu_log()).unwrap_or_default();
-    let lines: Vec<&str> = said.lines().filter(|line| !line.contains("terminating on signal")).collect();
-    let tail = lines[lines.len().saturating_sub(QUOTED_LINES)..].join("; ");
-    if tail.is_empty() { error } else { error.context(format!("the new QEMU said: {tail}")) }
+    let said = said::quote_log(&runtime.qemu_log());
+    if said.is_empty() { error } else { error.context(format!("the new QEMU said: {said}")) }
 }
 
 /// The QEMU of this instance that we started, found by its command line, when its number was not written down any more.

@@ -33,7 +33,7 @@ pub use steps::adopt;
 
 /// Asks the machine's helper, which holds its monitor.
 pub async fn run(args: &AdoptArgs) -> Result<()> {
-    let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
+    let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
     let qemu = args.qemu.as_deref().map(launch::find_program).transpose()?;
     let result = ask(&runtime, &Request::Adopt { qemu }).await?;
     if args.json {

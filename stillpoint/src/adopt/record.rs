@@ -13,7 +13,7 @@
 
 use super::line::Later;
 use crate::launch::process;
-use crate::runtime::{MachineFile, RuntimeDir, read_limited};
+use crate::runtime::{MachineFile, RuntimeDir};
 use anyhow::{Context, Result, bail};
 use qmp_bridge::handover::Found;
 use serde::{Deserialize, Serialize};
@@ -140,11 +140,7 @@ impl Record {
 
     /// It need not survive a power cut, which neither QEMU survives.
     pub fn save(&self, runtime: &RuntimeDir) -> Result<()> {
-        let path = runtime.adoption();
-        let text = serde_json::to_vec(self).context("encoding adopt.json")?;
-        let new = path.with_extension("new");
-        let written = std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path));
-        written.with_context(|| format!("writing {}", path.display()))
+        runtime.replace("adopt.json", &serde_json::to_vec(self).context("encoding adopt.json")?)
     }
 
     pub fn read(runtime: &RuntimeDir) -> Result<Option<Self>> {
@@ -152,7 +148,7 @@ impl Record {
         if !path.exists() {
             return Ok(None);
         }
-        let text = read_limited(&path, MAX_BYTES)?;
+        let text = runtime.read("adopt.json", MAX_BYTES)?;
         let record: Self = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
         if record.format != FORMAT {
             bail!("{} has format {}; this build reads {FORMAT}", path.display(), record.format);

@@ -26,7 +26,7 @@ struct Pair {
 }
 
 pub async fn run(args: &BenchArgs) -> Result<()> {
-    let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
+    let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
     // Not counted: it may be a full one, and every counted one is then a delta since about one interval.
     let first = checkpoint(&runtime).await.context("taking the first checkpoint, which is not counted")?;
     let interval = Duration::from_millis(args.interval_ms);

@@ -1,6 +1,7 @@
 //! `stillpoint attach`: a running machine gets a helper again.
 
 use super::client;
+use super::other::OtherHelper;
 use crate::checkpoint::{Force, StoreSession};
 use crate::cli::AttachArgs;
 use crate::control::Request;
@@ -9,7 +10,7 @@ use crate::launch;
 use crate::runtime::{MachineFile, RuntimeDir, read_limited};
 use anyhow::{Context, Result, bail};
 use checkpoint_store::Mode;
-use nix::sys::signal::{Signal, kill};
+use rustix::process::Signal;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
@@ -72,16 +73,14 @@ fn check_running(machine: &MachineFile, runtime: &RuntimeDir) -> Result<()> {
 
 /// Ends the helper that holds the machine, by force if it does not listen. The guest does not notice either way.
 async fn end_other(runtime: &RuntimeDir) -> Result<()> {
-    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+    for signal in [Signal::TERM, Signal::KILL] {
         let end = Instant::now() + GRACE;
         while Instant::now() < end {
             if runtime.lock_helper().is_ok() {
                 return Ok(());
             }
-            // The pid is that of the process that holds the lock, which lives.
-            let pid = runtime.helper_pid_of_holder()?;
-            if let Err(error) = kill(pid, signal) {
-                tracing::debug!(%pid, %error, "signalling the other helper");
+            if let Some(other) = OtherHelper::find(runtime)? {
+                other.signal(signal);
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }

@@ -10,11 +10,12 @@ use crate::runtime::RuntimeDir;
 use crate::terminal::{Progress, bytes};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
+use std::os::unix::fs::MetadataExt;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 pub async fn checkpoint(args: &CheckpointArgs) -> Result<()> {
-    let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
+    let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
     let choice = Choice { engine: args.engine, stream: args.stream, full: args.full };
     let result = ask(&runtime, &Request::Checkpoint(choice)).await?;
     if args.json {
@@ -36,6 +37,16 @@ fn describe(name: &checkpoint_format::VmName, outcome: &Outcome) -> String {
     format!("{name}@{id} ({parent}): paused {pause_ms:.1} ms, {changed} changed, {stored} stored, durable after {durable_ms:.0} ms")
 }
 
+/// Who answers must be who owns the directory: root may ask where another user could have put any socket.
+fn check_peer(stream: &UnixStream, runtime: &RuntimeDir) -> Result<()> {
+    let peer = stream.peer_cred().context("asking who answers for the helper")?.uid();
+    let owner = std::fs::symlink_metadata(runtime.path()).map(|facts| facts.uid()).ok();
+    if peer == 0 || Some(peer) == owner {
+        return Ok(());
+    }
+    Err(refused(format!("{} is answered by user {peer}, whose directory that is not", runtime.control().display())))
+}
+
 /// Sends one request and waits for its result, showing progress meanwhile.
 pub async fn ask(runtime: &RuntimeDir, request: &Request) -> Result<Value> {
     let path = runtime.control();
@@ -43,6 +54,7 @@ pub async fn ask(runtime: &RuntimeDir, request: &Request) -> Result<Value> {
     let stream = stream.map_err(|error| {
         refused(format!("no helper answers at {} ({error}); 'stillpoint attach NAME' starts one for a running machine", path.display()))
     })?;
+    check_peer(&stream, runtime)?;
     let (read, mut write) = stream.into_split();
     let mut line = serde_json::to_vec(request).context("encoding the request")?;
     line.push(b'\n');

@@ -1,6 +1,7 @@
 //! The running machine as the helper holds it: QEMU's monitor, the tracker on its memory, and what it consists of.
 
 use crate::exit::refused;
+use crate::helper::qemu_lock::QemuLock;
 use crate::helper::unprepared;
 use crate::launch::process::QemuProcess;
 use crate::launch::{arguments, disk_names, expected, paths};
@@ -34,6 +35,8 @@ pub struct Machine {
     pub facts: MachineFacts,
     pub blocks: Vec<RamBlock>,
     pub pid: u32,
+    /// Nobody else works on this QEMU meanwhile.
+    _lock: QemuLock,
     /// None where no plugin sits in that QEMU: memory comes by stream only.
     tracker: Option<Arc<Mutex<Tracker>>>,
 }
@@ -46,6 +49,8 @@ impl Machine {
             Some(socket) => Some(connect_later(socket, file.pid).await?),
             None => None,
         };
+        let pid = handles.as_ref().map(PluginHandles::pid).or(file.pid).context("the machine's file does not name QEMU's process")?;
+        let lock = take_lock(pid).await?;
         let qmp = match &file.unprepared {
             Some(there) => unprepared::connect(&file, there).await?,
             None => Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?,
@@ -55,9 +60,8 @@ impl Machine {
         }
         let facts = MachineFacts::read(&qmp).await.context("asking QEMU what machine it runs")?;
         check(&facts)?;
-        let pid = handles.as_ref().map(PluginHandles::pid).or(file.pid).context("the machine's file does not name QEMU's process")?;
         let (blocks, tracker) = look(&qmp, handles, &file.ram_block).await?;
-        Ok(Self { file, runtime, qmp, facts, blocks, pid, tracker })
+        Ok(Self { file, runtime, qmp, facts, blocks, pid, _lock: lock, tracker })
     }
 
     /// The tracker, for one phase at a time.
@@ -178,6 +182,10 @@ impl Machine {
         tracing::info!(blocks = self.blocks.len(), "the machine's RAM blocks have changed; they are tracked anew");
         Ok(true)
     }
+}
+
+async fn take_lock(pid: u32) -> Result<QemuLock> {
+    tokio::task::spawn_blocking(move || QemuLock::take(pid)).await.context("internal error: taking QEMU's lock panicked")?
 }
 
 /// A thread that panicked left no lease half taken: each change of the tracker is one call.

@@ -6,6 +6,8 @@
 pub mod attach;
 pub mod client;
 pub mod machine;
+mod other;
+pub mod qemu_lock;
 mod server;
 pub mod unprepared;
 
@@ -27,7 +29,7 @@ pub async fn run(args: HelperArgs) -> Result<()> {
 pub async fn serve(runtime: RuntimeDir) -> Result<()> {
     let _lock = runtime.lock_helper()?;
     let pid = std::process::id().to_string();
-    std::fs::write(runtime.helper_pid(), pid).with_context(|| format!("writing {}", runtime.helper_pid().display()))?;
+    runtime.replace("helper.pid", pid.as_bytes())?;
     let control = server::listen(&runtime)?;
     let socket = runtime.control();
     let result = serve_machine(runtime, control).await;

@@ -28,7 +28,6 @@ use anyhow::{Context, Result, anyhow, bail};
 use checkpoint_format::VmName;
 use command::Start;
 use dirty_tracker::{GuestMemory, HostSupport};
-use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -143,8 +142,7 @@ pub fn refuse_running(runtime: &RuntimeDir) -> Result<()> {
 
 /// Starts the helper in a session of its own, not as a child of what will be QEMU.
 pub fn spawn_helper(name: &VmName, runtime_base: Option<&Path>, runtime: &RuntimeDir) -> Result<()> {
-    let log = File::options().create(true).append(true).open(runtime.helper_log());
-    let log = log.with_context(|| format!("opening {}", runtime.helper_log().display()))?;
+    let log = runtime.open_helper_log()?;
     let program = std::env::current_exe().context("finding this program's own path")?;
     let mut command = Command::new("setsid");
     command.arg("--fork").arg(program).arg("helper");

@@ -3,6 +3,7 @@
 
 use crate::cache;
 use anyhow::{Context, Result, anyhow, bail};
+use qmp_bridge::said;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fs::File;
@@ -61,21 +62,34 @@ pub fn probe(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
 }
 
 fn ask(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
-    let socket = std::env::temp_dir().join(format!("stillpoint-probe-{}.sock", std::process::id()));
+    // Ours alone, and with a name that nobody can guess: the socket's name is given to a QEMU that may run as root.
+    let private = private_directory().context("making a directory for QEMU's probe")?;
+    let socket = private.path().join("plugin.sock");
     let said = tempfile::tempfile().context("making a file for QEMU's messages")?;
     let child = Command::new(binary)
         .args(["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "stdio"])
         .arg("-plugin")
-        .arg(format!("file={},socket={}", plugin.display(), socket.display()))
+        .arg(format!("file={},socket={}", comma(plugin), comma(&socket)))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(said.try_clone().context("opening the file for QEMU's messages twice")?)
         .spawn()
         .with_context(|| format!("starting {}; install QEMU (Debian: apt-get install qemu-system-x86)", binary.display()))?;
     let answer = converse(child);
-    // The plugin leaves its socket when QEMU goes.
-    let _ = std::fs::remove_file(&socket);
     answer.map_err(|error| explain(binary, &messages(said), error))
+}
+
+/// In /tmp where `TMPDIR` is too long for a socket's path.
+fn private_directory() -> std::io::Result<tempfile::TempDir> {
+    const MAX_PARENT: usize = 60;
+    let parent = std::env::temp_dir();
+    let parent = if parent.as_os_str().len() > MAX_PARENT { Path::new("/tmp") } else { &parent };
+    tempfile::Builder::new().prefix("stillpoint-probe-").tempdir_in(parent)
+}
+
+/// In QEMU's lists of keys a comma is written twice.
+fn comma(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
 }
 
 /// On a thread of its own, so that a program that says nothing is not waited for.
@@ -113,6 +127,7 @@ fn messages(mut file: File) -> String {
 
 fn explain(binary: &Path, said: &str, error: anyhow::Error) -> anyhow::Error {
     let binary = binary.display();
+    let said = said::quote(said);
     if said.contains("plugin") {
         return anyhow!(
             "{binary} does not take Stillpoint's plugin; use a QEMU built with --enable-plugins (Debian's are). It said: {said}"

@@ -4,12 +4,9 @@ use crate::launch::command::{self, Start};
 use crate::runtime::{MachineFile, RuntimeDir};
 use anyhow::{Context, Error, Result};
 use dirty_tracker::GuestMemory;
-use std::fs::File;
+use qmp_bridge::said;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-
-/// The last lines of QEMU's own output that an error quotes.
-const QUOTED_LINES: usize = 5;
 
 /// Dropping it ends QEMU, unless it was left to itself.
 pub struct NewQemu {
@@ -21,7 +18,7 @@ impl NewQemu {
     /// In a session of its own (by `setsid`), in the directory of its disks.
     pub fn start(file: &MachineFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestMemory) -> Result<Self> {
         let log = runtime.qemu_log();
-        let output = File::create(&log).with_context(|| format!("making {}", log.display()))?;
+        let output = runtime.create_qemu_log()?;
         let errors = output.try_clone().context("opening QEMU's log twice")?;
         memory.set_inheritable(true)?;
         let words = command::arguments(file, runtime, plugin, memory.raw_fd(), Start::Incoming);
@@ -50,10 +47,8 @@ impl NewQemu {
 
     /// The error with what QEMU itself said.
     pub fn explain(self, error: Error) -> Error {
-        let said = std::fs::read_to_string(&self.log).unwrap_or_default();
-        let lines: Vec<&str> = said.lines().collect();
-        let tail = lines[lines.len().saturating_sub(QUOTED_LINES)..].join("; ");
-        if tail.is_empty() { error } else { error.context(format!("QEMU said: {tail}")) }
+        let said = said::quote_log(&self.log);
+        if said.is_empty() { error } else { error.context(format!("QEMU said: {said}")) }
     }
 }
 

@@ -11,6 +11,7 @@ mod peer;
 use crate::cli::AttachArgs;
 use crate::engine::{choose_stream, choose_tracker};
 use crate::exit::refused;
+use crate::helper::qemu_lock::QemuLock;
 use crate::launch::command::MONITOR_CHARDEV;
 use crate::launch::process::{self, QemuProcess};
 use crate::launch::{self, arguments, instance};
@@ -37,8 +38,9 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, monitor: &Path, args:
     let mut earlier = None;
     let look = Look::at(&monitor, |process| {
         refuse_ours(process)?;
-        refuse_taken(runtime, process.pid, process.started)?;
+        // First: a helper of this name says how to replace it.
         earlier = known(runtime, process)?;
+        refuse_taken(runtime, process.pid, process.started)?;
         Ok(())
     });
     let look = look.await?;
@@ -134,7 +136,7 @@ fn refuse_taken(runtime: &RuntimeDir, pid: u32, started: u64) -> Result<()> {
     let names = std::fs::read_dir(base).into_iter().flatten().flatten();
     let names = names.filter_map(|entry| entry.file_name().to_str()?.parse::<VmName>().ok());
     for name in names {
-        let other = RuntimeDir::new(Some(base), &name)?;
+        let Ok(other) = RuntimeDir::new(Some(base), &name) else { continue };
         if other.path() == runtime.path() {
             continue;
         }
@@ -144,6 +146,8 @@ fn refuse_taken(runtime: &RuntimeDir, pid: u32, started: u64) -> Result<()> {
             return Err(refused(format!("that QEMU (pid {pid}) is attached as {name} already, and its helper lives; use that name")));
         }
     }
+    // Whatever directory it was attached from.
+    drop(QemuLock::take(pid)?);
     Ok(())
 }
 

@@ -1,17 +1,21 @@
 //! The directory of one running machine: its sockets, its log, and what the launcher knew about it. It lives as long
 //! as QEMU does (a tmpfs suits it) and is all that a new helper needs to take a machine over.
 
+mod private;
+
 use crate::engine::{EngineChoice, StreamChoice};
 use crate::exit::refused;
 use crate::lineage::CheckpointIdentity;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{CheckpointSeq, Epoch, VmName};
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::unistd::Pid;
+use private::Owner;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -21,6 +25,8 @@ const MAX_SOCKET_PATH: usize = 107;
 const MAX_MACHINE_FILE_BYTES: u64 = 4 << 20;
 /// A killed process keeps its locks until the last of its threads is gone.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+/// A host has some hundred locks of 60 bytes a line.
+const MAX_LOCKS_BYTES: u64 = 16 << 20;
 const MACHINE_FILE_FORMAT: u32 = 1;
 const MARKS: &str = "marks.json";
 const MAX_MARKS_BYTES: u64 = 1024;
@@ -94,27 +100,79 @@ impl Marks {
 
 #[derive(Clone, Debug)]
 pub struct RuntimeDir {
+    base: PathBuf,
     path: PathBuf,
 }
 
 impl RuntimeDir {
-    /// The directory of machine `name` below `base` (default `/run/stillpoint`, or the user's own run directory).
+    /// The directory of VM `name` below `base` (default: see [`default_base`]). One that exists and that others could change is
+    /// refused.
     pub fn new(base: Option<&Path>, name: &VmName) -> Result<Self> {
-        let path = std::path::absolute(base.map_or_else(default_base, Path::to_owned).join(name.as_str()))
-            .context("making the runtime directory's path absolute")?;
+        let directory = Self::locate(base, name)?;
+        private::open(&directory.base, name.as_str(), Owner::Trusted)?;
+        Ok(directory)
+    }
+
+    /// The same for a command that only asks the helper: root may ask another user's.
+    pub fn of_helper(base: Option<&Path>, name: &VmName) -> Result<Self> {
+        let directory = Self::locate(base, name)?;
+        private::open(&directory.base, name.as_str(), Owner::Asked)?;
+        Ok(directory)
+    }
+
+    fn locate(base: Option<&Path>, name: &VmName) -> Result<Self> {
+        let base = base.map_or_else(default_base, Path::to_owned);
+        let base = std::path::absolute(base).context("making the runtime directory's path absolute")?;
+        let path = base.join(name.as_str());
         let Some(text) = path.to_str() else {
-            bail!("the runtime directory {} is not valid UTF-8; name another by --runtime-dir", path.display());
+            return Err(refused(format!("the runtime directory {} is not valid UTF-8; name another by --runtime-dir", path.display())));
         };
         if text.len() + "/control.sock".len() > MAX_SOCKET_PATH || text.contains([',', '=']) {
-            bail!("the runtime directory {text} cannot hold sockets (too long, or a comma or '=' in it); name another by --runtime-dir");
+            return Err(refused(format!(
+                "the runtime directory {text} cannot hold sockets (longer than {} bytes, or a comma or '=' in it); name another by --runtime-dir",
+                MAX_SOCKET_PATH - "/control.sock".len()
+            )));
         }
-        Ok(Self { path })
+        Ok(Self { base, path })
     }
 
     pub fn create(&self) -> Result<()> {
-        let mut builder = std::fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700);
-        builder.create(&self.path).with_context(|| format!("making the runtime directory {}", self.path.display()))
+        private::create(&self.base, self.name())
+    }
+
+    fn name(&self) -> &str {
+        self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+    }
+
+    /// The directory itself, checked again.
+    fn directory(&self) -> Result<OwnedFd> {
+        let directory = private::open(&self.base, self.name(), Owner::Trusted)?;
+        directory.with_context(|| format!("there is no runtime directory {}", self.path.display()))
+    }
+
+    pub fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>> {
+        let directory = self.directory()?;
+        private::read_file(&directory, name, limit).with_context(|| format!("reading {}/{name}", self.path.display()))
+    }
+
+    pub fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let directory = self.directory()?;
+        private::replace_file(&directory, name, bytes).with_context(|| format!("writing {}/{name}", self.path.display()))
+    }
+
+    fn open(&self, name: &str, flags: OFlag) -> Result<File> {
+        let directory = self.directory()?;
+        private::open_file(&directory, name, flags).with_context(|| format!("opening {}/{name}", self.path.display()))
+    }
+
+    /// The helper's log, to be written at its end.
+    pub fn open_helper_log(&self) -> Result<File> {
+        self.open("helper.log", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND)
+    }
+
+    /// QEMU's log, empty.
+    pub fn create_qemu_log(&self) -> Result<File> {
+        self.open("qemu.log", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC)
     }
 
     pub fn path(&self) -> &Path {
@@ -161,19 +219,19 @@ impl RuntimeDir {
 
     /// The helper that holds [`RuntimeDir::lock_helper`].
     pub fn helper_pid_of_holder(&self) -> Result<Pid> {
-        let text = read_limited(&self.helper_pid(), 32)?;
+        let text = self.read("helper.pid", 32)?;
         let pid = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).filter(|pid| *pid > 1);
         pid.map(Pid::from_raw).with_context(|| format!("{} holds no process id", self.helper_pid().display()))
     }
 
     pub fn save_machine(&self, machine: &MachineFile) -> Result<()> {
         let text = serde_json::to_vec_pretty(machine).context("encoding machine.json")?;
-        replace(&self.path.join("machine.json"), &text)
+        self.replace("machine.json", &text)
     }
 
     pub fn machine(&self) -> Result<MachineFile> {
         let path = self.path.join("machine.json");
-        let text = read_limited(&path, MAX_MACHINE_FILE_BYTES).with_context(|| {
+        let text = self.read("machine.json", MAX_MACHINE_FILE_BYTES).with_context(|| {
             format!("no machine is known at {}; start one by 'stillpoint run' or name its --runtime-dir", self.path.display())
         })?;
         let machine: MachineFile = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
@@ -187,9 +245,9 @@ impl RuntimeDir {
     pub fn devices_at_start(&self, now: &[String]) -> Result<Vec<String>> {
         let path = self.path.join("devices.json");
         if !path.exists() {
-            replace(&path, &serde_json::to_vec(now).context("encoding devices.json")?)?;
+            self.replace("devices.json", &serde_json::to_vec(now).context("encoding devices.json")?)?;
         }
-        let text = read_limited(&path, MAX_MACHINE_FILE_BYTES)?;
+        let text = self.read("devices.json", MAX_MACHINE_FILE_BYTES)?;
         serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))
     }
 
@@ -204,11 +262,11 @@ impl RuntimeDir {
 
     /// What an earlier helper left behind in the way of marks of written pages. None if that is not known.
     pub fn marks(&self) -> Option<Marks> {
-        serde_json::from_slice(&read_limited(&self.path.join(MARKS), MAX_MARKS_BYTES).ok()?).ok()
+        serde_json::from_slice(&self.read(MARKS, MAX_MARKS_BYTES).ok()?).ok()
     }
 
     pub fn set_marks(&self, marks: Marks) -> Result<()> {
-        replace(&self.path.join(MARKS), &serde_json::to_vec(&marks).context("encoding the record of marks")?)
+        self.replace(MARKS, &serde_json::to_vec(&marks).context("encoding the record of marks")?)
     }
 
     /// From here on the kernel's marks alone do not tell what was written: a lease begins, whose pages die with its helper, or
@@ -222,28 +280,22 @@ impl RuntimeDir {
 
     /// The highest writer epoch that this VM's instance has claimed.
     pub fn writer_epoch(&self) -> Option<Epoch> {
-        let text = read_limited(&self.path.join("writer-epoch"), 32).ok()?;
+        let text = self.read("writer-epoch", 32).ok()?;
         std::str::from_utf8(&text).ok()?.trim().parse().ok().map(Epoch)
     }
 
     pub fn set_writer_epoch(&self, epoch: Epoch) -> Result<()> {
-        replace(&self.path.join("writer-epoch"), epoch.0.to_string().as_bytes())
+        self.replace("writer-epoch", epoch.0.to_string().as_bytes())
     }
 
     fn forget(&self, name: &str) -> Result<()> {
-        match std::fs::remove_file(self.path.join(name)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("removing {}/{name}", self.path.display()))
-            }
-            _ => Ok(()),
-        }
+        let directory = self.directory()?;
+        private::remove_file(&directory, name).with_context(|| format!("removing {}/{name}", self.path.display()))
     }
 
     /// One helper per machine: the lock ends with the process that holds it, however it dies.
     pub fn lock_helper(&self) -> Result<Flock<File>> {
-        let path = self.path.join("helper.lock");
-        let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path);
-        let mut file = file.with_context(|| format!("opening {}", path.display()))?;
+        let mut file = self.open("helper.lock", OFlag::O_WRONLY | OFlag::O_CREAT)?;
         let end = Instant::now() + LOCK_PATIENCE;
         loop {
             file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -251,10 +303,9 @@ impl RuntimeDir {
                 Err((file, _)) => file,
             };
             if Instant::now() >= end {
-                let pid = std::fs::read_to_string(self.helper_pid()).unwrap_or_default();
+                let pid = self.helper_pid_of_holder().map_or_else(|_| "unknown".to_owned(), |pid| pid.to_string());
                 return Err(refused(format!(
-                    "a helper (pid {}) is attached to this machine already; use it, or replace it by 'stillpoint attach --take-over'",
-                    pid.trim()
+                    "a helper (pid {pid}) is attached to this machine already; use it, or replace it by 'stillpoint attach --take-over'"
                 )));
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -262,16 +313,45 @@ impl RuntimeDir {
     }
 }
 
-fn default_base() -> PathBuf {
-    let own = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !nix::unistd::geteuid().is_root());
-    own.map_or_else(|| PathBuf::from("/run"), PathBuf::from).join("stillpoint")
+impl RuntimeDir {
+    /// Whether `pid` holds [`RuntimeDir::lock_helper`], as the kernel tells.
+    pub fn is_locked_by(&self, pid: Pid) -> bool {
+        let Ok(facts) = std::fs::symlink_metadata(self.path.join("helper.lock")) else { return false };
+        let Ok(table) = read_limited(Path::new("/proc/locks"), MAX_LOCKS_BYTES) else { return false };
+        String::from_utf8_lossy(&table).lines().any(|line| flock(line, facts.ino()) == Some(pid.as_raw()))
+    }
 }
 
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let about = || format!("writing {}", path.display());
-    let new = path.with_extension("new");
-    std::fs::write(&new, bytes).with_context(about)?;
-    std::fs::rename(&new, path).with_context(about)
+/// Who holds a lock by `flock` on `file`, in words.
+pub fn flock_holder(file: &File) -> Option<String> {
+    let inode = file.metadata().ok()?.ino();
+    let table = read_limited(Path::new("/proc/locks"), MAX_LOCKS_BYTES).ok()?;
+    let pid = String::from_utf8_lossy(&table).lines().find_map(|line| flock(line, inode))?;
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    Some(format!("process {pid} ({})", String::from_utf8_lossy(&line).replace('\0', " ").trim()))
+}
+
+/// The holder of an inode's lock: `1: FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF`. The device is not compared: some file systems
+/// show another one there.
+fn flock(line: &str, inode: u64) -> Option<i32> {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let [_, "FLOCK", _, _, holder, place, ..] = fields.as_slice() else { return None };
+    let is_it = place.rsplit(':').next().is_some_and(|number| number.parse() == Ok(inode));
+    is_it.then(|| holder.parse().ok())?
+}
+
+/// Root's is `/run/stillpoint`; a user's is in their own run directory, or in /tmp where they have none.
+fn default_base() -> PathBuf {
+    let user = nix::unistd::geteuid();
+    if user.is_root() {
+        return PathBuf::from("/run/stillpoint");
+    }
+    // Another user's variable may still be set.
+    let is_own =
+        |path: &PathBuf| path.is_absolute() && std::fs::metadata(path).is_ok_and(|facts| facts.is_dir() && facts.uid() == user.as_raw());
+    let session = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(is_own);
+    let session = session.or_else(|| Some(PathBuf::from(format!("/run/user/{user}"))).filter(is_own));
+    session.map_or_else(|| PathBuf::from(format!("/tmp/stillpoint-{user}")), |path| path.join("stillpoint"))
 }
 
 pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
@@ -297,5 +377,27 @@ mod test {
         assert!(marks(identity(1, "one")).of(&lineage).is_some(), "of an ancestor they hold more than is needed");
         assert_eq!(marks(identity(2, "another")).of(&lineage), None);
         assert_eq!(marks(identity(3, "three")).of(&lineage), None);
+    }
+
+    #[test]
+    fn runtime_lock_names_its_holder() {
+        let place = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDir::new(Some(place.path()), &"m".parse().unwrap()).unwrap();
+        runtime.create().unwrap();
+        assert!(!runtime.is_locked_by(Pid::this()));
+        let lock = runtime.lock_helper().unwrap();
+        assert!(runtime.is_locked_by(Pid::this()) && !runtime.is_locked_by(Pid::from_raw(1)));
+        drop(lock);
+        assert!(!runtime.is_locked_by(Pid::this()));
+        assert_eq!(flock("1: FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF", 4711), Some(815));
+        assert_eq!(flock("1: -> FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF", 4711), None, "it waits for the lock");
+        assert_eq!(flock("1: POSIX  ADVISORY  WRITE 815 00:15:4711 0 EOF", 4711), None);
+    }
+
+    #[test]
+    fn runtime_directory_must_be_short_enough_for_sockets() {
+        let long = PathBuf::from(format!("/{}", "x".repeat(100)));
+        let error = RuntimeDir::new(Some(&long), &"m".parse().unwrap()).unwrap_err();
+        assert_eq!(crate::exit::code_of(&error), crate::exit::REFUSED);
     }
 }
