@@ -7,7 +7,7 @@ use crate::exit::refused;
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, openat};
-use nix::sys::stat::{FileStat, Mode, fstat, mkdirat};
+use nix::sys::stat::{Mode, fstat, mkdirat};
 use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -65,19 +65,19 @@ fn open_one(at: impl AsFd, name: &Path, shown: &Path) -> Result<Option<OwnedFd>>
 
 fn check(directory: &OwnedFd, path: &Path, owner: Owner, exempt: u32) -> Result<()> {
     let facts = fstat(directory).with_context(|| format!("looking at {}", path.display()))?;
-    match distrust(&facts, geteuid().as_raw(), owner, exempt) {
+    match distrust((facts.st_uid, facts.st_mode), geteuid().as_raw(), owner, exempt) {
         None => Ok(()),
         Some(why) => Err(refused(format!("the runtime directory {} {why}, or name another by --runtime-dir", path.display()))),
     }
 }
 
-fn distrust(facts: &FileStat, us: u32, owner: Owner, exempt: u32) -> Option<String> {
-    let is_trusted = facts.st_uid == us || facts.st_uid == 0 || owner == Owner::Asked && us == 0;
+fn distrust((user, mode): (u32, u32), us: u32, owner: Owner, exempt: u32) -> Option<String> {
+    let is_trusted = user == us || user == 0 || owner == Owner::Asked && us == 0;
     if !is_trusted {
-        return Some(format!("belongs to user {}; run this command as that user", facts.st_uid));
+        return Some(format!("belongs to user {user}; run this command as that user"));
     }
-    if facts.st_mode & GROUP_OR_OTHERS_WRITE != 0 && facts.st_mode & exempt == 0 {
-        return Some(format!("can be written by others (mode {:o}); take that right away by 'chmod go-w'", facts.st_mode & 0o7777));
+    if mode & GROUP_OR_OTHERS_WRITE != 0 && mode & exempt == 0 {
+        return Some(format!("can be written by others (mode {:o}); take that right away by 'chmod go-w'", mode & 0o7777));
     }
     None
 }
@@ -154,13 +154,12 @@ mod test {
 
     #[test]
     fn runtime_directory_is_trusted_by_its_owner() {
-        let place = tempfile::tempdir().unwrap();
-        let facts = |user: u32| FileStat { st_uid: user, ..nix::sys::stat::stat(place.path()).unwrap() };
-        assert_eq!(distrust(&facts(7), 7, Owner::Trusted, 0), None);
-        assert_eq!(distrust(&facts(0), 7, Owner::Trusted, 0), None);
-        assert!(distrust(&facts(8), 7, Owner::Trusted, 0).is_some() && distrust(&facts(8), 7, Owner::Asked, 0).is_some());
-        assert!(distrust(&facts(8), 0, Owner::Trusted, 0).is_some());
-        assert_eq!(distrust(&facts(8), 0, Owner::Asked, 0), None, "root may ask another user's helper");
+        let distrust = |user: u32, us: u32, owner: Owner| distrust((user, 0o700), us, owner, 0);
+        assert_eq!(distrust(7, 7, Owner::Trusted), None);
+        assert_eq!(distrust(0, 7, Owner::Trusted), None);
+        assert!(distrust(8, 7, Owner::Trusted).is_some() && distrust(8, 7, Owner::Asked).is_some());
+        assert!(distrust(8, 0, Owner::Trusted).is_some());
+        assert_eq!(distrust(8, 0, Owner::Asked), None, "root may ask another user's helper");
     }
 
     #[test]
