@@ -129,7 +129,7 @@ impl RuntimeDir {
         };
         if text.len() + "/control.sock".len() > MAX_SOCKET_PATH || text.contains([',', '=']) {
             return Err(refused(format!(
-                "the runtime directory {text} cannot hold sockets (longer than {} bytes, or a comma or '=' in it); name another by --runtime-dir",
+                "the runtime directory {text} cannot hold sockets (too long, at most {} bytes, or a comma or '=' in it); name another by --runtime-dir",
                 MAX_SOCKET_PATH - "/control.sock".len()
             )));
         }
