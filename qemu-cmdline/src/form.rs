@@ -72,16 +72,35 @@ impl Form {
         }
     }
 
-    /// Every scalar with its dotted key; a list's first word has its implied key.
+    /// Every scalar with its dotted key; a list's first word has its implied key, a switch alone is `on`.
     pub fn scalars(&self) -> Vec<(String, String)> {
         let mut found = Vec::new();
         match self {
             Self::List { keys, implied } => {
-                for (key, value) in keys.iter() {
-                    found.push((key.or(*implied).unwrap_or_default().to_owned(), value.to_owned()));
+                for (index, (key, value)) in keys.iter().enumerate() {
+                    match key.or(implied.filter(|_| index == 0)) {
+                        Some(key) => found.push((key.to_owned(), value.to_owned())),
+                        None => {
+                            found.push((String::new(), value.to_owned()));
+                            found.extend(switched(value));
+                        }
+                    }
                 }
             }
             Self::Object(members) => walk("", &Value::Object(members.clone()), &mut found),
+        }
+        found
+    }
+
+    /// The same, with what stands in a `json:` text of some value below that value's key.
+    pub fn deep_scalars(&self) -> Vec<(String, String)> {
+        let mut found = Vec::new();
+        for (key, value) in self.scalars() {
+            let tree = value.strip_prefix("json:").and_then(|tree| serde_json::from_str::<Value>(tree).ok());
+            match tree {
+                Some(tree) => walk(&key, &tree, &mut found),
+                None => found.push((key, value)),
+            }
         }
         found
     }
@@ -107,6 +126,12 @@ fn first_switch(keys: &KeyList, implied: Option<&str>, key: &str) -> Option<&'st
         Some((None, word)) if implied.is_none() => switch(word, key),
         _ => None,
     }
+}
+
+/// What a word alone may say: `snapshot` is on, `nowait` sets `wait` off.
+fn switched(word: &str) -> Vec<(String, String)> {
+    let off = word.strip_prefix("no").filter(|rest| !rest.is_empty()).map(|rest| (rest.to_owned(), "off".to_owned()));
+    off.into_iter().chain([(word.to_owned(), "on".to_owned())]).collect()
 }
 
 fn at<'a>(members: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {

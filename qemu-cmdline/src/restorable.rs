@@ -73,7 +73,7 @@ fn reason(problem: Problem) -> &'static str {
             Use::Code => "is code that QEMU would load",
             Use::Control => "lets others command QEMU over the network",
             Use::Display => "shows the display, and QEMU's monitor, to the network",
-            Use::Directory => "is a directory of the host",
+            Use::Directory | Use::DataDirectory => "is a directory of the host",
             Use::HostFile => "is a file of the host that no checkpoint holds",
             Use::HostDevice => "is a device of the host",
             Use::Connect => "is another process of the host",
@@ -105,7 +105,7 @@ pub fn check(options: &[QemuOption], carried: &Carried<'_>) -> Vec<Finding> {
 fn problem(site: &Site<'_>, carried: &Carried<'_>) -> Option<Problem> {
     let not_carried = |is_carried: bool| (!is_carried).then_some(Problem::NotCarried);
     match site.means {
-        Use::Plain | Use::Address | Use::Tap | Use::DataDirectory => None,
+        Use::Plain | Use::Address | Use::Tap => None,
         Use::Disk => not_carried(site.value.is_empty() || (carried.is_disk)(site.value)),
         Use::Boot => not_carried((carried.is_boot_file)(site.value)),
         Use::Firmware => not_carried(!site.value.contains('/') || (carried.is_boot_file)(site.value)),
@@ -258,6 +258,21 @@ impl Mapped {
         moved
     }
 
+    /// Takes out where QEMU is to look for its own files: the restoring host's QEMU has its own. Returns what went.
+    pub fn drop_data_directories(&mut self, allow: &[String]) -> Vec<String> {
+        let mut gone = Vec::new();
+        for option in std::mem::take(&mut self.options) {
+            let finding = Finding::new(&option.name, "", option.value(), Problem::Host(Use::DataDirectory));
+            let is_it = table::syntax(&option.name) == Some(table::Syntax::Text(Use::DataDirectory));
+            if is_it && !self.is_named(&option.name, option.value()) && !allow.iter().any(|text| finding.is_allowed_by(text)) {
+                gone.push(format!("-{} {}", option.name, option.value()));
+            } else {
+                self.options.push(option);
+            }
+        }
+        gone
+    }
+
     fn plain_names(&self) -> HashSet<String> {
         let mut names = HashSet::new();
         visit(&self.options, |site| {
@@ -275,21 +290,6 @@ fn free_name(path: &str, taken: &HashSet<String>) -> String {
     let base = if last.chars().all(|letter| letter == '.') { "file" } else { last };
     let names = std::iter::once(base.to_owned()).chain((2..).map(|number| format!("{base}.{number}")));
     names.into_iter().find(|name| !taken.contains(name)).unwrap_or_else(|| base.to_owned())
-}
-
-/// Takes out what the restoring host has of its own: where QEMU finds its files. Returns what went.
-pub fn without_data_directories(options: Vec<QemuOption>, mapped: &Mapped, allow: &[String]) -> (Vec<QemuOption>, Vec<String>) {
-    let mut gone = Vec::new();
-    let keep = |option: &QemuOption| {
-        let finding = Finding::new(&option.name, "", option.value(), Problem::Host(Use::DataDirectory));
-        let is_own = table::syntax(&option.name) == Some(table::Syntax::Text(Use::DataDirectory));
-        if !is_own || mapped.is_named(&option.name, option.value()) || allow.iter().any(|text| finding.is_allowed_by(text)) {
-            return true;
-        }
-        gone.push(format!("-{} {}", option.name, option.value()));
-        false
-    };
-    (options.into_iter().filter(keep).collect(), gone)
 }
 
 #[cfg(test)]

@@ -47,6 +47,10 @@ pub fn rewrite(options: Vec<QemuOption>, mut change: impl FnMut(&Site<'_>) -> Op
 fn monitor_chardevs(options: &[QemuOption]) -> HashSet<String> {
     let id = |option: &QemuOption| match table::syntax(&option.name) {
         Some(Syntax::Keys(_, Group::Monitor)) => Form::of(option).get("chardev"),
+        Some(Syntax::Keys(_, Group::Object)) => {
+            let form = Form::of(option);
+            form.get("chardev").filter(|_| form.get("qom-type").is_some_and(|kind| kind.starts_with("monitor-")))
+        }
         Some(Syntax::Chardev { monitor: true }) => option.value().strip_prefix("chardev:").map(str::to_owned),
         Some(Syntax::Chardev { .. }) => option.value().strip_prefix("mon:chardev:").map(str::to_owned),
         _ => None,

@@ -496,6 +496,8 @@ const OBJECTS: &[(&str, Rows)] = &[
     ("memory-backend-memfd", &[]),
     ("memory-backend-ram", &[]),
     ("memory-backend-shm", &[]),
+    ("monitor-hmp", &[]),
+    ("monitor-qmp", &[]),
     ("pr-manager-helper", &[("path", Connect)]),
     ("rng-builtin", &[]),
     ("rng-egd", &[]),

@@ -161,7 +161,7 @@ pub struct RestoreArgs {
     /// Directory of the restored disks [default: ./NAME]
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
-    /// QEMU to use [default: the program that the checkpoint names, else qemu-system-x86_64]
+    /// QEMU to use [default: of the same name on the PATH, else qemu-system-x86_64]
     #[arg(long, value_name = "PROGRAM")]
     pub qemu: Option<String>,
     /// Where old disk blocks wait during a checkpoint [default: /var/tmp]
@@ -170,6 +170,9 @@ pub struct RestoreArgs {
     /// Use NEW where the machine's command line says OLD (a whole value; repeatable)
     #[arg(long, value_name = "OLD=NEW")]
     pub map: Vec<Mapping>,
+    /// Let the restored VM have something of this host that its command line names: OPTION.KEY, or OPTION.KEY=VALUE (repeatable)
+    #[arg(long, value_name = "WHAT")]
+    pub allow: Vec<String>,
     /// Take over the VM's writer epoch and fence the current writer, which must be dead
     #[arg(long)]
     pub take_over: bool,

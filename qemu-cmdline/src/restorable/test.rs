@@ -15,6 +15,7 @@ fn mapped(line: &str, map: &[(&str, &str)]) -> Mapped {
 fn open(line: &str, map: &[(&str, &str)], allow: &[&str]) -> Vec<String> {
     let allow: Vec<String> = allow.iter().map(|text| (*text).to_owned()).collect();
     let mut mapped = mapped(line, map);
+    mapped.drop_data_directories(&allow);
     mapped.relocate(&allow);
     mapped.check(&CARRIED, &allow).0.iter().map(Finding::allowance).collect()
 }
@@ -94,6 +95,7 @@ fn hostile_command_lines_are_refused() {
         ("-unheard /x", "unheard=/x"),
         ("-k ../x", "k=../x"),
         ("-mem-path /x", "mem-path=/x"),
+        ("-chardev socket,id=c,host=0,port=1,server=on -object monitor-qmp,id=m,chardev=c", "chardev.port=1"),
     ] {
         let found = open(line, &[], &[]);
         assert!(found.contains(&what.to_owned()), "{line}: {found:?}");

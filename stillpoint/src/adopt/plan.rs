@@ -46,7 +46,7 @@ impl Plan {
         let there = unprepared(&machine.file)?;
         let process = QemuProcess::read(machine.pid)?;
         let options = arguments::parse(&machine.file.arguments)?;
-        refuse::check(&options, Rules::Tracked).map_err(|error| refused(error.to_string()))?;
+        refuse::check(&options, Rules::Tracked, &process.directory).map_err(|error| refused(error.to_string()))?;
         host::check(&process, machine.file.ram_bytes)?;
         if can_pre_copy_live(&machine.facts).is_err() {
             memory::check_readable(machine.pid)?;

@@ -71,6 +71,7 @@ impl Checkpointer {
         self.clean_up().await?;
         let disks = self.machine.disks().await?.disks;
         self.machine.check_disks(&disks)?;
+        self.machine.check_command_line(&disks)?;
         let spaces = disk_spaces(&disks)?;
         self.ensure_base(&spaces).await?;
         let layers_begun = Instant::now();

@@ -4,7 +4,8 @@ use crate::exit::refused;
 use crate::helper::qemu_lock::QemuLock;
 use crate::helper::unprepared;
 use crate::launch::process::QemuProcess;
-use crate::launch::{arguments, disk_names, expected, paths};
+use crate::launch::{arguments, disk_names, expected, paths, saved};
+use crate::layers;
 use crate::runtime::{MachineFile, RuntimeDir};
 use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, PageCount, SpaceName};
@@ -162,6 +163,13 @@ impl Machine {
                 disk.file.display()
             ))),
         }
+    }
+
+    /// That a restore could start the VM from its command line: every file that it names is in the checkpoint.
+    pub fn check_command_line(&self, disks: &[disks::Disk]) -> Result<()> {
+        let directory = self.directory();
+        let boot_files = layers::boot_files(&self.file.arguments, &directory)?;
+        saved::check_carried(&self.file.arguments, &directory, disks, &boot_files)
     }
 
     /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked anew, from nothing. Says whether.

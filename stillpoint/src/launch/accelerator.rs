@@ -5,6 +5,7 @@
 //! operating system does, and ends QEMU with a status that nothing else gives. The answer is kept until the next boot.
 
 use super::arguments::{KeyList, QemuOption};
+use super::form::Form;
 use crate::cache;
 use anyhow::{Context, Result};
 use std::io::Write;
@@ -29,16 +30,35 @@ pub struct Accelerator {
     pub reason: String,
 }
 
-/// What the user asked for, else KVM when it can run an operating system on this host.
+/// What the user asked for: of several, as QEMU does, the first that this host has. Else KVM when it can run an
+/// operating system on this host.
 pub fn choose(options: &[QemuOption], qemu: &Path) -> Result<Accelerator> {
-    if let Some(name) = wanted(options) {
-        return Ok(Accelerator { name, reason: "as the command line says".to_owned() });
+    let wanted = wanted(options);
+    if let Some(name) = first(&wanted, has_kvm) {
+        let reason = if wanted.len() > 1 { "the first of the command line that this host has" } else { "as the command line says" };
+        return Ok(Accelerator { name: name.to_owned(), reason: reason.to_owned() });
     }
     let (name, reason) = match kvm_works(qemu) {
         Ok(()) => ("kvm", "it runs long mode on this host".to_owned()),
         Err(why) => ("tcg", format!("KVM cannot be used: {why}")),
     };
     Ok(Accelerator { name: name.to_owned(), reason })
+}
+
+/// Of one there is no choice; if none is there, the last is what QEMU complains of.
+fn first(wanted: &[String], has_kvm: impl Fn() -> bool) -> Option<&str> {
+    let is_there = |value: &&String| match value.split(',').next().unwrap_or_default() {
+        "kvm" => has_kvm(),
+        "tcg" => true,
+        _ => false,
+    };
+    let hit = if wanted.len() > 1 { wanted.iter().find(is_there) } else { None };
+    hit.or(wanted.last()).map(String::as_str)
+}
+
+/// What QEMU itself looks at.
+fn has_kvm() -> bool {
+    std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
 /// What a running machine has: in the words of its command line where they fit, else by name.
@@ -66,17 +86,20 @@ fn drop_key(list: &KeyList, unwanted: &str) -> KeyList {
     kept
 }
 
-fn wanted(options: &[QemuOption]) -> Option<String> {
-    let mut asked = options.iter().filter_map(|option| match option.name.as_str() {
-        "accel" => Some(option.value().to_owned()),
-        "enable-kvm" => Some("kvm".to_owned()),
-        "machine" | "M" => {
-            // "kvm:tcg" asks for the first that works, which is what the probe finds out.
-            option.keys().get("accel").filter(|name| !name.contains(':')).map(str::to_owned)
-        }
-        _ => None,
+/// In the order in which QEMU tries them, each as a value of `-accel`.
+fn wanted(options: &[QemuOption]) -> Vec<String> {
+    let asked = options.iter().flat_map(|option| match option.name.as_str() {
+        "accel" => vec![option.value().to_owned()],
+        "enable-kvm" => vec!["kvm".to_owned()],
+        _ => Vec::new(),
     });
-    asked.next_back()
+    let asked: Vec<String> = asked.collect();
+    if !asked.is_empty() {
+        return asked;
+    }
+    let machines = options.iter().filter(|option| ["machine", "M"].contains(&option.name.as_str()));
+    let last = machines.filter_map(|option| Form::of(option).get("accel")).next_back().unwrap_or_default();
+    last.split(':').filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
 /// `Err` says why not.
@@ -136,11 +159,30 @@ mod test {
 
     #[test]
     fn the_users_choice_is_found_wherever_it_stands() {
-        assert_eq!(wanted(&options("-enable-kvm -m 1G")), Some("kvm".to_owned()));
-        assert_eq!(wanted(&options("-accel tcg,thread=multi")), Some("tcg,thread=multi".to_owned()));
-        assert_eq!(wanted(&options("-machine q35,accel=kvm")), Some("kvm".to_owned()));
-        assert_eq!(wanted(&options("-machine q35,accel=kvm:tcg")), None);
-        assert_eq!(wanted(&options("-m 1G")), None);
+        for (line, list) in [
+            ("-enable-kvm -m 1G", &["kvm"][..]),
+            ("-accel tcg,thread=multi", &["tcg,thread=multi"]),
+            ("-machine q35,accel=kvm", &["kvm"]),
+            ("-machine q35,accel=kvm:tcg", &["kvm", "tcg"]),
+            ("-M accel=tcg -M accel=kvm", &["kvm"]),
+            ("-accel kvm -accel tcg,thread=single", &["kvm", "tcg,thread=single"]),
+            ("-accel tcg -enable-kvm", &["tcg", "kvm"]),
+            ("-m 1G", &[]),
+        ] {
+            assert_eq!(wanted(&options(line)), list, "{line}");
+        }
+    }
+
+    #[test]
+    fn of_several_the_first_that_is_there_is_taken() {
+        let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let (kvm_first, tcg_first) = (list(&["kvm,x=1", "tcg,thread=multi"]), list(&["tcg", "kvm"]));
+        assert_eq!(first(&kvm_first, || true), Some("kvm,x=1"));
+        assert_eq!(first(&kvm_first, || false), Some("tcg,thread=multi"));
+        assert_eq!(first(&tcg_first, || false), Some("tcg"));
+        assert_eq!(first(&list(&["hvf", "kvm"]), || true), Some("kvm"));
+        assert_eq!(first(&list(&["kvm"]), || false), Some("kvm"), "QEMU says itself why it cannot");
+        assert_eq!(first(&[], || true), None);
     }
 
     #[test]

@@ -11,15 +11,15 @@ pub const MONITOR_CHARDEV: &str = "stillpoint-qmp";
 
 /// How the new QEMU begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// As the user's options say.
-    Boot,
+pub enum Start<'a> {
+    /// As the user's options say, and those of the first start alone.
+    Boot(&'a [String]),
     /// Paused, with the state to be loaded.
     Incoming,
 }
 
 /// Everything after the program's name. `ram` is the memfd's number in the child.
-pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: &Path, ram: RawFd, start: Start) -> Vec<OsString> {
+pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: &Path, ram: RawFd, start: Start<'_>) -> Vec<OsString> {
     let block = &machine.ram_block;
     let mut words: Vec<OsString> = machine.arguments.iter().map(OsString::from).collect();
     let mut add = |option: &str, value: String| words.extend([OsString::from(option), OsString::from(value)]);
@@ -37,8 +37,11 @@ pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: &Path, ram
     add(option, value);
     let plugin = plugin.display().to_string().replace(',', ",,");
     add("-plugin", format!("file={plugin},socket={},ramfd={ram}", runtime.plugin().display()));
-    if start == Start::Incoming {
-        words.extend(["-S", "-incoming", "defer"].map(OsString::from));
+    // What could not be saved is named by QEMU itself, before the guest begins.
+    words.push("-only-migratable".into());
+    match start {
+        Start::Boot(first) => words.extend(first.iter().map(OsString::from)),
+        Start::Incoming => words.extend(["-S", "-incoming", "defer"].map(OsString::from)),
     }
     words
 }
@@ -109,7 +112,7 @@ mod test {
             unprepared: None,
         };
         let runtime = RuntimeDir::new(Some(Path::new("/run/x")), &machine.name).unwrap();
-        let words = super::arguments(&machine, &runtime, Path::new("/p.so"), 7, Start::Boot);
+        let words = super::arguments(&machine, &runtime, Path::new("/p.so"), 7, Start::Boot(&[]));
         words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
     }
 

@@ -10,10 +10,33 @@ use qmp_bridge::devices::GuestDevice;
 
 const NAMED: &str = "/machine/peripheral/";
 
-/// Options other than `-device` that make a device without an id, and its model.
-const SHORTHANDS: &[(&str, &str)] = &[("virtfs", "virtio-9p"), ("watchdog", "")];
-/// Models that QEMU knows by another word: word, model.
-const ALIASES: &[(&str, &str)] = &[("ahci", "ich9-ahci"), ("e1000-82540em", "e1000"), ("lsi", "lsi53c895a")];
+/// Options other than `-device` that make a device without an id, and its model; empty for any.
+const SHORTHANDS: &[(&str, &str)] =
+    &[("virtfs", "virtio-9p-pci"), ("debugcon", "isa-debugcon"), ("virtioserial", "virtio-serial-pci"), ("watchdog", "")];
+/// Models that QEMU knows by another word too; `-device help` names them as aliases.
+const ALIASES: &[(&str, &str)] = &[
+    ("ac97", "AC97"),
+    ("ahci", "ich9-ahci"),
+    ("e1000-82540em", "e1000"),
+    ("es1370", "ES1370"),
+    ("lsi", "lsi53c895a"),
+    ("virtio-9p", "virtio-9p-pci"),
+    ("virtio-balloon", "virtio-balloon-pci"),
+    ("virtio-blk", "virtio-blk-pci"),
+    ("virtio-gpu", "virtio-gpu-pci"),
+    ("virtio-gpu-gl", "virtio-gpu-gl-pci"),
+    ("virtio-input-host", "virtio-input-host-pci"),
+    ("virtio-iommu", "virtio-iommu-pci"),
+    ("virtio-keyboard", "virtio-keyboard-pci"),
+    ("virtio-mouse", "virtio-mouse-pci"),
+    ("virtio-multitouch", "virtio-multitouch-pci"),
+    ("virtio-net", "virtio-net-pci"),
+    ("virtio-rng", "virtio-rng-pci"),
+    ("virtio-scsi", "virtio-scsi-pci"),
+    ("virtio-serial", "virtio-serial-pci"),
+    ("virtio-sound", "virtio-sound-pci"),
+    ("virtio-tablet", "virtio-tablet-pci"),
+];
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Expected {
@@ -55,16 +78,17 @@ fn expected(option: &QemuOption) -> Option<Expected> {
     }
     let anonymous = |driver: &str| Some(Expected { path: None, driver: driver.to_owned() });
     if option.name == "drive" && form.get("if").as_deref() == Some("virtio") {
-        return anonymous("virtio-blk");
+        return anonymous("virtio-blk-pci");
+    }
+    if option.name == "debugcon" && option.value() == "none" {
+        return None;
     }
     let (_, driver) = SHORTHANDS.iter().find(|(name, _)| *name == option.name)?;
     anonymous(driver)
 }
 
-/// `virtio-net` is a `virtio-net-pci` on a PC.
 fn is_model(driver: &str, kind: &str) -> bool {
-    let aliased = ALIASES.iter().find(|(word, _)| *word == driver).map_or(driver, |(_, model)| model);
-    aliased.is_empty() || aliased == kind || kind.strip_prefix(aliased).is_some_and(|rest| rest.starts_with('-'))
+    driver.is_empty() || driver == kind || ALIASES.contains(&(driver, kind))
 }
 
 #[cfg(test)]
@@ -99,9 +123,26 @@ mod test {
         more.push(("peripheral/net7", "virtio-net-pci"));
         assert_eq!(difference_of(&more).unwrap(), "/machine/peripheral/net7 (virtio-net-pci) was plugged in");
         assert!(difference_of(&ALL[1..]).unwrap().contains("balloon0 (virtio-balloon-pci) was unplugged"));
-        assert!(difference_of(&ALL[..3]).unwrap().contains("virtio-blk) was unplugged"));
+        assert!(difference_of(&ALL[..3]).unwrap().contains("virtio-blk-pci) was unplugged"));
         let mut other = ALL;
         other[0].1 = "e1000";
         assert!(difference_of(&other).unwrap().contains("balloon0 (e1000) was plugged in"), "another model under the same id");
+    }
+
+    #[test]
+    fn shorthands_and_aliases_make_what_qemu_makes() {
+        for (line, kind) in [
+            ("-debugcon file:x", "isa-debugcon"),
+            ("-device ac97", "AC97"),
+            ("-device es1370", "ES1370"),
+            ("-device lsi", "lsi53c895a"),
+            ("-virtfs local,path=/x,mount_tag=t,security_model=none", "virtio-9p-pci"),
+        ] {
+            let options = parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>()).unwrap();
+            let device = |kind: &str| vec![GuestDevice { path: "/machine/peripheral-anon/device[0]".to_owned(), kind: kind.to_owned() }];
+            assert_eq!(difference(&options, &device(kind)), None, "{line}");
+            assert!(difference(&options, &device("edu")).is_some(), "{line}");
+        }
+        assert!(!is_model("pci-serial", "pci-serial-4x"), "another model that only begins alike");
     }
 }

@@ -52,8 +52,8 @@ pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<
     let options = with_default_network(options, said_network);
     let options: Vec<QemuOption> = options.into_iter().map(without_revision).collect();
     let refuse = |error: anyhow::Error| refused(error.to_string());
-    refuse::check(&options, Rules::Always).map_err(refuse)?;
-    let no_tracker = refuse::check(&options, Rules::Tracked).err().map(|error| error.to_string());
+    refuse::check(&options, Rules::Always, hold.directory).map_err(refuse)?;
+    let no_tracker = refuse::check(&options, Rules::Tracked, hold.directory).err().map(|error| error.to_string());
     let manager = Manager::of(&options);
     let plugin = options.iter().find_map(inherited::plugin_socket).map(|socket| hold.directory.join(socket));
     let memory = memory::take_out(options).map_err(refuse)?;

@@ -8,6 +8,7 @@ pub mod accelerator;
 pub mod command;
 pub mod disk_names;
 pub mod expected;
+mod first_start;
 pub mod foreign;
 pub mod inherited;
 pub mod instance;
@@ -18,6 +19,8 @@ pub mod probe;
 pub mod process;
 mod readconfig;
 pub mod refuse;
+mod refuse_disks;
+pub mod saved;
 
 pub use qemu_cmdline::{arguments, form};
 
@@ -45,7 +48,7 @@ pub struct RunRequest {
 pub fn run(request: RunRequest) -> Result<std::convert::Infallible> {
     let plugin = plugin_path()?;
     let runtime = RuntimeDir::new(request.runtime_base.as_deref(), &request.name)?;
-    let machine = describe(&request, &plugin)?;
+    let (machine, first) = describe(&request, &plugin)?;
     stores::connect(&machine.store)?;
     runtime.create()?;
     refuse_running(&runtime)?;
@@ -54,30 +57,32 @@ pub fn run(request: RunRequest) -> Result<std::convert::Infallible> {
     let memory = GuestMemory::create(machine.name.as_ref(), machine.ram_bytes).context("making the guest's memory")?;
     spawn_helper(&machine.name, request.runtime_base.as_deref(), &runtime)?;
     memory.set_inheritable(true)?;
-    let words = command::arguments(&machine, &runtime, &plugin, memory.raw_fd(), Start::Boot);
+    let words = command::arguments(&machine, &runtime, &plugin, memory.raw_fd(), Start::Boot(&first));
     let error = Command::new(&machine.qemu).args(words).exec();
     Err(error).with_context(|| format!("starting {}", machine.qemu.display()))
 }
 
-fn describe(request: &RunRequest, plugin: &Path) -> Result<MachineFile> {
+/// The VM, and what its first start alone has on the command line.
+fn describe(request: &RunRequest, plugin: &Path) -> Result<(MachineFile, Vec<String>)> {
     let qemu = find_program(&request.qemu)?;
     let facts = probe::probe(&qemu, plugin)?;
     let options = readconfig::expand(arguments::parse(&request.arguments)?)?;
-    refuse::check(&options, refuse::Rules::Launched).map_err(|error| refused(error.to_string()))?;
+    let directory = std::env::current_dir().context("asking for the current directory")?;
+    refuse::check(&options, refuse::Rules::Launched, &directory).map_err(|error| refused(error.to_string()))?;
     check_host()?;
     let accelerator = accelerator::choose(&options, &qemu)?;
     eprintln!("stillpoint: {} runs on {} ({})", request.name, accelerator.name, accelerator.reason);
     let options = accelerator::without(options);
+    let (options, first) = first_start::split(options);
     let normalized = normalize::normalize(options, &facts)?;
-    let directory = std::env::current_dir().context("asking for the current directory")?;
-    Ok(MachineFile {
+    let machine = MachineFile {
         format: MachineFile::FORMAT,
         name: request.name.clone(),
         store: absolute_store(&request.store)?,
         instance: new_instance()?,
         qemu,
         // By exec this process becomes QEMU, unless that forks once more.
-        pid: (!options_daemonize(&normalized.options)).then(std::process::id),
+        pid: (!first.iter().any(|word| word == "-daemonize")).then(std::process::id),
         qemu_version: facts.version,
         machine_type: normalized.machine_type,
         accelerator: accelerator.name,
@@ -88,7 +93,8 @@ fn describe(request: &RunRequest, plugin: &Path) -> Result<MachineFile> {
         directory,
         restored_from: None,
         unprepared: None,
-    })
+    };
+    Ok((machine, first))
 }
 
 /// Before the guest starts: what the tracker needs of this kernel, and of our rights.
@@ -100,10 +106,6 @@ fn check_host() -> Result<()> {
     let missing = host.checks.iter().filter(|check| !check.ok);
     let missing = missing.map(|check| format!("{}: {}; {}", check.name, check.detail, check.remedy.unwrap_or("see 'stillpoint doctor'")));
     Err(refused(format!("this host cannot track a guest's writes: {}", missing.collect::<Vec<_>>().join(". "))))
-}
-
-fn options_daemonize(options: &[arguments::QemuOption]) -> bool {
-    options.iter().any(|option| option.name == "daemonize")
 }
 
 /// `file:` stores may be named relative to where the user stands; the helper stands elsewhere.

@@ -42,6 +42,15 @@ impl NewPaths {
     pub fn add_boot_file(&mut self, old: &str, new: &Path) {
         self.boot_files.insert(self.directory.join(old), new.to_string_lossy().into_owned());
     }
+
+    /// Whether a disk of the restored VM has this file.
+    pub fn is_new_disk(&self, path: &str) -> bool {
+        self.disks.values().any(|new| new == path)
+    }
+
+    pub fn is_new_boot_file(&self, path: &str) -> bool {
+        self.boot_files.values().any(|new| new == path)
+    }
 }
 
 /// The new path of a disk or boot file.

@@ -6,6 +6,7 @@
 mod disks;
 mod layers;
 mod memory;
+mod program;
 mod qemu;
 mod source;
 
@@ -19,7 +20,7 @@ use crate::helper::machine::Machine;
 use crate::inspect::{self, print_json};
 use crate::launch;
 use crate::launch::arguments::QemuOption;
-use crate::launch::paths::{NewPaths, new_path};
+use crate::launch::paths::NewPaths;
 use crate::runtime::{MachineFile, Marks, RuntimeDir};
 use crate::terminal::bytes;
 use anyhow::{Context, Result};
@@ -27,7 +28,7 @@ use checkpoint_format::{CheckpointSeq, Manifest};
 use dirty_tracker::GuestMemory;
 use layers::LocalLayers;
 use qemu::NewQemu;
-use qemu_cmdline::restorable::{self, Wishes};
+use qemu_cmdline::restorable::Wishes;
 use qmp_bridge::capture::{BitmapTag, start_recording};
 use qmp_bridge::incoming::Incoming;
 use serde_json::{Value, json};
@@ -83,9 +84,8 @@ impl Restore {
         let dir = args.dir.clone().unwrap_or_else(|| PathBuf::from(name.as_str()));
         let dir = std::path::absolute(&dir).with_context(|| format!("making {} absolute", dir.display()))?;
         let plugin = launch::plugin_path()?;
-        let qemu = find_qemu(args.qemu.as_deref(), &source.manifest().machine.program)?;
-        let facts = launch::probe::probe(&qemu, &plugin)?;
-        check_machine_type(source.manifest(), &facts)?;
+        launch::saved::check_record(&source.manifest().machine)?;
+        let (qemu, facts) = program::find(args.qemu.as_deref(), &source.manifest().machine, &plugin)?;
         let mut phases = Phases::default();
         phases.since("plan", begun);
         Ok(Self { args, begun, phases, source, seq, runtime, dir, qemu, plugin, qemu_version: facts.version })
@@ -128,10 +128,10 @@ impl Restore {
         let manifest = self.source.manifest();
         let record = &manifest.machine;
         let map = self.args.map.iter().map(|map| (map.old.clone(), map.new.clone())).collect();
-        let wishes = Wishes { map, ..Wishes::default() };
-        let mut mapped = restorable::map(launch::arguments::parse(&record.arguments)?, &wishes);
-        mapped.rewrite(|site| new_path(site, paths));
-        let options = mapped.options;
+        let wishes = Wishes { map, allow: self.args.allow.clone() };
+        let restored = launch::saved::restored(&record.arguments, paths, &wishes)?;
+        restored.notes.iter().for_each(|note| eprintln!("stillpoint: {note}"));
+        let options = restored.options;
         check_disks(manifest, layers, &options, &self.dir)?;
         Ok(MachineFile {
             format: MachineFile::FORMAT,
@@ -220,27 +220,6 @@ impl Restore {
         });
         Report { json: self.args.json, value }
     }
-}
-
-/// What the user names, else the program of the checkpoint where this host has it, else the one on the PATH.
-fn find_qemu(named: Option<&str>, recorded: &str) -> Result<PathBuf> {
-    match named {
-        Some(name) => launch::find_program(name),
-        None if Path::new(recorded).is_file() => Ok(PathBuf::from(recorded)),
-        None => launch::find_program("qemu-system-x86_64"),
-    }
-}
-
-/// A QEMU too old for the machine type would build another machine.
-fn check_machine_type(manifest: &Manifest, facts: &launch::probe::QemuFacts) -> Result<()> {
-    let wanted = &manifest.machine.machine_type;
-    if facts.machines.iter().any(|machine| machine.name == *wanted) {
-        return Ok(());
-    }
-    Err(refused(format!(
-        "QEMU {} does not know the machine type {wanted}; the checkpoint was taken with QEMU {}: name a QEMU as new as that by --qemu",
-        facts.version, manifest.machine.qemu_version
-    )))
 }
 
 /// Every disk must be on the new command line, or QEMU would open files of the old machine.

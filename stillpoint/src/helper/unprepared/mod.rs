@@ -14,7 +14,8 @@ use crate::exit::refused;
 use crate::helper::qemu_lock::QemuLock;
 use crate::launch::command::MONITOR_CHARDEV;
 use crate::launch::process::{self, QemuProcess};
-use crate::launch::{self, arguments, instance};
+use crate::launch::{self, arguments, instance, saved};
+use crate::layers;
 use crate::runtime::{MachineFile, RuntimeDir, Unprepared};
 use crate::stores;
 use anyhow::{Context, Result};
@@ -78,6 +79,11 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, monitor: &Path, args:
             stream: args.stream,
         }),
     };
+    // What cannot be listed is told by the helper, which looks again.
+    if let Ok(list) = qmp_bridge::disks::list(&look.qmp, Some(&file.directory)).await {
+        let boot_files = layers::boot_files(&file.arguments, &file.directory)?;
+        saved::check_carried(&file.arguments, &file.directory, &list.disks, &boot_files)?;
+    }
     for dropped in &found.dropped {
         tracing::info!(what = dropped.what, why = dropped.why, "a restored machine is started without it");
     }

@@ -1,0 +1,140 @@
+//! Disks that would not come back as they are, found on the command line: before anything runs, and in whatever form they
+//! are written. What a running QEMU's block graph shows is judged by `qmp_bridge::disks`.
+
+use super::arguments::QemuOption;
+use super::form::Form;
+use anyhow::{Result, bail};
+use qemu_cmdline::{Use, visit};
+
+/// Drivers of images, files and the filters that change nothing of their content.
+const DRIVERS: &[&str] = &["qcow2", "raw", "file", "host_device", "throttle", "copy-on-read"];
+const OVERLAY: &str = "make an overlay: qemu-img create -f qcow2 -b BASE -F qcow2 OVERLAY";
+const CONVERT: &str = "convert it by qemu-img into a qcow2 or raw image";
+
+pub fn check(options: &[QemuOption]) -> Result<()> {
+    options.iter().filter(|option| ["drive", "blockdev"].contains(&option.name.as_str())).try_for_each(check_tree)?;
+    let mut protocol = None;
+    visit(options, |site| {
+        let is_name = site.means == Use::Disk && (site.key == "file" || site.key.is_empty());
+        if let Some(name) = protocol_of(site.value).filter(|_| is_name) {
+            protocol.get_or_insert_with(|| (site.option.to_owned(), name.to_owned(), site.value.to_owned()));
+        }
+    });
+    match protocol {
+        None => Ok(()),
+        Some((option, name, value)) => bail!("-{option} {value}: a checkpoint holds no disk of protocol {name}; {CONVERT}"),
+    }
+}
+
+fn check_tree(option: &QemuOption) -> Result<()> {
+    let is_on = |value: &str| matches!(value, "on" | "yes" | "true" | "y");
+    for (key, value) in Form::of(option).deep_scalars() {
+        let name = &option.name;
+        let last = key.rsplit('.').next().unwrap_or(&key);
+        match last {
+            "snapshot" if is_on(&value) => bail!("-{name} {key}=on writes to a disk that vanishes with QEMU; {OVERLAY}"),
+            "driver" | "format" if !DRIVERS.contains(&value.as_str()) => {
+                bail!("-{name} {key}={value}: a checkpoint holds no disk of that kind; {CONVERT}")
+            }
+            "offset" | "size" if value != "0" => {
+                bail!("-{name} {key}={value} shows a part of a file as the disk; copy that part into an image of its own")
+            }
+            _ if key.split('.').any(|part| part == "data-file") => {
+                bail!("-{name} {key}={value}: the image keeps its data in another file; {CONVERT}")
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// As QEMU finds it: what stands before a colon, if no slash comes first. `file:` is none.
+fn protocol_of(path: &str) -> Option<&str> {
+    let (name, _) = path.split_at(path.find([':', '/'])?);
+    path[name.len()..].starts_with(':').then_some(name)
+}
+
+/// An image that no device has is no disk of the VM, so no checkpoint holds it; a restored QEMU would open the old one.
+pub fn check_unused(options: &[QemuOption]) -> Result<()> {
+    let forms: Vec<(usize, Form)> =
+        options.iter().enumerate().filter(|(_, option)| option.value.is_some()).map(|(at, option)| (at, Form::of(option))).collect();
+    for (at, form) in forms.iter().filter(|(at, _)| options[*at].name == "blockdev") {
+        let Some(node) = form.get("node-name") else { continue };
+        let names_file = form.scalars().iter().any(|(key, _)| key.rsplit('.').next() == Some("filename"));
+        let is_user = |(other, form): &(usize, Form)| {
+            let is_reference =
+                |(key, value): &(String, String)| *value == node && !["id", "node-name", "name", "serial"].contains(&key.as_str());
+            other != at && form.deep_scalars().iter().any(is_reference)
+        };
+        if names_file && !forms.iter().any(is_user) {
+            bail!(
+                "-blockdev node-name={node} is used by no device, so no checkpoint would hold its image; leave it out, or give it to a device"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use qemu_cmdline::parse;
+
+    fn options(line: &str) -> Vec<QemuOption> {
+        parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>()).unwrap()
+    }
+
+    #[test]
+    fn disks_that_would_be_others_are_refused_in_every_form() {
+        for line in [
+            "-drive file=a,snapshot=on",
+            "-drive file=a,snapshot",
+            "-drive snapshot,file=a",
+            r#"-drive file=json:{"driver":"raw",,"offset":512,,"file":{"driver":"file",,"filename":"a"}}"#,
+            "-drive file=a,format=raw,offset=1048576",
+            "-blockdev driver=raw,node-name=d,size=4096,file.driver=file,file.filename=a",
+            r#"-blockdev {"driver":"raw","node-name":"d","offset":512,"file":"f"}"#,
+            "-blockdev driver=qcow2,node-name=d,file=f,data-file.driver=file,data-file.filename=x",
+            "-blockdev driver=qcow2,node-name=d,file=f,data-file=x",
+            r#"-blockdev {"driver":"qcow2","node-name":"d","file":"f","data-file":{"driver":"file","filename":"x"}}"#,
+            "-blockdev driver=quorum,node-name=q,children.0=a,children.1=b",
+            "-blockdev blkdebug,node-name=b,image=a",
+            "-blockdev driver=raw,node-name=b,file.driver=nbd,file.server.type=unix,file.server.path=/x",
+            "-blockdev null-co,node-name=n,size=1G",
+            "-blockdev snapshot-access,node-name=n,file=f",
+            "-drive driver=null-co,size=1G",
+            "-drive file=a.vmdk,format=vmdk",
+            "-drive file=nbd:host:1",
+            "-drive file=nbd+unix:///x?socket=/y",
+            "-hda http://host/x.img",
+            "-cdrom fat:rw:dir",
+            "-drive file=blkdebug::a",
+        ] {
+            assert!(check(&options(line)).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn ordinary_disks_pass() {
+        for line in [
+            "-drive file=/a:b.img,format=raw,snapshot=off -hda ./c:d.img -drive file=file:x,if=virtio,cache=none,bps-size=1 -drive if=none,id=cd",
+            r#"-blockdev {"driver":"qcow2","node-name":"d","backing":null,"file":{"driver":"file","filename":"a"}}"#,
+            "-blockdev driver=raw,offset=0,node-name=d,file.driver=host_device,file.filename=/dev/vg/lv -cdrom x.iso",
+            "-drive file=snapshot,id=offset,format=raw",
+        ] {
+            check(&options(line)).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_image_without_a_device_is_refused() {
+        let spare = "-blockdev driver=qcow2,node-name=spare,file.driver=file,file.filename=s";
+        assert!(check_unused(&options(spare)).unwrap_err().to_string().contains("spare"));
+        assert!(check_unused(&options(&format!("{spare} -device x,id=spare,serial=spare"))).is_err());
+        for user in ["-device ide-hd,drive=spare", r#"-device {"driver":"x","drive":"spare"}"#, "-machine q35,pflash0=spare"] {
+            check_unused(&options(&format!("{spare} {user}"))).unwrap();
+        }
+        check_unused(&options("-blockdev driver=file,filename=a,node-name=f -blockdev driver=raw,file=f,node-name=d -device x,drive=d"))
+            .unwrap();
+    }
+}

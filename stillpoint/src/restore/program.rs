@@ -1,0 +1,89 @@
+//! Which QEMU of this host restores a VM.
+//!
+//! The checkpoint names the program that it was taken of, but whoever can write the store can write that name. So only its
+//! last part counts, if it is that of a QEMU, and is looked for where this host has its programs.
+
+use crate::exit::refused;
+use crate::launch;
+use crate::launch::probe::{self, QemuFacts};
+use anyhow::Result;
+use checkpoint_format::MachineRecord;
+use std::path::{Path, PathBuf};
+
+const DEFAULT: &str = "qemu-system-x86_64";
+/// Where scripts/install-deps puts a second QEMU.
+const BESIDE: &str = "/opt/stillpoint";
+
+/// The program that its user names, else the first of this host that knows the machine type.
+pub fn find(named: Option<&str>, record: &MachineRecord, plugin: &Path) -> Result<(PathBuf, QemuFacts)> {
+    let programs = match named {
+        Some(name) => vec![launch::find_program(name)?],
+        None => candidates(base_name(&record.program))?,
+    };
+    let mut older = None;
+    for program in programs {
+        match probe::probe(&program, plugin) {
+            Ok(facts) if knows(&facts, &record.machine_type) => return Ok((program, facts)),
+            Ok(facts) => older = older.or(Some(Ok(facts))),
+            Err(error) => older = older.or(Some(Err(error))),
+        }
+    }
+    let facts = older.unwrap_or_else(|| Err(refused("this host has no QEMU; name one by --qemu")))?;
+    Err(too_old(&facts, record))
+}
+
+fn knows(facts: &QemuFacts, machine_type: &str) -> bool {
+    facts.machines.iter().any(|machine| machine.name == machine_type)
+}
+
+/// A QEMU too old for the machine type would build another machine.
+fn too_old(facts: &QemuFacts, record: &MachineRecord) -> anyhow::Error {
+    refused(format!(
+        "QEMU {} does not know the machine type {}; the checkpoint was taken with QEMU {}: name a QEMU as new as that by --qemu",
+        facts.version, record.machine_type, record.qemu_version
+    ))
+}
+
+/// The name to look for, never a path.
+fn base_name(recorded: &str) -> &str {
+    let name = recorded.rsplit('/').next().unwrap_or_default();
+    let is_letter = |letter: char| letter.is_ascii_alphanumeric() || "-_.".contains(letter);
+    let is_qemu = name == "kvm" || name == "qemu-kvm" || name.starts_with("qemu-system-");
+    if is_qemu && name.chars().all(is_letter) { name } else { DEFAULT }
+}
+
+/// On the PATH, then beside it.
+fn candidates(name: &str) -> Result<Vec<PathBuf>> {
+    let mut found: Vec<PathBuf> = launch::find_program(name).into_iter().collect();
+    if name != DEFAULT {
+        found.extend(launch::find_program(DEFAULT));
+    }
+    let prefix = std::env::var_os("STILLPOINT_QEMU_PREFIX").filter(|prefix| !prefix.is_empty()).map(PathBuf::from);
+    let mut beside: Vec<PathBuf> = std::fs::read_dir(BESIDE).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    beside.sort();
+    found.extend(prefix.into_iter().chain(beside).map(|prefix| prefix.join("usr/bin").join(DEFAULT)).filter(|program| program.is_file()));
+    if found.is_empty() {
+        launch::find_program(DEFAULT)?;
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn the_recorded_program_is_a_name_at_most() {
+        for (recorded, name) in [
+            ("/usr/bin/qemu-system-x86_64", "qemu-system-x86_64"),
+            ("/tmp/evil/qemu-system-i386", "qemu-system-i386"),
+            ("/usr/bin/kvm", "kvm"),
+            ("/bin/sh", DEFAULT),
+            ("/tmp/qemu-system-x86_64 -x", DEFAULT),
+            ("../../qemu-system-..", "qemu-system-.."),
+            ("", DEFAULT),
+        ] {
+            assert_eq!(base_name(recorded), name, "{recorded}");
+        }
+    }
+}
