@@ -47,6 +47,12 @@ pub enum TrackerError {
     #[error("cannot scan RAM block '{region}' for written pages; take the next checkpoint as a full one")]
     Scan { region: String, source: io::Error },
 
+    #[error(
+        "cannot watch RAM block '{region}' for pages that a balloon gives back; start the VM without a balloon or without huge page \
+         memory, or use --engine stream"
+    )]
+    Holes { region: String, source: io::Error },
+
     #[error("cannot read pages {pages} of RAM block '{region}' from QEMU; is the process still there?")]
     Read { region: String, pages: PageRange, source: io::Error },
 

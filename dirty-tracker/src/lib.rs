@@ -13,6 +13,7 @@
 mod error;
 mod guest_memory;
 mod handles;
+mod holes;
 mod host_support;
 mod lease;
 mod maps;

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use checkpoint_format::{ByteLen, MAX_SPACE_PAGES, PAGE_SIZE, PageCount, PageIndex, PageRange};
+use checkpoint_format::{ByteLen, ByteOffset, MAX_SPACE_PAGES, PAGE_SIZE, PageCount, PageIndex, PageRange};
 
 use crate::error::TrackerError;
 use crate::guest_memory::GuestMemory;
@@ -102,6 +102,12 @@ impl Region {
     fn wrong(&self, reason: String) -> TrackerError {
         TrackerError::Region { region: self.name.clone(), reason }
     }
+}
+
+/// The pages that hold these bytes of a region.
+pub(crate) fn covering(bytes: Range<u64>) -> PageRange {
+    let end = PageCount::covering(ByteLen(bytes.end));
+    PageRange::new(PageIndex::containing(ByteOffset(bytes.start)), PageIndex(end.0))
 }
 
 #[cfg(test)]

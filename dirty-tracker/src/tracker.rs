@@ -5,12 +5,13 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use checkpoint_format::{ByteLen, ByteOffset, PageCount, PageIndex, PageRange, PageSet};
+use checkpoint_format::{PageRange, PageSet};
 
 use crate::error::TrackerError;
 use crate::handles::PluginHandles;
+use crate::holes::HoleWatch;
 use crate::lease::{DirtyLease, Pending};
-use crate::region::{Region, RegionMemory};
+use crate::region::{Region, RegionMemory, covering};
 use crate::sys::pagemap::{self, Categories, ScanBuffer, Then, scan};
 use crate::sys::write_protect::{protect, register};
 
@@ -28,6 +29,8 @@ impl RegionId {
 struct Tracked {
     region: Region,
     knowledge: Knowledge,
+    /// In a VM with a balloon.
+    holes: Option<HoleWatch>,
 }
 
 /// What this tracker knows about a region.
@@ -55,8 +58,9 @@ enum Knowledge {
 /// Three things are *not* seen, because they do not go through QEMU's page table: writes through another mapping of the
 /// RAM file (a vhost-user daemon, another process, [`GuestMemory::write`](crate::GuestMemory::write)), holes punched into
 /// it, and what a device or the kernel writes into a page that it had pinned before the page was protected (direct I/O in
-/// flight). The first two must be excluded by whoever composes the machine. The third is why everything that protects
-/// ([`Self::lease`], [`Self::protect_all`]) **must be called while the guest is stopped** and its block I/O drained.
+/// flight). The first must be excluded by whoever composes the machine. The second is found after [`Self::watch_holes`]. The
+/// third is why everything that protects ([`Self::lease`], [`Self::protect_all`]) **must be called while the guest is
+/// stopped** and its block I/O drained.
 ///
 /// Until a region has been protected as a whole nothing is known about it, so its first lease has every page that exists.
 /// That includes the first lease after a restart of this process, although the kernel would still know what was written
@@ -90,8 +94,26 @@ impl Tracker {
             register(uffd, &region.addresses()).map_err(|source| TrackerError::Register { region: region.name.clone(), source })?;
         }
         let pending = Arc::new(Pending::new(regions.iter().map(Region::pages)));
-        let regions = regions.into_iter().map(|region| Tracked { region, knowledge: Knowledge::None }).collect();
+        let regions = regions.into_iter().map(|region| Tracked { region, knowledge: Knowledge::None, holes: None }).collect();
         Ok(Self { handles, regions, pending, buffer: Mutex::new(ScanBuffer::new()) })
+    }
+
+    /// From now on pages that are given back count as written: a VM with a balloon needs it. To be called right after
+    /// [`Self::attach`]; what was known before is forgotten.
+    ///
+    /// Found is what QEMU's balloon does: `fallocate(FALLOC_FL_PUNCH_HOLE)` on the RAM file. In private memory the kernel reports
+    /// pages that were discarded, and nothing is needed.
+    pub fn watch_holes(&mut self) -> Result<(), TrackerError> {
+        for tracked in &mut self.regions {
+            tracked.holes = HoleWatch::of(&tracked.region)?;
+            tracked.knowledge = Knowledge::None;
+        }
+        Ok(())
+    }
+
+    /// That [`Self::watch_holes`] can be done for these regions; nothing is watched yet.
+    pub fn can_watch_holes(regions: &[Region]) -> Result<(), TrackerError> {
+        regions.iter().try_for_each(|region| HoleWatch::of(region).map(drop))
     }
 
     pub fn handles(&self) -> &PluginHandles {
@@ -127,6 +149,7 @@ impl Tracker {
                 self.protect_ahead(RegionId(index))?;
                 // A page born between the two calls is protected by now, so nothing else would ever tell of it.
                 self.born_meanwhile_into(RegionId(index), &mut existing)?;
+                self.regions[index].holes.as_mut().map_or(Ok(()), HoleWatch::begin)?;
                 self.regions[index].knowledge = Knowledge::Prepared { existing };
             }
         }
@@ -144,6 +167,7 @@ impl Tracker {
     pub fn protect_all(&mut self) -> Result<(), TrackerError> {
         for index in 0..self.regions.len() {
             self.protect_now(RegionId(index))?;
+            self.regions[index].holes.as_mut().map_or(Ok(()), HoleWatch::begin_stopped)?;
             self.regions[index].knowledge = Knowledge::Complete;
         }
         self.pending.sets().iter_mut().for_each(PageSet::clear);
@@ -160,9 +184,15 @@ impl Tracker {
     ///
     /// Only if that lease was settled by a durable checkpoint (or [`Self::protect_all`] came last) and none was begun since.
     /// Whoever calls this must know it from a record that outlives the process; see the comment on the type for what would be
-    /// lost otherwise.
-    pub fn resume_protection(&mut self) {
+    /// lost otherwise. Says whether it can be: not when holes are watched and this tracker had no lease yet, because
+    /// nobody saw those punched in between.
+    pub fn resume_protection(&mut self) -> bool {
+        let is_unseen = |tracked: &Tracked| tracked.holes.is_some() && !matches!(tracked.knowledge, Knowledge::Complete);
+        if self.regions.iter().any(is_unseen) {
+            return false;
+        }
         self.regions.iter_mut().for_each(|tracked| tracked.knowledge = Knowledge::Complete);
+        true
     }
 
     /// An empty lease, to be filled by [`Self::lease`].
@@ -181,18 +211,31 @@ impl Tracker {
         }
         let mut pages = PageSet::new(tracked.region.pages());
         std::mem::swap(&mut pages, &mut self.pending.sets()[id.0]);
+        let mut written = PageSet::new(pages.len());
         let taken = match &self.regions[id.0].knowledge {
-            Knowledge::None => self.take_everything(id, &mut pages),
+            Knowledge::None => self.take_everything(id, &mut written),
             Knowledge::Prepared { existing } => {
                 pages.union_with(existing);
-                self.scan_into(id, Categories::WRITTEN, Then::Protect, &mut pages)
+                self.scan_into(id, Categories::WRITTEN, Then::Protect, &mut written)
             }
-            Knowledge::Complete => self.scan_into(id, Categories::WRITTEN, Then::Protect, &mut pages),
+            Knowledge::Complete => self.scan_into(id, Categories::WRITTEN, Then::Protect, &mut written),
         };
+        pages.union_with(&written);
+        let given_back = self.given_back_into(id, &written, &mut pages);
         lease.add(id.0, &pages);
-        taken?;
+        taken.and(given_back)?;
         self.regions[id.0].knowledge = Knowledge::Complete;
         Ok(pages)
+    }
+
+    /// Pages that were given back and that no [`Self::scan`] has told of.
+    fn given_back_into(&mut self, id: RegionId, written: &PageSet, pages: &mut PageSet) -> Result<(), TrackerError> {
+        let Tracked { holes: Some(holes), knowledge, .. } = &mut self.regions[id.0] else { return Ok(()) };
+        match knowledge {
+            Knowledge::None => holes.begin_stopped()?,
+            Knowledge::Prepared { .. } | Knowledge::Complete => pages.union_with(&holes.claim(written)?),
+        }
+        Ok(())
     }
 
     /// The first lease of a region, unprepared: every page that exists, and protection for all.
@@ -213,23 +256,30 @@ impl Tracker {
     }
 
     /// The dirty pages as they are now, taking nothing and protecting nothing: a look, good while the guest runs.
-    pub fn scan(&self, id: RegionId) -> Result<PageSet, TrackerError> {
-        let mut pages = self.pending_of(id)?;
+    ///
+    /// Where holes are watched this finds most of them; a lease right after it has little of that to do.
+    pub fn scan(&mut self, id: RegionId) -> Result<PageSet, TrackerError> {
+        let mut pages = PageSet::new(self.tracked(id)?.region.pages());
         match &self.tracked(id)?.knowledge {
-            Knowledge::None => {
-                self.populated_into(id, &mut pages)?;
-                return Ok(pages);
+            Knowledge::None => self.populated_into(id, &mut pages)?,
+            Knowledge::Prepared { .. } | Knowledge::Complete => {
+                self.scan_into(id, Categories::WRITTEN, Then::Leave, &mut pages)?;
+                self.look_for_holes(id, &pages)?;
             }
-            Knowledge::Prepared { existing } => pages.union_with(existing),
-            Knowledge::Complete => {}
         }
-        self.scan_into(id, Categories::WRITTEN, Then::Leave, &mut pages)?;
+        if let Knowledge::Prepared { existing } = &self.tracked(id)?.knowledge {
+            pages.union_with(existing);
+        }
+        pages.union_with(&self.pending.sets()[id.0]);
         Ok(pages)
     }
 
-    fn pending_of(&self, id: RegionId) -> Result<PageSet, TrackerError> {
-        let sets = self.pending.sets();
-        sets.get(id.0).cloned().ok_or(TrackerError::UnknownRegion(id.0))
+    fn look_for_holes(&mut self, id: RegionId, written: &PageSet) -> Result<(), TrackerError> {
+        if let Some(holes) = &mut self.regions[id.0].holes {
+            let found = holes.look(written)?;
+            self.pending.sets()[id.0].union_with(&found);
+        }
+        Ok(())
     }
 
     /// The pages that exist; all others are zero.
@@ -276,6 +326,7 @@ impl Tracker {
             return Err(TrackerError::OutOfRange { name: region.name.clone(), start: bytes.start, end: bytes.end, len: region.bytes });
         }
         match &region.memory {
+            RegionMemory::Shared(memory) if self.regions[id.0].holes.is_some() => memory.read_sparse(bytes.start, out),
             RegionMemory::Shared(memory) => memory.read(bytes.start, out),
             RegionMemory::Private => self
                 .handles
@@ -284,10 +335,4 @@ impl Tracker {
                 .map_err(|source| TrackerError::Read { region: region.name.clone(), pages, source }),
         }
     }
-}
-
-/// The pages that hold these bytes of a region.
-fn covering(bytes: Range<u64>) -> PageRange {
-    let end = PageCount::covering(ByteLen(bytes.end));
-    PageRange::new(PageIndex::containing(ByteOffset(bytes.start)), PageIndex(end.0))
 }

@@ -68,3 +68,28 @@ fn costs() {
         measure('p', prepared);
     }
 }
+
+/// A VM of 12 GiB, of which so much is in use: what watching for holes adds to a lease, and what it costs before.
+#[test]
+#[ignore = "takes 4 GiB of memory and prints figures"]
+fn costs_of_watching_for_holes() {
+    for (used, watched) in [(1, false), (1, true), (4, false), (4, true)] {
+        println!("12 GiB of shared memory, {used} GiB in use, {}", if watched { "watched for holes" } else { "not watched" });
+        let mut guest = StandIn::start(12 * PAGES, 1);
+        (0..used).for_each(|gib| guest.write('s', &(gib * 2 * PAGES..(gib * 2 + 1) * PAGES).collect::<Vec<_>>()));
+        let (mut tracker, shared, _) = if watched { guest.attach_watching() } else { guest.attach() };
+        timed("prepare", || tracker.prepare().unwrap());
+        lease(&mut tracker, shared, "first lease");
+        timed("look: nothing happened", || tracker.scan(shared).unwrap());
+        lease(&mut tracker, shared, "lease: nothing happened");
+        guest.write('s', &(0..PAGES).step_by(64).collect::<Vec<_>>());
+        lease(&mut tracker, shared, "lease: every 64th page of 1 GiB written");
+        if watched {
+            (0..PAGES / 4).step_by(16).for_each(|page| guest.act('x', 's', &[page, 8]));
+            timed("look: 128 MiB given back in runs of 8 pages", || tracker.scan(shared).unwrap());
+            lease(&mut tracker, shared, "lease of these");
+            (PAGES / 4..PAGES / 2).step_by(16).for_each(|page| guest.act('x', 's', &[page, 8]));
+            lease(&mut tracker, shared, "lease without a look: 128 MiB given back in runs of 8 pages");
+        }
+    }
+}

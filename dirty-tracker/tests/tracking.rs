@@ -238,7 +238,7 @@ fn leases_and_regions_of_another_tracker_are_refused() {
     let (other, _, _) = guest.attach();
     let mut lease = other.begin_lease();
     assert!(matches!(tracker.lease(shared, &mut lease), Err(TrackerError::ForeignLease)));
-    let small = Tracker::attach(guest.handles(), guest.regions().drain(..1).collect()).unwrap();
+    let mut small = Tracker::attach(guest.handles(), guest.regions().drain(..1).collect()).unwrap();
     assert!(matches!(small.scan(private), Err(TrackerError::UnknownRegion(1))));
 }
 

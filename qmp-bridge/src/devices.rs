@@ -20,13 +20,9 @@ pub struct GuestDevice {
 }
 
 impl GuestDevice {
-    /// Why the tracker would miss writes with this device, though QEMU's own migration stream would not.
-    pub fn tracker_refusal(&self) -> Option<&'static str> {
-        self.is_balloon().then_some("it punches holes into guest memory, which no page fault shows; unplug it")
-    }
-
+    /// Whether it gives the guest's pages back to the host, which the tracker must watch for.
     pub fn is_balloon(&self) -> bool {
-        self.kind.starts_with("virtio-balloon")
+        self.kind.starts_with("virtio-balloon") || self.kind.starts_with("hv-balloon")
     }
 
     /// Why a checkpoint with this device would be wrong, whatever takes it; `None` if it is fine.
@@ -93,8 +89,8 @@ mod test {
                 .all(refused)
         );
         assert!(!["virtio-blk-pci", "virtio-net-pci", "e1000e", "virtio-rng-pci", "virtio-balloon-pci"].into_iter().any(refused));
-        let untracked = |kind: &str| GuestDevice { path: "/x".into(), kind: kind.into() }.tracker_refusal().is_some();
-        assert!(untracked("virtio-balloon-pci") && !untracked("virtio-blk-pci"));
+        let balloon = |kind: &str| GuestDevice { path: "/x".into(), kind: kind.into() }.is_balloon();
+        assert!(balloon("virtio-balloon-pci-transitional") && balloon("hv-balloon") && !balloon("virtio-blk-pci"));
         let row = json!({"name": "device[0]", "type": "child<virtio-blk-pci>"});
         let device = parse(PARENTS[1], &row).expect("device");
         assert_eq!(device.path, "/machine/peripheral-anon/device[0]");

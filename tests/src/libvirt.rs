@@ -185,8 +185,6 @@ impl Drop for Libvirt<'_> {
 pub struct Shape {
     /// `<memoryBacking>` with a shared memfd.
     pub shared_memory: bool,
-    /// What libvirt gives to every domain that does not say no.
-    pub balloon: bool,
 }
 
 /// A running domain.
@@ -236,7 +234,6 @@ pub fn monitor(directory: &Path) -> PathBuf {
 /// As people have them (docs/libvirt.md), but for the accelerator and the kernel from a file.
 fn domain_xml(qemu: &Path, name: &str, directory: &Path, shape: Shape, more: &[String]) -> String {
     let memory = if shape.shared_memory { "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>" } else { "" };
-    let balloon = if shape.balloon { "" } else { "<memballoon model='none'/>" };
     let extra = format!("unix:{},server=on,wait=off", directory.join("extra.sock").display());
     let monitor = format!("unix:{},server=on,wait=off", monitor(directory).display());
     let words = ["-qmp", &monitor, "-qmp", &extra].map(str::to_owned);
@@ -271,7 +268,6 @@ witness.check=6144</cmdline>
     <interface type='user'><model type='virtio'/></interface>
     <serial type='file'><source path='{directory}/serial.log'/></serial>
     <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
-    {balloon}
   </devices>
   <qemu:commandline>
     {arguments}</qemu:commandline>

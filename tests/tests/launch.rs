@@ -11,7 +11,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("-chardev null,id=c -device vhost-user-blk-pci,chardev=c", "vhost-user-blk-pci", "use the virtio device"),
     ("-chardev null,id=c -netdev vhost-user,id=n,chardev=c", "vhost-user", "use tap, user or bridge"),
     ("-device vfio-pci,host=00:01.0", "vfio-pci", "use an emulated"),
-    ("-device virtio-balloon-pci", "virtio-balloon", "leave the balloon out"),
+    ("-device virtio-balloon-pci,free-page-hint=on", "free-page-hint", "leave free-page-hint out"),
     ("-device virtio-mem-pci,memdev=m", "virtio-mem", "by -m"),
     ("-device ivshmem-doorbell,chardev=c", "ivshmem", "use"),
     ("-incoming defer", "incoming", "stillpoint restore"),

@@ -32,7 +32,7 @@ fn a_domain_is_checkpointed_by_its_second_monitor() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let libvirt = Libvirt::up(&lab);
-        let domain = libvirt.start("web1", Shape { shared_memory: false, balloon: true }, &[]);
+        let domain = libvirt.start("web1", Shape { shared_memory: false }, &[]);
         domain.wait_for_witness();
         lab.run(&["attach", "--qmp", text(&domain.monitor()), "--store", lab.store(), "--name", "web1"]).expect_success();
 
@@ -69,7 +69,7 @@ fn the_hook_attaches_a_domain_that_has_the_plugin() {
     libvirt.configure("db1", "");
     let plugin = format!("file={},socket={}", libvirt.plugin().display(), lab.path().join("db1.plugin").display());
     let words = ["-plugin".to_owned(), plugin];
-    let domain = libvirt.start("db1", Shape { shared_memory: true, balloon: false }, &words);
+    let domain = libvirt.start("db1", Shape { shared_memory: true }, &words);
     assert!(wait_until(PATIENCE, || answers(lab, "db1")), "the hook attaches nobody: {:?}", libvirt.hook_log("db1"));
     let helper = domain.helper();
 
@@ -102,7 +102,7 @@ fn the_hook_is_in_nobodys_way() {
     libvirt.configure("broken", "sleep 30\nif (\n");
     for name in ["broken", "unknown"] {
         let begun = Instant::now();
-        let domain = libvirt.start(name, Shape { shared_memory: false, balloon: true }, &[]);
+        let domain = libvirt.start(name, Shape { shared_memory: false }, &[]);
         assert!(begun.elapsed() < START_WITH_HOOK, "{name} took {:?} to start", begun.elapsed());
         assert_eq!(domain.state(), "running", "{name}");
         let begun = Instant::now();

@@ -7,6 +7,7 @@
 //! w write one byte in each page          r read one byte of each page
 //! d discard each page (MADV_DONTNEED)    h ask for huge pages, for the whole memory
 //! o write through another mapping        i install the plugin again; answers with the code
+//! x FIRST COUNT give pages back in one call, as QEMU's balloon does: a hole in the file, and MADV_DONTNEED
 //! ```
 #![allow(unsafe_code)]
 
@@ -55,6 +56,17 @@ impl Memory {
     fn read(&self, page: usize) {
         // SAFETY: as for `write`.
         unsafe { self.at(page).read_volatile() };
+    }
+
+    /// QEMU's `ram_block_discard_range`.
+    fn give_back(&self, file: Option<RawFd>, first: usize, count: usize) {
+        let (offset, len) = ((first * PAGE) as i64, (count * PAGE) as i64);
+        if let Some(fd) = file {
+            // SAFETY: takes integers; nothing here relies on the content of the file.
+            let result = unsafe { libc::fallocate(fd, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len) };
+            assert_eq!(result, 0, "fallocate");
+        }
+        self.advise(first, count, libc::MADV_DONTNEED);
     }
 
     fn advise(&self, page: usize, pages: usize, advice: c_int) {
@@ -117,6 +129,10 @@ fn main() {
                 pages.for_each(|page| other.write(page));
             }
             "d" => pages.for_each(|page| memory.advise(page, 1, libc::MADV_DONTNEED)),
+            "x" => {
+                let [first, count] = pages.collect::<Vec<usize>>()[..] else { panic!("x FIRST COUNT") };
+                memory.give_back(std::ptr::eq(memory, &shared).then_some(fd), first, count);
+            }
             "h" => memory.advise(0, memory.pages, libc::MADV_HUGEPAGE),
             "i" => {
                 println!("{}", call(install, socket, ram_fd));

@@ -7,6 +7,7 @@ pub mod pagemap;
 pub mod read_mapping;
 pub mod receive;
 pub mod scratch;
+pub mod watch_mapping;
 pub mod write_protect;
 
 // Each side uses its half of these.

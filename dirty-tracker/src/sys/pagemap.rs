@@ -18,6 +18,8 @@ impl Categories {
     pub const WRITTEN: Self = Self(1 << 1);
     /// In memory.
     pub const PRESENT: Self = Self(1 << 3);
+    /// Not in memory. Cheaper to ask for than [`Self::PRESENT`] where most pages are.
+    pub const ABSENT: Self = Self(0);
     /// In memory or swapped out. Pages that are protected but do not exist yet count as swapped out.
     pub const PRESENT_OR_SWAPPED: Self = Self(1 << 3 | 1 << 4);
 }
@@ -63,6 +65,9 @@ impl ScanArg {
         if categories == Categories::WRITTEN {
             arg.category_mask = categories.0;
             arg.flags = CHECK_WPASYNC;
+        } else if categories == Categories::ABSENT {
+            arg.category_inverted = Categories::PRESENT.0;
+            arg.category_mask = Categories::PRESENT.0;
         } else {
             arg.category_anyof_mask = categories.0;
         }
@@ -228,6 +233,7 @@ mod test {
         fixture.write(&[3]);
         assert_eq!(fixture.scan(Categories::WRITTEN, Then::Leave, 8), [0..PAGES]);
         assert_eq!(fixture.scan(Categories::PRESENT, Then::Leave, 8), [3..4]);
+        assert_eq!(fixture.scan(Categories::ABSENT, Then::Leave, 8), [0..3, 4..PAGES]);
     }
 
     #[test]

@@ -147,6 +147,13 @@ impl StandIn {
         ]
     }
 
+    /// The same with holes watched, as for a VM with a balloon.
+    pub fn attach_watching(&self) -> (Tracker, RegionId, RegionId) {
+        let (mut tracker, shared, private) = self.attach();
+        tracker.watch_holes().expect("holes can be watched");
+        (tracker, shared, private)
+    }
+
     /// A tracker, and the numbers of the shared and the private region.
     pub fn attach(&self) -> (Tracker, RegionId, RegionId) {
         let tracker = Tracker::attach(self.handles(), self.regions()).expect("tracking starts");

@@ -12,7 +12,6 @@ use crate::launch;
 use crate::launch::arguments::{self, QemuOption};
 use crate::launch::probe::{self, QemuFacts};
 use crate::launch::process::QemuProcess;
-use crate::launch::refuse::{self, Rules};
 use crate::runtime::{MachineFile, Unprepared};
 use anyhow::{Context, Result};
 use qmp_bridge::Qmp;
@@ -46,7 +45,6 @@ impl Plan {
         let there = unprepared(&machine.file)?;
         let process = QemuProcess::read(machine.pid)?;
         let options = arguments::parse(&machine.file.arguments)?;
-        refuse::check(&options, Rules::Tracked, &process.directory).map_err(|error| refused(error.to_string()))?;
         host::check(&process, machine.file.ram_bytes)?;
         if can_pre_copy_live(&machine.facts).is_err() {
             memory::check_readable(machine.pid)?;

@@ -50,10 +50,8 @@ impl Base {
         let mut tables = empty_tables(names, disks.len());
         lineage.digests(repository, &mut tables).await.context("reading what the last checkpoint holds")?;
         let marks = marks.and_then(|marks| marks.of(&lineage.identities));
-        let is_exact = machine.has_tracker() && marks.is_some_and(|marks| marks.is_exact);
-        if is_exact {
-            machine.lock_tracker()?.resume_protection();
-        }
+        let is_known = machine.has_tracker() && marks.is_some_and(|marks| marks.is_exact);
+        let is_exact = is_known && machine.lock_tracker()?.resume_protection();
         tracing::info!(%vm, parent = %manifest.seq, is_exact, has_bitmaps = marks.is_some(), "continuing a lineage");
         let mut spaces = spaces(machine, disks, tables);
         spaces.iter_mut().for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());

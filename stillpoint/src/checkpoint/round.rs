@@ -32,7 +32,7 @@ pub fn count(taken: &Taken) -> PageCount {
 
 /// Dirty pages at this moment; nothing is taken.
 pub fn look(machine: &Machine) -> Result<PageCount> {
-    let tracker = machine.lock_tracker()?;
+    let mut tracker = machine.lock_tracker()?;
     let ids: Vec<RegionId> = tracker.regions().map(|(id, _)| id).collect();
     let mut dirty = 0;
     for id in ids {

@@ -128,7 +128,7 @@ impl Machine {
     }
 
     async fn refusal(&self, device: &GuestDevice) -> Result<Option<&'static str>> {
-        if let Some(why) = device.refusal().or_else(|| device.tracker_refusal().filter(|_| self.has_tracker())) {
+        if let Some(why) = device.refusal() {
             return Ok(Some(why));
         }
         if device.is_balloon() && devices::hints_free_pages(&self.qmp, device).await.context("asking QEMU for its balloon")? {
@@ -252,8 +252,16 @@ async fn look(qmp: &Qmp, handles: Option<PluginHandles>, main: &str) -> Result<(
 async fn track(qmp: &Qmp, handles: PluginHandles, main: &str) -> Result<(Vec<RamBlock>, Arc<Mutex<Tracker>>)> {
     let blocks = ram_blocks(qmp, &handles, main).await?;
     let regions = regions(&handles, &blocks, main)?;
-    let tracker = Tracker::attach(handles, regions).context("tracking the guest's memory")?;
+    let mut tracker = Tracker::attach(handles, regions).context("tracking the guest's memory")?;
+    if has_balloon(qmp).await? {
+        tracker.watch_holes().context("watching for pages that the balloon gives back")?;
+    }
     Ok((blocks, Arc::new(Mutex::new(tracker))))
+}
+
+async fn has_balloon(qmp: &Qmp) -> Result<bool> {
+    let devices = devices::guest_devices(qmp).await.context("asking QEMU for its devices")?;
+    Ok(devices.iter().any(GuestDevice::is_balloon))
 }
 
 /// Blocks with the addresses that the tracker needs: printed by QEMU, or found in its heap where it is too old to say.
@@ -283,7 +291,11 @@ pub async fn can_track(qmp: &Qmp, socket: PathBuf, main: &str) -> Result<()> {
     let handles = connect.await.context("connecting to the plugin was cut off")??;
     handles.uffd()?;
     let blocks = ram_blocks(qmp, &handles, main).await?;
-    regions(&handles, &blocks, main).map(drop)
+    let regions = regions(&handles, &blocks, main)?;
+    if has_balloon(qmp).await? {
+        Tracker::can_watch_holes(&regions)?;
+    }
+    Ok(())
 }
 
 fn regions(handles: &PluginHandles, blocks: &[RamBlock], main: &str) -> Result<Vec<Region>> {
@@ -324,7 +336,10 @@ fn own_file(pid: u32, inode: u64, shown: &str) -> Result<File> {
     let is_it = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|facts| facts.ino() == inode && facts.is_file());
     let is_memory = |path: &PathBuf| std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:"));
     match files.flatten().map(|file| file.path()).find(|path| is_it(path) && is_memory(path)) {
-        Some(path) => File::open(&path).with_context(|| format!("opening the guest's memory by {}", path.display())),
+        // For writing, because only such a file can be watched for holes; nothing is written.
+        Some(path) => {
+            File::options().read(true).write(true).open(&path).with_context(|| format!("opening the guest's memory by {}", path.display()))
+        }
         None => Err(refused(format!(
             "the guest's memory is the file {shown}, which others can write or cut off unseen; use a memory-backend-memfd"
         ))),

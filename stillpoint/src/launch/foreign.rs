@@ -2,7 +2,7 @@
 //!
 //! What is common with `stillpoint run` is in [`super::normalize`]; here stands what only a running stranger needs: its
 //! memory objects go, as ours takes their place; so does what belongs to its process; the accelerator is the one that it
-//! has. What no engine can save is refused; what only the tracker cannot follow is told.
+//! has. What no engine can save is refused.
 
 use super::arguments::QemuOption;
 use super::form::Form;
@@ -31,8 +31,6 @@ pub struct Foreign {
     pub manager: Option<Manager>,
     /// Where our plugin listens, if it sits there.
     pub plugin: Option<PathBuf>,
-    /// Why the tracker could not see all writes.
-    pub no_tracker: Option<String>,
 }
 
 const NETWORK: &[&str] = &["net", "netdev", "nic", "nodefaults"];
@@ -53,7 +51,6 @@ pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<
     let options: Vec<QemuOption> = options.into_iter().map(without_revision).collect();
     let refuse = |error: anyhow::Error| refused(error.to_string());
     refuse::check(&options, Rules::Always, hold.directory).map_err(refuse)?;
-    let no_tracker = refuse::check(&options, Rules::Tracked, hold.directory).err().map(|error| error.to_string());
     let manager = Manager::of(&options);
     let plugin = options.iter().find_map(inherited::plugin_socket).map(|socket| hold.directory.join(socket));
     let memory = memory::take_out(options).map_err(refuse)?;
@@ -64,7 +61,7 @@ pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<
     let ram_block = memory.block.unwrap_or_else(|| normalized.ram_block.clone());
     let (machine_type, ram_bytes) = (normalized.machine_type.clone(), normalized.ram_bytes);
     check(&normalized, &ram_block, said)?;
-    Ok(Foreign { options: normalized.options, machine_type, accelerator, ram_bytes, ram_block, dropped, manager, plugin, no_tracker })
+    Ok(Foreign { options: normalized.options, machine_type, accelerator, ram_bytes, ram_block, dropped, manager, plugin })
 }
 
 /// QEMU makes its default network card unless one of these stands on the command line itself; a configuration file's do not count.

@@ -1,11 +1,11 @@
 //! What cannot be checkpointed is refused before anything is done, with the reason and what to do instead.
 //!
 //! The tracker sees every write that goes through QEMU's own mapping of guest RAM: vCPUs, emulated devices, vhost
-//! in the kernel. It does not see a process or a piece of hardware that writes through a mapping of its own, nor
-//! holes punched into the memory. Such a machine would be saved wrongly without a sign, so it is not started.
+//! in the kernel. It does not see a process or a piece of hardware that writes through a mapping of its own. Such a
+//! machine would be saved wrongly without a sign, so it is not started.
 //!
-//! QEMU's own migration stream sees holes too, and does not ask whose memory it is. So a machine that is attached by its
-//! monitor may have what one of ours may not; what no engine can save is refused to both.
+//! QEMU's own migration stream does not ask whose memory it is. So a machine that is attached by its monitor may have what
+//! one of ours may not; what no engine can save is refused to both.
 
 use super::arguments::QemuOption;
 use super::form::Form;
@@ -19,8 +19,6 @@ use std::path::Path;
 pub enum Rules {
     /// No engine can save it.
     Always,
-    /// The tracker cannot follow it; the stream can.
-    Tracked,
     /// Only a machine that we start: it gets memory of ours, and must come up by itself.
     Launched,
 }
@@ -74,13 +72,7 @@ const DEVICES: &[Rule] = &[
         "an assigned device writes guest RAM by DMA, past the page tables",
         "use an emulated or vhost (kernel) device",
     ),
-    ("virtio-balloon", Rules::Tracked, "the balloon punches holes into guest RAM, which no page fault shows", "leave the balloon out"),
-    (
-        "virtio-mem",
-        Rules::Always,
-        "virtio-mem punches holes into guest RAM, which no page fault shows",
-        "give the machine all of its memory by -m",
-    ),
+    ("virtio-mem", Rules::Always, "a checkpoint knows one memory, the machine's own", "give the machine all of its memory by -m"),
     ("virtio-pmem", Rules::Always, "virtio-pmem maps a file that is no part of the checkpoint", "use a virtio-blk disk"),
     ("nvdimm", Rules::Always, "an NVDIMM maps a file that is no part of the checkpoint", "use a virtio-blk disk"),
     ("pc-dimm", Rules::Always, "a checkpoint knows one memory, the machine's own", "give the machine all of its memory by -m"),
@@ -121,10 +113,8 @@ const UNENCRYPTED: &str = "run the guest without it";
 
 /// `directory` is QEMU's working directory.
 pub fn check(options: &[QemuOption], rules: Rules, directory: &Path) -> Result<()> {
-    if rules != Rules::Tracked {
-        check_known(options, directory)?;
-        refuse_disks::check(options)?;
-    }
+    check_known(options, directory)?;
+    refuse_disks::check(options)?;
     if rules == Rules::Launched {
         check_descriptors(options)?;
         refuse_disks::check_unused(options)?;
@@ -190,11 +180,11 @@ fn check_option(option: &QemuOption, rules: Rules) -> Result<()> {
         "numa" if rules == Rules::Launched && form.has("memdev") => {
             bail!("-numa memdev=… gives the guest RAM of its own, which the tracker does not map; use -numa node,cpus=… without memdev")
         }
-        "global" if rules != Rules::Tracked => check_global(option),
-        "icount" if rules != Rules::Tracked && form.has("rr") => {
+        "global" => check_global(option),
+        "icount" if form.has("rr") => {
             bail!("-icount rr=… records or replays, and QEMU saves no state of that; leave rr out")
         }
-        "netdev" | "nic" if rules != Rules::Tracked => check_network(&option.name, &form),
+        "netdev" | "nic" => check_network(&option.name, &form),
         _ => Ok(()),
     }
 }
@@ -204,10 +194,10 @@ fn check_device(form: &Form, rules: Rules) -> Result<()> {
     if let Some((_, _, why, remedy)) = find(DEVICES, rules, |prefix| driver.starts_with(prefix)) {
         bail!("-device {driver} cannot be checkpointed: {why}; {remedy}");
     }
-    if rules != Rules::Tracked && UNMIGRATABLE.contains(&driver.as_str()) {
+    if UNMIGRATABLE.contains(&driver.as_str()) {
         bail!("-device {driver} cannot be checkpointed: QEMU itself cannot save its state; use another device");
     }
-    if rules == Rules::Always && form.is_on("free-page-hint") {
+    if form.is_on("free-page-hint") {
         bail!("-device {driver},free-page-hint=on keeps pages out of QEMU's migration stream; leave free-page-hint out");
     }
     Ok(())
@@ -226,7 +216,7 @@ fn check_machine(form: &Form, rules: Rules) -> Result<()> {
         bail!("-machine memory-backend={backend} gives the guest RAM of its own; {LEAVE_MEMORY}");
     }
     for key in ["confidential-guest-support", "memory-encryption"] {
-        if let Some(object) = form.get(key).filter(|_| rules != Rules::Tracked) {
+        if let Some(object) = form.get(key) {
             bail!("-machine {key}={object}: {ENCRYPTED}; {UNENCRYPTED}");
         }
     }
@@ -270,7 +260,7 @@ mod test {
         let lines = [
             "-device vhost-user-blk-pci,chardev=c",
             "-device vfio-pci,host=01:00.0",
-            "-device virtio-balloon-pci",
+            "-device virtio-balloon-pci,free-page-hint=on",
             "-object memory-backend-ram,id=m,size=1G",
             "-machine q35,memory-backend=m",
             "-numa node,memdev=m",
@@ -307,10 +297,15 @@ mod test {
     }
 
     #[test]
-    fn the_stream_takes_what_only_the_tracker_cannot() {
-        for line in ["-device virtio-balloon-pci", r#"-device {"driver":"virtio-balloon-pci","id":"balloon0"}"#] {
-            assert!(judged(line, Rules::Always) && !judged(line, Rules::Tracked) && !judged(line, Rules::Launched), "{line}");
+    fn a_balloon_is_no_reason_to_refuse() {
+        let json = r#"-device {"driver":"virtio-balloon-pci","id":"balloon0"}"#;
+        for line in ["-device virtio-balloon-pci", "-device virtio-balloon-pci,free-page-reporting=on", json] {
+            assert!(judged(line, Rules::Always) && judged(line, Rules::Launched), "{line}");
         }
+    }
+
+    #[test]
+    fn an_attached_machine_may_have_memory_of_its_own() {
         for line in [
             "-object memory-backend-ram,id=m,size=1G",
             "-machine q35,memory-backend=m",
@@ -318,7 +313,7 @@ mod test {
             "-mem-path /x",
             "-incoming defer",
         ] {
-            assert!(judged(line, Rules::Always) && judged(line, Rules::Tracked) && !judged(line, Rules::Launched), "{line}");
+            assert!(judged(line, Rules::Always) && !judged(line, Rules::Launched), "{line}");
         }
     }
 

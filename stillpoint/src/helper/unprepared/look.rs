@@ -56,9 +56,6 @@ impl Look {
         let Some(socket) = &found.plugin else {
             return Err("Stillpoint's plugin does not sit in this QEMU".to_owned());
         };
-        if let Some(why) = &found.no_tracker {
-            return Err(why.clone());
-        }
         machine::can_track(&self.qmp, socket.clone(), &found.ram_block).await.map_err(|error| format!("{error:#}"))
     }
 

@@ -1,0 +1,293 @@
+//! Pages that a balloon gives back are reported like written ones, whatever happens to them afterwards.
+
+mod support;
+
+use std::collections::BTreeSet;
+
+use checkpoint_format::{PageIndex, PageRange};
+use dirty_tracker::{DirtyLease, RegionId, Tracker};
+use proptest::prelude::*;
+use support::{PAGE, Receipt, StandIn, numbers};
+
+const MEMORIES: [char; 2] = ['s', 'p'];
+
+fn take(tracker: &mut Tracker, region: RegionId, lease: &mut DirtyLease) -> Vec<u64> {
+    numbers(&tracker.lease(region, lease).unwrap())
+}
+
+fn drain(tracker: &mut Tracker, region: RegionId) -> Vec<u64> {
+    let mut lease = tracker.begin_lease();
+    let pages = take(tracker, region, &mut lease);
+    lease.settle(&Receipt::new());
+    pages
+}
+
+/// A guest whose every page was written and taken once.
+fn full_guest(pages: u64) -> (StandIn, Tracker, [RegionId; 2]) {
+    let guest = StandIn::start(pages, pages);
+    filled(guest, pages)
+}
+
+fn filled(mut guest: StandIn, pages: u64) -> (StandIn, Tracker, [RegionId; 2]) {
+    MEMORIES.iter().for_each(|memory| guest.write(*memory, &(0..pages).collect::<Vec<_>>()));
+    let (mut tracker, shared, private) = guest.attach_watching();
+    tracker.prepare().unwrap();
+    for region in [shared, private] {
+        assert_eq!(drain(&mut tracker, region).len() as u64, pages);
+        assert!(drain(&mut tracker, region).is_empty());
+    }
+    (guest, tracker, [shared, private])
+}
+
+/// Operations of the guest between two leases, and the pages that the second must have.
+const HISTORIES: &[(&str, &[(char, &[u64])], &[u64])] = &[
+    ("given back", &[('x', &[3, 2])], &[3, 4]),
+    ("given back, then read: a page again, of zeros", &[('x', &[3, 2]), ('r', &[3, 4])], &[3, 4]),
+    ("given back, then written", &[('x', &[3, 1]), ('w', &[3])], &[3]),
+    ("written, then given back", &[('w', &[3]), ('x', &[3, 1])], &[3]),
+    ("written, given back, then read", &[('w', &[3]), ('x', &[3, 1]), ('r', &[3])], &[3]),
+    ("given back twice with a read between", &[('x', &[5, 1]), ('r', &[5]), ('x', &[5, 1]), ('r', &[5])], &[5]),
+    ("read only", &[('r', &[3, 4, 1000])], &[]),
+];
+
+#[test]
+fn holes_are_dirty_pages_whatever_happens_to_them_later() {
+    // Also with a look between any two operations: what it finds must not be lost, and what it maps must not hide anything.
+    for with_looks in [false, true] {
+        for (what, operations, expected) in HISTORIES {
+            let (mut guest, mut tracker, regions) = full_guest(1024);
+            for (memory, region) in MEMORIES.into_iter().zip(regions) {
+                for (operation, pages) in *operations {
+                    guest.act(*operation, memory, pages);
+                    if with_looks {
+                        tracker.scan(region).unwrap();
+                    }
+                }
+                let context = format!("{what}, {memory}, looks: {with_looks}");
+                assert_eq!(drain(&mut tracker, region), *expected, "{context}");
+                assert!(drain(&mut tracker, region).iter().all(|page| expected.contains(page)), "{context}: once more at most");
+                tracker.scan(region).unwrap();
+                drain(&mut tracker, region);
+                assert!(drain(&mut tracker, region).is_empty(), "{context}: and then no more");
+            }
+        }
+    }
+}
+
+/// Where the host has huge pages for memory files; a hole in one breaks it up, and then all of its pages may be reported, once.
+/// A guest clears what its balloon takes: such pages are reported once, so that the rounds of a checkpoint come to an end.
+#[test]
+fn holes_in_what_was_just_written_are_reported_once() {
+    let (mut guest, mut tracker, [shared, _]) = full_guest(2048);
+    guest.act('x', 's', &[500, 1000]);
+    guest.act('r', 's', &(500..1500).collect::<Vec<_>>());
+    tracker.scan(shared).unwrap();
+    drain(&mut tracker, shared);
+    for pages in [500..1500, 0..2048] {
+        let pages: Vec<u64> = pages.collect();
+        guest.write('s', &pages);
+        guest.act('x', 's', &[pages[0] + 1, pages.len() as u64 - 1]);
+        assert_eq!(numbers(&tracker.scan(shared).unwrap()), pages);
+        assert_eq!(drain(&mut tracker, shared), pages);
+        assert!(tracker.scan(shared).unwrap().is_empty());
+    }
+}
+
+#[test]
+fn holes_in_huge_pages_are_found() {
+    for (what, operations, expected) in HISTORIES {
+        let mut guest = StandIn::start(1024, 1024);
+        MEMORIES.iter().for_each(|memory| guest.act('h', *memory, &[]));
+        let (mut guest, mut tracker, regions) = filled(guest, 1024);
+        for (memory, region) in MEMORIES.into_iter().zip(regions) {
+            operations.iter().for_each(|(operation, pages)| guest.act(*operation, memory, pages));
+            let found = drain(&mut tracker, region);
+            assert!(expected.iter().all(|page| found.contains(page)), "{what}, {memory}: {found:?}");
+            tracker.scan(region).unwrap();
+            drain(&mut tracker, region);
+            assert!(drain(&mut tracker, region).is_empty(), "{what}, {memory}");
+        }
+    }
+}
+
+#[test]
+fn holes_of_many_megabytes_are_found_and_stay_holes() {
+    let (mut guest, mut tracker, [shared, private]) = full_guest(8192);
+    for (memory, region) in [('s', shared), ('p', private)] {
+        guest.act('x', memory, &[512, 6000]);
+        assert_eq!(tracker.scan(region).unwrap().count().0, 6000, "{memory}");
+        assert_eq!(drain(&mut tracker, region), (512..6512).collect::<Vec<_>>(), "{memory}");
+        let mut content = vec![1; 6000 * PAGE as usize];
+        tracker.read_pages(region, PageRange::new(PageIndex(512), PageIndex(6512)), &mut content).unwrap();
+        assert!(content.iter().all(|byte| *byte == 0), "{memory}");
+        assert!(tracker.scan(region).unwrap().is_empty() && drain(&mut tracker, region).is_empty(), "{memory}");
+    }
+    assert_eq!(tracker.populated(shared).unwrap().count().0, 8192 - 6000, "what looks and reads brings no page back");
+}
+
+#[test]
+fn holes_punched_during_the_first_lease_are_not_lost() {
+    let mut guest = StandIn::start(64, 1);
+    guest.write('s', &[1, 2, 3]);
+    let (mut tracker, shared, _) = guest.attach_watching();
+    tracker.prepare().unwrap();
+    guest.act('x', 's', &[1, 1]);
+    guest.act('r', 's', &[1]);
+    let mut lease = tracker.begin_lease();
+    assert_eq!(take(&mut tracker, shared, &mut lease), [1, 2, 3]);
+    guest.act('x', 's', &[2, 1]);
+    guest.act('r', 's', &[2]);
+    assert_eq!(take(&mut tracker, shared, &mut lease), [1, 2], "1 is not in the mapping yet");
+    drop(lease);
+    assert_eq!(drain(&mut tracker, shared), [1, 2, 3], "given back by the lease");
+}
+
+#[test]
+fn holes_after_a_restore_are_found() {
+    let mut guest = StandIn::start(64, 1);
+    guest.memory.write(5 * PAGE, &[1; 2 * PAGE as usize]).unwrap();
+    let (mut tracker, shared, _) = guest.attach_watching();
+    tracker.protect_all().unwrap();
+    guest.act('x', 's', &[5, 1]);
+    guest.act('r', 's', &[5, 30]);
+    assert!(drain(&mut tracker, shared).contains(&5));
+    tracker.scan(shared).unwrap();
+    drain(&mut tracker, shared);
+    assert!(drain(&mut tracker, shared).is_empty());
+}
+
+#[test]
+fn holes_that_nobody_watched_are_not_trusted_to_be_none() {
+    let (mut guest, tracker, _) = full_guest(64);
+    drop(tracker);
+    guest.act('x', 's', &[3, 1]);
+    guest.act('r', 's', &[3]);
+    let (mut tracker, shared, _) = guest.attach_watching();
+    assert!(!tracker.resume_protection());
+    assert_eq!(drain(&mut tracker, shared).len(), 64);
+    assert!(tracker.resume_protection(), "this one saw all of them since");
+    assert!(drain(&mut tracker, shared).is_empty());
+    let (mut tracker, _, _) = guest.attach();
+    assert!(tracker.resume_protection());
+}
+
+/// What can happen to a tracked VM with a balloon.
+#[derive(Debug, Clone)]
+enum Step {
+    Write(usize, Vec<u64>),
+    Read(usize, Vec<u64>),
+    GiveBack(usize, u64, u64),
+    Look,
+    Claim,
+    Settle,
+    Fail,
+}
+
+const PAGES: u64 = 700;
+
+fn step() -> impl Strategy<Value = Step> {
+    let pages = || prop::collection::vec(0..PAGES, 1..40);
+    prop_oneof![
+        4 => (0..2usize, pages()).prop_map(|(memory, pages)| Step::Write(memory, pages)),
+        3 => (0..2usize, pages()).prop_map(|(memory, pages)| Step::Read(memory, pages)),
+        4 => (0..2usize, 0..PAGES, 1..120u64).prop_map(|(memory, first, count)| Step::GiveBack(memory, first, count.min(PAGES - first))),
+        2 => Just(Step::Look),
+        4 => Just(Step::Claim),
+        2 => Just(Step::Settle),
+        1 => Just(Step::Fail),
+    ]
+}
+
+/// A memory, and a copy of it that is kept up to date with nothing but what the tracker reports.
+struct Replica {
+    truth: Vec<u8>,
+    durable: Vec<u8>,
+    staged: Vec<u8>,
+    /// Pages that anything happened to before the last claim, and since: a claim may have them until a look has cleared them up.
+    touched: [BTreeSet<u64>; 2],
+    is_cleared_up: bool,
+}
+
+impl Replica {
+    fn new() -> Self {
+        let zeros = || vec![0; PAGES as usize];
+        Self { truth: zeros(), durable: zeros(), staged: zeros(), touched: Default::default(), is_cleared_up: true }
+    }
+
+    fn touch(&mut self, pages: impl Iterator<Item = u64>, change: impl Fn(u8) -> u8) {
+        for page in pages {
+            self.truth[page as usize] = change(self.truth[page as usize]);
+            self.touched[1].insert(page);
+        }
+    }
+
+    fn claim(&mut self, tracker: &mut Tracker, region: RegionId, lease: &mut DirtyLease) {
+        let pages = take(tracker, region, lease);
+        let strange: Vec<&u64> = pages.iter().filter(|page| self.touched.iter().all(|touched| !touched.contains(page))).collect();
+        assert!(strange.is_empty(), "nothing happened to {strange:?}");
+        for page in pages {
+            let mut content = [9; PAGE as usize];
+            tracker.read_pages(region, PageRange::single(PageIndex(page)), &mut content).unwrap();
+            self.staged[page as usize] = content[0];
+        }
+        assert!(self.staged == self.truth, "a change was not reported");
+        let [before, since] = std::mem::take(&mut self.touched);
+        self.touched[0] = if self.is_cleared_up { since } else { &before | &since };
+        self.is_cleared_up = false;
+    }
+
+    /// What the failed checkpoint had is needed again.
+    fn fail(&mut self) {
+        self.touched[1].extend(0..PAGES);
+        self.staged.clone_from(&self.durable);
+    }
+}
+
+fn run(steps: &[Step]) {
+    let mut guest = StandIn::start(PAGES, PAGES);
+    let (mut tracker, shared, private) = guest.attach_watching();
+    let regions = [shared, private];
+    tracker.protect_all().unwrap();
+    let mut replicas = [Replica::new(), Replica::new()];
+    let mut lease = tracker.begin_lease();
+    for step in steps {
+        match step {
+            Step::Write(memory, pages) => {
+                guest.write(MEMORIES[*memory], pages);
+                replicas[*memory].touch(pages.iter().copied(), |byte| byte.wrapping_add(1));
+            }
+            Step::Read(memory, pages) => {
+                guest.act('r', MEMORIES[*memory], pages);
+                replicas[*memory].touch(pages.iter().copied(), |byte| byte);
+            }
+            Step::GiveBack(memory, first, count) => {
+                guest.act('x', MEMORIES[*memory], &[*first, *count]);
+                replicas[*memory].touch(*first..first + count, |_| 0);
+            }
+            Step::Look => {
+                regions.iter().for_each(|region| drop(tracker.scan(*region).unwrap()));
+                replicas.iter_mut().for_each(|replica| replica.is_cleared_up = true);
+            }
+            Step::Claim => replicas.iter_mut().zip(regions).for_each(|(replica, region)| replica.claim(&mut tracker, region, &mut lease)),
+            Step::Settle => {
+                // Only what a claim has seen is durable.
+                replicas.iter_mut().zip(regions).for_each(|(replica, region)| replica.claim(&mut tracker, region, &mut lease));
+                std::mem::replace(&mut lease, tracker.begin_lease()).settle(&Receipt::new());
+                replicas.iter_mut().for_each(|replica| replica.durable.clone_from(&replica.staged));
+            }
+            Step::Fail => {
+                lease = tracker.begin_lease();
+                replicas.iter_mut().for_each(Replica::fail);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn holes_and_writes_in_any_order_keep_a_copy_up_to_date(steps in prop::collection::vec(step(), 1..40)) {
+        run(&steps);
+    }
+}

@@ -1,0 +1,122 @@
+//! VMs whose guests give memory back: by a balloon, by free page reporting. A page that was given back is zero in the restored VM.
+
+use serde_json::json;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::Duration;
+use stillpoint_tests::{
+    Lab, Pid, QmpClient, Random, Recipe, SCRIBBLER_RAM_BYTES, Scribbled, TestMachine, newest_qemu, on_each_qemu, wait_until,
+};
+
+const TIMEOUT: Duration = Duration::from_secs(60);
+const MIB: u64 = 1 << 20;
+const PAGE: u64 = 4096;
+
+/// The guest's RAM, by the descriptor that QEMU itself punches holes with.
+fn ram_file(qemu: Pid) -> File {
+    let files = std::fs::read_dir(format!("/proc/{qemu}/fd")).expect("QEMU runs").flatten().map(|entry| entry.path());
+    let is_memory = |path: &PathBuf| std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:"));
+    let is_ram = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|facts| facts.size() == SCRIBBLER_RAM_BYTES);
+    let path = files.into_iter().find(|path| is_memory(path) && is_ram(path)).expect("a memory file of that size");
+    File::options().read(true).write(true).open(path).expect("the test's own QEMU")
+}
+
+/// What a balloon does to pages between 1 and 15 MiB, where the boot sector writes.
+fn give_back(ram: &File, random: &mut Random) {
+    use nix::fcntl::{FallocateFlags, fallocate};
+    for _ in 0..=random.below(8) {
+        let first = MIB / PAGE + random.below(14 * MIB / PAGE);
+        let most = if random.below(3) == 0 { 700 } else { 16 };
+        let count = (1 + random.below(most)).min(15 * MIB / PAGE - first);
+        let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(ram, how, (first * PAGE) as i64, (count * PAGE) as i64).expect("a hole");
+    }
+}
+
+#[test]
+fn balloon_holes_are_in_the_next_checkpoint_also_after_they_were_read() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let recipe = Recipe::scribbler(61).arguments(&["-device", "virtio-balloon-pci,id=b,free-page-reporting=on"]);
+        let mut scribbled = Scribbled::new(&lab, lab.start("m", &recipe), 61);
+        let ram = ram_file(scribbled.machine.qemu());
+        let mut random = Random::new(61);
+        for number in 0..6 {
+            let outcome = scribbled.checkpoint();
+            assert_eq!((outcome.engine.as_str(), outcome.parent.is_some()), ("tracker", number > 0), "{outcome:?}");
+            give_back(&ram, &mut random);
+            if number % 2 == 0 {
+                // QEMU reads all memory: what was a hole is a page of zeros.
+                scribbled.monitor.memory(SCRIBBLER_RAM_BYTES);
+            }
+            if number == 3 {
+                // Nobody watches what is given back while there is no helper.
+                scribbled.machine.kill_helper();
+                give_back(&ram, &mut random);
+                scribbled.monitor.memory(SCRIBBLER_RAM_BYTES);
+                scribbled.machine.attach();
+            }
+            scribbled.pause_between();
+        }
+        scribbled.checkpoint();
+        scribbled.check(<[u64]>::to_vec);
+    });
+}
+
+const RAM_BYTES: u64 = 256 * MIB;
+
+fn balloon_bytes(monitor: &mut QmpClient) -> u64 {
+    monitor.execute("query-balloon", json!({}))["actual"].as_u64().expect("a number")
+}
+
+/// Has the guest's driver keep so much memory.
+fn keep(monitor: &mut QmpClient, bytes: u64) {
+    monitor.execute("balloon", json!({ "value": bytes }));
+    assert!(wait_until(TIMEOUT, || balloon_bytes(monitor) == bytes), "the balloon has {} bytes", balloon_bytes(monitor));
+}
+
+/// A checkpoint with the guest stopped, and what its memory is then.
+fn checkpoint(machine: &TestMachine, monitor: &mut QmpClient) -> (String, Vec<u8>, u64) {
+    monitor.stop();
+    let memory = monitor.memory(RAM_BYTES);
+    let taken = machine.checkpoint();
+    monitor.cont();
+    assert_eq!(taken.outcome.engine, "tracker");
+    (taken.name, memory, balloon_bytes(monitor))
+}
+
+#[test]
+fn balloon_of_a_linux_guest_inflates_and_deflates_between_checkpoints() {
+    let lab = Lab::new(&newest_qemu());
+    let balloon = ["-device", "virtio-balloon-pci,id=b,free-page-reporting=on"];
+    // A guest that clears each page that it allocates writes to those that its balloon takes, so that they are dirty anyway.
+    let recipe = Recipe::witness("q35-virtio.cfg").words("init_on_alloc=0").arguments(&balloon);
+    let machine = lab.start("m", &recipe);
+    machine.wait_for_witness();
+    let mut monitor = machine.qmp();
+    let mut taken = vec![checkpoint(&machine, &mut monitor)];
+    for bytes in [128 * MIB, 224 * MIB, 160 * MIB] {
+        keep(&mut monitor, bytes);
+        taken.push(checkpoint(&machine, &mut monitor));
+    }
+    machine.assert_no_contradiction();
+    drop(monitor);
+    machine.kill();
+
+    for (name, memory, actual) in taken.iter().rev() {
+        let restored = lab.restore(name, "back", &["--paused"]);
+        let mut monitor = restored.qmp();
+        let found = monitor.memory(RAM_BYTES);
+        let wrong: Vec<usize> =
+            (0..found.len()).step_by(PAGE as usize).filter(|at| found[*at..][..4096] != memory[*at..][..4096]).collect();
+        assert!(wrong.is_empty(), "{name}: {} pages differ, the first at {:#x}", wrong.len(), wrong[0]);
+        assert_eq!(balloon_bytes(&mut monitor), *actual, "{name}");
+        if name == "m@4" {
+            monitor.cont();
+            keep(&mut monitor, RAM_BYTES);
+            let line = restored.wait_for_line("a first line", |_| true);
+            restored.assert_all_right(&line);
+        }
+    }
+}
