@@ -17,7 +17,9 @@ mod manifest;
 mod names;
 mod pack;
 mod page_set;
+mod range_set;
 mod receipt;
+mod sparse_pages;
 mod units;
 mod wire;
 
@@ -30,8 +32,9 @@ pub use layer::{
 };
 pub use lineage::{FramePart, FrameRead, LineageError, LocatedRun, MAX_LINEAGE_PACKS, PageLocation, PageMap};
 pub use manifest::{
-    CheckpointKind, DiskRecord, LayerRef, MANIFEST_VERSION, MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_DISKS, MAX_MANIFEST_BODY, MAX_PACKS,
-    MAX_RAM_BLOCKS, MAX_SPACES, MAX_TEXT, MachineRecord, Manifest, ManifestError, PackRecord, RamBlockRecord, SpaceRecord, Totals,
+    CheckpointKind, DiskRecord, LayerRef, MANIFEST_VERSION, MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_CARRIED_RAM, MAX_DISKS,
+    MAX_MANIFEST_BODY, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES, MAX_STATE_LEN, MAX_TEXT, MachineRecord, Manifest, ManifestError, PackRecord,
+    RamBlockRecord, SpaceRecord, Totals,
 };
 pub use names::{MAX_PACK_NAME, MAX_SPACE_NAME, MAX_VM_NAME, NameError, PackName, SpaceKind, SpaceName, VmName};
 pub use pack::{

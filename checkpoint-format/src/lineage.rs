@@ -4,12 +4,13 @@ use thiserror::Error;
 
 use crate::names::SpaceName;
 use crate::pack::{FRAME_PAGES, MAX_FRAMES_PER_PACK, PackIndex, PageRun, RunSource};
+use crate::sparse_pages::{Cell, SparsePages};
 use crate::units::{FrameNo, PackNo, PageCount, PageIndex, PageRange, Slot};
 
 /// Most packs in a lineage.
 pub const MAX_LINEAGE_PACKS: u32 = 1 << 28;
 
-/// Pages in a chunk of the map: 16 MiB of the space in 32 KiB of memory, or in nothing while they are all the same.
+/// Pages in a chunk of the map: 16 MiB of the space in 32 KiB of memory.
 const CHUNK_PAGES: usize = 4096;
 
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
@@ -51,9 +52,14 @@ const _: () = {
     assert!(MAX_LINEAGE_PACKS as u64 <= 1 << (u64::BITS - PACK_SHIFT));
 };
 
-impl Packed {
+impl Cell for Packed {
     const UNKNOWN: Self = Self(0);
     const ZERO: Self = Self(1);
+}
+
+type Pages = SparsePages<Packed, CHUNK_PAGES>;
+
+impl Packed {
     const DATA: u64 = 2;
 
     fn data(pack: PackNo, frame: FrameNo, slot: Slot) -> Self {
@@ -97,59 +103,20 @@ impl Packed {
     }
 }
 
-#[derive(Clone, Debug)]
-enum Chunk {
-    Uniform(Packed),
-    Mixed(Box<[Packed; CHUNK_PAGES]>),
-}
-
-impl Chunk {
-    /// The page's location; only Unknown and Zero can be all over a chunk.
-    fn get(&self, at: usize) -> Packed {
-        match self {
-            Self::Uniform(all) => *all,
-            Self::Mixed(each) => each[at],
-        }
-    }
-
-    fn pages(&mut self) -> &mut [Packed; CHUNK_PAGES] {
-        if let Self::Uniform(all) = self {
-            *self = Self::Mixed(Box::new([*all; CHUNK_PAGES]));
-        }
-        match self {
-            Self::Mixed(each) => each,
-            Self::Uniform(_) => unreachable!("it was made mixed just above"),
-        }
-    }
-
-    /// Writes `first` and what follows it to the pages `from..to`.
-    fn fill(&mut self, from: usize, to: usize, first: Packed) {
-        if !first.is_data() && to - from == CHUNK_PAGES {
-            *self = Self::Uniform(first);
-            return;
-        }
-        let mut location = first;
-        for page in &mut self.pages()[from..to] {
-            *page = location;
-            location = location.plus(1);
-        }
-    }
-}
-
 /// The newest location of each page of one space.
 ///
 /// Replay a lineage from its full checkpoint on: for each checkpoint [`resize`](Self::resize) to the size that the
 /// space had then, and apply its packs in their order. Packs are numbered through the whole lineage, oldest first. What
 /// a space lost when it shrank does not come back when it grows: the new pages are zeros, as in a disk that was grown.
 ///
-/// The map costs 8 bytes for each page in a 16 MiB chunk that holds any data, and next to nothing for the others, so a
-/// large and mostly empty disk is cheap. After the replay a restore asks for [`frame_reads`](Self::frame_reads) and
+/// The map costs 8 bytes for each page in a 16 MiB chunk that holds any data, and a range for each hole, however large the
+/// space claims to be. After the replay a restore asks for [`frame_reads`](Self::frame_reads) and
 /// fetches each frame that still matters exactly once, however many generations there are.
 #[derive(Clone, Debug)]
 pub struct PageMap {
     space: SpaceName,
     size: PageCount,
-    chunks: Vec<Chunk>,
+    pages: Pages,
     last: Option<PackNo>,
 }
 
@@ -180,9 +147,7 @@ pub struct FramePart {
 impl PageMap {
     /// Nothing is known about any of the `size` pages yet.
     pub fn new(space: SpaceName, size: PageCount) -> Self {
-        let mut map = Self { space, size: PageCount(0), chunks: Vec::new(), last: None };
-        map.set_size(size);
-        map
+        Self { space, size, pages: Pages::default(), last: None }
     }
 
     pub fn space(&self) -> &SpaceName {
@@ -196,16 +161,9 @@ impl PageMap {
 
     /// Follows a space that grew or shrank between two checkpoints.
     pub fn resize(&mut self, size: PageCount) {
-        let before = self.size;
-        self.set_size(size);
-        let grown = PageRange::new(PageIndex(before.0), PageIndex(size.0));
-        self.fill(grown, Packed::ZERO);
-    }
-
-    fn set_size(&mut self, size: PageCount) {
-        let chunks = size.as_usize().div_ceil(CHUNK_PAGES);
-        self.chunks.resize(chunks, Chunk::Uniform(Packed::UNKNOWN));
-        self.size = size;
+        let before = std::mem::replace(&mut self.size, size);
+        self.pages.truncate(size);
+        self.pages.set_zero(PageRange::new(PageIndex(before.0), PageIndex(size.0)));
     }
 
     /// Takes in what the pack holds for this space. Pages beyond the space's size are ignored.
@@ -228,69 +186,70 @@ impl PageMap {
     }
 
     fn apply_run(&mut self, pack: PackNo, run: &PageRun) {
-        let first = match run.source {
-            RunSource::Zero => Packed::ZERO,
-            RunSource::Frame { frame, first_slot } => Packed::data(pack, frame, first_slot),
-        };
-        self.fill(run.pages.clip(self.size), first);
+        let pages = run.pages.clip(self.size);
+        match run.source {
+            RunSource::Zero => self.pages.set_zero(pages),
+            RunSource::Frame { frame, first_slot } => self.set_data(pages, Packed::data(pack, frame, first_slot)),
+        }
     }
 
-    fn fill(&mut self, pages: PageRange, first: Packed) {
-        let (mut at, end) = (pages.start.as_usize(), pages.end.as_usize());
+    /// Writes `first` and what follows it to the pages.
+    fn set_data(&mut self, pages: PageRange, first: Packed) {
         let mut location = first;
-        while at < end {
-            let from = at % CHUNK_PAGES;
-            let to = CHUNK_PAGES.min(from + (end - at));
-            self.chunks[at / CHUNK_PAGES].fill(from, to, location);
-            location = location.plus(to - from);
-            at += to - from;
+        for page in pages.iter() {
+            let (chunk, at) = Pages::place(page);
+            self.pages.chunk(chunk)[at] = location;
+            location = location.plus(1);
         }
     }
 
     /// A page beyond the space's size is unknown.
     pub fn get(&self, page: PageIndex) -> PageLocation {
-        self.packed(page.as_usize()).unpack()
+        self.packed(page).unpack()
     }
 
-    fn packed(&self, at: usize) -> Packed {
-        if at >= self.size.as_usize() {
+    fn packed(&self, page: PageIndex) -> Packed {
+        if page.0 >= self.size.0 {
             return Packed::UNKNOWN;
         }
-        self.chunks[at / CHUNK_PAGES].get(at % CHUNK_PAGES)
+        self.pages.get(page)
     }
 
     /// The whole space, in order, in runs as long as they can be (a run of data ends with its frame).
     pub fn runs(&self) -> impl Iterator<Item = LocatedRun> {
-        let mut start = 0;
+        let mut start = PageIndex(0);
         std::iter::from_fn(move || {
             let run = self.run_from(start)?;
-            start = run.pages.end.as_usize();
+            start = run.pages.end;
             Some(run)
         })
     }
 
-    fn run_from(&self, start: usize) -> Option<LocatedRun> {
-        let size = self.size.as_usize();
-        if start >= size {
+    fn run_from(&self, start: PageIndex) -> Option<LocatedRun> {
+        if start.0 >= self.size.0 {
             return None;
         }
         let first = self.packed(start);
-        let end = self.end_of_run(start, first).min(size);
-        Some(LocatedRun { pages: PageRange::new(PageIndex(start as u64), PageIndex(end as u64)), location: first.unpack() })
+        // In the last chunk it may lie beyond the size.
+        let end = self.end_of_run(start, first).min(PageIndex(self.size.0));
+        Some(LocatedRun { pages: PageRange::new(start, end), location: first.unpack() })
     }
 
-    /// May lie beyond the size, in the last chunk.
-    fn end_of_run(&self, start: usize, first: Packed) -> usize {
+    fn end_of_run(&self, start: PageIndex, first: Packed) -> PageIndex {
         let mut at = start;
         let mut expected = Some(first);
-        for chunk in &self.chunks[start / CHUNK_PAGES..] {
-            let from = at % CHUNK_PAGES;
-            let same = match chunk {
-                Chunk::Uniform(all) if Some(*all) == expected && !all.is_data() => CHUNK_PAGES - from,
-                Chunk::Uniform(_) => 0,
-                Chunk::Mixed(each) => count_following(&each[from..], &mut expected),
+        while at.0 < self.size.0 {
+            let (chunk, from) = Pages::place(at);
+            let Some(cells) = self.pages.cells(chunk) else {
+                // Between chunks there are only zeros and unknown pages.
+                if Some(self.pages.get(at)) != expected {
+                    break;
+                }
+                at = self.pages.end_of_ground(at, self.size);
+                continue;
             };
-            at += same;
+            let same = count_following(&cells[from..], &mut expected);
+            at.0 += same as u64;
             if from + same < CHUNK_PAGES {
                 break;
             }

@@ -106,15 +106,16 @@ impl PageCount {
 
 impl Epoch {
     pub const fn next(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0.saturating_add(1))
     }
 }
 
 impl CheckpointSeq {
     pub const FIRST: Self = Self(1);
 
+    /// Saturates: a directory of the highest number that somebody made is one that a writer finds taken.
     pub const fn next(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0.saturating_add(1))
     }
 }
 

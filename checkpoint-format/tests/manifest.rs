@@ -70,7 +70,11 @@ fn spaces_must_be_sound() {
 #[test]
 fn ram_blocks_must_have_their_content() {
     assert_refused(|m| m.ram_blocks.clear(), "machine.ram_block is not among");
-    assert_refused(|m| m.ram_blocks[0].used = ByteLen(1 << 40), "used beyond its size");
+    let beyond: Change = |m| {
+        m.ram_blocks[0].used = ByteLen(1 << 30);
+        m.spaces[0].bytes = ByteLen(1 << 30);
+    };
+    assert_refused(beyond, "used beyond its size");
     assert_refused(|m| m.ram_blocks[0].page_size = ByteLen(0), "impossible page size");
     let bare: Change = |m| {
         let mut vram = m.ram_blocks[0].clone();

@@ -35,7 +35,8 @@ pub struct LocalStore {
 impl LocalStore {
     /// A store below `base`, an absolute path.
     pub fn new(base: impl Into<PathBuf>) -> Result<Self> {
-        let base = base.into();
+        // By its components, so that a store has one name however many slashes it is written with.
+        let base: PathBuf = base.into().components().collect();
         let url = format!("file://{}", base.display());
         if !base.is_absolute() {
             return Err(StoreError::InvalidUrl { url, reason: "the directory must be an absolute path".to_owned() });

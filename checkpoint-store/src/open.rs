@@ -39,6 +39,8 @@ mod tests {
         assert_eq!(opened("/a/b").expect("a path"), "file:///a/b");
         assert_eq!(opened("file:///a/b").expect("a file URL"), "file:///a/b");
         assert_eq!(opened("hdfs://127.0.0.1:9000/a/").expect("an HDFS URL"), "hdfs://127.0.0.1:9000/a");
+        assert_eq!(opened("hdfs://127.0.0.1:9000//a").expect("an HDFS URL"), "hdfs://127.0.0.1:9000/a");
+        assert_eq!(opened("file:////a//b/").expect("a file URL"), "file:///a/b");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use crate::exit::damaged;
 use anyhow::{Context, Result};
+use bytes::Bytes;
 use checkpoint_format::{
     CheckpointSeq, ContentDigest, DigestTable, Manifest, PackIndex, PackRecord, PageCount, SpaceName, SpaceRecord, VmName,
 };
@@ -16,6 +17,8 @@ pub const LONGEST_LINEAGE: usize = 100_000;
 /// A lineage of this many checkpoints gets no more: the next one is full and begins another. A restore reads each manifest of a
 /// lineage, one after the other, so this is also what bounds its beginning (about a minute on HDFS).
 pub const NEW_LINEAGE_AFTER: usize = LONGEST_LINEAGE / 10;
+/// The manifests of one lineage, together: those of its most checkpoints of a large VM.
+const LINEAGE_BYTES: u64 = 2 << 30;
 /// Manifests and pack indexes read from the store at once.
 const READS: usize = 8;
 
@@ -46,14 +49,18 @@ impl Lineage {
     pub async fn read(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<Self> {
         let (mut manifests, mut identities) = (Vec::new(), Vec::new());
         let mut next = Some(seq);
+        let mut bytes = 0;
         while let Some(ancestor) = next {
-            if manifests.len() == LONGEST_LINEAGE {
-                return Err(damaged(format!("the lineage of {vm}@{seq} has more than {LONGEST_LINEAGE} checkpoints")));
+            if manifests.len() == LONGEST_LINEAGE || bytes > LINEAGE_BYTES {
+                return Err(damaged(format!(
+                    "the lineage of {vm}@{seq} has more than {LONGEST_LINEAGE} checkpoints or {LINEAGE_BYTES} bytes of manifests"
+                )));
             }
-            let (manifest, identity) = identified_manifest(repository, vm, ancestor).await?;
+            let (manifest, file) = parsed_manifest(repository, vm, ancestor).await?;
             next = manifest.parent;
             manifests.push(manifest);
-            identities.push(identity);
+            identities.push(CheckpointIdentity::new(ancestor, &file));
+            bytes += file.len() as u64;
         }
         manifests.reverse();
         identities.reverse();
@@ -103,16 +110,22 @@ impl Lineage {
 }
 
 pub async fn manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<Manifest> {
-    identified_manifest(repository, vm, seq).await.map(|(manifest, _)| manifest)
+    Ok(parsed_manifest(repository, vm, seq).await?.0)
 }
 
 pub async fn identified_manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<(Manifest, CheckpointIdentity)> {
+    let (manifest, file) = parsed_manifest(repository, vm, seq).await?;
+    Ok((manifest, CheckpointIdentity::new(seq, &file)))
+}
+
+/// And the bytes of its file.
+async fn parsed_manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<(Manifest, Bytes)> {
     let bytes = repository.read_manifest(vm, seq).await.with_context(|| format!("reading the manifest of {vm}@{seq}"))?;
     let manifest = Manifest::parse(&bytes).with_context(|| format!("the manifest of {vm}@{seq}"))?;
     if manifest.seq != seq || manifest.parent.is_some_and(|parent| parent >= seq) {
         return Err(damaged(format!("the manifest of {vm}@{seq} says that it is {}@{}", manifest.vm, manifest.seq)));
     }
-    Ok((manifest, CheckpointIdentity::new(seq, &bytes)))
+    Ok((manifest, bytes))
 }
 
 /// Whether the store still holds all of a lineage (oldest first, as it was read or written), and nothing newer than `newest`.

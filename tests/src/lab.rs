@@ -125,9 +125,13 @@ impl Lab {
         if self.store_directory().join("store.json").exists() { self.list(name) } else { Vec::new() }
     }
 
-    /// Ids of the checkpoints that a machine has in the store.
+    /// Ids of the checkpoints that a machine has in the store; a machine without any is an error of the command.
     pub fn list(&self, name: &str) -> Vec<u64> {
-        let listed = self.run(&["ls", name, "--json"]).expect_success().json();
+        let listed = self.run(&["ls", name, "--json"]);
+        if listed.code == 1 && listed.err.contains("no checkpoint") {
+            return Vec::new();
+        }
+        let listed = listed.expect_success().json();
         let rows = listed["checkpoints"].as_array().expect("a list").iter();
         rows.map(|row| row["id"].as_u64().expect("a number")).collect()
     }

@@ -88,6 +88,26 @@ fn a_store_that_cannot_be_named_or_is_not_there_is_said_so() {
 }
 
 #[test]
+fn ls_of_a_name_without_a_checkpoint_fails() {
+    let lab = Lab::new(&newest_qemu());
+    let store = lab.store_directory();
+    std::fs::create_dir_all(store.join("vms/claimed/writers")).expect("the test's directory");
+    std::fs::create_dir_all(store.join("vms/claimed/checkpoints")).expect("the test's directory");
+    std::fs::write(store.join("vms/claimed/writers/1"), "{}").expect("the test's directory");
+    std::fs::write(store.join("store.json"), r#"{"format": "stillpoint-store", "version": 1, "id": "x"}"#).expect("the test's directory");
+    for name in ["nosuch", "claimed"] {
+        for words in [&["ls", name][..], &["ls", name, "--json"], &["show", name], &["verify", name]] {
+            let message = lab.run(words).expect_failure(1);
+            assert!(message.contains(name) && message.contains("no checkpoint"), "{words:?}: {message}");
+        }
+    }
+    let listed = lab.run(&["ls", "--json"]).expect_success().json();
+    assert_eq!(listed["machines"], serde_json::json!([]));
+    assert_eq!(listed["without_checkpoints"], serde_json::json!(["claimed"]));
+    assert!(lab.run(&["ls"]).expect_success().out.contains("without a checkpoint: claimed"));
+}
+
+#[test]
 fn commands_for_a_machine_that_does_not_run_say_so() {
     let lab = Lab::new(&newest_qemu());
     for words in [&["checkpoint", "nobody"][..], &["attach", "nobody"]] {

@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::digest::ContentDigest;
 use crate::envelope::Envelope;
-use crate::manifest::{Check, ManifestError, PackRecord, check_packs};
+use crate::manifest::{Check, ManifestError, PackRecord, at_most, check_packs, pack_list};
 use crate::units::{ByteLen, PAGE_SIZE};
 
 pub use index::{BlockHome, BlockIndex};
@@ -78,8 +78,10 @@ pub struct LayerManifest {
     pub len: ByteLen,
     pub block_size: u32,
     /// The layer's own packs: one frame a block, in the space [`SpaceName::layer`](crate::SpaceName::layer).
+    #[serde(deserialize_with = "pack_list")]
     pub packs: Vec<PackRecord>,
     /// Other layers that hold some of the blocks; must stay in the store while this one does.
+    #[serde(deserialize_with = "at_most::<_, _, MAX_LAYER_OWNERS>")]
     pub owners: Vec<ContentDigest>,
     pub table: BlockTableInfo,
 }

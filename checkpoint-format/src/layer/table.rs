@@ -434,7 +434,7 @@ mod test {
             own(blocks, b"a", 0, 0);
             blocks.push_zero().expect("room");
         });
-        let mut raw = decompress_whole(&file[MAGIC.len()..], 1000).expect("sound");
+        let mut raw = decompress_whole(&file[MAGIC.len()..], manifest.table.raw_len() as usize).expect("sound");
         raw[block * 4..block * 4 + 4].copy_from_slice(&owner.to_le_bytes());
         let bad = [&MAGIC[..], &compress_whole(&raw).expect("small")].concat();
         manifest.table.len = ByteLen(bad.len() as u64);

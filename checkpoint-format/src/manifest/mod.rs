@@ -3,6 +3,7 @@
 //! Written last, so its presence under the committed name means that all it speaks of is there. Its body is JSON, for an
 //! operator's eyes and tools; all bulk is in the packs.
 
+mod list;
 mod record;
 mod validate;
 
@@ -11,9 +12,12 @@ use thiserror::Error;
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::pack::PackError;
 
+pub(crate) use list::{at_most, pack_list};
 pub use record::{CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PackRecord, RamBlockRecord, SpaceRecord, Totals};
 pub(crate) use validate::{Check, check_packs};
-pub use validate::{MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_DISKS, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES, MAX_TEXT};
+pub use validate::{
+    MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_CARRIED_RAM, MAX_DISKS, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES, MAX_STATE_LEN, MAX_TEXT,
+};
 
 /// The version that this program writes and reads.
 pub const MANIFEST_VERSION: u32 = 1;

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::list::{arguments_list, backing_list, boot_file_list, disk_list, pack_list, ram_block_list, space_list};
 use crate::digest::ContentDigest;
 use crate::names::{PackName, SpaceKind, SpaceName, VmName};
 use crate::pack::PackInfo;
@@ -26,10 +27,14 @@ pub struct Manifest {
     pub created_at: String,
     pub stillpoint_version: String,
     pub machine: MachineRecord,
+    #[serde(deserialize_with = "space_list")]
     pub spaces: Vec<SpaceRecord>,
+    #[serde(deserialize_with = "ram_block_list")]
     pub ram_blocks: Vec<RamBlockRecord>,
+    #[serde(deserialize_with = "disk_list")]
     pub disks: Vec<DiskRecord>,
     /// In the order of their numbers; of two records of a page the later pack's counts.
+    #[serde(deserialize_with = "pack_list")]
     pub packs: Vec<PackRecord>,
     pub totals: Totals,
 }
@@ -53,6 +58,7 @@ pub struct MachineRecord {
     pub machine_type: String,
     pub accelerator: String,
     /// The command line, the program's own name not included.
+    #[serde(deserialize_with = "arguments_list")]
     pub arguments: Vec<String>,
     pub vcpus: u32,
     pub ram_bytes: ByteLen,
@@ -62,6 +68,7 @@ pub struct MachineRecord {
     pub directory: String,
     /// Files that QEMU reads at its start and at a reboot (kernel, initrd, firmware): layers whose path is the one among
     /// the arguments.
+    #[serde(deserialize_with = "boot_file_list")]
     pub files: Vec<LayerRef>,
 }
 
@@ -105,6 +112,7 @@ pub struct DiskRecord {
     /// The image's path on the host where the checkpoint was taken.
     pub file: String,
     /// The layers below, top to bottom; a read-only disk's own image is the first.
+    #[serde(deserialize_with = "backing_list")]
     pub backing: Vec<LayerRef>,
 }
 

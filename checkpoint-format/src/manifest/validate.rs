@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::hash::Hash;
 
 use super::ManifestError;
-use super::record::{CheckpointKind, DiskRecord, MachineRecord, Manifest, PackRecord};
+use super::record::{CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PackRecord, RamBlockRecord};
 use crate::names::{SpaceKind, SpaceName};
 use crate::units::{ByteLen, CheckpointSeq, MAX_SPACE_PAGES, PageCount};
 
@@ -24,6 +24,12 @@ pub const MAX_PACKS: usize = 1 << 16;
 pub const MAX_ARGUMENTS: usize = 1 << 14;
 /// Longest text in a manifest: an argument, a path, a name. Linux passes arguments of up to 128 KiB.
 pub const MAX_TEXT: usize = 128 << 10;
+/// Longest device state. Real ones have 50 to 500 KiB.
+pub const MAX_STATE_LEN: ByteLen = ByteLen(256 << 20);
+/// Most bytes of all RAM blocks together that are no shared file: video memory and ROMs, which a restore holds in memory.
+pub const MAX_CARRIED_RAM: ByteLen = ByteLen(1 << 30);
+/// Largest page size of any host.
+const MAX_PAGE_SIZE: u64 = 1 << 30;
 /// Most virtual processors that can be meant.
 const MAX_VCPUS: u32 = 1 << 16;
 
@@ -53,11 +59,13 @@ impl Check {
     }
 
     fn text(self, field: &str, text: &str) -> Result<(), ManifestError> {
-        self.that(text.len() <= MAX_TEXT, field, "longer than any real one")
+        self.that(text.len() <= MAX_TEXT, field, "longer than any real one")?;
+        self.that(!text.contains('\0'), field, "with a NUL byte, which no path or argument has")
     }
 
     fn named(self, field: &str, text: &str) -> Result<(), ManifestError> {
         self.that(!text.is_empty(), field, "empty")?;
+        self.that(!text.contains(char::is_control), field, "with a control character")?;
         self.text(field, text)
     }
 
@@ -107,6 +115,8 @@ impl Manifest {
             let layer = space.kind == SpaceKind::Layer;
             MANIFEST.that(!layer, name, "a layer, which belongs to no checkpoint")?;
             MANIFEST.that(fits_a_space(space.bytes), name, "larger than a space can be")?;
+            let state = space.kind != SpaceKind::State || space.bytes <= MAX_STATE_LEN;
+            MANIFEST.that(state, name, "longer than any device state")?;
         }
         Ok(())
     }
@@ -114,18 +124,29 @@ impl Manifest {
     fn check_ram_blocks(&self) -> Result<(), ManifestError> {
         MANIFEST.count("RAM blocks", self.ram_blocks.len(), MAX_RAM_BLOCKS)?;
         MANIFEST.distinct("ram_blocks", self.ram_blocks.iter().map(|block| &block.name))?;
-        for block in &self.ram_blocks {
-            let field = format!("RAM block {}", block.name);
-            let kept = block.used.0 == 0 || self.has_space(SpaceName::ram(&block.name).ok());
-            MANIFEST.that(kept, &field, "without a space that holds its content")?;
-            MANIFEST.that(block.used <= block.total, &field, "used beyond its size")?;
-            let page_size = block.page_size.0;
-            MANIFEST.that(page_size.is_power_of_two(), &field, "of an impossible page size")?;
-        }
-        let main = |name: &&str| *name == self.machine.ram_block;
-        let known = self.ram_blocks.iter().map(|block| block.name.as_str());
-        let found = known.into_iter().any(|name| main(&name));
-        MANIFEST.that(found, "machine.ram_block", "not among the RAM blocks")
+        self.ram_blocks.iter().try_for_each(|block| self.check_ram_block(block))?;
+        let carried = self.ram_blocks.iter().filter(|block| !block.shared);
+        let carried = carried.fold(0, |sum: u64, block| sum.saturating_add(block.used.0));
+        let fits = carried <= MAX_CARRIED_RAM.0;
+        MANIFEST.that(fits, "ram_blocks", "of more memory beside the main block than a restore can hold")?;
+        let main = self.ram_blocks.iter().find(|block| block.name == self.machine.ram_block);
+        MANIFEST.that(main.is_some(), "machine.ram_block", "not among the RAM blocks")?;
+        let fits = main.is_none_or(|block| block.used <= self.machine.ram_bytes);
+        MANIFEST.that(fits, "machine.ram_block", "larger than the machine's RAM")
+    }
+
+    fn check_ram_block(&self, block: &RamBlockRecord) -> Result<(), ManifestError> {
+        let field = format!("RAM block {}", block.name);
+        MANIFEST.named(&field, &block.name)?;
+        let space = SpaceName::ram(&block.name).ok().and_then(|name| self.space(&name));
+        MANIFEST.that(block.used.0 == 0 || space.is_some(), &field, "without a space that holds its content")?;
+        let same = space.is_none_or(|space| space.bytes == block.used);
+        MANIFEST.that(same, &field, "of another length than its space")?;
+        MANIFEST.that(block.used <= block.total, &field, "used beyond its size")?;
+        MANIFEST.that(fits_a_space(block.total), &field, "larger than a space can be")?;
+        let page_size = block.page_size.0;
+        let possible = page_size.is_power_of_two() && page_size <= MAX_PAGE_SIZE;
+        MANIFEST.that(possible, &field, "of an impossible page size")
     }
 
     fn check_disks(&self) -> Result<(), ManifestError> {
@@ -143,23 +164,22 @@ impl Manifest {
         MANIFEST.that(is_format(&disk.format), &field, "neither qcow2 nor raw")?;
         MANIFEST.that(fits_a_space(disk.virtual_size), &field, "larger than a space can be")?;
         MANIFEST.count("layers below a disk", disk.backing.len(), MAX_BACKING_DEPTH)?;
-        for layer in &disk.backing {
-            MANIFEST.text(&field, &layer.path)?;
-            MANIFEST.that(is_format(&layer.format), &field, "on a layer neither qcow2 nor raw")?;
-        }
-        match &disk.space {
-            None => MANIFEST.that(disk.read_only, &field, "writable and without a space"),
-            Some(space) => {
-                let of_disk = space.kind() == SpaceKind::Disk && self.space(space).is_some();
-                MANIFEST.that(!disk.read_only, &field, "read-only and yet with a space")?;
-                MANIFEST.that(of_disk, &field, "kept in a space that is not there")
-            }
-        }
+        disk.backing.iter().try_for_each(|layer| check_layer(&field, layer))?;
+        let Some(name) = &disk.space else {
+            return MANIFEST.that(disk.read_only, &field, "writable and without a space");
+        };
+        MANIFEST.that(!disk.read_only, &field, "read-only and yet with a space")?;
+        let space = self.space(name).filter(|space| space.kind == SpaceKind::Disk);
+        MANIFEST.that(space.is_some(), &field, "kept in a space that is not there")?;
+        let same = space.is_none_or(|space| space.bytes == disk.virtual_size);
+        MANIFEST.that(same, &field, "of another length than its space")
     }
+}
 
-    fn has_space(&self, name: Option<SpaceName>) -> bool {
-        name.is_some_and(|name| self.space(&name).is_some())
-    }
+fn check_layer(field: &str, layer: &LayerRef) -> Result<(), ManifestError> {
+    MANIFEST.text(field, &layer.path)?;
+    MANIFEST.that(is_format(&layer.format), field, "on a layer neither qcow2 nor raw")?;
+    MANIFEST.that(fits_a_space(layer.len), field, "on a layer larger than a space can be")
 }
 
 fn check_machine(machine: &MachineRecord) -> Result<(), ManifestError> {
@@ -175,6 +195,7 @@ fn check_machine(machine: &MachineRecord) -> Result<(), ManifestError> {
     MANIFEST.count("boot files", machine.files.len(), MAX_BOOT_FILES)?;
     for file in &machine.files {
         MANIFEST.named("machine.files", &file.path)?;
+        check_layer("machine.files", file)?;
     }
     let vcpus = (1..=MAX_VCPUS).contains(&machine.vcpus);
     MANIFEST.that(vcpus, "machine.vcpus", "none or impossibly many")?;

@@ -98,6 +98,11 @@ impl PackBuilder {
         ByteLen(self.frames_end)
     }
 
+    /// Bytes of the index so far, before compression: what pages that compress to nothing cost all the same.
+    pub fn index_len(&self) -> ByteLen {
+        ByteLen(self.trailer_raw_len)
+    }
+
     /// Whether nothing was recorded: such a pack need not be stored.
     pub fn is_empty(&self) -> bool {
         self.trailer.runs.is_empty()

@@ -103,7 +103,13 @@ pub(crate) fn compress_whole(raw: &[u8]) -> io::Result<Vec<u8>> {
     zstd::bulk::compress(raw, LEVEL)
 }
 
-/// Undoes [`compress_whole`] into at most `raw_len` bytes.
+/// Undoes [`compress_whole`] into `raw_len` bytes. What the compressed part itself says of its length is compared first, so a
+/// length that somebody else claims allocates nothing.
 pub(crate) fn decompress_whole(stored: &[u8], raw_len: usize) -> io::Result<Vec<u8>> {
+    let said = zstd::zstd_safe::get_frame_content_size(stored).ok().flatten();
+    if said.is_some_and(|said| said != raw_len as u64) {
+        let problem = format!("it says that it holds {} bytes, expected {raw_len}", said.unwrap_or_default());
+        return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
+    }
     zstd::bulk::decompress(stored, raw_len)
 }

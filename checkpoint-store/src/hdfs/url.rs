@@ -17,15 +17,17 @@ impl HdfsUrl {
         let invalid = |reason: &str| StoreError::InvalidUrl { url: url.to_owned(), reason: reason.to_owned() };
         let (scheme, rest) = url.split_once("://").ok_or_else(|| invalid("there is no scheme"))?;
         let (authority, base) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-        let base = base.trim_end_matches('/');
-        if base.contains("//") || base.split('/').any(|part| part == "." || part == "..") {
-            return Err(invalid("the path must be plain, without '.', '..' and '//'"));
+        // As HDFS itself has it: several slashes are one, so a store has one name however its URL is written.
+        let parts: Vec<&str> = base.split('/').filter(|part| !part.is_empty()).collect();
+        if parts.iter().any(|part| matches!(*part, "." | "..")) {
+            return Err(invalid("the path must be plain, without '.' and '..'"));
         }
+        let base: String = parts.iter().flat_map(|part| ["/", part]).collect();
         if base.contains(['?', '#', ':']) {
             return Err(invalid("'?', '#' and ':' are not allowed in the path"));
         }
         let service = format!("{scheme}://{authority}");
-        Ok(HdfsUrl { shown: format!("{service}{base}"), base: base.to_owned(), service })
+        Ok(HdfsUrl { shown: format!("{service}{base}"), base, service })
     }
 
     pub(super) fn service(&self) -> &str {
@@ -62,10 +64,22 @@ mod tests {
             ("hdfs://h:9000/", "/", "/a/b"),
             ("hdfs://service/x/y/", "/x/y", "/x/y/a/b"),
             ("hdfs:///x", "/x", "/x/a/b"),
+            ("hdfs://h:9000//x", "/x", "/x/a/b"),
+            ("hdfs://h:9000//", "/", "/a/b"),
+            ("hdfs://h:9000///x//y///", "/x/y", "/x/y/a/b"),
         ] {
             let parsed = HdfsUrl::parse(url).expect(url);
             assert_eq!(parsed.path_of(&StorePath::root()), root, "{url}");
             assert_eq!(parsed.path_of(&path), file, "{url}");
+        }
+    }
+
+    #[test]
+    fn url_repeated_slashes_name_the_same_store() {
+        let plain = HdfsUrl::parse("hdfs://h:9000/x/y").expect("valid");
+        assert_eq!(HdfsUrl::parse("hdfs://h:9000//x///y/").expect("valid"), plain);
+        for url in ["hdfs://h/x/../y", "hdfs://h//./y", "hdfs://h/x?y", "hdfs://h/x:y"] {
+            assert!(HdfsUrl::parse(url).is_err(), "{url}");
         }
     }
 

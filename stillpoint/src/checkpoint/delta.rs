@@ -11,9 +11,12 @@ use super::staging::SpaceNumber;
 use crate::pack::{FrameJob, PackJob};
 use anyhow::{Context, Result};
 use checkpoint_format::{
-    DigestTable, FRAME_PAGES, PAGE_SIZE, PageCount, PageDigest, PageIndex, PageRange, PageSet, SpaceId, SpaceKind, SpaceName, SpaceTable,
-    is_zero,
+    DigestTable, FRAME_PAGES, MAX_PAGES_PER_PACK, PAGE_SIZE, PageCount, PageDigest, PageIndex, PageRange, PageSet, SpaceId, SpaceKind,
+    SpaceName, SpaceTable, is_zero,
 };
+
+/// Zeros recorded at once: a pack takes no more pages than [`MAX_PAGES_PER_PACK`].
+const ZERO_PAGES: PageCount = PageCount(MAX_PAGES_PER_PACK / 4);
 
 /// One named array of pages of the machine, and what the last durable checkpoint holds of it.
 pub struct Space {
@@ -30,6 +33,19 @@ impl Space {
     pub fn new(name: SpaceName, pages: PageCount, table: DigestTable) -> Self {
         let counted = if name.kind() == SpaceKind::Ram { pages } else { PageCount(0) };
         Self { name, pages, table, in_lineage: false, stored: PageSet::new(counted) }
+    }
+
+    /// Notes that these pages, which were not known to be zero, are. In a space that no checkpoint has recorded yet they are
+    /// holes: recorded, because a layer below may hold something else there, but no change.
+    fn take_zero(&mut self, pages: PageRange, changed: &mut PageCount) {
+        self.table.set_zero(pages);
+        if self.stored.len() > PageCount(0) {
+            let again = pages.iter().filter(|page| self.stored.contains(*page)).count() as u64;
+            self.stored.insert_range(pages);
+            changed.0 += pages.len().0 - again;
+        } else if self.in_lineage {
+            changed.0 += pages.len().0;
+        }
     }
 }
 
@@ -92,17 +108,16 @@ impl Delta {
         }
     }
 
-    /// Pages known to hold zeros.
+    /// Pages known to hold zeros. Costs the ranges that it meets, not the pages: a hole may be as large as a disk.
     pub fn offer_zero(&mut self, space: SpaceNumber, pages: PageRange, jobs: &mut Vec<PackJob>) {
-        for page in pages.iter() {
-            if !self.take(space, page, PageDigest::ZERO_PAGE) {
-                continue;
-            }
+        let news = self.spaces[usize::from(space)].table.not_zero(pages);
+        for part in news {
+            self.spaces[usize::from(space)].take_zero(part, &mut self.changed);
             match &mut self.zeros {
-                Some((open, range)) if *open == space && range.end == page => range.end = PageIndex(page.0 + 1),
+                Some((open, range)) if *open == space && range.end == part.start => range.end = part.end,
                 _ => {
                     self.close_zeros(jobs);
-                    self.zeros = Some((space, PageRange::single(page)));
+                    self.zeros = Some((space, part));
                 }
             }
         }
@@ -110,11 +125,9 @@ impl Delta {
 
     /// Says that a whole space is zero but for what is offered after: the ground of a full checkpoint.
     pub fn ground(&mut self, space: SpaceNumber, jobs: &mut Vec<PackJob>) {
-        let pages = self.spaces[usize::from(space)].pages;
-        for page in pages.all().iter() {
-            self.spaces[usize::from(space)].table.set(page, PageDigest::ZERO_PAGE);
-        }
-        jobs.push(PackJob::Zero(self.ids[usize::from(space)], pages.all()));
+        let pages = self.spaces[usize::from(space)].pages.all();
+        self.spaces[usize::from(space)].table.set_zero(pages);
+        self.push_zeros(space, pages, jobs);
     }
 
     /// The space has this size now: what was known of pages beyond is gone.
@@ -156,8 +169,13 @@ impl Delta {
 
     fn close_zeros(&mut self, jobs: &mut Vec<PackJob>) {
         if let Some((space, range)) = self.zeros.take() {
-            jobs.push(PackJob::Zero(self.ids[usize::from(space)], range));
+            self.push_zeros(space, range, jobs);
         }
+    }
+
+    fn push_zeros(&self, space: SpaceNumber, pages: PageRange, jobs: &mut Vec<PackJob>) {
+        let id = self.ids[usize::from(space)];
+        jobs.extend(pages.chunks(ZERO_PAGES).map(|part| PackJob::Zero(id, part)));
     }
 
     /// The checkpoint is durable: the tables are what the next one compares with.
@@ -188,6 +206,7 @@ impl Delta {
 #[cfg(test)]
 mod test {
     use super::*;
+    use checkpoint_format::{ByteLen, MAX_SPACE_PAGES};
 
     fn delta(pages: u64) -> Delta {
         let names = [SpaceName::ram("pc.ram").unwrap(), SpaceName::disk("d").unwrap()];
@@ -268,5 +287,56 @@ mod test {
             })
             .collect();
         assert_eq!(zeros, [(4, 6), (7, 8)]);
+    }
+
+    fn disk(pages: u64) -> Delta {
+        let name = SpaceName::disk("d").unwrap();
+        let table = SpaceTable::new([name.clone()]).unwrap();
+        let space = Space::new(name, PageCount(pages), DigestTable::sparse(ByteLen(1 << 20)));
+        Delta::new(vec![space], &table).unwrap()
+    }
+
+    fn zero_ranges(jobs: &[PackJob]) -> Vec<(u64, u64)> {
+        let zeros = jobs.iter().filter_map(|job| match job {
+            PackJob::Zero(_, range) => Some((range.start.0, range.end.0)),
+            PackJob::Data(_) => None,
+        });
+        zeros.collect()
+    }
+
+    fn pages(start: u64, end: u64) -> PageRange {
+        PageRange::new(PageIndex(start), PageIndex(end))
+    }
+
+    #[test]
+    fn sparse_disk_costs_its_ranges_and_its_holes_are_no_changes() {
+        const TIB: u64 = 1 << 28;
+        let (mut first, mut jobs) = (disk(TIB), Vec::new());
+        first.offer_zero(0, pages(0, 1000), &mut jobs);
+        first.offer(0, PageIndex(1000), &[7; PAGE_SIZE], &mut jobs);
+        first.offer_zero(0, pages(1001, TIB), &mut jobs);
+        first.flush(&mut jobs);
+        assert_eq!(zero_ranges(&jobs), [(0, 1000), (1001, TIB)]);
+        assert_eq!((data_pages(&jobs), first.changed()), (vec![1000], PageCount(1)));
+        // What was a hole and is one is nothing; what the guest discarded is a change of one page.
+        let (mut second, mut jobs) = (again(first.settle()), Vec::new());
+        second.offer_zero(0, pages(0, TIB), &mut jobs);
+        second.flush(&mut jobs);
+        assert_eq!((zero_ranges(&jobs), second.changed()), (vec![(1000, 1001)], PageCount(1)));
+        // A failed checkpoint leaves the next one all of it.
+        let (mut third, mut jobs) = (again(second.fail()), Vec::new());
+        third.offer_zero(0, pages(0, 10), &mut jobs);
+        third.flush(&mut jobs);
+        assert_eq!(zero_ranges(&jobs), [(0, 10)]);
+    }
+
+    #[test]
+    fn zeros_of_the_largest_space_fit_into_packs() {
+        let (mut delta, mut jobs) = (disk(MAX_SPACE_PAGES), Vec::new());
+        delta.offer_zero(0, PageCount(MAX_SPACE_PAGES).all(), &mut jobs);
+        delta.flush(&mut jobs);
+        let ranges = zero_ranges(&jobs);
+        assert!(ranges.iter().all(|(start, end)| end - start <= MAX_PAGES_PER_PACK));
+        assert_eq!(ranges.iter().map(|(start, end)| end - start).sum::<u64>(), MAX_SPACE_PAGES);
     }
 }

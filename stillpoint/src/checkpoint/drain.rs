@@ -25,6 +25,8 @@ const WINDOW: u64 = 1 << 30;
 const READ_BYTES: u64 = (FRAME_PAGES * PAGE_SIZE) as u64;
 /// NBD reads of one disk under way: 2 MiB.
 const READS: usize = 8;
+/// Disks read at once, so that a machine with a hundred of them needs no more memory than one with four.
+const DISKS: usize = 4;
 /// Pieces of all disks waiting for the comparison: 4 MiB.
 const QUEUE: usize = 16;
 
@@ -64,7 +66,7 @@ impl Checkpointer {
             readers.push(Box::pin(read_disk(frozen, disk, number, is_fresh, pieces.clone(), report)));
         }
         drop(pieces);
-        let readers = futures::future::try_join_all(readers);
+        let readers = futures::stream::iter(readers).buffer_unordered(DISKS).try_collect::<Vec<()>>();
         let collector = collect(delta, packer, queue);
         let (read, collected) = tokio::join!(readers, collector);
         // A reader that found its queue closed only says so; the collector knows why.

@@ -6,6 +6,7 @@
 pub mod attach;
 pub mod client;
 pub mod machine;
+mod memory;
 mod other;
 pub mod qemu_lock;
 mod server;

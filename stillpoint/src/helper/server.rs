@@ -4,7 +4,7 @@ use crate::checkpoint::outcome::milliseconds;
 use crate::checkpoint::{Checkpointer, Report};
 use crate::control::{Failure, MAX_LINE, Progress, Reply, Request};
 use crate::exit::{self, explain};
-use crate::helper::machine::Machine;
+use crate::helper::memory;
 use crate::runtime::RuntimeDir;
 use anyhow::{Context, Result, bail};
 use qmp_bridge::Paused;
@@ -114,6 +114,7 @@ impl Server {
         };
         match request {
             Request::Checkpoint(choice) => {
+                let _watch = memory::Watch::begin();
                 let outcome = checkpointer.take(choice, &Report(progress)).await;
                 if let Err(error) = &outcome {
                     tracing::error!(error = explain(error), "checkpoint failed");
@@ -146,27 +147,10 @@ impl Server {
             "qemu_pid": machine.pid,
             "qemu_version": machine.facts.qemu.to_string(),
             "accelerator": machine.facts.accelerator.as_str(),
-            "peak_memory_bytes": peak_memory(),
-            "memory_limit_bytes": memory_limit(machine),
+            "peak_memory_bytes": memory::peak(),
+            "memory_limit_bytes": memory::limit(machine),
         }))
     }
-}
-
-/// The most that this process has ever held.
-fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
-    Some(kib << 10)
-}
-
-/// See docs/limits.md: the program, the staging memory, and what is known of each page of the guest.
-fn memory_limit(machine: &Machine) -> u64 {
-    const PROGRAM: u64 = 64 << 20;
-    const STAGING: u64 = 256 << 20;
-    const A_PAGE: u64 = 20;
-    let pages: u64 = machine.blocks.iter().map(|block| block.used / checkpoint_format::PAGE_SIZE as u64).sum();
-    PROGRAM + STAGING + pages * A_PAGE
 }
 
 async fn bare_pause(checkpointer: &Checkpointer) -> Result<Value> {

@@ -23,10 +23,8 @@ pub async fn open(url: &str) -> Result<Repository> {
 
 /// The checkpoint that a name means: the newest when it names none.
 pub async fn resolve(repository: &Repository, name: &CheckpointName) -> Result<CheckpointSeq> {
-    let known = repository.checkpoints(&name.vm).await.with_context(|| format!("looking for checkpoints of {}", name.vm))?;
-    let Some(newest) = known.last() else {
-        return Err(coded(crate::exit::FAILED, format!("the store has no checkpoint of {}; 'stillpoint ls' shows what it has", name.vm)));
-    };
+    let known = checkpoints(repository, &name.vm).await?;
+    let newest = known.last().context("internal error: an empty list of checkpoints")?;
     match name.seq {
         None => Ok(*newest),
         Some(seq) if known.contains(&seq) => Ok(seq),
@@ -34,6 +32,16 @@ pub async fn resolve(repository: &Repository, name: &CheckpointName) -> Result<C
             Err(coded(crate::exit::FAILED, format!("the store has no checkpoint {}@{seq}; the newest is {}@{newest}", name.vm, name.vm)))
         }
     }
+}
+
+/// The checkpoints of a VM, ascending, at least one: a name that the store does not know is an error, as is one that was only
+/// claimed.
+async fn checkpoints(repository: &Repository, vm: &VmName) -> Result<Vec<CheckpointSeq>> {
+    let known = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
+    if known.is_empty() {
+        return Err(coded(crate::exit::FAILED, format!("the store has no checkpoint of {vm}; 'stillpoint ls' shows what it has")));
+    }
+    Ok(known)
 }
 
 pub async fn ls(args: &LsArgs) -> Result<()> {
@@ -44,26 +52,30 @@ pub async fn ls(args: &LsArgs) -> Result<()> {
     }
 }
 
+/// Names without a checkpoint (a first checkpoint or a restore that did not end) are told apart: nothing can be restored there.
 async fn ls_machines(repository: &Repository, as_json: bool) -> Result<()> {
-    let mut rows = Vec::new();
-    for vm in repository.vms().await? {
-        let checkpoints = repository.checkpoints(&vm).await?;
-        rows.push((vm, checkpoints));
-    }
+    let vms = repository.vms().await?;
+    let looks = vms.into_iter().map(|vm| async move { repository.checkpoints(&vm).await.map(|seqs| (vm, seqs)) });
+    let all: Vec<(VmName, Vec<CheckpointSeq>)> = futures::stream::iter(looks).buffered(READS).try_collect().await?;
+    let (rows, empty): (Vec<_>, Vec<_>) = all.into_iter().partition(|(_, seqs)| !seqs.is_empty());
+    let empty: Vec<&str> = empty.iter().map(|(vm, _)| vm.as_str()).collect();
     if as_json {
         let rows: Vec<_> = rows.iter().map(|(vm, seqs)| json!({"name": vm, "checkpoints": seqs.len(), "newest": seqs.last()})).collect();
-        return print_json(&json!({ "store": repository.url(), "machines": rows }));
+        return print_json(&json!({ "store": repository.url(), "machines": rows, "without_checkpoints": empty }));
     }
     println!("{:32} {:>11} {:>8}", "MACHINE", "CHECKPOINTS", "NEWEST");
     for (vm, seqs) in rows {
-        let newest = seqs.last().map(ToString::to_string).unwrap_or_else(|| "-".to_owned());
+        let newest = seqs.last().map(ToString::to_string).unwrap_or_default();
         println!("{:32} {:>11} {newest:>8}", vm.as_str(), seqs.len());
+    }
+    if !empty.is_empty() {
+        println!("names without a checkpoint: {}", empty.join(", "));
     }
     Ok(())
 }
 
 async fn ls_checkpoints(repository: &Repository, vm: &VmName, as_json: bool) -> Result<()> {
-    let seqs = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
+    let seqs = checkpoints(repository, vm).await?;
     let reads = seqs.into_iter().map(|seq| lineage::manifest(repository, vm, seq));
     let manifests: Vec<Manifest> = futures::stream::iter(reads).buffered(READS).try_collect().await?;
     if as_json {

@@ -38,7 +38,8 @@ pub async fn run(args: &VerifyArgs) -> Result<()> {
         None => all(&repository, name).await?,
     };
     let mut report = Report::default();
-    let total = manifests.iter().flat_map(|manifest| &manifest.packs).map(|pack| pack.info.len.0).sum();
+    let packs = manifests.iter().flat_map(|manifest| &manifest.packs);
+    let total = packs.fold(0, |sum: u64, pack| sum.saturating_add(pack.info.len.0));
     let progress = Progress::bytes("verify", total);
     for manifest in &manifests {
         check_checkpoint(&repository, manifest, &progress, &mut report).await;

@@ -29,6 +29,9 @@ use tokio::task::JoinHandle;
 /// A pack is closed when its frames reach this length. HDFS keeps a few hundred bytes of NameNode memory for each file,
 /// and a pack under way is held in memory so that it can be written again from its start.
 pub const PACK_BYTES: ByteLen = ByteLen(24 << 20);
+/// And when its index reaches this length: pages that compress to next to nothing need as much of it as others, and it is in
+/// memory four times when a pack is closed. 240,000 pages.
+const INDEX_BYTES: ByteLen = ByteLen(4 << 20);
 /// Packs being written at once, besides the one being filled: HDFS gives a pipeline to each file.
 const UPLOADS: usize = 2;
 /// Frames being compressed at once.
@@ -178,6 +181,9 @@ impl Pipeline {
     }
 
     async fn push(&mut self, record: Encoded) -> Result<()> {
+        if self.builder.len() >= PACK_BYTES || self.builder.index_len() >= INDEX_BYTES {
+            self.close()?;
+        }
         match record {
             Encoded::Zero(space, pages) => {
                 if self.builder.push_zero(space, pages).is_err() {
@@ -187,7 +193,7 @@ impl Pipeline {
                 }
             }
             Encoded::Frame(frame) => {
-                if self.builder.len() >= PACK_BYTES || !self.builder.has_room_for(&frame) {
+                if !self.builder.has_room_for(&frame) {
                     self.close()?;
                 }
                 self.builder.push_frame(frame)?;
@@ -233,5 +239,54 @@ async fn encode(job: PackJob) -> Result<Encoded> {
             let frame = tokio::task::spawn_blocking(frame).await.context("compressing a frame was cut off")?;
             Ok(Encoded::Frame(frame.context("compressing a frame")?))
         }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use checkpoint_format::{FRAME_PAGES, PAGE_SIZE, SpaceName};
+    use std::sync::Mutex;
+
+    /// Keeps the length of each pack.
+    #[derive(Default)]
+    struct Lengths(Mutex<Vec<usize>>);
+
+    impl PackTarget for Lengths {
+        fn put_pack<'a>(&'a self, stem: &'a str, chunks: Vec<Bytes>) -> BoxFuture<'a, Result<StoredPack>> {
+            let len = chunks.iter().map(Bytes::len).sum();
+            self.0.lock().unwrap().push(len);
+            let name = format!("{stem}.pack").parse().unwrap();
+            let stored = StoredPack { name, len: len as u64, replicas: None, wanted_replicas: None, more_requested: false, attempts: 1 };
+            Box::pin(async move { Ok(stored) })
+        }
+    }
+
+    /// 3 GiB of pages that compress to nothing: their digests alone would make one index of 13 MB.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn packs_of_well_compressing_pages_end_with_their_index() {
+        let name = SpaceName::disk("d").unwrap();
+        let spaces = SpaceTable::new([name.clone()]).unwrap();
+        let space = spaces.id(&name).unwrap();
+        let target = Arc::new(Lengths::default());
+        let packer = Packer::new(Arc::clone(&target) as Arc<dyn PackTarget>, spaces, "test".to_owned());
+        let entrance = packer.entrance();
+        let frames = 12 * 1024;
+        let send = move || {
+            (0..frames).try_for_each(|number: u64| {
+                let page = |at: u64| {
+                    let digest = blake3::hash(&(number * FRAME_PAGES as u64 + at).to_le_bytes());
+                    (PageIndex(number * FRAME_PAGES as u64 + at), PageDigest(digest.as_bytes()[..16].try_into().unwrap()))
+                };
+                let pages = (0..FRAME_PAGES as u64).map(page).collect();
+                entrance.send(&mut vec![PackJob::Data(FrameJob { space, pages, raw: vec![1; FRAME_PAGES * PAGE_SIZE] })])
+            })
+        };
+        tokio::task::spawn_blocking(send).await.unwrap().unwrap();
+        let records = packer.finish().await.unwrap();
+        assert!(records.len() >= 3, "{} packs", records.len());
+        let frame = (FRAME_PAGES * 40) as u32;
+        assert!(records.iter().all(|record| record.info.trailer_raw_len <= INDEX_BYTES.0 as u32 + frame));
+        assert_eq!(records.iter().map(|record| record.info.frames).sum::<u32>(), frames as u32);
     }
 }

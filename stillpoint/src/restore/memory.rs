@@ -34,7 +34,7 @@ pub async fn small_blocks(source: &Source) -> Result<Vec<Option<Vec<u8>>>> {
     let manifest = source.manifest();
     let mut contents = Vec::new();
     for block in &manifest.ram_blocks {
-        if block.shared {
+        if block.shared || block.used.0 == 0 {
             contents.push(None);
             continue;
         }

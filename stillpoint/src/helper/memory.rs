@@ -1,0 +1,88 @@
+//! What this helper holds, and the most that it may hold (docs/limits.md has the sum).
+//!
+//! Only private memory counts: the guest's pages are mapped here too, but they are QEMU's.
+
+use crate::helper::machine::Machine;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+/// The program, its threads and queues, and the digests of disks and device state.
+const PROGRAM: u64 = 96 << 20;
+/// Staged pages, and packs being filled and written.
+const STAGING: u64 = 256 << 20;
+/// Digests, page sets and the tracker's tables, for each page of the guest.
+const A_PAGE: u64 = 20;
+/// Between two looks at a checkpoint's memory.
+const INTERVAL: Duration = Duration::from_millis(20);
+
+static PEAK: AtomicU64 = AtomicU64::new(0);
+
+/// The most that any look has found, in bytes. The kernel keeps such a peak only with shared pages in it.
+pub fn peak() -> Option<u64> {
+    sample()?;
+    Some(PEAK.load(Ordering::Relaxed))
+}
+
+pub fn limit(machine: &Machine) -> u64 {
+    let pages: u64 = machine.blocks.iter().map(|block| block.used / checkpoint_format::PAGE_SIZE as u64).sum();
+    PROGRAM + STAGING + pages * A_PAGE
+}
+
+/// Looks at the memory often while it lives.
+pub struct Watch(Arc<AtomicBool>);
+
+impl Watch {
+    pub fn begin() -> Self {
+        let ended = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&ended);
+        std::thread::spawn(move || {
+            while !seen.load(Ordering::Relaxed) && sample().is_some() {
+                std::thread::sleep(INTERVAL);
+            }
+        });
+        Self(ended)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn sample() -> Option<u64> {
+    let now = private(&std::fs::read_to_string("/proc/self/statm").ok()?)?;
+    PEAK.fetch_max(now, Ordering::Relaxed);
+    Some(now)
+}
+
+/// Resident pages without those of files and shared memory.
+fn private(statm: &str) -> Option<u64> {
+    let mut pages = statm.split_whitespace().skip(1).map(str::parse::<u64>);
+    let (resident, shared) = (pages.next()?.ok()?, pages.next()?.ok()?);
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
+    Some(resident.saturating_sub(shared) * u64::try_from(page).ok()?)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn helper_memory_counts_private_pages_only() {
+        assert_eq!(private("500 300 120 9 0 77 0"), Some(180 * 4096));
+        assert_eq!(private("500"), None);
+    }
+
+    #[test]
+    fn helper_memory_peak_outlives_what_was_held() {
+        const HELD: usize = 64 << 20;
+        let before = sample().unwrap();
+        let watch = Watch::begin();
+        let held = std::hint::black_box(vec![1_u8; HELD]);
+        std::thread::sleep(INTERVAL * 4);
+        drop((held, watch));
+        assert!(peak().unwrap() >= before + HELD as u64 / 2);
+    }
+}
