@@ -27,8 +27,8 @@ pub use digest::{Checksum, ContentDigest, ContentHasher, DigestParseError, PageD
 pub use digest_table::DigestTable;
 pub use envelope::{EnvelopeError, MAX_HEADER_LINE};
 pub use layer::{
-    BLOCK_PAGES, BLOCK_SIZE, Block, BlockHome, BlockIndex, BlockRef, BlockTable, BlockTableBuilder, BlockTableInfo, LAYER_VERSION,
-    LayerError, LayerManifest, MAX_LAYER_BLOCKS, MAX_LAYER_BODY, MAX_LAYER_OWNERS, OwnerIndex,
+    BLOCK_PAGES, BLOCK_SIZE, BlockHome, BlockIndex, BlockRef, BlockTable, BlockTableBuilder, BlockTableInfo, BlocksHasher, DigestForm,
+    LAYER_VERSION, LayerError, LayerManifest, MAX_LAYER_BLOCKS, MAX_LAYER_BODY, MAX_LAYER_OWNERS, MAX_STORED_BLOCKS, OwnerIndex,
 };
 pub use lineage::{FramePart, FrameRead, LineageError, LocatedRun, MAX_LINEAGE_PACKS, PageLocation, PageMap};
 pub use manifest::{

@@ -18,6 +18,8 @@ const PACK: &str = "pack-v1.bin";
 const MANIFEST: &str = "manifest-v1.txt";
 const LAYER: &str = "layer-v1.txt";
 const BLOCKS: &str = "layer-v1.blocks";
+const LAYER_2: &str = "layer-v2.txt";
+const BLOCKS_2: &str = "layer-v2.blocks";
 
 fn path(file: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file)
@@ -59,13 +61,16 @@ fn damaged(file: &'static str, bytes: Vec<u8>, error: &'static str) -> Damaged {
     Damaged { file, bytes, error }
 }
 
-fn sound() -> [(&'static str, Vec<u8>); 4] {
+fn sound() -> [(&'static str, Vec<u8>); 6] {
     let (layer, blocks) = sample_layer();
+    let (sparse, sparse_blocks) = sample_sparse_layer();
     [
         (PACK, bytes(&sample_pack(PackId([0xab; 16])))),
         (MANIFEST, sample_manifest().encode().expect("sound")),
         (LAYER, layer.encode().expect("sound")),
         (BLOCKS, blocks),
+        (LAYER_2, sparse.encode().expect("sound")),
+        (BLOCKS_2, sparse_blocks),
     ]
 }
 
@@ -178,8 +183,27 @@ fn damaged_layers() -> Vec<Damaged> {
         damaged("layer-v1-is-manifest.txt", sample_manifest().encode().expect("sound"), "it begins with"),
         damaged("layer-v1-block-size.txt", with("65536", "65537"), "block_size is not 65536"),
         damaged("layer-v1-blocks.txt", with("\"blocks\": 4", "\"blocks\": 5"), "table.blocks is another number than the length gives"),
+        damaged("layer-v3-later.txt", later_layer(), "format version 3, this program reads version 2"),
+        damaged("layer-v2-huge.txt", huge_sparse_layer(), "table is of more stored blocks"),
         damaged("layer-v1-huge.txt", with("\"len\": 196616", "\"len\": 18446744073709551615"), "too high"),
     ]
+}
+
+/// The sparse sample's body, wrapped as another version.
+fn sparse_as(version: u32, change: impl Fn(&str) -> String) -> Vec<u8> {
+    let (layer, _) = sample_sparse_layer();
+    let file = layer.encode().expect("sound");
+    let text = change(std::str::from_utf8(body(&file)).expect("JSON is text"));
+    let line = format!("stillpoint-layer {version} {} {}\n", ContentDigest::of(text.as_bytes()), text.len());
+    [line.as_bytes(), text.as_bytes()].concat()
+}
+
+fn later_layer() -> Vec<u8> {
+    sparse_as(3, str::to_owned)
+}
+
+fn huge_sparse_layer() -> Vec<u8> {
+    sparse_as(2, |text| text.replacen("\"stored_blocks\": 2", "\"stored_blocks\": 16777217", 1))
 }
 
 fn damaged_blocks() -> Vec<Damaged> {
@@ -248,6 +272,15 @@ fn the_sound_layer_says_what_was_written() {
     let stored: Vec<_> = table.stored().map(|(number, at)| (number, layer.owner(at.owner))).collect();
     let (own, other) = (Some(layer.digest), Some(ContentDigest::of(b"another layer")));
     assert_eq!(stored, [(1, own), (2, other), (3, own)]);
+}
+
+#[test]
+fn the_sound_sparse_layer_says_what_was_written() {
+    let (expected, _) = sample_sparse_layer();
+    let layer = LayerManifest::parse(&read(LAYER_2)).expect("sound");
+    assert_eq!(layer, expected);
+    let table = layer.parse_table(&read(BLOCKS_2)).expect("sound");
+    assert_eq!(table.stored().map(|(number, _)| number).collect::<Vec<_>>(), [10_000_000, 10_000_001]);
 }
 
 #[test]

@@ -60,6 +60,11 @@ fn with(document: &Value, place: &str, lie: Value) -> Vec<u8> {
     serde_json::to_vec(&changed).expect("JSON")
 }
 
+fn wrapped(kind: &str, body: &[u8]) -> Vec<u8> {
+    let line = format!("{kind} {} {}\n", ContentDigest::of(body), body.len());
+    [line.as_bytes(), body].concat()
+}
+
 /// What a restore does first with a manifest that parses.
 fn use_manifest(manifest: &Manifest) {
     let pack = sample_pack(PackId([0xab; 16]));
@@ -95,19 +100,24 @@ fn hostile_manifests_neither_panic_nor_allocate_what_they_claim() {
     let document: Value = serde_json::from_slice(body(&sample_manifest().encode().expect("sound"))).expect("JSON");
     let (layer, table) = sample_layer();
     let layer: Value = serde_json::from_slice(body(&layer.encode().expect("sound"))).expect("JSON");
+    let (sparse, sparse_table) = sample_sparse_layer();
+    let sparse: Value = serde_json::from_slice(body(&sparse.encode().expect("sound"))).expect("JSON");
     let begun = peak();
     let (mut refused, mut taken) = (0, 0);
     let mut count = |result: bool| *(if result { &mut taken } else { &mut refused }) += 1;
-    for (kind, document) in [("stillpoint-manifest", &document), ("stillpoint-layer", &layer)] {
+    for (kind, document) in [("stillpoint-manifest 1", &document), ("stillpoint-layer 1", &layer), ("stillpoint-layer 2", &sparse)] {
         let mut found = Vec::new();
         places(document, "", &mut found);
         for place in &found {
             for lie in lies(document.pointer(place).expect("it was found there")) {
-                let file = envelope(kind, &with(document, place, lie));
+                let file = wrapped(kind, &with(document, place, lie));
                 let manifest = Manifest::parse(&file);
                 manifest.iter().for_each(use_manifest);
                 let layer = LayerManifest::parse(&file);
-                layer.iter().for_each(|layer| use_layer(layer, &table));
+                for layer in &layer {
+                    use_layer(layer, &table);
+                    use_layer(layer, &sparse_table);
+                }
                 count(manifest.is_ok() || layer.is_ok());
             }
         }

@@ -113,11 +113,6 @@ pub async fn manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) 
     Ok(parsed_manifest(repository, vm, seq).await?.0)
 }
 
-pub async fn identified_manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<(Manifest, CheckpointIdentity)> {
-    let (manifest, file) = parsed_manifest(repository, vm, seq).await?;
-    Ok((manifest, CheckpointIdentity::new(seq, &file)))
-}
-
 /// And the bytes of its file.
 async fn parsed_manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<(Manifest, Bytes)> {
     let bytes = repository.read_manifest(vm, seq).await.with_context(|| format!("reading the manifest of {vm}@{seq}"))?;

@@ -4,7 +4,11 @@
 //! one that already had the same block. Two files describe it: the [`LayerManifest`], text like a checkpoint's manifest,
 //! and the [`BlockTable`], binary because a large image has millions of blocks. The manifest holds the table's checksum,
 //! so it is written last.
+//!
+//! Version 1 is named by the digest of the whole file; version 2, for files with many zeros, by that of its blocks
+//! ([`DigestForm`]), and its table does not mention zeros.
 
+mod form;
 mod index;
 mod table;
 
@@ -12,15 +16,16 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::digest::ContentDigest;
-use crate::envelope::Envelope;
+use crate::envelope::{Envelope, EnvelopeError};
 use crate::manifest::{Check, ManifestError, PackRecord, at_most, check_packs, pack_list};
 use crate::units::{ByteLen, PAGE_SIZE};
 
+pub use form::{BlocksHasher, DigestForm};
 pub use index::{BlockHome, BlockIndex};
-pub use table::{Block, BlockRef, BlockTable, BlockTableBuilder, BlockTableInfo, MAX_LAYER_BLOCKS, OwnerIndex};
+pub use table::{BlockRef, BlockTable, BlockTableBuilder, BlockTableInfo, MAX_LAYER_BLOCKS, MAX_STORED_BLOCKS, OwnerIndex};
 
-/// The version that this program writes and reads.
-pub const LAYER_VERSION: u32 = 1;
+/// The newest version that this program writes and reads, for [`DigestForm::Blocks`]; [`DigestForm::Content`] has version 1.
+pub const LAYER_VERSION: u32 = 2;
 /// Longest body of a layer's manifest.
 pub const MAX_LAYER_BODY: usize = 64 << 20;
 /// Most other layers whose blocks a layer may use.
@@ -31,6 +36,7 @@ pub const BLOCK_PAGES: usize = 16;
 pub const BLOCK_SIZE: usize = BLOCK_PAGES * PAGE_SIZE;
 
 const ENVELOPE: Envelope = Envelope { kind: "stillpoint-layer", version: LAYER_VERSION, max_body: MAX_LAYER_BODY };
+const ENVELOPE_1: Envelope = Envelope { version: 1, ..ENVELOPE };
 const CHECK: Check = Check("layer manifest");
 
 /// A layer that can't be read, or must not be written. The caller adds the file's name.
@@ -44,7 +50,7 @@ pub enum LayerError {
     TableLength { expected: u64, found: u64 },
     #[error("verify the block table: digest is {found}, expected {expected}; the bytes are damaged, read them again from another replica")]
     TableDigest { expected: ContentDigest, found: ContentDigest },
-    #[error("read the block table: it begins with {found:02x?}; this is no block table of version 1")]
+    #[error("read the block table: it begins with {found:02x?}; this is no block table of the manifest's version")]
     TableMagic { found: [u8; 8] },
     #[error("decompress the block table; its digest is right, so it was written wrongly")]
     Decompress { source: std::io::Error },
@@ -52,6 +58,8 @@ pub enum LayerError {
     Compress { source: std::io::Error },
     #[error("parse the block table: {what} is {found}, expected {expected}; it was written wrongly")]
     TableCount { what: &'static str, expected: u64, found: u64 },
+    #[error("verify the layer: the digest of its blocks is {found}, its name is {expected}; it was written wrongly or by somebody else")]
+    BlocksDigest { expected: ContentDigest, found: ContentDigest },
     #[error("check block {block} of the layer: {problem}; it was written wrongly")]
     BadBlock { block: u64, problem: &'static str },
     #[error("describe a layer: {count} {what}, the limit is {limit}; the image is too large to be one layer")]
@@ -72,7 +80,10 @@ impl LayerError {
 /// What a layer is. See the comment on [`Manifest`](crate::Manifest) for how fields are added.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerManifest {
-    /// Of the whole image file; also the layer's name in the store.
+    /// What `digest` is taken of. Saved as the file's version.
+    #[serde(skip)]
+    pub form: DigestForm,
+    /// Of the image file; also the layer's name in the store.
     pub digest: ContentDigest,
     /// Exact length of the image file. The last block is padded with zeros to whole pages.
     pub len: ByteLen,
@@ -88,7 +99,12 @@ pub struct LayerManifest {
 
 impl LayerManifest {
     pub fn new(digest: ContentDigest, len: ByteLen, packs: Vec<PackRecord>, owners: Vec<ContentDigest>, table: BlockTableInfo) -> Self {
-        Self { digest, len, block_size: BLOCK_SIZE as u32, packs, owners, table }
+        Self { form: DigestForm::Content, digest, len, block_size: BLOCK_SIZE as u32, packs, owners, table }
+    }
+
+    /// With a digest of another form.
+    pub fn with_form(self, form: DigestForm) -> Self {
+        Self { form, ..self }
     }
 
     /// Blocks of a layer of this length.
@@ -107,14 +123,22 @@ impl LayerManifest {
         self.validate()?;
         let mut body = serde_json::to_vec_pretty(self).map_err(json_error)?;
         body.push(b'\n');
-        let file = ENVELOPE.wrap(&body).map_err(ManifestError::from)?;
+        let envelope = match self.form {
+            DigestForm::Content => ENVELOPE_1,
+            DigestForm::Blocks => ENVELOPE,
+        };
+        let file = envelope.wrap(&body).map_err(ManifestError::from)?;
         Ok(file)
     }
 
     /// Verifies the file's digest, reads it, and checks that its parts fit one another.
     pub fn parse(bytes: &[u8]) -> Result<Self, LayerError> {
-        let body = ENVELOPE.unwrap(bytes).map_err(ManifestError::from)?;
-        let manifest: Self = serde_json::from_slice(body).map_err(json_error)?;
+        let (form, body) = match ENVELOPE.unwrap(bytes) {
+            Err(EnvelopeError::UnknownVersion { found: 1, .. }) => (DigestForm::Content, ENVELOPE_1.unwrap(bytes)),
+            other => (DigestForm::Blocks, other),
+        };
+        let manifest: Self = serde_json::from_slice(body.map_err(ManifestError::from)?).map_err(json_error)?;
+        let manifest = manifest.with_form(form);
         manifest.validate()?;
         Ok(manifest)
     }
@@ -122,13 +146,14 @@ impl LayerManifest {
     fn validate(&self) -> Result<(), ManifestError> {
         let size = self.block_size as usize == BLOCK_SIZE;
         CHECK.that(size, "block_size", "not 65536")?;
-        let blocks = self.blocks() <= MAX_LAYER_BLOCKS && self.table.blocks == self.blocks();
+        let most = table::most_blocks(self.form);
+        let blocks = self.blocks() <= most && self.table.blocks == self.blocks();
         CHECK.that(blocks, "table.blocks", "another number than the length gives, or too high")?;
         CHECK.count("owners", self.owners.len(), MAX_LAYER_OWNERS)?;
         let foreign = !self.owners.contains(&self.digest);
         CHECK.that(foreign, "owners", "holding the layer itself")?;
         CHECK.distinct("owners", &self.owners)?;
-        self.table.check().map_err(|problem| ManifestError::Invalid { what: CHECK.what(), field: "table".into(), problem })?;
+        self.table.check(self.form).map_err(|problem| ManifestError::Invalid { what: CHECK.what(), field: "table".into(), problem })?;
         check_packs(CHECK, &self.packs)
     }
 

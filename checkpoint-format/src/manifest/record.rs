@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::list::{arguments_list, backing_list, boot_file_list, disk_list, pack_list, ram_block_list, space_list};
 use crate::digest::ContentDigest;
+use crate::layer::DigestForm;
 use crate::names::{PackName, SpaceKind, SpaceName, VmName};
 use crate::pack::PackInfo;
 use crate::units::{ByteLen, CheckpointSeq, Epoch, PageCount};
@@ -120,6 +121,10 @@ pub struct DiskRecord {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRef {
     pub digest: ContentDigest,
+    /// What the digest is taken of. A reader of version 1 that skips this refuses the layer by its version, or takes a local copy
+    /// for another file.
+    #[serde(default, skip_serializing_if = "DigestForm::is_content")]
+    pub form: DigestForm,
     pub len: ByteLen,
     pub format: String,
     /// Its path on the host where the checkpoint was taken.

@@ -152,6 +152,7 @@ fn sample_machine() -> MachineRecord {
         directory: "/srv/vm".into(),
         files: vec![LayerRef {
             digest: ContentDigest::of(b"kernel"),
+            form: DigestForm::Content,
             len: ByteLen(8_000_000),
             format: "raw".into(),
             path: "vmlinuz".into(),
@@ -160,8 +161,13 @@ fn sample_machine() -> MachineRecord {
 }
 
 fn sample_disks() -> Vec<DiskRecord> {
-    let base =
-        LayerRef { digest: ContentDigest::of(b"base"), len: ByteLen(196_616), format: "qcow2".into(), path: "/images/base.qcow2".into() };
+    let base = LayerRef {
+        digest: ContentDigest::of(b"base"),
+        form: DigestForm::Content,
+        len: ByteLen(196_616),
+        format: "qcow2".into(),
+        path: "/images/base.qcow2".into(),
+    };
     let writable = DiskRecord {
         node: "root".into(),
         space: Some(name("disk:root")),
@@ -188,15 +194,31 @@ pub fn sample_layer() -> (LayerManifest, Vec<u8>) {
     let mut table = BlockTableBuilder::new();
     let digest = ContentDigest::of;
     let home = BlockHome { layer: digest(b"another layer"), pack: PackNo(3), frame: FrameNo(14) };
-    table.push_zero().expect("room");
+    table.push_zeros(1).expect("room");
     table.push_own(digest(b"one"), PackNo(0), FrameNo(0)).expect("room");
     table.push_shared(digest(b"two"), home).expect("room");
     table.push_own(digest(b"three"), PackNo(0), FrameNo(1)).expect("room");
     let (table, owners) = table.finish();
-    let (file, info) = table.encode().expect("small");
+    let (file, info) = table.encode(DigestForm::Content).expect("small");
     let len = ByteLen(3 * BLOCK_SIZE as u64 + 8);
     let packs = vec![sample_pack_record()];
     (LayerManifest::new(digest(b"base"), len, packs, owners, info), file)
+}
+
+/// A layer of version 2: one block of its own and one of another layer in a terabyte and a half of zeros.
+pub fn sample_sparse_layer() -> (LayerManifest, Vec<u8>) {
+    let mut table = BlockTableBuilder::new();
+    let digest = ContentDigest::of;
+    let home = BlockHome { layer: digest(b"another layer"), pack: PackNo(3), frame: FrameNo(14) };
+    table.push_zeros(10_000_000).expect("room");
+    table.push_own(digest(b"one"), PackNo(0), FrameNo(0)).expect("room");
+    table.push_shared(digest(b"two"), home).expect("room");
+    table.push_zeros(15_000_000).expect("room");
+    let len = ByteLen(table.blocks() * BLOCK_SIZE as u64 - 100);
+    let (table, owners) = table.finish();
+    let (file, info) = table.encode(DigestForm::Blocks).expect("small");
+    let layer = LayerManifest::new(table.digest(len), len, vec![sample_pack_record()], owners, info);
+    (layer.with_form(DigestForm::Blocks), file)
 }
 
 /// Wraps a body as the text files are wrapped, so that what lies behind the digest can be tested.

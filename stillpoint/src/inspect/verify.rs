@@ -3,15 +3,16 @@
 use super::{open, print_json, resolve};
 use crate::cli::VerifyArgs;
 use crate::exit::{damaged, explain};
-use crate::layers::StoredLayer;
+use crate::layers::{Content, StoredLayer};
 use crate::lineage::{self, Lineage};
 use crate::terminal::Progress;
 use anyhow::{Context, Result};
 use checkpoint_format::{
-    ContentDigest, FOOTER_LEN, HEADER_LEN, Manifest, PAGE_SIZE, PackFooter, PackHeader, PackIndex, PackRecord, PageDigest, PageRun,
-    RunSource, Slot,
+    ContentDigest, ContentHasher, DigestForm, FOOTER_LEN, HEADER_LEN, Manifest, PAGE_SIZE, PackFooter, PackHeader, PackIndex, PackRecord,
+    PageDigest, PageRun, RunSource, Slot,
 };
 use checkpoint_store::Repository;
+use futures::TryStreamExt;
 use serde_json::json;
 use std::collections::BTreeSet;
 
@@ -164,20 +165,53 @@ fn check_frame(index: &PackIndex, number: usize, runs: &[(Slot, &PageRun)], byte
 }
 
 async fn check_layer(repository: &Repository, digest: &ContentDigest, report: &mut Report) -> Result<()> {
-    let mut layer = StoredLayer::open(repository, digest).await?;
-    let blocks = layer.table.blocks().to_vec();
-    let mut hasher = checkpoint_format::ContentHasher::new();
-    let block_size = u64::from(layer.manifest.block_size);
-    for (number, block) in blocks.iter().enumerate() {
-        let number = number as u64;
-        match layer.read_block(number, block).await? {
-            Some(bytes) => hasher.update(&bytes),
-            None => hasher.update(&vec![0; block_size.min(layer.len().0 - number * block_size) as usize]),
-        };
+    let layer = StoredLayer::open(repository, digest).await?;
+    let mut content = LayerContent { form: layer.manifest.form, hasher: ContentHasher::new(), at: 0 };
+    let mut batches = std::pin::pin!(layer.blocks());
+    while let Some(blocks) = batches.try_next().await? {
+        let (after, count) = tokio::task::spawn_blocking(move || content.take(&blocks)).await.context("internal error: task panicked")?;
+        content = after;
+        report.bytes += count;
     }
-    if hasher.finish() != *digest {
+    if !content.is(layer.len().0, digest) {
         return Err(damaged("its blocks make a file of another digest"));
     }
     report.layers += 1;
     Ok(())
+}
+
+/// What a layer's blocks make. Blocks in the other form were compared with digests that the layer's name stands for.
+struct LayerContent {
+    form: DigestForm,
+    hasher: ContentHasher,
+    at: u64,
+}
+
+impl LayerContent {
+    fn take(mut self, blocks: &[Content]) -> (Self, u64) {
+        let mut count = 0;
+        for (offset, bytes) in blocks {
+            self.zeros_to(*offset);
+            if self.form == DigestForm::Content {
+                self.hasher.update(bytes);
+            }
+            self.at = offset + bytes.len() as u64;
+            count += bytes.len() as u64;
+        }
+        (self, count)
+    }
+
+    fn zeros_to(&mut self, end: u64) {
+        static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+        while self.form == DigestForm::Content && self.at < end {
+            let len = (end - self.at).min(ZEROS.len() as u64);
+            self.hasher.update(&ZEROS[..len as usize]);
+            self.at += len;
+        }
+    }
+
+    fn is(mut self, len: u64, digest: &ContentDigest) -> bool {
+        self.zeros_to(len);
+        self.form == DigestForm::Blocks || self.hasher.finish() == *digest
+    }
 }

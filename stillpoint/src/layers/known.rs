@@ -55,7 +55,7 @@ impl Known {
         let owned = path.to_owned();
         let found = tokio::task::spawn_blocking(move || digest::of_file(&owned)).await.context("digesting was cut off")??;
         let stored = ensure(repository, path, found).await?;
-        let layer = LayerRef { digest: found.digest, len: ByteLen(found.len.0), format: format.to_owned(), path: named };
+        let layer = LayerRef { digest: found.digest, form: found.form, len: ByteLen(found.len.0), format: format.to_owned(), path: named };
         self.0.insert(path.to_owned(), (identity, layer));
         Ok(stored)
     }

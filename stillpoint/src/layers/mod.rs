@@ -3,15 +3,19 @@
 
 pub mod digest;
 mod fetch;
+mod image;
 mod known;
 mod read;
 mod upload;
 
 pub use fetch::provide;
 pub use known::{Known, boot_files};
-pub use read::StoredLayer;
+pub use read::{Content, StoredLayer};
 use upload::ensure;
 
 /// Files of a layer in the store, besides its packs.
 const MANIFEST_FILE: &str = "layer.json";
 const TABLE_FILE: &str = "blocks.table";
+
+#[cfg(test)]
+mod test;

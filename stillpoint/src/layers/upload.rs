@@ -1,24 +1,26 @@
 //! A file becomes a layer: cut into fixed blocks, of which only those that no layer has yet are stored.
 
 use super::digest::FileDigest;
-use super::read::StoredLayer;
+use super::image;
+use super::read::{StoredLayer, read_manifest};
 use super::{MANIFEST_FILE, TABLE_FILE};
-use crate::pack::{FrameJob, PackJob, PackTarget, Packer};
+use crate::pack::{Entrance, FrameJob, PackJob, PackTarget, Packer};
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use checkpoint_format::{
-    BLOCK_PAGES, BLOCK_SIZE, BlockHome, BlockIndex, BlockTableBuilder, ContentDigest, ContentHasher, FrameNo, LayerManifest, PAGE_SIZE,
-    PackName, PackNo, PackRecord, PageDigest, PageIndex, SpaceId, SpaceName, SpaceTable, is_zero,
+    BLOCK_PAGES, BLOCK_SIZE, BlockIndex, BlockTable, BlockTableBuilder, BlocksHasher, ContentDigest, ContentHasher, DigestForm, FrameNo,
+    LayerManifest, PAGE_SIZE, PackName, PackNo, PackRecord, PageDigest, PageIndex, SpaceId, SpaceName, SpaceTable, is_zero,
 };
 use checkpoint_store::{LayerOutcome, PartialLayer, Repository};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Blocks of other layers held in memory to be found again: about 25 MB, 16 GiB of layers.
+/// Blocks of other layers, and of the new one, held in memory to be found again: about 40 MB, 16 GiB of layers.
 const MOST_KNOWN_BLOCKS: usize = 1 << 18;
+/// A table that names each zero block is not read for its few others beyond this length.
+const MOST_TABLE_BLOCKS: u64 = 1 << 22;
 
 /// Stores the file unless the store has it. Returns how many bytes were stored.
 pub async fn ensure(repository: &Repository, path: &Path, file: FileDigest) -> Result<u64> {
@@ -28,7 +30,7 @@ pub async fn ensure(repository: &Repository, path: &Path, file: FileDigest) -> R
     tracing::info!(path = %path.display(), digest = %file.digest, len = file.len.0, "storing a layer");
     let known = known_blocks(repository).await?;
     let layer = Arc::new(repository.begin_layer(&file.digest).await?);
-    match store(&layer, path, file, &known).await {
+    match store(&layer, path, file, known).await {
         Ok(stored) => finish(layer, stored).await,
         Err(error) => {
             if let Ok(layer) = Arc::try_unwrap(layer) {
@@ -52,38 +54,43 @@ async fn known_blocks(repository: &Repository) -> Result<BlockIndex> {
     let mut known = BlockIndex::new();
     for digest in repository.layers().await? {
         // A damaged layer is no reason not to store another one; 'verify' tells of it.
-        if known.len() > MOST_KNOWN_BLOCKS {
-            // A block that is not known is stored once more: larger, never wrong.
-            break;
-        }
-        match StoredLayer::open(repository, &digest).await {
-            Ok(layer) => known.add_layer(&layer.manifest, &layer.table),
-            Err(error) => tracing::warn!(%digest, error = format!("{error:#}"), "not used for sharing blocks"),
+        if let Err(error) = add_known(repository, &digest, &mut known).await {
+            tracing::warn!(%digest, error = format!("{error:#}"), "not used for sharing blocks");
         }
     }
     Ok(known)
 }
 
-/// What a block turned out to be.
-enum Found {
-    Zero,
-    /// The n-th block in the new layer's own packs.
-    Own(ContentDigest, u64),
-    Shared(ContentDigest, BlockHome),
+/// A layer that is too large to be known is not: a block that is not known is stored once more, which is larger, never wrong.
+async fn add_known(repository: &Repository, digest: &ContentDigest, known: &mut BlockIndex) -> Result<()> {
+    let manifest = read_manifest(repository, digest).await?;
+    let blocks = known.len() as u64 + manifest.table.stored_blocks;
+    if blocks > MOST_KNOWN_BLOCKS as u64 || manifest.form == DigestForm::Content && manifest.table.blocks > MOST_TABLE_BLOCKS {
+        return Ok(());
+    }
+    let layer = StoredLayer::with_manifest(repository, manifest).await?;
+    known.add_layer(&layer.manifest, &layer.table);
+    Ok(())
 }
 
-async fn store(layer: &Arc<PartialLayer>, path: &Path, file: FileDigest, known: &BlockIndex) -> Result<u64> {
+async fn store(layer: &Arc<PartialLayer>, path: &Path, file: FileDigest, known: BlockIndex) -> Result<u64> {
     let space = SpaceName::layer(file.digest);
     let spaces = SpaceTable::new([space.clone()])?;
     let id = spaces.id(&space).context("the layer's space has no number")?;
     let label = format!("layer {}", file.digest);
     let packer = Packer::new(Arc::clone(layer) as Arc<dyn PackTarget>, spaces, label);
-    let cut = cut(path, file, known, id, &packer).await;
-    let packs = packer.finish().await?;
-    let (table, owners) = table(cut?, &packs)?.finish();
-    let (bytes, info) = table.encode()?;
+    let (entrance, path) = (packer.entrance(), path.to_owned());
+    let cut = tokio::task::spawn_blocking(move || Cut::new(known, id, entrance).cut(&path, file));
+    let cut = cut.await.context("internal error: read task panicked")?;
+    let (table, packs) = match cut {
+        Ok(table) => (table, packer.finish().await?),
+        Err(error) => return Err(packer.why(error).await),
+    };
+    let (mut table, owners) = table.finish();
+    place(&mut table, &packs)?;
+    let (bytes, info) = table.encode(file.form)?;
     let stored: u64 = packs.iter().map(|pack| pack.info.len.0).sum::<u64>() + bytes.len() as u64;
-    let manifest = LayerManifest::new(file.digest, file.len, packs, owners, info).encode()?;
+    let manifest = LayerManifest::new(file.digest, file.len, packs, owners, info).with_form(file.form).encode()?;
     put(layer, TABLE_FILE, bytes).await?;
     put(layer, MANIFEST_FILE, manifest).await?;
     Ok(stored)
@@ -95,65 +102,88 @@ async fn put(layer: &PartialLayer, name: &str, bytes: Vec<u8>) -> Result<()> {
     Ok(())
 }
 
-/// Reads the file once, sends what is new to the packer, and checks that the content is still what its digest says.
-async fn cut(path: &Path, file: FileDigest, known: &BlockIndex, space: SpaceId, packer: &Packer) -> Result<Vec<Found>> {
-    let mut input = File::open(path).with_context(|| format!("opening {}", path.display()))?;
-    let mut hasher = ContentHasher::new();
-    let mut found = Vec::new();
-    let mut own: HashMap<ContentDigest, u64> = HashMap::new();
-    loop {
-        let mut block = Vec::with_capacity(BLOCK_SIZE);
-        let read = input.by_ref().take(BLOCK_SIZE as u64).read_to_end(&mut block);
-        if read.with_context(|| format!("reading {}", path.display()))? == 0 {
-            break;
-        }
-        hasher.update(&block);
-        block.resize(block.len().next_multiple_of(PAGE_SIZE), 0);
-        if is_zero(&block) {
-            found.push(Found::Zero);
-            continue;
-        }
-        let digest = ContentDigest::of(&block);
-        if let Some(home) = known.find(&digest) {
-            found.push(Found::Shared(digest, home));
-            continue;
-        }
-        let next = own.len() as u64;
-        let place = *own.entry(digest).or_insert(next);
-        if place == next {
-            packer.send(&mut vec![frame(space, found.len(), block)]).await?;
-        }
-        found.push(Found::Own(digest, place));
-    }
-    if hasher.finish() != file.digest {
-        bail!("{} changed while it was stored; a layer must be read-only", path.display());
-    }
-    Ok(found)
+/// The n-th own block is the n-th frame over all packs: the packer keeps the order.
+fn place(table: &mut BlockTable, packs: &[PackRecord]) -> Result<()> {
+    let ends = packs.iter().scan(0, |end: &mut u64, record| {
+        *end += u64::from(record.info.frames);
+        Some(*end)
+    });
+    let ends: Vec<u64> = ends.collect();
+    table.place_own(|ordinal| {
+        let pack = ends.partition_point(|end| *end <= u64::from(ordinal));
+        let first = pack.checked_sub(1).map_or(0, |before| ends[before]);
+        (pack < ends.len()).then(|| (PackNo(pack as u32), FrameNo((u64::from(ordinal) - first) as u32)))
+    })?;
+    Ok(())
 }
 
-fn frame(space: SpaceId, block: usize, raw: Vec<u8>) -> PackJob {
-    let first = (block * BLOCK_PAGES) as u64;
+/// Reads a file once, without its holes, and sends what is new to the packer. Runs on a thread that may block.
+struct Cut {
+    known: BlockIndex,
+    space: SpaceId,
+    entrance: Entrance,
+    table: BlockTableBuilder,
+    /// Blocks sent, by content. Not all of a very large file: see [`MOST_KNOWN_BLOCKS`].
+    own: HashMap<ContentDigest, u32>,
+    sent: u32,
+}
+
+impl Cut {
+    fn new(known: BlockIndex, space: SpaceId, entrance: Entrance) -> Self {
+        Self { known, space, entrance, table: BlockTableBuilder::new(), own: HashMap::new(), sent: 0 }
+    }
+
+    /// Own blocks are in the table by their order: see [`place`]. Checks that the content is still what its digest says.
+    fn cut(mut self, path: &Path, file: FileDigest) -> Result<BlockTableBuilder> {
+        let input = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+        let about = || format!("reading {}", path.display());
+        let extents = match file.form {
+            DigestForm::Content => vec![0..file.len.0],
+            DigestForm::Blocks => image::data_extents(&input, file.len.0).with_context(about)?,
+        };
+        let mut content = ContentHasher::new();
+        let mut blocks = BlocksHasher::new(file.len);
+        image::each_block::<anyhow::Error>(&input, &extents, |number, block| {
+            if file.form == DigestForm::Content {
+                content.update(block);
+            }
+            if !is_zero(block) {
+                blocks.block(number, &self.push(number, image::padded(block))?);
+            }
+            Ok(())
+        })
+        .with_context(about)?;
+        self.table.push_zeros(file.len.0.div_ceil(BLOCK_SIZE as u64) - self.table.blocks())?;
+        let found = if file.form == DigestForm::Content { content.finish() } else { blocks.finish() };
+        if found != file.digest || input.metadata().with_context(about)?.len() != file.len.0 {
+            bail!("{} changed while it was stored; a layer must be read-only", path.display());
+        }
+        Ok(self.table)
+    }
+
+    fn push(&mut self, number: u64, block: Vec<u8>) -> Result<ContentDigest> {
+        self.table.push_zeros(number - self.table.blocks())?;
+        let digest = ContentDigest::of(&block);
+        if let Some(home) = self.known.find(&digest) {
+            self.table.push_shared(digest, home)?;
+            return Ok(digest);
+        }
+        let ordinal = self.own.get(&digest).copied().unwrap_or(self.sent);
+        if ordinal == self.sent {
+            if self.own.len() < MOST_KNOWN_BLOCKS {
+                self.own.insert(digest, ordinal);
+            }
+            self.sent += 1;
+            self.entrance.send(&mut vec![frame(self.space, number, block)])?;
+        }
+        self.table.push_own(digest, PackNo(0), FrameNo(ordinal))?;
+        Ok(digest)
+    }
+}
+
+fn frame(space: SpaceId, block: u64, raw: Vec<u8>) -> PackJob {
+    let first = block * BLOCK_PAGES as u64;
     let pages = raw.chunks_exact(PAGE_SIZE).enumerate();
     let pages = pages.map(|(number, page)| (PageIndex(first + number as u64), PageDigest::of(page))).collect();
     PackJob::Data(FrameJob { space, pages, raw })
-}
-
-/// The n-th own block is the n-th frame over all packs: the packer keeps the order.
-fn table(found: Vec<Found>, packs: &[PackRecord]) -> Result<BlockTableBuilder> {
-    let mut homes = Vec::new();
-    for (pack, record) in packs.iter().enumerate() {
-        homes.extend((0..record.info.frames).map(|frame| (PackNo(pack as u32), FrameNo(frame))));
-    }
-    let mut builder = BlockTableBuilder::new();
-    for block in found {
-        match block {
-            Found::Zero => builder.push_zero()?,
-            Found::Shared(digest, home) => builder.push_shared(digest, home)?,
-            Found::Own(digest, place) => {
-                let (pack, frame) = homes.get(place as usize).context("a block is missing from the layer's packs")?;
-                builder.push_own(digest, *pack, *frame)?;
-            }
-        }
-    }
-    Ok(builder)
 }
