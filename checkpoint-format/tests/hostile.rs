@@ -114,7 +114,7 @@ fn hostile_manifests_neither_panic_nor_allocate_what_they_claim() {
                 let manifest = Manifest::parse(&file);
                 manifest.iter().for_each(use_manifest);
                 let layer = LayerManifest::parse(&file);
-                for layer in &layer {
+                if let Ok(layer) = &layer {
                     use_layer(layer, &table);
                     use_layer(layer, &sparse_table);
                 }

@@ -115,7 +115,7 @@ fn version(machine: &str) -> Option<(u32, u32)> {
 fn name_drives(options: Vec<QemuOption>) -> Vec<QemuOption> {
     let drives: Vec<(usize, KeyList)> = options.iter().enumerate().filter_map(|(at, option)| Some((at, drive(option)?))).collect();
     // Names that the user gave come first, then those of ids: neither must depend on how many drives there are.
-    let mut taken: HashSet<String> = options.iter().flat_map(|option| node_names(option)).collect();
+    let mut taken: HashSet<String> = options.iter().flat_map(node_names).collect();
     let unnamed = |keys: &KeyList| has_medium(keys) && keys.get("node-name").is_none();
     let mut names: HashMap<usize, String> = HashMap::new();
     for (at, keys) in drives.iter().filter(|(_, keys)| unnamed(keys)) {

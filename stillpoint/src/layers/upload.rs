@@ -14,6 +14,7 @@ use checkpoint_format::{
 use checkpoint_store::{LayerOutcome, PartialLayer, Repository};
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -137,8 +138,9 @@ impl Cut {
     fn cut(mut self, path: &Path, file: FileDigest) -> Result<BlockTableBuilder> {
         let input = File::open(path).with_context(|| format!("opening {}", path.display()))?;
         let about = || format!("reading {}", path.display());
+        let all: Range<u64> = 0..file.len.0;
         let extents = match file.form {
-            DigestForm::Content => vec![0..file.len.0],
+            DigestForm::Content => Vec::from([all]),
             DigestForm::Blocks => image::data_extents(&input, file.len.0).with_context(about)?,
         };
         let mut content = ContentHasher::new();
