@@ -16,6 +16,9 @@ const LOOK: Duration = Duration::from_millis(1);
 /// From this version on QEMU can report a failed load instead of ending.
 const EXIT_ON_ERROR_SINCE: (u32, u32) = (9, 1);
 
+/// QEMU's own.
+const DEFAULT_ANNOUNCE_ROUNDS: u32 = 5;
+
 #[derive(Debug, Error)]
 pub enum IncomingError {
     #[error("QEMU does not wait for a stream: {0}; start it with `-incoming defer`")]
@@ -34,6 +37,11 @@ pub enum IncomingError {
     Path { path: PathBuf },
 }
 
+async fn announce_rounds(qmp: &Qmp, rounds: u32) -> Result<(), IncomingError> {
+    let set = qmp.execute_json("migrate-set-parameters", json!({ "announce-rounds": rounds })).await;
+    set.map(drop).map_err(IncomingError::Qmp)
+}
+
 /// A stream on its way into QEMU.
 #[derive(Debug)]
 pub struct Incoming {
@@ -49,6 +57,8 @@ impl Incoming {
         let capabilities = json!([{ "capability": "x-ignore-shared", "state": true }]);
         let set = qmp.execute_json("migrate-set-capabilities", json!({ "capabilities": capabilities })).await;
         set.map_err(IncomingError::Qmp)?;
+        // QEMU would tell the network that the guest is here as soon as its state is loaded, though it may never run here.
+        announce_rounds(qmp, 0).await?;
         let mut arguments = json!({ "uri": format!("unix:{text}") });
         if (qmp.version().major, qmp.version().minor) >= EXIT_ON_ERROR_SINCE {
             arguments["exit-on-error"] = Value::Bool(false);
@@ -77,7 +87,7 @@ impl Incoming {
         loop {
             let (status, why) = self.status().await?;
             match status.as_str() {
-                "completed" => return Ok(()),
+                "completed" => return announce_rounds(&self.qmp, DEFAULT_ANNOUNCE_ROUNDS).await,
                 "failed" => return Err(IncomingError::Failed { why }),
                 _ if start.elapsed() > LOAD_TIMEOUT => {
                     return Err(IncomingError::Stuck { status, after: LOAD_TIMEOUT });

@@ -155,7 +155,7 @@ pub struct RestoreArgs {
     pub store: Store,
     #[command(flatten)]
     pub runtime: Runtime,
-    /// Restore under another name, as a machine of its own
+    /// Restore under another name, as a VM of its own beside the original (docs/copies.md)
     #[arg(long = "as", value_name = "NEW")]
     pub new_name: Option<VmName>,
     /// Directory of the restored disks [default: ./NAME]
@@ -289,21 +289,30 @@ impl FromStr for CheckpointName {
     }
 }
 
-/// `OLD=NEW`.
+/// `OLD=NEW`. Either may hold `=` itself, so where it is split is found out with the saved command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mapping {
-    pub old: String,
-    pub new: String,
+pub struct Mapping(String);
+
+impl Mapping {
+    /// Every OLD and NEW that it may mean.
+    pub fn splits(&self) -> Vec<(String, String)> {
+        let split = |(at, _): (usize, &str)| (self.0[..at].to_owned(), self.0[at + 1..].to_owned());
+        self.0.match_indices('=').map(split).filter(|(old, _)| !old.is_empty()).collect()
+    }
+}
+
+impl std::fmt::Display for Mapping {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 impl FromStr for Mapping {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once('=') {
-            Some((old, new)) if !old.is_empty() => Ok(Self { old: old.to_owned(), new: new.to_owned() }),
-            _ => Err(format!("'{text}' is not of the form OLD=NEW")),
-        }
+        let wish = Self(text.to_owned());
+        if wish.splits().is_empty() { Err(format!("'{text}' is not of the form OLD=NEW")) } else { Ok(wish) }
     }
 }
 

@@ -6,7 +6,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::sync::OnceLock;
 
-/// Every point, in the order in which a checkpoint passes them, then an adoption.
+/// Every point, in the order in which a checkpoint passes them, then an adoption, then a restore.
 pub const POINTS: &[&str] = &[
     "prepare",
     "prepared",
@@ -34,6 +34,9 @@ pub const POINTS: &[&str] = &[
     "adopt.decided",
     "adopt.running",
     "adopt.done",
+    "restore.started",
+    "restore.loaded",
+    "restore.claimed",
 ];
 
 /// Dies here if that was asked for.

@@ -7,7 +7,7 @@ use stillpoint_tests::{Lab, Pid, Ran, Recipe, Taken, TestMachine, is_running, ki
 
 /// The points that the tracker passes.
 fn points() -> Vec<String> {
-    let others = ["stream.", "adopt."];
+    let others = ["stream.", "adopt.", "restore."];
     kill_points().into_iter().filter(|point| !others.iter().any(|other| point.starts_with(other))).collect()
 }
 

@@ -23,6 +23,10 @@ pub(crate) fn vms() -> StorePath {
     path("vms")
 }
 
+pub(crate) fn vm(vm: &VmName) -> StorePath {
+    path(format_args!("vms/{vm}"))
+}
+
 pub(crate) fn layers() -> StorePath {
     path("layers")
 }

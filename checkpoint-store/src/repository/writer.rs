@@ -122,6 +122,11 @@ impl Repository {
         Ok(found)
     }
 
+    /// Whether [`Repository::claim_writer`] would claim; nothing is changed.
+    pub async fn may_claim(&self, vm: &VmName, claim: &Claim) -> Result<()> {
+        claim.check(vm, &self.writers(vm).await?)
+    }
+
     /// Claims the next epoch and fences the lower ones.
     pub async fn claim_writer(&self, vm: &VmName, record: WriterRecord, claim: Claim) -> Result<Writer> {
         self.store.create_dir_all(&layout::writers(vm)).await?;
@@ -269,6 +274,19 @@ impl Writer {
             Err(error) if error.is_already_exists() => Ok(()),
             other => other,
         }
+    }
+
+    /// For a writer that has stored nothing and will not: releases its epoch; where no checkpoint and no other claim of the VM
+    /// was ever made, its name is removed from the store.
+    pub async fn withdraw(&self) -> Result<()> {
+        let Repository { store, .. } = &self.repository;
+        let (claims, _) = list_claims(store, &self.vm).await?;
+        let (vm, checkpoints) = (layout::vm(&self.vm), layout::checkpoints(&self.vm));
+        let committed = steady(|| store.list(&checkpoints)).await?;
+        if claims == [self.epoch] && committed.is_empty() {
+            return steady(|| store.remove(&vm)).await;
+        }
+        self.release().await
     }
 
     /// Begins checkpoint `seq`: `AlreadyExists` if there is one of that number. Removes what earlier tries of this

@@ -21,6 +21,7 @@ macro_rules! repository_contract {
             a_checkpoint_exists_after_its_commit_and_not_before
             numbers_are_used_once
             claims_follow_the_rules fencing_replaced_instance_needs_an_order fencing_only_the_dead_one_is_replaced
+            writer_that_withdraws_leaves_no_name
             concurrent_takeovers_leave_one_writer
             an_old_writer_can_store_nothing_after_a_claim
             an_old_writers_rename_fails_after_a_claim
@@ -214,6 +215,20 @@ pub async fn fencing_only_the_dead_one_is_replaced(store: Shared) {
     let error = refused(&repository, "c", claim).await;
     assert!(matches!(error, StoreError::WriterHeld { .. }), "{error}");
     claimed(&repository, "c", Claim::Continue { instance: "c".to_owned(), last: None, dead: Some(second.epoch()) }).await;
+}
+
+/// What a restore that failed at its end has claimed.
+pub async fn writer_that_withdraws_leaves_no_name(store: Shared) {
+    let repository = opened(store).await;
+    claimed(&repository, "a", same("a")).await.withdraw().await.expect("withdraw");
+    assert!(repository.vms().await.expect("vms").is_empty());
+    let first = claimed(&repository, "a", same("a")).await;
+    committed(&first, 1).await.expect("commit");
+    let second = claimed(&repository, "b", Claim::TakeOver).await;
+    assert!(repository.may_claim(&vm(), &same("c")).await.is_err());
+    second.withdraw().await.expect("withdraw");
+    repository.may_claim(&vm(), &same("c")).await.expect("nobody holds it");
+    assert_eq!(numbers(&repository).await, [1]);
 }
 
 pub async fn concurrent_takeovers_leave_one_writer(store: Shared) {

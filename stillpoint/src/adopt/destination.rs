@@ -5,8 +5,6 @@ use crate::launch::command::{self, Start};
 use crate::runtime::{MachineFile, RuntimeDir};
 use anyhow::{Context, Error, Result, bail};
 use dirty_tracker::GuestMemory;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use qmp_bridge::{Qmp, said};
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
@@ -15,8 +13,6 @@ use std::time::{Duration, Instant};
 
 /// QEMU opens its monitor within 100 ms; a loaded host takes longer.
 const STARTUP: Duration = Duration::from_secs(60);
-/// A killed process with a large memory takes a while to go.
-const END: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Variables of ours that the new QEMU does not get from the old one's environment.
@@ -77,18 +73,8 @@ pub async fn connect(process: Process, runtime: &RuntimeDir) -> Result<Qmp> {
 
 /// Ends a process for good, and waits until it has let go of everything.
 pub async fn end(process: Process) -> Result<()> {
-    let until = Instant::now() + END;
-    while process.lives() {
-        let pid = Pid::from_raw(i32::try_from(process.pid).context("a process id is too large")?);
-        if let Err(error) = kill(pid, Signal::SIGKILL) {
-            tracing::debug!(%pid, %error, "ending QEMU");
-        }
-        if Instant::now() >= until {
-            bail!("QEMU (pid {pid}) does not end; end it by hand and attach again");
-        }
-        tokio::time::sleep(LOOK_EVERY).await;
-    }
-    Ok(())
+    let end = move || crate::launch::process::end(process.pid, process.started);
+    tokio::task::spawn_blocking(end).await.context("internal error: ending QEMU panicked")?
 }
 
 /// The error with what the new QEMU itself said.

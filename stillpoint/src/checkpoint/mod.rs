@@ -42,7 +42,7 @@ use staging::Staging;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
 
-pub use store::{Force, StoreSession, claim};
+pub use store::{Force, StoreSession, claim, may_claim};
 
 /// Between the end of QEMU's monitor and that of its process.
 const QEMU_EXIT: Duration = Duration::from_secs(5);

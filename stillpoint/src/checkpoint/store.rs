@@ -4,7 +4,7 @@ use super::holder::{self, Holder};
 use crate::runtime::{MachineFile, RuntimeDir};
 use crate::stores;
 use anyhow::{Context, Result};
-use checkpoint_format::VmName;
+use checkpoint_format::{Epoch, VmName};
 use checkpoint_store::{Claim, Mode, Repository, Writer};
 
 pub struct StoreSession {
@@ -47,20 +47,28 @@ impl StoreSession {
 /// instance that was itself replaced before.
 pub async fn claim(repository: &Repository, vm: &VmName, instance: &str, runtime: &RuntimeDir, force: Force) -> Result<Writer> {
     let about = || format!("claiming the writer epoch of {vm}");
-    let record = holder::record(instance)?;
-    let claim = match force {
-        Force::TakeOver => Claim::TakeOver,
-        Force::No => {
-            let newest = repository.writers(vm).await.with_context(about)?.pop();
-            let is_dead = |holder: &Holder| holder.instance != instance && holder::cannot_live(holder, &record);
-            let dead = newest.and_then(|newest| newest.record.filter(is_dead).map(|_| newest.epoch));
-            Claim::Continue { instance: instance.to_owned(), last: runtime.writer_epoch(), dead }
-        }
-    };
-    let writer = repository.claim_writer(vm, record, claim).await.with_context(about)?;
+    let ground = ground(repository, vm, instance, runtime.writer_epoch(), force).await.with_context(about)?;
+    let writer = repository.claim_writer(vm, holder::record(instance)?, ground).await.with_context(about)?;
     // Without it the store's records still tell, until they are pruned.
     if let Err(error) = runtime.set_writer_epoch(writer.epoch()) {
         tracing::warn!(error = format!("{error:#}"), "the claimed epoch was not written down");
     }
     Ok(writer)
+}
+
+/// Refuses what [`claim`] would refuse to an instance that has claimed nothing yet; claims nothing.
+pub async fn may_claim(repository: &Repository, vm: &VmName, instance: &str, force: Force) -> Result<()> {
+    let ground = ground(repository, vm, instance, None, force).await?;
+    Ok(repository.may_claim(vm, &ground).await?)
+}
+
+async fn ground(repository: &Repository, vm: &VmName, instance: &str, last: Option<Epoch>, force: Force) -> Result<Claim> {
+    if force == Force::TakeOver {
+        return Ok(Claim::TakeOver);
+    }
+    let here = holder::record(instance)?;
+    let is_dead = |holder: &Holder| holder.instance != instance && holder::cannot_live(holder, &here);
+    let newest = repository.writers(vm).await?.pop();
+    let dead = newest.and_then(|newest| newest.record.filter(is_dead).map(|_| newest.epoch));
+    Ok(Claim::Continue { instance: instance.to_owned(), last, dead })
 }

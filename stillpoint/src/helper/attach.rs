@@ -31,8 +31,9 @@ pub async fn run(args: AttachArgs) -> Result<()> {
         None => None,
     };
     let machine = runtime.machine()?;
-    check_running(&machine, &runtime)?;
     drop(runtime.lock_helper()?);
+    launch::refuse_half_restored(&runtime)?;
+    check_running(&machine, &runtime)?;
     if args.take_over {
         // At once, and by this command: a helper that remembered the order would carry it out whenever it next starts.
         StoreSession::open(&machine, &runtime, Mode::CreateIfMissing, Force::TakeOver).await?;

@@ -130,16 +130,34 @@ pub fn new_instance() -> Result<String> {
     Ok(id.trim().to_owned())
 }
 
-pub fn refuse_running(runtime: &RuntimeDir) -> Result<()> {
+/// A VM of this name has its QEMU.
+pub fn refuse_alive(runtime: &RuntimeDir) -> Result<()> {
     if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_ok() {
-        bail!("a machine of this name is running at {}; give this one another --name", runtime.path().display());
+        return Err(refused(format!("a VM of this name is running at {}; give this one another name", runtime.path().display())));
     }
+    Ok(())
+}
+
+pub fn refuse_running(runtime: &RuntimeDir) -> Result<()> {
+    refuse_alive(runtime)?;
     let _free = runtime.lock_helper()?;
+    refuse_half_restored(runtime)?;
     for socket in [runtime.qmp(), runtime.plugin(), runtime.control(), runtime.nbd()] {
         // Left by a machine that is gone; QEMU makes them anew.
         let _ = std::fs::remove_file(socket);
     }
     Ok(())
+}
+
+/// What a killed restore left is half a VM, which may have an original that lives.
+pub fn refuse_half_restored(runtime: &RuntimeDir) -> Result<()> {
+    if !runtime.restore_record().exists() {
+        return Ok(());
+    }
+    Err(refused(format!(
+        "a restore of this name was killed and has left {}; run 'stillpoint restore' again, which undoes what it left",
+        runtime.restore_record().display()
+    )))
 }
 
 /// Starts the helper in a session of its own, not as a child of what will be QEMU.

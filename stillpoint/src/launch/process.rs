@@ -3,15 +3,20 @@
 
 use crate::runtime::read_limited;
 use anyhow::{Context, Result, bail};
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// The kernel's own limit for one argument is 128 KiB; libvirt's longest lines have some 20 KiB in all.
 const MAX_COMMAND_LINE_BYTES: u64 = 4 << 20;
 const MAX_STAT_BYTES: u64 = 4096;
 /// Field 22 of `stat`, counted from the state, which is field 3.
 const START_TIME: usize = 22 - 3;
+/// A killed process with a large memory takes a while to go.
+const END: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(5);
 /// What the kernel puts behind the path of a program that was replaced since.
 const DELETED: &str = " (deleted)";
 
@@ -91,6 +96,26 @@ fn start_time(stat: &str) -> Option<u64> {
     fields.get(START_TIME).filter(|_| !is_gone)?.parse().ok()
 }
 
+/// Ends the process that began then, for good, and waits until it is gone. A later one of its number is left alone.
+pub fn end(pid: u32, began: u64) -> Result<()> {
+    let number = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).with_context(|| format!("{pid} is no process id"))?;
+    let Ok(descriptor) = pidfd_open(number, PidfdFlags::empty()) else { return Ok(()) };
+    let until = Instant::now() + END;
+    // Asked after the descriptor was opened: it is that very process's.
+    while started(pid) == Some(began) {
+        pidfd_send_signal(&descriptor, Signal::KILL).or_else(gone).with_context(|| format!("ending process {pid}"))?;
+        if Instant::now() >= until {
+            bail!("process {pid} does not end; end it by hand");
+        }
+        std::thread::sleep(POLL);
+    }
+    Ok(())
+}
+
+fn gone(error: rustix::io::Errno) -> rustix::io::Result<()> {
+    if error == rustix::io::Errno::SRCH { Ok(()) } else { Err(error) }
+}
+
 /// Running QEMUs that have one of these sockets open.
 pub fn qemus_with_socket(inodes: &HashSet<u64>) -> Vec<u32> {
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -138,6 +163,17 @@ mod test {
                 .all(is)
         );
         assert!(!["/usr/sbin/libvirtd", "/usr/bin/qemu-storage-daemon", "/usr/bin/socat"].into_iter().any(is));
+    }
+
+    #[test]
+    fn process_is_ended_only_if_it_is_the_one() {
+        let mut child = std::process::Command::new("sh").args(["-c", "read line"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let began = started(child.id()).unwrap();
+        end(child.id(), began + 1).unwrap();
+        assert!(child.try_wait().unwrap().is_none(), "another process of its number");
+        end(child.id(), began).unwrap();
+        assert!(!child.wait().unwrap().success());
+        end(child.id(), began).unwrap();
     }
 
     #[test]

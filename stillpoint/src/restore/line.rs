@@ -1,40 +1,119 @@
-//! The saved command line, made that of the restored VM: the user's own values, files and sockets in its directory.
+//! What a restore checks of the new command line before it makes anything: the user's `--map`, and that nothing which another
+//! VM or this host has is taken away.
 
+use super::disks;
 use super::ports;
 use crate::cli::Mapping;
 use crate::exit::refused;
 use crate::launch::arguments;
+use crate::launch::paths::NewPaths;
+use crate::launch::saved;
 use anyhow::Result;
+use checkpoint_format::Manifest;
 use qemu_cmdline::form::Form;
-use qemu_cmdline::restorable::{self, Mapped, Wishes};
-use qemu_cmdline::{QemuOption, Use, visit};
+use qemu_cmdline::restorable::{self, Wishes};
+use qemu_cmdline::{QemuOption, Use, rewrite, visit};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 /// Values that an error lists.
 const LISTED: usize = 20;
-/// Devices by which a guest is in a network, where a second one of the same MAC address disturbs the first.
-const SHARED_NETWORKS: &[&str] = &["tap", "bridge", "socket", "stream", "dgram", "vde", "l2tpv3", "af-xdp", "netmap", "vmnet-bridged", "vmnet-host", "vmnet-shared"];
+/// Networks in which a second guest of the same MAC address disturbs the first.
+const SHARED_NETWORKS: &[&str] =
+    &["tap", "bridge", "socket", "stream", "dgram", "vde", "l2tpv3", "af-xdp", "netmap", "vmnet-bridged", "vmnet-host", "vmnet-shared"];
 
-/// The saved options with the user's values in them, and with everything that QEMU makes moved into the VM's directory.
-pub fn prepare(saved: &[String], map: &[Mapping], is_copy: bool) -> Result<Mapped> {
-    let options = arguments::parse(saved)?;
-    let map = resolve(&options, map)?;
-    let mut mapped = restorable::map(options, &Wishes { map, ..Wishes::default() });
-    // The copy's guest must notice that it is one: random numbers and tokens that it has made are those of the original, too.
-    if is_copy {
-        mapped.rewrite(|site| (site.option == "device" && site.key == "guid").then(|| "auto".to_owned()));
+/// The command line as it will be, with the disks where they will be. Layers are named as the original has them.
+pub struct Planned {
+    options: Vec<QemuOption>,
+    dir: PathBuf,
+    /// Old value and new: what was mapped, and what was moved into the VM's directory.
+    renamed: Vec<(String, String)>,
+}
+
+impl Planned {
+    pub fn of(manifest: &Manifest, wishes: &Wishes, dir: &Path) -> Result<Self> {
+        let words = &manifest.machine.arguments;
+        let mut paths = NewPaths::new(Path::new(&manifest.machine.directory));
+        manifest.disks.iter().flat_map(|disk| &disk.backing).for_each(|layer| paths.add_disk(&layer.path, Path::new(&layer.path)));
+        manifest.machine.files.iter().for_each(|layer| paths.add_boot_file(&layer.path, Path::new(&layer.path)));
+        let writable = manifest.disks.iter().filter(|disk| !disk.read_only);
+        writable.for_each(|disk| paths.add_disk(&disk.file, &dir.join(disks::file_name(disk))));
+        let options = saved::restored(words, &paths, wishes)?.options;
+        Ok(Self { options, dir: dir.to_owned(), renamed: renamed(words, wishes)? })
     }
-    for (old, new) in mapped.relocate(&[]) {
-        tracing::info!(old, new, "moved into the VM's directory");
+
+    /// The files and sockets that QEMU makes in the VM's directory.
+    pub fn made(&self) -> Vec<PathBuf> {
+        let mut made = Vec::new();
+        visit(&self.options, |site| {
+            let path = self.dir.join(site.value);
+            if matches!(site.means, Use::Output | Use::Listen) && path.starts_with(&self.dir) && !made.contains(&path) {
+                made.push(path);
+            }
+        });
+        made
     }
-    Ok(mapped)
+
+    /// Refuses what would take something away: a file or socket that exists, a port or tap in use.
+    pub fn check_free(&self) -> Result<()> {
+        let mut taken = Vec::new();
+        visit(&self.options, |site| {
+            let path = self.dir.join(site.value);
+            if matches!(site.means, Use::Output | Use::Listen) && is_replaced(&path) {
+                let (path, old) = (path.display(), self.saved_value(site.value));
+                taken.push(format!("{path} (-{}) exists already: remove it, use another --dir, or --map {old}={old}-2", site.option));
+            }
+        });
+        taken.extend(ports::taken(&self.options, &|value| self.saved_value(value)));
+        taken.dedup();
+        if taken.is_empty() { Ok(()) } else { Err(refused(format!("nothing was made, because {}", taken.join("; ")))) }
+    }
+
+    /// What `--map` takes for a value of the new line.
+    fn saved_value(&self, new: &str) -> String {
+        let hit = self.renamed.iter().find(|(_, renamed)| renamed == new);
+        hit.map_or_else(|| new.to_owned(), |(old, _)| old.clone())
+    }
+
+    /// What the user of a copy should know of the network that it shares with its original.
+    pub fn note_of_copy(&self) -> Option<String> {
+        let is_shared = |option: &QemuOption| {
+            matches!(option.name.as_str(), "netdev" | "nic" | "net")
+                && Form::of(option).get("type").is_some_and(|kind| SHARED_NETWORKS.contains(&kind.as_str()))
+        };
+        self.options.iter().any(is_shared).then(|| {
+            "the copy has the original's MAC addresses: while the original runs they must not be in one network (docs/copies.md)".to_owned()
+        })
+    }
+}
+
+/// Whether QEMU would empty or remove what is there. A terminal, a pipe or /dev/null is there to be written to.
+fn is_replaced(path: &Path) -> bool {
+    let Ok(facts) = path.symlink_metadata() else { return false };
+    let kind = std::fs::metadata(path).unwrap_or(facts).file_type();
+    kind.is_file() || kind.is_socket() || kind.is_symlink()
+}
+
+fn renamed(words: &[String], wishes: &Wishes) -> Result<Vec<(String, String)>> {
+    let mut renamed = wishes.map.clone();
+    renamed.extend(restorable::map(arguments::parse(words)?, wishes).relocate(&wishes.allow));
+    Ok(renamed)
+}
+
+/// A copy's guest has to notice that it is one: its random state and its tokens are the original's, too.
+pub fn as_copy(options: Vec<QemuOption>, wishes: &Wishes) -> Vec<QemuOption> {
+    let is_wish = |value: &str| wishes.map.iter().any(|(_, new)| new == value);
+    rewrite(options, |site| {
+        let is_id = matches!(site.option, "device" | "global") && site.key == "guid" && !is_wish(site.value);
+        is_id.then(|| "auto".to_owned())
+    })
 }
 
 /// Splits each `OLD=NEW` where OLD is a value of the saved command line, which may hold `=` itself; of several such OLDs the
 /// longest is meant.
-fn resolve(options: &[QemuOption], map: &[Mapping]) -> Result<Vec<(String, String)>> {
-    map.iter().map(|wish| resolve_one(options, wish)).collect()
+pub fn resolve(words: &[String], map: &[Mapping]) -> Result<Vec<(String, String)>> {
+    let options = arguments::parse(words)?;
+    map.iter().map(|wish| resolve_one(&options, wish)).collect()
 }
 
 fn resolve_one(options: &[QemuOption], wish: &Mapping) -> Result<(String, String)> {
@@ -66,89 +145,46 @@ fn candidates(options: &[QemuOption]) -> Vec<String> {
     if found.is_empty() { vec!["none that is of this host".to_owned()] } else { found }
 }
 
-/// The files and sockets that QEMU makes in the VM's directory.
-pub fn made_in(options: &[QemuOption], dir: &Path) -> Vec<PathBuf> {
-    let mut made = Vec::new();
-    visit(options, |site| {
-        let path = dir.join(site.value);
-        if matches!(site.means, Use::Output | Use::Listen) && path.starts_with(dir) && !made.contains(&path) {
-            made.push(path);
-        }
-    });
-    made
-}
-
-/// Refuses what would take something away from another VM or from this host: files and sockets that exist, ports and taps in use.
-pub fn check_free(options: &[QemuOption], dir: &Path) -> Result<()> {
-    let mut taken = Vec::new();
-    visit(options, |site| {
-        if !matches!(site.means, Use::Output | Use::Listen) {
-            return;
-        }
-        let path = dir.join(site.value);
-        let Ok(facts) = path.symlink_metadata() else { return };
-        // A terminal, a pipe or /dev/null is there to be written to.
-        let kind = std::fs::metadata(&path).unwrap_or(facts).file_type();
-        if kind.is_file() || kind.is_socket() || kind.is_symlink() {
-            let new = format!("{}-new", site.value);
-            taken.push(format!(
-                "{} (-{}) exists already, and QEMU would replace it: use another --dir, remove it, or --map {}={new}",
-                path.display(),
-                site.option,
-                site.value
-            ));
-        }
-    });
-    taken.extend(ports::taken(options));
-    taken.dedup();
-    if taken.is_empty() { Ok(()) } else { Err(refused(format!("nothing was made: {}", taken.join("; ")))) }
-}
-
-/// What the user of a copy should know of the network that it shares with its original.
-pub fn note_of_copy(options: &[QemuOption]) -> Option<String> {
-    let is_shared = |option: &QemuOption| {
-        matches!(option.name.as_str(), "netdev" | "nic" | "net")
-            && Form::of(option).get("type").is_some_and(|kind| SHARED_NETWORKS.contains(&kind.as_str()))
-    };
-    options.iter().any(is_shared).then(|| {
-        "the copy has its original's MAC and IP addresses: while the original runs, they must not be in one network (docs/copies.md)"
-            .to_owned()
-    })
-}
-
 #[cfg(test)]
 mod test {
     use super::*;
     use crate::exit::{REFUSED, code_of};
     use std::os::unix::net::UnixListener;
 
-    fn saved(line: &str) -> Vec<String> {
+    fn saved_line(line: &str) -> Vec<String> {
         line.split(' ').map(str::to_owned).collect()
     }
 
-    fn line(text: &str, map: &[&str], is_copy: bool) -> Result<String> {
+    fn wishes(line: &str, map: &[&str]) -> Result<Wishes> {
         let map: Vec<Mapping> = map.iter().map(|text| text.parse().unwrap()).collect();
-        Ok(arguments::words(&prepare(&saved(text), &map, is_copy)?.options).join(" "))
+        Ok(Wishes { map: resolve(&saved_line(line), &map)?, ..Wishes::default() })
+    }
+
+    fn planned(line: &str, map: &[&str], dir: &Path) -> Planned {
+        let (words, wishes) = (saved_line(line), wishes(line, map).unwrap());
+        let options = saved::restored(&words, &NewPaths::new(dir), &wishes).unwrap().options;
+        Planned { options, dir: dir.to_owned(), renamed: renamed(&words, &wishes).unwrap() }
     }
 
     #[test]
     fn copy_makes_nothing_outside_its_directory() {
-        let text = "-qmp unix:/run/a/q.sock,server=on,wait=off -serial file:/var/log/s.log -pidfile /run/q.sock -D /x/q.log -vnc unix:/run/b/q.sock \
+        let line = "-qmp unix:/run/a/q.sock,server=on,wait=off -serial file:/var/log/s.log -vnc unix:/run/b/q.sock \
                     -chardev socket,id=c,path=/run/c.sock,server=on,wait=off,logfile=/var/log/c.log";
-        assert_eq!(
-            line(text, &[], true).unwrap(),
-            "-qmp unix:q.sock,server=on,wait=off -serial file:s.log -pidfile q.sock.2 -D q.log -vnc unix:q.sock.3 \
-             -chardev socket,id=c,path=c.sock,server=on,wait=off,logfile=c.log"
-        );
+        let made = planned(line, &[], Path::new("/d")).made();
+        assert_eq!(made, ["q.sock", "s.log", "q.sock.2", "c.sock", "c.log"].map(|name| Path::new("/d").join(name)));
     }
 
     #[test]
     fn map_is_split_where_a_saved_value_ends() {
-        let text = "-spice port=5930,disable-ticketing=on -netdev user,id=n,hostfwd=tcp::1-:22";
-        let mapped = |map: &str| line(text, &[map], false).unwrap();
-        assert!(mapped("port=5930,disable-ticketing=on=port=5931").starts_with("-spice port=5931 "));
-        assert!(mapped("tcp::1-:22=tcp::2-:22").ends_with("hostfwd=tcp::2-:22"));
-        let error = line(text, &["nothing=x"], false).unwrap_err();
+        let line = "-spice port=5930,disable-ticketing=on -netdev user,id=n,hostfwd=tcp::1-:22";
+        let split = |map: &str| wishes(line, &[map]).map(|wishes| wishes.map[0].clone());
+        let pair = |old: &str, new: &str| (old.to_owned(), new.to_owned());
+        assert_eq!(
+            split("port=5930,disable-ticketing=on=port=5931,disable-ticketing=on").unwrap(),
+            pair("port=5930,disable-ticketing=on", "port=5931,disable-ticketing=on")
+        );
+        assert_eq!(split("tcp::1-:22=tcp::2-:22").unwrap(), pair("tcp::1-:22", "tcp::2-:22"));
+        let error = split("nothing=x").unwrap_err();
         assert_eq!(code_of(&error), REFUSED);
         assert!(error.to_string().contains("tcp::1-:22"), "{error}");
         assert!("x".parse::<Mapping>().is_err() && "=x".parse::<Mapping>().is_err());
@@ -156,28 +192,39 @@ mod test {
 
     #[test]
     fn copy_gets_a_new_generation_id() {
-        let text = "-device vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87,id=g";
-        assert_eq!(line(text, &[], true).unwrap(), "-device vmgenid,guid=auto,id=g");
-        assert_eq!(line(text, &[], false).unwrap(), text);
+        let copy = |line: &str| {
+            let options = as_copy(arguments::parse(&saved_line(line)).unwrap(), &Wishes::default());
+            arguments::words(&options).join(" ")
+        };
+        assert_eq!(copy("-device vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87,id=g"), "-device vmgenid,guid=auto,id=g");
+        assert_eq!(copy("-global vmgenid.guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"), "-global vmgenid.guid=auto");
+        assert!(copy(r#"-device {"driver":"vmgenid","guid":"324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"}"#).contains(r#""guid":"auto""#));
     }
 
     #[test]
     fn copy_replaces_no_file_and_no_socket() {
         let place = tempfile::tempdir().unwrap();
-        let options = arguments::parse(&saved("-serial file:s.log -qmp unix:q.sock,server=on -D /dev/null")).unwrap();
-        check_free(&options, place.path()).unwrap();
-        assert_eq!(made_in(&options, place.path()), [place.path().join("s.log"), place.path().join("q.sock")]);
+        let line = "-serial file:/var/log/s.log -chardev socket,id=q,path=q.sock,server=on,wait=off -D /dev/null";
+        planned(line, &[], place.path()).check_free().unwrap();
         let _listener = UnixListener::bind(place.path().join("q.sock")).unwrap();
-        let error = check_free(&options, place.path()).unwrap_err();
+        let error = planned(line, &[], place.path()).check_free().unwrap_err();
         assert!(code_of(&error) == REFUSED && error.to_string().contains("--map q.sock="), "{error}");
+        planned(line, &["q.sock=p.sock"], place.path()).check_free().unwrap();
         std::os::unix::fs::symlink("nowhere", place.path().join("s.log")).unwrap();
-        assert!(check_free(&options, place.path()).unwrap_err().to_string().contains("s.log"));
+        let error = planned(line, &["q.sock=p.sock"], place.path()).check_free().unwrap_err();
+        assert!(error.to_string().contains("--map /var/log/s.log="), "{error}");
+        // A path that the user names is not moved, and is replaced as little.
+        let named = place.path().join("q.sock").display().to_string();
+        let line = "-chardev socket,id=q,path=/run/x.sock,server=on,wait=off";
+        let other = tempfile::tempdir().unwrap();
+        let error = planned(line, &[&format!("/run/x.sock={named}")], other.path()).check_free().unwrap_err();
+        assert!(error.to_string().contains("--map /run/x.sock="), "{error}");
     }
 
     #[test]
     fn copy_in_a_shared_network_is_told() {
-        let note = |line: &str| note_of_copy(&arguments::parse(&saved(line)).unwrap()).is_some();
-        assert!(note("-netdev tap,id=n,ifname=tap0,script=no") && note("-netdev socket,id=n,mcast=230.0.0.1:1234"));
+        let note = |line: &str| planned(line, &[], Path::new("/d")).note_of_copy().is_some();
+        assert!(note("-netdev tap,id=n,ifname=tap0,script=no,downscript=no") && note("-netdev socket,id=n,mcast=230.0.0.1:1234"));
         assert!(!note("-netdev user,id=n -device e1000,netdev=n"));
     }
 }

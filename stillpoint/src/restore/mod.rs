@@ -5,16 +5,20 @@
 
 mod disks;
 mod layers;
+mod line;
 mod memory;
+mod ports;
 mod program;
 mod qemu;
 mod source;
+mod undo;
 
 use crate::checkpoint;
 use crate::checkpoint::Force;
 use crate::checkpoint::outcome::{Phases, milliseconds};
 use crate::cli::RestoreArgs;
 use crate::exit::refused;
+use crate::fault;
 use crate::helper::attach;
 use crate::helper::machine::Machine;
 use crate::inspect::{self, print_json};
@@ -23,19 +27,21 @@ use crate::launch::arguments::QemuOption;
 use crate::launch::paths::NewPaths;
 use crate::runtime::{MachineFile, Marks, RuntimeDir};
 use crate::terminal::bytes;
-use anyhow::{Context, Result};
-use checkpoint_format::{CheckpointSeq, Manifest};
+use anyhow::{Context, Error, Result};
+use checkpoint_format::{CheckpointSeq, Manifest, VmName};
 use dirty_tracker::GuestMemory;
 use layers::LocalLayers;
+use line::Planned;
 use qemu::NewQemu;
 use qemu_cmdline::restorable::Wishes;
 use qmp_bridge::capture::{BitmapTag, start_recording};
 use qmp_bridge::incoming::Incoming;
 use serde_json::{Value, json};
 use source::Source;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+use tokio::signal::unix::{SignalKind, signal};
+use undo::Undo;
 
 pub async fn run(args: RestoreArgs) -> Result<()> {
     let begun = Instant::now();
@@ -53,6 +59,7 @@ pub async fn run(args: RestoreArgs) -> Result<()> {
         value["resume_ms"].as_f64().unwrap_or_default(),
         bytes(value["bytes_read"].as_u64().unwrap_or_default()),
     );
+    value["notes"].as_array().into_iter().flatten().filter_map(Value::as_str).for_each(|note| println!("  note: {note}"));
     Ok(())
 }
 
@@ -72,10 +79,23 @@ struct Restore {
     qemu: PathBuf,
     plugin: PathBuf,
     qemu_version: String,
+    wishes: Wishes,
+    instance: String,
+}
+
+/// A restored VM whose guest has not run yet.
+struct Ready {
+    file: MachineFile,
+    new: NewQemu,
+    machine: Machine,
+    layer_bytes: u64,
+    note: Option<String>,
 }
 
 impl Restore {
-    async fn plan(args: RestoreArgs, begun: Instant) -> Result<Self> {
+    async fn plan(mut args: RestoreArgs, begun: Instant) -> Result<Self> {
+        // Under its own name it is no copy.
+        args.new_name = args.new_name.filter(|name| *name != args.checkpoint.vm);
         let repository = inspect::open(&args.store.store).await?;
         let seq = inspect::resolve(&repository, &args.checkpoint).await?;
         let source = Source::open(&repository, &args.checkpoint.vm, seq).await?;
@@ -86,16 +106,73 @@ impl Restore {
         let plugin = launch::plugin_path()?;
         launch::saved::check_record(&source.manifest().machine)?;
         let (qemu, facts) = program::find(args.qemu.as_deref(), &source.manifest().machine, &plugin)?;
+        let map = line::resolve(&source.manifest().machine.arguments, &args.map)?;
+        let wishes = Wishes { map, allow: args.allow.clone() };
+        let instance = launch::new_instance()?;
         let mut phases = Phases::default();
         phases.since("plan", begun);
-        Ok(Self { args, begun, phases, source, seq, runtime, dir, qemu, plugin, qemu_version: facts.version })
+        Ok(Self { args, begun, phases, source, seq, runtime, dir, qemu, plugin, qemu_version: facts.version, wishes, instance })
     }
 
+    /// Whatever fails, and whoever interrupts: until the guest may run, everything is put back.
     async fn run(mut self) -> Result<Report> {
-        self.runtime.create()?;
-        launch::refuse_running(&self.runtime)?;
-        let mut builder = std::fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700).create(&self.dir).with_context(|| format!("making {}", self.dir.display()))?;
+        let mut undo = Undo::begin(&self.runtime)?;
+        let made = {
+            let make = self.make(&mut undo);
+            tokio::select! {
+                made = make => made,
+                signal = interrupted() => Err(signal?),
+            }
+        };
+        let mut ready = match made {
+            Ok(ready) => ready,
+            Err(error) => {
+                undo.run();
+                return Err(error);
+            }
+        };
+        if let Err(error) = self.enter(&mut ready, &undo).await {
+            let error = ready.new.explain(error);
+            undo.run();
+            return Err(error);
+        }
+        let Ready { file, new, machine, layer_bytes, note } = ready;
+        new.leave();
+        undo.keep();
+        // The helper is its monitor's next client.
+        drop(machine);
+        let resume_ms = milliseconds(self.begun.elapsed());
+        self.leave_helper(&file).await?;
+        Ok(self.report(&file, layer_bytes, resume_ms, note))
+    }
+
+    fn is_copy(&self) -> bool {
+        self.args.new_name.is_some()
+    }
+
+    fn name(&self) -> &VmName {
+        self.args.new_name.as_ref().unwrap_or(&self.source.manifest().vm)
+    }
+
+    /// Refuses all that can be known beforehand. Nothing is made.
+    async fn check(&self) -> Result<Planned> {
+        let repository = self.source.repository();
+        if self.is_copy() && !repository.checkpoints(self.name()).await?.is_empty() {
+            return Err(refused(format!("the store has checkpoints of a VM {} already; give the copy another name by --as", self.name())));
+        }
+        launch::refuse_alive(&self.runtime)?;
+        checkpoint::may_claim(repository, self.name(), &self.instance, Force::if_ordered(self.args.take_over)).await?;
+        let planned = Planned::of(self.source.manifest(), &self.wishes, &self.dir)?;
+        planned.check_free()?;
+        Ok(planned)
+    }
+
+    /// Everything but a guest that runs.
+    async fn make(&mut self, undo: &mut Undo) -> Result<Ready> {
+        let planned = self.check().await?;
+        let writable = self.source.manifest().disks.iter().filter(|disk| !disk.read_only);
+        let disks = writable.map(|disk| self.dir.join(disks::file_name(disk)));
+        undo.make_directory(&self.dir, disks.chain(planned.made()).collect())?;
         let step = Instant::now();
         let layers = LocalLayers::provide(&self.source).await?;
         self.phases.since("layers", step);
@@ -104,40 +181,71 @@ impl Restore {
         let paths = disks::restore(&self.source, &layers, &self.dir, &self.qemu, &runtime_path).await?;
         self.phases.since("disks", step);
         let mut file = self.machine_file(&layers, &paths)?;
-        // First: what an earlier instance of this name remembers of its claims is not this one's.
-        self.runtime.forget_earlier()?;
-        self.claim(&file).await?;
-        self.check_newest().await?;
         let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes).context("making the guest's memory")?;
         let new = NewQemu::start(&file, &self.runtime, &self.plugin, &memory)?;
         file.pid = Some(new.pid());
+        undo.started(new.pid())?;
         self.runtime.save_machine(&file)?;
+        fault::point("restore.started");
         match self.bring_up(memory).await {
-            Ok(()) => new.leave(),
-            Err(error) => return Err(new.explain(error)),
+            Ok(machine) => {
+                let note = planned.note_of_copy().filter(|_| self.is_copy());
+                Ok(Ready { file, new, machine, layer_bytes: layers.bytes_read, note })
+            }
+            Err(error) => Err(new.explain(error)),
         }
-        let resume_ms = milliseconds(self.begun.elapsed());
+    }
+
+    /// From the claim on no older helper of this VM can commit; then the guest may run.
+    async fn enter(&self, ready: &mut Ready, undo: &Undo) -> Result<()> {
+        self.begin_recording(&ready.machine).await?;
+        fault::point("restore.loaded");
+        let force = Force::if_ordered(self.args.take_over);
+        let writer = checkpoint::claim(self.source.repository(), self.name(), &self.instance, &self.runtime, force).await?;
+        let entered = self.start_guest(&ready.machine, undo).await;
+        if entered.is_err()
+            && let Err(error) = writer.withdraw().await
+        {
+            tracing::warn!(%error, "the writer epoch that was claimed is not released; it is free as this QEMU has ended");
+        }
+        entered
+    }
+
+    async fn start_guest(&self, machine: &Machine, undo: &Undo) -> Result<()> {
+        self.check_newest().await?;
+        activate_disks(machine).await;
+        undo.forget()?;
+        fault::point("restore.claimed");
+        if self.args.paused {
+            return Ok(());
+        }
+        machine.qmp.execute_json("cont", Value::Null).await.context("starting the guest")?;
+        if !self.is_copy() {
+            announce(machine).await;
+        }
+        Ok(())
+    }
+
+    async fn leave_helper(&self, file: &MachineFile) -> Result<()> {
         let log_begin = std::fs::metadata(self.runtime.helper_log()).map_or(0, |facts| facts.len());
         launch::spawn_helper(&file.name, self.args.runtime.runtime_dir.as_deref(), &self.runtime)?;
-        attach::wait(&self.runtime, log_begin).await?;
-        Ok(self.report(&file, layers.bytes_read, resume_ms))
+        let helper = attach::wait(&self.runtime, log_begin).await;
+        helper.map(drop).with_context(|| format!("{} is restored, but has no helper ('stillpoint attach {0}' starts one)", file.name))
     }
 
     /// The command line of the old machine with the files of the new one.
     fn machine_file(&self, layers: &LocalLayers, paths: &NewPaths) -> Result<MachineFile> {
         let manifest = self.source.manifest();
         let record = &manifest.machine;
-        let map = self.args.map.iter().map(|map| (map.old.clone(), map.new.clone())).collect();
-        let wishes = Wishes { map, allow: self.args.allow.clone() };
-        let restored = launch::saved::restored(&record.arguments, paths, &wishes)?;
+        let restored = launch::saved::restored(&record.arguments, paths, &self.wishes)?;
         restored.notes.iter().for_each(|note| eprintln!("stillpoint: {note}"));
-        let options = restored.options;
+        let options = if self.is_copy() { line::as_copy(restored.options, &self.wishes) } else { restored.options };
         check_disks(manifest, layers, &options, &self.dir)?;
         Ok(MachineFile {
             format: MachineFile::FORMAT,
-            name: self.args.new_name.clone().unwrap_or_else(|| manifest.vm.clone()),
+            name: self.name().clone(),
             store: launch::absolute_store(&self.args.store.store)?,
-            instance: launch::new_instance()?,
+            instance: self.instance.clone(),
             qemu: self.qemu.clone(),
             pid: None,
             qemu_version: self.qemu_version.clone(),
@@ -148,16 +256,9 @@ impl Restore {
             arguments: launch::arguments::words(&options),
             directory: self.dir.clone(),
             scratch: launch::scratch_dir(self.args.scratch_dir.as_deref())?,
-            restored_from: self.args.new_name.is_none().then_some(self.seq),
+            restored_from: (!self.is_copy()).then_some(self.seq),
             unprepared: None,
         })
-    }
-
-    /// Before anything runs: from here on an older helper of this machine cannot commit.
-    async fn claim(&self, file: &MachineFile) -> Result<()> {
-        let force = Force::if_ordered(self.args.take_over);
-        checkpoint::claim(self.source.repository(), &file.name, &file.instance, &self.runtime, force).await?;
-        Ok(())
     }
 
     /// Whoever wrote before the claim may have committed while we were reading.
@@ -169,7 +270,8 @@ impl Restore {
         Ok(())
     }
 
-    async fn bring_up(&mut self, memory: GuestMemory) -> Result<()> {
+    /// QEMU with the VM's whole state, stopped.
+    async fn bring_up(&mut self, memory: GuestMemory) -> Result<Machine> {
         let step = Instant::now();
         let block = self.source.manifest().machine.ram_block.clone();
         let filling = tokio::spawn(memory::fill(self.source.clone(), block, memory));
@@ -185,14 +287,7 @@ impl Restore {
         let incoming = Incoming::begin(&machine.qmp, &self.runtime.path().join("incoming.sock")).await?;
         memory::load(incoming, &self.source, &contents, &devices).await?;
         self.phases.since("devices", step);
-        self.begin_recording(&machine).await?;
-        if self.args.paused {
-            activate_disks(&machine).await;
-        } else {
-            machine.qmp.execute_json("cont", Value::Null).await.context("starting the guest")?;
-            announce(&machine).await;
-        }
-        Ok(())
+        Ok(machine)
     }
 
     /// The next checkpoint of the same machine is incremental: what is in RAM and on the disks now is what the store has.
@@ -206,7 +301,7 @@ impl Restore {
         self.runtime.set_marks(Marks { since: self.source.identity(), is_exact: true })
     }
 
-    fn report(self, file: &MachineFile, layer_bytes: u64, resume_ms: f64) -> Report {
+    fn report(self, file: &MachineFile, layer_bytes: u64, resume_ms: f64, note: Option<String>) -> Report {
         let value = json!({
             "name": file.name,
             "restored": self.args.checkpoint.vm,
@@ -217,9 +312,23 @@ impl Restore {
             "layer_bytes_read": layer_bytes,
             "dir": self.dir,
             "phases": self.phases.into_map(),
+            "notes": note.into_iter().collect::<Vec<_>>(),
         });
         Report { json: self.args.json, value }
     }
+}
+
+/// Waits for a signal that asks the command to end; its error.
+async fn interrupted() -> Result<Error> {
+    let about = "listening for signals";
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate()).context(about)?, signal(SignalKind::interrupt()).context(about)?);
+    let mut hang_up = signal(SignalKind::hangup()).context(about)?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        _ = hang_up.recv() => {}
+    }
+    Ok(anyhow::anyhow!("interrupted; what was made is removed again"))
 }
 
 /// Every disk must be on the new command line, or QEMU would open files of the old machine.

@@ -36,18 +36,18 @@ struct Bind {
     around: (String, String),
 }
 
-/// Why each of them cannot be had, and what to do.
-pub fn taken(options: &[QemuOption]) -> Vec<String> {
+/// Why each of them cannot be had, and what to do. `saved`: what `--map` takes for a value of these options.
+pub fn taken(options: &[QemuOption], saved: &dyn Fn(&str) -> String) -> Vec<String> {
     let binds = binds(options);
     let mut reserved: Vec<u16> = binds.iter().map(|bind| bind.base.saturating_add(bind.number)).collect();
-    let mut found: Vec<String> = binds.iter().filter_map(|bind| bind.trouble(&mut reserved)).collect();
-    found.extend(options.iter().filter_map(abstract_socket));
-    found.extend(taps(options));
+    let mut found: Vec<String> = binds.iter().filter_map(|bind| bind.trouble(&mut reserved, saved)).collect();
+    found.extend(options.iter().filter_map(|option| abstract_socket(option, saved)));
+    found.extend(taps(options, saved));
     found
 }
 
 impl Bind {
-    fn trouble(&self, reserved: &mut Vec<u16>) -> Option<String> {
+    fn trouble(&self, reserved: &mut Vec<u16>, saved: &dyn Fn(&str) -> String) -> Option<String> {
         let ports = (0..=self.more).filter_map(|more| self.number.checked_add(more)?.checked_add(self.base));
         let mut why = None;
         for port in ports {
@@ -68,7 +68,7 @@ impl Bind {
             Protocol::Udp => "UDP",
         };
         let remedy = match (&self.old, self.free_number(host, reserved)) {
-            (Some(old), Some(number)) => format!("use --map {old}={}", self.with(host, number)),
+            (Some(old), Some(number)) => format!("use --map {}={}", saved(old), self.with(host, number)),
             _ => "end what uses it".to_owned(),
         };
         Some(format!("{what} {}:{port} (-{}) {reason}: {remedy}", self.host, self.option))
@@ -243,7 +243,8 @@ fn compat(option: &QemuOption) -> Option<Bind> {
         })
     };
     // A debugger's socket serves without being told to.
-    let serves = option.name == "gdb" || has_word(option, "server") || keys.get("server").is_some_and(|on| matches!(on, "on" | "yes" | "true"));
+    let serves =
+        option.name == "gdb" || has_word(option, "server") || keys.get("server").is_some_and(|on| matches!(on, "on" | "yes" | "true"));
     match scheme {
         "tcp" | "telnet" | "tn3270" | "websocket" if serves => bind(Protocol::Tcp, address),
         "udp" => bind(Protocol::Udp, address.split_once('@')?.1),
@@ -302,25 +303,26 @@ fn forward(option: &str, rule: &str) -> Option<Bind> {
     })
 }
 
-fn abstract_socket(option: &QemuOption) -> Option<String> {
+fn abstract_socket(option: &QemuOption, saved: &dyn Fn(&str) -> String) -> Option<String> {
     let form = Form::of(option);
     let serves = form.is_on("server") || has_word(option, "server");
     let is_one = option.name == "chardev" && form.is_on("abstract") && serves;
     let name = form.get("path").filter(|_| is_one)?;
     let address = SocketAddr::from_abstract_name(name.as_bytes()).ok()?;
     let error = UnixListener::bind_addr(&address).err().filter(|error| error.kind() == ErrorKind::AddrInUse);
-    error.map(|_| format!("the abstract socket {name} (-chardev) is in use: use --map {name}={name}-2"))
+    error.map(|_| format!("the abstract socket {name} (-chardev) is in use: use --map {}={name}-2", saved(&name)))
 }
 
 /// A tap that some process holds has a carrier.
-fn taps(options: &[QemuOption]) -> Vec<String> {
+fn taps(options: &[QemuOption], saved: &dyn Fn(&str) -> String) -> Vec<String> {
     let mut found = Vec::new();
     visit(options, |site| {
         let folder = std::path::Path::new("/sys/class/net").join(site.value);
         let is_tap = site.means == Use::Tap && !site.value.contains('/') && folder.join("tun_flags").exists();
         if is_tap && std::fs::read_to_string(folder.join("carrier")).is_ok_and(|carrier| carrier.trim() == "1") {
             let free = (0..=u8::MAX).map(|number| format!("tap{number}")).find(|name| !folder.with_file_name(name).exists());
-            found.push(format!("tap {0} (-{1}) is in use: use --map {0}={2}", site.value, site.option, free.unwrap_or_default()));
+            let (tap, free) = (site.value, free.unwrap_or_default());
+            found.push(format!("tap {tap} (-{}) is in use: use --map {}={free}", site.option, saved(tap)));
         }
     });
     found
@@ -331,6 +333,10 @@ mod test {
     use super::*;
     use crate::launch::arguments::{parse, words};
     use qemu_cmdline::restorable::{Wishes, map};
+
+    fn taken(options: &[QemuOption]) -> Vec<String> {
+        super::taken(options, &str::to_owned)
+    }
 
     fn options(line: &str) -> Vec<QemuOption> {
         parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>()).unwrap()

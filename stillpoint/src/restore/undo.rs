@@ -4,7 +4,6 @@
 //! restore that was killed left it there; the next one of that name begins by undoing it.
 
 use crate::exit::refused;
-use crate::helper::qemu_lock;
 use crate::launch::process;
 use crate::runtime::RuntimeDir;
 use anyhow::{Context, Result};
@@ -29,8 +28,12 @@ struct Record {
     files: Vec<PathBuf>,
     /// The new QEMU: its number and when it began.
     qemu: Option<(u32, u64)>,
+    /// Whether all that was in the runtime directory has been set aside; what is there then is new.
+    is_set_aside: bool,
     /// Whether the runtime directory was missing.
     made_runtime: bool,
+    /// Whether its base was missing, too.
+    made_base: bool,
 }
 
 pub struct Undo {
@@ -46,26 +49,30 @@ impl Undo {
     /// Undoes what a killed restore of this name left, and begins with a runtime directory without another VM's files.
     pub fn begin(runtime: &RuntimeDir) -> Result<Self> {
         let made_runtime = !runtime.path().exists();
+        let made_base = runtime.path().parent().is_some_and(|base| !base.exists());
         runtime.create()?;
         let name = runtime.lock_helper()?;
         let earlier = Self::left(runtime)?;
         let made_runtime = made_runtime || earlier.as_ref().is_some_and(|record| record.made_runtime);
+        let made_base = made_base || earlier.as_ref().is_some_and(|record| record.made_base);
         if let Some(record) = earlier {
             tracing::warn!("undoing what an earlier restore left that was killed");
             undo(runtime, &record).context("undoing an earlier restore that was killed")?;
-            std::fs::remove_file(runtime.path().join(FILE)).context("forgetting an earlier restore")?;
+            std::fs::remove_file(runtime.restore_record()).context("forgetting an earlier restore")?;
         }
-        let record = Record { made_runtime, ..Record::default() };
+        // Of one that was killed when it had succeeded.
+        remove_tree(&runtime.path().join(BEFORE))?;
+        let record = Record { made_runtime, made_base, ..Record::default() };
         Ok(Self { runtime: runtime.clone(), record, _name: name, _directory: None })
     }
 
     fn left(runtime: &RuntimeDir) -> Result<Option<Record>> {
-        if !is_left(runtime) {
+        if !runtime.restore_record().exists() {
             return Ok(None);
         }
         let text = runtime.read(FILE, MAX_BYTES)?;
         let read = serde_json::from_slice(&text);
-        read.map(Some).with_context(|| format!("{} is damaged; remove it", runtime.path().join(FILE).display()))
+        read.map(Some).with_context(|| format!("{} is damaged; remove it", runtime.restore_record().display()))
     }
 
     /// Makes the VM's directory, in which `files` will be made. Refuses what exists already.
@@ -87,7 +94,7 @@ impl Undo {
     }
 
     /// The files of an earlier VM of this name are put back if this restore fails.
-    fn set_aside(&self) -> Result<()> {
+    fn set_aside(&mut self) -> Result<()> {
         let before = self.runtime.path().join(BEFORE);
         for (name, path) in entries(self.runtime.path())? {
             if !STAY.contains(&name.as_str()) {
@@ -95,7 +102,8 @@ impl Undo {
                 std::fs::rename(&path, before.join(&name)).with_context(|| format!("setting {} aside", path.display()))?;
             }
         }
-        Ok(())
+        self.record.is_set_aside = true;
+        self.save()
     }
 
     pub fn started(&mut self, pid: u32) -> Result<()> {
@@ -108,19 +116,30 @@ impl Undo {
         self.runtime.replace(FILE, &text)
     }
 
-    /// The guest is about to run: from here on nothing is undone.
-    pub fn keep(self) -> Result<()> {
-        std::fs::remove_file(self.runtime.path().join(FILE)).context("removing the restore's record")?;
-        remove_tree(&self.runtime.path().join(BEFORE))
+    /// The guest is about to run: no later restore undoes this one.
+    pub fn forget(&self) -> Result<()> {
+        remove_file(&self.runtime.restore_record())
+    }
+
+    /// The guest runs.
+    pub fn keep(self) {
+        if let Err(error) = remove_tree(&self.runtime.path().join(BEFORE)) {
+            tracing::warn!(error = format!("{error:#}"), "files of an earlier VM of this name are left in the runtime directory");
+        }
     }
 
     /// Puts everything back. What cannot be is named in the log.
     pub fn run(self) {
         let done = undo(&self.runtime, &self.record).and_then(|()| {
             if self.record.made_runtime {
-                return remove_tree(self.runtime.path());
+                remove_tree(self.runtime.path())?;
+                if let Some(base) = self.runtime.path().parent().filter(|_| self.record.made_base) {
+                    // Another VM may have its directory there by now.
+                    let _ = std::fs::remove_dir(base);
+                }
+                return Ok(());
             }
-            remove_file(&self.runtime.path().join(FILE))
+            remove_file(&self.runtime.restore_record())
         });
         if let Err(error) = done {
             tracing::warn!(error = format!("{error:#}"), "the failed restore has left something; the next one tries again to remove it");
@@ -128,14 +147,9 @@ impl Undo {
     }
 }
 
-/// Whether a restore of this name was killed and has left something.
-pub fn is_left(runtime: &RuntimeDir) -> bool {
-    runtime.path().join(FILE).symlink_metadata().is_ok()
-}
-
 fn undo(runtime: &RuntimeDir, record: &Record) -> Result<()> {
     if let Some((pid, started)) = record.qemu {
-        qemu_lock::end_process(pid, started)?;
+        process::end(pid, started)?;
     }
     for file in &record.files {
         remove_file(file)?;
@@ -145,24 +159,15 @@ fn undo(runtime: &RuntimeDir, record: &Record) -> Result<()> {
         let _ = std::fs::remove_dir(directory);
     }
     let before = runtime.path().join(BEFORE);
-    // Nothing was set aside yet, or all that is here was made since.
-    if before.exists() || record.made_runtime || !record.files.is_empty() {
-        put_back(runtime.path(), &before)?;
+    let made = if record.is_set_aside { entries(runtime.path())? } else { Vec::new() };
+    for (_, path) in made.iter().filter(|(name, _)| !STAY.contains(&name.as_str())) {
+        remove_tree(path)?;
     }
-    Ok(())
-}
-
-fn put_back(runtime: &Path, before: &Path) -> Result<()> {
-    let aside = if before.exists() { entries(before)? } else { Vec::new() };
-    for (name, path) in entries(runtime)? {
-        if !STAY.contains(&name.as_str()) {
-            remove_tree(&path)?;
-        }
-    }
+    let aside = if before.exists() { entries(&before)? } else { Vec::new() };
     for (name, path) in aside {
-        std::fs::rename(&path, runtime.join(&name)).with_context(|| format!("putting {} back", path.display()))?;
+        std::fs::rename(&path, runtime.path().join(&name)).with_context(|| format!("putting {} back", path.display()))?;
     }
-    remove_tree(before)
+    remove_tree(&before)
 }
 
 fn entries(directory: &Path) -> Result<Vec<(String, PathBuf)>> {
@@ -215,8 +220,7 @@ mod test {
         let mut undo = Undo::begin(&runtime).unwrap();
         make(&mut undo, &place.path().join("a/b"));
         undo.run();
-        assert_eq!(listed(place.path()), ["run"]);
-        assert_eq!(listed(&place.path().join("run")), [""; 0]);
+        assert_eq!(listed(place.path()), [""; 0]);
         // What was there stays: other files of the directory, and what was known of an earlier VM.
         let dir = place.path().join("a");
         std::fs::create_dir(&dir).unwrap();
@@ -241,11 +245,12 @@ mod test {
         make(&mut killed, &dir);
         assert!(Undo::begin(&runtime).is_err(), "two restores of one name at once");
         drop(killed);
-        assert!(is_left(&runtime) && dir.join("disk").exists());
+        assert!(runtime.restore_record().exists() && dir.join("disk").exists());
         let mut next = Undo::begin(&runtime).unwrap();
-        assert!(!is_left(&runtime) && !dir.exists());
+        assert!(!runtime.restore_record().exists() && !dir.exists());
         make(&mut next, &dir);
-        next.keep().unwrap();
+        next.forget().unwrap();
+        next.keep();
         assert_eq!(listed(runtime.path()), ["helper.lock", "machine.json", "marks.json"]);
         assert_eq!(runtime.read("machine.json", 9).unwrap(), b"new");
     }
@@ -267,6 +272,7 @@ mod test {
         assert!(error.to_string().contains("another restore"), "{error}");
         second.run();
         assert!(place.path().join("a/disk").exists());
-        first.keep().unwrap();
+        first.forget().unwrap();
+        first.keep();
     }
 }

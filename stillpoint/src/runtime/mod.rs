@@ -201,6 +201,11 @@ impl RuntimeDir {
         self.path.join("adopt.json")
     }
 
+    /// What a restore has made so far.
+    pub fn restore_record(&self) -> PathBuf {
+        self.path.join("restore.json")
+    }
+
     pub fn nbd(&self) -> PathBuf {
         self.path.join("nbd.sock")
     }

@@ -1,0 +1,215 @@
+//! A restore harms neither the original, nor another VM, nor the host; and one that fails leaves everything as it was.
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use stillpoint_tests::{Lab, Pid, QmpClient, Ran, Recipe, TestMachine, newest_qemu, on_each_qemu, wait_until};
+
+const GENERATION: &str = "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87";
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+/// Every path with its inode, but logs and caches that the original writes meanwhile.
+fn tree(lab: &Lab) -> BTreeMap<PathBuf, u64> {
+    fn walk(path: &Path, found: &mut BTreeMap<PathBuf, u64>) {
+        for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+            let path = entry.path();
+            found.insert(path.clone(), path.symlink_metadata().map_or(0, |facts| facts.ino()));
+            if path.is_dir() && !path.is_symlink() {
+                walk(&path, found);
+            }
+        }
+    }
+    let mut found = BTreeMap::new();
+    walk(lab.path(), &mut found);
+    found
+}
+
+fn generation(monitor: &mut QmpClient) -> String {
+    monitor.execute("query-vm-generation-id", json!({}))["guid"].as_str().expect("a generation id").to_owned()
+}
+
+fn restore(lab: &Lab, dir: &Path, more: &[&str]) -> Ran {
+    lab.run(&[&["restore", "o", "--qemu", text(&lab.qemu), "--dir", text(dir)], more].concat())
+}
+
+/// What a message proposes; the rule has no `=`.
+fn proposed(message: &str) -> String {
+    let map = message.split_once("--map ").unwrap_or_else(|| panic!("no --map in {message}")).1;
+    map.split([' ', ';', '\n']).next().expect("a word").to_owned()
+}
+
+#[test]
+fn copy_beside_its_original_takes_nothing_from_it() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::for_machines(qemu, 2);
+        let port = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
+        let own = |name: &str| lab.path().join(name);
+        let [monitor, display, log] = ["own.qmp", "own.vnc", "own.log"].map(own);
+        let arguments = [
+            "-qmp".to_owned(),
+            format!("unix:{},server=on,wait=off", monitor.display()),
+            "-vnc".to_owned(),
+            format!("unix:{}", display.display()),
+            "-chardev".to_owned(),
+            format!("file,id=log,path={}", log.display()),
+            "-device".to_owned(),
+            "isa-serial,chardev=log,index=1".to_owned(),
+            "-netdev".to_owned(),
+            format!("user,id=n,hostfwd=tcp:127.0.0.1:{port}-:22"),
+            "-device".to_owned(),
+            "e1000,netdev=n".to_owned(),
+            "-device".to_owned(),
+            format!("vmgenid,guid={GENERATION}"),
+        ];
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let original = lab.start("o", &Recipe::scribbler(40).arguments(&arguments));
+        original.checkpoint();
+        std::fs::write(&log, "the original's").expect("a file");
+        let (dir, before) = (own("a/copy"), tree(&lab));
+        let unchanged = |what: &str| assert_eq!(tree(&lab), before, "{what} has left something, or taken it away");
+
+        let message = restore(&lab, &dir, &["--as", "copy", "--map", "nothing=x"]).expect_failure(3);
+        assert!(message.contains(&format!("tcp:127.0.0.1:{port}-:22")), "{message}");
+        let message = restore(&lab, &dir, &["--as", "copy"]).expect_failure(3);
+        unchanged("a port that is taken");
+        let map = proposed(&message);
+        // Its own name runs, and is held.
+        restore(&lab, &dir, &["--map", &map]).expect_failure(3);
+        unchanged("a VM that runs");
+        std::fs::create_dir_all(&dir).expect("a directory");
+        std::fs::write(dir.join("own.log"), "theirs").expect("a file");
+        let message = restore(&lab, &dir, &["--as", "copy", "--map", &map]).expect_failure(3);
+        assert!(message.contains("own.log"), "{message}");
+        assert_eq!(std::fs::read(dir.join("own.log")).expect("a file"), b"theirs");
+        std::fs::remove_dir_all(own("a")).expect("a directory");
+        unchanged("a file that exists");
+
+        let copy = lab.restore("o", "copy", &["--map", &map]);
+        let mut of_copy = QmpClient::connect(&copy.directory.join("own.qmp"));
+        assert_eq!(generation(&mut QmpClient::connect(&monitor)), GENERATION, "the original's monitor leads to it");
+        assert_ne!(generation(&mut of_copy), GENERATION, "the copy's guest can tell that it is one");
+        assert_eq!(std::fs::read(&log).expect("a file"), b"the original's");
+        let now = tree(&lab);
+        let lost = before.iter().find(|(path, inode)| now.get(*path) != Some(*inode) && !path.starts_with(own("run")));
+        assert_eq!(lost, None, "the original's");
+        for name in ["own.vnc", "own.log"] {
+            assert!(copy.directory.join(name).exists(), "{name} is the copy's");
+        }
+        lab.run(&["checkpoint", "copy"]).expect_success();
+        original.checkpoint();
+        copy.kill();
+        let message = restore(&lab, &own("again"), &["--as", "copy", "--map", &map]).expect_failure(3);
+        assert!(message.contains("another name"), "{message}");
+    });
+}
+
+/// A QEMU that does as `incoming` says where it should wait for a VM's state, and is one otherwise.
+fn wrapper(lab: &Lab, incoming: &str) -> PathBuf {
+    let path = lab.path().join("qemu-system-wrapped");
+    let script = format!("#!/bin/sh\ncase \"$*\" in *-incoming*) {incoming};; esac\nexec {} \"$@\"\n", lab.qemu.display());
+    std::fs::write(&path, script).expect("a file");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("a file");
+    path
+}
+
+#[test]
+fn failed_restore_leaves_everything_as_it_was() {
+    let lab = Lab::new(&newest_qemu());
+    let original = lab.start("o", &Recipe::scribbler(41));
+    original.checkpoint();
+    original.kill();
+    // The helper has seen that.
+    let dir = lab.path().join("a/new");
+    let breaking = wrapper(&lab, "touch serial.log; echo 'no such luck' >&2; exit 1");
+    let before = tree(&lab);
+    let first = ["restore", "o", "--qemu", text(&breaking), "--dir", text(&dir)];
+    let failing = |name: &[&'static str]| [&first[..], name].concat();
+    for name in [&[][..], &["--as", "copy"]] {
+        let message = lab.run(&failing(name)).expect_failure(3);
+        assert!(message.contains("no such luck"), "{message}");
+        assert_eq!(tree(&lab), before, "{name:?}");
+    }
+    // Interrupted while QEMU comes up.
+    wrapper(&lab, "exec sleep 60");
+    let before = tree(&lab);
+    for (signal, name) in [(Signal::SIGTERM, &[][..]), (Signal::SIGINT, &["--as", "copy"])] {
+        let mut child = lab.command(&failing(name)).spawn().expect("stillpoint can be run");
+        let log = lab.runtime().join(name.last().unwrap_or(&"o")).join("qemu.log");
+        let disk = dir.join("sp-odd.raw");
+        assert!(wait_until(Duration::from_secs(30), || disk.exists() && log.exists()), "no QEMU was started");
+        kill(Pid::from_raw(child.id() as i32), signal).expect("ours");
+        assert_eq!(child.wait().expect("a child").code(), Some(1), "{signal}");
+        assert_eq!(tree(&lab), before, "{signal}");
+    }
+    std::fs::remove_file(&breaking).expect("a file");
+    let again = lab.restore("o", "o", &[]);
+    lab.run(&["checkpoint", "o"]).expect_success();
+    drop(again);
+}
+
+/// What SIGKILL leaves is undone by the same command; from where the guest may have run, nothing is.
+#[test]
+fn killed_restore_can_be_repeated() {
+    let lab = Lab::new(&newest_qemu());
+    let original = lab.start("o", &Recipe::scribbler(42));
+    original.checkpoint();
+    original.kill();
+    let dir = lab.path().join("new");
+    let words = ["restore", "o", "--qemu", text(&lab.qemu), "--dir", text(&dir)];
+    for point in ["restore.started", "restore.loaded"] {
+        let ran = lab.run_with(&words, &[("STILLPOINT_DIE_AT", point)]);
+        assert_eq!(ran.code, -1, "{point}: {ran:?}");
+        assert!(dir.exists() && lab.runtime().join("o/restore.json").exists(), "{point}");
+        let message = lab.run(&["attach", "o"]).expect_failure(3);
+        assert!(message.contains("restore"), "{message}");
+    }
+    let ran = lab.run(&words).expect_success();
+    assert!(ran.err.contains("undoing"), "{}", ran.err);
+    assert!(!lab.runtime().join("o/restore.json").exists() && !lab.runtime().join("o/before-restore").exists());
+    let pid: i32 = std::fs::read_to_string(lab.runtime().join("o/helper.pid")).expect("a helper").trim().parse().expect("a number");
+    lab.run(&["checkpoint", "o"]).expect_success();
+    assert_eq!(lab.list("o"), [1, 2]);
+    let mut monitor = QmpClient::connect(&dir.join("extra.sock"));
+    monitor.execute("quit", json!({}));
+    assert!(wait_until(Duration::from_secs(20), || !stillpoint_tests::is_running(Pid::from_raw(pid))), "the helper ends with QEMU");
+    // Claimed, and the guest about to run: it is a VM, which only lacks its helper.
+    let dir = lab.path().join("newer");
+    let ran = lab.run_with(&["restore", "o", "--qemu", text(&lab.qemu), "--dir", text(&dir)], &[("STILLPOINT_DIE_AT", "restore.claimed")]);
+    assert_eq!(ran.code, -1, "{ran:?}");
+    lab.run(&words).expect_failure(3);
+    lab.run(&["attach", "o"]).expect_success();
+    lab.run(&["checkpoint", "o"]).expect_success();
+    lab.verify("o");
+}
+
+/// A second helper of the same QEMU, from another runtime directory, is refused for as long as the first lives.
+#[test]
+fn helper_of_a_qemu_is_one_whatever_the_runtime_directory() {
+    let lab = Lab::new(&newest_qemu());
+    let machine = lab.start_plain("m", &Recipe::scribbler(43).arguments(&["-qmp", "unix:second.sock,server=on,wait=off"]));
+    machine.attach_plain(&[]);
+    machine.checkpoint();
+    let second = machine.directory.join("second.sock");
+    let elsewhere = lab.path().join("run2");
+    let words = ["attach", "--qmp", text(&second), "--store", lab.store(), "--name", "twin", "--runtime-dir", text(&elsewhere)];
+    let attach = |machine: &TestMachine| {
+        let ran = lab.run(&words);
+        assert!(machine.try_checkpoint().code == 0 || machine.helper().is_none());
+        ran
+    };
+    let helper = machine.helper().expect("a helper").to_string();
+    let message = attach(&machine).expect_failure(3);
+    assert!(message.contains(&helper), "{helper} is not named: {message}");
+    machine.kill_helper();
+    attach(&machine).expect_success();
+    let message = lab.run(&["attach", "m"]).expect_failure(3);
+    assert!(message.contains("has a helper already"), "{message}");
+    lab.run(&["checkpoint", "twin", "--runtime-dir", text(&lab.path().join("run2"))]).expect_success();
+}
