@@ -19,11 +19,13 @@ pub mod nbd;
 pub mod paused;
 pub mod qmp;
 pub mod ramblock;
+pub mod run_state;
 pub mod said;
 pub mod stream;
 mod stream_format;
 pub mod stream_reader;
 
 pub use jobs::JobError;
-pub use paused::Paused;
+pub use paused::{PauseError, Paused};
 pub use qmp::{Qmp, QmpError};
+pub use run_state::RunState;

@@ -11,14 +11,30 @@
 //! hears no command, so if nobody reads, only cutting the stream does: the guard can hold it for that. It has a marker of its own, since that one
 //! lies in QEMU while the guest still runs, for seconds, and must not speak for a `stop` of the owner. Nor does it alone
 //! allow to resume: a guest that was migrated away looks the same. [`crate::migration::recover`] knows which it was.
+//!
+//! A guest that does not run when the guard is made has no pause: nothing is sent to it, and its run state stays what it is. The guard
+//! only watches that nobody changes that.
+
+mod recovery;
+mod verdict;
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use thiserror::Error;
 
-use crate::qmp::{Qmp, QmpError};
+use crate::qmp::{EventWatch, Qmp, QmpError};
+pub use crate::run_state::name as run_state;
+use crate::run_state::{NoGuest, RunState, RunStateError};
+pub use recovery::resume_abandoned;
+use recovery::{end_switchover, leave_finish_migrate};
+pub(crate) use recovery::{marker_present, place_marker, remove_marker, resume_switched_over, withdraw_switchover};
+
+/// The longest that a guest is stopped for a checkpoint, from `stop` to `cont`. It is sixty times what a busy host needs; what takes
+/// longer (storage that hangs) may take for ever.
+pub const PAUSE_LIMIT: Duration = Duration::from_secs(2);
 
 /// Id of the object that says: whoever finds the guest paused, we did it.
 const MARKER: &str = "stillpoint-paused";
@@ -26,12 +42,40 @@ const MARKER: &str = "stillpoint-paused";
 /// Id of the object that says: a guest that runs is about to be stopped by a migration of ours.
 const SWITCHOVER_MARKER: &str = "stillpoint-switchover";
 
-/// How long a cancelled migration may take to let the guest run again.
-const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
-const CANCEL_LOOK: Duration = Duration::from_millis(1);
-
 /// How long a drop may block its thread until QEMU has taken the `cont`; usually less than a millisecond.
 const LAST_PATIENCE: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Error)]
+pub enum PauseError {
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    #[error(transparent)]
+    NoGuest(#[from] NoGuest),
+    #[error("somebody else changed the VM while it was stopped for a checkpoint: {what}; that stays so, and the checkpoint is given up")]
+    Disturbed { what: String },
+    #[error("the guest would have been stopped for more than {limit:?} ({during}), so it was let run again; is QEMU's storage slow?")]
+    TooLong { limit: Duration, during: &'static str },
+}
+
+impl PauseError {
+    /// Whether the same call may work later.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Qmp(error) => error.is_retryable(),
+            Self::Disturbed { .. } | Self::TooLong { .. } => true,
+            Self::NoGuest(_) => false,
+        }
+    }
+}
+
+impl From<RunStateError> for PauseError {
+    fn from(error: RunStateError) -> Self {
+        match error {
+            RunStateError::Qmp(error) => Self::Qmp(error),
+            RunStateError::NoGuest(error) => Self::NoGuest(error),
+        }
+    }
+}
 
 /// What has to be done before the guest is as it was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,40 +96,103 @@ pub struct Paused {
     marker: Option<&'static str>,
     /// The stream of a migration that may hold up QEMU.
     stream: Option<UnixStream>,
-    ran: bool,
+    /// The run state before it was stopped.
+    before: RunState,
+    /// The run state that our own work has led to.
+    expected: &'static str,
+    watch: EventWatch,
+    /// Events read after this are not of our own doing.
+    watched_from: Instant,
     since: Instant,
+    limit: Duration,
 }
 
 impl Paused {
-    /// Stops the guest. What has to be asked is asked before, so the pause begins with the one `stop`.
-    pub async fn stop(qmp: &Qmp) -> Result<Self, QmpError> {
-        let ran = is_running(qmp).await?;
-        if ran {
+    /// Stops the guest, if it runs, for [`PAUSE_LIMIT`] at most.
+    pub async fn stop(qmp: &Qmp) -> Result<Self, PauseError> {
+        Self::stop_within(qmp, PAUSE_LIMIT).await
+    }
+
+    /// What has to be asked is asked before, so the pause begins with the one `stop`. Fails, with the guest running on, if that alone
+    /// takes longer than `limit`.
+    pub async fn stop_within(qmp: &Qmp, limit: Duration) -> Result<Self, PauseError> {
+        let watch = qmp.watch(verdict::EVENTS);
+        let (before, watched_from) = RunState::timed(qmp).await?;
+        let mut paused = Self {
+            qmp: qmp.clone(),
+            owed: Owed::Nothing,
+            marker: None,
+            stream: None,
+            before,
+            expected: before.name(),
+            watch,
+            watched_from,
+            since: Instant::now(),
+            limit,
+        };
+        if before.is_live() {
             place_marker(qmp, MARKER).await?;
-        }
-        // From here on the drop resumes, also when this future is dropped in the middle or `stop` times out.
-        let (owed, marker) = if ran { (Owed::Cont, Some(MARKER)) } else { (Owed::Nothing, None) };
-        let paused = Self { qmp: qmp.clone(), owed, marker, stream: None, ran, since: Instant::now() };
-        if ran {
-            qmp.execute(qapi::qmp::stop {}).await?;
+            // From here on the drop resumes, also when this future is dropped in the middle.
+            (paused.marker, paused.owed, paused.since) = (Some(MARKER), Owed::Cont, Instant::now());
+            paused.send_stop().await?;
         }
         Ok(paused)
     }
 
-    /// To be called before a migration that will stop the guest: if it runs, leaves word that it is to run again. Returns
-    /// whether it runs.
-    pub(crate) async fn announce_switchover(qmp: &Qmp) -> Result<bool, QmpError> {
-        let runs = is_running(qmp).await?;
-        if runs {
-            place_marker(qmp, SWITCHOVER_MARKER).await?;
+    /// The question goes right before the order: an owner who has stopped the guest since we first asked wants it stopped.
+    async fn send_stop(&mut self) -> Result<(), PauseError> {
+        let stop = async { tokio::try_join!(run_state(&self.qmp), self.qmp.execute_timed("stop", Value::Null)) };
+        let Ok(stopped) = tokio::time::timeout(self.limit, stop).await else {
+            // QEMU takes this up as soon as it can. Waiting for that is of no use to the guest.
+            self.qmp.send_detached("cont", Value::Null)?;
+            self.owed = Owed::Nothing;
+            self.remove_marker();
+            return Err(PauseError::TooLong { limit: self.limit, during: "`stop`" });
+        };
+        let (state, (_, at)) = stopped?;
+        self.watched_from = at;
+        match state.parse::<RunState>() {
+            Ok(state) if state.is_live() => self.expected = RunState::Paused.name(),
+            Ok(state) => {
+                self.owed = Owed::Nothing;
+                self.remove_marker();
+                self.marker = None;
+                (self.before, self.expected) = (state, state.name());
+            }
+            Err(no_guest) => {
+                self.owed = Owed::Nothing;
+                self.remove_marker();
+                return Err(no_guest.into());
+            }
         }
-        Ok(runs)
+        Ok(())
     }
 
-    /// The guard of a pause that a migration of ours begins, now or later: its drop cancels the migration.
-    pub(crate) fn by_switchover(qmp: &Qmp) -> Self {
-        let marker = Some(SWITCHOVER_MARKER);
-        Self { qmp: qmp.clone(), owed: Owed::CancelOrCont, marker, stream: None, ran: true, since: Instant::now() }
+    /// To be called before a migration that will stop the guest: if it runs, leaves word that it is to run again. Returns
+    /// its run state.
+    pub(crate) async fn announce_switchover(qmp: &Qmp) -> Result<RunState, PauseError> {
+        let state = RunState::of(qmp).await?;
+        if state.is_live() {
+            place_marker(qmp, SWITCHOVER_MARKER).await?;
+        }
+        Ok(state)
+    }
+
+    /// The guard of a pause that a migration of ours begins, now or later: its drop cancels the migration. `before`: the guest's run
+    /// state.
+    pub(crate) fn by_switchover(qmp: &Qmp, before: RunState) -> Self {
+        Self {
+            qmp: qmp.clone(),
+            owed: Owed::CancelOrCont,
+            marker: Some(SWITCHOVER_MARKER),
+            stream: None,
+            before,
+            expected: "postmigrate",
+            watch: qmp.watch(verdict::EVENTS),
+            watched_from: Instant::now(),
+            since: Instant::now(),
+            limit: PAUSE_LIMIT,
+        }
     }
 
     /// From now on the drop cuts this stream before it speaks to QEMU.
@@ -93,15 +200,24 @@ impl Paused {
         self.stream = Some(stream);
     }
 
-    /// QEMU has stopped the guest at `since`, or found it stopped by its owner.
-    pub(crate) fn switched_over(&mut self, ran: bool, since: Instant) {
-        self.ran = ran;
-        self.since = since;
+    /// QEMU has stopped the guest at `since`.
+    pub(crate) fn switched_over(&mut self, since: Instant) {
+        (self.since, self.watched_from) = (since, since);
     }
 
-    /// Whether the guest ran when it was stopped; if not, [`Self::resume`] leaves it stopped.
-    pub fn guest_ran(&self) -> bool {
-        self.ran
+    /// A migration of ours has completed while this guard held the guest.
+    pub fn has_migrated(&mut self) {
+        self.expected = "postmigrate";
+    }
+
+    /// The guest was stopped by its owner before a migration of ours came to it, so it is not for us to let it run.
+    pub(crate) fn leave_to_owner(&mut self) {
+        self.before = RunState::Paused;
+    }
+
+    /// The run state before the pause, which is that of the checkpoint.
+    pub fn before(&self) -> RunState {
+        self.before
     }
 
     /// Time since `stop` was sent, or since QEMU stopped it.
@@ -113,23 +229,45 @@ impl Paused {
         &self.qmp
     }
 
-    /// Lets the guest run again if it ran before. Returns the time from sending `stop` to the reply of `cont`.
-    pub async fn resume(mut self) -> Result<Duration, QmpError> {
+    /// Does a part of the pause's work, if that ends before the guest has been stopped for too long. A guest that did not run waits for
+    /// nothing, so its limit is that of each command.
+    pub async fn within<T>(&self, during: &'static str, work: impl Future<Output = T>) -> Result<T, PauseError> {
+        if !self.before.is_live() {
+            return Ok(work.await);
+        }
+        let too_long = PauseError::TooLong { limit: self.limit, during };
+        match self.limit.checked_sub(self.since.elapsed()) {
+            Some(left) => tokio::time::timeout(left, work).await.map_err(|_| too_long),
+            None => Err(too_long),
+        }
+    }
+
+    /// Lets the guest run again if it ran before, and fails if somebody else changed the VM meanwhile. Returns the time from sending
+    /// `stop` to the reply of `cont`.
+    pub async fn resume(mut self) -> Result<Duration, PauseError> {
+        let state = self.state_now().await?;
+        let events = self.watch.since(self.watched_from);
+        let verdict = verdict::judge(self.before.is_live(), self.expected, state.as_deref(), &events);
+        // A switch-over that has not completed is given up, whatever became of it.
+        let is_cancelled = self.owed == Owed::CancelOrCont && state.as_deref() == Some("finish-migrate");
         match self.owed {
-            Owed::Nothing => return Ok(self.since.elapsed()),
-            Owed::Cont => cont(&self.qmp).await?,
-            Owed::CancelOrCont => end_switchover(&self.qmp, self.ran).await?,
+            Owed::Cont if verdict.owes_cont => cont(&self.qmp).await?,
+            Owed::CancelOrCont if is_cancelled || verdict.owes_cont => end_switchover(&self.qmp, self.before.is_live()).await?,
+            Owed::Nothing | Owed::Cont | Owed::CancelOrCont => {}
         }
         self.owed = Owed::Nothing;
         let paused = self.since.elapsed();
         self.remove_marker();
-        Ok(paused)
+        let late = || verdict::after_cont(&self.watch.since(self.watched_from)[events.len()..]);
+        match verdict.disturbance.filter(|_| !is_cancelled).or_else(late) {
+            Some(what) => Err(PauseError::Disturbed { what }),
+            None => Ok(paused),
+        }
     }
 
-    /// Gives up the guard and leaves the guest stopped, for a last checkpoint before QEMU is ended.
-    pub fn leave_stopped(mut self) {
-        self.owed = Owed::Nothing;
-        self.remove_marker();
+    /// None if the guest has waited too long already, or QEMU takes too long to say.
+    async fn state_now(&self) -> Result<Option<String>, QmpError> {
+        self.within("`query-status`", run_state(&self.qmp)).await.ok().transpose()
     }
 
     fn remove_marker(&self) {
@@ -142,23 +280,34 @@ impl Paused {
 
 impl Drop for Paused {
     fn drop(&mut self) {
-        let commands: &[&str] = match (self.owed, self.ran) {
-            (Owed::Nothing, _) => return,
-            (Owed::Cont, _) => &["cont"],
+        let was_resumed = self.watch.since(self.watched_from).iter().any(|event| event.name == "RESUME");
+        let is_live = self.before.is_live() && !was_resumed;
+        let commands: &[&str] = match (self.owed, is_live) {
+            (Owed::Nothing, _) | (Owed::Cont, false) => &[],
+            (Owed::Cont, true) => &["cont"],
             (Owed::CancelOrCont, true) => &["migrate_cancel", "cont"],
             (Owed::CancelOrCont, false) => &["migrate_cancel"],
         };
+        if self.owed == Owed::Nothing {
+            return;
+        }
         tracing::warn!("a pause was abandoned after {:?}; resuming the guest", self.since.elapsed());
         if let Some(stream) = &self.stream {
             // Fails only when it is cut already.
             let _ = stream.shutdown(Shutdown::Both);
         }
+        let mut is_done = true;
         for command in commands {
-            if let Err(error) = self.qmp.send_and_linger(command, Value::Null, LAST_PATIENCE) {
-                return tracing::error!(%error, "cannot resume the guest; the next start of the helper will");
+            match self.qmp.send_and_linger(command, Value::Null, LAST_PATIENCE) {
+                Ok(accepted) => is_done = accepted,
+                Err(error) => return tracing::error!(%error, "cannot resume the guest; the next start of the helper will"),
             }
         }
-        self.remove_marker();
+        if is_done {
+            self.remove_marker();
+        } else {
+            tracing::error!("QEMU refuses to let the guest run; the next checkpoint or helper tries again");
+        }
     }
 }
 
@@ -173,109 +322,9 @@ async fn cont(qmp: &Qmp) -> Result<(), QmpError> {
     }
 }
 
-/// `cont` if the migration has completed; else it is cancelled, and QEMU lets a guest that ran run again.
-async fn end_switchover(qmp: &Qmp, ran: bool) -> Result<(), QmpError> {
-    if ran {
-        match qmp.execute(qapi::qmp::cont {}).await {
-            Err(error) if error.is_refusal() => tracing::debug!(%error, "not completed; cancelling instead"),
-            other => return other.map(drop),
-        }
-    }
-    qmp.execute_json("migrate_cancel", Value::Null).await?;
-    leave_finish_migrate(qmp).await?;
-    if ran && !is_running(qmp).await? {
-        qmp.execute(qapi::qmp::cont {}).await?;
-    }
-    Ok(())
-}
-
-/// Resumes a guest that a migration of a dead helper stopped, or that the helper had stopped for it. Only the caller can know that
-/// the last migration was that
-/// one and no other, and that it is over or cancelled. Returns whether there was one.
-pub(crate) async fn resume_switched_over(qmp: &Qmp) -> Result<bool, QmpError> {
-    let is_owed = marker_present(qmp, SWITCHOVER_MARKER).await? || marker_present(qmp, MARKER).await?;
-    let stopped = is_owed && in_switchover(qmp).await?;
-    if stopped {
-        end_switchover(qmp, true).await?;
-    }
-    Ok(stopped)
-}
-
-/// Takes back the word of [`Paused::announce_switchover`] when the migration is over, unless a guard still needs it.
-pub(crate) async fn withdraw_switchover(qmp: &Qmp) -> Result<(), QmpError> {
-    if !marker_present(qmp, SWITCHOVER_MARKER).await? {
-        return Ok(());
-    }
-    leave_finish_migrate(qmp).await?;
-    if in_switchover(qmp).await? {
-        return Ok(());
-    }
-    remove_marker(qmp, SWITCHOVER_MARKER).await
-}
-
-/// A migration is over a little before QEMU has put the guest into the state that follows.
-async fn leave_finish_migrate(qmp: &Qmp) -> Result<(), QmpError> {
-    let deadline = Instant::now() + CANCEL_PATIENCE;
-    while run_state(qmp).await? == "finish-migrate" {
-        if Instant::now() >= deadline {
-            return Err(QmpError::Timeout { command: "migrate_cancel".into(), after: CANCEL_PATIENCE });
-        }
-        tokio::time::sleep(CANCEL_LOOK).await;
-    }
-    Ok(())
-}
-
-async fn in_switchover(qmp: &Qmp) -> Result<bool, QmpError> {
-    Ok(matches!(run_state(qmp).await?.as_str(), "finish-migrate" | "postmigrate"))
-}
-
-/// Resumes a guest that an earlier helper stopped and did not live to resume. Returns whether it did.
-pub async fn resume_abandoned(qmp: &Qmp) -> Result<bool, QmpError> {
-    if !marker_present(qmp, MARKER).await? {
-        return Ok(false);
-    }
-    let stopped = run_state(qmp).await? == "paused";
-    if stopped {
-        qmp.execute(qapi::qmp::cont {}).await?;
-    }
-    qmp.execute_json("object-del", json!({ "id": MARKER })).await?;
-    Ok(stopped)
-}
-
-/// QEMU's run state by name (`running`, `paused`, `inmigrate` ...).
-pub async fn run_state(qmp: &Qmp) -> Result<String, QmpError> {
-    let status = qmp.execute_json("query-status", Value::Null).await?;
-    match status["status"].as_str() {
-        Some(name) => Ok(name.into()),
-        None => Err(QmpError::unexpected("query-status", "a status", &status)),
-    }
-}
-
 /// A suspended guest counts as running: QEMU wakes it by itself, and `cont` brings it back to that state.
 async fn is_running(qmp: &Qmp) -> Result<bool, QmpError> {
     Ok(matches!(run_state(qmp).await?.as_str(), "running" | "suspended"))
-}
-
-/// Puts an object into QEMU that does nothing but say something to a later helper.
-pub(crate) async fn place_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpError> {
-    let made = qmp.execute_json("object-add", json!({ "qom-type": "throttle-group", "id": marker })).await;
-    match made {
-        // One is left by a pause whose end was not acknowledged; it says the same.
-        Err(error) if error.is_refusal() && marker_present(qmp, marker).await? => {
-            tracing::debug!(%error, "the pause marker is already there");
-            Ok(())
-        }
-        other => other.map(drop),
-    }
-}
-
-pub(crate) async fn remove_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpError> {
-    crate::jobs::tolerate_refusal(qmp.execute_json("object-del", json!({ "id": marker })).await)
-}
-
-pub(crate) async fn marker_present(qmp: &Qmp, marker: &str) -> Result<bool, QmpError> {
-    let objects = qmp.execute_json("qom-list", json!({ "path": "/objects" })).await?;
-    Ok(objects.as_array().is_some_and(|list| list.iter().any(|object| object["name"] == marker)))
 }
 
 #[cfg(test)]

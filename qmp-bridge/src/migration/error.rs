@@ -7,12 +7,15 @@ use thiserror::Error;
 
 use super::StreamMode;
 use crate::jobs::JobError;
+use crate::paused::PauseError;
 use crate::qmp::QmpError;
 
 #[derive(Debug, Error)]
 pub enum MigrationError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
+    #[error(transparent)]
+    Pause(#[from] PauseError),
     #[error(transparent)]
     Export(#[from] JobError),
     #[error("this QEMU is being migrated (its status is `{status}`); wait for its end")]
@@ -54,6 +57,7 @@ impl MigrationError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Qmp(error) | Self::Setup { source: error } | Self::Start { source: error, .. } => error.is_retryable(),
+            Self::Pause(error) => error.is_retryable(),
             Self::Export(error) => error.is_retryable(),
             Self::Busy { .. } | Self::Failed { .. } | Self::Stuck { .. } | Self::PauseTooLong { .. } | Self::TooFast { .. } => true,
             Self::Unsupported { .. }

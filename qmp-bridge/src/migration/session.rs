@@ -15,14 +15,12 @@ use super::journal::Journal;
 use super::settings::Settings;
 use super::status::{Hint, Hints, Progress, wait_until_over};
 use super::{MigrationError, StreamMode, StreamOptions, WhenTooFast, policy, probe, recover};
-use crate::paused::{self, Paused, run_state};
+use crate::paused::{self, PAUSE_LIMIT, Paused, run_state};
 use crate::qmp::Qmp;
+use crate::run_state::RunState;
 
 /// Id of the object that says: this QEMU is the one that a journal tells of.
 pub(super) const SESSION_MARKER: &str = "stillpoint-migration";
-/// What QEMU gets on top of twice [`StreamOptions::max_pause`] before a pause counts as stuck, by a reader that does not
-/// read say, and is ended.
-const PAUSE_GRACE: Duration = Duration::from_secs(2);
 /// How long a cancelled migration may take to be over.
 pub(super) const CANCEL_PATIENCE: Duration = Duration::from_secs(30);
 /// Pause between two looks at a migration while the guest runs.
@@ -64,8 +62,8 @@ pub struct Migration {
     pub(super) hints: Hints,
     /// When `migrate` was sent.
     pub(super) started: Instant,
-    /// Whether the guest ran then.
-    pub(super) ran: bool,
+    /// The guest's run state then.
+    pub(super) before: RunState,
     /// Taken when everything is as it was.
     undo: Option<Undo>,
 }
@@ -91,7 +89,7 @@ impl Migration {
             stage: Stage::Prepared,
             hints: Hints::new(qmp),
             started: Instant::now(),
-            ran: false,
+            before: RunState::Paused,
             undo: Some(undo),
         };
         match session.set_up().await {
@@ -156,7 +154,7 @@ impl Migration {
         check_state(&self.qmp, self.mode).await?;
         let undo = self.undo.as_mut().ok_or(MigrationError::Order("it has ended"))?;
         undo.activation = Some(Activation::plan(&self.qmp, &undo.journal.socket()).await?);
-        self.ran = Paused::announce_switchover(&self.qmp).await?;
+        self.before = Paused::announce_switchover(&self.qmp).await?;
         Ok(())
     }
 
@@ -302,7 +300,7 @@ impl Migration {
     fn pause_limit(&self, paused: &Paused) -> Duration {
         let allowed = match (self.mode, self.options.when_too_fast) {
             (StreamMode::PreCopy, WhenTooFast::SwitchOver) => self.options.timeout,
-            _ => self.options.max_pause.saturating_mul(2).saturating_add(PAUSE_GRACE).min(self.options.timeout),
+            _ => PAUSE_LIMIT.max(self.options.max_pause.saturating_mul(2)).min(self.options.timeout),
         };
         allowed.saturating_sub(paused.elapsed())
     }

@@ -7,7 +7,7 @@ use super::session::{IDLE_LOOK, Migration, PAUSED_LOOK, Stage};
 use super::settings::set_downtime_limit;
 use super::status::{Hint, Progress};
 use super::{MigrationError, StreamMode};
-use crate::paused::{Paused, run_state};
+use crate::paused::{PauseError, Paused, run_state};
 
 impl Migration {
     /// Waits while memory travels and the guest runs, until QEMU has stopped it to send the rest. The pause counts from
@@ -17,7 +17,7 @@ impl Migration {
         if self.stage != Stage::Started || self.mode() != StreamMode::PreCopy {
             return Err(MigrationError::Order("`switchover` comes after `start` of a pre-copy"));
         }
-        let mut paused = Paused::by_switchover(&self.qmp);
+        let mut paused = Paused::by_switchover(&self.qmp, self.before);
         paused.hold_stream(self.channel()?.handle()?);
         let mut policy = Policy::new(&self.options, self.started);
         let mut stopped = None;
@@ -28,9 +28,13 @@ impl Migration {
                 // The owner may stop the guest, or QEMU for the switch-over: the state tells which.
                 Hint::Stop(at) => match run_state(&self.qmp).await?.as_str() {
                     "finish-migrate" => stopped = Some(at),
-                    _ => self.ran = false,
+                    state => {
+                        paused.leave_to_owner();
+                        return Err(disturbed(format!("its run state became `{state}`")));
+                    }
                 },
-                Hint::Resume => self.ran = true,
+                Hint::Resume if !self.before.is_live() => return Err(disturbed("the guest was let run (`cont`)".into())),
+                Hint::Resume => {}
                 Hint::Status(_) | Hint::Look => {
                     let progress = Progress::query(&self.qmp).await?;
                     progress.check()?;
@@ -51,12 +55,15 @@ impl Migration {
         for hint in self.hints.queued() {
             match hint {
                 Hint::Stop(at) => stopped = Some(at),
-                Hint::Resume => self.ran = true,
-                Hint::Status(_) | Hint::Look => {}
+                Hint::Resume | Hint::Status(_) | Hint::Look => {}
             }
         }
-        paused.switched_over(self.ran, stopped.unwrap_or_else(Instant::now));
+        paused.switched_over(stopped.unwrap_or_else(Instant::now));
         self.stage = Stage::SwitchedOver;
         Ok(paused)
     }
+}
+
+fn disturbed(what: String) -> MigrationError {
+    PauseError::Disturbed { what }.into()
 }

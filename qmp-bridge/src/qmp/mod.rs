@@ -8,6 +8,7 @@
 //! never leave half a line behind, and a guard's `drop` can send `cont` without a runtime.
 
 mod error;
+mod watch;
 mod wire;
 
 use std::os::fd::BorrowedFd;
@@ -21,6 +22,7 @@ use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
 pub use error::QmpError;
+pub use watch::EventWatch;
 use wire::Connection;
 pub use wire::connect_settled;
 
@@ -112,12 +114,17 @@ impl Qmp {
 
     /// Runs any command; `arguments` is an object or null.
     pub async fn execute_json(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        Ok(self.run(command, arguments, None).await?.0)
+    }
+
+    /// The same, with the time at which the reply was read: events of a later one came after it.
+    pub async fn execute_timed(&self, command: &str, arguments: Value) -> Result<(Value, Instant), QmpError> {
         self.run(command, arguments, None).await
     }
 
     /// Runs a command with a file descriptor as ancillary data (`getfd`, `add-fd`).
     pub async fn execute_with_fd(&self, command: &str, arguments: Value, fd: BorrowedFd<'_>) -> Result<Value, QmpError> {
-        self.run(command, arguments, Some(fd)).await
+        Ok(self.run(command, arguments, Some(fd)).await?.0)
     }
 
     /// Runs an HMP line and returns its text. HMP reports failure as text only, so the caller must look at it.
@@ -135,18 +142,17 @@ impl Qmp {
         self.connection.send(command, &encode(command, arguments, id)?, None)
     }
 
-    /// Sends a command and blocks the thread until QEMU answered, but not longer than `patience`. For a `Drop` whose
+    /// Sends a command and blocks the thread until QEMU answered, but not longer than `patience`; returns whether QEMU accepted
+    /// the command. For a `Drop` whose
     /// command must count although the process may end next: QEMU throws commands away that it has read and not yet
     /// begun when the connection closes (seen: a `cont` followed by a close is lost in most cases).
-    pub fn send_and_linger(&self, command: &str, arguments: Value, patience: Duration) -> Result<(), QmpError> {
+    pub fn send_and_linger(&self, command: &str, arguments: Value, patience: Duration) -> Result<bool, QmpError> {
         let id = self.connection.next_id();
         let line = encode(command, arguments, id)?;
         let reply = self.connection.expect_reply(command, id)?;
         self.connection.send(command, &line, None)?;
-        match reply.wait_blocking(&self.connection, patience) {
-            true => Ok(()),
-            false => Err(QmpError::Timeout { command: command.into(), after: patience }),
-        }
+        let accepted = reply.wait_blocking(&self.connection, patience);
+        accepted.ok_or_else(|| QmpError::Timeout { command: command.into(), after: patience })
     }
 
     /// Events from now on.
@@ -154,19 +160,24 @@ impl Qmp {
         self.connection.events()
     }
 
+    /// Keeps the events of these names from now on.
+    pub fn watch(&self, names: &'static [&'static str]) -> EventWatch {
+        self.connection.watch(names)
+    }
+
     /// Resolves when the connection is gone: QEMU ended or closed the monitor.
     pub async fn closed(&self) {
         self.connection.closed().await;
     }
 
-    async fn run(&self, command: &str, arguments: Value, fd: Option<BorrowedFd<'_>>) -> Result<Value, QmpError> {
+    async fn run(&self, command: &str, arguments: Value, fd: Option<BorrowedFd<'_>>) -> Result<(Value, Instant), QmpError> {
         let id = self.connection.next_id();
         let line = encode(command, arguments, id)?;
         let reply = self.connection.expect_reply(command, id)?;
         self.connection.send(command, &line, fd)?;
         match within(self.timeout, reply.wait()).await {
-            Some(Some(Ok(value))) => Ok(value),
-            Some(Some(Err(refusal))) => Err(QmpError::refused(command, refusal)),
+            Some(Some((Ok(value), at))) => Ok((value, at)),
+            Some(Some((Err(refusal), _))) => Err(QmpError::refused(command, refusal)),
             Some(None) => Err(self.connection.closed_error(command)),
             None => Err(QmpError::Timeout { command: command.into(), after: self.timeout }),
         }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -19,6 +19,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio::task::JoinHandle;
 
+use super::watch::{EventWatch, Seen};
 use super::{EVENT_QUEUE, QemuVersion, QmpError, QmpEvent};
 
 /// Longest line accepted from QEMU; the largest known reply, `query-qmp-schema`, has 240 KB.
@@ -46,24 +47,43 @@ const DESERTED: Duration = Duration::from_secs(2);
 /// client is greeted twice. The handover takes less than a millisecond of a free processor.
 const SETTLING: Duration = Duration::from_millis(250);
 
-pub(super) type CommandResult = Result<Value, qapi::Error>;
-type Waiting = HashMap<u64, oneshot::Sender<CommandResult>>;
+/// What QEMU said to a command, and when that was read.
+pub(super) type Answer = (Result<Value, qapi::Error>, Instant);
+type Waiting = HashMap<u64, oneshot::Sender<Answer>>;
 
 #[derive(Debug)]
 struct Shared {
     waiting: Mutex<Waiting>,
     events: broadcast::Sender<QmpEvent>,
+    watches: Mutex<Vec<Weak<Seen>>>,
     /// Why the connection ended; `None` while it lives.
     ended: watch::Sender<Option<String>>,
 }
 
 impl Shared {
     fn new() -> Self {
-        Self { waiting: Mutex::default(), events: broadcast::channel(EVENT_QUEUE).0, ended: watch::channel(None).0 }
+        Self {
+            waiting: Mutex::default(),
+            events: broadcast::channel(EVENT_QUEUE).0,
+            watches: Mutex::default(),
+            ended: watch::channel(None).0,
+        }
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, event: QmpEvent) {
+        let mut watches = self.watches.lock().unwrap_or_else(PoisonError::into_inner);
+        watches.retain(|watch| {
+            watch.upgrade().is_some_and(|seen| {
+                seen.note(&event);
+                true
+            })
+        });
+        // Sending fails only when nobody listens.
+        let _ = self.events.send(event);
     }
 
     /// Marks the end first, so that no command can start waiting after the waiters were woken.
@@ -92,27 +112,32 @@ impl Drop for Connection {
 pub(super) struct Reply<'a> {
     shared: &'a Shared,
     id: u64,
-    receiver: oneshot::Receiver<CommandResult>,
+    receiver: oneshot::Receiver<Answer>,
 }
 
 impl Reply<'_> {
     /// `None` when the connection ended first.
-    pub(super) async fn wait(mut self) -> Option<CommandResult> {
+    pub(super) async fn wait(mut self) -> Option<Answer> {
         (&mut self.receiver).await.ok()
     }
 
     /// Waits without a runtime: either the reader task, on another thread, takes the reply, or it lies unread in
-    /// the socket because this very thread should have run the reader. Returns whether a reply came.
-    pub(super) fn wait_blocking(mut self, connection: &Connection, patience: Duration) -> bool {
+    /// the socket because this very thread should have run the reader. Returns whether it is an acceptance; none if no reply came.
+    pub(super) fn wait_blocking(mut self, connection: &Connection, patience: Duration) -> Option<bool> {
         let deadline = Instant::now() + patience;
         loop {
             match self.receiver.try_recv() {
-                Ok(_) => return true,
-                Err(oneshot::error::TryRecvError::Closed) => return false,
-                Err(oneshot::error::TryRecvError::Empty) if connection.unread_has_reply(self.id) => return true,
-                Err(oneshot::error::TryRecvError::Empty) if Instant::now() >= deadline => return false,
-                Err(oneshot::error::TryRecvError::Empty) => std::thread::sleep(LINGER_LOOK),
+                Ok((reply, _)) => return Some(reply.is_ok()),
+                Err(oneshot::error::TryRecvError::Closed) => return None,
+                Err(oneshot::error::TryRecvError::Empty) => {}
             }
+            if let Some(accepted) = connection.unread_reply(self.id) {
+                return Some(accepted);
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(LINGER_LOOK);
         }
     }
 }
@@ -136,19 +161,26 @@ impl Connection {
         self.shared.events.subscribe()
     }
 
+    pub(super) fn watch(&self, names: &'static [&'static str]) -> EventWatch {
+        let seen = Arc::new(Seen::of(names));
+        self.shared.watches.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&seen));
+        EventWatch(seen)
+    }
+
     pub(super) async fn closed(&self) {
         // An error means that the sender is gone, which is an end as well.
         let _ = self.shared.ended.subscribe().wait_for(Option::is_some).await;
     }
 
-    /// Whether the reply to `id` lies in the socket, looked at without taking it.
-    fn unread_has_reply(&self, id: u64) -> bool {
+    /// The reply to `id`, if it lies in the socket, looked at without taking it: whether it is an acceptance.
+    fn unread_reply(&self, id: u64) -> Option<bool> {
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let mut unread = vec![0; PEEKED];
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let count = recv(writer.as_raw_fd(), &mut unread, flags).unwrap_or(0);
         let mut lines = unread[..count].split(|byte| *byte == b'\n');
-        lines.any(|line| serde_json::from_slice::<Message>(line).is_ok_and(|message| message.id == Some(id)))
+        let message = lines.find_map(|line| serde_json::from_slice::<Message>(line).ok().filter(|message| message.id == Some(id)))?;
+        Some(message.error.is_none())
     }
 
     pub(super) fn closed_error(&self, command: &str) -> QmpError {
@@ -366,9 +398,7 @@ fn dispatch(shared: &Shared, line: &[u8]) -> Result<(), String> {
         }
     };
     if let Some(name) = message.event {
-        let data = message.data.unwrap_or(Value::Null);
-        // Sending fails only when nobody listens.
-        let _ = shared.events.send(QmpEvent { name, data, at: Instant::now() });
+        shared.tell(QmpEvent { name, data: message.data.unwrap_or(Value::Null), at: Instant::now() });
         return Ok(());
     }
     let Some(id) = message.id else { return message.error.map_or(Ok(()), |body| Err(garbled(&body))) };
@@ -378,7 +408,7 @@ fn dispatch(shared: &Shared, line: &[u8]) -> Result<(), String> {
         None => Ok(message.result.unwrap_or(Value::Null)),
     };
     // The caller may have stopped waiting in this very moment.
-    let _ = sender.send(result);
+    let _ = sender.send((result, Instant::now()));
     Ok(())
 }
 

@@ -1,0 +1,98 @@
+//! Whose a pause still is when it ends: ours alone, or did somebody else change the VM meanwhile.
+//!
+//! QEMU's main loop runs through a pause, so another monitor's `cont`, `system_reset` or `migrate` takes effect in it. What is of one
+//! instant then is unknown, so the checkpoint fails; and what the owner ordered stays. QEMU tells of a `cont` by an event, of a reset by an
+//! event and a run state, of the rest by a run state. It tells of nothing when `stop` is sent while the guest is stopped already: an
+//! owner's `stop` within our pause cannot be seen, and the guest runs after it.
+
+use crate::qmp::QmpEvent;
+
+/// Events that a pause has none of between our `stop` and our `cont`.
+pub(super) const EVENTS: &[&str] = &["STOP", "RESUME", "RESET", "SHUTDOWN", "SUSPEND", "WAKEUP", "GUEST_PANICKED"];
+
+/// What is to be done at the end of a pause.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Verdict {
+    /// The guest is to run again, and it is on us to order it.
+    pub(super) owes_cont: bool,
+    /// What somebody else did.
+    pub(super) disturbance: Option<String>,
+}
+
+/// `ran`: the guest ran before we stopped it. `expected`: the run state that our own work led to. `state`: as it is now, if QEMU said so
+/// in time. `events`: those of [`EVENTS`] that came since the guest was stopped.
+pub(super) fn judge(ran: bool, expected: &str, state: Option<&str>, events: &[QmpEvent]) -> Verdict {
+    let has = |name: &str| events.iter().any(|event| event.name == name);
+    let disturbance = match (events.first(), state) {
+        (Some(event), _) => Some(told(&event.name).to_owned()),
+        (None, Some(state)) if state != expected => Some(format!("its run state became `{state}`")),
+        _ => None,
+    };
+    // After a `cont` of somebody else the guest's state, running or stopped again, is what they want.
+    let is_own_state = |state: &str| {
+        // A migration of ours that failed may be on its way out.
+        state == expected || matches!(state, "paused" | "prelaunch") || expected == "postmigrate" && state == "finish-migrate"
+    };
+    let is_ours = !has("RESUME") && state.is_none_or(is_own_state);
+    Verdict { owes_cont: ran && is_ours, disturbance }
+}
+
+/// After our own `cont`: whether more came than its event.
+pub(super) fn after_cont(events: &[QmpEvent]) -> Option<String> {
+    let mut resumed = false;
+    let strange = events.iter().find(|event| event.name != "RESUME" || std::mem::replace(&mut resumed, true));
+    strange.map(|event| told(&event.name).to_owned())
+}
+
+fn told(event: &str) -> &'static str {
+    match event {
+        "RESUME" => "the guest was let run (`cont`)",
+        "STOP" => "the guest was let run and stopped again",
+        "RESET" => "the VM was reset",
+        "SHUTDOWN" => "the VM was told to end",
+        _ => "the guest's power state changed",
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use serde_json::Value;
+    use std::time::Instant;
+
+    fn events(names: &[&str]) -> Vec<QmpEvent> {
+        names.iter().map(|name| QmpEvent { name: (*name).into(), data: Value::Null, at: Instant::now() }).collect()
+    }
+
+    #[test]
+    fn pause_that_somebody_changed_is_told_and_their_order_stays() {
+        // ran, state, events -> cont is ours, disturbed
+        let table: &[(bool, Option<&str>, &[&str], bool, bool)] = &[
+            (true, Some("paused"), &[], true, false),
+            (true, Some("running"), &["RESUME"], false, true),
+            (true, Some("paused"), &["RESUME", "STOP"], false, true),
+            (true, Some("prelaunch"), &["RESET"], true, true),
+            (true, Some("prelaunch"), &[], true, true),
+            (true, Some("postmigrate"), &[], false, true),
+            (true, Some("shutdown"), &["RESET", "SHUTDOWN"], false, true),
+            (true, None, &[], true, false),
+            (true, None, &["RESUME"], false, true),
+            (false, Some("paused"), &[], false, false),
+            (false, Some("running"), &["RESUME"], false, true),
+            (false, Some("prelaunch"), &["RESET"], false, true),
+        ];
+        for (ran, state, names, cont, disturbed) in table {
+            let verdict = judge(*ran, "paused", *state, &events(names));
+            assert_eq!((verdict.owes_cont, verdict.disturbance.is_some()), (*cont, *disturbed), "{ran} {state:?} {names:?}: {verdict:?}");
+        }
+        assert!(judge(true, "postmigrate", Some("postmigrate"), &[]).owes_cont);
+    }
+
+    #[test]
+    fn pause_ends_with_one_resume() {
+        assert_eq!(after_cont(&events(&["RESUME"])), None);
+        for names in [&["RESUME", "STOP"][..], &["RESET", "RESUME"], &["RESUME", "RESUME"]] {
+            assert!(after_cont(&events(names)).is_some(), "{names:?}");
+        }
+    }
+}

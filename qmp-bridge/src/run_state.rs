@@ -1,0 +1,151 @@
+//! QEMU's run state: which ones hold a guest that a checkpoint can take and a restore can bring back, and why the others do not.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Instant;
+
+use serde_json::Value;
+use thiserror::Error;
+
+use crate::qmp::{QemuVersion, Qmp, QmpError};
+
+/// From this version on `stop` stops a suspended guest too, and `cont` and a restore bring it back to that state. Before, its clock
+/// and its devices go on through a `stop`.
+const SUSPENDED_SINCE: u32 = 9;
+
+/// A run state whose guest is whole: its memory, disks and devices are of one instant, or can be made so by a `stop`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RunState {
+    Running,
+    /// Asleep (ACPI S3); devices go on.
+    Suspended,
+    /// Stopped by its owner.
+    Paused,
+    /// Never started (`-S`), or reset while it was stopped.
+    Prelaunch,
+    /// Powered off, with `-no-shutdown`.
+    Shutdown,
+    GuestPanicked,
+    /// Stopped at a disk error, with `werror=stop` or `rerror=stop`; the request waits.
+    IoError,
+    InternalError,
+    Watchdog,
+}
+
+const NAMES: [(RunState, &str); 9] = [
+    (RunState::Running, "running"),
+    (RunState::Suspended, "suspended"),
+    (RunState::Paused, "paused"),
+    (RunState::Prelaunch, "prelaunch"),
+    (RunState::Shutdown, "shutdown"),
+    (RunState::GuestPanicked, "guest-panicked"),
+    (RunState::IoError, "io-error"),
+    (RunState::InternalError, "internal-error"),
+    (RunState::Watchdog, "watchdog"),
+];
+
+/// There is no guest to take a checkpoint of.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("the VM's run state is `{state}`: {why}")]
+pub struct NoGuest {
+    pub state: String,
+    pub why: String,
+}
+
+#[derive(Debug, Error)]
+pub enum RunStateError {
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    #[error(transparent)]
+    NoGuest(#[from] NoGuest),
+}
+
+impl RunState {
+    /// QEMU's name for it.
+    pub fn name(self) -> &'static str {
+        NAMES.iter().find(|(state, _)| *state == self).map_or("unknown", |(_, name)| name)
+    }
+
+    /// Whether vCPUs or devices work, so that a `stop` is needed, and a `cont` after it.
+    pub fn is_live(self) -> bool {
+        matches!(self, Self::Running | Self::Suspended)
+    }
+
+    /// Asks QEMU. Fails in a state that holds no whole guest.
+    pub async fn of(qmp: &Qmp) -> Result<Self, RunStateError> {
+        Ok(Self::timed(qmp).await?.0)
+    }
+
+    /// The same, with the time at which QEMU's answer was read.
+    pub(crate) async fn timed(qmp: &Qmp) -> Result<(Self, Instant), RunStateError> {
+        let (status, at) = qmp.execute_timed("query-status", Value::Null).await?;
+        Ok((Self::check(&name_in(&status)?, qmp.version())?, at))
+    }
+
+    fn check(name: &str, version: &QemuVersion) -> Result<Self, NoGuest> {
+        let state: Self = name.parse()?;
+        if state == Self::Suspended && version.major < SUSPENDED_SINCE {
+            let why = format!("QEMU {version} cannot stop a guest that is suspended (since {SUSPENDED_SINCE}.0 it can); wake it first");
+            return Err(NoGuest { state: name.into(), why });
+        }
+        Ok(state)
+    }
+}
+
+impl fmt::Display for RunState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for RunState {
+    type Err = NoGuest;
+
+    fn from_str(name: &str) -> Result<Self, NoGuest> {
+        let known = NAMES.iter().find(|(_, known)| *known == name).map(|(state, _)| *state);
+        known.ok_or_else(|| NoGuest { state: name.into(), why: no_guest(name).into() })
+    }
+}
+
+fn no_guest(name: &str) -> &'static str {
+    match name {
+        "inmigrate" => "it waits for a migration, or its state is being loaded; take the checkpoint when it has arrived",
+        "postmigrate" => "it was migrated, perhaps to another host where it runs; `cont` lets it run here again",
+        "finish-migrate" => "a migration of it is about to end; wait for that",
+        "restore-vm" => "a snapshot is being loaded, or could not be; only a reset, or a `loadvm` that works, gives it a state",
+        "save-vm" => "its state is being saved; wait for the end",
+        "colo" => "it is one half of a COLO pair",
+        "debug" => "a debugger holds it; let it go on there",
+        _ => "this version of Stillpoint does not know it",
+    }
+}
+
+/// QEMU's run state by name.
+pub async fn name(qmp: &Qmp) -> Result<String, QmpError> {
+    name_in(&qmp.execute_json("query-status", Value::Null).await?)
+}
+
+fn name_in(status: &Value) -> Result<String, QmpError> {
+    match status["status"].as_str() {
+        Some(name) => Ok(name.into()),
+        None => Err(QmpError::unexpected("query-status", "a status", status)),
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn run_state_without_a_whole_guest_is_refused_by_name() {
+        let version = |major| QemuVersion { major, minor: 0, micro: 0, package: String::new() };
+        for name in ["inmigrate", "postmigrate", "restore-vm", "finish-migrate", "save-vm", "colo", "debug", "of-the-future"] {
+            let error = RunState::check(name, &version(10)).expect_err(name);
+            assert!(error.to_string().contains(name), "{error}");
+        }
+        for (state, name) in NAMES {
+            assert_eq!(RunState::check(name, &version(10)).expect(name), state);
+            assert_eq!(RunState::check(name, &version(7)).is_ok(), state != RunState::Suspended, "{name}");
+        }
+    }
+}
