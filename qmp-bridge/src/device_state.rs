@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use crate::paused::Paused;
 use crate::qmp::QmpError;
+use crate::run_state::RunState;
 use crate::stream_format::STREAM_HEADER;
 use crate::stream_format::mark::{END_OF_STREAM, SECTION_FULL};
 
@@ -109,15 +110,73 @@ impl DeviceState {
         self.bytes
     }
 
+    /// The same with another run state, which QEMU enters when it has loaded it (a live one: when it was started without `-S`).
+    ///
+    /// `xen-save-devices-state` always writes `running`, and a migration what the guest did before QEMU stopped it for that.
+    pub fn with_run_state(mut self, state: RunState) -> Result<Self, DeviceStateError> {
+        let at = global_state(&self.bytes)?;
+        let name = state.name().as_bytes();
+        let length = u32::try_from(name.len() + 1).unwrap_or(u32::MAX);
+        self.bytes[at..at + 4].copy_from_slice(&length.to_be_bytes());
+        let field = &mut self.bytes[at + 4..at + 4 + RUN_STATE_BYTES];
+        field.fill(0);
+        field[..name.len()].copy_from_slice(name);
+        Ok(self)
+    }
+
     /// The sections alone.
     pub fn sections(&self) -> &[u8] {
         &self.bytes[STREAM_HEADER.len()..self.bytes.len() - 1]
     }
 }
 
+/// The section `globalstate`, instance 0, version 1: a length and a text of 100 bytes, of which QEMU 8.2 and later use 32 for the run state
+/// and some for flags.
+const GLOBAL_STATE: &[u8] = b"\x0bglobalstate\0\0\0\0\0\0\0\x01";
+const GLOBAL_STATE_BYTES: usize = 4 + 100;
+const RUN_STATE_BYTES: usize = 32;
+/// Mark and number of the section, before its name.
+const SECTION_HEAD: usize = 5;
+
+/// Where the content of that section begins.
+fn global_state(bytes: &[u8]) -> Result<usize, DeviceStateError> {
+    let is_section = |at: &usize| {
+        let content = at + GLOBAL_STATE.len();
+        let head = at.checked_sub(SECTION_HEAD).and_then(|head| bytes.get(head..*at));
+        bytes[*at..].starts_with(GLOBAL_STATE)
+            && head.is_some_and(|head| head[0] == SECTION_FULL)
+            && bytes.len() > content + GLOBAL_STATE_BYTES
+    };
+    let mut found = (0..bytes.len()).filter(is_section);
+    match (found.next(), found.next()) {
+        (Some(at), None) => Ok(at + GLOBAL_STATE.len()),
+        _ => Err(DeviceStateError::Malformed { why: "it has no section that holds the run state" }),
+    }
+}
+
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn run_state_is_written_over() {
+        let text = |state: &str| [state.as_bytes(), &vec![0; 32 - state.len()]].concat();
+        let section = |length: u8, state: &str| {
+            let head = [SECTION_FULL, 0, 0, 0, 9];
+            [&head[..], GLOBAL_STATE, &[0, 0, 0, length], &text(state), &[1, 1], &[0; 66], &[0x7e, 0, 0, 0, 9]].concat()
+        };
+        let whole = |section: &[u8]| [STREAM_HEADER.as_slice(), section, &[END_OF_STREAM]].concat();
+        let state = DeviceState::from_bytes(whole(&section(8, "running"))).expect("good");
+        let shut_down = state.with_run_state(RunState::GuestPanicked).expect("a place");
+        // The flags behind it stay.
+        assert_eq!(shut_down.as_bytes(), whole(&section(15, "guest-panicked")));
+        let paused = shut_down.with_run_state(RunState::Paused).expect("a place");
+        assert_eq!(paused.as_bytes(), whole(&section(7, "paused")));
+        let two = [section(8, "running"), section(8, "running")].concat();
+        for bad in [&[SECTION_FULL, 1, 2][..], &two] {
+            assert!(DeviceState::from_bytes(whole(bad)).expect("a frame").with_run_state(RunState::Paused).is_err());
+        }
+    }
 
     #[test]
     fn the_frame_is_checked() {

@@ -89,6 +89,49 @@ impl MachineFacts {
     }
 }
 
+/// What a VM has besides devices, RAM blocks and disks, and can gain or lose while it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Composition {
+    /// QOM path and thread of each vCPU.
+    vcpus: Vec<(String, u64)>,
+    /// Bytes.
+    base_memory: u64,
+    plugged_memory: u64,
+    /// Why QEMU says that this machine cannot be migrated now.
+    pub migration_blockers: Vec<String>,
+}
+
+impl Composition {
+    pub async fn read(qmp: &Qmp) -> Result<Self, QmpError> {
+        let cpus = qmp.execute_json("query-cpus-fast", Value::Null).await?;
+        let memory = qmp.execute_json("query-memory-size-summary", Value::Null).await?;
+        let migration = qmp.execute_json("query-migrate", Value::Null).await?;
+        let vcpu = |row: &Value| (row["qom-path"].as_str().unwrap_or_default().to_owned(), row["thread-id"].as_u64().unwrap_or(0));
+        Ok(Self {
+            vcpus: cpus.as_array().into_iter().flatten().map(vcpu).collect(),
+            base_memory: memory["base-memory"].as_u64().unwrap_or(0),
+            plugged_memory: memory["plugged-memory"].as_u64().unwrap_or(0),
+            migration_blockers: strings(&migration["blocked-reasons"]),
+        })
+    }
+
+    pub fn vcpus(&self) -> u32 {
+        u32::try_from(self.vcpus.len()).unwrap_or(u32::MAX)
+    }
+
+    /// What differs, in words.
+    pub fn difference(&self, now: &Self) -> Option<String> {
+        if self.vcpus != now.vcpus {
+            return Some(format!("it has {} vCPUs, and had {}", now.vcpus.len(), self.vcpus.len()));
+        }
+        if (self.base_memory, self.plugged_memory) != (now.base_memory, now.plugged_memory) {
+            return Some(format!("{} bytes of memory are plugged in, and {} were", now.plugged_memory, self.plugged_memory));
+        }
+        let blocker = now.migration_blockers.iter().find(|why| !self.migration_blockers.contains(why));
+        blocker.map(|why| format!("QEMU says since then that its state cannot be saved: {why}"))
+    }
+}
+
 async fn machine_type(qmp: &Qmp) -> Result<String, QmpError> {
     let reply = qom_get(qmp, "/machine", "type").await?;
     match reply.as_str().and_then(|name| name.strip_suffix("-machine")) {

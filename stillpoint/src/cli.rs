@@ -176,9 +176,12 @@ pub struct RestoreArgs {
     /// Take over the VM's writer epoch and fence the current writer, which must be dead
     #[arg(long)]
     pub take_over: bool,
-    /// Leave the restored machine paused
+    /// Leave the restored VM paused, though its guest ran
     #[arg(long)]
     pub paused: bool,
+    /// Let the restored VM run, though its guest was stopped when the checkpoint was taken
+    #[arg(long, conflicts_with = "paused")]
+    pub run: bool,
     #[arg(long)]
     pub json: bool,
 }

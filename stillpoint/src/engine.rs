@@ -53,6 +53,8 @@ pub enum Engine {
     PreCopy,
     BackgroundSnapshot,
     Stopped,
+    /// A guest that does not run, read as it stands.
+    ProcessMemory,
 }
 
 impl Engine {
@@ -63,13 +65,14 @@ impl Engine {
             Self::PreCopy => "pre-copy",
             Self::BackgroundSnapshot => "background-snapshot",
             Self::Stopped => "stopped",
+            Self::ProcessMemory => "process-memory",
         }
     }
 
     /// How QEMU is asked for its memory, if it is.
     pub fn mode(self) -> Option<StreamMode> {
         match self {
-            Self::Tracker => None,
+            Self::Tracker | Self::ProcessMemory => None,
             Self::PreCopy | Self::Stopped => Some(StreamMode::PreCopy),
             Self::BackgroundSnapshot => Some(StreamMode::BackgroundSnapshot),
         }
@@ -96,13 +99,38 @@ pub fn choose_tracker(wanted: EngineChoice, tracker: &Result<(), String>) -> Res
     }
 }
 
-/// `has_plugin`: our plugin sits in this QEMU, and may have registered its memory.
-pub fn choose_stream(wanted: StreamChoice, support: &Support, facts: &MachineFacts, has_plugin: bool) -> Result<Chosen> {
+/// `has_plugin`: our plugin sits in this QEMU, and may have registered its memory. `process_memory`: whether the memory of a guest that does
+/// not run can be read from QEMU's process.
+pub fn choose_stream(
+    wanted: StreamChoice,
+    support: &Support,
+    facts: &MachineFacts,
+    has_plugin: bool,
+    process_memory: &Result<(), String>,
+) -> Result<Chosen> {
+    let (engine, why) = match support.stopped {
+        true => choose_for_stopped_guest(support, has_plugin, process_memory)?,
+        false => choose_for_running_guest(wanted, facts, has_plugin)?,
+    };
+    match engine.mode().map(|mode| support.of(mode)) {
+        Some(Err(no)) => Err(refused(format!("this QEMU's memory cannot be read by {}: {no}", engine.name()))),
+        _ => Ok(Chosen { engine, why }),
+    }
+}
+
+/// A guest that does not run is never migrated: QEMU would leave it in another run state, from which only a `cont` leads.
+fn choose_for_stopped_guest(support: &Support, has_plugin: bool, process_memory: &Result<(), String>) -> Result<(Engine, String)> {
+    match process_memory {
+        Ok(()) => Ok((Engine::ProcessMemory, "the guest does not run".to_owned())),
+        // It leaves the one state in which QEMU allows it.
+        Err(_) if !has_plugin && support.background_snapshot.is_ok() => Ok((Engine::BackgroundSnapshot, "the guest is stopped".to_owned())),
+        Err(why) => Err(refused(format!("the guest does not run, and its memory cannot be read from QEMU's process: {why}"))),
+    }
+}
+
+fn choose_for_running_guest(wanted: StreamChoice, facts: &MachineFacts, has_plugin: bool) -> Result<(Engine, String)> {
     let live = can_pre_copy_live(facts);
-    let can_hold = !has_plugin && support.background_snapshot.is_ok();
-    let (engine, why) = match wanted {
-        // It has no pause to lose; and after a pre-copy QEMU would not migrate it again until it has run.
-        StreamChoice::Auto if support.stopped && can_hold => (Engine::BackgroundSnapshot, "the guest is stopped".to_owned()),
+    Ok(match wanted {
         StreamChoice::Auto => match live {
             Ok(()) => (Engine::PreCopy, "memory by QEMU's own migration stream".to_owned()),
             Err(loses) => (Engine::Stopped, format!("{loses}, so it is stopped meanwhile")),
@@ -117,11 +145,7 @@ pub fn choose_stream(wanted: StreamChoice, support: &Support, facts: &MachineFac
         }
         StreamChoice::BackgroundSnapshot => (Engine::BackgroundSnapshot, "as wanted".to_owned()),
         StreamChoice::Stopped => (Engine::Stopped, "as wanted".to_owned()),
-    };
-    match engine.mode().map(|mode| support.of(mode)) {
-        Some(Err(no)) => Err(refused(format!("this QEMU's memory cannot be read by {}: {no}", engine.name()))),
-        _ => Ok(Chosen { engine, why }),
-    }
+    })
 }
 
 /// That pages which the guest writes during a live migration reach its stream, or why not.
@@ -157,7 +181,7 @@ pub mod test {
     }
 
     fn stream(wanted: StreamChoice, facts: &MachineFacts) -> Result<Engine> {
-        choose_stream(wanted, &able(), facts, false).map(|chosen| chosen.engine)
+        choose_stream(wanted, &able(), facts, false, &Ok(())).map(|chosen| chosen.engine)
     }
 
     fn assert_refused<T: std::fmt::Debug>(result: Result<T>, reason: &str) {
@@ -193,20 +217,25 @@ pub mod test {
     }
 
     #[test]
-    fn a_guest_that_its_owner_stopped_is_read_so_that_it_can_be_read_again() {
+    fn a_guest_that_does_not_run_is_never_migrated() {
         let (new, stopped) = (facts(10, Accelerator::Tcg), Support { stopped: true, ..able() });
-        let auto = |support: &Support, has_tracker| choose_stream(StreamChoice::Auto, support, &new, has_tracker).unwrap().engine;
-        assert_eq!(auto(&stopped, false), Engine::BackgroundSnapshot);
-        assert_eq!(auto(&stopped, true), Engine::PreCopy);
-        assert_eq!(auto(&Support { background_snapshot: Err("old".to_owned()), ..stopped }, false), Engine::PreCopy);
+        let (can, cannot) = (Ok(()), Err("not permitted".to_owned()));
+        for wanted in [StreamChoice::Auto, StreamChoice::PreCopy, StreamChoice::BackgroundSnapshot, StreamChoice::Stopped] {
+            let chosen = choose_stream(wanted, &stopped, &new, false, &can).unwrap();
+            assert_eq!(chosen.engine, Engine::ProcessMemory, "{wanted:?}");
+        }
+        assert_eq!(choose_stream(StreamChoice::Auto, &stopped, &new, false, &cannot).unwrap().engine, Engine::BackgroundSnapshot);
+        assert_refused(choose_stream(StreamChoice::Auto, &stopped, &new, true, &cannot), "not permitted");
+        let old = Support { background_snapshot: Err("old".to_owned()), ..stopped };
+        assert_refused(choose_stream(StreamChoice::Auto, &old, &new, false, &cannot), "not permitted");
     }
 
     #[test]
     fn what_cannot_be_had_is_refused_with_its_reason() {
         let new = facts(10, Accelerator::Tcg);
         let none = Support { background_snapshot: Err("old kernel".to_owned()), pre_copy: Err("a blocker".to_owned()), stopped: false };
-        assert_refused(choose_stream(StreamChoice::Auto, &none, &new, false), "a blocker");
-        assert_refused(choose_stream(StreamChoice::BackgroundSnapshot, &none, &new, false), "old kernel");
-        assert_refused(choose_stream(StreamChoice::BackgroundSnapshot, &able(), &new, true), "our plugin");
+        assert_refused(choose_stream(StreamChoice::Auto, &none, &new, false, &Ok(())), "a blocker");
+        assert_refused(choose_stream(StreamChoice::BackgroundSnapshot, &none, &new, false, &Ok(())), "old kernel");
+        assert_refused(choose_stream(StreamChoice::BackgroundSnapshot, &able(), &new, true, &Ok(())), "our plugin");
     }
 }

@@ -2,12 +2,14 @@
 
 use checkpoint_store::StoreError;
 use dirty_tracker::TrackerError;
+use qmp_bridge::PauseError;
 use qmp_bridge::QmpError;
 use qmp_bridge::capture::CaptureError;
 use qmp_bridge::disks::DiskError;
 use qmp_bridge::handover::HandoverError;
 use qmp_bridge::machine::MachineError;
 use qmp_bridge::migration::MigrationError;
+use qmp_bridge::run_state::RunStateError;
 use qmp_bridge::stream_reader::StreamReadError;
 use std::process::ExitCode;
 
@@ -66,7 +68,9 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
 fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
     let disk = |error: &DiskError| matches!(error, DiskError::Unsupported { .. } | DiskError::Inconsistent { .. });
     let capture = |error: &CaptureError| matches!(error, CaptureError::Server { .. });
-    let migration = |error: &MigrationError| matches!(error, MigrationError::Busy { .. } | MigrationError::Unsupported { .. });
+    let migration = |error: &MigrationError| {
+        matches!(error, MigrationError::Busy { .. } | MigrationError::Unsupported { .. } | MigrationError::Pause(PauseError::NoGuest(_)))
+    };
     let handover = |error: &HandoverError| matches!(error, HandoverError::Busy { .. } | HandoverError::Missing { .. });
     let stream = |error: &StreamReadError| matches!(error, StreamReadError::Unsupported { .. } | StreamReadError::NoDescription { .. });
     let qmp = |error: &QmpError| matches!(error, QmpError::NoGreeting { .. } | QmpError::NotQmp { .. });
@@ -79,6 +83,8 @@ fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
         || is(cause, qmp)
         || is(cause, machine)
         || is(cause, cannot_track)
+        || is(cause, |error: &RunStateError| matches!(error, RunStateError::NoGuest(_)))
+        || is(cause, |error: &PauseError| matches!(error, PauseError::NoGuest(_)))
 }
 
 fn cannot_track(error: &TrackerError) -> bool {

@@ -13,7 +13,9 @@ use crate::envelope::{Envelope, EnvelopeError};
 use crate::pack::PackError;
 
 pub(crate) use list::{at_most, pack_list};
-pub use record::{CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PackRecord, RamBlockRecord, SpaceRecord, Totals};
+pub use record::{
+    CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PackRecord, RamBlockRecord, RunState, SpaceRecord, Totals,
+};
 pub(crate) use validate::{Check, check_packs};
 pub use validate::{
     MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_CARRIED_RAM, MAX_DISKS, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES, MAX_STATE_LEN, MAX_TEXT,

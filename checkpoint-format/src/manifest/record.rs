@@ -28,6 +28,10 @@ pub struct Manifest {
     pub created_at: String,
     pub stillpoint_version: String,
     pub machine: MachineRecord,
+    /// What the guest was doing. None in a checkpoint of a version that did not say: such a VM is let run, as that version did. (A
+    /// reader that skips this does the same with every VM.)
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_state: Option<RunState>,
     #[serde(deserialize_with = "space_list")]
     pub spaces: Vec<SpaceRecord>,
     #[serde(deserialize_with = "ram_block_list")]
@@ -47,6 +51,41 @@ pub enum CheckpointKind {
     Full,
     /// Holds what changed since the parent.
     Incremental,
+}
+
+/// QEMU's run states, as far as they hold a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    Running,
+    Suspended,
+    /// Stopped by its owner.
+    Paused,
+    /// Never started, or reset while it was stopped.
+    Prelaunch,
+    /// Powered off.
+    Shutdown,
+    GuestPanicked,
+    IoError,
+    InternalError,
+    Watchdog,
+}
+
+impl RunState {
+    /// As QEMU and the manifest spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Suspended => "suspended",
+            Self::Paused => "paused",
+            Self::Prelaunch => "prelaunch",
+            Self::Shutdown => "shutdown",
+            Self::GuestPanicked => "guest-panicked",
+            Self::IoError => "io-error",
+            Self::InternalError => "internal-error",
+            Self::Watchdog => "watchdog",
+        }
+    }
 }
 
 /// The virtual machine's configuration, as far as a restore must know it.

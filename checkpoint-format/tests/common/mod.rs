@@ -120,6 +120,7 @@ pub fn sample_manifest() -> Manifest {
         created_at: "2026-01-31T23:59:59.250Z".into(),
         stillpoint_version: "0.1.0".into(),
         machine: sample_machine(),
+        run_state: None,
         spaces: vec![space("ram:pc.ram", 64 << 20), space("disk:root", 1 << 30), space("state:device", 12345)],
         ram_blocks: vec![RamBlockRecord {
             name: "pc.ram".into(),

@@ -17,7 +17,7 @@ use common::{TestQemu, with_each_qemu};
 use machine::*;
 use qmp_bridge::capture::{CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
 use qmp_bridge::migration::{Migration, MigrationError, StreamMode, StreamOptions, WhenTooFast, probe, recover};
-use qmp_bridge::paused::run_state;
+use qmp_bridge::paused::{PauseError, run_state};
 use qmp_bridge::{Paused, Qmp, disks};
 use serde_json::{Value, json};
 
@@ -338,7 +338,9 @@ async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
             if given_up {
                 drop(paused);
             } else {
-                paused.resume().await.expect("resume");
+                // QEMU may have let the guest run already, because its stream was cut.
+                let resumed = paused.resume().await;
+                assert!(matches!(resumed, Ok(_) | Err(PauseError::Disturbed { .. })), "{resumed:?}");
             }
             assert!(begun.elapsed() < Duration::from_secs(3));
             migration.cancel().await.expect("cancel");

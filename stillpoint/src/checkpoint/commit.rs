@@ -9,10 +9,11 @@ use crate::lineage::{self, CheckpointIdentity};
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    ByteLen, CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PAGE_SIZE, PackRecord, RamBlockRecord, SpaceName, SpaceRecord,
-    Totals,
+    ByteLen, CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PAGE_SIZE, PackRecord, RamBlockRecord,
+    RunState as SavedRunState, SpaceName, SpaceRecord, Totals,
 };
 use checkpoint_store::Durable;
+use qmp_bridge::RunState;
 use qmp_bridge::disks::Disk;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -70,7 +71,9 @@ impl Checkpointer {
         let (Some(parent), Some(session)) = (run.parent, &self.store) else { return Ok(false) };
         let before = lineage::manifest(&session.repository, &self.machine.file.name, parent).await?;
         let now = self.describe(run, Vec::new(), Totals::default())?;
-        Ok((now.spaces, now.ram_blocks, now.disks, now.machine) == (before.spaces, before.ram_blocks, before.disks, before.machine))
+        let is_same =
+            (now.spaces, now.ram_blocks, now.disks, now.machine) == (before.spaces, before.ram_blocks, before.disks, before.machine);
+        Ok(is_same && now.run_state == before.run_state)
     }
 
     fn totals(&self, run: &Run, packs: &[PackRecord]) -> Totals {
@@ -110,12 +113,13 @@ impl Checkpointer {
                 machine_type: file.machine_type.clone(),
                 accelerator: file.accelerator.clone(),
                 arguments: file.arguments.clone(),
-                vcpus: facts.vcpus,
+                vcpus: run.inventory.composition.vcpus(),
                 ram_bytes: ByteLen(file.ram_bytes),
                 ram_block: file.ram_block.clone(),
                 directory: self.machine.directory().to_string_lossy().into_owned(),
                 files: run.boot_files.clone(),
             },
+            run_state: Some(record(run.run_state)),
             spaces: self.space_records(run)?,
             ram_blocks: self.machine.blocks.iter().map(|block| self.ram_record(block)).collect(),
             disks: run.disks.iter().map(|disk| self.disk_record(disk)).collect::<Result<_>>()?,
@@ -160,8 +164,28 @@ impl Checkpointer {
     }
 }
 
+fn record(state: RunState) -> SavedRunState {
+    match state {
+        RunState::Running => SavedRunState::Running,
+        RunState::Suspended => SavedRunState::Suspended,
+        RunState::Paused => SavedRunState::Paused,
+        RunState::Prelaunch => SavedRunState::Prelaunch,
+        RunState::Shutdown => SavedRunState::Shutdown,
+        RunState::GuestPanicked => SavedRunState::GuestPanicked,
+        RunState::IoError => SavedRunState::IoError,
+        RunState::InternalError => SavedRunState::InternalError,
+        RunState::Watchdog => SavedRunState::Watchdog,
+    }
+}
+
 fn outcome(run: &Run, durable: &Durable, totals: Totals) -> Outcome {
     let mut notes = run.notes.clone();
+    if run.run_state != RunState::Running {
+        notes.push(format!(
+            "the guest did not run: its run state is `{}`, and a restored VM has it too (restore --run lets it run)",
+            run.run_state
+        ));
+    }
     if durable.short_of_replicas() > 0 {
         notes.push(format!(
             "{} files were written with fewer replicas than wanted ({} at least); the store was asked to make up for it",
@@ -184,6 +208,7 @@ fn outcome(run: &Run, durable: &Durable, totals: Totals) -> Outcome {
         replicas: durable.least_replicas(),
         notes,
         engine: run.engine.name().to_owned(),
+        run_state: run.run_state.name().to_owned(),
         ..Outcome::default()
     }
 }

@@ -123,8 +123,9 @@ impl Checkpointer {
         let state_file = DeviceStateFile::new(self.machine.runtime.path())?;
         let begun = Instant::now();
         let paused = Paused::stop(&self.machine.qmp).await.context("stopping the guest")?;
+        run.run_state = paused.before();
         let stopped = begun.elapsed();
-        let memory = self.freeze_memory(tracker, lease);
+        let mut memory = tokio::spawn(self.freeze_memory(tracker, lease));
         let devices = async {
             let frozen = prepared.freeze(&paused).await.context("taking the disks' instant")?;
             let disks = begun.elapsed();
@@ -132,11 +133,17 @@ impl Checkpointer {
             let saved = state_file.save(&paused).await.context("saving the device state");
             Ok::<_, anyhow::Error>((frozen, disks, saved))
         };
-        let (memory, devices) = tokio::join!(memory, devices);
+        let worked = paused.within("memory, disks and devices", async { tokio::join!(&mut memory, devices) }).await;
         let saved = begun.elapsed();
+        let left = worked.is_ok().then(|| round::look(&self.machine)).unwrap_or(Ok(PageCount(0)));
         fault::point("freeze.paused");
         let resumed = paused.resume().await.context("letting the guest run again");
-        let (lease, staging, taken, copied) = memory?;
+        let (memory, devices) = match worked {
+            Ok((memory, devices)) => (memory, devices),
+            // The guest runs; what the thread has taken must come back before anything else.
+            Err(error) => (memory.await, Err(error.into())),
+        };
+        let (lease, staging, taken, copied) = memory.context("copying memory was cut off")??;
         self.staging = staging;
         run.lease = Some(lease);
         let (frozen, disks, device_state) = devices?;
@@ -145,12 +152,17 @@ impl Checkpointer {
         device_state?;
         run.device_state = Some(SavedState::File(state_file));
         run.pages_dirty.0 += taken?.0;
+        check_untouched(left?)?;
         trace_freeze(phases, stopped, disks, copied, saved, run.pause);
         Ok(())
     }
 
     /// On a thread of its own, from the moment the guest stands still.
-    fn freeze_memory(&mut self, tracker: Arc<Mutex<Tracker>>, lease: DirtyLease) -> impl Future<Output = Result<FrozenMemory>> + use<> {
+    fn freeze_memory(
+        &mut self,
+        tracker: Arc<Mutex<Tracker>>,
+        lease: DirtyLease,
+    ) -> impl Future<Output = Result<FrozenMemory>> + Send + use<> {
         let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
         let begun = Instant::now();
         let job = blocking((lease, staging), move |(lease, staging)| {
@@ -168,6 +180,16 @@ impl Checkpointer {
             Ok((lease, staging, taken, begun.elapsed()))
         }
     }
+}
+
+/// Nobody writes to the memory of a stopped guest, unless another monitor has made QEMU do it (a snapshot was loaded).
+fn check_untouched(left: PageCount) -> Result<()> {
+    if left.0 > 0 {
+        bail!(
+            "{left} pages of the guest's memory were written while it was stopped for the checkpoint; something else is at work on it, try again"
+        );
+    }
+    Ok(())
 }
 
 type FrozenMemory = (DirtyLease, Staging, Result<PageCount>, Duration);

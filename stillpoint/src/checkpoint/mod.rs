@@ -16,6 +16,7 @@
 mod base;
 mod commit;
 mod delta;
+mod direct;
 mod drain;
 mod freeze;
 mod holder;
@@ -29,7 +30,7 @@ mod store;
 mod stream;
 
 use crate::control::Progress;
-use crate::engine::{EngineChoice, StreamChoice};
+use crate::engine::{Engine, EngineChoice, StreamChoice};
 use crate::fault;
 use crate::helper::machine::Machine;
 use crate::launch::command::is_running;
@@ -139,16 +140,19 @@ impl Checkpointer {
 
     async fn capture(&mut self, run: &mut prepare::Run, phases: &mut Phases, report: &Report) -> Result<Outcome> {
         fault::point("prepared");
-        match run.engine.mode() {
-            Some(mode) => self.stream(run, mode, phases, report).await?,
-            None => {
+        match (run.engine.mode(), run.engine) {
+            (Some(mode), _) => self.stream(run, mode, phases, report).await?,
+            (None, Engine::ProcessMemory) => self.read_process_memory(run, phases, report).await?,
+            (None, _) => {
                 self.rounds(run, phases, report).await?;
                 fault::point("round");
                 self.freeze(run, phases).await?;
             }
         }
         fault::point("freeze.frozen");
+        run.inventory.check_machine(&self.machine).await?;
         self.drain(run, phases, report).await?;
+        run.inventory.check_disks(&self.machine).await?;
         fault::point("drain");
         self.commit(run, phases).await
     }

@@ -11,8 +11,11 @@ pub struct Outcome {
     pub id: CheckpointSeq,
     pub parent: Option<CheckpointSeq>,
     pub kind: Kind,
-    /// Where the memory came from: `tracker`, `pre-copy` or `background-snapshot`.
+    /// Where the memory came from: `tracker`, `pre-copy`, `background-snapshot`, `stopped` or `process-memory`.
     pub engine: String,
+    /// What the guest was doing, in QEMU's word: `running`, `paused`, …
+    #[serde(default)]
+    pub run_state: String,
     /// RFC 3339, UTC.
     pub started_at: String,
     /// From the order to stop until the guest ran again.

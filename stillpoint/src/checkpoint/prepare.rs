@@ -7,13 +7,16 @@ use super::store::{Force, StoreSession};
 use super::{Checkpointer, Choice, Report};
 use crate::engine::{Chosen, Engine, choose_stream, choose_tracker};
 use crate::fault;
-use crate::helper::machine::lock;
+use crate::helper::inventory::Inventory;
+use crate::helper::machine::{check_blockers, lock};
+use crate::helper::process_memory::ProcessMemory;
 use crate::layers;
 use crate::pack::{PackJob, PackTarget, Packer};
 use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, CheckpointSeq, ContentDigest, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable};
 use checkpoint_store::{Mode, PartialCheckpoint};
 use dirty_tracker::DirtyLease;
+use qmp_bridge::RunState;
 use qmp_bridge::capture::{BitmapTag, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
 use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
 use qmp_bridge::disks::Disk;
@@ -38,6 +41,10 @@ pub struct Run {
     pub notes: Vec<String>,
     pub seq: CheckpointSeq,
     pub parent: Option<CheckpointSeq>,
+    /// The VM as it was when the checks were made.
+    pub inventory: Inventory,
+    /// What the guest was doing at the checkpoint's point in time.
+    pub run_state: RunState,
     pub disks: Vec<Disk>,
     pub boot_files: Vec<LayerRef>,
     pub partial: Option<Arc<PartialCheckpoint>>,
@@ -62,14 +69,17 @@ impl Checkpointer {
         let begun = Instant::now();
         report.say("prepare", 0, 0);
         fault::point("prepare");
+        self.clean_up().await?;
+        RunState::of(&self.machine.qmp).await.context("asking for the run state")?;
         if self.machine.refresh_blocks().await? {
             self.machine.runtime.forget_exact_marks()?;
             self.distrust_marks();
         }
-        self.machine.check_devices().await?;
+        let inventory = Inventory::take(&self.machine).await?;
+        self.machine.check_listed(&inventory.devices).await?;
+        check_blockers(&inventory.composition.migration_blockers)?;
         self.ensure_session(choice.full).await?;
-        self.clean_up().await?;
-        let disks = self.machine.disks().await?.disks;
+        let disks = inventory.disks.disks.clone();
         self.machine.check_disks(&disks)?;
         self.machine.check_command_line(&disks)?;
         let spaces = disk_spaces(&disks)?;
@@ -80,7 +90,7 @@ impl Checkpointer {
         self.follow_chains(&disks)?;
         self.begin_lineage_if_due(choice.full)?;
         let chosen = self.choose_engine(choice).await?;
-        let run = self.begin_run(chosen, disks, layer_bytes).await?;
+        let run = self.begin_run(chosen, inventory, layer_bytes).await?;
         phases.since("prepare", begun);
         Ok(run)
     }
@@ -121,7 +131,8 @@ impl Checkpointer {
             return Ok(chosen);
         }
         let support = migration::probe(&self.machine.qmp).await.context("asking what QEMU's migration can do")?;
-        choose_stream(stream, &support, &self.machine.facts, self.machine.has_plugin())
+        let process_memory = ProcessMemory::check(&self.machine.qmp, self.machine.pid, support.stopped).await;
+        choose_stream(stream, &support, &self.machine.facts, self.machine.has_plugin(), &process_memory)
     }
 
     /// Bitmaps serve one lineage: that of this instance.
@@ -185,9 +196,10 @@ impl Checkpointer {
         layers.map(|layer| Ok(layer.context("a layer was not stored")?.digest)).collect()
     }
 
-    async fn begin_run(&mut self, chosen: Chosen, disks: Vec<Disk>, layer_bytes: u64) -> Result<Run> {
+    async fn begin_run(&mut self, chosen: Chosen, inventory: Inventory, layer_bytes: u64) -> Result<Run> {
         let session = self.store.as_ref().context("the store is not open")?;
         let base = self.base.as_ref().context("the base is not known")?;
+        let disks = inventory.disks.disks.clone();
         let (seq, parent, is_exact) = (base.next(), base.parent(), base.is_exact);
         let plan = CapturePlan {
             tag: self.tag()?,
@@ -208,13 +220,15 @@ impl Checkpointer {
                 self.machine.runtime.forget_exact_marks()?;
                 Some(self.begin_lease().await?)
             }
-            Engine::PreCopy | Engine::BackgroundSnapshot | Engine::Stopped => None,
+            Engine::PreCopy | Engine::BackgroundSnapshot | Engine::Stopped | Engine::ProcessMemory => None,
         };
         Ok(Run {
             engine: chosen.engine,
             notes: notes(chosen),
             seq,
             parent,
+            inventory,
+            run_state: RunState::Running,
             disks,
             boot_files,
             partial: Some(partial),

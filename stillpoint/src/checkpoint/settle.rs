@@ -52,6 +52,7 @@ impl Checkpointer {
             round_pauses_ms: run.round_pauses.iter().copied().map(milliseconds).collect(),
             pages_dirty: run.pages_dirty.0,
             engine: run.engine.name().to_owned(),
+            run_state: run.run_state.name().to_owned(),
             ..Outcome::default()
         };
         if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {

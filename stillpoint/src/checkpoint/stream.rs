@@ -36,13 +36,17 @@ type Reading = JoinHandle<Result<(Receiver, Result<DeviceState>)>>;
 /// What the pause fills without a page fault: 16 MiB.
 const PAUSE_ROOM: PageCount = PageCount(4096);
 
+/// The longest that a guest is stopped while all of its memory is read; about 0.4 to 2 s a GiB.
+const STOPPED_LIMIT: Duration = Duration::from_secs(600);
+
 /// How long a guest may wait for the store, where it would (see [`Checkpointer::begin_reading`]).
 const GUEST_PATIENCE: Duration = Duration::from_millis(500);
 
 impl Run {
-    async fn freeze_disks(&mut self, paused: &Paused) -> Result<()> {
+    pub(super) async fn freeze_disks(&mut self, paused: &Paused) -> Result<()> {
         let prepared = self.prepared.take().context("the disks are not prepared")?;
-        self.frozen = Some(prepared.freeze(paused).await.context("taking the disks' instant")?);
+        let frozen = paused.within("the disks' point in time", prepared.freeze(paused)).await?;
+        self.frozen = Some(frozen.context("taking the disks' instant")?);
         Ok(())
     }
 }
@@ -77,7 +81,7 @@ impl Checkpointer {
         let flow = match run.engine {
             Engine::BackgroundSnapshot => self.background_snapshot(run, migration, phases).await,
             Engine::Stopped => self.stopped(run, migration, phases).await,
-            Engine::PreCopy | Engine::Tracker => self.pre_copy(run, migration, &guest_waits, phases).await,
+            Engine::PreCopy | Engine::Tracker | Engine::ProcessMemory => self.pre_copy(run, migration, &guest_waits, phases).await,
         };
         if flow.is_err() {
             // Ends the reading thread too; a socket that is closed already is as good.
@@ -126,6 +130,7 @@ impl Checkpointer {
         migration.start().await.context("starting QEMU's migration to the helper")?;
         fault::point("stream.started");
         let paused = migration.switchover().await.context("waiting until the rest of the memory is small")?;
+        run.run_state = paused.before();
         phases.since("stream.live", begun);
         guest_waits.store(true, Ordering::SeqCst);
         fault::point("stream.switched");
@@ -139,7 +144,9 @@ impl Checkpointer {
 
     /// Pre-copy of a guest that we have stopped before: all of its memory is read in the pause.
     async fn stopped(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
-        let paused = Paused::stop(&self.machine.qmp).await.context("stopping the guest")?;
+        let mut paused = Paused::stop_within(&self.machine.qmp, STOPPED_LIMIT).await.context("stopping the guest")?;
+        run.run_state = paused.before();
+        paused.has_migrated();
         let stopped = paused.elapsed();
         let read = read_stopped(run, migration, &paused).await;
         // After a failure too, and then before anything else.
@@ -152,6 +159,7 @@ impl Checkpointer {
 
     async fn background_snapshot(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
         let paused = Paused::stop(&self.machine.qmp).await.context("stopping the guest")?;
+        run.run_state = paused.before();
         let stopped = paused.elapsed();
         fault::point("stream.switched");
         run.freeze_disks(&paused).await?;

@@ -60,7 +60,7 @@ impl Machine {
             unprepared::owner::claim(&qmp, &runtime, &file).await?;
         }
         let facts = MachineFacts::read(&qmp).await.context("asking QEMU what machine it runs")?;
-        check(&facts)?;
+        check_blockers(&facts.migration_blockers)?;
         let (blocks, tracker) = look(&qmp, handles, &file.ram_block).await?;
         Ok(Self { file, runtime, qmp, facts, blocks, pid, _lock: lock, tracker })
     }
@@ -113,13 +113,17 @@ impl Machine {
     /// A restore builds the machine from its command line, so what was plugged in or out since has no place there; and a new
     /// device may write memory that the tracker cannot see.
     pub async fn check_devices(&self) -> Result<()> {
-        let devices = devices::guest_devices(&self.qmp).await.context("asking QEMU for its devices")?;
-        for device in &devices {
+        self.check_listed(&devices::guest_devices(&self.qmp).await.context("asking QEMU for its devices")?).await
+    }
+
+    /// The same of devices that QEMU has listed.
+    pub async fn check_listed(&self, devices: &[GuestDevice]) -> Result<()> {
+        for device in devices {
             if let Some(why) = self.refusal(device).await? {
                 return Err(refused(format!("device {} ({}) cannot be checkpointed: {why}", device.path, device.kind)));
             }
         }
-        match self.difference(&devices)? {
+        match self.difference(devices)? {
             None => Ok(()),
             Some(what) => Err(refused(format!(
                 "{what} after the machine's start, and its command line, from which it would be restored, does not say so; undo that, or start the machine anew with the devices that it should have"
@@ -230,11 +234,12 @@ fn is_alive(pid: u32) -> bool {
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
-fn check(facts: &MachineFacts) -> Result<()> {
-    if facts.migration_blockers.is_empty() {
+/// `blockers`: what QEMU says against a migration.
+pub fn check_blockers(blockers: &[String]) -> Result<()> {
+    if blockers.is_empty() {
         return Ok(());
     }
-    let why = facts.migration_blockers.join("; ");
+    let why = blockers.join("; ");
     Err(refused(format!("QEMU says that this machine's device state cannot be saved: {why}; remove that device")))
 }
 
@@ -277,7 +282,7 @@ async fn ram_blocks(qmp: &Qmp, handles: &PluginHandles, main: &str) -> Result<Ve
     Ok(blocks)
 }
 
-async fn whole_blocks(qmp: &Qmp) -> Result<Vec<RamBlock>> {
+pub async fn whole_blocks(qmp: &Qmp) -> Result<Vec<RamBlock>> {
     let blocks = ramblock::ram_blocks(qmp).await.context("asking QEMU for its RAM blocks")?;
     match blocks.iter().find(|block| block.used % PAGE != 0) {
         None => Ok(blocks),

@@ -5,9 +5,11 @@
 
 pub mod attach;
 pub mod client;
+pub mod inventory;
 pub mod machine;
 mod memory;
 mod other;
+pub mod process_memory;
 pub mod qemu_lock;
 mod server;
 pub mod unprepared;

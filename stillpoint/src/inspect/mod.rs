@@ -8,7 +8,7 @@ use crate::lineage;
 use crate::stores;
 use crate::terminal::bytes;
 use anyhow::{Context, Result};
-use checkpoint_format::{CheckpointKind, CheckpointSeq, Manifest, VmName};
+use checkpoint_format::{CheckpointKind, CheckpointSeq, Manifest, RunState, VmName};
 use checkpoint_store::{Mode, Repository};
 use futures::{StreamExt, TryStreamExt};
 use serde_json::json;
@@ -82,7 +82,7 @@ async fn ls_checkpoints(repository: &Repository, vm: &VmName, as_json: bool) -> 
         let rows: Vec<_> = manifests.iter().map(summary).collect();
         return print_json(&json!({ "name": vm, "checkpoints": rows }));
     }
-    println!("{:>6} {:>6} {:11} {:24} {:>12} {:>12}", "ID", "PARENT", "KIND", "CREATED", "CHANGED", "STORED");
+    println!("{:>6} {:>6} {:11} {:14} {:24} {:>12} {:>12}", "ID", "PARENT", "KIND", "STATE", "CREATED", "CHANGED", "STORED");
     for manifest in &manifests {
         println!("{}", row(manifest));
     }
@@ -96,11 +96,17 @@ fn kind(manifest: &Manifest) -> &'static str {
     }
 }
 
+/// What the guest was doing; none in a checkpoint of an earlier version.
+fn run_state(manifest: &Manifest) -> Option<&'static str> {
+    manifest.run_state.map(RunState::name)
+}
+
 fn row(manifest: &Manifest) -> String {
     let parent = manifest.parent.map(|parent| parent.to_string()).unwrap_or_else(|| "-".to_owned());
     let changed = bytes(manifest.totals.bytes_changed.0);
     let stored = bytes(manifest.totals.bytes_stored.0);
-    format!("{:>6} {parent:>6} {:11} {:24} {changed:>12} {stored:>12}", manifest.seq.0, kind(manifest), manifest.created_at)
+    let (kind, state) = (kind(manifest), run_state(manifest).unwrap_or("-"));
+    format!("{:>6} {parent:>6} {kind:11} {state:14} {:24} {changed:>12} {stored:>12}", manifest.seq.0, manifest.created_at)
 }
 
 fn summary(manifest: &Manifest) -> serde_json::Value {
@@ -108,6 +114,7 @@ fn summary(manifest: &Manifest) -> serde_json::Value {
         "id": manifest.seq,
         "parent": manifest.parent,
         "kind": kind(manifest),
+        "run_state": manifest.run_state,
         "created_at": manifest.created_at,
         "bytes_changed": manifest.totals.bytes_changed,
         "bytes_stored_raw": manifest.totals.bytes_stored_raw,
@@ -140,6 +147,7 @@ fn describe(manifest: &Manifest) -> String {
             machine.accelerator
         ),
         format!("  QEMU      {}", machine.qemu_version),
+        format!("  state     {}", run_state(manifest).unwrap_or("not recorded")),
         format!("  changed   {} in {} dirty pages", bytes(manifest.totals.bytes_changed.0), manifest.totals.pages_dirty),
         format!("  stored    {} ({} before compression)", bytes(manifest.totals.bytes_stored.0), bytes(manifest.totals.bytes_stored_raw.0)),
     ];

@@ -10,6 +10,7 @@ mod memory;
 mod ports;
 mod program;
 mod qemu;
+mod run_state;
 mod source;
 mod undo;
 
@@ -34,8 +35,10 @@ use layers::LocalLayers;
 use line::Planned;
 use qemu::NewQemu;
 use qemu_cmdline::restorable::Wishes;
+use qmp_bridge::RunState;
 use qmp_bridge::capture::{BitmapTag, start_recording};
 use qmp_bridge::incoming::Incoming;
+use run_state::Transition;
 use serde_json::{Value, json};
 use source::Source;
 use std::path::{Path, PathBuf};
@@ -50,10 +53,10 @@ pub async fn run(args: RestoreArgs) -> Result<()> {
         return print_json(&result.value);
     }
     let value = &result.value;
-    let state = if value["running"] == true { "runs" } else { "is paused" };
     println!(
-        "{} {state} again as of {}@{}, {:.0} ms after the command, {} read from the store",
+        "{} {} as of {}@{}, {:.0} ms after the command, {} read from the store",
         value["name"].as_str().unwrap_or_default(),
+        result.state,
         value["restored"].as_str().unwrap_or_default(),
         value["id"],
         value["resume_ms"].as_f64().unwrap_or_default(),
@@ -65,6 +68,8 @@ pub async fn run(args: RestoreArgs) -> Result<()> {
 
 struct Report {
     json: bool,
+    /// What the VM does, in words.
+    state: String,
     value: Value,
 }
 
@@ -81,6 +86,7 @@ struct Restore {
     qemu_version: String,
     wishes: Wishes,
     instance: String,
+    run_state: Transition,
 }
 
 /// A restored VM whose guest has not run yet.
@@ -108,10 +114,11 @@ impl Restore {
         let (qemu, facts) = program::find(args.qemu.as_deref(), &source.manifest().machine, &plugin)?;
         let map = line::resolve(&source.manifest().machine.arguments, &args.map)?;
         let wishes = Wishes { map, allow: args.allow.clone() };
+        let run_state = Transition::choose(source.manifest().run_state, args.paused, args.run)?;
         let instance = launch::new_instance()?;
         let mut phases = Phases::default();
         phases.since("plan", begun);
-        Ok(Self { args, begun, phases, source, seq, runtime, dir, qemu, plugin, qemu_version: facts.version, wishes, instance })
+        Ok(Self { args, begun, phases, source, seq, runtime, dir, qemu, plugin, qemu_version: facts.version, wishes, instance, run_state })
     }
 
     /// Whatever fails, and whoever interrupts: until the guest may run, everything is put back.
@@ -216,8 +223,8 @@ impl Restore {
         activate_disks(machine).await;
         undo.forget()?;
         fault::point("restore.claimed");
-        if self.args.paused {
-            return Ok(());
+        if !self.run_state.wanted.is_live() {
+            return self.run_state.check(machine).await;
         }
         machine.qmp.execute_json("cont", Value::Null).await.context("starting the guest")?;
         if !self.is_copy() {
@@ -276,7 +283,7 @@ impl Restore {
         let block = self.source.manifest().machine.ram_block.clone();
         let filling = tokio::spawn(memory::fill(self.source.clone(), block, memory));
         let contents = memory::small_blocks(&self.source).await?;
-        let devices = memory::device_state(&self.source).await?;
+        let devices = self.run_state.write(memory::device_state(&self.source).await?)?;
         let machine = Machine::attach(self.runtime.clone()).await?;
         check_blocks(self.source.manifest(), &machine)?;
         filling.await.context("filling the guest's memory was cut off")??;
@@ -306,7 +313,8 @@ impl Restore {
             "name": file.name,
             "restored": self.args.checkpoint.vm,
             "id": self.seq,
-            "running": !self.args.paused,
+            "running": self.run_state.wanted == RunState::Running,
+            "run_state": self.run_state.wanted.name(),
             "resume_ms": resume_ms,
             "bytes_read": self.source.bytes_read() + layer_bytes,
             "layer_bytes_read": layer_bytes,
@@ -314,7 +322,7 @@ impl Restore {
             "phases": self.phases.into_map(),
             "notes": note.into_iter().collect::<Vec<_>>(),
         });
-        Report { json: self.args.json, value }
+        Report { json: self.args.json, state: self.run_state.words(), value }
     }
 }
 

@@ -78,6 +78,7 @@ fn pause(engine: Engine, ram_bytes: u64) -> String {
             format!("pauses of about {BASE_MS} ms and what the guest writes at the end, {rest} ms more at most")
         }
         Engine::BackgroundSnapshot => format!("pauses of up to {} ms, and a slower guest while its memory is read", with(READ_MS_PER_GIB)),
+        Engine::ProcessMemory => "a guest that does not run has no pause".to_owned(),
         Engine::Stopped => {
             format!("the guest stands still while all of its memory is read, about {} ms (longer the first time)", with(READ_MS_PER_GIB))
         }

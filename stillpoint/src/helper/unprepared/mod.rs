@@ -11,6 +11,7 @@ mod peer;
 use crate::cli::AttachArgs;
 use crate::engine::{choose_stream, choose_tracker};
 use crate::exit::refused;
+use crate::helper::process_memory::ProcessMemory;
 use crate::helper::qemu_lock::QemuLock;
 use crate::launch::command::MONITOR_CHARDEV;
 use crate::launch::process::{self, QemuProcess};
@@ -53,7 +54,11 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, monitor: &Path, args:
     // A checkpoint chooses anew; what cannot be had at all is refused before a helper is started.
     let chosen = match choose_tracker(args.engine, &tracker)? {
         Some(chosen) => chosen,
-        None => choose_stream(args.stream, &look.support().await?, &look.facts, found.plugin.is_some())?,
+        None => {
+            let support = look.support().await?;
+            let process_memory = ProcessMemory::check(&look.qmp, look.process.pid, support.stopped).await;
+            choose_stream(args.stream, &support, &look.facts, found.plugin.is_some(), &process_memory)?
+        }
     };
     let file = MachineFile {
         format: MachineFile::FORMAT,

@@ -1,0 +1,105 @@
+//! What a VM consists of at one moment, as one value that can be compared: what the checks of a checkpoint looked at must still be so at
+//! its pause, minutes later, when layers were stored in between.
+
+use super::machine::Machine;
+use crate::exit::{FAILED, coded};
+use anyhow::{Context, Result};
+use qmp_bridge::devices::{self, GuestDevice};
+use qmp_bridge::disks::{Disk, Disks};
+use qmp_bridge::machine::Composition;
+use qmp_bridge::qmp::EventWatch;
+use qmp_bridge::ramblock::{self, RamBlock};
+use std::time::Instant;
+
+/// What comes and goes again between two looks shows only in these. A device that is plugged in is told by no event.
+const EVENTS: &[&str] = &["DEVICE_DELETED", "DEVICE_TRAY_MOVED", "MEMORY_DEVICE_SIZE_CHANGE"];
+
+/// The VM as the checks saw it, and a watch on it since then.
+pub struct Inventory {
+    pub devices: Vec<GuestDevice>,
+    pub composition: Composition,
+    pub disks: Disks,
+    blocks: Vec<RamBlock>,
+    watch: EventWatch,
+    since: Instant,
+}
+
+impl Inventory {
+    pub async fn take(machine: &Machine) -> Result<Self> {
+        let watch = machine.qmp.watch(EVENTS);
+        let since = Instant::now();
+        let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
+        let composition = Composition::read(&machine.qmp).await.context("asking QEMU for its vCPUs and memory")?;
+        let disks = machine.disks().await?;
+        Ok(Self { devices, composition, disks, blocks: machine.blocks.clone(), watch, since })
+    }
+
+    /// After the guest was resumed: whether devices, vCPUs and memory are what they were.
+    pub async fn check_machine(&self, machine: &Machine) -> Result<()> {
+        let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
+        let composition = Composition::read(&machine.qmp).await.context("asking QEMU for its vCPUs and memory")?;
+        let blocks = ramblock::ram_blocks(&machine.qmp).await.context("asking QEMU for its RAM blocks")?;
+        let device = |device: &GuestDevice| format!("device {} ({})", device.path, device.kind);
+        let place = |block: &RamBlock| format!("RAM block {} ({} bytes at {:#x})", block.name, block.used, block.offset);
+        let changed = difference(&names(&self.devices, device), &names(&devices, device))
+            .or_else(|| difference(&names(&self.blocks, place), &names(&blocks, place)))
+            .or_else(|| self.composition.difference(&composition))
+            .or_else(|| self.event());
+        unchanged(changed)
+    }
+
+    /// When nothing of the capture is above the disks any more: whether they, and their media, are what they were.
+    pub async fn check_disks(&self, machine: &Machine) -> Result<()> {
+        let now = machine.disks().await?;
+        let changed = difference(&self.disks.empty, &now.empty).map(|what| format!("empty drive {what}"));
+        let disk = |disk: &Disk| format!("disk {} ({} bytes, {})", disk.device, disk.virtual_size, disk.file.display());
+        let moved = difference(&names(&self.disks.disks, disk), &names(&now.disks, disk));
+        let otherwise = (self.disks != now).then(|| "a disk stands on other images".to_owned());
+        unchanged(moved.or(changed).or(otherwise).or_else(|| self.event()))
+    }
+
+    fn event(&self) -> Option<String> {
+        let event = self.watch.since(self.since).into_iter().next()?;
+        let field = |name: &str| event.data[name].as_str().filter(|text| !text.is_empty());
+        let what = field("device").or(field("id")).or(field("path")).unwrap_or("a device");
+        Some(match event.name.as_str() {
+            "DEVICE_DELETED" => format!("{what} was unplugged"),
+            "DEVICE_TRAY_MOVED" => format!("the tray of {what} was moved"),
+            _ => format!("the size of {what} changed"),
+        })
+    }
+}
+
+fn names<T>(list: &[T], name: impl Fn(&T) -> String) -> Vec<String> {
+    list.iter().map(name).collect()
+}
+
+fn difference(then: &[String], now: &[String]) -> Option<String> {
+    let new = now.iter().find(|name| !then.contains(name)).map(|name| format!("{name} has come"));
+    new.or_else(|| then.iter().find(|name| !now.contains(name)).map(|name| format!("{name} has gone")))
+}
+
+fn unchanged(difference: Option<String>) -> Result<()> {
+    match difference {
+        None => Ok(()),
+        Some(what) => Err(coded(
+            FAILED,
+            format!("the VM changed while the checkpoint was taken: {what}; nothing was stored, take it again when the change is over"),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn inventory_difference_names_what_came_or_went() {
+        let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let told = |then: &[&str], now: &[&str]| difference(&list(then), &list(now));
+        assert_eq!(told(&["a", "b"], &["b", "a"]), None);
+        assert_eq!(told(&["a"], &["a", "b"]).as_deref(), Some("b has come"));
+        assert_eq!(told(&["a", "b"], &["a"]).as_deref(), Some("b has gone"));
+        assert_eq!(told(&["a (1 byte)"], &["a (2 bytes)"]).as_deref(), Some("a (2 bytes) has come"));
+    }
+}

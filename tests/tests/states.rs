@@ -1,0 +1,200 @@
+//! Run states: what a guest was doing is part of its checkpoint, taking one changes nothing about it, and a restored VM does the same.
+
+use serde_json::{Value, json};
+use std::path::Path;
+use std::time::Duration;
+use stillpoint_tests::{
+    Lab, Outcome, QmpClient, Recipe, SCRIBBLER_RAM_BYTES, TestMachine, newest_qemu, on_each_qemu, wait_for_scribbles, wait_until,
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn state(monitor: &mut QmpClient) -> String {
+    monitor.execute("query-status", json!({}))["status"].as_str().expect("QEMU says so").to_owned()
+}
+
+fn wait_for_state(monitor: &mut QmpClient, wanted: &str) {
+    let reached = wait_until(PATIENCE, || state(monitor) == wanted);
+    assert!(reached, "the run state is {} and not {wanted}", state(monitor));
+}
+
+/// A guest that stops for every reason.
+fn recipe(seed: u32) -> Recipe {
+    let actions = "panic=pause,watchdog=pause,reboot=shutdown,shutdown=pause";
+    Recipe::scribbler(seed).arguments(&["-S", "-action", actions, "-device", "pvpanic", "-device", "ib700"])
+}
+
+/// How a guest that runs gets into each state, by what an administrator or the guest itself would do.
+fn enter(monitor: &mut QmpClient, wanted: &str) {
+    match wanted {
+        "paused" => monitor.stop(),
+        "guest-panicked" => drop(monitor.human("o /b 0x505 1")),
+        "watchdog" => drop(monitor.human("o /b 0x443 15")),
+        "shutdown" => drop(monitor.execute("system_reset", json!({}))),
+        other => panic!("no way to {other}"),
+    }
+    wait_for_state(monitor, wanted);
+}
+
+/// What a stopped guest is made of.
+struct Truth {
+    id: u64,
+    state: &'static str,
+    memory: Vec<u8>,
+}
+
+/// A checkpoint in this state changes neither the state nor memory.
+fn take(machine: &TestMachine, monitor: &mut QmpClient, state_now: &'static str) -> Truth {
+    let memory = monitor.memory(SCRIBBLER_RAM_BYTES);
+    let ran = machine.try_checkpoint().expect_success();
+    let outcome: Outcome = serde_json::from_value(ran.json()).expect("the documented form");
+    assert_eq!(ran.json()["run_state"], state_now);
+    assert_eq!(state(monitor), state_now, "after checkpoint {outcome:?}");
+    assert!(monitor.memory(SCRIBBLER_RAM_BYTES) == memory, "{state_now}: the checkpoint changed the guest's memory");
+    assert!(outcome.notes.iter().any(|note| note.contains(state_now)), "{outcome:?}");
+    Truth { id: outcome.id, state: state_now, memory }
+}
+
+fn take_all(machine: &TestMachine, monitor: &mut QmpClient) -> Vec<Truth> {
+    let mut truths = vec![take(machine, monitor, "prelaunch")];
+    monitor.cont();
+    wait_for_scribbles(monitor);
+    for state in ["paused", "guest-panicked", "watchdog", "shutdown"] {
+        enter(monitor, state);
+        truths.push(take(machine, monitor, state));
+        if state == "shutdown" {
+            break;
+        }
+        monitor.cont();
+        wait_for_state(monitor, "running");
+        assert!(machine.try_checkpoint().expect_success().json()["run_state"] == "running");
+    }
+    truths
+}
+
+fn check(lab: &Lab, truth: &Truth) {
+    let restored = lab.restore(&format!("m@{}", truth.id), "back", &[]);
+    assert_eq!((&restored.report["run_state"], &restored.report["running"]), (&json!(truth.state), &json!(false)));
+    let mut monitor = restored.qmp();
+    assert_eq!(state(&mut monitor), truth.state);
+    assert!(monitor.memory(SCRIBBLER_RAM_BYTES) == truth.memory, "{}: another memory", truth.state);
+    // It is a VM like the one that it comes from.
+    assert_eq!(restored.checkpoint().outcome.kind, "full");
+    assert_eq!(state(&mut monitor), truth.state);
+    if truth.state == "shutdown" {
+        assert!(monitor.try_execute("cont", json!({})).is_err(), "a guest that was shut down runs");
+        return;
+    }
+    monitor.cont();
+    let memory = monitor.memory(SCRIBBLER_RAM_BYTES);
+    assert!(wait_until(PATIENCE, || monitor.memory(SCRIBBLER_RAM_BYTES) != memory), "{}: it does not go on", truth.state);
+}
+
+fn run_states(lab: &Lab, machine: TestMachine) {
+    let mut monitor = machine.qmp();
+    let truths = take_all(&machine, &mut monitor);
+    drop(monitor);
+    let listed = lab.run(&["ls", "m", "--json"]).expect_success().json();
+    for truth in &truths {
+        let row = listed["checkpoints"].as_array().expect("rows").iter().find(|row| row["id"] == truth.id);
+        assert_eq!(row.expect("it is listed")["run_state"], truth.state);
+        let shown = lab.run(&["show", &format!("m@{}", truth.id)]).expect_success().out;
+        assert!(shown.contains(truth.state), "{shown}");
+    }
+    machine.kill();
+    truths.iter().for_each(|truth| check(lab, truth));
+    // The command's word counts more.
+    let restored = lab.restore(&format!("m@{}", truths[1].id), "back", &["--run"]);
+    assert_eq!((state(&mut restored.qmp()), &restored.report["running"]), ("running".to_owned(), &json!(true)));
+    drop(restored);
+    let shut_down = format!("m@{}", truths.last().expect("five").id);
+    let directory = lab.fresh_directory("back");
+    let words = ["restore", &shut_down, "--as", "back", "--run", "--dir", directory.to_str().expect("UTF-8")];
+    assert!(lab.run(&words).expect_failure(3).contains("system_reset"));
+    assert!(!directory.exists(), "a refused restore leaves nothing");
+}
+
+#[test]
+fn run_state_of_a_managed_vm_is_kept_and_restored() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let machine = lab.start("m", &recipe(61));
+        run_states(&lab, machine);
+    });
+}
+
+#[test]
+fn run_state_of_an_external_vm_is_kept_and_restored() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let machine = lab.start_plain("m", &recipe(62));
+        machine.attach_plain(&[]);
+        run_states(&lab, machine);
+    });
+}
+
+/// Nothing is changed in a QEMU that holds no guest, by either engine; QEMU itself would abort on some of it.
+#[test]
+fn run_state_without_a_guest_is_refused() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let failed_load = lab.start_plain("m", &Recipe::scribbler(63));
+        failed_load.attach_plain(&[]);
+        let mut monitor = failed_load.qmp();
+        monitor.human("loadvm nosuch");
+        wait_for_state(&mut monitor, "restore-vm");
+        refuse(&lab, &failed_load, &mut monitor, "restore-vm");
+        drop(monitor);
+        failed_load.kill();
+
+        let target = lab.start_plain("t", &Recipe::scribbler(64).arguments(&["-incoming", "defer"]));
+        target.attach_plain(&[]);
+        let mut monitor = target.qmp();
+        refuse(&lab, &target, &mut monitor, "inmigrate");
+        drop(monitor);
+        target.kill();
+
+        let managed = lab.start("o", &Recipe::scribbler(65));
+        managed.checkpoint();
+        let mut monitor = managed.qmp();
+        monitor.human("loadvm nosuch");
+        refuse(&lab, &managed, &mut monitor, "restore-vm");
+        monitor.cont();
+        wait_for_state(&mut monitor, "running");
+        assert_eq!(managed.checkpoint().outcome.parent, Some(1));
+        let file = lab.path().join("away.stream");
+        migrate_away(&mut monitor, &file);
+        refuse(&lab, &managed, &mut monitor, "postmigrate");
+    });
+}
+
+fn migrate_away(monitor: &mut QmpClient, file: &Path) {
+    let target = format!("exec:cat >{}", file.display());
+    monitor.execute("migrate", json!({ "uri": target }));
+    wait_for_state(monitor, "postmigrate");
+}
+
+fn refuse(lab: &Lab, machine: &TestMachine, monitor: &mut QmpClient, wanted: &str) {
+    let objects = |monitor: &mut QmpClient| monitor.execute("qom-list", json!({ "path": "/objects" }));
+    let (known, before) = (lab.list_if_any(&machine.name), objects(monitor));
+    let message = machine.try_checkpoint().expect_failure(3);
+    assert!(message.contains(wanted), "{message}");
+    assert_eq!((lab.list_if_any(&machine.name), objects(monitor), state(monitor).as_str()), (known, before, wanted));
+}
+
+/// A guest that was reset while a helper that died held it stopped waits for nobody else.
+#[test]
+fn run_state_of_a_guest_that_was_reset_in_the_pause_of_a_dead_helper_is_running_again() {
+    let lab = Lab::new(&newest_qemu());
+    let machine = lab.start_with("m", &Recipe::scribbler(66), &[("STILLPOINT_DIE_AT", "freeze.paused")]);
+    let mut monitor = machine.qmp();
+    wait_for_scribbles(&mut monitor);
+    assert_ne!(machine.try_checkpoint().code, 0);
+    wait_for_state(&mut monitor, "paused");
+    monitor.execute("system_reset", json!({}));
+    wait_for_state(&mut monitor, "prelaunch");
+    machine.attach();
+    wait_for_state(&mut monitor, "running");
+    let before: Value = monitor.execute("query-status", json!({}));
+    assert_eq!(machine.checkpoint().outcome.kind, "full", "{before}");
+}
