@@ -83,6 +83,12 @@ pub enum StoreError {
     )]
     PastEnd { path: String, offset: u64, len: u64, file_len: u64 },
 
+    #[error(
+        "{path} has an erasure coding policy; files written so were seen to be damaged after a DataNode died, and they can't be synced. Use \
+         a directory with replication: hdfs ec -setPolicy -replicate -path {path} (files that are there keep what they have)"
+    )]
+    ErasureCoded { path: String },
+
     #[error("{path}: {what} is {actual}, over the limit of {limit}")]
     Limit { path: String, what: &'static str, actual: u64, limit: u64 },
 

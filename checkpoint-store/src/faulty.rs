@@ -249,6 +249,10 @@ impl Store for FaultyStore {
         self.run(Op::Remove, path, self.inner.remove(path)).await
     }
 
+    async fn check_redundancy(&self) -> Result<()> {
+        self.inner.check_redundancy().await
+    }
+
     async fn set_replication(&self, path: &StorePath, replicas: u16) -> Result<()> {
         self.run(Op::SetReplication, path, self.inner.set_replication(path, replicas)).await
     }

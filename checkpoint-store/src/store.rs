@@ -90,6 +90,12 @@ pub trait Store: Send + Sync + Debug {
     /// Removes a file, or a directory with all that is in it: the name disappears in one step. Missing is fine.
     async fn remove(&self, path: &StorePath) -> Result<()>;
 
+    /// Refuses a store whose files would not survive what they must; creates and removes a probe file in the existing root. Called
+    /// when a store is opened to be written to.
+    async fn check_redundancy(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Asks for `replicas` copies from now on. Stores without copies do nothing.
     async fn set_replication(&self, path: &StorePath, replicas: u16) -> Result<()>;
 }

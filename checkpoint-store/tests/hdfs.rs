@@ -95,6 +95,41 @@ async fn the_receipt_tells_the_copies() {
     assert_eq!(two.replicas, Some(2));
 }
 
+/// With this policy files that were closed came back as garbage after a DataNode died and was started again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn erasure_coded_directories_are_refused() {
+    const POLICY: &str = "XOR-2-1-1024k";
+    let cluster = shared().await;
+    let url = cluster.fresh_url("erasure");
+    let directory = url.splitn(4, '/').last().map(|path| format!("/{path}")).expect("a URL with a path");
+    let set = |path: &str| {
+        cluster.tool(&["ec", "-enablePolicy", "-policy", POLICY]);
+        cluster.tool(&["ec", "-setPolicy", "-path", path, "-policy", POLICY]);
+    };
+    // A store that is there, and whose VM's directory gets the policy later.
+    let store = open(&url, &StoreOptions::default()).expect("open");
+    let writer = writer_on(Arc::clone(&store)).await;
+    committed(&writer, 1).await.expect("replicated");
+    let partial = writer.begin(CheckpointSeq(2)).await.expect("begin");
+    let below = format!("{directory}/vms/{}/checkpoints/2.1-2.partial", vm());
+    tokio::task::block_in_place(|| set(&below));
+    let error = partial.put_pack("ram", vec![noise(MIB, 1)]).await.expect_err("erasure coded");
+    assert!(matches!(&error, StoreError::ErasureCoded { path } if *path == below), "{error}");
+    assert!(!error.is_retryable());
+    drop(partial);
+    // The whole of it: nothing is written any more, what is there is read.
+    tokio::task::block_in_place(|| set(&directory));
+    let repository = Repository::open(Arc::clone(&store), Mode::MustExist).await.expect("to read");
+    assert_complete(&repository, 1).await;
+    let error = repository.check_redundancy().await.expect_err("erasure coded");
+    assert!(matches!(error, StoreError::ErasureCoded { .. }), "{error}");
+    // A new one: nothing is left in the directory.
+    let new = open(&format!("{url}/new"), &StoreOptions::default()).expect("open");
+    let error = Repository::open(Arc::clone(&new), Mode::CreateIfMissing).await.expect_err("erasure coded");
+    assert!(matches!(error, StoreError::ErasureCoded { .. }), "{error}");
+    assert_eq!(new.list(&StorePath::root()).await.expect("list"), []);
+}
+
 #[tokio::test]
 async fn nobody_at_the_address_is_said_soon() {
     let store = HdfsStore::open("hdfs://127.0.0.1:1/x", &HdfsOptions::default()).expect("open");

@@ -100,7 +100,7 @@ fn is<E: std::error::Error + 'static>(cause: &(dyn std::error::Error + 'static),
 
 fn store_code(error: &StoreError) -> u8 {
     match error {
-        StoreError::Fenced { .. } | StoreError::WriterHeld { .. } => REFUSED,
+        StoreError::Fenced { .. } | StoreError::WriterHeld { .. } | StoreError::ErasureCoded { .. } => REFUSED,
         StoreError::Corrupt { .. } | StoreError::PastEnd { .. } => DAMAGED,
         _ => STORE,
     }

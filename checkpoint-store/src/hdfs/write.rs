@@ -6,7 +6,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use hdfs_native::file::FileWriter;
 use hdfs_native::{Client, HdfsError, WriteOptions};
-use tracing::warn;
 
 use super::errors::{Effect, explain};
 use super::tasks::Progress;
@@ -43,13 +42,24 @@ impl Job {
         if self.exists(&self.target).await? {
             return Err(StoreError::already_exists(self.op, &self.path));
         }
-        let write = |error| explain(self.op, &self.path, Effect::Idempotent, error);
+        let write = |error| self.explain_write(error);
         let (mut writer, syncing) = self.write().await.map_err(write)?;
         let limit = FINISH_LIMIT + FINISH_PER_MIB * u32::try_from(total_len(&self.data) >> 20).unwrap_or(u32::MAX);
         let finish = tokio::time::timeout(limit, self.finish(&mut writer, syncing)).await;
         finish.map_err(|_| self.unfinished_after(limit))?.map_err(write)?;
         self.rename().await?;
         self.verify().await
+    }
+
+    /// A directory below the store's may have got an erasure coding policy since the store was opened: there the sync fails.
+    fn explain_write(&self, error: HdfsError) -> StoreError {
+        match error {
+            HdfsError::OperationFailed(reason) if reason.contains("erasure") => {
+                let path = self.target.rsplit_once('/').map_or("/", |(directory, _)| directory);
+                StoreError::ErasureCoded { path: path.to_owned() }
+            }
+            error => explain(self.op, &self.path, Effect::Idempotent, error),
+        }
     }
 
     /// Hands all data over. Says whether the last block is still to be synced.
@@ -64,12 +74,14 @@ impl Job {
         };
         let mut writer = self.client.create(&self.unfinished, options).await?;
         self.progress.step();
-        let mut syncing = self.options.sync;
+        let syncing = self.options.sync;
         let mut in_block = 0;
         for slice in slices(&self.data, block_size) {
             if in_block == block_size {
                 // The next slice opens a new block, and a sync reaches only the one being written.
-                syncing = syncing && sync(&mut writer).await?;
+                if syncing {
+                    writer.hsync().await?;
+                }
                 in_block = 0;
             }
             in_block += slice.len() as u64;
@@ -87,7 +99,7 @@ impl Job {
 
     async fn finish(&self, writer: &mut FileWriter, syncing: bool) -> hdfs_native::Result<()> {
         if syncing {
-            sync(writer).await?;
+            writer.hsync().await?;
             self.progress.step();
         }
         writer.close().await?;
@@ -138,18 +150,6 @@ impl Job {
             Err(HdfsError::FileNotFound(_)) => Ok(false),
             Err(error) => Err(explain(self.op, &self.path, Effect::Once, error)),
         }
-    }
-}
-
-/// Whether it was possible.
-async fn sync(writer: &mut FileWriter) -> hdfs_native::Result<bool> {
-    match writer.hsync().await {
-        Ok(()) => Ok(true),
-        Err(HdfsError::OperationFailed(reason)) if reason.contains("erasure") => {
-            warn!("an erasure-coded file can't be synced before it is closed");
-            Ok(false)
-        }
-        Err(error) => Err(error),
     }
 }
 

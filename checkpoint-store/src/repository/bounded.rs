@@ -83,6 +83,10 @@ impl Bounded {
         self.bound(Op::Remove, path, 0, self.inner.remove(path)).await
     }
 
+    pub(crate) async fn check_redundancy(&self) -> Result<()> {
+        self.bound(Op::SetReplication, &StorePath::root(), 0, self.inner.check_redundancy()).await
+    }
+
     pub(crate) async fn set_replication(&self, path: &StorePath, replicas: u16) -> Result<()> {
         self.bound(Op::SetReplication, path, 0, self.inner.set_replication(path, replicas)).await
     }

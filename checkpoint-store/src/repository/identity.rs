@@ -74,6 +74,7 @@ async fn create(store: &Bounded, policy: &RetryPolicy) -> Result<String> {
             other => other,
         });
     }
+    store.check_redundancy().await?;
     let identity = Identity { format: FORMAT.to_owned(), version: VERSION, id: nonce() };
     let text = serde_json::to_vec_pretty(&identity).expect("strings and a number are always JSON");
     let text = Bytes::from(text);

@@ -93,6 +93,12 @@ impl Repository {
         self.store.url()
     }
 
+    /// Refuses a store whose files would not survive what they must (`ErasureCoded`). For whoever is about to write checkpoints:
+    /// what is there can be read all the same.
+    pub async fn check_redundancy(&self) -> Result<()> {
+        self.store.check_redundancy().await
+    }
+
     /// The store below; for what the repository does not offer.
     pub fn store(&self) -> Arc<dyn Store> {
         self.store.inner()

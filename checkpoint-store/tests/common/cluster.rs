@@ -81,6 +81,11 @@ impl Cluster {
         self.hdfs_dev(&["wait"]);
     }
 
+    /// Runs one of Hadoop's own programs, `fs` or `ec`.
+    pub fn tool(&self, arguments: &[&str]) -> String {
+        self.hdfs_dev(arguments)
+    }
+
     pub fn status(&self) -> String {
         self.hdfs_dev(&["status"])
     }

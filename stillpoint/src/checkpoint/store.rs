@@ -30,6 +30,7 @@ impl StoreSession {
     /// Opens the store and claims the VM's next writer epoch.
     pub async fn open(machine: &MachineFile, runtime: &RuntimeDir, mode: Mode, force: Force) -> Result<Self> {
         let repository = stores::open(&machine.store, mode).await?;
+        repository.check_redundancy().await?;
         let writer = claim(&repository, &machine.name, &machine.instance, runtime, force).await?;
         tracing::info!(vm = %machine.name, epoch = writer.epoch().0, store = repository.url(), "this helper is the writer");
         Ok(Self { repository, writer })
