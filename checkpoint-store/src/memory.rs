@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -13,8 +14,14 @@ use crate::store::{Entry, PutOptions, PutReceipt, Stat, Store};
 
 #[derive(Debug, Clone)]
 enum Node {
-    Dir,
-    File { data: Bytes, replicas: Option<u16> },
+    Dir { modified: SystemTime },
+    File { data: Bytes, replicas: Option<u16>, modified: SystemTime },
+}
+
+impl Node {
+    fn dir() -> Self {
+        Node::Dir { modified: SystemTime::now() }
+    }
 }
 
 type Tree = BTreeMap<StorePath, Node>;
@@ -34,7 +41,7 @@ impl Default for MemoryStore {
 
 impl MemoryStore {
     pub fn new() -> Self {
-        let tree = Tree::from([(StorePath::root(), Node::Dir)]);
+        let tree = Tree::from([(StorePath::root(), Node::dir())]);
         MemoryStore { tree: Arc::new(Mutex::new(tree)), default_replicas: None }
     }
 
@@ -54,8 +61,8 @@ impl MemoryStore {
             return Err(StoreError::already_exists(op, path));
         }
         let parent = path.parent().unwrap_or_else(StorePath::root);
-        match tree.get(&parent) {
-            Some(Node::Dir) => {}
+        match tree.get_mut(&parent) {
+            Some(Node::Dir { modified }) => *modified = SystemTime::now(),
             Some(Node::File { .. }) => return Err(StoreError::failed(op, path, "its parent is a file")),
             None => return Err(StoreError::not_found(op, path)),
         }
@@ -66,14 +73,14 @@ impl MemoryStore {
     fn add_file(&self, op: Op, path: &StorePath, data: Bytes, options: PutOptions) -> Result<PutReceipt> {
         let len = data.len() as u64;
         let replicas = self.default_replicas.map(|default| options.replicas.unwrap_or(default));
-        self.add(op, path, Node::File { data, replicas })?;
+        self.add(op, path, Node::File { data, replicas, modified: SystemTime::now() })?;
         Ok(PutReceipt { len, replicas })
     }
 
     fn file(&self, op: Op, path: &StorePath) -> Result<Bytes> {
         match self.tree().get(path) {
             Some(Node::File { data, .. }) => Ok(data.clone()),
-            Some(Node::Dir) => Err(StoreError::failed(op, path, "it is a directory")),
+            Some(Node::Dir { .. }) => Err(StoreError::failed(op, path, "it is a directory")),
             None => Err(StoreError::not_found(op, path)),
         }
     }
@@ -89,14 +96,14 @@ impl Store for MemoryStore {
         if let Some(parent) = path.parent() {
             self.create_dir_all(&parent).await?;
         }
-        match self.tree().entry(path.clone()).or_insert(Node::Dir) {
-            Node::Dir => Ok(()),
+        match self.tree().entry(path.clone()).or_insert_with(Node::dir) {
+            Node::Dir { .. } => Ok(()),
             Node::File { .. } => Err(StoreError::already_exists(Op::CreateDirAll, path)),
         }
     }
 
     async fn create_dir(&self, path: &StorePath) -> Result<()> {
-        self.add(Op::CreateDir, path, Node::Dir)
+        self.add(Op::CreateDir, path, Node::dir())
     }
 
     async fn put(&self, path: &StorePath, data: Vec<Bytes>, options: PutOptions) -> Result<PutReceipt> {
@@ -128,15 +135,17 @@ impl Store for MemoryStore {
 
     async fn stat(&self, path: &StorePath) -> Result<Option<Stat>> {
         Ok(self.tree().get(path).map(|node| match node {
-            Node::Dir => Stat { len: 0, is_dir: true, replicas: None },
-            Node::File { data, replicas } => Stat { len: data.len() as u64, is_dir: false, replicas: *replicas },
+            Node::Dir { modified } => Stat { len: 0, is_dir: true, replicas: None, modified: *modified },
+            Node::File { data, replicas, modified } => {
+                Stat { len: data.len() as u64, is_dir: false, replicas: *replicas, modified: *modified }
+            }
         }))
     }
 
     async fn list(&self, path: &StorePath) -> Result<Vec<Entry>> {
         let tree = self.tree();
         match tree.get(path) {
-            Some(Node::Dir) => {}
+            Some(Node::Dir { .. }) => {}
             Some(Node::File { .. }) => return Err(StoreError::failed(Op::List, path, "it is a file")),
             None => return Err(StoreError::not_found(Op::List, path)),
         }
@@ -150,7 +159,7 @@ impl Store for MemoryStore {
         let op = Op::RenameDir;
         let mut tree = self.tree();
         let parent = to.parent().unwrap_or_else(StorePath::root);
-        if !matches!(tree.get(from), Some(Node::Dir)) || !matches!(tree.get(&parent), Some(Node::Dir)) {
+        if !matches!(tree.get(from), Some(Node::Dir { .. })) || !matches!(tree.get(&parent), Some(Node::Dir { .. })) {
             return Err(StoreError::not_found(op, from));
         }
         if tree.contains_key(to) {
@@ -201,7 +210,7 @@ fn joined(mut data: Vec<Bytes>) -> Bytes {
 
 fn entry(path: &StorePath, node: &Node) -> Entry {
     let (is_dir, len) = match node {
-        Node::Dir => (true, 0),
+        Node::Dir { .. } => (true, 0),
         Node::File { data, .. } => (false, data.len() as u64),
     };
     Entry { name: path.name().to_owned(), is_dir, len }

@@ -1,6 +1,7 @@
 //! The promises a store makes: few, and each one a commit protocol can lean on.
 
 use std::fmt::Debug;
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -36,6 +37,9 @@ pub struct Stat {
     pub len: u64,
     pub is_dir: bool,
     pub replicas: Option<u16>,
+    /// When its content changed last (of a directory: an entry came or went), by the store's own clock: to be compared with other
+    /// such times of the same store only.
+    pub modified: SystemTime,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

@@ -207,3 +207,22 @@ async fn random_faults_never_make_a_liar() {
     // The seeds must reach both outcomes, or this test says nothing.
     assert!(reported > 100 && failed > 100, "{reported} {failed} {unknown}");
 }
+
+/// A lineage of thousands must not cost a listing of thousands with each checkpoint.
+#[tokio::test(start_paused = true)]
+async fn checkpoints_are_begun_without_a_listing() {
+    let scene = scene().await;
+    let listed = || scene.faulty.calls(Op::List, "checkpoints");
+    let before = listed();
+    for seq in 1..=3 {
+        committed(&scene.writer, seq).await.expect("commit");
+    }
+    // One that was given up without a word is removed by the next all the same.
+    let given_up = scene.writer.begin(CheckpointSeq(4)).await.expect("begin");
+    given_up.put_pack("ram", vec![bytes("x")]).await.expect("put");
+    drop(given_up);
+    committed(&scene.writer, 4).await.expect("commit");
+    assert_eq!(listed(), before);
+    let names = scene.memory.list(&path("vms/vm-1/checkpoints")).await.expect("list");
+    assert_eq!(names.iter().map(|entry| entry.name.as_str()).collect::<Vec<_>>(), ["1", "2", "3", "4"]);
+}

@@ -21,7 +21,7 @@ mod url;
 mod write;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -232,6 +232,7 @@ impl Store for HdfsStore {
                 len: if status.isdir { 0 } else { status.length as u64 },
                 is_dir: status.isdir,
                 replicas: replicas_of(&status),
+                modified: SystemTime::UNIX_EPOCH + Duration::from_millis(status.modification_time),
             })),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),

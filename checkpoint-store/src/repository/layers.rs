@@ -2,14 +2,22 @@
 //!
 //! Nobody owns a layer. Machines may store the same one at the same time, each in a partial directory of its own; the
 //! first rename wins and the others find that what they wanted is there.
+//!
+//! An upload that was cut off leaves its partial directory. The next upload, of whatever layer, removes those that nobody can need:
+//! of layers that are there, and those where nothing was stored for a day by the store's own clock (the new upload's directory
+//! shows the time). Whoever was taken for dead and lives finds its directory gone, fails, and looks again.
+
+use std::collections::HashSet;
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use checkpoint_format::{ContentDigest, PackName};
+use tracing::warn;
 
 use super::Repository;
 use super::layout;
 use super::retry::{Naming, StoredPack, steady, store_file};
-use crate::error::{Result, StoreError};
+use crate::error::{Op, Result, StoreError};
 use crate::nonce::nonce;
 use crate::path::StorePath;
 
@@ -39,7 +47,47 @@ impl Repository {
         self.store.create_dir_all(&layout::layers()).await?;
         let dir = layout::partial_layer(digest, &nonce());
         self.store.create_dir(&dir).await?;
+        self.sweep_partial_layers(&dir).await;
         Ok(PartialLayer { repository: self.clone(), digest: *digest, dir })
+    }
+
+    /// Removes uploads that nobody goes on with. `ours` was made just now. What fails is left to the next upload.
+    async fn sweep_partial_layers(&self, ours: &StorePath) {
+        if let Err(error) = self.try_sweep(ours).await {
+            warn!(%error, "abandoned uploads of layers were not removed");
+        }
+    }
+
+    async fn try_sweep(&self, ours: &StorePath) -> Result<()> {
+        let Some(now) = steady(|| self.store.stat(ours)).await?.map(|stat| stat.modified) else { return Ok(()) };
+        let names = self.names(&layout::layers()).await?;
+        let committed: HashSet<ContentDigest> = names.iter().filter_map(|name| name.parse().ok()).collect();
+        for name in names.iter().filter(|name| *name != ours.name()) {
+            let Some(digest) = layout::parse_partial_layer(name) else { continue };
+            let path = layout::layers().join(name)?;
+            if committed.contains(&digest) || self.is_abandoned(&path, now).await? {
+                warn!(%path, "removing an abandoned upload of a layer");
+                steady(|| self.store.remove(&path)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Missing counts as not: somebody has just committed or removed it.
+    async fn is_abandoned(&self, path: &StorePath, now: SystemTime) -> Result<bool> {
+        let stat = steady(|| self.store.stat(path)).await?;
+        Ok(stat.is_some_and(|stat| now.duration_since(stat.modified).is_ok_and(|age| age >= self.abandoned_after)))
+    }
+
+    /// The layer exists: what others have stored of it so far is of no use.
+    async fn sweep_uploads_of(&self, digest: &ContentDigest) {
+        let Ok(names) = self.names(&layout::layers()).await else { return };
+        for name in names.iter().filter(|name| layout::parse_partial_layer(name) == Some(*digest)) {
+            if let Ok(path) = layout::layers().join(name) {
+                // The next upload tries again.
+                let _ = self.store.remove(&path).await;
+            }
+        }
     }
 
     /// A whole file of a layer, if it is not longer than `limit` bytes.
@@ -88,9 +136,16 @@ impl PartialLayer {
         self.store_file(Naming::Fixed(name.as_str()), data).await
     }
 
+    /// `AlreadyExists` of the layer when somebody else stored it meanwhile and removed what is here.
     async fn store_file(&self, naming: Naming<'_>, data: Vec<Bytes>) -> Result<StoredPack> {
         let repository = &self.repository;
-        store_file(&repository.store, &repository.retry, &self.dir, naming, data).await
+        let stored = store_file(&repository.store, &repository.retry, &self.dir, naming, data).await;
+        match stored {
+            Err(error) if error.is_not_found() && repository.has_layer(&self.digest).await? => {
+                Err(StoreError::already_exists(Op::Put, &layout::layer(&self.digest)))
+            }
+            other => other,
+        }
     }
 
     /// Makes the layer exist, or finds that it does.
@@ -101,17 +156,22 @@ impl PartialLayer {
         let outcome = loop {
             tries += 1;
             let error = match store.rename_dir(&self.dir, &target).await {
-                Ok(()) => return Ok(LayerOutcome::Stored),
+                Ok(()) => break Ok(LayerOutcome::Stored),
                 Err(error) if error.is_already_exists() => break Ok(LayerOutcome::AlreadyThere),
                 Err(error) => error,
             };
             match self.look().await {
+                // Not our rename, whose answer would have been lost: whoever stored the layer removed what was here.
+                Ok(Some(_)) if tries == 1 && error.is_not_found() => break Ok(LayerOutcome::AlreadyThere),
                 Ok(Some(outcome)) => break Ok(outcome),
                 Ok(None) if error.is_retryable() && tries < MAX_RENAME_TRIES => {}
                 _ => break Err(error),
             }
         };
         let removed = steady(|| store.remove(&self.dir)).await;
+        if outcome.is_ok() {
+            self.repository.sweep_uploads_of(&self.digest).await;
+        }
         outcome.and_then(|outcome| match outcome {
             LayerOutcome::Stored => Ok(outcome),
             LayerOutcome::AlreadyThere => removed.map(|()| outcome),

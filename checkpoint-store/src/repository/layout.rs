@@ -39,6 +39,11 @@ pub(crate) fn partial_layer(digest: &ContentDigest, nonce: &str) -> StorePath {
     path(format_args!("layers/{digest}.{nonce}{PARTIAL}"))
 }
 
+/// The layer that a partial directory is to become.
+pub(crate) fn parse_partial_layer(name: &str) -> Option<ContentDigest> {
+    name.strip_suffix(PARTIAL)?.split_once('.')?.0.parse().ok()
+}
+
 pub(crate) fn writers(vm: &VmName) -> StorePath {
     path(format_args!("vms/{vm}/writers"))
 }
@@ -116,6 +121,15 @@ mod tests {
     fn other_names_are_not_partials() {
         for name in ["12", "12.partial", "12.3.partial", "12.03-1.partial", "12.3-1", "a.3-1.partial", "1.2-+3.partial"] {
             assert_eq!(PartialName::parse(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn partial_layers_name_their_layer() {
+        let digest = ContentDigest::of(b"x");
+        assert_eq!(parse_partial_layer(partial_layer(&digest, "n-1").name()), Some(digest));
+        for name in [digest.to_string(), format!("{digest}.partial"), "x.1.partial".to_owned(), format!("{digest}.1")] {
+            assert_eq!(parse_partial_layer(&name), None, "{name}");
         }
     }
 

@@ -44,11 +44,21 @@ pub struct RepositoryOptions {
     /// The longest that one call to the store may take, whatever the store's own limits are. A put or a read may
     /// take longer by a second per MiB.
     pub call_limit: Duration,
+    /// An upload of a layer that stored nothing for so long, by the store's clock, is taken for abandoned.
+    pub abandoned_after: Duration,
 }
+
+/// A day: the upload of a layer stores a pack every few seconds, but may first read an image of which the store has nearly all.
+const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 impl Default for RepositoryOptions {
     fn default() -> Self {
-        RepositoryOptions { retry: RetryPolicy::default(), replicas: None, call_limit: Duration::from_secs(120) }
+        RepositoryOptions {
+            retry: RetryPolicy::default(),
+            replicas: None,
+            call_limit: Duration::from_secs(120),
+            abandoned_after: ABANDONED_AFTER,
+        }
     }
 }
 
@@ -58,6 +68,7 @@ pub struct Repository {
     store: Arc<Bounded>,
     retry: Arc<Retry>,
     id: Arc<str>,
+    abandoned_after: Duration,
 }
 
 impl Repository {
@@ -72,7 +83,8 @@ impl Repository {
         let id = identity::establish(&store, mode, &options.retry).await?;
         let kept = store.stat(&layout::identity()).await?.and_then(|stat| stat.replicas);
         let wanted = kept.map(|kept| options.replicas.unwrap_or(kept));
-        Ok(Repository { store: Arc::new(store), retry: Arc::new(Retry::new(options.retry, wanted)), id: id.into() })
+        let retry = Arc::new(Retry::new(options.retry, wanted));
+        Ok(Repository { store: Arc::new(store), retry, id: id.into(), abandoned_after: options.abandoned_after })
     }
 
     /// The id given to the store when it was created.

@@ -132,7 +132,7 @@ impl Repository {
         self.store.create_dir_all(&layout::writers(vm)).await?;
         self.store.create_dir_all(&layout::checkpoints(vm)).await?;
         let epoch = self.claim_epoch(vm, record, &claim).await?;
-        let writer = Writer { repository: self.clone(), vm: vm.clone(), epoch, attempts: Arc::default(), live: Arc::default() };
+        let writer = Writer { repository: self.clone(), vm: vm.clone(), epoch, attempts: Arc::default(), left: Arc::default() };
         writer.remove_partials(|partial| partial.epoch < epoch).await?;
         writer.check().await?;
         writer.remove_old_records().await;
@@ -234,8 +234,8 @@ pub struct Writer {
     pub(super) vm: VmName,
     pub(super) epoch: Epoch,
     attempts: Arc<AtomicU64>,
-    /// Partial checkpoints that somebody in this process still works on.
-    live: Arc<Mutex<HashSet<PartialName>>>,
+    /// Partial checkpoints that nobody in this process works on any more.
+    left: Arc<Mutex<HashSet<PartialName>>>,
 }
 
 impl Writer {
@@ -290,15 +290,14 @@ impl Writer {
     }
 
     /// Begins checkpoint `seq`: `AlreadyExists` if there is one of that number. Removes what earlier tries of this
-    /// writer left.
+    /// writer left; it knows them, so the directory, which may hold thousands of checkpoints, is not listed.
     pub async fn begin(&self, seq: CheckpointSeq) -> Result<PartialCheckpoint> {
         let store = &self.repository.store;
         let committed = layout::checkpoint(&self.vm, seq);
         if steady(|| store.stat(&committed)).await?.is_some() {
             return Err(StoreError::already_exists(Op::CreateDir, &committed));
         }
-        let live = self.live().clone();
-        self.remove_partials(|partial| partial.epoch <= self.epoch && !live.contains(partial)).await?;
+        self.remove_left().await?;
         let partial = self.create_partial(seq).await?;
         match self.check().await {
             Ok(()) => Ok(partial),
@@ -314,7 +313,6 @@ impl Writer {
         loop {
             tries += 1;
             let name = PartialName { seq, epoch: self.epoch, attempt: self.attempts.fetch_add(1, Ordering::Relaxed) + 1 };
-            self.live().insert(name);
             let partial = PartialCheckpoint::new(self.clone(), name);
             match self.repository.store.create_dir(partial.dir()).await {
                 Ok(()) => return Ok(partial),
@@ -331,6 +329,17 @@ impl Writer {
         self.check().await?;
         let path = layout::checkpoint(&self.vm, seq);
         steady(|| self.repository.store.remove(&path)).await
+    }
+
+    /// Most of them are gone, because they were committed or aborted.
+    async fn remove_left(&self) -> Result<()> {
+        let left: Vec<PartialName> = lock(&self.left).iter().copied().collect();
+        for name in left {
+            let path = layout::partial_checkpoint(&self.vm, &name);
+            steady(|| self.repository.store.remove(&path)).await?;
+            lock(&self.left).remove(&name);
+        }
+        Ok(())
     }
 
     async fn remove_partials(&self, doomed: impl Fn(&PartialName) -> bool) -> Result<()> {
@@ -361,11 +370,13 @@ impl Writer {
         }
     }
 
-    fn live(&self) -> MutexGuard<'_, HashSet<PartialName>> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
+    /// Nobody in this process works on it any more.
     pub(super) fn forget(&self, name: &PartialName) {
-        self.live().remove(name);
+        lock(&self.left).insert(*name);
     }
+}
+
+/// A set is never left half changed, so a panic elsewhere does not spoil it.
+fn lock(names: &Mutex<HashSet<PartialName>>) -> MutexGuard<'_, HashSet<PartialName>> {
+    names.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -129,7 +129,7 @@ pub async fn stat_tells_what_is_there(store: Shared) {
     let file = store.stat(&path("a")).await.expect("stat").expect("there");
     assert_eq!((file.len, file.is_dir), (3, false));
     let dir = store.stat(&path("d")).await.expect("stat").expect("there");
-    assert_eq!(dir, Stat { len: 0, is_dir: true, replicas: None });
+    assert_eq!(dir, Stat { len: 0, is_dir: true, replicas: None, modified: dir.modified });
     assert!(store.stat(&StorePath::root()).await.expect("stat").expect("there").is_dir);
 }
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use checkpoint_format::{CheckpointSeq, ContentDigest, DurableReceipt, Epoch, PackName, VmName};
 use checkpoint_store::{
-    Claim, Fault, FaultRule, FaultyStore, LayerOutcome, Mode, Op, PutOptions, Repository, Store, StoreError, StorePath, Writer,
+    Claim, Fault, FaultRule, FaultyStore, LayerOutcome, Mode, Op, PutOptions, Repository, RepositoryOptions, Store, StoreError, StorePath,
+    Writer,
 };
 
 use super::{bytes, noise, path, record};
@@ -31,6 +32,8 @@ macro_rules! repository_contract {
             an_abort_leaves_nothing
             a_checkpoint_can_be_removed
             layers_are_stored_once
+            abandoned_uploads_are_removed_by_the_next
+            an_upload_that_another_makes_useless_ends
         );
     };
     (@each $make:path: $($name:ident)*) => {$(
@@ -380,4 +383,44 @@ pub async fn layers_are_stored_once(store: Shared) {
     assert_eq!(store.list(&path("layers")).await.expect("list").len(), 1, "the loser's partial stays");
     repository.remove_layer(&digest).await.expect("remove");
     assert!(!repository.has_layer(&digest).await.expect("look"));
+}
+
+async fn partial_layers(store: &Shared) -> Vec<String> {
+    let names = store.list(&path("layers")).await.expect("list").into_iter().map(|entry| entry.name);
+    names.filter(|name| name.ends_with(".partial")).collect()
+}
+
+pub async fn abandoned_uploads_are_removed_by_the_next(store: Shared) {
+    let options = |abandoned_after| RepositoryOptions { abandoned_after, ..RepositoryOptions::default() };
+    let patient = Repository::open_with(store.clone(), Mode::CreateIfMissing, RepositoryOptions::default()).await.expect("open");
+    let [one, two, three] = [b"1", b"2", b"3"].map(|text| ContentDigest::of(text));
+    // Cut off: nothing of it runs any more.
+    let cut = patient.begin_layer(&one).await.expect("begin");
+    cut.put_pack("blocks", vec![bytes("0123456789")]).await.expect("put");
+    drop(cut);
+    // To a patient one it may be an upload of another host.
+    drop(patient.begin_layer(&two).await.expect("begin"));
+    assert_eq!(partial_layers(&store).await.len(), 2);
+    tokio::time::sleep(Duration::from_millis(60)).await;
+    let hasty = Repository::open_with(store.clone(), Mode::MustExist, options(Duration::from_millis(50))).await.expect("open");
+    let upload = hasty.begin_layer(&three).await.expect("begin");
+    assert_eq!(partial_layers(&store).await.len(), 1, "only the new one");
+    assert_eq!(upload.commit().await.expect("commit"), LayerOutcome::Stored);
+    assert_eq!(hasty.layers().await.expect("layers"), [three]);
+    assert!(partial_layers(&store).await.is_empty());
+}
+
+/// Two hosts store one image; the slower one need not finish.
+pub async fn an_upload_that_another_makes_useless_ends(store: Shared) {
+    let repository = opened(store.clone()).await;
+    let (digest, other) = (ContentDigest::of(b"an image"), ContentDigest::of(b"another"));
+    let slow = repository.begin_layer(&digest).await.expect("begin");
+    let of_another = repository.begin_layer(&other).await.expect("begin");
+    let fast = repository.begin_layer(&digest).await.expect("begin");
+    assert_eq!(fast.commit().await.expect("commit"), LayerOutcome::Stored);
+    let error = slow.put_pack("blocks", vec![bytes("late")]).await.expect_err("its directory is gone");
+    assert!(error.is_already_exists(), "{error}");
+    assert_eq!(slow.commit().await.expect("commit"), LayerOutcome::AlreadyThere);
+    of_another.put_pack("blocks", vec![bytes("x")]).await.expect("nobody touched it");
+    assert_eq!(of_another.commit().await.expect("commit"), LayerOutcome::Stored);
 }

@@ -38,6 +38,10 @@ pub async fn ensure(repository: &Repository, path: &Path, file: FileDigest) -> R
                 // The next upload cleans up after one that could not.
                 let _ = layer.abort().await;
             }
+            if repository.has_layer(&file.digest).await.unwrap_or(false) {
+                // Somebody else stored it meanwhile, and removed what this upload had stored.
+                return Ok(0);
+            }
             Err(error.context(format!("storing the layer {}", path.display())))
         }
     }
