@@ -7,7 +7,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use stillpoint_tests::{Lab, Pid, QmpClient, Ran, Recipe, TestMachine, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{Lab, Pid, QmpClient, Ran, Recipe, SCRIBBLER_RAM_BYTES, TestMachine, newest_qemu, on_each_qemu, wait_until};
 
 const GENERATION: &str = "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87";
 
@@ -33,6 +33,17 @@ fn tree(lab: &Lab) -> BTreeMap<PathBuf, u64> {
 
 fn generation(monitor: &mut QmpClient) -> String {
     monitor.execute("query-vm-generation-id", json!({}))["guid"].as_str().expect("a generation id").to_owned()
+}
+
+/// A generation id as the guest finds it: the first three numbers are little-endian.
+fn in_memory(id: &str) -> Vec<u8> {
+    let digits: String = id.chars().filter(|letter| *letter != '-').collect();
+    let byte = |at: usize| u8::from_str_radix(&digits[at * 2..at * 2 + 2], 16).expect("hexadecimal");
+    [3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15].into_iter().map(byte).collect()
+}
+
+fn has(machine: &TestMachine, bytes: &[u8]) -> bool {
+    machine.qmp().memory(SCRIBBLER_RAM_BYTES).windows(bytes.len()).any(|part| part == bytes)
 }
 
 fn restore(lab: &Lab, dir: &Path, more: &[&str]) -> Ran {
@@ -70,6 +81,9 @@ fn copy_beside_its_original_takes_nothing_from_it() {
         ];
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let original = lab.start("o", &Recipe::scribbler(40).arguments(&arguments));
+        let id = in_memory(GENERATION);
+        let up = wait_until(Duration::from_secs(60), || has(&original, &id));
+        assert!(up, "the firmware has not put the generation id into memory");
         original.checkpoint();
         std::fs::write(&log, "the original's").expect("a file");
         let (dir, before) = (own("a/copy"), tree(&lab));
@@ -94,7 +108,9 @@ fn copy_beside_its_original_takes_nothing_from_it() {
         let copy = lab.restore("o", "copy", &["--map", &map]);
         let mut of_copy = QmpClient::connect(&copy.directory.join("own.qmp"));
         assert_eq!(generation(&mut QmpClient::connect(&monitor)), GENERATION, "the original's monitor leads to it");
-        assert_ne!(generation(&mut of_copy), GENERATION, "the copy's guest can tell that it is one");
+        let new = generation(&mut of_copy);
+        assert_ne!(new, GENERATION, "the copy's guest can tell that it is one");
+        assert!(has(&copy, &in_memory(&new)) && !has(&copy, &id) && has(&original, &id), "where the guest looks");
         assert_eq!(std::fs::read(&log).expect("a file"), b"the original's");
         let now = tree(&lab);
         let lost = before.iter().find(|(path, inode)| now.get(*path) != Some(*inode) && !path.starts_with(own("run")));

@@ -4,11 +4,11 @@
 use super::disks;
 use super::ports;
 use crate::cli::Mapping;
-use crate::exit::refused;
+use crate::exit::{explain, refused};
 use crate::launch::arguments;
 use crate::launch::paths::NewPaths;
 use crate::launch::saved;
-use anyhow::Result;
+use anyhow::{Error, Result};
 use checkpoint_format::Manifest;
 use qemu_cmdline::form::Form;
 use qemu_cmdline::restorable::{self, Wishes};
@@ -38,7 +38,10 @@ impl Planned {
         manifest.machine.files.iter().for_each(|layer| paths.add_boot_file(&layer.path, Path::new(&layer.path)));
         let writable = manifest.disks.iter().filter(|disk| !disk.read_only);
         writable.for_each(|disk| paths.add_disk(&disk.file, &dir.join(disks::file_name(disk))));
-        let options = saved::restored(words, &paths, wishes)?.options;
+        let options = match saved::restored(words, &paths, wishes) {
+            Ok(restored) => restored.options,
+            Err(error) => return Err(with_taken(error, words, wishes)),
+        };
         Ok(Self { options, dir: dir.to_owned(), renamed: renamed(words, wishes)? })
     }
 
@@ -60,30 +63,26 @@ impl Planned {
         visit(&self.options, |site| {
             let path = self.dir.join(site.value);
             if matches!(site.means, Use::Output | Use::Listen) && is_replaced(&path) {
-                let (path, old) = (path.display(), self.saved_value(site.value));
+                let (path, old) = (path.display(), saved_value(&self.renamed, site.value));
                 taken.push(format!("{path} (-{}) exists already: remove it, use another --dir, or --map {old}={old}-2", site.option));
             }
         });
-        taken.extend(ports::taken(&self.options, &|value| self.saved_value(value)));
+        taken.extend(ports::taken(&self.options, &|value| saved_value(&self.renamed, value)));
         taken.dedup();
         if taken.is_empty() { Ok(()) } else { Err(refused(format!("nothing was made, because {}", taken.join("; ")))) }
     }
 
-    /// What `--map` takes for a value of the new line.
-    fn saved_value(&self, new: &str) -> String {
-        let hit = self.renamed.iter().find(|(_, renamed)| renamed == new);
-        hit.map_or_else(|| new.to_owned(), |(old, _)| old.clone())
-    }
-
     /// What the user of a copy should know of the network that it shares with its original.
-    pub fn note_of_copy(&self) -> Option<String> {
+    pub fn note_of_copy(&self) -> String {
         let is_shared = |option: &QemuOption| {
             matches!(option.name.as_str(), "netdev" | "nic" | "net")
                 && Form::of(option).get("type").is_some_and(|kind| SHARED_NETWORKS.contains(&kind.as_str()))
         };
-        self.options.iter().any(is_shared).then(|| {
-            "the copy has the original's MAC addresses: while the original runs they must not be in one network (docs/copies.md)".to_owned()
-        })
+        let shared = "a copy has the original's MAC and IP addresses, machine-id and random state (docs/copies.md)";
+        match self.options.iter().any(is_shared) {
+            true => format!("{shared}; its network may be the original's: while that one runs, they must not be in one network"),
+            false => shared.to_owned(),
+        }
     }
 }
 
@@ -92,6 +91,20 @@ fn is_replaced(path: &Path) -> bool {
     let Ok(facts) = path.symlink_metadata() else { return false };
     let kind = std::fs::metadata(path).unwrap_or(facts).file_type();
     kind.is_file() || kind.is_socket() || kind.is_symlink()
+}
+
+/// What must be named at all is named best with a port that is free.
+fn with_taken(error: Error, words: &[String], wishes: &Wishes) -> Error {
+    let Ok(options) = arguments::parse(words) else { return error };
+    let mapped = restorable::map(options, wishes);
+    let taken = ports::taken(&mapped.options, &|value| saved_value(&wishes.map, value));
+    if taken.is_empty() { error } else { refused(format!("{}; and {}", explain(&error), taken.join("; "))) }
+}
+
+/// What `--map` takes for a value of the new line.
+fn saved_value(renamed: &[(String, String)], new: &str) -> String {
+    let hit = renamed.iter().find(|(_, renamed)| renamed == new);
+    hit.map_or_else(|| new.to_owned(), |(old, _)| old.clone())
 }
 
 fn renamed(words: &[String], wishes: &Wishes) -> Result<Vec<(String, String)>> {
@@ -221,9 +234,20 @@ mod test {
         assert!(error.to_string().contains("--map /run/x.sock="), "{error}");
     }
 
+    /// A display that must be named, and whose port the original has.
+    #[test]
+    fn copy_is_told_all_at_once() {
+        let holder = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+        let display = holder.local_addr().unwrap().port() - 5900;
+        let line = saved_line(&format!("-vnc :{display}"));
+        let error = saved::restored(&line, &NewPaths::new(Path::new("/vm")), &Wishes::default()).err().unwrap();
+        let error = with_taken(error, &line, &Wishes::default());
+        assert!(code_of(&error) == REFUSED && error.to_string().contains(&format!("use --map :{display}=:")), "{error}");
+    }
+
     #[test]
     fn copy_in_a_shared_network_is_told() {
-        let note = |line: &str| planned(line, &[], Path::new("/d")).note_of_copy().is_some();
+        let note = |line: &str| planned(line, &[], Path::new("/d")).note_of_copy().contains("in one network");
         assert!(note("-netdev tap,id=n,ifname=tap0,script=no,downscript=no") && note("-netdev socket,id=n,mcast=230.0.0.1:1234"));
         assert!(!note("-netdev user,id=n -device e1000,netdev=n"));
     }

@@ -196,7 +196,7 @@ impl Restore {
         fault::point("restore.started");
         match self.bring_up(memory).await {
             Ok(machine) => {
-                let note = planned.note_of_copy().filter(|_| self.is_copy());
+                let note = self.is_copy().then(|| planned.note_of_copy());
                 Ok(Ready { file, new, machine, layer_bytes: layers.bytes_read, note })
             }
             Err(error) => Err(new.explain(error)),
