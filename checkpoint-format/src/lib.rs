@@ -34,7 +34,7 @@ pub use lineage::{FramePart, FrameRead, LineageError, LocatedRun, MAX_LINEAGE_PA
 pub use manifest::{
     CheckpointKind, DiskRecord, LayerRef, MANIFEST_VERSION, MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_CARRIED_RAM, MAX_DISKS,
     MAX_MANIFEST_BODY, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES, MAX_STATE_LEN, MAX_TEXT, MachineRecord, Manifest, ManifestError, PackRecord,
-    RamBlockRecord, RunState, SpaceRecord, Totals,
+    Qcow2Record, RamBlockRecord, RunState, SpaceRecord, Totals,
 };
 pub use names::{MAX_PACK_NAME, MAX_SPACE_NAME, MAX_VM_NAME, NameError, PackName, SpaceKind, SpaceName, VmName};
 pub use pack::{

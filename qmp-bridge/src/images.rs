@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -18,7 +19,7 @@ use serde_json::{Value, json};
 use thiserror::Error;
 use tokio::process::{Child, Command};
 
-use crate::disks::ImageFormat;
+use crate::disks::{ImageFormat, Qcow2Layout};
 use crate::jobs::{self, JobError};
 use crate::nbd::{NbdClient, NbdError};
 use crate::qmp::{Qmp, QmpError};
@@ -36,7 +37,7 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Workers that one image may use up.
 const TRIES: u32 = 3;
 /// Longest backing name a qcow2 header can hold.
-const MAX_BACKING_NAME: usize = 1023;
+pub const MAX_BACKING_NAME: usize = 1023;
 
 #[derive(Debug, Error)]
 pub enum ImageError {
@@ -76,6 +77,8 @@ pub struct ImageSpec {
     pub virtual_size: u64,
     /// qcow2 only. It need not exist yet.
     pub backing: Option<Backing>,
+    /// qcow2 only; QEMU's defaults unless given.
+    pub layout: Option<Qcow2Layout>,
 }
 
 /// How an image is opened to be filled.
@@ -168,6 +171,9 @@ impl ImageWorker {
             options["backing-file"] = backing.file.as_str().into();
             options["backing-fmt"] = backing.format.as_str().into();
         }
+        if let Some(layout) = &spec.layout {
+            add_layout(&mut options, layout);
+        }
         let made = self.job(spec, options).await;
         self.qmp.execute_json("blockdev-del", json!({ "node-name": node })).await?;
         made
@@ -195,9 +201,11 @@ impl ImageWorker {
         let socket = self.directory.join("image-worker.nbd");
         self.serve(&socket).await?;
         let node = self.next_node();
+        let is_device = std::fs::metadata(path).is_ok_and(|facts| facts.file_type().is_block_device());
+        let driver = if is_device { "host_device" } else { "file" };
         let mut options = json!({
             "driver": format.as_str(), "node-name": node, "discard": "unmap",
-            "file": { "driver": "file", "filename": utf8(path)?, "discard": "unmap" },
+            "file": { "driver": driver, "filename": utf8(path)?, "discard": "unmap" },
         });
         if mode == BackingMode::Alone && format == ImageFormat::Qcow2 {
             options["backing"] = Value::Null;
@@ -314,6 +322,20 @@ async fn patiently<T>(doing: &str, path: &Path, work: impl Future<Output = T>) -
             }
         }
     }
+}
+
+/// An image of version 2 knows none of the other options.
+fn add_layout(options: &mut Value, layout: &Qcow2Layout) {
+    options["cluster-size"] = layout.cluster_size.into();
+    if layout.compat == "0.10" {
+        options["version"] = "v2".into();
+        return;
+    }
+    options["version"] = "v3".into();
+    options["lazy-refcounts"] = layout.lazy_refcounts.into();
+    options["refcount-bits"] = layout.refcount_bits.into();
+    options["extended-l2"] = layout.extended_l2.into();
+    options["compression-type"] = layout.compression.as_str().into();
 }
 
 fn last_lines(log: &Path) -> String {

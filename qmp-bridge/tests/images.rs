@@ -15,7 +15,7 @@ const SIZE: u64 = 64 << 20;
 
 fn spec(path: std::path::PathBuf, format: ImageFormat, backing: Option<&str>) -> ImageSpec {
     let backing = backing.map(|file| Backing { file: file.into(), format: ImageFormat::Qcow2 });
-    ImageSpec { path, format, virtual_size: SIZE, backing }
+    ImageSpec { path, format, virtual_size: SIZE, backing, layout: None }
 }
 
 #[tokio::test]

@@ -66,7 +66,7 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
 
 /// The VM, its QEMU or this host is not in a state in which it can be done: nothing has failed, and the message says what to change.
 fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
-    let disk = |error: &DiskError| matches!(error, DiskError::Unsupported { .. } | DiskError::Inconsistent { .. });
+    let disk = |error: &DiskError| error.is_refusal() || matches!(error, DiskError::Inconsistent { .. });
     let capture = |error: &CaptureError| matches!(error, CaptureError::Server { .. });
     let migration = |error: &MigrationError| {
         matches!(error, MigrationError::Busy { .. } | MigrationError::Unsupported { .. } | MigrationError::Pause(PauseError::NoGuest(_)))

@@ -9,6 +9,7 @@ mod checkpoint;
 mod cli;
 mod control;
 mod doctor;
+mod drives;
 mod engine;
 mod exit;
 mod fault;

@@ -14,7 +14,7 @@ use crate::pack::PackError;
 
 pub(crate) use list::{at_most, pack_list};
 pub use record::{
-    CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PackRecord, RamBlockRecord, RunState, SpaceRecord, Totals,
+    CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PackRecord, Qcow2Record, RamBlockRecord, RunState, SpaceRecord, Totals,
 };
 pub(crate) use validate::{Check, check_packs};
 pub use validate::{

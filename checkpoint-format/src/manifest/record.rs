@@ -154,6 +154,22 @@ pub struct DiskRecord {
     /// The layers below, top to bottom; a read-only disk's own image is the first.
     #[serde(deserialize_with = "backing_list")]
     pub backing: Vec<LayerRef>,
+    /// How the image was made. The guest cannot see it: a reader that skips it makes an image that shows the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qcow2: Option<Qcow2Record>,
+}
+
+/// Options of a qcow2 image, with the meaning that QEMU gives them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Qcow2Record {
+    pub cluster_size: ByteLen,
+    /// `0.10` or `1.1`.
+    pub compat: String,
+    pub lazy_refcounts: bool,
+    pub refcount_bits: u32,
+    pub extended_l2: bool,
+    /// `zlib` or `zstd`.
+    pub compression: String,
 }
 
 /// An immutable image in the store.

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::hash::Hash;
 
 use super::ManifestError;
-use super::record::{CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PackRecord, RamBlockRecord};
+use super::record::{CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PackRecord, Qcow2Record, RamBlockRecord};
 use crate::names::{SpaceKind, SpaceName};
 use crate::units::{ByteLen, CheckpointSeq, MAX_SPACE_PAGES, PageCount};
 
@@ -164,6 +164,9 @@ impl Manifest {
         MANIFEST.that(is_format(&disk.format), &field, "neither qcow2 nor raw")?;
         MANIFEST.that(fits_a_space(disk.virtual_size), &field, "larger than a space can be")?;
         MANIFEST.count("layers below a disk", disk.backing.len(), MAX_BACKING_DEPTH)?;
+        if let Some(options) = &disk.qcow2 {
+            MANIFEST.that(disk.format == "qcow2" && is_possible(options), &field, "with options that no qcow2 image has")?;
+        }
         disk.backing.iter().try_for_each(|layer| check_layer(&field, layer))?;
         let Some(name) = &disk.space else {
             return MANIFEST.that(disk.read_only, &field, "writable and without a space");
@@ -219,6 +222,14 @@ pub(crate) fn check_packs(check: Check, packs: &[PackRecord]) -> Result<(), Mani
 
 fn fits_a_space(len: ByteLen) -> bool {
     PageCount::covering(len).0 <= MAX_SPACE_PAGES
+}
+
+fn is_possible(options: &Qcow2Record) -> bool {
+    const CLUSTERS: std::ops::RangeInclusive<u64> = 512..=2 << 20;
+    let clusters = options.cluster_size.0.is_power_of_two() && CLUSTERS.contains(&options.cluster_size.0);
+    let refcounts = options.refcount_bits.is_power_of_two() && options.refcount_bits <= 64;
+    let texts = matches!(options.compat.as_str(), "0.10" | "1.1") && matches!(options.compression.as_str(), "zlib" | "zstd");
+    clusters && refcounts && texts
 }
 
 fn is_format(format: &str) -> bool {

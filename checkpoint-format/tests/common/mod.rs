@@ -177,6 +177,7 @@ fn sample_disks() -> Vec<DiskRecord> {
         virtual_size: ByteLen(1 << 30),
         file: "/images/root.qcow2".into(),
         backing: vec![base.clone()],
+        qcow2: None,
     };
     let read_only = DiskRecord {
         node: "cd".into(),
@@ -186,6 +187,7 @@ fn sample_disks() -> Vec<DiskRecord> {
         virtual_size: ByteLen(2048),
         file: "/images/cd.iso".into(),
         backing: vec![base],
+        qcow2: None,
     };
     vec![writable, read_only]
 }

@@ -31,5 +31,6 @@ pub use bitmaps::{KeptBitmap, start_recording};
 pub use error::CaptureError;
 pub use frozen::{FrozenDisk, FrozenDisks};
 pub use leftovers::{Leftovers, cleanup_leftovers};
+pub(crate) use names::is_ours;
 pub use names::{BadTag, BitmapTag};
 pub use prepare::{CapturePlan, DEFAULT_SCRATCH_RESERVE, PreparedDisks};

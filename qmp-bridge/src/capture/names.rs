@@ -92,7 +92,7 @@ impl DiskNames {
 }
 
 /// Whether a node, job or export is one of ours.
-pub(super) fn is_ours(name: &str) -> bool {
+pub(crate) fn is_ours(name: &str) -> bool {
     name.strip_prefix(PREFIX).is_some_and(|rest| rest.starts_with('-'))
 }
 

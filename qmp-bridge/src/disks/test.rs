@@ -1,5 +1,7 @@
 //! Replies as QEMU gives them, shortened to the fields that count.
 
+use serde_json::json;
+
 use super::*;
 
 fn node(name: &str, driver: &str, file: &str) -> Value {
@@ -17,9 +19,7 @@ fn graph(edges: &[(&str, &str, &str)]) -> Value {
 }
 
 fn survey(nodes: &[Value], edges: &[(&str, &str, &str)], block: Value) -> Result<Disks, DiskError> {
-    let nodes = node_infos(&Value::Array(nodes.to_vec()));
-    let survey = Survey { nodes, graph: Graph::parse(&graph(edges)), qemu_cwd: Some(Path::new("/vm")) };
-    survey.read(&block)
+    Survey::new(&Value::Array(nodes.to_vec()), &graph(edges), Some(Path::new("/vm"))).read(&block)
 }
 
 fn drive(node: &str) -> Value {
@@ -55,7 +55,7 @@ fn a_bare_file_node_is_raw_and_an_empty_drive_is_no_disk() {
     ]);
     let disks = survey(&[node("f", "file", "/x.img")], &[], block).expect("disks");
     assert_eq!((disks.disks[0].format, disks.disks[0].read_only), (ImageFormat::Raw, true));
-    assert_eq!(disks.empty, ["cd"]);
+    assert_eq!(disks.empty, [EmptyDrive { device: "cd".into(), qdev: None, is_named: true }]);
     assert_eq!(disks.writable().count(), 0);
 }
 
@@ -66,9 +66,10 @@ fn a_survey_tells_each_drive_by_itself() {
         {"device": "good", "inserted": {"node-name": "f", "ro": false}},
         {"device": "cd", "removable": true},
     ]);
-    let nodes = node_infos(&json!([node("n", "vvfat", "fat:/x"), node("f", "file", "/x.img")]));
-    let drives = Survey { nodes, graph: Graph::parse(&graph(&[])), qemu_cwd: None }.drives(&block);
-    let told: Vec<_> = drives.iter().map(|drive| (drive.device.as_str(), drive.disk.as_ref().map(Option::is_some).ok())).collect();
+    let nodes = json!([node("n", "vvfat", "fat:/x"), node("f", "file", "/x.img")]);
+    let drives = Survey::new(&nodes, &graph(&[]), None).drives(&block);
+    let has_disk = |drive: &Drive| drive.disk.as_ref().map(|medium| matches!(medium, Medium::Disk(_))).ok();
+    let told: Vec<_> = drives.iter().map(|drive| (drive.device.as_str(), has_disk(drive))).collect();
     assert_eq!(told, [("bad", None), ("good", Some(true)), ("cd", Some(false))]);
 }
 
@@ -77,7 +78,9 @@ fn what_cannot_come_back_is_refused_with_a_reason() {
     let cases = [
         (vec![node("n", "vvfat", "fat:/x")], vec![], "directory of the host"),
         (vec![node("n", "raw", ""), node("f", "nbd", "nbd://h")], vec![("n", "file", "f")], "network server"),
-        (vec![node("n", "throttle", ""), node("f", "qcow2", "x")], vec![("n", "file", "f")], "filter"),
+        (vec![node("n", "preallocate", ""), node("f", "qcow2", "x")], vec![("n", "file", "f")], "filter"),
+        (vec![node("n", "vmdk", "x"), node("f", "file", "x")], vec![("n", "file", "f")], "qemu-img convert"),
+        (vec![node("n", "quorum", "")], vec![], "several images"),
         (vec![node("n", "file", "/dev/fdset/1")], vec![], "no path of its own"),
         (vec![node("n", "qcow2", "x"), node("f", "file", "x")], vec![("n", "file", "f"), ("n", "data-file", "f")], "data file"),
         (vec![json!({"node-name": "n", "drv": "qcow2", "encrypted": true})], vec![], "encrypted"),
@@ -89,4 +92,63 @@ fn what_cannot_come_back_is_refused_with_a_reason() {
     }
     let error = survey(&[], &[], drive("gone")).expect_err("missing node");
     assert!(error.is_retryable());
+}
+
+#[test]
+fn slice_of_a_file_is_refused_wherever_it_is() {
+    let part = |options: &str, size: u64| json!({"node-name": "n", "drv": "raw", "file": format!("json:{options}"), "image": {"virtual-size": size}});
+    let whole = 1 << 20;
+    let cases = [
+        (r#"{"driver":"raw","offset":65536,"size":4096,"file":{}}"#, 4096, true),
+        // A file of an odd length is rounded up to sectors, and so may its part be, to the same size.
+        (r#"{"driver":"raw","offset":"100","file":{}}"#, whole, true),
+        (r#"{"driver":"raw","offset":655...."#, whole, true),
+        (r#"{"driver":"raw","size":1048576,"file":{}}"#, whole, false),
+        (r#"{"driver":"raw","file":{"driver":"throttle"}}"#, whole, false),
+    ];
+    for (options, size, refused) in cases {
+        let nodes = [part(options, size), node("f", "file", "x"), node("top", "qcow2", "t"), node("tf", "file", "t")];
+        let edges = [("n", "file", "f"), ("top", "file", "tf"), ("top", "backing", "n")];
+        for device in ["n", "top"] {
+            let found = survey(&nodes, &edges, drive(device));
+            assert_eq!(found.is_err(), refused, "{device}: {options}");
+            assert!(!refused || found.is_err_and(|error| error.is_refusal() && error.to_string().contains("part")));
+        }
+    }
+}
+
+#[test]
+fn filter_is_passed_and_the_checkpoint_taken_below_it() {
+    let nodes = [
+        node("throttled", "throttle", "json:{}"),
+        node("cor", "copy-on-read", "json:{}"),
+        node("data", "qcow2", "d.qcow2"),
+        node("slow", "throttle", ""),
+        node("file", "file", "d.qcow2"),
+    ];
+    let edges = [("throttled", "file", "cor"), ("cor", "file", "data"), ("data", "file", "slow"), ("slow", "file", "file")];
+    let disks = survey(&nodes, &edges, drive("throttled")).expect("disks").disks;
+    assert_eq!((disks[0].root.as_str(), disks[0].node.as_str()), ("throttled", "data"));
+    assert_eq!((disks[0].format, disks[0].file.as_path()), (ImageFormat::Qcow2, Path::new("/vm/d.qcow2")));
+}
+
+#[test]
+fn unused_node_is_listed_apart() {
+    let nodes = [node("used", "file", "a"), node("spare", "qcow2", "s"), node("sf", "file", "s"), node("net", "nbd", "")];
+    let disks = survey(&nodes, &[("spare", "file", "sf")], drive("used")).expect("disks");
+    let unused: Vec<_> = disks.unused.iter().map(|(name, disk)| (name.as_str(), disk.is_ok())).collect();
+    // The test's graph has no edge from the device.
+    assert_eq!(unused, [("used", true), ("spare", true), ("net", false)]);
+}
+
+#[test]
+fn image_that_two_disks_have_is_one_disk_or_refused() {
+    let nodes = [node("d", "file", "a"), node("top", "qcow2", "t"), node("tf", "file", "t")];
+    let edges = [("top", "file", "tf"), ("top", "backing", "d")];
+    let row = |node: &str, ro: bool| json!({"device": node, "inserted": {"node-name": node, "ro": ro}});
+    let twice = survey(&nodes, &edges, json!([row("d", false), row("d", false)])).expect("disks");
+    assert_eq!(twice.disks.len(), 1);
+    assert!(survey(&nodes, &edges, json!([row("d", true), row("top", false)])).is_ok());
+    let error = survey(&nodes, &edges, json!([row("d", false), row("top", false)])).expect_err("written and shown");
+    assert!(error.is_refusal(), "{error}");
 }

@@ -51,8 +51,11 @@ impl Plan {
         }
         let mut line = line::rewrite(&options, &process.directory)?;
         check_machine(machine, &process.directory, &there.monitor).await?;
-        let disks = machine.disks().await?.disks;
-        machine.check_disks(&disks)?;
+        let drives = machine.disks().await?;
+        if let Some(what) = &drives.changed {
+            return Err(refused(format!("{what} since the VM was started; put it back as it was, then adopt the VM")));
+        }
+        let disks = drives.disks;
         let plugin = launch::plugin_path()?;
         let program = qemu.unwrap_or(&machine.file.qemu);
         let facts = probe::probe(program, &plugin)?;

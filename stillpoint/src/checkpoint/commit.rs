@@ -3,18 +3,20 @@
 use super::Checkpointer;
 use super::outcome::{Kind, Outcome, Phases, milliseconds};
 use super::prepare::Run;
+use crate::drives::Drives;
 use crate::exit::{self, coded};
 use crate::fault;
+use crate::launch::arguments;
 use crate::lineage::{self, CheckpointIdentity};
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    ByteLen, CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PAGE_SIZE, PackRecord, RamBlockRecord,
+    ByteLen, CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PAGE_SIZE, PackRecord, Qcow2Record, RamBlockRecord,
     RunState as SavedRunState, SpaceName, SpaceRecord, Totals,
 };
 use checkpoint_store::Durable;
 use qmp_bridge::RunState;
-use qmp_bridge::disks::Disk;
+use qmp_bridge::disks::{BackingImage, Disk, Qcow2Layout};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 use tracing::instrument;
@@ -112,7 +114,7 @@ impl Checkpointer {
                 program: file.qemu.to_string_lossy().into_owned(),
                 machine_type: file.machine_type.clone(),
                 accelerator: file.accelerator.clone(),
-                arguments: file.arguments.clone(),
+                arguments: arguments::words(&run.inventory.drives.options),
                 vcpus: run.inventory.composition.vcpus(),
                 ram_bytes: ByteLen(file.ram_bytes),
                 ram_block: file.ram_block.clone(),
@@ -122,7 +124,7 @@ impl Checkpointer {
             run_state: Some(record(run.run_state)),
             spaces: self.space_records(run)?,
             ram_blocks: self.machine.blocks.iter().map(|block| self.ram_record(block)).collect(),
-            disks: run.disks.iter().map(|disk| self.disk_record(disk)).collect::<Result<_>>()?,
+            disks: run.inventory.drives.disks.iter().map(|disk| self.disk_record(&run.inventory.drives, disk)).collect::<Result<_>>()?,
             packs,
             totals,
         })
@@ -130,7 +132,7 @@ impl Checkpointer {
 
     fn space_records(&self, run: &Run) -> Result<Vec<SpaceRecord>> {
         let ram = self.machine.blocks.iter().map(|block| Ok(SpaceRecord::new(SpaceName::ram(&block.name)?, ByteLen(block.used))));
-        let writable = run.disks.iter().filter(|disk| !disk.read_only);
+        let writable = run.inventory.drives.disks.iter().filter(|disk| !disk.read_only);
         let disks = writable.map(|disk| Ok(SpaceRecord::new(SpaceName::disk(&disk.name)?, ByteLen(disk.virtual_size))));
         let state = SpaceRecord::new(SpaceName::device_state(), run.state_bytes);
         ram.chain(disks).chain([Ok(state)]).collect()
@@ -146,12 +148,12 @@ impl Checkpointer {
         }
     }
 
-    fn disk_record(&self, disk: &Disk) -> Result<DiskRecord> {
-        let layer = |path: &std::path::Path| -> Result<LayerRef> {
-            self.layers.get(path).cloned().with_context(|| format!("the layer {} was not stored", path.display()))
+    fn disk_record(&self, drives: &Drives, disk: &Disk) -> Result<DiskRecord> {
+        let layer = |image: &BackingImage| -> Result<LayerRef> {
+            let stored = self.layers.get(&image.file).with_context(|| format!("the layer {} was not stored", image.file.display()))?;
+            // Two disks may read one file in two formats.
+            Ok(LayerRef { format: image.format.as_str().to_owned(), ..stored.clone() })
         };
-        let own = disk.read_only.then(|| layer(&disk.file)).transpose()?;
-        let backing = disk.backing.iter().map(|image| layer(&image.file));
         Ok(DiskRecord {
             node: disk.name.clone(),
             space: (!disk.read_only).then(|| SpaceName::disk(&disk.name)).transpose()?,
@@ -159,7 +161,8 @@ impl Checkpointer {
             format: disk.format.as_str().to_owned(),
             virtual_size: ByteLen(disk.virtual_size),
             file: disk.file.to_string_lossy().into_owned(),
-            backing: own.into_iter().map(Ok).chain(backing).collect::<Result<_>>()?,
+            backing: drives.layers(disk).iter().map(layer).collect::<Result<_>>()?,
+            qcow2: disk.layout.as_ref().filter(|_| !disk.read_only).map(qcow2_record),
         })
     }
 }
@@ -175,6 +178,17 @@ fn record(state: RunState) -> SavedRunState {
         RunState::IoError => SavedRunState::IoError,
         RunState::InternalError => SavedRunState::InternalError,
         RunState::Watchdog => SavedRunState::Watchdog,
+    }
+}
+
+fn qcow2_record(layout: &Qcow2Layout) -> Qcow2Record {
+    Qcow2Record {
+        cluster_size: ByteLen(layout.cluster_size),
+        compat: layout.compat.clone(),
+        lazy_refcounts: layout.lazy_refcounts,
+        refcount_bits: layout.refcount_bits,
+        extended_l2: layout.extended_l2,
+        compression: layout.compression.clone(),
     }
 }
 

@@ -5,6 +5,7 @@ use super::delta::{Delta, Space};
 use super::outcome::Phases;
 use super::store::{Force, StoreSession};
 use super::{Checkpointer, Choice, Report};
+use crate::drives::Drives;
 use crate::engine::{Chosen, Engine, choose_stream, choose_tracker};
 use crate::fault;
 use crate::helper::inventory::Inventory;
@@ -45,7 +46,6 @@ pub struct Run {
     pub inventory: Inventory,
     /// What the guest was doing at the checkpoint's point in time.
     pub run_state: RunState,
-    pub disks: Vec<Disk>,
     pub boot_files: Vec<LayerRef>,
     pub partial: Option<Arc<PartialCheckpoint>>,
     pub packer: Option<Packer>,
@@ -79,15 +79,14 @@ impl Checkpointer {
         self.machine.check_listed(&inventory.devices).await?;
         check_blockers(&inventory.composition.migration_blockers)?;
         self.ensure_session(choice.full).await?;
-        let disks = inventory.disks.disks.clone();
-        self.machine.check_disks(&disks)?;
-        self.machine.check_command_line(&disks)?;
-        let spaces = disk_spaces(&disks)?;
+        let drives = &inventory.drives;
+        self.machine.check_command_line(drives)?;
+        let spaces = disk_spaces(&drives.disks)?;
         self.ensure_base(&spaces).await?;
         let layers_begun = Instant::now();
-        let layer_bytes = self.ensure_layers(&disks).await?;
+        let layer_bytes = self.ensure_layers(drives).await?;
         phases.since("layers", layers_begun);
-        self.follow_chains(&disks)?;
+        self.follow_chains(drives)?;
         self.begin_lineage_if_due(choice.full)?;
         let chosen = self.choose_engine(choice).await?;
         let run = self.begin_run(chosen, inventory, layer_bytes).await?;
@@ -161,17 +160,17 @@ impl Checkpointer {
         }
     }
 
-    async fn ensure_layers(&mut self, disks: &[Disk]) -> Result<u64> {
+    async fn ensure_layers(&mut self, drives: &Drives) -> Result<u64> {
         let session = self.store.as_ref().context("the store is not open")?;
         let boot = layers::boot_files(&self.machine.file.arguments, &self.machine.directory())?;
-        let open = self.machine.open_files()?;
-        self.layers.ensure_all(&session.repository, disks, &boot, &open).await
+        self.layers.ensure_all(&session.repository, drives, &boot).await
     }
 
     /// A disk that stands on other layers than its parent did (a stream or commit at run time) may show other content where
     /// nothing was written: then all is stored anew.
-    fn follow_chains(&mut self, disks: &[Disk]) -> Result<()> {
-        let chains = disks.iter().map(|disk| Ok((disk.name.clone(), self.chain(disk)?))).collect::<Result<Chains>>()?;
+    fn follow_chains(&mut self, drives: &Drives) -> Result<()> {
+        let writable = drives.disks.iter().filter(|disk| !disk.read_only);
+        let chains = writable.map(|disk| Ok((disk.name.clone(), self.chain(drives, disk)?))).collect::<Result<Chains>>()?;
         let base = self.base.as_mut().context("the base is not known")?;
         let is_same = |(node, chain): (&String, &Vec<ContentDigest>)| base.chains.get(node).is_none_or(|before| before == chain);
         if base.parent().is_some() && !chains.iter().all(is_same) {
@@ -191,15 +190,15 @@ impl Checkpointer {
         Ok(())
     }
 
-    fn chain(&self, disk: &Disk) -> Result<Vec<ContentDigest>> {
-        let layers = disk.backing.iter().map(|image| self.layers.get(&image.file));
+    fn chain(&self, drives: &Drives, disk: &Disk) -> Result<Vec<ContentDigest>> {
+        let images = drives.layers(disk);
+        let layers = images.iter().map(|image| self.layers.get(&image.file));
         layers.map(|layer| Ok(layer.context("a layer was not stored")?.digest)).collect()
     }
 
     async fn begin_run(&mut self, chosen: Chosen, inventory: Inventory, layer_bytes: u64) -> Result<Run> {
         let session = self.store.as_ref().context("the store is not open")?;
         let base = self.base.as_ref().context("the base is not known")?;
-        let disks = inventory.disks.disks.clone();
         let (seq, parent, is_exact) = (base.next(), base.parent(), base.is_exact);
         let plan = CapturePlan {
             tag: self.tag()?,
@@ -209,7 +208,7 @@ impl Checkpointer {
             scratch_reserve: DEFAULT_SCRATCH_RESERVE,
             nbd_socket: self.machine.runtime.nbd(),
         };
-        let prepared = PreparedDisks::prepare(&self.machine.qmp, &disks, plan).await.context("preparing the disks")?;
+        let prepared = PreparedDisks::prepare(&self.machine.qmp, &inventory.drives.disks, plan).await.context("preparing the disks")?;
         let partial = Arc::new(session.writer.begin(seq).await.context("beginning a checkpoint in the store")?);
         let boot = layers::boot_files(&self.machine.file.arguments, &self.machine.directory())?;
         let boot_files = boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
@@ -229,7 +228,6 @@ impl Checkpointer {
             parent,
             inventory,
             run_state: RunState::Running,
-            disks,
             boot_files,
             partial: Some(partial),
             packer: Some(packer),

@@ -2,10 +2,11 @@
 //! its pause, minutes later, when layers were stored in between.
 
 use super::machine::Machine;
+use crate::drives::Drives;
 use crate::exit::{FAILED, coded};
 use anyhow::{Context, Result};
 use qmp_bridge::devices::{self, GuestDevice};
-use qmp_bridge::disks::{Disk, Disks};
+use qmp_bridge::disks::{Disk, EmptyDrive};
 use qmp_bridge::machine::Composition;
 use qmp_bridge::qmp::EventWatch;
 use qmp_bridge::ramblock::{self, RamBlock};
@@ -18,7 +19,7 @@ const EVENTS: &[&str] = &["DEVICE_DELETED", "DEVICE_TRAY_MOVED", "MEMORY_DEVICE_
 pub struct Inventory {
     pub devices: Vec<GuestDevice>,
     pub composition: Composition,
-    pub disks: Disks,
+    pub drives: Drives,
     blocks: Vec<RamBlock>,
     watch: EventWatch,
     since: Instant,
@@ -30,8 +31,8 @@ impl Inventory {
         let since = Instant::now();
         let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
         let composition = Composition::read(&machine.qmp).await.context("asking QEMU for its vCPUs and memory")?;
-        let disks = machine.disks().await?;
-        Ok(Self { devices, composition, disks, blocks: machine.blocks.clone(), watch, since })
+        let drives = machine.disks().await?;
+        Ok(Self { devices, composition, drives, blocks: machine.blocks.clone(), watch, since })
     }
 
     /// After the guest was resumed: whether devices, vCPUs and memory are what they were.
@@ -51,10 +52,11 @@ impl Inventory {
     /// When nothing of the capture is above the disks any more: whether they, and their media, are what they were.
     pub async fn check_disks(&self, machine: &Machine) -> Result<()> {
         let now = machine.disks().await?;
-        let changed = difference(&self.disks.empty, &now.empty).map(|what| format!("empty drive {what}"));
+        let empty = |drive: &EmptyDrive| drive.device.clone();
+        let changed = difference(&names(&self.drives.empty, empty), &names(&now.empty, empty)).map(|what| format!("empty drive {what}"));
         let disk = |disk: &Disk| format!("disk {} ({} bytes, {})", disk.device, disk.virtual_size, disk.file.display());
-        let moved = difference(&names(&self.disks.disks, disk), &names(&now.disks, disk));
-        let otherwise = (self.disks != now).then(|| "a disk stands on other images".to_owned());
+        let moved = difference(&names(&self.drives.disks, disk), &names(&now.disks, disk));
+        let otherwise = (!self.drives.is_same(&now)).then(|| "a disk stands on other images".to_owned());
         unchanged(moved.or(changed).or(otherwise).or_else(|| self.event()))
     }
 

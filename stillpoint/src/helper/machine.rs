@@ -1,10 +1,11 @@
 //! The running machine as the helper holds it: QEMU's monitor, the tracker on its memory, and what it consists of.
 
+use crate::drives::{self, Drives, Started};
 use crate::exit::refused;
 use crate::helper::qemu_lock::QemuLock;
 use crate::helper::unprepared;
 use crate::launch::process::QemuProcess;
-use crate::launch::{arguments, disk_names, expected, paths, saved};
+use crate::launch::{arguments, expected, saved};
 use crate::layers;
 use crate::runtime::{MachineFile, RuntimeDir};
 use anyhow::{Context, Result};
@@ -14,7 +15,6 @@ use qmp_bridge::devices::GuestDevice;
 use qmp_bridge::machine::MachineFacts;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::{Qmp, devices, disks, host_finder, ramblock};
-use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -89,19 +89,13 @@ impl Machine {
         std::fs::read_link(format!("/proc/{}/cwd", self.pid)).unwrap_or_else(|_| self.file.directory.clone())
     }
 
-    /// Device and inode of every file that QEMU has open.
-    pub fn open_files(&self) -> Result<HashSet<(u64, u64)>> {
-        let folder = format!("/proc/{}/fd", self.pid);
-        let files = std::fs::read_dir(&folder).with_context(|| format!("looking at QEMU's open files in {folder}"))?;
-        let facts = files.flatten().filter_map(|file| std::fs::metadata(file.path()).ok());
-        Ok(facts.map(|facts| (facts.dev(), facts.ino())).collect())
-    }
-
-    /// The disks, each under the name that it has in the store.
-    pub async fn disks(&self) -> Result<disks::Disks> {
-        let mut list = disks::list(&self.qmp, Some(&self.directory())).await.context("asking QEMU for its disks")?;
-        disk_names::name_disks(&arguments::parse(&self.file.arguments)?, &self.directory(), &mut list.disks);
-        Ok(list)
+    /// The disks, each under the name that it has in the store, and the command line that makes them as they are.
+    pub async fn disks(&self) -> Result<Drives> {
+        let directory = self.directory();
+        let found = disks::list(&self.qmp, Some(&directory)).await.context("asking QEMU for its disks")?;
+        let options = arguments::parse(&self.file.arguments)?;
+        let started = Started { options: &options, machine_type: &self.file.machine_type, directory: &directory, pid: self.pid };
+        drives::examine(found, &started)
     }
 
     /// The guest's memory: one space for each RAM block, in the order of the tracker's regions.
@@ -155,25 +149,11 @@ impl Machine {
         Ok(new.or(gone))
     }
 
-    /// Likewise a disk whose image was changed at run time.
-    pub fn check_disks(&self, disks: &[disks::Disk]) -> Result<()> {
-        let options = arguments::parse(&self.file.arguments)?;
-        let is_foreign = |disk: &&disks::Disk| disk_names::is_unnamed(disk) || !paths::is_named(&options, &self.directory(), &disk.file);
-        match disks.iter().find(is_foreign) {
-            None => Ok(()),
-            Some(disk) => Err(refused(format!(
-                "disk {} is on {} now, which the machine's command line does not name (a snapshot or mirror was made at run time?); start the machine anew on that file",
-                disk.device,
-                disk.file.display()
-            ))),
-        }
-    }
-
-    /// That a restore could start the VM from its command line: every file that it names is in the checkpoint.
-    pub fn check_command_line(&self, disks: &[disks::Disk]) -> Result<()> {
+    /// That a restore could start the VM from the command line that is saved: every file that it names is in the checkpoint.
+    pub fn check_command_line(&self, drives: &Drives) -> Result<()> {
         let directory = self.directory();
         let boot_files = layers::boot_files(&self.file.arguments, &directory)?;
-        saved::check_carried(&self.file.arguments, &directory, disks, &boot_files)
+        saved::check_carried(&arguments::words(&drives.options), &directory, &drives.disks, &boot_files)
     }
 
     /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked anew, from nothing. Says whether.

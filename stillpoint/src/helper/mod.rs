@@ -45,7 +45,7 @@ async fn serve_machine(runtime: RuntimeDir, control: UnixListener) -> Result<()>
     crate::adopt::recover(&runtime).await?;
     let machine = Machine::attach(runtime).await?;
     // Remembers what the machine began with, and says at once if it cannot be checkpointed; it may be mended while it runs.
-    if let Err(error) = machine.check_devices().await {
+    for error in [machine.check_devices().await.err(), machine.disks().await.err()].into_iter().flatten() {
         tracing::warn!(error = format!("{error:#}"), "no checkpoint can be taken as the machine is");
     }
     let name = machine.file.name.clone();

@@ -6,7 +6,6 @@
 
 pub mod accelerator;
 pub mod command;
-pub mod disk_names;
 pub mod expected;
 mod first_start;
 pub mod foreign;

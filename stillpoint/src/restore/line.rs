@@ -1,7 +1,7 @@
 //! What a restore checks of the new command line before it makes anything: the user's `--map`, and that nothing which another
 //! VM or this host has is taken away.
 
-use super::disks;
+use super::disks::Places;
 use super::ports;
 use crate::cli::Mapping;
 use crate::exit::{explain, refused};
@@ -9,7 +9,6 @@ use crate::launch::arguments;
 use crate::launch::paths::NewPaths;
 use crate::launch::saved;
 use anyhow::{Error, Result};
-use checkpoint_format::Manifest;
 use qemu_cmdline::form::Form;
 use qemu_cmdline::restorable::{self, Wishes};
 use qemu_cmdline::{QemuOption, Use, rewrite, visit};
@@ -31,18 +30,18 @@ pub struct Planned {
 }
 
 impl Planned {
-    pub fn of(manifest: &Manifest, wishes: &Wishes, dir: &Path) -> Result<Self> {
+    pub fn of(places: &Places<'_>, wishes: &Wishes) -> Result<Self> {
+        let manifest = places.manifest;
         let words = &manifest.machine.arguments;
         let mut paths = NewPaths::new(Path::new(&manifest.machine.directory));
         manifest.disks.iter().flat_map(|disk| &disk.backing).for_each(|layer| paths.add_disk(&layer.path, Path::new(&layer.path)));
         manifest.machine.files.iter().for_each(|layer| paths.add_boot_file(&layer.path, Path::new(&layer.path)));
-        let writable = manifest.disks.iter().filter(|disk| !disk.read_only);
-        writable.for_each(|disk| paths.add_disk(&disk.file, &dir.join(disks::file_name(disk))));
+        manifest.disks.iter().for_each(|disk| paths.add_disk(&disk.file, &places.image(disk)));
         let options = match saved::restored(words, &paths, wishes) {
             Ok(restored) => restored.options,
             Err(error) => return Err(with_taken(error, words, wishes)),
         };
-        Ok(Self { options, dir: dir.to_owned(), renamed: renamed(words, wishes)? })
+        Ok(Self { options, dir: places.dir.to_owned(), renamed: renamed(words, wishes)? })
     }
 
     /// The files and sockets that QEMU makes in the VM's directory.

@@ -3,6 +3,8 @@
 //! Nothing of the old host is needed but the store. Nothing runs before everything is in place; whatever fails before
 //! `cont` leaves the checkpoint as it was, and a new QEMU that is ended.
 
+mod chain;
+mod check;
 mod disks;
 mod layers;
 mod line;
@@ -24,13 +26,13 @@ use crate::helper::attach;
 use crate::helper::machine::Machine;
 use crate::inspect::{self, print_json};
 use crate::launch;
-use crate::launch::arguments::QemuOption;
 use crate::launch::paths::NewPaths;
 use crate::runtime::{MachineFile, Marks, RuntimeDir};
 use crate::terminal::bytes;
 use anyhow::{Context, Error, Result};
 use checkpoint_format::{CheckpointSeq, Manifest, VmName};
 use dirty_tracker::GuestMemory;
+use disks::Places;
 use layers::LocalLayers;
 use line::Planned;
 use qemu::NewQemu;
@@ -41,7 +43,7 @@ use qmp_bridge::incoming::Incoming;
 use run_state::Transition;
 use serde_json::{Value, json};
 use source::Source;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 use tokio::signal::unix::{SignalKind, signal};
 use undo::Undo;
@@ -169,7 +171,7 @@ impl Restore {
         }
         launch::refuse_alive(&self.runtime)?;
         checkpoint::may_claim(repository, self.name(), &self.instance, Force::if_ordered(self.args.take_over)).await?;
-        let planned = Planned::of(self.source.manifest(), &self.wishes, &self.dir)?;
+        let planned = Planned::of(&self.places(), &self.wishes)?;
         planned.check_free()?;
         Ok(planned)
     }
@@ -177,15 +179,14 @@ impl Restore {
     /// Everything but a guest that runs.
     async fn make(&mut self, undo: &mut Undo) -> Result<Ready> {
         let planned = self.check().await?;
-        let writable = self.source.manifest().disks.iter().filter(|disk| !disk.read_only);
-        let disks = writable.map(|disk| self.dir.join(disks::file_name(disk)));
-        undo.make_directory(&self.dir, disks.chain(planned.made()).collect())?;
+        let images = self.places().made();
+        undo.make_directory(&self.dir, images.into_iter().chain(planned.made()).collect())?;
         let step = Instant::now();
         let layers = LocalLayers::provide(&self.source).await?;
         self.phases.since("layers", step);
         let step = Instant::now();
         let runtime_path = self.runtime.path().to_owned();
-        let paths = disks::restore(&self.source, &layers, &self.dir, &self.qemu, &runtime_path).await?;
+        let paths = disks::restore(&self.source, &layers, &self.places(), &self.qemu, &runtime_path).await?;
         self.phases.since("disks", step);
         let mut file = self.machine_file(&layers, &paths)?;
         let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes).context("making the guest's memory")?;
@@ -194,7 +195,7 @@ impl Restore {
         undo.started(new.pid())?;
         self.runtime.save_machine(&file)?;
         fault::point("restore.started");
-        match self.bring_up(memory).await {
+        match self.bring_up(memory, &layers).await {
             Ok(machine) => {
                 let note = self.is_copy().then(|| planned.note_of_copy());
                 Ok(Ready { file, new, machine, layer_bytes: layers.bytes_read, note })
@@ -240,6 +241,10 @@ impl Restore {
         helper.map(drop).with_context(|| format!("{} is restored, but has no helper ('stillpoint attach {0}' starts one)", file.name))
     }
 
+    fn places(&self) -> Places<'_> {
+        Places { manifest: self.source.manifest(), dir: &self.dir, map: &self.wishes.map }
+    }
+
     /// The command line of the old machine with the files of the new one.
     fn machine_file(&self, layers: &LocalLayers, paths: &NewPaths) -> Result<MachineFile> {
         let manifest = self.source.manifest();
@@ -247,7 +252,7 @@ impl Restore {
         let restored = launch::saved::restored(&record.arguments, paths, &self.wishes)?;
         restored.notes.iter().for_each(|note| eprintln!("stillpoint: {note}"));
         let options = if self.is_copy() { line::as_copy(restored.options, &self.wishes) } else { restored.options };
-        check_disks(manifest, layers, &options, &self.dir)?;
+        let options = check::on_the_line(&self.places(), layers, options)?;
         Ok(MachineFile {
             format: MachineFile::FORMAT,
             name: self.name().clone(),
@@ -278,7 +283,7 @@ impl Restore {
     }
 
     /// QEMU with the VM's whole state, stopped.
-    async fn bring_up(&mut self, memory: GuestMemory) -> Result<Machine> {
+    async fn bring_up(&mut self, memory: GuestMemory, layers: &LocalLayers) -> Result<Machine> {
         let step = Instant::now();
         let block = self.source.manifest().machine.ram_block.clone();
         let filling = tokio::spawn(memory::fill(self.source.clone(), block, memory));
@@ -286,6 +291,7 @@ impl Restore {
         let devices = self.run_state.write(memory::device_state(&self.source).await?)?;
         let machine = Machine::attach(self.runtime.clone()).await?;
         check_blocks(self.source.manifest(), &machine)?;
+        check::in_qemu(&self.places(), layers, &machine.disks().await?)?;
         filling.await.context("filling the guest's memory was cut off")??;
         self.phases.since("memory", step);
         let step = Instant::now();
@@ -337,23 +343,6 @@ async fn interrupted() -> Result<Error> {
         _ = hang_up.recv() => {}
     }
     Ok(anyhow::anyhow!("interrupted; what was made is removed again"))
-}
-
-/// Every disk must be on the new command line, or QEMU would open files of the old machine.
-fn check_disks(manifest: &Manifest, layers: &LocalLayers, options: &[QemuOption], dir: &Path) -> Result<()> {
-    for disk in &manifest.disks {
-        let file = match disk.backing.first().filter(|_| disk.read_only) {
-            Some(layer) => layers.path(layer).to_owned(),
-            None => dir.join(disks::file_name(disk)),
-        };
-        if !launch::paths::is_named(options, dir, &file) {
-            return Err(refused(format!(
-                "the saved command line does not name {}, the file of disk {}; the checkpoint cannot be restored as it is",
-                disk.file, disk.node
-            )));
-        }
-    }
-    Ok(())
 }
 
 /// The new QEMU must have built the same RAM blocks, or the state would be loaded into the wrong place.

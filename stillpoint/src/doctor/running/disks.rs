@@ -4,11 +4,10 @@ use super::super::Row;
 use super::cannot;
 use crate::helper::unprepared::look::Look;
 use crate::launch::foreign::Foreign;
-use crate::launch::{disk_names, paths};
 use crate::terminal::bytes;
 use anyhow::Error;
 use qmp_bridge::QmpError;
-use qmp_bridge::disks::{self, Disk, Drive};
+use qmp_bridge::disks::{self, Disk, DiskError, Drive, Medium};
 use serde_json::Value;
 
 const START_ANEW: &str = "start the machine anew with that disk on a qcow2 or raw image";
@@ -23,39 +22,39 @@ pub async fn check(look: &Look, found: Option<&Foreign>) -> Vec<Row> {
 
 async fn rows(look: &Look, found: Option<&Foreign>) -> Result<Vec<Row>, QmpError> {
     let drives = disks::survey(&look.qmp, Some(&look.process.directory)).await?;
-    let has_writable = drives.iter().any(|drive| matches!(&drive.disk, Ok(Some(disk)) if !disk.read_only));
-    let mut rows: Vec<Row> = drives.into_iter().map(|drive| row(look, found, drive)).collect();
+    let is_writable = |drive: &Drive| matches!(&drive.disk, Ok(Medium::Disk(disk)) if !disk.read_only);
+    let has_writable = drives.iter().any(is_writable);
+    let is_sound = drives.iter().all(|drive| drive.disk.is_ok());
+    let mut rows: Vec<Row> = drives.into_iter().map(row).collect();
     if let Some(why) = disks::unsafe_iothread(&look.qmp).await?.filter(|_| has_writable) {
         rows.push(cannot("disk threads", &Error::msg(why), START_ANEW));
+    } else if let Some(found) = found.filter(|_| is_sound) {
+        rows.extend(together(look, found).await);
     }
     rows.extend(jobs(&look.qmp.execute_json("query-block-jobs", Value::Null).await?));
     rows.extend(exports(&look.qmp.execute_json("query-block-exports", Value::Null).await?));
     Ok(rows)
 }
 
-fn row(look: &Look, found: Option<&Foreign>, drive: Drive) -> Row {
+/// What only all drives together, and the command line, show.
+async fn together(look: &Look, found: &Foreign) -> Option<Row> {
+    match look.drives(found).await {
+        Ok(_) => None,
+        // It has a row of its own.
+        Err(error) if matches!(error.downcast_ref(), Some(DiskError::Job { .. })) => None,
+        Err(error) => Some(cannot("disks", &error, ELSEWHERE)),
+    }
+}
+
+fn row(drive: Drive) -> Row {
     let check = format!("disk {}", short(&drive.device));
-    let disk = match drive.disk {
-        Ok(Some(disk)) => disk,
-        Ok(None) => return Row::ok(check, "no medium"),
+    match drive.disk {
+        Ok(Medium::Disk(disk)) => Row::ok(check, describe(&disk)),
+        Ok(Medium::None(_)) => Row::ok(check, "no medium"),
         // The device is in the row's name already.
-        Err(disks::DiskError::Unsupported { why, .. }) => return cannot(check, &Error::msg(why), START_ANEW),
-        Err(error) => return cannot(check, &error.into(), START_ANEW),
-    };
-    let mut named = [disk];
-    if let Some(found) = found {
-        disk_names::name_disks(&found.options, &look.process.directory, &mut named);
+        Err(DiskError::Unsupported { why, .. }) => cannot(check, &Error::msg(why), START_ANEW),
+        Err(error) => cannot(check, &error.into(), START_ANEW),
     }
-    let [disk] = named;
-    let is_named = |found: &Foreign| !disk_names::is_unnamed(&disk) && paths::is_named(&found.options, &look.process.directory, &disk.file);
-    if found.is_some_and(|found| !is_named(found)) {
-        let why = format!(
-            "it is on {} now, which the command line does not name (a snapshot or mirror was made at run time?)",
-            disk.file.display()
-        );
-        return Row::no(check, why, ELSEWHERE);
-    }
-    Row::ok(check, describe(&disk))
 }
 
 /// A drive without a name of its own is told by its device: `/machine/peripheral/virtio-disk0/virtio-backend`.

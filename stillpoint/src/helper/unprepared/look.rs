@@ -1,12 +1,14 @@
 //! A look at a running QEMU: its process, and what its monitor says. Nothing is changed.
 
 use super::peer::Line;
+use crate::drives::{self, Drives, Started};
 use crate::helper::machine;
 use crate::launch::foreign::{self, Foreign, Said};
 use crate::launch::inherited::Hold;
 use crate::launch::process::QemuProcess;
 use anyhow::{Context, Result};
 use qmp_bridge::Qmp;
+use qmp_bridge::disks;
 use qmp_bridge::machine::{MachineFacts, MachineType, machine_types};
 use qmp_bridge::migration::{self, Support};
 use qmp_bridge::ramblock::{self, RamBlock};
@@ -57,6 +59,14 @@ impl Look {
             return Err("Stillpoint's plugin does not sit in this QEMU".to_owned());
         };
         machine::can_track(&self.qmp, socket.clone(), &found.ram_block).await.map_err(|error| format!("{error:#}"))
+    }
+
+    /// Its disks, on the command line that would be saved.
+    pub async fn drives(&self, found: &Foreign) -> Result<Drives> {
+        let directory = &self.process.directory;
+        let listed = disks::list(&self.qmp, Some(directory)).await.context("asking QEMU for its disks")?;
+        let (options, machine_type, pid) = (&found.options, &found.machine_type, self.process.pid);
+        drives::examine(listed, &Started { options, machine_type, directory, pid })
     }
 
     /// Why QEMU could not do its part for this user's helper: it opens the scratch files and serves the disks' instant itself.

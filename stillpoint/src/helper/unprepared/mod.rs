@@ -50,6 +50,7 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, monitor: &Path, args:
         return Err(refused(why));
     }
     let found = look.understand()?;
+    let drives = look.drives(&found).await?;
     let tracker = look.tracker(&found).await;
     // A checkpoint chooses anew; what cannot be had at all is refused before a helper is started.
     let chosen = match choose_tracker(args.engine, &tracker)? {
@@ -84,11 +85,8 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, monitor: &Path, args:
             stream: args.stream,
         }),
     };
-    // What cannot be listed is told by the helper, which looks again.
-    if let Ok(list) = qmp_bridge::disks::list(&look.qmp, Some(&file.directory)).await {
-        let boot_files = layers::boot_files(&file.arguments, &file.directory)?;
-        saved::check_carried(&file.arguments, &file.directory, &list.disks, &boot_files)?;
-    }
+    let boot_files = layers::boot_files(&file.arguments, &file.directory)?;
+    saved::check_carried(&arguments::words(&drives.options), &file.directory, &drives.disks, &boot_files)?;
     for dropped in &found.dropped {
         tracing::info!(what = dropped.what, why = dropped.why, "a restored machine is started without it");
     }
