@@ -215,14 +215,19 @@ fn a_machine_as_proxmox_starts_it_is_attached_by_its_hook() {
 }
 
 #[test]
-fn the_throttle_nodes_of_newer_proxmox_machines_are_refused() {
+fn proxmox_throttle_nodes_are_carried() {
     let qemu = newest_qemu();
     let lab = Lab::new(&qemu);
     let machine = lab.start_plain("100", &proxmox(&qemu, &lab, THROTTLED));
     let monitor = proxmox_monitor(&lab);
     lab.run(&["attach", "--qmp", text(&monitor), "--store", lab.store(), "--name", "100"]).expect_success();
-    let said = lab.run(&["checkpoint", "100"]).expect_failure(1);
-    assert!(said.contains("throttle") && said.contains("scsi0"), "{said}");
+    machine.checkpoint();
+    assert_eq!(machine.checkpoint().outcome.kind, "incremental");
+    let shown = lab.run(&["show", "100@2", "--json"]).expect_success().json();
+    let disk = shown["disks"].as_array().into_iter().flatten().find(|disk| disk["read_only"] == false);
+    let disk = disk.unwrap_or_else(|| panic!("no writable disk in {shown}"));
+    assert_ne!(disk["node"], "drive-scsi0", "the checkpoint is of the node below the filter");
+    assert!(shown["machine"]["arguments"].to_string().contains("throttle-group"), "the filter comes back: {shown}");
     assert!(machine.qmp().is_running());
 }
 

@@ -117,7 +117,6 @@ pub fn check(options: &[QemuOption], rules: Rules, directory: &Path) -> Result<(
     refuse_disks::check(options)?;
     if rules == Rules::Launched {
         check_descriptors(options)?;
-        refuse_disks::check_unused(options)?;
     }
     options.iter().try_for_each(|option| check_option(option, rules))
 }

@@ -16,7 +16,7 @@ pub fn check(options: &[QemuOption]) -> Result<()> {
     let mut protocol = None;
     visit(options, |site| {
         let is_name = site.means == Use::Disk && (site.key == "file" || site.key.is_empty());
-        if let Some(name) = protocol_of(site.value).filter(|_| is_name) {
+        if let Some(name) = protocol_of(site.value).filter(|name| is_name && *name != "host_device") {
             protocol.get_or_insert_with(|| (site.option.to_owned(), name.to_owned(), site.value.to_owned()));
         }
     });
@@ -52,27 +52,6 @@ fn check_tree(option: &QemuOption) -> Result<()> {
 fn protocol_of(path: &str) -> Option<&str> {
     let (name, _) = path.split_at(path.find([':', '/'])?);
     path[name.len()..].starts_with(':').then_some(name)
-}
-
-/// An image that no device has is no disk of the VM, so no checkpoint holds it; a restored QEMU would open the old one.
-pub fn check_unused(options: &[QemuOption]) -> Result<()> {
-    let forms: Vec<(usize, Form)> =
-        options.iter().enumerate().filter(|(_, option)| option.value.is_some()).map(|(at, option)| (at, Form::of(option))).collect();
-    for (at, form) in forms.iter().filter(|(at, _)| options[*at].name == "blockdev") {
-        let Some(node) = form.get("node-name") else { continue };
-        let names_file = form.scalars().iter().any(|(key, _)| key.rsplit('.').next() == Some("filename"));
-        let is_user = |(other, form): &(usize, Form)| {
-            let is_reference =
-                |(key, value): &(String, String)| *value == node && !["id", "node-name", "name", "serial"].contains(&key.as_str());
-            other != at && form.deep_scalars().iter().any(is_reference)
-        };
-        if names_file && !forms.iter().any(is_user) {
-            bail!(
-                "-blockdev node-name={node} is used by no device, so no checkpoint would hold its image; leave it out, or give it to a device"
-            );
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -120,21 +99,10 @@ mod test {
             "-drive file=/a:b.img,format=raw,snapshot=off -hda ./c:d.img -drive file=file:x,if=virtio,cache=none,bps-size=1 -drive if=none,id=cd",
             r#"-blockdev {"driver":"qcow2","node-name":"d","backing":null,"file":{"driver":"file","filename":"a"}}"#,
             "-blockdev driver=raw,offset=0,node-name=d,file.driver=host_device,file.filename=/dev/vg/lv -cdrom x.iso",
+            "-drive file=host_device:/dev/vg/lv,format=raw -blockdev driver=file,filename=spare,node-name=unused",
             "-drive file=snapshot,id=offset,format=raw",
         ] {
             check(&options(line)).unwrap();
         }
-    }
-
-    #[test]
-    fn an_image_without_a_device_is_refused() {
-        let spare = "-blockdev driver=qcow2,node-name=spare,file.driver=file,file.filename=s";
-        assert!(check_unused(&options(spare)).unwrap_err().to_string().contains("spare"));
-        assert!(check_unused(&options(&format!("{spare} -device x,id=spare,serial=spare"))).is_err());
-        for user in ["-device ide-hd,drive=spare", r#"-device {"driver":"x","drive":"spare"}"#, "-machine q35,pflash0=spare"] {
-            check_unused(&options(&format!("{spare} {user}"))).unwrap();
-        }
-        check_unused(&options("-blockdev driver=file,filename=a,node-name=f -blockdev driver=raw,file=f,node-name=d -device x,drive=d"))
-            .unwrap();
     }
 }
