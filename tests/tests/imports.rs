@@ -13,7 +13,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("qmp-bridge", &[]),
     ("stillpoint", &["checkpoint-format", "checkpoint-store", "dirty-tracker", "qemu-cmdline", "qmp-bridge"]),
     ("stillpoint-plugin", &[]),
-    ("stillpoint-tests", &["checkpoint-format", "checkpoint-store", "dirty-tracker", "qmp-bridge"]),
+    ("stillpoint-tests", &["checkpoint-format", "checkpoint-store", "dirty-tracker", "qemu-cmdline", "qmp-bridge"]),
     ("witness", &[]),
 ];
 

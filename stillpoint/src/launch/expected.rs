@@ -6,37 +6,14 @@
 
 use super::arguments::QemuOption;
 use super::form::Form;
+use qemu_cmdline::table;
 use qmp_bridge::devices::GuestDevice;
 
 const NAMED: &str = "/machine/peripheral/";
 
-/// Options other than `-device` that make a device without an id, and its model; empty for any.
-const SHORTHANDS: &[(&str, &str)] =
-    &[("virtfs", "virtio-9p-pci"), ("debugcon", "isa-debugcon"), ("virtioserial", "virtio-serial-pci"), ("watchdog", "")];
-/// Models that QEMU knows by another word too; `-device help` names them as aliases.
-const ALIASES: &[(&str, &str)] = &[
-    ("ac97", "AC97"),
-    ("ahci", "ich9-ahci"),
-    ("e1000-82540em", "e1000"),
-    ("es1370", "ES1370"),
-    ("lsi", "lsi53c895a"),
-    ("virtio-9p", "virtio-9p-pci"),
-    ("virtio-balloon", "virtio-balloon-pci"),
-    ("virtio-blk", "virtio-blk-pci"),
-    ("virtio-gpu", "virtio-gpu-pci"),
-    ("virtio-gpu-gl", "virtio-gpu-gl-pci"),
-    ("virtio-input-host", "virtio-input-host-pci"),
-    ("virtio-iommu", "virtio-iommu-pci"),
-    ("virtio-keyboard", "virtio-keyboard-pci"),
-    ("virtio-mouse", "virtio-mouse-pci"),
-    ("virtio-multitouch", "virtio-multitouch-pci"),
-    ("virtio-net", "virtio-net-pci"),
-    ("virtio-rng", "virtio-rng-pci"),
-    ("virtio-scsi", "virtio-scsi-pci"),
-    ("virtio-serial", "virtio-serial-pci"),
-    ("virtio-sound", "virtio-sound-pci"),
-    ("virtio-tablet", "virtio-tablet-pci"),
-];
+/// Options other than `-device` that make a device: its id, if it gets one, and its model; empty for any.
+const SHORTHANDS: &[(&str, Option<&str>, &str)] =
+    &[("virtfs", None, "virtio-9p-pci"), ("debugcon", Some("debugcon"), "isa-debugcon"), ("watchdog", None, "")];
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Expected {
@@ -73,22 +50,20 @@ impl Expected {
 
 fn expected(option: &QemuOption) -> Option<Expected> {
     let form = Form::of(option);
+    let made = |id: Option<String>, driver: String| Some(Expected { path: id.map(|id| format!("{NAMED}{id}")), driver });
     if option.name == "device" {
-        return Some(Expected { path: form.get("id").map(|id| format!("{NAMED}{id}")), driver: form.get("driver").unwrap_or_default() });
+        return made(form.get("id"), form.get("driver").unwrap_or_default());
     }
-    let anonymous = |driver: &str| Some(Expected { path: None, driver: driver.to_owned() });
     if option.name == "drive" && form.get("if").as_deref() == Some("virtio") {
-        return anonymous("virtio-blk-pci");
+        return made(None, "virtio-blk-pci".to_owned());
     }
-    if option.name == "debugcon" && option.value() == "none" {
-        return None;
-    }
-    let (_, driver) = SHORTHANDS.iter().find(|(name, _)| *name == option.name)?;
-    anonymous(driver)
+    let (_, id, driver) = SHORTHANDS.iter().find(|(name, ..)| *name == option.name)?;
+    let is_none = option.name == "debugcon" && option.value() == "none";
+    if is_none { None } else { made(id.map(str::to_owned), (*driver).to_owned()) }
 }
 
 fn is_model(driver: &str, kind: &str) -> bool {
-    driver.is_empty() || driver == kind || ALIASES.contains(&(driver, kind))
+    driver.is_empty() || table::device_model(driver) == kind
 }
 
 #[cfg(test)]
@@ -131,15 +106,15 @@ mod test {
 
     #[test]
     fn shorthands_and_aliases_make_what_qemu_makes() {
-        for (line, kind) in [
-            ("-debugcon file:x", "isa-debugcon"),
-            ("-device ac97", "AC97"),
-            ("-device es1370", "ES1370"),
-            ("-device lsi", "lsi53c895a"),
-            ("-virtfs local,path=/x,mount_tag=t,security_model=none", "virtio-9p-pci"),
+        for (line, path, kind) in [
+            ("-debugcon file:x", "peripheral/debugcon", "isa-debugcon"),
+            ("-device ac97", "peripheral-anon/device[0]", "AC97"),
+            ("-device es1370", "peripheral-anon/device[0]", "ES1370"),
+            ("-device lsi", "peripheral-anon/device[0]", "lsi53c895a"),
+            ("-virtfs local,path=/x,mount_tag=t,security_model=none", "peripheral-anon/device[0]", "virtio-9p-pci"),
         ] {
             let options = parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>()).unwrap();
-            let device = |kind: &str| vec![GuestDevice { path: "/machine/peripheral-anon/device[0]".to_owned(), kind: kind.to_owned() }];
+            let device = |kind: &str| vec![GuestDevice { path: format!("/machine/{path}"), kind: kind.to_owned() }];
             assert_eq!(difference(&options, &device(kind)), None, "{line}");
             assert!(difference(&options, &device("edu")).is_some(), "{line}");
         }

@@ -30,26 +30,6 @@ impl Rules {
     }
 }
 
-/// QEMU says of these that they are not migratable (`-only-migratable`), 7.2 and 10.0 alike; a test asks it again.
-pub const UNMIGRATABLE: &[&str] = &[
-    "nvme",
-    "rocker",
-    "hv-syndbg",
-    "usb-audio",
-    "usb-braille",
-    "usb-mtp",
-    "usb-net",
-    "usb-serial",
-    "usb-uas",
-    "usb-wacom-tablet",
-    "virtio-input-host",
-    "virtio-input-host-pci",
-    // Not in 7.2.
-    "ufs",
-    "virtio-sound",
-    "virtio-sound-pci",
-];
-
 const LEAVE_MEMORY: &str = "leave it out: Stillpoint gives the machine sealed shared memory";
 const OVERLAY: &str = "make an overlay: qemu-img create -f qcow2 -b BASE -F qcow2 OVERLAY";
 
@@ -193,7 +173,7 @@ fn check_device(form: &Form, rules: Rules) -> Result<()> {
     if let Some((_, _, why, remedy)) = find(DEVICES, rules, |prefix| driver.starts_with(prefix)) {
         bail!("-device {driver} cannot be checkpointed: {why}; {remedy}");
     }
-    if UNMIGRATABLE.contains(&driver.as_str()) {
+    if table::UNMIGRATABLE.contains(&driver.as_str()) {
         bail!("-device {driver} cannot be checkpointed: QEMU itself cannot save its state; use another device");
     }
     if form.is_on("free-page-hint") {
