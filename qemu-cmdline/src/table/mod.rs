@@ -254,7 +254,8 @@ fn device(kind: Kind<'_>, key: &str, value: &str) -> Use {
     if key == "host" && kind.name.starts_with("vfio-") {
         return HostDevice;
     }
-    if DEVICE_TEXTS.contains(&key) {
+    let is_chardev = key.strip_prefix("chardev").is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()));
+    if is_chardev || DEVICE_TEXTS.contains(&key) {
         return Plain;
     }
     row(DEVICE, key).unwrap_or(Unknown)
