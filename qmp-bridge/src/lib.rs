@@ -19,6 +19,7 @@ pub mod nbd;
 pub mod paused;
 pub mod qmp;
 pub mod ramblock;
+pub mod resave;
 pub mod run_state;
 pub mod said;
 pub mod stream;

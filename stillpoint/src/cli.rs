@@ -41,7 +41,7 @@ pub enum Command {
     Ls(LsArgs),
     /// Show one checkpoint
     Show(ShowArgs),
-    /// Read back every frame and digest of a checkpoint
+    /// Read back every frame and digest of a checkpoint; with --restore, restore it in a sandbox and compare everything
     Verify(VerifyArgs),
     /// Check what this host can do
     Doctor(DoctorArgs),
@@ -50,6 +50,9 @@ pub enum Command {
     /// The helper itself; 'run', 'attach' and 'restore' start it
     #[command(hide = true)]
     Helper(HelperArgs),
+    /// Become a program without network and with read-only file systems; 'verify --restore' starts it
+    #[command(hide = true)]
+    Sandbox(SandboxArgs),
 }
 
 #[derive(Args)]
@@ -143,6 +146,9 @@ pub struct CheckpointArgs {
     /// Take a full checkpoint, which begins a new lineage: it needs no earlier one
     #[arg(long)]
     pub full: bool,
+    /// Then prove it, as 'verify --restore' does, at the lowest priority; needs room for the VM's memory and disks
+    #[arg(long)]
+    pub verify: bool,
     #[arg(long)]
     pub json: bool,
 }
@@ -207,10 +213,28 @@ pub struct ShowArgs {
 
 #[derive(Args)]
 pub struct VerifyArgs {
-    /// NAME for every checkpoint, NAME@ID for one and what it needs
+    /// NAME for every checkpoint (with --restore: the newest), NAME@ID for one and what it needs
     pub checkpoint: CheckpointName,
     #[command(flatten)]
     pub store: Store,
+    /// Restore it in a sandbox, compare all memory, disks and device state, and note the proof in the store
+    #[arg(long)]
+    pub restore: bool,
+    /// With --restore: QEMU to use [default: the program that the checkpoint names, else qemu-system-x86_64]
+    #[arg(long, value_name = "PROGRAM", requires = "restore")]
+    pub qemu: Option<String>,
+    /// With --restore: then let the guest run for so long (as in 5s) and report whether it died, panicked or reset
+    #[arg(long, value_name = "TIME", requires = "restore", value_parser = humantime::parse_duration)]
+    pub run: Option<std::time::Duration>,
+    /// With --restore: use NEW where the VM's command line says OLD (a whole value; repeatable)
+    #[arg(long, value_name = "OLD=NEW", requires = "restore")]
+    pub map: Vec<Mapping>,
+    /// With --restore: as 'restore --allow'
+    #[arg(long, value_name = "WHAT", requires = "restore")]
+    pub allow: Vec<String>,
+    /// With --restore: directory for the temporary disks [default: /var/tmp]
+    #[arg(long, env = "STILLPOINT_SCRATCH_DIR", value_name = "DIR")]
+    pub scratch_dir: Option<PathBuf>,
     #[arg(long)]
     pub json: bool,
 }
@@ -246,6 +270,18 @@ pub struct HelperArgs {
     pub name: VmName,
     #[command(flatten)]
     pub runtime: Runtime,
+}
+
+#[derive(Args)]
+pub struct SandboxArgs {
+    /// The one directory that stays writable
+    #[arg(long, value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Its working directory
+    #[arg(long, value_name = "DIR")]
+    pub cwd: PathBuf,
+    #[arg(last = true, required = true, value_name = "PROGRAM ARGS")]
+    pub program: Vec<String>,
 }
 
 impl AttachArgs {

@@ -1,6 +1,6 @@
 //! The `stillpoint` command. ARCHITECTURE.md has the picture; each folder here is one room of it:
 //! `launch` starts QEMU, `helper` sits beside it, `checkpoint` takes, `restore` brings back, `layers` and `pack` carry
-//! data, `inspect` looks at a store.
+//! data, `inspect` looks at a store, `proof` restores in a sandbox and compares.
 
 mod adopt;
 mod bench;
@@ -19,6 +19,7 @@ mod launch;
 mod layers;
 mod lineage;
 mod pack;
+mod proof;
 mod restore;
 mod runtime;
 mod stores;
@@ -61,6 +62,10 @@ fn dispatch(command: Command) -> Result<ExitCode> {
     match command {
         // Before any thread exists: this process becomes QEMU.
         Command::Run(args) => match launch::run(args.into_request()?)? {},
+        Command::Sandbox(args) => match proof::sandbox::become_program(&args)? {},
+        Command::Verify(args) if args.restore && proof::sandbox::workspace().is_none() => {
+            proof::sandbox::supervise(&launch::scratch_dir(args.scratch_dir.as_deref())?)
+        }
         Command::Doctor(args) => doctor::run(&args),
         other => {
             let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -82,9 +87,10 @@ async fn dispatch_async(command: Command) -> Result<ExitCode> {
         Command::Restore(args) => restore::run(args).await?,
         Command::Ls(args) => inspect::ls(&args).await?,
         Command::Show(args) => inspect::show(&args).await?,
+        Command::Verify(args) if args.restore => proof::run(&args).await?,
         Command::Verify(args) => inspect::verify::run(&args).await?,
         Command::Bench(args) => bench::run(&args).await?,
-        Command::Run(_) | Command::Doctor(_) => unreachable!("handled without the asynchronous runtime"),
+        Command::Run(_) | Command::Doctor(_) | Command::Sandbox(_) => unreachable!("handled without the asynchronous runtime"),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use checkpoint_format::{CheckpointSeq, ContentDigest, Epoch, VmName};
+use checkpoint_format::{CheckpointSeq, Checksum, ContentDigest, Epoch, VmName};
 
 use crate::path::StorePath;
 
@@ -62,6 +62,20 @@ pub(crate) fn checkpoints(vm: &VmName) -> StorePath {
 
 pub(crate) fn checkpoint(vm: &VmName, seq: CheckpointSeq) -> StorePath {
     path(format_args!("vms/{vm}/checkpoints/{}", seq.0))
+}
+
+pub(crate) fn proofs(vm: &VmName) -> StorePath {
+    path(format_args!("vms/{vm}/proofs"))
+}
+
+pub(crate) fn proof(vm: &VmName, seq: CheckpointSeq, key: &Checksum) -> StorePath {
+    path(format_args!("vms/{vm}/proofs/{}.{key}.json", seq.0))
+}
+
+/// The checkpoint that a proof's file is of.
+pub(crate) fn proof_of(name: &str) -> Option<CheckpointSeq> {
+    let (seq, _) = name.strip_suffix(".json")?.split_once('.')?;
+    number(seq).map(CheckpointSeq)
 }
 
 /// Where a checkpoint grows. The try is part of the name because a request that timed out may still be carried out
@@ -131,6 +145,15 @@ mod tests {
         for name in [digest.to_string(), format!("{digest}.partial"), "x.1.partial".to_owned(), format!("{digest}.1")] {
             assert_eq!(parse_partial_layer(&name), None, "{name}");
         }
+    }
+
+    #[test]
+    fn proofs_name_their_checkpoint() {
+        let vm: VmName = "vm".parse().expect("valid");
+        let path = proof(&vm, CheckpointSeq(12), &Checksum([0x1b; 16]));
+        assert_eq!(path.as_str(), format!("vms/vm/proofs/12.{}.json", "1b".repeat(16)));
+        assert_eq!(proof_of(path.name()), Some(CheckpointSeq(12)));
+        assert_eq!([proof_of("12.json"), proof_of("012.a.json"), proof_of("x.a.json")], [None; 3]);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! vms/<vm>/writers/<epoch>.released                 its writer ended in order
 //! vms/<vm>/checkpoints/<seq>.<epoch>-<try>.partial/ packs, then manifest.json
 //! vms/<vm>/checkpoints/<seq>/                       the same directory after the one rename: a checkpoint
+//! vms/<vm>/proofs/<seq>.<key>.json                  a note that it was restored and compared; for people
 //! ```
 
 mod bounded;
@@ -16,6 +17,7 @@ mod identity;
 mod layers;
 mod layout;
 mod partial;
+mod proofs;
 mod reading;
 mod retry;
 mod writer;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use checkpoint_format::{CheckpointSeq, ContentDigest, DurableReceipt, Epoch, PackName, VmName};
+use checkpoint_format::{CheckpointSeq, Checksum, ContentDigest, DurableReceipt, Epoch, PackName, VmName};
 use checkpoint_store::{
     Claim, Fault, FaultRule, FaultyStore, LayerOutcome, Mode, Op, PutOptions, Repository, RepositoryOptions, Store, StoreError, StorePath,
     Writer,
@@ -34,6 +34,7 @@ macro_rules! repository_contract {
             layers_are_stored_once
             abandoned_uploads_are_removed_by_the_next
             an_upload_that_another_makes_useless_ends
+            proofs_are_noted_once
         );
     };
     (@each $make:path: $($name:ident)*) => {$(
@@ -423,4 +424,17 @@ pub async fn an_upload_that_another_makes_useless_ends(store: Shared) {
     assert_eq!(slow.commit().await.expect("commit"), LayerOutcome::AlreadyThere);
     of_another.put_pack("blocks", vec![bytes("x")]).await.expect("nobody touched it");
     assert_eq!(of_another.commit().await.expect("commit"), LayerOutcome::Stored);
+}
+
+pub async fn proofs_are_noted_once(store: Shared) {
+    let repository = opened(store).await;
+    let (seq, keys) = (CheckpointSeq(3), [Checksum([1; 16]), Checksum([2; 16])]);
+    assert_eq!(repository.proofs(&vm(), seq).await.expect("read"), Vec::<Bytes>::new());
+    let note = async |seq: u64, key: usize, text: &'static str| {
+        let noted = repository.note_proof(&vm(), CheckpointSeq(seq), &keys[key], Bytes::from_static(text.as_bytes()));
+        noted.await.expect("note")
+    };
+    assert!(note(3, 0, "one").await && note(3, 1, "two").await && note(30, 0, "another checkpoint's").await);
+    assert!(!note(3, 0, "again").await, "a note stays as it is");
+    assert_eq!(repository.proofs(&vm(), seq).await.expect("read"), ["one", "two"]);
 }

@@ -28,6 +28,28 @@ pub struct DeviceSection {
     pub bytes: Range<usize>,
 }
 
+impl DeviceSection {
+    /// As people write it: the name, and the instance where it is not the first.
+    pub fn label(&self) -> String {
+        if self.instance == 0 { self.name.clone() } else { format!("{}#{}", self.name, self.instance) }
+    }
+
+    /// What the device itself wrote, of the section's bytes: without head, whose number depends on
+    /// the order of devices, and footer.
+    pub fn body<'a>(&self, section: &'a [u8]) -> &'a [u8] {
+        let head = 1 + 4 + 1 + self.name.len() + 4 + 4;
+        section.get(head..section.len().saturating_sub(FOOTER)).unwrap_or_default()
+    }
+}
+
+/// A device part, understood.
+pub(super) struct Cut {
+    pub(super) state: DeviceState,
+    pub(super) sections: Vec<DeviceSection>,
+    /// JSON.
+    pub(super) description: Vec<u8>,
+}
+
 /// The stream from its first device section to its end, with a stream header put before.
 pub(super) struct DevicePart {
     bytes: Vec<u8>,
@@ -41,7 +63,7 @@ impl DevicePart {
     }
 
     /// Checks all of it. `limits`: largest device state and description.
-    pub(super) fn cut(mut self, limits: (u64, u64)) -> Result<(DeviceState, Vec<DeviceSection>), StreamReadError> {
+    pub(super) fn cut(mut self, limits: (u64, u64)) -> Result<Cut, StreamReadError> {
         let end = self.end_mark(limits.1)?;
         self.limit("the device part", self.at, end as u64 + 1, limits.0)?;
         let sections = {
@@ -54,11 +76,12 @@ impl DevicePart {
             }
             self.sections(&description.devices, end)?
         };
+        let description = self.bytes.split_off(end + 1 + DESCRIPTION_HEAD);
         self.bytes.truncate(end + 1);
         let at = self.at;
         let state = DeviceState::from_bytes(self.bytes)
             .map_err(|error| StreamReadError::malformed(at, error.to_string(), "at least one device section"))?;
-        Ok((state, sections))
+        Ok(Cut { state, sections, description })
     }
 
     /// Where the end mark is before the description. The description is text, which has no byte like a mark in it, so the

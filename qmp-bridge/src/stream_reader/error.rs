@@ -41,7 +41,7 @@ impl StreamReadError {
         matches!(self, Self::CutOff { .. } | Self::Io { .. })
     }
 
-    pub(super) fn malformed(at: u64, found: impl Into<String>, expected: impl Into<String>) -> Self {
+    pub(crate) fn malformed(at: u64, found: impl Into<String>, expected: impl Into<String>) -> Self {
         Self::Malformed { at, found: found.into(), expected: expected.into() }
     }
 

@@ -42,7 +42,7 @@ use std::io::Read;
 use std::ops::Range;
 
 use self::configuration::Configuration;
-use self::devices::{DESCRIPTION_HEAD, DevicePart};
+use self::devices::{Cut, DESCRIPTION_HEAD, DevicePart};
 use self::ram::{Ram, Record};
 use self::section::Head;
 use self::source::Source;
@@ -114,6 +114,7 @@ pub struct StreamReader<R: Read> {
     /// The one command that is understood stands once in a stream.
     had_command: bool,
     device_sections: Vec<DeviceSection>,
+    description: Vec<u8>,
     /// A page that the stream did not carry byte by byte.
     filled: Box<[u8; STREAM_PAGE]>,
 }
@@ -153,6 +154,7 @@ impl<R: Read> StreamReader<R> {
             addresses: false,
             had_command: false,
             device_sections: Vec::new(),
+            description: Vec::new(),
             filled: Box::new([0; STREAM_PAGE]),
         }
     }
@@ -177,6 +179,11 @@ impl<R: Read> StreamReader<R> {
     /// The sections of [`Item::Devices`], in order; none before it.
     pub fn device_sections(&self) -> &[DeviceSection] {
         &self.device_sections
+    }
+
+    /// The JSON that QEMU put behind [`Item::Devices`], see [`crate::resave::Layout`]; empty before it.
+    pub fn description(&self) -> &[u8] {
+        &self.description
     }
 
     fn item(&self, event: Event) -> Item<'_> {
@@ -334,8 +341,9 @@ impl<R: Read> StreamReader<R> {
         let most = limits.0.saturating_add(limits.1).saturating_add(DESCRIPTION_HEAD as u64);
         let mut bytes = STREAM_HEADER.to_vec();
         self.source.rest(&mut bytes, "the device part", most)?;
-        let (state, sections) = DevicePart::new(bytes, at).cut(limits)?;
+        let Cut { state, sections, description } = DevicePart::new(bytes, at).cut(limits)?;
         self.device_sections = sections;
+        self.description = description;
         self.state = State::Finished;
         Ok(Event::Devices(state))
     }

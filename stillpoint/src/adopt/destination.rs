@@ -35,7 +35,7 @@ pub fn start(file: &MachineFile, runtime: &RuntimeDir, plugin: &Path, memory: &G
         command.env_clear().envs(environment);
     }
     memory.set_inheritable(true)?;
-    command.args(command::arguments(file, runtime, plugin, memory.raw_fd(), Start::Incoming));
+    command.args(command::arguments(file, runtime, Some(plugin), memory.raw_fd(), Start::Incoming));
     let child = command.spawn().with_context(|| format!("starting {}", file.qemu.display()));
     memory.set_inheritable(false)?;
     let mut child = child?;

@@ -12,6 +12,7 @@ use crate::cli::BenchArgs;
 use crate::control::Request;
 use crate::helper::client::ask;
 use crate::inspect::print_json;
+use crate::proof::client;
 use crate::runtime::RuntimeDir;
 use anyhow::{Context, Result};
 use report::Report;
@@ -33,11 +34,18 @@ pub async fn run(args: &BenchArgs) -> Result<()> {
     let pairs = measure(&runtime, args.count, interval).await?;
     let status = ask(&runtime, &Request::Status).await?;
     let report = Report::new(&pairs);
+    let last = pairs.last().map_or(first.id, |pair| pair.checkpoint.id);
+    let proof = client::prove(&runtime, &args.name, last).await;
     if args.json {
-        return print_json(&report.json(&status, &first, &pairs, interval));
+        let mut value = report.json(&status, &first, &pairs, interval);
+        value["proof"] = proof.as_ref().ok().cloned().unwrap_or_default();
+        print_json(&value)?;
+        return proof.map(drop);
     }
     print!("{}", report.text(args.name.as_str(), interval));
     print!("{}", report::memory(&status));
+    let proof = proof?;
+    println!("{:24} {}@{last} in {} ms", "proven", args.name, proof["total_ms"]);
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use crate::cli::CheckpointArgs;
 use crate::control::{MAX_LINE, Reply, Request};
 use crate::exit::{coded, refused};
 use crate::inspect::print_json;
+use crate::proof::client;
 use crate::runtime::RuntimeDir;
 use crate::terminal::{Progress, bytes};
 use anyhow::{Context, Result, bail};
@@ -17,14 +18,22 @@ use tokio::net::UnixStream;
 pub async fn checkpoint(args: &CheckpointArgs) -> Result<()> {
     let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
     let choice = Choice { engine: args.engine, stream: args.stream, full: args.full };
-    let result = ask(&runtime, &Request::Checkpoint(choice)).await?;
-    if args.json {
-        return print_json(&result);
+    let mut result = ask(&runtime, &Request::Checkpoint(choice)).await?;
+    let outcome: Outcome = serde_json::from_value(result.clone()).context("the helper's answer is not understood")?;
+    if !args.json {
+        println!("{}", describe(&args.name, &outcome));
+        outcome.notes.iter().for_each(|note| println!("  note: {note}"));
     }
-    let outcome: Outcome = serde_json::from_value(result).context("the helper's answer is not understood")?;
-    println!("{}", describe(&args.name, &outcome));
-    outcome.notes.iter().for_each(|note| println!("  note: {note}"));
-    Ok(())
+    let proof = if args.verify { Some(client::prove(&runtime, &args.name, outcome.id).await) } else { None };
+    if args.json {
+        // Whatever the proof says, the checkpoint is there.
+        result["proof"] = proof.as_ref().and_then(|proof| proof.as_ref().ok()).cloned().unwrap_or_default();
+        print_json(&result)?;
+    } else if let Some(Ok(proof)) = &proof {
+        let (version, ms) = (proof["qemu_version"].as_str().unwrap_or("?"), proof["total_ms"].as_u64().unwrap_or_default());
+        println!("  proven: restored with QEMU {version} and compared in {ms} ms");
+    }
+    proof.transpose().map(drop)
 }
 
 fn describe(name: &checkpoint_format::VmName, outcome: &Outcome) -> String {

@@ -5,6 +5,7 @@ pub mod verify;
 use crate::cli::{CheckpointName, LsArgs, ShowArgs};
 use crate::exit::coded;
 use crate::lineage;
+use crate::proof::note;
 use crate::stores;
 use crate::terminal::bytes;
 use anyhow::{Context, Result};
@@ -127,10 +128,18 @@ pub async fn show(args: &ShowArgs) -> Result<()> {
     let repository = open(&args.store.store).await?;
     let seq = resolve(&repository, &args.checkpoint).await?;
     let manifest = lineage::manifest(&repository, &args.checkpoint.vm, seq).await?;
+    // A note is a help, never needed.
+    let proofs = note::read(&repository, &args.checkpoint.vm, seq).await.unwrap_or_default();
     if args.json {
-        return print_json(&serde_json::to_value(&manifest).context("encoding the manifest")?);
+        let mut value = serde_json::to_value(&manifest).context("encoding the manifest")?;
+        value["proofs"] = serde_json::to_value(&proofs).context("encoding the notes of proofs")?;
+        return print_json(&value);
     }
     print!("{}", describe(&manifest));
+    proofs.iter().for_each(|note| println!("  proven    {note}"));
+    if proofs.is_empty() {
+        println!("  proven    not yet: 'stillpoint verify --restore {}@{seq}'", manifest.vm);
+    }
     Ok(())
 }
 

@@ -18,8 +18,9 @@ pub enum Start<'a> {
     Incoming,
 }
 
-/// Everything after the program's name. `ram` is the memfd's number in the child.
-pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: &Path, ram: RawFd, start: Start<'_>) -> Vec<OsString> {
+/// Everything after the program's name. `ram` is the memfd's number in the child. Without the
+/// plugin nothing can track the memory.
+pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: Option<&Path>, ram: RawFd, start: Start<'_>) -> Vec<OsString> {
     let block = &machine.ram_block;
     let mut words: Vec<OsString> = machine.arguments.iter().map(OsString::from).collect();
     let mut add = |option: &str, value: String| words.extend([OsString::from(option), OsString::from(value)]);
@@ -35,8 +36,10 @@ pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: &Path, ram
     add("-chardev", format!("socket,id={MONITOR_CHARDEV},path={},server=on,wait=off", runtime.qmp().display()));
     let (option, value) = monitor(&machine.qemu_version, &machine.instance);
     add(option, value);
-    let plugin = plugin.display().to_string().replace(',', ",,");
-    add("-plugin", format!("file={plugin},socket={},ramfd={ram}", runtime.plugin().display()));
+    if let Some(plugin) = plugin {
+        let plugin = plugin.display().to_string().replace(',', ",,");
+        add("-plugin", format!("file={plugin},socket={},ramfd={ram}", runtime.plugin().display()));
+    }
     // What could not be saved is named by QEMU itself, before the guest begins.
     words.push("-only-migratable".into());
     match start {
@@ -112,7 +115,7 @@ mod test {
             unprepared: None,
         };
         let runtime = RuntimeDir::new(Some(Path::new("/run/x")), &machine.name).unwrap();
-        let words = super::arguments(&machine, &runtime, Path::new("/p.so"), 7, Start::Boot(&[]));
+        let words = super::arguments(&machine, &runtime, Some(Path::new("/p.so")), 7, Start::Boot(&[]));
         words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
     }
 

@@ -56,7 +56,7 @@ pub fn run(request: RunRequest) -> Result<std::convert::Infallible> {
     let memory = GuestMemory::create(machine.name.as_ref(), machine.ram_bytes).context("making the guest's memory")?;
     spawn_helper(&machine.name, request.runtime_base.as_deref(), &runtime)?;
     memory.set_inheritable(true)?;
-    let words = command::arguments(&machine, &runtime, &plugin, memory.raw_fd(), Start::Boot(&first));
+    let words = command::arguments(&machine, &runtime, Some(&plugin), memory.raw_fd(), Start::Boot(&first));
     let error = Command::new(&machine.qemu).args(words).exec();
     Err(error).with_context(|| format!("starting {}", machine.qemu.display()))
 }

@@ -3,7 +3,7 @@
 
 pub mod digest;
 mod fetch;
-mod image;
+pub mod image;
 mod known;
 mod read;
 mod upload;

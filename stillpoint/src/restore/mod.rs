@@ -4,16 +4,16 @@
 //! `cont` leaves the checkpoint as it was, and a new QEMU that is ended.
 
 mod chain;
-mod check;
-mod disks;
-mod layers;
-mod line;
-mod memory;
+pub mod check;
+pub mod disks;
+pub mod layers;
+pub mod line;
+pub mod memory;
 mod ports;
-mod program;
-mod qemu;
-mod run_state;
-mod source;
+pub mod program;
+pub mod qemu;
+pub mod run_state;
+pub mod source;
 mod undo;
 
 use crate::checkpoint;
@@ -37,9 +37,10 @@ use layers::LocalLayers;
 use line::Planned;
 use qemu::NewQemu;
 use qemu_cmdline::restorable::Wishes;
-use qmp_bridge::RunState;
 use qmp_bridge::capture::{BitmapTag, start_recording};
 use qmp_bridge::incoming::Incoming;
+use qmp_bridge::ramblock::RamBlock;
+use qmp_bridge::{Qmp, RunState};
 use run_state::Transition;
 use serde_json::{Value, json};
 use source::Source;
@@ -221,7 +222,7 @@ impl Restore {
 
     async fn start_guest(&self, machine: &Machine, undo: &Undo) -> Result<()> {
         self.check_newest().await?;
-        activate_disks(machine).await;
+        activate_disks(&machine.qmp).await;
         undo.forget()?;
         fault::point("restore.claimed");
         if !self.run_state.wanted.is_live() {
@@ -290,7 +291,7 @@ impl Restore {
         let contents = memory::small_blocks(&self.source).await?;
         let devices = self.run_state.write(memory::device_state(&self.source).await?)?;
         let machine = Machine::attach(self.runtime.clone()).await?;
-        check_blocks(self.source.manifest(), &machine)?;
+        check_blocks(self.source.manifest(), &machine.blocks)?;
         check::in_qemu(&self.places(), layers, &machine.disks().await?)?;
         filling.await.context("filling the guest's memory was cut off")??;
         self.phases.since("memory", step);
@@ -346,9 +347,9 @@ async fn interrupted() -> Result<Error> {
 }
 
 /// The new QEMU must have built the same RAM blocks, or the state would be loaded into the wrong place.
-fn check_blocks(manifest: &Manifest, machine: &Machine) -> Result<()> {
+pub fn check_blocks(manifest: &Manifest, blocks: &[RamBlock]) -> Result<()> {
     for block in &manifest.ram_blocks {
-        let found = machine.blocks.iter().find(|found| found.name == block.name);
+        let found = blocks.iter().find(|found| found.name == block.name);
         let fits = found.is_some_and(|found| block.used.0 <= found.total);
         if !fits {
             return Err(refused(format!(
@@ -362,8 +363,8 @@ fn check_blocks(manifest: &Manifest, machine: &Machine) -> Result<()> {
 
 /// After a load QEMU keeps the disks inactive until `cont`; a checkpoint of a machine that has not run yet needs them. QEMU
 /// before 10.0 lacks the command and does not ask for it.
-async fn activate_disks(machine: &Machine) {
-    if let Err(error) = machine.qmp.execute_json("blockdev-set-active", json!({ "active": true })).await {
+pub async fn activate_disks(qmp: &Qmp) {
+    if let Err(error) = qmp.execute_json("blockdev-set-active", json!({ "active": true })).await {
         tracing::debug!(%error, "blockdev-set-active");
     }
 }

@@ -17,20 +17,26 @@ pub struct NewQemu {
 impl NewQemu {
     /// In a session of its own (by `setsid`), in the directory of its disks.
     pub fn start(file: &MachineFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestMemory) -> Result<Self> {
+        let mut command = Command::new("setsid");
+        command.arg(&file.qemu);
+        Self::spawn(command, file, runtime, Some(plugin), memory)
+    }
+
+    /// `command` becomes the QEMU that its arguments follow.
+    pub fn spawn(
+        mut command: Command,
+        file: &MachineFile,
+        runtime: &RuntimeDir,
+        plugin: Option<&Path>,
+        memory: &GuestMemory,
+    ) -> Result<Self> {
         let log = runtime.qemu_log();
         let output = runtime.create_qemu_log()?;
         let errors = output.try_clone().context("opening QEMU's log twice")?;
         memory.set_inheritable(true)?;
-        let words = command::arguments(file, runtime, plugin, memory.raw_fd(), Start::Incoming);
-        let child = Command::new("setsid")
-            .arg(&file.qemu)
-            .args(words)
-            .current_dir(&file.directory)
-            .stdin(Stdio::null())
-            .stdout(output)
-            .stderr(errors)
-            .spawn()
-            .with_context(|| format!("starting {}", file.qemu.display()));
+        command.args(command::arguments(file, runtime, plugin, memory.raw_fd(), Start::Incoming));
+        command.current_dir(&file.directory).stdin(Stdio::null()).stdout(output).stderr(errors);
+        let child = command.spawn().with_context(|| format!("starting {}", file.qemu.display()));
         memory.set_inheritable(false)?;
         Ok(Self { child: Some(child?), log })
     }

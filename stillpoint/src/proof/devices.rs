@@ -1,0 +1,145 @@
+//! The device state as the restored QEMU writes it again, before the guest runs, held against the
+//! stored one: section by section, byte by byte.
+//!
+//! QEMU's virtual clock stands still from the load on, and the real-time clock is put on it (see
+//! [`super::isolate`]), so that timers and counters are written as they were read and no interrupt
+//! comes in between. What may differ is in [`CHANGING`], each with its reason and no wider than a
+//! field; the same on QEMU 7.2 and 10.0.
+
+use super::difference::Difference;
+use super::memory::Resaved;
+use anyhow::{Result, ensure};
+use qmp_bridge::device_state::DeviceState;
+use qmp_bridge::resave::{Layout, sections_like};
+use qmp_bridge::stream_reader::DeviceSection;
+
+/// Bytes of each value that a difference quotes.
+const QUOTED: usize = 8;
+
+/// A field that cannot be the same.
+struct Changing {
+    /// The section, without the place of its device.
+    section: &'static str,
+    /// The field, or the structure that it is in.
+    field: &'static str,
+    /// Offsets in the field; none for all of it.
+    bytes: &'static [u64],
+    why: &'static str,
+}
+
+const HOST_CLOCK: &str = "counted in the host's clock, on which it is set again when it is loaded";
+
+const CHANGING: &[Changing] = &[
+    Changing {
+        section: "mc146818rtc",
+        field: "cmos_data",
+        // Seconds, minutes, hours, weekday, day, month, year, century.
+        bytes: &[0, 2, 4, 6, 7, 8, 9, 0x32],
+        why: "QEMU computes date and time anew when it writes them",
+    },
+    Changing { section: "mc146818rtc", field: "periodic_timer", bytes: &[], why: HOST_CLOCK },
+    Changing { section: "mc146818rtc", field: "next_periodic_time", bytes: &[], why: HOST_CLOCK },
+    Changing { section: "mc146818rtc", field: "update_timer", bytes: &[], why: HOST_CLOCK },
+    Changing { section: "mc146818rtc", field: "next_alarm_time", bytes: &[], why: HOST_CLOCK },
+    Changing {
+        section: "ide",
+        field: "bmdma.migration_retry_",
+        bytes: &[],
+        why: "QEMU reads them back only for a transfer that failed; otherwise what it writes means nothing",
+    },
+    Changing {
+        section: "globalstate",
+        field: "runstate",
+        bytes: &[],
+        why: "the run state when it was written; before its first instruction the restored VM is paused",
+    },
+    Changing { section: "globalstate", field: "size", bytes: &[], why: "the length of the run state's name" },
+];
+
+/// What the comparison of the device state found.
+#[derive(Default)]
+pub struct Devices {
+    pub differences: Vec<Difference>,
+    /// Sections that were the same, byte for byte.
+    pub same: usize,
+    /// Differ, and may: section, reason.
+    pub excused: Vec<(String, &'static str)>,
+}
+
+/// Holds the sections that QEMU wrote again against the stored ones.
+pub fn compare(stored: &DeviceState, resaved: &Resaved) -> Result<Devices> {
+    let mut found = Devices::default();
+    let old = sections_like(stored, &resaved.sections)?;
+    ensure!(!old.is_empty(), "the stored device state has no section");
+    let is_same = |one: &DeviceSection, other: &DeviceSection| (one.name.as_str(), one.instance) == (other.name.as_str(), other.instance);
+    for section in &old {
+        let Some(now) = resaved.sections.iter().find(|other| is_same(section, other)) else {
+            found.differences.push(Difference::noted(label(section), "the restored QEMU has no such section"));
+            continue;
+        };
+        let before = section.body(&stored.as_bytes()[section.bytes.clone()]);
+        let body = now.body(&resaved.devices.as_bytes()[now.bytes.clone()]);
+        compare_one(now, before, body, &resaved.layout, &mut found);
+    }
+    let new = resaved.sections.iter().filter(|section| !old.iter().any(|other| is_same(section, other)));
+    found.differences.extend(new.map(|section| Difference::noted(label(section), "the checkpoint has no such section")));
+    Ok(found)
+}
+
+fn label(section: &DeviceSection) -> String {
+    format!("state:device/{}", section.label())
+}
+
+fn compare_one(section: &DeviceSection, before: &[u8], now: &[u8], layout: &Layout, found: &mut Devices) {
+    if before == now {
+        found.same += 1;
+        return;
+    }
+    let mut difference = Difference::new(label(section));
+    if before.len() != now.len() {
+        difference.note = Some(format!("{} bytes long, {} in the checkpoint", now.len(), before.len()));
+    }
+    for at in (0..before.len().min(now.len())).filter(|at| before[*at] != now[*at]) {
+        let field = layout.field(section, at as u64);
+        match field.as_ref().and_then(|(field, place)| excuse(&section.name, field, *place)) {
+            Some(why) => {
+                let excused = (label(section), why);
+                if !found.excused.contains(&excused) {
+                    found.excused.push(excused);
+                }
+            }
+            None => {
+                if difference.bytes == 0 && difference.note.is_none() {
+                    difference.note = Some(quote(field.map_or_else(|| "?".to_owned(), |(field, _)| field), before, now, at));
+                }
+                difference.push(at as u64..at as u64 + 1);
+            }
+        }
+    }
+    found.differences.extend(difference.found());
+}
+
+fn quote(field: String, before: &[u8], now: &[u8], at: usize) -> String {
+    let hex = |bytes: &[u8]| bytes[at..bytes.len().min(at + QUOTED)].iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    format!("first in field {field}: {} where the checkpoint has {}", hex(now), hex(before))
+}
+
+fn excuse(section: &str, field: &str, place: u64) -> Option<&'static str> {
+    let name = section.rsplit('/').next().unwrap_or(section);
+    let is_it = |changing: &&Changing| {
+        changing.section == name && field.contains(changing.field) && (changing.bytes.is_empty() || changing.bytes.contains(&place))
+    };
+    CHANGING.iter().find(is_it).map(|changing| changing.why)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn only_the_clock_of_the_cmos_is_excused() {
+        let why = |section: &str, field: &str, place: u64| excuse(section, field, place).is_some();
+        assert!(why("mc146818rtc", "cmos_data", 2) && why("0000:00:01.1/ide", "bmdma.migration_retry_unit", 0));
+        assert!(!why("mc146818rtc", "cmos_data", 0x10) && !why("mc146818rtc", "cmos_index", 0) && !why("ide", "bmdma.cmd", 0));
+    }
+}

@@ -1,0 +1,62 @@
+//! Where a restored VM is not what its checkpoint says.
+
+use serde_json::{Value, json};
+use std::ops::Range;
+
+/// Ranges of one space that are kept; more are only counted.
+const MAX_RANGES: usize = 64;
+
+/// The differing bytes of one space, in whole pages or blocks.
+#[derive(Clone, Debug)]
+pub struct Difference {
+    /// `ram:pc.ram`, `disk:sp-data`, `layer:<digest>` or `state:device/<section>`.
+    pub space: String,
+    /// Ascending.
+    pub ranges: Vec<Range<u64>>,
+    pub bytes: u64,
+    /// What is wrong where it is not the content, as a size; or more about the content.
+    pub note: Option<String>,
+}
+
+impl Difference {
+    pub fn new(space: impl Into<String>) -> Self {
+        Self { space: space.into(), ranges: Vec::new(), bytes: 0, note: None }
+    }
+
+    /// One that no range describes.
+    pub fn noted(space: impl Into<String>, note: impl Into<String>) -> Self {
+        Self { note: Some(note.into()), ..Self::new(space) }
+    }
+
+    pub fn push(&mut self, range: Range<u64>) {
+        self.bytes += range.end - range.start;
+        let has_room = self.ranges.len() < MAX_RANGES;
+        match self.ranges.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ if has_room => self.ranges.push(range),
+            _ => {}
+        }
+    }
+
+    /// None if nothing differs.
+    pub fn found(self) -> Option<Self> {
+        (self.bytes > 0 || self.note.is_some()).then_some(self)
+    }
+
+    pub fn json(&self) -> Value {
+        let ranges: Vec<Value> = self.ranges.iter().map(|range| json!({ "start": range.start, "end": range.end })).collect();
+        json!({ "space": self.space, "bytes": self.bytes, "ranges": ranges, "note": self.note })
+    }
+}
+
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.space)?;
+        if self.bytes > 0 {
+            let ranges: Vec<String> = self.ranges.iter().take(8).map(|range| format!("{:#x}..{:#x}", range.start, range.end)).collect();
+            let more = if self.ranges.len() > 8 { ", more" } else { "" };
+            write!(f, ": {} bytes differ, at {}{more}", self.bytes, ranges.join(", "))?;
+        }
+        self.note.iter().try_for_each(|note| write!(f, ": {note}"))
+    }
+}

@@ -1,0 +1,318 @@
+//! The disks as the restored QEMU shows them to its guest, held against the checkpoint; and the
+//! layers below them, held against the digests of their blocks.
+//!
+//! A disk is read through QEMU's own block layer, so that a wrong chain, a shifted offset or a
+//! wrong size shows. Where no pack has a page, a layer does: there the disk is held against the
+//! chain of layer files as the manifest names it, opened anew.
+
+use super::difference::Difference;
+use super::expected::Expected;
+use super::memory::digest;
+use crate::drives::{self, Started};
+use crate::launch::arguments;
+use crate::layers::{self, StoredLayer};
+use crate::restore::check;
+use crate::restore::disks::Places;
+use crate::restore::layers::LocalLayers;
+use crate::restore::source::Source;
+use crate::runtime::MachineFile;
+use crate::terminal::Progress;
+use anyhow::{Context, Result};
+use checkpoint_format::{ContentDigest, DiskRecord, PAGE_SIZE, PageDigest, SpaceName, is_zero};
+use qmp_bridge::Qmp;
+use qmp_bridge::disks::{self, Disk};
+use qmp_bridge::nbd::{NbdClient, context};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+const PAGE: u64 = PAGE_SIZE as u64;
+/// Extents are looked up for this much of a disk at a time.
+const WINDOW: u64 = 1 << 30;
+/// One read.
+const READ: u64 = 256 << 10;
+
+/// QEMU's NBD server, for the time of the comparison.
+struct Exports<'a> {
+    qmp: &'a Qmp,
+    socket: PathBuf,
+    count: u32,
+}
+
+impl<'a> Exports<'a> {
+    async fn start(qmp: &'a Qmp, workspace: &Path) -> Result<Self> {
+        let socket = workspace.join("proof.nbd");
+        let address = json!({ "type": "unix", "data": { "path": text(&socket)? } });
+        qmp.execute_json("nbd-server-start", json!({ "addr": address })).await.context("starting the NBD server")?;
+        Ok(Self { qmp, socket, count: 0 })
+    }
+
+    async fn open(&mut self, node: &str) -> Result<Reader> {
+        self.count += 1;
+        let id = format!("proof-{}", self.count);
+        let export = json!({ "type": "nbd", "id": id, "name": id, "node-name": node, "writable": false });
+        self.qmp.execute_json("block-export-add", export).await.with_context(|| format!("exporting node {node}"))?;
+        Ok(Reader { client: NbdClient::connect(&self.socket, &id, &[context::BASE_ALLOCATION]).await?, zeros: Vec::new() })
+    }
+
+    /// The layers as the manifest has them, top to bottom.
+    async fn open_chain(&mut self, layers: &LocalLayers, disk: &DiskRecord) -> Result<Option<Reader>> {
+        if disk.backing.is_empty() {
+            return Ok(None);
+        }
+        let node = format!("stillpoint-proof-{}", self.count);
+        let mut below = Value::Null;
+        for layer in disk.backing.iter().rev() {
+            let file = json!({ "driver": "file", "filename": text(layers.path(layer))?, "read-only": true });
+            let mut one = json!({ "driver": layer.format, "read-only": true, "file": file });
+            if layer.format != "raw" {
+                one["backing"] = below;
+            }
+            below = one;
+        }
+        below["node-name"] = node.as_str().into();
+        self.qmp.execute_json("blockdev-add", below).await.with_context(|| format!("opening the layers of disk {}", disk.node))?;
+        self.open(&node).await.map(Some)
+    }
+
+    async fn stop(self) -> Result<()> {
+        for number in 1..=self.count {
+            let arguments = json!({ "id": format!("proof-{number}"), "mode": "hard" });
+            self.qmp.execute_json("block-export-del", arguments).await.context("ending an export")?;
+        }
+        self.qmp.execute_json("nbd-server-stop", Value::Null).await.context("stopping the NBD server").map(drop)
+    }
+}
+
+/// A node, read from its beginning to its end.
+struct Reader {
+    client: NbdClient,
+    /// Zero ranges of the window.
+    zeros: Vec<(u64, u64)>,
+}
+
+impl Reader {
+    async fn look(&mut self, start: u64, end: u64) -> Result<()> {
+        let end = end.min(self.client.size());
+        self.zeros.clear();
+        if start >= end {
+            return Ok(());
+        }
+        for context in self.client.block_status(start, end - start).await? {
+            let zero = context.extents.iter().filter(|extent| extent.flags & context::STATE_ZERO != 0);
+            self.zeros.extend(zero.map(|extent| (extent.start, extent.end)));
+        }
+        Ok(())
+    }
+
+    /// Whether QEMU says that it is zero, or it is beyond the end.
+    fn is_zero(&self, start: u64, end: u64) -> bool {
+        start >= self.client.size() || self.zeros.iter().any(|(from, until)| *from <= start && end.min(self.client.size()) <= *until)
+    }
+
+    /// None if it is zero; what is beyond the end is.
+    async fn read(&self, start: u64, end: u64) -> Result<Option<Vec<u8>>> {
+        if self.is_zero(start, end) {
+            return Ok(None);
+        }
+        let have = end.min(self.client.size());
+        let mut bytes = self.client.read(start, (have - start) as u32).await?;
+        bytes.resize((end - start) as usize, 0);
+        Ok(Some(bytes))
+    }
+}
+
+/// All disks of the manifest. `expected` has a table for each writable one; `pid` is QEMU's
+/// process, as `/proc` has it.
+pub async fn compare(
+    qmp: &Qmp,
+    pid: u32,
+    file: &MachineFile,
+    source: &Source,
+    layers: &LocalLayers,
+    expected: &HashMap<SpaceName, Expected>,
+) -> Result<Vec<Difference>> {
+    let all = disks::list(qmp, Some(&file.directory)).await.context("asking QEMU for its disks")?;
+    let options = arguments::parse(&file.arguments)?;
+    let started = Started { options: &options, machine_type: &file.machine_type, directory: &file.directory, pid };
+    let drives = drives::examine(all, &started)?;
+    let mut found = Vec::new();
+    let places = Places { manifest: source.manifest(), dir: &file.directory, map: &[] };
+    if let Err(error) = check::in_qemu(&places, layers, &drives) {
+        found.push(Difference::noted("disks", format!("{error:#}")));
+    }
+    let mut list = drives.disks;
+    let mut exports = Exports::start(qmp, &file.directory).await?;
+    for record in &source.manifest().disks {
+        let label = format!("disk:{}", record.node);
+        let disk = list.iter().position(|disk| disk.name == record.node);
+        let Some(disk) = disk.map(|number| list.swap_remove(number)) else {
+            found.push(Difference::noted(label, "the restored VM has no such disk"));
+            continue;
+        };
+        let one = compare_one(&mut exports, layers, record, &disk, label, expected).await;
+        found.extend(one.with_context(|| format!("comparing disk {}", record.node))?);
+    }
+    found.extend(list.iter().map(|disk| Difference::noted(format!("disk:{}", disk.name), "the checkpoint has no such disk")));
+    exports.stop().await?;
+    Ok(found)
+}
+
+async fn compare_one(
+    exports: &mut Exports<'_>,
+    layers: &LocalLayers,
+    record: &DiskRecord,
+    disk: &Disk,
+    label: String,
+    expected: &HashMap<SpaceName, Expected>,
+) -> Result<Vec<Difference>> {
+    let mut difference = Difference::new(label);
+    // QEMU rounds up to sectors.
+    if disk.virtual_size != record.virtual_size.0.next_multiple_of(512) {
+        difference.note = Some(format!("{} bytes long, {} in the checkpoint", disk.virtual_size, record.virtual_size));
+        return Ok(vec![difference]);
+    }
+    if disk.read_only != record.read_only {
+        difference.note = Some(format!("read-only is {}, {} in the checkpoint", disk.read_only, record.read_only));
+    }
+    let nothing = Expected::default();
+    let table = match &record.space {
+        Some(space) => expected.get(space).with_context(|| format!("the checkpoint has no space {space}"))?,
+        None => &nothing,
+    };
+    let mut actual = exports.open(&disk.node).await?;
+    let mut below = exports.open_chain(layers, record).await?;
+    let progress = Progress::bytes(&format!("disk {}", record.node), disk.virtual_size);
+    for start in (0..disk.virtual_size).step_by(WINDOW as usize) {
+        let end = (start + WINDOW).min(disk.virtual_size);
+        actual.look(start, end).await?;
+        if let Some(below) = &mut below {
+            below.look(start, end).await?;
+        }
+        for piece in (start..end).step_by(READ as usize) {
+            let last = (piece + READ).min(end);
+            compare_piece(&actual, below.as_ref(), table, piece, last, &mut difference).await?;
+        }
+        progress.advance(end - start);
+    }
+    actual.client.close().await;
+    if let Some(below) = below {
+        below.client.close().await;
+    }
+    Ok(difference.found().into_iter().collect())
+}
+
+/// From `start`, the first byte of a page, to `end`, which may be the disk's end.
+async fn compare_piece(
+    actual: &Reader,
+    below: Option<&Reader>,
+    expected: &Expected,
+    start: u64,
+    end: u64,
+    difference: &mut Difference,
+) -> Result<()> {
+    let (first, last) = (start / PAGE, end.div_ceil(PAGE));
+    let is_unknown = expected.is_unknown(first, last);
+    let is_empty = below.is_none_or(|below| below.is_zero(start, end));
+    if is_unknown && is_empty && actual.is_zero(start, end) {
+        return Ok(());
+    }
+    let found = actual.read(start, end).await?;
+    let under = match below {
+        Some(below) => below.read(start, end).await?,
+        None => None,
+    };
+    for page in first..last {
+        let place = ((page - first) * PAGE) as usize;
+        let part = |bytes: &Option<Vec<u8>>| bytes.as_ref().map(|bytes| padded(&bytes[place..bytes.len().min(place + PAGE_SIZE)]));
+        let is_right = match expected.get(page) {
+            Some(wanted) => part(&found).map_or(PageDigest::ZERO_PAGE, |page| digest(&page)) == wanted,
+            None => is_same(part(&found), part(&under)),
+        };
+        if !is_right {
+            difference.push(page * PAGE..((page + 1) * PAGE).min(end));
+        }
+    }
+    Ok(())
+}
+
+fn padded(bytes: &[u8]) -> Vec<u8> {
+    let mut page = bytes.to_vec();
+    page.resize(PAGE_SIZE, 0);
+    page
+}
+
+/// None is zero.
+fn is_same(one: Option<Vec<u8>>, other: Option<Vec<u8>>) -> bool {
+    match (one, other) {
+        (Some(one), Some(other)) => one == other,
+        (Some(bytes), None) | (None, Some(bytes)) => is_zero(&bytes),
+        (None, None) => true,
+    }
+}
+
+/// The files that stand for layers on this host, block by block.
+pub async fn compare_layers(source: &Source, local: &LocalLayers) -> Result<Vec<Difference>> {
+    let mut all: BTreeMap<ContentDigest, PathBuf> = BTreeMap::new();
+    for layer in source.manifest().layers() {
+        all.insert(layer.digest, local.path(layer).to_owned());
+    }
+    let mut found = Vec::new();
+    for (digest, path) in all {
+        let layer = StoredLayer::open(source.repository(), &digest).await?;
+        let compare = move || compare_layer(&path, &layer);
+        found.extend(tokio::task::spawn_blocking(compare).await.context("internal error: comparing a layer panicked")??.found());
+    }
+    Ok(found)
+}
+
+fn compare_layer(path: &Path, layer: &StoredLayer) -> Result<Difference> {
+    let (block_size, len) = (u64::from(layer.manifest.block_size), layer.len().0);
+    let about = || format!("reading the layer {}", path.display());
+    let mut difference = Difference::new(format!("layer:{}", layer.manifest.digest));
+    let file = File::open(path).with_context(about)?;
+    let now = file.metadata().with_context(about)?.len();
+    if now != len {
+        difference.note = Some(format!("its file {} has {now} bytes, {len} are right", path.display()));
+        return Ok(difference);
+    }
+    let progress = Progress::bytes("layer", len);
+    let extents = layers::image::data_extents(&file, len).with_context(about)?;
+    let mut stored = layer.table.stored().peekable();
+    let mut buffer = vec![0; usize::try_from(block_size).context("a block that does not fit into memory")?];
+    for number in 0..layer.table.blocks() {
+        let (start, end) = (number * block_size, ((number + 1) * block_size).min(len));
+        let wanted = stored.next_if(|(next, _)| *next == number);
+        if wanted.is_none() && !extents.iter().any(|extent| extent.start < end && start < extent.end) {
+            continue;
+        }
+        // The last block is stored in whole pages.
+        let piece = &mut buffer[..((end - start) as usize).next_multiple_of(PAGE_SIZE)];
+        piece.fill(0);
+        file.read_exact_at(&mut piece[..(end - start) as usize], start).with_context(about)?;
+        let is_right = match wanted {
+            None => is_zero(piece),
+            Some((_, block)) => ContentDigest::of(piece) == block.digest,
+        };
+        if !is_right {
+            difference.push(start..end);
+        }
+        progress.advance(end - start);
+    }
+    Ok(difference)
+}
+
+/// For tests: see [`crate::fault::damage`].
+pub fn invert_byte(path: &Path, offset: u64) -> Result<()> {
+    let about = || format!("damaging {}", path.display());
+    let file = File::options().read(true).write(true).open(path).with_context(about)?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).with_context(about)?;
+    file.write_all_at(&[!byte[0]], offset).with_context(about)
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().with_context(|| format!("the path {} is not valid UTF-8", path.display()))
+}
