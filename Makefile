@@ -9,7 +9,7 @@ RELEASE = $(or $(CARGO_TARGET_DIR),target)/release
 UNITS = $(notdir $(wildcard systemd/*))
 UNITDIR = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
-.PHONY: help deps build install uninstall test demo bench bench-adopt doctor
+.PHONY: help deps build install uninstall test torture demo bench bench-adopt doctor
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make demo [STORE=hdfs]       checkpoints, a crash and a restore, shown on a real guest'
 	@echo 'make bench [ARGS=--json]     pauses and sizes on a 1 GiB guest, by each engine'
 	@echo 'make bench-adopt             downtime of an adoption beside that of a live migration'
+	@echo 'make torture N=300 [SEED=1]  random command lines: each is refused or restored exactly'
 	@echo 'make test                    format, lints, build and all tests, with QEMU and HDFS'
 
 deps:
@@ -47,6 +48,9 @@ uninstall:
 
 test:
 	@scripts/test
+
+torture:
+	@scripts/torture $(N) $(SEED) $(LINE)
 
 demo:
 	@scripts/demo $(STORE)

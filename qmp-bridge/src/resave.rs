@@ -5,6 +5,7 @@
 //! come with every page, then the devices. Afterwards the run state is `postmigrate` and QEMU has
 //! given up its disks; `cont` makes it the VM's QEMU again.
 
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -126,12 +127,29 @@ impl Layout {
         serde_json::from_slice(description).map(Self)
     }
 
+    /// Where in the section's body the field `name` of its first level is.
+    pub fn range(&self, section: &DeviceSection, name: &str) -> Option<Range<usize>> {
+        let mut at = 0;
+        for field in self.device(section)?["fields"].as_array()? {
+            let length = field["size"].as_u64()?.checked_mul(field["array_len"].as_u64().unwrap_or(1))?;
+            let end = usize::try_from(length).ok()?.checked_add(at)?;
+            if field["name"] == name {
+                return Some(at..end);
+            }
+            at = end;
+        }
+        None
+    }
+
+    fn device(&self, section: &DeviceSection) -> Option<&Value> {
+        let devices = self.0["devices"].as_array()?;
+        devices.iter().find(|device| device["name"] == section.name.as_str() && device["instance_id"] == section.instance)
+    }
+
     /// The field at `offset` of the section's body and the offset in it: `bmdma.cmd` and 0. Elements
     /// of a list have no numbers of their own. `None` beyond what is described.
     pub fn field(&self, section: &DeviceSection, offset: u64) -> Option<(String, u64)> {
-        let devices = self.0["devices"].as_array()?;
-        let is_it = |device: &&Value| device["name"] == section.name.as_str() && device["instance_id"] == section.instance;
-        field_in(devices.iter().find(is_it)?, offset, 0)
+        field_in(self.device(section)?, offset, 0)
     }
 }
 
@@ -229,5 +247,6 @@ mod test {
         assert_eq!(field(4 + 18 + 3), Some(("bytes".into(), 3)));
         assert_eq!(field(4 + 18 + 5 + 14 + 1), Some(("ide/more.last".into(), 1)));
         assert_eq!(field(4 + 18 + 5 + 14 + 2), None);
+        assert_eq!((layout.range(&section, "bytes"), layout.range(&section, "cmd")), (Some(22..27), None));
     }
 }

@@ -32,6 +32,7 @@ mod scribbles;
 mod slots;
 mod taken;
 mod tmpfs;
+pub mod torture;
 mod truth;
 mod witness;
 

@@ -48,6 +48,13 @@ const CHANGING: &[Changing] = &[
         why: "QEMU reads them back only for a transfer that failed; otherwise what it writes means nothing",
     },
     Changing {
+        section: "kvmclock",
+        field: "clock",
+        bytes: &[],
+        why: "QEMU reads KVM's clock when it writes it, unless the guest was stopped by a command",
+    },
+    Changing { section: "qxl", field: "ssd.unique", bytes: &[], why: "counts what QEMU has drawn, also when it is loaded" },
+    Changing {
         section: "globalstate",
         field: "runstate",
         bytes: &[],
@@ -130,6 +137,35 @@ fn excuse(section: &str, field: &str, place: u64) -> Option<&'static str> {
         changing.section == name && field.contains(changing.field) && (changing.bytes.is_empty() || changing.bytes.contains(&place))
     };
     CHANGING.iter().find(is_it).map(|changing| changing.why)
+}
+
+/// Guest memory that QEMU itself writes when it loads a device: section, field with the address,
+/// length, and why. The field is big-endian, of a `_le` one the other way round.
+const LOADED: &[(&str, &str, u64, &str)] = &[
+    ("kvmvapic", "rom_state_paddr", 4096, "QEMU notes the TPR shadow of the boot ROM there when it loads it"),
+    ("kvmvapic", "vapic_paddr", 4096, "QEMU writes the interrupt priorities there when it loads them"),
+    ("cpu", "env.system_time_msr", 32, "KVM writes its clock there when it gets the register"),
+    ("cpu", "env.wall_clock_msr", 16, "KVM writes the date there when it gets the register"),
+    ("vmgenid", "vgia_le", 16, "a restored VM has a new generation id"),
+    ("vmgenid", "vmgenid_addr_le", 16, "a restored VM has a new generation id"),
+];
+
+/// Guest-physical ranges that a load writes, and why.
+pub fn written_by_load(resaved: &Resaved) -> Vec<(std::ops::Range<u64>, &'static str)> {
+    let mut found = Vec::new();
+    for section in &resaved.sections {
+        let body = section.body(&resaved.devices.as_bytes()[section.bytes.clone()]);
+        for (_, field, length, why) in LOADED.iter().filter(|(name, ..)| section.name == *name) {
+            let bytes = resaved.layout.range(section, field).and_then(|range| body.get(range)).unwrap_or_default();
+            let is_little = field.ends_with("_le");
+            let shift = |address: u64, byte: &u8| address << 8 | u64::from(*byte);
+            let address = if is_little { bytes.iter().rev().fold(0, shift) } else { bytes.iter().fold(0, shift) };
+            if address != 0 {
+                found.push((address..address.saturating_add(*length), *why));
+            }
+        }
+    }
+    found
 }
 
 #[cfg(test)]
