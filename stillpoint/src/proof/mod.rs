@@ -36,7 +36,7 @@ use crate::restore::source::Source;
 use crate::restore::{self, activate_disks};
 use crate::runtime::{MachineFile, RuntimeDir};
 use anyhow::{Context, Result, anyhow};
-use checkpoint_format::{CheckpointSeq, Checksum, PAGE_SIZE, SpaceKind, SpaceName, VmName};
+use checkpoint_format::{CheckpointSeq, Checksum, PAGE_SIZE, RunState, SpaceKind, SpaceName, VmName};
 use difference::Difference;
 use dirty_tracker::GuestMemory;
 use expected::Expected;
