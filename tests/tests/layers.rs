@@ -84,3 +84,35 @@ fn a_chain_of_backing_files_comes_back() {
         assert_eq!(restored.checkpoint().outcome.layer_bytes_stored, 0, "the fetched layers are known");
     });
 }
+
+/// A base image of 2 TiB and a writable disk of 1 TiB, both nearly all holes.
+#[test]
+fn sparse_disks_cost_nothing_per_absent_page() {
+    use std::os::unix::fs::FileExt;
+    const MIB: u64 = 1 << 20;
+    let lab = Lab::new(&newest_qemu());
+    let recipe = Recipe::scribbler(6)
+        .image(&["create", "-q", "-f", "raw", "huge.raw", "2T"])
+        .patch("huge.raw", 1 << 40, b"far in the base")
+        .image(&["create", "-q", "-f", "qcow2", "-b", "huge.raw", "-F", "raw", "over.qcow2"])
+        .image(&["create", "-q", "-f", "raw", "big.raw", "1T"])
+        .arguments(&["-drive", "file=over.qcow2,format=qcow2,if=none,id=over", "-device", "virtio-blk-pci,drive=over"])
+        .arguments(&["-drive", "file=big.raw,format=raw,if=none,id=big", "-device", "virtio-blk-pci,drive=big"]);
+    let machine = lab.start("m", &recipe);
+    machine.qmp().disk_io("big", "write -P 8 512G 64k");
+    let first = machine.checkpoint().outcome;
+    assert!(first.bytes_changed < 64 * MIB && first.layer_bytes_stored < 64 * MIB, "{first:?}");
+    machine.qmp().disk_io("big", "write -z 512G 4k");
+    machine.qmp().disk_io("big", "write -z 700G 100M");
+    let second = machine.checkpoint().outcome;
+    assert!(second.bytes_changed < 16 * MIB, "holes that were zeroed are no changes: {second:?}");
+    lab.verify("m");
+    let directory = machine.directory.clone();
+    machine.kill();
+    std::fs::remove_dir_all(directory).expect("the test's directory");
+    let restored = lab.restore("m", "m", &["--paused"]);
+    let big = std::fs::File::open(restored.directory.join("sp-big.raw")).expect("the restored disk");
+    let mut found = [1; 65536];
+    big.read_exact_at(&mut found, 512 << 30).expect("it is as long as it was");
+    assert!(found[..4096].iter().all(|byte| *byte == 0) && found[4096..].iter().all(|byte| *byte == 8));
+}
