@@ -207,6 +207,8 @@ impl Delta {
 mod test {
     use super::*;
     use checkpoint_format::{ByteLen, MAX_SPACE_PAGES};
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
 
     fn delta(pages: u64) -> Delta {
         let names = [SpaceName::ram("pc.ram").unwrap(), SpaceName::disk("d").unwrap()];
@@ -338,5 +340,98 @@ mod test {
         let ranges = zero_ranges(&jobs);
         assert!(ranges.iter().all(|(start, end)| end - start <= MAX_PAGES_PER_PACK));
         assert_eq!(ranges.iter().map(|(start, end)| end - start).sum::<u64>(), MAX_SPACE_PAGES);
+    }
+
+    /// What the store would give back: each job's pages, in order.
+    fn replay(jobs: &[PackJob], stored: &mut BTreeMap<u64, u8>) {
+        for job in jobs {
+            match job {
+                PackJob::Zero(_, range) => stored.extend(range.iter().map(|page| (page.0, 0))),
+                PackJob::Data(frame) => {
+                    let pages = frame.pages.iter().zip(frame.raw.chunks_exact(PAGE_SIZE));
+                    stored.extend(pages.map(|((page, _), bytes)| (page.0, bytes[0])));
+                }
+            }
+        }
+    }
+
+    /// Offers pages as a disk's extents would: neighbours of zeros as one range, data as pieces.
+    fn offer_all(delta: &mut Delta, disk: &[u8], from: u64, to: u64, jobs: &mut Vec<PackJob>) {
+        let mut at = from;
+        while at < to {
+            let fill = disk[at as usize];
+            let same = disk[at as usize..to as usize].iter().take_while(|other| **other == fill).count() as u64;
+            match fill {
+                0 => delta.offer_zero(0, pages(at, at + same), jobs),
+                _ => delta.offer(0, PageIndex(at), &vec![fill; same as usize * PAGE_SIZE], jobs),
+            }
+            at += same;
+        }
+    }
+
+    const SIZE: u64 = 600;
+
+    #[derive(Clone, Debug)]
+    struct Round {
+        /// Written by the guest: from, to, what.
+        writes: Vec<(u64, u64, u8)>,
+        /// Whether the bitmap is there, or all of the disk has to be looked at.
+        has_bitmap: bool,
+        is_durable: bool,
+    }
+
+    fn any_round() -> impl Strategy<Value = Round> {
+        let write = (0..SIZE, 0..SIZE, 0..3_u8).prop_map(|(a, b, fill)| (a.min(b), a.max(b), fill));
+        let writes = prop::collection::vec(write, 0..5);
+        (writes, any::<bool>(), prop::bool::weighted(0.7)).prop_map(|(writes, has_bitmap, is_durable)| Round {
+            writes,
+            has_bitmap,
+            is_durable,
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Whatever the guest writes and whichever checkpoints fail: a durable one gives back the disk, and counts no page that
+        /// does not differ from its parent where the parent is known.
+        #[test]
+        fn sparse_disk_comes_back_after_any_checkpoints(rounds in prop::collection::vec(any_round(), 1..8), limit in 1_u64..5) {
+            let mut disk = vec![0; SIZE as usize];
+            let name = SpaceName::disk("d").unwrap();
+            let mut spaces = vec![Space::new(name, PageCount(SIZE), DigestTable::sparse(ByteLen(limit * 4096)))];
+            let mut stored: BTreeMap<u64, u8> = BTreeMap::new();
+            let mut dirty: Vec<(u64, u64)> = vec![(0, SIZE)];
+            for round in rounds {
+                for (from, to, fill) in round.writes {
+                    disk[from as usize..to as usize].fill(fill);
+                    dirty.push((from, to));
+                }
+                if !round.has_bitmap {
+                    dirty = vec![(0, SIZE)];
+                }
+                let (mut delta, mut jobs) = (again(spaces), Vec::new());
+                let mut is_dirty = vec![false; SIZE as usize];
+                dirty.iter().for_each(|(from, to)| is_dirty[*from as usize..*to as usize].fill(true));
+                let mut at = 0;
+                while at < SIZE {
+                    let same = is_dirty[at as usize..].iter().take_while(|other| **other == is_dirty[at as usize]).count() as u64;
+                    if is_dirty[at as usize] {
+                        offer_all(&mut delta, &disk, at, at + same, &mut jobs);
+                    }
+                    at += same;
+                }
+                delta.flush(&mut jobs);
+                if !round.is_durable {
+                    spaces = delta.fail();
+                    continue;
+                }
+                let recorded = data_pages(&jobs).len() as u64 + zero_ranges(&jobs).iter().map(|(start, end)| end - start).sum::<u64>();
+                prop_assert!(delta.changed().0 <= recorded);
+                replay(&jobs, &mut stored);
+                prop_assert!((0..SIZE).all(|page| stored.get(&page).copied().unwrap_or(0) == disk[page as usize]));
+                spaces = delta.settle();
+                dirty.clear();
+            }
+        }
     }
 }
