@@ -4,11 +4,11 @@ use super::client;
 use super::other::OtherHelper;
 use crate::checkpoint::{Force, StoreSession};
 use crate::cli::AttachArgs;
-use crate::control::Request;
-use crate::exit::refused;
+use crate::control::{Failure, Request};
+use crate::exit::{coded, refused};
 use crate::launch;
-use crate::runtime::{MachineFile, RuntimeDir, read_limited};
-use anyhow::{Context, Result, bail};
+use crate::runtime::{MachineFile, RuntimeDir};
+use anyhow::{Result, bail};
 use checkpoint_store::Mode;
 use rustix::process::Signal;
 use serde_json::Value;
@@ -41,9 +41,8 @@ pub async fn run(args: AttachArgs) -> Result<()> {
     if args.foreground {
         return super::serve(runtime).await;
     }
-    let begin = std::fs::metadata(runtime.helper_log()).map_or(0, |facts| facts.len());
     launch::spawn_helper(name, args.runtime.runtime_dir.as_deref(), &runtime)?;
-    let status = wait(&runtime, begin).await?;
+    let status = wait(&runtime).await?;
     println!(
         "helper {} is attached to {} (QEMU {}, pid {})",
         status["pid"],
@@ -89,29 +88,20 @@ async fn end_other(runtime: &RuntimeDir) -> Result<()> {
     bail!("the other helper of this machine does not end; its pid is in {}", runtime.helper_pid().display())
 }
 
-/// Until the helper of the machine answers.
-pub async fn wait(runtime: &RuntimeDir, log_begin: u64) -> Result<Value> {
+/// Until the helper of the VM answers, or has said why it ended.
+pub async fn wait(runtime: &RuntimeDir) -> Result<Value> {
     let end = Instant::now() + PATIENCE;
     loop {
-        match client::ask(runtime, &Request::Status).await {
+        let error = match client::ask(runtime, &Request::Status).await {
             Ok(status) => return Ok(status),
-            Err(_) if Instant::now() < end && !has_failed(runtime, log_begin) => tokio::time::sleep(LOOK_EVERY).await,
-            Err(error) => {
-                let said = log_tail(runtime, log_begin).unwrap_or_default();
-                let said = said.lines().last().unwrap_or("nothing").to_owned();
-                bail!("the helper did not come up ({error:#}); its log {} ends with: {said}", runtime.helper_log().display());
-            }
+            Err(error) => error,
+        };
+        if let Some(Failure { message, exit_code }) = runtime.helper_failure() {
+            return Err(coded(exit_code, format!("the helper ended: {message}; its log is {}", runtime.helper_log().display())));
         }
+        if Instant::now() >= end {
+            bail!("the helper did not come up within {PATIENCE:?} ({error:#}); see its log {}", runtime.helper_log().display());
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
     }
-}
-
-fn has_failed(runtime: &RuntimeDir, log_begin: u64) -> bool {
-    log_tail(runtime, log_begin).is_ok_and(|text| text.lines().any(|line| line.starts_with("stillpoint: ")))
-}
-
-fn log_tail(runtime: &RuntimeDir, begin: u64) -> Result<String> {
-    const MAX_LOG: u64 = 64 << 20;
-    let bytes = read_limited(&runtime.helper_log(), MAX_LOG)?;
-    let tail = bytes.get(begin as usize..).context("the log was cut")?;
-    Ok(String::from_utf8_lossy(tail).into_owned())
 }

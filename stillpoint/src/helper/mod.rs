@@ -16,6 +16,8 @@ pub mod unprepared;
 
 use crate::checkpoint::Checkpointer;
 use crate::cli::HelperArgs;
+use crate::control::Failure;
+use crate::exit::{code_of, explain};
 use crate::runtime::RuntimeDir;
 use anyhow::{Context, Result};
 use machine::Machine;
@@ -25,7 +27,12 @@ use tokio::signal::unix::{SignalKind, signal};
 
 pub async fn run(args: HelperArgs) -> Result<()> {
     let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
-    serve(runtime).await
+    let result = serve(runtime.clone()).await;
+    if let Err(error) = &result {
+        // Whoever started this process has no other way to learn it.
+        runtime.set_helper_failure(&Failure { message: explain(error), exit_code: code_of(error) });
+    }
+    result
 }
 
 /// Until QEMU ends or somebody ends us.

@@ -3,10 +3,10 @@
 use crate::checkpoint::outcome::milliseconds;
 use crate::checkpoint::{Checkpointer, Report};
 use crate::control::{Failure, MAX_LINE, Progress, Reply, Request};
-use crate::exit::{self, explain};
+use crate::exit::{self, explain, refused};
 use crate::helper::memory;
 use crate::runtime::RuntimeDir;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use qmp_bridge::Paused;
 use serde_json::{Value, json};
 use std::os::unix::fs::PermissionsExt;
@@ -110,7 +110,7 @@ impl Server {
             return self.status().await;
         }
         let Ok(mut checkpointer) = tokio::time::timeout(GLANCE, self.checkpointer.lock()).await else {
-            bail!("a checkpoint of this machine is under way; wait for it");
+            return Err(refused("a checkpoint of this machine is under way; wait for it"));
         };
         match request {
             Request::Checkpoint(choice) => {

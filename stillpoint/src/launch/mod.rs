@@ -162,6 +162,7 @@ pub fn refuse_half_restored(runtime: &RuntimeDir) -> Result<()> {
 /// Starts the helper in a session of its own, not as a child of what will be QEMU.
 pub fn spawn_helper(name: &VmName, runtime_base: Option<&Path>, runtime: &RuntimeDir) -> Result<()> {
     let log = runtime.open_helper_log()?;
+    runtime.forget_helper_failure()?;
     let program = std::env::current_exe().context("finding this program's own path")?;
     let mut command = Command::new("setsid");
     command.arg("--fork").arg(program).arg("helper");

@@ -166,7 +166,7 @@ async fn make(workers: &mut ImageWorkers, spec: &ImageSpec) -> Result<()> {
 
 fn refuse_existing(path: &Path) -> Result<()> {
     if path.exists() {
-        bail!("{} exists already; name another directory by --dir, or remove it", path.display());
+        return Err(refused(format!("{} exists already; name another directory by --dir, or remove it", path.display())));
     }
     Ok(())
 }

@@ -44,12 +44,13 @@ impl Planned {
         Ok(Self { options, dir: places.dir.to_owned(), renamed: renamed(words, wishes)? })
     }
 
-    /// The files and sockets that QEMU makes in the VM's directory.
+    /// The files and sockets that QEMU makes: in the VM's directory, or where the user wants them. What is there already is a
+    /// terminal or a pipe, once nothing is replaced.
     pub fn made(&self) -> Vec<PathBuf> {
         let mut made = Vec::new();
         visit(&self.options, |site| {
             let path = self.dir.join(site.value);
-            if matches!(site.means, Use::Output | Use::Listen) && path.starts_with(&self.dir) && !made.contains(&path) {
+            if matches!(site.means, Use::Output | Use::Listen) && !path.exists() && !made.contains(&path) {
                 made.push(path);
             }
         });

@@ -236,9 +236,8 @@ impl Restore {
     }
 
     async fn leave_helper(&self, file: &MachineFile) -> Result<()> {
-        let log_begin = std::fs::metadata(self.runtime.helper_log()).map_or(0, |facts| facts.len());
         launch::spawn_helper(&file.name, self.args.runtime.runtime_dir.as_deref(), &self.runtime)?;
-        let helper = attach::wait(&self.runtime, log_begin).await;
+        let helper = attach::wait(&self.runtime).await;
         helper.map(drop).with_context(|| format!("{} is restored, but has no helper ('stillpoint attach {0}' starts one)", file.name))
     }
 

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 const FILE: &str = "restore.json";
@@ -151,7 +151,7 @@ fn undo(runtime: &RuntimeDir, record: &Record) -> Result<()> {
     if let Some((pid, started)) = record.qemu {
         process::end(pid, started)?;
     }
-    for file in &record.files {
+    for file in record.files.iter().filter(|file| is_made(file)) {
         remove_file(file)?;
     }
     for directory in record.directories.iter().rev() {
@@ -168,6 +168,14 @@ fn undo(runtime: &RuntimeDir, record: &Record) -> Result<()> {
         std::fs::rename(&path, runtime.path().join(&name)).with_context(|| format!("putting {} back", path.display()))?;
     }
     remove_tree(&before)
+}
+
+/// What a restore makes; a device in its place was there before.
+fn is_made(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|facts| {
+        let kind = facts.file_type();
+        kind.is_file() || kind.is_socket() || kind.is_symlink()
+    })
 }
 
 fn entries(directory: &Path) -> Result<Vec<(String, PathBuf)>> {

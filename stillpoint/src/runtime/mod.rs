@@ -3,6 +3,7 @@
 
 mod private;
 
+use crate::control::Failure;
 use crate::engine::{EngineChoice, StreamChoice};
 use crate::exit::refused;
 use crate::lineage::CheckpointIdentity;
@@ -28,6 +29,7 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 /// A host has some hundred locks of 60 bytes a line.
 const MAX_LOCKS_BYTES: u64 = 16 << 20;
 const MACHINE_FILE_FORMAT: u32 = 1;
+const HELPER_FAILURE: &str = "helper.failure";
 const MARKS: &str = "marks.json";
 const MAX_MARKS_BYTES: u64 = 1024;
 
@@ -168,6 +170,22 @@ impl RuntimeDir {
     /// The helper's log, to be written at its end.
     pub fn open_helper_log(&self) -> Result<File> {
         self.open("helper.log", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND)
+    }
+
+    /// Why the helper that was started last has ended, if it failed.
+    pub fn helper_failure(&self) -> Option<Failure> {
+        serde_json::from_slice(&self.read(HELPER_FAILURE, MAX_MACHINE_FILE_BYTES).ok()?).ok()
+    }
+
+    pub fn set_helper_failure(&self, failure: &Failure) {
+        let text = serde_json::to_vec(failure).unwrap_or_default();
+        if let Err(error) = self.replace(HELPER_FAILURE, &text) {
+            tracing::warn!(error = format!("{error:#}"), "the failure was not written down");
+        }
+    }
+
+    pub fn forget_helper_failure(&self) -> Result<()> {
+        self.forget(HELPER_FAILURE)
     }
 
     /// QEMU's log, empty.
