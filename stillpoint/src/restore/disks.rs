@@ -6,7 +6,7 @@ use super::source::Source;
 use crate::exit::{damaged, refused};
 use crate::launch::paths::NewPaths;
 use crate::terminal::Progress;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, DiskRecord, Manifest, PageRange, Qcow2Record};
 use futures::{StreamExt, TryStreamExt};
 use qmp_bridge::disks::{ImageFormat, Qcow2Layout};
