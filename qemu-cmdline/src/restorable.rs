@@ -7,7 +7,7 @@
 
 use crate::arguments::{KeyList, QemuOption};
 use crate::form::Form;
-use crate::sites::{Site, rewrite, visit};
+use crate::sites::{Site, monitor_chardevs, rewrite, visit};
 use crate::table::{self, Use};
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -72,7 +72,7 @@ fn reason(problem: Problem) -> &'static str {
             Use::Program => "is a program that QEMU would run",
             Use::Code => "is code that QEMU would load",
             Use::Control => "lets others command QEMU over the network",
-            Use::Display => "shows the display, and QEMU's monitor, to the network",
+            Use::Display => "shows the display, and with it QEMU's monitor, to the network",
             Use::Directory | Use::DataDirectory => "is a directory of the host",
             Use::HostFile => "is a file of the host that no checkpoint holds",
             Use::HostDevice => "is a device of the host",
@@ -93,13 +93,41 @@ pub struct Carried<'a> {
 /// Everything that stands in the way, in the order of the command line.
 pub fn check(options: &[QemuOption], carried: &Carried<'_>) -> Vec<Finding> {
     let mut found = Vec::new();
+    let has_console = has_console_monitor(options);
     visit(options, |site| {
+        // A display alone shows the guest.
+        if site.means == Use::Display && !has_console {
+            return;
+        }
         if let Some(problem) = problem(site, carried) {
             found.push(Finding::new(site.option, site.key, site.value, problem));
         }
     });
-    found.extend(options.iter().filter_map(unspoken));
+    let unspoken = options.iter().filter_map(unspoken);
+    found.extend(unspoken.filter(|finding| has_console || finding.problem != Problem::Host(Use::Display)));
     found
+}
+
+/// Whether somebody at the display could command QEMU. QEMU's default monitor would be there, but it makes none beside
+/// Stillpoint's.
+fn has_console_monitor(options: &[QemuOption]) -> bool {
+    let is_console = |value: &str| value == "vc" || value.starts_with("vc:") || value.starts_with("vc,");
+    let consoles: Vec<String> = options
+        .iter()
+        .filter(|option| option.name == "chardev")
+        .map(Form::of)
+        .filter(|form| form.get("backend").or_else(|| form.get("backend.type")).as_deref() == Some("vc"))
+        .filter_map(|form| form.get("id"))
+        .collect();
+    let monitors = monitor_chardevs(options);
+    let is_direct = |option: &QemuOption| match table::syntax(&option.name) {
+        Some(table::Syntax::Chardev { monitor }) => match option.value().strip_prefix("mon:") {
+            Some(rest) => is_console(rest),
+            None => monitor && is_console(option.value()),
+        },
+        _ => false,
+    };
+    consoles.iter().any(|id| monitors.contains(id)) || options.iter().any(is_direct)
 }
 
 fn problem(site: &Site<'_>, carried: &Carried<'_>) -> Option<Problem> {

@@ -44,7 +44,7 @@ pub fn rewrite(options: Vec<QemuOption>, mut change: impl FnMut(&Site<'_>) -> Op
 }
 
 /// Character devices by which somebody commands QEMU.
-fn monitor_chardevs(options: &[QemuOption]) -> HashSet<String> {
+pub(crate) fn monitor_chardevs(options: &[QemuOption]) -> HashSet<String> {
     let id = |option: &QemuOption| match table::syntax(&option.name) {
         Some(Syntax::Keys(_, Group::Monitor)) => Form::of(option).get("chardev"),
         Some(Syntax::Keys(_, Group::Object)) => {

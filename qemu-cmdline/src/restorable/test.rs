@@ -28,6 +28,7 @@ fn ordinary_vms_need_nothing() {
         "-netdev tap,id=n,ifname=tap0,script=no,downscript=no -kernel k -append root=/dev/sda -bios bios-256k.bin",
         "-serial file:/var/log/vm.log -qmp unix:/run/vm/q.sock,server=on,wait=off -monitor none -pidfile /run/x.pid",
         "-object rng-random,id=r,filename=/dev/urandom -object iothread,id=t -vnc 127.0.0.1:1 -vnc unix:/run/v.sock",
+        "-vnc :1 -spice port=5900 -monitor none -serial vc",
         "-L /opt/qemu/share -chardev socket,id=qga,path=/run/qga,server=on,wait=off -cpu host,-vmx -rtc base=utc",
     ] {
         assert_eq!(open(line, &[], &[]), Vec::<String>::new(), "{line}");
@@ -60,8 +61,9 @@ fn hostile_command_lines_are_refused() {
         ("-qmp tcp:127.0.0.1:1", "qmp=tcp:127.0.0.1:1"),
         ("-gdb tcp::1", "gdb=tcp::1"),
         ("-s", "s"),
-        ("-vnc :0", "vnc=:0"),
-        ("-spice port=1", "spice.port=1"),
+        ("-vnc :0 -monitor vc", "vnc=:0"),
+        ("-spice port=1 -serial mon:vc", "spice.port=1"),
+        ("-vnc 0.0.0.0:0 -chardev vc,id=v -mon chardev=v", "vnc=0.0.0.0:0"),
         ("-fsdev local,id=f,path=/,security_model=none", "fsdev.path=/"),
         ("-virtfs local,path=/,mount_tag=t,security_model=none", "virtfs.path=/"),
         ("-chroot /", "chroot=/"),

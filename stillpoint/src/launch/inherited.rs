@@ -279,7 +279,9 @@ fn monitor_chardevs(options: &[QemuOption], hold: &Hold<'_>) -> Vec<String> {
     let goes = |form: &Form| {
         let has_place = form.has("path") || form.has("host") || form.has("port");
         let is_ours = form.get("path").is_some_and(|path| is_same_file(&hold.directory.join(path), hold.monitor));
-        is_ours || !has_place || is_handed_over(form)
+        // A monitor that calls its manager is that manager's.
+        let calls = form.get("backend").as_deref() == Some("socket") && !form.is_on("server");
+        is_ours || !has_place || calls || is_handed_over(form)
     };
     chardevs.filter(goes).filter_map(|form| form.get("id")).filter(|id| used.contains(id)).collect()
 }

@@ -3,7 +3,7 @@
 //! Which values are files says the table of `qemu-cmdline`, never how a value is spelled.
 
 use qemu_cmdline::{QemuOption, Site, Use, visit};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 /// The boot files named on the command line, as they are written there, each once. Disks are not among them: QEMU itself
@@ -26,6 +26,8 @@ pub struct NewPaths {
     /// The old VM's working directory, to which relative paths of its command line belong.
     directory: PathBuf,
     disks: HashMap<PathBuf, String>,
+    /// New paths that others may share: nothing may write there.
+    layers: HashSet<String>,
     boot_files: HashMap<PathBuf, String>,
 }
 
@@ -34,9 +36,15 @@ impl NewPaths {
         Self { directory: directory.to_owned(), ..Self::default() }
     }
 
-    /// The file of a disk, or of a layer below one.
+    /// The file of a disk.
     pub fn add_disk(&mut self, old: &str, new: &Path) {
         self.disks.insert(self.directory.join(old), new.to_string_lossy().into_owned());
+    }
+
+    /// A file that is only read.
+    pub fn add_layer(&mut self, old: &str, new: &Path) {
+        self.add_disk(old, new);
+        self.layers.insert(new.to_string_lossy().into_owned());
     }
 
     pub fn add_boot_file(&mut self, old: &str, new: &Path) {
@@ -46,6 +54,10 @@ impl NewPaths {
     /// Whether a disk of the restored VM has this file.
     pub fn is_new_disk(&self, path: &str) -> bool {
         self.disks.values().any(|new| new == path)
+    }
+
+    pub fn is_layer(&self, path: &str) -> bool {
+        self.layers.contains(path)
     }
 
     pub fn is_new_boot_file(&self, path: &str) -> bool {

@@ -5,11 +5,13 @@
 //! not named (docs/security.md).
 
 use super::arguments::{self, QemuOption};
+use super::form::Form;
 use super::paths::{NewPaths, new_path};
 use crate::exit::refused;
 use anyhow::{Context, Result};
 use checkpoint_format::MachineRecord;
 use qemu_cmdline::restorable::{self, Carried, Finding, Wishes};
+use qemu_cmdline::{Use, visit};
 use qmp_bridge::disks::Disk;
 use std::path::{Path, PathBuf};
 
@@ -43,6 +45,7 @@ fn make(words: &[String], paths: &NewPaths, wishes: &Wishes) -> Result<Restored>
     let mut notes = mapped.drop_data_directories(&wishes.allow);
     notes.iter_mut().for_each(|what| *what = format!("{what} is left out: this host's QEMU knows where its own files are"));
     mapped.rewrite(|site| new_path(site, paths));
+    mapped.options = std::mem::take(&mut mapped.options).into_iter().map(|option| only_read(option, paths)).collect();
     let moved = mapped.relocate(&wishes.allow);
     notes.extend(moved.iter().map(|(old, new)| format!("{old} is {new} in the VM's directory (--map {old}={old} keeps it)")));
     let carried = Carried { is_disk: &|path| paths.is_new_disk(path), is_boot_file: &|path| paths.is_new_boot_file(path) };
@@ -51,6 +54,26 @@ fn make(words: &[String], paths: &NewPaths, wishes: &Wishes) -> Result<Restored>
         return Err(refused(format!("--allow {what}: the saved command line asks for no such thing")));
     }
     Ok(Restored { options: mapped.options, notes, findings })
+}
+
+/// Layers are shared by many VMs, and may be images of this host: nodes on them cannot write, whatever the line says.
+fn only_read(option: QemuOption, paths: &NewPaths) -> QemuOption {
+    let mut reads_layer = false;
+    visit(std::slice::from_ref(&option), |site| {
+        let is_below = site.key.split('.').any(|part| part == "backing");
+        reads_layer |= site.means == Use::Disk && paths.is_layer(site.value) && !is_below;
+    });
+    if !reads_layer || !["drive", "blockdev"].contains(&option.name.as_str()) {
+        return option;
+    }
+    let mut form = Form::of(&option);
+    let is_cdrom = form.get("media").as_deref() == Some("cdrom");
+    if is_cdrom || form.is_on("read-only") || form.is_on("readonly") {
+        return option;
+    }
+    ["read-only", "readonly"].into_iter().for_each(|key| form.remove(key));
+    form.set_on("read-only");
+    form.into_option(&option.name)
 }
 
 fn list(findings: &[Finding]) -> String {
@@ -159,6 +182,23 @@ mod test {
             Wishes { map: vec![("nothing".to_owned(), "x".to_owned())], allow: vec!["netdev.script".to_owned()] },
         ] {
             assert_eq!(code_of(&restored(&line(text), &paths, &wishes).err().unwrap()), REFUSED, "{wishes:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_writes_into_a_layer() {
+        let mut paths = NewPaths::new(Path::new("/vm"));
+        paths.add_layer("base", Path::new("/srv/base"));
+        paths.add_disk("d", Path::new("/new/d"));
+        for (text, new) in [
+            ("-blockdev driver=file,filename=base,node-name=b", "-blockdev driver=file,filename=/srv/base,node-name=b,read-only=on"),
+            ("-drive file=base,readonly=off,id=b", "-drive file=/srv/base,id=b,read-only=on"),
+            ("-drive file=base,readonly=on,id=b", "-drive file=/srv/base,readonly=on,id=b"),
+            ("-drive file=base,media=cdrom", "-drive file=/srv/base,media=cdrom"),
+            ("-drive file=d,backing.file.filename=base", "-drive file=/new/d,backing.file.filename=/srv/base"),
+        ] {
+            let made = restored(&line(text), &paths, &Wishes::default()).unwrap();
+            assert_eq!(words(&made.options).join(" "), new);
         }
     }
 

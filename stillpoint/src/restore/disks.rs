@@ -79,7 +79,7 @@ pub async fn restore(source: &Source, layers: &LocalLayers, places: &Places<'_>,
     let manifest = source.manifest();
     let mut paths = NewPaths::new(Path::new(&manifest.machine.directory));
     // Command lines that were saved by an earlier version name layers, too.
-    manifest.disks.iter().flat_map(|disk| &disk.backing).for_each(|layer| paths.add_disk(&layer.path, layers.path(layer)));
+    manifest.disks.iter().flat_map(|disk| &disk.backing).for_each(|layer| paths.add_layer(&layer.path, layers.path(layer)));
     manifest.machine.files.iter().for_each(|layer| paths.add_boot_file(&layer.path, layers.path(layer)));
     let mut workers = ImageWorkers::new(binary, runtime);
     for disk in &manifest.disks {

@@ -34,7 +34,7 @@ impl Planned {
         let manifest = places.manifest;
         let words = &manifest.machine.arguments;
         let mut paths = NewPaths::new(Path::new(&manifest.machine.directory));
-        manifest.disks.iter().flat_map(|disk| &disk.backing).for_each(|layer| paths.add_disk(&layer.path, Path::new(&layer.path)));
+        manifest.disks.iter().flat_map(|disk| &disk.backing).for_each(|layer| paths.add_layer(&layer.path, Path::new(&layer.path)));
         manifest.machine.files.iter().for_each(|layer| paths.add_boot_file(&layer.path, Path::new(&layer.path)));
         manifest.disks.iter().for_each(|disk| paths.add_disk(&disk.file, &places.image(disk)));
         let options = match saved::restored(words, &paths, wishes) {
@@ -239,7 +239,7 @@ mod test {
     fn copy_is_told_all_at_once() {
         let holder = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
         let display = holder.local_addr().unwrap().port() - 5900;
-        let line = saved_line(&format!("-vnc :{display}"));
+        let line = saved_line(&format!("-vnc :{display} -monitor vc"));
         let error = saved::restored(&line, &NewPaths::new(Path::new("/vm")), &Wishes::default()).err().unwrap();
         let error = with_taken(error, &line, &Wishes::default());
         assert!(code_of(&error) == REFUSED && error.to_string().contains(&format!("use --map :{display}=:")), "{error}");

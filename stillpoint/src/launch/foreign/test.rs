@@ -174,12 +174,10 @@ fn proxmox() {
         ..Case::default()
     };
     let (found, line) = case.file(PROXMOX);
-    lacks(&line, &["-id 100", "100.qmp", "-pidfile", "-daemonize", "-no-shutdown", "pve0"]);
+    lacks(&line, &["-id 100", "100.qmp", "-pidfile", "-daemonize", "-no-shutdown", "pve0", "qmeventd", "-mon "]);
     has(
         &line,
         &[
-            "id=qmp-event,path=/var/run/qmeventd.sock",
-            "-mon chardev=qmp-event,mode=control",
             "id=drive-scsi0,format=raw,cache=none,aio=io_uring,detect-zeroes=on,node-name=sp-drive-scsi0",
             "-drive if=none,id=drive-ide2,media=cdrom,aio=io_uring -device",
             "ifname=tap100i0",
