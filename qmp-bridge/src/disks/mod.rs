@@ -85,6 +85,8 @@ pub struct BackingImage {
     pub node: String,
     /// What a reader of this image sees, in bytes.
     pub virtual_size: u64,
+    /// On a block device of the host.
+    pub is_device: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,6 +108,8 @@ pub struct Disk {
     pub format: ImageFormat,
     /// The image file, absolute if QEMU's working directory was given.
     pub file: PathBuf,
+    /// On a block device of the host.
+    pub is_device: bool,
     /// What the guest sees, in bytes.
     pub virtual_size: u64,
     /// Top to bottom, without the disk itself.
@@ -118,7 +122,13 @@ pub struct Disk {
 impl Disk {
     /// The image files that are only read, top to bottom: the backing chain, and before it a read-only disk's own image.
     pub fn layers(&self) -> Vec<BackingImage> {
-        let own = BackingImage { file: self.file.clone(), format: self.format, node: self.node.clone(), virtual_size: self.virtual_size };
+        let own = BackingImage {
+            file: self.file.clone(),
+            format: self.format,
+            node: self.node.clone(),
+            virtual_size: self.virtual_size,
+            is_device: self.is_device,
+        };
         Some(own).filter(|_| self.read_only).into_iter().chain(self.backing.iter().cloned()).collect()
     }
 }

@@ -93,9 +93,10 @@ impl<'a> Survey<'a> {
         let is_named = drive["device"].as_str().is_some_and(|name| !name.is_empty());
         let disk = match drive["inserted"]["node-name"].as_str() {
             None => Ok(Medium::None(EmptyDrive { device: device.clone(), qdev, is_named })),
-            Some(node) => self.disk(device.clone(), node).map(|disk| {
+            Some(node) => self.disk(device.clone(), node).and_then(|disk| {
                 let removable = drive["removable"] == true && qdev.is_some();
-                Medium::Disk(Disk { read_only: drive["inserted"]["ro"] == true, removable, qdev, is_named, ..disk })
+                let read_only = drive["inserted"]["ro"] == true;
+                on_files(Disk { read_only, removable, qdev, is_named, ..disk }).map(Medium::Disk)
             }),
         };
         Drive { device, disk }
@@ -105,7 +106,7 @@ impl<'a> Survey<'a> {
     fn unused(&self) -> Vec<(String, Result<Disk, DiskError>)> {
         let is_unused = |name: &&String| !self.graph.is_used(name) && !capture::is_ours(name);
         let unused = self.names.iter().filter(is_unused);
-        unused.map(|name| (name.clone(), self.disk(name.clone(), name))).collect()
+        unused.map(|name| (name.clone(), self.disk(name.clone(), name).and_then(on_files))).collect()
     }
 
     fn disk(&self, device: String, root: &str) -> Result<Disk, DiskError> {
@@ -116,6 +117,7 @@ impl<'a> Survey<'a> {
             read_only: self.node(&device, root)?.read_only,
             format: top.format,
             file: top.file,
+            is_device: top.is_device,
             virtual_size: info.virtual_size,
             backing: self.chain(&device, &node)?,
             removable: false,
@@ -188,7 +190,8 @@ impl<'a> Survey<'a> {
             return Err(refuse(why));
         }
         let file = self.path(device, &storage.file)?;
-        Ok(BackingImage { file, format, node: node.into(), virtual_size: info.virtual_size })
+        let is_device = storage.driver == "host_device";
+        Ok(BackingImage { file, format, node: node.into(), virtual_size: info.virtual_size, is_device })
     }
 
     /// The node under a format node, below a throttle filter if there is one.
@@ -225,6 +228,21 @@ fn refuse_shared(disks: &Disks) -> Result<(), DiskError> {
     let written: HashSet<&str> = disks.writable().map(|disk| disk.node.as_str()).collect();
     let shows_it = |disk: &&Disk| disk.layers().iter().any(|image| written.contains(image.node.as_str()));
     disks.disks.iter().find(shows_it).map_or(Ok(()), |disk| Err(shared(disk)))
+}
+
+/// A layer is stored once, as long as nobody changes its file, and only a file tells when somebody did.
+fn on_files(disk: Disk) -> Result<Disk, DiskError> {
+    match disk.layers().into_iter().find(|image| image.is_device) {
+        None => Ok(disk),
+        Some(image) => Err(DiskError::Unsupported {
+            device: disk.device,
+            why: format!(
+                "its read-only image is the block device {}, of which nobody can tell whether it changed; copy it into a file: \
+                 qemu-img convert -O qcow2 {0} NEW",
+                image.file.display()
+            ),
+        }),
+    }
 }
 
 fn shared(disk: &Disk) -> DiskError {

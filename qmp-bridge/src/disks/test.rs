@@ -118,6 +118,19 @@ fn slice_of_a_file_is_refused_wherever_it_is() {
 }
 
 #[test]
+fn block_device_is_a_disk_and_no_layer() {
+    let nodes = [node("d", "host_device", "/dev/vg/d"), node("top", "qcow2", "t"), node("tf", "file", "t")];
+    let edges = [("top", "file", "tf"), ("top", "backing", "d")];
+    let found = survey(&nodes, &edges, drive("d")).expect("a writable one");
+    assert!(found.disks[0].is_device && found.disks[0].format == ImageFormat::Raw);
+    let read_only = json!([{"device": "d", "inserted": {"node-name": "d", "ro": true}}]);
+    for block in [read_only, drive("top")] {
+        let error = survey(&nodes, &edges, block).expect_err("a layer on a device");
+        assert!(error.is_refusal() && error.to_string().contains("/dev/vg/d"), "{error}");
+    }
+}
+
+#[test]
 fn filter_is_passed_and_the_checkpoint_taken_below_it() {
     let nodes = [
         node("throttled", "throttle", "json:{}"),

@@ -74,7 +74,8 @@ mod test {
             let path = image(&folder, name, features, &table);
             let _open = File::open(&path).unwrap();
             let open = OpenFiles::of(std::process::id()).unwrap();
-            let layer = |virtual_size, format| BackingImage { file: path.clone(), format, node: name.into(), virtual_size };
+            let layer =
+                |virtual_size, format| BackingImage { file: path.clone(), format, node: name.into(), virtual_size, is_device: false };
             let kept = |top: u64, format| without(vec![layer(top, format), layer(8, ImageFormat::Raw)], &open).len();
             assert_eq!(kept(8, ImageFormat::Qcow2), if left_out { 1 } else { 2 }, "{name}");
             assert_eq!((kept(16, ImageFormat::Qcow2), kept(8, ImageFormat::Raw)), (2, 2), "{name}");

@@ -30,6 +30,13 @@ pub fn get(option: &QemuOption, key: &str) -> Option<String> {
     scalars(option).into_iter().rev().find(|(name, _)| name == key).map(|(_, value)| value)
 }
 
+/// Whether the option itself says that its disk is only read.
+pub fn is_read_only(option: &QemuOption) -> bool {
+    let is_on = |value: String| matches!(value.as_str(), "on" | "yes" | "true" | "y");
+    let has = |key: &str| get(option, key).is_some_and(is_on);
+    has("read-only") || has("readonly") || option.name == "drive" && get(option, "media").as_deref() == Some("cdrom")
+}
+
 /// The names of all nodes that the option makes, its own first.
 pub fn node_names(option: &QemuOption) -> Vec<String> {
     let mut names: Vec<(String, String)> = scalars(option).into_iter().filter(|(key, _)| last(key) == "node-name").collect();

@@ -81,7 +81,9 @@ impl Saved<'_> {
         let said = ["format", "driver"].into_iter().find_map(|key| option::get(&self.line.options[number], key));
         let is_format = |driver: &str| matches!(driver, "raw" | "qcow2");
         let other_format = said.is_some_and(|driver| is_format(&driver) && driver != disk.format.as_str());
-        !(disk.removable && other_format) && self.line.names_file(number, &disk.file)
+        let option = &self.line.options[number];
+        let other_access = option.name == "drive" && option::is_read_only(option) && !disk.read_only;
+        !(disk.removable && (other_format || other_access)) && self.line.names_file(number, &disk.file)
     }
 
     /// A restored image names its chain itself, as it is now; and it is a file, wherever the old one was.
@@ -96,6 +98,12 @@ impl Saved<'_> {
                 option.clone()
             };
             self.options[number] = Some(option::on_file(&option));
+        }
+        // Whatever made it so: the rights of the old file, say.
+        if let Some(option) = self.options[number].take_if(|option| disk.read_only && !option::is_read_only(option)) {
+            let mut form = Form::of(&option);
+            form.set_on("read-only");
+            self.options[number] = Some(form.into_option(&option.name));
         }
         self.made_by.insert(number);
     }

@@ -21,6 +21,7 @@ fn disk(node: &str, device: &str, file: &str) -> Disk {
         format: ImageFormat::Raw,
         file: file.into(),
         virtual_size: 4096,
+        is_device: false,
         backing: Vec::new(),
         removable: false,
         layout: None,
@@ -132,6 +133,27 @@ fn medium_of_another_format_is_another_medium() {
 }
 
 #[test]
+fn disk_that_is_only_read_says_so() {
+    let ro = |node: &str, file: &str| Disk { read_only: true, ..disk(node, "x", file) };
+    let cases = [
+        ("-drive file=a,node-name=n", "-drive file=a,node-name=n,read-only=on"),
+        ("-drive file=a,node-name=n,readonly=on", "-drive file=a,node-name=n,readonly=on"),
+        ("-drive file=a,node-name=n,media=cdrom", "-drive file=a,node-name=n,media=cdrom"),
+        (
+            r#"-blockdev {"auto-read-only":true,"driver":"file","filename":"a","node-name":"n"}"#,
+            r#"-blockdev {"auto-read-only":true,"driver":"file","filename":"a","node-name":"n","read-only":true}"#,
+        ),
+    ];
+    for (line, expected) in cases {
+        assert_eq!(saved(line, vec![ro("n", "/vm/a")], Vec::new()), expected);
+    }
+    // A floppy that was put in again to be written.
+    let line = "-drive file=a,if=floppy,readonly=on,node-name=n";
+    let text = saved(line, vec![Disk { read_only: false, ..medium("#block1", "floppy0", "/vm/a") }], Vec::new());
+    assert_eq!(text, "-drive if=floppy,file=/vm/a,format=raw,node-name=n");
+}
+
+#[test]
 fn medium_that_was_exchanged_for_another_node_of_the_line() {
     let line = r#"-blockdev driver=raw,node-name=one,file.driver=file,file.filename=1 -blockdev driver=raw,node-name=two,file.driver=file,file.filename=2
                   -device {"driver":"scsi-cd","id":"c","drive":"one"}"#;
@@ -158,6 +180,7 @@ fn on(layers: &[&str], disk: Disk) -> Disk {
         format: ImageFormat::Qcow2,
         node: format!("n-{file}"),
         virtual_size: 4096,
+        is_device: false,
     };
     Disk { format: ImageFormat::Qcow2, backing: layers.iter().map(layer).collect(), ..disk }
 }
