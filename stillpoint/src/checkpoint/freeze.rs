@@ -135,7 +135,7 @@ impl Checkpointer {
         };
         let worked = paused.within("memory, disks and devices", async { tokio::join!(&mut memory, devices) }).await;
         let saved = begun.elapsed();
-        let left = worked.is_ok().then(|| round::look(&self.machine)).unwrap_or(Ok(PageCount(0)));
+        let left = if worked.is_ok() { round::look(&self.machine) } else { Ok(PageCount(0)) };
         fault::point("freeze.paused");
         let resumed = paused.resume().await.context("letting the guest run again");
         let (memory, devices) = match worked {
