@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use stillpoint_tests::{Lab, QmpClient, Ran, Random, Recipe, Scribbled, TestMachine, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{Lab, QmpClient, Ran, Random, Recipe, Scribbled, TestMachine, kill_hard, newest_qemu, on_each_qemu, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Takes a second or more to store as a layer.
@@ -81,7 +81,7 @@ fn window_with_a_change_makes_no_checkpoint() {
     let machine = lab.start("m", &layer.recipe(71));
     let mut monitor = machine.qmp();
     let known = |lab: &Lab| lab.list_if_any("m");
-    let mut given_up = |monitor: &mut QmpClient, layer: &mut Layer, named: &str, change: &dyn Fn(&mut QmpClient)| {
+    let given_up = |monitor: &mut QmpClient, layer: &mut Layer, named: &str, change: &dyn Fn(&mut QmpClient)| {
         let before = known(&lab);
         let message = checkpoint_while(&lab, &machine, layer, || change(monitor)).expect_failure(1);
         assert!(message.contains(named), "no '{named}' in {message}");
@@ -157,5 +157,23 @@ fn pause_that_another_monitor_ends_makes_no_checkpoint() {
     scribbled.write_disks();
     let outcome = scribbled.checkpoint();
     scribbled.check(|_| vec![outcome.id]);
-    assert!(Path::new(&lab.store_directory()).exists());
+}
+
+/// Whatever the helper notices first, the message says that QEMU has ended.
+#[test]
+fn window_in_which_qemu_is_killed_names_that() {
+    let lab = Lab::new(&newest_qemu());
+    let mut layer = Layer::new(&lab);
+    let mut machine = lab.start("m", &layer.recipe(74));
+    layer.renew();
+    let qemu = machine.qemus()[0];
+    let message = std::thread::scope(|scope| {
+        let checkpoint = scope.spawn(|| machine.try_checkpoint());
+        assert!(wait_until(PATIENCE, || is_storing_a_layer(&lab)), "no layer is stored");
+        kill_hard(qemu);
+        checkpoint.join().expect("it says above why not").expect_failure(1)
+    });
+    machine.kill_qemu();
+    assert!(message.contains("QEMU") && message.contains("ended") && message.contains("restore"), "{message}");
+    assert!(!message.contains("early eof") && !message.contains("failed to open module"), "{message}");
 }

@@ -32,14 +32,17 @@ mod stream;
 use crate::control::Progress;
 use crate::engine::{Engine, EngineChoice, StreamChoice};
 use crate::fault;
+use crate::helper::inventory::unchanged;
 use crate::helper::machine::Machine;
 use crate::launch::command::is_running;
 use crate::runtime::Marks;
-use anyhow::Result;
+use anyhow::{Error, Result};
 use base::Base;
 use outcome::{Outcome, Phases, milliseconds};
+use qmp_bridge::said;
 use serde::{Deserialize, Serialize};
 use staging::Staging;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
 
@@ -47,6 +50,9 @@ pub use store::{Force, StoreSession, claim, may_claim};
 
 /// Between the end of QEMU's monitor and that of its process.
 const QEMU_EXIT: Duration = Duration::from_secs(5);
+
+/// A connection to a process that is killed ends with it, a moment after whatever else was noticed.
+const MONITOR_END: Duration = Duration::from_millis(200);
 
 /// Tells what goes on to whoever listens; never waits for them.
 pub struct Report(pub mpsc::Sender<Progress>);
@@ -106,7 +112,10 @@ impl Checkpointer {
         let begun = Instant::now();
         let started_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
         let mut phases = Phases::default();
-        let mut outcome = self.run_phases(choice, &mut phases, report).await?;
+        let mut outcome = match self.run_phases(choice, &mut phases, report).await {
+            Ok(outcome) => outcome,
+            Err(error) => return Err(self.cause(error).await),
+        };
         outcome.started_at = started_at;
         outcome.durable_ms = milliseconds(begun.elapsed());
         outcome.phases = phases.into_map();
@@ -124,11 +133,39 @@ impl Checkpointer {
                     Some(packer) => packer.why(error).await,
                     None => error,
                 };
+                let inventory = Arc::clone(&run.inventory);
                 self.abort(run).await;
                 self.after_failure();
-                Err(error)
+                match inventory.change(&self.machine).await {
+                    None => Err(error),
+                    change => {
+                        tracing::info!(error = format!("{error:#}"), "what was noticed first of a change of the VM");
+                        Err(unchanged(change).err().unwrap_or(error))
+                    }
+                }
             }
         }
+    }
+
+    /// A QEMU that has ended is why, whatever was noticed of it first.
+    async fn cause(&self, error: Error) -> Error {
+        if tokio::time::timeout(MONITOR_END, self.machine.qmp.closed()).await.is_err() {
+            return error;
+        }
+        let end = Instant::now() + QEMU_EXIT;
+        while !self.machine.has_ended() {
+            if Instant::now() >= end {
+                return error;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        tracing::info!(error = format!("{error:#}"), "what was noticed first of QEMU's end");
+        let (pid, name) = (self.machine.pid, &self.machine.file.name);
+        let said = said::quote_log(&self.machine.runtime.qemu_log());
+        let said = if said.is_empty() { said } else { format!(" (it said: {said})") };
+        anyhow::anyhow!(
+            "QEMU (pid {pid}) ended while the checkpoint was taken{said}; the last checkpoint is intact: 'stillpoint restore {name}'"
+        )
     }
 
     /// A failed freeze takes its disks back in the background, so the next checkpoint looks what is left of it. A base whose tables
@@ -153,6 +190,7 @@ impl Checkpointer {
         run.inventory.check_machine(&self.machine).await?;
         self.drain(run, phases, report).await?;
         run.inventory.check_disks(&self.machine).await?;
+        unchanged(self.layers.changed(&run.disks).map(|path| format!("the layer {} was written to", path.display())))?;
         fault::point("drain");
         self.commit(run, phases).await
     }

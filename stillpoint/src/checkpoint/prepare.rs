@@ -43,7 +43,7 @@ pub struct Run {
     pub seq: CheckpointSeq,
     pub parent: Option<CheckpointSeq>,
     /// The VM as it was when the checks were made.
-    pub inventory: Inventory,
+    pub inventory: Arc<Inventory>,
     /// What the guest was doing at the checkpoint's point in time.
     pub run_state: RunState,
     pub boot_files: Vec<LayerRef>,
@@ -226,7 +226,7 @@ impl Checkpointer {
             notes: notes(chosen),
             seq,
             parent,
-            inventory,
+            inventory: Arc::new(inventory),
             run_state: RunState::Running,
             boot_files,
             partial: Some(partial),

@@ -37,6 +37,24 @@ impl Inventory {
 
     /// After the guest was resumed: whether devices, vCPUs and memory are what they were.
     pub async fn check_machine(&self, machine: &Machine) -> Result<()> {
+        unchanged(self.machine_change(machine).await?)
+    }
+
+    /// When nothing of the capture is above the disks any more: whether they, and their media, are what they were.
+    pub async fn check_disks(&self, machine: &Machine) -> Result<()> {
+        unchanged(self.disk_change(machine).await?)
+    }
+
+    /// What changed, if that is why a checkpoint failed. QEMU's own words for it tell only of a symptom.
+    pub async fn change(&self, machine: &Machine) -> Option<String> {
+        let machine_change = self.machine_change(machine).await.ok().flatten();
+        match machine_change {
+            None => self.disk_change(machine).await.ok().flatten(),
+            some => some,
+        }
+    }
+
+    async fn machine_change(&self, machine: &Machine) -> Result<Option<String>> {
         let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
         let composition = Composition::read(&machine.qmp).await.context("asking QEMU for its vCPUs and memory")?;
         let blocks = ramblock::ram_blocks(&machine.qmp).await.context("asking QEMU for its RAM blocks")?;
@@ -46,18 +64,17 @@ impl Inventory {
             .or_else(|| difference(&names(&self.blocks, place), &names(&blocks, place)))
             .or_else(|| self.composition.difference(&composition))
             .or_else(|| self.event());
-        unchanged(changed)
+        Ok(changed)
     }
 
-    /// When nothing of the capture is above the disks any more: whether they, and their media, are what they were.
-    pub async fn check_disks(&self, machine: &Machine) -> Result<()> {
+    async fn disk_change(&self, machine: &Machine) -> Result<Option<String>> {
         let now = machine.disks().await?;
         let empty = |drive: &EmptyDrive| drive.device.clone();
         let changed = difference(&names(&self.drives.empty, empty), &names(&now.empty, empty)).map(|what| format!("empty drive {what}"));
         let disk = |disk: &Disk| format!("disk {} ({} bytes, {})", disk.device, disk.virtual_size, disk.file.display());
         let moved = difference(&names(&self.drives.disks, disk), &names(&now.disks, disk));
         let otherwise = (!self.drives.is_same(&now)).then(|| "a disk stands on other images".to_owned());
-        unchanged(moved.or(changed).or(otherwise).or_else(|| self.event()))
+        Ok(moved.or(changed).or(otherwise).or_else(|| self.event()))
     }
 
     fn event(&self) -> Option<String> {
@@ -81,7 +98,8 @@ fn difference(then: &[String], now: &[String]) -> Option<String> {
     new.or_else(|| then.iter().find(|name| !now.contains(name)).map(|name| format!("{name} has gone")))
 }
 
-fn unchanged(difference: Option<String>) -> Result<()> {
+/// `difference`: what changed, in words.
+pub fn unchanged(difference: Option<String>) -> Result<()> {
     match difference {
         None => Ok(()),
         Some(what) => Err(coded(

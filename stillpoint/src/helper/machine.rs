@@ -84,6 +84,11 @@ impl Machine {
         self.tracker.as_deref().map(lock).context("no plugin sits in this QEMU, so nothing tracks its memory")
     }
 
+    /// Whether QEMU's process is gone.
+    pub fn has_ended(&self) -> bool {
+        !is_alive(self.pid)
+    }
+
     /// QEMU's working directory, to which relative paths on its command line belong.
     pub fn directory(&self) -> PathBuf {
         std::fs::read_link(format!("/proc/{}/cwd", self.pid)).unwrap_or_else(|_| self.file.directory.clone())

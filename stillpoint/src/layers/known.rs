@@ -48,6 +48,15 @@ impl Known {
         Ok(stored)
     }
 
+    /// A layer of these disks whose file is not what it was when it was stored: written to, or another.
+    pub fn changed(&self, disks: &[Disk]) -> Option<PathBuf> {
+        let is_same = |path: &Path| {
+            let now = std::fs::metadata(path).ok().map(|facts| digest::identity(&facts));
+            self.0.get(path).is_some_and(|(stored, _)| now.as_ref() == Some(stored))
+        };
+        read_only_files(disks).into_iter().map(|(path, _)| path).find(|path| !is_same(path))
+    }
+
     pub fn get(&self, path: &Path) -> Option<&LayerRef> {
         self.0.get(path).map(|(_, layer)| layer)
     }
