@@ -190,7 +190,7 @@ impl Checkpointer {
         run.inventory.check_machine(&self.machine).await?;
         self.drain(run, phases, report).await?;
         run.inventory.check_disks(&self.machine).await?;
-        unchanged(self.layers.changed(&run.disks).map(|path| format!("the layer {} was written to", path.display())))?;
+        unchanged(self.layers.changed(&run.inventory.drives).map(|path| format!("the layer {} was written to", path.display())))?;
         fault::point("drain");
         self.commit(run, phases).await
     }

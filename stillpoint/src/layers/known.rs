@@ -49,12 +49,14 @@ impl Known {
     }
 
     /// A layer of these disks whose file is not what it was when it was stored: written to, or another.
-    pub fn changed(&self, disks: &[Disk]) -> Option<PathBuf> {
+    pub fn changed(&self, drives: &Drives) -> Option<PathBuf> {
         let is_same = |path: &Path| {
-            let now = std::fs::metadata(path).ok().map(|facts| digest::identity(&facts));
+            let now = drives.open.readable(path).ok().and_then(|source| std::fs::metadata(source).ok());
+            let now = now.map(|facts| digest::identity(&facts));
             self.0.get(path).is_some_and(|(stored, _)| now.as_ref() == Some(stored))
         };
-        read_only_files(disks).into_iter().map(|(path, _)| path).find(|path| !is_same(path))
+        let layers = drives.disks.iter().flat_map(|disk| drives.layers(disk));
+        layers.map(|image| image.file).find(|path| !is_same(path))
     }
 
     pub fn get(&self, path: &Path) -> Option<&LayerRef> {
