@@ -4,15 +4,19 @@
 //! stream to a file and touches neither RAM nor disks, which makes it several times faster than any `migrate`. What it
 //! lacks of a stream, [`crate::stream`] adds at restore.
 
+use std::fs::File;
 use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::json;
 use thiserror::Error;
 
+use crate::fdset::FdSet;
 use crate::paused::Paused;
-use crate::qmp::QmpError;
+use crate::qmp::{Qmp, QmpError};
 use crate::run_state::RunState;
 use crate::stream_format::STREAM_HEADER;
 use crate::stream_format::mark::{END_OF_STREAM, SECTION_FULL};
@@ -24,39 +28,43 @@ pub const MAX_DEVICE_STATE: u64 = 256 << 20;
 pub enum DeviceStateError {
     #[error("cannot save the device state: {0}")]
     Save(#[from] QmpError),
-    #[error("cannot read the device state in {path}: {source}; QEMU and this process must see the same directory")]
+    #[error("cannot keep the device state in {path}: {source}")]
     Read { path: PathBuf, source: std::io::Error },
     #[error("the device state in {path} is larger than {MAX_DEVICE_STATE} bytes")]
     TooLarge { path: PathBuf },
-    #[error("the path {path} is not UTF-8, and QMP can carry no other")]
-    Path { path: PathBuf },
     #[error("this is no device state: {why}")]
     Malformed { why: &'static str },
 }
 
-/// Where one device state goes. Best in a memory file system: QEMU writes it while the guest is paused.
+/// Where one device state goes: a file without a name, which QEMU has as a descriptor. Best in a memory file system: QEMU writes it
+/// while the guest is paused.
 #[derive(Debug)]
 pub struct DeviceStateFile {
+    /// The directory, for messages.
     path: PathBuf,
-    text: String,
+    file: File,
+    set: FdSet,
+    qmp: Qmp,
 }
 
 static FILES: AtomicU64 = AtomicU64::new(0);
+/// Kind of the descriptor that QEMU has.
+const FD_KIND: &str = "state";
 
 impl DeviceStateFile {
-    /// Chooses a name in `directory`; nothing is made yet.
-    pub fn new(directory: &Path) -> Result<Self, DeviceStateError> {
+    /// Makes the file in `directory` and hands it to QEMU.
+    pub async fn prepare(qmp: &Qmp, directory: &Path) -> Result<Self, DeviceStateError> {
         let number = FILES.fetch_add(1, Ordering::Relaxed);
         let path = directory.join(format!("device-state.{}.{number}", std::process::id()));
-        let path = std::path::absolute(&path).map_err(|source| DeviceStateError::Read { path, source })?;
-        let text = path.to_str().ok_or_else(|| DeviceStateError::Path { path: path.clone() })?.to_owned();
-        Ok(Self { path, text })
+        let (writing, file) = unnamed(&path).map_err(|source| DeviceStateError::Read { path: path.clone(), source })?;
+        let set = FdSet::add(qmp, writing.as_fd(), FD_KIND).await?;
+        Ok(Self { path: directory.into(), file, set, qmp: qmp.clone() })
     }
 
     /// Lets QEMU write it: one round trip.
     pub async fn save(&self, paused: &Paused) -> Result<(), DeviceStateError> {
         // With `live: true` QEMU would inactivate the disks, as if it handed them over to another host.
-        let arguments = json!({ "filename": self.text, "live": false });
+        let arguments = json!({ "filename": self.set.filename(), "live": false });
         paused.qmp().execute_json("xen-save-devices-state", arguments).await?;
         Ok(())
     }
@@ -64,9 +72,8 @@ impl DeviceStateFile {
     /// Reads it, after the guest was resumed.
     pub fn read(self) -> Result<DeviceState, DeviceStateError> {
         let error = |source| DeviceStateError::Read { path: self.path.clone(), source };
-        let file = std::fs::File::open(&self.path).map_err(error)?;
         let mut bytes = Vec::new();
-        file.take(MAX_DEVICE_STATE + 1).read_to_end(&mut bytes).map_err(error)?;
+        (&self.file).take(MAX_DEVICE_STATE + 1).read_to_end(&mut bytes).map_err(error)?;
         if bytes.len() as u64 > MAX_DEVICE_STATE {
             return Err(DeviceStateError::TooLarge { path: self.path.clone() });
         }
@@ -76,9 +83,18 @@ impl DeviceStateFile {
 
 impl Drop for DeviceStateFile {
     fn drop(&mut self) {
-        // Missing when it was never saved.
-        let _ = std::fs::remove_file(&self.path);
+        if let Err(error) = self.set.remove_detached(&self.qmp) {
+            tracing::debug!(%error, "the descriptor for the device state stays in QEMU");
+        }
     }
+}
+
+/// One end to write and one to read: QEMU takes a descriptor only with the access mode by which it would open the file.
+fn unnamed(path: &Path) -> std::io::Result<(File, File)> {
+    let writing = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+    let reading = File::open(path);
+    std::fs::remove_file(path)?;
+    Ok((writing, reading?))
 }
 
 /// Device sections between a stream header and an end mark.

@@ -112,7 +112,7 @@ pub(crate) async fn ask_to_end(qmp: &Qmp, job: &Job) -> Result<(), QmpError> {
     tolerate_refusal(qmp.execute_json(command, arguments).await)
 }
 
-pub(crate) async fn export_ids(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
+async fn export_ids(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
     let reply = qmp.execute_json("query-block-exports", Value::Null).await?;
     Ok(reply.as_array().into_iter().flatten().filter_map(|row| row["id"].as_str().map(Into::into)).collect())
 }

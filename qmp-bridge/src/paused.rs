@@ -36,11 +36,11 @@ pub(crate) use recovery::{marker_present, place_marker, remove_marker, resume_sw
 /// longer (storage that hangs) may take for ever.
 pub const PAUSE_LIMIT: Duration = Duration::from_secs(2);
 
-/// Id of the object that says: whoever finds the guest paused, we did it.
-const MARKER: &str = "stillpoint-paused";
+/// Kind of the object (its id carries the instance) that says: whoever finds the guest paused, we did it.
+const MARKER: &str = "paused";
 
-/// Id of the object that says: a guest that runs is about to be stopped by a migration of ours.
-const SWITCHOVER_MARKER: &str = "stillpoint-switchover";
+/// Kind of the object that says: a guest that runs is about to be stopped by a migration of ours.
+const SWITCHOVER_MARKER: &str = "switchover";
 
 /// How long a drop may block its thread until QEMU has taken the `cont`; usually less than a millisecond.
 const LAST_PATIENCE: Duration = Duration::from_secs(2);
@@ -272,7 +272,7 @@ impl Paused {
 
     fn remove_marker(&self) {
         let Some(marker) = self.marker else { return };
-        if self.qmp.send_detached("object-del", json!({ "id": marker })).is_err() {
+        if self.qmp.send_detached("object-del", json!({ "id": self.qmp.names().name(marker) })).is_err() {
             tracing::debug!("the pause marker stays: the QMP connection is gone");
         }
     }

@@ -5,8 +5,8 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::loop_guest::{self, guest_memory};
-use common::with_each_qemu;
-use qmp_bridge::capture::{CapturePlan, DEFAULT_SCRATCH_RESERVE, PreparedDisks, cleanup_leftovers};
+use common::{TestQemu, with_each_qemu};
+use qmp_bridge::capture::{CapturePlaces, CapturePlan, DEFAULT_SCRATCH_RESERVE, PreparedDisks, cleanup_leftovers};
 use qmp_bridge::device_state::DeviceStateFile;
 use qmp_bridge::paused::run_state;
 use qmp_bridge::{Paused, Qmp, disks};
@@ -34,7 +34,8 @@ async fn a_guest_that_its_owner_stopped_stays_so() {
         machine.qmp.execute_json("stop", serde_json::Value::Null).await.expect("stop");
         Paused::stop(&machine.qmp).await.expect("stop").resume().await.expect("resume");
         let tag = "t".parse().expect("tag");
-        assert!(!cleanup_leftovers(&machine.qmp, &tag).await.expect("clean up").resumed);
+        let places = CapturePlaces { scratch_dir: machine.directory.path(), nbd_socket: &machine.path("nbd.sock") };
+        assert!(!cleanup_leftovers(&machine.qmp, &tag, places).await.expect("clean up").resumed);
         assert_eq!(run_state(&machine.qmp).await.expect("state"), "paused");
     })
     .await;
@@ -59,15 +60,22 @@ async fn the_parts_of_a_pause() {
 async fn one_pause(qmp: &Qmp, machine: &common::TestQemu, disks: &[disks::Disk], seq: u64, parent: Option<u64>) -> Duration {
     let tag = "test".parse().expect("tag");
     let scratch_dir = machine.directory.path().to_owned();
-    let plan =
-        CapturePlan { tag, seq, parent, scratch_dir, scratch_reserve: DEFAULT_SCRATCH_RESERVE, nbd_socket: machine.path("nbd.sock") };
+    let plan = CapturePlan {
+        tag,
+        seq,
+        parent,
+        scratch_dir,
+        scratch_reserve: DEFAULT_SCRATCH_RESERVE,
+        nbd_socket: machine.path("nbd.sock"),
+        streamed: false,
+    };
     let start = Instant::now();
     let prepared = PreparedDisks::prepare(qmp, disks, plan).await.expect("prepare");
-    let state = DeviceStateFile::new(std::path::Path::new("/dev/shm")).expect("name");
+    let state = DeviceStateFile::prepare(&machine.qmp, std::path::Path::new("/dev/shm")).await.expect("file");
     let prepare = start.elapsed();
     let paused = Paused::stop(qmp).await.expect("stop");
     let stop = paused.elapsed();
-    let frozen = prepared.freeze(&paused).await.expect("freeze");
+    let mut frozen = prepared.freeze(&paused).await.expect("freeze");
     let freeze = paused.elapsed();
     state.save(&paused).await.expect("state");
     let save = paused.elapsed();
@@ -85,4 +93,44 @@ async fn one_pause(qmp: &Qmp, machine: &common::TestQemu, disks: &[disks::Disk],
         start.elapsed(),
     );
     total
+}
+
+/// What the guest has written and nobody has flushed is written within the pause, unless it was flushed before. A record, and
+/// a bound that holds on any host: `cargo test -p qmp-bridge --test pause flush -- --nocapture`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn flush_before_a_stop_is_not_in_the_pause() {
+    const UNFLUSHED: u64 = 128 << 20;
+    with_each_qemu(async |qemu| {
+        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("directory");
+        std::fs::File::create(directory.path().join("disk.raw")).and_then(|file| file.set_len(UNFLUSHED)).expect("disk");
+        let arguments = ["-M", "q35", "-m", "16", "-drive", "if=none,id=disk,file=disk.raw,format=raw", "-device", "ide-hd,drive=disk"];
+        let machine = TestQemu::start_in(&qemu, &arguments, directory).await;
+        let disks = disks::list(&machine.qmp, Some(machine.directory.path())).await.expect("disks");
+        let plan = |seq| CapturePlan {
+            tag: common::INSTANCE.parse().expect("tag"),
+            seq,
+            parent: None,
+            scratch_dir: machine.directory.path().into(),
+            scratch_reserve: 0,
+            nbd_socket: machine.path("nbd.sock"),
+            streamed: false,
+        };
+        let mut pauses = [Duration::ZERO; 2];
+        for seq in 1..=4 {
+            let prepared = PreparedDisks::prepare(&machine.qmp, &disks.disks, plan(seq)).await.expect("prepare");
+            machine.write_disk("disk", seq as u8, 0, UNFLUSHED).await;
+            let begun = Instant::now();
+            if seq % 2 == 0 {
+                prepared.flush(Duration::from_secs(30)).await.expect("flush");
+            }
+            let flushed = begun.elapsed();
+            let paused = Paused::stop(&machine.qmp).await.expect("stop");
+            let pause = paused.resume().await.expect("resume");
+            eprintln!("{} MiB unflushed, flush before: {}: flush {flushed:.1?}, pause {pause:.1?}", UNFLUSHED >> 20, seq % 2 == 0);
+            pauses[(seq % 2) as usize] += pause;
+            prepared.discard().await.expect("discard");
+        }
+        assert!(pauses[0] < pauses[1], "{pauses:?}");
+    })
+    .await;
 }

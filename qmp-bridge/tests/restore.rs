@@ -51,7 +51,7 @@ async fn save(machine: &TestQemu, memory: &File, copy: &File) -> Saved {
     let facts = MachineFacts::read(&machine.qmp).await.expect("facts");
     let blocks = blocks_with_hosts(machine).await;
     let process = memory_of(machine);
-    let file = DeviceStateFile::new(machine.directory.path()).expect("name");
+    let file = DeviceStateFile::prepare(&machine.qmp, machine.directory.path()).await.expect("file");
     let paused = Paused::stop(&machine.qmp).await.expect("stop");
     file.save(&paused).await.expect("save");
     let mut ram = vec![0; loop_guest::RAM as usize];

@@ -67,7 +67,7 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
 /// The VM, its QEMU or this host is not in a state in which it can be done: nothing has failed, and the message says what to change.
 fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
     let disk = |error: &DiskError| error.is_refusal() || matches!(error, DiskError::Inconsistent { .. });
-    let capture = |error: &CaptureError| matches!(error, CaptureError::Server { .. });
+    let capture = CaptureError::is_refusal;
     let migration = |error: &MigrationError| {
         matches!(error, MigrationError::Busy { .. } | MigrationError::Unsupported { .. } | MigrationError::Pause(PauseError::NoGuest(_)))
     };
@@ -130,6 +130,7 @@ pub fn explain(error: &anyhow::Error) -> String {
 mod test {
     use super::*;
     use anyhow::Context;
+    use qmp_bridge::ServerError;
 
     #[test]
     fn a_code_is_found_below_its_context() {
@@ -149,7 +150,7 @@ mod test {
         let errors: Vec<anyhow::Error> = vec![
             DiskError::Unsupported { device: text(), why: text() }.into(),
             DiskError::Inconsistent { device: text(), why: text() }.into(),
-            CaptureError::Server { source: refused_by_qemu() }.into(),
+            CaptureError::Server(ServerError::InUse { exports: vec![text()] }).into(),
             MigrationError::Busy { status: text() }.into(),
             HandoverError::Missing { version: text(), name: "x" }.into(),
             HandoverError::Busy { status: text() }.into(),

@@ -2,8 +2,11 @@
 
 use serde_json::{Value, json};
 
-use super::names::{self, BitmapTag};
+use super::names::{self, BitmapTag, DiskNames};
+use super::size_marks::{self, Place};
+use super::{CaptureError, CapturePlaces};
 use crate::disks::Disk;
+use crate::nbd_server;
 use crate::qmp::{Qmp, QmpError};
 
 /// Finest granularity: one page.
@@ -99,13 +102,24 @@ pub(super) async fn remove_since(qmp: &Qmp, tag: &BitmapTag, seq: u64, on: impl 
 
 /// Begins to record on every writable disk, as if checkpoint `seq` had just been taken: right after a restore of it,
 /// before the guest runs.
-pub async fn start_recording(qmp: &Qmp, tag: &BitmapTag, seq: u64, disks: &[Disk]) -> Result<(), QmpError> {
+pub async fn start_recording(qmp: &Qmp, tag: &BitmapTag, seq: u64, disks: &[Disk], places: CapturePlaces<'_>) -> Result<(), CaptureError> {
+    let qmp = &tag.on(qmp);
+    let writable = disks.iter().filter(|disk| !disk.read_only).enumerate();
+    let marked: Vec<(&Disk, DiskNames)> = writable.map(|(index, disk)| (disk, DiskNames::new(tag, index))).collect();
+    if !marked.is_empty() {
+        nbd_server::start(qmp, places.nbd_socket).await?;
+        for (disk, names) in &marked {
+            let place = Place { node: &disk.node, bytes: disk.virtual_size, names };
+            size_marks::place(qmp, tag, seq, &place, (places.scratch_dir, places.nbd_socket)).await?;
+        }
+        nbd_server::stop_unused(qmp, places.nbd_socket).await?;
+    }
     let name = names::bitmap(tag, seq);
     let add = |disk: &Disk| {
         let data = json!({ "node": disk.node, "name": name, "granularity": granularity(disk.virtual_size) });
         json!({ "type": "block-dirty-bitmap-add", "data": data })
     };
-    transaction(qmp, disks.iter().filter(|disk| !disk.read_only).map(add).collect()).await
+    Ok(transaction(qmp, disks.iter().filter(|disk| !disk.read_only).map(add).collect()).await?)
 }
 
 /// Drops the bitmaps that record since anything but `seq`: the checkpoint `seq` is durable.
@@ -115,7 +129,7 @@ pub(super) async fn keep_only(qmp: &Qmp, tag: &BitmapTag, seq: u64) -> Result<()
     transaction(qmp, actions).await
 }
 
-async fn transaction(qmp: &Qmp, actions: Vec<Value>) -> Result<(), QmpError> {
+pub(super) async fn transaction(qmp: &Qmp, actions: Vec<Value>) -> Result<(), QmpError> {
     if actions.is_empty() {
         return Ok(());
     }

@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use crate::jobs::JobError;
 use crate::nbd::NbdError;
+use crate::nbd_server::ServerError;
 use crate::qmp::QmpError;
 
 #[derive(Debug, Error)]
@@ -15,7 +16,7 @@ pub enum CaptureError {
     Qmp(#[from] QmpError),
     #[error(transparent)]
     Nbd(#[from] NbdError),
-    #[error("cannot make the scratch file {path}: {source}; give a writable scratch directory on a disk with room")]
+    #[error("cannot use the directory {path} for fleecing overlays: {source}; name a writable one on a disk with room")]
     Scratch { path: PathBuf, source: std::io::Error },
     #[error("an earlier capture of this machine is still there after {after:?}; settle it or give it back first")]
     Busy { after: Duration },
@@ -23,24 +24,35 @@ pub enum CaptureError {
     Path { path: PathBuf },
     #[error(transparent)]
     Job(#[from] JobError),
-    #[error("cannot start the NBD server of QEMU: {source}; if another tool uses it, stop that one (`nbd-server-stop`)")]
-    Server { source: QmpError },
+    #[error(transparent)]
+    Server(#[from] ServerError),
     #[error("the copy of disk node `{node}` is broken: {why}; this checkpoint must be given up, the guest is not affected")]
     Broken { node: String, why: String },
     #[error(
-        "only {free} bytes are free in the scratch directory {path}, fewer than the wanted {wanted}; give this checkpoint up before the guest's writes fail"
+        "disk node `{node}` took longer than {after:?} to flush, and the guest would have to wait for that; try again when its storage is less busy"
     )]
+    SlowFlush { node: String, after: Duration },
+    #[error("the directory {path} of the fleecing overlays does not answer (for {after:?}); bring its file system back, then try again")]
+    Hung { path: PathBuf, after: Duration },
+    #[error("only {free} bytes are free in the directory {path} of the fleecing overlays, fewer than the wanted {wanted}; make room there")]
     ScratchFull { path: PathBuf, free: u64, wanted: u64 },
 }
 
 impl CaptureError {
+    /// Whether the same call may work later.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Qmp(error) | Self::Server { source: error } => error.is_retryable(),
+            Self::Qmp(error) => error.is_retryable(),
+            Self::Server(error) => error.is_retryable(),
             Self::Nbd(error) => error.is_retryable(),
             Self::Job(error) => error.is_retryable(),
-            Self::Busy { .. } | Self::Broken { .. } | Self::ScratchFull { .. } => true,
+            Self::Busy { .. } | Self::Broken { .. } | Self::ScratchFull { .. } | Self::SlowFlush { .. } | Self::Hung { .. } => true,
             Self::Scratch { .. } | Self::Path { .. } => false,
         }
+    }
+
+    /// Whether it is refused for what the owner of the VM, or another tool, has put into this QEMU.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Server(ServerError::InUse { .. }))
     }
 }

@@ -1,13 +1,14 @@
 //! Phases `drain` and `settle`: the disks of the instant, readable while the guest runs.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::CaptureError;
-use super::bitmaps;
-use super::names;
-use super::prepare::{Session, Target};
-use crate::jobs;
-use crate::nbd::{NbdClient, context};
+use super::prepare::{Copying, Session, Target};
+use super::{CaptureError, bitmaps, filter, names, size_marks, storage};
+use crate::jobs::{self, Job};
+use crate::nbd::{NbdClient, NbdError, context};
+
+/// What a look at a point-in-time copy reads.
+const PROBE_BYTES: u64 = 512;
 
 /// One disk of the instant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +22,8 @@ pub struct FrozenDisk {
     pub export: String,
     /// The meta context of the blocks changed since the parent; `None`: capture it in full.
     pub changes: Option<String>,
+    /// What lies behind this offset counts as changed, whatever the meta context says.
+    pub certain_until: u64,
 }
 
 /// The disks of one instant; see the module's head for what follows what.
@@ -29,12 +32,13 @@ pub struct FrozenDisk {
 pub struct FrozenDisks {
     session: Session,
     disks: Vec<FrozenDisk>,
+    exported: bool,
 }
 
 impl FrozenDisks {
     pub(super) fn new(session: Session) -> Self {
         let disks = session.targets.iter().map(frozen_disk).collect();
-        Self { session, disks }
+        Self { session, disks, exported: false }
     }
 
     pub fn disks(&self) -> &[FrozenDisk] {
@@ -42,43 +46,90 @@ impl FrozenDisks {
     }
 
     /// Makes the instant readable over NBD. To be called after the guest was resumed.
-    pub async fn export(&self) -> Result<(), CaptureError> {
+    pub async fn export(&mut self) -> Result<(), CaptureError> {
+        let qmp = &self.session.qmp;
         for target in &self.session.targets {
+            let node = match target.copying {
+                Copying::Job => target.names.overlay(),
+                Copying::Filter { .. } => {
+                    filter::add_access(qmp, &target.names).await?;
+                    target.names.access()
+                }
+            };
             let export = target.names.export();
-            // A bitmap by bare name is looked for down the backing chain, so it is found on the disk under the overlay.
-            let bitmaps: Vec<_> = target.base.iter().map(|base| &base.name).collect();
             let options = json!({
-                "type": "nbd", "id": export, "name": export, "node-name": target.names.overlay(),
-                "bitmaps": bitmaps, "allocation-depth": true,
+                "type": "nbd", "id": export, "name": export, "node-name": node,
+                "bitmaps": bitmaps_of(target), "allocation-depth": true,
             });
-            self.session.qmp.execute_json("block-export-add", options).await?;
+            qmp.execute_json("block-export-add", options).await?;
         }
+        self.exported = true;
         Ok(())
     }
 
     /// A connection to the export of one of [`Self::disks`], with the meta contexts that say what to read:
     /// `base:allocation`, and the changes, or in a full capture the allocation depth (1 and 2 are the disk's own
-    /// blocks; more is a backing layer; 0 is nowhere).
+    /// blocks; more is a backing layer; 0 is a layer or nowhere).
     pub async fn connect(&self, disk: &FrozenDisk) -> Result<NbdClient, CaptureError> {
         let what = disk.changes.as_deref().unwrap_or(context::ALLOCATION_DEPTH);
         let contexts = [context::BASE_ALLOCATION, what];
-        Ok(NbdClient::connect(&self.session.plan.nbd_socket, &disk.export, &contexts).await?)
+        let client = NbdClient::connect(&self.session.plan.nbd_socket, &disk.export, &contexts).await?;
+        if client.size() != disk.bytes {
+            let why = format!("it has {} bytes now, and had {} before: its size was changed", client.size(), disk.bytes);
+            return Err(CaptureError::Broken { node: disk.node.clone(), why });
+        }
+        Ok(client)
     }
 
-    /// Fails if the instant can no longer be trusted. To be called after the last read and before the commit.
+    /// Fails if the instant can no longer be trusted. To be called after the last read and before the commit; and after a
+    /// read that failed, to know why.
     pub async fn verify(&self) -> Result<(), CaptureError> {
-        let jobs = jobs::list(&self.session.qmp).await?;
+        let qmp = &self.session.qmp;
+        let jobs = jobs::list(qmp).await?;
         for target in &self.session.targets {
-            let broken = |why| Err(CaptureError::Broken { node: target.node.clone(), why });
-            match jobs.iter().find(|job| job.id == target.names.backup_job()) {
-                None => return broken("its job ended".into()),
-                Some(job) if job.error.is_some() || job.status != "running" => {
-                    return broken(format!("its job is {}: {}", job.status, job.error.as_deref().unwrap_or("no error")));
-                }
-                Some(_) => {}
+            match target.copying {
+                Copying::Job => job_runs(target, &jobs)?,
+                Copying::Filter { .. } => self.instant_holds(target).await?,
             }
         }
-        Ok(())
+        // Last: a filter that is there now was there at each read.
+        let filtered = self.session.targets.iter().filter(|target| target.copying != Copying::Job);
+        let filters: Vec<String> = filtered.map(|target| target.names.filter()).collect();
+        match filter::missing(qmp, &filters).await? {
+            Some(filter) => Err(CaptureError::Broken { node: filter, why: format!("the filter was taken out; {}", self.room()) }),
+            None => Ok(()),
+        }
+    }
+
+    /// The filter answers no read any more once a block could not be saved.
+    async fn instant_holds(&self, target: &Target) -> Result<(), CaptureError> {
+        if target.bytes == 0 || !self.exported {
+            return Ok(());
+        }
+        let read = async {
+            let client = NbdClient::connect(&self.session.plan.nbd_socket, &target.names.export(), &[]).await?;
+            client.read(0, target.bytes.min(PROBE_BYTES) as u32).await?;
+            client.close().await;
+            Ok::<_, NbdError>(())
+        };
+        read.await.map_err(|error| {
+            tracing::debug!(%error, node = target.node, "the point-in-time copy cannot be read");
+            let why = format!(
+                "QEMU could not save blocks that the guest has overwritten since, or not within {} s; {}",
+                filter::TIMEOUT_SECONDS,
+                self.room()
+            );
+            CaptureError::Broken { node: target.node.clone(), why }
+        })
+    }
+
+    /// What is known of where the overlays are.
+    fn room(&self) -> String {
+        let directory = &self.session.plan.scratch_dir;
+        match storage::free_bytes(directory) {
+            Ok(free) => format!("the fleecing overlays are in {}, with {free} bytes free", directory.display()),
+            Err(error) => format!("the fleecing overlays are in {}: {error}", directory.display()),
+        }
     }
 
     /// Ends copying before write: the instant can be read no more, the guest's writes cost nothing any more. Whether
@@ -92,6 +143,7 @@ impl FrozenDisks {
         // Whatever fails below, these changes are in a durable checkpoint: merging them back would only store them again.
         self.session.release().await?;
         bitmaps::keep_only(&self.session.qmp, &self.session.plan.tag, self.session.plan.seq).await?;
+        size_marks::keep_newest(&self.session.qmp, &self.session.plan.tag).await?;
         self.session.decided = true;
         Ok(())
     }
@@ -107,12 +159,33 @@ impl FrozenDisks {
     }
 }
 
+/// With a filter the node is told: what is above the filter has no backing chain to look a bitmap up in.
+fn bitmaps_of(target: &Target) -> Vec<Value> {
+    let bitmap = |base: &bitmaps::KeptBitmap| match target.copying {
+        Copying::Job => json!(base.name),
+        Copying::Filter { .. } => json!({ "node": base.node, "name": base.name }),
+    };
+    target.base.iter().map(bitmap).collect()
+}
+
+fn job_runs(target: &Target, jobs: &[Job]) -> Result<(), CaptureError> {
+    let broken = |why| Err(CaptureError::Broken { node: target.node.clone(), why });
+    match jobs.iter().find(|job| job.id == target.names.backup_job()) {
+        None => broken("its job ended".into()),
+        Some(job) if job.error.is_some() || job.status != "running" => {
+            broken(format!("its job is {}: {}", job.status, job.error.as_deref().unwrap_or("no error")))
+        }
+        Some(_) => Ok(()),
+    }
+}
+
 fn frozen_disk(target: &Target) -> FrozenDisk {
     FrozenDisk {
         node: target.node.clone(),
         name: target.name.clone(),
         bytes: target.bytes,
         export: target.names.export(),
+        certain_until: target.certain_until,
         changes: target.base.as_ref().map(|base| context::dirty_bitmap(&base.name)),
     }
 }

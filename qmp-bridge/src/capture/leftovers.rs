@@ -1,11 +1,12 @@
 //! What a helper that was killed in the middle of a capture left in QEMU.
 
-use super::CaptureError;
+use std::path::Path;
+
 use super::bitmaps::{self, KeptBitmap};
 use super::names::BitmapTag;
-use super::prepare::take_turn;
-use super::sweep;
-use crate::jobs;
+use super::storage::Storage;
+use super::{CaptureError, sweep, turn};
+use crate::nbd_server;
 use crate::paused;
 use crate::qmp::Qmp;
 
@@ -28,18 +29,34 @@ impl Leftovers {
     }
 }
 
+/// Where the captures of a VM have their things on this host.
+#[derive(Debug, Clone, Copy)]
+pub struct CapturePlaces<'a> {
+    /// As in [`super::CapturePlan`].
+    pub scratch_dir: &'a Path,
+    /// As in [`super::CapturePlan`].
+    pub nbd_socket: &'a Path,
+}
+
 /// Brings QEMU back to the state between two checkpoints. To be called once before the first capture of a helper.
 ///
 /// The guest is resumed first if an earlier helper left it paused. Changes are never lost: bitmaps with this tag are
-/// merged into the oldest of their node, whose set then holds at least what changed since that checkpoint.
-pub async fn cleanup_leftovers(qmp: &Qmp, tag: &BitmapTag) -> Result<Leftovers, CaptureError> {
-    let _turn = take_turn(qmp).await?;
+/// merged into the oldest of their node, whose set then holds at least what changed since that checkpoint. What is not named
+/// after the tag is not touched.
+pub async fn cleanup_leftovers(qmp: &Qmp, tag: &BitmapTag, places: CapturePlaces<'_>) -> Result<Leftovers, CaptureError> {
+    let qmp = &tag.on(qmp);
+    let _turn = turn::take(qmp).await?;
     let resumed = paused::resume_abandoned(qmp).await?;
-    let swept = sweep::sweep(qmp).await?;
-    // A server without our exports may be somebody else's.
-    if swept != sweep::Swept::default() && jobs::export_ids(qmp).await?.is_empty() {
-        sweep::stop_server(qmp).await?;
+    if sweep::has_nodes(qmp).await? {
+        // Writes of that capture which hang would hang what follows.
+        match Storage::open(places.scratch_dir).await {
+            Ok(storage) => storage.answers().await?,
+            Err(hung @ CaptureError::Hung { .. }) => return Err(hung),
+            Err(error) => tracing::debug!(%error, "the overlays' directory is of no use, but does not hang"),
+        }
     }
+    let swept = sweep::sweep(qmp).await?;
+    nbd_server::stop_unused(qmp, places.nbd_socket).await?;
     let bitmaps = bitmaps::merge_back(qmp, tag).await?;
     let left = Leftovers { resumed, exports: swept.exports, jobs: swept.jobs, nodes: swept.nodes, bitmaps };
     if left.found_capture() {

@@ -1,36 +1,41 @@
 //! Disks of one instant, without stopping for their content.
 //!
-//! Per writable disk node N, in the one `transaction` of the pause:
+//! Per writable disk node N, within the pause:
 //! - a new dirty bitmap B begins, and the one before it, A, stops: A holds what changed since the parent checkpoint;
-//! - `blockdev-backup sync=none` begins to save each block of N into a scratch overlay before the guest overwrites it.
+//! - a `copy-before-write` filter is inserted between N and its device: it saves each block of N into a fleecing overlay
+//!   before the guest overwrites it. `filter.rs` says why that filter, and where `blockdev-backup sync=none` has to do.
 //!
-//! The scratch overlay's backing is N, so reading it shows N as it was in that instant. It is exported over NBD with
-//! A as a meta context and read while the guest runs. Then:
+//! What shows N as it was in that instant (`snapshot-access` above the filter; or the overlay, whose backing is N) is exported
+//! over NBD with A as a meta context and read while the guest runs. Then:
 //! - [`FrozenDisks::release`] ends the copying before write, as soon as all is read;
 //! - [`FrozenDisks::settle`] drops A once the checkpoint is durable; or
 //! - [`FrozenDisks::give_back`] merges B into A and lets A record again, so that the next checkpoint carries both.
 //!
 //! Order: [`PreparedDisks::prepare`] (guest runs) → [`PreparedDisks::freeze`] (guest paused) → [`FrozenDisks::export`].
 //! A capture that is dropped tears itself down and gives back in the background; one whose helper was killed is
-//! found by its names and cleaned up by [`cleanup_leftovers`]. Bitmaps live in QEMU's memory, named with the seq
+//! found by its names, which carry the instance, and cleaned up by [`cleanup_leftovers`]. Bitmaps live in QEMU's memory, named with the seq
 //! number after which they record, so they survive the helper and not the virtual machine.
 //!
 //! One QEMU has at most one capture at a time: the names rely on it.
 
 mod bitmaps;
 mod error;
+mod filter;
 mod frozen;
 mod guard;
 mod leftovers;
 mod names;
 mod prepare;
 mod scratch;
+mod size_marks;
+mod storage;
 mod sweep;
+mod turn;
 
 pub use bitmaps::{KeptBitmap, start_recording};
 pub use error::CaptureError;
 pub use frozen::{FrozenDisk, FrozenDisks};
-pub use leftovers::{Leftovers, cleanup_leftovers};
-pub(crate) use names::is_ours;
+pub use leftovers::{CapturePlaces, Leftovers, cleanup_leftovers};
 pub use names::{BadTag, BitmapTag};
 pub use prepare::{CapturePlan, DEFAULT_SCRATCH_RESERVE, PreparedDisks};
+pub(crate) use turn::CaptureTurn;

@@ -5,10 +5,11 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-/// Everything of ours begins so: nodes, jobs, exports, bitmaps.
-pub(super) const PREFIX: &str = "stillpoint";
-/// Node names may have 31 bytes, so the seq number is cut; one capture at a time makes that safe.
-const SEQ_DIGITS: u64 = 1_000_000;
+use crate::names::ObjectNames;
+use crate::qmp::Qmp;
+
+/// Bitmaps of ours begin so; the tag that follows is the instance's.
+const PREFIX: &str = "stillpoint";
 const MAX_TAG: usize = 64;
 
 /// Ties bitmaps to the lineage they serve (a store's id and the writer's instance, say): bitmaps with another tag are
@@ -19,6 +20,18 @@ pub struct BitmapTag(String);
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("`{0}` cannot tag bitmaps; use 1 to {MAX_TAG} letters, digits, `.`, `_` or `-`")]
 pub struct BadTag(String);
+
+impl BitmapTag {
+    /// How everything else that serves this lineage is named.
+    fn names(&self) -> ObjectNames {
+        ObjectNames::of(&self.0)
+    }
+
+    /// The connection, on behalf of this lineage.
+    pub(super) fn on(&self, qmp: &Qmp) -> Qmp {
+        qmp.for_instance(&self.0)
+    }
+}
 
 impl FromStr for BitmapTag {
     type Err = BadTag;
@@ -46,54 +59,80 @@ pub(super) fn bitmap_seq(tag: &BitmapTag, name: &str) -> Option<u64> {
     name.strip_prefix(PREFIX)?.strip_prefix('/')?.strip_prefix(&tag.0)?.strip_prefix('/')?.parse().ok()
 }
 
-/// The names for one disk of one capture.
+/// The mark that was placed before checkpoint `seq` on a disk of `bytes`.
+pub(super) fn size_mark(tag: &BitmapTag, seq: u64, bytes: u64) -> String {
+    format!("{PREFIX}/{tag}/size-{seq}-{bytes}")
+}
+
+/// Checkpoint and size in a mark's name, if it has this tag.
+pub(super) fn parse_size_mark(tag: &BitmapTag, name: &str) -> Option<(u64, u64)> {
+    let rest = name.strip_prefix(PREFIX)?.strip_prefix('/')?.strip_prefix(&tag.0)?.strip_prefix("/size-")?;
+    let (seq, bytes) = rest.split_once('-')?;
+    Some((seq.parse().ok()?, bytes.parse().ok()?))
+}
+
+/// The names for one disk of a capture. One QEMU has at most one capture of ours at a time.
 #[derive(Debug, Clone)]
 pub(super) struct DiskNames {
-    stem: String,
+    names: ObjectNames,
+    index: usize,
 }
 
 impl DiskNames {
-    pub(super) fn new(seq: u64, index: usize) -> Self {
-        Self { stem: format!("{PREFIX}-{}-{index}", seq % SEQ_DIGITS) }
+    pub(super) fn new(tag: &BitmapTag, index: usize) -> Self {
+        Self { names: tag.names(), index }
     }
 
-    /// The scratch overlay's format node.
+    fn name(&self, kind: &str) -> String {
+        self.names.name(&format!("{}-{kind}", self.index))
+    }
+
+    /// The fleecing overlay's format node.
     pub(super) fn overlay(&self) -> String {
-        format!("{}-o", self.stem)
+        self.name("overlay")
     }
 
     /// The file node under it.
     pub(super) fn file(&self) -> String {
-        format!("{}-f", self.stem)
+        self.name("file")
     }
 
-    /// The filter that the backup job puts above the disk.
+    /// The filter above the disk that saves a block before it is overwritten.
     pub(super) fn filter(&self) -> String {
-        format!("{}-cbw", self.stem)
+        self.name("cbw")
+    }
+
+    /// The node that shows the disk as it was when the filter came.
+    pub(super) fn access(&self) -> String {
+        self.name("access")
+    }
+
+    /// The node from which a size mark gets its bit.
+    pub(super) fn mark(&self) -> String {
+        self.name("mark")
+    }
+
+    pub(super) fn mark_export(&self) -> String {
+        self.name("mark-w")
     }
 
     pub(super) fn create_job(&self) -> String {
-        format!("{}-create", self.stem)
+        self.name("create")
     }
 
     pub(super) fn backup_job(&self) -> String {
-        format!("{}-backup", self.stem)
+        self.name("backup")
     }
 
-    /// The NBD export of the instant.
+    /// The NBD export of the point-in-time copy.
     pub(super) fn export(&self) -> String {
-        format!("{}-instant", self.stem)
+        self.name("instant")
     }
 
     /// The NBD export of the running disk, to flush it.
     pub(super) fn live_export(&self) -> String {
-        format!("{}-live", self.stem)
+        self.name("live")
     }
-}
-
-/// Whether a node, job or export is one of ours.
-pub(crate) fn is_ours(name: &str) -> bool {
-    name.strip_prefix(PREFIX).is_some_and(|rest| rest.starts_with('-'))
 }
 
 #[cfg(test)]
@@ -102,11 +141,11 @@ mod test {
 
     #[test]
     fn node_names_fit_into_qemu() {
-        let names = DiskNames::new(u64::MAX, 9_999);
-        for name in [names.overlay(), names.file(), names.filter()] {
-            assert!(name.len() <= 31 && is_ours(&name), "{name}");
+        let tag: BitmapTag = "a".repeat(MAX_TAG).parse().expect("tag");
+        let names = DiskNames::new(&tag, 9_999);
+        for name in [names.overlay(), names.file(), names.filter(), names.access(), names.mark()] {
+            assert!(name.len() <= 31 && tag.names().owns(&name), "{name}");
         }
-        assert!(!is_ours("stillpointless") && !is_ours("drive0"));
     }
 
     #[test]
@@ -116,6 +155,8 @@ mod test {
         let longer: BitmapTag = "a-1x".parse().expect("tag");
         assert_eq!(bitmap_seq(&tag, &bitmap(&longer, 42)), None);
         assert_eq!(bitmap_seq(&tag, "stillpoint/a-1/"), None);
+        let mark = size_mark(&tag, 7, 4096);
+        assert_eq!((parse_size_mark(&tag, &mark), parse_size_mark(&longer, &mark), bitmap_seq(&tag, &mark)), (Some((7, 4096)), None, None));
         assert!("a/b".parse::<BitmapTag>().is_err() && "".parse::<BitmapTag>().is_err());
     }
 }

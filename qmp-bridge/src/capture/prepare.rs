@@ -1,8 +1,10 @@
 //! Phase `prepare`: all that can be done while the guest runs, so that the pause holds one round trip for the disks.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use futures::future::{BoxFuture, join_all, try_join_all};
 use serde_json::{Value, json};
 use tokio::sync::OwnedMutexGuard;
 
@@ -10,12 +12,14 @@ use super::bitmaps::{self, KeptBitmap};
 use super::frozen::FrozenDisks;
 use super::guard::{self, ScratchGuard};
 use super::names::{self, BitmapTag, DiskNames};
-use super::{CaptureError, scratch, sweep};
+use super::size_marks::{self, Place, Since, SizeMark};
+use super::storage::Storage;
+use super::{CaptureError, filter, scratch, sweep, turn};
 use crate::disks::Disk;
-use crate::jobs::remove_exports;
 use crate::nbd::NbdClient;
+use crate::nbd_server;
 use crate::paused::Paused;
-use crate::qmp::Qmp;
+use crate::qmp::{Qmp, QmpError};
 
 /// A good [`CapturePlan::scratch_reserve`].
 pub const DEFAULT_SCRATCH_RESERVE: u64 = 256 << 20;
@@ -29,12 +33,23 @@ pub struct CapturePlan {
     /// The checkpoint it builds on. A disk whose bitmap records since a later one, or that has none, is captured in
     /// full. `None`: all disks are.
     pub parent: Option<u64>,
-    /// Where scratch overlays live. They grow by what the guest overwrites until [`FrozenDisks::release`].
+    /// Where fleecing overlays live. They grow by what the guest overwrites until [`FrozenDisks::release`].
     pub scratch_dir: PathBuf,
     /// When fewer bytes than this are free there, the capture is given up rather than a write of the guest.
     pub scratch_reserve: u64,
-    /// Where QEMU's NBD server shall listen; a stale socket there is removed.
+    /// Where QEMU's NBD server shall listen, in a directory that is ours alone.
     pub nbd_socket: PathBuf,
+    /// The pause is that of a migration, which makes all block nodes inactive before: then filters are made in the pause.
+    pub streamed: bool,
+}
+
+/// How the old content of a disk's blocks is saved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Copying {
+    /// By a filter of our own under this device; see [`filter`].
+    Filter { device: String },
+    /// By the filter of `blockdev-backup`.
+    Job,
 }
 
 /// One disk in a capture.
@@ -45,11 +60,15 @@ pub(super) struct Target {
     pub(super) bytes: u64,
     pub(super) names: DiskNames,
     pub(super) base: Option<KeptBitmap>,
+    /// Where the base says nothing of what lies behind this offset: the disk has grown there, or may have been shorter.
+    pub(super) certain_until: u64,
+    pub(super) copying: Copying,
 }
 
 /// What a capture has put into QEMU, until it is torn down.
 #[derive(Debug)]
 pub(super) struct Session {
+    /// On behalf of the plan's tag.
     pub(super) qmp: Qmp,
     pub(super) plan: CapturePlan,
     pub(super) targets: Vec<Target>,
@@ -57,6 +76,10 @@ pub(super) struct Session {
     pub(super) guard: Option<ScratchGuard>,
     /// Bitmaps are as they shall stay.
     pub(super) decided: bool,
+    /// None: no disk is captured.
+    storage: Option<Storage>,
+    /// The running disks, to flush them: node and connection.
+    live: Vec<(String, NbdClient)>,
     /// Held until nothing of this capture is left, so that the clean-up of one never meets the next.
     turn: Option<OwnedMutexGuard<()>>,
 }
@@ -66,31 +89,47 @@ pub(super) struct Session {
 #[derive(Debug)]
 pub struct PreparedDisks {
     session: Session,
-    transaction: Value,
 }
 
+/// Pause between two tries to take a capture apart whose overlays' directory hangs.
+const HUNG_RETRY: Duration = Duration::from_secs(1);
+
 impl PreparedDisks {
-    /// Starts the NBD server, adds a scratch overlay per writable disk, and flushes the disks so that the flush in
-    /// `stop` finds little to do. Read-only disks among `disks` are passed over.
+    /// Starts the NBD server, adds a fleecing overlay per writable disk, and flushes the disks. Read-only disks among `disks` are
+    /// passed over.
     pub async fn prepare(qmp: &Qmp, disks: &[Disk], plan: CapturePlan) -> Result<Self, CaptureError> {
-        let turn = take_turn(qmp).await?;
-        let kept = bitmaps::sort_out(qmp, &plan.tag, plan.seq).await?;
-        let writable = disks.iter().filter(|disk| !disk.read_only);
-        let targets: Vec<Target> = writable.enumerate().map(|(index, disk)| target(index, disk, &plan, &kept)).collect();
-        let transaction = json!({ "actions": targets.iter().flat_map(|t| actions(&plan, t)).collect::<Vec<_>>() });
+        let qmp = plan.tag.on(qmp);
+        let turn = turn::take(&qmp).await?;
+        let kept = bitmaps::sort_out(&qmp, &plan.tag, plan.seq).await?;
+        // Of a checkpoint that never came, when its helper was killed.
+        size_marks::remove(&qmp, &plan.tag, |_, seq, _| seq >= plan.seq).await?;
+        let marks = size_marks::find(&qmp, &plan.tag).await?;
+        let devices = filter::devices(&qmp).await?;
+        let copying = |disk: &Disk| devices.get(&disk.node).map_or(Copying::Job, |device| Copying::Filter { device: device.clone() });
+        let writable = disks.iter().filter(|disk| !disk.read_only).enumerate();
+        let targets: Vec<Target> = writable.map(|(index, disk)| target(index, disk, &plan, (&kept, &marks), copying(disk))).collect();
+        let storage = if targets.is_empty() { None } else { Some(Storage::open(&plan.scratch_dir).await?) };
         // From here on a cancelled call is a drop, which takes back whatever was done.
-        let mut session = Session { qmp: qmp.clone(), plan, targets, released: false, guard: None, decided: false, turn: Some(turn) };
+        let mut session =
+            Session { qmp, plan, targets, released: false, guard: None, decided: false, storage, live: Vec::new(), turn: Some(turn) };
         if let Err(error) = session.set_up().await {
             session.undo().await?;
             return Err(error);
         }
-        Ok(Self { session, transaction })
+        Ok(Self { session })
     }
 
-    /// Takes the instant: one `transaction`, and only while the guest is paused.
+    /// Writes what the guest has written, and QEMU or the host still holds, to the disks' storage while the guest runs: `stop` would
+    /// do it with the guest stopped. Again while that takes long, since the guest writes meanwhile; an error if it takes longer
+    /// than `limit` altogether.
+    pub async fn flush(&self, limit: Duration) -> Result<(), CaptureError> {
+        self.session.flush(limit).await
+    }
+
+    /// Takes the instant: one `transaction`, then the filters, and only while the guest is paused.
     pub async fn freeze(mut self, paused: &Paused) -> Result<FrozenDisks, CaptureError> {
         if !self.session.targets.is_empty() {
-            paused.qmp().execute_json("transaction", self.transaction).await?;
+            self.session.take_instant(paused).await?;
             let plan = &self.session.plan;
             let guard = ScratchGuard::start(self.session.qmp.clone(), plan.scratch_dir.clone(), plan.scratch_reserve);
             self.session.guard = Some(guard);
@@ -104,37 +143,40 @@ impl PreparedDisks {
     }
 }
 
-/// How long a capture waits for the clean-up of one before.
-const TURN_PATIENCE: Duration = Duration::from_secs(60);
-
-/// Waits until no other capture of this connection is left.
-pub(super) async fn take_turn(qmp: &Qmp) -> Result<OwnedMutexGuard<()>, CaptureError> {
-    let turn = tokio::time::timeout(TURN_PATIENCE, qmp.capture_turn().lock_owned()).await;
-    turn.map_err(|_| CaptureError::Busy { after: TURN_PATIENCE })
-}
+type Marks = HashMap<String, Vec<SizeMark>>;
 
 /// A base must be one bitmap, recording, and since the parent or before it: then it holds at least what is needed.
-fn target(index: usize, disk: &Disk, plan: &CapturePlan, kept: &[KeptBitmap]) -> Target {
+fn target(index: usize, disk: &Disk, plan: &CapturePlan, (kept, marks): (&[KeptBitmap], &Marks), copying: Copying) -> Target {
     let mut own = kept.iter().filter(|bitmap| bitmap.node == disk.node);
     let base = match (own.next(), own.next(), plan.parent) {
         (Some(only), None, Some(parent)) if only.recording && only.since <= parent => Some(only.clone()),
         _ => None,
     };
-    let names = DiskNames::new(plan.seq, index);
-    Target { node: disk.node.clone(), name: disk.name.clone(), bytes: disk.virtual_size, names, base }
+    let marks = marks.get(&disk.node).map(Vec::as_slice).unwrap_or_default();
+    let history = base.as_ref().map(|base| size_marks::since(marks, base.since, disk.virtual_size));
+    let (base, certain_until) = match history {
+        Some(Since::NotShortened { certain_until }) => (base, certain_until),
+        Some(Since::Unknown) => {
+            tracing::info!(disk = disk.name, "it may have been shorter since the last checkpoint; all of it is read");
+            (None, 0)
+        }
+        None => (None, 0),
+    };
+    let names = DiskNames::new(&plan.tag, index);
+    Target { node: disk.node.clone(), name: disk.name.clone(), bytes: disk.virtual_size, names, base, certain_until, copying }
 }
 
 fn actions(plan: &CapturePlan, target: &Target) -> Vec<Value> {
     let granularity = target.base.as_ref().map_or_else(|| bitmaps::granularity(target.bytes), |base| base.granularity);
-    let mut actions = vec![
-        json!({ "type": "block-dirty-bitmap-add", "data": {
-            "node": target.node, "name": names::bitmap(&plan.tag, plan.seq), "granularity": granularity,
-        }}),
-        json!({ "type": "blockdev-backup", "data": {
+    let mut actions = vec![json!({ "type": "block-dirty-bitmap-add", "data": {
+        "node": target.node, "name": names::bitmap(&plan.tag, plan.seq), "granularity": granularity,
+    }})];
+    if target.copying == Copying::Job {
+        actions.push(json!({ "type": "blockdev-backup", "data": {
             "job-id": target.names.backup_job(), "device": target.node, "target": target.names.overlay(),
             "sync": "none", "filter-node-name": target.names.filter(),
-        }}),
-    ];
+        }}));
+    }
     if let Some(base) = &target.base {
         let data = json!({ "node": base.node, "name": base.name });
         actions.push(json!({ "type": "block-dirty-bitmap-disable", "data": data }));
@@ -142,52 +184,111 @@ fn actions(plan: &CapturePlan, target: &Target) -> Vec<Value> {
     actions
 }
 
+/// What the first flush of a capture may take; nobody waits for it but the caller.
+const FIRST_FLUSH: Duration = Duration::from_secs(60);
+/// A flush that took no longer has left little to the one within the pause.
+const SHORT_FLUSH: Duration = Duration::from_millis(3);
+/// A guest that writes all the time is not flushed for ever.
+const MOST_FLUSHES: u32 = 8;
+
+/// Over NBD, since a flush by monitor command would hold QEMU's main loop.
+async fn flush_one(node: &str, client: &NbdClient, left: Duration, limit: Duration) -> Result<(), CaptureError> {
+    match tokio::time::timeout(left, client.flush()).await {
+        Ok(flushed) => Ok(flushed?),
+        Err(_) => Err(CaptureError::SlowFlush { node: node.into(), after: limit }),
+    }
+}
+
+/// The overlay and the filter above the disk; or, where QEMU has no such filter, an overlay for `blockdev-backup`.
+async fn add_copying(qmp: &Qmp, plan: &CapturePlan, target: &mut Target) -> Result<(), CaptureError> {
+    let (disk, directory) = ((target.node.as_str(), target.bytes), plan.scratch_dir.as_path());
+    let shows_disk = target.copying == Copying::Job;
+    scratch::add_overlay(qmp, &target.names, disk, directory, shows_disk).await?;
+    if shows_disk {
+        return Ok(());
+    }
+    match filter::add(qmp, &target.names, &target.node).await {
+        Ok(()) if plan.streamed => Ok(filter::delete(qmp, &target.names).await?),
+        Err(error) if error.is_refusal() => {
+            tracing::warn!(%error, node = target.node, "no filter of our own; blockdev-backup saves the disk's old blocks");
+            scratch::delete(qmp, &target.names).await?;
+            target.copying = Copying::Job;
+            scratch::add_overlay(qmp, &target.names, disk, directory, true).await
+        }
+        other => Ok(other?),
+    }
+}
+
+async fn export_live(qmp: &Qmp, plan: &CapturePlan, target: &Target) -> Result<NbdClient, CaptureError> {
+    let export = target.names.live_export();
+    let options = json!({ "type": "nbd", "id": export, "node-name": target.node, "name": export });
+    qmp.execute_json("block-export-add", options).await?;
+    Ok(NbdClient::connect(&plan.nbd_socket, &export, &[]).await?)
+}
+
 impl Session {
-    async fn set_up(&self) -> Result<(), CaptureError> {
+    async fn set_up(&mut self) -> Result<(), CaptureError> {
         if self.targets.is_empty() {
             return Ok(());
         }
         guard::check(&self.plan.scratch_dir, self.plan.scratch_reserve)?;
-        self.start_server().await?;
-        for target in &self.targets {
-            let directory = &self.plan.scratch_dir;
-            scratch::add_overlay(&self.qmp, &target.names, &target.node, target.bytes, directory).await?;
+        nbd_server::start(&self.qmp, &self.plan.nbd_socket).await?;
+        for target in &mut self.targets {
+            add_copying(&self.qmp, &self.plan, target).await?;
         }
+        let marks = size_marks::find(&self.qmp, &self.plan.tag).await?;
         for target in &self.targets {
-            self.flush(target).await?;
+            let own = marks.get(&target.node).map(Vec::as_slice).unwrap_or_default();
+            if size_marks::is_due(own, self.plan.seq, target.bytes) {
+                let place = Place { node: &target.node, bytes: target.bytes, names: &target.names };
+                let places = (self.plan.scratch_dir.as_path(), self.plan.nbd_socket.as_path());
+                size_marks::place(&self.qmp, &self.plan.tag, self.plan.seq, &place, places).await?;
+            }
+            let client = export_live(&self.qmp, &self.plan, target).await?;
+            self.live.push((target.node.clone(), client));
+        }
+        self.flush(FIRST_FLUSH).await
+    }
+
+    async fn flush(&self, limit: Duration) -> Result<(), CaptureError> {
+        let begun = Instant::now();
+        for _ in 0..MOST_FLUSHES {
+            let round = Instant::now();
+            let left = limit.saturating_sub(begun.elapsed());
+            try_join_all(self.live.iter().map(|(node, client)| flush_one(node, client, left, limit))).await?;
+            if round.elapsed() < SHORT_FLUSH {
+                break;
+            }
         }
         Ok(())
     }
 
-    async fn start_server(&self) -> Result<(), CaptureError> {
-        let path = &self.plan.nbd_socket;
-        let text = path.to_str().ok_or_else(|| CaptureError::Path { path: path.clone() })?;
-        // Only a socket that nobody serves any more can be here; missing is the rule.
-        let _ = std::fs::remove_file(path);
-        let address = json!({ "type": "unix", "data": { "path": text } });
-        let started = self.qmp.execute_json("nbd-server-start", json!({ "addr": address })).await;
-        started.map(drop).map_err(|source| CaptureError::Server { source })
-    }
-
-    /// Over NBD, since a flush by monitor command would hold QEMU's main loop.
-    async fn flush(&self, target: &Target) -> Result<(), CaptureError> {
-        let export = target.names.live_export();
-        let options = json!({ "type": "nbd", "id": export, "node-name": target.node, "name": export });
-        self.qmp.execute_json("block-export-add", options).await?;
-        let client = NbdClient::connect(&self.plan.nbd_socket, &export, &[]).await?;
-        client.flush().await?;
-        client.close().await;
-        remove_exports(&self.qmp, |id| id == export).await?;
-        Ok(())
+    /// All commands are on their way at once; QEMU carries them out in this order.
+    async fn take_instant(&self, paused: &Paused) -> Result<(), CaptureError> {
+        let qmp = paused.qmp();
+        let actions: Vec<Value> = self.targets.iter().flat_map(|target| actions(&self.plan, target)).collect();
+        let transaction = json!({ "actions": actions });
+        let mut commands: Vec<BoxFuture<'_, Result<(), QmpError>>> =
+            vec![Box::pin(async { qmp.execute_json("transaction", transaction).await.map(drop) })];
+        for target in &self.targets {
+            let Copying::Filter { device } = &target.copying else { continue };
+            if self.plan.streamed {
+                commands.push(Box::pin(filter::add(qmp, &target.names, &target.node)));
+            }
+            commands.push(Box::pin(filter::insert(qmp, &target.names, device)));
+        }
+        let results: Result<Vec<()>, QmpError> = join_all(commands).await.into_iter().collect();
+        Ok(results.map(drop)?)
     }
 
     /// Ends copying before write and removes everything but bitmaps.
     pub(super) async fn release(&mut self) -> Result<(), CaptureError> {
         if !self.released {
             self.guard = None;
+            self.live.clear();
             sweep::sweep(&self.qmp).await?;
             if !self.targets.is_empty() {
-                sweep::stop_server(&self.qmp).await?;
+                nbd_server::stop_unused(&self.qmp, &self.plan.nbd_socket).await?;
             }
             self.released = true;
         }
@@ -196,7 +297,16 @@ impl Session {
 
     /// As if the capture had not been: no change may be missing from the next one.
     pub(super) async fn undo(&mut self) -> Result<(), CaptureError> {
+        if !self.released
+            && let Some(storage) = &self.storage
+        {
+            let answers = storage.answers().await;
+            // Who waits for this turn need not.
+            self.qmp.capture_turn().set_hung(answers.is_err().then(|| self.plan.scratch_dir.clone()));
+            answers?;
+        }
         self.release().await?;
+        size_marks::remove(&self.qmp, &self.plan.tag, |_, seq, _| seq == self.plan.seq).await?;
         let (incremental, full): (Vec<&Target>, Vec<&Target>) = self.targets.iter().partition(|t| t.base.is_some());
         // Without a base nothing is lost: what the new bitmap followed was never stored, and an older one still records.
         let full: Vec<&str> = full.iter().map(|target| target.node.as_str()).collect();
@@ -215,6 +325,8 @@ impl Session {
             targets: self.targets.clone(),
             released: self.released,
             guard: None,
+            storage: self.storage.clone(),
+            live: std::mem::take(&mut self.live),
             // Its own end must not start another.
             decided: true,
             turn: self.turn.take(),
@@ -223,8 +335,11 @@ impl Session {
             return tracing::warn!("a capture ends with its runtime; the next start of the helper cleans up");
         };
         runtime.spawn(async move {
-            if let Err(error) = session.undo().await {
-                tracing::warn!(%error, "cannot clean up an abandoned capture; the next start of the helper will");
+            while let Err(error) = session.undo().await {
+                if !matches!(error, CaptureError::Hung { .. }) {
+                    return tracing::warn!(%error, "cannot clean up an abandoned capture; the next start of the helper will");
+                }
+                tokio::time::sleep(HUNG_RETRY).await;
             }
         });
     }

@@ -1,22 +1,44 @@
-//! The scratch overlay of one disk: where blocks of the instant are saved before the guest overwrites them.
+//! The fleecing overlay of one disk: where old blocks are saved before the guest overwrites them.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::json;
 
-use super::CaptureError;
 use super::names::DiskNames;
+use super::{CaptureError, storage};
+use crate::fdset::FdSet;
 use crate::jobs;
 use crate::qmp::Qmp;
 
-/// Makes the overlay above `node` and adds it to QEMU. Its file is gone from the directory when this returns: a
-/// scratch overlay is worth nothing to anybody after QEMU's end, and so nobody has to find and delete it.
-pub(super) async fn add_overlay(qmp: &Qmp, names: &DiskNames, node: &str, disk_bytes: u64, directory: &Path) -> Result<(), CaptureError> {
-    let file = ScratchFile::create(directory, &names.overlay())?;
-    let filename = file.0.to_str().ok_or_else(|| CaptureError::Path { path: file.0.clone() })?;
-    // Nothing of a scratch file has to survive a crash, so no flush of it may cost the guest's pause anything.
+/// Kind of the descriptor that QEMU gets for a while.
+const FD_KIND: &str = "overlay";
+
+/// Makes the overlay of `node` and adds it to QEMU. Its file has no name when this returns: a fleecing overlay is worth
+/// nothing after QEMU's end, and so nobody has to find and delete it.
+///
+/// `shows_disk`: whether reading it shows the disk where nothing was saved, as `blockdev-backup` wants it. With a filter
+/// of our own only the filter reads it.
+pub(super) async fn add_overlay(
+    qmp: &Qmp,
+    names: &DiskNames,
+    (node, disk_bytes): (&str, u64),
+    directory: &Path,
+    shows_disk: bool,
+) -> Result<(), CaptureError> {
+    let path = directory.join(format!("{}.{}.qcow2", names.overlay(), std::process::id()));
+    let file = storage::within(directory, move || unnamed(&path)).await?;
+    let set = FdSet::add(qmp, file.as_fd(), FD_KIND).await?;
+    let added = add_nodes(qmp, names, &set.filename(), disk_bytes, shows_disk.then_some(node)).await;
+    // What QEMU has opened by now stays open.
+    set.remove(qmp).await?;
+    added
+}
+
+async fn add_nodes(qmp: &Qmp, names: &DiskNames, filename: &str, disk_bytes: u64, backing: Option<&str>) -> Result<(), CaptureError> {
+    // Nothing of it has to survive a crash, so no flush of it may cost the guest's pause anything.
     let cache = json!({ "no-flush": true });
     let node_options = json!({
         "driver": "file", "node-name": names.file(), "filename": filename, "cache": cache, "discard": "unmap",
@@ -25,40 +47,25 @@ pub(super) async fn add_overlay(qmp: &Qmp, names: &DiskNames, node: &str, disk_b
     let image = json!({ "driver": "qcow2", "file": names.file(), "size": disk_bytes });
     jobs::create_image(qmp, &names.create_job(), image).await?;
     let overlay = json!({
-        "driver": "qcow2", "node-name": names.overlay(), "file": names.file(), "backing": node, "cache": cache,
+        "driver": "qcow2", "node-name": names.overlay(), "file": names.file(), "backing": backing, "cache": cache,
         "discard": "unmap",
     });
     qmp.execute_json("blockdev-add", overlay).await?;
     Ok(())
 }
 
-/// Bytes free for an ordinary user in the file system of `directory`.
-pub(super) fn free_bytes(directory: &Path) -> Result<u64, CaptureError> {
-    let stat =
-        nix::sys::statvfs::statvfs(directory).map_err(|errno| CaptureError::Scratch { path: directory.into(), source: errno.into() })?;
-    Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+/// Takes an overlay that nothing stands on out of QEMU again.
+pub(super) async fn delete(qmp: &Qmp, names: &DiskNames) -> Result<(), CaptureError> {
+    for node in [names.overlay(), names.file()] {
+        qmp.execute_json("blockdev-del", json!({ "node-name": node })).await?;
+    }
+    Ok(())
 }
 
-/// A file that only its openers keep once this is dropped.
-struct ScratchFile(PathBuf);
-
-impl ScratchFile {
-    fn create(directory: &Path, stem: &str) -> Result<Self, CaptureError> {
-        let path = directory.join(format!("{stem}.{}.qcow2", std::process::id()));
-        let error = |source| CaptureError::Scratch { path: path.clone(), source };
-        let path = std::path::absolute(&path).map_err(error)?;
-        // A file of that name can only be what an ended helper with our process id left.
-        let _ = std::fs::remove_file(&path);
-        let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        made.map_err(|source| CaptureError::Scratch { path: path.clone(), source })?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for ScratchFile {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            tracing::warn!(%error, path = %self.0.display(), "cannot remove a scratch file");
-        }
-    }
+pub(super) fn unnamed(path: &Path) -> std::io::Result<File> {
+    // A file of that name can only be what an ended helper with our process id left.
+    let _ = std::fs::remove_file(path);
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+    std::fs::remove_file(path)?;
+    Ok(file)
 }

@@ -1,11 +1,14 @@
-//! Takes everything of a capture out of QEMU except bitmaps, whatever state it is in: exports, then jobs, then nodes.
+//! Takes everything of a capture out of QEMU except bitmaps, whatever state it is in: exports, then what stands above the disks,
+//! then jobs, then nodes.
 //!
-//! It goes by what QEMU lists, not by what we remember, so that it is the same for a finished capture, an aborted
-//! one and one whose helper was killed in any phase; and it can be run again.
+//! It goes by what QEMU lists under this instance's names, not by what we remember, so that it is the same for a finished
+//! capture, an aborted one and one whose helper was killed in any phase; and it can be run again. Nothing with another name is
+//! touched.
 
 use serde_json::{Value, json};
 
-use super::{CaptureError, names};
+use super::{CaptureError, filter};
+use crate::fdset;
 use crate::jobs::{self, Looks, remove_exports, tolerate_refusal};
 use crate::qmp::{Qmp, QmpError};
 
@@ -18,21 +21,42 @@ pub(super) struct Swept {
 }
 
 pub(super) async fn sweep(qmp: &Qmp) -> Result<Swept, CaptureError> {
-    Ok(Swept { exports: remove_exports(qmp, names::is_ours).await?, jobs: end_jobs(qmp).await?, nodes: nodes(qmp).await? })
+    let exports = remove_exports(qmp, |id| qmp.names().owns(id)).await?;
+    delete_above(qmp).await?;
+    filter::remove_all(qmp).await?;
+    let swept = Swept { exports, jobs: end_jobs(qmp).await?, nodes: nodes(qmp).await? };
+    fdset::remove_all(qmp).await?;
+    Ok(swept)
 }
 
-/// Stops QEMU's NBD server. It may not run.
-pub(super) async fn stop_server(qmp: &Qmp) -> Result<(), QmpError> {
-    tolerate_refusal(qmp.execute_json("nbd-server-stop", Value::Null).await)
+/// Whether a capture of this instance is there, in whatever state.
+pub(super) async fn has_nodes(qmp: &Qmp) -> Result<bool, QmpError> {
+    Ok(!ours(qmp).await?.is_empty())
+}
+
+/// What reads through a filter keeps the filter where it is.
+async fn delete_above(qmp: &Qmp) -> Result<(), CaptureError> {
+    let mut looks = Looks::new();
+    loop {
+        let readers: Vec<String> =
+            ours(qmp).await?.into_iter().filter(|(_, driver)| driver == "snapshot-access").map(|(name, _)| name).collect();
+        if readers.is_empty() {
+            return Ok(());
+        }
+        for name in &readers {
+            delete(qmp, name).await?;
+        }
+        looks.again(|| format!("block nodes {readers:?}")).await?;
+    }
 }
 
 /// Ends all jobs of ours; with the backup jobs, copying before write.
-pub(super) async fn end_jobs(qmp: &Qmp) -> Result<usize, CaptureError> {
+async fn end_jobs(qmp: &Qmp) -> Result<usize, CaptureError> {
     let mut looks = Looks::new();
     let mut found = 0;
     loop {
         let mut ours = jobs::list(qmp).await?;
-        ours.retain(|job| names::is_ours(&job.id));
+        ours.retain(|job| qmp.names().owns(&job.id));
         found = found.max(ours.len());
         if ours.is_empty() {
             return Ok(found);
@@ -44,23 +68,33 @@ pub(super) async fn end_jobs(qmp: &Qmp) -> Result<usize, CaptureError> {
     }
 }
 
-/// Overlays go before the files under them; a node still in use is tried again until its user is gone.
+/// A node that another stands on is refused and tried again when that one is gone.
 async fn nodes(qmp: &Qmp) -> Result<usize, CaptureError> {
     let mut looks = Looks::new();
     let mut found = 0;
     loop {
-        let reply = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
-        let names = reply.as_array().into_iter().flatten().filter_map(|row| row["node-name"].as_str());
-        let mut ours: Vec<&str> = names.filter(|name| names::is_ours(name)).collect();
+        let mut ours = ours(qmp).await?;
         found = found.max(ours.len());
         if ours.is_empty() {
             return Ok(found);
         }
-        // `…-o` sorts behind `…-f` of the same disk.
-        ours.sort_unstable_by(|left, right| right.cmp(left));
-        for name in &ours {
-            tolerate_refusal(qmp.execute_json("blockdev-del", json!({ "node-name": name })).await)?;
+        // From the top down, so that one round is enough.
+        ours.sort_by_key(|(_, driver)| ["copy-before-write", "qcow2", "file"].iter().position(|known| known == driver));
+        for (name, _) in &ours {
+            delete(qmp, name).await?;
         }
         looks.again(|| format!("block nodes {ours:?}")).await?;
     }
+}
+
+/// Name and driver of each block node of ours.
+async fn ours(qmp: &Qmp) -> Result<Vec<(String, String)>, QmpError> {
+    let reply = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
+    let node = |row: &Value| Some((row["node-name"].as_str()?.to_owned(), row["drv"].as_str()?.to_owned()));
+    let all = reply.as_array().into_iter().flatten().filter_map(node);
+    Ok(all.filter(|(name, _)| qmp.names().owns(name)).collect())
+}
+
+async fn delete(qmp: &Qmp, node: &str) -> Result<(), QmpError> {
+    tolerate_refusal(qmp.execute_json("blockdev-del", json!({ "node-name": node })).await)
 }

@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::capture;
 use crate::qmp::{Qmp, QmpError};
 use survey::Survey;
 
@@ -195,7 +194,7 @@ pub async fn list(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Disks, DiskError
 async fn refuse_jobs(qmp: &Qmp) -> Result<(), DiskError> {
     let jobs = qmp.execute_json("query-block-jobs", Value::Null).await?;
     let id = |job: &Value| job["device"].as_str().unwrap_or_default().to_owned();
-    let foreign = jobs.as_array().into_iter().flatten().find(|job| !capture::is_ours(&id(job)));
+    let foreign = jobs.as_array().into_iter().flatten().find(|job| !qmp.names().owns(&id(job)));
     match foreign {
         None => Ok(()),
         Some(job) => Err(DiskError::Job { job: id(job), kind: job["type"].as_str().unwrap_or("?").to_owned() }),

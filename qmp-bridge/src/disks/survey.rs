@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::graph::Graph;
 use super::{BackingImage, Disk, DiskError, Disks, Drive, EmptyDrive, ImageFormat, MAX_BACKING_DEPTH, Medium, Qcow2Layout, drivers};
-use crate::capture;
+use crate::names::ObjectNames;
 use crate::qmp::{Qmp, QmpError};
 
 /// Filters on one another above a disk.
@@ -55,20 +55,22 @@ pub(super) struct Survey<'a> {
     nodes: HashMap<String, NodeInfo>,
     graph: Graph,
     qemu_cwd: Option<&'a Path>,
+    /// How a capture of this VM's instance names what it has in QEMU.
+    own: ObjectNames,
 }
 
 impl<'a> Survey<'a> {
     pub(super) async fn of(qmp: &Qmp, qemu_cwd: Option<&'a Path>) -> Result<Self, QmpError> {
         let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
         let graph = qmp.execute_json("x-debug-query-block-graph", Value::Null).await?;
-        Ok(Self::new(&nodes, &graph, qemu_cwd))
+        Ok(Self { own: qmp.names().clone(), ..Self::new(&nodes, &graph, qemu_cwd) })
     }
 
     pub(super) fn new(nodes: &Value, graph: &Value, qemu_cwd: Option<&'a Path>) -> Self {
         let list = nodes.as_array().map(Vec::as_slice).unwrap_or_default();
         let named = list.iter().filter_map(|node| Some((node["node-name"].as_str()?.to_owned(), node_info(node))));
         let (names, nodes) = named.map(|(name, info)| (name.clone(), (name, info))).unzip();
-        Self { names, nodes, graph: Graph::parse(graph), qemu_cwd }
+        Self { names, nodes, graph: Graph::parse(graph), qemu_cwd, own: ObjectNames::of("") }
     }
 
     pub(super) fn read(&self, block: &Value) -> Result<Disks, DiskError> {
@@ -104,7 +106,7 @@ impl<'a> Survey<'a> {
 
     /// Nodes that neither a device nor another node uses. What a capture of ours has in QEMU is none of the VM's.
     fn unused(&self) -> Vec<(String, Result<Disk, DiskError>)> {
-        let is_unused = |name: &&String| !self.graph.is_used(name) && !capture::is_ours(name);
+        let is_unused = |name: &&String| !self.graph.is_used(name) && !self.own.owns(name);
         let unused = self.names.iter().filter(is_unused);
         unused.map(|name| (name.clone(), self.disk(name.clone(), name).and_then(on_files))).collect()
     }
@@ -137,7 +139,7 @@ impl<'a> Survey<'a> {
         for _ in 0..MAX_FILTERS {
             let driver = self.node(device, &node)?.driver.as_str();
             // Copying before write is ours where it has a name of ours.
-            if !drivers::is_transparent(driver) && !capture::is_ours(&node) {
+            if !drivers::is_transparent(driver) && !self.own.owns(&node) {
                 break;
             }
             let Some(below) = self.graph.child(&node, "file") else { break };

@@ -11,12 +11,13 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::MigrationError;
-use crate::jobs::{JobError, export_ids, remove_exports, tolerate_refusal};
+use crate::jobs::remove_exports;
+use crate::nbd_server::{self, ServerError};
 use crate::qmp::{Qmp, QmpError};
 
 const SET_ACTIVE: &str = "blockdev-set-active";
-/// Begins the names of the exports; the disk capture's clean-up would find them too.
-const EXPORTS: &str = "stillpoint-activate-";
+/// Begins the kinds of the exports; the disk capture's clean-up would find them too.
+const EXPORTS: &str = "activate-";
 
 /// How the nodes of a QEMU come back.
 #[derive(Debug)]
@@ -27,7 +28,7 @@ pub(super) enum Activation {
 
 impl Activation {
     /// Finds the way while the guest runs. `socket`: where the NBD server may listen if none runs yet.
-    pub(super) async fn plan(qmp: &Qmp, socket: &Path) -> Result<Self, QmpError> {
+    pub(super) async fn plan(qmp: &Qmp, socket: &Path) -> Result<Self, MigrationError> {
         let commands = qmp.execute_json("query-commands", Value::Null).await?;
         if commands.as_array().is_some_and(|list| list.iter().any(|command| command["name"] == SET_ACTIVE)) {
             return Ok(Self::Command);
@@ -53,7 +54,7 @@ impl Activation {
             Self::Exports { roots } => {
                 // All at once: QEMU takes them one by one, but the guest waits for one round trip only.
                 let exports = roots.iter().enumerate().map(|(index, root)| async move {
-                    let id = format!("{EXPORTS}{index}");
+                    let id = qmp.names().name(&format!("{EXPORTS}{index}"));
                     let options = json!({ "type": "nbd", "id": id, "name": id, "node-name": root });
                     qmp.execute_json("block-export-add", options).await.map_err(|error| failed(root, error))
                 });
@@ -63,27 +64,20 @@ impl Activation {
     }
 }
 
-async fn ensure_server(qmp: &Qmp, socket: &Path) -> Result<(), QmpError> {
-    let _ = std::fs::remove_file(socket);
-    let address = json!({ "type": "unix", "data": { "path": socket.to_string_lossy() } });
-    match qmp.execute_json("nbd-server-start", json!({ "addr": address })).await {
-        // One runs already, which is as good.
-        Err(error) if error.is_refusal() => tracing::debug!(%error, "no NBD server of our own for the activation"),
-        other => return other.map(drop),
+async fn ensure_server(qmp: &Qmp, socket: &Path) -> Result<(), MigrationError> {
+    match nbd_server::start(qmp, socket).await {
+        // One runs already, that of the disk capture or another tool's: exports for a moment do it no harm.
+        Err(ServerError::InUse { .. }) => Ok(()),
+        other => Ok(other?),
     }
-    Ok(())
 }
 
 /// Takes the exports of any session back, and the server that it started at `socket`, if it did. With the guest running;
 /// repeatable.
-pub(super) async fn remove(qmp: &Qmp, socket: &Path) -> Result<(), JobError> {
-    remove_exports(qmp, |id| id.starts_with(EXPORTS)).await?;
-    // A capture that began after us may rely on that server.
-    if socket.exists() && export_ids(qmp).await?.is_empty() {
-        tolerate_refusal(qmp.execute_json("nbd-server-stop", Value::Null).await)?;
-        let _ = std::fs::remove_file(socket);
-    }
-    Ok(())
+pub(super) async fn remove(qmp: &Qmp, socket: &Path) -> Result<(), MigrationError> {
+    let exports = qmp.names().name(EXPORTS);
+    remove_exports(qmp, |id| id.starts_with(&exports)).await?;
+    Ok(nbd_server::stop_unused(qmp, socket).await?)
 }
 
 /// Named nodes that can be written and have no node above them.

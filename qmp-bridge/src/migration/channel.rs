@@ -17,8 +17,8 @@ use super::MigrationError;
 use crate::jobs::tolerate_refusal;
 use crate::qmp::{Qmp, QmpError};
 
-/// QEMU's name for its end until `migrate` takes it.
-const FD_NAME: &str = "stillpoint-migration";
+/// QEMU's name for its end until `migrate` takes it; a name of another would be replaced by `getfd`.
+const FD_NAME: &str = "stream";
 /// Room for what QEMU sends in the pause, so that it need not wait for the reader. The kernel gives at most
 /// `net.core.wmem_max`, 208 KiB usually. (The whole stream gets no faster by it: 512 MiB in 0.3 to 0.5 s, whatever the size.)
 const BUFFER: usize = 4 << 20;
@@ -36,13 +36,13 @@ impl Channel {
         let error = |source| MigrationError::Socket { source };
         let (ours, theirs) = pair().map_err(error)?;
         let reader = ours.try_clone().map_err(error)?;
-        let given = qmp.execute_with_fd("getfd", json!({ "fdname": FD_NAME }), theirs.as_fd()).await;
+        let given = qmp.execute_with_fd("getfd", json!({ "fdname": qmp.names().name(FD_NAME) }), theirs.as_fd()).await;
         given.map_err(|source| MigrationError::Setup { source })?;
         Ok(Self { reader: Some(reader), ours })
     }
 
-    pub(super) fn uri() -> String {
-        format!("fd:{FD_NAME}")
+    pub(super) fn uri(qmp: &Qmp) -> String {
+        format!("fd:{}", qmp.names().name(FD_NAME))
     }
 
     pub(super) fn take_reader(&mut self) -> Option<UnixStream> {
@@ -77,7 +77,7 @@ impl Channel {
 
 /// Closes QEMU's end if `migrate` has not taken it. Repeatable.
 pub(super) async fn close_unused(qmp: &Qmp) -> Result<(), QmpError> {
-    tolerate_refusal(qmp.execute_json("closefd", json!({ "fdname": FD_NAME })).await)
+    tolerate_refusal(qmp.execute_json("closefd", json!({ "fdname": qmp.names().name(FD_NAME) })).await)
 }
 
 fn pair() -> std::io::Result<(UnixStream, OwnedFd)> {

@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use super::StreamMode;
 use crate::jobs::JobError;
+use crate::nbd_server::ServerError;
 use crate::paused::PauseError;
 use crate::qmp::QmpError;
 
@@ -18,6 +19,8 @@ pub enum MigrationError {
     Pause(#[from] PauseError),
     #[error(transparent)]
     Export(#[from] JobError),
+    #[error(transparent)]
+    Server(#[from] ServerError),
     #[error("this QEMU is being migrated (its status is `{status}`); wait for its end")]
     Busy { status: String },
     #[error("{mode} is not possible with this machine: {why}")]
@@ -59,6 +62,7 @@ impl MigrationError {
             Self::Qmp(error) | Self::Setup { source: error } | Self::Start { source: error, .. } => error.is_retryable(),
             Self::Pause(error) => error.is_retryable(),
             Self::Export(error) => error.is_retryable(),
+            Self::Server(error) => error.is_retryable(),
             Self::Busy { .. } | Self::Failed { .. } | Self::Stuck { .. } | Self::PauseTooLong { .. } | Self::TooFast { .. } => true,
             Self::Unsupported { .. }
             | Self::Socket { .. }

@@ -19,8 +19,8 @@ use crate::paused::{self, PAUSE_LIMIT, Paused, run_state};
 use crate::qmp::Qmp;
 use crate::run_state::RunState;
 
-/// Id of the object that says: this QEMU is the one that a journal tells of.
-pub(super) const SESSION_MARKER: &str = "stillpoint-migration";
+/// Kind of the object that says: this QEMU is the one that a journal tells of.
+pub(super) const SESSION_MARKER: &str = "migration";
 /// How long a cancelled migration may take to be over.
 pub(super) const CANCEL_PATIENCE: Duration = Duration::from_secs(30);
 /// Pause between two looks at a migration while the guest runs.
@@ -146,7 +146,7 @@ impl Migration {
         self.started = Instant::now();
         // A `migrate` without a reply may have begun.
         self.stage = Stage::Started;
-        let sent = self.qmp.execute_json("migrate", json!({ "uri": Channel::uri() })).await;
+        let sent = self.qmp.execute_json("migrate", json!({ "uri": Channel::uri(&self.qmp) })).await;
         sent.map(drop).map_err(|source| MigrationError::Start { mode: self.mode, source })
     }
 

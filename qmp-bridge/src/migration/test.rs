@@ -130,7 +130,7 @@ async fn the_journal_comes_before_the_first_change_and_goes_after_the_last() {
     let (capabilities, parameters, objects) = scene.settings();
     assert_eq!((capabilities["events"], capabilities["pause-before-switchover"], capabilities["xbzrle"]), (true, true, false));
     assert!(parameters["max-bandwidth"].as_u64() > Some(1 << 40));
-    assert_eq!((&parameters["downtime-limit"], objects.as_slice()), (&json!(5), &["stillpoint-migration".to_owned()][..]));
+    assert_eq!((&parameters["downtime-limit"], objects.as_slice()), (&json!(5), &[scene.qmp.names().name("migration")][..]));
     // What this QEMU does not list it is not told of.
     assert!(!parameters.contains_key("tls-creds"));
     migration.cancel().await.expect("cancel");

@@ -84,6 +84,15 @@ fn end(state: &SharedState, why: NbdError) {
     }
 }
 
+/// Whether a server listens at `path`, however busy it is.
+pub(crate) async fn answers(path: &Path) -> bool {
+    let Ok(Ok(mut stream)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, UnixStream::connect(path)).await else { return false };
+    // Who has accepted lives, whatever becomes of the farewell.
+    let left = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake::leave(&mut stream)).await;
+    tracing::trace!(?left, "an NBD server answers");
+    true
+}
+
 impl NbdClient {
     /// Connects to `export` behind a unix socket and asks for all of `contexts`; one that is missing is an error.
     pub async fn connect(path: &Path, export: &str, contexts: &[&str]) -> Result<Self, NbdError> {

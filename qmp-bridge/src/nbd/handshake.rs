@@ -33,6 +33,13 @@ where
     Ok(ExportInfo { contexts, ..info })
 }
 
+/// A client that only wanted to know who is there leaves in order, or QEMU complains on its output.
+pub(super) async fn leave<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<(), NbdError> {
+    greet(stream).await?;
+    option(stream, OPT_ABORT, &[]).await?;
+    read_replies(stream, OPT_ABORT, "to leave").await.map(drop)
+}
+
 fn check_name(what: &str, name: &str) -> Result<(), NbdError> {
     if name.len() <= MAX_STRING as usize {
         return Ok(());

@@ -12,6 +12,7 @@ mod handshake;
 mod ranges;
 mod wire;
 
+pub(crate) use client::answers;
 pub use client::{NbdClient, REQUEST_TIMEOUT, ZeroMode};
 pub use error::NbdError;
 pub use extents::{ContextExtents, Extent};

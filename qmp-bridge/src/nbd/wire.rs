@@ -23,6 +23,7 @@ pub(super) const CHUNK_MAGIC: u32 = 0x668e_33ef;
 pub(super) const FLAG_FIXED_NEWSTYLE: u16 = 1;
 pub(super) const FLAG_NO_ZEROES: u16 = 2;
 
+pub(super) const OPT_ABORT: u32 = 2;
 pub(super) const OPT_GO: u32 = 7;
 pub(super) const OPT_STRUCTURED_REPLY: u32 = 8;
 pub(super) const OPT_SET_META_CONTEXT: u32 = 10;

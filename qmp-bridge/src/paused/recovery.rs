@@ -78,13 +78,13 @@ pub async fn resume_abandoned(qmp: &Qmp) -> Result<bool, QmpError> {
     if stopped {
         qmp.execute(qapi::qmp::cont {}).await?;
     }
-    qmp.execute_json("object-del", json!({ "id": MARKER })).await?;
+    qmp.execute_json("object-del", json!({ "id": qmp.names().name(MARKER) })).await?;
     Ok(stopped)
 }
 
 /// Puts an object into QEMU that does nothing but say something to a later helper.
 pub(crate) async fn place_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpError> {
-    let made = qmp.execute_json("object-add", json!({ "qom-type": "throttle-group", "id": marker })).await;
+    let made = qmp.execute_json("object-add", json!({ "qom-type": "throttle-group", "id": qmp.names().name(marker) })).await;
     match made {
         // One is left by a pause whose end was not acknowledged; it says the same.
         Err(error) if error.is_refusal() && marker_present(qmp, marker).await? => {
@@ -96,10 +96,12 @@ pub(crate) async fn place_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpError
 }
 
 pub(crate) async fn remove_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpError> {
-    crate::jobs::tolerate_refusal(qmp.execute_json("object-del", json!({ "id": marker })).await)
+    let id = qmp.names().name(marker);
+    crate::jobs::tolerate_refusal(qmp.execute_json("object-del", json!({ "id": id })).await)
 }
 
 pub(crate) async fn marker_present(qmp: &Qmp, marker: &str) -> Result<bool, QmpError> {
     let objects = qmp.execute_json("qom-list", json!({ "path": "/objects" })).await?;
-    Ok(objects.as_array().is_some_and(|list| list.iter().any(|object| object["name"] == marker)))
+    let id = qmp.names().name(marker);
+    Ok(objects.as_array().is_some_and(|list| list.iter().any(|object| object["name"] == id.as_str())))
 }

@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
+use crate::capture::CaptureTurn;
+use crate::names::ObjectNames;
 pub use error::QmpError;
 pub use watch::EventWatch;
 use wire::Connection;
@@ -61,7 +63,8 @@ pub struct QmpEvent {
 pub struct Qmp {
     connection: Arc<Connection>,
     /// Whose turn it is to have a capture in this QEMU.
-    capture_turn: Arc<tokio::sync::Mutex<()>>,
+    capture_turn: Arc<CaptureTurn>,
+    names: Arc<ObjectNames>,
     timeout: Duration,
 }
 
@@ -81,7 +84,12 @@ impl Qmp {
     }
 
     async fn negotiate(connection: Connection, timeout: Duration) -> Result<Self, QmpError> {
-        let qmp = Self { connection: Arc::new(connection), capture_turn: Arc::default(), timeout: DEFAULT_COMMAND_TIMEOUT };
+        let qmp = Self {
+            connection: Arc::new(connection),
+            capture_turn: Arc::default(),
+            names: Arc::new(ObjectNames::of("")),
+            timeout: DEFAULT_COMMAND_TIMEOUT,
+        };
         qmp.with_timeout(timeout).execute(qapi::qmp::qmp_capabilities { enable: None }).await?;
         Ok(qmp)
     }
@@ -90,6 +98,16 @@ impl Qmp {
     #[must_use]
     pub fn with_timeout(&self, timeout: Duration) -> Self {
         Self { timeout, ..self.clone() }
+    }
+
+    /// The same connection on behalf of an instance of a VM: what is put into QEMU is named after it.
+    #[must_use]
+    pub fn for_instance(&self, instance: &str) -> Self {
+        Self { names: Arc::new(ObjectNames::of(instance)), ..self.clone() }
+    }
+
+    pub(crate) fn names(&self) -> &ObjectNames {
+        &self.names
     }
 
     pub(crate) fn timeout(&self) -> Duration {
@@ -101,8 +119,8 @@ impl Qmp {
         self.connection.version()
     }
 
-    pub(crate) fn capture_turn(&self) -> Arc<tokio::sync::Mutex<()>> {
-        self.capture_turn.clone()
+    pub(crate) fn capture_turn(&self) -> &Arc<CaptureTurn> {
+        &self.capture_turn
     }
 
     /// Runs a command of the `qapi` schema. Prefer [`Self::execute_json`] where replies carry enums that grow.

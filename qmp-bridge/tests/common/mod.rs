@@ -33,6 +33,9 @@ pub async fn with_each_qemu<F: AsyncFn(PathBuf)>(body: F) {
     }
 }
 
+/// Whose the connections are.
+pub const INSTANCE: &str = "test-1";
+
 /// One QEMU and its directory; dropping kills it.
 pub struct TestQemu {
     pub qmp: Qmp,
@@ -60,14 +63,14 @@ impl TestQemu {
             .expect("start QEMU");
         let connected = Qmp::connect(directory.path().join("qmp.sock"), Duration::from_secs(20)).await;
         let log = || std::fs::read_to_string(directory.path().join("qemu.log")).unwrap_or_default();
-        let qmp = connected.unwrap_or_else(|error| panic!("{error}\n{}", log()));
+        let qmp = connected.unwrap_or_else(|error| panic!("{error}\n{}", log())).for_instance(INSTANCE);
         Self { qmp, child, directory }
     }
 
     /// A connection that has nothing to do with the first: the view of another helper.
     pub async fn second(&self) -> Qmp {
         let socket = self.path("second.sock");
-        Qmp::connect(socket, Duration::from_secs(5)).await.expect("second connection")
+        Qmp::connect(socket, Duration::from_secs(5)).await.expect("second connection").for_instance(INSTANCE)
     }
 
     pub fn pid(&self) -> u32 {

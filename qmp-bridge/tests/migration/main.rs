@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use common::{TestQemu, with_each_qemu};
 use machine::*;
-use qmp_bridge::capture::{CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
+use qmp_bridge::capture::{CapturePlaces, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
 use qmp_bridge::migration::{Migration, MigrationError, StreamMode, StreamOptions, WhenTooFast, probe, recover};
 use qmp_bridge::paused::{PauseError, run_state};
 use qmp_bridge::{Paused, Qmp, disks};
@@ -34,7 +34,7 @@ async fn both_modes_leave_everything_as_it_was() {
         for &mode in modes(&machine) {
             for _ in 0..2 {
                 seq += 1;
-                let (pause, bytes, frozen) = stream(&machine, &machine.qmp, mode, &StreamOptions::default(), seq).await;
+                let (pause, bytes, mut frozen) = stream(&machine, &machine.qmp, mode, &StreamOptions::default(), seq).await;
                 assert!(pause < Duration::from_secs(2) && bytes > FEW * PAGE, "{mode}: {pause:?}, {bytes} bytes");
                 frozen.export().await.expect("export");
                 frozen.verify().await.expect("verify");
@@ -101,12 +101,13 @@ async fn get_to(machine_directory: &Path, qmp: &Qmp, stage: Stage) -> Hands {
         if matches!(stage, Stage::SnapshotBegun | Stage::SnapshotHeld) { StreamMode::BackgroundSnapshot } else { StreamMode::PreCopy };
     let list = disks::list(qmp, Some(machine_directory)).await.expect("disks");
     let plan = CapturePlan {
-        tag: "test".parse().expect("tag"),
+        tag: common::INSTANCE.parse().expect("tag"),
         seq: 1,
         parent: None,
         scratch_dir: machine_directory.into(),
         scratch_reserve: DEFAULT_SCRATCH_RESERVE,
         nbd_socket: machine_directory.join("nbd.sock"),
+        streamed: true,
     };
     let disks = PreparedDisks::prepare(qmp, &list.disks, plan).await.expect("prepare disks");
     let mut migration = Migration::prepare(qmp, mode, &StreamOptions::default(), &journal).await.expect("prepare");
@@ -162,7 +163,7 @@ async fn dying_helper() {
     let Ok(stage) = std::env::var("STILLPOINT_TEST_STAGE") else { return };
     let stage = STAGES.into_iter().find(|known| format!("{known:?}") == stage).expect("stage");
     let directory = PathBuf::from(std::env::var("STILLPOINT_TEST_DIRECTORY").expect("directory"));
-    let qmp = Qmp::connect(directory.join("second.sock"), Duration::from_secs(5)).await.expect("connect");
+    let qmp = Qmp::connect(directory.join("second.sock"), Duration::from_secs(5)).await.expect("connect").for_instance(common::INSTANCE);
     let _hands = get_to(&directory, &qmp, stage).await;
     nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL).expect("kill");
     unreachable!("killed");
@@ -191,7 +192,8 @@ async fn a_killed_helper_is_recovered_from() {
             let again = recover(&next, &journal(&machine)).await.expect("again");
             assert!(!again.found && !again.resumed);
             drop(next);
-            cleanup_leftovers(&machine.qmp, &"test".parse().expect("tag")).await.expect("clean up");
+            let places = CapturePlaces { scratch_dir: machine.directory.path(), nbd_socket: &machine.path("nbd.sock") };
+            cleanup_leftovers(&machine.qmp, &common::INSTANCE.parse().expect("tag"), places).await.expect("clean up");
             assert_as_before(&machine, &before, &format!("{stage:?}")).await;
         }
     })

@@ -128,13 +128,26 @@ impl Base {
         for ((name, table), (_, pages)) in empty_tables(names.clone(), disks.len()).into_iter().zip(names) {
             let found = old.iter().position(|space| space.name == name).map(|place| old.swap_remove(place));
             let in_lineage = found.as_ref().is_some_and(|space| space.in_lineage);
-            let table = found.filter(|space| space.pages == pages).map_or(table, |space| space.table);
+            let table = found.map_or(table, |space| resized(space, pages));
             let mut space = Space::new(name, pages, table);
             space.in_lineage = in_lineage;
             self.spaces.push(space);
         }
         Ok(())
     }
+}
+
+/// What is known of a disk's pages stays true when it changes its size, but for those that it loses. A RAM block's table is as long
+/// as the block.
+fn resized(space: Space, pages: PageCount) -> DigestTable {
+    let mut table = space.table;
+    if space.pages != pages {
+        match space.name.kind() {
+            SpaceKind::Disk => table.truncate(pages),
+            _ => return empty_tables(vec![(space.name, pages)], 1).remove(0).1,
+        }
+    }
+    table
 }
 
 fn chains(manifest: &Manifest) -> Chains {

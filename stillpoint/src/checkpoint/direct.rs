@@ -23,7 +23,7 @@ impl Checkpointer {
     pub(super) async fn read_process_memory(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
         report.say("memory", 0, 0);
         let begun = Instant::now();
-        let state_file = DeviceStateFile::new(self.machine.runtime.path())?;
+        let state_file = DeviceStateFile::prepare(&self.machine.qmp, self.machine.runtime.path()).await?;
         let memory = ProcessMemory::open(&self.machine.qmp, self.machine.pid).await?;
         let paused = Paused::stop(&self.machine.qmp).await.context("watching the guest")?;
         let taken = match paused.before().is_live() {

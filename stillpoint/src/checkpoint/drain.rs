@@ -71,6 +71,10 @@ impl Checkpointer {
         let (read, collected) = tokio::join!(readers, collector);
         // A reader that found its queue closed only says so; the collector knows why.
         collected?;
+        if read.is_err() {
+            // A copy that is broken fails each read; why is known elsewhere.
+            frozen.verify().await?;
+        }
         read?;
         frozen.verify().await?;
         frozen.release().await?;
@@ -163,7 +167,10 @@ async fn ranges(client: &NbdClient, disk: &FrozenDisk, offset: u64, len: u64, is
     let [allocation, changes] = contexts.as_slice() else {
         bail!("QEMU answered {} meta contexts for disk {} where 2 were asked for", contexts.len(), disk.name);
     };
-    let changes = if disk.changes.is_none() && !is_fresh { everything(changes) } else { changes.clone() };
+    let mut changes = if disk.changes.is_none() && !is_fresh { everything(changes) } else { changes.clone() };
+    if disk.changes.is_some() {
+        changes.set_from(disk.certain_until, context::STATE_DIRTY);
+    }
     Ok(content_ranges(allocation, &changes, PAGE_SIZE as u64, disk.bytes))
 }
 

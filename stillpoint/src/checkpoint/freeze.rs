@@ -51,6 +51,7 @@ impl Checkpointer {
     }
 
     async fn round(&mut self, run: &mut Run, is_first: bool) -> Result<()> {
+        run.flush_disks().await?;
         let lease = run.lease.as_mut().context("the lease is gone")?;
         let (mut taken, pause) = round::begin(&self.machine, lease).await?;
         run.round_pauses.push(pause);
@@ -117,10 +118,13 @@ impl Checkpointer {
 
     #[instrument(name = "freeze", level = "debug", skip_all)]
     pub(super) async fn freeze(&mut self, run: &mut Run, phases: &mut Phases) -> Result<()> {
+        let tracker = self.machine.tracker()?;
+        let state_file = DeviceStateFile::prepare(&self.machine.qmp, self.machine.runtime.path()).await?;
+        let flush_begun = Instant::now();
+        run.flush_disks().await?;
+        phases.since("flush", flush_begun);
         let prepared = run.prepared.take().context("the disks are not prepared")?;
         let lease = run.lease.take().context("the lease is gone")?;
-        let tracker = self.machine.tracker()?;
-        let state_file = DeviceStateFile::new(self.machine.runtime.path())?;
         let begun = Instant::now();
         let paused = Paused::stop(&self.machine.qmp).await.context("stopping the guest")?;
         run.run_state = paused.before();

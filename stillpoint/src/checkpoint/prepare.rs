@@ -18,7 +18,7 @@ use checkpoint_format::{ByteLen, CheckpointSeq, ContentDigest, LayerRef, PageCou
 use checkpoint_store::{Mode, PartialCheckpoint};
 use dirty_tracker::DirtyLease;
 use qmp_bridge::RunState;
-use qmp_bridge::capture::{BitmapTag, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
+use qmp_bridge::capture::{BitmapTag, CapturePlaces, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
 use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
 use qmp_bridge::disks::Disk;
 use qmp_bridge::migration;
@@ -113,7 +113,8 @@ impl Checkpointer {
         if !self.is_clean {
             let journal = self.machine.runtime.migration_journal();
             migration::recover(&self.machine.qmp, &journal).await.context("taking back an earlier helper's migration")?;
-            cleanup_leftovers(&self.machine.qmp, &self.tag()?).await.context("cleaning up after an earlier helper")?;
+            let places = CapturePlaces { scratch_dir: &self.machine.file.scratch, nbd_socket: &self.machine.runtime.nbd() };
+            cleanup_leftovers(&self.machine.qmp, &self.tag()?, places).await.context("cleaning up after an earlier helper")?;
             self.is_clean = true;
         }
         Ok(())
@@ -207,6 +208,7 @@ impl Checkpointer {
             scratch_dir: self.machine.file.scratch.clone(),
             scratch_reserve: DEFAULT_SCRATCH_RESERVE,
             nbd_socket: self.machine.runtime.nbd(),
+            streamed: chosen.engine != Engine::Tracker,
         };
         let prepared = PreparedDisks::prepare(&self.machine.qmp, &inventory.drives.disks, plan).await.context("preparing the disks")?;
         let partial = Arc::new(session.writer.begin(seq).await.context("beginning a checkpoint in the store")?);

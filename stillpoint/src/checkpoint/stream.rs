@@ -42,7 +42,21 @@ const STOPPED_LIMIT: Duration = Duration::from_secs(600);
 /// How long a guest may wait for the store, where it would (see [`Checkpointer::begin_reading`]).
 const GUEST_PATIENCE: Duration = Duration::from_millis(500);
 
+/// Between two flushes while QEMU's migration may stop the guest at any moment.
+const FLUSH_EVERY: Duration = Duration::from_millis(200);
+
+/// A disk that needs longer for what its guest has written would hold the guest for as long.
+const FLUSH_LIMIT: Duration = Duration::from_secs(30);
+
 impl Run {
+    /// To be called right before each `stop`, which writes what is not written yet while the guest waits.
+    pub(super) async fn flush_disks(&self) -> Result<()> {
+        match &self.prepared {
+            Some(prepared) => prepared.flush(FLUSH_LIMIT).await.context("flushing the disks before the guest is stopped"),
+            None => Ok(()),
+        }
+    }
+
     pub(super) async fn freeze_disks(&mut self, paused: &Paused) -> Result<()> {
         let prepared = self.prepared.take().context("the disks are not prepared")?;
         let frozen = paused.within("the disks' point in time", prepared.freeze(paused)).await?;
@@ -129,7 +143,7 @@ impl Checkpointer {
         let begun = Instant::now();
         migration.start().await.context("starting QEMU's migration to the helper")?;
         fault::point("stream.started");
-        let paused = migration.switchover().await.context("waiting until the rest of the memory is small")?;
+        let paused = switch_over(run, migration).await?;
         run.run_state = paused.before();
         phases.since("stream.live", begun);
         guest_waits.store(true, Ordering::SeqCst);
@@ -144,6 +158,7 @@ impl Checkpointer {
 
     /// Pre-copy of a guest that we have stopped before: all of its memory is read in the pause.
     async fn stopped(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
+        run.flush_disks().await?;
         let mut paused = Paused::stop_within(&self.machine.qmp, STOPPED_LIMIT).await.context("stopping the guest")?;
         run.run_state = paused.before();
         paused.has_migrated();
@@ -158,6 +173,7 @@ impl Checkpointer {
     }
 
     async fn background_snapshot(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
+        run.flush_disks().await?;
         let paused = Paused::stop(&self.machine.qmp).await.context("stopping the guest")?;
         run.run_state = paused.before();
         let stopped = paused.elapsed();
@@ -175,6 +191,21 @@ impl Checkpointer {
             &[("freeze.stop", stopped), ("freeze.disks", frozen - stopped), ("freeze.stream", run.pause.saturating_sub(frozen))],
         );
         Ok(())
+    }
+}
+
+/// QEMU stops the guest by itself, at a moment that it does not announce; so the disks are flushed again and again until then.
+async fn switch_over(run: &Run, migration: &mut Migration) -> Result<Paused> {
+    let flushing = async {
+        while let Ok(()) = run.flush_disks().await {
+            tokio::time::sleep(FLUSH_EVERY).await;
+        }
+        // The switch-over is waited for, whatever becomes of a flush.
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        paused = migration.switchover() => paused.context("waiting until the rest of the memory is small"),
+        () = flushing => unreachable!("it ends only with the switch-over"),
     }
 }
 

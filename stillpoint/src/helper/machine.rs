@@ -56,6 +56,7 @@ impl Machine {
             Some(there) => unprepared::connect(&file, there).await?,
             None => Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?,
         };
+        let qmp = qmp.for_instance(&file.instance);
         if file.unprepared.is_some() && handles.is_some() {
             unprepared::owner::claim(&qmp, &runtime, &file).await?;
         }

@@ -37,7 +37,7 @@ use layers::LocalLayers;
 use line::Planned;
 use qemu::NewQemu;
 use qemu_cmdline::restorable::Wishes;
-use qmp_bridge::capture::{BitmapTag, start_recording};
+use qmp_bridge::capture::{BitmapTag, CapturePlaces, start_recording};
 use qmp_bridge::incoming::Incoming;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::{Qmp, RunState};
@@ -310,7 +310,8 @@ impl Restore {
         }
         let tag: BitmapTag = machine.file.instance.parse().context("naming the dirty bitmaps")?;
         let disks = machine.disks().await?.disks;
-        start_recording(&machine.qmp, &tag, self.seq.0, &disks).await.context("beginning to record the disks' changes")?;
+        let places = CapturePlaces { scratch_dir: &machine.file.scratch, nbd_socket: &machine.runtime.nbd() };
+        start_recording(&machine.qmp, &tag, self.seq.0, &disks, places).await.context("beginning to record the disks' changes")?;
         self.runtime.set_marks(Marks { since: self.source.identity(), is_exact: true })
     }
 

@@ -69,15 +69,12 @@ impl Look {
         drives::examine(listed, &Started { options, machine_type, directory, pid })
     }
 
-    /// Why QEMU could not do its part for this user's helper: it opens the scratch files and serves the disks' instant itself.
+    /// Why this user's helper could not do its part. QEMU gets files and sockets as descriptors, so its own user needs no right
+    /// to anything; the helper needs root's to look into a process of another user.
     pub fn foreign_user(&self) -> Option<String> {
         let (ours, theirs) = (nix::unistd::geteuid().as_raw(), self.process.user);
-        (theirs != ours && theirs != 0).then(|| {
-            format!(
-                "QEMU runs as user {theirs} and cannot use the files of a helper of user {ours}; run Stillpoint as that user, or that QEMU as root \
-                 (libvirt: user = \"root\" in qemu.conf)"
-            )
-        })
+        (theirs != ours && ours != 0)
+            .then(|| format!("QEMU runs as user {theirs} and this helper as user {ours}; run Stillpoint as root or as user {theirs}"))
     }
 
     pub async fn support(&self) -> Result<Support> {

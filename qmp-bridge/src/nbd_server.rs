@@ -1,0 +1,110 @@
+//! QEMU's NBD server. A process has one, and it may be another tool's.
+//!
+//! Ours listens on a socket that we make in the runtime directory and hand over as a descriptor (so QEMU's user needs no right
+//! to any path). Whether the server that runs is ours is told by that socket alone: it answers only while QEMU holds it.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use thiserror::Error;
+
+use crate::jobs::tolerate_refusal;
+use crate::nbd::answers;
+use crate::qmp::{Qmp, QmpError};
+
+/// QEMU has no error class for it; the words are the same since 1.3.
+const RUNS_ALREADY: &str = "already running";
+/// Kind of the descriptor that QEMU gets.
+const FD_NAME: &str = "nbd";
+
+#[derive(Debug, Error)]
+pub enum ServerError {
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    #[error(
+        "QEMU's NBD server serves {}, and a QEMU has only one; end that first (block-export-del, nbd-server-stop), \
+         nothing of it was touched",
+        named(exports)
+    )]
+    InUse { exports: Vec<String> },
+    #[error("cannot make the socket {path} for QEMU's NBD server: {source}")]
+    Socket { path: PathBuf, source: std::io::Error },
+}
+
+impl ServerError {
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Qmp(error) => error.is_retryable(),
+            Self::InUse { .. } => true,
+            Self::Socket { .. } => false,
+        }
+    }
+}
+
+fn named(exports: &[String]) -> String {
+    let names: Vec<String> = exports.iter().map(|id| format!("export `{id}`")).collect();
+    if names.is_empty() { "another tool (it has no export yet)".into() } else { format!("{} of another tool", names.join(", ")) }
+}
+
+/// Starts the server at `socket`, or keeps the one that runs there already.
+pub(crate) async fn start(qmp: &Qmp, socket: &Path) -> Result<(), ServerError> {
+    if answers(socket).await {
+        return Ok(());
+    }
+    let made = make_socket(socket).map_err(|source| ServerError::Socket { path: socket.into(), source })?;
+    let started = hand_over(qmp, &made).await;
+    if started.is_err() {
+        remove_socket(socket);
+    }
+    match started {
+        Err(error) if error.is_refusal() && error.to_string().contains(RUNS_ALREADY) => {
+            Err(ServerError::InUse { exports: exports(qmp).await? })
+        }
+        other => Ok(other?),
+    }
+}
+
+async fn hand_over(qmp: &Qmp, socket: &UnixListener) -> Result<(), QmpError> {
+    let name = qmp.names().name(FD_NAME);
+    qmp.execute_with_fd("getfd", json!({ "fdname": name }), socket.as_fd()).await?;
+    let address = json!({ "type": "fd", "data": { "str": name } });
+    let started = qmp.execute_json("nbd-server-start", json!({ "addr": address })).await;
+    if started.is_err() {
+        // A server that runs already refuses before it takes the descriptor.
+        tolerate_refusal(qmp.execute_json("closefd", json!({ "fdname": name })).await)?;
+    }
+    started.map(drop)
+}
+
+/// Stops the server if it is ours and nobody else has an export in it: stopping would remove that.
+pub(crate) async fn stop_unused(qmp: &Qmp, socket: &Path) -> Result<(), ServerError> {
+    if answers(socket).await {
+        let others = exports(qmp).await?;
+        if !others.is_empty() {
+            tracing::warn!(?others, "QEMU's NBD server is left running for exports of another tool");
+            return Ok(());
+        }
+        tolerate_refusal(qmp.execute_json("nbd-server-stop", Value::Null).await)?;
+    }
+    remove_socket(socket);
+    Ok(())
+}
+
+/// Ids of all exports of the server.
+async fn exports(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
+    let reply = qmp.execute_json("query-block-exports", Value::Null).await?;
+    let of_server = reply.as_array().into_iter().flatten().filter(|row| row["type"] == "nbd");
+    Ok(of_server.filter_map(|row| row["id"].as_str().map(Into::into)).collect())
+}
+
+fn make_socket(path: &Path) -> std::io::Result<UnixListener> {
+    remove_socket(path);
+    UnixListener::bind(path)
+}
+
+/// Missing is the rule.
+fn remove_socket(path: &Path) {
+    let _ = std::fs::remove_file(path);
+}

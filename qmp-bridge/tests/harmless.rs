@@ -1,0 +1,260 @@
+//! What a capture must not harm: the objects of others in the same QEMU, and the guest's writes.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use common::{TestQemu, with_each_qemu};
+use qmp_bridge::capture::{CaptureError, CapturePlan, FrozenDisks, PreparedDisks};
+use qmp_bridge::disks;
+use qmp_bridge::nbd::NbdClient;
+use qmp_bridge::{Paused, ServerError};
+use serde_json::{Value, json};
+
+const DISK: u64 = 8 << 20;
+const EMPTY: Value = Value::Null;
+
+async fn start(qemu: &Path) -> TestQemu {
+    let directory = tempfile::tempdir().expect("directory");
+    std::fs::write(directory.path().join("disk.raw"), vec![0x11; DISK as usize]).expect("disk");
+    let drive = "if=none,id=disk,node-name=stillpoint-data,file=disk.raw,format=raw";
+    let object = "throttle-group,id=stillpoint-paused";
+    TestQemu::start_in(qemu, &["-M", "q35", "-m", "16", "-drive", drive, "-device", "ide-hd,drive=disk", "-object", object], directory)
+        .await
+}
+
+fn plan(machine: &TestQemu, seq: u64, scratch_dir: &Path) -> CapturePlan {
+    CapturePlan {
+        tag: common::INSTANCE.parse().expect("tag"),
+        seq,
+        parent: seq.checked_sub(1).filter(|parent| *parent > 0),
+        scratch_dir: scratch_dir.into(),
+        scratch_reserve: 0,
+        nbd_socket: machine.path("nbd.sock"),
+        streamed: false,
+    }
+}
+
+async fn prepare(machine: &TestQemu, plan: CapturePlan) -> Result<PreparedDisks, CaptureError> {
+    let list = disks::list(&machine.qmp, Some(machine.directory.path())).await.expect("disks");
+    PreparedDisks::prepare(&machine.qmp, &list.disks, plan).await
+}
+
+async fn freeze(machine: &TestQemu, plan: CapturePlan) -> FrozenDisks {
+    let prepared = prepare(machine, plan).await.expect("prepare");
+    let paused = Paused::stop(&machine.qmp).await.expect("stop");
+    let mut frozen = prepared.freeze(&paused).await.expect("freeze");
+    paused.resume().await.expect("resume");
+    frozen.export().await.expect("export");
+    frozen
+}
+
+async fn assert_holds(frozen: &FrozenDisks, pattern: u8) {
+    let client = frozen.connect(&frozen.disks()[0]).await.expect("connect");
+    assert_eq!(client.read(0, 1 << 20).await.expect("read"), vec![pattern; 1 << 20]);
+    client.close().await;
+    frozen.verify().await.expect("verify");
+}
+
+/// Everything in QEMU that has a name, and each device's node.
+async fn inventory(machine: &TestQemu) -> Vec<String> {
+    let mut found = Vec::new();
+    for (command, arguments, field) in [
+        ("query-block-exports", EMPTY, "id"),
+        ("query-jobs", EMPTY, "id"),
+        ("query-named-block-nodes", json!({ "flat": true }), "node-name"),
+        ("qom-list", json!({ "path": "/objects" }), "name"),
+    ] {
+        let rows = machine.qmp.execute_json(command, arguments).await.expect(command);
+        found.extend(rows.as_array().expect("list").iter().filter_map(|row| row[field].as_str().map(Into::into)));
+        let bitmaps = rows.as_array().expect("list").iter().flat_map(|row| row["dirty-bitmaps"].as_array()).flatten();
+        found.extend(bitmaps.filter_map(|bitmap| bitmap["name"].as_str().map(Into::into)));
+    }
+    let block = machine.qmp.execute_json("query-block", EMPTY).await.expect("drives");
+    found.extend(block.as_array().expect("list").iter().map(|row| format!("inserted: {}", row["inserted"]["node-name"])));
+    found.retain(|name: &String| !name.starts_with("stillpoint/test-1/"));
+    found.sort();
+    found
+}
+
+async fn execute(machine: &TestQemu, command: &str, arguments: Value) {
+    machine.qmp.execute_json(command, arguments).await.expect(command);
+}
+
+async fn serves(socket: &Path, export: &str) -> bool {
+    match NbdClient::connect(socket, export, &[]).await {
+        Ok(client) => client.read(0, 512).await.is_ok(),
+        Err(_) => false,
+    }
+}
+
+#[tokio::test]
+async fn capture_leaves_objects_of_others_as_they_were() {
+    with_each_qemu(async |qemu| {
+        let machine = start(&qemu).await;
+        let directory = machine.directory.path().to_owned();
+        // Names that begin like ours, or are what an earlier release gave.
+        execute(&machine, "blockdev-add", json!({ "driver": "null-co", "node-name": "stillpoint-tgt" })).await;
+        execute(&machine, "blockdev-add", json!({ "driver": "null-co", "node-name": "sp-data" })).await;
+        execute(&machine, "blockdev-add", json!({ "driver": "null-co", "node-name": "stillpoint-1-0-f" })).await;
+        for name in ["stillpoint/other/1", "stillpoint/test-1x/1", "theirs"] {
+            execute(&machine, "block-dirty-bitmap-add", json!({ "node": "stillpoint-data", "name": name })).await;
+        }
+        execute(&machine, "object-add", json!({ "qom-type": "throttle-group", "id": "stillpoint-at-home" })).await;
+        let job =
+            json!({ "job-id": "stillpoint-1-0-create", "options": { "driver": "file", "filename": directory.join("x"), "size": 512 } });
+        execute(&machine, "blockdev-create", job).await;
+        let before = inventory(&machine).await;
+        freeze(&machine, plan(&machine, 1, &directory)).await.give_back().await.expect("give back");
+        assert_eq!(inventory(&machine).await, before);
+
+        // Their server: refused by the name of their export, and nothing of it is touched.
+        let theirs = directory.join("theirs.sock");
+        execute(&machine, "nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": theirs } } })).await;
+        let export = |id: &str| json!({ "type": "nbd", "id": id, "node-name": "stillpoint-data", "name": id });
+        execute(&machine, "block-export-add", export("theirs")).await;
+        let with_server = inventory(&machine).await;
+        let error = prepare(&machine, plan(&machine, 1, &directory)).await.expect_err("their server is in the way");
+        assert!(error.is_refusal() && error.to_string().contains("`theirs`"), "{error}");
+        assert!(matches!(&error, CaptureError::Server(ServerError::InUse { exports }) if exports == &["theirs"]), "{error:?}");
+        assert_eq!(inventory(&machine).await, with_server);
+        assert!(serves(&theirs, "theirs").await);
+        execute(&machine, "nbd-server-stop", EMPTY).await;
+
+        // An export that they add to our server stays, and the next capture works beside it.
+        let frozen = freeze(&machine, plan(&machine, 1, &directory)).await;
+        execute(&machine, "block-export-add", export("late")).await;
+        machine.write_disk("disk", 0x22, 0, 1 << 20).await;
+        assert_holds(&frozen, 0x11).await;
+        frozen.settle().await.expect("settle");
+        assert!(serves(&machine.path("nbd.sock"), "late").await);
+        let frozen = freeze(&machine, plan(&machine, 2, &directory)).await;
+        assert_holds(&frozen, 0x22).await;
+        execute(&machine, "block-export-del", json!({ "id": "late" })).await;
+        frozen.settle().await.expect("settle");
+        assert_eq!(inventory(&machine).await, before);
+        // The server is gone too: another tool can have its own.
+        execute(&machine, "nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": theirs } } })).await;
+    })
+    .await;
+}
+
+/// A file system of its own, thawed and unmounted at the end whatever happens.
+struct Mounted {
+    path: PathBuf,
+    watchdog: Option<Child>,
+}
+
+impl Mounted {
+    fn new(path: PathBuf, arguments: &[&str]) -> Self {
+        std::fs::create_dir(&path).expect("a directory");
+        run(Command::new("mount").args(arguments).arg(&path));
+        Self { path, watchdog: None }
+    }
+
+    fn hang(&mut self) {
+        let thaw = format!("sleep 60; fsfreeze -u '{}'", self.path.display());
+        self.watchdog = Some(Command::new("sh").args(["-c", &thaw]).spawn().expect("a watchdog"));
+        run(Command::new("fsfreeze").arg("-f").arg(&self.path));
+    }
+
+    fn answer(&mut self) {
+        if let Some(mut watchdog) = self.watchdog.take() {
+            run(Command::new("fsfreeze").arg("-u").arg(&self.path));
+            watchdog.kill().and_then(|()| watchdog.wait()).expect("our child");
+        }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        self.answer();
+        let _ = Command::new("umount").arg("-l").arg(&self.path).status();
+    }
+}
+
+fn run(command: &mut Command) {
+    let status = command.status();
+    assert!(status.as_ref().is_ok_and(|status| status.success()), "{command:?}: {status:?}");
+}
+
+/// The guest's write is done, and done in time, whatever the overlays' directory does.
+async fn assert_written(machine: &TestQemu, pattern: u8) {
+    let begun = Instant::now();
+    machine.write_disk("disk", pattern, 0, DISK).await;
+    machine.qemu_io("disk", "flush").await;
+    assert!(begun.elapsed() < Duration::from_secs(15), "the guest waited {:?}", begun.elapsed());
+    let log = machine.log();
+    assert!(!log.contains("write failed") && !log.contains("No space"), "{log}");
+    let content = std::fs::read(machine.path("disk.raw")).expect("disk");
+    assert!(content.iter().all(|byte| *byte == pattern), "the write is not in the disk");
+}
+
+async fn works_again(machine: &TestQemu, directory: &Path, pattern: u8) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let prepared = loop {
+        match prepare(machine, plan(machine, 1, directory)).await {
+            Ok(prepared) => break prepared,
+            Err(error) => assert!(error.is_retryable() && Instant::now() < deadline, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    prepared.discard().await.expect("discard");
+    let frozen = freeze(machine, plan(machine, 1, directory)).await;
+    assert_holds(&frozen, pattern).await;
+    frozen.give_back().await.expect("give back");
+}
+
+#[tokio::test]
+async fn capture_overlay_directory_that_is_full_costs_no_write() {
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("NOT TESTED: mounting a tmpfs needs root");
+    }
+    with_each_qemu(async |qemu| {
+        let machine = start(&qemu).await;
+        let before = inventory(&machine).await;
+        let full = Mounted::new(machine.path("full"), &["-t", "tmpfs", "-o", "size=2m", "none"]);
+        let frozen = freeze(&machine, plan(&machine, 1, &full.path)).await;
+        assert_written(&machine, 0x33).await;
+        assert!(frozen.connect(&frozen.disks()[0]).await.expect("connect").read(0, 4096).await.is_err());
+        let error = frozen.verify().await.expect_err("broken");
+        assert!(matches!(error, CaptureError::Broken { .. }) && error.to_string().contains("/full"), "{error}");
+        frozen.give_back().await.expect("give back");
+        assert_eq!(inventory(&machine).await, before);
+        works_again(&machine, machine.directory.path(), 0x33).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn capture_overlay_directory_that_hangs_costs_no_write() {
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("NOT TESTED: mounting a file system needs root");
+    }
+    with_each_qemu(async |qemu| {
+        let machine = start(&qemu).await;
+        let before = inventory(&machine).await;
+        let image = machine.path("ext4.img");
+        std::fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("image");
+        run(Command::new("mkfs.ext4").arg("-q").arg(&image));
+        let image = image.to_str().expect("UTF-8").to_owned();
+        let mut hung = Mounted::new(machine.path("hung"), &["-o", "loop", &image]);
+        let frozen = freeze(&machine, plan(&machine, 1, &hung.path)).await;
+        hung.hang();
+        assert_written(&machine, 0x44).await;
+        assert!(matches!(frozen.verify().await, Err(CaptureError::Broken { .. })));
+        // Taking the capture apart would wait for the directory, and QEMU with it.
+        let error = frozen.give_back().await.expect_err("hung");
+        assert!(matches!(error, CaptureError::Hung { .. }), "{error}");
+        let begun = Instant::now();
+        let error = prepare(&machine, plan(&machine, 1, machine.directory.path())).await.expect_err("the first is still there");
+        assert!(matches!(error, CaptureError::Hung { .. }) && begun.elapsed() < Duration::from_secs(5), "{error}");
+        assert_written(&machine, 0x55).await;
+        hung.answer();
+        works_again(&machine, &hung.path, 0x55).await;
+        assert_eq!(inventory(&machine).await, before);
+    })
+    .await;
+}
