@@ -195,11 +195,15 @@ impl PageMap {
 
     /// Writes `first` and what follows it to the pages.
     fn set_data(&mut self, pages: PageRange, first: Packed) {
-        let mut location = first;
-        for page in pages.iter() {
-            let (chunk, at) = Pages::place(page);
-            self.pages.chunk(chunk)[at] = location;
-            location = location.plus(1);
+        let (mut at, mut location) = (pages.start, first);
+        while at < pages.end {
+            let (chunk, from) = Pages::place(at);
+            let count = (CHUNK_PAGES - from).min((pages.end.0 - at.0) as usize);
+            for cell in &mut self.pages.chunk(chunk)[from..from + count] {
+                *cell = location;
+                location = location.plus(1);
+            }
+            at.0 += count as u64;
         }
     }
 

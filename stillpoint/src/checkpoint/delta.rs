@@ -94,7 +94,11 @@ impl Delta {
 
     fn offer_page(&mut self, space: SpaceNumber, page: PageIndex, bytes: &[u8], jobs: &mut Vec<PackJob>) {
         if is_zero(bytes) {
-            return self.offer_zero(space, PageRange::single(page), jobs);
+            // Of RAM most pages that are zero were before.
+            if !self.holds(space, page, PageDigest::ZERO_PAGE) {
+                self.offer_zero(space, PageRange::single(page), jobs);
+            }
+            return;
         }
         let digest = PageDigest::of(bytes);
         if !self.take(space, page, digest) {

@@ -1,6 +1,6 @@
 //! The digest of a read-only file, found once: a base image has gigabytes, and every machine on it asks.
 
-use super::image;
+use super::image::{self, Blocks, DataExtents};
 use crate::cache;
 use crate::exit::refused;
 use anyhow::{Context, Result, bail};
@@ -9,7 +9,6 @@ use checkpoint_format::{
 };
 use serde::{Deserialize, Serialize};
 use std::fs::{File, Metadata};
-use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -71,8 +70,9 @@ fn settled(facts: &Metadata) -> bool {
 /// Limits are checked before anything is read.
 fn read(file: &File, len: u64, form: Option<DigestForm>) -> Result<FileDigest> {
     let blocks = len.div_ceil(BLOCK_SIZE as u64);
-    let extents = image::data_extents(file, len)?;
-    let data: u64 = extents.iter().map(|extent| (extent.end - extent.start).div_ceil(BLOCK_SIZE as u64)).sum();
+    let data: std::io::Result<u64> =
+        DataExtents::of(file, len).map(|extent| extent.map(|extent| (extent.end - extent.start).div_ceil(BLOCK_SIZE as u64))).sum();
+    let data = data?;
     if blocks > MAX_LAYER_BLOCKS || data > MAX_STORED_BLOCKS {
         return Err(refused(format!(
             "its {len} bytes, {} of them no holes, are more than a layer can have (16 TiB, 1 TiB of data); attach it writable, split \
@@ -88,7 +88,7 @@ fn read(file: &File, len: u64, form: Option<DigestForm>) -> Result<FileDigest> {
             return Ok(digest(found, DigestForm::Content));
         }
     }
-    Ok(digest(of_blocks(file, len, &extents)?, DigestForm::Blocks))
+    Ok(digest(of_blocks(file, len)?, DigestForm::Blocks))
 }
 
 /// None when so many blocks are zero; it stops there.
@@ -104,8 +104,7 @@ fn of_content(file: &File, len: u64, most_zeros: u64) -> Result<Option<ContentDi
     }
     let mut hasher = ContentHasher::new();
     let mut zeros = 0;
-    let all: Range<u64> = 0..len;
-    let visited = image::each_block::<End>(file, &[all], |_, block| {
+    let visited = image::each_block::<End>(file, len, Blocks::All, |_, block| {
         zeros += u64::from(is_zero(block));
         if zeros >= most_zeros {
             return Err(End::Sparse);
@@ -120,9 +119,9 @@ fn of_content(file: &File, len: u64, most_zeros: u64) -> Result<Option<ContentDi
     }
 }
 
-fn of_blocks(file: &File, len: u64, extents: &[Range<u64>]) -> Result<ContentDigest> {
+fn of_blocks(file: &File, len: u64) -> Result<ContentDigest> {
     let mut hasher = BlocksHasher::new(ByteLen(len));
-    image::each_block::<std::io::Error>(file, extents, |number, block| {
+    image::each_block::<std::io::Error>(file, len, Blocks::NoHoles, |number, block| {
         if !is_zero(block) {
             hasher.block(number, &ContentDigest::of(&image::padded(block)));
         }

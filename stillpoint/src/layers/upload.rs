@@ -1,7 +1,7 @@
 //! A file becomes a layer: cut into fixed blocks, of which only those that no layer has yet are stored.
 
 use super::digest::FileDigest;
-use super::image;
+use super::image::{self, Blocks};
 use super::read::{StoredLayer, read_manifest};
 use super::{MANIFEST_FILE, TABLE_FILE};
 use crate::pack::{Entrance, FrameJob, PackJob, PackTarget, Packer};
@@ -14,7 +14,6 @@ use checkpoint_format::{
 use checkpoint_store::{LayerOutcome, PartialLayer, Repository};
 use std::collections::HashMap;
 use std::fs::File;
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -142,14 +141,10 @@ impl Cut {
     fn cut(mut self, path: &Path, file: FileDigest) -> Result<BlockTableBuilder> {
         let input = File::open(path).with_context(|| format!("opening {}", path.display()))?;
         let about = || format!("reading {}", path.display());
-        let all: Range<u64> = 0..file.len.0;
-        let extents = match file.form {
-            DigestForm::Content => Vec::from([all]),
-            DigestForm::Blocks => image::data_extents(&input, file.len.0).with_context(about)?,
-        };
+        let which = if file.form == DigestForm::Content { Blocks::All } else { Blocks::NoHoles };
         let mut content = ContentHasher::new();
         let mut blocks = BlocksHasher::new(file.len);
-        image::each_block::<anyhow::Error>(&input, &extents, |number, block| {
+        image::each_block::<anyhow::Error>(&input, file.len.0, which, |number, block| {
             if file.form == DigestForm::Content {
                 content.update(block);
             }

@@ -279,28 +279,25 @@ fn compare_layer(path: &Path, layer: &StoredLayer) -> Result<Difference> {
         return Ok(difference);
     }
     let progress = Progress::bytes("layer", len);
-    let extents = layers::image::data_extents(&file, len).with_context(about)?;
+    let bytes_of = |number: u64| number * block_size..((number + 1) * block_size).min(len);
     let mut stored = layer.table.stored().peekable();
-    let mut buffer = vec![0; usize::try_from(block_size).context("a block that does not fit into memory")?];
-    for number in 0..layer.table.blocks() {
-        let (start, end) = (number * block_size, ((number + 1) * block_size).min(len));
-        let wanted = stored.next_if(|(next, _)| *next == number);
-        if wanted.is_none() && !extents.iter().any(|extent| extent.start < end && start < extent.end) {
-            continue;
+    layers::image::each_block::<std::io::Error>(&file, len, layers::image::Blocks::NoHoles, |number, block| {
+        // Blocks of the layer that are holes of the file.
+        while let Some((missed, _)) = stored.next_if(|(next, _)| *next < number) {
+            difference.push(bytes_of(missed));
         }
-        // The last block is stored in whole pages.
-        let piece = &mut buffer[..((end - start) as usize).next_multiple_of(PAGE_SIZE)];
-        piece.fill(0);
-        file.read_exact_at(&mut piece[..(end - start) as usize], start).with_context(about)?;
-        let is_right = match wanted {
-            None => is_zero(piece),
-            Some((_, block)) => ContentDigest::of(piece) == block.digest,
+        let is_right = match stored.next_if(|(next, _)| *next == number) {
+            None => is_zero(block),
+            Some((_, at)) => ContentDigest::of(&layers::image::padded(block)) == at.digest,
         };
         if !is_right {
-            difference.push(start..end);
+            difference.push(bytes_of(number));
         }
-        progress.advance(end - start);
-    }
+        progress.advance(block.len() as u64);
+        Ok(())
+    })
+    .with_context(about)?;
+    stored.for_each(|(missed, _)| difference.push(bytes_of(missed)));
     Ok(difference)
 }
 
