@@ -17,10 +17,14 @@ use qmp_bridge::Paused;
 use qmp_bridge::device_state::DeviceStateFile;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use tokio::task::JoinError;
 use tracing::instrument;
 
 /// A freeze that would copy more than this is not begun: about 100 ms of copying.
 const MOST_FREEZE_PAGES: PageCount = PageCount(96 * 256);
+/// How often what QEMU wrote after `stop` is claimed again, and how much of it at most (1 MiB): a floppy's DMA moves 512 bytes.
+const LATE_PASSES: u32 = 3;
+const MOST_LATE_PAGES: PageCount = PageCount(256);
 
 impl Checkpointer {
     #[instrument(name = "round", level = "debug", skip_all)]
@@ -130,6 +134,7 @@ impl Checkpointer {
         run.run_state = paused.before();
         let stopped = begun.elapsed();
         let mut memory = tokio::spawn(self.freeze_memory(tracker, lease));
+        let mut copied = None;
         let devices = async {
             let frozen = prepared.freeze(&paused).await.context("taking the disks' instant")?;
             let disks = begun.elapsed();
@@ -137,28 +142,68 @@ impl Checkpointer {
             let saved = state_file.save(&paused).await.context("saving the device state");
             Ok::<_, anyhow::Error>((frozen, disks, saved))
         };
-        let worked = paused.within("memory, disks and devices", async { tokio::join!(&mut memory, devices) }).await;
+        let work = async { tokio::join!(async { copied = Some((&mut memory).await) }, devices).1 };
+        let devices = paused.within("memory, disks and devices", work).await.map_err(anyhow::Error::from).flatten();
+        let kept = copied.map(|memory| self.keep_memory(run, memory));
+        let late = match (&devices, &kept) {
+            (Ok((_, _, Ok(()))), Some(Ok(_))) => self.claim_late_writes(run, &paused, &state_file).await,
+            _ => Ok(()),
+        };
         let saved = begun.elapsed();
-        let left = if worked.is_ok() { round::look(&self.machine) } else { Ok(PageCount(0)) };
         fault::point("freeze.paused");
         let resumed = paused.resume().await.context("letting the guest run again");
-        let (memory, devices) = match worked {
-            Ok((memory, devices)) => (memory, devices),
-            // The guest runs; what the thread has taken must come back before anything else.
-            Err(error) => (memory.await, Err(error.into())),
+        let copied = match kept {
+            Some(kept) => kept?,
+            // The pause took too long; what the thread has taken must come back before anything else.
+            None => {
+                let memory = memory.await;
+                self.keep_memory(run, memory)?
+            }
         };
-        let (lease, staging, taken, copied) = memory.context("copying memory was cut off")??;
-        self.staging = staging;
-        run.lease = Some(lease);
         let (frozen, disks, device_state) = devices?;
         run.frozen = Some(frozen);
         run.pause = resumed?;
         device_state?;
+        late?;
         run.device_state = Some(SavedState::File(state_file));
-        run.pages_dirty.0 += taken?.0;
-        check_untouched(left?)?;
         trace_freeze(phases, stopped, disks, copied, saved, run.pause);
         Ok(())
+    }
+
+    /// What was claimed and copied becomes the run's, whatever else fails. Returns the time that it took.
+    fn keep_memory(&mut self, run: &mut Run, memory: Result<Result<FrozenMemory>, JoinError>) -> Result<Duration> {
+        let (lease, staging, taken, time) = memory.context("internal error: copy task panicked")??;
+        self.staging = staging;
+        run.lease = Some(lease);
+        run.pages_dirty.0 += taken?.0;
+        Ok(time)
+    }
+
+    /// QEMU itself may write guest memory after `stop`: a DMA controller's bottom half, a device that saves its state. Such pages are
+    /// claimed again and the device state is saved again, until memory and devices are of one instant.
+    async fn claim_late_writes(&mut self, run: &mut Run, paused: &Paused, state: &DeviceStateFile) -> Result<()> {
+        let mut left = round::look(&self.machine)?;
+        for _ in 0..LATE_PASSES {
+            if left == PageCount(0) {
+                return Ok(());
+            }
+            if left > MOST_LATE_PAGES {
+                break;
+            }
+            tracing::debug!(%left, "written after the guest was stopped");
+            let lease = run.lease.take().context("the lease is gone")?;
+            let memory = self.freeze_memory(self.machine.tracker()?, lease).await;
+            self.keep_memory(run, Ok(memory))?;
+            paused.within("the device state", state.save(paused)).await?.context("saving the device state again")?;
+            left = round::look(&self.machine)?;
+        }
+        if left == PageCount(0) {
+            return Ok(());
+        }
+        bail!(
+            "{left} pages of the guest's memory were written while it was stopped for the checkpoint; another monitor is at work on \
+             this VM, try again"
+        )
     }
 
     /// On a thread of its own, from the moment the guest stands still.
@@ -184,16 +229,6 @@ impl Checkpointer {
             Ok((lease, staging, taken, begun.elapsed()))
         }
     }
-}
-
-/// Nobody writes to the memory of a stopped guest, unless another monitor has made QEMU do it (a snapshot was loaded).
-fn check_untouched(left: PageCount) -> Result<()> {
-    if left.0 > 0 {
-        bail!(
-            "{left} pages of the guest's memory were written while it was stopped for the checkpoint; something else is at work on it, try again"
-        );
-    }
-    Ok(())
 }
 
 type FrozenMemory = (DirtyLease, Staging, Result<PageCount>, Duration);
