@@ -25,8 +25,9 @@ struct Bind {
     host: String,
     /// The port, as the command line counts it.
     number: u16,
-    /// What is added to that.
+    /// What is added to that; two ports with one number are a display and its web socket.
     base: u16,
+    second_base: Option<u16>,
     /// How many more QEMU tries.
     more: u16,
     option: String,
@@ -48,12 +49,11 @@ pub fn taken(options: &[QemuOption], saved: &dyn Fn(&str) -> String) -> Vec<Stri
 
 impl Bind {
     fn trouble(&self, reserved: &mut Vec<u16>, saved: &dyn Fn(&str) -> String) -> Option<String> {
-        let ports = (0..=self.more).filter_map(|more| self.number.checked_add(more)?.checked_add(self.base));
         let mut why = None;
-        for port in ports {
-            match try_bind(self.protocol, &self.host, port) {
+        for number in (0..=self.more).filter_map(|more| self.number.checked_add(more)) {
+            match self.try_number(&self.host, number) {
                 None => return None,
-                Some(error) => why = why.or(Some((port, error))),
+                Some(error) => why = why.or(Some(error)),
             }
         }
         let (port, kind) = why?;
@@ -79,9 +79,16 @@ impl Bind {
         format!("{prefix}{number}{}", self.around.1)
     }
 
+    /// The port that cannot be had, and why.
+    fn try_number(&self, host: &str, number: u16) -> Option<(u16, ErrorKind)> {
+        let bases = [Some(self.base), self.second_base];
+        let mut ports = bases.into_iter().flatten().map(|base| number.saturating_add(base));
+        ports.find_map(|port| try_bind(self.protocol, host, port).map(|error| (port, error)))
+    }
+
     fn free_number(&self, host: &str, reserved: &mut Vec<u16>) -> Option<u16> {
         let is_free = |number: &u16| {
-            number.checked_add(self.base).is_some_and(|port| !reserved.contains(&port) && try_bind(self.protocol, host, port).is_none())
+            number.checked_add(self.base).is_some_and(|port| !reserved.contains(&port)) && self.try_number(host, *number).is_none()
         };
         // The port itself may be free on the other address.
         let begin = if host == self.host { self.number.saturating_add(1) } else { self.number };
@@ -133,6 +140,7 @@ fn of_option(option: &QemuOption, all: &[QemuOption]) -> Vec<Bind> {
             host: String::new(),
             number: GDB_OF_S,
             base: 0,
+            second_base: None,
             more: 0,
             option: "s".to_owned(),
             old: None,
@@ -158,16 +166,15 @@ fn vnc(option: &QemuOption, value: &str) -> Vec<Bind> {
         host: host.to_owned(),
         number,
         base,
+        second_base: (base == FIRST_VNC && keys.get("websocket") == Some("on")).then_some(FIRST_VNC_WEB),
         more,
         option: option.name.clone(),
         old: Some(old.to_owned()),
         around: (prefix.to_owned(), String::new()),
     };
     let mut found = vec![bind(number, FIRST_VNC, more, address, &format!("{host}:"))];
-    match keys.get("websocket").map(|port| (port, port.parse::<u16>())) {
-        Some((port, Ok(number))) => found.push(bind(number, 0, 0, port, "")),
-        Some(("on", _)) => found.push(bind(number, FIRST_VNC_WEB, more, address, &format!("{host}:"))),
-        _ => {}
+    if let Some((port, number)) = keys.get("websocket").and_then(|port| Some((port, port.parse::<u16>().ok()?))) {
+        found.push(bind(number, 0, 0, port, ""));
     }
     found
 }
@@ -186,7 +193,7 @@ fn by_key(option: &QemuOption, all: &[QemuOption], protocol: Protocol, host: Opt
         (value.to_owned(), (format!("{before}{key}="), after.to_owned()))
     };
     let host = host.unwrap_or_default();
-    Some(Bind { protocol, host, number, base: 0, more, option: option.name.clone(), old: Some(old), around })
+    Some(Bind { protocol, host, number, base: 0, second_base: None, more, option: option.name.clone(), old: Some(old), around })
 }
 
 fn is_only(options: &[QemuOption], value: &str) -> bool {
@@ -236,6 +243,7 @@ fn compat(option: &QemuOption) -> Option<Bind> {
             host: host.to_owned(),
             number: number.parse().ok().filter(|number| *number > 0)?,
             base: 0,
+            second_base: None,
             more: 0,
             option: option.name.clone(),
             old: Some(old.to_owned()),
@@ -278,6 +286,7 @@ fn address_value(option: &QemuOption, protocol: Protocol, address: &str) -> Opti
         host: host.to_owned(),
         number: number.parse().ok().filter(|number| *number > 0)?,
         base: 0,
+        second_base: None,
         more: 0,
         option: option.name.clone(),
         old: Some(address.to_owned()),
@@ -296,6 +305,7 @@ fn forward(option: &str, rule: &str) -> Option<Bind> {
         host: host.to_owned(),
         number: number.parse().ok().filter(|number| *number > 0)?,
         base: 0,
+        second_base: None,
         more: 0,
         option: option.to_owned(),
         old: Some(rule.to_owned()),
