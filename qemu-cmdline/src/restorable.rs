@@ -153,6 +153,10 @@ fn may_be_path(value: &str) -> bool {
 
 /// What QEMU does where nothing is said.
 fn unspoken(option: &QemuOption) -> Option<Finding> {
+    // Whether it takes a value is not known either, so neither is what follows it.
+    if table::syntax(&option.name).is_none() {
+        return Some(Finding::new(&option.name, "", option.value(), Problem::Unknown));
+    }
     let form = Form::of(option);
     let host = |key: &str, value: &str, means| Some(Finding::new(&option.name, key, value, Problem::Host(means)));
     match option.name.as_str() {

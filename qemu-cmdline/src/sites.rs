@@ -93,7 +93,7 @@ impl Walk<'_> {
         if let Some(tree) = value.strip_prefix("json:") {
             return match serde_json::from_str(tree) {
                 Ok(Value::Object(mut members)) => self.object(key, &mut members, Group::Block).then(|| format!("json:{}", text(members))),
-                _ => self.show(key, value, Use::Unknown),
+                _ => self.show(key, value, means),
             };
         }
         match value.strip_prefix("file:") {
@@ -107,6 +107,8 @@ impl Walk<'_> {
             return self.vnc(rest).map(|value| format!("vnc={value}"));
         }
         match Form::of(self.option) {
+            // QEMU reads more than JSON (single quotes): what we cannot read is not judged by its words.
+            Form::List { .. } if self.option.value().starts_with('{') => self.show("", self.option.value(), Use::Never),
             Form::Object(mut members) => self.object("", &mut members, group).then(|| text(members)),
             form => self.list(&form, group),
         }
@@ -225,8 +227,8 @@ impl Walk<'_> {
 
     fn vnc(&mut self, value: &str) -> Option<String> {
         let mut keys = KeyList::parse(value);
-        let changed = keys.map_values(|index, key, value| match key {
-            None if index == 0 => match value.strip_prefix("unix:") {
+        let changed = keys.map_values(|_, key, value| match key {
+            None | Some("vnc") => match value.strip_prefix("unix:") {
                 Some(path) => self.show("", path, Use::Listen).map(|path| format!("unix:{path}")),
                 None => {
                     let host = value.rsplit_once(':').map_or("", |(host, _)| host);
@@ -235,7 +237,6 @@ impl Walk<'_> {
                 }
             },
             Some(key) => self.show(key, value, Use::Plain),
-            None => None,
         });
         changed.then(|| keys.to_string())
     }

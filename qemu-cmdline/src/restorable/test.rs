@@ -97,6 +97,16 @@ fn hostile_command_lines_are_refused() {
         ("-unheard /x", "unheard=/x"),
         ("-k ../x", "k=../x"),
         ("-mem-path /x", "mem-path=/x"),
+        ("-netdev {'type':'bridge','id':'n'}", "netdev={'type':'bridge','id':'n'}"),
+        ("-device {'driver':'usb-host'}", "device={'driver':'usb-host'}"),
+        ("-drive file=json:{'driver':'nbd'}", "drive.file=json:{'driver':'nbd'}"),
+        ("-newflag -plugin", "newflag=-plugin"),
+        ("-vnc vnc=0:1 -monitor vc", "vnc=0:1"),
+        ("-blockdev driver=rbd,pool=p,image=i,node-name=x", "blockdev.driver=rbd"),
+        ("-blockdev nbd,server.type=inet,server.host=h,server.port=1,node-name=x", "blockdev.server.host=h"),
+        ("-tpmdev passthrough,id=t", "tpmdev.type=passthrough"),
+        ("-display spice-app", "display.type=spice-app"),
+        ("-netdev tap,id=n,script=no,script=/x", "netdev.script=/x"),
         ("-chardev socket,id=c,host=0,port=1,server=on -object monitor-qmp,id=m,chardev=c", "chardev.port=1"),
     ] {
         let found = open(line, &[], &[]);

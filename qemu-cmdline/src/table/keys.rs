@@ -164,9 +164,9 @@ pub(super) const BLOCK: Rows = &[
     ("device", HostDevice),
     ("path", Connect),
     ("logfile", Output),
-    ("url", Address),
-    ("host", Address),
-    ("port", Address),
+    ("url", Connect),
+    ("host", Connect),
+    ("port", Connect),
 ];
 
 /// Objects by type: a type that is not here is not known, and nobody can say what it opens.

@@ -162,13 +162,14 @@ pub fn key_use(group: Group, kind: Kind<'_>, key: &str, value: &str) -> Use {
         G::Plain => Plain,
         G::AcpiTable => row(ACPI, key).unwrap_or(Plain),
         G::Audio => audio(last, value),
-        G::Block => row(BLOCK, last).unwrap_or(Plain),
+        G::Block => block(last, value),
         G::Boot => row(BOOT, key).unwrap_or(Plain),
         G::Chardev => chardev(kind, last),
         G::Device => device(kind, key, value),
+        G::Display if key == "type" && value == "spice-app" => Program,
         G::Display => row(DISPLAY, key).unwrap_or(Plain),
         G::Drive if key == "file" => Disk,
-        G::Drive => row(BLOCK, last).unwrap_or(Plain),
+        G::Drive => block(last, value),
         G::Fsdev => row(FSDEV, key).unwrap_or(Plain),
         G::FwCfg => {
             if key == "file" {
@@ -187,6 +188,7 @@ pub fn key_use(group: Group, kind: Kind<'_>, key: &str, value: &str) -> Use {
         G::RunWith => row(RUN_WITH, key).unwrap_or(Plain),
         G::Smbios => row(SMBIOS, key).unwrap_or(Plain),
         G::Spice => spice(key, value),
+        G::Tpm if key == "type" && value == "passthrough" => HostDevice,
         G::Tpm => row(TPM, key).unwrap_or(Plain),
         G::Trace => row(TRACE, key).unwrap_or(Plain),
     };
@@ -204,6 +206,16 @@ fn row(rows: Rows, key: &str) -> Option<Use> {
 
 fn is_everywhere(found: Use, value: &str) -> bool {
     matches!(found, HostDevice | HostFile | Output | Unknown) && EVERYWHERE.contains(&value)
+}
+
+/// Drivers of images and files, and the filters that change nothing of their content.
+pub const BLOCK_DRIVERS: &[&str] = &["qcow2", "raw", "file", "host_device", "throttle", "copy-on-read"];
+
+fn block(last: &str, value: &str) -> Use {
+    match last {
+        "driver" | "format" if !BLOCK_DRIVERS.contains(&value) => Connect,
+        _ => row(BLOCK, last).unwrap_or(Plain),
+    }
 }
 
 fn audio(last: &str, value: &str) -> Use {

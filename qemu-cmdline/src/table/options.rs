@@ -19,6 +19,7 @@ pub(super) const OPTIONS: &[(&str, Syntax)] = &[
     ("append", Text(Plain)),
     ("async-teardown", Flag),
     ("audio", Keys(Some("driver"), G::Audio)),
+    ("audio-help", Flag),
     ("audiodev", Keys(Some("driver"), G::Audio)),
     ("balloon", Keys(Some("type"), G::Plain)),
     ("bios", Text(Firmware)),

@@ -109,6 +109,10 @@ fn check_known(options: &[QemuOption], directory: &Path) -> Result<()> {
             option.name
         );
     }
+    let braces = options.iter().find(|option| option.value().starts_with('{') && matches!(Form::of(option), Form::List { .. }));
+    if let Some(option) = braces.filter(|option| matches!(table::syntax(&option.name), Some(table::Syntax::Keys(..)))) {
+        bail!("-{} {} begins as JSON and is none; write it with double quotes, or as a list", option.name, option.value());
+    }
     let mut unknown = None;
     visit(options, |site| {
         let is_file = || !is_word(site.value) && directory.join(site.value).is_file();
@@ -254,6 +258,7 @@ mod test {
             "-add-fd fd=3,set=1",
             "-device something,newfile=/x",
             "-newoption x",
+            "-device {'driver':'e1000'}",
         ];
         for line in lines {
             let text = refused(line);

@@ -4,10 +4,8 @@
 use super::arguments::QemuOption;
 use super::form::Form;
 use anyhow::{Result, bail};
-use qemu_cmdline::{Use, visit};
+use qemu_cmdline::{Use, table, visit};
 
-/// Drivers of images, files and the filters that change nothing of their content.
-const DRIVERS: &[&str] = &["qcow2", "raw", "file", "host_device", "throttle", "copy-on-read"];
 const OVERLAY: &str = "make an overlay: qemu-img create -f qcow2 -b BASE -F qcow2 OVERLAY";
 const CONVERT: &str = "convert it by qemu-img into a qcow2 or raw image";
 
@@ -33,7 +31,7 @@ fn check_tree(option: &QemuOption) -> Result<()> {
         let last = key.rsplit('.').next().unwrap_or(&key);
         match last {
             "snapshot" if is_on(&value) => bail!("-{name} {key}=on writes to a disk that vanishes with QEMU; {OVERLAY}"),
-            "driver" | "format" if !DRIVERS.contains(&value.as_str()) => {
+            "driver" | "format" if !table::BLOCK_DRIVERS.contains(&value.as_str()) => {
                 bail!("-{name} {key}={value}: a checkpoint holds no disk of that kind; {CONVERT}")
             }
             "offset" | "size" if value != "0" => {

@@ -8,7 +8,7 @@ use super::arguments::{self, QemuOption};
 use super::form::Form;
 use super::paths::{NewPaths, new_path};
 use crate::exit::refused;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use checkpoint_format::MachineRecord;
 use qemu_cmdline::restorable::{self, Carried, Finding, Wishes};
 use qemu_cmdline::{Use, visit};
@@ -37,7 +37,7 @@ pub fn restored(words: &[String], paths: &NewPaths, wishes: &Wishes) -> Result<R
 }
 
 fn make(words: &[String], paths: &NewPaths, wishes: &Wishes) -> Result<Restored> {
-    let options = arguments::parse(words).context("reading the saved command line")?;
+    let options = arguments::parse(words).map_err(|error| refused(format!("the saved command line: {error}")))?;
     let mut mapped = restorable::map(options, wishes);
     if let Some(old) = mapped.unused.first() {
         return Err(refused(format!("--map {old}=…: no value of the saved command line is '{old}'; 'stillpoint show --json' prints it")));
