@@ -55,6 +55,14 @@ pub fn directories(options: &[QemuOption], directory: &Path) -> Vec<std::path::P
     shares.map(|path| directory.join(path)).collect()
 }
 
+/// What `--allow` takes for devices of the host that [`isolate`] has made to match nothing.
+pub fn harmless(options: &[QemuOption]) -> Vec<String> {
+    let drivers = options.iter().filter(|option| option.name == "device").filter_map(|option| Form::of(option).get("driver"));
+    let mut allowed: Vec<String> = drivers.filter(|driver| driver == "usb-host").map(|driver| format!("device.driver={driver}")).collect();
+    allowed.dedup();
+    allowed
+}
+
 fn is_share(option: &QemuOption) -> bool {
     option.name == "fsdev" || option.name == "virtfs"
 }

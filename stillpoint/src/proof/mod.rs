@@ -197,6 +197,7 @@ impl Proof {
         let manifest = self.source.manifest();
         let options = isolate::isolate(launch::arguments::parse(&manifest.machine.arguments)?, &self.directory);
         let mut wishes = Wishes { map: restore::line::resolve(&manifest.machine.arguments, &args.map)?, allow: args.allow.clone() };
+        wishes.allow.extend(isolate::harmless(&options));
         // What the sandbox has taken away needs no other value.
         let gone = qemu_cmdline::restorable::map(options.clone(), &wishes).unused;
         wishes.map.retain(|(old, _)| !gone.contains(old));

@@ -245,7 +245,7 @@ impl<'a> Draw<'a> {
                 "driver=throttle,node-name={id},throttle-group=tg,file.driver=raw,file.file.driver=file,file.file.filename=data.raw"
             ),
             5 => format!("driver=copy-on-read,node-name={id},file.driver=qcow2,file.file.driver=file,file.file.filename=cow.qcow2"),
-            6 => format!("driver=null-co,node-name={id},size=1M,read-zeroes=on"),
+            6 => format!("driver=null-co,node-name={id},size=1048576,read-zeroes=on"),
             7 => format!(
                 "driver=qcow2,node-name={id},file.driver=file,file.filename=cow.qcow2,backing.driver=raw,backing.file.driver=file,backing.file.filename=other.raw"
             ),

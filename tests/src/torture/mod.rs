@@ -7,6 +7,8 @@ mod grammar;
 mod tables;
 mod trial;
 
+pub use trial::{Trial, templates};
+
 use crate::lab::Lab;
 use crate::qemus::{newest_qemu, qemus};
 use crate::random::Random;
@@ -14,7 +16,6 @@ use grammar::Draw;
 use std::path::Path;
 use std::time::Instant;
 use tables::Tables;
-use trial::Trial;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -82,7 +83,7 @@ pub fn run(settings: &Settings) -> Summary {
     let tables: Vec<Tables> = qemus.iter().map(|qemu| Tables::of(qemu)).collect();
     let newest = newest_qemu();
     let lab = Lab::new(&newest);
-    trial::templates(&newest, &lab.path().join("templates"));
+    templates(&newest, &lab.path().join("templates"));
     let mut summary = Summary::default();
     // What panics in a trial is told as its finding.
     let hook = std::panic::take_hook();
@@ -105,7 +106,8 @@ fn try_one(settings: &Settings, number: u64, tables: &[Tables], lab: &Lab, summa
     let mode = *random.pick(&[Mode::Managed, Mode::External]);
     let words = Draw::new(random.number(), tables).line();
     let begun = Instant::now();
-    let trial = Trial { lab, qemu: &tables.qemu, mode, name: format!("t{number}"), words: &words };
+    let name = format!("t{number}");
+    let trial = Trial { lab, qemu: &tables.qemu, mode, name, words: &words, acts: &[], is_accepted: false };
     let verdict = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| trial.run()))
         .unwrap_or_else(|panic| Verdict::Finding(format!("a command of the trial hangs or panics: {}", message(&*panic))));
     let line = shell(&tables.qemu, &words);

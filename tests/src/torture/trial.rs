@@ -16,6 +16,7 @@ const SCRIBBLER: &[u8; 512] = include_bytes!("../scribbler.bin");
 /// A loaded host may need long; a QEMU that says nothing by then is taken for one that refuses.
 const START: Duration = Duration::from_secs(40);
 const SETTLING: Duration = Duration::from_millis(400);
+const TRIES: u32 = 3;
 const MONITOR: &str = "own.qmp";
 
 /// Everything that a line may name, made once and copied for each trial.
@@ -55,6 +56,10 @@ pub struct Trial<'a> {
     pub mode: Mode,
     pub name: String,
     pub words: &'a [String],
+    /// QMP commands and their arguments, before the checkpoint: what its owner does to the VM.
+    pub acts: &'a [(&'a str, &'a str)],
+    /// Whether plain QEMU is known to take the line.
+    pub is_accepted: bool,
 }
 
 /// Ended when dropped.
@@ -152,12 +157,14 @@ impl Trial<'_> {
     }
 
     fn managed(&self) -> Verdict {
-        match self.plain() {
-            Ok(running) => drop(running),
-            Err(verdict) => return verdict,
+        if !self.is_accepted {
+            match self.plain() {
+                Ok(running) => drop(running),
+                Err(verdict) => return verdict,
+            }
+            let _ = std::fs::remove_dir_all(self.directory());
+            self.furnish();
         }
-        let _ = std::fs::remove_dir_all(self.directory());
-        self.furnish();
         let mut command = self.lab.command(&["run", "--name", &self.name, "--"]);
         command.arg(self.qemu);
         let mut running = self.spawn(command);
@@ -182,8 +189,14 @@ impl Trial<'_> {
     fn checkpoint(&self, running: &mut Running) -> Verdict {
         let monitor = running.directory.join(MONITOR);
         wait_until(START, || monitor.exists());
+        for (command, arguments) in self.acts {
+            let arguments = serde_json::from_str(arguments).expect("JSON");
+            if let Err(error) = QmpClient::connect(&monitor).try_execute(command, arguments) {
+                return Verdict::Finding(format!("QEMU refused {command}: {error}"));
+            }
+        }
         let before = running.status().unwrap_or_default();
-        let judged = self.judge("checkpoint", self.lab.run(&["checkpoint", &self.name]));
+        let judged = self.judge("checkpoint", self.try_checkpoint());
         if let Err(verdict) = judged {
             return self.unharmed(running, &before, verdict);
         }
@@ -199,6 +212,18 @@ impl Trial<'_> {
         match ran.code {
             0 => Verdict::Proven,
             code => Verdict::Finding(format!("durable, but the proof ended with {code}: {}", said(&ran))),
+        }
+    }
+
+    /// What asks to be tried again is.
+    fn try_checkpoint(&self) -> Ran {
+        let mut left = TRIES;
+        loop {
+            let ran = self.lab.run(&["checkpoint", &self.name]);
+            left -= 1;
+            if ran.code != 1 || left == 0 || !ran.err.contains("try again") {
+                return ran;
+            }
         }
     }
 
