@@ -13,7 +13,7 @@ use std::time::Duration;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 /// It takes 4 to 12 seconds.
 const BOOT_PATIENCE: Duration = Duration::from_secs(60);
-/// Lines come once a second, steps ten times a second, and a busy host is late.
+/// Lines come four times a second, steps ten times a second, and a busy host is late.
 const STEPS_BETWEEN_LINES: u64 = 15;
 
 pub struct Guest {

@@ -12,8 +12,9 @@ pub const SCRIBBLER_RAM_BYTES: u64 = 16 << 20;
 const SCRIBBLER: &[u8; 512] = include_bytes!("scribbler.bin");
 const SEED_AT: usize = 4;
 
-/// A small table, checked about twice a second: two walks over it show that all of a restored machine's RAM is right.
-const QUICK: &str = "witness.table_mib=12 witness.check=6144";
+/// A small table, checked about twice a second: two walks over it show that all of a restored machine's RAM is right. Lines come
+/// often, because most tests wait for some.
+const QUICK: &str = "witness.table_mib=12 witness.check=6144 witness.report_ms=250";
 
 #[derive(Clone, Debug)]
 enum Guest {

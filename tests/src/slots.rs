@@ -1,4 +1,5 @@
-//! How many machines run at once: two, over all test threads and test programs of this user.
+//! How many VMs run at once: four, over all test threads and test programs of this user. A test mostly waits for its guest to
+//! come to something, so that two VMs keep two processors busy for less than half of the time.
 //!
 //! Each place is a locked file, so that it is free again however its holder ends.
 
@@ -7,7 +8,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
 
-const PLACES: usize = 2;
+const PLACES: usize = 4;
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]

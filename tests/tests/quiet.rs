@@ -8,7 +8,7 @@ use stillpoint_tests::{Lab, Recipe, newest_qemu, on_each_qemu, wait_for_scribble
 fn an_idle_guest_costs_next_to_nothing() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start("idle", &Recipe::witness("q35-virtio.cfg").words("witness.rate=0"));
+        let machine = lab.start("idle", &Recipe::witness("q35-virtio.cfg").words("witness.rate=0 witness.report_ms=1000"));
         machine.wait_for_witness();
         machine.checkpoint();
         std::thread::sleep(Duration::from_secs(2));

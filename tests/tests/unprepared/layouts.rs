@@ -3,7 +3,7 @@
 //! They are a covering set: every pair of (RAM, board), (RAM, bus), (RAM, format), (RAM, processors), (board, bus), (board, format),
 //! (board, processors), (bus, format), (bus, processors) and (format, processors) is in one of them.
 
-use crate::memory_limit;
+use super::memory_limit;
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{Lab, Recipe, Taken, TestMachine, newest_qemu, on_each_qemu, thorough};

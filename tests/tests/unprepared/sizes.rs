@@ -1,6 +1,6 @@
 //! What a checkpoint by stream costs: all memory goes through the stream, and only what changed goes to the store.
 
-use crate::memory_limit;
+use super::memory_limit;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use stillpoint_tests::{Lab, QmpClient, Recipe, TestMachine, newest_qemu, on_each
 fn an_idle_guest_costs_next_to_nothing() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start_plain("idle", &Recipe::witness("q35-virtio.cfg").words("witness.rate=0"));
+        let machine = lab.start_plain("idle", &Recipe::witness("q35-virtio.cfg").words("witness.rate=0 witness.report_ms=1000"));
         machine.wait_for_witness();
         machine.attach_plain(&[]);
         machine.checkpoint();

@@ -13,6 +13,8 @@ pub struct Config {
     pub steps: u64,
     /// Table pages checked per second (default: 4096, when idle 1024). A whole table is `table_mib * 256` pages.
     pub check: Option<u64>,
+    /// Between two lines on the console.
+    pub report_ms: u64,
     pub journals: Vec<PathBuf>,
     /// Part of each journal disk that is used.
     pub journal_mib: u64,
@@ -24,7 +26,17 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Config { table_mib: 32, rate: 200, steps: 10, check: None, journals: Vec::new(), journal_mib: 4, journal_pages: 1, base: None }
+        Config {
+            table_mib: 32,
+            rate: 200,
+            steps: 10,
+            check: None,
+            report_ms: 1000,
+            journals: Vec::new(),
+            journal_mib: 4,
+            journal_pages: 1,
+            base: None,
+        }
     }
 }
 
@@ -49,6 +61,7 @@ impl Config {
             "rate" => self.rate = number(key, value, 0..=10_000_000)?,
             "steps" => self.steps = number(key, value, 1..=1000)?,
             "check" => self.check = Some(number(key, value, 1..=10_000_000)?),
+            "report_ms" => self.report_ms = number(key, value, 10..=60_000)?,
             "journal" => self.journals = value.split(',').filter(|path| !path.is_empty()).map(PathBuf::from).collect(),
             "journal_mib" => self.journal_mib = number(key, value, 1..=1 << 20)?,
             "journal_pages" => self.journal_pages = number(key, value, 1..=1024)?,
@@ -56,7 +69,9 @@ impl Config {
             // The guest's init reads these itself.
             "root" | "ro" | "rw" => {}
             _ => {
-                return Err(format!("{word:?}: no such key (table_mib, rate, steps, check, journal, journal_mib, journal_pages, base)"));
+                return Err(format!(
+                    "{word:?}: no such key (table_mib, rate, steps, check, report_ms, journal, journal_mib, journal_pages, base)"
+                ));
             }
         }
         Ok(())

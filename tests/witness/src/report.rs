@@ -1,6 +1,6 @@
 //! What the witness says, one line each, on standard output (the serial port of the guest).
 //!
-//! `WITNESS start …`, `WITNESS step=…` about once a second, `WITNESS CONTRADICTION …`, `WITNESS REFUSED …`.
+//! `WITNESS start …`, `WITNESS step=…` every `report_ms`, `WITNESS CONTRADICTION …`, `WITNESS REFUSED …`.
 //! `table=`, `journal=` and `base=` turn from `ok` to `BAD` at the first contradiction and never turn back, so
 //! that the last line alone tells whether all went well.
 

@@ -13,7 +13,6 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// Behind by more than this, a tick is dropped instead of made up for: a burst would hide what `rate` asks for.
 const TOLERATED_LAG: Duration = Duration::from_millis(500);
 
@@ -67,11 +66,12 @@ impl Witness {
     /// Runs for ever.
     pub fn run(mut self) -> ! {
         let tick = Duration::from_secs(1) / self.config.steps as u32;
+        let report_every = Duration::from_millis(self.config.report_ms);
         let mut due = Instant::now();
         let mut spoken: Option<Instant> = None;
         loop {
             self.tick();
-            if spoken.is_none_or(|at| at.elapsed() >= PROGRESS_EVERY) {
+            if spoken.is_none_or(|at| at.elapsed() >= report_every) {
                 spoken = Some(Instant::now());
                 self.progress();
             }

@@ -5,7 +5,7 @@
 //! is restored:
 //!
 //! ```text
-//! STILLPOINT_TEST_THOROUGH=1 cargo test -p stillpoint-tests --test unprepared layouts
+//! STILLPOINT_TEST_THOROUGH=1 cargo test -p stillpoint-tests unprepared::layouts
 //! ```
 
 mod bytes;

@@ -1,0 +1,41 @@
+//! All tests of whole VMs in one program: linked once, and so that tests of different files run side by side. `tests/src/slots.rs`
+//! says how many VMs run at once.
+//!
+//! `cargo test -p stillpoint-tests attach::` runs those of one file.
+
+mod adopt;
+mod attach;
+mod balloon;
+mod block_options;
+mod changes;
+mod cmdline;
+mod cmdline_table;
+mod copies;
+mod damage;
+mod hdfs;
+mod imports;
+mod kills;
+mod kills_stream;
+mod launch;
+mod layers;
+mod layouts;
+mod libvirt;
+mod lineage;
+mod proof;
+mod property;
+mod quiet;
+mod states;
+mod torture;
+mod unprepared;
+mod window;
+
+/// A file that is not in the list above would not be compiled.
+#[test]
+fn every_file_of_tests_is_a_module_here() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests");
+    let files = std::fs::read_dir(folder).expect("this folder").map(|file| file.expect("a file").path());
+    let names = files.map(|file| file.file_stem().expect("a name").to_str().expect("UTF-8").to_owned());
+    let missing: Vec<String> =
+        names.filter(|name| name != "main" && !include_str!("main.rs").contains(&format!("\nmod {name};"))).collect();
+    assert!(missing.is_empty(), "not in tests/tests/main.rs: {missing:?}");
+}
