@@ -431,8 +431,8 @@ pub async fn proofs_are_noted_once(store: Shared) {
     let (seq, keys) = (CheckpointSeq(3), [Checksum([1; 16]), Checksum([2; 16])]);
     assert_eq!(repository.proofs(&vm(), seq).await.expect("read"), Vec::<Bytes>::new());
     let note = async |seq: u64, key: usize, text: &'static str| {
-        let noted = repository.note_proof(&vm(), CheckpointSeq(seq), &keys[key], Bytes::from_static(text.as_bytes()));
-        noted.await.expect("note")
+        let (vm, text) = (vm(), Bytes::from_static(text.as_bytes()));
+        repository.note_proof(&vm, CheckpointSeq(seq), &keys[key], text).await.expect("note")
     };
     assert!(note(3, 0, "one").await && note(3, 1, "two").await && note(30, 0, "another checkpoint's").await);
     assert!(!note(3, 0, "again").await, "a note stays as it is");

@@ -9,10 +9,17 @@ use anyhow::{Context, Result};
 use checkpoint_format::{DigestForm, LayerRef};
 use checkpoint_store::Repository;
 use futures::TryStreamExt;
+use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// Begins the name of a file that is being fetched, which its process holds locked.
+const UNFINISHED: &str = ".fetch-";
+/// By then a new file is locked.
+const LOCKED_AFTER: Duration = Duration::from_secs(60);
 
 /// A layer ready to be used, and what it took.
 pub struct Provided {
@@ -45,7 +52,10 @@ async fn fetch(repository: &Repository, wanted: &LayerRef, target: &Path) -> Res
     }
     let folder = target.parent().unwrap_or(target);
     std::fs::create_dir_all(folder).with_context(|| format!("making the cache {}", folder.display()))?;
-    let file = tempfile::NamedTempFile::new_in(folder).context("making a file in the cache")?;
+    remove_abandoned(folder);
+    let file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder).context("making a file in the cache")?;
+    let lock = file.as_file().try_clone().context("opening the cached layer twice")?;
+    let _locked = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error).context("locking the cached layer")?;
     let bytes_read = write(&layer, file.as_file()).await?;
     file.as_file().sync_all().context("syncing the cached layer")?;
     // In the other form the table's digests, which every block was compared with, make the name.
@@ -60,6 +70,24 @@ async fn fetch(repository: &Repository, wanted: &LayerRef, target: &Path) -> Res
     file.as_file().set_permissions(std::fs::Permissions::from_mode(0o444)).context("protecting the cached layer")?;
     file.persist(target).with_context(|| format!("naming the cached layer {}", target.display()))?;
     Ok(Provided { path: target.to_owned(), bytes_read })
+}
+
+/// Files of fetches that were killed: nobody holds their lock. What fails is left to the next fetch.
+fn remove_abandoned(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let is_ours = entry.file_name().as_encoded_bytes().starts_with(UNFINISHED.as_bytes());
+        // A new one may not be locked yet.
+        let is_old =
+            || entry.metadata().and_then(|facts| facts.modified()).is_ok_and(|at| at.elapsed().is_ok_and(|age| age > LOCKED_AFTER));
+        if is_ours
+            && is_old()
+            && let Ok(file) = File::open(entry.path())
+            && Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok()
+        {
+            tracing::info!(path = %entry.path().display(), "removing what a killed restore left");
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// Writes the blocks that are not zero; the others stay holes. Returns how many bytes that were.
@@ -79,4 +107,30 @@ async fn write(layer: &StoredLayer, file: &File) -> Result<u64> {
         progress.advance(count as u64);
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use std::time::SystemTime;
+
+    #[test]
+    fn cache_files_of_killed_fetches_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let old = SystemTime::now() - Duration::from_secs(3600);
+        let make = |name: &str, at: SystemTime| {
+            let file = File::create(folder.path().join(name)).unwrap();
+            file.set_modified(at).unwrap();
+            file
+        };
+        make(".fetch-killed", old);
+        make(".fetch-new", SystemTime::now());
+        make("0123", old);
+        let _running = Flock::lock(make(".fetch-running", old), FlockArg::LockExclusiveNonblock).unwrap();
+        remove_abandoned(folder.path());
+        let left = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut left: Vec<String> = left.collect();
+        left.sort();
+        assert_eq!(left, [".fetch-new", ".fetch-running", "0123"]);
+    }
 }
