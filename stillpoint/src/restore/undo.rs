@@ -7,6 +7,7 @@ use crate::exit::refused;
 use crate::launch::process;
 use crate::runtime::RuntimeDir;
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -86,8 +87,16 @@ impl Undo {
         let mut builder = std::fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(dir).with_context(|| format!("making {}", dir.display()))?;
         let folder = File::open(dir).with_context(|| format!("opening {}", dir.display()))?;
-        let lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock);
-        self._directory = Some(lock.map_err(|_| refused(format!("another restore is filling {}; wait for it", dir.display())))?);
+        self._directory = match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Some(lock),
+            Err((_, Errno::EWOULDBLOCK)) => {
+                return Err(refused(format!("another restore is filling {}; wait for it", dir.display())));
+            }
+            Err((_, error)) => {
+                tracing::warn!(%error, "{} cannot be locked; no other restore may use it meanwhile", dir.display());
+                None
+            }
+        };
         self.record.files = files;
         self.save()?;
         self.set_aside()

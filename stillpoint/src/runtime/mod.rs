@@ -254,9 +254,13 @@ impl RuntimeDir {
 
     pub fn machine(&self) -> Result<MachineFile> {
         let path = self.path.join("machine.json");
-        let text = self.read("machine.json", MAX_MACHINE_FILE_BYTES).with_context(|| {
-            format!("no machine is known at {}; start one by 'stillpoint run' or name its --runtime-dir", self.path.display())
-        })?;
+        if !path.exists() {
+            return Err(refused(format!(
+                "no VM is known at {}; start one by 'stillpoint run', attach one by --qmp, or name its --runtime-dir",
+                self.path.display()
+            )));
+        }
+        let text = self.read("machine.json", MAX_MACHINE_FILE_BYTES)?;
         let machine: MachineFile = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
         if machine.format != MACHINE_FILE_FORMAT {
             bail!("{} has format {}; this build reads {MACHINE_FILE_FORMAT}", path.display(), machine.format);
