@@ -90,6 +90,15 @@ fn list(findings: &[Finding]) -> String {
 pub fn check_carried(words: &[String], directory: &Path, disks: &[Disk], boot_files: &[(String, PathBuf)]) -> Result<()> {
     let mut paths = NewPaths::new(directory);
     for disk in disks {
+        let is_written = |other: &&Disk| other.file == disk.file && other.name != disk.name && !(disk.read_only && other.read_only);
+        if let Some(other) = disks.iter().find(is_written) {
+            return Err(refused(format!(
+                "disks {} and {} are on one file, {}, and one writes to it; give each an image of its own",
+                disk.name,
+                other.name,
+                disk.file.display()
+            )));
+        }
         paths.add_disk(&disk.file.to_string_lossy(), &disk.file);
         disk.backing.iter().for_each(|layer| paths.add_disk(&layer.file.to_string_lossy(), &layer.file));
     }
@@ -200,6 +209,34 @@ mod test {
             let made = restored(&line(text), &paths, &Wishes::default()).unwrap();
             assert_eq!(words(&made.options).join(" "), new);
         }
+    }
+
+    fn disk(name: &str, read_only: bool) -> Disk {
+        Disk {
+            node: name.to_owned(),
+            root: name.to_owned(),
+            name: name.to_owned(),
+            device: name.to_owned(),
+            qdev: None,
+            is_named: true,
+            read_only,
+            format: qmp_bridge::disks::ImageFormat::Raw,
+            file: "/vm/one".into(),
+            virtual_size: 4096,
+            is_device: false,
+            backing: Vec::new(),
+            removable: false,
+            layout: None,
+        }
+    }
+
+    #[test]
+    fn two_disks_on_one_file_are_refused_if_one_writes() {
+        let check = |disks: &[Disk]| check_carried(&line("-drive file=one"), Path::new("/vm"), disks, &[]);
+        check(&[disk("a", true), disk("b", true)]).unwrap();
+        check(&[disk("a", false)]).unwrap();
+        let error = check(&[disk("a", false), disk("b", true)]).unwrap_err();
+        assert!(code_of(&error) == REFUSED && error.to_string().contains("/vm/one"), "{error}");
     }
 
     #[test]
