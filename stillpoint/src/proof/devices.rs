@@ -24,7 +24,18 @@ struct Changing {
     field: &'static str,
     /// Offsets in the field; none for all of it.
     bytes: &'static [u64],
+    /// Only in a VM that has this section.
+    with: Option<&'static str>,
     why: &'static str,
+}
+
+const fn changing(section: &'static str, field: &'static str, why: &'static str) -> Changing {
+    Changing { section, field, bytes: &[], with: None, why }
+}
+
+const fn new_id(section: &'static str, field: &'static str) -> Changing {
+    let why = "QEMU tells the guest that it has a new generation id, by an ACPI interrupt, when it loads it";
+    Changing { section, field, bytes: &[], with: Some("vmgenid"), why }
 }
 
 const HOST_CLOCK: &str = "counted in the host's clock, on which it is set again when it is loaded";
@@ -35,32 +46,23 @@ const CHANGING: &[Changing] = &[
         field: "cmos_data",
         // Seconds, minutes, hours, weekday, day, month, year, century.
         bytes: &[0, 2, 4, 6, 7, 8, 9, 0x32],
+        with: None,
         why: "QEMU computes date and time anew when it writes them",
     },
-    Changing { section: "mc146818rtc", field: "periodic_timer", bytes: &[], why: HOST_CLOCK },
-    Changing { section: "mc146818rtc", field: "next_periodic_time", bytes: &[], why: HOST_CLOCK },
-    Changing { section: "mc146818rtc", field: "update_timer", bytes: &[], why: HOST_CLOCK },
-    Changing { section: "mc146818rtc", field: "next_alarm_time", bytes: &[], why: HOST_CLOCK },
-    Changing {
-        section: "ide",
-        field: "bmdma.migration_retry_",
-        bytes: &[],
-        why: "QEMU reads them back only for a transfer that failed; otherwise what it writes means nothing",
-    },
-    Changing {
-        section: "kvmclock",
-        field: "clock",
-        bytes: &[],
-        why: "QEMU reads KVM's clock when it writes it, unless the guest was stopped by a command",
-    },
-    Changing { section: "qxl", field: "ssd.unique", bytes: &[], why: "counts what QEMU has drawn, also when it is loaded" },
-    Changing {
-        section: "globalstate",
-        field: "runstate",
-        bytes: &[],
-        why: "the run state when it was written; before its first instruction the restored VM is paused",
-    },
-    Changing { section: "globalstate", field: "size", bytes: &[], why: "the length of the run state's name" },
+    changing("mc146818rtc", "periodic_timer", HOST_CLOCK),
+    changing("mc146818rtc", "next_periodic_time", HOST_CLOCK),
+    changing("mc146818rtc", "update_timer", HOST_CLOCK),
+    changing("mc146818rtc", "next_alarm_time", HOST_CLOCK),
+    changing("ide", "bmdma.migration_retry_", "QEMU reads them back only for a transfer that failed"),
+    changing("kvmclock", "clock", "QEMU reads KVM's clock when it writes it, unless the guest was stopped by a command"),
+    changing("qxl", "ssd.unique", "counts what QEMU has drawn, also when it is loaded"),
+    changing("globalstate", "runstate", "the run state when it was written; the VM is paused here"),
+    changing("globalstate", "size", "the length of the run state's name"),
+    new_id("piix4_pm", "gpe.sts"),
+    new_id("ICH9LPC", "gpe.sts"),
+    new_id("cpu_common", "interrupt_request"),
+    new_id("ioapic", "irr"),
+    new_id("i8259", "irr"),
 ];
 
 /// What the comparison of the device state found.
@@ -79,6 +81,7 @@ pub fn compare(stored: &DeviceState, resaved: &Resaved) -> Result<Devices> {
     let old = sections_like(stored, &resaved.sections)?;
     ensure!(!old.is_empty(), "the stored device state has no section");
     let is_same = |one: &DeviceSection, other: &DeviceSection| (one.name.as_str(), one.instance) == (other.name.as_str(), other.instance);
+    let has = |name: &str| old.iter().any(|section| section.name.rsplit('/').next() == Some(name));
     for section in &old {
         let Some(now) = resaved.sections.iter().find(|other| is_same(section, other)) else {
             found.differences.push(Difference::noted(label(section), "the restored QEMU has no such section"));
@@ -86,7 +89,7 @@ pub fn compare(stored: &DeviceState, resaved: &Resaved) -> Result<Devices> {
         };
         let before = section.body(&stored.as_bytes()[section.bytes.clone()]);
         let body = now.body(&resaved.devices.as_bytes()[now.bytes.clone()]);
-        compare_one(now, before, body, &resaved.layout, &mut found);
+        compare_one(now, (before, body), &resaved.layout, &has, &mut found);
     }
     let new = resaved.sections.iter().filter(|section| !old.iter().any(|other| is_same(section, other)));
     found.differences.extend(new.map(|section| Difference::noted(label(section), "the checkpoint has no such section")));
@@ -97,7 +100,7 @@ fn label(section: &DeviceSection) -> String {
     format!("state:device/{}", section.label())
 }
 
-fn compare_one(section: &DeviceSection, before: &[u8], now: &[u8], layout: &Layout, found: &mut Devices) {
+fn compare_one(section: &DeviceSection, (before, now): (&[u8], &[u8]), layout: &Layout, has: &dyn Fn(&str) -> bool, found: &mut Devices) {
     if before == now {
         found.same += 1;
         return;
@@ -108,7 +111,7 @@ fn compare_one(section: &DeviceSection, before: &[u8], now: &[u8], layout: &Layo
     }
     for at in (0..before.len().min(now.len())).filter(|at| before[*at] != now[*at]) {
         let field = layout.field(section, at as u64);
-        match field.as_ref().and_then(|(field, place)| excuse(&section.name, field, *place)) {
+        match field.as_ref().and_then(|(field, place)| excuse(&section.name, field, *place, has)) {
             Some(why) => {
                 let excused = (label(section), why);
                 if !found.excused.contains(&excused) {
@@ -131,10 +134,12 @@ fn quote(field: String, before: &[u8], now: &[u8], at: usize) -> String {
     format!("first in field {field}: {} where the checkpoint has {}", hex(now), hex(before))
 }
 
-fn excuse(section: &str, field: &str, place: u64) -> Option<&'static str> {
+/// `has` says whether the VM has a section.
+fn excuse(section: &str, field: &str, place: u64, has: &dyn Fn(&str) -> bool) -> Option<&'static str> {
     let name = section.rsplit('/').next().unwrap_or(section);
     let is_it = |changing: &&Changing| {
-        changing.section == name && field.contains(changing.field) && (changing.bytes.is_empty() || changing.bytes.contains(&place))
+        let is_place = changing.bytes.is_empty() || changing.bytes.contains(&place);
+        changing.section == name && field.contains(changing.field) && is_place && changing.with.is_none_or(has)
     };
     CHANGING.iter().find(is_it).map(|changing| changing.why)
 }
@@ -174,8 +179,9 @@ mod test {
 
     #[test]
     fn only_the_clock_of_the_cmos_is_excused() {
-        let why = |section: &str, field: &str, place: u64| excuse(section, field, place).is_some();
+        let why = |section: &str, field: &str, place: u64| excuse(section, field, place, &|_| false).is_some();
         assert!(why("mc146818rtc", "cmos_data", 2) && why("0000:00:01.1/ide", "bmdma.migration_retry_unit", 0));
         assert!(!why("mc146818rtc", "cmos_data", 0x10) && !why("mc146818rtc", "cmos_index", 0) && !why("ide", "bmdma.cmd", 0));
+        assert!(!why("piix4_pm", "ar.gpe.sts", 0) && excuse("piix4_pm", "ar.gpe.sts", 0, &|name| name == "vmgenid").is_some());
     }
 }
