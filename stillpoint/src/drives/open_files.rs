@@ -50,7 +50,7 @@ impl OpenFiles {
         if here.as_ref().is_ok_and(|facts| self.open.contains(&(facts.dev(), facts.ino()))) {
             return Ok(path.to_owned());
         }
-        match self.deleted.get(path).map(Vec::as_slice) {
+        match self.deleted.get(&real_path(path)).map(Vec::as_slice) {
             Some([(_, descriptor)]) => Ok(descriptor.clone()),
             Some([_, _, ..]) => Err(refused(format!(
                 "QEMU has several deleted files open that were all {}; which one a disk shows cannot be told: change the medium, or start the VM again",
@@ -65,6 +65,22 @@ impl OpenFiles {
             })),
         }
     }
+}
+
+/// The path that the kernel tells of a file that is gone: without links.
+fn real_path(path: &Path) -> PathBuf {
+    const MAX_LINKS: usize = 8;
+    let mut path = path.to_owned();
+    for _ in 0..MAX_LINKS {
+        let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else { break };
+        let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+        let real = folder.join(name);
+        match std::fs::read_link(&real) {
+            Ok(target) => path = folder.join(target),
+            Err(_) => return real,
+        }
+    }
+    path
 }
 
 #[cfg(test)]
@@ -88,6 +104,9 @@ mod test {
         assert_eq!(OpenFiles::of(std::process::id()).unwrap().readable(&path).unwrap(), path);
         std::fs::remove_file(&path).unwrap();
         assert_eq!(read(&OpenFiles::of(std::process::id()).unwrap()), "old");
+        let link = folder.join("link.iso");
+        std::os::unix::fs::symlink("medium.iso", &link).unwrap();
+        assert!(OpenFiles::of(std::process::id()).unwrap().readable(&link).is_ok(), "by a link to it");
         std::fs::write(&path, "new").unwrap();
         assert_eq!(read(&OpenFiles::of(std::process::id()).unwrap()), "old", "another file has its path");
         let second = File::open(&path).unwrap();
