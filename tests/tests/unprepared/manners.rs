@@ -32,10 +32,10 @@ fn leaves_nothing(qemu: &Path, mode: &str) {
     }
     let (mut after, files_after) = (Footprint::of(&mut monitor), descriptors(machine.qemu()));
     let bitmaps = after.take_bitmaps();
-    assert_eq!(bitmaps.len(), 3, "{mode}: one bitmap for each of three disks: {bitmaps:?}");
+    assert_eq!(bitmaps.len(), 6, "{mode}: a bitmap and a size mark for each of three disks: {bitmaps:?}");
     assert_eq!(before.differences(&after), [""; 0], "{mode}");
     let mut after_one = after_one;
-    assert_eq!(after_one.take_bitmaps().len(), 3);
+    assert_eq!(after_one.take_bitmaps().len(), 6);
     assert_eq!(after_one.differences(&after), [""; 0], "{mode}");
     assert_eq!(files_after_one, files_after, "{mode}: descriptors pile up");
     machine.kill_helper();
