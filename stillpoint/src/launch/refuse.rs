@@ -180,6 +180,12 @@ fn check_device(form: &Form, rules: Rules) -> Result<()> {
     if table::UNMIGRATABLE.contains(&driver.as_str()) {
         bail!("-device {driver} cannot be checkpointed: QEMU itself cannot save its state; use another device");
     }
+    if driver == "loader" && form.has("data") {
+        bail!(
+            "-device loader,data=… cannot be checkpointed: QEMU writes it into the guest's memory whenever it starts, also when it \
+             starts for a restore; use -device loader,file=…"
+        );
+    }
     if form.is_on("free-page-hint") {
         bail!("-device {driver},free-page-hint=on keeps pages out of QEMU's migration stream; leave free-page-hint out");
     }
@@ -310,6 +316,7 @@ mod test {
             "-device virtio-balloon-pci,free-page-hint=on",
             r#"-device {"driver":"virtio-balloon-pci","free-page-hint":true}"#,
             "-device scsi-block,drive=d",
+            "-device loader,addr=0x8000,data=1,data-len=4",
             r#"-object {"qom-type":"sev-guest","id":"s"}"#,
             "-machine q35,confidential-guest-support=s",
             "-drive file=a,snapshot=on",
