@@ -63,8 +63,12 @@ impl Planned {
         visit(&self.options, |site| {
             let path = self.dir.join(site.value);
             if matches!(site.means, Use::Output | Use::Listen) && is_replaced(&path) {
+                // Whether it is in use is not tried: the guest could notice a client of its serial port.
                 let (path, old) = (path.display(), saved_value(&self.renamed, site.value));
-                taken.push(format!("{path} (-{}) exists already: remove it, use another --dir, or --map {old}={old}-2", site.option));
+                taken.push(format!(
+                    "{path} (-{}) exists already: use --map {old}={old}-2 or another --dir, or remove it if nothing uses it",
+                    site.option
+                ));
             }
         });
         taken.extend(ports::taken(&self.options, &|value| saved_value(&self.renamed, value)));
