@@ -4,7 +4,8 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Outcome, QmpClient, Recipe, SCRIBBLER_RAM_BYTES, TestMachine, newest_qemu, on_each_qemu, wait_for_scribbles, wait_until,
+    Lab, Outcome, QmpClient, Recipe, SCRIBBLER_RAM_BYTES, SmallStore, TestMachine, newest_qemu, on_each_qemu, wait_for_scribbles,
+    wait_until,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -197,4 +198,47 @@ fn run_state_of_a_guest_that_was_reset_in_the_pause_of_a_dead_helper_is_running_
     wait_for_state(&mut monitor, "running");
     let before: Value = monitor.execute("query-status", json!({}));
     assert_eq!(machine.checkpoint().outcome.kind, "full", "{before}");
+}
+
+/// Where the guest's write is, which waits for room on the host.
+const SECTOR: u8 = 64;
+
+/// What a driver does to write a sector of the second IDE channel's second disk.
+fn write_a_sector(monitor: &mut QmpClient) {
+    let mut out = |size: char, port: u16, value: u16| drop(monitor.human(&format!("o /{size} {port:#x} {value:#x}")));
+    for (register, value) in [(6, 0xf0), (2, 1), (3, u16::from(SECTOR)), (4, 0), (5, 0), (7, 0x30)] {
+        out('b', 0x170 + register, value);
+    }
+    (0..256).for_each(|_| out('h', 0x170, 0x4141));
+}
+
+/// A guest that was stopped at a disk error has its request still; a restored one that is let run gets it done.
+#[test]
+fn run_state_io_error_keeps_the_request_that_waits() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let Some(small) = SmallStore::mount(lab.path().join("small"), 4) else { return };
+        let file = small.path().join("late.raw");
+        std::fs::File::create(&file).and_then(|file| file.set_len(8 << 20)).expect("the test's directory");
+        let drive = format!("file={},format=raw,if=none,id=late,werror=stop", file.display());
+        let recipe = Recipe::scribbler(67).arguments(&["-drive", &drive, "-device", "ide-hd,drive=late,bus=ide.1,unit=1"]);
+        let machine = lab.start_plain("m", &recipe);
+        let mut monitor = machine.qmp();
+        wait_for_scribbles(&mut monitor);
+        let full = small.fill_but(0);
+        monitor.stop();
+        write_a_sector(&mut monitor);
+        monitor.cont();
+        wait_for_state(&mut monitor, "io-error");
+        machine.attach_plain(&[]);
+        let truth = take(&machine, &mut monitor, "io-error");
+        drop((full, monitor));
+        machine.kill();
+        let restored = lab.restore(&format!("m@{}", truth.id), "back", &["--run"]);
+        let at = usize::from(SECTOR) * 512;
+        let is_written = || restored.disk("late")[at..at + 512].iter().all(|byte| *byte == b'A');
+        assert!(wait_until(PATIENCE, is_written), "the guest's write is lost");
+        drop(restored);
+        check(&lab, &truth);
+    });
 }
