@@ -91,7 +91,10 @@ async fn clean_up(machine: &TestQemu) -> Leftovers {
 }
 
 async fn freeze(qmp: &Qmp, disks: &Disks, plan: CapturePlan) -> FrozenDisks {
+    let is_full = plan.parent.is_none();
     let prepared = PreparedDisks::prepare(qmp, &disks.disks, plan).await.expect("prepare");
+    let outlook = prepared.outlook().await.expect("outlook");
+    assert!(outlook.room > 0 && (!is_full || outlook.full_bytes > 0), "{outlook:?}");
     let paused = Paused::stop(qmp).await.expect("stop");
     let frozen = prepared.freeze(&paused).await.expect("freeze");
     paused.resume().await.expect("resume");

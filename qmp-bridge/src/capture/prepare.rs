@@ -14,7 +14,7 @@ use super::guard::{self, ScratchGuard};
 use super::names::{self, BitmapTag, DiskNames};
 use super::size_marks::{self, Place, Since, SizeMark};
 use super::storage::Storage;
-use super::{CaptureError, filter, scratch, sweep, turn};
+use super::{CaptureError, filter, scratch, storage, sweep, turn};
 use crate::disks::Disk;
 use crate::nbd::NbdClient;
 use crate::nbd_server;
@@ -41,6 +41,15 @@ pub struct CapturePlan {
     pub nbd_socket: PathBuf,
     /// The pause is that of a migration, which makes all block nodes inactive before: then filters are made in the pause.
     pub streamed: bool,
+}
+
+/// What a capture will need, before the guest is stopped for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outlook {
+    /// Allocated bytes of the disks that are read in full, since nothing tells what changed.
+    pub full_bytes: u64,
+    /// Bytes that the fleecing overlays may take until the capture is given up: what the guest may overwrite meanwhile.
+    pub room: u64,
 }
 
 /// How the old content of a disk's blocks is saved.
@@ -117,6 +126,21 @@ impl PreparedDisks {
             return Err(error);
         }
         Ok(Self { session })
+    }
+
+    /// What there is to read, and the room for what the guest overwrites meanwhile.
+    pub async fn outlook(&self) -> Result<Outlook, CaptureError> {
+        let Session { qmp, plan, targets, .. } = &self.session;
+        let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
+        let allocated = |target: &Target| {
+            let node = nodes.as_array().into_iter().flatten().find(|node| node["node-name"] == target.node.as_str());
+            let bytes = node.and_then(|node| node["image"]["actual-size"].as_u64());
+            bytes.map_or(target.bytes, |bytes| bytes.min(target.bytes))
+        };
+        let full_bytes = targets.iter().filter(|target| target.base.is_none()).map(allocated).sum();
+        let free = storage::free_bytes(&plan.scratch_dir);
+        let free = free.map_err(|source| CaptureError::Scratch { path: plan.scratch_dir.clone(), source })?;
+        Ok(Outlook { full_bytes, room: free.saturating_sub(plan.scratch_reserve) })
     }
 
     /// Writes what the guest has written, and QEMU or the host still holds, to the disks' storage while the guest runs: `stop` would

@@ -13,12 +13,15 @@ use crate::helper::machine::{check_blockers, lock};
 use crate::helper::process_memory::ProcessMemory;
 use crate::layers;
 use crate::pack::{PackJob, PackTarget, Packer};
+use crate::terminal::bytes;
 use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, CheckpointSeq, ContentDigest, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable};
 use checkpoint_store::{Mode, PartialCheckpoint};
 use dirty_tracker::DirtyLease;
 use qmp_bridge::RunState;
-use qmp_bridge::capture::{BitmapTag, CapturePlaces, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
+use qmp_bridge::capture::{
+    BitmapTag, CapturePlaces, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, Outlook, PreparedDisks, cleanup_leftovers,
+};
 use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
 use qmp_bridge::disks::Disk;
 use qmp_bridge::migration;
@@ -211,6 +214,8 @@ impl Checkpointer {
             streamed: chosen.engine != Engine::Tracker,
         };
         let prepared = PreparedDisks::prepare(&self.machine.qmp, &inventory.drives.disks, plan).await.context("preparing the disks")?;
+        let outlook = prepared.outlook().await.context("looking what the disks will need")?;
+        tracing::info!(?outlook, "what the disks will need");
         let partial = Arc::new(session.writer.begin(seq).await.context("beginning a checkpoint in the store")?);
         let boot = layers::boot_files(&self.machine.file.arguments, &self.machine.directory())?;
         let boot_files = boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
@@ -225,7 +230,7 @@ impl Checkpointer {
         };
         Ok(Run {
             engine: chosen.engine,
-            notes: notes(chosen),
+            notes: notes(chosen).into_iter().chain(room_note(outlook)).collect(),
             seq,
             parent,
             inventory: Arc::new(inventory),
@@ -274,6 +279,18 @@ impl Checkpointer {
     }
 }
 
+/// A first checkpoint of a large disk takes as long as the disk is read, and the guest may overwrite as much meanwhile.
+fn room_note(outlook: Outlook) -> Option<String> {
+    (outlook.full_bytes > outlook.room).then(|| {
+        format!(
+            "{} of disks are read in full, and the scratch directory has room for {} that the guest overwrites meanwhile; beyond, the checkpoint \
+             fails: name a larger one by --scratch-dir",
+            bytes(outlook.full_bytes),
+            bytes(outlook.room)
+        )
+    })
+}
+
 /// A guest that stands still longer than usual is worth a word.
 fn notes(chosen: Chosen) -> Vec<String> {
     Some(chosen).filter(|chosen| chosen.engine == Engine::Stopped).map(|chosen| format!("stopped: {}", chosen.why)).into_iter().collect()
@@ -290,4 +307,16 @@ fn ground_ram(delta: &mut Delta, jobs: &mut Vec<PackJob>) {
 pub fn disk_spaces(disks: &[Disk]) -> Result<Vec<(SpaceName, PageCount)>> {
     let writable = disks.iter().filter(|disk| !disk.read_only);
     writable.map(|disk| Ok((SpaceName::disk(&disk.name)?, PageCount::covering(ByteLen(disk.virtual_size))))).collect()
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn room_for_overlays_is_told_only_when_it_may_not_do() {
+        let note = |full_bytes, room| room_note(Outlook { full_bytes, room });
+        assert_eq!((note(0, 0), note(5, 5)), (None, None));
+        assert!(note(3 << 30, 1 << 30).is_some_and(|note| note.contains("--scratch-dir")));
+    }
 }
