@@ -13,7 +13,7 @@ use std::path::Path;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use super::bitmaps::{self, transaction};
+use super::bitmaps::transaction;
 use super::names::{self, BitmapTag, DiskNames};
 use super::{CaptureError, scratch, storage};
 use crate::fdset::FdSet;
@@ -21,8 +21,10 @@ use crate::jobs::{remove_exports, tolerate_refusal};
 use crate::nbd::NbdClient;
 use crate::qmp::{Qmp, QmpError};
 
-/// Finest granularity of a mark: the last 64 KiB of a disk are always looked at.
-const FINEST: u64 = 64 << 10;
+/// Finest granularity of a mark: a sector, by which sizes change.
+const FINEST: u64 = 512;
+/// Up to this size a disk gets the finest; beyond, the granularity doubles so that a mark stays within 4 MiB.
+const FINEST_UP_TO: u64 = 16 << 30;
 /// The bitmap of the helper node from which the bit is merged.
 const SOURCE_BITMAP: &str = "last";
 
@@ -35,6 +37,19 @@ pub(super) struct SizeMark {
     /// The bit is still there.
     whole: bool,
     name: String,
+}
+
+impl SizeMark {
+    /// A disk that was shortened within its last granule only has kept the bit.
+    fn certain_until(&self) -> u64 {
+        if self.granularity == FINEST { self.bytes } else { last_granule(self.bytes, self.granularity) }
+    }
+}
+
+/// Bytes per bit of the mark of a disk of this size.
+fn granularity(disk_bytes: u64) -> u64 {
+    let times = disk_bytes.div_ceil(FINEST_UP_TO).max(1);
+    FINEST.saturating_mul(times.next_power_of_two())
 }
 
 /// What has become of a disk since its base bitmap began.
@@ -72,9 +87,7 @@ fn parse(nodes: &Value, tag: &BitmapTag) -> HashMap<String, Vec<SizeMark>> {
 /// then speaks for it.
 pub(super) fn since(marks: &[SizeMark], since: u64, bytes: u64) -> Since {
     match marks.iter().filter(|mark| mark.seq <= since).max_by_key(|mark| mark.seq) {
-        Some(mark) if mark.whole && mark.bytes <= bytes => {
-            Since::NotShortened { certain_until: last_granule(mark.bytes, mark.granularity) }
-        }
+        Some(mark) if mark.whole && mark.bytes <= bytes => Since::NotShortened { certain_until: mark.certain_until() },
         // Nothing can be missing from a disk that had nothing.
         Some(mark) if mark.bytes == 0 => Since::NotShortened { certain_until: 0 },
         _ => Since::Unknown,
@@ -108,7 +121,7 @@ pub(super) async fn place(
     (directory, nbd_socket): (&Path, &Path),
 ) -> Result<(), CaptureError> {
     let name = names::size_mark(tag, seq, disk.bytes);
-    let granularity = bitmaps::granularity(disk.bytes).max(FINEST);
+    let granularity = granularity(disk.bytes);
     let target = json!({ "node": disk.node, "name": name, "granularity": granularity, "disabled": true });
     if disk.bytes == 0 {
         return Ok(qmp.execute_json("block-dirty-bitmap-add", target).await.map(drop)?);
@@ -199,6 +212,13 @@ mod test {
         assert!(!is_due(&[mark(3, 8 * MIB, true)], 4, 8 * MIB));
         assert!(is_due(&[mark(3, 8 * MIB, true)], 4, 16 * MIB) && is_due(&[mark(3, 8 * MIB, false)], 4, 8 * MIB));
         assert!(is_due(&[], 1, 8 * MIB) && is_due(&[mark(4, 8 * MIB, true)], 4, 8 * MIB));
+    }
+
+    #[test]
+    fn size_mark_of_a_small_disk_leaves_nothing_uncertain() {
+        assert_eq!([0, 16 << 30, (16 << 30) + 1, 1 << 40].map(granularity), [512, 512, 1024, 32 << 10]);
+        let exact = SizeMark { granularity: 512, ..mark(3, 8 * MIB, true) };
+        assert_eq!(since(&[exact], 3, 8 * MIB), Since::NotShortened { certain_until: 8 * MIB });
     }
 
     #[test]
