@@ -74,7 +74,8 @@ fn take_all(machine: &TestMachine, monitor: &mut QmpClient) -> Vec<Truth> {
 }
 
 fn check(lab: &Lab, truth: &Truth) {
-    let restored = lab.restore(&format!("m@{}", truth.id), "back", &[]);
+    // It takes a checkpoint of its own, so its name is used up.
+    let restored = lab.restore(&format!("m@{}", truth.id), &format!("back{}", truth.id), &[]);
     assert_eq!((&restored.report["run_state"], &restored.report["running"]), (&json!(truth.state), &json!(false)));
     let mut monitor = restored.qmp();
     assert_eq!(state(&mut monitor), truth.state);
