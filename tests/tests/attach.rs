@@ -167,6 +167,12 @@ fn a_running_machine_is_not_restored_beside_itself() {
     );
     let message = ran.expect_failure(3);
     assert!(message.contains("did not release"), "{message}");
+    // Not even on order where it is known that its QEMU runs.
+    let words = ["restore", "m", "--take-over", "--qemu", text(&lab.qemu), "--dir", text(&directory)];
+    let message = lab.run(&words).expect_failure(3);
+    assert!(message.contains("runs"), "{message}");
+    lab.run(&["attach", "m"]).expect_success();
+    machine.checkpoint();
 }
 
 fn with_plugin(recipe: Recipe) -> Recipe {

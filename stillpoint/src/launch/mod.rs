@@ -134,7 +134,14 @@ pub fn refuse_alive(runtime: &RuntimeDir) -> Result<()> {
     if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_ok() {
         return Err(refused(format!("a VM of this name is running at {}; give this one another name", runtime.path().display())));
     }
-    Ok(())
+    // An external VM has no plugin of ours, and its helper may be dead.
+    match runtime.machine() {
+        Ok(file) if command::is_running(&file.instance) => Err(refused(format!(
+            "the QEMU of a VM of this name runs ({} says which); end it, or give this one another name",
+            runtime.path().join("machine.json").display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 pub fn refuse_running(runtime: &RuntimeDir) -> Result<()> {
