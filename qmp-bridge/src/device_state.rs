@@ -5,7 +5,7 @@
 //! lacks of a stream, [`crate::stream`] adds at restore.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -43,6 +43,8 @@ pub struct DeviceStateFile {
     /// The directory, for messages.
     path: PathBuf,
     file: File,
+    /// What QEMU writes through; the position is one for both.
+    writing: File,
     set: FdSet,
     qmp: Qmp,
 }
@@ -58,11 +60,13 @@ impl DeviceStateFile {
         let path = directory.join(format!("device-state.{}.{number}", std::process::id()));
         let (writing, file) = unnamed(&path).map_err(|source| DeviceStateError::Read { path: path.clone(), source })?;
         let set = FdSet::add(qmp, writing.as_fd(), FD_KIND).await?;
-        Ok(Self { path: directory.into(), file, set, qmp: qmp.clone() })
+        Ok(Self { path: directory.into(), file, writing, set, qmp: qmp.clone() })
     }
 
-    /// Lets QEMU write it: one round trip.
+    /// Lets QEMU write it: one round trip. What an earlier call wrote is replaced.
     pub async fn save(&self, paused: &Paused) -> Result<(), DeviceStateError> {
+        let emptied = self.writing.set_len(0).and_then(|()| (&self.writing).rewind());
+        emptied.map_err(|source| DeviceStateError::Read { path: self.path.clone(), source })?;
         // With `live: true` QEMU would inactivate the disks, as if it handed them over to another host.
         let arguments = json!({ "filename": self.set.filename(), "live": false });
         paused.qmp().execute_json("xen-save-devices-state", arguments).await?;
