@@ -137,7 +137,8 @@ fn hostile_lists_end_at_their_limit() {
     let begun = peak();
     let error = Manifest::parse(&file).expect_err("too many");
     assert!(matches!(error, ManifestError::Json { .. }), "{error}");
-    assert!(peak() - begun < 64 << 20, "{} MiB", (peak() - begun) >> 20);
+    // All of the texts would take 480 MiB at least; the other tests beside this one take some too.
+    assert!(peak() - begun < 320 << 20, "{} MiB", (peak() - begun) >> 20);
 }
 
 fn with_arguments(document: &Value) -> Value {
