@@ -55,11 +55,15 @@ pub fn directories(options: &[QemuOption], directory: &Path) -> Vec<std::path::P
     shares.map(|path| directory.join(path)).collect()
 }
 
-/// What `--allow` takes for devices of the host that [`isolate`] has made to match nothing.
+/// What `--allow` takes for devices of the host that [`isolate`] has made to match nothing, and for
+/// directories that it has made private.
 pub fn harmless(options: &[QemuOption]) -> Vec<String> {
     let drivers = options.iter().filter(|option| option.name == "device").filter_map(|option| Form::of(option).get("driver"));
     let mut allowed: Vec<String> = drivers.filter(|driver| driver == "usb-host").map(|driver| format!("device.driver={driver}")).collect();
     allowed.dedup();
+    for option in options.iter().filter(|option| is_share(option)) {
+        allowed.extend(Form::of(option).get("path").map(|path| format!("{}.path={path}", option.name)));
+    }
     allowed
 }
 
