@@ -10,6 +10,7 @@ use qmp_bridge::disks::{Disk, EmptyDrive};
 use qmp_bridge::machine::Composition;
 use qmp_bridge::qmp::EventWatch;
 use qmp_bridge::ramblock::{self, RamBlock};
+use serde_json::Value;
 use std::time::Instant;
 
 /// What comes and goes again between two looks shows only in these. A device that is plugged in is told by no event.
@@ -28,6 +29,8 @@ pub struct Inventory {
 impl Inventory {
     pub async fn take(machine: &Machine) -> Result<Self> {
         let watch = machine.qmp.watch(EVENTS);
+        // What comes before this reply was sent before the lists below were made, however late it is read.
+        machine.qmp.execute_json("query-version", Value::Null).await.context("asking QEMU for its version")?;
         let since = Instant::now();
         let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
         let composition = Composition::read(&machine.qmp).await.context("asking QEMU for its vCPUs and memory")?;
