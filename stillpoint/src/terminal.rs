@@ -1,8 +1,21 @@
-//! Progress for a person who waits: bars on stderr when it is a terminal, nothing otherwise.
+//! What a person reads: results on stdout; progress as bars on stderr when it is a terminal, nothing otherwise.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::Duration;
+
+/// Prints on stdout. A reader that has closed it (`| head`) is no failure of what the command did.
+macro_rules! out {
+    ($($text:tt)*) => { $crate::terminal::write(format_args!($($text)*)) };
+}
+pub(crate) use out;
+
+pub fn write(text: std::fmt::Arguments<'_>) {
+    let mut stdout = std::io::stdout().lock();
+    if let Err(error) = stdout.write_fmt(text).and_then(|()| stdout.write_all(b"\n")).and_then(|()| stdout.flush()) {
+        tracing::debug!(%error, "printing on stdout");
+    }
+}
 
 /// Shown only for what takes this long.
 const PATIENCE: Duration = Duration::from_secs(1);

@@ -26,6 +26,7 @@ use crate::control::{Adopted, Request};
 use crate::helper::client::ask;
 use crate::launch;
 use crate::runtime::RuntimeDir;
+use crate::terminal::out;
 use anyhow::{Context, Result};
 
 pub use recover::recover;
@@ -40,8 +41,8 @@ pub async fn run(args: &AdoptArgs) -> Result<()> {
         return crate::inspect::print_json(&result);
     }
     let adopted: Adopted = serde_json::from_value(result).context("the helper's answer is not understood")?;
-    println!("{}", describe(&args.name, &adopted));
-    adopted.notes.iter().for_each(|note| println!("  note: {note}"));
+    out!("{}", describe(&args.name, &adopted));
+    adopted.notes.iter().for_each(|note| out!("  note: {note}"));
     Ok(())
 }
 

@@ -14,6 +14,7 @@ use crate::helper::client::ask;
 use crate::inspect::print_json;
 use crate::proof::client;
 use crate::runtime::RuntimeDir;
+use crate::terminal::out;
 use anyhow::{Context, Result};
 use report::Report;
 use std::time::Duration;
@@ -42,10 +43,10 @@ pub async fn run(args: &BenchArgs) -> Result<()> {
         print_json(&value)?;
         return proof.map(drop);
     }
-    print!("{}", report.text(args.name.as_str(), interval));
-    print!("{}", report::memory(&status));
+    out!("{}", report.text(args.name.as_str(), interval).trim_end());
+    out!("{}", report::memory(&status).trim_end());
     let proof = proof?;
-    println!("{:24} {}@{last} in {} ms", "proven", args.name, proof["total_ms"]);
+    out!("{:24} {}@{last} in {} ms", "proven", args.name, proof["total_ms"]);
     Ok(())
 }
 

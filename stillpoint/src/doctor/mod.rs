@@ -13,6 +13,7 @@ mod running;
 use crate::cli::DoctorArgs;
 use crate::exit::REFUSED;
 use crate::inspect::print_json;
+use crate::terminal::out;
 use anyhow::Result;
 use serde::Serialize;
 use serde_json::json;
@@ -73,7 +74,7 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     if args.json {
         print_json(&json!({ "checkpoints_possible": can, "checks": rows }))?;
     } else {
-        print!("{}", table(&rows, "on this host"));
+        out!("{}", table(&rows, "on this host").trim_end());
     }
     Ok(if can { ExitCode::SUCCESS } else { ExitCode::from(REFUSED) })
 }

@@ -8,6 +8,7 @@ use crate::control::{Failure, Request};
 use crate::exit::{coded, refused};
 use crate::launch;
 use crate::runtime::{MachineFile, RuntimeDir};
+use crate::terminal::out;
 use anyhow::{Result, bail};
 use checkpoint_store::Mode;
 use rustix::process::Signal;
@@ -43,7 +44,7 @@ pub async fn run(args: AttachArgs) -> Result<()> {
     }
     launch::spawn_helper(name, args.runtime.runtime_dir.as_deref(), &runtime)?;
     let status = wait(&runtime).await?;
-    println!(
+    out!(
         "helper {} is attached to {} (QEMU {}, pid {})",
         status["pid"],
         machine.name,
@@ -51,7 +52,7 @@ pub async fn run(args: AttachArgs) -> Result<()> {
         status["qemu_pid"]
     );
     if let Some(found) = found {
-        println!("engine {}", found.engine);
+        out!("engine {}", found.engine);
     }
     Ok(())
 }

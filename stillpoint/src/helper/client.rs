@@ -8,7 +8,7 @@ use crate::exit::{coded, refused};
 use crate::inspect::print_json;
 use crate::proof::client;
 use crate::runtime::RuntimeDir;
-use crate::terminal::{Progress, bytes};
+use crate::terminal::{Progress, bytes, out};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::os::unix::fs::MetadataExt;
@@ -21,8 +21,8 @@ pub async fn checkpoint(args: &CheckpointArgs) -> Result<()> {
     let mut result = ask(&runtime, &Request::Checkpoint(choice)).await?;
     let outcome: Outcome = serde_json::from_value(result.clone()).context("the helper's answer is not understood")?;
     if !args.json {
-        println!("{}", describe(&args.name, &outcome));
-        outcome.notes.iter().for_each(|note| println!("  note: {note}"));
+        out!("{}", describe(&args.name, &outcome));
+        outcome.notes.iter().for_each(|note| out!("  note: {note}"));
     }
     let proof = if args.verify { Some(client::prove(&runtime, &args.name, outcome.id).await) } else { None };
     if args.json {
@@ -31,7 +31,7 @@ pub async fn checkpoint(args: &CheckpointArgs) -> Result<()> {
         print_json(&result)?;
     } else if let Some(Ok(proof)) = &proof {
         let (version, ms) = (proof["qemu_version"].as_str().unwrap_or("?"), proof["total_ms"].as_u64().unwrap_or_default());
-        println!("  proven: restored with QEMU {version} and compared in {ms} ms");
+        out!("  proven: restored with QEMU {version} and compared in {ms} ms");
     }
     proof.transpose().map(drop)
 }

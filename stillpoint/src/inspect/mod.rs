@@ -7,7 +7,7 @@ use crate::exit::coded;
 use crate::lineage;
 use crate::proof::note;
 use crate::stores;
-use crate::terminal::bytes;
+use crate::terminal::{bytes, out};
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointKind, CheckpointSeq, Manifest, RunState, VmName};
 use checkpoint_store::{Mode, Repository};
@@ -64,13 +64,13 @@ async fn ls_machines(repository: &Repository, as_json: bool) -> Result<()> {
         let rows: Vec<_> = rows.iter().map(|(vm, seqs)| json!({"name": vm, "checkpoints": seqs.len(), "newest": seqs.last()})).collect();
         return print_json(&json!({ "store": repository.url(), "machines": rows, "without_checkpoints": empty }));
     }
-    println!("{:32} {:>11} {:>8}", "MACHINE", "CHECKPOINTS", "NEWEST");
+    out!("{:32} {:>11} {:>8}", "MACHINE", "CHECKPOINTS", "NEWEST");
     for (vm, seqs) in rows {
         let newest = seqs.last().map(ToString::to_string).unwrap_or_default();
-        println!("{:32} {:>11} {newest:>8}", vm.as_str(), seqs.len());
+        out!("{:32} {:>11} {newest:>8}", vm.as_str(), seqs.len());
     }
     if !empty.is_empty() {
-        println!("names without a checkpoint: {}", empty.join(", "));
+        out!("names without a checkpoint: {}", empty.join(", "));
     }
     Ok(())
 }
@@ -83,9 +83,9 @@ async fn ls_checkpoints(repository: &Repository, vm: &VmName, as_json: bool) -> 
         let rows: Vec<_> = manifests.iter().map(summary).collect();
         return print_json(&json!({ "name": vm, "checkpoints": rows }));
     }
-    println!("{:>6} {:>6} {:11} {:14} {:24} {:>12} {:>12}", "ID", "PARENT", "KIND", "STATE", "CREATED", "CHANGED", "STORED");
+    out!("{:>6} {:>6} {:11} {:14} {:24} {:>12} {:>12}", "ID", "PARENT", "KIND", "STATE", "CREATED", "CHANGED", "STORED");
     for manifest in &manifests {
-        println!("{}", row(manifest));
+        out!("{}", row(manifest));
     }
     Ok(())
 }
@@ -135,10 +135,10 @@ pub async fn show(args: &ShowArgs) -> Result<()> {
         value["proofs"] = serde_json::to_value(&proofs).context("encoding the notes of proofs")?;
         return print_json(&value);
     }
-    print!("{}", describe(&manifest));
-    proofs.iter().for_each(|note| println!("  proven    {note}"));
+    out!("{}", describe(&manifest).trim_end());
+    proofs.iter().for_each(|note| out!("  proven    {note}"));
     if proofs.is_empty() {
-        println!("  proven    not yet: 'stillpoint verify --restore {}@{seq}'", manifest.vm);
+        out!("  proven    not yet: 'stillpoint verify --restore {}@{seq}'", manifest.vm);
     }
     Ok(())
 }
@@ -173,6 +173,6 @@ fn describe(manifest: &Manifest) -> String {
 }
 
 pub fn print_json(value: &serde_json::Value) -> Result<()> {
-    println!("{}", serde_json::to_string_pretty(value).context("encoding JSON")?);
+    out!("{}", serde_json::to_string_pretty(value).context("encoding JSON")?);
     Ok(())
 }

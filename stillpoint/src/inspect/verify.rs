@@ -5,7 +5,7 @@ use crate::cli::VerifyArgs;
 use crate::exit::{damaged, explain};
 use crate::layers::{Content, StoredLayer};
 use crate::lineage::{self, Lineage};
-use crate::terminal::Progress;
+use crate::terminal::{Progress, out};
 use anyhow::{Context, Result};
 use checkpoint_format::{
     ContentDigest, ContentHasher, DigestForm, FOOTER_LEN, HEADER_LEN, Manifest, PAGE_SIZE, PackFooter, PackHeader, PackIndex, PackRecord,
@@ -76,8 +76,8 @@ fn tell(args: &VerifyArgs, report: &Report) -> Result<()> {
         }))?;
     } else {
         let Report { checkpoints, packs, frames, pages, layers, .. } = report;
-        println!("read back {checkpoints} checkpoints, {packs} packs, {frames} frames, {pages} pages, {layers} layers");
-        report.problems.iter().for_each(|problem| println!("  damaged: {problem}"));
+        out!("read back {checkpoints} checkpoints, {packs} packs, {frames} frames, {pages} pages, {layers} layers");
+        report.problems.iter().for_each(|problem| out!("  damaged: {problem}"));
     }
     match report.problems.len() {
         0 => Ok(()),

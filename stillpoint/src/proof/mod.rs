@@ -35,6 +35,7 @@ use crate::restore::run_state::Transition;
 use crate::restore::source::Source;
 use crate::restore::{self, activate_disks};
 use crate::runtime::{MachineFile, RuntimeDir};
+use crate::terminal::out;
 use anyhow::{Context, Result, anyhow};
 use checkpoint_format::{CheckpointSeq, Checksum, PAGE_SIZE, RunState, SpaceKind, SpaceName, VmName};
 use difference::Difference;
@@ -97,14 +98,14 @@ fn tell(args: &VerifyArgs, report: &Report, noted: bool) -> Result<()> {
         value["noted"] = noted.into();
         print_json(&value)?;
     } else {
-        report.differences.iter().for_each(|difference| println!("  differs: {difference}"));
-        report.ran.iter().flat_map(|ran| &ran.trouble).for_each(|trouble| println!("  after its start: {trouble}"));
-        report.excused.iter().for_each(|(section, why)| println!("  may differ: {section}: {why}"));
+        report.differences.iter().for_each(|difference| out!("  differs: {difference}"));
+        report.ran.iter().flat_map(|ran| &ran.trouble).for_each(|trouble| out!("  after its start: {trouble}"));
+        report.excused.iter().for_each(|(section, why)| out!("  may differ: {section}: {why}"));
     }
     let name = format!("{}@{}", report.vm, report.seq);
     if report.is_proven() {
         if !args.json {
-            println!(
+            out!(
                 "{name} is proven: restored with QEMU {}, {} of memory and {} of disks compared, {} device sections, {:.1} s",
                 report.qemu_version,
                 crate::terminal::bytes(report.memory_bytes),

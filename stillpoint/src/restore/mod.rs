@@ -28,7 +28,7 @@ use crate::inspect::{self, print_json};
 use crate::launch;
 use crate::launch::paths::NewPaths;
 use crate::runtime::{MachineFile, Marks, RuntimeDir};
-use crate::terminal::bytes;
+use crate::terminal::{bytes, out};
 use anyhow::{Context, Error, Result};
 use checkpoint_format::{CheckpointSeq, Manifest, VmName};
 use dirty_tracker::GuestMemory;
@@ -56,7 +56,7 @@ pub async fn run(args: RestoreArgs) -> Result<()> {
         return print_json(&result.value);
     }
     let value = &result.value;
-    println!(
+    out!(
         "{} {} as of {}@{}, {:.0} ms after the command, {} read from the store",
         value["name"].as_str().unwrap_or_default(),
         result.state,
@@ -65,7 +65,7 @@ pub async fn run(args: RestoreArgs) -> Result<()> {
         value["resume_ms"].as_f64().unwrap_or_default(),
         bytes(value["bytes_read"].as_u64().unwrap_or_default()),
     );
-    value["notes"].as_array().into_iter().flatten().filter_map(Value::as_str).for_each(|note| println!("  note: {note}"));
+    value["notes"].as_array().into_iter().flatten().filter_map(Value::as_str).for_each(|note| out!("  note: {note}"));
     Ok(())
 }
 

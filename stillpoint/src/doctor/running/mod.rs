@@ -15,7 +15,7 @@ use crate::inspect::print_json;
 use crate::launch::arguments;
 use crate::launch::expected;
 use crate::launch::foreign::Foreign;
-use crate::terminal::bytes;
+use crate::terminal::{bytes, out};
 use anyhow::{Context, Error, Result};
 use qmp_bridge::devices;
 use serde_json::{Value, json};
@@ -33,7 +33,7 @@ pub fn run(monitor: &Path, as_json: bool) -> Result<ExitCode> {
         let left_out: Vec<Value> = report.left_out.iter().map(|(what, why)| json!({ "what": what, "why": why })).collect();
         print_json(&json!({ "checkpoints_possible": can, "checks": report.rows, "engines": report.engines, "left_out": left_out }))?;
     } else {
-        print!("{}", table(&report.rows, "of this machine"));
+        out!("{}", table(&report.rows, "of this machine").trim_end());
     }
     Ok(if can { ExitCode::SUCCESS } else { ExitCode::from(REFUSED) })
 }

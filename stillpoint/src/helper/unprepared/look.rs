@@ -2,6 +2,7 @@
 
 use super::peer::Line;
 use crate::drives::{self, Drives, Started};
+use crate::exit::refused;
 use crate::helper::machine;
 use crate::launch::foreign::{self, Foreign, Said};
 use crate::launch::inherited::Hold;
@@ -34,7 +35,8 @@ impl Look {
         let process = line.qemu(monitor)?;
         check(&process)?;
         let qmp = line.greet(monitor).await?;
-        let facts = MachineFacts::read(&qmp).await.context("asking QEMU what machine it runs")?;
+        let facts = MachineFacts::read(&qmp).await.map_err(|error| not_built(&process).unwrap_or_else(|| error.into()));
+        let facts = facts.context("asking QEMU what machine it runs")?;
         let types = machine_types(&qmp).await.context("asking QEMU for its machine types")?;
         let blocks = ramblock::ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?;
         let sets = qmp.execute_json("query-fdsets", Value::Null).await.context("asking QEMU for its descriptors")?;
@@ -80,6 +82,12 @@ impl Look {
     pub async fn support(&self) -> Result<Support> {
         migration::probe(&self.qmp).await.context("asking what QEMU's migration can do")
     }
+}
+
+/// A QEMU that was started with `-preconfig` answers few questions until it is told to go on.
+fn not_built(process: &QemuProcess) -> Option<anyhow::Error> {
+    let waits = process.words.iter().any(|word| matches!(word.as_str(), "-preconfig" | "--preconfig"));
+    waits.then(|| refused("QEMU waits in -preconfig and has no VM yet; send it `x-exit-preconfig`, then attach again"))
 }
 
 /// `/dev/fdset/N` by the file that the first descriptor of the set is.
