@@ -236,7 +236,7 @@ mod test {
         memory.read(MIB, &mut [0; 4096]).unwrap();
         let expected = [0..4096, 8 * MIB..8 * MIB + 8192, 16 * MIB - 4096..16 * MIB];
         assert_eq!(memory.data_ranges().unwrap(), expected);
-        assert_eq!(memory.data_in(4096..8 * MIB + 5).unwrap(), [8 * MIB..8 * MIB + 5]);
+        assert_eq!(memory.data_in(4096..8 * MIB + 5).unwrap().as_slice(), std::slice::from_ref(&(8 * MIB..8 * MIB + 5)));
         assert_eq!(memory.data_in(MIB..2 * MIB).unwrap(), []);
         let mut out = vec![9; MIB as usize];
         memory.read_sparse(8 * MIB, &mut out).unwrap();

@@ -39,8 +39,11 @@ fn filled(mut guest: StandIn, pages: u64) -> (StandIn, Tracker, [RegionId; 2]) {
     (guest, tracker, [shared, private])
 }
 
+/// A name, what is done to which pages, and the pages that the claim must have.
+type History = (&'static str, &'static [(char, &'static [u64])], &'static [u64]);
+
 /// Operations of the guest between two leases, and the pages that the second must have.
-const HISTORIES: &[(&str, &[(char, &[u64])], &[u64])] = &[
+const HISTORIES: &[History] = &[
     ("given back", &[('x', &[3, 2])], &[3, 4]),
     ("given back, then read: a page again, of zeros", &[('x', &[3, 2]), ('r', &[3, 4])], &[3, 4]),
     ("given back, then written", &[('x', &[3, 1]), ('w', &[3])], &[3]),

@@ -81,7 +81,7 @@ fn plan(machine: &TestQemu, seq: u64, parent: Option<u64>) -> CapturePlan {
         scratch_dir,
         scratch_reserve: DEFAULT_SCRATCH_RESERVE,
         nbd_socket: machine.path("nbd.sock"),
-        streamed: seq % 2 == 0,
+        streamed: seq.is_multiple_of(2),
     }
 }
 

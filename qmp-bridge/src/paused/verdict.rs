@@ -67,7 +67,8 @@ mod test {
     #[test]
     fn pause_that_somebody_changed_is_told_and_their_order_stays() {
         // ran, state, events -> cont is ours, disturbed
-        let table: &[(bool, Option<&str>, &[&str], bool, bool)] = &[
+        type Row<'a> = (bool, Option<&'a str>, &'a [&'a str], bool, bool);
+        let table: &[Row<'_>] = &[
             (true, Some("paused"), &[], true, false),
             (true, Some("running"), &["RESUME"], false, true),
             (true, Some("paused"), &["RESUME", "STOP"], false, true),

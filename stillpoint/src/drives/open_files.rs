@@ -9,12 +9,14 @@ use std::path::{Path, PathBuf};
 /// What the kernel appends to the path of a file that was deleted.
 const DELETED: &str = " (deleted)";
 
+/// Device and inode.
+type FileId = (u64, u64);
+
 #[derive(Debug, Default)]
 pub struct OpenFiles {
-    /// Device and inode of each.
-    open: HashSet<(u64, u64)>,
-    /// By the path that it had: device and inode, and a path under `/proc` that leads to the content.
-    deleted: HashMap<PathBuf, Vec<((u64, u64), PathBuf)>>,
+    open: HashSet<FileId>,
+    /// By the path that it had: which file it is, and a path under `/proc` that leads to the content.
+    deleted: HashMap<PathBuf, Vec<(FileId, PathBuf)>>,
 }
 
 impl OpenFiles {

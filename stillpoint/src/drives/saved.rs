@@ -141,11 +141,11 @@ impl Saved<'_> {
     /// A drive that is empty begins empty.
     fn empty(&mut self, drive: &EmptyDrive) -> Result<()> {
         if drive.is_named {
-            if let Some(number) = self.line.of_id(&drive.device) {
-                if has_medium(&self.line.options[number]) {
-                    self.options[number] = Some(only(&self.line.options[number], DRIVE_KEYS));
-                    self.change(&drive.device);
-                }
+            if let Some(number) = self.line.of_id(&drive.device)
+                && has_medium(&self.line.options[number])
+            {
+                self.options[number] = Some(only(&self.line.options[number], DRIVE_KEYS));
+                self.change(&drive.device);
             }
             return Ok(());
         }

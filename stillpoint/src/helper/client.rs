@@ -12,6 +12,7 @@ use crate::terminal::{Progress, bytes, out};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
@@ -56,10 +57,26 @@ fn check_peer(stream: &UnixStream, runtime: &RuntimeDir) -> Result<()> {
     Err(refused(format!("{} is answered by user {peer}, whose directory that is not", runtime.control().display())))
 }
 
+/// How long after a VM's launch its helper may be on its way up.
+const STARTUP: Duration = Duration::from_secs(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// A helper that was launched a moment ago is waited for, unless it has failed.
+async fn connect(runtime: &RuntimeDir) -> std::io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(runtime.control()).await {
+            Err(_) if runtime.launched_within(STARTUP) && runtime.helper_failure().is_none() => {
+                tokio::time::sleep(POLL_INTERVAL).await;
+            }
+            other => return other,
+        }
+    }
+}
+
 /// Sends one request and waits for its result, showing progress meanwhile.
 pub async fn ask(runtime: &RuntimeDir, request: &Request) -> Result<Value> {
     let path = runtime.control();
-    let stream = UnixStream::connect(&path).await;
+    let stream = connect(runtime).await;
     let stream = stream.map_err(|error| {
         refused(format!("no helper answers at {} ({error}); 'stillpoint attach NAME' starts one for a running machine", path.display()))
     })?;

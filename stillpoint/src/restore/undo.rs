@@ -4,6 +4,7 @@
 //! restore that was killed left it there; the next one of that name begins by undoing it.
 
 use crate::exit::refused;
+use crate::launch;
 use crate::launch::process;
 use crate::runtime::RuntimeDir;
 use anyhow::{Context, Result};
@@ -49,6 +50,9 @@ pub struct Undo {
 impl Undo {
     /// Undoes what a killed restore of this name left, and begins with a runtime directory without another VM's files.
     pub fn begin(runtime: &RuntimeDir) -> Result<Self> {
+        if !runtime.restore_record().exists() {
+            launch::refuse_alive(runtime)?;
+        }
         let made_runtime = !runtime.path().exists();
         let made_base = runtime.path().parent().is_some_and(|base| !base.exists());
         runtime.create()?;

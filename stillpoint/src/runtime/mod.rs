@@ -252,6 +252,12 @@ impl RuntimeDir {
         self.replace("machine.json", &text)
     }
 
+    /// Whether what is known of the VM was written down so lately. A clock that was set back says no.
+    pub fn launched_within(&self, time: Duration) -> bool {
+        let written = std::fs::metadata(self.path.join("machine.json")).and_then(|facts| facts.modified());
+        written.is_ok_and(|written| written.elapsed().is_ok_and(|age| age < time))
+    }
+
     pub fn machine(&self) -> Result<MachineFile> {
         let path = self.path.join("machine.json");
         if !path.exists() {

@@ -21,17 +21,20 @@ fn attached<'lab>(lab: &'lab Lab, seed: u64, mode: &str) -> TestMachine<'lab> {
     machine
 }
 
-fn random_checkpoints(qemu: &Path, seed: u64, mode: &str) {
-    eprintln!("seed {seed} with {} by {mode}", qemu.display());
+/// A guest that its owner has stopped is read from QEMU's memory, whatever stream is wanted.
+const STOPPED: &str = "process-memory";
+
+fn random_checkpoints(qemu: &Path, seed: u64) {
+    eprintln!("seed {seed} with {}", qemu.display());
     let lab = Lab::new(qemu);
-    let mut scribbled = Scribbled::new(&lab, attached(&lab, seed, mode), seed);
-    assert_eq!(scribbled.checkpoint().engine, mode);
+    let mut scribbled = Scribbled::new(&lab, attached(&lab, seed, "auto"), seed);
+    assert_eq!(scribbled.checkpoint().engine, STOPPED);
     let actions = if thorough() { 3 * ACTIONS } else { ACTIONS };
     for _ in 0..actions {
         match scribbled.random.below(10) {
             0..=4 => scribbled.write_disks(),
             5 => scribbled.pause_between(),
-            _ => assert_eq!(scribbled.checkpoint().engine, mode),
+            _ => assert_eq!(scribbled.checkpoint().engine, STOPPED),
         }
     }
     scribbled.write_disks();
@@ -41,13 +44,13 @@ fn random_checkpoints(qemu: &Path, seed: u64, mode: &str) {
 }
 
 #[test]
-fn streams_are_byte_for_byte_what_the_machine_was() {
-    on_each_qemu(|qemu| modes(qemu).for_each(|mode| random_checkpoints(qemu, 7, mode)));
+fn stopped_guests_are_byte_for_byte_what_they_were() {
+    on_each_qemu(|qemu| random_checkpoints(qemu, 7));
 }
 
 #[test]
-fn and_so_they_are_with_a_seed_that_nobody_tried_before() {
-    stream_modes(&newest_qemu()).iter().for_each(|mode| random_checkpoints(&newest_qemu(), Random::fresh_seed() >> 32, mode));
+fn stopped_guests_are_what_they_were_with_a_fresh_seed() {
+    random_checkpoints(&newest_qemu(), Random::fresh_seed() >> 32);
 }
 
 /// Tracker and stream share the digests of what the parent holds, and the bitmaps of the disks.
@@ -101,14 +104,19 @@ impl Writes {
         self.disks[disk].1[offset as usize..(offset + BLOCK) as usize].fill(byte);
     }
 
-    /// The disks of the restored machine hold all writes up to one that was made during the checkpoint, and none after it.
+    /// Each disk of the restored VM holds all writes up to one that was made during the checkpoint, and none after it. Each by itself:
+    /// unlike a guest, the test's monitor writes in the pause, too, between the commands that hold one disk and the next.
     fn assert_instant(&mut self, restored: &TestMachine, during: std::ops::Range<u64>) {
-        let found = self.disks.each_ref().map(|(drive, _)| restored.disk(drive));
-        let mut number = during.start;
-        while self.disks.iter().zip(&found).any(|((_, model), found)| model != found) {
-            assert!(number < during.end, "{}: the disks are of no instant from {during:?}", restored.name);
-            self.apply(number);
-            number += 1;
+        for (disk, drive) in ["cow", "odd"].into_iter().enumerate() {
+            let found = restored.disk(drive);
+            let mut number = during.start;
+            while self.disks[disk].1 != found {
+                assert!(number < during.end, "{}: disk {drive} is of no instant from {during:?}", restored.name);
+                if self.place(number).0 == disk {
+                    self.apply(number);
+                }
+                number += 1;
+            }
         }
     }
 }
