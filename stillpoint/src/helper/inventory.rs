@@ -11,10 +11,15 @@ use qmp_bridge::machine::Composition;
 use qmp_bridge::qmp::EventWatch;
 use qmp_bridge::ramblock::{self, RamBlock};
 use serde_json::Value;
-use std::time::Instant;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
 
 /// What comes and goes again between two looks shows only in these. A device that is plugged in is told by no event.
 const EVENTS: &[&str] = &["DEVICE_DELETED", "DEVICE_TRAY_MOVED", "MEMORY_DEVICE_SIZE_CHANGE"];
+
+/// How long the event of a device that has gone may take; it may have come before the watch began.
+const UNPLUG_EVENT: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The VM as the checks saw it, and a watch on it since then.
 pub struct Inventory {
@@ -29,6 +34,7 @@ pub struct Inventory {
 impl Inventory {
     pub async fn take(machine: &Machine) -> Result<Self> {
         let watch = machine.qmp.watch(EVENTS);
+        wait_for_unplugged(machine, &watch).await?;
         // What comes before this reply was sent before the lists below were made, however late it is read.
         machine.qmp.execute_json("query-version", Value::Null).await.context("asking QEMU for its version")?;
         let since = Instant::now();
@@ -90,6 +96,22 @@ impl Inventory {
             _ => format!("the size of {what} changed"),
         })
     }
+}
+
+/// QEMU sends `DEVICE_DELETED` a little after a device has left its list. That of a device which went before this checkpoint must not
+/// look like a change during it.
+async fn wait_for_unplugged(machine: &Machine, watch: &EventWatch) -> Result<()> {
+    let begun = Instant::now();
+    let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
+    let now: Vec<String> = devices.into_iter().map(|device| device.path).collect();
+    let before = std::mem::replace(&mut *machine.last_devices.lock().unwrap_or_else(PoisonError::into_inner), now.clone());
+    let mut gone: Vec<String> = before.into_iter().filter(|path| !now.contains(path)).collect();
+    while !gone.is_empty() && begun.elapsed() < UNPLUG_EVENT {
+        tokio::time::sleep(POLL_INTERVAL).await;
+        let told = watch.since(begun);
+        gone.retain(|path| !told.iter().any(|event| event.data["path"] == path.as_str()));
+    }
+    Ok(())
 }
 
 fn names<T>(list: &[T], name: impl Fn(&T) -> String) -> Vec<String> {

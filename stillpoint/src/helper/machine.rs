@@ -36,6 +36,8 @@ pub struct Machine {
     pub facts: MachineFacts,
     pub blocks: Vec<RamBlock>,
     pub pid: u32,
+    /// QOM paths of the devices that were there when the VM was last looked at.
+    pub last_devices: Mutex<Vec<String>>,
     /// Nobody else works on this QEMU meanwhile.
     _lock: QemuLock,
     /// None where no plugin sits in that QEMU: memory comes by stream only.
@@ -63,7 +65,7 @@ impl Machine {
         let facts = MachineFacts::read(&qmp).await.context("asking QEMU what machine it runs")?;
         check_blockers(&facts.migration_blockers)?;
         let (blocks, tracker) = look(&qmp, handles, &file.ram_block).await?;
-        Ok(Self { file, runtime, qmp, facts, blocks, pid, _lock: lock, tracker })
+        Ok(Self { file, runtime, qmp, facts, blocks, pid, last_devices: Mutex::default(), _lock: lock, tracker })
     }
 
     /// The tracker, for one phase at a time.
