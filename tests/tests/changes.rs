@@ -70,9 +70,15 @@ fn a_plugged_device_is_refused_until_it_is_gone() {
     assert_refused(&lab, &machine, &mut monitor, &["late", "usb-tablet", "plugged"]);
     // Another helper does not take it for a device that was always there.
     machine.kill_helper();
+    // Nor does one that is the first to look.
+    std::fs::remove_file(lab.runtime().join("m/devices.json")).expect("what the first helper saw");
     machine.attach();
     assert_refused(&lab, &machine, &mut monitor, &["late"]);
+    monitor.events();
     monitor.execute("device_del", json!({ "id": "late" }));
+    // QEMU tells of it a little after the device is gone.
+    let mut told = || monitor.events().iter().any(|event| event["event"] == "DEVICE_DELETED");
+    assert!(wait_until(PATIENCE, &mut told), "it stays plugged in");
     let second = machine.checkpoint().outcome;
     assert_eq!(second.parent, Some(first.id));
     drop(monitor);

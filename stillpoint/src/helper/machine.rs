@@ -145,10 +145,12 @@ impl Machine {
         Ok(None)
     }
 
-    /// What was plugged in or out. A machine of ours is known from its start; of another, only its command line tells.
+    /// What was plugged in or out. The command line tells, from which a restore builds the VM. What the first helper saw tells
+    /// more of a managed VM, but a device may have come before that helper looked.
     fn difference(&self, devices: &[GuestDevice]) -> Result<Option<String>> {
-        if self.file.unprepared.is_some() {
-            return Ok(expected::difference(&arguments::parse(&self.file.arguments)?, devices));
+        let difference = expected::difference(&arguments::parse(&self.file.arguments)?, devices);
+        if difference.is_some() || self.file.unprepared.is_some() {
+            return Ok(difference);
         }
         let now: Vec<String> = devices.iter().map(|device| format!("{} ({})", device.path, device.kind)).collect();
         let then = self.runtime.devices_at_start(&now)?;
