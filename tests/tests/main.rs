@@ -10,6 +10,7 @@ mod block_options;
 mod changes;
 mod cmdline;
 mod cmdline_table;
+mod compatibility;
 mod copies;
 mod damage;
 mod hdfs;
