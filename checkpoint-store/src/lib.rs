@@ -5,6 +5,8 @@
 //! [`Repository`] knows the layout on top of it: who may write a machine's checkpoints (writer epochs), what
 //! is still partial, and the one rename that makes a checkpoint exist. Manifests and packs are opaque bytes here.
 
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
+
 mod error;
 mod faulty;
 mod hdfs;

@@ -127,7 +127,7 @@ impl Store for MemoryStore {
         let data = self.file(Op::ReadRange, path)?;
         let file_len = data.len() as u64;
         match offset.checked_add(len) {
-            // Within the length of something in memory, so both fit a usize.
+            #[expect(clippy::cast_possible_truncation, reason = "within the length of something in memory")]
             Some(end) if end <= file_len => Ok(data.slice(offset as usize..end as usize)),
             _ => Err(StoreError::PastEnd { path: path.to_string(), offset, len, file_len }),
         }

@@ -348,7 +348,7 @@ async fn measure_uploads() {
         for upload in uploads {
             upload.await.expect("no panic").expect("put");
         }
-        let rate = (64 * parallel) as f64 / begun.elapsed().as_secs_f64();
+        let rate = f64::from(64 * parallel) / begun.elapsed().as_secs_f64();
         eprintln!("sync {sync}, {parallel} files of 64 MiB at once: {rate:.0} MiB/s");
         let begun = Instant::now();
         for number in 0..20 {

@@ -4,6 +4,8 @@
 //! [`arguments`] and [`form`] are the syntax, [`table`] the meaning, [`sites`] visits and rewrites values by their
 //! meaning, [`restorable`] says what a command line may do on the host that restores it.
 
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
+
 pub mod arguments;
 pub mod form;
 pub mod restorable;

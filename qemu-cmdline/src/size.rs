@@ -50,7 +50,9 @@ fn parse(text: &str) -> Result<u64, SizeError> {
     }
     let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| bad())? };
     let fraction: f64 = format!("0.{fraction}0").parse().map_err(|_| bad())?;
-    let bytes = whole.checked_mul(unit).and_then(|bytes| bytes.checked_add((fraction * unit as f64) as u64));
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at least 0 and at most a unit; QEMU truncates, too")]
+    let fraction = (fraction * unit as f64) as u64;
+    let bytes = whole.checked_mul(unit).and_then(|bytes| bytes.checked_add(fraction));
     bytes.ok_or_else(|| error(text, "it is too large"))
 }
 

@@ -4,6 +4,8 @@
 //! [`capture`] prepares the disks; [`paused`] stops the guest; [`capture`] and [`device_state`] take the instant;
 //! [`nbd`] drains it while the guest runs on. A restore goes [`images`], then [`stream`] into [`incoming`].
 
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
+
 pub mod capture;
 pub mod device_state;
 pub mod devices;

@@ -135,6 +135,7 @@ impl StreamWriter {
     fn description(&mut self) {
         const EMPTY: &[u8] = b"{}";
         self.out.push(mark::DESCRIPTION);
+        #[expect(clippy::cast_possible_truncation, reason = "two bytes")]
         self.out.extend((EMPTY.len() as u32).to_be_bytes());
         self.out.extend(EMPTY);
     }

@@ -1,5 +1,7 @@
 //! Disk captures on real QEMUs: the instant is the instant, whatever is written after it, and nothing is ever lost.
 
+#![expect(clippy::disallowed_methods, reason = "mem::forget: a helper that is killed drops nothing")]
+
 mod common;
 
 use std::path::Path;

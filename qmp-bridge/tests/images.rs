@@ -95,7 +95,7 @@ async fn fill_in_spite_of(workers: &mut ImageWorkers, path: &Path, losses: u32, 
 }
 
 fn signal(worker: &ImageWorker, signal: Signal) {
-    let pid = nix::unistd::Pid::from_raw(worker.pid().expect("it runs") as i32);
+    let pid = nix::unistd::Pid::from_raw(worker.pid().expect("it runs").cast_signed());
     nix::sys::signal::kill(pid, signal).expect("it is ours");
 }
 

@@ -39,7 +39,7 @@ struct Received {
 }
 
 /// Reads on a thread; `first_page` hears when the first page is there.
-fn receive(source: UnixStream, first_page: mpsc::Sender<()>) -> JoinHandle<Result<Received, StreamReadError>> {
+fn receive(source: UnixStream, first_page: mpsc::SyncSender<()>) -> JoinHandle<Result<Received, StreamReadError>> {
     std::thread::spawn(move || {
         let mut reader = StreamReader::new(source, ReaderLimits::default());
         let mut received = Received::default();
@@ -169,7 +169,7 @@ async fn truth(machine: &TestQemu, blocks: &[RamBlock]) -> Truth {
 /// The guest runs until QEMU has sent nearly all.
 async fn pre_copy(machine: &TestQemu, blocks: &[RamBlock]) -> (Truth, Received) {
     capabilities(&machine.qmp, &["pause-before-switchover"]).await;
-    let (sender, _first) = mpsc::channel();
+    let (sender, _first) = mpsc::sync_channel(1);
     let reader = receive(migrate(&machine.qmp).await, sender);
     wait_for_status(&machine.qmp, "pre-switchover").await;
     let truth = truth(machine, blocks).await;
@@ -183,7 +183,7 @@ async fn background(machine: &TestQemu, blocks: &[RamBlock]) -> (Truth, Received
     capabilities(&machine.qmp, &["background-snapshot"]).await;
     let paused = Paused::stop(&machine.qmp).await.expect("stop");
     let truth = truth(machine, blocks).await;
-    let (sender, first_page) = mpsc::channel();
+    let (sender, first_page) = mpsc::sync_channel(1);
     let reader = receive(migrate(&machine.qmp).await, sender);
     tokio::task::spawn_blocking(move || first_page.recv_timeout(Duration::from_secs(20))).await.expect("join").expect("a page");
     match paused.resume().await {
@@ -258,7 +258,7 @@ async fn background_snapshot_of_q35() {
 
 /// Migrates into the reader and gives the error that it ends with.
 async fn refusal(machine: &TestQemu) -> StreamReadError {
-    let (sender, _first) = mpsc::channel();
+    let (sender, _first) = mpsc::sync_channel(1);
     let reader = receive(migrate(&machine.qmp).await, sender);
     let ended = tokio::task::spawn_blocking(move || reader.join().expect("join").map(drop));
     ended.await.expect("join").expect_err("refused")
@@ -326,7 +326,7 @@ async fn a_cancelled_migration() {
     with_each_qemu(async |qemu| {
         let machine = start(&qemu, "q35", MEGABYTES, &DEVICES).await;
         capabilities(&machine.qmp, &["pause-before-switchover"]).await;
-        let (sender, _first) = mpsc::channel();
+        let (sender, _first) = mpsc::sync_channel(1);
         let reader = receive(migrate(&machine.qmp).await, sender);
         wait_for_status(&machine.qmp, "pre-switchover").await;
         machine.qmp.execute_json("migrate_cancel", Value::Null).await.expect("cancel");

@@ -69,7 +69,7 @@ impl<'lab> TestMachine<'lab> {
         let log = File::create(self.directory.join("qemu.out")).expect("the test's directory");
         command.current_dir(&self.directory).stdin(Stdio::null()).stdout(log.try_clone().expect("a file")).stderr(log);
         let child = command.spawn().expect("the program can be run");
-        self.guest.qemu = Pid::from_raw(child.id() as i32);
+        self.guest.qemu = Pid::from_raw(child.id().cast_signed());
         self.child = Some(child);
     }
 

@@ -30,7 +30,7 @@ fn give_back(ram: &File, random: &mut Random) {
         let most = if random.below(3) == 0 { 700 } else { 16 };
         let count = (1 + random.below(most)).min(15 * MIB / PAGE - first);
         let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(ram, how, (first * PAGE) as i64, (count * PAGE) as i64).expect("a hole");
+        fallocate(ram, how, (first * PAGE).cast_signed(), (count * PAGE).cast_signed()).expect("a hole");
     }
 }
 

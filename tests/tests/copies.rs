@@ -160,7 +160,7 @@ fn failed_restore_leaves_everything_as_it_was() {
         let log = lab.runtime().join(name.last().unwrap_or(&"o")).join("qemu.log");
         let disk = dir.join("sp-odd.raw");
         assert!(wait_until(Duration::from_secs(30), || disk.exists() && log.exists()), "no QEMU was started");
-        kill(Pid::from_raw(child.id() as i32), signal).expect("ours");
+        kill(Pid::from_raw(child.id().cast_signed()), signal).expect("ours");
         assert_eq!(child.wait().expect("a child").code(), Some(1), "{signal}");
         assert_eq!(tree(&lab), before, "{signal}");
     }

@@ -160,7 +160,7 @@ fn proof_that_is_ended_leaves_nothing() {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("stillpoint");
         let up = wait_until(PATIENCE, || !qemus_below(lab.path()).is_empty());
         let sandboxed = qemus_below(lab.path());
-        kill(Pid::from_raw(child.id() as i32), signal).expect("a child");
+        kill(Pid::from_raw(child.id().cast_signed()), signal).expect("a child");
         let status = child.wait().expect("a child");
         assert!(up && !status.success());
         assert!(wait_until(PATIENCE, || qemus_below(lab.path()).is_empty()), "a QEMU outlives its proof");

@@ -80,10 +80,11 @@ pub(super) async fn transfer(store: &HdfsStore, op: Op, path: &StorePath, reader
     if len == 0 {
         return Ok(Bytes::new());
     }
-    // Lossless: both lie within the file's length, which is a usize.
-    let stream = reader.read_range_stream(offset as usize, len as usize);
+    #[expect(clippy::cast_possible_truncation, reason = "both are within the file's length, which is a usize")]
+    let (from, count) = (offset as usize, len as usize);
+    let stream = reader.read_range_stream(from, count);
     let progress = Progress::default();
-    let work = collect(Box::pin(stream), len as usize, progress.clone());
+    let work = collect(Box::pin(stream), count, progress.clone());
     let read = watched(op, path, store.options.stall_timeout, progress, work).await?;
     let data = read.map_err(|error| explain(op, path, Effect::None, error))?;
     if data.len() as u64 != len {

@@ -330,6 +330,7 @@ pub async fn a_killed_writer_leaves_nothing_visible(store: Shared) {
     let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
     partial.put_pack("ram", vec![noise(100_000, 1)]).await.expect("put");
     // What a kill leaves: everything stored, nobody to rename it.
+    #[expect(clippy::disallowed_methods, reason = "a helper that is killed drops nothing")]
     std::mem::forget(partial);
     assert_eq!(numbers(&repository).await, [0; 0]);
     assert!(repository.read_manifest(&vm(), CheckpointSeq(1)).await.expect_err("none").is_not_found());

@@ -60,7 +60,7 @@ impl Memory {
 
     /// QEMU's `ram_block_discard_range`.
     fn give_back(&self, file: Option<RawFd>, first: usize, count: usize) {
-        let (offset, len) = ((first * PAGE) as i64, (count * PAGE) as i64);
+        let (offset, len) = ((first * PAGE).cast_signed() as i64, (count * PAGE).cast_signed() as i64);
         if let Some(fd) = file {
             // SAFETY: takes integers; nothing here relies on the content of the file.
             let result = unsafe { libc::fallocate(fd, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len) };

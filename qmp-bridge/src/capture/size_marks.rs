@@ -133,7 +133,9 @@ pub(super) async fn place(
     qmp.execute_json("block-export-add", options).await?;
     let client = NbdClient::connect(nbd_socket, &export, &[]).await?;
     let last = last_granule(disk.bytes, granularity);
-    client.write(last, Bytes::from(vec![0; (disk.bytes - last) as usize])).await?;
+    #[expect(clippy::cast_possible_truncation, reason = "at most one granule")]
+    let rest = vec![0; (disk.bytes - last) as usize];
+    client.write(last, Bytes::from(rest)).await?;
     client.close().await;
     let merge = json!({ "node": disk.node, "target": name, "bitmaps": [{ "node": source, "name": SOURCE_BITMAP }] });
     transaction(

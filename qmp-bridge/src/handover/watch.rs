@@ -52,6 +52,8 @@ impl State {
         let page = number("page-size").max(4096);
         // Megabits per second.
         let rate = ram["mbps"].as_f64().unwrap_or(0.0) * 1e6 / 8.0;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "absurd values become the nearest that fits")]
+        let moved_rate = rate as u64;
         Self {
             status: reply["status"].as_str().unwrap_or("none").to_owned(),
             why: reply["error-desc"].as_str().map(str::to_owned),
@@ -60,7 +62,7 @@ impl State {
             sent: number("transferred"),
             passes: number("dirty-sync-count"),
             written_rate: number("dirty-pages-rate").saturating_mul(page),
-            moved_rate: rate as u64,
+            moved_rate,
             downtime: reply["downtime"].as_u64().map(Duration::from_millis),
         }
     }

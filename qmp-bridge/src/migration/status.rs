@@ -43,6 +43,9 @@ impl Progress {
         let ram = &reply["ram"];
         let number = |field: &str| ram[field].as_u64().unwrap_or(0);
         let blocked = reply["blocked-reasons"].as_array().into_iter().flatten();
+        // QEMU counts megabits.
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "absurd values become the nearest that fits")]
+        let sent_rate = (ram["mbps"].as_f64().unwrap_or(0.0) * 1e6 / 8.0) as u64;
         Self {
             status: reply["status"].as_str().unwrap_or("none").into(),
             error: reply["error-desc"].as_str().map(Into::into),
@@ -51,8 +54,7 @@ impl Progress {
             pages: number("normal").saturating_add(number("duplicate")),
             passes: number("dirty-sync-count"),
             written_rate: number("dirty-pages-rate").saturating_mul(number("page-size").max(4096)),
-            // Megabits; negative or absurd values become the nearest that fits.
-            sent_rate: (ram["mbps"].as_f64().unwrap_or(0.0) * 1e6 / 8.0) as u64,
+            sent_rate,
             blocked: blocked.filter_map(|reason| reason.as_str().map(Into::into)).collect(),
         }
     }

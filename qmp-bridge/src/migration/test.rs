@@ -219,6 +219,7 @@ async fn abandoned(status: &'static str, state: &'static str) -> (Scene, impl Fn
     let scene = Scene::new().await;
     let mut migration = scene.prepare().await.expect("prepare");
     migration.start().await.expect("start");
+    #[expect(clippy::disallowed_methods, reason = "a helper that is killed drops nothing")]
     std::mem::forget(migration);
     scene.with(|fake| {
         (fake.status, fake.state) = (json!({ "status": status }), state);

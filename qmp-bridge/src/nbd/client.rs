@@ -143,6 +143,7 @@ impl NbdClient {
 
     pub async fn write(&self, offset: u64, data: Bytes) -> Result<(), NbdError> {
         self.check_bounds("write", offset, data.len() as u64, u64::from(self.max_request()))?;
+        #[expect(clippy::cast_possible_truncation, reason = "at most the size of a request, as just checked")]
         let length = data.len() as u32;
         self.request("write", CMD_WRITE, 0, (offset, length), Kind::Plain, data).await.map(drop)
     }
@@ -228,6 +229,7 @@ impl NbdClient {
         self.check_bounds(name, offset, length, u64::MAX)?;
         let (mut at, end) = (offset, offset + length);
         while at < end {
+            #[expect(clippy::cast_possible_truncation, reason = "at most the size of a request, a u32")]
             let step = (end - at).min(u64::from(self.max_request())) as u32;
             self.request(name, command, flags, (at, step), Kind::Plain, Bytes::new()).await?;
             at += u64::from(step);

@@ -66,7 +66,7 @@ async fn greet<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<(), 
 async fn option<S: AsyncWrite + Unpin>(stream: &mut S, option: u32, data: &[u8]) -> Result<(), NbdError> {
     let mut message = OPTION_MAGIC.to_be_bytes().to_vec();
     message.extend(option.to_be_bytes());
-    message.extend((data.len() as u32).to_be_bytes());
+    push_length(&mut message, data.len());
     message.extend(data);
     stream.write_all(&message).await.map_err(closed)
 }
@@ -106,8 +106,13 @@ async fn read_reply<S: AsyncRead + Unpin>(stream: &mut S, option: u32) -> Result
     Ok((kind, data))
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "names and lists of names that we make")]
+fn push_length(message: &mut Vec<u8>, length: usize) {
+    message.extend((length as u32).to_be_bytes());
+}
+
 fn push_string(message: &mut Vec<u8>, text: &str) {
-    message.extend((text.len() as u32).to_be_bytes());
+    push_length(message, text.len());
     message.extend(text.as_bytes());
 }
 
@@ -121,7 +126,7 @@ async fn set_contexts<S: AsyncRead + AsyncWrite + Unpin>(
     }
     let mut data = Vec::new();
     push_string(&mut data, export);
-    data.extend((wanted.len() as u32).to_be_bytes());
+    push_length(&mut data, wanted.len());
     wanted.iter().for_each(|context| push_string(&mut data, context));
     option(stream, OPT_SET_META_CONTEXT, &data).await?;
     let what = format!("meta contexts of export `{export}`");

@@ -64,7 +64,7 @@ async fn a_guest_stopped_by_its_owner_stays_stopped() {
 
 /// A monitor on a thread and a runtime of its own, so that a blocked client cannot stop it. It answers everything.
 fn serve_elsewhere(path: std::path::PathBuf, hold_stop: bool) -> std::thread::JoinHandle<Vec<String>> {
-    let (bound, wait) = std::sync::mpsc::channel();
+    let (bound, wait) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         runtime.block_on(async {

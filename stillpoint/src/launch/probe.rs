@@ -51,7 +51,8 @@ impl QemuFacts {
 pub fn probe(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
     let about = |path: &Path| std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()));
     let (qemu, ours) = (about(binary)?, about(plugin)?);
-    let identity = [qemu.dev(), qemu.ino(), qemu.size(), qemu.ctime() as u64, ours.ino(), ours.size(), ours.ctime() as u64];
+    let identity =
+        [qemu.dev(), qemu.ino(), qemu.size(), qemu.ctime().cast_unsigned(), ours.ino(), ours.size(), ours.ctime().cast_unsigned()];
     let key = format!("{}-{identity:?}", binary.display());
     if let Some(facts) = cache::load::<QemuFacts>("qemu", &key) {
         return Ok(facts);
@@ -96,7 +97,7 @@ fn comma(path: &Path) -> String {
 fn converse(mut child: Child) -> Result<QemuFacts> {
     let mut input = child.stdin.take().context("the probe's QEMU has no stdin")?;
     let output = child.stdout.take().context("the probe's QEMU has no stdout")?;
-    let (sender, receiver) = mpsc::channel();
+    let (sender, receiver) = mpsc::sync_channel(1);
     std::thread::spawn(move || {
         let facts = interview(&mut input, &mut BufReader::new(output.take(MAX_ANSWER_BYTES)));
         // An answer or none: this QEMU has no guest and nothing to lose.

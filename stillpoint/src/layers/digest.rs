@@ -63,7 +63,7 @@ fn known_or(path: &Path, form: Option<DigestForm>) -> Result<FileDigest> {
 }
 
 fn settled(facts: &Metadata) -> bool {
-    let changed = SystemTime::UNIX_EPOCH + Duration::from_secs(facts.ctime().max(facts.mtime()).max(0) as u64);
+    let changed = SystemTime::UNIX_EPOCH + Duration::from_secs(facts.ctime().max(facts.mtime()).max(0).unsigned_abs());
     SystemTime::now().duration_since(changed).is_ok_and(|age| age > SETTLED)
 }
 

@@ -66,8 +66,8 @@ fn seek(file: &File, from: u64, len: u64, whence: Whence) -> io::Result<Option<u
         return Ok(None);
     }
     let is_data = matches!(whence, Whence::SeekData);
-    match lseek(file, from as i64, whence) {
-        Ok(found) => Ok(Some(found as u64).filter(|found| *found < len)),
+    match lseek(file, from.cast_signed(), whence) {
+        Ok(found) => Ok(Some(found.cast_unsigned()).filter(|found| *found < len)),
         Err(Errno::ENXIO) => Ok(None),
         // It knows no holes: all is data.
         Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(is_data.then_some(from)),
