@@ -182,20 +182,16 @@ impl Checkpointer {
     /// QEMU itself may write guest memory after `stop`: a DMA controller's bottom half, a device that saves its state. Such pages are
     /// claimed again and the device state is saved again, until memory and devices are of one instant.
     async fn claim_late_writes(&mut self, run: &mut Run, paused: &Paused, state: &DeviceStateFile) -> Result<()> {
+        let mut passes = 0;
         let mut left = round::look(&self.machine)?;
-        for _ in 0..LATE_PASSES {
-            if left == PageCount(0) {
-                return Ok(());
-            }
-            if left > MOST_LATE_PAGES {
-                break;
-            }
+        while left > PageCount(0) && left <= MOST_LATE_PAGES && passes < LATE_PASSES {
             tracing::debug!(%left, "written after the guest was stopped");
             let lease = run.lease.take().context("the lease is gone")?;
             let memory = self.freeze_memory(self.machine.tracker()?, lease).await;
             self.keep_memory(run, Ok(memory))?;
             paused.within("the device state", state.save(paused)).await?.context("saving the device state again")?;
             left = round::look(&self.machine)?;
+            passes += 1;
         }
         if left == PageCount(0) {
             return Ok(());

@@ -34,7 +34,7 @@ use crate::restore::qemu::NewQemu;
 use crate::restore::run_state::Transition;
 use crate::restore::source::Source;
 use crate::restore::{self, activate_disks};
-use crate::runtime::{MachineFile, RuntimeDir};
+use crate::runtime::{MachineFile, RestoreTarget, RuntimeDir};
 use crate::terminal::out;
 use anyhow::{Context, Result, anyhow};
 use checkpoint_format::{CheckpointSeq, Checksum, PAGE_SIZE, RunState, SpaceKind, SpaceName, VmName};
@@ -207,25 +207,18 @@ impl Proof {
         for directory in isolate::directories(&options, &self.directory) {
             std::fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
         }
-        let record = &manifest.machine;
-        Ok(MachineFile {
-            format: MachineFile::FORMAT,
+        let target = RestoreTarget {
             name: manifest.vm.clone(),
             store: args.store.store.clone(),
             instance: launch::new_instance()?,
             qemu: self.qemu.clone(),
-            pid: None,
             qemu_version: self.qemu_version.clone(),
-            machine_type: record.machine_type.clone(),
-            accelerator: record.accelerator.clone(),
-            ram_bytes: record.ram_bytes.0,
-            ram_block: record.ram_block.clone(),
             arguments: launch::arguments::words(&options),
             directory: self.directory.clone(),
             scratch: self.directory.clone(),
             restored_from: None,
-            unprepared: None,
-        })
+        };
+        Ok(MachineFile::restored(&manifest.machine, target))
     }
 
     /// Images are made in the private directory, wherever `--map` has them.

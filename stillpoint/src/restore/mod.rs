@@ -27,7 +27,7 @@ use crate::helper::machine::Machine;
 use crate::inspect::{self, print_json};
 use crate::launch;
 use crate::launch::paths::NewPaths;
-use crate::runtime::{MachineFile, Marks, RuntimeDir};
+use crate::runtime::{MachineFile, Marks, RestoreTarget, RuntimeDir};
 use crate::terminal::{bytes, out};
 use anyhow::{Context, Error, Result};
 use checkpoint_format::{CheckpointSeq, Manifest, VmName};
@@ -253,24 +253,18 @@ impl Restore {
         restored.notes.iter().for_each(|note| eprintln!("stillpoint: {note}"));
         let options = if self.is_copy() { line::as_copy(restored.options, &self.wishes) } else { restored.options };
         let options = check::on_the_line(&self.places(), layers, options)?;
-        Ok(MachineFile {
-            format: MachineFile::FORMAT,
+        let target = RestoreTarget {
             name: self.name().clone(),
             store: launch::absolute_store(&self.args.store.store)?,
             instance: self.instance.clone(),
             qemu: self.qemu.clone(),
-            pid: None,
             qemu_version: self.qemu_version.clone(),
-            machine_type: record.machine_type.clone(),
-            accelerator: record.accelerator.clone(),
-            ram_bytes: record.ram_bytes.0,
-            ram_block: record.ram_block.clone(),
             arguments: launch::arguments::words(&options),
             directory: self.dir.clone(),
             scratch: launch::scratch_dir(self.args.scratch_dir.as_deref())?,
             restored_from: (!self.is_copy()).then_some(self.seq),
-            unprepared: None,
-        })
+        };
+        Ok(MachineFile::restored(record, target))
     }
 
     /// Whoever wrote before the claim may have committed while we were reading.

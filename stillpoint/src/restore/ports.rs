@@ -233,22 +233,11 @@ fn compat(option: &QemuOption) -> Option<Bind> {
     let rest = first.strip_prefix("mon:").unwrap_or(first);
     let (scheme, address) = rest.split_once(':')?;
     let bind = |protocol, address: &str| {
-        let (host, number) = address.rsplit_once(':')?;
-        let prefix = first.strip_suffix(number)?.to_owned();
+        let before = first.strip_suffix(address)?;
         // Only these first words are values of their own; else the whole text is.
         let is_word = ["tcp", "udp", "telnet"].contains(&scheme) || first.starts_with("mon:");
-        let (old, suffix) = if is_word { (first, "") } else { (option.value(), option.value().strip_prefix(first)?) };
-        Some(Bind {
-            protocol,
-            host: host.to_owned(),
-            number: number.parse().ok().filter(|number| *number > 0)?,
-            base: 0,
-            second_base: None,
-            more: 0,
-            option: option.name.clone(),
-            old: Some(old.to_owned()),
-            around: (prefix, suffix.to_owned()),
-        })
+        let after = if is_word { "" } else { option.value().strip_prefix(first)? };
+        at_address(&option.name, protocol, address, (before, after))
     };
     // A debugger's socket serves without being told to.
     let serves =
@@ -265,9 +254,10 @@ fn network(option: &QemuOption, all: &[QemuOption]) -> Vec<Bind> {
     let keyed = |protocol, host: &str, port: &str| by_key(option, all, protocol, form.get(host), port).into_iter().collect();
     match form.get("type").as_deref() {
         Some("socket") => {
-            let listen = form.get("listen").and_then(|address| address_value(option, Protocol::Tcp, &address));
+            let bind = |protocol, address: String| at_address(&option.name, protocol, &address, ("", ""));
+            let listen = form.get("listen").and_then(|address| bind(Protocol::Tcp, address));
             let local = form.get("localaddr").filter(|_| form.has("udp"));
-            let local = local.and_then(|address| address_value(option, Protocol::Udp, &address));
+            let local = local.and_then(|address| bind(Protocol::Udp, address));
             listen.into_iter().chain(local).collect()
         }
         Some("stream") if form.is_on("server") && form.get("addr.type").as_deref() == Some("inet") => {
@@ -278,28 +268,9 @@ fn network(option: &QemuOption, all: &[QemuOption]) -> Vec<Bind> {
     }
 }
 
-/// `HOST:PORT` as one value.
-fn address_value(option: &QemuOption, protocol: Protocol, address: &str) -> Option<Bind> {
+/// A bind at `address` (`HOST:PORT`), which stands between these two in the value that `--map` takes for OLD.
+fn at_address(option: &str, protocol: Protocol, address: &str, (before, after): (&str, &str)) -> Option<Bind> {
     let (host, number) = address.rsplit_once(':')?;
-    Some(Bind {
-        protocol,
-        host: host.to_owned(),
-        number: number.parse().ok().filter(|number| *number > 0)?,
-        base: 0,
-        second_base: None,
-        more: 0,
-        option: option.name.clone(),
-        old: Some(address.to_owned()),
-        around: (format!("{host}:"), String::new()),
-    })
-}
-
-/// `[tcp|udp]:[HOST]:PORT-[GUEST]:PORT`.
-fn forward(option: &str, rule: &str) -> Option<Bind> {
-    let (outside, inside) = rule.split_once('-')?;
-    let (scheme, address) = outside.split_once(':')?;
-    let (host, number) = address.rsplit_once(':')?;
-    let protocol = if scheme == "udp" { Protocol::Udp } else { Protocol::Tcp };
     Some(Bind {
         protocol,
         host: host.to_owned(),
@@ -308,9 +279,17 @@ fn forward(option: &str, rule: &str) -> Option<Bind> {
         second_base: None,
         more: 0,
         option: option.to_owned(),
-        old: Some(rule.to_owned()),
-        around: (format!("{scheme}:{host}:"), format!("-{inside}")),
+        old: Some(format!("{before}{address}{after}")),
+        around: (format!("{before}{host}:"), after.to_owned()),
     })
+}
+
+/// `[tcp|udp]:[HOST]:PORT-[GUEST]:PORT`.
+fn forward(option: &str, rule: &str) -> Option<Bind> {
+    let (outside, inside) = rule.split_once('-')?;
+    let (scheme, address) = outside.split_once(':')?;
+    let protocol = if scheme == "udp" { Protocol::Udp } else { Protocol::Tcp };
+    at_address(option, protocol, address, (&format!("{scheme}:"), &format!("-{inside}")))
 }
 
 fn abstract_socket(option: &QemuOption, saved: &dyn Fn(&str) -> String) -> Option<String> {

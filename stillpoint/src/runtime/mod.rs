@@ -8,7 +8,7 @@ use crate::engine::{EngineChoice, StreamChoice};
 use crate::exit::refused;
 use crate::lineage::CheckpointIdentity;
 use anyhow::{Context, Result, bail};
-use checkpoint_format::{CheckpointSeq, Epoch, VmName};
+use checkpoint_format::{CheckpointSeq, Epoch, MachineRecord, VmName};
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::unistd::Pid;
 use private::Owner;
@@ -60,6 +60,19 @@ pub struct MachineFile {
     pub unprepared: Option<Unprepared>,
 }
 
+/// What a restore chooses of a [`MachineFile`]; the rest is as the checkpoint recorded it.
+pub struct RestoreTarget {
+    pub name: VmName,
+    pub store: String,
+    pub instance: String,
+    pub qemu: PathBuf,
+    pub qemu_version: String,
+    pub arguments: Vec<String>,
+    pub directory: PathBuf,
+    pub scratch: PathBuf,
+    pub restored_from: Option<CheckpointSeq>,
+}
+
 /// How a machine that nobody prepared is reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unprepared {
@@ -76,6 +89,28 @@ pub struct Unprepared {
 
 impl MachineFile {
     pub const FORMAT: u32 = MACHINE_FILE_FORMAT;
+
+    /// A managed VM that continues the recorded one.
+    pub fn restored(record: &MachineRecord, target: RestoreTarget) -> Self {
+        Self {
+            format: Self::FORMAT,
+            name: target.name,
+            store: target.store,
+            instance: target.instance,
+            qemu: target.qemu,
+            pid: None,
+            qemu_version: target.qemu_version,
+            machine_type: record.machine_type.clone(),
+            accelerator: record.accelerator.clone(),
+            ram_bytes: record.ram_bytes.0,
+            ram_block: record.ram_block.clone(),
+            arguments: target.arguments,
+            directory: target.directory,
+            scratch: target.scratch,
+            restored_from: target.restored_from,
+            unprepared: None,
+        }
+    }
 
     /// The plugin's socket, if there is a plugin.
     pub fn plugin(&self, runtime: &RuntimeDir) -> Option<PathBuf> {
