@@ -26,6 +26,13 @@ impl Node {
 
 type Tree = BTreeMap<StorePath, Node>;
 
+/// An entry came to the directory that holds `path`, or went.
+fn touch_parent(tree: &mut Tree, path: &StorePath) {
+    if let Some(Node::Dir { modified }) = tree.get_mut(&path.parent().unwrap_or_else(StorePath::root)) {
+        *modified = SystemTime::now();
+    }
+}
+
 /// A tree in memory. Clones share it.
 #[derive(Debug, Clone)]
 pub struct MemoryStore {
@@ -61,12 +68,13 @@ impl MemoryStore {
             return Err(StoreError::already_exists(op, path));
         }
         let parent = path.parent().unwrap_or_else(StorePath::root);
-        match tree.get_mut(&parent) {
-            Some(Node::Dir { modified }) => *modified = SystemTime::now(),
+        match tree.get(&parent) {
+            Some(Node::Dir { .. }) => {}
             Some(Node::File { .. }) => return Err(StoreError::failed(op, path, "its parent is a file")),
             None => return Err(StoreError::not_found(op, path)),
         }
         tree.insert(path.clone(), node);
+        touch_parent(&mut tree, path);
         Ok(())
     }
 
@@ -96,9 +104,9 @@ impl Store for MemoryStore {
         if let Some(parent) = path.parent() {
             self.create_dir_all(&parent).await?;
         }
-        match self.tree().entry(path.clone()).or_insert_with(Node::dir) {
-            Node::Dir { .. } => Ok(()),
-            Node::File { .. } => Err(StoreError::already_exists(Op::CreateDirAll, path)),
+        match self.add(Op::CreateDirAll, path, Node::dir()) {
+            Err(error) if error.is_already_exists() && matches!(self.tree().get(path), Some(Node::Dir { .. })) => Ok(()),
+            other => other,
         }
     }
 
@@ -175,6 +183,8 @@ impl Store for MemoryStore {
                 tree.insert(new, node);
             }
         }
+        touch_parent(&mut tree, from);
+        touch_parent(&mut tree, to);
         Ok(())
     }
 
@@ -182,7 +192,12 @@ impl Store for MemoryStore {
         if path.is_root() {
             return Err(StoreError::failed(Op::Remove, path, "a store never removes its root"));
         }
-        self.tree().retain(|other, _| !other.is_within(path));
+        let mut tree = self.tree();
+        let before = tree.len();
+        tree.retain(|other, _| !other.is_within(path));
+        if tree.len() < before {
+            touch_parent(&mut tree, path);
+        }
         Ok(())
     }
 

@@ -12,6 +12,11 @@ pub enum Form {
     Object(Map<String, Value>),
 }
 
+/// As QEMU spells a switch that is on.
+pub fn is_on(value: &str) -> bool {
+    matches!(value, "on" | "yes" | "true" | "y")
+}
+
 impl Form {
     /// A value that begins as an object and is none is read as a list, as QEMU would refuse it.
     pub fn of(option: &QemuOption) -> Self {
@@ -38,7 +43,7 @@ impl Form {
 
     /// Whether `key` is switched on, however that is written.
     pub fn is_on(&self, key: &str) -> bool {
-        self.get(key).is_some_and(|value| matches!(value.as_str(), "on" | "yes" | "true" | "y"))
+        self.get(key).is_some_and(|value| is_on(&value))
     }
 
     pub fn remove(&mut self, key: &str) {

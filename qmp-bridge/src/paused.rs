@@ -324,7 +324,7 @@ async fn cont(qmp: &Qmp) -> Result<(), QmpError> {
 
 /// A suspended guest counts as running: QEMU wakes it by itself, and `cont` brings it back to that state.
 async fn is_running(qmp: &Qmp) -> Result<bool, QmpError> {
-    Ok(matches!(run_state(qmp).await?.as_str(), "running" | "suspended"))
+    Ok(run_state(qmp).await?.parse().is_ok_and(RunState::is_live))
 }
 
 #[cfg(test)]

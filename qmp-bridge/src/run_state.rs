@@ -32,18 +32,6 @@ pub enum RunState {
     Watchdog,
 }
 
-const NAMES: [(RunState, &str); 9] = [
-    (RunState::Running, "running"),
-    (RunState::Suspended, "suspended"),
-    (RunState::Paused, "paused"),
-    (RunState::Prelaunch, "prelaunch"),
-    (RunState::Shutdown, "shutdown"),
-    (RunState::GuestPanicked, "guest-panicked"),
-    (RunState::IoError, "io-error"),
-    (RunState::InternalError, "internal-error"),
-    (RunState::Watchdog, "watchdog"),
-];
-
 /// There is no guest to take a checkpoint of.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("the VM's run state is `{state}`: {why}")]
@@ -61,9 +49,31 @@ pub enum RunStateError {
 }
 
 impl RunState {
+    pub const ALL: [Self; 9] = [
+        Self::Running,
+        Self::Suspended,
+        Self::Paused,
+        Self::Prelaunch,
+        Self::Shutdown,
+        Self::GuestPanicked,
+        Self::IoError,
+        Self::InternalError,
+        Self::Watchdog,
+    ];
+
     /// QEMU's name for it.
     pub fn name(self) -> &'static str {
-        NAMES.iter().find(|(state, _)| *state == self).map_or("unknown", |(_, name)| name)
+        match self {
+            Self::Running => "running",
+            Self::Suspended => "suspended",
+            Self::Paused => "paused",
+            Self::Prelaunch => "prelaunch",
+            Self::Shutdown => "shutdown",
+            Self::GuestPanicked => "guest-panicked",
+            Self::IoError => "io-error",
+            Self::InternalError => "internal-error",
+            Self::Watchdog => "watchdog",
+        }
     }
 
     /// Whether vCPUs or devices work, so that a `stop` is needed, and a `cont` after it.
@@ -102,7 +112,7 @@ impl FromStr for RunState {
     type Err = NoGuest;
 
     fn from_str(name: &str) -> Result<Self, NoGuest> {
-        let known = NAMES.iter().find(|(_, known)| *known == name).map(|(state, _)| *state);
+        let known = Self::ALL.into_iter().find(|state| state.name() == name);
         known.ok_or_else(|| NoGuest { state: name.into(), why: no_guest(name).into() })
     }
 }
@@ -143,7 +153,8 @@ mod test {
             let error = RunState::check(name, &version(10)).expect_err(name);
             assert!(error.to_string().contains(name), "{error}");
         }
-        for (state, name) in NAMES {
+        for state in RunState::ALL {
+            let name = state.name();
             assert_eq!(RunState::check(name, &version(10)).expect(name), state);
             assert_eq!(RunState::check(name, &version(7)).is_ok(), state != RunState::Suspended, "{name}");
         }

@@ -123,21 +123,6 @@ async fn parsed_manifest(repository: &Repository, vm: &VmName, seq: CheckpointSe
     Ok((manifest, bytes))
 }
 
-/// Whether the store still holds all of a lineage (oldest first, as it was read or written), and nothing newer than `newest`.
-pub async fn is_held(repository: &Repository, vm: &VmName, lineage: &[CheckpointIdentity], newest: Option<CheckpointSeq>) -> Result<bool> {
-    let known = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
-    let is_there = |identity: &CheckpointIdentity| known.binary_search(&identity.seq).is_ok();
-    if known.last().copied() != newest || !lineage.iter().all(is_there) {
-        return Ok(false);
-    }
-    let Some(parent) = lineage.last() else { return Ok(true) };
-    match repository.read_manifest(vm, parent.seq).await {
-        Ok(bytes) => Ok(CheckpointIdentity::new(parent.seq, &bytes) == *parent),
-        Err(error) if error.is_not_found() => Ok(false),
-        Err(error) => Err(error).with_context(|| format!("reading the manifest of {vm}@{}", parent.seq)),
-    }
-}
-
 pub async fn index(repository: &Repository, vm: &VmName, seq: CheckpointSeq, pack: &PackRecord) -> Result<PackIndex> {
     let about = || format!("the index of {vm}@{seq}/{}", pack.name);
     let range = pack.info.footer().trailer_range();

@@ -21,6 +21,7 @@ mod lineage;
 mod pack;
 mod proof;
 mod restore;
+mod run_state;
 mod runtime;
 mod stores;
 mod terminal;

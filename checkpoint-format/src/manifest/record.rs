@@ -53,7 +53,7 @@ pub enum CheckpointKind {
     Incremental,
 }
 
-/// QEMU's run states, as far as they hold a guest.
+/// QEMU's run states, as far as they hold a guest, spelled as QEMU spells them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RunState {
@@ -69,23 +69,6 @@ pub enum RunState {
     IoError,
     InternalError,
     Watchdog,
-}
-
-impl RunState {
-    /// As QEMU and the manifest spell it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Suspended => "suspended",
-            Self::Paused => "paused",
-            Self::Prelaunch => "prelaunch",
-            Self::Shutdown => "shutdown",
-            Self::GuestPanicked => "guest-panicked",
-            Self::IoError => "io-error",
-            Self::InternalError => "internal-error",
-            Self::Watchdog => "watchdog",
-        }
-    }
 }
 
 /// The virtual machine's configuration, as far as a restore must know it.

@@ -1,5 +1,7 @@
 //! What is committed, for whoever restores.
 
+use std::time::SystemTime;
+
 use bytes::Bytes;
 use checkpoint_format::{CheckpointSeq, VmName};
 
@@ -25,6 +27,13 @@ impl Repository {
         let mut found: Vec<CheckpointSeq> = names.iter().filter_map(|name| layout::number(name)).map(CheckpointSeq).collect();
         found.sort();
         Ok(found)
+    }
+
+    /// When an entry of the directory of a machine's checkpoints last came or went, by the store's clock; `None`: there is no such
+    /// directory.
+    pub async fn checkpoints_changed(&self, vm: &VmName) -> Result<Option<SystemTime>> {
+        let path = layout::checkpoints(vm);
+        Ok(steady(|| self.store.stat(&path)).await?.map(|stat| stat.modified))
     }
 
     pub async fn read_manifest(&self, vm: &VmName, seq: CheckpointSeq) -> Result<Bytes> {

@@ -1,6 +1,7 @@
 //! What every store must do, as one suite over a factory of empty stores.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint_store::{Entry, PutOptions, Stat, Store, StoreError, StorePath};
@@ -20,6 +21,7 @@ macro_rules! store_contract {
             a_limit_is_kept
             listings_are_sorted_and_complete
             stat_tells_what_is_there
+            directory_tells_that_an_entry_came_or_went
             missing_things_are_not_found
             directories_are_made_once
             one_exclusive_put_wins
@@ -131,6 +133,28 @@ pub async fn stat_tells_what_is_there(store: Shared) {
     let dir = store.stat(&path("d")).await.expect("stat").expect("there");
     assert_eq!(dir, Stat { len: 0, is_dir: true, replicas: None, modified: dir.modified });
     assert!(store.stat(&StorePath::root()).await.expect("stat").expect("there").is_dir);
+}
+
+pub async fn directory_tells_that_an_entry_came_or_went(store: Shared) {
+    store.create_dir_all(&path("d/e")).await.expect("create");
+    let mut before = None;
+    let mut is_new = async |what: &str, wanted: bool| {
+        let modified = store.stat(&path("d")).await.expect("stat").map(|stat| stat.modified);
+        assert_eq!(before.replace(modified) != Some(modified), wanted, "{what}");
+        // Two changes within one tick of the store's clock cannot be told apart.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    is_new("it was made", true).await;
+    put(&store, "d/e/below", "x").await;
+    is_new("a file came to a directory in it", false).await;
+    put(&store, "d/file", "x").await;
+    is_new("a file came", true).await;
+    store.create_dir(&path("d/f")).await.expect("create");
+    is_new("a directory came", true).await;
+    store.rename_dir(&path("d/f"), &path("d/g")).await.expect("rename");
+    is_new("a directory has another name", true).await;
+    store.remove(&path("d/g")).await.expect("remove");
+    is_new("a directory went", true).await;
 }
 
 pub async fn missing_things_are_not_found(store: Shared) {

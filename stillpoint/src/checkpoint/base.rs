@@ -1,9 +1,10 @@
 //! What the next checkpoint builds on: the last durable one, and digests of all that it holds.
 
 use super::delta::Space;
+use super::held::{HeldLineage, Listing};
 use crate::exit;
 use crate::helper::machine::Machine;
-use crate::lineage::{self, CheckpointIdentity, Lineage, NEW_LINEAGE_AFTER};
+use crate::lineage::{CheckpointIdentity, Lineage, NEW_LINEAGE_AFTER};
 use crate::runtime::Marks;
 use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, CheckpointSeq, ContentDigest, DigestTable, Manifest, PageCount, SpaceKind, SpaceName};
@@ -21,10 +22,8 @@ pub type Chains = HashMap<String, Vec<ContentDigest>>;
 /// What the next checkpoint builds on. The parent, and how far the marks of written pages can be believed, are looked up together and
 /// hold together: marks count from one certain checkpoint, and a store may have lost that one.
 pub struct Base {
-    /// The parent and its ancestors, oldest first. Empty: the next checkpoint is full.
-    lineage: Vec<CheckpointIdentity>,
-    /// In the store, of this lineage or not.
-    newest: Option<CheckpointSeq>,
+    /// The parent and its ancestors. Empty: the next checkpoint is full.
+    pub lineage: HeldLineage,
     pub spaces: Vec<Space>,
     /// The tracker knows every page written since the parent. Otherwise its first lease has all pages that exist, and those
     /// that do not exist must be compared as zeros.
@@ -39,12 +38,11 @@ impl Base {
     /// Looks up what this machine's last durable checkpoint is, if it is of this machine's lineage at all.
     pub async fn find(machine: &Machine, repository: &Repository, disks: &[(SpaceName, PageCount)], marks: Option<Marks>) -> Result<Self> {
         let vm = &machine.file.name;
-        let known = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
-        let newest = known.last().copied();
+        let listing = Listing::read(repository, vm).await?;
         let names = names(machine, disks)?;
-        let Some(lineage) = own_lineage(machine, repository, &known).await? else {
+        let Some(lineage) = own_lineage(machine, repository, &listing.checkpoints).await? else {
             tracing::info!(%vm, "the store has no checkpoint of this life of the machine; the next one is full");
-            return Ok(Self::full(newest, names, disks.len()));
+            return Ok(Self::full(HeldLineage::new(vm, Vec::new(), &listing), names, disks.len()));
         };
         let manifest = lineage.manifests.last().context("a lineage without its newest checkpoint")?;
         let mut tables = empty_tables(names, disks.len());
@@ -56,20 +54,20 @@ impl Base {
         let mut spaces = spaces(machine, disks, tables);
         spaces.iter_mut().for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
         let chains = chains(manifest);
-        Ok(Self { lineage: lineage.identities, newest, spaces, is_exact, are_bitmaps_of_lineage: marks.is_some(), chains })
+        let lineage = HeldLineage::new(vm, lineage.identities, &listing);
+        Ok(Self { lineage, spaces, is_exact, are_bitmaps_of_lineage: marks.is_some(), chains })
     }
 
-    fn full(newest: Option<CheckpointSeq>, names: Vec<(SpaceName, PageCount)>, disks: usize) -> Self {
+    fn full(lineage: HeldLineage, names: Vec<(SpaceName, PageCount)>, disks: usize) -> Self {
         let sizes: Vec<PageCount> = names.iter().map(|(_, pages)| *pages).collect();
         let tables = empty_tables(names, disks);
         let spaces = tables.into_iter().zip(sizes).map(|((name, table), pages)| Space::new(name, pages, table)).collect();
-        let (lineage, chains) = (Vec::new(), Chains::new());
-        Self { lineage, newest, spaces, is_exact: false, are_bitmaps_of_lineage: false, chains }
+        Self { lineage, spaces, is_exact: false, are_bitmaps_of_lineage: false, chains: Chains::new() }
     }
 
     /// None: the next checkpoint is full.
     pub fn parent(&self) -> Option<CheckpointSeq> {
-        self.lineage.last().map(|parent| parent.seq)
+        self.lineage.identities().last().map(|parent| parent.seq)
     }
 
     /// The checkpoint that the disks' bitmaps are to be believed from.
@@ -78,23 +76,17 @@ impl Base {
     }
 
     pub fn next(&self) -> CheckpointSeq {
-        self.newest.map_or(CheckpointSeq::FIRST, |newest| newest.next())
+        self.lineage.newest().map_or(CheckpointSeq::FIRST, |newest| newest.next())
     }
 
     /// Whether the lineage is so long that another has to begin.
     pub fn is_long(&self) -> bool {
-        self.lineage.len() >= NEW_LINEAGE_AFTER
-    }
-
-    /// Whether the store still holds the parent, all that it builds on, and nothing newer than what was found.
-    pub async fn is_held(&self, machine: &Machine, repository: &Repository) -> Result<bool> {
-        lineage::is_held(repository, &machine.file.name, &self.lineage, self.newest).await
+        self.lineage.identities().len() >= NEW_LINEAGE_AFTER
     }
 
     /// A checkpoint is durable; what it was given of the marks counts from it. Returns the marks' new meaning.
     pub fn advance(&mut self, checkpoint: CheckpointIdentity) -> Marks {
-        self.lineage.push(checkpoint);
-        self.newest = Some(checkpoint.seq);
+        self.lineage.add(checkpoint);
         // A bitmap was begun on every disk in its pause.
         self.are_bitmaps_of_lineage = true;
         Marks { since: checkpoint, is_exact: self.is_exact }
@@ -102,7 +94,7 @@ impl Base {
 
     /// What the marks count from, if that is the parent.
     pub fn marks(&self) -> Option<Marks> {
-        let since = self.lineage.last().filter(|_| self.are_bitmaps_of_lineage);
+        let since = self.lineage.identities().last().filter(|_| self.are_bitmaps_of_lineage);
         since.map(|since| Marks { since: *since, is_exact: self.is_exact })
     }
 

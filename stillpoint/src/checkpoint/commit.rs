@@ -8,11 +8,12 @@ use crate::exit::{self, coded};
 use crate::fault;
 use crate::launch::arguments;
 use crate::lineage::{self, CheckpointIdentity};
+use crate::run_state;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    ByteLen, CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PAGE_SIZE, PackRecord, Qcow2Record, RamBlockRecord,
-    RunState as SavedRunState, SpaceName, SpaceRecord, Totals,
+    ByteLen, CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PAGE_SIZE, PackRecord, Qcow2Record, RamBlockRecord, SpaceName,
+    SpaceRecord, Totals,
 };
 use checkpoint_store::Durable;
 use qmp_bridge::RunState;
@@ -33,7 +34,7 @@ impl Checkpointer {
         self.check_parent(run).await?;
         let is_same = packs.is_empty() && self.is_same_machine(run).await?;
         if let (Some(parent), true) = (run.parent, is_same) {
-            partial.abort().await.context("removing an empty checkpoint")?;
+            self.change_store(|_| partial.abort()).await?.context("removing an empty checkpoint")?;
             return self.unchanged(run, parent).await;
         }
         let begun = Instant::now();
@@ -41,7 +42,7 @@ impl Checkpointer {
         let (manifest, totals) = self.manifest(run, packs, totals)?;
         let identity = CheckpointIdentity::new(run.seq, &manifest);
         fault::point("commit");
-        let durable = partial.commit(Bytes::from(manifest)).await.context("committing the checkpoint")?;
+        let durable = self.change_store(|_| partial.commit(Bytes::from(manifest))).await?.context("committing the checkpoint")?;
         phases.since("commit", begun);
         fault::point("committed");
         let outcome = outcome(run, &durable, totals);
@@ -52,9 +53,9 @@ impl Checkpointer {
     }
 
     /// A checkpoint that adds to one that the store no longer holds could not be restored.
-    async fn check_parent(&self, run: &Run) -> Result<()> {
-        let (session, base) = (self.store.as_ref().context("the store is not open")?, self.base.as_ref().context("the base is not known")?);
-        if base.is_held(&self.machine, &session.repository).await? {
+    async fn check_parent(&mut self, run: &Run) -> Result<()> {
+        let (session, base) = (self.store.as_ref().context("the store is not open")?, self.base.as_mut().context("the base is not known")?);
+        if base.lineage.is_held(&session.repository).await? {
             return Ok(());
         }
         let vm = &self.machine.file.name;
@@ -121,7 +122,7 @@ impl Checkpointer {
                 directory: self.machine.directory().to_string_lossy().into_owned(),
                 files: run.boot_files.clone(),
             },
-            run_state: Some(record(run.run_state)),
+            run_state: Some(run_state::record(run.run_state)),
             spaces: self.space_records(run)?,
             ram_blocks: self.machine.blocks.iter().map(|block| self.ram_record(block)).collect(),
             disks: run.inventory.drives.disks.iter().map(|disk| self.disk_record(&run.inventory.drives, disk)).collect::<Result<_>>()?,
@@ -164,20 +165,6 @@ impl Checkpointer {
             backing: drives.layers(disk).iter().map(layer).collect::<Result<_>>()?,
             qcow2: disk.layout.as_ref().filter(|_| !disk.read_only).map(qcow2_record),
         })
-    }
-}
-
-fn record(state: RunState) -> SavedRunState {
-    match state {
-        RunState::Running => SavedRunState::Running,
-        RunState::Suspended => SavedRunState::Suspended,
-        RunState::Paused => SavedRunState::Paused,
-        RunState::Prelaunch => SavedRunState::Prelaunch,
-        RunState::Shutdown => SavedRunState::Shutdown,
-        RunState::GuestPanicked => SavedRunState::GuestPanicked,
-        RunState::IoError => SavedRunState::IoError,
-        RunState::InternalError => SavedRunState::InternalError,
-        RunState::Watchdog => SavedRunState::Watchdog,
     }
 }
 

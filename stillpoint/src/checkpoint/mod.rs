@@ -19,6 +19,7 @@ mod delta;
 mod direct;
 mod drain;
 mod freeze;
+mod held;
 mod holder;
 pub mod outcome;
 mod prepare;

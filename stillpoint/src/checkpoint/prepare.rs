@@ -147,8 +147,8 @@ impl Checkpointer {
     /// lost took place.
     async fn ensure_base(&mut self, disks: &[(SpaceName, PageCount)]) -> Result<()> {
         let session = self.store.as_ref().context("the store is not open")?;
-        let is_held = match &self.base {
-            Some(base) => base.is_held(&self.machine, &session.repository).await?,
+        let is_held = match &mut self.base {
+            Some(base) => base.lineage.is_held(&session.repository).await?,
             None => false,
         };
         if !is_held {
@@ -201,7 +201,6 @@ impl Checkpointer {
     }
 
     async fn begin_run(&mut self, chosen: Chosen, inventory: Inventory, layer_bytes: u64) -> Result<Run> {
-        let session = self.store.as_ref().context("the store is not open")?;
         let base = self.base.as_ref().context("the base is not known")?;
         let (seq, parent, is_exact) = (base.next(), base.parent(), base.is_exact);
         let plan = CapturePlan {
@@ -216,7 +215,8 @@ impl Checkpointer {
         let prepared = PreparedDisks::prepare(&self.machine.qmp, &inventory.drives.disks, plan).await.context("preparing the disks")?;
         let outlook = prepared.outlook().await.context("looking what the disks will need")?;
         tracing::info!(?outlook, "what the disks will need");
-        let partial = Arc::new(session.writer.begin(seq).await.context("beginning a checkpoint in the store")?);
+        let partial =
+            Arc::new(self.change_store(|session| session.writer.begin(seq)).await?.context("beginning a checkpoint in the store")?);
         let boot = layers::boot_files(&self.machine.file.arguments, &self.machine.directory())?;
         let boot_files = boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
         let (packer, delta) = self.begin_delta(&partial, seq, parent.is_none()).await?;
@@ -251,6 +251,13 @@ impl Checkpointer {
             is_exact,
             is_spilled: false,
         })
+    }
+
+    /// Begins, commits or removes a checkpoint in the store.
+    pub(super) async fn change_store<'a, T, F: Future<Output = T>>(&'a mut self, change: impl FnOnce(&'a StoreSession) -> F) -> Result<T> {
+        let session = self.store.as_ref().context("the store is not open")?;
+        let base = self.base.as_mut().context("the base is not known")?;
+        Ok(base.lineage.change(&session.repository, change(session)).await)
     }
 
     async fn begin_lease(&self) -> Result<DirtyLease> {

@@ -34,11 +34,13 @@ pub struct Inventory {
 impl Inventory {
     pub async fn take(machine: &Machine) -> Result<Self> {
         let watch = machine.qmp.watch(EVENTS);
-        wait_for_unplugged(machine, &watch).await?;
-        // What comes before this reply was sent before the lists below were made, however late it is read.
+        let begun = Instant::now();
+        let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
+        wait_for_unplugged(machine, &devices, &watch, begun).await;
+        // An event that comes before this reply is of a change that came before the lists below, however late it is read; a device that
+        // has gone since it was listed is missed later.
         machine.qmp.execute_json("query-version", Value::Null).await.context("asking QEMU for its version")?;
         let since = Instant::now();
-        let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
         let composition = Composition::read(&machine.qmp).await.context("asking QEMU for its vCPUs and memory")?;
         let drives = machine.disks().await?;
         Ok(Self { devices, composition, drives, blocks: machine.blocks.clone(), watch, since })
@@ -99,11 +101,9 @@ impl Inventory {
 }
 
 /// QEMU sends `DEVICE_DELETED` a little after a device has left its list. That of a device which went before this checkpoint must not
-/// look like a change during it.
-async fn wait_for_unplugged(machine: &Machine, watch: &EventWatch) -> Result<()> {
-    let begun = Instant::now();
-    let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
-    let now: Vec<String> = devices.into_iter().map(|device| device.path).collect();
+/// look like a change during it. `begun`: before `devices` were listed.
+async fn wait_for_unplugged(machine: &Machine, devices: &[GuestDevice], watch: &EventWatch, begun: Instant) {
+    let now = names(devices, |device| device.path.clone());
     let before = std::mem::replace(&mut *machine.last_devices.lock().unwrap_or_else(PoisonError::into_inner), now.clone());
     let mut gone: Vec<String> = before.into_iter().filter(|path| !now.contains(path)).collect();
     while !gone.is_empty() && begun.elapsed() < UNPLUG_EVENT {
@@ -111,7 +111,6 @@ async fn wait_for_unplugged(machine: &Machine, watch: &EventWatch) -> Result<()>
         let told = watch.since(begun);
         gone.retain(|path| !told.iter().any(|event| event.data["path"] == path.as_str()));
     }
-    Ok(())
 }
 
 fn names<T>(list: &[T], name: impl Fn(&T) -> String) -> Vec<String> {

@@ -6,10 +6,11 @@ use crate::cli::{CheckpointName, LsArgs, ShowArgs};
 use crate::exit::coded;
 use crate::lineage;
 use crate::proof::note;
+use crate::run_state::of_record;
 use crate::stores;
 use crate::terminal::{bytes, out};
 use anyhow::{Context, Result};
-use checkpoint_format::{CheckpointKind, CheckpointSeq, Manifest, RunState, VmName};
+use checkpoint_format::{CheckpointKind, CheckpointSeq, Manifest, VmName};
 use checkpoint_store::{Mode, Repository};
 use futures::{StreamExt, TryStreamExt};
 use serde_json::json;
@@ -99,7 +100,7 @@ fn kind(manifest: &Manifest) -> &'static str {
 
 /// What the guest was doing; none in a checkpoint of an earlier version.
 fn run_state(manifest: &Manifest) -> Option<&'static str> {
-    manifest.run_state.map(RunState::name)
+    manifest.run_state.map(|state| of_record(state).name())
 }
 
 fn row(manifest: &Manifest) -> String {

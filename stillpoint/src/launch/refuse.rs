@@ -161,7 +161,10 @@ fn check_option(option: &QemuOption, rules: Rules) -> Result<()> {
         "object" => check_object(&form, rules),
         "machine" | "M" => check_machine(&form, rules),
         "numa" if rules == Rules::Launched && form.has("memdev") => {
-            bail!("-numa memdev=… gives the guest RAM of its own, which the tracker does not map; use -numa node,cpus=… without memdev")
+            bail!(
+                "-numa memdev=… gives the guest RAM of its own, which the tracker does not map; leave -numa out (QEMU takes no node without \
+                 memdev), or start QEMU without 'stillpoint run' and attach to it by 'stillpoint attach --qmp'"
+            )
         }
         "global" => check_global(option),
         "icount" if form.has("rr") => {
@@ -185,6 +188,11 @@ fn check_device(form: &Form, rules: Rules) -> Result<()> {
             "-device loader,data=… cannot be checkpointed: QEMU writes it into the guest's memory whenever it starts, also when it \
              starts for a restore; use -device loader,file=…"
         );
+    }
+    for key in ["failover", "failover_pair_id"] {
+        if let Some(value) = form.get(key) {
+            check_failover(&format!("device {driver}"), key, &value)?;
+        }
     }
     if form.is_on("free-page-hint") {
         bail!("-device {driver},free-page-hint=on keeps pages out of QEMU's migration stream; leave free-page-hint out");
@@ -212,9 +220,26 @@ fn check_machine(form: &Form, rules: Rules) -> Result<()> {
     Ok(())
 }
 
+/// One half of a failover pair: the primary exists only while the guest's driver wants it, and not during a migration.
+fn check_failover(option: &str, key: &str, value: &str) -> Result<()> {
+    if key == "failover_pair_id" || key == "failover" && is_on(value) {
+        bail!(
+            "-{option} {key}={value}: QEMU takes the primary device of a failover pair from the guest at each migration, and has it again \
+             only when the guest's driver asks for it; leave failover and failover_pair_id out"
+        );
+    }
+    Ok(())
+}
+
 /// These change what QEMU's stream looks like, and a restored QEMU would read another.
 fn check_global(option: &QemuOption) -> Result<()> {
     let form = Form::of(option);
+    if let Some((property, value)) = form.get("property").zip(form.get("value")) {
+        check_failover("global", &property, &value)?;
+    }
+    if let Some((property, value)) = option.value().split_once('=').filter(|(name, _)| name.contains('.')) {
+        check_failover("global", property.rsplit('.').next().unwrap_or(property), value)?;
+    }
     let is_migration = option.value().starts_with("migration.") || form.get("driver").as_deref() == Some("migration");
     if is_migration {
         bail!("-global {} changes the form of the saved state; leave it out", option.value());
@@ -289,7 +314,8 @@ mod test {
     #[test]
     fn a_balloon_is_no_reason_to_refuse() {
         let json = r#"-device {"driver":"virtio-balloon-pci","id":"balloon0"}"#;
-        for line in ["-device virtio-balloon-pci", "-device virtio-balloon-pci,free-page-reporting=on", json] {
+        let net = "-device virtio-net-pci,failover=off -global virtio-net-pci.failover=off";
+        for line in ["-device virtio-balloon-pci", "-device virtio-balloon-pci,free-page-reporting=on", json, net] {
             assert!(judged(line, Rules::Always) && judged(line, Rules::Launched), "{line}");
         }
     }
@@ -324,6 +350,11 @@ mod test {
             "-global driver=migration,property=multifd,value=on",
             "-global migration.store-global-state=off",
             "-device usb-mtp",
+            "-device virtio-net-pci,id=s,failover=on",
+            r#"-device {"driver":"virtio-net-pci","failover":true}"#,
+            "-device e1000e,id=p,failover_pair_id=s",
+            "-global virtio-net-pci.failover=on",
+            "-global driver=virtio-net-device,property=failover,value=on",
             "-icount shift=1,rr=record,rrfile=x",
         ] {
             assert!(!judged(line, Rules::Always), "{line}");

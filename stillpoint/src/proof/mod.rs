@@ -34,10 +34,11 @@ use crate::restore::qemu::NewQemu;
 use crate::restore::run_state::Transition;
 use crate::restore::source::Source;
 use crate::restore::{self, activate_disks};
+use crate::run_state::of_record;
 use crate::runtime::{MachineFile, RestoreTarget, RuntimeDir};
 use crate::terminal::out;
 use anyhow::{Context, Result, anyhow};
-use checkpoint_format::{CheckpointSeq, Checksum, PAGE_SIZE, RunState, SpaceKind, SpaceName, VmName};
+use checkpoint_format::{CheckpointSeq, Checksum, PAGE_SIZE, SpaceKind, SpaceName, VmName};
 use difference::Difference;
 use dirty_tracker::GuestMemory;
 use expected::Expected;
@@ -254,7 +255,7 @@ impl Proof {
         }
         differences.extend(resaved.blocks.into_iter().filter_map(|(_, difference)| difference.found()));
         differences.extend(devices.differences);
-        let is_live = manifest.run_state.is_none_or(|state| matches!(state, RunState::Running | RunState::Suspended));
+        let is_live = manifest.run_state.is_none_or(|state| of_record(state).is_live());
         let ran = match args.run.filter(|_| is_live) {
             Some(time) => Some(running::watch(&qmp, time).await?),
             None => None,

@@ -2,6 +2,7 @@
 
 use crate::exit::refused;
 use crate::helper::machine::Machine;
+use crate::run_state::of_record;
 use anyhow::{Context, Result, ensure};
 use checkpoint_format::RunState as Saved;
 use qmp_bridge::RunState;
@@ -57,20 +58,6 @@ impl Transition {
             RunState::Paused if self.saved.is_live() => "is paused".to_owned(),
             other => format!("is restored with its run state, `{other}`,"),
         }
-    }
-}
-
-fn of_record(saved: Saved) -> RunState {
-    match saved {
-        Saved::Running => RunState::Running,
-        Saved::Suspended => RunState::Suspended,
-        Saved::Paused => RunState::Paused,
-        Saved::Prelaunch => RunState::Prelaunch,
-        Saved::Shutdown => RunState::Shutdown,
-        Saved::GuestPanicked => RunState::GuestPanicked,
-        Saved::IoError => RunState::IoError,
-        Saved::InternalError => RunState::InternalError,
-        Saved::Watchdog => RunState::Watchdog,
     }
 }
 
