@@ -2,7 +2,7 @@
 //! JSON, `json:` behind a drive's `file=`, the old words of a serial port. One walk serves reading and rewriting.
 
 use crate::arguments::{KeyList, QemuOption};
-use crate::form::Form;
+use crate::form::{Form, is_on};
 use crate::table::{self, Group, Kind, Syntax, Use};
 use serde_json::{Map, Value};
 use std::collections::HashSet;
@@ -255,7 +255,6 @@ impl Own {
         let is_tree = matches!(form, Form::Object(_));
         let name = implied.and_then(|key| form.get(key)).or_else(|| form.get("backend.type")).unwrap_or_default();
         let addressed = |key: &str| form.get(key).or_else(|| form.get(&format!("backend.data.{key}")));
-        let is_on = |text: &str| matches!(text, "on" | "yes" | "true" | "y");
         let server = addressed("server");
         // In QMP's words a socket serves unless it says that it does not.
         let is_server = server.map_or(is_tree && group == Group::Chardev && form.has("backend.type"), |text| is_on(&text));

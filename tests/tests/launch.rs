@@ -7,6 +7,7 @@ use stillpoint_tests::{Lab, QmpClient, Recipe, newest_qemu, on_each_qemu, wait_u
 const REFUSED: &[(&str, &str, &str)] = &[
     ("-m 64 -object memory-backend-ram,id=r,size=64M -machine pc,memory-backend=r", "memory-backend", "leave it out"),
     ("-m 64 -object memory-backend-memfd,id=r,size=64M -numa node,memdev=r", "memory-backend", "leave it out"),
+    ("-m 64 -numa node,memdev=r", "-numa memdev", "leave -numa out"),
     ("-m 64 -mem-path /dev/shm", "mem-path", "leave it out"),
     ("-chardev null,id=c -device vhost-user-blk-pci,chardev=c", "vhost-user-blk-pci", "use the virtio device"),
     ("-chardev null,id=c -netdev vhost-user,id=n,chardev=c", "vhost-user", "use tap, user or bridge"),

@@ -1,6 +1,7 @@
 //! Block options in any spelling (`a.b=c` lists, JSON objects, `file=json:{…}`) as one tree of dotted keys.
 
 use crate::launch::arguments::{KeyList, QemuOption};
+use crate::launch::form;
 use serde_json::{Map, Value};
 
 /// What becomes of one member of a block option.
@@ -32,8 +33,7 @@ pub fn get(option: &QemuOption, key: &str) -> Option<String> {
 
 /// Whether the option itself says that its disk is only read.
 pub fn is_read_only(option: &QemuOption) -> bool {
-    let is_on = |value: String| matches!(value.as_str(), "on" | "yes" | "true" | "y");
-    let has = |key: &str| get(option, key).is_some_and(is_on);
+    let has = |key: &str| get(option, key).is_some_and(|value| form::is_on(&value));
     has("read-only") || has("readonly") || option.name == "drive" && get(option, "media").as_deref() == Some("cdrom")
 }
 

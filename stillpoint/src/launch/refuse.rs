@@ -8,7 +8,7 @@
 //! one of ours may not; what no engine can save is refused to both.
 
 use super::arguments::QemuOption;
-use super::form::Form;
+use super::form::{Form, is_on};
 use super::refuse_disks;
 use anyhow::{Result, bail};
 use qemu_cmdline::{Use, table, visit};

@@ -2,7 +2,7 @@
 //! are written. What a running QEMU's block graph shows is judged by `qmp_bridge::disks`.
 
 use super::arguments::QemuOption;
-use super::form::Form;
+use super::form::{Form, is_on};
 use anyhow::{Result, bail};
 use qemu_cmdline::{Use, table, visit};
 
@@ -25,7 +25,6 @@ pub fn check(options: &[QemuOption]) -> Result<()> {
 }
 
 fn check_tree(option: &QemuOption) -> Result<()> {
-    let is_on = |value: &str| matches!(value, "on" | "yes" | "true" | "y");
     for (key, value) in Form::of(option).deep_scalars() {
         let name = &option.name;
         let last = key.rsplit('.').next().unwrap_or(&key);

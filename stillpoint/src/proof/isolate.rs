@@ -6,7 +6,7 @@
 //! directory, displays and sound are off, and no file of the host is written.
 
 use crate::launch::arguments::{KeyList, QemuOption};
-use crate::launch::form::Form;
+use crate::launch::form::{self, Form};
 use std::path::Path;
 
 /// Options that only concern the process and its place on the host.
@@ -94,7 +94,7 @@ fn get<'a>(pairs: &'a Pairs, key: &str) -> Option<&'a str> {
 }
 
 fn is_on(pairs: &Pairs, key: &str) -> bool {
-    matches!(get(pairs, key), Some("on" | "yes" | "true" | "y"))
+    get(pairs, key).is_some_and(form::is_on)
 }
 
 /// Whether `key` is `name`, or an element of the list `name` (`hostfwd.0.str`).

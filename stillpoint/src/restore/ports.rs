@@ -2,7 +2,7 @@
 //!
 //! QEMU itself would find out, after everything was made. Here it is found out before, with the `--map` that helps.
 
-use qemu_cmdline::form::Form;
+use qemu_cmdline::form::{Form, is_on};
 use qemu_cmdline::{KeyList, QemuOption, Use, visit};
 use std::io::ErrorKind;
 use std::net::{TcpListener, ToSocketAddrs, UdpSocket};
@@ -155,7 +155,7 @@ fn of_option(option: &QemuOption, all: &[QemuOption]) -> Vec<Bind> {
 fn vnc(option: &QemuOption, value: &str) -> Vec<Bind> {
     let keys = KeyList::parse(value);
     let Some((None, address)) = keys.iter().next() else { return Vec::new() };
-    let is_on = |key: &str| keys.get(key).is_some_and(|value| matches!(value, "on" | "yes" | "true"));
+    let is_on = |key: &str| keys.get(key).is_some_and(is_on);
     let Some((host, number)) = address.rsplit_once(':').filter(|_| !address.starts_with("unix:") && !is_on("reverse")) else {
         return Vec::new();
     };
@@ -240,8 +240,7 @@ fn compat(option: &QemuOption) -> Option<Bind> {
         at_address(&option.name, protocol, address, (before, after))
     };
     // A debugger's socket serves without being told to.
-    let serves =
-        option.name == "gdb" || has_word(option, "server") || keys.get("server").is_some_and(|on| matches!(on, "on" | "yes" | "true"));
+    let serves = option.name == "gdb" || has_word(option, "server") || keys.get("server").is_some_and(is_on);
     match scheme {
         "tcp" | "telnet" | "tn3270" | "websocket" if serves => bind(Protocol::Tcp, address),
         "udp" => bind(Protocol::Udp, address.split_once('@')?.1),

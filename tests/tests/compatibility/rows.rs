@@ -253,6 +253,7 @@ const NETWORK: &[Row] = &[
     carried(Vm::Q35, "`vmxnet3`", "-netdev user,id=n4 -device vmxnet3,netdev=n4"),
     carried(Vm::Paused, "`pcnet` on `-netdev hubport`", "-netdev hubport,id=n5,hubid=1 -device pcnet,netdev=n5"),
     carried(Vm::Paused, "`-nic none`", "-nic none"),
+    refused_to_both("failover pair (`failover=`, `failover_pair_id=`)", "-netdev user,id=f -device virtio-net-pci,netdev=f,failover=on"),
     refused("`-netdev vhost-user`", "-chardev null,id=c -netdev vhost-user,id=n,chardev=c"),
     refused("`-netdev vhost-vdpa`", "-netdev vhost-vdpa,id=n"),
     refused("`-netdev tap,fd=`", "-netdev tap,id=n,fd=3"),
