@@ -20,7 +20,7 @@ pub mod machine;
 pub mod migration;
 mod names;
 pub mod nbd;
-mod nbd_server;
+pub mod nbd_server;
 pub mod paused;
 pub mod qmp;
 pub mod ramblock;

@@ -18,6 +18,8 @@ use crate::qmp::{Qmp, QmpError};
 const RUNS_ALREADY: &str = "already running";
 /// Kind of the descriptor that QEMU gets.
 const FD_NAME: &str = "nbd";
+/// Kind of a descriptor that it never gets.
+const NO_FD_NAME: &str = "none";
 
 #[derive(Debug, Error)]
 pub enum ServerError {
@@ -48,9 +50,43 @@ fn named(exports: &[String]) -> String {
     if names.is_empty() { "another tool (it has no export yet)".into() } else { format!("{} of another tool", names.join(", ")) }
 }
 
+/// Who has QEMU's NBD server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holder {
+    /// It listens at our socket, whoever has exports in it.
+    Ours,
+    /// It does not run.
+    Free,
+}
+
+/// Whether a capture can have the server. `socket`: ours; `None` if no helper was ever attached. Changes nothing.
+pub async fn check(qmp: &Qmp, socket: Option<&Path>) -> Result<Holder, ServerError> {
+    if let Some(socket) = socket
+        && answers(socket).await
+    {
+        return Ok(Holder::Ours);
+    }
+    // QEMU looks whether its server runs before it looks at the address, and no descriptor has this name.
+    let address = json!({ "type": "fd", "data": { "str": qmp.names().name(NO_FD_NAME) } });
+    match qmp.execute_json("nbd-server-start", json!({ "addr": address })).await {
+        Err(error) if runs_already(&error) => Err(in_use(qmp).await?),
+        Err(error) if error.is_refusal() => Ok(Holder::Free),
+        Err(error) => Err(error.into()),
+        Ok(reply) => Err(QmpError::unexpected("nbd-server-start", "an error", &reply).into()),
+    }
+}
+
+fn runs_already(error: &QmpError) -> bool {
+    error.is_refusal() && error.to_string().contains(RUNS_ALREADY)
+}
+
+async fn in_use(qmp: &Qmp) -> Result<ServerError, QmpError> {
+    Ok(ServerError::InUse { exports: exports(qmp).await? })
+}
+
 /// Starts the server at `socket`, or keeps the one that runs there already.
 pub(crate) async fn start(qmp: &Qmp, socket: &Path) -> Result<(), ServerError> {
-    if answers(socket).await {
+    if check(qmp, Some(socket)).await? == Holder::Ours {
         return Ok(());
     }
     let made = make_socket(socket).map_err(|source| ServerError::Socket { path: socket.into(), source })?;
@@ -59,9 +95,8 @@ pub(crate) async fn start(qmp: &Qmp, socket: &Path) -> Result<(), ServerError> {
         remove_socket(socket);
     }
     match started {
-        Err(error) if error.is_refusal() && error.to_string().contains(RUNS_ALREADY) => {
-            Err(ServerError::InUse { exports: exports(qmp).await? })
-        }
+        // Another tool was faster.
+        Err(error) if runs_already(&error) => Err(in_use(qmp).await?),
         other => Ok(other?),
     }
 }

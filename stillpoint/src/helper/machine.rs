@@ -120,29 +120,13 @@ impl Machine {
 
     /// The same of devices that QEMU has listed.
     pub async fn check_listed(&self, devices: &[GuestDevice]) -> Result<()> {
-        for device in devices {
-            if let Some(why) = self.refusal(device).await? {
-                return Err(refused(format!("device {} ({}) cannot be checkpointed: {why}", device.path, device.kind)));
-            }
+        if let Some(why) = refusals(&self.qmp, devices).await?.into_iter().next() {
+            return Err(refused(why));
         }
         match self.difference(devices)? {
             None => Ok(()),
-            Some(what) => Err(refused(format!(
-                "{what} after the machine's start, and its command line, from which it would be restored, does not say so; undo that, or start the machine anew with the devices that it should have"
-            ))),
+            Some(what) => Err(refused(not_as_started(&what))),
         }
-    }
-
-    async fn refusal(&self, device: &GuestDevice) -> Result<Option<&'static str>> {
-        if let Some(why) = device.refusal() {
-            return Ok(Some(why));
-        }
-        if device.is_balloon() && devices::hints_free_pages(&self.qmp, device).await.context("asking QEMU for its balloon")? {
-            return Ok(Some(
-                "by free-page-hint=on it keeps pages out of QEMU's migration stream; start the machine without free-page-hint",
-            ));
-        }
-        Ok(None)
     }
 
     /// What was plugged in or out. The command line tells, from which a restore builds the VM. What the first helper saw tells
@@ -159,11 +143,8 @@ impl Machine {
         Ok(new.or(gone))
     }
 
-    /// That a restore could start the VM from the command line that is saved: every file that it names is in the checkpoint.
     pub fn check_command_line(&self, drives: &Drives) -> Result<()> {
-        let directory = self.directory();
-        let boot_files = layers::boot_files(&self.file.arguments, &directory)?;
-        saved::check_carried(&arguments::words(&drives.options), &directory, &drives.disks, &boot_files)
+        check_command_line(&self.file.arguments, &self.directory(), drives)
     }
 
     /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked anew, from nothing. Says whether.
@@ -184,6 +165,42 @@ impl Machine {
         tracing::info!(blocks = self.blocks.len(), "the machine's RAM blocks have changed; they are tracked anew");
         Ok(true)
     }
+}
+
+/// Devices that no checkpoint can have, each with the reason and what to do.
+pub async fn refusals(qmp: &Qmp, devices: &[GuestDevice]) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for device in devices {
+        if let Some(why) = refusal(qmp, device).await? {
+            found.push(format!("device {} ({}) cannot be checkpointed: {why}", device.path, device.kind));
+        }
+    }
+    Ok(found)
+}
+
+async fn refusal(qmp: &Qmp, device: &GuestDevice) -> Result<Option<&'static str>> {
+    if let Some(why) = device.refusal() {
+        return Ok(Some(why));
+    }
+    if device.is_balloon() && devices::hints_free_pages(qmp, device).await.context("asking QEMU for its balloon")? {
+        return Ok(Some("by free-page-hint=on it keeps pages out of QEMU's migration stream; start the machine without free-page-hint"));
+    }
+    Ok(None)
+}
+
+/// `what` was plugged in or out.
+pub fn not_as_started(what: &str) -> String {
+    format!(
+        "{what} after the machine's start, and its command line, from which it would be restored, does not say so; undo that, or start the \
+         machine anew with the devices that it should have"
+    )
+}
+
+/// That a restore could start the VM from the command line that is saved: every file that it names is in the checkpoint. `arguments`: as
+/// QEMU was started, in `directory`.
+pub fn check_command_line(arguments: &[String], directory: &Path, drives: &Drives) -> Result<()> {
+    let boot_files = layers::boot_files(arguments, directory)?;
+    saved::check_carried(&arguments::words(&drives.options), directory, &drives.disks, &boot_files)
 }
 
 async fn take_lock(pid: u32) -> Result<QemuLock> {
@@ -274,8 +291,14 @@ async fn ram_blocks(qmp: &Qmp, handles: &PluginHandles, main: &str) -> Result<Ve
 
 pub async fn whole_blocks(qmp: &Qmp) -> Result<Vec<RamBlock>> {
     let blocks = ramblock::ram_blocks(qmp).await.context("asking QEMU for its RAM blocks")?;
+    check_whole(&blocks)?;
+    Ok(blocks)
+}
+
+/// That they are pages, all of them.
+pub fn check_whole(blocks: &[RamBlock]) -> Result<()> {
     match blocks.iter().find(|block| block.used % PAGE != 0) {
-        None => Ok(blocks),
+        None => Ok(()),
         Some(odd) => Err(refused(format!("RAM block {} has {} bytes, which are no whole pages", odd.name, odd.used))),
     }
 }

@@ -157,6 +157,15 @@ impl RuntimeDir {
         Ok(directory)
     }
 
+    /// All below `base` that are of this user, each with what is known of its VM.
+    pub fn known(base: Option<&Path>) -> Vec<(Self, MachineFile)> {
+        let base = base.map_or_else(default_base, Path::to_owned);
+        let names = std::fs::read_dir(&base).into_iter().flatten().flatten();
+        let names = names.filter_map(|entry| entry.file_name().to_str()?.parse::<VmName>().ok());
+        let directories = names.filter_map(|name| Self::new(Some(&base), &name).ok());
+        directories.filter_map(|directory| directory.machine().ok().map(|file| (directory, file))).collect()
+    }
+
     fn locate(base: Option<&Path>, name: &VmName) -> Result<Self> {
         let base = base.map_or_else(default_base, Path::to_owned);
         let base = std::path::absolute(base).context("making the runtime directory's path absolute")?;

@@ -6,21 +6,22 @@ use crate::helper::unprepared::look::Look;
 use crate::launch::foreign::Foreign;
 use crate::terminal::bytes;
 use anyhow::Error;
-use qmp_bridge::QmpError;
 use qmp_bridge::disks::{self, Disk, DiskError, Drive, Medium};
-use serde_json::Value;
+use qmp_bridge::{QmpError, nbd_server};
+use std::path::Path;
 
 const START_ANEW: &str = "start the machine anew with that disk on a qcow2 or raw image";
 const ELSEWHERE: &str = "start the machine anew on that file";
 
-pub async fn check(look: &Look, found: Option<&Foreign>) -> Vec<Row> {
-    match rows(look, found).await {
+/// `server`: where QEMU's NBD server listens if it is that of the VM's helper.
+pub async fn check(look: &Look, found: Option<&Foreign>, server: Option<&Path>) -> Vec<Row> {
+    match rows(look, found, server).await {
         Ok(rows) => rows,
         Err(error) => vec![Row::no("disks", error.to_string(), "try again")],
     }
 }
 
-async fn rows(look: &Look, found: Option<&Foreign>) -> Result<Vec<Row>, QmpError> {
+async fn rows(look: &Look, found: Option<&Foreign>, server: Option<&Path>) -> Result<Vec<Row>, QmpError> {
     let drives = disks::survey(&look.qmp, Some(&look.process.directory)).await?;
     let is_writable = |drive: &Drive| matches!(&drive.disk, Ok(Medium::Disk(disk)) if !disk.read_only);
     let has_writable = drives.iter().any(is_writable);
@@ -31,15 +32,19 @@ async fn rows(look: &Look, found: Option<&Foreign>) -> Result<Vec<Row>, QmpError
     } else if let Some(found) = found.filter(|_| is_sound) {
         rows.extend(together(look, found).await);
     }
-    rows.extend(jobs(&look.qmp.execute_json("query-block-jobs", Value::Null).await?));
-    rows.extend(exports(&look.qmp.execute_json("query-block-exports", Value::Null).await?));
+    // A job stands above its disk, or will change what is below it.
+    rows.extend(refusal("disk jobs", disks::refuse_jobs(&look.qmp).await)?);
+    // QEMU has one NBD server, and a checkpoint of a writable disk needs it.
+    if has_writable {
+        rows.extend(nbd_server::check(&look.qmp, server).await.err().map(|error| cannot("NBD server", &error.into(), "try again")));
+    }
     Ok(rows)
 }
 
 /// What only all drives together, and the command line, show.
 async fn together(look: &Look, found: &Foreign) -> Option<Row> {
     match look.drives(found).await {
-        Ok(_) => None,
+        Ok(drives) => look.check_files(found, &drives).err().map(|error| cannot("files", &error, ELSEWHERE)),
         // It has a row of its own.
         Err(error) if matches!(error.downcast_ref(), Some(DiskError::Job { .. })) => None,
         Err(error) => Some(cannot("disks", &error, ELSEWHERE)),
@@ -73,43 +78,22 @@ fn describe(disk: &Disk) -> String {
     format!("{mode} {}, {}, {}{layers}", disk.format.as_str(), bytes(disk.virtual_size), disk.file.display())
 }
 
-/// A job stands above its disk, or will change what is below it.
-fn jobs(reply: &Value) -> Option<Row> {
-    let list = reply.as_array().filter(|list| !list.is_empty())?;
-    let name = |job: &Value| format!("{} of {}", job["type"].as_str().unwrap_or("?"), job["device"].as_str().unwrap_or("?"));
-    let names: Vec<String> = list.iter().map(name).collect();
-    Some(Row::no("disk jobs", format!("running: {}", names.join(", ")), "wait for them, or end them"))
-}
-
-/// QEMU has one NBD server, and a checkpoint needs it.
-fn exports(reply: &Value) -> Option<Row> {
-    let list = reply.as_array().into_iter().flatten().filter(|export| export["type"] == "nbd");
-    let names: Vec<&str> = list.filter_map(|export| export["id"].as_str()).collect();
-    (!names.is_empty()).then(|| {
-        Row::no("NBD server", format!("somebody serves {} by it", names.join(", ")), "end that export (block-export-del, nbd-server-stop)")
-    })
+fn refusal(check: &'static str, result: Result<(), DiskError>) -> Result<Option<Row>, QmpError> {
+    match result {
+        Ok(()) => Ok(None),
+        Err(DiskError::Qmp(error)) => Err(error),
+        Err(error) => Ok(Some(cannot(check, &error.into(), START_ANEW))),
+    }
 }
 
 #[cfg(test)]
 mod test {
-    use super::super::super::State;
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn a_drive_is_told_by_its_device() {
         assert_eq!(short("/machine/peripheral/virtio-disk0/virtio-backend"), "virtio-disk0");
         assert_eq!(short("/machine/peripheral-anon/device[0]"), "device[0]");
         assert_eq!(short("drive-scsi0"), "drive-scsi0");
-    }
-
-    #[test]
-    fn jobs_and_exports_of_others_are_in_the_way() {
-        let row = jobs(&json!([{"type": "mirror", "device": "d0"}])).unwrap();
-        assert!(row.state == State::No && row.detail.contains("mirror of d0"), "{row:?}");
-        assert!(jobs(&json!([])).is_none());
-        let row = exports(&json!([{"id": "e", "type": "nbd"}])).unwrap();
-        assert!(row.state == State::No && row.detail.contains('e'), "{row:?}");
-        assert!(exports(&json!([{"id": "e", "type": "fuse"}])).is_none());
     }
 }

@@ -2,7 +2,8 @@
 
 use super::super::Row;
 use super::cannot;
-use crate::engine::{Engine, can_pre_copy_live};
+use crate::engine::{Engine, StreamChoice, choose_stream};
+use crate::helper::process_memory::ProcessMemory;
 use crate::helper::unprepared::look::Look;
 use crate::launch::foreign::Foreign;
 use anyhow::Error;
@@ -32,7 +33,8 @@ pub async fn check(look: &Look, found: Option<&Foreign>, engines: &mut Value) ->
         Err(error) => return vec![cannot("engine", &error, "wait until that migration has ended, and try again")],
     };
     let has_plugin = found.is_some_and(|found| found.plugin.is_some());
-    let all = judge(tracker, &support, &look.facts, has_plugin);
+    let process_memory = ProcessMemory::check(&look.qmp, look.process.pid, support.stopped).await;
+    let all = judge(tracker, &support, &look.facts, has_plugin, &process_memory);
     *engines = all
         .iter()
         .map(|(engine, can)| (engine.name().to_owned(), json!({ "possible": can.is_ok(), "why_not": can.as_ref().err() })))
@@ -42,20 +44,30 @@ pub async fn check(look: &Look, found: Option<&Foreign>, engines: &mut Value) ->
     all.into_iter().map(|(engine, can)| row(engine, can, ram_bytes, is_possible)).collect()
 }
 
-type Judged = [(Engine, Result<(), String>); 4];
+type Judged = Vec<(Engine, Result<(), String>)>;
 
-fn judge(tracker: Result<(), String>, support: &Support, facts: &MachineFacts, has_plugin: bool) -> Judged {
-    let pre_copy = can_pre_copy_live(facts).and(support.pre_copy.clone());
-    let background = match has_plugin {
-        true => Err("QEMU would find its memory registered by the plugin, and abort".to_owned()),
-        false => support.background_snapshot.clone(),
-    };
-    [
-        (Engine::Tracker, tracker),
-        (Engine::PreCopy, pre_copy),
-        (Engine::BackgroundSnapshot, background),
-        (Engine::Stopped, support.pre_copy.clone()),
-    ]
+/// As a checkpoint chooses.
+fn judge(
+    tracker: Result<(), String>,
+    support: &Support,
+    facts: &MachineFacts,
+    has_plugin: bool,
+    process_memory: &Result<(), String>,
+) -> Judged {
+    let choose = |wanted| choose_stream(wanted, support, facts, has_plugin, process_memory).map(|chosen| chosen.engine);
+    let mut judged = vec![(Engine::Tracker, tracker)];
+    if support.stopped {
+        let chosen = choose(StreamChoice::Auto);
+        judged.push((*chosen.as_ref().unwrap_or(&Engine::ProcessMemory), chosen.map(drop).map_err(|error| error.to_string())));
+    } else {
+        let choices = [
+            (Engine::PreCopy, StreamChoice::PreCopy),
+            (Engine::BackgroundSnapshot, StreamChoice::BackgroundSnapshot),
+            (Engine::Stopped, StreamChoice::Stopped),
+        ];
+        judged.extend(choices.map(|(engine, choice)| (engine, choose(choice).map(drop).map_err(|error| error.to_string()))));
+    }
+    judged
 }
 
 fn row(engine: Engine, can: Result<(), String>, ram_bytes: u64, is_another_possible: bool) -> Row {
@@ -104,13 +116,24 @@ mod test {
     }
 
     #[test]
+    fn engine_of_a_stopped_guest_is_that_of_its_checkpoint() {
+        let stopped = Support { background_snapshot: Err("old".to_owned()), pre_copy: Ok(()), stopped: true };
+        let judged = |memory| judge(Err("no plugin".to_owned()), &stopped, &facts(10), false, &memory).remove(1);
+        assert_eq!(judged(Ok(())), (Engine::ProcessMemory, Ok(())));
+        let (engine, can) = judged(Err("not permitted".to_owned()));
+        assert!(engine == Engine::ProcessMemory && can.is_err_and(|why| why.contains("not permitted")));
+    }
+
+    #[test]
     fn an_engine_that_cannot_be_had_is_no_fault_while_there_is_another() {
         let able = Support { background_snapshot: Ok(()), pre_copy: Ok(()), stopped: false };
-        let can = |judged: Judged| judged.map(|(_, can)| can.is_ok());
+        let can = |tracker, major, has_plugin| -> Vec<bool> {
+            judge(tracker, &able, &facts(major), has_plugin, &Ok(())).into_iter().map(|(_, can)| can.is_ok()).collect()
+        };
         let none = || Err("no plugin".to_owned());
-        assert_eq!(can(judge(none(), &able, &facts(10), false)), [false, true, true, true]);
-        assert_eq!(can(judge(none(), &able, &facts(7), false)), [false, false, true, true], "TCG of QEMU 7 loses pages");
-        assert_eq!(can(judge(Ok(()), &able, &facts(10), true)), [true, true, false, true]);
+        assert_eq!(can(none(), 10, false), [false, true, true, true]);
+        assert_eq!(can(none(), 7, false), [false, false, true, true], "TCG of QEMU 7 loses pages");
+        assert_eq!(can(Ok(()), 10, true), [true, true, false, true]);
         assert_eq!(row(Engine::Tracker, none(), GIB, true).state, State::Warn);
         assert_eq!(row(Engine::Tracker, none(), GIB, false).state, State::No);
     }

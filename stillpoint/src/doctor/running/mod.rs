@@ -10,16 +10,18 @@ mod engines;
 
 use super::{Row, State, table};
 use crate::exit::{REFUSED, explain};
+use crate::helper::machine;
 use crate::helper::unprepared::look::Look;
 use crate::inspect::print_json;
 use crate::launch::arguments;
 use crate::launch::expected;
 use crate::launch::foreign::Foreign;
+use crate::runtime::{MachineFile, RuntimeDir};
 use crate::terminal::{bytes, out};
 use anyhow::{Context, Error, Result};
-use qmp_bridge::devices;
+use qmp_bridge::{RunState, devices};
 use serde_json::{Value, json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 const ANOTHER_MONITOR: &str = "name a monitor that QEMU itself has opened and nobody uses (docs/attach.md)";
@@ -47,24 +49,52 @@ struct Report {
     left_out: Vec<(String, &'static str)>,
 }
 
+/// What a helper would look at, by the same checks.
 async fn look(monitor: &Path) -> Report {
     let path = std::path::absolute(monitor).unwrap_or_else(|_| monitor.to_owned());
-    let look = match Look::at(&path, |_| Ok(())).await {
+    let mut look = match Look::at(&path, |_| Ok(())).await {
         Ok(look) => look,
         Err(error) => return Report { rows: vec![cannot("monitor", &error, ANOTHER_MONITOR)], ..Report::default() },
     };
+    let helper = helper_of(&look);
+    if let Some((_, file)) = &helper {
+        // What a helper has put into this QEMU is in no checkpoint's way.
+        look.qmp = look.qmp.for_instance(&file.instance);
+    }
+    let server = helper.map(|(runtime, _)| runtime.nbd());
     let understood = look.understand();
-    let mut report = Report { rows: who(&look, understood.as_ref().ok()), ..Report::default() };
+    let found = understood.as_ref().ok();
+    let mut report = Report { rows: who(&look, found), ..Report::default() };
     report.rows.push(command_line(&understood));
-    report.rows.extend(engines::check(&look, understood.as_ref().ok(), &mut report.engines).await);
-    report.rows.extend(disks::check(&look, understood.as_ref().ok()).await);
-    report.rows.extend(plugged(&look, understood.as_ref().ok()).await);
+    report.rows.push(run_state(&look).await);
+    report.rows.extend(engines::check(&look, found, &mut report.engines).await);
+    report.rows.extend(disks::check(&look, found, server.as_deref()).await);
+    report.rows.extend(plugged(&look, found).await);
+    report.rows.extend(machine::check_blockers(&look.facts.migration_blockers).err().map(|error| cannot("migration", &error, START_ANEW)));
+    report.rows.extend(machine::check_whole(&look.blocks).err().map(|error| cannot("memory", &error, START_ANEW)));
     report.rows.extend(look.foreign_user().map(|why| cannot("QEMU's user", &Error::msg(why), START_ANEW)));
     if let Ok(found) = &understood {
         report.rows.extend(elsewhere::check(&found.options));
         report.left_out = found.dropped.iter().map(|dropped| (dropped.what.clone(), dropped.why)).collect();
     }
     report
+}
+
+/// The helper that has this QEMU, or had it.
+fn helper_of(look: &Look) -> Option<(RuntimeDir, MachineFile)> {
+    let base = std::env::var_os("STILLPOINT_RUNTIME_DIR").filter(|value| !value.is_empty()).map(PathBuf::from);
+    let is_it = |file: &MachineFile| {
+        file.pid == Some(look.process.pid) && file.unprepared.as_ref().is_none_or(|there| there.started == look.process.started)
+    };
+    RuntimeDir::known(base.as_deref()).into_iter().find(|(_, file)| is_it(file))
+}
+
+async fn run_state(look: &Look) -> Row {
+    const CHECK: &str = "run state";
+    match RunState::of(&look.qmp).await {
+        Ok(state) => Row::ok(CHECK, state.name()),
+        Err(error) => cannot(CHECK, &error.into(), "try again when the guest runs"),
+    }
 }
 
 /// A reason often ends in what to do.
@@ -104,15 +134,14 @@ async fn plugged(look: &Look, found: Option<&Foreign>) -> Vec<Row> {
         Ok(devices) => devices,
         Err(error) => return vec![Row::no(CHECK, error.to_string(), "try again")],
     };
-    let refused = devices.iter().filter_map(|device| Some((device, device.refusal()?)));
-    let mut rows: Vec<Row> =
-        refused.map(|(device, why)| cannot(CHECK, &Error::msg(format!("{} ({}): {why}", device.path, device.kind)), START_ANEW)).collect();
+    let mut rows: Vec<Row> = match machine::refusals(&look.qmp, &devices).await {
+        Ok(refusals) => refusals.into_iter().map(|why| cannot(CHECK, &Error::msg(why), START_ANEW)).collect(),
+        Err(error) => return vec![cannot(CHECK, &error, "try again")],
+    };
     let options = arguments::parse(&look.process.words).unwrap_or_default();
     let options = found.map_or(options, |found| found.options.clone());
-    if let Some(difference) = expected::difference(&options, &devices) {
-        let remedy = "undo that, or start the machine anew with the devices that it should have";
-        rows.push(Row::no(CHECK, format!("{difference} after the machine's start, and its command line does not say so"), remedy));
-    }
+    let difference = expected::difference(&options, &devices);
+    rows.extend(difference.map(|what| cannot(CHECK, &Error::msg(machine::not_as_started(&what)), START_ANEW)));
     if rows.is_empty() {
         rows.push(Row::ok(CHECK, format!("{} devices, all on the command line", devices.len())));
     }

@@ -4,6 +4,7 @@ use super::peer::Line;
 use crate::drives::{self, Drives, Started};
 use crate::exit::refused;
 use crate::helper::machine;
+use crate::launch::arguments;
 use crate::launch::foreign::{self, Foreign, Said};
 use crate::launch::inherited::Hold;
 use crate::launch::process::QemuProcess;
@@ -77,6 +78,11 @@ impl Look {
         let (ours, theirs) = (nix::unistd::geteuid().as_raw(), self.process.user);
         (theirs != ours && ours != 0)
             .then(|| format!("QEMU runs as user {theirs} and this helper as user {ours}; run Stillpoint as root or as user {theirs}"))
+    }
+
+    /// Whether the files of that command line, on which `drives` are, would be in a checkpoint.
+    pub fn check_files(&self, found: &Foreign, drives: &Drives) -> Result<()> {
+        machine::check_command_line(&arguments::words(&found.options), &self.process.directory, drives)
     }
 
     pub async fn support(&self) -> Result<Support> {

@@ -11,12 +11,12 @@ mod peer;
 use crate::cli::AttachArgs;
 use crate::engine::{choose_stream, choose_tracker};
 use crate::exit::refused;
+use crate::helper::machine;
 use crate::helper::process_memory::ProcessMemory;
 use crate::helper::qemu_lock::QemuLock;
 use crate::launch::command::MONITOR_CHARDEV;
 use crate::launch::process::{self, QemuProcess};
-use crate::launch::{self, arguments, instance, saved};
-use crate::layers;
+use crate::launch::{self, arguments, instance};
 use crate::runtime::{MachineFile, RuntimeDir, Unprepared};
 use crate::stores;
 use anyhow::{Context, Result};
@@ -85,8 +85,7 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, monitor: &Path, args:
             stream: args.stream,
         }),
     };
-    let boot_files = layers::boot_files(&file.arguments, &file.directory)?;
-    saved::check_carried(&arguments::words(&drives.options), &file.directory, &drives.disks, &boot_files)?;
+    machine::check_command_line(&file.arguments, &file.directory, &drives)?;
     for dropped in &found.dropped {
         tracing::info!(what = dropped.what, why = dropped.why, "a restored machine is started without it");
     }
@@ -142,17 +141,16 @@ fn refuse_ours(process: &QemuProcess) -> Result<()> {
 /// Two helpers would take each other's captures apart.
 fn refuse_taken(runtime: &RuntimeDir, pid: u32, started: u64) -> Result<()> {
     let base = runtime.path().parent().unwrap_or(runtime.path());
-    let names = std::fs::read_dir(base).into_iter().flatten().flatten();
-    let names = names.filter_map(|entry| entry.file_name().to_str()?.parse::<VmName>().ok());
-    for name in names {
-        let Ok(other) = RuntimeDir::new(Some(base), &name) else { continue };
+    for (other, file) in RuntimeDir::known(Some(base)) {
         if other.path() == runtime.path() {
             continue;
         }
-        let Ok(file) = other.machine() else { continue };
         let is_same = file.pid == Some(pid) && file.unprepared.is_some_and(|there| there.started == started);
         if is_same && other.lock_helper().is_err() {
-            return Err(refused(format!("that QEMU (pid {pid}) is attached as {name} already, and its helper lives; use that name")));
+            return Err(refused(format!(
+                "that QEMU (pid {pid}) is attached as {} already, and its helper lives; use that name",
+                file.name
+            )));
         }
     }
     // Whatever directory it was attached from.
