@@ -8,6 +8,7 @@ use thiserror::Error;
 
 use crate::units::PAGE_SIZE;
 
+/// Text that is no digest in hexadecimal.
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
 #[error("{found:?} is no {what}; expected {digits} lower-case hex digits")]
 pub struct DigestParseError {
@@ -28,6 +29,7 @@ impl PageDigest {
     /// The digest of a page of zeros.
     pub const ZERO_PAGE: Self = Self([0xb6, 0xfb, 0x73, 0xfc, 0x46, 0x93, 0x8c, 0x98, 0x1e, 0x2b, 0x0b, 0x4b, 0x1e, 0xf2, 0x82, 0xad]);
 
+    /// The digest of one page.
     pub fn of(page: &[u8]) -> Self {
         Self(truncated(page))
     }
@@ -39,6 +41,7 @@ impl PageDigest {
 pub struct Checksum(pub [u8; 16]);
 
 impl Checksum {
+    /// The checksum of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         Self(truncated(bytes))
     }
@@ -58,6 +61,7 @@ impl Checksum {
 pub struct ContentDigest(pub [u8; 32]);
 
 impl ContentDigest {
+    /// The digest of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         Self(*blake3::hash(bytes).as_bytes())
     }
@@ -68,15 +72,18 @@ impl ContentDigest {
 pub struct ContentHasher(blake3::Hasher);
 
 impl ContentHasher {
+    /// A hasher that has seen no bytes.
     pub fn new() -> Self {
         Self::default()
     }
 
+    /// Adds bytes at the end.
     pub fn update(&mut self, bytes: &[u8]) -> &mut Self {
         self.0.update(bytes);
         self
     }
 
+    /// The digest of all bytes so far.
     pub fn finish(&self) -> ContentDigest {
         ContentDigest(*self.0.finalize().as_bytes())
     }

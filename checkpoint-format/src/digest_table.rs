@@ -53,6 +53,7 @@ impl DigestTable {
         Self(Shape::Sparse { pages: Pages::default(), max_chunks, max_ranges: (limit / LIMIT_PER_RANGE).max(1) })
     }
 
+    /// The digest of a page, if it is known.
     pub fn get(&self, page: PageIndex) -> Option<PageDigest> {
         let known = match &self.0 {
             Shape::Dense(slots) => slots.get(page.as_usize()).copied().unwrap_or(Known::UNKNOWN),
@@ -123,6 +124,7 @@ impl DigestTable {
         }
     }
 
+    /// Makes the digest of a page unknown.
     pub fn forget(&mut self, page: PageIndex) {
         match &mut self.0 {
             Shape::Dense(slots) => {

@@ -24,6 +24,7 @@ pub(crate) struct Envelope {
 
 /// A text file whose envelope is wrong. The caller adds the file's name.
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum EnvelopeError {
     #[error("read the {kind}: it begins with {found:?}; this is another kind of file, or damaged")]
     WrongKind { kind: &'static str, found: String },

@@ -5,7 +5,39 @@
 //!
 //! Two rules hold for everything that is parsed: the checksum is verified before anything is believed, and every count
 //! and length is compared with a named limit before it is used to allocate or to loop.
+//!
+//! # Example
+//!
+//! One page into a pack, and out of its bytes again:
+//!
+//! ```
+//! use checkpoint_format::{
+//!     EncodedFrame, PAGE_SIZE, PackBuilder, PackId, PageDigest, PageIndex, SpaceName, SpaceTable, ZSTD_LEVEL,
+//! };
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let ram = SpaceName::ram("pc.ram")?;
+//! let spaces = SpaceTable::new([ram.clone()])?;
+//! let space = spaces.id(&ram).ok_or("it has just been listed")?;
+//! let page = [7; PAGE_SIZE];
+//! let pages = [(PageIndex(42), PageDigest::of(&page))];
+//!
+//! let mut pack = PackBuilder::new(PackId::derive(&["web1", "1", "0"]), &spaces);
+//! pack.push_frame(EncodedFrame::encode(space, &pages, &page, ZSTD_LEVEL)?)?;
+//! let finished = pack.finish()?;
+//!
+//! let (bytes, info) = (finished.chunks.concat(), finished.info);
+//! let from = info.trailer_offset.0 as usize;
+//! let index = info.parse_index(&bytes[from..from + info.trailer_len as usize])?;
+//! let frame = &index.frames()[0];
+//! let stored = frame.byte_range();
+//! let content = frame.decode(&bytes[stored.start as usize..stored.end as usize])?;
+//! assert_eq!(content, page);
+//! # Ok(())
+//! # }
+//! ```
 
+#![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
 #![forbid(unsafe_code)]
 
 mod digest;

@@ -14,6 +14,7 @@ pub const MAX_LINEAGE_PACKS: u32 = 1 << 28;
 const CHUNK_PAGES: usize = 4096;
 
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum LineageError {
     #[error("apply pack {pack} of a lineage: pack {last} was applied before it; apply packs from the oldest to the newest, each once")]
     OutOfOrder { pack: PackNo, last: PackNo },
@@ -26,10 +27,15 @@ pub enum LineageError {
 pub enum PageLocation {
     /// No checkpoint of the lineage recorded it. For a disk that means: look into the layer below.
     Unknown,
+    /// The page is all zeros.
     Zero,
+    /// The page is stored.
     Data {
+        /// The pack, counted from the lineage's first.
         pack: PackNo,
+        /// The frame of that pack.
         frame: FrameNo,
+        /// The page's place in the frame.
         slot: Slot,
     },
 }
@@ -123,6 +129,7 @@ pub struct PageMap {
 /// Pages one after another that are all unknown, all zero, or in neighbouring slots of one frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LocatedRun {
+    /// The pages of the run.
     pub pages: PageRange,
     /// Of the first page.
     pub location: PageLocation,
@@ -131,7 +138,9 @@ pub struct LocatedRun {
 /// A frame that a restore has to read and the parts of it that are still the newest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FrameRead {
+    /// The pack, counted from the lineage's first.
     pub pack: PackNo,
+    /// The frame of that pack.
     pub frame: FrameNo,
     /// Ascending by slot.
     pub parts: Vec<FramePart>,
@@ -140,7 +149,9 @@ pub struct FrameRead {
 /// Pages whose content lies in the frame from `first_slot` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FramePart {
+    /// Where the first of them is in the frame.
     pub first_slot: Slot,
+    /// The pages that are taken.
     pub pages: PageRange,
 }
 
@@ -150,6 +161,7 @@ impl PageMap {
         Self { space, size, pages: Pages::default(), last: None }
     }
 
+    /// The page space that is mapped.
     pub fn space(&self) -> &SpaceName {
         &self.space
     }
@@ -167,6 +179,9 @@ impl PageMap {
     }
 
     /// Takes in what the pack holds for this space. Pages beyond the space's size are ignored.
+    ///
+    /// # Errors
+    /// When `pack` is older than one already applied, or beyond the limit of packs.
     pub fn apply_pack(&mut self, pack: PackNo, index: &PackIndex) -> Result<(), LineageError> {
         self.check_order(pack)?;
         let space = self.space.clone();

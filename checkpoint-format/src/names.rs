@@ -16,6 +16,7 @@ pub const MAX_VM_NAME: usize = 64;
 pub const MAX_PACK_NAME: usize = 96;
 
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum NameError {
     #[error("the {what} is empty; give at least one character")]
     Empty { what: &'static str },
@@ -48,6 +49,7 @@ pub enum SpaceKind {
 impl SpaceKind {
     const ALL: [Self; 4] = [Self::Ram, Self::Disk, Self::State, Self::Layer];
 
+    /// The prefix of names of that kind.
     pub const fn prefix(self) -> &'static str {
         match self {
             Self::Ram => "ram:",
@@ -73,6 +75,11 @@ impl fmt::Display for SpaceKind {
 pub struct SpaceName(String);
 
 impl SpaceName {
+    /// Parses `kind:name`.
+    ///
+    /// # Errors
+    /// When the kind is unknown, or the name is empty, too long, or has characters that are not
+    /// allowed.
     pub fn new(name: impl Into<String>) -> Result<Self, NameError> {
         let name = name.into();
         let kind = kind_of(&name).ok_or_else(|| NameError::UnknownKind { name: name.clone() })?;
@@ -80,10 +87,18 @@ impl SpaceName {
         Ok(Self(name))
     }
 
+    /// The space of a RAM block.
+    ///
+    /// # Errors
+    /// As for [`Self::new`].
     pub fn ram(block: &str) -> Result<Self, NameError> {
         Self::new(format!("{}{block}", SpaceKind::Ram.prefix()))
     }
 
+    /// The space of a disk, by its node name.
+    ///
+    /// # Errors
+    /// As for [`Self::new`].
     pub fn disk(node: &str) -> Result<Self, NameError> {
         Self::new(format!("{}{node}", SpaceKind::Disk.prefix()))
     }
@@ -93,14 +108,20 @@ impl SpaceName {
         Self(format!("{}device", SpaceKind::State.prefix()))
     }
 
+    /// The space of a layer's blocks.
     pub fn layer(digest: ContentDigest) -> Self {
         Self(format!("{}{digest}", SpaceKind::Layer.prefix()))
     }
 
+    /// The whole name, with its prefix.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
+    /// The kind that the prefix says.
+    ///
+    /// # Panics
+    /// Never: the constructors check the prefix.
     pub fn kind(&self) -> SpaceKind {
         kind_of(&self.0).expect("the constructor accepts only names with a known prefix")
     }
@@ -134,12 +155,17 @@ fn check_rest(kind: SpaceKind, name: &str) -> Result<(), NameError> {
 pub struct VmName(String);
 
 impl VmName {
+    /// Checks the name of a VM.
+    ///
+    /// # Errors
+    /// When it is empty, too long, or has characters that are not allowed in a path.
     pub fn new(name: impl Into<String>) -> Result<Self, NameError> {
         let name = name.into();
         check_file_name("machine name", &name, MAX_VM_NAME)?;
         Ok(Self(name))
     }
 
+    /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -151,12 +177,17 @@ impl VmName {
 pub struct PackName(String);
 
 impl PackName {
+    /// Checks the name of a pack.
+    ///
+    /// # Errors
+    /// When it is empty, too long, or has characters that are not allowed in a path.
     pub fn new(name: impl Into<String>) -> Result<Self, NameError> {
         let name = name.into();
         check_file_name("pack name", &name, MAX_PACK_NAME)?;
         Ok(Self(name))
     }
 
+    /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }

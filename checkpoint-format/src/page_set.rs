@@ -49,6 +49,7 @@ impl PageSet {
         self.words().iter().all(|&word| word == 0)
     }
 
+    /// Whether the page is in the set.
     pub fn contains(&self, page: PageIndex) -> bool {
         self.bits.get(page.as_usize()).is_some_and(|bit| *bit)
     }
@@ -66,10 +67,12 @@ impl PageSet {
         self.fill(range, true);
     }
 
+    /// Removes a page, if it is there.
     pub fn remove(&mut self, page: PageIndex) {
         self.remove_range(PageRange::single(page));
     }
 
+    /// Removes all pages of a range.
     pub fn remove_range(&mut self, range: PageRange) {
         self.fill(range.clip(self.len()), false);
     }

@@ -23,6 +23,7 @@ macro_rules! number {
         pub struct $name(pub $inner);
 
         impl $name {
+            /// The number.
             pub const fn get(self) -> $inner {
                 self.0
             }
@@ -79,6 +80,7 @@ impl PageIndex {
         ByteOffset(self.0.saturating_mul(PAGE_SIZE as u64))
     }
 
+    /// The page `count` pages further on, unless that overflows.
     pub const fn checked_add(self, count: PageCount) -> Option<Self> {
         match self.0.checked_add(count.0) {
             Some(sum) => Some(Self(sum)),
@@ -105,12 +107,14 @@ impl PageCount {
 }
 
 impl Epoch {
+    /// The next higher epoch.
     pub const fn next(self) -> Self {
         Self(self.0.saturating_add(1))
     }
 }
 
 impl CheckpointSeq {
+    /// The ID of a VM's first checkpoint.
     pub const FIRST: Self = Self(1);
 
     /// Saturates: a directory of the highest number that somebody made is one that a writer finds taken.
@@ -122,11 +126,14 @@ impl CheckpointSeq {
 /// The pages from `start` up to and without `end`. Empty when `end <= start`, like the standard library's ranges.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageRange {
+    /// The first page.
     pub start: PageIndex,
+    /// The page after the last.
     pub end: PageIndex,
 }
 
 impl PageRange {
+    /// The pages from `start` to before `end`.
     pub const fn new(start: PageIndex, end: PageIndex) -> Self {
         Self { start, end }
     }
@@ -136,22 +143,27 @@ impl PageRange {
         Self { start, end: PageIndex(start.0.saturating_add(count.0)) }
     }
 
+    /// One page.
     pub const fn single(page: PageIndex) -> Self {
         Self::of_len(page, PageCount(1))
     }
 
+    /// Number of pages.
     pub const fn len(self) -> PageCount {
         PageCount(self.end.0.saturating_sub(self.start.0))
     }
 
+    /// Whether it has no pages.
     pub const fn is_empty(self) -> bool {
         self.end.0 <= self.start.0
     }
 
+    /// Whether the page is in the range.
     pub const fn contains(self, page: PageIndex) -> bool {
         self.start.0 <= page.0 && page.0 < self.end.0
     }
 
+    /// The pages in ascending order.
     pub fn iter(self) -> impl DoubleEndedIterator<Item = PageIndex> {
         (self.start.0..self.end.0).map(PageIndex)
     }
@@ -161,6 +173,7 @@ impl PageRange {
         self.start.byte_offset().0..self.end.byte_offset().0
     }
 
+    /// Bytes of all its pages.
     pub const fn byte_len(self) -> ByteLen {
         self.len().byte_len()
     }

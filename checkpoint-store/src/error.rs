@@ -8,10 +8,12 @@ use thiserror::Error;
 
 use crate::path::StorePath;
 
+/// The result of a store operation.
 pub type Result<T> = std::result::Result<T, StoreError>;
 
 /// The operation that was tried, as errors, logs and fault rules name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "named after the methods of `Store`")]
 pub enum Op {
     CreateDirAll,
     CreateDir,
@@ -46,6 +48,7 @@ impl fmt::Display for Op {
 
 /// An error of a store or of the repository on it. Paths are as the store's URL would name them.
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum StoreError {
     #[error("{op} {path}: it, or the directory that should hold it, does not exist")]
     NotFound { op: Op, path: String },
@@ -135,14 +138,17 @@ impl StoreError {
         matches!(self, StoreError::Timeout { .. } | StoreError::Uncertain { .. } | StoreError::CommitUnknown { .. })
     }
 
+    /// Whether what was asked for is not in the store.
     pub fn is_not_found(&self) -> bool {
         matches!(self, StoreError::NotFound { .. })
     }
 
+    /// Whether the name is taken already.
     pub fn is_already_exists(&self) -> bool {
         matches!(self, StoreError::AlreadyExists { .. })
     }
 
+    /// Whether a newer writer has fenced this one: no retry can help.
     pub fn is_fenced(&self) -> bool {
         matches!(self, StoreError::Fenced { .. })
     }

@@ -56,6 +56,7 @@ impl FaultRule {
         FaultRule { op: None, ..Self::always(Op::Stat, fault) }
     }
 
+    /// The same fault at so many matching calls.
     pub fn times(mut self, times: u64) -> Self {
         self.times = times;
         self

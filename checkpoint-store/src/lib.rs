@@ -4,7 +4,40 @@
 //! [`LocalStore`], [`HdfsStore`] and [`MemoryStore`] keep them, [`FaultyStore`] breaks them on request.
 //! [`Repository`] knows the layout on top of it: who may write a machine's checkpoints (writer epochs), what
 //! is still partial, and the one rename that makes a checkpoint exist. Manifests and packs are opaque bytes here.
+//!
+//! # Example
+//!
+//! ```
+//! use checkpoint_format::CheckpointSeq;
+//! use checkpoint_store::{Claim, MemoryStore, Mode, Repository, WriterRecord};
+//! use std::sync::Arc;
+//!
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let repository = Repository::open(Arc::new(MemoryStore::new()), Mode::CreateIfMissing).await?;
+//! let record = WriterRecord {
+//!     host: "host-a".into(),
+//!     boot_id: "c0ffee".into(),
+//!     instance: "first-start".into(),
+//!     pid: 4711,
+//!     claimed_at: "2026-01-01T00:00:00Z".into(),
+//!     version: "0.1.0".into(),
+//!     hardware: None,
+//! };
+//! let claim = Claim::Continue { instance: record.instance.clone(), last: None, dead: None };
+//! let vm = "web1".parse()?;
+//! let writer = repository.claim_writer(&vm, record, claim).await?;
+//!
+//! let partial = writer.begin(CheckpointSeq::FIRST).await?;
+//! partial.put_pack("ram", vec!["pages".into()]).await?;
+//! assert!(repository.checkpoints(&vm).await?.is_empty());
+//! partial.commit("manifest".into()).await?;
+//! assert_eq!(repository.checkpoints(&vm).await?, [CheckpointSeq::FIRST]);
+//! # Ok(())
+//! # }
+//! ```
 
+#![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 mod error;

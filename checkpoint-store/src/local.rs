@@ -34,6 +34,9 @@ pub struct LocalStore {
 
 impl LocalStore {
     /// A store below `base`, an absolute path.
+    ///
+    /// # Errors
+    /// When the directory cannot be made or resolved.
     pub fn new(base: impl Into<PathBuf>) -> Result<Self> {
         // By its components, so that a store has one name however many slashes it is written with.
         let base: PathBuf = base.into().components().collect();

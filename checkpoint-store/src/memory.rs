@@ -47,6 +47,7 @@ impl Default for MemoryStore {
 }
 
 impl MemoryStore {
+    /// An empty store.
     pub fn new() -> Self {
         let tree = Tree::from([(StorePath::root(), Node::dir())]);
         MemoryStore { tree: Arc::new(Mutex::new(tree)), default_replicas: None }

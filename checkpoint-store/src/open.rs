@@ -7,14 +7,19 @@ use crate::hdfs::{HdfsOptions, HdfsStore};
 use crate::local::LocalStore;
 use crate::store::Store;
 
+/// Options of [`open`] for every kind of store.
 #[derive(Debug, Clone, Default)]
 pub struct StoreOptions {
+    /// For `hdfs://` URLs.
     pub hdfs: HdfsOptions,
 }
 
 /// Opens the store at `file:///directory` (or just `/directory`), `hdfs://namenode:port/directory`,
 /// `hdfs://nameservice/directory` or `viewfs://…`. Nothing is contacted or created yet. The path of a `file:` URL is
 /// taken as it stands, without percent decoding.
+///
+/// # Errors
+/// When the URL has an unknown scheme or no path, or the store cannot be opened.
 pub fn open(url: &str, options: &StoreOptions) -> Result<Arc<dyn Store>> {
     if url.starts_with('/') {
         return Ok(Arc::new(LocalStore::new(url)?));

@@ -16,10 +16,15 @@ const MAX_PATH_LEN: usize = 1024;
 pub struct StorePath(String);
 
 impl StorePath {
+    /// The base directory of the store.
     pub fn root() -> Self {
         StorePath(String::new())
     }
 
+    /// Parses `a/b/c`.
+    ///
+    /// # Errors
+    /// When a component is empty, `.` or `..`, too long, or has characters that are not allowed.
     pub fn new(text: &str) -> Result<Self, StoreError> {
         let refuse = |reason| StoreError::InvalidPath { text: text.chars().take(MAX_PATH_LEN).collect(), reason };
         if text.len() > MAX_PATH_LEN {
@@ -34,6 +39,9 @@ impl StorePath {
     }
 
     /// This path with one or more components added.
+    ///
+    /// # Errors
+    /// When `name` is no valid component.
     pub fn join(&self, name: &str) -> Result<Self, StoreError> {
         if self.is_root() {
             return Self::new(name);
@@ -41,10 +49,12 @@ impl StorePath {
         Self::new(&format!("{}/{name}", self.0))
     }
 
+    /// Whether it is the base directory of the store.
     pub fn is_root(&self) -> bool {
         self.0.is_empty()
     }
 
+    /// The components, separated by `/`.
     pub fn as_str(&self) -> &str {
         &self.0
     }

@@ -16,12 +16,14 @@ pub const MAX_READ_LEN: u64 = 1 << 30;
 /// The most entries that a listing may have before it is refused.
 pub(crate) const MAX_LIST_LEN: usize = 1 << 20;
 
+/// Options of one put.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PutOptions {
     /// Copies to write before the put counts as done; `None`: the store's default. Stores without copies ignore it.
     pub replicas: Option<u16>,
 }
 
+/// What a put has stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PutReceipt {
     /// Bytes stored: the sum of what was given.
@@ -31,20 +33,26 @@ pub struct PutReceipt {
     pub replicas: Option<u16>,
 }
 
+/// Metadata of one path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stat {
     /// Bytes; 0 for a directory.
     pub len: u64,
+    /// Whether it is a directory.
     pub is_dir: bool,
+    /// Replicas that the store keeps of the file, if it keeps replicas.
     pub replicas: Option<u16>,
     /// When its content changed last (of a directory: an entry came or went), by the store's own clock: to be compared with other
     /// such times of the same store only.
     pub modified: SystemTime,
 }
 
+/// One entry of a listing.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry {
+    /// The last component of its path.
     pub name: String,
+    /// Whether it is a directory.
     pub is_dir: bool,
     /// Bytes; 0 for a directory.
     pub len: u64,

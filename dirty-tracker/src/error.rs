@@ -7,6 +7,7 @@ use checkpoint_format::PageRange;
 
 /// Each says what was tried, on what, and what to do next.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum TrackerError {
     #[error(
         "cannot reach the plugin at {}; start QEMU with -plugin file=libstillpoint_plugin.so,socket={}, as the same user",

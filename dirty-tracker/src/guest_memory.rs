@@ -40,6 +40,9 @@ const MIN_MAPPED_READ: usize = 32 << 10;
 
 impl GuestMemory {
     /// `len` bytes of zeroes, sealed. The descriptor is close-on-exec; see [`Self::set_inheritable`].
+    ///
+    /// # Errors
+    /// When the kernel cannot make, size or seal the file.
     pub fn create(name: &str, len: u64) -> Result<Self, TrackerError> {
         let made = MemfdOptions::default().allow_sealing(true).close_on_exec(true).create(name);
         let memfd = made.map_err(|error| cannot(name, "create", "check the memory limits of this process", to_io(error)))?;
@@ -51,6 +54,9 @@ impl GuestMemory {
     }
 
     /// Takes over a memfd, which must be sealed against shrinking.
+    ///
+    /// # Errors
+    /// When it is no memfd, or not sealed against shrinking.
     pub fn from_fd(name: &str, fd: OwnedFd) -> Result<Self, TrackerError> {
         let foreign = || cannot(name, "use", "it must be a memfd with sealing", ErrorKind::InvalidInput.into());
         let memfd = Memfd::try_from_file(File::from(fd)).map_err(|_| foreign())?;
@@ -69,6 +75,7 @@ impl GuestMemory {
         Self { name: name.into(), file: Arc::new(file), len, mapping }
     }
 
+    /// The name of the RAM block.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -78,11 +85,15 @@ impl GuestMemory {
         self.len
     }
 
+    /// Whether it has no bytes; never, once it is made.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
     /// Fills `out` from `offset` on.
+    ///
+    /// # Errors
+    /// When the range is outside of the file, or the kernel fails to read it.
     pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), TrackerError> {
         self.check_range(offset, out.len())?;
         if let Some(mapping) = self.mapping.as_ref().filter(|_| out.len() >= MIN_MAPPED_READ) {
@@ -98,6 +109,9 @@ impl GuestMemory {
     }
 
     /// Writes `bytes` at `offset`; no tracker sees it.
+    ///
+    /// # Errors
+    /// When the range is outside of the file, or the kernel fails to write it.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), TrackerError> {
         self.check_range(offset, bytes.len())?;
         let result = self.file.write_all_at(bytes, offset);
@@ -114,11 +128,17 @@ impl GuestMemory {
     }
 
     /// The byte ranges that hold data, in order; what lies between them is zero and takes no memory.
+    ///
+    /// # Errors
+    /// When the kernel cannot tell data from holes.
     pub fn data_ranges(&self) -> Result<Vec<Range<u64>>, TrackerError> {
         self.data_in(0..self.len)
     }
 
     /// The same for a part of it; the ranges end where the part ends.
+    ///
+    /// # Errors
+    /// When the kernel cannot tell data from holes.
     pub fn data_in(&self, part: Range<u64>) -> Result<Vec<Range<u64>>, TrackerError> {
         let part = part.start..part.end.min(self.len);
         let mut ranges = Vec::new();
@@ -140,6 +160,9 @@ impl GuestMemory {
     }
 
     /// As [`Self::read`], for memory that may have holes: they are read as zeros and stay holes.
+    ///
+    /// # Errors
+    /// When the range is outside of the file, or the kernel fails to read it.
     pub fn read_sparse(&self, offset: u64, out: &mut [u8]) -> Result<(), TrackerError> {
         self.check_range(offset, out.len())?;
         let end = offset + out.len() as u64;
@@ -158,6 +181,7 @@ impl GuestMemory {
         }
     }
 
+    /// The file descriptor of the memory file.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
@@ -170,6 +194,9 @@ impl GuestMemory {
     /// Whether a program that this process starts gets the descriptor too.
     ///
     /// Every child started meanwhile gets it, not only QEMU: switch it on right before, and off right after.
+    ///
+    /// # Errors
+    /// When the kernel refuses the flag.
     pub fn set_inheritable(&self, inheritable: bool) -> Result<(), TrackerError> {
         let flags = if inheritable { FdFlag::empty() } else { FdFlag::FD_CLOEXEC };
         let result = fcntl(&*self.file, FcntlArg::F_SETFD(flags));
@@ -177,6 +204,9 @@ impl GuestMemory {
     }
 
     /// The inode by which the file is found in a memory map.
+    ///
+    /// # Errors
+    /// When the file's metadata cannot be read.
     pub fn inode(&self) -> Result<u64, TrackerError> {
         let metadata = self.file.metadata();
         Ok(metadata.map_err(|error| cannot(&self.name, "stat", "try again", error))?.ino())

@@ -42,6 +42,10 @@ impl PluginHandles {
     /// Connects and fetches everything; the connection is not needed afterwards.
     ///
     /// Waits up to `timeout` for the socket to appear, and for the plugin to answer.
+    ///
+    /// # Errors
+    /// When nothing listens there, the plugin does not answer within `timeout`, or it speaks
+    /// another version.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, TrackerError> {
         let deadline = Instant::now() + timeout;
         let mut stream = connect_until(path, deadline)?;
@@ -102,33 +106,53 @@ impl PluginHandles {
         matches!(self.reply.uffd_source, UffdSource::Syscall | UffdSource::Device)
     }
 
+    /// QEMU's userfaultfd.
+    ///
+    /// # Errors
+    /// When the plugin has none.
     pub fn uffd(&self) -> Result<BorrowedFd<'_>, TrackerError> {
         let remedy = "run QEMU on Linux 6.7 or later, with access to /dev/userfaultfd";
         self.open(FdKind::Uffd, "userfaultfd", remedy, self.uffd.as_ref().map(AsFd::as_fd))
     }
 
     /// `/proc/PID/pagemap` of QEMU.
+    ///
+    /// # Errors
+    /// When the plugin could not open it.
     pub fn pagemap(&self) -> Result<&File, TrackerError> {
         self.open(FdKind::Pagemap, "page map", "is /proc mounted where QEMU runs?", self.pagemap.as_ref())
     }
 
     /// `/proc/PID/mem` of QEMU, read-only. Its position is shared with other holders: read at offsets.
+    ///
+    /// # Errors
+    /// When the plugin could not open it.
     pub fn memory(&self) -> Result<&File, TrackerError> {
         self.open(FdKind::Memory, "memory", "is /proc mounted where QEMU runs?", self.memory.as_ref())
     }
 
     /// The text of `/proc/PID/maps` of QEMU, as it is now.
+    ///
+    /// # Errors
+    /// When the plugin could not open QEMU's memory map, or it cannot be read.
     pub fn maps_text(&self) -> Result<String, TrackerError> {
         let remedy = "is /proc mounted where QEMU runs?";
         let maps = self.open(FdKind::Maps, "memory map", remedy, self.maps.as_ref())?;
         read_maps(maps).map_err(|source| TrackerError::Maps { source })
     }
 
+    /// QEMU's memory map.
+    ///
+    /// # Errors
+    /// As for [`Self::maps_text`] and [`parse_maps`].
     pub fn maps(&self) -> Result<Vec<Mapping>, TrackerError> {
         parse_maps(&self.maps_text()?)
     }
 
     /// The RAM file that QEMU was given with `ramfd=`, if it was.
+    ///
+    /// # Errors
+    /// When the map or the memory file cannot be read.
     pub fn ram(&self, name: &str) -> Result<Option<GuestMemory>, TrackerError> {
         let Some(fd) = &self.ram else {
             let error = self.reply.errno[FdKind::Ram as usize];
@@ -148,6 +172,9 @@ impl PluginHandles {
     /// Where QEMU has mapped `memory`; `None` when it has not.
     ///
     /// Two mappings are an error: writes through one of them would not be seen.
+    ///
+    /// # Errors
+    /// When the map cannot be read or parsed.
     pub fn find_mapping(&self, memory: &GuestMemory) -> Result<Option<u64>, TrackerError> {
         let inode = memory.inode()?;
         let maps = self.maps()?;

@@ -17,7 +17,9 @@ use crate::sys::write_protect::{protect, register};
 /// One thing that tracking needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostCheck {
+    /// What is checked.
     pub name: &'static str,
+    /// Whether the host has it.
     pub ok: bool,
     /// What was found.
     pub detail: String,
@@ -38,6 +40,7 @@ impl HostCheck {
 /// What the host allows this process; a QEMU that runs as the same user gets the same.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostSupport {
+    /// All checks, in the order in which they depend on each other.
     pub checks: Vec<HostCheck>,
     /// Dirty pages can be tracked.
     pub can_track: bool,

@@ -64,6 +64,7 @@ impl DirtyLease {
         PageCount(self.taken.iter().map(|pages| pages.count().0).sum())
     }
 
+    /// Whether no page is claimed.
     pub fn is_empty(&self) -> bool {
         self.taken.iter().all(PageSet::is_empty)
     }

@@ -9,6 +9,23 @@
 //! 4. [`DirtyLease::settle`] when the checkpoint is durable; otherwise the pages go back and come again.
 //!
 //! Unsafe code is in `sys/` only.
+//!
+//! # Example
+//!
+//! A guest's RAM file, of which only what was written takes memory:
+//!
+//! ```
+//! use dirty_tracker::GuestMemory;
+//!
+//! # fn main() -> Result<(), dirty_tracker::TrackerError> {
+//! let memory = GuestMemory::create("pc.ram", 16 << 20)?;
+//! memory.write(1 << 20, b"written by the guest")?;
+//! assert_eq!(memory.data_ranges()?, [1 << 20..(1 << 20) + 4096]);
+//! # Ok(())
+//! # }
+//! ```
+
+#![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
 
 mod error;
 mod guest_memory;

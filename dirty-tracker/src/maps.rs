@@ -15,14 +15,19 @@ const READ_LEN: usize = 64 << 10;
 /// One line of the memory map.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mapping {
+    /// The first address.
     pub start: u64,
+    /// The address after the last.
     pub end: u64,
+    /// Whether other processes see what is written.
     pub shared: bool,
+    /// Whether the process may write.
     pub writable: bool,
     /// Where in its file the mapping starts, in bytes.
     pub offset: u64,
     /// Of the file's device.
     pub major: u32,
+    /// Of the file's device.
     pub minor: u32,
     /// 0 for anonymous memory.
     pub inode: u64,
@@ -31,6 +36,7 @@ pub struct Mapping {
 }
 
 impl Mapping {
+    /// The addresses of the mapping.
     pub fn addresses(&self) -> Range<u64> {
         self.start..self.end
     }
@@ -74,6 +80,9 @@ fn hex_pair(text: &str, separator: char) -> Option<(u64, u64)> {
 }
 
 /// The whole memory map, ascending by address.
+///
+/// # Errors
+/// When a line is not of the form that the kernel writes.
 pub fn parse_maps(text: &str) -> Result<Vec<Mapping>, TrackerError> {
     text.lines().map(|line| Mapping::parse(line).ok_or_else(|| TrackerError::MapsLine { line: line.to_owned() })).collect()
 }

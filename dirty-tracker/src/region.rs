@@ -26,10 +26,12 @@ pub struct Region {
     pub host_address: u64,
     /// A whole number of pages.
     pub bytes: u64,
+    /// What the block is made of, and how it is read.
     pub memory: RegionMemory,
 }
 
 impl Region {
+    /// Its number of pages.
     pub fn pages(&self) -> PageCount {
         PageCount::covering(ByteLen(self.bytes))
     }

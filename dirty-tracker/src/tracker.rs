@@ -20,6 +20,7 @@ use crate::sys::write_protect::{protect, register};
 pub struct RegionId(usize);
 
 impl RegionId {
+    /// Its place among the regions given to [`Tracker::attach`].
     pub fn index(self) -> usize {
         self.0
     }
@@ -78,6 +79,10 @@ impl Tracker {
     /// Registers the regions; the guest may run.
     ///
     /// Regions that an earlier tracker has registered keep their state.
+    ///
+    /// # Errors
+    /// When the plugin could not open what is needed, a region is listed twice or is not in QEMU's
+    /// memory, or the kernel refuses to register it.
     pub fn attach(handles: PluginHandles, regions: Vec<Region>) -> Result<Self, TrackerError> {
         let uffd = handles.uffd()?;
         handles.pagemap()?;
@@ -103,6 +108,9 @@ impl Tracker {
     ///
     /// Found is what QEMU's balloon does: `fallocate(FALLOC_FL_PUNCH_HOLE)` on the RAM file. In private memory the kernel reports
     /// pages that were discarded, and nothing is needed.
+    ///
+    /// # Errors
+    /// When the kernel lacks what is needed, or a memory file cannot be mapped here.
     pub fn watch_holes(&mut self) -> Result<(), TrackerError> {
         for tracked in &mut self.regions {
             tracked.holes = HoleWatch::of(&tracked.region)?;
@@ -112,22 +120,32 @@ impl Tracker {
     }
 
     /// That [`Self::watch_holes`] can be done for these regions; nothing is watched yet.
+    ///
+    /// # Errors
+    /// When the kernel lacks what is needed.
     pub fn can_watch_holes(regions: &[Region]) -> Result<(), TrackerError> {
         regions.iter().try_for_each(|region| HoleWatch::of(region).map(drop))
     }
 
+    /// What the plugin has sent.
     pub fn handles(&self) -> &PluginHandles {
         &self.handles
     }
 
+    /// All regions with their IDs.
     pub fn regions(&self) -> impl Iterator<Item = (RegionId, &Region)> {
         self.regions.iter().enumerate().map(|(index, tracked)| (RegionId(index), &tracked.region))
     }
 
+    /// The region of an ID.
+    ///
+    /// # Errors
+    /// When the ID is of another tracker.
     pub fn region(&self, id: RegionId) -> Result<&Region, TrackerError> {
         self.tracked(id).map(|tracked| &tracked.region)
     }
 
+    /// The ID of the RAM block with that name.
     pub fn find(&self, name: &str) -> Option<RegionId> {
         self.regions().find(|(_, region)| region.name == name).map(|(id, _)| id)
     }
@@ -141,6 +159,9 @@ impl Tracker {
     /// Protects every page, existing or not, and splits huge pages, so that single pages are seen: 30 to 60 ms per GiB that
     /// would else be (in part) pause. Claims nothing: a device that has pinned a page now may write to it unseen, so the
     /// first lease still has every page that exists. Does nothing for regions that had their first lease.
+    ///
+    /// # Errors
+    /// When the kernel fails to populate or protect memory.
     pub fn prepare(&mut self) -> Result<(), TrackerError> {
         for index in 0..self.regions.len() {
             if matches!(self.regions[index].knowledge, Knowledge::None) {
@@ -164,6 +185,9 @@ impl Tracker {
     /// Declares that the content of every page is known as it is now: only what is written from here on counts.
     ///
     /// Right after a restore this makes the first checkpoint an incremental one. Only while the guest is stopped.
+    ///
+    /// # Errors
+    /// When the kernel fails to protect memory.
     pub fn protect_all(&mut self) -> Result<(), TrackerError> {
         for index in 0..self.regions.len() {
             self.protect_now(RegionId(index))?;
@@ -204,6 +228,10 @@ impl Tracker {
     ///
     /// Those are the pages written since the last call, and those given back since. A page that the lease has already comes
     /// again if it was written again. Only while the guest is stopped. On an error the lease still owes what was taken.
+    ///
+    /// # Errors
+    /// When the kernel fails to scan. Pages claimed before are in `lease`, and are restored when it
+    /// is dropped.
     pub fn lease(&mut self, id: RegionId, lease: &mut DirtyLease) -> Result<PageSet, TrackerError> {
         let tracked = self.tracked(id)?;
         if !lease.is_of(&self.pending) {
@@ -258,6 +286,9 @@ impl Tracker {
     /// The dirty pages as they are now, taking nothing and protecting nothing: a look, good while the guest runs.
     ///
     /// Where holes are watched this finds most of them; a lease right after it has little of that to do.
+    ///
+    /// # Errors
+    /// When the kernel fails to scan.
     pub fn scan(&mut self, id: RegionId) -> Result<PageSet, TrackerError> {
         let mut pages = PageSet::new(self.tracked(id)?.region.pages());
         match &self.tracked(id)?.knowledge {
@@ -285,6 +316,9 @@ impl Tracker {
     /// The pages that exist; all others are zero.
     ///
     /// Exact for shared memory. Private memory that is protected already may show pages that do not exist.
+    ///
+    /// # Errors
+    /// When the kernel fails to scan.
     pub fn populated(&self, id: RegionId) -> Result<PageSet, TrackerError> {
         let mut pages = PageSet::new(self.tracked(id)?.region.pages());
         self.populated_into(id, &mut pages)?;
@@ -318,6 +352,10 @@ impl Tracker {
     ///
     /// # Panics
     /// When `out` has another size.
+    ///
+    /// # Errors
+    /// When the pages are not in the region, `out` has another length, or QEMU's memory cannot be
+    /// read.
     pub fn read_pages(&self, id: RegionId, pages: PageRange, out: &mut [u8]) -> Result<(), TrackerError> {
         assert_eq!(out.len() as u64, pages.byte_len().0, "a buffer for {pages} must have just its size");
         let region = &self.tracked(id)?.region;

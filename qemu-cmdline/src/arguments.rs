@@ -5,6 +5,7 @@ use crate::table;
 use thiserror::Error;
 
 #[derive(Debug, Error, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum ArgumentError {
     #[error("the QEMU arguments hold a lone '{0}': an option name was expected")]
     NoName(String),
@@ -15,19 +16,24 @@ pub enum ArgumentError {
 /// One option as QEMU reads it; `name` has no leading dash.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QemuOption {
+    /// Without the leading dash.
     pub name: String,
+    /// What follows it, if it takes a value.
     pub value: Option<String>,
 }
 
 impl QemuOption {
+    /// An option without a value.
     pub fn flag(name: &str) -> Self {
         Self { name: name.to_owned(), value: None }
     }
 
+    /// An option with a value.
     pub fn with(name: &str, value: impl Into<String>) -> Self {
         Self { name: name.to_owned(), value: Some(value.into()) }
     }
 
+    /// The value, empty where there is none.
     pub fn value(&self) -> &str {
         self.value.as_deref().unwrap_or("")
     }
@@ -39,6 +45,9 @@ impl QemuOption {
 }
 
 /// Splits a command line into options. A word without a dash is a disk image, as for QEMU (`-hda`).
+///
+/// # Errors
+/// When a word is no option where one is expected, or an option lacks its value.
 pub fn parse(words: &[String]) -> Result<Vec<QemuOption>, ArgumentError> {
     let mut options = Vec::new();
     let mut words = words.iter();
@@ -83,6 +92,7 @@ pub struct KeyList {
 }
 
 impl KeyList {
+    /// Parses `key=value,…`, as QEMU does.
     pub fn parse(text: &str) -> Self {
         let mut parts = Vec::new();
         let mut rest = text;
@@ -136,6 +146,7 @@ impl KeyList {
         Self { parts: self.parts.iter().enumerate().filter(|part| !is_it(part)).map(|(_, part)| part.clone()).collect() }
     }
 
+    /// Adds a key, or without one a bare word, at the end.
     pub fn push(&mut self, key: Option<&str>, value: impl Into<String>) {
         self.parts.push((key.map(str::to_owned), value.into()));
     }
@@ -155,6 +166,7 @@ impl KeyList {
         changed
     }
 
+    /// All keys (`None` for a bare word) and values, in their order.
     pub fn iter(&self) -> impl Iterator<Item = (Option<&str>, &str)> {
         self.parts.iter().map(|(key, value)| (key.as_deref(), value.as_str()))
     }

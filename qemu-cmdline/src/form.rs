@@ -6,9 +6,17 @@ use crate::arguments::{KeyList, QemuOption, switch};
 use crate::table;
 use serde_json::{Map, Value};
 
+/// The value of an option in one of QEMU's two notations.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Form {
-    List { keys: KeyList, implied: Option<&'static str> },
+    /// A list of keys.
+    List {
+        /// The keys as written.
+        keys: KeyList,
+        /// The key that a bare first word has.
+        implied: Option<&'static str>,
+    },
+    /// A JSON object.
     Object(Map<String, Value>),
 }
 
@@ -37,6 +45,7 @@ impl Form {
         }
     }
 
+    /// Whether `key` has a scalar value.
     pub fn has(&self, key: &str) -> bool {
         self.get(key).is_some()
     }
@@ -46,6 +55,7 @@ impl Form {
         self.get(key).is_some_and(|value| is_on(&value))
     }
 
+    /// Removes every value of `key`.
     pub fn remove(&mut self, key: &str) {
         match self {
             Self::List { keys, implied } => *keys = keys.without(key, *implied == Some(key)),
@@ -70,6 +80,7 @@ impl Form {
         }
     }
 
+    /// Sets `key` to a number, in the notation of the value.
     pub fn set_number(&mut self, key: &str, value: u64) {
         match self {
             Self::List { .. } => self.set(key, &value.to_string()),
@@ -110,6 +121,7 @@ impl Form {
         found
     }
 
+    /// Whether it has no keys.
     pub fn is_empty(&self) -> bool {
         match self {
             Self::List { keys, .. } => keys.iter().next().is_none(),
@@ -117,6 +129,7 @@ impl Form {
         }
     }
 
+    /// The option with this value.
     pub fn into_option(self, name: &str) -> QemuOption {
         match self {
             Self::List { keys, .. } => QemuOption::with(name, keys.to_string()),

@@ -15,12 +15,17 @@ use std::fmt;
 /// One value that stands in the way of a restore.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Finding {
+    /// The option's name, without a dash.
     pub option: String,
+    /// The dotted key, empty where the option has none.
     pub key: String,
+    /// The value that stands in the way.
     pub value: String,
+    /// Why it does.
     pub problem: Problem,
 }
 
+/// Why a value stands in the way of a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Problem {
     /// A file that the checkpoint would have to hold, and does not: no restore can bring it.
@@ -86,7 +91,9 @@ fn reason(problem: Problem) -> &'static str {
 
 /// Which of the files on a command line a checkpoint brings.
 pub struct Carried<'a> {
+    /// Whether a path is the image of a disk of the checkpoint.
     pub is_disk: &'a dyn Fn(&str) -> bool,
+    /// Whether a path is a boot file of the checkpoint.
     pub is_boot_file: &'a dyn Fn(&str) -> bool,
 }
 
@@ -189,6 +196,7 @@ pub struct Wishes {
 /// A command line with the user's own values.
 #[derive(Debug, Default)]
 pub struct Mapped {
+    /// The options with those values.
     pub options: Vec<QemuOption>,
     /// Option and new value: what the user named.
     named: HashSet<(String, String)>,

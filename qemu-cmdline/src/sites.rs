@@ -10,11 +10,13 @@ use std::collections::HashSet;
 /// One value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Site<'a> {
+    /// The option's name, without a dash.
     pub option: &'a str,
     /// Dotted; empty where the option has no keys.
     pub key: &'a str,
     /// Without quoting, and without a scheme before a path (`file:`, `unix:`).
     pub value: &'a str,
+    /// What the value is for the host.
     pub means: Use,
 }
 

@@ -5,6 +5,7 @@ use thiserror::Error;
 /// QEMU rounds a machine's RAM up to this.
 const RAM_ALIGNMENT: u64 = 8192;
 
+/// A size that QEMU would not take; the message says why.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("'{text}' is no memory size: {why}")]
 pub struct SizeError {
@@ -14,6 +15,9 @@ pub struct SizeError {
 
 /// The bytes of RAM that QEMU gives a machine for `-m TEXT`: a plain number counts MiB, a fraction is cut to whole
 /// bytes, and the whole is rounded up to 8 KiB.
+///
+/// # Errors
+/// When QEMU would not take the text, or the size is above 2^64 bytes.
 pub fn ram_bytes(text: &str) -> Result<u64, SizeError> {
     let bytes = parse(text)?;
     bytes.checked_next_multiple_of(RAM_ALIGNMENT).ok_or_else(|| error(text, "it is too large"))

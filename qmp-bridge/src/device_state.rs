@@ -25,6 +25,7 @@ use crate::stream_format::mark::{END_OF_STREAM, SECTION_FULL};
 pub const MAX_DEVICE_STATE: u64 = 256 << 20;
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum DeviceStateError {
     #[error("cannot save the device state: {0}")]
     Save(#[from] QmpError),
@@ -55,6 +56,9 @@ const FD_KIND: &str = "state";
 
 impl DeviceStateFile {
     /// Makes the file in `directory` and hands it to QEMU.
+    ///
+    /// # Errors
+    /// When the file cannot be made, or QEMU does not take it.
     pub async fn prepare(qmp: &Qmp, directory: &Path) -> Result<Self, DeviceStateError> {
         let number = FILES.fetch_add(1, Ordering::Relaxed);
         let path = directory.join(format!("device-state.{}.{number}", std::process::id()));
@@ -64,6 +68,9 @@ impl DeviceStateFile {
     }
 
     /// Lets QEMU write it: one round trip. What an earlier call wrote is replaced.
+    ///
+    /// # Errors
+    /// When QEMU refuses to save its devices, or the pause is over.
     pub async fn save(&self, paused: &Paused) -> Result<(), DeviceStateError> {
         let emptied = self.writing.set_len(0).and_then(|()| (&self.writing).rewind());
         emptied.map_err(|source| DeviceStateError::Read { path: self.path.clone(), source })?;
@@ -74,6 +81,9 @@ impl DeviceStateFile {
     }
 
     /// Reads it, after the guest was resumed.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is too long, or is not of the form that QEMU writes.
     pub fn read(self) -> Result<DeviceState, DeviceStateError> {
         let error = |source| DeviceStateError::Read { path: self.path.clone(), source };
         let mut bytes = Vec::new();
@@ -109,6 +119,9 @@ pub struct DeviceState {
 
 impl DeviceState {
     /// Checks the frame; what is inside only QEMU can judge.
+    ///
+    /// # Errors
+    /// When the bytes are not of the form that QEMU writes.
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, DeviceStateError> {
         let malformed = |why| Err(DeviceStateError::Malformed { why });
         if !bytes.starts_with(&STREAM_HEADER) {
@@ -126,6 +139,7 @@ impl DeviceState {
         &self.bytes
     }
 
+    /// The bytes as QEMU wrote them.
     pub fn into_bytes(self) -> Vec<u8> {
         self.bytes
     }
@@ -133,6 +147,9 @@ impl DeviceState {
     /// The same with another run state, which QEMU enters when it has loaded it (a live one: when it was started without `-S`).
     ///
     /// `xen-save-devices-state` always writes `running`, and a migration what the guest did before QEMU stopped it for that.
+    ///
+    /// # Errors
+    /// When the state has no section of the run state.
     pub fn with_run_state(mut self, state: RunState) -> Result<Self, DeviceStateError> {
         let at = global_state(&self.bytes)?;
         let name = state.name().as_bytes();

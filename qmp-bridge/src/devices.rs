@@ -52,6 +52,9 @@ impl GuestDevice {
 }
 
 /// Whether a balloon keeps the guest's free pages out of the migration stream (`free-page-hint=on`).
+///
+/// # Errors
+/// When QEMU does not answer.
 pub async fn hints_free_pages(qmp: &Qmp, balloon: &GuestDevice) -> Result<bool, QmpError> {
     let arguments = json!({ "path": balloon.path, "property": "free-page-hint" });
     match qmp.execute_json("qom-get", arguments).await {
@@ -62,6 +65,9 @@ pub async fn hints_free_pages(qmp: &Qmp, balloon: &GuestDevice) -> Result<bool, 
 }
 
 /// Lists the guest devices.
+///
+/// # Errors
+/// When QEMU does not answer.
 pub async fn guest_devices(qmp: &Qmp) -> Result<Vec<GuestDevice>, QmpError> {
     let mut devices = Vec::new();
     for parent in PARENTS {

@@ -33,6 +33,7 @@ const STRUCT: usize = NAME + NAME_LENGTH;
 const WORD: usize = 8;
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum HostError {
     #[error("the memory map of QEMU has more than {MAX_MAPPINGS} lines")]
     TooManyMappings,
@@ -55,6 +56,9 @@ struct Mapping {
 }
 
 /// Fills in `host` of the blocks that lack it. `memory` is `/proc/PID/mem`, `maps` the text of `/proc/PID/maps`.
+///
+/// # Errors
+/// When a block's memory is not found at one place in QEMU's map, or cannot be read.
 pub fn find_hosts(memory: &File, maps: &str, blocks: &mut [RamBlock]) -> Result<(), HostError> {
     if blocks.iter().all(|block| block.host.is_some()) {
         return Ok(());

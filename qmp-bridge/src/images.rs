@@ -40,6 +40,7 @@ const TRIES: u32 = 3;
 pub const MAX_BACKING_NAME: usize = 1023;
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum ImageError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -66,14 +67,18 @@ pub enum ImageError {
 pub struct Backing {
     /// A path, or `json:{…}` for anything that QEMU can open.
     pub file: String,
+    /// The format of that image.
     pub format: ImageFormat,
 }
 
 /// An image to be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageSpec {
+    /// Where it will be.
     pub path: PathBuf,
+    /// Its format.
     pub format: ImageFormat,
+    /// What its reader sees, in bytes.
     pub virtual_size: u64,
     /// qcow2 only. It need not exist yet.
     pub backing: Option<Backing>,
@@ -103,6 +108,7 @@ pub struct ImageWorker {
 /// An image open in the worker.
 #[derive(Debug)]
 pub struct OpenImage {
+    /// The image's content, for reading and writing.
     pub client: NbdClient,
     node: String,
     path: PathBuf,
@@ -110,6 +116,9 @@ pub struct OpenImage {
 
 impl ImageWorker {
     /// Starts `binary`; its socket and its log are in `directory`, whose path should be short (sockets allow 107 bytes).
+    ///
+    /// # Errors
+    /// When QEMU does not start, or its sockets cannot be made.
     pub async fn start(binary: &Path, directory: &Path) -> Result<Self, ImageError> {
         let start_error = |source| ImageError::Start { binary: binary.into(), source };
         let (ours, theirs) = UnixStream::pair().map_err(start_error)?;
@@ -141,6 +150,9 @@ impl ImageWorker {
     }
 
     /// Makes an empty image. The file must not exist.
+    ///
+    /// # Errors
+    /// When the image exists, or QEMU refuses to make it.
     pub async fn create(&mut self, spec: &ImageSpec) -> Result<(), ImageError> {
         patiently("making", &spec.path, self.make(spec)).await
     }
@@ -193,6 +205,9 @@ impl ImageWorker {
     }
 
     /// Opens an image for reading and writing over NBD.
+    ///
+    /// # Errors
+    /// When QEMU refuses to open or export the image.
     pub async fn open(&mut self, path: &Path, format: ImageFormat, mode: BackingMode) -> Result<OpenImage, ImageError> {
         patiently("opening", path, self.export(path, format, mode)).await
     }
@@ -229,6 +244,9 @@ impl ImageWorker {
     }
 
     /// Flushes and closes an image; after this its file is complete.
+    ///
+    /// # Errors
+    /// When QEMU reports an error of an earlier write, or refuses to close the image.
     pub async fn close(&mut self, image: OpenImage) -> Result<(), ImageError> {
         let path = image.path.clone();
         patiently("closing", &path, self.finish(image)).await
@@ -243,6 +261,9 @@ impl ImageWorker {
     }
 
     /// Ends the worker.
+    ///
+    /// # Errors
+    /// When QEMU does not end.
     pub async fn shutdown(mut self) -> Result<(), ImageError> {
         self.qmp.execute(qapi::qmp::quit {}).await?;
         match tokio::time::timeout(EXIT_TIMEOUT, self.child.wait()).await {
@@ -273,6 +294,9 @@ impl ImageWorkers {
 
     /// Does `work` for one image; from its beginning, with a fresh worker, if the worker is dead or hangs after a failure.
     /// So `work` has to clear away what an earlier call of it left.
+    ///
+    /// # Errors
+    /// When `work` fails, or no worker can be started.
     pub async fn run<T, E>(&mut self, mut work: impl AsyncFnMut(&mut ImageWorker) -> Result<T, E>) -> Result<T, E>
     where
         E: From<ImageError> + std::fmt::Display,

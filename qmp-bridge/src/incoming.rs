@@ -20,6 +20,7 @@ const EXIT_ON_ERROR_SINCE: (u32, u32) = (9, 1);
 const DEFAULT_ANNOUNCE_ROUNDS: u32 = 5;
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum IncomingError {
     #[error("QEMU does not wait for a stream: {0}; start it with `-incoming defer`")]
     NotWaiting(QmpError),
@@ -52,6 +53,9 @@ pub struct Incoming {
 
 impl Incoming {
     /// Sets `x-ignore-shared`, lets QEMU listen on the socket `path` and connects to it.
+    ///
+    /// # Errors
+    /// When QEMU does not listen there, or does not take the connection.
     pub async fn begin(qmp: &Qmp, path: &Path) -> Result<Self, IncomingError> {
         let text = path.to_str().ok_or_else(|| IncomingError::Path { path: path.into() })?;
         let capabilities = json!([{ "capability": "x-ignore-shared", "state": true }]);
@@ -71,6 +75,9 @@ impl Incoming {
     }
 
     /// Sends a piece of the stream.
+    ///
+    /// # Errors
+    /// When QEMU has closed the connection; its reason is in the error.
     pub async fn send(&mut self, bytes: &[u8]) -> Result<(), IncomingError> {
         match self.stream.write_all(bytes).await {
             Ok(()) => Ok(()),
@@ -79,6 +86,9 @@ impl Incoming {
     }
 
     /// Ends the stream and waits until QEMU has loaded it. The guest is stopped then: `cont` starts it.
+    ///
+    /// # Errors
+    /// When QEMU refuses the stream, or does not finish in time.
     pub async fn finish(mut self) -> Result<(), IncomingError> {
         if let Err(source) = self.stream.shutdown().await {
             return Err(self.broken(source).await);

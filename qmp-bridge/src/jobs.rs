@@ -15,6 +15,7 @@ const FIRST_LOOK: Duration = Duration::from_micros(500);
 const LONGEST_LOOK: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum JobError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -25,6 +26,7 @@ pub enum JobError {
 }
 
 impl JobError {
+    /// Whether the same command may succeed later.
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Qmp(error) => error.is_retryable(),

@@ -3,7 +3,39 @@
 //! The order in which a checkpoint uses the modules: [`machine`], [`ramblock`] and [`disks`] tell what there is;
 //! [`capture`] prepares the disks; [`paused`] stops the guest; [`capture`] and [`device_state`] take the instant;
 //! [`nbd`] drains it while the guest runs on. A restore goes [`images`], then [`stream`] into [`incoming`].
+//!
+//! # Example
+//!
+//! A monitor is asked for the VM's run state. Here a thread plays QEMU's part:
+//!
+//! ```
+//! use qmp_bridge::Qmp;
+//! use std::io::{BufRead, BufReader, Write};
+//! use std::os::unix::net::UnixStream;
+//! use std::time::Duration;
+//!
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (ours, mut qemu) = UnixStream::pair()?;
+//! std::thread::spawn(move || -> std::io::Result<()> {
+//!     let version = r#"{"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}"#;
+//!     writeln!(qemu, r#"{{"QMP": {{"version": {version}, "capabilities": ["oob"]}}}}"#)?;
+//!     let mut answers = [r#"{}"#, r#"{"status": "running", "running": true}"#].iter();
+//!     for line in BufReader::new(qemu.try_clone()?).lines() {
+//!         let command: serde_json::Value = serde_json::from_str(&line?)?;
+//!         let Some(answer) = answers.next() else { break };
+//!         writeln!(qemu, r#"{{"return": {answer}, "id": {}}}"#, command["id"])?;
+//!     }
+//!     Ok(())
+//! });
+//! let monitor = Qmp::over(ours, Duration::from_secs(5)).await?;
+//! let status = monitor.execute_json("query-status", serde_json::json!({})).await?;
+//! assert_eq!((monitor.version().major, status["status"].as_str()), (10, Some("running")));
+//! # Ok(())
+//! # }
+//! ```
 
+#![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 pub mod capture;

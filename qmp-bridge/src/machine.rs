@@ -9,6 +9,7 @@ use crate::qmp::{QemuVersion, Qmp, QmpError};
 const MAX_MACHINE_TYPES: usize = 4096;
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum MachineError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -27,12 +28,14 @@ pub struct MachineType {
     pub alias: Option<String>,
     /// The id QEMU gives to the main RAM block, which is its name in a migration stream.
     pub default_ram_id: Option<String>,
+    /// Whether QEMU takes it when no type is named.
     pub is_default: bool,
 }
 
 /// What runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
+    /// Linux KVM.
     Kvm,
     /// TCG, or another that QMP does not tell apart from it.
     Tcg,
@@ -48,25 +51,34 @@ impl Accelerator {
     }
 }
 
+/// What a VM is built of, as far as a restore must rebuild it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineFacts {
+    /// QEMU's version.
     pub qemu: QemuVersion,
     /// Versioned machine type, e.g. `pc-i440fx-10.0`.
     pub machine_type: String,
+    /// Name of the main RAM block of a VM without a memory backend.
     pub default_ram_id: Option<String>,
     /// Id of the `-machine memory-backend=` object, if any: the name of the main RAM block.
     pub ram_backend: Option<String>,
+    /// Number of vCPUs.
     pub vcpus: u32,
     /// Base memory in bytes, without hot-plugged modules.
     pub ram_bytes: u64,
     /// Hot-plugged memory in bytes.
     pub plugged_bytes: u64,
+    /// What runs the guest's code.
     pub accelerator: Accelerator,
     /// Why QEMU itself says that this machine cannot be migrated; empty if it can.
     pub migration_blockers: Vec<String>,
 }
 
 impl MachineFacts {
+    /// Asks QEMU.
+    ///
+    /// # Errors
+    /// When QEMU does not answer, or lacks something that all supported versions have.
     pub async fn read(qmp: &Qmp) -> Result<Self, MachineError> {
         let machine_type = machine_type(qmp).await?;
         let types = machine_types(qmp).await?;
@@ -102,6 +114,10 @@ pub struct Composition {
 }
 
 impl Composition {
+    /// Asks QEMU.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
     pub async fn read(qmp: &Qmp) -> Result<Self, QmpError> {
         let cpus = qmp.execute_json("query-cpus-fast", Value::Null).await?;
         let memory = qmp.execute_json("query-memory-size-summary", Value::Null).await?;
@@ -115,6 +131,7 @@ impl Composition {
         })
     }
 
+    /// Number of vCPUs.
     pub fn vcpus(&self) -> u32 {
         u32::try_from(self.vcpus.len()).unwrap_or(u32::MAX)
     }
@@ -163,6 +180,9 @@ fn strings(value: &Value) -> Vec<String> {
 }
 
 /// The machine types of this QEMU; works on a `-machine none` one too, so before the real machine exists.
+///
+/// # Errors
+/// When QEMU does not answer.
 pub async fn machine_types(qmp: &Qmp) -> Result<Vec<MachineType>, QmpError> {
     let reply = qmp.execute_json("query-machines", Value::Null).await?;
     match reply.as_array() {
@@ -182,6 +202,9 @@ fn parse_machine_type(row: &Value) -> Option<MachineType> {
 }
 
 /// Finds what `-machine name` means: a versioned name, an alias, or the default for `None`.
+///
+/// # Errors
+/// When there is no type of that name, or no default.
 pub fn resolve<'a>(types: &'a [MachineType], name: Option<&str>) -> Result<&'a MachineType, MachineError> {
     let Some(name) = name else {
         return types.iter().find(|known| known.is_default).ok_or(MachineError::NoDefault);

@@ -22,6 +22,7 @@ const FD_NAME: &str = "nbd";
 const NO_FD_NAME: &str = "none";
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum ServerError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -36,6 +37,7 @@ pub enum ServerError {
 }
 
 impl ServerError {
+    /// Whether the same command may succeed later.
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Qmp(error) => error.is_retryable(),

@@ -46,6 +46,7 @@ const SWITCHOVER_MARKER: &str = "switchover";
 const LAST_PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum PauseError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -109,12 +110,18 @@ pub struct Paused {
 
 impl Paused {
     /// Stops the guest, if it runs, for [`PAUSE_LIMIT`] at most.
+    ///
+    /// # Errors
+    /// When QEMU does not stop the guest in time, or is in a run state without a whole guest.
     pub async fn stop(qmp: &Qmp) -> Result<Self, PauseError> {
         Self::stop_within(qmp, PAUSE_LIMIT).await
     }
 
     /// What has to be asked is asked before, so the pause begins with the one `stop`. Fails, with the guest running on, if that alone
     /// takes longer than `limit`.
+    ///
+    /// # Errors
+    /// When QEMU does not stop the guest in time, or is in a run state without a whole guest.
     pub async fn stop_within(qmp: &Qmp, limit: Duration) -> Result<Self, PauseError> {
         let watch = qmp.watch(verdict::EVENTS);
         let (before, watched_from) = RunState::timed(qmp).await?;
@@ -225,12 +232,16 @@ impl Paused {
         self.since.elapsed()
     }
 
+    /// The monitor that stopped the guest.
     pub fn qmp(&self) -> &Qmp {
         &self.qmp
     }
 
     /// Does a part of the pause's work, if that ends before the guest has been stopped for too long. A guest that did not run waits for
     /// nothing, so its limit is that of each command.
+    ///
+    /// # Errors
+    /// When the pause's limit passes, the guest runs again, or the VM changes meanwhile.
     pub async fn within<T>(&self, during: &'static str, work: impl Future<Output = T>) -> Result<T, PauseError> {
         if !self.before.is_live() {
             return Ok(work.await);
@@ -244,6 +255,9 @@ impl Paused {
 
     /// Lets the guest run again if it ran before, and fails if somebody else changed the VM meanwhile. Returns the time from sending
     /// `stop` to the reply of `cont`.
+    ///
+    /// # Errors
+    /// When QEMU does not resume the guest, or somebody else changed the VM meanwhile.
     pub async fn resume(mut self) -> Result<Duration, PauseError> {
         let state = self.state_now().await?;
         let events = self.watch.since(self.watched_from);

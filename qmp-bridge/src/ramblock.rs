@@ -13,6 +13,7 @@ pub const MAX_RAM_BLOCKS: usize = 4096;
 const MAX_NAME: usize = 255;
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum RamBlockError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -44,11 +45,17 @@ pub struct RamBlock {
 }
 
 /// Lists the blocks in the order in which a migration stream lists them.
+///
+/// # Errors
+/// When QEMU does not answer, or as for [`parse`].
 pub async fn ram_blocks(qmp: &Qmp) -> Result<Vec<RamBlock>, RamBlockError> {
     parse(&qmp.hmp("info ramblock").await?)
 }
 
 /// Parses the text of `info ramblock`.
+///
+/// # Errors
+/// When a line is not of the form that QEMU prints, or there are too many.
 pub fn parse(text: &str) -> Result<Vec<RamBlock>, RamBlockError> {
     let rows = text.lines().map(str::trim_end).filter(|line| !line.is_empty());
     let mut blocks = Vec::new();

@@ -29,6 +29,7 @@ const POLL: Duration = Duration::from_millis(1);
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum ResaveError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -41,6 +42,9 @@ pub enum ResaveError {
 }
 
 /// Starts it. The stream must be read to its end, blocking, then [`finish`] is called.
+///
+/// # Errors
+/// When QEMU refuses to migrate.
 pub async fn start(qmp: &Qmp) -> Result<UnixStream, ResaveError> {
     let (ours, theirs) = UnixStream::pair().map_err(ResaveError::Socket)?;
     qmp.execute_with_fd("getfd", json!({ "fdname": FD_NAME }), theirs.as_fd()).await?;
@@ -50,6 +54,9 @@ pub async fn start(qmp: &Qmp) -> Result<UnixStream, ResaveError> {
 }
 
 /// Waits until QEMU says that it has written all.
+///
+/// # Errors
+/// When the migration fails or does not end in time.
 pub async fn finish(qmp: &Qmp) -> Result<(), ResaveError> {
     let begun = Instant::now();
     loop {
@@ -70,6 +77,9 @@ pub async fn finish(qmp: &Qmp) -> Result<(), ResaveError> {
 /// Cuts a device state that came without a description, by the lengths of the sections of a QEMU
 /// that has the same devices. A section of another length ends where its footer and the head of
 /// another section, or the end, follow each other.
+///
+/// # Errors
+/// When a section is like none of `like`, or the state is damaged.
 pub fn sections_like(state: &DeviceState, like: &[DeviceSection]) -> Result<Vec<DeviceSection>, StreamReadError> {
     let bytes = state.as_bytes();
     let end = bytes.len() - 1;
@@ -123,6 +133,9 @@ pub struct Layout(Value);
 
 impl Layout {
     /// `description` as [`crate::stream_reader::StreamReader::description`] gives it.
+    ///
+    /// # Errors
+    /// When it is no JSON of the form that QEMU writes.
     pub fn parse(description: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(description).map(Self)
     }

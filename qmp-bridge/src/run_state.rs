@@ -16,6 +16,7 @@ const SUSPENDED_SINCE: u32 = 9;
 /// A run state whose guest is whole: its memory, disks and devices are of one instant, or can be made so by a `stop`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RunState {
+    /// The guest runs.
     Running,
     /// Asleep (ACPI S3); devices go on.
     Suspended,
@@ -25,10 +26,13 @@ pub enum RunState {
     Prelaunch,
     /// Powered off, with `-no-shutdown`.
     Shutdown,
+    /// The guest's kernel reported a panic.
     GuestPanicked,
     /// Stopped at a disk error, with `werror=stop` or `rerror=stop`; the request waits.
     IoError,
+    /// Stopped after an error of KVM.
     InternalError,
+    /// Stopped by a watchdog device.
     Watchdog,
 }
 
@@ -36,11 +40,14 @@ pub enum RunState {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("the VM's run state is `{state}`: {why}")]
 pub struct NoGuest {
+    /// QEMU's name of the run state.
     pub state: String,
+    /// Why there is no guest.
     pub why: String,
 }
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum RunStateError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -82,6 +89,9 @@ impl RunState {
     }
 
     /// Asks QEMU. Fails in a state that holds no whole guest.
+    ///
+    /// # Errors
+    /// When QEMU does not answer, or there is no whole guest.
     pub async fn of(qmp: &Qmp) -> Result<Self, RunStateError> {
         Ok(Self::timed(qmp).await?.0)
     }
@@ -131,6 +141,9 @@ fn no_guest(name: &str) -> &'static str {
 }
 
 /// QEMU's run state by name.
+///
+/// # Errors
+/// When QEMU does not answer.
 pub async fn name(qmp: &Qmp) -> Result<String, QmpError> {
     name_in(&qmp.execute_json("query-status", Value::Null).await?)
 }

@@ -23,6 +23,7 @@ use crate::stream_format::{STREAM_HEADER, configuration, mark, ram};
 const RAM_SECTION: u32 = 2;
 
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum StreamError {
     #[error("the name `{0}` does not fit into a migration stream (1 to 255 bytes)")]
     Name(String),
@@ -47,6 +48,7 @@ pub enum StreamError {
 /// A RAM block as the stream lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamBlock {
+    /// QEMU's name of it.
     pub name: String,
     /// Bytes in use, a multiple of [`STREAM_PAGE`].
     pub used: u64,
@@ -58,6 +60,7 @@ pub struct StreamBlock {
 }
 
 impl StreamBlock {
+    /// The block as QEMU lists it; `address` is 0.
     pub fn new(block: &RamBlock, shared: bool) -> Self {
         Self { name: block.name.clone(), used: block.used, address: 0, shared }
     }
@@ -76,6 +79,10 @@ pub struct StreamWriter {
 
 impl StreamWriter {
     /// `machine_type` is the versioned name; `blocks` are in the order of `info ramblock`.
+    ///
+    /// # Errors
+    /// When a block's size is no multiple of [`STREAM_PAGE`], a name is too long, or there are too
+    /// many blocks.
     pub fn new(machine_type: &str, blocks: Vec<StreamBlock>) -> Result<Self, StreamError> {
         if blocks.len() > MAX_RAM_BLOCKS {
             return Err(StreamError::TooManyBlocks(blocks.len()));
@@ -89,6 +96,9 @@ impl StreamWriter {
     }
 
     /// Adds the next page of a block.
+    ///
+    /// # Errors
+    /// When there is no such block, it is shared, or the page is not the next one of it.
     pub fn page(&mut self, block: usize, offset: u64, page: &[u8]) -> Result<(), StreamError> {
         let (Some(known), Some(given)) = (self.blocks.get(block), self.given.get_mut(block)) else {
             return Err(StreamError::NoSuchBlock(block));
@@ -117,7 +127,10 @@ impl StreamWriter {
         std::mem::take(&mut self.out)
     }
 
-    /// The rest of the stream. Fails if a block lacks pages.
+    /// The rest of the stream.
+    ///
+    /// # Errors
+    /// When a block lacks pages.
     pub fn finish(mut self, devices: &DeviceState) -> Result<Vec<u8>, StreamError> {
         for (block, given) in self.blocks.iter().zip(&self.given) {
             if !block.shared && *given != block.used {

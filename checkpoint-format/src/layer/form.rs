@@ -44,6 +44,7 @@ impl BlocksHasher {
         self.0.update(&number.to_le_bytes()).update(&digest.0);
     }
 
+    /// The digest of all blocks so far.
     pub fn finish(&self) -> ContentDigest {
         self.0.finish()
     }

@@ -9,9 +9,11 @@ use crate::units::{FrameNo, PackNo};
 /// The one place where a block's content is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockHome {
+    /// The layer whose pack has the block.
     pub layer: ContentDigest,
     /// Among the packs of that layer.
     pub pack: PackNo,
+    /// The frame of that pack.
     pub frame: FrameNo,
 }
 
@@ -25,6 +27,7 @@ pub struct BlockIndex {
 }
 
 impl BlockIndex {
+    /// An empty index.
     pub fn new() -> Self {
         Self::default()
     }
@@ -37,6 +40,7 @@ impl BlockIndex {
         }
     }
 
+    /// Where a block with that digest is stored.
     pub fn find(&self, digest: &ContentDigest) -> Option<BlockHome> {
         self.homes.get(digest).copied()
     }
@@ -46,6 +50,7 @@ impl BlockIndex {
         self.homes.len()
     }
 
+    /// Whether no block is known.
     pub fn is_empty(&self) -> bool {
         self.homes.is_empty()
     }

@@ -41,6 +41,7 @@ const CHECK: Check = Check("layer manifest");
 
 /// A layer that can't be read, or must not be written. The caller adds the file's name.
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum LayerError {
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -87,6 +88,7 @@ pub struct LayerManifest {
     pub digest: ContentDigest,
     /// Exact length of the image file. The last block is padded with zeros to whole pages.
     pub len: ByteLen,
+    /// Bytes of a block; [`BLOCK_SIZE`].
     pub block_size: u32,
     /// The layer's own packs: one frame a block, in the space [`SpaceName::layer`](crate::SpaceName::layer).
     #[serde(deserialize_with = "pack_list")]
@@ -94,10 +96,12 @@ pub struct LayerManifest {
     /// Other layers that hold some of the blocks; must stay in the store while this one does.
     #[serde(deserialize_with = "at_most::<_, _, MAX_LAYER_OWNERS>")]
     pub owners: Vec<ContentDigest>,
+    /// Length and digest of the table of blocks.
     pub table: BlockTableInfo,
 }
 
 impl LayerManifest {
+    /// A manifest of this version.
     pub fn new(digest: ContentDigest, len: ByteLen, packs: Vec<PackRecord>, owners: Vec<ContentDigest>, table: BlockTableInfo) -> Self {
         Self { form: DigestForm::Content, digest, len, block_size: BLOCK_SIZE as u32, packs, owners, table }
     }
@@ -119,6 +123,10 @@ impl LayerManifest {
         rest.div_ceil(PAGE_SIZE as u64) as usize
     }
 
+    /// The sealed bytes of the manifest.
+    ///
+    /// # Errors
+    /// When a field is beyond its limit.
     pub fn encode(&self) -> Result<Vec<u8>, LayerError> {
         self.validate()?;
         let mut body = serde_json::to_vec_pretty(self).map_err(json_error)?;
@@ -132,6 +140,9 @@ impl LayerManifest {
     }
 
     /// Verifies the file's digest, reads it, and checks that its parts fit one another.
+    ///
+    /// # Errors
+    /// When the bytes are damaged, of another version, or a field is beyond its limit.
     pub fn parse(bytes: &[u8]) -> Result<Self, LayerError> {
         let (form, body) = match ENVELOPE.unwrap(bytes) {
             Err(EnvelopeError::UnknownVersion { found: 1, .. }) => (DigestForm::Content, ENVELOPE_1.unwrap(bytes)),
@@ -158,6 +169,9 @@ impl LayerManifest {
     }
 
     /// Verifies and reads the block table that belongs to this manifest.
+    ///
+    /// # Errors
+    /// When the bytes are damaged, or the table contradicts this manifest.
     pub fn parse_table(&self, bytes: &[u8]) -> Result<BlockTable, LayerError> {
         BlockTable::parse(self, bytes)
     }

@@ -64,9 +64,11 @@ impl OwnerIndex {
 /// Where a block is and what it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockRef {
+    /// The layer whose pack has the block.
     pub owner: OwnerIndex,
     /// Among the owner's packs.
     pub pack: PackNo,
+    /// The frame of that pack.
     pub frame: FrameNo,
     /// Of the frame's decoded content; must be compared whenever the block comes from another layer.
     pub digest: ContentDigest,
@@ -83,7 +85,9 @@ pub struct BlockTable {
 /// What the layer's manifest says about its table.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockTableInfo {
+    /// Blocks of the layer.
     pub blocks: u64,
+    /// Blocks that are not all zeros.
     pub stored_blocks: u64,
     /// Length of the file.
     pub len: ByteLen,
@@ -136,6 +140,9 @@ impl BlockTable {
     }
 
     /// Says where the layer's own blocks are, once its packs are written: `home` gets the number that each was pushed with.
+    ///
+    /// # Errors
+    /// When `home` has no place for a block.
     pub fn place_own(&mut self, mut home: impl FnMut(u32) -> Option<(PackNo, FrameNo)>) -> Result<(), LayerError> {
         for (number, at) in self.stored.iter_mut().filter(|(_, at)| at.owner == OwnerIndex::OWN) {
             let missing = LayerError::BadBlock { block: u64::from(*number), problem: "it is in no pack of the layer" };
@@ -145,6 +152,9 @@ impl BlockTable {
     }
 
     /// The bytes of the file and what the manifest says about it.
+    ///
+    /// # Errors
+    /// When the table cannot be compressed.
     pub fn encode(&self, form: DigestForm) -> Result<(Vec<u8>, BlockTableInfo), LayerError> {
         at_most("blocks", self.blocks, most_blocks(form))?;
         let stored = compress_whole(&self.columns(form)).map_err(|source| LayerError::Compress { source })?;
@@ -364,10 +374,15 @@ pub struct BlockTableBuilder {
 }
 
 impl BlockTableBuilder {
+    /// An empty table.
     pub fn new() -> Self {
         Self::default()
     }
 
+    /// Adds blocks of zeros.
+    ///
+    /// # Errors
+    /// When the table has too many blocks.
     pub fn push_zeros(&mut self, count: u64) -> Result<(), LayerError> {
         let blocks = self.table.blocks.saturating_add(count);
         at_most("blocks", blocks, MAX_LAYER_BLOCKS)?;
@@ -376,11 +391,17 @@ impl BlockTableBuilder {
     }
 
     /// A block whose content is in a pack of the new layer.
+    ///
+    /// # Errors
+    /// When the table has too many blocks.
     pub fn push_own(&mut self, digest: ContentDigest, pack: PackNo, frame: FrameNo) -> Result<(), LayerError> {
         self.push(BlockRef { owner: OwnerIndex::OWN, pack, frame, digest })
     }
 
     /// A block that another layer has already.
+    ///
+    /// # Errors
+    /// When the table has too many blocks or owners.
     pub fn push_shared(&mut self, digest: ContentDigest, home: BlockHome) -> Result<(), LayerError> {
         let owner = self.number(home.layer)?;
         self.push(BlockRef { owner, pack: home.pack, frame: home.frame, digest })

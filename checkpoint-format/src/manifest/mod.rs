@@ -30,6 +30,7 @@ const ENVELOPE: Envelope = Envelope { kind: "stillpoint-manifest", version: MANI
 
 /// A manifest that can't be read, or must not be written. The caller adds the file's name.
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum ManifestError {
     #[error(transparent)]
     Envelope(#[from] EnvelopeError),
@@ -53,6 +54,9 @@ impl ManifestError {
 impl Manifest {
     /// The bytes of the file. Refuses what [`parse`](Self::parse) would refuse: better no checkpoint than one that is
     /// found unreadable when it is needed.
+    ///
+    /// # Errors
+    /// When a field is beyond its limit or contradicts another.
     pub fn encode(&self) -> Result<Vec<u8>, ManifestError> {
         self.validate()?;
         let mut body = serde_json::to_vec_pretty(self).map_err(json_error)?;
@@ -61,6 +65,10 @@ impl Manifest {
     }
 
     /// Verifies the file's digest, reads it, and checks that its parts fit one another.
+    ///
+    /// # Errors
+    /// When the bytes are damaged, of another version, or a field is beyond its limit or
+    /// contradicts another.
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
         let body = ENVELOPE.unwrap(bytes)?;
         let manifest: Self = serde_json::from_slice(body).map_err(json_error)?;

@@ -15,10 +15,13 @@ use crate::units::{ByteLen, CheckpointSeq, Epoch, PageCount};
 /// doesn't know. Whatever changes how a checkpoint must be restored takes a new version.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
+    /// The VM's name.
     pub vm: VmName,
+    /// The checkpoint ID.
     pub seq: CheckpointSeq,
     /// The checkpoint that this one adds to; none for a full one.
     pub parent: Option<CheckpointSeq>,
+    /// Full or incremental.
     pub kind: CheckpointKind,
     /// The writer's claim under which it was written.
     pub epoch: Epoch,
@@ -26,24 +29,31 @@ pub struct Manifest {
     pub instance: String,
     /// RFC 3339, in UTC.
     pub created_at: String,
+    /// The version of Stillpoint that took it.
     pub stillpoint_version: String,
+    /// What VM it is.
     pub machine: MachineRecord,
     /// What the guest was doing. None in a checkpoint of a version that did not say: such a VM is let run, as that version did. (A
     /// reader that skips this does the same with every VM.)
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run_state: Option<RunState>,
+    /// All page spaces that the checkpoint holds.
     #[serde(deserialize_with = "space_list")]
     pub spaces: Vec<SpaceRecord>,
+    /// QEMU's RAM blocks, in its order.
     #[serde(deserialize_with = "ram_block_list")]
     pub ram_blocks: Vec<RamBlockRecord>,
+    /// The VM's disks.
     #[serde(deserialize_with = "disk_list")]
     pub disks: Vec<DiskRecord>,
     /// In the order of their numbers; of two records of a page the later pack's counts.
     #[serde(deserialize_with = "pack_list")]
     pub packs: Vec<PackRecord>,
+    /// Sums over the whole checkpoint.
     pub totals: Totals,
 }
 
+/// Whether a checkpoint needs its parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CheckpointKind {
@@ -57,7 +67,9 @@ pub enum CheckpointKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RunState {
+    /// The guest ran.
     Running,
+    /// The guest was asleep (ACPI S3).
     Suspended,
     /// Stopped by its owner.
     Paused,
@@ -65,25 +77,33 @@ pub enum RunState {
     Prelaunch,
     /// Powered off.
     Shutdown,
+    /// The guest's kernel reported a panic.
     GuestPanicked,
+    /// QEMU stopped it at a disk error.
     IoError,
+    /// QEMU stopped it after an error of its own.
     InternalError,
+    /// A watchdog device stopped it.
     Watchdog,
 }
 
 /// The virtual machine's configuration, as far as a restore must know it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineRecord {
+    /// The version of the QEMU that ran it.
     pub qemu_version: String,
     /// Path of the QEMU program on the host of the checkpoint: what a restore tries first.
     pub program: String,
     /// Its versioned name (`pc-q35-10.0`), so that a newer QEMU builds the same machine.
     pub machine_type: String,
+    /// `kvm` or `tcg`.
     pub accelerator: String,
     /// The command line, the program's own name not included.
     #[serde(deserialize_with = "arguments_list")]
     pub arguments: Vec<String>,
+    /// Number of vCPUs.
     pub vcpus: u32,
+    /// Base memory, without hot-plugged modules.
     pub ram_bytes: ByteLen,
     /// The name of the RAM block that is the guest's main memory.
     pub ram_block: String,
@@ -95,42 +115,56 @@ pub struct MachineRecord {
     pub files: Vec<LayerRef>,
 }
 
+/// One page space.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpaceRecord {
+    /// Its name.
     pub name: SpaceName,
+    /// Its kind, which the name's prefix says, too.
     pub kind: SpaceKind,
     /// Its exact length at this checkpoint. The last page is padded with zeros.
     pub bytes: ByteLen,
 }
 
 impl SpaceRecord {
+    /// A space of that many bytes.
     pub fn new(name: SpaceName, bytes: ByteLen) -> Self {
         Self { kind: name.kind(), name, bytes }
     }
 
+    /// Its number of pages; the last one may be partial.
     pub fn pages(&self) -> PageCount {
         PageCount::covering(self.bytes)
     }
 }
 
+/// One RAM block of QEMU.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RamBlockRecord {
+    /// QEMU's name of it (`pc.ram`).
     pub name: String,
+    /// Bytes in use.
     pub used: ByteLen,
+    /// Bytes that it may grow to.
     pub total: ByteLen,
+    /// Bytes of one of the host's pages behind it.
     pub page_size: ByteLen,
     /// Whether its memory is a shared file, which the migration stream leaves out.
     pub shared: bool,
 }
 
+/// One disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskRecord {
+    /// Its node name.
     pub node: String,
     /// Where its content is; none for a read-only disk, which is all in its layers.
     pub space: Option<SpaceName>,
+    /// Whether the guest can only read it.
     pub read_only: bool,
     /// `qcow2` or `raw`.
     pub format: String,
+    /// What the guest sees.
     pub virtual_size: ByteLen,
     /// The image's path on the host where the checkpoint was taken.
     pub file: String,
@@ -145,11 +179,15 @@ pub struct DiskRecord {
 /// Options of a qcow2 image, with the meaning that QEMU gives them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Qcow2Record {
+    /// Bytes of a cluster.
     pub cluster_size: ByteLen,
     /// `0.10` or `1.1`.
     pub compat: String,
+    /// Whether refcounts are written late.
     pub lazy_refcounts: bool,
+    /// Width of a refcount.
     pub refcount_bits: u32,
+    /// Whether L2 entries have subclusters.
     pub extended_l2: bool,
     /// `zlib` or `zstd`.
     pub compression: String,
@@ -158,20 +196,26 @@ pub struct Qcow2Record {
 /// An immutable image in the store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRef {
+    /// The digest of the layer's content.
     pub digest: ContentDigest,
     /// What the digest is taken of. A reader of version 1 that skips this refuses the layer by its version, or takes a local copy
     /// for another file.
     #[serde(default, skip_serializing_if = "DigestForm::is_content")]
     pub form: DigestForm,
+    /// What a reader of the image sees.
     pub len: ByteLen,
+    /// `qcow2` or `raw`.
     pub format: String,
     /// Its path on the host where the checkpoint was taken.
     pub path: String,
 }
 
+/// One pack of the checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackRecord {
+    /// Its file name.
     pub name: PackName,
+    /// Its length and where its index is.
     pub info: PackInfo,
     /// Copies that the store keeps, where it says.
     pub replicas: Option<u16>,
@@ -191,6 +235,7 @@ pub struct Totals {
 }
 
 impl Manifest {
+    /// The record of a page space.
     pub fn space(&self, name: &SpaceName) -> Option<&SpaceRecord> {
         self.spaces.iter().find(|space| space.name == *name)
     }

@@ -28,11 +28,14 @@ pub struct PackBuilder {
 /// The bytes of a pack file, in order, and what the manifest says about it.
 #[derive(Debug)]
 pub struct FinishedPack {
+    /// The bytes of the pack, in order.
     pub chunks: Vec<Vec<u8>>,
+    /// What the manifest says of the pack.
     pub info: PackInfo,
 }
 
 impl PackBuilder {
+    /// A pack without frames, for pages of these spaces.
     pub fn new(id: PackId, spaces: &SpaceTable) -> Self {
         let trailer = Trailer { id, spaces: spaces.names().to_vec(), frames: Vec::new(), runs: Vec::new(), digests: Vec::new() };
         Self {
@@ -51,6 +54,9 @@ impl PackBuilder {
     }
 
     /// Adds the frame behind all others.
+    ///
+    /// # Errors
+    /// When the space is unknown, a page is out of order, or the pack is full.
     pub fn push_frame(&mut self, frame: EncodedFrame) -> Result<(), EncodeError> {
         self.check_space(frame.space())?;
         self.check_room(&frame)?;
@@ -82,6 +88,9 @@ impl PackBuilder {
     }
 
     /// Records that the pages hold zeros.
+    ///
+    /// # Errors
+    /// When the space is unknown, or the pack is full.
     pub fn push_zero(&mut self, space: SpaceId, pages: PageRange) -> Result<(), EncodeError> {
         self.check_space(space)?;
         self.check_zero(pages)?;
@@ -108,6 +117,10 @@ impl PackBuilder {
         self.trailer.runs.is_empty()
     }
 
+    /// Appends index and footer.
+    ///
+    /// # Errors
+    /// When the index cannot be compressed, or is too long.
     pub fn finish(mut self) -> Result<FinishedPack, EncodeError> {
         let raw = self.trailer.encode();
         let stored = compress_whole(&raw).map_err(|source| EncodeError::Compress { what: "the trailer of a pack", source })?;

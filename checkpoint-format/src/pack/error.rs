@@ -13,8 +13,11 @@ use crate::wire::Short;
 /// The piece of a pack that an error is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PackPart {
+    /// The first bytes, with the pack's ID.
     Header,
+    /// The last bytes, which say where the trailer is.
     Footer,
+    /// The index of frames and page runs.
     Trailer,
     /// The frame that begins at this byte of the file.
     Frame(ByteOffset),
@@ -36,6 +39,7 @@ impl fmt::Display for PackPart {
 
 /// A pack that can't be read. The caller adds the file's name.
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum PackError {
     #[error(
         "read the {part}: it begins with {found:02x?} where {expected:02x?} is expected; this is no pack file, or its start is overwritten"
@@ -92,6 +96,7 @@ pub(super) fn equal(part: PackPart, what: &'static str, found: u64, expected: u6
 
 /// Pages that can't be put into a pack: a mistake of the caller, so trying again doesn't help.
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum EncodeError {
     #[error("encode a frame of {pages} pages: a frame takes 1 to {limit}; split the pages over several frames")]
     FramePages { pages: usize, limit: usize },

@@ -23,10 +23,15 @@ const MAGIC: [u8; 8] = *b"STLPFOOT";
 /// | 48 | 16    | checksum of bytes 0..48 |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackFooter {
+    /// Where the trailer begins.
     pub trailer_offset: ByteOffset,
+    /// Stored bytes of the trailer.
     pub trailer_len: u32,
+    /// Bytes of the trailer after decompression.
     pub trailer_raw_len: u32,
+    /// Checksum of the stored bytes.
     pub trailer_checksum: Checksum,
+    /// Length of the whole pack.
     pub pack_len: ByteLen,
 }
 
@@ -44,6 +49,9 @@ impl PackFooter {
     }
 
     /// Reads the last [`FOOTER_LEN`] bytes of a pack.
+    ///
+    /// # Errors
+    /// When the bytes are damaged, of another version, or contradict each other.
     pub fn parse(bytes: &[u8]) -> Result<Self, PackError> {
         const PART: PackPart = PackPart::Footer;
         check_fixed_len(PART, bytes, FOOTER_LEN)?;

@@ -42,6 +42,10 @@ impl EncodedFrame {
     /// Compresses `raw`, the content of `pages` one after another. The pages must ascend but may have gaps.
     ///
     /// Pure CPU work: call it on as many threads as you like.
+    ///
+    /// # Errors
+    /// When there are no or too many pages, they are not ascending, `raw` has another length, or
+    /// cannot be compressed.
     pub fn encode(space: SpaceId, pages: &[(PageIndex, PageDigest)], raw: &[u8], level: i32) -> Result<Self, EncodeError> {
         let count = check_pages(pages)?;
         check_content(pages.len(), raw)?;
@@ -61,10 +65,12 @@ impl EncodedFrame {
         })
     }
 
+    /// The space of its pages.
     pub fn space(&self) -> SpaceId {
         self.entry.space
     }
 
+    /// Its pages in ascending order, with their digests.
     pub fn pages(&self) -> &[(PageIndex, PageDigest)] {
         &self.pages
     }
@@ -107,10 +113,13 @@ pub struct FrameEntry {
     pub offset: ByteOffset,
     /// Length of the content as stored, without the frame's header.
     pub stored_len: u32,
+    /// The space of its pages.
     pub space: SpaceId,
     /// 1 to [`FRAME_PAGES`].
     pub pages: u8,
+    /// How the stored bytes are compressed.
     pub codec: Codec,
+    /// Checksum of the stored bytes.
     pub checksum: Checksum,
 }
 
@@ -126,6 +135,9 @@ impl FrameEntry {
     }
 
     /// Verifies the frame's bytes (just those of [`byte_range`](Self::byte_range)) and gives the content of its pages.
+    ///
+    /// # Errors
+    /// When the bytes are damaged, or have another length than this entry says.
     pub fn decode(&self, bytes: &[u8]) -> Result<Vec<u8>, PackError> {
         let part = PackPart::Frame(self.offset);
         let range = self.byte_range();

@@ -23,6 +23,9 @@ pub struct PackId(pub [u8; 16]);
 
 impl PackId {
     /// An id from things that are together unique: the machine's instance, the checkpoint, the writer's epoch, a count.
+    ///
+    /// # Panics
+    /// Never: a digest is longer than an ID.
     pub fn derive(parts: &[&str]) -> Self {
         let mut hasher = ContentHasher::new();
         hasher.update(b"stillpoint pack id");
@@ -73,6 +76,7 @@ impl From<PackId> for String {
 /// | 48 | 16    | checksum of bytes 0..48 |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackHeader {
+    /// The pack's ID.
     pub id: PackId,
 }
 
@@ -89,6 +93,9 @@ impl PackHeader {
     }
 
     /// Reads the first [`HEADER_LEN`] bytes of a pack.
+    ///
+    /// # Errors
+    /// When the bytes are damaged or of another version.
     pub fn parse(bytes: &[u8]) -> Result<Self, PackError> {
         const PART: PackPart = PackPart::Header;
         check_fixed_len(PART, bytes, HEADER_LEN)?;

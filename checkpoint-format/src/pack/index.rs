@@ -16,18 +16,24 @@ const PART: PackPart = PackPart::Trailer;
 /// Pages one after another with one source: zeros, or neighbouring slots of one frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageRun {
+    /// The space of the pages.
     pub space: SpaceId,
+    /// The pages of the run.
     pub pages: PageRange,
+    /// Where their content is.
     pub source: RunSource,
 }
 
 /// Where the content of a run is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunSource {
+    /// They are all zeros.
     Zero,
     /// The run's first page is in `first_slot` of the frame, the next one behind it, and so on.
     Frame {
+        /// The frame that has them.
         frame: FrameNo,
+        /// Where the first of them is in the frame.
         first_slot: Slot,
     },
 }
@@ -48,6 +54,9 @@ pub struct PackIndex {
 
 impl PackIndex {
     /// Verifies the stored trailer against the footer, then reads it.
+    ///
+    /// # Errors
+    /// When the trailer is damaged, beyond a limit, or contradicts the footer.
     pub fn parse(trailer: &[u8], footer: &PackFooter) -> Result<Self, PackError> {
         footer.check(PackPart::Footer)?;
         check_fixed_len(PART, trailer, footer.trailer_len as usize)?;
@@ -67,6 +76,7 @@ impl PackIndex {
         Ok(Self { id: trailer.id, spaces: trailer.spaces, frames: trailer.frames, runs, digests: trailer.digests, first_digest })
     }
 
+    /// The pack's ID.
     pub fn id(&self) -> PackId {
         self.id
     }
@@ -76,6 +86,7 @@ impl PackIndex {
         &self.spaces
     }
 
+    /// The number of a space in this pack, if it has pages of it.
     pub fn space_id(&self, name: &SpaceName) -> Option<SpaceId> {
         let at = self.spaces.iter().position(|known| known == name)?;
         u16::try_from(at).ok().map(SpaceId)
@@ -89,14 +100,17 @@ impl PackIndex {
         &self.spaces[usize::from(id.0)]
     }
 
+    /// All frames, in the order in which they are stored.
     pub fn frames(&self) -> &[FrameEntry] {
         &self.frames
     }
 
+    /// One frame.
     pub fn frame(&self, number: FrameNo) -> Option<&FrameEntry> {
         self.frames.get(number.as_usize())
     }
 
+    /// All page runs, ascending in each space.
     pub fn runs(&self) -> &[PageRun] {
         &self.runs
     }

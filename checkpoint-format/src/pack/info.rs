@@ -13,13 +13,19 @@ use crate::units::{ByteLen, ByteOffset, PageCount};
 /// A pack as its manifest records it: enough to read the trailer at once and to know that it is the right one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackInfo {
+    /// The pack's ID.
     pub id: PackId,
     /// Length of the file: what the pack costs in the store.
     pub len: ByteLen,
+    /// Where the trailer begins.
     pub trailer_offset: ByteOffset,
+    /// Stored bytes of the trailer.
     pub trailer_len: u32,
+    /// Bytes of the trailer after decompression.
     pub trailer_raw_len: u32,
+    /// Checksum of the stored bytes.
     pub trailer_checksum: Checksum,
+    /// Number of frames.
     pub frames: u32,
     /// Records of pages with content; a page that was recorded twice counts twice.
     pub data_pages: PageCount,
@@ -42,6 +48,9 @@ impl PackInfo {
     }
 
     /// Verifies and reads the trailer, the bytes of [`PackFooter::trailer_range`].
+    ///
+    /// # Errors
+    /// When the trailer is damaged, beyond a limit, or contradicts this record.
     pub fn parse_index(&self, trailer: &[u8]) -> Result<PackIndex, PackError> {
         const PART: PackPart = PackPart::Trailer;
         self.check()?;
@@ -56,6 +65,9 @@ impl PackInfo {
     }
 
     /// Whether the numbers can be true at all.
+    ///
+    /// # Errors
+    /// When a value is beyond its limit, or contradicts another.
     pub fn check(&self) -> Result<(), PackError> {
         const PART: PackPart = PackPart::Info;
         self.footer().check(PART)?;

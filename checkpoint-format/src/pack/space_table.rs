@@ -19,6 +19,10 @@ pub struct SpaceId(pub(super) u16);
 pub struct SpaceTable(Arc<[SpaceName]>);
 
 impl SpaceTable {
+    /// Numbers the spaces in the order given.
+    ///
+    /// # Errors
+    /// When there are too many, or one is there twice.
     pub fn new(names: impl IntoIterator<Item = SpaceName>) -> Result<Self, EncodeError> {
         let names: Vec<_> = names.into_iter().collect();
         if names.len() > MAX_SPACES_PER_PACK {
@@ -30,11 +34,13 @@ impl SpaceTable {
         }
     }
 
+    /// The number of a space.
     pub fn id(&self, name: &SpaceName) -> Option<SpaceId> {
         let at = self.0.iter().position(|known| known == name)?;
         u16::try_from(at).ok().map(SpaceId)
     }
 
+    /// The spaces, by number.
     pub fn names(&self) -> &[SpaceName] {
         &self.0
     }

@@ -41,6 +41,7 @@ use url::HdfsUrl;
 const FILE_MODE: u32 = 0o640;
 const DIR_MODE: u32 = 0o750;
 
+/// Timeouts and replication of an [`HdfsStore`].
 #[derive(Debug, Clone)]
 pub struct HdfsOptions {
     /// How long the NameNode may take to answer.
@@ -80,6 +81,9 @@ pub struct HdfsStore {
 impl HdfsStore {
     /// A store at `url`. Reads `core-site.xml` and `hdfs-site.xml` of `HADOOP_CONF_DIR` or `HADOOP_HOME`, if set;
     /// contacts nobody yet.
+    ///
+    /// # Errors
+    /// When the URL is no `hdfs://` URL, or the Hadoop configuration cannot be read.
     pub fn open(url: &str, options: &HdfsOptions) -> Result<Self> {
         let url = HdfsUrl::parse(url)?;
         let invalid = |reason: String| StoreError::InvalidUrl { url: url.shown().to_owned(), reason };

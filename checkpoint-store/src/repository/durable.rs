@@ -21,14 +21,17 @@ impl Durable {
         Durable { vm, seq, epoch, least_replicas, short_of_replicas }
     }
 
+    /// The VM whose checkpoint was committed.
     pub fn vm(&self) -> &VmName {
         &self.vm
     }
 
+    /// The ID of the committed checkpoint.
     pub fn seq(&self) -> CheckpointSeq {
         self.seq
     }
 
+    /// The writer epoch that committed it.
     pub fn epoch(&self) -> Epoch {
         self.epoch
     }

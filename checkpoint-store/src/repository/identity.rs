@@ -18,7 +18,9 @@ const MAX_IDENTITY_LEN: u64 = 64 << 10;
 /// Whether opening may create.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
+    /// Initialize the store if it has no `store.json`.
     CreateIfMissing,
+    /// A store without `store.json` is an error.
     MustExist,
 }
 

@@ -24,8 +24,10 @@ use crate::path::StorePath;
 /// Tries of the committing rename while its answers are lost.
 const MAX_RENAME_TRIES: u32 = 5;
 
+/// How the commit of a layer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerOutcome {
+    /// The layer was committed.
     Stored,
     /// Another machine stored the same content first.
     AlreadyThere,
@@ -33,16 +35,27 @@ pub enum LayerOutcome {
 
 impl Repository {
     /// The committed layers.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
     pub async fn layers(&self) -> Result<Vec<ContentDigest>> {
         let names = self.names(&layout::layers()).await?;
         Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
+    /// Whether the layer is committed.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
     pub async fn has_layer(&self, digest: &ContentDigest) -> Result<bool> {
         let path = layout::layer(digest);
         Ok(steady(|| self.store.stat(&path)).await?.is_some())
     }
 
+    /// Begins the upload of a layer, in a directory of its own. Removes abandoned uploads.
+    ///
+    /// # Errors
+    /// When the directory cannot be made.
     pub async fn begin_layer(&self, digest: &ContentDigest) -> Result<PartialLayer> {
         self.store.create_dir_all(&layout::layers()).await?;
         let dir = layout::partial_layer(digest, &nonce());
@@ -91,22 +104,35 @@ impl Repository {
     }
 
     /// A whole file of a layer, if it is not longer than `limit` bytes.
+    ///
+    /// # Errors
+    /// When the file is missing, longer than `limit`, or cannot be read.
     pub async fn read_layer_file(&self, digest: &ContentDigest, name: &str, limit: u64) -> Result<Bytes> {
         let path = layout::layer(digest).join(name)?;
         steady(|| self.store.read(&path, limit)).await
     }
 
     /// Exactly `len` bytes of a layer's file.
+    ///
+    /// # Errors
+    /// When the range is not in the file, or cannot be read.
     pub async fn read_layer_range(&self, digest: &ContentDigest, name: &str, offset: u64, len: u64) -> Result<Bytes> {
         let path = layout::layer(digest).join(name)?;
         steady(|| self.store.read_range(&path, offset, len)).await
     }
 
+    /// The length of a file of a layer in bytes.
+    ///
+    /// # Errors
+    /// When the file is missing, or the store cannot be read.
     pub async fn layer_file_len(&self, digest: &ContentDigest, name: &str) -> Result<u64> {
         self.file_len(&layout::layer(digest).join(name)?).await
     }
 
     /// Removes a layer. Whether checkpoints or other layers refer to it is the caller's to know.
+    ///
+    /// # Errors
+    /// When the store cannot be written.
     pub async fn remove_layer(&self, digest: &ContentDigest) -> Result<()> {
         let path = layout::layer(digest);
         steady(|| self.store.remove(&path)).await
@@ -122,16 +148,23 @@ pub struct PartialLayer {
 }
 
 impl PartialLayer {
+    /// The digest of the layer's content.
     pub fn digest(&self) -> &ContentDigest {
         &self.digest
     }
 
     /// Stores one pack; see [`super::PartialCheckpoint::put_pack`].
+    ///
+    /// # Errors
+    /// When the file cannot be stored after all retries.
     pub async fn put_pack(&self, stem: &str, data: Vec<Bytes>) -> Result<StoredPack> {
         self.store_file(Naming::Stem(stem), data).await
     }
 
     /// Stores one file under exactly this name.
+    ///
+    /// # Errors
+    /// When the file cannot be stored after all retries.
     pub async fn put_file(&self, name: &PackName, data: Vec<Bytes>) -> Result<StoredPack> {
         self.store_file(Naming::Fixed(name.as_str()), data).await
     }
@@ -149,6 +182,9 @@ impl PartialLayer {
     }
 
     /// Makes the layer exist, or finds that it does.
+    ///
+    /// # Errors
+    /// When the upload was removed meanwhile, or the rename fails.
     pub async fn commit(self) -> Result<LayerOutcome> {
         let store = &self.repository.store;
         let target = layout::layer(&self.digest);
@@ -188,6 +224,9 @@ impl PartialLayer {
     }
 
     /// Gives up: removes all that was stored.
+    ///
+    /// # Errors
+    /// When the partial layer cannot be removed; the next upload of any layer removes it.
     pub async fn abort(self) -> std::result::Result<(), StoreError> {
         steady(|| self.repository.store.remove(&self.dir)).await
     }

@@ -38,8 +38,10 @@ use crate::store::Store;
 use bounded::Bounded;
 use retry::Retry;
 
+/// Options of a [`Repository`].
 #[derive(Debug, Clone)]
 pub struct RepositoryOptions {
+    /// How files are stored that the store did not take at once.
     pub retry: RetryPolicy,
     /// Copies wanted of every file; `None`: what the store gives to files by default.
     pub replicas: Option<u16>,
@@ -76,10 +78,18 @@ pub struct Repository {
 impl Repository {
     /// Opens the repository in `store`. An empty or missing directory becomes one with
     /// [`Mode::CreateIfMissing`]; a directory of something else, or a newer format, is refused.
+    ///
+    /// # Errors
+    /// When the store cannot be reached, is no repository of a known version, or does not exist
+    /// ([`Mode::MustExist`]).
     pub async fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Self> {
         Self::open_with(store, mode, RepositoryOptions::default()).await
     }
 
+    /// The same with options.
+    ///
+    /// # Errors
+    /// As for [`Repository::open`].
     pub async fn open_with(store: Arc<dyn Store>, mode: Mode, options: RepositoryOptions) -> Result<Self> {
         let store = Bounded::new(store, options.call_limit);
         let id = identity::establish(&store, mode, &options.retry).await?;
@@ -95,6 +105,9 @@ impl Repository {
     }
 
     /// Whether the store at this URL is still the one that was opened, and no other that took its place.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
     pub async fn is_unchanged(&self) -> Result<bool> {
         match identity::read(&self.store).await {
             Ok(id) => Ok(*id == *self.id),
@@ -103,12 +116,16 @@ impl Repository {
         }
     }
 
+    /// The URL of the store.
     pub fn url(&self) -> &str {
         self.store.url()
     }
 
     /// Refuses a store whose files would not survive what they must (`ErasureCoded`). For whoever is about to write checkpoints:
     /// what is there can be read all the same.
+    ///
+    /// # Errors
+    /// When the store cannot keep the replicas that a commit needs, or cannot be asked.
     pub async fn check_redundancy(&self) -> Result<()> {
         self.store.check_redundancy().await
     }

@@ -50,10 +50,12 @@ impl PartialCheckpoint {
         PartialCheckpoint { writer, name, dir, tally: Mutex::default() }
     }
 
+    /// The ID that the checkpoint will have.
     pub fn seq(&self) -> CheckpointSeq {
         self.name.seq
     }
 
+    /// The epoch of its writer.
     pub fn epoch(&self) -> Epoch {
         self.name.epoch
     }
@@ -64,6 +66,9 @@ impl PartialCheckpoint {
 
     /// Stores one pack, as often and in as many copies as the retry policy says. `stem` becomes the file name, with
     /// a suffix; the name that counts is in the result. Several packs may be on their way at once.
+    ///
+    /// # Errors
+    /// When a newer writer has fenced this one, or the pack cannot be stored after all retries.
     pub async fn put_pack(&self, stem: &str, data: Vec<Bytes>) -> Result<StoredPack> {
         let pack = self.store_file(Naming::Stem(stem), data).await?;
         debug!(dir = %self.dir, name = %pack.name, len = pack.len, attempts = pack.attempts, "pack stored");
@@ -87,6 +92,10 @@ impl PartialCheckpoint {
     ///
     /// The manifest must not be the same bytes as another writer's for the same number (its epoch sees to that):
     /// when the store's answer is lost, what is found under the checkpoint's name is compared with it.
+    ///
+    /// # Errors
+    /// When a newer writer has fenced this one, or the store fails. There is no checkpoint then,
+    /// unless the error says that the outcome is unknown.
     pub async fn commit(self, manifest: Bytes) -> Result<Durable> {
         if manifest.len() as u64 > MAX_MANIFEST_LEN {
             return Err(StoreError::Limit {
@@ -150,6 +159,9 @@ impl PartialCheckpoint {
     }
 
     /// Gives up: removes all that was stored.
+    ///
+    /// # Errors
+    /// When the partial checkpoint cannot be removed; the next claim of the VM removes it.
     pub async fn abort(self) -> Result<()> {
         steady(|| self.writer.repository.store.remove(&self.dir)).await
     }

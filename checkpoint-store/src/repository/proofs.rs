@@ -18,6 +18,9 @@ const MAX_PROOFS: usize = 64;
 impl Repository {
     /// Notes a proof under `key`, which tells proofs of one checkpoint apart. Written once: a note
     /// that is there under this key stays, and `false` is returned.
+    ///
+    /// # Errors
+    /// When the note is too long, or cannot be stored.
     pub async fn note_proof(&self, vm: &VmName, seq: CheckpointSeq, key: &Checksum, note: Bytes) -> Result<bool> {
         let path = layout::proof(vm, seq, key);
         let len = note.len() as u64;
@@ -34,6 +37,9 @@ impl Repository {
     }
 
     /// The notes of a checkpoint's proofs, none if there are none; unread ones are left out.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
     pub async fn proofs(&self, vm: &VmName, seq: CheckpointSeq) -> Result<Vec<Bytes>> {
         let folder = layout::proofs(vm);
         let entries = match steady(|| self.store.list(&folder)).await {

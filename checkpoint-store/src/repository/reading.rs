@@ -16,12 +16,18 @@ pub const MAX_MANIFEST_LEN: u64 = (64 << 20) + 1024;
 
 impl Repository {
     /// The machines that have checkpoints or had a writer, by name.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
     pub async fn vms(&self) -> Result<Vec<VmName>> {
         let names = self.names(&layout::vms()).await?;
         Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
     /// The committed checkpoints of a machine, ascending. None if there is no such machine.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
     pub async fn checkpoints(&self, vm: &VmName) -> Result<Vec<CheckpointSeq>> {
         let names = self.names(&layout::checkpoints(vm)).await?;
         let mut found: Vec<CheckpointSeq> = names.iter().filter_map(|name| layout::number(name)).map(CheckpointSeq).collect();
@@ -31,22 +37,36 @@ impl Repository {
 
     /// When an entry of the directory of a machine's checkpoints last came or went, by the store's clock; `None`: there is no such
     /// directory.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
     pub async fn checkpoints_changed(&self, vm: &VmName) -> Result<Option<SystemTime>> {
         let path = layout::checkpoints(vm);
         Ok(steady(|| self.store.stat(&path)).await?.map(|stat| stat.modified))
     }
 
+    /// The sealed manifest of a checkpoint.
+    ///
+    /// # Errors
+    /// When the checkpoint is missing, its manifest is too long, or the store cannot be read.
     pub async fn read_manifest(&self, vm: &VmName, seq: CheckpointSeq) -> Result<Bytes> {
         let path = layout::checkpoint(vm, seq).join(layout::MANIFEST)?;
         steady(|| self.store.read(&path, MAX_MANIFEST_LEN)).await
     }
 
     /// Exactly `len` bytes of a pack.
+    ///
+    /// # Errors
+    /// When the range is not in the pack, or cannot be read.
     pub async fn read_pack_range(&self, vm: &VmName, seq: CheckpointSeq, name: &str, offset: u64, len: u64) -> Result<Bytes> {
         let path = layout::checkpoint(vm, seq).join(name)?;
         steady(|| self.store.read_range(&path, offset, len)).await
     }
 
+    /// The length of a pack in bytes.
+    ///
+    /// # Errors
+    /// When the pack is missing, or the store cannot be read.
     pub async fn pack_len(&self, vm: &VmName, seq: CheckpointSeq, name: &str) -> Result<u64> {
         self.file_len(&layout::checkpoint(vm, seq).join(name)?).await
     }

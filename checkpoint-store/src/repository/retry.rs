@@ -24,6 +24,7 @@ const HUNG_TRY_COST: usize = 2;
 /// How long a shortage of copies is remembered: files that follow begin with what worked last.
 const SHORTAGE_MEMORY: Duration = Duration::from_secs(60);
 
+/// How often and with how many replicas a file is tried to be stored.
 #[derive(Debug, Clone)]
 pub struct RetryPolicy {
     /// Tries with the wanted number of copies.
@@ -35,6 +36,7 @@ pub struct RetryPolicy {
     pub minimum_replicas: u16,
     /// The first pause between tries; it doubles up to `longest_pause`.
     pub first_pause: Duration,
+    /// The longest pause between tries.
     pub longest_pause: Duration,
     /// No new try is begun after that long.
     pub give_up_after: Duration,
@@ -73,7 +75,9 @@ impl RetryPolicy {
 /// A file that is in the store for good, though perhaps in fewer copies than wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredPack {
+    /// The file's name in its checkpoint or layer.
     pub name: PackName,
+    /// Bytes.
     pub len: u64,
     /// Copies that it was written with; `None` if the store keeps none.
     pub replicas: Option<u16>,

@@ -36,11 +36,13 @@ const KEPT_RECORDS: usize = 8;
 /// Who claims, as it is saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WriterRecord {
+    /// The host's name.
     pub host: String,
     /// The kernel's boot id: tells a helper that restarted from a host that did.
     pub boot_id: String,
     /// The machine's running instance: a helper that restarts beside the same QEMU process goes on with it.
     pub instance: String,
+    /// The helper's process ID.
     pub pid: u32,
     /// RFC 3339.
     pub claimed_at: String,
@@ -64,9 +66,11 @@ struct SavedRecord {
 /// One claim, as found in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WriterInfo {
+    /// The epoch that was claimed.
     pub epoch: Epoch,
     /// `None` if the record can't be read as one.
     pub record: Option<WriterRecord>,
+    /// Whether its writer has released the VM.
     pub released: bool,
 }
 
@@ -75,6 +79,7 @@ pub struct WriterInfo {
 pub enum Claim {
     /// The last writer was the same instance; or it released, or is known to be dead, and this instance was never replaced.
     Continue {
+        /// The instance that claims, as in [`WriterRecord::instance`].
         instance: String,
         /// The highest epoch that this instance remembers to have claimed. Records in the store are pruned.
         last: Option<Epoch>,
@@ -113,6 +118,9 @@ impl Claim {
 
 impl Repository {
     /// The claims on a machine, oldest first.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
     pub async fn writers(&self, vm: &VmName) -> Result<Vec<WriterInfo>> {
         let mut found = Vec::new();
         let (claims, released) = list_claims(&self.store, vm).await?;
@@ -123,11 +131,17 @@ impl Repository {
     }
 
     /// Whether [`Repository::claim_writer`] would claim; nothing is changed.
+    ///
+    /// # Errors
+    /// When another writer holds the VM or has fenced this instance, or the store cannot be read.
     pub async fn may_claim(&self, vm: &VmName, claim: &Claim) -> Result<()> {
         claim.check(vm, &self.writers(vm).await?)
     }
 
     /// Claims the next epoch and fences the lower ones.
+    ///
+    /// # Errors
+    /// When another writer holds the VM or has fenced this instance, or the claim cannot be stored.
     pub async fn claim_writer(&self, vm: &VmName, record: WriterRecord, claim: Claim) -> Result<Writer> {
         self.store.create_dir_all(&layout::writers(vm)).await?;
         self.store.create_dir_all(&layout::checkpoints(vm)).await?;
@@ -239,25 +253,34 @@ pub struct Writer {
 }
 
 impl Writer {
+    /// The VM that is written.
     pub fn vm(&self) -> &VmName {
         &self.vm
     }
 
+    /// The epoch that was claimed.
     pub fn epoch(&self) -> Epoch {
         self.epoch
     }
 
+    /// The repository that is written.
     pub fn repository(&self) -> &Repository {
         &self.repository
     }
 
     /// `Fenced` if a higher epoch was claimed.
+    ///
+    /// # Errors
+    /// When a newer writer has fenced this one, or the store cannot be read.
     pub async fn check(&self) -> Result<()> {
         self.is_claimed().await.map(drop)
     }
 
     /// Whether the store has this writer's claim: one that was set back to an earlier state may have lost it. `Fenced` if a higher
     /// epoch was claimed.
+    ///
+    /// # Errors
+    /// When a newer writer has fenced this one, or the store cannot be read.
     pub async fn is_claimed(&self) -> Result<bool> {
         let (claims, _) = list_claims(&self.repository.store, &self.vm).await?;
         match claims.last() {
@@ -267,6 +290,9 @@ impl Writer {
     }
 
     /// Says that this writer ended in order, so that anybody may continue. Doing it twice is fine.
+    ///
+    /// # Errors
+    /// When the store cannot be written.
     pub async fn release(&self) -> Result<()> {
         let path = layout::released(&self.vm, self.epoch);
         let Repository { store, retry, .. } = &self.repository;
@@ -278,6 +304,9 @@ impl Writer {
 
     /// For a writer that has stored nothing and will not: releases its epoch; where no checkpoint and no other claim of the VM
     /// was ever made, its name is removed from the store.
+    ///
+    /// # Errors
+    /// When the store cannot be written.
     pub async fn withdraw(&self) -> Result<()> {
         let Repository { store, .. } = &self.repository;
         let (claims, _) = list_claims(store, &self.vm).await?;
@@ -291,6 +320,10 @@ impl Writer {
 
     /// Begins checkpoint `seq`: `AlreadyExists` if there is one of that number. Removes what earlier tries of this
     /// writer left; it knows them, so the directory, which may hold thousands of checkpoints, is not listed.
+    ///
+    /// # Errors
+    /// When the checkpoint exists, a newer writer has fenced this one, or the store cannot be
+    /// written.
     pub async fn begin(&self, seq: CheckpointSeq) -> Result<PartialCheckpoint> {
         let store = &self.repository.store;
         let committed = layout::checkpoint(&self.vm, seq);
@@ -325,6 +358,9 @@ impl Writer {
     }
 
     /// Removes a committed checkpoint. Whether others build on it is the caller's to know.
+    ///
+    /// # Errors
+    /// When a newer writer has fenced this one, or the store cannot be written.
     pub async fn remove_checkpoint(&self, seq: CheckpointSeq) -> Result<()> {
         self.check().await?;
         let path = layout::checkpoint(&self.vm, seq);

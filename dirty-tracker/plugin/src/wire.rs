@@ -34,6 +34,7 @@ pub enum FdKind {
 /// How the plugin got its userfaultfd; decides what it can be used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UffdSource {
+    /// There is none.
     None = 0,
     /// The system call, with all rights.
     Syscall = 1,

@@ -67,14 +67,18 @@ pub enum Syntax {
     Text(Use),
     /// `key=value,…` or a JSON object; the first word may stand for a key.
     Keys(Option<&'static str>, Group),
-    /// The old words for a character device: `unix:PATH,server=on`, `file:PATH`, `chardev:ID`. Says whether it is a monitor.
-    Chardev { monitor: bool },
+    /// The old words for a character device: `unix:PATH,server=on`, `file:PATH`, `chardev:ID`.
+    Chardev {
+        /// Whether it is a monitor.
+        monitor: bool,
+    },
     /// The address of a display (`-vnc`).
     Vnc,
 }
 
 /// Which table has the keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "named after QEMU's options")]
 pub enum Group {
     /// All values are plain.
     Plain,
@@ -106,6 +110,7 @@ use Group as G;
 use Syntax::{Flag, Keys};
 use Use::{Address, Boot, Connect, Disk, Display, HostDevice, HostFile, Listen, Output, Plain, Process, Program, Unknown};
 
+/// How the value of an option is written; `None` for an option that the table lacks.
 pub fn syntax(option: &str) -> Option<Syntax> {
     let found = OPTIONS.iter().find(|(name, _)| *name == option);
     match option {

@@ -102,6 +102,9 @@ pub(super) async fn remove_since(qmp: &Qmp, tag: &BitmapTag, seq: u64, on: impl 
 
 /// Begins to record on every writable disk, as if checkpoint `seq` had just been taken: right after a restore of it,
 /// before the guest runs.
+///
+/// # Errors
+/// When QEMU refuses a bitmap, or a name that it would get is taken.
 pub async fn start_recording(qmp: &Qmp, tag: &BitmapTag, seq: u64, disks: &[Disk], places: CapturePlaces<'_>) -> Result<(), CaptureError> {
     let qmp = &tag.on(qmp);
     let writable = disks.iter().filter(|disk| !disk.read_only).enumerate();

@@ -11,6 +11,7 @@ use crate::nbd_server::ServerError;
 use crate::qmp::QmpError;
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum CaptureError {
     #[error(transparent)]
     Qmp(#[from] QmpError),

@@ -17,6 +17,7 @@ pub struct FrozenDisk {
     pub node: String,
     /// Its stable name, as in [`crate::disks::Disk::name`].
     pub name: String,
+    /// What the guest sees, in bytes.
     pub bytes: u64,
     /// Its NBD export name.
     pub export: String,
@@ -41,11 +42,15 @@ impl FrozenDisks {
         Self { session, disks, exported: false }
     }
 
+    /// The disks, in the order of the plan.
     pub fn disks(&self) -> &[FrozenDisk] {
         &self.disks
     }
 
     /// Makes the instant readable over NBD. To be called after the guest was resumed.
+    ///
+    /// # Errors
+    /// When QEMU does not open its NBD server or refuses an export.
     pub async fn export(&mut self) -> Result<(), CaptureError> {
         let qmp = &self.session.qmp;
         for target in &self.session.targets {
@@ -70,6 +75,9 @@ impl FrozenDisks {
     /// A connection to the export of one of [`Self::disks`], with the meta contexts that say what to read:
     /// `base:allocation`, and the changes, or in a full capture the allocation depth (1 and 2 are the disk's own
     /// blocks; more is a backing layer; 0 is a layer or nowhere).
+    ///
+    /// # Errors
+    /// When QEMU's NBD server does not answer, or the disk is not exported.
     pub async fn connect(&self, disk: &FrozenDisk) -> Result<NbdClient, CaptureError> {
         let what = disk.changes.as_deref().unwrap_or(context::ALLOCATION_DEPTH);
         let contexts = [context::BASE_ALLOCATION, what];
@@ -83,6 +91,9 @@ impl FrozenDisks {
 
     /// Fails if the instant can no longer be trusted. To be called after the last read and before the commit; and after a
     /// read that failed, to know why.
+    ///
+    /// # Errors
+    /// When a backup job has failed or ended: its copy is not of the instant any more.
     pub async fn verify(&self) -> Result<(), CaptureError> {
         let qmp = &self.session.qmp;
         let jobs = jobs::list(qmp).await?;
@@ -134,11 +145,17 @@ impl FrozenDisks {
 
     /// Ends copying before write: the instant can be read no more, the guest's writes cost nothing any more. Whether
     /// the changes are settled or given back is still open.
+    ///
+    /// # Errors
+    /// When QEMU refuses to remove an export, job or node.
     pub async fn release(&mut self) -> Result<(), CaptureError> {
         self.session.release().await
     }
 
     /// The checkpoint is durable: forgets the changes up to the instant.
+    ///
+    /// # Errors
+    /// When QEMU refuses to remove the older bitmap, export, job or node.
     pub async fn settle(mut self) -> Result<(), CaptureError> {
         // Whatever fails below, these changes are in a durable checkpoint: merging them back would only store them again.
         self.session.release().await?;
@@ -149,6 +166,9 @@ impl FrozenDisks {
     }
 
     /// The checkpoint failed: the next one must carry these changes too.
+    ///
+    /// # Errors
+    /// When QEMU refuses to merge the bitmaps, or to remove an export, job or node.
     pub async fn give_back(mut self) -> Result<(), CaptureError> {
         self.session.undo().await
     }

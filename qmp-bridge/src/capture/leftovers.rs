@@ -15,8 +15,11 @@ use crate::qmp::Qmp;
 pub struct Leftovers {
     /// The guest was paused by the dead helper, and runs again.
     pub resumed: bool,
+    /// Exports that were removed.
     pub exports: usize,
+    /// Jobs that were cancelled.
     pub jobs: usize,
+    /// Nodes that were removed.
     pub nodes: usize,
     /// At most one per disk node, recording since its `since`.
     pub bitmaps: Vec<KeptBitmap>,
@@ -43,6 +46,9 @@ pub struct CapturePlaces<'a> {
 /// The guest is resumed first if an earlier helper left it paused. Changes are never lost: bitmaps with this tag are
 /// merged into the oldest of their node, whose set then holds at least what changed since that checkpoint. What is not named
 /// after the tag is not touched.
+///
+/// # Errors
+/// When QEMU refuses a command.
 pub async fn cleanup_leftovers(qmp: &Qmp, tag: &BitmapTag, places: CapturePlaces<'_>) -> Result<Leftovers, CaptureError> {
     let qmp = &tag.on(qmp);
     let _turn = turn::take(qmp).await?;

@@ -17,6 +17,7 @@ const MAX_TAG: usize = 64;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct BitmapTag(String);
 
+/// A tag that is empty, too long, or has characters that QEMU does not take in names.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("`{0}` cannot tag bitmaps; use 1 to {MAX_TAG} letters, digits, `.`, `_` or `-`")]
 pub struct BadTag(String);

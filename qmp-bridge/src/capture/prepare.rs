@@ -27,6 +27,7 @@ pub const DEFAULT_SCRATCH_RESERVE: u64 = 256 << 20;
 /// What a capture has to know.
 #[derive(Debug, Clone)]
 pub struct CapturePlan {
+    /// The prefix of all names that this VM's checkpoints give to QEMU.
     pub tag: BitmapTag,
     /// The checkpoint being made.
     pub seq: u64,
@@ -106,6 +107,10 @@ const HUNG_RETRY: Duration = Duration::from_secs(1);
 impl PreparedDisks {
     /// Starts the NBD server, adds a fleecing overlay per writable disk, and flushes the disks. Read-only disks among `disks` are
     /// passed over.
+    ///
+    /// # Errors
+    /// When a disk cannot be captured, an overlay cannot be made, or QEMU refuses a
+    /// command.
     pub async fn prepare(qmp: &Qmp, disks: &[Disk], plan: CapturePlan) -> Result<Self, CaptureError> {
         let qmp = plan.tag.on(qmp);
         let turn = turn::take(&qmp).await?;
@@ -129,6 +134,9 @@ impl PreparedDisks {
     }
 
     /// What there is to read, and the room for what the guest overwrites meanwhile.
+    ///
+    /// # Errors
+    /// When QEMU does not answer, or the overlays' file system cannot be asked.
     pub async fn outlook(&self) -> Result<Outlook, CaptureError> {
         let Session { qmp, plan, targets, .. } = &self.session;
         let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
@@ -146,11 +154,17 @@ impl PreparedDisks {
     /// Writes what the guest has written, and QEMU or the host still holds, to the disks' storage while the guest runs: `stop` would
     /// do it with the guest stopped. Again while that takes long, since the guest writes meanwhile; an error if it takes longer
     /// than `limit` altogether.
+    ///
+    /// # Errors
+    /// When QEMU does not finish within `limit`.
     pub async fn flush(&self, limit: Duration) -> Result<(), CaptureError> {
         self.session.flush(limit).await
     }
 
     /// Takes the instant: one `transaction`, then the filters, and only while the guest is paused.
+    ///
+    /// # Errors
+    /// When the transaction fails, or the guest does not stay paused.
     pub async fn freeze(mut self, paused: &Paused) -> Result<FrozenDisks, CaptureError> {
         if !self.session.targets.is_empty() {
             self.session.take_instant(paused).await?;
@@ -162,6 +176,9 @@ impl PreparedDisks {
     }
 
     /// Takes the preparation back and waits for it.
+    ///
+    /// # Errors
+    /// When QEMU refuses to remove a node.
     pub async fn discard(mut self) -> Result<(), CaptureError> {
         self.session.undo().await
     }

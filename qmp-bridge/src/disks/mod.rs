@@ -1,7 +1,7 @@
 //! The disks of a machine: which can be captured, and on what layers they stand.
 //!
 //! `query-block` tells which devices have a medium and which node that is. How nodes stand on one another is only in
-//! `x-debug-query-block-graph`, so chains are walked there (see [`graph`]). Whatever could not be brought back
+//! `x-debug-query-block-graph`, so chains are walked there (`graph.rs`). Whatever could not be brought back
 //! faithfully is refused here, with the reason, before anything is touched.
 
 mod drivers;
@@ -20,6 +20,7 @@ use survey::Survey;
 pub const MAX_BACKING_DEPTH: usize = 256;
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum DiskError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -32,6 +33,7 @@ pub enum DiskError {
 }
 
 impl DiskError {
+    /// Whether the same question may get another answer later.
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Qmp(error) => error.is_retryable(),
@@ -46,9 +48,12 @@ impl DiskError {
     }
 }
 
+/// How an image file is laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ImageFormat {
+    /// QEMU's copy-on-write format.
     Qcow2,
+    /// The disk's bytes and nothing else.
     Raw,
 }
 
@@ -69,8 +74,11 @@ pub struct Qcow2Layout {
     pub cluster_size: u64,
     /// `0.10` or `1.1`.
     pub compat: String,
+    /// Whether refcounts are written late.
     pub lazy_refcounts: bool,
+    /// Width of a refcount.
     pub refcount_bits: u32,
+    /// Whether L2 entries have subclusters.
     pub extended_l2: bool,
     /// `zlib` or `zstd`.
     pub compression: String,
@@ -79,8 +87,11 @@ pub struct Qcow2Layout {
 /// A layer below a disk; never written while the VM runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackingImage {
+    /// The image file.
     pub file: PathBuf,
+    /// Its format.
     pub format: ImageFormat,
+    /// Its format node.
     pub node: String,
     /// What a reader of this image sees, in bytes.
     pub virtual_size: u64,
@@ -88,6 +99,7 @@ pub struct BackingImage {
     pub is_device: bool,
 }
 
+/// One disk of a VM, with the chain below it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
     /// The format node, which bitmaps and backup jobs go to: below filters, if there are any above it.
@@ -103,7 +115,9 @@ pub struct Disk {
     pub qdev: Option<String>,
     /// Whether `device` is the id of a `-drive`; otherwise the device model has the drive alone.
     pub is_named: bool,
+    /// Whether the guest can only read it.
     pub read_only: bool,
+    /// The format of its own image.
     pub format: ImageFormat,
     /// The image file, absolute if QEMU's working directory was given.
     pub file: PathBuf,
@@ -113,6 +127,7 @@ pub struct Disk {
     pub virtual_size: u64,
     /// Top to bottom, without the disk itself.
     pub backing: Vec<BackingImage>,
+    /// Whether its medium can be changed.
     pub removable: bool,
     /// Of a qcow2 image.
     pub layout: Option<Qcow2Layout>,
@@ -146,7 +161,9 @@ pub struct EmptyDrive {
 /// All drives of a VM.
 #[derive(Debug, Default)]
 pub struct Disks {
+    /// Drives with a medium, and nodes that are used without a drive.
     pub disks: Vec<Disk>,
+    /// Removable drives without one.
     pub empty: Vec<EmptyDrive>,
     /// Nodes that nothing uses, by name: what each would be as a disk.
     pub unused: Vec<(String, Result<Disk, DiskError>)>,
@@ -171,17 +188,25 @@ pub struct Drive {
 /// What is in a drive.
 #[derive(Debug)]
 pub enum Medium {
+    /// A disk.
     Disk(Disk),
+    /// An empty drive.
     None(EmptyDrive),
 }
 
 /// Every drive with what [`list`] would say of it alone.
+///
+/// # Errors
+/// When QEMU does not answer.
 pub async fn survey(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Vec<Drive>, QmpError> {
     let block = qmp.execute_json("query-block", Value::Null).await?;
     Ok(Survey::of(qmp, qemu_cwd).await?.drives(&block))
 }
 
 /// Lists the disks. Relative file names are relative to QEMU's working directory (`/proc/PID/cwd`).
+///
+/// # Errors
+/// When a drive is no disk that a checkpoint can hold, or QEMU does not answer.
 pub async fn list(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Disks, DiskError> {
     let block = qmp.execute_json("query-block", Value::Null).await?;
     refuse_jobs(qmp).await?;
@@ -214,6 +239,9 @@ async fn refuse_unsafe_iothreads(qmp: &Qmp, disks: &Disks) -> Result<(), DiskErr
 }
 
 /// Why no writable disk of this machine can be captured for the threads that it has.
+///
+/// # Errors
+/// When QEMU does not answer.
 pub async fn unsafe_iothread(qmp: &Qmp) -> Result<Option<String>, QmpError> {
     if qmp.version().major >= IOTHREADS_SAFE_SINCE {
         return Ok(None);

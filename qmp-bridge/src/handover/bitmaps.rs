@@ -26,6 +26,9 @@ pub struct BitmapMap {
 
 impl BitmapMap {
     /// `nodes`: the node that each disk has in the source and in the destination.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
     pub async fn survey(source: &Qmp, nodes: &[(String, String)]) -> Result<Self, QmpError> {
         let reply = source.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
         Ok(Self::parse(&reply, nodes))
@@ -46,6 +49,7 @@ impl BitmapMap {
         map
     }
 
+    /// Whether no bitmap is migrated.
     pub fn is_empty(&self) -> bool {
         self.nodes.is_empty()
     }

@@ -7,6 +7,7 @@ use thiserror::Error;
 use crate::qmp::QmpError;
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum HandoverError {
     #[error(transparent)]
     Qmp(#[from] QmpError),

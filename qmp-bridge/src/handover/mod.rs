@@ -70,6 +70,9 @@ pub struct Downtime {
 }
 
 /// Fails if a migration is under way already.
+///
+/// # Errors
+/// When a migration is under way, or QEMU does not answer.
 pub async fn check_idle(source: &Qmp) -> Result<(), HandoverError> {
     let state = State::query(source).await?;
     if state.is_under_way() { Err(HandoverError::Busy { status: state.status }) } else { Ok(()) }
@@ -77,6 +80,9 @@ pub async fn check_idle(source: &Qmp) -> Result<(), HandoverError> {
 
 impl Handover {
     /// Sets up both sides and starts the flow. The destination waits with `-incoming defer`, `-S`; `socket` is its to make.
+    ///
+    /// # Errors
+    /// When one of the two refuses the migration's settings or its start.
     pub async fn begin(source: &Qmp, destination: &Qmp, found: &Found, bitmaps: &BitmapMap, socket: &Path) -> Result<Self, HandoverError> {
         check_idle(source).await?;
         let policy = Policy::default();
@@ -104,6 +110,9 @@ impl Handover {
     }
 
     /// Until the source has stopped the guest and waits. `tell` gets bytes sent and to be sent.
+    ///
+    /// # Errors
+    /// When the migration fails or makes no progress. The VM still runs in the source.
     pub async fn switchover(&mut self, mut tell: impl FnMut(u64, u64)) -> Result<(), HandoverError> {
         let mut moved = (0, Instant::now());
         while self.waited.is_none() {
@@ -161,6 +170,9 @@ impl Handover {
     }
 
     /// The rest of memory and the devices. Ends when both sides say that they have completed.
+    ///
+    /// # Errors
+    /// When the migration fails. The VM can still be resumed in the source.
     pub async fn complete(&mut self) -> Result<(), HandoverError> {
         self.check_destination()?;
         let go_on = json!({ "state": "pre-switchover" });
@@ -199,6 +211,9 @@ impl Handover {
     }
 
     /// Lets the destination run: its disks become active, and the guest goes on.
+    ///
+    /// # Errors
+    /// When the destination does not run the guest.
     pub async fn resume(&mut self) -> Result<Downtime, HandoverError> {
         let told = Instant::now();
         self.destination.execute_json("cont", Value::Null).await.map_err(destination_gone)?;
@@ -269,6 +284,9 @@ fn destination_gone(error: QmpError) -> HandoverError {
 
 /// Lets the source go on, however far it got: ends the migration, makes its disks active again and lets the guest run. The
 /// destination must be dead. Repeatable.
+///
+/// # Errors
+/// When the source refuses its settings or does not run again.
 pub async fn take_back(source: &Qmp, found: Option<&Found>) -> Result<(), HandoverError> {
     let begun = Instant::now();
     loop {

@@ -32,6 +32,9 @@ pub struct Found {
 
 impl Found {
     /// Asks; changes nothing.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
     pub async fn read(qmp: &Qmp) -> Result<Self, QmpError> {
         let all = qmp.execute_json("query-migrate-parameters", Value::Null).await?;
         let kept = |name: &&str| Some(((*name).to_owned(), all.get(*name)?.clone()));
@@ -39,6 +42,9 @@ impl Found {
     }
 
     /// Repeatable. The one thing that QEMU cannot take back is that bitmaps were mapped at all: then none is.
+    ///
+    /// # Errors
+    /// When QEMU refuses a setting.
     pub async fn put_back(&self, qmp: &Qmp) -> Result<(), QmpError> {
         let now = Self::read(qmp).await?;
         let mut parameters = self.parameters.clone();

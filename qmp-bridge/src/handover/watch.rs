@@ -29,19 +29,27 @@ pub struct State {
     pub status: String,
     /// QEMU's reason of a failure.
     pub why: Option<String>,
+    /// Bytes of memory still to be sent.
     pub remaining: u64,
+    /// Bytes of memory in all.
     pub total: u64,
+    /// Bytes sent, with repetitions.
     pub sent: u64,
     /// How often memory was looked through.
     pub passes: u64,
     /// Bytes per second.
     pub written_rate: u64,
+    /// Bytes per second.
     pub moved_rate: u64,
     /// QEMU's own figure for how long the guest stood, once it is over.
     pub downtime: Option<Duration>,
 }
 
 impl State {
+    /// The state of QEMU's migration now.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
     pub async fn query(qmp: &Qmp) -> Result<Self, QmpError> {
         Ok(Self::parse(&qmp.execute_json("query-migrate", Value::Null).await?))
     }
@@ -67,6 +75,7 @@ impl State {
         }
     }
 
+    /// Whether the migration runs.
     pub fn is_under_way(&self) -> bool {
         UNDER_WAY.contains(&self.status.as_str())
     }

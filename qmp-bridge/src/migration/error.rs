@@ -12,6 +12,7 @@ use crate::paused::PauseError;
 use crate::qmp::QmpError;
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum MigrationError {
     #[error(transparent)]
     Qmp(#[from] QmpError),

@@ -61,7 +61,9 @@ pub use status::Progress;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StreamMode {
+    /// QEMU write-protects memory and sends each page as it was at the start.
     BackgroundSnapshot,
+    /// QEMU sends pages while the guest runs, and those that change again.
     PreCopy,
 }
 
@@ -83,11 +85,13 @@ pub enum WhenTooFast {
     SwitchOver,
 }
 
+/// How a migration into our reader is run.
 #[derive(Debug, Clone)]
 pub struct StreamOptions {
     /// Pre-copy: for how long the guest may be stopped for the rest of its memory, by QEMU's estimate. Device state,
     /// disks and the resumption come on top, some milliseconds.
     pub max_pause: Duration,
+    /// What to do when the guest writes too fast for `max_pause`.
     pub when_too_fast: WhenTooFast,
     /// For the whole migration.
     pub timeout: Duration,

@@ -23,13 +23,16 @@ const SNAPSHOTS_SINCE: u32 = 9;
 /// What [`probe`] found; each `Err` says why not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Support {
+    /// Whether [`StreamMode::BackgroundSnapshot`] works.
     pub background_snapshot: Result<(), String>,
+    /// Whether [`StreamMode::PreCopy`] works.
     pub pre_copy: Result<(), String>,
     /// The guest is stopped, by its owner.
     pub stopped: bool,
 }
 
 impl Support {
+    /// Whether a mode works.
     pub fn of(&self, mode: StreamMode) -> &Result<(), String> {
         match mode {
             StreamMode::BackgroundSnapshot => &self.background_snapshot,
@@ -48,7 +51,10 @@ impl Support {
     }
 }
 
-/// Asks QEMU. Fails with [`MigrationError::Busy`] while it is being migrated.
+/// Asks QEMU. [`MigrationError::Busy`] while it is being migrated.
+///
+/// # Errors
+/// When QEMU is being migrated or does not answer.
 pub async fn probe(qmp: &Qmp) -> Result<Support, MigrationError> {
     let progress = idle(qmp).await?;
     if !progress.blocked.is_empty() {

@@ -26,6 +26,10 @@ pub struct Recovered {
 ///
 /// A guest that stands after a migration is resumed only if the settings of the session are still there: else its owner
 /// has migrated it since, perhaps to another host, where it runs.
+///
+/// # Errors
+/// When somebody else migrates the VM, QEMU refuses to cancel the migration or to restore its
+/// settings, or the journal cannot be read.
 #[tracing::instrument(skip_all)]
 pub async fn recover(qmp: &Qmp, journal: &Path) -> Result<Recovered, MigrationError> {
     let Some(journal) = Journal::read(journal)? else { return Ok(Recovered::default()) };

@@ -71,6 +71,9 @@ pub struct Migration {
 impl Migration {
     /// While the guest runs: looks that QEMU is idle and able, writes down in `journal` what it finds, sets capabilities
     /// and parameters, and gives QEMU its end of a socket pair. A journal that is there already is recovered from first.
+    ///
+    /// # Errors
+    /// When a migration is under way, QEMU refuses a setting, or the journal cannot be written.
     pub async fn prepare(qmp: &Qmp, mode: StreamMode, options: &StreamOptions, journal: &Path) -> Result<Self, MigrationError> {
         recover::recover(qmp, journal).await?;
         let progress = probe::idle(qmp).await?;
@@ -120,12 +123,16 @@ impl Migration {
         self.undo()?.channel.as_mut().ok_or(MigrationError::Order("it has no stream any more"))
     }
 
+    /// How memory gets out of QEMU.
     pub fn mode(&self) -> StreamMode {
         self.mode
     }
 
     /// The end of the stream to read from, blocking, to its end: while nobody reads, QEMU waits, and after a background
     /// snapshot has begun so does a guest that writes. To be taken once.
+    ///
+    /// # Errors
+    /// When it was taken before.
     pub fn take_reader(&mut self) -> Result<UnixStream, MigrationError> {
         self.channel()?.take_reader().ok_or(MigrationError::Order("the reader was taken before"))
     }
@@ -133,6 +140,9 @@ impl Migration {
     /// Sends `migrate`. Pre-copy: the guest runs, the scratch overlays of the disk capture are prepared already (QEMU before
     /// 10.0 can only activate nodes that it has now), and [`Self::switchover`] follows at once. Background snapshot: the
     /// caller holds a [`Paused`] and has taken the disks, and [`Self::memory_is_held`] follows at once.
+    ///
+    /// # Errors
+    /// When QEMU refuses to migrate.
     #[tracing::instrument(name = "migrate", skip_all, fields(mode = %self.mode))]
     pub async fn start(&mut self) -> Result<(), MigrationError> {
         if self.stage != Stage::Prepared {
@@ -171,6 +181,9 @@ impl Migration {
 
     /// Pre-copy, with the guest stopped by [`Self::switchover`]: lets QEMU send the rest of memory and the devices, waits for
     /// it, and makes all disks active again, so that a disk transaction can follow. The guest stays stopped.
+    ///
+    /// # Errors
+    /// When the migration has not reached the switchover, or fails.
     #[tracing::instrument(name = "complete", skip_all)]
     pub async fn complete(&mut self, paused: &Paused) -> Result<(), MigrationError> {
         if self.stage != Stage::SwitchedOver {
@@ -211,6 +224,9 @@ impl Migration {
 
     /// Background snapshot: waits until QEMU has write-protected all memory and lets the guest run on. Returns how long it
     /// was stopped. Needs a reader at work.
+    ///
+    /// # Errors
+    /// When the migration is no background snapshot, or the guest cannot be resumed.
     #[tracing::instrument(name = "hold", skip_all)]
     pub async fn memory_is_held(&mut self, mut paused: Paused) -> Result<Duration, MigrationError> {
         if self.stage != Stage::Started || self.mode != StreamMode::BackgroundSnapshot {
@@ -242,6 +258,9 @@ impl Migration {
 
     /// Waits until QEMU has sent everything, then puts back what was changed and removes the journal. If the stream failed,
     /// its reason is the error, and all is put back as well.
+    ///
+    /// # Errors
+    /// When the migration has not ended, or QEMU refuses to restore a setting.
     #[tracing::instrument(name = "finish", skip_all)]
     pub async fn finish(mut self) -> Result<Progress, MigrationError> {
         let waited = match self.stage {
@@ -260,6 +279,9 @@ impl Migration {
     }
 
     /// Ends the migration and puts back what was changed. A [`Paused`] of it resumes the guest by itself.
+    ///
+    /// # Errors
+    /// When QEMU refuses to cancel, or to restore a setting.
     pub async fn cancel(mut self) -> Result<(), MigrationError> {
         self.end().await
     }
@@ -272,6 +294,9 @@ impl Migration {
     }
 
     /// How far it is.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
     pub async fn progress(&self) -> Result<Progress, MigrationError> {
         Ok(Progress::query(&self.qmp).await?)
     }

@@ -21,6 +21,7 @@ pub struct Progress {
     pub error: Option<String>,
     /// Bytes of memory still to be sent, of `total`.
     pub remaining: u64,
+    /// Bytes of memory in all.
     pub total: u64,
     /// Pages sent, zero ones included.
     pub pages: u64,

@@ -12,6 +12,9 @@ use crate::paused::{PauseError, Paused, run_state};
 impl Migration {
     /// Waits while memory travels and the guest runs, until QEMU has stopped it to send the rest. The pause counts from
     /// QEMU's own word that it has stopped. Dropping the guard, or this future, cancels.
+    ///
+    /// # Errors
+    /// When the migration fails or times out, or the guest writes too fast for the longest pause.
     #[tracing::instrument(name = "pre-copy", skip_all)]
     pub async fn switchover(&mut self) -> Result<Paused, MigrationError> {
         if self.stage != Stage::Started || self.mode() != StreamMode::PreCopy {

@@ -95,6 +95,9 @@ pub(crate) async fn answers(path: &Path) -> bool {
 
 impl NbdClient {
     /// Connects to `export` behind a unix socket and asks for all of `contexts`; one that is missing is an error.
+    ///
+    /// # Errors
+    /// When nothing listens there, or the server does not have the export or a context.
     pub async fn connect(path: &Path, export: &str, contexts: &[&str]) -> Result<Self, NbdError> {
         let error = |why: String| NbdError::Connect { path: path.into(), why };
         let handshake = async {
@@ -128,10 +131,16 @@ impl NbdClient {
         self.inner.info.max_request
     }
 
+    /// Whether the export refuses writes.
     pub fn is_read_only(&self) -> bool {
         self.inner.info.flags & EXPORT_READ_ONLY != 0
     }
 
+    /// Reads one request's worth of bytes.
+    ///
+    /// # Errors
+    /// When the range is outside of the export or longer than a request, or the server reports an
+    /// error.
     pub async fn read(&self, offset: u64, length: u32) -> Result<Vec<u8>, NbdError> {
         self.check_bounds("read", offset, u64::from(length), u64::from(self.max_request()))?;
         let kind = Kind::Read { buffer: vec![0; length as usize], coverage: Coverage::default() };
@@ -141,6 +150,11 @@ impl NbdClient {
         }
     }
 
+    /// Writes one request's worth of bytes.
+    ///
+    /// # Errors
+    /// When the range is outside of the export or longer than a request, or the server reports an
+    /// error.
     pub async fn write(&self, offset: u64, data: Bytes) -> Result<(), NbdError> {
         self.check_bounds("write", offset, data.len() as u64, u64::from(self.max_request()))?;
         #[expect(clippy::cast_possible_truncation, reason = "at most the size of a request, as just checked")]
@@ -149,6 +163,9 @@ impl NbdClient {
     }
 
     /// Any length: it is cut into requests.
+    ///
+    /// # Errors
+    /// When the range is outside of the export, or the server reports an error.
     pub async fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), NbdError> {
         self.need("write_zeroes", EXPORT_SEND_WRITE_ZEROES)?;
         let flags = if mode == ZeroMode::Allocated { CMD_FLAG_NO_HOLE } else { 0 };
@@ -156,12 +173,18 @@ impl NbdClient {
     }
 
     /// Any length: it is cut into requests. What a trimmed block reads as is the image's business.
+    ///
+    /// # Errors
+    /// When the range is outside of the export, or the server reports an error.
     pub async fn trim(&self, offset: u64, length: u64) -> Result<(), NbdError> {
         self.need("trim", EXPORT_SEND_TRIM)?;
         self.cut("trim", CMD_TRIM, 0, offset, length).await
     }
 
     /// Everything answered before is on stable storage after this.
+    ///
+    /// # Errors
+    /// When the server reports an error.
     pub async fn flush(&self) -> Result<(), NbdError> {
         self.need("flush", EXPORT_SEND_FLUSH)?;
         self.request("flush", CMD_FLUSH, 0, (0, 0), Kind::Plain, Bytes::new()).await.map(drop)
@@ -169,6 +192,9 @@ impl NbdClient {
 
     /// The extents of every context asked for at [`Self::connect`], over exactly this range. A large fragmented disk
     /// has many: go through it window by window.
+    ///
+    /// # Errors
+    /// When the range is outside of the export, or the server reports an error.
     pub async fn block_status(&self, offset: u64, length: u64) -> Result<Vec<ContextExtents>, NbdError> {
         self.check_bounds("block_status", offset, length, u64::MAX)?;
         let end = offset + length;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 #[derive(Debug, Clone, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum NbdError {
     #[error("cannot connect to the NBD socket {path}: {why}")]
     Connect { path: PathBuf, why: String },
@@ -26,6 +27,7 @@ pub enum NbdError {
 }
 
 impl NbdError {
+    /// Whether the same request may succeed later, on a new connection.
     pub fn is_retryable(&self) -> bool {
         matches!(self, Self::Connect { .. } | Self::Closed(_) | Self::Timeout { .. } | Self::Failed { .. })
     }

@@ -3,7 +3,9 @@
 /// A run of bytes with the same flags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
+    /// The first byte.
     pub start: u64,
+    /// The byte after the last.
     pub end: u64,
     /// By context: `base:allocation` state bits, dirty bit, or the depth.
     pub flags: u32,
@@ -12,7 +14,9 @@ pub struct Extent {
 /// The extents of one context over a range: ascending, without gaps, neighbours differ.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContextExtents {
+    /// Its name.
     pub context: String,
+    /// Its extents, ascending and without gaps.
     pub extents: Vec<Extent>,
 }
 

@@ -15,8 +15,11 @@ pub enum Content {
 /// A run of a disk that belongs to the capture; both ends are multiples of the alignment or the disk's end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ContentRange {
+    /// The first byte.
     pub start: u64,
+    /// The byte after the last.
     pub end: u64,
+    /// Where its content is.
     pub content: Content,
 }
 

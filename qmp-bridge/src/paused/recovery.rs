@@ -70,6 +70,9 @@ async fn in_switchover(qmp: &Qmp) -> Result<bool, QmpError> {
 
 /// Resumes a guest that an earlier helper stopped and did not live to resume, also when it was reset since. Returns whether it did.
 /// If QEMU refuses, the marker stays, and the next call tries again.
+///
+/// # Errors
+/// When QEMU does not answer, or does not resume the guest.
 pub async fn resume_abandoned(qmp: &Qmp) -> Result<bool, QmpError> {
     if !marker_present(qmp, MARKER).await? {
         return Ok(false);

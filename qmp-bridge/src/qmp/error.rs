@@ -7,6 +7,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum QmpError {
     #[error("cannot connect to the QMP socket {path}: {source}; is QEMU running, with `-qmp unix:{path},server=on,wait=off`?")]
     Connect { path: PathBuf, source: std::io::Error },

@@ -36,8 +36,11 @@ pub const EVENT_QUEUE: usize = 256;
 /// The `QMP.version` part of the greeting.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct QemuVersion {
+    /// 10 of 10.0.2.
     pub major: u32,
+    /// 0 of 10.0.2.
     pub minor: u32,
+    /// 2 of 10.0.2.
     pub micro: u32,
     /// The distributor's suffix, e.g. `Debian 1:10.0.2+ds-2`.
     pub package: String,
@@ -52,7 +55,9 @@ impl std::fmt::Display for QemuVersion {
 /// An asynchronous message of QEMU.
 #[derive(Debug, Clone)]
 pub struct QmpEvent {
+    /// QEMU's name of it, in capitals.
     pub name: String,
+    /// Its members.
     pub data: Value,
     /// When it was read from the socket.
     pub at: Instant,
@@ -73,12 +78,19 @@ impl Qmp {
     /// after its start; one that has just been made is let alone for 250 ms more, since QEMU may hang on a client that comes too
     /// early; and one that refuses for 2 s belongs to no QEMU any more. A monitor already in use accepts but never greets: see
     /// the error.
+    ///
+    /// # Errors
+    /// When nothing listens there, another client has the monitor, or QEMU does not answer within
+    /// `timeout`.
     pub async fn connect(path: impl AsRef<Path>, timeout: Duration) -> Result<Self, QmpError> {
         Self::negotiate(wire::open(path.as_ref(), timeout).await?, timeout).await
     }
 
     /// Negotiates on the other end of a socket that QEMU was started with (`-chardev socket,fd=N`). Unlike a listening
     /// socket it can be spoken to while QEMU starts: nobody has to accept it.
+    ///
+    /// # Errors
+    /// When the peer does not greet as a monitor within `timeout`.
     pub async fn over(socket: UnixStream, timeout: Duration) -> Result<Self, QmpError> {
         Self::negotiate(wire::over(socket, timeout).await?, timeout).await
     }
@@ -124,6 +136,9 @@ impl Qmp {
     }
 
     /// Runs a command of the `qapi` schema. Prefer [`Self::execute_json`] where replies carry enums that grow.
+    ///
+    /// # Errors
+    /// When QEMU reports an error, does not answer in time, or has closed the connection.
     pub async fn execute<C: qapi::Command>(&self, command: C) -> Result<C::Ok, QmpError> {
         let arguments = serde_json::to_value(&command).map_err(|source| QmpError::Encode { command: C::NAME.into(), source })?;
         let reply = self.execute_json(C::NAME, arguments).await?;
@@ -131,21 +146,33 @@ impl Qmp {
     }
 
     /// Runs any command; `arguments` is an object or null.
+    ///
+    /// # Errors
+    /// As for [`Self::execute`].
     pub async fn execute_json(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
         Ok(self.run(command, arguments, None).await?.0)
     }
 
     /// The same, with the time at which the reply was read: events of a later one came after it.
+    ///
+    /// # Errors
+    /// As for [`Self::execute`].
     pub async fn execute_timed(&self, command: &str, arguments: Value) -> Result<(Value, Instant), QmpError> {
         self.run(command, arguments, None).await
     }
 
     /// Runs a command with a file descriptor as ancillary data (`getfd`, `add-fd`).
+    ///
+    /// # Errors
+    /// As for [`Self::execute`].
     pub async fn execute_with_fd(&self, command: &str, arguments: Value, fd: BorrowedFd<'_>) -> Result<Value, QmpError> {
         Ok(self.run(command, arguments, Some(fd)).await?.0)
     }
 
     /// Runs an HMP line and returns its text. HMP reports failure as text only, so the caller must look at it.
+    ///
+    /// # Errors
+    /// As for [`Self::execute`]; what QEMU prints is not looked at.
     pub async fn hmp(&self, line: &str) -> Result<String, QmpError> {
         let reply = self.execute_json("human-monitor-command", json!({ "command-line": line })).await?;
         match reply {
@@ -155,6 +182,9 @@ impl Qmp {
     }
 
     /// Sends a command without waiting; its reply is dropped. Needs no runtime, so a `Drop` may call it.
+    ///
+    /// # Errors
+    /// When the command cannot be written.
     pub fn send_detached(&self, command: &str, arguments: Value) -> Result<(), QmpError> {
         let id = self.connection.next_id();
         self.connection.send(command, &encode(command, arguments, id)?, None)
@@ -164,6 +194,9 @@ impl Qmp {
     /// the command. For a `Drop` whose
     /// command must count although the process may end next: QEMU throws commands away that it has read and not yet
     /// begun when the connection closes (seen: a `cont` followed by a close is lost in most cases).
+    ///
+    /// # Errors
+    /// When the command cannot be written.
     pub fn send_and_linger(&self, command: &str, arguments: Value, patience: Duration) -> Result<bool, QmpError> {
         let id = self.connection.next_id();
         let line = encode(command, arguments, id)?;

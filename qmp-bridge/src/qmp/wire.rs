@@ -310,9 +310,12 @@ async fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, std
     }
 }
 
-/// Connects to a monitor, but not to one that has only just been bound: see [`SETTLING`].
+/// Connects to a monitor, but not to one that has only just been bound: it may not listen yet.
 ///
 /// Looks at the file first: a socket that appears only then is younger than any.
+///
+/// # Errors
+/// When nothing accepts the connection by the deadline.
 pub async fn connect_settled(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {
     let bound = std::fs::metadata(path)?.modified()?;
     // None when the clock was set back since. It is tried after this one wait in any case.

@@ -22,7 +22,9 @@ pub struct DeviceSection {
     pub id: u32,
     /// E.g. `cpu`, `0000:00:02.0/vga`.
     pub name: String,
+    /// QEMU's instance ID of the device.
     pub instance: u32,
+    /// Version of the device's state.
     pub version: u32,
     /// Where it is in [`DeviceState::as_bytes`], head and footer included.
     pub bytes: Range<usize>,

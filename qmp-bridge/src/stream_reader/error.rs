@@ -4,6 +4,7 @@ use thiserror::Error;
 
 /// Every offset counts bytes from the beginning of the stream.
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum StreamReadError {
     #[error("cannot read QEMU's migration stream after {at} bytes, inside {inside}: {source}")]
     Io { at: u64, inside: &'static str, source: std::io::Error },

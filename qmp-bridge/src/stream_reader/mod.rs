@@ -82,6 +82,7 @@ impl Default for ReaderLimits {
 /// What the stream has next, in the order in which it can come.
 #[derive(Debug)]
 pub enum Item<'a> {
+    /// What VM the stream is of.
     Configuration {
         /// The versioned name.
         machine_type: String,
@@ -91,9 +92,21 @@ pub enum Item<'a> {
     /// All RAM blocks, in QEMU's order. Pages name them by index.
     Blocks(&'a [StreamRamBlock]),
     /// [`STREAM_PAGE`] bytes at `offset` of a block, a multiple of that and inside the block.
-    Page { block: usize, offset: u64, bytes: &'a [u8] },
+    Page {
+        /// Index of the block.
+        block: usize,
+        /// Bytes from the block's beginning.
+        offset: u64,
+        /// The page.
+        bytes: &'a [u8],
+    },
     /// A page of zeros.
-    Zero { block: usize, offset: u64 },
+    Zero {
+        /// Index of the block.
+        block: usize,
+        /// Bytes from the block's beginning.
+        offset: u64,
+    },
     /// The end of one round (a PART section): QEMU has sent what it wanted to send at once, not all that is dirty.
     RoundEnd,
     /// All memory is here.
@@ -145,6 +158,7 @@ enum Event {
 }
 
 impl<R: Read> StreamReader<R> {
+    /// A reader of a stream from its first byte.
     pub fn new(source: R, limits: ReaderLimits) -> Self {
         Self {
             source: Source::new(source, limits.read_buffer.max(MIN_READ_BUFFER)),
@@ -162,6 +176,9 @@ impl<R: Read> StreamReader<R> {
     /// The next item; `None` after [`Item::Devices`], which comes when the source has ended. After an error only
     /// [`StreamReadError::GivenUp`] comes.
     // Not an iterator: an item borrows from the reader.
+    ///
+    /// # Errors
+    /// When the stream ends early, is damaged, or has something that no supported QEMU writes.
     #[allow(clippy::should_implement_trait)]
     pub fn next(&mut self) -> Result<Option<Item<'_>>, StreamReadError> {
         if self.state == State::Finished {
