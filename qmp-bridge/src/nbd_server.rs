@@ -62,6 +62,9 @@ pub enum Holder {
 }
 
 /// Whether a capture can have the server. `socket`: ours; `None` if no helper was ever attached. Changes nothing.
+///
+/// # Errors
+/// When somebody else has the server, or QEMU does not answer.
 pub async fn check(qmp: &Qmp, socket: Option<&Path>) -> Result<Holder, ServerError> {
     if let Some(socket) = socket
         && answers(socket).await

@@ -56,6 +56,7 @@ pub enum RunStateError {
 }
 
 impl RunState {
+    /// Every state.
     pub const ALL: [Self; 9] = [
         Self::Running,
         Self::Suspended,

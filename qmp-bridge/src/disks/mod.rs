@@ -216,6 +216,9 @@ pub async fn list(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Disks, DiskError
 }
 
 /// A job that streams, commits or mirrors changes the chain below a disk, or the disk's node, at its end.
+///
+/// # Errors
+/// When a job of somebody else runs, or QEMU does not answer.
 pub async fn refuse_jobs(qmp: &Qmp) -> Result<(), DiskError> {
     let jobs = qmp.execute_json("query-block-jobs", Value::Null).await?;
     let id = |job: &Value| job["device"].as_str().unwrap_or_default().to_owned();
