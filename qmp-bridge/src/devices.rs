@@ -9,6 +9,8 @@ use crate::qmp::{Qmp, QmpError};
 
 /// Where QEMU keeps devices with and without an id.
 const PARENTS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+/// Where it keeps what the machine type, `-vga`, `-audio` and the like make.
+const BOARD: &str = "/machine/unattached";
 
 /// A device made with `-device` or `device_add`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,8 +58,19 @@ impl GuestDevice {
 /// # Errors
 /// When QEMU does not answer.
 pub async fn hints_free_pages(qmp: &Qmp, balloon: &GuestDevice) -> Result<bool, QmpError> {
-    let arguments = json!({ "path": balloon.path, "property": "free-page-hint" });
-    match qmp.execute_json("qom-get", arguments).await {
+    is_on(qmp, balloon, "free-page-hint").await
+}
+
+/// Whether a `ramfb` is in the saved state: QEMU 8.2 and newer, machine types since then.
+///
+/// # Errors
+/// When QEMU does not answer.
+pub async fn saves_ramfb(qmp: &Qmp, ramfb: &GuestDevice) -> Result<bool, QmpError> {
+    is_on(qmp, ramfb, "x-migrate").await
+}
+
+async fn is_on(qmp: &Qmp, device: &GuestDevice, property: &str) -> Result<bool, QmpError> {
+    match qmp.execute_json("qom-get", json!({ "path": device.path, "property": property })).await {
         Ok(value) => Ok(value == true),
         Err(error) if error.is_refusal() => Ok(false),
         Err(error) => Err(error),
@@ -71,10 +84,22 @@ pub async fn hints_free_pages(qmp: &Qmp, balloon: &GuestDevice) -> Result<bool, 
 pub async fn guest_devices(qmp: &Qmp) -> Result<Vec<GuestDevice>, QmpError> {
     let mut devices = Vec::new();
     for parent in PARENTS {
-        let rows = qmp.execute_json("qom-list", json!({ "path": parent })).await?;
-        devices.extend(rows.as_array().into_iter().flatten().filter_map(|row| parse(parent, row)));
+        devices.extend(children(qmp, parent).await?);
     }
     Ok(devices)
+}
+
+/// Devices (and other objects) that no `-device` made.
+///
+/// # Errors
+/// When QEMU does not answer.
+pub async fn board_devices(qmp: &Qmp) -> Result<Vec<GuestDevice>, QmpError> {
+    children(qmp, BOARD).await
+}
+
+async fn children(qmp: &Qmp, parent: &str) -> Result<Vec<GuestDevice>, QmpError> {
+    let rows = qmp.execute_json("qom-list", json!({ "path": parent })).await?;
+    Ok(rows.as_array().into_iter().flatten().filter_map(|row| parse(parent, row)).collect())
 }
 
 fn parse(parent: &str, row: &Value) -> Option<GuestDevice> {

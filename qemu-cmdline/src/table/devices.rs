@@ -1,4 +1,7 @@
 //! What QEMU's device models are called, and which it cannot save. Tests ask QEMU for both.
+//!
+//! It says so itself of some. Of others it saves nothing, or the wrong memory, without a word: then a
+//! restored VM differs from its checkpoint, and no comparison of what was saved can tell.
 
 /// Models that QEMU knows by another word too; `-device help` names them as aliases.
 const DEVICE_ALIASES: &[(&str, &str)] = &[
@@ -32,6 +35,7 @@ pub fn device_model(word: &str) -> &str {
 
 /// QEMU says of these that they are not migratable (`-only-migratable`), 7.2 and 10.0 alike; a test asks it again.
 pub const UNMIGRATABLE: &[&str] = &[
+    "amd-iommu",
     "nvme",
     "rocker",
     "hv-syndbg",
@@ -42,6 +46,7 @@ pub const UNMIGRATABLE: &[&str] = &[
     "usb-serial",
     "usb-uas",
     "usb-wacom-tablet",
+    "virtio-crypto-pci",
     "virtio-input-host",
     "virtio-input-host-pci",
     // Not in 7.2.
@@ -49,3 +54,53 @@ pub const UNMIGRATABLE: &[&str] = &[
     "virtio-sound",
     "virtio-sound-pci",
 ];
+
+const NOTHING_SAVED: &str = "QEMU saves nothing of its state";
+const WRONG_MEMORY: &str = "QEMU saves other memory of its process in place of this card's registers, and may crash when it loads that";
+
+/// Models (or beginnings of their names) that QEMU saves without their state, why, and what to use
+/// instead. `-dump-vmstate` lists none of them, or lists the description of a larger device's part.
+const UNSAVED: &[(&str, &str, &str)] = &[
+    // Their class describes the registers alone, and QEMU applies that to the device around them.
+    ("isa-vga", WRONG_MEMORY, "use VGA on a PCI machine"),
+    ("isa-cirrus-vga", WRONG_MEMORY, "use cirrus-vga on a PCI machine"),
+    ("adlib", NOTHING_SAVED, "use AC97 or intel-hda"),
+    ("ati-vga", NOTHING_SAVED, "use VGA or virtio-vga"),
+    ("ccid-card-emulated", NOTHING_SAVED, "leave it out"),
+    ("cxl-", NOTHING_SAVED, "use pcie-root-port and devices on it"),
+    ("edu", NOTHING_SAVED, "leave it out"),
+    ("hyperv-testdev", NOTHING_SAVED, "leave it out"),
+    ("i2c-echo", NOTHING_SAVED, "leave it out"),
+    ("pc-testdev", NOTHING_SAVED, "leave it out"),
+    ("pci-testdev", NOTHING_SAVED, "leave it out"),
+    ("pxb-cxl", NOTHING_SAVED, "use pxb-pcie"),
+];
+
+/// Why QEMU's saved state lacks what this model holds, and what to use instead; none if it has it.
+pub fn unsaved(model: &str) -> Option<(&'static str, &'static str)> {
+    let is_it = |name: &str| if name.ends_with('-') { model.starts_with(name) } else { model == name };
+    UNSAVED.iter().find(|(name, ..)| is_it(name)).map(|(_, why, remedy)| (*why, *remedy))
+}
+
+/// The model that `-audio model=` makes, where it is one that cannot be saved.
+pub fn audio_model(word: &str) -> &str {
+    match word {
+        "virtio" => "virtio-sound-pci",
+        word => word,
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn unsaved_models_are_found_by_name_or_family() {
+        for model in ["isa-vga", "isa-cirrus-vga", "ati-vga", "cxl-rp", "cxl-type3", "edu"] {
+            assert!(unsaved(model).is_some(), "{model}");
+        }
+        for model in ["VGA", "cirrus-vga", "educational", "pxb-pcie", "virtio-vga", "isa-vga2"] {
+            assert_eq!(unsaved(model), None, "{model}");
+        }
+    }
+}

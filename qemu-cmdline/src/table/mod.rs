@@ -9,7 +9,7 @@ mod devices;
 mod keys;
 mod options;
 
-pub use devices::{UNMIGRATABLE, device_model};
+pub use devices::{UNMIGRATABLE, audio_model, device_model, unsaved};
 use keys::*;
 use options::{NOT_SAVED, OPTIONS};
 

@@ -5,7 +5,7 @@ use crate::exit::refused;
 use crate::helper::qemu_lock::QemuLock;
 use crate::helper::unprepared;
 use crate::launch::process::QemuProcess;
-use crate::launch::{arguments, expected, saved};
+use crate::launch::{arguments, expected, refuse, saved};
 use crate::layers;
 use crate::runtime::{MachineFile, RuntimeDir};
 use anyhow::{Context, Result};
@@ -27,6 +27,8 @@ const STARTUP: Duration = Duration::from_secs(60);
 const PLUGIN_ANSWER: Duration = Duration::from_secs(2);
 /// Between two looks whether QEMU still lives.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+const RAMFB: &str = "QEMU before 8.2, and machine types from before it, save nothing of its state; use VGA, or a newer machine type";
+const FREE_PAGE_HINT: &str = "by free-page-hint=on it keeps pages out of QEMU's migration stream; start the machine without free-page-hint";
 const PAGE: u64 = checkpoint_format::PAGE_SIZE as u64;
 
 pub struct Machine {
@@ -167,10 +169,11 @@ impl Machine {
     }
 }
 
-/// Devices that no checkpoint can have, each with the reason and what to do.
+/// Devices that no checkpoint can have, of these and of the board's own, each with the reason and what to do.
 pub async fn refusals(qmp: &Qmp, devices: &[GuestDevice]) -> Result<Vec<String>> {
+    let board = devices::board_devices(qmp).await.context("asking QEMU for its board's devices")?;
     let mut found = Vec::new();
-    for device in devices {
+    for device in devices.iter().chain(&board) {
         if let Some(why) = refusal(qmp, device).await? {
             found.push(format!("device {} ({}) cannot be checkpointed: {why}", device.path, device.kind));
         }
@@ -178,12 +181,15 @@ pub async fn refusals(qmp: &Qmp, devices: &[GuestDevice]) -> Result<Vec<String>>
     Ok(found)
 }
 
-async fn refusal(qmp: &Qmp, device: &GuestDevice) -> Result<Option<&'static str>> {
-    if let Some(why) = device.refusal() {
+async fn refusal(qmp: &Qmp, device: &GuestDevice) -> Result<Option<String>> {
+    if let Some(why) = refuse::device_refusal(device) {
         return Ok(Some(why));
     }
+    if device.kind == "ramfb" && !devices::saves_ramfb(qmp, device).await.context("asking QEMU for its ramfb")? {
+        return Ok(Some(RAMFB.to_owned()));
+    }
     if device.is_balloon() && devices::hints_free_pages(qmp, device).await.context("asking QEMU for its balloon")? {
-        return Ok(Some("by free-page-hint=on it keeps pages out of QEMU's migration stream; start the machine without free-page-hint"));
+        return Ok(Some(FREE_PAGE_HINT.to_owned()));
     }
     Ok(None)
 }

@@ -12,6 +12,7 @@ use super::form::{Form, is_on};
 use super::refuse_disks;
 use anyhow::{Result, bail};
 use qemu_cmdline::{Use, table, visit};
+use qmp_bridge::devices::GuestDevice;
 use std::path::Path;
 
 /// For whom a rule stands.
@@ -158,6 +159,8 @@ fn check_option(option: &QemuOption, rules: Rules) -> Result<()> {
     let form = Form::of(option);
     match option.name.as_str() {
         "device" => check_device(&form, rules),
+        "audio" => check_state("audio model", table::audio_model(&form.get("model").unwrap_or_default())),
+        "usbdevice" => check_state("usbdevice", &format!("usb-{}", option.value())),
         "object" => check_object(&form, rules),
         "machine" | "M" => check_machine(&form, rules),
         "numa" if rules == Rules::Launched && form.has("memdev") => {
@@ -180,9 +183,7 @@ fn check_device(form: &Form, rules: Rules) -> Result<()> {
     if let Some((_, _, why, remedy)) = find(DEVICES, rules, |prefix| driver.starts_with(prefix)) {
         bail!("-device {driver} cannot be checkpointed: {why}; {remedy}");
     }
-    if table::UNMIGRATABLE.contains(&driver.as_str()) {
-        bail!("-device {driver} cannot be checkpointed: QEMU itself cannot save its state; use another device");
-    }
+    check_state("device", &driver)?;
     if driver == "loader" && form.has("data") {
         bail!(
             "-device loader,data=… cannot be checkpointed: QEMU writes it into the guest's memory whenever it starts, also when it \
@@ -198,6 +199,23 @@ fn check_device(form: &Form, rules: Rules) -> Result<()> {
         bail!("-device {driver},free-page-hint=on keeps pages out of QEMU's migration stream; leave free-page-hint out");
     }
     Ok(())
+}
+
+/// Why a checkpoint with a device that QEMU has would be wrong; none if it is fine.
+pub fn device_refusal(device: &GuestDevice) -> Option<String> {
+    let unsaved = || table::unsaved(&device.kind).map(|(why, remedy)| format!("{why}; {remedy}"));
+    device.refusal().map(str::to_owned).or_else(unsaved)
+}
+
+/// That QEMU can save what the device model holds.
+fn check_state(option: &str, model: &str) -> Result<()> {
+    if table::UNMIGRATABLE.contains(&model) {
+        bail!("-{option} {model} cannot be checkpointed: QEMU itself cannot save its state; use another device");
+    }
+    match table::unsaved(model) {
+        Some((why, remedy)) => bail!("-{option} {model} cannot be checkpointed: {why}; {remedy}"),
+        None => Ok(()),
+    }
 }
 
 fn check_object(form: &Form, rules: Rules) -> Result<()> {
@@ -355,6 +373,15 @@ mod test {
             "-device e1000e,id=p,failover_pair_id=s",
             "-global virtio-net-pci.failover=on",
             "-global driver=virtio-net-device,property=failover,value=on",
+            "-device amd-iommu",
+            "-device virtio-crypto-pci,cryptodev=c",
+            "-device isa-vga",
+            r#"-device {"driver":"isa-cirrus-vga"}"#,
+            "-device ati-vga",
+            "-device cxl-rp,id=r",
+            "-audio none,model=adlib",
+            "-audio driver=none,model=virtio",
+            "-usbdevice braille",
             "-icount shift=1,rr=record,rrfile=x",
         ] {
             assert!(!judged(line, Rules::Always), "{line}");

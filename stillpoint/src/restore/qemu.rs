@@ -5,8 +5,14 @@ use crate::runtime::{MachineFile, RuntimeDir};
 use anyhow::{Context, Error, Result};
 use dirty_tracker::GuestMemory;
 use qmp_bridge::said;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// From the end of its connections to its own: the kernel frees its memory in between.
+const LAST_MOMENTS: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Dropping it ends QEMU, unless it was left to itself.
 pub struct NewQemu {
@@ -51,10 +57,27 @@ impl NewQemu {
         self.child = None;
     }
 
-    /// The error with what QEMU itself said.
-    pub fn explain(self, error: Error) -> Error {
+    /// The error with what QEMU itself said, and how it ended if it crashed: then it says nothing.
+    pub fn explain(mut self, error: Error) -> Error {
         let said = said::quote_log(&self.log);
-        if said.is_empty() { error } else { error.context(format!("QEMU said: {said}")) }
+        match self.crash() {
+            Some(status) => error.context(format!("QEMU crashed ({status}); this is a fault of QEMU")),
+            None if said.is_empty() => error,
+            None => error.context(format!("QEMU said: {said}")),
+        }
+    }
+
+    /// How it ended, if a signal ended it.
+    fn crash(&mut self) -> Option<ExitStatus> {
+        let child = self.child.as_mut()?;
+        let deadline = Instant::now() + LAST_MOMENTS;
+        loop {
+            match child.try_wait() {
+                Ok(Some(status)) => return status.signal().is_some().then_some(status),
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(POLL_INTERVAL),
+                _ => return None,
+            }
+        }
     }
 }
 
@@ -65,5 +88,25 @@ impl Drop for NewQemu {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn explained(script: &str) -> String {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(log.path(), "its words\n").unwrap();
+        let child = Command::new("sh").args(["-c", script]).spawn().unwrap();
+        let qemu = NewQemu { child: Some(child), log: log.path().to_owned() };
+        format!("{:#}", qemu.explain(Error::msg("it ended")))
+    }
+
+    #[test]
+    fn crash_of_qemu_is_named() {
+        let text = explained("kill -SEGV $$");
+        assert!(text.contains("SIGSEGV") && text.ends_with("it ended"), "{text}");
+        assert_eq!(explained("exit 1"), "QEMU said: its words: it ended");
     }
 }

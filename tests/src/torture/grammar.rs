@@ -54,6 +54,9 @@ impl<'a> Draw<'a> {
 
     /// A whole line, without the program.
     pub fn line(mut self) -> Vec<String> {
+        if self.one_in(3) {
+            return self.published();
+        }
         self.board();
         self.boot_disk();
         let parts: &[fn(&mut Self)] = &[
@@ -90,6 +93,17 @@ impl<'a> Draw<'a> {
         }
         if !self.has_display {
             self.add("-display none");
+        }
+        self.words
+    }
+
+    /// One of the published lines, as it is or with a little more.
+    fn published(mut self) -> Vec<String> {
+        self.spell("published");
+        let more: &[fn(&mut Self)] = &[Self::odd_device, Self::firmware, Self::clock, Self::usb, Self::any_device, Self::bridges];
+        if self.one_in(3) {
+            let part = *self.random.pick(more);
+            part(&mut self);
         }
         self.words
     }
@@ -155,8 +169,19 @@ impl<'a> Draw<'a> {
             let accel = self.one("board-accel");
             self.add(&accel);
         }
-        let memory =
-            self.of(&["16", "16M", "32", "24M", "16384K", "size=16M", "0.0625G", "20", "16,slots=2,maxmem=64M", "size=32,maxmem=32", "17"]);
+        let memory = self.of(&[
+            "16",
+            "16M",
+            "32",
+            "24M",
+            "16384K",
+            "size=16M",
+            "0.0625G",
+            "20",
+            "16,slots=2,maxmem=64M",
+            "size=32M,maxmem=32M",
+            "17",
+        ]);
         self.pair("-m", memory);
         match self.random.below(4) {
             0 => {
@@ -164,7 +189,8 @@ impl<'a> Draw<'a> {
                 let more = self.of(&["", "", ",+x2apic", ",-sse4.2", ",hv_relaxed,hv_time", ",migratable=on", ",pmu=on", ",enforce"]);
                 self.pair("-cpu", format!("{cpu}{more}"));
             }
-            1 => self.pair("-cpu", "max"),
+            // KVM takes no model that the host cannot give, and `max` sets what some hosts refuse.
+            1 if !self.words.iter().any(|word| word.contains("kvm")) => self.pair("-cpu", "max"),
             _ => {}
         }
         if self.one_in(3) {
@@ -209,7 +235,7 @@ impl<'a> Draw<'a> {
             }
             1 => {
                 let shorthand = self.of(&["-hdb", "-hdc", "-hdd"]);
-                self.pair(&shorthand, file.trim_start_matches("file="));
+                self.pair(&shorthand, file.rsplit(['=', ':']).next().unwrap_or(&file).replace(",,", ","));
             }
             _ => {
                 self.pair("-drive", format!("{file}{format},if=none,id={id}{cache}{more}"));
@@ -281,8 +307,10 @@ impl<'a> Draw<'a> {
             5 => format!("hubport,id={id},hubid=1"),
             6 => format!("user,id={id},guestfwd=tcp:10.0.2.100:1234-null"),
             7 => format!("stream,id={id},server=on,addr.type=unix,addr.path=stream.sock"),
-            8 => format!("dgram,id={id},local.type=inet,local.host=127.0.0.1,local.port={port}"),
-            9 => format!("user,id={id},smb=sub"),
+            8 => format!(
+                "dgram,id={id},local.type=inet,local.host=127.0.0.1,local.port={port},remote.type=inet,remote.host=127.0.0.1,remote.port=9"
+            ),
+            9 => format!("socket,id={id},udp=127.0.0.1:9,localaddr=127.0.0.1:{port}"),
             10 => format!("{{\"type\":\"user\",\"id\":\"{id}\",\"hostfwd\":[{{\"str\":\"tcp::{port}-:80\"}}]}}"),
             _ => format!("user,id={id}"),
         };
@@ -315,7 +343,7 @@ impl<'a> Draw<'a> {
             5 => format!("vc,id={id}"),
             6 => format!("socket,id={id},host=127.0.0.1,port={port},server=on,wait=off,logfile={id}.log"),
             7 => format!("socket,id={id},path=nobody.sock,server=off,reconnect=10"),
-            8 => format!("{{\"backend\":\"null\",\"id\":\"{id}\"}}"),
+            8 => format!("memory,id={id},size=64k"),
             _ => format!("null,id={id},mux=on"),
         };
         self.pair("-chardev", backend);
@@ -333,7 +361,7 @@ impl<'a> Draw<'a> {
 
     fn sound(&mut self) {
         let id = self.id("snd");
-        let backend = self.of(&["none", "none", "wav,path=sound.wav", "alsa", "pa", "spice"]);
+        let backend = self.of(&["none", "none", "none", "wav,path=sound.wav", "alsa"]);
         if self.one_in(5) {
             let short = self.of(&[
                 "-audio none,model=hda",
@@ -344,7 +372,7 @@ impl<'a> Draw<'a> {
             ]);
             return self.add(&short);
         }
-        self.pair("-audiodev", backend.replacen("none", &format!("none,id={id}"), 1).replacen("wav,", &format!("wav,id={id},"), 1));
+        self.pair("-audiodev", format!("id={id},driver={backend}"));
         let spelled = self.one("sound").replace('X', &id);
         self.add(&spelled);
     }

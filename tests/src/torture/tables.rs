@@ -28,9 +28,14 @@ pub struct Tables {
 
 impl Tables {
     pub fn of(qemu: &Path) -> Self {
-        let devices = help(qemu, &["-device", "help"]).lines().filter_map(device).collect();
+        let help_of_devices = help(qemu, &["-device", "help"]);
+        let devices = help_of_devices.lines().filter_map(device);
+        // A model of a vCPU fits no VM of another.
+        let devices = devices.filter(|(name, _)| !name.ends_with("-cpu")).collect();
         let machines = help(qemu, &["-machine", "help"]).lines().skip(1).filter_map(machine).collect();
-        let cpus = help(qemu, &["-cpu", "help"]).lines().filter_map(cpu).collect();
+        let help_of_cpus = help(qemu, &["-cpu", "help"]);
+        // Flags follow the models.
+        let cpus = help_of_cpus.lines().take_while(|line| !line.contains("CPUID flags")).filter_map(cpu).collect();
         Self { qemu: qemu.to_owned(), devices, machines, cpus, options: options(qemu), properties: Default::default() }
     }
 

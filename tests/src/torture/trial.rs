@@ -10,13 +10,17 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const SCRIBBLER: &[u8; 512] = include_bytes!("../scribbler.bin");
 /// A loaded host may need long; a QEMU that says nothing by then is taken for one that refuses.
 const START: Duration = Duration::from_secs(40);
 const SETTLING: Duration = Duration::from_millis(400);
 const TRIES: u32 = 3;
+/// A QEMU that answers no faster is of no use to its owner either.
+const ANSWER: Duration = Duration::from_secs(5);
+const ANSWERS: usize = 5;
+const DEAF: &str = "QEMU alone does not answer its monitor";
 const MONITOR: &str = "own.qmp";
 
 /// Everything that a line may name, made once and copied for each trial.
@@ -87,6 +91,16 @@ impl Running {
         self.child.try_wait().expect("a child").is_some()
     }
 
+    /// Whether its main thread gets to run: some VMs keep QEMU's lock to themselves, whoever asks.
+    fn answers(&self) -> bool {
+        let monitor = self.directory.join(MONITOR);
+        let Ok(mut client) = std::panic::catch_unwind(|| QmpClient::connect(&monitor)) else { return false };
+        (0..ANSWERS).all(|_| {
+            let asked = Instant::now();
+            client.try_execute("query-status", json!({})).is_ok() && asked.elapsed() < ANSWER
+        })
+    }
+
     /// None if nobody answers.
     fn status(&self) -> Option<String> {
         let monitor = self.directory.join(MONITOR);
@@ -137,10 +151,10 @@ impl Trial<'_> {
         // It makes its monitor before its devices, and one that dies in its first moments would be
         // blamed on us.
         let ended = wait_until(SETTLING, || running.has_ended());
-        if !ended && running.status().is_some() {
+        if !ended && running.answers() {
             return Ok(running);
         }
-        Err(Verdict::Rejected(running.log()))
+        Err(Verdict::Rejected(if running.has_ended() { running.log() } else { DEAF.to_owned() }))
     }
 
     fn external(&self) -> Verdict {
