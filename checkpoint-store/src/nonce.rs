@@ -1,15 +1,25 @@
 //! A name that nobody else has.
 
+use std::fs::File;
+use std::io::Read;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+const MAX_UUID_LINE: u64 = 64;
 
 /// A fresh name of letters, digits and '-', unique over hosts: the kernel's random UUID, or (where /proc is not
 /// mounted) time, process and a counter.
 pub(crate) fn nonce() -> String {
-    match std::fs::read_to_string("/proc/sys/kernel/random/uuid") {
+    match kernel_uuid() {
         Ok(uuid) => uuid.trim().to_owned(),
         Err(_) => fallback(),
     }
+}
+
+fn kernel_uuid() -> std::io::Result<String> {
+    let mut uuid = String::new();
+    File::open("/proc/sys/kernel/random/uuid")?.take(MAX_UUID_LINE).read_to_string(&mut uuid)?;
+    Ok(uuid)
 }
 
 fn fallback() -> String {

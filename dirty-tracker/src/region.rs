@@ -118,7 +118,7 @@ mod test {
     use crate::maps::parse_maps;
 
     const MAPS: &str = "\
-10000-14000 rw-p 00000000 00:00 0 
+10000-14000 rw-p 00000000 00:00 0\x20
 14000-18000 rw-p 00000000 00:00 0 [heap]
 20000-24000 rw-s 00000000 00:01 77 /memfd:other (deleted)
 ";

@@ -27,7 +27,12 @@ pub fn quote(text: &str) -> String {
 
 /// The same of the end of a log file.
 pub fn quote_log(path: &Path) -> String {
-    File::open(path).and_then(tail).map(|text| quote(&text)).unwrap_or_default()
+    File::open(path).map(quote_file).unwrap_or_default()
+}
+
+/// The same of a log that is open.
+pub fn quote_file(file: File) -> String {
+    tail(file).map(|text| quote(&text)).unwrap_or_default()
 }
 
 fn tail(mut file: File) -> std::io::Result<String> {
@@ -53,6 +58,13 @@ mod test {
         assert_eq!(quote(MODULE), MODULE, "better than nothing");
         assert_eq!(quote("\n"), "");
         assert_eq!(quote("1\n2\n3\n4\n5\n6"), "2; 3; 4; 5; 6");
+    }
+
+    #[test]
+    fn quoted_words_stand_after_any_number_of_others() {
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, format!("{}the cause\n", format!("{MODULE}\n").repeat(200)).as_bytes()).unwrap();
+        assert_eq!(quote_file(file), "the cause");
     }
 
     #[test]

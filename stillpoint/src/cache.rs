@@ -1,6 +1,7 @@
 //! Small facts that are dear to find and cheap to keep: what a QEMU binary is, a base image's digest. A missing,
 //! damaged or unwritable cache costs time and nothing else.
 
+use crate::files;
 use serde::{Serialize, de::DeserializeOwned};
 use std::path::PathBuf;
 
@@ -29,10 +30,7 @@ fn path(kind: &str, key: &str) -> PathBuf {
 
 pub fn load<T: DeserializeOwned>(kind: &str, key: &str) -> Option<T> {
     let path = path(kind, key);
-    if std::fs::metadata(&path).ok()?.len() > MAX_ENTRY_BYTES {
-        return None;
-    }
-    let entry: Entry<T> = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    let entry: Entry<T> = serde_json::from_slice(&files::read_limited(&path, MAX_ENTRY_BYTES).ok()?).ok()?;
     (entry.key == key).then_some(entry.value)
 }
 

@@ -13,6 +13,7 @@ mod drives;
 mod engine;
 mod exit;
 mod fault;
+mod files;
 mod helper;
 mod inspect;
 mod launch;

@@ -27,6 +27,7 @@ mod property;
 mod quiet;
 mod states;
 mod torture;
+mod tree;
 mod unprepared;
 mod window;
 

@@ -9,7 +9,7 @@
 //! o write through another mapping        i install the plugin again; answers with the code
 //! x FIRST COUNT give pages back in one call, as QEMU's balloon does: a hole in the file, and MADV_DONTNEED
 //! ```
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "it stands in for QEMU, which calls the plugin")]
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::io::BufRead;

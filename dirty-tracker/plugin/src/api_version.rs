@@ -4,7 +4,7 @@
 //! ranges of the versions do not overlap: 1 up to QEMU 8.2; 2 and up since 9.0; only 7 in 11.1. We call none of its
 //! functions, so any number is true; which one is accepted is learned from the symbols that QEMU exports. A launcher that
 //! knows better sets [`OVERRIDE`]: asking for 999 makes QEMU name the versions that it takes.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "symbols that QEMU and the dynamic linker look up")]
 
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -20,7 +20,7 @@ const OLDEST: i32 = 1;
 
 /// Read by QEMU as a C `int`.
 #[unsafe(no_mangle)]
-#[allow(non_upper_case_globals)]
+#[allow(non_upper_case_globals, reason = "QEMU looks for this name")]
 pub static qemu_plugin_version: AtomicI32 = AtomicI32::new(OLDEST);
 
 /// Runs when the library is loaded, before QEMU looks at the version.

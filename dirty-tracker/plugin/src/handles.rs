@@ -3,7 +3,7 @@
 //! All are opened while QEMU starts, so that dropping privileges later (`-runas`, `-sandbox`) does not take them away. The
 //! uffd is kept open here for another reason too: when its last descriptor closes, the kernel forgets every write that it
 //! has seen, so it must outlive the helpers.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "system calls that no library has")]
 
 use std::fs::File;
 use std::io;

@@ -10,15 +10,14 @@
 //! What it does not do is the point. It registers no callback, so that it costs the guest nothing; it decides nothing: the
 //! tracker makes every ioctl from its own process; and when the tracker dies the guest does not notice. It must not panic
 //! into QEMU, so each way in is wrapped, and a failure while QEMU starts stops QEMU with one line that says why.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "QEMU calls in, with pointers")]
 
 mod api_version;
 mod handles;
 mod server;
 mod uapi;
 mod uffd;
-// The tracker uses the other half.
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the tracker uses the other half")]
 mod wire;
 
 use std::ffi::{CStr, OsStr, c_char, c_int, c_void};

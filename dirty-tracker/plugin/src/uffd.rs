@@ -2,7 +2,7 @@
 //!
 //! Compiled into the plugin, which hands the descriptor to the tracker, and into the tracker, whose host check opens one
 //! the same way to say whether the plugin will get one.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "system calls that no library has")]
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};

@@ -1,7 +1,7 @@
 //! Everything that talks to the kernel in pointers: the only unsafe code of this library.
 //!
 //! Three files are the plugin's own, compiled a second time: what both sides must agree on exists once.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "the one place for it, see above")]
 
 pub mod pagemap;
 pub mod read_mapping;
@@ -10,14 +10,13 @@ pub mod scratch;
 pub mod watch_mapping;
 pub mod write_protect;
 
-// Each side uses its half of these.
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the plugin uses the other half")]
 #[path = "../../plugin/src/uapi.rs"]
 pub mod uapi;
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the plugin uses the other half")]
 #[path = "../../plugin/src/uffd.rs"]
 pub mod uffd;
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the plugin uses the other half")]
 #[path = "../../plugin/src/wire.rs"]
 pub mod wire;
 
@@ -46,8 +45,7 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 
 #[cfg(test)]
 mod test {
-    // A list of one range is what is meant.
-    #![allow(clippy::single_range_in_vec_init)]
+    #![allow(clippy::single_range_in_vec_init, reason = "a list of one range is what is meant")]
 
     use super::*;
 

@@ -176,8 +176,7 @@ fn protect_all_at_once(pagemap: &File, range: Range<u64>) -> io::Result<()> {
 
 #[cfg(test)]
 mod test {
-    // A list of one range is what is meant.
-    #![allow(clippy::single_range_in_vec_init)]
+    #![allow(clippy::single_range_in_vec_init, reason = "a list of one range is what is meant")]
 
     use std::os::fd::AsFd;
     use std::sync::Barrier;

@@ -1,7 +1,6 @@
 //! What the tests share: the built plugin, and a process that stands in for QEMU.
 
-// Each test file uses its part.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::path::{Path, PathBuf};

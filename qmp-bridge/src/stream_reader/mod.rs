@@ -175,11 +175,10 @@ impl<R: Read> StreamReader<R> {
 
     /// The next item; `None` after [`Item::Devices`], which comes when the source has ended. After an error only
     /// [`StreamReadError::GivenUp`] comes.
-    // Not an iterator: an item borrows from the reader.
     ///
     /// # Errors
     /// When the stream ends early, is damaged, or has something that no supported QEMU writes.
-    #[allow(clippy::should_implement_trait)]
+    #[allow(clippy::should_implement_trait, reason = "an item borrows from the reader")]
     pub fn next(&mut self) -> Result<Option<Item<'_>>, StreamReadError> {
         if self.state == State::Finished {
             return Ok(None);

@@ -1,5 +1,5 @@
 //! Real QEMUs for the tests: which ones, how to start one, and that none is left behind.
-#![allow(dead_code)] // each test file uses a part
+#![allow(dead_code, reason = "each test file uses its part")]
 
 pub mod loop_guest;
 

@@ -1,5 +1,5 @@
 //! Streams for the tests: recorded ones, and QEMUs that send new ones.
-#![allow(dead_code)] // each test file uses a part
+#![allow(dead_code, reason = "each test file uses its part")]
 
 #[path = "../../fuzz/check.rs"]
 pub mod check;

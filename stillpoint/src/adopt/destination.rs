@@ -1,6 +1,7 @@
 //! The new QEMU's process: started detached and paused, ended by its number if the adoption fails.
 
 use super::record::Process;
+use crate::files;
 use crate::launch::command::{self, Start};
 use crate::runtime::{MachineFile, RuntimeDir};
 use anyhow::{Context, Error, Result, bail};
@@ -46,7 +47,7 @@ pub fn start(file: &MachineFile, runtime: &RuntimeDir, plugin: &Path, memory: &G
 }
 
 fn environment(pid: u32) -> Option<Vec<(std::ffi::OsString, std::ffi::OsString)>> {
-    let bytes = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let bytes = files::read(format!("/proc/{pid}/environ")).ok()?;
     let words = bytes.split(|byte| *byte == 0).filter_map(|word| {
         let at = word.iter().position(|byte| *byte == b'=')?;
         Some((word[..at].to_vec(), word[at + 1..].to_vec()))
@@ -89,7 +90,7 @@ pub fn find(file: &MachineFile) -> Option<Process> {
     let ends_with_id = |word: &[u8]| word.ends_with(id.as_bytes());
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let mut hits = numbers
-        .filter(|pid| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.split(|byte| *byte == 0).any(ends_with_id)));
+    let mut hits =
+        numbers.filter(|pid| files::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.split(|byte| *byte == 0).any(ends_with_id)));
     hits.find_map(Process::of)
 }

@@ -1,6 +1,7 @@
 //! What of this host and of the old process must fit, so that a second process can take its place.
 
 use crate::exit::refused;
+use crate::files;
 use crate::launch::arguments;
 use crate::launch::inherited::Manager;
 use crate::launch::process::QemuProcess;
@@ -34,9 +35,9 @@ fn check_manager(process: &QemuProcess) -> Result<()> {
 }
 
 fn by_parent(pid: u32) -> Option<Manager> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let status = files::read_text(format!("/proc/{pid}/status")).ok()?;
     let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().to_owned();
-    let name = std::fs::read_to_string(format!("/proc/{parent}/comm")).ok()?;
+    let name = files::read_text(format!("/proc/{parent}/comm")).ok()?;
     ["libvirtd", "virtqemud"].contains(&name.trim()).then_some(Manager::Libvirt)
 }
 
@@ -77,7 +78,7 @@ fn check_memory(available: u64, ram_bytes: u64) -> Result<()> {
 
 /// What the kernel thinks it can give, or less where our control group may have less.
 fn available_memory() -> Result<u64> {
-    let facts = std::fs::read_to_string("/proc/meminfo").context("asking how much memory is free")?;
+    let facts = files::read_text("/proc/meminfo").context("asking how much memory is free")?;
     let line = facts.lines().find_map(|line| line.strip_prefix("MemAvailable:")).context("/proc/meminfo has no MemAvailable")?;
     let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().context("MemAvailable is no number")?;
     Ok(group_room().map_or(kib << 10, |room| room.min(kib << 10)))
@@ -85,9 +86,9 @@ fn available_memory() -> Result<u64> {
 
 /// The new QEMU is in the helper's control group.
 fn group_room() -> Option<u64> {
-    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let groups = files::read_text("/proc/self/cgroup").ok()?;
     let own = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
-    let number = |folder: &Path, file: &str| std::fs::read_to_string(folder.join(file)).ok()?.trim().parse::<u64>().ok();
+    let number = |folder: &Path, file: &str| files::read_text(folder.join(file)).ok()?.trim().parse::<u64>().ok();
     let root = Path::new("/sys/fs/cgroup");
     let mut room: Option<u64> = None;
     for folder in Path::new(own.trim_start_matches('/')).ancestors().map(|path| root.join(path)) {
@@ -101,7 +102,7 @@ fn group_room() -> Option<u64> {
 
 /// A service manager that started QEMU takes its end for the machine's.
 pub fn service_of(pid: u32) -> Option<String> {
-    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let groups = files::read_text(format!("/proc/{pid}/cgroup")).ok()?;
     let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?.to_owned();
     service(&path)
 }

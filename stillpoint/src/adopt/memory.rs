@@ -12,6 +12,7 @@
 
 use crate::engine::LIVE_TCG_SINCE;
 use crate::exit::refused;
+use crate::files;
 use crate::launch::process;
 use anyhow::{Context, Result, bail};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -184,7 +185,7 @@ async fn blocks(qmp: &Qmp, pid: u32) -> Result<Vec<RamBlock>> {
 }
 
 fn maps(pid: u32) -> Result<String> {
-    std::fs::read_to_string(format!("/proc/{pid}/maps")).with_context(|| format!("reading the memory map of process {pid}"))
+    files::read_text(format!("/proc/{pid}/maps")).with_context(|| format!("reading the memory map of process {pid}"))
 }
 
 fn address(block: &RamBlock) -> Result<u64> {

@@ -4,6 +4,7 @@
 //! and its machine-id prove nothing: a cloned disk has both. A boot id is of one kernel that runs now or ran before; hardware
 //! has an identifier of its own; and what was written after this kernel booted, by another kernel, was not written here.
 
+use crate::files;
 use crate::launch::command::is_running;
 use anyhow::{Context, Result};
 use checkpoint_store::WriterRecord;
@@ -40,19 +41,19 @@ fn is_older(holder: &Holder, booted: SystemTime) -> bool {
 
 /// With `hidepid` another user's QEMU looks as if it had ended.
 fn sees_all_processes() -> bool {
-    nix::unistd::geteuid().is_root() || std::fs::read("/proc/1/cmdline").is_ok()
+    nix::unistd::geteuid().is_root() || files::read("/proc/1/cmdline").is_ok()
 }
 
 /// When this kernel booted, by today's clock.
 fn booted() -> Option<SystemTime> {
-    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    let stat = files::read_text("/proc/stat").ok()?;
     let seconds = stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
 /// This process as a writer of `instance`.
 pub fn record(instance: &str) -> Result<Holder> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context("asking for the boot's id")?;
+    let boot = files::read_text("/proc/sys/kernel/random/boot_id").context("asking for the boot's id")?;
     Ok(Holder {
         host: host(boot.trim())?,
         boot_id: boot.trim().to_owned(),
@@ -60,7 +61,7 @@ pub fn record(instance: &str) -> Result<Holder> {
         pid: std::process::id(),
         claimed_at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        hardware: std::fs::read_to_string("/sys/class/dmi/id/product_uuid").ok().and_then(|uuid| hardware(&uuid)),
+        hardware: files::read_text("/sys/class/dmi/id/product_uuid").ok().and_then(|uuid| hardware(&uuid)),
     })
 }
 
@@ -74,7 +75,7 @@ fn hardware(uuid: &str) -> Option<String> {
 /// The host's name and machine-id, and which processes can be seen from here at all.
 fn host(boot: &str) -> Result<String> {
     let name = nix::unistd::gethostname().context("asking for the host's name")?;
-    let id = std::fs::read_to_string("/etc/machine-id").map(|id| id.trim().to_owned()).ok().filter(|id| !id.is_empty());
+    let id = files::read_text("/etc/machine-id").map(|id| id.trim().to_owned()).ok().filter(|id| !id.is_empty());
     // Without an id only records of this very boot may look like this host.
     let id = id.unwrap_or_else(|| boot.to_owned());
     let processes = std::fs::read_link("/proc/self/ns/pid").context("asking for our process namespace")?;

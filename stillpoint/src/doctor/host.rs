@@ -1,6 +1,7 @@
 //! The kernel and the tools that the launcher calls.
 
 use super::Row;
+use crate::files;
 use dirty_tracker::{GuestMemory, HostCheck, HostSupport};
 use std::process::{Command, Stdio};
 
@@ -18,7 +19,7 @@ pub fn check() -> Vec<Row> {
 
 fn kernel(support: &HostSupport) -> Row {
     const CHECK: &str = "kernel";
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let release = files::read_text("/proc/sys/kernel/osrelease").unwrap_or_default();
     let release = format!("Linux {}", release.trim());
     if support.can_track {
         Row::ok(CHECK, release)

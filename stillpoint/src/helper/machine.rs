@@ -2,6 +2,7 @@
 
 use crate::drives::{self, Drives, Started};
 use crate::exit::refused;
+use crate::files;
 use crate::helper::qemu_lock::QemuLock;
 use crate::helper::unprepared;
 use crate::launch::process::QemuProcess;
@@ -242,7 +243,7 @@ fn connect(socket: &Path, pid: Option<u32>) -> Result<PluginHandles> {
 
 /// A process that has ended and was not waited for yet is a zombie.
 fn is_alive(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let stat = files::read_text(format!("/proc/{pid}/stat")).unwrap_or_default();
     // The state follows the name, which stands in parentheses and may hold any letter.
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }

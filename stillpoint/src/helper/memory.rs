@@ -2,6 +2,7 @@
 //!
 //! Only private memory counts: the guest's pages are mapped here too, but they are QEMU's.
 
+use crate::files;
 use crate::helper::machine::Machine;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -52,7 +53,7 @@ impl Drop for Watch {
 }
 
 fn sample() -> Option<u64> {
-    let now = private(&std::fs::read_to_string("/proc/self/statm").ok()?)?;
+    let now = private(&files::read_text("/proc/self/statm").ok()?)?;
     PEAK.fetch_max(now, Ordering::Relaxed);
     Some(now)
 }

@@ -1,6 +1,7 @@
 //! The helper that holds a VM, as another process sees it: signalled only if it is one, and never a later process of its number.
 
 use crate::exit::refused;
+use crate::files;
 use crate::runtime::RuntimeDir;
 use anyhow::{Context, Result};
 use nix::unistd::Pid;
@@ -45,7 +46,7 @@ impl OtherHelper {
 fn is_helper_of(pid: Pid, runtime: &RuntimeDir) -> bool {
     let file = |path: String| std::fs::metadata(path).map(|facts| (facts.dev(), facts.ino())).ok();
     let program = file(format!("/proc/{pid}/exe"));
-    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let line = files::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
     let name = runtime.path().file_name().unwrap_or_default();
     let is_word = |word: &str| words.contains(&word.as_bytes());

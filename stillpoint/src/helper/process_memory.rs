@@ -2,6 +2,7 @@
 //! what it is. QEMU's own migration would leave it in another.
 
 use crate::exit::refused;
+use crate::files;
 use crate::helper::machine::whole_blocks;
 use anyhow::{Context, Result};
 use checkpoint_format::PageRange;
@@ -31,7 +32,7 @@ impl ProcessMemory {
         })?;
         let mut blocks = whole_blocks(qmp).await?;
         if blocks.iter().any(|block| block.host.is_none()) {
-            let maps = crate::runtime::read_limited(Path::new(&format!("/proc/{pid}/maps")), MAX_MAPS_BYTES)?;
+            let maps = files::read_limited(Path::new(&format!("/proc/{pid}/maps")), MAX_MAPS_BYTES)?;
             let maps = String::from_utf8_lossy(&maps);
             host_finder::find_hosts(&memory, &maps, &mut blocks).map_err(|error| refused(format!("{error}")))?;
         }

@@ -1,6 +1,7 @@
 //! From a machine file to the words of the QEMU process: the user's options, and what checkpointing adds.
 
 use super::{arguments, instance};
+use crate::files;
 use crate::runtime::{MachineFile, RuntimeDir};
 use std::ffi::OsString;
 use std::os::fd::RawFd;
@@ -88,7 +89,7 @@ pub fn is_running(instance: &str) -> bool {
     let id = monitor_id(instance);
     let has_id = |line: Vec<u8>| line.windows(id.len()).any(|part| part == id.as_bytes());
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok()).any(has_id)
+    processes.filter_map(|process| files::read(process.path().join("cmdline")).ok()).any(has_id)
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ pub mod saved;
 pub use qemu_cmdline::{arguments, form};
 
 use crate::exit::refused;
+use crate::files;
 use crate::runtime::{MachineFile, RuntimeDir};
 use crate::stores;
 use anyhow::{Context, Result, anyhow, bail};
@@ -125,7 +126,7 @@ pub fn scratch_dir(wanted: Option<&Path>) -> Result<PathBuf> {
 }
 
 pub fn new_instance() -> Result<String> {
-    let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").context("asking the kernel for a random id")?;
+    let id = files::read_text("/proc/sys/kernel/random/uuid").context("asking the kernel for a random id")?;
     Ok(id.trim().to_owned())
 }
 

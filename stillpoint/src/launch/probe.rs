@@ -6,8 +6,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use qmp_bridge::said;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -77,7 +76,7 @@ fn ask(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
         .spawn()
         .with_context(|| format!("starting {}; install QEMU (Debian: apt-get install qemu-system-x86)", binary.display()))?;
     let answer = converse(child);
-    answer.map_err(|error| explain(binary, &messages(said), error))
+    answer.map_err(|error| explain(binary, &said::quote_file(said), error))
 }
 
 /// In /tmp where `TMPDIR` is too long for a socket's path.
@@ -119,16 +118,8 @@ fn interview(input: &mut impl Write, lines: &mut impl BufRead) -> Result<QemuFac
     Ok(QemuFacts { version: version(&greeting)?, machines: machine_types(&machines)? })
 }
 
-fn messages(mut file: File) -> String {
-    const QUOTED_BYTES: u64 = 4096;
-    let mut text = Vec::new();
-    let read = file.rewind().and_then(|()| file.take(QUOTED_BYTES).read_to_end(&mut text));
-    read.map(|_| String::from_utf8_lossy(&text).trim().to_owned()).unwrap_or_default()
-}
-
 fn explain(binary: &Path, said: &str, error: anyhow::Error) -> anyhow::Error {
     let binary = binary.display();
-    let said = said::quote(said);
     if said.contains("plugin") {
         return anyhow!(
             "{binary} does not take Stillpoint's plugin; use a QEMU built with --enable-plugins (Debian's are). It said: {said}"

@@ -1,7 +1,7 @@
 //! A QEMU process as the kernel shows it: who it is, so that it is not taken for a later one of the same number, and how it
 //! was started.
 
-use crate::runtime::read_limited;
+use crate::files::read_limited;
 use anyhow::{Context, Result, bail};
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::collections::HashSet;

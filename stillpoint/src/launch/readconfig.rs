@@ -2,6 +2,7 @@
 //! saved with its checkpoints and used on a host that lacks the file.
 
 use super::arguments::{KeyList, QemuOption};
+use crate::files;
 use anyhow::{Context, Result, bail};
 use std::path::Path;
 
@@ -47,11 +48,8 @@ fn set(options: &mut [QemuOption], text: &str) -> Result<()> {
 
 fn read(path: &Path) -> Result<Vec<QemuOption>> {
     let about = || format!("reading the QEMU configuration {} (-readconfig)", path.display());
-    let size = std::fs::metadata(path).with_context(about)?.len();
-    if size > MAX_CONFIG_BYTES {
-        bail!("{} has {size} bytes; a QEMU configuration has at most {MAX_CONFIG_BYTES}", path.display());
-    }
-    parse(&std::fs::read_to_string(path).with_context(about)?).with_context(about)
+    let text = String::from_utf8(files::read_limited(path, MAX_CONFIG_BYTES)?).with_context(about)?;
+    parse(&text).with_context(about)
 }
 
 struct Group {

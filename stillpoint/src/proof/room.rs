@@ -2,6 +2,7 @@
 
 use super::expected::Expected;
 use crate::exit::refused;
+use crate::files;
 use crate::terminal::bytes;
 use anyhow::{Context, Result};
 use checkpoint_format::{PAGE_SIZE, SpaceKind, SpaceName};
@@ -44,7 +45,7 @@ pub fn check(expected: &HashMap<SpaceName, Expected>, workspace: &Path) -> Resul
 
 /// What can be had without swapping, as the kernel estimates it.
 fn available_memory() -> Result<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").context("asking the kernel for free memory")?;
+    let text = files::read_text("/proc/meminfo").context("asking the kernel for free memory")?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     Ok(kib.context("the kernel does not say how much memory is available")? << 10)

@@ -12,6 +12,7 @@
 
 use crate::cli::SandboxArgs;
 use crate::exit::refused;
+use crate::files;
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -99,7 +100,7 @@ pub fn pid_in_proc(pid: u32) -> Result<u32> {
     let ours = namespace("self");
     let numbers = std::fs::read_dir("/proc").context("reading /proc")?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     let is_it = |number: &String| {
-        let status = std::fs::read_to_string(format!("/proc/{number}/status")).unwrap_or_default();
+        let status = files::read_text(format!("/proc/{number}/status")).unwrap_or_default();
         let here = status.lines().find_map(|line| line.strip_prefix("NSpid:")).and_then(|line| line.split_whitespace().last());
         here == Some(pid.to_string().as_str()) && namespace(number) == ours
     };
@@ -193,7 +194,7 @@ fn close_file_systems(private: &Path) -> Result<()> {
     let none = None::<&Path>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("making mounts private")?;
     mount(Some(private), private, none, MsFlags::MS_BIND, none).with_context(|| format!("mounting {}", private.display()))?;
-    let table = std::fs::read_to_string("/proc/self/mountinfo").context("reading the list of mounts")?;
+    let table = files::read_text("/proc/self/mountinfo").context("reading the list of mounts")?;
     for (place, flags) in table.lines().filter_map(mounted) {
         if place == private || flags.contains(MsFlags::MS_RDONLY) {
             continue;

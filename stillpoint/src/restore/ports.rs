@@ -2,6 +2,7 @@
 //!
 //! QEMU itself would find out, after everything was made. Here it is found out before, with the `--map` that helps.
 
+use crate::files;
 use qemu_cmdline::form::{Form, is_on};
 use qemu_cmdline::{KeyList, QemuOption, Use, visit};
 use std::io::ErrorKind;
@@ -307,7 +308,7 @@ fn taps(options: &[QemuOption], saved: &dyn Fn(&str) -> String) -> Vec<String> {
     visit(options, |site| {
         let folder = std::path::Path::new("/sys/class/net").join(site.value);
         let is_tap = site.means == Use::Tap && !site.value.contains('/') && folder.join("tun_flags").exists();
-        if is_tap && std::fs::read_to_string(folder.join("carrier")).is_ok_and(|carrier| carrier.trim() == "1") {
+        if is_tap && files::read_text(folder.join("carrier")).is_ok_and(|carrier| carrier.trim() == "1") {
             let free = (0..=u8::MAX).map(|number| format!("tap{number}")).find(|name| !folder.with_file_name(name).exists());
             let (tap, free) = (site.value, free.unwrap_or_default());
             found.push(format!("tap {tap} (-{}) is in use: use --map {}={free}", site.option, saved(tap)));

@@ -6,6 +6,7 @@ mod private;
 use crate::control::Failure;
 use crate::engine::{EngineChoice, StreamChoice};
 use crate::exit::refused;
+use crate::files;
 use crate::lineage::CheckpointIdentity;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{CheckpointSeq, Epoch, MachineRecord, VmName};
@@ -14,7 +15,6 @@ use nix::unistd::Pid;
 use private::Owner;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -394,7 +394,7 @@ impl RuntimeDir {
     /// Whether `pid` holds [`RuntimeDir::lock_helper`], as the kernel tells.
     pub fn is_locked_by(&self, pid: Pid) -> bool {
         let Ok(facts) = std::fs::symlink_metadata(self.path.join("helper.lock")) else { return false };
-        let Ok(table) = read_limited(Path::new("/proc/locks"), MAX_LOCKS_BYTES) else { return false };
+        let Ok(table) = files::read_limited(Path::new("/proc/locks"), MAX_LOCKS_BYTES) else { return false };
         String::from_utf8_lossy(&table).lines().any(|line| flock(line, facts.ino()) == Some(pid.as_raw()))
     }
 }
@@ -402,9 +402,9 @@ impl RuntimeDir {
 /// Who holds a lock by `flock` on `file`, in words.
 pub fn flock_holder(file: &File) -> Option<String> {
     let inode = file.metadata().ok()?.ino();
-    let table = read_limited(Path::new("/proc/locks"), MAX_LOCKS_BYTES).ok()?;
+    let table = files::read_limited(Path::new("/proc/locks"), MAX_LOCKS_BYTES).ok()?;
     let pid = String::from_utf8_lossy(&table).lines().find_map(|line| flock(line, inode))?;
-    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let line = files::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     Some(format!("process {pid} ({})", String::from_utf8_lossy(&line).replace('\0', " ").trim()))
 }
 
@@ -429,16 +429,6 @@ fn default_base() -> PathBuf {
     let session = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(is_own);
     let session = session.or_else(|| Some(PathBuf::from(format!("/run/user/{user}"))).filter(is_own));
     session.map_or_else(|| PathBuf::from(format!("/tmp/stillpoint-{user}")), |path| path.join("stillpoint"))
-}
-
-pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
-    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
-    let mut bytes = Vec::new();
-    file.take(limit + 1).read_to_end(&mut bytes).with_context(|| format!("reading {}", path.display()))?;
-    if bytes.len() as u64 > limit {
-        bail!("{} is larger than {limit} bytes", path.display());
-    }
-    Ok(bytes)
 }
 
 #[cfg(test)]

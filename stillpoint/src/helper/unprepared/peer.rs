@@ -4,8 +4,8 @@
 //! manager; then the QEMU is looked for that holds the socket too.
 
 use crate::exit::refused;
+use crate::files::read_limited;
 use crate::launch::process::{self, QemuProcess};
-use crate::runtime::read_limited;
 use anyhow::{Context, Error, Result};
 use qmp_bridge::{Qmp, QmpError};
 use std::collections::HashSet;
