@@ -267,13 +267,27 @@ fn doctor_says_what_can_be_done_with_a_running_machine() {
         let address = json!({"type": "unix", "data": {"path": text(&lab.path().join("nbd.sock"))}});
         monitor.execute("nbd-server-start", json!({"addr": address}));
         let node = monitor.execute("query-block", json!({}))[0]["inserted"]["node-name"].clone();
-        monitor.execute("block-export-add", json!({"type": "nbd", "id": "theirs", "node-name": node}));
+        monitor.execute("block-export-add", json!({"type": "nbd", "id": "theirs", "node-name": node.clone()}));
         let (code, report) = doctor(&lab, &socket);
         assert!(code == 3 && rows(&report, "NBD server")[0].1.contains("theirs"), "{report}");
+        monitor.execute("block-export-del", json!({"id": "theirs"}));
+        let (code, report) = doctor(&lab, &socket);
+        assert!(code == 3 && rows(&report, "NBD server")[0].1.contains("no export yet"), "{report}");
+        monitor.execute("nbd-server-stop", json!({}));
         let holder = QmpClient::connect(&socket);
         let (code, report) = doctor(&lab, &socket);
         assert!(code == 3 && rows(&report, "monitor")[0].1.contains("another client"), "{report}");
-        drop(holder);
+        drop((holder, monitor));
+
+        // Nor is an export that another has in the helper's own server in the way of a checkpoint.
+        attach(&lab, &socket, "m").expect_success();
+        let address = json!({"type": "unix", "data": {"path": text(&lab.runtime().join("m/nbd.sock"))}});
+        machine.qmp().execute("nbd-server-start", json!({"addr": address}));
+        machine.qmp().execute("block-export-add", json!({"type": "nbd", "id": "theirs", "node-name": node}));
+        let (code, report) = doctor(&lab, &machine.directory.join("extra.sock"));
+        assert!(code == 0 && rows(&report, "NBD server").is_empty(), "{report}");
+        lab.run(&["checkpoint", "m"]).expect_success();
+        assert_eq!(machine.qmp().execute("query-block-exports", json!({}))[0]["id"], "theirs");
     });
 }
 
