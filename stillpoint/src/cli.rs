@@ -1,8 +1,8 @@
 //! The command line.
 
-use crate::engine::{EngineChoice, StreamChoice};
 use checkpoint_format::{CheckpointSeq, VmName};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -122,18 +122,21 @@ pub struct AttachArgs {
 
 #[derive(Args)]
 pub struct AdoptArgs {
+    /// The VM's name, as it was attached
     pub name: VmName,
     #[command(flatten)]
     pub runtime: Runtime,
     /// QEMU to move it into [default: the program that runs it]
     #[arg(long, value_name = "PROGRAM")]
     pub qemu: Option<String>,
+    /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
 }
 
 #[derive(Args)]
 pub struct CheckpointArgs {
+    /// The VM's name
     pub name: VmName,
     #[command(flatten)]
     pub runtime: Runtime,
@@ -149,6 +152,7 @@ pub struct CheckpointArgs {
     /// Then prove it, as 'verify --restore' does, at the lowest priority; needs room for the VM's memory and disks
     #[arg(long)]
     pub verify: bool,
+    /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
 }
@@ -188,15 +192,18 @@ pub struct RestoreArgs {
     /// Let the restored VM run, though its guest was stopped when the checkpoint was taken
     #[arg(long, conflicts_with = "paused")]
     pub run: bool,
+    /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
 }
 
 #[derive(Args)]
 pub struct LsArgs {
+    /// The VM whose checkpoints are listed [default: list the VMs]
     pub name: Option<VmName>,
     #[command(flatten)]
     pub store: Store,
+    /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
 }
@@ -207,6 +214,7 @@ pub struct ShowArgs {
     pub checkpoint: CheckpointName,
     #[command(flatten)]
     pub store: Store,
+    /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
 }
@@ -235,23 +243,27 @@ pub struct VerifyArgs {
     /// With --restore: directory for the temporary disks [default: /var/tmp]
     #[arg(long, env = "STILLPOINT_SCRATCH_DIR", value_name = "DIR")]
     pub scratch_dir: Option<PathBuf>,
+    /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
 }
 
 #[derive(Args)]
 pub struct DoctorArgs {
+    /// The QEMU program to check
     #[arg(long, default_value = "qemu-system-x86_64", value_name = "PROGRAM")]
     pub qemu: String,
     /// Look at a running QEMU through its monitor: what can be done with it, and what is in the way
     #[arg(long, value_name = "SOCKET", conflicts_with = "qemu")]
     pub qmp: Option<PathBuf>,
+    /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
 }
 
 #[derive(Args)]
 pub struct BenchArgs {
+    /// The VM's name
     pub name: VmName,
     #[command(flatten)]
     pub runtime: Runtime,
@@ -261,12 +273,14 @@ pub struct BenchArgs {
     /// Milliseconds between two checkpoints
     #[arg(long, default_value_t = 1000)]
     pub interval_ms: u64,
+    /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
 }
 
 #[derive(Args)]
 pub struct HelperArgs {
+    /// The VM's name
     pub name: VmName,
     #[command(flatten)]
     pub runtime: Runtime,
@@ -280,6 +294,7 @@ pub struct SandboxArgs {
     /// Its working directory
     #[arg(long, value_name = "DIR")]
     pub cwd: PathBuf,
+    /// The program and its arguments, after '--'
     #[arg(last = true, required = true, value_name = "PROGRAM ARGS")]
     pub program: Vec<String>,
 }
@@ -290,19 +305,32 @@ impl AttachArgs {
     }
 }
 
-impl RunArgs {
-    pub fn into_request(self) -> anyhow::Result<crate::launch::RunRequest> {
-        let mut words = self.qemu.into_iter();
-        let qemu = words.next().ok_or_else(|| anyhow::anyhow!("no QEMU program was named after '--'"))?;
-        Ok(crate::launch::RunRequest {
-            name: self.name,
-            store: self.store.store,
-            runtime_base: self.runtime.runtime_dir,
-            scratch: self.scratch_dir,
-            qemu,
-            arguments: words.collect(),
-        })
-    }
+/// Which engine is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum EngineChoice {
+    /// The tracker where the plugin sits in QEMU, else the stream
+    #[default]
+    Auto,
+    /// Changed pages, as the kernel saw them written
+    Tracker,
+    /// QEMU's own migration stream, compared with the last checkpoint
+    Stream,
+}
+
+/// How the stream engine gets memory of one instant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum StreamChoice {
+    /// Pre-copy where this QEMU does it without fault, else stopped
+    #[default]
+    Auto,
+    /// Memory is read while the guest runs, and what changed meanwhile in the pause
+    PreCopy,
+    /// Memory is write-protected in the pause and read while the guest runs on
+    BackgroundSnapshot,
+    /// The guest is paused while all of its memory is read
+    Stopped,
 }
 
 /// `NAME` or `NAME@ID`.
@@ -363,6 +391,21 @@ mod test {
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    /// Of a command and all below it, hidden ones too: "run --name".
+    fn without_help(command: &clap::Command, path: &str) -> Vec<String> {
+        let has_text = |text: Option<&clap::builder::StyledStr>| text.is_some_and(|text| !text.to_string().trim().is_empty());
+        let arguments = command.get_arguments().filter(|argument| !has_text(argument.get_help()));
+        let mut found: Vec<String> = arguments.map(|argument| format!("{path} {argument}")).collect();
+        found.extend(Some(path.to_owned()).filter(|_| !has_text(command.get_about())));
+        found.extend(command.get_subcommands().flat_map(|inner| without_help(inner, &format!("{path} {}", inner.get_name()))));
+        found
+    }
+
+    #[test]
+    fn help_every_command_and_argument_has_a_text() {
+        assert_eq!(without_help(&Cli::command(), "stillpoint"), [] as [String; 0]);
     }
 
     #[test]

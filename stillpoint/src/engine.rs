@@ -6,45 +6,16 @@
 //! before it can protect it (512 MiB: 200 to 650 ms on a busy host, where pre-copy took 8 to 60), and lets a guest that writes
 //! wait for us.
 
+pub use crate::cli::{EngineChoice, StreamChoice};
 use crate::exit::refused;
 use anyhow::Result;
-use clap::ValueEnum;
 use qmp_bridge::machine::{Accelerator, MachineFacts};
 use qmp_bridge::migration::{StreamMode, Support};
-use serde::{Deserialize, Serialize};
 
 /// Before this version a live migration of a TCG guest loses pages: QEMU clears the dirty bits that it has read, but not the
 /// translation cache's belief that the page is dirty, so later writes go unseen (seen with 7.2: one restored guest in two to four
 /// had a page of an earlier instant; 10.0: none; KVM marks pages in another way).
 pub const LIVE_TCG_SINCE: u32 = 9;
-
-/// Which engine is wanted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum EngineChoice {
-    /// The tracker where the plugin sits in QEMU, else the stream
-    #[default]
-    Auto,
-    /// Changed pages, as the kernel saw them written
-    Tracker,
-    /// QEMU's own migration stream, compared with the last checkpoint
-    Stream,
-}
-
-/// How the stream engine gets memory of one instant.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum StreamChoice {
-    /// Pre-copy where this QEMU does it without fault, else stopped
-    #[default]
-    Auto,
-    /// Memory is read while the guest runs, and what changed meanwhile in the pause
-    PreCopy,
-    /// Memory is write-protected in the pause and read while the guest runs on
-    BackgroundSnapshot,
-    /// The guest stands still while all of its memory is read
-    Stopped,
-}
 
 /// What a checkpoint is taken with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

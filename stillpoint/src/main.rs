@@ -6,7 +6,6 @@ mod adopt;
 mod bench;
 mod cache;
 mod checkpoint;
-mod cli;
 mod control;
 mod doctor;
 mod drives;
@@ -29,9 +28,9 @@ mod terminal;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use cli::{Cli, Command};
 use std::io::IsTerminal;
 use std::process::ExitCode;
+use stillpoint_cli::cli::{self, Cli, Command};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
 
@@ -63,7 +62,7 @@ fn log_to_stderr(cli: &Cli) {
 fn dispatch(command: Command) -> Result<ExitCode> {
     match command {
         // Before any thread exists: this process becomes QEMU.
-        Command::Run(args) => match launch::run(args.into_request()?)? {},
+        Command::Run(args) => match launch::run(args.try_into()?)? {},
         Command::Sandbox(args) => match proof::sandbox::become_program(&args)? {},
         Command::Verify(args) if args.restore && proof::sandbox::workspace().is_none() => {
             proof::sandbox::supervise(&launch::scratch_dir(args.scratch_dir.as_deref())?)

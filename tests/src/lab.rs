@@ -33,8 +33,7 @@ impl Lab {
     /// Waits until so many machines may run.
     pub fn for_machines(qemu: &Path, count: usize) -> Self {
         let slots = Slots::take(count);
-        let mut directory = tempfile::Builder::new().prefix("stillpoint-").tempdir().expect("a directory");
-        directory.disable_cleanup(std::env::var_os("STILLPOINT_TEST_KEEP").is_some());
+        let directory = tempfile::Builder::new().prefix("stillpoint-").tempdir().expect("a directory");
         let store = format!("file://{}/store", directory.path().display());
         // What a QEMU binary is need not be found out by every test.
         let cache = shared_directory().join("cache");
@@ -142,6 +141,11 @@ impl Lab {
         ["plugin.sock", "control.sock"].iter().all(|file| socket(file).is_err())
     }
 
+    /// `STILLPOINT_TEST_KEEP=failed`: if the test fails; any other value: always.
+    fn is_kept(&self) -> bool {
+        std::env::var("STILLPOINT_TEST_KEEP").is_ok_and(|which| which != "failed" || std::thread::panicking())
+    }
+
     /// Reads back all that the machine has in the store.
     pub fn verify(&self, name: &str) {
         let report = self.run(&["verify", name, "--json"]).expect_success().json();
@@ -160,6 +164,10 @@ impl Drop for Lab {
                 let pid = process::listener(&machine.join(socket)).filter(|pid| process::is_ours(*pid, &runtime));
                 pid.into_iter().for_each(process::kill_hard);
             }
+        }
+        if self.is_kept() {
+            eprintln!("STILLPOINT_TEST_KEEP: {} is kept", self.path().display());
+            self.directory.disable_cleanup(true);
         }
     }
 }

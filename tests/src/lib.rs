@@ -9,7 +9,7 @@
 //! | `STILLPOINT_TEST_QEMUS` | QEMU programs to test with, separated by colons (default: those of `scripts/install-deps`) |
 //! | `STILLPOINT_TEST_PROGRAM` | a `stillpoint` with its plugin beside it, instead of building this tree's |
 //! | `STILLPOINT_TEST_THOROUGH` | more of the same: 20 checkpoints on every layout of an unprepared machine (before a release; 20 minutes) |
-//! | `STILLPOINT_TEST_KEEP` | leave the directories of the tests behind |
+//! | `STILLPOINT_TEST_KEEP` | keep the directories of failed tests (`failed`), or of all (any other value), and print their names |
 
 mod built;
 pub mod cost;

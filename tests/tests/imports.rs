@@ -12,6 +12,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("qemu-cmdline", &[]),
     ("qmp-bridge", &[]),
     ("stillpoint", &["checkpoint-format", "checkpoint-store", "dirty-tracker", "qemu-cmdline", "qmp-bridge"]),
+    ("stillpoint-documents", &["stillpoint"]),
     ("stillpoint-plugin", &[]),
     ("stillpoint-tests", &["checkpoint-format", "checkpoint-store", "dirty-tracker", "qemu-cmdline", "qmp-bridge"]),
     ("witness", &[]),

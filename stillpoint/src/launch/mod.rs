@@ -23,6 +23,7 @@ pub mod saved;
 
 pub use qemu_cmdline::{arguments, form};
 
+use crate::cli::RunArgs;
 use crate::exit::refused;
 use crate::files;
 use crate::runtime::{MachineFile, RuntimeDir};
@@ -42,6 +43,23 @@ pub struct RunRequest {
     pub scratch: Option<PathBuf>,
     pub qemu: String,
     pub arguments: Vec<String>,
+}
+
+impl TryFrom<RunArgs> for RunRequest {
+    type Error = anyhow::Error;
+
+    fn try_from(args: RunArgs) -> Result<Self> {
+        let mut words = args.qemu.into_iter();
+        let qemu = words.next().context("no QEMU program was named after '--'")?;
+        Ok(Self {
+            name: args.name,
+            store: args.store.store,
+            runtime_base: args.runtime.runtime_dir,
+            scratch: args.scratch_dir,
+            qemu,
+            arguments: words.collect(),
+        })
+    }
 }
 
 /// Returns only on failure: on success this process is QEMU.
