@@ -11,6 +11,7 @@ use crate::fault;
 use crate::helper::inventory::Inventory;
 use crate::helper::machine::{check_blockers, lock};
 use crate::helper::process_memory::ProcessMemory;
+use crate::helper::reopen;
 use crate::layers;
 use crate::pack::{PackJob, PackTarget, Packer};
 use crate::terminal::bytes;
@@ -24,7 +25,7 @@ use qmp_bridge::capture::{
 };
 use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
 use qmp_bridge::disks::Disk;
-use qmp_bridge::migration;
+use qmp_bridge::migration::{self, StreamMode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::instrument;
@@ -92,6 +93,9 @@ impl Checkpointer {
         self.follow_chains(drives)?;
         self.begin_lineage_if_due(choice.full)?;
         let chosen = self.choose_engine(choice).await?;
+        if chosen.engine.mode() == Some(StreamMode::PreCopy) {
+            reopen::check(self.machine.pid, &drives.disks)?;
+        }
         let run = self.begin_run(chosen, inventory, layer_bytes).await?;
         phases.since("prepare", begun);
         Ok(run)

@@ -28,6 +28,10 @@ const STARTUP: Duration = Duration::from_secs(60);
 const PLUGIN_ANSWER: Duration = Duration::from_secs(2);
 /// Between two looks whether QEMU still lives.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// ISA devices have no path that would be part of the name.
+const SAVED_AS_ONE: &[&str] = &["isa-ide", "isa-ipmi-bt", "isa-ipmi-kcs"];
+/// From this version on QEMU numbers them.
+const OWN_NAMES_SINCE: (u32, u32) = (8, 2);
 const RAMFB: &str = "QEMU before 8.2, and machine types from before it, save nothing of its state; use VGA, or a newer machine type";
 const FREE_PAGE_HINT: &str = "by free-page-hint=on it keeps pages out of QEMU's migration stream; start the machine without free-page-hint";
 const PAGE: u64 = checkpoint_format::PAGE_SIZE as u64;
@@ -174,6 +178,7 @@ impl Machine {
 pub async fn refusals(qmp: &Qmp, devices: &[GuestDevice]) -> Result<Vec<String>> {
     let board = devices::board_devices(qmp).await.context("asking QEMU for its board's devices")?;
     let mut found = Vec::new();
+    found.extend(saved_as_one(qmp, devices.iter().chain(&board)));
     for device in devices.iter().chain(&board) {
         if let Some(why) = refusal(qmp, device).await? {
             found.push(format!("device {} ({}) cannot be checkpointed: {why}", device.path, device.kind));
@@ -193,6 +198,24 @@ async fn refusal(qmp: &Qmp, device: &GuestDevice) -> Result<Option<String>> {
         return Ok(Some(FREE_PAGE_HINT.to_owned()));
     }
     Ok(None)
+}
+
+/// Several devices whose state QEMU saves under one name, and loads into the first of them.
+fn saved_as_one<'a>(qmp: &Qmp, devices: impl Iterator<Item = &'a GuestDevice>) -> Option<String> {
+    if (qmp.version().major, qmp.version().minor) >= OWN_NAMES_SINCE {
+        return None;
+    }
+    twice(devices).map(|kind| {
+        format!(
+            "there are several {kind}, and QEMU before 8.2 saves the state of all of them under one name, so that only one could be restored; \
+             leave one, use another machine type, or a newer QEMU"
+        )
+    })
+}
+
+fn twice<'a>(devices: impl Iterator<Item = &'a GuestDevice>) -> Option<&'static str> {
+    let kinds: Vec<&str> = devices.map(|device| device.kind.as_str()).collect();
+    SAVED_AS_ONE.iter().copied().find(|kind| kinds.iter().filter(|there| *there == kind).count() > 1)
 }
 
 /// `what` was plugged in or out.
@@ -368,5 +391,19 @@ fn own_file(pid: u32, inode: u64, shown: &str) -> Result<File> {
         None => Err(refused(format!(
             "the guest's memory is the file {shown}, which others can write or cut off unseen; use a memory-backend-memfd"
         ))),
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn devices_saved_under_one_name_are_found() {
+        let devices = |kinds: &[&str]| -> Vec<GuestDevice> {
+            kinds.iter().map(|kind| GuestDevice { path: String::new(), kind: (*kind).to_owned() }).collect()
+        };
+        assert_eq!(twice(devices(&["isa-ide", "ide-hd", "isa-ide"]).iter()), Some("isa-ide"));
+        assert_eq!(twice(devices(&["isa-ide", "ide-hd", "ide-hd", "isa-serial", "isa-serial"]).iter()), None);
     }
 }

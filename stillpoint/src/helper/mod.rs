@@ -11,6 +11,7 @@ mod memory;
 mod other;
 pub mod process_memory;
 pub mod qemu_lock;
+pub mod reopen;
 mod server;
 pub mod unprepared;
 

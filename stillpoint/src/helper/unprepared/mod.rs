@@ -14,6 +14,7 @@ use crate::exit::refused;
 use crate::helper::machine;
 use crate::helper::process_memory::ProcessMemory;
 use crate::helper::qemu_lock::QemuLock;
+use crate::helper::reopen;
 use crate::launch::command::MONITOR_CHARDEV;
 use crate::launch::process::{self, QemuProcess};
 use crate::launch::{self, arguments, instance};
@@ -24,6 +25,7 @@ use checkpoint_format::VmName;
 use look::Look;
 use peer::Line;
 use qmp_bridge::Qmp;
+use qmp_bridge::migration::StreamMode;
 use std::path::Path;
 
 /// What `attach` tells about a machine that it found.
@@ -61,6 +63,9 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, monitor: &Path, args:
             choose_stream(args.stream, &support, &look.facts, found.plugin.is_some(), &process_memory)?
         }
     };
+    if chosen.engine.mode() == Some(StreamMode::PreCopy) {
+        reopen::check(look.process.pid, &drives.disks)?;
+    }
     let file = MachineFile {
         format: MachineFile::FORMAT,
         name: name.clone(),
