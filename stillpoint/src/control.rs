@@ -6,8 +6,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::PathBuf;
 
-/// The longest line either side takes.
+/// The longest answer that a command takes, in bytes.
 pub const MAX_LINE: usize = 1 << 20;
+/// The longest request that the helper takes, in bytes: a few words and a path.
+pub const MAX_REQUEST: u64 = 32 << 10;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]

@@ -56,7 +56,7 @@ impl Machine {
         let file = runtime.machine()?;
         unprepared::check_alive(&runtime, &file)?;
         let handles = match file.plugin(&runtime) {
-            Some(socket) => Some(connect_later(socket, file.pid).await?),
+            Some(socket) => Some(connect_later(socket, &file).await?),
             None => None,
         };
         let pid = handles.as_ref().map(PluginHandles::pid).or(file.pid).context("the machine's file does not name QEMU's process")?;
@@ -165,7 +165,7 @@ impl Machine {
             return Ok(false);
         }
         let handles = match self.file.plugin(&self.runtime) {
-            Some(socket) => Some(connect_later(socket, None).await?),
+            Some(socket) => Some(connect_later(socket, &self.file).await?),
             None => None,
         };
         (self.blocks, self.tracker) = look(&self.qmp, handles, &self.file.ram_block).await?;
@@ -242,9 +242,26 @@ pub fn lock(tracker: &Mutex<Tracker>) -> MutexGuard<'_, Tracker> {
     tracker.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn connect_later(socket: PathBuf, pid: Option<u32>) -> Result<PluginHandles> {
-    let connect = tokio::task::spawn_blocking(move || connect(&socket, pid));
+async fn connect_later(socket: PathBuf, file: &MachineFile) -> Result<PluginHandles> {
+    let pid = file.pid;
+    let is_external = file.unprepared.is_some();
+    let connect = tokio::task::spawn_blocking(move || {
+        let handles = connect(&socket, pid)?;
+        match pid.filter(|_| is_external) {
+            Some(qemu) => check_plugin(&socket, handles, qemu),
+            None => Ok(handles),
+        }
+    });
     connect.await.context("connecting to the plugin was cut off")?
+}
+
+/// An external VM's plugin listens where its owner wants. Another process that took the path would have other memory recorded as
+/// that VM's.
+fn check_plugin(socket: &Path, handles: PluginHandles, qemu: u32) -> Result<PluginHandles> {
+    if handles.pid() == qemu {
+        return Ok(handles);
+    }
+    Err(refused(format!("{} is answered by process {}, and QEMU is process {qemu}", socket.display(), handles.pid())))
 }
 
 /// Waits for QEMU to come up, but not for one that has ended.
@@ -333,9 +350,9 @@ pub fn check_whole(blocks: &[RamBlock]) -> Result<()> {
     }
 }
 
-/// Whether the plugin at `socket` lets the tracker follow that QEMU's memory. Nothing is registered.
-pub async fn can_track(qmp: &Qmp, socket: PathBuf, main: &str) -> Result<()> {
-    let connect = tokio::task::spawn_blocking(move || PluginHandles::connect(&socket, PLUGIN_ANSWER));
+/// Whether the plugin at `socket` lets the tracker follow the memory of process `qemu`. Nothing is registered.
+pub async fn can_track(qmp: &Qmp, socket: PathBuf, qemu: u32, main: &str) -> Result<()> {
+    let connect = tokio::task::spawn_blocking(move || check_plugin(&socket, PluginHandles::connect(&socket, PLUGIN_ANSWER)?, qemu));
     let handles = connect.await.context("connecting to the plugin was cut off")??;
     handles.uffd()?;
     let blocks = ram_blocks(qmp, &handles, main).await?;

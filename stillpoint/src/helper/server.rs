@@ -2,22 +2,28 @@
 
 use crate::checkpoint::outcome::milliseconds;
 use crate::checkpoint::{Checkpointer, Report};
-use crate::control::{Failure, MAX_LINE, Progress, Reply, Request};
+use crate::control::{Failure, MAX_REQUEST, Progress, Reply, Request};
 use crate::exit::{self, explain, refused};
 use crate::helper::memory;
 use crate::runtime::RuntimeDir;
 use anyhow::{Context, Result};
 use qmp_bridge::Paused;
 use serde_json::{Value, json};
+use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, Semaphore, mpsc};
 
 /// Progress waits for a slow client only this far; then it is dropped, never the work.
 const PROGRESS_QUEUE: usize = 64;
+
+/// Connections at once. The next ones wait in the kernel until one has ended.
+const CONNECTIONS: usize = 256;
+/// A client sends its request at once, and reads what it is sent.
+const CLIENT: Duration = Duration::from_secs(5);
 
 /// What a checkpoint gets to end when the helper must; a service manager waits 90 s.
 const GRACE: Duration = Duration::from_secs(60);
@@ -45,23 +51,11 @@ impl Server {
     }
 
     pub async fn run(&self, listener: UnixListener) {
-        loop {
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    // Out of descriptors, say: that passes, and the machine needs its helper.
-                    tracing::warn!(%error, "accepting on the control socket");
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                    continue;
-                }
-            };
+        serve(listener, |stream| {
             let server = self.clone();
-            tokio::spawn(async move {
-                if let Err(error) = server.converse(stream).await {
-                    tracing::debug!(error = format!("{error:#}"), "a control connection ended");
-                }
-            });
-        }
+            async move { server.converse(stream).await }
+        })
+        .await;
     }
 
     /// Until the machine's QEMU has ended. An adoption puts another in its place, whose end counts then.
@@ -85,22 +79,21 @@ impl Server {
     }
 
     async fn converse(&self, stream: UnixStream) -> Result<()> {
-        let (read, mut write) = stream.into_split();
-        let mut line = String::new();
-        BufReader::new(read.take(MAX_LINE as u64)).read_line(&mut line).await.context("reading a request")?;
+        let (read, write) = stream.into_split();
+        let mut client = Client { stream: Some(write), timeout: CLIENT };
+        let line = request(read, CLIENT).await?;
         let (progress, mut updates) = mpsc::channel(PROGRESS_QUEUE);
         let server = self.clone();
         // Not tied to the connection: a client that goes away does not cut a checkpoint short.
         let work = tokio::spawn(async move { server.answer(&line, progress).await });
         while let Some(update) = updates.recv().await {
-            // The client may be gone; the work goes on.
-            let _ = send(&mut write, &Reply::Progress(update)).await;
+            client.send(&Reply::Progress(update)).await?;
         }
         let reply = match work.await.context("the request was cut off")? {
             Ok(value) => Reply::Done(value),
             Err(error) => Reply::Failed(Failure { message: explain(&error), exit_code: exit::code_of(&error) }),
         };
-        send(&mut write, &reply).await
+        client.send(&reply).await
     }
 
     async fn answer(&self, line: &str, progress: mpsc::Sender<Progress>) -> Result<Value> {
@@ -159,8 +152,112 @@ async fn bare_pause(checkpointer: &Checkpointer) -> Result<Value> {
     Ok(json!({ "pause_ms": milliseconds(pause) }))
 }
 
-async fn send(stream: &mut (impl AsyncWriteExt + Unpin), reply: &Reply) -> Result<()> {
-    let mut line = serde_json::to_vec(reply).context("encoding a reply")?;
-    line.push(b'\n');
-    stream.write_all(&line).await.context("answering on the control socket")
+/// Accepts until it is dropped, a bounded number of connections at once.
+async fn serve<F: Future<Output = Result<()>> + Send + 'static>(listener: UnixListener, converse: impl Fn(UnixStream) -> F) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    while let Ok(place) = places.clone().acquire_owned().await {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, say: that passes, and the machine needs its helper.
+                tracing::warn!(%error, "accepting on the control socket");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                continue;
+            }
+        };
+        let conversation = converse(stream);
+        tokio::spawn(async move {
+            if let Err(error) = conversation.await {
+                tracing::debug!(error = format!("{error:#}"), "a control connection ended");
+            }
+            drop(place);
+        });
+    }
+}
+
+/// One line, of a client that may send anything or nothing.
+async fn request(read: impl AsyncRead + Unpin, timeout: Duration) -> Result<String> {
+    let mut line = String::new();
+    let mut limited = BufReader::new(read.take(MAX_REQUEST));
+    let read = tokio::time::timeout(timeout, limited.read_line(&mut line)).await;
+    read.context("no request came in time")?.context("reading a request")?;
+    Ok(line)
+}
+
+/// Who asked. One who went away or does not read is sent nothing more, and the work goes on without.
+struct Client<W> {
+    stream: Option<W>,
+    timeout: Duration,
+}
+
+impl<W: AsyncWrite + Unpin> Client<W> {
+    async fn send(&mut self, reply: &Reply) -> Result<()> {
+        let Some(stream) = &mut self.stream else { return Ok(()) };
+        let mut line = serde_json::to_vec(reply).context("encoding a reply")?;
+        line.push(b'\n');
+        if !matches!(tokio::time::timeout(self.timeout, stream.write_all(&line)).await, Ok(Ok(()))) {
+            self.stream = None;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(20);
+
+    #[tokio::test]
+    async fn control_request_is_limited_in_length_and_time() {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 16);
+        theirs.write_all(b"half a li").await.unwrap();
+        assert!(request(ours, SHORT).await.is_err(), "one who stays and says nothing");
+        let (ours, mut theirs) = tokio::io::duplex(1 << 20);
+        theirs.write_all(&vec![b'x'; 1 << 19]).await.unwrap();
+        assert_eq!(request(ours, CLIENT).await.unwrap().len() as u64, MAX_REQUEST);
+        let (ours, mut theirs) = tokio::io::duplex(1 << 16);
+        theirs.write_all(b"\xff\xfe\n").await.unwrap();
+        assert!(request(ours, CLIENT).await.is_err(), "no text");
+    }
+
+    #[tokio::test]
+    async fn control_client_that_does_not_read_holds_nothing_up() {
+        let (ours, _theirs) = tokio::io::duplex(16);
+        let mut client = Client { stream: Some(ours), timeout: SHORT };
+        for _ in 0..10_000 {
+            client.send(&Reply::Done(json!("x".repeat(100)))).await.unwrap();
+        }
+        assert!(client.stream.is_none(), "it is waited for again and again");
+    }
+
+    /// More than are served at once, none of which asks anything.
+    #[tokio::test]
+    async fn control_connections_are_bounded_and_the_rest_wait() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("s");
+        let (seen, mut all) = mpsc::channel(CONNECTIONS * 2);
+        let listener = UnixListener::bind(&path).unwrap();
+        let serving = tokio::spawn(serve(listener, move |mut stream| {
+            let seen = seen.clone();
+            async move {
+                seen.send(()).await?;
+                stream.read_u8().await?;
+                Ok(())
+            }
+        }));
+        let mut clients = Vec::new();
+        for _ in 0..CONNECTIONS + 20 {
+            clients.push(UnixStream::connect(&path).await.unwrap());
+        }
+        for _ in 0..CONNECTIONS {
+            all.recv().await.unwrap();
+        }
+        assert!(tokio::time::timeout(Duration::from_millis(50), all.recv()).await.is_err(), "more than {CONNECTIONS} are served");
+        clients.drain(..20);
+        for _ in 0..20 {
+            all.recv().await.unwrap();
+        }
+        serving.abort();
+    }
 }

@@ -61,7 +61,7 @@ impl Look {
         let Some(socket) = &found.plugin else {
             return Err("Stillpoint's plugin does not sit in this QEMU".to_owned());
         };
-        machine::can_track(&self.qmp, socket.clone(), &found.ram_block).await.map_err(|error| format!("{error:#}"))
+        machine::can_track(&self.qmp, socket.clone(), self.process.pid, &found.ram_block).await.map_err(|error| format!("{error:#}"))
     }
 
     /// Its disks, on the command line that would be saved.
