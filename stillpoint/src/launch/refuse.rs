@@ -249,20 +249,42 @@ fn check_failover(option: &str, key: &str, value: &str) -> Result<()> {
     Ok(())
 }
 
-/// These change what QEMU's stream looks like, and a restored QEMU would read another.
+/// Some change what QEMU's stream looks like, and a restored QEMU would read another. Others are a key that a device may not have.
 fn check_global(option: &QemuOption) -> Result<()> {
-    let form = Form::of(option);
-    if let Some((property, value)) = form.get("property").zip(form.get("value")) {
-        check_failover("global", &property, &value)?;
-    }
-    if let Some((property, value)) = option.value().split_once('=').filter(|(name, _)| name.contains('.')) {
-        check_failover("global", property.rsplit('.').next().unwrap_or(property), value)?;
-    }
-    let is_migration = option.value().starts_with("migration.") || form.get("driver").as_deref() == Some("migration");
-    if is_migration {
+    let Some(Global { driver, property, value }) = Global::of(option) else { return Ok(()) };
+    if driver == "migration" {
         bail!("-global {} changes the form of the saved state; leave it out", option.value());
     }
+    check_failover("global", &property, &value)?;
+    if driver.starts_with("virtio-balloon") && property == "free-page-hint" && is_on(&value) {
+        bail!("-global {driver}.{property}={value} keeps pages out of QEMU's migration stream; leave it out");
+    }
+    if driver == "loader" && property == "data" {
+        bail!(
+            "-global loader.data={value} cannot be checkpointed: QEMU writes it into the guest's memory whenever it starts; use -device \
+             loader,file=…"
+        );
+    }
     Ok(())
+}
+
+/// `-global DRIVER.PROPERTY=VALUE`, or the three by their keys.
+struct Global {
+    driver: String,
+    property: String,
+    value: String,
+}
+
+impl Global {
+    fn of(option: &QemuOption) -> Option<Self> {
+        let form = Form::of(option);
+        if let Some(driver) = form.get("driver") {
+            return Some(Self { driver, property: form.get("property")?, value: form.get("value").unwrap_or_default() });
+        }
+        let (driver, rest) = option.value().split_once('.')?;
+        let (property, value) = rest.split_once('=')?;
+        Some(Self { driver: driver.to_owned(), property: property.to_owned(), value: value.to_owned() })
+    }
 }
 
 fn check_network(option: &str, form: &Form) -> Result<()> {
@@ -333,7 +355,8 @@ mod test {
     fn a_balloon_is_no_reason_to_refuse() {
         let json = r#"-device {"driver":"virtio-balloon-pci","id":"balloon0"}"#;
         let net = "-device virtio-net-pci,failover=off -global virtio-net-pci.failover=off";
-        for line in ["-device virtio-balloon-pci", "-device virtio-balloon-pci,free-page-reporting=on", json, net] {
+        let hint = "-global virtio-balloon-pci.free-page-hint=off";
+        for line in ["-device virtio-balloon-pci", "-device virtio-balloon-pci,free-page-reporting=on", json, net, hint] {
             assert!(judged(line, Rules::Always) && judged(line, Rules::Launched), "{line}");
         }
     }
@@ -356,6 +379,11 @@ mod test {
         for line in [
             r#"-device {"driver":"vfio-pci","host":"0000:01:00.0"}"#,
             r#"-netdev {"type":"vhost-user","id":"n"}"#,
+            "-device vhost-user-fs-pci,chardev=c",
+            "-device vhost-vdpa-device-pci,vhostdev=/dev/x",
+            "-device ivshmem-doorbell,chardev=c",
+            "-device scsi-generic,drive=d",
+            "-object tdx-guest,id=t",
             "-netdev vhost-vdpa,id=n",
             "-device virtio-balloon-pci,free-page-hint=on",
             r#"-device {"driver":"virtio-balloon-pci","free-page-hint":true}"#,
@@ -367,6 +395,9 @@ mod test {
             "-device pc-dimm,memdev=m",
             "-global driver=migration,property=multifd,value=on",
             "-global migration.store-global-state=off",
+            "-global virtio-balloon-device.free-page-hint=on",
+            "-global driver=virtio-balloon-pci,property=free-page-hint,value=yes",
+            "-global loader.data=1",
             "-device usb-mtp",
             "-device virtio-net-pci,id=s,failover=on",
             r#"-device {"driver":"virtio-net-pci","failover":true}"#,
