@@ -64,10 +64,36 @@ impl Known {
     }
 }
 
-/// Kernel, initrd and the like: as the command line names them, and where they are. A name without a file is one that
-/// QEMU finds among its own (`-bios bios-256k.bin`); every host has those.
+/// Kernel, initrd and the like: as the command line names them, and where QEMU finds them: in its working directory, then in those
+/// of `-L`. A name without a file is one of QEMU's own (`-bios bios-256k.bin`); every host has those.
 pub fn boot_files(words: &[String], directory: &Path) -> Result<Vec<(String, PathBuf)>> {
     let options = arguments::parse(words)?;
-    let named = paths::boot_files(&options).into_iter().map(|name| (name.clone(), directory.join(name)));
-    Ok(named.filter(|(_, path)| path.is_file()).collect())
+    let theirs = options.iter().filter(|option| option.name == "L").map(|option| directory.join(option.value()));
+    let places: Vec<PathBuf> = std::iter::once(directory.to_owned()).chain(theirs).collect();
+    let find = |name: String| {
+        let path = places.iter().map(|place| place.join(&name)).find(|path| path.is_file())?;
+        Some((name, path))
+    };
+    Ok(paths::boot_files(&options).into_iter().filter_map(find).collect())
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn boot_file_is_found_where_qemu_finds_it() {
+        let place = tempfile::tempdir().unwrap();
+        let own = place.path().join("own");
+        std::fs::create_dir(&own).unwrap();
+        std::fs::write(own.join("my.bin"), "").unwrap();
+        let found = |line: &str| {
+            let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+            boot_files(&words, place.path()).unwrap()
+        };
+        assert_eq!(found("-L own -bios my.bin"), [("my.bin".to_owned(), own.join("my.bin"))]);
+        assert_eq!(found("-L own -bios bios-256k.bin"), []);
+        std::fs::write(place.path().join("my.bin"), "").unwrap();
+        assert_eq!(found("-L own -bios my.bin"), [("my.bin".to_owned(), place.path().join("my.bin"))]);
+    }
 }
