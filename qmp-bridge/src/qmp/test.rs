@@ -227,3 +227,14 @@ async fn a_host_that_stood_still_is_no_slow_qemu() {
     assert_eq!(reply.expect("it was answered soon after"), json!("at last"));
     assert!(matches!(none, Err(QmpError::Timeout { .. })) && waited >= patience, "{none:?} after {waited:?}");
 }
+
+/// What listens at a monitor's path may be no QEMU and send without end.
+#[tokio::test]
+async fn qmp_line_without_end_ends_the_connection() {
+    let (qmp, mut peer, _directory) = pair().await;
+    let endless = tokio::spawn(async move { while peer.write.write_all(&[b'x'; 1 << 20]).await.is_ok() {} });
+    let failed = qmp.execute_json("query-status", Value::Null).await;
+    assert!(failed.as_ref().is_err_and(|error| !matches!(error, QmpError::Timeout { .. })), "{failed:?}");
+    drop(qmp);
+    endless.await.expect("it was cut off");
+}

@@ -2,6 +2,9 @@
 
 pub mod verify;
 
+#[cfg(test)]
+mod hostile;
+
 use crate::cli::{CheckpointName, LsArgs, ShowArgs};
 use crate::exit::coded;
 use crate::lineage;

@@ -1,7 +1,7 @@
 //! `stillpoint verify`: reads back every pack, frame, page digest and layer block that a restore could need.
 
 use super::{open, print_json, resolve};
-use crate::cli::VerifyArgs;
+use crate::cli::{CheckpointName, VerifyArgs};
 use crate::exit::{damaged, explain};
 use crate::layers::{Content, StoredLayer};
 use crate::lineage::{self, Lineage};
@@ -20,41 +20,45 @@ use std::collections::BTreeSet;
 const READ_BYTES: u64 = 8 << 20;
 
 #[derive(Default)]
-struct Report {
+pub(super) struct Report {
     checkpoints: u64,
     packs: u64,
     frames: u64,
     pages: u64,
     bytes: u64,
     layers: u64,
-    problems: Vec<String>,
+    pub(super) problems: Vec<String>,
 }
 
 pub async fn run(args: &VerifyArgs) -> Result<()> {
     let repository = open(&args.store.store).await?;
-    let name = &args.checkpoint;
-    let newest = resolve(&repository, name).await?;
+    let report = read_back(&repository, &args.checkpoint).await?;
+    tell(args, &report)
+}
+
+/// Of one checkpoint and its ancestors, or of all that a VM has.
+pub(super) async fn read_back(repository: &Repository, name: &CheckpointName) -> Result<Report> {
+    let newest = resolve(repository, name).await?;
     let manifests = match name.seq {
-        Some(_) => Lineage::read(&repository, &name.vm, newest).await?.manifests,
-        None => all(&repository, name).await?,
+        Some(_) => Lineage::read(repository, &name.vm, newest).await?.manifests,
+        None => all(repository, name).await?,
     };
     let mut report = Report::default();
     let packs = manifests.iter().flat_map(|manifest| &manifest.packs);
     let total = packs.fold(0, |sum: u64, pack| sum.saturating_add(pack.info.len.0));
     let progress = Progress::bytes("verify", total);
     for manifest in &manifests {
-        check_checkpoint(&repository, manifest, &progress, &mut report).await;
+        check_checkpoint(repository, manifest, &progress, &mut report).await;
     }
     let layers: BTreeSet<ContentDigest> = manifests.iter().flat_map(Manifest::layers).map(|layer| layer.digest).collect();
     for digest in layers {
-        let result = check_layer(&repository, &digest, &mut report).await;
+        let result = check_layer(repository, &digest, &mut report).await;
         note(&mut report, format!("layer {digest}"), result);
     }
-    drop(progress);
-    tell(args, &report)
+    Ok(report)
 }
 
-async fn all(repository: &Repository, name: &crate::cli::CheckpointName) -> Result<Vec<Manifest>> {
+async fn all(repository: &Repository, name: &CheckpointName) -> Result<Vec<Manifest>> {
     let mut manifests = Vec::new();
     for seq in repository.checkpoints(&name.vm).await? {
         manifests.push(lineage::manifest(repository, &name.vm, seq).await?);

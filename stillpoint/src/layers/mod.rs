@@ -11,7 +11,7 @@ mod upload;
 pub use fetch::provide;
 pub use known::{Known, boot_files};
 pub use read::{Content, StoredLayer};
-use upload::ensure;
+pub use upload::ensure;
 
 /// Files of a layer in the store, besides its packs.
 const MANIFEST_FILE: &str = "layer.json";
