@@ -184,7 +184,7 @@ pub struct Ran {
 
 impl Ran {
     /// Runs to the end. Output goes to files: a machine that the command leaves behind may hold them open.
-    fn of(mut command: Command, what: &str) -> Self {
+    pub fn of(mut command: Command, what: &str) -> Self {
         let files = [tempfile::NamedTempFile::new().expect("a file"), tempfile::NamedTempFile::new().expect("a file")];
         let open = |number: usize| Stdio::from(File::create(files[number].path()).expect("a file"));
         let begun = Instant::now();

@@ -33,6 +33,7 @@ mod slots;
 mod taken;
 mod tmpfs;
 pub mod torture;
+pub mod tree;
 mod truth;
 mod witness;
 

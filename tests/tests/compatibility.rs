@@ -2,7 +2,7 @@
 //! proven: a few VMs have all of it, each is checkpointed and killed, its files are moved away, and
 //! `verify --restore` compares the restored VM. [`UPDATE`] writes the page.
 
-mod rows;
+pub mod rows;
 
 use rows::{Kind, ROWS, Row, Vm};
 use std::fmt::Write;
@@ -117,7 +117,7 @@ fn prove(lab: &Lab, vm: Vm) -> Vec<String> {
 
 fn trial(lab: &Lab, name: &str, mode: Mode, words: &str, acts: &[(&str, &str)]) -> Verdict {
     let words: Vec<String> = BASE.split_whitespace().chain(words.split_whitespace()).map(str::to_owned).collect();
-    let trial = Trial { lab, qemu: &lab.qemu, mode, name: name.to_owned(), words: &words, acts, is_accepted: true };
+    let trial = Trial { lab, qemu: &lab.qemu, mode, name: name.to_owned(), words: &words, acts, early: &[], is_accepted: true };
     trial.run()
 }
 

@@ -56,6 +56,11 @@ fn a_local_copy_serves_only_if_its_content_is_right() {
     std::fs::write(&base, other).expect("the test's directory");
     check("a changed image of the same length is where it was", true);
     check("the cache has it by now", false);
+    let cached = stillpoint_tests::files_below(&lab.path().join("cache/stillpoint/layers"));
+    let mut other = std::fs::read(&cached[0]).expect("the one layer");
+    other[100] ^= 1;
+    std::fs::write(&cached[0], other).expect("the test's directory");
+    check("the cached layer was altered", true);
     std::fs::remove_file(&base).expect("the test's directory");
     std::fs::remove_dir_all(lab.path().join("cache/stillpoint/layers")).expect("the cache is where it was asked to be");
     check("neither has it", true);

@@ -58,5 +58,5 @@ fn lab() -> Lab {
 fn verdict_of(lab: &Lab, qemu: &Path, mode: Mode, line: &str) -> Verdict {
     let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
     let name = format!("line-{mode:?}").to_lowercase();
-    Trial { lab, qemu, mode, name, words: &words, acts: &[], is_accepted: true }.run()
+    Trial { lab, qemu, mode, name, words: &words, acts: &[], early: &[], is_accepted: true }.run()
 }

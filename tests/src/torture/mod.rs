@@ -107,7 +107,7 @@ fn try_one(settings: &Settings, number: u64, tables: &[Tables], lab: &Lab, summa
     let words = Draw::new(random.number(), tables).line();
     let begun = Instant::now();
     let name = format!("t{number}");
-    let trial = Trial { lab, qemu: &tables.qemu, mode, name, words: &words, acts: &[], is_accepted: false };
+    let trial = Trial { lab, qemu: &tables.qemu, mode, name, words: &words, acts: &[], early: &[], is_accepted: false };
     let verdict = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| trial.run()))
         .unwrap_or_else(|panic| Verdict::Finding(format!("a command of the trial hangs or panics: {}", message(&*panic))));
     let line = shell(&tables.qemu, &words);

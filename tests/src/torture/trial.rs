@@ -62,6 +62,8 @@ pub struct Trial<'a> {
     pub words: &'a [String],
     /// QMP commands and their arguments, before the checkpoint: what its owner does to the VM.
     pub acts: &'a [(&'a str, &'a str)],
+    /// The same before `attach`.
+    pub early: &'a [(&'a str, &'a str)],
     /// Whether plain QEMU is known to take the line.
     pub is_accepted: bool,
 }
@@ -162,6 +164,9 @@ impl Trial<'_> {
             Ok(running) => running,
             Err(verdict) => return verdict,
         };
+        if let Err(finding) = act(&running, self.early) {
+            return finding;
+        }
         let socket = running.directory.join("sp.qmp");
         let words = ["attach", "--qmp", socket.to_str().expect("UTF-8"), "--name", &self.name];
         match self.judge("attach", self.lab.run(&words)) {
@@ -201,13 +206,8 @@ impl Trial<'_> {
     }
 
     fn checkpoint(&self, running: &mut Running) -> Verdict {
-        let monitor = running.directory.join(MONITOR);
-        wait_until(START, || monitor.exists());
-        for (command, arguments) in self.acts {
-            let arguments = serde_json::from_str(arguments).expect("JSON");
-            if let Err(error) = QmpClient::connect(&monitor).try_execute(command, arguments) {
-                return Verdict::Finding(format!("QEMU refused {command}: {error}"));
-            }
+        if let Err(finding) = act(running, self.acts) {
+            return finding;
         }
         let before = running.status().unwrap_or_default();
         let judged = self.judge("checkpoint", self.try_checkpoint());
@@ -274,6 +274,18 @@ impl Trial<'_> {
         let is_well = now == before || before != "running" && verdict.is_refusal() || now == "prelaunch";
         if is_well { verdict } else { Verdict::Finding(format!("the guest was {before} and is {now}; {verdict:?}")) }
     }
+}
+
+/// What the owner of the VM does.
+fn act(running: &Running, acts: &[(&str, &str)]) -> Result<(), Verdict> {
+    let monitor = running.directory.join(MONITOR);
+    wait_until(START, || monitor.exists());
+    for (command, arguments) in acts {
+        let arguments = serde_json::from_str(arguments).expect("JSON");
+        let done = QmpClient::connect(&monitor).try_execute(command, arguments);
+        done.map_err(|error| Verdict::Finding(format!("QEMU refused {command}: {error}")))?;
+    }
+    Ok(())
 }
 
 fn said(ran: &Ran) -> String {

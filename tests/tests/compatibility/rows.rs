@@ -21,6 +21,16 @@ pub enum Kind {
     RefusedToBoth,
 }
 
+impl Kind {
+    /// At least by `run`.
+    pub fn is_refused(self) -> bool {
+        match self {
+            Self::Carried(vm) => !vm.modes().contains(&Mode::Managed),
+            Self::Refused | Self::RefusedToBoth => true,
+        }
+    }
+}
+
 /// The VMs that prove what is carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vm {
