@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
-use stillpoint_tests::{Lab, Ran, wait_until};
+use stillpoint_tests::{Lab, QmpClient, Ran, wait_until};
 
 const NOBODY: &str = "65534";
 const START: Duration = Duration::from_secs(40);
@@ -34,13 +34,22 @@ impl External {
         assert!(copied.is_ok_and(|status| status.success()), "cannot copy the templates");
         let log = File::create(directory.join("qemu.out")).expect("the lab");
         let mut command = Command::new(&lab.qemu);
-        command.args(super::BASE.split_whitespace()).args(["-S", "-qmp", "unix:sp.qmp,server=on,wait=off"]).args(words.split_whitespace());
+        command.args(super::BASE.split_whitespace()).args([
+            "-S",
+            "-qmp",
+            "unix:sp.qmp,server=on,wait=off",
+            "-qmp",
+            "unix:own.qmp,server=on,wait=off",
+        ]);
+        command.args(words.split_whitespace());
         command.current_dir(&directory).stdin(Stdio::null()).stdout(log.try_clone().expect("a file")).stderr(log);
         let mut external = Self { child: command.spawn().expect("QEMU can be run"), directory };
-        let socket = external.socket();
-        let up = wait_until(START, || external.child.try_wait().expect("a child").is_some() || UnixStream::connect(&socket).is_ok());
+        let own = external.directory.join("own.qmp");
+        let up = wait_until(START, || external.child.try_wait().expect("a child").is_some() || UnixStream::connect(&own).is_ok());
         let said = std::fs::read_to_string(external.directory.join("qemu.out")).unwrap_or_default();
         assert!(up && external.child.try_wait().expect("a child").is_none(), "{words}: {said}");
+        // It answers when it has opened its files, which is after it has opened its monitors.
+        drop(QmpClient::connect(&own));
         external
     }
 
