@@ -36,24 +36,24 @@ build:
 
 # Builds nothing, so that it may run as another user than the build.
 install:
-	@test -x $(RELEASE)/stillpoint -a -x $(RELEASE)/stillpoint-documents || { echo "nothing is built yet: run 'make build' first" >&2; exit 1; }
-	install -D -m 755 $(RELEASE)/stillpoint $(DESTDIR)$(PREFIX)/bin/stillpoint
-	install -D -m 755 scripts/stillpoint-qemu $(DESTDIR)$(PREFIX)/bin/stillpoint-qemu
-	install -D -m 644 $(RELEASE)/libstillpoint_plugin.so $(DESTDIR)$(PREFIX)/lib/stillpoint/libstillpoint_plugin.so
-	install -D -m 755 scripts/libvirt-hook $(DESTDIR)$(PREFIX)/lib/stillpoint/libvirt-hook
-	install -D -m 755 scripts/proxmox-hook $(DESTDIR)$(PREFIX)/lib/stillpoint/proxmox-hook
-	umask 022 && $(RELEASE)/stillpoint-documents $(SHARE)
-	install -d $(UNITDIR)
-	for unit in $(UNITS); do sed 's|/usr/local/|$(PREFIX)/|' systemd/$$unit >$(UNITDIR)/$$unit && chmod 644 $(UNITDIR)/$$unit || exit 1; done
+	@test -x "$(RELEASE)/stillpoint" -a -x "$(RELEASE)/stillpoint-documents" || { echo "nothing is built yet: run 'make build' first" >&2; exit 1; }
+	install -D -m 755 "$(RELEASE)/stillpoint" "$(DESTDIR)$(PREFIX)/bin/stillpoint"
+	install -D -m 755 scripts/stillpoint-qemu "$(DESTDIR)$(PREFIX)/bin/stillpoint-qemu"
+	install -D -m 644 "$(RELEASE)/libstillpoint_plugin.so" "$(DESTDIR)$(PREFIX)/lib/stillpoint/libstillpoint_plugin.so"
+	install -D -m 755 scripts/libvirt-hook "$(DESTDIR)$(PREFIX)/lib/stillpoint/libvirt-hook"
+	install -D -m 755 scripts/proxmox-hook "$(DESTDIR)$(PREFIX)/lib/stillpoint/proxmox-hook"
+	umask 022 && "$(RELEASE)/stillpoint-documents" "$(SHARE)"
+	install -d "$(UNITDIR)"
+	for unit in $(UNITS); do sed 's|/usr/local/|$(PREFIX)/|' systemd/$$unit >"$(UNITDIR)/$$unit" && chmod 644 "$(UNITDIR)/$$unit" || exit 1; done
 
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/stillpoint $(DESTDIR)$(PREFIX)/bin/stillpoint-qemu
-	rm -f $(addprefix $(DESTDIR)$(PREFIX)/lib/stillpoint/,libstillpoint_plugin.so libvirt-hook proxmox-hook)
-	rm -f $(addprefix $(UNITDIR)/,$(UNITS))
-	rm -f $(SHARE)/man/man1/stillpoint.1 $(SHARE)/man/man1/stillpoint-*.1
-	rm -f $(SHARE)/bash-completion/completions/stillpoint $(SHARE)/zsh/site-functions/_stillpoint
-	rm -f $(SHARE)/fish/vendor_completions.d/stillpoint.fish
-	-rmdir $(DESTDIR)$(PREFIX)/lib/stillpoint
+	rm -f "$(DESTDIR)$(PREFIX)/bin/stillpoint" "$(DESTDIR)$(PREFIX)/bin/stillpoint-qemu"
+	for file in libstillpoint_plugin.so libvirt-hook proxmox-hook; do rm -f "$(DESTDIR)$(PREFIX)/lib/stillpoint/$$file"; done
+	for unit in $(UNITS); do rm -f "$(UNITDIR)/$$unit"; done
+	rm -f "$(SHARE)/man/man1/stillpoint.1" "$(SHARE)"/man/man1/stillpoint-*.1
+	rm -f "$(SHARE)/bash-completion/completions/stillpoint" "$(SHARE)/zsh/site-functions/_stillpoint"
+	rm -f "$(SHARE)/fish/vendor_completions.d/stillpoint.fish"
+	-rmdir "$(DESTDIR)$(PREFIX)/lib/stillpoint"
 
 # What 'make install' puts into /usr. Debian's zsh looks for packages' completions in a directory of its own.
 deb: build

@@ -21,7 +21,7 @@ pub enum RamBlockError {
     Line { line: String },
     #[error("`info ramblock` lists more than {MAX_RAM_BLOCKS} blocks")]
     TooMany,
-    #[error("`info ramblock` lists no block; is the machine set up?")]
+    #[error("the VM has no memory (`info ramblock` lists no block), so there is no guest to checkpoint; is it of machine type none?")]
     Empty,
 }
 

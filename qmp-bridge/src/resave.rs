@@ -5,6 +5,7 @@
 //! come with every page, then the devices. Afterwards the run state is `postmigrate` and QEMU has
 //! given up its disks; `cont` makes it the VM's QEMU again.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -92,6 +93,14 @@ pub fn sections_like(state: &DeviceState, like: &[DeviceSection]) -> Result<Vec<
         sections.push(section);
     }
     Ok(sections)
+}
+
+/// A section that is there twice. QEMU loads both into the first of two such devices, so what the second had is lost and
+/// the first has what it never had: no QEMU can restore that VM. (7.2 writes both IDE controllers of an `isapc` like that.)
+pub fn repeated_section(state: &DeviceState) -> Option<String> {
+    let sections = sections_like(state, &[]).ok()?;
+    let mut seen = HashSet::new();
+    sections.into_iter().find(|section| !seen.insert((section.name.clone(), section.instance))).map(|section| section.name)
 }
 
 fn section_at(bytes: &[u8], at: usize, end: usize, like: &[DeviceSection]) -> Option<DeviceSection> {
@@ -240,6 +249,15 @@ mod test {
         let mut bytes = longer.into_bytes();
         bytes[STREAM_HEADER.len() + 3] = 1;
         assert!(sections_like(&DeviceState::from_bytes(bytes).expect("its frame is right"), &like).is_err());
+    }
+
+    #[test]
+    fn repeated_section_is_found_by_name_and_instance() {
+        let mut second = section(2, "isa-ide", &[2]);
+        assert_eq!(repeated_section(&state(&[section(1, "isa-ide", &[1; 9]), second.clone()])).as_deref(), Some("isa-ide"));
+        let instance = second.len() - 5 - 1 - 4 - 1;
+        second[instance] = 1;
+        assert_eq!(repeated_section(&state(&[section(1, "isa-ide", &[1; 9]), second, section(3, "fdc", &[])])), None);
     }
 
     #[test]

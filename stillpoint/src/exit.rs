@@ -9,6 +9,7 @@ use qmp_bridge::disks::DiskError;
 use qmp_bridge::handover::HandoverError;
 use qmp_bridge::machine::MachineError;
 use qmp_bridge::migration::MigrationError;
+use qmp_bridge::ramblock::RamBlockError;
 use qmp_bridge::run_state::RunStateError;
 use qmp_bridge::stream_reader::StreamReadError;
 use std::process::ExitCode;
@@ -85,6 +86,7 @@ fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
         || is(cause, cannot_track)
         || is(cause, |error: &RunStateError| matches!(error, RunStateError::NoGuest(_)))
         || is(cause, |error: &PauseError| matches!(error, PauseError::NoGuest(_)))
+        || is(cause, |error: &RamBlockError| matches!(error, RamBlockError::Empty))
 }
 
 fn cannot_track(error: &TrackerError) -> bool {
@@ -148,6 +150,7 @@ mod test {
         let text = || "x".to_owned();
         let refused_by_qemu = || QmpError::NotQmp { path: "x".into(), why: text() };
         let errors: Vec<anyhow::Error> = vec![
+            RamBlockError::Empty.into(),
             DiskError::Unsupported { device: text(), why: text() }.into(),
             DiskError::Inconsistent { device: text(), why: text() }.into(),
             CaptureError::Server(ServerError::InUse { exports: vec![text()] }).into(),

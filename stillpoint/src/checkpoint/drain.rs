@@ -7,6 +7,7 @@ use super::prepare::{Run, SavedState};
 use super::round::{self, blocking};
 use super::staging::{SpaceNumber, Staging};
 use super::{Checkpointer, Report};
+use crate::exit::refused;
 use crate::fault;
 use crate::pack::Packer;
 use anyhow::{Context, Result, bail};
@@ -15,6 +16,7 @@ use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt};
 use qmp_bridge::capture::{FrozenDisk, FrozenDisks};
 use qmp_bridge::nbd::{Content, ContentRange, ContextExtents, NbdClient, content_ranges, context};
+use qmp_bridge::resave::repeated_section;
 use std::time::Instant;
 use tokio::sync::mpsc;
 use tracing::instrument;
@@ -87,6 +89,12 @@ impl Checkpointer {
             SavedState::File(file) => file.read().context("reading the device state back")?,
             SavedState::Read(state) => state,
         };
+        if let Some(name) = repeated_section(&state) {
+            return Err(refused(format!(
+                "this QEMU saves two devices under one name, {name}, and would load the state of both into the first; \
+                 start the VM with a newer QEMU, or without the second device"
+            )));
+        }
         let mut state = state.into_bytes();
         run.state_bytes = ByteLen(state.len() as u64);
         state.resize(state.len().next_multiple_of(PAGE_SIZE), 0);

@@ -6,10 +6,11 @@ use crate::cli::CheckpointArgs;
 use crate::control::{MAX_LINE, Reply, Request};
 use crate::exit::{coded, refused};
 use crate::inspect::print_json;
+use crate::launch::process;
 use crate::proof::client;
 use crate::runtime::RuntimeDir;
 use crate::terminal::{Progress, bytes, out};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
@@ -73,6 +74,15 @@ async fn connect(runtime: &RuntimeDir) -> std::io::Result<UnixStream> {
     }
 }
 
+/// Why a helper gives no answer: it ends with its QEMU.
+fn ended(runtime: &RuntimeDir) -> anyhow::Error {
+    let pid = runtime.machine().ok().and_then(|file| file.pid);
+    match pid {
+        Some(pid) if process::started(pid).is_none() => anyhow!("the VM's QEMU (process {pid}) has ended, and its helper with it"),
+        _ => anyhow!("the helper ended before it answered; if the VM still runs, 'stillpoint attach' starts another helper"),
+    }
+}
+
 /// Sends one request and waits for its result, showing progress meanwhile.
 pub async fn ask(runtime: &RuntimeDir, request: &Request) -> Result<Value> {
     let path = runtime.control();
@@ -90,9 +100,13 @@ pub async fn ask(runtime: &RuntimeDir, request: &Request) -> Result<Value> {
     loop {
         let mut line = String::new();
         replies.get_mut().set_limit(MAX_LINE as u64);
-        let count = replies.read_line(&mut line).await.context("reading the helper's answer")?;
+        let count = match replies.read_line(&mut line).await {
+            // It ended with the request unread.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => 0,
+            count => count.context("reading the helper's answer")?,
+        };
         if count == 0 {
-            bail!("the helper ended before it answered; the guest goes on, and 'stillpoint attach' starts another helper");
+            return Err(ended(runtime));
         }
         match serde_json::from_str(&line).context("the helper's answer is not understood")? {
             Reply::Progress(update) => progress.set(&update.phase, update.done, update.total),

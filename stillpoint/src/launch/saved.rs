@@ -13,6 +13,7 @@ use checkpoint_format::MachineRecord;
 use qemu_cmdline::restorable::{self, Carried, Finding, Wishes};
 use qemu_cmdline::{Use, visit};
 use qmp_bridge::disks::Disk;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// What a message names before it stops.
@@ -89,16 +90,8 @@ fn list(findings: &[Finding]) -> String {
 /// Before a checkpoint: that every file which the command line names is a disk, a layer or a boot file of it.
 pub fn check_carried(words: &[String], directory: &Path, disks: &[Disk], boot_files: &[(String, PathBuf)]) -> Result<()> {
     let mut paths = NewPaths::new(directory);
+    refuse_shared_files(disks)?;
     for disk in disks {
-        let is_written = |other: &&Disk| other.file == disk.file && other.name != disk.name && !(disk.read_only && other.read_only);
-        if let Some(other) = disks.iter().find(is_written) {
-            return Err(refused(format!(
-                "disks {} and {} are on one file, {}, and one writes to it; give each an image of its own",
-                disk.name,
-                other.name,
-                disk.file.display()
-            )));
-        }
         paths.add_disk(&disk.file.to_string_lossy(), &disk.file);
         disk.backing.iter().for_each(|layer| paths.add_disk(&layer.file.to_string_lossy(), &layer.file));
     }
@@ -112,6 +105,47 @@ pub fn check_carried(words: &[String], directory: &Path, disks: &[Disk], boot_fi
         "the VM could not be restored from its command line: {}; start it without, or with an image that a device uses",
         list(&fatal)
     )))
+}
+
+/// What one disk writes, another one shows, as its image or as a layer below it: restored, each would have a file of its
+/// own.
+fn refuse_shared_files(disks: &[Disk]) -> Result<()> {
+    for written in disks.iter().filter(|disk| !disk.read_only) {
+        let file = FileId::of(&written.file);
+        let shows = |disk: &&Disk| {
+            let is_other = disk.name != written.name && FileId::of(&disk.file) == file;
+            is_other || disk.backing.iter().any(|layer| FileId::of(&layer.file) == file)
+        };
+        if let Some(other) = disks.iter().find(shows) {
+            return Err(refused(format!(
+                "disks {} and {} are on one file, {}, and one writes to it; give each an image of its own",
+                written.name,
+                other.name,
+                written.file.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A file, whatever path leads to it.
+#[derive(PartialEq, Eq)]
+enum FileId {
+    /// Device and inode.
+    File(u64, u64),
+    BlockDevice(u64),
+    /// It is gone from there, and only its path is known.
+    Gone(PathBuf),
+}
+
+impl FileId {
+    fn of(path: &Path) -> Self {
+        match std::fs::metadata(path) {
+            Ok(facts) if facts.file_type().is_block_device() => Self::BlockDevice(facts.rdev()),
+            Ok(facts) => Self::File(facts.dev(), facts.ino()),
+            Err(_) => Self::Gone(path.to_owned()),
+        }
+    }
 }
 
 /// What else of a record becomes part of QEMU's command line.
@@ -237,6 +271,30 @@ mod test {
         check(&[disk("a", false)]).unwrap();
         let error = check(&[disk("a", false), disk("b", true)]).unwrap_err();
         assert!(code_of(&error) == REFUSED && error.to_string().contains("/vm/one"), "{error}");
+    }
+
+    #[test]
+    fn two_disks_on_one_file_are_refused_whatever_path_leads_to_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::write(path("one"), "1").unwrap();
+        std::fs::write(path("other"), "2").unwrap();
+        std::fs::hard_link(path("one"), path("hard")).unwrap();
+        std::os::unix::fs::symlink("one", path("soft")).unwrap();
+        let on = |name: &str, file: &str| Disk { file: path(file), ..disk(name, false) };
+        let layer = |file: &str| qmp_bridge::disks::BackingImage {
+            file: path(file),
+            format: qmp_bridge::disks::ImageFormat::Raw,
+            node: "layer".to_owned(),
+            virtual_size: 4096,
+            is_device: false,
+        };
+        let above = |file: &str| Disk { backing: vec![layer(file)], ..on("b", "other") };
+        refuse_shared_files(&[on("a", "one"), on("b", "other")]).unwrap();
+        for second in [on("b", "hard"), on("b", "soft"), above("one"), above("hard")] {
+            let error = refuse_shared_files(&[on("a", "one"), second]).unwrap_err();
+            assert_eq!(code_of(&error), REFUSED, "{error}");
+        }
     }
 
     #[test]

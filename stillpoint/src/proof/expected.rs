@@ -42,6 +42,11 @@ impl Expected {
             || (start..end).all(|page| self.get(page).is_none())
     }
 
+    /// Whether the chunks of all pages from `start` to `end` are zero as a whole.
+    pub fn is_zero(&self, start: u64, end: u64) -> bool {
+        (start / CHUNK..=(end.max(start + 1) - 1) / CHUNK).all(|chunk| matches!(self.chunks.get(&chunk), Some(Chunk::Zero)))
+    }
+
     /// Pages that are known not to be zero.
     pub fn data_pages(&self) -> u64 {
         let count = |chunk: &Chunk| match chunk {
@@ -142,7 +147,9 @@ mod test {
         let found = [CHUNK - 2, CHUNK - 1, CHUNK + 3, 3 * CHUNK, 3 * CHUNK + 1].map(|page| pages.get(page));
         let zero = Some(PageDigest::ZERO_PAGE);
         assert_eq!(found, [None, zero, zero, zero, None]);
+        assert!(pages.is_zero(CHUNK * 2, CHUNK * 3) && !pages.is_zero(CHUNK * 2, CHUNK * 3 + 1));
         pages.set(2 * CHUNK + 5, ONE);
+        assert!(!pages.is_zero(CHUNK * 2, CHUNK * 2 + 1));
         assert_eq!((pages.get(2 * CHUNK + 5), pages.get(2 * CHUNK + 6), pages.data_pages()), (Some(ONE), zero, 1));
         assert!(pages.is_unknown(0, 5) && !pages.is_unknown(0, CHUNK) && pages.is_unknown(3 * CHUNK + 1, 4 * CHUNK));
     }

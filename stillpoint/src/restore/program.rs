@@ -14,7 +14,9 @@ const DEFAULT: &str = "qemu-system-x86_64";
 /// Where scripts/install-deps puts a second QEMU.
 const BESIDE: &str = "/opt/stillpoint";
 
-/// The program that its user names, else the first of this host that knows the machine type.
+/// The program that its user names, else the first of this host that knows the machine type and is as new as the QEMU
+/// that the checkpoint was taken of: an older one may lack what the device state has, and not every machine type has a
+/// version in its name.
 pub fn find(named: Option<&str>, record: &MachineRecord, plugin: &Path) -> Result<(PathBuf, QemuFacts)> {
     let programs = match named {
         Some(name) => vec![launch::find_program(name)?],
@@ -23,7 +25,9 @@ pub fn find(named: Option<&str>, record: &MachineRecord, plugin: &Path) -> Resul
     let mut older = None;
     for program in programs {
         match probe::probe(&program, plugin) {
-            Ok(facts) if knows(&facts, &record.machine_type) => return Ok((program, facts)),
+            Ok(facts) if knows(&facts, &record.machine_type) && (named.is_some() || !is_older(&facts.version, &record.qemu_version)) => {
+                return Ok((program, facts));
+            }
             Ok(facts) => older = older.or(Some(Ok(facts))),
             Err(error) => older = older.or(Some(Err(error))),
         }
@@ -36,8 +40,24 @@ fn knows(facts: &QemuFacts, machine_type: &str) -> bool {
     facts.machines.iter().any(|machine| machine.name == machine_type)
 }
 
+/// By major and minor version, as QEMU counts what it can load. What cannot be read is no reason.
+fn is_older(version: &str, recorded: &str) -> bool {
+    let number = |text: &str| {
+        let mut parts = text.split('.').map(|part| part.parse::<u32>().ok());
+        Some((parts.next()??, parts.next()??))
+    };
+    number(version).zip(number(recorded)).is_some_and(|(version, recorded)| version < recorded)
+}
+
 /// A QEMU too old for the machine type would build another machine.
 fn too_old(facts: &QemuFacts, record: &MachineRecord) -> anyhow::Error {
+    if knows(facts, &record.machine_type) {
+        return refused(format!(
+            "this host's QEMU {} is older than QEMU {}, of which the checkpoint was taken: name one as new as that by --qemu \
+             (an older one named there is tried)",
+            facts.version, record.qemu_version
+        ));
+    }
     refused(format!(
         "QEMU {} does not know the machine type {}; the checkpoint was taken with QEMU {}: name a QEMU as new as that by --qemu",
         facts.version, record.machine_type, record.qemu_version
@@ -71,6 +91,19 @@ fn candidates(name: &str) -> Result<Vec<PathBuf>> {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn an_older_qemu_is_told_by_major_and_minor_version() {
+        for (version, recorded, older) in [
+            ("7.2.22", "10.0.2", true),
+            ("10.0.2", "7.2.22", false),
+            ("7.2.1", "7.2.22", false),
+            ("10.0.2", "10.1.0", true),
+            ("10.0.2", "?", false),
+        ] {
+            assert_eq!(is_older(version, recorded), older, "{version} {recorded}");
+        }
+    }
 
     #[test]
     fn the_recorded_program_is_a_name_at_most() {
