@@ -21,7 +21,10 @@ pub enum RamBlockError {
     Line { line: String },
     #[error("`info ramblock` lists more than {MAX_RAM_BLOCKS} blocks")]
     TooMany,
-    #[error("the VM has no memory (`info ramblock` lists no block), so there is no guest to checkpoint; is it of machine type none?")]
+    #[error(
+        "the VM has no memory (`info ramblock` lists no block), so there is no guest to checkpoint; \
+         is it of machine type none?"
+    )]
     Empty,
 }
 

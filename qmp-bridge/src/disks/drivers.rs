@@ -29,7 +29,10 @@ pub(super) fn refusal(driver: &str) -> String {
         "vmdk" | "vdi" | "vhdx" | "vpc" | "qed" | "qcow" | "parallels" | "dmg" | "bochs" | "cloop" => {
             "images of this format are not carried; convert it: qemu-img convert -O qcow2 OLD NEW"
         }
-        "raw" | "qcow2" => "an image inside an image, whose content would be copied as if it were the file; open the file itself",
+        "raw" | "qcow2" => {
+            "an image inside an image, whose content would be copied as if it were the file; \
+             open the file itself"
+        }
         _ => "only qcow2 and raw images in files or host devices are supported; convert it with qemu-img",
     };
     format!("driver `{driver}`: {why}")
