@@ -29,6 +29,7 @@ mod quiet;
 mod refusals;
 mod states;
 mod torture;
+mod tpm;
 mod tree;
 mod unprepared;
 mod window;

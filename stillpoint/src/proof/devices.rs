@@ -12,6 +12,7 @@ use anyhow::{Result, ensure};
 use qmp_bridge::device_state::DeviceState;
 use qmp_bridge::resave::{Layout, sections_like};
 use qmp_bridge::stream_reader::DeviceSection;
+use std::ops::RangeInclusive;
 
 /// Bytes of each value that a difference quotes.
 const QUOTED: usize = 8;
@@ -22,20 +23,39 @@ struct Changing {
     section: &'static str,
     /// The field, or the structure that it is in.
     field: &'static str,
-    /// Offsets in the field; none for all of it.
-    bytes: &'static [u64],
+    part: Part,
     /// Only in a VM that has this section.
     with: Option<&'static str>,
     why: &'static str,
 }
 
+/// Bytes of a field.
+enum Part {
+    All,
+    /// At these offsets.
+    At(&'static [u64]),
+    /// So far before its end, the last byte being 1 before it.
+    BeforeEnd(&'static [RangeInclusive<u64>]),
+}
+
+impl Part {
+    /// `place` is an offset in the field, `left` counts the bytes from there to its end.
+    fn has(&self, place: u64, left: u64) -> bool {
+        match self {
+            Self::All => true,
+            Self::At(offsets) => offsets.contains(&place),
+            Self::BeforeEnd(ranges) => ranges.iter().any(|range| range.contains(&left)),
+        }
+    }
+}
+
 const fn changing(section: &'static str, field: &'static str, why: &'static str) -> Changing {
-    Changing { section, field, bytes: &[], with: None, why }
+    Changing { section, field, part: Part::All, with: None, why }
 }
 
 const fn new_id(section: &'static str, field: &'static str) -> Changing {
     let why = "QEMU tells the guest that it has a new generation id, by an ACPI interrupt, when it loads it";
-    Changing { section, field, bytes: &[], with: Some("vmgenid"), why }
+    Changing { section, field, part: Part::All, with: Some("vmgenid"), why }
 }
 
 const HOST_CLOCK: &str = "counted in the host's clock, on which it is set again when it is loaded";
@@ -45,7 +65,7 @@ const CHANGING: &[Changing] = &[
         section: "mc146818rtc",
         field: "cmos_data",
         // Seconds, minutes, hours, weekday, day, month, year, century.
-        bytes: &[0, 2, 4, 6, 7, 8, 9, 0x32],
+        part: Part::At(&[0, 2, 4, 6, 7, 8, 9, 0x32]),
         with: None,
         why: "QEMU computes date and time anew when it writes them",
     },
@@ -56,6 +76,16 @@ const CHANGING: &[Changing] = &[
     changing("ide", "bmdma.migration_retry_", "QEMU reads them back only for a transfer that failed"),
     changing("kvmclock", "clock", "QEMU reads KVM's clock when it writes it, unless the guest was stopped by a command"),
     changing("qxl", "ssd.unique", "counts what QEMU has drawn, also when it is loaded"),
+    Changing {
+        section: "tpm-emulator",
+        field: "volatil.buffer",
+        // As libtpms ends the volatile state of a TPM 2.0: the date, three seeds of 66 bytes, the
+        // host's clock, the time for which the TPM was stopped, two times that stay, a mark, and a
+        // SHA-1 of all of it; between them the lengths of blocks.
+        part: Part::BeforeEnd(&[1..=20, 44..=59, 264..=271]),
+        with: None,
+        why: "swtpm reads its clocks when it writes them, with a checksum that it has checked at the load",
+    },
     changing("globalstate", "runstate", "the run state when it was written; the VM is paused here"),
     changing("globalstate", "size", "the length of the run state's name"),
     new_id("piix4_pm", "gpe.sts"),
@@ -111,7 +141,12 @@ fn compare_one(section: &DeviceSection, (before, now): (&[u8], &[u8]), layout: &
     }
     for at in (0..before.len().min(now.len())).filter(|at| before[*at] != now[*at]) {
         let field = layout.field(section, at as u64);
-        match field.as_ref().and_then(|(field, place)| excuse(&section.name, field, *place, has)) {
+        let left = |field: &str, place: u64| {
+            let length = layout.range(section, field).map_or(0, |range| range.len() as u64);
+            length.saturating_sub(place)
+        };
+        let excused = |(field, place): &(String, u64)| excuse(&section.name, field, (*place, left(field, *place)), has);
+        match field.as_ref().and_then(excused) {
             Some(why) => {
                 let excused = (label(section), why);
                 if !found.excused.contains(&excused) {
@@ -134,11 +169,12 @@ fn quote(field: String, before: &[u8], now: &[u8], at: usize) -> String {
     format!("first in field {field}: {} where the checkpoint has {}", hex(now), hex(before))
 }
 
-/// `has` says whether the VM has a section.
-fn excuse(section: &str, field: &str, place: u64, has: &dyn Fn(&str) -> bool) -> Option<&'static str> {
+/// `place` is an offset in the field, and what is left of the field from there; `has` says whether
+/// the VM has a section.
+fn excuse(section: &str, field: &str, (place, left): (u64, u64), has: &dyn Fn(&str) -> bool) -> Option<&'static str> {
     let name = section.rsplit('/').next().unwrap_or(section);
     let is_it = |changing: &&Changing| {
-        let is_place = changing.bytes.is_empty() || changing.bytes.contains(&place);
+        let is_place = changing.part.has(place, left);
         changing.section == name && field.contains(changing.field) && is_place && changing.with.is_none_or(has)
     };
     CHANGING.iter().find(is_it).map(|changing| changing.why)
@@ -179,9 +215,16 @@ mod test {
 
     #[test]
     fn only_the_clock_of_the_cmos_is_excused() {
-        let why = |section: &str, field: &str, place: u64| excuse(section, field, place, &|_| false).is_some();
+        let why = |section: &str, field: &str, place: u64| excuse(section, field, (place, 0), &|_| false).is_some();
         assert!(why("mc146818rtc", "cmos_data", 2) && why("0000:00:01.1/ide", "bmdma.migration_retry_unit", 0));
         assert!(!why("mc146818rtc", "cmos_data", 0x10) && !why("mc146818rtc", "cmos_index", 0) && !why("ide", "bmdma.cmd", 0));
-        assert!(!why("piix4_pm", "ar.gpe.sts", 0) && excuse("piix4_pm", "ar.gpe.sts", 0, &|name| name == "vmgenid").is_some());
+        assert!(!why("piix4_pm", "ar.gpe.sts", 0) && excuse("piix4_pm", "ar.gpe.sts", (0, 0), &|name| name == "vmgenid").is_some());
+    }
+    #[test]
+    fn only_the_clocks_of_a_tpm_are_excused() {
+        let why = |left| excuse("tpm-emulator", "state_blobs.volatil.buffer", (0, left), &|_| false).is_some();
+        assert!(why(1) && why(20) && why(44) && why(59) && why(264) && why(271));
+        assert!(!why(0) && !why(21) && !why(43) && !why(60) && !why(263) && !why(272));
+        assert!(excuse("tpm-emulator", "state_blobs.permanent.buffer", (0, 1), &|_| false).is_none());
     }
 }

@@ -7,7 +7,7 @@
 
 use crate::launch::arguments::{KeyList, QemuOption};
 use crate::launch::form::{self, Form};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Options that only concern the process and its place on the host.
 #[rustfmt::skip]
@@ -39,7 +39,7 @@ const FIRST_CID: u32 = 0x7000_0000;
 
 /// Rewrites all options. `directory` is private: sockets are made there.
 pub fn isolate(options: Vec<QemuOption>, directory: &Path) -> Vec<QemuOption> {
-    let mut walk = Walk { directory, number: 0 };
+    let mut walk = Walk { directory, number: 0, tpms: tpm_chardevs(&options) };
     let mut isolated: Vec<QemuOption> = options.into_iter().filter_map(|option| walk.visit(option)).collect();
     isolated.push(QemuOption::with("display", "none"));
     isolated.push(QemuOption::with("monitor", "none"));
@@ -49,18 +49,33 @@ pub fn isolate(options: Vec<QemuOption>, directory: &Path) -> Vec<QemuOption> {
     isolated
 }
 
+/// Ids of the character devices by which QEMU talks to a software TPM.
+fn tpm_chardevs(options: &[QemuOption]) -> Vec<String> {
+    let tpms = options.iter().filter(|option| option.name == "tpmdev").map(Form::of);
+    tpms.filter_map(|form| form.get("chardev")).collect()
+}
+
+/// Sockets, in new options, at which QEMU expects software TPMs.
+pub fn tpm_sockets(options: &[QemuOption]) -> Vec<PathBuf> {
+    let ids = tpm_chardevs(options);
+    let chardevs = options.iter().filter(|option| option.name == "chardev").map(Form::of);
+    let of_tpm = chardevs.filter(|form| form.get("id").is_some_and(|id| ids.contains(&id)));
+    of_tpm.filter_map(|form| form.get("path")).map(PathBuf::from).collect()
+}
+
 /// The directories that the new command line expects in `directory`.
-pub fn directories(options: &[QemuOption], directory: &Path) -> Vec<std::path::PathBuf> {
+pub fn directories(options: &[QemuOption], directory: &Path) -> Vec<PathBuf> {
     let shares = options.iter().filter(|option| is_share(option)).filter_map(|option| Form::of(option).get("path"));
     shares.map(|path| directory.join(path)).collect()
 }
 
 /// What `--allow` takes for devices of the host that [`isolate`] has made to match nothing, and for
-/// directories that it has made private.
+/// directories and sockets that it has made private.
 pub fn harmless(options: &[QemuOption]) -> Vec<String> {
     let drivers = options.iter().filter(|option| option.name == "device").filter_map(|option| Form::of(option).get("driver"));
     let mut allowed: Vec<String> = drivers.filter(|driver| driver == "usb-host").map(|driver| format!("device.driver={driver}")).collect();
     allowed.dedup();
+    allowed.extend(tpm_sockets(options).iter().map(|path| format!("chardev.path={}", path.display())));
     for option in options.iter().filter(|option| is_share(option)) {
         allowed.extend(Form::of(option).get("path").map(|path| format!("{}.path={path}", option.name)));
     }
@@ -117,6 +132,8 @@ struct Walk<'a> {
     directory: &'a Path,
     /// Counts what needs a name of its own.
     number: u32,
+    /// Character devices behind which there is a TPM.
+    tpms: Vec<String>,
 }
 
 impl Walk<'_> {
@@ -153,6 +170,13 @@ impl Walk<'_> {
     fn chardev(&mut self, given: &QemuOption) -> QemuOption {
         let old = pairs(given, "backend");
         let kind = get(&old, "backend").unwrap_or_default();
+        let id = get(&old, "id").unwrap_or_default();
+        if self.tpms.iter().any(|tpm| tpm == id) {
+            // The guest's TPM is part of its state: the proof starts another one there.
+            let path = self.directory.join(format!("tpm-{}", self.next())).join("socket");
+            let new = [pair("backend", "socket"), pair("id", id), pair("path", path.display().to_string())];
+            return option("chardev", &new.into());
+        }
         if INTERNAL.contains(&kind) {
             let stays = old.iter().filter(|(key, _)| !is_key(key, &["logfile", "logappend"])).cloned().collect();
             return option("chardev", &stays);
@@ -161,7 +185,7 @@ impl Walk<'_> {
         // is what a restore makes.
         let listens = kind == "socket" && is_on(&old, "server");
         let mut new = vec![pair("backend", if listens { "socket" } else { "null" })];
-        new.push(pair("id", get(&old, "id").unwrap_or_default()));
+        new.push(pair("id", id));
         if listens {
             let path = self.directory.join(format!("character-{}", self.next()));
             new.extend([pair("path", path.display().to_string()), pair("server", "on"), pair("wait", "off")]);
@@ -300,6 +324,10 @@ mod test {
             ("-chardev socket,id=c,path=/run/x,reconnect=1", "-chardev backend=null,id=c"),
             ("-chardev stdio,id=c,mux=on,logfile=/l", "-chardev backend=null,id=c,mux=on"),
             ("-chardev ringbuf,id=c,size=4096,logfile=/l", "-chardev backend=ringbuf,id=c,size=4096"),
+            (
+                "-chardev socket,id=c,path=/run/swtpm -tpmdev emulator,id=t,chardev=c",
+                "-chardev backend=socket,id=c,path=/p/tpm-1/socket -tpmdev emulator,id=t,chardev=c",
+            ),
         ];
         for (given, wanted) in cases {
             assert_eq!(isolated(given), wanted, "{given}");

@@ -21,6 +21,7 @@ pub mod note;
 mod room;
 mod running;
 pub mod sandbox;
+mod tpm;
 
 use crate::cli::VerifyArgs;
 use crate::exit::damaged;
@@ -185,6 +186,7 @@ impl Proof {
         let file = self.machine_file(args, &layers, &paths)?;
         let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes).context("making the guest's memory")?;
         let workspace = sandbox::workspace().context("internal error: a proof outside of its supervisor")?;
+        let _tpms = self.tpms(&file).await?;
         let command = sandbox::command(&workspace, &file.directory, &file.qemu)?;
         let new = NewQemu::spawn(command, &file, &self.runtime, None, &memory)?;
         match self.compare(args, &file, new.pid(), &layers, memory).await {
@@ -192,6 +194,17 @@ impl Proof {
             Ok(report) => Ok(report),
             Err(error) => Err(new.explain(error)),
         }
+    }
+
+    /// The software TPMs that QEMU expects.
+    async fn tpms(&self, file: &MachineFile) -> Result<Vec<tpm::Tpm>> {
+        let sockets = isolate::tpm_sockets(&launch::arguments::parse(&file.arguments)?);
+        if sockets.is_empty() {
+            return Ok(Vec::new());
+        }
+        tpm::check_state(restore::memory::device_state(&self.source).await?.as_bytes())?;
+        let started = sockets.iter().map(|socket| tpm::Tpm::start(socket));
+        futures::future::try_join_all(started).await
     }
 
     /// As a restore makes it, without its host.
