@@ -75,6 +75,7 @@ pub use pack::{
     PackHeader, PackId, PackIndex, PackInfo, PackPart, PageRun, RunSource, SpaceId, SpaceTable, ZSTD_LEVEL,
 };
 pub use page_set::{PageSet, Ranges};
+pub use range_set::RangeSet;
 pub use receipt::DurableReceipt;
 pub use units::{
     ByteLen, ByteOffset, CheckpointSeq, Epoch, FrameNo, MAX_SPACE_PAGES, PAGE_SIZE, PackNo, PageCount, PageIndex, PageRange, Slot,

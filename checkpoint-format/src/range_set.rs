@@ -6,16 +6,18 @@ use crate::units::{PageCount, PageIndex, PageRange};
 
 /// A set of pages as ranges that do not touch. Every operation costs the ranges that it meets and a logarithm.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct RangeSet {
+pub struct RangeSet {
     /// End by start.
     ranges: BTreeMap<u64, u64>,
 }
 
 impl RangeSet {
+    /// How many pages are in the set.
     pub fn pages(&self) -> PageCount {
         PageCount(self.ranges.iter().map(|(start, end)| end - start).sum())
     }
 
+    /// Whether the page is in the set.
     pub fn contains(&self, page: PageIndex) -> bool {
         self.range_of(page).is_some()
     }
@@ -31,6 +33,7 @@ impl RangeSet {
         self.ranges.range(page.0..).next().map(|(&start, _)| PageIndex(start))
     }
 
+    /// Adds all of `pages`.
     pub fn insert(&mut self, pages: PageRange) {
         if pages.is_empty() {
             return;
@@ -47,6 +50,7 @@ impl RangeSet {
         self.ranges.insert(start, end);
     }
 
+    /// Takes all of `pages` out.
     pub fn remove(&mut self, pages: PageRange) {
         if pages.is_empty() {
             return;

@@ -59,7 +59,7 @@ pub use memory::MemoryStore;
 pub use open::{StoreOptions, open};
 pub use path::StorePath;
 pub use repository::{
-    Claim, Durable, LayerOutcome, MAX_MANIFEST_LEN, Mode, PartialCheckpoint, PartialLayer, Repository, RepositoryOptions, RetryPolicy,
-    StoredPack, Writer, WriterInfo, WriterRecord,
+    Claim, Durable, KeptPartial, LayerOutcome, MAX_MANIFEST_LEN, Mode, PartialCheckpoint, PartialLayer, Repository, RepositoryOptions,
+    RetryPolicy, Sealed, StoredPack, Writer, WriterInfo, WriterRecord,
 };
 pub use store::{Entry, MAX_READ_LEN, PutOptions, PutReceipt, Stat, Store};

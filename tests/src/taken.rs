@@ -16,6 +16,8 @@ pub struct Outcome {
     pub bytes_changed: u64,
     pub bytes_stored_raw: u64,
     pub bytes_stored: u64,
+    #[serde(default)]
+    pub bytes_carried: u64,
     pub layer_bytes_stored: u64,
     pub durable_ms: f64,
     pub replicas: Option<u16>,

@@ -27,6 +27,7 @@ mod proof;
 mod property;
 mod quiet;
 mod refusals;
+mod resume;
 mod states;
 mod torture;
 mod tpm;

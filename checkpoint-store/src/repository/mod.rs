@@ -28,7 +28,7 @@ use std::time::Duration;
 pub use durable::Durable;
 pub use identity::Mode;
 pub use layers::{LayerOutcome, PartialLayer};
-pub use partial::PartialCheckpoint;
+pub use partial::{KeptPartial, PartialCheckpoint, Sealed};
 pub use reading::MAX_MANIFEST_LEN;
 pub use retry::{RetryPolicy, StoredPack};
 pub use writer::{Claim, Writer, WriterInfo, WriterRecord};

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use checkpoint_format::{CheckpointSeq, Epoch};
+use checkpoint_format::{CheckpointSeq, Epoch, PackName};
 use tracing::{debug, warn};
 
 use super::durable::Durable;
@@ -13,6 +13,7 @@ use super::retry::{Naming, StoredPack, steady, store_file};
 use super::writer::Writer;
 use crate::error::{Result, StoreError};
 use crate::path::StorePath;
+use crate::store::Entry;
 
 /// Tries of the committing rename while its answers are lost.
 const MAX_RENAME_TRIES: u32 = 3;
@@ -23,9 +24,57 @@ const MAX_RENAME_TRIES: u32 = 3;
 pub struct PartialCheckpoint {
     writer: Writer,
     name: PartialName,
+    leftover: Leftover,
     dir: StorePath,
     tally: Mutex<Tally>,
 }
+
+/// A partial checkpoint that failed and whose packs may serve the writer's next one:
+/// [`Writer::resume`]. Dropping it leaves a directory that the next [`Writer::begin`] removes,
+/// [`remove`](Self::remove) removes it now.
+#[derive(Debug)]
+pub struct KeptPartial {
+    leftover: Leftover,
+    tally: Tally,
+}
+
+impl KeptPartial {
+    /// The writer that made it.
+    pub(super) fn epoch(&self) -> Epoch {
+        self.leftover.name.epoch
+    }
+
+    pub(super) fn dir(&self) -> StorePath {
+        layout::partial_checkpoint(&self.leftover.writer.vm, &self.leftover.name)
+    }
+
+    /// Removes what was kept.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn remove(self) -> Result<()> {
+        let dir = self.dir();
+        steady(|| self.leftover.writer.repository.store.remove(&dir)).await
+    }
+}
+
+/// A partial directory of this process. Once dropped, the writer's next [`Writer::begin`] removes
+/// it.
+#[derive(Debug)]
+struct Leftover {
+    writer: Writer,
+    name: PartialName,
+}
+
+impl Drop for Leftover {
+    fn drop(&mut self) {
+        self.writer.forget(&self.name);
+    }
+}
+
+/// The manifest that a partial checkpoint's directory holds.
+#[derive(Debug)]
+pub struct Sealed(Bytes);
 
 /// What the files of the checkpoint were stored with.
 #[derive(Debug, Default, Clone, Copy)]
@@ -47,7 +96,13 @@ impl Tally {
 impl PartialCheckpoint {
     pub(super) fn new(writer: Writer, name: PartialName) -> Self {
         let dir = layout::partial_checkpoint(&writer.vm, &name);
-        PartialCheckpoint { writer, name, dir, tally: Mutex::default() }
+        let leftover = Leftover { writer: writer.clone(), name };
+        PartialCheckpoint { writer, name, leftover, dir, tally: Mutex::default() }
+    }
+
+    /// The next try, under a name of its own, with the files of an earlier one.
+    pub(super) fn after(kept: &KeptPartial, writer: Writer, name: PartialName) -> Self {
+        Self { tally: Mutex::new(kept.tally), ..Self::new(writer, name) }
     }
 
     /// The ID that the checkpoint will have.
@@ -87,16 +142,55 @@ impl PartialCheckpoint {
         }
     }
 
-    /// Makes the checkpoint exist: stores the manifest, then renames the directory. On an error the checkpoint does
-    /// not exist and never will, except [`StoreError::CommitUnknown`], where that can't be known.
-    ///
-    /// The manifest must not be the same bytes as another writer's for the same number (its epoch sees to that):
-    /// when the store's answer is lost, what is found under the checkpoint's name is compared with it.
+    /// Exactly `len` bytes of a pack of this checkpoint.
     ///
     /// # Errors
-    /// When a newer writer has fenced this one, or the store fails. There is no checkpoint then,
-    /// unless the error says that the outcome is unknown.
+    /// When the pack does not have them, or the store fails.
+    pub async fn read_pack_range(&self, name: &PackName, offset: u64, len: u64) -> Result<Bytes> {
+        let path = self.dir.join(name.as_str())?;
+        steady(|| self.writer.repository.store.read_range(&path, offset, len)).await
+    }
+
+    /// What is stored: names and lengths.
+    ///
+    /// # Errors
+    /// When a newer writer has fenced this one, or the store fails.
+    pub async fn files(&self) -> Result<Vec<Entry>> {
+        match steady(|| self.writer.repository.store.list(&self.dir)).await {
+            Ok(files) => Ok(files),
+            Err(error) => Err(self.explain(error).await),
+        }
+    }
+
+    /// Removes a file that is not to be in the checkpoint.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn remove_file(&self, name: &str) -> Result<()> {
+        let path = self.dir.join(name)?;
+        steady(|| self.writer.repository.store.remove(&path)).await
+    }
+
+    /// Gives up, but keeps what was stored for the writer's next checkpoint.
+    pub fn keep(self) -> KeptPartial {
+        let tally = *self.tally();
+        KeptPartial { leftover: self.leftover, tally }
+    }
+
+    /// [`seal`](Self::seal), then [`publish`](Self::publish).
+    ///
+    /// # Errors
+    /// Those of the two.
     pub async fn commit(self, manifest: Bytes) -> Result<Durable> {
+        let sealed = self.seal(manifest).await?;
+        self.publish(sealed).await
+    }
+
+    /// Stores the manifest, which makes nothing exist yet.
+    ///
+    /// # Errors
+    /// When a newer writer has fenced this one, or the store fails.
+    pub async fn seal(&self, manifest: Bytes) -> Result<Sealed> {
         if manifest.len() as u64 > MAX_MANIFEST_LEN {
             return Err(StoreError::Limit {
                 path: self.dir.to_string(),
@@ -107,6 +201,20 @@ impl PartialCheckpoint {
         }
         self.writer.check().await?;
         self.store_file(Naming::Fixed(layout::MANIFEST), vec![manifest.clone()]).await?;
+        Ok(Sealed(manifest))
+    }
+
+    /// Makes the checkpoint exist: renames the directory. On an error the checkpoint does not exist
+    /// and never will, except [`StoreError::CommitUnknown`], where that can't be known.
+    ///
+    /// The manifest must not be the same bytes as another writer's for the same number (its epoch
+    /// sees to that): when the store's answer is lost, what is found under the checkpoint's name is
+    /// compared with it.
+    ///
+    /// # Errors
+    /// When a newer writer has fenced this one, or the store fails. There is no checkpoint then,
+    /// unless the error says that the outcome is unknown.
+    pub async fn publish(self, Sealed(manifest): Sealed) -> Result<Durable> {
         self.rename(&manifest).await?;
         let tally = *self.tally();
         let (vm, seq, epoch) = (self.writer.vm.clone(), self.name.seq, self.name.epoch);
@@ -189,11 +297,5 @@ fn withdrawn(error: StoreError) -> StoreError {
             StoreError::Unavailable { op, path, reason: format!("{reason}; the commit was withdrawn") }
         }
         other => other,
-    }
-}
-
-impl Drop for PartialCheckpoint {
-    fn drop(&mut self) {
-        self.writer.forget(&self.name);
     }
 }

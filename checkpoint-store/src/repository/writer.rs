@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::layout::{self, PartialName, WriterFile};
-use super::partial::PartialCheckpoint;
+use super::partial::{KeptPartial, PartialCheckpoint};
 use super::retry::{steady, store_exclusive};
 use super::{Repository, bounded::Bounded};
 use crate::error::{Op, Result, StoreError};
@@ -325,11 +325,7 @@ impl Writer {
     /// When the checkpoint exists, a newer writer has fenced this one, or the store cannot be
     /// written.
     pub async fn begin(&self, seq: CheckpointSeq) -> Result<PartialCheckpoint> {
-        let store = &self.repository.store;
-        let committed = layout::checkpoint(&self.vm, seq);
-        if steady(|| store.stat(&committed)).await?.is_some() {
-            return Err(StoreError::already_exists(Op::CreateDir, &committed));
-        }
+        self.check_free(seq).await?;
         self.remove_left().await?;
         let partial = self.create_partial(seq).await?;
         match self.check().await {
@@ -341,12 +337,58 @@ impl Writer {
         }
     }
 
+    /// Begins checkpoint `seq` with the files that an earlier try of this writer stored: its
+    /// directory gets the name of this try, so that what is still on its way to the old name finds
+    /// no directory. `None` if the files are not there any more: a later claim removed them, or
+    /// they are another writer's. After an error they may still be there.
+    ///
+    /// As after [`begin`](Self::begin) the look at the epochs comes last: a directory that was
+    /// renamed behind the back of a claim's removal belongs to a writer that finds that claim now.
+    ///
+    /// # Errors
+    /// When a newer writer has fenced this one, there is a checkpoint of that ID, or the store fails.
+    pub async fn resume(&self, seq: CheckpointSeq, kept: &KeptPartial) -> Result<Option<PartialCheckpoint>> {
+        if kept.epoch() != self.epoch {
+            return Ok(None);
+        }
+        self.check_free(seq).await?;
+        let store = &self.repository.store;
+        let partial = PartialCheckpoint::after(kept, self.clone(), self.next_name(seq));
+        match store.rename_dir(&kept.dir(), partial.dir()).await {
+            Ok(()) => {}
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => {
+                let is_there = steady(|| store.stat(partial.dir())).await?.is_some();
+                warn!(dir = %partial.dir(), %error, is_there, "an earlier try's directory was not renamed in order");
+                if !is_there {
+                    return Err(error);
+                }
+            }
+        }
+        if let Err(error) = self.check().await {
+            let _ = partial.abort().await;
+            return Err(error);
+        }
+        Ok(Some(partial))
+    }
+
+    async fn check_free(&self, seq: CheckpointSeq) -> Result<()> {
+        let committed = layout::checkpoint(&self.vm, seq);
+        match steady(|| self.repository.store.stat(&committed)).await? {
+            Some(_) => Err(StoreError::already_exists(Op::CreateDir, &committed)),
+            None => Ok(()),
+        }
+    }
+
+    fn next_name(&self, seq: CheckpointSeq) -> PartialName {
+        PartialName { seq, epoch: self.epoch, attempt: self.attempts.fetch_add(1, Ordering::Relaxed) + 1 }
+    }
+
     async fn create_partial(&self, seq: CheckpointSeq) -> Result<PartialCheckpoint> {
         let mut tries = 0;
         loop {
             tries += 1;
-            let name = PartialName { seq, epoch: self.epoch, attempt: self.attempts.fetch_add(1, Ordering::Relaxed) + 1 };
-            let partial = PartialCheckpoint::new(self.clone(), name);
+            let partial = PartialCheckpoint::new(self.clone(), self.next_name(seq));
             match self.repository.store.create_dir(partial.dir()).await {
                 Ok(()) => return Ok(partial),
                 Err(error) if tries < MAX_BEGIN_TRIES && (error.is_retryable() || error.is_already_exists()) => {

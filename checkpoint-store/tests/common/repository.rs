@@ -30,6 +30,9 @@ macro_rules! repository_contract {
             what_was_committed_before_a_claim_stays
             a_killed_writer_leaves_nothing_visible
             an_abort_leaves_nothing
+            resume_has_what_an_earlier_try_stored
+            resume_fenced_writer_gets_nothing
+            resume_behind_a_claims_removal_is_noticed
             a_checkpoint_can_be_removed
             layers_are_stored_once
             abandoned_uploads_are_removed_by_the_next
@@ -338,6 +341,63 @@ pub async fn a_killed_writer_leaves_nothing_visible(store: Shared) {
     assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
     committed(&restarted, 1).await.expect("commit");
     assert_complete(&repository, 1).await;
+}
+
+pub async fn resume_has_what_an_earlier_try_stored(store: Shared) {
+    let repository = opened(store.clone()).await;
+    let writer = claimed(&repository, "a", same("a")).await;
+    let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let pack = partial.put_pack("ram", vec![noise(100_000, 2)]).await.expect("put");
+    let left = partial.put_pack("left", vec![bytes("x")]).await.expect("put");
+    let _sealed = partial.seal(bytes("of the first try")).await.expect("seal");
+    let kept = partial.keep();
+    assert_eq!(everything_in_checkpoints(&store).await, ["1.1-1.partial"]);
+    let partial = writer.resume(CheckpointSeq(1), &kept).await.expect("resume").expect("it is there");
+    drop(kept);
+    assert_eq!(everything_in_checkpoints(&store).await, ["1.1-2.partial"], "a late put of the first try finds no directory");
+    let names: Vec<String> = partial.files().await.expect("files").into_iter().map(|file| file.name).collect();
+    assert_eq!(names, [left.name.as_str(), "manifest.json", pack.name.as_str()]);
+    for name in [left.name.as_str(), "manifest.json"] {
+        partial.remove_file(name).await.expect("remove");
+    }
+    assert_eq!(partial.read_pack_range(&pack.name, 0, 100_000).await.expect("read"), noise(100_000, 2));
+    let other = partial.put_pack("disk", vec![noise(50_000, 3)]).await.expect("put");
+    let _durable = partial.commit(format!("1 1 {} {}", pack.name, other.name).into()).await.expect("commit");
+    assert_complete(&repository, 1).await;
+    committed(&writer, 2).await.expect("the next one");
+    assert_eq!(everything_in_checkpoints(&store).await, ["1", "2"]);
+}
+
+pub async fn resume_fenced_writer_gets_nothing(store: Shared) {
+    let repository = opened(store.clone()).await;
+    let old = claimed(&repository, "a", same("a")).await;
+    let partial = old.begin(CheckpointSeq(1)).await.expect("begin");
+    partial.put_pack("ram", vec![bytes("x")]).await.expect("put");
+    let kept = partial.keep();
+    let new = claimed(&repository, "a", same("a")).await;
+    assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
+    assert!(old.resume(CheckpointSeq(1), &kept).await.expect("nothing is wrong yet").is_none());
+    assert!(new.resume(CheckpointSeq(1), &kept).await.expect("nothing is wrong").is_none(), "another writer's");
+    assert!(old.begin(CheckpointSeq(1)).await.expect_err("fenced").is_fenced());
+    committed(&new, 1).await.expect("commit");
+}
+
+/// The old writer's rename comes after the new writer's cleaning.
+pub async fn resume_behind_a_claims_removal_is_noticed(store: Shared) {
+    let slow = FaultyStore::new(store.clone());
+    let repository = opened(Arc::new(slow.clone())).await;
+    let old = claimed(&repository, "a", same("a")).await;
+    let kept = old.begin(CheckpointSeq(1)).await.expect("begin").keep();
+    slow.inject(FaultRule::once(Op::Remove, Fault::Slow(Duration::from_secs(1))).on("partial"));
+    let other = repository.clone();
+    let claim = tokio::spawn(async move { claimed(&other, "b", Claim::TakeOver).await });
+    while slow.calls(Op::Remove, "partial") == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let error = old.resume(CheckpointSeq(1), &kept).await.expect_err("fenced");
+    assert!(error.is_fenced(), "{error}");
+    claim.await.expect("no panic");
+    assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
 }
 
 pub async fn an_abort_leaves_nothing(store: Shared) {

@@ -1,6 +1,7 @@
 //! Phase `commit`: packs closed, the manifest written, one rename. After that the checkpoint exists.
 
 use super::Checkpointer;
+use super::carried;
 use super::outcome::{Kind, Outcome, Phases, milliseconds};
 use super::prepare::Run;
 use crate::drives::Drives;
@@ -18,7 +19,6 @@ use checkpoint_format::{
 use checkpoint_store::Durable;
 use qmp_bridge::RunState;
 use qmp_bridge::disks::{BackingImage, Disk, Qcow2Layout};
-use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 use tracing::instrument;
 
@@ -26,14 +26,16 @@ impl Checkpointer {
     #[instrument(name = "commit", level = "debug", skip_all)]
     pub(super) async fn commit(&mut self, run: &mut Run, phases: &mut Phases) -> Result<Outcome> {
         let begun = Instant::now();
-        let packs = run.packer.take().context("the packer is gone")?.finish().await?;
-        let partial = run.partial.take().context("the partial checkpoint is gone")?;
-        let partial = Arc::try_unwrap(partial).ok().context("the pack pipeline still holds the checkpoint")?;
+        run.packer.take().context("the packer is gone")?.finish().await?;
+        run.resumed = None;
         phases.since("upload", begun);
         fault::point("upload");
         self.check_parent(run).await?;
+        run.check_carried()?;
+        let packs: Vec<PackRecord> = run.packs().into_iter().map(|pack| pack.record).collect();
         let is_same = packs.is_empty() && self.is_same_machine(run).await?;
         if let (Some(parent), true) = (run.parent, is_same) {
+            let partial = run.take_partial()?;
             self.change_store(|_| partial.abort()).await?.context("removing an empty checkpoint")?;
             return self.unchanged(run, parent).await;
         }
@@ -42,7 +44,10 @@ impl Checkpointer {
         let (manifest, totals) = self.manifest(run, packs, totals)?;
         let identity = CheckpointIdentity::new(run.seq, &manifest);
         fault::point("commit");
-        let durable = self.change_store(|_| partial.commit(Bytes::from(manifest))).await?.context("committing the checkpoint")?;
+        let partial = run.partial.as_ref().context("the partial checkpoint is gone")?;
+        let sealed = partial.seal(Bytes::from(manifest)).await.context("committing the checkpoint")?;
+        let partial = run.take_partial()?;
+        let durable = self.change_store(|_| partial.publish(sealed)).await?.context("committing the checkpoint")?;
         phases.since("commit", begun);
         fault::point("committed");
         let outcome = outcome(run, &durable, totals);
@@ -205,6 +210,7 @@ fn outcome(run: &Run, durable: &Durable, totals: Totals) -> Outcome {
         bytes_changed: totals.bytes_changed.0,
         bytes_stored_raw: totals.bytes_stored_raw.0,
         bytes_stored: totals.bytes_stored.0,
+        bytes_carried: carried::bytes(&run.carried).0,
         layer_bytes_stored: run.layer_bytes,
         replicas: durable.least_replicas(),
         notes,

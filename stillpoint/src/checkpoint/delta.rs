@@ -5,18 +5,25 @@
 //! written with its old content costs nothing, and one that was stored in a live round and changed again is stored
 //! again, also when it went back to what the parent holds.
 //!
-//! When the checkpoint fails, the tables tell of pages that no checkpoint holds: [`Delta::fail`] forgets them.
+//! When the checkpoint fails, the tables tell of pages that no checkpoint holds: [`Delta::fail`]
+//! forgets them. What a failed try has stored all the same is "stored so far" for the next one
+//! ([`Delta::carry`]): memory in the tables, a disk's part that is being read in a [`Window`].
 
 use super::staging::SpaceNumber;
+use super::window::Window;
 use crate::pack::{FrameJob, PackJob};
 use anyhow::{Context, Result};
 use checkpoint_format::{
-    DigestTable, FRAME_PAGES, MAX_PAGES_PER_PACK, PAGE_SIZE, PageCount, PageDigest, PageIndex, PageRange, PageSet, SpaceId, SpaceKind,
-    SpaceName, SpaceTable, is_zero,
+    DigestTable, FRAME_PAGES, MAX_PAGES_PER_PACK, PAGE_SIZE, PackIndex, PageCount, PageDigest, PageIndex, PageRange, PageRun, PageSet,
+    RangeSet, RunSource, SpaceId, SpaceKind, SpaceName, SpaceTable, is_zero,
 };
 
 /// Zeros recorded at once: a pack takes no more pages than [`MAX_PAGES_PER_PACK`].
 const ZERO_PAGES: PageCount = PageCount(MAX_PAGES_PER_PACK / 4);
+
+/// Ranges of one disk that are compared to tell how much of a carried pack is outdated. Beyond, a
+/// pack counts as current.
+const MOST_RANGES: usize = 16 << 10;
 
 /// One named array of pages of the machine, and what the last durable checkpoint holds of it.
 pub struct Space {
@@ -27,12 +34,98 @@ pub struct Space {
     pub in_lineage: bool,
     /// RAM pages stored by the checkpoint under way.
     stored: PageSet,
+    carried: CarriedPages,
+}
+
+/// What earlier tries have stored of a space for the checkpoint under way.
+#[derive(Default)]
+struct CarriedPages {
+    /// RAM pages that were not offered yet.
+    unconfirmed: Option<PageSet>,
+    /// Of a disk: the part that is being read, but for the pages that were offered.
+    window: Option<Window>,
+    /// Of a disk: pages of the packs seen so far.
+    ranges: RangeSet,
 }
 
 impl Space {
     pub fn new(name: SpaceName, pages: PageCount, table: DigestTable) -> Self {
         let counted = if name.kind() == SpaceKind::Ram { pages } else { PageCount(0) };
-        Self { name, pages, table, in_lineage: false, stored: PageSet::new(counted) }
+        Self { name, pages, table, in_lineage: false, stored: PageSet::new(counted), carried: CarriedPages::default() }
+    }
+
+    fn holds(&self, page: PageIndex, digest: PageDigest) -> bool {
+        let carried = self.carried.window.as_ref().and_then(|window| window.get(page));
+        carried.map_or_else(|| self.table.holds(page, digest), |carried| carried == digest)
+    }
+
+    /// The pages were looked at: what a pack of an earlier try holds of them is confirmed or
+    /// overridden.
+    fn confirm(&mut self, pages: PageRange) {
+        self.carried.unconfirmed.iter_mut().for_each(|left| left.remove_range(pages));
+        self.carried.window.iter_mut().for_each(|window| window.forget(pages));
+    }
+
+    /// The parts of `pages` that are not known to hold zeros.
+    fn not_zero(&self, pages: PageRange) -> Vec<PageRange> {
+        let news = self.table.not_zero(pages);
+        match &self.carried.window {
+            Some(window) => news.into_iter().flat_map(|part| window.not_zero(part)).collect(),
+            None => news,
+        }
+    }
+
+    /// Takes in a run of a carried pack, newest first; zeros have no digests. Returns how many
+    /// pages were not known to be carried. The ground of a full checkpoint is no change.
+    fn carry_memory(&mut self, pages: PageRange, digests: &[PageDigest]) -> u64 {
+        let size = self.stored.len();
+        let carried = self.carried.unconfirmed.get_or_insert_with(|| PageSet::new(size));
+        let mut news = 0;
+        for (number, page) in pages.iter().enumerate().filter(|(_, page)| !carried.contains(*page)).collect::<Vec<_>>() {
+            carried.insert(page);
+            let digest = digests.get(number).copied();
+            self.table.set(page, digest.unwrap_or(PageDigest::ZERO_PAGE));
+            if digest.is_some() || self.in_lineage {
+                self.stored.insert(page);
+                news += 1;
+            }
+        }
+        news
+    }
+
+    /// What the table knew of the disk is overridden by what it does not know.
+    fn carry_disk(&mut self, pages: PageRange) {
+        self.table.truncate(PageCount(0));
+        self.carried.ranges.insert(pages);
+        self.carried.ranges.keep(MOST_RANGES);
+    }
+
+    fn unknown(&self, pages: PageRange) -> Vec<PageRange> {
+        let mut found: Vec<PageRange> = Vec::new();
+        for page in pages.iter().filter(|page| self.table.get(*page).is_none()) {
+            match found.last_mut() {
+                Some(last) if last.end == page => last.end = PageIndex(page.0 + 1),
+                _ => found.push(PageRange::single(page)),
+            }
+        }
+        found
+    }
+
+    /// [`Self::confirm`] for pages that hold zeros; those that a carried pack says so of are known
+    /// from now on.
+    fn confirm_zero(&mut self, pages: PageRange) {
+        if self.carried.window.is_some() {
+            self.table.set_zero(pages);
+        }
+        self.confirm(pages);
+    }
+
+    /// Pages of `pages` that no carried pack has a record of yet.
+    fn uncarried(&self, pages: PageRange) -> u64 {
+        match &self.carried.unconfirmed {
+            Some(carried) => pages.iter().filter(|page| !carried.contains(*page)).count() as u64,
+            None => self.carried.ranges.outside(pages).map(|part| part.len().0).sum(),
+        }
     }
 
     /// Notes that these pages, which were not known to be zero, are. In a space that no checkpoint has recorded yet they are
@@ -61,6 +154,8 @@ pub struct Delta {
     frames: Vec<OpenFrame>,
     zeros: Option<(SpaceNumber, PageRange)>,
     changed: PageCount,
+    /// Carried disk pages that were passed without being looked at.
+    missed: PageCount,
 }
 
 impl Delta {
@@ -68,7 +163,7 @@ impl Delta {
         let id = |space: &Space| table.id(&space.name).with_context(|| format!("space {} has no number", space.name));
         let ids = spaces.iter().map(id).collect::<Result<_>>()?;
         let frames = spaces.iter().map(|_| OpenFrame::default()).collect();
-        Ok(Self { spaces, ids, frames, zeros: None, changed: PageCount(0) })
+        Ok(Self { spaces, ids, frames, zeros: None, changed: PageCount(0), missed: PageCount(0) })
     }
 
     pub fn spaces(&self) -> &[Space] {
@@ -82,7 +177,7 @@ impl Delta {
 
     /// Whether a restore of the parent, plus what was stored so far, would give this page.
     pub fn holds(&self, space: SpaceNumber, page: PageIndex, digest: PageDigest) -> bool {
-        self.spaces[usize::from(space)].table.holds(page, digest)
+        self.spaces[usize::from(space)].holds(page, digest)
     }
 
     /// Takes pages in ascending order, each at most once until the next [`Delta::flush`].
@@ -95,7 +190,9 @@ impl Delta {
     fn offer_page(&mut self, space: SpaceNumber, page: PageIndex, bytes: &[u8], jobs: &mut Vec<PackJob>) {
         if is_zero(bytes) {
             // Of RAM most pages that are zero were before.
-            if !self.holds(space, page, PageDigest::ZERO_PAGE) {
+            if self.holds(space, page, PageDigest::ZERO_PAGE) {
+                self.spaces[usize::from(space)].confirm_zero(PageRange::single(page));
+            } else {
                 self.offer_zero(space, PageRange::single(page), jobs);
             }
             return;
@@ -114,7 +211,8 @@ impl Delta {
 
     /// Pages known to hold zeros. Costs the ranges that it meets, not the pages: a hole may be as large as a disk.
     pub fn offer_zero(&mut self, space: SpaceNumber, pages: PageRange, jobs: &mut Vec<PackJob>) {
-        let news = self.spaces[usize::from(space)].table.not_zero(pages);
+        let news = self.spaces[usize::from(space)].not_zero(pages);
+        self.spaces[usize::from(space)].confirm_zero(pages);
         for part in news {
             self.spaces[usize::from(space)].take_zero(part, &mut self.changed);
             match &mut self.zeros {
@@ -127,11 +225,73 @@ impl Delta {
         }
     }
 
-    /// Says that a whole space is zero but for what is offered after: the ground of a full checkpoint.
+    /// Says that a whole space is zero but for what is offered after, and what is carried: the
+    /// ground of a full checkpoint.
     pub fn ground(&mut self, space: SpaceNumber, jobs: &mut Vec<PackJob>) {
-        let pages = self.spaces[usize::from(space)].pages.all();
-        self.spaces[usize::from(space)].table.set_zero(pages);
-        self.push_zeros(space, pages, jobs);
+        let all = self.spaces[usize::from(space)].pages.all();
+        let is_carried = self.spaces[usize::from(space)].carried.unconfirmed.is_some();
+        let rest = if is_carried { self.spaces[usize::from(space)].unknown(all) } else { vec![all] };
+        for pages in rest {
+            self.spaces[usize::from(space)].table.set_zero(pages);
+            self.push_zeros(space, pages, jobs);
+        }
+    }
+
+    /// Whether all that the pack records can be part of this checkpoint. Device state cannot: it
+    /// has another length each time.
+    pub fn could_hold(&self, index: &PackIndex) -> bool {
+        let space = |name: &SpaceName| self.spaces.iter().find(|space| space.name == *name);
+        let fits = |name: &SpaceName, pages: PageRange| {
+            let is_carried = matches!(name.kind(), SpaceKind::Ram | SpaceKind::Disk);
+            is_carried && space(name).is_some_and(|space| pages.end.0 <= space.pages.0)
+        };
+        index.spaces().iter().all(|name| space(name).is_some())
+            && index.runs().iter().all(|run| fits(index.space_name(run.space), run.pages))
+    }
+
+    /// Pages of the pack that no pack carried so far records.
+    pub fn uncarried(&self, index: &PackIndex) -> PageCount {
+        let data = index.runs().iter().filter(|run| run.source != RunSource::Zero);
+        let space = |run: &PageRun| self.spaces.iter().find(|space| space.name == *index.space_name(run.space));
+        PageCount(data.filter_map(|run| Some(space(run)?.uncarried(run.pages))).sum())
+    }
+
+    /// Takes in a pack that an earlier try stored and that is a pack of this checkpoint. To be
+    /// called with the newest pack first, before anything is offered.
+    pub fn carry(&mut self, index: &PackIndex) {
+        for run in index.runs().iter().rev() {
+            let name = index.space_name(run.space);
+            let Some(space) = self.spaces.iter_mut().find(|space| space.name == *name) else { continue };
+            match name.kind() {
+                SpaceKind::Ram => self.changed.0 += space.carry_memory(run.pages, index.run_digests(run)),
+                _ => space.carry_disk(run.pages),
+            }
+        }
+    }
+
+    /// The part of a disk that is offered from here on.
+    pub fn enter(&mut self, space: SpaceNumber, window: Option<Window>) {
+        let passed = std::mem::replace(&mut self.spaces[usize::from(space)].carried.window, window);
+        self.missed.0 += passed.map_or(0, |window| window.left().0);
+    }
+
+    /// Nothing is known of what any memory page holds: a full checkpoint begins.
+    pub fn forget_memory(&mut self) {
+        let memory = self.spaces.iter_mut().filter(|space| space.name.kind() == SpaceKind::Ram);
+        memory.for_each(|space| space.table.truncate(PageCount(0)));
+    }
+
+    /// Every memory page was looked at, also those that were not offered because they are as they
+    /// were.
+    pub fn confirm_memory(&mut self) {
+        self.spaces.iter_mut().for_each(|space| space.carried.unconfirmed = None);
+    }
+
+    /// Carried pages that were not looked at.
+    pub fn unconfirmed(&self) -> PageCount {
+        let memory = self.spaces.iter().filter_map(|space| space.carried.unconfirmed.as_ref()).map(PageSet::count);
+        let disks = self.spaces.iter().filter_map(|space| space.carried.window.as_ref()).map(Window::left);
+        PageCount(self.missed.0 + memory.chain(disks).map(|left| left.0).sum::<u64>())
     }
 
     /// The space has this size now: what was known of pages beyond is gone.
@@ -142,7 +302,14 @@ impl Delta {
     /// Whether the page is news.
     fn take(&mut self, space: SpaceNumber, page: PageIndex, digest: PageDigest) -> bool {
         let space = &mut self.spaces[usize::from(space)];
-        if space.table.holds(page, digest) {
+        let is_held = space.holds(page, digest);
+        let is_carried = space.carried.window.as_ref().is_some_and(|window| window.get(page).is_some());
+        space.confirm(PageRange::single(page));
+        if is_held {
+            if is_carried {
+                space.table.set(page, digest);
+                self.changed.0 += 1;
+            }
             return false;
         }
         space.table.set(page, digest);
@@ -186,6 +353,7 @@ impl Delta {
     pub fn settle(mut self) -> Vec<Space> {
         for space in &mut self.spaces {
             space.stored.clear();
+            space.carried = CarriedPages::default();
             space.in_lineage = true;
         }
         self.spaces
@@ -194,6 +362,7 @@ impl Delta {
     /// The checkpoint failed: what it would have stored is unknown again, so it is stored by the next one.
     pub fn fail(mut self) -> Vec<Space> {
         for space in &mut self.spaces {
+            space.carried = CarriedPages::default();
             if space.name.kind() == SpaceKind::Ram {
                 for page in space.stored.iter() {
                     space.table.forget(page);

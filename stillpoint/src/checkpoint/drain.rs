@@ -1,11 +1,13 @@
 //! Phase `drain`: what the freeze caught goes to the packer while the guest runs: disks first, because each block that the
 //! guest overwrites meanwhile must be copied aside; then the device state; then the staged memory.
 
+use super::carried::Resumed;
 use super::delta::Delta;
 use super::outcome::Phases;
 use super::prepare::{Run, SavedState};
 use super::round::{self, blocking};
 use super::staging::{SpaceNumber, Staging};
+use super::window::Window;
 use super::{Checkpointer, Report};
 use crate::exit::refused;
 use crate::fault;
@@ -21,8 +23,9 @@ use std::time::Instant;
 use tokio::sync::mpsc;
 use tracing::instrument;
 
-/// A disk's extents are looked up for this much of it at a time.
-const WINDOW: u64 = 1 << 30;
+/// A disk's extents, and what earlier tries stored of it, are looked up for this much of it at a
+/// time. The latter takes 2 MiB, and that of another part may wait in the queue.
+const WINDOW: u64 = 512 << 20;
 /// One NBD read: a frame.
 const READ_BYTES: u64 = (FRAME_PAGES * PAGE_SIZE) as u64;
 /// NBD reads of one disk under way: 2 MiB.
@@ -35,6 +38,8 @@ const QUEUE: usize = 16;
 enum Piece {
     Data(SpaceNumber, u64, Vec<u8>),
     Zero(SpaceNumber, PageRange),
+    /// What follows is of this part of the disk.
+    Part(SpaceNumber, Option<Window>),
 }
 
 impl Checkpointer {
@@ -59,13 +64,16 @@ impl Checkpointer {
         frozen.export().await?;
         let delta = run.delta.as_mut().context("the tables are gone")?;
         let packer = run.packer.as_ref().context("the packer is gone")?;
+        let resumed = run.resumed.as_ref().context("internal error: nothing says what earlier tries stored")?;
         let (pieces, queue) = mpsc::channel(QUEUE);
         let mut readers: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
         for disk in frozen.disks() {
             let number = disk_number(delta, disk);
             // What no earlier checkpoint says anything about is read by where it is allocated; else every block counts.
             let is_fresh = run.parent.is_none() || number.is_some_and(|number| !delta.spaces()[usize::from(number)].in_lineage);
-            readers.push(Box::pin(read_disk(frozen, disk, number, is_fresh, pieces.clone(), report)));
+            let number = number.with_context(|| format!("disk {} has no space", disk.name))?;
+            let space = (number, delta.spaces()[usize::from(number)].name.clone());
+            readers.push(Box::pin(read_disk(frozen, disk, space, is_fresh, resumed, pieces.clone(), report)));
         }
         drop(pieces);
         let readers = futures::stream::iter(readers).buffer_unordered(DISKS).try_collect::<Vec<()>>();
@@ -136,6 +144,7 @@ async fn collect(delta: &mut Delta, packer: &Packer, mut queue: mpsc::Receiver<P
     let mut jobs = Vec::new();
     while let Some(piece) = queue.recv().await {
         match piece {
+            Piece::Part(space, carried) => delta.enter(space, carried),
             Piece::Zero(space, pages) => delta.offer_zero(space, pages, &mut jobs),
             Piece::Data(space, offset, mut bytes) => {
                 bytes.resize(bytes.len().next_multiple_of(PAGE_SIZE), 0);
@@ -151,18 +160,22 @@ async fn collect(delta: &mut Delta, packer: &Packer, mut queue: mpsc::Receiver<P
 async fn read_disk(
     frozen: &FrozenDisks,
     disk: &FrozenDisk,
-    space: Option<SpaceNumber>,
+    (space, name): (SpaceNumber, SpaceName),
     is_fresh: bool,
+    resumed: &Resumed,
     pieces: mpsc::Sender<Piece>,
     report: &Report,
 ) -> Result<()> {
-    let space = space.with_context(|| format!("disk {} has no space", disk.name))?;
     let client = frozen.connect(disk).await?;
     let mut offset = 0;
     while offset < disk.bytes {
         let len = WINDOW.min(disk.bytes - offset);
         report.say(&format!("disk {}", disk.name), offset, disk.bytes);
-        let ranges = ranges(&client, disk, offset, len, is_fresh).await?;
+        let mut ranges = ranges(&client, disk, offset, len, is_fresh).await?;
+        let part = ContentRange { start: offset, end: offset + len, content: Content::Data };
+        let carried = resumed.window(&name, pages(part)).await?;
+        carried.iter().for_each(|carried| add_carried(&mut ranges, carried, disk.bytes));
+        pieces.send(Piece::Part(space, carried)).await.context("the comparison has ended")?;
         read_window(&client, space, &ranges, &pieces).await?;
         offset += len;
     }
@@ -204,6 +217,30 @@ async fn read_window(client: &NbdClient, space: SpaceNumber, ranges: &[ContentRa
         pieces.send(piece).await.context("the comparison has ended")?;
     }
     Ok(())
+}
+
+/// What an earlier try stored is looked at, whatever else says that it need not be: a block that
+/// was given back since, say.
+pub(super) fn add_carried(ranges: &mut Vec<ContentRange>, carried: &Window, disk_bytes: u64) {
+    let asked: Vec<PageRange> = ranges.iter().copied().map(pages).collect();
+    let mut asked = asked.into_iter().peekable();
+    let mut missing = Vec::new();
+    for mut held in carried.held() {
+        while !held.is_empty() {
+            while asked.next_if(|asked| asked.end <= held.start).is_some() {}
+            let gap_end = asked.peek().map_or(held.end, |next| next.start.min(held.end));
+            if held.start < gap_end {
+                missing.push(PageRange::new(held.start, gap_end));
+            }
+            held.start = asked.peek().map_or(held.end, |next| next.end.min(held.end)).max(gap_end);
+        }
+    }
+    let data = |pages: PageRange| {
+        let bytes = pages.bytes();
+        ContentRange { start: bytes.start, end: bytes.end.min(disk_bytes), content: Content::Data }
+    };
+    ranges.extend(missing.into_iter().map(data));
+    ranges.sort_by_key(|range| range.start);
 }
 
 /// Data in pieces of a frame; zeros as they are.

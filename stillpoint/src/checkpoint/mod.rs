@@ -14,6 +14,7 @@
 //! Whatever fails before the commit, [`Checkpointer::take`] gives back what was taken and the next checkpoint carries it.
 
 mod base;
+mod carried;
 mod commit;
 mod delta;
 mod direct;
@@ -29,6 +30,7 @@ mod settle;
 mod staging;
 mod store;
 mod stream;
+mod window;
 
 use crate::control::Progress;
 use crate::engine::{Engine, EngineChoice, StreamChoice};
@@ -37,8 +39,10 @@ use crate::helper::inventory::unchanged;
 use crate::helper::machine::Machine;
 use crate::launch::command::is_running;
 use crate::runtime::Marks;
+use crate::terminal::bytes;
 use anyhow::{Error, Result};
 use base::Base;
+use carried::Carried;
 use outcome::{Outcome, Phases, milliseconds};
 use qmp_bridge::said;
 use serde::{Deserialize, Serialize};
@@ -51,6 +55,13 @@ pub use store::{Force, StoreSession, claim, may_claim};
 
 /// Between the end of QEMU's monitor and that of its process.
 const QEMU_EXIT: Duration = Duration::from_secs(5);
+
+/// How long a checkpoint that has failed goes on storing what was read for it, which counts for the
+/// next one: the packs under way at 1 MiB a second.
+const UPLOAD_GRACE: Duration = Duration::from_secs(60);
+
+/// For the removal of what failed checkpoints stored, when the helper ends.
+const REMOVAL: Duration = Duration::from_secs(5);
 
 /// A connection to a process that is killed ends with it, a moment after whatever else was noticed.
 const MONITOR_END: Duration = Duration::from_millis(200);
@@ -81,6 +92,8 @@ pub struct Checkpointer {
     staging: Staging,
     store: Option<StoreSession>,
     base: Option<Base>,
+    /// What failed checkpoints have stored for the next one.
+    carried: Option<Carried>,
     /// What the marks of written pages count from; whether that is of use decides the lineage of the base.
     marks: Option<Marks>,
     layers: crate::layers::Known,
@@ -92,7 +105,7 @@ impl Checkpointer {
     pub fn new(machine: Machine) -> Self {
         let staging = Staging::new(prepare::STAGING_PAGES);
         let marks = machine.runtime.marks();
-        Self { machine, staging, store: None, base: None, marks, layers: Default::default(), is_clean: false }
+        Self { machine, staging, store: None, base: None, carried: None, marks, layers: Default::default(), is_clean: false }
     }
 
     /// The machine goes on in another QEMU: what the store holds is as it was; what was written since is not known.
@@ -130,12 +143,16 @@ impl Checkpointer {
         match captured {
             Ok(outcome) => Ok(outcome),
             Err(error) => {
+                // The guest and its disks first: the store may take its time.
+                self.give_back(&mut run).await;
+                report.say("storing what was read", 0, 0);
                 let error = match run.packer.take() {
-                    Some(packer) => packer.why(error).await,
+                    Some(packer) => packer.why(error, UPLOAD_GRACE).await,
                     None => error,
                 };
                 let inventory = Arc::clone(&run.inventory);
                 self.abort(run).await;
+                let error = self.with_carried(error);
                 self.after_failure();
                 match inventory.change(&self.machine).await {
                     None => Err(error),
@@ -145,6 +162,17 @@ impl Checkpointer {
                     }
                 }
             }
+        }
+    }
+
+    /// What is not lost belongs to the message.
+    fn with_carried(&self, error: Error) -> Error {
+        match &self.carried {
+            Some(carried) => error.context(format!(
+                "the checkpoint failed; the next one needs not store again the {} that it stored",
+                bytes(carried.bytes().0)
+            )),
+            None => error,
         }
     }
 
@@ -196,10 +224,21 @@ impl Checkpointer {
         self.commit(run, phases).await
     }
 
+    /// No next checkpoint of this helper makes use of it.
+    async fn forget_carried(&mut self) {
+        let Some(carried) = self.carried.take() else { return };
+        match tokio::time::timeout(REMOVAL, carried.kept.remove()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "what failed checkpoints stored stays in the store until the next claim of the epoch"),
+            Err(_) => tracing::warn!("what failed checkpoints stored stays in the store until the next claim of the epoch"),
+        }
+    }
+
     /// The machine has ended: another may take the writer's place without force.
     ///
     /// While QEMU runs the place is kept, whoever ends the helper: a restore elsewhere would make a second machine.
-    pub async fn release(&self) {
+    pub async fn release(&mut self) {
+        self.forget_carried().await;
         if tokio::time::timeout(Duration::from_millis(1), self.machine.qmp.closed()).await.is_err() {
             return;
         }

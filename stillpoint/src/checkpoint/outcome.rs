@@ -31,6 +31,9 @@ pub struct Outcome {
     pub bytes_stored_raw: u64,
     /// What was stored, as the store holds it.
     pub bytes_stored: u64,
+    /// Of that, what earlier tries that failed had stored already.
+    #[serde(default)]
+    pub bytes_carried: u64,
     /// Read-only layers stored with this checkpoint (once for all machines).
     pub layer_bytes_stored: u64,
     /// From the request until another host can restore it.

@@ -1,6 +1,7 @@
 //! Phase `prepare`: all that can be done while the guest runs, so that the freeze has nothing to wait for.
 
 use super::base::{Base, Chains};
+use super::carried::{Carried, Resumed};
 use super::delta::{Delta, Space};
 use super::outcome::Phases;
 use super::store::{Force, StoreSession};
@@ -13,9 +14,9 @@ use crate::helper::machine::{check_blockers, lock};
 use crate::helper::process_memory::ProcessMemory;
 use crate::helper::reopen;
 use crate::layers;
-use crate::pack::{PackJob, PackTarget, Packer};
+use crate::pack::{NumberedPack, PackJob, PackTarget, Packer, StoredPacks};
 use crate::terminal::bytes;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use checkpoint_format::{ByteLen, CheckpointSeq, ContentDigest, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable};
 use checkpoint_store::{Mode, PartialCheckpoint};
 use dirty_tracker::DirtyLease;
@@ -53,6 +54,13 @@ pub struct Run {
     pub boot_files: Vec<LayerRef>,
     pub partial: Option<Arc<PartialCheckpoint>>,
     pub packer: Option<Packer>,
+    /// What the packer has stored.
+    pub stored: StoredPacks,
+    /// Packs of earlier tries; they come before those that the packer stores.
+    pub carried: Vec<NumberedPack>,
+    pub resumed: Option<Resumed>,
+    /// If this checkpoint fails, the next one may build on its packs.
+    pub may_carry: bool,
     pub delta: Option<Delta>,
     pub lease: Option<DirtyLease>,
     pub prepared: Option<PreparedDisks>,
@@ -65,6 +73,26 @@ pub struct Run {
     pub state_bytes: ByteLen,
     pub is_exact: bool,
     pub is_spilled: bool,
+}
+
+impl Run {
+    /// All that the store has acknowledged, in the order in which it counts.
+    pub fn packs(&self) -> Vec<NumberedPack> {
+        self.carried.iter().cloned().chain(self.stored.list()).collect()
+    }
+
+    pub fn take_partial(&mut self) -> Result<PartialCheckpoint> {
+        let partial = self.partial.take().context("the partial checkpoint is gone")?;
+        Arc::try_unwrap(partial).ok().context("the pack pipeline still holds the checkpoint")
+    }
+
+    /// A page of an earlier try that was not looked at may have changed since.
+    pub fn check_carried(&mut self) -> Result<()> {
+        let left = self.delta.as_ref().map_or(PageCount(0), Delta::unconfirmed);
+        self.may_carry = left == PageCount(0);
+        ensure!(self.may_carry, "internal error: {left} pages that an earlier try stored were not compared; take the checkpoint again");
+        Ok(())
+    }
 }
 
 impl Checkpointer {
@@ -107,7 +135,7 @@ impl Checkpointer {
                 return Ok(());
             }
             tracing::warn!(store = session.repository.url(), "this is not the state of the store that the helper has written to");
-            (self.store, self.base) = (None, None);
+            (self.store, self.base, self.carried) = (None, None, None);
         }
         // A store that has this VM's checkpoints is there already; where it is missing, its file system is not mounted, say.
         let mode = if is_full || self.marks.is_none() { Mode::CreateIfMissing } else { Mode::MustExist };
@@ -219,11 +247,16 @@ impl Checkpointer {
         let prepared = PreparedDisks::prepare(&self.machine.qmp, &inventory.drives.disks, plan).await.context("preparing the disks")?;
         let outlook = prepared.outlook().await.context("looking what the disks will need")?;
         tracing::info!(?outlook, "what the disks will need");
-        let partial =
-            Arc::new(self.change_store(|session| session.writer.begin(seq)).await?.context("beginning a checkpoint in the store")?);
+        let (partial, earlier) = self.begin_partial(seq, parent).await?;
+        let (packer, delta, resumed) = match self.begin_delta(&partial, earlier.clone(), seq, parent).await {
+            Ok(begun) => begun,
+            Err(error) => {
+                self.keep_earlier(partial, earlier, parent);
+                return Err(error);
+            }
+        };
         let boot = layers::boot_files(&self.machine.file.arguments, &self.machine.directory())?;
         let boot_files = boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
-        let (packer, delta) = self.begin_delta(&partial, seq, parent.is_none()).await?;
         let lease = match chosen.engine {
             Engine::Tracker => {
                 // From here on a helper that dies has leased pages that nobody knows of.
@@ -241,7 +274,11 @@ impl Checkpointer {
             run_state: RunState::Running,
             boot_files,
             partial: Some(partial),
+            stored: packer.stored(),
             packer: Some(packer),
+            carried: resumed.packs(),
+            resumed: Some(resumed),
+            may_carry: true,
             delta: Some(delta),
             lease,
             prepared: Some(prepared),
@@ -274,19 +311,62 @@ impl Checkpointer {
         tokio::task::spawn_blocking(begin).await.context("preparing the tracker was cut off")?
     }
 
-    async fn begin_delta(&mut self, partial: &Arc<PartialCheckpoint>, seq: CheckpointSeq, is_full: bool) -> Result<(Packer, Delta)> {
+    /// A partial checkpoint, with the packs of earlier tries if they can be had.
+    async fn begin_partial(
+        &mut self,
+        seq: CheckpointSeq,
+        parent: Option<CheckpointSeq>,
+    ) -> Result<(Arc<PartialCheckpoint>, Vec<NumberedPack>)> {
+        if let Some(carried) = self.carried.take_if(|carried| carried.parent == parent) {
+            match self.change_store(|session| session.writer.resume(seq, &carried.kept)).await? {
+                Ok(Some(partial)) => return Ok((Arc::new(partial), carried.packs)),
+                Ok(None) => tracing::warn!("what an earlier try stored is not there any more"),
+                Err(error) => {
+                    self.carried = Some(carried);
+                    return Err(error).context("resuming what an earlier try stored");
+                }
+            }
+        }
+        self.carried = None;
+        let partial = self.change_store(|session| session.writer.begin(seq)).await?;
+        let partial = partial.context("beginning a checkpoint in the store")?;
+        Ok((Arc::new(partial), Vec::new()))
+    }
+
+    /// A store that fails now may have the packs when it is asked again.
+    fn keep_earlier(&mut self, partial: Arc<PartialCheckpoint>, packs: Vec<NumberedPack>, parent: Option<CheckpointSeq>) {
+        if let (Some(partial), false) = (Arc::into_inner(partial), packs.is_empty()) {
+            self.carried = Some(Carried { kept: partial.keep(), packs, parent });
+        }
+    }
+
+    async fn begin_delta(
+        &mut self,
+        partial: &Arc<PartialCheckpoint>,
+        earlier: Vec<NumberedPack>,
+        seq: CheckpointSeq,
+        parent: Option<CheckpointSeq>,
+    ) -> Result<(Packer, Delta, Resumed)> {
         let base = self.base.as_mut().context("the base is not known")?;
         let spaces = std::mem::take(&mut base.spaces);
         let table = SpaceTable::new(spaces.iter().map(|space| space.name.clone()))?;
-        let label = format!("{} {seq} {}", self.machine.file.name, self.machine.file.instance);
-        let packer = Packer::new(Arc::clone(partial) as Arc<dyn PackTarget>, table.clone(), label);
         let mut delta = Delta::new(spaces, &table)?;
-        if is_full {
+        if parent.is_none() {
+            delta.forget_memory();
+        }
+        let resumed = match earlier.is_empty() {
+            true => Resumed::none(Arc::clone(partial)),
+            false => Resumed::of_packs(Arc::clone(partial), earlier, &mut delta).await?,
+        };
+        let label = format!("{} {seq} {}", self.machine.file.name, self.machine.file.instance);
+        let target = Arc::clone(partial) as Arc<dyn PackTarget>;
+        let packer = Packer::after(target, table, label, resumed.last());
+        if parent.is_none() {
             let mut jobs = Vec::new();
             ground_ram(&mut delta, &mut jobs);
             packer.send(&mut jobs).await?;
         }
-        Ok((packer, delta))
+        Ok((packer, delta, resumed))
     }
 }
 
@@ -295,7 +375,7 @@ fn room_note(outlook: Outlook) -> Option<String> {
     (outlook.full_bytes > outlook.room).then(|| {
         format!(
             "{} of disks are read in full, and the scratch directory has room for {} that the guest overwrites meanwhile; beyond, the checkpoint \
-             fails: name a larger one by --scratch-dir",
+             fails, though what it stored counts for the next one: name a larger one by --scratch-dir",
             bytes(outlook.full_bytes),
             bytes(outlook.room)
         )

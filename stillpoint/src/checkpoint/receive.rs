@@ -121,7 +121,7 @@ impl Receiver {
     }
 
     /// A page that never came would silently be that of the last checkpoint.
-    fn check_complete(&self) -> Result<()> {
+    fn check_complete(&mut self) -> Result<()> {
         for (number, seen) in self.seen.iter().enumerate() {
             let missing = seen.len().0 - seen.count().0;
             ensure!(
@@ -130,6 +130,7 @@ impl Receiver {
                 self.delta.spaces()[number].name.local()
             );
         }
+        self.delta.confirm_memory();
         Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! Phase `settle`, and its counterpart `abort`: who owns the dirty bits after the checkpoint.
 
 use super::Checkpointer;
+use super::carried::{self, Carried, MOST_KEPT, WORTH_KEEPING};
 use super::outcome::{Kind, Outcome, milliseconds};
 use super::prepare::Run;
 use crate::engine::Engine;
@@ -71,14 +72,19 @@ impl Checkpointer {
             base.spaces = delta.fail();
         }
         self.give_back(&mut run).await;
-        if let Some(partial) = run.partial.take().and_then(|partial| Arc::try_unwrap(partial).ok())
-            && let Err(error) = partial.abort().await
-        {
+        run.resumed = None;
+        let packs = run.packs();
+        let Some(partial) = run.partial.take().and_then(|partial| Arc::try_unwrap(partial).ok()) else { return };
+        let is_worth_it = carried::bytes(&packs) >= WORTH_KEEPING && packs.len() <= MOST_KEPT;
+        if run.may_carry && is_worth_it {
+            self.carried = Some(Carried { kept: partial.keep(), packs, parent: run.parent });
+        } else if let Err(error) = partial.abort().await {
             tracing::warn!(%error, "a partial checkpoint is left in the store; the next one removes it");
         }
     }
 
-    async fn give_back(&mut self, run: &mut Run) {
+    /// Doing it twice is fine.
+    pub(super) async fn give_back(&mut self, run: &mut Run) {
         drop(run.lease.take());
         let disks = match (run.frozen.take(), run.prepared.take()) {
             (Some(frozen), _) => frozen.give_back().await,

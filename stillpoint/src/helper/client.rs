@@ -45,7 +45,13 @@ fn describe(name: &checkpoint_format::VmName, outcome: &Outcome) -> String {
     }
     let parent = outcome.parent.map(|parent| format!("on {parent}")).unwrap_or_else(|| "full".to_owned());
     let (changed, stored) = (bytes(outcome.bytes_changed), bytes(outcome.bytes_stored));
-    format!("{name}@{id} ({parent}): paused {pause_ms:.1} ms, {changed} changed, {stored} stored, durable after {durable_ms:.0} ms")
+    let earlier = match outcome.bytes_carried {
+        0 => String::new(),
+        carried => format!(" ({} of it by earlier tries)", bytes(carried)),
+    };
+    format!(
+        "{name}@{id} ({parent}): paused {pause_ms:.1} ms, {changed} changed, {stored} stored{earlier}, durable after {durable_ms:.0} ms"
+    )
 }
 
 /// Who answers must be who owns the directory: root may ask where another user could have put any socket.

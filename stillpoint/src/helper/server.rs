@@ -73,7 +73,7 @@ impl Server {
     /// Lets a checkpoint that is under way end, so that the guest is not left stopped, then frees the writer's place.
     pub async fn end(&self) {
         match tokio::time::timeout(GRACE, self.checkpointer.lock()).await {
-            Ok(checkpointer) => checkpointer.release().await,
+            Ok(mut checkpointer) => checkpointer.release().await,
             Err(_) => tracing::warn!("a checkpoint is cut off; the next helper cleans up after it"),
         }
     }

@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Blocks of other layers, and of the new one, held in memory to be found again: about 40 MB, 16 GiB of layers.
 const MOST_KNOWN_BLOCKS: usize = 1 << 18;
@@ -88,7 +89,7 @@ async fn store(layer: &Arc<PartialLayer>, path: &Path, file: FileDigest, known: 
     let cut = cut.await.context("internal error: read task panicked")?;
     let (table, packs) = match cut {
         Ok(table) => (table, packer.finish().await?),
-        Err(error) => return Err(packer.why(error).await),
+        Err(error) => return Err(packer.why(error, Duration::ZERO).await),
     };
     let (mut table, owners) = table.finish();
     place(&mut table, &packs)?;

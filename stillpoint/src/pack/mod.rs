@@ -19,7 +19,7 @@ use checkpoint_store::StoredPack;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -58,18 +58,58 @@ enum Encoded {
     Zero(SpaceId, PageRange),
 }
 
+/// A pack of this pipeline that the store has acknowledged.
+#[derive(Clone, Debug)]
+pub struct NumberedPack {
+    /// Of two records of a page the one in the pack of the higher number counts.
+    pub number: u32,
+    pub record: PackRecord,
+}
+
+/// The packs that the store has acknowledged so far, whatever becomes of the pipeline.
+#[derive(Clone, Default)]
+pub struct StoredPacks(Arc<Mutex<Vec<NumberedPack>>>);
+
+impl StoredPacks {
+    fn push(&self, pack: NumberedPack) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(pack);
+    }
+
+    /// By number.
+    pub fn list(&self) -> Vec<NumberedPack> {
+        let mut packs = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        packs.sort_by_key(|pack| pack.number);
+        packs
+    }
+}
+
 /// The entrance of the pipeline. Dropping it unfinished stops the pipeline and its uploads.
 pub struct Packer {
     jobs: mpsc::Sender<PackJob>,
-    task: JoinHandle<Result<Vec<PackRecord>>>,
+    task: JoinHandle<Result<()>>,
+    stored: StoredPacks,
 }
 
 impl Packer {
     /// `label` makes the packs' ids: the same for no two checkpoints or layers.
     pub fn new(target: Arc<dyn PackTarget>, spaces: SpaceTable, label: String) -> Self {
+        Self::after(target, spaces, label, 0)
+    }
+
+    /// The packs' numbers begin behind `last`.
+    pub fn after(target: Arc<dyn PackTarget>, spaces: SpaceTable, label: String, last: u32) -> Self {
+        Self::with_packs_of(PACK_BYTES, target, spaces, label, last)
+    }
+
+    pub(crate) fn with_packs_of(pack_bytes: ByteLen, target: Arc<dyn PackTarget>, spaces: SpaceTable, label: String, last: u32) -> Self {
         let (jobs, queue) = mpsc::channel(QUEUE);
-        let task = tokio::spawn(Pipeline::new(target, spaces, label).run(queue));
-        Self { jobs, task }
+        let stored = StoredPacks::default();
+        let pipeline = Pipeline::new(target, spaces, label, pack_bytes, last + 1, stored.clone());
+        Self { jobs, task: tokio::spawn(pipeline.run(queue)), stored }
+    }
+
+    pub fn stored(&self) -> StoredPacks {
+        self.stored.clone()
     }
 
     /// Waits while the queue is full. An error here only says that the pipeline ended; [`Packer::finish`] tells why.
@@ -85,23 +125,31 @@ impl Packer {
         Entrance { jobs: self.jobs.clone(), patience: None }
     }
 
-    /// Ends the pipeline, and says what really went wrong, when `seen` may only be that the pipeline has ended.
-    pub async fn why(mut self, seen: anyhow::Error) -> anyhow::Error {
+    /// Ends the pipeline, and says what really went wrong, when `seen` may only be that the
+    /// pipeline has ended. What was sent before is stored if the store takes it within `grace`.
+    pub async fn why(mut self, seen: anyhow::Error, grace: Duration) -> anyhow::Error {
         if self.jobs.is_closed() {
             return self.finish().await.err().unwrap_or(seen);
         }
-        self.task.abort();
-        // Waited for, so that nothing holds the target any more.
-        let _ = (&mut self.task).await;
+        self.close();
+        if tokio::time::timeout(grace, &mut self.task).await.is_err() {
+            self.task.abort();
+            // Waited for, so that nothing holds the target any more.
+            let _ = (&mut self.task).await;
+        }
         seen
     }
 
     /// Waits until every pack is stored.
     pub async fn finish(mut self) -> Result<Vec<PackRecord>> {
-        let (closed, _) = mpsc::channel(1);
-        self.jobs = closed;
-        let task = std::mem::replace(&mut self.task, tokio::spawn(async { Ok(Vec::new()) }));
-        task.await.context("the pack pipeline was cut off")?
+        self.close();
+        (&mut self.task).await.context("the pack pipeline was cut off")??;
+        Ok(self.stored.list().into_iter().map(|pack| pack.record).collect())
+    }
+
+    /// No job comes any more.
+    fn close(&mut self) {
+        self.jobs = mpsc::channel(1).0;
     }
 }
 
@@ -148,19 +196,33 @@ struct Pipeline {
     spaces: SpaceTable,
     label: String,
     builder: PackBuilder,
-    /// Packs begun so far; the builder's is the last of them.
+    /// A pack is closed when its frames reach this length.
+    pack_bytes: ByteLen,
+    /// The number of the builder's pack.
     begun: u32,
-    uploads: FuturesUnordered<BoxFuture<'static, Result<(u32, PackRecord)>>>,
-    stored: Vec<(u32, PackRecord)>,
+    uploads: FuturesUnordered<BoxFuture<'static, Result<NumberedPack>>>,
+    stored: StoredPacks,
 }
 
 impl Pipeline {
-    fn new(target: Arc<dyn PackTarget>, spaces: SpaceTable, label: String) -> Self {
-        let builder = PackBuilder::new(pack_id(&label, 1), &spaces);
-        Self { target, spaces, label, builder, begun: 1, uploads: FuturesUnordered::new(), stored: Vec::new() }
+    fn new(target: Arc<dyn PackTarget>, spaces: SpaceTable, label: String, pack_bytes: ByteLen, first: u32, stored: StoredPacks) -> Self {
+        let builder = PackBuilder::new(pack_id(&label, first), &spaces);
+        Self { target, spaces, label, builder, pack_bytes, begun: first, uploads: FuturesUnordered::new(), stored }
     }
 
-    async fn run(mut self, queue: mpsc::Receiver<PackJob>) -> Result<Vec<PackRecord>> {
+    async fn run(mut self, queue: mpsc::Receiver<PackJob>) -> Result<()> {
+        let done = self.take_all(queue).await;
+        if done.is_err() {
+            // What one upload met need not meet another, and what is stored counts for the next
+            // try.
+            while let Some(other) = self.uploads.next().await {
+                other.into_iter().for_each(|pack| self.stored.push(pack));
+            }
+        }
+        done
+    }
+
+    async fn take_all(&mut self, queue: mpsc::Receiver<PackJob>) -> Result<()> {
         let jobs = futures::stream::unfold(queue, |mut queue| async { queue.recv().await.map(|job| (job, queue)) });
         let mut encoded = Box::pin(jobs.map(encode).buffered(ENCODERS));
         loop {
@@ -176,12 +238,11 @@ impl Pipeline {
         while let Some(done) = self.uploads.next().await {
             self.stored.push(done?);
         }
-        self.stored.sort_by_key(|(number, _)| *number);
-        Ok(self.stored.into_iter().map(|(_, record)| record).collect())
+        Ok(())
     }
 
     async fn push(&mut self, record: Encoded) -> Result<()> {
-        if self.builder.len() >= PACK_BYTES || self.builder.index_len() >= INDEX_BYTES {
+        if self.builder.len() >= self.pack_bytes || self.builder.index_len() >= INDEX_BYTES {
             self.close()?;
         }
         match record {
@@ -225,10 +286,10 @@ fn pack_id(label: &str, number: u32) -> PackId {
     PackId::derive(&[label, &number.to_string()])
 }
 
-async fn upload(target: Arc<dyn PackTarget>, number: u32, pack: FinishedPack) -> Result<(u32, PackRecord)> {
+async fn upload(target: Arc<dyn PackTarget>, number: u32, pack: FinishedPack) -> Result<NumberedPack> {
     let chunks = pack.chunks.into_iter().map(Bytes::from).collect();
     let StoredPack { name, replicas, .. } = target.put_pack(&format!("pack-{number:04}"), chunks).await?;
-    Ok((number, PackRecord { name, info: pack.info, replicas }))
+    Ok(NumberedPack { number, record: PackRecord { name, info: pack.info, replicas } })
 }
 
 async fn encode(job: PackJob) -> Result<Encoded> {
@@ -246,7 +307,6 @@ async fn encode(job: PackJob) -> Result<Encoded> {
 mod test {
     use super::*;
     use checkpoint_format::{FRAME_PAGES, PAGE_SIZE, SpaceName};
-    use std::sync::Mutex;
 
     /// Keeps the length of each pack.
     #[derive(Default)]
