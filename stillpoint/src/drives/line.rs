@@ -91,6 +91,20 @@ impl Line<'_> {
         devices().find(|number| id(*number).as_deref() == Some(name))
     }
 
+    /// Whether the device that has this disk has the one of option `number` on the command line too. A device can be given
+    /// another node at run time (`qom-set`, a mirror), which may be on the command line as well. Another medium is told
+    /// elsewhere.
+    pub fn is_plugged(&self, disk: &Disk, number: usize) -> bool {
+        let drive = if disk.is_named {
+            Some(disk.device.clone())
+        } else {
+            let device = disk.qdev.as_deref().and_then(|qdev| self.of_device(qdev));
+            device.and_then(|device| Form::of(&self.options[device]).get("drive"))
+        };
+        let said = drive.and_then(|drive| self.of_node(&[&drive]).or_else(|| self.of_id(&drive)));
+        disk.removable || said.is_none_or(|said| self.reached(&HashSet::from([said])).contains(&number))
+    }
+
     /// Whether this option, or one that it refers to, names the file.
     pub fn names_file(&self, number: usize, file: &Path) -> bool {
         let reached = self.reached(&HashSet::from([number]));

@@ -57,7 +57,7 @@ struct Saved<'a> {
 impl Saved<'_> {
     fn disk(&mut self, disk: &Disk) -> Result<()> {
         match self.line.of_disk(disk) {
-            Some(number) if self.makes(number, disk) => {
+            Some(number) if self.makes(number, disk) && self.line.is_plugged(disk, number) => {
                 self.keep(number, disk);
                 self.plug(disk, &disk.root)
             }

@@ -59,6 +59,23 @@ fn assert_refused(line: &str, disks: Vec<Disk>, word: &str) {
 
 const DRIVES: &str = "-drive file=a.img,id=data,node-name=sp-data -drive index=0,file=b.img,node-name=sp-drive1";
 
+/// `qom-set /machine/peripheral/v drive b` gives a running device another node.
+#[test]
+fn device_with_another_node_than_at_its_start_is_refused() {
+    let line = "-blockdev driver=raw,node-name=a,file.driver=file,file.filename=a.img \
+                -blockdev driver=raw,node-name=b,file.driver=file,file.filename=b.img -device virtio-blk-pci,drive=a,id=v";
+    let has = |node: &str| Disk { removable: false, ..alone(node, "/machine/peripheral/v/virtio-backend", &format!("/vm/{node}.img")) };
+    let spare = |node: &str| disk(node, node, &format!("/vm/{node}.img"));
+    found(line, vec![has("a")], Vec::new(), vec![spare("b")]).unwrap();
+    let error = found(line, vec![has("b")], Vec::new(), vec![spare("a")]).unwrap_err();
+    assert_eq!(exit::code_of(&error), exit::REFUSED, "{error}");
+    let line = "-drive file=a.img,id=a,if=none,node-name=a -drive file=b.img,id=b,if=none,node-name=b -device ide-hd,drive=a";
+    let named =
+        |node: &str| Disk { qdev: Some("/machine/peripheral-anon/device[0]".to_owned()), ..disk(node, "a", &format!("/vm/{node}.img")) };
+    found(line, vec![named("a"), spare("b")], Vec::new(), Vec::new()).unwrap();
+    assert_refused(line, vec![named("b"), spare("a")], "b.img");
+}
+
 #[test]
 fn name_is_found_by_id_or_by_the_id_that_qemu_made() {
     let disks = vec![disk("#block101", "data", "/vm/a.img"), disk("#block102", "ide0-hd0", "/vm/b.img")];
