@@ -212,8 +212,8 @@ impl<'a> Draw<'a> {
 
     /// A writable or read-only disk by `-drive`.
     fn disk(&mut self) {
-        let (file, format) = *self.random.pick(DISKS);
-        let escaped = file.replace(',', ",,");
+        let (name, format) = *self.random.pick(DISKS);
+        let escaped = name.replace(',', ",,");
         let cache = self.of(CACHES);
         let id = self.id("d");
         let format = match self.random.below(4) {
@@ -235,7 +235,7 @@ impl<'a> Draw<'a> {
             }
             1 => {
                 let shorthand = self.of(&["-hdb", "-hdc", "-hdd"]);
-                self.pair(&shorthand, file.rsplit(['=', ':']).next().unwrap_or(&file).replace(",,", ","));
+                self.pair(&shorthand, name);
             }
             _ => {
                 self.pair("-drive", format!("{file}{format},if=none,id={id}{cache}{more}"));

@@ -239,6 +239,7 @@ const LIMITS: &[Case] = &[
     run("CXL (`cxl-…`, `pxb-cxl`)", "-device pxb-cxl,bus_nr=12").says(&["pxb-cxl", "saves nothing"]),
     run("`edu`", "-device edu").says(&["-device edu", "saves nothing"]),
     run("test devices", "-device pci-testdev").says(&["pci-testdev", "saves nothing"]),
+    run("`uefi-vars-x64`", "-device uefi-vars-x64").says(&["uefi-vars-x64", "used storage"]),
     attach("`ramfb` of QEMU before 8.2", "-device ramfb").says(&["ramfb"]).before(8),
     row("`nvme`", "`nvme`"),
     run("`nvme`", r#"-device {"driver":"nvme","serial":"1"}"#).says(&["nvme", "cannot save its state"]),
