@@ -9,7 +9,7 @@ const NOT_READ: &[&str] = &["target", ".git", "fuzz"];
 
 /// Names of all tests of the project, wherever they are.
 pub fn test_names() -> HashSet<String> {
-    sources(&project()).iter().flat_map(|file| tests_in(&std::fs::read_to_string(file).unwrap_or_default())).collect()
+    sources(project()).iter().flat_map(|file| tests_in(&std::fs::read_to_string(file).unwrap_or_default())).collect()
 }
 
 fn sources(directory: &Path) -> Vec<PathBuf> {

@@ -91,7 +91,7 @@ mod test {
             path
         };
         let (open, closed) = (file("open", 0o666), file("closed", 0o644));
-        std::os::unix::fs::chown(&file("group", 0o660), None, Some(4242)).unwrap();
+        std::os::unix::fs::chown(file("group", 0o660), None, Some(4242)).unwrap();
         let user = |groups: &[u32]| User { uid: Uid::from_raw(65_534), groups: groups.iter().copied().map(Gid::from_raw).collect() };
         let of_group = vec![open.clone(), directory.path().join("group")];
         assert_eq!(closed_to(user(&[65_534]), vec![open, closed.clone()]).unwrap(), Some(closed));
