@@ -52,7 +52,7 @@ fn tree_gives_a_reason_for_each_allowed_lint() {
 fn tree_reads_no_file_without_a_limit() {
     let mut all = Vec::new();
     CRATES.iter().for_each(|name| files(&root().join(name).join("src"), &[".rs"], &mut all));
-    all.retain(|(path, _)| path != READER && !path.ends_with("/test.rs"));
+    all.retain(|(path, _)| path != READER && !path.ends_with("/test.rs") && !path.ends_with("/hostile.rs"));
     // Unit tests stand at the end.
     all.iter_mut().for_each(|(_, text)| text.truncate(text.find("#[cfg(test)]").unwrap_or(text.len())));
     let whole = |line: &str| line.contains("fs::read(") || line.contains("fs::read_to_string(");

@@ -5,6 +5,7 @@
 //! stays stopped. So such a VM is not migrated.
 
 use crate::exit::refused;
+use crate::files;
 use anyhow::{Context, Result};
 use nix::unistd::{Gid, Uid, geteuid, setfsgid, setfsuid};
 use qmp_bridge::disks::Disk;
@@ -13,14 +14,14 @@ use std::path::{Path, PathBuf};
 
 /// Refused where the process `pid` may not open one of the disks that its guest writes.
 pub fn check(pid: u32, disks: &[Disk]) -> Result<()> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).context("reading QEMU's status")?;
+    let status = files::read_text(format!("/proc/{pid}/status")).context("reading QEMU's status")?;
     let user = User::parse(&status).context("QEMU's status names no user")?;
     // An ordinary user's QEMU is of that user, who could not take on another.
     if user.uid == geteuid() || !geteuid().is_root() {
         return Ok(());
     }
-    let files = disks.iter().filter(|disk| !disk.read_only).map(|disk| disk.file.clone()).collect();
-    match closed_to(user, files)? {
+    let written = disks.iter().filter(|disk| !disk.read_only).map(|disk| disk.file.clone()).collect();
+    match closed_to(user, written)? {
         None => Ok(()),
         Some(path) => Err(refused(format!(
             "QEMU's user may not open {} again, which QEMU would do after its migration stream, and the guest would stay stopped; give that \
