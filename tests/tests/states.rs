@@ -4,8 +4,8 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Outcome, QmpClient, Recipe, SCRIBBLER_RAM_BYTES, SmallStore, TestMachine, newest_qemu, on_each_qemu, wait_for_scribbles,
-    wait_until,
+    Lab, Outcome, QmpClient, Recipe, SCRIBBLER_RAM_BYTES, SmallStore, TestMachine, major_version, newest_qemu, on_each_qemu, stream_modes,
+    wait_for_scribbles, wait_until,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -182,6 +182,65 @@ fn refuse(lab: &Lab, machine: &TestMachine, monitor: &mut QmpClient, wanted: &st
     let message = machine.try_checkpoint().expect_failure(3);
     assert!(message.contains(wanted), "{message}");
     assert_eq!((lab.list_if_any(&machine.name), objects(monitor), state(monitor).as_str()), (known, before, wanted));
+}
+
+/// A guest in ACPI S3 is what a tracker gets it as; QEMU aborts after its migration, so by stream it is refused.
+#[test]
+fn run_state_suspended_is_kept_by_the_tracker_and_refused_by_stream() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        for mode in stream_modes(qemu) {
+            let external = lab.start_plain(mode, &Recipe::scribbler(68));
+            external.attach_plain(&["--stream", mode]);
+            let mut monitor = external.qmp();
+            wait_for_scribbles(&mut monitor);
+            suspend(&mut monitor);
+            let message = external.try_checkpoint().expect_failure(3);
+            assert!(message.contains("suspended") && state(&mut monitor) == "suspended", "{mode}: {message}");
+            wake(&mut monitor);
+            external.checkpoint();
+        }
+
+        let managed = lab.start("m", &Recipe::scribbler(69));
+        let mut monitor = managed.qmp();
+        wait_for_scribbles(&mut monitor);
+        managed.checkpoint();
+        suspend(&mut monitor);
+        if major_version(qemu) < 9 {
+            assert!(managed.try_checkpoint().expect_failure(3).contains("suspended"));
+            return wake(&mut monitor);
+        }
+        let taken = managed.try_checkpoint_with(&["--verify"]).expect_success().json();
+        assert!(taken["run_state"] == "suspended" && taken["proof"]["proven"] == true, "{taken}");
+        assert_eq!(state(&mut monitor), "suspended");
+        let memory = monitor.memory(SCRIBBLER_RAM_BYTES);
+        drop(monitor);
+        managed.kill();
+        for (name, words, is) in [("paused", &["--paused"] as &[&str], "paused"), ("back", &[], "suspended")] {
+            let restored = lab.restore("m", name, words);
+            let mut monitor = restored.qmp();
+            assert_eq!(state(&mut monitor), is);
+            assert!(monitor.memory(SCRIBBLER_RAM_BYTES) == memory, "another memory");
+            if is == "paused" {
+                monitor.cont();
+                wait_for_state(&mut monitor, "suspended");
+            }
+            wake(&mut monitor);
+        }
+    });
+}
+
+/// What a guest does for S3: SLP_TYP and SLP_EN of the PM1 control register.
+fn suspend(monitor: &mut QmpClient) {
+    monitor.human("o /w 0x604 0x2400");
+    wait_for_state(monitor, "suspended");
+}
+
+/// The firmware finds no waking vector, and boots again.
+fn wake(monitor: &mut QmpClient) {
+    monitor.execute("system_wakeup", json!({}));
+    wait_for_state(monitor, "running");
+    wait_for_scribbles(monitor);
 }
 
 /// A guest that was reset while a helper that died held it stopped waits for nobody else.

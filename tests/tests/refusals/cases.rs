@@ -185,6 +185,7 @@ const ATTACH: &[Case] = &[
     test("`colo`", NO_GUEST),
     test("`debug`", NO_GUEST),
     test("`suspended` before QEMU 9.0", NO_GUEST),
+    test("`suspended` by stream", "run_state_suspended_is_kept_by_the_tracker_and_refused_by_stream"),
 ];
 
 const LIMITS: &[Case] = &[
