@@ -20,7 +20,7 @@ fn images(recipe: Recipe) -> Recipe {
     };
     let recipe = recipe.image(&["create", "-q", "-f", "raw", "l0", "8M"]).patch("l0", 0x10_0000, b"bottom of all chains");
     let recipe = recipe.image(&["create", "-q", "-f", "raw", "probed", MIB]);
-    let recipe = ["thr", "dotted", "json", "spare"].into_iter().fold(recipe, |recipe, name| plain(recipe, name, ""));
+    let recipe = ["thr", "by-ref", "by-ref2", "dotted", "json", "spare"].into_iter().fold(recipe, |recipe, name| plain(recipe, name, ""));
     let recipe = plain(recipe, "old", "compat=0.10,cluster_size=4096");
     let recipe = plain(recipe, "subclusters", "extended_l2=on,cluster_size=128k,lazy_refcounts=on");
     let chain = (1..10).fold(recipe, |recipe, number| {
@@ -41,6 +41,17 @@ const CARRIED: &[(&str, &str)] = &[
     (
         "cor-top",
         "-blockdev driver=copy-on-read,node-name=cor-top,file.driver=qcow2,file.file.driver=file,file.file.filename=cor -device virtio-blk-pci,drive=cor-top,share-rw=on",
+    ),
+    (
+        "ref-tt",
+        "-object throttle-group,id=by-name -blockdev driver=file,node-name=ref-file,filename=by-ref \
+         -blockdev driver=qcow2,node-name=ref,file=ref-file -blockdev driver=copy-on-read,node-name=ref-cor,file=ref \
+         -blockdev driver=throttle,node-name=ref-tt,file=ref-cor,throttle-group=by-name -device virtio-blk-pci,drive=ref-tt,share-rw=on",
+    ),
+    (
+        "ref2-cor",
+        "-blockdev driver=qcow2,node-name=ref2,file.driver=file,file.filename=by-ref2 \
+         -blockdev driver=copy-on-read,node-name=ref2-cor,file=ref2 -device virtio-blk-pci,drive=ref2-cor,share-rw=on",
     ),
     (
         "dotted",
@@ -83,7 +94,8 @@ fn content(lab: &Lab, machine: &TestMachine, row: &Value) -> Vec<u8> {
     let file = row["file"].as_str().expect("a name");
     let tree: Value = file.strip_prefix("json:").map_or(Value::Null, |text| serde_json::from_str(text).expect("JSON"));
     let format = if row["drv"] == "raw" { "raw" } else { "qcow2" };
-    let below = [&tree["file"]["file"]["filename"], &tree["file"]["filename"]].into_iter().find_map(Value::as_str).unwrap_or(file);
+    let nodes = std::iter::successors(Some(&tree), |node| node.get("file"));
+    let below = nodes.filter_map(|node| node["filename"].as_str()).next().unwrap_or(file);
     read_image(&lab.qemu, &machine.directory.join(below), format)
 }
 

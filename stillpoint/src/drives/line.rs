@@ -51,9 +51,9 @@ impl Line<'_> {
         self.of_node(&[node]).is_some()
     }
 
-    /// The option that makes a disk.
+    /// The option that makes a disk: its topmost node, filters included, which may refer to options before it.
     pub fn of_disk(&self, disk: &Disk) -> Option<usize> {
-        self.of_node(&[&disk.root, &disk.node]).or_else(|| self.of_drive(disk))
+        self.of_node(&[&disk.root]).or_else(|| self.of_node(&[&disk.node])).or_else(|| self.of_drive(disk))
     }
 
     pub fn of_node(&self, nodes: &[&str]) -> Option<usize> {

@@ -93,6 +93,34 @@ fn name_that_somebody_gave_stays_also_above_a_filter() {
 }
 
 #[test]
+fn filters_by_reference_stay_above_their_nodes() {
+    let file = "-blockdev driver=file,node-name=f,filename=a.img";
+    let format = "-blockdev driver=raw,node-name=e,file=f";
+    let throttle = |file: &str| format!("-blockdev driver=throttle,node-name=tt,file={file},throttle-group=g");
+    let copy = |file: &str| format!("-blockdev driver=copy-on-read,node-name=cc,file={file}");
+    let chains = [
+        ("tt", vec![throttle("e")]),
+        ("cc", vec![copy("e")]),
+        ("tt", vec![copy("e"), throttle("cc")]),
+        ("cc", vec![throttle("e"), copy("tt")]),
+    ];
+    for (root, filters) in chains {
+        let line = format!("{file} {format} {} -device scsi-hd,drive={root}", filters.join(" "));
+        let top = Disk {
+            root: root.into(),
+            is_named: false,
+            qdev: Some("/machine/peripheral-anon/device[0]".into()),
+            ..disk("e", "x", "/vm/a.img")
+        };
+        assert_eq!(saved(&line, vec![top.clone()], Vec::new()), line);
+        // The chain of an image is named by the image itself, below any filter.
+        let chain = line.replace("driver=raw,node-name=e", "driver=qcow2,node-name=e,backing=f2");
+        let chain = format!("-blockdev driver=raw,node-name=f2,file.driver=file,file.filename=b {chain}");
+        assert_eq!(saved(&chain, vec![on(&["b"], top)], Vec::new()), line.replace("driver=raw", "driver=qcow2"));
+    }
+}
+
+#[test]
 fn disk_that_the_line_does_not_name_is_refused() {
     for (device, file) in [("data", "/vm/other.img"), ("ide0-hd1", "/vm/c.img")] {
         assert_refused(DRIVES, vec![disk("#block7", device, file), disk("sp-drive1", "ide0-hd0", "/vm/b.img")], file);
