@@ -14,9 +14,9 @@ use crate::error::TrackerError;
 use crate::guest_memory::GuestMemory;
 use crate::maps::{Mapping, parse_maps, read_maps};
 use crate::sys::receive::receive;
-use crate::sys::wire::{FdKind, Hello, PROTOCOL_VERSION, REPLY_LEN, Reply, Status};
+use plugin_protocol::wire::{FdKind, Hello, PROTOCOL_VERSION, REPLY_LEN, Reply, Status};
 
-pub use crate::sys::wire::UffdSource;
+pub use plugin_protocol::wire::UffdSource;
 
 /// Pause between two attempts to reach a QEMU that is still starting.
 const CONNECT_PAUSE: Duration = Duration::from_millis(2);

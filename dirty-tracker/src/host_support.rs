@@ -9,10 +9,10 @@ use checkpoint_format::PAGE_SIZE;
 
 use crate::sys::pagemap::{Categories, ScanBuffer, Then, scan};
 use crate::sys::scratch::Scratch;
-use crate::sys::uapi;
-use crate::sys::uffd::{self, OpenUffd};
-use crate::sys::wire::UffdSource;
 use crate::sys::write_protect::{protect, register};
+use plugin_protocol::uapi;
+use plugin_protocol::uffd::{self, OpenUffd};
+use plugin_protocol::wire::UffdSource;
 
 /// One thing that tracking needs.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,12 +8,13 @@ use cargo_metadata::{DependencyKind, MetadataCommand, Package};
 const ALLOWED: &[(&str, &[&str])] = &[
     ("checkpoint-format", &[]),
     ("checkpoint-store", &["checkpoint-format"]),
-    ("dirty-tracker", &["checkpoint-format"]),
+    ("dirty-tracker", &["checkpoint-format", "plugin-protocol"]),
+    ("plugin-protocol", &[]),
     ("qemu-cmdline", &[]),
     ("qmp-bridge", &[]),
     ("stillpoint", &["checkpoint-format", "checkpoint-store", "dirty-tracker", "qemu-cmdline", "qmp-bridge"]),
     ("stillpoint-documents", &["stillpoint"]),
-    ("stillpoint-plugin", &[]),
+    ("stillpoint-plugin", &["plugin-protocol"]),
     ("stillpoint-tests", &["checkpoint-format", "checkpoint-store", "dirty-tracker", "qemu-cmdline", "qmp-bridge"]),
     ("witness", &[]),
 ];

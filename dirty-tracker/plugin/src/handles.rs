@@ -9,8 +9,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use super::uffd;
-use super::wire::{FD_KINDS, FdKind, PROTOCOL_VERSION, Reply, Status, UffdSource};
+use plugin_protocol::uffd;
+use plugin_protocol::wire::{FD_KINDS, FdKind, PROTOCOL_VERSION, Reply, Status, UffdSource};
 
 /// The descriptors by [`FdKind`], and the greeting that goes with them.
 #[derive(Debug)]

@@ -15,10 +15,6 @@
 mod api_version;
 mod handles;
 mod server;
-mod uapi;
-mod uffd;
-#[allow(dead_code, reason = "the tracker uses the other half")]
-mod wire;
 
 use std::ffi::{CStr, OsStr, c_char, c_int, c_void};
 use std::io;

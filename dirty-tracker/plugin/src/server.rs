@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::handles::Handles;
-use super::wire::{FD_KINDS, HELLO_LEN, Hello, REPLY_LEN, Reply};
+use plugin_protocol::wire::{FD_KINDS, HELLO_LEN, Hello, REPLY_LEN, Reply};
 
 /// How long one client may keep the others waiting.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(2);

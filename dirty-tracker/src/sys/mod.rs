@@ -1,6 +1,4 @@
 //! Everything that talks to the kernel in pointers: the only unsafe code of this library.
-//!
-//! Three files are the plugin's own, compiled a second time: what both sides must agree on exists once.
 #![allow(unsafe_code, reason = "the one place for it, see above")]
 
 pub mod pagemap;
@@ -9,16 +7,6 @@ pub mod receive;
 pub mod scratch;
 pub mod watch_mapping;
 pub mod write_protect;
-
-#[allow(dead_code, reason = "the plugin uses the other half")]
-#[path = "../../plugin/src/uapi.rs"]
-pub mod uapi;
-#[allow(dead_code, reason = "the plugin uses the other half")]
-#[path = "../../plugin/src/uffd.rs"]
-pub mod uffd;
-#[allow(dead_code, reason = "the plugin uses the other half")]
-#[path = "../../plugin/src/wire.rs"]
-pub mod wire;
 
 use std::io;
 use std::ops::Range;

@@ -185,8 +185,8 @@ mod test {
 
     use super::*;
     use crate::sys::scratch::Scratch;
-    use crate::sys::uffd;
     use crate::sys::write_protect::{protect, protect_at_once, register};
+    use plugin_protocol::uffd;
 
     const PAGE: u64 = 4096;
     const PAGES: u64 = 64;

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-use super::wire::FD_KINDS;
+use plugin_protocol::wire::FD_KINDS;
 
 /// Fills `bytes` and returns the descriptors that came with the first of them, close-on-exec.
 ///

@@ -8,10 +8,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use plugin_protocol::uffd;
 
 use super::check;
 use super::pagemap::{Categories, ScanBuffer, Then, scan};
-use super::uffd;
 use super::write_protect::register;
 
 const PAGE: usize = 4096;

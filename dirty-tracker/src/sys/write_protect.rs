@@ -4,8 +4,8 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use super::uapi;
 use super::{check, pieces};
+use plugin_protocol::uapi;
 
 /// `UFFDIO_REGISTER_MODE_WP`
 const REGISTER_MODE_WP: u64 = 1 << 1;

@@ -1,14 +1,14 @@
 //! Getting a userfaultfd from the kernel, by whichever door is open to this process.
 //!
-//! Compiled into the plugin, which hands the descriptor to the tracker, and into the tracker, whose host check opens one
-//! the same way to say whether the plugin will get one.
+//! The plugin opens one to hand it to the tracker; the tracker's host check opens one the same way to report whether the
+//! plugin will get one.
 #![allow(unsafe_code, reason = "system calls that no library has")]
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use super::uapi;
-use super::wire::UffdSource;
+use crate::uapi;
+use crate::wire::UffdSource;
 
 /// An open uffd with [`uapi::WANTED_FEATURES`] switched on.
 #[derive(Debug)]

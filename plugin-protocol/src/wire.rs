@@ -10,8 +10,6 @@
 //!             24 uffd features u64  32 uffd source u32   36 errno per descriptor, 5 x i32
 //!             56 mask of attached descriptors u32        60 reserved u32 (zero)
 //! ```
-//!
-//! The tracker compiles this same file, so the two sides cannot drift apart.
 
 pub const HELLO_MAGIC: [u8; 8] = *b"STILLPT?";
 pub const REPLY_MAGIC: [u8; 8] = *b"STILLPT!";

@@ -1,6 +1,6 @@
 //! The kernel's userfaultfd interface: the part that we use, as `linux/userfaultfd.h` defines it.
 //!
-//! Compiled into the plugin and into the tracker. Sizes are part of the ioctl numbers, so they are checked here.
+//! Sizes are part of the ioctl numbers, so they are checked here.
 
 /// `UFFD_API`
 pub const API: u64 = 0xaa;
