@@ -43,6 +43,7 @@
 mod digest;
 mod digest_table;
 mod envelope;
+mod identity;
 mod layer;
 mod lineage;
 mod manifest;
@@ -58,6 +59,7 @@ mod wire;
 pub use digest::{Checksum, ContentDigest, ContentHasher, DigestParseError, PageDigest, is_zero};
 pub use digest_table::DigestTable;
 pub use envelope::{EnvelopeError, MAX_HEADER_LINE};
+pub use identity::CheckpointIdentity;
 pub use layer::{
     BLOCK_PAGES, BLOCK_SIZE, BlockHome, BlockIndex, BlockRef, BlockTable, BlockTableBuilder, BlockTableInfo, BlocksHasher, DigestForm,
     LAYER_VERSION, LayerError, LayerManifest, MAX_LAYER_BLOCKS, MAX_LAYER_BODY, MAX_LAYER_OWNERS, MAX_STORED_BLOCKS, OwnerIndex,

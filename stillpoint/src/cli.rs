@@ -1,10 +1,11 @@
 //! The command line.
 
-use checkpoint_format::{CheckpointSeq, VmName};
+use checkpoint_format::VmName;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use serde::{Deserialize, Serialize};
+use engine::lineage::CheckpointName;
+use engine::restore::line::Mapping;
 use std::path::PathBuf;
-use std::str::FromStr;
+use vm::memory_source;
 
 const EXIT_CODES: &str = "Exit codes:
   0  done
@@ -305,9 +306,23 @@ impl AttachArgs {
     }
 }
 
+impl RunArgs {
+    pub fn into_request(self) -> anyhow::Result<crate::commands::run::RunRequest> {
+        let mut words = self.qemu.into_iter();
+        let qemu = words.next().ok_or_else(|| anyhow::anyhow!("no QEMU program was named after '--'"))?;
+        Ok(crate::commands::run::RunRequest {
+            name: self.name,
+            store: self.store.store,
+            runtime_base: self.runtime.runtime_dir,
+            scratch: self.scratch_dir,
+            qemu,
+            arguments: words.collect(),
+        })
+    }
+}
+
 /// Which engine is wanted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum EngineChoice {
     /// The tracker where the plugin sits in QEMU, else the stream
     #[default]
@@ -318,9 +333,18 @@ pub enum EngineChoice {
     Stream,
 }
 
+impl From<EngineChoice> for memory_source::EngineChoice {
+    fn from(choice: EngineChoice) -> Self {
+        match choice {
+            EngineChoice::Auto => Self::Auto,
+            EngineChoice::Tracker => Self::Tracker,
+            EngineChoice::Stream => Self::Stream,
+        }
+    }
+}
+
 /// How the stream engine gets memory of one instant.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum StreamChoice {
     /// Pre-copy where this QEMU does it without fault, else stopped
     #[default]
@@ -333,53 +357,14 @@ pub enum StreamChoice {
     Stopped,
 }
 
-/// `NAME` or `NAME@ID`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CheckpointName {
-    pub vm: VmName,
-    pub seq: Option<CheckpointSeq>,
-}
-
-impl FromStr for CheckpointName {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (name, seq) = match text.split_once('@') {
-            Some((name, seq)) => (name, Some(seq)),
-            None => (text, None),
-        };
-        let vm = name.parse().map_err(|error| format!("{error}"))?;
-        let number = |seq: &str| {
-            seq.parse().map(CheckpointSeq).map_err(|_| format!("'{seq}' is no checkpoint id: a number was expected, as in {name}@7"))
-        };
-        Ok(Self { vm, seq: seq.map(number).transpose()? })
-    }
-}
-
-/// `OLD=NEW`. Either may hold `=` itself, so where it is split is found out with the saved command line.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mapping(String);
-
-impl Mapping {
-    /// Every OLD and NEW that it may mean.
-    pub fn splits(&self) -> Vec<(String, String)> {
-        let split = |(at, _): (usize, &str)| (self.0[..at].to_owned(), self.0[at + 1..].to_owned());
-        self.0.match_indices('=').map(split).filter(|(old, _)| !old.is_empty()).collect()
-    }
-}
-
-impl std::fmt::Display for Mapping {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl FromStr for Mapping {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wish = Self(text.to_owned());
-        if wish.splits().is_empty() { Err(format!("'{text}' is not of the form OLD=NEW")) } else { Ok(wish) }
+impl From<StreamChoice> for memory_source::StreamChoice {
+    fn from(choice: StreamChoice) -> Self {
+        match choice {
+            StreamChoice::Auto => Self::Auto,
+            StreamChoice::PreCopy => Self::PreCopy,
+            StreamChoice::BackgroundSnapshot => Self::BackgroundSnapshot,
+            StreamChoice::Stopped => Self::Stopped,
+        }
     }
 }
 
@@ -406,13 +391,5 @@ mod test {
     #[test]
     fn help_every_command_and_argument_has_a_text() {
         assert_eq!(without_help(&Cli::command(), "stillpoint"), [] as [String; 0]);
-    }
-
-    #[test]
-    fn checkpoint_names_are_parsed() {
-        let name: CheckpointName = "web-1@12".parse().unwrap();
-        assert_eq!((name.vm.as_str(), name.seq), ("web-1", Some(CheckpointSeq(12))));
-        assert!("web@x".parse::<CheckpointName>().unwrap_err().contains("web@7"));
-        assert!("/etc@1".parse::<CheckpointName>().is_err());
     }
 }

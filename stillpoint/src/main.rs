@@ -1,38 +1,23 @@
-//! The `stillpoint` command. ARCHITECTURE.md has the picture; each folder here is one room of it:
-//! `launch` starts QEMU, `helper` sits beside it, `checkpoint` takes, `restore` brings back, `layers` and `pack` carry
-//! data, `inspect` looks at a store, `proof` restores in a sandbox and compares.
+//! The `stillpoint` command: its arguments, what it prints, its exit codes, and the helper process with its control socket.
+//! What it does is in the crates `engine` and `vm`; ARCHITECTURE.md has the picture.
 
-mod adopt;
 mod bench;
-mod cache;
-mod checkpoint;
+mod commands;
 mod control;
 mod doctor;
-mod drives;
-mod engine;
-mod exit;
-mod fault;
-mod files;
 mod helper;
-mod inspect;
-mod launch;
-mod layers;
-mod lineage;
-mod pack;
-mod proof;
-mod restore;
-mod run_state;
-mod runtime;
-mod stores;
 mod terminal;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use engine::proof;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use stillpoint_cli::cli::{self, Cli, Command};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
+use vm::error;
+use vm::launch;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -40,8 +25,8 @@ fn main() -> ExitCode {
     match dispatch(cli.command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("stillpoint: {}", exit::explain(&error));
-            exit::code(&error)
+            eprintln!("stillpoint: {}", error::explain(&error));
+            error::code(&error)
         }
     }
 }
@@ -62,8 +47,8 @@ fn log_to_stderr(cli: &Cli) {
 fn dispatch(command: Command) -> Result<ExitCode> {
     match command {
         // Before any thread exists: this process becomes QEMU.
-        Command::Run(args) => match launch::run(args.try_into()?)? {},
-        Command::Sandbox(args) => match proof::sandbox::become_program(&args)? {},
+        Command::Run(args) => match commands::run::run(args.into_request()?)? {},
+        Command::Sandbox(args) => match proof::sandbox::become_program(&args.dir, &args.cwd, &args.program)? {},
         Command::Verify(args) if args.restore && proof::sandbox::workspace().is_none() => {
             proof::sandbox::supervise(&launch::scratch_dir(args.scratch_dir.as_deref())?)
         }
@@ -82,14 +67,14 @@ fn dispatch(command: Command) -> Result<ExitCode> {
 async fn dispatch_async(command: Command) -> Result<ExitCode> {
     match command {
         Command::Attach(args) => helper::attach::run(args).await?,
-        Command::Adopt(args) => adopt::run(&args).await?,
+        Command::Adopt(args) => commands::adopt::run(&args).await?,
         Command::Helper(args) => helper::run(args).await?,
         Command::Checkpoint(args) => helper::client::checkpoint(&args).await?,
-        Command::Restore(args) => restore::run(args).await?,
-        Command::Ls(args) => inspect::ls(&args).await?,
-        Command::Show(args) => inspect::show(&args).await?,
-        Command::Verify(args) if args.restore => proof::run(&args).await?,
-        Command::Verify(args) => inspect::verify::run(&args).await?,
+        Command::Restore(args) => commands::restore::run(args).await?,
+        Command::Ls(args) => commands::inspect::ls(&args).await?,
+        Command::Show(args) => commands::inspect::show(&args).await?,
+        Command::Verify(args) if args.restore => commands::verify::prove(args).await?,
+        Command::Verify(args) => commands::verify::read_back(&args).await?,
         Command::Bench(args) => bench::run(&args).await?,
         Command::Run(_) | Command::Doctor(_) | Command::Sandbox(_) => unreachable!("handled without the asynchronous runtime"),
     }

@@ -1,8 +1,10 @@
 //! What a person reads: results on stdout; progress as bars on stderr when it is a terminal, nothing otherwise.
 
+use anyhow::{Context, Result};
+use engine::progress::{self, Advance};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{IsTerminal, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Prints on stdout. A reader that has closed it (`| head`) is no failure of what the command did.
 macro_rules! out {
@@ -17,28 +19,41 @@ pub fn write(text: std::fmt::Arguments<'_>) {
     }
 }
 
-/// Shown only for what takes this long.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-pub struct Progress {
-    bar: ProgressBar,
-    begun: std::time::Instant,
+pub fn print_json(value: &serde_json::Value) -> Result<()> {
+    out!("{}", serde_json::to_string_pretty(value).context("encoding JSON")?);
+    Ok(())
 }
 
-impl Progress {
-    pub fn bytes(what: &str, total: u64) -> Self {
+/// Shown only for what takes this long.
+const SHOW_AFTER: Duration = Duration::from_secs(1);
+
+/// Shows the work of a command: a bar for each piece of it.
+pub struct Terminal;
+
+impl progress::Progress for Terminal {
+    fn begin(&self, what: &str, total: u64) -> Box<dyn Advance> {
+        Box::new(Bar::of_bytes(what, total))
+    }
+
+    fn note(&self, text: &str) {
+        eprintln!("stillpoint: {text}");
+    }
+}
+
+pub struct Bar {
+    bar: ProgressBar,
+    begun: Instant,
+}
+
+impl Bar {
+    pub fn of_bytes(what: &str, total: u64) -> Self {
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
         let template = "{msg:20} [{bar:32}] {bytes:>10} of {total_bytes:10} {bytes_per_sec:>12} {eta:>4}";
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
         }
         bar.set_message(what.to_owned());
-        Self { bar, begun: std::time::Instant::now() }
-    }
-
-    pub fn advance(&self, bytes: u64) {
-        self.bar.inc(bytes);
-        self.show();
+        Self { bar, begun: Instant::now() }
     }
 
     pub fn set(&self, what: &str, done: u64, total: u64) {
@@ -49,19 +64,21 @@ impl Progress {
     }
 
     fn show(&self) {
-        if self.bar.is_hidden() && self.begun.elapsed() > PATIENCE && std::io::stderr().is_terminal() {
+        if self.bar.is_hidden() && self.begun.elapsed() > SHOW_AFTER && std::io::stderr().is_terminal() {
             self.bar.set_draw_target(ProgressDrawTarget::stderr());
         }
     }
 }
 
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.bar.finish_and_clear();
+impl Advance for Bar {
+    fn advance(&self, bytes: u64) {
+        self.bar.inc(bytes);
+        self.show();
     }
 }
 
-/// `1.5 MiB`.
-pub fn bytes(count: u64) -> String {
-    indicatif::HumanBytes(count).to_string()
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
 }

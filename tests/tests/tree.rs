@@ -3,9 +3,19 @@
 use std::path::{Path, PathBuf};
 
 /// Crates whose code meets files, processes and stores that others made; not the tests, nor what runs in a guest.
-const CRATES: &[&str] = &["checkpoint-format", "checkpoint-store", "dirty-tracker", "qemu-cmdline", "qmp-bridge", "stillpoint"];
+const CRATES: &[&str] = &[
+    "checkpoint-format",
+    "checkpoint-store",
+    "dirty-tracker",
+    "engine",
+    "plugin-protocol",
+    "qemu-cmdline",
+    "qmp-bridge",
+    "stillpoint",
+    "vm",
+];
 /// The one file that reads whole files for the binary.
-const READER: &str = "stillpoint/src/files.rs";
+const READER: &str = "vm/src/files.rs";
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()

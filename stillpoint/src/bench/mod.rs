@@ -6,19 +6,18 @@
 mod report;
 mod statistics;
 
-use crate::checkpoint::Choice;
-use crate::checkpoint::outcome::Outcome;
 use crate::cli::BenchArgs;
+use crate::commands::prove;
 use crate::control::Request;
 use crate::helper::client::ask;
-use crate::inspect::print_json;
-use crate::proof::client;
-use crate::runtime::RuntimeDir;
-use crate::terminal::out;
+use crate::terminal::{out, print_json};
 use anyhow::{Context, Result};
+use engine::checkpoint::Choice;
+use engine::checkpoint::outcome::Outcome;
 use report::Report;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
+use vm::runtime_dir::RuntimeDir;
 
 /// A bare pause and the checkpoint after it.
 #[derive(Clone, Debug)]
@@ -36,7 +35,7 @@ pub async fn run(args: &BenchArgs) -> Result<()> {
     let status = ask(&runtime, &Request::Status).await?;
     let report = Report::new(&pairs);
     let last = pairs.last().map_or(first.id, |pair| pair.checkpoint.id);
-    let proof = client::prove(&runtime, &args.name, last).await;
+    let proof = prove::prove(&runtime, &args.name, last).await;
     if args.json {
         let mut value = report.json(&status, &first, &pairs, interval);
         value["proof"] = proof.as_ref().ok().cloned().unwrap_or_default();

@@ -2,8 +2,8 @@
 
 use super::Pair;
 use super::statistics::Spread;
-use crate::checkpoint::outcome::{Kind, Outcome};
-use crate::terminal::bytes;
+use engine::checkpoint::outcome::{Kind, Outcome};
+use engine::progress::bytes;
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;

@@ -1,9 +1,9 @@
 //! The kernel and the tools that the launcher calls.
 
 use super::Row;
-use crate::files;
 use dirty_tracker::{GuestMemory, HostCheck, HostSupport};
 use std::process::{Command, Stdio};
+use vm::files;
 
 /// Large enough to be sealed and mapped as a machine's memory is.
 const TRIAL_MEMORY: u64 = 1 << 20;

@@ -1,14 +1,14 @@
 //! The directories that a running machine needs: where its sockets lie, and where old disk blocks wait.
 
 use super::Row;
-use crate::launch::scratch_dir;
-use crate::runtime::RuntimeDir;
-use crate::terminal::bytes;
 use anyhow::{Context, Result};
+use engine::progress::bytes;
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use vm::launch::scratch_dir;
+use vm::runtime_dir::RuntimeDir;
 
 /// What a guest overwrites on its disks during one checkpoint waits in the scratch directory.
 const COMFORTABLE_ROOM: u64 = 1 << 30;

@@ -1,11 +1,11 @@
 //! QEMU: there, new enough, taking the plugin, and with which accelerator.
 
 use super::Row;
-use crate::exit::explain;
-use crate::launch::probe::{self, QemuFacts};
-use crate::launch::{accelerator, find_program, plugin_path};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
+use vm::error::explain;
+use vm::launch::qemu_binary::{self, QemuFacts};
+use vm::launch::{accelerator, find_program, plugin_path};
 
 const INSTALL: &str = "install QEMU (Debian: apt-get install qemu-system-x86), or name another by --qemu";
 
@@ -31,7 +31,7 @@ fn found(check: &'static str, place: &Result<PathBuf>, remedy: &str) -> Row {
 
 fn accepts(qemu: &Path, plugin: &Path) -> Row {
     const CHECK: &str = "QEMU takes the plugin";
-    match probe::probe(qemu, plugin) {
+    match qemu_binary::probe(qemu, plugin) {
         Ok(QemuFacts { version, machines }) => Row::ok(CHECK, format!("version {version}, {} machine types", machines.len())),
         Err(error) => {
             Row::no(CHECK, one_line(&explain(&error)), "use a QEMU 7.2 or later for x86_64 that is built with plugins (Debian's are)")

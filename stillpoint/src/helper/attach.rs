@@ -1,22 +1,21 @@
 //! `stillpoint attach`: a running machine gets a helper again.
 
-use super::client;
 use super::other::OtherHelper;
-use crate::checkpoint::{Force, StoreSession};
+use super::start;
 use crate::cli::AttachArgs;
-use crate::control::{Failure, Request};
-use crate::exit::{coded, refused};
-use crate::launch;
-use crate::runtime::{MachineFile, RuntimeDir};
 use crate::terminal::out;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use checkpoint_store::Mode;
+use engine::checkpoint::{Force, StoreSession};
+use engine::stores;
 use rustix::process::Signal;
-use serde_json::Value;
+use std::path::Path;
 use std::time::{Duration, Instant};
+use vm::error::refused;
+use vm::external::{self, Wanted};
+use vm::launch;
+use vm::runtime_dir::{MachineFile, RuntimeDir};
 
-/// A helper is up in tens of milliseconds; a busy host may need longer.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// What a helper gets to end in order.
 const GRACE: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -28,7 +27,7 @@ pub async fn run(args: AttachArgs) -> Result<()> {
         end_other(&runtime).await?;
     }
     let found = match &args.qmp {
-        Some(monitor) => Some(super::unprepared::describe(&runtime, name, monitor, &args).await?),
+        Some(monitor) => Some(external::describe(&runtime, name, wanted(monitor, &args)?).await?),
         None => None,
     };
     let machine = runtime.machine()?;
@@ -42,8 +41,8 @@ pub async fn run(args: AttachArgs) -> Result<()> {
     if args.foreground {
         return super::serve(runtime).await;
     }
-    launch::spawn_helper(name, args.runtime.runtime_dir.as_deref(), &runtime)?;
-    let status = wait(&runtime).await?;
+    start::spawn_helper(name, args.runtime.runtime_dir.as_deref(), &runtime)?;
+    let status = start::wait(&runtime).await?;
     out!(
         "helper {} is attached to {} (QEMU {}, pid {})",
         status["pid"],
@@ -57,13 +56,20 @@ pub async fn run(args: AttachArgs) -> Result<()> {
     Ok(())
 }
 
+fn wanted(monitor: &Path, args: &AttachArgs) -> Result<Wanted> {
+    let store = stores::absolute(args.store.as_deref().context("--qmp needs --store (or STILLPOINT_STORE)")?)?;
+    stores::connect(&store)?;
+    let (engine, stream) = (args.engine.into(), args.stream.into());
+    Ok(Wanted { monitor: monitor.to_owned(), store, scratch: args.scratch_dir.clone(), engine, stream })
+}
+
 fn check_running(machine: &MachineFile, runtime: &RuntimeDir) -> Result<()> {
     if runtime.adoption().exists() {
         // Which of the two QEMUs is the machine is for the helper to find out.
         return Ok(());
     }
     if machine.unprepared.is_some() {
-        return super::unprepared::check_alive(runtime, machine);
+        return external::check_alive(runtime, machine);
     }
     let socket = runtime.plugin();
     match std::os::unix::net::UnixStream::connect(&socket) {
@@ -87,22 +93,4 @@ async fn end_other(runtime: &RuntimeDir) -> Result<()> {
         }
     }
     bail!("the other helper of this machine does not end; its pid is in {}", runtime.helper_pid().display())
-}
-
-/// Until the helper of the VM answers, or has said why it ended.
-pub async fn wait(runtime: &RuntimeDir) -> Result<Value> {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let error = match client::ask(runtime, &Request::Status).await {
-            Ok(status) => return Ok(status),
-            Err(error) => error,
-        };
-        if let Some(Failure { message, exit_code }) = runtime.helper_failure() {
-            return Err(coded(exit_code, format!("the helper ended: {message}; its log is {}", runtime.helper_log().display())));
-        }
-        if Instant::now() >= end {
-            bail!("the helper did not come up within {PATIENCE:?} ({error:#}); see its log {}", runtime.helper_log().display());
-        }
-        tokio::time::sleep(LOOK_EVERY).await;
-    }
 }

@@ -1,32 +1,32 @@
 //! The other end of the control socket.
 
-use crate::checkpoint::Choice;
-use crate::checkpoint::outcome::{Kind, Outcome};
 use crate::cli::CheckpointArgs;
+use crate::commands::prove;
 use crate::control::{MAX_LINE, Reply, Request};
-use crate::exit::{coded, refused};
-use crate::inspect::print_json;
-use crate::launch::process;
-use crate::proof::client;
-use crate::runtime::RuntimeDir;
-use crate::terminal::{Progress, bytes, out};
+use crate::terminal::{Bar, out, print_json};
 use anyhow::{Context, Result, anyhow};
+use engine::checkpoint::Choice;
+use engine::checkpoint::outcome::{Kind, Outcome};
+use engine::progress::bytes;
 use serde_json::Value;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
+use vm::error::{coded, refused};
+use vm::launch::process;
+use vm::runtime_dir::RuntimeDir;
 
 pub async fn checkpoint(args: &CheckpointArgs) -> Result<()> {
     let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
-    let choice = Choice { engine: args.engine, stream: args.stream, full: args.full };
+    let choice = Choice { engine: args.engine.map(Into::into), stream: args.stream.map(Into::into), full: args.full };
     let mut result = ask(&runtime, &Request::Checkpoint(choice)).await?;
     let outcome: Outcome = serde_json::from_value(result.clone()).context("the helper's answer is not understood")?;
     if !args.json {
         out!("{}", describe(&args.name, &outcome));
         outcome.notes.iter().for_each(|note| out!("  note: {note}"));
     }
-    let proof = if args.verify { Some(client::prove(&runtime, &args.name, outcome.id).await) } else { None };
+    let proof = if args.verify { Some(prove::prove(&runtime, &args.name, outcome.id).await) } else { None };
     if args.json {
         // Whatever the proof says, the checkpoint is there.
         result["proof"] = proof.as_ref().and_then(|proof| proof.as_ref().ok()).cloned().unwrap_or_default();
@@ -102,7 +102,7 @@ pub async fn ask(runtime: &RuntimeDir, request: &Request) -> Result<Value> {
     line.push(b'\n');
     write.write_all(&line).await.context("sending the request to the helper")?;
     let mut replies = BufReader::new(read.take(u64::MAX));
-    let progress = Progress::bytes("checkpoint", 0);
+    let progress = Bar::of_bytes("checkpoint", 0);
     loop {
         let mut line = String::new();
         replies.get_mut().set_limit(MAX_LINE as u64);

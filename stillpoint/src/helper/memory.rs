@@ -2,11 +2,11 @@
 //!
 //! Only private memory counts: the guest's pages are mapped here too, but they are QEMU's.
 
-use crate::files;
-use crate::helper::machine::Machine;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
+use vm::files;
+use vm::running::Machine;
 
 /// The program, its threads and queues, and the digests of disks and device state.
 const PROGRAM: u64 = 96 << 20;

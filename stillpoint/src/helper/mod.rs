@@ -5,26 +5,20 @@
 
 pub mod attach;
 pub mod client;
-pub mod inventory;
-pub mod machine;
 mod memory;
 mod other;
-pub mod process_memory;
-pub mod qemu_lock;
-pub mod reopen;
 mod server;
-pub mod unprepared;
+pub mod start;
 
-use crate::checkpoint::Checkpointer;
 use crate::cli::HelperArgs;
-use crate::control::Failure;
-use crate::exit::{code_of, explain};
-use crate::runtime::RuntimeDir;
 use anyhow::{Context, Result};
-use machine::Machine;
+use engine::checkpoint::Checkpointer;
 use std::path::Path;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
+use vm::error::{code_of, explain};
+use vm::running::Machine;
+use vm::runtime_dir::{Failure, RuntimeDir};
 
 pub async fn run(args: HelperArgs) -> Result<()> {
     let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
@@ -50,7 +44,7 @@ pub async fn serve(runtime: RuntimeDir) -> Result<()> {
 
 async fn serve_machine(runtime: RuntimeDir, control: UnixListener) -> Result<()> {
     // An adoption that an earlier helper did not live to end decides which QEMU that is.
-    crate::adopt::recover(&runtime).await?;
+    engine::adopt::recover(&runtime).await?;
     let machine = Machine::attach(runtime).await?;
     // Remembers what the machine began with, and says at once if it cannot be checkpointed; it may be mended while it runs.
     for error in [machine.check_devices().await.err(), machine.disks().await.err()].into_iter().flatten() {

@@ -1,13 +1,13 @@
 //! The helper that holds a VM, as another process sees it: signalled only if it is one, and never a later process of its number.
 
-use crate::exit::refused;
-use crate::files;
-use crate::runtime::RuntimeDir;
 use anyhow::{Context, Result};
 use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use vm::error::refused;
+use vm::files;
+use vm::runtime_dir::RuntimeDir;
 
 pub struct OtherHelper {
     pub pid: Pid,
@@ -59,8 +59,8 @@ fn is_helper_of(pid: Pid, runtime: &RuntimeDir) -> bool {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::exit::{REFUSED, code_of};
     use std::process::{Command, Stdio};
+    use vm::error::{REFUSED, code_of};
 
     /// A number that a file names proves nothing.
     #[test]

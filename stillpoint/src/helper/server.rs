@@ -1,12 +1,11 @@
 //! The control socket: requests in, progress and results out.
 
-use crate::checkpoint::outcome::milliseconds;
-use crate::checkpoint::{Checkpointer, Report};
-use crate::control::{Failure, MAX_REQUEST, Progress, Reply, Request};
-use crate::exit::{self, explain, refused};
+use crate::control::{MAX_REQUEST, Reply, Request};
 use crate::helper::memory;
-use crate::runtime::RuntimeDir;
 use anyhow::{Context, Result};
+use engine::checkpoint::outcome::milliseconds;
+use engine::checkpoint::{Checkpointer, Report};
+use engine::progress::Update;
 use qmp_bridge::Paused;
 use serde_json::{Value, json};
 use std::future::Future;
@@ -16,6 +15,8 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, Semaphore, mpsc};
+use vm::error::{self, explain, refused};
+use vm::runtime_dir::{Failure, RuntimeDir};
 
 /// Progress waits for a slow client only this far; then it is dropped, never the work.
 const PROGRESS_QUEUE: usize = 64;
@@ -91,12 +92,12 @@ impl Server {
         }
         let reply = match work.await.context("the request was cut off")? {
             Ok(value) => Reply::Done(value),
-            Err(error) => Reply::Failed(Failure { message: explain(&error), exit_code: exit::code_of(&error) }),
+            Err(error) => Reply::Failed(Failure { message: explain(&error), exit_code: error::code_of(&error) }),
         };
         client.send(&reply).await
     }
 
-    async fn answer(&self, line: &str, progress: mpsc::Sender<Progress>) -> Result<Value> {
+    async fn answer(&self, line: &str, progress: mpsc::Sender<Update>) -> Result<Value> {
         let request: Request =
             serde_json::from_str(line).context("the request is not understood; are command and helper of one version?")?;
         if request == Request::Status {
@@ -115,7 +116,7 @@ impl Server {
                 serde_json::to_value(outcome?).context("encoding the result")
             }
             Request::Adopt { qemu } => {
-                let adopted = crate::adopt::adopt(&mut checkpointer, qemu, &Report(progress)).await;
+                let adopted = engine::adopt::adopt(&mut checkpointer, qemu, &Report(progress)).await;
                 if let Err(error) = &adopted {
                     tracing::error!(error = explain(error), "adoption failed");
                 }

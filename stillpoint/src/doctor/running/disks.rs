@@ -2,13 +2,13 @@
 
 use super::super::Row;
 use super::cannot;
-use crate::helper::unprepared::look::Look;
-use crate::launch::foreign::Foreign;
-use crate::terminal::bytes;
 use anyhow::Error;
+use engine::progress::bytes;
 use qmp_bridge::disks::{self, Disk, DiskError, Drive, Medium};
 use qmp_bridge::{QmpError, nbd_server};
 use std::path::Path;
+use vm::external::probe::Look;
+use vm::launch::external::Foreign;
 
 const START_ANEW: &str = "start the machine anew with that disk on a qcow2 or raw image";
 const ELSEWHERE: &str = "start the machine anew on that file";

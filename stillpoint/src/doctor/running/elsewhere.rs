@@ -1,9 +1,9 @@
 //! What another host must have, or its user must hand over, so that the machine can be restored there.
 
 use super::super::Row;
-use crate::launch::arguments::QemuOption;
 use qemu_cmdline::restorable::{self, Carried, Problem};
 use qemu_cmdline::{Use, visit};
+use vm::launch::arguments::QemuOption;
 
 const CHECK: &str = "restore elsewhere needs";
 const MAP: &str = "make it there, or name another by 'restore --map OLD=NEW'";
@@ -46,7 +46,7 @@ fn need(option: &QemuOption) -> Option<Row> {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::launch::arguments::parse;
+    use vm::launch::arguments::parse;
 
     fn told(line: &str) -> String {
         let rows = check(&parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>()).unwrap());

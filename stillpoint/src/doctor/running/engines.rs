@@ -2,14 +2,14 @@
 
 use super::super::Row;
 use super::cannot;
-use crate::engine::{Engine, StreamChoice, choose_stream};
-use crate::helper::process_memory::ProcessMemory;
-use crate::helper::unprepared::look::Look;
-use crate::launch::foreign::Foreign;
 use anyhow::Error;
 use qmp_bridge::machine::MachineFacts;
 use qmp_bridge::migration::{StreamOptions, Support};
 use serde_json::{Value, json};
+use vm::external::probe::Look;
+use vm::launch::external::Foreign;
+use vm::memory_source::{Engine, StreamChoice, choose_stream};
+use vm::process_memory::ProcessMemory;
 
 /// `stop`, the disks' transaction, the devices' state and `cont`, in milliseconds; docs/attach.md has the measurements.
 const BASE_MS: u64 = 10;
@@ -101,11 +101,21 @@ fn pause(engine: Engine, ram_bytes: u64) -> String {
 mod test {
     use super::super::super::State;
     use super::*;
-    use crate::engine::test::facts as facts_of;
     use qmp_bridge::machine::Accelerator;
+    use qmp_bridge::qmp::QemuVersion;
 
     fn facts(major: u32) -> MachineFacts {
-        facts_of(major, Accelerator::Tcg)
+        MachineFacts {
+            qemu: QemuVersion { major, minor: 0, micro: 0, package: String::new() },
+            machine_type: "pc-q35-7.2".to_owned(),
+            default_ram_id: None,
+            ram_backend: None,
+            vcpus: 1,
+            ram_bytes: 1 << 20,
+            plugged_bytes: 0,
+            accelerator: Accelerator::Tcg,
+            migration_blockers: Vec::new(),
+        }
     }
 
     #[test]

@@ -9,20 +9,21 @@ mod elsewhere;
 mod engines;
 
 use super::{Row, State, table};
-use crate::exit::{REFUSED, explain};
-use crate::helper::machine;
-use crate::helper::unprepared::look::Look;
-use crate::inspect::print_json;
-use crate::launch::arguments;
-use crate::launch::expected;
-use crate::launch::foreign::Foreign;
-use crate::runtime::{MachineFile, RuntimeDir};
-use crate::terminal::{bytes, out};
+use crate::terminal::{out, print_json};
 use anyhow::{Context, Error, Result};
+use engine::progress::bytes;
 use qmp_bridge::{RunState, devices};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use vm::error::{REFUSED, explain};
+use vm::external::probe::Look;
+use vm::launch::arguments;
+use vm::launch::expected_devices;
+use vm::launch::external::Foreign;
+use vm::regions;
+use vm::running;
+use vm::runtime_dir::{MachineFile, RuntimeDir};
 
 const ANOTHER_MONITOR: &str = "name a monitor that QEMU itself has opened and nobody uses (docs/attach.md)";
 const START_ANEW: &str = "see docs/attach.md; start the machine without it, or by 'stillpoint run'";
@@ -70,8 +71,8 @@ async fn look(monitor: &Path) -> Report {
     report.rows.extend(engines::check(&look, found, &mut report.engines).await);
     report.rows.extend(disks::check(&look, found, server.as_deref()).await);
     report.rows.extend(plugged(&look, found).await);
-    report.rows.extend(machine::check_blockers(&look.facts.migration_blockers).err().map(|error| cannot("migration", &error, START_ANEW)));
-    report.rows.extend(machine::check_whole(&look.blocks).err().map(|error| cannot("memory", &error, START_ANEW)));
+    report.rows.extend(running::check_blockers(&look.facts.migration_blockers).err().map(|error| cannot("migration", &error, START_ANEW)));
+    report.rows.extend(regions::check_whole(&look.blocks).err().map(|error| cannot("memory", &error, START_ANEW)));
     report.rows.extend(look.foreign_user().map(|why| cannot("QEMU's user", &Error::msg(why), START_ANEW)));
     if let Ok(found) = &understood {
         report.rows.extend(elsewhere::check(&found.options));
@@ -134,14 +135,14 @@ async fn plugged(look: &Look, found: Option<&Foreign>) -> Vec<Row> {
         Ok(devices) => devices,
         Err(error) => return vec![Row::no(CHECK, error.to_string(), "try again")],
     };
-    let mut rows: Vec<Row> = match machine::refusals(&look.qmp, &devices).await {
+    let mut rows: Vec<Row> = match running::refusals(&look.qmp, &devices).await {
         Ok(refusals) => refusals.into_iter().map(|why| cannot(CHECK, &Error::msg(why), START_ANEW)).collect(),
         Err(error) => return vec![cannot(CHECK, &error, "try again")],
     };
     let options = arguments::parse(&look.process.words).unwrap_or_default();
     let options = found.map_or(options, |found| found.options.clone());
-    let difference = expected::difference(&options, &devices);
-    rows.extend(difference.map(|what| cannot(CHECK, &Error::msg(machine::not_as_started(&what)), START_ANEW)));
+    let difference = expected_devices::difference(&options, &devices);
+    rows.extend(difference.map(|what| cannot(CHECK, &Error::msg(running::not_as_started(&what)), START_ANEW)));
     if rows.is_empty() {
         rows.push(Row::ok(CHECK, format!("{} devices, all on the command line", devices.len())));
     }

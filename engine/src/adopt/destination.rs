@@ -1,0 +1,96 @@
+//! The new QEMU's process: started detached and paused, ended by its number if the adoption fails.
+
+use super::record::Process;
+use anyhow::{Context, Error, Result, bail};
+use dirty_tracker::GuestMemory;
+use qmp_bridge::{Qmp, said};
+use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use vm::files;
+use vm::launch::command::{self, Start};
+use vm::runtime_dir::{MachineFile, RuntimeDir};
+
+/// QEMU opens its monitor within 100 ms; a loaded host takes longer.
+const STARTUP: Duration = Duration::from_secs(60);
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// Variables of ours that the new QEMU does not get from the old one's environment.
+const NOT_INHERITED: &str = "STILLPOINT_";
+
+/// In a session of its own (by `setsid`), where the old one stands.
+///
+/// `like`: the old process, whose environment it gets (a library path, say).
+pub fn start(file: &MachineFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestMemory, like: Option<u32>) -> Result<Process> {
+    let log = runtime.qemu_log();
+    let output = runtime.create_qemu_log()?;
+    let errors = output.try_clone().context("opening QEMU's log twice")?;
+    for socket in [runtime.qmp(), runtime.plugin()] {
+        // Left by an earlier machine of this name.
+        let _ = std::fs::remove_file(socket);
+    }
+    let mut command = Command::new("setsid");
+    command.arg(&file.qemu).current_dir(&file.directory).stdin(Stdio::null()).stdout(output).stderr(errors);
+    if let Some(environment) = like.and_then(environment) {
+        command.env_clear().envs(environment);
+    }
+    memory.set_inheritable(true)?;
+    command.args(command::arguments(file, runtime, Some(plugin), memory.raw_fd(), Start::Incoming));
+    let child = command.spawn().with_context(|| format!("starting {}", file.qemu.display()));
+    memory.set_inheritable(false)?;
+    let mut child = child?;
+    let process = Process::of(child.id());
+    // When it ends it must not stay a zombie for as long as this helper lives.
+    std::thread::spawn(move || child.wait());
+    process.with_context(|| format!("QEMU ended at once; see {}", log.display()))
+}
+
+fn environment(pid: u32) -> Option<Vec<(std::ffi::OsString, std::ffi::OsString)>> {
+    let bytes = files::read(format!("/proc/{pid}/environ")).ok()?;
+    let words = bytes.split(|byte| *byte == 0).filter_map(|word| {
+        let at = word.iter().position(|byte| *byte == b'=')?;
+        Some((word[..at].to_vec(), word[at + 1..].to_vec()))
+    });
+    let kept = words.filter(|(name, _)| !name.starts_with(NOT_INHERITED.as_bytes()));
+    let text = std::ffi::OsString::from_vec;
+    Some(kept.map(|(name, value)| (text(name), text(value))).collect())
+}
+
+/// Its monitor, as soon as it has one.
+pub async fn connect(process: Process, runtime: &RuntimeDir) -> Result<Qmp> {
+    let end = Instant::now() + STARTUP;
+    while !runtime.qmp().exists() {
+        if !process.lives() {
+            bail!("the new QEMU did not come up");
+        }
+        if Instant::now() >= end {
+            bail!("the new QEMU did not open its monitor within {STARTUP:?}");
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to the new QEMU's monitor")
+}
+
+/// Ends a process for good, and waits until it has let go of everything.
+pub async fn end(process: Process) -> Result<()> {
+    let end = move || vm::launch::process::end(process.pid, process.started);
+    tokio::task::spawn_blocking(end).await.context("internal error: ending QEMU panicked")?
+}
+
+/// The error with what the new QEMU itself said.
+pub fn explain(runtime: &RuntimeDir, error: Error) -> Error {
+    let said = said::quote_log(&runtime.qemu_log());
+    if said.is_empty() { error } else { error.context(format!("the new QEMU said: {said}")) }
+}
+
+/// The QEMU of this instance that we started, found by its command line, when its number was not written down any more.
+pub fn find(file: &MachineFile) -> Option<Process> {
+    let id = format!("id=stillpoint-{}", file.instance);
+    let ends_with_id = |word: &[u8]| word.ends_with(id.as_bytes());
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let mut hits =
+        numbers.filter(|pid| files::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.split(|byte| *byte == 0).any(ends_with_id)));
+    hits.find_map(Process::of)
+}

@@ -1,0 +1,74 @@
+//! After the decision: the new QEMU is the machine, and the old one goes. Every step can be done twice.
+
+use super::destination;
+use super::line::Later;
+use super::record::{Process, Record};
+use crate::kill_point;
+use anyhow::{Context, Result};
+use qmp_bridge::Qmp;
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+use vm::runtime_dir::RuntimeDir;
+
+/// What the old QEMU gets to end in order; it has no guest any more.
+const QUIT: Duration = Duration::from_secs(10);
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// `source`: the old QEMU's monitor, if it still answers. Tells what could not be carried over.
+pub async fn finish(record: &Record, runtime: &RuntimeDir, source: Option<&Qmp>, destination: &Qmp) -> Result<Vec<String>> {
+    announce(destination).await;
+    // The kernel's marks are those of another process from now on.
+    runtime.forget_exact_marks()?;
+    runtime.save_machine(&record.file)?;
+    end_source(record.source, source).await?;
+    // What its owner had set for migrations, and nothing of this one.
+    if let Err(error) = record.found.put_back(destination).await {
+        tracing::warn!(%error, "the new QEMU's migration settings are not those of the old one");
+    }
+    let notes = take_over(&record.later, destination).await;
+    kill_point::point("adopt.done");
+    Record::remove(runtime)?;
+    Ok(notes)
+}
+
+/// Tells the network where the machine is now; a machine without a network does not mind.
+async fn announce(destination: &Qmp) {
+    let arguments = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
+    if let Err(error) = destination.execute_json("announce-self", arguments).await {
+        tracing::debug!(%error, "announce-self");
+    }
+}
+
+async fn end_source(process: Process, monitor: Option<&Qmp>) -> Result<()> {
+    if let Some(monitor) = monitor
+        && let Err(error) = monitor.execute_json("quit", Value::Null).await
+    {
+        tracing::debug!(%error, "quit");
+    }
+    let until = Instant::now() + QUIT;
+    while monitor.is_some() && process.lives() && Instant::now() < until {
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    // Stopped, and without its disks: nothing of it is needed.
+    destination::end(process).await.context("ending the old QEMU")
+}
+
+/// Sockets get their own names, ports are forwarded: the old QEMU has let go of them.
+async fn take_over(later: &Later, destination: &Qmp) -> Vec<String> {
+    let mut notes = Vec::new();
+    for socket in later.sockets.iter().filter(|socket| socket.waits.exists()) {
+        if let Err(error) = std::fs::rename(&socket.waits, &socket.path) {
+            notes.push(format!("{} is still called {}: {error}", socket.path.display(), socket.waits.display()));
+        }
+    }
+    for forward in &later.forwards {
+        let said = destination.hmp(&format!("hostfwd_add {} {}", forward.netdev, forward.rule)).await;
+        let why = match said {
+            Ok(text) if text.trim().is_empty() => continue,
+            Ok(text) => text.trim().to_owned(),
+            Err(error) => error.to_string(),
+        };
+        notes.push(format!("port forwarding {} of {} was not set up again: {why}", forward.rule, forward.netdev));
+    }
+    notes
+}

@@ -1,0 +1,43 @@
+//! Adoption: a machine that is attached by its monitor moves into a QEMU of ours while it runs.
+//!
+//! ```text
+//! plan      nothing done   what is in the way is refused, with what to do
+//! start     guest runs     a second QEMU of the same machine, paused, its RAM in our memory
+//! move      guest runs     QEMU's own live migration, over a unix socket
+//! switch    guest stands   rest of memory, devices, disks; the decision; `cont` in the new QEMU
+//! finish    guest runs     the old QEMU ends, sockets get their names, machine.json says what there is now
+//! ```
+//! The files come in that order: [`plan`] (with [`mod@line`], [`sockets`] and [`host`]), [`destination`], [`steps`] (with [`memory`]), [`record`]
+//! (how far it is, on disk), [`finish`], [`mod@recover`] (back, or on, after a failure or a killed helper).
+
+mod destination;
+mod finish;
+mod host;
+mod line;
+mod memory;
+mod plan;
+mod record;
+mod recover;
+mod sockets;
+mod steps;
+
+use serde::{Deserialize, Serialize};
+
+pub use recover::recover;
+pub use steps::adopt;
+
+/// What `stillpoint adopt --json` says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Adopted {
+    pub adopted: bool,
+    /// From the old QEMU's STOP to the new one's RESUME.
+    pub downtime_ms: f64,
+    /// As the old QEMU counts, which does not know the new one's part.
+    pub qemu_downtime_ms: Option<f64>,
+    /// From the request on.
+    pub total_ms: f64,
+    pub source_pid: u32,
+    pub pid: u32,
+    /// What the owner should know though all went well.
+    pub notes: Vec<String>,
+}

@@ -1,0 +1,214 @@
+//! The plan: all that could be in the way is looked at before anything is done.
+
+use super::host;
+use super::line::{self, Later};
+use super::memory;
+use super::record::Process;
+use super::sockets::{self, Socket};
+use anyhow::{Context, Result};
+use qmp_bridge::Qmp;
+use qmp_bridge::disks::Disk;
+use qmp_bridge::handover::{self, BitmapMap, Found};
+use qmp_bridge::machine::MachineFacts;
+use qmp_bridge::paused::run_state;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use vm::error::refused;
+use vm::launch;
+use vm::launch::arguments::{self, QemuOption};
+use vm::launch::process::QemuProcess;
+use vm::launch::qemu_binary::{self, QemuFacts};
+use vm::memory_source::can_pre_copy_live;
+use vm::running::Machine;
+use vm::runtime_dir::{MachineFile, Unprepared};
+
+pub struct Plan {
+    pub source: Process,
+    pub monitor: PathBuf,
+    pub found: Found,
+    pub bitmaps: BitmapMap,
+    /// By which the new QEMU is started.
+    pub start: MachineFile,
+    /// What the machine is afterwards: its sockets have their names again.
+    pub file: MachineFile,
+    pub later: Later,
+    /// The files of its writable disks.
+    pub images: Vec<PathBuf>,
+    pub plugin: PathBuf,
+    /// The process whose environment the new one gets, if both run the same program.
+    pub like: Option<u32>,
+    pub notes: Vec<String>,
+}
+
+impl Plan {
+    pub async fn make(machine: &Machine, qemu: Option<&Path>) -> Result<Self> {
+        let there = unprepared(&machine.file)?;
+        let process = QemuProcess::read(machine.pid)?;
+        let options = arguments::parse(&machine.file.arguments)?;
+        host::check(&process, machine.file.ram_bytes)?;
+        if can_pre_copy_live(&machine.facts).is_err() {
+            memory::check_readable(machine.pid)?;
+        }
+        let mut line = line::rewrite(&options, &process.directory)?;
+        check_machine(machine, &process.directory, &there.monitor).await?;
+        let drives = machine.disks().await?;
+        if let Some(what) = &drives.changed {
+            return Err(refused(format!("{what} since the VM was started; put it back as it was, then adopt the VM")));
+        }
+        let disks = drives.disks;
+        let plugin = launch::plugin_path()?;
+        let program = qemu.unwrap_or(&machine.file.qemu);
+        let facts = qemu_binary::probe(program, &plugin)?;
+        check_program(&machine.file, &machine.qmp, &facts, program)?;
+        carry_monitor(&mut line, &there.monitor);
+        let file = MachineFile {
+            qemu: program.to_owned(),
+            qemu_version: facts.version,
+            pid: None,
+            directory: process.directory.clone(),
+            unprepared: None,
+            ..machine.file.clone()
+        };
+        let bitmaps = BitmapMap::survey(&machine.qmp, &names(&disks)).await.context("asking QEMU for its dirty bitmaps")?;
+        let mut notes = line.notes;
+        notes.extend(owner_notes(&bitmaps, machine.pid));
+        Ok(Self {
+            source: Process { pid: process.pid, started: process.started },
+            monitor: there.monitor.clone(),
+            found: Found::read(&machine.qmp).await.context("asking for QEMU's migration settings")?,
+            bitmaps,
+            start: MachineFile { arguments: arguments::words(&line.options), ..file.clone() },
+            file,
+            later: line.later,
+            images: disks.iter().filter(|disk| !disk.read_only).map(|disk| disk.file.clone()).collect(),
+            plugin,
+            like: qemu.is_none().then_some(process.pid),
+            notes,
+        })
+    }
+}
+
+fn unprepared(file: &MachineFile) -> Result<&Unprepared> {
+    file.unprepared.as_ref().ok_or_else(|| refused(format!("{} runs in a QEMU of Stillpoint's already", file.name)))
+}
+
+/// The node that each disk has, and the one that it will have.
+fn names(disks: &[Disk]) -> Vec<(String, String)> {
+    disks.iter().filter(|disk| !disk.read_only).map(|disk| (disk.node.clone(), disk.name.clone())).collect()
+}
+
+fn owner_notes(bitmaps: &BitmapMap, pid: u32) -> Vec<String> {
+    let left = bitmaps.left_behind().iter().map(|name| format!("dirty bitmap {name} is in use or damaged and does not go along"));
+    let service = host::service_of(pid).map(|unit| format!("{unit} sees its QEMU end; it must not start the machine again"));
+    left.chain(service).collect()
+}
+
+/// What QEMU itself says against it, now.
+async fn check_machine(machine: &Machine, directory: &Path, monitor: &Path) -> Result<()> {
+    let qmp = &machine.qmp;
+    handover::check_idle(qmp).await.map_err(|error| refused(error.to_string()))?;
+    let facts = MachineFacts::read(qmp).await.context("asking QEMU what machine it runs")?;
+    if let Some(why) = facts.migration_blockers.first() {
+        return Err(refused(format!("QEMU says that this machine cannot be migrated: {why}; remove that device")));
+    }
+    machine.check_devices().await?;
+    let state = run_state(qmp).await?;
+    if state != "running" {
+        return Err(refused(format!("the guest does not run (its state is `{state}`); let it run, then adopt it")));
+    }
+    let chardevs = ask(qmp, "query-chardev").await?;
+    if let Some(client) = sockets::connected(&chardevs, directory, monitor) {
+        return Err(refused(format!("somebody is connected to {client} and would be cut off; disconnect, then adopt the machine")));
+    }
+    check_blocks(qmp).await?;
+    check_displays(qmp).await
+}
+
+async fn ask(qmp: &Qmp, command: &str) -> Result<Value> {
+    qmp.execute_json(command, Value::Null).await.with_context(|| format!("asking QEMU by {command}"))
+}
+
+async fn check_blocks(qmp: &Qmp) -> Result<()> {
+    let first = |list: &Value| list.as_array().and_then(|list| list.first()).map(|row| row["id"].as_str().unwrap_or("?").to_owned());
+    if let Some(job) = first(&ask(qmp, "query-jobs").await?) {
+        return Err(refused(format!("job `{job}` runs in QEMU and holds a disk; wait for its end, or cancel it")));
+    }
+    match first(&ask(qmp, "query-block-exports").await?) {
+        None => Ok(()),
+        Some(export) => Err(refused(format!("disk export `{export}` would not go along; end it by block-export-del"))),
+    }
+}
+
+/// Displays that nobody asked for on the command line: QEMU makes one where it can.
+async fn check_displays(qmp: &Qmp) -> Result<()> {
+    let is_used = |reply: &Value| reply["clients"].as_array().is_some_and(|clients| !clients.is_empty());
+    for command in ["query-vnc", "query-spice"] {
+        // A QEMU without that display does not know the command.
+        if qmp.execute_json(command, Value::Null).await.is_ok_and(|reply| is_used(&reply)) {
+            return Err(refused(format!("somebody looks at the machine's display ({command}) and would be cut off; disconnect first")));
+        }
+    }
+    Ok(())
+}
+
+/// A program as new as the one that runs the machine, and that has its machine type.
+fn check_program(file: &MachineFile, source: &Qmp, facts: &QemuFacts, program: &Path) -> Result<()> {
+    let running = (source.version().major, source.version().minor);
+    if version(&facts.version) < Some(running) {
+        return Err(refused(format!(
+            "{} is QEMU {}, older than the {} that runs {}: it could not read its state; name one as new by --qemu",
+            program.display(),
+            facts.version,
+            source.version(),
+            file.name
+        )));
+    }
+    if facts.machines.iter().any(|machine| machine.name == file.machine_type) {
+        return Ok(());
+    }
+    Err(refused(format!(
+        "{} (QEMU {}) does not know the machine type {}; name another by --qemu",
+        program.display(),
+        facts.version,
+        file.machine_type
+    )))
+}
+
+fn version(text: &str) -> Option<(u32, u32)> {
+    let mut parts = text.split('.');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+/// The monitor by which the machine is attached is its owner's, though a restored machine does not have it.
+fn carry_monitor(line: &mut line::Line, monitor: &Path) {
+    let text = monitor.to_string_lossy();
+    match Socket::beside(&text, Path::new("/")) {
+        Ok((waits, socket)) => {
+            line.options.push(QemuOption::with("qmp", format!("unix:{},server=on,wait=off", waits.replace(',', ",,"))));
+            line.later.sockets.push(socket);
+        }
+        Err(why) => line.notes.push(format!("the monitor {text} does not go along: {why}")),
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        assert!(version("7.2.22") < Some((10, 0)));
+        assert!(version("10.0.2") >= Some((10, 0)));
+        assert!(version("nonsense") < Some((7, 2)));
+    }
+
+    #[test]
+    fn the_owners_monitor_goes_along() {
+        let mut line = line::Line::default();
+        carry_monitor(&mut line, Path::new("/run/a,b.qmp"));
+        assert_eq!(line.options[0], QemuOption::with("qmp", "unix:/run/a,,b.qmp.adopting,server=on,wait=off"));
+        assert_eq!(line.later.sockets[0], Socket { waits: "/run/a,b.qmp.adopting".into(), path: "/run/a,b.qmp".into() });
+        carry_monitor(&mut line, Path::new(&format!("/{}", "x".repeat(100))));
+        assert_eq!((line.options.len(), line.notes.len()), (1, 1));
+    }
+}

@@ -1,0 +1,165 @@
+//! The adoption itself, step by step; the guest runs but for a moment between [`Handover::switchover`] and
+//! [`Handover::resume`].
+
+use super::Adopted;
+use super::destination;
+use super::finish::finish;
+use super::memory::Mender;
+use super::plan::Plan;
+use super::record::{ImageMark, Process, Record, Stage};
+use super::recover::take_back;
+use crate::checkpoint::outcome::milliseconds;
+use crate::checkpoint::{Checkpointer, Report};
+use crate::kill_point;
+use crate::progress::Update;
+use anyhow::{Context, Result};
+use dirty_tracker::GuestMemory;
+use qmp_bridge::Qmp;
+use qmp_bridge::devices::guest_devices;
+use qmp_bridge::handover::{Downtime, Handover};
+use qmp_bridge::ramblock::ram_blocks;
+use std::path::PathBuf;
+use std::time::Instant;
+use tracing::instrument;
+use vm::error::refused;
+use vm::memory_source::can_pre_copy_live;
+use vm::running::Machine;
+use vm::runtime_dir::RuntimeDir;
+
+/// Where the new QEMU waits for the stream.
+pub fn stream_socket(runtime: &RuntimeDir) -> PathBuf {
+    runtime.path().join("adopt.sock")
+}
+
+/// Moves the machine of `checkpointer`, which goes on with the new one.
+#[instrument(name = "adopt", skip_all)]
+pub async fn adopt(checkpointer: &mut Checkpointer, qemu: Option<PathBuf>, report: &Report) -> Result<Adopted> {
+    let begun = Instant::now();
+    checkpointer.clean_up().await?;
+    let plan = Plan::make(&checkpointer.machine, qemu.as_deref()).await?;
+    kill_point::point("adopt.plan");
+    let runtime = checkpointer.machine.runtime.clone();
+    let mut record = Record::begin(plan.source, plan.monitor.clone(), plan.found.clone(), plan.file.clone(), plan.later.clone());
+    record.save(&runtime)?;
+    let mut adoption = Adoption { machine: &checkpointer.machine, plan: &plan, runtime: &runtime, record: &mut record };
+    let (downtime, destination) = match adoption.run(report).await {
+        Ok(moved) => moved,
+        Err(error) => return Err(take_back(&record, &runtime, Some(&checkpointer.machine.qmp), error).await),
+    };
+    let mut notes = plan.notes;
+    notes.extend(finish(&record, &runtime, Some(&checkpointer.machine.qmp), &destination).await?);
+    // Its monitor serves one client.
+    drop(destination);
+    let machine = Machine::attach(runtime).await.context("the machine runs in its new QEMU, but the helper does not reach it")?;
+    let pid = machine.pid;
+    checkpointer.replace_machine(machine);
+    tracing::info!(pid, downtime_ms = milliseconds(downtime.seen), "adopted");
+    Ok(Adopted {
+        adopted: true,
+        downtime_ms: milliseconds(downtime.seen),
+        qemu_downtime_ms: downtime.by_qemu.map(milliseconds),
+        total_ms: milliseconds(begun.elapsed()),
+        source_pid: plan.source.pid,
+        pid,
+        notes,
+    })
+}
+
+struct Adoption<'a> {
+    machine: &'a Machine,
+    plan: &'a Plan,
+    runtime: &'a RuntimeDir,
+    record: &'a mut Record,
+}
+
+impl Adoption<'_> {
+    /// Until the guest has run in the new QEMU.
+    async fn run(&mut self, report: &Report) -> Result<(Downtime, Qmp)> {
+        let process = self.start()?;
+        kill_point::point("adopt.started");
+        let destination = destination::connect(process, self.runtime).await?;
+        self.check_same(&destination).await?;
+        let mender = self.mender(&destination, process).await?;
+        self.record.advance(Stage::Moving, self.runtime)?;
+        let socket = stream_socket(self.runtime);
+        let plan = self.plan;
+        let mut handover = Handover::begin(&self.machine.qmp, &destination, &plan.found, &plan.bitmaps, &socket).await?;
+        kill_point::point("adopt.migrating");
+        let tell = |done, total| {
+            // A slow listener misses a line, the guest nothing.
+            let _ = report.0.try_send(Update { phase: "adopt".to_owned(), done, total });
+        };
+        handover.switchover(tell).await?;
+        kill_point::point("adopt.switchover");
+        if let Some(mender) = mender {
+            let begun = Instant::now();
+            let pages = mender.mend(&destination).await?;
+            tracing::info!(
+                pages,
+                ms = milliseconds(begun.elapsed()),
+                "pages that QEMU's emulator had lost, or had yet to send, were copied"
+            );
+        }
+        handover.complete().await?;
+        kill_point::point("adopt.completed");
+        self.record.images = plan.images.iter().map(|path| ImageMark::of(path)).collect::<Result<_>>()?;
+        self.record.advance(Stage::Decided, self.runtime)?;
+        kill_point::point("adopt.decided");
+        self.record.advance(Stage::Resuming, self.runtime)?;
+        let downtime = handover.resume().await?;
+        // It has run: from here on no failure may end it. What stands on disk is enough for a later helper.
+        if let Err(error) = self.record.advance(Stage::Running, self.runtime) {
+            tracing::warn!(error = format!("{error:#}"), "the adoption's last stage was not written down");
+        }
+        kill_point::point("adopt.running");
+        // It was bound by the new QEMU, which does not need it any more.
+        let _ = std::fs::remove_file(socket);
+        Ok((downtime, destination))
+    }
+
+    fn start(&mut self) -> Result<Process> {
+        let start = &self.plan.start;
+        let memory = GuestMemory::create(start.name.as_ref(), start.ram_bytes).context("making the guest's memory")?;
+        let process = destination::start(start, self.runtime, &self.plan.plugin, &memory, self.plan.like)?;
+        self.record.destination = Some(process);
+        self.record.file.pid = Some(process.pid);
+        self.record.save(self.runtime)?;
+        Ok(process)
+    }
+
+    async fn mender(&self, destination: &Qmp, process: Process) -> Result<Option<Mender>> {
+        if can_pre_copy_live(&self.machine.facts).is_ok() {
+            return Ok(None);
+        }
+        let source = (&self.machine.qmp, self.plan.source.pid);
+        Ok(Some(Mender::prepare(source, (destination, process.pid)).await?))
+    }
+
+    /// A machine that is another would refuse the state at its end, with the guest stopped.
+    async fn check_same(&self, destination: &Qmp) -> Result<()> {
+        let list = |devices: Vec<qmp_bridge::devices::GuestDevice>| {
+            let mut list: Vec<String> = devices.into_iter().map(|device| format!("{} ({})", device.path, device.kind)).collect();
+            list.sort();
+            list
+        };
+        let there = list(guest_devices(&self.machine.qmp).await.context("asking the old QEMU for its devices")?);
+        let here = list(guest_devices(destination).await.context("asking the new QEMU for its devices")?);
+        let differs = there.iter().find(|device| !here.contains(device)).or_else(|| here.iter().find(|device| !there.contains(device)));
+        if let Some(device) = differs {
+            return Err(refused(format!(
+                "device {device} is in one of the two QEMUs only; was it plugged in or out since the machine began?"
+            )));
+        }
+        let sizes = |qmp: Qmp| async move {
+            let blocks = ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?;
+            let mut sizes: Vec<(String, u64)> = blocks.into_iter().map(|block| (block.name, block.total)).collect();
+            sizes.sort();
+            Ok::<_, anyhow::Error>(sizes)
+        };
+        let (there, here) = (sizes(self.machine.qmp.clone()).await?, sizes(destination.clone()).await?);
+        match there.iter().find(|block| !here.contains(block)) {
+            None => Ok(()),
+            Some((name, bytes)) => Err(refused(format!("the new QEMU has no RAM block {name} of {bytes} bytes, as the old one has"))),
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Phase `settle`, and its counterpart `abort`: who owns the dirty bits after the checkpoint.
+
+use super::Checkpointer;
+use super::carried::{self, Carried, MOST_KEPT, WORTH_KEEPING};
+use super::outcome::{Kind, Outcome, milliseconds};
+use super::prepare::Run;
+use anyhow::Result;
+use checkpoint_format::{CheckpointIdentity, CheckpointSeq, PageCount};
+use checkpoint_store::Durable;
+use std::sync::Arc;
+use tracing::instrument;
+use vm::memory_source::Engine;
+
+/// Staging memory that stays between checkpoints, already faulted in.
+const KEPT_STAGING: PageCount = PageCount((16 << 20) / 4096);
+
+impl Checkpointer {
+    /// The checkpoint is durable; nothing that fails here can undo that.
+    #[instrument(name = "settle", level = "debug", skip_all)]
+    pub(super) async fn settle(&mut self, run: &mut Run, durable: Durable, identity: CheckpointIdentity) {
+        if let Some(lease) = run.lease.take() {
+            lease.settle(&durable);
+        }
+        if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
+            base.spaces = delta.settle();
+            // A stream leaves the tracker's marks alone: what they count from is older, so they hold more than is needed.
+            base.is_exact |= run.engine == Engine::Tracker;
+            self.marks = Some(base.advance(identity));
+        }
+        if let Some(frozen) = run.frozen.take()
+            && let Err(error) = frozen.settle().await
+        {
+            // Older bits than needed stay: the next checkpoint reads more than it must, and stores what differs.
+            tracing::warn!(%error, "the disks' old bitmaps were not dropped");
+        }
+        if let Some(marks) = self.marks
+            && let Err(error) = self.machine.runtime.set_marks(marks)
+        {
+            tracing::warn!(error = format!("{error:#}"), "a later helper will compare all memory and all disks once");
+        }
+        self.staging.clear(KEPT_STAGING);
+    }
+
+    /// Nothing differs from the parent: no checkpoint is made, and what was looked at is given back, to be looked at again.
+    pub(super) async fn unchanged(&mut self, run: &mut Run, parent: CheckpointSeq) -> Result<Outcome> {
+        let outcome = Outcome {
+            id: parent,
+            parent: Some(parent),
+            kind: Kind::Unchanged,
+            pause_ms: milliseconds(run.pause),
+            rounds: run.round_pauses.len() as u32,
+            round_pauses_ms: run.round_pauses.iter().copied().map(milliseconds).collect(),
+            pages_dirty: run.pages_dirty.0,
+            engine: run.engine.name().to_owned(),
+            run_state: run.run_state.name().to_owned(),
+            ..Outcome::default()
+        };
+        if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
+            base.spaces = delta.settle();
+            // The tracker holds the pages that were given back, so it is exact from here on.
+            base.is_exact |= run.engine == Engine::Tracker;
+            self.marks = base.marks().or(self.marks);
+        }
+        self.give_back(run).await;
+        Ok(outcome)
+    }
+
+    /// The checkpoint failed: everything that was taken is owed to the next one.
+    pub(super) async fn abort(&mut self, mut run: Run) {
+        if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
+            base.spaces = delta.fail();
+        }
+        self.give_back(&mut run).await;
+        run.resumed = None;
+        let packs = run.packs();
+        let Some(partial) = run.partial.take().and_then(|partial| Arc::try_unwrap(partial).ok()) else { return };
+        let is_worth_it = carried::bytes(&packs) >= WORTH_KEEPING && packs.len() <= MOST_KEPT;
+        if run.may_carry && is_worth_it {
+            self.carried = Some(Carried { kept: partial.keep(), packs, parent: run.parent });
+        } else if let Err(error) = partial.abort().await {
+            tracing::warn!(%error, "a partial checkpoint is left in the store; the next one removes it");
+        }
+    }
+
+    /// Doing it twice is fine.
+    pub(super) async fn give_back(&mut self, run: &mut Run) {
+        drop(run.lease.take());
+        let disks = match (run.frozen.take(), run.prepared.take()) {
+            (Some(frozen), _) => frozen.give_back().await,
+            (None, Some(prepared)) => prepared.discard().await,
+            (None, None) => Ok(()),
+        };
+        if let Err(error) = disks {
+            tracing::warn!(%error, "the disks' changes were not given back in order; the next checkpoint does it");
+        }
+        self.staging.clear(KEPT_STAGING);
+    }
+}

@@ -1,0 +1,216 @@
+//! What the next checkpoint builds on: the last durable one, and digests of all that it holds.
+
+use super::delta::Space;
+use super::held::{HeldLineage, Listing};
+use crate::lineage::{Lineage, NEW_LINEAGE_AFTER};
+use anyhow::{Context, Result};
+use checkpoint_format::{
+    ByteLen, CheckpointIdentity, CheckpointSeq, ContentDigest, DigestTable, Manifest, PageCount, SpaceKind, SpaceName,
+};
+use checkpoint_store::{Repository, StoreError};
+use std::collections::HashMap;
+use vm::error;
+use vm::running::Machine;
+use vm::runtime_dir::Marks;
+
+/// Digests of disk pages in memory, over all disks: those of 4 GiB of content.
+const DISK_TABLES: ByteLen = ByteLen(16 << 20);
+/// Device state has a few hundred KiB; digests for 64 MiB of it.
+const STATE_TABLE: ByteLen = ByteLen(256 << 10);
+
+/// The layers below each writable disk, by node.
+pub type Chains = HashMap<String, Vec<ContentDigest>>;
+
+/// What the next checkpoint builds on. The parent, and how far the marks of written pages can be believed, are looked up together and
+/// hold together: marks count from one certain checkpoint, and a store may have lost that one.
+pub struct Base {
+    /// The parent and its ancestors. Empty: the next checkpoint is full.
+    pub lineage: HeldLineage,
+    pub spaces: Vec<Space>,
+    /// The tracker knows every page written since the parent. Otherwise its first lease has all pages that exist, and those
+    /// that do not exist must be compared as zeros.
+    pub is_exact: bool,
+    /// The disks' bitmaps record at least since the parent.
+    are_bitmaps_of_lineage: bool,
+    /// As the parent recorded them.
+    pub chains: Chains,
+}
+
+impl Base {
+    /// Looks up what this machine's last durable checkpoint is, if it is of this machine's lineage at all.
+    pub async fn find(machine: &Machine, repository: &Repository, disks: &[(SpaceName, PageCount)], marks: Option<Marks>) -> Result<Self> {
+        let vm = &machine.file.name;
+        let listing = Listing::read(repository, vm).await?;
+        let names = names(machine, disks)?;
+        let Some(lineage) = own_lineage(machine, repository, &listing.checkpoints).await? else {
+            tracing::info!(%vm, "the store has no checkpoint of this life of the machine; the next one is full");
+            return Ok(Self::full(HeldLineage::new(vm, Vec::new(), &listing), names, disks.len()));
+        };
+        let manifest = lineage.manifests.last().context("a lineage without its newest checkpoint")?;
+        let mut tables = empty_tables(names, disks.len());
+        lineage.digests(repository, &mut tables).await.context("reading what the last checkpoint holds")?;
+        let marks = marks.and_then(|marks| marks.of(&lineage.identities));
+        let is_known = machine.has_tracker() && marks.is_some_and(|marks| marks.is_exact);
+        let is_exact = is_known && machine.lock_tracker()?.resume_protection();
+        tracing::info!(%vm, parent = %manifest.seq, is_exact, has_bitmaps = marks.is_some(), "continuing a lineage");
+        let mut spaces = spaces(machine, disks, tables);
+        spaces.iter_mut().for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
+        let chains = chains(manifest);
+        let lineage = HeldLineage::new(vm, lineage.identities, &listing);
+        Ok(Self { lineage, spaces, is_exact, are_bitmaps_of_lineage: marks.is_some(), chains })
+    }
+
+    fn full(lineage: HeldLineage, names: Vec<(SpaceName, PageCount)>, disks: usize) -> Self {
+        let sizes: Vec<PageCount> = names.iter().map(|(_, pages)| *pages).collect();
+        let tables = empty_tables(names, disks);
+        let spaces = tables.into_iter().zip(sizes).map(|((name, table), pages)| Space::new(name, pages, table)).collect();
+        Self { lineage, spaces, is_exact: false, are_bitmaps_of_lineage: false, chains: Chains::new() }
+    }
+
+    /// None: the next checkpoint is full.
+    pub fn parent(&self) -> Option<CheckpointSeq> {
+        self.lineage.identities().last().map(|parent| parent.seq)
+    }
+
+    /// The checkpoint that the disks' bitmaps are to be believed from.
+    pub fn parent_of_bitmaps(&self) -> Option<CheckpointSeq> {
+        self.parent().filter(|_| self.are_bitmaps_of_lineage)
+    }
+
+    pub fn next(&self) -> CheckpointSeq {
+        self.lineage.newest().map_or(CheckpointSeq::FIRST, |newest| newest.next())
+    }
+
+    /// Whether the lineage is so long that another has to begin.
+    pub fn is_long(&self) -> bool {
+        self.lineage.identities().len() >= NEW_LINEAGE_AFTER
+    }
+
+    /// A checkpoint is durable; what it was given of the marks counts from it. Returns the marks' new meaning.
+    pub fn advance(&mut self, checkpoint: CheckpointIdentity) -> Marks {
+        self.lineage.add(checkpoint);
+        // A bitmap was begun on every disk in its pause.
+        self.are_bitmaps_of_lineage = true;
+        Marks { since: checkpoint, is_exact: self.is_exact }
+    }
+
+    /// What the marks count from, if that is the parent.
+    pub fn marks(&self) -> Option<Marks> {
+        let since = self.lineage.identities().last().filter(|_| self.are_bitmaps_of_lineage);
+        since.map(|since| Marks { since: *since, is_exact: self.is_exact })
+    }
+
+    /// The next checkpoint is full: nothing is known of what any page holds.
+    pub fn begin_anew(&mut self) {
+        self.lineage.clear();
+        self.is_exact = false;
+        self.are_bitmaps_of_lineage = false;
+        for space in &mut self.spaces {
+            space.table.truncate(PageCount(0));
+            space.in_lineage = false;
+        }
+    }
+
+    /// After a hot-plug: spaces of disks that came get an empty table, those of disks that went are dropped.
+    pub fn adapt(&mut self, machine: &Machine, disks: &[(SpaceName, PageCount)]) -> Result<()> {
+        let names = names(machine, disks)?;
+        let same = |(space, (name, pages)): (&Space, &(SpaceName, PageCount))| space.name == *name && space.pages == *pages;
+        if self.spaces.len() == names.len() && self.spaces.iter().zip(&names).all(same) {
+            return Ok(());
+        }
+        let mut old = std::mem::take(&mut self.spaces);
+        for ((name, table), (_, pages)) in empty_tables(names.clone(), disks.len()).into_iter().zip(names) {
+            let found = old.iter().position(|space| space.name == name).map(|place| old.swap_remove(place));
+            let in_lineage = found.as_ref().is_some_and(|space| space.in_lineage);
+            let table = found.map_or(table, |space| resized(space, pages));
+            let mut space = Space::new(name, pages, table);
+            space.in_lineage = in_lineage;
+            self.spaces.push(space);
+        }
+        Ok(())
+    }
+}
+
+/// What is known of a disk's pages stays true when it changes its size, but for those that it loses. A RAM block's table is as long
+/// as the block.
+fn resized(space: Space, pages: PageCount) -> DigestTable {
+    let mut table = space.table;
+    if space.pages != pages {
+        match space.name.kind() {
+            SpaceKind::Disk => table.truncate(pages),
+            _ => return empty_tables(vec![(space.name, pages)], 1).remove(0).1,
+        }
+    }
+    table
+}
+
+fn chains(manifest: &Manifest) -> Chains {
+    let writable = manifest.disks.iter().filter(|disk| !disk.read_only);
+    writable.map(|disk| (disk.node.clone(), disk.backing.iter().map(|layer| layer.digest).collect())).collect()
+}
+
+/// The lineage that the next checkpoint goes on with. One that has lost an ancestor, or is damaged, is not built on: no restore could
+/// use what comes after.
+async fn own_lineage(machine: &Machine, repository: &Repository, known: &[CheckpointSeq]) -> Result<Option<Lineage>> {
+    let read = async {
+        match parent(machine, repository, known).await? {
+            Some(parent) => Lineage::read(repository, &machine.file.name, parent).await.map(Some),
+            None => Ok(None),
+        }
+    };
+    read.await.or_else(|error: anyhow::Error| {
+        let is_missing = error.chain().any(|cause| cause.downcast_ref::<StoreError>().is_some_and(StoreError::is_not_found));
+        if !is_missing && error::code_of(&error) != error::DAMAGED {
+            return Err(error);
+        }
+        tracing::warn!(error = format!("{error:#}"), "the last checkpoint cannot be built on; the next one is full");
+        Ok(None)
+    })
+}
+
+/// The newest checkpoint that this instance took, else the one that it was restored from (which need not be the newest).
+async fn parent(machine: &Machine, repository: &Repository, known: &[CheckpointSeq]) -> Result<Option<CheckpointSeq>> {
+    let Some(newest) = known.last() else { return Ok(None) };
+    let manifest = crate::lineage::manifest(repository, &machine.file.name, *newest).await?;
+    if manifest.instance == machine.file.instance {
+        return Ok(Some(*newest));
+    }
+    Ok(machine.file.restored_from.filter(|seq| known.contains(seq)))
+}
+
+/// RAM blocks in the tracker's order, then disks, then the device state: a space's place is its number.
+fn names(machine: &Machine, disks: &[(SpaceName, PageCount)]) -> Result<Vec<(SpaceName, PageCount)>> {
+    let mut names = machine.ram_spaces()?;
+    names.extend(disks.iter().cloned());
+    names.push((SpaceName::device_state(), PageCount(0)));
+    Ok(names)
+}
+
+fn empty_tables(names: Vec<(SpaceName, PageCount)>, disks: usize) -> Vec<(SpaceName, DigestTable)> {
+    let share = ByteLen(DISK_TABLES.0 / disks.max(1) as u64);
+    let table = |name: &SpaceName, pages| match name.kind() {
+        SpaceKind::Ram => DigestTable::dense(pages),
+        SpaceKind::Disk => DigestTable::sparse(share),
+        SpaceKind::State | SpaceKind::Layer => DigestTable::sparse(STATE_TABLE),
+    };
+    names
+        .into_iter()
+        .map(|(name, pages)| {
+            let table = table(&name, pages);
+            (name, table)
+        })
+        .collect()
+}
+
+fn spaces(machine: &Machine, disks: &[(SpaceName, PageCount)], tables: Vec<(SpaceName, DigestTable)>) -> Vec<Space> {
+    let sizes = machine.ram_spaces().into_iter().flatten().chain(disks.iter().cloned());
+    let sizes: HashMap<SpaceName, PageCount> = sizes.collect();
+    let pages = |name: &SpaceName| sizes.get(name).copied().unwrap_or(PageCount(0));
+    tables
+        .into_iter()
+        .map(|(name, table)| {
+            let pages = pages(&name);
+            Space::new(name, pages, table)
+        })
+        .collect()
+}

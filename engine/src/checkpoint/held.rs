@@ -1,0 +1,260 @@
+//! Whether the store still holds the lineage that the next checkpoint adds to.
+//!
+//! A directory of many thousand checkpoints is not listed for each of them. The store says when an entry of the directory last came or
+//! went. Changes of the helper's own are known, so any other time than that of the last of them means that the directory has to be
+//! listed again.
+
+use anyhow::{Context, Result};
+use checkpoint_format::{CheckpointIdentity, CheckpointSeq, VmName};
+use checkpoint_store::Repository;
+use std::time::SystemTime;
+
+/// It is listed after so many checkpoints anyhow, and as many more as are an eighth of those listed: what another did in the very
+/// moment of a change of ours, or within one tick of the store's clock, is found then.
+const LISTING_DUE: usize = 64;
+
+/// The parent with its ancestors, and what is known of their directory in the store.
+pub struct HeldLineage {
+    vm: VmName,
+    /// Oldest first. Empty: the next checkpoint is full.
+    identities: Vec<CheckpointIdentity>,
+    /// In the store, of this lineage or not.
+    newest: Option<CheckpointSeq>,
+    /// None: it has to be listed.
+    listed: Option<Listed>,
+}
+
+/// The directory had all of the lineage, and nothing newer, since it was listed.
+#[derive(Clone, Copy)]
+struct Listed {
+    /// By the store's clock.
+    changed: SystemTime,
+    entries: usize,
+    /// Checkpoints that this helper has added since.
+    added: usize,
+}
+
+/// The checkpoints of a VM, and when that was so.
+pub struct Listing {
+    pub checkpoints: Vec<CheckpointSeq>,
+    changed: Option<SystemTime>,
+}
+
+impl Listing {
+    pub async fn read(repository: &Repository, vm: &VmName) -> Result<Self> {
+        // Before the listing: what comes or goes meanwhile shows in the next time.
+        let changed = repository.checkpoints_changed(vm).await;
+        let changed = changed.with_context(|| format!("looking for changes of {vm}'s checkpoints"))?;
+        let checkpoints = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
+        Ok(Self { checkpoints, changed })
+    }
+
+    fn listed(&self) -> Option<Listed> {
+        Some(Listed { changed: self.changed?, entries: self.checkpoints.len(), added: 0 })
+    }
+}
+
+impl HeldLineage {
+    /// `listing`: made before `identities` were read.
+    pub fn new(vm: &VmName, identities: Vec<CheckpointIdentity>, listing: &Listing) -> Self {
+        Self { vm: vm.clone(), identities, newest: listing.checkpoints.last().copied(), listed: listing.listed() }
+    }
+
+    pub fn identities(&self) -> &[CheckpointIdentity] {
+        &self.identities
+    }
+
+    pub fn newest(&self) -> Option<CheckpointSeq> {
+        self.newest
+    }
+
+    /// A checkpoint is durable, and the parent of the next.
+    pub fn add(&mut self, checkpoint: CheckpointIdentity) {
+        self.identities.push(checkpoint);
+        self.newest = Some(checkpoint.seq);
+        self.listed.iter_mut().for_each(|listed| listed.added += 1);
+    }
+
+    /// The next checkpoint is full.
+    pub fn clear(&mut self) {
+        self.identities.clear();
+    }
+
+    /// Whether the store still holds all of the lineage, and nothing newer than what was found.
+    pub async fn is_held(&mut self, repository: &Repository) -> Result<bool> {
+        if !self.is_unchanged(repository).await? {
+            self.listed = None;
+            let listing = Listing::read(repository, &self.vm).await?;
+            let is_there = |identity: &CheckpointIdentity| listing.checkpoints.binary_search(&identity.seq).is_ok();
+            if listing.checkpoints.last().copied() != self.newest || !self.identities.iter().all(is_there) {
+                return Ok(false);
+            }
+            self.listed = listing.listed();
+        }
+        self.is_parent_held(repository).await
+    }
+
+    async fn is_unchanged(&self, repository: &Repository) -> Result<bool> {
+        let Some(listed) = self.listed.filter(|listed| listed.added < LISTING_DUE + listed.entries / 8) else { return Ok(false) };
+        let changed = repository.checkpoints_changed(&self.vm).await;
+        let changed = changed.with_context(|| format!("looking for changes of {}'s checkpoints", self.vm))?;
+        Ok(changed == Some(listed.changed))
+    }
+
+    async fn is_parent_held(&self, repository: &Repository) -> Result<bool> {
+        let Some(parent) = self.identities.last() else { return Ok(true) };
+        match repository.read_manifest(&self.vm, parent.seq).await {
+            Ok(bytes) => Ok(CheckpointIdentity::new(parent.seq, &bytes) == *parent),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error).with_context(|| format!("reading the manifest of {}@{}", self.vm, parent.seq)),
+        }
+    }
+
+    /// Runs a change of our own to the directory: a checkpoint begins in it, is committed or removed.
+    pub async fn change<T>(&mut self, repository: &Repository, change: impl Future<Output = T>) -> T {
+        let before = self.is_unchanged(repository).await;
+        let result = change.await;
+        let after = repository.checkpoints_changed(&self.vm).await;
+        self.listed = match (self.listed, before, after) {
+            (Some(listed), Ok(true), Ok(Some(changed))) => Some(Listed { changed, ..listed }),
+            _ => None,
+        };
+        result
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use bytes::Bytes;
+    use checkpoint_store::{Claim, FaultyStore, MemoryStore, Mode, Op, Store, StorePath, Writer, WriterRecord};
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    /// A VM in a store that counts what is asked of it.
+    struct Lab {
+        store: FaultyStore,
+        repository: Repository,
+        writer: Writer,
+    }
+
+    const OPS: [Op; 8] = [Op::CreateDirAll, Op::CreateDir, Op::Put, Op::PutExclusive, Op::Read, Op::Stat, Op::RenameDir, Op::Remove];
+
+    fn manifest(seq: CheckpointSeq) -> Bytes {
+        Bytes::from(format!("manifest {seq}"))
+    }
+
+    fn vm() -> VmName {
+        "vm".parse().unwrap()
+    }
+
+    impl Lab {
+        async fn new() -> Self {
+            let store = FaultyStore::new(Arc::new(MemoryStore::new()));
+            let repository = Repository::open(Arc::new(store.clone()), Mode::CreateIfMissing).await.unwrap();
+            let record = WriterRecord {
+                host: String::new(),
+                boot_id: String::new(),
+                instance: "i".to_owned(),
+                pid: 1,
+                claimed_at: String::new(),
+                version: String::new(),
+                hardware: None,
+            };
+            let writer = repository.claim_writer(&vm(), record, Claim::TakeOver).await.unwrap();
+            Self { store, repository, writer }
+        }
+
+        /// So many checkpoints, and the lineage that they are.
+        async fn with(checkpoints: u64) -> (Self, HeldLineage) {
+            let lab = Self::new().await;
+            let mut lineage = HeldLineage::new(&vm(), Vec::new(), &Listing::read(&lab.repository, &vm()).await.unwrap());
+            for _ in 0..checkpoints {
+                lab.checkpoint(&mut lineage).await;
+            }
+            // As a helper that begins.
+            let listing = Listing::read(&lab.repository, &vm()).await.unwrap();
+            let lineage = HeldLineage::new(&vm(), lineage.identities().to_vec(), &listing);
+            (lab, lineage)
+        }
+
+        /// What a checkpoint asks of the store beside its data.
+        async fn checkpoint(&self, lineage: &mut HeldLineage) {
+            let Self { repository, writer, .. } = self;
+            assert!(lineage.is_held(repository).await.unwrap());
+            let seq = lineage.newest().map_or(CheckpointSeq::FIRST, CheckpointSeq::next);
+            let partial = lineage.change(repository, writer.begin(seq)).await.unwrap();
+            assert!(lineage.is_held(repository).await.unwrap());
+            drop(lineage.change(repository, partial.commit(manifest(seq))).await.unwrap());
+            lineage.add(CheckpointIdentity::new(seq, &manifest(seq)));
+        }
+
+        /// All calls, and the listings of the directory of checkpoints among them.
+        fn calls(&self) -> (usize, usize) {
+            let listings = self.store.calls(Op::List, "");
+            (OPS.iter().map(|op| self.store.calls(*op, "")).sum::<usize>() + listings, self.store.calls(Op::List, "checkpoints"))
+        }
+
+        /// Another removes it, when the store's clock has gone on.
+        async fn remove(&self, seq: u64) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            self.store.remove(&StorePath::new(&format!("vms/vm/checkpoints/{seq}")).unwrap()).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn store_calls_of_a_checkpoint_do_not_grow_with_the_lineage() {
+        let mut all = Vec::new();
+        for checkpoints in [3, 30, 300] {
+            let (lab, mut lineage) = Lab::with(checkpoints).await;
+            let before = lab.calls();
+            lab.checkpoint(&mut lineage).await;
+            let after = lab.calls();
+            all.push(after.0 - before.0);
+            assert_eq!(after.1, before.1, "the directory is listed beside {checkpoints} checkpoints");
+        }
+        assert!(all.iter().all(|calls| *calls == all[0]) && all[0] < 20, "{all:?}");
+    }
+
+    #[tokio::test]
+    async fn lineage_that_lost_any_checkpoint_is_not_held() {
+        for lost in [1, 2, 3] {
+            let (lab, mut lineage) = Lab::with(3).await;
+            lab.checkpoint(&mut lineage).await;
+            lab.remove(lost).await;
+            assert!(!lineage.is_held(&lab.repository).await.unwrap(), "{lost}");
+            assert!(!lineage.is_held(&lab.repository).await.unwrap(), "{lost}, asked again");
+        }
+    }
+
+    #[tokio::test]
+    async fn lineage_is_not_held_beside_a_newer_checkpoint_or_another_parent() {
+        let (lab, mut lineage) = Lab::with(2).await;
+        assert!(lineage.is_held(&lab.repository).await.unwrap());
+        drop(lab.writer.begin(CheckpointSeq(3)).await.unwrap().commit(manifest(CheckpointSeq(3))).await.unwrap());
+        assert!(!lineage.is_held(&lab.repository).await.unwrap(), "a newer one");
+
+        let (lab, mut lineage) = Lab::with(2).await;
+        let other = CheckpointIdentity::new(CheckpointSeq(3), b"another");
+        lab.checkpoint(&mut lineage).await;
+        lineage.identities.pop();
+        lineage.add(other);
+        assert!(!lineage.is_held(&lab.repository).await.unwrap(), "another parent");
+    }
+
+    #[tokio::test]
+    async fn lineage_is_listed_again_after_changes_of_others_and_now_and_then() {
+        let (lab, mut lineage) = Lab::with(1).await;
+        let listings = |lab: &Lab| lab.calls().1;
+        let before = listings(&lab);
+        lab.store.create_dir(&StorePath::new("vms/vm/checkpoints/other").unwrap()).await.unwrap();
+        assert!(lineage.is_held(&lab.repository).await.unwrap());
+        assert_eq!(listings(&lab), before + 1);
+        for _ in 0..LISTING_DUE {
+            lab.checkpoint(&mut lineage).await;
+        }
+        assert_eq!(listings(&lab), before + 1);
+        lab.checkpoint(&mut lineage).await;
+        assert_eq!(listings(&lab), before + 2);
+    }
+}

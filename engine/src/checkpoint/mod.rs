@@ -1,0 +1,257 @@
+//! Taking a checkpoint: RAM, device state and disks of one instant.
+//!
+//! The phases are files, in the order in which data flows:
+//!
+//! ```text
+//! prepare   guest runs    engine, writer epoch, layers, scratch overlays, room for the copies
+//! round     guest runs    live copies, each after a micro-pause
+//! freeze    guest paused  scan, copy, disk transaction, device state
+//! (stream   instead of round and freeze, where QEMU's own migration brings the memory)
+//! drain     guest runs    compare, compress, store; disks over NBD
+//! commit    guest runs    manifest, one rename
+//! settle    guest runs    leases, bitmaps, tables
+//! ```
+//! Whatever fails before the commit, [`Checkpointer::take`] gives back what was taken and the next checkpoint carries it.
+
+mod acknowledge;
+mod base;
+mod carried;
+mod commit;
+mod delta;
+mod direct;
+mod held;
+mod holder;
+pub mod outcome;
+mod pause;
+mod precopy;
+mod prepare;
+mod receive;
+mod staging;
+mod stream;
+mod upload;
+mod window;
+mod writer;
+
+use crate::kill_point;
+use crate::progress::{Update, bytes};
+use anyhow::{Error, Result};
+use base::Base;
+use carried::Carried;
+use outcome::{Outcome, Phases, milliseconds};
+use qmp_bridge::said;
+use serde::{Deserialize, Serialize};
+use staging::Staging;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::mpsc;
+use vm::inventory::unchanged;
+use vm::launch::command::is_running;
+use vm::memory_source::{Engine, EngineChoice, StreamChoice};
+use vm::running::Machine;
+use vm::runtime_dir::Marks;
+
+pub use writer::{Force, StoreSession, claim, may_claim};
+
+/// Between the end of QEMU's monitor and that of its process.
+const QEMU_EXIT: Duration = Duration::from_secs(5);
+
+/// How long a checkpoint that has failed goes on storing what was read for it, which counts for the
+/// next one: the packs under way at 1 MiB a second.
+const UPLOAD_GRACE: Duration = Duration::from_secs(60);
+
+/// For the removal of what failed checkpoints stored, when the helper ends.
+const REMOVAL: Duration = Duration::from_secs(5);
+
+/// A connection to a process that is killed ends with it, a moment after whatever else was noticed.
+const MONITOR_END: Duration = Duration::from_millis(200);
+
+/// Tells what goes on to whoever listens; never waits for them.
+pub struct Report(pub mpsc::Sender<Update>);
+
+impl Report {
+    fn say(&self, phase: &str, done: u64, total: u64) {
+        // A full queue means a slow listener: they miss a line, the guest misses nothing.
+        let _ = self.0.try_send(Update { phase: phase.to_owned(), done, total });
+    }
+}
+
+/// What the request chooses; an engine that it leaves open is as the VM was attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Choice {
+    pub engine: Option<EngineChoice>,
+    pub stream: Option<StreamChoice>,
+    /// A full checkpoint, which begins a new lineage.
+    pub full: bool,
+}
+
+/// Everything that lasts from one checkpoint of a machine to the next.
+pub struct Checkpointer {
+    pub machine: Machine,
+    staging: Staging,
+    store: Option<StoreSession>,
+    base: Option<Base>,
+    /// What failed checkpoints have stored for the next one.
+    carried: Option<Carried>,
+    /// What the marks of written pages count from; whether that is of use decides the lineage of the base.
+    marks: Option<Marks>,
+    layers: crate::layers::Known,
+    /// What an earlier helper may have left in QEMU has been cleaned up.
+    is_clean: bool,
+}
+
+impl Checkpointer {
+    pub fn new(machine: Machine) -> Self {
+        let staging = Staging::new(prepare::STAGING_PAGES);
+        let marks = machine.runtime.marks();
+        Self { machine, staging, store: None, base: None, carried: None, marks, layers: Default::default(), is_clean: false }
+    }
+
+    /// The machine goes on in another QEMU: what the store holds is as it was; what was written since is not known.
+    pub fn replace_machine(&mut self, machine: Machine) {
+        self.machine = machine;
+        self.is_clean = false;
+        self.distrust_marks();
+    }
+
+    /// What was written to memory since the last checkpoint is not known any more.
+    fn distrust_marks(&mut self) {
+        self.base.iter_mut().for_each(|base| base.is_exact = false);
+        self.marks.iter_mut().for_each(|marks| marks.is_exact = false);
+    }
+
+    /// One checkpoint, complete and durable, or an error and nothing.
+    pub async fn take(&mut self, choice: Choice, report: &Report) -> Result<Outcome> {
+        let begun = Instant::now();
+        let started_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+        let mut phases = Phases::default();
+        let mut outcome = match self.run_phases(choice, &mut phases, report).await {
+            Ok(outcome) => outcome,
+            Err(error) => return Err(self.cause(error).await),
+        };
+        outcome.started_at = started_at;
+        outcome.durable_ms = milliseconds(begun.elapsed());
+        outcome.phases = phases.into_map();
+        Ok(outcome)
+    }
+
+    async fn run_phases(&mut self, choice: Choice, phases: &mut Phases, report: &Report) -> Result<Outcome> {
+        let prepared = self.prepare(choice, phases, report).await;
+        let mut run = prepared.inspect_err(|_| self.after_failure())?;
+        let captured = self.capture(&mut run, phases, report).await;
+        match captured {
+            Ok(outcome) => Ok(outcome),
+            Err(error) => {
+                // The guest and its disks first: the store may take its time.
+                self.give_back(&mut run).await;
+                report.say("storing what was read", 0, 0);
+                let error = match run.packer.take() {
+                    Some(packer) => packer.why(error, UPLOAD_GRACE).await,
+                    None => error,
+                };
+                let inventory = Arc::clone(&run.inventory);
+                self.abort(run).await;
+                let error = self.with_carried(error);
+                self.after_failure();
+                match inventory.change(&self.machine).await {
+                    None => Err(error),
+                    change => {
+                        tracing::info!(error = format!("{error:#}"), "what was noticed first of a change of the VM");
+                        Err(unchanged(change).err().unwrap_or(error))
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is not lost belongs to the message.
+    fn with_carried(&self, error: Error) -> Error {
+        match &self.carried {
+            Some(carried) => error.context(format!(
+                "the checkpoint failed; the next one needs not store again the {} that it stored",
+                bytes(carried.bytes().0)
+            )),
+            None => error,
+        }
+    }
+
+    /// A QEMU that has ended is why, whatever was noticed of it first.
+    async fn cause(&self, error: Error) -> Error {
+        if tokio::time::timeout(MONITOR_END, self.machine.qmp.closed()).await.is_err() {
+            return error;
+        }
+        let end = Instant::now() + QEMU_EXIT;
+        while !self.machine.has_ended() {
+            if Instant::now() >= end {
+                return error;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        tracing::info!(error = format!("{error:#}"), "what was noticed first of QEMU's end");
+        let (pid, name) = (self.machine.pid, &self.machine.file.name);
+        let said = said::quote_log(&self.machine.runtime.qemu_log());
+        let said = if said.is_empty() { said } else { format!(" (it said: {said})") };
+        anyhow::anyhow!(
+            "QEMU (pid {pid}) ended while the checkpoint was taken{said}; the last checkpoint is intact: 'stillpoint restore {name}'"
+        )
+    }
+
+    /// A failed freeze takes its disks back in the background, so the next checkpoint looks what is left of it. A base whose tables
+    /// went down with the checkpoint is looked up again.
+    fn after_failure(&mut self) {
+        self.is_clean = false;
+        self.base.take_if(|base| base.spaces.is_empty());
+    }
+
+    async fn capture(&mut self, run: &mut prepare::Run, phases: &mut Phases, report: &Report) -> Result<Outcome> {
+        kill_point::point("prepared");
+        match (run.engine.mode(), run.engine) {
+            (Some(mode), _) => self.stream(run, mode, phases, report).await?,
+            (None, Engine::ProcessMemory) => self.read_process_memory(run, phases, report).await?,
+            (None, _) => {
+                self.rounds(run, phases, report).await?;
+                kill_point::point("round");
+                self.freeze(run, phases).await?;
+            }
+        }
+        kill_point::point("freeze.frozen");
+        run.inventory.check_machine(&self.machine).await?;
+        self.drain(run, phases, report).await?;
+        run.inventory.check_disks(&self.machine).await?;
+        unchanged(self.layers.changed(&run.inventory.drives).map(|path| format!("the layer {} was written to", path.display())))?;
+        kill_point::point("drain");
+        self.commit(run, phases).await
+    }
+
+    /// No next checkpoint of this helper makes use of it.
+    async fn forget_carried(&mut self) {
+        let Some(carried) = self.carried.take() else { return };
+        match tokio::time::timeout(REMOVAL, carried.kept.remove()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "what failed checkpoints stored stays in the store until the next claim of the epoch"),
+            Err(_) => tracing::warn!("what failed checkpoints stored stays in the store until the next claim of the epoch"),
+        }
+    }
+
+    /// The machine has ended: another may take the writer's place without force.
+    ///
+    /// While QEMU runs the place is kept, whoever ends the helper: a restore elsewhere would make a second machine.
+    pub async fn release(&mut self) {
+        self.forget_carried().await;
+        if tokio::time::timeout(Duration::from_millis(1), self.machine.qmp.closed()).await.is_err() {
+            return;
+        }
+        let end = Instant::now() + QEMU_EXIT;
+        while is_running(&self.machine.file.instance) {
+            if Instant::now() >= end {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        if let Some(session) = &self.store
+            && let Err(error) = session.writer.release().await
+        {
+            tracing::warn!(%error, "the writer's place in the store was not released");
+        }
+    }
+}

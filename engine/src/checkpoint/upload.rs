@@ -1,0 +1,261 @@
+//! Phase `drain`: what the freeze caught goes to the packer while the guest runs: disks first, because each block that the
+//! guest overwrites meanwhile must be copied aside; then the device state; then the staged memory.
+
+use super::carried::Resumed;
+use super::delta::Delta;
+use super::outcome::Phases;
+use super::precopy::{self, blocking};
+use super::prepare::{Run, SavedState};
+use super::staging::{SpaceNumber, Staging};
+use super::window::Window;
+use super::{Checkpointer, Report};
+use crate::kill_point;
+use crate::pack::Packer;
+use anyhow::{Context, Result, bail};
+use checkpoint_format::{ByteLen, ByteOffset, FRAME_PAGES, PAGE_SIZE, PageCount, PageIndex, PageRange, SpaceKind, SpaceName};
+use futures::future::BoxFuture;
+use futures::{StreamExt, TryStreamExt};
+use qmp_bridge::capture::{FrozenDisk, FrozenDisks};
+use qmp_bridge::nbd::{Content, ContentRange, ContextExtents, NbdClient, content_ranges, context};
+use qmp_bridge::resave::repeated_section;
+use std::time::Instant;
+use tokio::sync::mpsc;
+use tracing::instrument;
+use vm::error::refused;
+
+/// A disk's extents, and what earlier tries stored of it, are looked up for this much of it at a
+/// time. The latter takes 2 MiB, and that of another part may wait in the queue.
+const WINDOW: u64 = 512 << 20;
+/// One NBD read: a frame.
+const READ_BYTES: u64 = (FRAME_PAGES * PAGE_SIZE) as u64;
+/// NBD reads of one disk under way: 2 MiB.
+const READS: usize = 8;
+/// Disks read at once, so that a machine with a hundred of them needs no more memory than one with four.
+const DISKS: usize = 4;
+/// Pieces of all disks waiting for the comparison: 4 MiB.
+const QUEUE: usize = 16;
+
+enum Piece {
+    Data(SpaceNumber, u64, Vec<u8>),
+    Zero(SpaceNumber, PageRange),
+    /// What follows is of this part of the disk.
+    Part(SpaceNumber, Option<Window>),
+}
+
+impl Checkpointer {
+    #[instrument(name = "drain", level = "debug", skip_all)]
+    pub(super) async fn drain(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
+        let begun = Instant::now();
+        self.drain_disks(run, report).await.context("reading the disks' instant")?;
+        phases.since("drain.disks", begun);
+        kill_point::point("drain.disks");
+        let begun = Instant::now();
+        self.drain_state(run).await?;
+        self.drain_staging(run).await?;
+        phases.since("drain.memory", begun);
+        Ok(())
+    }
+
+    async fn drain_disks(&mut self, run: &mut Run, report: &Report) -> Result<()> {
+        let frozen = run.frozen.as_mut().context("the disks were not frozen")?;
+        if frozen.disks().is_empty() {
+            return Ok(());
+        }
+        frozen.export().await?;
+        let delta = run.delta.as_mut().context("the tables are gone")?;
+        let packer = run.packer.as_ref().context("the packer is gone")?;
+        let resumed = run.resumed.as_ref().context("internal error: nothing says what earlier tries stored")?;
+        let (pieces, queue) = mpsc::channel(QUEUE);
+        let mut readers: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
+        for disk in frozen.disks() {
+            let number = disk_number(delta, disk);
+            // What no earlier checkpoint says anything about is read by where it is allocated; else every block counts.
+            let is_fresh = run.parent.is_none() || number.is_some_and(|number| !delta.spaces()[usize::from(number)].in_lineage);
+            let number = number.with_context(|| format!("disk {} has no space", disk.name))?;
+            let space = (number, delta.spaces()[usize::from(number)].name.clone());
+            readers.push(Box::pin(read_disk(frozen, disk, space, is_fresh, resumed, pieces.clone(), report)));
+        }
+        drop(pieces);
+        let readers = futures::stream::iter(readers).buffer_unordered(DISKS).try_collect::<Vec<()>>();
+        let collector = collect(delta, packer, queue);
+        let (read, collected) = tokio::join!(readers, collector);
+        // A reader that found its queue closed only says so; the collector knows why.
+        collected?;
+        if read.is_err() {
+            // A copy that is broken fails each read; why is known elsewhere.
+            frozen.verify().await?;
+        }
+        read?;
+        frozen.verify().await?;
+        frozen.release().await?;
+        Ok(())
+    }
+
+    async fn drain_state(&mut self, run: &mut Run) -> Result<()> {
+        let saved = run.device_state.take().context("the device state was not saved")?;
+        let state = match saved {
+            SavedState::File(file) => file.read().context("reading the device state back")?,
+            SavedState::Read(state) => state,
+        };
+        if let Some(name) = repeated_section(&state) {
+            return Err(refused(format!(
+                "this QEMU saves two devices under one name, {name}, and would load the state of both into the first; \
+                 start the VM with a newer QEMU, or without the second device"
+            )));
+        }
+        let mut state = state.into_bytes();
+        run.state_bytes = ByteLen(state.len() as u64);
+        state.resize(state.len().next_multiple_of(PAGE_SIZE), 0);
+        let delta = run.delta.as_mut().context("the tables are gone")?;
+        let number = delta.spaces().iter().position(|space| space.name.kind() == SpaceKind::State);
+        let number = number.context("the device state has no space")? as SpaceNumber;
+        // A restore forgets the pages that a shrunken space lost, so the table must too.
+        delta.truncate(number, PageCount::covering(run.state_bytes));
+        let mut jobs = Vec::new();
+        delta.offer(number, PageIndex(0), &state, &mut jobs);
+        delta.flush(&mut jobs);
+        run.packer.as_ref().context("the packer is gone")?.send(&mut jobs).await
+    }
+
+    /// Sends the staged pages and empties the staging memory.
+    pub(super) async fn drain_staging(&mut self, run: &mut Run) -> Result<()> {
+        let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
+        let delta = run.delta.take().context("the tables are gone")?;
+        let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
+        let job = move |(staging, delta): &mut (Staging, Delta)| precopy::drain(staging, delta, &entrance);
+        let ((mut staging, delta), result) = blocking((staging, delta), job).await?;
+        staging.clear(staging.capacity());
+        self.staging = staging;
+        run.delta = Some(delta);
+        result
+    }
+}
+
+fn is_disk(name: &SpaceName, disk: &FrozenDisk) -> bool {
+    name.kind() == SpaceKind::Disk && name.local() == disk.name
+}
+
+fn disk_number(delta: &Delta, disk: &FrozenDisk) -> Option<SpaceNumber> {
+    delta.spaces().iter().position(|space| is_disk(&space.name, disk)).map(|number| number as SpaceNumber)
+}
+
+/// Owns the queue: when this ends, whatever for, the readers find it closed and end too.
+async fn collect(delta: &mut Delta, packer: &Packer, mut queue: mpsc::Receiver<Piece>) -> Result<()> {
+    let mut jobs = Vec::new();
+    while let Some(piece) = queue.recv().await {
+        match piece {
+            Piece::Part(space, carried) => delta.enter(space, carried),
+            Piece::Zero(space, pages) => delta.offer_zero(space, pages, &mut jobs),
+            Piece::Data(space, offset, mut bytes) => {
+                bytes.resize(bytes.len().next_multiple_of(PAGE_SIZE), 0);
+                delta.offer(space, PageIndex::containing(ByteOffset(offset)), &bytes, &mut jobs);
+            }
+        }
+        packer.send(&mut jobs).await?;
+    }
+    delta.flush(&mut jobs);
+    packer.send(&mut jobs).await
+}
+
+async fn read_disk(
+    frozen: &FrozenDisks,
+    disk: &FrozenDisk,
+    (space, name): (SpaceNumber, SpaceName),
+    is_fresh: bool,
+    resumed: &Resumed,
+    pieces: mpsc::Sender<Piece>,
+    report: &Report,
+) -> Result<()> {
+    let client = frozen.connect(disk).await?;
+    let mut offset = 0;
+    while offset < disk.bytes {
+        let len = WINDOW.min(disk.bytes - offset);
+        report.say(&format!("disk {}", disk.name), offset, disk.bytes);
+        let mut ranges = ranges(&client, disk, offset, len, is_fresh).await?;
+        let part = ContentRange { start: offset, end: offset + len, content: Content::Data };
+        let carried = resumed.window(&name, pages(part)).await?;
+        carried.iter().for_each(|carried| add_carried(&mut ranges, carried, disk.bytes));
+        pieces.send(Piece::Part(space, carried)).await.context("the comparison has ended")?;
+        read_window(&client, space, &ranges, &pieces).await?;
+        offset += len;
+    }
+    client.close().await;
+    Ok(())
+}
+
+async fn ranges(client: &NbdClient, disk: &FrozenDisk, offset: u64, len: u64, is_fresh: bool) -> Result<Vec<ContentRange>> {
+    let contexts = client.block_status(offset, len).await?;
+    let [allocation, changes] = contexts.as_slice() else {
+        bail!("QEMU answered {} meta contexts for disk {} where 2 were asked for", contexts.len(), disk.name);
+    };
+    let mut changes = if disk.changes.is_none() && !is_fresh { everything(changes) } else { changes.clone() };
+    if disk.changes.is_some() {
+        changes.set_from(disk.certain_until, context::STATE_DIRTY);
+    }
+    Ok(content_ranges(allocation, &changes, PAGE_SIZE as u64, disk.bytes))
+}
+
+/// A disk whose bitmap was lost while its lineage goes on: whatever the layers or earlier checkpoints hold, each block is
+/// looked at as it is now.
+fn everything(changes: &ContextExtents) -> ContextExtents {
+    let mut all = changes.clone();
+    all.context = context::ALLOCATION_DEPTH.to_owned();
+    all.extents.iter_mut().for_each(|extent| extent.flags = 1);
+    all
+}
+
+async fn read_window(client: &NbdClient, space: SpaceNumber, ranges: &[ContentRange], pieces: &mpsc::Sender<Piece>) -> Result<()> {
+    let cut = ranges.iter().copied().flat_map(cut);
+    let reads = futures::stream::iter(cut).map(|range| async move {
+        Ok::<_, anyhow::Error>(match range.content {
+            Content::Zero => Piece::Zero(space, pages(range)),
+            Content::Data => Piece::Data(space, range.start, client.read(range.start, (range.end - range.start) as u32).await?),
+        })
+    });
+    let mut reads = reads.buffered(READS);
+    while let Some(piece) = reads.try_next().await? {
+        pieces.send(piece).await.context("the comparison has ended")?;
+    }
+    Ok(())
+}
+
+/// What an earlier try stored is looked at, whatever else says that it need not be: a block that
+/// was given back since, say.
+pub(super) fn add_carried(ranges: &mut Vec<ContentRange>, carried: &Window, disk_bytes: u64) {
+    let asked: Vec<PageRange> = ranges.iter().copied().map(pages).collect();
+    let mut asked = asked.into_iter().peekable();
+    let mut missing = Vec::new();
+    for mut held in carried.held() {
+        while !held.is_empty() {
+            while asked.next_if(|asked| asked.end <= held.start).is_some() {}
+            let gap_end = asked.peek().map_or(held.end, |next| next.start.min(held.end));
+            if held.start < gap_end {
+                missing.push(PageRange::new(held.start, gap_end));
+            }
+            held.start = asked.peek().map_or(held.end, |next| next.end.min(held.end)).max(gap_end);
+        }
+    }
+    let data = |pages: PageRange| {
+        let bytes = pages.bytes();
+        ContentRange { start: bytes.start, end: bytes.end.min(disk_bytes), content: Content::Data }
+    };
+    ranges.extend(missing.into_iter().map(data));
+    ranges.sort_by_key(|range| range.start);
+}
+
+/// Data in pieces of a frame; zeros as they are.
+fn cut(range: ContentRange) -> impl Iterator<Item = ContentRange> {
+    let step = if range.content == Content::Data { READ_BYTES } else { u64::MAX };
+    let mut start = range.start;
+    std::iter::from_fn(move || {
+        let end = range.end.min(start.saturating_add(step));
+        let piece = (start < range.end).then_some(ContentRange { start, end, content: range.content });
+        start = end;
+        piece
+    })
+}
+
+fn pages(range: ContentRange) -> PageRange {
+    let end = PageCount::covering(ByteLen(range.end));
+    PageRange::new(PageIndex::containing(ByteOffset(range.start)), PageIndex(end.0))
+}

@@ -1,0 +1,18 @@
+//! Checkpoints of running VMs: [`checkpoint`] takes them, [`restore`] brings one back, [`adopt`] moves an external VM into a
+//! managed QEMU, [`verify`] reads back what is stored and [`proof`] restores it in a sandbox and compares; [`layers`] and
+//! [`pack`] carry data, [`lineage`] is a checkpoint with its ancestors.
+//!
+//! Nothing here prints or parses arguments; the crate `stillpoint` does. How far work is goes to a [`progress::Progress`].
+
+pub mod adopt;
+pub mod checkpoint;
+pub mod kill_point;
+pub mod layers;
+pub mod lineage;
+pub mod pack;
+pub mod progress;
+pub mod proof;
+pub mod restore;
+pub mod run_state;
+pub mod stores;
+pub mod verify;

@@ -1,0 +1,173 @@
+//! A checkpoint and its ancestors, as the store has them, and the names that users give them.
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use checkpoint_format::{
+    CheckpointIdentity, CheckpointSeq, DigestTable, Manifest, PackIndex, PackRecord, PageCount, SpaceName, SpaceRecord, VmName,
+};
+use checkpoint_store::Repository;
+use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
+use std::str::FromStr;
+use vm::error::{FAILED, coded, damaged};
+
+/// Most checkpoints of a lineage, the full one included. A reader takes more for damage.
+pub const LONGEST_LINEAGE: usize = 100_000;
+/// A lineage of this many checkpoints gets no more: the next one is full and begins another. A restore reads each manifest of a
+/// lineage, one after the other, so this is also what bounds its beginning (about a minute on HDFS).
+pub const NEW_LINEAGE_AFTER: usize = LONGEST_LINEAGE / 10;
+/// The manifests of one lineage, together: those of its most checkpoints of a large VM.
+const LINEAGE_BYTES: u64 = 2 << 30;
+/// Manifests and pack indexes read from the store at once.
+const READS: usize = 8;
+
+/// `NAME` or `NAME@ID`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckpointName {
+    pub vm: VmName,
+    pub seq: Option<CheckpointSeq>,
+}
+
+impl FromStr for CheckpointName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, seq) = match text.split_once('@') {
+            Some((name, seq)) => (name, Some(seq)),
+            None => (text, None),
+        };
+        let vm = name.parse().map_err(|error| format!("{error}"))?;
+        let number = |seq: &str| {
+            seq.parse().map(CheckpointSeq).map_err(|_| format!("'{seq}' is no checkpoint id: a number was expected, as in {name}@7"))
+        };
+        Ok(Self { vm, seq: seq.map(number).transpose()? })
+    }
+}
+
+/// The checkpoint that a name means: the newest when it names none.
+pub async fn resolve(repository: &Repository, name: &CheckpointName) -> Result<CheckpointSeq> {
+    let known = checkpoints(repository, &name.vm).await?;
+    let newest = known.last().context("internal error: an empty list of checkpoints")?;
+    match name.seq {
+        None => Ok(*newest),
+        Some(seq) if known.contains(&seq) => Ok(seq),
+        Some(seq) => Err(coded(FAILED, format!("the store has no checkpoint {}@{seq}; the newest is {}@{newest}", name.vm, name.vm))),
+    }
+}
+
+/// The checkpoints of a VM, ascending, at least one: a name that the store does not know is an error, as is one that was only
+/// claimed.
+pub async fn checkpoints(repository: &Repository, vm: &VmName) -> Result<Vec<CheckpointSeq>> {
+    let known = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
+    if known.is_empty() {
+        return Err(coded(FAILED, format!("the store has no checkpoint of {vm}; 'stillpoint ls' shows what it has")));
+    }
+    Ok(known)
+}
+
+/// Oldest first; the first is a full checkpoint.
+pub struct Lineage {
+    pub vm: VmName,
+    pub manifests: Vec<Manifest>,
+    /// Of [`Self::manifests`], in the same order.
+    pub identities: Vec<CheckpointIdentity>,
+}
+
+impl Lineage {
+    pub async fn read(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<Self> {
+        let (mut manifests, mut identities) = (Vec::new(), Vec::new());
+        let mut next = Some(seq);
+        let mut bytes = 0;
+        while let Some(ancestor) = next {
+            if manifests.len() == LONGEST_LINEAGE || bytes > LINEAGE_BYTES {
+                return Err(damaged(format!(
+                    "the lineage of {vm}@{seq} has more than {LONGEST_LINEAGE} checkpoints or {LINEAGE_BYTES} bytes of manifests"
+                )));
+            }
+            let (manifest, file) = parsed_manifest(repository, vm, ancestor).await?;
+            next = manifest.parent;
+            manifests.push(manifest);
+            identities.push(CheckpointIdentity::new(ancestor, &file));
+            bytes += file.len() as u64;
+        }
+        manifests.reverse();
+        identities.reverse();
+        Ok(Self { vm: vm.clone(), manifests, identities })
+    }
+
+    /// Every pack, oldest first; its place in this list is its number in a page map.
+    pub fn packs(&self) -> Vec<(CheckpointSeq, &PackRecord)> {
+        let of = |manifest: &Manifest| manifest.seq;
+        self.manifests.iter().flat_map(|manifest| manifest.packs.iter().map(move |pack| (of(manifest), pack))).collect()
+    }
+
+    /// The indexes of [`Lineage::packs`], in that order.
+    pub async fn indexes(&self, repository: &Repository) -> Result<Vec<PackIndex>> {
+        self.read_indexes(repository).try_collect().await
+    }
+
+    /// A few at a time: all of a long lineage's indexes together may be larger than the machine.
+    fn read_indexes<'a>(&'a self, repository: &'a Repository) -> BoxStream<'a, Result<PackIndex>> {
+        let mut reads: Vec<BoxFuture<'a, Result<PackIndex>>> = Vec::new();
+        for (seq, pack) in self.packs() {
+            reads.push(Box::pin(index(repository, &self.vm, seq, pack)));
+        }
+        futures::stream::iter(reads).buffered(READS).boxed()
+    }
+
+    /// What the newest checkpoint holds, page by page. `sizes` names the spaces wanted and how to hold them.
+    pub async fn digests(&self, repository: &Repository, tables: &mut [(SpaceName, DigestTable)]) -> Result<()> {
+        let mut indexes = self.read_indexes(repository);
+        let mut sizes = vec![PageCount(0); tables.len()];
+        for manifest in &self.manifests {
+            for ((space, table), before) in tables.iter_mut().zip(&mut sizes) {
+                // As a restore sees it: what a space lost when it shrank, or was away, does not come back.
+                let now = manifest.space(space).map_or(PageCount(0), SpaceRecord::pages);
+                if now < *before {
+                    table.truncate(now);
+                }
+                *before = now;
+            }
+            for _ in &manifest.packs {
+                let index = indexes.try_next().await?.context("a pack of the lineage has no index")?;
+                tables.iter_mut().for_each(|(space, table)| table.apply_pack(space, &index));
+            }
+        }
+        Ok(())
+    }
+}
+
+pub async fn manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<Manifest> {
+    Ok(parsed_manifest(repository, vm, seq).await?.0)
+}
+
+/// And the bytes of its file.
+async fn parsed_manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<(Manifest, Bytes)> {
+    let bytes = repository.read_manifest(vm, seq).await.with_context(|| format!("reading the manifest of {vm}@{seq}"))?;
+    let manifest = Manifest::parse(&bytes).with_context(|| format!("the manifest of {vm}@{seq}"))?;
+    if manifest.seq != seq || manifest.parent.is_some_and(|parent| parent >= seq) {
+        return Err(damaged(format!("the manifest of {vm}@{seq} says that it is {}@{}", manifest.vm, manifest.seq)));
+    }
+    Ok((manifest, bytes))
+}
+
+pub async fn index(repository: &Repository, vm: &VmName, seq: CheckpointSeq, pack: &PackRecord) -> Result<PackIndex> {
+    let about = || format!("the index of {vm}@{seq}/{}", pack.name);
+    let range = pack.info.footer().trailer_range();
+    let trailer = repository.read_pack_range(vm, seq, pack.name.as_str(), range.start, range.end - range.start).await;
+    pack.info.parse_index(&trailer.with_context(about)?).with_context(about)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn checkpoint_names_are_parsed() {
+        let name: CheckpointName = "web-1@12".parse().unwrap();
+        assert_eq!((name.vm.as_str(), name.seq), ("web-1", Some(CheckpointSeq(12))));
+        assert!("web@x".parse::<CheckpointName>().unwrap_err().contains("web@7"));
+        assert!("/etc@1".parse::<CheckpointName>().is_err());
+    }
+}

@@ -1,0 +1,407 @@
+//! Bringing a machine back: plan -> layers -> disks and RAM -> device state -> running -> a member of its lineage again.
+//!
+//! Nothing of the old host is needed but the store. Nothing runs before everything is in place; whatever fails before
+//! `cont` leaves the checkpoint as it was, and a new QEMU that is ended.
+
+mod chain;
+pub mod check;
+pub mod disks;
+pub mod layers;
+pub mod line;
+pub mod memory;
+mod ports;
+pub mod program;
+pub mod qemu;
+pub mod run_state;
+pub mod source;
+mod undo;
+
+use crate::checkpoint;
+use crate::checkpoint::Force;
+use crate::checkpoint::outcome::{Phases, milliseconds};
+use crate::kill_point;
+use crate::lineage::{self, CheckpointName};
+use crate::progress::Progress;
+use crate::stores;
+use anyhow::{Context, Error, Result};
+use checkpoint_format::{CheckpointSeq, Manifest, VmName};
+use dirty_tracker::GuestMemory;
+use disks::Places;
+use layers::LocalLayers;
+use line::{Mapping, Planned};
+use qemu::NewQemu;
+use qemu_cmdline::restorable::Wishes;
+use qmp_bridge::capture::{BitmapTag, CapturePlaces, start_recording};
+use qmp_bridge::incoming::Incoming;
+use qmp_bridge::ramblock::RamBlock;
+use qmp_bridge::{Qmp, RunState};
+use run_state::Transition;
+use serde::Serialize;
+use serde_json::{Value, json};
+use source::Source;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::signal::unix::{SignalKind, signal};
+use undo::Undo;
+use vm::error::refused;
+use vm::launch;
+use vm::launch::paths::NewPaths;
+use vm::running::Machine;
+use vm::runtime_dir::{MachineFile, Marks, RestoreTarget, RuntimeDir};
+
+/// What is to be restored, and how.
+pub struct Request {
+    pub checkpoint: CheckpointName,
+    /// The store's URL.
+    pub store: String,
+    /// Where the runtime directories are; none for the default.
+    pub runtime_base: Option<PathBuf>,
+    /// Another name, under which it is a VM of its own.
+    pub new_name: Option<VmName>,
+    /// Of the restored disks; none for one of the VM's name here.
+    pub dir: Option<PathBuf>,
+    pub qemu: Option<String>,
+    /// Directory for temporary fleecing overlays; none for the default.
+    pub scratch: Option<PathBuf>,
+    pub map: Vec<Mapping>,
+    pub allow: Vec<String>,
+    /// The operator's order to fence the current writer.
+    pub take_over: bool,
+    /// The guest stays stopped, though it ran.
+    pub paused: bool,
+    /// The guest runs, though it was stopped.
+    pub run: bool,
+    pub progress: Arc<dyn Progress>,
+}
+
+/// A VM that was restored; it has no helper yet. As JSON it is what `stillpoint restore --json` prints.
+#[derive(Serialize)]
+pub struct Restored {
+    pub name: VmName,
+    /// The VM whose checkpoint it was.
+    pub restored: VmName,
+    pub id: CheckpointSeq,
+    pub running: bool,
+    pub run_state: &'static str,
+    pub resume_ms: f64,
+    pub bytes_read: u64,
+    pub layer_bytes_read: u64,
+    pub dir: PathBuf,
+    pub phases: BTreeMap<String, f64>,
+    /// What the operator should know though all went well.
+    pub notes: Vec<String>,
+    /// What the VM does, in words.
+    #[serde(skip)]
+    pub state: String,
+    #[serde(skip)]
+    pub runtime: RuntimeDir,
+}
+
+pub async fn run(request: Request) -> Result<Restored> {
+    Restore::plan(request, Instant::now()).await?.run().await
+}
+
+struct Restore {
+    request: Request,
+    begun: Instant,
+    phases: Phases,
+    source: Source,
+    seq: CheckpointSeq,
+    runtime: RuntimeDir,
+    dir: PathBuf,
+    qemu: PathBuf,
+    plugin: PathBuf,
+    qemu_version: String,
+    wishes: Wishes,
+    instance: String,
+    run_state: Transition,
+}
+
+/// A restored VM whose guest has not run yet.
+struct Ready {
+    file: MachineFile,
+    new: NewQemu,
+    machine: Machine,
+    layer_bytes: u64,
+    note: Option<String>,
+}
+
+impl Restore {
+    async fn plan(mut request: Request, begun: Instant) -> Result<Self> {
+        // Under its own name it is no copy.
+        request.new_name = request.new_name.filter(|name| *name != request.checkpoint.vm);
+        let repository = stores::open_existing(&request.store).await?;
+        let seq = lineage::resolve(&repository, &request.checkpoint).await?;
+        let source = Source::open(&repository, &request.checkpoint.vm, seq, Arc::clone(&request.progress)).await?;
+        let name = request.new_name.as_ref().unwrap_or(&request.checkpoint.vm);
+        let runtime = RuntimeDir::new(request.runtime_base.as_deref(), name)?;
+        let dir = request.dir.clone().unwrap_or_else(|| PathBuf::from(name.as_str()));
+        let dir = std::path::absolute(&dir).with_context(|| format!("making {} absolute", dir.display()))?;
+        let plugin = launch::plugin_path()?;
+        launch::saved::check_record(&source.manifest().machine)?;
+        let (qemu, facts) = program::find(request.qemu.as_deref(), &source.manifest().machine, &plugin)?;
+        let map = line::resolve(&source.manifest().machine.arguments, &request.map)?;
+        let wishes = Wishes { map, allow: request.allow.clone() };
+        let run_state = Transition::choose(source.manifest().run_state, request.paused, request.run)?;
+        let instance = launch::new_instance()?;
+        let mut phases = Phases::default();
+        phases.since("plan", begun);
+        Ok(Self {
+            request,
+            begun,
+            phases,
+            source,
+            seq,
+            runtime,
+            dir,
+            qemu,
+            plugin,
+            qemu_version: facts.version,
+            wishes,
+            instance,
+            run_state,
+        })
+    }
+
+    /// Whatever fails, and whoever interrupts: until the guest may run, everything is put back.
+    async fn run(mut self) -> Result<Restored> {
+        let mut undo = Undo::begin(&self.runtime)?;
+        let made = {
+            let make = self.make(&mut undo);
+            tokio::select! {
+                made = make => made,
+                signal = interrupted() => Err(signal?),
+            }
+        };
+        let mut ready = match made {
+            Ok(ready) => ready,
+            Err(error) => {
+                undo.run();
+                return Err(error);
+            }
+        };
+        if let Err(error) = self.enter(&mut ready, &undo).await {
+            let error = ready.new.explain(error);
+            undo.run();
+            return Err(error);
+        }
+        let Ready { file, new, machine, layer_bytes, note } = ready;
+        new.leave();
+        undo.keep();
+        // The helper is its monitor's next client.
+        drop(machine);
+        let resume_ms = milliseconds(self.begun.elapsed());
+        Ok(self.report(&file, layer_bytes, resume_ms, note))
+    }
+
+    fn is_copy(&self) -> bool {
+        self.request.new_name.is_some()
+    }
+
+    fn name(&self) -> &VmName {
+        self.request.new_name.as_ref().unwrap_or(&self.source.manifest().vm)
+    }
+
+    /// Refuses all that can be known beforehand. Nothing is made.
+    async fn check(&self) -> Result<Planned> {
+        let repository = self.source.repository();
+        if self.is_copy() && !repository.checkpoints(self.name()).await?.is_empty() {
+            return Err(refused(format!("the store has checkpoints of a VM {} already; give the copy another name by --as", self.name())));
+        }
+        launch::refuse_alive(&self.runtime)?;
+        checkpoint::may_claim(repository, self.name(), &self.instance, Force::if_ordered(self.request.take_over)).await?;
+        let planned = Planned::of(&self.places(), &self.wishes)?;
+        planned.check_free()?;
+        Ok(planned)
+    }
+
+    /// Everything but a guest that runs.
+    async fn make(&mut self, undo: &mut Undo) -> Result<Ready> {
+        let planned = self.check().await?;
+        let images = self.places().made();
+        undo.make_directory(&self.dir, images.into_iter().chain(planned.made()).collect())?;
+        let step = Instant::now();
+        let layers = LocalLayers::provide(&self.source).await?;
+        self.phases.since("layers", step);
+        let step = Instant::now();
+        let runtime_path = self.runtime.path().to_owned();
+        let paths = disks::restore(&self.source, &layers, &self.places(), &self.qemu, &runtime_path).await?;
+        self.phases.since("disks", step);
+        let mut file = self.machine_file(&layers, &paths)?;
+        let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes).context("making the guest's memory")?;
+        let new = NewQemu::start(&file, &self.runtime, &self.plugin, &memory)?;
+        file.pid = Some(new.pid());
+        undo.started(new.pid())?;
+        self.runtime.save_machine(&file)?;
+        kill_point::point("restore.started");
+        match self.bring_up(memory, &layers).await {
+            Ok(machine) => {
+                let note = self.is_copy().then(|| planned.note_of_copy());
+                Ok(Ready { file, new, machine, layer_bytes: layers.bytes_read, note })
+            }
+            Err(error) => Err(new.explain(error)),
+        }
+    }
+
+    /// From the claim on no older helper of this VM can commit; then the guest may run.
+    async fn enter(&self, ready: &mut Ready, undo: &Undo) -> Result<()> {
+        self.begin_recording(&ready.machine).await?;
+        kill_point::point("restore.loaded");
+        let force = Force::if_ordered(self.request.take_over);
+        let writer = checkpoint::claim(self.source.repository(), self.name(), &self.instance, &self.runtime, force).await?;
+        let entered = self.start_guest(&ready.machine, undo).await;
+        if entered.is_err()
+            && let Err(error) = writer.withdraw().await
+        {
+            tracing::warn!(%error, "the writer epoch that was claimed is not released; it is free as this QEMU has ended");
+        }
+        entered
+    }
+
+    async fn start_guest(&self, machine: &Machine, undo: &Undo) -> Result<()> {
+        self.check_newest().await?;
+        activate_disks(&machine.qmp).await;
+        undo.forget()?;
+        kill_point::point("restore.claimed");
+        if !self.run_state.wanted.is_live() {
+            return self.run_state.check(machine).await;
+        }
+        machine.qmp.execute_json("cont", Value::Null).await.context("starting the guest")?;
+        if !self.is_copy() {
+            announce(machine).await;
+        }
+        Ok(())
+    }
+
+    fn places(&self) -> Places<'_> {
+        Places { manifest: self.source.manifest(), dir: &self.dir, map: &self.wishes.map }
+    }
+
+    /// The command line of the old machine with the files of the new one.
+    fn machine_file(&self, layers: &LocalLayers, paths: &NewPaths) -> Result<MachineFile> {
+        let manifest = self.source.manifest();
+        let record = &manifest.machine;
+        let restored = launch::saved::restored(&record.arguments, paths, &self.wishes)?;
+        restored.notes.iter().for_each(|note| self.request.progress.note(note));
+        let options = if self.is_copy() { line::as_copy(restored.options, &self.wishes) } else { restored.options };
+        let options = check::on_the_line(&self.places(), layers, options)?;
+        let target = RestoreTarget {
+            name: self.name().clone(),
+            store: stores::absolute(&self.request.store)?,
+            instance: self.instance.clone(),
+            qemu: self.qemu.clone(),
+            qemu_version: self.qemu_version.clone(),
+            arguments: launch::arguments::words(&options),
+            directory: self.dir.clone(),
+            scratch: launch::scratch_dir(self.request.scratch.as_deref())?,
+            restored_from: (!self.is_copy()).then_some(self.seq),
+        };
+        Ok(MachineFile::restored(record, target))
+    }
+
+    /// Whoever wrote before the claim may have committed while we were reading.
+    async fn check_newest(&self) -> Result<()> {
+        let newest = lineage::resolve(self.source.repository(), &self.request.checkpoint).await?;
+        if newest != self.seq {
+            return Err(refused(format!("checkpoint {newest} was committed while {} was being restored; run the command again", self.seq)));
+        }
+        Ok(())
+    }
+
+    /// QEMU with the VM's whole state, stopped.
+    async fn bring_up(&mut self, memory: GuestMemory, layers: &LocalLayers) -> Result<Machine> {
+        let step = Instant::now();
+        let block = self.source.manifest().machine.ram_block.clone();
+        let filling = tokio::spawn(memory::fill(self.source.clone(), block, memory));
+        let contents = memory::small_blocks(&self.source).await?;
+        let devices = self.run_state.write(memory::device_state(&self.source).await?)?;
+        let machine = Machine::attach(self.runtime.clone()).await?;
+        check_blocks(self.source.manifest(), &machine.blocks)?;
+        check::in_qemu(&self.places(), layers, &machine.disks().await?)?;
+        filling.await.context("filling the guest's memory was cut off")??;
+        self.phases.since("memory", step);
+        let step = Instant::now();
+        // QEMU has not touched the memory yet; what it writes while it loads is dirty from the first checkpoint's view.
+        machine.lock_tracker()?.protect_all()?;
+        let incoming = Incoming::begin(&machine.qmp, &self.runtime.path().join("incoming.sock")).await?;
+        memory::load(incoming, &self.source, &contents, &devices).await?;
+        self.phases.since("devices", step);
+        Ok(machine)
+    }
+
+    /// The next checkpoint of the same machine is incremental: what is in RAM and on the disks now is what the store has.
+    async fn begin_recording(&self, machine: &Machine) -> Result<()> {
+        if machine.file.restored_from != Some(self.seq) {
+            return Ok(());
+        }
+        let tag: BitmapTag = machine.file.instance.parse().context("naming the dirty bitmaps")?;
+        let disks = machine.disks().await?.disks;
+        let places = CapturePlaces { scratch_dir: &machine.file.scratch, nbd_socket: &machine.runtime.nbd() };
+        start_recording(&machine.qmp, &tag, self.seq.0, &disks, places).await.context("beginning to record the disks' changes")?;
+        self.runtime.set_marks(Marks { since: self.source.identity(), is_exact: true })
+    }
+
+    fn report(self, file: &MachineFile, layer_bytes: u64, resume_ms: f64, note: Option<String>) -> Restored {
+        Restored {
+            name: file.name.clone(),
+            restored: self.request.checkpoint.vm,
+            id: self.seq,
+            running: self.run_state.wanted == RunState::Running,
+            run_state: self.run_state.wanted.name(),
+            resume_ms,
+            bytes_read: self.source.bytes_read() + layer_bytes,
+            layer_bytes_read: layer_bytes,
+            dir: self.dir,
+            phases: self.phases.into_map(),
+            notes: note.into_iter().collect(),
+            state: self.run_state.words(),
+            runtime: self.runtime,
+        }
+    }
+}
+
+/// Waits for a signal that asks the command to end; its error.
+async fn interrupted() -> Result<Error> {
+    let about = "listening for signals";
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate()).context(about)?, signal(SignalKind::interrupt()).context(about)?);
+    let mut hang_up = signal(SignalKind::hangup()).context(about)?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        _ = hang_up.recv() => {}
+    }
+    Ok(anyhow::anyhow!("interrupted; what was made is removed again"))
+}
+
+/// The new QEMU must have built the same RAM blocks, or the state would be loaded into the wrong place.
+pub fn check_blocks(manifest: &Manifest, blocks: &[RamBlock]) -> Result<()> {
+    for block in &manifest.ram_blocks {
+        let found = blocks.iter().find(|found| found.name == block.name);
+        let fits = found.is_some_and(|found| block.used.0 <= found.total);
+        if !fits {
+            return Err(refused(format!(
+                "the new QEMU has no RAM block {} of {} bytes, as the saved machine had; is its command line or version another?",
+                block.name, block.used
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// After a load QEMU keeps the disks inactive until `cont`; a checkpoint of a machine that has not run yet needs them. QEMU
+/// before 10.0 lacks the command and does not ask for it.
+pub async fn activate_disks(qmp: &Qmp) {
+    if let Err(error) = qmp.execute_json("blockdev-set-active", json!({ "active": true })).await {
+        tracing::debug!(%error, "blockdev-set-active");
+    }
+}
+
+/// Tells the network where the machine is now; a machine without a network does not mind.
+async fn announce(machine: &Machine) {
+    let arguments = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
+    if let Err(error) = machine.qmp.execute_json("announce-self", arguments).await {
+        tracing::debug!(%error, "announce-self");
+    }
+}

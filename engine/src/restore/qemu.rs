@@ -1,0 +1,112 @@
+//! The QEMU process of a restored machine: started detached, ended again if the restore fails.
+
+use anyhow::{Context, Error, Result};
+use dirty_tracker::GuestMemory;
+use qmp_bridge::said;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use vm::launch::command::{self, Start};
+use vm::runtime_dir::{MachineFile, RuntimeDir};
+
+/// From the end of its connections to its own: the kernel frees its memory in between.
+const LAST_MOMENTS: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Dropping it ends QEMU, unless it was left to itself.
+pub struct NewQemu {
+    child: Option<Child>,
+    log: std::path::PathBuf,
+}
+
+impl NewQemu {
+    /// In a session of its own (by `setsid`), in the directory of its disks.
+    pub fn start(file: &MachineFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestMemory) -> Result<Self> {
+        let mut command = Command::new("setsid");
+        command.arg(&file.qemu);
+        Self::spawn(command, file, runtime, Some(plugin), memory)
+    }
+
+    /// `command` becomes the QEMU that its arguments follow.
+    pub fn spawn(
+        mut command: Command,
+        file: &MachineFile,
+        runtime: &RuntimeDir,
+        plugin: Option<&Path>,
+        memory: &GuestMemory,
+    ) -> Result<Self> {
+        let log = runtime.qemu_log();
+        let output = runtime.create_qemu_log()?;
+        let errors = output.try_clone().context("opening QEMU's log twice")?;
+        memory.set_inheritable(true)?;
+        command.args(command::arguments(file, runtime, plugin, memory.raw_fd(), Start::Incoming));
+        command.current_dir(&file.directory).stdin(Stdio::null()).stdout(output).stderr(errors);
+        let child = command.spawn().with_context(|| format!("starting {}", file.qemu.display()));
+        memory.set_inheritable(false)?;
+        Ok(Self { child: Some(child?), log })
+    }
+
+    /// `setsid` becomes QEMU without another fork, because it leads no process group.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().map_or(0, Child::id)
+    }
+
+    /// It runs on by itself.
+    pub fn leave(mut self) {
+        self.child = None;
+    }
+
+    /// The error with what QEMU itself said, and how it ended if it crashed: then it says nothing.
+    pub fn explain(mut self, error: Error) -> Error {
+        let said = said::quote_log(&self.log);
+        match self.crash() {
+            Some(status) => error.context(format!("QEMU crashed ({status}); this is a fault of QEMU")),
+            None if said.is_empty() => error,
+            None => error.context(format!("QEMU said: {said}")),
+        }
+    }
+
+    /// How it ended, if a signal ended it.
+    fn crash(&mut self) -> Option<ExitStatus> {
+        let child = self.child.as_mut()?;
+        let deadline = Instant::now() + LAST_MOMENTS;
+        loop {
+            match child.try_wait() {
+                Ok(Some(status)) => return status.signal().is_some().then_some(status),
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(POLL_INTERVAL),
+                _ => return None,
+            }
+        }
+    }
+}
+
+impl Drop for NewQemu {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // It has no guest yet; nothing is lost.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn explained(script: &str) -> String {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(log.path(), "its words\n").unwrap();
+        let child = Command::new("sh").args(["-c", script]).spawn().unwrap();
+        let qemu = NewQemu { child: Some(child), log: log.path().to_owned() };
+        format!("{:#}", qemu.explain(Error::msg("it ended")))
+    }
+
+    #[test]
+    fn crash_of_qemu_is_named() {
+        let text = explained("kill -SEGV $$");
+        assert!(text.contains("SIGSEGV") && text.ends_with("it ended"), "{text}");
+        assert_eq!(explained("exit 1"), "QEMU said: its words: it ended");
+    }
+}

@@ -1,0 +1,50 @@
+//! Opening a store, everywhere in the same way.
+
+use anyhow::{Context, Result, bail};
+use checkpoint_store::{HdfsOptions, Mode, Repository, RepositoryOptions, RetryPolicy, Store, StoreOptions};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long one call to the store, or a write without progress, may take. `STILLPOINT_STORE_TIMEOUT` (seconds) changes it.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// A file is tried again for this many times the patience: two tries that hang still leave time for one that does not.
+const TRIES: u32 = 3;
+
+pub async fn open(url: &str, mode: Mode) -> Result<Repository> {
+    let patience = patience()?;
+    let retry = RetryPolicy { give_up_after: patience * TRIES, ..RetryPolicy::default() };
+    let options = RepositoryOptions { retry, ..RepositoryOptions::default() };
+    Repository::open_with(connect(url)?, mode, options).await.with_context(|| format!("opening the store {url}"))
+}
+
+/// The store for reading; a directory that is no store is not made one.
+pub async fn open_existing(url: &str) -> Result<Repository> {
+    open(&absolute(url)?, Mode::MustExist).await
+}
+
+/// `file:` stores may be named relative to where the user stands; the helper stands elsewhere.
+pub fn absolute(url: &str) -> Result<String> {
+    match url.strip_prefix("file:") {
+        Some(rest) if !rest.starts_with('/') => {
+            let path = std::path::absolute(rest).with_context(|| format!("making store {url} absolute"))?;
+            Ok(format!("file://{}", path.display()))
+        }
+        _ => Ok(url.to_owned()),
+    }
+}
+
+/// Checks the URL; nothing is contacted.
+pub fn connect(url: &str) -> Result<Arc<dyn Store>> {
+    let patience = patience()?;
+    let hdfs = HdfsOptions { call_timeout: patience, stall_timeout: patience, ..HdfsOptions::default() };
+    Ok(checkpoint_store::open(url, &StoreOptions { hdfs })?)
+}
+
+fn patience() -> Result<Duration> {
+    const VARIABLE: &str = "STILLPOINT_STORE_TIMEOUT";
+    let Ok(text) = std::env::var(VARIABLE) else { return Ok(PATIENCE) };
+    match text.parse() {
+        Ok(seconds @ 1..=3600) => Ok(Duration::from_secs(seconds)),
+        _ => bail!("{VARIABLE}={text} is no number of seconds from 1 to 3600"),
+    }
+}

@@ -1,0 +1,30 @@
+//! `stillpoint adopt`: asks the helper to do it, and prints what came of it.
+
+use crate::cli::AdoptArgs;
+use crate::control::Request;
+use crate::helper::client::ask;
+use crate::terminal::{out, print_json};
+use anyhow::{Context, Result};
+use engine::adopt::Adopted;
+use vm::launch;
+use vm::runtime_dir::RuntimeDir;
+
+/// Asks the machine's helper, which holds its monitor.
+pub async fn run(args: &AdoptArgs) -> Result<()> {
+    let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
+    let qemu = args.qemu.as_deref().map(launch::find_program).transpose()?;
+    let result = ask(&runtime, &Request::Adopt { qemu }).await?;
+    if args.json {
+        return print_json(&result);
+    }
+    let adopted: Adopted = serde_json::from_value(result).context("the helper's answer is not understood")?;
+    out!("{}", describe(&args.name, &adopted));
+    adopted.notes.iter().for_each(|note| out!("  note: {note}"));
+    Ok(())
+}
+
+fn describe(name: &checkpoint_format::VmName, adopted: &Adopted) -> String {
+    let Adopted { downtime_ms, qemu_downtime_ms, total_ms, source_pid, pid, .. } = adopted;
+    let by_qemu = qemu_downtime_ms.map_or_else(String::new, |ms| format!(" ({ms:.0} ms by QEMU's own count)"));
+    format!("{name} moved from QEMU {source_pid} to {pid}: the guest stood for {downtime_ms:.1} ms{by_qemu}, {total_ms:.0} ms in all")
+}

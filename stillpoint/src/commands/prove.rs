@@ -1,0 +1,28 @@
+//! A proof for another command: `checkpoint --verify` and `bench` let `verify --restore` do it, in
+//! a process of its own with the lowest priority, so that the guest is not slowed.
+
+use anyhow::{Context, Result};
+use checkpoint_format::{CheckpointSeq, VmName};
+use serde_json::Value;
+use std::process::Stdio;
+use tokio::process::Command;
+use vm::error::coded;
+use vm::runtime_dir::RuntimeDir;
+
+/// What `verify --restore --json` says of the checkpoint. An error if it does not prove.
+pub async fn prove(runtime: &RuntimeDir, vm: &VmName, seq: CheckpointSeq) -> Result<Value> {
+    let file = runtime.machine()?;
+    let program = std::env::current_exe().context("finding this program's own path")?;
+    let mut command = Command::new("nice");
+    command.args(["-n", "19", "ionice", "-c", "3"]).arg(program);
+    command.args(["verify", "--restore", "--json", "--store", &file.store, "--scratch-dir"]).arg(&file.scratch);
+    // The very program that runs the VM: it is here, whatever the record says of other hosts.
+    command.arg("--qemu").arg(&file.qemu).arg(format!("{vm}@{seq}"));
+    let output = command.stdin(Stdio::null()).kill_on_drop(true).output().await.context("starting the proof")?;
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    if output.status.success() {
+        return serde_json::from_slice(&output.stdout).context("the proof's result is not understood");
+    }
+    let code = output.status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(vm::error::FAILED);
+    Err(coded(code, format!("{vm}@{seq} is durable but not proven: {said}")))
+}

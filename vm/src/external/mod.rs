@@ -1,0 +1,200 @@
+//! A running QEMU that nobody prepared: who it is, and the command line by which it can be started anew elsewhere.
+//!
+//! Everything is read from the running process and from its monitor; nothing in it is changed. What is found is written
+//! down in the runtime directory, as `stillpoint run` does for a machine of ours, so that every later helper goes on from
+//! there.
+
+mod monitor;
+pub mod owner;
+pub mod probe;
+
+use crate::drives;
+use crate::error::refused;
+use crate::launch::command::MONITOR_CHARDEV;
+use crate::launch::process::{self, QemuProcess};
+use crate::launch::{self, arguments, instance};
+use crate::memory_source::{EngineChoice, StreamChoice, choose_stream, choose_tracker};
+use crate::process_memory::ProcessMemory;
+use crate::qemu_lock::QemuLock;
+use crate::reopen;
+use crate::runtime_dir::{MachineFile, RuntimeDir, Unprepared};
+use anyhow::{Context, Result};
+use checkpoint_format::VmName;
+use monitor::Line;
+use probe::Look;
+use qmp_bridge::Qmp;
+use qmp_bridge::migration::StreamMode;
+use std::path::PathBuf;
+
+/// What the owner of an external VM wants.
+pub struct Wanted {
+    pub monitor: PathBuf,
+    /// Its URL, which was checked.
+    pub store: String,
+    /// Directory for temporary fleecing overlays; none for the default.
+    pub scratch: Option<PathBuf>,
+    pub engine: EngineChoice,
+    pub stream: StreamChoice,
+}
+
+/// What `attach` tells about a machine that it found.
+pub struct Found {
+    /// The engine, and why this one.
+    pub engine: String,
+}
+
+/// Writes down what a helper has to know of the machine behind the monitor.
+pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Result<Found> {
+    let Wanted { monitor, store, scratch, engine, stream } = wanted;
+    let monitor = std::path::absolute(&monitor).with_context(|| format!("making {} absolute", monitor.display()))?;
+    let mut earlier = None;
+    let look = Look::at(&monitor, |process| {
+        refuse_ours(process)?;
+        // First: a helper of this name says how to replace it.
+        earlier = known(runtime, process)?;
+        refuse_taken(runtime, process.pid, process.started)?;
+        Ok(())
+    });
+    let look = look.await?;
+    if let Some(why) = look.foreign_user() {
+        return Err(refused(why));
+    }
+    let found = look.understand()?;
+    let drives = look.drives(&found).await?;
+    let tracker = look.tracker(&found).await;
+    // A checkpoint chooses anew; what cannot be had at all is refused before a helper is started.
+    let chosen = match choose_tracker(engine, &tracker)? {
+        Some(chosen) => chosen,
+        None => {
+            let support = look.support().await?;
+            let process_memory = ProcessMemory::check(&look.qmp, look.process.pid, support.stopped).await;
+            choose_stream(stream, &support, &look.facts, found.plugin.is_some(), &process_memory)?
+        }
+    };
+    if chosen.engine.mode() == Some(StreamMode::PreCopy) {
+        reopen::check(look.process.pid, &drives.disks)?;
+    }
+    let file = MachineFile {
+        format: MachineFile::FORMAT,
+        name: name.clone(),
+        instance: instance::of_process(look.process.pid, look.process.started, &store, name)?,
+        store,
+        qemu: look.process.program.clone(),
+        pid: Some(look.process.pid),
+        qemu_version: look.facts.qemu.to_string(),
+        machine_type: found.machine_type,
+        accelerator: found.accelerator,
+        ram_bytes: found.ram_bytes,
+        ram_block: found.ram_block,
+        arguments: arguments::words(&found.options),
+        directory: look.process.directory.clone(),
+        scratch: launch::scratch_dir(scratch.as_deref())?,
+        restored_from: None,
+        unprepared: Some(Unprepared {
+            monitor,
+            plugin: found.plugin.filter(|_| tracker.is_ok()),
+            started: look.process.started,
+            engine,
+            stream,
+        }),
+    };
+    drives::check_command_line(&file.arguments, &file.directory, &drives)?;
+    for dropped in &found.dropped {
+        tracing::info!(what = dropped.what, why = dropped.why, "a restored machine is started without it");
+    }
+    save(runtime, &file, earlier.as_ref())?;
+    Ok(Found { engine: format!("{}: {}", chosen.engine.name(), chosen.why) })
+}
+
+/// What is known under that name already; refused if a machine of that name runs that is not this process.
+fn known(runtime: &RuntimeDir, process: &QemuProcess) -> Result<Option<MachineFile>> {
+    if !runtime.path().exists() {
+        return Ok(None);
+    }
+    if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_ok() {
+        return Err(refused(format!(
+            "a machine of this name, started by Stillpoint, runs at {}; give this one another --name",
+            runtime.path().display()
+        )));
+    }
+    drop(runtime.lock_helper()?);
+    if runtime.adoption().exists() {
+        return Err(refused("an adoption of this machine was cut off; 'stillpoint attach NAME' (without --qmp) brings it to an end"));
+    }
+    let Ok(file) = runtime.machine() else { return Ok(None) };
+    let (Some(there), Some(pid)) = (&file.unprepared, file.pid) else { return Ok(Some(file)) };
+    let is_other = (pid, there.started) != (process.pid, process.started);
+    if is_other && process::started(pid) == Some(there.started) {
+        return Err(refused(format!("{} is the name of another QEMU that runs (pid {pid}); give this one another --name", file.name)));
+    }
+    Ok(Some(file))
+}
+
+/// The same process under the same name goes on where it was; another begins anew.
+fn save(runtime: &RuntimeDir, file: &MachineFile, earlier: Option<&MachineFile>) -> Result<()> {
+    runtime.create()?;
+    if earlier.is_none_or(|earlier| earlier.instance != file.instance) {
+        runtime.forget_earlier()?;
+    }
+    runtime.save_machine(file)
+}
+
+/// A machine of ours has its monitor and its helper already.
+fn refuse_ours(process: &QemuProcess) -> Result<()> {
+    let chardev = format!("chardev={MONITOR_CHARDEV}");
+    let ours = process.words.iter().find(|word| word.split(',').any(|key| key == chardev));
+    match ours {
+        None => Ok(()),
+        Some(_) => {
+            Err(refused(format!("QEMU {} was started by Stillpoint; give it a helper by its name: stillpoint attach NAME", process.pid)))
+        }
+    }
+}
+
+/// Two helpers would take each other's captures apart.
+fn refuse_taken(runtime: &RuntimeDir, pid: u32, started: u64) -> Result<()> {
+    let base = runtime.path().parent().unwrap_or(runtime.path());
+    for (other, file) in RuntimeDir::known(Some(base)) {
+        if other.path() == runtime.path() {
+            continue;
+        }
+        let is_same = file.pid == Some(pid) && file.unprepared.is_some_and(|there| there.started == started);
+        if is_same && other.lock_helper().is_err() {
+            return Err(refused(format!(
+                "that QEMU (pid {pid}) is attached as {} already, and its helper lives; use that name",
+                file.name
+            )));
+        }
+    }
+    // Whatever directory it was attached from.
+    drop(QemuLock::take(pid)?);
+    Ok(())
+}
+
+/// That the machine of a runtime directory is still the process that it was written down for, and nobody else's.
+pub fn check_alive(runtime: &RuntimeDir, file: &MachineFile) -> Result<()> {
+    let (Some(there), Some(pid)) = (&file.unprepared, file.pid) else { return Ok(()) };
+    let known = instance::of_process(pid, there.started, &file.store, &file.name)?;
+    if known != file.instance || process::started(pid) != Some(there.started) {
+        return Err(refused(format!(
+            "{} does not run: its QEMU (pid {pid}) has ended; attach to the one that runs now by --qmp SOCKET, or restore it",
+            file.name
+        )));
+    }
+    refuse_taken(runtime, pid, there.started)
+}
+
+/// The monitor of a machine that was written down.
+pub async fn connect(file: &MachineFile, there: &Unprepared) -> Result<Qmp> {
+    let line = Line::open(&there.monitor).await?;
+    let peer = line.qemu(&there.monitor)?;
+    if Some(peer.pid) != file.pid {
+        return Err(refused(format!(
+            "the monitor {} of {} is that of another process now (pid {}); attach to that one by --qmp under another name",
+            there.monitor.display(),
+            file.name,
+            peer.pid
+        )));
+    }
+    line.greet(&there.monitor).await
+}

@@ -1,0 +1,107 @@
+//! A look at a running QEMU: its process, and what its monitor says. Nothing is changed.
+
+use super::monitor::Line;
+use crate::drives::{self, Drives, Started};
+use crate::error::refused;
+use crate::launch::arguments;
+use crate::launch::external::{self, Foreign, Said};
+use crate::launch::host_specific::Hold;
+use crate::launch::process::QemuProcess;
+use crate::regions;
+use anyhow::{Context, Result};
+use qmp_bridge::Qmp;
+use qmp_bridge::disks;
+use qmp_bridge::machine::{MachineFacts, MachineType, machine_types};
+use qmp_bridge::migration::{self, Support};
+use qmp_bridge::ramblock::{self, RamBlock};
+use serde_json::Value;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+pub struct Look {
+    pub process: QemuProcess,
+    pub monitor: PathBuf,
+    pub qmp: Qmp,
+    pub facts: MachineFacts,
+    pub types: Vec<MachineType>,
+    pub blocks: Vec<RamBlock>,
+    /// Regular files behind `/dev/fdset/N`.
+    fd_paths: HashMap<String, PathBuf>,
+}
+
+impl Look {
+    /// At whatever is behind `monitor`. `check` may refuse the process before anything is said to it.
+    pub async fn at(monitor: &Path, check: impl FnOnce(&QemuProcess) -> Result<()>) -> Result<Self> {
+        let line = Line::open(monitor).await?;
+        let process = line.qemu(monitor)?;
+        check(&process)?;
+        let qmp = line.greet(monitor).await?;
+        let facts = MachineFacts::read(&qmp).await.map_err(|error| not_built(&process).unwrap_or_else(|| error.into()));
+        let facts = facts.context("asking QEMU what machine it runs")?;
+        let types = machine_types(&qmp).await.context("asking QEMU for its machine types")?;
+        let blocks = ramblock::ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?;
+        let sets = qmp.execute_json("query-fdsets", Value::Null).await.context("asking QEMU for its descriptors")?;
+        let fd_paths = fd_paths(&sets, process.pid);
+        Ok(Self { process, monitor: monitor.to_owned(), qmp, facts, types, blocks, fd_paths })
+    }
+
+    /// The machine as it can be started anew.
+    pub fn understand(&self) -> Result<Foreign> {
+        let hold = Hold {
+            monitor: &self.monitor,
+            directory: &self.process.directory,
+            tap: &|descriptor| self.process.tap(descriptor),
+            fd_path: &|path| self.fd_paths.get(path).cloned(),
+        };
+        external::understand(&self.process.words, &hold, &Said { facts: &self.facts, types: &self.types, blocks: &self.blocks })
+    }
+
+    /// Whether the tracker can follow the machine's memory, or why not.
+    pub async fn tracker(&self, found: &Foreign) -> Result<(), String> {
+        let Some(socket) = &found.plugin else {
+            return Err("Stillpoint's plugin does not sit in this QEMU".to_owned());
+        };
+        regions::can_track(&self.qmp, socket.clone(), self.process.pid, &found.ram_block).await.map_err(|error| format!("{error:#}"))
+    }
+
+    /// Its disks, on the command line that would be saved.
+    pub async fn drives(&self, found: &Foreign) -> Result<Drives> {
+        let directory = &self.process.directory;
+        let listed = disks::list(&self.qmp, Some(directory)).await.context("asking QEMU for its disks")?;
+        let (options, machine_type, pid) = (&found.options, &found.machine_type, self.process.pid);
+        drives::examine(listed, &Started { options, machine_type, directory, pid })
+    }
+
+    /// Why this user's helper could not do its part. QEMU gets files and sockets as descriptors, so its own user needs no right
+    /// to anything; the helper needs root's to look into a process of another user.
+    pub fn foreign_user(&self) -> Option<String> {
+        let (ours, theirs) = (nix::unistd::geteuid().as_raw(), self.process.user);
+        (theirs != ours && ours != 0)
+            .then(|| format!("QEMU runs as user {theirs} and this helper as user {ours}; run Stillpoint as root or as user {theirs}"))
+    }
+
+    /// Whether the files of that command line, on which `drives` are, would be in a checkpoint.
+    pub fn check_files(&self, found: &Foreign, drives: &Drives) -> Result<()> {
+        drives::check_command_line(&arguments::words(&found.options), &self.process.directory, drives)
+    }
+
+    pub async fn support(&self) -> Result<Support> {
+        migration::probe(&self.qmp).await.context("asking what QEMU's migration can do")
+    }
+}
+
+/// A QEMU that was started with `-preconfig` answers few questions until it is told to go on.
+fn not_built(process: &QemuProcess) -> Option<anyhow::Error> {
+    let waits = process.words.iter().any(|word| matches!(word.as_str(), "-preconfig" | "--preconfig"));
+    waits.then(|| refused("QEMU waits in -preconfig and has no VM yet; send it `x-exit-preconfig`, then attach again"))
+}
+
+/// `/dev/fdset/N` by the file that the first descriptor of the set is.
+fn fd_paths(sets: &Value, pid: u32) -> HashMap<String, PathBuf> {
+    let path = |set: &Value| {
+        let file = std::fs::read_link(format!("/proc/{pid}/fd/{}", set["fds"][0]["fd"].as_u64()?)).ok()?;
+        // Pipes and sockets have a name of another kind.
+        (file.is_absolute() && !file.starts_with("/dev")).then(|| Some((format!("/dev/fdset/{}", set["fdset-id"].as_u64()?), file)))?
+    };
+    sets.as_array().into_iter().flatten().filter_map(path).collect()
+}

@@ -1,0 +1,139 @@
+//! The command line of a QEMU that somebody else started, in the form from which `stillpoint restore` starts it elsewhere.
+//!
+//! What is common with `stillpoint run` is in [`super::normalize`]; here stands what only a running stranger needs: its
+//! memory objects go, as ours takes their place; so does what belongs to its process; the accelerator is the one that it
+//! has. What no engine can save is refused.
+
+use super::arguments::QemuOption;
+use super::form::Form;
+use super::host_specific::{self, Dropped, Hold, Manager};
+use super::normalize::{self, Normalized};
+use super::qemu_binary::{MachineType, QemuFacts};
+use super::unsupported::{self, Rules};
+use super::{accelerator, arguments, memory, readconfig};
+use crate::error::refused;
+use anyhow::{Context, Result};
+use qmp_bridge::machine::{self, MachineFacts};
+use qmp_bridge::ramblock::RamBlock;
+use std::path::PathBuf;
+
+/// The machine behind a strange command line.
+#[derive(Debug)]
+pub struct Foreign {
+    pub options: Vec<QemuOption>,
+    /// Versioned.
+    pub machine_type: String,
+    /// The value of `-accel`.
+    pub accelerator: String,
+    pub ram_bytes: u64,
+    pub ram_block: String,
+    pub dropped: Vec<Dropped>,
+    pub manager: Option<Manager>,
+    /// Where our plugin listens, if it sits there.
+    pub plugin: Option<PathBuf>,
+}
+
+const NETWORK: &[&str] = &["net", "netdev", "nic", "nodefaults"];
+
+/// What QEMU itself says of its machine.
+pub struct Said<'a> {
+    pub facts: &'a MachineFacts,
+    pub types: &'a [machine::MachineType],
+    pub blocks: &'a [RamBlock],
+}
+
+/// Reads `words`, the arguments of the process, against what QEMU says.
+pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<Foreign> {
+    let options = arguments::parse(words).context("reading the command line of that process")?;
+    let said_network = options.iter().any(|option| NETWORK.contains(&option.name.as_str()));
+    let options = readconfig::expand_in(options, hold.directory).map_err(config_gone)?;
+    let options = with_default_network(options, said_network);
+    let options: Vec<QemuOption> = options.into_iter().map(without_revision).collect();
+    let refuse = |error: anyhow::Error| refused(error.to_string());
+    unsupported::check(&options, Rules::Always, hold.directory).map_err(refuse)?;
+    let manager = Manager::of(&options);
+    let plugin = options.iter().find_map(host_specific::plugin_socket).map(|socket| hold.directory.join(socket));
+    let memory = memory::take_out(options).map_err(refuse)?;
+    let (options, mut dropped) = host_specific::without_process(memory.options, hold).map_err(refuse)?;
+    dropped.extend(memory.dropped);
+    let accelerator = accelerator::of_running(&options, said.facts.accelerator.as_str());
+    let normalized = normalize::normalize(accelerator::without(options), &facts(said))?;
+    let ram_block = memory.block.unwrap_or_else(|| normalized.ram_block.clone());
+    let (machine_type, ram_bytes) = (normalized.machine_type.clone(), normalized.ram_bytes);
+    check(&normalized, &ram_block, said)?;
+    Ok(Foreign { options: normalized.options, machine_type, accelerator, ram_bytes, ram_block, dropped, manager, plugin })
+}
+
+/// QEMU makes its default network card unless one of these stands on the command line itself; a configuration file's do not count.
+/// Written out, they would; so the default is written out too, in QEMU's own words.
+fn with_default_network(mut options: Vec<QemuOption>, said_network: bool) -> Vec<QemuOption> {
+    let from_file = options.iter().any(|option| NETWORK.contains(&option.name.as_str()));
+    if from_file && !said_network {
+        options.extend(["nic", "user"].map(|what| QemuOption::with("net", what)));
+    }
+    options
+}
+
+/// Proxmox's QEMU counts revisions of a machine type (`pc-i440fx-9.0+pve0`), which no list of types shows.
+fn without_revision(option: QemuOption) -> QemuOption {
+    let mut form = Form::of(&option);
+    let plain = form
+        .get("type")
+        .filter(|_| normalize::is_machine(&option))
+        .and_then(|name| name.split_once("+pve").map(|(name, _)| name.to_owned()));
+    match plain {
+        Some(name) => {
+            form.set("type", &name);
+            form.into_option(&option.name)
+        }
+        None => option,
+    }
+}
+
+fn config_gone(error: anyhow::Error) -> anyhow::Error {
+    refused(format!("{error:#}; the machine's configuration must still be where it was when the machine was started"))
+}
+
+fn facts(said: &Said<'_>) -> QemuFacts {
+    let machine = |known: &machine::MachineType| MachineType {
+        name: known.name.clone(),
+        alias: known.alias.clone(),
+        is_default: known.is_default,
+        default_ram_id: known.default_ram_id.clone(),
+    };
+    QemuFacts { version: said.facts.qemu.to_string(), machines: said.types.iter().map(machine).collect() }
+}
+
+/// That the command line is the machine's that runs: a restore is built from the one and filled from the other.
+fn check(normalized: &Normalized, ram_block: &str, said: &Said<'_>) -> Result<()> {
+    let facts = said.facts;
+    if normalized.machine_type != facts.machine_type {
+        return Err(refused(format!(
+            "the command line means machine type {}, but a {} runs; is the monitor that of another process?",
+            normalized.machine_type, facts.machine_type
+        )));
+    }
+    if normalized.ram_bytes != facts.ram_bytes {
+        return Err(refused(format!(
+            "the command line gives {} bytes of RAM, but the machine has {}; is the monitor that of another process?",
+            normalized.ram_bytes, facts.ram_bytes
+        )));
+    }
+    if facts.plugged_bytes > 0 {
+        return Err(refused(format!(
+            "{} bytes of memory are plugged in beside the machine's own; a checkpoint knows one memory: unplug it, or start the machine with all of it by -m",
+            facts.plugged_bytes
+        )));
+    }
+    match said.blocks.iter().find(|block| block.name == ram_block) {
+        Some(block) if block.used == facts.ram_bytes => Ok(()),
+        Some(block) => Err(refused(format!(
+            "RAM block {ram_block} has {} bytes of the machine's {}; the rest is elsewhere",
+            block.used, facts.ram_bytes
+        ))),
+        None => Err(refused(format!("QEMU has no RAM block '{ram_block}', which by its command line is the guest's memory"))),
+    }
+}
+
+#[cfg(test)]
+mod test;

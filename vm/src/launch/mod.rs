@@ -1,0 +1,86 @@
+//! From an ordinary QEMU command line to one of a managed VM, and what is known of QEMU's programs and processes.
+
+pub mod accelerator;
+pub mod command;
+pub mod expected_devices;
+pub mod external;
+pub mod first_start;
+pub mod host_specific;
+pub mod instance;
+mod memory;
+pub mod normalize;
+pub mod paths;
+pub mod process;
+pub mod qemu_binary;
+pub mod readconfig;
+pub mod saved;
+pub mod unsupported;
+mod unsupported_disks;
+
+pub use qemu_cmdline::{arguments, form};
+
+use crate::error::refused;
+use crate::files;
+use crate::runtime_dir::RuntimeDir;
+use anyhow::{Context, Result, anyhow};
+use std::path::{Path, PathBuf};
+
+/// Where the old content of disk blocks waits during a checkpoint: on a disk, never on a tmpfs.
+pub fn scratch_dir(wanted: Option<&Path>) -> Result<PathBuf> {
+    let path = wanted.unwrap_or(Path::new("/var/tmp"));
+    std::path::absolute(path).with_context(|| format!("making {} absolute", path.display()))
+}
+
+pub fn new_instance() -> Result<String> {
+    let id = files::read_text("/proc/sys/kernel/random/uuid").context("asking the kernel for a random id")?;
+    Ok(id.trim().to_owned())
+}
+
+/// A VM of this name has its QEMU.
+pub fn refuse_alive(runtime: &RuntimeDir) -> Result<()> {
+    if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_ok() {
+        return Err(refused(format!("a VM of this name is running at {}; give this one another name", runtime.path().display())));
+    }
+    // An external VM has no plugin of ours, and its helper may be dead.
+    match runtime.machine() {
+        Ok(file) if command::is_running(&file.instance) => Err(refused(format!(
+            "the QEMU of a VM of this name runs ({} says which); end it, or give this one another name",
+            runtime.path().join("machine.json").display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// What a killed restore left is half a VM, which may have an original that lives.
+pub fn refuse_half_restored(runtime: &RuntimeDir) -> Result<()> {
+    if !runtime.restore_record().exists() {
+        return Ok(());
+    }
+    Err(refused(format!(
+        "a restore of this name was killed and has left {}; run 'stillpoint restore' again, which undoes what it left",
+        runtime.restore_record().display()
+    )))
+}
+
+/// `$STILLPOINT_PLUGIN`, or the file beside this program, or in the library folder next to it.
+pub fn plugin_path() -> Result<PathBuf> {
+    const FILE: &str = "libstillpoint_plugin.so";
+    let program = std::env::current_exe().context("finding this program's own path")?;
+    let beside = program.parent().unwrap_or(Path::new("/"));
+    let named = std::env::var_os("STILLPOINT_PLUGIN").filter(|value| !value.is_empty()).map(PathBuf::from);
+    let places = match named {
+        Some(path) => vec![path],
+        None => vec![beside.join(FILE), beside.join("../lib/stillpoint").join(FILE)],
+    };
+    let hit = places.iter().find_map(|path| path.canonicalize().ok());
+    hit.ok_or_else(|| anyhow!("the QEMU plugin {FILE} is not at {places:?}; build it by 'cargo build --release' or set STILLPOINT_PLUGIN"))
+}
+
+pub fn find_program(name: &str) -> Result<PathBuf> {
+    if name.contains('/') {
+        return Path::new(name).canonicalize().with_context(|| format!("looking for the program {name}"));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let hit = std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file());
+    hit.ok_or_else(|| anyhow!("there is no {name} on the PATH; install QEMU (Debian: apt-get install qemu-system-x86)"))
+}

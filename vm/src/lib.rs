@@ -1,0 +1,20 @@
+//! What is known of one running VM: its QEMU (program, process, command line, monitor), its memory and disks, and the runtime
+//! directory in which that is kept. [`launch`] makes an ordinary command line one of a managed VM, [`external`] finds out the
+//! same of a QEMU that runs, [`running::Machine`] is either with a helper attached.
+//!
+//! Nothing here takes or restores a checkpoint; the crate `engine` does.
+
+pub mod cache;
+pub mod drives;
+pub mod error;
+pub mod external;
+pub mod files;
+pub mod inventory;
+pub mod launch;
+pub mod memory_source;
+pub mod process_memory;
+pub mod qemu_lock;
+pub mod regions;
+pub mod reopen;
+pub mod running;
+pub mod runtime_dir;

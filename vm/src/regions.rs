@@ -1,0 +1,140 @@
+//! The RAM of a VM: QEMU's RAM blocks as regions of the tracker.
+
+use crate::error::refused;
+use anyhow::{Context, Result};
+use dirty_tracker::{GuestMemory, PluginHandles, Region, RegionMemory, Tracker};
+use qmp_bridge::devices::GuestDevice;
+use qmp_bridge::ramblock::RamBlock;
+use qmp_bridge::{Qmp, devices, host_finder, ramblock};
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// A plugin that is there answers at once.
+const PLUGIN_ANSWER: Duration = Duration::from_secs(2);
+const PAGE: u64 = checkpoint_format::PAGE_SIZE as u64;
+
+/// What memory there is, and who watches it.
+pub async fn watch(qmp: &Qmp, handles: Option<PluginHandles>, main: &str) -> Result<(Vec<RamBlock>, Option<Arc<Mutex<Tracker>>>)> {
+    match handles {
+        Some(handles) => {
+            let (blocks, tracker) = track(qmp, handles, main).await?;
+            Ok((blocks, Some(tracker)))
+        }
+        None => Ok((whole_blocks(qmp).await?, None)),
+    }
+}
+
+async fn track(qmp: &Qmp, handles: PluginHandles, main: &str) -> Result<(Vec<RamBlock>, Arc<Mutex<Tracker>>)> {
+    let blocks = ram_blocks(qmp, &handles, main).await?;
+    let regions = regions(&handles, &blocks, main)?;
+    let mut tracker = Tracker::attach(handles, regions).context("tracking the guest's memory")?;
+    if has_balloon(qmp).await? {
+        tracker.watch_holes().context("watching for pages that the balloon gives back")?;
+    }
+    Ok((blocks, Arc::new(Mutex::new(tracker))))
+}
+
+async fn has_balloon(qmp: &Qmp) -> Result<bool> {
+    let devices = devices::guest_devices(qmp).await.context("asking QEMU for its devices")?;
+    Ok(devices.iter().any(GuestDevice::is_balloon))
+}
+
+/// Blocks with the addresses that the tracker needs: printed by QEMU, or found in its heap where it is too old to say.
+async fn ram_blocks(qmp: &Qmp, handles: &PluginHandles, main: &str) -> Result<Vec<RamBlock>> {
+    let mut blocks = whole_blocks(qmp).await?;
+    if !blocks.iter().any(|block| block.name == main) {
+        return Err(refused(format!("QEMU has no RAM block '{main}'; was this machine started by 'stillpoint run'?")));
+    }
+    if blocks.iter().any(|block| block.host.is_none()) {
+        let maps = handles.maps_text()?;
+        host_finder::find_hosts(handles.memory()?, &maps, &mut blocks).context("finding QEMU's RAM blocks in its memory")?;
+    }
+    Ok(blocks)
+}
+
+pub async fn whole_blocks(qmp: &Qmp) -> Result<Vec<RamBlock>> {
+    let blocks = ramblock::ram_blocks(qmp).await.context("asking QEMU for its RAM blocks")?;
+    check_whole(&blocks)?;
+    Ok(blocks)
+}
+
+/// That they are pages, all of them.
+pub fn check_whole(blocks: &[RamBlock]) -> Result<()> {
+    match blocks.iter().find(|block| block.used % PAGE != 0) {
+        None => Ok(()),
+        Some(odd) => Err(refused(format!("RAM block {} has {} bytes, which are no whole pages", odd.name, odd.used))),
+    }
+}
+
+/// An external VM's plugin listens where its owner wants. Another process that took the path would have other memory recorded as
+/// that VM's.
+pub fn check_plugin(socket: &Path, handles: PluginHandles, qemu: u32) -> Result<PluginHandles> {
+    if handles.pid() == qemu {
+        return Ok(handles);
+    }
+    Err(refused(format!("{} is answered by process {}, and QEMU is process {qemu}", socket.display(), handles.pid())))
+}
+
+/// Whether the plugin at `socket` lets the tracker follow the memory of process `qemu`. Nothing is registered.
+pub async fn can_track(qmp: &Qmp, socket: PathBuf, qemu: u32, main: &str) -> Result<()> {
+    let connect = tokio::task::spawn_blocking(move || check_plugin(&socket, PluginHandles::connect(&socket, PLUGIN_ANSWER)?, qemu));
+    let handles = connect.await.context("connecting to the plugin was cut off")??;
+    handles.uffd()?;
+    let blocks = ram_blocks(qmp, &handles, main).await?;
+    let regions = regions(&handles, &blocks, main)?;
+    if has_balloon(qmp).await? {
+        Tracker::can_watch_holes(&regions)?;
+    }
+    Ok(())
+}
+
+fn regions(handles: &PluginHandles, blocks: &[RamBlock], main: &str) -> Result<Vec<Region>> {
+    blocks.iter().map(|block| region(handles, block, main)).collect()
+}
+
+fn region(handles: &PluginHandles, block: &RamBlock, main: &str) -> Result<Region> {
+    let host_address = block.host.with_context(|| format!("the address of RAM block {} is unknown", block.name))?;
+    let memory = if block.name == main { main_memory(handles, host_address, main)? } else { RegionMemory::Private };
+    Ok(Region { name: block.name.clone(), host_address, bytes: block.used, memory })
+}
+
+/// The guest's own RAM: the file that we gave QEMU; or one that QEMU made itself; or memory without a file.
+fn main_memory(handles: &PluginHandles, host_address: u64, main: &str) -> Result<RegionMemory> {
+    if let Some(given) = handles.ram(main)? {
+        return Ok(RegionMemory::Shared(given));
+    }
+    let maps = handles.maps()?;
+    let mapping = maps.iter().find(|mapping| mapping.addresses().contains(&host_address));
+    let mapping = mapping.with_context(|| format!("nothing is mapped where QEMU has its RAM block {main}"))?;
+    if mapping.shared {
+        let file = own_file(handles.pid(), mapping.inode, &mapping.path)?;
+        return Ok(RegionMemory::Shared(GuestMemory::from_fd(main, file.into())?));
+    }
+    if mapping.inode != 0 {
+        return Err(refused(format!(
+            "the guest's memory is a private mapping of {}, whose content the tracker cannot tell from the guest's; use a memory-backend-memfd",
+            mapping.path
+        )));
+    }
+    Ok(RegionMemory::Private)
+}
+
+/// A memory file that QEMU has open and mapped. It has no path of its own.
+fn own_file(pid: u32, inode: u64, shown: &str) -> Result<File> {
+    let folder = format!("/proc/{pid}/fd");
+    let files = std::fs::read_dir(&folder).with_context(|| format!("looking at QEMU's open files in {folder}"))?;
+    let is_it = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|facts| facts.ino() == inode && facts.is_file());
+    let is_memory = |path: &PathBuf| std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:"));
+    match files.flatten().map(|file| file.path()).find(|path| is_it(path) && is_memory(path)) {
+        // For writing, because only such a file can be watched for holes; nothing is written.
+        Some(path) => {
+            File::options().read(true).write(true).open(&path).with_context(|| format!("opening the guest's memory by {}", path.display()))
+        }
+        None => Err(refused(format!(
+            "the guest's memory is the file {shown}, which others can write or cut off unseen; use a memory-backend-memfd"
+        ))),
+    }
+}

@@ -1,0 +1,291 @@
+//! The running machine as the helper holds it: QEMU's monitor, the tracker on its memory, and what it consists of.
+
+use crate::drives::{self, Drives, Started};
+use crate::error::refused;
+use crate::external;
+use crate::files;
+use crate::launch::process::QemuProcess;
+use crate::launch::{arguments, expected_devices, unsupported};
+use crate::qemu_lock::QemuLock;
+use crate::regions;
+use crate::runtime_dir::{MachineFile, RuntimeDir};
+use anyhow::{Context, Result};
+use checkpoint_format::{ByteLen, PageCount, SpaceName};
+use dirty_tracker::{PluginHandles, Tracker};
+use qmp_bridge::devices::GuestDevice;
+use qmp_bridge::machine::MachineFacts;
+use qmp_bridge::ramblock::RamBlock;
+use qmp_bridge::{Qmp, devices, disks, ramblock};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// QEMU opens its monitor within 100 ms; a large machine that preallocates takes longer.
+const STARTUP: Duration = Duration::from_secs(60);
+/// Between two looks whether QEMU still lives.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// ISA devices have no path that would be part of the name.
+const SAVED_AS_ONE: &[&str] = &["isa-ide", "isa-ipmi-bt", "isa-ipmi-kcs"];
+/// From this version on QEMU numbers them.
+const OWN_NAMES_SINCE: (u32, u32) = (8, 2);
+const RAMFB: &str = "QEMU before 8.2, and machine types from before it, save nothing of its state; use VGA, or a newer machine type";
+const FREE_PAGE_HINT: &str = "by free-page-hint=on it keeps pages out of QEMU's migration stream; start the machine without free-page-hint";
+
+pub struct Machine {
+    pub file: MachineFile,
+    pub runtime: RuntimeDir,
+    pub qmp: Qmp,
+    pub facts: MachineFacts,
+    pub blocks: Vec<RamBlock>,
+    pub pid: u32,
+    /// QOM paths of the devices that were there when the VM was last looked at.
+    pub last_devices: Mutex<Vec<String>>,
+    /// Nobody else works on this QEMU meanwhile.
+    _lock: QemuLock,
+    /// None where no plugin sits in that QEMU: memory comes by stream only.
+    tracker: Option<Arc<Mutex<Tracker>>>,
+}
+
+impl Machine {
+    pub async fn attach(runtime: RuntimeDir) -> Result<Self> {
+        let file = runtime.machine()?;
+        external::check_alive(&runtime, &file)?;
+        let handles = match file.plugin(&runtime) {
+            Some(socket) => Some(connect_later(socket, &file).await?),
+            None => None,
+        };
+        let pid = handles.as_ref().map(PluginHandles::pid).or(file.pid).context("the machine's file does not name QEMU's process")?;
+        let lock = take_lock(pid).await?;
+        let qmp = match &file.unprepared {
+            Some(there) => external::connect(&file, there).await?,
+            None => Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?,
+        };
+        let qmp = qmp.for_instance(&file.instance);
+        if file.unprepared.is_some() && handles.is_some() {
+            external::owner::claim(&qmp, &runtime, &file).await?;
+        }
+        let facts = MachineFacts::read(&qmp).await.context("asking QEMU what machine it runs")?;
+        check_blockers(&facts.migration_blockers)?;
+        let (blocks, tracker) = regions::watch(&qmp, handles, &file.ram_block).await?;
+        Ok(Self { file, runtime, qmp, facts, blocks, pid, last_devices: Mutex::default(), _lock: lock, tracker })
+    }
+
+    /// The tracker, for one phase at a time.
+    pub fn tracker(&self) -> Result<Arc<Mutex<Tracker>>> {
+        self.tracker.clone().context("no plugin sits in this QEMU, so nothing tracks its memory")
+    }
+
+    pub fn has_tracker(&self) -> bool {
+        self.tracker.is_some()
+    }
+
+    /// Whether our plugin is in this QEMU, in use or not: its userfaultfd may hold the memory since an earlier helper.
+    pub fn has_plugin(&self) -> bool {
+        let loads_it = |process: QemuProcess| process.words.iter().any(|word| word.contains("stillpoint_plugin"));
+        self.has_tracker() || QemuProcess::read(self.pid).is_ok_and(loads_it)
+    }
+
+    pub fn lock_tracker(&self) -> Result<MutexGuard<'_, Tracker>> {
+        self.tracker.as_deref().map(lock).context("no plugin sits in this QEMU, so nothing tracks its memory")
+    }
+
+    /// Whether QEMU's process is gone.
+    pub fn has_ended(&self) -> bool {
+        !is_alive(self.pid)
+    }
+
+    /// QEMU's working directory, to which relative paths on its command line belong.
+    pub fn directory(&self) -> PathBuf {
+        std::fs::read_link(format!("/proc/{}/cwd", self.pid)).unwrap_or_else(|_| self.file.directory.clone())
+    }
+
+    /// The disks, each under the name that it has in the store, and the command line that makes them as they are.
+    pub async fn disks(&self) -> Result<Drives> {
+        let directory = self.directory();
+        let found = disks::list(&self.qmp, Some(&directory)).await.context("asking QEMU for its disks")?;
+        let options = arguments::parse(&self.file.arguments)?;
+        let started = Started { options: &options, machine_type: &self.file.machine_type, directory: &directory, pid: self.pid };
+        drives::examine(found, &started)
+    }
+
+    /// The guest's memory: one space for each RAM block, in the order of the tracker's regions.
+    pub fn ram_spaces(&self) -> Result<Vec<(SpaceName, PageCount)>> {
+        let space = |block: &RamBlock| Ok((SpaceName::ram(&block.name)?, PageCount::covering(ByteLen(block.used))));
+        self.blocks.iter().map(space).collect()
+    }
+
+    /// A restore builds the machine from its command line, so what was plugged in or out since has no place there; and a new
+    /// device may write memory that the tracker cannot see.
+    pub async fn check_devices(&self) -> Result<()> {
+        self.check_listed(&devices::guest_devices(&self.qmp).await.context("asking QEMU for its devices")?).await
+    }
+
+    /// The same of devices that QEMU has listed.
+    pub async fn check_listed(&self, devices: &[GuestDevice]) -> Result<()> {
+        if let Some(why) = refusals(&self.qmp, devices).await?.into_iter().next() {
+            return Err(refused(why));
+        }
+        match self.difference(devices)? {
+            None => Ok(()),
+            Some(what) => Err(refused(not_as_started(&what))),
+        }
+    }
+
+    /// What was plugged in or out. The command line tells, from which a restore builds the VM. What the first helper saw tells
+    /// more of a managed VM, but a device may have come before that helper looked.
+    fn difference(&self, devices: &[GuestDevice]) -> Result<Option<String>> {
+        let difference = expected_devices::difference(&arguments::parse(&self.file.arguments)?, devices);
+        if difference.is_some() || self.file.unprepared.is_some() {
+            return Ok(difference);
+        }
+        let now: Vec<String> = devices.iter().map(|device| format!("{} ({})", device.path, device.kind)).collect();
+        let then = self.runtime.devices_at_start(&now)?;
+        let new = now.iter().find(|device| !then.contains(device)).map(|device| format!("{device} was plugged in"));
+        let gone = then.iter().find(|device| !now.contains(device)).map(|device| format!("{device} was unplugged"));
+        Ok(new.or(gone))
+    }
+
+    pub fn check_command_line(&self, drives: &Drives) -> Result<()> {
+        drives::check_command_line(&self.file.arguments, &self.directory(), drives)
+    }
+
+    /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked anew, from nothing. Says whether.
+    pub async fn refresh_blocks(&mut self) -> Result<bool> {
+        let now = ramblock::ram_blocks(&self.qmp).await.context("asking QEMU for its RAM blocks")?;
+        let place = |block: &RamBlock| (block.name.clone(), block.used, block.offset);
+        // Where QEMU is too old to print the address, the offset tells a block that went and came again.
+        let moved = |now: &RamBlock, then: &RamBlock| now.host.is_some() && now.host != then.host;
+        let same = |(now, then): (&RamBlock, &RamBlock)| place(now) == place(then) && !moved(now, then);
+        if now.len() == self.blocks.len() && now.iter().zip(&self.blocks).all(same) {
+            return Ok(false);
+        }
+        let handles = match self.file.plugin(&self.runtime) {
+            Some(socket) => Some(connect_later(socket, &self.file).await?),
+            None => None,
+        };
+        (self.blocks, self.tracker) = regions::watch(&self.qmp, handles, &self.file.ram_block).await?;
+        tracing::info!(blocks = self.blocks.len(), "the machine's RAM blocks have changed; they are tracked anew");
+        Ok(true)
+    }
+}
+
+/// Devices that no checkpoint can have, of these and of the board's own, each with the reason and what to do.
+pub async fn refusals(qmp: &Qmp, devices: &[GuestDevice]) -> Result<Vec<String>> {
+    let board = devices::board_devices(qmp).await.context("asking QEMU for its board's devices")?;
+    let mut found = Vec::new();
+    found.extend(saved_as_one(qmp, devices.iter().chain(&board)));
+    for device in devices.iter().chain(&board) {
+        if let Some(why) = refusal(qmp, device).await? {
+            found.push(format!("device {} ({}) cannot be checkpointed: {why}", device.path, device.kind));
+        }
+    }
+    Ok(found)
+}
+
+async fn refusal(qmp: &Qmp, device: &GuestDevice) -> Result<Option<String>> {
+    if let Some(why) = unsupported::device_refusal(device) {
+        return Ok(Some(why));
+    }
+    if device.kind == "ramfb" && !devices::saves_ramfb(qmp, device).await.context("asking QEMU for its ramfb")? {
+        return Ok(Some(RAMFB.to_owned()));
+    }
+    if device.is_balloon() && devices::hints_free_pages(qmp, device).await.context("asking QEMU for its balloon")? {
+        return Ok(Some(FREE_PAGE_HINT.to_owned()));
+    }
+    Ok(None)
+}
+
+/// Several devices whose state QEMU saves under one name, and loads into the first of them.
+fn saved_as_one<'a>(qmp: &Qmp, devices: impl Iterator<Item = &'a GuestDevice>) -> Option<String> {
+    if (qmp.version().major, qmp.version().minor) >= OWN_NAMES_SINCE {
+        return None;
+    }
+    twice(devices).map(|kind| {
+        format!(
+            "there are several {kind}, and QEMU before 8.2 saves the state of all of them under one name, so that only one could be restored; \
+             leave one, use another machine type, or a newer QEMU"
+        )
+    })
+}
+
+fn twice<'a>(devices: impl Iterator<Item = &'a GuestDevice>) -> Option<&'static str> {
+    let kinds: Vec<&str> = devices.map(|device| device.kind.as_str()).collect();
+    SAVED_AS_ONE.iter().copied().find(|kind| kinds.iter().filter(|there| *there == kind).count() > 1)
+}
+
+/// `what` was plugged in or out.
+pub fn not_as_started(what: &str) -> String {
+    format!(
+        "{what} after the machine's start, and its command line, from which it would be restored, does not say so; undo that, or start the \
+         machine anew with the devices that it should have"
+    )
+}
+
+async fn take_lock(pid: u32) -> Result<QemuLock> {
+    tokio::task::spawn_blocking(move || QemuLock::take(pid)).await.context("internal error: taking QEMU's lock panicked")?
+}
+
+/// A thread that panicked left no lease half taken: each change of the tracker is one call.
+pub fn lock(tracker: &Mutex<Tracker>) -> MutexGuard<'_, Tracker> {
+    tracker.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn connect_later(socket: PathBuf, file: &MachineFile) -> Result<PluginHandles> {
+    let pid = file.pid;
+    let is_external = file.unprepared.is_some();
+    let connect = tokio::task::spawn_blocking(move || {
+        let handles = connect(&socket, pid)?;
+        match pid.filter(|_| is_external) {
+            Some(qemu) => regions::check_plugin(&socket, handles, qemu),
+            None => Ok(handles),
+        }
+    });
+    connect.await.context("connecting to the plugin was cut off")?
+}
+
+/// Waits for QEMU to come up, but not for one that has ended.
+fn connect(socket: &Path, pid: Option<u32>) -> Result<PluginHandles> {
+    let end = Instant::now() + STARTUP;
+    loop {
+        let error = match PluginHandles::connect(socket, LOOK_EVERY) {
+            Ok(handles) => return Ok(handles),
+            Err(error) => error,
+        };
+        if pid.is_some_and(|pid| !is_alive(pid)) {
+            return Err(refused("QEMU has ended before it could be attached; its own output says why"));
+        }
+        if !error.is_retryable() || Instant::now() >= end {
+            return Err(error).context("QEMU's plugin does not answer; is the machine running?");
+        }
+    }
+}
+
+/// A process that has ended and was not waited for yet is a zombie.
+fn is_alive(pid: u32) -> bool {
+    let stat = files::read_text(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state follows the name, which stands in parentheses and may hold any letter.
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+}
+
+/// `blockers`: what QEMU says against a migration.
+pub fn check_blockers(blockers: &[String]) -> Result<()> {
+    if blockers.is_empty() {
+        return Ok(());
+    }
+    let why = blockers.join("; ");
+    Err(refused(format!("QEMU says that this machine's device state cannot be saved: {why}; remove that device")))
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn devices_saved_under_one_name_are_found() {
+        let devices = |kinds: &[&str]| -> Vec<GuestDevice> {
+            kinds.iter().map(|kind| GuestDevice { path: String::new(), kind: (*kind).to_owned() }).collect()
+        };
+        assert_eq!(twice(devices(&["isa-ide", "ide-hd", "isa-ide"]).iter()), Some("isa-ide"));
+        assert_eq!(twice(devices(&["isa-ide", "ide-hd", "ide-hd", "isa-serial", "isa-serial"]).iter()), None);
+    }
+}

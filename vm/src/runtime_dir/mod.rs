@@ -1,0 +1,475 @@
+//! The directory of one running machine: its sockets, its log, and what the launcher knew about it. It lives as long
+//! as QEMU does (a tmpfs suits it) and is all that a new helper needs to take a machine over.
+
+mod private;
+
+use crate::error::refused;
+use crate::files;
+use crate::memory_source::{EngineChoice, StreamChoice};
+use anyhow::{Context, Result, bail};
+use checkpoint_format::{CheckpointIdentity, CheckpointSeq, Epoch, MachineRecord, VmName};
+use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::unistd::Pid;
+use private::Owner;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// `sun_path` of a unix socket, less its final zero.
+const MAX_SOCKET_PATH: usize = 107;
+/// A saved machine has a few kilobytes of arguments.
+const MAX_MACHINE_FILE_BYTES: u64 = 4 << 20;
+/// A killed process keeps its locks until the last of its threads is gone.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+/// A host has some hundred locks of 60 bytes a line.
+const MAX_LOCKS_BYTES: u64 = 16 << 20;
+const MACHINE_FILE_FORMAT: u32 = 1;
+const HELPER_FAILURE: &str = "helper.failure";
+const MARKS: &str = "marks.json";
+const MAX_MARKS_BYTES: u64 = 1024;
+
+/// What was launched, in the words of `launch`: enough to attach to it and to start it anew elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineFile {
+    pub format: u32,
+    pub name: VmName,
+    pub store: String,
+    /// One life of one QEMU process; a restored machine is a new instance.
+    pub instance: String,
+    pub qemu: PathBuf,
+    /// QEMU's process, where the launcher knows it: a helper does not wait for one that is gone.
+    pub pid: Option<u32>,
+    pub qemu_version: String,
+    pub machine_type: String,
+    pub accelerator: String,
+    pub ram_bytes: u64,
+    pub ram_block: String,
+    /// The user's options, normalized: no readconfig, every drive named, the machine type versioned.
+    pub arguments: Vec<String>,
+    pub directory: PathBuf,
+    pub scratch: PathBuf,
+    /// The checkpoint that this instance was restored from.
+    pub restored_from: Option<CheckpointSeq>,
+    /// A machine that somebody else started; none for one of ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unprepared: Option<Unprepared>,
+}
+
+/// What a restore chooses of a [`MachineFile`]; the rest is as the checkpoint recorded it.
+pub struct RestoreTarget {
+    pub name: VmName,
+    pub store: String,
+    pub instance: String,
+    pub qemu: PathBuf,
+    pub qemu_version: String,
+    pub arguments: Vec<String>,
+    pub directory: PathBuf,
+    pub scratch: PathBuf,
+    pub restored_from: Option<CheckpointSeq>,
+}
+
+/// How a machine that nobody prepared is reached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unprepared {
+    /// Its monitor, ours alone while a helper is attached.
+    pub monitor: PathBuf,
+    /// Where the plugin listens, if its owner put it into that QEMU.
+    pub plugin: Option<PathBuf>,
+    /// When the process began, in the kernel's ticks since boot: a later one may get the same pid.
+    pub started: u64,
+    /// What its owner chose for it.
+    pub engine: EngineChoice,
+    pub stream: StreamChoice,
+}
+
+/// Why a helper ended, for the command that started it and for those that ask it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    pub message: String,
+    pub exit_code: u8,
+}
+
+impl MachineFile {
+    pub const FORMAT: u32 = MACHINE_FILE_FORMAT;
+
+    /// A managed VM that continues the recorded one.
+    pub fn restored(record: &MachineRecord, target: RestoreTarget) -> Self {
+        Self {
+            format: Self::FORMAT,
+            name: target.name,
+            store: target.store,
+            instance: target.instance,
+            qemu: target.qemu,
+            pid: None,
+            qemu_version: target.qemu_version,
+            machine_type: record.machine_type.clone(),
+            accelerator: record.accelerator.clone(),
+            ram_bytes: record.ram_bytes.0,
+            ram_block: record.ram_block.clone(),
+            arguments: target.arguments,
+            directory: target.directory,
+            scratch: target.scratch,
+            restored_from: target.restored_from,
+            unprepared: None,
+        }
+    }
+
+    /// The plugin's socket, if there is a plugin.
+    pub fn plugin(&self, runtime: &RuntimeDir) -> Option<PathBuf> {
+        self.unprepared.as_ref().map_or_else(|| Some(runtime.plugin()), |there| there.plugin.clone())
+    }
+}
+
+/// What the marks of written pages count from. They outlive a helper: the kernel's in the guest's page tables, the disks' as
+/// dirty bitmaps in QEMU. They say nothing of any checkpoint that does not descend from `since`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marks {
+    /// The disks' bitmaps record at least since this checkpoint.
+    pub since: CheckpointIdentity,
+    /// So do the kernel's marks of the guest's memory.
+    pub is_exact: bool,
+}
+
+impl Marks {
+    /// These marks, if they are of use for a checkpoint that adds to `lineage`.
+    pub fn of(self, lineage: &[CheckpointIdentity]) -> Option<Self> {
+        lineage.contains(&self.since).then_some(self)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct RuntimeDir {
+    base: PathBuf,
+    path: PathBuf,
+}
+
+impl RuntimeDir {
+    /// The directory of VM `name` below `base` (default: see [`default_base`]). One that exists and that others could change is
+    /// refused.
+    pub fn new(base: Option<&Path>, name: &VmName) -> Result<Self> {
+        let directory = Self::locate(base, name)?;
+        private::open(&directory.base, name.as_str(), Owner::Trusted)?;
+        Ok(directory)
+    }
+
+    /// The same for a command that only asks the helper: root may ask another user's.
+    pub fn of_helper(base: Option<&Path>, name: &VmName) -> Result<Self> {
+        let directory = Self::locate(base, name)?;
+        private::open(&directory.base, name.as_str(), Owner::Asked)?;
+        Ok(directory)
+    }
+
+    /// All below `base` that are of this user, each with what is known of its VM.
+    pub fn known(base: Option<&Path>) -> Vec<(Self, MachineFile)> {
+        let base = base.map_or_else(default_base, Path::to_owned);
+        let names = std::fs::read_dir(&base).into_iter().flatten().flatten();
+        let names = names.filter_map(|entry| entry.file_name().to_str()?.parse::<VmName>().ok());
+        let directories = names.filter_map(|name| Self::new(Some(&base), &name).ok());
+        directories.filter_map(|directory| directory.machine().ok().map(|file| (directory, file))).collect()
+    }
+
+    fn locate(base: Option<&Path>, name: &VmName) -> Result<Self> {
+        let base = base.map_or_else(default_base, Path::to_owned);
+        let base = std::path::absolute(base).context("making the runtime directory's path absolute")?;
+        let path = base.join(name.as_str());
+        let Some(text) = path.to_str() else {
+            return Err(refused(format!("the runtime directory {} is not valid UTF-8; name another by --runtime-dir", path.display())));
+        };
+        if text.len() + "/control.sock".len() > MAX_SOCKET_PATH || text.contains([',', '=']) {
+            return Err(refused(format!(
+                "the runtime directory {text} cannot hold sockets (too long, at most {} bytes, or a comma or '=' in it); name another by --runtime-dir",
+                MAX_SOCKET_PATH - "/control.sock".len()
+            )));
+        }
+        Ok(Self { base, path })
+    }
+
+    pub fn create(&self) -> Result<()> {
+        private::create(&self.base, self.name())
+    }
+
+    fn name(&self) -> &str {
+        self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+    }
+
+    /// The directory itself, checked again.
+    fn directory(&self) -> Result<OwnedFd> {
+        let directory = private::open(&self.base, self.name(), Owner::Trusted)?;
+        directory.with_context(|| format!("there is no runtime directory {}", self.path.display()))
+    }
+
+    pub fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>> {
+        let directory = self.directory()?;
+        private::read_file(&directory, name, limit).with_context(|| format!("reading {}/{name}", self.path.display()))
+    }
+
+    pub fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let directory = self.directory()?;
+        private::replace_file(&directory, name, bytes).with_context(|| format!("writing {}/{name}", self.path.display()))
+    }
+
+    fn open(&self, name: &str, flags: OFlag) -> Result<File> {
+        let directory = self.directory()?;
+        private::open_file(&directory, name, flags).with_context(|| format!("opening {}/{name}", self.path.display()))
+    }
+
+    /// The helper's log, to be written at its end.
+    pub fn open_helper_log(&self) -> Result<File> {
+        self.open("helper.log", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND)
+    }
+
+    /// Why the helper that was started last has ended, if it failed.
+    pub fn helper_failure(&self) -> Option<Failure> {
+        serde_json::from_slice(&self.read(HELPER_FAILURE, MAX_MACHINE_FILE_BYTES).ok()?).ok()
+    }
+
+    pub fn set_helper_failure(&self, failure: &Failure) {
+        let text = serde_json::to_vec(failure).unwrap_or_default();
+        if let Err(error) = self.replace(HELPER_FAILURE, &text) {
+            tracing::warn!(error = format!("{error:#}"), "the failure was not written down");
+        }
+    }
+
+    pub fn forget_helper_failure(&self) -> Result<()> {
+        self.forget(HELPER_FAILURE)
+    }
+
+    /// QEMU's log, empty.
+    pub fn create_qemu_log(&self) -> Result<File> {
+        self.open("qemu.log", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn qmp(&self) -> PathBuf {
+        self.path.join("qmp.sock")
+    }
+
+    pub fn plugin(&self) -> PathBuf {
+        self.path.join("plugin.sock")
+    }
+
+    pub fn control(&self) -> PathBuf {
+        self.path.join("control.sock")
+    }
+
+    /// Capabilities and parameters of QEMU's migration as they were before a checkpoint by stream changed them.
+    pub fn migration_journal(&self) -> PathBuf {
+        self.path.join("migration.json")
+    }
+
+    /// How far an adoption got.
+    pub fn adoption(&self) -> PathBuf {
+        self.path.join("adopt.json")
+    }
+
+    /// What a restore has made so far.
+    pub fn restore_record(&self) -> PathBuf {
+        self.path.join("restore.json")
+    }
+
+    pub fn nbd(&self) -> PathBuf {
+        self.path.join("nbd.sock")
+    }
+
+    pub fn helper_log(&self) -> PathBuf {
+        self.path.join("helper.log")
+    }
+
+    pub fn qemu_log(&self) -> PathBuf {
+        self.path.join("qemu.log")
+    }
+
+    pub fn helper_pid(&self) -> PathBuf {
+        self.path.join("helper.pid")
+    }
+
+    /// The helper that holds [`RuntimeDir::lock_helper`].
+    pub fn helper_pid_of_holder(&self) -> Result<Pid> {
+        let text = self.read("helper.pid", 32)?;
+        let pid = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).filter(|pid| *pid > 1);
+        pid.map(Pid::from_raw).with_context(|| format!("{} holds no process id", self.helper_pid().display()))
+    }
+
+    pub fn save_machine(&self, machine: &MachineFile) -> Result<()> {
+        let text = serde_json::to_vec_pretty(machine).context("encoding machine.json")?;
+        self.replace("machine.json", &text)
+    }
+
+    /// Whether what is known of the VM was written down so lately. A clock that was set back says no.
+    pub fn launched_within(&self, time: Duration) -> bool {
+        let written = std::fs::metadata(self.path.join("machine.json")).and_then(|facts| facts.modified());
+        written.is_ok_and(|written| written.elapsed().is_ok_and(|age| age < time))
+    }
+
+    pub fn machine(&self) -> Result<MachineFile> {
+        let path = self.path.join("machine.json");
+        if !path.exists() {
+            return Err(refused(format!(
+                "no VM is known at {}; start one by 'stillpoint run', attach one by --qmp, or name its --runtime-dir",
+                self.path.display()
+            )));
+        }
+        let text = self.read("machine.json", MAX_MACHINE_FILE_BYTES)?;
+        let machine: MachineFile = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
+        if machine.format != MACHINE_FILE_FORMAT {
+            bail!("{} has format {}; this build reads {MACHINE_FILE_FORMAT}", path.display(), machine.format);
+        }
+        Ok(machine)
+    }
+
+    /// The devices that the machine had when a helper first asked; `now` is remembered if none did.
+    pub fn devices_at_start(&self, now: &[String]) -> Result<Vec<String>> {
+        let path = self.path.join("devices.json");
+        if !path.exists() {
+            self.replace("devices.json", &serde_json::to_vec(now).context("encoding devices.json")?)?;
+        }
+        let text = self.read("devices.json", MAX_MACHINE_FILE_BYTES)?;
+        serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))
+    }
+
+    /// A new machine of this name begins: what was known of an earlier one is gone.
+    pub fn forget_earlier(&self) -> Result<()> {
+        self.forget("devices.json")?;
+        // Of another process: put back here, it would change what nobody changed.
+        self.forget("migration.json")?;
+        self.forget("writer-epoch")?;
+        self.forget(MARKS)
+    }
+
+    /// What an earlier helper left behind in the way of marks of written pages. None if that is not known.
+    pub fn marks(&self) -> Option<Marks> {
+        serde_json::from_slice(&self.read(MARKS, MAX_MARKS_BYTES).ok()?).ok()
+    }
+
+    pub fn set_marks(&self, marks: Marks) -> Result<()> {
+        self.replace(MARKS, &serde_json::to_vec(&marks).context("encoding the record of marks")?)
+    }
+
+    /// From here on the kernel's marks alone do not tell what was written: a lease begins, whose pages die with its helper, or
+    /// another process has used them.
+    pub fn forget_exact_marks(&self) -> Result<()> {
+        match self.marks() {
+            Some(marks) => self.set_marks(Marks { is_exact: false, ..marks }),
+            None => self.forget(MARKS),
+        }
+    }
+
+    /// The highest writer epoch that this VM's instance has claimed.
+    pub fn writer_epoch(&self) -> Option<Epoch> {
+        let text = self.read("writer-epoch", 32).ok()?;
+        std::str::from_utf8(&text).ok()?.trim().parse().ok().map(Epoch)
+    }
+
+    pub fn set_writer_epoch(&self, epoch: Epoch) -> Result<()> {
+        self.replace("writer-epoch", epoch.0.to_string().as_bytes())
+    }
+
+    fn forget(&self, name: &str) -> Result<()> {
+        let directory = self.directory()?;
+        private::remove_file(&directory, name).with_context(|| format!("removing {}/{name}", self.path.display()))
+    }
+
+    /// One helper per machine: the lock ends with the process that holds it, however it dies.
+    pub fn lock_helper(&self) -> Result<Flock<File>> {
+        let mut file = self.open("helper.lock", OFlag::O_WRONLY | OFlag::O_CREAT)?;
+        let end = Instant::now() + LOCK_PATIENCE;
+        loop {
+            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(lock),
+                Err((file, _)) => file,
+            };
+            if Instant::now() >= end {
+                let pid = self.helper_pid_of_holder().map_or_else(|_| "unknown".to_owned(), |pid| pid.to_string());
+                return Err(refused(format!(
+                    "a helper (pid {pid}) is attached to this machine already; use it, or replace it by 'stillpoint attach --take-over'"
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl RuntimeDir {
+    /// Whether `pid` holds [`RuntimeDir::lock_helper`], as the kernel tells.
+    pub fn is_locked_by(&self, pid: Pid) -> bool {
+        let Ok(facts) = std::fs::symlink_metadata(self.path.join("helper.lock")) else { return false };
+        let Ok(table) = files::read_limited(Path::new("/proc/locks"), MAX_LOCKS_BYTES) else { return false };
+        String::from_utf8_lossy(&table).lines().any(|line| flock(line, facts.ino()) == Some(pid.as_raw()))
+    }
+}
+
+/// Who holds a lock by `flock` on `file`, in words.
+pub fn flock_holder(file: &File) -> Option<String> {
+    let inode = file.metadata().ok()?.ino();
+    let table = files::read_limited(Path::new("/proc/locks"), MAX_LOCKS_BYTES).ok()?;
+    let pid = String::from_utf8_lossy(&table).lines().find_map(|line| flock(line, inode))?;
+    let line = files::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    Some(format!("process {pid} ({})", String::from_utf8_lossy(&line).replace('\0', " ").trim()))
+}
+
+/// The holder of an inode's lock: `1: FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF`. The device is not compared: some file systems
+/// show another one there.
+fn flock(line: &str, inode: u64) -> Option<i32> {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let [_, "FLOCK", _, _, holder, place, ..] = fields.as_slice() else { return None };
+    let is_it = place.rsplit(':').next().is_some_and(|number| number.parse() == Ok(inode));
+    is_it.then(|| holder.parse().ok())?
+}
+
+/// Root's is `/run/stillpoint`; a user's is in their own run directory, or in /tmp where they have none.
+fn default_base() -> PathBuf {
+    let user = nix::unistd::geteuid();
+    if user.is_root() {
+        return PathBuf::from("/run/stillpoint");
+    }
+    // Another user's variable may still be set.
+    let is_own =
+        |path: &PathBuf| path.is_absolute() && std::fs::metadata(path).is_ok_and(|facts| facts.is_dir() && facts.uid() == user.as_raw());
+    let session = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(is_own);
+    let session = session.or_else(|| Some(PathBuf::from(format!("/run/user/{user}"))).filter(is_own));
+    session.map_or_else(|| PathBuf::from(format!("/tmp/stillpoint-{user}")), |path| path.join("stillpoint"))
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn marks_count_from_one_certain_checkpoint() {
+        let identity = |seq: u64, manifest: &str| CheckpointIdentity::new(CheckpointSeq(seq), manifest.as_bytes());
+        let lineage = [identity(1, "one"), identity(2, "two")];
+        let marks = |since| Marks { since, is_exact: true };
+        assert_eq!(marks(identity(2, "two")).of(&lineage), Some(marks(identity(2, "two"))));
+        assert!(marks(identity(1, "one")).of(&lineage).is_some(), "of an ancestor they hold more than is needed");
+        assert_eq!(marks(identity(2, "another")).of(&lineage), None);
+        assert_eq!(marks(identity(3, "three")).of(&lineage), None);
+    }
+
+    #[test]
+    fn runtime_lock_names_its_holder() {
+        let place = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDir::new(Some(place.path()), &"m".parse().unwrap()).unwrap();
+        runtime.create().unwrap();
+        assert!(!runtime.is_locked_by(Pid::this()));
+        let lock = runtime.lock_helper().unwrap();
+        assert!(runtime.is_locked_by(Pid::this()) && !runtime.is_locked_by(Pid::from_raw(1)));
+        drop(lock);
+        assert!(!runtime.is_locked_by(Pid::this()));
+        assert_eq!(flock("1: FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF", 4711), Some(815));
+        assert_eq!(flock("1: -> FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF", 4711), None, "it waits for the lock");
+        assert_eq!(flock("1: POSIX  ADVISORY  WRITE 815 00:15:4711 0 EOF", 4711), None);
+    }
+
+    #[test]
+    fn runtime_directory_must_be_short_enough_for_sockets() {
+        let long = PathBuf::from(format!("/{}", "x".repeat(100)));
+        let error = RuntimeDir::new(Some(&long), &"m".parse().unwrap()).unwrap_err();
+        assert_eq!(crate::error::code_of(&error), crate::error::REFUSED);
+    }
+}
