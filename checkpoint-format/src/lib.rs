@@ -41,6 +41,7 @@
 #![forbid(unsafe_code)]
 
 mod digest;
+mod digest_form;
 mod digest_table;
 mod envelope;
 mod identity;
@@ -57,12 +58,13 @@ mod units;
 mod wire;
 
 pub use digest::{Checksum, ContentDigest, ContentHasher, DigestParseError, PageDigest, is_zero};
+pub use digest_form::{BlocksHasher, DigestForm};
 pub use digest_table::DigestTable;
 pub use envelope::{EnvelopeError, MAX_HEADER_LINE};
 pub use identity::CheckpointIdentity;
 pub use layer::{
-    BLOCK_PAGES, BLOCK_SIZE, BlockHome, BlockIndex, BlockRef, BlockTable, BlockTableBuilder, BlockTableInfo, BlocksHasher, DigestForm,
-    LAYER_VERSION, LayerError, LayerManifest, MAX_LAYER_BLOCKS, MAX_LAYER_BODY, MAX_LAYER_OWNERS, MAX_STORED_BLOCKS, OwnerIndex,
+    BLOCK_PAGES, BLOCK_SIZE, BlockHome, BlockIndex, BlockRef, BlockTable, BlockTableBuilder, BlockTableInfo, LAYER_VERSION, LayerError,
+    LayerManifest, MAX_LAYER_BLOCKS, MAX_LAYER_BODY, MAX_LAYER_OWNERS, MAX_STORED_BLOCKS, OwnerIndex,
 };
 pub use lineage::{FramePart, FrameRead, LineageError, LocatedRun, MAX_LINEAGE_PACKS, PageLocation, PageMap};
 pub use manifest::{

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use checkpoint_format::{DurableReceipt, PageCount, PageSet};
 
-use crate::tracker::RegionId;
+use crate::region::RegionId;
 
 /// Pages that were taken from the kernel and given back, by region; the next lease gets them first.
 #[derive(Debug)]

@@ -44,5 +44,5 @@ pub use handles::{PluginHandles, UffdSource};
 pub use host_support::{HostCheck, HostSupport};
 pub use lease::DirtyLease;
 pub use maps::{Mapping, parse_maps};
-pub use region::{Region, RegionMemory};
-pub use tracker::{RegionId, Tracker};
+pub use region::{Region, RegionId, RegionMemory};
+pub use tracker::Tracker;

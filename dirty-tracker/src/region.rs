@@ -8,6 +8,17 @@ use crate::error::TrackerError;
 use crate::guest_memory::GuestMemory;
 use crate::maps::Mapping;
 
+/// A region of one tracker; numbers count from 0 in the order of attachment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RegionId(pub(crate) usize);
+
+impl RegionId {
+    /// Its place among the regions given to [`Tracker::attach`](crate::Tracker::attach).
+    pub fn index(self) -> usize {
+        self.0
+    }
+}
+
 /// What lies behind a region's addresses.
 #[derive(Debug, Clone)]
 pub enum RegionMemory {

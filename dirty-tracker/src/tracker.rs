@@ -11,20 +11,9 @@ use crate::error::TrackerError;
 use crate::handles::PluginHandles;
 use crate::holes::HoleWatch;
 use crate::lease::{DirtyLease, Pending};
-use crate::region::{Region, RegionMemory, covering};
+use crate::region::{Region, RegionId, RegionMemory, covering};
 use crate::sys::pagemap::{self, Categories, ScanBuffer, Then, scan};
 use crate::sys::write_protect::{protect, register};
-
-/// A region of one tracker; numbers count from 0 in the order of attachment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RegionId(usize);
-
-impl RegionId {
-    /// Its place among the regions given to [`Tracker::attach`].
-    pub fn index(self) -> usize {
-        self.0
-    }
-}
 
 #[derive(Debug)]
 struct Tracked {

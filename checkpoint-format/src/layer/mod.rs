@@ -8,7 +8,6 @@
 //! Version 1 is named by the digest of the whole file; version 2, for files with many zeros, by that of its blocks
 //! ([`DigestForm`]), and its table does not mention zeros.
 
-mod form;
 mod index;
 mod table;
 
@@ -16,11 +15,11 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::digest::ContentDigest;
+use crate::digest_form::DigestForm;
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::manifest::{Check, ManifestError, PackRecord, at_most, check_packs, pack_list};
 use crate::units::{ByteLen, PAGE_SIZE};
 
-pub use form::{BlocksHasher, DigestForm};
 pub use index::{BlockHome, BlockIndex};
 pub use table::{BlockRef, BlockTable, BlockTableBuilder, BlockTableInfo, MAX_LAYER_BLOCKS, MAX_STORED_BLOCKS, OwnerIndex};
 

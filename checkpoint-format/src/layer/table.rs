@@ -18,8 +18,9 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{BlocksHasher, DigestForm, LayerError, LayerManifest, MAX_LAYER_OWNERS};
+use super::{LayerError, LayerManifest, MAX_LAYER_OWNERS};
 use crate::digest::ContentDigest;
+use crate::digest_form::{BlocksHasher, DigestForm};
 use crate::pack::{MAX_FRAMES_PER_PACK, compress_whole, decompress_whole};
 use crate::units::{ByteLen, FrameNo, PackNo};
 use crate::wire::{Reader, Short};

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::list::{arguments_list, backing_list, boot_file_list, disk_list, pack_list, ram_block_list, space_list};
 use crate::digest::ContentDigest;
-use crate::layer::DigestForm;
+use crate::digest_form::DigestForm;
 use crate::names::{PackName, SpaceKind, SpaceName, VmName};
 use crate::pack::PackInfo;
 use crate::units::{ByteLen, CheckpointSeq, Epoch, PageCount};

@@ -38,4 +38,3 @@ pub use frozen::{FrozenDisk, FrozenDisks};
 pub use leftovers::{CapturePlaces, Leftovers, cleanup_leftovers};
 pub use names::{BadTag, BitmapTag};
 pub use prepare::{CapturePlan, DEFAULT_SCRATCH_RESERVE, Outlook, PreparedDisks};
-pub(crate) use turn::CaptureTurn;

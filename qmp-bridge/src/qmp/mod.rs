@@ -8,6 +8,7 @@
 //! never leave half a line behind, and a guard's `drop` can send `cont` without a runtime.
 
 mod error;
+mod turn;
 mod watch;
 mod wire;
 
@@ -21,9 +22,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
-use crate::capture::CaptureTurn;
 use crate::names::ObjectNames;
 pub use error::QmpError;
+use turn::CaptureTurn;
 pub use watch::EventWatch;
 use wire::Connection;
 pub use wire::connect_settled;

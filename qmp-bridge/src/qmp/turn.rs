@@ -1,0 +1,30 @@
+//! Whose turn it is to have a capture in a QEMU.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::OwnedMutexGuard;
+
+/// Of one connection.
+#[derive(Debug, Default)]
+pub(crate) struct CaptureTurn {
+    turn: Arc<tokio::sync::Mutex<()>>,
+    /// The directory that keeps the holder from its clean-up.
+    hung: Mutex<Option<PathBuf>>,
+}
+
+impl CaptureTurn {
+    /// Waits for the turn without a limit.
+    pub async fn wait(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.turn).lock_owned().await
+    }
+
+    pub fn hung(&self) -> Option<PathBuf> {
+        self.hung.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The holder says what it waits for, or that it does not any more.
+    pub fn set_hung(&self, directory: Option<PathBuf>) {
+        *self.hung.lock().unwrap_or_else(PoisonError::into_inner) = directory;
+    }
+}
