@@ -306,21 +306,6 @@ impl AttachArgs {
     }
 }
 
-impl RunArgs {
-    pub fn into_request(self) -> anyhow::Result<crate::commands::run::RunRequest> {
-        let mut words = self.qemu.into_iter();
-        let qemu = words.next().ok_or_else(|| anyhow::anyhow!("no QEMU program was named after '--'"))?;
-        Ok(crate::commands::run::RunRequest {
-            name: self.name,
-            store: self.store.store,
-            runtime_base: self.runtime.runtime_dir,
-            scratch: self.scratch_dir,
-            qemu,
-            arguments: words.collect(),
-        })
-    }
-}
-
 /// Which engine is wanted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum EngineChoice {

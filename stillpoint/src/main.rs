@@ -47,7 +47,7 @@ fn log_to_stderr(cli: &Cli) {
 fn dispatch(command: Command) -> Result<ExitCode> {
     match command {
         // Before any thread exists: this process becomes QEMU.
-        Command::Run(args) => match commands::run::run(args.into_request()?)? {},
+        Command::Run(args) => match commands::run::run(args)? {},
         Command::Sandbox(args) => match proof::sandbox::become_program(&args.dir, &args.cwd, &args.program)? {},
         Command::Verify(args) if args.restore && proof::sandbox::workspace().is_none() => {
             proof::sandbox::supervise(&launch::scratch_dir(args.scratch_dir.as_deref())?)
@@ -66,10 +66,10 @@ fn dispatch(command: Command) -> Result<ExitCode> {
 
 async fn dispatch_async(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Attach(args) => helper::attach::run(args).await?,
+        Command::Attach(args) => commands::attach::run(args).await?,
         Command::Adopt(args) => commands::adopt::run(&args).await?,
         Command::Helper(args) => helper::run(args).await?,
-        Command::Checkpoint(args) => helper::client::checkpoint(&args).await?,
+        Command::Checkpoint(args) => commands::checkpoint::run(&args).await?,
         Command::Restore(args) => commands::restore::run(args).await?,
         Command::Ls(args) => commands::inspect::ls(&args).await?,
         Command::Show(args) => commands::inspect::show(&args).await?,

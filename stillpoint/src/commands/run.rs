@@ -4,6 +4,7 @@
 //! QEMU by exec: same pid, same terminal, same exit status. So a wrapper can put it where QEMU stood, and QEMU never
 //! depends on a helper that lives.
 
+use crate::cli::RunArgs;
 use crate::helper::start::spawn_helper;
 use anyhow::{Context, Result};
 use checkpoint_format::VmName;
@@ -17,17 +18,32 @@ use vm::launch::command::{self, Start};
 use vm::launch::{self, accelerator, arguments, first_start, normalize, qemu_binary, readconfig, unsupported};
 use vm::runtime_dir::{MachineFile, RuntimeDir};
 
-pub struct RunRequest {
-    pub name: VmName,
-    pub store: String,
-    pub runtime_base: Option<PathBuf>,
-    pub scratch: Option<PathBuf>,
-    pub qemu: String,
-    pub arguments: Vec<String>,
+struct Request {
+    name: VmName,
+    store: String,
+    runtime_base: Option<PathBuf>,
+    scratch: Option<PathBuf>,
+    qemu: String,
+    arguments: Vec<String>,
+}
+
+impl Request {
+    fn of(args: RunArgs) -> Result<Self> {
+        let mut words = args.qemu.into_iter();
+        Ok(Self {
+            qemu: words.next().context("no QEMU program was named after '--'")?,
+            arguments: words.collect(),
+            name: args.name,
+            store: args.store.store,
+            runtime_base: args.runtime.runtime_dir,
+            scratch: args.scratch_dir,
+        })
+    }
 }
 
 /// Returns only on failure: on success this process is QEMU.
-pub fn run(request: RunRequest) -> Result<std::convert::Infallible> {
+pub fn run(args: RunArgs) -> Result<std::convert::Infallible> {
+    let request = Request::of(args)?;
     let plugin = launch::plugin_path()?;
     let runtime = RuntimeDir::new(request.runtime_base.as_deref(), &request.name)?;
     let (machine, first) = describe(&request, &plugin)?;
@@ -45,7 +61,7 @@ pub fn run(request: RunRequest) -> Result<std::convert::Infallible> {
 }
 
 /// The VM, and what its first start alone has on the command line.
-fn describe(request: &RunRequest, plugin: &Path) -> Result<(MachineFile, Vec<String>)> {
+fn describe(request: &Request, plugin: &Path) -> Result<(MachineFile, Vec<String>)> {
     let qemu = launch::find_program(&request.qemu)?;
     let facts = qemu_binary::probe(&qemu, plugin)?;
     let options = readconfig::expand(arguments::parse(&request.arguments)?)?;

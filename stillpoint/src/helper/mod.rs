@@ -3,10 +3,9 @@
 //! It may die at any moment; QEMU does not notice, and `stillpoint attach` starts another that goes on from what the
 //! store and QEMU itself know.
 
-pub mod attach;
 pub mod client;
 mod memory;
-mod other;
+pub mod other;
 mod server;
 pub mod start;
 

@@ -1,8 +1,8 @@
 //! `stillpoint attach`: a running machine gets a helper again.
 
-use super::other::OtherHelper;
-use super::start;
 use crate::cli::AttachArgs;
+use crate::helper::other::OtherHelper;
+use crate::helper::{self, start};
 use crate::terminal::out;
 use anyhow::{Context, Result, bail};
 use checkpoint_store::Mode;
@@ -39,7 +39,7 @@ pub async fn run(args: AttachArgs) -> Result<()> {
         StoreSession::open(&machine, &runtime, Mode::CreateIfMissing, Force::TakeOver).await?;
     }
     if args.foreground {
-        return super::serve(runtime).await;
+        return helper::serve(runtime).await;
     }
     start::spawn_helper(name, args.runtime.runtime_dir.as_deref(), &runtime)?;
     let status = start::wait(&runtime).await?;
