@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use std::str::FromStr;
-use vm::error::{FAILED, coded, damaged};
+use vm::error::{Class, classed, damaged};
 
 /// Most checkpoints of a lineage, the full one included. A reader takes more for damage.
 pub const LONGEST_LINEAGE: usize = 100_000;
@@ -52,7 +52,9 @@ pub async fn resolve(repository: &Repository, name: &CheckpointName) -> Result<C
     match name.seq {
         None => Ok(*newest),
         Some(seq) if known.contains(&seq) => Ok(seq),
-        Some(seq) => Err(coded(FAILED, format!("the store has no checkpoint {}@{seq}; the newest is {}@{newest}", name.vm, name.vm))),
+        Some(seq) => {
+            Err(classed(Class::Failed, format!("the store has no checkpoint {}@{seq}; the newest is {}@{newest}", name.vm, name.vm)))
+        }
     }
 }
 
@@ -61,7 +63,7 @@ pub async fn resolve(repository: &Repository, name: &CheckpointName) -> Result<C
 pub async fn checkpoints(repository: &Repository, vm: &VmName) -> Result<Vec<CheckpointSeq>> {
     let known = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
     if known.is_empty() {
-        return Err(coded(FAILED, format!("the store has no checkpoint of {vm}; 'stillpoint ls' shows what it has")));
+        return Err(classed(Class::Failed, format!("the store has no checkpoint of {vm}; 'stillpoint ls' shows what it has")));
     }
     Ok(known)
 }

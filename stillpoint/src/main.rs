@@ -5,6 +5,7 @@ mod bench;
 mod commands;
 mod control;
 mod doctor;
+mod exit;
 mod helper;
 mod terminal;
 
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("stillpoint: {}", error::explain(&error));
-            error::code(&error)
+            exit::code(&error)
         }
     }
 }

@@ -1,4 +1,4 @@
-//! How a command ends: the message (printed once, each fact once) and the exit code.
+//! What kind of failure an error is, and its message with each fact once.
 
 use checkpoint_store::StoreError;
 use dirty_tracker::TrackerError;
@@ -12,57 +12,58 @@ use qmp_bridge::migration::MigrationError;
 use qmp_bridge::ramblock::RamBlockError;
 use qmp_bridge::run_state::RunStateError;
 use qmp_bridge::stream_reader::StreamReadError;
-use std::process::ExitCode;
 
-/// See `stillpoint --help`.
-pub const FAILED: u8 = 1;
-pub const REFUSED: u8 = 3;
-pub const STORE: u8 = 4;
-pub const DAMAGED: u8 = 5;
-
-/// An error whose exit code is known where it is made.
-#[derive(Debug)]
-pub struct Coded {
-    code: u8,
-    message: String,
+/// What kind of failure an error is; the exit code of a command derives from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Anything else.
+    Failed,
+    /// The VM, its QEMU, this host or the store is not in a state in which it may be done; the message says what to change.
+    Refused,
+    /// Store I/O failed.
+    Store,
+    /// The store holds damaged content.
+    Damaged,
 }
 
-impl std::fmt::Display for Coded {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.message)
-    }
+/// An error whose class is known where it is made.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct EngineError {
+    pub class: Class,
+    pub message: String,
 }
 
-impl std::error::Error for Coded {}
-
-pub fn coded(code: u8, message: impl Into<String>) -> anyhow::Error {
-    Coded { code, message: message.into() }.into()
+pub fn classed(class: Class, message: impl Into<String>) -> anyhow::Error {
+    EngineError { class, message: message.into() }.into()
 }
 
 pub fn refused(message: impl Into<String>) -> anyhow::Error {
-    coded(REFUSED, message)
+    classed(Class::Refused, message)
 }
 
 pub fn damaged(message: impl Into<String>) -> anyhow::Error {
-    coded(DAMAGED, message)
+    classed(Class::Damaged, message)
 }
 
-pub fn code_of(error: &anyhow::Error) -> u8 {
-    error.chain().find_map(code_of_cause).unwrap_or(FAILED)
+/// That of the outermost cause which has one.
+pub fn class_of(error: &anyhow::Error) -> Class {
+    error.chain().find_map(class_of_cause).unwrap_or(Class::Failed)
 }
 
-fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
-    if let Some(coded) = cause.downcast_ref::<Coded>() {
-        return Some(coded.code);
+/// None for an error that says nothing of its class.
+pub fn class_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Class> {
+    if let Some(error) = cause.downcast_ref::<EngineError>() {
+        return Some(error.class);
     }
     if let Some(store) = cause.downcast_ref::<StoreError>() {
-        return Some(store_code(store));
+        return Some(class_of_store(store));
     }
     let damaged = cause.is::<checkpoint_format::PackError>() || cause.is::<checkpoint_format::ManifestError>();
     if damaged || cause.is::<checkpoint_format::LayerError>() {
-        return Some(DAMAGED);
+        return Some(Class::Damaged);
     }
-    is_refusal(cause).then_some(REFUSED)
+    is_refusal(cause).then_some(Class::Refused)
 }
 
 /// The VM, its QEMU or this host is not in a state in which it can be done: nothing has failed, and the message says what to change.
@@ -100,16 +101,12 @@ fn is<E: std::error::Error + 'static>(cause: &(dyn std::error::Error + 'static),
     cause.downcast_ref::<E>().is_some_and(which)
 }
 
-fn store_code(error: &StoreError) -> u8 {
+fn class_of_store(error: &StoreError) -> Class {
     match error {
-        StoreError::Fenced { .. } | StoreError::WriterHeld { .. } | StoreError::ErasureCoded { .. } => REFUSED,
-        StoreError::Corrupt { .. } | StoreError::PastEnd { .. } => DAMAGED,
-        _ => STORE,
+        StoreError::Fenced { .. } | StoreError::WriterHeld { .. } | StoreError::ErasureCoded { .. } => Class::Refused,
+        StoreError::Corrupt { .. } | StoreError::PastEnd { .. } => Class::Damaged,
+        _ => Class::Store,
     }
-}
-
-pub fn code(error: &anyhow::Error) -> ExitCode {
-    ExitCode::from(code_of(error))
 }
 
 /// The chain on one line, without a cause that its context already quotes.
@@ -135,18 +132,18 @@ mod test {
     use qmp_bridge::ServerError;
 
     #[test]
-    fn a_code_is_found_below_its_context() {
+    fn class_is_found_below_its_context() {
         let error = Err::<(), _>(refused("it runs elsewhere")).context("restoring m").unwrap_err();
-        assert_eq!(code_of(&error), REFUSED);
+        assert_eq!(class_of(&error), Class::Refused);
         assert_eq!(explain(&error), "restoring m: it runs elsewhere");
-        assert_eq!(code_of(&anyhow::anyhow!("x")), FAILED);
+        assert_eq!(class_of(&anyhow::anyhow!("x")), Class::Failed);
         let busy = anyhow::Error::from(MigrationError::Busy { status: "active".to_owned() });
-        assert_eq!(code_of(&busy.context("preparing")), REFUSED);
+        assert_eq!(class_of(&busy.context("preparing")), Class::Refused);
     }
 
-    /// What the documented tables call refused is exit code 3, wherever it is found out.
+    /// What the documented tables call refused is a refusal, wherever it is found out.
     #[test]
-    fn exit_code_of_each_refusal_is_3() {
+    fn class_of_each_refusal_is_refused() {
         let text = || "x".to_owned();
         let refused_by_qemu = || QmpError::NotQmp { path: "x".into(), why: text() };
         let errors: Vec<anyhow::Error> = vec![
@@ -165,9 +162,9 @@ mod test {
         ];
         for error in errors {
             let shown = format!("{error:?}");
-            assert_eq!(code_of(&error.context("preparing")), REFUSED, "{shown}");
+            assert_eq!(class_of(&error.context("preparing")), Class::Refused, "{shown}");
         }
         let failed = CaptureError::Broken { node: text(), why: text() };
-        assert_eq!(code_of(&failed.into()), FAILED);
+        assert_eq!(class_of(&failed.into()), Class::Failed);
     }
 }

@@ -2,7 +2,7 @@
 //! its pause, minutes later, when layers were stored in between.
 
 use crate::drives::Drives;
-use crate::error::{FAILED, coded};
+use crate::error::{Class, classed};
 use crate::running::Machine;
 use anyhow::{Context, Result};
 use qmp_bridge::devices::{self, GuestDevice};
@@ -126,8 +126,8 @@ fn difference(then: &[String], now: &[String]) -> Option<String> {
 pub fn unchanged(difference: Option<String>) -> Result<()> {
     match difference {
         None => Ok(()),
-        Some(what) => Err(coded(
-            FAILED,
+        Some(what) => Err(classed(
+            Class::Failed,
             format!("the VM changed while the checkpoint was taken: {what}; nothing was stored, take it again when the change is over"),
         )),
     }

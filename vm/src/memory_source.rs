@@ -186,7 +186,7 @@ mod test {
     fn assert_refused<T: std::fmt::Debug>(result: Result<T>, reason: &str) {
         let error = result.unwrap_err();
         assert!(error.to_string().contains(reason), "{error}");
-        assert_eq!(error::code_of(&error), error::REFUSED);
+        assert_eq!(error::class_of(&error), error::Class::Refused);
     }
 
     #[test]

@@ -49,19 +49,19 @@ impl QemuLock {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::error::{REFUSED, code_of};
+    use crate::error::{Class, class_of};
 
     #[test]
     fn helper_of_a_qemu_is_one() {
         let mut child = std::process::Command::new("sh").args(["-c", "read line"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
         let lock = QemuLock::take(child.id()).unwrap();
         let error = QemuLock::take(child.id()).unwrap_err();
-        assert_eq!(code_of(&error), REFUSED);
+        assert_eq!(class_of(&error), Class::Refused);
         assert!(error.to_string().contains(&format!("process {}", std::process::id())), "{error}");
         drop(lock);
         QemuLock::take(child.id()).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(code_of(&QemuLock::take(child.id()).unwrap_err()), REFUSED);
+        assert_eq!(class_of(&QemuLock::take(child.id()).unwrap_err()), Class::Refused);
     }
 }

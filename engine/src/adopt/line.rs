@@ -302,7 +302,7 @@ mod test {
             let error = line(option).unwrap_err();
             let text = error.to_string();
             assert!(text.contains(option.split(' ').next().unwrap()) && text.contains("; "), "{option}: {text}");
-            assert_eq!(vm::error::code_of(&error), vm::error::REFUSED);
+            assert_eq!(vm::error::class_of(&error), vm::error::Class::Refused);
         }
     }
 

@@ -160,7 +160,7 @@ async fn own_lineage(machine: &Machine, repository: &Repository, known: &[Checkp
     };
     read.await.or_else(|error: anyhow::Error| {
         let is_missing = error.chain().any(|cause| cause.downcast_ref::<StoreError>().is_some_and(StoreError::is_not_found));
-        if !is_missing && error::code_of(&error) != error::DAMAGED {
+        if !is_missing && error::class_of(&error) != error::Class::Damaged {
             return Err(error);
         }
         tracing::warn!(error = format!("{error:#}"), "the last checkpoint cannot be built on; the next one is full");

@@ -19,7 +19,7 @@ use qmp_bridge::disks::{BackingImage, Disk, Qcow2Layout};
 use std::time::{Instant, SystemTime};
 use tracing::instrument;
 use vm::drives::Drives;
-use vm::error::{self, coded};
+use vm::error::{self, classed};
 use vm::launch::arguments;
 
 impl Checkpointer {
@@ -68,8 +68,8 @@ impl Checkpointer {
             || format!("it has checkpoints of {vm} that it did not have"),
             |parent| format!("it does not hold {vm}@{parent}, or what that builds on, as it did"),
         );
-        Err(coded(
-            error::STORE,
+        Err(classed(
+            error::Class::Store,
             format!("the store has changed while checkpoint {} was taken: {what}; the next one starts from what it holds", run.seq),
         ))
     }

@@ -199,6 +199,6 @@ mod test {
             return;
         };
         let error = read(&file(len + 1, &[]), len + 1, None).unwrap_err();
-        assert_eq!(vm::error::code_of(&error), vm::error::REFUSED);
+        assert_eq!(vm::error::class_of(&error), vm::error::Class::Refused);
     }
 }

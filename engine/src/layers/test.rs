@@ -112,7 +112,7 @@ async fn layer_that_is_another_than_the_checkpoint_says_is_refused() {
     let (layer, _) = lab.store(&image).await;
     for wrong in [LayerRef { len: ByteLen(4 << 20), ..layer.clone() }, LayerRef { form: DigestForm::Blocks, ..layer.clone() }] {
         let error = provide(&lab.repository, &wrong, lab.folder.path(), &Silent).await.err().unwrap();
-        assert_eq!(vm::error::code_of(&error), vm::error::DAMAGED, "{error:#}");
+        assert_eq!(vm::error::class_of(&error), vm::error::Class::Damaged, "{error:#}");
     }
 }
 

@@ -206,6 +206,6 @@ mod test {
         assert!(Chain::of(&[long.clone(), layer(1, ImageFormat::Raw)], link).is_err());
         assert!(Chain::of(&[layer(0, ImageFormat::Raw), long], link).is_err());
         let error = Chain::of(&[layer(0, ImageFormat::Raw), layer(1, ImageFormat::Raw)], link).unwrap_err();
-        assert_eq!(vm::error::code_of(&error), vm::error::DAMAGED);
+        assert_eq!(vm::error::class_of(&error), vm::error::Class::Damaged);
     }
 }

@@ -267,7 +267,7 @@ mod test {
         assert_eq!(clip(pages(1, 3), ByteLen(4096 * 2 + 512)).unwrap(), (4096, 4096 + 512));
         for (first, end, size) in [(3, 4, 4096 * 2 + 512), (2, 3, 4096 * 2), (0, 1, 0)] {
             let error = clip(pages(first, end), ByteLen(size)).unwrap_err();
-            assert_eq!(vm::error::code_of(&error), vm::error::DAMAGED, "{error}");
+            assert_eq!(vm::error::class_of(&error), vm::error::Class::Damaged, "{error}");
         }
     }
 }

@@ -193,7 +193,7 @@ fn candidates(options: &[QemuOption]) -> Vec<String> {
 mod test {
     use super::*;
     use std::os::unix::net::UnixListener;
-    use vm::error::{REFUSED, code_of};
+    use vm::error::{Class, class_of};
 
     fn saved_line(line: &str) -> Vec<String> {
         line.split(' ').map(str::to_owned).collect()
@@ -229,7 +229,7 @@ mod test {
         );
         assert_eq!(split("tcp::1-:22=tcp::2-:22").unwrap(), pair("tcp::1-:22", "tcp::2-:22"));
         let error = split("nothing=x").unwrap_err();
-        assert_eq!(code_of(&error), REFUSED);
+        assert_eq!(class_of(&error), Class::Refused);
         assert!(error.to_string().contains("tcp::1-:22"), "{error}");
         assert!("x".parse::<Mapping>().is_err() && "=x".parse::<Mapping>().is_err());
     }
@@ -252,7 +252,7 @@ mod test {
         planned(line, &[], place.path()).check_free().unwrap();
         let _listener = UnixListener::bind(place.path().join("q.sock")).unwrap();
         let error = planned(line, &[], place.path()).check_free().unwrap_err();
-        assert!(code_of(&error) == REFUSED && error.to_string().contains("--map q.sock="), "{error}");
+        assert!(class_of(&error) == Class::Refused && error.to_string().contains("--map q.sock="), "{error}");
         planned(line, &["q.sock=p.sock"], place.path()).check_free().unwrap();
         std::os::unix::fs::symlink("nowhere", place.path().join("s.log")).unwrap();
         let error = planned(line, &["q.sock=p.sock"], place.path()).check_free().unwrap_err();
@@ -273,7 +273,7 @@ mod test {
         let line = saved_line(&format!("-vnc :{display} -monitor vc"));
         let error = saved::restored(&line, &NewPaths::new(Path::new("/vm")), &Wishes::default()).err().unwrap();
         let error = with_taken(error, &line, &Wishes::default());
-        assert!(code_of(&error) == REFUSED && error.to_string().contains(&format!("use --map :{display}=:")), "{error}");
+        assert!(class_of(&error) == Class::Refused && error.to_string().contains(&format!("use --map :{display}=:")), "{error}");
     }
 
     #[test]

@@ -84,7 +84,7 @@ mod test {
             assert_eq!(wanted(saved, true, false).unwrap(), paused, "{saved:?} --paused");
             match run {
                 Some(run) => assert_eq!(wanted(saved, false, true).unwrap(), run, "{saved:?} --run"),
-                None => assert_eq!(error::code_of(&wanted(saved, false, true).unwrap_err()), error::REFUSED, "{saved:?} --run"),
+                None => assert_eq!(error::class_of(&wanted(saved, false, true).unwrap_err()), error::Class::Refused, "{saved:?} --run"),
             }
         }
     }

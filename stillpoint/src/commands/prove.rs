@@ -1,12 +1,12 @@
 //! A proof for another command: `checkpoint --verify` and `bench` let `verify --restore` do it, in
 //! a process of its own with the lowest priority, so that the guest is not slowed.
 
+use crate::exit::coded;
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointSeq, VmName};
 use serde_json::Value;
 use std::process::Stdio;
 use tokio::process::Command;
-use vm::error::coded;
 use vm::runtime_dir::RuntimeDir;
 
 /// What `verify --restore --json` says of the checkpoint. An error if it does not prove.
@@ -23,6 +23,6 @@ pub async fn prove(runtime: &RuntimeDir, vm: &VmName, seq: CheckpointSeq) -> Res
     if output.status.success() {
         return serde_json::from_slice(&output.stdout).context("the proof's result is not understood");
     }
-    let code = output.status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(vm::error::FAILED);
+    let code = output.status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(crate::exit::FAILED);
     Err(coded(code, format!("{vm}@{seq} is durable but not proven: {said}")))
 }

@@ -11,13 +11,13 @@ mod qemu;
 mod running;
 
 use crate::cli::DoctorArgs;
+use crate::exit::REFUSED;
 use crate::terminal::{out, print_json};
 use anyhow::Result;
 use serde::Serialize;
 use serde_json::json;
 use std::borrow::Cow;
 use std::process::ExitCode;
-use vm::error::REFUSED;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,6 +1,7 @@
 //! The other end of the control socket.
 
 use crate::control::{MAX_LINE, Reply, Request};
+use crate::exit::coded;
 use crate::terminal::Bar;
 use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
@@ -8,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use vm::error::{coded, refused};
+use vm::error::refused;
 use vm::launch::process;
 use vm::runtime_dir::RuntimeDir;
 

@@ -10,12 +10,13 @@ mod server;
 pub mod start;
 
 use crate::cli::HelperArgs;
+use crate::exit::code_of;
 use anyhow::{Context, Result};
 use engine::checkpoint::Checkpointer;
 use std::path::Path;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
-use vm::error::{code_of, explain};
+use vm::error::explain;
 use vm::running::Machine;
 use vm::runtime_dir::{Failure, RuntimeDir};
 

@@ -59,8 +59,8 @@ fn is_helper_of(pid: Pid, runtime: &RuntimeDir) -> bool {
 #[cfg(test)]
 mod test {
     use super::*;
+    use crate::exit::{REFUSED, code_of};
     use std::process::{Command, Stdio};
-    use vm::error::{REFUSED, code_of};
 
     /// A number that a file names proves nothing.
     #[test]

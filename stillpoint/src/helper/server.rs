@@ -1,6 +1,7 @@
 //! The control socket: requests in, progress and results out.
 
 use crate::control::{MAX_REQUEST, Reply, Request};
+use crate::exit;
 use crate::helper::memory;
 use anyhow::{Context, Result};
 use engine::checkpoint::outcome::milliseconds;
@@ -15,7 +16,7 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, Semaphore, mpsc};
-use vm::error::{self, explain, refused};
+use vm::error::{explain, refused};
 use vm::runtime_dir::{Failure, RuntimeDir};
 
 /// Progress waits for a slow client only this far; then it is dropped, never the work.
@@ -92,7 +93,7 @@ impl Server {
         }
         let reply = match work.await.context("the request was cut off")? {
             Ok(value) => Reply::Done(value),
-            Err(error) => Reply::Failed(Failure { message: explain(&error), exit_code: error::code_of(&error) }),
+            Err(error) => Reply::Failed(Failure { message: explain(&error), exit_code: exit::code_of(&error) }),
         };
         client.send(&reply).await
     }

@@ -2,13 +2,13 @@
 
 use super::client;
 use crate::control::Request;
+use crate::exit::coded;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::VmName;
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use vm::error::coded;
 use vm::runtime_dir::{Failure, RuntimeDir};
 
 /// A helper is up in tens of milliseconds; a busy host may need longer.

@@ -114,7 +114,7 @@ mod test {
         let second = File::open(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let error = OpenFiles::of(std::process::id()).unwrap().readable(&path).unwrap_err();
-        assert_eq!(crate::error::code_of(&error), crate::error::REFUSED, "{error}");
+        assert_eq!(crate::error::class_of(&error), crate::error::Class::Refused, "{error}");
         drop((first, second));
         assert!(OpenFiles::of(std::process::id()).unwrap().readable(&path).is_err());
     }

@@ -53,7 +53,7 @@ fn saved(line: &str, disks: Vec<Disk>, empty: Vec<EmptyDrive>) -> String {
 
 fn assert_refused(line: &str, disks: Vec<Disk>, word: &str) {
     let error = found(line, disks, Vec::new(), Vec::new()).unwrap_err();
-    assert_eq!(error::code_of(&error), error::REFUSED);
+    assert_eq!(error::class_of(&error), error::Class::Refused);
     assert!(error.to_string().contains(word), "{error}");
 }
 
@@ -68,7 +68,7 @@ fn device_with_another_node_than_at_its_start_is_refused() {
     let spare = |node: &str| disk(node, node, &format!("/vm/{node}.img"));
     found(line, vec![has("a")], Vec::new(), vec![spare("b")]).unwrap();
     let error = found(line, vec![has("b")], Vec::new(), vec![spare("a")]).unwrap_err();
-    assert_eq!(error::code_of(&error), error::REFUSED, "{error}");
+    assert_eq!(error::class_of(&error), error::Class::Refused, "{error}");
     let line = "-drive file=a.img,id=a,if=none,node-name=a -drive file=b.img,id=b,if=none,node-name=b -device ide-hd,drive=a";
     let named =
         |node: &str| Disk { qdev: Some("/machine/peripheral-anon/device[0]".to_owned()), ..disk(node, "a", &format!("/vm/{node}.img")) };

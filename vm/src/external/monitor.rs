@@ -165,7 +165,7 @@ mod test {
         let _listening = UnixListener::bind(&path).unwrap();
         let error = Line::open(&path).await.unwrap().greet_within(&path, Duration::from_millis(50)).await.err().unwrap();
         assert!(error.to_string().contains("a second one, -qmp unix:"), "{error}");
-        assert_eq!(crate::error::code_of(&error), crate::error::REFUSED);
+        assert_eq!(crate::error::class_of(&error), crate::error::Class::Refused);
     }
 
     #[test]

@@ -167,7 +167,7 @@ pub fn check_record(record: &MachineRecord) -> Result<()> {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::error::{REFUSED, code_of};
+    use crate::error::{Class, class_of};
     use checkpoint_format::ByteLen;
     use qemu_cmdline::words;
 
@@ -204,7 +204,7 @@ mod test {
             ("pc.ram", "accel=kvm"),
             ("pc.ram", ""),
         ] {
-            assert_eq!(code_of(&check_record(&record(block, accelerator)).unwrap_err()), REFUSED, "{block} {accelerator}");
+            assert_eq!(class_of(&check_record(&record(block, accelerator)).unwrap_err()), Class::Refused, "{block} {accelerator}");
         }
     }
 
@@ -224,7 +224,7 @@ mod test {
             Wishes { allow: vec!["plugin".to_owned(), "netdev.script".to_owned()], ..Wishes::default() },
             Wishes { map: vec![("nothing".to_owned(), "x".to_owned())], allow: vec!["netdev.script".to_owned()] },
         ] {
-            assert_eq!(code_of(&restored(&line(text), &paths, &wishes).err().unwrap()), REFUSED, "{wishes:?}");
+            assert_eq!(class_of(&restored(&line(text), &paths, &wishes).err().unwrap()), Class::Refused, "{wishes:?}");
         }
     }
 
@@ -270,7 +270,7 @@ mod test {
         check(&[disk("a", true), disk("b", true)]).unwrap();
         check(&[disk("a", false)]).unwrap();
         let error = check(&[disk("a", false), disk("b", true)]).unwrap_err();
-        assert!(code_of(&error) == REFUSED && error.to_string().contains("/vm/one"), "{error}");
+        assert!(class_of(&error) == Class::Refused && error.to_string().contains("/vm/one"), "{error}");
     }
 
     #[test]
@@ -293,7 +293,7 @@ mod test {
         refuse_shared_files(&[on("a", "one"), on("b", "other")]).unwrap();
         for second in [on("b", "hard"), on("b", "soft"), above("one"), above("hard")] {
             let error = refuse_shared_files(&[on("a", "one"), second]).unwrap_err();
-            assert_eq!(code_of(&error), REFUSED, "{error}");
+            assert_eq!(class_of(&error), Class::Refused, "{error}");
         }
     }
 
@@ -302,7 +302,7 @@ mod test {
         let check = |text: &str| check_carried(&line(text), Path::new("/vm"), &[], &[("k".to_owned(), "/vm/k".into())]);
         check("-kernel k -bios bios-256k.bin -netdev tap,id=n,script=/x -fsdev local,id=f,path=/srv").unwrap();
         for text in ["-blockdev driver=file,filename=spare,node-name=s", "-kernel gone", "-device x,new=/file"] {
-            assert_eq!(code_of(&check(text).unwrap_err()), REFUSED, "{text}");
+            assert_eq!(class_of(&check(text).unwrap_err()), Class::Refused, "{text}");
         }
     }
 }

@@ -470,6 +470,6 @@ mod test {
     fn runtime_directory_must_be_short_enough_for_sockets() {
         let long = PathBuf::from(format!("/{}", "x".repeat(100)));
         let error = RuntimeDir::new(Some(&long), &"m".parse().unwrap()).unwrap_err();
-        assert_eq!(crate::error::code_of(&error), crate::error::REFUSED);
+        assert_eq!(crate::error::class_of(&error), crate::error::Class::Refused);
     }
 }

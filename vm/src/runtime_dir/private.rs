@@ -116,7 +116,7 @@ pub fn remove_file(directory: &OwnedFd, name: &str) -> std::io::Result<()> {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::error::{REFUSED, code_of};
+    use crate::error::{Class, class_of};
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     fn mode(path: &Path, mode: u32) {
@@ -132,7 +132,7 @@ mod test {
         create(&base, "m").unwrap();
         assert!(open(&base, "m", Owner::Trusted).unwrap().is_some());
         assert_eq!(std::fs::metadata(base.join("m")).unwrap().permissions().mode() & 0o7777, 0o700);
-        let refused = |what: &str| assert_eq!(code_of(&open(&base, "m", Owner::Trusted).unwrap_err()), REFUSED, "{what}");
+        let refused = |what: &str| assert_eq!(class_of(&open(&base, "m", Owner::Trusted).unwrap_err()), Class::Refused, "{what}");
         mode(&base, 0o1777);
         assert!(open(&base, "m", Owner::Trusted).is_ok(), "like /tmp");
         mode(&base, 0o777);
@@ -144,12 +144,12 @@ mod test {
         std::fs::rename(base.join("m"), place.path().join("real")).unwrap();
         symlink(place.path().join("real"), base.join("m")).unwrap();
         refused("a link");
-        assert_eq!(code_of(&create(&base, "m").unwrap_err()), REFUSED);
+        assert_eq!(class_of(&create(&base, "m").unwrap_err()), Class::Refused);
         let linked = place.path().join("linked");
         symlink(&base, &linked).unwrap();
-        assert_eq!(code_of(&create(&linked, "other").unwrap_err()), REFUSED);
+        assert_eq!(class_of(&create(&linked, "other").unwrap_err()), Class::Refused);
         std::fs::write(place.path().join("file"), "").unwrap();
-        assert_eq!(code_of(&open(place.path(), "file", Owner::Trusted).unwrap_err()), REFUSED);
+        assert_eq!(class_of(&open(place.path(), "file", Owner::Trusted).unwrap_err()), Class::Refused);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! panics or believes a number before it has memory for it, and what is wrong is damage.
 
 use super::{describe, row, summary};
+use crate::exit::{DAMAGED, REFUSED, STORE, code_of};
 use anyhow::{Result, ensure};
 use checkpoint_format::*;
 use checkpoint_store::{LocalStore, Mode, Repository};
@@ -18,7 +19,7 @@ use futures::TryStreamExt;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use vm::error::{DAMAGED, REFUSED, STORE, code_of, explain};
+use vm::error::explain;
 
 #[path = "../../../../checkpoint-format/tests/common/mod.rs"]
 mod common;

@@ -9,6 +9,7 @@ mod elsewhere;
 mod engines;
 
 use super::{Row, State, table};
+use crate::exit::REFUSED;
 use crate::terminal::{out, print_json};
 use anyhow::{Context, Error, Result};
 use engine::progress::bytes;
@@ -16,7 +17,7 @@ use qmp_bridge::{RunState, devices};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use vm::error::{REFUSED, explain};
+use vm::error::explain;
 use vm::external::probe::Look;
 use vm::launch::arguments;
 use vm::launch::expected_devices;

@@ -2,7 +2,7 @@
 
 use super::super::arguments::words;
 use super::*;
-use crate::error::{REFUSED, code_of};
+use crate::error::{Class, class_of};
 use qmp_bridge::machine::Accelerator;
 use qmp_bridge::qmp::QemuVersion;
 use std::path::Path;
@@ -196,7 +196,7 @@ fn taps_that_a_manager_opened_are_named() {
     let (_, line) = case.line("-M q35 -m 256 -netdev tap,fds=35:36,id=n,vhost=on,vhostfds=37:38").unwrap();
     has(&line, &["-netdev tap,id=n,ifname=vnet3,script=no,downscript=no,queues=2,vhost=on"]);
     let error = case.line("-M q35 -m 256 -netdev tap,fd=40,id=n").unwrap_err();
-    assert!(code_of(&error) == REFUSED && error.to_string().contains("network backend n"), "{error}");
+    assert!(class_of(&error) == Class::Refused && error.to_string().contains("network backend n"), "{error}");
     assert!(case.line("-M q35 -m 256 -netdev stream,id=n,addr.type=fd,addr.str=5").is_err());
 }
 
@@ -243,7 +243,7 @@ fn a_configuration_is_read_where_the_process_works() {
     let (_, line) = case.line("-readconfig m.cfg").unwrap();
     has(&line, &["-drive id=d,file=a.img,node-name=sp-d", "-m size=256"]);
     let error = case.line("-readconfig gone.cfg").unwrap_err();
-    assert!(code_of(&error) == REFUSED && error.to_string().contains("gone.cfg"), "{error}");
+    assert!(class_of(&error) == Class::Refused && error.to_string().contains("gone.cfg"), "{error}");
 }
 
 #[test]
@@ -256,7 +256,7 @@ fn another_machine_than_the_command_line_says_is_refused() {
         (Case::default(), "-M q35 -m 256 -numa node,memdev=a -numa node,memdev=b", "a, b"),
     ] {
         let error = case.line(line).unwrap_err();
-        assert!(code_of(&error) == REFUSED && error.to_string().contains(reason), "{line}: {error}");
+        assert!(class_of(&error) == Class::Refused && error.to_string().contains(reason), "{line}: {error}");
     }
 }
 
