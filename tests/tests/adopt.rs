@@ -94,7 +94,7 @@ fn assert_one_goes_on(lab: &Lab, machine: &mut TestMachine, what: &str, last: &L
 
 fn points() -> Vec<String> {
     let points: Vec<String> = kill_points().into_iter().filter(|point| point.starts_with("adopt.")).collect();
-    assert!(!points.is_empty(), "engine/src/kill_point.rs has no kill points of an adoption");
+    assert!(!points.is_empty(), "no kill points of an adoption");
     points
 }
 

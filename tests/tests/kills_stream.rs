@@ -16,7 +16,7 @@ const COMMON: &[&str] = &["prepared", "upload", "commit", "committed"];
 
 fn points() -> Vec<String> {
     let stream: Vec<String> = kill_points().into_iter().filter(|point| point.starts_with("stream.")).collect();
-    assert!(!stream.is_empty(), "engine/src/kill_point.rs has no kill points of the stream");
+    assert!(!stream.is_empty(), "no kill points of the stream");
     stream.into_iter().chain(COMMON.iter().map(|point| (*point).to_owned())).collect()
 }
 
