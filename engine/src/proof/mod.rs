@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! plan      the checkpoint, a QEMU, room in memory and on disk
-//! restore   as `stillpoint restore` does it, but in a sandbox: see [`sandbox`] and [`isolate`]
+//! restore   as `stillpoint restore` does it, but in a sandbox: see [`sandbox`] and `isolate`
 //! compare   before the first instruction: every page of memory, every block of the disks and of
 //!           the layers below, the device state as QEMU writes it again
 //! run       if asked for: the guest runs on; it must not die, panic or reset

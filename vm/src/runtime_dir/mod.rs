@@ -147,7 +147,7 @@ pub struct RuntimeDir {
 }
 
 impl RuntimeDir {
-    /// The directory of VM `name` below `base` (default: see [`default_base`]). One that exists and that others could change is
+    /// The directory of VM `name` below `base` (default: see `default_base`). One that exists and that others could change is
     /// refused.
     pub fn new(base: Option<&Path>, name: &VmName) -> Result<Self> {
         let directory = Self::locate(base, name)?;
