@@ -3,7 +3,7 @@
 
 use crate::drives::Drives;
 use crate::error::{Class, classed};
-use crate::running::Machine;
+use crate::running::Vm;
 use anyhow::{Context, Result};
 use qmp_bridge::devices::{self, GuestDevice};
 use qmp_bridge::disks::{Disk, EmptyDrive};
@@ -32,7 +32,7 @@ pub struct Inventory {
 }
 
 impl Inventory {
-    pub async fn take(machine: &Machine) -> Result<Self> {
+    pub async fn take(machine: &Vm) -> Result<Self> {
         let watch = machine.qmp.watch(EVENTS);
         let begun = Instant::now();
         let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
@@ -47,17 +47,17 @@ impl Inventory {
     }
 
     /// After the guest was resumed: whether devices, vCPUs and memory are what they were.
-    pub async fn check_machine(&self, machine: &Machine) -> Result<()> {
+    pub async fn check_machine(&self, machine: &Vm) -> Result<()> {
         unchanged(self.machine_change(machine).await?)
     }
 
     /// When nothing of the capture is above the disks any more: whether they, and their media, are what they were.
-    pub async fn check_disks(&self, machine: &Machine) -> Result<()> {
+    pub async fn check_disks(&self, machine: &Vm) -> Result<()> {
         unchanged(self.disk_change(machine).await?)
     }
 
     /// What changed, if that is why a checkpoint failed. QEMU's own words for it tell only of a symptom.
-    pub async fn change(&self, machine: &Machine) -> Option<String> {
+    pub async fn change(&self, machine: &Vm) -> Option<String> {
         let machine_change = self.machine_change(machine).await.ok().flatten();
         match machine_change {
             None => self.disk_change(machine).await.ok().flatten(),
@@ -65,7 +65,7 @@ impl Inventory {
         }
     }
 
-    async fn machine_change(&self, machine: &Machine) -> Result<Option<String>> {
+    async fn machine_change(&self, machine: &Vm) -> Result<Option<String>> {
         let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
         let composition = Composition::read(&machine.qmp).await.context("asking QEMU for its vCPUs and memory")?;
         let blocks = ramblock::ram_blocks(&machine.qmp).await.context("asking QEMU for its RAM blocks")?;
@@ -78,7 +78,7 @@ impl Inventory {
         Ok(changed)
     }
 
-    async fn disk_change(&self, machine: &Machine) -> Result<Option<String>> {
+    async fn disk_change(&self, machine: &Vm) -> Result<Option<String>> {
         let now = machine.disks().await?;
         let empty = |drive: &EmptyDrive| drive.device.clone();
         let changed = difference(&names(&self.drives.empty, empty), &names(&now.empty, empty)).map(|what| format!("empty drive {what}"));
@@ -102,7 +102,7 @@ impl Inventory {
 
 /// QEMU sends `DEVICE_DELETED` a little after a device has left its list. That of a device which went before this checkpoint must not
 /// look like a change during it. `begun`: before `devices` were listed.
-async fn wait_for_unplugged(machine: &Machine, devices: &[GuestDevice], watch: &EventWatch, begun: Instant) {
+async fn wait_for_unplugged(machine: &Vm, devices: &[GuestDevice], watch: &EventWatch, begun: Instant) {
     let now = names(devices, |device| device.path.clone());
     let before = std::mem::replace(&mut *machine.last_devices.lock().unwrap_or_else(PoisonError::into_inner), now.clone());
     let mut gone: Vec<String> = before.into_iter().filter(|path| !now.contains(path)).collect();

@@ -31,7 +31,7 @@ const OWN_NAMES_SINCE: (u32, u32) = (8, 2);
 const RAMFB: &str = "QEMU before 8.2, and machine types from before it, save nothing of its state; use VGA, or a newer machine type";
 const FREE_PAGE_HINT: &str = "by free-page-hint=on it keeps pages out of QEMU's migration stream; start the machine without free-page-hint";
 
-pub struct Machine {
+pub struct Vm {
     pub file: MachineFile,
     pub runtime: RuntimeDir,
     pub qmp: Qmp,
@@ -46,7 +46,7 @@ pub struct Machine {
     tracker: Option<Arc<Mutex<Tracker>>>,
 }
 
-impl Machine {
+impl Vm {
     pub async fn attach(runtime: RuntimeDir) -> Result<Self> {
         let file = runtime.machine()?;
         external::check_alive(&runtime, &file)?;

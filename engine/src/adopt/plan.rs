@@ -19,8 +19,8 @@ use vm::launch::arguments::{self, QemuOption};
 use vm::launch::process::QemuProcess;
 use vm::launch::qemu_binary::{self, QemuFacts};
 use vm::memory_source::can_pre_copy_live;
-use vm::running::Machine;
-use vm::runtime_dir::{MachineFile, Unprepared};
+use vm::running::Vm;
+use vm::runtime_dir::{External, MachineFile};
 
 pub struct Plan {
     pub source: Process,
@@ -41,7 +41,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub async fn make(machine: &Machine, qemu: Option<&Path>) -> Result<Self> {
+    pub async fn make(machine: &Vm, qemu: Option<&Path>) -> Result<Self> {
         let there = unprepared(&machine.file)?;
         let process = QemuProcess::read(machine.pid)?;
         let options = arguments::parse(&machine.file.arguments)?;
@@ -88,7 +88,7 @@ impl Plan {
     }
 }
 
-fn unprepared(file: &MachineFile) -> Result<&Unprepared> {
+fn unprepared(file: &MachineFile) -> Result<&External> {
     file.unprepared.as_ref().ok_or_else(|| refused(format!("{} runs in a QEMU of Stillpoint's already", file.name)))
 }
 
@@ -104,7 +104,7 @@ fn owner_notes(bitmaps: &BitmapMap, pid: u32) -> Vec<String> {
 }
 
 /// What QEMU itself says against it, now.
-async fn check_machine(machine: &Machine, directory: &Path, monitor: &Path) -> Result<()> {
+async fn check_machine(machine: &Vm, directory: &Path, monitor: &Path) -> Result<()> {
     let qmp = &machine.qmp;
     handover::check_idle(qmp).await.map_err(|error| refused(error.to_string()))?;
     let facts = MachineFacts::read(qmp).await.context("asking QEMU what machine it runs")?;

@@ -23,7 +23,7 @@ use std::time::Instant;
 use tracing::instrument;
 use vm::error::refused;
 use vm::memory_source::can_pre_copy_live;
-use vm::running::Machine;
+use vm::running::Vm;
 use vm::runtime_dir::RuntimeDir;
 
 /// Where the new QEMU waits for the stream.
@@ -50,7 +50,7 @@ pub async fn adopt(checkpointer: &mut Checkpointer, qemu: Option<PathBuf>, repor
     notes.extend(finish(&record, &runtime, Some(&checkpointer.machine.qmp), &destination).await?);
     // Its monitor serves one client.
     drop(destination);
-    let machine = Machine::attach(runtime).await.context("the machine runs in its new QEMU, but the helper does not reach it")?;
+    let machine = Vm::attach(runtime).await.context("the machine runs in its new QEMU, but the helper does not reach it")?;
     let pid = machine.pid;
     checkpointer.replace_machine(machine);
     tracing::info!(pid, downtime_ms = milliseconds(downtime.seen), "adopted");
@@ -66,7 +66,7 @@ pub async fn adopt(checkpointer: &mut Checkpointer, qemu: Option<PathBuf>, repor
 }
 
 struct Adoption<'a> {
-    machine: &'a Machine,
+    machine: &'a Vm,
     plan: &'a Plan,
     runtime: &'a RuntimeDir,
     record: &'a mut Record,

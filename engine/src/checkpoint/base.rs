@@ -10,7 +10,7 @@ use checkpoint_format::{
 use checkpoint_store::{Repository, StoreError};
 use std::collections::HashMap;
 use vm::error;
-use vm::running::Machine;
+use vm::running::Vm;
 use vm::runtime_dir::Marks;
 
 /// Digests of disk pages in memory, over all disks: those of 4 GiB of content.
@@ -38,7 +38,7 @@ pub struct Base {
 
 impl Base {
     /// Looks up what this machine's last durable checkpoint is, if it is of this machine's lineage at all.
-    pub async fn find(machine: &Machine, repository: &Repository, disks: &[(SpaceName, PageCount)], marks: Option<Marks>) -> Result<Self> {
+    pub async fn find(machine: &Vm, repository: &Repository, disks: &[(SpaceName, PageCount)], marks: Option<Marks>) -> Result<Self> {
         let vm = &machine.file.name;
         let listing = Listing::read(repository, vm).await?;
         let names = names(machine, disks)?;
@@ -112,7 +112,7 @@ impl Base {
     }
 
     /// After a hot-plug: spaces of disks that came get an empty table, those of disks that went are dropped.
-    pub fn adapt(&mut self, machine: &Machine, disks: &[(SpaceName, PageCount)]) -> Result<()> {
+    pub fn adapt(&mut self, machine: &Vm, disks: &[(SpaceName, PageCount)]) -> Result<()> {
         let names = names(machine, disks)?;
         let same = |(space, (name, pages)): (&Space, &(SpaceName, PageCount))| space.name == *name && space.pages == *pages;
         if self.spaces.len() == names.len() && self.spaces.iter().zip(&names).all(same) {
@@ -151,7 +151,7 @@ fn chains(manifest: &Manifest) -> Chains {
 
 /// The lineage that the next checkpoint goes on with. One that has lost an ancestor, or is damaged, is not built on: no restore could
 /// use what comes after.
-async fn own_lineage(machine: &Machine, repository: &Repository, known: &[CheckpointSeq]) -> Result<Option<Lineage>> {
+async fn own_lineage(machine: &Vm, repository: &Repository, known: &[CheckpointSeq]) -> Result<Option<Lineage>> {
     let read = async {
         match parent(machine, repository, known).await? {
             Some(parent) => Lineage::read(repository, &machine.file.name, parent).await.map(Some),
@@ -169,7 +169,7 @@ async fn own_lineage(machine: &Machine, repository: &Repository, known: &[Checkp
 }
 
 /// The newest checkpoint that this instance took, else the one that it was restored from (which need not be the newest).
-async fn parent(machine: &Machine, repository: &Repository, known: &[CheckpointSeq]) -> Result<Option<CheckpointSeq>> {
+async fn parent(machine: &Vm, repository: &Repository, known: &[CheckpointSeq]) -> Result<Option<CheckpointSeq>> {
     let Some(newest) = known.last() else { return Ok(None) };
     let manifest = crate::lineage::manifest(repository, &machine.file.name, *newest).await?;
     if manifest.instance == machine.file.instance {
@@ -179,7 +179,7 @@ async fn parent(machine: &Machine, repository: &Repository, known: &[CheckpointS
 }
 
 /// RAM blocks in the tracker's order, then disks, then the device state: a space's place is its number.
-fn names(machine: &Machine, disks: &[(SpaceName, PageCount)]) -> Result<Vec<(SpaceName, PageCount)>> {
+fn names(machine: &Vm, disks: &[(SpaceName, PageCount)]) -> Result<Vec<(SpaceName, PageCount)>> {
     let mut names = machine.ram_spaces()?;
     names.extend(disks.iter().cloned());
     names.push((SpaceName::device_state(), PageCount(0)));
@@ -202,7 +202,7 @@ fn empty_tables(names: Vec<(SpaceName, PageCount)>, disks: usize) -> Vec<(SpaceN
         .collect()
 }
 
-fn spaces(machine: &Machine, disks: &[(SpaceName, PageCount)], tables: Vec<(SpaceName, DigestTable)>) -> Vec<Space> {
+fn spaces(machine: &Vm, disks: &[(SpaceName, PageCount)], tables: Vec<(SpaceName, DigestTable)>) -> Vec<Space> {
     let sizes = machine.ram_spaces().into_iter().flatten().chain(disks.iter().cloned());
     let sizes: HashMap<SpaceName, PageCount> = sizes.collect();
     let pages = |name: &SpaceName| sizes.get(name).copied().unwrap_or(PageCount(0));

@@ -47,7 +47,7 @@ use tokio::sync::mpsc;
 use vm::inventory::unchanged;
 use vm::launch::command::is_running;
 use vm::memory_source::{Engine, EngineChoice, StreamChoice};
-use vm::running::Machine;
+use vm::running::Vm;
 use vm::runtime_dir::Marks;
 
 pub use writer::{Force, StoreSession, claim, may_claim};
@@ -87,7 +87,7 @@ pub struct Choice {
 
 /// Everything that lasts from one checkpoint of a machine to the next.
 pub struct Checkpointer {
-    pub machine: Machine,
+    pub machine: Vm,
     staging: Staging,
     store: Option<StoreSession>,
     base: Option<Base>,
@@ -101,14 +101,14 @@ pub struct Checkpointer {
 }
 
 impl Checkpointer {
-    pub fn new(machine: Machine) -> Self {
+    pub fn new(machine: Vm) -> Self {
         let staging = Staging::new(prepare::STAGING_PAGES);
         let marks = machine.runtime.marks();
         Self { machine, staging, store: None, base: None, carried: None, marks, layers: Default::default(), is_clean: false }
     }
 
     /// The machine goes on in another QEMU: what the store holds is as it was; what was written since is not known.
-    pub fn replace_machine(&mut self, machine: Machine) {
+    pub fn replace_machine(&mut self, machine: Vm) {
         self.machine = machine;
         self.is_clean = false;
         self.distrust_marks();

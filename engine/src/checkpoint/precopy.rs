@@ -14,7 +14,7 @@ use dirty_tracker::{DirtyLease, RegionId, Tracker};
 use qmp_bridge::Paused;
 use std::sync::Mutex;
 use std::time::Duration;
-use vm::running::{Machine, lock};
+use vm::running::{Vm, lock};
 
 /// Rounds that a checkpoint may take before the freeze must do.
 pub const MAX_ROUNDS: u32 = 6;
@@ -31,7 +31,7 @@ pub fn count(taken: &Taken) -> PageCount {
 }
 
 /// Dirty pages at this moment; nothing is taken.
-pub fn look(machine: &Machine) -> Result<PageCount> {
+pub fn look(machine: &Vm) -> Result<PageCount> {
     let mut tracker = machine.lock_tracker()?;
     let ids: Vec<RegionId> = tracker.regions().map(|(id, _)| id).collect();
     let mut dirty = 0;
@@ -42,7 +42,7 @@ pub fn look(machine: &Machine) -> Result<PageCount> {
 }
 
 /// Pages of a RAM space that exist; all others are zero.
-pub fn existing(machine: &Machine, space: SpaceNumber) -> Result<PageSet> {
+pub fn existing(machine: &Vm, space: SpaceNumber) -> Result<PageSet> {
     let tracker = machine.lock_tracker()?;
     Ok(tracker.populated(region_id(&tracker, space)?)?)
 }
@@ -61,7 +61,7 @@ pub fn take(tracker: &mut Tracker, lease: &mut DirtyLease) -> Result<Taken> {
 }
 
 /// The micro-pause of a live round.
-pub async fn begin(machine: &Machine, lease: &mut DirtyLease) -> Result<(Taken, Duration)> {
+pub async fn begin(machine: &Vm, lease: &mut DirtyLease) -> Result<(Taken, Duration)> {
     let paused = Paused::stop(&machine.qmp).await.context("stopping the guest for a round")?;
     let taken = machine.lock_tracker().and_then(|mut tracker| take(&mut tracker, lease));
     kill_point::point("round.paused");

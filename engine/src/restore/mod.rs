@@ -48,7 +48,7 @@ use undo::Undo;
 use vm::error::refused;
 use vm::launch;
 use vm::launch::paths::NewPaths;
-use vm::running::Machine;
+use vm::running::Vm;
 use vm::runtime_dir::{MachineFile, Marks, RestoreTarget, RuntimeDir};
 
 /// What is to be restored, and how.
@@ -123,7 +123,7 @@ struct Restore {
 struct Ready {
     file: MachineFile,
     new: NewQemu,
-    machine: Machine,
+    machine: Vm,
     layer_bytes: u64,
     note: Option<String>,
 }
@@ -260,7 +260,7 @@ impl Restore {
         entered
     }
 
-    async fn start_guest(&self, machine: &Machine, undo: &Undo) -> Result<()> {
+    async fn start_guest(&self, machine: &Vm, undo: &Undo) -> Result<()> {
         self.check_newest().await?;
         activate_disks(&machine.qmp).await;
         undo.forget()?;
@@ -311,13 +311,13 @@ impl Restore {
     }
 
     /// QEMU with the VM's whole state, stopped.
-    async fn bring_up(&mut self, memory: GuestMemory, layers: &LocalLayers) -> Result<Machine> {
+    async fn bring_up(&mut self, memory: GuestMemory, layers: &LocalLayers) -> Result<Vm> {
         let step = Instant::now();
         let block = self.source.manifest().machine.ram_block.clone();
         let filling = tokio::spawn(memory::fill(self.source.clone(), block, memory));
         let contents = memory::small_blocks(&self.source).await?;
         let devices = self.run_state.write(memory::device_state(&self.source).await?)?;
-        let machine = Machine::attach(self.runtime.clone()).await?;
+        let machine = Vm::attach(self.runtime.clone()).await?;
         check_blocks(self.source.manifest(), &machine.blocks)?;
         check::in_qemu(&self.places(), layers, &machine.disks().await?)?;
         filling.await.context("filling the guest's memory was cut off")??;
@@ -332,7 +332,7 @@ impl Restore {
     }
 
     /// The next checkpoint of the same machine is incremental: what is in RAM and on the disks now is what the store has.
-    async fn begin_recording(&self, machine: &Machine) -> Result<()> {
+    async fn begin_recording(&self, machine: &Vm) -> Result<()> {
         if machine.file.restored_from != Some(self.seq) {
             return Ok(());
         }
@@ -399,7 +399,7 @@ pub async fn activate_disks(qmp: &Qmp) {
 }
 
 /// Tells the network where the machine is now; a machine without a network does not mind.
-async fn announce(machine: &Machine) {
+async fn announce(machine: &Vm) {
     let arguments = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
     if let Err(error) = machine.qmp.execute_json("announce-self", arguments).await {
         tracing::debug!(%error, "announce-self");

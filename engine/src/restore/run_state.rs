@@ -7,7 +7,7 @@ use qmp_bridge::RunState;
 use qmp_bridge::device_state::DeviceState;
 use qmp_bridge::paused::run_state;
 use vm::error::refused;
-use vm::running::Machine;
+use vm::running::Vm;
 
 /// The run states before and after.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ impl Transition {
     }
 
     /// After the load, of a VM that is not to run.
-    pub async fn check(self, machine: &Machine) -> Result<()> {
+    pub async fn check(self, machine: &Vm) -> Result<()> {
         let is = run_state(&machine.qmp).await.context("asking for the run state")?;
         ensure!(is == self.wanted.name(), "the restored VM's run state is `{is}`, and `{}` was saved", self.wanted);
         Ok(())

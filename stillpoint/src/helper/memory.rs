@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use vm::files;
-use vm::running::Machine;
+use vm::running::Vm;
 
 /// The program, its threads and queues, and the digests of disks and device state.
 const PROGRAM: u64 = 96 << 20;
@@ -25,7 +25,7 @@ pub fn peak() -> Option<u64> {
     Some(PEAK.load(Ordering::Relaxed))
 }
 
-pub fn limit(machine: &Machine) -> u64 {
+pub fn limit(machine: &Vm) -> u64 {
     let pages: u64 = machine.blocks.iter().map(|block| block.used / checkpoint_format::PAGE_SIZE as u64).sum();
     PROGRAM + STAGING + pages * A_PAGE
 }

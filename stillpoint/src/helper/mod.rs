@@ -17,7 +17,7 @@ use std::path::Path;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use vm::error::explain;
-use vm::running::Machine;
+use vm::running::Vm;
 use vm::runtime_dir::{Failure, RuntimeDir};
 
 pub async fn run(args: HelperArgs) -> Result<()> {
@@ -45,7 +45,7 @@ pub async fn serve(runtime: RuntimeDir) -> Result<()> {
 async fn serve_machine(runtime: RuntimeDir, control: UnixListener) -> Result<()> {
     // An adoption that an earlier helper did not live to end decides which QEMU that is.
     engine::adopt::recover(&runtime).await?;
-    let machine = Machine::attach(runtime).await?;
+    let machine = Vm::attach(runtime).await?;
     // Remembers what the machine began with, and says at once if it cannot be checkpointed; it may be mended while it runs.
     for error in [machine.check_devices().await.err(), machine.disks().await.err()].into_iter().flatten() {
         tracing::warn!(error = format!("{error:#}"), "no checkpoint can be taken as the machine is");

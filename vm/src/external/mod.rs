@@ -17,11 +17,11 @@ use crate::memory_source::{EngineChoice, StreamChoice, choose_stream, choose_tra
 use crate::process_memory::ProcessMemory;
 use crate::qemu_lock::QemuLock;
 use crate::reopen;
-use crate::runtime_dir::{MachineFile, RuntimeDir, Unprepared};
+use crate::runtime_dir::{External, MachineFile, RuntimeDir};
 use anyhow::{Context, Result};
 use checkpoint_format::VmName;
-use monitor::Line;
-use probe::Look;
+use monitor::MonitorConnection;
+use probe::Probe;
 use qmp_bridge::Qmp;
 use qmp_bridge::migration::StreamMode;
 use std::path::PathBuf;
@@ -48,7 +48,7 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Re
     let Wanted { monitor, store, scratch, engine, stream } = wanted;
     let monitor = std::path::absolute(&monitor).with_context(|| format!("making {} absolute", monitor.display()))?;
     let mut earlier = None;
-    let look = Look::at(&monitor, |process| {
+    let look = Probe::at(&monitor, |process| {
         refuse_ours(process)?;
         // First: a helper of this name says how to replace it.
         earlier = known(runtime, process)?;
@@ -90,7 +90,7 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Re
         directory: look.process.directory.clone(),
         scratch: launch::scratch_dir(scratch.as_deref())?,
         restored_from: None,
-        unprepared: Some(Unprepared {
+        unprepared: Some(External {
             monitor,
             plugin: found.plugin.filter(|_| tracker.is_ok()),
             started: look.process.started,
@@ -185,8 +185,8 @@ pub fn check_alive(runtime: &RuntimeDir, file: &MachineFile) -> Result<()> {
 }
 
 /// The monitor of a machine that was written down.
-pub async fn connect(file: &MachineFile, there: &Unprepared) -> Result<Qmp> {
-    let line = Line::open(&there.monitor).await?;
+pub async fn connect(file: &MachineFile, there: &External) -> Result<Qmp> {
+    let line = MonitorConnection::open(&there.monitor).await?;
     let peer = line.qemu(&there.monitor)?;
     if Some(peer.pid) != file.pid {
         return Err(refused(format!(

@@ -21,12 +21,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 const MAX_SOCKETS_BYTES: u64 = 64 << 20;
 
 /// A connection that nothing was said on yet. QEMU serves one client of a monitor at a time, so there is one for all.
-pub struct Line {
+pub struct MonitorConnection {
     stream: UnixStream,
     listener: u32,
 }
 
-impl Line {
+impl MonitorConnection {
     /// Waits a moment where others wait too: a client that has just left may still be in the queue.
     pub async fn open(monitor: &Path) -> Result<Self> {
         let end = Instant::now() + ANSWER;
@@ -140,10 +140,10 @@ mod test {
     async fn a_socket_of_this_process_is_found_and_is_no_qemu() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a socket");
-        let failure = |result: Result<Line>| result.err().unwrap().to_string();
-        assert!(failure(Line::open(&path).await).contains("is the path right?"));
+        let failure = |result: Result<MonitorConnection>| result.err().unwrap().to_string();
+        assert!(failure(MonitorConnection::open(&path).await).contains("is the path right?"));
         let listening = UnixListener::bind(&path).unwrap();
-        let line = Line::open(&path).await.unwrap();
+        let line = MonitorConnection::open(&path).await.unwrap();
         assert_eq!(line.listener, std::process::id());
         let found = inodes(&path).unwrap();
         assert!(!found.is_empty());
@@ -152,10 +152,10 @@ mod test {
         assert!(error.contains(&format!("process {}", std::process::id())) && error.contains("no QEMU"), "{error}");
         drop(listening);
         // A process that another test is just starting may hold a copy until it becomes its program.
-        while Line::open(&path).await.is_ok() {
+        while MonitorConnection::open(&path).await.is_ok() {
             tokio::time::sleep(LOOK_EVERY).await;
         }
-        assert!(failure(Line::open(&path).await).contains("has ended"));
+        assert!(failure(MonitorConnection::open(&path).await).contains("has ended"));
     }
 
     #[tokio::test]
@@ -163,7 +163,7 @@ mod test {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let _listening = UnixListener::bind(&path).unwrap();
-        let error = Line::open(&path).await.unwrap().greet_within(&path, Duration::from_millis(50)).await.err().unwrap();
+        let error = MonitorConnection::open(&path).await.unwrap().greet_within(&path, Duration::from_millis(50)).await.err().unwrap();
         assert!(error.to_string().contains("a second one, -qmp unix:"), "{error}");
         assert_eq!(crate::error::class_of(&error), crate::error::Class::Refused);
     }

@@ -1,10 +1,10 @@
 //! A look at a running QEMU: its process, and what its monitor says. Nothing is changed.
 
-use super::monitor::Line;
+use super::monitor::MonitorConnection;
 use crate::drives::{self, Drives, Started};
 use crate::error::refused;
 use crate::launch::arguments;
-use crate::launch::external::{self, Foreign, Said};
+use crate::launch::external::{self, ExternalVm, Said};
 use crate::launch::host_specific::Hold;
 use crate::launch::process::QemuProcess;
 use crate::regions;
@@ -18,7 +18,7 @@ use serde_json::Value;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-pub struct Look {
+pub struct Probe {
     pub process: QemuProcess,
     pub monitor: PathBuf,
     pub qmp: Qmp,
@@ -29,10 +29,10 @@ pub struct Look {
     fd_paths: HashMap<String, PathBuf>,
 }
 
-impl Look {
+impl Probe {
     /// At whatever is behind `monitor`. `check` may refuse the process before anything is said to it.
     pub async fn at(monitor: &Path, check: impl FnOnce(&QemuProcess) -> Result<()>) -> Result<Self> {
-        let line = Line::open(monitor).await?;
+        let line = MonitorConnection::open(monitor).await?;
         let process = line.qemu(monitor)?;
         check(&process)?;
         let qmp = line.greet(monitor).await?;
@@ -46,7 +46,7 @@ impl Look {
     }
 
     /// The machine as it can be started anew.
-    pub fn understand(&self) -> Result<Foreign> {
+    pub fn understand(&self) -> Result<ExternalVm> {
         let hold = Hold {
             monitor: &self.monitor,
             directory: &self.process.directory,
@@ -57,7 +57,7 @@ impl Look {
     }
 
     /// Whether the tracker can follow the machine's memory, or why not.
-    pub async fn tracker(&self, found: &Foreign) -> Result<(), String> {
+    pub async fn tracker(&self, found: &ExternalVm) -> Result<(), String> {
         let Some(socket) = &found.plugin else {
             return Err("Stillpoint's plugin does not sit in this QEMU".to_owned());
         };
@@ -65,7 +65,7 @@ impl Look {
     }
 
     /// Its disks, on the command line that would be saved.
-    pub async fn drives(&self, found: &Foreign) -> Result<Drives> {
+    pub async fn drives(&self, found: &ExternalVm) -> Result<Drives> {
         let directory = &self.process.directory;
         let listed = disks::list(&self.qmp, Some(directory)).await.context("asking QEMU for its disks")?;
         let (options, machine_type, pid) = (&found.options, &found.machine_type, self.process.pid);
@@ -81,7 +81,7 @@ impl Look {
     }
 
     /// Whether the files of that command line, on which `drives` are, would be in a checkpoint.
-    pub fn check_files(&self, found: &Foreign, drives: &Drives) -> Result<()> {
+    pub fn check_files(&self, found: &ExternalVm, drives: &Drives) -> Result<()> {
         drives::check_command_line(&arguments::words(&found.options), &self.process.directory, drives)
     }
 

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 
 /// The machine behind a strange command line.
 #[derive(Debug)]
-pub struct Foreign {
+pub struct ExternalVm {
     pub options: Vec<QemuOption>,
     /// Versioned.
     pub machine_type: String,
@@ -43,7 +43,7 @@ pub struct Said<'a> {
 }
 
 /// Reads `words`, the arguments of the process, against what QEMU says.
-pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<Foreign> {
+pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<ExternalVm> {
     let options = arguments::parse(words).context("reading the command line of that process")?;
     let said_network = options.iter().any(|option| NETWORK.contains(&option.name.as_str()));
     let options = readconfig::expand_in(options, hold.directory).map_err(config_gone)?;
@@ -61,7 +61,7 @@ pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<
     let ram_block = memory.block.unwrap_or_else(|| normalized.ram_block.clone());
     let (machine_type, ram_bytes) = (normalized.machine_type.clone(), normalized.ram_bytes);
     check(&normalized, &ram_block, said)?;
-    Ok(Foreign { options: normalized.options, machine_type, accelerator, ram_bytes, ram_block, dropped, manager, plugin })
+    Ok(ExternalVm { options: normalized.options, machine_type, accelerator, ram_bytes, ram_block, dropped, manager, plugin })
 }
 
 /// QEMU makes its default network card unless one of these stands on the command line itself; a configuration file's do not count.

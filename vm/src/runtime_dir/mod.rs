@@ -55,7 +55,7 @@ pub struct MachineFile {
     pub restored_from: Option<CheckpointSeq>,
     /// A machine that somebody else started; none for one of ours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub unprepared: Option<Unprepared>,
+    pub unprepared: Option<External>,
 }
 
 /// What a restore chooses of a [`MachineFile`]; the rest is as the checkpoint recorded it.
@@ -73,7 +73,7 @@ pub struct RestoreTarget {
 
 /// How a machine that nobody prepared is reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Unprepared {
+pub struct External {
     /// Its monitor, ours alone while a helper is attached.
     pub monitor: PathBuf,
     /// Where the plugin listens, if its owner put it into that QEMU.

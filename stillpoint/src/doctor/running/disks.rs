@@ -7,21 +7,21 @@ use engine::progress::bytes;
 use qmp_bridge::disks::{self, Disk, DiskError, Drive, Medium};
 use qmp_bridge::{QmpError, nbd_server};
 use std::path::Path;
-use vm::external::probe::Look;
-use vm::launch::external::Foreign;
+use vm::external::probe::Probe;
+use vm::launch::external::ExternalVm;
 
 const START_ANEW: &str = "start the machine anew with that disk on a qcow2 or raw image";
 const ELSEWHERE: &str = "start the machine anew on that file";
 
 /// `server`: where QEMU's NBD server listens if it is that of the VM's helper.
-pub async fn check(look: &Look, found: Option<&Foreign>, server: Option<&Path>) -> Vec<Row> {
+pub async fn check(look: &Probe, found: Option<&ExternalVm>, server: Option<&Path>) -> Vec<Row> {
     match rows(look, found, server).await {
         Ok(rows) => rows,
         Err(error) => vec![Row::no("disks", error.to_string(), "try again")],
     }
 }
 
-async fn rows(look: &Look, found: Option<&Foreign>, server: Option<&Path>) -> Result<Vec<Row>, QmpError> {
+async fn rows(look: &Probe, found: Option<&ExternalVm>, server: Option<&Path>) -> Result<Vec<Row>, QmpError> {
     let drives = disks::survey(&look.qmp, Some(&look.process.directory)).await?;
     let is_writable = |drive: &Drive| matches!(&drive.disk, Ok(Medium::Disk(disk)) if !disk.read_only);
     let has_writable = drives.iter().any(is_writable);
@@ -42,7 +42,7 @@ async fn rows(look: &Look, found: Option<&Foreign>, server: Option<&Path>) -> Re
 }
 
 /// What only all drives together, and the command line, show.
-async fn together(look: &Look, found: &Foreign) -> Option<Row> {
+async fn together(look: &Probe, found: &ExternalVm) -> Option<Row> {
     match look.drives(found).await {
         Ok(drives) => look.check_files(found, &drives).err().map(|error| cannot("files", &error, ELSEWHERE)),
         // It has a row of its own.

@@ -6,8 +6,8 @@ use anyhow::Error;
 use qmp_bridge::machine::MachineFacts;
 use qmp_bridge::migration::{StreamOptions, Support};
 use serde_json::{Value, json};
-use vm::external::probe::Look;
-use vm::launch::external::Foreign;
+use vm::external::probe::Probe;
+use vm::launch::external::ExternalVm;
 use vm::memory_source::{Engine, StreamChoice, choose_stream};
 use vm::process_memory::ProcessMemory;
 
@@ -23,7 +23,7 @@ const HAVE_PLUGIN: &str =
     "not needed; to have it, start QEMU with -plugin file=libstillpoint_plugin.so,socket=PATH, or use 'stillpoint adopt'";
 const OTHER_ENGINE: &str = "not needed where another engine is possible (docs/attach.md)";
 
-pub async fn check(look: &Look, found: Option<&Foreign>, engines: &mut Value) -> Vec<Row> {
+pub async fn check(look: &Probe, found: Option<&ExternalVm>, engines: &mut Value) -> Vec<Row> {
     let tracker = match found {
         Some(found) => look.tracker(found).await,
         None => Err("the machine is not understood".to_owned()),

@@ -18,10 +18,10 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vm::error::explain;
-use vm::external::probe::Look;
+use vm::external::probe::Probe;
 use vm::launch::arguments;
 use vm::launch::expected_devices;
-use vm::launch::external::Foreign;
+use vm::launch::external::ExternalVm;
 use vm::regions;
 use vm::running;
 use vm::runtime_dir::{MachineFile, RuntimeDir};
@@ -54,7 +54,7 @@ struct Report {
 /// What a helper would look at, by the same checks.
 async fn look(monitor: &Path) -> Report {
     let path = std::path::absolute(monitor).unwrap_or_else(|_| monitor.to_owned());
-    let mut look = match Look::at(&path, |_| Ok(())).await {
+    let mut look = match Probe::at(&path, |_| Ok(())).await {
         Ok(look) => look,
         Err(error) => return Report { rows: vec![cannot("monitor", &error, ANOTHER_MONITOR)], ..Report::default() },
     };
@@ -83,7 +83,7 @@ async fn look(monitor: &Path) -> Report {
 }
 
 /// The helper that has this QEMU, or had it.
-fn helper_of(look: &Look) -> Option<(RuntimeDir, MachineFile)> {
+fn helper_of(look: &Probe) -> Option<(RuntimeDir, MachineFile)> {
     let base = std::env::var_os("STILLPOINT_RUNTIME_DIR").filter(|value| !value.is_empty()).map(PathBuf::from);
     let is_it = |file: &MachineFile| {
         file.pid == Some(look.process.pid) && file.unprepared.as_ref().is_none_or(|there| there.started == look.process.started)
@@ -91,7 +91,7 @@ fn helper_of(look: &Look) -> Option<(RuntimeDir, MachineFile)> {
     RuntimeDir::known(base.as_deref()).into_iter().find(|(_, file)| is_it(file))
 }
 
-async fn run_state(look: &Look) -> Row {
+async fn run_state(look: &Probe) -> Row {
     const CHECK: &str = "run state";
     match RunState::of(&look.qmp).await {
         Ok(state) => Row::ok(CHECK, state.name()),
@@ -108,7 +108,7 @@ fn cannot(check: impl Into<std::borrow::Cow<'static, str>>, error: &Error, remed
     }
 }
 
-fn who(look: &Look, found: Option<&Foreign>) -> Vec<Row> {
+fn who(look: &Probe, found: Option<&ExternalVm>) -> Vec<Row> {
     let process = &look.process;
     let manager = found.and_then(|found| found.manager).map_or(String::new(), |manager| format!(", of {}", manager.name()));
     let facts = &look.facts;
@@ -121,7 +121,7 @@ fn who(look: &Look, found: Option<&Foreign>) -> Vec<Row> {
     ]
 }
 
-fn command_line(understood: &Result<Foreign>) -> Row {
+fn command_line(understood: &Result<ExternalVm>) -> Row {
     const CHECK: &str = "command line";
     match understood {
         Ok(found) => Row::ok(CHECK, format!("it can be started anew elsewhere, {} things of this process left out", found.dropped.len())),
@@ -130,7 +130,7 @@ fn command_line(understood: &Result<Foreign>) -> Row {
 }
 
 /// Devices that a checkpoint would miss, or that the command line does not name.
-async fn plugged(look: &Look, found: Option<&Foreign>) -> Vec<Row> {
+async fn plugged(look: &Probe, found: Option<&ExternalVm>) -> Vec<Row> {
     const CHECK: &str = "devices";
     let devices = match devices::guest_devices(&look.qmp).await {
         Ok(devices) => devices,

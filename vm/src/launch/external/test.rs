@@ -35,7 +35,7 @@ impl Default for Case<'_> {
 }
 
 impl Case<'_> {
-    fn read(&self, arguments: &[String]) -> Result<Foreign> {
+    fn read(&self, arguments: &[String]) -> Result<ExternalVm> {
         let facts = MachineFacts {
             qemu: QemuVersion { major: 7, minor: 2, micro: 22, package: String::new() },
             machine_type: self.machine_type.to_owned(),
@@ -72,17 +72,17 @@ impl Case<'_> {
         understand(arguments, &hold, &Said { facts: &facts, types: &types, blocks: &[block] })
     }
 
-    fn file(&self, text: &str) -> (Foreign, String) {
+    fn file(&self, text: &str) -> (ExternalVm, String) {
         let arguments: Vec<String> = text.lines().skip(1).map(str::to_owned).collect();
         told(self.read(&arguments).unwrap())
     }
 
-    fn line(&self, line: &str) -> Result<(Foreign, String)> {
+    fn line(&self, line: &str) -> Result<(ExternalVm, String)> {
         Ok(told(self.read(&line.split(' ').map(str::to_owned).collect::<Vec<_>>())?))
     }
 }
 
-fn told(found: Foreign) -> (Foreign, String) {
+fn told(found: ExternalVm) -> (ExternalVm, String) {
     let line = words(&found.options).join(" ");
     (found, line)
 }
