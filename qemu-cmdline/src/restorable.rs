@@ -95,6 +95,8 @@ pub struct Carried<'a> {
     pub is_disk: &'a dyn Fn(&str) -> bool,
     /// Whether a path is a boot file of the checkpoint.
     pub is_boot_file: &'a dyn Fn(&str) -> bool,
+    /// Whether a name without a slash is a file that comes with QEMU.
+    pub is_qemus_own: &'a dyn Fn(&str) -> bool,
 }
 
 /// Everything that stands in the way, in the order of the command line.
@@ -143,7 +145,10 @@ fn problem(site: &Site<'_>, carried: &Carried<'_>) -> Option<Problem> {
         Use::Plain | Use::Address | Use::Tap => None,
         Use::Disk => not_carried(site.value.is_empty() || (carried.is_disk)(site.value)),
         Use::Boot => not_carried((carried.is_boot_file)(site.value)),
-        Use::Firmware => not_carried(!site.value.contains('/') || (carried.is_boot_file)(site.value)),
+        Use::Firmware => {
+            let is_own = !site.value.contains('/') && (carried.is_qemus_own)(site.value);
+            not_carried((carried.is_boot_file)(site.value) || is_own)
+        }
         // Made in the restored VM's directory, to which a plain name belongs.
         Use::Output | Use::Listen => (site.value.contains('/') || site.value == "..").then_some(Problem::Host(site.means)),
         Use::Unknown => may_be_path(site.value).then_some(Problem::Unknown),

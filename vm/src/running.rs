@@ -4,6 +4,7 @@ use crate::drives::{self, Drives, Started};
 use crate::error::refused;
 use crate::external;
 use crate::files;
+use crate::launch::own_files::Running;
 use crate::launch::process::QemuProcess;
 use crate::launch::{arguments, expected_devices, unsupported};
 use crate::qemu_lock::QemuLock;
@@ -146,7 +147,8 @@ impl Vm {
     }
 
     pub fn check_command_line(&self, drives: &Drives) -> Result<()> {
-        drives::check_command_line(&self.file.arguments, &self.directory(), drives)
+        let qemu = Running { program: &self.file.qemu, pid: self.pid };
+        drives::check_command_line(&self.file.arguments, &self.directory(), drives, qemu)
     }
 
     /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked anew, from nothing. Says whether.

@@ -5,7 +5,8 @@ fn options(line: &str) -> Vec<QemuOption> {
     parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>()).unwrap()
 }
 
-const CARRIED: Carried<'_> = Carried { is_disk: &|path| path == "d.img", is_boot_file: &|path| path == "k" };
+const CARRIED: Carried<'_> =
+    Carried { is_disk: &|path| path == "d.img", is_boot_file: &|path| path == "k", is_qemus_own: &|name| name != "x.bin" };
 
 fn mapped(line: &str, map: &[(&str, &str)]) -> Mapped {
     let wishes = Wishes { map: map.iter().map(|(old, new)| ((*old).to_owned(), (*new).to_owned())).collect(), allow: Vec::new() };

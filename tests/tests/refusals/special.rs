@@ -122,6 +122,17 @@ pub fn kernel_removed(lab: &Lab, name: &str) -> Option<Ran> {
     Some(external.attach(lab, name))
 }
 
+/// A bare name may be a file that comes with QEMU, as the other one is.
+pub fn option_rom_removed(lab: &Lab, name: &str) -> Option<Ran> {
+    let external = External::start(lab, name, "-option-rom blob.bin -bios bios-256k.bin");
+    let is_carried = external.attach(lab, name);
+    assert_eq!(is_carried.code, 0, "{is_carried:?}");
+    std::fs::remove_file(external.file("blob.bin")).expect("the lab");
+    let refused = lab.run(&["checkpoint", name]);
+    assert!(!format!("{refused:?}").contains("bios-256k.bin"), "{refused:?}");
+    Some(refused)
+}
+
 pub fn configuration_removed(lab: &Lab, name: &str) -> Option<Ran> {
     let external = External::start(lab, name, "-readconfig vm.cfg");
     std::fs::remove_file(external.file("vm.cfg")).expect("the lab");

@@ -14,8 +14,10 @@ mod saved;
 #[cfg(test)]
 mod test;
 
+use crate::error::refused;
 use crate::launch;
 use crate::launch::arguments::QemuOption;
+use crate::launch::own_files::Running;
 use anyhow::Result;
 use auto_id::Board;
 use line::Line;
@@ -80,7 +82,13 @@ impl Drives {
 
 /// That a restore could start the VM from the command line that is saved: every file that it names is in the checkpoint. `arguments`: as
 /// QEMU was started, in `directory`.
-pub fn check_command_line(arguments: &[String], directory: &Path, drives: &Drives) -> Result<()> {
+pub fn check_command_line(arguments: &[String], directory: &Path, drives: &Drives, qemu: Running<'_>) -> Result<()> {
     let boot_files = launch::paths::boot_files_of(arguments, directory)?;
-    launch::saved::check_carried(&launch::arguments::words(&drives.options), directory, &drives.disks, &boot_files)
+    let data = match launch::paths::missing_boot_file(&drives.options, &boot_files) {
+        None => Vec::new(),
+        Some(name) => qemu.data_directories().map_err(|error| {
+            refused(format!("{name} is no file in QEMU's working directory, and whether it is one of QEMU's own is not known: {error:#}"))
+        })?,
+    };
+    launch::saved::check_carried(&launch::arguments::words(&drives.options), directory, &drives.disks, &boot_files, &data)
 }

@@ -98,7 +98,7 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Re
             stream,
         }),
     };
-    drives::check_command_line(&file.arguments, &file.directory, &drives)?;
+    drives::check_command_line(&file.arguments, &file.directory, &drives, look.running())?;
     for dropped in &found.dropped {
         tracing::info!(what = dropped.what, why = dropped.why, "a restored machine is started without it");
     }

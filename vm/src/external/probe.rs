@@ -6,6 +6,7 @@ use crate::error::refused;
 use crate::launch::arguments;
 use crate::launch::external::{self, ExternalVm, Said};
 use crate::launch::host_specific::Hold;
+use crate::launch::own_files::Running;
 use crate::launch::process::QemuProcess;
 use crate::regions;
 use anyhow::{Context, Result};
@@ -82,7 +83,11 @@ impl Probe {
 
     /// Whether the files of that command line, on which `drives` are, would be in a checkpoint.
     pub fn check_files(&self, found: &ExternalVm, drives: &Drives) -> Result<()> {
-        drives::check_command_line(&arguments::words(&found.options), &self.process.directory, drives)
+        drives::check_command_line(&arguments::words(&found.options), &self.process.directory, drives, self.running())
+    }
+
+    pub fn running(&self) -> Running<'_> {
+        Running { program: &self.process.program, pid: self.process.pid }
     }
 
     pub async fn support(&self) -> Result<Support> {

@@ -9,6 +9,7 @@ pub mod host_specific;
 pub mod instance;
 mod memory;
 pub mod normalize;
+pub mod own_files;
 pub mod paths;
 pub mod process;
 pub mod qemu_binary;

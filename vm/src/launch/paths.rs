@@ -34,6 +34,12 @@ pub fn boot_files_of(words: &[String], directory: &Path) -> Result<Vec<(String, 
     Ok(boot_files(&options).into_iter().filter_map(find).collect())
 }
 
+/// A bare name on the command line that is none of these files: one of QEMU's own, or it is gone.
+pub fn missing_boot_file(options: &[QemuOption], found: &[(String, PathBuf)]) -> Option<String> {
+    let is_missing = |name: &String| !name.contains('/') && !found.iter().any(|(named, _)| named == name);
+    boot_files(options).into_iter().find(is_missing)
+}
+
 /// Where the files of a checkpoint are on the restoring host.
 #[derive(Debug, Default)]
 pub struct NewPaths {

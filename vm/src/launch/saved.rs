@@ -30,14 +30,15 @@ pub struct Restored {
 
 /// Refused: what the user has not named by `--allow` or `--map`, and what they named for nothing.
 pub fn restored(words: &[String], paths: &NewPaths, wishes: &Wishes) -> Result<Restored> {
-    let made = make(words, paths, wishes)?;
+    // What this host's QEMU lacks of its own files it says itself.
+    let made = make(words, paths, wishes, &|_| true)?;
     if made.findings.is_empty() {
         return Ok(made);
     }
     Err(refused(format!("the saved command line asks for more than a restored VM may have unasked: {}", list(&made.findings))))
 }
 
-fn make(words: &[String], paths: &NewPaths, wishes: &Wishes) -> Result<Restored> {
+fn make(words: &[String], paths: &NewPaths, wishes: &Wishes, is_qemus_own: &dyn Fn(&str) -> bool) -> Result<Restored> {
     let options = arguments::parse(words).map_err(|error| refused(format!("the saved command line: {error}")))?;
     let mut mapped = restorable::map(options, wishes);
     if let Some(old) = mapped.unused.first() {
@@ -49,7 +50,8 @@ fn make(words: &[String], paths: &NewPaths, wishes: &Wishes) -> Result<Restored>
     mapped.options = std::mem::take(&mut mapped.options).into_iter().map(|option| only_read(option, paths)).collect();
     let moved = mapped.relocate(&wishes.allow);
     notes.extend(moved.iter().map(|(old, new)| format!("{old} is {new} in the VM's directory (--map {old}={old} keeps it)")));
-    let carried = Carried { is_disk: &|path| paths.is_new_disk(path), is_boot_file: &|path| paths.is_new_boot_file(path) };
+    let is_boot_file = &|path: &str| paths.is_new_boot_file(path);
+    let carried = Carried { is_disk: &|path| paths.is_new_disk(path), is_boot_file, is_qemus_own };
     let (findings, unused) = mapped.check(&carried, &wishes.allow);
     if let Some(what) = unused.first() {
         return Err(refused(format!("--allow {what}: the saved command line asks for no such thing")));
@@ -87,8 +89,9 @@ fn list(findings: &[Finding]) -> String {
     all.chain(more).collect::<Vec<_>>().join("; ")
 }
 
-/// Before a checkpoint: that every file which the command line names is a disk, a layer or a boot file of it.
-pub fn check_carried(words: &[String], directory: &Path, disks: &[Disk], boot_files: &[(String, PathBuf)]) -> Result<()> {
+/// Before a checkpoint: that every file which the command line names is a disk, a layer or a boot file of it, or in one of
+/// QEMU's own `data` directories.
+pub fn check_carried(words: &[String], directory: &Path, disks: &[Disk], boot_files: &[(String, PathBuf)], data: &[PathBuf]) -> Result<()> {
     let mut paths = NewPaths::new(directory);
     refuse_shared_files(disks)?;
     for disk in disks {
@@ -96,7 +99,8 @@ pub fn check_carried(words: &[String], directory: &Path, disks: &[Disk], boot_fi
         disk.backing.iter().for_each(|layer| paths.add_disk(&layer.file.to_string_lossy(), &layer.file));
     }
     boot_files.iter().for_each(|(named, path)| paths.add_boot_file(named, path));
-    let made = make(words, &paths, &Wishes::default())?;
+    let is_qemus_own = |name: &str| data.iter().any(|folder| folder.join(name).is_file());
+    let made = make(words, &paths, &Wishes::default(), &is_qemus_own)?;
     let fatal: Vec<Finding> = made.findings.into_iter().filter(Finding::is_fatal).collect();
     if fatal.is_empty() {
         return Ok(());
@@ -266,7 +270,7 @@ mod test {
 
     #[test]
     fn two_disks_on_one_file_are_refused_if_one_writes() {
-        let check = |disks: &[Disk]| check_carried(&line("-drive file=one"), Path::new("/vm"), disks, &[]);
+        let check = |disks: &[Disk]| check_carried(&line("-drive file=one"), Path::new("/vm"), disks, &[], &[]);
         check(&[disk("a", true), disk("b", true)]).unwrap();
         check(&[disk("a", false)]).unwrap();
         let error = check(&[disk("a", false), disk("b", true)]).unwrap_err();
@@ -299,9 +303,20 @@ mod test {
 
     #[test]
     fn a_file_in_no_checkpoint_is_found_before_it() {
-        let check = |text: &str| check_carried(&line(text), Path::new("/vm"), &[], &[("k".to_owned(), "/vm/k".into())]);
+        let data = tempfile::tempdir().unwrap();
+        std::fs::write(data.path().join("bios-256k.bin"), "").unwrap();
+        let data = [PathBuf::from("/nowhere"), data.path().to_owned()];
+        let check = |text: &str| check_carried(&line(text), Path::new("/vm"), &[], &[("k".to_owned(), "/vm/k".into())], &data);
         check("-kernel k -bios bios-256k.bin -netdev tap,id=n,script=/x -fsdev local,id=f,path=/srv").unwrap();
-        for text in ["-blockdev driver=file,filename=spare,node-name=s", "-kernel gone", "-device x,new=/file"] {
+        check("-option-rom k -device e1000,romfile=k -device e1000,romfile=").unwrap();
+        for text in [
+            "-blockdev driver=file,filename=spare,node-name=s",
+            "-kernel gone",
+            "-bios gone.bin",
+            "-option-rom gone.bin",
+            "-device e1000,romfile=gone.bin",
+            "-device x,new=/file",
+        ] {
             assert_eq!(class_of(&check(text).unwrap_err()), Class::Refused, "{text}");
         }
     }

@@ -22,7 +22,7 @@ pub fn check(options: &[QemuOption]) -> Vec<Row> {
 /// What a restore refuses until its user names it.
 fn handed_over(options: &[QemuOption]) -> Vec<Row> {
     // Files are judged by every checkpoint, which knows what it carries.
-    let carried = Carried { is_disk: &|_| true, is_boot_file: &|_| true };
+    let carried = Carried { is_disk: &|_| true, is_boot_file: &|_| true, is_qemus_own: &|_| true };
     let found = restorable::check(options, &carried).into_iter();
     // Logs and sockets are made in the restored VM's directory.
     let is_made = |problem| matches!(problem, Problem::Host(Use::Output | Use::Listen | Use::DataDirectory));
