@@ -1,9 +1,10 @@
 //! Opening a store, everywhere in the same way.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use checkpoint_store::{HdfsOptions, Mode, Repository, RepositoryOptions, RetryPolicy, Store, StoreOptions};
 use std::sync::Arc;
 use std::time::Duration;
+use vm::error::usage;
 
 /// How long one call to the store, or a write without progress, may take. `STILLPOINT_STORE_TIMEOUT` (seconds) changes it.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -25,7 +26,8 @@ pub async fn open_existing(url: &str) -> Result<Repository> {
 /// `file:` stores may be named relative to where the user stands; the helper stands elsewhere.
 pub fn absolute(url: &str) -> Result<String> {
     match url.strip_prefix("file:") {
-        Some(rest) if !rest.starts_with('/') => {
+        // Two slashes begin a host, which is always empty.
+        Some(rest) if !rest.is_empty() && !rest.starts_with("//") => {
             let path = std::path::absolute(rest).with_context(|| format!("making store {url} absolute"))?;
             Ok(format!("file://{}", path.display()))
         }
@@ -45,6 +47,6 @@ fn patience() -> Result<Duration> {
     let Ok(text) = std::env::var(VARIABLE) else { return Ok(PATIENCE) };
     match text.parse() {
         Ok(seconds @ 1..=3600) => Ok(Duration::from_secs(seconds)),
-        _ => bail!("{VARIABLE}={text} is no number of seconds from 1 to 3600"),
+        _ => Err(usage(format!("{VARIABLE}={text} is no number of seconds from 1 to 3600"))),
     }
 }

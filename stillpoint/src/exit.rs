@@ -5,6 +5,7 @@ use vm::error::{Class, class_of_cause};
 
 /// See `stillpoint --help`.
 pub const FAILED: u8 = 1;
+pub const USAGE: u8 = 2;
 pub const REFUSED: u8 = 3;
 pub const STORE: u8 = 4;
 pub const DAMAGED: u8 = 5;
@@ -39,6 +40,7 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
 fn code_of_class(class: Class) -> u8 {
     match class {
         Class::Failed => FAILED,
+        Class::Usage => USAGE,
         Class::Refused => REFUSED,
         Class::Store => STORE,
         Class::Damaged => DAMAGED,

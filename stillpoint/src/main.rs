@@ -12,7 +12,7 @@ mod terminal;
 use anyhow::{Context, Result};
 use clap::Parser;
 use engine::proof;
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal};
 use std::process::ExitCode;
 use stillpoint_cli::cli::{self, Cli, Command};
 use tracing_subscriber::EnvFilter;
@@ -21,14 +21,28 @@ use vm::error;
 use vm::launch;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(message) => return print_usage(&message),
+    };
     log_to_stderr(&cli);
-    match dispatch(cli.command) {
+    match dispatch(cli.command).and_then(|code| terminal::finish().map(|()| code)) {
         Ok(code) => code,
-        Err(error) => {
-            eprintln!("stillpoint: {}", error::explain(&error));
-            exit::code(&error)
-        }
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("stillpoint: {}", error::explain(error));
+    exit::code(error)
+}
+
+/// An error of the command line, or the help that was asked for.
+fn print_usage(message: &clap::Error) -> ExitCode {
+    match message.print() {
+        Err(error) if !message.use_stderr() && error.kind() != ErrorKind::BrokenPipe => fail(&terminal::not_written(&error)),
+        _ if message.use_stderr() => ExitCode::from(exit::USAGE),
+        _ => ExitCode::SUCCESS,
     }
 }
 

@@ -3,10 +3,14 @@
 use anyhow::{Context, Result};
 use engine::progress::{self, Advance};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::{IsTerminal, Write};
+use std::io::{Error, ErrorKind, IsTerminal, Write};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// Prints on stdout. A reader that has closed it (`| head`) is no failure of what the command did.
+/// Why stdout was not written, at the first time.
+static FAILURE: OnceLock<Error> = OnceLock::new();
+
+/// Prints on stdout. What cannot be printed is an error of [`finish`], when the command has done all that it does.
 macro_rules! out {
     ($($text:tt)*) => { $crate::terminal::write(format_args!($($text)*)) };
 }
@@ -15,13 +19,29 @@ pub(crate) use out;
 pub fn write(text: std::fmt::Arguments<'_>) {
     let mut stdout = std::io::stdout().lock();
     if let Err(error) = stdout.write_fmt(text).and_then(|()| stdout.write_all(b"\n")).and_then(|()| stdout.flush()) {
-        tracing::debug!(%error, "printing on stdout");
+        // `finish` reports it.
+        let _ = FAILURE.set(error);
     }
 }
 
 pub fn print_json(value: &serde_json::Value) -> Result<()> {
     out!("{}", serde_json::to_string_pretty(value).context("encoding JSON")?);
     Ok(())
+}
+
+/// At a command's end: whether all that it printed was written. A reader that has closed stdout (`| head`) is no failure.
+///
+/// # Errors
+/// When stdout was not written, as on a full disk.
+pub fn finish() -> anyhow::Result<()> {
+    match FAILURE.get() {
+        Some(error) if error.kind() != ErrorKind::BrokenPipe => Err(not_written(error)),
+        _ => Ok(()),
+    }
+}
+
+pub fn not_written(error: &Error) -> anyhow::Error {
+    anyhow::anyhow!("the result could not be written on stdout ({error}); what the command does is done")
 }
 
 /// Shown only for what takes this long.

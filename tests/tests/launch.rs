@@ -18,7 +18,6 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("-incoming defer", "incoming", "stillpoint restore"),
     ("-snapshot", "snapshot", "qemu-img create"),
     ("-drive file=boot.raw,format=raw,snapshot=on", "snapshot=on", "qemu-img create"),
-    ("-machine nonsense", "nonsense", "-machine help"),
     ("-machine none", "none", "name another"),
     ("-global migration.send-configuration=off", "migration.send-configuration", "leave it out"),
     ("-device nvme,serial=x", "nvme", "use another device"),
@@ -30,9 +29,16 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("-device e1000,newfile=/x", "newfile", "leave it out"),
     ("-newoption x", "newoption", "leave it out"),
     ("-netdev tap,id=n,fd=3", "fd", "name the file"),
-    ("-m lots", "lots", "suffix"),
-    ("-drive", "-drive", "value"),
     ("-readconfig missing.cfg", "missing.cfg", "No such file"),
+];
+
+/// What no QEMU of this host takes: a command line, the word of it that the message must name, and a word of what is wrong.
+const WRONG: &[(&str, &str, &str)] = &[
+    ("-m lots", "lots", "suffix"),
+    ("-m", "-m", "value"),
+    ("-drive", "-drive", "value"),
+    ("--", "--", "option name"),
+    ("-machine nonsense", "nonsense", "-machine help"),
 ];
 
 fn refuse(lab: &Lab, words: &[&str]) -> String {
@@ -52,6 +58,11 @@ fn what_cannot_be_checkpointed_is_refused_with_a_remedy() {
             assert!(message.contains(named), "{line}: '{named}' is not named in: {message}");
             assert!(message.contains(remedy), "{line}: no '{remedy}' in: {message}");
         }
+        for (line, named, wrong) in WRONG {
+            let words: Vec<&str> = ["run", "--name", "m", "--", qemu].into_iter().chain(line.split(' ')).collect();
+            let message = lab.run(&words).expect_failure(2);
+            assert!(message.contains(named) && message.contains(wrong), "{line}: {message}");
+        }
         assert!(!lab.runtime().join("m").exists(), "a refused machine leaves nothing behind");
         assert!(!lab.store_directory().exists(), "a refused machine makes no store");
     });
@@ -69,9 +80,34 @@ fn bad_names_are_refused() {
         assert_eq!(lab.run(&["restore", checkpoint]).code, 2, "{checkpoint}");
     }
     refuse(&lab, &["run", "--name", "m", "--", "no-such-qemu"]);
-    let ran = lab.run(&["run", "--name", "m", "--", "/bin/true"]);
-    assert_eq!(ran.code, 1, "{}", ran.err);
+    for program in ["/bin/true", "/bin/false", "/bin/cat", "/etc/passwd"] {
+        let message = lab.run(&["run", "--name", "m", "--", program]).expect_failure(3);
+        assert!(message.contains(program) && message.contains("QEMU") && !message.contains(": :"), "{message}");
+    }
 }
+
+#[test]
+fn output_that_cannot_be_written_is_a_failure() {
+    let lab = Lab::new(&newest_qemu());
+    std::fs::create_dir_all(lab.store_directory().join("vms")).expect("the test's directory");
+    std::fs::write(lab.store_directory().join("store.json"), STORE).expect("the test's directory");
+    for words in [&["ls"][..], &["ls", "--json"], &["doctor"], &["doctor", "--json"], &["--help"], &["--version"]] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("every Linux has it");
+        let ran = lab.command(words).stdout(full).output().expect("stillpoint can be run");
+        let message = String::from_utf8_lossy(&ran.stderr);
+        assert!(ran.status.code() == Some(1) && message.contains("stdout"), "{words:?}: {message}");
+        // A reader that has read enough is no failure.
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let ran = lab.command(words).stdout(writer).output().expect("stillpoint can be run");
+        assert!(ran.status.success() && ran.stderr.is_empty(), "{words:?}: {ran:?}");
+    }
+}
+
+/// The note that makes a directory a store.
+const STORE: &str = r#"{"format": "stillpoint-store", "version": 1, "id": "x"}"#;
+const RUN: &[&str] = &["run", "--name", "m", "--", "qemu-system-x86_64"];
+const ATTACH: &[&str] = &["attach", "m", "--qmp", "nothing.sock"];
 
 #[test]
 fn a_store_that_cannot_be_named_or_is_not_there_is_said_so() {
@@ -80,10 +116,14 @@ fn a_store_that_cannot_be_named_or_is_not_there_is_said_so() {
     assert!([1, 3, 4].contains(&ran.code) && ran.err.contains("store"), "{ran:?}");
     assert!(!lab.store_directory().exists(), "looking at a store makes none");
     std::fs::create_dir_all(lab.path().join("foreign/thing")).expect("the test's directory");
+    for url in ["ftp://x/y", "relative", "", "file:", "file://", "file://host/x", "hdfs://", "hdfs:x", "://", "hdfs://h:1/a/../b"] {
+        lab.set("STILLPOINT_STORE", url.to_owned());
+        for words in [&["ls"][..], &["restore", "m"], &["verify", "m"], &["verify", "m", "--restore"], &["show", "m"], RUN, ATTACH] {
+            let message = lab.run(words).expect_failure(2);
+            assert!(message.contains(url) && message.contains("hdfs://namenode:port/directory"), "{url} {words:?}: {message}");
+        }
+    }
     for (url, named) in [
-        ("ftp://x/y", "ftp"),
-        ("relative", "relative"),
-        ("hdfs://", "hdfs"),
         ("hdfs://127.0.0.1:1/x", "127.0.0.1:1"),
         (&format!("file://{}", lab.path().join("foreign").display()), "foreign"),
         ("file:///proc/nowhere", "nowhere"),
@@ -104,7 +144,7 @@ fn ls_of_a_name_without_a_checkpoint_fails() {
     std::fs::create_dir_all(store.join("vms/claimed/writers")).expect("the test's directory");
     std::fs::create_dir_all(store.join("vms/claimed/checkpoints")).expect("the test's directory");
     std::fs::write(store.join("vms/claimed/writers/1"), "{}").expect("the test's directory");
-    std::fs::write(store.join("store.json"), r#"{"format": "stillpoint-store", "version": 1, "id": "x"}"#).expect("the test's directory");
+    std::fs::write(store.join("store.json"), STORE).expect("the test's directory");
     for name in ["nosuch", "claimed"] {
         for words in [&["ls", name][..], &["ls", name, "--json"], &["show", name], &["verify", name]] {
             let message = lab.run(words).expect_failure(1);

@@ -2,6 +2,8 @@
 
 use checkpoint_store::StoreError;
 use dirty_tracker::TrackerError;
+use qemu_cmdline::arguments::ArgumentError;
+use qemu_cmdline::size::SizeError;
 use qmp_bridge::PauseError;
 use qmp_bridge::QmpError;
 use qmp_bridge::capture::CaptureError;
@@ -18,6 +20,8 @@ use qmp_bridge::stream_reader::StreamReadError;
 pub enum Class {
     /// Anything else.
     Failed,
+    /// What the user wrote cannot be meant, whatever the VM, host and store are.
+    Usage,
     /// The VM, its QEMU, this host or the store is not in a state in which it may be done; the message says what to change.
     Refused,
     /// Store I/O failed.
@@ -36,6 +40,10 @@ pub struct EngineError {
 
 pub fn classed(class: Class, message: impl Into<String>) -> anyhow::Error {
     EngineError { class, message: message.into() }.into()
+}
+
+pub fn usage(message: impl Into<String>) -> anyhow::Error {
+    classed(Class::Usage, message)
 }
 
 pub fn refused(message: impl Into<String>) -> anyhow::Error {
@@ -58,6 +66,9 @@ pub fn class_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Class
     }
     if let Some(store) = cause.downcast_ref::<StoreError>() {
         return Some(class_of_store(store));
+    }
+    if cause.is::<ArgumentError>() || cause.is::<SizeError>() {
+        return Some(Class::Usage);
     }
     let damaged = cause.is::<checkpoint_format::PackError>() || cause.is::<checkpoint_format::ManifestError>();
     if damaged || cause.is::<checkpoint_format::LayerError>() {
@@ -104,6 +115,7 @@ fn is<E: std::error::Error + 'static>(cause: &(dyn std::error::Error + 'static),
 fn class_of_store(error: &StoreError) -> Class {
     match error {
         StoreError::Fenced { .. } | StoreError::WriterHeld { .. } | StoreError::ErasureCoded { .. } => Class::Refused,
+        StoreError::InvalidUrl { .. } => Class::Usage,
         StoreError::Corrupt { .. } | StoreError::PastEnd { .. } => Class::Damaged,
         _ => Class::Store,
     }

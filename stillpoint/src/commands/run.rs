@@ -46,8 +46,8 @@ pub fn run(args: RunArgs) -> Result<std::convert::Infallible> {
     let request = Request::of(args)?;
     let plugin = launch::plugin_path()?;
     let runtime = RuntimeDir::new(request.runtime_base.as_deref(), &request.name)?;
+    stores::connect(&stores::absolute(&request.store)?)?;
     let (machine, first) = describe(&request, &plugin)?;
-    stores::connect(&machine.store)?;
     runtime.create()?;
     refuse_running(&runtime)?;
     runtime.forget_earlier()?;

@@ -11,7 +11,7 @@ use super::normalize::{self, Normalized};
 use super::qemu_binary::{MachineType, QemuFacts};
 use super::unsupported::{self, Rules};
 use super::{accelerator, arguments, memory, readconfig};
-use crate::error::refused;
+use crate::error::{explain, refused};
 use anyhow::{Context, Result};
 use qmp_bridge::machine::{self, MachineFacts};
 use qmp_bridge::ramblock::RamBlock;
@@ -44,12 +44,13 @@ pub struct Said<'a> {
 
 /// Reads `words`, the arguments of the process, against what QEMU says.
 pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<ExternalVm> {
-    let options = arguments::parse(words).context("reading the command line of that process")?;
+    // It runs, so QEMU takes it: what Stillpoint does not read is no fault of the user's command line.
+    let refuse = |error: anyhow::Error| refused(explain(&error));
+    let options = arguments::parse(words).context("reading the command line of that process").map_err(refuse)?;
     let said_network = options.iter().any(|option| NETWORK.contains(&option.name.as_str()));
     let options = readconfig::expand_in(options, hold.directory).map_err(config_gone)?;
     let options = with_default_network(options, said_network);
     let options: Vec<QemuOption> = options.into_iter().map(without_revision).collect();
-    let refuse = |error: anyhow::Error| refused(error.to_string());
     unsupported::check(&options, Rules::Always, hold.directory).map_err(refuse)?;
     let manager = Manager::of(&options);
     let plugin = options.iter().find_map(host_specific::plugin_socket).map(|socket| hold.directory.join(socket));
@@ -57,7 +58,7 @@ pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<
     let (options, mut dropped) = host_specific::without_process(memory.options, hold).map_err(refuse)?;
     dropped.extend(memory.dropped);
     let accelerator = accelerator::of_running(&options, said.facts.accelerator.as_str());
-    let normalized = normalize::normalize(accelerator::without(options), &facts(said))?;
+    let normalized = normalize::normalize(accelerator::without(options), &facts(said)).map_err(refuse)?;
     let ram_block = memory.block.unwrap_or_else(|| normalized.ram_block.clone());
     let (machine_type, ram_bytes) = (normalized.machine_type.clone(), normalized.ram_bytes);
     check(&normalized, &ram_block, said)?;

@@ -2,6 +2,7 @@
 //! binary itself (a machine of type `none`, about 60 ms), then kept in the cache directory.
 
 use crate::cache;
+use crate::error::{explain, refused, usage};
 use anyhow::{Context, Result, anyhow, bail};
 use qmp_bridge::said;
 use serde::{Deserialize, Serialize};
@@ -40,8 +41,8 @@ impl QemuFacts {
             None => machine.is_default,
         });
         hit.ok_or_else(|| match wanted {
-            Some(name) => anyhow!("QEMU {} has no machine type '{name}'; '-machine help' lists its types", self.version),
-            None => anyhow!("QEMU {} has no default machine type; name one by -machine", self.version),
+            Some(name) => usage(format!("QEMU {} has no machine type '{name}'; '-machine help' lists its types", self.version)),
+            None => usage(format!("QEMU {} has no default machine type; name one by -machine", self.version)),
         })
     }
 }
@@ -74,9 +75,9 @@ fn ask(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
         .stdout(Stdio::piped())
         .stderr(said.try_clone().context("opening the file for QEMU's messages twice")?)
         .spawn()
-        .with_context(|| format!("starting {}; install QEMU (Debian: apt-get install qemu-system-x86)", binary.display()))?;
+        .map_err(|error| refuse(binary, "", &error.into()))?;
     let answer = converse(child);
-    answer.map_err(|error| explain(binary, &said::quote_file(said), error))
+    answer.map_err(|error| refuse(binary, &said::quote_file(said), &error))
 }
 
 /// In /tmp where `TMPDIR` is too long for a socket's path.
@@ -118,14 +119,18 @@ fn interview(input: &mut impl Write, lines: &mut impl BufRead) -> Result<QemuFac
     Ok(QemuFacts { version: version(&greeting)?, machines: machine_types(&machines)? })
 }
 
-fn explain(binary: &Path, said: &str, error: anyhow::Error) -> anyhow::Error {
+fn refuse(binary: &Path, said: &str, error: &anyhow::Error) -> anyhow::Error {
     let binary = binary.display();
     if said.contains("plugin") {
-        return anyhow!(
+        return refused(format!(
             "{binary} does not take Stillpoint's plugin; use a QEMU built with --enable-plugins (Debian's are). It said: {said}"
-        );
+        ));
     }
-    error.context(format!("asking {binary} what it is; it said: {said}"))
+    let said = if said.is_empty() { String::new() } else { format!(". It said: {said}") };
+    refused(format!(
+        "{binary} does not answer as a QEMU does: {}; name a QEMU system emulator (Debian: apt-get install qemu-system-x86){said}",
+        explain(error)
+    ))
 }
 
 fn ask_one(input: &mut impl Write, lines: &mut impl BufRead, command: &str) -> Result<Value> {
@@ -139,11 +144,11 @@ fn answer(lines: &mut impl BufRead, key: &str) -> Result<Value> {
     loop {
         line.clear();
         if lines.read_line(&mut line).context("reading QMP")? == 0 {
-            bail!("QEMU ended before it answered");
+            bail!("it ended before it answered");
         }
         let mut message: Value = serde_json::from_str(&line).with_context(|| format!("QMP answer is no JSON: {line}"))?;
         if let Some(error) = message.get("error") {
-            bail!("QEMU answered {error}");
+            bail!("it answered {error}");
         }
         if let Some(value) = message.get_mut(key) {
             return Ok(value.take());
