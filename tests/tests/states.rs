@@ -232,7 +232,7 @@ fn run_state_suspended_is_kept_by_the_tracker_and_refused_by_stream() {
 
 /// What a guest does for S3: SLP_TYP and SLP_EN of the PM1 control register.
 fn suspend(monitor: &mut QmpClient) {
-    monitor.human("o /w 0x604 0x2400");
+    monitor.human("o /h 0x604 0x2400");
     wait_for_state(monitor, "suspended");
 }
 

@@ -19,10 +19,10 @@ use super::{Checkpointer, Report};
 use crate::kill_point;
 use anyhow::{Context, Result};
 use checkpoint_format::PageCount;
+use qmp_bridge::Paused;
 use qmp_bridge::device_state::DeviceState;
 use qmp_bridge::migration::{Migration, StreamMode, StreamOptions};
 use qmp_bridge::stream_reader::StreamReadError;
-use qmp_bridge::{Paused, RunState};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -70,7 +70,6 @@ impl Checkpointer {
     #[instrument(name = "stream", level = "debug", skip_all)]
     pub(super) async fn stream(&mut self, run: &mut Run, mode: StreamMode, phases: &mut Phases, report: &Report) -> Result<()> {
         report.say("stream", 0, 0);
-        self.refuse_suspended().await?;
         let begun = Instant::now();
         let journal = self.machine.runtime.migration_journal();
         let options = StreamOptions::default();
@@ -87,16 +86,6 @@ impl Checkpointer {
             tracing::warn!(error = format!("{error:#}"), "after a stream that failed");
         }
         taken.and(ended)
-    }
-
-    /// QEMU 10.0 was seen to abort, guest and all, when it migrates a guest that is suspended.
-    async fn refuse_suspended(&self) -> Result<()> {
-        if RunState::of(&self.machine.qmp).await.context("asking for the run state")? == RunState::Suspended {
-            return Err(refused(
-                "the guest is suspended, and QEMU can abort when it migrates such a guest; wake it first, or attach with the tracker",
-            ));
-        }
-        Ok(())
     }
 
     async fn take_stream(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {

@@ -30,7 +30,7 @@ pub use settings::Found;
 pub use watch::State;
 
 use crate::paused::run_state;
-use crate::qmp::{Qmp, QmpError};
+use crate::qmp::{EventWatch, Qmp, QmpError};
 use policy::Policy;
 use watch::{Events, Happened};
 
@@ -52,6 +52,7 @@ pub struct Handover {
     destination: Qmp,
     source_events: Events,
     destination_events: Events,
+    suspends: EventWatch,
     policy: Policy,
     stopped: Option<Instant>,
     /// The source waited for us; we let it go on; both sides had completed.
@@ -84,7 +85,11 @@ impl Handover {
     /// # Errors
     /// When one of the two refuses the migration's settings or its start.
     pub async fn begin(source: &Qmp, destination: &Qmp, found: &Found, bitmaps: &BitmapMap, socket: &Path) -> Result<Self, HandoverError> {
+        let suspends = source.watch(&["SUSPEND"]);
         check_idle(source).await?;
+        if run_state(source).await? == "suspended" {
+            return Err(suspended());
+        }
         let policy = Policy::default();
         settings::apply_to_destination(destination, bitmaps).await?;
         settings::apply_to_source(source, found, bitmaps, policy.limit_ms()).await?;
@@ -101,6 +106,7 @@ impl Handover {
             destination: destination.clone(),
             source_events,
             destination_events,
+            suspends,
             policy,
             stopped: None,
             waited: None,
@@ -127,7 +133,8 @@ impl Handover {
                 }
             }
         }
-        Ok(())
+        // Should the move fail once it has completed, the source aborts when such a guest is to go on there.
+        if self.suspends.is_empty() { Ok(()) } else { Err(suspended()) }
     }
 
     async fn heard(&mut self, status: &str) -> Result<(), HandoverError> {
@@ -266,6 +273,10 @@ impl Handover {
             }
         }
     }
+}
+
+fn suspended() -> HandoverError {
+    HandoverError::Failed { status: "pre-switchover".into(), why: "the guest is suspended; wake it, then move it".into() }
 }
 
 fn source_gone(error: QmpError) -> HandoverError {

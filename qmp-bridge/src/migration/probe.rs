@@ -17,8 +17,12 @@ use crate::qmp::{Qmp, QmpError};
 const LAST_PATIENCE: Duration = Duration::from_secs(2);
 /// Before this version QEMU goes on write-protecting memory after a background snapshot that was cancelled or whose reader
 /// is gone: the guest's processors then wait in a page fault for ever (seen with 7.2). A guest must not depend on us so.
-/// Nor does it keep the run state: any guest runs after a snapshot, and a suspended one wakes up for any migration.
+/// Nor does it keep the run state: any guest runs after a snapshot.
 const SNAPSHOTS_SINCE: u32 = 9;
+/// Before 9.0 QEMU wakes a suspended guest for a migration. Since then it aborts at the `cont` after one: its table of run states has no
+/// step from `postmigrate` to `suspended` (seen with 10.0).
+pub(super) const SUSPENDED: &str =
+    "the guest is suspended, and QEMU cannot let it go on after a migration; wake it, or attach with the tracker";
 
 /// What [`probe`] found; each `Err` says why not.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,8 +98,8 @@ pub(super) fn unsupported_state(qmp: &Qmp, mode: StreamMode, state: &str) -> Opt
         (StreamMode::BackgroundSnapshot, _) if old => {
             format!("with QEMU {version} a guest can hang for ever when its reader ends; {SNAPSHOTS_SINCE}.0 is the first that is safe")
         }
-        (StreamMode::PreCopy, "suspended") if old => format!("the guest is suspended, and QEMU {version} would wake it"),
-        (StreamMode::PreCopy, _) | (_, "running" | "suspended" | "paused") => return None,
+        (_, "suspended") => SUSPENDED.into(),
+        (StreamMode::PreCopy, _) | (_, "running" | "paused") => return None,
         (StreamMode::BackgroundSnapshot, other) => format!("the guest's state is `{other}`, from which QEMU cannot make one"),
     };
     Some(why)

@@ -16,7 +16,7 @@ use super::settings::Settings;
 use super::status::{Hint, Hints, Progress, wait_until_over};
 use super::{MigrationError, StreamMode, StreamOptions, WhenTooFast, policy, probe, recover};
 use crate::paused::{self, PAUSE_LIMIT, Paused, run_state};
-use crate::qmp::Qmp;
+use crate::qmp::{EventWatch, Qmp};
 use crate::run_state::RunState;
 
 /// Kind of the object that says: this QEMU is the one that a journal tells of.
@@ -60,6 +60,8 @@ pub struct Migration {
     pub(super) options: StreamOptions,
     pub(super) stage: Stage,
     pub(super) hints: Hints,
+    /// Whether the guest has suspended itself since the first look at its run state.
+    suspends: EventWatch,
     /// When `migrate` was sent.
     pub(super) started: Instant,
     /// The guest's run state then.
@@ -80,6 +82,7 @@ impl Migration {
         if !progress.blocked.is_empty() {
             return Err(MigrationError::Unsupported { mode, why: progress.blocked.join("; ") });
         }
+        let suspends = qmp.watch(&["SUSPEND"]);
         check_state(qmp, mode).await?;
         let settings = Settings::survey(qmp, mode, policy::first_limit_ms(options)).await?;
         let journal = Journal::write(journal, mode, settings)?;
@@ -91,6 +94,7 @@ impl Migration {
             options: options.clone(),
             stage: Stage::Prepared,
             hints: Hints::new(qmp),
+            suspends,
             started: Instant::now(),
             before: RunState::Paused,
             undo: Some(undo),
@@ -152,6 +156,7 @@ impl Migration {
             StreamMode::PreCopy => self.announce().await?,
             StreamMode::BackgroundSnapshot => self.check_stopped().await?,
         }
+        self.check_awake()?;
         self.hints = Hints::new(&self.qmp);
         self.started = Instant::now();
         // A `migrate` without a reply may have begun.
@@ -177,6 +182,14 @@ impl Migration {
                 Err(MigrationError::Unsupported { mode: self.mode, why })
             }
         }
+    }
+
+    /// Fails if the guest has suspended itself, see [`probe::unsupported_state`].
+    pub(super) fn check_awake(&self) -> Result<(), MigrationError> {
+        if self.suspends.is_empty() {
+            return Ok(());
+        }
+        Err(MigrationError::Unsupported { mode: self.mode, why: probe::SUSPENDED.into() })
     }
 
     /// Pre-copy, with the guest stopped by [`Self::switchover`]: lets QEMU send the rest of memory and the devices, waits for

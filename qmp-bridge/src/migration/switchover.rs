@@ -61,6 +61,7 @@ impl Migration {
                 Hint::Resume | Hint::Status(_) | Hint::Look => {}
             }
         }
+        self.check_awake()?;
         paused.switched_over(stopped.unwrap_or_else(Instant::now));
         self.stage = Stage::SwitchedOver;
         Ok(paused)

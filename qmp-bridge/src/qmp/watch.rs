@@ -38,6 +38,11 @@ impl Seen {
 }
 
 impl EventWatch {
+    /// Whether none has come yet.
+    pub fn is_empty(&self) -> bool {
+        self.0.events.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     /// Those that were read after `begin`, oldest first.
     pub fn since(&self, begin: Instant) -> Vec<QmpEvent> {
         let events = self.0.events.lock().unwrap_or_else(PoisonError::into_inner);

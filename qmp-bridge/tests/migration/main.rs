@@ -313,6 +313,33 @@ async fn a_reader_that_stops_or_hangs_up_costs_the_stream_only() {
     .await;
 }
 
+/// QEMU 10.0 aborts at the `cont` after the migration of a suspended guest; 7.2 wakes it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_suspends_itself_meanwhile_stays_suspended() {
+    with_each_qemu(async |qemu| {
+        let machine = start(&qemu, MANY, &[]).await;
+        let mut migration =
+            Migration::prepare(&machine.qmp, StreamMode::PreCopy, &StreamOptions::default(), &journal(&machine)).await.expect("prepare");
+        let reader = migration.take_reader().expect("reader");
+        migration.start().await.expect("start");
+        suspend(&machine.qmp).await;
+        drain(reader, 1 << 20, Duration::ZERO);
+        let error = migration.switchover().await.map(drop).expect_err("suspended");
+        assert!(matches!(&error, MigrationError::Unsupported { .. }), "{error}");
+        migration.cancel().await.expect("cancel");
+        if machine.qmp.version().major >= 9 {
+            assert_eq!(run_state(&machine.qmp).await.expect("status"), "suspended");
+            let refused = Migration::prepare(&machine.qmp, StreamMode::PreCopy, &StreamOptions::default(), &journal(&machine)).await;
+            assert!(matches!(&refused, Err(MigrationError::Unsupported { .. })), "{refused:?}");
+            machine.qmp.hmp("system_wakeup").await.expect("wake");
+        }
+        while run_state(&machine.qmp).await.expect("status") != "running" {}
+        let (_, _, frozen) = stream(&machine, &machine.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
+        frozen.settle().await.expect("settle");
+    })
+    .await;
+}
+
 /// The worst moment: QEMU has given the disks away and sends the last pages, and nobody takes them. It hears no command then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
@@ -350,6 +377,16 @@ async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
         }
     })
     .await;
+}
+
+/// What a firmware does to enable the power management's ports at 0x600, and then a guest for S3.
+async fn suspend(qmp: &Qmp) {
+    for (register, size, value) in [(0x40, 'w', 0x601), (0x80, 'b', 1), (4, 'h', 1)] {
+        let select = format!("o /w 0xcf8 {:#x}", 0x8000_0b00_u32 + register);
+        qmp.hmp(&select).await.expect("an output");
+        qmp.hmp(&format!("o /{size} 0xcfc {value:#x}")).await.expect("an output");
+    }
+    qmp.hmp("o /h 0x604 0x2400").await.expect("an output");
 }
 
 /// The calls of a session in order, up to the end of the stream.
