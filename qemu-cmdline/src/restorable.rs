@@ -43,7 +43,7 @@ impl Finding {
 
     /// Whether no option of `restore` helps.
     pub fn is_fatal(&self) -> bool {
-        matches!(self.problem, Problem::NotCarried | Problem::Unknown)
+        matches!(self.problem, Problem::NotCarried | Problem::Unknown | Problem::Host(Use::User))
     }
 
     /// What `restore --allow` takes for it.
@@ -58,6 +58,10 @@ impl Finding {
 
     /// Whether the user's `--allow TEXT` is about it: the place alone, or the place and this very value.
     fn is_allowed_by(&self, text: &str) -> bool {
+        self.problem != Problem::Host(Use::User) && self.is_named_by(text)
+    }
+
+    fn is_named_by(&self, text: &str) -> bool {
         text == self.place() || text == self.allowance()
     }
 }
@@ -83,6 +87,7 @@ fn reason(problem: Problem) -> &'static str {
             Use::HostDevice => "is a device of the host",
             Use::Connect => "is another process of the host",
             Use::Process => "is about the old process",
+            Use::User => "would make QEMU another user, who can open nothing of a restored VM",
             Use::Never => "is nothing that a checkpoint saves",
             _ => "is something of the host",
         },
@@ -268,9 +273,9 @@ impl Mapped {
     /// What stands in the way and was neither mapped nor allowed; and allowances that nothing needed.
     pub fn check(&self, carried: &Carried<'_>, allow: &[String]) -> (Vec<Finding>, Vec<String>) {
         let found = check(&self.options, carried);
-        let unused = allow.iter().filter(|text| !found.iter().any(|finding| finding.is_allowed_by(text))).cloned().collect();
-        let is_open =
-            |finding: &Finding| !self.is_named(&finding.option, &finding.value) && !allow.iter().any(|text| finding.is_allowed_by(text));
+        let unused = allow.iter().filter(|text| !found.iter().any(|finding| finding.is_named_by(text))).cloned().collect();
+        let is_mapped = |finding: &Finding| self.is_named(&finding.option, &finding.value) && finding.problem != Problem::Host(Use::User);
+        let is_open = |finding: &Finding| !is_mapped(finding) && !allow.iter().any(|text| finding.is_allowed_by(text));
         (found.into_iter().filter(is_open).collect(), unused)
     }
 

@@ -51,6 +51,7 @@ const ALONE: &[(&str, &str, &str)] = &[
     ("sdl", "its window is the old process's", "use -display none"),
     ("spice", "its port is the old process's", "start the machine without it"),
     ("tpmdev", "the TPM serves one process only", "start the machine without it"),
+    ("runas", "the new process cannot be set up so", "start the machine as that user"),
     ("run-with", "the new process cannot be set up so", "start the machine without it"),
     ("xen-domid-restrict", "Xen owns the guest's memory", "run the guest under KVM or TCG"),
 ];

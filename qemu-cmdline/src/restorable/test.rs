@@ -68,8 +68,7 @@ fn hostile_command_lines_are_refused() {
         ("-fsdev local,id=f,path=/,security_model=none", "fsdev.path=/"),
         ("-virtfs local,path=/,mount_tag=t,security_model=none", "virtfs.path=/"),
         ("-chroot /", "chroot=/"),
-        ("-runas root", "runas=root"),
-        ("-run-with user=root", "run-with.user=root"),
+        ("-run-with chroot=/x", "run-with.chroot=/x"),
         ("-daemonize", "daemonize"),
         ("-drive file=/etc/shadow,format=raw", "drive.file=/etc/shadow"),
         ("-drive file=nbd:h:1", "drive.file=nbd:h:1"),
@@ -130,6 +129,21 @@ fn what_the_user_names_is_handed_over() {
     assert_eq!(unused, ["nothing"]);
     let (_, unused) = mapped(line, &[]).check(&CARRIED, &["plugin".to_owned(), "netdev.script".to_owned()]);
     assert_eq!(unused, ["plugin"]);
+}
+
+/// Nothing that a restored VM has is open to another user.
+#[test]
+fn user_of_the_process_cannot_be_handed_over() {
+    for (line, place) in [("-runas nobody", "runas"), ("-run-with user=nobody", "run-with.user"), ("-run-with user=1:2", "run-with.user")] {
+        let value = line.rsplit([' ', '=']).next().unwrap();
+        let here = [format!("{place}={value}")];
+        assert_eq!(open(line, &[], &[]), here);
+        assert_eq!(open(line, &[], &[place]), here);
+        assert_eq!(open(line, &[], &[here[0].as_str()]), here);
+        assert_eq!(open(line, &[(value, "root")], &[]), [format!("{place}=root")]);
+        assert!(check(&options(line), &CARRIED).iter().all(Finding::is_fatal));
+        assert_eq!(mapped(line, &[]).check(&CARRIED, &[place.to_owned()]).1, Vec::<String>::new(), "it is not unused");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::Use::{
     self, Address, Boot, Code, Connect, Directory, Disk, Display, Firmware, HostDevice, HostFile, Output, Plain, Process, Program, Tap,
+    User,
 };
 
 pub(super) type Rows = &'static [(&'static str, Use)];
@@ -142,7 +143,7 @@ pub(super) const NET: Rows = &[
     ("dst", Address),
 ];
 pub(super) const PLUGIN: Rows = &[("file", Code)];
-pub(super) const RUN_WITH: Rows = &[("chroot", Process), ("user", Process), ("async-teardown", Process)];
+pub(super) const RUN_WITH: Rows = &[("chroot", Process), ("user", User), ("async-teardown", Process)];
 pub(super) const SMBIOS: Rows = &[("file", Boot), ("path", Boot)];
 pub(super) const SPICE: Rows = &[
     ("x509-dir", Directory),

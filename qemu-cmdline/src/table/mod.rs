@@ -50,8 +50,10 @@ pub enum Use {
     Display,
     /// A network address or port of the guest's own network. Kept.
     Address,
-    /// What the process is to be (user, root directory) or how it begins.
+    /// What the process is to be (its root directory) or how it begins.
     Process,
+    /// The user that the process is to become. As another one it could open nothing of a restored VM.
+    User,
     /// What QEMU would not be asked by a saved command line: another configuration, an incoming stream.
     Never,
     /// Not in the table.

@@ -2,7 +2,7 @@
 
 use super::Group as G;
 use super::Syntax::{self, Chardev, Flag, Keys, Text};
-use super::Use::{Boot, DataDirectory, Disk, Firmware, HostFile, Never, Output, Plain, Process, Unknown};
+use super::Use::{Boot, DataDirectory, Disk, Firmware, HostFile, Never, Output, Plain, Process, Unknown, User};
 
 /// Options of `qemu-system-x86_64`, the deprecated ones too, and the few of Proxmox's QEMU.
 pub(super) const OPTIONS: &[(&str, Syntax)] = &[
@@ -114,7 +114,7 @@ pub(super) const OPTIONS: &[(&str, Syntax)] = &[
     ("rotate", Text(Plain)),
     ("rtc", Keys(None, G::Plain)),
     ("run-with", Keys(None, G::RunWith)),
-    ("runas", Text(Process)),
+    ("runas", Text(User)),
     ("s", Flag),
     ("sandbox", Keys(Some("enable"), G::Plain)),
     ("sd", Text(Disk)),

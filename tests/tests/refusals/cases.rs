@@ -242,6 +242,8 @@ const LIMITS: &[Case] = &[
     run("`isa-applesmc`", "-device isa-applesmc").says(&["isa-applesmc", "saves nothing"]),
     run("`pxb`", "-device pxb,bus_nr=8").says(&["-device pxb ", "saves nothing"]),
     run("`pxb-pcie`", "-machine q35 -device pxb-pcie,bus_nr=9,bus=pcie.0").says(&["pxb-pcie", "saves nothing"]),
+    run("`-runas`", "-runas nobody").says(&["-runas", "as that user"]),
+    run("`-run-with user=` (in `run`)", "-run-with user=nobody").says(&["-run-with user=", "as that user"]),
     run("`edu`", "-device edu").says(&["-device edu", "saves nothing"]),
     run("test devices", "-device pci-testdev").says(&["pci-testdev", "saves nothing"]),
     run("`uefi-vars-x64`", "-device uefi-vars-x64").says(&["uefi-vars-x64", "used storage"]),

@@ -67,6 +67,7 @@ const DEVICES: &[Rule] = &[
 const OPTIONS: &[Rule] = &[
     ("mem-path", Rules::Launched, "it gives the guest RAM of its own", LEAVE_MEMORY),
     ("incoming", Rules::Launched, "it waits for somebody else's machine", "use 'stillpoint restore', or start the machine without it"),
+    ("runas", Rules::Launched, OTHER_USER, OWN_USER),
     ("snapshot", Rules::Always, "it writes to disks that vanish with QEMU", OVERLAY),
     ("preconfig", Rules::Launched, "the machine would not exist when the helper attaches", "leave it out"),
     ("virtfs", Rules::Launched, "a mounted 9p share blocks QEMU's migration", "use a disk or a network file system"),
@@ -89,6 +90,8 @@ const OBJECTS: &[Rule] = &[
     ("x-remote-object", Rules::Always, "a process of its own holds the device", "use the device that QEMU emulates"),
 ];
 
+const OTHER_USER: &str = "a restored VM's files and sockets are open to the user of the restore alone";
+const OWN_USER: &str = "start 'stillpoint run' as that user";
 const ENCRYPTED: &str = "encrypted guest memory cannot be read by the helper";
 const UNENCRYPTED: &str = "run the guest without it";
 
@@ -162,6 +165,9 @@ fn check_option(option: &QemuOption, rules: Rules) -> Result<()> {
         "audio" => check_state("audio model", table::audio_model(&form.get("model").unwrap_or_default())),
         "usbdevice" => check_state("usbdevice", &format!("usb-{}", option.value())),
         "object" => check_object(&form, rules),
+        "run-with" if rules == Rules::Launched && form.has("user") => {
+            bail!("-run-with user= cannot be used with checkpoints: {OTHER_USER}; {OWN_USER}")
+        }
         "machine" | "M" => check_machine(&form, rules),
         "numa" if rules == Rules::Launched && form.has("memdev") => {
             bail!(
@@ -320,6 +326,8 @@ mod test {
             "-numa node,memdev=m",
             "-mem-path /dev/hugepages",
             "-incoming defer",
+            "-runas nobody",
+            "-run-with async-teardown=on,user=nobody",
             "-snapshot",
             "-netdev vhost-user,id=n,chardev=c",
             "-drive file=a,snapshot=on",
@@ -369,6 +377,8 @@ mod test {
             "-numa node,memdev=m",
             "-mem-path /x",
             "-incoming defer",
+            "-runas nobody",
+            "-run-with user=nobody",
         ] {
             assert!(judged(line, Rules::Always) && !judged(line, Rules::Launched), "{line}");
         }
