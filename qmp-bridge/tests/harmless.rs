@@ -228,6 +228,42 @@ async fn capture_overlay_directory_that_is_full_costs_no_write() {
     .await;
 }
 
+/// As after an error of the disk below: each write to the file system fails with EIO.
+#[tokio::test]
+async fn capture_overlay_directory_with_io_errors_costs_no_write() {
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("NOT TESTED: mounting a file system needs root");
+    }
+    with_each_qemu(async |qemu| {
+        let machine = start(&qemu).await;
+        let before = inventory(&machine).await;
+        let image = ext4(&machine);
+        let broken = Mounted::new(machine.path("broken"), &["-o", "loop", &image]);
+        let frozen = freeze(&machine, plan(&machine, 1, &broken.path)).await;
+        // EXT4_IOC_SHUTDOWN without writing the log.
+        let shutdown = "my $how = pack('L', 2); open(my $d, '<', $ARGV[0]) || die $!; ioctl($d, 0x8004587d, $how) || die $!";
+        run(Command::new("perl").args(["-e", shutdown]).arg(&broken.path));
+        assert!(std::fs::write(broken.path.join("x"), "x").is_err_and(|error| error.raw_os_error() == Some(5)));
+        assert_written(&machine, 0x66).await;
+        let error = frozen.verify().await.expect_err("broken");
+        assert!(matches!(error, CaptureError::Broken { .. }) && error.to_string().contains("/broken"), "{error}");
+        frozen.give_back().await.expect("give back");
+        assert_eq!(inventory(&machine).await, before);
+        let error = prepare(&machine, plan(&machine, 1, &broken.path)).await.expect_err("no overlay can be made");
+        assert!(matches!(error, CaptureError::Scratch { .. }), "{error}");
+        assert_eq!(inventory(&machine).await, before);
+        works_again(&machine, machine.directory.path(), 0x66).await;
+    })
+    .await;
+}
+
+fn ext4(machine: &TestQemu) -> String {
+    let image = machine.path("ext4.img");
+    std::fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("image");
+    run(Command::new("mkfs.ext4").arg("-q").arg(&image));
+    image.to_str().expect("UTF-8").to_owned()
+}
+
 #[tokio::test]
 async fn capture_overlay_directory_that_hangs_costs_no_write() {
     if !nix::unistd::geteuid().is_root() {
@@ -236,10 +272,7 @@ async fn capture_overlay_directory_that_hangs_costs_no_write() {
     with_each_qemu(async |qemu| {
         let machine = start(&qemu).await;
         let before = inventory(&machine).await;
-        let image = machine.path("ext4.img");
-        std::fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("image");
-        run(Command::new("mkfs.ext4").arg("-q").arg(&image));
-        let image = image.to_str().expect("UTF-8").to_owned();
+        let image = ext4(&machine);
         let mut hung = Mounted::new(machine.path("hung"), &["-o", "loop", &image]);
         let frozen = freeze(&machine, plan(&machine, 1, &hung.path)).await;
         hung.hang();

@@ -302,3 +302,54 @@ fn run_state_io_error_keeps_the_request_that_waits() {
         check(&lab, &truth);
     });
 }
+
+/// ATAPI: PREVENT ALLOW MEDIUM REMOVAL, by the driver of the second IDE channel's second device.
+fn lock_tray(monitor: &mut QmpClient) {
+    let mut out = |size: char, port: u16, value: u16| drop(monitor.human(&format!("o /{size} {port:#x} {value:#x}")));
+    for (register, value) in [(6, 0xb0), (1, 0), (4, 0), (5, 0), (7, 0xa0)] {
+        out('b', 0x170 + register, value);
+    }
+    for word in [0x1e, 0, 1, 0, 0, 0] {
+        out('h', 0x170, word);
+    }
+}
+
+fn is_locked(monitor: &mut QmpClient) -> bool {
+    let drives = monitor.execute("query-block", json!({}));
+    let mut drives = drives.as_array().expect("drives").iter();
+    drives.find(|drive| drive["device"] == "cd").expect("the CD drive")["locked"] == true
+}
+
+/// The guest's lock of a tray is part of the devices' state, by either engine.
+#[test]
+fn run_state_of_a_locked_tray_is_restored() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let drive = "file=cd.raw,format=raw,if=none,id=cd,media=cdrom,readonly=on";
+        let recipe = Recipe::scribbler(70).image(&["create", "-q", "-f", "raw", "cd.raw", "1M"]).arguments(&[
+            "-drive",
+            drive,
+            "-device",
+            "ide-cd,drive=cd,bus=ide.1,unit=1,id=tray",
+        ]);
+        for (name, is_managed) in [("m", true), ("e", false)] {
+            let vm = if is_managed { lab.start(name, &recipe) } else { lab.start_plain(name, &recipe) };
+            if !is_managed {
+                vm.attach_plain(&[]);
+            }
+            let mut monitor = vm.qmp();
+            wait_for_scribbles(&mut monitor);
+            assert!(!is_locked(&mut monitor));
+            lock_tray(&mut monitor);
+            assert!(is_locked(&mut monitor), "the drive did not take the command");
+            vm.checkpoint();
+            assert!(is_locked(&mut monitor));
+            drop(monitor);
+            vm.kill();
+            let restored = lab.restore(name, name, &[]);
+            let mut monitor = restored.qmp();
+            assert!(is_locked(&mut monitor), "{name}");
+            assert!(monitor.try_execute("blockdev-remove-medium", json!({ "id": "tray" })).is_err());
+        }
+    });
+}
