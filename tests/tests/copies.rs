@@ -1,5 +1,6 @@
 //! A restore harms neither the original, nor another VM, nor the host; and one that fails leaves everything as it was.
 
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -204,6 +205,31 @@ fn killed_restore_can_be_repeated() {
     lab.run(&["attach", "o"]).expect_success();
     lab.run(&["checkpoint", "o"]).expect_success();
     lab.verify("o");
+}
+
+/// In a network namespace of its own: there /sys shows the devices of another, and a tap without a script is down.
+#[test]
+fn copy_tap_in_use_is_named_with_a_map_that_helps() {
+    const OWN_NETWORK: CloneFlags = CloneFlags::CLONE_NEWNET;
+    let may = nix::unistd::geteuid().is_root() && Path::new("/dev/net/tun").exists();
+    // Of this thread alone, and of what it starts.
+    if !may || std::thread::spawn(|| unshare(OWN_NETWORK)).join().expect("no panic").is_err() {
+        eprintln!("NOT TESTED: only root can make a network namespace and taps in it");
+        return;
+    }
+    let test = || {
+        unshare(OWN_NETWORK).expect("a network namespace");
+        let lab = Lab::for_machines(&newest_qemu(), 2);
+        let tap = ["-netdev", "tap,id=n,ifname=sptap0,script=no,downscript=no", "-device", "e1000,netdev=n"];
+        let original = lab.start("o", &Recipe::scribbler(41).arguments(&tap));
+        original.checkpoint();
+        let dir = lab.path().join("copy");
+        let message = restore(&lab, &dir, &["--as", "c"]).expect_failure(3);
+        assert!(message.contains("tap sptap0") && !dir.exists(), "{message}");
+        let map = proposed(&message);
+        lab.restore("o", "c", &["--map", &map]);
+    };
+    std::thread::spawn(test).join().expect("no panic");
 }
 
 /// A second helper of the same QEMU, from another runtime directory, is refused for as long as the first lives.

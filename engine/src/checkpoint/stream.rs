@@ -29,7 +29,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 use tracing::instrument;
-use vm::error::refused;
 use vm::memory_source::Engine;
 
 type Reading = JoinHandle<Result<(Receiver, Result<DeviceState>)>>;

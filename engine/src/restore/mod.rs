@@ -8,6 +8,7 @@ pub mod check;
 pub mod disks;
 pub mod layers;
 pub mod line;
+mod link;
 pub mod memory;
 mod ports;
 pub mod program;

@@ -2,13 +2,13 @@
 //!
 //! QEMU itself would find out, after everything was made. Here it is found out before, with the `--map` that helps.
 
+use super::link::link;
 use qemu_cmdline::form::{Form, is_on};
 use qemu_cmdline::{KeyList, QemuOption, Use, visit};
 use std::io::ErrorKind;
 use std::net::{TcpListener, ToSocketAddrs, UdpSocket};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
-use vm::files;
 
 const FIRST_VNC: u16 = 5900;
 const FIRST_VNC_WEB: u16 = 5700;
@@ -302,15 +302,15 @@ fn abstract_socket(option: &QemuOption, saved: &dyn Fn(&str) -> String) -> Optio
     error.map(|_| format!("the abstract socket {name} (-chardev) is in use: use --map {}={name}-2", saved(&name)))
 }
 
-/// A tap that some process holds has a carrier.
+/// Taps that some process holds. What cannot be asked is left to QEMU.
 fn taps(options: &[QemuOption], saved: &dyn Fn(&str) -> String) -> Vec<String> {
     let mut found = Vec::new();
     visit(options, |site| {
-        let folder = std::path::Path::new("/sys/class/net").join(site.value);
-        let is_tap = site.means == Use::Tap && !site.value.contains('/') && folder.join("tun_flags").exists();
-        if is_tap && files::read_text(folder.join("carrier")).is_ok_and(|carrier| carrier.trim() == "1") {
-            let free = (0..=u8::MAX).map(|number| format!("tap{number}")).find(|name| !folder.with_file_name(name).exists());
-            let (tap, free) = (site.value, free.unwrap_or_default());
+        let is_used = |name: &str| link(name).is_ok_and(|link| link.is_some_and(|link| link.is_tap && link.has_carrier));
+        if site.means == Use::Tap && is_used(site.value) {
+            let is_free = |name: &String| link(name).is_ok_and(|link| link.is_none());
+            let free = (0..=u8::MAX).map(|number| format!("tap{number}")).find(is_free);
+            let (tap, free) = (site.value, free.unwrap_or_else(|| "NEW".to_owned()));
             found.push(format!("tap {tap} (-{}) is in use: use --map {}={free}", site.option, saved(tap)));
         }
     });

@@ -63,7 +63,7 @@ impl NewQemu {
         match self.crash() {
             Some(status) => error.context(format!("QEMU crashed ({status}); this is a fault of QEMU")),
             None if said.is_empty() => error,
-            None => error.context(format!("QEMU said: {said}")),
+            None => error.context(format!("QEMU said: {said}{}", advice(&said))),
         }
     }
 
@@ -81,6 +81,15 @@ impl NewQemu {
     }
 }
 
+/// What helps against what QEMU says; a tap may have been taken since it was looked at.
+fn advice(said: &str) -> String {
+    let tap = || {
+        let (name, rest) = said.split_once("could not configure /dev/net/tun (")?.1.split_once(')')?;
+        rest.starts_with(": Device or resource busy").then(|| format!("; tap {name} is in use: use --map {name}=NEW"))
+    };
+    tap().unwrap_or_default()
+}
+
 impl Drop for NewQemu {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
@@ -94,6 +103,15 @@ impl Drop for NewQemu {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn tap_in_use_by_qemus_words_has_advice() {
+        let said = "-netdev tap,id=n,ifname=t0: could not configure /dev/net/tun (t0): ";
+        assert!(advice(&format!("{said}Device or resource busy")).contains("--map t0=NEW"));
+        for other in [&format!("{said}Operation not permitted"), "could not configure /dev/net/tun (t0", ""] {
+            assert_eq!(advice(other), "", "{other}");
+        }
+    }
 
     fn explained(script: &str) -> String {
         let log = tempfile::NamedTempFile::new().unwrap();
