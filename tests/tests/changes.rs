@@ -103,6 +103,37 @@ fn a_disk_that_was_moved_is_refused() {
     assert!(restored.disk("odd").iter().all(|byte| *byte == 0), "the checkpoint is of the time before");
 }
 
+/// A migration ends with the disks inactive, and QEMU opens them by their paths then: the guest would be on another disk.
+#[test]
+fn file_that_was_replaced_below_qemu_is_never_opened() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let words = ["-drive", "file=d.raw,format=raw,if=none,id=d", "-device", "virtio-blk-pci,drive=d,share-rw=on"];
+        let machine = lab.start_plain("m", &Recipe::scribbler(29).image(&["create", "-q", "-f", "raw", "d.raw", "1M"]).arguments(&words));
+        machine.attach_plain(&[]);
+        machine.checkpoint();
+        let mut monitor = machine.qmp();
+        let (path, away) = (machine.directory.join("d.raw"), machine.directory.join("away.raw"));
+        std::fs::rename(&path, &away).expect("the test's directory");
+        assert_refused(&lab, &machine, &mut monitor, &["disk", "d.raw", "moved"]);
+        std::fs::copy(&away, &path).expect("the test's directory");
+        assert_refused(&lab, &machine, &mut monitor, &["disk", "d.raw", "another file"]);
+        drop(monitor);
+        let message = lab.run(&["adopt", "m"]).expect_failure(3);
+        assert!(message.contains("another file"), "{message}");
+        let mut monitor = machine.qmp();
+        monitor.disk_io("d", "write -P 5 4096 4096");
+        let (new, old) = [&path, &away].map(|path| std::fs::read(path).expect("a file")[4096]).into();
+        assert_eq!((new, old), (0, 5), "the guest is on the disk that it was started on");
+        drop(monitor);
+        std::fs::rename(&away, &path).expect("the test's directory");
+        assert_eq!(machine.checkpoint().outcome.kind, "incremental");
+        machine.kill();
+        let restored = lab.restore("m", "m", &["--paused"]);
+        assert_eq!(restored.disk("d")[4096], 5);
+    });
+}
+
 /// QEMU cuts dirty bitmaps with the disk and tells nobody, in the first life of a VM and after a restore.
 #[test]
 fn resized_disks_are_restored_as_they_are() {

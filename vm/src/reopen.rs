@@ -2,8 +2,10 @@
 //!
 //! A migration of a running VM, also to us, ends with its disks inactive, and QEMU opens each image by its path to write
 //! to it again. After `-runas`, or in a directory that was closed to it since, it may not: `cont` fails, and the guest
-//! stays stopped. So such a VM is not migrated.
+//! stays stopped. Where another file has the path by then, the guest would write to that one from then on. So such a VM is
+//! not migrated.
 
+use crate::drives::Drives;
 use crate::error::refused;
 use crate::files;
 use anyhow::{Context, Result};
@@ -12,8 +14,27 @@ use qmp_bridge::disks::Disk;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-/// Refused where the process `pid` may not open one of the disks that its guest writes.
-pub fn check(pid: u32, disks: &[Disk]) -> Result<()> {
+/// Refused where the process `pid` would not get back each disk that its guest writes.
+pub fn check(pid: u32, drives: &Drives) -> Result<()> {
+    check_paths(drives)?;
+    check_rights(pid, &drives.disks)
+}
+
+/// Refused where the path of a disk that the guest writes leads to another file than the one that QEMU has open, or to none.
+pub fn check_paths(drives: &Drives) -> Result<()> {
+    let written = drives.disks.iter().filter(|disk| !disk.read_only);
+    match written.filter_map(|disk| Some((disk, drives.open.moved(&disk.file)?))).next() {
+        None => Ok(()),
+        Some((disk, what)) => Err(refused(format!(
+            "disk {}: QEMU would open {} again after its migration stream, and {what} since QEMU opened it; put the file back there, or \
+             attach with --stream background-snapshot",
+            disk.name,
+            disk.file.display()
+        ))),
+    }
+}
+
+fn check_rights(pid: u32, disks: &[Disk]) -> Result<()> {
     let status = files::read_text(format!("/proc/{pid}/status")).context("reading QEMU's status")?;
     let user = User::parse(&status).context("QEMU's status names no user")?;
     // An ordinary user's QEMU is of that user, who could not take on another.

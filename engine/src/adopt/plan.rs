@@ -19,6 +19,7 @@ use vm::launch::arguments::{self, QemuOption};
 use vm::launch::process::QemuProcess;
 use vm::launch::qemu_binary::{self, QemuFacts};
 use vm::memory_source::can_pre_copy_live;
+use vm::reopen;
 use vm::running::Vm;
 use vm::runtime_dir::{External, MachineFile};
 
@@ -55,6 +56,7 @@ impl Plan {
         if let Some(what) = &drives.changed {
             return Err(refused(format!("{what} since the VM was started; put it back as it was, then adopt the VM")));
         }
+        reopen::check_paths(&drives)?;
         let disks = drives.disks;
         let plugin = launch::plugin_path()?;
         let program = qemu.unwrap_or(&machine.file.qemu);

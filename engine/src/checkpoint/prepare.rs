@@ -122,7 +122,7 @@ impl Checkpointer {
         self.begin_lineage_if_due(choice.full)?;
         let chosen = self.choose_engine(choice).await?;
         if chosen.engine.mode() == Some(StreamMode::PreCopy) {
-            reopen::check(self.machine.pid, &drives.disks)?;
+            reopen::check(self.machine.pid, drives)?;
         }
         let run = self.begin_run(chosen, inventory, layer_bytes).await?;
         phases.since("prepare", begun);

@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 use tracing::instrument;
 use vm::memory_source::Engine;
+use vm::reopen;
 
 type Reading = JoinHandle<Result<(Receiver, Result<DeviceState>)>>;
 
@@ -223,6 +224,8 @@ async fn read_stopped(run: &mut Run, migration: &mut Migration, paused: &Paused)
 
 /// After the switch-over: the rest of the memory, then the disks. Returns when each was taken, from the beginning of `paused`.
 async fn take_rest(run: &mut Run, migration: &mut Migration, switched: &Paused, paused: &Paused) -> Result<(Duration, Duration)> {
+    // Again, now that the guest is paused: from here on QEMU opens its disks by their paths.
+    reopen::check_paths(&run.inventory.drives)?;
     migration.complete(switched).await.context("taking the rest of the memory")?;
     kill_point::point("stream.completed");
     let completed = paused.elapsed();

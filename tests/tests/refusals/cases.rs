@@ -234,6 +234,10 @@ const LIMITS: &[Case] = &[
         "a VM that a stream would migrate (no plugin) and whose QEMU may not open its disks again (`-runas`)",
         "torture_disks_closed_to_qemu_are_no_reason_to_stop_the_guest",
     ),
+    test(
+        "a disk whose file is not where QEMU opened it any more (in a VM that a stream would migrate, or `adopt` would move)",
+        "file_that_was_replaced_below_qemu_is_never_opened",
+    ),
     row("`adlib`", "`adlib`"),
     row("`ati-vga`", "`ati-vga`"),
     run("`ccid-card-emulated`", "-device usb-ccid -device ccid-card-emulated").says(&["ccid-card-emulated", "saves nothing"]),

@@ -42,6 +42,17 @@ impl OpenFiles {
         Ok(files)
     }
 
+    /// What became of the file at this path, where it is none that QEMU has open.
+    pub fn moved(&self, path: &Path) -> Option<&'static str> {
+        match std::fs::metadata(path) {
+            Ok(facts) if self.open.contains(&(facts.dev(), facts.ino())) => None,
+            Ok(_) => Some("another file is at its path"),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Some("it was deleted or moved"),
+            // Whether QEMU may open it is another question.
+            Err(_) => None,
+        }
+    }
+
     /// The path by which the content of QEMU's file can be read: its own, or where it was deleted while QEMU has it open,
     /// that of a descriptor.
     ///
@@ -104,12 +115,16 @@ mod test {
         };
         let first = File::open(&path).unwrap();
         assert_eq!(OpenFiles::of(std::process::id()).unwrap().readable(&path).unwrap(), path);
+        let files = OpenFiles::of(std::process::id()).unwrap();
+        assert_eq!(files.moved(&path), None);
         std::fs::remove_file(&path).unwrap();
+        assert!(files.moved(&path).is_some_and(|what| what.contains("deleted")));
         assert_eq!(read(&OpenFiles::of(std::process::id()).unwrap()), "old");
         let link = folder.join("link.iso");
         std::os::unix::fs::symlink("medium.iso", &link).unwrap();
         assert!(OpenFiles::of(std::process::id()).unwrap().readable(&link).is_ok(), "by a link to it");
         std::fs::write(&path, "new").unwrap();
+        assert!(files.moved(&path).is_some_and(|what| what.contains("another file")));
         assert_eq!(read(&OpenFiles::of(std::process::id()).unwrap()), "old", "another file has its path");
         let second = File::open(&path).unwrap();
         std::fs::remove_file(&path).unwrap();

@@ -72,7 +72,7 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Re
         }
     };
     if chosen.engine.mode() == Some(StreamMode::PreCopy) {
-        reopen::check(look.process.pid, &drives.disks)?;
+        reopen::check(look.process.pid, &drives)?;
     }
     let file = MachineFile {
         format: MachineFile::FORMAT,
