@@ -1,4 +1,4 @@
-# Stillpoint: everything that a person or a machine needs to call. 'make' alone tells what there is.
+# Stillpoint: everything that a person or a host needs to call. 'make' alone tells what there is.
 
 PREFIX ?= /usr/local
 DESTDIR ?=

@@ -67,7 +67,7 @@ end_processes() { # PID...
 }
 
 # Whatever still runs out of our directory, whether or not it came to say so: QEMUs and helpers, nobody's editor.
-end_machines() {
+end_vms() {
   local dir pids=()
   for dir in /proc/[0-9]*; do
     case $(cat "$dir/comm" 2>/dev/null) in qemu-* | stillpoint*) is_ours "${dir#/proc/}" && pids+=("${dir#/proc/}") ;; esac

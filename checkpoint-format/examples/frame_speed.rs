@@ -11,21 +11,21 @@ use checkpoint_format::{
 };
 
 const FRAME: usize = FRAME_PAGES * PAGE_SIZE;
-const ROUNDS: usize = 2000;
+const PASSES: usize = 2000;
 
-/// Prints the best of many rounds: on a busy machine the others measure the neighbours.
+/// Prints the best of many passes: on a busy VM the others measure the neighbours.
 fn measure<T>(what: &str, mut work: impl FnMut() -> T) {
-    let round = |_| {
+    let pass = |_| {
         let start = Instant::now();
         black_box(work());
         start.elapsed().as_secs_f64()
     };
-    let best = (0..ROUNDS).map(round).fold(f64::INFINITY, f64::min);
+    let best = (0..PASSES).map(pass).fold(f64::INFINITY, f64::min);
     let (micros, rate) = (best * 1e6, FRAME as f64 / best / 1e6);
     println!("{what:<32} {micros:>8.1} us {rate:>8.0} MB/s");
 }
 
-/// Halfway between text and machine code: words from a small vocabulary between random bytes.
+/// Halfway between text and VM code: words from a small vocabulary between random bytes.
 fn ordinary() -> Vec<u8> {
     let mut state = 1_u64;
     let mut next = || {

@@ -19,8 +19,8 @@ pub struct DigestParseError {
 
 /// The content of one page: the first 16 bytes of its BLAKE3.
 ///
-/// 128 bits decide whether a page equals the one in the last durable checkpoint of the *same* machine, so an accidental
-/// collision is out of reach. Content that is shared between machines goes by the full [`ContentDigest`], because there
+/// 128 bits decide whether a page equals the one in the last durable checkpoint of the *same* VM, so an accidental
+/// collision is out of reach. Content that is shared between VMs goes by the full [`ContentDigest`], because there
 /// somebody could look for a collision on purpose.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageDigest(pub [u8; 16]);

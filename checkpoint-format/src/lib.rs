@@ -69,8 +69,8 @@ pub use layer::{
 pub use lineage::{FramePart, FrameRead, LineageError, LocatedRun, MAX_LINEAGE_PACKS, PageLocation, PageMap};
 pub use manifest::{
     CheckpointKind, DiskRecord, LayerRef, MANIFEST_VERSION, MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_CARRIED_RAM, MAX_DISKS,
-    MAX_MANIFEST_BODY, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES, MAX_STATE_LEN, MAX_TEXT, MachineRecord, Manifest, ManifestError, PackRecord,
-    Qcow2Record, RamBlockRecord, RunState, SpaceRecord, Totals,
+    MAX_MANIFEST_BODY, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES, MAX_STATE_LEN, MAX_TEXT, Manifest, ManifestError, PackRecord, Qcow2Record,
+    RamBlockRecord, RunState, SpaceRecord, Totals, VmRecord,
 };
 pub use names::{MAX_PACK_NAME, MAX_SPACE_NAME, MAX_VM_NAME, NameError, PackName, SpaceKind, SpaceName, VmName};
 pub use pack::{
@@ -82,7 +82,7 @@ pub use page_set::{PageSet, Ranges};
 pub use range_set::RangeSet;
 pub use receipt::DurableReceipt;
 pub use units::{
-    ByteLen, ByteOffset, CheckpointSeq, Epoch, FrameNo, MAX_SPACE_PAGES, PAGE_SIZE, PackNo, PageCount, PageIndex, PageRange, Slot,
+    ByteLen, ByteOffset, CheckpointId, Epoch, FrameNo, MAX_SPACE_PAGES, PAGE_SIZE, PackNo, PageCount, PageIndex, PageRange, Slot,
 };
 
 /// Page numbers and lengths are `u64` in the saved forms and index memory as `usize`: the two must agree.

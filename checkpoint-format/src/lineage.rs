@@ -18,7 +18,7 @@ const CHUNK_PAGES: usize = 4096;
 pub enum LineageError {
     #[error("apply pack {pack} of a lineage: pack {last} was applied before it; apply packs from the oldest to the newest, each once")]
     OutOfOrder { pack: PackNo, last: PackNo },
-    #[error("apply pack {pack} of a lineage: a lineage has at most {limit} packs; begin anew with a full checkpoint")]
+    #[error("apply pack {pack} of a lineage: a lineage has at most {limit} packs; begin again with a full checkpoint")]
     TooManyPacks { pack: PackNo, limit: u32 },
 }
 

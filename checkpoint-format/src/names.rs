@@ -36,13 +36,13 @@ pub enum NameError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SpaceKind {
-    /// A RAM block of the machine.
+    /// A RAM block of the VM.
     Ram,
     /// The writable layer of a disk.
     Disk,
     /// A byte stream kept whole, such as the device state.
     State,
-    /// An immutable disk image, shared between machines.
+    /// An immutable disk image, shared between VMs.
     Layer,
 }
 
@@ -149,7 +149,7 @@ fn check_rest(kind: SpaceKind, name: &str) -> Result<(), NameError> {
     Ok(())
 }
 
-/// The name of a machine in the store: `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`, so that it is one safe path component.
+/// The name of a VM in the store: `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`, so that it is one safe path component.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct VmName(String);
@@ -161,7 +161,7 @@ impl VmName {
     /// When it is empty, too long, or has characters that are not allowed in a path.
     pub fn new(name: impl Into<String>) -> Result<Self, NameError> {
         let name = name.into();
-        check_file_name("machine name", &name, MAX_VM_NAME)?;
+        check_file_name("VM name", &name, MAX_VM_NAME)?;
         Ok(Self(name))
     }
 
@@ -300,7 +300,7 @@ mod test {
     }
 
     #[test]
-    fn machine_names_are_single_path_components() {
+    fn vm_names_are_single_path_components() {
         for good in ["a", "web-1.prod_x", &"v".repeat(64)] {
             assert_eq!(VmName::new(good).expect(good).as_str(), good);
         }

@@ -1,7 +1,7 @@
 //! Proof that a checkpoint is durable, seen from the side that waits for it.
 
 use crate::names::VmName;
-use crate::units::CheckpointSeq;
+use crate::units::CheckpointId;
 
 /// Says that a checkpoint is committed in the store and readable by another host.
 ///
@@ -10,5 +10,5 @@ use crate::units::CheckpointSeq;
 /// here because the tracker and the store must not know each other; only the store's commit makes a value that has it.
 pub trait DurableReceipt {
     /// Which checkpoint became durable.
-    fn checkpoint(&self) -> (&VmName, CheckpointSeq);
+    fn checkpoint(&self) -> (&VmName, CheckpointId);
 }

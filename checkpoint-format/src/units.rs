@@ -10,7 +10,7 @@ pub const PAGE_SIZE: usize = 4096;
 
 /// The largest space that a saved form may describe, in pages (4 PiB).
 ///
-/// Far above any real machine, and low enough that no byte offset inside a space can overflow.
+/// Far above any real VM, and low enough that no byte offset inside a space can overflow.
 pub const MAX_SPACE_PAGES: u64 = 1 << 40;
 
 macro_rules! number {
@@ -57,10 +57,10 @@ number! {
     ByteOffset(u64);
     /// How many bytes.
     ByteLen(u64);
-    /// The number that a writer claimed for a machine; a higher one fences the lower.
+    /// The number that a writer claimed for a VM; a higher one fences the lower.
     Epoch(u64);
-    /// Which checkpoint of a machine; the first is 1 and a child's is higher than its parent's.
-    CheckpointSeq(u64);
+    /// Which checkpoint of a VM; the first is 1 and a child's is higher than its parent's.
+    CheckpointId(u64);
     /// Which pack of a list: of a manifest, of a layer, or of a whole lineage counted oldest first.
     PackNo(u32);
     /// Which frame of a pack, in file order.
@@ -113,7 +113,7 @@ impl Epoch {
     }
 }
 
-impl CheckpointSeq {
+impl CheckpointId {
     /// The ID of a VM's first checkpoint.
     pub const FIRST: Self = Self(1);
 

@@ -154,11 +154,11 @@ fn hostile_spaces_must_fit_what_they_hold() {
         (|manifest| manifest.disks[0].virtual_size.0 /= 2, "another length than its space"),
         (|manifest| manifest.spaces[1].bytes.0 *= 2, "another length than its space"),
         (|manifest| manifest.spaces[0].bytes.0 += 4096, "another length than its space"),
-        (|manifest| manifest.machine.ram_bytes.0 /= 2, "larger than the machine's RAM"),
+        (|manifest| manifest.vm_record.ram_bytes.0 /= 2, "larger than the VM's RAM"),
         (|manifest| manifest.spaces[2].bytes = ByteLen(MAX_STATE_LEN.0 + 1), "longer than any device state"),
         (|manifest| manifest.ram_blocks[0].page_size.0 = 1 << 40, "impossible page size"),
         (|manifest| manifest.disks[0].backing[0].len.0 = u64::MAX, "on a layer larger than a space"),
-        (|manifest| manifest.machine.arguments[0].push('\0'), "NUL byte"),
+        (|manifest| manifest.vm_record.arguments[0].push('\0'), "NUL byte"),
     ];
     for (change, words) in changes {
         let mut manifest = sample_manifest();

@@ -21,9 +21,9 @@ fn assert_refused(change: Change, words: &str) {
 
 #[test]
 fn descent_must_make_sense() {
-    assert_refused(|m| m.seq = CheckpointSeq(0), "seq is below 1");
-    assert_refused(|m| m.parent = Some(CheckpointSeq(0)), "not an earlier checkpoint");
-    assert_refused(|m| m.parent = Some(m.seq), "not an earlier checkpoint");
+    assert_refused(|m| m.id = CheckpointId(0), "seq is below 1");
+    assert_refused(|m| m.parent = Some(CheckpointId(0)), "not an earlier checkpoint");
+    assert_refused(|m| m.parent = Some(m.id), "not an earlier checkpoint");
     assert_refused(|m| m.parent = None, "missing though the checkpoint is incremental");
     assert_refused(|m| m.kind = CheckpointKind::Full, "given though the checkpoint is full");
 }
@@ -31,7 +31,7 @@ fn descent_must_make_sense() {
 #[test]
 fn the_first_full_checkpoint_is_fine() {
     let mut first = sample_manifest();
-    (first.seq, first.parent, first.kind) = (CheckpointSeq(1), None, CheckpointKind::Full);
+    (first.id, first.parent, first.kind) = (CheckpointId(1), None, CheckpointKind::Full);
     assert_eq!(Manifest::parse(&first.encode().expect("sound")).expect("sound"), first);
 }
 
@@ -110,11 +110,11 @@ fn packs_must_be_sound() {
 
 #[test]
 fn texts_have_limits() {
-    let argument: Change = |m| m.machine.arguments.push("x".repeat(MAX_TEXT + 1));
+    let argument: Change = |m| m.vm_record.arguments.push("x".repeat(MAX_TEXT + 1));
     assert_refused(argument, "machine.arguments is longer than any real one");
-    let many: Change = |m| m.machine.arguments = vec![String::new(); MAX_ARGUMENTS + 1];
+    let many: Change = |m| m.vm_record.arguments = vec![String::new(); MAX_ARGUMENTS + 1];
     assert_refused(many, "16385 arguments, the limit is 16384");
-    assert_refused(|m| m.machine.vcpus = 0, "machine.vcpus is none");
+    assert_refused(|m| m.vm_record.vcpus = 0, "machine.vcpus is none");
     assert_refused(|m| m.instance.clear(), "instance is empty");
 }
 

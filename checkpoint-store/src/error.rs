@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use checkpoint_format::{CheckpointSeq, Epoch, VmName};
+use checkpoint_format::{CheckpointId, Epoch, VmName};
 use thiserror::Error;
 
 use crate::path::StorePath;
@@ -112,10 +112,10 @@ pub enum StoreError {
     WriterHeld { vm: VmName, epoch: Epoch, holder: String },
 
     #[error(
-        "checkpoint {seq} of {vm}: the commit was sent but its outcome can't be learned ({reason}). Treat it as not \
+        "checkpoint {id} of {vm}: the commit was sent but its outcome can't be learned ({reason}). Treat it as not \
          durable and take a later number for the next one"
     )]
-    CommitUnknown { vm: VmName, seq: CheckpointSeq, reason: String },
+    CommitUnknown { vm: VmName, id: CheckpointId, reason: String },
 
     #[error("{text:?} is no path in a store: {reason}")]
     InvalidPath { text: String, reason: &'static str },
@@ -193,7 +193,7 @@ mod tests {
             StoreError::Corrupt { path: path.clone(), reason: reason.clone() },
             StoreError::Fenced { vm: vm.clone(), ours: Epoch(1), newest: Epoch(2) },
             StoreError::WriterHeld { vm: vm.clone(), epoch: Epoch(1), holder: "x".into() },
-            StoreError::CommitUnknown { vm, seq: CheckpointSeq(1), reason: reason.clone() },
+            StoreError::CommitUnknown { vm, id: CheckpointId(1), reason: reason.clone() },
             StoreError::InvalidPath { text: path.clone(), reason: "why" },
             StoreError::InvalidUrl { url: path.clone(), reason: reason.clone() },
             StoreError::WrongStore { url: path, reason },

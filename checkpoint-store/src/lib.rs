@@ -2,7 +2,7 @@
 //!
 //! [`Store`] is a small tree of immutable files with exactly the promises that a commit protocol needs;
 //! [`LocalStore`], [`HdfsStore`] and [`MemoryStore`] keep them, [`FaultyStore`] breaks them on request.
-//! [`Repository`] knows the layout on top of it: who may write a machine's checkpoints (writer epochs), what
+//! [`Repository`] knows the layout on top of it: who may write a VM's checkpoints (writer epochs), what
 //! is still partial, and the one rename that makes a checkpoint exist. Manifests and packs are opaque bytes here.
 //!
 //! # Example

@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use checkpoint_format::CheckpointSeq;
+use checkpoint_format::CheckpointId;
 use checkpoint_store::{
     Claim, Fault, FaultRule, FaultyStore, MemoryStore, Mode, Op, Repository, RepositoryOptions, Store, StoreError, Writer,
 };
@@ -36,9 +36,9 @@ impl Scene {
         opened(Arc::clone(&self.memory)).await
     }
 
-    async fn exists(&self, seq: u64) -> bool {
+    async fn exists(&self, id: u64) -> bool {
         let found = self.outside().await.checkpoints(&vm()).await.expect("checkpoints");
-        found.contains(&CheckpointSeq(seq))
+        found.contains(&CheckpointId(id))
     }
 }
 
@@ -79,7 +79,7 @@ async fn a_rename_that_never_works_leaves_no_checkpoint_and_can_not_come_late() 
 #[tokio::test(start_paused = true)]
 async fn a_commit_whose_outcome_can_not_be_learned_says_so() {
     let scene = scene().await;
-    let partial = scene.writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = scene.writer.begin(CheckpointId(1)).await.expect("begin");
     partial.put_pack("ram", vec![bytes("x")]).await.expect("put");
     scene.faulty.inject(FaultRule::once(Op::RenameDir, Fault::HangAfter));
     scene.faulty.inject(FaultRule::always(Op::Read, Fault::HangBefore));
@@ -89,7 +89,7 @@ async fn a_commit_whose_outcome_can_not_be_learned_says_so() {
     scene.faulty.heal();
     // It did happen; the next one must take the next number.
     assert!(scene.exists(1).await);
-    assert!(scene.writer.begin(CheckpointSeq(1)).await.expect_err("taken").is_already_exists());
+    assert!(scene.writer.begin(CheckpointId(1)).await.expect_err("taken").is_already_exists());
     committed(&scene.writer, 2).await.expect("commit");
 }
 
@@ -97,7 +97,7 @@ async fn a_commit_whose_outcome_can_not_be_learned_says_so() {
 async fn a_torn_pack_gets_another_name_and_is_removed() {
     let scene = scene().await;
     scene.faulty.inject(FaultRule::once(Op::Put, Fault::ShortWrite(10)).times(2));
-    let partial = scene.writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = scene.writer.begin(CheckpointId(1)).await.expect("begin");
     let pack = partial.put_pack("ram", vec![noise(1000, 1)]).await.expect("put");
     assert_eq!((pack.name.as_str(), pack.attempts), ("ram-3.pack", 3));
     let _durable = partial.commit(bytes("manifest")).await.expect("commit");
@@ -118,7 +118,7 @@ async fn a_torn_manifest_is_replaced() {
 async fn a_dead_node_costs_copies_and_says_so() {
     let scene = scene().await;
     scene.faulty.inject(FaultRule::always(Op::Put, Fault::FailBefore).at_least_replicas(3));
-    let partial = scene.writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = scene.writer.begin(CheckpointId(1)).await.expect("begin");
     let pack = partial.put_pack("ram", vec![bytes("x")]).await.expect("put");
     assert_eq!((pack.replicas, pack.wanted_replicas, pack.more_requested), (Some(2), Some(3), true));
     assert!(pack.attempts > 3, "the wanted copies are tried first");
@@ -134,7 +134,7 @@ async fn a_dead_node_costs_copies_and_says_so() {
 async fn a_full_store_is_not_tried_again() {
     let scene = scene().await;
     scene.faulty.inject(FaultRule::always(Op::Put, Fault::Full));
-    let partial = scene.writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = scene.writer.begin(CheckpointId(1)).await.expect("begin");
     let error = partial.put_pack("ram", vec![bytes("x")]).await.expect_err("full");
     assert!(matches!(error, StoreError::Full { .. }), "{error}");
     assert_eq!(scene.faulty.calls(Op::Put, "ram"), 1);
@@ -145,7 +145,7 @@ async fn a_store_that_never_answers_is_given_up() {
     let scene = scene().await;
     scene.faulty.inject(FaultRule::any(Fault::HangBefore));
     let begun = tokio::time::Instant::now();
-    let error = scene.writer.begin(CheckpointSeq(1)).await.expect_err("hung");
+    let error = scene.writer.begin(CheckpointId(1)).await.expect_err("hung");
     assert!(matches!(error, StoreError::Timeout { .. }), "{error}");
     assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
 }
@@ -165,7 +165,7 @@ async fn a_claim_whose_answer_is_lost_is_recognised() {
 #[tokio::test(start_paused = true)]
 async fn a_claim_is_no_claim_until_older_partials_are_gone() {
     let scene = scene().await;
-    let partial = scene.writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = scene.writer.begin(CheckpointId(1)).await.expect("begin");
     scene.faulty.inject(FaultRule::always(Op::Remove, Fault::FailBefore));
     let claim = scene.repository.claim_writer(&vm(), record("j"), Claim::TakeOver).await;
     assert!(claim.expect_err("could not fence").is_retryable());
@@ -181,25 +181,25 @@ async fn random_faults_never_make_a_liar() {
         let scene = scene().await;
         scene.faulty.inject_random(seed, 30 + 20 * u32::try_from(seed % 20).expect("small"));
         let mut outcomes = Vec::new();
-        for seq in 1..=3 {
-            outcomes.push((seq, committed(&scene.writer, seq).await));
+        for id in 1..=3 {
+            outcomes.push((id, committed(&scene.writer, id).await));
         }
         scene.faulty.heal();
-        for (seq, outcome) in outcomes {
+        for (id, outcome) in outcomes {
             match outcome {
                 Ok(()) => {
                     reported += 1;
-                    assert_complete(&scene.outside().await, seq).await;
+                    assert_complete(&scene.outside().await, id).await;
                 }
                 Err(StoreError::CommitUnknown { .. }) => {
                     unknown += 1;
-                    if scene.exists(seq).await {
-                        assert_complete(&scene.outside().await, seq).await;
+                    if scene.exists(id).await {
+                        assert_complete(&scene.outside().await, id).await;
                     }
                 }
                 Err(error) => {
                     failed += 1;
-                    assert!(!scene.exists(seq).await, "seed {seed}, checkpoint {seq}: exists in spite of: {error}");
+                    assert!(!scene.exists(id).await, "seed {seed}, checkpoint {id}: exists in spite of: {error}");
                 }
             }
         }
@@ -214,11 +214,11 @@ async fn checkpoints_are_begun_without_a_listing() {
     let scene = scene().await;
     let listed = || scene.faulty.calls(Op::List, "checkpoints");
     let before = listed();
-    for seq in 1..=3 {
-        committed(&scene.writer, seq).await.expect("commit");
+    for id in 1..=3 {
+        committed(&scene.writer, id).await.expect("commit");
     }
     // One that was given up without a word is removed by the next all the same.
-    let given_up = scene.writer.begin(CheckpointSeq(4)).await.expect("begin");
+    let given_up = scene.writer.begin(CheckpointId(4)).await.expect("begin");
     given_up.put_pack("ram", vec![bytes("x")]).await.expect("put");
     drop(given_up);
     committed(&scene.writer, 4).await.expect("commit");

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use checkpoint_format::CheckpointSeq;
+use checkpoint_format::CheckpointId;
 use checkpoint_store::{
     Claim, FaultyStore, HdfsOptions, HdfsStore, Mode, Op, PutOptions, Repository, RepositoryOptions, Store, StoreError, StoreOptions,
     StorePath, Writer, open,
@@ -110,7 +110,7 @@ async fn erasure_coded_directories_are_refused() {
     let store = open(&url, &StoreOptions::default()).expect("open");
     let writer = writer_on(Arc::clone(&store)).await;
     committed(&writer, 1).await.expect("replicated");
-    let partial = writer.begin(CheckpointSeq(2)).await.expect("begin");
+    let partial = writer.begin(CheckpointId(2)).await.expect("begin");
     let below = format!("{directory}/vms/{}/checkpoints/2.1-2.partial", vm());
     tokio::task::block_in_place(|| set(&below));
     let error = partial.put_pack("ram", vec![noise(MIB, 1)]).await.expect_err("erasure coded");
@@ -145,7 +145,7 @@ async fn with_a_dead_datanode_a_checkpoint_becomes_durable_in_fewer_copies() {
     let cluster = hazards().await;
     let writer = writer_on(patient(&cluster, "dead", &HdfsOptions::default())).await;
     cluster.signal("datanode-1", Signal::SIGKILL);
-    let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = writer.begin(CheckpointId(1)).await.expect("begin");
     let data = noise(4 * MIB, 9);
     let begun = Instant::now();
     let pack = partial.put_pack("ram", vec![data.clone()]).await.expect("stored in spite of the dead node");
@@ -154,7 +154,7 @@ async fn with_a_dead_datanode_a_checkpoint_becomes_durable_in_fewer_copies() {
     let durable = partial.commit(bytes("manifest")).await.expect("commit");
     assert!(durable.least_replicas() < Some(3) && durable.short_of_replicas() >= 1, "{durable:?}");
     let repository = writer.repository();
-    let found = repository.read_pack_range(&vm(), CheckpointSeq(1), pack.name.as_str(), 0, data.len() as u64).await;
+    let found = repository.read_pack_range(&vm(), CheckpointId(1), pack.name.as_str(), 0, data.len() as u64).await;
     assert_eq!(found.expect("read"), data);
     cluster.restart("datanode-1");
     assert_copies_made_up(&cluster).await;
@@ -174,7 +174,7 @@ async fn a_datanode_that_dies_during_an_upload_does_not_stop_it() {
     let cluster = hazards().await;
     let store = patient(&cluster, "dies", &HdfsOptions::default());
     let writer = writer_on(store).await;
-    let partial = Arc::new(writer.begin(CheckpointSeq(1)).await.expect("begin"));
+    let partial = Arc::new(writer.begin(CheckpointId(1)).await.expect("begin"));
     let data = noise(96 * MIB, 4);
     let uploads: Vec<_> = (0..3)
         .map(|number| {
@@ -194,7 +194,7 @@ async fn a_datanode_that_dies_during_an_upload_does_not_stop_it() {
     let _durable = partial.commit(bytes("manifest")).await.expect("commit");
     for pack in packs {
         let repository = writer.repository();
-        let found = repository.read_pack_range(&vm(), CheckpointSeq(1), pack.name.as_str(), 0, pack.len).await;
+        let found = repository.read_pack_range(&vm(), CheckpointId(1), pack.name.as_str(), 0, pack.len).await;
         assert_eq!(found.expect("read"), data);
     }
     cluster.restart("datanode-2");
@@ -204,7 +204,7 @@ async fn a_datanode_that_dies_during_an_upload_does_not_stop_it() {
 async fn a_stopped_datanode_delays_a_pack_but_does_not_hang_it() {
     let cluster = hazards().await;
     let writer = writer_on(patient(&cluster, "stopped-data", &impatient())).await;
-    let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = writer.begin(CheckpointId(1)).await.expect("begin");
     cluster.signal("datanode-3", Signal::SIGSTOP);
     let data = noise(2 * MIB, 3);
     let begun = Instant::now();
@@ -212,7 +212,7 @@ async fn a_stopped_datanode_delays_a_pack_but_does_not_hang_it() {
     eprintln!("stopped DataNode: stored after {} tries in {:?}: {pack:?}", pack.attempts, begun.elapsed());
     let _durable = partial.commit(bytes("manifest")).await.expect("commit");
     let repository = writer.repository();
-    let found = repository.read_pack_range(&vm(), CheckpointSeq(1), pack.name.as_str(), 0, pack.len).await;
+    let found = repository.read_pack_range(&vm(), CheckpointId(1), pack.name.as_str(), 0, pack.len).await;
     assert_eq!(found.expect("read from another copy"), data);
     cluster.signal("datanode-3", Signal::SIGCONT);
 }
@@ -242,7 +242,7 @@ async fn commit_with_namenode_stopped(
     cluster: &Cluster,
     store: &FaultyStore,
     writer: &Writer,
-    seq: u64,
+    id: u64,
     delay: Duration,
     stop: Duration,
 ) -> Result<(), StoreError> {
@@ -250,7 +250,7 @@ async fn commit_with_namenode_stopped(
     let before = store.calls(Op::RenameDir, "");
     let commit = {
         let writer = writer.clone();
-        tokio::spawn(async move { committed(&writer, seq).await })
+        tokio::spawn(async move { committed(&writer, id).await })
     };
     while store.calls(Op::RenameDir, "") == before && !commit.is_finished() {
         tokio::task::yield_now().await;
@@ -277,7 +277,7 @@ async fn a_namenode_stopped_for_a_moment_only_delays_a_commit() {
 }
 
 /// Whatever the NameNode does with the rename when it wakes up: all of the checkpoint is there or none of it, and
-/// the writer goes on with the next number.
+/// the writer continues with the next number.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_namenode_stopped_during_the_commit_never_makes_half_a_checkpoint() {
     let cluster = hazards().await;
@@ -285,12 +285,12 @@ async fn a_namenode_stopped_during_the_commit_never_makes_half_a_checkpoint() {
         HdfsOptions { call_timeout: Duration::from_millis(1500), stall_timeout: Duration::from_secs(5), ..HdfsOptions::default() };
     let store = FaultyStore::new(patient(&cluster, "commit", &options));
     let writer = writer_on(Arc::new(store.clone())).await;
-    for seq in 1..=6 {
+    for id in 1..=6 {
         // Before the rename is sent, while it is under way, after it; and a wake-up before or after we give up.
-        let delay = Duration::from_micros(400) * u32::try_from(seq).expect("small");
-        let stop = Duration::from_millis(if seq % 2 == 0 { 2500 } else { 6000 });
-        let outcome = commit_with_namenode_stopped(&cluster, &store, &writer, seq, delay, stop).await;
-        let exists = exists_for_good(&writer, seq).await;
+        let delay = Duration::from_micros(400) * u32::try_from(id).expect("small");
+        let stop = Duration::from_millis(if id % 2 == 0 { 2500 } else { 6000 });
+        let outcome = commit_with_namenode_stopped(&cluster, &store, &writer, id, delay, stop).await;
+        let exists = exists_for_good(&writer, id).await;
         eprintln!("NameNode stopped {delay:?} into a commit for {stop:?}: exists: {exists}, {outcome:?}");
         match outcome {
             Ok(()) => assert!(exists, "reported as durable"),
@@ -298,17 +298,17 @@ async fn a_namenode_stopped_during_the_commit_never_makes_half_a_checkpoint() {
             Err(error) => assert!(!exists, "exists in spite of: {error}"),
         }
         if exists {
-            assert_complete(writer.repository(), seq).await;
+            assert_complete(writer.repository(), id).await;
         }
     }
-    committed(&writer, 100).await.expect("it goes on");
+    committed(&writer, 100).await.expect("it continues");
 }
 
 /// Whether the checkpoint is there once the NameNode has had time for what was queued.
-async fn exists_for_good(writer: &Writer, seq: u64) -> bool {
+async fn exists_for_good(writer: &Writer, id: u64) -> bool {
     tokio::time::sleep(Duration::from_secs(1)).await;
     let found = writer.repository().checkpoints(&vm()).await.expect("it answers again");
-    found.contains(&CheckpointSeq(seq))
+    found.contains(&CheckpointId(id))
 }
 
 /// Two hosts: each a client of its own.
@@ -319,7 +319,7 @@ async fn another_host_fences_and_reads() {
     let host = || open(&url, &StoreOptions::default()).expect("open");
     let old = writer_on(host()).await;
     committed(&old, 1).await.expect("commit");
-    let partial = old.begin(CheckpointSeq(2)).await.expect("begin");
+    let partial = old.begin(CheckpointId(2)).await.expect("begin");
     let new = writer_on(host()).await;
     let error = partial.commit(Bytes::from_static(b"late")).await.expect_err("fenced");
     assert!(error.is_fenced(), "{error}");

@@ -1,4 +1,4 @@
-//! The repository on the stores that need nothing but this machine.
+//! The repository on the stores that need nothing but this host.
 
 mod common;
 

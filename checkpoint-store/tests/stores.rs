@@ -1,4 +1,4 @@
-//! The contract on the stores that need nothing but this machine.
+//! The contract on the stores that need nothing but this host.
 
 mod common;
 

@@ -30,8 +30,8 @@ pub enum TrackerError {
     #[error("QEMU could not open its {what} for tracking; {remedy}")]
     MissingHandle { what: &'static str, remedy: &'static str, source: io::Error },
 
-    #[error("RAM block '{region}' cannot be tracked: {reason}")]
-    Region { region: String, reason: String },
+    #[error("RAM block '{block}' cannot be tracked: {reason}")]
+    TrackedBlock { block: String, reason: String },
 
     #[error("cannot read QEMU's memory map; is the process still there?")]
     Maps { source: io::Error },
@@ -39,29 +39,29 @@ pub enum TrackerError {
     #[error("QEMU's memory map has a line that cannot be understood: '{line}'; please report it with the kernel version")]
     MapsLine { line: String },
 
-    #[error("cannot register RAM block '{region}' for write tracking; if QEMU's background-snapshot capability is on, switch it off")]
-    Register { region: String, source: io::Error },
+    #[error("cannot register RAM block '{block}' for write tracking; if QEMU's background-snapshot capability is on, switch it off")]
+    Register { block: String, source: io::Error },
 
-    #[error("cannot write-protect RAM block '{region}'; take the next checkpoint as a full one")]
-    Protect { region: String, source: io::Error },
+    #[error("cannot write-protect RAM block '{block}'; take the next checkpoint as a full one")]
+    Protect { block: String, source: io::Error },
 
-    #[error("cannot scan RAM block '{region}' for written pages; take the next checkpoint as a full one")]
-    Scan { region: String, source: io::Error },
+    #[error("cannot scan RAM block '{block}' for written pages; take the next checkpoint as a full one")]
+    Scan { block: String, source: io::Error },
 
     #[error(
-        "cannot watch RAM block '{region}' for pages that a balloon gives back; start the VM without a balloon or without huge page \
+        "cannot watch RAM block '{block}' for pages that a balloon gives back; start the VM without a balloon or without huge page \
          memory, or use --engine stream"
     )]
-    Holes { region: String, source: io::Error },
+    Holes { block: String, source: io::Error },
 
-    #[error("cannot read pages {pages} of RAM block '{region}' from QEMU; is the process still there?")]
-    Read { region: String, pages: PageRange, source: io::Error },
+    #[error("cannot read pages {pages} of RAM block '{block}' from QEMU; is the process still there?")]
+    Read { block: String, pages: PageRange, source: io::Error },
 
     #[error("no RAM block number {0} is attached; use the numbers of this tracker")]
-    UnknownRegion(usize),
+    UnknownBlock(usize),
 
-    #[error("the lease belongs to another tracker; begin one with the tracker that fills it")]
-    ForeignLease,
+    #[error("the claim belongs to another tracker; begin one with the tracker that fills it")]
+    ForeignClaim,
 
     #[error("cannot {what} guest memory '{name}'; {remedy}")]
     Memory { name: String, what: &'static str, remedy: &'static str, source: io::Error },
@@ -112,24 +112,24 @@ mod test {
         assert!(connect(io::ErrorKind::NotFound).is_retryable());
         assert!(connect(io::ErrorKind::ConnectionRefused).is_retryable());
         assert!(!connect(io::ErrorKind::PermissionDenied).is_retryable());
-        assert!(!TrackerError::ForeignLease.is_retryable());
+        assert!(!TrackerError::ForeignClaim.is_retryable());
     }
 
     #[test]
     fn an_ended_process_is_told_from_other_failures() {
-        let scan = |source| TrackerError::Scan { region: "pc.ram".into(), source };
+        let scan = |source| TrackerError::Scan { block: "pc.ram".into(), source };
         assert!(scan(gone()).is_process_gone());
         assert!(!scan(error(io::ErrorKind::PermissionDenied)).is_process_gone());
-        assert!(!TrackerError::ForeignLease.is_process_gone());
+        assert!(!TrackerError::ForeignClaim.is_process_gone());
     }
 
     #[test]
     fn texts_are_distinct_and_name_the_block() {
-        let region = || "vga.vram".to_owned();
+        let block = || "vga.vram".to_owned();
         let texts = [
-            TrackerError::Register { region: region(), source: gone() }.to_string(),
-            TrackerError::Protect { region: region(), source: gone() }.to_string(),
-            TrackerError::Scan { region: region(), source: gone() }.to_string(),
+            TrackerError::Register { block: block(), source: gone() }.to_string(),
+            TrackerError::Protect { block: block(), source: gone() }.to_string(),
+            TrackerError::Scan { block: block(), source: gone() }.to_string(),
         ];
         assert!(texts.iter().all(|text| text.contains("'vga.vram'")), "{texts:?}");
         assert!(texts[0] != texts[1] && texts[1] != texts[2] && texts[0] != texts[2]);

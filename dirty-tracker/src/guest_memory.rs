@@ -20,7 +20,7 @@ use crate::sys::read_mapping::ReadMapping;
 /// A page that changes while it is read may come out torn; that is harmless, because its dirty bit makes it come again.
 ///
 /// Small pieces are read with pread (1.3 µs a page, where a page that this process has not touched yet costs 3.4 µs through a
-/// mapping), large ones through a mapping (10 GB/s against 4 GB/s; measured on two cores of a virtual machine). Reading holes
+/// mapping), large ones through a mapping (10 GB/s against 4 GB/s; measured on two cores of a VM). Reading holes
 /// in large pieces makes the kernel allocate them: read what [`Self::data_ranges`] or the tracker names, or use
 /// [`Self::read_sparse`].
 ///

@@ -26,7 +26,7 @@ const MIN_GREETING: Duration = Duration::from_millis(200);
 /// QEMU's process, opened for tracking.
 ///
 /// Holding these keeps nothing alive but the descriptors: when QEMU ends, calls on them fail with "no such process". When
-/// this process ends, QEMU does not notice, and writes go on being recorded in the uffd that the plugin holds.
+/// this process ends, QEMU does not notice, and writes continue being recorded in the uffd that the plugin holds.
 #[derive(Debug)]
 pub struct PluginHandles {
     pid: u32,
@@ -185,8 +185,8 @@ impl PluginHandles {
         let first = starts.next();
         match starts.next() {
             None => Ok(first),
-            Some(second) => Err(TrackerError::Region {
-                region: memory.name().to_owned(),
+            Some(second) => Err(TrackerError::TrackedBlock {
+                block: memory.name().to_owned(),
                 reason: format!("QEMU has mapped it twice, at {:#x} and {second:#x}", first.unwrap_or(0)),
             }),
         }

@@ -13,9 +13,9 @@ use std::ops::Range;
 
 use checkpoint_format::{PAGE_SIZE, PageCount, PageIndex, PageRange, PageSet};
 
+use crate::block::{BlockMemory, TrackedBlock, covering};
 use crate::error::TrackerError;
 use crate::guest_memory::GuestMemory;
-use crate::region::{Region, RegionMemory, covering};
 use crate::sys::pagemap::ScanBuffer;
 use crate::sys::watch_mapping::WatchMapping;
 
@@ -68,7 +68,7 @@ impl Known {
 /// of the mapping for other reasons (swapped out, moved) are reported too, once, and compared like any page.
 #[derive(Debug)]
 pub(crate) struct HoleWatch {
-    region: String,
+    block: String,
     memory: GuestMemory,
     mapping: WatchMapping,
     buffer: ScanBuffer,
@@ -79,21 +79,21 @@ pub(crate) struct HoleWatch {
 
 impl HoleWatch {
     /// Nothing is watched in private memory: there the kernel itself reports pages that were given back.
-    pub fn of(region: &Region) -> Result<Option<Self>, TrackerError> {
-        let RegionMemory::Shared(memory) = &region.memory else { return Ok(None) };
-        let mapping = WatchMapping::new(memory.fd(), region.bytes);
-        let mapping = mapping.map_err(|source| TrackerError::Holes { region: region.name.clone(), source })?;
+    pub fn of(block: &TrackedBlock) -> Result<Option<Self>, TrackerError> {
+        let BlockMemory::Shared(memory) = &block.memory else { return Ok(None) };
+        let mapping = WatchMapping::new(memory.fd(), block.bytes);
+        let mapping = mapping.map_err(|source| TrackerError::Holes { block: block.name.clone(), source })?;
         Ok(Some(Self {
-            region: region.name.clone(),
+            block: block.name.clone(),
             memory: memory.clone(),
             mapping,
             buffer: ScanBuffer::new(),
-            known: Known::nothing(region.pages()),
-            present: PageSet::new(region.pages()),
+            known: Known::nothing(block.pages()),
+            present: PageSet::new(block.pages()),
         }))
     }
 
-    /// Begins anew, with every page protected already, so that what is written from here on is dirty. The guest may run.
+    /// Begins again, with every page protected already, so that what is written from here on is dirty. The guest may run.
     pub fn begin(&mut self) -> Result<(), TrackerError> {
         self.begin_stopped()?;
         self.look(&PageSet::new(self.known.zero.len())).map(drop)
@@ -188,7 +188,7 @@ impl HoleWatch {
     fn scan(&mut self) -> Result<(), TrackerError> {
         let mut present = PageSet::full(self.present.len());
         let found = self.mapping.not_mapped(&mut self.buffer, |bytes| present.remove_range(covering(bytes)));
-        found.map_err(|source| TrackerError::Holes { region: self.region.clone(), source })?;
+        found.map_err(|source| TrackerError::Holes { block: self.block.clone(), source })?;
         self.present = present;
         Ok(())
     }

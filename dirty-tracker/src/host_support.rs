@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use checkpoint_format::PAGE_SIZE;
 
 use crate::sys::pagemap::{Categories, ScanBuffer, Then, scan};
-use crate::sys::scratch::Scratch;
+use crate::sys::trial::TrialMemory;
 use crate::sys::write_protect::{protect, register};
 use plugin_protocol::uapi;
 use plugin_protocol::uffd::{self, OpenUffd};
@@ -104,12 +104,12 @@ fn missing_features(offered: u64) -> String {
 
 /// The whole way on four pages of shared memory: register, protect, write one, find it.
 fn track_a_few_pages(open: &OpenUffd) -> io::Result<()> {
-    let mut scratch = Scratch::new(4 * PAGE_SIZE)?;
-    let addresses = scratch.addresses();
+    let mut trial = TrialMemory::new(4 * PAGE_SIZE)?;
+    let addresses = trial.addresses();
     let pagemap = File::open("/proc/self/pagemap")?;
     register(open.fd.as_fd(), &addresses)?;
     protect(open.fd.as_fd(), &addresses)?;
-    scratch.write_byte(PAGE_SIZE);
+    trial.write_byte(PAGE_SIZE);
     let page = PAGE_SIZE as u64;
     let expected = addresses.start + page..addresses.start + 2 * page;
     match written(&pagemap, &addresses)?.as_slice() {

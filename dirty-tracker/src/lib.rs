@@ -4,9 +4,9 @@
 //!
 //! 1. [`GuestMemory::create`] makes the RAM file that QEMU is started with.
 //! 2. [`PluginHandles::connect`] fetches QEMU's descriptors, [`Tracker::attach`] registers its RAM blocks.
-//! 3. With the guest stopped, [`Tracker::lease`] takes the dirty pages into a [`DirtyLease`]; with the guest running again
+//! 3. With the guest stopped, [`Tracker::claim`] takes the dirty pages into a [`DirtyClaim`]; with the guest running again
 //!    [`Tracker::read_pages`] copies them.
-//! 4. [`DirtyLease::settle`] when the checkpoint is durable; otherwise the pages go back and come again.
+//! 4. [`DirtyClaim::acknowledge`] when the checkpoint is durable; otherwise the pages go back and come again.
 //!
 //! Unsafe code is in `sys/` only.
 //!
@@ -27,22 +27,22 @@
 
 #![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
 
+mod block;
+mod claim;
 mod error;
 mod guest_memory;
 mod handles;
 mod holes;
 mod host_support;
-mod lease;
 mod maps;
-mod region;
 mod sys;
 mod tracker;
 
+pub use block::{BlockId, BlockMemory, TrackedBlock};
+pub use claim::DirtyClaim;
 pub use error::TrackerError;
 pub use guest_memory::GuestMemory;
 pub use handles::{PluginHandles, UffdSource};
 pub use host_support::{HostCheck, HostSupport};
-pub use lease::DirtyLease;
 pub use maps::{Mapping, parse_maps};
-pub use region::{Region, RegionId, RegionMemory};
 pub use tracker::Tracker;

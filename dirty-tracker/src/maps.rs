@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use crate::error::TrackerError;
 
-/// More text than this is not the memory map of a virtual machine (some 500,000 mappings).
+/// More text than this is not the memory map of a VM (some 500,000 mappings).
 const MAX_MAPS_LEN: usize = 64 << 20;
 /// The kernel answers with at most a page at a time anyway.
 const READ_LEN: usize = 64 << 10;

@@ -7,23 +7,23 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use checkpoint_format::{PageRange, PageSet};
 
+use crate::block::{BlockId, BlockMemory, TrackedBlock, covering};
+use crate::claim::{DirtyClaim, Pending};
 use crate::error::TrackerError;
 use crate::handles::PluginHandles;
 use crate::holes::HoleWatch;
-use crate::lease::{DirtyLease, Pending};
-use crate::region::{Region, RegionId, RegionMemory, covering};
 use crate::sys::pagemap::{self, Categories, ScanBuffer, Then, scan};
 use crate::sys::write_protect::{protect, register};
 
 #[derive(Debug)]
 struct Tracked {
-    region: Region,
+    block: TrackedBlock,
     knowledge: Knowledge,
     /// In a VM with a balloon.
     holes: Option<HoleWatch>,
 }
 
-/// What this tracker knows about a region.
+/// What this tracker knows about a RAM block.
 #[derive(Debug)]
 enum Knowledge {
     /// Nothing; pages may be protected or not, by whom ever.
@@ -37,59 +37,59 @@ enum Knowledge {
 /// Write tracking of some RAM blocks of one QEMU.
 ///
 /// The kernel does the work. A page is write-protected; the guest's next write to it faults, and the kernel lifts the
-/// protection by itself and lets the guest go on (asynchronous userfaultfd write protection: one fault per page and round,
+/// protection by itself and lets the guest continue (asynchronous userfaultfd write protection: one fault per page and round,
 /// and nobody to wait for). A page without protection is a written page, and one call finds all of them
 /// and protects them again.
 ///
-/// What it costs, per GiB on two cores of a virtual machine (Linux 6.18; `tests/measure.rs` prints it anew): a lease or a look
+/// What it costs, per GiB on two cores of a VM (Linux 6.18; `tests/measure.rs` prints it again): a claim or a look
 /// that finds nothing 0.5 ms, 2,048 scattered pages 0.9 ms, half of memory 5 to 9 ms, every other page 7 to 15 ms; a first
-/// lease 0.6 ms when prepared, else 10 to 20 ms; [`Self::prepare`] 30 ms, while the guest runs.
+/// claim 0.6 ms when prepared, else 10 to 20 ms; [`Self::prepare`] 30 ms, while the guest runs.
 ///
 /// Three things are *not* seen, because they do not go through QEMU's page table: writes through another mapping of the
 /// RAM file (a vhost-user daemon, another process, [`GuestMemory::write`](crate::GuestMemory::write)), holes punched into
 /// it, and what a device or the kernel writes into a page that it had pinned before the page was protected (direct I/O in
-/// flight). The first must be excluded by whoever composes the machine. The second is found after [`Self::watch_holes`]. The
-/// third is why everything that protects ([`Self::lease`], [`Self::protect_all`]) **must be called while the guest is
+/// flight). The first must be excluded by whoever composes the VM. The second is found after [`Self::watch_holes`]. The
+/// third is why everything that protects ([`Self::claim`], [`Self::protect_all`]) **must be called while the guest is
 /// stopped** and its block I/O drained.
 ///
-/// Until a region has been protected as a whole nothing is known about it, so its first lease has every page that exists.
-/// That includes the first lease after a restart of this process, although the kernel would still know what was written
-/// since the last scan: the pages of a lease that died with the process are known to nobody, and so are those that were
+/// Until a RAM block has been protected as a whole nothing is known about it, so its first claim has every page that exists.
+/// That includes the first claim after a restart of this process, although the kernel would still know what was written
+/// since the last scan: the pages of a claim that died with the process are known to nobody, and so are those that were
 /// given back. Who knows that there were none says so with [`Self::resume_protection`].
 #[derive(Debug)]
 pub struct Tracker {
     handles: PluginHandles,
-    regions: Vec<Tracked>,
+    blocks: Vec<Tracked>,
     pending: Arc<Pending>,
     buffer: Mutex<ScanBuffer>,
 }
 
 impl Tracker {
-    /// Registers the regions; the guest may run.
+    /// Registers the RAM blocks; the guest may run.
     ///
     /// Regions that an earlier tracker has registered keep their state.
     ///
     /// # Errors
-    /// When the plugin could not open what is needed, a region is listed twice or is not in QEMU's
+    /// When the plugin could not open what is needed, a RAM block is listed twice or is not in QEMU's
     /// memory, or the kernel refuses to register it.
-    pub fn attach(handles: PluginHandles, regions: Vec<Region>) -> Result<Self, TrackerError> {
+    pub fn attach(handles: PluginHandles, blocks: Vec<TrackedBlock>) -> Result<Self, TrackerError> {
         let uffd = handles.uffd()?;
         handles.pagemap()?;
         let maps = handles.maps()?;
         let mut names = HashSet::new();
-        for region in &regions {
-            region.check(&maps)?;
-            if !names.insert(region.name.as_str()) {
+        for block in &blocks {
+            block.check(&maps)?;
+            if !names.insert(block.name.as_str()) {
                 let reason = "it is listed twice".to_owned();
-                return Err(TrackerError::Region { region: region.name.clone(), reason });
+                return Err(TrackerError::TrackedBlock { block: block.name.clone(), reason });
             }
         }
-        for region in &regions {
-            register(uffd, &region.addresses()).map_err(|source| TrackerError::Register { region: region.name.clone(), source })?;
+        for block in &blocks {
+            register(uffd, &block.addresses()).map_err(|source| TrackerError::Register { block: block.name.clone(), source })?;
         }
-        let pending = Arc::new(Pending::new(regions.iter().map(Region::pages)));
-        let regions = regions.into_iter().map(|region| Tracked { region, knowledge: Knowledge::None, holes: None }).collect();
-        Ok(Self { handles, regions, pending, buffer: Mutex::new(ScanBuffer::new()) })
+        let pending = Arc::new(Pending::new(blocks.iter().map(TrackedBlock::pages)));
+        let blocks = blocks.into_iter().map(|block| Tracked { block, knowledge: Knowledge::None, holes: None }).collect();
+        Ok(Self { handles, blocks, pending, buffer: Mutex::new(ScanBuffer::new()) })
     }
 
     /// From now on pages that are given back count as written: a VM with a balloon needs it. To be called right after
@@ -101,19 +101,19 @@ impl Tracker {
     /// # Errors
     /// When the kernel lacks what is needed, or a memory file cannot be mapped here.
     pub fn watch_holes(&mut self) -> Result<(), TrackerError> {
-        for tracked in &mut self.regions {
-            tracked.holes = HoleWatch::of(&tracked.region)?;
+        for tracked in &mut self.blocks {
+            tracked.holes = HoleWatch::of(&tracked.block)?;
             tracked.knowledge = Knowledge::None;
         }
         Ok(())
     }
 
-    /// That [`Self::watch_holes`] can be done for these regions; nothing is watched yet.
+    /// That [`Self::watch_holes`] can be done for these RAM blocks; nothing is watched yet.
     ///
     /// # Errors
     /// When the kernel lacks what is needed.
-    pub fn can_watch_holes(regions: &[Region]) -> Result<(), TrackerError> {
-        regions.iter().try_for_each(|region| HoleWatch::of(region).map(drop))
+    pub fn can_watch_holes(blocks: &[TrackedBlock]) -> Result<(), TrackerError> {
+        blocks.iter().try_for_each(|block| HoleWatch::of(block).map(drop))
     }
 
     /// What the plugin has sent.
@@ -121,54 +121,54 @@ impl Tracker {
         &self.handles
     }
 
-    /// All regions with their IDs.
-    pub fn regions(&self) -> impl Iterator<Item = (RegionId, &Region)> {
-        self.regions.iter().enumerate().map(|(index, tracked)| (RegionId(index), &tracked.region))
+    /// All RAM blocks with their IDs.
+    pub fn blocks(&self) -> impl Iterator<Item = (BlockId, &TrackedBlock)> {
+        self.blocks.iter().enumerate().map(|(index, tracked)| (BlockId(index), &tracked.block))
     }
 
-    /// The region of an ID.
+    /// The RAM block of an ID.
     ///
     /// # Errors
     /// When the ID is of another tracker.
-    pub fn region(&self, id: RegionId) -> Result<&Region, TrackerError> {
-        self.tracked(id).map(|tracked| &tracked.region)
+    pub fn block(&self, id: BlockId) -> Result<&TrackedBlock, TrackerError> {
+        self.tracked(id).map(|tracked| &tracked.block)
     }
 
     /// The ID of the RAM block with that name.
-    pub fn find(&self, name: &str) -> Option<RegionId> {
-        self.regions().find(|(_, region)| region.name == name).map(|(id, _)| id)
+    pub fn find(&self, name: &str) -> Option<BlockId> {
+        self.blocks().find(|(_, block)| block.name == name).map(|(id, _)| id)
     }
 
-    fn tracked(&self, id: RegionId) -> Result<&Tracked, TrackerError> {
-        self.regions.get(id.0).ok_or(TrackerError::UnknownRegion(id.0))
+    fn tracked(&self, id: BlockId) -> Result<&Tracked, TrackerError> {
+        self.blocks.get(id.0).ok_or(TrackerError::UnknownBlock(id.0))
     }
 
-    /// Does the long part of the first lease in advance: the guest may run.
+    /// Does the long part of the first claim in advance: the guest may run.
     ///
     /// Protects every page, existing or not, and splits huge pages, so that single pages are seen: 30 to 60 ms per GiB that
     /// would else be (in part) pause. Claims nothing: a device that has pinned a page now may write to it unseen, so the
-    /// first lease still has every page that exists. Does nothing for regions that had their first lease.
+    /// first claim still has every page that exists. Does nothing for RAM blocks that had their first lease.
     ///
     /// # Errors
     /// When the kernel fails to populate or protect memory.
     pub fn prepare(&mut self) -> Result<(), TrackerError> {
-        for index in 0..self.regions.len() {
-            if matches!(self.regions[index].knowledge, Knowledge::None) {
-                let mut existing = PageSet::new(self.regions[index].region.pages());
-                self.populated_into(RegionId(index), &mut existing)?;
-                self.protect_ahead(RegionId(index))?;
+        for index in 0..self.blocks.len() {
+            if matches!(self.blocks[index].knowledge, Knowledge::None) {
+                let mut existing = PageSet::new(self.blocks[index].block.pages());
+                self.populated_into(BlockId(index), &mut existing)?;
+                self.protect_ahead(BlockId(index))?;
                 // A page born between the two calls is protected by now, so nothing else would ever tell of it.
-                self.born_meanwhile_into(RegionId(index), &mut existing)?;
-                self.regions[index].holes.as_mut().map_or(Ok(()), HoleWatch::begin)?;
-                self.regions[index].knowledge = Knowledge::Prepared { existing };
+                self.born_meanwhile_into(BlockId(index), &mut existing)?;
+                self.blocks[index].holes.as_mut().map_or(Ok(()), HoleWatch::begin)?;
+                self.blocks[index].knowledge = Knowledge::Prepared { existing };
             }
         }
         Ok(())
     }
 
-    fn protect_ahead(&self, id: RegionId) -> Result<(), TrackerError> {
-        let region = &self.tracked(id)?.region;
-        protect(self.handles.uffd()?, &region.addresses()).map_err(|source| TrackerError::Protect { region: region.name.clone(), source })
+    fn protect_ahead(&self, id: BlockId) -> Result<(), TrackerError> {
+        let block = &self.tracked(id)?.block;
+        protect(self.handles.uffd()?, &block.addresses()).map_err(|source| TrackerError::Protect { block: block.name.clone(), source })
     }
 
     /// Declares that the content of every page is known as it is now: only what is written from here on counts.
@@ -178,58 +178,58 @@ impl Tracker {
     /// # Errors
     /// When the kernel fails to protect memory.
     pub fn protect_all(&mut self) -> Result<(), TrackerError> {
-        for index in 0..self.regions.len() {
-            self.protect_now(RegionId(index))?;
-            self.regions[index].holes.as_mut().map_or(Ok(()), HoleWatch::begin_stopped)?;
-            self.regions[index].knowledge = Knowledge::Complete;
+        for index in 0..self.blocks.len() {
+            self.protect_now(BlockId(index))?;
+            self.blocks[index].holes.as_mut().map_or(Ok(()), HoleWatch::begin_stopped)?;
+            self.blocks[index].knowledge = Knowledge::Complete;
         }
         self.pending.sets().iter_mut().for_each(PageSet::clear);
         Ok(())
     }
 
-    fn protect_now(&self, id: RegionId) -> Result<(), TrackerError> {
-        let region = &self.tracked(id)?.region;
-        pagemap::protect_all(self.handles.pagemap()?, region.addresses())
-            .map_err(|source| TrackerError::Protect { region: region.name.clone(), source })
+    fn protect_now(&self, id: BlockId) -> Result<(), TrackerError> {
+        let block = &self.tracked(id)?.block;
+        pagemap::protect_all(self.handles.pagemap()?, block.addresses())
+            .map_err(|source| TrackerError::Protect { block: block.name.clone(), source })
     }
 
     /// Trusts what an earlier tracker protected: the kernel's marks are what was written since its last lease.
     ///
-    /// Only if that lease was settled by a durable checkpoint (or [`Self::protect_all`] came last) and none was begun since.
+    /// Only if that claim was acknowledged by a durable checkpoint (or [`Self::protect_all`] came last) and none was begun since.
     /// Whoever calls this must know it from a record that outlives the process; see the comment on the type for what would be
-    /// lost otherwise. Says whether it can be: not when holes are watched and this tracker had no lease yet, because
+    /// lost otherwise. Says whether it can be: not when holes are watched and this tracker had no claim yet, because
     /// nobody saw those punched in between.
     pub fn resume_protection(&mut self) -> bool {
         let is_unseen = |tracked: &Tracked| tracked.holes.is_some() && !matches!(tracked.knowledge, Knowledge::Complete);
-        if self.regions.iter().any(is_unseen) {
+        if self.blocks.iter().any(is_unseen) {
             return false;
         }
-        self.regions.iter_mut().for_each(|tracked| tracked.knowledge = Knowledge::Complete);
+        self.blocks.iter_mut().for_each(|tracked| tracked.knowledge = Knowledge::Complete);
         true
     }
 
-    /// An empty lease, to be filled by [`Self::lease`].
-    pub fn begin_lease(&self) -> DirtyLease {
-        DirtyLease::new(&self.pending)
+    /// An empty claim, to be filled by [`Self::claim`].
+    pub fn begin_claim(&self) -> DirtyClaim {
+        DirtyClaim::new(&self.pending)
     }
 
-    /// Takes the region's dirty pages into `lease`, protects them, and returns what this call added.
+    /// Takes the RAM block's dirty pages into `claim`, protects them, and returns what this call added.
     ///
-    /// Those are the pages written since the last call, and those given back since. A page that the lease has already comes
-    /// again if it was written again. Only while the guest is stopped. On an error the lease still owes what was taken.
+    /// Those are the pages written since the last call, and those given back since. A page that the claim has already comes
+    /// again if it was written again. Only while the guest is stopped. On an error the claim still owes what was taken.
     ///
     /// # Errors
-    /// When the kernel fails to scan. Pages claimed before are in `lease`, and are restored when it
+    /// When the kernel fails to scan. Pages claimed before are in `claim`, and are restored when it
     /// is dropped.
-    pub fn lease(&mut self, id: RegionId, lease: &mut DirtyLease) -> Result<PageSet, TrackerError> {
+    pub fn claim(&mut self, id: BlockId, claim: &mut DirtyClaim) -> Result<PageSet, TrackerError> {
         let tracked = self.tracked(id)?;
-        if !lease.is_of(&self.pending) {
-            return Err(TrackerError::ForeignLease);
+        if !claim.is_of(&self.pending) {
+            return Err(TrackerError::ForeignClaim);
         }
-        let mut pages = PageSet::new(tracked.region.pages());
+        let mut pages = PageSet::new(tracked.block.pages());
         std::mem::swap(&mut pages, &mut self.pending.sets()[id.0]);
         let mut written = PageSet::new(pages.len());
-        let taken = match &self.regions[id.0].knowledge {
+        let taken = match &self.blocks[id.0].knowledge {
             Knowledge::None => self.take_everything(id, &mut written),
             Knowledge::Prepared { existing } => {
                 pages.union_with(existing);
@@ -239,15 +239,15 @@ impl Tracker {
         };
         pages.union_with(&written);
         let given_back = self.given_back_into(id, &written, &mut pages);
-        lease.add(id.0, &pages);
+        claim.add(id.0, &pages);
         taken.and(given_back)?;
-        self.regions[id.0].knowledge = Knowledge::Complete;
+        self.blocks[id.0].knowledge = Knowledge::Complete;
         Ok(pages)
     }
 
     /// Pages that were given back and that no [`Self::scan`] has told of.
-    fn given_back_into(&mut self, id: RegionId, written: &PageSet, pages: &mut PageSet) -> Result<(), TrackerError> {
-        let Tracked { holes: Some(holes), knowledge, .. } = &mut self.regions[id.0] else { return Ok(()) };
+    fn given_back_into(&mut self, id: BlockId, written: &PageSet, pages: &mut PageSet) -> Result<(), TrackerError> {
+        let Tracked { holes: Some(holes), knowledge, .. } = &mut self.blocks[id.0] else { return Ok(()) };
         match knowledge {
             Knowledge::None => holes.begin_stopped()?,
             Knowledge::Prepared { .. } | Knowledge::Complete => pages.union_with(&holes.claim(written)?),
@@ -255,8 +255,8 @@ impl Tracker {
         Ok(())
     }
 
-    /// The first lease of a region, unprepared: every page that exists, and protection for all.
-    fn take_everything(&self, id: RegionId, pages: &mut PageSet) -> Result<(), TrackerError> {
+    /// The first claim of a RAM block, external: every page that exists, and protection for all.
+    fn take_everything(&self, id: BlockId, pages: &mut PageSet) -> Result<(), TrackerError> {
         self.populated_into(id, pages)?;
         self.protect_now(id)?;
         self.born_meanwhile_into(id, pages)
@@ -265,8 +265,8 @@ impl Tracker {
     /// Pages that came into being between a look at what exists and the end of its protection.
     ///
     /// Protected private pages that do not exist look swapped out from here on; those born just now are in memory.
-    fn born_meanwhile_into(&self, id: RegionId, pages: &mut PageSet) -> Result<(), TrackerError> {
-        if let RegionMemory::Shared(_) = self.tracked(id)?.region.memory {
+    fn born_meanwhile_into(&self, id: BlockId, pages: &mut PageSet) -> Result<(), TrackerError> {
+        if let BlockMemory::Shared(_) = self.tracked(id)?.block.memory {
             self.populated_into(id, pages)?;
         }
         self.scan_into(id, Categories::PRESENT, Then::Leave, pages)
@@ -274,12 +274,12 @@ impl Tracker {
 
     /// The dirty pages as they are now, taking nothing and protecting nothing: a look, good while the guest runs.
     ///
-    /// Where holes are watched this finds most of them; a lease right after it has little of that to do.
+    /// Where holes are watched this finds most of them; a claim right after it has little of that to do.
     ///
     /// # Errors
     /// When the kernel fails to scan.
-    pub fn scan(&mut self, id: RegionId) -> Result<PageSet, TrackerError> {
-        let mut pages = PageSet::new(self.tracked(id)?.region.pages());
+    pub fn scan(&mut self, id: BlockId) -> Result<PageSet, TrackerError> {
+        let mut pages = PageSet::new(self.tracked(id)?.block.pages());
         match &self.tracked(id)?.knowledge {
             Knowledge::None => self.populated_into(id, &mut pages)?,
             Knowledge::Prepared { .. } | Knowledge::Complete => {
@@ -294,8 +294,8 @@ impl Tracker {
         Ok(pages)
     }
 
-    fn look_for_holes(&mut self, id: RegionId, written: &PageSet) -> Result<(), TrackerError> {
-        if let Some(holes) = &mut self.regions[id.0].holes {
+    fn look_for_holes(&mut self, id: BlockId, written: &PageSet) -> Result<(), TrackerError> {
+        if let Some(holes) = &mut self.blocks[id.0].holes {
             let found = holes.look(written)?;
             self.pending.sets()[id.0].union_with(&found);
         }
@@ -308,19 +308,19 @@ impl Tracker {
     ///
     /// # Errors
     /// When the kernel fails to scan.
-    pub fn populated(&self, id: RegionId) -> Result<PageSet, TrackerError> {
-        let mut pages = PageSet::new(self.tracked(id)?.region.pages());
+    pub fn populated(&self, id: BlockId) -> Result<PageSet, TrackerError> {
+        let mut pages = PageSet::new(self.tracked(id)?.block.pages());
         self.populated_into(id, &mut pages)?;
         Ok(pages)
     }
 
-    fn populated_into(&self, id: RegionId, pages: &mut PageSet) -> Result<(), TrackerError> {
-        let region = &self.tracked(id)?.region;
-        let RegionMemory::Shared(memory) = &region.memory else {
+    fn populated_into(&self, id: BlockId, pages: &mut PageSet) -> Result<(), TrackerError> {
+        let block = &self.tracked(id)?.block;
+        let BlockMemory::Shared(memory) = &block.memory else {
             return self.scan_into(id, Categories::PRESENT_OR_SWAPPED, Then::Leave, pages);
         };
         for data in memory.data_ranges()? {
-            let Range { start, end } = data.start.min(region.bytes)..data.end.min(region.bytes);
+            let Range { start, end } = data.start.min(block.bytes)..data.end.min(block.bytes);
             if start < end {
                 pages.insert_range(covering(start..end));
             }
@@ -328,13 +328,13 @@ impl Tracker {
         Ok(())
     }
 
-    fn scan_into(&self, id: RegionId, categories: Categories, then: Then, pages: &mut PageSet) -> Result<(), TrackerError> {
-        let region = &self.tracked(id)?.region;
+    fn scan_into(&self, id: BlockId, categories: Categories, then: Then, pages: &mut PageSet) -> Result<(), TrackerError> {
+        let block = &self.tracked(id)?.block;
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        scan(self.handles.pagemap()?, region.addresses(), categories, then, &mut buffer, |found| {
-            pages.insert_range(region.page_range(&found));
+        scan(self.handles.pagemap()?, block.addresses(), categories, then, &mut buffer, |found| {
+            pages.insert_range(block.page_range(&found));
         })
-        .map_err(|source| TrackerError::Scan { region: region.name.clone(), source })
+        .map_err(|source| TrackerError::Scan { block: block.name.clone(), source })
     }
 
     /// Copies the content of `pages` to `out`, which must have just that size.
@@ -343,23 +343,23 @@ impl Tracker {
     /// When `out` has another size.
     ///
     /// # Errors
-    /// When the pages are not in the region, `out` has another length, or QEMU's memory cannot be
+    /// When the pages are not in the RAM block, `out` has another length, or QEMU's memory cannot be
     /// read.
-    pub fn read_pages(&self, id: RegionId, pages: PageRange, out: &mut [u8]) -> Result<(), TrackerError> {
+    pub fn read_pages(&self, id: BlockId, pages: PageRange, out: &mut [u8]) -> Result<(), TrackerError> {
         assert_eq!(out.len() as u64, pages.byte_len().0, "a buffer for {pages} must have just its size");
-        let region = &self.tracked(id)?.region;
+        let block = &self.tracked(id)?.block;
         let bytes = pages.bytes();
-        if pages.end.0 > region.pages().0 {
-            return Err(TrackerError::OutOfRange { name: region.name.clone(), start: bytes.start, end: bytes.end, len: region.bytes });
+        if pages.end.0 > block.pages().0 {
+            return Err(TrackerError::OutOfRange { name: block.name.clone(), start: bytes.start, end: bytes.end, len: block.bytes });
         }
-        match &region.memory {
-            RegionMemory::Shared(memory) if self.regions[id.0].holes.is_some() => memory.read_sparse(bytes.start, out),
-            RegionMemory::Shared(memory) => memory.read(bytes.start, out),
-            RegionMemory::Private => self
+        match &block.memory {
+            BlockMemory::Shared(memory) if self.blocks[id.0].holes.is_some() => memory.read_sparse(bytes.start, out),
+            BlockMemory::Shared(memory) => memory.read(bytes.start, out),
+            BlockMemory::Private => self
                 .handles
                 .memory()?
-                .read_exact_at(out, region.host_address + bytes.start)
-                .map_err(|source| TrackerError::Read { region: region.name.clone(), pages, source }),
+                .read_exact_at(out, block.host_address + bytes.start)
+                .map_err(|source| TrackerError::Read { block: block.name.clone(), pages, source }),
         }
     }
 }

@@ -67,8 +67,8 @@ fn a_client_gets_descriptors_of_the_process_that_it_asked() {
 fn any_number_of_clients_leaves_nothing_behind() {
     let guest = StandIn::start(1, 1);
     let before = (open_files(&guest), threads(&guest));
-    for round in 0..200 {
-        match round % 4 {
+    for pass in 0..200 {
+        match pass % 4 {
             0 => drop(guest.handles()),
             1 => drop(client(&guest)),
             2 => client(&guest).write_all(&HELLO[..5]).unwrap(),

@@ -5,36 +5,36 @@ mod support;
 use std::collections::BTreeSet;
 
 use checkpoint_format::{PageIndex, PageRange};
-use dirty_tracker::{DirtyLease, RegionId, Tracker};
+use dirty_tracker::{BlockId, DirtyClaim, Tracker};
 use proptest::prelude::*;
 use support::{PAGE, Receipt, StandIn, numbers};
 
 const MEMORIES: [char; 2] = ['s', 'p'];
 
-fn take(tracker: &mut Tracker, region: RegionId, lease: &mut DirtyLease) -> Vec<u64> {
-    numbers(&tracker.lease(region, lease).unwrap())
+fn take(tracker: &mut Tracker, block: BlockId, claim: &mut DirtyClaim) -> Vec<u64> {
+    numbers(&tracker.claim(block, claim).unwrap())
 }
 
-fn drain(tracker: &mut Tracker, region: RegionId) -> Vec<u64> {
-    let mut lease = tracker.begin_lease();
-    let pages = take(tracker, region, &mut lease);
-    lease.settle(&Receipt::new());
+fn upload(tracker: &mut Tracker, block: BlockId) -> Vec<u64> {
+    let mut claim = tracker.begin_claim();
+    let pages = take(tracker, block, &mut claim);
+    claim.acknowledge(&Receipt::new());
     pages
 }
 
 /// A guest whose every page was written and taken once.
-fn full_guest(pages: u64) -> (StandIn, Tracker, [RegionId; 2]) {
+fn full_guest(pages: u64) -> (StandIn, Tracker, [BlockId; 2]) {
     let guest = StandIn::start(pages, pages);
     filled(guest, pages)
 }
 
-fn filled(mut guest: StandIn, pages: u64) -> (StandIn, Tracker, [RegionId; 2]) {
+fn filled(mut guest: StandIn, pages: u64) -> (StandIn, Tracker, [BlockId; 2]) {
     MEMORIES.iter().for_each(|memory| guest.write(*memory, &(0..pages).collect::<Vec<_>>()));
     let (mut tracker, shared, private) = guest.attach_watching();
     tracker.prepare().unwrap();
-    for region in [shared, private] {
-        assert_eq!(drain(&mut tracker, region).len() as u64, pages);
-        assert!(drain(&mut tracker, region).is_empty());
+    for block in [shared, private] {
+        assert_eq!(upload(&mut tracker, block).len() as u64, pages);
+        assert!(upload(&mut tracker, block).is_empty());
     }
     (guest, tracker, [shared, private])
 }
@@ -42,7 +42,7 @@ fn filled(mut guest: StandIn, pages: u64) -> (StandIn, Tracker, [RegionId; 2]) {
 /// A name, what is done to which pages, and the pages that the claim must have.
 type History = (&'static str, &'static [(char, &'static [u64])], &'static [u64]);
 
-/// Operations of the guest between two leases, and the pages that the second must have.
+/// Operations of the guest between two claims, and the pages that the second must have.
 const HISTORIES: &[History] = &[
     ("given back", &[('x', &[3, 2])], &[3, 4]),
     ("given back, then read: a page again, of zeros", &[('x', &[3, 2]), ('r', &[3, 4])], &[3, 4]),
@@ -58,40 +58,40 @@ fn holes_are_dirty_pages_whatever_happens_to_them_later() {
     // Also with a look between any two operations: what it finds must not be lost, and what it maps must not hide anything.
     for with_looks in [false, true] {
         for (what, operations, expected) in HISTORIES {
-            let (mut guest, mut tracker, regions) = full_guest(1024);
-            for (memory, region) in MEMORIES.into_iter().zip(regions) {
+            let (mut guest, mut tracker, blocks) = full_guest(1024);
+            for (memory, block) in MEMORIES.into_iter().zip(blocks) {
                 for (operation, pages) in *operations {
                     guest.act(*operation, memory, pages);
                     if with_looks {
-                        tracker.scan(region).unwrap();
+                        tracker.scan(block).unwrap();
                     }
                 }
                 let context = format!("{what}, {memory}, looks: {with_looks}");
-                assert_eq!(drain(&mut tracker, region), *expected, "{context}");
-                assert!(drain(&mut tracker, region).iter().all(|page| expected.contains(page)), "{context}: once more at most");
-                tracker.scan(region).unwrap();
-                drain(&mut tracker, region);
-                assert!(drain(&mut tracker, region).is_empty(), "{context}: and then no more");
+                assert_eq!(upload(&mut tracker, block), *expected, "{context}");
+                assert!(upload(&mut tracker, block).iter().all(|page| expected.contains(page)), "{context}: once more at most");
+                tracker.scan(block).unwrap();
+                upload(&mut tracker, block);
+                assert!(upload(&mut tracker, block).is_empty(), "{context}: and then no more");
             }
         }
     }
 }
 
 /// Where the host has huge pages for memory files; a hole in one breaks it up, and then all of its pages may be reported, once.
-/// A guest clears what its balloon takes: such pages are reported once, so that the rounds of a checkpoint come to an end.
+/// A guest clears what its balloon takes: such pages are reported once, so that the passes of a checkpoint come to an end.
 #[test]
 fn holes_in_what_was_just_written_are_reported_once() {
     let (mut guest, mut tracker, [shared, _]) = full_guest(2048);
     guest.act('x', 's', &[500, 1000]);
     guest.act('r', 's', &(500..1500).collect::<Vec<_>>());
     tracker.scan(shared).unwrap();
-    drain(&mut tracker, shared);
+    upload(&mut tracker, shared);
     for pages in [500..1500, 0..2048] {
         let pages: Vec<u64> = pages.collect();
         guest.write('s', &pages);
         guest.act('x', 's', &[pages[0] + 1, pages.len() as u64 - 1]);
         assert_eq!(numbers(&tracker.scan(shared).unwrap()), pages);
-        assert_eq!(drain(&mut tracker, shared), pages);
+        assert_eq!(upload(&mut tracker, shared), pages);
         assert!(tracker.scan(shared).unwrap().is_empty());
     }
 }
@@ -101,14 +101,14 @@ fn holes_in_huge_pages_are_found() {
     for (what, operations, expected) in HISTORIES {
         let mut guest = StandIn::start(1024, 1024);
         MEMORIES.iter().for_each(|memory| guest.act('h', *memory, &[]));
-        let (mut guest, mut tracker, regions) = filled(guest, 1024);
-        for (memory, region) in MEMORIES.into_iter().zip(regions) {
+        let (mut guest, mut tracker, blocks) = filled(guest, 1024);
+        for (memory, block) in MEMORIES.into_iter().zip(blocks) {
             operations.iter().for_each(|(operation, pages)| guest.act(*operation, memory, pages));
-            let found = drain(&mut tracker, region);
+            let found = upload(&mut tracker, block);
             assert!(expected.iter().all(|page| found.contains(page)), "{what}, {memory}: {found:?}");
-            tracker.scan(region).unwrap();
-            drain(&mut tracker, region);
-            assert!(drain(&mut tracker, region).is_empty(), "{what}, {memory}");
+            tracker.scan(block).unwrap();
+            upload(&mut tracker, block);
+            assert!(upload(&mut tracker, block).is_empty(), "{what}, {memory}");
         }
     }
 }
@@ -116,33 +116,33 @@ fn holes_in_huge_pages_are_found() {
 #[test]
 fn holes_of_many_megabytes_are_found_and_stay_holes() {
     let (mut guest, mut tracker, [shared, private]) = full_guest(8192);
-    for (memory, region) in [('s', shared), ('p', private)] {
+    for (memory, block) in [('s', shared), ('p', private)] {
         guest.act('x', memory, &[512, 6000]);
-        assert_eq!(tracker.scan(region).unwrap().count().0, 6000, "{memory}");
-        assert_eq!(drain(&mut tracker, region), (512..6512).collect::<Vec<_>>(), "{memory}");
+        assert_eq!(tracker.scan(block).unwrap().count().0, 6000, "{memory}");
+        assert_eq!(upload(&mut tracker, block), (512..6512).collect::<Vec<_>>(), "{memory}");
         let mut content = vec![1; 6000 * PAGE as usize];
-        tracker.read_pages(region, PageRange::new(PageIndex(512), PageIndex(6512)), &mut content).unwrap();
+        tracker.read_pages(block, PageRange::new(PageIndex(512), PageIndex(6512)), &mut content).unwrap();
         assert!(content.iter().all(|byte| *byte == 0), "{memory}");
-        assert!(tracker.scan(region).unwrap().is_empty() && drain(&mut tracker, region).is_empty(), "{memory}");
+        assert!(tracker.scan(block).unwrap().is_empty() && upload(&mut tracker, block).is_empty(), "{memory}");
     }
     assert_eq!(tracker.populated(shared).unwrap().count().0, 8192 - 6000, "what looks and reads brings no page back");
 }
 
 #[test]
-fn holes_punched_during_the_first_lease_are_not_lost() {
+fn holes_punched_during_the_first_claim_are_not_lost() {
     let mut guest = StandIn::start(64, 1);
     guest.write('s', &[1, 2, 3]);
     let (mut tracker, shared, _) = guest.attach_watching();
     tracker.prepare().unwrap();
     guest.act('x', 's', &[1, 1]);
     guest.act('r', 's', &[1]);
-    let mut lease = tracker.begin_lease();
-    assert_eq!(take(&mut tracker, shared, &mut lease), [1, 2, 3]);
+    let mut claim = tracker.begin_claim();
+    assert_eq!(take(&mut tracker, shared, &mut claim), [1, 2, 3]);
     guest.act('x', 's', &[2, 1]);
     guest.act('r', 's', &[2]);
-    assert_eq!(take(&mut tracker, shared, &mut lease), [1, 2], "1 is not in the mapping yet");
-    drop(lease);
-    assert_eq!(drain(&mut tracker, shared), [1, 2, 3], "given back by the lease");
+    assert_eq!(take(&mut tracker, shared, &mut claim), [1, 2], "1 is not in the mapping yet");
+    drop(claim);
+    assert_eq!(upload(&mut tracker, shared), [1, 2, 3], "given back by the claim");
 }
 
 #[test]
@@ -153,10 +153,10 @@ fn holes_after_a_restore_are_found() {
     tracker.protect_all().unwrap();
     guest.act('x', 's', &[5, 1]);
     guest.act('r', 's', &[5, 30]);
-    assert!(drain(&mut tracker, shared).contains(&5));
+    assert!(upload(&mut tracker, shared).contains(&5));
     tracker.scan(shared).unwrap();
-    drain(&mut tracker, shared);
-    assert!(drain(&mut tracker, shared).is_empty());
+    upload(&mut tracker, shared);
+    assert!(upload(&mut tracker, shared).is_empty());
 }
 
 #[test]
@@ -167,11 +167,11 @@ fn holes_that_nobody_watched_are_not_trusted_to_be_none() {
     guest.act('r', 's', &[3]);
     let (mut tracker, shared, _) = guest.attach_watching();
     assert!(!tracker.resume_protection());
-    assert_eq!(drain(&mut tracker, shared).len(), 64);
+    assert_eq!(upload(&mut tracker, shared).len(), 64);
     tracker.scan(shared).unwrap();
-    drain(&mut tracker, shared);
+    upload(&mut tracker, shared);
     assert!(tracker.resume_protection(), "this one saw all of them since");
-    assert!(drain(&mut tracker, shared).is_empty());
+    assert!(upload(&mut tracker, shared).is_empty());
     let (mut tracker, _, _) = guest.attach();
     assert!(tracker.resume_protection());
 }
@@ -184,7 +184,7 @@ enum Step {
     GiveBack(usize, u64, u64),
     Look,
     Claim,
-    Settle,
+    Acknowledge,
     Fail,
 }
 
@@ -198,7 +198,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (0..2usize, 0..PAGES, 1..120u64).prop_map(|(memory, first, count)| Step::GiveBack(memory, first, count.min(PAGES - first))),
         2 => Just(Step::Look),
         4 => Just(Step::Claim),
-        2 => Just(Step::Settle),
+        2 => Just(Step::Acknowledge),
         1 => Just(Step::Fail),
     ]
 }
@@ -226,13 +226,13 @@ impl Replica {
         }
     }
 
-    fn claim(&mut self, tracker: &mut Tracker, region: RegionId, lease: &mut DirtyLease) {
-        let pages = take(tracker, region, lease);
+    fn claim(&mut self, tracker: &mut Tracker, block: BlockId, claim: &mut DirtyClaim) {
+        let pages = take(tracker, block, claim);
         let strange: Vec<&u64> = pages.iter().filter(|page| self.touched.iter().all(|touched| !touched.contains(page))).collect();
         assert!(strange.is_empty(), "nothing happened to {strange:?}");
         for page in pages {
             let mut content = [9; PAGE as usize];
-            tracker.read_pages(region, PageRange::single(PageIndex(page)), &mut content).unwrap();
+            tracker.read_pages(block, PageRange::single(PageIndex(page)), &mut content).unwrap();
             self.staged[page as usize] = content[0];
         }
         assert!(self.staged == self.truth, "a change was not reported");
@@ -251,10 +251,10 @@ impl Replica {
 fn run(steps: &[Step]) {
     let mut guest = StandIn::start(PAGES, PAGES);
     let (mut tracker, shared, private) = guest.attach_watching();
-    let regions = [shared, private];
+    let blocks = [shared, private];
     tracker.protect_all().unwrap();
     let mut replicas = [Replica::new(), Replica::new()];
-    let mut lease = tracker.begin_lease();
+    let mut claim = tracker.begin_claim();
     for step in steps {
         match step {
             Step::Write(memory, pages) => {
@@ -270,18 +270,18 @@ fn run(steps: &[Step]) {
                 replicas[*memory].touch(*first..first + count, |_| 0);
             }
             Step::Look => {
-                regions.iter().for_each(|region| drop(tracker.scan(*region).unwrap()));
+                blocks.iter().for_each(|block| drop(tracker.scan(*block).unwrap()));
                 replicas.iter_mut().for_each(|replica| replica.is_cleared_up = true);
             }
-            Step::Claim => replicas.iter_mut().zip(regions).for_each(|(replica, region)| replica.claim(&mut tracker, region, &mut lease)),
-            Step::Settle => {
+            Step::Claim => replicas.iter_mut().zip(blocks).for_each(|(replica, block)| replica.claim(&mut tracker, block, &mut claim)),
+            Step::Acknowledge => {
                 // Only what a claim has seen is durable.
-                replicas.iter_mut().zip(regions).for_each(|(replica, region)| replica.claim(&mut tracker, region, &mut lease));
-                std::mem::replace(&mut lease, tracker.begin_lease()).settle(&Receipt::new());
+                replicas.iter_mut().zip(blocks).for_each(|(replica, block)| replica.claim(&mut tracker, block, &mut claim));
+                std::mem::replace(&mut claim, tracker.begin_claim()).acknowledge(&Receipt::new());
                 replicas.iter_mut().for_each(|replica| replica.durable.clone_from(&replica.staged));
             }
             Step::Fail => {
-                lease = tracker.begin_lease();
+                claim = tracker.begin_claim();
                 replicas.iter_mut().for_each(Replica::fail);
             }
         }

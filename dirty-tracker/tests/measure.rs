@@ -7,7 +7,7 @@ mod support;
 use std::time::Instant;
 
 use checkpoint_format::{PageCount, PageSet};
-use dirty_tracker::{RegionId, Tracker};
+use dirty_tracker::{BlockId, Tracker};
 use support::{PAGE, Receipt, StandIn};
 
 const PAGES: u64 = (1 << 30) / PAGE;
@@ -19,20 +19,20 @@ fn timed<T>(what: &str, action: impl FnOnce() -> T) -> T {
     result
 }
 
-fn lease(tracker: &mut Tracker, region: RegionId, what: &str) -> PageSet {
-    let mut lease = tracker.begin_lease();
-    let pages = timed(what, || tracker.lease(region, &mut lease).unwrap());
+fn claim(tracker: &mut Tracker, block: BlockId, what: &str) -> PageSet {
+    let mut claim = tracker.begin_claim();
+    let pages = timed(what, || tracker.claim(block, &mut claim).unwrap());
     println!("              {} pages, {} ranges", pages.count(), pages.ranges().count());
-    lease.settle(&Receipt::new());
+    claim.acknowledge(&Receipt::new());
     pages
 }
 
-fn read_all(tracker: &Tracker, region: RegionId, pages: &PageSet, what: &str) {
+fn read_all(tracker: &Tracker, block: BlockId, pages: &PageSet, what: &str) {
     let mut buffer = vec![0; (256 * PAGE) as usize];
     timed(what, || {
         for range in pages.ranges().flat_map(|range| range.chunks(PageCount(256))) {
             let part = &mut buffer[..range.byte_len().as_usize()];
-            tracker.read_pages(region, range, part).unwrap();
+            tracker.read_pages(block, range, part).unwrap();
         }
     });
 }
@@ -46,18 +46,18 @@ fn measure(memory: char, prepared: bool) {
     if prepared {
         timed("prepare", || tracker.prepare().unwrap());
     }
-    let region = if memory == 's' { shared } else { private };
-    lease(&mut tracker, region, "first lease: find what exists, protect all");
-    lease(&mut tracker, region, "lease: nothing written");
-    timed("look: nothing written", || tracker.scan(region).unwrap());
+    let block = if memory == 's' { shared } else { private };
+    claim(&mut tracker, block, "first claim: find what exists, protect all");
+    claim(&mut tracker, block, "claim: nothing written");
+    timed("look: nothing written", || tracker.scan(block).unwrap());
     guest.write(memory, &(0..PAGES / 2).step_by(64).collect::<Vec<_>>());
-    let scattered = lease(&mut tracker, region, "lease: every 64th page of the first half written");
-    read_all(&tracker, region, &scattered, "read these");
+    let scattered = claim(&mut tracker, block, "claim: every 64th page of the first half written");
+    read_all(&tracker, block, &scattered, "read these");
     guest.write(memory, &(0..PAGES / 2).collect::<Vec<_>>());
-    let half = lease(&mut tracker, region, "lease: all of the first half written");
-    read_all(&tracker, region, &half, "read these");
+    let half = claim(&mut tracker, block, "claim: all of the first half written");
+    read_all(&tracker, block, &half, "read these");
     guest.write(memory, &(0..PAGES).step_by(2).collect::<Vec<_>>());
-    lease(&mut tracker, region, "lease: every other page written, the worst case for the kernel's answer");
+    claim(&mut tracker, block, "claim: every other page written, the worst case for the kernel's answer");
 }
 
 #[test]
@@ -69,7 +69,7 @@ fn costs() {
     }
 }
 
-/// A VM of 12 GiB, of which so much is in use: what watching for holes adds to a lease, and what it costs before.
+/// A VM of 12 GiB, of which so much is in use: what watching for holes adds to a claim, and what it costs before.
 #[test]
 #[ignore = "takes 4 GiB of memory and prints figures"]
 fn costs_of_watching_for_holes() {
@@ -79,17 +79,17 @@ fn costs_of_watching_for_holes() {
         (0..used).for_each(|gib| guest.write('s', &(gib * 2 * PAGES..(gib * 2 + 1) * PAGES).collect::<Vec<_>>()));
         let (mut tracker, shared, _) = if watched { guest.attach_watching() } else { guest.attach() };
         timed("prepare", || tracker.prepare().unwrap());
-        lease(&mut tracker, shared, "first lease");
+        claim(&mut tracker, shared, "first claim");
         timed("look: nothing happened", || tracker.scan(shared).unwrap());
-        lease(&mut tracker, shared, "lease: nothing happened");
+        claim(&mut tracker, shared, "claim: nothing happened");
         guest.write('s', &(0..PAGES).step_by(64).collect::<Vec<_>>());
-        lease(&mut tracker, shared, "lease: every 64th page of 1 GiB written");
+        claim(&mut tracker, shared, "claim: every 64th page of 1 GiB written");
         if watched {
             (0..PAGES / 4).step_by(16).for_each(|page| guest.act('x', 's', &[page, 8]));
             timed("look: 128 MiB given back in runs of 8 pages", || tracker.scan(shared).unwrap());
-            lease(&mut tracker, shared, "lease of these");
+            claim(&mut tracker, shared, "claim of these");
             (PAGES / 4..PAGES / 2).step_by(16).for_each(|page| guest.act('x', 's', &[page, 8]));
-            lease(&mut tracker, shared, "lease without a look: 128 MiB given back in runs of 8 pages");
+            claim(&mut tracker, shared, "claim without a look: 128 MiB given back in runs of 8 pages");
         }
     }
 }

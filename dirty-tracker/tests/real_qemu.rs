@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use dirty_tracker::{GuestMemory, PluginHandles, Region, RegionId, RegionMemory, Tracker};
+use dirty_tracker::{BlockId, BlockMemory, GuestMemory, PluginHandles, TrackedBlock, Tracker};
 use support::{PAGE, Receipt, TIMEOUT, built, numbers};
 use tempfile::TempDir;
 
@@ -80,7 +80,7 @@ fn accelerators() -> Vec<&'static str> {
 }
 
 /// A QEMU with the plugin and the guest. Killed on drop.
-struct Machine {
+struct Vm {
     memory: GuestMemory,
     handles: PluginHandles,
     serial: UnixStream,
@@ -94,7 +94,7 @@ enum Process {
     Daemon(u32),
 }
 
-impl Machine {
+impl Vm {
     fn start(qemu: &Path, accelerator: &str, daemonize: bool) -> Self {
         let dir = TempDir::new().unwrap();
         let path = |name: &str| dir.path().join(name);
@@ -115,9 +115,9 @@ impl Machine {
         let process = start(&mut command, &memory, daemonize, &path("pid"));
         let handles = PluginHandles::connect(&path("plugin.sock"), TIMEOUT).expect("the plugin answers");
         let serial = connect(&path("serial.sock"));
-        let mut machine = Self { memory, handles, serial, process, _dir: dir };
-        machine.wait_for_guest();
-        machine
+        let mut vm = Self { memory, handles, serial, process, _dir: dir };
+        vm.wait_for_guest();
+        vm
     }
 
     fn pid(&self) -> u32 {
@@ -155,16 +155,17 @@ impl Machine {
         assert_eq!(echo, [n]);
     }
 
-    fn attach(&self, handles: PluginHandles) -> (Tracker, RegionId) {
+    fn attach(&self, handles: PluginHandles) -> (Tracker, BlockId) {
         let address = self.handles.find_mapping(&self.memory).unwrap().expect("QEMU has mapped its RAM");
-        let region = Region { name: "pc.ram".into(), host_address: address, bytes: RAM, memory: RegionMemory::Shared(self.memory.clone()) };
-        let tracker = Tracker::attach(handles, vec![region]).unwrap();
+        let block =
+            TrackedBlock { name: "pc.ram".into(), host_address: address, bytes: RAM, memory: BlockMemory::Shared(self.memory.clone()) };
+        let tracker = Tracker::attach(handles, vec![block]).unwrap();
         let id = tracker.find("pc.ram").unwrap();
         (tracker, id)
     }
 }
 
-impl Drop for Machine {
+impl Drop for Vm {
     fn drop(&mut self) {
         match &mut self.process {
             Process::Ours(child) => {
@@ -202,15 +203,15 @@ fn connect(path: &Path) -> UnixStream {
     }
 }
 
-fn drain(tracker: &mut Tracker, region: RegionId) -> Vec<u64> {
-    let mut lease = tracker.begin_lease();
-    let pages = numbers(&tracker.lease(region, &mut lease).unwrap());
-    lease.settle(&Receipt::new());
+fn upload(tracker: &mut Tracker, block: BlockId) -> Vec<u64> {
+    let mut claim = tracker.begin_claim();
+    let pages = numbers(&tracker.claim(block, &mut claim).unwrap());
+    claim.acknowledge(&Receipt::new());
     pages
 }
 
 /// The pages of a history: some once, some often, some never, the first and the last included.
-const ROUNDS: [&[u8]; 4] = [&[0, 1, 2, GUEST_PAGES - 1], &[], &[7, 7, 7], &[1, 30, 31, 32, 64, 0]];
+const PASSES: [&[u8]; 4] = [&[0, 1, 2, GUEST_PAGES - 1], &[], &[7, 7, 7], &[1, 30, 31, 32, 64, 0]];
 
 fn pages_of(writes: &[u8]) -> Vec<u64> {
     let mut pages: Vec<u64> = writes.iter().map(|n| FIRST_PAGE + u64::from(*n)).collect();
@@ -219,22 +220,22 @@ fn pages_of(writes: &[u8]) -> Vec<u64> {
     pages
 }
 
-fn tracks_exactly(machine: &mut Machine, api_versions: &[u32]) {
-    assert!(api_versions.contains(&machine.handles.plugin_api_version()));
-    assert_eq!(machine.handles.pid(), machine.pid());
-    let lent = machine.handles.ram("pc.ram").unwrap().expect("ramfd= was given");
-    assert_eq!(lent.inode().unwrap(), machine.memory.inode().unwrap());
+fn tracks_exactly(vm: &mut Vm, api_versions: &[u32]) {
+    assert!(api_versions.contains(&vm.handles.plugin_api_version()));
+    assert_eq!(vm.handles.pid(), vm.pid());
+    let lent = vm.handles.ram("pc.ram").unwrap().expect("ramfd= was given");
+    assert_eq!(lent.inode().unwrap(), vm.memory.inode().unwrap());
 
-    let again = PluginHandles::connect(&machine._dir.path().join("plugin.sock"), TIMEOUT).unwrap();
-    let (mut tracker, ram) = machine.attach(again);
-    machine.write(5);
-    let all = drain(&mut tracker, ram);
+    let again = PluginHandles::connect(&vm._dir.path().join("plugin.sock"), TIMEOUT).unwrap();
+    let (mut tracker, ram) = vm.attach(again);
+    vm.write(5);
+    let all = upload(&mut tracker, ram);
     assert!(all.contains(&(FIRST_PAGE + 5)) && all.len() > 1, "{all:?}");
-    for writes in ROUNDS {
+    for writes in PASSES {
         for n in writes {
-            machine.write(*n);
+            vm.write(*n);
         }
-        assert_eq!(drain(&mut tracker, ram), pages_of(writes));
+        assert_eq!(upload(&mut tracker, ram), pages_of(writes));
     }
     let mut content = [0; PAGE as usize];
     let seventh = checkpoint_format::PageRange::single((FIRST_PAGE + 7).into());
@@ -246,8 +247,8 @@ fn tracks_exactly(machine: &mut Machine, api_versions: &[u32]) {
 fn every_qemu_and_accelerator_is_tracked_exactly() {
     for qemu in qemus() {
         for accelerator in accelerators() {
-            let mut machine = Machine::start(&qemu, accelerator, false);
-            tracks_exactly(&mut machine, &[1, 2, 7]);
+            let mut vm = Vm::start(&qemu, accelerator, false);
+            tracks_exactly(&mut vm, &[1, 2, 7]);
             eprintln!("{} {accelerator}: ok", qemu.display());
         }
     }
@@ -256,8 +257,8 @@ fn every_qemu_and_accelerator_is_tracked_exactly() {
 #[test]
 fn a_qemu_in_the_background_is_tracked_too() {
     for qemu in qemus() {
-        let mut machine = Machine::start(&qemu, "tcg", true);
-        tracks_exactly(&mut machine, &[1, 2, 7]);
+        let mut vm = Vm::start(&qemu, "tcg", true);
+        tracks_exactly(&mut vm, &[1, 2, 7]);
     }
 }
 

@@ -5,63 +5,63 @@ mod support;
 use std::collections::BTreeSet;
 
 use checkpoint_format::{PageCount, PageIndex, PageRange};
-use dirty_tracker::{DirtyLease, RegionId, Tracker, TrackerError};
+use dirty_tracker::{BlockId, DirtyClaim, Tracker, TrackerError};
 use proptest::prelude::*;
 use support::{PAGE, Receipt, StandIn, numbers};
 
-fn take(tracker: &mut Tracker, region: RegionId, lease: &mut DirtyLease) -> Vec<u64> {
-    numbers(&tracker.lease(region, lease).unwrap())
+fn take(tracker: &mut Tracker, block: BlockId, claim: &mut DirtyClaim) -> Vec<u64> {
+    numbers(&tracker.claim(block, claim).unwrap())
 }
 
 /// Takes and keeps the dirty pages.
-fn drain(tracker: &mut Tracker, region: RegionId) -> Vec<u64> {
-    let mut lease = tracker.begin_lease();
-    let pages = take(tracker, region, &mut lease);
-    lease.settle(&Receipt::new());
+fn upload(tracker: &mut Tracker, block: BlockId) -> Vec<u64> {
+    let mut claim = tracker.begin_claim();
+    let pages = take(tracker, block, &mut claim);
+    claim.acknowledge(&Receipt::new());
     pages
 }
 
 #[test]
-fn first_lease_has_all_that_exists_and_later_ones_what_was_written() {
+fn first_claim_has_all_that_exists_and_later_ones_what_was_written() {
     let mut guest = StandIn::start(300, 300);
     guest.write('s', &[0, 7, 299]);
     guest.write('p', &[1, 8]);
     let (mut tracker, shared, private) = guest.attach();
     assert_eq!(numbers(&tracker.populated(shared).unwrap()), [0, 7, 299]);
     assert_eq!(numbers(&tracker.populated(private).unwrap()), [1, 8]);
-    assert_eq!(drain(&mut tracker, shared), [0, 7, 299]);
-    assert_eq!(drain(&mut tracker, private), [1, 8]);
-    for region in [shared, private] {
-        assert!(drain(&mut tracker, region).is_empty());
+    assert_eq!(upload(&mut tracker, shared), [0, 7, 299]);
+    assert_eq!(upload(&mut tracker, private), [1, 8]);
+    for block in [shared, private] {
+        assert!(upload(&mut tracker, block).is_empty());
     }
     guest.write('s', &[7, 8]);
     guest.write('p', &[8, 9]);
     assert_eq!(numbers(&tracker.scan(shared).unwrap()), [7, 8], "a look");
-    assert_eq!(drain(&mut tracker, shared), [7, 8], "a look takes nothing");
-    assert_eq!(drain(&mut tracker, private), [8, 9]);
+    assert_eq!(upload(&mut tracker, shared), [7, 8], "a look takes nothing");
+    assert_eq!(upload(&mut tracker, private), [8, 9]);
 }
 
 #[test]
-fn a_prepared_first_lease_has_just_what_exists() {
+fn a_prepared_first_claim_has_just_what_exists() {
     let mut guest = StandIn::start(3000, 3000);
     let (mut tracker, shared, private) = guest.attach();
     for memory in ['s', 'p'] {
         guest.write(memory, &[0, 7, 2999]);
     }
     tracker.prepare().unwrap();
-    for (memory, region) in [('s', shared), ('p', private)] {
+    for (memory, block) in [('s', shared), ('p', private)] {
         guest.write(memory, &[7, 8, 1500]);
         guest.act('r', memory, &[20]);
-        assert_eq!(numbers(&tracker.scan(region).unwrap()), [0, 7, 8, 1500, 2999], "{memory}");
-        assert_eq!(drain(&mut tracker, region), [0, 7, 8, 1500, 2999], "{memory}");
+        assert_eq!(numbers(&tracker.scan(block).unwrap()), [0, 7, 8, 1500, 2999], "{memory}");
+        assert_eq!(upload(&mut tracker, block), [0, 7, 8, 1500, 2999], "{memory}");
         tracker.prepare().unwrap();
         guest.write(memory, &[9]);
-        assert_eq!(drain(&mut tracker, region), [9], "{memory}");
+        assert_eq!(upload(&mut tracker, block), [9], "{memory}");
     }
 }
 
 #[test]
-fn pages_born_while_the_tracker_prepares_are_in_the_first_lease() {
+fn pages_born_while_the_tracker_prepares_are_in_the_first_claim() {
     const PAGES: u64 = 128 << 10;
     let mut guest = StandIn::start(PAGES, PAGES);
     let (mut tracker, shared, private) = guest.attach();
@@ -82,8 +82,8 @@ fn pages_born_while_the_tracker_prepares_are_in_the_first_lease() {
         done.store(true, std::sync::atomic::Ordering::Relaxed);
         writer.join().unwrap()
     });
-    for (memory, region) in [('s', shared), ('p', private)] {
-        let leased = drain(&mut tracker, region);
+    for (memory, block) in [('s', shared), ('p', private)] {
+        let leased = upload(&mut tracker, block);
         let missing: Vec<&u64> = born.iter().filter(|page| !leased.contains(page)).collect();
         assert!(missing.is_empty(), "{memory}: {} of {} pages are missing", missing.len(), born.len());
     }
@@ -95,9 +95,9 @@ fn what_exists_before_and_is_not_mapped_counts_as_existing() {
     guest.memory.write(5 * PAGE, &[1]).unwrap();
     guest.act('o', 's', &[9]);
     let (mut tracker, shared, _) = guest.attach();
-    assert_eq!(drain(&mut tracker, shared), [5, 9]);
+    assert_eq!(upload(&mut tracker, shared), [5, 9]);
     guest.act('r', 's', &[5, 9, 10]);
-    assert!(drain(&mut tracker, shared).is_empty(), "reading is not writing");
+    assert!(upload(&mut tracker, shared).is_empty(), "reading is not writing");
 }
 
 #[test]
@@ -105,14 +105,14 @@ fn first_write_to_a_page_that_never_existed_is_seen_and_reading_it_is_not() {
     let mut guest = StandIn::start(2048, 2048);
     let (mut tracker, shared, private) = guest.attach();
     tracker.protect_all().unwrap();
-    for (memory, region) in [('s', shared), ('p', private)] {
+    for (memory, block) in [('s', shared), ('p', private)] {
         guest.act('r', memory, &[0, 3, 1000]);
-        assert!(drain(&mut tracker, region).is_empty(), "{memory}");
+        assert!(upload(&mut tracker, block).is_empty(), "{memory}");
         guest.write(memory, &[3, 4, 513, 2047]);
-        assert_eq!(drain(&mut tracker, region), [3, 4, 513, 2047], "{memory}");
+        assert_eq!(upload(&mut tracker, block), [3, 4, 513, 2047], "{memory}");
         guest.act('r', memory, &[3, 5]);
         guest.write(memory, &[1000]);
-        assert_eq!(drain(&mut tracker, region), [1000], "{memory}");
+        assert_eq!(upload(&mut tracker, block), [1000], "{memory}");
     }
 }
 
@@ -125,15 +125,15 @@ fn huge_pages_are_tracked_page_by_page() {
     }
     let (mut tracker, shared, private) = guest.attach();
     tracker.prepare().unwrap();
-    drain(&mut tracker, shared);
-    drain(&mut tracker, private);
-    for (memory, region) in [('s', shared), ('p', private)] {
+    upload(&mut tracker, shared);
+    upload(&mut tracker, private);
+    for (memory, block) in [('s', shared), ('p', private)] {
         guest.write(memory, &[17]);
-        assert_eq!(drain(&mut tracker, region), [17], "{memory}");
+        assert_eq!(upload(&mut tracker, block), [17], "{memory}");
         guest.write(memory, &(0..1024).collect::<Vec<_>>());
-        assert_eq!(drain(&mut tracker, region).len(), 1024, "{memory}");
+        assert_eq!(upload(&mut tracker, block).len(), 1024, "{memory}");
         guest.write(memory, &[600]);
-        assert_eq!(drain(&mut tracker, region), [600], "{memory}");
+        assert_eq!(upload(&mut tracker, block), [600], "{memory}");
     }
 }
 
@@ -146,16 +146,16 @@ fn huge_pages_that_stay_huge_lose_nothing() {
     }
     let (mut tracker, shared, private) = guest.attach();
     tracker.protect_all().unwrap();
-    for (memory, region) in [('s', shared), ('p', private)] {
-        assert!(drain(&mut tracker, region).is_empty(), "{memory}");
+    for (memory, block) in [('s', shared), ('p', private)] {
+        assert!(upload(&mut tracker, block).is_empty(), "{memory}");
         guest.write(memory, &[17]);
-        assert!(drain(&mut tracker, region).contains(&17), "{memory}");
+        assert!(upload(&mut tracker, block).contains(&17), "{memory}");
         guest.write(memory, &[18, 1023]);
         guest.act('r', memory, &[19]);
-        let pages = drain(&mut tracker, region);
+        let pages = upload(&mut tracker, block);
         assert!(pages.contains(&18) && pages.contains(&1023), "{memory}");
         guest.write(memory, &[18]);
-        assert!(drain(&mut tracker, region).contains(&18), "{memory}");
+        assert!(upload(&mut tracker, block).contains(&18), "{memory}");
     }
 }
 
@@ -164,82 +164,82 @@ fn discarded_private_pages_are_dirty() {
     let mut guest = StandIn::start(1, 64);
     guest.write('p', &[3, 4]);
     let (mut tracker, _, private) = guest.attach();
-    assert_eq!(drain(&mut tracker, private), [3, 4]);
+    assert_eq!(upload(&mut tracker, private), [3, 4]);
     guest.act('d', 'p', &[3]);
-    let mut lease = tracker.begin_lease();
-    assert_eq!(take(&mut tracker, private, &mut lease), [3]);
+    let mut claim = tracker.begin_claim();
+    assert_eq!(take(&mut tracker, private, &mut claim), [3]);
     let mut content = vec![1; PAGE as usize];
     tracker.read_pages(private, PageRange::single(PageIndex(3)), &mut content).unwrap();
     assert!(content.iter().all(|byte| *byte == 0));
-    lease.settle(&Receipt::new());
+    claim.acknowledge(&Receipt::new());
 }
 
 #[test]
-fn a_lease_that_is_dropped_comes_back_with_the_next() {
+fn a_claim_that_is_dropped_comes_back_with_the_next() {
     let mut guest = StandIn::start(64, 64);
     let (mut tracker, shared, private) = guest.attach();
     tracker.protect_all().unwrap();
     guest.write('s', &[1]);
     guest.write('p', &[2]);
-    let mut lease = tracker.begin_lease();
-    assert_eq!(take(&mut tracker, shared, &mut lease), [1]);
-    assert_eq!(take(&mut tracker, private, &mut lease), [2]);
+    let mut claim = tracker.begin_claim();
+    assert_eq!(take(&mut tracker, shared, &mut claim), [1]);
+    assert_eq!(take(&mut tracker, private, &mut claim), [2]);
     guest.write('s', &[5]);
-    assert_eq!(take(&mut tracker, shared, &mut lease), [5], "a second round reports what is new");
-    assert_eq!(numbers(lease.pages(shared).unwrap()), [1, 5]);
-    assert_eq!(lease.count(), PageCount(3));
-    drop(lease);
+    assert_eq!(take(&mut tracker, shared, &mut claim), [5], "a second round reports what is new");
+    assert_eq!(numbers(claim.pages(shared).unwrap()), [1, 5]);
+    assert_eq!(claim.count(), PageCount(3));
+    drop(claim);
     guest.write('s', &[9]);
     assert_eq!(numbers(&tracker.scan(shared).unwrap()), [1, 5, 9]);
-    let mut lease = tracker.begin_lease();
-    assert_eq!(take(&mut tracker, shared, &mut lease), [1, 5, 9]);
-    assert_eq!(take(&mut tracker, private, &mut lease), [2]);
-    lease.settle(&Receipt::new());
-    assert!(drain(&mut tracker, shared).is_empty());
-    assert!(drain(&mut tracker, private).is_empty());
+    let mut claim = tracker.begin_claim();
+    assert_eq!(take(&mut tracker, shared, &mut claim), [1, 5, 9]);
+    assert_eq!(take(&mut tracker, private, &mut claim), [2]);
+    claim.acknowledge(&Receipt::new());
+    assert!(upload(&mut tracker, shared).is_empty());
+    assert!(upload(&mut tracker, private).is_empty());
 }
 
 #[test]
 fn content_is_read_from_both_kinds_of_memory() {
     let mut guest = StandIn::start(64, 64);
     let (tracker, shared, private) = guest.attach();
-    for (memory, region) in [('s', shared), ('p', private)] {
+    for (memory, block) in [('s', shared), ('p', private)] {
         guest.write(memory, &[10, 11, 11]);
         let mut content = vec![9; 4 * PAGE as usize];
         let pages = PageRange::new(PageIndex(9), PageIndex(13));
-        tracker.read_pages(region, pages, &mut content).unwrap();
+        tracker.read_pages(block, pages, &mut content).unwrap();
         let firsts: Vec<u8> = content.chunks(PAGE as usize).map(|page| page[0]).collect();
         assert_eq!(firsts, [0, 1, 2, 0], "{memory}");
         let outside = PageRange::new(PageIndex(63), PageIndex(65));
-        let error = tracker.read_pages(region, outside, &mut content[..2 * PAGE as usize]).unwrap_err();
+        let error = tracker.read_pages(block, outside, &mut content[..2 * PAGE as usize]).unwrap_err();
         assert!(matches!(error, TrackerError::OutOfRange { .. }), "{error}");
     }
 }
 
 #[test]
-fn regions_that_are_not_what_they_seem_are_refused() {
+fn blocks_that_are_not_what_they_seem_are_refused() {
     let guest = StandIn::start(64, 64);
-    let attach = |change: &dyn Fn(&mut Vec<dirty_tracker::Region>)| {
-        let mut regions = guest.regions();
-        change(&mut regions);
-        Tracker::attach(guest.handles(), regions).unwrap_err().to_string()
+    let attach = |change: &dyn Fn(&mut Vec<dirty_tracker::TrackedBlock>)| {
+        let mut blocks = guest.blocks();
+        change(&mut blocks);
+        Tracker::attach(guest.handles(), blocks).unwrap_err().to_string()
     };
-    assert!(attach(&|regions| regions[0].host_address += PAGE).contains("not byte 0 of its file"));
-    assert!(attach(&|regions| regions[0].host_address = guest.private_address).contains("is not byte 0"));
-    assert!(attach(&|regions| regions[1].host_address = guest.shared_address).contains("is shared"));
-    assert!(attach(&|regions| regions[1].host_address = 0x1000).contains("nothing is mapped"));
-    assert!(attach(&|regions| regions[1].name = "shared".into()).contains("twice"));
+    assert!(attach(&|blocks| blocks[0].host_address += PAGE).contains("not byte 0 of its file"));
+    assert!(attach(&|blocks| blocks[0].host_address = guest.private_address).contains("is not byte 0"));
+    assert!(attach(&|blocks| blocks[1].host_address = guest.shared_address).contains("is shared"));
+    assert!(attach(&|blocks| blocks[1].host_address = 0x1000).contains("nothing is mapped"));
+    assert!(attach(&|blocks| blocks[1].name = "shared".into()).contains("twice"));
 }
 
 #[test]
-fn leases_and_regions_of_another_tracker_are_refused() {
+fn claims_and_blocks_of_another_tracker_are_refused() {
     let guest = StandIn::start(8, 8);
     let (mut tracker, shared, private) = guest.attach();
     let (other, _, _) = guest.attach();
-    let mut lease = other.begin_lease();
-    assert!(matches!(tracker.lease(shared, &mut lease), Err(TrackerError::ForeignLease)));
-    let mut small = Tracker::attach(guest.handles(), guest.regions().drain(..1).collect()).unwrap();
-    assert!(matches!(small.scan(private), Err(TrackerError::UnknownRegion(1))));
+    let mut claim = other.begin_claim();
+    assert!(matches!(tracker.claim(shared, &mut claim), Err(TrackerError::ForeignClaim)));
+    let mut small = Tracker::attach(guest.handles(), guest.blocks().drain(..1).collect()).unwrap();
+    assert!(matches!(small.scan(private), Err(TrackerError::UnknownBlock(1))));
 }
 
 #[test]
@@ -248,34 +248,34 @@ fn a_successor_takes_over_and_misses_nothing() {
     let (mut tracker, shared, _) = guest.attach();
     tracker.protect_all().unwrap();
     guest.write('s', &[1, 2]);
-    let mut lease = tracker.begin_lease();
-    assert_eq!(take(&mut tracker, shared, &mut lease), [1, 2]);
+    let mut claim = tracker.begin_claim();
+    assert_eq!(take(&mut tracker, shared, &mut claim), [1, 2]);
     guest.write('s', &[3]);
     // As when the process is killed: nothing is given back.
     #[expect(clippy::disallowed_methods, reason = "a helper that is killed drops nothing")]
-    std::mem::forget(lease);
+    std::mem::forget(claim);
     drop(tracker);
     guest.write('s', &[4]);
 
     let (mut tracker, shared, private) = guest.attach();
     guest.write('s', &[5]);
-    assert_eq!(drain(&mut tracker, shared), [1, 2, 3, 4, 5]);
-    drain(&mut tracker, private);
+    assert_eq!(upload(&mut tracker, shared), [1, 2, 3, 4, 5]);
+    upload(&mut tracker, private);
     guest.write('s', &[6]);
     guest.write('p', &[7]);
-    assert_eq!(drain(&mut tracker, shared), [6]);
-    assert_eq!(drain(&mut tracker, private), [7]);
+    assert_eq!(upload(&mut tracker, shared), [6]);
+    assert_eq!(upload(&mut tracker, private), [7]);
 }
 
 #[test]
-fn a_successor_that_knows_the_last_lease_was_settled_goes_on_where_it_ended() {
+fn a_successor_that_knows_the_last_claim_was_acknowledged_goes_on_where_it_ended() {
     let mut guest = StandIn::start(64, 64);
     let (mut tracker, shared, private) = guest.attach();
     for memory in ['s', 'p'] {
         guest.write(memory, &[1, 2]);
     }
-    drain(&mut tracker, shared);
-    drain(&mut tracker, private);
+    upload(&mut tracker, shared);
+    upload(&mut tracker, private);
     guest.write('s', &[3]);
     drop(tracker);
     guest.write('s', &[4]);
@@ -283,8 +283,8 @@ fn a_successor_that_knows_the_last_lease_was_settled_goes_on_where_it_ended() {
 
     let (mut tracker, shared, private) = guest.attach();
     tracker.resume_protection();
-    assert_eq!(drain(&mut tracker, shared), [3, 4]);
-    assert_eq!(drain(&mut tracker, private), [5]);
+    assert_eq!(upload(&mut tracker, shared), [3, 4]);
+    assert_eq!(upload(&mut tracker, private), [5]);
 }
 
 #[test]
@@ -293,8 +293,8 @@ fn trusting_a_predecessor_that_never_was_takes_every_page() {
     guest.write('s', &[1]);
     let (mut tracker, shared, private) = guest.attach();
     tracker.resume_protection();
-    for region in [shared, private] {
-        assert_eq!(drain(&mut tracker, region).len(), 64);
+    for block in [shared, private] {
+        assert_eq!(upload(&mut tracker, block).len(), 64);
     }
 }
 
@@ -304,8 +304,8 @@ fn a_process_that_ended_is_recognised() {
     let (mut tracker, shared, private) = guest.attach();
     tracker.protect_all().unwrap();
     guest.kill();
-    for region in [shared, private] {
-        let error = tracker.scan(region).unwrap_err();
+    for block in [shared, private] {
+        let error = tracker.scan(block).unwrap_err();
         assert!(error.is_process_gone(), "{error:?}");
         assert!(!error.is_retryable());
     }
@@ -315,15 +315,15 @@ fn a_process_that_ended_is_recognised() {
     tracker.read_pages(shared, PageRange::single(PageIndex(0)), &mut [0; PAGE as usize]).unwrap();
 }
 
-/// What can happen to a tracked machine.
+/// What can happen to a tracked VM.
 #[derive(Debug, Clone)]
 enum Step {
     Write(usize, Vec<u64>),
     Read(usize, Vec<u64>),
     Look,
     /// One round: take into the open lease.
-    Round,
-    Settle,
+    Pass,
+    Acknowledge,
     Drop,
 }
 
@@ -339,13 +339,13 @@ fn step() -> impl Strategy<Value = Step> {
         5 => (0..2usize, pages()).prop_map(|(memory, pages)| Step::Write(memory, pages)),
         2 => (0..2usize, pages()).prop_map(|(memory, pages)| Step::Read(memory, pages)),
         1 => Just(Step::Look),
-        3 => Just(Step::Round),
-        1 => Just(Step::Settle),
+        3 => Just(Step::Pass),
+        1 => Just(Step::Acknowledge),
         1 => Just(Step::Drop),
     ]
 }
 
-/// The naive oracle: per memory, what was written and not taken, and what the open lease has.
+/// The naive oracle: per memory, what was written and not taken, and what the open claim has.
 #[derive(Default)]
 struct Oracle {
     dirty: [BTreeSet<u64>; 2],
@@ -365,10 +365,10 @@ fn run(steps: &[Step]) {
     let first = [first_page(guest.shared_address), first_page(guest.private_address)];
     let placed = |memory: usize, pages: &[u64]| pages.iter().map(|page| first[memory] + page).collect::<Vec<u64>>();
     let (mut tracker, shared, private) = guest.attach();
-    let regions = [shared, private];
+    let blocks = [shared, private];
     tracker.protect_all().unwrap();
     let mut oracle = Oracle::default();
-    let mut lease = tracker.begin_lease();
+    let mut claim = tracker.begin_claim();
     for step in steps {
         match step {
             Step::Write(memory, pages) => {
@@ -378,26 +378,26 @@ fn run(steps: &[Step]) {
             }
             Step::Read(memory, pages) => guest.act('r', MEMORIES[*memory], &placed(*memory, pages)),
             Step::Look => {
-                for (region, dirty) in regions.iter().zip(&oracle.dirty) {
-                    assert!(tracker.scan(*region).unwrap().iter().map(PageIndex::get).eq(dirty.iter().copied()));
+                for (block, dirty) in blocks.iter().zip(&oracle.dirty) {
+                    assert!(tracker.scan(*block).unwrap().iter().map(PageIndex::get).eq(dirty.iter().copied()));
                 }
             }
-            Step::Round => {
-                for (index, region) in regions.iter().enumerate() {
-                    let taken = take(&mut tracker, *region, &mut lease);
+            Step::Pass => {
+                for (index, block) in blocks.iter().enumerate() {
+                    let taken = take(&mut tracker, *block, &mut claim);
                     let expected = std::mem::take(&mut oracle.dirty[index]);
                     assert!(taken.iter().eq(&expected), "{} pages, expected {}", taken.len(), expected.len());
                     oracle.leased[index].extend(expected);
-                    assert!(lease.pages(*region).unwrap().iter().map(PageIndex::get).eq(oracle.leased[index].iter().copied()));
+                    assert!(claim.pages(*block).unwrap().iter().map(PageIndex::get).eq(oracle.leased[index].iter().copied()));
                 }
             }
-            Step::Settle => {
-                let settled = std::mem::replace(&mut lease, tracker.begin_lease());
-                settled.settle(&Receipt::new());
+            Step::Acknowledge => {
+                let acknowledged = std::mem::replace(&mut claim, tracker.begin_claim());
+                acknowledged.acknowledge(&Receipt::new());
                 oracle.leased = Default::default();
             }
             Step::Drop => {
-                lease = tracker.begin_lease();
+                claim = tracker.begin_claim();
                 for (dirty, leased) in oracle.dirty.iter_mut().zip(&mut oracle.leased) {
                     dirty.append(leased);
                 }

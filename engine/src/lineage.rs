@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    CheckpointIdentity, CheckpointSeq, DigestTable, Manifest, PackIndex, PackRecord, PageCount, SpaceName, SpaceRecord, VmName,
+    CheckpointId, CheckpointIdentity, DigestTable, Manifest, PackIndex, PackRecord, PageCount, SpaceName, SpaceRecord, VmName,
 };
 use checkpoint_store::Repository;
 use futures::future::BoxFuture;
@@ -26,41 +26,41 @@ const READS: usize = 8;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckpointName {
     pub vm: VmName,
-    pub seq: Option<CheckpointSeq>,
+    pub id: Option<CheckpointId>,
 }
 
 impl FromStr for CheckpointName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (name, seq) = match text.split_once('@') {
-            Some((name, seq)) => (name, Some(seq)),
+        let (name, id) = match text.split_once('@') {
+            Some((name, id)) => (name, Some(id)),
             None => (text, None),
         };
         let vm = name.parse().map_err(|error| format!("{error}"))?;
-        let number = |seq: &str| {
-            seq.parse().map(CheckpointSeq).map_err(|_| format!("'{seq}' is no checkpoint id: a number was expected, as in {name}@7"))
+        let number = |id: &str| {
+            id.parse().map(CheckpointId).map_err(|_| format!("'{id}' is no checkpoint id: a number was expected, as in {name}@7"))
         };
-        Ok(Self { vm, seq: seq.map(number).transpose()? })
+        Ok(Self { vm, id: id.map(number).transpose()? })
     }
 }
 
 /// The checkpoint that a name means: the newest when it names none.
-pub async fn resolve(repository: &Repository, name: &CheckpointName) -> Result<CheckpointSeq> {
+pub async fn resolve(repository: &Repository, name: &CheckpointName) -> Result<CheckpointId> {
     let known = checkpoints(repository, &name.vm).await?;
     let newest = known.last().context("internal error: an empty list of checkpoints")?;
-    match name.seq {
+    match name.id {
         None => Ok(*newest),
-        Some(seq) if known.contains(&seq) => Ok(seq),
-        Some(seq) => {
-            Err(classed(Class::Failed, format!("the store has no checkpoint {}@{seq}; the newest is {}@{newest}", name.vm, name.vm)))
+        Some(id) if known.contains(&id) => Ok(id),
+        Some(id) => {
+            Err(classed(Class::Failed, format!("the store has no checkpoint {}@{id}; the newest is {}@{newest}", name.vm, name.vm)))
         }
     }
 }
 
 /// The checkpoints of a VM, ascending, at least one: a name that the store does not know is an error, as is one that was only
 /// claimed.
-pub async fn checkpoints(repository: &Repository, vm: &VmName) -> Result<Vec<CheckpointSeq>> {
+pub async fn checkpoints(repository: &Repository, vm: &VmName) -> Result<Vec<CheckpointId>> {
     let known = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
     if known.is_empty() {
         return Err(classed(Class::Failed, format!("the store has no checkpoint of {vm}; 'stillpoint ls' shows what it has")));
@@ -77,14 +77,14 @@ pub struct Lineage {
 }
 
 impl Lineage {
-    pub async fn read(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<Self> {
+    pub async fn read(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<Self> {
         let (mut manifests, mut identities) = (Vec::new(), Vec::new());
-        let mut next = Some(seq);
+        let mut next = Some(id);
         let mut bytes = 0;
         while let Some(ancestor) = next {
             if manifests.len() == LONGEST_LINEAGE || bytes > LINEAGE_BYTES {
                 return Err(damaged(format!(
-                    "the lineage of {vm}@{seq} has more than {LONGEST_LINEAGE} checkpoints or {LINEAGE_BYTES} bytes of manifests"
+                    "the lineage of {vm}@{id} has more than {LONGEST_LINEAGE} checkpoints or {LINEAGE_BYTES} bytes of manifests"
                 )));
             }
             let (manifest, file) = parsed_manifest(repository, vm, ancestor).await?;
@@ -99,8 +99,8 @@ impl Lineage {
     }
 
     /// Every pack, oldest first; its place in this list is its number in a page map.
-    pub fn packs(&self) -> Vec<(CheckpointSeq, &PackRecord)> {
-        let of = |manifest: &Manifest| manifest.seq;
+    pub fn packs(&self) -> Vec<(CheckpointId, &PackRecord)> {
+        let of = |manifest: &Manifest| manifest.id;
         self.manifests.iter().flat_map(|manifest| manifest.packs.iter().map(move |pack| (of(manifest), pack))).collect()
     }
 
@@ -109,11 +109,11 @@ impl Lineage {
         self.read_indexes(repository).try_collect().await
     }
 
-    /// A few at a time: all of a long lineage's indexes together may be larger than the machine.
+    /// A few at a time: all of a long lineage's indexes together may be larger than the VM.
     fn read_indexes<'a>(&'a self, repository: &'a Repository) -> BoxStream<'a, Result<PackIndex>> {
         let mut reads: Vec<BoxFuture<'a, Result<PackIndex>>> = Vec::new();
-        for (seq, pack) in self.packs() {
-            reads.push(Box::pin(index(repository, &self.vm, seq, pack)));
+        for (id, pack) in self.packs() {
+            reads.push(Box::pin(index(repository, &self.vm, id, pack)));
         }
         futures::stream::iter(reads).buffered(READS).boxed()
     }
@@ -140,24 +140,24 @@ impl Lineage {
     }
 }
 
-pub async fn manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<Manifest> {
-    Ok(parsed_manifest(repository, vm, seq).await?.0)
+pub async fn manifest(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<Manifest> {
+    Ok(parsed_manifest(repository, vm, id).await?.0)
 }
 
 /// And the bytes of its file.
-async fn parsed_manifest(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<(Manifest, Bytes)> {
-    let bytes = repository.read_manifest(vm, seq).await.with_context(|| format!("reading the manifest of {vm}@{seq}"))?;
-    let manifest = Manifest::parse(&bytes).with_context(|| format!("the manifest of {vm}@{seq}"))?;
-    if manifest.seq != seq || manifest.parent.is_some_and(|parent| parent >= seq) {
-        return Err(damaged(format!("the manifest of {vm}@{seq} says that it is {}@{}", manifest.vm, manifest.seq)));
+async fn parsed_manifest(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<(Manifest, Bytes)> {
+    let bytes = repository.read_manifest(vm, id).await.with_context(|| format!("reading the manifest of {vm}@{id}"))?;
+    let manifest = Manifest::parse(&bytes).with_context(|| format!("the manifest of {vm}@{id}"))?;
+    if manifest.id != id || manifest.parent.is_some_and(|parent| parent >= id) {
+        return Err(damaged(format!("the manifest of {vm}@{id} says that it is {}@{}", manifest.vm, manifest.id)));
     }
     Ok((manifest, bytes))
 }
 
-pub async fn index(repository: &Repository, vm: &VmName, seq: CheckpointSeq, pack: &PackRecord) -> Result<PackIndex> {
-    let about = || format!("the index of {vm}@{seq}/{}", pack.name);
+pub async fn index(repository: &Repository, vm: &VmName, id: CheckpointId, pack: &PackRecord) -> Result<PackIndex> {
+    let about = || format!("the index of {vm}@{id}/{}", pack.name);
     let range = pack.info.footer().trailer_range();
-    let trailer = repository.read_pack_range(vm, seq, pack.name.as_str(), range.start, range.end - range.start).await;
+    let trailer = repository.read_pack_range(vm, id, pack.name.as_str(), range.start, range.end - range.start).await;
     pack.info.parse_index(&trailer.with_context(about)?).with_context(about)
 }
 
@@ -168,7 +168,7 @@ mod test {
     #[test]
     fn checkpoint_names_are_parsed() {
         let name: CheckpointName = "web-1@12".parse().unwrap();
-        assert_eq!((name.vm.as_str(), name.seq), ("web-1", Some(CheckpointSeq(12))));
+        assert_eq!((name.vm.as_str(), name.id), ("web-1", Some(CheckpointId(12))));
         assert!("web@x".parse::<CheckpointName>().unwrap_err().contains("web@7"));
         assert!("/etc@1".parse::<CheckpointName>().is_err());
     }

@@ -7,13 +7,13 @@ use std::time::Duration;
 use vm::error::usage;
 
 /// How long one call to the store, or a write without progress, may take. `STILLPOINT_STORE_TIMEOUT` (seconds) changes it.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// A file is tried again for this many times the patience: two tries that hang still leave time for one that does not.
 const TRIES: u32 = 3;
 
 pub async fn open(url: &str, mode: Mode) -> Result<Repository> {
-    let patience = patience()?;
-    let retry = RetryPolicy { give_up_after: patience * TRIES, ..RetryPolicy::default() };
+    let timeout = timeout()?;
+    let retry = RetryPolicy { give_up_after: timeout * TRIES, ..RetryPolicy::default() };
     let options = RepositoryOptions { retry, ..RepositoryOptions::default() };
     Repository::open_with(connect(url)?, mode, options).await.with_context(|| format!("opening the store {url}"))
 }
@@ -37,14 +37,14 @@ pub fn absolute(url: &str) -> Result<String> {
 
 /// Checks the URL; nothing is contacted.
 pub fn connect(url: &str) -> Result<Arc<dyn Store>> {
-    let patience = patience()?;
-    let hdfs = HdfsOptions { call_timeout: patience, stall_timeout: patience, ..HdfsOptions::default() };
+    let timeout = timeout()?;
+    let hdfs = HdfsOptions { call_timeout: timeout, stall_timeout: timeout, ..HdfsOptions::default() };
     Ok(checkpoint_store::open(url, &StoreOptions { hdfs })?)
 }
 
-fn patience() -> Result<Duration> {
+fn timeout() -> Result<Duration> {
     const VARIABLE: &str = "STILLPOINT_STORE_TIMEOUT";
-    let Ok(text) = std::env::var(VARIABLE) else { return Ok(PATIENCE) };
+    let Ok(text) = std::env::var(VARIABLE) else { return Ok(TIMEOUT) };
     match text.parse() {
         Ok(seconds @ 1..=3600) => Ok(Duration::from_secs(seconds)),
         _ => Err(usage(format!("{VARIABLE}={text} is no number of seconds from 1 to 3600"))),

@@ -40,7 +40,7 @@ pub async fn run(store: &str, name: &CheckpointName, progress: &dyn Progress) ->
 /// The same of a store that is open.
 pub async fn read_back(repository: &Repository, name: &CheckpointName, progress: &dyn Progress) -> Result<Report> {
     let newest = lineage::resolve(repository, name).await?;
-    let manifests = match name.seq {
+    let manifests = match name.id {
         Some(_) => Lineage::read(repository, &name.vm, newest).await?.manifests,
         None => all(repository, name).await?,
     };
@@ -62,8 +62,8 @@ pub async fn read_back(repository: &Repository, name: &CheckpointName, progress:
 
 async fn all(repository: &Repository, name: &CheckpointName) -> Result<Vec<Manifest>> {
     let mut manifests = Vec::new();
-    for seq in repository.checkpoints(&name.vm).await? {
-        manifests.push(lineage::manifest(repository, &name.vm, seq).await?);
+    for id in repository.checkpoints(&name.vm).await? {
+        manifests.push(lineage::manifest(repository, &name.vm, id).await?);
     }
     Ok(manifests)
 }
@@ -78,7 +78,7 @@ async fn check_checkpoint(repository: &Repository, manifest: &Manifest, work: &d
     report.checkpoints += 1;
     for pack in &manifest.packs {
         let result = check_pack(repository, manifest, pack, work, report).await;
-        note(report, format!("{}@{}/{}", manifest.vm, manifest.seq, pack.name), result);
+        note(report, format!("{}@{}/{}", manifest.vm, manifest.id, pack.name), result);
     }
 }
 
@@ -89,17 +89,17 @@ async fn check_pack(
     work: &dyn Advance,
     report: &mut Report,
 ) -> Result<()> {
-    let (vm, seq) = (&manifest.vm, manifest.seq);
-    let index = lineage::index(repository, vm, seq, pack).await?;
-    let header = repository.read_pack_range(vm, seq, pack.name.as_str(), 0, HEADER_LEN as u64).await?;
+    let (vm, id) = (&manifest.vm, manifest.id);
+    let index = lineage::index(repository, vm, id, pack).await?;
+    let header = repository.read_pack_range(vm, id, pack.name.as_str(), 0, HEADER_LEN as u64).await?;
     if PackHeader::parse(&header)?.id != pack.info.id {
         return Err(damaged("its header is another pack's"));
     }
-    let footer = repository.read_pack_range(vm, seq, pack.name.as_str(), pack.info.len.0 - FOOTER_LEN as u64, FOOTER_LEN as u64).await?;
+    let footer = repository.read_pack_range(vm, id, pack.name.as_str(), pack.info.len.0 - FOOTER_LEN as u64, FOOTER_LEN as u64).await?;
     if PackFooter::parse(&footer)? != pack.info.footer() {
         return Err(damaged("its footer is not the one that the manifest describes"));
     }
-    if repository.pack_len(vm, seq, pack.name.as_str()).await? != pack.info.len.0 {
+    if repository.pack_len(vm, id, pack.name.as_str()).await? != pack.info.len.0 {
         return Err(damaged(format!("its file does not have the {} bytes that the manifest says", pack.info.len)));
     }
     report.packs += 1;
@@ -110,7 +110,7 @@ async fn check_pack(
         let begin = frames[next].byte_range().start;
         let fits = frames[next..].iter().take_while(|frame| frame.byte_range().end - begin <= READ_BYTES).count().max(1);
         let end = frames[next + fits - 1].byte_range().end;
-        let bytes = repository.read_pack_range(vm, seq, pack.name.as_str(), begin, end - begin).await?;
+        let bytes = repository.read_pack_range(vm, id, pack.name.as_str(), begin, end - begin).await?;
         for number in next..next + fits {
             let range = frames[number].byte_range();
             let part = &bytes[(range.start - begin) as usize..(range.end - begin) as usize];

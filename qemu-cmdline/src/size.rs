@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-/// QEMU rounds a machine's RAM up to this.
+/// QEMU passes a VM's RAM up to this.
 const RAM_ALIGNMENT: u64 = 8192;
 
 /// A size that QEMU would not take; the message says why.
@@ -13,7 +13,7 @@ pub struct SizeError {
     why: &'static str,
 }
 
-/// The bytes of RAM that QEMU gives a machine for `-m TEXT`: a plain number counts MiB, a fraction is cut to whole
+/// The bytes of RAM that QEMU gives a VM for `-m TEXT`: a plain number counts MiB, a fraction is cut to whole
 /// bytes, and the whole is rounded up to 8 KiB.
 ///
 /// # Errors

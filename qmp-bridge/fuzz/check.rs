@@ -14,7 +14,7 @@ pub struct Facts {
     pub blocks: Vec<(String, u64)>,
     pub pages: usize,
     pub zeros: usize,
-    pub rounds: usize,
+    pub passes: usize,
     /// Names and instances of device sections.
     pub devices: Vec<(String, u32)>,
     /// The device state.
@@ -92,7 +92,7 @@ fn items<R: Read>(reader: &mut StreamReader<R>) -> Result<Facts, StreamReadError
                 inside(&facts, block, offset);
                 facts.zeros += 1;
             }
-            Item::RoundEnd => facts.rounds += 1,
+            Item::PassEnd => facts.passes += 1,
             Item::RamEnd => {
                 assert!(listed && !ended);
                 ended = true;

@@ -21,7 +21,7 @@ use crate::run_state::RunState;
 use crate::stream_format::STREAM_HEADER;
 use crate::stream_format::mark::{END_OF_STREAM, SECTION_FULL};
 
-/// Largest device state accepted; an ordinary machine has 0.1 to 1 MiB, one with virtio-gpu up to some dozen.
+/// Largest device state accepted; an ordinary VM has 0.1 to 1 MiB, one with virtio-gpu up to some dozen.
 pub const MAX_DEVICE_STATE: u64 = 256 << 20;
 
 #[derive(Debug, Error)]

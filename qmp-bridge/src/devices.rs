@@ -35,7 +35,7 @@ impl GuestDevice {
         } else if kind.starts_with("vfio") || kind.starts_with("vhost-vdpa") {
             Some("its hardware writes guest memory unseen and its state stays in it; use an emulated device")
         } else if kind.starts_with("virtio-mem") || kind == "pc-dimm" {
-            Some("a checkpoint knows one memory, the machine's own; unplug it")
+            Some("a checkpoint knows one memory, the VM's own; unplug it")
         } else if kind == "scsi-block" || kind == "scsi-generic" {
             Some("it sends the guest's writes to the hardware past QEMU's bitmaps; use scsi-hd on the same device")
         } else if kind.starts_with("ivshmem") {

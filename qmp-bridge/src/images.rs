@@ -1,4 +1,4 @@
-//! A short-lived QEMU without a machine that makes and fills disk images.
+//! A short-lived QEMU without a VM that makes and fills disk images.
 //!
 //! It writes every format just as the QEMU does that will open the image, so no format is written here; and its NBD
 //! export takes data as fast as we send it.
@@ -25,10 +25,10 @@ use crate::nbd::{NbdClient, NbdError};
 use crate::qmp::{Qmp, QmpError};
 use crate::said;
 
-/// A QEMU without a machine greets after 50 ms; a loaded host may need many times as long.
+/// A QEMU without a VM greets after 50 ms; a loaded host may need many times as long.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long one command of the worker, or one job, may take: nothing but the storage can hold it up.
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 /// A wait that is longer than this is told of, again and again.
 const SAY_EVERY: Duration = Duration::from_secs(10);
 /// How long a worker that has failed gets to show that it still listens.
@@ -136,10 +136,10 @@ impl ImageWorker {
             .map_err(start_error)?;
         let qmp = Qmp::over(ours, START_TIMEOUT).await;
         let qmp = qmp.map_err(|source| ImageError::Silent { binary: binary.into(), source, said: last_lines(&log) })?;
-        Ok(Self { qmp: qmp.with_timeout(PATIENCE), child, directory: directory.into(), images: 0, serving: false })
+        Ok(Self { qmp: qmp.with_timeout(TIMEOUT), child, directory: directory.into(), images: 0, serving: false })
     }
 
-    /// For whatever else a QEMU without a machine can tell, e.g. [`crate::machine::machine_types`].
+    /// For whatever else a QEMU without a VM can tell, e.g. [`crate::machine::machine_types`].
     pub fn qmp(&self) -> &Qmp {
         &self.qmp
     }
@@ -313,7 +313,7 @@ impl ImageWorkers {
                     if left == 0 {
                         return Err(error);
                     }
-                    tracing::warn!(%error, "the QEMU that writes the image is dead or hangs; the image is begun anew with another");
+                    tracing::warn!(%error, "the QEMU that writes the image is dead or hangs; the image is begun again with another");
                 }
                 outcome => {
                     self.worker = Some(worker);

@@ -28,9 +28,9 @@ pub enum IncomingError {
     Qmp(QmpError),
     #[error("cannot send the stream to {path}: {source}{hint}")]
     Send { path: PathBuf, source: std::io::Error, hint: String },
-    #[error("QEMU ended while it loaded the stream; its own output says why (often a machine that differs from the saved one)")]
+    #[error("QEMU ended while it loaded the stream; its own output says why (often a VM that differs from the saved one)")]
     Ended,
-    #[error("QEMU could not load the stream: {why}; the machine must have the same devices, in the same places, as the saved one")]
+    #[error("QEMU could not load the stream: {why}; the VM must have the same devices, in the same places, as the saved one")]
     Failed { why: String },
     #[error("QEMU did not finish loading within {after:?}; its state is `{status}`")]
     Stuck { status: String, after: Duration },
@@ -38,8 +38,8 @@ pub enum IncomingError {
     Path { path: PathBuf },
 }
 
-async fn announce_rounds(qmp: &Qmp, rounds: u32) -> Result<(), IncomingError> {
-    let set = qmp.execute_json("migrate-set-parameters", json!({ "announce-rounds": rounds })).await;
+async fn announce_rounds(qmp: &Qmp, passes: u32) -> Result<(), IncomingError> {
+    let set = qmp.execute_json("migrate-set-parameters", json!({ "announce-rounds": passes })).await;
     set.map(drop).map_err(IncomingError::Qmp)
 }
 

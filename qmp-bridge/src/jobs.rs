@@ -9,7 +9,7 @@ use thiserror::Error;
 use crate::qmp::{Qmp, QmpError};
 
 /// How long ending a job may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 /// First and longest pause between two looks.
 const FIRST_LOOK: Duration = Duration::from_micros(500);
 const LONGEST_LOOK: Duration = Duration::from_millis(20);
@@ -58,13 +58,13 @@ pub(crate) async fn list(qmp: &Qmp) -> Result<Vec<Job>, QmpError> {
 /// Sleeps a little longer each time, up to a limit and until a deadline.
 pub(crate) struct Looks {
     begun: Instant,
-    patience: Duration,
+    timeout: Duration,
     pause: Duration,
 }
 
 impl Looks {
     pub(crate) fn new() -> Self {
-        Self::within(PATIENCE)
+        Self::within(TIMEOUT)
     }
 
     /// As patient as the connection is with one command: whoever knows that the storage may be slow says so once.
@@ -72,13 +72,13 @@ impl Looks {
         Self::within(qmp.timeout())
     }
 
-    fn within(patience: Duration) -> Self {
-        Self { begun: Instant::now(), patience, pause: FIRST_LOOK }
+    fn within(timeout: Duration) -> Self {
+        Self { begun: Instant::now(), timeout, pause: FIRST_LOOK }
     }
 
     pub(crate) async fn again(&mut self, what: impl Fn() -> String) -> Result<(), JobError> {
-        if self.begun.elapsed() >= self.patience {
-            return Err(JobError::Stuck { what: what(), after: self.patience });
+        if self.begun.elapsed() >= self.timeout {
+            return Err(JobError::Stuck { what: what(), after: self.timeout });
         }
         tokio::time::sleep(self.pause).await;
         self.pause = (self.pause * 2).min(LONGEST_LOOK);
@@ -170,6 +170,6 @@ mod test {
             () = script => unreachable!("the client goes first"),
         };
         assert!(matches!(made, Err(JobError::Stuck { after, .. }) if after == Duration::from_millis(300)), "{made:?}");
-        assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < TIMEOUT / 2, "{:?}", begun.elapsed());
     }
 }

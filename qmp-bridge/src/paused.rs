@@ -43,7 +43,7 @@ const MARKER: &str = "paused";
 const SWITCHOVER_MARKER: &str = "switchover";
 
 /// How long a drop may block its thread until QEMU has taken the `cont`; usually less than a millisecond.
-const LAST_PATIENCE: Duration = Duration::from_secs(2);
+const LAST_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Error)]
 #[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
@@ -312,7 +312,7 @@ impl Drop for Paused {
         }
         let mut is_done = true;
         for command in commands {
-            match self.qmp.send_and_linger(command, Value::Null, LAST_PATIENCE) {
+            match self.qmp.send_and_linger(command, Value::Null, LAST_TIMEOUT) {
                 Ok(accepted) => is_done = accepted,
                 Err(error) => return tracing::error!(%error, "cannot resume the guest; the next start of the helper will"),
             }

@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use crate::qmp::{Qmp, QmpError};
 
-/// Most RAM blocks accepted; a machine with hundreds of devices has a few hundred.
+/// Most RAM blocks accepted; a VM with hundreds of devices has a few hundred.
 pub const MAX_RAM_BLOCKS: usize = 4096;
 /// QEMU keeps names in `char idstr[256]`.
 const MAX_NAME: usize = 255;

@@ -10,7 +10,7 @@ use thiserror::Error;
 use crate::qmp::{QemuVersion, Qmp, QmpError};
 
 /// From this version on `stop` stops a suspended guest too, and `cont` and a restore bring it back to that state. Before, its clock
-/// and its devices go on through a `stop`.
+/// and its devices continue through a `stop`.
 const SUSPENDED_SINCE: u32 = 9;
 
 /// A run state whose guest is whole: its memory, disks and devices are of one instant, or can be made so by a `stop`.
@@ -18,7 +18,7 @@ const SUSPENDED_SINCE: u32 = 9;
 pub enum RunState {
     /// The guest runs.
     Running,
-    /// Asleep (ACPI S3); devices go on.
+    /// Asleep (ACPI S3); devices continue.
     Suspended,
     /// Stopped by its owner.
     Paused,
@@ -136,7 +136,7 @@ fn no_guest(name: &str) -> &'static str {
         "restore-vm" => "a snapshot is being loaded, or could not be; only a reset, or a `loadvm` that works, gives it a state",
         "save-vm" => "its state is being saved; wait for the end",
         "colo" => "it is one half of a COLO pair",
-        "debug" => "a debugger holds it; let it go on there",
+        "debug" => "a debugger holds it; let it continue there",
         _ => "this version of Stillpoint does not know it",
     }
 }

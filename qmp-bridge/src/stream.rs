@@ -52,7 +52,7 @@ pub struct StreamBlock {
     pub name: String,
     /// Bytes in use, a multiple of [`STREAM_PAGE`].
     pub used: u64,
-    /// Where the block lies in the region around it. QEMU compares it for shared blocks only: 0 for the memory
+    /// Where the block lies in the RAM block around it. QEMU compares it for shared blocks only: 0 for the memory
     /// of `-machine memory-backend=`, the sum of those before it for several `-numa node,memdev=`.
     pub address: u64,
     /// In shared file memory, so without pages here.

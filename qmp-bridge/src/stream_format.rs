@@ -10,11 +10,11 @@ pub(crate) const STREAM_HEADER: [u8; 8] = *b"QEVM\0\0\0\x03";
 pub(crate) mod mark {
     /// Last byte of a stream, but for the description.
     pub const END_OF_STREAM: u8 = 0;
-    /// First section of something that comes in rounds: its name and what there is of it.
+    /// First section of something that comes in passes: its name and what there is of it.
     pub const SECTION_START: u8 = 1;
     /// One round.
     pub const SECTION_PART: u8 = 2;
-    /// The last round.
+    /// The last pass.
     pub const SECTION_END: u8 = 3;
     /// A section with everything in it: the state of a device.
     pub const SECTION_FULL: u8 = 4;

@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use common::{TestQemu, qemu_img, with_each_qemu};
 use qmp_bridge::capture::{
-    BitmapTag, CaptureError, CapturePlaces, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, Leftovers, PreparedDisks, cleanup_leftovers,
+    BitmapTag, CaptureError, CapturePlaces, CapturePlan, CapturedDisks, DEFAULT_FLEECING_RESERVE, Leftovers, PreparedDisks,
+    cleanup_leftovers,
 };
 use qmp_bridge::disks::{self, Disks};
 use qmp_bridge::nbd::{Content, ContentRange, content_ranges};
@@ -60,9 +61,9 @@ async fn start(qemu: &Path) -> (TestQemu, Disks) {
         "-device",
         "virtio-blk-pci,drive=drive-odd",
     ];
-    let machine = TestQemu::start_in(qemu, &arguments, directory).await;
-    let disks = disks::list(&machine.qmp, Some(machine.directory.path())).await.expect("disks");
-    (machine, disks)
+    let vm = TestQemu::start_in(qemu, &arguments, directory).await;
+    let disks = disks::list(&vm.qmp, Some(vm.directory.path())).await.expect("disks");
+    (vm, disks)
 }
 
 /// Data where the overlay gets some too, and data that only the layer has.
@@ -74,41 +75,41 @@ fn base_content() -> Image {
     image
 }
 
-fn plan(machine: &TestQemu, seq: u64, parent: Option<u64>) -> CapturePlan {
-    let scratch_dir = machine.directory.path().to_owned();
+fn plan(vm: &TestQemu, id: u64, parent: Option<u64>) -> CapturePlan {
+    let fleecing_dir = vm.directory.path().to_owned();
     CapturePlan {
         tag: tag(),
-        seq,
+        id,
         parent,
-        scratch_dir,
-        scratch_reserve: DEFAULT_SCRATCH_RESERVE,
-        nbd_socket: machine.path("nbd.sock"),
-        streamed: seq.is_multiple_of(2),
+        fleecing_dir,
+        fleecing_reserve: DEFAULT_FLEECING_RESERVE,
+        nbd_socket: vm.path("nbd.sock"),
+        streamed: id.is_multiple_of(2),
     }
 }
 
-async fn clean_up(machine: &TestQemu) -> Leftovers {
-    let places = CapturePlaces { scratch_dir: machine.directory.path(), nbd_socket: &machine.path("nbd.sock") };
-    cleanup_leftovers(&machine.qmp, &tag(), places).await.expect("clean up")
+async fn clean_up(vm: &TestQemu) -> Leftovers {
+    let places = CapturePlaces { fleecing_dir: vm.directory.path(), nbd_socket: &vm.path("nbd.sock") };
+    cleanup_leftovers(&vm.qmp, &tag(), places).await.expect("clean up")
 }
 
-async fn freeze(qmp: &Qmp, disks: &Disks, plan: CapturePlan) -> FrozenDisks {
+async fn capture(qmp: &Qmp, disks: &Disks, plan: CapturePlan) -> CapturedDisks {
     let is_full = plan.parent.is_none();
     let prepared = PreparedDisks::prepare(qmp, &disks.disks, plan).await.expect("prepare");
     let outlook = prepared.outlook().await.expect("outlook");
     assert!(outlook.room > 0 && (!is_full || outlook.full_bytes > 0), "{outlook:?}");
     let paused = Paused::stop(qmp).await.expect("stop");
-    let frozen = prepared.freeze(&paused).await.expect("freeze");
+    let captured = prepared.capture(&paused).await.expect("pause");
     paused.resume().await.expect("resume");
-    frozen
+    captured
 }
 
 /// Reads what the capture holds into the images, as a restore would. Returns what the bitmaps told.
-async fn drain(frozen: &mut FrozenDisks, images: &mut [Image]) -> Vec<Vec<ContentRange>> {
-    frozen.export().await.expect("export");
+async fn upload(captured: &mut CapturedDisks, images: &mut [Image]) -> Vec<Vec<ContentRange>> {
+    captured.export().await.expect("export");
     let mut all = Vec::new();
-    for (disk, image) in frozen.disks().iter().zip(images) {
-        let client = frozen.connect(disk).await.expect("connect");
+    for (disk, image) in captured.disks().iter().zip(images) {
+        let client = captured.connect(disk).await.expect("connect");
         assert_eq!(client.size(), disk.bytes);
         let mut states = client.block_status(0, disk.bytes).await.expect("status");
         let told = content_ranges(&states[0], &states[1], PAGE, disk.bytes);
@@ -128,7 +129,7 @@ async fn drain(frozen: &mut FrozenDisks, images: &mut [Image]) -> Vec<Vec<Conten
         client.close().await;
         all.push(told);
     }
-    frozen.verify().await.expect("verify");
+    captured.verify().await.expect("verify");
     all
 }
 
@@ -143,8 +144,8 @@ fn new_images(disks: &Disks) -> Vec<Image> {
 }
 
 /// Writes the same into a disk and into its model.
-async fn write(machine: &TestQemu, disks: &Disks, models: &mut [Image], (index, pattern, offset, length): (usize, u8, u64, u64)) {
-    machine.write_disk(&disks.disks[index].device, pattern, offset, length).await;
+async fn write(vm: &TestQemu, disks: &Disks, models: &mut [Image], (index, pattern, offset, length): (usize, u8, u64, u64)) {
+    vm.write_disk(&disks.disks[index].device, pattern, offset, length).await;
     models[index][offset as usize..(offset + length) as usize].fill(pattern);
 }
 
@@ -188,63 +189,63 @@ async fn traces(qmp: &Qmp) -> String {
     found.join(" ")
 }
 
-fn bitmaps_since(seq: u64) -> String {
-    ["odd", "plain", "raw", "top"].map(|node| format!("{node}:stillpoint/test-1/{seq}:on")).join(" ")
+fn bitmaps_since(id: u64) -> String {
+    ["odd", "plain", "raw", "top"].map(|node| format!("{node}:stillpoint/test-1/{id}:on")).join(" ")
 }
 
 #[tokio::test]
 async fn full_then_incrementals_show_the_instant() {
     with_each_qemu(async |qemu| {
-        let (machine, disks) = start(&qemu).await;
+        let (vm, disks) = start(&qemu).await;
         assert_eq!(disks.writable().count(), 4);
         assert_eq!(disks.disks[0].backing.len(), 1);
-        assert_eq!(disks.disks[0].backing[0].file, machine.path("base.qcow2"));
+        assert_eq!(disks.disks[0].backing[0].file, vm.path("base.qcow2"));
         let mut models = new_images(&disks);
         models[3].fill(0x11);
         let mut images = new_images(&disks);
         for at in 0..4 {
-            write(&machine, &disks, &mut models, (at, 0x21 + at as u8, 4096 * at as u64, 20_480)).await;
+            write(&vm, &disks, &mut models, (at, 0x21 + at as u8, 4096 * at as u64, 20_480)).await;
         }
         // An explicit zero in the overlay and unaligned writes.
-        write(&machine, &disks, &mut models, (0, 0x5a, 1 << 20, 512)).await;
-        write(&machine, &disks, &mut models, (1, 0x5b, (1 << 20) + 1024, 5 * 512)).await;
-        machine.qemu_io("drive-top", "write -z 2097152 65536").await;
+        write(&vm, &disks, &mut models, (0, 0x5a, 1 << 20, 512)).await;
+        write(&vm, &disks, &mut models, (1, 0x5b, (1 << 20) + 1024, 5 * 512)).await;
+        vm.qemu_io("drive-top", "write -z 2097152 65536").await;
         models[0][2 << 20..(2 << 20) + 65_536].fill(0);
 
-        let mut frozen = freeze(&machine.qmp, &disks, plan(&machine, 1, None)).await;
+        let mut captured = capture(&vm.qmp, &disks, plan(&vm, 1, None)).await;
         let instant = models.clone();
         // After the instant: overwrite old data, write where nothing was, zero and discard.
-        write(&machine, &disks, &mut models, (0, 0x77, 0, 65_536)).await;
-        write(&machine, &disks, &mut models, (1, 0x77, 3 << 20, 65_536)).await;
-        write(&machine, &disks, &mut models, (2, 0x77, 8192, 4096)).await;
-        write(&machine, &disks, &mut models, (3, 0x77, 0, 512 * 77)).await;
-        machine.qemu_io("drive-raw", "write -z 4194304 65536").await;
-        let ranges = drain(&mut frozen, &mut images).await;
+        write(&vm, &disks, &mut models, (0, 0x77, 0, 65_536)).await;
+        write(&vm, &disks, &mut models, (1, 0x77, 3 << 20, 65_536)).await;
+        write(&vm, &disks, &mut models, (2, 0x77, 8192, 4096)).await;
+        write(&vm, &disks, &mut models, (3, 0x77, 0, 512 * 77)).await;
+        vm.qemu_io("drive-raw", "write -z 4194304 65536").await;
+        let ranges = upload(&mut captured, &mut images).await;
         assert_same(&images, &instant, "full");
         // Three clusters of the overlay's own, one of them zero; its layer's other 45 clusters stay out.
         assert_eq!(covered(&ranges[0]), 3 * 65_536);
         assert!(ranges[0].contains(&ContentRange { start: 2 << 20, end: (2 << 20) + 65_536, content: Content::Zero }));
-        frozen.settle().await.expect("settle");
-        assert_eq!(traces(&machine.qmp).await, bitmaps_since(1));
+        captured.acknowledge().await.expect("acknowledge");
+        assert_eq!(traces(&vm.qmp).await, bitmaps_since(1));
 
         // Incremental: only what changed, and again the instant.
-        write(&machine, &disks, &mut models, (1, 0, 1 << 20, 4096)).await;
-        let mut frozen = freeze(&machine.qmp, &disks, plan(&machine, 2, Some(1))).await;
+        write(&vm, &disks, &mut models, (1, 0, 1 << 20, 4096)).await;
+        let mut captured = capture(&vm.qmp, &disks, plan(&vm, 2, Some(1))).await;
         let instant = models.clone();
-        write(&machine, &disks, &mut models, (0, 0x78, 0, 131_072)).await;
-        let ranges = drain(&mut frozen, &mut images).await;
+        write(&vm, &disks, &mut models, (0, 0x78, 0, 131_072)).await;
+        let ranges = upload(&mut captured, &mut images).await;
         assert_same(&images, &instant, "incremental");
         assert_eq!(covered(&ranges[0]), 65_536);
         assert_eq!(covered(&ranges[1]), 65_536 + 4096);
-        frozen.settle().await.expect("settle");
+        captured.acknowledge().await.expect("acknowledge");
 
         // Nothing changed on three of them.
-        let mut frozen = freeze(&machine.qmp, &disks, plan(&machine, 3, Some(2))).await;
-        let ranges = drain(&mut frozen, &mut images).await;
+        let mut captured = capture(&vm.qmp, &disks, plan(&vm, 3, Some(2))).await;
+        let ranges = upload(&mut captured, &mut images).await;
         assert_same(&images, &models, "third");
         assert_eq!([1, 2, 3].map(|at| covered(&ranges[at])), [0; 3]);
-        frozen.settle().await.expect("settle");
-        assert_eq!(traces(&machine.qmp).await, bitmaps_since(3));
+        captured.acknowledge().await.expect("acknowledge");
+        assert_eq!(traces(&vm.qmp).await, bitmaps_since(3));
     })
     .await;
 }
@@ -252,41 +253,41 @@ async fn full_then_incrementals_show_the_instant() {
 #[tokio::test]
 async fn a_failed_checkpoint_gives_its_changes_to_the_next() {
     with_each_qemu(async |qemu| {
-        let (machine, disks) = start(&qemu).await;
+        let (vm, disks) = start(&qemu).await;
         let mut models = new_images(&disks);
         models[3].fill(0x11);
         let mut images = new_images(&disks);
         // The first ever fails: nothing may remain, the same number can be used again.
-        freeze(&machine.qmp, &disks, plan(&machine, 1, None)).await.give_back().await.expect("give back");
-        assert_eq!(traces(&machine.qmp).await, "");
-        write(&machine, &disks, &mut models, (2, 0x31, 0, 8192)).await;
-        let mut frozen = freeze(&machine.qmp, &disks, plan(&machine, 1, None)).await;
-        drain(&mut frozen, &mut images).await;
+        capture(&vm.qmp, &disks, plan(&vm, 1, None)).await.give_back().await.expect("give back");
+        assert_eq!(traces(&vm.qmp).await, "");
+        write(&vm, &disks, &mut models, (2, 0x31, 0, 8192)).await;
+        let mut captured = capture(&vm.qmp, &disks, plan(&vm, 1, None)).await;
+        upload(&mut captured, &mut images).await;
         assert_same(&images, &models, "full");
-        frozen.settle().await.expect("settle");
+        captured.acknowledge().await.expect("acknowledge");
 
-        write(&machine, &disks, &mut models, (0, 0x41, 8192, 4096)).await;
-        let mut frozen = freeze(&machine.qmp, &disks, plan(&machine, 2, Some(1))).await;
-        write(&machine, &disks, &mut models, (0, 0x42, 65_536, 4096)).await;
-        drain(&mut frozen, &mut images.clone()).await;
-        frozen.give_back().await.expect("give back");
-        assert_eq!(traces(&machine.qmp).await, bitmaps_since(1));
+        write(&vm, &disks, &mut models, (0, 0x41, 8192, 4096)).await;
+        let mut captured = capture(&vm.qmp, &disks, plan(&vm, 2, Some(1))).await;
+        write(&vm, &disks, &mut models, (0, 0x42, 65_536, 4096)).await;
+        upload(&mut captured, &mut images.clone()).await;
+        captured.give_back().await.expect("give back");
+        assert_eq!(traces(&vm.qmp).await, bitmaps_since(1));
 
         // Dropped without a word, in each phase: the same, in the background.
-        drop(freeze(&machine.qmp, &disks, plan(&machine, 2, Some(1))).await);
-        wait_for_traces(&machine.qmp, &bitmaps_since(1)).await;
-        drop(PreparedDisks::prepare(&machine.qmp, &disks.disks, plan(&machine, 2, Some(1))).await.expect("prepare"));
-        wait_for_traces(&machine.qmp, &bitmaps_since(1)).await;
+        drop(capture(&vm.qmp, &disks, plan(&vm, 2, Some(1))).await);
+        wait_for_traces(&vm.qmp, &bitmaps_since(1)).await;
+        drop(PreparedDisks::prepare(&vm.qmp, &disks.disks, plan(&vm, 2, Some(1))).await.expect("prepare"));
+        wait_for_traces(&vm.qmp, &bitmaps_since(1)).await;
 
-        let mut frozen = freeze(&machine.qmp, &disks, plan(&machine, 2, Some(1))).await;
-        let ranges = drain(&mut frozen, &mut images).await;
+        let mut captured = capture(&vm.qmp, &disks, plan(&vm, 2, Some(1))).await;
+        let ranges = upload(&mut captured, &mut images).await;
         assert_same(&images, &models, "after failures");
         assert_eq!(covered(&ranges[0]), 8192);
-        frozen.settle().await.expect("settle");
+        captured.acknowledge().await.expect("acknowledge");
 
         // A forced full capture leaves the running bitmap alone when it fails.
-        freeze(&machine.qmp, &disks, plan(&machine, 3, None)).await.give_back().await.expect("give back");
-        assert_eq!(traces(&machine.qmp).await, bitmaps_since(2));
+        capture(&vm.qmp, &disks, plan(&vm, 3, None)).await.give_back().await.expect("give back");
+        assert_eq!(traces(&vm.qmp).await, bitmaps_since(2));
     })
     .await;
 }
@@ -304,49 +305,49 @@ async fn wait_for_traces(qmp: &Qmp, wanted: &str) {
 enum Death {
     Prepared,
     Paused,
-    Frozen,
+    Captured,
     Exported,
     Reading,
     Released,
-    HalfSettled,
+    HalfAcknowledged,
 }
 
 #[tokio::test]
 async fn a_killed_helper_is_cleaned_up_after() {
     use Death::*;
     with_each_qemu(async |qemu| {
-        for death in [Prepared, Paused, Frozen, Exported, Reading, Released, HalfSettled] {
+        for death in [Prepared, Paused, Captured, Exported, Reading, Released, HalfAcknowledged] {
             eprintln!("{death:?}");
-            let (machine, disks) = start(&qemu).await;
+            let (vm, disks) = start(&qemu).await;
             let mut models = new_images(&disks);
             models[3].fill(0x11);
             let mut images = new_images(&disks);
-            machine.qmp.execute_json("cont", serde_json::Value::Null).await.expect("cont");
-            let mut first = freeze(&machine.qmp, &disks, plan(&machine, 1, None)).await;
-            drain(&mut first, &mut images).await;
-            first.settle().await.expect("settle");
-            write(&machine, &disks, &mut models, (0, 0x41, 0, 4096)).await;
+            vm.qmp.execute_json("cont", serde_json::Value::Null).await.expect("cont");
+            let mut first = capture(&vm.qmp, &disks, plan(&vm, 1, None)).await;
+            upload(&mut first, &mut images).await;
+            first.acknowledge().await.expect("acknowledge");
+            write(&vm, &disks, &mut models, (0, 0x41, 0, 4096)).await;
 
-            die(machine.second().await, &disks, plan(&machine, 2, Some(1)), death).await;
-            write(&machine, &disks, &mut models, (1, 0x42, 65_536, 4096)).await;
-            let left = clean_up(&machine).await;
+            die(vm.second().await, &disks, plan(&vm, 2, Some(1)), death).await;
+            write(&vm, &disks, &mut models, (1, 0x42, 65_536, 4096)).await;
+            let left = clean_up(&vm).await;
             assert_eq!(left.resumed, death == Paused);
-            assert_eq!(left.found_capture(), !matches!(death, Released | HalfSettled));
+            assert_eq!(left.found_capture(), !matches!(death, Released | HalfAcknowledged));
             assert_eq!(left.bitmaps.len(), 4);
-            let since = if death == HalfSettled { 2 } else { 1 };
+            let since = if death == HalfAcknowledged { 2 } else { 1 };
             assert!(left.bitmaps.iter().all(|bitmap| bitmap.since == since && bitmap.recording), "{left:?}");
-            assert_eq!(traces(&machine.qmp).await, bitmaps_since(since));
-            assert!(!clean_up(&machine).await.found_capture());
+            assert_eq!(traces(&vm.qmp).await, bitmaps_since(since));
+            assert!(!clean_up(&vm).await.found_capture());
 
             let parent = left.bitmaps[0].since;
-            let mut next = freeze(&machine.qmp, &disks, plan(&machine, 3, Some(parent))).await;
-            let ranges = drain(&mut next, &mut images).await;
-            if death != HalfSettled {
+            let mut next = capture(&vm.qmp, &disks, plan(&vm, 3, Some(parent))).await;
+            let ranges = upload(&mut next, &mut images).await;
+            if death != HalfAcknowledged {
                 assert_same(&images, &models, "after the cleanup");
                 assert_eq!((covered(&ranges[0]), covered(&ranges[1])), (4096, 4096));
             }
-            next.settle().await.expect("settle");
-            assert_eq!(traces(&machine.qmp).await, bitmaps_since(3));
+            next.acknowledge().await.expect("acknowledge");
+            assert_eq!(traces(&vm.qmp).await, bitmaps_since(3));
         }
     })
     .await;
@@ -359,50 +360,50 @@ async fn die(qmp: Qmp, disks: &Disks, plan: CapturePlan, death: Death) {
         return std::mem::forget(prepared);
     }
     let paused = Paused::stop(&qmp).await.expect("stop");
-    let mut frozen = prepared.freeze(&paused).await.expect("freeze");
+    let mut captured = prepared.capture(&paused).await.expect("pause");
     if death == Death::Paused {
         std::mem::forget(paused);
-        return std::mem::forget(frozen);
+        return std::mem::forget(captured);
     }
     paused.resume().await.expect("resume");
     match death {
-        Death::Exported => frozen.export().await.expect("export"),
+        Death::Exported => captured.export().await.expect("export"),
         Death::Reading => {
-            frozen.export().await.expect("export");
-            let client = frozen.connect(&frozen.disks()[0]).await.expect("connect");
+            captured.export().await.expect("export");
+            let client = captured.connect(&captured.disks()[0]).await.expect("connect");
             client.read(0, 4096).await.expect("read");
             std::mem::forget(client);
         }
-        Death::Released => frozen.release().await.expect("release"),
-        Death::HalfSettled => return frozen.settle().await.expect("settle"),
+        Death::Released => captured.release().await.expect("release"),
+        Death::HalfAcknowledged => return captured.acknowledge().await.expect("acknowledge"),
         _ => {}
     }
-    std::mem::forget(frozen);
+    std::mem::forget(captured);
 }
 
 #[tokio::test]
-async fn a_full_scratch_disk_ends_the_capture_and_not_a_write() {
+async fn a_full_fleecing_disk_ends_the_capture_and_not_a_write() {
     with_each_qemu(async |qemu| {
-        let (machine, disks) = start(&qemu).await;
+        let (vm, disks) = start(&qemu).await;
         // Memory that others may use too, so that room can be made to run out: with a wide margin against their noise.
-        let scratch = tempfile::tempdir_in("/dev/shm").expect("scratch");
-        let stat = nix::sys::statvfs::statvfs(scratch.path()).expect("statvfs");
+        let fleecing = tempfile::tempdir_in("/dev/shm").expect("scratch");
+        let stat = nix::sys::statvfs::statvfs(fleecing.path()).expect("statvfs");
         let free = stat.blocks_available() * stat.fragment_size();
-        let with = |reserve| CapturePlan { scratch_dir: scratch.path().into(), scratch_reserve: reserve, ..plan(&machine, 1, None) };
-        let refused = PreparedDisks::prepare(&machine.qmp, &disks.disks, with(u64::MAX)).await;
-        assert!(matches!(refused, Err(CaptureError::ScratchFull { .. })), "{refused:?}");
-        assert_eq!(traces(&machine.qmp).await, "");
-        let frozen = freeze(&machine.qmp, &disks, with(free - (16 << 20))).await;
-        frozen.verify().await.expect("room is left");
-        std::fs::write(scratch.path().join("other"), vec![1; 32 << 20]).expect("fill");
+        let with = |reserve| CapturePlan { fleecing_dir: fleecing.path().into(), fleecing_reserve: reserve, ..plan(&vm, 1, None) };
+        let refused = PreparedDisks::prepare(&vm.qmp, &disks.disks, with(u64::MAX)).await;
+        assert!(matches!(refused, Err(CaptureError::FleecingFull { .. })), "{refused:?}");
+        assert_eq!(traces(&vm.qmp).await, "");
+        let captured = capture(&vm.qmp, &disks, with(free - (16 << 20))).await;
+        captured.verify().await.expect("room is left");
+        std::fs::write(fleecing.path().join("other"), vec![1; 32 << 20]).expect("fill");
         let deadline = Instant::now() + std::time::Duration::from_secs(5);
-        while frozen.verify().await.is_ok() {
-            assert!(Instant::now() < deadline, "the capture went on");
+        while captured.verify().await.is_ok() {
+            assert!(Instant::now() < deadline, "the capture continued");
             tokio::time::sleep(std::time::Duration::from_millis(5)).await;
         }
-        assert!(matches!(frozen.verify().await, Err(CaptureError::Broken { .. })));
-        frozen.give_back().await.expect("give back");
-        assert_eq!(traces(&machine.qmp).await, "");
+        assert!(matches!(captured.verify().await, Err(CaptureError::Broken { .. })));
+        captured.give_back().await.expect("give back");
+        assert_eq!(traces(&vm.qmp).await, "");
     })
     .await;
 }
@@ -420,48 +421,48 @@ async fn disk_resized_between_two_checkpoints_is_captured_as_it_is() {
         ("shrunk", true, &[12 * MIB], false),
     ];
     with_each_qemu(async |qemu| {
-        let (machine, _) = start(&qemu).await;
+        let (vm, _) = start(&qemu).await;
         // The one with a device has a filter in a capture, the other a job.
         for (device, index) in [("drive-plain", 1), ("drive-raw", 2)] {
-            machine.write_disk(device, 0x77, 0, DISK).await;
+            vm.write_disk(device, 0x77, 0, DISK).await;
             let list = async || {
-                let mut disks = disks::list(&machine.qmp, Some(machine.directory.path())).await.expect("disks");
+                let mut disks = disks::list(&vm.qmp, Some(vm.directory.path())).await.expect("disks");
                 disks.disks = vec![disks.disks[index].clone()];
                 disks
             };
             let mut image = vec![vec![0; DISK as usize]];
             let mut model = vec![0x77; DISK as usize];
-            let mut first = freeze(&machine.qmp, &list().await, plan(&machine, 1, None)).await;
-            drain(&mut first, &mut image).await;
-            first.settle().await.expect("settle");
-            for (seq, (what, by_human, sizes, keeps_base)) in (2..).zip(steps) {
+            let mut first = capture(&vm.qmp, &list().await, plan(&vm, 1, None)).await;
+            upload(&mut first, &mut image).await;
+            first.acknowledge().await.expect("acknowledge");
+            for (id, (what, by_human, sizes, keeps_base)) in (2..).zip(steps) {
                 for size in sizes {
                     match by_human {
-                        true => drop(machine.qmp.hmp(&format!("block_resize {device} {size}B")).await.expect("resize")),
+                        true => drop(vm.qmp.hmp(&format!("block_resize {device} {size}B")).await.expect("resize")),
                         false => {
                             let arguments = serde_json::json!({ "device": device, "size": size });
-                            machine.qmp.execute_json("block_resize", arguments).await.expect("resize");
+                            vm.qmp.execute_json("block_resize", arguments).await.expect("resize");
                         }
                     }
                     model.resize(*size as usize, 0);
                 }
-                machine.write_disk(device, seq as u8, 0, 4096).await;
-                model[..4096].fill(seq as u8);
+                vm.write_disk(device, id as u8, 0, 4096).await;
+                model[..4096].fill(id as u8);
                 // One that fails in between must not use the knowledge up.
-                freeze(&machine.qmp, &list().await, plan(&machine, seq, Some(seq - 1))).await.give_back().await.expect("give back");
-                let mut frozen = freeze(&machine.qmp, &list().await, plan(&machine, seq, Some(seq - 1))).await;
-                assert_eq!(frozen.disks()[0].changes.is_some(), keeps_base, "{device} {what}");
+                capture(&vm.qmp, &list().await, plan(&vm, id, Some(id - 1))).await.give_back().await.expect("give back");
+                let mut captured = capture(&vm.qmp, &list().await, plan(&vm, id, Some(id - 1))).await;
+                assert_eq!(captured.disks()[0].changes.is_some(), keeps_base, "{device} {what}");
                 image[0].resize(model.len(), 0);
                 if !keeps_base {
                     // What nothing is known of is compared as a whole.
                     image[0].fill(0);
                 }
-                let ranges = drain(&mut frozen, &mut image).await;
+                let ranges = upload(&mut captured, &mut image).await;
                 assert_same(&image, std::slice::from_ref(&model), &format!("{device} {what}"));
                 assert!(what != "nothing" || covered(&ranges[0]) <= 4096, "{ranges:?}");
-                frozen.settle().await.expect("settle");
+                captured.acknowledge().await.expect("acknowledge");
             }
-            assert_eq!(size_marks(&machine.qmp).await, 1, "one mark is left");
+            assert_eq!(size_marks(&vm.qmp).await, 1, "one mark is left");
         }
     })
     .await;
@@ -498,22 +499,22 @@ async fn disks_of_devices_and_iothreads_are_captured_too() {
             "-device",
             "virtio-blk-pci,drive=nb,id=vdb",
         ];
-        let machine = TestQemu::start_in(&qemu, &arguments, directory).await;
-        let listed = disks::list(&machine.qmp, Some(machine.directory.path())).await;
-        if machine.qmp.version().major < 9 {
+        let vm = TestQemu::start_in(&qemu, &arguments, directory).await;
+        let listed = disks::list(&vm.qmp, Some(vm.directory.path())).await;
+        if vm.qmp.version().major < 9 {
             assert!(listed.as_ref().is_err_and(|error| error.to_string().contains("iothread")), "{listed:?}");
             return;
         }
         let disks = listed.expect("disks");
         assert_eq!(disks.disks[1].device, "/machine/peripheral/vdb/virtio-backend");
-        for seq in 1..4 {
-            machine.write_disk("a", seq as u8, 0, 65_536).await;
-            let mut frozen = freeze(&machine.qmp, &disks, plan(&machine, seq, Some(seq - 1).filter(|parent| *parent > 0))).await;
-            machine.write_disk("a", 0xee, 0, 65_536).await;
+        for id in 1..4 {
+            vm.write_disk("a", id as u8, 0, 65_536).await;
+            let mut captured = capture(&vm.qmp, &disks, plan(&vm, id, Some(id - 1).filter(|parent| *parent > 0))).await;
+            vm.write_disk("a", 0xee, 0, 65_536).await;
             let mut images = new_images(&disks);
-            drain(&mut frozen, &mut images).await;
-            assert_eq!(images[0][..65_536], vec![seq as u8; 65_536]);
-            frozen.settle().await.expect("settle");
+            upload(&mut captured, &mut images).await;
+            assert_eq!(images[0][..65_536], vec![id as u8; 65_536]);
+            captured.acknowledge().await.expect("acknowledge");
         }
     })
     .await;

@@ -7,7 +7,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use common::{TestQemu, with_each_qemu};
-use qmp_bridge::capture::{CaptureError, CapturePlan, FrozenDisks, PreparedDisks};
+use qmp_bridge::capture::{CaptureError, CapturePlan, CapturedDisks, PreparedDisks};
 use qmp_bridge::disks;
 use qmp_bridge::nbd::NbdClient;
 use qmp_bridge::{Paused, ServerError};
@@ -25,41 +25,41 @@ async fn start(qemu: &Path) -> TestQemu {
         .await
 }
 
-fn plan(machine: &TestQemu, seq: u64, scratch_dir: &Path) -> CapturePlan {
+fn plan(vm: &TestQemu, id: u64, fleecing_dir: &Path) -> CapturePlan {
     CapturePlan {
         tag: common::INSTANCE.parse().expect("tag"),
-        seq,
-        parent: seq.checked_sub(1).filter(|parent| *parent > 0),
-        scratch_dir: scratch_dir.into(),
-        scratch_reserve: 0,
-        nbd_socket: machine.path("nbd.sock"),
+        id,
+        parent: id.checked_sub(1).filter(|parent| *parent > 0),
+        fleecing_dir: fleecing_dir.into(),
+        fleecing_reserve: 0,
+        nbd_socket: vm.path("nbd.sock"),
         streamed: false,
     }
 }
 
-async fn prepare(machine: &TestQemu, plan: CapturePlan) -> Result<PreparedDisks, CaptureError> {
-    let list = disks::list(&machine.qmp, Some(machine.directory.path())).await.expect("disks");
-    PreparedDisks::prepare(&machine.qmp, &list.disks, plan).await
+async fn prepare(vm: &TestQemu, plan: CapturePlan) -> Result<PreparedDisks, CaptureError> {
+    let list = disks::list(&vm.qmp, Some(vm.directory.path())).await.expect("disks");
+    PreparedDisks::prepare(&vm.qmp, &list.disks, plan).await
 }
 
-async fn freeze(machine: &TestQemu, plan: CapturePlan) -> FrozenDisks {
-    let prepared = prepare(machine, plan).await.expect("prepare");
-    let paused = Paused::stop(&machine.qmp).await.expect("stop");
-    let mut frozen = prepared.freeze(&paused).await.expect("freeze");
+async fn capture(vm: &TestQemu, plan: CapturePlan) -> CapturedDisks {
+    let prepared = prepare(vm, plan).await.expect("prepare");
+    let paused = Paused::stop(&vm.qmp).await.expect("stop");
+    let mut captured = prepared.capture(&paused).await.expect("pause");
     paused.resume().await.expect("resume");
-    frozen.export().await.expect("export");
-    frozen
+    captured.export().await.expect("export");
+    captured
 }
 
-async fn assert_holds(frozen: &FrozenDisks, pattern: u8) {
-    let client = frozen.connect(&frozen.disks()[0]).await.expect("connect");
+async fn assert_holds(captured: &CapturedDisks, pattern: u8) {
+    let client = captured.connect(&captured.disks()[0]).await.expect("connect");
     assert_eq!(client.read(0, 1 << 20).await.expect("read"), vec![pattern; 1 << 20]);
     client.close().await;
-    frozen.verify().await.expect("verify");
+    captured.verify().await.expect("verify");
 }
 
 /// Everything in QEMU that has a name, and each device's node.
-async fn inventory(machine: &TestQemu) -> Vec<String> {
+async fn inventory(vm: &TestQemu) -> Vec<String> {
     let mut found = Vec::new();
     for (command, arguments, field) in [
         ("query-block-exports", EMPTY, "id"),
@@ -67,20 +67,20 @@ async fn inventory(machine: &TestQemu) -> Vec<String> {
         ("query-named-block-nodes", json!({ "flat": true }), "node-name"),
         ("qom-list", json!({ "path": "/objects" }), "name"),
     ] {
-        let rows = machine.qmp.execute_json(command, arguments).await.expect(command);
+        let rows = vm.qmp.execute_json(command, arguments).await.expect(command);
         found.extend(rows.as_array().expect("list").iter().filter_map(|row| row[field].as_str().map(Into::into)));
         let bitmaps = rows.as_array().expect("list").iter().flat_map(|row| row["dirty-bitmaps"].as_array()).flatten();
         found.extend(bitmaps.filter_map(|bitmap| bitmap["name"].as_str().map(Into::into)));
     }
-    let block = machine.qmp.execute_json("query-block", EMPTY).await.expect("drives");
+    let block = vm.qmp.execute_json("query-block", EMPTY).await.expect("drives");
     found.extend(block.as_array().expect("list").iter().map(|row| format!("inserted: {}", row["inserted"]["node-name"])));
     found.retain(|name: &String| !name.starts_with("stillpoint/test-1/"));
     found.sort();
     found
 }
 
-async fn execute(machine: &TestQemu, command: &str, arguments: Value) {
-    machine.qmp.execute_json(command, arguments).await.expect(command);
+async fn execute(vm: &TestQemu, command: &str, arguments: Value) {
+    vm.qmp.execute_json(command, arguments).await.expect(command);
 }
 
 async fn serves(socket: &Path, export: &str) -> bool {
@@ -93,50 +93,50 @@ async fn serves(socket: &Path, export: &str) -> bool {
 #[tokio::test]
 async fn capture_leaves_objects_of_others_as_they_were() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu).await;
-        let directory = machine.directory.path().to_owned();
+        let vm = start(&qemu).await;
+        let directory = vm.directory.path().to_owned();
         // Names that begin like ours, or are what an earlier release gave.
-        execute(&machine, "blockdev-add", json!({ "driver": "null-co", "node-name": "stillpoint-tgt" })).await;
-        execute(&machine, "blockdev-add", json!({ "driver": "null-co", "node-name": "sp-data" })).await;
-        execute(&machine, "blockdev-add", json!({ "driver": "null-co", "node-name": "stillpoint-1-0-f" })).await;
+        execute(&vm, "blockdev-add", json!({ "driver": "null-co", "node-name": "stillpoint-tgt" })).await;
+        execute(&vm, "blockdev-add", json!({ "driver": "null-co", "node-name": "sp-data" })).await;
+        execute(&vm, "blockdev-add", json!({ "driver": "null-co", "node-name": "stillpoint-1-0-f" })).await;
         for name in ["stillpoint/other/1", "stillpoint/test-1x/1", "theirs"] {
-            execute(&machine, "block-dirty-bitmap-add", json!({ "node": "stillpoint-data", "name": name })).await;
+            execute(&vm, "block-dirty-bitmap-add", json!({ "node": "stillpoint-data", "name": name })).await;
         }
-        execute(&machine, "object-add", json!({ "qom-type": "throttle-group", "id": "stillpoint-at-home" })).await;
+        execute(&vm, "object-add", json!({ "qom-type": "throttle-group", "id": "stillpoint-at-home" })).await;
         let job =
             json!({ "job-id": "stillpoint-1-0-create", "options": { "driver": "file", "filename": directory.join("x"), "size": 512 } });
-        execute(&machine, "blockdev-create", job).await;
-        let before = inventory(&machine).await;
-        freeze(&machine, plan(&machine, 1, &directory)).await.give_back().await.expect("give back");
-        assert_eq!(inventory(&machine).await, before);
+        execute(&vm, "blockdev-create", job).await;
+        let before = inventory(&vm).await;
+        capture(&vm, plan(&vm, 1, &directory)).await.give_back().await.expect("give back");
+        assert_eq!(inventory(&vm).await, before);
 
         // Their server: refused by the name of their export, and nothing of it is touched.
         let theirs = directory.join("theirs.sock");
-        execute(&machine, "nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": theirs } } })).await;
+        execute(&vm, "nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": theirs } } })).await;
         let export = |id: &str| json!({ "type": "nbd", "id": id, "node-name": "stillpoint-data", "name": id });
-        execute(&machine, "block-export-add", export("theirs")).await;
-        let with_server = inventory(&machine).await;
-        let error = prepare(&machine, plan(&machine, 1, &directory)).await.expect_err("their server is in the way");
+        execute(&vm, "block-export-add", export("theirs")).await;
+        let with_server = inventory(&vm).await;
+        let error = prepare(&vm, plan(&vm, 1, &directory)).await.expect_err("their server is in the way");
         assert!(error.is_refusal() && error.to_string().contains("`theirs`"), "{error}");
         assert!(matches!(&error, CaptureError::Server(ServerError::InUse { exports }) if exports == &["theirs"]), "{error:?}");
-        assert_eq!(inventory(&machine).await, with_server);
+        assert_eq!(inventory(&vm).await, with_server);
         assert!(serves(&theirs, "theirs").await);
-        execute(&machine, "nbd-server-stop", EMPTY).await;
+        execute(&vm, "nbd-server-stop", EMPTY).await;
 
         // An export that they add to our server stays, and the next capture works beside it.
-        let frozen = freeze(&machine, plan(&machine, 1, &directory)).await;
-        execute(&machine, "block-export-add", export("late")).await;
-        machine.write_disk("disk", 0x22, 0, 1 << 20).await;
-        assert_holds(&frozen, 0x11).await;
-        frozen.settle().await.expect("settle");
-        assert!(serves(&machine.path("nbd.sock"), "late").await);
-        let frozen = freeze(&machine, plan(&machine, 2, &directory)).await;
-        assert_holds(&frozen, 0x22).await;
-        execute(&machine, "block-export-del", json!({ "id": "late" })).await;
-        frozen.settle().await.expect("settle");
-        assert_eq!(inventory(&machine).await, before);
+        let captured = capture(&vm, plan(&vm, 1, &directory)).await;
+        execute(&vm, "block-export-add", export("late")).await;
+        vm.write_disk("disk", 0x22, 0, 1 << 20).await;
+        assert_holds(&captured, 0x11).await;
+        captured.acknowledge().await.expect("acknowledge");
+        assert!(serves(&vm.path("nbd.sock"), "late").await);
+        let captured = capture(&vm, plan(&vm, 2, &directory)).await;
+        assert_holds(&captured, 0x22).await;
+        execute(&vm, "block-export-del", json!({ "id": "late" })).await;
+        captured.acknowledge().await.expect("acknowledge");
+        assert_eq!(inventory(&vm).await, before);
         // The server is gone too: another tool can have its own.
-        execute(&machine, "nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": theirs } } })).await;
+        execute(&vm, "nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": theirs } } })).await;
     })
     .await;
 }
@@ -181,30 +181,30 @@ fn run(command: &mut Command) {
 }
 
 /// The guest's write is done, and done in time, whatever the overlays' directory does.
-async fn assert_written(machine: &TestQemu, pattern: u8) {
+async fn assert_written(vm: &TestQemu, pattern: u8) {
     let begun = Instant::now();
-    machine.write_disk("disk", pattern, 0, DISK).await;
-    machine.qemu_io("disk", "flush").await;
+    vm.write_disk("disk", pattern, 0, DISK).await;
+    vm.qemu_io("disk", "flush").await;
     assert!(begun.elapsed() < Duration::from_secs(15), "the guest waited {:?}", begun.elapsed());
-    let log = machine.log();
+    let log = vm.log();
     assert!(!log.contains("write failed") && !log.contains("No space"), "{log}");
-    let content = std::fs::read(machine.path("disk.raw")).expect("disk");
+    let content = std::fs::read(vm.path("disk.raw")).expect("disk");
     assert!(content.iter().all(|byte| *byte == pattern), "the write is not in the disk");
 }
 
-async fn works_again(machine: &TestQemu, directory: &Path, pattern: u8) {
+async fn works_again(vm: &TestQemu, directory: &Path, pattern: u8) {
     let deadline = Instant::now() + Duration::from_secs(30);
     let prepared = loop {
-        match prepare(machine, plan(machine, 1, directory)).await {
+        match prepare(vm, plan(vm, 1, directory)).await {
             Ok(prepared) => break prepared,
             Err(error) => assert!(error.is_retryable() && Instant::now() < deadline, "{error}"),
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     };
     prepared.discard().await.expect("discard");
-    let frozen = freeze(machine, plan(machine, 1, directory)).await;
-    assert_holds(&frozen, pattern).await;
-    frozen.give_back().await.expect("give back");
+    let captured = capture(vm, plan(vm, 1, directory)).await;
+    assert_holds(&captured, pattern).await;
+    captured.give_back().await.expect("give back");
 }
 
 #[tokio::test]
@@ -213,17 +213,17 @@ async fn capture_overlay_directory_that_is_full_costs_no_write() {
         return eprintln!("NOT TESTED: mounting a tmpfs needs root");
     }
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu).await;
-        let before = inventory(&machine).await;
-        let full = Mounted::new(machine.path("full"), &["-t", "tmpfs", "-o", "size=2m", "none"]);
-        let frozen = freeze(&machine, plan(&machine, 1, &full.path)).await;
-        assert_written(&machine, 0x33).await;
-        assert!(frozen.connect(&frozen.disks()[0]).await.expect("connect").read(0, 4096).await.is_err());
-        let error = frozen.verify().await.expect_err("broken");
+        let vm = start(&qemu).await;
+        let before = inventory(&vm).await;
+        let full = Mounted::new(vm.path("full"), &["-t", "tmpfs", "-o", "size=2m", "none"]);
+        let captured = capture(&vm, plan(&vm, 1, &full.path)).await;
+        assert_written(&vm, 0x33).await;
+        assert!(captured.connect(&captured.disks()[0]).await.expect("connect").read(0, 4096).await.is_err());
+        let error = captured.verify().await.expect_err("broken");
         assert!(matches!(error, CaptureError::Broken { .. }) && error.to_string().contains("/full"), "{error}");
-        frozen.give_back().await.expect("give back");
-        assert_eq!(inventory(&machine).await, before);
-        works_again(&machine, machine.directory.path(), 0x33).await;
+        captured.give_back().await.expect("give back");
+        assert_eq!(inventory(&vm).await, before);
+        works_again(&vm, vm.directory.path(), 0x33).await;
     })
     .await;
 }
@@ -235,30 +235,30 @@ async fn capture_overlay_directory_with_io_errors_costs_no_write() {
         return eprintln!("NOT TESTED: mounting a file system needs root");
     }
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu).await;
-        let before = inventory(&machine).await;
-        let image = ext4(&machine);
-        let broken = Mounted::new(machine.path("broken"), &["-o", "loop", &image]);
-        let frozen = freeze(&machine, plan(&machine, 1, &broken.path)).await;
+        let vm = start(&qemu).await;
+        let before = inventory(&vm).await;
+        let image = ext4(&vm);
+        let broken = Mounted::new(vm.path("broken"), &["-o", "loop", &image]);
+        let captured = capture(&vm, plan(&vm, 1, &broken.path)).await;
         // EXT4_IOC_SHUTDOWN without writing the log.
         let shutdown = "my $how = pack('L', 2); open(my $d, '<', $ARGV[0]) || die $!; ioctl($d, 0x8004587d, $how) || die $!";
         run(Command::new("perl").args(["-e", shutdown]).arg(&broken.path));
         assert!(std::fs::write(broken.path.join("x"), "x").is_err_and(|error| error.raw_os_error() == Some(5)));
-        assert_written(&machine, 0x66).await;
-        let error = frozen.verify().await.expect_err("broken");
+        assert_written(&vm, 0x66).await;
+        let error = captured.verify().await.expect_err("broken");
         assert!(matches!(error, CaptureError::Broken { .. }) && error.to_string().contains("/broken"), "{error}");
-        frozen.give_back().await.expect("give back");
-        assert_eq!(inventory(&machine).await, before);
-        let error = prepare(&machine, plan(&machine, 1, &broken.path)).await.expect_err("no overlay can be made");
-        assert!(matches!(error, CaptureError::Scratch { .. }), "{error}");
-        assert_eq!(inventory(&machine).await, before);
-        works_again(&machine, machine.directory.path(), 0x66).await;
+        captured.give_back().await.expect("give back");
+        assert_eq!(inventory(&vm).await, before);
+        let error = prepare(&vm, plan(&vm, 1, &broken.path)).await.expect_err("no overlay can be made");
+        assert!(matches!(error, CaptureError::Fleecing { .. }), "{error}");
+        assert_eq!(inventory(&vm).await, before);
+        works_again(&vm, vm.directory.path(), 0x66).await;
     })
     .await;
 }
 
-fn ext4(machine: &TestQemu) -> String {
-    let image = machine.path("ext4.img");
+fn ext4(vm: &TestQemu) -> String {
+    let image = vm.path("ext4.img");
     std::fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("image");
     run(Command::new("mkfs.ext4").arg("-q").arg(&image));
     image.to_str().expect("UTF-8").to_owned()
@@ -270,24 +270,24 @@ async fn capture_overlay_directory_that_hangs_costs_no_write() {
         return eprintln!("NOT TESTED: mounting a file system needs root");
     }
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu).await;
-        let before = inventory(&machine).await;
-        let image = ext4(&machine);
-        let mut hung = Mounted::new(machine.path("hung"), &["-o", "loop", &image]);
-        let frozen = freeze(&machine, plan(&machine, 1, &hung.path)).await;
+        let vm = start(&qemu).await;
+        let before = inventory(&vm).await;
+        let image = ext4(&vm);
+        let mut hung = Mounted::new(vm.path("hung"), &["-o", "loop", &image]);
+        let captured = capture(&vm, plan(&vm, 1, &hung.path)).await;
         hung.hang();
-        assert_written(&machine, 0x44).await;
-        assert!(matches!(frozen.verify().await, Err(CaptureError::Broken { .. })));
+        assert_written(&vm, 0x44).await;
+        assert!(matches!(captured.verify().await, Err(CaptureError::Broken { .. })));
         // Taking the capture apart would wait for the directory, and QEMU with it.
-        let error = frozen.give_back().await.expect_err("hung");
+        let error = captured.give_back().await.expect_err("hung");
         assert!(matches!(error, CaptureError::Hung { .. }), "{error}");
         let begun = Instant::now();
-        let error = prepare(&machine, plan(&machine, 1, machine.directory.path())).await.expect_err("the first is still there");
+        let error = prepare(&vm, plan(&vm, 1, vm.directory.path())).await.expect_err("the first is still there");
         assert!(matches!(error, CaptureError::Hung { .. }) && begun.elapsed() < Duration::from_secs(5), "{error}");
-        assert_written(&machine, 0x55).await;
+        assert_written(&vm, 0x55).await;
         hung.answer();
-        works_again(&machine, &hung.path, 0x55).await;
-        assert_eq!(inventory(&machine).await, before);
+        works_again(&vm, &hung.path, 0x55).await;
+        assert_eq!(inventory(&vm).await, before);
     })
     .await;
 }

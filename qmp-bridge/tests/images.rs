@@ -6,8 +6,8 @@ use common::{qemu_img, qemus, with_each_qemu};
 use nix::sys::signal::Signal;
 use qmp_bridge::disks::ImageFormat;
 use qmp_bridge::images::{Backing, BackingMode, ImageError, ImageSpec, ImageWorker, ImageWorkers};
-use qmp_bridge::machine::{machine_types, resolve};
 use qmp_bridge::nbd::{NbdError, ZeroMode};
+use qmp_bridge::vm::{machine_types, resolve};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -177,12 +177,12 @@ async fn a_worker_that_answers_is_kept() {
 async fn a_worker_that_does_not_start_is_quoted() {
     let directory = tempfile::tempdir().expect("directory");
     let script = directory.path().join("qemu");
-    std::fs::write(&script, "#!/bin/sh\necho no such machine >&2\nexit 1\n").expect("script");
+    std::fs::write(&script, "#!/bin/sh\necho no such VM >&2\nexit 1\n").expect("script");
     std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("mode");
     let begun = Instant::now();
     let error = ImageWorker::start(&script, directory.path()).await.expect_err("it ends at once");
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
-    assert!(error.to_string().contains("no such machine"), "{error}");
+    assert!(error.to_string().contains("no such VM"), "{error}");
     let mut workers = ImageWorkers::new(&directory.path().join("none"), directory.path());
     let error = workers.run(async |_: &mut ImageWorker| Ok::<(), ImageError>(())).await.expect_err("no such program");
     assert!(matches!(error, ImageError::Start { .. }), "{error}");

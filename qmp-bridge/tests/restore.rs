@@ -1,4 +1,4 @@
-//! Machine state on real QEMUs: saved during a pause, put together into a stream, loaded by another QEMU.
+//! VM state on real QEMUs: saved during a pause, put together into a stream, loaded by another QEMU.
 
 mod common;
 
@@ -12,10 +12,10 @@ use common::{TestQemu, with_each_qemu};
 use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
 use qmp_bridge::host_finder::find_hosts;
 use qmp_bridge::incoming::{Incoming, IncomingError};
-use qmp_bridge::machine::MachineFacts;
 use qmp_bridge::paused::run_state;
 use qmp_bridge::ramblock::{RamBlock, ram_blocks};
 use qmp_bridge::stream::{STREAM_PAGE, StreamBlock, StreamWriter};
+use qmp_bridge::vm::VmFacts;
 use qmp_bridge::{Paused, devices};
 use serde_json::{Value, json};
 
@@ -29,15 +29,15 @@ struct Saved {
     counter: u32,
 }
 
-async fn blocks_with_hosts(machine: &TestQemu) -> Vec<RamBlock> {
-    let mut blocks = ram_blocks(&machine.qmp).await.expect("blocks");
-    let maps = std::fs::read_to_string(format!("/proc/{}/maps", machine.pid())).expect("maps");
-    find_hosts(&memory_of(machine), &maps, &mut blocks).expect("hosts");
+async fn blocks_with_hosts(vm: &TestQemu) -> Vec<RamBlock> {
+    let mut blocks = ram_blocks(&vm.qmp).await.expect("blocks");
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", vm.pid())).expect("maps");
+    find_hosts(&memory_of(vm), &maps, &mut blocks).expect("hosts");
     blocks
 }
 
-fn memory_of(machine: &TestQemu) -> File {
-    File::open(format!("/proc/{}/mem", machine.pid())).expect("open memory")
+fn memory_of(vm: &TestQemu) -> File {
+    File::open(format!("/proc/{}/mem", vm.pid())).expect("open memory")
 }
 
 fn block_bytes(memory: &File, block: &RamBlock) -> Vec<u8> {
@@ -46,13 +46,13 @@ fn block_bytes(memory: &File, block: &RamBlock) -> Vec<u8> {
     bytes
 }
 
-/// Saves a machine at one instant; its shared memory goes into `copy`.
-async fn save(machine: &TestQemu, memory: &File, copy: &File) -> Saved {
-    let facts = MachineFacts::read(&machine.qmp).await.expect("facts");
-    let blocks = blocks_with_hosts(machine).await;
-    let process = memory_of(machine);
-    let file = DeviceStateFile::prepare(&machine.qmp, machine.directory.path()).await.expect("file");
-    let paused = Paused::stop(&machine.qmp).await.expect("stop");
+/// Saves a VM at one instant; its shared memory goes into `copy`.
+async fn save(vm: &TestQemu, memory: &File, copy: &File) -> Saved {
+    let facts = VmFacts::read(&vm.qmp).await.expect("facts");
+    let blocks = blocks_with_hosts(vm).await;
+    let process = memory_of(vm);
+    let file = DeviceStateFile::prepare(&vm.qmp, vm.directory.path()).await.expect("file");
+    let paused = Paused::stop(&vm.qmp).await.expect("stop");
     file.save(&paused).await.expect("save");
     // The later one counts, alone.
     file.save(&paused).await.expect("save again");
@@ -84,8 +84,8 @@ fn stream_of(saved: &Saved) -> Vec<u8> {
     stream
 }
 
-async fn load(machine: &TestQemu, stream: &[u8]) -> Result<(), IncomingError> {
-    let mut incoming = Incoming::begin(&machine.qmp, &machine.path("incoming.sock")).await?;
+async fn load(vm: &TestQemu, stream: &[u8]) -> Result<(), IncomingError> {
+    let mut incoming = Incoming::begin(&vm.qmp, &vm.path("incoming.sock")).await?;
     for piece in stream.chunks(100_000) {
         incoming.send(piece).await?;
     }
@@ -129,7 +129,7 @@ async fn save_and_restore(from: &Path, machine_type: &str, to: &Path) {
     target.qmp.execute_json("cont", Value::Null).await.expect("cont");
     wait_for_count(&copy, saved.counter).await;
     assert_eq!(run_state(&target.qmp).await.expect("state"), "running");
-    // It went on from there and did not begin anew.
+    // It continued from there and did not begin again.
     assert!(counter(&copy) < saved.counter.wrapping_add(u32::MAX / 2));
 }
 
@@ -143,7 +143,7 @@ async fn an_assembled_stream_is_loaded_and_the_guest_goes_on() {
 }
 
 #[tokio::test]
-async fn an_older_machine_moves_into_a_newer_qemu() {
+async fn an_older_vm_moves_into_a_newer_qemu() {
     let qemus = common::qemus();
     save_and_restore(&qemus[0], "q35", &qemus[1]).await;
 }
@@ -167,25 +167,25 @@ fn setup_of(stream: &[u8], blocks: &[RamBlock]) -> (Vec<u8>, Vec<u64>) {
 async fn our_prefix_is_that_of_qemu() {
     with_each_qemu(async |qemu| {
         let memory = guest_memory();
-        let machine = loop_guest::start(&qemu, "pc", &memory, &[]).await;
-        let facts = MachineFacts::read(&machine.qmp).await.expect("facts");
+        let vm = loop_guest::start(&qemu, "pc", &memory, &[]).await;
+        let facts = VmFacts::read(&vm.qmp).await.expect("facts");
         assert_eq!(facts.ram_backend.as_deref(), Some(SHARED));
         assert_eq!((facts.vcpus, facts.ram_bytes, facts.default_ram_id.as_deref()), (1, loop_guest::RAM, Some(SHARED)));
         assert_eq!(facts.migration_blockers, Vec::<String>::new());
-        let blocks = ram_blocks(&machine.qmp).await.expect("blocks");
+        let blocks = ram_blocks(&vm.qmp).await.expect("blocks");
         let capability = json!([{ "capability": "x-ignore-shared", "state": true }]);
-        machine.qmp.execute_json("migrate-set-capabilities", json!({ "capabilities": capability })).await.expect("capability");
-        let path = machine.path("real.stream");
+        vm.qmp.execute_json("migrate-set-capabilities", json!({ "capabilities": capability })).await.expect("capability");
+        let path = vm.path("real.stream");
         let uri = format!("exec:cat > {}", path.display());
-        machine.qmp.execute_json("migrate", json!({ "uri": uri })).await.expect("migrate");
-        while machine.qmp.execute_json("query-migrate", Value::Null).await.expect("query")["status"] != "completed" {
+        vm.qmp.execute_json("migrate", json!({ "uri": uri })).await.expect("migrate");
+        while vm.qmp.execute_json("query-migrate", Value::Null).await.expect("query")["status"] != "completed" {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let (real, addresses) = setup_of(&std::fs::read(path).expect("stream"), &blocks);
         let listed =
             blocks.iter().zip(addresses).map(|(block, address)| StreamBlock { address, ..StreamBlock::new(block, block.name == SHARED) });
         let ours = StreamWriter::new(&facts.machine_type, listed.collect()).expect("writer").take();
-        // Behind the setup ours goes on with the head of its one section of pages.
+        // Behind the setup ours continues with the head of its one section of pages.
         let mut ours = ours[..ours.len() - 5].to_vec();
         // QEMU numbers sections as it registers them; the number stands before the name and at the end.
         let head = real.windows(4).position(|window| window == b"\x03ram").expect("section") - 4;
@@ -200,7 +200,7 @@ async fn our_prefix_is_that_of_qemu() {
 }
 
 #[tokio::test]
-async fn a_stream_of_another_machine_is_refused_with_a_reason() {
+async fn a_stream_of_another_vm_is_refused_with_a_reason() {
     with_each_qemu(async |qemu| {
         let (memory, copy) = (guest_memory(), guest_memory());
         let source = loop_guest::start(&qemu, "pc", &memory, &[]).await;
@@ -219,24 +219,23 @@ async fn a_stream_of_another_machine_is_refused_with_a_reason() {
 async fn addresses_found_are_those_that_qemu_uses() {
     with_each_qemu(async |qemu| {
         let memory = guest_memory();
-        let machine = loop_guest::start(&qemu, "pc", &memory, &["-S"]).await;
-        let told = ram_blocks(&machine.qmp).await.expect("blocks");
+        let vm = loop_guest::start(&qemu, "pc", &memory, &["-S"]).await;
+        let told = ram_blocks(&vm.qmp).await.expect("blocks");
         let mut found: Vec<RamBlock> = told.iter().map(|block| RamBlock { host: None, ..block.clone() }).collect();
-        let maps = std::fs::read_to_string(format!("/proc/{}/maps", machine.pid())).expect("maps");
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", vm.pid())).expect("maps");
         let start = std::time::Instant::now();
-        find_hosts(&memory_of(&machine), &maps, &mut found).expect("hosts");
+        find_hosts(&memory_of(&vm), &maps, &mut found).expect("hosts");
         eprintln!("{} blocks found in {:?}", found.len(), start.elapsed());
         for (told, found) in told.iter().zip(&found) {
             assert!(told.host.is_none() || told.host == found.host, "{}", told.name);
         }
         // What 7.2 does tell: where a guest address lies.
-        let text = machine.qmp.hmp("gpa2hva 0x1000").await.expect("gpa2hva");
+        let text = vm.qmp.hmp("gpa2hva 0x1000").await.expect("gpa2hva");
         let ram = found.iter().find(|block| block.name == SHARED).and_then(|block| block.host).expect("host");
         assert!(text.contains(&format!("is {:#x}", ram + 0x1000)), "{text} {ram:#x}");
         let bios = found.iter().find(|block| block.name == "pc.bios").expect("firmware");
-        assert_eq!(block_bytes(&memory_of(&machine), bios)[..2], [0x31, 0xc0]);
-        let kinds: Vec<String> =
-            devices::guest_devices(&machine.qmp).await.expect("devices").into_iter().map(|device| device.kind).collect();
+        assert_eq!(block_bytes(&memory_of(&vm), bios)[..2], [0x31, 0xc0]);
+        let kinds: Vec<String> = devices::guest_devices(&vm.qmp).await.expect("devices").into_iter().map(|device| device.kind).collect();
         assert_eq!(kinds, ["virtio-net-pci", "virtio-rng-pci", "virtio-blk-pci"]);
     })
     .await;

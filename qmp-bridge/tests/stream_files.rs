@@ -26,7 +26,7 @@ fn names(facts: &Facts) -> Vec<&str> {
 #[test]
 fn all_are_read_whole() {
     let all = recorded();
-    assert_eq!(all.len(), 14, "seven machines of two versions");
+    assert_eq!(all.len(), 14, "seven VMs of two versions");
     for (name, bytes) in all {
         let facts = whole(&bytes).unwrap_or_else(|error| panic!("{name}: {error}"));
         let total: u64 = facts.blocks.iter().map(|(_, used)| used / 4096).sum();
@@ -35,7 +35,7 @@ fn all_are_read_whole() {
         if name.ends_with("background") {
             assert_eq!(sent, total, "{name}: each page once");
         }
-        assert!(facts.rounds >= 1 && facts.capabilities.is_empty(), "{name}");
+        assert!(facts.passes >= 1 && facts.capabilities.is_empty(), "{name}");
         assert_eq!(facts.devices.first(), Some(&("timer".into(), 0)), "{name}");
         assert_eq!(facts.devices.last(), Some(&("globalstate".into(), 0)), "{name}");
         assert_eq!(facts.state[8], SECTION_FULL, "{name}");

@@ -1,4 +1,4 @@
-//! The reader on streams of running machines: what it gives is the guest's memory and device state of that instant.
+//! The reader on streams of running VMs: what it gives is the guest's memory and device state of that instant.
 
 mod common;
 mod streams;
@@ -25,7 +25,7 @@ use streams::{COUNTER, DEVICES, Mode, capabilities, migrate, start, wait_for_sta
 
 const MEGABYTES: u32 = 16;
 const RAM: &str = "pc.ram";
-/// Device sections that differ between two savings of one instant: whether the guest runs, and a clock that goes on anyway.
+/// Device sections that differ between two savings of one instant: whether the guest runs, and a clock that continues anyway.
 const DIFFERENT: [&str; 2] = ["globalstate", "mc146818rtc"];
 
 /// All that a stream gave.
@@ -68,7 +68,7 @@ impl Received {
             }
             Item::Page { block, offset, bytes } => self.page(block, offset).copy_from_slice(bytes),
             Item::Zero { block, offset } => self.page(block, offset).fill(0),
-            Item::RoundEnd | Item::RamEnd => {}
+            Item::PassEnd | Item::RamEnd => {}
             Item::Devices(devices) => self.devices = Some(devices),
         }
     }
@@ -78,19 +78,19 @@ impl Received {
     }
 }
 
-fn memory_of(machine: &TestQemu) -> File {
-    File::open(format!("/proc/{}/mem", machine.pid())).expect("open memory")
+fn memory_of(vm: &TestQemu) -> File {
+    File::open(format!("/proc/{}/mem", vm.pid())).expect("open memory")
 }
 
-async fn blocks_of(machine: &TestQemu) -> Vec<RamBlock> {
-    let mut blocks = ram_blocks(&machine.qmp).await.expect("blocks");
-    let maps = std::fs::read_to_string(format!("/proc/{}/maps", machine.pid())).expect("maps");
-    find_hosts(&memory_of(machine), &maps, &mut blocks).expect("hosts");
+async fn blocks_of(vm: &TestQemu) -> Vec<RamBlock> {
+    let mut blocks = ram_blocks(&vm.qmp).await.expect("blocks");
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", vm.pid())).expect("maps");
+    find_hosts(&memory_of(vm), &maps, &mut blocks).expect("hosts");
     blocks
 }
 
-fn read_blocks(machine: &TestQemu, blocks: &[RamBlock]) -> Vec<Vec<u8>> {
-    let memory = memory_of(machine);
+fn read_blocks(vm: &TestQemu, blocks: &[RamBlock]) -> Vec<Vec<u8>> {
+    let memory = memory_of(vm);
     let read = |block: &RamBlock| {
         let mut bytes = vec![0; block.used as usize];
         memory.read_exact_at(&mut bytes, block.host.expect("host")).expect("read block");
@@ -103,17 +103,17 @@ fn count_in(memory: &[u8]) -> u32 {
     u32::from_le_bytes(memory[COUNTER..COUNTER + 4].try_into().expect("four"))
 }
 
-async fn count(machine: &TestQemu, blocks: &[RamBlock]) -> u32 {
+async fn count(vm: &TestQemu, blocks: &[RamBlock]) -> u32 {
     let block = blocks.iter().find(|block| block.name == RAM).expect("memory");
     let mut bytes = [0; 4];
     let at = block.host.expect("host") + COUNTER as u64;
-    memory_of(machine).read_exact_at(&mut bytes, at).expect("read");
+    memory_of(vm).read_exact_at(&mut bytes, at).expect("read");
     u32::from_le_bytes(bytes)
 }
 
-async fn wait_for_count(machine: &TestQemu, blocks: &[RamBlock], above: u32) {
+async fn wait_for_count(vm: &TestQemu, blocks: &[RamBlock], above: u32) {
     for _ in 0..1000 {
-        if count(machine, blocks).await > above {
+        if count(vm, blocks).await > above {
             return;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -121,16 +121,16 @@ async fn wait_for_count(machine: &TestQemu, blocks: &[RamBlock], above: u32) {
     panic!("the guest does not count above {above}");
 }
 
-async fn run_state(machine: &TestQemu) -> String {
-    let status = machine.qmp.execute_json("query-status", Value::Null).await.expect("status");
+async fn run_state(vm: &TestQemu) -> String {
+    let status = vm.qmp.execute_json("query-status", Value::Null).await.expect("status");
     status["status"].as_str().expect("text").to_owned()
 }
 
 /// The device state as QEMU gives it otherwise, while the guest is stopped anyway.
-async fn save_devices(machine: &TestQemu) -> DeviceState {
-    let path = machine.path("devices");
+async fn save_devices(vm: &TestQemu) -> DeviceState {
+    let path = vm.path("devices");
     let arguments = json!({ "filename": path.to_str().expect("text"), "live": false });
-    machine.qmp.execute_json("xen-save-devices-state", arguments).await.expect("save");
+    vm.qmp.execute_json("xen-save-devices-state", arguments).await.expect("save");
     DeviceState::from_bytes(std::fs::read(path).expect("read")).expect("device state")
 }
 
@@ -161,47 +161,47 @@ impl Truth {
     }
 }
 
-async fn truth(machine: &TestQemu, blocks: &[RamBlock]) -> Truth {
-    let devices = save_devices(machine).await;
-    Truth { blocks: blocks.to_vec(), memory: read_blocks(machine, blocks), devices }
+async fn truth(vm: &TestQemu, blocks: &[RamBlock]) -> Truth {
+    let devices = save_devices(vm).await;
+    Truth { blocks: blocks.to_vec(), memory: read_blocks(vm, blocks), devices }
 }
 
 /// The guest runs until QEMU has sent nearly all.
-async fn pre_copy(machine: &TestQemu, blocks: &[RamBlock]) -> (Truth, Received) {
-    capabilities(&machine.qmp, &["pause-before-switchover"]).await;
+async fn pre_copy(vm: &TestQemu, blocks: &[RamBlock]) -> (Truth, Received) {
+    capabilities(&vm.qmp, &["pause-before-switchover"]).await;
     let (sender, _first) = mpsc::sync_channel(1);
-    let reader = receive(migrate(&machine.qmp).await, sender);
-    wait_for_status(&machine.qmp, "pre-switchover").await;
-    let truth = truth(machine, blocks).await;
-    machine.qmp.execute_json("migrate-continue", json!({ "state": "pre-switchover" })).await.expect("continue");
-    wait_for_status(&machine.qmp, "completed").await;
+    let reader = receive(migrate(&vm.qmp).await, sender);
+    wait_for_status(&vm.qmp, "pre-switchover").await;
+    let truth = truth(vm, blocks).await;
+    vm.qmp.execute_json("migrate-continue", json!({ "state": "pre-switchover" })).await.expect("continue");
+    wait_for_status(&vm.qmp, "completed").await;
     (truth, reader.join().expect("join").expect("a sound stream"))
 }
 
 /// The guest runs on while QEMU sends what it had when it was stopped.
-async fn background(machine: &TestQemu, blocks: &[RamBlock]) -> (Truth, Received) {
-    capabilities(&machine.qmp, &["background-snapshot"]).await;
-    let paused = Paused::stop(&machine.qmp).await.expect("stop");
-    let truth = truth(machine, blocks).await;
+async fn background(vm: &TestQemu, blocks: &[RamBlock]) -> (Truth, Received) {
+    capabilities(&vm.qmp, &["background-snapshot"]).await;
+    let paused = Paused::stop(&vm.qmp).await.expect("stop");
+    let truth = truth(vm, blocks).await;
     let (sender, first_page) = mpsc::sync_channel(1);
-    let reader = receive(migrate(&machine.qmp).await, sender);
+    let reader = receive(migrate(&vm.qmp).await, sender);
     tokio::task::spawn_blocking(move || first_page.recv_timeout(Duration::from_secs(20))).await.expect("join").expect("a page");
     match paused.resume().await {
         // A background snapshot that was not begun by `Migration` lets the guest run by itself.
         Ok(_) | Err(PauseError::Disturbed { .. }) => {}
         Err(error) => panic!("resume: {error}"),
     }
-    wait_for_count(machine, blocks, count(machine, blocks).await).await;
-    wait_for_status(&machine.qmp, "completed").await;
+    wait_for_count(vm, blocks, count(vm, blocks).await).await;
+    wait_for_status(&vm.qmp, "completed").await;
     let ram = blocks.iter().position(|block| block.name == RAM).expect("memory");
-    assert!(count(machine, blocks).await > count_in(&truth.memory[ram]), "the guest ran on");
+    assert!(count(vm, blocks).await > count_in(&truth.memory[ram]), "the guest ran on");
     (truth, reader.join().expect("join").expect("a sound stream"))
 }
 
-/// Another QEMU goes on from what was received.
-async fn load(qemu: &Path, machine: &str, received: &Received) {
+/// Another QEMU continues from what was received.
+async fn load(qemu: &Path, vm: &str, received: &Received) {
     let more: Vec<&str> = DEVICES.into_iter().chain(["-incoming", "defer", "-S"]).collect();
-    let target = start(qemu, machine, MEGABYTES, &more).await;
+    let target = start(qemu, vm, MEGABYTES, &more).await;
     let blocks = received.names.iter().zip(&received.memory);
     let listed = blocks.map(|(name, bytes)| StreamBlock { name: name.clone(), used: bytes.len() as u64, address: 0, shared: false });
     let mut writer = StreamWriter::new(&received.machine_type, listed.collect()).expect("writer");
@@ -223,8 +223,8 @@ async fn load(qemu: &Path, machine: &str, received: &Received) {
     assert_eq!(run_state(&target).await, "running");
 }
 
-async fn round_trip(qemu: &Path, machine: &str, mode: Mode) {
-    let running = start(qemu, machine, MEGABYTES, &DEVICES).await;
+async fn round_trip(qemu: &Path, vm: &str, mode: Mode) {
+    let running = start(qemu, vm, MEGABYTES, &DEVICES).await;
     let blocks = blocks_of(&running).await;
     wait_for_count(&running, &blocks, 1000).await;
     let (truth, received) = match mode {
@@ -233,7 +233,7 @@ async fn round_trip(qemu: &Path, machine: &str, mode: Mode) {
     };
     truth.compare(&received);
     drop(running);
-    load(qemu, machine, &received).await;
+    load(qemu, vm, &received).await;
 }
 
 #[tokio::test]
@@ -257,9 +257,9 @@ async fn background_snapshot_of_q35() {
 }
 
 /// Migrates into the reader and gives the error that it ends with.
-async fn refusal(machine: &TestQemu) -> StreamReadError {
+async fn refusal(vm: &TestQemu) -> StreamReadError {
     let (sender, _first) = mpsc::sync_channel(1);
-    let reader = receive(migrate(&machine.qmp).await, sender);
+    let reader = receive(migrate(&vm.qmp).await, sender);
     let ended = tokio::task::spawn_blocking(move || reader.join().expect("join").map(drop));
     ended.await.expect("join").expect_err("refused")
 }
@@ -271,16 +271,16 @@ async fn what_a_plain_migration_does_not_send_is_named() {
         let disk = ["-blockdev", "driver=null-co,node-name=n0,size=1048576,read-zeroes=on", "-device", "virtio-blk-pci,drive=n0"];
         let mut cases =
             vec![("return-path", "OPEN_RETURN_PATH"), ("postcopy-ram", "OPEN_RETURN_PATH"), ("dirty-bitmaps", "`dirty-bitmaps`")];
-        let machine = start(&qemu, "q35", 1, &[]).await;
-        if machine.qmp.version().major < 9 {
+        let vm = start(&qemu, "q35", 1, &[]).await;
+        if vm.qmp.version().major < 9 {
             cases.extend([("compress", "`compress`"), ("block", "`block`")]);
         }
         for (capability, wanted) in cases {
-            let machine = start(&qemu, "q35", 1, &disk).await;
+            let vm = start(&qemu, "q35", 1, &disk).await;
             let bitmap = json!({ "node": "n0", "name": "b0" });
-            machine.qmp.execute_json("block-dirty-bitmap-add", bitmap).await.expect("bitmap");
-            capabilities(&machine.qmp, &[capability]).await;
-            let error = refusal(&machine).await;
+            vm.qmp.execute_json("block-dirty-bitmap-add", bitmap).await.expect("bitmap");
+            capabilities(&vm.qmp, &[capability]).await;
+            let error = refusal(&vm).await;
             assert!(matches!(error, StreamReadError::Unsupported { .. }), "{capability}: {error}");
             assert!(error.to_string().contains(wanted), "{capability}: {error}");
         }
@@ -291,9 +291,9 @@ async fn what_a_plain_migration_does_not_send_is_named() {
 #[tokio::test]
 async fn ignored_shared_memory_has_addresses() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, "q35", 1, &[]).await;
-        capabilities(&machine.qmp, &["x-ignore-shared"]).await;
-        let mut reader = StreamReader::new(migrate(&machine.qmp).await, ReaderLimits::default());
+        let vm = start(&qemu, "q35", 1, &[]).await;
+        capabilities(&vm.qmp, &["x-ignore-shared"]).await;
+        let mut reader = StreamReader::new(migrate(&vm.qmp).await, ReaderLimits::default());
         let addressed = tokio::task::spawn_blocking(move || {
             let mut addressed = None;
             while let Some(item) = reader.next().expect("sound") {
@@ -313,8 +313,8 @@ async fn ignored_shared_memory_has_addresses() {
 #[tokio::test]
 async fn a_suppressed_description_is_named() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, "q35,suppress-vmdesc=on", 1, &[]).await;
-        let error = refusal(&machine).await;
+        let vm = start(&qemu, "q35,suppress-vmdesc=on", 1, &[]).await;
+        let error = refusal(&vm).await;
         assert!(matches!(error, StreamReadError::NoDescription { .. }), "{error}");
     })
     .await;
@@ -324,12 +324,12 @@ async fn a_suppressed_description_is_named() {
 #[tokio::test]
 async fn a_cancelled_migration() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, "q35", MEGABYTES, &DEVICES).await;
-        capabilities(&machine.qmp, &["pause-before-switchover"]).await;
+        let vm = start(&qemu, "q35", MEGABYTES, &DEVICES).await;
+        capabilities(&vm.qmp, &["pause-before-switchover"]).await;
         let (sender, _first) = mpsc::sync_channel(1);
-        let reader = receive(migrate(&machine.qmp).await, sender);
-        wait_for_status(&machine.qmp, "pre-switchover").await;
-        machine.qmp.execute_json("migrate_cancel", Value::Null).await.expect("cancel");
+        let reader = receive(migrate(&vm.qmp).await, sender);
+        wait_for_status(&vm.qmp, "pre-switchover").await;
+        vm.qmp.execute_json("migrate_cancel", Value::Null).await.expect("cancel");
         let error = reader.join().expect("join").map(drop).expect_err("cancelled");
         assert!(error.is_cut_off(), "{error}");
         eprintln!("{error}");

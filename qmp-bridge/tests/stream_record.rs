@@ -1,4 +1,4 @@
-//! Records the streams in `tests/streams/` anew: `cargo test -p qmp-bridge --test stream_record -- --ignored`.
+//! Records the streams in `tests/streams/` again: `cargo test -p qmp-bridge --test stream_record -- --ignored`.
 
 mod common;
 mod streams;
@@ -13,7 +13,7 @@ use streams::{DEVICES, Mode, capabilities, directory, migrate, start, wait_for_s
 /// All together stay below this, since they are committed.
 const MOST_BYTES: usize = 1_500_000;
 
-const MACHINES: [(&str, Mode, &[&str]); 7] = [
+const VMS: [(&str, Mode, &[&str]); 7] = [
     ("none", Mode::PreCopy, &[]),
     ("none", Mode::Background, &[]),
     ("microvm", Mode::PreCopy, &[]),
@@ -23,8 +23,8 @@ const MACHINES: [(&str, Mode, &[&str]); 7] = [
     ("q35", Mode::Background, &DEVICES),
 ];
 
-async fn record(qemu: &Path, machine: &str, mode: Mode, devices: &[&str]) -> (String, Vec<u8>) {
-    let running = start(qemu, machine, 1, devices).await;
+async fn record(qemu: &Path, vm: &str, mode: Mode, devices: &[&str]) -> (String, Vec<u8>) {
+    let running = start(qemu, vm, 1, devices).await;
     let (capability, name): (&[&str], _) = match mode {
         Mode::PreCopy => (&[], "precopy"),
         Mode::Background => (&["background-snapshot"], "background"),
@@ -38,7 +38,7 @@ async fn record(qemu: &Path, machine: &str, mode: Mode, devices: &[&str]) -> (St
     wait_for_status(&running.qmp, "completed").await;
     let bytes = reader.join().expect("join").expect("read");
     let version = running.qmp.version();
-    (format!("{}.{}-{machine}-{name}", version.major, version.minor), bytes)
+    (format!("{}.{}-{vm}-{name}", version.major, version.minor), bytes)
 }
 
 #[tokio::test]
@@ -46,8 +46,8 @@ async fn record(qemu: &Path, machine: &str, mode: Mode, devices: &[&str]) -> (St
 async fn record_all() {
     let mut total = 0;
     for qemu in qemus() {
-        for (machine, mode, devices) in MACHINES {
-            let (name, bytes) = record(&qemu, machine, mode, devices).await;
+        for (vm, mode, devices) in VMS {
+            let (name, bytes) = record(&qemu, vm, mode, devices).await;
             eprintln!("{name}: {} bytes", bytes.len());
             read_all(&bytes[..], Default::default()).expect("the reader understands it");
             total += bytes.len();

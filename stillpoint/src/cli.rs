@@ -11,11 +11,11 @@ const EXIT_CODES: &str = "Exit codes:
   0  done
   1  failed; the message says what, on what and what to do
   2  the command line is wrong
-  3  refused: the machine, host or store is not in a state in which this may be done
+  3  refused: the VM, host or store is not in a state in which this may be done
   4  the store did not take or give the data; nothing is lost, try again
   5  the store holds damaged content";
 
-/// Live, incremental, consistent checkpoints of QEMU machines, restored on any host.
+/// Live, incremental, consistent checkpoints of QEMU VMs, restored on any host.
 #[derive(Parser)]
 #[command(name = "stillpoint", version, after_help = EXIT_CODES)]
 pub struct Cli {
@@ -30,15 +30,15 @@ pub struct Cli {
 pub enum Command {
     /// Start QEMU so that it can be checkpointed; this process becomes QEMU
     Run(RunArgs),
-    /// Give a running machine a helper: one of ours again, or any QEMU by its QMP socket
+    /// Give a running VM a helper: one of ours again, or any QEMU by its QMP socket
     Attach(AttachArgs),
-    /// Move a machine that is attached by its QMP socket into a QEMU of ours, while it runs
+    /// Move a VM that is attached by its QMP socket into a QEMU of ours, while it runs
     Adopt(AdoptArgs),
-    /// Take a checkpoint of a running machine
+    /// Take a checkpoint of a running VM
     Checkpoint(CheckpointArgs),
-    /// Bring a machine back from the store
+    /// Bring a VM back from the store
     Restore(RestoreArgs),
-    /// List machines, or the checkpoints of one
+    /// List VMs, or the checkpoints of one
     Ls(LsArgs),
     /// Show one checkpoint
     Show(ShowArgs),
@@ -46,7 +46,7 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Check what this host can do
     Doctor(DoctorArgs),
-    /// Measure pauses and sizes on a running machine
+    /// Measure pauses and sizes on a running VM
     Bench(BenchArgs),
     /// The helper itself; 'run', 'attach' and 'restore' start it
     #[command(hide = true)]
@@ -58,7 +58,7 @@ pub enum Command {
 
 #[derive(Args)]
 pub struct Runtime {
-    /// Directory of the running machines' sockets and logs [default: /run/stillpoint; a
+    /// Directory of the running VMs' sockets and logs [default: /run/stillpoint; a
     /// user's is $XDG_RUNTIME_DIR/stillpoint, else /run/user/UID/stillpoint, else /tmp/stillpoint-UID]
     #[arg(long, env = "STILLPOINT_RUNTIME_DIR", value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,
@@ -73,16 +73,16 @@ pub struct Store {
 
 #[derive(Args)]
 pub struct RunArgs {
-    /// The machine's name in the store
+    /// The VM's name in the store
     #[arg(long, env = "STILLPOINT_NAME")]
     pub name: VmName,
     #[command(flatten)]
     pub store: Store,
     #[command(flatten)]
     pub runtime: Runtime,
-    /// Where old disk blocks wait during a checkpoint (on a disk with room) [default: /var/tmp]
-    #[arg(long, env = "STILLPOINT_SCRATCH_DIR", value_name = "DIR")]
-    pub scratch_dir: Option<PathBuf>,
+    /// Directory for temporary fleecing overlays; needs free space on a disk-backed file system [default: /var/tmp]
+    #[arg(long, alias = "scratch-dir", env = "STILLPOINT_FLEECING_DIR", value_name = "DIR")]
+    pub fleecing_dir: Option<PathBuf>,
     /// The QEMU program and its arguments, after '--'
     #[arg(last = true, required = true, value_name = "QEMU ARGS")]
     pub qemu: Vec<String>,
@@ -90,10 +90,10 @@ pub struct RunArgs {
 
 #[derive(Args)]
 pub struct AttachArgs {
-    /// The machine's name
+    /// The VM's name
     #[arg(required_unless_present = "long_name")]
     pub name: Option<VmName>,
-    /// The machine's name (the same as NAME)
+    /// The VM's name (the same as NAME)
     #[arg(id = "long_name", long = "name", value_name = "NAME", conflicts_with = "name")]
     pub long_name: Option<VmName>,
     /// Monitor of a running QEMU that Stillpoint did not start (a unix socket)
@@ -102,9 +102,9 @@ pub struct AttachArgs {
     /// With --qmp: file:///DIR, hdfs://NAMENODE:PORT/PATH or hdfs://NAMESERVICE/PATH
     #[arg(long, env = "STILLPOINT_STORE", value_name = "URL")]
     pub store: Option<String>,
-    /// With --qmp: where old disk blocks wait during a checkpoint (on a disk with room) [default: /var/tmp]
-    #[arg(long, env = "STILLPOINT_SCRATCH_DIR", value_name = "DIR")]
-    pub scratch_dir: Option<PathBuf>,
+    /// With --qmp: directory for temporary fleecing overlays; needs free space on a disk-backed file system [default: /var/tmp]
+    #[arg(long, alias = "scratch-dir", env = "STILLPOINT_FLEECING_DIR", value_name = "DIR")]
+    pub fleecing_dir: Option<PathBuf>,
     /// With --qmp: where memory comes from
     #[arg(long, value_enum, default_value_t, value_name = "ENGINE")]
     pub engine: EngineChoice,
@@ -141,10 +141,10 @@ pub struct CheckpointArgs {
     pub name: VmName,
     #[command(flatten)]
     pub runtime: Runtime,
-    /// Where this checkpoint's memory comes from [default: what the machine was attached with]
+    /// Where this checkpoint's memory comes from [default: what the VM was attached with]
     #[arg(long, value_enum, value_name = "ENGINE")]
     pub engine: Option<EngineChoice>,
-    /// How the stream engine gets memory of one instant [default: what the machine was attached with]
+    /// How the stream engine gets memory of one instant [default: what the VM was attached with]
     #[arg(long, value_enum, value_name = "MODE")]
     pub stream: Option<StreamChoice>,
     /// Take a full checkpoint, which begins a new lineage: it needs no earlier one
@@ -175,10 +175,10 @@ pub struct RestoreArgs {
     /// QEMU to use [default: of the same name on the PATH, else qemu-system-x86_64]
     #[arg(long, value_name = "PROGRAM")]
     pub qemu: Option<String>,
-    /// Where old disk blocks wait during a checkpoint [default: /var/tmp]
-    #[arg(long, env = "STILLPOINT_SCRATCH_DIR", value_name = "DIR")]
-    pub scratch_dir: Option<PathBuf>,
-    /// Use NEW where the machine's command line says OLD (a whole value; repeatable)
+    /// Directory for temporary fleecing overlays [default: /var/tmp]
+    #[arg(long, alias = "scratch-dir", env = "STILLPOINT_FLEECING_DIR", value_name = "DIR")]
+    pub fleecing_dir: Option<PathBuf>,
+    /// Use NEW where the VM's command line says OLD (a whole value; repeatable)
     #[arg(long, value_name = "OLD=NEW")]
     pub map: Vec<Mapping>,
     /// Let the restored VM have something of this host that its command line names: OPTION.KEY, or OPTION.KEY=VALUE (repeatable)
@@ -242,8 +242,8 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "WHAT", requires = "restore")]
     pub allow: Vec<String>,
     /// With --restore: directory for the temporary disks [default: /var/tmp]
-    #[arg(long, env = "STILLPOINT_SCRATCH_DIR", value_name = "DIR")]
-    pub scratch_dir: Option<PathBuf>,
+    #[arg(long, alias = "scratch-dir", env = "STILLPOINT_FLEECING_DIR", value_name = "DIR")]
+    pub fleecing_dir: Option<PathBuf>,
     /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
@@ -301,8 +301,8 @@ pub struct SandboxArgs {
 }
 
 impl AttachArgs {
-    pub fn machine(&self) -> anyhow::Result<&VmName> {
-        self.name.as_ref().or(self.long_name.as_ref()).ok_or_else(|| anyhow::anyhow!("no machine was named"))
+    pub fn vm(&self) -> anyhow::Result<&VmName> {
+        self.name.as_ref().or(self.long_name.as_ref()).ok_or_else(|| anyhow::anyhow!("no VM was named"))
     }
 }
 

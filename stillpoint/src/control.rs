@@ -16,11 +16,11 @@ pub const MAX_REQUEST: u64 = 32 << 10;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// Take a checkpoint; where nothing is chosen, as the machine was attached.
+    /// Take a checkpoint; where nothing is chosen, as the VM was attached.
     Checkpoint(Choice),
-    /// Move the machine into a QEMU of ours.
+    /// Move the VM into a QEMU of ours.
     Adopt { qemu: Option<PathBuf> },
-    /// What machine is this, and what is it doing.
+    /// What VM is this, and what is it doing.
     Status,
     /// Time a bare `stop` and `cont`, the least that any pause costs.
     BarePause,

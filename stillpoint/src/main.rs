@@ -65,7 +65,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Run(args) => match commands::run::run(args)? {},
         Command::Sandbox(args) => match proof::sandbox::become_program(&args.dir, &args.cwd, &args.program)? {},
         Command::Verify(args) if args.restore && proof::sandbox::workspace().is_none() => {
-            proof::sandbox::supervise(&launch::scratch_dir(args.scratch_dir.as_deref())?)
+            proof::sandbox::supervise(&launch::fleecing_dir(args.fleecing_dir.as_deref())?)
         }
         Command::Doctor(args) => doctor::run(&args),
         other => {

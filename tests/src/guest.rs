@@ -1,4 +1,4 @@
-//! The guest of one machine, whoever started its QEMU: what it says on its serial port, and what its monitor tells.
+//! The guest of one VM, whoever started its QEMU: what it says on its serial port, and what its monitor tells.
 
 use crate::images::read_image;
 use crate::process::{self, Pid, wait_until};
@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// A guest needs 4 to 8 seconds to boot on two free cores; nothing else takes nearly as long.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(90);
 /// It takes 4 to 12 seconds.
-const BOOT_PATIENCE: Duration = Duration::from_secs(60);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Lines come four times a second, steps ten times a second, and a busy host is late.
 const STEPS_BETWEEN_LINES: u64 = 15;
 
@@ -63,7 +63,7 @@ impl Guest {
     /// The last line, once there is one that fits. Panics on a contradiction, and when QEMU ends.
     pub fn wait_for_line(&self, what: &str, fits: impl Fn(&Line) -> bool) -> Line {
         let mut hit = None;
-        let done = wait_until(PATIENCE, || {
+        let done = wait_until(TIMEOUT, || {
             hit = self.lines().pop().filter(|line| fits(line));
             hit.is_some() || !self.qemu_runs()
         });
@@ -88,9 +88,9 @@ impl Guest {
     /// The emulator's processors hang in the guest kernel's start now and then, before the witness is there; that is told, and reset
     /// once.
     pub fn wait_for_witness(&self) -> Line {
-        let began = wait_until(BOOT_PATIENCE, || !self.lines().is_empty() || !self.qemu_runs());
+        let began = wait_until(BOOT_TIMEOUT, || !self.lines().is_empty() || !self.qemu_runs());
         if !began && self.qemu_runs() {
-            eprintln!("{}: the guest did not come up in {BOOT_PATIENCE:?} and is reset; it has said:\n{}", self.name, self.said());
+            eprintln!("{}: the guest did not come up in {BOOT_TIMEOUT:?} and is reset; it has said:\n{}", self.name, self.said());
             self.qmp().execute("system_reset", serde_json::json!({}));
         }
         self.wait_for_line("the witness", |line| line.passes >= 1)
@@ -99,18 +99,18 @@ impl Guest {
     /// The guest takes further steps.
     pub fn assert_goes_on(&self) {
         let now = self.lines().len();
-        let more = wait_until(PATIENCE, || self.lines().len() > now + 1 || !self.qemu_runs());
+        let more = wait_until(TIMEOUT, || self.lines().len() > now + 1 || !self.qemu_runs());
         self.assert_no_contradiction();
-        assert!(more && self.qemu_runs(), "{}: the guest stands still\n{}", self.name, self.said());
+        assert!(more && self.qemu_runs(), "{}: the guest is stopped\n{}", self.name, self.said());
     }
 
-    /// This restored machine goes on where the checkpoint was taken, and all of its memory and disks are right: the
+    /// This restored VM continues where the checkpoint was taken, and all of its memory and disks are right: the
     /// witness has walked over the whole table twice.
     pub fn assert_continues(&self, taken: &Taken) {
         let first = self.wait_for_line("a first line", |_| true);
         let first = self.lines().into_iter().next().unwrap_or(first);
         let expected = taken.before + 1..=taken.after + STEPS_BETWEEN_LINES;
-        assert!(expected.contains(&first.step), "{}: went on with step {}, {expected:?} was expected", self.name, first.step);
+        assert!(expected.contains(&first.step), "{}: continued with step {}, {expected:?} was expected", self.name, first.step);
         self.assert_all_right(&first);
     }
 
@@ -128,7 +128,7 @@ impl Guest {
         QmpClient::connect(&self.directory.join("extra.sock"))
     }
 
-    /// What a drive holds. Where a restored machine has its disks is its own affair: QEMU says.
+    /// What a drive holds. Where a restored VM has its disks is its own affair: QEMU says.
     pub fn disk(&self, drive: &str) -> Vec<u8> {
         let all = self.qmp().execute("query-block", json!({}));
         let hit = all.as_array().into_iter().flatten().find(|block| block["device"] == drive);

@@ -1,10 +1,10 @@
-//! Where a test takes place: a directory, a store in it, and the right to run so many machines.
+//! Where a test takes place: a directory, a store in it, and the right to run so many VMs.
 
 use crate::built::built;
-use crate::machine::TestMachine;
 use crate::process;
 use crate::recipe::Recipe;
 use crate::slots::{Slots, shared_directory};
+use crate::vm::TestVm;
 use serde_json::Value;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// The longest that any one command may take: a hanging store is given up after two minutes.
-const COMMAND_PATIENCE: Duration = Duration::from_secs(180);
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(180);
 
 pub struct Lab {
     // Before the directory, so that it is given back last: fields are dropped in order.
@@ -25,13 +25,13 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// A place for a test that has one machine at a time.
+    /// A place for a test that has one VM at a time.
     pub fn new(qemu: &Path) -> Self {
-        Self::for_machines(qemu, 1)
+        Self::for_vms(qemu, 1)
     }
 
-    /// Waits until so many machines may run.
-    pub fn for_machines(qemu: &Path, count: usize) -> Self {
+    /// Waits until so many VMs may run.
+    pub fn for_vms(qemu: &Path, count: usize) -> Self {
         let slots = Slots::take(count);
         let directory = tempfile::Builder::new().prefix("stillpoint-").tempdir().expect("a directory");
         let store = format!("file://{}/store", directory.path().display());
@@ -39,7 +39,7 @@ impl Lab {
         let cache = shared_directory().join("cache");
         let mut lab = Self { directory, qemu: qemu.to_owned(), store, environment: Vec::new(), _slots: slots };
         lab.set("STILLPOINT_RUNTIME_DIR", lab.runtime().display().to_string());
-        lab.set("STILLPOINT_SCRATCH_DIR", lab.path().display().to_string());
+        lab.set("STILLPOINT_FLEECING_DIR", lab.path().display().to_string());
         lab.set("STILLPOINT_CACHE_DIR", cache.display().to_string());
         lab
     }
@@ -78,24 +78,24 @@ impl Lab {
         self.path().join("run")
     }
 
-    /// Starts a machine and its helper; its directory is named as it is.
-    pub fn start(&self, name: &str, recipe: &Recipe) -> TestMachine<'_> {
-        TestMachine::start(self, name, recipe, &[])
+    /// Starts a VM and its helper; its directory is named as it is.
+    pub fn start(&self, name: &str, recipe: &Recipe) -> TestVm<'_> {
+        TestVm::start(self, name, recipe, &[])
     }
 
     /// The same with more environment, for the helper too.
-    pub fn start_with(&self, name: &str, recipe: &Recipe, environment: &[(&str, &str)]) -> TestMachine<'_> {
-        TestMachine::start(self, name, recipe, environment)
+    pub fn start_with(&self, name: &str, recipe: &Recipe, environment: &[(&str, &str)]) -> TestVm<'_> {
+        TestVm::start(self, name, recipe, environment)
     }
 
     /// Starts QEMU as anybody would, without `stillpoint`.
-    pub fn start_plain(&self, name: &str, recipe: &Recipe) -> TestMachine<'_> {
-        TestMachine::start_plain(self, name, recipe)
+    pub fn start_plain(&self, name: &str, recipe: &Recipe) -> TestVm<'_> {
+        TestVm::start_plain(self, name, recipe)
     }
 
-    /// Restores NAME or NAME@ID as machine `new_name`, in a fresh directory.
-    pub fn restore(&self, checkpoint: &str, new_name: &str, more: &[&str]) -> TestMachine<'_> {
-        TestMachine::restore(self, checkpoint, new_name, more)
+    /// Restores NAME or NAME@ID as VM `new_name`, in a fresh directory.
+    pub fn restore(&self, checkpoint: &str, new_name: &str, more: &[&str]) -> TestVm<'_> {
+        TestVm::restore(self, checkpoint, new_name, more)
     }
 
     /// `stillpoint` with this lab's variables.
@@ -124,7 +124,7 @@ impl Lab {
         if self.store_directory().join("store.json").exists() { self.list(name) } else { Vec::new() }
     }
 
-    /// Ids of the checkpoints that a machine has in the store; a machine without any is an error of the command.
+    /// Ids of the checkpoints that a VM has in the store; a VM without any is an error of the command.
     pub fn list(&self, name: &str) -> Vec<u64> {
         let listed = self.run(&["ls", name, "--json"]);
         if listed.code == 1 && listed.err.contains("no checkpoint") {
@@ -146,7 +146,7 @@ impl Lab {
         std::env::var("STILLPOINT_TEST_KEEP").is_ok_and(|which| which != "failed" || std::thread::panicking())
     }
 
-    /// Reads back all that the machine has in the store.
+    /// Reads back all that the VM has in the store.
     pub fn verify(&self, name: &str) {
         let report = self.run(&["verify", name, "--json"]).expect_success().json();
         assert_eq!(report["ok"], true, "{report}");
@@ -154,14 +154,14 @@ impl Lab {
 }
 
 impl Drop for Lab {
-    /// Machines that a failed test did not expect to run.
+    /// VMs that a failed test did not expect to run.
     fn drop(&mut self) {
         process::qemus_below(self.path()).into_iter().for_each(process::kill_hard);
         let runtime = self.runtime();
-        let machines = std::fs::read_dir(&runtime).into_iter().flatten().flatten();
-        for machine in machines.map(|entry| entry.path()) {
+        let vms = std::fs::read_dir(&runtime).into_iter().flatten().flatten();
+        for vm in vms.map(|entry| entry.path()) {
             for socket in ["control.sock", "plugin.sock"] {
-                let pid = process::listener(&machine.join(socket)).filter(|pid| process::is_ours(*pid, &runtime));
+                let pid = process::listener(&vm.join(socket)).filter(|pid| process::is_ours(*pid, &runtime));
                 pid.into_iter().for_each(process::kill_hard);
             }
         }
@@ -183,7 +183,7 @@ pub struct Ran {
 }
 
 impl Ran {
-    /// Runs to the end. Output goes to files: a machine that the command leaves behind may hold them open.
+    /// Runs to the end. Output goes to files: a VM that the command leaves behind may hold them open.
     pub fn of(mut command: Command, what: &str) -> Self {
         let files = [tempfile::NamedTempFile::new().expect("a file"), tempfile::NamedTempFile::new().expect("a file")];
         let open = |number: usize| Stdio::from(File::create(files[number].path()).expect("a file"));
@@ -194,7 +194,7 @@ impl Ran {
             if let Some(status) = child.try_wait().expect("a child") {
                 break status;
             }
-            if begun.elapsed() > COMMAND_PATIENCE {
+            if begun.elapsed() > COMMAND_TIMEOUT {
                 let _ = child.kill();
                 let _ = child.wait();
                 panic!("stillpoint {what} hangs; it said: {}", read(1));

@@ -1,14 +1,14 @@
-//! Whole machines under test: a real QEMU, a guest that would notice a wrong restore, the real `stillpoint` program.
+//! Whole VMs under test: a real QEMU, a guest that would notice a wrong restore, the real `stillpoint` program.
 //!
-//! A test makes a [`Lab`] (a directory, a store, a place among the few machines that may run at once), starts a
-//! [`TestMachine`] in it by a [`Recipe`], and restores others from its checkpoints. What all of them have is a [`Guest`]. What runs is
+//! A test makes a [`Lab`] (a directory, a store, a place among the few VMs that may run at once), starts a
+//! [`TestVm`] in it by a [`Recipe`], and restores others from its checkpoints. What all of them have is a [`Guest`]. What runs is
 //! ended when the values are dropped, also when the test fails; nothing but processes of its own is ever signalled.
 //!
 //! | variable | meaning |
 //! | --- | --- |
 //! | `STILLPOINT_TEST_QEMUS` | QEMU programs to test with, separated by colons (default: those of `scripts/install-deps`) |
 //! | `STILLPOINT_TEST_PROGRAM` | a `stillpoint` with its plugin beside it, instead of building this tree's |
-//! | `STILLPOINT_TEST_THOROUGH` | more of the same: 20 checkpoints on every layout of an unprepared machine (before a release; 20 minutes) |
+//! | `STILLPOINT_TEST_THOROUGH` | more of the same: 20 checkpoints on every layout of an external VM (before a release; 20 minutes) |
 //! | `STILLPOINT_TEST_KEEP` | keep the directories of failed tests (`failed`), or of all (any other value), and print their names |
 
 mod built;
@@ -20,7 +20,6 @@ mod hdfs;
 mod images;
 mod lab;
 mod libvirt;
-mod machine;
 mod plain;
 mod points;
 mod process;
@@ -36,6 +35,7 @@ pub mod torture;
 mod tpm;
 pub mod tree;
 mod truth;
+mod vm;
 mod witness;
 
 pub use built::{built, project};
@@ -46,7 +46,6 @@ pub use hdfs::Cluster;
 pub use images::{qemu_img, read_image};
 pub use lab::{Lab, Ran};
 pub use libvirt::{Domain, Libvirt, Shape};
-pub use machine::TestMachine;
 pub use points::kill_points;
 pub use process::{Pid, is_running, kill_hard, processor_time, qemus_below, stop_and_continue, wait_until};
 pub use qemus::{major_version, newest_qemu, on_each_qemu, qemus, stream_modes};
@@ -58,4 +57,5 @@ pub use taken::{Outcome, Taken};
 pub use tmpfs::SmallStore;
 pub use tpm::{SoftwareTpm, Tis};
 pub use truth::{Scribbled, thorough, wait_for_scribbles};
+pub use vm::TestVm;
 pub use witness::{Line, lines};

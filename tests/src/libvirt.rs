@@ -1,7 +1,7 @@
 //! A real libvirt for one test, by `scripts/libvirt-dev`, and a domain in it whose guest is the witness.
 
 use crate::built::{built, project};
-use crate::guest::{Guest, PATIENCE};
+use crate::guest::{Guest, TIMEOUT};
 use crate::lab::Lab;
 use crate::process::{self, Pid, wait_until};
 use crate::recipe::Recipe;
@@ -222,7 +222,7 @@ impl Domain<'_> {
     /// Through libvirt, as its owner would; QEMU is gone afterwards.
     pub fn destroy(&self) {
         self.libvirt.virsh(&["destroy", &self.name]);
-        let gone = wait_until(PATIENCE, || !self.qemu_runs());
+        let gone = wait_until(TIMEOUT, || !self.qemu_runs());
         assert!(gone, "{} does not end", self.name);
     }
 }

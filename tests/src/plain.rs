@@ -1,11 +1,11 @@
-//! Machines that nobody prepared: attached by their monitor, and adopted into a QEMU of ours while they run.
+//! VMs that nobody prepared: attached by their monitor, and adopted into a QEMU of ours while they run.
 
 use crate::lab::Ran;
-use crate::machine::TestMachine;
 use crate::process::{self, Pid};
+use crate::vm::TestVm;
 
-impl TestMachine<'_> {
-    /// The first helper of a plain machine.
+impl TestVm<'_> {
+    /// The first helper of a plain VM.
     pub fn attach_plain(&self, words: &[&str]) {
         self.attach_plain_with(words, &[]);
     }
@@ -26,17 +26,17 @@ impl TestMachine<'_> {
         self.lab.run(&["adopt", &self.name, "--json"])
     }
 
-    /// An adoption that must succeed: from now on the machine's QEMU is another process, which has the plugin.
+    /// An adoption that must succeed: from now on the VM's QEMU is another process, which has the plugin.
     pub fn adopt(&mut self) {
         let source = self.guest.qemu;
         let ran = self.try_adopt();
         assert_eq!(ran.code, 0, "adoption of {}: {}\n{}", self.name, ran.err, self.said());
         self.report = ran.json();
         self.follow();
-        assert_ne!(self.guest.qemu, source, "the same process goes on");
+        assert_ne!(self.guest.qemu, source, "the same process continues");
     }
 
-    /// Takes the QEMU that answers at the plugin's socket for the machine's, if there is one.
+    /// Takes the QEMU that answers at the plugin's socket for the VM's, if there is one.
     pub fn follow(&mut self) {
         if let Some(pid) = process::listener(&self.runtime_file("plugin.sock")) {
             self.guest.qemu = pid;

@@ -36,7 +36,7 @@ pub fn stream_modes(qemu: &Path) -> &'static [&'static str] {
     if major_version(qemu) >= 9 { &["pre-copy", "background-snapshot"] } else { &["stopped"] }
 }
 
-/// Runs a test body with every QEMU, side by side as far as machines may run at once; a failure names its QEMU.
+/// Runs a test body with every QEMU, side by side as far as VMs may run at once; a failure names its QEMU.
 pub fn on_each_qemu(body: impl Fn(&Path) + Sync) {
     let body = &body;
     let failed: Vec<PathBuf> = std::thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! A second monitor of a machine under test: what an administrator would do beside the helper, and a look at the truth.
+//! A second monitor of a VM under test: what an administrator would do beside the helper, and a look at the truth.
 
 use crate::process::wait_until;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 const SETTLING: Duration = Duration::from_millis(250);
 
 pub struct QmpClient {
@@ -21,9 +21,9 @@ impl QmpClient {
     pub fn connect(socket: &Path) -> Self {
         let age = || std::fs::metadata(socket).and_then(|facts| facts.modified()).ok().and_then(|bound| bound.elapsed().ok());
         // While QEMU starts, two of its threads may serve one client.
-        wait_until(PATIENCE, || age().is_none_or(|age| age > SETTLING));
+        wait_until(TIMEOUT, || age().is_none_or(|age| age > SETTLING));
         let stream = UnixStream::connect(socket).unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
-        stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("a socket");
         let mut client = Self { read: BufReader::new(stream.try_clone().expect("a socket")), write: stream, events: Vec::new() };
         client.answer("QMP").expect("a greeting");
         client.execute("qmp_capabilities", json!({}));

@@ -1,4 +1,4 @@
-//! Which machine: the guest's image, the configuration, and what a test changes in them.
+//! Which VM: the guest's image, the configuration, and what a test changes in them.
 
 use crate::built::project;
 use crate::images::qemu_img;
@@ -7,12 +7,12 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
-/// The boot-sector machine is as small as SeaBIOS allows.
+/// The boot-sector VM is as small as SeaBIOS allows.
 pub const SCRIBBLER_RAM_BYTES: u64 = 16 << 20;
 const SCRIBBLER: &[u8; 512] = include_bytes!("scribbler.bin");
 const SEED_AT: usize = 4;
 
-/// A small table, checked about twice a second: two walks over it show that all of a restored machine's RAM is right. Lines come
+/// A small table, checked about twice a second: two walks over it show that all of a restored VM's RAM is right. Lines come
 /// often, because most tests wait for some.
 const QUICK: &str = "witness.table_mib=12 witness.check=6144 witness.report_ms=250";
 
@@ -21,7 +21,7 @@ enum Guest {
     /// Linux and the witness, from `scripts/guest-image --kind KIND`, run by a file of `qemu-configs/`.
     Witness { kind: &'static str, config: &'static str },
     /// The same guest on a bare board, which has only what `arguments` give it.
-    Board { machine: &'static str },
+    Board { vm: &'static str },
     /// A boot sector that writes to memory (`scribbler.S`), and two disks that nobody touches but the test.
     Scribbler { seed: u32 },
 }
@@ -36,7 +36,7 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// A machine of `qemu-configs/` with the witness as its guest.
+    /// A VM of `qemu-configs/` with the witness as its guest.
     pub fn witness(config: &'static str) -> Self {
         let kind = if config == "guest-union.cfg" { "union" } else { "plain" };
         Self::new(Guest::Witness { kind, config })
@@ -44,8 +44,8 @@ impl Recipe {
 
     /// The witness on a board without disks and display (`pc` or `q35`, 256 MiB); the arguments of a test give it disks.
     /// Files to use: `base.qcow2`, `overlay.qcow2` on it (64 MiB), `data.qcow2` and `data.raw` (32 MiB).
-    pub fn board(machine: &'static str) -> Self {
-        Self::new(Guest::Board { machine })
+    pub fn board(vm: &'static str) -> Self {
+        Self::new(Guest::Board { vm })
     }
 
     /// Boots in a second and needs no image: `boot` (IDE, raw), `cow` (qcow2 on a base, 16 MiB), `odd` (raw, 3 MiB and 512 bytes).
@@ -70,19 +70,19 @@ impl Recipe {
         self
     }
 
-    /// A qemu-img command, run in the machine's directory before it starts.
+    /// A qemu-img command, run in the VM's directory before it starts.
     pub fn image(mut self, arguments: &[&str]) -> Self {
         self.prepare.push(arguments.iter().map(|word| (*word).to_owned()).collect());
         self
     }
 
-    /// Other bytes in one of the machine's files, before it starts.
+    /// Other bytes in one of the VM's files, before it starts.
     pub fn patch(mut self, file: &'static str, offset: u64, bytes: &'static [u8]) -> Self {
         self.patches.push((file, offset, bytes));
         self
     }
 
-    /// Makes the machine's files in `directory`.
+    /// Makes the VM's files in `directory`.
     pub fn furnish(&self, qemu: &Path, directory: &Path) {
         match self.guest {
             Guest::Witness { kind, config } => {
@@ -102,12 +102,12 @@ impl Recipe {
         }
     }
 
-    /// What stands after `stillpoint run … --`. Paths are relative, so that a restored machine has its own.
+    /// What stands after `stillpoint run … --`. Paths are relative, so that a restored VM has its own.
     pub fn command_line(&self, qemu: &Path) -> Vec<String> {
         let mut words = vec![qemu.display().to_string()];
         let guest = match self.guest {
             Guest::Witness { config, .. } => format!("-readconfig {config}"),
-            Guest::Board { machine } => format!("-machine {machine} -m 256 -nodefaults -kernel vmlinuz -initrd initrd.img"),
+            Guest::Board { vm } => format!("-machine {vm} -m 256 -nodefaults -kernel vmlinuz -initrd initrd.img"),
             Guest::Scribbler { .. } => format!(
                 "-machine pc -m {} -nodefaults \
                  -drive file=boot.raw,format=raw,if=none,id=boot -device ide-hd,drive=boot \

@@ -1,4 +1,4 @@
-//! What the boot sector (`scribbler.S`) has written after so many writes: memory is a function of one register, so that a machine
+//! What the boot sector (`scribbler.S`) has written after so many writes: memory is a function of one register, so that a VM
 //! checkpointed while it ran can be compared byte for byte, too.
 
 use crate::qmp::QmpClient;
@@ -53,7 +53,7 @@ impl Scribbles {
         self.writes
     }
 
-    /// Pages of a stopped machine's memory that are not what its register says.
+    /// Pages of a stopped VM's memory that are not what its register says.
     pub fn differences(mut self, monitor: &mut QmpClient) -> Vec<usize> {
         self.replay(register(monitor));
         let memory = monitor.memory(SCRIBBLER_RAM_BYTES);

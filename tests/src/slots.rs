@@ -17,9 +17,9 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// Waits until `count` machines may start. All at once, behind a gate: two holders of one place each never wait for each other.
+    /// Waits until `count` VMs may start. All at once, behind a gate: two holders of one place each never wait for each other.
     pub fn take(count: usize) -> Self {
-        assert!((1..=PLACES).contains(&count), "a test has at most {PLACES} machines at once");
+        assert!((1..=PLACES).contains(&count), "a test has at most {PLACES} VMs at once");
         let _gate = Flock::lock(open("gate"), FlockArg::LockExclusive).expect("a lock file");
         let mut held = Vec::new();
         loop {

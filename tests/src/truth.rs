@@ -1,15 +1,15 @@
-//! A scribbler machine whose every checkpoint can be compared byte for byte with a truth that owes nothing to the program under test.
+//! A scribbler VM whose every checkpoint can be compared byte for byte with a truth that owes nothing to the program under test.
 //!
-//! Memory is written by the boot sector (`scribbler.S`) and read out by QEMU's own `pmemsave` while the machine is stopped. The disks
+//! Memory is written by the boot sector (`scribbler.S`) and read out by QEMU's own `pmemsave` while the VM is stopped. The disks
 //! are written through QEMU by the test, which keeps their content itself.
 
 use crate::lab::Lab;
-use crate::machine::TestMachine;
 use crate::process::wait_until;
 use crate::qmp::QmpClient;
 use crate::random::Random;
 use crate::recipe::SCRIBBLER_RAM_BYTES;
 use crate::taken::Outcome;
+use crate::vm::TestVm;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -21,7 +21,7 @@ pub fn thorough() -> bool {
     std::env::var_os("STILLPOINT_TEST_THOROUGH").is_some_and(|value| value == "1")
 }
 
-/// A disk of the machine, and what it holds if everything is right.
+/// A disk of the VM, and what it holds if everything is right.
 struct ModelDisk {
     drive: &'static str,
     content: Vec<u8>,
@@ -34,7 +34,7 @@ struct Truth {
 }
 
 pub struct Scribbled<'lab> {
-    pub machine: TestMachine<'lab>,
+    pub vm: TestVm<'lab>,
     pub monitor: QmpClient,
     pub random: Random,
     lab: &'lab Lab,
@@ -47,11 +47,11 @@ pub struct Scribbled<'lab> {
 
 impl<'lab> Scribbled<'lab> {
     /// Waits until the boot sector runs.
-    pub fn new(lab: &'lab Lab, machine: TestMachine<'lab>, seed: u64) -> Self {
-        let disks = ["cow", "odd"].map(|drive| ModelDisk { drive, content: machine.disk(drive) }).into();
-        let mut monitor = machine.qmp();
+    pub fn new(lab: &'lab Lab, vm: TestVm<'lab>, seed: u64) -> Self {
+        let disks = ["cow", "odd"].map(|drive| ModelDisk { drive, content: vm.disk(drive) }).into();
+        let mut monitor = vm.qmp();
         wait_for_scribbles(&mut monitor);
-        Self { machine, monitor, random: Random::new(seed), lab, seed, disks, truths: BTreeMap::new(), story: Vec::new() }
+        Self { vm, monitor, random: Random::new(seed), lab, seed, disks, truths: BTreeMap::new(), story: Vec::new() }
     }
 
     pub fn pause_between(&mut self) {
@@ -81,7 +81,7 @@ impl<'lab> Scribbled<'lab> {
         }
     }
 
-    /// With the machine stopped, so that the truth is of the same instant.
+    /// With the VM stopped, so that the truth is of the same instant.
     pub fn checkpoint(&mut self) -> Outcome {
         self.checkpoint_with(&[])
     }
@@ -89,7 +89,7 @@ impl<'lab> Scribbled<'lab> {
     pub fn checkpoint_with(&mut self, words: &[&str]) -> Outcome {
         self.monitor.stop();
         let truth = self.truth();
-        let outcome = self.machine.checkpoint_with(words).outcome;
+        let outcome = self.vm.checkpoint_with(words).outcome;
         assert!(!self.monitor.is_running(), "it was stopped before the checkpoint, so it stays so");
         self.monitor.cont();
         self.story.push(format!("checkpoint {} {} {}", outcome.id, outcome.kind, outcome.engine));
@@ -102,19 +102,19 @@ impl<'lab> Scribbled<'lab> {
         Truth { memory: self.monitor.memory(SCRIBBLER_RAM_BYTES), disks }
     }
 
-    /// Restores a checkpoint of the store as it is now, beside the machine: byte for byte what it was.
+    /// Restores a checkpoint of the store as it is now, beside the VM: byte for byte what it was.
     pub fn check_beside(&self, id: u64) {
-        let wrong = compare(self.lab, &format!("{}@{id}", self.machine.name), &self.truths[&id], &self.disks);
+        let wrong = compare(self.lab, &format!("{}@{id}", self.vm.name), &self.truths[&id], &self.disks);
         assert!(wrong.is_empty(), "seed {}, checkpoint {id}: {wrong:#?}\nafter {:#?}", self.seed, self.story);
     }
 
-    /// Ends the machine, and restores what `choose` takes of its checkpoints (newest first): each is what it was, byte for byte.
+    /// Ends the VM, and restores what `choose` takes of its checkpoints (newest first): each is what it was, byte for byte.
     pub fn check(self, choose: impl Fn(&[u64]) -> Vec<u64>) {
-        let Self { lab, machine, truths, disks, story, seed, .. } = self;
-        let name = machine.name.clone();
+        let Self { lab, vm, truths, disks, story, seed, .. } = self;
+        let name = vm.name.clone();
         lab.verify(&name);
         let listed = lab.list(&name);
-        machine.kill();
+        vm.kill();
         let newest_first: Vec<u64> = truths.keys().rev().copied().collect();
         for id in choose(&newest_first) {
             assert!(listed.contains(&id));

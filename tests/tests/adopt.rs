@@ -1,9 +1,9 @@
-//! Adoption: a machine that nobody prepared moves into a QEMU of ours while it runs. One machine goes on, whatever dies, and never two.
+//! Adoption: a VM that nobody prepared moves into a QEMU of ours while it runs. One VM continues, whatever dies, and never two.
 
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Line, Pid, Recipe, Taken, TestMachine, kill_hard, kill_points, on_each_qemu, processor_time, qemus, thorough, wait_until,
+    Lab, Line, Pid, Recipe, Taken, TestVm, kill_hard, kill_points, on_each_qemu, processor_time, qemus, thorough, wait_until,
 };
 
 /// A guest that works takes a fifth of a processor and more; a stopped one none.
@@ -14,47 +14,47 @@ fn recipe() -> Recipe {
     Recipe::witness("q35-virtio.cfg").words("witness.rate=1500").arguments(&["-nic", "user,model=virtio-net-pci"])
 }
 
-/// A plain machine with two checkpoints by stream.
-fn started(lab: &Lab) -> (TestMachine<'_>, Vec<Taken>) {
-    let machine = lab.start_plain("m", &recipe());
-    machine.wait_for_witness();
-    machine.attach_plain(&[]);
+/// A plain VM with two checkpoints by stream.
+fn started(lab: &Lab) -> (TestVm<'_>, Vec<Taken>) {
+    let vm = lab.start_plain("m", &recipe());
+    vm.wait_for_witness();
+    vm.attach_plain(&[]);
     let taken = [(); 2].map(|()| {
         std::thread::sleep(Duration::from_millis(500));
-        machine.checkpoint()
+        vm.checkpoint()
     });
-    (machine, taken.into())
+    (vm, taken.into())
 }
 
-/// The guest went on where it was: no step twice, none left out beyond what lines leave out.
-fn assert_never_back(machine: &TestMachine, last: &Line) {
-    let after = machine.wait_for_line("a step after it", |line| line.step > last.step);
-    let lines = machine.lines();
+/// The guest continued where it was: no step twice, none left out beyond what lines leave out.
+fn assert_never_back(vm: &TestVm, last: &Line) {
+    let after = vm.wait_for_line("a step after it", |line| line.step > last.step);
+    let lines = vm.lines();
     let steps: Vec<u64> = lines.iter().map(|line| line.step).collect();
     assert!(steps.is_sorted(), "the guest went back: {steps:?}");
-    machine.assert_all_right(&after);
+    vm.assert_all_right(&after);
 }
 
 #[test]
-fn a_machine_is_adopted_in_the_middle_of_its_lineage() {
+fn a_vm_is_adopted_in_the_middle_of_its_lineage() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let (mut machine, mut taken) = started(&lab);
-        let last = machine.lines().pop().expect("it works");
-        machine.adopt();
-        eprintln!("adopted: {}", machine.report);
-        assert!(machine.report["downtime_ms"].as_f64().is_some(), "{}", machine.report);
-        assert_never_back(&machine, &last);
-        assert_eq!(machine.qemus(), [machine.qemu()], "the QEMU that it came from has ended");
-        let next = machine.checkpoint();
+        let (mut vm, mut taken) = started(&lab);
+        let last = vm.lines().pop().expect("it works");
+        vm.adopt();
+        eprintln!("adopted: {}", vm.report);
+        assert!(vm.report["downtime_ms"].as_f64().is_some(), "{}", vm.report);
+        assert_never_back(&vm, &last);
+        assert_eq!(vm.qemus(), [vm.qemu()], "the QEMU that it came from has ended");
+        let next = vm.checkpoint();
         assert_eq!((next.outcome.engine.as_str(), next.outcome.kind.as_str()), ("tracker", "incremental"));
         assert_eq!(next.outcome.parent, Some(taken[1].outcome.id));
         let full = taken[0].outcome.bytes_stored;
         assert!(next.outcome.bytes_stored < full / 4, "not small: {} after {full} for a full one", next.outcome.bytes_stored);
         taken.push(next);
         std::thread::sleep(Duration::from_millis(500));
-        taken.push(machine.checkpoint());
-        machine.kill();
+        taken.push(vm.checkpoint());
+        vm.kill();
         for taken in &taken {
             lab.restore(&taken.name, "restored", &[]).assert_continues(taken);
         }
@@ -65,30 +65,30 @@ fn a_machine_is_adopted_in_the_middle_of_its_lineage() {
 // ---- deaths
 
 /// QEMUs whose guest works.
-fn at_work(machine: &TestMachine) -> Vec<Pid> {
-    let before: Vec<(Pid, Duration)> = machine.qemus().into_iter().map(|pid| (pid, processor_time(pid))).collect();
+fn at_work(vm: &TestVm) -> Vec<Pid> {
+    let before: Vec<(Pid, Duration)> = vm.qemus().into_iter().map(|pid| (pid, processor_time(pid))).collect();
     std::thread::sleep(WORK_SEEN_IN);
     before.into_iter().filter(|(pid, then)| processor_time(*pid).saturating_sub(*then) > WORK).map(|(pid, _)| pid).collect()
 }
 
-/// After a death and a new helper: one machine goes on, nothing went back, the next checkpoint is whole.
-fn assert_one_goes_on(lab: &Lab, machine: &mut TestMachine, what: &str, last: &Line, taken: &[Taken]) {
+/// After a death and a new helper: one VM continues, nothing went back, the next checkpoint is whole.
+fn assert_one_goes_on(lab: &Lab, vm: &mut TestVm, what: &str, last: &Line, taken: &[Taken]) {
     // A QEMU that is just starting is at work for a moment, too.
-    let at_most_one = wait_until(Duration::from_secs(10), || at_work(machine).len() <= 1);
-    assert!(at_most_one, "{what}: {:?} are at work before a new helper came", at_work(machine));
+    let at_most_one = wait_until(Duration::from_secs(10), || at_work(vm).len() <= 1);
+    assert!(at_most_one, "{what}: {:?} are at work before a new helper came", at_work(vm));
     let ran = lab.run(&["attach", "m"]);
-    assert!(ran.code == 0 || machine.helper().is_some(), "{what}: {}", ran.err);
-    let one = wait_until(Duration::from_secs(10), || at_work(machine).len() == 1);
-    assert!(one, "{what}: {:?} are at work of {:?}", at_work(machine), machine.qemus());
-    machine.follow();
-    assert!(machine.qemu_runs(), "{what}: QEMU ended");
-    assert_never_back(machine, last);
-    let next = machine.checkpoint();
+    assert!(ran.code == 0 || vm.helper().is_some(), "{what}: {}", ran.err);
+    let one = wait_until(Duration::from_secs(10), || at_work(vm).len() == 1);
+    assert!(one, "{what}: {:?} are at work of {:?}", at_work(vm), vm.qemus());
+    vm.follow();
+    assert!(vm.qemu_runs(), "{what}: QEMU ended");
+    assert_never_back(vm, last);
+    let next = vm.checkpoint();
     assert_eq!(next.outcome.parent, taken.last().map(|last| last.outcome.id), "{what}");
     assert_eq!(next.outcome.kind, "incremental", "{what}");
-    machine.kill_helper();
-    machine.kill_qemu();
-    machine.qemus().into_iter().for_each(kill_hard);
+    vm.kill_helper();
+    vm.kill_qemu();
+    vm.qemus().into_iter().for_each(kill_hard);
     lab.restore(&next.name, "restored", &[]).assert_continues(&next);
 }
 
@@ -100,18 +100,18 @@ fn points() -> Vec<String> {
 
 fn die_at(qemu: &Path, point: &str) {
     let lab = Lab::new(qemu);
-    let (mut machine, taken) = started(&lab);
-    machine.kill_helper();
-    machine.attach_with(&[], &[("STILLPOINT_DIE_AT", point)]);
-    let last = machine.lines().pop().expect("it works");
+    let (mut vm, taken) = started(&lab);
+    vm.kill_helper();
+    vm.attach_with(&[], &[("STILLPOINT_DIE_AT", point)]);
+    let last = vm.lines().pop().expect("it works");
     // Helper and command may both come by the point.
     let ran = lab.run_with(&["adopt", "m", "--json"], &[("STILLPOINT_DIE_AT", point)]);
     assert_ne!(ran.code, 0, "{point}: nobody died: {}", ran.out);
-    assert_one_goes_on(&lab, &mut machine, point, &last, &taken);
+    assert_one_goes_on(&lab, &mut vm, point, &last, &taken);
 }
 
 #[test]
-fn one_machine_goes_on_wherever_the_helper_dies() {
+fn one_vm_goes_on_wherever_the_helper_dies() {
     let all = qemus();
     on_each_qemu(|qemu| {
         // Each point with one of them at least; `STILLPOINT_TEST_THOROUGH=1`: each with each.
@@ -121,11 +121,11 @@ fn one_machine_goes_on_wherever_the_helper_dies() {
     });
 }
 
-/// The QEMU that a machine moves into, once it is there.
-fn destination(machine: &TestMachine) -> Option<Pid> {
+/// The QEMU that a VM moves into, once it is there.
+fn destination(vm: &TestVm) -> Option<Pid> {
     let mut other = None;
     wait_until(Duration::from_secs(20), || {
-        other = machine.qemus().into_iter().find(|pid| *pid != machine.qemu());
+        other = vm.qemus().into_iter().find(|pid| *pid != vm.qemu());
         other.is_some()
     });
     other
@@ -134,23 +134,23 @@ fn destination(machine: &TestMachine) -> Option<Pid> {
 /// Kills the destination some time after it is there.
 fn destination_dies(qemu: &Path, after: Duration) {
     let lab = Lab::new(qemu);
-    let (mut machine, taken) = started(&lab);
-    let last = machine.lines().pop().expect("it works");
+    let (mut vm, taken) = started(&lab);
+    let last = vm.lines().pop().expect("it works");
     let ran = std::thread::scope(|scope| {
-        let adoption = scope.spawn(|| machine.try_adopt());
-        let pid = destination(&machine).expect("a destination comes up");
+        let adoption = scope.spawn(|| vm.try_adopt());
+        let pid = destination(&vm).expect("a destination comes up");
         std::thread::sleep(after);
         kill_hard(pid);
         adoption.join().expect("it says above why not")
     });
     let what = format!("the destination killed after {after:?} ({})", ran.err.trim());
     if ran.code == 0 {
-        // It was over: the machine's own QEMU has been killed, and so has the machine.
-        assert!(at_work(&machine).is_empty(), "{what}: the source goes on after its successor");
+        // It was over: the VM's own QEMU has been killed, and so has the VM.
+        assert!(at_work(&vm).is_empty(), "{what}: the source continues after its successor");
         return;
     }
-    assert_eq!(at_work(&machine), [machine.qemu()], "{what}: the source goes on");
-    assert_one_goes_on(&lab, &mut machine, &what, &last, &taken);
+    assert_eq!(at_work(&vm), [vm.qemu()], "{what}: the source continues");
+    assert_one_goes_on(&lab, &mut vm, &what, &last, &taken);
 }
 
 #[test]
@@ -160,24 +160,24 @@ fn a_destination_that_dies_leaves_the_source_running() {
 }
 
 #[test]
-fn a_source_that_dies_leaves_one_machine_or_none() {
+fn a_source_that_dies_leaves_one_vm_or_none() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let (mut machine, _) = started(&lab);
-        let source = machine.qemu();
+        let (mut vm, _) = started(&lab);
+        let source = vm.qemu();
         let ran = std::thread::scope(|scope| {
-            let adoption = scope.spawn(|| machine.try_adopt());
-            destination(&machine).expect("a destination comes up");
+            let adoption = scope.spawn(|| vm.try_adopt());
+            destination(&vm).expect("a destination comes up");
             std::thread::sleep(Duration::from_millis(60));
             kill_hard(source);
             adoption.join().expect("it says above why not")
         });
-        machine.follow();
-        let working = at_work(&machine);
-        let expected = if ran.code == 0 { vec![machine.qemu()] } else { Vec::new() };
+        vm.follow();
+        let working = at_work(&vm);
+        let expected = if ran.code == 0 { vec![vm.qemu()] } else { Vec::new() };
         assert_eq!(working, expected, "{} {}", ran.code, ran.err);
-        let left = machine.qemus();
-        assert_eq!(left, expected, "a QEMU without a machine is left");
+        let left = vm.qemus();
+        assert_eq!(left, expected, "a QEMU without a VM is left");
         lab.verify("m");
     });
 }

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
-use stillpoint_tests::{Lab, QmpClient, Recipe, Scribbled, TestMachine, built, kill_hard, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{Lab, QmpClient, Recipe, Scribbled, TestVm, built, kill_hard, newest_qemu, on_each_qemu, wait_until};
 
 const NOBODY: u32 = 65534;
 
@@ -30,13 +30,13 @@ fn rows(report: &Value, check: &str) -> Vec<(String, String)> {
 }
 
 fn saved(lab: &Lab, name: &str) -> Value {
-    let text = std::fs::read_to_string(lab.runtime().join(name).join("machine.json")).expect("a machine was written down");
+    let text = std::fs::read_to_string(lab.runtime().join(name).join("machine.json")).expect("a VM was written down");
     serde_json::from_str(&text).expect("JSON")
 }
 
-fn end_helper(machine: &TestMachine) {
-    kill_hard(machine.helper().expect("a helper runs"));
-    assert!(wait_until(Duration::from_secs(10), || machine.helper().is_none()));
+fn end_helper(vm: &TestVm) {
+    kill_hard(vm.helper().expect("a helper runs"));
+    assert!(wait_until(Duration::from_secs(10), || vm.helper().is_none()));
 }
 
 #[test]
@@ -59,19 +59,19 @@ fn what_is_no_monitor_of_a_qemu_is_refused_and_says_what_would_be() {
     assert!(message.contains("ftp"), "{message}");
 }
 
-/// A device that the command line does not name has no place in a restored machine, whenever it came.
+/// A device that the command line does not name has no place in a restored VM, whenever it came.
 #[test]
 fn plugged_devices_are_refused() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start_plain("m", &Recipe::scribbler(3));
-        let socket = machine.directory.join("qmp.sock");
+        let vm = lab.start_plain("m", &Recipe::scribbler(3));
+        let socket = vm.directory.join("qmp.sock");
         assert_eq!(rows(&doctor(&lab, &socket).1, "devices")[0].0, "ok");
-        machine.qmp().execute("device_add", json!({"driver": "virtio-rng-pci", "id": "late"}));
+        vm.qmp().execute("device_add", json!({"driver": "virtio-rng-pci", "id": "late"}));
         let (code, report) = doctor(&lab, &socket);
         assert!(code == 3 && rows(&report, "devices")[0].1.contains("late (virtio-rng-pci) was plugged in"), "{report}");
-        machine.attach_plain(&[]);
-        let message = machine.try_checkpoint().expect_failure(3);
+        vm.attach_plain(&[]);
+        let message = vm.try_checkpoint().expect_failure(3);
         assert!(message.contains("/machine/peripheral/late") && message.contains("command line"), "{message}");
     });
 }
@@ -80,44 +80,44 @@ fn plugged_devices_are_refused() {
 #[test]
 fn a_disk_that_moved_is_refused() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start_plain("m", &Recipe::scribbler(3));
-    machine.attach_plain(&[]);
-    machine.checkpoint();
-    let snapshot = machine.directory.join("snap.qcow2");
-    machine.qmp().execute("blockdev-snapshot-sync", json!({"device": "cow", "snapshot-file": text(&snapshot), "format": "qcow2"}));
-    let message = machine.try_checkpoint().expect_failure(3);
+    let vm = lab.start_plain("m", &Recipe::scribbler(3));
+    vm.attach_plain(&[]);
+    vm.checkpoint();
+    let snapshot = vm.directory.join("snap.qcow2");
+    vm.qmp().execute("blockdev-snapshot-sync", json!({"device": "cow", "snapshot-file": text(&snapshot), "format": "qcow2"}));
+    let message = vm.try_checkpoint().expect_failure(3);
     assert!(message.contains("snap.qcow2"), "{message}");
 }
 
 #[test]
-fn a_process_that_is_attached_again_goes_on_and_another_begins_anew() {
+fn a_process_that_is_attached_again_goes_on_and_another_begins_again() {
     on_each_qemu(|qemu| {
-        let lab = Lab::for_machines(qemu, 2);
-        let machine = lab.start_plain("m", &Recipe::scribbler(4));
-        machine.attach_plain(&[]);
+        let lab = Lab::for_vms(qemu, 2);
+        let vm = lab.start_plain("m", &Recipe::scribbler(4));
+        vm.attach_plain(&[]);
         let first = saved(&lab, "m");
-        assert_eq!(first["unprepared"]["monitor"], text(&machine.directory.join("qmp.sock")));
+        assert_eq!(first["unprepared"]["monitor"], text(&vm.directory.join("qmp.sock")));
         assert!(first["arguments"].to_string().contains("node-name=sp-cow"), "{first}");
         assert!(!first["arguments"].to_string().contains("qmp.sock"), "the helper's monitor belongs to this process: {first}");
-        assert_eq!(machine.checkpoint().outcome.kind, "full");
-        end_helper(&machine);
-        machine.attach_plain(&[]);
+        assert_eq!(vm.checkpoint().outcome.kind, "full");
+        end_helper(&vm);
+        vm.attach_plain(&[]);
         assert_eq!(saved(&lab, "m")["instance"], first["instance"]);
-        assert_eq!(machine.checkpoint().outcome.parent, Some(1), "the same process goes on");
-        end_helper(&machine);
+        assert_eq!(vm.checkpoint().outcome.parent, Some(1), "the same process continues");
+        end_helper(&vm);
         // What was written down is enough; and a directory that was lost is no loss.
         lab.run(&["attach", "m"]).expect_success();
-        assert_eq!(machine.checkpoint().outcome.parent, Some(2));
-        end_helper(&machine);
+        assert_eq!(vm.checkpoint().outcome.parent, Some(2));
+        end_helper(&vm);
         std::fs::remove_dir_all(lab.runtime().join("m")).expect("a directory");
-        machine.attach_plain(&[]);
-        assert_eq!(machine.checkpoint().outcome.parent, Some(3));
+        vm.attach_plain(&[]);
+        assert_eq!(vm.checkpoint().outcome.parent, Some(3));
 
         let other = lab.start_plain("other", &Recipe::scribbler(5));
-        end_helper(&machine);
+        end_helper(&vm);
         let message = attach(&lab, &other.directory.join("qmp.sock"), "m").expect_failure(3);
         assert!(message.contains("another QEMU that runs"), "{message}");
-        machine.kill();
+        vm.kill();
         let message = lab.run(&["attach", "m"]).expect_failure(3);
         assert!(message.contains("has ended"), "{message}");
         attach(&lab, &other.directory.join("qmp.sock"), "m").expect_success();
@@ -128,19 +128,19 @@ fn a_process_that_is_attached_again_goes_on_and_another_begins_anew() {
     });
 }
 
-/// Two helpers would take each other's captures apart, and so would a second machine of a running one's name.
+/// Two helpers would take each other's captures apart, and so would a second VM of a running one's name.
 #[test]
-fn one_machine_has_one_name_and_one_helper() {
-    let lab = Lab::for_machines(&newest_qemu(), 2);
-    let machine = lab.start_plain("m", &Recipe::scribbler(6).arguments(&["-qmp", "unix:third.sock,server=on,wait=off"]));
-    machine.attach_plain(&[]);
-    let third = machine.directory.join("third.sock");
+fn one_vm_has_one_name_and_one_helper() {
+    let lab = Lab::for_vms(&newest_qemu(), 2);
+    let vm = lab.start_plain("m", &Recipe::scribbler(6).arguments(&["-qmp", "unix:third.sock,server=on,wait=off"]));
+    vm.attach_plain(&[]);
+    let third = vm.directory.join("third.sock");
     let message = attach(&lab, &third, "twin").expect_failure(3);
     assert!(message.contains("attached as m already"), "{message}");
     let message = attach(&lab, &third, "m").expect_failure(3);
     assert!(message.contains("--take-over"), "{message}");
-    machine.checkpoint();
-    end_helper(&machine);
+    vm.checkpoint();
+    end_helper(&vm);
     attach(&lab, &third, "twin").expect_success();
     let message = lab.run(&["attach", "m"]).expect_failure(3);
     assert!(message.contains("attached as twin already"), "{message}");
@@ -152,14 +152,14 @@ fn one_machine_has_one_name_and_one_helper() {
     assert!(message.contains("--name") || message.contains("already"), "{message}");
 }
 
-/// A machine that runs cannot be brought to life a second time, though its QEMU has no sign of ours on its command line.
+/// A VM that runs cannot be brought to life a second time, though its QEMU has no sign of ours on its command line.
 #[test]
-fn a_running_machine_is_not_restored_beside_itself() {
+fn a_running_vm_is_not_restored_beside_itself() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start_plain("m", &Recipe::scribbler(8));
-    machine.attach_plain(&[]);
-    machine.checkpoint();
-    end_helper(&machine);
+    let vm = lab.start_plain("m", &Recipe::scribbler(8));
+    vm.attach_plain(&[]);
+    vm.checkpoint();
+    end_helper(&vm);
     let directory = lab.fresh_directory("again");
     let ran = lab.run_with(
         &["restore", "m", "--qemu", text(&lab.qemu), "--dir", text(&directory)],
@@ -172,7 +172,7 @@ fn a_running_machine_is_not_restored_beside_itself() {
     let message = lab.run(&words).expect_failure(3);
     assert!(message.contains("runs"), "{message}");
     lab.run(&["attach", "m"]).expect_success();
-    machine.checkpoint();
+    vm.checkpoint();
 }
 
 fn with_plugin(recipe: Recipe) -> Recipe {
@@ -180,7 +180,7 @@ fn with_plugin(recipe: Recipe) -> Recipe {
     recipe.arguments(&["-plugin", &format!("file={},socket=plug.sock", plugin.display())])
 }
 
-/// The plugin in a QEMU that gave it no memory file: the machine's own memory, or a file that QEMU made itself.
+/// The plugin in a QEMU that gave it no memory file: the VM's own memory, or a file that QEMU made itself.
 #[test]
 fn the_tracker_follows_memory_that_qemu_made_itself() {
     let shared = json!({"qom-type": "memory-backend-memfd", "id": "pc.ram", "share": true, "size": 16 << 20}).to_string();
@@ -188,18 +188,18 @@ fn the_tracker_follows_memory_that_qemu_made_itself() {
     on_each_qemu(|qemu| {
         for (seed, kind) in (20..).zip(kinds) {
             let lab = Lab::new(qemu);
-            let machine = lab.start_plain("m", &with_plugin(Recipe::scribbler(seed as u32)).arguments(kind));
-            machine.attach_plain(&["--engine", "tracker"]);
-            let mut scribbled = Scribbled::new(&lab, machine, seed);
+            let vm = lab.start_plain("m", &with_plugin(Recipe::scribbler(seed as u32)).arguments(kind));
+            vm.attach_plain(&["--engine", "tracker"]);
+            let mut scribbled = Scribbled::new(&lab, vm, seed);
             for number in 0..5 {
                 let outcome = scribbled.checkpoint();
                 assert_eq!((outcome.engine.as_str(), outcome.parent.is_some()), ("tracker", number > 0), "{outcome:?}");
                 scribbled.write_disks();
                 scribbled.pause_between();
             }
-            // Kept marks of another helper are believed only by the machine whose they are.
-            end_helper(&scribbled.machine);
-            scribbled.machine.attach_plain(&[]);
+            // Kept marks of another helper are believed only by the VM whose they are.
+            end_helper(&scribbled.vm);
+            scribbled.vm.attach_plain(&[]);
             scribbled.checkpoint();
             scribbled.check(<[u64]>::to_vec);
         }
@@ -210,24 +210,24 @@ fn the_tracker_follows_memory_that_qemu_made_itself() {
 #[test]
 fn marks_that_another_name_has_used_are_not_believed() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start_plain("m", &with_plugin(Recipe::scribbler(30)));
-    let socket = machine.directory.join("qmp.sock");
-    machine.attach_plain(&[]);
-    let mut scribbled = Scribbled::new(&lab, machine, 30);
+    let vm = lab.start_plain("m", &with_plugin(Recipe::scribbler(30)));
+    let socket = vm.directory.join("qmp.sock");
+    vm.attach_plain(&[]);
+    let mut scribbled = Scribbled::new(&lab, vm, 30);
     scribbled.checkpoint();
-    end_helper(&scribbled.machine);
+    end_helper(&scribbled.vm);
     attach(&lab, &socket, "twin").expect_success();
     let twin = lab.run(&["checkpoint", "twin", "--json"]).expect_success().json();
     assert_eq!(twin["engine"], "tracker", "{twin}");
     let pid: i32 = std::fs::read_to_string(lab.runtime().join("twin/helper.pid")).expect("a helper").trim().parse().expect("a number");
     kill_hard(stillpoint_tests::Pid::from_raw(pid));
-    scribbled.machine.attach_plain(&[]);
+    scribbled.vm.attach_plain(&[]);
     scribbled.checkpoint();
     scribbled.check(<[u64]>::to_vec);
 }
 
 #[test]
-fn doctor_says_what_can_be_done_with_a_running_machine() {
+fn doctor_says_what_can_be_done_with_a_running_vm() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let recipe = Recipe::scribbler(9).arguments(&[
@@ -238,9 +238,9 @@ fn doctor_says_what_can_be_done_with_a_running_machine() {
             "-chardev",
             "socket,id=c,path=/run/nowhere,server=off,reconnect=5",
         ]);
-        let machine = lab.start_plain("m", &recipe);
-        let socket = machine.directory.join("qmp.sock");
-        let mut monitor = machine.qmp();
+        let vm = lab.start_plain("m", &recipe);
+        let socket = vm.directory.join("qmp.sock");
+        let mut monitor = vm.qmp();
         let before = footprint(&mut monitor);
         let (code, report) = doctor(&lab, &socket);
         assert_eq!(code, 0, "{report}");
@@ -257,10 +257,7 @@ fn doctor_says_what_can_be_done_with_a_running_machine() {
         assert!(report["left_out"].to_string().contains("qmp.sock"), "{report}");
         assert_eq!(footprint(&mut monitor), before, "doctor left something behind, or stopped the guest");
         let table = lab.run(&["doctor", "--qmp", text(&socket)]).expect_success().out;
-        assert!(
-            table.contains("ok    machine") && table.contains("engine stopped") && table.contains("Checkpoints can be taken"),
-            "{table}"
-        );
+        assert!(table.contains("ok    VM") && table.contains("engine stopped") && table.contains("Checkpoints can be taken"), "{table}");
         assert!(!lab.runtime().exists() && !lab.store_directory().exists());
 
         // Another's export takes the one NBD server; a busy monitor tells nothing.
@@ -282,12 +279,12 @@ fn doctor_says_what_can_be_done_with_a_running_machine() {
         // Nor is an export that another has in the helper's own server in the way of a checkpoint.
         attach(&lab, &socket, "m").expect_success();
         let address = json!({"type": "unix", "data": {"path": text(&lab.runtime().join("m/nbd.sock"))}});
-        machine.qmp().execute("nbd-server-start", json!({"addr": address}));
-        machine.qmp().execute("block-export-add", json!({"type": "nbd", "id": "theirs", "node-name": node}));
-        let (code, report) = doctor(&lab, &machine.directory.join("extra.sock"));
+        vm.qmp().execute("nbd-server-start", json!({"addr": address}));
+        vm.qmp().execute("block-export-add", json!({"type": "nbd", "id": "theirs", "node-name": node}));
+        let (code, report) = doctor(&lab, &vm.directory.join("extra.sock"));
         assert!(code == 0 && rows(&report, "NBD server").is_empty(), "{report}");
         lab.run(&["checkpoint", "m"]).expect_success();
-        assert_eq!(machine.qmp().execute("query-block-exports", json!({}))[0]["id"], "theirs");
+        assert_eq!(vm.qmp().execute("query-block-exports", json!({}))[0]["id"], "theirs");
     });
 }
 
@@ -310,11 +307,11 @@ fn footprint(monitor: &mut QmpClient) -> Vec<Value> {
 #[test]
 fn doctor_waits_only_so_long() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start_plain("m", &Recipe::scribbler(10));
-    let socket = machine.directory.join("qmp.sock");
-    kill(machine.qemu(), Signal::SIGSTOP).expect("a process of the test");
+    let vm = lab.start_plain("m", &Recipe::scribbler(10));
+    let socket = vm.directory.join("qmp.sock");
+    kill(vm.qemu(), Signal::SIGSTOP).expect("a process of the test");
     let ran = lab.run(&["doctor", "--qmp", text(&socket)]);
-    kill(machine.qemu(), Signal::SIGCONT).expect("a process of the test");
+    kill(vm.qemu(), Signal::SIGCONT).expect("a process of the test");
     assert!(ran.time < Duration::from_secs(30), "{ran:?}");
     assert!(ran.code == 3 && ran.out.contains("does not answer"), "{ran:?}");
     assert_eq!(doctor(&lab, &socket).0, 0);
@@ -367,24 +364,24 @@ fn other_users_qemu_is_served_by_a_root_helper() {
 #[test]
 fn an_engine_that_cannot_be_had_is_refused_at_once() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start_plain("m", &Recipe::scribbler(11).arguments(&["-device", "virtio-balloon-pci,id=b"]));
-    let message = machine.try_attach_plain(&["--engine", "tracker"], &[]).expect_failure(3);
+    let vm = lab.start_plain("m", &Recipe::scribbler(11).arguments(&["-device", "virtio-balloon-pci,id=b"]));
+    let message = vm.try_attach_plain(&["--engine", "tracker"], &[]).expect_failure(3);
     assert!(message.contains("plugin") && message.contains("--engine stream"), "{message}");
-    assert!(!lab.runtime().join("m").exists(), "a machine was written down");
+    assert!(!lab.runtime().join("m").exists(), "a VM was written down");
     // A balloon is none of the stream's business.
-    machine.attach_plain(&[]);
-    machine.checkpoint();
+    vm.attach_plain(&[]);
+    vm.checkpoint();
 }
 
-/// What a checkpoint of a managed machine is restored from stands on the saved command line.
+/// What a checkpoint of a managed VM is restored from stands on the saved command line.
 #[test]
-fn a_machine_as_libvirt_starts_one_is_restored() {
+fn a_vm_as_libvirt_starts_one_is_restored() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let recipe = Recipe::scribbler(12).arguments(&libvirt_like());
-        let machine = lab.start_plain("m", &recipe);
-        machine.attach_plain(&[]);
-        let mut scribbled = Scribbled::new(&lab, machine, 12);
+        let vm = lab.start_plain("m", &recipe);
+        vm.attach_plain(&[]);
+        let mut scribbled = Scribbled::new(&lab, vm, 12);
         scribbled.checkpoint();
         scribbled.write_disks();
         scribbled.checkpoint();

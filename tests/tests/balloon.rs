@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Pid, QmpClient, Random, Recipe, SCRIBBLER_RAM_BYTES, Scribbled, TestMachine, newest_qemu, on_each_qemu, wait_until,
+    Lab, Pid, QmpClient, Random, Recipe, SCRIBBLER_RAM_BYTES, Scribbled, TestVm, newest_qemu, on_each_qemu, wait_until,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -40,7 +40,7 @@ fn balloon_holes_are_in_the_next_checkpoint_also_after_they_were_read() {
         let lab = Lab::new(qemu);
         let recipe = Recipe::scribbler(61).arguments(&["-device", "virtio-balloon-pci,id=b,free-page-reporting=on"]);
         let mut scribbled = Scribbled::new(&lab, lab.start("m", &recipe), 61);
-        let ram = ram_file(scribbled.machine.qemu());
+        let ram = ram_file(scribbled.vm.qemu());
         let mut random = Random::new(61);
         for number in 0..6 {
             let outcome = scribbled.checkpoint();
@@ -52,10 +52,10 @@ fn balloon_holes_are_in_the_next_checkpoint_also_after_they_were_read() {
             }
             if number == 3 {
                 // Nobody watches what is given back while there is no helper.
-                scribbled.machine.kill_helper();
+                scribbled.vm.kill_helper();
                 give_back(&ram, &mut random);
                 scribbled.monitor.memory(SCRIBBLER_RAM_BYTES);
-                scribbled.machine.attach();
+                scribbled.vm.attach();
             }
             scribbled.pause_between();
         }
@@ -77,10 +77,10 @@ fn keep(monitor: &mut QmpClient, bytes: u64) {
 }
 
 /// A checkpoint with the guest stopped, and what its memory is then.
-fn checkpoint(machine: &TestMachine, monitor: &mut QmpClient) -> (String, Vec<u8>, u64) {
+fn checkpoint(vm: &TestVm, monitor: &mut QmpClient) -> (String, Vec<u8>, u64) {
     monitor.stop();
     let memory = monitor.memory(RAM_BYTES);
-    let taken = machine.checkpoint();
+    let taken = vm.checkpoint();
     monitor.cont();
     assert_eq!(taken.outcome.engine, "tracker");
     (taken.name, memory, balloon_bytes(monitor))
@@ -92,17 +92,17 @@ fn balloon_of_a_linux_guest_inflates_and_deflates_between_checkpoints() {
     let balloon = ["-device", "virtio-balloon-pci,id=b,free-page-reporting=on"];
     // A guest that clears each page that it allocates writes to those that its balloon takes, so that they are dirty anyway.
     let recipe = Recipe::witness("q35-virtio.cfg").words("init_on_alloc=0").arguments(&balloon);
-    let machine = lab.start("m", &recipe);
-    machine.wait_for_witness();
-    let mut monitor = machine.qmp();
-    let mut taken = vec![checkpoint(&machine, &mut monitor)];
+    let vm = lab.start("m", &recipe);
+    vm.wait_for_witness();
+    let mut monitor = vm.qmp();
+    let mut taken = vec![checkpoint(&vm, &mut monitor)];
     for bytes in [128 * MIB, 224 * MIB, 160 * MIB] {
         keep(&mut monitor, bytes);
-        taken.push(checkpoint(&machine, &mut monitor));
+        taken.push(checkpoint(&vm, &mut monitor));
     }
-    machine.assert_no_contradiction();
+    vm.assert_no_contradiction();
     drop(monitor);
-    machine.kill();
+    vm.kill();
 
     for (name, memory, actual) in taken.iter().rev() {
         let restored = lab.restore(name, "back", &["--paused"]);

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use stillpoint_tests::{Lab, QmpClient, Recipe, TestMachine, newest_qemu, on_each_qemu, qemu_img, read_image};
+use stillpoint_tests::{Lab, QmpClient, Recipe, TestVm, newest_qemu, on_each_qemu, qemu_img, read_image};
 
 const MIB: &str = "4M";
 
@@ -90,19 +90,19 @@ fn node(monitor: &mut QmpClient, name: &str) -> Value {
 }
 
 /// The image below a node, read from outside.
-fn content(lab: &Lab, machine: &TestMachine, row: &Value) -> Vec<u8> {
+fn content(lab: &Lab, vm: &TestVm, row: &Value) -> Vec<u8> {
     let file = row["file"].as_str().expect("a name");
     let tree: Value = file.strip_prefix("json:").map_or(Value::Null, |text| serde_json::from_str(text).expect("JSON"));
     let format = if row["drv"] == "raw" { "raw" } else { "qcow2" };
     let nodes = std::iter::successors(Some(&tree), |node| node.get("file"));
     let below = nodes.filter_map(|node| node["filename"].as_str()).next().unwrap_or(file);
-    read_image(&lab.qemu, &machine.directory.join(below), format)
+    read_image(&lab.qemu, &vm.directory.join(below), format)
 }
 
 /// The host is gone: nothing of the VM's directory is where it was.
-fn dead_host(lab: &Lab, machine: TestMachine) {
-    let directory = machine.directory.clone();
-    machine.kill();
+fn dead_host(lab: &Lab, vm: TestVm) {
+    let directory = vm.directory.clone();
+    vm.kill();
     std::fs::rename(&directory, lab.fresh_directory("gone")).expect("the test's directory");
 }
 
@@ -110,20 +110,20 @@ fn dead_host(lab: &Lab, machine: TestMachine) {
 fn block_options_in_every_spelling_come_back() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start("m", &recipe(61, CARRIED.iter().map(|(_, words)| *words)));
-        let mut monitor = machine.qmp();
+        let vm = lab.start("m", &recipe(61, CARRIED.iter().map(|(_, words)| *words)));
+        let mut monitor = vm.qmp();
         for (number, (name, _)) in CARRIED.iter().enumerate().filter(|(_, (name, _))| !["chain", "ro"].contains(name)) {
             monitor.disk_io(name, &format!("write -P {} 64k 128k", number + 1));
         }
-        machine.checkpoint();
+        vm.checkpoint();
         for (number, (name, _)) in CARRIED.iter().enumerate().filter(|(_, (name, _))| !["chain", "ro"].contains(name)) {
             monitor.disk_io(name, &format!("write -P {} 128k 4k", number + 101));
         }
-        assert_eq!(machine.checkpoint().outcome.kind, "incremental");
+        assert_eq!(vm.checkpoint().outcome.kind, "incremental");
         let rows: Vec<Value> = CARRIED.iter().map(|(name, _)| node(&mut monitor, name)).collect();
-        let truths: Vec<Vec<u8>> = rows.iter().map(|row| content(&lab, &machine, row)).collect();
+        let truths: Vec<Vec<u8>> = rows.iter().map(|row| content(&lab, &vm, row)).collect();
         drop(monitor);
-        dead_host(&lab, machine);
+        dead_host(&lab, vm);
         let restored = lab.restore("m", "m", &["--paused"]);
         let mut monitor = restored.qmp();
         for ((name, _), (row, truth)) in CARRIED.iter().zip(rows.iter().zip(&truths)) {
@@ -149,9 +149,9 @@ fn block_options_in_every_spelling_come_back() {
 fn throttled_disk_is_of_one_instant_while_it_is_written() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start("m", &recipe(62, CARRIED[..1].iter().map(|(_, words)| *words)));
-        let mut monitor = machine.qmp();
-        machine.checkpoint();
+        let vm = lab.start("m", &recipe(62, CARRIED[..1].iter().map(|(_, words)| *words)));
+        let mut monitor = vm.qmp();
+        vm.checkpoint();
         let mut written = 0;
         let block = |number: u64| format!("write -P {} {} 4k", number % 250 + 1, number * 4096);
         let taken = std::thread::scope(|scope| {
@@ -163,9 +163,9 @@ fn throttled_disk_is_of_one_instant_while_it_is_written() {
             taking.join().expect("it succeeded")
         });
         assert_eq!(taken["id"], 2, "{taken}");
-        machine.checkpoint();
+        vm.checkpoint();
         drop(monitor);
-        dead_host(&lab, machine);
+        dead_host(&lab, vm);
         for (checkpoint, whole) in [("m@2", false), ("m@3", true)] {
             let restored = lab.restore(checkpoint, "copy", &["--paused"]);
             let row = node(&mut restored.qmp(), "thr");
@@ -180,14 +180,14 @@ fn throttled_disk_is_of_one_instant_while_it_is_written() {
 }
 
 /// A drive's state as its guest sees it, and the first bytes of its medium.
-fn media(lab: &Lab, machine: &TestMachine, monitor: &mut QmpClient) -> BTreeMap<String, (Value, Option<Vec<u8>>)> {
+fn media(lab: &Lab, vm: &TestVm, monitor: &mut QmpClient) -> BTreeMap<String, (Value, Option<Vec<u8>>)> {
     let all = monitor.execute("query-block", json!({}));
     let removable = all.as_array().into_iter().flatten().filter(|drive| drive["removable"] == true && drive["qdev"].is_string());
     let state = |drive: &Value| {
         let name = [&drive["device"], &drive["qdev"]].into_iter().find_map(|name| name.as_str().filter(|name| !name.is_empty()));
         let medium = drive["inserted"]["file"].as_str().map(|file| {
-            let path = machine.directory.join(file);
-            if path.exists() { read_image(&lab.qemu, &path, "raw") } else { deleted(machine, &path) }
+            let path = vm.directory.join(file);
+            if path.exists() { read_image(&lab.qemu, &path, "raw") } else { deleted(vm, &path) }
         });
         let seen = json!([drive["tray_open"], drive["locked"], drive["inserted"]["ro"], drive["inserted"]["drv"]]);
         (name.expect("a name").to_owned(), (seen, medium))
@@ -196,8 +196,8 @@ fn media(lab: &Lab, machine: &TestMachine, monitor: &mut QmpClient) -> BTreeMap<
 }
 
 /// A file that only QEMU has any more.
-fn deleted(machine: &TestMachine, path: &Path) -> Vec<u8> {
-    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", machine.qemu())).expect("QEMU runs").flatten();
+fn deleted(vm: &TestVm, path: &Path) -> Vec<u8> {
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", vm.qemu())).expect("QEMU runs").flatten();
     let link = PathBuf::from(format!("{} (deleted)", path.display()));
     let hit = descriptors.map(|entry| entry.path()).find(|path| std::fs::read_link(path).is_ok_and(|found| found == link));
     std::fs::read(hit.expect("QEMU has it open")).expect("it can be read")
@@ -217,17 +217,17 @@ fn removable_media_are_as_they_were() {
             ["f.img", "g.img"].into_iter().fold(recipe, |recipe, name| recipe.image(&["create", "-q", "-f", "raw", name, "1440k"]));
         let recipe = recipe.patch("x.iso", 0, b"x").patch("y.iso", 0, b"y").patch("z.iso", 0, b"z").patch("g.img", 0, b"g");
         let words: Vec<&str> = words.split_whitespace().collect();
-        let machine = lab.start("m", &recipe.arguments(&words));
-        let mut monitor = machine.qmp();
+        let vm = lab.start("m", &recipe.arguments(&words));
+        let mut monitor = vm.qmp();
         let change = |monitor: &mut QmpClient, drive: &str, file: &str| {
             let key = if drive == "none" || drive == "cd0" { "id" } else { "device" };
             monitor.execute("blockdev-change-medium", json!({ key: drive, "filename": file, "format": "raw" }));
         };
-        let gone = |name: &str| std::fs::remove_file(machine.directory.join(name)).expect("the test's directory");
+        let gone = |name: &str| std::fs::remove_file(vm.directory.join(name)).expect("the test's directory");
         let mut expected = Vec::new();
         let mut take = |monitor: &mut QmpClient| {
-            machine.checkpoint();
-            expected.push(media(&lab, &machine, monitor));
+            vm.checkpoint();
+            expected.push(media(&lab, &vm, monitor));
         };
         take(&mut monitor);
         monitor.execute("eject", json!({ "id": "cd0", "force": true }));
@@ -243,7 +243,7 @@ fn removable_media_are_as_they_were() {
         gone("y.iso");
         take(&mut monitor);
         drop(monitor);
-        dead_host(&lab, machine);
+        dead_host(&lab, vm);
         for (number, expected) in expected.iter().enumerate() {
             let restored = lab.restore(&format!("m@{}", number + 1), "copy", &["--paused"]);
             let found = media(&lab, &restored, &mut restored.qmp());
@@ -300,14 +300,14 @@ fn bad_images(lab: &Lab) -> Recipe {
 
 #[test]
 fn block_options_that_cannot_come_back_are_refused_by_name() {
-    let lab = Lab::for_machines(&newest_qemu(), 2);
+    let lab = Lab::for_vms(&newest_qemu(), 2);
     let drives = REFUSED.iter().enumerate().map(|(number, (_, words))| format!("{words},if=none,id=bad-{number}"));
     let mut words: Vec<String> = vec!["-object".into(), "secret,id=key,data=abc".into()];
     words.extend(drives.flat_map(|drive| ["-drive".to_owned(), drive]));
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     std::fs::create_dir_all(lab.path().join("m/folder")).expect("the test's directory");
-    let machine = lab.start_plain("m", &bad_images(&lab).arguments(&words));
-    let socket = machine.directory.join("qmp.sock");
+    let vm = lab.start_plain("m", &bad_images(&lab).arguments(&words));
+    let socket = vm.directory.join("qmp.sock");
     let report = lab.run(&["doctor", "--qmp", socket.to_str().expect("UTF-8"), "--json"]);
     assert_eq!(report.code, 3);
     let rows = report.json();
@@ -317,9 +317,9 @@ fn block_options_that_cannot_come_back_are_refused_by_name() {
         let row = row.unwrap_or_else(|| panic!("no row {name} in {rows}"));
         assert!(row["state"] == "no" && row.to_string().contains(word), "{words}: no '{word}' in {row}");
     }
-    let message = machine.try_attach_plain(&[], &[]).expect_failure(3);
+    let message = vm.try_attach_plain(&[], &[]).expect_failure(3);
     assert!(message.contains("part of a file"), "{message}");
-    drop(machine);
+    drop(vm);
     // A QEMU of ours is not up yet when `run` decides; its helper says so, and no checkpoint is taken.
     let slice = ["-drive", "file=on-slice,format=qcow2,if=none,id=slice"];
     let managed = lab.start("ours", &bad_images(&lab).arguments(&slice));
@@ -369,14 +369,14 @@ fn host_device_comes_back_as_a_file_or_on_a_device() {
         format!("file={},format=raw,if=none,id=p,node-name=plain", two.0),
     ];
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let machine = lab.start("m", &Recipe::scribbler(65).arguments(&words));
-    let mut monitor = machine.qmp();
+    let vm = lab.start("m", &Recipe::scribbler(65).arguments(&words));
+    let mut monitor = vm.qmp();
     monitor.disk_io("nested", "write -z 4k 64k");
     monitor.disk_io("plain", "write -P 3 512 512");
-    machine.checkpoint();
+    vm.checkpoint();
     drop(monitor);
     let truth = [&one, &two].map(|device| std::fs::read(&device.0).expect("a device"));
-    dead_host(&lab, machine);
+    dead_host(&lab, vm);
     let refused = |new: &str| {
         let directory = lab.fresh_directory("refused");
         let directory = directory.to_str().expect("UTF-8").to_owned();
@@ -397,12 +397,12 @@ fn host_device_comes_back_as_a_file_or_on_a_device() {
 fn layer_is_never_taken_from_the_host_by_its_name() {
     let lab = Lab::new(&newest_qemu());
     let words = "-drive file=ro,format=qcow2,if=none,id=r,node-name=ro,readonly=on";
-    let machine = lab.start("m", &recipe(66, [words]));
-    machine.checkpoint();
-    let row = node(&mut machine.qmp(), "ro");
-    let truth = content(&lab, &machine, &row);
-    let directory = machine.directory.clone();
-    machine.kill();
+    let vm = lab.start("m", &recipe(66, [words]));
+    vm.checkpoint();
+    let row = node(&mut vm.qmp(), "ro");
+    let truth = content(&lab, &vm, &row);
+    let directory = vm.directory.clone();
+    vm.kill();
     // Files of the same names and lengths with other content.
     for name in ["l0", "ro-mid"] {
         std::fs::remove_file(directory.join(name)).expect("the test's directory");

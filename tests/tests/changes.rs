@@ -1,33 +1,33 @@
-//! What changes under a machine, while it runs or between its lives: a checkpoint follows it, or says that it cannot.
+//! What changes under a VM, while it runs or between its lives: a checkpoint follows it, or says that it cannot.
 
 use serde_json::{Value, json};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use stillpoint_tests::{Lab, QmpClient, Ran, Recipe, SCRIBBLER_RAM_BYTES, Scribbled, TestMachine, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{Lab, QmpClient, Ran, Recipe, SCRIBBLER_RAM_BYTES, Scribbled, TestVm, newest_qemu, on_each_qemu, wait_until};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The boot sector goes on writing to memory.
+/// The boot sector continues writing to memory.
 fn assert_goes_on(monitor: &mut QmpClient) {
     assert!(monitor.is_running(), "the guest was stopped");
     let before = monitor.memory(SCRIBBLER_RAM_BYTES);
-    assert!(wait_until(PATIENCE, || monitor.memory(SCRIBBLER_RAM_BYTES) != before), "the guest stands still");
+    assert!(wait_until(TIMEOUT, || monitor.memory(SCRIBBLER_RAM_BYTES) != before), "the guest is stopped");
 }
 
 /// A checkpoint that is refused, in words that name each of `named`; the guest does not notice.
-fn assert_refused(lab: &Lab, machine: &TestMachine, monitor: &mut QmpClient, named: &[&str]) {
-    let known = lab.list(&machine.name);
-    let message = machine.try_checkpoint().expect_failure(3);
+fn assert_refused(lab: &Lab, vm: &TestVm, monitor: &mut QmpClient, named: &[&str]) {
+    let known = lab.list(&vm.name);
+    let message = vm.try_checkpoint().expect_failure(3);
     let missing: Vec<_> = named.iter().filter(|word| !message.contains(**word)).collect();
     assert!(missing.is_empty(), "{missing:?} not named in: {message}");
-    assert_eq!(lab.list(&machine.name), known, "a refused checkpoint is none");
+    assert_eq!(lab.list(&vm.name), known, "a refused checkpoint is none");
     assert_goes_on(monitor);
 }
 
 #[test]
-fn a_chain_that_was_streamed_together_is_stored_anew() {
+fn a_chain_that_was_streamed_together_is_stored_again() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let mut scribbled = Scribbled::new(&lab, lab.start("m", &Recipe::scribbler(21)), 21);
@@ -38,15 +38,15 @@ fn a_chain_that_was_streamed_together_is_stored_anew() {
         let layers = backing_files(&mut scribbled.monitor, "cow");
         scribbled.monitor.execute("block-stream", json!({ "job-id": "stream", "device": "cow" }));
         let jobs = |monitor: &mut QmpClient| monitor.execute("query-block-jobs", json!({}));
-        assert!(wait_until(PATIENCE, || jobs(&mut scribbled.monitor) == json!([])), "the stream does not end");
+        assert!(wait_until(TIMEOUT, || jobs(&mut scribbled.monitor) == json!([])), "the stream does not end");
         assert_eq!((layers, backing_files(&mut scribbled.monitor, "cow")), (1, 0), "the base image is no part of the disk any more");
         scribbled.write_disks();
-        let anew = scribbled.checkpoint();
-        assert_eq!((anew.kind.as_str(), anew.parent), ("full", None), "{anew:?}");
+        let again = scribbled.checkpoint();
+        assert_eq!((again.kind.as_str(), again.parent), ("full", None), "{again:?}");
         scribbled.write_disks();
-        assert_eq!(scribbled.checkpoint().parent, Some(anew.id));
+        assert_eq!(scribbled.checkpoint().parent, Some(again.id));
         // Nothing that the old chain was made of may be needed.
-        std::fs::remove_file(scribbled.machine.directory.join("base.raw")).expect("the test's directory");
+        std::fs::remove_file(scribbled.vm.directory.join("base.raw")).expect("the test's directory");
         // The newest, what it is based on, and the first of the old chain.
         scribbled.check(|newest_first| vec![newest_first[0], newest_first[1], newest_first[3]]);
     });
@@ -63,42 +63,42 @@ fn backing_files(monitor: &mut QmpClient, drive: &str) -> u64 {
 #[test]
 fn a_plugged_device_is_refused_until_it_is_gone() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &Recipe::scribbler(22).arguments(&["-device", "nec-usb-xhci,id=usb"]));
-    let first = machine.checkpoint().outcome;
-    let mut monitor = machine.qmp();
+    let vm = lab.start("m", &Recipe::scribbler(22).arguments(&["-device", "nec-usb-xhci,id=usb"]));
+    let first = vm.checkpoint().outcome;
+    let mut monitor = vm.qmp();
     monitor.execute("device_add", json!({ "driver": "usb-tablet", "id": "late", "bus": "usb.0" }));
-    assert_refused(&lab, &machine, &mut monitor, &["late", "usb-tablet", "plugged"]);
+    assert_refused(&lab, &vm, &mut monitor, &["late", "usb-tablet", "plugged"]);
     // Another helper does not take it for a device that was always there.
-    machine.kill_helper();
+    vm.kill_helper();
     // Nor does one that is the first to look.
     std::fs::remove_file(lab.runtime().join("m/devices.json")).expect("what the first helper saw");
-    machine.attach();
-    assert_refused(&lab, &machine, &mut monitor, &["late"]);
+    vm.attach();
+    assert_refused(&lab, &vm, &mut monitor, &["late"]);
     monitor.events();
     monitor.execute("device_del", json!({ "id": "late" }));
     // QEMU tells of it a little after the device is gone.
     let mut told = || monitor.events().iter().any(|event| event["event"] == "DEVICE_DELETED");
-    assert!(wait_until(PATIENCE, &mut told), "it stays plugged in");
-    let second = machine.checkpoint().outcome;
+    assert!(wait_until(TIMEOUT, &mut told), "it stays plugged in");
+    let second = vm.checkpoint().outcome;
     assert_eq!(second.parent, Some(first.id));
     drop(monitor);
     lab.verify("m");
-    machine.kill();
+    vm.kill();
     lab.restore("m", "m", &[]).checkpoint();
 }
 
 #[test]
 fn a_disk_that_was_moved_is_refused() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &Recipe::scribbler(23));
-    machine.checkpoint();
-    let mut monitor = machine.qmp();
+    let vm = lab.start("m", &Recipe::scribbler(23));
+    vm.checkpoint();
+    let mut monitor = vm.qmp();
     monitor.execute("blockdev-snapshot-sync", json!({ "device": "odd", "snapshot-file": "moved.qcow2", "format": "qcow2" }));
-    assert_refused(&lab, &machine, &mut monitor, &["odd", "moved.qcow2"]);
+    assert_refused(&lab, &vm, &mut monitor, &["odd", "moved.qcow2"]);
     monitor.disk_io("odd", "write -P 5 0 4096");
     drop(monitor);
     lab.verify("m");
-    machine.kill();
+    vm.kill();
     let restored = lab.restore("m", "m", &["--paused"]);
     assert!(restored.disk("odd").iter().all(|byte| *byte == 0), "the checkpoint is of the time before");
 }
@@ -109,26 +109,26 @@ fn file_that_was_replaced_below_qemu_is_never_opened() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let words = ["-drive", "file=d.raw,format=raw,if=none,id=d", "-device", "virtio-blk-pci,drive=d,share-rw=on"];
-        let machine = lab.start_plain("m", &Recipe::scribbler(29).image(&["create", "-q", "-f", "raw", "d.raw", "1M"]).arguments(&words));
-        machine.attach_plain(&[]);
-        machine.checkpoint();
-        let mut monitor = machine.qmp();
-        let (path, away) = (machine.directory.join("d.raw"), machine.directory.join("away.raw"));
+        let vm = lab.start_plain("m", &Recipe::scribbler(29).image(&["create", "-q", "-f", "raw", "d.raw", "1M"]).arguments(&words));
+        vm.attach_plain(&[]);
+        vm.checkpoint();
+        let mut monitor = vm.qmp();
+        let (path, away) = (vm.directory.join("d.raw"), vm.directory.join("away.raw"));
         std::fs::rename(&path, &away).expect("the test's directory");
-        assert_refused(&lab, &machine, &mut monitor, &["disk", "d.raw", "moved"]);
+        assert_refused(&lab, &vm, &mut monitor, &["disk", "d.raw", "moved"]);
         std::fs::copy(&away, &path).expect("the test's directory");
-        assert_refused(&lab, &machine, &mut monitor, &["disk", "d.raw", "another file"]);
+        assert_refused(&lab, &vm, &mut monitor, &["disk", "d.raw", "another file"]);
         drop(monitor);
         let message = lab.run(&["adopt", "m"]).expect_failure(3);
         assert!(message.contains("another file"), "{message}");
-        let mut monitor = machine.qmp();
+        let mut monitor = vm.qmp();
         monitor.disk_io("d", "write -P 5 4096 4096");
         let (new, old) = [&path, &away].map(|path| std::fs::read(path).expect("a file")[4096]).into();
         assert_eq!((new, old), (0, 5), "the guest is on the disk that it was started on");
         drop(monitor);
         std::fs::rename(&away, &path).expect("the test's directory");
-        assert_eq!(machine.checkpoint().outcome.kind, "incremental");
-        machine.kill();
+        assert_eq!(vm.checkpoint().outcome.kind, "incremental");
+        vm.kill();
         let restored = lab.restore("m", "m", &["--paused"]);
         assert_eq!(restored.disk("d")[4096], 5);
     });
@@ -141,26 +141,26 @@ fn resized_disks_are_restored_as_they_are() {
     const SIZES: [u64; 2] = [16 << 20, (3 << 20) + 512];
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let mut machine = lab.start("m", &Recipe::scribbler(29));
+        let mut vm = lab.start("m", &Recipe::scribbler(29));
         for pattern in [1, 2] {
-            let mut monitor = machine.qmp();
+            let mut monitor = vm.qmp();
             DRIVES.iter().for_each(|drive| monitor.disk_io(drive, &format!("write -P {pattern} 2M 512K")));
-            machine.checkpoint();
+            vm.checkpoint();
             for (drive, full) in DRIVES.into_iter().zip(SIZES) {
                 for size in [1 << 20, full] {
                     monitor.execute("block_resize", json!({ "device": drive, "size": size }));
                 }
             }
             drop(monitor);
-            let truth = DRIVES.map(|drive| machine.disk(drive));
+            let truth = DRIVES.map(|drive| vm.disk(drive));
             assert!(truth.iter().all(|disk| disk[2 << 20] == 0), "the disks were not cut");
-            machine.checkpoint();
-            machine.kill();
-            machine = lab.restore("m", "m", &[]);
-            assert!(DRIVES.map(|drive| machine.disk(drive)) == truth, "the restored disks are not those of life {pattern}");
+            vm.checkpoint();
+            vm.kill();
+            vm = lab.restore("m", "m", &[]);
+            assert!(DRIVES.map(|drive| vm.disk(drive)) == truth, "the restored disks are not those of life {pattern}");
         }
         // Nothing was resized since the restore, so its first checkpoint reads what changed, not the disks.
-        assert!(machine.checkpoint().outcome.parent.is_some());
+        assert!(vm.checkpoint().outcome.parent.is_some());
     });
 }
 
@@ -172,29 +172,29 @@ fn patch(file: &Path, offset: u64, bytes: &[u8]) {
 const PLACE: usize = 5 << 20;
 
 #[test]
-fn a_layer_replaced_while_the_machine_runs_is_seen() {
+fn a_layer_replaced_while_the_vm_runs_is_seen() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &Recipe::scribbler(24));
-    let first = machine.checkpoint().outcome;
-    let mut monitor = machine.qmp();
-    let base = machine.directory.join("base.raw");
-    let kept = machine.directory.join("kept.raw");
+    let vm = lab.start("m", &Recipe::scribbler(24));
+    let first = vm.checkpoint().outcome;
+    let mut monitor = vm.qmp();
+    let base = vm.directory.join("base.raw");
+    let kept = vm.directory.join("kept.raw");
     // Another file at its path: QEMU has the old one open.
     std::fs::rename(&base, &kept).expect("the test's directory");
     std::fs::copy(&kept, &base).expect("the test's directory");
-    assert_refused(&lab, &machine, &mut monitor, &["base.raw", "replaced"]);
+    assert_refused(&lab, &vm, &mut monitor, &["base.raw", "replaced"]);
     std::fs::rename(&kept, &base).expect("the test's directory");
-    assert_eq!(machine.checkpoint().outcome.parent, Some(first.id));
+    assert_eq!(vm.checkpoint().outcome.parent, Some(first.id));
     // Other content in the same file: QEMU reads it, too, so it is another layer.
     patch(&base, PLACE as u64, b"written from outside");
-    let anew = machine.checkpoint().outcome;
-    assert_eq!((anew.kind.as_str(), anew.parent), ("full", None), "{anew:?}");
-    assert!(anew.layer_bytes_stored > 0, "{anew:?}");
+    let again = vm.checkpoint().outcome;
+    assert_eq!((again.kind.as_str(), again.parent), ("full", None), "{again:?}");
+    assert!(again.layer_bytes_stored > 0, "{again:?}");
     drop(monitor);
-    let expected = machine.disk("cow");
+    let expected = vm.disk("cow");
     lab.verify("m");
-    machine.kill();
-    check_base(&lab, &format!("m@{}", anew.id), &expected, b"written from outside");
+    vm.kill();
+    check_base(&lab, &format!("m@{}", again.id), &expected, b"written from outside");
     check_base(&lab, "m@1", &[], &pattern());
 }
 
@@ -216,13 +216,13 @@ fn a_layer_replaced_between_two_lives_is_another_layer() {
     let mut lab = Lab::new(&newest_qemu());
     lab.set("STILLPOINT_CACHE_DIR", lab.path().join("cache").display().to_string());
     let recipe = Recipe::scribbler(25);
-    let machine = lab.start("m", &recipe);
-    machine.checkpoint();
-    machine.kill();
-    let machine = lab.start("m", &recipe.patch("base.raw", PLACE as u64, b"another base image"));
-    let second = machine.checkpoint().outcome;
+    let vm = lab.start("m", &recipe);
+    vm.checkpoint();
+    vm.kill();
+    let vm = lab.start("m", &recipe.patch("base.raw", PLACE as u64, b"another base image"));
+    let second = vm.checkpoint().outcome;
     assert_eq!((second.kind.as_str(), second.id), ("full", 2));
-    machine.kill();
+    vm.kill();
     lab.verify("m");
     check_base(&lab, "m@1", &[], &pattern());
     check_base(&lab, "m@2", &[], b"another base image");
@@ -254,9 +254,9 @@ fn restore_with(lab: &Lab, words: &[&str]) -> Ran {
 #[test]
 fn a_restore_ends_soon_when_qemu_does_and_quotes_it() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &Recipe::scribbler(26));
-    machine.checkpoint();
-    machine.kill();
+    let vm = lab.start("m", &Recipe::scribbler(26));
+    vm.checkpoint();
+    vm.kill();
     let scripts = [
         ("never", "echo this host has no room >&2; exit 1", "this host has no room"),
         (
@@ -281,9 +281,9 @@ fn restore_takes_the_program_that_its_user_names() {
     let mut lab = Lab::new(&newest_qemu());
     let given = script(&lab, "my-qemu", "exec \"$qemu\" -name mine \"$@\"");
     lab.qemu = PathBuf::from(&given);
-    let machine = lab.start("m", &Recipe::scribbler(27));
-    machine.checkpoint();
-    machine.kill();
+    let vm = lab.start("m", &Recipe::scribbler(27));
+    vm.checkpoint();
+    vm.kill();
     assert_eq!(restored_and_ended(&lab, &["--qemu", &given]), "mine");
     // The recorded path is no order, though the program is there.
     assert_eq!(restored_and_ended(&lab, &[]), "");
@@ -297,7 +297,7 @@ fn restored_and_ended(lab: &Lab, more: &[&str]) -> String {
     let name = monitor.execute("query-name", json!({}));
     // It may be gone before it has answered.
     let _ = monitor.try_execute("quit", json!({}));
-    assert!(wait_until(PATIENCE, || lab.nothing_runs("back")), "it does not end");
+    assert!(wait_until(TIMEOUT, || lab.nothing_runs("back")), "it does not end");
     name["name"].as_str().unwrap_or_default().to_owned()
 }
 
@@ -305,19 +305,19 @@ fn restored_and_ended(lab: &Lab, more: &[&str]) -> String {
 #[test]
 fn a_helper_that_cannot_attach_leaves_no_socket() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &Recipe::scribbler(28));
-    machine.checkpoint();
-    machine.kill_helper();
+    let vm = lab.start("m", &Recipe::scribbler(28));
+    vm.checkpoint();
+    vm.kill_helper();
     let place = lab.runtime().join("m");
-    let record = std::fs::read_to_string(place.join("machine.json")).expect("a machine has it");
+    let record = std::fs::read_to_string(place.join("machine.json")).expect("a VM has it");
     let mut wrong: Value = serde_json::from_str(&record).expect("JSON");
     wrong["ram_block"] = json!("not-there");
     std::fs::write(place.join("machine.json"), wrong.to_string()).expect("the test's directory");
     let ran = lab.run(&["attach", "m"]);
     assert!(ran.code != 0 && ran.err.contains("not-there"), "ended with {}: {}", ran.code, ran.err);
     let gone = || !place.join("control.sock").exists();
-    assert!(wait_until(PATIENCE, gone), "the control socket of a helper that has ended is left");
+    assert!(wait_until(TIMEOUT, gone), "the control socket of a helper that has ended is left");
     std::fs::write(place.join("machine.json"), record).expect("the test's directory");
-    machine.attach();
-    machine.checkpoint();
+    vm.attach();
+    vm.checkpoint();
 }

@@ -3,7 +3,7 @@
 use checkpoint_format::Manifest;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use stillpoint_tests::{Lab, QmpClient, Recipe, TestMachine, files_below, newest_qemu, on_each_qemu, qemu_img};
+use stillpoint_tests::{Lab, QmpClient, Recipe, TestVm, files_below, newest_qemu, on_each_qemu, qemu_img};
 
 fn recipe(words: &str) -> Recipe {
     Recipe::scribbler(5).arguments(&words.split_whitespace().collect::<Vec<_>>())
@@ -23,9 +23,9 @@ fn paths_are_told_by_their_place_and_not_by_their_spelling() {
         for name in ["disk", "on", "16", "raw", "drive2"] {
             recipe = recipe.image(&["create", "-q", "-f", "qcow2", name, "4M"]);
         }
-        let machine = lab.start("m", &recipe);
-        let taken = machine.checkpoint();
-        machine.kill();
+        let vm = lab.start("m", &recipe);
+        let taken = vm.checkpoint();
+        vm.kill();
         let restored = lab.restore(&taken.name, "copy", &[]);
         let line = command_line(&restored);
         for part in ["id=disk", "serial=on", "id=none", "format=qcow2", "id=on", "media=disk", "driver=qcow2", "-debugcon file:none"] {
@@ -38,8 +38,8 @@ fn paths_are_told_by_their_place_and_not_by_their_spelling() {
     });
 }
 
-fn command_line(machine: &TestMachine) -> String {
-    let bytes = std::fs::read(format!("/proc/{}/cmdline", machine.qemu())).expect("QEMU runs");
+fn command_line(vm: &TestVm) -> String {
+    let bytes = std::fs::read(format!("/proc/{}/cmdline", vm.qemu())).expect("QEMU runs");
     bytes.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect::<Vec<_>>().join(" ")
 }
 
@@ -48,11 +48,11 @@ fn command_line(machine: &TestMachine) -> String {
 fn shorthands_are_known_to_attach() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine =
+        let vm =
             lab.start_plain("m", &recipe("-debugcon file:debug -audiodev none,id=a -device ac97,audiodev=a -device virtio-rng -m 17.3M"));
-        machine.attach_plain(&[]);
-        let taken = machine.checkpoint();
-        machine.kill();
+        vm.attach_plain(&[]);
+        let taken = vm.checkpoint();
+        vm.kill();
         assert!(lab.restore(&taken.name, "copy", &[]).qmp().is_running());
     });
 }
@@ -90,16 +90,16 @@ fn loadvm_is_for_the_first_start_alone() {
 #[test]
 fn hostile_manifest_runs_nothing_on_the_restoring_host() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &recipe(""));
-    let taken = machine.checkpoint();
-    machine.kill();
+    let vm = lab.start("m", &recipe(""));
+    let taken = vm.checkpoint();
+    vm.kill();
     let (program, trace) = spy(lab.path());
     let script = format!("tap,id=n,ifname=spy0,script={},downscript=no", program.display());
     let manifests = files_below(&lab.store_directory()).into_iter().filter(|path| path.ends_with("manifest.json"));
     for path in manifests {
         let mut manifest = Manifest::parse(&std::fs::read(&path).expect("the store")).expect("a manifest");
-        manifest.machine.program = program.display().to_string();
-        manifest.machine.arguments.extend(["-netdev".to_owned(), script.clone()]);
+        manifest.vm_record.program = program.display().to_string();
+        manifest.vm_record.arguments.extend(["-netdev".to_owned(), script.clone()]);
         std::fs::write(&path, manifest.encode().expect("a manifest")).expect("the store");
     }
     let target = lab.path().join("new");
@@ -130,9 +130,9 @@ fn restored_vm_writes_only_below_its_directory() {
     std::fs::create_dir(&outside).expect("a directory");
     let at = |name: &str| outside.join(name).display().to_string();
     let words = format!("-debugcon file:{} -chardev socket,id=c,path={},server=on,wait=off -pidfile {}", at("log"), at("sock"), at("pid"));
-    let machine = lab.start("m", &recipe(&words));
-    let taken = machine.checkpoint();
-    machine.kill();
+    let vm = lab.start("m", &recipe(&words));
+    let taken = vm.checkpoint();
+    vm.kill();
     std::fs::remove_dir_all(&outside).expect("a directory");
     let restored = lab.restore(&taken.name, "copy", &[]);
     for name in ["log", "sock", "pid"] {

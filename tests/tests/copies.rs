@@ -8,7 +8,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use stillpoint_tests::{Lab, Pid, QmpClient, Ran, Recipe, SCRIBBLER_RAM_BYTES, TestMachine, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{Lab, Pid, QmpClient, Ran, Recipe, SCRIBBLER_RAM_BYTES, TestVm, newest_qemu, on_each_qemu, wait_until};
 
 const GENERATION: &str = "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87";
 
@@ -43,8 +43,8 @@ fn in_memory(id: &str) -> Vec<u8> {
     [3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15].into_iter().map(byte).collect()
 }
 
-fn has(machine: &TestMachine, bytes: &[u8]) -> bool {
-    machine.qmp().memory(SCRIBBLER_RAM_BYTES).windows(bytes.len()).any(|part| part == bytes)
+fn has(vm: &TestVm, bytes: &[u8]) -> bool {
+    vm.qmp().memory(SCRIBBLER_RAM_BYTES).windows(bytes.len()).any(|part| part == bytes)
 }
 
 fn restore(lab: &Lab, dir: &Path, more: &[&str]) -> Ran {
@@ -60,7 +60,7 @@ fn proposed(message: &str) -> String {
 #[test]
 fn copy_beside_its_original_takes_nothing_from_it() {
     on_each_qemu(|qemu| {
-        let lab = Lab::for_machines(qemu, 2);
+        let lab = Lab::for_vms(qemu, 2);
         let port = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
         let own = |name: &str| lab.path().join(name);
         let [monitor, display, log] = ["own.qmp", "own.vnc", "own.log"].map(own);
@@ -219,7 +219,7 @@ fn copy_tap_in_use_is_named_with_a_map_that_helps() {
     }
     let test = || {
         unshare(OWN_NETWORK).expect("a network namespace");
-        let lab = Lab::for_machines(&newest_qemu(), 2);
+        let lab = Lab::for_vms(&newest_qemu(), 2);
         let tap = ["-netdev", "tap,id=n,ifname=sptap0,script=no,downscript=no", "-device", "e1000,netdev=n"];
         let original = lab.start("o", &Recipe::scribbler(41).arguments(&tap));
         original.checkpoint();
@@ -235,23 +235,23 @@ fn copy_tap_in_use_is_named_with_a_map_that_helps() {
 /// A second helper of the same QEMU, from another runtime directory, is refused for as long as the first lives.
 #[test]
 fn helper_of_a_qemu_is_one_whatever_the_runtime_directory() {
-    let lab = Lab::for_machines(&newest_qemu(), 2);
-    let machine = lab.start_plain("m", &Recipe::scribbler(43).arguments(&["-qmp", "unix:second.sock,server=on,wait=off"]));
-    machine.attach_plain(&[]);
-    machine.checkpoint();
-    let second = machine.directory.join("second.sock");
+    let lab = Lab::for_vms(&newest_qemu(), 2);
+    let vm = lab.start_plain("m", &Recipe::scribbler(43).arguments(&["-qmp", "unix:second.sock,server=on,wait=off"]));
+    vm.attach_plain(&[]);
+    vm.checkpoint();
+    let second = vm.directory.join("second.sock");
     let elsewhere = lab.path().join("run2");
     let words = ["attach", "--qmp", text(&second), "--store", lab.store(), "--name", "twin", "--runtime-dir", text(&elsewhere)];
-    let attach = |machine: &TestMachine| {
+    let attach = |vm: &TestVm| {
         let ran = lab.run(&words);
-        assert!(machine.try_checkpoint().code == 0 || machine.helper().is_none());
+        assert!(vm.try_checkpoint().code == 0 || vm.helper().is_none());
         ran
     };
-    let helper = machine.helper().expect("a helper").to_string();
-    let message = attach(&machine).expect_failure(3);
+    let helper = vm.helper().expect("a helper").to_string();
+    let message = attach(&vm).expect_failure(3);
     assert!(message.contains(&helper), "{helper} is not named: {message}");
-    machine.kill_helper();
-    attach(&machine).expect_success();
+    vm.kill_helper();
+    attach(&vm).expect_success();
     let message = lab.run(&["attach", "m"]).expect_failure(3);
     assert!(message.contains("has a helper already"), "{message}");
     lab.run(&["checkpoint", "twin", "--runtime-dir", text(&lab.path().join("run2"))]).expect_success();

@@ -1,18 +1,18 @@
-//! Damaged and hostile stores: every command says which file is wrong, none panics, and no machine runs from it.
+//! Damaged and hostile stores: every command says which file is wrong, none panics, and no VM runs from it.
 
 use std::path::{Path, PathBuf};
 use stillpoint_tests::{Damage, Lab, Recipe, copy_tree, files_below, newest_qemu};
 
 const DAMAGED: i32 = 5;
 
-/// A store with two checkpoints of one machine, the second on the first.
+/// A store with two checkpoints of one VM, the second on the first.
 fn fill(lab: &Lab) {
-    let machine = lab.start("m", &Recipe::scribbler(9));
+    let vm = lab.start("m", &Recipe::scribbler(9));
     std::thread::sleep(std::time::Duration::from_millis(1500));
-    machine.checkpoint();
+    vm.checkpoint();
     std::thread::sleep(std::time::Duration::from_millis(500));
-    machine.checkpoint();
-    machine.kill();
+    vm.checkpoint();
+    vm.kill();
     // A restore would take the base image from there, and not look at the store's.
     std::fs::remove_dir_all(lab.path().join("m")).expect("the test's directory");
     std::fs::rename(lab.store_directory(), lab.path().join("good")).expect("the test's directory");
@@ -62,7 +62,7 @@ fn check(lab: &Lab, file: &Path, damage: Damage) {
         let message = format!("{}{}", ran.out, ran.err);
         assert!(names(file).iter().any(|name| message.contains(name)), "{what}: {} does not say where: {message}", words[0]);
     }
-    assert!(lab.nothing_runs("n"), "{what}: a half-restored machine runs");
+    assert!(lab.nothing_runs("n"), "{what}: a half-restored VM runs");
 }
 
 #[test]
@@ -134,8 +134,8 @@ fn leftovers_of_a_crash_are_no_checkpoints() {
     std::fs::create_dir_all(checkpoints.join("4.1-1.partial")).expect("the test's directory");
     assert_eq!(lab.list("m"), [1, 2]);
     lab.verify("m");
-    let machine = lab.restore("m", "m", &[]);
-    let outcome = machine.checkpoint().outcome;
+    let vm = lab.restore("m", "m", &[]);
+    let outcome = vm.checkpoint().outcome;
     assert_eq!((outcome.id, outcome.parent), (3, Some(2)));
     let left = std::fs::read_dir(&checkpoints).expect("a directory").flatten();
     let partial = left.filter(|entry| entry.file_name().to_string_lossy().ends_with("partial"));

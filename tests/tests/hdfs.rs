@@ -1,7 +1,7 @@
-//! Machines on a real HDFS: the ordinary way, with DataNodes that die, and with a NameNode that hangs.
+//! VMs on a real HDFS: the ordinary way, with DataNodes that die, and with a NameNode that hangs.
 
 use std::time::{Duration, Instant};
-use stillpoint_tests::{Cluster, Lab, Recipe, TestMachine, newest_qemu, stop_and_continue};
+use stillpoint_tests::{Cluster, Lab, Recipe, TestVm, newest_qemu, stop_and_continue};
 
 const REPLICAS: u16 = 3;
 /// A hung NameNode is given up after this; with two more tries and what lies between a checkpoint may take some times as long.
@@ -16,22 +16,22 @@ fn busy() -> Recipe {
 }
 
 /// Copies that a checkpoint has, as the store said when it was written.
-fn replicas(machine: &TestMachine) -> u16 {
-    machine.checkpoint().outcome.replicas.expect("HDFS says how many copies it made")
+fn replicas(vm: &TestVm) -> u16 {
+    vm.checkpoint().outcome.replicas.expect("HDFS says how many copies it made")
 }
 
 #[test]
-fn a_machine_lives_on_hdfs() {
+fn a_vm_lives_on_hdfs() {
     let cluster = Cluster::shared();
     let lab = lab(&cluster.fresh_store("machine"));
-    let machine = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
-    machine.wait_for_witness();
-    machine.checkpoint();
-    machine.assert_goes_on();
-    let second = machine.checkpoint();
+    let vm = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
+    vm.wait_for_witness();
+    vm.checkpoint();
+    vm.assert_goes_on();
+    let second = vm.checkpoint();
     assert_eq!((second.outcome.kind.as_str(), second.outcome.replicas), ("incremental", Some(REPLICAS)));
-    machine.assert_goes_on();
-    machine.kill();
+    vm.assert_goes_on();
+    vm.kill();
     std::fs::remove_dir_all(lab.path().join("m")).expect("the test's directory");
     let restored = lab.restore("m", "m", &[]);
     restored.assert_continues(&second);
@@ -44,28 +44,28 @@ fn a_machine_lives_on_hdfs() {
 fn a_datanode_that_dies_costs_copies_and_no_checkpoint() {
     let cluster = Cluster::to_harm();
     let lab = lab(&cluster.fresh_store("datanode"));
-    let machine = lab.start("m", &busy());
-    machine.wait_for_witness();
+    let vm = lab.start("m", &busy());
+    vm.wait_for_witness();
     // Before the store itself is made.
     cluster.kill("datanode-2");
-    let outcome = machine.checkpoint().outcome;
+    let outcome = vm.checkpoint().outcome;
     eprintln!("one of three DataNodes dead: durable after {:.0} ms", outcome.durable_ms);
     assert!(outcome.replicas.is_some_and(|copies| (1..REPLICAS).contains(&copies)), "{outcome:?}");
     assert!(outcome.notes.iter().any(|note| note.contains("replicas")), "a shortage is told: {outcome:?}");
     cluster.restart("datanode-2");
     let taken = std::thread::scope(|scope| {
-        let upload = scope.spawn(|| machine.checkpoint());
+        let upload = scope.spawn(|| vm.checkpoint());
         std::thread::sleep(Duration::from_millis(150));
         cluster.kill("datanode-3");
         upload.join().expect("durable all the same")
     });
     eprintln!("one of them killed during the upload: durable after {:.0} ms", taken.outcome.durable_ms);
-    machine.assert_goes_on();
+    vm.assert_goes_on();
     cluster.restart("datanode-3");
-    let last = machine.checkpoint();
+    let last = vm.checkpoint();
     assert_eq!(last.outcome.parent, Some(taken.outcome.id));
     lab.verify("m");
-    machine.kill();
+    vm.kill();
     lab.restore(&taken.name, "taken", &[]).assert_continues(&taken);
     lab.restore("m", "last", &[]).assert_continues(&last);
 }
@@ -75,25 +75,25 @@ fn a_namenode_that_hangs_fails_the_checkpoint_and_stops_no_guest() {
     let cluster = Cluster::to_harm();
     let mut lab = lab(&cluster.fresh_store("namenode"));
     lab.set("STILLPOINT_STORE_TIMEOUT", STORE_TIMEOUT_SECONDS.to_string());
-    let machine = lab.start("m", &busy());
-    machine.wait_for_witness();
-    machine.checkpoint();
+    let vm = lab.start("m", &busy());
+    vm.wait_for_witness();
+    vm.checkpoint();
     let hung = stop_and_continue(cluster.pid("namenode"));
     let begun = Instant::now();
     let ran = std::thread::scope(|scope| {
-        let failing = scope.spawn(|| machine.try_checkpoint());
-        machine.assert_goes_on();
+        let failing = scope.spawn(|| vm.try_checkpoint());
+        vm.assert_goes_on();
         failing.join().expect("it ends")
     });
     let message = ran.expect_failure(4);
     let most = Duration::from_secs(STORE_TIMEOUT_SECONDS * 5);
     assert!(begun.elapsed() < most, "failed only after {:?}: {message}", begun.elapsed());
-    machine.assert_goes_on();
+    vm.assert_goes_on();
     drop(hung);
-    let taken = machine.checkpoint();
+    let taken = vm.checkpoint();
     assert_eq!((taken.outcome.kind.as_str(), taken.outcome.parent), ("incremental", Some(1)));
-    assert_eq!(replicas(&machine), REPLICAS);
+    assert_eq!(replicas(&vm), REPLICAS);
     lab.verify("m");
-    machine.kill();
+    vm.kill();
     lab.restore(&taken.name, "restored", &[]).assert_continues(&taken);
 }

@@ -3,7 +3,7 @@
 use nix::sys::signal::{Signal, kill};
 use std::path::Path;
 use std::time::Duration;
-use stillpoint_tests::{Lab, Pid, Ran, Recipe, Taken, TestMachine, is_running, kill_points, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{Lab, Pid, Ran, Recipe, Taken, TestVm, is_running, kill_points, newest_qemu, on_each_qemu, wait_until};
 
 /// The points that the tracker passes.
 fn points() -> Vec<String> {
@@ -16,38 +16,38 @@ fn recipe() -> Recipe {
 }
 
 /// Lets the helper die at `point` of the checkpoint that is asked for now.
-fn die_at(machine: &TestMachine, point: &str) {
-    let ran = machine.try_checkpoint();
+fn die_at(vm: &TestVm, point: &str) {
+    let ran = vm.try_checkpoint();
     assert_ne!(ran.code, 0, "{point}: the helper should have died: {}", ran.out);
     assert!(ran.err.contains("helper"), "{point}: {}", ran.err);
-    assert!(wait_until(Duration::from_secs(5), || machine.helper().is_none()), "{point}: the helper lives");
-    assert!(machine.qemu_runs(), "{point}: QEMU died with its helper");
+    assert!(wait_until(Duration::from_secs(5), || vm.helper().is_none()), "{point}: the helper lives");
+    assert!(vm.qemu_runs(), "{point}: QEMU died with its helper");
 }
 
 /// The same with a helper of its own.
-fn die_attached(machine: &TestMachine, point: &str) {
-    machine.kill_helper();
-    machine.attach_with(&[], &[("STILLPOINT_DIE_AT", point)]);
-    die_at(machine, point);
+fn die_attached(vm: &TestVm, point: &str) {
+    vm.kill_helper();
+    vm.attach_with(&[], &[("STILLPOINT_DIE_AT", point)]);
+    die_at(vm, point);
 }
 
-/// After a death at `point`: the guest goes on, the store has whole checkpoints only, the next one is complete.
-fn recover(lab: &Lab, machine: &TestMachine, point: &str, known: &[u64]) -> Taken {
-    // Only a guest that was stopped at that moment needs somebody to let it go on.
+/// After a death at `point`: the guest continues, the store has whole checkpoints only, the next one is complete.
+fn recover(lab: &Lab, vm: &TestVm, point: &str, known: &[u64]) -> Taken {
+    // Only a guest that was stopped at that moment needs somebody to let it continue.
     if !point.ends_with(".paused") {
-        machine.assert_goes_on();
+        vm.assert_goes_on();
     }
-    let listed = lab.list(&machine.name);
+    let listed = lab.list(&vm.name);
     let new = listed.strip_prefix(known).unwrap_or_else(|| panic!("{point}: {listed:?} after {known:?}"));
     assert_eq!(new.len(), usize::from(point == "committed"), "{point}: {listed:?} after {known:?}");
-    machine.attach();
-    machine.assert_goes_on();
-    let taken = machine.checkpoint();
+    vm.attach();
+    vm.assert_goes_on();
+    let taken = vm.checkpoint();
     assert_eq!(taken.outcome.parent, listed.last().copied(), "{point}");
     taken
 }
 
-/// Every checkpoint by itself brings a machine back.
+/// Every checkpoint by itself brings a VM back.
 fn restore_all(lab: &Lab, taken: &[(String, Taken)]) {
     for (point, taken) in taken {
         eprintln!("restoring {}, taken after a death at {point}", taken.name);
@@ -59,23 +59,23 @@ fn restore_all(lab: &Lab, taken: &[(String, Taken)]) {
 fn a_helper_may_die_at_every_point_of_a_checkpoint() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start("m", &recipe());
-        machine.wait_for_witness();
-        let mut known = vec![machine.checkpoint().outcome.id];
+        let vm = lab.start("m", &recipe());
+        vm.wait_for_witness();
+        let mut known = vec![vm.checkpoint().outcome.id];
         let mut all = Vec::new();
         for point in points() {
-            if point == "round.paused" {
-                // Live rounds come only where much is dirty: for a helper that does not know what has changed.
-                die_attached(&machine, "prepared");
+            if point == "pre-copy.paused" {
+                // Live passes come only where much is dirty: for a helper that does not know what has changed.
+                die_attached(&vm, "prepared");
             }
-            die_attached(&machine, &point);
-            let taken = recover(&lab, &machine, &point, &known);
+            die_attached(&vm, &point);
+            let taken = recover(&lab, &vm, &point, &known);
             known = lab.list("m");
             assert_eq!(known.last(), Some(&taken.outcome.id));
             all.push((point, taken));
         }
         lab.verify("m");
-        machine.kill();
+        vm.kill();
         restore_all(&lab, &all);
     });
 }
@@ -84,21 +84,21 @@ fn a_helper_may_die_at_every_point_of_a_checkpoint() {
 fn a_helper_may_die_at_every_point_of_the_first_checkpoint() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start_with("m", &recipe(), &[("STILLPOINT_DIE_AT", "round.paused")]);
-        machine.wait_for_witness();
-        die_at(&machine, "round.paused");
-        assert!(!machine.qmp().is_running(), "it died while the guest was stopped");
-        let first_points = ["round", "freeze.paused", "freeze.frozen", "drain", "upload", "commit"];
+        let vm = lab.start_with("m", &recipe(), &[("STILLPOINT_DIE_AT", "pre-copy.paused")]);
+        vm.wait_for_witness();
+        die_at(&vm, "pre-copy.paused");
+        assert!(!vm.qmp().is_running(), "it died while the guest was stopped");
+        let first_points = ["pre-copy", "pause.begun", "pause.captured", "upload", "upload", "commit"];
         for point in first_points {
-            die_attached(&machine, point);
+            die_attached(&vm, point);
             assert_eq!(lab.list("m"), [0; 0], "{point}");
         }
-        machine.attach();
-        machine.assert_goes_on();
-        let taken = machine.checkpoint();
+        vm.attach();
+        vm.assert_goes_on();
+        let taken = vm.checkpoint();
         assert_eq!(taken.outcome.kind, "full");
         lab.verify("m");
-        machine.kill();
+        vm.kill();
         restore_all(&lab, &[("commit".to_owned(), taken)]);
     });
 }
@@ -107,20 +107,20 @@ fn a_helper_may_die_at_every_point_of_the_first_checkpoint() {
 fn a_helper_may_die_between_checkpoints() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start("m", &recipe());
-        machine.wait_for_witness();
-        let first = machine.checkpoint();
-        machine.assert_goes_on();
-        machine.kill_helper();
-        let refusal = machine.try_checkpoint().expect_failure(3);
+        let vm = lab.start("m", &recipe());
+        vm.wait_for_witness();
+        let first = vm.checkpoint();
+        vm.assert_goes_on();
+        vm.kill_helper();
+        let refusal = vm.try_checkpoint().expect_failure(3);
         assert!(refusal.contains("stillpoint attach"), "no remedy in {refusal}");
-        machine.assert_goes_on();
-        machine.attach();
-        let second = machine.checkpoint();
+        vm.assert_goes_on();
+        vm.attach();
+        let second = vm.checkpoint();
         assert_eq!((second.outcome.kind.as_str(), second.outcome.parent), ("incremental", Some(first.outcome.id)));
         assert!(second.outcome.bytes_stored_raw < first.outcome.bytes_stored_raw / 4, "{:?}", second.outcome);
         lab.verify("m");
-        machine.kill();
+        vm.kill();
         restore_all(&lab, &[("nothing".to_owned(), second)]);
     });
 }
@@ -128,20 +128,20 @@ fn a_helper_may_die_between_checkpoints() {
 #[test]
 fn a_second_helper_is_refused() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &recipe());
-    machine.wait_for_witness();
-    machine.checkpoint();
-    let helper = machine.helper().expect("it runs").to_string();
+    let vm = lab.start("m", &recipe());
+    vm.wait_for_witness();
+    vm.checkpoint();
+    let helper = vm.helper().expect("it runs").to_string();
     let ran = lab.run(&["attach", "m"]);
     let said = if ran.code == 3 { ran.expect_failure(3) } else { ran.expect_failure(1) };
     assert!(said.contains(&helper), "the holder {helper} is not named: {said}");
-    machine.checkpoint();
+    vm.checkpoint();
 }
 
-/// The same machine, known by two runtime directories, as after a move of its store to another host.
+/// The same VM, known by two runtime directories, as after a move of its store to another host.
 #[test]
 fn a_helper_that_takes_over_fences_the_other() {
-    let mut lab = Lab::for_machines(&newest_qemu(), 2);
+    let mut lab = Lab::for_vms(&newest_qemu(), 2);
     let recipe = Recipe::scribbler(5);
     let first = TwoHosts::start(&mut lab, &recipe, "a");
     let second = TwoHosts::start(&mut lab, &recipe, "b");
@@ -161,7 +161,7 @@ fn a_helper_that_takes_over_fences_the_other() {
 /// of its successor, until it is ordered again.
 #[test]
 fn take_over_is_carried_out_once() {
-    let mut lab = Lab::for_machines(&newest_qemu(), 2);
+    let mut lab = Lab::for_vms(&newest_qemu(), 2);
     let recipe = Recipe::scribbler(6);
     let mut first = TwoHosts::start(&mut lab, &recipe, "a");
     first.run(&lab, &["checkpoint", "m"]).expect_success();
@@ -187,7 +187,7 @@ fn take_over_is_carried_out_once() {
     lab.verify("m");
 }
 
-/// A machine `m` whose runtime directory is another host's, as it were.
+/// A VM `m` whose runtime directory is another host's, as it were.
 struct TwoHosts {
     runtime: String,
     child: std::process::Child,

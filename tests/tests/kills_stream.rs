@@ -1,4 +1,4 @@
-//! The helper dies at every point of a stream, and the owner cuts streams off: the guest goes on, QEMU is left as it was found, and
+//! The helper dies at every point of a stream, and the owner cuts streams off: the guest continues, QEMU is left as it was found, and
 //! nothing is lost.
 
 use serde_json::json;
@@ -7,8 +7,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::time::Duration;
 use stillpoint_tests::{
-    Footprint, Lab, QmpClient, Ran, Recipe, Taken, TestMachine, kill_points, on_each_qemu, stop_and_continue, stream_modes, thorough,
-    wait_until,
+    Footprint, Lab, QmpClient, Ran, Recipe, Taken, TestVm, kill_points, on_each_qemu, stop_and_continue, stream_modes, thorough, wait_until,
 };
 
 /// Points that every checkpoint passes; `kills.rs` has the tracker's.
@@ -26,7 +25,7 @@ fn recipe() -> Recipe {
 
 struct Killed<'lab> {
     lab: &'lab Lab,
-    machine: TestMachine<'lab>,
+    vm: TestVm<'lab>,
     mode: &'static str,
     /// QEMU as its owner has it.
     found: Footprint,
@@ -35,49 +34,49 @@ struct Killed<'lab> {
 
 impl<'lab> Killed<'lab> {
     fn start(lab: &'lab Lab, mode: &'static str) -> Self {
-        let machine = lab.start_plain("m", &recipe());
-        machine.wait_for_witness();
-        let mut monitor = machine.qmp();
+        let vm = lab.start_plain("m", &recipe());
+        vm.wait_for_witness();
+        let mut monitor = vm.qmp();
         monitor.execute("migrate-set-parameters", json!({"max-bandwidth": 34_567_890, "downtime-limit": 451}));
         let mut found = Footprint::of(&mut monitor);
         found.take_bitmaps();
-        Self { lab, machine, mode, found, known: Vec::new() }
+        Self { lab, vm, mode, found, known: Vec::new() }
     }
 
     /// Lets a helper die at `point`; false when a checkpoint of this kind does not pass it.
     fn dies_at(&self, point: &str) -> bool {
-        let machine = &self.machine;
-        machine.kill_helper();
-        machine.attach_plain_with(&["--stream", self.mode], &[("STILLPOINT_DIE_AT", point)]);
-        let ran = machine.try_checkpoint();
+        let vm = &self.vm;
+        vm.kill_helper();
+        vm.attach_plain_with(&["--stream", self.mode], &[("STILLPOINT_DIE_AT", point)]);
+        let ran = vm.try_checkpoint();
         if ran.code == 0 {
             return false;
         }
-        assert!(wait_until(Duration::from_secs(5), || machine.helper().is_none()), "{point}: the helper lives: {}", ran.err);
-        assert!(machine.qemu_runs(), "{point}: QEMU died with its helper");
+        assert!(wait_until(Duration::from_secs(5), || vm.helper().is_none()), "{point}: the helper lives: {}", ran.err);
+        assert!(vm.qemu_runs(), "{point}: QEMU died with its helper");
         true
     }
 
-    /// After a death: the store has whole checkpoints only, the guest goes on, QEMU is as it was, the next checkpoint is complete.
+    /// After a death: the store has whole checkpoints only, the guest continues, QEMU is as it was, the next checkpoint is complete.
     fn recover(&mut self, point: &str) -> Taken {
-        let machine = &self.machine;
-        let listed = self.lab.list_if_any(&machine.name);
+        let vm = &self.vm;
+        let listed = self.lab.list_if_any(&vm.name);
         let new = listed.strip_prefix(self.known.as_slice()).unwrap_or_else(|| panic!("{point}: {listed:?} after {:?}", self.known));
         assert_eq!(new.len(), usize::from(point == "committed"), "{point}: {listed:?} after {:?}", self.known);
-        machine.attach();
-        machine.assert_goes_on();
+        vm.attach();
+        vm.assert_goes_on();
         self.assert_left_as_found(point);
-        let machine = &self.machine;
-        let taken = machine.checkpoint();
+        let vm = &self.vm;
+        let taken = vm.checkpoint();
         assert_eq!((taken.outcome.parent, taken.outcome.engine.as_str()), (listed.last().copied(), self.mode), "{point}");
-        self.known = self.lab.list(&machine.name);
+        self.known = self.lab.list(&vm.name);
         assert_eq!(self.known.last(), Some(&taken.outcome.id));
         self.assert_left_as_found(point);
         taken
     }
 
     fn assert_left_as_found(&self, point: &str) {
-        let mut now = Footprint::of(&mut self.machine.qmp());
+        let mut now = Footprint::of(&mut self.vm.qmp());
         now.take_bitmaps();
         assert_eq!(self.found.differences(&now), [""; 0], "{point}, {}", self.mode);
     }
@@ -103,7 +102,7 @@ fn die_everywhere(qemu: &Path, mode: &'static str, passed: &Mutex<BTreeSet<Strin
         }
     }
     lab.verify("m");
-    killed.machine.kill();
+    killed.vm.kill();
     // Each holds what the ones before it stored; all of them have been read back by then.
     let (count, step) = (all.len(), if thorough() { 1 } else { 3 });
     for (point, taken) in all.into_iter().enumerate().filter(|(number, _)| (count - 1 - number) % step == 0).map(|(_, one)| one) {
@@ -132,15 +131,15 @@ fn status(monitor: &mut QmpClient) -> String {
 }
 
 /// A checkpoint in whose stream the owner says `migrate_cancel`. The helper is held meanwhile, so that the stream is in its middle.
-fn cut_off(machine: &TestMachine) -> Ran {
-    let mut monitor = machine.qmp();
+fn cut_off(vm: &TestVm) -> Ran {
+    let mut monitor = vm.qmp();
     let earlier = status(&mut monitor);
     std::thread::scope(|scope| {
-        let checkpoint = scope.spawn(|| machine.try_checkpoint());
+        let checkpoint = scope.spawn(|| vm.try_checkpoint());
         let is_under_way = |status: String| ["setup", "active"].contains(&status.as_str()) && status != earlier;
         let seen = wait_until(Duration::from_secs(20), || checkpoint.is_finished() || is_under_way(status(&mut monitor)));
         assert!(seen && !checkpoint.is_finished(), "the stream was over before it was seen: {:?}", checkpoint.join());
-        let held = stop_and_continue(machine.helper().expect("it streams"));
+        let held = stop_and_continue(vm.helper().expect("it streams"));
         monitor.execute("migrate_cancel", json!({}));
         drop(held);
         checkpoint.join().expect("it says above why not")
@@ -153,18 +152,18 @@ fn a_stream_that_the_owner_cuts_off_fails_one_checkpoint() {
         for mode in stream_modes(qemu) {
             let lab = Lab::new(qemu);
             let mut killed = Killed::start(&lab, mode);
-            killed.machine.attach_plain(&["--stream", mode]);
-            killed.known = vec![killed.machine.checkpoint().outcome.id];
-            let said = cut_off(&killed.machine);
+            killed.vm.attach_plain(&["--stream", mode]);
+            killed.known = vec![killed.vm.checkpoint().outcome.id];
+            let said = cut_off(&killed.vm);
             assert_ne!(said.code, 0, "{mode}: a checkpoint of half a stream");
             assert!(said.err.contains("cancel"), "{mode}: the cause is not named: {}", said.err);
-            killed.machine.assert_goes_on();
+            killed.vm.assert_goes_on();
             killed.assert_left_as_found("cut off");
             assert_eq!(lab.list("m"), killed.known, "{mode}");
-            let next = killed.machine.checkpoint();
+            let next = killed.vm.checkpoint();
             assert_eq!((next.outcome.kind.as_str(), next.outcome.parent), ("incremental", killed.known.last().copied()), "{mode}");
             killed.assert_left_as_found("the checkpoint after it");
-            killed.machine.kill();
+            killed.vm.kill();
             lab.restore(&next.name, "restored", &[]).assert_continues(&next);
         }
     });

@@ -63,8 +63,8 @@ fn what_cannot_be_checkpointed_is_refused_with_a_remedy() {
             let message = lab.run(&words).expect_failure(2);
             assert!(message.contains(named) && message.contains(wrong), "{line}: {message}");
         }
-        assert!(!lab.runtime().join("m").exists(), "a refused machine leaves nothing behind");
-        assert!(!lab.store_directory().exists(), "a refused machine makes no store");
+        assert!(!lab.runtime().join("m").exists(), "a refused VM leaves nothing behind");
+        assert!(!lab.store_directory().exists(), "a refused VM makes no store");
     });
 }
 
@@ -158,7 +158,7 @@ fn ls_of_a_name_without_a_checkpoint_fails() {
 }
 
 #[test]
-fn commands_for_a_machine_that_does_not_run_say_so() {
+fn commands_for_a_vm_that_does_not_run_say_so() {
     let lab = Lab::new(&newest_qemu());
     for words in [&["checkpoint", "nobody"][..], &["attach", "nobody"]] {
         let message = refuse(&lab, words);
@@ -167,20 +167,20 @@ fn commands_for_a_machine_that_does_not_run_say_so() {
 }
 
 #[test]
-fn a_running_machine_keeps_its_name_and_a_dead_one_gives_it_back() {
+fn a_running_vm_keeps_its_name_and_a_dead_one_gives_it_back() {
     let lab = Lab::new(&newest_qemu());
     let recipe = Recipe::scribbler(1);
-    let machine = lab.start("m", &recipe);
+    let vm = lab.start("m", &recipe);
     let words = recipe.command_line(&lab.qemu);
     let again: Vec<&str> = ["run", "--name", "m", "--"].into_iter().chain(words.iter().map(String::as_str)).collect();
     let message = refuse(&lab, &again);
     assert!(message.contains("running") && message.contains("another name"), "{message}");
-    machine.checkpoint();
+    vm.checkpoint();
     let message = refuse(&lab, &["restore", "m", "--qemu", lab.qemu.to_str().expect("UTF-8")]);
     assert!(message.contains("running"), "{message}");
-    machine.kill();
-    let machine = lab.start("m", &recipe);
-    let outcome = machine.checkpoint().outcome;
+    vm.kill();
+    let vm = lab.start("m", &recipe);
+    let outcome = vm.checkpoint().outcome;
     assert_eq!((outcome.kind.as_str(), outcome.id), ("full", 2), "another life of the same name is another lineage");
     lab.verify("m");
 }
@@ -189,13 +189,13 @@ fn a_running_machine_keeps_its_name_and_a_dead_one_gives_it_back() {
 #[test]
 fn the_launcher_becomes_qemu() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &Recipe::scribbler(1).arguments(&["-name", "hello"]));
-    let mut monitor = machine.qmp();
+    let vm = lab.start("m", &Recipe::scribbler(1).arguments(&["-name", "hello"]));
+    let mut monitor = vm.qmp();
     assert_eq!(name_of(&mut monitor), "hello");
-    machine.checkpoint();
+    vm.checkpoint();
     monitor.execute("quit", serde_json::json!({}));
-    assert!(wait_until(std::time::Duration::from_secs(10), || !machine.qemu_runs()));
-    assert!(wait_until(std::time::Duration::from_secs(10), || machine.helper().is_none()), "the helper ends with QEMU");
+    assert!(wait_until(std::time::Duration::from_secs(10), || !vm.qemu_runs()));
+    assert!(wait_until(std::time::Duration::from_secs(10), || vm.helper().is_none()), "the helper ends with QEMU");
     let control = lab.runtime().join("m/control.sock");
     assert!(!Path::new(&control).exists(), "the helper removes its socket");
 }

@@ -1,16 +1,16 @@
-//! What machines only read is stored once for all of them, and comes from the nearest place at restore.
+//! What VMs only read is stored once for all of them, and comes from the nearest place at restore.
 
-use stillpoint_tests::{Lab, Outcome, Recipe, TestMachine, newest_qemu, on_each_qemu};
+use stillpoint_tests::{Lab, Outcome, Recipe, TestVm, newest_qemu, on_each_qemu};
 
 fn one_checkpoint(lab: &Lab, name: &str, recipe: &Recipe) -> Outcome {
-    let machine = lab.start(name, recipe);
-    let outcome = machine.checkpoint().outcome;
-    machine.kill();
+    let vm = lab.start(name, recipe);
+    let outcome = vm.checkpoint().outcome;
+    vm.kill();
     outcome
 }
 
 #[test]
-fn machines_on_one_base_image_store_it_once() {
+fn vms_on_one_base_image_store_it_once() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let first = one_checkpoint(&lab, "first", &Recipe::scribbler(1));
@@ -29,19 +29,19 @@ fn machines_on_one_base_image_store_it_once() {
     });
 }
 
-fn layer_bytes(machine: &TestMachine) -> u64 {
-    machine.report["layer_bytes_read"].as_u64().expect("a number")
+fn layer_bytes(vm: &TestVm) -> u64 {
+    vm.report["layer_bytes_read"].as_u64().expect("a number")
 }
 
 #[test]
 fn a_local_copy_serves_only_if_its_content_is_right() {
     let mut lab = Lab::new(&newest_qemu());
     let recipe = Recipe::scribbler(4);
-    let machine = lab.start("m", &recipe);
-    let expected = machine.disk("cow");
-    let base = machine.directory.join("base.raw");
-    machine.checkpoint();
-    machine.kill();
+    let vm = lab.start("m", &recipe);
+    let expected = vm.disk("cow");
+    let base = vm.directory.join("base.raw");
+    vm.checkpoint();
+    vm.kill();
     lab.set("XDG_CACHE_HOME", lab.path().join("cache").display().to_string());
     lab.set("STILLPOINT_CACHE_DIR", String::new());
     let check = |what: &str, is_fetched: bool| {
@@ -74,14 +74,14 @@ fn a_chain_of_backing_files_comes_back() {
             .image(&["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "middle.qcow2"])
             .image(&["create", "-q", "-f", "qcow2", "-b", "middle.qcow2", "-F", "qcow2", "top.qcow2"])
             .arguments(&["-drive", "file=top.qcow2,format=qcow2,if=none,id=top", "-device", "virtio-blk-pci,drive=top"]);
-        let machine = lab.start("m", &recipe);
-        machine.qmp().disk_io("top", "write -P 9 65536 100000");
-        machine.checkpoint();
-        machine.qmp().disk_io("top", "write -P 8 131072 512");
-        machine.checkpoint();
-        let expected = machine.disk("top");
-        let directory = machine.directory.clone();
-        machine.kill();
+        let vm = lab.start("m", &recipe);
+        vm.qmp().disk_io("top", "write -P 9 65536 100000");
+        vm.checkpoint();
+        vm.qmp().disk_io("top", "write -P 8 131072 512");
+        vm.checkpoint();
+        let expected = vm.disk("top");
+        let directory = vm.directory.clone();
+        vm.kill();
         std::fs::remove_dir_all(directory).expect("the test's directory");
         let restored = lab.restore("m", "m", &[]);
         let found = restored.disk("top");
@@ -103,17 +103,17 @@ fn sparse_disks_cost_nothing_per_absent_page() {
         .image(&["create", "-q", "-f", "raw", "big.raw", "1T"])
         .arguments(&["-drive", "file=over.qcow2,format=qcow2,if=none,id=over", "-device", "virtio-blk-pci,drive=over"])
         .arguments(&["-drive", "file=big.raw,format=raw,if=none,id=big", "-device", "virtio-blk-pci,drive=big"]);
-    let machine = lab.start("m", &recipe);
-    machine.qmp().disk_io("big", "write -P 8 512G 64k");
-    let first = machine.checkpoint().outcome;
+    let vm = lab.start("m", &recipe);
+    vm.qmp().disk_io("big", "write -P 8 512G 64k");
+    let first = vm.checkpoint().outcome;
     assert!(first.bytes_changed < 64 * MIB && first.layer_bytes_stored < 64 * MIB, "{first:?}");
-    machine.qmp().disk_io("big", "write -z 512G 4k");
-    machine.qmp().disk_io("big", "write -z 700G 100M");
-    let second = machine.checkpoint().outcome;
+    vm.qmp().disk_io("big", "write -z 512G 4k");
+    vm.qmp().disk_io("big", "write -z 700G 100M");
+    let second = vm.checkpoint().outcome;
     assert!(second.bytes_changed < 16 * MIB, "holes that were zeroed are no changes: {second:?}");
     lab.verify("m");
-    let directory = machine.directory.clone();
-    machine.kill();
+    let directory = vm.directory.clone();
+    vm.kill();
     std::fs::remove_dir_all(directory).expect("the test's directory");
     let restored = lab.restore("m", "m", &["--paused"]);
     let big = std::fs::File::open(restored.directory.join("sp-big.raw")).expect("the restored disk");

@@ -1,15 +1,15 @@
-//! Machines of every shape: checkpointed under load, killed without warning, brought back, and checkpointed again.
+//! VMs of every shape: checkpointed under load, killed without warning, brought back, and checkpointed again.
 
 use std::path::Path;
 use std::time::Duration;
-use stillpoint_tests::{Lab, Recipe, Taken, TestMachine, on_each_qemu};
+use stillpoint_tests::{Lab, Recipe, Taken, TestVm, on_each_qemu};
 
 /// Checkpoints under load; the first is full and the others build each on the one before.
-fn take(machine: &TestMachine, count: usize) -> Vec<Taken> {
-    machine.wait_for_witness();
+fn take(vm: &TestVm, count: usize) -> Vec<Taken> {
+    vm.wait_for_witness();
     let mut all: Vec<Taken> = Vec::new();
     for _ in 0..count {
-        let taken = machine.checkpoint();
+        let taken = vm.checkpoint();
         let expected = if all.is_empty() { "full" } else { "incremental" };
         assert_eq!((taken.outcome.kind.as_str(), taken.outcome.parent), (expected, all.last().map(|last| last.outcome.id)));
         all.push(taken);
@@ -18,13 +18,13 @@ fn take(machine: &TestMachine, count: usize) -> Vec<Taken> {
     all
 }
 
-/// The whole life of one machine and of two that are made from its checkpoints.
+/// The whole life of one VM and of two that are made from its checkpoints.
 fn survives(qemu: &Path, recipe: &Recipe) {
     let lab = Lab::new(qemu);
-    let machine = lab.start("m", recipe);
-    let taken = take(&machine, 4);
-    machine.assert_no_contradiction();
-    machine.kill();
+    let vm = lab.start("m", recipe);
+    let taken = take(&vm, 4);
+    vm.assert_no_contradiction();
+    vm.kill();
 
     let newest = lab.restore("m", "m", &[]);
     newest.assert_continues(&taken[3]);

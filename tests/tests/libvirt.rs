@@ -1,4 +1,4 @@
-//! Where people's machines are: domains of a real libvirt (`scripts/libvirt-dev`), a QEMU as Proxmox VE starts it, and the
+//! Where people's VMs are: domains of a real libvirt (`scripts/libvirt-dev`), a QEMU as Proxmox VE starts it, and the
 //! service files. The snippets of docs/libvirt.md and docs/proxmox.md are those used here.
 
 use serde_json::Value;
@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use stillpoint_tests::{Domain, Lab, Libvirt, Outcome, Recipe, Shape, Taken, built, newest_qemu, on_each_qemu, project, wait_until};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// libvirt itself needs about half a second for a domain; a hook must not add what a person would notice.
 const START_WITH_HOOK: Duration = Duration::from_secs(15);
 
@@ -53,7 +53,7 @@ fn a_domain_is_checkpointed_by_its_second_monitor() {
         domain.assert_goes_on();
         libvirt.virsh(&["shutdown", "web1"]);
         domain.destroy();
-        assert!(wait_until(PATIENCE, || domain.helper().is_none()), "the helper outlives its domain");
+        assert!(wait_until(TIMEOUT, || domain.helper().is_none()), "the helper outlives its domain");
 
         let restored = lab.restore(&last.name, "web2", &[]);
         restored.assert_continues(&last);
@@ -70,7 +70,7 @@ fn the_hook_attaches_a_domain_that_has_the_plugin() {
     let plugin = format!("file={},socket={}", libvirt.plugin().display(), lab.path().join("db1.plugin").display());
     let words = ["-plugin".to_owned(), plugin];
     let domain = libvirt.start("db1", Shape { shared_memory: true }, &words);
-    assert!(wait_until(PATIENCE, || answers(lab, "db1")), "the hook attaches nobody: {:?}", libvirt.hook_log("db1"));
+    assert!(wait_until(TIMEOUT, || answers(lab, "db1")), "the hook attaches nobody: {:?}", libvirt.hook_log("db1"));
     let helper = domain.helper();
 
     domain.wait_for_witness();
@@ -84,7 +84,7 @@ fn the_hook_attaches_a_domain_that_has_the_plugin() {
     assert_eq!(domain.helper(), helper, "the helper is another now: {:?}", libvirt.hook_log("db1"));
 
     domain.destroy();
-    assert!(wait_until(PATIENCE, || domain.helper().is_none()), "the helper outlives its domain");
+    assert!(wait_until(TIMEOUT, || domain.helper().is_none()), "the helper outlives its domain");
     // As on another host: there the directory belongs to the user who restores.
     std::os::unix::fs::chown(lab.runtime(), Some(0), Some(0)).expect("root runs this");
     lab.restore(&last.name, "db2", &[]).assert_continues(&last);
@@ -144,7 +144,7 @@ fn the_service_files_are_understood_by_systemd() {
 fn proxmox(qemu: &Path, lab: &Lab, disk: &str) -> Recipe {
     // From QEMU 9.2 on it is in milliseconds.
     let reconnect = if has_iothreads(qemu) { "reconnect-ms=5000" } else { "reconnect=5" };
-    let machine = format!(
+    let vm = format!(
         "-name vm100,debug-threads=on -no-shutdown \
          -chardev socket,id=qmp,path=100.qmp,server=on,wait=off -mon chardev=qmp,mode=control \
          -chardev socket,id=qmp-event,path=qmeventd.sock,{reconnect} -mon chardev=qmp-event,mode=control \
@@ -160,9 +160,9 @@ fn proxmox(qemu: &Path, lab: &Lab, disk: &str) -> Recipe {
          -drive if=none,id=drive-ide2,media=cdrom -device ide-cd,bus=ide.1,unit=0,drive=drive-ide2,id=ide2,bootindex=101 \
          -netdev type=user,id=net0 -device virtio-net-pci,mac=2E:01:68:F9:9C:87,netdev=net0,bus=pci.0,addr=0x12,id=net0,bootindex=300"
     );
-    // The 'args:' line of the machine's configuration.
+    // The 'args:' line of the VM's configuration.
     let args = format!("-qmp unix:{},server=on,wait=off", proxmox_monitor(lab).display());
-    let words: Vec<&str> = [&machine, disk, &args].into_iter().flat_map(str::split_whitespace).collect();
+    let words: Vec<&str> = [&vm, disk, &args].into_iter().flat_map(str::split_whitespace).collect();
     Recipe::board("pc").words("witness.journal=/dev/sda witness.base=/dev/sda").arguments(&words)
 }
 
@@ -175,18 +175,18 @@ fn has_iothreads(qemu: &Path) -> bool {
     !Command::new(qemu).arg("--version").output().expect("QEMU can be run").stdout.starts_with(b"QEMU emulator version 7.")
 }
 
-/// Machine versions before 10.0, on Proxmox VE 8 and 9.
+/// VM versions before 10.0, on Proxmox VE 8 and 9.
 const DRIVE: &str = "-drive file=overlay.qcow2,if=none,id=drive-scsi0,cache=none,format=qcow2,detect-zeroes=on \
     -device scsi-hd,bus=virtioscsi0.0,channel=0,scsi-id=0,lun=0,drive=drive-scsi0,id=scsi0,bootindex=100";
 
-/// Machine versions from 10.0 on: a throttle node on every disk.
+/// VM versions from 10.0 on: a throttle node on every disk.
 const THROTTLED: &str = r#"-device virtio-scsi-pci,id=virtioscsi0,bus=pci.3,addr=0x1
     -object {"id":"throttle-drive-scsi0","limits":{},"qom-type":"throttle-group"}
     -blockdev {"detect-zeroes":"on","discard":"ignore","driver":"throttle","file":{"cache":{"direct":true,"no-flush":false},"detect-zeroes":"on","discard":"ignore","driver":"qcow2","file":{"aio":"threads","cache":{"direct":true,"no-flush":false},"detect-zeroes":"on","discard":"ignore","driver":"file","filename":"overlay.qcow2","node-name":"e74f4959037afb46eddc7313c43dfdd","read-only":false},"node-name":"f74f4959037afb46eddc7313c43dfdd","read-only":false},"node-name":"drive-scsi0","read-only":false,"throttle-group":"throttle-drive-scsi0"}
     -device scsi-hd,bus=virtioscsi0.0,channel=0,scsi-id=0,lun=0,drive=drive-scsi0,id=scsi0,device_id=drive-scsi0,bootindex=100,write-cache=on"#;
 
 #[test]
-fn a_machine_as_proxmox_starts_it_is_attached_by_its_hook() {
+fn a_vm_as_proxmox_starts_it_is_attached_by_its_hook() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let controller = if has_iothreads(qemu) {
@@ -194,24 +194,24 @@ fn a_machine_as_proxmox_starts_it_is_attached_by_its_hook() {
         } else {
             "-device virtio-scsi-pci,id=virtioscsi0,bus=pci.3,addr=0x1"
         };
-        let machine = lab.start_plain("100", &proxmox(qemu, &lab, &format!("{controller} {DRIVE}")));
+        let vm = lab.start_plain("100", &proxmox(qemu, &lab, &format!("{controller} {DRIVE}")));
         let conf = format!("STILLPOINT_QMP={}\nSTILLPOINT_STORE={}\n", proxmox_monitor(&lab).display(), lab.store());
         std::fs::write(lab.path().join("100.conf"), conf).expect("the test's directory");
-        machine.wait_for_witness();
+        vm.wait_for_witness();
 
         proxmox_hook(&lab, "pre-start");
-        assert!(machine.helper().is_none());
+        assert!(vm.helper().is_none());
         proxmox_hook(&lab, "post-start");
-        assert!(wait_until(PATIENCE, || answers(&lab, "100")), "the hook attaches nobody: {}", proxmox_log(&lab));
-        let mut last = machine.checkpoint();
+        assert!(wait_until(TIMEOUT, || answers(&lab, "100")), "the hook attaches nobody: {}", proxmox_log(&lab));
+        let mut last = vm.checkpoint();
         for _ in 0..2 {
-            machine.assert_goes_on();
-            last = machine.checkpoint();
+            vm.assert_goes_on();
+            last = vm.checkpoint();
         }
         proxmox_hook(&lab, "pre-stop");
-        assert!(wait_until(PATIENCE, || machine.helper().is_none()), "the hook does not let go: {}", proxmox_log(&lab));
-        machine.assert_goes_on();
-        machine.kill();
+        assert!(wait_until(TIMEOUT, || vm.helper().is_none()), "the hook does not let go: {}", proxmox_log(&lab));
+        vm.assert_goes_on();
+        vm.kill();
         lab.restore(&last.name, "101", &[]).assert_continues(&last);
     });
 }
@@ -220,17 +220,17 @@ fn a_machine_as_proxmox_starts_it_is_attached_by_its_hook() {
 fn proxmox_throttle_nodes_are_carried() {
     let qemu = newest_qemu();
     let lab = Lab::new(&qemu);
-    let machine = lab.start_plain("100", &proxmox(&qemu, &lab, THROTTLED));
+    let vm = lab.start_plain("100", &proxmox(&qemu, &lab, THROTTLED));
     let monitor = proxmox_monitor(&lab);
     lab.run(&["attach", "--qmp", text(&monitor), "--store", lab.store(), "--name", "100"]).expect_success();
-    machine.checkpoint();
-    assert_eq!(machine.checkpoint().outcome.kind, "incremental");
+    vm.checkpoint();
+    assert_eq!(vm.checkpoint().outcome.kind, "incremental");
     let shown = lab.run(&["show", "100@2", "--json"]).expect_success().json();
     let disk = shown["disks"].as_array().into_iter().flatten().find(|disk| disk["read_only"] == false);
     let disk = disk.unwrap_or_else(|| panic!("no writable disk in {shown}"));
     assert_ne!(disk["node"], "drive-scsi0", "the checkpoint is of the node below the filter");
     assert!(shown["machine"]["arguments"].to_string().contains("throttle-group"), "the filter comes back: {shown}");
-    assert!(machine.qmp().is_running());
+    assert!(vm.qmp().is_running());
 }
 
 /// As Proxmox calls it: it waits for the hook, and a failure would end a start.

@@ -24,7 +24,7 @@ fn step(scribbled: &mut Scribbled, words: &[&str], id: u64, parent: Option<u64>)
 
 #[test]
 fn lineage_is_what_the_store_holds() {
-    let lab = Lab::for_machines(&newest_qemu(), 2);
+    let lab = Lab::for_vms(&newest_qemu(), 2);
     let mut scribbled = Scribbled::new(&lab, lab.start("m", &Recipe::scribbler(51)), 51);
     let (away, copy) = (lab.path().join("away"), lab.path().join("copy"));
     step(&mut scribbled, &[], 1, None);
@@ -34,8 +34,8 @@ fn lineage_is_what_the_store_holds() {
 
     // The store goes away, a checkpoint fails, and it comes back without the newest two.
     std::fs::rename(lab.store_directory(), &away).expect("the test's directory");
-    scribbled.machine.try_checkpoint().expect_failure(4);
-    assert!(!lab.store_directory().exists(), "a store that is missing is not made anew in its place");
+    scribbled.vm.try_checkpoint().expect_failure(4);
+    assert!(!lab.store_directory().exists(), "a store that is missing is not made again in its place");
     std::fs::rename(&away, lab.store_directory()).expect("the test's directory");
     [2, 3].iter().for_each(|id| std::fs::remove_dir_all(checkpoint_directory(&lab, *id)).expect("the test's directory"));
     step(&mut scribbled, &[], 2, Some(1));
@@ -55,9 +55,9 @@ fn lineage_is_what_the_store_holds() {
 
     // The same while no helper lives.
     step(&mut scribbled, &[], 4, Some(3));
-    scribbled.machine.kill_helper();
+    scribbled.vm.kill_helper();
     set_back(&lab, &copy);
-    scribbled.machine.attach();
+    scribbled.vm.attach();
     step(&mut scribbled, &[], 3, Some(2));
     scribbled.check_beside(3);
 
@@ -72,7 +72,7 @@ fn lineage_is_what_the_store_holds() {
 
     // Another store takes its place.
     std::fs::remove_dir_all(lab.store_directory()).expect("the test's directory");
-    scribbled.machine.try_checkpoint().expect_failure(4);
+    scribbled.vm.try_checkpoint().expect_failure(4);
     step(&mut scribbled, &["--full"], 1, None);
     step(&mut scribbled, &[], 2, Some(1));
     scribbled.check(|newest_first| newest_first.iter().copied().filter(|id| *id <= 2).collect());

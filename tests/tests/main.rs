@@ -13,6 +13,7 @@ mod cmdline_table;
 mod compatibility;
 mod copies;
 mod damage;
+mod external;
 mod hdfs;
 mod imports;
 mod kills;
@@ -32,7 +33,6 @@ mod states;
 mod torture;
 mod tpm;
 mod tree;
-mod unprepared;
 mod window;
 
 /// A file that is not in the list above would not be compiled.

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
-use stillpoint_tests::{Lab, QmpClient, Recipe, TestMachine, built, newest_qemu, on_each_qemu, tree, wait_until};
+use stillpoint_tests::{Lab, QmpClient, Recipe, TestVm, built, newest_qemu, on_each_qemu, tree, wait_until};
 
 const FLOODER: &[u8; 512] = include_bytes!("../src/flooder.bin");
 const NOBODY: u32 = 65534;
@@ -61,22 +61,22 @@ fn pauses(events: &[Value]) -> Vec<f64> {
 fn hostile_guest_that_dirties_memory_loses_its_checkpoint_and_no_time() {
     let lab = Lab::new(&newest_qemu());
     let recipe = Recipe::scribbler(1).patch("boot.raw", 0, FLOODER).arguments(&["-m", "200"]);
-    let machine = lab.start("m", &recipe);
-    let mut monitor = machine.qmp();
+    let vm = lab.start("m", &recipe);
+    let mut monitor = vm.qmp();
     // The last page that it writes.
     let is_flooding = || monitor.human("xp /1xw 0xbfff000").split_whitespace().last().is_some_and(|word| word != "0x00000000");
     assert!(wait_until(Duration::from_secs(60), is_flooding), "the guest does not write");
     drop(monitor.events());
-    let message = machine.try_checkpoint().expect_failure(1);
+    let message = vm.try_checkpoint().expect_failure(1);
     assert!(message.contains("faster than it can be copied"), "{message}");
     let pauses = pauses(&monitor.events());
     assert!(!pauses.is_empty() && pauses.iter().all(|pause| *pause < LONGEST_PAUSE), "{pauses:?}");
     assert!(monitor.is_running());
     assert!(lab.list_if_any("m").is_empty());
     monitor.stop();
-    machine.checkpoint();
+    vm.checkpoint();
     drop(monitor);
-    machine.kill();
+    vm.kill();
     lab.run(&["verify", "--restore", "m", "--qemu", lab.qemu.to_str().expect("UTF-8")]).expect_success();
 }
 
@@ -89,27 +89,27 @@ fn ask(stream: &mut UnixStream, line: &[u8]) -> Option<Value> {
     serde_json::from_str(&answer).ok()
 }
 
-fn control(machine: &TestMachine, lab: &Lab) -> UnixStream {
-    UnixStream::connect(lab.runtime().join(&machine.name).join("control.sock")).expect("the helper listens")
+fn control(vm: &TestVm, lab: &Lab) -> UnixStream {
+    UnixStream::connect(lab.runtime().join(&vm.name).join("control.sock")).expect("the helper listens")
 }
 
 /// Whoever may connect may send anything; the helper serves the next one, in bounded memory.
 #[test]
 fn control_socket_serves_on_whatever_its_clients_send() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &Recipe::scribbler(2));
-    machine.checkpoint();
-    let helper = machine.helper().expect("a helper");
+    let vm = lab.start("m", &Recipe::scribbler(2));
+    vm.checkpoint();
+    let helper = vm.helper().expect("a helper");
     let open = || std::fs::read_dir(format!("/proc/{helper}/fd")).expect("it runs").count();
-    let (files, peak) = (open(), machine.helper_peak_bytes());
+    let (files, peak) = (open(), vm.helper_peak_bytes());
     for garbage in [&b"\n"[..], b"{\"checkpoint\":7}\n", b"\xff\xfe\x00garbage\n", b"{\"status\":null,\"more\":1}\n", b"[[[[\n"] {
-        let answer = ask(&mut control(&machine, &lab), garbage);
+        let answer = ask(&mut control(&vm, &lab), garbage);
         assert!(answer.is_none_or(|answer| answer["failed"]["exit_code"].is_u64()), "{}", String::from_utf8_lossy(garbage));
     }
     let long = [vec![b'['; 2 << 20], b"\n".to_vec()].concat();
     let held: Vec<UnixStream> = (0..200)
         .map(|number| {
-            let mut stream = control(&machine, &lab);
+            let mut stream = control(&vm, &lab);
             match number % 4 {
                 0 => drop(stream.write_all(b"{\"checkpo")),
                 1 => drop(ask(&mut stream, &long)),
@@ -120,19 +120,19 @@ fn control_socket_serves_on_whatever_its_clients_send() {
             stream
         })
         .collect();
-    assert_eq!(ask(&mut control(&machine, &lab), b"\"status\"\n").expect("an answer")["done"]["busy"], false);
-    machine.checkpoint();
-    let grown = machine.helper_peak_bytes() - peak;
+    assert_eq!(ask(&mut control(&vm, &lab), b"\"status\"\n").expect("an answer")["done"]["busy"], false);
+    vm.checkpoint();
+    let grown = vm.helper_peak_bytes() - peak;
     assert!(grown < CLIENTS_MAY_COST, "{grown} bytes more for 200 clients");
     // Those that stay without a request are let go.
     assert!(wait_until(Duration::from_secs(20), || open() <= files), "{} descriptors, {files} before", open());
     drop(held);
-    assert_eq!(machine.helper(), Some(helper), "another helper");
-    check_modes(&lab, machine);
+    assert_eq!(vm.helper(), Some(helper), "another helper");
+    check_modes(&lab, vm);
 }
 
 /// No other user reads a VM's memory, disks and sockets, unless its owner lets them.
-fn check_modes(lab: &Lab, machine: TestMachine) {
+fn check_modes(lab: &Lab, vm: TestVm) {
     let runtime = lab.runtime().join("m");
     assert_eq!(mode(&runtime), 0o700);
     for file in ["control.sock", "plugin.sock", "machine.json", "helper.pid", "helper.log"] {
@@ -141,7 +141,7 @@ fn check_modes(lab: &Lab, machine: TestMachine) {
     for file in stillpoint_tests::files_below(&lab.store_directory()) {
         assert_eq!(mode(&file) & 0o007, 0, "{}", file.display());
     }
-    machine.kill();
+    vm.kill();
     let restored = lab.restore("m", "m", &["--paused"]);
     assert_eq!(mode(&restored.directory), 0o700);
 }
@@ -150,17 +150,17 @@ fn check_modes(lab: &Lab, machine: TestMachine) {
 #[test]
 fn plugin_socket_of_another_process_is_refused() {
     on_each_qemu(|qemu| {
-        let lab = Lab::for_machines(qemu, 2);
+        let lab = Lab::for_vms(qemu, 2);
         let plugin = built().with_file_name("libstillpoint_plugin.so");
         let words = format!("file={},socket=plug.sock", plugin.display());
         let with_plugin = |seed| Recipe::scribbler(seed).arguments(&["-plugin", &words, "-S"]);
-        let (machine, stranger) = (lab.start_plain("m", &with_plugin(3)), lab.start_plain("other", &with_plugin(4)));
-        let socket = |machine: &TestMachine| machine.directory.join("plug.sock");
-        machine.attach_plain(&["--engine", "tracker"]);
-        machine.checkpoint();
-        machine.kill_helper();
-        std::fs::rename(socket(&stranger), socket(&machine)).expect("the test's directory");
-        let message = machine.try_attach_plain(&["--engine", "tracker"], &[]).expect_failure(3);
+        let (vm, stranger) = (lab.start_plain("m", &with_plugin(3)), lab.start_plain("other", &with_plugin(4)));
+        let socket = |vm: &TestVm| vm.directory.join("plug.sock");
+        vm.attach_plain(&["--engine", "tracker"]);
+        vm.checkpoint();
+        vm.kill_helper();
+        std::fs::rename(socket(&stranger), socket(&vm)).expect("the test's directory");
+        let message = vm.try_attach_plain(&["--engine", "tracker"], &[]).expect_failure(3);
         assert!(message.contains(&format!("process {}", stranger.qemu())), "{message}");
         // A helper that knows the VM already does not take it either.
         let message = lab.run(&["attach", "m"]).expect_failure(3);
@@ -239,13 +239,13 @@ fn take_over_signals_no_process_that_a_file_names() {
 #[test]
 fn monitor_of_a_helper_has_no_second_client() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &Recipe::scribbler(5));
-    machine.checkpoint();
+    let vm = lab.start("m", &Recipe::scribbler(5));
+    vm.checkpoint();
     let mut second = UnixStream::connect(lab.runtime().join("m/qmp.sock")).expect("QEMU listens");
     let line = json!({"execute": "quit"}).to_string();
     second.write_all(format!("{line}\n").as_bytes()).expect("it is only queued");
-    machine.checkpoint();
+    vm.checkpoint();
     drop(second);
-    assert!(QmpClient::connect(&machine.directory.join("extra.sock")).is_running());
-    machine.checkpoint();
+    assert!(QmpClient::connect(&vm.directory.join("extra.sock")).is_running());
+    vm.checkpoint();
 }

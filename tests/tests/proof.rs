@@ -5,9 +5,9 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
-use stillpoint_tests::{Lab, Pid, Ran, Recipe, TestMachine, kill_hard, newest_qemu, on_each_qemu, qemus_below, wait_until};
+use stillpoint_tests::{Lab, Pid, Ran, Recipe, TestVm, kill_hard, newest_qemu, on_each_qemu, qemus_below, wait_until};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
@@ -56,8 +56,8 @@ fn recipe(lab: &Lab, seed: u32) -> Recipe {
     ])
 }
 
-fn write_disks(machine: &TestMachine<'_>, pattern: u8) {
-    let mut monitor = machine.qmp();
+fn write_disks(vm: &TestVm<'_>, pattern: u8) {
+    let mut monitor = vm.qmp();
     monitor.disk_io("cow", &format!("write -P {pattern} 1M 300k"));
     monitor.disk_io("cow", "write -z 4M 64k");
     monitor.disk_io("odd", &format!("write -P {pattern} 3M 512"));
@@ -66,14 +66,14 @@ fn write_disks(machine: &TestMachine<'_>, pattern: u8) {
 #[test]
 fn proof_of_each_engine_and_kind_of_disk() {
     on_each_qemu(|qemu| {
-        let lab = Lab::for_machines(qemu, 2);
+        let lab = Lab::for_vms(qemu, 2);
         let managed = lab.start("m", &recipe(&lab, 41));
         let plain = lab.start_plain("p", &recipe(&lab, 42));
         plain.attach_plain(&["--engine", "stream"]);
-        for (machine, pattern) in [(&managed, 5), (&plain, 6)] {
-            machine.checkpoint();
-            write_disks(machine, pattern);
-            let last = machine.checkpoint();
+        for (vm, pattern) in [(&managed, 5), (&plain, 6)] {
+            vm.checkpoint();
+            write_disks(vm, pattern);
+            let last = vm.checkpoint();
             assert!(last.outcome.parent.is_some(), "{:?}", last.outcome);
         }
         // Beside the VM that still runs, whose files and sockets it does not touch.
@@ -82,9 +82,9 @@ fn proof_of_each_engine_and_kind_of_disk() {
         assert_eq!(std::fs::metadata(lab.path().join("absolute.log")).unwrap().modified().unwrap(), before);
         assert!(managed.qmp().is_running() && plain.qmp().is_running());
         // On a host that has nothing but the store.
-        for machine in [managed, plain] {
-            let (name, directory) = (machine.name.clone(), machine.directory.clone());
-            machine.kill();
+        for vm in [managed, plain] {
+            let (name, directory) = (vm.name.clone(), vm.directory.clone());
+            vm.kill();
             std::fs::rename(&directory, directory.with_extension("gone")).expect("the lab");
             proven(&lab, &format!("{name}@1"), &[]);
             let report = proven(&lab, &name, &["--run", "1s"]);
@@ -110,11 +110,11 @@ fn assert_found(ran: Ran, space: &str, at: Option<u64>) {
 #[test]
 fn proof_finds_each_difference_by_its_place() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &recipe(&lab, 43));
-    write_disks(&machine, 7);
-    machine.checkpoint();
-    let directory = machine.directory.clone();
-    machine.kill();
+    let vm = lab.start("m", &recipe(&lab, 43));
+    write_disks(&vm, 7);
+    vm.checkpoint();
+    let directory = vm.directory.clone();
+    vm.kill();
     std::fs::rename(&directory, directory.with_extension("gone")).expect("the lab");
     let damaged = |damage: &str| prove(&lab, "m", &[], damage);
     assert_found(damaged("memory=1191936"), "ram:pc.ram", Some(1_191_936));
@@ -139,10 +139,10 @@ fn proof_finds_each_difference_by_its_place() {
 #[test]
 fn proof_after_a_checkpoint_on_request() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &Recipe::scribbler(44));
+    let vm = lab.start("m", &Recipe::scribbler(44));
     let ran = lab.run(&["checkpoint", "m", "--verify", "--json"]).expect_success().json();
     assert!(ran["id"] == 1 && ran["proof"]["proven"] == true, "{ran}");
-    assert!(machine.qmp().is_running());
+    assert!(vm.qmp().is_running());
     // Not proven is not a success, but the checkpoint is there.
     let ran = lab.run_with(&["checkpoint", "m", "--verify", "--json"], &[("STILLPOINT_DAMAGE", "memory=1191936")]);
     assert!(ran.code == 5 && ran.json()["id"] == 2, "{ran:?}");
@@ -152,18 +152,18 @@ fn proof_after_a_checkpoint_on_request() {
 #[test]
 fn proof_that_is_ended_leaves_nothing() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("m", &Recipe::scribbler(45));
-    machine.checkpoint();
-    machine.kill();
+    let vm = lab.start("m", &Recipe::scribbler(45));
+    vm.checkpoint();
+    vm.kill();
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         let mut command = lab.command(&["verify", "--restore", "m", "--run", "1h", "--qemu", text(&lab.qemu)]);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("stillpoint");
-        let up = wait_until(PATIENCE, || !qemus_below(lab.path()).is_empty());
+        let up = wait_until(TIMEOUT, || !qemus_below(lab.path()).is_empty());
         let sandboxed = qemus_below(lab.path());
         kill(Pid::from_raw(child.id().cast_signed()), signal).expect("a child");
         let status = child.wait().expect("a child");
         assert!(up && !status.success());
-        assert!(wait_until(PATIENCE, || qemus_below(lab.path()).is_empty()), "a QEMU outlives its proof");
+        assert!(wait_until(TIMEOUT, || qemus_below(lab.path()).is_empty()), "a QEMU outlives its proof");
         sandboxed.into_iter().for_each(kill_hard);
         assert_eq!(leftovers(&lab).len(), usize::from(signal == Signal::SIGKILL));
     }

@@ -1,4 +1,4 @@
-//! A restored machine is byte for byte what the machine was: random writes to memory and disks, random checkpoints, random
+//! A restored VM is byte for byte what the VM was: random writes to memory and disks, random checkpoints, random
 //! failures in between, and a truth that owes nothing to the program under test (`src/truth.rs`).
 
 use std::path::Path;
@@ -8,7 +8,7 @@ use stillpoint_tests::{Lab, Random, Recipe, Scribbled, SmallStore, newest_qemu, 
 const SEEDS: &[u64] = &[1, 7, 20_260_711];
 const ACTIONS: usize = 40;
 /// Where a helper dies in these runs; `kills.rs` has them all.
-const POINTS: &[&str] = &["prepared", "round", "freeze.frozen", "drain", "commit", "committed"];
+const POINTS: &[&str] = &["prepared", "pre-copy", "pause.captured", "upload", "commit", "committed"];
 
 struct Run<'lab> {
     lab: &'lab Lab,
@@ -18,8 +18,8 @@ struct Run<'lab> {
 
 impl<'lab> Run<'lab> {
     fn start(lab: &'lab Lab, small: Option<&'lab SmallStore>, seed: u64) -> Self {
-        let machine = lab.start("p", &Recipe::scribbler(seed as u32));
-        Self { lab, small, scribbled: Scribbled::new(lab, machine, seed) }
+        let vm = lab.start("p", &Recipe::scribbler(seed as u32));
+        Self { lab, small, scribbled: Scribbled::new(lab, vm, seed) }
     }
 
     fn act(&mut self) {
@@ -33,30 +33,30 @@ impl<'lab> Run<'lab> {
     }
 
     fn die_in_a_checkpoint(&mut self) {
-        let Scribbled { machine, random, story, .. } = &mut self.scribbled;
+        let Scribbled { vm, random, story, .. } = &mut self.scribbled;
         let point = *random.pick(POINTS);
         story.push(format!("the helper dies at {point}"));
-        machine.kill_helper();
-        machine.attach_with(&[], &[("STILLPOINT_DIE_AT", point)]);
-        let ran = machine.try_checkpoint();
+        vm.kill_helper();
+        vm.attach_with(&[], &[("STILLPOINT_DIE_AT", point)]);
+        let ran = vm.try_checkpoint();
         // A checkpoint that finds nothing changed does not come that far.
         if ran.code == 0 {
             assert!(["commit", "committed"].contains(&point) && ran.json()["kind"] == "unchanged", "{story:?}");
         } else {
-            assert!(wait_until(Duration::from_secs(5), || machine.helper().is_none()), "it did not die: {}", ran.err);
+            assert!(wait_until(Duration::from_secs(5), || vm.helper().is_none()), "it did not die: {}", ran.err);
         }
-        machine.kill_helper();
-        machine.attach();
+        vm.kill_helper();
+        vm.attach();
     }
 
     fn fill_the_store(&mut self) {
         let Some(small) = self.small else { return };
-        let Scribbled { machine, random, story, .. } = &mut self.scribbled;
+        let Scribbled { vm, random, story, .. } = &mut self.scribbled;
         let left = random.below(40) * 4096;
         story.push(format!("the store is full but for {left} bytes"));
         let before = self.lab.list_if_any("p");
         let ballast = small.fill_but(left);
-        let ran = machine.try_checkpoint();
+        let ran = vm.try_checkpoint();
         drop(ballast);
         if ran.code == 0 {
             return;
@@ -83,7 +83,7 @@ fn run(qemu: &Path, seed: u64, small: bool) {
 }
 
 #[test]
-fn restored_machines_are_byte_for_byte_what_was_checkpointed() {
+fn restored_vms_are_byte_for_byte_what_was_checkpointed() {
     on_each_qemu(|qemu| SEEDS.iter().for_each(|seed| run(qemu, *seed, true)));
 }
 

@@ -8,14 +8,14 @@ use stillpoint_tests::{Lab, Recipe, newest_qemu, on_each_qemu, wait_for_scribble
 fn an_idle_guest_costs_next_to_nothing() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start("idle", &Recipe::witness("q35-virtio.cfg").words("witness.rate=0 witness.report_ms=1000"));
-        machine.wait_for_witness();
-        machine.checkpoint();
+        let vm = lab.start("idle", &Recipe::witness("q35-virtio.cfg").words("witness.rate=0 witness.report_ms=1000"));
+        vm.wait_for_witness();
+        vm.checkpoint();
         std::thread::sleep(Duration::from_secs(2));
         let sizes: Vec<u64> = (0..3)
             .map(|_| {
                 std::thread::sleep(Duration::from_secs(1));
-                machine.checkpoint().outcome.bytes_stored
+                vm.checkpoint().outcome.bytes_stored
             })
             .collect();
         assert!(sizes.iter().all(|size| *size <= IDLE_BYTES), "{sizes:?} bytes for an idle second each");
@@ -26,33 +26,33 @@ fn an_idle_guest_costs_next_to_nothing() {
 fn nothing_is_stored_when_nothing_changed() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start("still", &Recipe::scribbler(3).arguments(TIMELESS));
-        let mut monitor = machine.qmp();
+        let vm = lab.start("still", &Recipe::scribbler(3).arguments(TIMELESS));
+        let mut monitor = vm.qmp();
         wait_for_scribbles(&mut monitor);
         monitor.stop();
-        let first = machine.checkpoint().outcome;
-        let second = machine.checkpoint().outcome;
+        let first = vm.checkpoint().outcome;
+        let second = vm.checkpoint().outcome;
         assert_eq!((second.kind.as_str(), second.id, second.bytes_stored), ("unchanged", first.id, 0));
         assert_eq!(lab.list("still"), [first.id]);
         assert!(!monitor.is_running(), "it was stopped before the checkpoint, so it stays so");
         monitor.disk_io("cow", "write -P 7 0 4096");
-        let third = machine.checkpoint().outcome;
+        let third = vm.checkpoint().outcome;
         assert_eq!((third.kind.as_str(), third.parent), ("incremental", Some(first.id)));
         monitor.cont();
         std::thread::sleep(Duration::from_millis(500));
-        assert_eq!(machine.checkpoint().outcome.parent, Some(third.id));
+        assert_eq!(vm.checkpoint().outcome.parent, Some(third.id));
         lab.verify("still");
     });
 }
 
 #[test]
-fn a_machine_restored_paused_can_be_checkpointed_before_it_runs() {
+fn a_vm_restored_paused_can_be_checkpointed_before_it_runs() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start("m", &Recipe::scribbler(8));
+        let vm = lab.start("m", &Recipe::scribbler(8));
         std::thread::sleep(Duration::from_secs(2));
-        let first = machine.checkpoint().outcome;
-        machine.kill();
+        let first = vm.checkpoint().outcome;
+        vm.kill();
         let restored = lab.restore("m", "m", &["--paused"]);
         let second = restored.checkpoint().outcome;
         // What QEMU itself wrote while it loaded the state may count as a change, and is all that does.
@@ -68,15 +68,15 @@ fn a_machine_restored_paused_can_be_checkpointed_before_it_runs() {
 fn a_large_change_is_stored_with_little_besides() {
     let lab = Lab::new(&newest_qemu());
     let busy = "witness.table_mib=24 witness.rate=6000 witness.journal_pages=16";
-    let machine = lab.start("busy", &Recipe::witness("q35-virtio.cfg").words(busy));
-    machine.wait_for_witness();
-    machine.checkpoint();
+    let vm = lab.start("busy", &Recipe::witness("q35-virtio.cfg").words(busy));
+    vm.wait_for_witness();
+    vm.checkpoint();
     for _ in 0..3 {
         std::thread::sleep(Duration::from_secs(1));
-        let outcome = machine.checkpoint().outcome;
+        let outcome = vm.checkpoint().outcome;
         assert!(outcome.bytes_changed > MANY_BYTES, "the guest is not busy enough: {outcome:?}");
         let ratio = outcome.bytes_stored_raw as f64 / outcome.bytes_changed as f64;
         assert!(ratio <= OVERHEAD, "{ratio:.3}: {outcome:?}");
     }
-    machine.assert_no_contradiction();
+    vm.assert_no_contradiction();
 }

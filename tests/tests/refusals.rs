@@ -51,7 +51,7 @@ fn covered(case: &Case, tests: &HashSet<String>) -> Option<String> {
 #[test]
 fn refusals_are_what_the_pages_say() {
     on_each_qemu(|qemu| {
-        let lab = Lab::for_machines(qemu, WORKERS);
+        let lab = Lab::for_vms(qemu, WORKERS);
         templates(qemu, &lab.path().join("templates"));
         let major = major_version(qemu);
         let cases = PAGES.iter().flat_map(|page| page.cases).filter(|case| case.fits(major));

@@ -40,22 +40,22 @@ fn resume_after_a_full_store_stores_only_the_rest() {
     let mut content = furnish(&image);
     let drive = format!("file={},format=raw,if=none,id=large", image.display());
     let recipe = Recipe::scribbler(71).arguments(&["-drive", &drive, "-device", "virtio-blk-pci,drive=large"]);
-    let machine = lab.start("m", &recipe);
+    let vm = lab.start("m", &recipe);
     let full = small.fill_but(100 * MIB);
-    let message = machine.try_checkpoint().expect_failure(4);
+    let message = vm.try_checkpoint().expect_failure(4);
     assert!(message.contains("No space left") && message.contains("next one"), "{message}");
     assert_eq!(lab.list_if_any("m"), [0; 0], "a failed checkpoint is listed");
     drop(full);
     let kept = bytes_below(&store);
     assert!(kept > 70 * MIB, "{kept} bytes are kept");
-    let mut monitor = machine.qmp();
+    let mut monitor = vm.qmp();
     for (pattern, start, len) in [(5, MIB, 3 * MIB), (0, 10 * MIB, MIB), (6, 150 * MIB, MIB)] {
         let command = if pattern == 0 { format!("write -z {start} {len}") } else { format!("write -P {pattern} {start} {len}") };
         monitor.disk_io("large", &command);
         content[start as usize..(start + len) as usize].fill(pattern);
     }
     drop(monitor);
-    let taken = machine.checkpoint_with(&["--engine", "stream"]).outcome;
+    let taken = vm.checkpoint_with(&["--engine", "stream"]).outcome;
     assert!(taken.bytes_carried > 70 * MIB, "{taken:?}");
     let stored = bytes_below(&store);
     assert!(stored < DISK + 12 * MIB, "{stored} bytes for {DISK}: {taken:?}");
@@ -63,10 +63,10 @@ fn resume_after_a_full_store_stores_only_the_rest() {
     lab.verify("m");
     lab.run(&["verify", "--restore", "m"]).expect_success();
     // And what comes after it builds on it.
-    let next = machine.checkpoint().outcome;
+    let next = vm.checkpoint().outcome;
     assert_eq!((next.parent, next.bytes_carried), (Some(taken.id), 0), "{next:?}");
     assert!(next.bytes_stored < 20 * MIB, "{next:?}");
-    machine.kill();
+    vm.kill();
     let restored = lab.restore("m", "m", &["--paused"]);
     assert!(restored.disk("large") == content, "the disk is another");
 }

@@ -4,18 +4,18 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Outcome, QmpClient, Recipe, SCRIBBLER_RAM_BYTES, SmallStore, TestMachine, major_version, newest_qemu, on_each_qemu, stream_modes,
+    Lab, Outcome, QmpClient, Recipe, SCRIBBLER_RAM_BYTES, SmallStore, TestVm, major_version, newest_qemu, on_each_qemu, stream_modes,
     wait_for_scribbles, wait_until,
 };
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn state(monitor: &mut QmpClient) -> String {
     monitor.execute("query-status", json!({}))["status"].as_str().expect("QEMU says so").to_owned()
 }
 
 fn wait_for_state(monitor: &mut QmpClient, wanted: &str) {
-    let reached = wait_until(PATIENCE, || state(monitor) == wanted);
+    let reached = wait_until(TIMEOUT, || state(monitor) == wanted);
     assert!(reached, "the run state is {} and not {wanted}", state(monitor));
 }
 
@@ -45,9 +45,9 @@ struct Truth {
 }
 
 /// A checkpoint in this state changes neither the state nor memory.
-fn take(machine: &TestMachine, monitor: &mut QmpClient, state_now: &'static str) -> Truth {
+fn take(vm: &TestVm, monitor: &mut QmpClient, state_now: &'static str) -> Truth {
     let memory = monitor.memory(SCRIBBLER_RAM_BYTES);
-    let ran = machine.try_checkpoint().expect_success();
+    let ran = vm.try_checkpoint().expect_success();
     let outcome: Outcome = serde_json::from_value(ran.json()).expect("the documented form");
     assert_eq!(ran.json()["run_state"], state_now);
     assert_eq!(state(monitor), state_now, "after checkpoint {outcome:?}");
@@ -56,19 +56,19 @@ fn take(machine: &TestMachine, monitor: &mut QmpClient, state_now: &'static str)
     Truth { id: outcome.id, state: state_now, memory }
 }
 
-fn take_all(machine: &TestMachine, monitor: &mut QmpClient) -> Vec<Truth> {
-    let mut truths = vec![take(machine, monitor, "prelaunch")];
+fn take_all(vm: &TestVm, monitor: &mut QmpClient) -> Vec<Truth> {
+    let mut truths = vec![take(vm, monitor, "prelaunch")];
     monitor.cont();
     wait_for_scribbles(monitor);
     for state in ["paused", "guest-panicked", "watchdog", "shutdown"] {
         enter(monitor, state);
-        truths.push(take(machine, monitor, state));
+        truths.push(take(vm, monitor, state));
         if state == "shutdown" {
             break;
         }
         monitor.cont();
         wait_for_state(monitor, "running");
-        assert!(machine.try_checkpoint().expect_success().json()["run_state"] == "running");
+        assert!(vm.try_checkpoint().expect_success().json()["run_state"] == "running");
     }
     truths
 }
@@ -89,12 +89,12 @@ fn check(lab: &Lab, truth: &Truth) {
     }
     monitor.cont();
     let memory = monitor.memory(SCRIBBLER_RAM_BYTES);
-    assert!(wait_until(PATIENCE, || monitor.memory(SCRIBBLER_RAM_BYTES) != memory), "{}: it does not go on", truth.state);
+    assert!(wait_until(TIMEOUT, || monitor.memory(SCRIBBLER_RAM_BYTES) != memory), "{}: it does not continue", truth.state);
 }
 
-fn run_states(lab: &Lab, machine: TestMachine) {
-    let mut monitor = machine.qmp();
-    let truths = take_all(&machine, &mut monitor);
+fn run_states(lab: &Lab, vm: TestVm) {
+    let mut monitor = vm.qmp();
+    let truths = take_all(&vm, &mut monitor);
     drop(monitor);
     let listed = lab.run(&["ls", "m", "--json"]).expect_success().json();
     for truth in &truths {
@@ -103,7 +103,7 @@ fn run_states(lab: &Lab, machine: TestMachine) {
         let shown = lab.run(&["show", &format!("m@{}", truth.id)]).expect_success().out;
         assert!(shown.contains(truth.state), "{shown}");
     }
-    machine.kill();
+    vm.kill();
     truths.iter().for_each(|truth| check(lab, truth));
     // The command's word counts more.
     let restored = lab.restore(&format!("m@{}", truths[1].id), "back", &["--run"]);
@@ -120,8 +120,8 @@ fn run_states(lab: &Lab, machine: TestMachine) {
 fn run_state_of_a_managed_vm_is_kept_and_restored() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start("m", &recipe(61));
-        run_states(&lab, machine);
+        let vm = lab.start("m", &recipe(61));
+        run_states(&lab, vm);
     });
 }
 
@@ -129,9 +129,9 @@ fn run_state_of_a_managed_vm_is_kept_and_restored() {
 fn run_state_of_an_external_vm_is_kept_and_restored() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start_plain("m", &recipe(62));
-        machine.attach_plain(&[]);
-        run_states(&lab, machine);
+        let vm = lab.start_plain("m", &recipe(62));
+        vm.attach_plain(&[]);
+        run_states(&lab, vm);
     });
 }
 
@@ -176,12 +176,12 @@ fn migrate_away(monitor: &mut QmpClient, file: &Path) {
     wait_for_state(monitor, "postmigrate");
 }
 
-fn refuse(lab: &Lab, machine: &TestMachine, monitor: &mut QmpClient, wanted: &str) {
+fn refuse(lab: &Lab, vm: &TestVm, monitor: &mut QmpClient, wanted: &str) {
     let objects = |monitor: &mut QmpClient| monitor.execute("qom-list", json!({ "path": "/objects" }));
-    let (known, before) = (lab.list_if_any(&machine.name), objects(monitor));
-    let message = machine.try_checkpoint().expect_failure(3);
+    let (known, before) = (lab.list_if_any(&vm.name), objects(monitor));
+    let message = vm.try_checkpoint().expect_failure(3);
     assert!(message.contains(wanted), "{message}");
-    assert_eq!((lab.list_if_any(&machine.name), objects(monitor), state(monitor).as_str()), (known, before, wanted));
+    assert_eq!((lab.list_if_any(&vm.name), objects(monitor), state(monitor).as_str()), (known, before, wanted));
 }
 
 /// A guest in ACPI S3 is what a tracker gets it as; QEMU aborts after its migration, so by stream it is refused.
@@ -247,17 +247,17 @@ fn wake(monitor: &mut QmpClient) {
 #[test]
 fn run_state_of_a_guest_that_was_reset_in_the_pause_of_a_dead_helper_is_running_again() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start_with("m", &Recipe::scribbler(66), &[("STILLPOINT_DIE_AT", "freeze.paused")]);
-    let mut monitor = machine.qmp();
+    let vm = lab.start_with("m", &Recipe::scribbler(66), &[("STILLPOINT_DIE_AT", "pause.begun")]);
+    let mut monitor = vm.qmp();
     wait_for_scribbles(&mut monitor);
-    assert_ne!(machine.try_checkpoint().code, 0);
+    assert_ne!(vm.try_checkpoint().code, 0);
     wait_for_state(&mut monitor, "paused");
     monitor.execute("system_reset", json!({}));
     wait_for_state(&mut monitor, "prelaunch");
-    machine.attach();
+    vm.attach();
     wait_for_state(&mut monitor, "running");
     let before: Value = monitor.execute("query-status", json!({}));
-    assert_eq!(machine.checkpoint().outcome.kind, "full", "{before}");
+    assert_eq!(vm.checkpoint().outcome.kind, "full", "{before}");
 }
 
 /// Where the guest's write is, which waits for room on the host.
@@ -282,22 +282,22 @@ fn run_state_io_error_keeps_the_request_that_waits() {
         std::fs::File::create(&file).and_then(|file| file.set_len(8 << 20)).expect("the test's directory");
         let drive = format!("file={},format=raw,if=none,id=late,werror=stop", file.display());
         let recipe = Recipe::scribbler(67).arguments(&["-drive", &drive, "-device", "ide-hd,drive=late,bus=ide.1,unit=1"]);
-        let machine = lab.start_plain("m", &recipe);
-        let mut monitor = machine.qmp();
+        let vm = lab.start_plain("m", &recipe);
+        let mut monitor = vm.qmp();
         wait_for_scribbles(&mut monitor);
         let full = small.fill_but(0);
         monitor.stop();
         write_a_sector(&mut monitor);
         monitor.cont();
         wait_for_state(&mut monitor, "io-error");
-        machine.attach_plain(&[]);
-        let truth = take(&machine, &mut monitor, "io-error");
+        vm.attach_plain(&[]);
+        let truth = take(&vm, &mut monitor, "io-error");
         drop((full, monitor));
-        machine.kill();
+        vm.kill();
         let restored = lab.restore(&format!("m@{}", truth.id), "back", &["--run"]);
         let at = usize::from(SECTOR) * 512;
         let is_written = || restored.disk("late")[at..at + 512].iter().all(|byte| *byte == b'A');
-        assert!(wait_until(PATIENCE, is_written), "the guest's write is lost");
+        assert!(wait_until(TIMEOUT, is_written), "the guest's write is lost");
         drop(restored);
         check(&lab, &truth);
     });

@@ -5,9 +5,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use stillpoint_tests::{Lab, QmpClient, Ran, Random, Recipe, Scribbled, TestMachine, kill_hard, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{Lab, QmpClient, Ran, Random, Recipe, Scribbled, TestVm, kill_hard, newest_qemu, on_each_qemu, wait_until};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// Takes a second or more to store as a layer.
 const LAYER_BYTES: usize = 24 << 20;
 
@@ -52,11 +52,11 @@ fn is_storing_a_layer(lab: &Lab) -> bool {
 }
 
 /// Takes a checkpoint, and does something to the VM after its checks.
-fn checkpoint_while(lab: &Lab, machine: &TestMachine, layer: &mut Layer, change: impl FnOnce()) -> Ran {
+fn checkpoint_while(lab: &Lab, vm: &TestVm, layer: &mut Layer, change: impl FnOnce()) -> Ran {
     layer.renew();
     std::thread::scope(|scope| {
-        let checkpoint = scope.spawn(|| machine.try_checkpoint());
-        assert!(wait_until(PATIENCE, || is_storing_a_layer(lab)), "no layer is stored");
+        let checkpoint = scope.spawn(|| vm.try_checkpoint());
+        assert!(wait_until(TIMEOUT, || is_storing_a_layer(lab)), "no layer is stored");
         change();
         checkpoint.join().expect("it says above why not")
     })
@@ -71,19 +71,19 @@ fn unplug(monitor: &mut QmpClient) {
     monitor.events();
     monitor.execute("device_del", json!({ "id": "late" }));
     let told = |monitor: &mut QmpClient| monitor.events().iter().any(|event| event["event"] == "DEVICE_DELETED");
-    assert!(wait_until(PATIENCE, || told(monitor)), "it stays plugged in");
+    assert!(wait_until(TIMEOUT, || told(monitor)), "it stays plugged in");
 }
 
 #[test]
 fn window_with_a_change_makes_no_checkpoint() {
     let lab = Lab::new(&newest_qemu());
     let mut layer = Layer::new(&lab);
-    let machine = lab.start("m", &layer.recipe(71));
-    let mut monitor = machine.qmp();
+    let vm = lab.start("m", &layer.recipe(71));
+    let mut monitor = vm.qmp();
     let known = |lab: &Lab| lab.list_if_any("m");
     let given_up = |monitor: &mut QmpClient, layer: &mut Layer, named: &str, change: &dyn Fn(&mut QmpClient)| {
         let before = known(&lab);
-        let ran = checkpoint_while(&lab, &machine, layer, || change(monitor));
+        let ran = checkpoint_while(&lab, &vm, layer, || change(monitor));
         // Refused, where the VM is one now that no checkpoint can have.
         let code = if ran.code == 3 { 3 } else { 1 };
         let message = ran.expect_failure(code);
@@ -96,15 +96,15 @@ fn window_with_a_change_makes_no_checkpoint() {
         unplug(monitor);
     });
     given_up(&mut monitor, &mut layer, "late (usb-tablet)", &plug);
-    assert!(machine.try_checkpoint().expect_failure(3).contains("late"), "the next one refuses it");
+    assert!(vm.try_checkpoint().expect_failure(3).contains("late"), "the next one refuses it");
     unplug(&mut monitor);
-    assert_eq!(machine.checkpoint().outcome.kind, "full");
+    assert_eq!(vm.checkpoint().outcome.kind, "full");
     given_up(&mut monitor, &mut layer, "odd", &|monitor| {
         drop(monitor.execute("block_resize", json!({ "device": "odd", "size": 4 << 20 })))
     });
-    assert_eq!(machine.checkpoint().outcome.parent, Some(1));
+    assert_eq!(vm.checkpoint().outcome.parent, Some(1));
     given_up(&mut monitor, &mut layer, "cd", &|monitor| drop(monitor.execute("eject", json!({ "id": "cd0", "force": true }))));
-    let file = machine.directory.join("moved.qcow2");
+    let file = vm.directory.join("moved.qcow2");
     let snapshot = json!({ "device": "odd", "snapshot-file": file, "format": "qcow2" });
     given_up(&mut monitor, &mut layer, "moved.qcow2", &|monitor| drop(monitor.execute("blockdev-snapshot-sync", snapshot.clone())));
     lab.verify("m");
@@ -115,14 +115,14 @@ fn window_of_a_stream_with_a_change_makes_no_checkpoint() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let mut layer = Layer::new(&lab);
-        let machine = lab.start_plain("m", &layer.recipe(72));
-        machine.attach_plain(&[]);
-        let mut monitor = machine.qmp();
-        let message = checkpoint_while(&lab, &machine, &mut layer, || plug(&mut monitor)).expect_failure(1);
+        let vm = lab.start_plain("m", &layer.recipe(72));
+        vm.attach_plain(&[]);
+        let mut monitor = vm.qmp();
+        let message = checkpoint_while(&lab, &vm, &mut layer, || plug(&mut monitor)).expect_failure(1);
         assert!(message.contains("late (usb-tablet)") || message.contains("RAM block"), "{message}");
         assert_eq!(lab.list_if_any("m"), [] as [u64; 0]);
         unplug(&mut monitor);
-        machine.checkpoint();
+        vm.checkpoint();
     });
 }
 
@@ -130,15 +130,15 @@ fn window_of_a_stream_with_a_change_makes_no_checkpoint() {
 /// that its owner stopped stays stopped.
 #[test]
 fn pause_that_another_monitor_ends_makes_no_checkpoint() {
-    let lab = Lab::for_machines(&newest_qemu(), 2);
+    let lab = Lab::for_vms(&newest_qemu(), 2);
     let mut scribbled = Scribbled::new(&lab, lab.start("m", &Recipe::scribbler(73)), 73);
-    scribbled.machine.checkpoint();
+    scribbled.vm.checkpoint();
     let (mut failed, mut taken) = (0, 0);
     let end = Instant::now() + Duration::from_secs(20);
     while (failed == 0 || taken == 0) && Instant::now() < end {
         let ran = std::thread::scope(|scope| {
-            let machine = &scribbled.machine;
-            let checkpoint = scope.spawn(|| machine.try_checkpoint());
+            let vm = &scribbled.vm;
+            let checkpoint = scope.spawn(|| vm.try_checkpoint());
             while !checkpoint.is_finished() {
                 scribbled.monitor.cont();
             }
@@ -152,7 +152,7 @@ fn pause_that_another_monitor_ends_makes_no_checkpoint() {
                 failed += 1;
             }
         }
-        let quiet: Value = scribbled.machine.try_checkpoint().expect_success().json();
+        let quiet: Value = scribbled.vm.try_checkpoint().expect_success().json();
         assert_eq!(quiet["run_state"], "running");
         taken += 1;
     }
@@ -167,16 +167,16 @@ fn pause_that_another_monitor_ends_makes_no_checkpoint() {
 fn window_in_which_qemu_is_killed_names_that() {
     let lab = Lab::new(&newest_qemu());
     let mut layer = Layer::new(&lab);
-    let mut machine = lab.start("m", &layer.recipe(74));
+    let mut vm = lab.start("m", &layer.recipe(74));
     layer.renew();
-    let qemu = machine.qemus()[0];
+    let qemu = vm.qemus()[0];
     let message = std::thread::scope(|scope| {
-        let checkpoint = scope.spawn(|| machine.try_checkpoint());
-        assert!(wait_until(PATIENCE, || is_storing_a_layer(&lab)), "no layer is stored");
+        let checkpoint = scope.spawn(|| vm.try_checkpoint());
+        assert!(wait_until(TIMEOUT, || is_storing_a_layer(&lab)), "no layer is stored");
         kill_hard(qemu);
         checkpoint.join().expect("it says above why not").expect_failure(1)
     });
-    machine.kill_qemu();
+    vm.kill_qemu();
     assert!(message.contains("QEMU") && message.contains("ended") && message.contains("restore"), "{message}");
     assert!(!message.contains("early eof") && !message.contains("failed to open module"), "{message}");
 }

@@ -8,12 +8,12 @@ use qmp_bridge::PauseError;
 use qmp_bridge::QmpError;
 use qmp_bridge::capture::CaptureError;
 use qmp_bridge::disks::DiskError;
-use qmp_bridge::handover::HandoverError;
-use qmp_bridge::machine::MachineError;
+use qmp_bridge::local_migration::LocalMigrationError;
 use qmp_bridge::migration::MigrationError;
 use qmp_bridge::ramblock::RamBlockError;
 use qmp_bridge::run_state::RunStateError;
 use qmp_bridge::stream_reader::StreamReadError;
+use qmp_bridge::vm::MachineTypeError;
 
 /// What kind of failure an error is; the exit code of a command derives from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,17 +84,18 @@ fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
     let migration = |error: &MigrationError| {
         matches!(error, MigrationError::Busy { .. } | MigrationError::Unsupported { .. } | MigrationError::Pause(PauseError::NoGuest(_)))
     };
-    let handover = |error: &HandoverError| matches!(error, HandoverError::Busy { .. } | HandoverError::Missing { .. });
+    let local_migration =
+        |error: &LocalMigrationError| matches!(error, LocalMigrationError::Busy { .. } | LocalMigrationError::Missing { .. });
     let stream = |error: &StreamReadError| matches!(error, StreamReadError::Unsupported { .. } | StreamReadError::NoDescription { .. });
     let qmp = |error: &QmpError| matches!(error, QmpError::NoGreeting { .. } | QmpError::NotQmp { .. });
-    let machine = |error: &MachineError| matches!(error, MachineError::UnknownType { .. } | MachineError::NoDefault);
+    let vm = |error: &MachineTypeError| matches!(error, MachineTypeError::UnknownType { .. } | MachineTypeError::NoDefault);
     is(cause, disk)
         || is(cause, capture)
         || is(cause, migration)
-        || is(cause, handover)
+        || is(cause, local_migration)
         || is(cause, stream)
         || is(cause, qmp)
-        || is(cause, machine)
+        || is(cause, vm)
         || is(cause, cannot_track)
         || is(cause, |error: &RunStateError| matches!(error, RunStateError::NoGuest(_)))
         || is(cause, |error: &PauseError| matches!(error, PauseError::NoGuest(_)))
@@ -104,7 +105,10 @@ fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
 fn cannot_track(error: &TrackerError) -> bool {
     matches!(
         error,
-        TrackerError::NotThePlugin { .. } | TrackerError::Version { .. } | TrackerError::MissingHandle { .. } | TrackerError::Region { .. }
+        TrackerError::NotThePlugin { .. }
+            | TrackerError::Version { .. }
+            | TrackerError::MissingHandle { .. }
+            | TrackerError::TrackedBlock { .. }
     )
 }
 
@@ -164,12 +168,12 @@ mod test {
             DiskError::Inconsistent { device: text(), why: text() }.into(),
             CaptureError::Server(ServerError::InUse { exports: vec![text()] }).into(),
             MigrationError::Busy { status: text() }.into(),
-            HandoverError::Missing { version: text(), name: "x" }.into(),
-            HandoverError::Busy { status: text() }.into(),
+            LocalMigrationError::Missing { version: text(), name: "x" }.into(),
+            LocalMigrationError::Busy { status: text() }.into(),
             QmpError::NoGreeting { path: "x".into(), after: std::time::Duration::ZERO }.into(),
             refused_by_qemu().into(),
-            MachineError::NoDefault.into(),
-            TrackerError::Region { region: text(), reason: text() }.into(),
+            MachineTypeError::NoDefault.into(),
+            TrackerError::TrackedBlock { block: text(), reason: text() }.into(),
             TrackerError::Version { path: "x".into(), plugin: 1, ours: 2 }.into(),
         ];
         for error in errors {

@@ -7,9 +7,9 @@ use crate::running::Vm;
 use anyhow::{Context, Result};
 use qmp_bridge::devices::{self, GuestDevice};
 use qmp_bridge::disks::{Disk, EmptyDrive};
-use qmp_bridge::machine::Composition;
 use qmp_bridge::qmp::EventWatch;
 use qmp_bridge::ramblock::{self, RamBlock};
+use qmp_bridge::vm::Composition;
 use serde_json::Value;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -32,43 +32,43 @@ pub struct Inventory {
 }
 
 impl Inventory {
-    pub async fn take(machine: &Vm) -> Result<Self> {
-        let watch = machine.qmp.watch(EVENTS);
+    pub async fn take(vm: &Vm) -> Result<Self> {
+        let watch = vm.qmp.watch(EVENTS);
         let begun = Instant::now();
-        let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
-        wait_for_unplugged(machine, &devices, &watch, begun).await;
+        let devices = devices::guest_devices(&vm.qmp).await.context("asking QEMU for its devices")?;
+        wait_for_unplugged(vm, &devices, &watch, begun).await;
         // An event that comes before this reply is of a change that came before the lists below, however late it is read; a device that
         // has gone since it was listed is missed later.
-        machine.qmp.execute_json("query-version", Value::Null).await.context("asking QEMU for its version")?;
+        vm.qmp.execute_json("query-version", Value::Null).await.context("asking QEMU for its version")?;
         let since = Instant::now();
-        let composition = Composition::read(&machine.qmp).await.context("asking QEMU for its vCPUs and memory")?;
-        let drives = machine.disks().await?;
-        Ok(Self { devices, composition, drives, blocks: machine.blocks.clone(), watch, since })
+        let composition = Composition::read(&vm.qmp).await.context("asking QEMU for its vCPUs and memory")?;
+        let drives = vm.disks().await?;
+        Ok(Self { devices, composition, drives, blocks: vm.blocks.clone(), watch, since })
     }
 
     /// After the guest was resumed: whether devices, vCPUs and memory are what they were.
-    pub async fn check_machine(&self, machine: &Vm) -> Result<()> {
-        unchanged(self.machine_change(machine).await?)
+    pub async fn check_vm(&self, vm: &Vm) -> Result<()> {
+        unchanged(self.vm_change(vm).await?)
     }
 
     /// When nothing of the capture is above the disks any more: whether they, and their media, are what they were.
-    pub async fn check_disks(&self, machine: &Vm) -> Result<()> {
-        unchanged(self.disk_change(machine).await?)
+    pub async fn check_disks(&self, vm: &Vm) -> Result<()> {
+        unchanged(self.disk_change(vm).await?)
     }
 
     /// What changed, if that is why a checkpoint failed. QEMU's own words for it tell only of a symptom.
-    pub async fn change(&self, machine: &Vm) -> Option<String> {
-        let machine_change = self.machine_change(machine).await.ok().flatten();
-        match machine_change {
-            None => self.disk_change(machine).await.ok().flatten(),
+    pub async fn change(&self, vm: &Vm) -> Option<String> {
+        let vm_change = self.vm_change(vm).await.ok().flatten();
+        match vm_change {
+            None => self.disk_change(vm).await.ok().flatten(),
             some => some,
         }
     }
 
-    async fn machine_change(&self, machine: &Vm) -> Result<Option<String>> {
-        let devices = devices::guest_devices(&machine.qmp).await.context("asking QEMU for its devices")?;
-        let composition = Composition::read(&machine.qmp).await.context("asking QEMU for its vCPUs and memory")?;
-        let blocks = ramblock::ram_blocks(&machine.qmp).await.context("asking QEMU for its RAM blocks")?;
+    async fn vm_change(&self, vm: &Vm) -> Result<Option<String>> {
+        let devices = devices::guest_devices(&vm.qmp).await.context("asking QEMU for its devices")?;
+        let composition = Composition::read(&vm.qmp).await.context("asking QEMU for its vCPUs and memory")?;
+        let blocks = ramblock::ram_blocks(&vm.qmp).await.context("asking QEMU for its RAM blocks")?;
         let device = |device: &GuestDevice| format!("device {} ({})", device.path, device.kind);
         let place = |block: &RamBlock| format!("RAM block {} ({} bytes at {:#x})", block.name, block.used, block.offset);
         let changed = difference(&names(&self.devices, device), &names(&devices, device))
@@ -78,8 +78,8 @@ impl Inventory {
         Ok(changed)
     }
 
-    async fn disk_change(&self, machine: &Vm) -> Result<Option<String>> {
-        let now = machine.disks().await?;
+    async fn disk_change(&self, vm: &Vm) -> Result<Option<String>> {
+        let now = vm.disks().await?;
         let empty = |drive: &EmptyDrive| drive.device.clone();
         let changed = difference(&names(&self.drives.empty, empty), &names(&now.empty, empty)).map(|what| format!("empty drive {what}"));
         let disk = |disk: &Disk| format!("disk {} ({} bytes, {})", disk.device, disk.virtual_size, disk.file.display());
@@ -102,9 +102,9 @@ impl Inventory {
 
 /// QEMU sends `DEVICE_DELETED` a little after a device has left its list. That of a device which went before this checkpoint must not
 /// look like a change during it. `begun`: before `devices` were listed.
-async fn wait_for_unplugged(machine: &Vm, devices: &[GuestDevice], watch: &EventWatch, begun: Instant) {
+async fn wait_for_unplugged(vm: &Vm, devices: &[GuestDevice], watch: &EventWatch, begun: Instant) {
     let now = names(devices, |device| device.path.clone());
-    let before = std::mem::replace(&mut *machine.last_devices.lock().unwrap_or_else(PoisonError::into_inner), now.clone());
+    let before = std::mem::replace(&mut *vm.last_devices.lock().unwrap_or_else(PoisonError::into_inner), now.clone());
     let mut gone: Vec<String> = before.into_iter().filter(|path| !now.contains(path)).collect();
     while !gone.is_empty() && begun.elapsed() < UNPLUG_EVENT {
         tokio::time::sleep(POLL_INTERVAL).await;

@@ -14,7 +14,7 @@ pub mod launch;
 pub mod memory_source;
 pub mod process_memory;
 pub mod qemu_lock;
-pub mod regions;
 pub mod reopen;
 pub mod running;
 pub mod runtime_dir;
+pub mod tracked_blocks;

@@ -8,8 +8,8 @@
 
 use crate::error::refused;
 use anyhow::Result;
-use qmp_bridge::machine::{Accelerator, MachineFacts};
 use qmp_bridge::migration::{StreamMode, Support};
+use qmp_bridge::vm::{Accelerator, VmFacts};
 use serde::{Deserialize, Serialize};
 
 /// Before this version a live migration of a TCG guest loses pages: QEMU clears the dirty bits that it has read, but not the
@@ -90,7 +90,7 @@ pub fn choose_tracker(wanted: EngineChoice, tracker: &Result<(), String>) -> Res
     let chosen = |why: &str| Ok(Some(Chosen { engine: Engine::Tracker, why: why.to_owned() }));
     match (wanted, tracker) {
         (EngineChoice::Tracker, Err(why)) => {
-            Err(refused(format!("the tracker cannot follow this machine: {why}; use --engine stream, or 'stillpoint adopt'")))
+            Err(refused(format!("the tracker cannot follow this VM: {why}; use --engine stream, or 'stillpoint adopt'")))
         }
         (EngineChoice::Tracker, Ok(())) => chosen("as wanted"),
         (EngineChoice::Auto, Ok(())) => chosen("the plugin sits in this QEMU"),
@@ -103,7 +103,7 @@ pub fn choose_tracker(wanted: EngineChoice, tracker: &Result<(), String>) -> Res
 pub fn choose_stream(
     wanted: StreamChoice,
     support: &Support,
-    facts: &MachineFacts,
+    facts: &VmFacts,
     has_plugin: bool,
     process_memory: &Result<(), String>,
 ) -> Result<Chosen> {
@@ -127,7 +127,7 @@ fn choose_for_stopped_guest(support: &Support, has_plugin: bool, process_memory:
     }
 }
 
-fn choose_for_running_guest(wanted: StreamChoice, facts: &MachineFacts, has_plugin: bool) -> Result<(Engine, String)> {
+fn choose_for_running_guest(wanted: StreamChoice, facts: &VmFacts, has_plugin: bool) -> Result<(Engine, String)> {
     let live = can_pre_copy_live(facts);
     Ok(match wanted {
         StreamChoice::Auto => match live {
@@ -148,7 +148,7 @@ fn choose_for_running_guest(wanted: StreamChoice, facts: &MachineFacts, has_plug
 }
 
 /// That pages which the guest writes during a live migration reach its stream, or why not.
-pub fn can_pre_copy_live(facts: &MachineFacts) -> Result<(), String> {
+pub fn can_pre_copy_live(facts: &VmFacts) -> Result<(), String> {
     if facts.accelerator != Accelerator::Tcg || facts.qemu.major >= LIVE_TCG_SINCE {
         return Ok(());
     }
@@ -161,8 +161,8 @@ mod test {
     use crate::error;
     use qmp_bridge::qmp::QemuVersion;
 
-    fn facts(major: u32, accelerator: Accelerator) -> MachineFacts {
-        MachineFacts {
+    fn facts(major: u32, accelerator: Accelerator) -> VmFacts {
+        VmFacts {
             qemu: QemuVersion { major, minor: 0, micro: 0, package: String::new() },
             machine_type: "pc-q35-7.2".to_owned(),
             default_ram_id: None,
@@ -179,7 +179,7 @@ mod test {
         Support { background_snapshot: Ok(()), pre_copy: Ok(()), stopped: false }
     }
 
-    fn stream(wanted: StreamChoice, facts: &MachineFacts) -> Result<Engine> {
+    fn stream(wanted: StreamChoice, facts: &VmFacts) -> Result<Engine> {
         choose_stream(wanted, &able(), facts, false, &Ok(())).map(|chosen| chosen.engine)
     }
 

@@ -3,7 +3,7 @@
 
 use crate::error::refused;
 use crate::files;
-use crate::regions::whole_blocks;
+use crate::tracked_blocks::whole_blocks;
 use anyhow::{Context, Result};
 use checkpoint_format::PageRange;
 use qmp_bridge::Qmp;

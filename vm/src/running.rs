@@ -1,4 +1,4 @@
-//! The running machine as the helper holds it: QEMU's monitor, the tracker on its memory, and what it consists of.
+//! The running VM as the helper holds it: QEMU's monitor, the tracker on its memory, and what it consists of.
 
 use crate::drives::{self, Drives, Started};
 use crate::error::refused;
@@ -8,20 +8,20 @@ use crate::launch::own_files::Running;
 use crate::launch::process::QemuProcess;
 use crate::launch::{arguments, expected_devices, unsupported};
 use crate::qemu_lock::QemuLock;
-use crate::regions;
-use crate::runtime_dir::{MachineFile, RuntimeDir};
+use crate::runtime_dir::{RuntimeDir, VmFile};
+use crate::tracked_blocks;
 use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, PageCount, SpaceName};
 use dirty_tracker::{PluginHandles, Tracker};
 use qmp_bridge::devices::GuestDevice;
-use qmp_bridge::machine::MachineFacts;
 use qmp_bridge::ramblock::RamBlock;
+use qmp_bridge::vm::VmFacts;
 use qmp_bridge::{Qmp, devices, disks, ramblock};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// QEMU opens its monitor within 100 ms; a large machine that preallocates takes longer.
+/// QEMU opens its monitor within 100 ms; a large VM that preallocates takes longer.
 const STARTUP: Duration = Duration::from_secs(60);
 /// Between two looks whether QEMU still lives.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -30,13 +30,13 @@ const SAVED_AS_ONE: &[&str] = &["isa-ide", "isa-ipmi-bt", "isa-ipmi-kcs"];
 /// From this version on QEMU numbers them.
 const OWN_NAMES_SINCE: (u32, u32) = (8, 2);
 const RAMFB: &str = "QEMU before 8.2, and machine types from before it, save nothing of its state; use VGA, or a newer machine type";
-const FREE_PAGE_HINT: &str = "by free-page-hint=on it keeps pages out of QEMU's migration stream; start the machine without free-page-hint";
+const FREE_PAGE_HINT: &str = "by free-page-hint=on it keeps pages out of QEMU's migration stream; start the VM without free-page-hint";
 
 pub struct Vm {
-    pub file: MachineFile,
+    pub file: VmFile,
     pub runtime: RuntimeDir,
     pub qmp: Qmp,
-    pub facts: MachineFacts,
+    pub facts: VmFacts,
     pub blocks: Vec<RamBlock>,
     pub pid: u32,
     /// QOM paths of the devices that were there when the VM was last looked at.
@@ -49,25 +49,25 @@ pub struct Vm {
 
 impl Vm {
     pub async fn attach(runtime: RuntimeDir) -> Result<Self> {
-        let file = runtime.machine()?;
+        let file = runtime.vm()?;
         external::check_alive(&runtime, &file)?;
         let handles = match file.plugin(&runtime) {
             Some(socket) => Some(connect_later(socket, &file).await?),
             None => None,
         };
-        let pid = handles.as_ref().map(PluginHandles::pid).or(file.pid).context("the machine's file does not name QEMU's process")?;
+        let pid = handles.as_ref().map(PluginHandles::pid).or(file.pid).context("the VM's file does not name QEMU's process")?;
         let lock = take_lock(pid).await?;
-        let qmp = match &file.unprepared {
+        let qmp = match &file.external {
             Some(there) => external::connect(&file, there).await?,
             None => Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?,
         };
         let qmp = qmp.for_instance(&file.instance);
-        if file.unprepared.is_some() && handles.is_some() {
+        if file.external.is_some() && handles.is_some() {
             external::owner::claim(&qmp, &runtime, &file).await?;
         }
-        let facts = MachineFacts::read(&qmp).await.context("asking QEMU what machine it runs")?;
+        let facts = VmFacts::read(&qmp).await.context("asking QEMU what VM it runs")?;
         check_blockers(&facts.migration_blockers)?;
-        let (blocks, tracker) = regions::watch(&qmp, handles, &file.ram_block).await?;
+        let (blocks, tracker) = tracked_blocks::watch(&qmp, handles, &file.ram_block).await?;
         Ok(Self { file, runtime, qmp, facts, blocks, pid, last_devices: Mutex::default(), _lock: lock, tracker })
     }
 
@@ -109,13 +109,13 @@ impl Vm {
         drives::examine(found, &started)
     }
 
-    /// The guest's memory: one space for each RAM block, in the order of the tracker's regions.
+    /// The guest's memory: one space for each RAM block, in the order of the tracker's RAM blocks.
     pub fn ram_spaces(&self) -> Result<Vec<(SpaceName, PageCount)>> {
         let space = |block: &RamBlock| Ok((SpaceName::ram(&block.name)?, PageCount::covering(ByteLen(block.used))));
         self.blocks.iter().map(space).collect()
     }
 
-    /// A restore builds the machine from its command line, so what was plugged in or out since has no place there; and a new
+    /// A restore builds the VM from its command line, so what was plugged in or out since has no place there; and a new
     /// device may write memory that the tracker cannot see.
     pub async fn check_devices(&self) -> Result<()> {
         self.check_listed(&devices::guest_devices(&self.qmp).await.context("asking QEMU for its devices")?).await
@@ -136,7 +136,7 @@ impl Vm {
     /// more of a managed VM, but a device may have come before that helper looked.
     fn difference(&self, devices: &[GuestDevice]) -> Result<Option<String>> {
         let difference = expected_devices::difference(&arguments::parse(&self.file.arguments)?, devices);
-        if difference.is_some() || self.file.unprepared.is_some() {
+        if difference.is_some() || self.file.external.is_some() {
             return Ok(difference);
         }
         let now: Vec<String> = devices.iter().map(|device| format!("{} ({})", device.path, device.kind)).collect();
@@ -151,7 +151,7 @@ impl Vm {
         drives::check_command_line(&self.file.arguments, &self.directory(), drives, qemu)
     }
 
-    /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked anew, from nothing. Says whether.
+    /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked again, from nothing. Says whether.
     pub async fn refresh_blocks(&mut self) -> Result<bool> {
         let now = ramblock::ram_blocks(&self.qmp).await.context("asking QEMU for its RAM blocks")?;
         let place = |block: &RamBlock| (block.name.clone(), block.used, block.offset);
@@ -165,8 +165,8 @@ impl Vm {
             Some(socket) => Some(connect_later(socket, &self.file).await?),
             None => None,
         };
-        (self.blocks, self.tracker) = regions::watch(&self.qmp, handles, &self.file.ram_block).await?;
-        tracing::info!(blocks = self.blocks.len(), "the machine's RAM blocks have changed; they are tracked anew");
+        (self.blocks, self.tracker) = tracked_blocks::watch(&self.qmp, handles, &self.file.ram_block).await?;
+        tracing::info!(blocks = self.blocks.len(), "the VM's RAM blocks have changed; they are tracked again");
         Ok(true)
     }
 }
@@ -218,8 +218,8 @@ fn twice<'a>(devices: impl Iterator<Item = &'a GuestDevice>) -> Option<&'static 
 /// `what` was plugged in or out.
 pub fn not_as_started(what: &str) -> String {
     format!(
-        "{what} after the machine's start, and its command line, from which it would be restored, does not say so; undo that, or start the \
-         machine anew with the devices that it should have"
+        "{what} after the VM's start, and its command line, from which it would be restored, does not say so; undo that, or start the \
+         VM again with the devices that it should have"
     )
 }
 
@@ -227,18 +227,18 @@ async fn take_lock(pid: u32) -> Result<QemuLock> {
     tokio::task::spawn_blocking(move || QemuLock::take(pid)).await.context("internal error: taking QEMU's lock panicked")?
 }
 
-/// A thread that panicked left no lease half taken: each change of the tracker is one call.
+/// A thread that panicked left no claim half taken: each change of the tracker is one call.
 pub fn lock(tracker: &Mutex<Tracker>) -> MutexGuard<'_, Tracker> {
     tracker.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn connect_later(socket: PathBuf, file: &MachineFile) -> Result<PluginHandles> {
+async fn connect_later(socket: PathBuf, file: &VmFile) -> Result<PluginHandles> {
     let pid = file.pid;
-    let is_external = file.unprepared.is_some();
+    let is_external = file.external.is_some();
     let connect = tokio::task::spawn_blocking(move || {
         let handles = connect(&socket, pid)?;
         match pid.filter(|_| is_external) {
-            Some(qemu) => regions::check_plugin(&socket, handles, qemu),
+            Some(qemu) => tracked_blocks::check_plugin(&socket, handles, qemu),
             None => Ok(handles),
         }
     });
@@ -257,7 +257,7 @@ fn connect(socket: &Path, pid: Option<u32>) -> Result<PluginHandles> {
             return Err(refused("QEMU has ended before it could be attached; its own output says why"));
         }
         if !error.is_retryable() || Instant::now() >= end {
-            return Err(error).context("QEMU's plugin does not answer; is the machine running?");
+            return Err(error).context("QEMU's plugin does not answer; is the VM running?");
         }
     }
 }
@@ -275,7 +275,7 @@ pub fn check_blockers(blockers: &[String]) -> Result<()> {
         return Ok(());
     }
     let why = blockers.join("; ");
-    Err(refused(format!("QEMU says that this machine's device state cannot be saved: {why}; remove that device")))
+    Err(refused(format!("QEMU says that this VM's device state cannot be saved: {why}; remove that device")))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Layers: immutable disk images, stored once for all machines.
+//! Layers: immutable disk images, stored once for all VMs.
 //!
 //! A layer is cut into blocks of 64 KiB. Each block that is not zero is one frame, in a pack of this layer or of another
 //! one that already had the same block. Two files describe it: the [`LayerManifest`], text like a checkpoint's manifest,

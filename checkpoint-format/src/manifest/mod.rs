@@ -14,7 +14,7 @@ use crate::pack::PackError;
 
 pub(crate) use list::{at_most, pack_list};
 pub use record::{
-    CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PackRecord, Qcow2Record, RamBlockRecord, RunState, SpaceRecord, Totals,
+    CheckpointKind, DiskRecord, LayerRef, Manifest, PackRecord, Qcow2Record, RamBlockRecord, RunState, SpaceRecord, Totals, VmRecord,
 };
 pub(crate) use validate::{Check, check_packs};
 pub use validate::{
@@ -36,7 +36,7 @@ pub enum ManifestError {
     Envelope(#[from] EnvelopeError),
     #[error("parse the body of the {what}; its digest is right, so another program wrote it or this one has a bug")]
     Json { what: &'static str, source: serde_json::Error },
-    #[error("check the {what}: {count} {list}, the limit is {limit}; split the machine or remove some")]
+    #[error("check the {what}: {count} {list}, the limit is {limit}; split the VM or remove some")]
     TooMany { what: &'static str, list: &'static str, count: usize, limit: usize },
     #[error("check the {what}: {field} is {problem}; what it describes can't be restored")]
     Invalid { what: &'static str, field: String, problem: &'static str },

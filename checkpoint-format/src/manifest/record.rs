@@ -7,7 +7,7 @@ use crate::digest::ContentDigest;
 use crate::digest_form::DigestForm;
 use crate::names::{PackName, SpaceKind, SpaceName, VmName};
 use crate::pack::PackInfo;
-use crate::units::{ByteLen, CheckpointSeq, Epoch, PageCount};
+use crate::units::{ByteLen, CheckpointId, Epoch, PageCount};
 
 /// One checkpoint.
 ///
@@ -18,9 +18,10 @@ pub struct Manifest {
     /// The VM's name.
     pub vm: VmName,
     /// The checkpoint ID.
-    pub seq: CheckpointSeq,
+    #[serde(rename = "seq")]
+    pub id: CheckpointId,
     /// The checkpoint that this one adds to; none for a full one.
-    pub parent: Option<CheckpointSeq>,
+    pub parent: Option<CheckpointId>,
     /// Full or incremental.
     pub kind: CheckpointKind,
     /// The writer's claim under which it was written.
@@ -32,7 +33,8 @@ pub struct Manifest {
     /// The version of Stillpoint that took it.
     pub stillpoint_version: String,
     /// What VM it is.
-    pub machine: MachineRecord,
+    #[serde(rename = "machine")]
+    pub vm_record: VmRecord,
     /// What the guest was doing. None in a checkpoint of a version that did not say: such a VM is let run, as that version did. (A
     /// reader that skips this does the same with every VM.)
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -87,14 +89,14 @@ pub enum RunState {
     Watchdog,
 }
 
-/// The virtual machine's configuration, as far as a restore must know it.
+/// The VM's configuration, as far as a restore must know it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MachineRecord {
+pub struct VmRecord {
     /// The version of the QEMU that ran it.
     pub qemu_version: String,
     /// Path of the QEMU program on the host of the checkpoint: what a restore tries first.
     pub program: String,
-    /// Its versioned name (`pc-q35-10.0`), so that a newer QEMU builds the same machine.
+    /// Its versioned name (`pc-q35-10.0`), so that a newer QEMU builds the same VM.
     pub machine_type: String,
     /// `kvm` or `tcg`.
     pub accelerator: String,
@@ -240,8 +242,8 @@ impl Manifest {
         self.spaces.iter().find(|space| space.name == *name)
     }
 
-    /// Every layer that some disk stands on, or the machine's start needs; one that several need comes several times.
+    /// Every layer that some disk stands on, or the VM's start needs; one that several need comes several times.
     pub fn layers(&self) -> impl Iterator<Item = &LayerRef> {
-        self.disks.iter().flat_map(|disk| &disk.backing).chain(&self.machine.files)
+        self.disks.iter().flat_map(|disk| &disk.backing).chain(&self.vm_record.files)
     }
 }

@@ -4,9 +4,9 @@ use std::collections::HashSet;
 use std::hash::Hash;
 
 use super::ManifestError;
-use super::record::{CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PackRecord, Qcow2Record, RamBlockRecord};
+use super::record::{CheckpointKind, DiskRecord, LayerRef, Manifest, PackRecord, Qcow2Record, RamBlockRecord, VmRecord};
 use crate::names::{SpaceKind, SpaceName};
-use crate::units::{ByteLen, CheckpointSeq, MAX_SPACE_PAGES, PageCount};
+use crate::units::{ByteLen, CheckpointId, MAX_SPACE_PAGES, PageCount};
 
 /// Most spaces in a manifest; as many as a pack can name.
 pub const MAX_SPACES: usize = crate::pack::MAX_SPACES_PER_PACK;
@@ -16,7 +16,7 @@ pub const MAX_RAM_BLOCKS: usize = 4096;
 pub const MAX_DISKS: usize = 1024;
 /// Most layers below one disk.
 pub const MAX_BACKING_DEPTH: usize = 256;
-/// Most files that a machine's start may need.
+/// Most files that a VM's start may need.
 pub const MAX_BOOT_FILES: usize = 256;
 /// Most packs of a checkpoint or a layer.
 pub const MAX_PACKS: usize = 1 << 16;
@@ -80,7 +80,7 @@ impl Manifest {
     pub(super) fn validate(&self) -> Result<(), ManifestError> {
         self.check_descent()?;
         self.check_texts()?;
-        check_machine(&self.machine)?;
+        check_vm(&self.vm_record)?;
         self.check_spaces()?;
         self.check_ram_blocks()?;
         self.check_disks()?;
@@ -88,12 +88,12 @@ impl Manifest {
     }
 
     fn check_descent(&self) -> Result<(), ManifestError> {
-        MANIFEST.that(self.seq >= CheckpointSeq::FIRST, "seq", "below 1")?;
+        MANIFEST.that(self.id >= CheckpointId::FIRST, "seq", "below 1")?;
         match (self.kind, self.parent) {
             (CheckpointKind::Full, parent) => MANIFEST.that(parent.is_none(), "parent", "given though the checkpoint is full"),
             (CheckpointKind::Incremental, None) => MANIFEST.that(false, "parent", "missing though the checkpoint is incremental"),
             (CheckpointKind::Incremental, Some(parent)) => {
-                let older = (CheckpointSeq::FIRST..self.seq).contains(&parent);
+                let older = (CheckpointId::FIRST..self.id).contains(&parent);
                 MANIFEST.that(older, "parent", "not an earlier checkpoint")
             }
         }
@@ -129,10 +129,10 @@ impl Manifest {
         let carried = carried.fold(0, |sum: u64, block| sum.saturating_add(block.used.0));
         let fits = carried <= MAX_CARRIED_RAM.0;
         MANIFEST.that(fits, "ram_blocks", "of more memory beside the main block than a restore can hold")?;
-        let main = self.ram_blocks.iter().find(|block| block.name == self.machine.ram_block);
+        let main = self.ram_blocks.iter().find(|block| block.name == self.vm_record.ram_block);
         MANIFEST.that(main.is_some(), "machine.ram_block", "not among the RAM blocks")?;
-        let fits = main.is_none_or(|block| block.used <= self.machine.ram_bytes);
-        MANIFEST.that(fits, "machine.ram_block", "larger than the machine's RAM")
+        let fits = main.is_none_or(|block| block.used <= self.vm_record.ram_bytes);
+        MANIFEST.that(fits, "machine.ram_block", "larger than the VM's RAM")
     }
 
     fn check_ram_block(&self, block: &RamBlockRecord) -> Result<(), ManifestError> {
@@ -185,24 +185,24 @@ fn check_layer(field: &str, layer: &LayerRef) -> Result<(), ManifestError> {
     MANIFEST.that(fits_a_space(layer.len), field, "on a layer larger than a space can be")
 }
 
-fn check_machine(machine: &MachineRecord) -> Result<(), ManifestError> {
-    MANIFEST.text("machine.qemu_version", &machine.qemu_version)?;
-    MANIFEST.text("machine.program", &machine.program)?;
-    MANIFEST.named("machine.machine_type", &machine.machine_type)?;
-    MANIFEST.text("machine.accelerator", &machine.accelerator)?;
-    MANIFEST.count("arguments", machine.arguments.len(), MAX_ARGUMENTS)?;
-    for argument in &machine.arguments {
+fn check_vm(vm: &VmRecord) -> Result<(), ManifestError> {
+    MANIFEST.text("machine.qemu_version", &vm.qemu_version)?;
+    MANIFEST.text("machine.program", &vm.program)?;
+    MANIFEST.named("machine.machine_type", &vm.machine_type)?;
+    MANIFEST.text("machine.accelerator", &vm.accelerator)?;
+    MANIFEST.count("arguments", vm.arguments.len(), MAX_ARGUMENTS)?;
+    for argument in &vm.arguments {
         MANIFEST.text("machine.arguments", argument)?;
     }
-    MANIFEST.text("machine.directory", &machine.directory)?;
-    MANIFEST.count("boot files", machine.files.len(), MAX_BOOT_FILES)?;
-    for file in &machine.files {
+    MANIFEST.text("machine.directory", &vm.directory)?;
+    MANIFEST.count("boot files", vm.files.len(), MAX_BOOT_FILES)?;
+    for file in &vm.files {
         MANIFEST.named("machine.files", &file.path)?;
         check_layer("machine.files", file)?;
     }
-    let vcpus = (1..=MAX_VCPUS).contains(&machine.vcpus);
+    let vcpus = (1..=MAX_VCPUS).contains(&vm.vcpus);
     MANIFEST.that(vcpus, "machine.vcpus", "none or impossibly many")?;
-    let ram = fits_a_space(machine.ram_bytes);
+    let ram = fits_a_space(vm.ram_bytes);
     MANIFEST.that(ram, "machine.ram_bytes", "larger than a space can be")
 }
 

@@ -106,7 +106,7 @@ pub enum EncodeError {
     NotAscending { before: PageIndex, page: PageIndex },
     #[error("store page {page}: no space has more than {limit} pages; check the space's size")]
     PageBeyondLimit { page: PageIndex, limit: u64 },
-    #[error("name the spaces of a pack: got {found}, the limit is {limit}; split the machine's spaces")]
+    #[error("name the spaces of a pack: got {found}, the limit is {limit}; split the VM's spaces")]
     TooManySpaces { found: usize, limit: usize },
     #[error("name the spaces of a pack: {name} is there twice; name each space once")]
     DuplicateSpace { name: SpaceName },

@@ -22,7 +22,7 @@ const CHECKED_LEN: usize = HEADER_LEN - size_of::<Checksum>();
 pub struct PackId(pub [u8; 16]);
 
 impl PackId {
-    /// An id from things that are together unique: the machine's instance, the checkpoint, the writer's epoch, a count.
+    /// An id from things that are together unique: the VM's instance, the checkpoint, the writer's epoch, a count.
     ///
     /// # Panics
     /// Never: a digest is longer than an ID.

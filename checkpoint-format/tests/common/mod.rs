@@ -112,14 +112,14 @@ pub fn sample_manifest() -> Manifest {
     let space = |text, bytes| SpaceRecord::new(name(text), ByteLen(bytes));
     Manifest {
         vm: VmName::new("web-1").expect("a good name"),
-        seq: CheckpointSeq(7),
-        parent: Some(CheckpointSeq(5)),
+        id: CheckpointId(7),
+        parent: Some(CheckpointId(5)),
         kind: CheckpointKind::Incremental,
         epoch: Epoch(2),
         instance: "6f1e9b52".into(),
         created_at: "2026-01-31T23:59:59.250Z".into(),
         stillpoint_version: "0.1.0".into(),
-        machine: sample_machine(),
+        vm_record: sample_vm(),
         run_state: None,
         spaces: vec![space("ram:pc.ram", 64 << 20), space("disk:root", 1 << 30), space("state:device", 12345)],
         ram_blocks: vec![RamBlockRecord {
@@ -140,8 +140,8 @@ pub fn sample_manifest() -> Manifest {
     }
 }
 
-fn sample_machine() -> MachineRecord {
-    MachineRecord {
+fn sample_vm() -> VmRecord {
+    VmRecord {
         qemu_version: "10.0.2".into(),
         program: "/usr/bin/qemu-system-x86_64".into(),
         machine_type: "pc-q35-10.0".into(),

@@ -61,7 +61,7 @@ fn remote(op: Op, path: &StorePath, class: &str, message: &str) -> StoreError {
     let first_line = message.lines().next().unwrap_or_default();
     let reason = format!("{short}: {first_line}");
     match short {
-        // A lease is gone when its file is: the directory was removed under the writer.
+        // A claim is gone when its file is: the directory was removed under the writer.
         "FileNotFoundException" | "LeaseExpiredException" => StoreError::NotFound { op, path: shown },
         "FileAlreadyExistsException" | "AlreadyBeingCreatedException" => StoreError::AlreadyExists { op, path: shown },
         // What a rename onto a name of the other kind says.

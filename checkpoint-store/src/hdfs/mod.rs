@@ -46,7 +46,7 @@ const DIR_MODE: u32 = 0o750;
 pub struct HdfsOptions {
     /// How long the NameNode may take to answer.
     pub call_timeout: Duration,
-    /// How long a transfer may stand still. Reads turn to another copy after a third of it.
+    /// How long a transfer may be stopped. Reads turn to another copy after a third of it.
     pub stall_timeout: Duration,
     /// Whether the DataNodes sync to disk before a put counts as done. Without, a power cut of all of them at once
     /// can lose a file that was stored. Not possible for erasure-coded files, which are refused.

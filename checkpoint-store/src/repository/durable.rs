@@ -1,24 +1,24 @@
 //! The proof that a checkpoint exists.
 
-use checkpoint_format::{CheckpointSeq, DurableReceipt, Epoch, VmName};
+use checkpoint_format::{CheckpointId, DurableReceipt, Epoch, VmName};
 
 /// A checkpoint that is committed and readable by another host.
 ///
 /// Only [`super::PartialCheckpoint::commit`] makes one, after the rename is known to have happened. Whoever holds
 /// bits that stand for unsaved changes lets go of them for this and for nothing else.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[must_use = "a durable checkpoint settles the leases that it carries"]
+#[must_use = "a durable checkpoint acknowledges the claims that it carries"]
 pub struct Durable {
     vm: VmName,
-    seq: CheckpointSeq,
+    id: CheckpointId,
     epoch: Epoch,
     least_replicas: Option<u16>,
     short_of_replicas: usize,
 }
 
 impl Durable {
-    pub(super) fn new(vm: VmName, seq: CheckpointSeq, epoch: Epoch, least_replicas: Option<u16>, short_of_replicas: usize) -> Self {
-        Durable { vm, seq, epoch, least_replicas, short_of_replicas }
+    pub(super) fn new(vm: VmName, id: CheckpointId, epoch: Epoch, least_replicas: Option<u16>, short_of_replicas: usize) -> Self {
+        Durable { vm, id, epoch, least_replicas, short_of_replicas }
     }
 
     /// The VM whose checkpoint was committed.
@@ -27,8 +27,8 @@ impl Durable {
     }
 
     /// The ID of the committed checkpoint.
-    pub fn seq(&self) -> CheckpointSeq {
-        self.seq
+    pub fn id(&self) -> CheckpointId {
+        self.id
     }
 
     /// The writer epoch that committed it.
@@ -48,7 +48,7 @@ impl Durable {
 }
 
 impl DurableReceipt for Durable {
-    fn checkpoint(&self) -> (&VmName, CheckpointSeq) {
-        (&self.vm, self.seq)
+    fn checkpoint(&self) -> (&VmName, CheckpointId) {
+        (&self.vm, self.id)
     }
 }

@@ -1,6 +1,6 @@
-//! Layers: immutable disk images, stored once for all machines under the digest of their content.
+//! Layers: immutable disk images, stored once for all VMs under the digest of their content.
 //!
-//! Nobody owns a layer. Machines may store the same one at the same time, each in a partial directory of its own; the
+//! Nobody owns a layer. VMs may store the same one at the same time, each in a partial directory of its own; the
 //! first rename wins and the others find that what they wanted is there.
 //!
 //! An upload that was cut off leaves its partial directory. The next upload, of whatever layer, removes those that nobody can need:
@@ -16,7 +16,7 @@ use tracing::warn;
 
 use super::Repository;
 use super::layout;
-use super::retry::{Naming, StoredPack, steady, store_file};
+use super::retry::{Naming, StoredPack, retrying, store_file};
 use crate::error::{Op, Result, StoreError};
 use crate::nonce::nonce;
 use crate::path::StorePath;
@@ -29,7 +29,7 @@ const MAX_RENAME_TRIES: u32 = 5;
 pub enum LayerOutcome {
     /// The layer was committed.
     Stored,
-    /// Another machine stored the same content first.
+    /// Another VM stored the same content first.
     AlreadyThere,
 }
 
@@ -49,7 +49,7 @@ impl Repository {
     /// When the store cannot be read.
     pub async fn has_layer(&self, digest: &ContentDigest) -> Result<bool> {
         let path = layout::layer(digest);
-        Ok(steady(|| self.store.stat(&path)).await?.is_some())
+        Ok(retrying(|| self.store.stat(&path)).await?.is_some())
     }
 
     /// Begins the upload of a layer, in a directory of its own. Removes abandoned uploads.
@@ -64,7 +64,7 @@ impl Repository {
         Ok(PartialLayer { repository: self.clone(), digest: *digest, dir })
     }
 
-    /// Removes uploads that nobody goes on with. `ours` was made just now. What fails is left to the next upload.
+    /// Removes uploads that nobody continues with. `ours` was made just now. What fails is left to the next upload.
     async fn sweep_partial_layers(&self, ours: &StorePath) {
         if let Err(error) = self.try_sweep(ours).await {
             warn!(%error, "abandoned uploads of layers were not removed");
@@ -72,7 +72,7 @@ impl Repository {
     }
 
     async fn try_sweep(&self, ours: &StorePath) -> Result<()> {
-        let Some(now) = steady(|| self.store.stat(ours)).await?.map(|stat| stat.modified) else { return Ok(()) };
+        let Some(now) = retrying(|| self.store.stat(ours)).await?.map(|stat| stat.modified) else { return Ok(()) };
         let names = self.names(&layout::layers()).await?;
         let committed: HashSet<ContentDigest> = names.iter().filter_map(|name| name.parse().ok()).collect();
         for name in names.iter().filter(|name| *name != ours.name()) {
@@ -80,7 +80,7 @@ impl Repository {
             let path = layout::layers().join(name)?;
             if committed.contains(&digest) || self.is_abandoned(&path, now).await? {
                 warn!(%path, "removing an abandoned upload of a layer");
-                steady(|| self.store.remove(&path)).await?;
+                retrying(|| self.store.remove(&path)).await?;
             }
         }
         Ok(())
@@ -88,7 +88,7 @@ impl Repository {
 
     /// Missing counts as not: somebody has just committed or removed it.
     async fn is_abandoned(&self, path: &StorePath, now: SystemTime) -> Result<bool> {
-        let stat = steady(|| self.store.stat(path)).await?;
+        let stat = retrying(|| self.store.stat(path)).await?;
         Ok(stat.is_some_and(|stat| now.duration_since(stat.modified).is_ok_and(|age| age >= self.abandoned_after)))
     }
 
@@ -109,7 +109,7 @@ impl Repository {
     /// When the file is missing, longer than `limit`, or cannot be read.
     pub async fn read_layer_file(&self, digest: &ContentDigest, name: &str, limit: u64) -> Result<Bytes> {
         let path = layout::layer(digest).join(name)?;
-        steady(|| self.store.read(&path, limit)).await
+        retrying(|| self.store.read(&path, limit)).await
     }
 
     /// Exactly `len` bytes of a layer's file.
@@ -118,7 +118,7 @@ impl Repository {
     /// When the range is not in the file, or cannot be read.
     pub async fn read_layer_range(&self, digest: &ContentDigest, name: &str, offset: u64, len: u64) -> Result<Bytes> {
         let path = layout::layer(digest).join(name)?;
-        steady(|| self.store.read_range(&path, offset, len)).await
+        retrying(|| self.store.read_range(&path, offset, len)).await
     }
 
     /// The length of a file of a layer in bytes.
@@ -135,7 +135,7 @@ impl Repository {
     /// When the store cannot be written.
     pub async fn remove_layer(&self, digest: &ContentDigest) -> Result<()> {
         let path = layout::layer(digest);
-        steady(|| self.store.remove(&path)).await
+        retrying(|| self.store.remove(&path)).await
     }
 }
 
@@ -204,7 +204,7 @@ impl PartialLayer {
                 _ => break Err(error),
             }
         };
-        let removed = steady(|| store.remove(&self.dir)).await;
+        let removed = retrying(|| store.remove(&self.dir)).await;
         if outcome.is_ok() {
             self.repository.sweep_uploads_of(&self.digest).await;
         }
@@ -219,7 +219,7 @@ impl PartialLayer {
         if !self.repository.has_layer(&self.digest).await? {
             return Ok(None);
         }
-        let ours_left = steady(|| self.repository.store.stat(&self.dir)).await?.is_some();
+        let ours_left = retrying(|| self.repository.store.stat(&self.dir)).await?.is_some();
         Ok(Some(if ours_left { LayerOutcome::AlreadyThere } else { LayerOutcome::Stored }))
     }
 
@@ -228,6 +228,6 @@ impl PartialLayer {
     /// # Errors
     /// When the partial layer cannot be removed; the next upload of any layer removes it.
     pub async fn abort(self) -> std::result::Result<(), StoreError> {
-        steady(|| self.repository.store.remove(&self.dir)).await
+        retrying(|| self.repository.store.remove(&self.dir)).await
     }
 }

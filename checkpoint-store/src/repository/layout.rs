@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use checkpoint_format::{CheckpointSeq, Checksum, ContentDigest, Epoch, VmName};
+use checkpoint_format::{CheckpointId, Checksum, ContentDigest, Epoch, VmName};
 
 use crate::path::StorePath;
 
@@ -60,43 +60,43 @@ pub(crate) fn checkpoints(vm: &VmName) -> StorePath {
     path(format_args!("vms/{vm}/checkpoints"))
 }
 
-pub(crate) fn checkpoint(vm: &VmName, seq: CheckpointSeq) -> StorePath {
-    path(format_args!("vms/{vm}/checkpoints/{}", seq.0))
+pub(crate) fn checkpoint(vm: &VmName, id: CheckpointId) -> StorePath {
+    path(format_args!("vms/{vm}/checkpoints/{}", id.0))
 }
 
 pub(crate) fn proofs(vm: &VmName) -> StorePath {
     path(format_args!("vms/{vm}/proofs"))
 }
 
-pub(crate) fn proof(vm: &VmName, seq: CheckpointSeq, key: &Checksum) -> StorePath {
-    path(format_args!("vms/{vm}/proofs/{}.{key}.json", seq.0))
+pub(crate) fn proof(vm: &VmName, id: CheckpointId, key: &Checksum) -> StorePath {
+    path(format_args!("vms/{vm}/proofs/{}.{key}.json", id.0))
 }
 
 /// The checkpoint that a proof's file is of.
-pub(crate) fn proof_of(name: &str) -> Option<CheckpointSeq> {
-    let (seq, _) = name.strip_suffix(".json")?.split_once('.')?;
-    number(seq).map(CheckpointSeq)
+pub(crate) fn proof_of(name: &str) -> Option<CheckpointId> {
+    let (id, _) = name.strip_suffix(".json")?.split_once('.')?;
+    number(id).map(CheckpointId)
 }
 
 /// Where a checkpoint grows. The try is part of the name because a request that timed out may still be carried out
 /// by the store later: a late rename of an earlier try must not find a later one under its name.
 pub(crate) fn partial_checkpoint(vm: &VmName, partial: &PartialName) -> StorePath {
-    let PartialName { seq, epoch, attempt } = partial;
-    path(format_args!("vms/{vm}/checkpoints/{}.{}-{attempt}{PARTIAL}", seq.0, epoch.0))
+    let PartialName { id, epoch, attempt } = partial;
+    path(format_args!("vms/{vm}/checkpoints/{}.{}-{attempt}{PARTIAL}", id.0, epoch.0))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct PartialName {
-    pub seq: CheckpointSeq,
+    pub id: CheckpointId,
     pub epoch: Epoch,
     pub attempt: u64,
 }
 
 impl PartialName {
     pub(crate) fn parse(name: &str) -> Option<Self> {
-        let (seq, rest) = name.strip_suffix(PARTIAL)?.split_once('.')?;
+        let (id, rest) = name.strip_suffix(PARTIAL)?.split_once('.')?;
         let (epoch, attempt) = rest.split_once('-')?;
-        Some(PartialName { seq: CheckpointSeq(number(seq)?), epoch: Epoch(number(epoch)?), attempt: number(attempt)? })
+        Some(PartialName { id: CheckpointId(number(id)?), epoch: Epoch(number(epoch)?), attempt: number(attempt)? })
     }
 }
 
@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn partial_names_parse_back() {
         let vm: VmName = "vm".parse().expect("valid");
-        let name = PartialName { seq: CheckpointSeq(12), epoch: Epoch(3), attempt: 4 };
+        let name = PartialName { id: CheckpointId(12), epoch: Epoch(3), attempt: 4 };
         let path = partial_checkpoint(&vm, &name);
         assert_eq!(path.as_str(), "vms/vm/checkpoints/12.3-4.partial");
         assert_eq!(PartialName::parse(path.name()), Some(name));
@@ -150,9 +150,9 @@ mod tests {
     #[test]
     fn proofs_name_their_checkpoint() {
         let vm: VmName = "vm".parse().expect("valid");
-        let path = proof(&vm, CheckpointSeq(12), &Checksum([0x1b; 16]));
+        let path = proof(&vm, CheckpointId(12), &Checksum([0x1b; 16]));
         assert_eq!(path.as_str(), format!("vms/vm/proofs/12.{}.json", "1b".repeat(16)));
-        assert_eq!(proof_of(path.name()), Some(CheckpointSeq(12)));
+        assert_eq!(proof_of(path.name()), Some(CheckpointId(12)));
         assert_eq!([proof_of("12.json"), proof_of("012.a.json"), proof_of("x.a.json")], [None; 3]);
     }
 

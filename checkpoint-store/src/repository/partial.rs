@@ -3,13 +3,13 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use checkpoint_format::{CheckpointSeq, Epoch, PackName};
+use checkpoint_format::{CheckpointId, Epoch, PackName};
 use tracing::{debug, warn};
 
 use super::durable::Durable;
 use super::layout::{self, PartialName};
 use super::reading::MAX_MANIFEST_LEN;
-use super::retry::{Naming, StoredPack, steady, store_file};
+use super::retry::{Naming, StoredPack, retrying, store_file};
 use super::writer::Writer;
 use crate::error::{Result, StoreError};
 use crate::path::StorePath;
@@ -54,7 +54,7 @@ impl KeptPartial {
     /// When the store fails.
     pub async fn remove(self) -> Result<()> {
         let dir = self.dir();
-        steady(|| self.leftover.writer.repository.store.remove(&dir)).await
+        retrying(|| self.leftover.writer.repository.store.remove(&dir)).await
     }
 }
 
@@ -106,8 +106,8 @@ impl PartialCheckpoint {
     }
 
     /// The ID that the checkpoint will have.
-    pub fn seq(&self) -> CheckpointSeq {
-        self.name.seq
+    pub fn id(&self) -> CheckpointId {
+        self.name.id
     }
 
     /// The epoch of its writer.
@@ -148,7 +148,7 @@ impl PartialCheckpoint {
     /// When the pack does not have them, or the store fails.
     pub async fn read_pack_range(&self, name: &PackName, offset: u64, len: u64) -> Result<Bytes> {
         let path = self.dir.join(name.as_str())?;
-        steady(|| self.writer.repository.store.read_range(&path, offset, len)).await
+        retrying(|| self.writer.repository.store.read_range(&path, offset, len)).await
     }
 
     /// What is stored: names and lengths.
@@ -156,7 +156,7 @@ impl PartialCheckpoint {
     /// # Errors
     /// When a newer writer has fenced this one, or the store fails.
     pub async fn files(&self) -> Result<Vec<Entry>> {
-        match steady(|| self.writer.repository.store.list(&self.dir)).await {
+        match retrying(|| self.writer.repository.store.list(&self.dir)).await {
             Ok(files) => Ok(files),
             Err(error) => Err(self.explain(error).await),
         }
@@ -168,7 +168,7 @@ impl PartialCheckpoint {
     /// When the store fails.
     pub async fn remove_file(&self, name: &str) -> Result<()> {
         let path = self.dir.join(name)?;
-        steady(|| self.writer.repository.store.remove(&path)).await
+        retrying(|| self.writer.repository.store.remove(&path)).await
     }
 
     /// Gives up, but keeps what was stored for the writer's next checkpoint.
@@ -217,13 +217,13 @@ impl PartialCheckpoint {
     pub async fn publish(self, Sealed(manifest): Sealed) -> Result<Durable> {
         self.rename(&manifest).await?;
         let tally = *self.tally();
-        let (vm, seq, epoch) = (self.writer.vm.clone(), self.name.seq, self.name.epoch);
-        Ok(Durable::new(vm, seq, epoch, tally.least_replicas, tally.short))
+        let (vm, id, epoch) = (self.writer.vm.clone(), self.name.id, self.name.epoch);
+        Ok(Durable::new(vm, id, epoch, tally.least_replicas, tally.short))
     }
 
     async fn rename(&self, manifest: &Bytes) -> Result<()> {
         let store = &self.writer.repository.store;
-        let target = layout::checkpoint(&self.writer.vm, self.name.seq);
+        let target = layout::checkpoint(&self.writer.vm, self.name.id);
         let mut tries = 0;
         loop {
             tries += 1;
@@ -236,29 +236,29 @@ impl PartialCheckpoint {
             }
             let hung = matches!(error, StoreError::Timeout { .. });
             if hung || !error.is_retryable() || tries >= MAX_RENAME_TRIES {
-                return self.settle(manifest, error).await;
+                return self.acknowledge(manifest, error).await;
             }
         }
     }
 
     /// Makes the outcome of a failed rename final: once its source is gone, a rename still on its way can't happen.
-    async fn settle(&self, manifest: &Bytes, error: StoreError) -> Result<()> {
+    async fn acknowledge(&self, manifest: &Bytes, error: StoreError) -> Result<()> {
         let store = &self.writer.repository.store;
-        let removed = steady(|| store.remove(&self.dir)).await;
+        let removed = retrying(|| store.remove(&self.dir)).await;
         let committed = self.is_committed(manifest).await;
         match (committed, removed) {
             (Ok(true), _) => Ok(()),
             (Ok(false), Ok(())) => Err(self.explain(withdrawn(error)).await),
             (Ok(false), Err(_)) | (Err(_), _) if !error.is_ambiguous() => Err(error),
             (Ok(false), Err(reason)) | (Err(reason), _) => {
-                Err(StoreError::CommitUnknown { vm: self.writer.vm.clone(), seq: self.name.seq, reason: format!("{error}; then {reason}") })
+                Err(StoreError::CommitUnknown { vm: self.writer.vm.clone(), id: self.name.id, reason: format!("{error}; then {reason}") })
             }
         }
     }
 
     /// Whether the checkpoint under our number is ours.
     async fn is_committed(&self, manifest: &Bytes) -> Result<bool> {
-        let found = self.writer.repository.read_manifest(&self.writer.vm, self.name.seq).await;
+        let found = self.writer.repository.read_manifest(&self.writer.vm, self.name.id).await;
         match found {
             Ok(found) => Ok(found == manifest),
             Err(error) if error.is_not_found() => Ok(false),
@@ -271,7 +271,7 @@ impl PartialCheckpoint {
     /// # Errors
     /// When the partial checkpoint cannot be removed; the next claim of the VM removes it.
     pub async fn abort(self) -> Result<()> {
-        steady(|| self.writer.repository.store.remove(&self.dir)).await
+        retrying(|| self.writer.repository.store.remove(&self.dir)).await
     }
 
     /// A missing directory means, most likely, that another writer removed it.

@@ -2,11 +2,11 @@
 //! them, and a reader that does not know them misses nothing.
 
 use bytes::Bytes;
-use checkpoint_format::{CheckpointSeq, Checksum, VmName};
+use checkpoint_format::{CheckpointId, Checksum, VmName};
 
 use super::Repository;
 use super::layout;
-use super::retry::steady;
+use super::retry::retrying;
 use crate::error::{Result, StoreError};
 use crate::store::PutOptions;
 
@@ -21,8 +21,8 @@ impl Repository {
     ///
     /// # Errors
     /// When the note is too long, or cannot be stored.
-    pub async fn note_proof(&self, vm: &VmName, seq: CheckpointSeq, key: &Checksum, note: Bytes) -> Result<bool> {
-        let path = layout::proof(vm, seq, key);
+    pub async fn note_proof(&self, vm: &VmName, id: CheckpointId, key: &Checksum, note: Bytes) -> Result<bool> {
+        let path = layout::proof(vm, id, key);
         let len = note.len() as u64;
         if len > MAX_PROOF_LEN {
             let what = "the length of a proof's note";
@@ -40,18 +40,18 @@ impl Repository {
     ///
     /// # Errors
     /// When the store cannot be read.
-    pub async fn proofs(&self, vm: &VmName, seq: CheckpointSeq) -> Result<Vec<Bytes>> {
+    pub async fn proofs(&self, vm: &VmName, id: CheckpointId) -> Result<Vec<Bytes>> {
         let folder = layout::proofs(vm);
-        let entries = match steady(|| self.store.list(&folder)).await {
+        let entries = match retrying(|| self.store.list(&folder)).await {
             Ok(entries) => entries,
             Err(error) if error.is_not_found() => return Ok(Vec::new()),
             Err(error) => return Err(error),
         };
         let mut notes = Vec::new();
-        let ours = entries.iter().filter(|entry| !entry.is_dir && layout::proof_of(&entry.name) == Some(seq));
+        let ours = entries.iter().filter(|entry| !entry.is_dir && layout::proof_of(&entry.name) == Some(id));
         for entry in ours.take(MAX_PROOFS) {
             let path = folder.join(&entry.name)?;
-            if let Ok(note) = steady(|| self.store.read(&path, MAX_PROOF_LEN)).await {
+            if let Ok(note) = retrying(|| self.store.read(&path, MAX_PROOF_LEN)).await {
                 notes.push(note);
             }
         }

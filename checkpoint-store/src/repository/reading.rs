@@ -3,11 +3,11 @@
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use checkpoint_format::{CheckpointSeq, VmName};
+use checkpoint_format::{CheckpointId, VmName};
 
 use super::Repository;
 use super::layout;
-use super::retry::steady;
+use super::retry::retrying;
 use crate::error::{Op, Result, StoreError};
 use crate::path::StorePath;
 
@@ -15,7 +15,7 @@ use crate::path::StorePath;
 pub const MAX_MANIFEST_LEN: u64 = (64 << 20) + 1024;
 
 impl Repository {
-    /// The machines that have checkpoints or had a writer, by name.
+    /// The VMs that have checkpoints or had a writer, by name.
     ///
     /// # Errors
     /// When the store cannot be read.
@@ -24,55 +24,55 @@ impl Repository {
         Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
-    /// The committed checkpoints of a machine, ascending. None if there is no such machine.
+    /// The committed checkpoints of a VM, ascending. None if there is no such VM.
     ///
     /// # Errors
     /// When the store cannot be read.
-    pub async fn checkpoints(&self, vm: &VmName) -> Result<Vec<CheckpointSeq>> {
+    pub async fn checkpoints(&self, vm: &VmName) -> Result<Vec<CheckpointId>> {
         let names = self.names(&layout::checkpoints(vm)).await?;
-        let mut found: Vec<CheckpointSeq> = names.iter().filter_map(|name| layout::number(name)).map(CheckpointSeq).collect();
+        let mut found: Vec<CheckpointId> = names.iter().filter_map(|name| layout::number(name)).map(CheckpointId).collect();
         found.sort();
         Ok(found)
     }
 
-    /// When an entry of the directory of a machine's checkpoints last came or went, by the store's clock; `None`: there is no such
+    /// When an entry of the directory of a VM's checkpoints last came or went, by the store's clock; `None`: there is no such
     /// directory.
     ///
     /// # Errors
     /// When the store cannot be read.
     pub async fn checkpoints_changed(&self, vm: &VmName) -> Result<Option<SystemTime>> {
         let path = layout::checkpoints(vm);
-        Ok(steady(|| self.store.stat(&path)).await?.map(|stat| stat.modified))
+        Ok(retrying(|| self.store.stat(&path)).await?.map(|stat| stat.modified))
     }
 
     /// The sealed manifest of a checkpoint.
     ///
     /// # Errors
     /// When the checkpoint is missing, its manifest is too long, or the store cannot be read.
-    pub async fn read_manifest(&self, vm: &VmName, seq: CheckpointSeq) -> Result<Bytes> {
-        let path = layout::checkpoint(vm, seq).join(layout::MANIFEST)?;
-        steady(|| self.store.read(&path, MAX_MANIFEST_LEN)).await
+    pub async fn read_manifest(&self, vm: &VmName, id: CheckpointId) -> Result<Bytes> {
+        let path = layout::checkpoint(vm, id).join(layout::MANIFEST)?;
+        retrying(|| self.store.read(&path, MAX_MANIFEST_LEN)).await
     }
 
     /// Exactly `len` bytes of a pack.
     ///
     /// # Errors
     /// When the range is not in the pack, or cannot be read.
-    pub async fn read_pack_range(&self, vm: &VmName, seq: CheckpointSeq, name: &str, offset: u64, len: u64) -> Result<Bytes> {
-        let path = layout::checkpoint(vm, seq).join(name)?;
-        steady(|| self.store.read_range(&path, offset, len)).await
+    pub async fn read_pack_range(&self, vm: &VmName, id: CheckpointId, name: &str, offset: u64, len: u64) -> Result<Bytes> {
+        let path = layout::checkpoint(vm, id).join(name)?;
+        retrying(|| self.store.read_range(&path, offset, len)).await
     }
 
     /// The length of a pack in bytes.
     ///
     /// # Errors
     /// When the pack is missing, or the store cannot be read.
-    pub async fn pack_len(&self, vm: &VmName, seq: CheckpointSeq, name: &str) -> Result<u64> {
-        self.file_len(&layout::checkpoint(vm, seq).join(name)?).await
+    pub async fn pack_len(&self, vm: &VmName, id: CheckpointId, name: &str) -> Result<u64> {
+        self.file_len(&layout::checkpoint(vm, id).join(name)?).await
     }
 
     pub(super) async fn file_len(&self, path: &StorePath) -> Result<u64> {
-        match steady(|| self.store.stat(path)).await? {
+        match retrying(|| self.store.stat(path)).await? {
             Some(stat) if !stat.is_dir => Ok(stat.len),
             _ => Err(StoreError::not_found(Op::Stat, path)),
         }
@@ -80,7 +80,7 @@ impl Repository {
 
     /// The directories in a directory; none if it is missing.
     pub(super) async fn names(&self, path: &StorePath) -> Result<Vec<String>> {
-        match steady(|| self.store.list(path)).await {
+        match retrying(|| self.store.list(path)).await {
             Ok(entries) => Ok(entries.into_iter().filter(|e| e.is_dir).map(|e| e.name).collect()),
             Err(error) if error.is_not_found() => Ok(Vec::new()),
             Err(error) => Err(error),

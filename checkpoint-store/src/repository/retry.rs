@@ -1,6 +1,6 @@
 //! How a file gets into a store that is not well.
 //!
-//! HDFS fails a write as a whole when it picks a dead DataNode for a new block, and it goes on picking it until the
+//! HDFS fails a write as a whole when it picks a dead DataNode for a new block, and it continues picking it until the
 //! NameNode notices (ten minutes by default). With as many nodes as wanted copies, every write fails. So: a few tries
 //! with the wanted copies, then many quick ones with fewer (each has a chance to miss the dead node), and afterwards
 //! the store is asked to make up the missing copies. Each try has a name of its own, because a failed one may leave
@@ -98,7 +98,7 @@ impl StoredPack {
 
 /// Does something that may be done twice, again if the store says that it can't just now. A call that hung is not
 /// repeated: it had its time.
-pub(crate) async fn steady<T, F: Future<Output = Result<T>>>(call: impl Fn() -> F) -> Result<T> {
+pub(crate) async fn retrying<T, F: Future<Output = Result<T>>>(call: impl Fn() -> F) -> Result<T> {
     const TRIES: u32 = 3;
     const PAUSE: Duration = Duration::from_millis(50);
     let mut tries = 1;
@@ -188,7 +188,7 @@ pub(crate) async fn store_file(
             Ok(replicas) => {
                 remove_leftovers(store, leftovers).await;
                 let len = total_len(&data);
-                let pack = settle(store, &path, name, len, replicas, wanted, attempts).await;
+                let pack = acknowledge(store, &path, name, len, replicas, wanted, attempts).await;
                 retry.remember(&pack);
                 return Ok(pack);
             }
@@ -261,7 +261,7 @@ async fn remove_leftovers(store: &Bounded, leftovers: Vec<StorePath>) {
     }
 }
 
-async fn settle(
+async fn acknowledge(
     store: &Bounded,
     path: &StorePath,
     name: PackName,

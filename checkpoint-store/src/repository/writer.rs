@@ -1,4 +1,4 @@
-//! Who may write a machine's checkpoints.
+//! Who may write a VM's checkpoints.
 //!
 //! There is no lock that a dead helper could hold and no clock that could be wrong. A writer claims the next epoch by
 //! creating its record exclusively; the highest epoch is the writer. Claiming then removes every partial checkpoint of
@@ -14,13 +14,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use checkpoint_format::{CheckpointSeq, Epoch, VmName};
+use checkpoint_format::{CheckpointId, Epoch, VmName};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::layout::{self, PartialName, WriterFile};
 use super::partial::{KeptPartial, PartialCheckpoint};
-use super::retry::{steady, store_exclusive};
+use super::retry::{retrying, store_exclusive};
 use super::{Repository, bounded::Bounded};
 use crate::error::{Op, Result, StoreError};
 use crate::nonce::nonce;
@@ -40,7 +40,7 @@ pub struct WriterRecord {
     pub host: String,
     /// The kernel's boot id: tells a helper that restarted from a host that did.
     pub boot_id: String,
-    /// The machine's running instance: a helper that restarts beside the same QEMU process goes on with it.
+    /// The VM's running instance: a helper that restarts beside the same QEMU process continues with it.
     pub instance: String,
     /// The helper's process ID.
     pub pid: u32,
@@ -117,7 +117,7 @@ impl Claim {
 }
 
 impl Repository {
-    /// The claims on a machine, oldest first.
+    /// The claims on a VM, oldest first.
     ///
     /// # Errors
     /// When the store cannot be read.
@@ -182,7 +182,7 @@ impl Repository {
             Ok(()) => Ok(true),
             // Perhaps taken by our own call, whose answer was lost.
             Err(error) if error.is_already_exists() || error.is_ambiguous() => {
-                match steady(|| self.store.read(&path, MAX_RECORD_LEN)).await {
+                match retrying(|| self.store.read(&path, MAX_RECORD_LEN)).await {
                     Ok(found) => Ok(found == text),
                     Err(lost) if lost.is_not_found() => Err(error),
                     Err(lost) => Err(lost),
@@ -212,7 +212,7 @@ fn held(vm: &VmName, holder: &WriterInfo) -> StoreError {
 /// The epochs claimed, ascending, and those released.
 async fn list_claims(store: &Bounded, vm: &VmName) -> Result<(Vec<Epoch>, HashSet<Epoch>)> {
     let path = layout::writers(vm);
-    let entries = match steady(|| store.list(&path)).await {
+    let entries = match retrying(|| store.list(&path)).await {
         Err(error) if error.is_not_found() => Vec::new(),
         other => other?,
     };
@@ -232,7 +232,7 @@ async fn list_claims(store: &Bounded, vm: &VmName) -> Result<(Vec<Epoch>, HashSe
 
 async fn read_record(store: &Bounded, vm: &VmName, epoch: Epoch) -> Result<Option<WriterRecord>> {
     let path = layout::writer(vm, epoch);
-    let text = match steady(|| store.read(&path, MAX_RECORD_LEN)).await {
+    let text = match retrying(|| store.read(&path, MAX_RECORD_LEN)).await {
         Ok(text) => text,
         // Pruned since it was listed, or nothing that we wrote: a claim all the same.
         Err(StoreError::NotFound { .. } | StoreError::Limit { .. }) => return Ok(None),
@@ -241,7 +241,7 @@ async fn read_record(store: &Bounded, vm: &VmName, epoch: Epoch) -> Result<Optio
     Ok(serde_json::from_slice::<SavedRecord>(&text).ok().map(|saved| saved.record))
 }
 
-/// The right to write a machine's checkpoints, until a higher epoch is claimed. One checkpoint at a time.
+/// The right to write a VM's checkpoints, until a higher epoch is claimed. One checkpoint at a time.
 #[derive(Debug, Clone)]
 pub struct Writer {
     pub(super) repository: Repository,
@@ -311,9 +311,9 @@ impl Writer {
         let Repository { store, .. } = &self.repository;
         let (claims, _) = list_claims(store, &self.vm).await?;
         let (vm, checkpoints) = (layout::vm(&self.vm), layout::checkpoints(&self.vm));
-        let committed = steady(|| store.list(&checkpoints)).await?;
+        let committed = retrying(|| store.list(&checkpoints)).await?;
         if claims == [self.epoch] && committed.is_empty() {
-            return steady(|| store.remove(&vm)).await;
+            return retrying(|| store.remove(&vm)).await;
         }
         self.release().await
     }
@@ -324,10 +324,10 @@ impl Writer {
     /// # Errors
     /// When the checkpoint exists, a newer writer has fenced this one, or the store cannot be
     /// written.
-    pub async fn begin(&self, seq: CheckpointSeq) -> Result<PartialCheckpoint> {
-        self.check_free(seq).await?;
+    pub async fn begin(&self, id: CheckpointId) -> Result<PartialCheckpoint> {
+        self.check_free(id).await?;
         self.remove_left().await?;
-        let partial = self.create_partial(seq).await?;
+        let partial = self.create_partial(id).await?;
         match self.check().await {
             Ok(()) => Ok(partial),
             Err(error) => {
@@ -347,18 +347,18 @@ impl Writer {
     ///
     /// # Errors
     /// When a newer writer has fenced this one, there is a checkpoint of that ID, or the store fails.
-    pub async fn resume(&self, seq: CheckpointSeq, kept: &KeptPartial) -> Result<Option<PartialCheckpoint>> {
+    pub async fn resume(&self, id: CheckpointId, kept: &KeptPartial) -> Result<Option<PartialCheckpoint>> {
         if kept.epoch() != self.epoch {
             return Ok(None);
         }
-        self.check_free(seq).await?;
+        self.check_free(id).await?;
         let store = &self.repository.store;
-        let partial = PartialCheckpoint::after(kept, self.clone(), self.next_name(seq));
+        let partial = PartialCheckpoint::after(kept, self.clone(), self.next_name(id));
         match store.rename_dir(&kept.dir(), partial.dir()).await {
             Ok(()) => {}
             Err(error) if error.is_not_found() => return Ok(None),
             Err(error) => {
-                let is_there = steady(|| store.stat(partial.dir())).await?.is_some();
+                let is_there = retrying(|| store.stat(partial.dir())).await?.is_some();
                 warn!(dir = %partial.dir(), %error, is_there, "an earlier try's directory was not renamed in order");
                 if !is_there {
                     return Err(error);
@@ -372,27 +372,27 @@ impl Writer {
         Ok(Some(partial))
     }
 
-    async fn check_free(&self, seq: CheckpointSeq) -> Result<()> {
-        let committed = layout::checkpoint(&self.vm, seq);
-        match steady(|| self.repository.store.stat(&committed)).await? {
+    async fn check_free(&self, id: CheckpointId) -> Result<()> {
+        let committed = layout::checkpoint(&self.vm, id);
+        match retrying(|| self.repository.store.stat(&committed)).await? {
             Some(_) => Err(StoreError::already_exists(Op::CreateDir, &committed)),
             None => Ok(()),
         }
     }
 
-    fn next_name(&self, seq: CheckpointSeq) -> PartialName {
-        PartialName { seq, epoch: self.epoch, attempt: self.attempts.fetch_add(1, Ordering::Relaxed) + 1 }
+    fn next_name(&self, id: CheckpointId) -> PartialName {
+        PartialName { id, epoch: self.epoch, attempt: self.attempts.fetch_add(1, Ordering::Relaxed) + 1 }
     }
 
-    async fn create_partial(&self, seq: CheckpointSeq) -> Result<PartialCheckpoint> {
+    async fn create_partial(&self, id: CheckpointId) -> Result<PartialCheckpoint> {
         let mut tries = 0;
         loop {
             tries += 1;
-            let partial = PartialCheckpoint::new(self.clone(), self.next_name(seq));
+            let partial = PartialCheckpoint::new(self.clone(), self.next_name(id));
             match self.repository.store.create_dir(partial.dir()).await {
                 Ok(()) => return Ok(partial),
                 Err(error) if tries < MAX_BEGIN_TRIES && (error.is_retryable() || error.is_already_exists()) => {
-                    warn!(vm = %self.vm, %seq, %error, "partial checkpoint could not be made, trying again");
+                    warn!(vm = %self.vm, %id, %error, "partial checkpoint could not be made, trying again");
                 }
                 Err(error) => return Err(error),
             }
@@ -403,10 +403,10 @@ impl Writer {
     ///
     /// # Errors
     /// When a newer writer has fenced this one, or the store cannot be written.
-    pub async fn remove_checkpoint(&self, seq: CheckpointSeq) -> Result<()> {
+    pub async fn remove_checkpoint(&self, id: CheckpointId) -> Result<()> {
         self.check().await?;
-        let path = layout::checkpoint(&self.vm, seq);
-        steady(|| self.repository.store.remove(&path)).await
+        let path = layout::checkpoint(&self.vm, id);
+        retrying(|| self.repository.store.remove(&path)).await
     }
 
     /// Most of them are gone, because they were committed or aborted.
@@ -414,7 +414,7 @@ impl Writer {
         let left: Vec<PartialName> = lock(&self.left).iter().copied().collect();
         for name in left {
             let path = layout::partial_checkpoint(&self.vm, &name);
-            steady(|| self.repository.store.remove(&path)).await?;
+            retrying(|| self.repository.store.remove(&path)).await?;
             lock(&self.left).remove(&name);
         }
         Ok(())
@@ -423,11 +423,11 @@ impl Writer {
     async fn remove_partials(&self, doomed: impl Fn(&PartialName) -> bool) -> Result<()> {
         let store = &self.repository.store;
         let dir = layout::checkpoints(&self.vm);
-        for entry in steady(|| store.list(&dir)).await? {
+        for entry in retrying(|| store.list(&dir)).await? {
             if PartialName::parse(&entry.name).is_some_and(|name| doomed(&name)) {
                 let path = dir.join(&entry.name)?;
                 warn!(%path, "removing a partial checkpoint");
-                steady(|| store.remove(&path)).await?;
+                retrying(|| store.remove(&path)).await?;
             }
         }
         Ok(())

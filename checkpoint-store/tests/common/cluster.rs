@@ -92,7 +92,7 @@ impl Cluster {
 }
 
 impl Drop for Cluster {
-    /// Whatever a failed test left stopped or dead is repaired by the next `up`; a stopped process must go on for it.
+    /// Whatever a failed test left stopped or dead is repaired by the next `up`; a stopped process must continue for it.
     fn drop(&mut self) {
         if self.own.is_none() {
             return;

@@ -191,8 +191,8 @@ async fn race<F: Future<Output = Result<(), StoreError>> + Send + 'static>(call:
 }
 
 pub async fn one_exclusive_put_wins(store: Shared) {
-    for round in 0..4 {
-        let name = format!("epoch-{round}");
+    for pass in 0..4 {
+        let name = format!("epoch-{pass}");
         let at = path(&name);
         let winners = race(|racer| {
             let (store, at) = (store.clone(), at.clone());

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use checkpoint_format::{CheckpointSeq, Checksum, ContentDigest, DurableReceipt, Epoch, PackName, VmName};
+use checkpoint_format::{CheckpointId, Checksum, ContentDigest, DurableReceipt, Epoch, PackName, VmName};
 use checkpoint_store::{
     Claim, Fault, FaultRule, FaultyStore, LayerOutcome, Mode, Op, PutOptions, Repository, RepositoryOptions, Store, StoreError, StorePath,
     Writer,
@@ -72,32 +72,32 @@ async fn refused(repository: &Repository, instance: &str, claim: Claim) -> Store
 }
 
 /// A checkpoint of two packs; the manifest names them, so that completeness can be checked from it.
-pub async fn committed(writer: &Writer, seq: u64) -> Result<(), StoreError> {
-    let partial = writer.begin(CheckpointSeq(seq)).await?;
-    let a = partial.put_pack("ram", vec![noise(100_000, seq + 1)]).await?;
-    let b = partial.put_pack("disk", vec![noise(50_000, seq + 2)]).await?;
-    let manifest = format!("{seq} {} {} {}", writer.epoch(), a.name, b.name);
+pub async fn committed(writer: &Writer, checkpoint_id: u64) -> Result<(), StoreError> {
+    let partial = writer.begin(CheckpointId(checkpoint_id)).await?;
+    let a = partial.put_pack("ram", vec![noise(100_000, checkpoint_id + 1)]).await?;
+    let b = partial.put_pack("disk", vec![noise(50_000, checkpoint_id + 2)]).await?;
+    let manifest = format!("{checkpoint_id} {} {} {}", writer.epoch(), a.name, b.name);
     let durable = partial.commit(manifest.into()).await?;
-    assert_eq!(durable.checkpoint(), (&vm(), CheckpointSeq(seq)));
+    assert_eq!(durable.checkpoint(), (&vm(), CheckpointId(checkpoint_id)));
     Ok(())
 }
 
 /// Checks that a checkpoint made by [`committed`] is all there.
-pub async fn assert_complete(repository: &Repository, seq: u64) {
-    let manifest = repository.read_manifest(&vm(), CheckpointSeq(seq)).await.expect("manifest");
+pub async fn assert_complete(repository: &Repository, checkpoint_id: u64) {
+    let manifest = repository.read_manifest(&vm(), CheckpointId(checkpoint_id)).await.expect("manifest");
     let manifest = String::from_utf8(manifest.to_vec()).expect("text");
     let words: Vec<&str> = manifest.split(' ').collect();
-    assert_eq!(words[0], seq.to_string());
-    for (name, expected) in [(words[2], noise(100_000, seq + 1)), (words[3], noise(50_000, seq + 2))] {
-        let len = repository.pack_len(&vm(), CheckpointSeq(seq), name).await.expect("length");
-        let found = repository.read_pack_range(&vm(), CheckpointSeq(seq), name, 0, len).await.expect("range");
+    assert_eq!(words[0], checkpoint_id.to_string());
+    for (name, expected) in [(words[2], noise(100_000, checkpoint_id + 1)), (words[3], noise(50_000, checkpoint_id + 2))] {
+        let len = repository.pack_len(&vm(), CheckpointId(checkpoint_id), name).await.expect("length");
+        let found = repository.read_pack_range(&vm(), CheckpointId(checkpoint_id), name, 0, len).await.expect("range");
         assert_eq!(found, expected);
     }
 }
 
 async fn numbers(repository: &Repository) -> Vec<u64> {
     let found = repository.checkpoints(&vm()).await.expect("checkpoints");
-    found.into_iter().map(|seq| seq.0).collect()
+    found.into_iter().map(|checkpoint_id| checkpoint_id.0).collect()
 }
 
 async fn everything_in_checkpoints(store: &Shared) -> Vec<String> {
@@ -143,31 +143,31 @@ pub async fn a_checkpoint_exists_after_its_commit_and_not_before(store: Shared) 
     let repository = opened(store).await;
     assert_eq!(repository.vms().await.expect("vms"), []);
     let writer = claimed(&repository, "i", same("i")).await;
-    let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = writer.begin(CheckpointId(1)).await.expect("begin");
     let pack = partial.put_pack("ram", vec![bytes("0123"), bytes("456")]).await.expect("put");
     assert_eq!((pack.name.as_str(), pack.len, pack.attempts), ("ram.pack", 7, 1));
     assert_eq!(numbers(&repository).await, [0; 0]);
-    let error = repository.read_manifest(&vm(), CheckpointSeq(1)).await.expect_err("not yet");
+    let error = repository.read_manifest(&vm(), CheckpointId(1)).await.expect_err("not yet");
     assert!(error.is_not_found());
     let durable = partial.commit(bytes("manifest")).await.expect("commit");
-    assert_eq!((durable.seq(), durable.epoch()), (CheckpointSeq(1), writer.epoch()));
+    assert_eq!((durable.id(), durable.epoch()), (CheckpointId(1), writer.epoch()));
     assert_eq!(numbers(&repository).await, [1]);
     assert_eq!(repository.vms().await.expect("vms"), [vm()]);
-    assert_eq!(repository.read_manifest(&vm(), CheckpointSeq(1)).await.expect("there"), "manifest");
-    let part = repository.read_pack_range(&vm(), CheckpointSeq(1), "ram.pack", 3, 2).await.expect("range");
+    assert_eq!(repository.read_manifest(&vm(), CheckpointId(1)).await.expect("there"), "manifest");
+    let part = repository.read_pack_range(&vm(), CheckpointId(1), "ram.pack", 3, 2).await.expect("range");
     assert_eq!(part, "34");
-    let outside = repository.read_pack_range(&vm(), CheckpointSeq(1), "../1/ram.pack", 0, 1).await;
+    let outside = repository.read_pack_range(&vm(), CheckpointId(1), "../1/ram.pack", 0, 1).await;
     assert!(matches!(outside.expect_err("a way out"), StoreError::InvalidPath { .. }));
 }
 
 pub async fn numbers_are_used_once(store: Shared) {
     let repository = opened(store).await;
     let writer = claimed(&repository, "i", same("i")).await;
-    for seq in [1, 2, 10] {
-        committed(&writer, seq).await.expect("commit");
+    for checkpoint_id in [1, 2, 10] {
+        committed(&writer, checkpoint_id).await.expect("commit");
     }
     assert_eq!(numbers(&repository).await, [1, 2, 10]);
-    let error = writer.begin(CheckpointSeq(2)).await.expect_err("used");
+    let error = writer.begin(CheckpointId(2)).await.expect_err("used");
     assert!(error.is_already_exists(), "{error}");
 }
 
@@ -266,7 +266,7 @@ pub async fn concurrent_takeovers_leave_one_writer(store: Shared) {
 pub async fn an_old_writer_can_store_nothing_after_a_claim(store: Shared) {
     let repository = opened(store.clone()).await;
     let old = claimed(&repository, "a", same("a")).await;
-    let partial = old.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = old.begin(CheckpointId(1)).await.expect("begin");
     partial.put_pack("before", vec![bytes("x")]).await.expect("put");
     let new = claimed(&repository, "b", Claim::TakeOver).await;
     assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
@@ -274,7 +274,7 @@ pub async fn an_old_writer_can_store_nothing_after_a_claim(store: Shared) {
     assert!(error.is_fenced(), "{error}");
     let error = partial.commit(bytes("old")).await.expect_err("fenced");
     assert!(error.is_fenced(), "{error}");
-    assert!(old.begin(CheckpointSeq(2)).await.expect_err("fenced").is_fenced());
+    assert!(old.begin(CheckpointId(2)).await.expect_err("fenced").is_fenced());
     committed(&new, 1).await.expect("commit");
     assert_complete(&repository, 1).await;
     assert_eq!(everything_in_checkpoints(&store).await, ["1"]);
@@ -285,7 +285,7 @@ pub async fn an_old_writers_rename_fails_after_a_claim(store: Shared) {
     let slow = FaultyStore::new(store.clone());
     let repository = opened(Arc::new(slow.clone())).await;
     let old = claimed(&repository, "a", same("a")).await;
-    let partial = old.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = old.begin(CheckpointId(1)).await.expect("begin");
     partial.put_pack("ram", vec![bytes("x")]).await.expect("put");
     slow.inject(FaultRule::once(Op::RenameDir, Fault::Slow(Duration::from_secs(2))));
     let commit = tokio::spawn(partial.commit(bytes("old")));
@@ -307,7 +307,7 @@ pub async fn a_partial_made_after_a_claim_is_noticed(store: Shared) {
     let repository = opened(Arc::new(slow.clone())).await;
     let old = claimed(&repository, "a", same("a")).await;
     slow.inject(FaultRule::once(Op::CreateDir, Fault::Slow(Duration::from_secs(1))));
-    let begin = tokio::spawn(async move { old.begin(CheckpointSeq(1)).await });
+    let begin = tokio::spawn(async move { old.begin(CheckpointId(1)).await });
     while slow.calls(Op::CreateDir, "partial") == 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
@@ -330,13 +330,13 @@ pub async fn what_was_committed_before_a_claim_stays(store: Shared) {
 pub async fn a_killed_writer_leaves_nothing_visible(store: Shared) {
     let repository = opened(store.clone()).await;
     let writer = claimed(&repository, "a", same("a")).await;
-    let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = writer.begin(CheckpointId(1)).await.expect("begin");
     partial.put_pack("ram", vec![noise(100_000, 1)]).await.expect("put");
     // What a kill leaves: everything stored, nobody to rename it.
     #[expect(clippy::disallowed_methods, reason = "a helper that is killed drops nothing")]
     std::mem::forget(partial);
     assert_eq!(numbers(&repository).await, [0; 0]);
-    assert!(repository.read_manifest(&vm(), CheckpointSeq(1)).await.expect_err("none").is_not_found());
+    assert!(repository.read_manifest(&vm(), CheckpointId(1)).await.expect_err("none").is_not_found());
     let restarted = claimed(&repository, "a", same("a")).await;
     assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
     committed(&restarted, 1).await.expect("commit");
@@ -346,13 +346,13 @@ pub async fn a_killed_writer_leaves_nothing_visible(store: Shared) {
 pub async fn resume_has_what_an_earlier_try_stored(store: Shared) {
     let repository = opened(store.clone()).await;
     let writer = claimed(&repository, "a", same("a")).await;
-    let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = writer.begin(CheckpointId(1)).await.expect("begin");
     let pack = partial.put_pack("ram", vec![noise(100_000, 2)]).await.expect("put");
     let left = partial.put_pack("left", vec![bytes("x")]).await.expect("put");
     let _sealed = partial.seal(bytes("of the first try")).await.expect("seal");
     let kept = partial.keep();
     assert_eq!(everything_in_checkpoints(&store).await, ["1.1-1.partial"]);
-    let partial = writer.resume(CheckpointSeq(1), &kept).await.expect("resume").expect("it is there");
+    let partial = writer.resume(CheckpointId(1), &kept).await.expect("resume").expect("it is there");
     drop(kept);
     assert_eq!(everything_in_checkpoints(&store).await, ["1.1-2.partial"], "a late put of the first try finds no directory");
     let names: Vec<String> = partial.files().await.expect("files").into_iter().map(|file| file.name).collect();
@@ -371,14 +371,14 @@ pub async fn resume_has_what_an_earlier_try_stored(store: Shared) {
 pub async fn resume_fenced_writer_gets_nothing(store: Shared) {
     let repository = opened(store.clone()).await;
     let old = claimed(&repository, "a", same("a")).await;
-    let partial = old.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = old.begin(CheckpointId(1)).await.expect("begin");
     partial.put_pack("ram", vec![bytes("x")]).await.expect("put");
     let kept = partial.keep();
     let new = claimed(&repository, "a", same("a")).await;
     assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
-    assert!(old.resume(CheckpointSeq(1), &kept).await.expect("nothing is wrong yet").is_none());
-    assert!(new.resume(CheckpointSeq(1), &kept).await.expect("nothing is wrong").is_none(), "another writer's");
-    assert!(old.begin(CheckpointSeq(1)).await.expect_err("fenced").is_fenced());
+    assert!(old.resume(CheckpointId(1), &kept).await.expect("nothing is wrong yet").is_none());
+    assert!(new.resume(CheckpointId(1), &kept).await.expect("nothing is wrong").is_none(), "another writer's");
+    assert!(old.begin(CheckpointId(1)).await.expect_err("fenced").is_fenced());
     committed(&new, 1).await.expect("commit");
 }
 
@@ -387,14 +387,14 @@ pub async fn resume_behind_a_claims_removal_is_noticed(store: Shared) {
     let slow = FaultyStore::new(store.clone());
     let repository = opened(Arc::new(slow.clone())).await;
     let old = claimed(&repository, "a", same("a")).await;
-    let kept = old.begin(CheckpointSeq(1)).await.expect("begin").keep();
+    let kept = old.begin(CheckpointId(1)).await.expect("begin").keep();
     slow.inject(FaultRule::once(Op::Remove, Fault::Slow(Duration::from_secs(1))).on("partial"));
     let other = repository.clone();
     let claim = tokio::spawn(async move { claimed(&other, "b", Claim::TakeOver).await });
     while slow.calls(Op::Remove, "partial") == 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    let error = old.resume(CheckpointSeq(1), &kept).await.expect_err("fenced");
+    let error = old.resume(CheckpointId(1), &kept).await.expect_err("fenced");
     assert!(error.is_fenced(), "{error}");
     claim.await.expect("no panic");
     assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
@@ -403,12 +403,12 @@ pub async fn resume_behind_a_claims_removal_is_noticed(store: Shared) {
 pub async fn an_abort_leaves_nothing(store: Shared) {
     let repository = opened(store.clone()).await;
     let writer = claimed(&repository, "a", same("a")).await;
-    let partial = writer.begin(CheckpointSeq(1)).await.expect("begin");
+    let partial = writer.begin(CheckpointId(1)).await.expect("begin");
     partial.put_pack("ram", vec![bytes("x")]).await.expect("put");
     partial.abort().await.expect("abort");
     assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
     // One that is only dropped stays until the next begin.
-    drop(writer.begin(CheckpointSeq(1)).await.expect("begin"));
+    drop(writer.begin(CheckpointId(1)).await.expect("begin"));
     assert_eq!(everything_in_checkpoints(&store).await.len(), 1);
     committed(&writer, 1).await.expect("commit");
     assert_eq!(everything_in_checkpoints(&store).await, ["1"]);
@@ -419,7 +419,7 @@ pub async fn a_checkpoint_can_be_removed(store: Shared) {
     let writer = claimed(&repository, "a", same("a")).await;
     committed(&writer, 1).await.expect("commit");
     committed(&writer, 2).await.expect("commit");
-    writer.remove_checkpoint(CheckpointSeq(1)).await.expect("remove");
+    writer.remove_checkpoint(CheckpointId(1)).await.expect("remove");
     assert_eq!(numbers(&repository).await, [2]);
 }
 
@@ -489,13 +489,13 @@ pub async fn an_upload_that_another_makes_useless_ends(store: Shared) {
 
 pub async fn proofs_are_noted_once(store: Shared) {
     let repository = opened(store).await;
-    let (seq, keys) = (CheckpointSeq(3), [Checksum([1; 16]), Checksum([2; 16])]);
-    assert_eq!(repository.proofs(&vm(), seq).await.expect("read"), Vec::<Bytes>::new());
-    let note = async |seq: u64, key: usize, text: &'static str| {
+    let (checkpoint_id, keys) = (CheckpointId(3), [Checksum([1; 16]), Checksum([2; 16])]);
+    assert_eq!(repository.proofs(&vm(), checkpoint_id).await.expect("read"), Vec::<Bytes>::new());
+    let note = async |checkpoint_id: u64, key: usize, text: &'static str| {
         let (vm, text) = (vm(), Bytes::from_static(text.as_bytes()));
-        repository.note_proof(&vm, CheckpointSeq(seq), &keys[key], text).await.expect("note")
+        repository.note_proof(&vm, CheckpointId(checkpoint_id), &keys[key], text).await.expect("note")
     };
     assert!(note(3, 0, "one").await && note(3, 1, "two").await && note(30, 0, "another checkpoint's").await);
     assert!(!note(3, 0, "again").await, "a note stays as it is");
-    assert_eq!(repository.proofs(&vm(), seq).await.expect("read"), ["one", "two"]);
+    assert_eq!(repository.proofs(&vm(), checkpoint_id).await.expect("read"), ["one", "two"]);
 }

@@ -1,4 +1,4 @@
-//! The foothold in QEMU: opens a userfaultfd and a few files of `/proc/self` inside the virtual machine's process, and hands
+//! The foothold in QEMU: opens a userfaultfd and a few files of `/proc/self` inside the VM's process, and hands
 //! them to whoever may connect to a unix socket.
 //!
 //! `-plugin file=libstillpoint_plugin.so,socket=PATH[,ramfd=N]`, on any accelerator. `N` is the descriptor of the RAM file

@@ -4,7 +4,7 @@
 pub mod pagemap;
 pub mod read_mapping;
 pub mod receive;
-pub mod scratch;
+pub mod trial;
 pub mod watch_mapping;
 pub mod write_protect;
 

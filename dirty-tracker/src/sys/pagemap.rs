@@ -35,7 +35,7 @@ const BUFFER_RUNS: usize = 1 << 17;
 /// `struct page_region`
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
-struct PageRegion {
+struct PageBlock {
     start: u64,
     end: u64,
     categories: u64,
@@ -89,12 +89,12 @@ impl ScanArg {
 /// `_IOWR('f', 16, struct pm_scan_arg)`
 const PAGEMAP_SCAN: libc::Ioctl = (3 << 30 | size_of::<ScanArg>() << 16 | (b'f' as usize) << 8 | 16) as libc::Ioctl;
 
-const _: () = assert!(size_of::<PageRegion>() == 24);
+const _: () = assert!(size_of::<PageBlock>() == 24);
 const _: () = assert!(PAGEMAP_SCAN == 0xc060_6610 as libc::Ioctl);
 
 /// Room for the kernel's answers, kept between scans.
 #[derive(Debug)]
-pub struct ScanBuffer(Vec<PageRegion>);
+pub struct ScanBuffer(Vec<PageBlock>);
 
 impl ScanBuffer {
     pub fn new() -> Self {
@@ -102,7 +102,7 @@ impl ScanBuffer {
     }
 
     fn with_runs(runs: usize) -> Self {
-        Self(vec![PageRegion::default(); runs])
+        Self(vec![PageBlock::default(); runs])
     }
 }
 
@@ -184,7 +184,7 @@ mod test {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::sys::scratch::Scratch;
+    use crate::sys::trial::TrialMemory;
     use crate::sys::write_protect::{protect, protect_at_once, register};
     use plugin_protocol::uffd;
 
@@ -193,14 +193,14 @@ mod test {
 
     /// Shared memory of our own, registered.
     struct Fixture {
-        memory: Scratch,
+        memory: TrialMemory,
         pagemap: File,
         uffd: uffd::OpenUffd,
     }
 
     impl Fixture {
         fn new() -> Self {
-            let memory = Scratch::new((PAGES * PAGE) as usize).unwrap();
+            let memory = TrialMemory::new((PAGES * PAGE) as usize).unwrap();
             let uffd = uffd::open().unwrap();
             register(uffd.fd.as_fd(), &memory.addresses()).unwrap();
             Self { memory, pagemap: File::open("/proc/self/pagemap").unwrap(), uffd }
@@ -276,7 +276,7 @@ mod test {
 
     #[test]
     fn memory_that_is_not_registered_is_an_error() {
-        let memory = Scratch::new(PAGE as usize).unwrap();
+        let memory = TrialMemory::new(PAGE as usize).unwrap();
         let pagemap = File::open("/proc/self/pagemap").unwrap();
         let mut buffer = ScanBuffer::with_runs(1);
         let result = scan(&pagemap, memory.addresses(), Categories::WRITTEN, Then::Leave, &mut buffer, drop);
@@ -296,7 +296,7 @@ mod test {
                 let mut longest = Duration::ZERO;
                 while !done.load(Ordering::Relaxed) {
                     let begun = Instant::now();
-                    drop(Scratch::new(PAGE as usize).unwrap());
+                    drop(TrialMemory::new(PAGE as usize).unwrap());
                     longest = longest.max(begun.elapsed());
                 }
                 longest
@@ -314,7 +314,7 @@ mod test {
     #[test]
     #[ignore = "takes 4 GiB of memory and prints figures"]
     fn what_mmap_waits_for_while_memory_is_protected() {
-        let mut memory = Scratch::new(4 * GIB).unwrap();
+        let mut memory = TrialMemory::new(4 * GIB).unwrap();
         (0..4 * GIB).step_by(PAGE as usize).for_each(|at| memory.write_byte(at));
         let range = memory.addresses();
         let pagemap = File::open("/proc/self/pagemap").unwrap();
@@ -323,8 +323,8 @@ mod test {
             scan_at_once(&pagemap, piece, Categories::WRITTEN, Then::Protect, &mut buffer, &mut drop).unwrap();
         };
         let print = |what: &str, (wait, took): (Duration, Duration)| println!("{what}: mmap waits {wait:?} at most, all takes {took:?}");
-        for round in 1..=3 {
-            println!("round {round}: 4 GiB in use");
+        for pass in 1..=3 {
+            println!("round {pass}: 4 GiB in use");
             // A new one each time: when it closes, its protection goes.
             let uffd = uffd::open().unwrap();
             register(uffd.fd.as_fd(), &range).unwrap();

@@ -8,8 +8,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
-use checkpoint_format::{CheckpointSeq, DurableReceipt, PageIndex, PageSet, VmName};
-use dirty_tracker::{GuestMemory, PluginHandles, Region, RegionId, RegionMemory, Tracker};
+use checkpoint_format::{CheckpointId, DurableReceipt, PageIndex, PageSet, VmName};
+use dirty_tracker::{BlockId, BlockMemory, GuestMemory, PluginHandles, TrackedBlock, Tracker};
 use tempfile::TempDir;
 
 pub const PAGE: u64 = 4096;
@@ -129,33 +129,33 @@ impl StandIn {
         PluginHandles::connect(&self.socket, TIMEOUT).expect("the plugin answers")
     }
 
-    pub fn regions(&self) -> Vec<Region> {
+    pub fn blocks(&self) -> Vec<TrackedBlock> {
         vec![
-            Region {
+            TrackedBlock {
                 name: "shared".into(),
                 host_address: self.shared_address,
                 bytes: self.memory.len(),
-                memory: RegionMemory::Shared(self.memory.clone()),
+                memory: BlockMemory::Shared(self.memory.clone()),
             },
-            Region {
+            TrackedBlock {
                 name: "private".into(),
                 host_address: self.private_address,
                 bytes: self.private_pages * PAGE,
-                memory: RegionMemory::Private,
+                memory: BlockMemory::Private,
             },
         ]
     }
 
     /// The same with holes watched, as for a VM with a balloon.
-    pub fn attach_watching(&self) -> (Tracker, RegionId, RegionId) {
+    pub fn attach_watching(&self) -> (Tracker, BlockId, BlockId) {
         let (mut tracker, shared, private) = self.attach();
         tracker.watch_holes().expect("holes can be watched");
         (tracker, shared, private)
     }
 
-    /// A tracker, and the numbers of the shared and the private region.
-    pub fn attach(&self) -> (Tracker, RegionId, RegionId) {
-        let tracker = Tracker::attach(self.handles(), self.regions()).expect("tracking starts");
+    /// A tracker, and the numbers of the shared and the private RAM block.
+    pub fn attach(&self) -> (Tracker, BlockId, BlockId) {
+        let tracker = Tracker::attach(self.handles(), self.blocks()).expect("tracking starts");
         let (shared, private) = (tracker.find("shared").expect("there"), tracker.find("private").expect("there"));
         (tracker, shared, private)
     }
@@ -203,7 +203,7 @@ impl Receipt {
 }
 
 impl DurableReceipt for Receipt {
-    fn checkpoint(&self) -> (&VmName, CheckpointSeq) {
-        (&self.0, CheckpointSeq(1))
+    fn checkpoint(&self) -> (&VmName, CheckpointId) {
+        (&self.0, CheckpointId(1))
     }
 }

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use vm::files;
 use vm::launch::command::{self, Start};
-use vm::runtime_dir::{MachineFile, RuntimeDir};
+use vm::runtime_dir::{RuntimeDir, VmFile};
 
 /// QEMU opens its monitor within 100 ms; a loaded host takes longer.
 const STARTUP: Duration = Duration::from_secs(60);
@@ -22,12 +22,12 @@ const NOT_INHERITED: &str = "STILLPOINT_";
 /// In a session of its own (by `setsid`), where the old one stands.
 ///
 /// `like`: the old process, whose environment it gets (a library path, say).
-pub fn start(file: &MachineFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestMemory, like: Option<u32>) -> Result<Process> {
+pub fn start(file: &VmFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestMemory, like: Option<u32>) -> Result<Process> {
     let log = runtime.qemu_log();
     let output = runtime.create_qemu_log()?;
     let errors = output.try_clone().context("opening QEMU's log twice")?;
     for socket in [runtime.qmp(), runtime.plugin()] {
-        // Left by an earlier machine of this name.
+        // Left by an earlier VM of this name.
         let _ = std::fs::remove_file(socket);
     }
     let mut command = Command::new("setsid");
@@ -85,7 +85,7 @@ pub fn explain(runtime: &RuntimeDir, error: Error) -> Error {
 }
 
 /// The QEMU of this instance that we started, found by its command line, when its number was not written down any more.
-pub fn find(file: &MachineFile) -> Option<Process> {
+pub fn find(file: &VmFile) -> Option<Process> {
     let id = format!("id=stillpoint-{}", file.instance);
     let ends_with_id = |word: &[u8]| word.ends_with(id.as_bytes());
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();

@@ -1,4 +1,4 @@
-//! After the decision: the new QEMU is the machine, and the old one goes. Every step can be done twice.
+//! After the decision: the new QEMU is the VM, and the old one goes. Every step can be done twice.
 
 use super::destination;
 use super::line::Later;
@@ -19,7 +19,7 @@ pub async fn finish(record: &Record, runtime: &RuntimeDir, source: Option<&Qmp>,
     announce(destination).await;
     // The kernel's marks are those of another process from now on.
     runtime.forget_exact_marks()?;
-    runtime.save_machine(&record.file)?;
+    runtime.save_vm(&record.file)?;
     end_source(record.source, source).await?;
     // What its owner had set for migrations, and nothing of this one.
     if let Err(error) = record.found.put_back(destination).await {
@@ -31,7 +31,7 @@ pub async fn finish(record: &Record, runtime: &RuntimeDir, source: Option<&Qmp>,
     Ok(notes)
 }
 
-/// Tells the network where the machine is now; a machine without a network does not mind.
+/// Tells the network where the VM is now; a VM without a network does not mind.
 async fn announce(destination: &Qmp) {
     let arguments = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
     if let Err(error) = destination.execute_json("announce-self", arguments).await {

@@ -19,14 +19,14 @@ pub fn check(process: &QemuProcess, ram_bytes: u64) -> Result<()> {
     check_memory(available_memory()?, ram_bytes)
 }
 
-/// Whoever looks after the machine knows the old process, and would find it ended.
+/// Whoever looks after the VM knows the old process, and would find it ended.
 fn check_manager(process: &QemuProcess) -> Result<()> {
     let options = arguments::parse(&process.words)?;
     let manager = Manager::of(&options).or_else(|| by_parent(process.pid));
     match manager {
         None => Ok(()),
         Some(manager) => Err(refused(format!(
-            "{name} manages this machine (pid {}) and would see it end: the domain would be lost to it; let {name} start the machine by \
+            "{name} manages this VM (pid {}) and would see it end: the domain would be lost to it; let {name} start the VM by \
              Stillpoint's wrapper instead (docs/libvirt.md), or checkpoint it by stream as it is",
             process.pid,
             name = manager.name(),
@@ -69,7 +69,7 @@ fn check_memory(available: u64, ram_bytes: u64) -> Result<()> {
         return Ok(());
     }
     Err(refused(format!(
-        "the machine is in memory twice while it moves: that needs {} MiB, and {} MiB are available on this host; free some, or checkpoint it \
+        "the VM is in memory twice while it moves: that needs {} MiB, and {} MiB are available on this host; free some, or checkpoint it \
          by stream as it is",
         needed >> 20,
         available >> 20
@@ -100,7 +100,7 @@ fn group_room() -> Option<u64> {
     room
 }
 
-/// A service manager that started QEMU takes its end for the machine's.
+/// A service manager that started QEMU takes its end for the VM's.
 pub fn service_of(pid: u32) -> Option<String> {
     let groups = files::read_text(format!("/proc/{pid}/cgroup")).ok()?;
     let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?.to_owned();
@@ -122,7 +122,7 @@ mod test {
     }
 
     #[test]
-    fn machines_of_a_manager_are_refused() {
+    fn vms_of_a_manager_are_refused() {
         let error = check_manager(&process(&["-chardev", "socket,id=charmonitor,fd=20"])).unwrap_err().to_string();
         assert!(error.contains("libvirt") && error.contains("docs/libvirt.md"), "{error}");
         check_manager(&process(&["-drive", "file=/var/lib/libvirt/images/a.qcow2"])).unwrap();

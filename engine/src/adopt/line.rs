@@ -41,7 +41,7 @@ const DROPPED: &[&str] = &["S", "D", "d", "daemonize", "incoming", "loadvm", "pi
 /// Whole options that one process alone can have, why, and what to do.
 const ALONE: &[(&str, &str, &str)] = &[
     ("add-fd", "its descriptor belongs to the old process", "open the file by its path"),
-    ("chroot", "the new QEMU could not open the same paths", "start the machine without it"),
+    ("chroot", "the new QEMU could not open the same paths", "start the VM without it"),
     ("curses", "its terminal is the old process's", "use -display none or a VNC display on a unix socket"),
     (
         "nographic",
@@ -49,10 +49,10 @@ const ALONE: &[(&str, &str, &str)] = &[
         "use -display none -serial unix:PATH,server=on,wait=off",
     ),
     ("sdl", "its window is the old process's", "use -display none"),
-    ("spice", "its port is the old process's", "start the machine without it"),
-    ("tpmdev", "the TPM serves one process only", "start the machine without it"),
-    ("runas", "the new process cannot be set up so", "start the machine as that user"),
-    ("run-with", "the new process cannot be set up so", "start the machine without it"),
+    ("spice", "its port is the old process's", "start the VM without it"),
+    ("tpmdev", "the TPM serves one process only", "start the VM without it"),
+    ("runas", "the new process cannot be set up so", "start the VM as that user"),
+    ("run-with", "the new process cannot be set up so", "start the VM without it"),
     ("xen-domid-restrict", "Xen owns the guest's memory", "run the guest under KVM or TCG"),
 ];
 
@@ -79,7 +79,7 @@ const OBJECTS: &[(&str, &str)] = &[
 /// Network backends that any number of processes can have side by side.
 const NETWORKS: &[&str] = &["user", "bridge", "hubport", "none", "tap"];
 
-/// Builds it from the options of the machine. `directory` is the QEMU's own.
+/// Builds it from the options of the VM. `directory` is the QEMU's own.
 pub fn rewrite(options: &[QemuOption], directory: &Path) -> Result<Line> {
     let mut walk = Walk { directory, line: Line::default(), serials: 0, networks: 0, has_display: false };
     for option in options {
@@ -142,7 +142,7 @@ impl Walk<'_> {
     fn check(&mut self, option: &QemuOption, implied: &str, table: &[(&str, &str)]) -> Result<()> {
         let kind = text(option, implied).unwrap_or_default();
         if let Some((_, why)) = table.iter().find(|(prefix, _)| kind.starts_with(prefix)) {
-            return Err(cannot(option, why, "start the machine without it"));
+            return Err(cannot(option, why, "start the VM without it"));
         }
         self.keep(option.clone());
         Ok(())
@@ -162,7 +162,7 @@ impl Walk<'_> {
     fn vnc(&mut self, option: &QemuOption) -> Result<()> {
         self.has_display = true;
         if option.value().split(',').next() != Some("none") {
-            return Err(cannot(option, "its port belongs to the old process", "start the machine with -display none or -vnc none"));
+            return Err(cannot(option, "its port belongs to the old process", "start the VM with -display none or -vnc none"));
         }
         self.keep(option.clone());
         Ok(())
@@ -262,7 +262,7 @@ mod test {
     }
 
     #[test]
-    fn an_ordinary_machine_stays_as_it_is() {
+    fn an_ordinary_vm_stays_as_it_is() {
         let same = "-machine type=pc-q35-7.2 -m 1G -display none -drive file=a.qcow2,node-name=sp-a -device virtio-net-pci,netdev=n \
                     -netdev bridge,id=n,br=br0 -serial none -monitor none -object iothread,id=t -vnc none";
         let same = same.split_whitespace().collect::<Vec<_>>().join(" ");

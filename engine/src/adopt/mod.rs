@@ -1,8 +1,8 @@
-//! Adoption: a machine that is attached by its monitor moves into a QEMU of ours while it runs.
+//! Adoption: a VM that is attached by its monitor moves into a QEMU of ours while it runs.
 //!
 //! ```text
 //! plan      nothing done   what is in the way is refused, with what to do
-//! start     guest runs     a second QEMU of the same machine, paused, its RAM in our memory
+//! start     guest runs     a second QEMU of the same VM, paused, its RAM in our memory
 //! move      guest runs     QEMU's own live migration, over a unix socket
 //! switch    guest stands   rest of memory, devices, disks; the decision; `cont` in the new QEMU
 //! finish    guest runs     the old QEMU ends, sockets get their names, machine.json says what there is now

@@ -8,9 +8,9 @@ use super::sockets::{self, Socket};
 use anyhow::{Context, Result};
 use qmp_bridge::Qmp;
 use qmp_bridge::disks::Disk;
-use qmp_bridge::handover::{self, BitmapMap, Found};
-use qmp_bridge::machine::MachineFacts;
+use qmp_bridge::local_migration::{self, BitmapMap, Found};
 use qmp_bridge::paused::run_state;
+use qmp_bridge::vm::VmFacts;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use vm::error::refused;
@@ -21,7 +21,7 @@ use vm::launch::qemu_binary::{self, QemuFacts};
 use vm::memory_source::can_pre_copy_live;
 use vm::reopen;
 use vm::running::Vm;
-use vm::runtime_dir::{External, MachineFile};
+use vm::runtime_dir::{External, VmFile};
 
 pub struct Plan {
     pub source: Process,
@@ -29,9 +29,9 @@ pub struct Plan {
     pub found: Found,
     pub bitmaps: BitmapMap,
     /// By which the new QEMU is started.
-    pub start: MachineFile,
-    /// What the machine is afterwards: its sockets have their names again.
-    pub file: MachineFile,
+    pub start: VmFile,
+    /// What the VM is afterwards: its sockets have their names again.
+    pub file: VmFile,
     pub later: Later,
     /// The files of its writable disks.
     pub images: Vec<PathBuf>,
@@ -42,44 +42,44 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub async fn make(machine: &Vm, qemu: Option<&Path>) -> Result<Self> {
-        let there = unprepared(&machine.file)?;
-        let process = QemuProcess::read(machine.pid)?;
-        let options = arguments::parse(&machine.file.arguments)?;
-        host::check(&process, machine.file.ram_bytes)?;
-        if can_pre_copy_live(&machine.facts).is_err() {
-            memory::check_readable(machine.pid)?;
+    pub async fn make(vm: &Vm, qemu: Option<&Path>) -> Result<Self> {
+        let there = external(&vm.file)?;
+        let process = QemuProcess::read(vm.pid)?;
+        let options = arguments::parse(&vm.file.arguments)?;
+        host::check(&process, vm.file.ram_bytes)?;
+        if can_pre_copy_live(&vm.facts).is_err() {
+            memory::check_readable(vm.pid)?;
         }
         let mut line = line::rewrite(&options, &process.directory)?;
-        check_machine(machine, &process.directory, &there.monitor).await?;
-        let drives = machine.disks().await?;
+        check_vm(vm, &process.directory, &there.monitor).await?;
+        let drives = vm.disks().await?;
         if let Some(what) = &drives.changed {
             return Err(refused(format!("{what} since the VM was started; put it back as it was, then adopt the VM")));
         }
         reopen::check_paths(&drives)?;
         let disks = drives.disks;
         let plugin = launch::plugin_path()?;
-        let program = qemu.unwrap_or(&machine.file.qemu);
+        let program = qemu.unwrap_or(&vm.file.qemu);
         let facts = qemu_binary::probe(program, &plugin)?;
-        check_program(&machine.file, &machine.qmp, &facts, program)?;
+        check_program(&vm.file, &vm.qmp, &facts, program)?;
         carry_monitor(&mut line, &there.monitor);
-        let file = MachineFile {
+        let file = VmFile {
             qemu: program.to_owned(),
             qemu_version: facts.version,
             pid: None,
             directory: process.directory.clone(),
-            unprepared: None,
-            ..machine.file.clone()
+            external: None,
+            ..vm.file.clone()
         };
-        let bitmaps = BitmapMap::survey(&machine.qmp, &names(&disks)).await.context("asking QEMU for its dirty bitmaps")?;
+        let bitmaps = BitmapMap::survey(&vm.qmp, &names(&disks)).await.context("asking QEMU for its dirty bitmaps")?;
         let mut notes = line.notes;
-        notes.extend(owner_notes(&bitmaps, machine.pid));
+        notes.extend(owner_notes(&bitmaps, vm.pid));
         Ok(Self {
             source: Process { pid: process.pid, started: process.started },
             monitor: there.monitor.clone(),
-            found: Found::read(&machine.qmp).await.context("asking for QEMU's migration settings")?,
+            found: Found::read(&vm.qmp).await.context("asking for QEMU's migration settings")?,
             bitmaps,
-            start: MachineFile { arguments: arguments::words(&line.options), ..file.clone() },
+            start: VmFile { arguments: arguments::words(&line.options), ..file.clone() },
             file,
             later: line.later,
             images: disks.iter().filter(|disk| !disk.read_only).map(|disk| disk.file.clone()).collect(),
@@ -90,8 +90,8 @@ impl Plan {
     }
 }
 
-fn unprepared(file: &MachineFile) -> Result<&External> {
-    file.unprepared.as_ref().ok_or_else(|| refused(format!("{} runs in a QEMU of Stillpoint's already", file.name)))
+fn external(file: &VmFile) -> Result<&External> {
+    file.external.as_ref().ok_or_else(|| refused(format!("{} runs in a QEMU of Stillpoint's already", file.name)))
 }
 
 /// The node that each disk has, and the one that it will have.
@@ -101,26 +101,26 @@ fn names(disks: &[Disk]) -> Vec<(String, String)> {
 
 fn owner_notes(bitmaps: &BitmapMap, pid: u32) -> Vec<String> {
     let left = bitmaps.left_behind().iter().map(|name| format!("dirty bitmap {name} is in use or damaged and does not go along"));
-    let service = host::service_of(pid).map(|unit| format!("{unit} sees its QEMU end; it must not start the machine again"));
+    let service = host::service_of(pid).map(|unit| format!("{unit} sees its QEMU end; it must not start the VM again"));
     left.chain(service).collect()
 }
 
 /// What QEMU itself says against it, now.
-async fn check_machine(machine: &Vm, directory: &Path, monitor: &Path) -> Result<()> {
-    let qmp = &machine.qmp;
-    handover::check_idle(qmp).await.map_err(|error| refused(error.to_string()))?;
-    let facts = MachineFacts::read(qmp).await.context("asking QEMU what machine it runs")?;
+async fn check_vm(vm: &Vm, directory: &Path, monitor: &Path) -> Result<()> {
+    let qmp = &vm.qmp;
+    local_migration::check_idle(qmp).await.map_err(|error| refused(error.to_string()))?;
+    let facts = VmFacts::read(qmp).await.context("asking QEMU what VM it runs")?;
     if let Some(why) = facts.migration_blockers.first() {
-        return Err(refused(format!("QEMU says that this machine cannot be migrated: {why}; remove that device")));
+        return Err(refused(format!("QEMU says that this VM cannot be migrated: {why}; remove that device")));
     }
-    machine.check_devices().await?;
+    vm.check_devices().await?;
     let state = run_state(qmp).await?;
     if state != "running" {
         return Err(refused(format!("the guest does not run (its state is `{state}`); let it run, then adopt it")));
     }
     let chardevs = ask(qmp, "query-chardev").await?;
     if let Some(client) = sockets::connected(&chardevs, directory, monitor) {
-        return Err(refused(format!("somebody is connected to {client} and would be cut off; disconnect, then adopt the machine")));
+        return Err(refused(format!("somebody is connected to {client} and would be cut off; disconnect, then adopt the VM")));
     }
     check_blocks(qmp).await?;
     check_displays(qmp).await
@@ -147,14 +147,14 @@ async fn check_displays(qmp: &Qmp) -> Result<()> {
     for command in ["query-vnc", "query-spice"] {
         // A QEMU without that display does not know the command.
         if qmp.execute_json(command, Value::Null).await.is_ok_and(|reply| is_used(&reply)) {
-            return Err(refused(format!("somebody looks at the machine's display ({command}) and would be cut off; disconnect first")));
+            return Err(refused(format!("somebody looks at the VM's display ({command}) and would be cut off; disconnect first")));
         }
     }
     Ok(())
 }
 
-/// A program as new as the one that runs the machine, and that has its machine type.
-fn check_program(file: &MachineFile, source: &Qmp, facts: &QemuFacts, program: &Path) -> Result<()> {
+/// A program as new as the one that runs the VM, and that has its machine type.
+fn check_program(file: &VmFile, source: &Qmp, facts: &QemuFacts, program: &Path) -> Result<()> {
     let running = (source.version().major, source.version().minor);
     if version(&facts.version) < Some(running) {
         return Err(refused(format!(
@@ -165,7 +165,7 @@ fn check_program(file: &MachineFile, source: &Qmp, facts: &QemuFacts, program: &
             file.name
         )));
     }
-    if facts.machines.iter().any(|machine| machine.name == file.machine_type) {
+    if facts.vms.iter().any(|vm| vm.name == file.machine_type) {
         return Ok(());
     }
     Err(refused(format!(
@@ -181,7 +181,7 @@ fn version(text: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// The monitor by which the machine is attached is its owner's, though a restored machine does not have it.
+/// The monitor by which the VM is attached is its owner's, though a restored VM does not have it.
 fn carry_monitor(line: &mut line::Line, monitor: &Path) {
     let text = monitor.to_string_lossy();
     match Socket::beside(&text, Path::new("/")) {

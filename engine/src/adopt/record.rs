@@ -1,27 +1,27 @@
 //! `adopt.json`: how far an adoption is, for whoever comes after a helper that was killed.
 //!
-//! Everything before [`Stage::Decided`] means that the old QEMU is the machine, everything from there on that the new one
+//! Everything before [`Stage::Decided`] means that the old QEMU is the VM, everything from there on that the new one
 //! is. The file is replaced by a rename before what it says takes effect.
 //!
 //! ```text
 //! started -> moving -> decided -> resuming -> running -> (removed)
 //!    |          |         |           |
-//!    +----------+---------+-----------+--> (removed): the old QEMU goes on
+//!    +----------+---------+-----------+--> (removed): the old QEMU continues
 //! ```
 //! `decided` means that the new QEMU was not told to run yet; when it dies there, the old one has everything that it had.
-//! `resuming` means that it may have run; then the old one goes on only if no disk was written since.
+//! `resuming` means that it may have run; then the old one continues only if no disk was written since.
 
 use super::line::Later;
 use anyhow::{Context, Result, bail};
-use qmp_bridge::handover::Found;
+use qmp_bridge::local_migration::Found;
 use serde::{Deserialize, Serialize};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use vm::launch::process;
-use vm::runtime_dir::{MachineFile, RuntimeDir};
+use vm::runtime_dir::{RuntimeDir, VmFile};
 
 const FORMAT: u32 = 1;
-/// It holds a machine's arguments, as machine.json does.
+/// It holds a VM's arguments, as machine.json does.
 const MAX_BYTES: u64 = 4 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,7 +39,7 @@ pub enum Stage {
     Running,
 }
 
-/// Which of the two is the machine.
+/// Which of the two is the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     Source,
@@ -47,7 +47,7 @@ pub enum Side {
 }
 
 impl Stage {
-    pub fn machine(self) -> Side {
+    pub fn vm(self) -> Side {
         match self {
             Self::Started | Self::Moving => Side::Source,
             Self::Decided | Self::Resuming | Self::Running => Side::Destination,
@@ -113,15 +113,15 @@ pub struct Record {
     pub destination: Option<Process>,
     /// The old QEMU's migration settings, as they were.
     pub found: Found,
-    /// What the machine is afterwards.
-    pub file: MachineFile,
+    /// What the VM is afterwards.
+    pub file: VmFile,
     pub later: Later,
     /// The writable images at the decision.
     pub images: Vec<ImageMark>,
 }
 
 impl Record {
-    pub fn begin(source: Process, monitor: PathBuf, found: Found, file: MachineFile, later: Later) -> Self {
+    pub fn begin(source: Process, monitor: PathBuf, found: Found, file: VmFile, later: Later) -> Self {
         Self { format: FORMAT, stage: Stage::Started, source, monitor, destination: None, found, file, later, images: Vec::new() }
     }
 
@@ -165,7 +165,7 @@ impl Record {
         }
     }
 
-    /// Whether the old QEMU may be let go on although the decision fell: the new one is dead and has written no disk.
+    /// Whether the old QEMU may be let continue although the decision fell: the new one is dead and has written no disk.
     pub fn can_be_undone(&self) -> bool {
         match self.stage {
             Stage::Started | Stage::Moving | Stage::Decided => true,
@@ -181,8 +181,8 @@ mod test {
     use std::io::Write;
 
     fn record(images: Vec<ImageMark>) -> Record {
-        let file = MachineFile {
-            format: MachineFile::FORMAT,
+        let file = VmFile {
+            format: VmFile::FORMAT,
             name: "m".parse().unwrap(),
             store: "file:///s".to_owned(),
             instance: "i".to_owned(),
@@ -195,9 +195,9 @@ mod test {
             ram_block: "pc.ram".to_owned(),
             arguments: Vec::new(),
             directory: "/".into(),
-            scratch: "/var/tmp".into(),
+            fleecing: "/var/tmp".into(),
             restored_from: None,
-            unprepared: None,
+            external: None,
         };
         let source = Process::of(std::process::id()).unwrap();
         Record { images, ..Record::begin(source, "/m".into(), Found::default(), file, Later::default()) }
@@ -220,7 +220,7 @@ mod test {
         ] {
             record.advance(stage, &runtime).unwrap();
             let read = Record::read(&runtime).unwrap().unwrap();
-            assert_eq!((read.stage(), read.stage().machine()), (stage, side));
+            assert_eq!((read.stage(), read.stage().vm()), (stage, side));
             assert_eq!(read, record);
         }
         assert!(record.advance(Stage::Running, &runtime).is_err());
@@ -230,7 +230,7 @@ mod test {
     }
 
     #[test]
-    fn a_machine_that_may_have_run_is_undone_only_if_its_disks_are_untouched() {
+    fn a_vm_that_may_have_run_is_undone_only_if_its_disks_are_untouched() {
         let mut image = tempfile::NamedTempFile::new().unwrap();
         image.write_all(b"disk").unwrap();
         let mut record = record(vec![ImageMark::of(image.path()).unwrap()]);

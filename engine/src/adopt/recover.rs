@@ -1,4 +1,4 @@
-//! An adoption that came to nothing, or whose helper was killed: exactly one of the two QEMUs goes on.
+//! An adoption that came to nothing, or whose helper was killed: exactly one of the two QEMUs continues.
 
 use super::destination;
 use super::finish::finish;
@@ -6,7 +6,7 @@ use super::record::{Process, Record, Side, Stage};
 use super::steps::stream_socket;
 use anyhow::{Context, Error, Result};
 use qmp_bridge::Qmp;
-use qmp_bridge::handover::{self, HandoverError};
+use qmp_bridge::local_migration::{self, LocalMigrationError};
 use qmp_bridge::paused::run_state;
 use serde_json::Value;
 use std::time::Duration;
@@ -16,12 +16,12 @@ use vm::runtime_dir::RuntimeDir;
 /// A QEMU that runs greets at once; one whose load is under way, as soon as it can.
 const ANSWER: Duration = Duration::from_secs(30);
 
-/// To be called by every helper before it attaches to its machine.
+/// To be called by every helper before it attaches to its VM.
 pub async fn recover(runtime: &RuntimeDir) -> Result<()> {
     let Some(record) = Record::read(runtime)? else { return Ok(()) };
     let destination = record.destination.filter(|process| process.lives()).or_else(|| destination::find(&record.file));
     tracing::warn!(stage = ?record.stage(), ?destination, "an adoption was cut off");
-    match (record.stage().machine(), destination) {
+    match (record.stage().vm(), destination) {
         (Side::Destination, Some(destination)) => go_on(record, destination, runtime).await,
         (_, destination) => {
             let source = if record.source.lives() { Some(connect_source(&record).await?) } else { None };
@@ -61,17 +61,17 @@ async fn resume(record: &mut Record, runtime: &RuntimeDir, destination: &Qmp) ->
     Ok(())
 }
 
-/// The adoption failed with `error`: the old QEMU goes on. What is returned says how that went.
+/// The adoption failed with `error`: the old QEMU continues. What is returned says how that went.
 pub async fn take_back(record: &Record, runtime: &RuntimeDir, source: Option<&Qmp>, error: Error) -> Error {
     let error = destination::explain(runtime, error);
     let destination = record.destination.or_else(|| destination::find(&record.file));
     match undo(record, destination, runtime, source).await {
-        Ok(()) => error.context(format!("{} was not adopted and goes on as it was", record.file.name)),
+        Ok(()) => error.context(format!("{} was not adopted and continues as it was", record.file.name)),
         Err(worse) => worse.context(explain(&error)),
     }
 }
 
-/// Ends the new QEMU, then lets the old one go on, as it was.
+/// Ends the new QEMU, then lets the old one continue, as it was.
 async fn undo(record: &Record, destination: Option<Process>, runtime: &RuntimeDir, source: Option<&Qmp>) -> Result<()> {
     if let Some(destination) = destination {
         destination::end(destination).await.context("ending the new QEMU")?;
@@ -92,13 +92,13 @@ async fn undo(record: &Record, destination: Option<Process>, runtime: &RuntimeDi
         Record::remove(runtime)?;
         return Err(gone());
     }
-    match handover::take_back(source, Some(&record.found)).await {
+    match local_migration::take_back(source, Some(&record.found)).await {
         Ok(()) => Record::remove(runtime),
-        Err(HandoverError::SourceEnded) => {
+        Err(LocalMigrationError::SourceEnded) => {
             Record::remove(runtime)?;
             Err(gone())
         }
-        Err(error) => Err(Error::from(error).context("letting the old QEMU go on; 'stillpoint attach' tries again")),
+        Err(error) => Err(Error::from(error).context("letting the old QEMU continue; 'stillpoint attach' tries again")),
     }
 }
 

@@ -107,7 +107,7 @@ fn served(walk: &mut Walk<'_>, option: &QemuOption, keys: &KeyList) -> Result<Ke
     };
     let (waits, socket) = Socket::beside(path, walk.directory).map_err(|why| cannot(option, &why, "use a shorter path"))?;
     if !is_socket_directory(&socket.path) {
-        return Err(cannot(option, "the directory of its socket is gone", "start the machine with another path"));
+        return Err(cannot(option, "the directory of its socket is gone", "start the VM with another path"));
     }
     walk.line.later.sockets.push(socket);
     let mut rest = KeyList::default();

@@ -1,5 +1,5 @@
-//! The adoption itself, step by step; the guest runs but for a moment between [`Handover::switchover`] and
-//! [`Handover::resume`].
+//! The adoption itself, step by step; the guest runs but for a moment between [`LocalMigration::switchover`] and
+//! [`LocalMigration::resume`].
 
 use super::Adopted;
 use super::destination;
@@ -16,7 +16,7 @@ use anyhow::{Context, Result};
 use dirty_tracker::GuestMemory;
 use qmp_bridge::Qmp;
 use qmp_bridge::devices::guest_devices;
-use qmp_bridge::handover::{Downtime, Handover};
+use qmp_bridge::local_migration::{Downtime, LocalMigration};
 use qmp_bridge::ramblock::ram_blocks;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -31,28 +31,28 @@ pub fn stream_socket(runtime: &RuntimeDir) -> PathBuf {
     runtime.path().join("adopt.sock")
 }
 
-/// Moves the machine of `checkpointer`, which goes on with the new one.
+/// Moves the VM of `checkpointer`, which continues with the new one.
 #[instrument(name = "adopt", skip_all)]
 pub async fn adopt(checkpointer: &mut Checkpointer, qemu: Option<PathBuf>, report: &Report) -> Result<Adopted> {
     let begun = Instant::now();
     checkpointer.clean_up().await?;
-    let plan = Plan::make(&checkpointer.machine, qemu.as_deref()).await?;
+    let plan = Plan::make(&checkpointer.vm, qemu.as_deref()).await?;
     kill_point::point("adopt.plan");
-    let runtime = checkpointer.machine.runtime.clone();
+    let runtime = checkpointer.vm.runtime.clone();
     let mut record = Record::begin(plan.source, plan.monitor.clone(), plan.found.clone(), plan.file.clone(), plan.later.clone());
     record.save(&runtime)?;
-    let mut adoption = Adoption { machine: &checkpointer.machine, plan: &plan, runtime: &runtime, record: &mut record };
+    let mut adoption = Adoption { vm: &checkpointer.vm, plan: &plan, runtime: &runtime, record: &mut record };
     let (downtime, destination) = match adoption.run(report).await {
         Ok(moved) => moved,
-        Err(error) => return Err(take_back(&record, &runtime, Some(&checkpointer.machine.qmp), error).await),
+        Err(error) => return Err(take_back(&record, &runtime, Some(&checkpointer.vm.qmp), error).await),
     };
     let mut notes = plan.notes;
-    notes.extend(finish(&record, &runtime, Some(&checkpointer.machine.qmp), &destination).await?);
+    notes.extend(finish(&record, &runtime, Some(&checkpointer.vm.qmp), &destination).await?);
     // Its monitor serves one client.
     drop(destination);
-    let machine = Vm::attach(runtime).await.context("the machine runs in its new QEMU, but the helper does not reach it")?;
-    let pid = machine.pid;
-    checkpointer.replace_machine(machine);
+    let vm = Vm::attach(runtime).await.context("the VM runs in its new QEMU, but the helper does not reach it")?;
+    let pid = vm.pid;
+    checkpointer.replace_vm(vm);
     tracing::info!(pid, downtime_ms = milliseconds(downtime.seen), "adopted");
     Ok(Adopted {
         adopted: true,
@@ -66,7 +66,7 @@ pub async fn adopt(checkpointer: &mut Checkpointer, qemu: Option<PathBuf>, repor
 }
 
 struct Adoption<'a> {
-    machine: &'a Vm,
+    vm: &'a Vm,
     plan: &'a Plan,
     runtime: &'a RuntimeDir,
     record: &'a mut Record,
@@ -83,13 +83,13 @@ impl Adoption<'_> {
         self.record.advance(Stage::Moving, self.runtime)?;
         let socket = stream_socket(self.runtime);
         let plan = self.plan;
-        let mut handover = Handover::begin(&self.machine.qmp, &destination, &plan.found, &plan.bitmaps, &socket).await?;
+        let mut local_migration = LocalMigration::begin(&self.vm.qmp, &destination, &plan.found, &plan.bitmaps, &socket).await?;
         kill_point::point("adopt.migrating");
         let tell = |done, total| {
             // A slow listener misses a line, the guest nothing.
             let _ = report.0.try_send(Update { phase: "adopt".to_owned(), done, total });
         };
-        handover.switchover(tell).await?;
+        local_migration.switchover(tell).await?;
         kill_point::point("adopt.switchover");
         if let Some(mender) = mender {
             let begun = Instant::now();
@@ -100,13 +100,13 @@ impl Adoption<'_> {
                 "pages that QEMU's emulator had lost, or had yet to send, were copied"
             );
         }
-        handover.complete().await?;
+        local_migration.complete().await?;
         kill_point::point("adopt.completed");
         self.record.images = plan.images.iter().map(|path| ImageMark::of(path)).collect::<Result<_>>()?;
         self.record.advance(Stage::Decided, self.runtime)?;
         kill_point::point("adopt.decided");
         self.record.advance(Stage::Resuming, self.runtime)?;
-        let downtime = handover.resume().await?;
+        let downtime = local_migration.resume().await?;
         // It has run: from here on no failure may end it. What stands on disk is enough for a later helper.
         if let Err(error) = self.record.advance(Stage::Running, self.runtime) {
             tracing::warn!(error = format!("{error:#}"), "the adoption's last stage was not written down");
@@ -128,27 +128,25 @@ impl Adoption<'_> {
     }
 
     async fn mender(&self, destination: &Qmp, process: Process) -> Result<Option<Mender>> {
-        if can_pre_copy_live(&self.machine.facts).is_ok() {
+        if can_pre_copy_live(&self.vm.facts).is_ok() {
             return Ok(None);
         }
-        let source = (&self.machine.qmp, self.plan.source.pid);
+        let source = (&self.vm.qmp, self.plan.source.pid);
         Ok(Some(Mender::prepare(source, (destination, process.pid)).await?))
     }
 
-    /// A machine that is another would refuse the state at its end, with the guest stopped.
+    /// A VM that is another would refuse the state at its end, with the guest stopped.
     async fn check_same(&self, destination: &Qmp) -> Result<()> {
         let list = |devices: Vec<qmp_bridge::devices::GuestDevice>| {
             let mut list: Vec<String> = devices.into_iter().map(|device| format!("{} ({})", device.path, device.kind)).collect();
             list.sort();
             list
         };
-        let there = list(guest_devices(&self.machine.qmp).await.context("asking the old QEMU for its devices")?);
+        let there = list(guest_devices(&self.vm.qmp).await.context("asking the old QEMU for its devices")?);
         let here = list(guest_devices(destination).await.context("asking the new QEMU for its devices")?);
         let differs = there.iter().find(|device| !here.contains(device)).or_else(|| here.iter().find(|device| !there.contains(device)));
         if let Some(device) = differs {
-            return Err(refused(format!(
-                "device {device} is in one of the two QEMUs only; was it plugged in or out since the machine began?"
-            )));
+            return Err(refused(format!("device {device} is in one of the two QEMUs only; was it plugged in or out since the VM began?")));
         }
         let sizes = |qmp: Qmp| async move {
             let blocks = ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?;
@@ -156,7 +154,7 @@ impl Adoption<'_> {
             sizes.sort();
             Ok::<_, anyhow::Error>(sizes)
         };
-        let (there, here) = (sizes(self.machine.qmp.clone()).await?, sizes(destination.clone()).await?);
+        let (there, here) = (sizes(self.vm.qmp.clone()).await?, sizes(destination.clone()).await?);
         match there.iter().find(|block| !here.contains(block)) {
             None => Ok(()),
             Some((name, bytes)) => Err(refused(format!("the new QEMU has no RAM block {name} of {bytes} bytes, as the old one has"))),

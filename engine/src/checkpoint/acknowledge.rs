@@ -1,11 +1,11 @@
-//! Phase `settle`, and its counterpart `abort`: who owns the dirty bits after the checkpoint.
+//! Phase `acknowledge`, and its counterpart `abort`: who owns the dirty bits after the checkpoint.
 
 use super::Checkpointer;
 use super::carried::{self, Carried, MOST_KEPT, WORTH_KEEPING};
 use super::outcome::{Kind, Outcome, milliseconds};
 use super::prepare::Run;
 use anyhow::Result;
-use checkpoint_format::{CheckpointIdentity, CheckpointSeq, PageCount};
+use checkpoint_format::{CheckpointId, CheckpointIdentity, PageCount};
 use checkpoint_store::Durable;
 use std::sync::Arc;
 use tracing::instrument;
@@ -16,25 +16,25 @@ const KEPT_STAGING: PageCount = PageCount((16 << 20) / 4096);
 
 impl Checkpointer {
     /// The checkpoint is durable; nothing that fails here can undo that.
-    #[instrument(name = "settle", level = "debug", skip_all)]
-    pub(super) async fn settle(&mut self, run: &mut Run, durable: Durable, identity: CheckpointIdentity) {
-        if let Some(lease) = run.lease.take() {
-            lease.settle(&durable);
+    #[instrument(name = "acknowledge", level = "debug", skip_all)]
+    pub(super) async fn acknowledge(&mut self, run: &mut Run, durable: Durable, identity: CheckpointIdentity) {
+        if let Some(claim) = run.claim.take() {
+            claim.acknowledge(&durable);
         }
         if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
-            base.spaces = delta.settle();
+            base.spaces = delta.acknowledge();
             // A stream leaves the tracker's marks alone: what they count from is older, so they hold more than is needed.
             base.is_exact |= run.engine == Engine::Tracker;
             self.marks = Some(base.advance(identity));
         }
-        if let Some(frozen) = run.frozen.take()
-            && let Err(error) = frozen.settle().await
+        if let Some(captured) = run.captured.take()
+            && let Err(error) = captured.acknowledge().await
         {
             // Older bits than needed stay: the next checkpoint reads more than it must, and stores what differs.
             tracing::warn!(%error, "the disks' old bitmaps were not dropped");
         }
         if let Some(marks) = self.marks
-            && let Err(error) = self.machine.runtime.set_marks(marks)
+            && let Err(error) = self.vm.runtime.set_marks(marks)
         {
             tracing::warn!(error = format!("{error:#}"), "a later helper will compare all memory and all disks once");
         }
@@ -42,21 +42,21 @@ impl Checkpointer {
     }
 
     /// Nothing differs from the parent: no checkpoint is made, and what was looked at is given back, to be looked at again.
-    pub(super) async fn unchanged(&mut self, run: &mut Run, parent: CheckpointSeq) -> Result<Outcome> {
+    pub(super) async fn unchanged(&mut self, run: &mut Run, parent: CheckpointId) -> Result<Outcome> {
         let outcome = Outcome {
             id: parent,
             parent: Some(parent),
             kind: Kind::Unchanged,
             pause_ms: milliseconds(run.pause),
-            rounds: run.round_pauses.len() as u32,
-            round_pauses_ms: run.round_pauses.iter().copied().map(milliseconds).collect(),
+            passes: run.brief_stops.len() as u32,
+            brief_stops_ms: run.brief_stops.iter().copied().map(milliseconds).collect(),
             pages_dirty: run.pages_dirty.0,
             engine: run.engine.name().to_owned(),
             run_state: run.run_state.name().to_owned(),
             ..Outcome::default()
         };
         if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
-            base.spaces = delta.settle();
+            base.spaces = delta.acknowledge();
             // The tracker holds the pages that were given back, so it is exact from here on.
             base.is_exact |= run.engine == Engine::Tracker;
             self.marks = base.marks().or(self.marks);
@@ -84,9 +84,9 @@ impl Checkpointer {
 
     /// Doing it twice is fine.
     pub(super) async fn give_back(&mut self, run: &mut Run) {
-        drop(run.lease.take());
-        let disks = match (run.frozen.take(), run.prepared.take()) {
-            (Some(frozen), _) => frozen.give_back().await,
+        drop(run.claim.take());
+        let disks = match (run.captured.take(), run.prepared.take()) {
+            (Some(captured), _) => captured.give_back().await,
             (None, Some(prepared)) => prepared.discard().await,
             (None, None) => Ok(()),
         };

@@ -4,9 +4,7 @@ use super::delta::Space;
 use super::held::{HeldLineage, Listing};
 use crate::lineage::{Lineage, NEW_LINEAGE_AFTER};
 use anyhow::{Context, Result};
-use checkpoint_format::{
-    ByteLen, CheckpointIdentity, CheckpointSeq, ContentDigest, DigestTable, Manifest, PageCount, SpaceKind, SpaceName,
-};
+use checkpoint_format::{ByteLen, CheckpointId, CheckpointIdentity, ContentDigest, DigestTable, Manifest, PageCount, SpaceKind, SpaceName};
 use checkpoint_store::{Repository, StoreError};
 use std::collections::HashMap;
 use vm::error;
@@ -27,7 +25,7 @@ pub struct Base {
     /// The parent and its ancestors. Empty: the next checkpoint is full.
     pub lineage: HeldLineage,
     pub spaces: Vec<Space>,
-    /// The tracker knows every page written since the parent. Otherwise its first lease has all pages that exist, and those
+    /// The tracker knows every page written since the parent. Otherwise its first claim has all pages that exist, and those
     /// that do not exist must be compared as zeros.
     pub is_exact: bool,
     /// The disks' bitmaps record at least since the parent.
@@ -37,26 +35,26 @@ pub struct Base {
 }
 
 impl Base {
-    /// Looks up what this machine's last durable checkpoint is, if it is of this machine's lineage at all.
-    pub async fn find(machine: &Vm, repository: &Repository, disks: &[(SpaceName, PageCount)], marks: Option<Marks>) -> Result<Self> {
-        let vm = &machine.file.name;
-        let listing = Listing::read(repository, vm).await?;
-        let names = names(machine, disks)?;
-        let Some(lineage) = own_lineage(machine, repository, &listing.checkpoints).await? else {
-            tracing::info!(%vm, "the store has no checkpoint of this life of the machine; the next one is full");
-            return Ok(Self::full(HeldLineage::new(vm, Vec::new(), &listing), names, disks.len()));
+    /// Looks up what this VM's last durable checkpoint is, if it is of this VM's lineage at all.
+    pub async fn find(vm: &Vm, repository: &Repository, disks: &[(SpaceName, PageCount)], marks: Option<Marks>) -> Result<Self> {
+        let vm_name = &vm.file.name;
+        let listing = Listing::read(repository, vm_name).await?;
+        let names = names(vm, disks)?;
+        let Some(lineage) = own_lineage(vm, repository, &listing.checkpoints).await? else {
+            tracing::info!(%vm_name, "the store has no checkpoint of this life of the VM; the next one is full");
+            return Ok(Self::full(HeldLineage::new(vm_name, Vec::new(), &listing), names, disks.len()));
         };
         let manifest = lineage.manifests.last().context("a lineage without its newest checkpoint")?;
         let mut tables = empty_tables(names, disks.len());
         lineage.digests(repository, &mut tables).await.context("reading what the last checkpoint holds")?;
         let marks = marks.and_then(|marks| marks.of(&lineage.identities));
-        let is_known = machine.has_tracker() && marks.is_some_and(|marks| marks.is_exact);
-        let is_exact = is_known && machine.lock_tracker()?.resume_protection();
-        tracing::info!(%vm, parent = %manifest.seq, is_exact, has_bitmaps = marks.is_some(), "continuing a lineage");
-        let mut spaces = spaces(machine, disks, tables);
+        let is_known = vm.has_tracker() && marks.is_some_and(|marks| marks.is_exact);
+        let is_exact = is_known && vm.lock_tracker()?.resume_protection();
+        tracing::info!(%vm_name, parent = %manifest.id, is_exact, has_bitmaps = marks.is_some(), "continuing a lineage");
+        let mut spaces = spaces(vm, disks, tables);
         spaces.iter_mut().for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
         let chains = chains(manifest);
-        let lineage = HeldLineage::new(vm, lineage.identities, &listing);
+        let lineage = HeldLineage::new(vm_name, lineage.identities, &listing);
         Ok(Self { lineage, spaces, is_exact, are_bitmaps_of_lineage: marks.is_some(), chains })
     }
 
@@ -68,17 +66,17 @@ impl Base {
     }
 
     /// None: the next checkpoint is full.
-    pub fn parent(&self) -> Option<CheckpointSeq> {
-        self.lineage.identities().last().map(|parent| parent.seq)
+    pub fn parent(&self) -> Option<CheckpointId> {
+        self.lineage.identities().last().map(|parent| parent.id)
     }
 
     /// The checkpoint that the disks' bitmaps are to be believed from.
-    pub fn parent_of_bitmaps(&self) -> Option<CheckpointSeq> {
+    pub fn parent_of_bitmaps(&self) -> Option<CheckpointId> {
         self.parent().filter(|_| self.are_bitmaps_of_lineage)
     }
 
-    pub fn next(&self) -> CheckpointSeq {
-        self.lineage.newest().map_or(CheckpointSeq::FIRST, |newest| newest.next())
+    pub fn next(&self) -> CheckpointId {
+        self.lineage.newest().map_or(CheckpointId::FIRST, |newest| newest.next())
     }
 
     /// Whether the lineage is so long that another has to begin.
@@ -101,7 +99,7 @@ impl Base {
     }
 
     /// The next checkpoint is full: nothing is known of what any page holds.
-    pub fn begin_anew(&mut self) {
+    pub fn begin_again(&mut self) {
         self.lineage.clear();
         self.is_exact = false;
         self.are_bitmaps_of_lineage = false;
@@ -112,8 +110,8 @@ impl Base {
     }
 
     /// After a hot-plug: spaces of disks that came get an empty table, those of disks that went are dropped.
-    pub fn adapt(&mut self, machine: &Vm, disks: &[(SpaceName, PageCount)]) -> Result<()> {
-        let names = names(machine, disks)?;
+    pub fn adapt(&mut self, vm: &Vm, disks: &[(SpaceName, PageCount)]) -> Result<()> {
+        let names = names(vm, disks)?;
         let same = |(space, (name, pages)): (&Space, &(SpaceName, PageCount))| space.name == *name && space.pages == *pages;
         if self.spaces.len() == names.len() && self.spaces.iter().zip(&names).all(same) {
             return Ok(());
@@ -149,12 +147,12 @@ fn chains(manifest: &Manifest) -> Chains {
     writable.map(|disk| (disk.node.clone(), disk.backing.iter().map(|layer| layer.digest).collect())).collect()
 }
 
-/// The lineage that the next checkpoint goes on with. One that has lost an ancestor, or is damaged, is not built on: no restore could
+/// The lineage that the next checkpoint continues with. One that has lost an ancestor, or is damaged, is not built on: no restore could
 /// use what comes after.
-async fn own_lineage(machine: &Vm, repository: &Repository, known: &[CheckpointSeq]) -> Result<Option<Lineage>> {
+async fn own_lineage(vm: &Vm, repository: &Repository, known: &[CheckpointId]) -> Result<Option<Lineage>> {
     let read = async {
-        match parent(machine, repository, known).await? {
-            Some(parent) => Lineage::read(repository, &machine.file.name, parent).await.map(Some),
+        match parent(vm, repository, known).await? {
+            Some(parent) => Lineage::read(repository, &vm.file.name, parent).await.map(Some),
             None => Ok(None),
         }
     };
@@ -169,18 +167,18 @@ async fn own_lineage(machine: &Vm, repository: &Repository, known: &[CheckpointS
 }
 
 /// The newest checkpoint that this instance took, else the one that it was restored from (which need not be the newest).
-async fn parent(machine: &Vm, repository: &Repository, known: &[CheckpointSeq]) -> Result<Option<CheckpointSeq>> {
+async fn parent(vm: &Vm, repository: &Repository, known: &[CheckpointId]) -> Result<Option<CheckpointId>> {
     let Some(newest) = known.last() else { return Ok(None) };
-    let manifest = crate::lineage::manifest(repository, &machine.file.name, *newest).await?;
-    if manifest.instance == machine.file.instance {
+    let manifest = crate::lineage::manifest(repository, &vm.file.name, *newest).await?;
+    if manifest.instance == vm.file.instance {
         return Ok(Some(*newest));
     }
-    Ok(machine.file.restored_from.filter(|seq| known.contains(seq)))
+    Ok(vm.file.restored_from.filter(|id| known.contains(id)))
 }
 
 /// RAM blocks in the tracker's order, then disks, then the device state: a space's place is its number.
-fn names(machine: &Vm, disks: &[(SpaceName, PageCount)]) -> Result<Vec<(SpaceName, PageCount)>> {
-    let mut names = machine.ram_spaces()?;
+fn names(vm: &Vm, disks: &[(SpaceName, PageCount)]) -> Result<Vec<(SpaceName, PageCount)>> {
+    let mut names = vm.ram_spaces()?;
     names.extend(disks.iter().cloned());
     names.push((SpaceName::device_state(), PageCount(0)));
     Ok(names)
@@ -202,8 +200,8 @@ fn empty_tables(names: Vec<(SpaceName, PageCount)>, disks: usize) -> Vec<(SpaceN
         .collect()
 }
 
-fn spaces(machine: &Vm, disks: &[(SpaceName, PageCount)], tables: Vec<(SpaceName, DigestTable)>) -> Vec<Space> {
-    let sizes = machine.ram_spaces().into_iter().flatten().chain(disks.iter().cloned());
+fn spaces(vm: &Vm, disks: &[(SpaceName, PageCount)], tables: Vec<(SpaceName, DigestTable)>) -> Vec<Space> {
+    let sizes = vm.ram_spaces().into_iter().flatten().chain(disks.iter().cloned());
     let sizes: HashMap<SpaceName, PageCount> = sizes.collect();
     let pages = |name: &SpaceName| sizes.get(name).copied().unwrap_or(PageCount(0));
     tables

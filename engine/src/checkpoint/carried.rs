@@ -20,7 +20,7 @@ use super::delta::Delta;
 use super::window::Window;
 use crate::pack::NumberedPack;
 use anyhow::{Context, Result};
-use checkpoint_format::{ByteLen, CheckpointSeq, MAX_PACKS, PackIndex, PackRecord, PageRange, SpaceKind, SpaceName};
+use checkpoint_format::{ByteLen, CheckpointId, MAX_PACKS, PackIndex, PackRecord, PageRange, SpaceKind, SpaceName};
 use checkpoint_store::{KeptPartial, PartialCheckpoint, StoreError};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -38,7 +38,7 @@ pub struct Carried {
     /// By number, ascending.
     pub packs: Vec<NumberedPack>,
     /// Of the checkpoint that failed.
-    pub parent: Option<CheckpointSeq>,
+    pub parent: Option<CheckpointId>,
 }
 
 impl Carried {

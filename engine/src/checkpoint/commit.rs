@@ -10,8 +10,8 @@ use crate::run_state;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    ByteLen, CheckpointIdentity, CheckpointKind, DiskRecord, LayerRef, MachineRecord, Manifest, PAGE_SIZE, PackRecord, Qcow2Record,
-    RamBlockRecord, SpaceName, SpaceRecord, Totals,
+    ByteLen, CheckpointIdentity, CheckpointKind, DiskRecord, LayerRef, Manifest, PAGE_SIZE, PackRecord, Qcow2Record, RamBlockRecord,
+    SpaceName, SpaceRecord, Totals, VmRecord,
 };
 use checkpoint_store::Durable;
 use qmp_bridge::RunState;
@@ -33,7 +33,7 @@ impl Checkpointer {
         self.check_parent(run).await?;
         run.check_carried()?;
         let packs: Vec<PackRecord> = run.packs().into_iter().map(|pack| pack.record).collect();
-        let is_same = packs.is_empty() && self.is_same_machine(run).await?;
+        let is_same = packs.is_empty() && self.is_same_vm(run).await?;
         if let (Some(parent), true) = (run.parent, is_same) {
             let partial = run.take_partial()?;
             self.change_store(|_| partial.abort()).await?.context("removing an empty checkpoint")?;
@@ -42,7 +42,7 @@ impl Checkpointer {
         let begun = Instant::now();
         let totals = self.totals(run, &packs);
         let (manifest, totals) = self.manifest(run, packs, totals)?;
-        let identity = CheckpointIdentity::new(run.seq, &manifest);
+        let identity = CheckpointIdentity::new(run.id, &manifest);
         kill_point::point("commit");
         let partial = run.partial.as_ref().context("the partial checkpoint is gone")?;
         let sealed = partial.seal(Bytes::from(manifest)).await.context("committing the checkpoint")?;
@@ -52,8 +52,8 @@ impl Checkpointer {
         kill_point::point("committed");
         let outcome = outcome(run, &durable, totals);
         let begun = Instant::now();
-        self.settle(run, durable, identity).await;
-        phases.since("settle", begun);
+        self.acknowledge(run, durable, identity).await;
+        phases.since("acknowledge", begun);
         Ok(outcome)
     }
 
@@ -63,24 +63,24 @@ impl Checkpointer {
         if base.lineage.is_held(&session.repository).await? {
             return Ok(());
         }
-        let vm = &self.machine.file.name;
+        let vm_name = &self.vm.file.name;
         let what = run.parent.map_or_else(
-            || format!("it has checkpoints of {vm} that it did not have"),
-            |parent| format!("it does not hold {vm}@{parent}, or what that builds on, as it did"),
+            || format!("it has checkpoints of {vm_name} that it did not have"),
+            |parent| format!("it does not hold {vm_name}@{parent}, or what that builds on, as it did"),
         );
         Err(classed(
             error::Class::Store,
-            format!("the store has changed while checkpoint {} was taken: {what}; the next one starts from what it holds", run.seq),
+            format!("the store has changed while checkpoint {} was taken: {what}; the next one starts from what it holds", run.id),
         ))
     }
 
     /// No page differs from the parent; neither do the disks and the sizes of what there is?
-    async fn is_same_machine(&self, run: &Run) -> Result<bool> {
+    async fn is_same_vm(&self, run: &Run) -> Result<bool> {
         let (Some(parent), Some(session)) = (run.parent, &self.store) else { return Ok(false) };
-        let before = lineage::manifest(&session.repository, &self.machine.file.name, parent).await?;
+        let before = lineage::manifest(&session.repository, &self.vm.file.name, parent).await?;
         let now = self.describe(run, Vec::new(), Totals::default())?;
         let is_same =
-            (now.spaces, now.ram_blocks, now.disks, now.machine) == (before.spaces, before.ram_blocks, before.disks, before.machine);
+            (now.spaces, now.ram_blocks, now.disks, now.vm_record) == (before.spaces, before.ram_blocks, before.disks, before.vm_record);
         Ok(is_same && now.run_state == before.run_state)
     }
 
@@ -104,18 +104,18 @@ impl Checkpointer {
     }
 
     fn describe(&self, run: &Run, packs: Vec<PackRecord>, totals: Totals) -> Result<Manifest> {
-        let (file, facts) = (&self.machine.file, &self.machine.facts);
+        let (file, facts) = (&self.vm.file, &self.vm.facts);
         let session = self.store.as_ref().context("the store is not open")?;
         Ok(Manifest {
             vm: file.name.clone(),
-            seq: run.seq,
+            id: run.id,
             parent: run.parent,
             kind: if run.parent.is_some() { CheckpointKind::Incremental } else { CheckpointKind::Full },
             epoch: session.writer.epoch(),
             instance: file.instance.clone(),
             created_at: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
             stillpoint_version: env!("CARGO_PKG_VERSION").to_owned(),
-            machine: MachineRecord {
+            vm_record: VmRecord {
                 qemu_version: facts.qemu.to_string(),
                 program: file.qemu.to_string_lossy().into_owned(),
                 machine_type: file.machine_type.clone(),
@@ -124,12 +124,12 @@ impl Checkpointer {
                 vcpus: run.inventory.composition.vcpus(),
                 ram_bytes: ByteLen(file.ram_bytes),
                 ram_block: file.ram_block.clone(),
-                directory: self.machine.directory().to_string_lossy().into_owned(),
+                directory: self.vm.directory().to_string_lossy().into_owned(),
                 files: run.boot_files.clone(),
             },
             run_state: Some(run_state::record(run.run_state)),
             spaces: self.space_records(run)?,
-            ram_blocks: self.machine.blocks.iter().map(|block| self.ram_record(block)).collect(),
+            ram_blocks: self.vm.blocks.iter().map(|block| self.ram_record(block)).collect(),
             disks: run.inventory.drives.disks.iter().map(|disk| self.disk_record(&run.inventory.drives, disk)).collect::<Result<_>>()?,
             packs,
             totals,
@@ -137,7 +137,7 @@ impl Checkpointer {
     }
 
     fn space_records(&self, run: &Run) -> Result<Vec<SpaceRecord>> {
-        let ram = self.machine.blocks.iter().map(|block| Ok(SpaceRecord::new(SpaceName::ram(&block.name)?, ByteLen(block.used))));
+        let ram = self.vm.blocks.iter().map(|block| Ok(SpaceRecord::new(SpaceName::ram(&block.name)?, ByteLen(block.used))));
         let writable = run.inventory.drives.disks.iter().filter(|disk| !disk.read_only);
         let disks = writable.map(|disk| Ok(SpaceRecord::new(SpaceName::disk(&disk.name)?, ByteLen(disk.virtual_size))));
         let state = SpaceRecord::new(SpaceName::device_state(), run.state_bytes);
@@ -150,7 +150,7 @@ impl Checkpointer {
             used: ByteLen(block.used),
             total: ByteLen(block.total),
             page_size: ByteLen(block.page_size),
-            shared: block.name == self.machine.file.ram_block,
+            shared: block.name == self.vm.file.ram_block,
         }
     }
 
@@ -200,12 +200,12 @@ fn outcome(run: &Run, durable: &Durable, totals: Totals) -> Outcome {
         ));
     }
     Outcome {
-        id: run.seq,
+        id: run.id,
         parent: run.parent,
         kind: if run.parent.is_some() { Kind::Incremental } else { Kind::Full },
         pause_ms: milliseconds(run.pause),
-        rounds: run.round_pauses.len() as u32,
-        round_pauses_ms: run.round_pauses.iter().copied().map(milliseconds).collect(),
+        passes: run.brief_stops.len() as u32,
+        brief_stops_ms: run.brief_stops.iter().copied().map(milliseconds).collect(),
         pages_dirty: totals.pages_dirty.0,
         bytes_changed: totals.bytes_changed.0,
         bytes_stored_raw: totals.bytes_stored_raw.0,

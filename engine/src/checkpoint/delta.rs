@@ -2,7 +2,7 @@
 //!
 //! Each space has a table of digests: what a restore of the parent, plus what this checkpoint has stored so far, would
 //! give. A page is stored when its digest is not the table's, and the table then takes the new one. So a page that was
-//! written with its old content costs nothing, and one that was stored in a live round and changed again is stored
+//! written with its old content costs nothing, and one that was stored in a pre-copy pass and changed again is stored
 //! again, also when it went back to what the parent holds.
 //!
 //! When the checkpoint fails, the tables tell of pages that no checkpoint holds: [`Delta::fail`]
@@ -25,7 +25,7 @@ const ZERO_PAGES: PageCount = PageCount(MAX_PAGES_PER_PACK / 4);
 /// pack counts as current.
 const MOST_RANGES: usize = 16 << 10;
 
-/// One named array of pages of the machine, and what the last durable checkpoint holds of it.
+/// One named array of pages of the VM, and what the last durable checkpoint holds of it.
 pub struct Space {
     pub name: SpaceName,
     pub pages: PageCount,
@@ -322,7 +322,7 @@ impl Delta {
         true
     }
 
-    /// Ends a round: everything offered so far comes before whatever follows.
+    /// Ends a pass: everything offered so far comes before whatever follows.
     pub fn flush(&mut self, jobs: &mut Vec<PackJob>) {
         for space in 0..self.frames.len() {
             self.close_frame(space as SpaceNumber, jobs);
@@ -350,7 +350,7 @@ impl Delta {
     }
 
     /// The checkpoint is durable: the tables are what the next one compares with.
-    pub fn settle(mut self) -> Vec<Space> {
+    pub fn acknowledge(mut self) -> Vec<Space> {
         for space in &mut self.spaces {
             space.stored.clear();
             space.carried = CarriedPages::default();
@@ -416,7 +416,7 @@ mod test {
     fn an_equal_page_is_not_stored_again() {
         let mut first = delta(8);
         assert_eq!(data_pages(&jobs_of(&mut first, &[(1, 7), (3, 7), (4, 0)])), [1, 3]);
-        let mut second = again(first.settle());
+        let mut second = again(first.acknowledge());
         assert_eq!(data_pages(&jobs_of(&mut second, &[(1, 7), (3, 8)])), [3]);
         assert_eq!(second.changed(), PageCount(1));
     }
@@ -425,7 +425,7 @@ mod test {
     fn a_failed_checkpoint_stores_its_pages_with_the_next() {
         let mut first = delta(8);
         jobs_of(&mut first, &[(1, 7)]);
-        let mut second = again(first.settle());
+        let mut second = again(first.acknowledge());
         jobs_of(&mut second, &[(1, 9), (2, 9)]);
         let mut third = again(second.fail());
         assert_eq!(data_pages(&jobs_of(&mut third, &[(1, 9), (2, 9)])), [1, 2]);
@@ -444,9 +444,9 @@ mod test {
     fn a_page_beyond_a_shrunken_end_is_news_when_it_comes_back() {
         let mut first = delta(8);
         jobs_of(&mut first, &[(5, 7), (6, 7)]);
-        let mut second = again(first.settle());
+        let mut second = again(first.acknowledge());
         second.truncate(0, PageCount(6));
-        let mut third = again(second.settle());
+        let mut third = again(second.acknowledge());
         assert_eq!(data_pages(&jobs_of(&mut third, &[(5, 7), (6, 7)])), [6]);
     }
 
@@ -494,7 +494,7 @@ mod test {
         assert_eq!(zero_ranges(&jobs), [(0, 1000), (1001, TIB)]);
         assert_eq!((data_pages(&jobs), first.changed()), (vec![1000], PageCount(1)));
         // What was a hole and is one is nothing; what the guest discarded is a change of one page.
-        let (mut second, mut jobs) = (again(first.settle()), Vec::new());
+        let (mut second, mut jobs) = (again(first.acknowledge()), Vec::new());
         second.offer_zero(0, pages(0, TIB), &mut jobs);
         second.flush(&mut jobs);
         assert_eq!((zero_ranges(&jobs), second.changed()), (vec![(1000, 1001)], PageCount(1)));
@@ -545,7 +545,7 @@ mod test {
     const SIZE: u64 = 600;
 
     #[derive(Clone, Debug)]
-    struct Round {
+    struct Pass {
         /// Written by the guest: from, to, what.
         writes: Vec<(u64, u64, u8)>,
         /// Whether the bitmap is there, or all of the disk has to be looked at.
@@ -553,10 +553,10 @@ mod test {
         is_durable: bool,
     }
 
-    fn any_round() -> impl Strategy<Value = Round> {
+    fn any_pass() -> impl Strategy<Value = Pass> {
         let write = (0..SIZE, 0..SIZE, 0..3_u8).prop_map(|(a, b, fill)| (a.min(b), a.max(b), fill));
         let writes = prop::collection::vec(write, 0..5);
-        (writes, any::<bool>(), prop::bool::weighted(0.7)).prop_map(|(writes, has_bitmap, is_durable)| Round {
+        (writes, any::<bool>(), prop::bool::weighted(0.7)).prop_map(|(writes, has_bitmap, is_durable)| Pass {
             writes,
             has_bitmap,
             is_durable,
@@ -568,18 +568,18 @@ mod test {
         /// Whatever the guest writes and whichever checkpoints fail: a durable one gives back the disk, and counts no page that
         /// does not differ from its parent where the parent is known.
         #[test]
-        fn sparse_disk_comes_back_after_any_checkpoints(rounds in prop::collection::vec(any_round(), 1..8), limit in 1_u64..5) {
+        fn sparse_disk_comes_back_after_any_checkpoints(passes in prop::collection::vec(any_pass(), 1..8), limit in 1_u64..5) {
             let mut disk = vec![0; SIZE as usize];
             let name = SpaceName::disk("d").unwrap();
             let mut spaces = vec![Space::new(name, PageCount(SIZE), DigestTable::sparse(ByteLen(limit * 4096)))];
             let mut stored: BTreeMap<u64, u8> = BTreeMap::new();
             let mut dirty: Vec<(u64, u64)> = vec![(0, SIZE)];
-            for round in rounds {
-                for (from, to, fill) in round.writes {
+            for pass in passes {
+                for (from, to, fill) in pass.writes {
                     disk[from as usize..to as usize].fill(fill);
                     dirty.push((from, to));
                 }
-                if !round.has_bitmap {
+                if !pass.has_bitmap {
                     dirty = vec![(0, SIZE)];
                 }
                 let (mut delta, mut jobs) = (again(spaces), Vec::new());
@@ -594,7 +594,7 @@ mod test {
                     at += same;
                 }
                 delta.flush(&mut jobs);
-                if !round.is_durable {
+                if !pass.is_durable {
                     spaces = delta.fail();
                     continue;
                 }
@@ -602,7 +602,7 @@ mod test {
                 prop_assert!(delta.changed().0 <= recorded);
                 replay(&jobs, &mut stored);
                 prop_assert!((0..SIZE).all(|page| stored.get(&page).copied().unwrap_or(0) == disk[page as usize]));
-                spaces = delta.settle();
+                spaces = delta.acknowledge();
                 dirty.clear();
             }
         }

@@ -1,5 +1,5 @@
 //! A guest that does not run, in a QEMU without our plugin: it is read as it stands, and nothing is ordered of QEMU that would change its
-//! run state. What `pre-copy passes` and `freeze` are for others.
+//! run state. What `pre-copy passes` and `pause` are for others.
 //!
 //! No guest waits for it, so it may take its time. If its owner lets it run meanwhile, the checkpoint fails.
 
@@ -23,9 +23,9 @@ impl Checkpointer {
     pub(super) async fn read_process_memory(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
         report.say("memory", 0, 0);
         let begun = Instant::now();
-        let state_file = DeviceStateFile::prepare(&self.machine.qmp, self.machine.runtime.path()).await?;
-        let memory = ProcessMemory::open(&self.machine.qmp, self.machine.pid).await?;
-        let paused = Paused::stop(&self.machine.qmp).await.context("watching the guest")?;
+        let state_file = DeviceStateFile::prepare(&self.vm.qmp, self.vm.runtime.path()).await?;
+        let memory = ProcessMemory::open(&self.vm.qmp, self.vm.pid).await?;
+        let paused = Paused::stop(&self.vm.qmp).await.context("watching the guest")?;
         let taken = match paused.before().is_live() {
             true => Err(anyhow::anyhow!("the guest was let run since this checkpoint began; take it again")),
             false => self.take_directly(run, &paused, &state_file, memory).await,
@@ -39,7 +39,7 @@ impl Checkpointer {
     }
 
     async fn take_directly(&mut self, run: &mut Run, paused: &Paused, file: &DeviceStateFile, memory: ProcessMemory) -> Result<()> {
-        run.freeze_disks(paused).await?;
+        run.pause_disks(paused).await?;
         file.save(paused).await.context("saving the device state")?;
         let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
         let delta = run.delta.take().context("the tables are gone")?;

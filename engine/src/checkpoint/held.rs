@@ -5,7 +5,7 @@
 //! listed again.
 
 use anyhow::{Context, Result};
-use checkpoint_format::{CheckpointIdentity, CheckpointSeq, VmName};
+use checkpoint_format::{CheckpointId, CheckpointIdentity, VmName};
 use checkpoint_store::Repository;
 use std::time::SystemTime;
 
@@ -19,7 +19,7 @@ pub struct HeldLineage {
     /// Oldest first. Empty: the next checkpoint is full.
     identities: Vec<CheckpointIdentity>,
     /// In the store, of this lineage or not.
-    newest: Option<CheckpointSeq>,
+    newest: Option<CheckpointId>,
     /// None: it has to be listed.
     listed: Option<Listed>,
 }
@@ -36,7 +36,7 @@ struct Listed {
 
 /// The checkpoints of a VM, and when that was so.
 pub struct Listing {
-    pub checkpoints: Vec<CheckpointSeq>,
+    pub checkpoints: Vec<CheckpointId>,
     changed: Option<SystemTime>,
 }
 
@@ -64,14 +64,14 @@ impl HeldLineage {
         &self.identities
     }
 
-    pub fn newest(&self) -> Option<CheckpointSeq> {
+    pub fn newest(&self) -> Option<CheckpointId> {
         self.newest
     }
 
     /// A checkpoint is durable, and the parent of the next.
     pub fn add(&mut self, checkpoint: CheckpointIdentity) {
         self.identities.push(checkpoint);
-        self.newest = Some(checkpoint.seq);
+        self.newest = Some(checkpoint.id);
         self.listed.iter_mut().for_each(|listed| listed.added += 1);
     }
 
@@ -85,7 +85,7 @@ impl HeldLineage {
         if !self.is_unchanged(repository).await? {
             self.listed = None;
             let listing = Listing::read(repository, &self.vm).await?;
-            let is_there = |identity: &CheckpointIdentity| listing.checkpoints.binary_search(&identity.seq).is_ok();
+            let is_there = |identity: &CheckpointIdentity| listing.checkpoints.binary_search(&identity.id).is_ok();
             if listing.checkpoints.last().copied() != self.newest || !self.identities.iter().all(is_there) {
                 return Ok(false);
             }
@@ -103,10 +103,10 @@ impl HeldLineage {
 
     async fn is_parent_held(&self, repository: &Repository) -> Result<bool> {
         let Some(parent) = self.identities.last() else { return Ok(true) };
-        match repository.read_manifest(&self.vm, parent.seq).await {
-            Ok(bytes) => Ok(CheckpointIdentity::new(parent.seq, &bytes) == *parent),
+        match repository.read_manifest(&self.vm, parent.id).await {
+            Ok(bytes) => Ok(CheckpointIdentity::new(parent.id, &bytes) == *parent),
             Err(error) if error.is_not_found() => Ok(false),
-            Err(error) => Err(error).with_context(|| format!("reading the manifest of {}@{}", self.vm, parent.seq)),
+            Err(error) => Err(error).with_context(|| format!("reading the manifest of {}@{}", self.vm, parent.id)),
         }
     }
 
@@ -140,8 +140,8 @@ mod test {
 
     const OPS: [Op; 8] = [Op::CreateDirAll, Op::CreateDir, Op::Put, Op::PutExclusive, Op::Read, Op::Stat, Op::RenameDir, Op::Remove];
 
-    fn manifest(seq: CheckpointSeq) -> Bytes {
-        Bytes::from(format!("manifest {seq}"))
+    fn manifest(id: CheckpointId) -> Bytes {
+        Bytes::from(format!("manifest {id}"))
     }
 
     fn vm() -> VmName {
@@ -182,11 +182,11 @@ mod test {
         async fn checkpoint(&self, lineage: &mut HeldLineage) {
             let Self { repository, writer, .. } = self;
             assert!(lineage.is_held(repository).await.unwrap());
-            let seq = lineage.newest().map_or(CheckpointSeq::FIRST, CheckpointSeq::next);
-            let partial = lineage.change(repository, writer.begin(seq)).await.unwrap();
+            let id = lineage.newest().map_or(CheckpointId::FIRST, CheckpointId::next);
+            let partial = lineage.change(repository, writer.begin(id)).await.unwrap();
             assert!(lineage.is_held(repository).await.unwrap());
-            drop(lineage.change(repository, partial.commit(manifest(seq))).await.unwrap());
-            lineage.add(CheckpointIdentity::new(seq, &manifest(seq)));
+            drop(lineage.change(repository, partial.commit(manifest(id))).await.unwrap());
+            lineage.add(CheckpointIdentity::new(id, &manifest(id)));
         }
 
         /// All calls, and the listings of the directory of checkpoints among them.
@@ -196,9 +196,9 @@ mod test {
         }
 
         /// Another removes it, when the store's clock has gone on.
-        async fn remove(&self, seq: u64) {
+        async fn remove(&self, id: u64) {
             tokio::time::sleep(Duration::from_millis(1)).await;
-            self.store.remove(&StorePath::new(&format!("vms/vm/checkpoints/{seq}")).unwrap()).await.unwrap();
+            self.store.remove(&StorePath::new(&format!("vms/vm/checkpoints/{id}")).unwrap()).await.unwrap();
         }
     }
 
@@ -231,11 +231,11 @@ mod test {
     async fn lineage_is_not_held_beside_a_newer_checkpoint_or_another_parent() {
         let (lab, mut lineage) = Lab::with(2).await;
         assert!(lineage.is_held(&lab.repository).await.unwrap());
-        drop(lab.writer.begin(CheckpointSeq(3)).await.unwrap().commit(manifest(CheckpointSeq(3))).await.unwrap());
+        drop(lab.writer.begin(CheckpointId(3)).await.unwrap().commit(manifest(CheckpointId(3))).await.unwrap());
         assert!(!lineage.is_held(&lab.repository).await.unwrap(), "a newer one");
 
         let (lab, mut lineage) = Lab::with(2).await;
-        let other = CheckpointIdentity::new(CheckpointSeq(3), b"another");
+        let other = CheckpointIdentity::new(CheckpointId(3), b"another");
         lab.checkpoint(&mut lineage).await;
         lineage.identities.pop();
         lineage.add(other);

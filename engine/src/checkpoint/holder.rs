@@ -79,7 +79,7 @@ fn host(boot: &str) -> Result<String> {
     // Without an id only records of this very boot may look like this host.
     let id = id.unwrap_or_else(|| boot.to_owned());
     let processes = std::fs::read_link("/proc/self/ns/pid").context("asking for our process namespace")?;
-    Ok(format!("{} (machine {id}, {})", name.to_string_lossy(), processes.display()))
+    Ok(format!("{} (VM {id}, {})", name.to_string_lossy(), processes.display()))
 }
 
 #[cfg(test)]

@@ -3,13 +3,13 @@
 //! The phases are files, in the order in which data flows:
 //!
 //! ```text
-//! prepare   guest runs    engine, writer epoch, layers, scratch overlays, room for the copies
-//! round     guest runs    live copies, each after a micro-pause
+//! prepare   guest runs    engine, writer epoch, layers, fleecing overlays, room for the copies
+//! round     guest runs    live copies, each after a brief stop
 //! freeze    guest paused  scan, copy, disk transaction, device state
 //! (stream   instead of round and freeze, where QEMU's own migration brings the memory)
 //! drain     guest runs    compare, compress, store; disks over NBD
 //! commit    guest runs    manifest, one rename
-//! settle    guest runs    leases, bitmaps, tables
+//! acknowledge    guest runs    claims, bitmaps, tables
 //! ```
 //! Whatever fails before the commit, [`Checkpointer::take`] gives back what was taken and the next checkpoint carries it.
 
@@ -55,7 +55,7 @@ pub use writer::{Force, StoreSession, claim, may_claim};
 /// Between the end of QEMU's monitor and that of its process.
 const QEMU_EXIT: Duration = Duration::from_secs(5);
 
-/// How long a checkpoint that has failed goes on storing what was read for it, which counts for the
+/// How long a checkpoint that has failed continues storing what was read for it, which counts for the
 /// next one: the packs under way at 1 MiB a second.
 const UPLOAD_GRACE: Duration = Duration::from_secs(60);
 
@@ -65,7 +65,7 @@ const REMOVAL: Duration = Duration::from_secs(5);
 /// A connection to a process that is killed ends with it, a moment after whatever else was noticed.
 const MONITOR_END: Duration = Duration::from_millis(200);
 
-/// Tells what goes on to whoever listens; never waits for them.
+/// Tells what happens to whoever listens; never waits for them.
 pub struct Report(pub mpsc::Sender<Update>);
 
 impl Report {
@@ -85,9 +85,9 @@ pub struct Choice {
     pub full: bool,
 }
 
-/// Everything that lasts from one checkpoint of a machine to the next.
+/// Everything that lasts from one checkpoint of a VM to the next.
 pub struct Checkpointer {
-    pub machine: Vm,
+    pub vm: Vm,
     staging: Staging,
     store: Option<StoreSession>,
     base: Option<Base>,
@@ -101,15 +101,15 @@ pub struct Checkpointer {
 }
 
 impl Checkpointer {
-    pub fn new(machine: Vm) -> Self {
+    pub fn new(vm: Vm) -> Self {
         let staging = Staging::new(prepare::STAGING_PAGES);
-        let marks = machine.runtime.marks();
-        Self { machine, staging, store: None, base: None, carried: None, marks, layers: Default::default(), is_clean: false }
+        let marks = vm.runtime.marks();
+        Self { vm, staging, store: None, base: None, carried: None, marks, layers: Default::default(), is_clean: false }
     }
 
-    /// The machine goes on in another QEMU: what the store holds is as it was; what was written since is not known.
-    pub fn replace_machine(&mut self, machine: Vm) {
-        self.machine = machine;
+    /// The VM continues in another QEMU: what the store holds is as it was; what was written since is not known.
+    pub fn replace_vm(&mut self, vm: Vm) {
+        self.vm = vm;
         self.is_clean = false;
         self.distrust_marks();
     }
@@ -153,7 +153,7 @@ impl Checkpointer {
                 self.abort(run).await;
                 let error = self.with_carried(error);
                 self.after_failure();
-                match inventory.change(&self.machine).await {
+                match inventory.change(&self.vm).await {
                     None => Err(error),
                     change => {
                         tracing::info!(error = format!("{error:#}"), "what was noticed first of a change of the VM");
@@ -177,26 +177,26 @@ impl Checkpointer {
 
     /// A QEMU that has ended is why, whatever was noticed of it first.
     async fn cause(&self, error: Error) -> Error {
-        if tokio::time::timeout(MONITOR_END, self.machine.qmp.closed()).await.is_err() {
+        if tokio::time::timeout(MONITOR_END, self.vm.qmp.closed()).await.is_err() {
             return error;
         }
         let end = Instant::now() + QEMU_EXIT;
-        while !self.machine.has_ended() {
+        while !self.vm.has_ended() {
             if Instant::now() >= end {
                 return error;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         tracing::info!(error = format!("{error:#}"), "what was noticed first of QEMU's end");
-        let (pid, name) = (self.machine.pid, &self.machine.file.name);
-        let said = said::quote_log(&self.machine.runtime.qemu_log());
+        let (pid, name) = (self.vm.pid, &self.vm.file.name);
+        let said = said::quote_log(&self.vm.runtime.qemu_log());
         let said = if said.is_empty() { said } else { format!(" (it said: {said})") };
         anyhow::anyhow!(
             "QEMU (pid {pid}) ended while the checkpoint was taken{said}; the last checkpoint is intact: 'stillpoint restore {name}'"
         )
     }
 
-    /// A failed freeze takes its disks back in the background, so the next checkpoint looks what is left of it. A base whose tables
+    /// A failed pause takes its disks back in the background, so the next checkpoint looks what is left of it. A base whose tables
     /// went down with the checkpoint is looked up again.
     fn after_failure(&mut self) {
         self.is_clean = false;
@@ -209,17 +209,17 @@ impl Checkpointer {
             (Some(mode), _) => self.stream(run, mode, phases, report).await?,
             (None, Engine::ProcessMemory) => self.read_process_memory(run, phases, report).await?,
             (None, _) => {
-                self.rounds(run, phases, report).await?;
-                kill_point::point("round");
-                self.freeze(run, phases).await?;
+                self.passes(run, phases, report).await?;
+                kill_point::point("pre-copy");
+                self.pause(run, phases).await?;
             }
         }
-        kill_point::point("freeze.frozen");
-        run.inventory.check_machine(&self.machine).await?;
-        self.drain(run, phases, report).await?;
-        run.inventory.check_disks(&self.machine).await?;
+        kill_point::point("pause.captured");
+        run.inventory.check_vm(&self.vm).await?;
+        self.upload(run, phases, report).await?;
+        run.inventory.check_disks(&self.vm).await?;
         unchanged(self.layers.changed(&run.inventory.drives).map(|path| format!("the layer {} was written to", path.display())))?;
-        kill_point::point("drain");
+        kill_point::point("upload");
         self.commit(run, phases).await
     }
 
@@ -233,16 +233,16 @@ impl Checkpointer {
         }
     }
 
-    /// The machine has ended: another may take the writer's place without force.
+    /// The VM has ended: another may take the writer's place without force.
     ///
-    /// While QEMU runs the place is kept, whoever ends the helper: a restore elsewhere would make a second machine.
+    /// While QEMU runs the place is kept, whoever ends the helper: a restore elsewhere would make a second VM.
     pub async fn release(&mut self) {
         self.forget_carried().await;
-        if tokio::time::timeout(Duration::from_millis(1), self.machine.qmp.closed()).await.is_err() {
+        if tokio::time::timeout(Duration::from_millis(1), self.vm.qmp.closed()).await.is_err() {
             return;
         }
         let end = Instant::now() + QEMU_EXIT;
-        while is_running(&self.machine.file.instance) {
+        while is_running(&self.vm.file.instance) {
             if Instant::now() >= end {
                 return;
             }

@@ -1,6 +1,6 @@
 //! What a checkpoint tells about itself: the JSON of `stillpoint checkpoint --json`.
 
-use checkpoint_format::CheckpointSeq;
+use checkpoint_format::CheckpointId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
     /// The checkpoint's number; of the parent when nothing changed.
-    pub id: CheckpointSeq,
-    pub parent: Option<CheckpointSeq>,
+    pub id: CheckpointId,
+    pub parent: Option<CheckpointId>,
     pub kind: Kind,
     /// Where the memory came from: `tracker`, `pre-copy`, `background-snapshot`, `stopped` or `process-memory`.
     pub engine: String,
@@ -20,9 +20,10 @@ pub struct Outcome {
     pub started_at: String,
     /// From the order to stop until the guest ran again.
     pub pause_ms: f64,
-    /// Live rounds before the freeze; each has a pause of its own, in `round_pauses_ms`.
-    pub rounds: u32,
-    pub round_pauses_ms: Vec<f64>,
+    /// Live passes before the pause; each has a pause of its own, in `brief_stops_ms`.
+    #[serde(rename = "rounds")]
+    pub passes: u32,
+    pub brief_stops_ms: Vec<f64>,
     /// Written since the parent, whatever was written.
     pub pages_dirty: u64,
     /// Pages whose content differs from the parent's, in bytes.
@@ -34,7 +35,7 @@ pub struct Outcome {
     /// Of that, what earlier tries that failed had stored already.
     #[serde(default)]
     pub bytes_carried: u64,
-    /// Read-only layers stored with this checkpoint (once for all machines).
+    /// Read-only layers stored with this checkpoint (once for all VMs).
     pub layer_bytes_stored: u64,
     /// From the request until another host can restore it.
     pub durable_ms: f64,

@@ -1,6 +1,6 @@
-//! Phases `round` and `freeze` as seen from the guest: what happens between `stop` and `cont`.
+//! Phases `round` and `pause` as seen from the guest: what happens between `stop` and `cont`.
 //!
-//! The freeze does two things side by side: a thread scans, protects and copies memory; QMP takes the disks' instant in
+//! The pause does two things side by side: a thread scans, protects and copies memory; QMP takes the disks' instant in
 //! one transaction and writes the device state to a file. The guest runs again when both are done, whatever they did.
 
 use super::outcome::{Phases, milliseconds};
@@ -11,7 +11,7 @@ use super::{Checkpointer, Report};
 use crate::kill_point;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{PageCount, PageSet};
-use dirty_tracker::{DirtyLease, Tracker};
+use dirty_tracker::{DirtyClaim, Tracker};
 use qmp_bridge::Paused;
 use qmp_bridge::device_state::DeviceStateFile;
 use std::sync::{Arc, Mutex};
@@ -20,49 +20,49 @@ use tokio::task::JoinError;
 use tracing::instrument;
 use vm::running::lock;
 
-/// A freeze that would copy more than this is not begun: about 100 ms of copying.
-const MOST_FREEZE_PAGES: PageCount = PageCount(96 * 256);
+/// A pause that would copy more than this is not begun: about 100 ms of copying.
+const MOST_PAUSE_PAGES: PageCount = PageCount(96 * 256);
 /// How often what QEMU wrote after `stop` is claimed again, and how much of it at most (1 MiB): a floppy's DMA moves 512 bytes.
 const LATE_PASSES: u32 = 3;
 const MOST_LATE_PAGES: PageCount = PageCount(256);
 
 impl Checkpointer {
-    #[instrument(name = "round", level = "debug", skip_all)]
-    pub(super) async fn rounds(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
+    #[instrument(name = "pre-copy", level = "debug", skip_all)]
+    pub(super) async fn passes(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
         let begun = Instant::now();
         let mut before = None;
-        let mut dirty = precopy::look(&self.machine)?;
-        // Until the tracker is exact, its first lease has every page: never inside the freeze.
+        let mut dirty = precopy::look(&self.vm)?;
+        // Until the tracker is exact, its first claim has every page: never inside the pause.
         let mut is_first = !run.is_exact;
-        while is_first || precopy::is_worth_it(run.round_pauses.len() as u32, dirty, before) {
-            report.say("round", run.round_pauses.len() as u64, u64::from(precopy::MAX_ROUNDS));
-            self.round(run, is_first).await?;
+        while is_first || precopy::is_worth_it(run.brief_stops.len() as u32, dirty, before) {
+            report.say("pre-copy", run.brief_stops.len() as u64, u64::from(precopy::MAX_PASSES));
+            self.pass(run, is_first).await?;
             is_first = false;
             before = Some(dirty);
-            dirty = precopy::look(&self.machine)?;
-            tracing::debug!(rounds = run.round_pauses.len(), left = dirty.0, "round");
+            dirty = precopy::look(&self.vm)?;
+            tracing::debug!(passes = run.brief_stops.len(), left = dirty.0, "pre-copy");
         }
         self.make_room(run, dirty).await?;
-        phases.since("round", begun);
-        if dirty > MOST_FREEZE_PAGES {
+        phases.since("pre-copy", begun);
+        if dirty > MOST_PAUSE_PAGES {
             bail!(
-                "the guest writes memory faster than it can be copied: {dirty} pages are dirty after {} rounds, which would stop it for too long; \
+                "the guest writes memory faster than it can be copied: {dirty} pages are dirty after {} passes, which would stop it for too long; \
                  slow the guest down and try again",
-                run.round_pauses.len()
+                run.brief_stops.len()
             );
         }
         Ok(())
     }
 
-    async fn round(&mut self, run: &mut Run, is_first: bool) -> Result<()> {
+    async fn pass(&mut self, run: &mut Run, is_first: bool) -> Result<()> {
         run.flush_disks().await?;
-        let lease = run.lease.as_mut().context("the lease is gone")?;
-        let (mut taken, pause) = precopy::begin(&self.machine, lease).await?;
-        run.round_pauses.push(pause);
+        let claim = run.claim.as_mut().context("the claim is gone")?;
+        let (mut taken, pause) = precopy::begin(&self.vm, claim).await?;
+        run.brief_stops.push(pause);
         if is_first {
             // Also what is clean for the tracker: this checkpoint may know less than it (a full one after a change of layers).
             for (space, pages) in &mut taken {
-                pages.union_with(&precopy::existing(&self.machine, *space)?);
+                pages.union_with(&precopy::existing(&self.vm, *space)?);
             }
             self.offer_holes(run, &taken).await?;
         }
@@ -72,7 +72,7 @@ impl Checkpointer {
             return self.stage(taken).await;
         }
         // What was staged is older, so it must reach the packs before.
-        self.drain_staging(run).await?;
+        self.upload_staging(run).await?;
         self.spill(run, taken).await
     }
 
@@ -93,7 +93,7 @@ impl Checkpointer {
     }
 
     async fn stage(&mut self, taken: Taken) -> Result<()> {
-        let tracker = self.machine.tracker()?;
+        let tracker = self.vm.tracker()?;
         let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
         let (staging, result) = blocking(staging, move |staging| precopy::stage(&lock(&tracker), &taken, staging)).await?;
         self.staging = staging;
@@ -101,7 +101,7 @@ impl Checkpointer {
     }
 
     async fn spill(&mut self, run: &mut Run, taken: Taken) -> Result<()> {
-        let tracker = self.machine.tracker()?;
+        let tracker = self.vm.tracker()?;
         let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
         let delta = run.delta.take().context("the tables are gone")?;
         run.is_spilled = true;
@@ -110,37 +110,37 @@ impl Checkpointer {
         result
     }
 
-    /// The freeze copies into memory that is there already.
+    /// The pause copies into memory that is there already.
     async fn make_room(&mut self, run: &mut Run, expected: PageCount) -> Result<()> {
         let wanted = PageCount(expected.0 * 2 + 1024);
         if wanted > self.staging.free() && !self.staging.is_empty() {
-            self.drain_staging(run).await?;
+            self.upload_staging(run).await?;
         }
         self.staging.prefault(wanted);
         Ok(())
     }
 
-    #[instrument(name = "freeze", level = "debug", skip_all)]
-    pub(super) async fn freeze(&mut self, run: &mut Run, phases: &mut Phases) -> Result<()> {
-        let tracker = self.machine.tracker()?;
-        let state_file = DeviceStateFile::prepare(&self.machine.qmp, self.machine.runtime.path()).await?;
+    #[instrument(name = "pause", level = "debug", skip_all)]
+    pub(super) async fn pause(&mut self, run: &mut Run, phases: &mut Phases) -> Result<()> {
+        let tracker = self.vm.tracker()?;
+        let state_file = DeviceStateFile::prepare(&self.vm.qmp, self.vm.runtime.path()).await?;
         let flush_begun = Instant::now();
         run.flush_disks().await?;
         phases.since("flush", flush_begun);
         let prepared = run.prepared.take().context("the disks are not prepared")?;
-        let lease = run.lease.take().context("the lease is gone")?;
+        let claim = run.claim.take().context("the claim is gone")?;
         let begun = Instant::now();
-        let paused = Paused::stop(&self.machine.qmp).await.context("stopping the guest")?;
+        let paused = Paused::stop(&self.vm.qmp).await.context("stopping the guest")?;
         run.run_state = paused.before();
         let stopped = begun.elapsed();
-        let mut memory = tokio::spawn(self.freeze_memory(tracker, lease));
+        let mut memory = tokio::spawn(self.pause_memory(tracker, claim));
         let mut copied = None;
         let devices = async {
-            let frozen = prepared.freeze(&paused).await.context("taking the disks' instant")?;
+            let captured = prepared.capture(&paused).await.context("taking the disks' instant")?;
             let disks = begun.elapsed();
             // The disks' instant is taken: it must be known to the run whatever comes now.
             let saved = state_file.save(&paused).await.context("saving the device state");
-            Ok::<_, anyhow::Error>((frozen, disks, saved))
+            Ok::<_, anyhow::Error>((captured, disks, saved))
         };
         let work = async { tokio::join!(async { copied = Some((&mut memory).await) }, devices).1 };
         let devices = paused.within("memory, disks and devices", work).await.map_err(anyhow::Error::from).flatten();
@@ -150,7 +150,7 @@ impl Checkpointer {
             _ => Ok(()),
         };
         let saved = begun.elapsed();
-        kill_point::point("freeze.paused");
+        kill_point::point("pause.begun");
         let resumed = paused.resume().await.context("letting the guest run again");
         let copied = match kept {
             Some(kept) => kept?,
@@ -160,21 +160,21 @@ impl Checkpointer {
                 self.keep_memory(run, memory)?
             }
         };
-        let (frozen, disks, device_state) = devices?;
-        run.frozen = Some(frozen);
+        let (captured, disks, device_state) = devices?;
+        run.captured = Some(captured);
         run.pause = resumed?;
         device_state?;
         late?;
         run.device_state = Some(SavedState::File(state_file));
-        trace_freeze(phases, stopped, disks, copied, saved, run.pause);
+        trace_pause(phases, stopped, disks, copied, saved, run.pause);
         Ok(())
     }
 
     /// What was claimed and copied becomes the run's, whatever else fails. Returns the time that it took.
-    fn keep_memory(&mut self, run: &mut Run, memory: Result<Result<FrozenMemory>, JoinError>) -> Result<Duration> {
-        let (lease, staging, taken, time) = memory.context("internal error: copy task panicked")??;
+    fn keep_memory(&mut self, run: &mut Run, memory: Result<Result<CapturedMemory>, JoinError>) -> Result<Duration> {
+        let (claim, staging, taken, time) = memory.context("internal error: copy task panicked")??;
         self.staging = staging;
-        run.lease = Some(lease);
+        run.claim = Some(claim);
         run.pages_dirty.0 += taken?.0;
         Ok(time)
     }
@@ -183,14 +183,14 @@ impl Checkpointer {
     /// claimed again and the device state is saved again, until memory and devices are of one instant.
     async fn claim_late_writes(&mut self, run: &mut Run, paused: &Paused, state: &DeviceStateFile) -> Result<()> {
         let mut passes = 0;
-        let mut left = precopy::look(&self.machine)?;
+        let mut left = precopy::look(&self.vm)?;
         while left > PageCount(0) && left <= MOST_LATE_PAGES && passes < LATE_PASSES {
             tracing::debug!(%left, "written after the guest was stopped");
-            let lease = run.lease.take().context("the lease is gone")?;
-            let memory = self.freeze_memory(self.machine.tracker()?, lease).await;
+            let claim = run.claim.take().context("the claim is gone")?;
+            let memory = self.pause_memory(self.vm.tracker()?, claim).await;
             self.keep_memory(run, Ok(memory))?;
             paused.within("the device state", state.save(paused)).await?.context("saving the device state again")?;
-            left = precopy::look(&self.machine)?;
+            left = precopy::look(&self.vm)?;
             passes += 1;
         }
         if left == PageCount(0) {
@@ -202,38 +202,38 @@ impl Checkpointer {
         )
     }
 
-    /// On a thread of its own, from the moment the guest stands still.
-    fn freeze_memory(
+    /// On a thread of its own, from the moment the guest is stopped.
+    fn pause_memory(
         &mut self,
         tracker: Arc<Mutex<Tracker>>,
-        lease: DirtyLease,
-    ) -> impl Future<Output = Result<FrozenMemory>> + Send + use<> {
+        claim: DirtyClaim,
+    ) -> impl Future<Output = Result<CapturedMemory>> + Send + use<> {
         let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
         let begun = Instant::now();
-        let job = blocking((lease, staging), move |(lease, staging)| {
+        let job = blocking((claim, staging), move |(claim, staging)| {
             let mut tracker = lock(&tracker);
-            let taken = precopy::take(&mut tracker, lease)?;
+            let taken = precopy::take(&mut tracker, claim)?;
             let pages = precopy::count(&taken);
             if pages > staging.free() {
-                bail!("{pages} pages were dirty in the freeze, more than the staging memory has room for; try again");
+                bail!("{pages} pages were dirty in the pause, more than the staging memory has room for; try again");
             }
             precopy::stage(&tracker, &taken, staging)?;
             Ok(pages)
         });
         async move {
-            let ((lease, staging), taken) = job.await?;
-            Ok((lease, staging, taken, begun.elapsed()))
+            let ((claim, staging), taken) = job.await?;
+            Ok((claim, staging, taken, begun.elapsed()))
         }
     }
 }
 
-type FrozenMemory = (DirtyLease, Staging, Result<PageCount>, Duration);
+type CapturedMemory = (DirtyClaim, Staging, Result<PageCount>, Duration);
 
-fn trace_freeze(phases: &mut Phases, stopped: Duration, disks: Duration, copied: Duration, saved: Duration, pause: Duration) {
-    phases.add("freeze", pause);
-    phases.add("freeze.stop", stopped);
-    phases.add("freeze.disks", disks.saturating_sub(stopped));
-    phases.add("freeze.devices", saved.saturating_sub(disks));
-    phases.add("freeze.memory", copied);
-    tracing::info!(pause_ms = milliseconds(pause), "freeze");
+fn trace_pause(phases: &mut Phases, stopped: Duration, disks: Duration, copied: Duration, saved: Duration, pause: Duration) {
+    phases.add("pause", pause);
+    phases.add("pause.stop", stopped);
+    phases.add("pause.disks", disks.saturating_sub(stopped));
+    phases.add("pause.devices", saved.saturating_sub(disks));
+    phases.add("pause.memory", copied);
+    tracing::info!(pause_ms = milliseconds(pause), "pause");
 }

@@ -1,4 +1,4 @@
-//! Phase `prepare`: all that can be done while the guest runs, so that the freeze has nothing to wait for.
+//! Phase `prepare`: all that can be done while the guest runs, so that the pause has nothing to wait for.
 
 use super::base::{Base, Chains};
 use super::carried::{Carried, Resumed};
@@ -10,12 +10,12 @@ use crate::kill_point;
 use crate::pack::{NumberedPack, PackJob, PackTarget, Packer, StoredPacks};
 use crate::progress::bytes;
 use anyhow::{Context, Result, ensure};
-use checkpoint_format::{ByteLen, CheckpointSeq, ContentDigest, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable};
+use checkpoint_format::{ByteLen, CheckpointId, ContentDigest, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable};
 use checkpoint_store::{Mode, PartialCheckpoint};
-use dirty_tracker::DirtyLease;
+use dirty_tracker::DirtyClaim;
 use qmp_bridge::RunState;
 use qmp_bridge::capture::{
-    BitmapTag, CapturePlaces, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, Outlook, PreparedDisks, cleanup_leftovers,
+    BitmapTag, CapturePlaces, CapturePlan, CapturedDisks, DEFAULT_FLEECING_RESERVE, Outlook, PreparedDisks, cleanup_leftovers,
 };
 use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
 use qmp_bridge::disks::Disk;
@@ -45,8 +45,8 @@ pub struct Run {
     pub engine: Engine,
     /// What the operator should know though all goes well.
     pub notes: Vec<String>,
-    pub seq: CheckpointSeq,
-    pub parent: Option<CheckpointSeq>,
+    pub id: CheckpointId,
+    pub parent: Option<CheckpointId>,
     /// The VM as it was when the checks were made.
     pub inventory: Arc<Inventory>,
     /// What the guest was doing at the checkpoint's point in time.
@@ -62,11 +62,11 @@ pub struct Run {
     /// If this checkpoint fails, the next one may build on its packs.
     pub may_carry: bool,
     pub delta: Option<Delta>,
-    pub lease: Option<DirtyLease>,
+    pub claim: Option<DirtyClaim>,
     pub prepared: Option<PreparedDisks>,
-    pub frozen: Option<FrozenDisks>,
+    pub captured: Option<CapturedDisks>,
     pub device_state: Option<SavedState>,
-    pub round_pauses: Vec<Duration>,
+    pub brief_stops: Vec<Duration>,
     pub pause: Duration,
     pub pages_dirty: PageCount,
     pub layer_bytes: u64,
@@ -102,17 +102,17 @@ impl Checkpointer {
         report.say("prepare", 0, 0);
         kill_point::point("prepare");
         self.clean_up().await?;
-        RunState::of(&self.machine.qmp).await.context("asking for the run state")?;
-        if self.machine.refresh_blocks().await? {
-            self.machine.runtime.forget_exact_marks()?;
+        RunState::of(&self.vm.qmp).await.context("asking for the run state")?;
+        if self.vm.refresh_blocks().await? {
+            self.vm.runtime.forget_exact_marks()?;
             self.distrust_marks();
         }
-        let inventory = Inventory::take(&self.machine).await?;
-        self.machine.check_listed(&inventory.devices).await?;
+        let inventory = Inventory::take(&self.vm).await?;
+        self.vm.check_listed(&inventory.devices).await?;
         check_blockers(&inventory.composition.migration_blockers)?;
         self.ensure_session(choice.full).await?;
         let drives = &inventory.drives;
-        self.machine.check_command_line(drives)?;
+        self.vm.check_command_line(drives)?;
         let spaces = disk_spaces(&drives.disks)?;
         self.ensure_base(&spaces).await?;
         let layers_begun = Instant::now();
@@ -122,7 +122,7 @@ impl Checkpointer {
         self.begin_lineage_if_due(choice.full)?;
         let chosen = self.choose_engine(choice).await?;
         if chosen.engine.mode() == Some(StreamMode::PreCopy) {
-            reopen::check(self.machine.pid, drives)?;
+            reopen::check(self.vm.pid, drives)?;
         }
         let run = self.begin_run(chosen, inventory, layer_bytes).await?;
         phases.since("prepare", begun);
@@ -139,17 +139,17 @@ impl Checkpointer {
         }
         // A store that has this VM's checkpoints is there already; where it is missing, its file system is not mounted, say.
         let mode = if is_full || self.marks.is_none() { Mode::CreateIfMissing } else { Mode::MustExist };
-        self.store = Some(StoreSession::open(&self.machine.file, &self.machine.runtime, mode, Force::No).await?);
+        self.store = Some(StoreSession::open(&self.vm.file, &self.vm.runtime, mode, Force::No).await?);
         Ok(())
     }
 
     /// Once per helper, and after a failure: what was left in QEMU, a stopped guest first of all.
     pub async fn clean_up(&mut self) -> Result<()> {
         if !self.is_clean {
-            let journal = self.machine.runtime.migration_journal();
-            migration::recover(&self.machine.qmp, &journal).await.context("taking back an earlier helper's migration")?;
-            let places = CapturePlaces { scratch_dir: &self.machine.file.scratch, nbd_socket: &self.machine.runtime.nbd() };
-            cleanup_leftovers(&self.machine.qmp, &self.tag()?, places).await.context("cleaning up after an earlier helper")?;
+            let journal = self.vm.runtime.migration_journal();
+            migration::recover(&self.vm.qmp, &journal).await.context("taking back an earlier helper's migration")?;
+            let places = CapturePlaces { fleecing_dir: &self.vm.file.fleecing, nbd_socket: &self.vm.runtime.nbd() };
+            cleanup_leftovers(&self.vm.qmp, &self.tag()?, places).await.context("cleaning up after an earlier helper")?;
             self.is_clean = true;
         }
         Ok(())
@@ -157,22 +157,22 @@ impl Checkpointer {
 
     /// What is wanted, if it can be had.
     async fn choose_engine(&mut self, choice: Choice) -> Result<Chosen> {
-        let there = self.machine.file.unprepared.as_ref();
+        let there = self.vm.file.external.as_ref();
         let engine = choice.engine.or(there.map(|there| there.engine)).unwrap_or_default();
         let stream = choice.stream.or(there.map(|there| there.stream)).unwrap_or_default();
-        let has_tracker = self.machine.has_tracker();
+        let has_tracker = self.vm.has_tracker();
         let tracker = if has_tracker { Ok(()) } else { Err("no plugin of ours sits in this QEMU".to_owned()) };
         if let Some(chosen) = choose_tracker(engine, &tracker)? {
             return Ok(chosen);
         }
-        let support = migration::probe(&self.machine.qmp).await.context("asking what QEMU's migration can do")?;
-        let process_memory = ProcessMemory::check(&self.machine.qmp, self.machine.pid, support.stopped).await;
-        choose_stream(stream, &support, &self.machine.facts, self.machine.has_plugin(), &process_memory)
+        let support = migration::probe(&self.vm.qmp).await.context("asking what QEMU's migration can do")?;
+        let process_memory = ProcessMemory::check(&self.vm.qmp, self.vm.pid, support.stopped).await;
+        choose_stream(stream, &support, &self.vm.facts, self.vm.has_plugin(), &process_memory)
     }
 
     /// Bitmaps serve one lineage: that of this instance.
     fn tag(&self) -> Result<BitmapTag> {
-        self.machine.file.instance.parse().context("naming the dirty bitmaps")
+        self.vm.file.instance.parse().context("naming the dirty bitmaps")
     }
 
     /// The store may have changed since the last checkpoint: it lost some (a snapshot of it was restored), or a commit whose answer was
@@ -188,9 +188,9 @@ impl Checkpointer {
             self.base = None;
         }
         match &mut self.base {
-            Some(base) => base.adapt(&self.machine, disks),
+            Some(base) => base.adapt(&self.vm, disks),
             none => {
-                *none = Some(Base::find(&self.machine, &session.repository, disks, self.marks).await?);
+                *none = Some(Base::find(&self.vm, &session.repository, disks, self.marks).await?);
                 Ok(())
             }
         }
@@ -198,12 +198,12 @@ impl Checkpointer {
 
     async fn ensure_layers(&mut self, drives: &Drives) -> Result<u64> {
         let session = self.store.as_ref().context("the store is not open")?;
-        let boot = boot_files_of(&self.machine.file.arguments, &self.machine.directory())?;
+        let boot = boot_files_of(&self.vm.file.arguments, &self.vm.directory())?;
         self.layers.ensure_all(&session.repository, drives, &boot).await
     }
 
     /// A disk that stands on other layers than its parent did (a stream or commit at run time) may show other content where
-    /// nothing was written: then all is stored anew.
+    /// nothing was written: then all is stored again.
     fn follow_chains(&mut self, drives: &Drives) -> Result<()> {
         let writable = drives.disks.iter().filter(|disk| !disk.read_only);
         let chains = writable.map(|disk| Ok((disk.name.clone(), self.chain(drives, disk)?))).collect::<Result<Chains>>()?;
@@ -211,7 +211,7 @@ impl Checkpointer {
         let is_same = |(node, chain): (&String, &Vec<ContentDigest>)| base.chains.get(node).is_none_or(|before| before == chain);
         if base.parent().is_some() && !chains.iter().all(is_same) {
             tracing::info!("a disk stands on other layers than before; the next checkpoint is full");
-            base.begin_anew();
+            base.begin_again();
         }
         base.chains = chains;
         Ok(())
@@ -221,7 +221,7 @@ impl Checkpointer {
         let base = self.base.as_mut().context("the base is not known")?;
         if is_wanted || base.is_long() {
             tracing::info!(is_wanted, "the next checkpoint is full and begins a lineage");
-            base.begin_anew();
+            base.begin_again();
         }
         Ok(())
     }
@@ -234,41 +234,41 @@ impl Checkpointer {
 
     async fn begin_run(&mut self, chosen: Chosen, inventory: Inventory, layer_bytes: u64) -> Result<Run> {
         let base = self.base.as_ref().context("the base is not known")?;
-        let (seq, parent, is_exact) = (base.next(), base.parent(), base.is_exact);
+        let (id, parent, is_exact) = (base.next(), base.parent(), base.is_exact);
         let plan = CapturePlan {
             tag: self.tag()?,
-            seq: seq.0,
+            id: id.0,
             parent: base.parent_of_bitmaps().map(|parent| parent.0),
-            scratch_dir: self.machine.file.scratch.clone(),
-            scratch_reserve: DEFAULT_SCRATCH_RESERVE,
-            nbd_socket: self.machine.runtime.nbd(),
+            fleecing_dir: self.vm.file.fleecing.clone(),
+            fleecing_reserve: DEFAULT_FLEECING_RESERVE,
+            nbd_socket: self.vm.runtime.nbd(),
             streamed: chosen.engine != Engine::Tracker,
         };
-        let prepared = PreparedDisks::prepare(&self.machine.qmp, &inventory.drives.disks, plan).await.context("preparing the disks")?;
+        let prepared = PreparedDisks::prepare(&self.vm.qmp, &inventory.drives.disks, plan).await.context("preparing the disks")?;
         let outlook = prepared.outlook().await.context("looking what the disks will need")?;
         tracing::info!(?outlook, "what the disks will need");
-        let (partial, earlier) = self.begin_partial(seq, parent).await?;
-        let (packer, delta, resumed) = match self.begin_delta(&partial, earlier.clone(), seq, parent).await {
+        let (partial, earlier) = self.begin_partial(id, parent).await?;
+        let (packer, delta, resumed) = match self.begin_delta(&partial, earlier.clone(), id, parent).await {
             Ok(begun) => begun,
             Err(error) => {
                 self.keep_earlier(partial, earlier, parent);
                 return Err(error);
             }
         };
-        let boot = boot_files_of(&self.machine.file.arguments, &self.machine.directory())?;
+        let boot = boot_files_of(&self.vm.file.arguments, &self.vm.directory())?;
         let boot_files = boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
-        let lease = match chosen.engine {
+        let claim = match chosen.engine {
             Engine::Tracker => {
                 // From here on a helper that dies has leased pages that nobody knows of.
-                self.machine.runtime.forget_exact_marks()?;
-                Some(self.begin_lease().await?)
+                self.vm.runtime.forget_exact_marks()?;
+                Some(self.begin_claim().await?)
             }
             Engine::PreCopy | Engine::BackgroundSnapshot | Engine::Stopped | Engine::ProcessMemory => None,
         };
         Ok(Run {
             engine: chosen.engine,
             notes: notes(chosen).into_iter().chain(room_note(outlook)).collect(),
-            seq,
+            id,
             parent,
             inventory: Arc::new(inventory),
             run_state: RunState::Running,
@@ -280,11 +280,11 @@ impl Checkpointer {
             resumed: Some(resumed),
             may_carry: true,
             delta: Some(delta),
-            lease,
+            claim,
             prepared: Some(prepared),
-            frozen: None,
+            captured: None,
             device_state: None,
-            round_pauses: Vec::new(),
+            brief_stops: Vec::new(),
             pause: Duration::ZERO,
             pages_dirty: PageCount(0),
             layer_bytes,
@@ -301,12 +301,12 @@ impl Checkpointer {
         Ok(base.lineage.change(&session.repository, change(session)).await)
     }
 
-    async fn begin_lease(&self) -> Result<DirtyLease> {
-        let tracker = self.machine.tracker()?;
+    async fn begin_claim(&self) -> Result<DirtyClaim> {
+        let tracker = self.vm.tracker()?;
         let begin = move || {
             let mut tracker = lock(&tracker);
             tracker.prepare()?;
-            Ok(tracker.begin_lease())
+            Ok(tracker.begin_claim())
         };
         tokio::task::spawn_blocking(begin).await.context("preparing the tracker was cut off")?
     }
@@ -314,11 +314,11 @@ impl Checkpointer {
     /// A partial checkpoint, with the packs of earlier tries if they can be had.
     async fn begin_partial(
         &mut self,
-        seq: CheckpointSeq,
-        parent: Option<CheckpointSeq>,
+        id: CheckpointId,
+        parent: Option<CheckpointId>,
     ) -> Result<(Arc<PartialCheckpoint>, Vec<NumberedPack>)> {
         if let Some(carried) = self.carried.take_if(|carried| carried.parent == parent) {
-            match self.change_store(|session| session.writer.resume(seq, &carried.kept)).await? {
+            match self.change_store(|session| session.writer.resume(id, &carried.kept)).await? {
                 Ok(Some(partial)) => return Ok((Arc::new(partial), carried.packs)),
                 Ok(None) => tracing::warn!("what an earlier try stored is not there any more"),
                 Err(error) => {
@@ -328,13 +328,13 @@ impl Checkpointer {
             }
         }
         self.carried = None;
-        let partial = self.change_store(|session| session.writer.begin(seq)).await?;
+        let partial = self.change_store(|session| session.writer.begin(id)).await?;
         let partial = partial.context("beginning a checkpoint in the store")?;
         Ok((Arc::new(partial), Vec::new()))
     }
 
     /// A store that fails now may have the packs when it is asked again.
-    fn keep_earlier(&mut self, partial: Arc<PartialCheckpoint>, packs: Vec<NumberedPack>, parent: Option<CheckpointSeq>) {
+    fn keep_earlier(&mut self, partial: Arc<PartialCheckpoint>, packs: Vec<NumberedPack>, parent: Option<CheckpointId>) {
         if let (Some(partial), false) = (Arc::into_inner(partial), packs.is_empty()) {
             self.carried = Some(Carried { kept: partial.keep(), packs, parent });
         }
@@ -344,8 +344,8 @@ impl Checkpointer {
         &mut self,
         partial: &Arc<PartialCheckpoint>,
         earlier: Vec<NumberedPack>,
-        seq: CheckpointSeq,
-        parent: Option<CheckpointSeq>,
+        id: CheckpointId,
+        parent: Option<CheckpointId>,
     ) -> Result<(Packer, Delta, Resumed)> {
         let base = self.base.as_mut().context("the base is not known")?;
         let spaces = std::mem::take(&mut base.spaces);
@@ -358,7 +358,7 @@ impl Checkpointer {
             true => Resumed::none(Arc::clone(partial)),
             false => Resumed::of_packs(Arc::clone(partial), earlier, &mut delta).await?,
         };
-        let label = format!("{} {seq} {}", self.machine.file.name, self.machine.file.instance);
+        let label = format!("{} {id} {}", self.vm.file.name, self.vm.file.instance);
         let target = Arc::clone(partial) as Arc<dyn PackTarget>;
         let packer = Packer::after(target, table, label, resumed.last());
         if parent.is_none() {
@@ -374,15 +374,15 @@ impl Checkpointer {
 fn room_note(outlook: Outlook) -> Option<String> {
     (outlook.full_bytes > outlook.room).then(|| {
         format!(
-            "{} of disks are read in full, and the scratch directory has room for {} that the guest overwrites meanwhile; beyond, the checkpoint \
-             fails, though what it stored counts for the next one: name a larger one by --scratch-dir",
+            "{} of disks are read in full, and the fleecing directory has room for {} that the guest overwrites meanwhile; beyond, the checkpoint \
+             fails, though what it stored counts for the next one: name a larger one by --fleecing-dir",
             bytes(outlook.full_bytes),
             bytes(outlook.room)
         )
     })
 }
 
-/// A guest that stands still longer than usual is worth a word.
+/// A guest that is stopped longer than usual is worth a word.
 fn notes(chosen: Chosen) -> Vec<String> {
     Some(chosen).filter(|chosen| chosen.engine == Engine::Stopped).map(|chosen| format!("stopped: {}", chosen.why)).into_iter().collect()
 }
@@ -408,6 +408,6 @@ mod test {
     fn room_for_overlays_is_told_only_when_it_may_not_do() {
         let note = |full_bytes, room| room_note(Outlook { full_bytes, room });
         assert_eq!((note(0, 0), note(5, 5)), (None, None));
-        assert!(note(3 << 30, 1 << 30).is_some_and(|note| note.contains("--scratch-dir")));
+        assert!(note(3 << 30, 1 << 30).is_some_and(|note| note.contains("--fleecing-dir")));
     }
 }

@@ -24,7 +24,7 @@ pub struct Receiver {
     pub staging: Staging,
     pub delta: Delta,
     entrance: Entrance,
-    /// Nothing may wait for the store now: the guest stands still for as long as the thread takes.
+    /// Nothing may wait for the store now: the guest is stopped for as long as the thread takes.
     guest_waits: Arc<AtomicBool>,
     /// Spaces of the stream's RAM blocks.
     blocks: Vec<SpaceNumber>,
@@ -48,7 +48,7 @@ impl Receiver {
         let mut state = None;
         while let Some(item) = reader.next()? {
             match item {
-                Item::Configuration { .. } | Item::RoundEnd => {}
+                Item::Configuration { .. } | Item::PassEnd => {}
                 Item::Blocks(blocks) => self.blocks = self.match_blocks(blocks)?,
                 Item::Page { block, offset, bytes } => self.page(block, offset, bytes)?,
                 Item::Zero { block, offset } => self.page(block, offset, &[0; PAGE_SIZE])?,
@@ -114,7 +114,7 @@ impl Receiver {
         if guest_waits {
             bail!("the staging memory is full while the guest waits; try again when it writes less");
         }
-        precopy::drain(&self.staging, &mut self.delta, &self.entrance)?;
+        precopy::upload(&self.staging, &mut self.delta, &self.entrance)?;
         self.staging.clear(self.staging.capacity());
         self.staged.iter_mut().for_each(PageSet::clear);
         Ok(())

@@ -1,13 +1,13 @@
 //! Where copied pages wait: one block of memory of a fixed capacity, filled in the pause by plain copying.
 //!
-//! A page may be staged again (dirtied between a live round and the freeze); nothing is looked up while the guest is
+//! A page may be staged again (dirtied between a pre-copy pass and the pause); nothing is looked up while the guest is
 //! paused, so both copies stay and [`Staging::newest`] takes the later one. That is what keeps a page that was dirtied
 //! twice from being stored twice.
 
 use anyhow::{Result, bail};
 use checkpoint_format::{PAGE_SIZE, PageCount, PageIndex, PageRange};
 
-/// Which space of the machine, as the checkpoint numbers them.
+/// Which space of the VM, as the checkpoint numbers them.
 pub type SpaceNumber = u16;
 
 pub struct Staging {

@@ -1,11 +1,11 @@
-//! The stream engine: what the phases `round` and `freeze` are for a QEMU in which nothing of ours tracks memory.
+//! The stream engine: what the phases `round` and `pause` are for a QEMU in which nothing of ours tracks memory.
 //!
-//! QEMU migrates itself to us, over a socket pair, and goes on. By
+//! QEMU migrates itself to us, over a socket pair, and continues. By
 //! - *pre-copy*: memory comes while the guest runs; QEMU stops it for the rest when that is small, and waits for our word
 //!   before it sends it, so that the disks' instant can be taken in the same pause; or
 //! - *background snapshot*: the guest is stopped, the disks' instant taken, memory write-protected; the guest runs on and
 //!   memory comes as it was; or
-//! - *stopped*: the guest stands still while all of its memory comes (where QEMU's pre-copy of a running guest has a fault).
+//! - *stopped*: the guest is stopped while all of its memory comes (where QEMU's pre-copy of a running guest has a fault).
 //!
 //! The devices' state is the stream's own last part. Whatever fails: the guest runs, and QEMU's capabilities and parameters are
 //! what they were.
@@ -41,7 +41,7 @@ const PAUSE_ROOM: PageCount = PageCount(4096);
 const STOPPED_LIMIT: Duration = Duration::from_secs(600);
 
 /// How long a guest may wait for the store, where it would (see [`Checkpointer::begin_reading`]).
-const GUEST_PATIENCE: Duration = Duration::from_millis(500);
+const GUEST_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Between two flushes while QEMU's migration may stop the guest at any moment.
 const FLUSH_EVERY: Duration = Duration::from_millis(200);
@@ -58,10 +58,10 @@ impl Run {
         }
     }
 
-    pub(super) async fn freeze_disks(&mut self, paused: &Paused) -> Result<()> {
+    pub(super) async fn pause_disks(&mut self, paused: &Paused) -> Result<()> {
         let prepared = self.prepared.take().context("the disks are not prepared")?;
-        let frozen = paused.within("the disks' point in time", prepared.freeze(paused)).await?;
-        self.frozen = Some(frozen.context("taking the disks' instant")?);
+        let captured = paused.within("the disks' point in time", prepared.capture(paused)).await?;
+        self.captured = Some(captured.context("taking the disks' instant")?);
         Ok(())
     }
 }
@@ -71,9 +71,9 @@ impl Checkpointer {
     pub(super) async fn stream(&mut self, run: &mut Run, mode: StreamMode, phases: &mut Phases, report: &Report) -> Result<()> {
         report.say("stream", 0, 0);
         let begun = Instant::now();
-        let journal = self.machine.runtime.migration_journal();
+        let journal = self.vm.runtime.migration_journal();
         let options = StreamOptions::default();
-        let mut migration = Migration::prepare(&self.machine.qmp, mode, &options, &journal).await.context("preparing QEMU's migration")?;
+        let mut migration = Migration::prepare(&self.vm.qmp, mode, &options, &journal).await.context("preparing QEMU's migration")?;
         kill_point::point("stream.prepared");
         let taken = self.take_stream(run, &mut migration, phases).await;
         let ended = match &taken {
@@ -111,7 +111,7 @@ impl Checkpointer {
         let mut staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
         staging.prefault(PAUSE_ROOM);
         // Otherwise the guest waits until we have taken all, or the page that it wants to write.
-        let entrance = if run.engine == Engine::PreCopy { entrance } else { entrance.with_patience(GUEST_PATIENCE) };
+        let entrance = if run.engine == Engine::PreCopy { entrance } else { entrance.with_timeout(GUEST_TIMEOUT) };
         let receiver = Receiver::new(staging, delta, entrance, guest_waits);
         let hand = source.try_clone().context("keeping a hand on the stream")?;
         let read = move |receiver: &mut Receiver| {
@@ -150,37 +150,37 @@ impl Checkpointer {
         guest_waits.store(true, Ordering::SeqCst);
         kill_point::point("stream.switched");
         let stopped = paused.elapsed();
-        let (completed, frozen) = take_rest(run, migration, &paused, &paused).await?;
+        let (completed, captured) = take_rest(run, migration, &paused, &paused).await?;
         run.pause = paused.resume().await.context("letting the guest run again")?;
         guest_waits.store(false, Ordering::SeqCst);
-        trace(phases, run.pause, &[("freeze.stop", stopped), ("freeze.stream", completed - stopped), ("freeze.disks", frozen - completed)]);
+        trace(phases, run.pause, &[("pause.stop", stopped), ("pause.stream", completed - stopped), ("pause.disks", captured - completed)]);
         Ok(())
     }
 
     /// Pre-copy of a guest that we have stopped before: all of its memory is read in the pause.
     async fn stopped(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
         run.flush_disks().await?;
-        let mut paused = Paused::stop_within(&self.machine.qmp, STOPPED_LIMIT).await.context("stopping the guest")?;
+        let mut paused = Paused::stop_within(&self.vm.qmp, STOPPED_LIMIT).await.context("stopping the guest")?;
         run.run_state = paused.before();
         paused.has_migrated();
         let stopped = paused.elapsed();
         let read = read_stopped(run, migration, &paused).await;
         // After a failure too, and then before anything else.
         let resumed = paused.resume().await.context("letting the guest run again");
-        let (completed, frozen) = read?;
+        let (completed, captured) = read?;
         run.pause = resumed?;
-        trace(phases, run.pause, &[("freeze.stop", stopped), ("freeze.stream", completed - stopped), ("freeze.disks", frozen - completed)]);
+        trace(phases, run.pause, &[("pause.stop", stopped), ("pause.stream", completed - stopped), ("pause.disks", captured - completed)]);
         Ok(())
     }
 
     async fn background_snapshot(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
         run.flush_disks().await?;
-        let paused = Paused::stop(&self.machine.qmp).await.context("stopping the guest")?;
+        let paused = Paused::stop(&self.vm.qmp).await.context("stopping the guest")?;
         run.run_state = paused.before();
         let stopped = paused.elapsed();
         kill_point::point("stream.switched");
-        run.freeze_disks(&paused).await?;
-        let frozen = paused.elapsed();
+        run.pause_disks(&paused).await?;
+        let captured = paused.elapsed();
         kill_point::point("stream.frozen");
         migration.start().await.context("starting QEMU's migration to the helper")?;
         kill_point::point("stream.started");
@@ -189,7 +189,7 @@ impl Checkpointer {
         trace(
             phases,
             run.pause,
-            &[("freeze.stop", stopped), ("freeze.disks", frozen - stopped), ("freeze.stream", run.pause.saturating_sub(frozen))],
+            &[("pause.stop", stopped), ("pause.disks", captured - stopped), ("pause.stream", run.pause.saturating_sub(captured))],
         );
         Ok(())
     }
@@ -229,16 +229,16 @@ async fn take_rest(run: &mut Run, migration: &mut Migration, switched: &Paused, 
     migration.complete(switched).await.context("taking the rest of the memory")?;
     kill_point::point("stream.completed");
     let completed = paused.elapsed();
-    run.freeze_disks(paused).await?;
-    let frozen = paused.elapsed();
+    run.pause_disks(paused).await?;
+    let captured = paused.elapsed();
     kill_point::point("stream.frozen");
-    Ok((completed, frozen))
+    Ok((completed, captured))
 }
 
 fn trace(phases: &mut Phases, pause: Duration, parts: &[(&str, Duration)]) {
-    phases.add("freeze", pause);
+    phases.add("pause", pause);
     parts.iter().for_each(|(name, time)| phases.add(name, *time));
-    tracing::info!(pause_ms = milliseconds(pause), "freeze");
+    tracing::info!(pause_ms = milliseconds(pause), "pause");
 }
 
 /// The stream was only cut off, which says no more than that the migration ended.

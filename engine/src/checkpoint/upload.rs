@@ -1,4 +1,4 @@
-//! Phase `drain`: what the freeze caught goes to the packer while the guest runs: disks first, because each block that the
+//! Phase `drain`: what the pause caught goes to the packer while the guest runs: disks first, because each block that the
 //! guest overwrites meanwhile must be copied aside; then the device state; then the staged memory.
 
 use super::carried::Resumed;
@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use checkpoint_format::{ByteLen, ByteOffset, FRAME_PAGES, PAGE_SIZE, PageCount, PageIndex, PageRange, SpaceKind, SpaceName};
 use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt};
-use qmp_bridge::capture::{FrozenDisk, FrozenDisks};
+use qmp_bridge::capture::{CapturedDisk, CapturedDisks};
 use qmp_bridge::nbd::{Content, ContentRange, ContextExtents, NbdClient, content_ranges, context};
 use qmp_bridge::resave::repeated_section;
 use std::time::Instant;
@@ -30,7 +30,7 @@ const WINDOW: u64 = 512 << 20;
 const READ_BYTES: u64 = (FRAME_PAGES * PAGE_SIZE) as u64;
 /// NBD reads of one disk under way: 2 MiB.
 const READS: usize = 8;
-/// Disks read at once, so that a machine with a hundred of them needs no more memory than one with four.
+/// Disks read at once, so that a VM with a hundred of them needs no more memory than one with four.
 const DISKS: usize = 4;
 /// Pieces of all disks waiting for the comparison: 4 MiB.
 const QUEUE: usize = 16;
@@ -43,37 +43,37 @@ enum Piece {
 }
 
 impl Checkpointer {
-    #[instrument(name = "drain", level = "debug", skip_all)]
-    pub(super) async fn drain(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
+    #[instrument(name = "upload", level = "debug", skip_all)]
+    pub(super) async fn upload(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
         let begun = Instant::now();
-        self.drain_disks(run, report).await.context("reading the disks' instant")?;
-        phases.since("drain.disks", begun);
-        kill_point::point("drain.disks");
+        self.upload_disks(run, report).await.context("reading the disks' instant")?;
+        phases.since("upload.disks", begun);
+        kill_point::point("upload.disks");
         let begun = Instant::now();
-        self.drain_state(run).await?;
-        self.drain_staging(run).await?;
-        phases.since("drain.memory", begun);
+        self.upload_state(run).await?;
+        self.upload_staging(run).await?;
+        phases.since("upload.memory", begun);
         Ok(())
     }
 
-    async fn drain_disks(&mut self, run: &mut Run, report: &Report) -> Result<()> {
-        let frozen = run.frozen.as_mut().context("the disks were not frozen")?;
-        if frozen.disks().is_empty() {
+    async fn upload_disks(&mut self, run: &mut Run, report: &Report) -> Result<()> {
+        let captured = run.captured.as_mut().context("the disks were not frozen")?;
+        if captured.disks().is_empty() {
             return Ok(());
         }
-        frozen.export().await?;
+        captured.export().await?;
         let delta = run.delta.as_mut().context("the tables are gone")?;
         let packer = run.packer.as_ref().context("the packer is gone")?;
         let resumed = run.resumed.as_ref().context("internal error: nothing says what earlier tries stored")?;
         let (pieces, queue) = mpsc::channel(QUEUE);
         let mut readers: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
-        for disk in frozen.disks() {
+        for disk in captured.disks() {
             let number = disk_number(delta, disk);
             // What no earlier checkpoint says anything about is read by where it is allocated; else every block counts.
             let is_fresh = run.parent.is_none() || number.is_some_and(|number| !delta.spaces()[usize::from(number)].in_lineage);
             let number = number.with_context(|| format!("disk {} has no space", disk.name))?;
             let space = (number, delta.spaces()[usize::from(number)].name.clone());
-            readers.push(Box::pin(read_disk(frozen, disk, space, is_fresh, resumed, pieces.clone(), report)));
+            readers.push(Box::pin(read_disk(captured, disk, space, is_fresh, resumed, pieces.clone(), report)));
         }
         drop(pieces);
         let readers = futures::stream::iter(readers).buffer_unordered(DISKS).try_collect::<Vec<()>>();
@@ -83,15 +83,15 @@ impl Checkpointer {
         collected?;
         if read.is_err() {
             // A copy that is broken fails each read; why is known elsewhere.
-            frozen.verify().await?;
+            captured.verify().await?;
         }
         read?;
-        frozen.verify().await?;
-        frozen.release().await?;
+        captured.verify().await?;
+        captured.release().await?;
         Ok(())
     }
 
-    async fn drain_state(&mut self, run: &mut Run) -> Result<()> {
+    async fn upload_state(&mut self, run: &mut Run) -> Result<()> {
         let saved = run.device_state.take().context("the device state was not saved")?;
         let state = match saved {
             SavedState::File(file) => file.read().context("reading the device state back")?,
@@ -118,11 +118,11 @@ impl Checkpointer {
     }
 
     /// Sends the staged pages and empties the staging memory.
-    pub(super) async fn drain_staging(&mut self, run: &mut Run) -> Result<()> {
+    pub(super) async fn upload_staging(&mut self, run: &mut Run) -> Result<()> {
         let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
         let delta = run.delta.take().context("the tables are gone")?;
         let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
-        let job = move |(staging, delta): &mut (Staging, Delta)| precopy::drain(staging, delta, &entrance);
+        let job = move |(staging, delta): &mut (Staging, Delta)| precopy::upload(staging, delta, &entrance);
         let ((mut staging, delta), result) = blocking((staging, delta), job).await?;
         staging.clear(staging.capacity());
         self.staging = staging;
@@ -131,11 +131,11 @@ impl Checkpointer {
     }
 }
 
-fn is_disk(name: &SpaceName, disk: &FrozenDisk) -> bool {
+fn is_disk(name: &SpaceName, disk: &CapturedDisk) -> bool {
     name.kind() == SpaceKind::Disk && name.local() == disk.name
 }
 
-fn disk_number(delta: &Delta, disk: &FrozenDisk) -> Option<SpaceNumber> {
+fn disk_number(delta: &Delta, disk: &CapturedDisk) -> Option<SpaceNumber> {
     delta.spaces().iter().position(|space| is_disk(&space.name, disk)).map(|number| number as SpaceNumber)
 }
 
@@ -158,15 +158,15 @@ async fn collect(delta: &mut Delta, packer: &Packer, mut queue: mpsc::Receiver<P
 }
 
 async fn read_disk(
-    frozen: &FrozenDisks,
-    disk: &FrozenDisk,
+    captured: &CapturedDisks,
+    disk: &CapturedDisk,
     (space, name): (SpaceNumber, SpaceName),
     is_fresh: bool,
     resumed: &Resumed,
     pieces: mpsc::Sender<Piece>,
     report: &Report,
 ) -> Result<()> {
-    let client = frozen.connect(disk).await?;
+    let client = captured.connect(disk).await?;
     let mut offset = 0;
     while offset < disk.bytes {
         let len = WINDOW.min(disk.bytes - offset);
@@ -183,7 +183,7 @@ async fn read_disk(
     Ok(())
 }
 
-async fn ranges(client: &NbdClient, disk: &FrozenDisk, offset: u64, len: u64, is_fresh: bool) -> Result<Vec<ContentRange>> {
+async fn ranges(client: &NbdClient, disk: &CapturedDisk, offset: u64, len: u64, is_fresh: bool) -> Result<Vec<ContentRange>> {
     let contexts = client.block_status(offset, len).await?;
     let [allocation, changes] = contexts.as_slice() else {
         bail!("QEMU answered {} meta contexts for disk {} where 2 were asked for", contexts.len(), disk.name);
@@ -195,7 +195,7 @@ async fn ranges(client: &NbdClient, disk: &FrozenDisk, offset: u64, len: u64, is
     Ok(content_ranges(allocation, &changes, PAGE_SIZE as u64, disk.bytes))
 }
 
-/// A disk whose bitmap was lost while its lineage goes on: whatever the layers or earlier checkpoints hold, each block is
+/// A disk whose bitmap was lost while its lineage continues: whatever the layers or earlier checkpoints hold, each block is
 /// looked at as it is now.
 fn everything(changes: &ContextExtents) -> ContextExtents {
     let mut all = changes.clone();

@@ -5,7 +5,7 @@ use crate::stores;
 use anyhow::{Context, Result};
 use checkpoint_format::{Epoch, VmName};
 use checkpoint_store::{Claim, Mode, Repository, Writer};
-use vm::runtime_dir::{MachineFile, RuntimeDir};
+use vm::runtime_dir::{RuntimeDir, VmFile};
 
 pub struct StoreSession {
     pub repository: Repository,
@@ -28,11 +28,11 @@ impl Force {
 
 impl StoreSession {
     /// Opens the store and claims the VM's next writer epoch.
-    pub async fn open(machine: &MachineFile, runtime: &RuntimeDir, mode: Mode, force: Force) -> Result<Self> {
-        let repository = stores::open(&machine.store, mode).await?;
+    pub async fn open(vm: &VmFile, runtime: &RuntimeDir, mode: Mode, force: Force) -> Result<Self> {
+        let repository = stores::open(&vm.store, mode).await?;
         repository.check_redundancy().await?;
-        let writer = claim(&repository, &machine.name, &machine.instance, runtime, force).await?;
-        tracing::info!(vm = %machine.name, epoch = writer.epoch().0, store = repository.url(), "this helper is the writer");
+        let writer = claim(&repository, &vm.name, &vm.instance, runtime, force).await?;
+        tracing::info!(vm_name = %vm.name, epoch = writer.epoch().0, store = repository.url(), "this helper is the writer");
         Ok(Self { repository, writer })
     }
 
@@ -46,10 +46,10 @@ impl StoreSession {
 ///
 /// An epoch that another instance holds is not taken without an order, unless that holder cannot be alive; and never by an
 /// instance that was itself replaced before.
-pub async fn claim(repository: &Repository, vm: &VmName, instance: &str, runtime: &RuntimeDir, force: Force) -> Result<Writer> {
-    let about = || format!("claiming the writer epoch of {vm}");
-    let ground = ground(repository, vm, instance, runtime.writer_epoch(), force).await.with_context(about)?;
-    let writer = repository.claim_writer(vm, holder::record(instance)?, ground).await.with_context(about)?;
+pub async fn claim(repository: &Repository, vm_name: &VmName, instance: &str, runtime: &RuntimeDir, force: Force) -> Result<Writer> {
+    let about = || format!("claiming the writer epoch of {vm_name}");
+    let ground = ground(repository, vm_name, instance, runtime.writer_epoch(), force).await.with_context(about)?;
+    let writer = repository.claim_writer(vm_name, holder::record(instance)?, ground).await.with_context(about)?;
     // Without it the store's records still tell, until they are pruned.
     if let Err(error) = runtime.set_writer_epoch(writer.epoch()) {
         tracing::warn!(error = format!("{error:#}"), "the claimed epoch was not written down");
@@ -58,18 +58,18 @@ pub async fn claim(repository: &Repository, vm: &VmName, instance: &str, runtime
 }
 
 /// Refuses what [`claim`] would refuse to an instance that has claimed nothing yet; claims nothing.
-pub async fn may_claim(repository: &Repository, vm: &VmName, instance: &str, force: Force) -> Result<()> {
-    let ground = ground(repository, vm, instance, None, force).await?;
-    Ok(repository.may_claim(vm, &ground).await?)
+pub async fn may_claim(repository: &Repository, vm_name: &VmName, instance: &str, force: Force) -> Result<()> {
+    let ground = ground(repository, vm_name, instance, None, force).await?;
+    Ok(repository.may_claim(vm_name, &ground).await?)
 }
 
-async fn ground(repository: &Repository, vm: &VmName, instance: &str, last: Option<Epoch>, force: Force) -> Result<Claim> {
+async fn ground(repository: &Repository, vm_name: &VmName, instance: &str, last: Option<Epoch>, force: Force) -> Result<Claim> {
     if force == Force::TakeOver {
         return Ok(Claim::TakeOver);
     }
     let here = holder::record(instance)?;
     let is_dead = |holder: &Holder| holder.instance != instance && holder::cannot_live(holder, &here);
-    let newest = repository.writers(vm).await?.pop();
+    let newest = repository.writers(vm_name).await?.pop();
     let dead = newest.and_then(|newest| newest.record.filter(is_dead).map(|_| newest.epoch));
     Ok(Claim::Continue { instance: instance.to_owned(), last, dead })
 }

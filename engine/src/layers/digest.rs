@@ -1,4 +1,4 @@
-//! The digest of a read-only file, found once: a base image has gigabytes, and every machine on it asks.
+//! The digest of a read-only file, found once: a base image has gigabytes, and every VM on it asks.
 
 use super::image::{self, Blocks, DataExtents};
 use anyhow::{Context, Result, bail};
@@ -14,7 +14,7 @@ use vm::cache;
 use vm::error::refused;
 
 /// A file that changed so lately may change again within the same tick of its time stamp.
-const SETTLED: Duration = Duration::from_secs(2);
+const READY_AGE: Duration = Duration::from_secs(2);
 /// With so many blocks of zeros (1 GiB) a file has the digest of its blocks. Digesting fewer zeros takes a second at most.
 const MANY_ZERO_BLOCKS: u64 = (1 << 30) / BLOCK_SIZE as u64;
 
@@ -56,15 +56,15 @@ fn known_or(path: &Path, form: Option<DigestForm>) -> Result<FileDigest> {
     if identity(&after) != key {
         bail!("{} changed while it was read; a layer must be read-only", path.display());
     }
-    if form.is_none() && settled(&after) {
+    if form.is_none() && acknowledged(&after) {
         cache::save("digests", &key, &found);
     }
     Ok(found)
 }
 
-fn settled(facts: &Metadata) -> bool {
+fn acknowledged(facts: &Metadata) -> bool {
     let changed = SystemTime::UNIX_EPOCH + Duration::from_secs(facts.ctime().max(facts.mtime()).max(0).unsigned_abs());
-    SystemTime::now().duration_since(changed).is_ok_and(|age| age > SETTLED)
+    SystemTime::now().duration_since(changed).is_ok_and(|age| age > READY_AGE)
 }
 
 /// Limits are checked before anything is read.

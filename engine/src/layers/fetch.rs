@@ -1,4 +1,4 @@
-//! A layer for a restored machine: the local copy when its content is the right one, else fetched into the cache.
+//! A layer for a restored VM: the local copy when its content is the right one, else fetched into the cache.
 
 use super::digest;
 use super::read::StoredLayer;

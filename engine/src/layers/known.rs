@@ -1,4 +1,4 @@
-//! The layers of a running machine, found and stored once.
+//! The layers of a running VM, found and stored once.
 
 use super::{digest, ensure};
 use anyhow::{Context, Result};

@@ -1,4 +1,4 @@
-//! Read-only files of a machine (base images, backing files, kernels): found by content, stored once for all machines,
+//! Read-only files of a VM (base images, backing files, kernels): found by content, stored once for all VMs,
 //! taken from a local copy at restore when its digest matches.
 
 pub mod digest;

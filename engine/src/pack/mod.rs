@@ -122,7 +122,7 @@ impl Packer {
 
     /// The entrance for threads that may block.
     pub fn entrance(&self) -> Entrance {
-        Entrance { jobs: self.jobs.clone(), patience: None }
+        Entrance { jobs: self.jobs.clone(), timeout: None }
     }
 
     /// Ends the pipeline, and says what really went wrong, when `seen` may only be that the
@@ -156,13 +156,13 @@ impl Packer {
 /// [`Packer::send`] for a thread outside the asynchronous runtime.
 pub struct Entrance {
     jobs: mpsc::Sender<PackJob>,
-    patience: Option<Duration>,
+    timeout: Option<Duration>,
 }
 
 impl Entrance {
     /// Gives up when the pipeline takes no job for so long: where a guest waits for who sends.
-    pub fn with_patience(self, patience: Duration) -> Self {
-        Self { patience: Some(patience), ..self }
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout: Some(timeout), ..self }
     }
 
     pub fn send(&self, jobs: &mut Vec<PackJob>) -> Result<()> {
@@ -170,13 +170,13 @@ impl Entrance {
     }
 
     fn send_one(&self, job: PackJob) -> Result<()> {
-        let Some(patience) = self.patience else {
+        let Some(timeout) = self.timeout else {
             return self.jobs.blocking_send(job).map_err(|_| ended());
         };
-        match Handle::current().block_on(self.jobs.send_timeout(job, patience)) {
+        match Handle::current().block_on(self.jobs.send_timeout(job, timeout)) {
             Ok(()) => Ok(()),
             Err(SendTimeoutError::Closed(_)) => Err(ended()),
-            Err(SendTimeoutError::Timeout(_)) => bail!("the store took nothing for {patience:?}, for which the guest must not wait"),
+            Err(SendTimeoutError::Timeout(_)) => bail!("the store took nothing for {timeout:?}, for which the guest must not wait"),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The device state as the restored QEMU writes it again, before the guest runs, held against the
 //! stored one: section by section, byte by byte.
 //!
-//! QEMU's virtual clock stands still from the load on, and the real-time clock is put on it (see
+//! QEMU's virtual clock is stopped from the load on, and the real-time clock is put on it (see
 //! [`super::isolate`]), so that timers and counters are written as they were read and no interrupt
 //! comes in between. What may differ is in [`CHANGING`], each with its reason and no wider than a
 //! field; the same on QEMU 7.2 and 10.0.
@@ -67,7 +67,7 @@ const CHANGING: &[Changing] = &[
         // Seconds, minutes, hours, weekday, day, month, year, century.
         part: Part::At(&[0, 2, 4, 6, 7, 8, 9, 0x32]),
         with: None,
-        why: "QEMU computes date and time anew when it writes them",
+        why: "QEMU computes date and time again when it writes them",
     },
     changing("mc146818rtc", "periodic_timer", HOST_CLOCK),
     changing("mc146818rtc", "next_periodic_time", HOST_CLOCK),

@@ -3,7 +3,7 @@
 //!
 //! A disk is read through QEMU's own block layer, so that a wrong chain, a shifted offset or a
 //! wrong size shows. Where no pack has a page, a layer does: there the disk is held against the
-//! chain of layer files as the manifest names it, opened anew.
+//! chain of layer files as the manifest names it, opened again.
 
 use super::difference::Difference;
 use super::expected::Expected;
@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vm::drives::{self, Started};
 use vm::launch::arguments;
-use vm::runtime_dir::MachineFile;
+use vm::runtime_dir::VmFile;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Extents are looked up for this much of a disk at a time.
@@ -130,7 +130,7 @@ impl Reader {
 pub async fn compare(
     qmp: &Qmp,
     pid: u32,
-    file: &MachineFile,
+    file: &VmFile,
     source: &Source,
     layers: &LocalLayers,
     expected: &HashMap<SpaceName, Expected>,
@@ -171,7 +171,7 @@ async fn compare_one(
     progress: &dyn Progress,
 ) -> Result<Vec<Difference>> {
     let mut difference = Difference::new(label);
-    // QEMU rounds up to sectors.
+    // QEMU passes up to sectors.
     if disk.virtual_size != record.virtual_size.0.next_multiple_of(512) {
         difference.note = Some(format!("{} bytes long, {} in the checkpoint", disk.virtual_size, record.virtual_size));
         return Ok(vec![difference]);

@@ -75,7 +75,7 @@ pub fn read_stream(stream: UnixStream, expected: &HashMap<String, Expected>) -> 
     let mut devices = None;
     while let Some(item) = reader.next().context("reading the state that QEMU wrote again")? {
         match item {
-            Item::Configuration { .. } | Item::RoundEnd | Item::RamEnd => {}
+            Item::Configuration { .. } | Item::PassEnd | Item::RamEnd => {}
             Item::Blocks(list) => blocks = list.iter().map(|block| Block::new(&block.name, block.used, expected)).collect(),
             Item::Page { block, offset, bytes } => page(&mut blocks, block, offset, digest(bytes))?,
             Item::Zero { block, offset } => page(&mut blocks, block, offset, PageDigest::ZERO_PAGE)?,

@@ -35,7 +35,7 @@ use crate::restore::{self, activate_disks};
 use crate::run_state::of_record;
 use crate::stores;
 use anyhow::{Context, Result, anyhow};
-use checkpoint_format::{CheckpointSeq, Checksum, PAGE_SIZE, SpaceKind, SpaceName, VmName};
+use checkpoint_format::{CheckpointId, Checksum, PAGE_SIZE, SpaceKind, SpaceName, VmName};
 use difference::Difference;
 use dirty_tracker::GuestMemory;
 use expected::Expected;
@@ -51,7 +51,7 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use vm::error::explain;
 use vm::launch;
-use vm::runtime_dir::{MachineFile, RestoreTarget, RuntimeDir};
+use vm::runtime_dir::{RestoreTarget, RuntimeDir, VmFile};
 
 /// QEMU opens its monitor within 100 ms; a loaded host takes longer.
 const STARTUP: Duration = Duration::from_secs(60);
@@ -59,7 +59,7 @@ const STARTUP: Duration = Duration::from_secs(60);
 /// What was proven, or not.
 pub struct Report {
     pub vm: VmName,
-    pub seq: CheckpointSeq,
+    pub id: CheckpointId,
     /// Of the checkpoint's manifest: a number may be used again by a store that lost its newest.
     manifest: Checksum,
     pub qemu_version: String,
@@ -81,7 +81,7 @@ impl Report {
     pub fn json(&self) -> Value {
         json!({
             "name": self.vm,
-            "id": self.seq,
+            "id": self.id,
             "proven": self.is_proven(),
             "qemu_version": self.qemu_version,
             "differences": self.differences.iter().map(Difference::json).collect::<Vec<_>>(),
@@ -145,7 +145,7 @@ struct Proof {
     source: Source,
     manifest: Checksum,
     expected: HashMap<SpaceName, Expected>,
-    seq: CheckpointSeq,
+    id: CheckpointId,
     qemu: PathBuf,
     qemu_version: String,
     runtime: RuntimeDir,
@@ -155,28 +155,28 @@ struct Proof {
 impl Proof {
     async fn plan(request: &Request, workspace: &Path) -> Result<Self> {
         let repository = stores::open_existing(&request.store).await?;
-        let seq = lineage::resolve(&repository, &request.checkpoint).await?;
-        let lineage = Lineage::read(&repository, &request.checkpoint.vm, seq).await?;
+        let id = lineage::resolve(&repository, &request.checkpoint).await?;
+        let lineage = Lineage::read(&repository, &request.checkpoint.vm, id).await?;
         let indexes = lineage.indexes(&repository).await?;
         let expected = expected::of_lineage(&lineage, &indexes)?;
         drop((lineage, indexes));
-        let manifest = note::manifest_checksum(&repository, &request.checkpoint.vm, seq).await?;
-        let source = Source::open(&repository, &request.checkpoint.vm, seq, Arc::clone(&request.progress)).await?;
+        let manifest = note::manifest_checksum(&repository, &request.checkpoint.vm, id).await?;
+        let source = Source::open(&repository, &request.checkpoint.vm, id, Arc::clone(&request.progress)).await?;
         let plugin = launch::plugin_path()?;
-        launch::saved::check_record(&source.manifest().machine)?;
-        let (qemu, facts) = restore::program::find(request.qemu.as_deref(), &source.manifest().machine, &plugin)?;
+        launch::saved::check_record(&source.manifest().vm_record)?;
+        let (qemu, facts) = restore::program::find(request.qemu.as_deref(), &source.manifest().vm_record, &plugin)?;
         room::check(&expected, workspace)?;
         let runtime = RuntimeDir::new(Some(&workspace.join("run")), &request.checkpoint.vm)?;
         runtime.create()?;
         let directory = workspace.join("vm");
         std::fs::create_dir(&directory).with_context(|| format!("making {}", directory.display()))?;
-        Ok(Self { source, manifest, expected, seq, qemu, qemu_version: facts.version, runtime, directory })
+        Ok(Self { source, manifest, expected, id, qemu, qemu_version: facts.version, runtime, directory })
     }
 
     async fn run(self, request: &Request) -> Result<Report> {
         let layers = LocalLayers::provide(&self.source).await?;
         let paths = restore::disks::restore(&self.source, &layers, &self.places(), &self.qemu, self.runtime.path()).await?;
-        let file = self.machine_file(request, &layers, &paths)?;
+        let file = self.vm_file(request, &layers, &paths)?;
         let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes).context("making the guest's memory")?;
         let workspace = sandbox::workspace().context("internal error: a proof outside of its supervisor")?;
         let _tpms = self.tpms(&file).await?;
@@ -190,7 +190,7 @@ impl Proof {
     }
 
     /// The software TPMs that QEMU expects.
-    async fn tpms(&self, file: &MachineFile) -> Result<Vec<tpm::Tpm>> {
+    async fn tpms(&self, file: &VmFile) -> Result<Vec<tpm::Tpm>> {
         let sockets = isolate::tpm_sockets(&launch::arguments::parse(&file.arguments)?);
         if sockets.is_empty() {
             return Ok(Vec::new());
@@ -201,10 +201,10 @@ impl Proof {
     }
 
     /// As a restore makes it, without its host.
-    fn machine_file(&self, request: &Request, layers: &LocalLayers, paths: &launch::paths::NewPaths) -> Result<MachineFile> {
+    fn vm_file(&self, request: &Request, layers: &LocalLayers, paths: &launch::paths::NewPaths) -> Result<VmFile> {
         let manifest = self.source.manifest();
-        let options = isolate::isolate(launch::arguments::parse(&manifest.machine.arguments)?, &self.directory);
-        let mut wishes = Wishes { map: restore::line::resolve(&manifest.machine.arguments, &request.map)?, allow: request.allow.clone() };
+        let options = isolate::isolate(launch::arguments::parse(&manifest.vm_record.arguments)?, &self.directory);
+        let mut wishes = Wishes { map: restore::line::resolve(&manifest.vm_record.arguments, &request.map)?, allow: request.allow.clone() };
         wishes.allow.extend(isolate::harmless(&options));
         // What the sandbox has taken away needs no other value.
         let gone = qemu_cmdline::restorable::map(options.clone(), &wishes).unused;
@@ -222,10 +222,10 @@ impl Proof {
             qemu_version: self.qemu_version.clone(),
             arguments: launch::arguments::words(&options),
             directory: self.directory.clone(),
-            scratch: self.directory.clone(),
+            fleecing: self.directory.clone(),
             restored_from: None,
         };
-        Ok(MachineFile::restored(&manifest.machine, target))
+        Ok(VmFile::restored(&manifest.vm_record, target))
     }
 
     /// Images are made in the private directory, wherever `--map` has them.
@@ -233,11 +233,11 @@ impl Proof {
         Places { manifest: self.source.manifest(), dir: &self.directory, map: &[] }
     }
 
-    async fn compare(&self, request: &Request, file: &MachineFile, pid: u32, layers: &LocalLayers, memory: GuestMemory) -> Result<Report> {
+    async fn compare(&self, request: &Request, file: &VmFile, pid: u32, layers: &LocalLayers, memory: GuestMemory) -> Result<Report> {
         let manifest = self.source.manifest();
         let qmp = Qmp::connect(self.runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?;
         restore::check_blocks(manifest, &ramblock::ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?)?;
-        restore::memory::fill(self.source.clone(), manifest.machine.ram_block.clone(), memory.clone()).await?;
+        restore::memory::fill(self.source.clone(), manifest.vm_record.ram_block.clone(), memory.clone()).await?;
         let mut differences = self.main_memory(memory.clone()).await?;
         let contents = restore::memory::small_blocks(&self.source).await?;
         let stored = restore::memory::device_state(&self.source).await?;
@@ -268,7 +268,7 @@ impl Proof {
         };
         Ok(Report {
             vm: manifest.vm.clone(),
-            seq: self.seq,
+            id: self.id,
             manifest: self.manifest,
             qemu_version: self.qemu_version.clone(),
             differences,
@@ -301,7 +301,7 @@ impl Proof {
     }
 
     async fn main_memory(&self, memory: GuestMemory) -> Result<Vec<Difference>> {
-        let name = SpaceName::ram(&self.source.manifest().machine.ram_block)?;
+        let name = SpaceName::ram(&self.source.manifest().vm_record.ram_block)?;
         let expected = self.expected.get(&name).with_context(|| format!("the checkpoint has no space {name}"))?.clone();
         let compare = move || memory::main_block(&name, &memory, &expected);
         let found = tokio::task::spawn_blocking(compare).await.context("internal error: comparing memory panicked")??;
@@ -310,7 +310,7 @@ impl Proof {
 
     /// The blocks that are QEMU's own, and the devices.
     async fn resave(&self, qmp: &Qmp) -> Result<memory::Resaved> {
-        let main = &self.source.manifest().machine.ram_block;
+        let main = &self.source.manifest().vm_record.ram_block;
         let others = self.expected.iter().filter(|(name, _)| name.kind() == SpaceKind::Ram && name.local() != main);
         let others: HashMap<String, Expected> = others.map(|(name, pages)| (name.local().to_owned(), pages.clone())).collect();
         let stream = resave::start(qmp).await?;

@@ -6,7 +6,7 @@ use super::Report;
 use crate::stores;
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use checkpoint_format::{CheckpointSeq, Checksum, VmName};
+use checkpoint_format::{CheckpointId, Checksum, VmName};
 use checkpoint_store::Repository;
 use serde::{Deserialize, Serialize};
 use std::time::SystemTime;
@@ -29,8 +29,8 @@ pub struct Note {
     pub ran_ms: Option<u64>,
 }
 
-pub async fn manifest_checksum(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<Checksum> {
-    let bytes = repository.read_manifest(vm, seq).await.with_context(|| format!("reading the manifest of {vm}@{seq}"))?;
+pub async fn manifest_checksum(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<Checksum> {
+    let bytes = repository.read_manifest(vm, id).await.with_context(|| format!("reading the manifest of {vm}@{id}"))?;
     Ok(Checksum::of(&bytes))
 }
 
@@ -48,14 +48,14 @@ pub async fn write(store: &str, report: &Report) -> Result<()> {
     let key = Checksum::of(format!("{} {} {} {}", note.manifest, note.qemu_version, note.host, note.ran_ms.is_some()).as_bytes());
     let text = serde_json::to_vec_pretty(&note).context("encoding the note")?;
     let repository = stores::open_existing(store).await?;
-    repository.note_proof(&report.vm, report.seq, &key, Bytes::from(text)).await?;
+    repository.note_proof(&report.vm, report.id, &key, Bytes::from(text)).await?;
     Ok(())
 }
 
 /// Proofs of this very checkpoint, oldest first. A note that is not understood is another version's.
-pub async fn read(repository: &Repository, vm: &VmName, seq: CheckpointSeq) -> Result<Vec<Note>> {
-    let manifest = manifest_checksum(repository, vm, seq).await?;
-    let notes = repository.proofs(vm, seq).await.context("reading the notes of proofs")?;
+pub async fn read(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<Vec<Note>> {
+    let manifest = manifest_checksum(repository, vm, id).await?;
+    let notes = repository.proofs(vm, id).await.context("reading the notes of proofs")?;
     let parsed = notes.iter().filter_map(|note| serde_json::from_slice::<Note>(note).ok());
     let mut notes: Vec<Note> = parsed.filter(|note| note.format == FORMAT && note.manifest == manifest).collect();
     notes.sort_by(|one, other| one.proven_at.cmp(&other.proven_at));

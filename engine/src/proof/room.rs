@@ -34,7 +34,7 @@ pub fn check(expected: &HashMap<SpaceName, Expected>, workspace: &Path) -> Resul
     let free = facts.blocks_available() * facts.fragment_size();
     if disk > free {
         return Err(refused(format!(
-            "the proof needs {} for disks, and {} has {} free; name another directory by --scratch-dir",
+            "the proof needs {} for disks, and {} has {} free; name another directory by --fleecing-dir",
             bytes(disk),
             workspace.display(),
             bytes(free)

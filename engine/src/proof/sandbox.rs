@@ -42,10 +42,10 @@ pub fn workspace() -> Option<PathBuf> {
 }
 
 /// Runs this very command again, inside, and takes its exit code.
-pub fn supervise(scratch: &Path) -> Result<ExitCode> {
+pub fn supervise(fleecing: &Path) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the asynchronous runtime")?;
     runtime.block_on(async {
-        let workspace = Workspace::make(scratch)?;
+        let workspace = Workspace::make(fleecing)?;
         let code = run_inside(&workspace).await;
         workspace.remove();
         code
@@ -134,11 +134,11 @@ struct Workspace {
 }
 
 impl Workspace {
-    fn make(scratch: &Path) -> Result<Self> {
-        std::fs::create_dir_all(scratch).with_context(|| format!("making {}", scratch.display()))?;
-        remove_abandoned(scratch);
-        let made = tempfile::Builder::new().prefix(PREFIX).tempdir_in(scratch);
-        let path = made.with_context(|| format!("making a private directory in {}", scratch.display()))?.keep();
+    fn make(fleecing: &Path) -> Result<Self> {
+        std::fs::create_dir_all(fleecing).with_context(|| format!("making {}", fleecing.display()))?;
+        remove_abandoned(fleecing);
+        let made = tempfile::Builder::new().prefix(PREFIX).tempdir_in(fleecing);
+        let path = made.with_context(|| format!("making a private directory in {}", fleecing.display()))?.keep();
         let path = path.canonicalize().with_context(|| format!("finding {}", path.display()))?;
         match lock(&path) {
             Some(lock) => Ok(Self { path, _lock: lock }),
@@ -156,8 +156,8 @@ fn lock(path: &Path) -> Option<Flock<File>> {
 }
 
 /// Of supervisors that were killed; nobody holds their lock.
-fn remove_abandoned(scratch: &Path) {
-    let entries = std::fs::read_dir(scratch).into_iter().flatten().flatten();
+fn remove_abandoned(fleecing: &Path) {
+    let entries = std::fs::read_dir(fleecing).into_iter().flatten().flatten();
     let is_ours = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with(PREFIX);
     for path in entries.filter(|entry| is_ours(&entry.file_name())).map(|entry| entry.path()) {
         if path.is_dir() && !path.is_symlink() && lock(&path).is_some() {
@@ -263,12 +263,12 @@ mod test {
 
     #[test]
     fn abandoned_directories_go_and_used_ones_stay() {
-        let scratch = tempfile::tempdir().unwrap();
-        let used = Workspace::make(scratch.path()).unwrap();
-        let abandoned = scratch.path().join(format!("{PREFIX}old"));
-        let other = scratch.path().join("other");
+        let fleecing = tempfile::tempdir().unwrap();
+        let used = Workspace::make(fleecing.path()).unwrap();
+        let abandoned = fleecing.path().join(format!("{PREFIX}old"));
+        let other = fleecing.path().join("other");
         [&abandoned, &other].into_iter().for_each(|path| std::fs::create_dir(path).unwrap());
-        remove_abandoned(scratch.path());
+        remove_abandoned(fleecing.path());
         assert!(used.path.exists() && other.exists() && !abandoned.exists());
         used.remove();
     }

@@ -51,7 +51,7 @@ pub fn in_qemu(places: &Places<'_>, layers: &LocalLayers, found: &Drives) -> Res
     }
 }
 
-/// QEMU rounds up to sectors.
+/// QEMU passes up to sectors.
 fn size(record: &DiskRecord) -> u64 {
     record.virtual_size.0.next_multiple_of(512)
 }

@@ -37,7 +37,7 @@ impl Places<'_> {
 
     /// Where the image of a disk is made, if it gets one.
     pub fn image(&self, disk: &DiskRecord) -> PathBuf {
-        let directory = Path::new(&self.manifest.machine.directory);
+        let directory = Path::new(&self.manifest.vm_record.directory);
         let mapped = self.map.iter().rev().find(|(old, _)| directory.join(old) == directory.join(&disk.file));
         self.dir.join(mapped.map_or_else(|| file_name(disk), |(_, new)| new.clone()))
     }
@@ -76,10 +76,10 @@ fn needs_image(layers: &LocalLayers, disk: &DiskRecord) -> Result<bool> {
 /// Makes and fills the images. `binary` serves as the worker, `runtime` holds its sockets.
 pub async fn restore(source: &Source, layers: &LocalLayers, places: &Places<'_>, binary: &Path, runtime: &Path) -> Result<NewPaths> {
     let manifest = source.manifest();
-    let mut paths = NewPaths::new(Path::new(&manifest.machine.directory));
+    let mut paths = NewPaths::new(Path::new(&manifest.vm_record.directory));
     // Command lines that were saved by an earlier version name layers, too.
     manifest.disks.iter().flat_map(|disk| &disk.backing).for_each(|layer| paths.add_layer(&layer.path, layers.path(layer)));
-    manifest.machine.files.iter().for_each(|layer| paths.add_boot_file(&layer.path, layers.path(layer)));
+    manifest.vm_record.files.iter().for_each(|layer| paths.add_boot_file(&layer.path, layers.path(layer)));
     let mut workers = ImageWorkers::new(binary, runtime);
     for disk in &manifest.disks {
         let path = places.file(layers, disk)?;

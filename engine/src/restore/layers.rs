@@ -1,4 +1,4 @@
-//! The read-only files of the restored machine: where each is on this host.
+//! The read-only files of the restored VM: where each is on this host.
 
 use super::source::Source;
 use crate::layers;
@@ -17,7 +17,7 @@ impl LocalLayers {
     /// Each layer once: the copy that is here, else fetched.
     pub async fn provide(source: &Source) -> Result<Self> {
         let mut local = Self::default();
-        let directory = Path::new(&source.manifest().machine.directory);
+        let directory = Path::new(&source.manifest().vm_record.directory);
         for layer in source.manifest().layers() {
             if local.by_digest.contains_key(&layer.digest) {
                 continue;

@@ -59,10 +59,10 @@ pub struct Planned {
 impl Planned {
     pub fn of(places: &Places<'_>, wishes: &Wishes) -> Result<Self> {
         let manifest = places.manifest;
-        let words = &manifest.machine.arguments;
-        let mut paths = NewPaths::new(Path::new(&manifest.machine.directory));
+        let words = &manifest.vm_record.arguments;
+        let mut paths = NewPaths::new(Path::new(&manifest.vm_record.directory));
         manifest.disks.iter().flat_map(|disk| &disk.backing).for_each(|layer| paths.add_layer(&layer.path, Path::new(&layer.path)));
-        manifest.machine.files.iter().for_each(|layer| paths.add_boot_file(&layer.path, Path::new(&layer.path)));
+        manifest.vm_record.files.iter().for_each(|layer| paths.add_boot_file(&layer.path, Path::new(&layer.path)));
         manifest.disks.iter().for_each(|disk| paths.add_disk(&disk.file, &places.image(disk)));
         let options = match saved::restored(words, &paths, wishes) {
             Ok(restored) => restored.options,

@@ -54,7 +54,7 @@ pub async fn device_state(source: &Source) -> Result<DeviceState> {
 /// Gives QEMU the stream that a live migration would have given it.
 pub async fn load(mut incoming: Incoming, source: &Source, contents: &[Option<Vec<u8>>], devices: &DeviceState) -> Result<()> {
     let manifest = source.manifest();
-    let mut writer = StreamWriter::new(&manifest.machine.machine_type, manifest.ram_blocks.iter().map(stream_block).collect())?;
+    let mut writer = StreamWriter::new(&manifest.vm_record.machine_type, manifest.ram_blocks.iter().map(stream_block).collect())?;
     for (block, content) in contents.iter().enumerate() {
         for (page, bytes) in content.iter().flat_map(|content| content.chunks_exact(PAGE_SIZE)).enumerate() {
             writer.page(block, (page * PAGE_SIZE) as u64, bytes)?;
@@ -64,7 +64,7 @@ pub async fn load(mut incoming: Incoming, source: &Source, contents: &[Option<Ve
         }
     }
     incoming.send(&writer.finish(devices)?).await?;
-    incoming.finish().await.context("loading the machine's state into QEMU")
+    incoming.finish().await.context("loading the VM's state into QEMU")
 }
 
 fn stream_block(block: &RamBlockRecord) -> StreamBlock {

@@ -1,4 +1,4 @@
-//! Bringing a machine back: plan -> layers -> disks and RAM -> device state -> running -> a member of its lineage again.
+//! Bringing a VM back: plan -> layers -> disks and RAM -> device state -> running -> a member of its lineage again.
 //!
 //! Nothing of the old host is needed but the store. Nothing runs before everything is in place; whatever fails before
 //! `cont` leaves the checkpoint as it was, and a new QEMU that is ended.
@@ -25,7 +25,7 @@ use crate::lineage::{self, CheckpointName};
 use crate::progress::Progress;
 use crate::stores;
 use anyhow::{Context, Error, Result};
-use checkpoint_format::{CheckpointSeq, Manifest, VmName};
+use checkpoint_format::{CheckpointId, Manifest, VmName};
 use dirty_tracker::GuestMemory;
 use disks::Places;
 use layers::LocalLayers;
@@ -50,7 +50,7 @@ use vm::error::refused;
 use vm::launch;
 use vm::launch::paths::NewPaths;
 use vm::running::Vm;
-use vm::runtime_dir::{MachineFile, Marks, RestoreTarget, RuntimeDir};
+use vm::runtime_dir::{Marks, RestoreTarget, RuntimeDir, VmFile};
 
 /// What is to be restored, and how.
 pub struct Request {
@@ -65,7 +65,7 @@ pub struct Request {
     pub dir: Option<PathBuf>,
     pub qemu: Option<String>,
     /// Directory for temporary fleecing overlays; none for the default.
-    pub scratch: Option<PathBuf>,
+    pub fleecing: Option<PathBuf>,
     pub map: Vec<Mapping>,
     pub allow: Vec<String>,
     /// The operator's order to fence the current writer.
@@ -83,7 +83,7 @@ pub struct Restored {
     pub name: VmName,
     /// The VM whose checkpoint it was.
     pub restored: VmName,
-    pub id: CheckpointSeq,
+    pub id: CheckpointId,
     pub running: bool,
     pub run_state: &'static str,
     pub resume_ms: f64,
@@ -109,7 +109,7 @@ struct Restore {
     begun: Instant,
     phases: Phases,
     source: Source,
-    seq: CheckpointSeq,
+    id: CheckpointId,
     runtime: RuntimeDir,
     dir: PathBuf,
     qemu: PathBuf,
@@ -122,9 +122,9 @@ struct Restore {
 
 /// A restored VM whose guest has not run yet.
 struct Ready {
-    file: MachineFile,
+    file: VmFile,
     new: NewQemu,
-    machine: Vm,
+    vm: Vm,
     layer_bytes: u64,
     note: Option<String>,
 }
@@ -134,16 +134,16 @@ impl Restore {
         // Under its own name it is no copy.
         request.new_name = request.new_name.filter(|name| *name != request.checkpoint.vm);
         let repository = stores::open_existing(&request.store).await?;
-        let seq = lineage::resolve(&repository, &request.checkpoint).await?;
-        let source = Source::open(&repository, &request.checkpoint.vm, seq, Arc::clone(&request.progress)).await?;
+        let id = lineage::resolve(&repository, &request.checkpoint).await?;
+        let source = Source::open(&repository, &request.checkpoint.vm, id, Arc::clone(&request.progress)).await?;
         let name = request.new_name.as_ref().unwrap_or(&request.checkpoint.vm);
         let runtime = RuntimeDir::new(request.runtime_base.as_deref(), name)?;
         let dir = request.dir.clone().unwrap_or_else(|| PathBuf::from(name.as_str()));
         let dir = std::path::absolute(&dir).with_context(|| format!("making {} absolute", dir.display()))?;
         let plugin = launch::plugin_path()?;
-        launch::saved::check_record(&source.manifest().machine)?;
-        let (qemu, facts) = program::find(request.qemu.as_deref(), &source.manifest().machine, &plugin)?;
-        let map = line::resolve(&source.manifest().machine.arguments, &request.map)?;
+        launch::saved::check_record(&source.manifest().vm_record)?;
+        let (qemu, facts) = program::find(request.qemu.as_deref(), &source.manifest().vm_record, &plugin)?;
+        let map = line::resolve(&source.manifest().vm_record.arguments, &request.map)?;
         let wishes = Wishes { map, allow: request.allow.clone() };
         let run_state = Transition::choose(source.manifest().run_state, request.paused, request.run)?;
         let instance = launch::new_instance()?;
@@ -154,7 +154,7 @@ impl Restore {
             begun,
             phases,
             source,
-            seq,
+            id,
             runtime,
             dir,
             qemu,
@@ -188,11 +188,11 @@ impl Restore {
             undo.run();
             return Err(error);
         }
-        let Ready { file, new, machine, layer_bytes, note } = ready;
+        let Ready { file, new, vm, layer_bytes, note } = ready;
         new.leave();
         undo.keep();
         // The helper is its monitor's next client.
-        drop(machine);
+        drop(vm);
         let resume_ms = milliseconds(self.begun.elapsed());
         Ok(self.report(&file, layer_bytes, resume_ms, note))
     }
@@ -230,17 +230,17 @@ impl Restore {
         let runtime_path = self.runtime.path().to_owned();
         let paths = disks::restore(&self.source, &layers, &self.places(), &self.qemu, &runtime_path).await?;
         self.phases.since("disks", step);
-        let mut file = self.machine_file(&layers, &paths)?;
+        let mut file = self.vm_file(&layers, &paths)?;
         let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes).context("making the guest's memory")?;
         let new = NewQemu::start(&file, &self.runtime, &self.plugin, &memory)?;
         file.pid = Some(new.pid());
         undo.started(new.pid())?;
-        self.runtime.save_machine(&file)?;
+        self.runtime.save_vm(&file)?;
         kill_point::point("restore.started");
         match self.bring_up(memory, &layers).await {
-            Ok(machine) => {
+            Ok(vm) => {
                 let note = self.is_copy().then(|| planned.note_of_copy());
-                Ok(Ready { file, new, machine, layer_bytes: layers.bytes_read, note })
+                Ok(Ready { file, new, vm, layer_bytes: layers.bytes_read, note })
             }
             Err(error) => Err(new.explain(error)),
         }
@@ -248,11 +248,11 @@ impl Restore {
 
     /// From the claim on no older helper of this VM can commit; then the guest may run.
     async fn enter(&self, ready: &mut Ready, undo: &Undo) -> Result<()> {
-        self.begin_recording(&ready.machine).await?;
+        self.begin_recording(&ready.vm).await?;
         kill_point::point("restore.loaded");
         let force = Force::if_ordered(self.request.take_over);
         let writer = checkpoint::claim(self.source.repository(), self.name(), &self.instance, &self.runtime, force).await?;
-        let entered = self.start_guest(&ready.machine, undo).await;
+        let entered = self.start_guest(&ready.vm, undo).await;
         if entered.is_err()
             && let Err(error) = writer.withdraw().await
         {
@@ -261,17 +261,17 @@ impl Restore {
         entered
     }
 
-    async fn start_guest(&self, machine: &Vm, undo: &Undo) -> Result<()> {
+    async fn start_guest(&self, vm: &Vm, undo: &Undo) -> Result<()> {
         self.check_newest().await?;
-        activate_disks(&machine.qmp).await;
+        activate_disks(&vm.qmp).await;
         undo.forget()?;
         kill_point::point("restore.claimed");
         if !self.run_state.wanted.is_live() {
-            return self.run_state.check(machine).await;
+            return self.run_state.check(vm).await;
         }
-        machine.qmp.execute_json("cont", Value::Null).await.context("starting the guest")?;
+        vm.qmp.execute_json("cont", Value::Null).await.context("starting the guest")?;
         if !self.is_copy() {
-            announce(machine).await;
+            announce(vm).await;
         }
         Ok(())
     }
@@ -280,10 +280,10 @@ impl Restore {
         Places { manifest: self.source.manifest(), dir: &self.dir, map: &self.wishes.map }
     }
 
-    /// The command line of the old machine with the files of the new one.
-    fn machine_file(&self, layers: &LocalLayers, paths: &NewPaths) -> Result<MachineFile> {
+    /// The command line of the old VM with the files of the new one.
+    fn vm_file(&self, layers: &LocalLayers, paths: &NewPaths) -> Result<VmFile> {
         let manifest = self.source.manifest();
-        let record = &manifest.machine;
+        let record = &manifest.vm_record;
         let restored = launch::saved::restored(&record.arguments, paths, &self.wishes)?;
         restored.notes.iter().for_each(|note| self.request.progress.note(note));
         let options = if self.is_copy() { line::as_copy(restored.options, &self.wishes) } else { restored.options };
@@ -296,17 +296,17 @@ impl Restore {
             qemu_version: self.qemu_version.clone(),
             arguments: launch::arguments::words(&options),
             directory: self.dir.clone(),
-            scratch: launch::scratch_dir(self.request.scratch.as_deref())?,
-            restored_from: (!self.is_copy()).then_some(self.seq),
+            fleecing: launch::fleecing_dir(self.request.fleecing.as_deref())?,
+            restored_from: (!self.is_copy()).then_some(self.id),
         };
-        Ok(MachineFile::restored(record, target))
+        Ok(VmFile::restored(record, target))
     }
 
     /// Whoever wrote before the claim may have committed while we were reading.
     async fn check_newest(&self) -> Result<()> {
         let newest = lineage::resolve(self.source.repository(), &self.request.checkpoint).await?;
-        if newest != self.seq {
-            return Err(refused(format!("checkpoint {newest} was committed while {} was being restored; run the command again", self.seq)));
+        if newest != self.id {
+            return Err(refused(format!("checkpoint {newest} was committed while {} was being restored; run the command again", self.id)));
         }
         Ok(())
     }
@@ -314,41 +314,41 @@ impl Restore {
     /// QEMU with the VM's whole state, stopped.
     async fn bring_up(&mut self, memory: GuestMemory, layers: &LocalLayers) -> Result<Vm> {
         let step = Instant::now();
-        let block = self.source.manifest().machine.ram_block.clone();
+        let block = self.source.manifest().vm_record.ram_block.clone();
         let filling = tokio::spawn(memory::fill(self.source.clone(), block, memory));
         let contents = memory::small_blocks(&self.source).await?;
         let devices = self.run_state.write(memory::device_state(&self.source).await?)?;
-        let machine = Vm::attach(self.runtime.clone()).await?;
-        check_blocks(self.source.manifest(), &machine.blocks)?;
-        check::in_qemu(&self.places(), layers, &machine.disks().await?)?;
+        let vm = Vm::attach(self.runtime.clone()).await?;
+        check_blocks(self.source.manifest(), &vm.blocks)?;
+        check::in_qemu(&self.places(), layers, &vm.disks().await?)?;
         filling.await.context("filling the guest's memory was cut off")??;
         self.phases.since("memory", step);
         let step = Instant::now();
         // QEMU has not touched the memory yet; what it writes while it loads is dirty from the first checkpoint's view.
-        machine.lock_tracker()?.protect_all()?;
-        let incoming = Incoming::begin(&machine.qmp, &self.runtime.path().join("incoming.sock")).await?;
+        vm.lock_tracker()?.protect_all()?;
+        let incoming = Incoming::begin(&vm.qmp, &self.runtime.path().join("incoming.sock")).await?;
         memory::load(incoming, &self.source, &contents, &devices).await?;
         self.phases.since("devices", step);
-        Ok(machine)
+        Ok(vm)
     }
 
-    /// The next checkpoint of the same machine is incremental: what is in RAM and on the disks now is what the store has.
-    async fn begin_recording(&self, machine: &Vm) -> Result<()> {
-        if machine.file.restored_from != Some(self.seq) {
+    /// The next checkpoint of the same VM is incremental: what is in RAM and on the disks now is what the store has.
+    async fn begin_recording(&self, vm: &Vm) -> Result<()> {
+        if vm.file.restored_from != Some(self.id) {
             return Ok(());
         }
-        let tag: BitmapTag = machine.file.instance.parse().context("naming the dirty bitmaps")?;
-        let disks = machine.disks().await?.disks;
-        let places = CapturePlaces { scratch_dir: &machine.file.scratch, nbd_socket: &machine.runtime.nbd() };
-        start_recording(&machine.qmp, &tag, self.seq.0, &disks, places).await.context("beginning to record the disks' changes")?;
+        let tag: BitmapTag = vm.file.instance.parse().context("naming the dirty bitmaps")?;
+        let disks = vm.disks().await?.disks;
+        let places = CapturePlaces { fleecing_dir: &vm.file.fleecing, nbd_socket: &vm.runtime.nbd() };
+        start_recording(&vm.qmp, &tag, self.id.0, &disks, places).await.context("beginning to record the disks' changes")?;
         self.runtime.set_marks(Marks { since: self.source.identity(), is_exact: true })
     }
 
-    fn report(self, file: &MachineFile, layer_bytes: u64, resume_ms: f64, note: Option<String>) -> Restored {
+    fn report(self, file: &VmFile, layer_bytes: u64, resume_ms: f64, note: Option<String>) -> Restored {
         Restored {
             name: file.name.clone(),
             restored: self.request.checkpoint.vm,
-            id: self.seq,
+            id: self.id,
             running: self.run_state.wanted == RunState::Running,
             run_state: self.run_state.wanted.name(),
             resume_ms,
@@ -383,7 +383,7 @@ pub fn check_blocks(manifest: &Manifest, blocks: &[RamBlock]) -> Result<()> {
         let fits = found.is_some_and(|found| block.used.0 <= found.total);
         if !fits {
             return Err(refused(format!(
-                "the new QEMU has no RAM block {} of {} bytes, as the saved machine had; is its command line or version another?",
+                "the new QEMU has no RAM block {} of {} bytes, as the saved VM had; is its command line or version another?",
                 block.name, block.used
             )));
         }
@@ -391,7 +391,7 @@ pub fn check_blocks(manifest: &Manifest, blocks: &[RamBlock]) -> Result<()> {
     Ok(())
 }
 
-/// After a load QEMU keeps the disks inactive until `cont`; a checkpoint of a machine that has not run yet needs them. QEMU
+/// After a load QEMU keeps the disks inactive until `cont`; a checkpoint of a VM that has not run yet needs them. QEMU
 /// before 10.0 lacks the command and does not ask for it.
 pub async fn activate_disks(qmp: &Qmp) {
     if let Err(error) = qmp.execute_json("blockdev-set-active", json!({ "active": true })).await {
@@ -399,10 +399,10 @@ pub async fn activate_disks(qmp: &Qmp) {
     }
 }
 
-/// Tells the network where the machine is now; a machine without a network does not mind.
-async fn announce(machine: &Vm) {
+/// Tells the network where the VM is now; a VM without a network does not mind.
+async fn announce(vm: &Vm) {
     let arguments = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
-    if let Err(error) = machine.qmp.execute_json("announce-self", arguments).await {
+    if let Err(error) = vm.qmp.execute_json("announce-self", arguments).await {
         tracing::debug!(%error, "announce-self");
     }
 }

@@ -4,7 +4,7 @@
 //! last part counts, if it is that of a QEMU, and is looked for where this host has its programs.
 
 use anyhow::Result;
-use checkpoint_format::MachineRecord;
+use checkpoint_format::VmRecord;
 use std::path::{Path, PathBuf};
 use vm::error::refused;
 use vm::launch;
@@ -17,7 +17,7 @@ const BESIDE: &str = "/opt/stillpoint";
 /// The program that its user names, else the first of this host that knows the machine type and is as new as the QEMU
 /// that the checkpoint was taken of: an older one may lack what the device state has, and not every machine type has a
 /// version in its name.
-pub fn find(named: Option<&str>, record: &MachineRecord, plugin: &Path) -> Result<(PathBuf, QemuFacts)> {
+pub fn find(named: Option<&str>, record: &VmRecord, plugin: &Path) -> Result<(PathBuf, QemuFacts)> {
     let programs = match named {
         Some(name) => vec![launch::find_program(name)?],
         None => candidates(base_name(&record.program))?,
@@ -37,7 +37,7 @@ pub fn find(named: Option<&str>, record: &MachineRecord, plugin: &Path) -> Resul
 }
 
 fn knows(facts: &QemuFacts, machine_type: &str) -> bool {
-    facts.machines.iter().any(|machine| machine.name == machine_type)
+    facts.vms.iter().any(|vm| vm.name == machine_type)
 }
 
 /// By major and minor version, as QEMU counts what it can load. What cannot be read is no reason.
@@ -49,8 +49,8 @@ fn is_older(version: &str, recorded: &str) -> bool {
     number(version).zip(number(recorded)).is_some_and(|(version, recorded)| version < recorded)
 }
 
-/// A QEMU too old for the machine type would build another machine.
-fn too_old(facts: &QemuFacts, record: &MachineRecord) -> anyhow::Error {
+/// A QEMU too old for the machine type would build another VM.
+fn too_old(facts: &QemuFacts, record: &VmRecord) -> anyhow::Error {
     if knows(facts, &record.machine_type) {
         return refused(format!(
             "this host's QEMU {} is older than QEMU {}, of which the checkpoint was taken: name one as new as that by --qemu \

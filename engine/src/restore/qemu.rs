@@ -1,4 +1,4 @@
-//! The QEMU process of a restored machine: started detached, ended again if the restore fails.
+//! The QEMU process of a restored VM: started detached, ended again if the restore fails.
 
 use anyhow::{Context, Error, Result};
 use dirty_tracker::GuestMemory;
@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 use vm::launch::command::{self, Start};
-use vm::runtime_dir::{MachineFile, RuntimeDir};
+use vm::runtime_dir::{RuntimeDir, VmFile};
 
 /// From the end of its connections to its own: the kernel frees its memory in between.
 const LAST_MOMENTS: Duration = Duration::from_millis(200);
@@ -22,20 +22,14 @@ pub struct NewQemu {
 
 impl NewQemu {
     /// In a session of its own (by `setsid`), in the directory of its disks.
-    pub fn start(file: &MachineFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestMemory) -> Result<Self> {
+    pub fn start(file: &VmFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestMemory) -> Result<Self> {
         let mut command = Command::new("setsid");
         command.arg(&file.qemu);
         Self::spawn(command, file, runtime, Some(plugin), memory)
     }
 
     /// `command` becomes the QEMU that its arguments follow.
-    pub fn spawn(
-        mut command: Command,
-        file: &MachineFile,
-        runtime: &RuntimeDir,
-        plugin: Option<&Path>,
-        memory: &GuestMemory,
-    ) -> Result<Self> {
+    pub fn spawn(mut command: Command, file: &VmFile, runtime: &RuntimeDir, plugin: Option<&Path>, memory: &GuestMemory) -> Result<Self> {
         let log = runtime.qemu_log();
         let output = runtime.create_qemu_log()?;
         let errors = output.try_clone().context("opening QEMU's log twice")?;

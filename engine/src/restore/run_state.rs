@@ -45,8 +45,8 @@ impl Transition {
     }
 
     /// After the load, of a VM that is not to run.
-    pub async fn check(self, machine: &Vm) -> Result<()> {
-        let is = run_state(&machine.qmp).await.context("asking for the run state")?;
+    pub async fn check(self, vm: &Vm) -> Result<()> {
+        let is = run_state(&vm.qmp).await.context("asking for the run state")?;
         ensure!(is == self.wanted.name(), "the restored VM's run state is `{is}`, and `{}` was saved", self.wanted);
         Ok(())
     }

@@ -5,7 +5,7 @@ use crate::progress::Progress;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    CheckpointIdentity, CheckpointSeq, FrameRead, Manifest, PAGE_SIZE, PackIndex, PackName, PackNo, PageMap, PageRange, SpaceName,
+    CheckpointId, CheckpointIdentity, FrameRead, Manifest, PAGE_SIZE, PackIndex, PackName, PackNo, PageMap, PageRange, SpaceName,
     SpaceRecord, VmName,
 };
 use checkpoint_store::Repository;
@@ -35,7 +35,7 @@ pub struct Source(Arc<Inner>);
 struct Inner {
     repository: Repository,
     vm: VmName,
-    packs: Vec<(CheckpointSeq, PackName)>,
+    packs: Vec<(CheckpointId, PackName)>,
     indexes: Vec<PackIndex>,
     manifests: Vec<Manifest>,
     identity: CheckpointIdentity,
@@ -54,10 +54,10 @@ struct Batch {
 
 impl Source {
     /// `progress` shows how far the content is read.
-    pub async fn open(repository: &Repository, vm: &VmName, seq: CheckpointSeq, progress: Arc<dyn Progress>) -> Result<Self> {
-        let lineage = Lineage::read(repository, vm, seq).await?;
+    pub async fn open(repository: &Repository, vm: &VmName, id: CheckpointId, progress: Arc<dyn Progress>) -> Result<Self> {
+        let lineage = Lineage::read(repository, vm, id).await?;
         let indexes = lineage.indexes(repository).await?;
-        let packs = lineage.packs().into_iter().map(|(seq, pack)| (seq, pack.name.clone())).collect();
+        let packs = lineage.packs().into_iter().map(|(id, pack)| (id, pack.name.clone())).collect();
         let trailers = lineage.packs().iter().map(|(_, pack)| u64::from(pack.info.trailer_len)).sum();
         let identity = *lineage.identities.last().context("a lineage without its newest checkpoint")?;
         Ok(Self(Arc::new(Inner {
@@ -167,9 +167,9 @@ impl Source {
     }
 
     async fn load(self, batch: Batch) -> Result<Vec<Run>> {
-        let (seq, name) = &self.0.packs[batch.pack];
-        let about = || format!("reading {}@{seq}/{name}", self.0.vm);
-        let read = self.0.repository.read_pack_range(&self.0.vm, *seq, name.as_str(), batch.start, batch.end - batch.start);
+        let (id, name) = &self.0.packs[batch.pack];
+        let about = || format!("reading {}@{id}/{name}", self.0.vm);
+        let read = self.0.repository.read_pack_range(&self.0.vm, *id, name.as_str(), batch.start, batch.end - batch.start);
         let bytes = read.await.with_context(about)?;
         self.0.bytes_read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let source = self.clone();

@@ -62,8 +62,8 @@ const WRONG_MEMORY: &str = "QEMU saves other memory of its process in place of t
 /// instead. `-dump-vmstate` lists none of them, or lists the description of a larger device's part.
 const UNSAVED: &[(&str, &str, &str)] = &[
     // Their class describes the registers alone, and QEMU applies that to the device around them.
-    ("isa-vga", WRONG_MEMORY, "use VGA on a PCI machine"),
-    ("isa-cirrus-vga", WRONG_MEMORY, "use cirrus-vga on a PCI machine"),
+    ("isa-vga", WRONG_MEMORY, "use VGA on a PCI VM"),
+    ("isa-cirrus-vga", WRONG_MEMORY, "use cirrus-vga on a PCI VM"),
     ("adlib", NOTHING_SAVED, "use AC97 or intel-hda"),
     ("ati-vga", NOTHING_SAVED, "use VGA or virtio-vga"),
     ("ccid-card-emulated", NOTHING_SAVED, "leave it out"),

@@ -104,7 +104,7 @@ pub(super) const DEVICE_TEXTS: &[&str] = &[
 pub(super) const DISPLAY: Rows = &[("rendernode", HostDevice), ("addr", Connect), ("vnc", Display)];
 pub(super) const FSDEV: Rows = &[("path", Directory), ("socket", Connect), ("sock_fd", Process)];
 pub(super) const ICOUNT: Rows = &[("rrfile", Output)];
-pub(super) const MACHINE: Rows = &[
+pub(super) const VM: Rows = &[
     ("kernel", Boot),
     ("initrd", Boot),
     ("dtb", Boot),

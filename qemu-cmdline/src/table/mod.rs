@@ -96,7 +96,7 @@ pub enum Group {
     FwCfg,
     Global,
     Icount,
-    Machine,
+    Vm,
     Monitor,
     Net,
     Object,
@@ -187,7 +187,7 @@ pub fn key_use(group: Group, kind: Kind<'_>, key: &str, value: &str) -> Use {
         }
         G::Global => Plain,
         G::Icount => row(ICOUNT, key).unwrap_or(Plain),
-        G::Machine => row(MACHINE, key).unwrap_or(Plain),
+        G::Vm => row(VM, key).unwrap_or(Plain),
         G::Monitor => Plain,
         G::Net => net(kind, key, last, value),
         G::Object => object(kind, last),

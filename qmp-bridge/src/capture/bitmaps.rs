@@ -55,7 +55,7 @@ fn of_node(node: &Value, tag: &BitmapTag) -> Vec<KeptBitmap> {
         let name = row["name"].as_str()?;
         Some(KeptBitmap {
             node: node_name.into(),
-            since: names::bitmap_seq(tag, name)?,
+            since: names::bitmap_id(tag, name)?,
             granularity: row["granularity"].as_u64()?,
             recording: row["recording"] == true,
             name: name.into(),
@@ -86,17 +86,17 @@ pub(super) async fn merge_back(qmp: &Qmp, tag: &BitmapTag) -> Result<Vec<KeptBit
 
 /// Before a capture of `seq`: one bitmap per node, and none that records since a checkpoint that is yet to be made
 /// (a first capture whose helper was killed leaves one).
-pub(super) async fn sort_out(qmp: &Qmp, tag: &BitmapTag, seq: u64) -> Result<Vec<KeptBitmap>, QmpError> {
+pub(super) async fn sort_out(qmp: &Qmp, tag: &BitmapTag, id: u64) -> Result<Vec<KeptBitmap>, QmpError> {
     let kept = merge_back(qmp, tag).await?;
-    let (usable, stale): (Vec<_>, Vec<_>) = kept.into_iter().partition(|bitmap| bitmap.since < seq);
+    let (usable, stale): (Vec<_>, Vec<_>) = kept.into_iter().partition(|bitmap| bitmap.since < id);
     transaction(qmp, stale.iter().map(action_remove).collect()).await?;
     Ok(usable)
 }
 
 /// Drops the bitmaps that record since `seq` on the nodes that `on` picks.
-pub(super) async fn remove_since(qmp: &Qmp, tag: &BitmapTag, seq: u64, on: impl Fn(&str) -> bool) -> Result<(), QmpError> {
+pub(super) async fn remove_since(qmp: &Qmp, tag: &BitmapTag, id: u64, on: impl Fn(&str) -> bool) -> Result<(), QmpError> {
     let found = find(qmp, tag).await?;
-    let gone = found.iter().filter(|bitmap| bitmap.since == seq && on(&bitmap.node));
+    let gone = found.iter().filter(|bitmap| bitmap.since == id && on(&bitmap.node));
     transaction(qmp, gone.map(action_remove).collect()).await
 }
 
@@ -105,7 +105,7 @@ pub(super) async fn remove_since(qmp: &Qmp, tag: &BitmapTag, seq: u64, on: impl 
 ///
 /// # Errors
 /// When QEMU refuses a bitmap, or a name that it would get is taken.
-pub async fn start_recording(qmp: &Qmp, tag: &BitmapTag, seq: u64, disks: &[Disk], places: CapturePlaces<'_>) -> Result<(), CaptureError> {
+pub async fn start_recording(qmp: &Qmp, tag: &BitmapTag, id: u64, disks: &[Disk], places: CapturePlaces<'_>) -> Result<(), CaptureError> {
     let qmp = &tag.on(qmp);
     let writable = disks.iter().filter(|disk| !disk.read_only).enumerate();
     let marked: Vec<(&Disk, DiskNames)> = writable.map(|(index, disk)| (disk, DiskNames::new(tag, index))).collect();
@@ -113,11 +113,11 @@ pub async fn start_recording(qmp: &Qmp, tag: &BitmapTag, seq: u64, disks: &[Disk
         nbd_server::start(qmp, places.nbd_socket).await?;
         for (disk, names) in &marked {
             let place = Place { node: &disk.node, bytes: disk.virtual_size, names };
-            size_marks::place(qmp, tag, seq, &place, (places.scratch_dir, places.nbd_socket)).await?;
+            size_marks::place(qmp, tag, id, &place, (places.fleecing_dir, places.nbd_socket)).await?;
         }
         nbd_server::stop_unused(qmp, places.nbd_socket).await?;
     }
-    let name = names::bitmap(tag, seq);
+    let name = names::bitmap(tag, id);
     let add = |disk: &Disk| {
         let data = json!({ "node": disk.node, "name": name, "granularity": granularity(disk.virtual_size) });
         json!({ "type": "block-dirty-bitmap-add", "data": data })
@@ -126,9 +126,9 @@ pub async fn start_recording(qmp: &Qmp, tag: &BitmapTag, seq: u64, disks: &[Disk
 }
 
 /// Drops the bitmaps that record since anything but `seq`: the checkpoint `seq` is durable.
-pub(super) async fn keep_only(qmp: &Qmp, tag: &BitmapTag, seq: u64) -> Result<(), QmpError> {
+pub(super) async fn keep_only(qmp: &Qmp, tag: &BitmapTag, id: u64) -> Result<(), QmpError> {
     let found = find(qmp, tag).await?;
-    let actions = found.iter().filter(|bitmap| bitmap.since != seq).map(action_remove).collect();
+    let actions = found.iter().filter(|bitmap| bitmap.since != id).map(action_remove).collect();
     transaction(qmp, actions).await
 }
 

@@ -18,8 +18,8 @@ pub enum CaptureError {
     #[error(transparent)]
     Nbd(#[from] NbdError),
     #[error("cannot use the directory {path} for fleecing overlays: {source}; name a writable one on a disk with room")]
-    Scratch { path: PathBuf, source: std::io::Error },
-    #[error("an earlier capture of this machine is still there after {after:?}; settle it or give it back first")]
+    Fleecing { path: PathBuf, source: std::io::Error },
+    #[error("an earlier capture of this VM is still there after {after:?}; acknowledge it or give it back first")]
     Busy { after: Duration },
     #[error("the path {path} is not UTF-8, and QMP can carry no other")]
     Path { path: PathBuf },
@@ -36,7 +36,7 @@ pub enum CaptureError {
     #[error("the directory {path} of the fleecing overlays does not answer (for {after:?}); bring its file system back, then try again")]
     Hung { path: PathBuf, after: Duration },
     #[error("only {free} bytes are free in the directory {path} of the fleecing overlays, fewer than the wanted {wanted}; make room there")]
-    ScratchFull { path: PathBuf, free: u64, wanted: u64 },
+    FleecingFull { path: PathBuf, free: u64, wanted: u64 },
 }
 
 impl CaptureError {
@@ -47,8 +47,8 @@ impl CaptureError {
             Self::Server(error) => error.is_retryable(),
             Self::Nbd(error) => error.is_retryable(),
             Self::Job(error) => error.is_retryable(),
-            Self::Busy { .. } | Self::Broken { .. } | Self::ScratchFull { .. } | Self::SlowFlush { .. } | Self::Hung { .. } => true,
-            Self::Scratch { .. } | Self::Path { .. } => false,
+            Self::Busy { .. } | Self::Broken { .. } | Self::FleecingFull { .. } | Self::SlowFlush { .. } | Self::Hung { .. } => true,
+            Self::Fleecing { .. } | Self::Path { .. } => false,
         }
     }
 

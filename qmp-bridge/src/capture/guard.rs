@@ -1,7 +1,7 @@
 //! Watches the room for fleecing overlays while a capture copies before write.
 //!
 //! The room is shared: with the host, and with other VMs. Before it runs out, this ends the copying. The capture is broken
-//! then, which [`super::FrozenDisks::verify`] finds, and its changes go to the next one. And where the copying is done by
+//! then, which [`super::CapturedDisks::verify`] finds, and its changes go to the next one. And where the copying is done by
 //! `blockdev-backup`, a block that cannot be saved fails the guest's write (seen with 7.2 and 10.0: the guest gets "No space
 //! left on device"), so there this is what saves the guest. Where it is done by a filter of our own, see [`super::filter`].
 
@@ -20,12 +20,12 @@ const POLL: Duration = Duration::from_millis(20);
 
 /// Ends the watch when dropped.
 #[derive(Debug)]
-pub(super) struct ScratchGuard {
+pub(super) struct FleecingGuard {
     ended: Arc<AtomicBool>,
     ending: JoinHandle<()>,
 }
 
-impl ScratchGuard {
+impl FleecingGuard {
     pub(super) fn start(qmp: Qmp, directory: PathBuf, reserve: u64) -> Self {
         let ended = Arc::new(AtomicBool::new(false));
         let (low, is_low) = tokio::sync::oneshot::channel();
@@ -54,7 +54,7 @@ impl ScratchGuard {
     }
 }
 
-impl Drop for ScratchGuard {
+impl Drop for FleecingGuard {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::Relaxed);
         self.ending.abort();
@@ -63,9 +63,9 @@ impl Drop for ScratchGuard {
 
 /// Fails if fewer than `reserve` bytes are free.
 pub(super) fn check(directory: &Path, reserve: u64) -> Result<(), CaptureError> {
-    let free = storage::free_bytes(directory).map_err(|source| CaptureError::Scratch { path: directory.into(), source })?;
+    let free = storage::free_bytes(directory).map_err(|source| CaptureError::Fleecing { path: directory.into(), source })?;
     if free < reserve {
-        return Err(CaptureError::ScratchFull { path: directory.into(), free, wanted: reserve });
+        return Err(CaptureError::FleecingFull { path: directory.into(), free, wanted: reserve });
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use crate::nbd_server;
 use crate::paused;
 use crate::qmp::Qmp;
 
-/// What [`cleanup_leftovers`] did, and the bitmaps that go on recording.
+/// What [`cleanup_leftovers`] did, and the bitmaps that continue recording.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Leftovers {
     /// The guest was paused by the dead helper, and runs again.
@@ -36,7 +36,7 @@ impl Leftovers {
 #[derive(Debug, Clone, Copy)]
 pub struct CapturePlaces<'a> {
     /// As in [`super::CapturePlan`].
-    pub scratch_dir: &'a Path,
+    pub fleecing_dir: &'a Path,
     /// As in [`super::CapturePlan`].
     pub nbd_socket: &'a Path,
 }
@@ -55,7 +55,7 @@ pub async fn cleanup_leftovers(qmp: &Qmp, tag: &BitmapTag, places: CapturePlaces
     let resumed = paused::resume_abandoned(qmp).await?;
     if sweep::has_nodes(qmp).await? {
         // Writes of that capture which hang would hang what follows.
-        match Storage::open(places.scratch_dir).await {
+        match Storage::open(places.fleecing_dir).await {
             Ok(storage) => storage.answers().await?,
             Err(hung @ CaptureError::Hung { .. }) => return Err(hung),
             Err(error) => tracing::debug!(%error, "the overlays' directory is of no use, but does not hang"),

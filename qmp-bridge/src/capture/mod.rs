@@ -7,34 +7,34 @@
 //!
 //! What shows N as it was in that instant (`snapshot-access` above the filter; or the overlay, whose backing is N) is exported
 //! over NBD with A as a meta context and read while the guest runs. Then:
-//! - [`FrozenDisks::release`] ends the copying before write, as soon as all is read;
-//! - [`FrozenDisks::settle`] drops A once the checkpoint is durable; or
-//! - [`FrozenDisks::give_back`] merges B into A and lets A record again, so that the next checkpoint carries both.
+//! - [`CapturedDisks::release`] ends the copying before write, as soon as all is read;
+//! - [`CapturedDisks::acknowledge`] drops A once the checkpoint is durable; or
+//! - [`CapturedDisks::give_back`] merges B into A and lets A record again, so that the next checkpoint carries both.
 //!
-//! Order: [`PreparedDisks::prepare`] (guest runs) → [`PreparedDisks::freeze`] (guest paused) → [`FrozenDisks::export`].
+//! Order: [`PreparedDisks::prepare`] (guest runs) → [`PreparedDisks::pause`] (guest paused) → [`CapturedDisks::export`].
 //! A capture that is dropped tears itself down and gives back in the background; one whose helper was killed is
 //! found by its names, which carry the instance, and cleaned up by [`cleanup_leftovers`]. Bitmaps live in QEMU's memory, named with the seq
-//! number after which they record, so they survive the helper and not the virtual machine.
+//! number after which they record, so they survive the helper and not the VM.
 //!
 //! One QEMU has at most one capture at a time: the names rely on it.
 
 mod bitmaps;
+mod captured;
 mod error;
 mod filter;
-mod frozen;
+mod fleecing;
 mod guard;
 mod leftovers;
 mod names;
 mod prepare;
-mod scratch;
 mod size_marks;
 mod storage;
 mod sweep;
 mod turn;
 
 pub use bitmaps::{KeptBitmap, start_recording};
+pub use captured::{CapturedDisk, CapturedDisks};
 pub use error::CaptureError;
-pub use frozen::{FrozenDisk, FrozenDisks};
 pub use leftovers::{CapturePlaces, Leftovers, cleanup_leftovers};
 pub use names::{BadTag, BitmapTag};
-pub use prepare::{CapturePlan, DEFAULT_SCRATCH_RESERVE, Outlook, PreparedDisks};
+pub use prepare::{CapturePlan, DEFAULT_FLEECING_RESERVE, Outlook, PreparedDisks};

@@ -51,25 +51,25 @@ impl fmt::Display for BitmapTag {
 }
 
 /// The bitmap that records what changes after checkpoint `seq`.
-pub(super) fn bitmap(tag: &BitmapTag, seq: u64) -> String {
-    format!("{PREFIX}/{tag}/{seq}")
+pub(super) fn bitmap(tag: &BitmapTag, id: u64) -> String {
+    format!("{PREFIX}/{tag}/{id}")
 }
 
 /// The seq number in a bitmap's name if it has this tag.
-pub(super) fn bitmap_seq(tag: &BitmapTag, name: &str) -> Option<u64> {
+pub(super) fn bitmap_id(tag: &BitmapTag, name: &str) -> Option<u64> {
     name.strip_prefix(PREFIX)?.strip_prefix('/')?.strip_prefix(&tag.0)?.strip_prefix('/')?.parse().ok()
 }
 
 /// The mark that was placed before checkpoint `seq` on a disk of `bytes`.
-pub(super) fn size_mark(tag: &BitmapTag, seq: u64, bytes: u64) -> String {
-    format!("{PREFIX}/{tag}/size-{seq}-{bytes}")
+pub(super) fn size_mark(tag: &BitmapTag, id: u64, bytes: u64) -> String {
+    format!("{PREFIX}/{tag}/size-{id}-{bytes}")
 }
 
 /// Checkpoint and size in a mark's name, if it has this tag.
 pub(super) fn parse_size_mark(tag: &BitmapTag, name: &str) -> Option<(u64, u64)> {
     let rest = name.strip_prefix(PREFIX)?.strip_prefix('/')?.strip_prefix(&tag.0)?.strip_prefix("/size-")?;
-    let (seq, bytes) = rest.split_once('-')?;
-    Some((seq.parse().ok()?, bytes.parse().ok()?))
+    let (id, bytes) = rest.split_once('-')?;
+    Some((id.parse().ok()?, bytes.parse().ok()?))
 }
 
 /// The names for one disk of a capture. One QEMU has at most one capture of ours at a time.
@@ -152,12 +152,12 @@ mod test {
     #[test]
     fn bitmaps_belong_to_their_tag() {
         let tag: BitmapTag = "a-1".parse().expect("tag");
-        assert_eq!(bitmap_seq(&tag, &bitmap(&tag, 42)), Some(42));
+        assert_eq!(bitmap_id(&tag, &bitmap(&tag, 42)), Some(42));
         let longer: BitmapTag = "a-1x".parse().expect("tag");
-        assert_eq!(bitmap_seq(&tag, &bitmap(&longer, 42)), None);
-        assert_eq!(bitmap_seq(&tag, "stillpoint/a-1/"), None);
+        assert_eq!(bitmap_id(&tag, &bitmap(&longer, 42)), None);
+        assert_eq!(bitmap_id(&tag, "stillpoint/a-1/"), None);
         let mark = size_mark(&tag, 7, 4096);
-        assert_eq!((parse_size_mark(&tag, &mark), parse_size_mark(&longer, &mark), bitmap_seq(&tag, &mark)), (Some((7, 4096)), None, None));
+        assert_eq!((parse_size_mark(&tag, &mark), parse_size_mark(&longer, &mark), bitmap_id(&tag, &mark)), (Some((7, 4096)), None, None));
         assert!("a/b".parse::<BitmapTag>().is_err() && "".parse::<BitmapTag>().is_err());
     }
 }

@@ -9,20 +9,20 @@ use serde_json::{Value, json};
 use tokio::sync::OwnedMutexGuard;
 
 use super::bitmaps::{self, KeptBitmap};
-use super::frozen::FrozenDisks;
-use super::guard::{self, ScratchGuard};
+use super::captured::CapturedDisks;
+use super::guard::{self, FleecingGuard};
 use super::names::{self, BitmapTag, DiskNames};
 use super::size_marks::{self, Place, Since, SizeMark};
 use super::storage::Storage;
-use super::{CaptureError, filter, scratch, storage, sweep, turn};
+use super::{CaptureError, filter, fleecing, storage, sweep, turn};
 use crate::disks::Disk;
 use crate::nbd::NbdClient;
 use crate::nbd_server;
 use crate::paused::Paused;
 use crate::qmp::{Qmp, QmpError};
 
-/// A good [`CapturePlan::scratch_reserve`].
-pub const DEFAULT_SCRATCH_RESERVE: u64 = 256 << 20;
+/// A good [`CapturePlan::fleecing_reserve`].
+pub const DEFAULT_FLEECING_RESERVE: u64 = 256 << 20;
 
 /// What a capture has to know.
 #[derive(Debug, Clone)]
@@ -30,14 +30,14 @@ pub struct CapturePlan {
     /// The prefix of all names that this VM's checkpoints give to QEMU.
     pub tag: BitmapTag,
     /// The checkpoint being made.
-    pub seq: u64,
+    pub id: u64,
     /// The checkpoint it builds on. A disk whose bitmap records since a later one, or that has none, is captured in
     /// full. `None`: all disks are.
     pub parent: Option<u64>,
-    /// Where fleecing overlays live. They grow by what the guest overwrites until [`FrozenDisks::release`].
-    pub scratch_dir: PathBuf,
+    /// Where fleecing overlays live. They grow by what the guest overwrites until [`CapturedDisks::release`].
+    pub fleecing_dir: PathBuf,
     /// When fewer bytes than this are free there, the capture is given up rather than a write of the guest.
-    pub scratch_reserve: u64,
+    pub fleecing_reserve: u64,
     /// Where QEMU's NBD server shall listen, in a directory that is ours alone.
     pub nbd_socket: PathBuf,
     /// The pause is that of a migration, which makes all block nodes inactive before: then filters are made in the pause.
@@ -83,7 +83,7 @@ pub(super) struct Session {
     pub(super) plan: CapturePlan,
     pub(super) targets: Vec<Target>,
     pub(super) released: bool,
-    pub(super) guard: Option<ScratchGuard>,
+    pub(super) guard: Option<FleecingGuard>,
     /// Bitmaps are as they shall stay.
     pub(super) decided: bool,
     /// None: no disk is captured.
@@ -114,15 +114,15 @@ impl PreparedDisks {
     pub async fn prepare(qmp: &Qmp, disks: &[Disk], plan: CapturePlan) -> Result<Self, CaptureError> {
         let qmp = plan.tag.on(qmp);
         let turn = turn::take(&qmp).await?;
-        let kept = bitmaps::sort_out(&qmp, &plan.tag, plan.seq).await?;
+        let kept = bitmaps::sort_out(&qmp, &plan.tag, plan.id).await?;
         // Of a checkpoint that never came, when its helper was killed.
-        size_marks::remove(&qmp, &plan.tag, |_, seq, _| seq >= plan.seq).await?;
+        size_marks::remove(&qmp, &plan.tag, |_, id, _| id >= plan.id).await?;
         let marks = size_marks::find(&qmp, &plan.tag).await?;
         let devices = filter::devices(&qmp).await?;
         let copying = |disk: &Disk| devices.get(&disk.node).map_or(Copying::Job, |device| Copying::Filter { device: device.clone() });
         let writable = disks.iter().filter(|disk| !disk.read_only).enumerate();
         let targets: Vec<Target> = writable.map(|(index, disk)| target(index, disk, &plan, (&kept, &marks), copying(disk))).collect();
-        let storage = if targets.is_empty() { None } else { Some(Storage::open(&plan.scratch_dir).await?) };
+        let storage = if targets.is_empty() { None } else { Some(Storage::open(&plan.fleecing_dir).await?) };
         // From here on a cancelled call is a drop, which takes back whatever was done.
         let mut session =
             Session { qmp, plan, targets, released: false, guard: None, decided: false, storage, live: Vec::new(), turn: Some(turn) };
@@ -146,9 +146,9 @@ impl PreparedDisks {
             bytes.map_or(target.bytes, |bytes| bytes.min(target.bytes))
         };
         let full_bytes = targets.iter().filter(|target| target.base.is_none()).map(allocated).sum();
-        let free = storage::free_bytes(&plan.scratch_dir);
-        let free = free.map_err(|source| CaptureError::Scratch { path: plan.scratch_dir.clone(), source })?;
-        Ok(Outlook { full_bytes, room: free.saturating_sub(plan.scratch_reserve) })
+        let free = storage::free_bytes(&plan.fleecing_dir);
+        let free = free.map_err(|source| CaptureError::Fleecing { path: plan.fleecing_dir.clone(), source })?;
+        Ok(Outlook { full_bytes, room: free.saturating_sub(plan.fleecing_reserve) })
     }
 
     /// Writes what the guest has written, and QEMU or the host still holds, to the disks' storage while the guest runs: `stop` would
@@ -165,14 +165,14 @@ impl PreparedDisks {
     ///
     /// # Errors
     /// When the transaction fails, or the guest does not stay paused.
-    pub async fn freeze(mut self, paused: &Paused) -> Result<FrozenDisks, CaptureError> {
+    pub async fn capture(mut self, paused: &Paused) -> Result<CapturedDisks, CaptureError> {
         if !self.session.targets.is_empty() {
             self.session.take_instant(paused).await?;
             let plan = &self.session.plan;
-            let guard = ScratchGuard::start(self.session.qmp.clone(), plan.scratch_dir.clone(), plan.scratch_reserve);
+            let guard = FleecingGuard::start(self.session.qmp.clone(), plan.fleecing_dir.clone(), plan.fleecing_reserve);
             self.session.guard = Some(guard);
         }
-        Ok(FrozenDisks::new(self.session))
+        Ok(CapturedDisks::new(self.session))
     }
 
     /// Takes the preparation back and waits for it.
@@ -210,7 +210,7 @@ fn target(index: usize, disk: &Disk, plan: &CapturePlan, (kept, marks): (&[KeptB
 fn actions(plan: &CapturePlan, target: &Target) -> Vec<Value> {
     let granularity = target.base.as_ref().map_or_else(|| bitmaps::granularity(target.bytes), |base| base.granularity);
     let mut actions = vec![json!({ "type": "block-dirty-bitmap-add", "data": {
-        "node": target.node, "name": names::bitmap(&plan.tag, plan.seq), "granularity": granularity,
+        "node": target.node, "name": names::bitmap(&plan.tag, plan.id), "granularity": granularity,
     }})];
     if target.copying == Copying::Job {
         actions.push(json!({ "type": "blockdev-backup", "data": {
@@ -242,9 +242,9 @@ async fn flush_one(node: &str, client: &NbdClient, left: Duration, limit: Durati
 
 /// The overlay and the filter above the disk; or, where QEMU has no such filter, an overlay for `blockdev-backup`.
 async fn add_copying(qmp: &Qmp, plan: &CapturePlan, target: &mut Target) -> Result<(), CaptureError> {
-    let (disk, directory) = ((target.node.as_str(), target.bytes), plan.scratch_dir.as_path());
+    let (disk, directory) = ((target.node.as_str(), target.bytes), plan.fleecing_dir.as_path());
     let shows_disk = target.copying == Copying::Job;
-    scratch::add_overlay(qmp, &target.names, disk, directory, shows_disk).await?;
+    fleecing::add_overlay(qmp, &target.names, disk, directory, shows_disk).await?;
     if shows_disk {
         return Ok(());
     }
@@ -252,9 +252,9 @@ async fn add_copying(qmp: &Qmp, plan: &CapturePlan, target: &mut Target) -> Resu
         Ok(()) if plan.streamed => Ok(filter::delete(qmp, &target.names).await?),
         Err(error) if error.is_refusal() => {
             tracing::warn!(%error, node = target.node, "no filter of our own; blockdev-backup saves the disk's old blocks");
-            scratch::delete(qmp, &target.names).await?;
+            fleecing::delete(qmp, &target.names).await?;
             target.copying = Copying::Job;
-            scratch::add_overlay(qmp, &target.names, disk, directory, true).await
+            fleecing::add_overlay(qmp, &target.names, disk, directory, true).await
         }
         other => Ok(other?),
     }
@@ -272,7 +272,7 @@ impl Session {
         if self.targets.is_empty() {
             return Ok(());
         }
-        guard::check(&self.plan.scratch_dir, self.plan.scratch_reserve)?;
+        guard::check(&self.plan.fleecing_dir, self.plan.fleecing_reserve)?;
         nbd_server::start(&self.qmp, &self.plan.nbd_socket).await?;
         for target in &mut self.targets {
             add_copying(&self.qmp, &self.plan, target).await?;
@@ -280,10 +280,10 @@ impl Session {
         let marks = size_marks::find(&self.qmp, &self.plan.tag).await?;
         for target in &self.targets {
             let own = marks.get(&target.node).map(Vec::as_slice).unwrap_or_default();
-            if size_marks::is_due(own, self.plan.seq, target.bytes) {
+            if size_marks::is_due(own, self.plan.id, target.bytes) {
                 let place = Place { node: &target.node, bytes: target.bytes, names: &target.names };
-                let places = (self.plan.scratch_dir.as_path(), self.plan.nbd_socket.as_path());
-                size_marks::place(&self.qmp, &self.plan.tag, self.plan.seq, &place, places).await?;
+                let places = (self.plan.fleecing_dir.as_path(), self.plan.nbd_socket.as_path());
+                size_marks::place(&self.qmp, &self.plan.tag, self.plan.id, &place, places).await?;
             }
             let client = export_live(&self.qmp, &self.plan, target).await?;
             self.live.push((target.node.clone(), client));
@@ -294,10 +294,10 @@ impl Session {
     async fn flush(&self, limit: Duration) -> Result<(), CaptureError> {
         let begun = Instant::now();
         for _ in 0..MOST_FLUSHES {
-            let round = Instant::now();
+            let pass = Instant::now();
             let left = limit.saturating_sub(begun.elapsed());
             try_join_all(self.live.iter().map(|(node, client)| flush_one(node, client, left, limit))).await?;
-            if round.elapsed() < SHORT_FLUSH {
+            if pass.elapsed() < SHORT_FLUSH {
                 break;
             }
         }
@@ -343,15 +343,15 @@ impl Session {
         {
             let answers = storage.answers().await;
             // Who waits for this turn need not.
-            self.qmp.capture_turn().set_hung(answers.is_err().then(|| self.plan.scratch_dir.clone()));
+            self.qmp.capture_turn().set_hung(answers.is_err().then(|| self.plan.fleecing_dir.clone()));
             answers?;
         }
         self.release().await?;
-        size_marks::remove(&self.qmp, &self.plan.tag, |_, seq, _| seq == self.plan.seq).await?;
+        size_marks::remove(&self.qmp, &self.plan.tag, |_, id, _| id == self.plan.id).await?;
         let (incremental, full): (Vec<&Target>, Vec<&Target>) = self.targets.iter().partition(|t| t.base.is_some());
         // Without a base nothing is lost: what the new bitmap followed was never stored, and an older one still records.
         let full: Vec<&str> = full.iter().map(|target| target.node.as_str()).collect();
-        bitmaps::remove_since(&self.qmp, &self.plan.tag, self.plan.seq, |node| full.contains(&node)).await?;
+        bitmaps::remove_since(&self.qmp, &self.plan.tag, self.plan.id, |node| full.contains(&node)).await?;
         if !incremental.is_empty() {
             bitmaps::merge_back(&self.qmp, &self.plan.tag).await?;
         }

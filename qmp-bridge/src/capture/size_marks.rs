@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::bitmaps::transaction;
 use super::names::{self, BitmapTag, DiskNames};
-use super::{CaptureError, scratch, storage};
+use super::{CaptureError, fleecing, storage};
 use crate::fdset::FdSet;
 use crate::jobs::{remove_exports, tolerate_refusal};
 use crate::nbd::NbdClient;
@@ -31,7 +31,7 @@ const SOURCE_BITMAP: &str = "last";
 /// A mark that is on a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SizeMark {
-    seq: u64,
+    checkpoint_id: u64,
     bytes: u64,
     granularity: u64,
     /// The bit is still there.
@@ -71,9 +71,9 @@ fn parse(nodes: &Value, tag: &BitmapTag) -> HashMap<String, Vec<SizeMark>> {
     let mut found: HashMap<String, Vec<SizeMark>> = HashMap::new();
     for node in nodes.as_array().into_iter().flatten() {
         let mark = |row: &Value| {
-            let (seq, bytes) = names::parse_size_mark(tag, row["name"].as_str()?)?;
+            let (checkpoint_id, bytes) = names::parse_size_mark(tag, row["name"].as_str()?)?;
             let (granularity, count) = (row["granularity"].as_u64()?, row["count"].as_u64()?);
-            Some(SizeMark { seq, bytes, granularity, whole: count > 0, name: row["name"].as_str()?.into() })
+            Some(SizeMark { checkpoint_id, bytes, granularity, whole: count > 0, name: row["name"].as_str()?.into() })
         };
         let marks: Vec<SizeMark> = node["dirty-bitmaps"].as_array().into_iter().flatten().filter_map(mark).collect();
         if let (Some(name), false) = (node["node-name"].as_str(), marks.is_empty()) {
@@ -86,7 +86,7 @@ fn parse(nodes: &Value, tag: &BitmapTag) -> HashMap<String, Vec<SizeMark>> {
 /// What is known of a disk that has `bytes` now and whose bitmap records since checkpoint `since`: only a mark that was there by
 /// then speaks for it.
 pub(super) fn since(marks: &[SizeMark], since: u64, bytes: u64) -> Since {
-    match marks.iter().filter(|mark| mark.seq <= since).max_by_key(|mark| mark.seq) {
+    match marks.iter().filter(|mark| mark.checkpoint_id <= since).max_by_key(|mark| mark.checkpoint_id) {
         Some(mark) if mark.whole && mark.bytes <= bytes => Since::NotShortened { certain_until: mark.certain_until() },
         // Nothing can be missing from a disk that had nothing.
         Some(mark) if mark.bytes == 0 => Since::NotShortened { certain_until: 0 },
@@ -95,8 +95,8 @@ pub(super) fn since(marks: &[SizeMark], since: u64, bytes: u64) -> Since {
 }
 
 /// Whether a disk needs another mark before checkpoint `seq`.
-pub(super) fn is_due(marks: &[SizeMark], seq: u64, bytes: u64) -> bool {
-    let newest = marks.iter().filter(|mark| mark.seq < seq).max_by_key(|mark| mark.seq);
+pub(super) fn is_due(marks: &[SizeMark], checkpoint_id: u64, bytes: u64) -> bool {
+    let newest = marks.iter().filter(|mark| mark.checkpoint_id < checkpoint_id).max_by_key(|mark| mark.checkpoint_id);
     !newest.is_some_and(|mark| (mark.whole || bytes == 0) && mark.bytes == bytes)
 }
 
@@ -116,11 +116,11 @@ pub(super) struct Place<'a> {
 pub(super) async fn place(
     qmp: &Qmp,
     tag: &BitmapTag,
-    seq: u64,
+    checkpoint_id: u64,
     disk: &Place<'_>,
     (directory, nbd_socket): (&Path, &Path),
 ) -> Result<(), CaptureError> {
-    let name = names::size_mark(tag, seq, disk.bytes);
+    let name = names::size_mark(tag, checkpoint_id, disk.bytes);
     let granularity = granularity(disk.bytes);
     let target = json!({ "node": disk.node, "name": name, "granularity": granularity, "disabled": true });
     if disk.bytes == 0 {
@@ -163,7 +163,7 @@ async fn add_source(qmp: &Qmp, disk: &Place<'_>, granularity: u64, directory: &P
 }
 
 fn sized(path: &Path, bytes: u64) -> std::io::Result<File> {
-    let file = scratch::unnamed(path)?;
+    let file = fleecing::unnamed(path)?;
     file.set_len(bytes)?;
     Ok(file)
 }
@@ -172,7 +172,7 @@ fn sized(path: &Path, bytes: u64) -> std::io::Result<File> {
 pub(super) async fn remove(qmp: &Qmp, tag: &BitmapTag, which: impl Fn(&str, u64, u64) -> bool) -> Result<(), QmpError> {
     let mut actions = Vec::new();
     for (node, marks) in find(qmp, tag).await? {
-        let picked = marks.iter().filter(|mark| which(&node, mark.seq, mark.bytes));
+        let picked = marks.iter().filter(|mark| which(&node, mark.checkpoint_id, mark.bytes));
         actions.extend(picked.map(|mark| json!({ "type": "block-dirty-bitmap-remove", "data": { "node": node, "name": mark.name } })));
     }
     transaction(qmp, actions).await
@@ -181,8 +181,8 @@ pub(super) async fn remove(qmp: &Qmp, tag: &BitmapTag, which: impl Fn(&str, u64,
 /// Checkpoint `seq` is durable: of each node only the newest mark is needed.
 pub(super) async fn keep_newest(qmp: &Qmp, tag: &BitmapTag) -> Result<(), QmpError> {
     let found = find(qmp, tag).await?;
-    let newest = |node: &str| found.get(node).and_then(|marks| marks.iter().map(|mark| mark.seq).max());
-    remove(qmp, tag, |node, seq, _| newest(node).is_some_and(|newest| seq < newest)).await
+    let newest = |node: &str| found.get(node).and_then(|marks| marks.iter().map(|mark| mark.checkpoint_id).max());
+    remove(qmp, tag, |node, checkpoint_id, _| newest(node).is_some_and(|newest| checkpoint_id < newest)).await
 }
 
 #[cfg(test)]
@@ -191,8 +191,8 @@ mod test {
 
     const MIB: u64 = 1 << 20;
 
-    fn mark(seq: u64, bytes: u64, whole: bool) -> SizeMark {
-        SizeMark { seq, bytes, granularity: 64 << 10, whole, name: String::new() }
+    fn mark(checkpoint_id: u64, bytes: u64, whole: bool) -> SizeMark {
+        SizeMark { checkpoint_id, bytes, granularity: 64 << 10, whole, name: String::new() }
     }
 
     #[test]

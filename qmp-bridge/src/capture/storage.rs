@@ -60,7 +60,7 @@ pub(super) async fn within<T: Send + 'static>(
     directory: &Path,
     call: impl FnOnce() -> std::io::Result<T> + Send + 'static,
 ) -> Result<T, CaptureError> {
-    let error = |source| CaptureError::Scratch { path: directory.into(), source };
+    let error = |source| CaptureError::Fleecing { path: directory.into(), source };
     let (sender, receiver) = tokio::sync::oneshot::channel();
     let thread = std::thread::Builder::new().name("overlay-directory".into());
     thread.spawn(move || sender.send(call()).is_ok()).map_err(error)?;

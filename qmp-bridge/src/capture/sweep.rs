@@ -78,7 +78,7 @@ async fn nodes(qmp: &Qmp) -> Result<usize, CaptureError> {
         if ours.is_empty() {
             return Ok(found);
         }
-        // From the top down, so that one round is enough.
+        // From the top down, so that one pass is enough.
         ours.sort_by_key(|(_, driver)| ["copy-before-write", "qcow2", "file"].iter().position(|known| known == driver));
         for (name, _) in &ours {
             delete(qmp, name).await?;

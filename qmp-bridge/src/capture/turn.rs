@@ -8,7 +8,7 @@ use super::CaptureError;
 use crate::qmp::Qmp;
 
 /// How long a capture waits for the clean-up of one before.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two polls of what that clean-up waits for.
 const POLL: Duration = Duration::from_millis(100);
 
@@ -23,8 +23,8 @@ pub(super) async fn take(qmp: &Qmp) -> Result<OwnedMutexGuard<()>, CaptureError>
         if let Some(path) = shared.hung() {
             return Err(CaptureError::Hung { path, after: begun.elapsed() });
         }
-        if begun.elapsed() >= PATIENCE {
-            return Err(CaptureError::Busy { after: PATIENCE });
+        if begun.elapsed() >= TIMEOUT {
+            return Err(CaptureError::Busy { after: TIMEOUT });
         }
     }
 }

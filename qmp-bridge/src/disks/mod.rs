@@ -1,4 +1,4 @@
-//! The disks of a machine: which can be captured, and on what layers they stand.
+//! The disks of a VM: which can be captured, and on what layers they stand.
 //!
 //! `query-block` tells which devices have a medium and which node that is. How nodes stand on one another is only in
 //! `x-debug-query-block-graph`, so chains are walked there (`graph.rs`). Whatever could not be brought back
@@ -241,7 +241,7 @@ async fn refuse_unsafe_iothreads(qmp: &Qmp, disks: &Disks) -> Result<(), DiskErr
     }
 }
 
-/// Why no writable disk of this machine can be captured for the threads that it has.
+/// Why no writable disk of this VM can be captured for the threads that it has.
 ///
 /// # Errors
 /// When QEMU does not answer.

@@ -60,9 +60,9 @@ impl Channel {
         let _ = self.ours.shutdown(Shutdown::Both);
     }
 
-    /// Whether QEMU has closed its end within `patience`. Bytes that nobody has read yet do not matter.
-    pub(super) async fn closed_by_qemu(&self, patience: Duration) -> bool {
-        let deadline = Instant::now() + patience;
+    /// Whether QEMU has closed its end within `timeout`. Bytes that nobody has read yet do not matter.
+    pub(super) async fn closed_by_qemu(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
         loop {
             let mut fds = [PollFd::new(self.ours.as_fd(), PollFlags::empty())];
             let hung_up = poll(&mut fds, PollTimeout::ZERO).is_ok()

@@ -24,7 +24,7 @@ pub enum MigrationError {
     Server(#[from] ServerError),
     #[error("this QEMU is being migrated (its status is `{status}`); wait for its end")]
     Busy { status: String },
-    #[error("{mode} is not possible with this machine: {why}")]
+    #[error("{mode} is not possible with this VM: {why}")]
     Unsupported { mode: StreamMode, why: String },
     #[error("QEMU's migration stream ended as `{status}`: {why}")]
     Failed { status: String, why: String },

@@ -1,4 +1,4 @@
-//! QEMU's own migration, into a socket of ours, as a source of memory for machines that were not launched by us.
+//! QEMU's own migration, into a socket of ours, as a source of memory for VMs that were not launched by us.
 //!
 //! Two ways, both of stock QEMU:
 //! - [`StreamMode::PreCopy`]: memory travels while the guest runs, in passes, until the rest is small; QEMU stops the

@@ -1,4 +1,4 @@
-//! Which ways of streaming a QEMU and its machine allow; changes nothing for good.
+//! Which ways of streaming a QEMU and its VM allow; changes nothing for good.
 //!
 //! Whether a background snapshot is possible only QEMU can tell: when the capability is set it looks whether the kernel
 //! lets it have a userfaultfd and whether each RAM block can be write-protected by one. So it is set, and put back.
@@ -14,15 +14,15 @@ use crate::paused::run_state;
 use crate::qmp::{Qmp, QmpError};
 
 /// How long putting back may block a thread if this call is dropped half-way.
-const LAST_PATIENCE: Duration = Duration::from_secs(2);
-/// Before this version QEMU goes on write-protecting memory after a background snapshot that was cancelled or whose reader
+const LAST_TIMEOUT: Duration = Duration::from_secs(2);
+/// Before this version QEMU continues write-protecting memory after a background snapshot that was cancelled or whose reader
 /// is gone: the guest's processors then wait in a page fault for ever (seen with 7.2). A guest must not depend on us so.
 /// Nor does it keep the run state: any guest runs after a snapshot.
 const SNAPSHOTS_SINCE: u32 = 9;
 /// Before 9.0 QEMU wakes a suspended guest for a migration. Since then it aborts at the `cont` after one: its table of run states has no
 /// step from `postmigrate` to `suspended` (seen with 10.0).
 pub(super) const SUSPENDED: &str =
-    "the guest is suspended, and QEMU cannot let it go on after a migration; wake it, or attach with the tracker";
+    "the guest is suspended, and QEMU cannot let it continue after a migration; wake it, or attach with the tracker";
 
 /// What [`probe`] found; each `Err` says why not.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -163,7 +163,7 @@ impl Drop for PutBack {
         }
         let list: Vec<Value> = self.states.iter().map(|(name, state)| serde_json::json!({ "capability": name, "state": state })).collect();
         let arguments = serde_json::json!({ "capabilities": list });
-        if let Err(error) = self.qmp.send_and_linger("migrate-set-capabilities", arguments, LAST_PATIENCE) {
+        if let Err(error) = self.qmp.send_and_linger("migrate-set-capabilities", arguments, LAST_TIMEOUT) {
             tracing::warn!(%error, "cannot put QEMU's migration capabilities back");
         }
     }

@@ -22,15 +22,15 @@ use crate::run_state::RunState;
 /// Kind of the object that says: this QEMU is the one that a journal tells of.
 pub(super) const SESSION_MARKER: &str = "migration";
 /// How long a cancelled migration may take to be over.
-pub(super) const CANCEL_PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const CANCEL_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pause between two looks at a migration while the guest runs.
 pub(super) const IDLE_LOOK: Duration = Duration::from_millis(10);
 /// While it waits. Events tell first, mostly.
 pub(super) const PAUSED_LOOK: Duration = Duration::from_millis(1);
 /// How long QEMU may take to close its end of the stream after it says `completed`.
-const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a drop may block its thread until QEMU has taken the cancellation.
-const LAST_PATIENCE: Duration = Duration::from_secs(2);
+const LAST_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -141,7 +141,7 @@ impl Migration {
         self.channel()?.take_reader().ok_or(MigrationError::Order("the reader was taken before"))
     }
 
-    /// Sends `migrate`. Pre-copy: the guest runs, the scratch overlays of the disk capture are prepared already (QEMU before
+    /// Sends `migrate`. Pre-copy: the guest runs, the fleecing overlays of the disk capture are prepared already (QEMU before
     /// 10.0 can only activate nodes that it has now), and [`Self::switchover`] follows at once. Background snapshot: the
     /// caller holds a [`Paused`] and has taken the disks, and [`Self::memory_is_held`] follows at once.
     ///
@@ -317,7 +317,7 @@ impl Migration {
     /// The capabilities may be changed only when QEMU's clean-up, which asks them what there is to clean, is over.
     async fn wait_closed(&mut self) {
         let Some(channel) = self.undo.as_ref().and_then(|undo| undo.channel.as_ref()) else { return };
-        if !channel.closed_by_qemu(CLOSE_PATIENCE).await {
+        if !channel.closed_by_qemu(CLOSE_TIMEOUT).await {
             tracing::warn!("QEMU keeps its end of a completed stream open");
         }
     }
@@ -383,7 +383,7 @@ impl Undo {
     /// For a drop: the guest must not wait for what comes later.
     fn cancel_blocking(&mut self) {
         self.cut();
-        if let Err(error) = self.qmp.send_and_linger("migrate_cancel", Value::Null, LAST_PATIENCE) {
+        if let Err(error) = self.qmp.send_and_linger("migrate_cancel", Value::Null, LAST_TIMEOUT) {
             tracing::warn!(%error, "cannot cancel the migration");
         }
     }
@@ -407,7 +407,7 @@ impl Undo {
 pub(super) async fn undo(qmp: &Qmp, journal: &Journal) -> Result<(), MigrationError> {
     if Progress::query(qmp).await?.is_running() {
         qmp.execute_json("migrate_cancel", Value::Null).await?;
-        wait_until_over(qmp, IDLE_LOOK, CANCEL_PATIENCE).await?;
+        wait_until_over(qmp, IDLE_LOOK, CANCEL_TIMEOUT).await?;
     }
     channel::close_unused(qmp).await?;
     paused::withdraw_switchover(qmp).await?;

@@ -50,7 +50,7 @@ impl Migration {
                         tracing::debug!(limit, passes = progress.passes, "allowing a longer pause");
                         set_downtime_limit(&self.qmp, limit).await?;
                     }
-                    self.check_time(&progress, "the guest's memory does not settle, or the stream is not read")?;
+                    self.check_time(&progress, "the guest's memory does not acknowledge, or the stream is not read")?;
                 }
             }
         }

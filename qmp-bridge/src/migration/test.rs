@@ -162,7 +162,7 @@ async fn nothing_is_touched_while_somebody_migrates() {
 }
 
 #[tokio::test]
-async fn a_machine_that_cannot_be_migrated_says_why() {
+async fn a_vm_that_cannot_be_migrated_says_why() {
     let scene = Scene::new().await;
     scene.with(|fake| fake.status = json!({ "blocked-reasons": ["the VFIO device does"] }));
     let support = probe(&scene.qmp).await.expect("probe");

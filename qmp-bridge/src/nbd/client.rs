@@ -210,7 +210,7 @@ impl NbdClient {
                 return Err(NbdError::Protocol(format!("{outcome:?} in reply to block_status")));
             };
             append_states(contexts, &mut known, &states, at)?;
-            // Contexts may reach differently far; go on where the shortest ends.
+            // Contexts may reach differently far; continue where the shortest ends.
             let reached = known.iter().map(|context| context.end(at)).min().unwrap_or(at).min(end);
             if reached <= at {
                 return Err(NbdError::Protocol(format!("no block status for {at}")));

@@ -23,7 +23,7 @@ pub struct ContentRange {
     pub content: Content,
 }
 
-/// In an export of a scratch overlay: 1 is the overlay, 2 the disk. More is a layer, stored on its own.
+/// In an export of a fleecing overlay: 1 is the overlay, 2 the disk. More is a layer, stored on its own.
 const OWN_DEPTHS: std::ops::RangeInclusive<u32> = 1..=2;
 
 /// Combines the two contexts of a capture over a window: `allocation` (`base:allocation`) tells zeroes, `changes`

@@ -9,7 +9,7 @@ use crate::qmp::{Qmp, QmpError};
 use crate::run_state;
 
 /// How long a cancelled migration may take to let the guest run again.
-const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 const CANCEL_LOOK: Duration = Duration::from_millis(1);
 
 /// `cont` if the migration has completed; else it is cancelled, and QEMU lets a guest that ran run again.
@@ -54,10 +54,10 @@ pub(crate) async fn withdraw_switchover(qmp: &Qmp) -> Result<(), QmpError> {
 
 /// A migration is over a little before QEMU has put the guest into the state that follows.
 pub(super) async fn leave_finish_migrate(qmp: &Qmp) -> Result<(), QmpError> {
-    let deadline = Instant::now() + CANCEL_PATIENCE;
+    let deadline = Instant::now() + CANCEL_TIMEOUT;
     while run_state::name(qmp).await? == "finish-migrate" {
         if Instant::now() >= deadline {
-            return Err(QmpError::Timeout { command: "migrate_cancel".into(), after: CANCEL_PATIENCE });
+            return Err(QmpError::Timeout { command: "migrate_cancel".into(), after: CANCEL_TIMEOUT });
         }
         tokio::time::sleep(CANCEL_LOOK).await;
     }

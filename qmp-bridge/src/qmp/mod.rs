@@ -27,7 +27,7 @@ pub use error::QmpError;
 use turn::CaptureTurn;
 pub use watch::EventWatch;
 use wire::Connection;
-pub use wire::connect_settled;
+pub use wire::connect_when_ready;
 
 /// How long a command may take unless [`Qmp::with_timeout`] says otherwise.
 pub const DEFAULT_COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -191,20 +191,20 @@ impl Qmp {
         self.connection.send(command, &encode(command, arguments, id)?, None)
     }
 
-    /// Sends a command and blocks the thread until QEMU answered, but not longer than `patience`; returns whether QEMU accepted
+    /// Sends a command and blocks the thread until QEMU answered, but not longer than `timeout`; returns whether QEMU accepted
     /// the command. For a `Drop` whose
     /// command must count although the process may end next: QEMU throws commands away that it has read and not yet
     /// begun when the connection closes (seen: a `cont` followed by a close is lost in most cases).
     ///
     /// # Errors
     /// When the command cannot be written.
-    pub fn send_and_linger(&self, command: &str, arguments: Value, patience: Duration) -> Result<bool, QmpError> {
+    pub fn send_and_linger(&self, command: &str, arguments: Value, timeout: Duration) -> Result<bool, QmpError> {
         let id = self.connection.next_id();
         let line = encode(command, arguments, id)?;
         let reply = self.connection.expect_reply(command, id)?;
         self.connection.send(command, &line, None)?;
-        let accepted = reply.wait_blocking(&self.connection, patience);
-        accepted.ok_or_else(|| QmpError::Timeout { command: command.into(), after: patience })
+        let accepted = reply.wait_blocking(&self.connection, timeout);
+        accepted.ok_or_else(|| QmpError::Timeout { command: command.into(), after: timeout })
     }
 
     /// Events from now on.
@@ -236,13 +236,13 @@ impl Qmp {
     }
 }
 
-/// Waits for a time in which this process can run: while a host stands still (suspended, or out of memory), QEMU does too, and
+/// Waits for a time in which this process can run: while a host is stopped (suspended, or out of memory), QEMU does too, and
 /// all of that counts as one slice.
-async fn within<T>(patience: Duration, work: impl Future<Output = T>) -> Option<T> {
+async fn within<T>(timeout: Duration, work: impl Future<Output = T>) -> Option<T> {
     const SLICES: u32 = 8;
     let mut work = pin!(work);
     for _ in 0..SLICES {
-        if let Ok(done) = tokio::time::timeout(patience / SLICES, &mut work).await {
+        if let Ok(done) = tokio::time::timeout(timeout / SLICES, &mut work).await {
             return Some(done);
         }
     }

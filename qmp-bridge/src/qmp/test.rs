@@ -202,21 +202,21 @@ async fn a_socket_that_qemu_was_given_needs_no_listener() {
     assert!(matches!(&error, QmpError::NoMonitor { why } if why.contains("closed")), "{error}");
 }
 
-/// While the host stood still, QEMU could not answer either.
+/// While the host was stopped, QEMU could not answer either.
 #[tokio::test]
 async fn a_host_that_stood_still_is_no_slow_qemu() {
     let (qmp, mut peer, _directory) = pair().await;
-    let patience = Duration::from_millis(1600);
+    let timeout = Duration::from_millis(1600);
     let script = async {
         let (_, id) = peer.command().await.expect("a command");
         // Nothing else of this process runs meanwhile.
-        std::thread::sleep(patience * 2);
-        tokio::time::sleep(patience / 4).await;
+        std::thread::sleep(timeout * 2);
+        tokio::time::sleep(timeout / 4).await;
         peer.answer(id, json!("at last")).await;
         let never = peer.command().await;
         (never, peer)
     };
-    let patient = qmp.with_timeout(patience);
+    let patient = qmp.with_timeout(timeout);
     let calls = async {
         let reply = patient.execute_json("query", Value::Null).await;
         let begun = Instant::now();
@@ -225,7 +225,7 @@ async fn a_host_that_stood_still_is_no_slow_qemu() {
     };
     let (_, (reply, none, waited)) = tokio::join!(script, calls);
     assert_eq!(reply.expect("it was answered soon after"), json!("at last"));
-    assert!(matches!(none, Err(QmpError::Timeout { .. })) && waited >= patience, "{none:?} after {waited:?}");
+    assert!(matches!(none, Err(QmpError::Timeout { .. })) && waited >= timeout, "{none:?} after {waited:?}");
 }
 
 /// What listens at a monitor's path may be no QEMU and send without end.

@@ -29,7 +29,7 @@ const MAX_LINES_BEFORE_GREETING: usize = 1024;
 /// Most commands waiting for their reply at once.
 const MAX_PENDING: usize = 1024;
 /// How long QEMU may leave our lines unread with its socket buffer full before the connection counts as dead.
-const WRITE_PATIENCE_MS: u16 = 5_000;
+const WRITE_TIMEOUT_MS: u16 = 5_000;
 /// Pause between two looks for the reply of a lingering command.
 const LINGER_LOOK: Duration = Duration::from_micros(200);
 /// How far into the unread bytes those looks go; events before the reply have some hundred bytes.
@@ -44,7 +44,7 @@ const DESERTED: Duration = Duration::from_secs(2);
 /// bound, and hands it over to the monitor's thread a little later, without a lock. To a client that comes in between one
 /// of these happens, about once in a thousand starts of a host with more to do than processors: both threads accept, and
 /// one waits in accept(2) for ever; both then read the connection, byte by byte, and no command arrives whole; or the
-/// client is greeted twice. The handover takes less than a millisecond of a free processor.
+/// client is greeted twice. The local migration takes less than a millisecond of a free processor.
 const SETTLING: Duration = Duration::from_millis(250);
 
 /// What QEMU said to a command, and when that was read.
@@ -123,8 +123,8 @@ impl Reply<'_> {
 
     /// Waits without a runtime: either the reader task, on another thread, takes the reply, or it lies unread in
     /// the socket because this very thread should have run the reader. Returns whether it is an acceptance; none if no reply came.
-    pub(super) fn wait_blocking(mut self, connection: &Connection, patience: Duration) -> Option<bool> {
-        let deadline = Instant::now() + patience;
+    pub(super) fn wait_blocking(mut self, connection: &Connection, timeout: Duration) -> Option<bool> {
+        let deadline = Instant::now() + timeout;
         loop {
             match self.receiver.try_recv() {
                 Ok((reply, _)) => return Some(reply.is_ok()),
@@ -234,7 +234,7 @@ fn write_line(socket: &StdStream, mut line: &[u8], fd: Option<BorrowedFd<'_>>) -
 
 fn wait_writable(socket: &StdStream) -> Result<(), Errno> {
     let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
-    match poll(&mut fds, PollTimeout::from(WRITE_PATIENCE_MS)) {
+    match poll(&mut fds, PollTimeout::from(WRITE_TIMEOUT_MS)) {
         Ok(0) => Err(Errno::ETIMEDOUT),
         Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(errno) => Err(errno),
@@ -295,7 +295,7 @@ fn first_id() -> u64 {
 async fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {
     let mut last_hope = None;
     loop {
-        let error = match connect_settled(path, deadline).await {
+        let error = match connect_when_ready(path, deadline).await {
             Ok(stream) => return Ok(stream),
             Err(error) => error,
         };
@@ -316,7 +316,7 @@ async fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, std
 ///
 /// # Errors
 /// When nothing accepts the connection by the deadline.
-pub async fn connect_settled(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {
+pub async fn connect_when_ready(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {
     let bound = std::fs::metadata(path)?.modified()?;
     // None when the clock was set back since. It is tried after this one wait in any case.
     let age = bound.elapsed().unwrap_or_default();

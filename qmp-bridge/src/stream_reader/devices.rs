@@ -8,7 +8,7 @@ use super::section::misplaced;
 use crate::device_state::DeviceState;
 use crate::stream_format::{STREAM_HEADER, STREAM_PAGE, mark};
 
-/// Longest description; an ordinary machine has 40 to 200 KiB.
+/// Longest description; an ordinary VM has 40 to 200 KiB.
 pub const MAX_DESCRIPTION: u64 = 16 << 20;
 /// Mark and length before a description.
 pub(super) const DESCRIPTION_HEAD: usize = 1 + 4;

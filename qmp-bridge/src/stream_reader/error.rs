@@ -26,7 +26,7 @@ pub enum StreamReadError {
     TooLarge { at: u64, what: &'static str, found: u64, limit: u64 },
     #[error(
         "the migration stream ends at byte {at} without a description of the device sections, and without one they cannot be \
-         told apart; start the machine without `-machine suppress-vmdesc=on` (or the migration was cancelled just there: \
+         told apart; start the VM without `-machine suppress-vmdesc=on` (or the migration was cancelled just there: \
          `query-migrate` says so)"
     )]
     NoDescription { at: u64 },

@@ -107,8 +107,8 @@ pub enum Item<'a> {
         /// Bytes from the block's beginning.
         offset: u64,
     },
-    /// The end of one round (a PART section): QEMU has sent what it wanted to send at once, not all that is dirty.
-    RoundEnd,
+    /// The end of one pass (a PART section): QEMU has sent what it wanted to send at once, not all that is dirty.
+    PassEnd,
     /// All memory is here.
     RamEnd,
     /// All device sections, as `xen-save-devices-state` gives them. [`StreamReader::device_sections`] says which.
@@ -152,7 +152,7 @@ enum Event {
     Page { block: usize, offset: u64, bytes: Range<usize> },
     Filled { block: usize, offset: u64 },
     Zero { block: usize, offset: u64 },
-    RoundEnd,
+    PassEnd,
     RamEnd,
     Devices(DeviceState),
 }
@@ -209,7 +209,7 @@ impl<R: Read> StreamReader<R> {
             Event::Page { block, offset, bytes } => Item::Page { block, offset, bytes: self.source.view(bytes) },
             Event::Filled { block, offset } => Item::Page { block, offset, bytes: &self.filled[..] },
             Event::Zero { block, offset } => Item::Zero { block, offset },
-            Event::RoundEnd => Item::RoundEnd,
+            Event::PassEnd => Item::PassEnd,
             Event::RamEnd => Item::RamEnd,
             Event::Devices(state) => Item::Devices(state),
         }
@@ -247,7 +247,7 @@ impl<R: Read> StreamReader<R> {
         let at = self.source.at();
         let kind = self.source.peek()?;
         match (kind, &self.ram) {
-            (mark::SECTION_FULL, Some(ram)) if ram.had_round => {
+            (mark::SECTION_FULL, Some(ram)) if ram.had_pass => {
                 self.state = State::Devices;
                 return Ok(Some(Event::RamEnd));
             }
@@ -267,7 +267,7 @@ impl<R: Read> StreamReader<R> {
                     let expected = format!("section {}, which is memory", ram.section);
                     return Err(StreamReadError::malformed(at, format!("section {section}"), expected));
                 }
-                ram.had_round = true;
+                ram.had_pass = true;
                 self.records(kind);
             }
             (mark::COMMAND, Some(_)) if !self.had_command => {
@@ -338,7 +338,7 @@ impl<R: Read> StreamReader<R> {
         self.between_sections();
         match kind {
             mark::SECTION_START => None,
-            mark::SECTION_PART => Some(Event::RoundEnd),
+            mark::SECTION_PART => Some(Event::PassEnd),
             _ => {
                 self.state = State::Devices;
                 Some(Event::RamEnd)

@@ -26,7 +26,7 @@ pub struct StreamRamBlock {
     pub name: String,
     /// Bytes in use, a multiple of [`STREAM_PAGE`].
     pub used: u64,
-    /// Where it lies in the region around it, if the capability `x-ignore-shared` is on. Blocks in shared files have
+    /// Where it lies in the RAM block around it, if the capability `x-ignore-shared` is on. Blocks in shared files have
     /// no pages then, and the stream does not say which they are.
     pub address: Option<u64>,
 }
@@ -57,7 +57,7 @@ pub(super) struct Ram {
     /// The number of its sections.
     pub(super) section: u32,
     /// Whether a section with pages was read.
-    pub(super) had_round: bool,
+    pub(super) had_pass: bool,
     addresses: bool,
     limit: usize,
     blocks: Option<Vec<StreamRamBlock>>,
@@ -70,7 +70,7 @@ impl Ram {
     /// `addresses`: each block in the list has one. `limit`: most blocks.
     pub(super) fn new(section: u32, addresses: bool, limit: usize) -> Self {
         let limit = limit.min(MAX_RAM_BLOCKS);
-        Self { section, had_round: false, addresses, limit, blocks: None, by_name: HashMap::new(), current: None }
+        Self { section, had_pass: false, addresses, limit, blocks: None, by_name: HashMap::new(), current: None }
     }
 
     pub(super) fn blocks(&self) -> &[StreamRamBlock] {

@@ -23,7 +23,7 @@ const REFUSED_COMMANDS: [(u16, &str, &str); 10] = [
     (10, "RECV_BITMAP", "`postcopy-ram`"),
 ];
 
-/// Sections in rounds that are not memory, and what makes QEMU send them.
+/// Sections in passes that are not memory, and what makes QEMU send them.
 const REFUSED_SECTIONS: [(&str, &str); 3] = [
     ("block", "turn off the migration capability `block` (`migrate -b`)"),
     ("dirty-bitmap", "turn off the migration capability `dirty-bitmaps`"),
@@ -51,7 +51,7 @@ impl Head {
         if self.name != ram::NAME {
             let known = REFUSED_SECTIONS.iter().find(|(name, _)| self.name == *name);
             let advice = known.map_or("remove the device that sends it", |(_, advice)| advice);
-            return Err(StreamReadError::unsupported(at, format!("rounds of `{}`", self.name.escape_debug()), advice));
+            return Err(StreamReadError::unsupported(at, format!("passes of `{}`", self.name.escape_debug()), advice));
         }
         if (self.instance, self.version) != (ram::INSTANCE, ram::VERSION) {
             let found = format!("memory of instance {} and version {}", self.instance, self.version);

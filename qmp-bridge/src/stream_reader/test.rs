@@ -51,8 +51,8 @@ impl Stream {
         self.with([name.len() as u8]).with(name)
     }
 
-    fn configuration(self, machine: &str) -> Self {
-        self.with([mark::CONFIGURATION]).u32(machine.len() as u32).with(machine)
+    fn configuration(self, vm: &str) -> Self {
+        self.with([mark::CONFIGURATION]).u32(vm.len() as u32).with(vm)
     }
 
     fn subsection(self, name: &str) -> Self {
@@ -172,7 +172,7 @@ fn all_items_of_a_pre_copy() {
         "page 0 0x2000 0x5",
         "page 0 0x1000 0xff",
         "zero 1 0x0",
-        "RoundEnd",
+        "PassEnd",
         "zero 1 0x0",
         "RamEnd",
         "devices 64",
@@ -185,7 +185,7 @@ fn a_background_snapshot_has_no_end_section() {
     let stream = Stream::listed().section(mark::SECTION_PART).zero(0, Some("rom")).end();
     let stream = stream.section(mark::SECTION_PART).zero(0, None).end().timer().devices(TIMER);
     let items = items(&stream);
-    assert_eq!(items[2..], ["zero 1 0x0", "RoundEnd", "zero 1 0x0", "RoundEnd", "RamEnd", "devices 42"]);
+    assert_eq!(items[2..], ["zero 1 0x0", "PassEnd", "zero 1 0x0", "PassEnd", "RamEnd", "devices 42"]);
 }
 
 #[test]
@@ -280,7 +280,7 @@ fn beginnings_that_are_not_understood() {
 fn sections_and_commands_that_are_refused() {
     let cases: [(&str, Stream, &[&str]); 19] = [
         ("bitmaps", Stream::begin().start("dirty-bitmap", 0, 1), &["`dirty-bitmap`", "`dirty-bitmaps`"]),
-        ("block", Stream::begin().start("block", 0, 1), &["rounds of `block`", "capability `block`"]),
+        ("block", Stream::begin().start("block", 0, 1), &["passes of `block`", "capability `block`"]),
         ("vfio", Stream::begin().start("0000:00:02.0/vfio", 0, 1), &["`0000:00:02.0/vfio`", "remove the device"]),
         ("second", Stream::listed().start("ram", 0, 4), &["a second START"]),
         ("instance", Stream::begin().start("ram", 1, 4), &["instance 1"]),

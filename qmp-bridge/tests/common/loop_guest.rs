@@ -1,4 +1,4 @@
-//! A guest of 64 KiB firmware that counts in memory for ever: enough to see whether a restored machine goes on.
+//! A guest of 64 KiB firmware that counts in memory for ever: enough to see whether a restored VM continues.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -44,19 +44,19 @@ pub fn counter(memory: &File) -> u32 {
 }
 
 /// Starts the counting guest with several kinds of devices.
-pub async fn start(qemu: &Path, machine: &str, memory: &File, more: &[&str]) -> TestQemu {
+pub async fn start(qemu: &Path, vm: &str, memory: &File, more: &[&str]) -> TestQemu {
     let directory: TempDir = tempfile::tempdir().expect("directory");
     std::fs::write(directory.path().join("firmware.bin"), firmware()).expect("firmware");
     File::create(directory.path().join("disk.img")).and_then(|file| file.set_len(1 << 20)).expect("disk");
     let backend = format!("memory-backend-file,id=pc.ram,size={RAM},share=on,mem-path=/proc/self/fd/{}", memory.as_raw_fd());
-    let machine = format!("{machine},memory-backend=pc.ram");
+    let vm = format!("{vm},memory-backend=pc.ram");
     let mut arguments = vec![
         "-accel",
         "tcg",
         "-object",
         &backend,
         "-M",
-        &machine,
+        &vm,
         "-m",
         "32",
         "-bios",

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use qmp_bridge::migration::StreamOptions;
 
 use super::common::{TestQemu, with_each_qemu};
-use super::machine::{FEW, modes, start, stream};
+use super::vm::{FEW, modes, start, stream};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes minutes"]
 async fn figures() {
     let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
-    let (rounds, megabytes) = (number("STILLPOINT_FIGURES_ROUNDS", 10), number("STILLPOINT_FIGURES_MIB", 1024));
+    let (passes, megabytes) = (number("STILLPOINT_FIGURES_ROUNDS", 10), number("STILLPOINT_FIGURES_MIB", 1024));
     let furnished = std::env::var("STILLPOINT_FIGURES").ok();
     for backend in ["none", "memory-backend-ram", "memory-backend-memfd,share=on"] {
         with_each_qemu(async |qemu| {
@@ -23,18 +23,18 @@ async fn figures() {
             if backend != "none" {
                 more.extend(["-object", &object, "-machine", "memory-backend=memory"]);
             }
-            let machine = match &furnished {
+            let vm = match &furnished {
                 Some(from) => start_linux(&qemu, Path::new(from), &more).await,
                 None => start(&qemu, FEW, &more).await,
             };
-            for &mode in modes(&machine) {
-                eprintln!("{mode}, {megabytes} MiB, backend {backend}, resident {}", resident(&machine));
+            for &mode in modes(&vm) {
+                eprintln!("{mode}, {megabytes} MiB, backend {backend}, resident {}", resident(&vm));
                 let mut pauses = Vec::new();
-                for seq in 1..=rounds {
+                for id in 1..=passes {
                     let begun = Instant::now();
-                    let (pause, bytes, frozen) = stream(&machine, &machine.qmp, mode, &StreamOptions::default(), seq).await;
-                    eprintln!("    stream {:.0?} {} KiB, resident {}", begun.elapsed(), bytes >> 10, resident(&machine));
-                    frozen.give_back().await.expect("give back");
+                    let (pause, bytes, captured) = stream(&vm, &vm.qmp, mode, &StreamOptions::default(), id).await;
+                    eprintln!("    stream {:.0?} {} KiB, resident {}", begun.elapsed(), bytes >> 10, resident(&vm));
+                    captured.give_back().await.expect("give back");
                     pauses.push(pause);
                     tokio::time::sleep(Duration::from_millis(300)).await;
                 }
@@ -55,18 +55,18 @@ async fn start_linux(qemu: &Path, furnished: &Path, more: &[&str]) -> TestQemu {
     }
     let mut arguments = vec!["-readconfig", "q35-virtio.cfg", "-accel", "tcg", "-serial", "file:serial.log"];
     arguments.extend(more);
-    let machine = TestQemu::start_in(qemu, &arguments, directory).await;
+    let vm = TestQemu::start_in(qemu, &arguments, directory).await;
     let deadline = Instant::now() + Duration::from_secs(120);
-    while !std::fs::read_to_string(machine.path("serial.log")).unwrap_or_default().contains("WITNESS step=") {
+    while !std::fs::read_to_string(vm.path("serial.log")).unwrap_or_default().contains("WITNESS step=") {
         assert!(Instant::now() < deadline, "Linux does not come up");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     tokio::time::sleep(Duration::from_secs(3)).await;
-    machine
+    vm
 }
 
-fn resident(machine: &TestQemu) -> String {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", machine.pid())).unwrap_or_default();
+fn resident(vm: &TestQemu) -> String {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap_or_default();
     let line = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("?").trim().to_owned();
     format!("{} (page tables {})", line("VmRSS:"), line("VmPTE:"))
 }

@@ -3,7 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod figures;
-mod machine;
+mod vm;
 
 use std::io::Read;
 use std::os::fd::AsFd;
@@ -14,32 +14,32 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{TestQemu, with_each_qemu};
-use machine::*;
-use qmp_bridge::capture::{CapturePlaces, CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks, cleanup_leftovers};
+use qmp_bridge::capture::{CapturePlaces, CapturePlan, CapturedDisks, DEFAULT_FLEECING_RESERVE, PreparedDisks, cleanup_leftovers};
 use qmp_bridge::migration::{Migration, MigrationError, StreamMode, StreamOptions, WhenTooFast, probe, recover};
 use qmp_bridge::paused::{PauseError, run_state};
 use qmp_bridge::{Paused, Qmp, disks};
 use serde_json::{Value, json};
+use vm::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn both_modes_leave_everything_as_it_was() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, FEW, &[]).await;
-        let before = settings(&machine.qmp).await;
-        let support = probe(&machine.qmp).await.expect("probe");
-        assert_eq!((support.pre_copy.is_ok(), support.background_snapshot.is_ok()), (true, snapshots(&machine)), "{support:?}");
+        let vm = start(&qemu, FEW, &[]).await;
+        let before = settings(&vm.qmp).await;
+        let support = probe(&vm.qmp).await.expect("probe");
+        assert_eq!((support.pre_copy.is_ok(), support.background_snapshot.is_ok()), (true, snapshots(&vm)), "{support:?}");
         assert_eq!(support.preferred(), Some(StreamMode::PreCopy));
-        assert_eq!(settings(&machine.qmp).await, before, "the probe changed something");
-        let mut seq = 0;
-        for &mode in modes(&machine) {
+        assert_eq!(settings(&vm.qmp).await, before, "the probe changed something");
+        let mut id = 0;
+        for &mode in modes(&vm) {
             for _ in 0..2 {
-                seq += 1;
-                let (pause, bytes, mut frozen) = stream(&machine, &machine.qmp, mode, &StreamOptions::default(), seq).await;
+                id += 1;
+                let (pause, bytes, mut captured) = stream(&vm, &vm.qmp, mode, &StreamOptions::default(), id).await;
                 assert!(pause < Duration::from_secs(2) && bytes > FEW * PAGE, "{mode}: {pause:?}, {bytes} bytes");
-                frozen.export().await.expect("export");
-                frozen.verify().await.expect("verify");
-                frozen.settle().await.expect("settle");
-                assert_as_before(&machine, &before, &mode.to_string()).await;
+                captured.export().await.expect("export");
+                captured.verify().await.expect("verify");
+                captured.acknowledge().await.expect("acknowledge");
+                assert_as_before(&vm, &before, &mode.to_string()).await;
             }
         }
     })
@@ -50,21 +50,21 @@ async fn both_modes_leave_everything_as_it_was() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn settings_of_the_owner_come_back() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, FEW, &[]).await;
+        let vm = start(&qemu, FEW, &[]).await;
         let on = ["xbzrle", "auto-converge", "postcopy-ram", "return-path", "release-ram", "dirty-bitmaps", "validate-uuid"];
         let on: Vec<Value> = on.iter().map(|name| json!({ "capability": name, "state": true })).collect();
-        machine.qmp.execute_json("migrate-set-capabilities", json!({ "capabilities": on })).await.expect("capabilities");
+        vm.qmp.execute_json("migrate-set-capabilities", json!({ "capabilities": on })).await.expect("capabilities");
         let parameters = json!({ "max-bandwidth": 1 << 20, "downtime-limit": 77, "tls-creds": "theirs", "max-cpu-throttle": 50 });
-        machine.qmp.execute_json("migrate-set-parameters", parameters).await.expect("parameters");
-        let before = settings(&machine.qmp).await;
-        let support = probe(&machine.qmp).await.expect("probe");
-        assert_eq!(support.background_snapshot.is_ok(), snapshots(&machine), "{support:?}");
-        assert_eq!(settings(&machine.qmp).await, before, "the probe changed something");
-        for (seq, &mode) in (1..).zip(modes(&machine)) {
-            let (_, bytes, frozen) = stream(&machine, &machine.qmp, mode, &StreamOptions::default(), seq).await;
+        vm.qmp.execute_json("migrate-set-parameters", parameters).await.expect("parameters");
+        let before = settings(&vm.qmp).await;
+        let support = probe(&vm.qmp).await.expect("probe");
+        assert_eq!(support.background_snapshot.is_ok(), snapshots(&vm), "{support:?}");
+        assert_eq!(settings(&vm.qmp).await, before, "the probe changed something");
+        for (id, &mode) in (1..).zip(modes(&vm)) {
+            let (_, bytes, captured) = stream(&vm, &vm.qmp, mode, &StreamOptions::default(), id).await;
             assert!(bytes > FEW * PAGE, "{mode}: {bytes}");
-            frozen.settle().await.expect("settle");
-            assert_as_before(&machine, &before, &mode.to_string()).await;
+            captured.acknowledge().await.expect("acknowledge");
+            assert_as_before(&vm, &before, &mode.to_string()).await;
         }
     })
     .await;
@@ -84,29 +84,29 @@ enum Stage {
 const STAGES: [Stage; 6] =
     [Stage::Prepared, Stage::Started, Stage::SwitchedOver, Stage::Completed, Stage::SnapshotBegun, Stage::SnapshotHeld];
 
-fn stages(machine: &TestQemu) -> &'static [Stage] {
-    if snapshots(machine) { &STAGES } else { &STAGES[..4] }
+fn stages(vm: &TestQemu) -> &'static [Stage] {
+    if snapshots(vm) { &STAGES } else { &STAGES[..4] }
 }
 
 /// All that a helper has in its hands at a stage.
 struct Hands {
     _migration: Migration,
     _paused: Option<Paused>,
-    _disks: Option<FrozenDisks>,
+    _disks: Option<CapturedDisks>,
 }
 
-async fn get_to(machine_directory: &Path, qmp: &Qmp, stage: Stage) -> Hands {
-    let journal = machine_directory.join("migration.json");
+async fn get_to(vm_directory: &Path, qmp: &Qmp, stage: Stage) -> Hands {
+    let journal = vm_directory.join("migration.json");
     let mode =
         if matches!(stage, Stage::SnapshotBegun | Stage::SnapshotHeld) { StreamMode::BackgroundSnapshot } else { StreamMode::PreCopy };
-    let list = disks::list(qmp, Some(machine_directory)).await.expect("disks");
+    let list = disks::list(qmp, Some(vm_directory)).await.expect("disks");
     let plan = CapturePlan {
         tag: common::INSTANCE.parse().expect("tag"),
-        seq: 1,
+        id: 1,
         parent: None,
-        scratch_dir: machine_directory.into(),
-        scratch_reserve: DEFAULT_SCRATCH_RESERVE,
-        nbd_socket: machine_directory.join("nbd.sock"),
+        fleecing_dir: vm_directory.into(),
+        fleecing_reserve: DEFAULT_FLEECING_RESERVE,
+        nbd_socket: vm_directory.join("nbd.sock"),
         streamed: true,
     };
     let disks = PreparedDisks::prepare(qmp, &list.disks, plan).await.expect("prepare disks");
@@ -114,12 +114,12 @@ async fn get_to(machine_directory: &Path, qmp: &Qmp, stage: Stage) -> Hands {
     // A stage in which the stream is under way needs a reader that is not at its end too soon.
     let slow = matches!(stage, Stage::Started | Stage::SnapshotHeld);
     let (chunk, pause) = if slow { (4096, Duration::from_millis(20)) } else { (1 << 20, Duration::ZERO) };
-    drain(migration.take_reader().expect("reader"), chunk, pause);
+    upload(migration.take_reader().expect("reader"), chunk, pause);
     let mut hands = Hands { _migration: migration, _paused: None, _disks: None };
     let migration = &mut hands._migration;
     if mode == StreamMode::BackgroundSnapshot {
         let paused = Paused::stop(qmp).await.expect("stop");
-        hands._disks = Some(disks.freeze(&paused).await.expect("freeze"));
+        hands._disks = Some(disks.capture(&paused).await.expect("pause"));
         migration.start().await.expect("start");
         match stage {
             Stage::SnapshotBegun => hands._paused = Some(paused),
@@ -135,7 +135,7 @@ async fn get_to(machine_directory: &Path, qmp: &Qmp, stage: Stage) -> Hands {
         let paused = migration.switchover().await.expect("switchover");
         if stage == Stage::Completed {
             migration.complete(&paused).await.expect("complete");
-            hands._disks = Some(disks.freeze(&paused).await.expect("freeze"));
+            hands._disks = Some(disks.capture(&paused).await.expect("pause"));
         }
         hands._paused = Some(paused);
     }
@@ -145,13 +145,13 @@ async fn get_to(machine_directory: &Path, qmp: &Qmp, stage: Stage) -> Hands {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dropped_session_leaves_everything_as_it_was() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, MANY, &[]).await;
-        let before = settings(&machine.qmp).await;
-        for &stage in stages(&machine) {
-            let hands = get_to(machine.directory.path(), &machine.qmp, stage).await;
-            assert!(machine.path("migration.json").exists(), "{stage:?}: no journal");
+        let vm = start(&qemu, MANY, &[]).await;
+        let before = settings(&vm.qmp).await;
+        for &stage in stages(&vm) {
+            let hands = get_to(vm.directory.path(), &vm.qmp, stage).await;
+            assert!(vm.path("migration.json").exists(), "{stage:?}: no journal");
             drop(hands);
-            assert_as_before(&machine, &before, &format!("{stage:?}")).await;
+            assert_as_before(&vm, &before, &format!("{stage:?}")).await;
         }
     })
     .await;
@@ -172,29 +172,29 @@ async fn dying_helper() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_helper_is_recovered_from() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, MANY, &[]).await;
-        let before = settings(&machine.qmp).await;
-        for &stage in stages(&machine) {
+        let vm = start(&qemu, MANY, &[]).await;
+        let before = settings(&vm.qmp).await;
+        for &stage in stages(&vm) {
             let helper = std::process::Command::new(std::env::current_exe().expect("own path"))
                 .args(["--exact", "dying_helper", "--nocapture"])
                 .env("STILLPOINT_TEST_STAGE", format!("{stage:?}"))
-                .env("STILLPOINT_TEST_DIRECTORY", machine.directory.path())
+                .env("STILLPOINT_TEST_DIRECTORY", vm.directory.path())
                 .output();
             let helper = helper.expect("start the helper");
             assert!(!helper.status.success() && helper.status.code().is_none(), "{stage:?}: {}", String::from_utf8_lossy(&helper.stderr));
-            let stopped = run_state(&machine.qmp).await.expect("state");
+            let stopped = run_state(&vm.qmp).await.expect("state");
             // The next helper, on the same socket as the dead one.
-            let next = machine.second().await;
-            let recovered = recover(&next, &journal(&machine)).await.expect("recover");
+            let next = vm.second().await;
+            let recovered = recover(&next, &journal(&vm)).await.expect("recover");
             eprintln!("{stage:?}: found {stopped}, {recovered:?}");
             assert!(recovered.found);
             assert_eq!(recovered.resumed, !matches!(stopped.as_str(), "running"), "{stage:?}: {stopped}");
-            let again = recover(&next, &journal(&machine)).await.expect("again");
+            let again = recover(&next, &journal(&vm)).await.expect("again");
             assert!(!again.found && !again.resumed);
             drop(next);
-            let places = CapturePlaces { scratch_dir: machine.directory.path(), nbd_socket: &machine.path("nbd.sock") };
-            cleanup_leftovers(&machine.qmp, &common::INSTANCE.parse().expect("tag"), places).await.expect("clean up");
-            assert_as_before(&machine, &before, &format!("{stage:?}")).await;
+            let places = CapturePlaces { fleecing_dir: vm.directory.path(), nbd_socket: &vm.path("nbd.sock") };
+            cleanup_leftovers(&vm.qmp, &common::INSTANCE.parse().expect("tag"), places).await.expect("clean up");
+            assert_as_before(&vm, &before, &format!("{stage:?}")).await;
         }
     })
     .await;
@@ -204,33 +204,33 @@ async fn a_killed_helper_is_recovered_from() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_guest_stays_stopped() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, FEW, &[]).await;
-        let before = settings(&machine.qmp).await;
-        let keeps_state = snapshots(&machine);
-        machine.qmp.execute_json("stop", Value::Null).await.expect("stop");
-        let count = counter(&machine.qmp).await;
-        let support = probe(&machine.qmp).await.expect("probe");
+        let vm = start(&qemu, FEW, &[]).await;
+        let before = settings(&vm.qmp).await;
+        let keeps_state = snapshots(&vm);
+        vm.qmp.execute_json("stop", Value::Null).await.expect("stop");
+        let count = counter(&vm.qmp).await;
+        let support = probe(&vm.qmp).await.expect("probe");
         assert!(support.stopped && support.pre_copy.is_ok());
         assert_eq!(support.background_snapshot.is_ok(), keeps_state, "{support:?}");
         let options = StreamOptions::default();
         if keeps_state {
             assert_eq!(support.preferred(), Some(StreamMode::BackgroundSnapshot));
-            let (_, _, frozen) = stream(&machine, &machine.qmp, StreamMode::BackgroundSnapshot, &options, 1).await;
-            frozen.settle().await.expect("settle");
-            assert_eq!(run_state(&machine.qmp).await.expect("state"), "paused");
+            let (_, _, captured) = stream(&vm, &vm.qmp, StreamMode::BackgroundSnapshot, &options, 1).await;
+            captured.acknowledge().await.expect("acknowledge");
+            assert_eq!(run_state(&vm.qmp).await.expect("state"), "paused");
         } else {
-            let refused = Migration::prepare(&machine.qmp, StreamMode::BackgroundSnapshot, &options, &journal(&machine)).await;
+            let refused = Migration::prepare(&vm.qmp, StreamMode::BackgroundSnapshot, &options, &journal(&vm)).await;
             assert!(matches!(&refused, Err(MigrationError::Unsupported { .. })), "{refused:?}");
-            assert!(!journal(&machine).exists());
+            assert!(!journal(&vm).exists());
         }
-        let (_, _, frozen) = stream(&machine, &machine.qmp, StreamMode::PreCopy, &options, 2).await;
-        frozen.settle().await.expect("settle");
-        assert_eq!(run_state(&machine.qmp).await.expect("state"), "postmigrate");
-        assert_eq!(counter(&machine.qmp).await, count, "the guest ran");
-        let again = probe(&machine.qmp).await.expect("probe");
+        let (_, _, captured) = stream(&vm, &vm.qmp, StreamMode::PreCopy, &options, 2).await;
+        captured.acknowledge().await.expect("acknowledge");
+        assert_eq!(run_state(&vm.qmp).await.expect("state"), "postmigrate");
+        assert_eq!(counter(&vm.qmp).await, count, "the guest ran");
+        let again = probe(&vm.qmp).await.expect("probe");
         assert!(again.pre_copy.is_err_and(|why| why.contains("`cont`")));
-        machine.qmp.execute_json("cont", Value::Null).await.expect("cont");
-        assert_as_before(&machine, &before, "after the owner's cont").await;
+        vm.qmp.execute_json("cont", Value::Null).await.expect("cont");
+        assert_as_before(&vm, &before, "after the owner's cont").await;
     })
     .await;
 }
@@ -239,13 +239,13 @@ async fn a_stopped_guest_stays_stopped() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_that_has_not_begun_is_taken_by_pre_copy_only() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, FEW, &["-S"]).await;
-        let support = probe(&machine.qmp).await.expect("probe");
-        assert!(support.background_snapshot.is_err_and(|why| why.contains("prelaunch") || !snapshots(&machine)));
-        let refused = Migration::prepare(&machine.qmp, StreamMode::BackgroundSnapshot, &StreamOptions::default(), &journal(&machine)).await;
+        let vm = start(&qemu, FEW, &["-S"]).await;
+        let support = probe(&vm.qmp).await.expect("probe");
+        assert!(support.background_snapshot.is_err_and(|why| why.contains("prelaunch") || !snapshots(&vm)));
+        let refused = Migration::prepare(&vm.qmp, StreamMode::BackgroundSnapshot, &StreamOptions::default(), &journal(&vm)).await;
         assert!(matches!(&refused, Err(MigrationError::Unsupported { .. })), "{refused:?}");
-        let (_, _, frozen) = stream(&machine, &machine.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
-        frozen.settle().await.expect("settle");
+        let (_, _, captured) = stream(&vm, &vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
+        captured.acknowledge().await.expect("acknowledge");
     })
     .await;
 }
@@ -254,60 +254,60 @@ async fn a_guest_that_has_not_begun_is_taken_by_pre_copy_only() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_that_writes_too_fast_is_told_of_or_stopped_longer() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, MANY, &[]).await;
-        let before = settings(&machine.qmp).await;
+        let vm = start(&qemu, MANY, &[]).await;
+        let before = settings(&vm.qmp).await;
         let options = StreamOptions { max_pause: Duration::from_millis(5), ..StreamOptions::default() };
-        let mut migration = Migration::prepare(&machine.qmp, StreamMode::PreCopy, &options, &journal(&machine)).await.expect("prepare");
-        drain(migration.take_reader().expect("reader"), 64 << 10, Duration::from_millis(4));
+        let mut migration = Migration::prepare(&vm.qmp, StreamMode::PreCopy, &options, &journal(&vm)).await.expect("prepare");
+        upload(migration.take_reader().expect("reader"), 64 << 10, Duration::from_millis(4));
         migration.start().await.expect("start");
         let error = migration.switchover().await.map(drop).expect_err("too fast");
         eprintln!("{error}");
         assert!(matches!(error, MigrationError::TooFast { .. }) && error.is_retryable(), "{error}");
         assert!(error.to_string().contains("allow a longer pause"), "{error}");
         migration.cancel().await.expect("cancel");
-        assert_as_before(&machine, &before, "too fast").await;
+        assert_as_before(&vm, &before, "too fast").await;
 
         let options = StreamOptions { when_too_fast: WhenTooFast::SwitchOver, ..options };
-        let mut migration = Migration::prepare(&machine.qmp, StreamMode::PreCopy, &options, &journal(&machine)).await.expect("prepare");
-        drain(migration.take_reader().expect("reader"), 64 << 10, Duration::from_millis(4));
+        let mut migration = Migration::prepare(&vm.qmp, StreamMode::PreCopy, &options, &journal(&vm)).await.expect("prepare");
+        upload(migration.take_reader().expect("reader"), 64 << 10, Duration::from_millis(4));
         migration.start().await.expect("start");
         let paused = migration.switchover().await.expect("switchover");
         migration.complete(&paused).await.expect("complete");
         let pause = paused.resume().await.expect("resume");
         assert!(pause > options.max_pause, "{pause:?}");
         migration.finish().await.expect("finish");
-        assert_as_before(&machine, &before, "stopped longer").await;
+        assert_as_before(&vm, &before, "stopped longer").await;
     })
     .await;
 }
 
-/// The guest must not wait for a reader that stands still.
+/// The guest must not wait for a reader that is stopped.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_stops_or_hangs_up_costs_the_stream_only() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, MANY, &[]).await;
-        let before = settings(&machine.qmp).await;
+        let vm = start(&qemu, MANY, &[]).await;
+        let before = settings(&vm.qmp).await;
         let options = StreamOptions { timeout: Duration::from_millis(400), ..StreamOptions::default() };
-        for &mode in modes(&machine) {
-            let mut migration = Migration::prepare(&machine.qmp, mode, &options, &journal(&machine)).await.expect("prepare");
+        for &mode in modes(&vm) {
+            let mut migration = Migration::prepare(&vm.qmp, mode, &options, &journal(&vm)).await.expect("prepare");
             let _unread = migration.take_reader().expect("reader");
-            let error = run(&machine.qmp, &mut migration).await.expect_err("nobody reads");
+            let error = run(&vm.qmp, &mut migration).await.expect_err("nobody reads");
             assert!(matches!(error, MigrationError::Stuck { .. } | MigrationError::PauseTooLong { .. }), "{mode}: {error}");
             migration.cancel().await.expect("cancel");
-            assert_as_before(&machine, &before, &format!("{mode}, nobody reads")).await;
+            assert_as_before(&vm, &before, &format!("{mode}, nobody reads")).await;
 
-            let mut migration = Migration::prepare(&machine.qmp, mode, &options, &journal(&machine)).await.expect("prepare");
+            let mut migration = Migration::prepare(&vm.qmp, mode, &options, &journal(&vm)).await.expect("prepare");
             let mut reader = migration.take_reader().expect("reader");
             let hang_up = std::thread::spawn(move || {
                 reader.read_exact(&mut [0; 4096]).expect("read");
                 reader.shutdown(std::net::Shutdown::Both).expect("shutdown");
             });
-            let error = run(&machine.qmp, &mut migration).await.expect_err("hung up");
+            let error = run(&vm.qmp, &mut migration).await.expect_err("hung up");
             hang_up.join().expect("reader");
             assert!(matches!(&error, MigrationError::Failed { why, .. } if !why.is_empty()), "{mode}: {error}");
             eprintln!("{mode}: {error}");
             migration.cancel().await.expect("cancel");
-            assert_as_before(&machine, &before, &format!("{mode}, hung up")).await;
+            assert_as_before(&vm, &before, &format!("{mode}, hung up")).await;
         }
     })
     .await;
@@ -317,25 +317,25 @@ async fn a_reader_that_stops_or_hangs_up_costs_the_stream_only() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_that_suspends_itself_meanwhile_stays_suspended() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, MANY, &[]).await;
+        let vm = start(&qemu, MANY, &[]).await;
         let mut migration =
-            Migration::prepare(&machine.qmp, StreamMode::PreCopy, &StreamOptions::default(), &journal(&machine)).await.expect("prepare");
+            Migration::prepare(&vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), &journal(&vm)).await.expect("prepare");
         let reader = migration.take_reader().expect("reader");
         migration.start().await.expect("start");
-        suspend(&machine.qmp).await;
-        drain(reader, 1 << 20, Duration::ZERO);
+        suspend(&vm.qmp).await;
+        upload(reader, 1 << 20, Duration::ZERO);
         let error = migration.switchover().await.map(drop).expect_err("suspended");
         assert!(matches!(&error, MigrationError::Unsupported { .. }), "{error}");
         migration.cancel().await.expect("cancel");
-        if machine.qmp.version().major >= 9 {
-            assert_eq!(run_state(&machine.qmp).await.expect("status"), "suspended");
-            let refused = Migration::prepare(&machine.qmp, StreamMode::PreCopy, &StreamOptions::default(), &journal(&machine)).await;
+        if vm.qmp.version().major >= 9 {
+            assert_eq!(run_state(&vm.qmp).await.expect("status"), "suspended");
+            let refused = Migration::prepare(&vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), &journal(&vm)).await;
             assert!(matches!(&refused, Err(MigrationError::Unsupported { .. })), "{refused:?}");
-            machine.qmp.hmp("system_wakeup").await.expect("wake");
+            vm.qmp.hmp("system_wakeup").await.expect("wake");
         }
-        while run_state(&machine.qmp).await.expect("status") != "running" {}
-        let (_, _, frozen) = stream(&machine, &machine.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
-        frozen.settle().await.expect("settle");
+        while run_state(&vm.qmp).await.expect("status") != "running" {}
+        let (_, _, captured) = stream(&vm, &vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
+        captured.acknowledge().await.expect("acknowledge");
     })
     .await;
 }
@@ -344,11 +344,11 @@ async fn a_guest_that_suspends_itself_meanwhile_stays_suspended() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, MANY, &[]).await;
-        let before = settings(&machine.qmp).await;
+        let vm = start(&qemu, MANY, &[]).await;
+        let before = settings(&vm.qmp).await;
         for given_up in [true, false] {
             let options = StreamOptions { timeout: Duration::from_secs(1), ..StreamOptions::default() };
-            let mut migration = Migration::prepare(&machine.qmp, StreamMode::PreCopy, &options, &journal(&machine)).await.expect("prepare");
+            let mut migration = Migration::prepare(&vm.qmp, StreamMode::PreCopy, &options, &journal(&vm)).await.expect("prepare");
             let mut reader = migration.take_reader().expect("reader");
             let stop = Arc::new(AtomicBool::new(false));
             let stopped = stop.clone();
@@ -373,7 +373,7 @@ async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
             }
             assert!(begun.elapsed() < Duration::from_secs(3));
             migration.cancel().await.expect("cancel");
-            assert_as_before(&machine, &before, "stopped in the pause").await;
+            assert_as_before(&vm, &before, "stopped in the pause").await;
         }
     })
     .await;
@@ -421,29 +421,29 @@ async fn run(qmp: &Qmp, migration: &mut Migration) -> Result<(), MigrationError>
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_migration_of_somebody_else_is_left_alone() {
     with_each_qemu(async |qemu| {
-        let machine = start(&qemu, FEW, &[]).await;
+        let vm = start(&qemu, FEW, &[]).await;
         let (theirs, ours) = UnixStream::pair().expect("pair");
-        machine.qmp.execute_with_fd("getfd", json!({ "fdname": "owner" }), theirs.as_fd()).await.expect("getfd");
-        machine.qmp.execute_json("migrate-set-parameters", json!({ "max-bandwidth": 4096 })).await.expect("slow");
-        let before = settings(&machine.qmp).await;
-        machine.qmp.execute_json("migrate", json!({ "uri": "fd:owner" })).await.expect("migrate");
-        let reader = drain(ours, 4096, Duration::from_millis(20));
-        let probed = probe(&machine.qmp).await;
+        vm.qmp.execute_with_fd("getfd", json!({ "fdname": "owner" }), theirs.as_fd()).await.expect("getfd");
+        vm.qmp.execute_json("migrate-set-parameters", json!({ "max-bandwidth": 4096 })).await.expect("slow");
+        let before = settings(&vm.qmp).await;
+        vm.qmp.execute_json("migrate", json!({ "uri": "fd:owner" })).await.expect("migrate");
+        let reader = upload(ours, 4096, Duration::from_millis(20));
+        let probed = probe(&vm.qmp).await;
         assert!(matches!(&probed, Err(MigrationError::Busy { .. })), "{probed:?}");
-        let refused = Migration::prepare(&machine.qmp, StreamMode::PreCopy, &StreamOptions::default(), &journal(&machine)).await;
+        let refused = Migration::prepare(&vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), &journal(&vm)).await;
         assert!(refused.is_err_and(|error| error.to_string().contains("is being migrated")));
-        assert_eq!(settings(&machine.qmp).await, before);
-        let status = machine.qmp.execute_json("query-migrate", Value::Null).await.expect("status");
+        assert_eq!(settings(&vm.qmp).await, before);
+        let status = vm.qmp.execute_json("query-migrate", Value::Null).await.expect("status");
         assert!(status["status"] == "active" || status["status"] == "setup", "{status}");
-        machine.qmp.execute_json("migrate_cancel", Value::Null).await.expect("cancel");
+        vm.qmp.execute_json("migrate_cancel", Value::Null).await.expect("cancel");
         reader.join().expect("reader");
-        while matches!(probe(&machine.qmp).await, Err(MigrationError::Busy { .. })) {
+        while matches!(probe(&vm.qmp).await, Err(MigrationError::Busy { .. })) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         // What it leaves behind is no hindrance.
-        let (_, _, frozen) = stream(&machine, &machine.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
-        frozen.settle().await.expect("settle");
-        assert_as_before(&machine, &before, "after the owner's").await;
+        let (_, _, captured) = stream(&vm, &vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
+        captured.acknowledge().await.expect("acknowledge");
+        assert_as_before(&vm, &before, "after the owner's").await;
     })
     .await;
 }

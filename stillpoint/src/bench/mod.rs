@@ -1,4 +1,4 @@
-//! `stillpoint bench`: what checkpoints of a running machine cost, beside the least that a pause of it can cost.
+//! `stillpoint bench`: what checkpoints of a running VM cost, beside the least that a pause of it can cost.
 //!
 //! Bare pauses (`stop` and `cont`, nothing in between) and checkpoints take turns, half an interval apart, so that each
 //! pair sees the same host and guest: the ratio is of pairs, not of two runs.

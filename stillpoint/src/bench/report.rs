@@ -42,8 +42,8 @@ impl Deltas {
 pub struct Report {
     bare: Option<Spread>,
     pause: Option<Spread>,
-    /// The micro-pauses of live rounds, all of them.
-    rounds: Option<Spread>,
+    /// The brief stops of pre-copy passes, all of them.
+    passes: Option<Spread>,
     durable: Option<Spread>,
     ratio: Option<Spread>,
     deltas: Deltas,
@@ -59,7 +59,7 @@ impl Report {
         Self {
             bare: Spread::of(pairs.iter().map(|pair| pair.bare_ms)),
             pause: Spread::of(outcomes().map(|outcome| outcome.pause_ms)),
-            rounds: Spread::of(outcomes().flat_map(|outcome| outcome.round_pauses_ms.iter().copied())),
+            passes: Spread::of(outcomes().flat_map(|outcome| outcome.brief_stops_ms.iter().copied())),
             durable: Spread::of(outcomes().map(|outcome| outcome.durable_ms)),
             ratio: Spread::of(pairs.iter().filter(|pair| pair.bare_ms > 0.0).map(|pair| pair.checkpoint.pause_ms / pair.bare_ms)),
             deltas: Deltas::of(deltas()),
@@ -77,7 +77,7 @@ impl Report {
             "bare_pause_ms": self.bare,
             "pause_ms": self.pause,
             "pause_over_bare": self.ratio,
-            "round_pause_ms": self.rounds,
+            "brief_stop_ms": self.passes,
             "durable_ms": self.durable,
             "stored_over_changed": self.deltas.stored_over_changed(),
             "stored_over_changed_above_4_mib": self.large.stored_over_changed(),
@@ -98,7 +98,7 @@ impl Report {
         text += &line("bare stop and cont, ms", self.bare);
         text += &line("checkpoint pause, ms", self.pause);
         text += &line("pause over bare, pairs", self.ratio);
-        text += &line("pauses of rounds, ms", self.rounds);
+        text += &line("pauses of passes, ms", self.passes);
         text += &line("durable after, ms", self.durable);
         text += &stored("stored over changed", &self.deltas);
         text + &stored("  of deltas above 4 MiB", &self.large)
@@ -152,7 +152,7 @@ fn sample(pair: &Pair) -> Value {
         "kind": outcome.kind,
         "bare_pause_ms": pair.bare_ms,
         "pause_ms": outcome.pause_ms,
-        "round_pauses_ms": outcome.round_pauses_ms,
+        "brief_stops_ms": outcome.brief_stops_ms,
         "durable_ms": outcome.durable_ms,
         "pages_dirty": outcome.pages_dirty,
         "bytes_changed": outcome.bytes_changed,

@@ -9,7 +9,7 @@ use engine::adopt::Adopted;
 use vm::launch;
 use vm::runtime_dir::RuntimeDir;
 
-/// Asks the machine's helper, which holds its monitor.
+/// Asks the VM's helper, which holds its monitor.
 pub async fn run(args: &AdoptArgs) -> Result<()> {
     let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
     let qemu = args.qemu.as_deref().map(launch::find_program).transpose()?;

@@ -1,4 +1,4 @@
-//! `stillpoint attach`: a running machine gets a helper again.
+//! `stillpoint attach`: a running VM gets a helper again.
 
 use crate::cli::AttachArgs;
 use crate::helper::other::OtherHelper;
@@ -14,14 +14,14 @@ use std::time::{Duration, Instant};
 use vm::error::refused;
 use vm::external::{self, Wanted};
 use vm::launch;
-use vm::runtime_dir::{MachineFile, RuntimeDir};
+use vm::runtime_dir::{RuntimeDir, VmFile};
 
 /// What a helper gets to end in order.
 const GRACE: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 pub async fn run(args: AttachArgs) -> Result<()> {
-    let name = args.machine()?;
+    let name = args.vm()?;
     let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), name)?;
     if args.take_over && runtime.path().exists() {
         end_other(&runtime).await?;
@@ -30,13 +30,13 @@ pub async fn run(args: AttachArgs) -> Result<()> {
         Some(monitor) => Some(external::describe(&runtime, name, wanted(monitor, &args)?).await?),
         None => None,
     };
-    let machine = runtime.machine()?;
+    let vm = runtime.vm()?;
     drop(runtime.lock_helper()?);
     launch::refuse_half_restored(&runtime)?;
-    check_running(&machine, &runtime)?;
+    check_running(&vm, &runtime)?;
     if args.take_over {
         // At once, and by this command: a helper that remembered the order would carry it out whenever it next starts.
-        StoreSession::open(&machine, &runtime, Mode::CreateIfMissing, Force::TakeOver).await?;
+        StoreSession::open(&vm, &runtime, Mode::CreateIfMissing, Force::TakeOver).await?;
     }
     if args.foreground {
         return helper::serve(runtime).await;
@@ -46,7 +46,7 @@ pub async fn run(args: AttachArgs) -> Result<()> {
     out!(
         "helper {} is attached to {} (QEMU {}, pid {})",
         status["pid"],
-        machine.name,
+        vm.name,
         status["qemu_version"].as_str().unwrap_or("?"),
         status["qemu_pid"]
     );
@@ -60,25 +60,25 @@ fn wanted(monitor: &Path, args: &AttachArgs) -> Result<Wanted> {
     let store = stores::absolute(args.store.as_deref().context("--qmp needs --store (or STILLPOINT_STORE)")?)?;
     stores::connect(&store)?;
     let (engine, stream) = (args.engine.into(), args.stream.into());
-    Ok(Wanted { monitor: monitor.to_owned(), store, scratch: args.scratch_dir.clone(), engine, stream })
+    Ok(Wanted { monitor: monitor.to_owned(), store, fleecing: args.fleecing_dir.clone(), engine, stream })
 }
 
-fn check_running(machine: &MachineFile, runtime: &RuntimeDir) -> Result<()> {
+fn check_running(vm: &VmFile, runtime: &RuntimeDir) -> Result<()> {
     if runtime.adoption().exists() {
-        // Which of the two QEMUs is the machine is for the helper to find out.
+        // Which of the two QEMUs is the VM is for the helper to find out.
         return Ok(());
     }
-    if machine.unprepared.is_some() {
-        return external::check_alive(runtime, machine);
+    if vm.external.is_some() {
+        return external::check_alive(runtime, vm);
     }
     let socket = runtime.plugin();
     match std::os::unix::net::UnixStream::connect(&socket) {
         Ok(_) => Ok(()),
-        Err(_) => Err(refused(format!("{} does not run: nobody answers at {}", machine.name, socket.display()))),
+        Err(_) => Err(refused(format!("{} does not run: nobody answers at {}", vm.name, socket.display()))),
     }
 }
 
-/// Ends the helper that holds the machine, by force if it does not listen. The guest does not notice either way.
+/// Ends the helper that holds the VM, by force if it does not listen. The guest does not notice either way.
 async fn end_other(runtime: &RuntimeDir) -> Result<()> {
     for signal in [Signal::TERM, Signal::KILL] {
         let end = Instant::now() + GRACE;
@@ -92,5 +92,5 @@ async fn end_other(runtime: &RuntimeDir) -> Result<()> {
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }
-    bail!("the other helper of this machine does not end; its pid is in {}", runtime.helper_pid().display())
+    bail!("the other helper of this VM does not end; its pid is in {}", runtime.helper_pid().display())
 }

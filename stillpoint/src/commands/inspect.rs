@@ -6,7 +6,7 @@ mod test;
 use crate::cli::{LsArgs, ShowArgs};
 use crate::terminal::{out, print_json};
 use anyhow::{Context, Result};
-use checkpoint_format::{CheckpointKind, CheckpointSeq, Manifest, VmName};
+use checkpoint_format::{CheckpointId, CheckpointKind, Manifest, VmName};
 use checkpoint_store::Repository;
 use engine::lineage;
 use engine::progress::bytes;
@@ -22,26 +22,27 @@ const READS: usize = 8;
 pub async fn ls(args: &LsArgs) -> Result<()> {
     let repository = stores::open_existing(&args.store.store).await?;
     match &args.name {
-        Some(vm) => ls_checkpoints(&repository, vm, args.json).await,
-        None => ls_machines(&repository, args.json).await,
+        Some(vm_name) => ls_checkpoints(&repository, vm_name, args.json).await,
+        None => ls_vms(&repository, args.json).await,
     }
 }
 
 /// Names without a checkpoint (a first checkpoint or a restore that did not end) are told apart: nothing can be restored there.
-async fn ls_machines(repository: &Repository, as_json: bool) -> Result<()> {
+async fn ls_vms(repository: &Repository, as_json: bool) -> Result<()> {
     let vms = repository.vms().await?;
-    let looks = vms.into_iter().map(|vm| async move { repository.checkpoints(&vm).await.map(|seqs| (vm, seqs)) });
-    let all: Vec<(VmName, Vec<CheckpointSeq>)> = futures::stream::iter(looks).buffered(READS).try_collect().await?;
-    let (rows, empty): (Vec<_>, Vec<_>) = all.into_iter().partition(|(_, seqs)| !seqs.is_empty());
-    let empty: Vec<&str> = empty.iter().map(|(vm, _)| vm.as_str()).collect();
+    let looks = vms.into_iter().map(|vm_name| async move { repository.checkpoints(&vm_name).await.map(|ids| (vm_name, ids)) });
+    let all: Vec<(VmName, Vec<CheckpointId>)> = futures::stream::iter(looks).buffered(READS).try_collect().await?;
+    let (rows, empty): (Vec<_>, Vec<_>) = all.into_iter().partition(|(_, ids)| !ids.is_empty());
+    let empty: Vec<&str> = empty.iter().map(|(vm_name, _)| vm_name.as_str()).collect();
     if as_json {
-        let rows: Vec<_> = rows.iter().map(|(vm, seqs)| json!({"name": vm, "checkpoints": seqs.len(), "newest": seqs.last()})).collect();
+        let rows: Vec<_> =
+            rows.iter().map(|(vm_name, ids)| json!({"name": vm_name, "checkpoints": ids.len(), "newest": ids.last()})).collect();
         return print_json(&json!({ "store": repository.url(), "machines": rows, "without_checkpoints": empty }));
     }
     out!("{:32} {:>11} {:>8}", "MACHINE", "CHECKPOINTS", "NEWEST");
-    for (vm, seqs) in rows {
-        let newest = seqs.last().map(ToString::to_string).unwrap_or_default();
-        out!("{:32} {:>11} {newest:>8}", vm.as_str(), seqs.len());
+    for (vm_name, ids) in rows {
+        let newest = ids.last().map(ToString::to_string).unwrap_or_default();
+        out!("{:32} {:>11} {newest:>8}", vm_name.as_str(), ids.len());
     }
     if !empty.is_empty() {
         out!("names without a checkpoint: {}", empty.join(", "));
@@ -49,13 +50,13 @@ async fn ls_machines(repository: &Repository, as_json: bool) -> Result<()> {
     Ok(())
 }
 
-async fn ls_checkpoints(repository: &Repository, vm: &VmName, as_json: bool) -> Result<()> {
-    let seqs = lineage::checkpoints(repository, vm).await?;
-    let reads = seqs.into_iter().map(|seq| lineage::manifest(repository, vm, seq));
+async fn ls_checkpoints(repository: &Repository, vm_name: &VmName, as_json: bool) -> Result<()> {
+    let ids = lineage::checkpoints(repository, vm_name).await?;
+    let reads = ids.into_iter().map(|id| lineage::manifest(repository, vm_name, id));
     let manifests: Vec<Manifest> = futures::stream::iter(reads).buffered(READS).try_collect().await?;
     if as_json {
         let rows: Vec<_> = manifests.iter().map(summary).collect();
-        return print_json(&json!({ "name": vm, "checkpoints": rows }));
+        return print_json(&json!({ "name": vm_name, "checkpoints": rows }));
     }
     out!("{:>6} {:>6} {:11} {:14} {:24} {:>12} {:>12}", "ID", "PARENT", "KIND", "STATE", "CREATED", "CHANGED", "STORED");
     for manifest in &manifests {
@@ -81,12 +82,12 @@ fn row(manifest: &Manifest) -> String {
     let changed = bytes(manifest.totals.bytes_changed.0);
     let stored = bytes(manifest.totals.bytes_stored.0);
     let (kind, state) = (kind(manifest), run_state(manifest).unwrap_or("-"));
-    format!("{:>6} {parent:>6} {kind:11} {state:14} {:24} {changed:>12} {stored:>12}", manifest.seq.0, manifest.created_at)
+    format!("{:>6} {parent:>6} {kind:11} {state:14} {:24} {changed:>12} {stored:>12}", manifest.id.0, manifest.created_at)
 }
 
 fn summary(manifest: &Manifest) -> serde_json::Value {
     json!({
-        "id": manifest.seq,
+        "id": manifest.id,
         "parent": manifest.parent,
         "kind": kind(manifest),
         "run_state": manifest.run_state,
@@ -100,10 +101,10 @@ fn summary(manifest: &Manifest) -> serde_json::Value {
 
 pub async fn show(args: &ShowArgs) -> Result<()> {
     let repository = stores::open_existing(&args.store.store).await?;
-    let seq = lineage::resolve(&repository, &args.checkpoint).await?;
-    let manifest = lineage::manifest(&repository, &args.checkpoint.vm, seq).await?;
+    let id = lineage::resolve(&repository, &args.checkpoint).await?;
+    let manifest = lineage::manifest(&repository, &args.checkpoint.vm, id).await?;
     // A note is a help, never needed.
-    let proofs = note::read(&repository, &args.checkpoint.vm, seq).await.unwrap_or_default();
+    let proofs = note::read(&repository, &args.checkpoint.vm, id).await.unwrap_or_default();
     if args.json {
         let mut value = serde_json::to_value(&manifest).context("encoding the manifest")?;
         value["proofs"] = serde_json::to_value(&proofs).context("encoding the notes of proofs")?;
@@ -112,24 +113,18 @@ pub async fn show(args: &ShowArgs) -> Result<()> {
     out!("{}", describe(&manifest).trim_end());
     proofs.iter().for_each(|note| out!("  proven    {note}"));
     if proofs.is_empty() {
-        out!("  proven    not yet: 'stillpoint verify --restore {}@{seq}'", manifest.vm);
+        out!("  proven    not yet: 'stillpoint verify --restore {}@{id}'", manifest.vm);
     }
     Ok(())
 }
 
 fn describe(manifest: &Manifest) -> String {
-    let machine = &manifest.machine;
+    let vm = &manifest.vm_record;
     let mut lines = vec![
-        format!("{}@{}  {}  {}", manifest.vm, manifest.seq, kind(manifest), manifest.created_at),
+        format!("{}@{}  {}  {}", manifest.vm, manifest.id, kind(manifest), manifest.created_at),
         format!("  parent    {}", manifest.parent.map(|parent| parent.to_string()).unwrap_or_else(|| "none".to_owned())),
-        format!(
-            "  machine   {}, {} vCPUs, {} RAM, {}",
-            machine.machine_type,
-            machine.vcpus,
-            bytes(machine.ram_bytes.0),
-            machine.accelerator
-        ),
-        format!("  QEMU      {}", machine.qemu_version),
+        format!("  VM   {}, {} vCPUs, {} RAM, {}", vm.machine_type, vm.vcpus, bytes(vm.ram_bytes.0), vm.accelerator),
+        format!("  QEMU      {}", vm.qemu_version),
         format!("  state     {}", run_state(manifest).unwrap_or("not recorded")),
         format!("  changed   {} in {} dirty pages", bytes(manifest.totals.bytes_changed.0), manifest.totals.pages_dirty),
         format!("  stored    {} ({} before compression)", bytes(manifest.totals.bytes_stored.0), bytes(manifest.totals.bytes_stored_raw.0)),

@@ -39,7 +39,7 @@ fn request(args: RestoreArgs) -> Request {
         new_name: args.new_name,
         dir: args.dir,
         qemu: args.qemu,
-        scratch: args.scratch_dir,
+        fleecing: args.fleecing_dir,
         map: args.map,
         allow: args.allow,
         take_over: args.take_over,

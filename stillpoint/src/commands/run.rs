@@ -1,6 +1,6 @@
-//! `stillpoint run`: an ordinary QEMU command line becomes a machine that can be checkpointed.
+//! `stillpoint run`: an ordinary QEMU command line becomes a VM that can be checkpointed.
 //!
-//! The process prepares the machine, leaves a helper behind (detached, in a session of its own) and then *becomes*
+//! The process prepares the VM, leaves a helper behind (detached, in a session of its own) and then *becomes*
 //! QEMU by exec: same pid, same terminal, same exit status. So a wrapper can put it where QEMU stood, and QEMU never
 //! depends on a helper that lives.
 
@@ -16,13 +16,13 @@ use std::process::Command;
 use vm::error::refused;
 use vm::launch::command::{self, Start};
 use vm::launch::{self, accelerator, arguments, first_start, normalize, qemu_binary, readconfig, unsupported};
-use vm::runtime_dir::{MachineFile, RuntimeDir};
+use vm::runtime_dir::{RuntimeDir, VmFile};
 
 struct Request {
     name: VmName,
     store: String,
     runtime_base: Option<PathBuf>,
-    scratch: Option<PathBuf>,
+    fleecing: Option<PathBuf>,
     qemu: String,
     arguments: Vec<String>,
 }
@@ -36,7 +36,7 @@ impl Request {
             name: args.name,
             store: args.store.store,
             runtime_base: args.runtime.runtime_dir,
-            scratch: args.scratch_dir,
+            fleecing: args.fleecing_dir,
         })
     }
 }
@@ -47,21 +47,21 @@ pub fn run(args: RunArgs) -> Result<std::convert::Infallible> {
     let plugin = launch::plugin_path()?;
     let runtime = RuntimeDir::new(request.runtime_base.as_deref(), &request.name)?;
     stores::connect(&stores::absolute(&request.store)?)?;
-    let (machine, first) = describe(&request, &plugin)?;
+    let (vm, first) = describe(&request, &plugin)?;
     runtime.create()?;
     refuse_running(&runtime)?;
     runtime.forget_earlier()?;
-    runtime.save_machine(&machine)?;
-    let memory = GuestMemory::create(machine.name.as_ref(), machine.ram_bytes).context("making the guest's memory")?;
-    spawn_helper(&machine.name, request.runtime_base.as_deref(), &runtime)?;
+    runtime.save_vm(&vm)?;
+    let memory = GuestMemory::create(vm.name.as_ref(), vm.ram_bytes).context("making the guest's memory")?;
+    spawn_helper(&vm.name, request.runtime_base.as_deref(), &runtime)?;
     memory.set_inheritable(true)?;
-    let words = command::arguments(&machine, &runtime, Some(&plugin), memory.raw_fd(), Start::Boot(&first));
-    let error = Command::new(&machine.qemu).args(words).exec();
-    Err(error).with_context(|| format!("starting {}", machine.qemu.display()))
+    let words = command::arguments(&vm, &runtime, Some(&plugin), memory.raw_fd(), Start::Boot(&first));
+    let error = Command::new(&vm.qemu).args(words).exec();
+    Err(error).with_context(|| format!("starting {}", vm.qemu.display()))
 }
 
 /// The VM, and what its first start alone has on the command line.
-fn describe(request: &Request, plugin: &Path) -> Result<(MachineFile, Vec<String>)> {
+fn describe(request: &Request, plugin: &Path) -> Result<(VmFile, Vec<String>)> {
     let qemu = launch::find_program(&request.qemu)?;
     let facts = qemu_binary::probe(&qemu, plugin)?;
     let options = readconfig::expand(arguments::parse(&request.arguments)?)?;
@@ -73,8 +73,8 @@ fn describe(request: &Request, plugin: &Path) -> Result<(MachineFile, Vec<String
     let options = accelerator::without(options);
     let (options, first) = first_start::split(options);
     let normalized = normalize::normalize(options, &facts)?;
-    let machine = MachineFile {
-        format: MachineFile::FORMAT,
+    let vm = VmFile {
+        format: VmFile::FORMAT,
         name: request.name.clone(),
         store: stores::absolute(&request.store)?,
         instance: launch::new_instance()?,
@@ -87,12 +87,12 @@ fn describe(request: &Request, plugin: &Path) -> Result<(MachineFile, Vec<String
         ram_bytes: normalized.ram_bytes,
         ram_block: normalized.ram_block,
         arguments: arguments::words(&normalized.options),
-        scratch: launch::scratch_dir(request.scratch.as_deref())?,
+        fleecing: launch::fleecing_dir(request.fleecing.as_deref())?,
         directory,
         restored_from: None,
-        unprepared: None,
+        external: None,
     };
-    Ok((machine, first))
+    Ok((vm, first))
 }
 
 /// Before the guest starts: what the tracker needs of this kernel, and of our rights.
@@ -111,7 +111,7 @@ fn refuse_running(runtime: &RuntimeDir) -> Result<()> {
     let _free = runtime.lock_helper()?;
     launch::refuse_half_restored(runtime)?;
     for socket in [runtime.qmp(), runtime.plugin(), runtime.control(), runtime.nbd()] {
-        // Left by a machine that is gone; QEMU makes them anew.
+        // Left by a VM that is gone; QEMU makes them again.
         let _ = std::fs::remove_file(socket);
     }
     Ok(())

@@ -49,7 +49,7 @@ fn print(json: bool, report: &proof::Report) -> Result<()> {
         report.ran.iter().flat_map(|ran| &ran.trouble).for_each(|trouble| out!("  after its start: {trouble}"));
         report.excused.iter().for_each(|(section, why)| out!("  may differ: {section}: {why}"));
     }
-    let name = format!("{}@{}", report.vm, report.seq);
+    let name = format!("{}@{}", report.vm, report.id);
     if report.is_proven() {
         if !json {
             out!(

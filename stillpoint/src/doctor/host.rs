@@ -5,7 +5,7 @@ use dirty_tracker::{GuestMemory, HostCheck, HostSupport};
 use std::process::{Command, Stdio};
 use vm::files;
 
-/// Large enough to be sealed and mapped as a machine's memory is.
+/// Large enough to be sealed and mapped as a VM's memory is.
 const TRIAL_MEMORY: u64 = 1 << 20;
 
 pub fn check() -> Vec<Row> {

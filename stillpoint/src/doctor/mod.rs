@@ -1,6 +1,6 @@
 //! `stillpoint doctor`: what this host can do, found out by trying each thing as `run` and the helper would.
 //!
-//! `stillpoint doctor --qmp SOCKET` looks at one running machine instead: see [`running`].
+//! `stillpoint doctor --qmp SOCKET` looks at one running VM instead: see [`running`].
 //!
 //! Nothing is left behind and no store is touched. A row that says `no` makes checkpoints impossible; `warn` names
 //! something that works less well than it could.

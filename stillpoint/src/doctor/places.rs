@@ -1,4 +1,4 @@
-//! The directories that a running machine needs: where its sockets lie, and where old disk blocks wait.
+//! The directories that a running VM needs: where its sockets lie, and where old disk blocks wait.
 
 use super::Row;
 use anyhow::{Context, Result};
@@ -7,20 +7,20 @@ use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use vm::launch::scratch_dir;
+use vm::launch::fleecing_dir;
 use vm::runtime_dir::RuntimeDir;
 
-/// What a guest overwrites on its disks during one checkpoint waits in the scratch directory.
+/// What a guest overwrites on its disks during one checkpoint waits in the fleecing directory.
 const COMFORTABLE_ROOM: u64 = 1 << 30;
 
 const RUNTIME: &str = "runtime directory";
-const SCRATCH: &str = "scratch directory";
+const FLEECING: &str = "fleecing directory";
 const OTHER_RUNTIME: &str = "make it writable for this user, or name another (a short path) by --runtime-dir or STILLPOINT_RUNTIME_DIR";
-const OTHER_SCRATCH: &str = "make it a writable directory, or name another by --scratch-dir or STILLPOINT_SCRATCH_DIR";
+const OTHER_FLEECING: &str = "make it a writable directory, or name another by --fleecing-dir or STILLPOINT_FLEECING_DIR";
 
 pub fn check() -> Vec<Row> {
     let named = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    vec![runtime(named("STILLPOINT_RUNTIME_DIR").as_deref()), scratch(named("STILLPOINT_SCRATCH_DIR").as_deref())]
+    vec![runtime(named("STILLPOINT_RUNTIME_DIR").as_deref()), fleecing(named("STILLPOINT_FLEECING_DIR").as_deref())]
 }
 
 fn runtime(base: Option<&Path>) -> Row {
@@ -32,9 +32,9 @@ fn runtime(base: Option<&Path>) -> Row {
 
 /// A socket where the directory is, or where `run` would make it.
 fn try_runtime(base: Option<&Path>) -> Result<PathBuf> {
-    // A name of ordinary length: the path of a machine's sockets must fit into an address.
-    let machine = RuntimeDir::new(base, &"a-machine".parse().context("naming a machine")?)?;
-    let wanted = machine.path().parent().unwrap_or(machine.path()).to_owned();
+    // A name of ordinary length: the path of a VM's sockets must fit into an address.
+    let vm = RuntimeDir::new(base, &"a-machine".parse().context("naming a VM")?)?;
+    let wanted = vm.path().parent().unwrap_or(vm.path()).to_owned();
     let place = existing(&wanted);
     let about = || format!("{} cannot be used: no directory can be made in {}", wanted.display(), place.display());
     let trial = tempfile::Builder::new().prefix(".stillpoint-").tempdir_in(place).with_context(about)?;
@@ -48,36 +48,36 @@ fn existing(path: &Path) -> &Path {
     path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"))
 }
 
-fn scratch(wanted: Option<&Path>) -> Row {
-    match try_scratch(wanted) {
+fn fleecing(wanted: Option<&Path>) -> Row {
+    match try_fleecing(wanted) {
         Ok(row) => row,
-        Err(error) => Row::no(SCRATCH, format!("{error:#}"), OTHER_SCRATCH),
+        Err(error) => Row::no(FLEECING, format!("{error:#}"), OTHER_FLEECING),
     }
 }
 
-fn try_scratch(wanted: Option<&Path>) -> Result<Row> {
-    let path = scratch_dir(wanted)?;
+fn try_fleecing(wanted: Option<&Path>) -> Result<Row> {
+    let path = fleecing_dir(wanted)?;
     let about = || format!("{} cannot be written", path.display());
     tempfile::tempfile_in(&path).and_then(|mut file| file.write_all(b"x")).with_context(about)?;
     let facts = statfs(&path).with_context(|| format!("asking {} for its free room", path.display()))?;
     let room = facts.blocks_available().saturating_mul(facts.block_size().unsigned_abs());
-    Ok(judge_scratch(&path, room, facts.filesystem_type()))
+    Ok(judge_fleecing(&path, room, facts.filesystem_type()))
 }
 
-fn judge_scratch(path: &Path, room: u64, kind: FsType) -> Row {
+fn judge_fleecing(path: &Path, room: u64, kind: FsType) -> Row {
     let detail = format!("{} has {} free", path.display(), bytes(room));
     if kind == TMPFS_MAGIC {
         return Row::warn(
-            SCRATCH,
+            FLEECING,
             format!("{detail}, but it is in memory"),
-            "name a directory on a disk by --scratch-dir or STILLPOINT_SCRATCH_DIR",
+            "name a directory on a disk by --fleecing-dir or STILLPOINT_FLEECING_DIR",
         );
     }
     if room < COMFORTABLE_ROOM {
-        let remedy = "free some, or name a directory on another disk by --scratch-dir or STILLPOINT_SCRATCH_DIR";
-        return Row::warn(SCRATCH, format!("{detail}; a checkpoint needs room for what the guest overwrites meanwhile"), remedy);
+        let remedy = "free some, or name a directory on another disk by --fleecing-dir or STILLPOINT_FLEECING_DIR";
+        return Row::warn(FLEECING, format!("{detail}; a checkpoint needs room for what the guest overwrites meanwhile"), remedy);
     }
-    Row::ok(SCRATCH, detail)
+    Row::ok(FLEECING, detail)
 }
 
 #[cfg(test)]
@@ -91,7 +91,7 @@ mod test {
         let directory = tempfile::tempdir().unwrap();
         let base = directory.path().join("not/yet");
         assert_eq!(runtime(Some(&base)).state, State::Ok);
-        assert_eq!(scratch(Some(directory.path())).check, SCRATCH);
+        assert_eq!(fleecing(Some(directory.path())).check, FLEECING);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
@@ -101,7 +101,7 @@ mod test {
         let file = directory.path().join("file");
         std::fs::write(&file, "").unwrap();
         // Root may write anywhere, but not below a file.
-        for row in [runtime(Some(&file.join("run"))), scratch(Some(&file)), scratch(Some(&directory.path().join("none")))] {
+        for row in [runtime(Some(&file.join("run"))), fleecing(Some(&file)), fleecing(Some(&directory.path().join("none")))] {
             assert!(row.state == State::No && row.detail.contains(directory.path().to_str().unwrap()), "{row:?}");
         }
         let long = directory.path().join("x".repeat(100));
@@ -110,7 +110,7 @@ mod test {
 
     #[test]
     fn memory_and_little_room_are_warned_of() {
-        let judge = |room, kind| judge_scratch(Path::new("/s"), room, kind).state;
+        let judge = |room, kind| judge_fleecing(Path::new("/s"), room, kind).state;
         assert_eq!(judge(COMFORTABLE_ROOM, EXT4_SUPER_MAGIC), State::Ok);
         assert_eq!(judge(COMFORTABLE_ROOM - 1, EXT4_SUPER_MAGIC), State::Warn);
         assert_eq!(judge(1 << 40, TMPFS_MAGIC), State::Warn);

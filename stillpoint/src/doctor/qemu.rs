@@ -32,7 +32,7 @@ fn found(check: &'static str, place: &Result<PathBuf>, remedy: &str) -> Row {
 fn accepts(qemu: &Path, plugin: &Path) -> Row {
     const CHECK: &str = "QEMU takes the plugin";
     match qemu_binary::probe(qemu, plugin) {
-        Ok(QemuFacts { version, machines }) => Row::ok(CHECK, format!("version {version}, {} machine types", machines.len())),
+        Ok(QemuFacts { version, vms }) => Row::ok(CHECK, format!("version {version}, {} machine types", vms.len())),
         Err(error) => {
             Row::no(CHECK, one_line(&explain(&error)), "use a QEMU 7.2 or later for x86_64 that is built with plugins (Debian's are)")
         }
@@ -47,7 +47,7 @@ fn accelerated(qemu: &Path) -> Row {
         Err(why) => Row::warn(
             CHECK,
             format!("{why}; guests run on TCG, which emulates and is slower"),
-            "allow this user /dev/kvm; inside a virtual machine, have nested virtualization switched on",
+            "allow this user /dev/kvm; inside a VM, have nested virtualization switched on",
         ),
     }
 }

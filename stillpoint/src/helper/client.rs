@@ -41,7 +41,7 @@ async fn connect(runtime: &RuntimeDir) -> std::io::Result<UnixStream> {
 
 /// Why a helper gives no answer: it ends with its QEMU.
 fn ended(runtime: &RuntimeDir) -> anyhow::Error {
-    let pid = runtime.machine().ok().and_then(|file| file.pid);
+    let pid = runtime.vm().ok().and_then(|file| file.pid);
     match pid {
         Some(pid) if process::started(pid).is_none() => anyhow!("the VM's QEMU (process {pid}) has ended, and its helper with it"),
         _ => anyhow!("the helper ended before it answered; if the VM still runs, 'stillpoint attach' starts another helper"),
@@ -53,7 +53,7 @@ pub async fn ask(runtime: &RuntimeDir, request: &Request) -> Result<Value> {
     let path = runtime.control();
     let stream = connect(runtime).await;
     let stream = stream.map_err(|error| {
-        refused(format!("no helper answers at {} ({error}); 'stillpoint attach NAME' starts one for a running machine", path.display()))
+        refused(format!("no helper answers at {} ({error}); 'stillpoint attach NAME' starts one for a running VM", path.display()))
     })?;
     check_peer(&stream, runtime)?;
     let (read, mut write) = stream.into_split();

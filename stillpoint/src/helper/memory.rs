@@ -25,8 +25,8 @@ pub fn peak() -> Option<u64> {
     Some(PEAK.load(Ordering::Relaxed))
 }
 
-pub fn limit(machine: &Vm) -> u64 {
-    let pages: u64 = machine.blocks.iter().map(|block| block.used / checkpoint_format::PAGE_SIZE as u64).sum();
+pub fn limit(vm: &Vm) -> u64 {
+    let pages: u64 = vm.blocks.iter().map(|block| block.used / checkpoint_format::PAGE_SIZE as u64).sum();
     PROGRAM + STAGING + pages * A_PAGE
 }
 

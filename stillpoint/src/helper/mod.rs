@@ -1,6 +1,6 @@
 //! The helper: one process beside each QEMU. It holds the tracker and the monitor, and takes checkpoints on request.
 //!
-//! It may die at any moment; QEMU does not notice, and `stillpoint attach` starts another that goes on from what the
+//! It may die at any moment; QEMU does not notice, and `stillpoint attach` starts another that continues from what the
 //! store and QEMU itself know.
 
 pub mod client;
@@ -37,29 +37,29 @@ pub async fn serve(runtime: RuntimeDir) -> Result<()> {
     runtime.replace("helper.pid", pid.as_bytes())?;
     let control = server::listen(&runtime)?;
     let socket = runtime.control();
-    let result = serve_machine(runtime, control).await;
+    let result = serve_vm(runtime, control).await;
     remove(&socket);
     result
 }
 
-async fn serve_machine(runtime: RuntimeDir, control: UnixListener) -> Result<()> {
+async fn serve_vm(runtime: RuntimeDir, control: UnixListener) -> Result<()> {
     // An adoption that an earlier helper did not live to end decides which QEMU that is.
     engine::adopt::recover(&runtime).await?;
-    let machine = Vm::attach(runtime).await?;
-    // Remembers what the machine began with, and says at once if it cannot be checkpointed; it may be mended while it runs.
-    for error in [machine.check_devices().await.err(), machine.disks().await.err()].into_iter().flatten() {
-        tracing::warn!(error = format!("{error:#}"), "no checkpoint can be taken as the machine is");
+    let vm = Vm::attach(runtime).await?;
+    // Remembers what the VM began with, and says at once if it cannot be checkpointed; it may be mended while it runs.
+    for error in [vm.check_devices().await.err(), vm.disks().await.err()].into_iter().flatten() {
+        tracing::warn!(error = format!("{error:#}"), "no checkpoint can be taken as the VM is");
     }
-    let name = machine.file.name.clone();
-    tracing::info!(%name, qemu = machine.pid, version = %machine.facts.qemu, accelerator = machine.facts.accelerator.as_str(), "attached");
-    let mut checkpointer = Checkpointer::new(machine);
+    let name = vm.file.name.clone();
+    tracing::info!(%name, qemu = vm.pid, version = %vm.facts.qemu, accelerator = vm.facts.accelerator.as_str(), "attached");
+    let mut checkpointer = Checkpointer::new(vm);
     // A guest that a dying helper left stopped must not wait for the next checkpoint.
     checkpointer.clean_up().await?;
     let server = server::Server::new(checkpointer);
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     tokio::select! {
         () = server.run(control) => {},
-        () = server.machine_ended() => tracing::info!(%name, "QEMU has ended"),
+        () = server.vm_ended() => tracing::info!(%name, "QEMU has ended"),
         _ = terminate.recv() => tracing::info!(%name, "asked to end"),
         _ = tokio::signal::ctrl_c() => tracing::info!(%name, "interrupted"),
     }

@@ -30,7 +30,7 @@ const CLIENT: Duration = Duration::from_secs(5);
 /// What a checkpoint gets to end when the helper must; a service manager waits 90 s.
 const GRACE: Duration = Duration::from_secs(60);
 
-/// Whoever only looks at the machine is done by then; a checkpoint is not.
+/// Whoever only looks at the VM is done by then; a checkpoint is not.
 const GLANCE: Duration = Duration::from_millis(500);
 
 pub fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
@@ -60,12 +60,12 @@ impl Server {
         .await;
     }
 
-    /// Until the machine's QEMU has ended. An adoption puts another in its place, whose end counts then.
-    pub async fn machine_ended(&self) {
+    /// Until the VM's QEMU has ended. An adoption puts another in its place, whose end counts then.
+    pub async fn vm_ended(&self) {
         loop {
-            let qmp = self.checkpointer.lock().await.machine.qmp.clone();
+            let qmp = self.checkpointer.lock().await.vm.qmp.clone();
             qmp.closed().await;
-            let now = self.checkpointer.lock().await.machine.qmp.clone();
+            let now = self.checkpointer.lock().await.vm.qmp.clone();
             if tokio::time::timeout(Duration::from_millis(1), now.closed()).await.is_ok() {
                 return;
             }
@@ -105,7 +105,7 @@ impl Server {
             return self.status().await;
         }
         let Ok(mut checkpointer) = tokio::time::timeout(GLANCE, self.checkpointer.lock()).await else {
-            return Err(refused("a checkpoint of this machine is under way; wait for it"));
+            return Err(refused("a checkpoint of this VM is under way; wait for it"));
         };
         match request {
             Request::Checkpoint(choice) => {
@@ -132,24 +132,24 @@ impl Server {
         let Ok(checkpointer) = self.checkpointer.try_lock() else {
             return Ok(json!({ "pid": std::process::id(), "busy": true }));
         };
-        let machine = &checkpointer.machine;
+        let vm = &checkpointer.vm;
         Ok(json!({
             "pid": std::process::id(),
             "busy": false,
-            "name": machine.file.name,
-            "store": machine.file.store,
-            "instance": machine.file.instance,
-            "qemu_pid": machine.pid,
-            "qemu_version": machine.facts.qemu.to_string(),
-            "accelerator": machine.facts.accelerator.as_str(),
+            "name": vm.file.name,
+            "store": vm.file.store,
+            "instance": vm.file.instance,
+            "qemu_pid": vm.pid,
+            "qemu_version": vm.facts.qemu.to_string(),
+            "accelerator": vm.facts.accelerator.as_str(),
             "peak_memory_bytes": memory::peak(),
-            "memory_limit_bytes": memory::limit(machine),
+            "memory_limit_bytes": memory::limit(vm),
         }))
     }
 }
 
 async fn bare_pause(checkpointer: &Checkpointer) -> Result<Value> {
-    let paused = Paused::stop(&checkpointer.machine.qmp).await.context("stopping the guest")?;
+    let paused = Paused::stop(&checkpointer.vm.qmp).await.context("stopping the guest")?;
     let pause = paused.resume().await.context("letting the guest run again")?;
     Ok(json!({ "pause_ms": milliseconds(pause) }))
 }
@@ -161,7 +161,7 @@ async fn serve<F: Future<Output = Result<()>> + Send + 'static>(listener: UnixLi
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Out of descriptors, say: that passes, and the machine needs its helper.
+                // Out of descriptors, say: that passes, and the VM needs its helper.
                 tracing::warn!(%error, "accepting on the control socket");
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 continue;
@@ -186,7 +186,7 @@ async fn request(read: impl AsyncRead + Unpin, timeout: Duration) -> Result<Stri
     Ok(line)
 }
 
-/// Who asked. One who went away or does not read is sent nothing more, and the work goes on without.
+/// Who asked. One who went away or does not read is sent nothing more, and the work continues without.
 struct Client<W> {
     stream: Option<W>,
     timeout: Duration,

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use vm::runtime_dir::{Failure, RuntimeDir};
 
 /// A helper is up in tens of milliseconds; a busy host may need longer.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Starts the helper in a session of its own, not as a child of what will be QEMU.
@@ -35,7 +35,7 @@ pub fn spawn_helper(name: &VmName, runtime_base: Option<&Path>, runtime: &Runtim
 
 /// Until the helper of the VM answers, or has said why it ended.
 pub async fn wait(runtime: &RuntimeDir) -> Result<Value> {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     loop {
         let error = match client::ask(runtime, &Request::Status).await {
             Ok(status) => return Ok(status),
@@ -45,7 +45,7 @@ pub async fn wait(runtime: &RuntimeDir) -> Result<Value> {
             return Err(coded(exit_code, format!("the helper ended: {message}; its log is {}", runtime.helper_log().display())));
         }
         if Instant::now() >= end {
-            bail!("the helper did not come up within {PATIENCE:?} ({error:#}); see its log {}", runtime.helper_log().display());
+            bail!("the helper did not come up within {TIMEOUT:?} ({error:#}); see its log {}", runtime.helper_log().display());
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }

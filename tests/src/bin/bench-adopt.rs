@@ -1,4 +1,4 @@
-//! How long a guest stands still when it is adopted, beside QEMU's own live migration of the same guest on the same host.
+//! How long a guest is stopped when it is adopted, beside QEMU's own live migration of the same guest on the same host.
 //!
 //! ```text
 //! bench-adopt [--count N] [--ram MIB] [--rate PAGES]
@@ -10,11 +10,11 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
-use stillpoint_tests::{Lab, QmpClient, Recipe, TestMachine, newest_qemu, wait_until};
+use stillpoint_tests::{Lab, QmpClient, Recipe, TestVm, newest_qemu, wait_until};
 
 /// What an adoption may take, as a multiple of QEMU's own migration.
 const MOST: f64 = 3.0;
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 struct Options {
     count: usize,
@@ -53,14 +53,14 @@ struct Destination {
 }
 
 impl Destination {
-    fn start(machine: &TestMachine, recipe: &Recipe, qemu: &Path) -> Self {
+    fn start(vm: &TestVm, recipe: &Recipe, qemu: &Path) -> Self {
         let words = recipe.plain_command_line(qemu).into_iter();
         let words: Vec<String> = words.map(|word| word.replace("serial.log", "serial-2.log").replace(".sock", "-2.sock")).collect();
         let mut command = Command::new(&words[0]);
-        command.args(&words[1..]).args(["-incoming", "defer"]).current_dir(&machine.directory);
+        command.args(&words[1..]).args(["-incoming", "defer"]).current_dir(&vm.directory);
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("QEMU can be run");
-        let socket = machine.directory.join("extra-2.sock");
-        assert!(wait_until(PATIENCE, || machine.directory.join("qmp-2.sock").exists()), "the destination did not start");
+        let socket = vm.directory.join("extra-2.sock");
+        assert!(wait_until(TIMEOUT, || vm.directory.join("qmp-2.sock").exists()), "the destination did not start");
         Self { child, monitor: QmpClient::connect(&socket) }
     }
 }
@@ -75,16 +75,16 @@ impl Drop for Destination {
 /// Milliseconds: as QEMU counts them, and from the source's STOP to the destination's RESUME.
 fn migrate(qemu: &Path, recipe: &Recipe) -> (f64, f64) {
     let lab = Lab::new(qemu);
-    let machine = lab.start_plain("m", recipe);
-    machine.wait_for_witness();
-    let mut source = machine.qmp();
-    let mut destination = Destination::start(&machine, recipe, qemu);
-    let uri = json!({"uri": format!("unix:{}", machine.directory.join("migration.sock").display())});
+    let vm = lab.start_plain("m", recipe);
+    vm.wait_for_witness();
+    let mut source = vm.qmp();
+    let mut destination = Destination::start(&vm, recipe, qemu);
+    let uri = json!({"uri": format!("unix:{}", vm.directory.join("migration.sock").display())});
     destination.monitor.execute("migrate-incoming", uri.clone());
     source.events();
     source.execute("migrate", uri);
     let status = |monitor: &mut QmpClient| monitor.execute("query-migrate", json!({}));
-    let is_over = wait_until(PATIENCE, || status(&mut source)["status"] == "completed" && destination.monitor.is_running());
+    let is_over = wait_until(TIMEOUT, || status(&mut source)["status"] == "completed" && destination.monitor.is_running());
     let said = status(&mut source);
     assert!(is_over, "QEMU's own migration did not complete: {said}");
     let stop = source.time_of_event("STOP").expect("the source stopped");
@@ -95,13 +95,13 @@ fn migrate(qemu: &Path, recipe: &Recipe) -> (f64, f64) {
 /// What `stillpoint adopt` says.
 fn adopt(qemu: &Path, recipe: &Recipe) -> Value {
     let lab = Lab::new(qemu);
-    let mut machine = lab.start_plain("m", recipe);
-    let last = machine.wait_for_witness();
-    machine.attach_plain(&[]);
-    machine.adopt();
-    let after = machine.wait_for_line("a step after it", |line| line.step > last.step);
-    machine.assert_all_right(&after);
-    machine.report.clone()
+    let mut vm = lab.start_plain("m", recipe);
+    let last = vm.wait_for_witness();
+    vm.attach_plain(&[]);
+    vm.adopt();
+    let after = vm.wait_for_line("a step after it", |line| line.step > last.step);
+    vm.assert_all_right(&after);
+    vm.report.clone()
 }
 
 fn median(mut samples: Vec<f64>) -> f64 {

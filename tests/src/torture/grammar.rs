@@ -10,7 +10,7 @@ pub struct Draw<'a> {
     pub words: Vec<String>,
     number: u32,
     has_display: bool,
-    machine: String,
+    vm: String,
 }
 
 const KINDS: &str = include_str!("kinds.txt");
@@ -49,7 +49,7 @@ const CACHES: &[&str] = &[
 
 impl<'a> Draw<'a> {
     pub fn new(seed: u64, tables: &'a Tables) -> Self {
-        Self { random: Random::new(seed), tables, words: Vec::new(), number: 0, has_display: false, machine: String::new() }
+        Self { random: Random::new(seed), tables, words: Vec::new(), number: 0, has_display: false, vm: String::new() }
     }
 
     /// A whole line, without the program.
@@ -151,12 +151,12 @@ impl<'a> Draw<'a> {
     }
 
     fn board(&mut self) {
-        self.machine = match self.random.below(8) {
-            0 => self.random.pick(&self.tables.machines).clone(),
+        self.vm = match self.random.below(8) {
+            0 => self.random.pick(&self.tables.vms).clone(),
             1..4 => "q35".to_owned(),
             _ => "pc".to_owned(),
         };
-        let mut value = self.machine.clone();
+        let mut value = self.vm.clone();
         let properties = self.list("board-properties");
         for _ in 0..self.random.below(3) {
             value += ",";

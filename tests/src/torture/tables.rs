@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// A property of a device or machine, as `help` prints it.
+/// A property of a device or VM, as `help` prints it.
 #[derive(Clone, Debug)]
 pub struct Property {
     pub name: String,
@@ -19,7 +19,7 @@ pub struct Tables {
     pub qemu: PathBuf,
     /// Devices with a bus that a PC has.
     pub devices: Vec<(String, String)>,
-    pub machines: Vec<String>,
+    pub vms: Vec<String>,
     pub cpus: Vec<String>,
     /// Options that are lists of parameters, by `query-command-line-options`.
     pub options: BTreeMap<String, Vec<Property>>,
@@ -32,11 +32,11 @@ impl Tables {
         let devices = help_of_devices.lines().filter_map(device);
         // A model of a vCPU fits no VM of another.
         let devices = devices.filter(|(name, _)| !name.ends_with("-cpu")).collect();
-        let machines = help(qemu, &["-machine", "help"]).lines().skip(1).filter_map(machine).collect();
+        let vms = help(qemu, &["-machine", "help"]).lines().skip(1).filter_map(vm).collect();
         let help_of_cpus = help(qemu, &["-cpu", "help"]);
         // Flags follow the models.
         let cpus = help_of_cpus.lines().take_while(|line| !line.contains("CPUID flags")).filter_map(cpu).collect();
-        Self { qemu: qemu.to_owned(), devices, machines, cpus, options: options(qemu), properties: Default::default() }
+        Self { qemu: qemu.to_owned(), devices, vms, cpus, options: options(qemu), properties: Default::default() }
     }
 
     /// Properties of a device; none if QEMU prints none.
@@ -62,7 +62,7 @@ fn device(line: &str) -> Option<(String, String)> {
     Some((name.to_owned(), bus.trim().to_owned()))
 }
 
-fn machine(line: &str) -> Option<String> {
+fn vm(line: &str) -> Option<String> {
     let name = line.split_whitespace().next()?;
     (name.starts_with("pc") || name == "q35" || name == "isapc" || name == "microvm").then(|| name.to_owned())
 }

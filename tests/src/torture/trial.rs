@@ -256,7 +256,7 @@ impl Trial<'_> {
         pid.filter(|pid| process::is_ours(*pid, &self.lab.runtime())).into_iter().for_each(process::kill_hard);
     }
 
-    /// 0 goes on, 3 with a reason is a refusal, all else is a finding.
+    /// 0 continues, 3 with a reason is a refusal, all else is a finding.
     fn judge(&self, what: &str, ran: Ran) -> Result<(), Verdict> {
         match ran.code {
             0 => Ok(()),

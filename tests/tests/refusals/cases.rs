@@ -115,7 +115,7 @@ const ATTACH: &[Case] = &[
     test("is the name of another QEMU that runs", "a_process_that_is_attached_again_goes_on_and_another_begins_anew"),
     row("RAM is made of … objects", "RAM of several memory objects (NUMA nodes)"),
     case(
-        "memory are plugged in beside the machine's own",
+        "memory are plugged in beside the VM's own",
         Way::Attach { words: MODULE, early: &[("device_add", r#"{"driver":"pc-dimm","id":"late","memdev":"m"}"#)] },
     ),
     row("`pc-dimm`", "memory module (`pc-dimm`)"),
@@ -157,7 +157,7 @@ const ATTACH: &[Case] = &[
     ),
     attach("machine type … in a form of QEMU 2.3 and before", "-machine pc-i440fx-2.3").before(9),
     attach("-global migration.… changes the form of the saved state", "-global migration.send-configuration=off"),
-    special("the machine's configuration must still be where it was", special::configuration_removed),
+    special("the VM's configuration must still be where it was", special::configuration_removed),
     attach("its NBD server can abort QEMU", "-object iothread,id=t").before(9),
     case(
         "another tool's export is served by QEMU's NBD server",

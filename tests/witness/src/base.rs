@@ -1,7 +1,7 @@
 //! The base image: content that never changes and that every guest can check.
 //!
 //! A base image starts with [`RESERVED_PAGES`] of zeros, which a guest's overlay may use as a journal; all pages
-//! after that are generated from their place. A machine restored onto a wrong or damaged read-only layer reads a
+//! after that are generated from their place. A VM restored onto a wrong or damaged read-only layer reads a
 //! page that does not fit.
 
 use crate::journal::Medium;
@@ -38,7 +38,7 @@ pub struct Base<M> {
     pages: u64,
     reads: u64,
     page: Page,
-    scratch: Page,
+    fleecing: Page,
 }
 
 #[derive(Debug)]
@@ -66,7 +66,7 @@ impl<M: Medium> Base<M> {
         if !fits || page.check(&stamp(RESERVED_PAGES, claimed), &mut Page::zeroed()).is_err() {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "not a base image made by `witness make-base`"));
         }
-        Ok(Base { medium, pages: claimed, reads: 0, page, scratch: Page::zeroed() })
+        Ok(Base { medium, pages: claimed, reads: 0, page, fleecing: Page::zeroed() })
     }
 
     /// Checks one pseudo-random generated page.
@@ -75,7 +75,7 @@ impl<M: Medium> Base<M> {
         self.reads += 1;
         let read = self.medium.read_page(place, &mut self.page);
         read.map_err(|error| BaseFlaw::Io { place, error })?;
-        self.page.check(&stamp(place, self.pages), &mut self.scratch).map_err(BaseFlaw::Page)
+        self.page.check(&stamp(place, self.pages), &mut self.fleecing).map_err(BaseFlaw::Page)
     }
 }
 

@@ -4,7 +4,7 @@
 //! changes the table and the step number in RAM, then writes record N to each journal in the order given, each
 //! durable before the next. Hence, **at every instant, the last record of each journal is RAM's step N, or N-1 as
 //! long as the write of N has not reached that disk**, and a journal is never behind one that follows it. A
-//! restored machine finishes the write that was under way (the device state carries it), so every check runs
+//! restored VM finishes the write that was under way (the device state carries it), so every check runs
 //! between steps and demands exactly N in its slot, every older record in its own slot, and nothing from the
 //! future: a disk from a later or an earlier instant than the RAM contradicts at the next step.
 
@@ -99,12 +99,12 @@ pub struct Journal<M> {
     scrub: u64,
     last: u64,
     page: Page,
-    scratch: Page,
+    fleecing: Page,
 }
 
 impl<M: Medium> Journal<M> {
     pub fn new(medium: M, shape: Shape) -> Self {
-        Journal { medium, shape, scrub: 0, last: 0, page: Page::zeroed(), scratch: Page::zeroed() }
+        Journal { medium, shape, scrub: 0, last: 0, page: Page::zeroed(), fleecing: Page::zeroed() }
     }
 
     pub fn medium(&self) -> &M {
@@ -173,7 +173,7 @@ impl<M: Medium> Journal<M> {
                 None => Ok(()),
             };
         };
-        self.page.check(&history.stamp(place, step), &mut self.scratch).map_err(JournalFlaw::Page)
+        self.page.check(&history.stamp(place, step), &mut self.fleecing).map_err(JournalFlaw::Page)
     }
 }
 

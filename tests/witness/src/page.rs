@@ -76,10 +76,10 @@ impl Page {
         words.fold(GOLDEN, |sum, (_, word)| (sum ^ word).wrapping_mul(GOLDEN | 1).rotate_left(27))
     }
 
-    /// Compares the whole page with what `expected` generates; `scratch` spares an allocation per check.
-    pub fn check(&self, expected: &Stamp, scratch: &mut Page) -> Result<(), Flaw> {
-        scratch.fill(expected);
-        let Some(at) = first_difference(&self.0, &scratch.0) else {
+    /// Compares the whole page with what `expected` generates; `fleecing` spares an allocation per check.
+    pub fn check(&self, expected: &Stamp, fleecing: &mut Page) -> Result<(), Flaw> {
+        fleecing.fill(expected);
+        let Some(at) = first_difference(&self.0, &fleecing.0) else {
             return Ok(());
         };
         let expected = *expected;
@@ -198,11 +198,11 @@ mod test {
 
     #[test]
     fn every_flipped_bit_is_damage_at_its_byte() {
-        let mut scratch = Page::zeroed();
+        let mut fleecing = Page::zeroed();
         for at in (0..PAGE_BYTES).step_by(5).chain(0..64) {
             let mut page = filled(9);
             page.bytes_mut()[at] ^= 1 << (at % 8);
-            assert_eq!(page.check(&stamp(9), &mut scratch), Err(Flaw::Damaged { expected: stamp(9), at }));
+            assert_eq!(page.check(&stamp(9), &mut fleecing), Err(Flaw::Damaged { expected: stamp(9), at }));
         }
     }
 

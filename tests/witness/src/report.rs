@@ -7,7 +7,7 @@
 use std::fmt::Display;
 use std::io::{self, Write};
 
-/// A machine that is thoroughly wrong must not drown its serial port: after these, every thousandth is printed.
+/// A VM that is thoroughly wrong must not drown its serial port: after these, every thousandth is printed.
 const PRINTED_CONTRADICTIONS: u64 = 200;
 
 #[derive(Clone, Copy, PartialEq, Eq)]

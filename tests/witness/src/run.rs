@@ -79,7 +79,7 @@ impl Witness {
         }
     }
 
-    /// Sleeps until `due`; when that is long past, the schedule starts anew from now.
+    /// Sleeps until `due`; when that is long past, the schedule starts again from now.
     fn wait_for(&mut self, due: Instant) -> Instant {
         let now = Instant::now();
         if now > due + TOLERATED_LAG {

@@ -14,7 +14,7 @@ pub struct Table {
     written: Vec<u64>,
     digest: u64,
     pass: Pass,
-    scratch: Page,
+    fleecing: Page,
 }
 
 /// One walk over the whole table, in slices between steps.
@@ -53,7 +53,7 @@ impl Table {
             written: vec![0; count],
             digest: 0,
             pass: Pass::default(),
-            scratch: Page::zeroed(),
+            fleecing: Page::zeroed(),
         };
         for index in 0..count {
             let stamp = table.expected(index);
@@ -101,7 +101,7 @@ impl Table {
 
     fn check_page(&mut self, index: usize, flaws: &mut Vec<TableFlaw>) {
         let expected = self.expected(index);
-        if let Err(flaw) = self.pages[index].check(&expected, &mut self.scratch) {
+        if let Err(flaw) = self.pages[index].check(&expected, &mut self.fleecing) {
             flaws.push(TableFlaw::Page(flaw));
         }
     }

@@ -1,7 +1,7 @@
-//! A running QEMU that nobody prepared: who it is, and the command line by which it can be started anew elsewhere.
+//! A running QEMU that nobody prepared: who it is, and the command line by which it can be started again elsewhere.
 //!
 //! Everything is read from the running process and from its monitor; nothing in it is changed. What is found is written
-//! down in the runtime directory, as `stillpoint run` does for a machine of ours, so that every later helper goes on from
+//! down in the runtime directory, as `stillpoint run` does for a VM of ours, so that every later helper continues from
 //! there.
 
 mod monitor;
@@ -17,7 +17,7 @@ use crate::memory_source::{EngineChoice, StreamChoice, choose_stream, choose_tra
 use crate::process_memory::ProcessMemory;
 use crate::qemu_lock::QemuLock;
 use crate::reopen;
-use crate::runtime_dir::{External, MachineFile, RuntimeDir};
+use crate::runtime_dir::{External, RuntimeDir, VmFile};
 use anyhow::{Context, Result};
 use checkpoint_format::VmName;
 use monitor::MonitorConnection;
@@ -32,20 +32,20 @@ pub struct Wanted {
     /// Its URL, which was checked.
     pub store: String,
     /// Directory for temporary fleecing overlays; none for the default.
-    pub scratch: Option<PathBuf>,
+    pub fleecing: Option<PathBuf>,
     pub engine: EngineChoice,
     pub stream: StreamChoice,
 }
 
-/// What `attach` tells about a machine that it found.
+/// What `attach` tells about a VM that it found.
 pub struct Found {
     /// The engine, and why this one.
     pub engine: String,
 }
 
-/// Writes down what a helper has to know of the machine behind the monitor.
+/// Writes down what a helper has to know of the VM behind the monitor.
 pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Result<Found> {
-    let Wanted { monitor, store, scratch, engine, stream } = wanted;
+    let Wanted { monitor, store, fleecing, engine, stream } = wanted;
     let monitor = std::path::absolute(&monitor).with_context(|| format!("making {} absolute", monitor.display()))?;
     let mut earlier = None;
     let look = Probe::at(&monitor, |process| {
@@ -62,7 +62,7 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Re
     let found = look.understand()?;
     let drives = look.drives(&found).await?;
     let tracker = look.tracker(&found).await;
-    // A checkpoint chooses anew; what cannot be had at all is refused before a helper is started.
+    // A checkpoint chooses again; what cannot be had at all is refused before a helper is started.
     let chosen = match choose_tracker(engine, &tracker)? {
         Some(chosen) => chosen,
         None => {
@@ -74,8 +74,8 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Re
     if chosen.engine.mode() == Some(StreamMode::PreCopy) {
         reopen::check(look.process.pid, &drives)?;
     }
-    let file = MachineFile {
-        format: MachineFile::FORMAT,
+    let file = VmFile {
+        format: VmFile::FORMAT,
         name: name.clone(),
         instance: instance::of_process(look.process.pid, look.process.started, &store, name)?,
         store,
@@ -88,9 +88,9 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Re
         ram_block: found.ram_block,
         arguments: arguments::words(&found.options),
         directory: look.process.directory.clone(),
-        scratch: launch::scratch_dir(scratch.as_deref())?,
+        fleecing: launch::fleecing_dir(fleecing.as_deref())?,
         restored_from: None,
-        unprepared: Some(External {
+        external: Some(External {
             monitor,
             plugin: found.plugin.filter(|_| tracker.is_ok()),
             started: look.process.started,
@@ -100,29 +100,29 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Re
     };
     drives::check_command_line(&file.arguments, &file.directory, &drives, look.running())?;
     for dropped in &found.dropped {
-        tracing::info!(what = dropped.what, why = dropped.why, "a restored machine is started without it");
+        tracing::info!(what = dropped.what, why = dropped.why, "a restored VM is started without it");
     }
     save(runtime, &file, earlier.as_ref())?;
     Ok(Found { engine: format!("{}: {}", chosen.engine.name(), chosen.why) })
 }
 
-/// What is known under that name already; refused if a machine of that name runs that is not this process.
-fn known(runtime: &RuntimeDir, process: &QemuProcess) -> Result<Option<MachineFile>> {
+/// What is known under that name already; refused if a VM of that name runs that is not this process.
+fn known(runtime: &RuntimeDir, process: &QemuProcess) -> Result<Option<VmFile>> {
     if !runtime.path().exists() {
         return Ok(None);
     }
     if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_ok() {
         return Err(refused(format!(
-            "a machine of this name, started by Stillpoint, runs at {}; give this one another --name",
+            "a VM of this name, started by Stillpoint, runs at {}; give this one another --name",
             runtime.path().display()
         )));
     }
     drop(runtime.lock_helper()?);
     if runtime.adoption().exists() {
-        return Err(refused("an adoption of this machine was cut off; 'stillpoint attach NAME' (without --qmp) brings it to an end"));
+        return Err(refused("an adoption of this VM was cut off; 'stillpoint attach NAME' (without --qmp) brings it to an end"));
     }
-    let Ok(file) = runtime.machine() else { return Ok(None) };
-    let (Some(there), Some(pid)) = (&file.unprepared, file.pid) else { return Ok(Some(file)) };
+    let Ok(file) = runtime.vm() else { return Ok(None) };
+    let (Some(there), Some(pid)) = (&file.external, file.pid) else { return Ok(Some(file)) };
     let is_other = (pid, there.started) != (process.pid, process.started);
     if is_other && process::started(pid) == Some(there.started) {
         return Err(refused(format!("{} is the name of another QEMU that runs (pid {pid}); give this one another --name", file.name)));
@@ -130,16 +130,16 @@ fn known(runtime: &RuntimeDir, process: &QemuProcess) -> Result<Option<MachineFi
     Ok(Some(file))
 }
 
-/// The same process under the same name goes on where it was; another begins anew.
-fn save(runtime: &RuntimeDir, file: &MachineFile, earlier: Option<&MachineFile>) -> Result<()> {
+/// The same process under the same name continues where it was; another begins again.
+fn save(runtime: &RuntimeDir, file: &VmFile, earlier: Option<&VmFile>) -> Result<()> {
     runtime.create()?;
     if earlier.is_none_or(|earlier| earlier.instance != file.instance) {
         runtime.forget_earlier()?;
     }
-    runtime.save_machine(file)
+    runtime.save_vm(file)
 }
 
-/// A machine of ours has its monitor and its helper already.
+/// A VM of ours has its monitor and its helper already.
 fn refuse_ours(process: &QemuProcess) -> Result<()> {
     let chardev = format!("chardev={MONITOR_CHARDEV}");
     let ours = process.words.iter().find(|word| word.split(',').any(|key| key == chardev));
@@ -158,7 +158,7 @@ fn refuse_taken(runtime: &RuntimeDir, pid: u32, started: u64) -> Result<()> {
         if other.path() == runtime.path() {
             continue;
         }
-        let is_same = file.pid == Some(pid) && file.unprepared.is_some_and(|there| there.started == started);
+        let is_same = file.pid == Some(pid) && file.external.is_some_and(|there| there.started == started);
         if is_same && other.lock_helper().is_err() {
             return Err(refused(format!(
                 "that QEMU (pid {pid}) is attached as {} already, and its helper lives; use that name",
@@ -171,9 +171,9 @@ fn refuse_taken(runtime: &RuntimeDir, pid: u32, started: u64) -> Result<()> {
     Ok(())
 }
 
-/// That the machine of a runtime directory is still the process that it was written down for, and nobody else's.
-pub fn check_alive(runtime: &RuntimeDir, file: &MachineFile) -> Result<()> {
-    let (Some(there), Some(pid)) = (&file.unprepared, file.pid) else { return Ok(()) };
+/// That the VM of a runtime directory is still the process that it was written down for, and nobody else's.
+pub fn check_alive(runtime: &RuntimeDir, file: &VmFile) -> Result<()> {
+    let (Some(there), Some(pid)) = (&file.external, file.pid) else { return Ok(()) };
     let known = instance::of_process(pid, there.started, &file.store, &file.name)?;
     if known != file.instance || process::started(pid) != Some(there.started) {
         return Err(refused(format!(
@@ -184,8 +184,8 @@ pub fn check_alive(runtime: &RuntimeDir, file: &MachineFile) -> Result<()> {
     refuse_taken(runtime, pid, there.started)
 }
 
-/// The monitor of a machine that was written down.
-pub async fn connect(file: &MachineFile, there: &External) -> Result<Qmp> {
+/// The monitor of a VM that was written down.
+pub async fn connect(file: &VmFile, there: &External) -> Result<Qmp> {
     let line = MonitorConnection::open(&there.monitor).await?;
     let peer = line.qemu(&there.monitor)?;
     if Some(peer.pid) != file.pid {

@@ -31,7 +31,7 @@ impl MonitorConnection {
     pub async fn open(monitor: &Path) -> Result<Self> {
         let end = Instant::now() + ANSWER;
         loop {
-            let error = match qmp_bridge::qmp::connect_settled(monitor, end).await {
+            let error = match qmp_bridge::qmp::connect_when_ready(monitor, end).await {
                 Ok(stream) => return Self::of(stream).with_context(|| format!("asking who listens at {}", monitor.display())),
                 Err(error) => error,
             };
@@ -70,8 +70,8 @@ impl MonitorConnection {
         self.greet_within(monitor, ANSWER).await
     }
 
-    async fn greet_within(self, monitor: &Path, patience: Duration) -> Result<Qmp> {
-        Qmp::over(self.stream, patience).await.map_err(|error| match error {
+    async fn greet_within(self, monitor: &Path, timeout: Duration) -> Result<Qmp> {
+        Qmp::over(self.stream, timeout).await.map_err(|error| match error {
             QmpError::NoMonitor { why } if why.contains("no greeting") => refused(busy(monitor)),
             QmpError::NoMonitor { why } => refused(format!("{} is no QMP monitor: {why}", monitor.display())),
             other => Error::from(other).context("connecting to QEMU's monitor"),
@@ -79,7 +79,7 @@ impl MonitorConnection {
     }
 }
 
-/// Nothing of the machine can be told without its process.
+/// Nothing of the VM can be told without its process.
 fn no_rights(error: Error) -> Error {
     refused(format!("{error:#}"))
 }

@@ -5,7 +5,7 @@
 //! leaves a sign in QEMU (an object that does nothing) with a number above all that are there, and believes its `marks.json`
 //! only if its own number is still the highest. Signs of others stay where they are.
 
-use crate::runtime_dir::{MachineFile, RuntimeDir};
+use crate::runtime_dir::{RuntimeDir, VmFile};
 use anyhow::{Context, Result};
 use qmp_bridge::Qmp;
 use serde_json::json;
@@ -16,7 +16,7 @@ const DIGEST_LETTERS: usize = 16;
 const UNNUMBERED: &str = "stillpoint-at-";
 
 /// To be called before a tracker is used.
-pub async fn claim(qmp: &Qmp, runtime: &RuntimeDir, file: &MachineFile) -> Result<()> {
+pub async fn claim(qmp: &Qmp, runtime: &RuntimeDir, file: &VmFile) -> Result<()> {
     let objects = qmp.execute_json("qom-list", json!({ "path": "/objects" })).await.context("asking QEMU for its objects")?;
     let names = objects.as_array().into_iter().flatten().filter_map(|object| object["name"].as_str());
     let names: Vec<&str> = names.collect();
@@ -71,7 +71,7 @@ fn is_last(signs: &[Sign], own: &str) -> bool {
     newest.is_some_and(|newest| newest.digest == own && alone(newest))
 }
 
-fn digest(runtime: &RuntimeDir, file: &MachineFile) -> String {
+fn digest(runtime: &RuntimeDir, file: &VmFile) -> String {
     let digest = blake3::hash(format!("{}\n{}", runtime.path().display(), file.instance).as_bytes()).to_hex();
     digest[..DIGEST_LETTERS].to_owned()
 }

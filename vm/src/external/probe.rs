@@ -8,13 +8,13 @@ use crate::launch::external::{self, ExternalVm, Said};
 use crate::launch::host_specific::Hold;
 use crate::launch::own_files::Running;
 use crate::launch::process::QemuProcess;
-use crate::regions;
+use crate::tracked_blocks;
 use anyhow::{Context, Result};
 use qmp_bridge::Qmp;
 use qmp_bridge::disks;
-use qmp_bridge::machine::{MachineFacts, MachineType, machine_types};
 use qmp_bridge::migration::{self, Support};
 use qmp_bridge::ramblock::{self, RamBlock};
+use qmp_bridge::vm::{MachineType, VmFacts, machine_types};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ pub struct Probe {
     pub process: QemuProcess,
     pub monitor: PathBuf,
     pub qmp: Qmp,
-    pub facts: MachineFacts,
+    pub facts: VmFacts,
     pub types: Vec<MachineType>,
     pub blocks: Vec<RamBlock>,
     /// Regular files behind `/dev/fdset/N`.
@@ -37,8 +37,8 @@ impl Probe {
         let process = line.qemu(monitor)?;
         check(&process)?;
         let qmp = line.greet(monitor).await?;
-        let facts = MachineFacts::read(&qmp).await.map_err(|error| not_built(&process).unwrap_or_else(|| error.into()));
-        let facts = facts.context("asking QEMU what machine it runs")?;
+        let facts = VmFacts::read(&qmp).await.map_err(|error| not_built(&process).unwrap_or_else(|| error.into()));
+        let facts = facts.context("asking QEMU what VM it runs")?;
         let types = machine_types(&qmp).await.context("asking QEMU for its machine types")?;
         let blocks = ramblock::ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?;
         let sets = qmp.execute_json("query-fdsets", Value::Null).await.context("asking QEMU for its descriptors")?;
@@ -46,7 +46,7 @@ impl Probe {
         Ok(Self { process, monitor: monitor.to_owned(), qmp, facts, types, blocks, fd_paths })
     }
 
-    /// The machine as it can be started anew.
+    /// The VM as it can be started again.
     pub fn understand(&self) -> Result<ExternalVm> {
         let hold = Hold {
             monitor: &self.monitor,
@@ -57,12 +57,12 @@ impl Probe {
         external::understand(&self.process.words, &hold, &Said { facts: &self.facts, types: &self.types, blocks: &self.blocks })
     }
 
-    /// Whether the tracker can follow the machine's memory, or why not.
+    /// Whether the tracker can follow the VM's memory, or why not.
     pub async fn tracker(&self, found: &ExternalVm) -> Result<(), String> {
         let Some(socket) = &found.plugin else {
             return Err("Stillpoint's plugin does not sit in this QEMU".to_owned());
         };
-        regions::can_track(&self.qmp, socket.clone(), self.process.pid, &found.ram_block).await.map_err(|error| format!("{error:#}"))
+        tracked_blocks::can_track(&self.qmp, socket.clone(), self.process.pid, &found.ram_block).await.map_err(|error| format!("{error:#}"))
     }
 
     /// Its disks, on the command line that would be saved.
@@ -95,7 +95,7 @@ impl Probe {
     }
 }
 
-/// A QEMU that was started with `-preconfig` answers few questions until it is told to go on.
+/// A QEMU that was started with `-preconfig` answers few questions until it is told to continue.
 fn not_built(process: &QemuProcess) -> Option<anyhow::Error> {
     let waits = process.words.iter().any(|word| matches!(word.as_str(), "-preconfig" | "--preconfig"));
     waits.then(|| refused("QEMU waits in -preconfig and has no VM yet; send it `x-exit-preconfig`, then attach again"))

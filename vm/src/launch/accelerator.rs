@@ -1,6 +1,6 @@
 //! KVM where it can run the guest, TCG elsewhere, and it says which.
 //!
-//! That `/dev/kvm` opens says little: inside some virtual machines it runs real-mode code and hangs on anything more.
+//! That `/dev/kvm` opens says little: inside some VMs it runs real-mode code and hangs on anything more.
 //! So a firmware of 142 bytes (`long_mode.S`) is run under KVM first: it switches to long mode with paging, as every
 //! operating system does, and ends QEMU with a status that nothing else gives. The answer is kept until the next boot.
 
@@ -62,7 +62,7 @@ fn has_kvm() -> bool {
     std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
-/// What a running machine has: in the words of its command line where they fit, else by name.
+/// What a running VM has: in the words of its command line where they fit, else by name.
 pub fn of_running(options: &[QemuOption], name: &str) -> String {
     let mut accels = options.iter().filter(|option| option.name == "accel").map(QemuOption::value);
     let named = accels.rfind(|value| value.split(',').next() == Some(name));
@@ -98,8 +98,8 @@ fn wanted(options: &[QemuOption]) -> Vec<String> {
     if !asked.is_empty() {
         return asked;
     }
-    let machines = options.iter().filter(|option| ["machine", "M"].contains(&option.name.as_str()));
-    let last = machines.filter_map(|option| Form::of(option).get("accel")).next_back().unwrap_or_default();
+    let vms = options.iter().filter(|option| ["machine", "M"].contains(&option.name.as_str()));
+    let last = vms.filter_map(|option| Form::of(option).get("accel")).next_back().unwrap_or_default();
     last.split(':').filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
@@ -187,7 +187,7 @@ mod test {
     }
 
     #[test]
-    fn a_running_machine_has_the_one_that_it_says() {
+    fn a_running_vm_has_the_one_that_it_says() {
         assert_eq!(of_running(&options("-accel tcg,thread=multi"), "tcg"), "tcg,thread=multi");
         assert_eq!(of_running(&options("-M q35,accel=kvm:tcg"), "tcg"), "tcg");
         assert_eq!(of_running(&options("-accel kvm -accel tcg"), "kvm"), "kvm", "the one that came first ran");

@@ -1,8 +1,8 @@
-//! From a machine file to the words of the QEMU process: the user's options, and what checkpointing adds.
+//! From a VM file to the words of the QEMU process: the user's options, and what checkpointing adds.
 
 use super::{arguments, instance};
 use crate::files;
-use crate::runtime_dir::{MachineFile, RuntimeDir};
+use crate::runtime_dir::{RuntimeDir, VmFile};
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::Path;
@@ -21,21 +21,21 @@ pub enum Start<'a> {
 
 /// Everything after the program's name. `ram` is the memfd's number in the child. Without the
 /// plugin nothing can track the memory.
-pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: Option<&Path>, ram: RawFd, start: Start<'_>) -> Vec<OsString> {
-    let block = &machine.ram_block;
-    let mut words: Vec<OsString> = machine.arguments.iter().map(OsString::from).collect();
+pub fn arguments(vm: &VmFile, runtime: &RuntimeDir, plugin: Option<&Path>, ram: RawFd, start: Start<'_>) -> Vec<OsString> {
+    let block = &vm.ram_block;
+    let mut words: Vec<OsString> = vm.arguments.iter().map(OsString::from).collect();
     let mut add = |option: &str, value: String| words.extend([OsString::from(option), OsString::from(value)]);
-    let bytes = machine.ram_bytes;
+    let bytes = vm.ram_bytes;
     // Machine types before 4.1 would call the RAM block by the object's path and not by its id.
     let name = "x-use-canonical-path-for-ramblock-id=off";
     add("-object", format!("memory-backend-file,id={block},size={bytes}B,share=on,mem-path=/proc/self/fd/{ram},{name}"));
     // QEMU takes one or the other.
-    if !is_numa_memory(&machine.arguments, block) {
+    if !is_numa_memory(&vm.arguments, block) {
         add("-machine", format!("memory-backend={block}"));
     }
-    add("-accel", machine.accelerator.clone());
+    add("-accel", vm.accelerator.clone());
     add("-chardev", format!("socket,id={MONITOR_CHARDEV},path={},server=on,wait=off", runtime.qmp().display()));
-    let (option, value) = monitor(&machine.qemu_version, &machine.instance);
+    let (option, value) = monitor(&vm.qemu_version, &vm.instance);
     add(option, value);
     if let Some(plugin) = plugin {
         let plugin = plugin.display().to_string().replace(',', ",,");
@@ -50,7 +50,7 @@ pub fn arguments(machine: &MachineFile, runtime: &RuntimeDir, plugin: Option<&Pa
     words
 }
 
-/// Whether a NUMA node of the machine names the block as its memory.
+/// Whether a NUMA node of the VM names the block as its memory.
 fn is_numa_memory(arguments: &[String], block: &str) -> bool {
     let options = arguments::parse(arguments).unwrap_or_default();
     options.iter().any(|option| option.name == "numa" && option.keys().get("memdev") == Some(block))
@@ -85,7 +85,7 @@ pub fn is_running(instance: &str) -> bool {
     if instance::process_runs(instance) == Some(true) {
         return true;
     }
-    // An adopted machine keeps its instance, and its new QEMU has the mark of ours.
+    // An adopted VM keeps its instance, and its new QEMU has the mark of ours.
     let id = monitor_id(instance);
     let has_id = |line: Vec<u8>| line.windows(id.len()).any(|part| part == id.as_bytes());
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -97,8 +97,8 @@ mod test {
     use super::*;
 
     fn line(arguments: &[&str]) -> String {
-        let machine = MachineFile {
-            format: MachineFile::FORMAT,
+        let vm = VmFile {
+            format: VmFile::FORMAT,
             name: "m".parse().unwrap(),
             store: "file:///s".to_owned(),
             instance: "i".to_owned(),
@@ -111,21 +111,21 @@ mod test {
             ram_block: "ram-node0".to_owned(),
             arguments: arguments.iter().map(|word| (*word).to_owned()).collect(),
             directory: "/vm".into(),
-            scratch: "/var/tmp".into(),
+            fleecing: "/var/tmp".into(),
             restored_from: None,
-            unprepared: None,
+            external: None,
         };
-        let runtime = RuntimeDir::new(Some(Path::new("/run/x")), &machine.name).unwrap();
-        let words = super::arguments(&machine, &runtime, Some(Path::new("/p.so")), 7, Start::Boot(&[]));
+        let runtime = RuntimeDir::new(Some(Path::new("/run/x")), &vm.name).unwrap();
+        let words = super::arguments(&vm, &runtime, Some(Path::new("/p.so")), 7, Start::Boot(&[]));
         words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
     }
 
     #[test]
-    fn memory_is_named_by_the_machine_or_by_its_numa_node() {
-        let by_machine = "-machine memory-backend=ram-node0";
-        assert!(line(&["-numa", "node,cpus=0"]).contains(by_machine));
+    fn memory_is_named_by_the_vm_or_by_its_numa_node() {
+        let by_vm = "-machine memory-backend=ram-node0";
+        assert!(line(&["-numa", "node,cpus=0"]).contains(by_vm));
         let by_node = line(&["-numa", "node,cpus=0,memdev=ram-node0"]);
-        assert!(!by_node.contains(by_machine) && by_node.contains("-object memory-backend-file,id=ram-node0,size=1048576B"), "{by_node}");
+        assert!(!by_node.contains(by_vm) && by_node.contains("-object memory-backend-file,id=ram-node0,size=1048576B"), "{by_node}");
     }
 
     #[test]

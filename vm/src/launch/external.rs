@@ -13,11 +13,11 @@ use super::unsupported::{self, Rules};
 use super::{accelerator, arguments, memory, readconfig};
 use crate::error::{explain, refused};
 use anyhow::{Context, Result};
-use qmp_bridge::machine::{self, MachineFacts};
 use qmp_bridge::ramblock::RamBlock;
+use qmp_bridge::vm::{self, VmFacts};
 use std::path::PathBuf;
 
-/// The machine behind a strange command line.
+/// The VM behind a strange command line.
 #[derive(Debug)]
 pub struct ExternalVm {
     pub options: Vec<QemuOption>,
@@ -35,10 +35,10 @@ pub struct ExternalVm {
 
 const NETWORK: &[&str] = &["net", "netdev", "nic", "nodefaults"];
 
-/// What QEMU itself says of its machine.
+/// What QEMU itself says of its VM.
 pub struct Said<'a> {
-    pub facts: &'a MachineFacts,
-    pub types: &'a [machine::MachineType],
+    pub facts: &'a VmFacts,
+    pub types: &'a [vm::MachineType],
     pub blocks: &'a [RamBlock],
 }
 
@@ -80,7 +80,7 @@ fn without_revision(option: QemuOption) -> QemuOption {
     let mut form = Form::of(&option);
     let plain = form
         .get("type")
-        .filter(|_| normalize::is_machine(&option))
+        .filter(|_| normalize::is_machine_option(&option))
         .and_then(|name| name.split_once("+pve").map(|(name, _)| name.to_owned()));
     match plain {
         Some(name) => {
@@ -92,20 +92,20 @@ fn without_revision(option: QemuOption) -> QemuOption {
 }
 
 fn config_gone(error: anyhow::Error) -> anyhow::Error {
-    refused(format!("{error:#}; the machine's configuration must still be where it was when the machine was started"))
+    refused(format!("{error:#}; the VM's configuration must still be where it was when the VM was started"))
 }
 
 fn facts(said: &Said<'_>) -> QemuFacts {
-    let machine = |known: &machine::MachineType| MachineType {
+    let vm = |known: &vm::MachineType| MachineType {
         name: known.name.clone(),
         alias: known.alias.clone(),
         is_default: known.is_default,
         default_ram_id: known.default_ram_id.clone(),
     };
-    QemuFacts { version: said.facts.qemu.to_string(), machines: said.types.iter().map(machine).collect() }
+    QemuFacts { version: said.facts.qemu.to_string(), vms: said.types.iter().map(vm).collect() }
 }
 
-/// That the command line is the machine's that runs: a restore is built from the one and filled from the other.
+/// That the command line is the VM's that runs: a restore is built from the one and filled from the other.
 fn check(normalized: &Normalized, ram_block: &str, said: &Said<'_>) -> Result<()> {
     let facts = said.facts;
     if normalized.machine_type != facts.machine_type {
@@ -116,22 +116,21 @@ fn check(normalized: &Normalized, ram_block: &str, said: &Said<'_>) -> Result<()
     }
     if normalized.ram_bytes != facts.ram_bytes {
         return Err(refused(format!(
-            "the command line gives {} bytes of RAM, but the machine has {}; is the monitor that of another process?",
+            "the command line gives {} bytes of RAM, but the VM has {}; is the monitor that of another process?",
             normalized.ram_bytes, facts.ram_bytes
         )));
     }
     if facts.plugged_bytes > 0 {
         return Err(refused(format!(
-            "{} bytes of memory are plugged in beside the machine's own; a checkpoint knows one memory: unplug it, or start the machine with all of it by -m",
+            "{} bytes of memory are plugged in beside the VM's own; a checkpoint knows one memory: unplug it, or start the VM with all of it by -m",
             facts.plugged_bytes
         )));
     }
     match said.blocks.iter().find(|block| block.name == ram_block) {
         Some(block) if block.used == facts.ram_bytes => Ok(()),
-        Some(block) => Err(refused(format!(
-            "RAM block {ram_block} has {} bytes of the machine's {}; the rest is elsewhere",
-            block.used, facts.ram_bytes
-        ))),
+        Some(block) => {
+            Err(refused(format!("RAM block {ram_block} has {} bytes of the VM's {}; the rest is elsewhere", block.used, facts.ram_bytes)))
+        }
         None => Err(refused(format!("QEMU has no RAM block '{ram_block}', which by its command line is the guest's memory"))),
     }
 }

@@ -1,4 +1,4 @@
-//! What a command line says of the process and not of the machine: a restored machine is another process, on another host,
+//! What a command line says of the process and not of the VM: a restored VM is another process, on another host,
 //! and somebody else watches it.
 //!
 //! Monitors, logs, descriptors that a manager handed over, and what happens only at the start. Each thing that is taken
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// Options that go as a whole, and why.
 const WHOLE: &[(&str, &str)] = &[
-    ("S", "the machine runs already"),
+    ("S", "the VM runs already"),
     ("D", LOGS),
     ("add-fd", FDS),
     ("async-teardown", PROCESS),
@@ -21,11 +21,11 @@ const WHOLE: &[(&str, &str)] = &[
     ("dfilter", LOGS),
     ("gdb", DEBUG),
     ("id", "only Proxmox's QEMU knows it"),
-    ("incoming", "the machine has arrived"),
+    ("incoming", "the VM has arrived"),
     ("loadvm", "the snapshot has been loaded"),
     ("msg", LOGS),
     ("pidfile", PROCESS),
-    ("preconfig", "the machine exists"),
+    ("preconfig", "the VM exists"),
     ("run-with", PROCESS),
     ("runas", PROCESS),
     ("s", DEBUG),
@@ -36,10 +36,10 @@ const LOGS: &str = "a log of the old process";
 const PROCESS: &str = "it is about the old process";
 const DEBUG: &str = "a debugger of the old process";
 const FDS: &str = "a descriptor that a manager handed to the old process";
-const UNKNOWN_BACKEND: &str = "is a descriptor that the machine's manager opened, and what is behind it cannot be told, so it could not be \
-                               made anew elsewhere; give the machine a tap by name, a bridge or user networking";
-const MONITOR: &str = "a monitor of the old process; the restored machine has Stillpoint's";
-const PLUGIN: &str = "the restored machine gets the plugin anew";
+const UNKNOWN_BACKEND: &str = "is a descriptor that the VM's manager opened, and what is behind it cannot be told, so it could not be \
+                               made again elsewhere; give the VM a tap by name, a bridge or user networking";
+const MONITOR: &str = "a monitor of the old process; the restored VM has Stillpoint's";
+const PLUGIN: &str = "the restored VM gets the plugin again";
 const SECRET: &str = "nothing on the command line uses this secret";
 const WATCHED: &str = "its manager ended QEMU after a shutdown; nobody would";
 const GONE_OPTION: &str = "QEMU 9 and later say it by -machine hpet=off";
@@ -53,7 +53,7 @@ pub struct Dropped {
     pub why: &'static str,
 }
 
-/// Who started the machine and looks after it, as far as its command line shows.
+/// Who started the VM and looks after it, as far as its command line shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Manager {
     Libvirt,
@@ -91,7 +91,7 @@ pub struct Hold<'a> {
     pub fd_path: &'a dyn Fn(&str) -> Option<PathBuf>,
 }
 
-/// The options of the machine alone, and what was taken out.
+/// The options of the VM alone, and what was taken out.
 pub fn without_process(options: Vec<QemuOption>, hold: &Hold<'_>) -> Result<(Vec<QemuOption>, Vec<Dropped>)> {
     let managed = Manager::of(&options).is_some();
     let mut walk = Walk {
@@ -163,7 +163,7 @@ impl Walk<'_> {
         }
         if is_handed_over(&form) {
             self.drop_it(&option, FDS);
-            return Some(self.made_anew(&form, &id));
+            return Some(self.made_again(&form, &id));
         }
         if form.get("logfile").is_some_and(|file| is_fd_path(&file)) {
             self.dropped.push(Dropped { what: format!("-chardev logfile of {id}"), why: FDS });
@@ -173,8 +173,8 @@ impl Walk<'_> {
         Some(option)
     }
 
-    /// The same kind of backend, at a place in the restored machine's own directory (to which relative paths belong).
-    fn made_anew(&self, form: &Form, id: &str) -> QemuOption {
+    /// The same kind of backend, at a place in the restored VM's own directory (to which relative paths belong).
+    fn made_again(&self, form: &Form, id: &str) -> QemuOption {
         let kind = form.get("backend").unwrap_or_default();
         let mut keys = KeyList::default();
         let mut add = |key: Option<&str>, value: &str| keys.push(key, value);
@@ -202,7 +202,7 @@ impl Walk<'_> {
         QemuOption::with("chardev", keys.to_string())
     }
 
-    /// Only monitors at a place that can be made anew stay; of those, not the one that is ours.
+    /// Only monitors at a place that can be made again stay; of those, not the one that is ours.
     fn is_gone_monitor(&self, value: &str) -> bool {
         match value.strip_prefix("unix:") {
             Some(rest) => is_same_file(&self.hold.directory.join(rest.split(',').next().unwrap_or_default()), self.hold.monitor),
@@ -298,7 +298,7 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
     real(one) == real(other)
 }
 
-/// Secrets that no other option names. libvirt gives every machine a master key, used or not.
+/// Secrets that no other option names. libvirt gives every VM a master key, used or not.
 fn unused_secrets(options: &[QemuOption]) -> Vec<String> {
     let scalars: Vec<Vec<(String, String)>> = options.iter().map(|option| Form::of(option).scalars()).collect();
     let secrets = options.iter().enumerate().filter(|(_, option)| option.name == "object");

@@ -1,7 +1,7 @@
 //! The instance of a QEMU that somebody else started: made from what its process is, so that whoever attaches to it again
 //! comes to the same, and whoever reads it can tell whether that process still runs.
 //!
-//! `process-PID-START-DIGEST`, where the digest is that of this boot, the store and the machine's name: QEMU's dirty bitmaps
+//! `process-PID-START-DIGEST`, where the digest is that of this boot, the store and the VM's name: QEMU's dirty bitmaps
 //! carry the instance, and those of one name must never be taken for another's.
 
 use super::process;

@@ -1,4 +1,4 @@
-//! The guest's RAM, taken out of a command line: a restored machine gets Stillpoint's own memory under the same id.
+//! The guest's RAM, taken out of a command line: a restored VM gets Stillpoint's own memory under the same id.
 
 use super::arguments::QemuOption;
 use super::form::Form;
@@ -14,7 +14,7 @@ const UNUSED: &str = "no memory of the guest";
 #[derive(Debug)]
 pub struct Freed {
     pub options: Vec<QemuOption>,
-    /// The object that was the guest's RAM; none where it was the machine's default.
+    /// The object that was the guest's RAM; none where it was the VM's default.
     pub block: Option<String>,
     pub dropped: Vec<Dropped>,
 }
@@ -59,20 +59,20 @@ fn is_memory(option: &QemuOption) -> bool {
 
 /// The one object that is the guest's RAM.
 fn block(options: &[QemuOption]) -> Result<Option<String>> {
-    let machine = options.iter().filter(|option| ["machine", "M"].contains(&option.name.as_str()));
-    let machine = machine.filter_map(|option| Form::of(option).get("memory-backend")).next_back();
+    let vm = options.iter().filter(|option| ["machine", "M"].contains(&option.name.as_str()));
+    let vm = vm.filter_map(|option| Form::of(option).get("memory-backend")).next_back();
     let mut nodes: Vec<String> =
         options.iter().filter(|option| option.name == "numa").filter_map(|option| Form::of(option).get("memdev")).collect();
     nodes.dedup();
     if nodes.len() > 1 {
         bail!(
-            "the guest's RAM is made of {} objects ({}), and a checkpoint knows one; give the machine one memory object, and NUMA nodes without \
+            "the guest's RAM is made of {} objects ({}), and a checkpoint knows one; give the VM one memory object, and NUMA nodes without \
              memory of their own",
             nodes.len(),
             nodes.join(", ")
         );
     }
-    Ok(machine.or_else(|| nodes.pop()))
+    Ok(vm.or_else(|| nodes.pop()))
 }
 
 #[cfg(test)]

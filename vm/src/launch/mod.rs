@@ -27,7 +27,7 @@ use anyhow::{Context, Result, anyhow};
 use std::path::{Path, PathBuf};
 
 /// Where the old content of disk blocks waits during a checkpoint: on a disk, never on a tmpfs.
-pub fn scratch_dir(wanted: Option<&Path>) -> Result<PathBuf> {
+pub fn fleecing_dir(wanted: Option<&Path>) -> Result<PathBuf> {
     let path = wanted.unwrap_or(Path::new("/var/tmp"));
     std::path::absolute(path).with_context(|| format!("making {} absolute", path.display()))
 }
@@ -43,7 +43,7 @@ pub fn refuse_alive(runtime: &RuntimeDir) -> Result<()> {
         return Err(refused(format!("a VM of this name is running at {}; give this one another name", runtime.path().display())));
     }
     // An external VM has no plugin of ours, and its helper may be dead.
-    match runtime.machine() {
+    match runtime.vm() {
         Ok(file) if command::is_running(&file.instance) => Err(refused(format!(
             "the QEMU of a VM of this name runs ({} says which); end it, or give this one another name",
             runtime.path().join("machine.json").display()

@@ -1,4 +1,4 @@
-//! The user's options in the one shape that is saved with every checkpoint: every drive has a node name, the machine
+//! The user's options in the one shape that is saved with every checkpoint: every drive has a node name, the VM
 //! type is the versioned one, nothing depends on files other than those that a checkpoint carries.
 
 use super::arguments::{KeyList, QemuOption};
@@ -38,45 +38,45 @@ pub struct Normalized {
     /// Versioned, as `pc-q35-10.0`.
     pub machine_type: String,
     pub ram_bytes: u64,
-    /// The id that the RAM block gets: the machine's `default-ram-id`.
+    /// The id that the RAM block gets: the VM's `default-ram-id`.
     pub ram_block: String,
 }
 
 pub fn normalize(options: Vec<QemuOption>, facts: &QemuFacts) -> Result<Normalized> {
     let wanted = machine_type(&options);
-    let machine = facts.machine(wanted.as_deref())?;
-    if machine.name == "none" {
+    let vm = facts.vm(wanted.as_deref())?;
+    if vm.name == "none" {
         return Err(refused("machine type none has no guest to checkpoint; name another by -machine"));
     }
-    let Some(ram_block) = machine.default_ram_id.clone() else {
-        return Err(refused(format!("machine type {} has no main RAM of its own; Stillpoint knows pc, q35 and microvm", machine.name)));
+    let Some(ram_block) = vm.default_ram_id.clone() else {
+        return Err(refused(format!("machine type {} has no main RAM of its own; Stillpoint knows pc, q35 and microvm", vm.name)));
     };
-    if version(&machine.name).is_some_and(|version| version <= LAST_OLD_STREAM) {
+    if version(&vm.name).is_some_and(|version| version <= LAST_OLD_STREAM) {
         return Err(refused(format!(
             "machine type {} writes its state in a form of QEMU 2.3 and before, which Stillpoint does not read; use a machine type of 2.4 or later",
-            machine.name
+            vm.name
         )));
     }
     let ram_bytes = ram_bytes(&options)?;
     let options = name_drives(options);
-    Ok(Normalized { options: pin_machine(options, &machine.name), machine_type: machine.name.clone(), ram_bytes, ram_block })
+    Ok(Normalized { options: pin_vm(options, &vm.name), machine_type: vm.name.clone(), ram_bytes, ram_block })
 }
 
 /// Alone in its list, a word without `=` is the type.
 fn machine_type(options: &[QemuOption]) -> Option<String> {
-    let machines = options.iter().filter(|option| is_machine(option));
-    machines.rev().find_map(|option| option.keys().get_or_implied("type").map(str::to_owned))
+    let vms = options.iter().filter(|option| is_machine_option(option));
+    vms.rev().find_map(|option| option.keys().get_or_implied("type").map(str::to_owned))
 }
 
-pub fn is_machine(option: &QemuOption) -> bool {
+pub fn is_machine_option(option: &QemuOption) -> bool {
     option.name == "machine" || option.name == "M"
 }
 
 /// Takes the type out of every `-machine` and says the versioned one last; the other keys stay where they are.
-fn pin_machine(options: Vec<QemuOption>, versioned: &str) -> Vec<QemuOption> {
+fn pin_vm(options: Vec<QemuOption>, versioned: &str) -> Vec<QemuOption> {
     let mut pinned = Vec::new();
     for option in options {
-        if !is_machine(&option) {
+        if !is_machine_option(&option) {
             pinned.push(option);
             continue;
         }
@@ -106,8 +106,8 @@ fn ram_bytes(options: &[QemuOption]) -> Result<u64> {
 }
 
 /// 2 and 3 of `pc-i440fx-2.3`.
-fn version(machine: &str) -> Option<(u32, u32)> {
-    let (major, minor) = machine.rsplit('-').next()?.split_once('.')?;
+fn version(vm: &str) -> Option<(u32, u32)> {
+    let (major, minor) = vm.rsplit('-').next()?.split_once('.')?;
     Some((major.parse().ok()?, minor.split('.').next()?.parse().ok()?))
 }
 
@@ -179,7 +179,7 @@ mod test {
     use super::*;
 
     fn facts() -> QemuFacts {
-        let machine = |name: &str, alias: Option<&str>, is_default| MachineType {
+        let vm = |name: &str, alias: Option<&str>, is_default| MachineType {
             name: name.to_owned(),
             alias: alias.map(str::to_owned),
             is_default,
@@ -187,12 +187,12 @@ mod test {
         };
         QemuFacts {
             version: "10.0.2".to_owned(),
-            machines: vec![
-                machine("pc-i440fx-10.0", Some("pc"), true),
-                machine("pc-q35-10.0", Some("q35"), false),
-                machine("pc-q35-9.2", None, false),
-                machine("pc-i440fx-2.3", None, false),
-                machine("pc-i440fx-2.4", None, false),
+            vms: vec![
+                vm("pc-i440fx-10.0", Some("pc"), true),
+                vm("pc-q35-10.0", Some("q35"), false),
+                vm("pc-q35-9.2", None, false),
+                vm("pc-i440fx-2.3", None, false),
+                vm("pc-i440fx-2.4", None, false),
             ],
         }
     }
@@ -211,14 +211,14 @@ mod test {
     }
 
     #[test]
-    fn no_machine_is_the_default_machine() {
+    fn no_vm_is_the_default_vm() {
         let (line, normalized) = run("-m 64").unwrap();
         assert_eq!(line, "-m 64 -machine type=pc-i440fx-10.0");
         assert_eq!((normalized.ram_bytes, normalized.ram_block.as_str()), (64 << 20, "pc.ram"));
     }
 
     #[test]
-    fn drives_get_steady_node_names() {
+    fn drives_get_stable_node_names() {
         let (line, _) = run("-hda a.img -drive file=b,,c.qcow2,id=data -drive file=c,node-name=mine -cdrom x.iso").unwrap();
         assert!(
             line.starts_with(
@@ -231,7 +231,7 @@ mod test {
     }
 
     #[test]
-    fn an_unknown_machine_is_refused_by_name() {
+    fn an_unknown_vm_is_refused_by_name() {
         let error = run("-machine virt").unwrap_err();
         assert!(error.to_string().contains("virt"), "{error}");
     }

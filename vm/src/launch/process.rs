@@ -57,7 +57,7 @@ impl QemuProcess {
     }
 }
 
-/// Whether a process is a QEMU that runs a machine, by its program's name: `qemu-system-x86_64`, `qemu-kvm`, `kvm`.
+/// Whether a process is a QEMU that runs a VM, by its program's name: `qemu-system-x86_64`, `qemu-kvm`, `kvm`.
 pub fn runs_qemu(pid: u32) -> bool {
     std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|program| is_qemu_program(&without_deleted(&program)))
 }
@@ -73,7 +73,7 @@ fn without_deleted(path: &Path) -> PathBuf {
 
 fn words(pid: u32, line: &[u8]) -> Result<Vec<String>> {
     let Ok(text) = std::str::from_utf8(line) else {
-        bail!("the command line of process {pid} is not valid UTF-8; start that machine with paths that are");
+        bail!("the command line of process {pid} is not valid UTF-8; start that VM with paths that are");
     };
     let mut words = text.strip_suffix('\0').unwrap_or(text).split('\0').map(str::to_owned);
     match words.next() {

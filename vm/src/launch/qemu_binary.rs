@@ -1,5 +1,5 @@
 //! What a QEMU binary is: its version, its machine types and whether it takes plugins. Asked once per binary of the
-//! binary itself (a machine of type `none`, about 60 ms), then kept in the cache directory.
+//! binary itself (a VM of type `none`, about 60 ms), then kept in the cache directory.
 
 use crate::cache;
 use crate::error::{explain, refused, usage};
@@ -17,12 +17,13 @@ use std::time::Duration;
 /// A QMP answer of `query-machines` has about 40 KB.
 const MAX_ANSWER_BYTES: u64 = 4 << 20;
 /// It answers within 100 ms; a loaded host may need longer.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QemuFacts {
     pub version: String,
-    pub machines: Vec<MachineType>,
+    #[serde(rename = "machines")]
+    pub vms: Vec<MachineType>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,10 +36,10 @@ pub struct MachineType {
 
 impl QemuFacts {
     /// The machine type that QEMU would take for `wanted`, aliases resolved.
-    pub fn machine(&self, wanted: Option<&str>) -> Result<&MachineType> {
-        let hit = self.machines.iter().find(|machine| match wanted {
-            Some(name) => machine.name == name || machine.alias.as_deref() == Some(name),
-            None => machine.is_default,
+    pub fn vm(&self, wanted: Option<&str>) -> Result<&MachineType> {
+        let hit = self.vms.iter().find(|vm| match wanted {
+            Some(name) => vm.name == name || vm.alias.as_deref() == Some(name),
+            None => vm.is_default,
         });
         hit.ok_or_else(|| match wanted {
             Some(name) => usage(format!("QEMU {} has no machine type '{name}'; '-machine help' lists its types", self.version)),
@@ -104,7 +105,7 @@ fn converse(mut child: Child) -> Result<QemuFacts> {
         let _ = input.write_all(b"{\"execute\":\"quit\"}\n");
         let _ = sender.send(facts);
     });
-    let facts = receiver.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(anyhow!("it did not answer within {PATIENCE:?}")));
+    let facts = receiver.recv_timeout(TIMEOUT).unwrap_or_else(|_| Err(anyhow!("it did not answer within {TIMEOUT:?}")));
     if facts.is_err() {
         let _ = child.kill();
     }
@@ -115,8 +116,8 @@ fn converse(mut child: Child) -> Result<QemuFacts> {
 fn interview(input: &mut impl Write, lines: &mut impl BufRead) -> Result<QemuFacts> {
     let greeting = answer(lines, "QMP")?;
     ask_one(input, lines, "qmp_capabilities")?;
-    let machines = ask_one(input, lines, "query-machines")?;
-    Ok(QemuFacts { version: version(&greeting)?, machines: machine_types(&machines)? })
+    let vms = ask_one(input, lines, "query-machines")?;
+    Ok(QemuFacts { version: version(&greeting)?, vms: machine_types(&vms)? })
 }
 
 fn refuse(binary: &Path, said: &str, error: &anyhow::Error) -> anyhow::Error {
@@ -166,13 +167,13 @@ fn version(greeting: &Value) -> Result<String> {
 
 fn machine_types(list: &Value) -> Result<Vec<MachineType>> {
     let list = list.as_array().context("query-machines answered no list")?;
-    let text = |machine: &Value, key: &str| machine[key].as_str().map(str::to_owned);
-    let types = list.iter().filter_map(|machine| {
+    let text = |vm: &Value, key: &str| vm[key].as_str().map(str::to_owned);
+    let types = list.iter().filter_map(|vm| {
         Some(MachineType {
-            name: text(machine, "name")?,
-            alias: text(machine, "alias"),
-            is_default: machine["is-default"].as_bool().unwrap_or(false),
-            default_ram_id: text(machine, "default-ram-id"),
+            name: text(vm, "name")?,
+            alias: text(vm, "alias"),
+            is_default: vm["is-default"].as_bool().unwrap_or(false),
+            default_ram_id: text(vm, "default-ram-id"),
         })
     });
     Ok(types.collect())

@@ -1,4 +1,4 @@
-//! `-readconfig FILE` turned into the options that it stands for, so that a machine's whole command line can be
+//! `-readconfig FILE` turned into the options that it stands for, so that a VM's whole command line can be
 //! saved with its checkpoints and used on a host that lacks the file.
 
 use super::arguments::{KeyList, QemuOption};

@@ -9,7 +9,7 @@ use super::form::Form;
 use super::paths::{NewPaths, new_path};
 use crate::error::refused;
 use anyhow::Result;
-use checkpoint_format::MachineRecord;
+use checkpoint_format::VmRecord;
 use qemu_cmdline::restorable::{self, Carried, Finding, Wishes};
 use qemu_cmdline::{Use, visit};
 use qmp_bridge::disks::Disk;
@@ -153,7 +153,7 @@ impl FileId {
 }
 
 /// What else of a record becomes part of QEMU's command line.
-pub fn check_record(record: &MachineRecord) -> Result<()> {
+pub fn check_record(record: &VmRecord) -> Result<()> {
     let is_letter = |letter: char| letter.is_ascii_alphanumeric() || "-._".contains(letter);
     let is_id = |text: &str| text.starts_with(|letter: char| letter.is_ascii_alphabetic()) && text.chars().all(is_letter);
     if !is_id(&record.ram_block) {
@@ -175,8 +175,8 @@ mod test {
     use checkpoint_format::ByteLen;
     use qemu_cmdline::words;
 
-    fn record(ram_block: &str, accelerator: &str) -> MachineRecord {
-        MachineRecord {
+    fn record(ram_block: &str, accelerator: &str) -> VmRecord {
+        VmRecord {
             qemu_version: "10.0.2".to_owned(),
             program: "/tmp/evil".to_owned(),
             machine_type: "pc-q35-10.0".to_owned(),

@@ -2,9 +2,9 @@
 //!
 //! The tracker sees every write that goes through QEMU's own mapping of guest RAM: vCPUs, emulated devices, vhost
 //! in the kernel. It does not see a process or a piece of hardware that writes through a mapping of its own. Such a
-//! machine would be saved wrongly without a sign, so it is not started.
+//! VM would be saved wrongly without a sign, so it is not started.
 //!
-//! QEMU's own migration stream does not ask whose memory it is. So a machine that is attached by its monitor may have what
+//! QEMU's own migration stream does not ask whose memory it is. So a VM that is attached by its monitor may have what
 //! one of ours may not; what no engine can save is refused to both.
 
 use super::arguments::QemuOption;
@@ -20,18 +20,18 @@ use std::path::Path;
 pub enum Rules {
     /// No engine can save it.
     Always,
-    /// Only a machine that we start: it gets memory of ours, and must come up by itself.
+    /// Only a VM that we start: it gets memory of ours, and must come up by itself.
     Launched,
 }
 
 impl Rules {
-    /// A machine of ours obeys all of them.
+    /// A VM of ours obeys all of them.
     fn include(self, rule: Self) -> bool {
         self == rule || self == Self::Launched
     }
 }
 
-const LEAVE_MEMORY: &str = "leave it out: Stillpoint gives the machine sealed shared memory";
+const LEAVE_MEMORY: &str = "leave it out: Stillpoint gives the VM sealed shared memory";
 const OVERLAY: &str = "make an overlay: qemu-img create -f qcow2 -b BASE -F qcow2 OVERLAY";
 
 type Rule = (&'static str, Rules, &'static str, &'static str);
@@ -53,10 +53,10 @@ const DEVICES: &[Rule] = &[
         "an assigned device writes guest RAM by DMA, past the page tables",
         "use an emulated or vhost (kernel) device",
     ),
-    ("virtio-mem", Rules::Always, "a checkpoint knows one memory, the machine's own", "give the machine all of its memory by -m"),
+    ("virtio-mem", Rules::Always, "a checkpoint knows one memory, the VM's own", "give the VM all of its memory by -m"),
     ("virtio-pmem", Rules::Always, "virtio-pmem maps a file that is no part of the checkpoint", "use a virtio-blk disk"),
     ("nvdimm", Rules::Always, "an NVDIMM maps a file that is no part of the checkpoint", "use a virtio-blk disk"),
-    ("pc-dimm", Rules::Always, "a checkpoint knows one memory, the machine's own", "give the machine all of its memory by -m"),
+    ("pc-dimm", Rules::Always, "a checkpoint knows one memory, the VM's own", "give the VM all of its memory by -m"),
     ("ivshmem", Rules::Always, "other processes write the shared memory of ivshmem", "use a virtio-serial or network device"),
     ("scsi-block", Rules::Always, "it sends the guest's writes to the hardware past QEMU's bitmaps", "use scsi-hd on the same device"),
     ("scsi-generic", Rules::Always, "it sends the guest's writes to the hardware past QEMU's bitmaps", "use scsi-hd on the same device"),
@@ -66,10 +66,10 @@ const DEVICES: &[Rule] = &[
 /// Whole options that cannot go together with checkpoints.
 const OPTIONS: &[Rule] = &[
     ("mem-path", Rules::Launched, "it gives the guest RAM of its own", LEAVE_MEMORY),
-    ("incoming", Rules::Launched, "it waits for somebody else's machine", "use 'stillpoint restore', or start the machine without it"),
+    ("incoming", Rules::Launched, "it waits for somebody else's VM", "use 'stillpoint restore', or start the VM without it"),
     ("runas", Rules::Launched, OTHER_USER, OWN_USER),
     ("snapshot", Rules::Always, "it writes to disks that vanish with QEMU", OVERLAY),
-    ("preconfig", Rules::Launched, "the machine would not exist when the helper attaches", "leave it out"),
+    ("preconfig", Rules::Launched, "the VM would not exist when the helper attaches", "leave it out"),
     ("virtfs", Rules::Launched, "a mounted 9p share blocks QEMU's migration", "use a disk or a network file system"),
     ("xen-attach", Rules::Always, "Xen owns the guest's memory", "run the guest under KVM or TCG"),
     ("add-fd", Rules::Launched, "a descriptor is no other process's", "name the file by its path"),
@@ -82,7 +82,7 @@ const OBJECTS: &[Rule] = &[
         "memory-backend-",
         Rules::Launched,
         "it gives the guest RAM that the tracker cannot map",
-        "leave it out: Stillpoint gives the machine sealed shared memory of the size of -m",
+        "leave it out: Stillpoint gives the VM sealed shared memory of the size of -m",
     ),
     ("sev-guest", Rules::Always, ENCRYPTED, UNENCRYPTED),
     ("sev-snp-guest", Rules::Always, ENCRYPTED, UNENCRYPTED),
@@ -168,7 +168,7 @@ fn check_option(option: &QemuOption, rules: Rules) -> Result<()> {
         "run-with" if rules == Rules::Launched && form.has("user") => {
             bail!("-run-with user= cannot be used with checkpoints: {OTHER_USER}; {OWN_USER}")
         }
-        "machine" | "M" => check_machine(&form, rules),
+        "machine" | "M" => check_vm(&form, rules),
         "numa" if rules == Rules::Launched && form.has("memdev") => {
             bail!(
                 "-numa memdev=… gives the guest RAM of its own, which the tracker does not map; leave -numa out (QEMU takes no node without \
@@ -232,7 +232,7 @@ fn check_object(form: &Form, rules: Rules) -> Result<()> {
     }
 }
 
-fn check_machine(form: &Form, rules: Rules) -> Result<()> {
+fn check_vm(form: &Form, rules: Rules) -> Result<()> {
     if let Some(backend) = form.get("memory-backend").filter(|_| rules == Rules::Launched) {
         bail!("-machine memory-backend={backend} gives the guest RAM of its own; {LEAVE_MEMORY}");
     }
@@ -348,7 +348,7 @@ mod test {
     }
 
     #[test]
-    fn an_ordinary_machine_passes() {
+    fn an_ordinary_vm_passes() {
         let line = "-m 1G -smp 4 -machine q35 -drive file=a.qcow2,if=virtio -netdev tap,id=n,vhost=on -device virtio-net-pci,netdev=n";
         let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
         check(&parse(&words).unwrap(), Rules::Launched, Path::new("/vm")).unwrap();
@@ -370,7 +370,7 @@ mod test {
     }
 
     #[test]
-    fn an_attached_machine_may_have_memory_of_its_own() {
+    fn an_attached_vm_may_have_memory_of_its_own() {
         for line in [
             "-object memory-backend-ram,id=m,size=1G",
             "-machine q35,memory-backend=m",

@@ -1,5 +1,5 @@
-//! The directory of one running machine: its sockets, its log, and what the launcher knew about it. It lives as long
-//! as QEMU does (a tmpfs suits it) and is all that a new helper needs to take a machine over.
+//! The directory of one running VM: its sockets, its log, and what the launcher knew about it. It lives as long
+//! as QEMU does (a tmpfs suits it) and is all that a new helper needs to take a VM over.
 
 mod private;
 
@@ -7,7 +7,7 @@ use crate::error::refused;
 use crate::files;
 use crate::memory_source::{EngineChoice, StreamChoice};
 use anyhow::{Context, Result, bail};
-use checkpoint_format::{CheckpointIdentity, CheckpointSeq, Epoch, MachineRecord, VmName};
+use checkpoint_format::{CheckpointId, CheckpointIdentity, Epoch, VmName, VmRecord};
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::unistd::Pid;
 use private::Owner;
@@ -20,24 +20,24 @@ use std::time::{Duration, Instant};
 
 /// `sun_path` of a unix socket, less its final zero.
 const MAX_SOCKET_PATH: usize = 107;
-/// A saved machine has a few kilobytes of arguments.
-const MAX_MACHINE_FILE_BYTES: u64 = 4 << 20;
+/// A saved VM has a few kilobytes of arguments.
+const MAX_VM_FILE_BYTES: u64 = 4 << 20;
 /// A killed process keeps its locks until the last of its threads is gone.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 /// A host has some hundred locks of 60 bytes a line.
 const MAX_LOCKS_BYTES: u64 = 16 << 20;
-const MACHINE_FILE_FORMAT: u32 = 1;
+const VM_FILE_FORMAT: u32 = 1;
 const HELPER_FAILURE: &str = "helper.failure";
 const MARKS: &str = "marks.json";
 const MAX_MARKS_BYTES: u64 = 1024;
 
-/// What was launched, in the words of `launch`: enough to attach to it and to start it anew elsewhere.
+/// What was launched, in the words of `launch`: enough to attach to it and to start it again elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MachineFile {
+pub struct VmFile {
     pub format: u32,
     pub name: VmName,
     pub store: String,
-    /// One life of one QEMU process; a restored machine is a new instance.
+    /// One life of one QEMU process; a restored VM is a new instance.
     pub instance: String,
     pub qemu: PathBuf,
     /// QEMU's process, where the launcher knows it: a helper does not wait for one that is gone.
@@ -50,15 +50,17 @@ pub struct MachineFile {
     /// The user's options, normalized: no readconfig, every drive named, the machine type versioned.
     pub arguments: Vec<String>,
     pub directory: PathBuf,
-    pub scratch: PathBuf,
+    #[serde(rename = "scratch")]
+    pub fleecing: PathBuf,
     /// The checkpoint that this instance was restored from.
-    pub restored_from: Option<CheckpointSeq>,
-    /// A machine that somebody else started; none for one of ours.
+    pub restored_from: Option<CheckpointId>,
+    /// A VM that somebody else started; none for one of ours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub unprepared: Option<External>,
+    #[serde(rename = "unprepared")]
+    pub external: Option<External>,
 }
 
-/// What a restore chooses of a [`MachineFile`]; the rest is as the checkpoint recorded it.
+/// What a restore chooses of a [`VmFile`]; the rest is as the checkpoint recorded it.
 pub struct RestoreTarget {
     pub name: VmName,
     pub store: String,
@@ -67,11 +69,11 @@ pub struct RestoreTarget {
     pub qemu_version: String,
     pub arguments: Vec<String>,
     pub directory: PathBuf,
-    pub scratch: PathBuf,
-    pub restored_from: Option<CheckpointSeq>,
+    pub fleecing: PathBuf,
+    pub restored_from: Option<CheckpointId>,
 }
 
-/// How a machine that nobody prepared is reached.
+/// How a VM that nobody prepared is reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct External {
     /// Its monitor, ours alone while a helper is attached.
@@ -92,11 +94,11 @@ pub struct Failure {
     pub exit_code: u8,
 }
 
-impl MachineFile {
-    pub const FORMAT: u32 = MACHINE_FILE_FORMAT;
+impl VmFile {
+    pub const FORMAT: u32 = VM_FILE_FORMAT;
 
     /// A managed VM that continues the recorded one.
-    pub fn restored(record: &MachineRecord, target: RestoreTarget) -> Self {
+    pub fn restored(record: &VmRecord, target: RestoreTarget) -> Self {
         Self {
             format: Self::FORMAT,
             name: target.name,
@@ -111,15 +113,15 @@ impl MachineFile {
             ram_block: record.ram_block.clone(),
             arguments: target.arguments,
             directory: target.directory,
-            scratch: target.scratch,
+            fleecing: target.fleecing,
             restored_from: target.restored_from,
-            unprepared: None,
+            external: None,
         }
     }
 
     /// The plugin's socket, if there is a plugin.
     pub fn plugin(&self, runtime: &RuntimeDir) -> Option<PathBuf> {
-        self.unprepared.as_ref().map_or_else(|| Some(runtime.plugin()), |there| there.plugin.clone())
+        self.external.as_ref().map_or_else(|| Some(runtime.plugin()), |there| there.plugin.clone())
     }
 }
 
@@ -163,12 +165,12 @@ impl RuntimeDir {
     }
 
     /// All below `base` that are of this user, each with what is known of its VM.
-    pub fn known(base: Option<&Path>) -> Vec<(Self, MachineFile)> {
+    pub fn known(base: Option<&Path>) -> Vec<(Self, VmFile)> {
         let base = base.map_or_else(default_base, Path::to_owned);
         let names = std::fs::read_dir(&base).into_iter().flatten().flatten();
         let names = names.filter_map(|entry| entry.file_name().to_str()?.parse::<VmName>().ok());
         let directories = names.filter_map(|name| Self::new(Some(&base), &name).ok());
-        directories.filter_map(|directory| directory.machine().ok().map(|file| (directory, file))).collect()
+        directories.filter_map(|directory| directory.vm().ok().map(|file| (directory, file))).collect()
     }
 
     fn locate(base: Option<&Path>, name: &VmName) -> Result<Self> {
@@ -223,7 +225,7 @@ impl RuntimeDir {
 
     /// Why the helper that was started last has ended, if it failed.
     pub fn helper_failure(&self) -> Option<Failure> {
-        serde_json::from_slice(&self.read(HELPER_FAILURE, MAX_MACHINE_FILE_BYTES).ok()?).ok()
+        serde_json::from_slice(&self.read(HELPER_FAILURE, MAX_VM_FILE_BYTES).ok()?).ok()
     }
 
     pub fn set_helper_failure(&self, failure: &Failure) {
@@ -296,8 +298,8 @@ impl RuntimeDir {
         pid.map(Pid::from_raw).with_context(|| format!("{} holds no process id", self.helper_pid().display()))
     }
 
-    pub fn save_machine(&self, machine: &MachineFile) -> Result<()> {
-        let text = serde_json::to_vec_pretty(machine).context("encoding machine.json")?;
+    pub fn save_vm(&self, vm: &VmFile) -> Result<()> {
+        let text = serde_json::to_vec_pretty(vm).context("encoding machine.json")?;
         self.replace("machine.json", &text)
     }
 
@@ -307,7 +309,7 @@ impl RuntimeDir {
         written.is_ok_and(|written| written.elapsed().is_ok_and(|age| age < time))
     }
 
-    pub fn machine(&self) -> Result<MachineFile> {
+    pub fn vm(&self) -> Result<VmFile> {
         let path = self.path.join("machine.json");
         if !path.exists() {
             return Err(refused(format!(
@@ -315,25 +317,25 @@ impl RuntimeDir {
                 self.path.display()
             )));
         }
-        let text = self.read("machine.json", MAX_MACHINE_FILE_BYTES)?;
-        let machine: MachineFile = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
-        if machine.format != MACHINE_FILE_FORMAT {
-            bail!("{} has format {}; this build reads {MACHINE_FILE_FORMAT}", path.display(), machine.format);
+        let text = self.read("machine.json", MAX_VM_FILE_BYTES)?;
+        let vm: VmFile = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
+        if vm.format != VM_FILE_FORMAT {
+            bail!("{} has format {}; this build reads {VM_FILE_FORMAT}", path.display(), vm.format);
         }
-        Ok(machine)
+        Ok(vm)
     }
 
-    /// The devices that the machine had when a helper first asked; `now` is remembered if none did.
+    /// The devices that the VM had when a helper first asked; `now` is remembered if none did.
     pub fn devices_at_start(&self, now: &[String]) -> Result<Vec<String>> {
         let path = self.path.join("devices.json");
         if !path.exists() {
             self.replace("devices.json", &serde_json::to_vec(now).context("encoding devices.json")?)?;
         }
-        let text = self.read("devices.json", MAX_MACHINE_FILE_BYTES)?;
+        let text = self.read("devices.json", MAX_VM_FILE_BYTES)?;
         serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))
     }
 
-    /// A new machine of this name begins: what was known of an earlier one is gone.
+    /// A new VM of this name begins: what was known of an earlier one is gone.
     pub fn forget_earlier(&self) -> Result<()> {
         self.forget("devices.json")?;
         // Of another process: put back here, it would change what nobody changed.
@@ -351,7 +353,7 @@ impl RuntimeDir {
         self.replace(MARKS, &serde_json::to_vec(&marks).context("encoding the record of marks")?)
     }
 
-    /// From here on the kernel's marks alone do not tell what was written: a lease begins, whose pages die with its helper, or
+    /// From here on the kernel's marks alone do not tell what was written: a claim begins, whose pages die with its helper, or
     /// another process has used them.
     pub fn forget_exact_marks(&self) -> Result<()> {
         match self.marks() {
@@ -375,10 +377,10 @@ impl RuntimeDir {
         private::remove_file(&directory, name).with_context(|| format!("removing {}/{name}", self.path.display()))
     }
 
-    /// One helper per machine: the lock ends with the process that holds it, however it dies.
+    /// One helper per VM: the lock ends with the process that holds it, however it dies.
     pub fn lock_helper(&self) -> Result<Flock<File>> {
         let mut file = self.open("helper.lock", OFlag::O_WRONLY | OFlag::O_CREAT)?;
-        let end = Instant::now() + LOCK_PATIENCE;
+        let end = Instant::now() + LOCK_TIMEOUT;
         loop {
             file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => return Ok(lock),
@@ -387,7 +389,7 @@ impl RuntimeDir {
             if Instant::now() >= end {
                 let pid = self.helper_pid_of_holder().map_or_else(|_| "unknown".to_owned(), |pid| pid.to_string());
                 return Err(refused(format!(
-                    "a helper (pid {pid}) is attached to this machine already; use it, or replace it by 'stillpoint attach --take-over'"
+                    "a helper (pid {pid}) is attached to this VM already; use it, or replace it by 'stillpoint attach --take-over'"
                 )));
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -442,7 +444,7 @@ mod test {
 
     #[test]
     fn marks_count_from_one_certain_checkpoint() {
-        let identity = |seq: u64, manifest: &str| CheckpointIdentity::new(CheckpointSeq(seq), manifest.as_bytes());
+        let identity = |id: u64, manifest: &str| CheckpointIdentity::new(CheckpointId(id), manifest.as_bytes());
         let lineage = [identity(1, "one"), identity(2, "two")];
         let marks = |since| Marks { since, is_exact: true };
         assert_eq!(marks(identity(2, "two")).of(&lineage), Some(marks(identity(2, "two"))));

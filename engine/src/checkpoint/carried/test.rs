@@ -84,18 +84,18 @@ impl Scene {
         Self { faulty, memory, repository, writer, vm: vm_content, spaces, carried: None, committed: 0, dirty, restored }
     }
 
-    fn parent(&self) -> Option<CheckpointSeq> {
-        (self.committed > 0).then_some(CheckpointSeq(self.committed))
+    fn parent(&self) -> Option<CheckpointId> {
+        (self.committed > 0).then_some(CheckpointId(self.committed))
     }
 
     async fn begin(&mut self) -> Result<(PartialCheckpoint, Vec<NumberedPack>)> {
-        let seq = CheckpointSeq(self.committed + 1);
+        let id = CheckpointId(self.committed + 1);
         if let Some(carried) = self.carried.take()
-            && let Some(partial) = self.writer.resume(seq, &carried.kept).await?
+            && let Some(partial) = self.writer.resume(id, &carried.kept).await?
         {
             return Ok((partial, carried.packs));
         }
-        Ok((self.writer.begin(seq).await?, Vec::new()))
+        Ok((self.writer.begin(id).await?, Vec::new()))
     }
 
     /// One try; what fails is kept for the next. Returns the bytes of the packs that it carried.
@@ -128,7 +128,7 @@ impl Scene {
         }
         assert_eq!(delta.unconfirmed(), PageCount(0));
         let _durable = partial.commit(Bytes::from_static(b"manifest")).await?;
-        self.spaces = delta.settle();
+        self.spaces = delta.acknowledge();
         self.committed += 1;
         self.apply(&packs).await;
         self.dirty = Default::default();
@@ -189,11 +189,11 @@ impl Scene {
     /// What a restore takes from the checkpoint just committed, which has to hold each of its packs
     /// whole.
     async fn apply(&mut self, packs: &[NumberedPack]) {
-        let seq = CheckpointSeq(self.committed);
+        let id = CheckpointId(self.committed);
         for NumberedPack { record, .. } in packs {
-            let len = self.repository.pack_len(&vm(), seq, record.name.as_str()).await.unwrap();
+            let len = self.repository.pack_len(&vm(), id, record.name.as_str()).await.unwrap();
             assert_eq!(len, record.info.len.0);
-            let index = lineage::index(&self.repository, &vm(), seq, record).await.unwrap();
+            let index = lineage::index(&self.repository, &vm(), id, record).await.unwrap();
             for (space, restored) in names().iter().zip(&mut self.restored) {
                 for run in index.runs_of(space) {
                     let digests = index.run_digests(run).iter().copied().chain(std::iter::repeat(PageDigest::ZERO_PAGE));
@@ -301,10 +301,10 @@ async fn carried_packs_that_are_outdated_leave_the_store() {
     scene.faulty.heal();
     let carried = scene.attempt().await.unwrap();
     assert!(carried > 0);
-    let seq = CheckpointSeq(1);
+    let id = CheckpointId(1);
     let mut gone = 0;
     for pack in &first {
-        gone += usize::from(scene.repository.pack_len(&vm(), seq, pack.record.name.as_str()).await.is_err());
+        gone += usize::from(scene.repository.pack_len(&vm(), id, pack.record.name.as_str()).await.is_err());
     }
     assert!((3..first.len()).contains(&gone), "{gone} of {} packs", first.len());
 }

@@ -100,15 +100,15 @@ impl Sample {
     }
 
     async fn show(&self, name: &CheckpointName) -> Result<()> {
-        let seq = resolve(&self.repository, name).await?;
-        let manifest = lineage::manifest(&self.repository, &name.vm, seq).await?;
+        let id = resolve(&self.repository, name).await?;
+        let manifest = lineage::manifest(&self.repository, &name.vm, id).await?;
         ensure!(!describe(&manifest).is_empty() && serde_json::to_value(&manifest)?.is_object(), "nothing is shown");
         Ok(())
     }
 
     async fn ls(&self, name: &CheckpointName) -> Result<()> {
-        for seq in checkpoints(&self.repository, &name.vm).await? {
-            let manifest = lineage::manifest(&self.repository, &name.vm, seq).await?;
+        for id in checkpoints(&self.repository, &name.vm).await? {
+            let manifest = lineage::manifest(&self.repository, &name.vm, id).await?;
             ensure!(!row(&manifest).is_empty() && summary(&manifest).is_object(), "nothing is listed");
         }
         Ok(())
@@ -120,9 +120,9 @@ impl Sample {
     }
 
     async fn plan(&self, name: &CheckpointName) -> Result<()> {
-        let source = Source::open(&self.repository, &name.vm, CheckpointSeq(1), Arc::new(Silent)).await?;
+        let source = Source::open(&self.repository, &name.vm, CheckpointId(1), Arc::new(Silent)).await?;
         let manifest = source.manifest();
-        vm::launch::saved::check_record(&manifest.machine)?;
+        vm::launch::saved::check_record(&manifest.vm_record)?;
         Transition::choose(manifest.run_state, false, false)?;
         for space in &manifest.spaces {
             let map = source.map(&space.name)?;
@@ -139,11 +139,11 @@ impl Sample {
 
 fn manifest(layer: LayerRef) -> Manifest {
     let mut manifest = common::sample_manifest();
-    manifest.seq = CheckpointSeq(1);
+    manifest.id = CheckpointId(1);
     (manifest.parent, manifest.kind) = (None, CheckpointKind::Full);
     manifest.disks.iter_mut().for_each(|disk| disk.backing = vec![layer.clone()]);
     manifest.disks[1].virtual_size = layer.len;
-    manifest.machine.files = vec![LayerRef { path: "vmlinuz".to_owned(), ..layer }];
+    manifest.vm_record.files = vec![LayerRef { path: "vmlinuz".to_owned(), ..layer }];
     manifest
 }
 

@@ -1,4 +1,4 @@
-//! The disks of a running machine, one by one.
+//! The disks of a running VM, one by one.
 
 use super::super::Row;
 use super::cannot;
@@ -10,8 +10,8 @@ use std::path::Path;
 use vm::external::probe::Probe;
 use vm::launch::external::ExternalVm;
 
-const START_ANEW: &str = "start the machine anew with that disk on a qcow2 or raw image";
-const ELSEWHERE: &str = "start the machine anew on that file";
+const START_AGAIN: &str = "start the VM again with that disk on a qcow2 or raw image";
+const ELSEWHERE: &str = "start the VM again on that file";
 
 /// `server`: where QEMU's NBD server listens if it is that of the VM's helper.
 pub async fn check(look: &Probe, found: Option<&ExternalVm>, server: Option<&Path>) -> Vec<Row> {
@@ -28,7 +28,7 @@ async fn rows(look: &Probe, found: Option<&ExternalVm>, server: Option<&Path>) -
     let is_sound = drives.iter().all(|drive| drive.disk.is_ok());
     let mut rows: Vec<Row> = drives.into_iter().map(row).collect();
     if let Some(why) = disks::unsafe_iothread(&look.qmp).await?.filter(|_| has_writable) {
-        rows.push(cannot("disk threads", &Error::msg(why), START_ANEW));
+        rows.push(cannot("disk threads", &Error::msg(why), START_AGAIN));
     } else if let Some(found) = found.filter(|_| is_sound) {
         rows.extend(together(look, found).await);
     }
@@ -57,8 +57,8 @@ fn row(drive: Drive) -> Row {
         Ok(Medium::Disk(disk)) => Row::ok(check, describe(&disk)),
         Ok(Medium::None(_)) => Row::ok(check, "no medium"),
         // The device is in the row's name already.
-        Err(DiskError::Unsupported { why, .. }) => cannot(check, &Error::msg(why), START_ANEW),
-        Err(error) => cannot(check, &error.into(), START_ANEW),
+        Err(DiskError::Unsupported { why, .. }) => cannot(check, &Error::msg(why), START_AGAIN),
+        Err(error) => cannot(check, &error.into(), START_AGAIN),
     }
 }
 
@@ -82,7 +82,7 @@ fn refusal(check: &'static str, result: Result<(), DiskError>) -> Result<Option<
     match result {
         Ok(()) => Ok(None),
         Err(DiskError::Qmp(error)) => Err(error),
-        Err(error) => Ok(Some(cannot(check, &error.into(), START_ANEW))),
+        Err(error) => Ok(Some(cannot(check, &error.into(), START_AGAIN))),
     }
 }
 

@@ -1,10 +1,10 @@
-//! Which engine can take the memory of a running machine, and for how long the guest would stand still.
+//! Which engine can take the memory of a running VM, and for how long the guest would be stopped.
 
 use super::super::Row;
 use super::cannot;
 use anyhow::Error;
-use qmp_bridge::machine::MachineFacts;
 use qmp_bridge::migration::{StreamOptions, Support};
+use qmp_bridge::vm::VmFacts;
 use serde_json::{Value, json};
 use vm::external::probe::Probe;
 use vm::launch::external::ExternalVm;
@@ -26,7 +26,7 @@ const OTHER_ENGINE: &str = "not needed where another engine is possible (docs/at
 pub async fn check(look: &Probe, found: Option<&ExternalVm>, engines: &mut Value) -> Vec<Row> {
     let tracker = match found {
         Some(found) => look.tracker(found).await,
-        None => Err("the machine is not understood".to_owned()),
+        None => Err("the VM is not understood".to_owned()),
     };
     let support = match look.support().await {
         Ok(support) => support,
@@ -47,13 +47,7 @@ pub async fn check(look: &Probe, found: Option<&ExternalVm>, engines: &mut Value
 type Judged = Vec<(Engine, Result<(), String>)>;
 
 /// As a checkpoint chooses.
-fn judge(
-    tracker: Result<(), String>,
-    support: &Support,
-    facts: &MachineFacts,
-    has_plugin: bool,
-    process_memory: &Result<(), String>,
-) -> Judged {
+fn judge(tracker: Result<(), String>, support: &Support, facts: &VmFacts, has_plugin: bool, process_memory: &Result<(), String>) -> Judged {
     let choose = |wanted| choose_stream(wanted, support, facts, has_plugin, process_memory).map(|chosen| chosen.engine);
     let mut judged = vec![(Engine::Tracker, tracker)];
     if support.stopped {
@@ -92,7 +86,7 @@ fn pause(engine: Engine, ram_bytes: u64) -> String {
         Engine::BackgroundSnapshot => format!("pauses of up to {} ms, and a slower guest while its memory is read", with(READ_MS_PER_GIB)),
         Engine::ProcessMemory => "a guest that does not run has no pause".to_owned(),
         Engine::Stopped => {
-            format!("the guest stands still while all of its memory is read, about {} ms (longer the first time)", with(READ_MS_PER_GIB))
+            format!("the guest is stopped while all of its memory is read, about {} ms (longer the first time)", with(READ_MS_PER_GIB))
         }
     }
 }
@@ -101,11 +95,11 @@ fn pause(engine: Engine, ram_bytes: u64) -> String {
 mod test {
     use super::super::super::State;
     use super::*;
-    use qmp_bridge::machine::Accelerator;
     use qmp_bridge::qmp::QemuVersion;
+    use qmp_bridge::vm::Accelerator;
 
-    fn facts(major: u32) -> MachineFacts {
-        MachineFacts {
+    fn facts(major: u32) -> VmFacts {
+        VmFacts {
             qemu: QemuVersion { major, minor: 0, micro: 0, package: String::new() },
             machine_type: "pc-q35-7.2".to_owned(),
             default_ram_id: None,

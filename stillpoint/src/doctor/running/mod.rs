@@ -1,4 +1,4 @@
-//! `stillpoint doctor --qmp SOCKET`: whether a running machine that nobody prepared can be checkpointed, by which engine, and
+//! `stillpoint doctor --qmp SOCKET`: whether a running VM that nobody prepared can be checkpointed, by which engine, and
 //! what is in the way.
 //!
 //! The same looks as `attach` takes; the guest is not stopped and nothing is changed. (QEMU is asked whether it would take a
@@ -22,12 +22,12 @@ use vm::external::probe::Probe;
 use vm::launch::arguments;
 use vm::launch::expected_devices;
 use vm::launch::external::ExternalVm;
-use vm::regions;
 use vm::running;
-use vm::runtime_dir::{MachineFile, RuntimeDir};
+use vm::runtime_dir::{RuntimeDir, VmFile};
+use vm::tracked_blocks;
 
 const ANOTHER_MONITOR: &str = "name a monitor that QEMU itself has opened and nobody uses (docs/attach.md)";
-const START_ANEW: &str = "see docs/attach.md; start the machine without it, or by 'stillpoint run'";
+const START_AGAIN: &str = "see docs/attach.md; start the VM without it, or by 'stillpoint run'";
 
 pub fn run(monitor: &Path, as_json: bool) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the asynchronous runtime")?;
@@ -37,7 +37,7 @@ pub fn run(monitor: &Path, as_json: bool) -> Result<ExitCode> {
         let left_out: Vec<Value> = report.left_out.iter().map(|(what, why)| json!({ "what": what, "why": why })).collect();
         print_json(&json!({ "checkpoints_possible": can, "checks": report.rows, "engines": report.engines, "left_out": left_out }))?;
     } else {
-        out!("{}", table(&report.rows, "of this machine").trim_end());
+        out!("{}", table(&report.rows, "of this VM").trim_end());
     }
     Ok(if can { ExitCode::SUCCESS } else { ExitCode::from(REFUSED) })
 }
@@ -47,7 +47,7 @@ struct Report {
     rows: Vec<Row>,
     /// By name, whether it is possible.
     engines: Value,
-    /// What a restored machine is started without, and why.
+    /// What a restored VM is started without, and why.
     left_out: Vec<(String, &'static str)>,
 }
 
@@ -72,9 +72,9 @@ async fn look(monitor: &Path) -> Report {
     report.rows.extend(engines::check(&look, found, &mut report.engines).await);
     report.rows.extend(disks::check(&look, found, server.as_deref()).await);
     report.rows.extend(plugged(&look, found).await);
-    report.rows.extend(running::check_blockers(&look.facts.migration_blockers).err().map(|error| cannot("migration", &error, START_ANEW)));
-    report.rows.extend(regions::check_whole(&look.blocks).err().map(|error| cannot("memory", &error, START_ANEW)));
-    report.rows.extend(look.foreign_user().map(|why| cannot("QEMU's user", &Error::msg(why), START_ANEW)));
+    report.rows.extend(running::check_blockers(&look.facts.migration_blockers).err().map(|error| cannot("migration", &error, START_AGAIN)));
+    report.rows.extend(tracked_blocks::check_whole(&look.blocks).err().map(|error| cannot("memory", &error, START_AGAIN)));
+    report.rows.extend(look.foreign_user().map(|why| cannot("QEMU's user", &Error::msg(why), START_AGAIN)));
     if let Ok(found) = &understood {
         report.rows.extend(elsewhere::check(&found.options));
         report.left_out = found.dropped.iter().map(|dropped| (dropped.what.clone(), dropped.why)).collect();
@@ -83,10 +83,10 @@ async fn look(monitor: &Path) -> Report {
 }
 
 /// The helper that has this QEMU, or had it.
-fn helper_of(look: &Probe) -> Option<(RuntimeDir, MachineFile)> {
+fn helper_of(look: &Probe) -> Option<(RuntimeDir, VmFile)> {
     let base = std::env::var_os("STILLPOINT_RUNTIME_DIR").filter(|value| !value.is_empty()).map(PathBuf::from);
-    let is_it = |file: &MachineFile| {
-        file.pid == Some(look.process.pid) && file.unprepared.as_ref().is_none_or(|there| there.started == look.process.started)
+    let is_it = |file: &VmFile| {
+        file.pid == Some(look.process.pid) && file.external.as_ref().is_none_or(|there| there.started == look.process.started)
     };
     RuntimeDir::known(base.as_deref()).into_iter().find(|(_, file)| is_it(file))
 }
@@ -124,8 +124,8 @@ fn who(look: &Probe, found: Option<&ExternalVm>) -> Vec<Row> {
 fn command_line(understood: &Result<ExternalVm>) -> Row {
     const CHECK: &str = "command line";
     match understood {
-        Ok(found) => Row::ok(CHECK, format!("it can be started anew elsewhere, {} things of this process left out", found.dropped.len())),
-        Err(error) => cannot(CHECK, error, START_ANEW),
+        Ok(found) => Row::ok(CHECK, format!("it can be started again elsewhere, {} things of this process left out", found.dropped.len())),
+        Err(error) => cannot(CHECK, error, START_AGAIN),
     }
 }
 
@@ -137,13 +137,13 @@ async fn plugged(look: &Probe, found: Option<&ExternalVm>) -> Vec<Row> {
         Err(error) => return vec![Row::no(CHECK, error.to_string(), "try again")],
     };
     let mut rows: Vec<Row> = match running::refusals(&look.qmp, &devices).await {
-        Ok(refusals) => refusals.into_iter().map(|why| cannot(CHECK, &Error::msg(why), START_ANEW)).collect(),
+        Ok(refusals) => refusals.into_iter().map(|why| cannot(CHECK, &Error::msg(why), START_AGAIN)).collect(),
         Err(error) => return vec![cannot(CHECK, &error, "try again")],
     };
     let options = arguments::parse(&look.process.words).unwrap_or_default();
     let options = found.map_or(options, |found| found.options.clone());
     let difference = expected_devices::difference(&options, &devices);
-    rows.extend(difference.map(|what| cannot(CHECK, &Error::msg(running::not_as_started(&what)), START_ANEW)));
+    rows.extend(difference.map(|what| cannot(CHECK, &Error::msg(running::not_as_started(&what)), START_AGAIN)));
     if rows.is_empty() {
         rows.push(Row::ok(CHECK, format!("{} devices, all on the command line", devices.len())));
     }

@@ -3,8 +3,8 @@
 use super::super::arguments::words;
 use super::*;
 use crate::error::{Class, class_of};
-use qmp_bridge::machine::Accelerator;
 use qmp_bridge::qmp::QemuVersion;
+use qmp_bridge::vm::Accelerator;
 use std::path::Path;
 
 const LIBVIRT_7: &str = include_str!("../fixtures/libvirt-7.2.txt");
@@ -36,7 +36,7 @@ impl Default for Case<'_> {
 
 impl Case<'_> {
     fn read(&self, arguments: &[String]) -> Result<ExternalVm> {
-        let facts = MachineFacts {
+        let facts = VmFacts {
             qemu: QemuVersion { major: 7, minor: 2, micro: 22, package: String::new() },
             machine_type: self.machine_type.to_owned(),
             default_ram_id: Some("pc.ram".to_owned()),
@@ -47,7 +47,7 @@ impl Case<'_> {
             accelerator: self.accelerator,
             migration_blockers: Vec::new(),
         };
-        let known = |name: &str, alias: Option<&str>, is_default| machine::MachineType {
+        let known = |name: &str, alias: Option<&str>, is_default| vm::MachineType {
             name: name.to_owned(),
             alias: alias.map(str::to_owned),
             default_ram_id: Some("pc.ram".to_owned()),
@@ -96,7 +96,7 @@ fn lacks(line: &str, parts: &[&str]) {
 }
 
 #[test]
-fn a_plain_machine() {
+fn a_plain_vm() {
     let case = Case { machine_type: "pc-i440fx-7.2", ..Case::default() };
     let (found, line) = case
         .line(
@@ -113,7 +113,7 @@ fn a_plain_machine() {
     assert_eq!((found.accelerator.as_str(), found.ram_bytes, found.ram_block.as_str()), ("tcg,thread=multi", DEFAULT_RAM, "pc.ram"));
     assert_eq!((found.manager, found.plugin), (None, None));
     let why = |what: &str| found.dropped.iter().find(|dropped| dropped.what.starts_with(what)).map(|dropped| dropped.why);
-    assert_eq!(why("-S"), Some("the machine runs already"));
+    assert_eq!(why("-S"), Some("the VM runs already"));
     assert!(why("-qmp unix:qmp.sock").is_some_and(|why| why.contains("monitor")) && why("-qmp unix:/run/other").is_none());
 }
 
@@ -247,7 +247,7 @@ fn a_configuration_is_read_where_the_process_works() {
 }
 
 #[test]
-fn another_machine_than_the_command_line_says_is_refused() {
+fn another_vm_than_the_command_line_says_is_refused() {
     for (case, line, reason) in [
         (Case { machine_type: "pc-i440fx-7.2", ..Case::default() }, "-M q35 -m 256", "means machine type pc-q35-7.2"),
         (Case { ram_bytes: 1 << 30, ..Case::default() }, "-M q35 -m 256", "gives 268435456 bytes"),
@@ -261,7 +261,7 @@ fn another_machine_than_the_command_line_says_is_refused() {
 }
 
 #[test]
-fn the_default_network_of_a_machine_from_a_file_is_written_out() {
+fn the_default_network_of_a_vm_from_a_file_is_written_out() {
     let line = |words: &str, said| -> Vec<String> {
         let list: Vec<String> = words.split(' ').map(str::to_owned).collect();
         super::super::arguments::words(&with_default_network(arguments::parse(&list).unwrap(), said))

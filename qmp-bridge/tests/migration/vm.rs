@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use qmp_bridge::capture::{CapturePlan, DEFAULT_SCRATCH_RESERVE, FrozenDisks, PreparedDisks};
+use qmp_bridge::capture::{CapturePlan, CapturedDisks, DEFAULT_FLEECING_RESERVE, PreparedDisks};
 use qmp_bridge::migration::{Migration, StreamMode, StreamOptions};
 use qmp_bridge::paused::run_state;
 use qmp_bridge::{Paused, Qmp, disks};
@@ -16,13 +16,13 @@ use serde_json::{Value, json};
 use super::common::{TestQemu, qemu_img};
 
 /// What a QEMU can do. Before 9.0 a background snapshot that does not end well leaves the guest hanging.
-pub fn modes(machine: &TestQemu) -> &'static [StreamMode] {
+pub fn modes(vm: &TestQemu) -> &'static [StreamMode] {
     let both = &[StreamMode::PreCopy, StreamMode::BackgroundSnapshot];
-    if snapshots(machine) { both } else { &both[..1] }
+    if snapshots(vm) { both } else { &both[..1] }
 }
 
-pub fn snapshots(machine: &TestQemu) -> bool {
-    machine.qmp.version().major >= 9
+pub fn snapshots(vm: &TestQemu) -> bool {
+    vm.qmp.version().major >= 9
 }
 
 pub const FIRMWARE: usize = 64 << 10;
@@ -78,16 +78,16 @@ pub async fn start(qemu: &Path, pages: u64, more: &[&str]) -> TestQemu {
         arguments.extend(["-m", "32"]);
     }
     arguments.extend(more);
-    let machine = TestQemu::start_in(qemu, &arguments, directory).await;
+    let vm = TestQemu::start_in(qemu, &arguments, directory).await;
     let last = format!("xp /1wx {:#x}", FIRST_COUNTER + (pages - 1) * PAGE);
-    while !more.contains(&"-S") && machine.qmp.hmp(&last).await.expect("xp").contains("0x00000000\r") {
+    while !more.contains(&"-S") && vm.qmp.hmp(&last).await.expect("xp").contains("0x00000000\r") {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    machine
+    vm
 }
 
 /// Reads the stream to its end and throws it away; `chunk` bytes at a time with `pause` between, for a slow one.
-pub fn drain(mut reader: UnixStream, chunk: usize, pause: Duration) -> JoinHandle<u64> {
+pub fn upload(mut reader: UnixStream, chunk: usize, pause: Duration) -> JoinHandle<u64> {
     std::thread::spawn(move || {
         let mut buffer = vec![0; chunk];
         let mut total = 0;
@@ -101,29 +101,29 @@ pub fn drain(mut reader: UnixStream, chunk: usize, pause: Duration) -> JoinHandl
     })
 }
 
-pub fn drain_fast(migration: &mut Migration) -> JoinHandle<u64> {
-    drain(migration.take_reader().expect("reader"), 1 << 20, Duration::ZERO)
+pub fn upload_fast(migration: &mut Migration) -> JoinHandle<u64> {
+    upload(migration.take_reader().expect("reader"), 1 << 20, Duration::ZERO)
 }
 
-pub fn plan(machine: &TestQemu, seq: u64) -> CapturePlan {
+pub fn plan(vm: &TestQemu, id: u64) -> CapturePlan {
     CapturePlan {
         tag: crate::common::INSTANCE.parse().expect("tag"),
-        seq,
-        parent: seq.checked_sub(1).filter(|parent| *parent > 0),
-        scratch_dir: machine.directory.path().into(),
-        scratch_reserve: DEFAULT_SCRATCH_RESERVE,
-        nbd_socket: machine.path("nbd.sock"),
+        id,
+        parent: id.checked_sub(1).filter(|parent| *parent > 0),
+        fleecing_dir: vm.directory.path().into(),
+        fleecing_reserve: DEFAULT_FLEECING_RESERVE,
+        nbd_socket: vm.path("nbd.sock"),
         streamed: true,
     }
 }
 
-pub async fn prepare_disks(machine: &TestQemu, qmp: &Qmp, seq: u64) -> PreparedDisks {
-    let disks = disks::list(qmp, Some(machine.directory.path())).await.expect("disks");
-    PreparedDisks::prepare(qmp, &disks.disks, plan(machine, seq)).await.expect("prepare disks")
+pub async fn prepare_disks(vm: &TestQemu, qmp: &Qmp, id: u64) -> PreparedDisks {
+    let disks = disks::list(qmp, Some(vm.directory.path())).await.expect("disks");
+    PreparedDisks::prepare(qmp, &disks.disks, plan(vm, id)).await.expect("prepare disks")
 }
 
-pub fn journal(machine: &TestQemu) -> PathBuf {
-    machine.path("migration.json")
+pub fn journal(vm: &TestQemu) -> PathBuf {
+    vm.path("migration.json")
 }
 
 /// What must be the same before and after: capabilities, parameters, and that nothing of ours is there.
@@ -164,14 +164,13 @@ pub async fn counter(qmp: &Qmp) -> String {
 }
 
 /// The guest counts, its disk takes writes, and no part of ours is left. Some of it comes about in the background.
-pub async fn assert_as_before(machine: &TestQemu, before: &BTreeMap<String, Value>, what: &str) {
+pub async fn assert_as_before(vm: &TestQemu, before: &BTreeMap<String, Value>, what: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
-        let (state, now, traces) =
-            (run_state(&machine.qmp).await.expect("state"), settings(&machine.qmp).await, traces(&machine.qmp).await);
-        let status = machine.qmp.execute_json("query-migrate", Value::Null).await.expect("status");
+        let (state, now, traces) = (run_state(&vm.qmp).await.expect("state"), settings(&vm.qmp).await, traces(&vm.qmp).await);
+        let status = vm.qmp.execute_json("query-migrate", Value::Null).await.expect("status");
         let busy = matches!(status["status"].as_str(), Some("active" | "setup" | "pre-switchover" | "device" | "cancelling"));
-        let journal = journal(machine).exists();
+        let journal = journal(vm).exists();
         if state == "running" && now == *before && traces.is_empty() && !journal && !busy {
             break;
         }
@@ -179,58 +178,58 @@ pub async fn assert_as_before(machine: &TestQemu, before: &BTreeMap<String, Valu
         assert!(Instant::now() < deadline, "{what}: {state}, {changed:?}, {traces:?}, journal {journal}, {status}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    let first = counter(&machine.qmp).await;
-    while counter(&machine.qmp).await == first {
+    let first = counter(&vm.qmp).await;
+    while counter(&vm.qmp).await == first {
         assert!(Instant::now() < deadline, "{what}: the guest does not count");
     }
-    assert_disk_works(machine, what).await;
+    assert_disk_works(vm, what).await;
 }
 
 /// Writes through the device and looks into the image.
-pub async fn assert_disk_works(machine: &TestQemu, what: &str) {
+pub async fn assert_disk_works(vm: &TestQemu, what: &str) {
     let pattern = 1 + (Instant::now().elapsed().subsec_nanos() % 200) as u8;
-    machine.write_disk("d0", pattern, 1 << 20, 4096).await;
-    let read = machine.qmp.hmp(&format!("qemu-io d0 \"read -P {pattern:#x} 1048576 4096\"")).await.expect("hmp");
+    vm.write_disk("d0", pattern, 1 << 20, 4096).await;
+    let read = vm.qmp.hmp(&format!("qemu-io d0 \"read -P {pattern:#x} 1048576 4096\"")).await.expect("hmp");
     assert!(read.trim().is_empty(), "{what}: {read}");
-    let log = machine.log();
+    let log = vm.log();
     let wrong = ["Pattern verification failed", "write failed", "read failed"].iter().find(|words| log.contains(**words));
     assert_eq!(wrong, None, "{what}: {log}");
 }
 
 /// A whole checkpoint's worth in either mode. Returns the pause, the stream's length and the disks of the instant.
-pub async fn stream(machine: &TestQemu, qmp: &Qmp, mode: StreamMode, options: &StreamOptions, seq: u64) -> (Duration, u64, FrozenDisks) {
-    let prepared = prepare_disks(machine, qmp, seq).await;
-    let mut migration = Migration::prepare(qmp, mode, options, &journal(machine)).await.expect("prepare");
-    let bytes = drain_fast(&mut migration);
-    let (frozen, pause) = match mode {
+pub async fn stream(vm: &TestQemu, qmp: &Qmp, mode: StreamMode, options: &StreamOptions, id: u64) -> (Duration, u64, CapturedDisks) {
+    let prepared = prepare_disks(vm, qmp, id).await;
+    let mut migration = Migration::prepare(qmp, mode, options, &journal(vm)).await.expect("prepare");
+    let bytes = upload_fast(&mut migration);
+    let (captured, pause) = match mode {
         StreamMode::PreCopy => {
             migration.start().await.expect("start");
             let paused = migration.switchover().await.expect("switchover");
             let stopped = paused.elapsed();
             migration.complete(&paused).await.expect("complete");
             let complete = paused.elapsed();
-            let frozen = prepared.freeze(&paused).await.expect("freeze");
-            let freeze = paused.elapsed();
+            let captured = prepared.capture(&paused).await.expect("pause");
+            let capture = paused.elapsed();
             let pause = paused.resume().await.expect("resume");
             eprintln!(
                 "pre-copy: switchover {stopped:.2?} complete {:.2?} disks {:.2?} cont {:.2?} = {pause:.2?}",
                 complete - stopped,
-                freeze - complete,
-                pause - freeze
+                capture - complete,
+                pause - capture
             );
-            (frozen, pause)
+            (captured, pause)
         }
         StreamMode::BackgroundSnapshot => {
             let paused = Paused::stop(qmp).await.expect("stop");
             let stop = paused.elapsed();
-            let frozen = prepared.freeze(&paused).await.expect("freeze");
-            let freeze = paused.elapsed();
+            let captured = prepared.capture(&paused).await.expect("pause");
+            let capture = paused.elapsed();
             migration.start().await.expect("start");
             let pause = migration.memory_is_held(paused).await.expect("held");
-            eprintln!("background: stop {stop:.2?} disks {:.2?} hold {:.2?} = {pause:.2?}", freeze - stop, pause - freeze);
-            (frozen, pause)
+            eprintln!("background: stop {stop:.2?} disks {:.2?} hold {:.2?} = {pause:.2?}", capture - stop, pause - capture);
+            (captured, pause)
         }
     };
     migration.finish().await.expect("finish");
-    (pause, bytes.join().expect("reader"), frozen)
+    (pause, bytes.join().expect("reader"), captured)
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::HandoverError;
+use super::LocalMigrationError;
 use super::watch::State;
 
 /// Limits of the pause, each with this many passes over memory to be met. The last is QEMU's own default.
@@ -23,16 +23,16 @@ impl Policy {
     }
 
     /// A new limit, if it is time for one.
-    pub(super) fn judge(&mut self, state: &State) -> Result<Option<u64>, HandoverError> {
+    pub(super) fn judge(&mut self, state: &State) -> Result<Option<u64>, LocalMigrationError> {
         let is_last = self.step + 1 >= LIMITS_MS.len();
         // The first pass is everything, however long it takes.
-        let patience = if is_last { LAST_PASSES } else { PASSES };
-        if state.passes <= self.pass.max(1) + patience {
+        let timeout = if is_last { LAST_PASSES } else { PASSES };
+        if state.passes <= self.pass.max(1) + timeout {
             return Ok(None);
         }
         if is_last {
             let limit = Duration::from_millis(self.limit_ms());
-            return Err(HandoverError::TooFast { written: state.written_rate >> 20, moved: state.moved_rate >> 20, limit });
+            return Err(LocalMigrationError::TooFast { written: state.written_rate >> 20, moved: state.moved_rate >> 20, limit });
         }
         self.step += 1;
         self.pass = state.passes;
@@ -57,6 +57,6 @@ mod test {
         }
         assert_eq!(policy.judge(&at(29)).unwrap(), Some(300));
         assert_eq!(policy.judge(&at(59)).unwrap(), None);
-        assert!(matches!(policy.judge(&at(60)), Err(HandoverError::TooFast { .. })));
+        assert!(matches!(policy.judge(&at(60)), Err(LocalMigrationError::TooFast { .. })));
     }
 }

@@ -1,4 +1,4 @@
-//! Facts about the virtual machine that a checkpoint records and a restore needs.
+//! Facts about the VM that a checkpoint records and a restore needs.
 
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -10,7 +10,7 @@ const MAX_MACHINE_TYPES: usize = 4096;
 
 #[derive(Debug, Error)]
 #[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
-pub enum MachineError {
+pub enum MachineTypeError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
     #[error("this QEMU has no machine type `{name}`; see `qemu-system-x86_64 -machine help`")]
@@ -53,7 +53,7 @@ impl Accelerator {
 
 /// What a VM is built of, as far as a restore must rebuild it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MachineFacts {
+pub struct VmFacts {
     /// QEMU's version.
     pub qemu: QemuVersion,
     /// Versioned machine type, e.g. `pc-i440fx-10.0`.
@@ -70,16 +70,16 @@ pub struct MachineFacts {
     pub plugged_bytes: u64,
     /// What runs the guest's code.
     pub accelerator: Accelerator,
-    /// Why QEMU itself says that this machine cannot be migrated; empty if it can.
+    /// Why QEMU itself says that this VM cannot be migrated; empty if it can.
     pub migration_blockers: Vec<String>,
 }
 
-impl MachineFacts {
+impl VmFacts {
     /// Asks QEMU.
     ///
     /// # Errors
     /// When QEMU does not answer, or lacks something that all supported versions have.
-    pub async fn read(qmp: &Qmp) -> Result<Self, MachineError> {
+    pub async fn read(qmp: &Qmp) -> Result<Self, MachineTypeError> {
         let machine_type = machine_type(qmp).await?;
         let types = machine_types(qmp).await?;
         let own = types.iter().find(|known| known.name == machine_type);
@@ -109,7 +109,7 @@ pub struct Composition {
     /// Bytes.
     base_memory: u64,
     plugged_memory: u64,
-    /// Why QEMU says that this machine cannot be migrated now.
+    /// Why QEMU says that this VM cannot be migrated now.
     pub migration_blockers: Vec<String>,
 }
 
@@ -164,7 +164,7 @@ async fn ram_backend(qmp: &Qmp) -> Result<Option<String>, QmpError> {
             let id = reply.as_str().and_then(|path| path.rsplit('/').next()).filter(|id| !id.is_empty());
             Ok(id.map(Into::into))
         }
-        // Some machines (`none`, microvm variants) lack the property.
+        // Some VMs (`none`, microvm variants) lack the property.
         Err(error) if error.is_refusal() => Ok(None),
         Err(error) => Err(error),
     }
@@ -179,7 +179,7 @@ fn strings(value: &Value) -> Vec<String> {
     list.iter().filter_map(|item| item.as_str().map(Into::into)).collect()
 }
 
-/// The machine types of this QEMU; works on a `-machine none` one too, so before the real machine exists.
+/// The machine types of this QEMU; works on a `-machine none` one too, so before the real VM exists.
 ///
 /// # Errors
 /// When QEMU does not answer.
@@ -205,12 +205,12 @@ fn parse_machine_type(row: &Value) -> Option<MachineType> {
 ///
 /// # Errors
 /// When there is no type of that name, or no default.
-pub fn resolve<'a>(types: &'a [MachineType], name: Option<&str>) -> Result<&'a MachineType, MachineError> {
+pub fn resolve<'a>(types: &'a [MachineType], name: Option<&str>) -> Result<&'a MachineType, MachineTypeError> {
     let Some(name) = name else {
-        return types.iter().find(|known| known.is_default).ok_or(MachineError::NoDefault);
+        return types.iter().find(|known| known.is_default).ok_or(MachineTypeError::NoDefault);
     };
     let found = types.iter().find(|known| known.name == name || known.alias.as_deref() == Some(name));
-    found.ok_or_else(|| MachineError::UnknownType { name: name.into() })
+    found.ok_or_else(|| MachineTypeError::UnknownType { name: name.into() })
 }
 
 #[cfg(test)]

@@ -1,11 +1,9 @@
-//! Byte for byte: what a stream brings back is what the machine was, stopped or running, and whichever engine took the checkpoint before.
+//! Byte for byte: what a stream brings back is what the VM was, stopped or running, and whichever engine took the checkpoint before.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use stillpoint_tests::{
-    Lab, QmpClient, Random, Recipe, Scribbled, Scribbles, TestMachine, newest_qemu, on_each_qemu, stream_modes, thorough,
-};
+use stillpoint_tests::{Lab, QmpClient, Random, Recipe, Scribbled, Scribbles, TestVm, newest_qemu, on_each_qemu, stream_modes, thorough};
 
 const ACTIONS: usize = 14;
 
@@ -15,10 +13,10 @@ fn modes(qemu: &Path) -> impl Iterator<Item = &'static str> {
     others.chain(["stopped"])
 }
 
-fn attached<'lab>(lab: &'lab Lab, seed: u64, mode: &str) -> TestMachine<'lab> {
-    let machine = lab.start_plain("p", &Recipe::scribbler(seed as u32));
-    machine.attach_plain(&["--stream", mode]);
-    machine
+fn attached<'lab>(lab: &'lab Lab, seed: u64, mode: &str) -> TestVm<'lab> {
+    let vm = lab.start_plain("p", &Recipe::scribbler(seed as u32));
+    vm.attach_plain(&["--stream", mode]);
+    vm
 }
 
 /// A guest that its owner has stopped is read from QEMU's memory, whatever stream is wanted.
@@ -58,8 +56,8 @@ fn stopped_guests_are_what_they_were_with_a_fresh_seed() {
 fn engines_may_be_switched_at_any_checkpoint() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start("p", &Recipe::scribbler(11));
-        let mut scribbled = Scribbled::new(&lab, machine, 11);
+        let vm = lab.start("p", &Recipe::scribbler(11));
+        let mut scribbled = Scribbled::new(&lab, vm, 11);
         let mut last = None;
         for engine in ["tracker", "stream", "tracker", "stream", "tracker", "tracker", "stream", "stream"] {
             let outcome = scribbled.checkpoint_with(&["--engine", engine]);
@@ -82,8 +80,8 @@ struct Writes {
 const BLOCK: u64 = 4096;
 
 impl Writes {
-    fn new(machine: &TestMachine) -> Self {
-        Self { disks: ["cow", "odd"].map(|drive| (drive, machine.disk(drive))) }
+    fn new(vm: &TestVm) -> Self {
+        Self { disks: ["cow", "odd"].map(|drive| (drive, vm.disk(drive))) }
     }
 
     /// Disk, offset and byte of the write `number`.
@@ -106,7 +104,7 @@ impl Writes {
 
     /// Each disk of the restored VM holds all writes up to one that was made during the checkpoint, and none after it. Each by itself:
     /// unlike a guest, the test's monitor writes in the pause, too, between the commands that hold one disk and the next.
-    fn assert_instant(&mut self, restored: &TestMachine, during: std::ops::Range<u64>) {
+    fn assert_instant(&mut self, restored: &TestVm, during: std::ops::Range<u64>) {
         for (disk, drive) in ["cow", "odd"].into_iter().enumerate() {
             let found = restored.disk(drive);
             let mut number = during.start;
@@ -123,16 +121,16 @@ impl Writes {
 
 /// A checkpoint while blocks are written; the numbers of the writes that were made meanwhile. Not where QEMU migrates: it gives its disks
 /// away in the pause, and asserts that nobody writes then, as no guest does (`unprepared layouts` has guests that do all the rest).
-fn checkpoint_while_written(machine: &TestMachine, mode: &str, writes: &Writes, next: &AtomicU64) -> (String, std::ops::Range<u64>) {
-    let mut monitor = machine.qmp();
+fn checkpoint_while_written(vm: &TestVm, mode: &str, writes: &Writes, next: &AtomicU64) -> (String, std::ops::Range<u64>) {
+    let mut monitor = vm.qmp();
     let begin = next.load(Ordering::SeqCst);
     if ["pre-copy", "stopped"].contains(&mode) {
         (0..20).for_each(|_| writes.write(next.fetch_add(1, Ordering::SeqCst), &mut monitor));
         let end = next.load(Ordering::SeqCst);
-        return (machine.checkpoint().name, end..end);
+        return (vm.checkpoint().name, end..end);
     }
     let taken = std::thread::scope(|scope| {
-        let checkpoint = scope.spawn(|| machine.checkpoint());
+        let checkpoint = scope.spawn(|| vm.checkpoint());
         while !checkpoint.is_finished() {
             writes.write(next.fetch_add(1, Ordering::SeqCst), &mut monitor);
         }
@@ -144,17 +142,17 @@ fn checkpoint_while_written(machine: &TestMachine, mode: &str, writes: &Writes, 
 fn one_instant(qemu: &Path, mode: &str) {
     let lab = Lab::new(qemu);
     let seed = 23;
-    let machine = attached(&lab, seed, mode);
+    let vm = attached(&lab, seed, mode);
     std::thread::sleep(Duration::from_secs(3));
-    let mut writes = Writes::new(&machine);
+    let mut writes = Writes::new(&vm);
     let next = AtomicU64::new(0);
     let taken: Vec<_> = (0..3)
         .map(|_| {
             std::thread::sleep(Duration::from_millis(300));
-            checkpoint_while_written(&machine, mode, &writes, &next)
+            checkpoint_while_written(&vm, mode, &writes, &next)
         })
         .collect();
-    machine.kill();
+    vm.kill();
     let mut applied = 0;
     for (checkpoint, during) in &taken {
         let restored = lab.restore(checkpoint, "back", &["--paused"]);
@@ -173,19 +171,19 @@ fn one_instant(qemu: &Path, mode: &str) {
 }
 
 #[test]
-fn a_running_machine_is_caught_at_one_instant() {
+fn a_running_vm_is_caught_at_one_instant() {
     on_each_qemu(|qemu| modes(qemu).for_each(|mode| one_instant(qemu, mode)));
 }
 
 /// The same for the other engine, and so for this test itself.
 #[test]
-fn a_tracked_machine_is_caught_at_one_instant() {
+fn a_tracked_vm_is_caught_at_one_instant() {
     let lab = Lab::new(&newest_qemu());
-    let machine = lab.start("p", &Recipe::scribbler(31));
+    let vm = lab.start("p", &Recipe::scribbler(31));
     std::thread::sleep(Duration::from_secs(3));
-    let mut writes = Writes::new(&machine);
-    let (checkpoint, during) = checkpoint_while_written(&machine, "tracker", &writes, &AtomicU64::new(0));
-    machine.kill();
+    let mut writes = Writes::new(&vm);
+    let (checkpoint, during) = checkpoint_while_written(&vm, "tracker", &writes, &AtomicU64::new(0));
+    vm.kill();
     let restored = lab.restore(&checkpoint, "back", &["--paused"]);
     let wrong = Scribbles::new(31).differences(&mut restored.qmp());
     assert!(wrong.is_empty(), "{} pages are not of the checkpoint's instant: {:?}", wrong.len(), &wrong[..wrong.len().min(8)]);

@@ -1,8 +1,8 @@
-//! The RAM of a VM: QEMU's RAM blocks as regions of the tracker.
+//! The RAM of a VM: QEMU's RAM blocks as RAM blocks of the tracker.
 
 use crate::error::refused;
 use anyhow::{Context, Result};
-use dirty_tracker::{GuestMemory, PluginHandles, Region, RegionMemory, Tracker};
+use dirty_tracker::{BlockMemory, GuestMemory, PluginHandles, TrackedBlock, Tracker};
 use qmp_bridge::devices::GuestDevice;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::{Qmp, devices, host_finder, ramblock};
@@ -29,8 +29,8 @@ pub async fn watch(qmp: &Qmp, handles: Option<PluginHandles>, main: &str) -> Res
 
 async fn track(qmp: &Qmp, handles: PluginHandles, main: &str) -> Result<(Vec<RamBlock>, Arc<Mutex<Tracker>>)> {
     let blocks = ram_blocks(qmp, &handles, main).await?;
-    let regions = regions(&handles, &blocks, main)?;
-    let mut tracker = Tracker::attach(handles, regions).context("tracking the guest's memory")?;
+    let tracked_blocks = tracked_blocks(&handles, &blocks, main)?;
+    let mut tracker = Tracker::attach(handles, tracked_blocks).context("tracking the guest's memory")?;
     if has_balloon(qmp).await? {
         tracker.watch_holes().context("watching for pages that the balloon gives back")?;
     }
@@ -46,7 +46,7 @@ async fn has_balloon(qmp: &Qmp) -> Result<bool> {
 async fn ram_blocks(qmp: &Qmp, handles: &PluginHandles, main: &str) -> Result<Vec<RamBlock>> {
     let mut blocks = whole_blocks(qmp).await?;
     if !blocks.iter().any(|block| block.name == main) {
-        return Err(refused(format!("QEMU has no RAM block '{main}'; was this machine started by 'stillpoint run'?")));
+        return Err(refused(format!("QEMU has no RAM block '{main}'; was this VM started by 'stillpoint run'?")));
     }
     if blocks.iter().any(|block| block.host.is_none()) {
         let maps = handles.maps_text()?;
@@ -84,34 +84,34 @@ pub async fn can_track(qmp: &Qmp, socket: PathBuf, qemu: u32, main: &str) -> Res
     let handles = connect.await.context("connecting to the plugin was cut off")??;
     handles.uffd()?;
     let blocks = ram_blocks(qmp, &handles, main).await?;
-    let regions = regions(&handles, &blocks, main)?;
+    let tracked_blocks = tracked_blocks(&handles, &blocks, main)?;
     if has_balloon(qmp).await? {
-        Tracker::can_watch_holes(&regions)?;
+        Tracker::can_watch_holes(&tracked_blocks)?;
     }
     Ok(())
 }
 
-fn regions(handles: &PluginHandles, blocks: &[RamBlock], main: &str) -> Result<Vec<Region>> {
-    blocks.iter().map(|block| region(handles, block, main)).collect()
+fn tracked_blocks(handles: &PluginHandles, blocks: &[RamBlock], main: &str) -> Result<Vec<TrackedBlock>> {
+    blocks.iter().map(|block| tracked_block(handles, block, main)).collect()
 }
 
-fn region(handles: &PluginHandles, block: &RamBlock, main: &str) -> Result<Region> {
+fn tracked_block(handles: &PluginHandles, block: &RamBlock, main: &str) -> Result<TrackedBlock> {
     let host_address = block.host.with_context(|| format!("the address of RAM block {} is unknown", block.name))?;
-    let memory = if block.name == main { main_memory(handles, host_address, main)? } else { RegionMemory::Private };
-    Ok(Region { name: block.name.clone(), host_address, bytes: block.used, memory })
+    let memory = if block.name == main { main_memory(handles, host_address, main)? } else { BlockMemory::Private };
+    Ok(TrackedBlock { name: block.name.clone(), host_address, bytes: block.used, memory })
 }
 
 /// The guest's own RAM: the file that we gave QEMU; or one that QEMU made itself; or memory without a file.
-fn main_memory(handles: &PluginHandles, host_address: u64, main: &str) -> Result<RegionMemory> {
+fn main_memory(handles: &PluginHandles, host_address: u64, main: &str) -> Result<BlockMemory> {
     if let Some(given) = handles.ram(main)? {
-        return Ok(RegionMemory::Shared(given));
+        return Ok(BlockMemory::Shared(given));
     }
     let maps = handles.maps()?;
     let mapping = maps.iter().find(|mapping| mapping.addresses().contains(&host_address));
     let mapping = mapping.with_context(|| format!("nothing is mapped where QEMU has its RAM block {main}"))?;
     if mapping.shared {
         let file = own_file(handles.pid(), mapping.inode, &mapping.path)?;
-        return Ok(RegionMemory::Shared(GuestMemory::from_fd(main, file.into())?));
+        return Ok(BlockMemory::Shared(GuestMemory::from_fd(main, file.into())?));
     }
     if mapping.inode != 0 {
         return Err(refused(format!(
@@ -119,7 +119,7 @@ fn main_memory(handles: &PluginHandles, host_address: u64, main: &str) -> Result
             mapping.path
         )));
     }
-    Ok(RegionMemory::Private)
+    Ok(BlockMemory::Private)
 }
 
 /// A memory file that QEMU has open and mapped. It has no path of its own.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{BitmapMap, HandoverError};
+use super::{BitmapMap, LocalMigrationError};
 use crate::qmp::{Qmp, QmpError};
 
 /// As fast as it goes; a socket on one host has no neighbours to spare.
@@ -17,13 +17,13 @@ const BITMAP_MAPPING: &str = "block-bitmap-mapping";
 /// Parameters that a move sets; one that QEMU does not list does not exist in it.
 const PARAMETERS: [&str; 6] = ["max-bandwidth", "downtime-limit", "tls-creds", "mode", "avail-switchover-bandwidth", BITMAP_MAPPING];
 
-/// No return path: after a migration that failed QEMU 7.2 goes on to announce one in each later stream (seen). We ask the
+/// No return path: after a migration that failed QEMU 7.2 continues to announce one in each later stream (seen). We ask the
 /// destination ourselves whether it has everything.
 const SOURCE: [&str; 2] = ["events", "pause-before-switchover"];
 const DESTINATION: [&str; 2] = ["events", "late-block-activate"];
 const BITMAPS: &str = "dirty-bitmaps";
 
-/// What the source had, to be put back if it goes on.
+/// What the source had, to be put back if it continues.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Found {
     capabilities: BTreeMap<String, bool>,
@@ -59,7 +59,7 @@ impl Found {
 }
 
 /// `found` is the source's, whose list of names decides what is there to be turned off.
-pub(super) async fn apply_to_source(qmp: &Qmp, found: &Found, bitmaps: &BitmapMap, downtime_ms: u64) -> Result<(), HandoverError> {
+pub(super) async fn apply_to_source(qmp: &Qmp, found: &Found, bitmaps: &BitmapMap, downtime_ms: u64) -> Result<(), LocalMigrationError> {
     apply_capabilities(qmp, &found.capabilities, &SOURCE, bitmaps).await?;
     let wanted = [
         ("max-bandwidth", json!(BANDWIDTH)),
@@ -78,7 +78,7 @@ pub(super) async fn apply_to_source(qmp: &Qmp, found: &Found, bitmaps: &BitmapMa
     Ok(set_parameters(qmp, parameters).await?)
 }
 
-pub(super) async fn apply_to_destination(qmp: &Qmp, bitmaps: &BitmapMap) -> Result<(), HandoverError> {
+pub(super) async fn apply_to_destination(qmp: &Qmp, bitmaps: &BitmapMap) -> Result<(), LocalMigrationError> {
     apply_capabilities(qmp, &capabilities(qmp).await?, &DESTINATION, bitmaps).await?;
     if !bitmaps.is_empty() {
         let parameters = Map::from_iter([(BITMAP_MAPPING.to_owned(), bitmaps.for_destination())]);
@@ -92,10 +92,10 @@ async fn apply_capabilities(
     found: &BTreeMap<String, bool>,
     wanted: &[&'static str],
     bitmaps: &BitmapMap,
-) -> Result<(), HandoverError> {
+) -> Result<(), LocalMigrationError> {
     let wanted = || wanted.iter().copied().chain((!bitmaps.is_empty()).then_some(BITMAPS));
     if let Some(name) = wanted().find(|name| !found.contains_key(*name)) {
-        return Err(HandoverError::Missing { version: qmp.version().to_string(), name });
+        return Err(LocalMigrationError::Missing { version: qmp.version().to_string(), name });
     }
     let states = found.iter().map(|(name, now)| (name.as_str(), *now, wanted().any(|wanted| wanted == name)));
     let changes = states.filter(|(_, now, then)| now != then).map(|(name, _, then)| (name, then));

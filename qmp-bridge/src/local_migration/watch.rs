@@ -99,8 +99,8 @@ impl Events {
         Self(qmp.events())
     }
 
-    pub(super) async fn next(&mut self, patience: Duration) -> Happened {
-        let deadline = tokio::time::Instant::now() + patience;
+    pub(super) async fn next(&mut self, timeout: Duration) -> Happened {
+        let deadline = tokio::time::Instant::now() + timeout;
         loop {
             let event = match tokio::time::timeout_at(deadline, self.0.recv()).await {
                 Ok(Ok(event)) => event,

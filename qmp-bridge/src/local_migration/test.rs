@@ -1,4 +1,4 @@
-//! The handover against scripted peers: what each side is told, in which order, and the way back from every point.
+//! The local migration against scripted peers: what each side is told, in which order, and the way back from every point.
 
 use std::collections::VecDeque;
 
@@ -81,7 +81,7 @@ async fn settings_go_back_to_what_was_found() {
 async fn a_source_that_ends_is_told_from_one_that_fails() {
     let (qmp, peer, _directory) = pair().await;
     drop(peer);
-    assert!(matches!(take_back(&qmp, None).await, Err(HandoverError::SourceEnded)));
+    assert!(matches!(take_back(&qmp, None).await, Err(LocalMigrationError::SourceEnded)));
 }
 
 #[tokio::test]
@@ -90,8 +90,8 @@ async fn a_running_migration_is_not_disturbed() {
     let (destination, other, _two) = pair().await;
     let peer = tokio::spawn(serve(peer, turns(&["running"]), turns(&["active"])));
     let other = tokio::spawn(serve(other, turns(&["inmigrate"]), turns(&["none"])));
-    let begun = Handover::begin(&source, &destination, &Found::default(), &BitmapMap::default(), Path::new("/s")).await;
-    assert!(matches!(begun, Err(HandoverError::Busy { status }) if status == "active"));
+    let begun = LocalMigration::begin(&source, &destination, &Found::default(), &BitmapMap::default(), Path::new("/s")).await;
+    assert!(matches!(begun, Err(LocalMigrationError::Busy { status }) if status == "active"));
     drop((source, destination));
     assert!(peer.await.expect("peer").is_empty() && other.await.expect("peer").is_empty());
 }
@@ -103,9 +103,9 @@ async fn a_qemu_without_the_capability_is_refused_before_it_is_changed() {
     let peer = tokio::spawn(serve(peer, turns(&["running"]), turns(&["none"])));
     let other = tokio::spawn(serve(other, turns(&["inmigrate"]), turns(&["none"])));
     let found = Found::read(&source).await.expect("read");
-    let begun = Handover::begin(&source, &destination, &found, &BitmapMap::default(), Path::new("/s")).await;
+    let begun = LocalMigration::begin(&source, &destination, &found, &BitmapMap::default(), Path::new("/s")).await;
     // The scripted one has no late-block-activate.
-    assert!(matches!(begun, Err(HandoverError::Missing { name: "late-block-activate", .. })), "{begun:?}");
+    assert!(matches!(begun, Err(LocalMigrationError::Missing { name: "late-block-activate", .. })), "{begun:?}");
     drop((source, destination));
     assert!(peer.await.expect("peer").is_empty() && other.await.expect("peer").is_empty());
 }

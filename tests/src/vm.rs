@@ -1,6 +1,6 @@
-//! One machine under test: its guest, and the helper beside it. Started by `stillpoint run`, restored, or plain: by QEMU alone.
+//! One VM under test: its guest, and the helper beside it. Started by `stillpoint run`, restored, or plain: by QEMU alone.
 
-use crate::guest::{Guest, PATIENCE};
+use crate::guest::{Guest, TIMEOUT};
 use crate::lab::{Lab, Ran};
 use crate::process::{self, Pid, wait_until};
 use crate::recipe::Recipe;
@@ -12,16 +12,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// Ended when dropped.
-pub struct TestMachine<'lab> {
+pub struct TestVm<'lab> {
     pub(crate) guest: Guest,
-    /// What `stillpoint restore --json` or `stillpoint adopt --json` said; null for a machine that was started.
+    /// What `stillpoint restore --json` or `stillpoint adopt --json` said; null for a VM that was started.
     pub report: Value,
     pub(crate) lab: &'lab Lab,
     /// None when `stillpoint restore` started it.
     child: Option<Child>,
 }
 
-impl Deref for TestMachine<'_> {
+impl Deref for TestVm<'_> {
     type Target = Guest;
 
     fn deref(&self) -> &Guest {
@@ -29,7 +29,7 @@ impl Deref for TestMachine<'_> {
     }
 }
 
-impl<'lab> TestMachine<'lab> {
+impl<'lab> TestVm<'lab> {
     fn new(lab: &'lab Lab, name: &str, directory: PathBuf) -> Self {
         let runtime = lab.runtime().join(name);
         let logs = vec![directory.join("qemu.out"), runtime.join("qemu.log"), runtime.join("helper.log")];
@@ -37,25 +37,25 @@ impl<'lab> TestMachine<'lab> {
     }
 
     pub(crate) fn start(lab: &'lab Lab, name: &str, recipe: &Recipe, environment: &[(&str, &str)]) -> Self {
-        let mut machine = Self::furnished(lab, name, recipe);
+        let mut vm = Self::furnished(lab, name, recipe);
         let mut command = lab.command(&["run", "--name", name, "--"]);
         command.args(recipe.command_line(&lab.qemu)).envs(environment.iter().copied());
-        machine.spawn(command);
-        machine.wait_for("QEMU's plugin", |machine| machine.peer().is_some());
-        machine
+        vm.spawn(command);
+        vm.wait_for("QEMU's plugin", |vm| vm.peer().is_some());
+        vm
     }
 
     /// QEMU as anybody starts it: no launcher, no plugin, no helper, and RAM as the recipe says.
     pub(crate) fn start_plain(lab: &'lab Lab, name: &str, recipe: &Recipe) -> Self {
-        let mut machine = Self::furnished(lab, name, recipe);
+        let mut vm = Self::furnished(lab, name, recipe);
         let words = recipe.plain_command_line(&lab.qemu);
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]);
-        machine.spawn(command);
+        vm.spawn(command);
         // The last one that it opens; nobody connects to it but the helper.
-        let monitor = machine.directory.join("qmp.sock");
-        machine.wait_for("QEMU's monitor", |_| monitor.exists());
-        machine
+        let monitor = vm.directory.join("qmp.sock");
+        vm.wait_for("QEMU's monitor", |_| monitor.exists());
+        vm
     }
 
     fn furnished(lab: &'lab Lab, name: &str, recipe: &Recipe) -> Self {
@@ -82,18 +82,18 @@ impl<'lab> TestMachine<'lab> {
         }
         words.extend(more);
         let ran = lab.run(&words);
-        let mut machine = Self::new(lab, new_name, directory.clone());
-        match machine.peer() {
+        let mut vm = Self::new(lab, new_name, directory.clone());
+        match vm.peer() {
             // Even after a failure, so that it is ended.
-            Some(pid) => machine.guest.qemu = pid,
+            Some(pid) => vm.guest.qemu = pid,
             None => assert_ne!(ran.code, 0, "restore succeeded, but no QEMU answers"),
         }
-        machine.report = ran.expect_success().json();
-        machine
+        vm.report = ran.expect_success().json();
+        vm
     }
 
     fn wait_for(&self, what: &str, mut up: impl FnMut(&Self) -> bool) {
-        let up = wait_until(PATIENCE, || up(self) || !self.qemu_runs());
+        let up = wait_until(TIMEOUT, || up(self) || !self.qemu_runs());
         assert!(up && self.qemu_runs(), "{} did not start, {what} does not answer: {}", self.name, self.said());
     }
 
@@ -184,7 +184,7 @@ impl<'lab> TestMachine<'lab> {
     }
 }
 
-impl Drop for TestMachine<'_> {
+impl Drop for TestVm<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("--- {} has said:\n{}\n---", self.name, self.said());

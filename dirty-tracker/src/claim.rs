@@ -4,9 +4,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use checkpoint_format::{DurableReceipt, PageCount, PageSet};
 
-use crate::region::RegionId;
+use crate::block::BlockId;
 
-/// Pages that were taken from the kernel and given back, by region; the next lease gets them first.
+/// Pages that were taken from the kernel and given back, by RAM block; the next claim gets them first.
 #[derive(Debug)]
 pub(crate) struct Pending(Mutex<Vec<PageSet>>);
 
@@ -24,21 +24,21 @@ impl Pending {
 /// The dirty pages that a checkpoint has taken, and owes.
 ///
 /// A scan that protects also forgets: from that moment nobody but the taker knows which pages were written. If the
-/// checkpoint then fails, the next one would miss them, and a restore would bring back a machine that never existed. So the
-/// pages are a loan. Whatever way a checkpoint ends - an error, a cancelled task, a panic - dropping the lease gives them
-/// back, and the next lease has them again. The only way to keep them is [`Self::settle`], which asks for the receipt that
+/// checkpoint then fails, the next one would miss them, and a restore would bring back a VM that never existed. So the
+/// pages are a loan. Whatever way a checkpoint ends - an error, a cancelled task, a panic - dropping the claim gives them
+/// back, and the next claim has them again. The only way to keep them is [`Self::acknowledge`], which asks for the receipt that
 /// the store makes when the checkpoint is durable: not written, durable.
 ///
-/// It covers this process only. When the process dies with a lease, the pages are lost, and its successor must compare all
-/// of memory with the last durable checkpoint: a new tracker's first lease therefore has every page.
+/// It covers this process only. When the process dies with a claim, the pages are lost, and its successor must compare all
+/// of memory with the last durable checkpoint: a new tracker's first claim therefore has every page.
 #[derive(Debug)]
-#[must_use = "dropping a lease gives its pages back"]
-pub struct DirtyLease {
+#[must_use = "dropping a claim gives its pages back"]
+pub struct DirtyClaim {
     taken: Vec<PageSet>,
     pending: Arc<Pending>,
 }
 
-impl DirtyLease {
+impl DirtyClaim {
     pub(crate) fn new(pending: &Arc<Pending>) -> Self {
         let taken = pending.sets().iter().map(|set| PageSet::new(set.len())).collect();
         Self { taken, pending: Arc::clone(pending) }
@@ -48,18 +48,18 @@ impl DirtyLease {
         Arc::ptr_eq(&self.pending, pending)
     }
 
-    pub(crate) fn add(&mut self, region: usize, pages: &PageSet) {
-        if let Some(taken) = self.taken.get_mut(region) {
+    pub(crate) fn add(&mut self, block: usize, pages: &PageSet) {
+        if let Some(taken) = self.taken.get_mut(block) {
             taken.union_with(pages);
         }
     }
 
-    /// All pages of a region taken so far; `None` for a region of another tracker.
-    pub fn pages(&self, region: RegionId) -> Option<&PageSet> {
-        self.taken.get(region.index())
+    /// All pages of a RAM block taken so far; `None` for a RAM block of another tracker.
+    pub fn pages(&self, block: BlockId) -> Option<&PageSet> {
+        self.taken.get(block.index())
     }
 
-    /// Pages taken so far, in all regions.
+    /// Pages taken so far, in all RAM blocks.
     pub fn count(&self) -> PageCount {
         PageCount(self.taken.iter().map(|pages| pages.count().0).sum())
     }
@@ -70,9 +70,9 @@ impl DirtyLease {
     }
 
     /// Keeps the pages: the checkpoint that has them is durable.
-    pub fn settle(mut self, receipt: &dyn DurableReceipt) {
+    pub fn acknowledge(mut self, receipt: &dyn DurableReceipt) {
         let (vm, checkpoint) = receipt.checkpoint();
-        tracing::debug!(%vm, %checkpoint, pages = %self.count(), "dirty lease settled");
+        tracing::debug!(%vm, %checkpoint, pages = %self.count(), "dirty claim acknowledged");
         self.taken.clear();
     }
 
@@ -80,9 +80,9 @@ impl DirtyLease {
     pub fn give_back(self) {}
 }
 
-impl Drop for DirtyLease {
+impl Drop for DirtyClaim {
     fn drop(&mut self) {
-        // `settle` has emptied `taken`: then there is nothing to return.
+        // `acknowledge` has emptied `taken`: then there is nothing to return.
         for (pending, taken) in self.pending.sets().iter_mut().zip(&self.taken) {
             pending.union_with(taken);
         }
@@ -92,13 +92,13 @@ impl Drop for DirtyLease {
 #[cfg(test)]
 mod test {
     use super::*;
-    use checkpoint_format::{CheckpointSeq, PageIndex, VmName};
+    use checkpoint_format::{CheckpointId, PageIndex, VmName};
 
     struct Receipt(VmName);
 
     impl DurableReceipt for Receipt {
-        fn checkpoint(&self) -> (&VmName, CheckpointSeq) {
-            (&self.0, CheckpointSeq(1))
+        fn checkpoint(&self) -> (&VmName, CheckpointId) {
+            (&self.0, CheckpointId(1))
         }
     }
 
@@ -113,30 +113,30 @@ mod test {
     }
 
     #[test]
-    fn dropped_pages_come_back_settled_ones_do_not() {
+    fn dropped_pages_come_back_acknowledged_ones_do_not() {
         let pending = pending();
-        let mut lease = DirtyLease::new(&pending);
-        lease.add(1, &one_page(3));
-        lease.add(1, &one_page(4));
-        assert_eq!(lease.count(), PageCount(2));
-        drop(lease);
+        let mut claim = DirtyClaim::new(&pending);
+        claim.add(1, &one_page(3));
+        claim.add(1, &one_page(4));
+        assert_eq!(claim.count(), PageCount(2));
+        drop(claim);
         assert!(pending.sets()[0].is_empty());
         assert_eq!(pending.sets()[1].count(), PageCount(2));
 
         pending.sets()[1].clear();
-        let mut lease = DirtyLease::new(&pending);
-        lease.add(0, &one_page(9));
-        lease.settle(&Receipt("vm".parse().unwrap()));
+        let mut claim = DirtyClaim::new(&pending);
+        claim.add(0, &one_page(9));
+        claim.acknowledge(&Receipt("vm".parse().unwrap()));
         assert!(pending.sets().iter().all(PageSet::is_empty));
     }
 
     #[test]
     fn a_panic_gives_the_pages_back() {
         let pending = pending();
-        let mut lease = DirtyLease::new(&pending);
-        lease.add(0, &one_page(5));
+        let mut claim = DirtyClaim::new(&pending);
+        claim.add(0, &one_page(5));
         let result = std::thread::spawn(move || {
-            let _held = lease;
+            let _held = claim;
             panic!("as a failing checkpoint might");
         })
         .join();

@@ -1,4 +1,4 @@
-//! Moving a running machine from one QEMU into another on the same host: a live migration over a unix socket whose last
+//! Moving a running VM from one QEMU into another on the same host: a live migration over a unix socket whose last
 //! step waits for us.
 //!
 //! ```text
@@ -6,10 +6,10 @@
 //! Handover::begin      settings on both sides; memory begins to flow while the guest runs
 //! Handover::switchover the source has stopped the guest, and waits
 //! Handover::complete   rest of memory, devices; both sides say `completed`; the source has given its disks away
-//! ------------------   here the caller decides which machine goes on
+//! ------------------   here the caller decides which VM continues
 //! Handover::resume     the destination takes the disks, and the guest runs there
 //! ```
-//! Until the decision [`take_back`] lets the source go on, from whatever point; the destination must be dead by then. The
+//! Until the decision [`take_back`] lets the source continue, from whatever point; the destination must be dead by then. The
 //! destination has `late-block-activate`, so it takes no lock on an image and writes to none before it is told to run.
 
 mod bitmaps;
@@ -25,7 +25,7 @@ use futures::FutureExt;
 use serde_json::{Value, json};
 
 pub use bitmaps::BitmapMap;
-pub use error::HandoverError;
+pub use error::LocalMigrationError;
 pub use settings::Found;
 pub use watch::State;
 
@@ -45,9 +45,9 @@ const CANCEL: Duration = Duration::from_secs(60);
 /// From this version on QEMU can report a failed load instead of ending.
 const EXIT_ON_ERROR_SINCE: (u32, u32) = (9, 1);
 
-/// A machine on its way.
+/// A VM on its way.
 #[derive(Debug)]
-pub struct Handover {
+pub struct LocalMigration {
     source: Qmp,
     destination: Qmp,
     source_events: Events,
@@ -55,7 +55,7 @@ pub struct Handover {
     suspends: EventWatch,
     policy: Policy,
     stopped: Option<Instant>,
-    /// The source waited for us; we let it go on; both sides had completed.
+    /// The source waited for us; we let it continue; both sides had completed.
     waited: Option<Instant>,
     continued: Option<Instant>,
     completed: Option<Instant>,
@@ -74,17 +74,23 @@ pub struct Downtime {
 ///
 /// # Errors
 /// When a migration is under way, or QEMU does not answer.
-pub async fn check_idle(source: &Qmp) -> Result<(), HandoverError> {
+pub async fn check_idle(source: &Qmp) -> Result<(), LocalMigrationError> {
     let state = State::query(source).await?;
-    if state.is_under_way() { Err(HandoverError::Busy { status: state.status }) } else { Ok(()) }
+    if state.is_under_way() { Err(LocalMigrationError::Busy { status: state.status }) } else { Ok(()) }
 }
 
-impl Handover {
+impl LocalMigration {
     /// Sets up both sides and starts the flow. The destination waits with `-incoming defer`, `-S`; `socket` is its to make.
     ///
     /// # Errors
     /// When one of the two refuses the migration's settings or its start.
-    pub async fn begin(source: &Qmp, destination: &Qmp, found: &Found, bitmaps: &BitmapMap, socket: &Path) -> Result<Self, HandoverError> {
+    pub async fn begin(
+        source: &Qmp,
+        destination: &Qmp,
+        found: &Found,
+        bitmaps: &BitmapMap,
+        socket: &Path,
+    ) -> Result<Self, LocalMigrationError> {
         let suspends = source.watch(&["SUSPEND"]);
         check_idle(source).await?;
         if run_state(source).await? == "suspended" {
@@ -119,7 +125,7 @@ impl Handover {
     ///
     /// # Errors
     /// When the migration fails or makes no progress. The VM still runs in the source.
-    pub async fn switchover(&mut self, mut tell: impl FnMut(u64, u64)) -> Result<(), HandoverError> {
+    pub async fn switchover(&mut self, mut tell: impl FnMut(u64, u64)) -> Result<(), LocalMigrationError> {
         let mut moved = (0, Instant::now());
         while self.waited.is_none() {
             match self.source_events.next(LOOK).await {
@@ -133,11 +139,11 @@ impl Handover {
                 }
             }
         }
-        // Should the move fail once it has completed, the source aborts when such a guest is to go on there.
+        // Should the move fail once it has completed, the source aborts when such a guest is to continue there.
         if self.suspends.is_empty() { Ok(()) } else { Err(suspended()) }
     }
 
-    async fn heard(&mut self, status: &str) -> Result<(), HandoverError> {
+    async fn heard(&mut self, status: &str) -> Result<(), LocalMigrationError> {
         match status {
             "pre-switchover" => self.waited = Some(Instant::now()),
             "failed" | "completed" | "cancelled" => return Err(self.why().await),
@@ -146,7 +152,7 @@ impl Handover {
         Ok(())
     }
 
-    async fn look(&mut self, moved: &mut (u64, Instant), tell: &mut impl FnMut(u64, u64)) -> Result<bool, HandoverError> {
+    async fn look(&mut self, moved: &mut (u64, Instant), tell: &mut impl FnMut(u64, u64)) -> Result<bool, LocalMigrationError> {
         self.check_destination()?;
         let state = State::query(&self.source).await.map_err(source_gone)?;
         tell(state.total.saturating_sub(state.remaining), state.total);
@@ -159,7 +165,7 @@ impl Handover {
         if state.sent != moved.0 {
             *moved = (state.sent, Instant::now());
         } else if moved.1.elapsed() > STANDSTILL {
-            return Err(HandoverError::Stuck { status: state.status, after: STANDSTILL });
+            return Err(LocalMigrationError::Stuck { status: state.status, after: STANDSTILL });
         }
         if let Some(limit) = self.policy.judge(&state)? {
             tracing::info!(limit_ms = limit, passes = state.passes, "the guest writes fast; it may be stopped for longer");
@@ -169,9 +175,9 @@ impl Handover {
     }
 
     /// Whether the destination still reads; asks nothing of it, for it is busy.
-    fn check_destination(&self) -> Result<(), HandoverError> {
+    fn check_destination(&self) -> Result<(), LocalMigrationError> {
         match self.destination.closed().now_or_never() {
-            Some(()) => Err(HandoverError::DestinationEnded),
+            Some(()) => Err(LocalMigrationError::DestinationEnded),
             None => Ok(()),
         }
     }
@@ -180,7 +186,7 @@ impl Handover {
     ///
     /// # Errors
     /// When the migration fails. The VM can still be resumed in the source.
-    pub async fn complete(&mut self) -> Result<(), HandoverError> {
+    pub async fn complete(&mut self) -> Result<(), LocalMigrationError> {
         self.check_destination()?;
         let go_on = json!({ "state": "pre-switchover" });
         self.source.execute_json("migrate-continue", go_on).await.map_err(source_gone)?;
@@ -198,7 +204,7 @@ impl Handover {
                 Happened::Status(status) if matches!(status.as_str(), "failed" | "cancelled") => return Err(self.why().await),
                 Happened::Stop(at) if is_source => self.stopped = self.stopped.or(Some(at)),
                 Happened::Nothing if begun.elapsed() > STANDSTILL => {
-                    return Err(HandoverError::Stuck { status: "device".into(), after: STANDSTILL });
+                    return Err(LocalMigrationError::Stuck { status: "device".into(), after: STANDSTILL });
                 }
                 Happened::Nothing => {
                     let qmp = if is_source { &self.source } else { &self.destination };
@@ -217,11 +223,11 @@ impl Handover {
         Ok(())
     }
 
-    /// Lets the destination run: its disks become active, and the guest goes on.
+    /// Lets the destination run: its disks become active, and the guest continues.
     ///
     /// # Errors
     /// When the destination does not run the guest.
-    pub async fn resume(&mut self) -> Result<Downtime, HandoverError> {
+    pub async fn resume(&mut self) -> Result<Downtime, LocalMigrationError> {
         let told = Instant::now();
         self.destination.execute_json("cont", Value::Null).await.map_err(destination_gone)?;
         let replied = Instant::now();
@@ -258,47 +264,47 @@ impl Handover {
     }
 
     /// Why it ended early: a side that is gone, else QEMU's own words.
-    async fn why(&self) -> HandoverError {
+    async fn why(&self) -> LocalMigrationError {
         // A QEMU that could not load ends at once, or says why.
         tokio::time::sleep(PAUSED_LOOK).await;
         let said = match State::query(&self.destination).await {
-            Err(_) => return HandoverError::DestinationEnded,
+            Err(_) => return LocalMigrationError::DestinationEnded,
             Ok(state) => state.why,
         };
         match State::query(&self.source).await {
             Err(error) => source_gone(error),
             Ok(state) => {
                 let why = said.or(state.why).unwrap_or_else(|| "QEMU gives no reason; its log may".into());
-                HandoverError::Failed { status: state.status, why }
+                LocalMigrationError::Failed { status: state.status, why }
             }
         }
     }
 }
 
-fn suspended() -> HandoverError {
-    HandoverError::Failed { status: "pre-switchover".into(), why: "the guest is suspended; wake it, then move it".into() }
+fn suspended() -> LocalMigrationError {
+    LocalMigrationError::Failed { status: "pre-switchover".into(), why: "the guest is suspended; wake it, then move it".into() }
 }
 
-fn source_gone(error: QmpError) -> HandoverError {
+fn source_gone(error: QmpError) -> LocalMigrationError {
     match error {
-        QmpError::Closed { .. } => HandoverError::SourceEnded,
-        other => HandoverError::Qmp(other),
+        QmpError::Closed { .. } => LocalMigrationError::SourceEnded,
+        other => LocalMigrationError::Qmp(other),
     }
 }
 
-fn destination_gone(error: QmpError) -> HandoverError {
+fn destination_gone(error: QmpError) -> LocalMigrationError {
     match error {
-        QmpError::Closed { .. } => HandoverError::DestinationEnded,
-        other => HandoverError::Qmp(other),
+        QmpError::Closed { .. } => LocalMigrationError::DestinationEnded,
+        other => LocalMigrationError::Qmp(other),
     }
 }
 
-/// Lets the source go on, however far it got: ends the migration, makes its disks active again and lets the guest run. The
+/// Lets the source continue, however far it got: ends the migration, makes its disks active again and lets the guest run. The
 /// destination must be dead. Repeatable.
 ///
 /// # Errors
 /// When the source refuses its settings or does not run again.
-pub async fn take_back(source: &Qmp, found: Option<&Found>) -> Result<(), HandoverError> {
+pub async fn take_back(source: &Qmp, found: Option<&Found>) -> Result<(), LocalMigrationError> {
     let begun = Instant::now();
     loop {
         let state = State::query(source).await.map_err(source_gone)?;
@@ -306,7 +312,7 @@ pub async fn take_back(source: &Qmp, found: Option<&Found>) -> Result<(), Handov
             break;
         }
         if begun.elapsed() > CANCEL {
-            return Err(HandoverError::Stuck { status: state.status, after: CANCEL });
+            return Err(LocalMigrationError::Stuck { status: state.status, after: CANCEL });
         }
         if state.status != "cancelling" {
             source.execute_json("migrate_cancel", Value::Null).await.map_err(source_gone)?;
@@ -322,7 +328,7 @@ pub async fn take_back(source: &Qmp, found: Option<&Found>) -> Result<(), Handov
 
 /// QEMU resumes a guest whose migration it cancelled by itself; one whose migration had completed waits for `cont`, which
 /// makes its disks active too.
-async fn go_on(source: &Qmp, begun: Instant) -> Result<(), HandoverError> {
+async fn go_on(source: &Qmp, begun: Instant) -> Result<(), LocalMigrationError> {
     loop {
         match run_state(source).await.map_err(source_gone)?.as_str() {
             // A guest that failed by itself meanwhile is its owner's affair.
@@ -333,7 +339,7 @@ async fn go_on(source: &Qmp, begun: Instant) -> Result<(), HandoverError> {
             }
         }
         if begun.elapsed() > CANCEL {
-            return Err(HandoverError::Stuck { status: "paused".into(), after: CANCEL });
+            return Err(LocalMigrationError::Stuck { status: "paused".into(), after: CANCEL });
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Machines that nobody prepared: plain QEMUs of the shapes that people use, attached by their monitor, checkpointed by QEMU's own
+//! VMs that nobody prepared: plain QEMUs of the shapes that people use, attached by their monitor, checkpointed by QEMU's own
 //! migration stream under load, and brought back.
 //!
 //! Here each shape takes 4 checkpoints, of which 2 are restored. Before a release run them with 20 checkpoints each, of which every fifth

@@ -8,12 +8,12 @@ use std::ptr::NonNull;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 /// Shared anonymous memory (a memory file without a name), unmapped on drop.
-pub struct Scratch {
+pub struct TrialMemory {
     start: NonNull<libc::c_void>,
     len: usize,
 }
 
-impl Scratch {
+impl TrialMemory {
     pub fn new(len: usize) -> io::Result<Self> {
         let size = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
@@ -38,7 +38,7 @@ impl Scratch {
     }
 }
 
-impl Drop for Scratch {
+impl Drop for TrialMemory {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours and nothing borrows from it any more.
         let unmapped = unsafe { munmap(self.start, self.len) };

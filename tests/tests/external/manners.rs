@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Footprint, Lab, QmpClient, Recipe, TestMachine, descriptors, major_version, newest_qemu, on_each_qemu, stream_modes, wait_until,
+    Footprint, Lab, QmpClient, Recipe, TestVm, descriptors, major_version, newest_qemu, on_each_qemu, stream_modes, wait_until,
 };
 
 /// Other values than QEMU's own, and a capability that does not go together with a background snapshot.
@@ -17,20 +17,20 @@ fn set_owners_values(monitor: &mut QmpClient) {
 
 fn leaves_nothing(qemu: &Path, mode: &str) {
     let lab = Lab::new(qemu);
-    let machine = lab.start_plain("m", &Recipe::scribbler(2));
-    let mut monitor = machine.qmp();
+    let vm = lab.start_plain("m", &Recipe::scribbler(2));
+    let mut monitor = vm.qmp();
     set_owners_values(&mut monitor);
     let before = Footprint::of(&mut monitor);
-    let files_before = descriptors(machine.qemu());
-    machine.attach_plain(&["--stream", mode]);
-    machine.checkpoint();
-    let (after_one, files_after_one) = (Footprint::of(&mut monitor), descriptors(machine.qemu()));
+    let files_before = descriptors(vm.qemu());
+    vm.attach_plain(&["--stream", mode]);
+    vm.checkpoint();
+    let (after_one, files_after_one) = (Footprint::of(&mut monitor), descriptors(vm.qemu()));
     for _ in 0..3 {
         monitor.disk_io("odd", "write -P 1 0 1M");
         std::thread::sleep(Duration::from_millis(200));
-        assert_eq!(machine.checkpoint().outcome.kind, "incremental");
+        assert_eq!(vm.checkpoint().outcome.kind, "incremental");
     }
-    let (mut after, files_after) = (Footprint::of(&mut monitor), descriptors(machine.qemu()));
+    let (mut after, files_after) = (Footprint::of(&mut monitor), descriptors(vm.qemu()));
     let bitmaps = after.take_bitmaps();
     assert_eq!(bitmaps.len(), 6, "{mode}: a bitmap and a size mark for each of three disks: {bitmaps:?}");
     assert_eq!(before.differences(&after), [""; 0], "{mode}");
@@ -38,15 +38,15 @@ fn leaves_nothing(qemu: &Path, mode: &str) {
     assert_eq!(after_one.take_bitmaps().len(), 6);
     assert_eq!(after_one.differences(&after), [""; 0], "{mode}");
     assert_eq!(files_after_one, files_after, "{mode}: descriptors pile up");
-    machine.kill_helper();
+    vm.kill_helper();
     // Event descriptors and the userfaultfd device are QEMU's own, which it keeps once it had to open them.
     let without_own = |mut kinds: BTreeMap<String, usize>| {
         ["anon_inode", "/dev/userfaultfd"].iter().for_each(|own| kinds.retain(|kind, _| kind != own));
         kinds
     };
     let files_before = without_own(files_before);
-    let same = || without_own(descriptors(machine.qemu())) == files_before;
-    assert!(wait_until(Duration::from_secs(2), same), "{mode}: {:?} open, {files_before:?} before", descriptors(machine.qemu()));
+    let same = || without_own(descriptors(vm.qemu())) == files_before;
+    assert!(wait_until(Duration::from_secs(2), same), "{mode}: {:?} open, {files_before:?} before", descriptors(vm.qemu()));
 }
 
 #[test]
@@ -59,20 +59,20 @@ fn a_guest_that_its_owner_stopped_stays_stopped() {
     on_each_qemu(|qemu| {
         for mode in stream_modes(qemu) {
             let lab = Lab::new(qemu);
-            let machine = lab.start_plain("m", &Recipe::scribbler(6));
+            let vm = lab.start_plain("m", &Recipe::scribbler(6));
             std::thread::sleep(Duration::from_secs(2));
-            let mut monitor = machine.qmp();
-            machine.attach_plain(&["--stream", mode]);
-            machine.checkpoint();
+            let mut monitor = vm.qmp();
+            vm.attach_plain(&["--stream", mode]);
+            vm.checkpoint();
             monitor.stop();
             monitor.events();
-            machine.checkpoint();
+            vm.checkpoint();
             assert!(!monitor.is_running(), "{mode}");
             let ran = monitor.events().iter().any(|event| event["event"] == "RESUME");
             assert!(!ran, "{mode}: it ran for a moment");
             monitor.cont();
             std::thread::sleep(Duration::from_millis(300));
-            assert_eq!(machine.checkpoint().outcome.kind, "incremental", "{mode}");
+            assert_eq!(vm.checkpoint().outcome.kind, "incremental", "{mode}");
             assert!(monitor.is_running(), "{mode}");
         }
     });
@@ -83,13 +83,13 @@ fn a_guest_that_its_owner_stopped_stays_stopped() {
 fn a_background_snapshot_that_could_hang_the_guest_is_refused() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start_plain("m", &Recipe::scribbler(6));
-        let ran = machine.try_attach_plain(&["--stream", "background-snapshot"], &[]);
+        let vm = lab.start_plain("m", &Recipe::scribbler(6));
+        let ran = vm.try_attach_plain(&["--stream", "background-snapshot"], &[]);
         let expected = if major_version(qemu) >= 9 { 0 } else { 3 };
         assert_eq!(ran.code, expected, "{ran:?}");
-        machine.kill_helper();
-        machine.attach_plain(&[]);
-        machine.checkpoint();
+        vm.kill_helper();
+        vm.attach_plain(&[]);
+        vm.checkpoint();
         lab.verify("m");
     });
 }
@@ -99,14 +99,14 @@ fn a_background_snapshot_that_could_hang_the_guest_is_refused() {
 fn a_busy_monitor_is_refused() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start_plain("m", &Recipe::scribbler(2));
-        let other = QmpClient::connect(&machine.directory.join("qmp.sock"));
-        let said = machine.try_attach_plain(&[], &[]).expect_failure(3);
+        let vm = lab.start_plain("m", &Recipe::scribbler(2));
+        let other = QmpClient::connect(&vm.directory.join("qmp.sock"));
+        let said = vm.try_attach_plain(&[], &[]).expect_failure(3);
         assert!(said.contains("qmp.sock") && said.contains("-qmp"), "no remedy in: {said}");
-        assert!(machine.helper().is_none(), "a helper was left");
+        assert!(vm.helper().is_none(), "a helper was left");
         drop(other);
-        machine.attach_plain(&[]);
-        machine.checkpoint();
+        vm.attach_plain(&[]);
+        vm.checkpoint();
     });
 }
 
@@ -116,7 +116,7 @@ fn a_socket_at_which_nobody_answers_is_refused() {
     let missing = lab.path().join("nobody.sock");
     let ran = lab.run(&["attach", "--qmp", missing.to_str().expect("UTF-8"), "--store", lab.store(), "--name", "m"]);
     assert!([1, 3].contains(&ran.code) && ran.err.contains("nobody.sock"), "{ran:?}");
-    assert!(!lab.store_directory().exists(), "a store was made for no machine");
+    assert!(!lab.store_directory().exists(), "a store was made for no VM");
 }
 
 /// QEMU can be in one migration at a time, and it is the owner's.
@@ -125,35 +125,35 @@ fn a_migration_of_the_owner_goes_first() {
     on_each_qemu(|qemu| {
         for mode in stream_modes(qemu) {
             let lab = Lab::new(qemu);
-            let machine = lab.start_plain("m", &Recipe::witness("q35-virtio.cfg"));
-            machine.wait_for_witness();
-            machine.attach_plain(&["--stream", mode]);
-            let first = machine.checkpoint().outcome;
-            let mut monitor = machine.qmp();
+            let vm = lab.start_plain("m", &Recipe::witness("q35-virtio.cfg"));
+            vm.wait_for_witness();
+            vm.attach_plain(&["--stream", mode]);
+            let first = vm.checkpoint().outcome;
+            let mut monitor = vm.qmp();
             begin_slow_migration(&mut monitor);
-            let said = machine.try_checkpoint().expect_failure(3);
+            let said = vm.try_checkpoint().expect_failure(3);
             assert!(said.contains("migrat"), "{mode}: {said}");
             assert_eq!(migration_status(&mut monitor), "active", "{mode}: the owner's migration was touched");
-            machine.assert_goes_on();
+            vm.assert_goes_on();
             monitor.execute("migrate_cancel", json!({}));
             let is_over = wait_until(Duration::from_secs(10), || migration_status(&mut monitor) == "cancelled");
             assert!(is_over, "{}", migration_status(&mut monitor));
-            let next = machine.checkpoint().outcome;
+            let next = vm.checkpoint().outcome;
             assert_eq!((next.kind.as_str(), next.parent), ("incremental", Some(first.id)), "{mode}");
-            attach_meanwhile(&machine, &mut monitor);
+            attach_meanwhile(&vm, &mut monitor);
             lab.verify("m");
         }
     });
 }
 
-/// Whether a helper that comes during the owner's migration is refused or waits for its first checkpoint: the guest goes on.
-fn attach_meanwhile(machine: &TestMachine, monitor: &mut QmpClient) {
-    machine.kill_helper();
+/// Whether a helper that comes during the owner's migration is refused or waits for its first checkpoint: the guest continues.
+fn attach_meanwhile(vm: &TestVm, monitor: &mut QmpClient) {
+    vm.kill_helper();
     begin_slow_migration(monitor);
-    let ran = machine.try_attach_plain(&[], &[]);
+    let ran = vm.try_attach_plain(&[], &[]);
     assert!([0, 3].contains(&ran.code), "{ran:?}");
     assert_eq!(migration_status(monitor), "active", "the owner's migration was touched");
-    machine.assert_goes_on();
+    vm.assert_goes_on();
     monitor.execute("migrate_cancel", json!({}));
 }
 

@@ -8,20 +8,20 @@ use crate::error::TrackerError;
 use crate::guest_memory::GuestMemory;
 use crate::maps::Mapping;
 
-/// A region of one tracker; numbers count from 0 in the order of attachment.
+/// A RAM block of one tracker; numbers count from 0 in the order of attachment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RegionId(pub(crate) usize);
+pub struct BlockId(pub(crate) usize);
 
-impl RegionId {
-    /// Its place among the regions given to [`Tracker::attach`](crate::Tracker::attach).
+impl BlockId {
+    /// Its place among the RAM blocks given to [`Tracker::attach`](crate::Tracker::attach).
     pub fn index(self) -> usize {
         self.0
     }
 }
 
-/// What lies behind a region's addresses.
+/// What lies behind a RAM block's addresses.
 #[derive(Debug, Clone)]
-pub enum RegionMemory {
+pub enum BlockMemory {
     /// A file that is read here too: guest RAM.
     Shared(GuestMemory),
     /// QEMU's own anonymous memory, read through `/proc/PID/mem`: VRAM, ROMs, ACPI tables.
@@ -30,7 +30,7 @@ pub enum RegionMemory {
 
 /// A RAM block to track.
 #[derive(Debug, Clone)]
-pub struct Region {
+pub struct TrackedBlock {
     /// QEMU's name of the block.
     pub name: String,
     /// Where it begins in QEMU's address space; page-aligned.
@@ -38,10 +38,10 @@ pub struct Region {
     /// A whole number of pages.
     pub bytes: u64,
     /// What the block is made of, and how it is read.
-    pub memory: RegionMemory,
+    pub memory: BlockMemory,
 }
 
-impl Region {
+impl TrackedBlock {
     /// Its number of pages.
     pub fn pages(&self) -> PageCount {
         PageCount::covering(ByteLen(self.bytes))
@@ -51,7 +51,7 @@ impl Region {
         self.host_address..self.host_address + self.bytes
     }
 
-    /// The pages at these addresses, which lie in the region.
+    /// The pages at these addresses, which lie in the RAM block.
     pub(crate) fn page_range(&self, addresses: &Range<u64>) -> PageRange {
         let page = |address: u64| PageIndex((address - self.host_address) / PAGE_SIZE as u64);
         PageRange::new(page(addresses.start), page(addresses.end))
@@ -63,8 +63,8 @@ impl Region {
     pub(crate) fn check(&self, maps: &[Mapping]) -> Result<(), TrackerError> {
         self.check_numbers()?;
         let inode = match &self.memory {
-            RegionMemory::Shared(memory) => Some(memory.inode()?),
-            RegionMemory::Private => None,
+            BlockMemory::Shared(memory) => Some(memory.inode()?),
+            BlockMemory::Private => None,
         };
         let Range { mut start, end } = self.addresses();
         for mapping in maps.iter().filter(|mapping| mapping.end > self.host_address) {
@@ -90,7 +90,7 @@ impl Region {
             return Err(self.wrong(format!("{} bytes at {:#x} are not whole pages", self.bytes, self.host_address)));
         }
         match &self.memory {
-            RegionMemory::Shared(memory) if memory.len() < self.bytes => {
+            BlockMemory::Shared(memory) if memory.len() < self.bytes => {
                 Err(self.wrong(format!("it has {} bytes, its file only {}", self.bytes, memory.len())))
             }
             _ => Ok(()),
@@ -113,11 +113,11 @@ impl Region {
     }
 
     fn wrong(&self, reason: String) -> TrackerError {
-        TrackerError::Region { region: self.name.clone(), reason }
+        TrackerError::TrackedBlock { block: self.name.clone(), reason }
     }
 }
 
-/// The pages that hold these bytes of a region.
+/// The pages that hold these bytes of a RAM block.
 pub(crate) fn covering(bytes: Range<u64>) -> PageRange {
     let end = PageCount::covering(ByteLen(bytes.end));
     PageRange::new(PageIndex::containing(ByteOffset(bytes.start)), PageIndex(end.0))
@@ -134,12 +134,12 @@ mod test {
 20000-24000 rw-s 00000000 00:01 77 /memfd:other (deleted)
 ";
 
-    fn private(host_address: u64, bytes: u64) -> Region {
-        Region { name: "vga.vram".into(), host_address, bytes, memory: RegionMemory::Private }
+    fn private(host_address: u64, bytes: u64) -> TrackedBlock {
+        TrackedBlock { name: "vga.vram".into(), host_address, bytes, memory: BlockMemory::Private }
     }
 
-    fn reason(region: &Region, maps: &str) -> String {
-        region.check(&parse_maps(maps).unwrap()).unwrap_err().to_string()
+    fn reason(block: &TrackedBlock, maps: &str) -> String {
+        block.check(&parse_maps(maps).unwrap()).unwrap_err().to_string()
     }
 
     #[test]
@@ -168,13 +168,13 @@ mod test {
     fn shared_memory_must_be_the_file_from_its_beginning() {
         let memory = GuestMemory::create("test", 0x4000).unwrap();
         let inode = memory.inode().unwrap();
-        let region =
-            |host_address, bytes| Region { name: "pc.ram".into(), host_address, bytes, memory: RegionMemory::Shared(memory.clone()) };
+        let block =
+            |host_address, bytes| TrackedBlock { name: "pc.ram".into(), host_address, bytes, memory: BlockMemory::Shared(memory.clone()) };
         let maps = format!("20000-24000 rw-s 00000000 00:01 {inode} /memfd:test (deleted)\n");
-        region(0x20000, 0x4000).check(&parse_maps(&maps).unwrap()).unwrap();
-        region(0x20000, 0x1000).check(&parse_maps(&maps).unwrap()).unwrap();
-        assert!(reason(&region(0x21000, 0x1000), &maps).contains("is not byte 0 of its file"));
-        assert!(reason(&region(0x20000, 0x8000), &maps).contains("its file only"));
-        assert!(reason(&region(0x20000, 0x4000), MAPS).contains("memfd:other"));
+        block(0x20000, 0x4000).check(&parse_maps(&maps).unwrap()).unwrap();
+        block(0x20000, 0x1000).check(&parse_maps(&maps).unwrap()).unwrap();
+        assert!(reason(&block(0x21000, 0x1000), &maps).contains("is not byte 0 of its file"));
+        assert!(reason(&block(0x20000, 0x8000), &maps).contains("its file only"));
+        assert!(reason(&block(0x20000, 0x4000), MAPS).contains("memfd:other"));
     }
 }

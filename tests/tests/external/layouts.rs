@@ -1,4 +1,4 @@
-//! Shapes of machines, each checkpointed under load and brought back.
+//! Shapes of VMs, each checkpointed under load and brought back.
 //!
 //! They are a covering set: every pair of (RAM, board), (RAM, bus), (RAM, format), (RAM, processors), (board, bus), (board, format),
 //! (board, processors), (bus, format), (bus, processors) and (format, processors) is in one of them.
@@ -6,7 +6,7 @@
 use super::memory_limit;
 use std::path::Path;
 use std::time::Duration;
-use stillpoint_tests::{Lab, Recipe, Taken, TestMachine, newest_qemu, on_each_qemu, thorough};
+use stillpoint_tests::{Lab, Recipe, Taken, TestVm, newest_qemu, on_each_qemu, thorough};
 
 /// 4 KiB pages that the witness rewrites a second: deltas of some MiB.
 const LOAD: &str = "witness.rate=1500";
@@ -18,7 +18,7 @@ enum Ram {
     SharedMemfd,
 }
 
-/// One machine with three disks: each bus has one, and each format is one.
+/// One VM with three disks: each bus has one, and each format is one.
 struct Shape {
     board: &'static str,
     ram: Ram,
@@ -76,14 +76,14 @@ fn disk(recipe: Recipe, device: &str, image: Image) -> Recipe {
 fn survives(qemu: &Path, shape: &Shape) {
     let (count, step) = if thorough() { (20, 5) } else { (4, 2) };
     let lab = Lab::new(qemu);
-    let machine = lab.start_plain("m", &shape.recipe());
-    machine.wait_for_witness();
-    machine.attach_plain(&[]);
-    let taken = take(&machine, count);
-    machine.assert_goes_on();
+    let vm = lab.start_plain("m", &shape.recipe());
+    vm.wait_for_witness();
+    vm.attach_plain(&[]);
+    let taken = take(&vm, count);
+    vm.assert_goes_on();
     let limit = memory_limit(256 << 20);
-    assert!(machine.helper_peak_bytes() <= limit, "the helper held {} bytes of at most {limit}", machine.helper_peak_bytes());
-    machine.kill();
+    assert!(vm.helper_peak_bytes() <= limit, "the helper held {} bytes of at most {limit}", vm.helper_peak_bytes());
+    vm.kill();
     for taken in taken.iter().skip(step - 1).step_by(step) {
         let restored = lab.restore(&taken.name, "restored", &[]);
         restored.assert_continues(taken);
@@ -91,10 +91,10 @@ fn survives(qemu: &Path, shape: &Shape) {
     lab.verify("m");
 }
 
-fn take(machine: &TestMachine, count: usize) -> Vec<Taken> {
+fn take(vm: &TestVm, count: usize) -> Vec<Taken> {
     let mut all: Vec<Taken> = Vec::new();
     for _ in 0..count {
-        let taken = machine.checkpoint();
+        let taken = vm.checkpoint();
         let outcome = &taken.outcome;
         eprintln!(
             "{}: {} by {}, paused {:.1} ms, {} changed",
@@ -104,7 +104,7 @@ fn take(machine: &TestMachine, count: usize) -> Vec<Taken> {
         assert_eq!((outcome.kind.as_str(), outcome.parent), (expected, all.last().map(|last| last.outcome.id)));
         assert_ne!(outcome.engine, "tracker");
         all.push(taken);
-        machine.assert_no_contradiction();
+        vm.assert_no_contradiction();
         std::thread::sleep(Duration::from_millis(700));
     }
     all
@@ -155,16 +155,16 @@ fn private_ram_on_pc() {
     survives_on_newest(Shape { board: "pc", ram: Ram::Private, processors: 1, virtio, scsi, ide });
 }
 
-/// As people start it: the machine of a -readconfig file, which a restore must find, too.
+/// As people start it: the VM of a -readconfig file, which a restore must find, too.
 #[test]
-fn a_machine_from_a_configuration_file() {
+fn a_vm_from_a_configuration_file() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let machine = lab.start_plain("m", &Recipe::witness("q35-scsi.cfg").words(LOAD));
-        machine.wait_for_witness();
-        machine.attach_plain(&[]);
-        let taken = take(&machine, 2);
-        machine.kill();
+        let vm = lab.start_plain("m", &Recipe::witness("q35-scsi.cfg").words(LOAD));
+        vm.wait_for_witness();
+        vm.attach_plain(&[]);
+        let taken = take(&vm, 2);
+        vm.kill();
         let restored = lab.restore("m", "m", &[]);
         restored.assert_continues(&taken[1]);
         let next = restored.checkpoint().outcome;

@@ -1,4 +1,4 @@
-//! Phases `drain` and `settle`: the disks of the instant, readable while the guest runs.
+//! Phases `drain` and `acknowledge`: the disks of the instant, readable while the guest runs.
 
 use serde_json::{Value, json};
 
@@ -12,7 +12,7 @@ const PROBE_BYTES: u64 = 512;
 
 /// One disk of the instant.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FrozenDisk {
+pub struct CapturedDisk {
     /// The node of the disk, as in [`crate::disks::Disk::node`].
     pub node: String,
     /// Its stable name, as in [`crate::disks::Disk::name`].
@@ -30,20 +30,20 @@ pub struct FrozenDisk {
 /// The disks of one instant; see the module's head for what follows what.
 #[must_use = "dropping it gives the changes back"]
 #[derive(Debug)]
-pub struct FrozenDisks {
+pub struct CapturedDisks {
     session: Session,
-    disks: Vec<FrozenDisk>,
+    disks: Vec<CapturedDisk>,
     exported: bool,
 }
 
-impl FrozenDisks {
+impl CapturedDisks {
     pub(super) fn new(session: Session) -> Self {
-        let disks = session.targets.iter().map(frozen_disk).collect();
+        let disks = session.targets.iter().map(captured_disk).collect();
         Self { session, disks, exported: false }
     }
 
     /// The disks, in the order of the plan.
-    pub fn disks(&self) -> &[FrozenDisk] {
+    pub fn disks(&self) -> &[CapturedDisk] {
         &self.disks
     }
 
@@ -78,7 +78,7 @@ impl FrozenDisks {
     ///
     /// # Errors
     /// When QEMU's NBD server does not answer, or the disk is not exported.
-    pub async fn connect(&self, disk: &FrozenDisk) -> Result<NbdClient, CaptureError> {
+    pub async fn connect(&self, disk: &CapturedDisk) -> Result<NbdClient, CaptureError> {
         let what = disk.changes.as_deref().unwrap_or(context::ALLOCATION_DEPTH);
         let contexts = [context::BASE_ALLOCATION, what];
         let client = NbdClient::connect(&self.session.plan.nbd_socket, &disk.export, &contexts).await?;
@@ -136,7 +136,7 @@ impl FrozenDisks {
 
     /// What is known of where the overlays are.
     fn room(&self) -> String {
-        let directory = &self.session.plan.scratch_dir;
+        let directory = &self.session.plan.fleecing_dir;
         match storage::free_bytes(directory) {
             Ok(free) => format!("the fleecing overlays are in {}, with {free} bytes free", directory.display()),
             Err(error) => format!("the fleecing overlays are in {}: {error}", directory.display()),
@@ -144,7 +144,7 @@ impl FrozenDisks {
     }
 
     /// Ends copying before write: the instant can be read no more, the guest's writes cost nothing any more. Whether
-    /// the changes are settled or given back is still open.
+    /// the changes are acknowledged or given back is still open.
     ///
     /// # Errors
     /// When QEMU refuses to remove an export, job or node.
@@ -156,10 +156,10 @@ impl FrozenDisks {
     ///
     /// # Errors
     /// When QEMU refuses to remove the older bitmap, export, job or node.
-    pub async fn settle(mut self) -> Result<(), CaptureError> {
+    pub async fn acknowledge(mut self) -> Result<(), CaptureError> {
         // Whatever fails below, these changes are in a durable checkpoint: merging them back would only store them again.
         self.session.release().await?;
-        bitmaps::keep_only(&self.session.qmp, &self.session.plan.tag, self.session.plan.seq).await?;
+        bitmaps::keep_only(&self.session.qmp, &self.session.plan.tag, self.session.plan.id).await?;
         size_marks::keep_newest(&self.session.qmp, &self.session.plan.tag).await?;
         self.session.decided = true;
         Ok(())
@@ -175,7 +175,7 @@ impl FrozenDisks {
 
     /// The name of the bitmap that records from the instant on, for logs.
     pub fn successor(&self) -> String {
-        names::bitmap(&self.session.plan.tag, self.session.plan.seq)
+        names::bitmap(&self.session.plan.tag, self.session.plan.id)
     }
 }
 
@@ -199,8 +199,8 @@ fn job_runs(target: &Target, jobs: &[Job]) -> Result<(), CaptureError> {
     }
 }
 
-fn frozen_disk(target: &Target) -> FrozenDisk {
-    FrozenDisk {
+fn captured_disk(target: &Target) -> CapturedDisk {
+    CapturedDisk {
         node: target.node.clone(),
         name: target.name.clone(),
         bytes: target.bytes,
