@@ -6,8 +6,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use checkpoint_format::{
-    Checksum, EncodedFrame, FRAME_PAGES, PAGE_SIZE, PackBuilder, PackId, PageCount, PageDigest, PageIndex, PageRange, PageSet, SpaceName,
-    SpaceTable, ZSTD_LEVEL, is_zero,
+    Checksum, EncodedFrame, FRAME_PAGES, PAGE_SIZE, PackBuilder, PackId, PageCount, PageDigest,
+    PageIndex, PageRange, PageSet, SpaceName, SpaceTable, ZSTD_LEVEL, is_zero,
 };
 
 const FRAME: usize = FRAME_PAGES * PAGE_SIZE;
@@ -46,7 +46,11 @@ fn noise() -> Vec<u8> {
 fn frames(what: &str, raw: &[u8]) {
     let spaces = SpaceTable::new([SpaceName::device_state()]).expect("one space");
     let space = spaces.id(&spaces.names()[0]).expect("the one space");
-    let pages: Vec<_> = raw.chunks(PAGE_SIZE).zip(0..).map(|(page, number)| (PageIndex(number), PageDigest::of(page))).collect();
+    let pages: Vec<_> = raw
+        .chunks(PAGE_SIZE)
+        .zip(0..)
+        .map(|(page, number)| (PageIndex(number), PageDigest::of(page)))
+        .collect();
     let encode = || EncodedFrame::encode(space, &pages, raw, ZSTD_LEVEL).expect("good pages");
     println!("{what}: {} of {FRAME} bytes stored", encode().stored_len());
     measure("  encode", encode);
@@ -76,7 +80,9 @@ fn main() {
         let mut hasher = blake3::Hasher::new();
         hasher.update(b"a few").update(&noise).finalize()
     });
-    measure("64 page digests", || noise.chunks(PAGE_SIZE).map(PageDigest::of).fold(0, |sum, digest| sum ^ digest.0[0]));
+    measure("64 page digests", || {
+        noise.chunks(PAGE_SIZE).map(PageDigest::of).fold(0, |sum, digest| sum ^ digest.0[0])
+    });
     let zeros = vec![0; FRAME];
     measure("is_zero", || is_zero(black_box(&zeros)));
     let mut set = PageSet::new(PageCount(1 << 18));

@@ -19,15 +19,18 @@ pub struct DigestParseError {
 
 /// The content of one page: the first 16 bytes of its BLAKE3.
 ///
-/// 128 bits decide whether a page equals the one in the last durable checkpoint of the *same* VM, so an accidental
-/// collision is out of reach. Content that is shared between VMs goes by the full [`ContentDigest`], because there
-/// somebody could look for a collision on purpose.
+/// 128 bits decide whether a page equals the one in the last durable checkpoint of the *same* VM,
+/// so an accidental collision is out of reach. Content that is shared between VMs goes by the full
+/// [`ContentDigest`], because there somebody could look for a collision on purpose.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageDigest(pub [u8; 16]);
 
 impl PageDigest {
     /// The digest of a page of zeros.
-    pub const ZERO_PAGE: Self = Self([0xb6, 0xfb, 0x73, 0xfc, 0x46, 0x93, 0x8c, 0x98, 0x1e, 0x2b, 0x0b, 0x4b, 0x1e, 0xf2, 0x82, 0xad]);
+    pub const ZERO_PAGE: Self = Self([
+        0xb6, 0xfb, 0x73, 0xfc, 0x46, 0x93, 0x8c, 0x98, 0x1e, 0x2b, 0x0b, 0x4b, 0x1e, 0xf2, 0x82,
+        0xad,
+    ]);
 
     /// The digest of one page.
     pub fn of(page: &[u8]) -> Self {
@@ -46,8 +49,8 @@ impl Checksum {
         Self(truncated(bytes))
     }
 
-    /// Of the two parts as if they were one. The long one goes first: BLAKE3 is a tenth faster on bytes that begin
-    /// where one of its chunks does.
+    /// Of the two parts as if they were one. The long one goes first: BLAKE3 is a tenth faster on
+    /// bytes that begin where one of its chunks does.
     pub(crate) fn of_both(long: &[u8], short: &[u8]) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(long).update(short);
@@ -89,8 +92,8 @@ impl ContentHasher {
     }
 }
 
-/// Whether all bytes are zero. Compares with a page of zeros, because the C library's comparison is the fastest there is
-/// and stops at the first difference.
+/// Whether all bytes are zero. Compares with a page of zeros, because the C library's comparison is
+/// the fastest there is and stops at the first difference.
 pub fn is_zero(bytes: &[u8]) -> bool {
     static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
     bytes.chunks(PAGE_SIZE).all(|chunk| chunk == &ZEROS[..chunk.len()])
@@ -121,7 +124,10 @@ fn parse_hex<const N: usize>(what: &'static str, text: &str) -> Result<[u8; N], 
     }
     let mut bytes = [0; N];
     for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        *byte = hex_value(pair[0]).zip(hex_value(pair[1])).map(|(high, low)| high << 4 | low).ok_or_else(error)?;
+        *byte = hex_value(pair[0])
+            .zip(hex_value(pair[1]))
+            .map(|(high, low)| high << 4 | low)
+            .ok_or_else(error)?;
     }
     Ok(bytes)
 }
@@ -208,7 +214,9 @@ mod test {
     #[test]
     fn other_spellings_are_refused() {
         let good = ContentDigest::of(b"").to_string();
-        for bad in ["", &good[1..], &good.to_uppercase(), &format!("{good}0"), &good.replace('a', "g")] {
+        for bad in
+            ["", &good[1..], &good.to_uppercase(), &format!("{good}0"), &good.replace('a', "g")]
+        {
             assert!(bad.parse::<ContentDigest>().is_err(), "{bad} was accepted");
         }
         assert!("é".repeat(32).parse::<ContentDigest>().is_err());

@@ -7,9 +7,12 @@ use crate::units::ByteLen;
 
 /// What the digest of an image file is taken of, which is also its layer's name.
 ///
-/// A file's zeros cost as much to digest as its data, and a sparse image may have terabytes of them. So a file with many zeros
-/// has the digest of its blocks, zeros left out. Either form depends on the content alone and not on which zeros are holes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// A file's zeros cost as much to digest as its data, and a sparse image may have terabytes of
+/// them. So a file with many zeros has the digest of its blocks, zeros left out. Either form
+/// depends on the content alone and not on which zeros are holes.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum DigestForm {
     /// All bytes of the file: layers of version 1.
@@ -34,12 +37,15 @@ impl BlocksHasher {
     pub fn new(len: ByteLen) -> Self {
         let mut hasher = ContentHasher::new();
         // Not the beginning of any image that a digest of content is taken of by chance.
-        hasher.update(b"stillpoint-layer 2: length, then number and digest of each block that is not zero\n");
+        hasher.update(
+            b"stillpoint-layer 2: length, then number and digest of each block that is not zero\n",
+        );
         hasher.update(&len.0.to_le_bytes());
         Self(hasher)
     }
 
-    /// A block that is not zero: its number, and the digest of its content padded with zeros to whole pages.
+    /// A block that is not zero: its number, and the digest of its content padded with zeros to
+    /// whole pages.
     pub fn block(&mut self, number: u64, digest: &ContentDigest) {
         self.0.update(&number.to_le_bytes()).update(&digest.0);
     }

@@ -1,4 +1,5 @@
-//! What the last durable checkpoint holds: one digest a page, so that a page written with its old content isn't stored.
+//! What the last durable checkpoint holds: one digest a page, so that a page written with its old
+//! content isn't stored.
 
 use std::fmt;
 
@@ -10,11 +11,12 @@ use crate::units::{ByteLen, PageCount, PageIndex, PageRange};
 
 /// Pages in a chunk of a sparse table: 1 MiB of the disk in 4 KiB of memory.
 const CHUNK_PAGES: usize = 256;
-/// Bytes of a sparse table's limit for each range of zeros that it may know besides, of some 50 bytes.
+/// Bytes of a sparse table's limit for each range of zeros that it may know besides, of some 50
+/// bytes.
 const LIMIT_PER_RANGE: usize = 256;
 
-/// A page's digest. "Unknown" is all zeros, so that no room is spent on an `Option`: a page that has this digest (one in 2^128)
-/// is only stored again.
+/// A page's digest. "Unknown" is all zeros, so that no room is spent on an `Option`: a page that
+/// has this digest (one in 2^128) is only stored again.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Known([u8; 16]);
 
@@ -27,10 +29,10 @@ type Pages = SparsePages<Known, CHUNK_PAGES>;
 
 /// The digests of the pages of one space as the last durable checkpoint has them.
 ///
-/// Not knowing a page is always right and only costs bytes: it is stored though it may be equal. So the table may forget
-/// at any time, but must never remember what is no longer so. Hence the two shapes: RAM is dense (all of it is written
-/// sooner or later), disks are sparse with a ceiling, past which new pages stay unknown. Zeros of a disk are ranges: a hole
-/// costs as much as a page.
+/// Not knowing a page is always right and only costs bytes: it is stored though it may be equal. So
+/// the table may forget at any time, but must never remember what is no longer so. Hence the two
+/// shapes: RAM is dense (all of it is written sooner or later), disks are sparse with a ceiling,
+/// past which new pages stay unknown. Zeros of a disk are ranges: a hole costs as much as a page.
 #[derive(Clone)]
 pub struct DigestTable(Shape);
 
@@ -46,11 +48,16 @@ impl DigestTable {
         Self(Shape::Dense(vec![Known::UNKNOWN; size.as_usize()]))
     }
 
-    /// For a space of any size, in at most `limit` bytes of digests and a fifth of that for ranges of zeros.
+    /// For a space of any size, in at most `limit` bytes of digests and a fifth of that for ranges
+    /// of zeros.
     pub fn sparse(limit: ByteLen) -> Self {
         let limit = limit.as_usize();
         let max_chunks = limit / (CHUNK_PAGES * size_of::<Known>());
-        Self(Shape::Sparse { pages: Pages::default(), max_chunks, max_ranges: (limit / LIMIT_PER_RANGE).max(1) })
+        Self(Shape::Sparse {
+            pages: Pages::default(),
+            max_chunks,
+            max_ranges: (limit / LIMIT_PER_RANGE).max(1),
+        })
     }
 
     /// The digest of a page, if it is known.
@@ -113,7 +120,9 @@ impl DigestTable {
             Shape::Sparse { pages: known, .. } => known.not_zero(pages),
             Shape::Dense(slots) => {
                 let mut found: Vec<PageRange> = Vec::new();
-                for page in pages.iter().filter(|page| slots.get(page.as_usize()) != Some(&Known::ZERO)) {
+                for page in
+                    pages.iter().filter(|page| slots.get(page.as_usize()) != Some(&Known::ZERO))
+                {
                     match found.last_mut() {
                         Some(last) if last.end == page => last.end = PageIndex(page.0 + 1),
                         _ => found.push(PageRange::single(page)),
@@ -139,7 +148,8 @@ impl DigestTable {
         }
     }
 
-    /// Forgets the pages from `size` on: when a disk shrinks, what it held there is not what it will hold when it grows.
+    /// Forgets the pages from `size` on: when a disk shrinks, what it held there is not what it
+    /// will hold when it grows.
     pub fn truncate(&mut self, size: PageCount) {
         match &mut self.0 {
             Shape::Dense(slots) => {
@@ -153,7 +163,9 @@ impl DigestTable {
     /// Pages whose content is known. Looks at all of them.
     pub fn known(&self) -> PageCount {
         PageCount(match &self.0 {
-            Shape::Dense(slots) => slots.iter().filter(|slot| **slot != Known::UNKNOWN).count() as u64,
+            Shape::Dense(slots) => {
+                slots.iter().filter(|slot| **slot != Known::UNKNOWN).count() as u64
+            }
             Shape::Sparse { pages, .. } => pages.known(),
         })
     }
@@ -193,7 +205,9 @@ mod test {
 
     #[test]
     fn both_shapes_remember_replace_and_forget() {
-        for mut table in [DigestTable::dense(PageCount(1000)), DigestTable::sparse(ByteLen(1 << 20))] {
+        for mut table in
+            [DigestTable::dense(PageCount(1000)), DigestTable::sparse(ByteLen(1 << 20))]
+        {
             assert_eq!(table.get(PageIndex(999)), None);
             table.set(PageIndex(999), A);
             table.set(PageIndex(999), B);
@@ -220,7 +234,9 @@ mod test {
 
     #[test]
     fn a_shrunken_disk_forgets_its_tail() {
-        for mut table in [DigestTable::dense(PageCount(1000)), DigestTable::sparse(ByteLen(1 << 20))] {
+        for mut table in
+            [DigestTable::dense(PageCount(1000)), DigestTable::sparse(ByteLen(1 << 20))]
+        {
             for page in [0, 99, 100, 255, 256, 700] {
                 table.set(PageIndex(page), A);
             }
@@ -272,7 +288,9 @@ mod test {
             table.set(PageIndex(page), A);
         }
         table.apply_pack(&ram(), &index);
-        for (page, digest) in [(254, A), (255, PageDigest::ZERO_PAGE), (512, PageDigest::ZERO_PAGE), (513, A)] {
+        for (page, digest) in
+            [(254, A), (255, PageDigest::ZERO_PAGE), (512, PageDigest::ZERO_PAGE), (513, A)]
+        {
             assert!(table.holds(PageIndex(page), digest), "page {page}");
         }
     }
@@ -315,7 +333,8 @@ mod test {
     const SIZE: u64 = 4 * CHUNK;
 
     fn any_range() -> impl Strategy<Value = PageRange> {
-        (0..=SIZE, 0..=SIZE).prop_map(|(start, end)| PageRange::new(PageIndex(start), PageIndex(end)))
+        (0..=SIZE, 0..=SIZE)
+            .prop_map(|(start, end)| PageRange::new(PageIndex(start), PageIndex(end)))
     }
 
     fn any_step() -> impl Strategy<Value = Step> {
@@ -334,7 +353,9 @@ mod test {
     fn naive_step(naive: &mut BTreeMap<u64, PageDigest>, step: &Step) {
         match step {
             Step::Set(page, number) => drop(naive.insert(*page, digest(*number))),
-            Step::Zero(pages) => naive.extend(pages.iter().map(|page| (page.0, PageDigest::ZERO_PAGE))),
+            Step::Zero(pages) => {
+                naive.extend(pages.iter().map(|page| (page.0, PageDigest::ZERO_PAGE)))
+            }
             Step::Forget(page) => drop(naive.remove(page)),
             Step::Truncate(size) => naive.retain(|page, _| page < size),
         }

@@ -1,11 +1,13 @@
-//! The envelope of the text files: one line that says what follows, its version, digest and length; then the body.
+//! The envelope of the text files: one line that says what follows, its version, digest and length;
+//! then the body.
 //!
 //! ```text
 //! stillpoint-manifest 1 <BLAKE3 of the body, 64 hex digits> <length of the body>\n
 //! <body>
 //! ```
 //!
-//! The line is outside of what it describes, so version and digest are checked before the body is looked at.
+//! The line is outside of what it describes, so version and digest are checked before the body is
+//! looked at.
 
 use thiserror::Error;
 
@@ -28,13 +30,21 @@ pub(crate) struct Envelope {
 pub enum EnvelopeError {
     #[error("read the {kind}: it begins with {found:?}; this is another kind of file, or damaged")]
     WrongKind { kind: &'static str, found: String },
-    #[error("read the {kind}: it has format version {found}, this program reads version {supported}; use a newer program")]
+    #[error(
+        "read the {kind}: it has format version {found}, this program reads version {supported}; use a newer program"
+    )]
     UnknownVersion { kind: &'static str, found: u32, supported: u32 },
-    #[error("read the {kind}: its header line {found:?} is not '{kind} <version> <digest> <length>'; the file is damaged")]
+    #[error(
+        "read the {kind}: its header line {found:?} is not '{kind} <version> <digest> <length>'; the file is damaged"
+    )]
     BadHeader { kind: &'static str, found: String },
-    #[error("read the {kind}: the body is {found} bytes long, the limit is {limit}; the file is not of our making")]
+    #[error(
+        "read the {kind}: the body is {found} bytes long, the limit is {limit}; the file is not of our making"
+    )]
     TooLong { kind: &'static str, found: u64, limit: u64 },
-    #[error("read the {kind}: the body is {found} bytes long, its header line says {expected}; the file is cut short or was added to")]
+    #[error(
+        "read the {kind}: the body is {found} bytes long, its header line says {expected}; the file is cut short or was added to"
+    )]
     WrongLength { kind: &'static str, expected: u64, found: u64 },
     #[error(
         "verify the {kind}: the body's digest is {found}, expected {expected}; the bytes are damaged, read them again from another replica"
@@ -123,7 +133,11 @@ impl Envelope {
         Err(EnvelopeError::WrongLength { kind: self.kind, expected, found })
     }
 
-    fn check_digest(&self, expected: ContentDigest, found: ContentDigest) -> Result<(), EnvelopeError> {
+    fn check_digest(
+        &self,
+        expected: ContentDigest,
+        found: ContentDigest,
+    ) -> Result<(), EnvelopeError> {
         if found == expected {
             return Ok(());
         }

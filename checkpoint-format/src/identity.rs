@@ -4,8 +4,8 @@ use crate::digest::ContentDigest;
 use crate::units::CheckpointId;
 use serde::{Deserialize, Serialize};
 
-/// One certain checkpoint. Its number alone could be that of another, in a store that lost its newest checkpoints or that another
-/// store has replaced.
+/// One certain checkpoint. Its number alone could be that of another, in a store that lost its
+/// newest checkpoints or that another store has replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointIdentity {
     /// Its number.

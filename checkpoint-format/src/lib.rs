@@ -1,10 +1,13 @@
-//! The vocabulary and the saved forms of Stillpoint: units, names, digests, page sets, packs, lineages, manifests, layers.
+//! The vocabulary and the saved forms of Stillpoint: units, names, digests, page sets, packs,
+//! lineages, manifests, layers.
 //!
-//! Pure: bytes in, values out. No file is opened here and no socket; whoever does that hands the bytes over and names
-//! the file in the error that it wraps around ours. Byte layouts are written down in `docs/format.md`.
+//! Pure: bytes in, values out. No file is opened here and no socket; whoever does that hands the
+//! bytes over and names the file in the error that it wraps around ours. Byte layouts are written
+//! down in `docs/format.md`.
 //!
-//! Two rules hold for everything that is parsed: the checksum is verified before anything is believed, and every count
-//! and length is compared with a named limit before it is used to allocate or to loop.
+//! Two rules hold for everything that is parsed: the checksum is verified before anything is
+//! believed, and every count and length is compared with a named limit before it is used to
+//! allocate or to loop.
 //!
 //! # Example
 //!
@@ -63,27 +66,37 @@ pub use digest_table::DigestTable;
 pub use envelope::{EnvelopeError, MAX_HEADER_LINE};
 pub use identity::CheckpointIdentity;
 pub use layer::{
-    BLOCK_PAGES, BLOCK_SIZE, BlockHome, BlockIndex, BlockRef, BlockTable, BlockTableBuilder, BlockTableInfo, LAYER_VERSION, LayerError,
-    LayerManifest, MAX_LAYER_BLOCKS, MAX_LAYER_BODY, MAX_LAYER_OWNERS, MAX_STORED_BLOCKS, OwnerIndex,
+    BLOCK_PAGES, BLOCK_SIZE, BlockHome, BlockIndex, BlockRef, BlockTable, BlockTableBuilder,
+    BlockTableInfo, LAYER_VERSION, LayerError, LayerManifest, MAX_LAYER_BLOCKS, MAX_LAYER_BODY,
+    MAX_LAYER_OWNERS, MAX_STORED_BLOCKS, OwnerIndex,
 };
-pub use lineage::{FramePart, FrameRead, LineageError, LocatedRun, MAX_LINEAGE_PACKS, PageLocation, PageMap};
+pub use lineage::{
+    FramePart, FrameRead, LineageError, LocatedRun, MAX_LINEAGE_PACKS, PageLocation, PageMap,
+};
 pub use manifest::{
-    CheckpointKind, DiskRecord, LayerRef, MANIFEST_VERSION, MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_CARRIED_RAM, MAX_DISKS,
-    MAX_MANIFEST_BODY, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES, MAX_STATE_LEN, MAX_TEXT, Manifest, ManifestError, PackRecord, Qcow2Record,
-    RamBlockRecord, RunState, SpaceRecord, Totals, VmRecord,
+    CheckpointKind, DiskRecord, LayerRef, MANIFEST_VERSION, MAX_ARGUMENTS, MAX_BACKING_DEPTH,
+    MAX_CARRIED_RAM, MAX_DISKS, MAX_MANIFEST_BODY, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES,
+    MAX_STATE_LEN, MAX_TEXT, Manifest, ManifestError, PackRecord, Qcow2Record, RamBlockRecord,
+    RunState, SpaceRecord, Totals, VmRecord,
 };
-pub use names::{MAX_PACK_NAME, MAX_SPACE_NAME, MAX_VM_NAME, NameError, PackName, SpaceKind, SpaceName, VmName};
+pub use names::{
+    MAX_PACK_NAME, MAX_SPACE_NAME, MAX_VM_NAME, NameError, PackName, SpaceKind, SpaceName, VmName,
+};
 pub use pack::{
-    Codec, EncodeError, EncodedFrame, FOOTER_LEN, FRAME_HEADER_LEN, FRAME_PAGES, FinishedPack, FrameEntry, HEADER_LEN, MAX_FRAMES_PER_PACK,
-    MAX_PACK_LEN, MAX_PAGES_PER_PACK, MAX_SPACES_PER_PACK, MAX_TRAILER_RAW_LEN, PACK_VERSION, PackBuilder, PackError, PackFooter,
-    PackHeader, PackId, PackIndex, PackInfo, PackPart, PageRun, RunSource, SpaceId, SpaceTable, ZSTD_LEVEL,
+    Codec, EncodeError, EncodedFrame, FOOTER_LEN, FRAME_HEADER_LEN, FRAME_PAGES, FinishedPack,
+    FrameEntry, HEADER_LEN, MAX_FRAMES_PER_PACK, MAX_PACK_LEN, MAX_PAGES_PER_PACK,
+    MAX_SPACES_PER_PACK, MAX_TRAILER_RAW_LEN, PACK_VERSION, PackBuilder, PackError, PackFooter,
+    PackHeader, PackId, PackIndex, PackInfo, PackPart, PageRun, RunSource, SpaceId, SpaceTable,
+    ZSTD_LEVEL,
 };
 pub use page_set::{PageSet, Ranges};
 pub use range_set::RangeSet;
 pub use receipt::DurableReceipt;
 pub use units::{
-    ByteLen, ByteOffset, CheckpointId, Epoch, FrameNo, MAX_SPACE_PAGES, PAGE_SIZE, PackNo, PageCount, PageIndex, PageRange, Slot,
+    ByteLen, ByteOffset, CheckpointId, Epoch, FrameNo, MAX_SPACE_PAGES, PAGE_SIZE, PackNo,
+    PageCount, PageIndex, PageRange, Slot,
 };
 
-/// Page numbers and lengths are `u64` in the saved forms and index memory as `usize`: the two must agree.
+/// Page numbers and lengths are `u64` in the saved forms and index memory as `usize`: the two must
+/// agree.
 const _: () = assert!(usize::BITS == 64, "Stillpoint needs a 64-bit host");

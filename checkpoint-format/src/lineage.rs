@@ -16,9 +16,13 @@ const CHUNK_PAGES: usize = 4096;
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum LineageError {
-    #[error("apply pack {pack} of a lineage: pack {last} was applied before it; apply packs from the oldest to the newest, each once")]
+    #[error(
+        "apply pack {pack} of a lineage: pack {last} was applied before it; apply packs from the oldest to the newest, each once"
+    )]
     OutOfOrder { pack: PackNo, last: PackNo },
-    #[error("apply pack {pack} of a lineage: a lineage has at most {limit} packs; begin again with a full checkpoint")]
+    #[error(
+        "apply pack {pack} of a lineage: a lineage has at most {limit} packs; begin again with a full checkpoint"
+    )]
     TooManyPacks { pack: PackNo, limit: u32 },
 }
 
@@ -42,7 +46,8 @@ pub enum PageLocation {
 
 /// A location in eight bytes: two bits of kind, six of slot, 28 of frame, 28 of pack.
 ///
-/// The pack is on top, then the frame, then the slot: sorted by this number, locations are in the order of reading.
+/// The pack is on top, then the frame, then the slot: sorted by this number, locations are in the
+/// order of reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Packed(u64);
 
@@ -81,15 +86,17 @@ impl Packed {
     /// The location `pages` further on, if it is recorded in the same way.
     fn plus(self, pages: usize) -> Self {
         if self.is_data() {
-            // A run never goes past the last slot of its frame, so nothing is carried into the frame's bits.
+            // A run never goes past the last slot of its frame, so nothing is carried into the
+            // frame's bits.
             Self(self.0 + ((pages as u64) << KIND_BITS))
         } else {
             self
         }
     }
 
-    /// What the next page must have to belong to the same run. The last slot of a frame ends its run: the carry into the
-    /// frame's bits would look like the first slot of the next frame, where the next page may really be.
+    /// What the next page must have to belong to the same run. The last slot of a frame ends its
+    /// run: the carry into the frame's bits would look like the first slot of the next frame, where
+    /// the next page may really be.
     fn successor(self) -> Option<Self> {
         let last_slot = (self.0 >> KIND_BITS) & ((1 << SLOT_BITS) - 1) == (1 << SLOT_BITS) - 1;
         (!(self.is_data() && last_slot)).then(|| self.plus(1))
@@ -111,13 +118,15 @@ impl Packed {
 
 /// The newest location of each page of one space.
 ///
-/// Replay a lineage from its full checkpoint on: for each checkpoint [`resize`](Self::resize) to the size that the
-/// space had then, and apply its packs in their order. Packs are numbered through the whole lineage, oldest first. What
-/// a space lost when it shrank does not come back when it grows: the new pages are zeros, as in a disk that was grown.
+/// Replay a lineage from its full checkpoint on: for each checkpoint [`resize`](Self::resize) to
+/// the size that the space had then, and apply its packs in their order. Packs are numbered through
+/// the whole lineage, oldest first. What a space lost when it shrank does not come back when it
+/// grows: the new pages are zeros, as in a disk that was grown.
 ///
-/// The map costs 8 bytes for each page in a 16 MiB chunk that holds any data, and a range for each hole, however large the
-/// space claims to be. After the replay a restore asks for [`frame_reads`](Self::frame_reads) and
-/// fetches each frame that still matters exactly once, however many generations there are.
+/// The map costs 8 bytes for each page in a 16 MiB chunk that holds any data, and a range for each
+/// hole, however large the space claims to be. After the replay a restore asks for
+/// [`frame_reads`](Self::frame_reads) and fetches each frame that still matters exactly once,
+/// however many generations there are.
 #[derive(Clone, Debug)]
 pub struct PageMap {
     space: SpaceName,
@@ -195,7 +204,9 @@ impl PageMap {
     fn check_order(&self, pack: PackNo) -> Result<(), LineageError> {
         match self.last {
             Some(last) if pack <= last => Err(LineageError::OutOfOrder { pack, last }),
-            _ if pack.0 >= MAX_LINEAGE_PACKS => Err(LineageError::TooManyPacks { pack, limit: MAX_LINEAGE_PACKS }),
+            _ if pack.0 >= MAX_LINEAGE_PACKS => {
+                Err(LineageError::TooManyPacks { pack, limit: MAX_LINEAGE_PACKS })
+            }
             _ => Ok(()),
         }
     }
@@ -204,7 +215,9 @@ impl PageMap {
         let pages = run.pages.clip(self.size);
         match run.source {
             RunSource::Zero => self.pages.set_zero(pages),
-            RunSource::Frame { frame, first_slot } => self.set_data(pages, Packed::data(pack, frame, first_slot)),
+            RunSource::Frame { frame, first_slot } => {
+                self.set_data(pages, Packed::data(pack, frame, first_slot))
+            }
         }
     }
 
@@ -234,7 +247,8 @@ impl PageMap {
         self.pages.get(page)
     }
 
-    /// The whole space, in order, in runs as long as they can be (a run of data ends with its frame).
+    /// The whole space, in order, in runs as long as they can be (a run of data ends with its
+    /// frame).
     pub fn runs(&self) -> impl Iterator<Item = LocatedRun> {
         let mut start = PageIndex(0);
         std::iter::from_fn(move || {
@@ -291,10 +305,12 @@ impl PageMap {
         matching.map(|run| run.pages)
     }
 
-    /// The frames that hold the newest content of any page, each once, in the order of packs and frames.
+    /// The frames that hold the newest content of any page, each once, in the order of packs and
+    /// frames.
     pub fn frame_reads(&self) -> Vec<FrameRead> {
         let mut parts: Vec<_> = self.runs().filter_map(data_part).collect();
-        // One page may not be in two slots, but one slot can't serve two pages either: the keys are all different.
+        // One page may not be in two slots, but one slot can't serve two pages either: the keys are
+        // all different.
         parts.sort_unstable_by_key(|&(pack, frame, part)| (pack, frame, part.first_slot));
         let mut reads: Vec<FrameRead> = Vec::new();
         for (pack, frame, part) in parts {
@@ -376,11 +392,21 @@ mod test {
 
     #[test]
     fn only_frames_that_still_matter_are_read_and_each_once() {
-        let map = map(&[pages(&[&[0, 1, 2, 3], &[4, 5]]), pages(&[&[1, 4, 5]]), zeros(range(2, 3))]);
-        let part = |slot, start, end| FramePart { first_slot: Slot(slot), pages: range(start, end) };
+        let map =
+            map(&[pages(&[&[0, 1, 2, 3], &[4, 5]]), pages(&[&[1, 4, 5]]), zeros(range(2, 3))]);
+        let part =
+            |slot, start, end| FramePart { first_slot: Slot(slot), pages: range(start, end) };
         let expected = [
-            FrameRead { pack: PackNo(0), frame: FrameNo(0), parts: vec![part(0, 0, 1), part(3, 3, 4)] },
-            FrameRead { pack: PackNo(1), frame: FrameNo(0), parts: vec![part(0, 1, 2), part(1, 4, 6)] },
+            FrameRead {
+                pack: PackNo(0),
+                frame: FrameNo(0),
+                parts: vec![part(0, 0, 1), part(3, 3, 4)],
+            },
+            FrameRead {
+                pack: PackNo(1),
+                frame: FrameNo(0),
+                parts: vec![part(0, 1, 2), part(1, 4, 6)],
+            },
         ];
         assert_eq!(map.frame_reads(), expected);
         assert_eq!(map.zeros().collect::<Vec<_>>(), [range(2, 3)]);

@@ -24,9 +24,13 @@ pub enum NameError {
     TooLong { what: &'static str, len: usize, limit: usize },
     #[error("the {what} {name:?} holds {found:?} at byte {at}; allowed: {allowed}")]
     BadCharacter { what: &'static str, name: String, found: char, at: usize, allowed: &'static str },
-    #[error("the space name {name:?} has no known kind; it must begin with ram:, disk:, state: or layer:")]
+    #[error(
+        "the space name {name:?} has no known kind; it must begin with ram:, disk:, state: or layer:"
+    )]
     UnknownKind { name: String },
-    #[error("the space name {name:?} has '..' as a path component; rename the RAM block or the disk's node")]
+    #[error(
+        "the space name {name:?} has '..' as a path component; rename the RAM block or the disk's node"
+    )]
     ParentComponent { name: String },
     #[error("the layer space {name:?} must end in 64 lower-case hex digits")]
     LayerDigest { name: String },
@@ -68,8 +72,9 @@ impl fmt::Display for SpaceKind {
 
 /// The name of a space: `ram:<block>`, `disk:<node>`, `state:device` or `layer:<digest>`.
 ///
-/// RAM block names hold slashes and colons (`0000:00:02.0/vga.vram`, `/rom@etc/acpi/tables`), so a space name is no
-/// file name and must never be used as one; `..` components are refused all the same.
+/// RAM block names hold slashes and colons (`0000:00:02.0/vga.vram`, `/rom@etc/acpi/tables`), so a
+/// space name is no file name and must never be used as one; `..` components are refused all the
+/// same.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct SpaceName(String);
@@ -139,7 +144,9 @@ fn kind_of(name: &str) -> Option<SpaceKind> {
 fn check_rest(kind: SpaceKind, name: &str) -> Result<(), NameError> {
     let rest = &name[kind.prefix().len()..];
     check_length("space name", rest.len(), MAX_SPACE_NAME - kind.prefix().len())?;
-    check_characters("space name", name, "printable ASCII", |_, c| c == ' ' || c.is_ascii_graphic())?;
+    check_characters("space name", name, "printable ASCII", |_, c| {
+        c == ' ' || c.is_ascii_graphic()
+    })?;
     if rest.split('/').any(|component| component == "..") {
         return Err(NameError::ParentComponent { name: name.into() });
     }
@@ -149,7 +156,8 @@ fn check_rest(kind: SpaceKind, name: &str) -> Result<(), NameError> {
     Ok(())
 }
 
-/// The name of a VM in the store: `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`, so that it is one safe path component.
+/// The name of a VM in the store: `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`, so that it is one safe path
+/// component.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct VmName(String);
@@ -196,7 +204,9 @@ impl PackName {
 fn check_file_name(what: &'static str, name: &str, limit: usize) -> Result<(), NameError> {
     const ALLOWED: &str = "letters, digits, '.', '_' and '-', the first a letter or a digit";
     check_length(what, name.len(), limit)?;
-    check_characters(what, name, ALLOWED, |at, c| c.is_ascii_alphanumeric() || (at > 0 && matches!(c, '.' | '_' | '-')))
+    check_characters(what, name, ALLOWED, |at, c| {
+        c.is_ascii_alphanumeric() || (at > 0 && matches!(c, '.' | '_' | '-'))
+    })
 }
 
 fn check_length(what: &'static str, len: usize, limit: usize) -> Result<(), NameError> {
@@ -215,7 +225,9 @@ fn check_characters(
 ) -> Result<(), NameError> {
     match name.char_indices().find(|&(at, c)| !is_allowed(at, c)) {
         None => Ok(()),
-        Some((at, found)) => Err(NameError::BadCharacter { what, name: name.into(), found, at, allowed }),
+        Some((at, found)) => {
+            Err(NameError::BadCharacter { what, name: name.into(), found, at, allowed })
+        }
     }
 }
 

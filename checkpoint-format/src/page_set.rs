@@ -10,8 +10,9 @@ const WORD_BITS: u64 = u64::BITS as u64;
 
 /// Some of the pages of a space of fixed size.
 ///
-/// A page outside the space can't be added: that panics, because to drop it silently would lose a dirty page and to grow
-/// would hide that two spaces were mixed up. Asking for or removing pages outside is harmless and allowed.
+/// A page outside the space can't be added: that panics, because to drop it silently would lose a
+/// dirty page and to grow would hide that two spaces were mixed up. Asking for or removing pages
+/// outside is harmless and allowed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PageSet {
     /// The bits of the last word above `bits.len()` are zero; the word-wise operations rely on it.
@@ -63,7 +64,11 @@ impl PageSet {
     /// # Panics
     /// When a page of the range is outside the space.
     pub fn insert_range(&mut self, range: PageRange) {
-        assert!(range.is_empty() || range.end.0 <= self.len().0, "pages {range} are outside a space of {} pages", self.len());
+        assert!(
+            range.is_empty() || range.end.0 <= self.len().0,
+            "pages {range} are outside a space of {} pages",
+            self.len()
+        );
         self.fill(range, true);
     }
 
@@ -119,7 +124,8 @@ impl PageSet {
         }
     }
 
-    /// Follows a space that grew or shrank: pages that are gone leave the set, new ones are not in it.
+    /// Follows a space that grew or shrank: pages that are gone leave the set, new ones are not in
+    /// it.
     pub fn resize(&mut self, size: PageCount) {
         let mut resized = Self::new(size);
         for range in self.ranges() {
@@ -182,7 +188,8 @@ impl Iterator for Ranges<'_> {
 }
 
 impl Ranges<'_> {
-    /// The first page at or after `from` whose bit, flipped by `flip`, is set; the space's length when there is none.
+    /// The first page at or after `from` whose bit, flipped by `flip`, is set; the space's length
+    /// when there is none.
     fn seek(&self, from: u64, flip: u64) -> u64 {
         if from >= self.len {
             return self.len;
@@ -192,7 +199,8 @@ impl Ranges<'_> {
         for (number, word) in (first as u64..).zip(&self.words[first..]) {
             let hits = (word ^ flip) & mask;
             if hits != 0 {
-                // Flipped, the unused bits of the last word are hits, and the first of them is at the very end.
+                // Flipped, the unused bits of the last word are hits, and the first of them is at
+                // the very end.
                 return number * WORD_BITS + u64::from(hits.trailing_zeros());
             }
             mask = !0;

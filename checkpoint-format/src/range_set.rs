@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use crate::units::{PageCount, PageIndex, PageRange};
 
-/// A set of pages as ranges that do not touch. Every operation costs the ranges that it meets and a logarithm.
+/// A set of pages as ranges that do not touch. Every operation costs the ranges that it meets and a
+/// logarithm.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RangeSet {
     /// End by start.
@@ -76,7 +77,8 @@ impl RangeSet {
         // An empty range may be reversed, which the map does not take.
         let last = pages.end.0.max(first);
         let met = self.ranges.range(first..last);
-        met.map(move |(&start, &end)| range(start.max(pages.start.0), end.min(pages.end.0))).filter(|part| !part.is_empty())
+        met.map(move |(&start, &end)| range(start.max(pages.start.0), end.min(pages.end.0)))
+            .filter(|part| !part.is_empty())
     }
 
     /// The parts of `pages` that are not in the set, ascending.

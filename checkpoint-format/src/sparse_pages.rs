@@ -1,4 +1,5 @@
-//! A value for each page of a space of any size, where most pages are unknown or zero and cost nothing.
+//! A value for each page of a space of any size, where most pages are unknown or zero and cost
+//! nothing.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +14,8 @@ pub(crate) trait Cell: Copy + PartialEq {
     const ZERO: Self;
 }
 
-/// Pages in chunks of `N`, which exist only where a page is neither unknown nor zero; the zeros between them are ranges.
+/// Pages in chunks of `N`, which exist only where a page is neither unknown nor zero; the zeros
+/// between them are ranges.
 ///
 /// So a length that a file claims costs nothing, and a hole costs one range however large it is.
 #[derive(Clone, Debug)]
@@ -64,7 +66,9 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
             let mut cells = Box::new([C::UNKNOWN; N]);
             let pages = Self::pages_of(chunk);
             for part in zeros.within(pages) {
-                cells[(part.start.0 - pages.start.0) as usize..(part.end.0 - pages.start.0) as usize].fill(C::ZERO);
+                cells[(part.start.0 - pages.start.0) as usize
+                    ..(part.end.0 - pages.start.0) as usize]
+                    .fill(C::ZERO);
             }
             zeros.remove(pages);
             cells
@@ -113,13 +117,15 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
         start..start + part.len().as_usize()
     }
 
-    /// The parts of `pages` that are not known to be zero, ascending. Costs the chunks and ranges that they meet.
+    /// The parts of `pages` that are not known to be zero, ascending. Costs the chunks and ranges
+    /// that they meet.
     pub fn not_zero(&self, pages: PageRange) -> Vec<PageRange> {
         let mut found = Vec::new();
         let mut at = pages.start;
         for (chunk, part) in self.met(pages) {
             found.extend(self.zeros.outside(PageRange::new(at, part.start)));
-            let cells = self.chunks.get(&chunk).map_or(&[][..], |cells| &cells[Self::within_chunk(part)]);
+            let cells =
+                self.chunks.get(&chunk).map_or(&[][..], |cells| &cells[Self::within_chunk(part)]);
             let other = part.iter().zip(cells).filter(|(_, cell)| **cell != C::ZERO);
             other.for_each(|(page, _)| push_page(&mut found, page));
             at = part.end;
@@ -149,10 +155,12 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
         cells.filter(|cell| **cell != C::UNKNOWN).count() as u64 + self.zeros.pages().0
     }
 
-    /// Where the run of equal cells that holds `page`, which is in no chunk, ends: at the next chunk or change, or at `size`.
+    /// Where the run of equal cells that holds `page`, which is in no chunk, ends: at the next
+    /// chunk or change, or at `size`.
     pub fn end_of_ground(&self, page: PageIndex, size: PageCount) -> PageIndex {
         let (chunk, _) = Self::place(page);
-        let next_chunk = self.chunks.range(chunk..).next().map(|(&chunk, _)| Self::pages_of(chunk).start);
+        let next_chunk =
+            self.chunks.range(chunk..).next().map(|(&chunk, _)| Self::pages_of(chunk).start);
         let change = match self.zeros.range_of(page) {
             Some(range) => Some(range.end),
             None => self.zeros.next_start(page),

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-/// Bytes in a page. Everything that Stillpoint tracks, stores and restores is a whole number of these.
+/// Bytes in a page. Everything that Stillpoint tracks, stores and restores is a whole number of
+/// these.
 pub const PAGE_SIZE: usize = 4096;
 
 /// The largest space that a saved form may describe, in pages (4 PiB).
@@ -117,13 +118,15 @@ impl CheckpointId {
     /// The ID of a VM's first checkpoint.
     pub const FIRST: Self = Self(1);
 
-    /// Saturates: a directory of the highest number that somebody made is one that a writer finds taken.
+    /// Saturates: a directory of the highest number that somebody made is one that a writer finds
+    /// taken.
     pub const fn next(self) -> Self {
         Self(self.0.saturating_add(1))
     }
 }
 
-/// The pages from `start` up to and without `end`. Empty when `end <= start`, like the standard library's ranges.
+/// The pages from `start` up to and without `end`. Empty when `end <= start`, like the standard
+/// library's ranges.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageRange {
     /// The first page.

@@ -1,9 +1,10 @@
-//! Files of format version 1, kept for ever: sound ones must be read and written byte for byte, damaged ones must be
-//! refused with the right words.
+//! Files of format version 1, kept for ever: sound ones must be read and written byte for byte,
+//! damaged ones must be refused with the right words.
 //!
-//! `STILLPOINT_BLESS=1 cargo test -p checkpoint-format --test golden` writes the files anew. That is right only while no
-//! release has written the version. Afterwards a changed encoding gets a new version and new files, and these stay. (A
-//! new zstd may pack otherwise without any change of ours: then only the byte-for-byte test may be adapted.)
+//! `STILLPOINT_BLESS=1 cargo test -p checkpoint-format --test golden` writes the files anew. That
+//! is right only while no release has written the version. Afterwards a changed encoding gets a new
+//! version and new files, and these stay. (A new zstd may pack otherwise without any change of
+//! ours: then only the byte-for-byte test may be adapted.)
 
 mod common;
 
@@ -74,7 +75,8 @@ fn sound() -> [(&'static str, Vec<u8>); 6] {
     ]
 }
 
-/// Offsets into the raw trailer of the sample: after the id and the three spaces come the frames, then the runs.
+/// Offsets into the raw trailer of the sample: after the id and the three spaces come the frames,
+/// then the runs.
 const SPACES_AT: usize = 16;
 const FRAMES_AT: usize = SPACES_AT + 4 + (2 + 10) + (2 + 9) + (2 + 12);
 const RUNS_AT: usize = FRAMES_AT + 4 + 3 * 32;
@@ -91,34 +93,98 @@ fn damaged_packs() -> Vec<Damaged> {
     };
     vec![
         damaged("pack-v1-empty.bin", vec![], "read the pack header: got 0 bytes, expected 64"),
-        damaged("pack-v1-header-magic.bin", flipped(&good, 0), "read the pack header: it begins with"),
-        damaged("pack-v1-header-later.bin", later_pack(&good), "format version 2, this program reads version 1"),
+        damaged(
+            "pack-v1-header-magic.bin",
+            flipped(&good, 0),
+            "read the pack header: it begins with",
+        ),
+        damaged(
+            "pack-v1-header-later.bin",
+            later_pack(&good),
+            "format version 2, this program reads version 1",
+        ),
         damaged("pack-v1-header-id.bin", flipped(&good, 16), "verify the pack header: checksum is"),
-        damaged("pack-v1-frame-header.bin", flipped(&good, 64 + 6), "verify the frame at byte 64 of the pack: checksum is"),
-        damaged("pack-v1-frame-content.bin", flipped(&good, 64 + 40), "verify the frame at byte 64 of the pack: checksum is"),
-        damaged("pack-v1-trailer.bin", flipped(&good, trailer + 5), "verify the pack trailer: checksum is"),
-        damaged("pack-v1-footer.bin", flipped(&good, end - 50), "verify the pack footer: checksum is"),
-        damaged("pack-v1-cut.bin", good[..end - 1].to_vec(), "read the pack footer: it begins with"),
-        damaged("pack-v1-spaces-count.bin", raw(SPACES_AT, &[0xff; 4]), "check the pack trailer: spaces is 4294967295, the limit is"),
-        damaged("pack-v1-space-name.bin", raw(SPACES_AT + 6, b"cpu"), "space 0 has an unusable name"),
-        damaged("pack-v1-frame-gap.bin", raw(FRAMES_AT + 4, &[65]), "entry 0 of the frame table: it doesn't begin where the last one ends"),
-        damaged("pack-v1-frame-codec.bin", raw(FRAMES_AT + 4 + 15, &[7]), "entry 0 of the frame table: unknown codec"),
-        damaged("pack-v1-frame-pages.bin", raw(FRAMES_AT + 4 + 14, &[65]), "it has no pages or more than a frame can"),
+        damaged(
+            "pack-v1-frame-header.bin",
+            flipped(&good, 64 + 6),
+            "verify the frame at byte 64 of the pack: checksum is",
+        ),
+        damaged(
+            "pack-v1-frame-content.bin",
+            flipped(&good, 64 + 40),
+            "verify the frame at byte 64 of the pack: checksum is",
+        ),
+        damaged(
+            "pack-v1-trailer.bin",
+            flipped(&good, trailer + 5),
+            "verify the pack trailer: checksum is",
+        ),
+        damaged(
+            "pack-v1-footer.bin",
+            flipped(&good, end - 50),
+            "verify the pack footer: checksum is",
+        ),
+        damaged(
+            "pack-v1-cut.bin",
+            good[..end - 1].to_vec(),
+            "read the pack footer: it begins with",
+        ),
+        damaged(
+            "pack-v1-spaces-count.bin",
+            raw(SPACES_AT, &[0xff; 4]),
+            "check the pack trailer: spaces is 4294967295, the limit is",
+        ),
+        damaged(
+            "pack-v1-space-name.bin",
+            raw(SPACES_AT + 6, b"cpu"),
+            "space 0 has an unusable name",
+        ),
+        damaged(
+            "pack-v1-frame-gap.bin",
+            raw(FRAMES_AT + 4, &[65]),
+            "entry 0 of the frame table: it doesn't begin where the last one ends",
+        ),
+        damaged(
+            "pack-v1-frame-codec.bin",
+            raw(FRAMES_AT + 4 + 15, &[7]),
+            "entry 0 of the frame table: unknown codec",
+        ),
+        damaged(
+            "pack-v1-frame-pages.bin",
+            raw(FRAMES_AT + 4 + 14, &[65]),
+            "it has no pages or more than a frame can",
+        ),
         damaged(
             "pack-v1-run-space.bin",
             raw(RUNS_AT + 4 + 12, &[9]),
             "entry 0 of the run table: it names a space that is not in the space table",
         ),
-        damaged("pack-v1-run-other-space.bin", raw(RUNS_AT + 4 + 12, &[1]), "entry 0 of the run table: its frame is of another space"),
-        damaged("pack-v1-run-long.bin", raw(RUNS_AT + 4 + 8, &[200]), "entry 0 of the run table: its frame is of another space"),
-        damaged("pack-v1-run-far.bin", raw(RUNS_AT + 4 + 7, &[1]), "it reaches beyond the largest space"),
+        damaged(
+            "pack-v1-run-other-space.bin",
+            raw(RUNS_AT + 4 + 12, &[1]),
+            "entry 0 of the run table: its frame is of another space",
+        ),
+        damaged(
+            "pack-v1-run-long.bin",
+            raw(RUNS_AT + 4 + 8, &[200]),
+            "entry 0 of the run table: its frame is of another space",
+        ),
+        damaged(
+            "pack-v1-run-far.bin",
+            raw(RUNS_AT + 4 + 7, &[1]),
+            "it reaches beyond the largest space",
+        ),
         damaged("pack-v1-run-kind.bin", raw(RUNS_AT + 4 + 14, &[2]), "unknown kind of run"),
         damaged(
             "pack-v1-frame-long.bin",
             raw(FRAMES_AT + 4 + 8, &[0xff, 0xff, 0xff]),
             "entry 0 of the frame table: compressed, but not shorter for it",
         ),
-        damaged("pack-v1-run-empty.bin", raw(RUNS_AT + 4 + 2 * 16 + 8, &[0]), "entry 2 of the run table: it covers no page"),
+        damaged(
+            "pack-v1-run-empty.bin",
+            raw(RUNS_AT + 4 + 2 * 16 + 8, &[0]),
+            "entry 2 of the run table: it covers no page",
+        ),
         damaged(
             "pack-v1-run-pages.bin",
             raw(RUNS_AT + 4 + 2 * 16 + 8, &[0xff; 4]),
@@ -137,7 +203,11 @@ fn damaged_packs() -> Vec<Damaged> {
             with_trailer(&good, |raw| raw.truncate(raw.len() - 1)),
             "check the pack trailer: data pages is 6, the limit is 5",
         ),
-        damaged("pack-v1-trailer-more.bin", with_trailer(&good, |raw| raw.push(0)), "bytes behind the last table is 1"),
+        damaged(
+            "pack-v1-trailer-more.bin",
+            with_trailer(&good, |raw| raw.push(0)),
+            "bytes behind the last table is 1",
+        ),
     ]
 }
 
@@ -148,12 +218,32 @@ fn damaged_manifests() -> Vec<Damaged> {
     let later = [b"stillpoint-manifest 2".as_slice(), &good[KIND.len() + 2..]].concat();
     vec![
         damaged("manifest-v1-later.txt", later, "format version 2, this program reads version 1"),
-        damaged("manifest-v1-body.txt", flipped(&good, good.len() - 10), "verify the stillpoint-manifest: the body's digest is"),
-        damaged("manifest-v1-cut.txt", good[..good.len() - 1].to_vec(), "cut short or was added to"),
+        damaged(
+            "manifest-v1-body.txt",
+            flipped(&good, good.len() - 10),
+            "verify the stillpoint-manifest: the body's digest is",
+        ),
+        damaged(
+            "manifest-v1-cut.txt",
+            good[..good.len() - 1].to_vec(),
+            "cut short or was added to",
+        ),
         damaged("manifest-v1-json.txt", with("{", "["), "parse the body of the manifest"),
-        damaged("manifest-v1-parent.txt", with("\"parent\": 5", "\"parent\": 7"), "parent is not an earlier checkpoint"),
-        damaged("manifest-v1-no-parent.txt", with("\"parent\": 5", "\"parent\": null"), "parent is missing though"),
-        damaged("manifest-v1-vm.txt", with("\"web-1\"", "\"../web\""), "parse the body of the manifest"),
+        damaged(
+            "manifest-v1-parent.txt",
+            with("\"parent\": 5", "\"parent\": 7"),
+            "parent is not an earlier checkpoint",
+        ),
+        damaged(
+            "manifest-v1-no-parent.txt",
+            with("\"parent\": 5", "\"parent\": null"),
+            "parent is missing though",
+        ),
+        damaged(
+            "manifest-v1-vm.txt",
+            with("\"web-1\"", "\"../web\""),
+            "parse the body of the manifest",
+        ),
         damaged(
             "manifest-v1-space-kind.txt",
             with("\"kind\": \"ram\"", "\"kind\": \"disk\""),
@@ -169,7 +259,11 @@ fn damaged_manifests() -> Vec<Damaged> {
             with("\"space\": \"disk:root\"", "\"space\": \"disk:toor\""),
             "disk root is kept in a space that is not there",
         ),
-        damaged("manifest-v1-pack-len.txt", with("\"trailer_offset\": ", "\"trailer_offset\": 1"), "the record of pack 0000.pack is wrong"),
+        damaged(
+            "manifest-v1-pack-len.txt",
+            with("\"trailer_offset\": ", "\"trailer_offset\": 1"),
+            "the record of pack 0000.pack is wrong",
+        ),
     ]
 }
 
@@ -179,13 +273,33 @@ fn damaged_layers() -> Vec<Damaged> {
     let good = layer.encode().expect("sound");
     let with = |from, to| replaced(&good, KIND, from, to);
     vec![
-        damaged("layer-v1-body.txt", flipped(&good, good.len() - 10), "verify the stillpoint-layer: the body's digest is"),
-        damaged("layer-v1-is-manifest.txt", sample_manifest().encode().expect("sound"), "it begins with"),
+        damaged(
+            "layer-v1-body.txt",
+            flipped(&good, good.len() - 10),
+            "verify the stillpoint-layer: the body's digest is",
+        ),
+        damaged(
+            "layer-v1-is-manifest.txt",
+            sample_manifest().encode().expect("sound"),
+            "it begins with",
+        ),
         damaged("layer-v1-block-size.txt", with("65536", "65537"), "block_size is not 65536"),
-        damaged("layer-v1-blocks.txt", with("\"blocks\": 4", "\"blocks\": 5"), "table.blocks is another number than the length gives"),
-        damaged("layer-v3-later.txt", later_layer(), "format version 3, this program reads version 2"),
+        damaged(
+            "layer-v1-blocks.txt",
+            with("\"blocks\": 4", "\"blocks\": 5"),
+            "table.blocks is another number than the length gives",
+        ),
+        damaged(
+            "layer-v3-later.txt",
+            later_layer(),
+            "format version 3, this program reads version 2",
+        ),
         damaged("layer-v2-huge.txt", huge_sparse_layer(), "table is of more stored blocks"),
-        damaged("layer-v1-huge.txt", with("\"len\": 196616", "\"len\": 18446744073709551615"), "too high"),
+        damaged(
+            "layer-v1-huge.txt",
+            with("\"len\": 196616", "\"len\": 18446744073709551615"),
+            "too high",
+        ),
     ]
 }
 
@@ -194,7 +308,11 @@ fn sparse_as(version: u32, change: impl Fn(&str) -> String) -> Vec<u8> {
     let (layer, _) = sample_sparse_layer();
     let file = layer.encode().expect("sound");
     let text = change(std::str::from_utf8(body(&file)).expect("JSON is text"));
-    let line = format!("stillpoint-layer {version} {} {}\n", ContentDigest::of(text.as_bytes()), text.len());
+    let line = format!(
+        "stillpoint-layer {version} {} {}\n",
+        ContentDigest::of(text.as_bytes()),
+        text.len()
+    );
     [line.as_bytes(), text.as_bytes()].concat()
 }
 
@@ -210,7 +328,11 @@ fn damaged_blocks() -> Vec<Damaged> {
     let (_, good) = sample_layer();
     vec![
         damaged("layer-v1-flipped.blocks", flipped(&good, 20), "verify the block table: digest is"),
-        damaged("layer-v1-cut.blocks", good[..good.len() - 1].to_vec(), "read the block table: it is"),
+        damaged(
+            "layer-v1-cut.blocks",
+            good[..good.len() - 1].to_vec(),
+            "read the block table: it is",
+        ),
     ]
 }
 
@@ -226,7 +348,10 @@ fn chain(error: &dyn std::error::Error) -> String {
     links.map(|error| error.to_string()).collect::<Vec<_>>().join(": ")
 }
 
-fn assert_refused<T: std::fmt::Debug, E: std::error::Error + 'static>(damaged: &Damaged, parse: impl Fn(&[u8]) -> Result<T, E>) {
+fn assert_refused<T: std::fmt::Debug, E: std::error::Error + 'static>(
+    damaged: &Damaged,
+    parse: impl Fn(&[u8]) -> Result<T, E>,
+) {
     let error = parse(&read(damaged.file)).expect_err(damaged.file);
     let text = chain(&error);
     assert!(text.contains(damaged.error), "{}: {text:?}", damaged.file);
@@ -269,7 +394,8 @@ fn the_sound_layer_says_what_was_written() {
     let layer = LayerManifest::parse(&read(LAYER)).expect("sound");
     assert_eq!(layer, expected);
     let table = layer.parse_table(&read(BLOCKS)).expect("sound");
-    let stored: Vec<_> = table.stored().map(|(number, at)| (number, layer.owner(at.owner))).collect();
+    let stored: Vec<_> =
+        table.stored().map(|(number, at)| (number, layer.owner(at.owner))).collect();
     let (own, other) = (Some(layer.digest), Some(ContentDigest::of(b"another layer")));
     assert_eq!(stored, [(1, own), (2, other), (3, own)]);
 }
@@ -280,7 +406,10 @@ fn the_sound_sparse_layer_says_what_was_written() {
     let layer = LayerManifest::parse(&read(LAYER_2)).expect("sound");
     assert_eq!(layer, expected);
     let table = layer.parse_table(&read(BLOCKS_2)).expect("sound");
-    assert_eq!(table.stored().map(|(number, _)| number).collect::<Vec<_>>(), [10_000_000, 10_000_001]);
+    assert_eq!(
+        table.stored().map(|(number, _)| number).collect::<Vec<_>>(),
+        [10_000_000, 10_000_001]
+    );
 }
 
 #[test]
@@ -311,13 +440,23 @@ fn damaged_layers_are_refused() {
 #[test]
 fn no_two_damages_are_told_in_the_same_words() {
     let kinds = [
-        damaged_packs().iter().map(|d| chain(&read_pack(&d.bytes).expect_err(d.file))).collect::<Vec<_>>(),
-        damaged_manifests().iter().map(|d| chain(&Manifest::parse(&d.bytes).expect_err(d.file))).collect(),
-        damaged_layers().iter().map(|d| chain(&LayerManifest::parse(&d.bytes).expect_err(d.file))).collect(),
+        damaged_packs()
+            .iter()
+            .map(|d| chain(&read_pack(&d.bytes).expect_err(d.file)))
+            .collect::<Vec<_>>(),
+        damaged_manifests()
+            .iter()
+            .map(|d| chain(&Manifest::parse(&d.bytes).expect_err(d.file)))
+            .collect(),
+        damaged_layers()
+            .iter()
+            .map(|d| chain(&LayerManifest::parse(&d.bytes).expect_err(d.file)))
+            .collect(),
     ];
     for texts in kinds {
         let distinct: BTreeSet<_> = texts.iter().collect();
-        // A frame's header and its content are under one checksum; a run may stray into a foreign frame in two ways.
+        // A frame's header and its content are under one checksum; a run may stray into a foreign
+        // frame in two ways.
         assert!(texts.len() - distinct.len() <= 1, "{texts:#?}");
     }
 }

@@ -1,5 +1,5 @@
-//! Files whose digests are right and whose content lies: every number, text and list of a manifest made another. Nothing may
-//! panic, and what a number claims may not become memory.
+//! Files whose digests are right and whose content lies: every number, text and list of a manifest
+//! made another. Nothing may panic, and what a number claims may not become memory.
 
 mod common;
 
@@ -7,7 +7,8 @@ use checkpoint_format::*;
 use common::*;
 use serde_json::{Value, json};
 
-/// What all of it may take, in address space: far more than the samples need, far less than any claim.
+/// What all of it may take, in address space: far more than the samples need, far less than any
+/// claim.
 const MOST_BYTES: u64 = 512 << 20;
 
 /// The most address space that this process has had.
@@ -21,8 +22,13 @@ fn peak() -> u64 {
 fn places(value: &Value, at: &str, found: &mut Vec<String>) {
     found.push(at.to_owned());
     match value {
-        Value::Array(list) => list.iter().enumerate().for_each(|(number, one)| places(one, &format!("{at}/{number}"), found)),
-        Value::Object(map) => map.iter().for_each(|(key, one)| places(one, &format!("{at}/{key}"), found)),
+        Value::Array(list) => list
+            .iter()
+            .enumerate()
+            .for_each(|(number, one)| places(one, &format!("{at}/{number}"), found)),
+        Value::Object(map) => {
+            map.iter().for_each(|(key, one)| places(one, &format!("{at}/{key}"), found))
+        }
         _ => {}
     }
 }
@@ -33,14 +39,39 @@ fn lies(value: &Value) -> Vec<Value> {
         Value::Number(number) => {
             let now = number.as_u64().unwrap_or(0);
             let near = [now.wrapping_sub(1), now + 1, now * 2, now / 2, now << 20];
-            let far = [0, 1, 4095, u64::from(u32::MAX), 1 << 32, 1 << 40, 1 << 52, (1 << 52) + 1, 1 << 63, u64::MAX];
+            let far = [
+                0,
+                1,
+                4095,
+                u64::from(u32::MAX),
+                1 << 32,
+                1 << 40,
+                1 << 52,
+                (1 << 52) + 1,
+                1 << 63,
+                u64::MAX,
+            ];
             let other = [json!(-1), json!(1.5), json!(1e300), json!("7"), json!(null)];
             near.into_iter().chain(far).map(|number| json!(number)).chain(other).collect()
         }
         Value::String(text) => {
-            let texts = ["", "..", "../../etc/passwd", "a/../b", "ram:..", "disk:a/../../b", "a\u{0}b", "a\nb", "\u{1b}[2J"];
+            let texts = [
+                "",
+                "..",
+                "../../etc/passwd",
+                "a/../b",
+                "ram:..",
+                "disk:a/../../b",
+                "a\u{0}b",
+                "a\nb",
+                "\u{1b}[2J",
+            ];
             let texts = texts.map(str::to_owned).into_iter();
-            texts.chain([text.repeat(2), "x".repeat(MAX_TEXT + 1), text.to_uppercase()]).map(Value::from).chain([json!(null)]).collect()
+            texts
+                .chain([text.repeat(2), "x".repeat(MAX_TEXT + 1), text.to_uppercase()])
+                .map(Value::from)
+                .chain([json!(null)])
+                .collect()
         }
         Value::Array(list) => {
             let twice: Vec<Value> = list.iter().chain(list).cloned().collect();
@@ -91,21 +122,31 @@ fn use_manifest(manifest: &Manifest) {
 fn use_layer(layer: &LayerManifest, table: &[u8]) {
     let parsed = layer.parse_table(table);
     if let Ok(table) = parsed {
-        assert!(table.stored().all(|(number, at)| number < layer.blocks() && layer.owner(at.owner).is_some()));
+        assert!(
+            table
+                .stored()
+                .all(|(number, at)| number < layer.blocks() && layer.owner(at.owner).is_some())
+        );
     }
 }
 
 #[test]
 fn hostile_manifests_neither_panic_nor_allocate_what_they_claim() {
-    let document: Value = serde_json::from_slice(body(&sample_manifest().encode().expect("sound"))).expect("JSON");
+    let document: Value =
+        serde_json::from_slice(body(&sample_manifest().encode().expect("sound"))).expect("JSON");
     let (layer, table) = sample_layer();
     let layer: Value = serde_json::from_slice(body(&layer.encode().expect("sound"))).expect("JSON");
     let (sparse, sparse_table) = sample_sparse_layer();
-    let sparse: Value = serde_json::from_slice(body(&sparse.encode().expect("sound"))).expect("JSON");
+    let sparse: Value =
+        serde_json::from_slice(body(&sparse.encode().expect("sound"))).expect("JSON");
     let begun = peak();
     let (mut refused, mut taken) = (0, 0);
     let mut count = |result: bool| *(if result { &mut taken } else { &mut refused }) += 1;
-    for (kind, document) in [("stillpoint-manifest 1", &document), ("stillpoint-layer 1", &layer), ("stillpoint-layer 2", &sparse)] {
+    for (kind, document) in [
+        ("stillpoint-manifest 1", &document),
+        ("stillpoint-layer 1", &layer),
+        ("stillpoint-layer 2", &sparse),
+    ] {
         let mut found = Vec::new();
         places(document, "", &mut found);
         for place in &found {
@@ -122,7 +163,10 @@ fn hostile_manifests_neither_panic_nor_allocate_what_they_claim() {
             }
         }
     }
-    assert!(refused > 500 && taken > 50, "{refused} refused, {taken} taken: is the document another?");
+    assert!(
+        refused > 500 && taken > 50,
+        "{refused} refused, {taken} taken: is the document another?"
+    );
     let grown = peak() - begun;
     assert!(grown < MOST_BYTES, "{} MiB of address space were taken", grown >> 20);
 }
@@ -130,7 +174,8 @@ fn hostile_manifests_neither_panic_nor_allocate_what_they_claim() {
 /// An empty text takes three bytes in the file.
 #[test]
 fn hostile_lists_end_at_their_limit() {
-    let document: Value = serde_json::from_slice(body(&sample_manifest().encode().expect("sound"))).expect("JSON");
+    let document: Value =
+        serde_json::from_slice(body(&sample_manifest().encode().expect("sound"))).expect("JSON");
     let text = serde_json::to_string(&with_arguments(&document)).expect("JSON");
     let many = format!("[{}\"\"]", "\"\",".repeat(20 << 20));
     let file = envelope("stillpoint-manifest", text.replacen("\"HERE\"", &many, 1).as_bytes());
@@ -155,9 +200,15 @@ fn hostile_spaces_must_fit_what_they_hold() {
         (|manifest| manifest.spaces[1].bytes.0 *= 2, "another length than its space"),
         (|manifest| manifest.spaces[0].bytes.0 += 4096, "another length than its space"),
         (|manifest| manifest.vm_record.ram_bytes.0 /= 2, "larger than the VM's RAM"),
-        (|manifest| manifest.spaces[2].bytes = ByteLen(MAX_STATE_LEN.0 + 1), "longer than any device state"),
+        (
+            |manifest| manifest.spaces[2].bytes = ByteLen(MAX_STATE_LEN.0 + 1),
+            "longer than any device state",
+        ),
         (|manifest| manifest.ram_blocks[0].page_size.0 = 1 << 40, "impossible page size"),
-        (|manifest| manifest.disks[0].backing[0].len.0 = u64::MAX, "on a layer larger than a space"),
+        (
+            |manifest| manifest.disks[0].backing[0].len.0 = u64::MAX,
+            "on a layer larger than a space",
+        ),
         (|manifest| manifest.vm_record.arguments[0].push('\0'), "NUL byte"),
     ];
     for (change, words) in changes {
@@ -171,7 +222,15 @@ fn hostile_spaces_must_fit_what_they_hold() {
         let bytes = ByteLen(MAX_CARRIED_RAM.0 / 2);
         let name = format!("vga{number}");
         manifest.spaces.push(SpaceRecord::new(SpaceName::ram(&name).expect("a name"), bytes));
-        manifest.ram_blocks.push(RamBlockRecord { name, used: bytes, total: bytes, page_size: ByteLen(4096), shared: false });
+        manifest.ram_blocks.push(RamBlockRecord {
+            name,
+            used: bytes,
+            total: bytes,
+            page_size: ByteLen(4096),
+            shared: false,
+        });
     }
-    assert!(manifest.encode().expect_err("too much").to_string().contains("than a restore can hold"));
+    assert!(
+        manifest.encode().expect_err("too much").to_string().contains("than a restore can hold")
+    );
 }

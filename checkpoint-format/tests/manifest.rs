@@ -37,7 +37,8 @@ fn the_first_full_checkpoint_is_fine() {
 
 #[test]
 fn times_have_one_shape() {
-    for good in ["2026-01-31T23:59:59Z", "2026-01-31T23:59:59.1Z", "2026-01-31T23:59:59.123456789Z"] {
+    for good in ["2026-01-31T23:59:59Z", "2026-01-31T23:59:59.1Z", "2026-01-31T23:59:59.123456789Z"]
+    {
         let mut manifest = sample_manifest();
         manifest.created_at = good.into();
         assert!(manifest.encode().is_ok(), "{good}");
@@ -91,7 +92,10 @@ fn disks_must_have_their_content() {
     assert_refused(|m| m.disks[0].space = Some(name("ram:pc.ram")), "space that is not there");
     assert_refused(|m| m.disks[0].format = "vmdk".into(), "disk root is neither qcow2 nor raw");
     assert_refused(|m| m.disks[1].node = "root".into(), "disks is holding a name twice");
-    assert_refused(|m| m.disks[1].backing[0].format = "vmdk".into(), "disk cd is on a layer neither");
+    assert_refused(
+        |m| m.disks[1].backing[0].format = "vmdk".into(),
+        "disk cd is on a layer neither",
+    );
     let deep: Change = |m| m.disks[1].backing = vec![m.disks[1].backing[0].clone(); 257];
     assert_refused(deep, "257 layers below a disk, the limit is 256");
 }

@@ -124,7 +124,8 @@ fn build(records: &[Record]) -> FinishedPack {
         match record {
             Record::Zero { space, pages } => pack.push_zero(id(space), *pages).expect("room"),
             Record::Frame { space, pages } => {
-                let pages: Vec<_> = pages.iter().map(|(&page, &seed)| (page, content(seed))).collect();
+                let pages: Vec<_> =
+                    pages.iter().map(|(&page, &seed)| (page, content(seed))).collect();
                 pack.push_frame(encode(id(space), &pages)).expect("room");
             }
         }
@@ -194,7 +195,8 @@ proptest! {
         prop_assert_eq!(pack.info.raw_bytes.0, (content + fixed) as u64);
     }
 
-    /// The headline: the map over a lineage restores what a page-by-page replay gives, sizes changing on the way.
+    /// The headline: the map over a lineage restores what a page-by-page replay gives, sizes
+    /// changing on the way.
     #[test]
     fn a_page_map_is_a_replay(
         lineage in prop::collection::vec((any_pack(), 1..SIZE), 1..6),
@@ -222,7 +224,8 @@ fn naive_pages(naive: &BTreeMap<(usize, u64), Option<u8>>, size: u64) -> Vec<Opt
     (0..size).map(|page| naive.get(&(0, page)).map(|&seed| expected_content(seed))).collect()
 }
 
-/// Restores a space as the binary does: zeros, then each frame once. Checks that no page is written twice.
+/// Restores a space as the binary does: zeros, then each frame once. Checks that no page is written
+/// twice.
 fn restored(map: &PageMap, packs: &[FinishedPack]) -> Vec<Option<Vec<u8>>> {
     let mut pages = vec![None; map.size().as_usize()];
     let mut put = |page: PageIndex, content: Vec<u8>| {

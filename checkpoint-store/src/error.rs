@@ -71,7 +71,9 @@ pub enum StoreError {
     #[error("{op} {path}: the store can't do it now ({reason}); trying again later may help")]
     Unavailable { op: Op, path: String, reason: String },
 
-    #[error("{op} {path}: not permitted ({reason}); give this user the right to it or use another store directory")]
+    #[error(
+        "{op} {path}: not permitted ({reason}); give this user the right to it or use another store directory"
+    )]
     Denied { op: Op, path: String, reason: String },
 
     #[error("{op} {path}: no room ({reason}); free space, raise the quota or use another store")]
@@ -128,14 +130,25 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Whether the same call, or one to the same end under a new name, may succeed without anybody doing anything.
+    /// Whether the same call, or one to the same end under a new name, may succeed without anybody
+    /// doing anything.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, StoreError::Timeout { .. } | StoreError::Uncertain { .. } | StoreError::Unavailable { .. })
+        matches!(
+            self,
+            StoreError::Timeout { .. }
+                | StoreError::Uncertain { .. }
+                | StoreError::Unavailable { .. }
+        )
     }
 
     /// Whether the operation may have taken effect in spite of the error.
     pub fn is_ambiguous(&self) -> bool {
-        matches!(self, StoreError::Timeout { .. } | StoreError::Uncertain { .. } | StoreError::CommitUnknown { .. })
+        matches!(
+            self,
+            StoreError::Timeout { .. }
+                | StoreError::Uncertain { .. }
+                | StoreError::CommitUnknown { .. }
+        )
     }
 
     /// Whether what was asked for is not in the store.

@@ -23,7 +23,8 @@ pub enum Fault {
     HangBefore,
     /// It is done, and no answer ever comes.
     HangAfter,
-    /// A put leaves a file of this many bytes and says `Unavailable`, as a store without whole-file puts would.
+    /// A put leaves a file of this many bytes and says `Unavailable`, as a store without whole-file
+    /// puts would.
     ShortWrite(usize),
     /// It is done, later.
     Slow(Duration),
@@ -43,7 +44,14 @@ pub struct FaultRule {
 impl FaultRule {
     /// Strikes once, at the first call of `op`.
     pub fn once(op: Op, fault: Fault) -> Self {
-        FaultRule { op: Some(op), path_contains: String::new(), at_least_replicas: None, skip: 0, times: 1, fault }
+        FaultRule {
+            op: Some(op),
+            path_contains: String::new(),
+            at_least_replicas: None,
+            skip: 0,
+            times: 1,
+            fault,
+        }
     }
 
     /// Strikes at every call of `op`.
@@ -83,7 +91,9 @@ impl FaultRule {
     fn matches(&self, op: Op, path: &StorePath, options: PutOptions) -> bool {
         self.op.is_none_or(|wanted| wanted == op)
             && path.as_str().contains(&self.path_contains)
-            && self.at_least_replicas.is_none_or(|least| options.replicas.is_none_or(|replicas| replicas >= least))
+            && self
+                .at_least_replicas
+                .is_none_or(|least| options.replicas.is_none_or(|replicas| replicas >= least))
     }
 
     /// Counts a matching call; the fault if it is this call's turn.
@@ -114,7 +124,8 @@ impl Script {
     }
 }
 
-/// One draw of a splitmix64 generator: a fault for the given share of calls, before or after the effect.
+/// One draw of a splitmix64 generator: a fault for the given share of calls, before or after the
+/// effect.
 fn draw((state, per_mille): &mut (u64, u32)) -> Option<Fault> {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;
@@ -143,8 +154,8 @@ impl FaultyStore {
         self.script().rules.push(rule);
     }
 
-    /// Makes a share of all calls fail (so many of 1000), before or after their effect, the same ones for the same
-    /// seed and order of calls.
+    /// Makes a share of all calls fail (so many of 1000), before or after their effect, the same
+    /// ones for the same seed and order of calls.
     pub fn inject_random(&self, seed: u64, per_mille: u32) {
         self.script().random = Some((seed, per_mille));
     }
@@ -159,7 +170,10 @@ impl FaultyStore {
     /// How often an operation was called on paths that contain a text.
     pub fn calls(&self, op: Op, path_contains: &str) -> usize {
         let script = self.script();
-        let matching = script.calls.iter().filter(|(o, path)| *o == op && path.as_str().contains(path_contains));
+        let matching = script
+            .calls
+            .iter()
+            .filter(|(o, path)| *o == op && path.as_str().contains(path_contains));
         matching.count()
     }
 
@@ -171,17 +185,31 @@ impl FaultyStore {
         self.script().next(op, path, options)
     }
 
-    async fn run<T>(&self, op: Op, path: &StorePath, work: impl Future<Output = Result<T>>) -> Result<T> {
+    async fn run<T>(
+        &self,
+        op: Op,
+        path: &StorePath,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let fault = self.fault(op, path, PutOptions::default());
         disturb(fault, op, path, work).await
     }
 }
 
-async fn disturb<T>(fault: Option<Fault>, op: Op, path: &StorePath, work: impl Future<Output = Result<T>>) -> Result<T> {
+async fn disturb<T>(
+    fault: Option<Fault>,
+    op: Op,
+    path: &StorePath,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
     match fault {
         None => work.await,
-        Some(Fault::FailBefore | Fault::ShortWrite(_)) => Err(StoreError::unavailable(op, path, "injected")),
-        Some(Fault::Full) => Err(StoreError::Full { op, path: path.to_string(), reason: "injected".to_owned() }),
+        Some(Fault::FailBefore | Fault::ShortWrite(_)) => {
+            Err(StoreError::unavailable(op, path, "injected"))
+        }
+        Some(Fault::Full) => {
+            Err(StoreError::Full { op, path: path.to_string(), reason: "injected".to_owned() })
+        }
         Some(Fault::FailAfter) => {
             work.await?;
             Err(StoreError::Uncertain { op, path: path.to_string(), reason: "injected".to_owned() })
@@ -212,7 +240,12 @@ impl Store for FaultyStore {
         self.run(Op::CreateDir, path, self.inner.create_dir(path)).await
     }
 
-    async fn put(&self, path: &StorePath, data: Vec<Bytes>, options: PutOptions) -> Result<PutReceipt> {
+    async fn put(
+        &self,
+        path: &StorePath,
+        data: Vec<Bytes>,
+        options: PutOptions,
+    ) -> Result<PutReceipt> {
         let fault = self.fault(Op::Put, path, options);
         if let Some(Fault::ShortWrite(keep)) = &fault {
             let torn: Vec<u8> = data.concat().into_iter().take(*keep).collect();
@@ -221,7 +254,12 @@ impl Store for FaultyStore {
         disturb(fault, Op::Put, path, self.inner.put(path, data, options)).await
     }
 
-    async fn put_exclusive(&self, path: &StorePath, data: Bytes, options: PutOptions) -> Result<PutReceipt> {
+    async fn put_exclusive(
+        &self,
+        path: &StorePath,
+        data: Bytes,
+        options: PutOptions,
+    ) -> Result<PutReceipt> {
         let fault = self.fault(Op::PutExclusive, path, options);
         disturb(fault, Op::PutExclusive, path, self.inner.put_exclusive(path, data, options)).await
     }

@@ -1,9 +1,10 @@
 //! Where checkpoints live.
 //!
-//! [`Store`] is a small tree of immutable files with exactly the promises that a commit protocol needs;
-//! [`LocalStore`], [`HdfsStore`] and [`MemoryStore`] keep them, [`FaultyStore`] breaks them on request.
-//! [`Repository`] knows the layout on top of it: who may write a VM's checkpoints (writer epochs), what
-//! is still partial, and the one rename that makes a checkpoint exist. Manifests and packs are opaque bytes here.
+//! [`Store`] is a small tree of immutable files with exactly the promises that a commit protocol
+//! needs; [`LocalStore`], [`HdfsStore`] and [`MemoryStore`] keep them, [`FaultyStore`] breaks them
+//! on request. [`Repository`] knows the layout on top of it: who may write a VM's checkpoints
+//! (writer epochs), what is still partial, and the one rename that makes a checkpoint exist.
+//! Manifests and packs are opaque bytes here.
 //!
 //! # Example
 //!
@@ -59,7 +60,8 @@ pub use memory::MemoryStore;
 pub use open::{StoreOptions, open};
 pub use path::StorePath;
 pub use repository::{
-    Claim, Durable, KeptPartial, LayerOutcome, MAX_MANIFEST_LEN, Mode, PartialCheckpoint, PartialLayer, Repository, RepositoryOptions,
-    RetryPolicy, Sealed, StoredPack, Writer, WriterInfo, WriterRecord,
+    Claim, Durable, KeptPartial, LayerOutcome, MAX_MANIFEST_LEN, Mode, PartialCheckpoint,
+    PartialLayer, Repository, RepositoryOptions, RetryPolicy, Sealed, StoredPack, Writer,
+    WriterInfo, WriterRecord,
 };
 pub use store::{Entry, MAX_READ_LEN, PutOptions, PutReceipt, Stat, Store};

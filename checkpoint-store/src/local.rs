@@ -1,8 +1,9 @@
 //! A store in a local (or mounted) directory.
 //!
-//! A file is written under a hidden name, synced, renamed with `RENAME_NOREPLACE` and its directory synced: a power
-//! cut leaves either all of it or a hidden leftover. A directory is removed by renaming it to a hidden name first,
-//! so that it disappears in one step and a late writer's path leads nowhere.
+//! A file is written under a hidden name, synced, renamed with `RENAME_NOREPLACE` and its directory
+//! synced: a power cut leaves either all of it or a hidden leftover. A directory is removed by
+//! renaming it to a hidden name first, so that it disappears in one step and a late writer's path
+//! leads nowhere.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -17,7 +18,9 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use crate::error::{Op, Result, StoreError};
 use crate::nonce::nonce;
 use crate::path::{StorePath, is_visible};
-use crate::store::{Entry, MAX_LIST_LEN, MAX_READ_LEN, PutOptions, PutReceipt, Stat, Store, total_len};
+use crate::store::{
+    Entry, MAX_LIST_LEN, MAX_READ_LEN, PutOptions, PutReceipt, Stat, Store, total_len,
+};
 
 const UNFINISHED: &str = ".tmp-";
 const REMOVED: &str = ".trash-";
@@ -42,7 +45,10 @@ impl LocalStore {
         let base: PathBuf = base.into().components().collect();
         let url = format!("file://{}", base.display());
         if !base.is_absolute() {
-            return Err(StoreError::InvalidUrl { url, reason: "the directory must be an absolute path".to_owned() });
+            return Err(StoreError::InvalidUrl {
+                url,
+                reason: "the directory must be an absolute path".to_owned(),
+            });
         }
         Ok(LocalStore { base, url })
     }
@@ -84,13 +90,23 @@ impl Store for LocalStore {
         .await
     }
 
-    async fn put(&self, path: &StorePath, data: Vec<Bytes>, _options: PutOptions) -> Result<PutReceipt> {
+    async fn put(
+        &self,
+        path: &StorePath,
+        data: Vec<Bytes>,
+        _options: PutOptions,
+    ) -> Result<PutReceipt> {
         let len = total_len(&data);
         self.blocking(Op::Put, path, move |full| write_whole(&full, &data)).await?;
         Ok(PutReceipt { len, replicas: None })
     }
 
-    async fn put_exclusive(&self, path: &StorePath, data: Bytes, _options: PutOptions) -> Result<PutReceipt> {
+    async fn put_exclusive(
+        &self,
+        path: &StorePath,
+        data: Bytes,
+        _options: PutOptions,
+    ) -> Result<PutReceipt> {
         let len = data.len() as u64;
         self.blocking(Op::PutExclusive, path, move |full| write_whole(&full, &[data])).await?;
         Ok(PutReceipt { len, replicas: None })
@@ -98,13 +114,20 @@ impl Store for LocalStore {
 
     async fn read(&self, path: &StorePath, limit: u64) -> Result<Bytes> {
         let limit = limit.min(MAX_READ_LEN);
-        let (len, data) = self.blocking(Op::Read, path, move |full| read_whole(&full, limit)).await?;
-        data.ok_or_else(|| StoreError::Limit { path: path.to_string(), what: "its length", actual: len, limit })
+        let (len, data) =
+            self.blocking(Op::Read, path, move |full| read_whole(&full, limit)).await?;
+        data.ok_or_else(|| StoreError::Limit {
+            path: path.to_string(),
+            what: "its length",
+            actual: len,
+            limit,
+        })
     }
 
     async fn read_range(&self, path: &StorePath, offset: u64, len: u64) -> Result<Bytes> {
         check_range_len(path, len)?;
-        let (file_len, data) = self.blocking(Op::ReadRange, path, move |full| read_part(&full, offset, len)).await?;
+        let (file_len, data) =
+            self.blocking(Op::ReadRange, path, move |full| read_part(&full, offset, len)).await?;
         data.ok_or_else(|| StoreError::PastEnd { path: path.to_string(), offset, len, file_len })
     }
 
@@ -112,7 +135,12 @@ impl Store for LocalStore {
         self.blocking(Op::Stat, path, |full| match fs::symlink_metadata(&full) {
             Ok(meta) => {
                 let len = if meta.is_dir() { 0 } else { meta.len() };
-                Ok(Some(Stat { len, is_dir: meta.is_dir(), replicas: None, modified: meta.modified()? }))
+                Ok(Some(Stat {
+                    len,
+                    is_dir: meta.is_dir(),
+                    replicas: None,
+                    modified: meta.modified()?,
+                }))
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -127,10 +155,12 @@ impl Store for LocalStore {
     async fn rename_dir(&self, from: &StorePath, to: &StorePath) -> Result<()> {
         let target = self.at(to);
         let shown = to.clone();
-        self.blocking(Op::RenameDir, from, move |source| rename_directory(&source, &target)).await.map_err(|error| match error {
-            StoreError::AlreadyExists { op, .. } => StoreError::already_exists(op, &shown),
-            other => other,
-        })
+        self.blocking(Op::RenameDir, from, move |source| rename_directory(&source, &target))
+            .await
+            .map_err(|error| match error {
+                StoreError::AlreadyExists { op, .. } => StoreError::already_exists(op, &shown),
+                other => other,
+            })
     }
 
     async fn remove(&self, path: &StorePath) -> Result<()> {
@@ -147,7 +177,12 @@ impl Store for LocalStore {
 
 pub(crate) fn check_range_len(path: &StorePath, len: u64) -> Result<()> {
     if len > MAX_READ_LEN {
-        return Err(StoreError::Limit { path: path.to_string(), what: "the length of one read", actual: len, limit: MAX_READ_LEN });
+        return Err(StoreError::Limit {
+            path: path.to_string(),
+            what: "the length of one read",
+            actual: len,
+            limit: MAX_READ_LEN,
+        });
     }
     Ok(())
 }
@@ -157,12 +192,26 @@ fn explain(op: Op, path: &StorePath, error: io::Error) -> StoreError {
     let (shown, reason) = (path.to_string(), error.to_string());
     match (error.kind(), error.raw_os_error().map(Errno::from_raw)) {
         (Kind::NotFound, _) => StoreError::NotFound { op, path: shown },
-        (Kind::AlreadyExists | Kind::DirectoryNotEmpty, _) => StoreError::AlreadyExists { op, path: shown },
-        (Kind::StorageFull | Kind::QuotaExceeded, _) => StoreError::Full { op, path: shown, reason },
-        (Kind::PermissionDenied | Kind::ReadOnlyFilesystem, _) => StoreError::Denied { op, path: shown, reason },
-        (_, Some(Errno::EIO | Errno::ESTALE | Errno::ETIMEDOUT | Errno::EAGAIN | Errno::EMFILE | Errno::ENFILE)) => {
-            StoreError::Unavailable { op, path: shown, reason }
+        (Kind::AlreadyExists | Kind::DirectoryNotEmpty, _) => {
+            StoreError::AlreadyExists { op, path: shown }
         }
+        (Kind::StorageFull | Kind::QuotaExceeded, _) => {
+            StoreError::Full { op, path: shown, reason }
+        }
+        (Kind::PermissionDenied | Kind::ReadOnlyFilesystem, _) => {
+            StoreError::Denied { op, path: shown, reason }
+        }
+        (
+            _,
+            Some(
+                Errno::EIO
+                | Errno::ESTALE
+                | Errno::ETIMEDOUT
+                | Errno::EAGAIN
+                | Errno::EMFILE
+                | Errno::ENFILE,
+            ),
+        ) => StoreError::Unavailable { op, path: shown, reason },
         _ => StoreError::Failed { op, path: shown, reason },
     }
 }
@@ -195,7 +244,8 @@ fn create_dir_all_synced(full: &Path) -> io::Result<()> {
 
 fn write_whole(full: &Path, data: &[Bytes]) -> io::Result<()> {
     let unfinished = hidden_sibling(full, UNFINISHED);
-    let written = write_synced(&unfinished, data).and_then(|()| rename_no_replace(&unfinished, full));
+    let written =
+        write_synced(&unfinished, data).and_then(|()| rename_no_replace(&unfinished, full));
     if written.is_err() {
         // The error at hand says more than one about the leftover, which nobody sees.
         let _ = fs::remove_file(&unfinished);
@@ -205,7 +255,8 @@ fn write_whole(full: &Path, data: &[Bytes]) -> io::Result<()> {
 }
 
 fn write_synced(unfinished: &Path, data: &[Bytes]) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(unfinished)?;
+    let mut file =
+        OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(unfinished)?;
     for chunk in data {
         file.write_all(chunk)?;
     }
@@ -215,9 +266,9 @@ fn write_synced(unfinished: &Path, data: &[Bytes]) -> io::Result<()> {
 fn rename_no_replace(from: &Path, to: &Path) -> io::Result<()> {
     match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
         Ok(()) => Ok(()),
-        Err(Errno::EINVAL) => {
-            Err(io::Error::other("this file system can't rename without replacing (renameat2 RENAME_NOREPLACE); use another one"))
-        }
+        Err(Errno::EINVAL) => Err(io::Error::other(
+            "this file system can't rename without replacing (renameat2 RENAME_NOREPLACE); use another one",
+        )),
         Err(errno) => Err(errno.into()),
     }
 }
@@ -264,7 +315,9 @@ fn list_visible(full: &Path) -> io::Result<Vec<Entry>> {
     let mut entries = Vec::new();
     for entry in fs::read_dir(full)? {
         let entry = entry?;
-        let Some(name) = entry.file_name().to_str().filter(|name| is_visible(name)).map(str::to_owned) else {
+        let Some(name) =
+            entry.file_name().to_str().filter(|name| is_visible(name)).map(str::to_owned)
+        else {
             continue;
         };
         // The directory itself tells its directories: thousands of checkpoints cost no call each.
@@ -290,7 +343,11 @@ fn remove_tree(full: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other?,
     };
-    let removed = if meta.is_dir() { fs::rename(full, hidden_sibling(full, REMOVED)) } else { fs::remove_file(full) };
+    let removed = if meta.is_dir() {
+        fs::rename(full, hidden_sibling(full, REMOVED))
+    } else {
+        fs::remove_file(full)
+    };
     match removed {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => sync_parent(full)?,
@@ -298,7 +355,8 @@ fn remove_tree(full: &Path) -> io::Result<()> {
     full.parent().map_or(Ok(()), empty_trash)
 }
 
-/// Deletes what is under hidden removed names here, this call's and those that a killed process left.
+/// Deletes what is under hidden removed names here, this call's and those that a killed process
+/// left.
 fn empty_trash(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
@@ -316,7 +374,9 @@ fn delete_all(path: &Path) -> io::Result<()> {
     for _ in 0..TRIES {
         last = fs::remove_dir_all(path);
         match &last {
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => {
+                return Ok(());
+            }
             Err(_) => {}
             Ok(()) => return Ok(()),
         }
@@ -353,7 +413,8 @@ mod tests {
     #[tokio::test]
     async fn a_full_file_system_is_named() {
         // Every write to this device fails with ENOSPC.
-        let error = File::options().write(true).open("/dev/full").and_then(|mut f| f.write_all(b"x"));
+        let error =
+            File::options().write(true).open("/dev/full").and_then(|mut f| f.write_all(b"x"));
         let error = explain(Op::Put, &path("a"), error.expect_err("the device is full"));
         assert!(matches!(error, StoreError::Full { .. }), "{error}");
     }
@@ -363,7 +424,10 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().expect("temporary directory");
         let store = LocalStore::new(dir.path()).expect("store");
-        store.put(&path("a"), vec![Bytes::from_static(b"x")], PutOptions::default()).await.expect("put");
+        store
+            .put(&path("a"), vec![Bytes::from_static(b"x")], PutOptions::default())
+            .await
+            .expect("put");
         let mode = fs::metadata(dir.path().join("a")).expect("stat").permissions().mode();
         assert_eq!(mode & 0o007, 0);
     }

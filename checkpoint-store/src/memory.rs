@@ -28,7 +28,9 @@ type Tree = BTreeMap<StorePath, Node>;
 
 /// An entry came to the directory that holds `path`, or went.
 fn touch_parent(tree: &mut Tree, path: &StorePath) {
-    if let Some(Node::Dir { modified }) = tree.get_mut(&path.parent().unwrap_or_else(StorePath::root)) {
+    if let Some(Node::Dir { modified }) =
+        tree.get_mut(&path.parent().unwrap_or_else(StorePath::root))
+    {
         *modified = SystemTime::now();
     }
 }
@@ -71,7 +73,9 @@ impl MemoryStore {
         let parent = path.parent().unwrap_or_else(StorePath::root);
         match tree.get(&parent) {
             Some(Node::Dir { .. }) => {}
-            Some(Node::File { .. }) => return Err(StoreError::failed(op, path, "its parent is a file")),
+            Some(Node::File { .. }) => {
+                return Err(StoreError::failed(op, path, "its parent is a file"));
+            }
             None => return Err(StoreError::not_found(op, path)),
         }
         tree.insert(path.clone(), node);
@@ -79,7 +83,13 @@ impl MemoryStore {
         Ok(())
     }
 
-    fn add_file(&self, op: Op, path: &StorePath, data: Bytes, options: PutOptions) -> Result<PutReceipt> {
+    fn add_file(
+        &self,
+        op: Op,
+        path: &StorePath,
+        data: Bytes,
+        options: PutOptions,
+    ) -> Result<PutReceipt> {
         let len = data.len() as u64;
         let replicas = self.default_replicas.map(|default| options.replicas.unwrap_or(default));
         self.add(op, path, Node::File { data, replicas, modified: SystemTime::now() })?;
@@ -106,7 +116,12 @@ impl Store for MemoryStore {
             self.create_dir_all(&parent).await?;
         }
         match self.add(Op::CreateDirAll, path, Node::dir()) {
-            Err(error) if error.is_already_exists() && matches!(self.tree().get(path), Some(Node::Dir { .. })) => Ok(()),
+            Err(error)
+                if error.is_already_exists()
+                    && matches!(self.tree().get(path), Some(Node::Dir { .. })) =>
+            {
+                Ok(())
+            }
             other => other,
         }
     }
@@ -115,18 +130,33 @@ impl Store for MemoryStore {
         self.add(Op::CreateDir, path, Node::dir())
     }
 
-    async fn put(&self, path: &StorePath, data: Vec<Bytes>, options: PutOptions) -> Result<PutReceipt> {
+    async fn put(
+        &self,
+        path: &StorePath,
+        data: Vec<Bytes>,
+        options: PutOptions,
+    ) -> Result<PutReceipt> {
         self.add_file(Op::Put, path, joined(data), options)
     }
 
-    async fn put_exclusive(&self, path: &StorePath, data: Bytes, options: PutOptions) -> Result<PutReceipt> {
+    async fn put_exclusive(
+        &self,
+        path: &StorePath,
+        data: Bytes,
+        options: PutOptions,
+    ) -> Result<PutReceipt> {
         self.add_file(Op::PutExclusive, path, data, options)
     }
 
     async fn read(&self, path: &StorePath, limit: u64) -> Result<Bytes> {
         let data = self.file(Op::Read, path)?;
         if data.len() as u64 > limit {
-            return Err(StoreError::Limit { path: path.to_string(), what: "its length", actual: data.len() as u64, limit });
+            return Err(StoreError::Limit {
+                path: path.to_string(),
+                what: "its length",
+                actual: data.len() as u64,
+                limit,
+            });
         }
         Ok(data)
     }
@@ -136,7 +166,10 @@ impl Store for MemoryStore {
         let data = self.file(Op::ReadRange, path)?;
         let file_len = data.len() as u64;
         match offset.checked_add(len) {
-            #[expect(clippy::cast_possible_truncation, reason = "within the length of something in memory")]
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "within the length of something in memory"
+            )]
             Some(end) if end <= file_len => Ok(data.slice(offset as usize..end as usize)),
             _ => Err(StoreError::PastEnd { path: path.to_string(), offset, len, file_len }),
         }
@@ -144,10 +177,15 @@ impl Store for MemoryStore {
 
     async fn stat(&self, path: &StorePath) -> Result<Option<Stat>> {
         Ok(self.tree().get(path).map(|node| match node {
-            Node::Dir { modified } => Stat { len: 0, is_dir: true, replicas: None, modified: *modified },
-            Node::File { data, replicas, modified } => {
-                Stat { len: data.len() as u64, is_dir: false, replicas: *replicas, modified: *modified }
+            Node::Dir { modified } => {
+                Stat { len: 0, is_dir: true, replicas: None, modified: *modified }
             }
+            Node::File { data, replicas, modified } => Stat {
+                len: data.len() as u64,
+                is_dir: false,
+                replicas: *replicas,
+                modified: *modified,
+            },
         }))
     }
 
@@ -155,7 +193,9 @@ impl Store for MemoryStore {
         let tree = self.tree();
         match tree.get(path) {
             Some(Node::Dir { .. }) => {}
-            Some(Node::File { .. }) => return Err(StoreError::failed(Op::List, path, "it is a file")),
+            Some(Node::File { .. }) => {
+                return Err(StoreError::failed(Op::List, path, "it is a file"));
+            }
             None => return Err(StoreError::not_found(Op::List, path)),
         }
         let children = tree.iter().filter(|(child, _)| child.parent().as_ref() == Some(path));
@@ -168,7 +208,9 @@ impl Store for MemoryStore {
         let op = Op::RenameDir;
         let mut tree = self.tree();
         let parent = to.parent().unwrap_or_else(StorePath::root);
-        if !matches!(tree.get(from), Some(Node::Dir { .. })) || !matches!(tree.get(&parent), Some(Node::Dir { .. })) {
+        if !matches!(tree.get(from), Some(Node::Dir { .. }))
+            || !matches!(tree.get(&parent), Some(Node::Dir { .. }))
+        {
             return Err(StoreError::not_found(op, from));
         }
         if tree.contains_key(to) {
@@ -177,7 +219,8 @@ impl Store for MemoryStore {
         if from.is_root() || to.is_within(from) {
             return Err(StoreError::failed(op, from, "a directory can't move into itself"));
         }
-        let moved: Vec<StorePath> = tree.keys().filter(|path| path.is_within(from)).cloned().collect();
+        let moved: Vec<StorePath> =
+            tree.keys().filter(|path| path.is_within(from)).cloned().collect();
         for old in moved {
             let new = StorePath::new(&format!("{to}{}", &old.as_str()[from.as_str().len()..]))?;
             if let Some(node) = tree.remove(&old) {

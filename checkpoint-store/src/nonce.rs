@@ -7,8 +7,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 const MAX_UUID_LINE: u64 = 64;
 
-/// A fresh name of letters, digits and '-', unique over hosts: the kernel's random UUID, or (where /proc is not
-/// mounted) time, process and a counter.
+/// A fresh name of letters, digits and '-', unique over hosts: the kernel's random UUID, or (where
+/// /proc is not mounted) time, process and a counter.
 pub(crate) fn nonce() -> String {
     match kernel_uuid() {
         Ok(uuid) => uuid.trim().to_owned(),

@@ -15,8 +15,8 @@ pub struct StoreOptions {
 }
 
 /// Opens the store at `file:///directory` (or just `/directory`), `hdfs://namenode:port/directory`,
-/// `hdfs://nameservice/directory` or `viewfs://…`. Nothing is contacted or created yet. The path of a `file:` URL is
-/// taken as it stands, without percent decoding.
+/// `hdfs://nameservice/directory` or `viewfs://…`. Nothing is contacted or created yet. The path of
+/// a `file:` URL is taken as it stands, without percent decoding.
 ///
 /// # Errors
 /// When the URL has an unknown scheme or no path, or the store cannot be opened.
@@ -27,7 +27,10 @@ pub fn open(url: &str, options: &StoreOptions) -> Result<Arc<dyn Store>> {
     match url.split_once("://") {
         Some(("file", path)) => Ok(Arc::new(LocalStore::new(path)?)),
         Some(("hdfs" | "viewfs", _)) => Ok(Arc::new(HdfsStore::open(url, &options.hdfs)?)),
-        _ => Err(StoreError::InvalidUrl { url: url.to_owned(), reason: "no store is known under this scheme".to_owned() }),
+        _ => Err(StoreError::InvalidUrl {
+            url: url.to_owned(),
+            reason: "no store is known under this scheme".to_owned(),
+        }),
     }
 }
 
@@ -43,8 +46,14 @@ mod tests {
     fn urls_of_each_kind() {
         assert_eq!(opened("/a/b").expect("a path"), "file:///a/b");
         assert_eq!(opened("file:///a/b").expect("a file URL"), "file:///a/b");
-        assert_eq!(opened("hdfs://127.0.0.1:9000/a/").expect("an HDFS URL"), "hdfs://127.0.0.1:9000/a");
-        assert_eq!(opened("hdfs://127.0.0.1:9000//a").expect("an HDFS URL"), "hdfs://127.0.0.1:9000/a");
+        assert_eq!(
+            opened("hdfs://127.0.0.1:9000/a/").expect("an HDFS URL"),
+            "hdfs://127.0.0.1:9000/a"
+        );
+        assert_eq!(
+            opened("hdfs://127.0.0.1:9000//a").expect("an HDFS URL"),
+            "hdfs://127.0.0.1:9000/a"
+        );
         assert_eq!(opened("file:////a//b/").expect("a file URL"), "file:///a/b");
     }
 

@@ -9,9 +9,9 @@ const MAX_COMPONENT_LEN: usize = 255;
 /// Longest whole path, far above what the layout needs.
 const MAX_PATH_LEN: usize = 1024;
 
-/// A path relative to the store's root: components of `[A-Za-z0-9._-]` that do not begin with a dot, joined by
-/// `/`. The empty path is the root. Names that begin with a dot belong to the stores themselves (unfinished
-/// files); no listing shows them.
+/// A path relative to the store's root: components of `[A-Za-z0-9._-]` that do not begin with a
+/// dot, joined by `/`. The empty path is the root. Names that begin with a dot belong to the stores
+/// themselves (unfinished files); no listing shows them.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StorePath(String);
 
@@ -26,7 +26,10 @@ impl StorePath {
     /// # Errors
     /// When a component is empty, `.` or `..`, too long, or has characters that are not allowed.
     pub fn new(text: &str) -> Result<Self, StoreError> {
-        let refuse = |reason| StoreError::InvalidPath { text: text.chars().take(MAX_PATH_LEN).collect(), reason };
+        let refuse = |reason| StoreError::InvalidPath {
+            text: text.chars().take(MAX_PATH_LEN).collect(),
+            reason,
+        };
         if text.len() > MAX_PATH_LEN {
             return Err(refuse("it is too long"));
         }
@@ -75,7 +78,9 @@ impl StorePath {
 
     /// Whether `self` is `other` or lies below it.
     pub fn is_within(&self, other: &StorePath) -> bool {
-        other.is_root() || self == other || (self.0.starts_with(&other.0) && self.0[other.0.len()..].starts_with('/'))
+        other.is_root()
+            || self == other
+            || (self.0.starts_with(&other.0) && self.0[other.0.len()..].starts_with('/'))
     }
 }
 
@@ -118,7 +123,9 @@ mod tests {
 
     #[test]
     fn ways_out_are_refused() {
-        for text in ["/", "/a", "a/", "a//b", "..", "a/../b", ".", ".tmp", "a b", "a\0", "ä", "a%2e", "a:b"] {
+        for text in
+            ["/", "/a", "a/", "a//b", "..", "a/../b", ".", ".tmp", "a b", "a\0", "ä", "a%2e", "a:b"]
+        {
             assert!(StorePath::new(text).is_err(), "{text:?} passed");
         }
         assert!(StorePath::new(&"a".repeat(256)).is_err());
@@ -133,6 +140,8 @@ mod tests {
         assert_eq!(StorePath::root().parent(), None);
         assert_eq!(path.name(), "b");
         assert!(path.is_within(&StorePath::new("a").expect("valid")));
-        assert!(!StorePath::new("ab").expect("valid").is_within(&StorePath::new("a").expect("valid")));
+        assert!(
+            !StorePath::new("ab").expect("valid").is_within(&StorePath::new("a").expect("valid"))
+        );
     }
 }

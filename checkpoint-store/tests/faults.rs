@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use checkpoint_format::CheckpointId;
 use checkpoint_store::{
-    Claim, Fault, FaultRule, FaultyStore, MemoryStore, Mode, Op, Repository, RepositoryOptions, Store, StoreError, Writer,
+    Claim, Fault, FaultRule, FaultyStore, MemoryStore, Mode, Op, Repository, RepositoryOptions,
+    Store, StoreError, Writer,
 };
 use common::repository::{assert_complete, committed, opened, vm};
 use common::{bytes, noise, path, record};
@@ -23,8 +24,10 @@ struct Scene {
 async fn scene() -> Scene {
     let memory: Arc<dyn Store> = Arc::new(MemoryStore::with_replicas(3));
     let faulty = FaultyStore::new(Arc::clone(&memory));
-    let options = RepositoryOptions { call_limit: Duration::from_secs(5), ..RepositoryOptions::default() };
-    let repository = Repository::open_with(Arc::new(faulty.clone()), Mode::CreateIfMissing, options).await;
+    let options =
+        RepositoryOptions { call_limit: Duration::from_secs(5), ..RepositoryOptions::default() };
+    let repository =
+        Repository::open_with(Arc::new(faulty.clone()), Mode::CreateIfMissing, options).await;
     let repository = repository.expect("open");
     let writer = repository.claim_writer(&vm(), record("i"), Claim::TakeOver).await.expect("claim");
     Scene { memory, faulty, repository, writer }
@@ -68,7 +71,8 @@ async fn a_rename_that_never_works_leaves_no_checkpoint_and_can_not_come_late() 
         let error = committed(&scene.writer, 1).await.expect_err("no rename, no commit");
         assert!(error.is_retryable(), "{error}");
         assert!(!scene.exists(1).await);
-        let (from, to) = (path("vms/vm-1/checkpoints/1.1-1.partial"), path("vms/vm-1/checkpoints/1"));
+        let (from, to) =
+            (path("vms/vm-1/checkpoints/1.1-1.partial"), path("vms/vm-1/checkpoints/1"));
         let late = scene.memory.rename_dir(&from, &to).await;
         assert!(late.expect_err("its source is gone").is_not_found());
         scene.faulty.heal();
@@ -120,7 +124,10 @@ async fn a_dead_node_costs_copies_and_says_so() {
     scene.faulty.inject(FaultRule::always(Op::Put, Fault::FailBefore).at_least_replicas(3));
     let partial = scene.writer.begin(CheckpointId(1)).await.expect("begin");
     let pack = partial.put_pack("ram", vec![bytes("x")]).await.expect("put");
-    assert_eq!((pack.replicas, pack.wanted_replicas, pack.more_requested), (Some(2), Some(3), true));
+    assert_eq!(
+        (pack.replicas, pack.wanted_replicas, pack.more_requested),
+        (Some(2), Some(3), true)
+    );
     assert!(pack.attempts > 3, "the wanted copies are tried first");
     let next = partial.put_pack("disk", vec![bytes("x")]).await.expect("put");
     assert_eq!(next.attempts, 1, "the next pack begins with what worked");
@@ -156,7 +163,11 @@ async fn a_claim_whose_answer_is_lost_is_recognised() {
     for fault in [Fault::FailAfter, Fault::HangAfter] {
         scene.faulty.inject(FaultRule::once(Op::PutExclusive, fault));
         let before = scene.repository.writers(&vm()).await.expect("writers").len();
-        let writer = scene.repository.claim_writer(&vm(), record("i"), Claim::TakeOver).await.expect("claim");
+        let writer = scene
+            .repository
+            .claim_writer(&vm(), record("i"), Claim::TakeOver)
+            .await
+            .expect("claim");
         writer.check().await.expect("ours");
         assert_eq!(scene.repository.writers(&vm()).await.expect("writers").len(), before + 1);
     }
@@ -173,7 +184,8 @@ async fn a_claim_is_no_claim_until_older_partials_are_gone() {
     drop(partial);
 }
 
-/// Whatever fails when: a checkpoint that was reported exists in full, one that failed does not exist at all.
+/// Whatever fails when: a checkpoint that was reported exists in full, one that failed does not
+/// exist at all.
 #[tokio::test(start_paused = true)]
 async fn random_faults_never_make_a_liar() {
     let (mut reported, mut failed, mut unknown) = (0, 0, 0);
@@ -199,7 +211,10 @@ async fn random_faults_never_make_a_liar() {
                 }
                 Err(error) => {
                     failed += 1;
-                    assert!(!scene.exists(id).await, "seed {seed}, checkpoint {id}: exists in spite of: {error}");
+                    assert!(
+                        !scene.exists(id).await,
+                        "seed {seed}, checkpoint {id}: exists in spite of: {error}"
+                    );
                 }
             }
         }
@@ -224,5 +239,8 @@ async fn checkpoints_are_begun_without_a_listing() {
     committed(&scene.writer, 4).await.expect("commit");
     assert_eq!(listed(), before);
     let names = scene.memory.list(&path("vms/vm-1/checkpoints")).await.expect("list");
-    assert_eq!(names.iter().map(|entry| entry.name.as_str()).collect::<Vec<_>>(), ["1", "2", "3", "4"]);
+    assert_eq!(
+        names.iter().map(|entry| entry.name.as_str()).collect::<Vec<_>>(),
+        ["1", "2", "3", "4"]
+    );
 }

@@ -1,7 +1,7 @@
 //! The contracts on a real HDFS, and what a real HDFS does to a store.
 //!
-//! Needs `scripts/hdfs-dev`; fails without, because a store that was not tried is not tested. The tests that kill
-//! processes have a cluster of their own and take turns.
+//! Needs `scripts/hdfs-dev`; fails without, because a store that was not tried is not tested. The
+//! tests that kill processes have a cluster of their own and take turns.
 
 mod common;
 
@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use checkpoint_format::CheckpointId;
 use checkpoint_store::{
-    Claim, FaultyStore, HdfsOptions, HdfsStore, Mode, Op, PutOptions, Repository, RepositoryOptions, Store, StoreError, StoreOptions,
-    StorePath, Writer, open,
+    Claim, FaultyStore, HdfsOptions, HdfsStore, Mode, Op, PutOptions, Repository,
+    RepositoryOptions, Store, StoreError, StoreOptions, StorePath, Writer, open,
 };
 use common::cluster::Cluster;
 use common::repository::{assert_complete, committed, vm};
@@ -24,7 +24,8 @@ const MIB: usize = 1 << 20;
 /// Shows what the client and the retry policy say, with RUST_LOG.
 fn logs() {
     let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let _ =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
 }
 
 async fn shared() -> Cluster {
@@ -58,12 +59,17 @@ fn patient(cluster: &Cluster, what: &str, options: &HdfsOptions) -> Arc<dyn Stor
 
 /// Times short enough for a test.
 fn impatient() -> HdfsOptions {
-    HdfsOptions { call_timeout: Duration::from_secs(2), stall_timeout: Duration::from_secs(3), ..HdfsOptions::default() }
+    HdfsOptions {
+        call_timeout: Duration::from_secs(2),
+        stall_timeout: Duration::from_secs(3),
+        ..HdfsOptions::default()
+    }
 }
 
 async fn writer_on(store: Arc<dyn Store>) -> Writer {
     let options = RepositoryOptions::default();
-    let repository = Repository::open_with(store, Mode::CreateIfMissing, options).await.expect("open");
+    let repository =
+        Repository::open_with(store, Mode::CreateIfMissing, options).await.expect("open");
     repository.claim_writer(&vm(), record("i"), Claim::TakeOver).await.expect("claim")
 }
 
@@ -89,19 +95,25 @@ async fn the_receipt_tells_the_copies() {
     let cluster = shared().await;
     let store = patient(&cluster, "copies", &HdfsOptions::default());
     store.create_dir_all(&StorePath::root()).await.expect("root");
-    let default = store.put(&path("a"), vec![bytes("x")], PutOptions::default()).await.expect("put");
+    let default =
+        store.put(&path("a"), vec![bytes("x")], PutOptions::default()).await.expect("put");
     assert_eq!(default.replicas, Some(3));
-    let two = store.put(&path("b"), vec![bytes("x")], PutOptions { replicas: Some(2) }).await.expect("put");
+    let two = store
+        .put(&path("b"), vec![bytes("x")], PutOptions { replicas: Some(2) })
+        .await
+        .expect("put");
     assert_eq!(two.replicas, Some(2));
 }
 
-/// With this policy files that were closed came back as garbage after a DataNode died and was started again.
+/// With this policy files that were closed came back as garbage after a DataNode died and was
+/// started again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn erasure_coded_directories_are_refused() {
     const POLICY: &str = "XOR-2-1-1024k";
     let cluster = shared().await;
     let url = cluster.fresh_url("erasure");
-    let directory = url.splitn(4, '/').last().map(|path| format!("/{path}")).expect("a URL with a path");
+    let directory =
+        url.splitn(4, '/').last().map(|path| format!("/{path}")).expect("a URL with a path");
     let set = |path: &str| {
         cluster.tool(&["ec", "-enablePolicy", "-policy", POLICY]);
         cluster.tool(&["ec", "-setPolicy", "-path", path, "-policy", POLICY]);
@@ -125,7 +137,8 @@ async fn erasure_coded_directories_are_refused() {
     assert!(matches!(error, StoreError::ErasureCoded { .. }), "{error}");
     // A new one: nothing is left in the directory.
     let new = open(&format!("{url}/new"), &StoreOptions::default()).expect("open");
-    let error = Repository::open(Arc::clone(&new), Mode::CreateIfMissing).await.expect_err("erasure coded");
+    let error =
+        Repository::open(Arc::clone(&new), Mode::CreateIfMissing).await.expect_err("erasure coded");
     assert!(matches!(error, StoreError::ErasureCoded { .. }), "{error}");
     assert_eq!(new.list(&StorePath::root()).await.expect("list"), []);
 }
@@ -148,13 +161,18 @@ async fn with_a_dead_datanode_a_checkpoint_becomes_durable_in_fewer_copies() {
     let partial = writer.begin(CheckpointId(1)).await.expect("begin");
     let data = noise(4 * MIB, 9);
     let begun = Instant::now();
-    let pack = partial.put_pack("ram", vec![data.clone()]).await.expect("stored in spite of the dead node");
+    let pack = partial
+        .put_pack("ram", vec![data.clone()])
+        .await
+        .expect("stored in spite of the dead node");
     eprintln!("dead DataNode: stored after {} tries in {:?}", pack.attempts, begun.elapsed());
     assert!(pack.is_short() && pack.more_requested, "{pack:?}");
     let durable = partial.commit(bytes("manifest")).await.expect("commit");
     assert!(durable.least_replicas() < Some(3) && durable.short_of_replicas() >= 1, "{durable:?}");
     let repository = writer.repository();
-    let found = repository.read_pack_range(&vm(), CheckpointId(1), pack.name.as_str(), 0, data.len() as u64).await;
+    let found = repository
+        .read_pack_range(&vm(), CheckpointId(1), pack.name.as_str(), 0, data.len() as u64)
+        .await;
     assert_eq!(found.expect("read"), data);
     cluster.restart("datanode-1");
     assert_copies_made_up(&cluster).await;
@@ -179,11 +197,16 @@ async fn a_datanode_that_dies_during_an_upload_does_not_stop_it() {
     let uploads: Vec<_> = (0..3)
         .map(|number| {
             let (partial, data) = (Arc::clone(&partial), data.clone());
-            tokio::spawn(async move { partial.put_pack(&format!("ram-{number}"), vec![data]).await })
+            tokio::spawn(
+                async move { partial.put_pack(&format!("ram-{number}"), vec![data]).await },
+            )
         })
         .collect();
     tokio::time::sleep(Duration::from_millis(700)).await;
-    assert!(!uploads.iter().any(|upload| upload.is_finished()), "the upload was over before the kill");
+    assert!(
+        !uploads.iter().any(|upload| upload.is_finished()),
+        "the upload was over before the kill"
+    );
     cluster.signal("datanode-2", Signal::SIGKILL);
     let mut packs = Vec::new();
     for upload in uploads {
@@ -194,7 +217,9 @@ async fn a_datanode_that_dies_during_an_upload_does_not_stop_it() {
     let _durable = partial.commit(bytes("manifest")).await.expect("commit");
     for pack in packs {
         let repository = writer.repository();
-        let found = repository.read_pack_range(&vm(), CheckpointId(1), pack.name.as_str(), 0, pack.len).await;
+        let found = repository
+            .read_pack_range(&vm(), CheckpointId(1), pack.name.as_str(), 0, pack.len)
+            .await;
         assert_eq!(found.expect("read"), data);
     }
     cluster.restart("datanode-2");
@@ -209,10 +234,15 @@ async fn a_stopped_datanode_delays_a_pack_but_does_not_hang_it() {
     let data = noise(2 * MIB, 3);
     let begun = Instant::now();
     let pack = partial.put_pack("ram", vec![data.clone()]).await.expect("stored in the end");
-    eprintln!("stopped DataNode: stored after {} tries in {:?}: {pack:?}", pack.attempts, begun.elapsed());
+    eprintln!(
+        "stopped DataNode: stored after {} tries in {:?}: {pack:?}",
+        pack.attempts,
+        begun.elapsed()
+    );
     let _durable = partial.commit(bytes("manifest")).await.expect("commit");
     let repository = writer.repository();
-    let found = repository.read_pack_range(&vm(), CheckpointId(1), pack.name.as_str(), 0, pack.len).await;
+    let found =
+        repository.read_pack_range(&vm(), CheckpointId(1), pack.name.as_str(), 0, pack.len).await;
     assert_eq!(found.expect("read from another copy"), data);
     cluster.signal("datanode-3", Signal::SIGCONT);
 }
@@ -271,27 +301,35 @@ async fn a_namenode_stopped_for_a_moment_only_delays_a_commit() {
     let store = FaultyStore::new(patient(&cluster, "moment", &impatient()));
     let writer = writer_on(Arc::new(store.clone())).await;
     let moment = Duration::from_secs(1);
-    let outcome = commit_with_namenode_stopped(&cluster, &store, &writer, 1, Duration::ZERO, moment).await;
+    let outcome =
+        commit_with_namenode_stopped(&cluster, &store, &writer, 1, Duration::ZERO, moment).await;
     outcome.expect("the rename waited for the NameNode");
     assert_complete(writer.repository(), 1).await;
 }
 
-/// Whatever the NameNode does with the rename when it wakes up: all of the checkpoint is there or none of it, and
-/// the writer continues with the next number.
+/// Whatever the NameNode does with the rename when it wakes up: all of the checkpoint is there or
+/// none of it, and the writer continues with the next number.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_namenode_stopped_during_the_commit_never_makes_half_a_checkpoint() {
     let cluster = hazards().await;
-    let options =
-        HdfsOptions { call_timeout: Duration::from_millis(1500), stall_timeout: Duration::from_secs(5), ..HdfsOptions::default() };
+    let options = HdfsOptions {
+        call_timeout: Duration::from_millis(1500),
+        stall_timeout: Duration::from_secs(5),
+        ..HdfsOptions::default()
+    };
     let store = FaultyStore::new(patient(&cluster, "commit", &options));
     let writer = writer_on(Arc::new(store.clone())).await;
     for id in 1..=6 {
-        // Before the rename is sent, while it is under way, after it; and a wake-up before or after we give up.
+        // Before the rename is sent, while it is under way, after it; and a wake-up before or after
+        // we give up.
         let delay = Duration::from_micros(400) * u32::try_from(id).expect("small");
         let stop = Duration::from_millis(if id % 2 == 0 { 2500 } else { 6000 });
-        let outcome = commit_with_namenode_stopped(&cluster, &store, &writer, id, delay, stop).await;
+        let outcome =
+            commit_with_namenode_stopped(&cluster, &store, &writer, id, delay, stop).await;
         let exists = exists_for_good(&writer, id).await;
-        eprintln!("NameNode stopped {delay:?} into a commit for {stop:?}: exists: {exists}, {outcome:?}");
+        eprintln!(
+            "NameNode stopped {delay:?} into a commit for {stop:?}: exists: {exists}, {outcome:?}"
+        );
         match outcome {
             Ok(()) => assert!(exists, "reported as durable"),
             Err(StoreError::CommitUnknown { .. }) => {}

@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use checkpoint_format::{ByteLen, ByteOffset, MAX_SPACE_PAGES, PAGE_SIZE, PageCount, PageIndex, PageRange};
+use checkpoint_format::{
+    ByteLen, ByteOffset, MAX_SPACE_PAGES, PAGE_SIZE, PageCount, PageIndex, PageRange,
+};
 
 use crate::error::TrackerError;
 use crate::guest_memory::GuestMemory;
@@ -59,7 +61,8 @@ impl TrackedBlock {
 
     /// That the addresses are whole pages, mapped without a gap, and mapped to what we think.
     ///
-    /// A wrong address would not fail later: it would track the wrong memory, and lose every write of the guest.
+    /// A wrong address would not fail later: it would track the wrong memory, and lose every write
+    /// of the guest.
     pub(crate) fn check(&self, maps: &[Mapping]) -> Result<(), TrackerError> {
         self.check_numbers()?;
         let inode = match &self.memory {
@@ -82,33 +85,53 @@ impl TrackedBlock {
 
     fn check_numbers(&self) -> Result<(), TrackerError> {
         let page = PAGE_SIZE as u64;
-        let too_large = self.bytes > MAX_SPACE_PAGES * page || self.host_address.checked_add(self.bytes).is_none();
+        let too_large = self.bytes > MAX_SPACE_PAGES * page
+            || self.host_address.checked_add(self.bytes).is_none();
         if self.bytes == 0 || too_large {
-            return Err(self.wrong(format!("{} bytes at {:#x} is no size for it", self.bytes, self.host_address)));
+            return Err(self.wrong(format!(
+                "{} bytes at {:#x} is no size for it",
+                self.bytes, self.host_address
+            )));
         }
         if !self.bytes.is_multiple_of(page) || !self.host_address.is_multiple_of(page) {
-            return Err(self.wrong(format!("{} bytes at {:#x} are not whole pages", self.bytes, self.host_address)));
+            return Err(self.wrong(format!(
+                "{} bytes at {:#x} are not whole pages",
+                self.bytes, self.host_address
+            )));
         }
         match &self.memory {
-            BlockMemory::Shared(memory) if memory.len() < self.bytes => {
-                Err(self.wrong(format!("it has {} bytes, its file only {}", self.bytes, memory.len())))
-            }
+            BlockMemory::Shared(memory) if memory.len() < self.bytes => Err(self.wrong(format!(
+                "it has {} bytes, its file only {}",
+                self.bytes,
+                memory.len()
+            ))),
             _ => Ok(()),
         }
     }
 
-    fn check_mapping(&self, mapping: &Mapping, at: u64, inode: Option<u64>) -> Result<(), TrackerError> {
+    fn check_mapping(
+        &self,
+        mapping: &Mapping,
+        at: u64,
+        inode: Option<u64>,
+    ) -> Result<(), TrackerError> {
         let Some(inode) = inode else {
             return match mapping.shared {
-                true => Err(self.wrong(format!("the memory at {at:#x} is shared; it must be given as a file"))),
+                true => Err(self
+                    .wrong(format!("the memory at {at:#x} is shared; it must be given as a file"))),
                 false => Ok(()),
             };
         };
         let offset = at - self.host_address;
-        let is_ours = mapping.shared && mapping.inode == inode && mapping.offset.checked_add(at - mapping.start) == Some(offset);
+        let is_ours = mapping.shared
+            && mapping.inode == inode
+            && mapping.offset.checked_add(at - mapping.start) == Some(offset);
         match is_ours {
             true => Ok(()),
-            false => Err(self.wrong(format!("what QEMU has mapped at {at:#x} is not byte {offset} of its file but '{}'", mapping.path))),
+            false => Err(self.wrong(format!(
+                "what QEMU has mapped at {at:#x} is not byte {offset} of its file but '{}'",
+                mapping.path
+            ))),
         }
     }
 
@@ -145,7 +168,9 @@ mod test {
     #[test]
     fn private_memory_may_span_mappings_but_no_gap() {
         let maps = parse_maps(MAPS).unwrap();
-        for (start, len) in [(0x10000, 0x8000), (0x11000, 0x1000), (0x13000, 0x2000), (0x17000, 0x1000)] {
+        for (start, len) in
+            [(0x10000, 0x8000), (0x11000, 0x1000), (0x13000, 0x2000), (0x17000, 0x1000)]
+        {
             private(start, len).check(&maps).unwrap();
         }
         assert!(reason(&private(0x17000, 0x2000), MAPS).contains("nothing is mapped at 0x18000"));
@@ -157,10 +182,16 @@ mod test {
     #[test]
     fn impossible_numbers_are_refused() {
         for (start, len) in [(0x10000, 0), (0x10000, 1 << 60), (u64::MAX - 0xfff, 0x2000)] {
-            assert!(reason(&private(start, len), MAPS).contains("is no size"), "{start:#x} {len:#x}");
+            assert!(
+                reason(&private(start, len), MAPS).contains("is no size"),
+                "{start:#x} {len:#x}"
+            );
         }
         for (start, len) in [(0x10001, 0x1000), (0x10000, 0x1001)] {
-            assert!(reason(&private(start, len), MAPS).contains("not whole pages"), "{start:#x} {len:#x}");
+            assert!(
+                reason(&private(start, len), MAPS).contains("not whole pages"),
+                "{start:#x} {len:#x}"
+            );
         }
     }
 
@@ -168,8 +199,12 @@ mod test {
     fn shared_memory_must_be_the_file_from_its_beginning() {
         let memory = GuestMemory::create("test", 0x4000).unwrap();
         let inode = memory.inode().unwrap();
-        let block =
-            |host_address, bytes| TrackedBlock { name: "pc.ram".into(), host_address, bytes, memory: BlockMemory::Shared(memory.clone()) };
+        let block = |host_address, bytes| TrackedBlock {
+            name: "pc.ram".into(),
+            host_address,
+            bytes,
+            memory: BlockMemory::Shared(memory.clone()),
+        };
         let maps = format!("20000-24000 rw-s 00000000 00:01 {inode} /memfd:test (deleted)\n");
         block(0x20000, 0x4000).check(&parse_maps(&maps).unwrap()).unwrap();
         block(0x20000, 0x1000).check(&parse_maps(&maps).unwrap()).unwrap();

@@ -6,7 +6,8 @@ use checkpoint_format::{DurableReceipt, PageCount, PageSet};
 
 use crate::block::BlockId;
 
-/// Pages that were taken from the kernel and given back, by RAM block; the next claim gets them first.
+/// Pages that were taken from the kernel and given back, by RAM block; the next claim gets them
+/// first.
 #[derive(Debug)]
 pub(crate) struct Pending(Mutex<Vec<PageSet>>);
 
@@ -23,14 +24,16 @@ impl Pending {
 
 /// The dirty pages that a checkpoint has taken, and owes.
 ///
-/// A scan that protects also forgets: from that moment nobody but the taker knows which pages were written. If the
-/// checkpoint then fails, the next one would miss them, and a restore would bring back a VM that never existed. So the
-/// pages are a loan. Whatever way a checkpoint ends - an error, a cancelled task, a panic - dropping the claim gives them
-/// back, and the next claim has them again. The only way to keep them is [`Self::acknowledge`], which asks for the receipt that
+/// A scan that protects also forgets: from that moment nobody but the taker knows which pages were
+/// written. If the checkpoint then fails, the next one would miss them, and a restore would bring
+/// back a VM that never existed. So the pages are a loan. Whatever way a checkpoint ends - an
+/// error, a cancelled task, a panic - dropping the claim gives them back, and the next claim has
+/// them again. The only way to keep them is [`Self::acknowledge`], which asks for the receipt that
 /// the store makes when the checkpoint is durable: not written, durable.
 ///
-/// It covers this process only. When the process dies with a claim, the pages are lost, and its successor must compare all
-/// of memory with the last durable checkpoint: a new tracker's first claim therefore has every page.
+/// It covers this process only. When the process dies with a claim, the pages are lost, and its
+/// successor must compare all of memory with the last durable checkpoint: a new tracker's first
+/// claim therefore has every page.
 #[derive(Debug)]
 #[must_use = "dropping a claim gives its pages back"]
 pub struct DirtyClaim {

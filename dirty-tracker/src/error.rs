@@ -36,16 +36,22 @@ pub enum TrackerError {
     #[error("cannot read QEMU's memory map; is the process still there?")]
     Maps { source: io::Error },
 
-    #[error("QEMU's memory map has a line that cannot be understood: '{line}'; please report it with the kernel version")]
+    #[error(
+        "QEMU's memory map has a line that cannot be understood: '{line}'; please report it with the kernel version"
+    )]
     MapsLine { line: String },
 
-    #[error("cannot register RAM block '{block}' for write tracking; if QEMU's background-snapshot capability is on, switch it off")]
+    #[error(
+        "cannot register RAM block '{block}' for write tracking; if QEMU's background-snapshot capability is on, switch it off"
+    )]
     Register { block: String, source: io::Error },
 
     #[error("cannot write-protect RAM block '{block}'; take the next checkpoint as a full one")]
     Protect { block: String, source: io::Error },
 
-    #[error("cannot scan RAM block '{block}' for written pages; take the next checkpoint as a full one")]
+    #[error(
+        "cannot scan RAM block '{block}' for written pages; take the next checkpoint as a full one"
+    )]
     Scan { block: String, source: io::Error },
 
     #[error(
@@ -54,7 +60,9 @@ pub enum TrackerError {
     )]
     Holes { block: String, source: io::Error },
 
-    #[error("cannot read pages {pages} of RAM block '{block}' from QEMU; is the process still there?")]
+    #[error(
+        "cannot read pages {pages} of RAM block '{block}' from QEMU; is the process still there?"
+    )]
     Read { block: String, pages: PageRange, source: io::Error },
 
     #[error("no RAM block number {0} is attached; use the numbers of this tracker")]
@@ -76,7 +84,10 @@ impl TrackerError {
         match self {
             Self::Connect { source, .. } => matches!(
                 source.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::ConnectionRefused
+                    | io::ErrorKind::WouldBlock
+                    | io::ErrorKind::TimedOut
             ),
             Self::Greeting { .. } => true,
             _ => false,
@@ -86,9 +97,10 @@ impl TrackerError {
     /// Whether the process that was tracked has ended.
     pub fn is_process_gone(&self) -> bool {
         match self {
-            Self::Register { source, .. } | Self::Protect { source, .. } | Self::Scan { source, .. } | Self::Maps { source } => {
-                source.raw_os_error() == Some(libc::ESRCH)
-            }
+            Self::Register { source, .. }
+            | Self::Protect { source, .. }
+            | Self::Scan { source, .. }
+            | Self::Maps { source } => source.raw_os_error() == Some(libc::ESRCH),
             _ => false,
         }
     }

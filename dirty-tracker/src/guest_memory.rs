@@ -17,15 +17,16 @@ use crate::sys::read_mapping::ReadMapping;
 
 /// A file in memory whose size is sealed, so that nobody can cut it off under a mapping.
 ///
-/// A page that changes while it is read may come out torn; that is harmless, because its dirty bit makes it come again.
+/// A page that changes while it is read may come out torn; that is harmless, because its dirty bit
+/// makes it come again.
 ///
-/// Small pieces are read with pread (1.3 µs a page, where a page that this process has not touched yet costs 3.4 µs through a
-/// mapping), large ones through a mapping (10 GB/s against 4 GB/s; measured on two cores of a VM). Reading holes
-/// in large pieces makes the kernel allocate them: read what [`Self::data_ranges`] or the tracker names, or use
-/// [`Self::read_sparse`].
+/// Small pieces are read with pread (1.3 µs a page, where a page that this process has not touched
+/// yet costs 3.4 µs through a mapping), large ones through a mapping (10 GB/s against 4 GB/s;
+/// measured on two cores of a VM). Reading holes in large pieces makes the kernel allocate them:
+/// read what [`Self::data_ranges`] or the tracker names, or use [`Self::read_sparse`].
 ///
-/// **Tracking does not see what is written here.** It watches QEMU's mapping; write only what needs no tracking, as a
-/// restore does before QEMU runs.
+/// **Tracking does not see what is written here.** It watches QEMU's mapping; write only what needs
+/// no tracking, as a restore does before QEMU runs.
 #[derive(Debug, Clone)]
 pub struct GuestMemory {
     name: Arc<str>,
@@ -39,17 +40,23 @@ pub struct GuestMemory {
 const MIN_MAPPED_READ: usize = 32 << 10;
 
 impl GuestMemory {
-    /// `len` bytes of zeroes, sealed. The descriptor is close-on-exec; see [`Self::set_inheritable`].
+    /// `len` bytes of zeroes, sealed. The descriptor is close-on-exec; see
+    /// [`Self::set_inheritable`].
     ///
     /// # Errors
     /// When the kernel cannot make, size or seal the file.
     pub fn create(name: &str, len: u64) -> Result<Self, TrackerError> {
         let made = MemfdOptions::default().allow_sealing(true).close_on_exec(true).create(name);
-        let memfd = made.map_err(|error| cannot(name, "create", "check the memory limits of this process", to_io(error)))?;
+        let memfd = made.map_err(|error| {
+            cannot(name, "create", "check the memory limits of this process", to_io(error))
+        })?;
         let sized = memfd.as_file().set_len(len);
         sized.map_err(|error| cannot(name, "set the size of", "choose a smaller size", error))?;
-        let sealed = memfd.add_seals(&[FileSeal::SealShrink, FileSeal::SealGrow, FileSeal::SealSeal]);
-        sealed.map_err(|error| cannot(name, "seal", "this kernel lacks sealing of memory files", to_io(error)))?;
+        let sealed =
+            memfd.add_seals(&[FileSeal::SealShrink, FileSeal::SealGrow, FileSeal::SealSeal]);
+        sealed.map_err(|error| {
+            cannot(name, "seal", "this kernel lacks sealing of memory files", to_io(error))
+        })?;
         Ok(Self::of_sealed(name, memfd.into_file(), len))
     }
 
@@ -58,7 +65,9 @@ impl GuestMemory {
     /// # Errors
     /// When it is no memfd, or not sealed against shrinking.
     pub fn from_fd(name: &str, fd: OwnedFd) -> Result<Self, TrackerError> {
-        let foreign = || cannot(name, "use", "it must be a memfd with sealing", ErrorKind::InvalidInput.into());
+        let foreign = || {
+            cannot(name, "use", "it must be a memfd with sealing", ErrorKind::InvalidInput.into())
+        };
         let memfd = Memfd::try_from_file(File::from(fd)).map_err(|_| foreign())?;
         let seals = memfd.seals().map_err(|_| foreign())?;
         if !seals.contains(&FileSeal::SealShrink) {
@@ -121,13 +130,17 @@ impl GuestMemory {
     fn check_range(&self, offset: u64, length: usize) -> Result<(), TrackerError> {
         match offset.checked_add(length as u64) {
             Some(end) if end <= self.len => Ok(()),
-            end => {
-                Err(TrackerError::OutOfRange { name: self.name.to_string(), start: offset, end: end.unwrap_or(u64::MAX), len: self.len })
-            }
+            end => Err(TrackerError::OutOfRange {
+                name: self.name.to_string(),
+                start: offset,
+                end: end.unwrap_or(u64::MAX),
+                len: self.len,
+            }),
         }
     }
 
-    /// The byte ranges that hold data, in order; what lies between them is zero and takes no memory.
+    /// The byte ranges that hold data, in order; what lies between them is zero and takes no
+    /// memory.
     ///
     /// # Errors
     /// When the kernel cannot tell data from holes.
@@ -144,7 +157,8 @@ impl GuestMemory {
         let mut ranges = Vec::new();
         let mut at = part.start;
         while at < part.end {
-            let Some(start) = self.seek(at, Whence::SeekData)?.filter(|start| *start < part.end) else {
+            let Some(start) = self.seek(at, Whence::SeekData)?.filter(|start| *start < part.end)
+            else {
                 break;
             };
             let end = self.seek(start, Whence::SeekHole)?.unwrap_or(self.len);
@@ -166,7 +180,9 @@ impl GuestMemory {
     pub fn read_sparse(&self, offset: u64, out: &mut [u8]) -> Result<(), TrackerError> {
         self.check_range(offset, out.len())?;
         let end = offset + out.len() as u64;
-        if out.len() >= MIN_MAPPED_READ && self.seek(offset, Whence::SeekHole)?.is_some_and(|hole| hole >= end) {
+        if out.len() >= MIN_MAPPED_READ
+            && self.seek(offset, Whence::SeekHole)?.is_some_and(|hole| hole >= end)
+        {
             return self.read(offset, out);
         }
         self.read_small(offset, out)
@@ -177,7 +193,9 @@ impl GuestMemory {
         match lseek(&*self.file, from, whence) {
             Ok(found) => Ok(Some(found.cast_unsigned())),
             Err(Errno::ENXIO) => Ok(None),
-            Err(errno) => Err(cannot(&self.name, "find the data of", "this is a kernel error", errno.into())),
+            Err(errno) => {
+                Err(cannot(&self.name, "find the data of", "this is a kernel error", errno.into()))
+            }
         }
     }
 
@@ -193,14 +211,17 @@ impl GuestMemory {
 
     /// Whether a program that this process starts gets the descriptor too.
     ///
-    /// Every child started meanwhile gets it, not only QEMU: switch it on right before, and off right after.
+    /// Every child started meanwhile gets it, not only QEMU: switch it on right before, and off
+    /// right after.
     ///
     /// # Errors
     /// When the kernel refuses the flag.
     pub fn set_inheritable(&self, inheritable: bool) -> Result<(), TrackerError> {
         let flags = if inheritable { FdFlag::empty() } else { FdFlag::FD_CLOEXEC };
         let result = fcntl(&*self.file, FcntlArg::F_SETFD(flags));
-        result.map(drop).map_err(|errno| cannot(&self.name, "pass on", "this is a kernel error", errno.into()))
+        result
+            .map(drop)
+            .map_err(|errno| cannot(&self.name, "pass on", "this is a kernel error", errno.into()))
     }
 
     /// The inode by which the file is found in a memory map.
@@ -219,7 +240,9 @@ fn cannot(name: &str, what: &'static str, remedy: &'static str, source: io::Erro
 
 fn to_io(error: memfd::Error) -> io::Error {
     match error {
-        memfd::Error::Create(error) | memfd::Error::AddSeals(error) | memfd::Error::GetSeals(error) => error,
+        memfd::Error::Create(error)
+        | memfd::Error::AddSeals(error)
+        | memfd::Error::GetSeals(error) => error,
     }
 }
 
@@ -237,8 +260,14 @@ mod test {
         memory.read(MIB - 4, &mut out).unwrap();
         assert_eq!(&out, b"\0end");
         for offset in [MIB - 3, MIB, u64::MAX] {
-            assert!(matches!(memory.read(offset, &mut out), Err(TrackerError::OutOfRange { .. })), "{offset}");
-            assert!(matches!(memory.write(offset, &out), Err(TrackerError::OutOfRange { .. })), "{offset}");
+            assert!(
+                matches!(memory.read(offset, &mut out), Err(TrackerError::OutOfRange { .. })),
+                "{offset}"
+            );
+            assert!(
+                matches!(memory.write(offset, &out), Err(TrackerError::OutOfRange { .. })),
+                "{offset}"
+            );
         }
     }
 
@@ -247,7 +276,9 @@ mod test {
         let memory = GuestMemory::create("test", MIB).unwrap();
         let content: Vec<u8> = (0..MIB).map(|at| ((at * at) >> 7) as u8).collect();
         memory.write(0, &content).unwrap();
-        for (offset, len) in [(0, MIB), (MIB - MIN_MAPPED_READ as u64, MIN_MAPPED_READ as u64), (77, 40_000), (5, 9)] {
+        for (offset, len) in
+            [(0, MIB), (MIB - MIN_MAPPED_READ as u64, MIN_MAPPED_READ as u64), (77, 40_000), (5, 9)]
+        {
             let mut out = vec![0; len as usize];
             memory.read(offset, &mut out).unwrap();
             assert!(out == content[offset as usize..][..len as usize], "{len} bytes at {offset}");
@@ -266,11 +297,16 @@ mod test {
         memory.read(MIB, &mut [0; 4096]).unwrap();
         let expected = [0..4096, 8 * MIB..8 * MIB + 8192, 16 * MIB - 4096..16 * MIB];
         assert_eq!(memory.data_ranges().unwrap(), expected);
-        assert_eq!(memory.data_in(4096..8 * MIB + 5).unwrap().as_slice(), std::slice::from_ref(&(8 * MIB..8 * MIB + 5)));
+        assert_eq!(
+            memory.data_in(4096..8 * MIB + 5).unwrap().as_slice(),
+            std::slice::from_ref(&(8 * MIB..8 * MIB + 5))
+        );
         assert_eq!(memory.data_in(MIB..2 * MIB).unwrap(), []);
         let mut out = vec![9; MIB as usize];
         memory.read_sparse(8 * MIB, &mut out).unwrap();
-        assert!(out[5..4101].iter().all(|byte| *byte == 1) && out[4101..].iter().all(|byte| *byte == 0));
+        assert!(
+            out[5..4101].iter().all(|byte| *byte == 1) && out[4101..].iter().all(|byte| *byte == 0)
+        );
         assert_eq!(memory.data_ranges().unwrap(), expected, "reading sparsely makes no page");
     }
 
@@ -280,7 +316,8 @@ mod test {
         assert!(memory.file.set_len(4096).is_err());
         assert!(memory.file.set_len(2 * MIB).is_err());
 
-        let again = GuestMemory::from_fd("again", memory.fd().try_clone_to_owned().unwrap()).unwrap();
+        let again =
+            GuestMemory::from_fd("again", memory.fd().try_clone_to_owned().unwrap()).unwrap();
         assert_eq!(again.len(), MIB);
 
         let plain = File::open("/proc/self/exe").unwrap();

@@ -25,8 +25,9 @@ const MIN_GREETING: Duration = Duration::from_millis(200);
 
 /// QEMU's process, opened for tracking.
 ///
-/// Holding these keeps nothing alive but the descriptors: when QEMU ends, calls on them fail with "no such process". When
-/// this process ends, QEMU does not notice, and writes continue being recorded in the uffd that the plugin holds.
+/// Holding these keeps nothing alive but the descriptors: when QEMU ends, calls on them fail with
+/// "no such process". When this process ends, QEMU does not notice, and writes continue being
+/// recorded in the uffd that the plugin holds.
 #[derive(Debug)]
 pub struct PluginHandles {
     pid: u32,
@@ -51,16 +52,23 @@ impl PluginHandles {
         let mut stream = connect_until(path, deadline)?;
         let pid = check_peer(path, &stream)?;
         let left = deadline.saturating_duration_since(Instant::now()).max(MIN_GREETING);
-        let (reply, fds) = greet(&mut stream, left).map_err(|source| TrackerError::Greeting { path: path.to_owned(), source })?;
+        let (reply, fds) = greet(&mut stream, left)
+            .map_err(|source| TrackerError::Greeting { path: path.to_owned(), source })?;
         let not_ours = |what| TrackerError::NotThePlugin { path: path.to_owned(), what };
-        let reply = Reply::parse(&reply).ok_or_else(|| not_ours("its answer is not the plugin's"))?;
+        let reply =
+            Reply::parse(&reply).ok_or_else(|| not_ours("its answer is not the plugin's"))?;
         if reply.version != PROTOCOL_VERSION || reply.status == Status::UnsupportedVersion {
-            return Err(TrackerError::Version { path: path.to_owned(), plugin: reply.version, ours: PROTOCOL_VERSION });
+            return Err(TrackerError::Version {
+                path: path.to_owned(),
+                plugin: reply.version,
+                ours: PROTOCOL_VERSION,
+            });
         }
         if reply.status != Status::Ok {
             return Err(not_ours("it does not know our greeting"));
         }
-        Self::sort_out(pid, reply, fds).ok_or_else(|| not_ours("the descriptors are not those that it announced"))
+        Self::sort_out(pid, reply, fds)
+            .ok_or_else(|| not_ours("the descriptors are not those that it announced"))
     }
 
     /// Gives each descriptor its name; `None` unless there are exactly as many as announced.
@@ -120,15 +128,26 @@ impl PluginHandles {
     /// # Errors
     /// When the plugin could not open it.
     pub fn pagemap(&self) -> Result<&File, TrackerError> {
-        self.open(FdKind::Pagemap, "page map", "is /proc mounted where QEMU runs?", self.pagemap.as_ref())
+        self.open(
+            FdKind::Pagemap,
+            "page map",
+            "is /proc mounted where QEMU runs?",
+            self.pagemap.as_ref(),
+        )
     }
 
-    /// `/proc/PID/mem` of QEMU, read-only. Its position is shared with other holders: read at offsets.
+    /// `/proc/PID/mem` of QEMU, read-only. Its position is shared with other holders: read at
+    /// offsets.
     ///
     /// # Errors
     /// When the plugin could not open it.
     pub fn memory(&self) -> Result<&File, TrackerError> {
-        self.open(FdKind::Memory, "memory", "is /proc mounted where QEMU runs?", self.memory.as_ref())
+        self.open(
+            FdKind::Memory,
+            "memory",
+            "is /proc mounted where QEMU runs?",
+            self.memory.as_ref(),
+        )
     }
 
     /// The text of `/proc/PID/maps` of QEMU, as it is now.
@@ -158,7 +177,12 @@ impl PluginHandles {
             let error = self.reply.errno[FdKind::Ram as usize];
             return match error {
                 0 => Ok(None),
-                _ => self.open(FdKind::Ram, "RAM file", "let QEMU inherit the descriptor that ramfd= names", None),
+                _ => self.open(
+                    FdKind::Ram,
+                    "RAM file",
+                    "let QEMU inherit the descriptor that ramfd= names",
+                    None,
+                ),
             };
         };
         let copy = fd.try_clone().map_err(|source| TrackerError::MissingHandle {
@@ -180,19 +204,30 @@ impl PluginHandles {
         let maps = self.maps()?;
         let mut starts = maps
             .iter()
-            .filter(|mapping| mapping.inode == inode && mapping.shared && mapping.writable && mapping.offset == 0)
+            .filter(|mapping| {
+                mapping.inode == inode && mapping.shared && mapping.writable && mapping.offset == 0
+            })
             .map(|mapping| mapping.start);
         let first = starts.next();
         match starts.next() {
             None => Ok(first),
             Some(second) => Err(TrackerError::TrackedBlock {
                 block: memory.name().to_owned(),
-                reason: format!("QEMU has mapped it twice, at {:#x} and {second:#x}", first.unwrap_or(0)),
+                reason: format!(
+                    "QEMU has mapped it twice, at {:#x} and {second:#x}",
+                    first.unwrap_or(0)
+                ),
             }),
         }
     }
 
-    fn open<T>(&self, kind: FdKind, what: &'static str, remedy: &'static str, handle: Option<T>) -> Result<T, TrackerError> {
+    fn open<T>(
+        &self,
+        kind: FdKind,
+        what: &'static str,
+        remedy: &'static str,
+        handle: Option<T>,
+    ) -> Result<T, TrackerError> {
         handle.ok_or_else(|| TrackerError::MissingHandle {
             what,
             remedy,
@@ -214,10 +249,12 @@ fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, TrackerEr
     }
 }
 
-/// Descriptors from a stranger would have us track the stranger: only this user's QEMU counts, or anyone's when we are root.
+/// Descriptors from a stranger would have us track the stranger: only this user's QEMU counts, or
+/// anyone's when we are root.
 fn check_peer(path: &Path, stream: &UnixStream) -> Result<u32, TrackerError> {
     let not_ours = |what| TrackerError::NotThePlugin { path: path.to_owned(), what };
-    let peer = getsockopt(stream, sockopt::PeerCredentials).map_err(|_| not_ours("its owner cannot be told"))?;
+    let peer = getsockopt(stream, sockopt::PeerCredentials)
+        .map_err(|_| not_ours("its owner cannot be told"))?;
     let us = geteuid();
     if !us.is_root() && peer.uid() != us.as_raw() {
         return Err(not_ours("it belongs to another user"));
@@ -225,7 +262,10 @@ fn check_peer(path: &Path, stream: &UnixStream) -> Result<u32, TrackerError> {
     u32::try_from(peer.pid()).map_err(|_| not_ours("its process cannot be told"))
 }
 
-fn greet(stream: &mut UnixStream, timeout: Duration) -> io::Result<([u8; REPLY_LEN], Vec<OwnedFd>)> {
+fn greet(
+    stream: &mut UnixStream,
+    timeout: Duration,
+) -> io::Result<([u8; REPLY_LEN], Vec<OwnedFd>)> {
     stream.set_read_timeout(Some(timeout))?;
     stream.set_write_timeout(Some(timeout))?;
     stream.write_all(&Hello { version: PROTOCOL_VERSION }.encode())?;

@@ -1,13 +1,16 @@
-//! Pages that were given back behind the tracker's back: holes punched into the guest's memory file.
+//! Pages that were given back behind the tracker's back: holes punched into the guest's memory
+//! file.
 //!
-//! A balloon (inflated, or with free page reporting) has QEMU punch holes into the file that is the guest's RAM. Such a page is
-//! zero from then on, and no write-protect fault tells: the kernel keeps the page's protection mark where the page was. And a
-//! hole that the guest only reads is a page again, of zeros, so the file's holes at a checkpoint do not tell either.
+//! A balloon (inflated, or with free page reporting) has QEMU punch holes into the file that is the
+//! guest's RAM. Such a page is zero from then on, and no write-protect fault tells: the kernel
+//! keeps the page's protection mark where the page was. And a hole that the guest only reads is a
+//! page again, of zeros, so the file's holes at a checkpoint do not tell either.
 //!
-//! The helper therefore maps the file once more ([`WatchMapping`]). A punched hole takes its pages out of that mapping, and
-//! they stay out, whatever the guest reads later. So a page that is in the mapping, and was when the last claim was made, was
-//! not given back since; and only a page that turned from something into zeros can have been given back unseen, since one
-//! that was written afterwards is dirty anyway.
+//! The helper therefore maps the file once more ([`WatchMapping`]). A punched hole takes its pages
+//! out of that mapping, and they stay out, whatever the guest reads later. So a page that is in the
+//! mapping, and was when the last claim was made, was not given back since; and only a page that
+//! turned from something into zeros can have been given back unseen, since one that was written
+//! afterwards is dirty anyway.
 
 use std::ops::Range;
 
@@ -19,16 +22,20 @@ use crate::guest_memory::GuestMemory;
 use crate::sys::pagemap::ScanBuffer;
 use crate::sys::watch_mapping::WatchMapping;
 
-/// What is mapped in one call, so that the kernel's answer comes before the next page of a running guest changes much.
+/// What is mapped in one call, so that the kernel's answer comes before the next page of a running
+/// guest changes much.
 const MAX_MAPPED: PageCount = PageCount(4096);
 
-/// Runs of pages of which a claim asks whether they are holes; a call takes about half a microsecond, in the pause.
+/// Runs of pages of which a claim asks whether they are holes; a call takes about half a
+/// microsecond, in the pause.
 const MAX_QUESTIONS: usize = 8192;
 
-/// What is known of each page since the last claim. A page of which neither is known may have been given back unseen.
+/// What is known of each page since the last claim. A page of which neither is known may have been
+/// given back unseen.
 #[derive(Debug)]
 struct Known {
-    /// In the watching mapping since the last claim; or since a moment after it at which the page was seen not to be zero.
+    /// In the watching mapping since the last claim; or since a moment after it at which the page
+    /// was seen not to be zero.
     mapped: PageSet,
     /// Zero at the last claim or at a moment since: to give it back changes nothing.
     zero: PageSet,
@@ -62,10 +69,12 @@ impl Known {
 
 /// Watches one shared RAM block.
 ///
-/// Costs the helper a page table (2 MiB per GiB that the guest uses) and one fault for each page when it first exists (0.5 s
-/// per GiB), both while the guest runs. In the pause it costs one scan of that table: 3 ms in a VM of 12 GiB with 1 GiB in use, 4.5
-/// with 4 GiB in use, beside the 7 ms of the tracker's own scan (Linux 6.18; `tests/measure.rs`). Pages that the kernel takes out
-/// of the mapping for other reasons (swapped out, moved) are reported too, once, and compared like any page.
+/// Costs the helper a page table (2 MiB per GiB that the guest uses) and one fault for each page
+/// when it first exists (0.5 s per GiB), both while the guest runs. In the pause it costs one scan
+/// of that table: 3 ms in a VM of 12 GiB with 1 GiB in use, 4.5 with 4 GiB in use, beside the 7 ms
+/// of the tracker's own scan (Linux 6.18; `tests/measure.rs`). Pages that the kernel takes out of
+/// the mapping for other reasons (swapped out, moved) are reported too, once, and compared like any
+/// page.
 #[derive(Debug)]
 pub(crate) struct HoleWatch {
     block: String,
@@ -78,11 +87,13 @@ pub(crate) struct HoleWatch {
 }
 
 impl HoleWatch {
-    /// Nothing is watched in private memory: there the kernel itself reports pages that were given back.
+    /// Nothing is watched in private memory: there the kernel itself reports pages that were given
+    /// back.
     pub fn of(block: &TrackedBlock) -> Result<Option<Self>, TrackerError> {
         let BlockMemory::Shared(memory) = &block.memory else { return Ok(None) };
         let mapping = WatchMapping::new(memory.fd(), block.bytes);
-        let mapping = mapping.map_err(|source| TrackerError::Holes { block: block.name.clone(), source })?;
+        let mapping =
+            mapping.map_err(|source| TrackerError::Holes { block: block.name.clone(), source })?;
         Ok(Some(Self {
             block: block.name.clone(),
             memory: memory.clone(),
@@ -93,13 +104,15 @@ impl HoleWatch {
         }))
     }
 
-    /// Begins again, with every page protected already, so that what is written from here on is dirty. The guest may run.
+    /// Begins again, with every page protected already, so that what is written from here on is
+    /// dirty. The guest may run.
     pub fn begin(&mut self) -> Result<(), TrackerError> {
         self.begin_stopped()?;
         self.look(&PageSet::new(self.known.zero.len())).map(drop)
     }
 
-    /// The same with the guest stopped, and quick: what exists is mapped by the next [`Self::look`].
+    /// The same with the guest stopped, and quick: what exists is mapped by the next
+    /// [`Self::look`].
     pub fn begin_stopped(&mut self) -> Result<(), TrackerError> {
         let mut holes = PageSet::full(self.known.zero.len());
         for data in self.memory.data_in(self.bytes())? {
@@ -111,8 +124,9 @@ impl HoleWatch {
         Ok(())
     }
 
-    /// Finds what was given back, and maps what is new, so that the pause has little to do. Returns pages that may be dirty,
-    /// each once, besides those `written` since the last claim. The guest may run.
+    /// Finds what was given back, and maps what is new, so that the pause has little to do. Returns
+    /// pages that may be dirty, each once, besides those `written` since the last claim. The guest
+    /// may run.
     pub fn look(&mut self, written: &PageSet) -> Result<PageSet, TrackerError> {
         self.scan()?;
         self.known.keep(&self.present);
@@ -135,9 +149,11 @@ impl HoleWatch {
         Ok(news)
     }
 
-    /// Maps pages that exist. What is not zero then was not given back since the last claim, or it was written after.
+    /// Maps pages that exist. What is not zero then was not given back since the last claim, or it
+    /// was written after.
     fn visit(&mut self, pages: PageRange, news: &mut PageSet) {
-        // A page that cannot be mapped stays unknown, so the next claim has it, and whoever reads it then learns why.
+        // A page that cannot be mapped stays unknown, so the next claim has it, and whoever reads
+        // it then learns why.
         if self.mapping.map(&pages.bytes()).is_err() {
             return;
         }
@@ -155,10 +171,11 @@ impl HoleWatch {
         news.insert_range(pages);
     }
 
-    /// With the guest stopped: pages that may have been given back since the last claim and were not in an answer of
-    /// [`Self::look`]. `written` is what the same claim found written.
+    /// With the guest stopped: pages that may have been given back since the last claim and were
+    /// not in an answer of [`Self::look`]. `written` is what the same claim found written.
     pub fn claim(&mut self, written: &PageSet) -> Result<PageSet, TrackerError> {
-        // First of all: that a written page is not zero any more must be known also after a failure.
+        // First of all: that a written page is not zero any more must be known also after a
+        // failure.
         let mut doubtful = self.known.written(written);
         self.scan()?;
         self.known.keep(&self.present);
@@ -170,8 +187,8 @@ impl HoleWatch {
         Ok(unknown)
     }
 
-    /// Pages that were written and then given back (a guest clears what its balloon takes): zero at this claim. Without
-    /// this the next look would report them once more.
+    /// Pages that were written and then given back (a guest clears what its balloon takes): zero at
+    /// this claim. Without this the next look would report them once more.
     fn ask_for_holes(&mut self, doubtful: &PageSet) -> Result<(), TrackerError> {
         for run in doubtful.ranges().take(MAX_QUESTIONS) {
             let data = self.memory.data_in(run.bytes())?;
@@ -187,7 +204,9 @@ impl HoleWatch {
 
     fn scan(&mut self) -> Result<(), TrackerError> {
         let mut present = PageSet::full(self.present.len());
-        let found = self.mapping.not_mapped(&mut self.buffer, |bytes| present.remove_range(covering(bytes)));
+        let found = self
+            .mapping
+            .not_mapped(&mut self.buffer, |bytes| present.remove_range(covering(bytes)));
         found.map_err(|source| TrackerError::Holes { block: self.block.clone(), source })?;
         self.present = present;
         Ok(())
@@ -211,7 +230,11 @@ mod test {
         known.mapped = set(&[0, 1, 2, 3]);
         known.zero = set(&[3, 4, 5]);
         known.keep(&set(&[0, 2, 6]));
-        assert_eq!(known.unknown(), set(&[1, 6, 7]), "1 left; 3 was zero; 6 came, but was not looked at");
+        assert_eq!(
+            known.unknown(),
+            set(&[1, 6, 7]),
+            "1 left; 3 was zero; 6 came, but was not looked at"
+        );
     }
 
     #[test]

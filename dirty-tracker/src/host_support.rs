@@ -48,9 +48,9 @@ pub struct HostSupport {
     pub can_fill: bool,
 }
 
-const KERNEL_REMEDY: &str = "use Linux 6.7 or later, built with CONFIG_USERFAULTFD and CONFIG_PTE_MARKER_UFFD_WP";
-const FILL_REMEDY: &str =
-    "give this user access to /dev/userfaultfd, or set the sysctl vm.unprivileged_userfaultfd to 1; tracking works without";
+const KERNEL_REMEDY: &str =
+    "use Linux 6.7 or later, built with CONFIG_USERFAULTFD and CONFIG_PTE_MARKER_UFFD_WP";
+const FILL_REMEDY: &str = "give this user access to /dev/userfaultfd, or set the sysctl vm.unprivileged_userfaultfd to 1; tracking works without";
 
 /// Names of the features, for people.
 const FEATURES: [(u64, &str); 5] = [
@@ -62,8 +62,8 @@ const FEATURES: [(u64, &str); 5] = [
 ];
 
 impl HostSupport {
-    /// Opens a uffd as the plugin would, and tracks a few pages of its own with it. Changes nothing and takes about a
-    /// millisecond.
+    /// Opens a uffd as the plugin would, and tracks a few pages of its own with it. Changes nothing
+    /// and takes about a millisecond.
     pub fn probe() -> Self {
         match uffd::open() {
             Ok(open) => Self::with_uffd(&open),
@@ -82,11 +82,17 @@ impl HostSupport {
     fn with_uffd(open: &OpenUffd) -> Self {
         let found = HostCheck::fine("userfaultfd", "all features of write tracking");
         let fill = match open.source {
-            UffdSource::UserModeOnly | UffdSource::None => {
-                HostCheck::failed("filling pages on demand", "userfaultfd for user-mode faults only", FILL_REMEDY)
+            UffdSource::UserModeOnly | UffdSource::None => HostCheck::failed(
+                "filling pages on demand",
+                "userfaultfd for user-mode faults only",
+                FILL_REMEDY,
+            ),
+            UffdSource::Device => {
+                HostCheck::fine("filling pages on demand", "through /dev/userfaultfd")
             }
-            UffdSource::Device => HostCheck::fine("filling pages on demand", "through /dev/userfaultfd"),
-            UffdSource::Syscall => HostCheck::fine("filling pages on demand", "through userfaultfd(2)"),
+            UffdSource::Syscall => {
+                HostCheck::fine("filling pages on demand", "through userfaultfd(2)")
+            }
         };
         let scan = match track_a_few_pages(open) {
             Ok(()) => HostCheck::fine("PAGEMAP_SCAN", "finds just the pages that were written"),
@@ -98,7 +104,8 @@ impl HostSupport {
 }
 
 fn missing_features(offered: u64) -> String {
-    let missing: Vec<_> = FEATURES.iter().filter(|(bit, _)| offered & bit == 0).map(|(_, name)| *name).collect();
+    let missing: Vec<_> =
+        FEATURES.iter().filter(|(bit, _)| offered & bit == 0).map(|(_, name)| *name).collect();
     missing.join(", ")
 }
 
@@ -115,7 +122,10 @@ fn track_a_few_pages(open: &OpenUffd) -> io::Result<()> {
     match written(&pagemap, &addresses)?.as_slice() {
         [found] if *found == expected => {}
         other => {
-            return Err(io::Error::other(format!("one page was written, the kernel reports {}", other.len())));
+            return Err(io::Error::other(format!(
+                "one page was written, the kernel reports {}",
+                other.len()
+            )));
         }
     }
     match written(&pagemap, &addresses)?.is_empty() {
@@ -127,7 +137,9 @@ fn track_a_few_pages(open: &OpenUffd) -> io::Result<()> {
 fn written(pagemap: &File, addresses: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
     let mut found = Vec::new();
     let mut buffer = ScanBuffer::new();
-    scan(pagemap, addresses.clone(), Categories::WRITTEN, Then::Protect, &mut buffer, |run| found.push(run))?;
+    scan(pagemap, addresses.clone(), Categories::WRITTEN, Then::Protect, &mut buffer, |run| {
+        found.push(run)
+    })?;
     Ok(found)
 }
 

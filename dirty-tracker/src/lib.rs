@@ -1,12 +1,16 @@
 //! Which pages of a running guest were written, and what is in them.
 //!
-//! The plugin in QEMU (`plugin/`) opens a userfaultfd there and lends it. Everything else happens here, in another process:
+//! The plugin in QEMU (`plugin/`) opens a userfaultfd there and lends it. Everything else happens
+//! here, in another process:
 //!
 //! 1. [`GuestMemory::create`] makes the RAM file that QEMU is started with.
-//! 2. [`PluginHandles::connect`] fetches QEMU's descriptors, [`Tracker::attach`] registers its RAM blocks.
-//! 3. With the guest stopped, [`Tracker::claim`] takes the dirty pages into a [`DirtyClaim`]; with the guest running again
+//! 2. [`PluginHandles::connect`] fetches QEMU's descriptors, [`Tracker::attach`] registers its RAM
+//!    blocks.
+//! 3. With the guest stopped, [`Tracker::claim`] takes the dirty pages into a [`DirtyClaim`]; with
+//!    the guest running again
 //!    [`Tracker::read_pages`] copies them.
-//! 4. [`DirtyClaim::acknowledge`] when the checkpoint is durable; otherwise the pages go back and come again.
+//! 4. [`DirtyClaim::acknowledge`] when the checkpoint is durable; otherwise the pages go back and
+//!    come again.
 //!
 //! Unsafe code is in `sys/` only.
 //!

@@ -31,7 +31,8 @@ pub struct Mapping {
     pub minor: u32,
     /// 0 for anonymous memory.
     pub inode: u64,
-    /// Empty for anonymous memory; ` (deleted)` is part of it, as is whatever else the kernel writes there.
+    /// Empty for anonymous memory; ` (deleted)` is part of it, as is whatever else the kernel
+    /// writes there.
     pub path: String,
 }
 
@@ -84,11 +85,15 @@ fn hex_pair(text: &str, separator: char) -> Option<(u64, u64)> {
 /// # Errors
 /// When a line is not of the form that the kernel writes.
 pub fn parse_maps(text: &str) -> Result<Vec<Mapping>, TrackerError> {
-    text.lines().map(|line| Mapping::parse(line).ok_or_else(|| TrackerError::MapsLine { line: line.to_owned() })).collect()
+    text.lines()
+        .map(|line| {
+            Mapping::parse(line).ok_or_else(|| TrackerError::MapsLine { line: line.to_owned() })
+        })
+        .collect()
 }
 
-/// Reads the text through an open `/proc/PID/maps`, which may belong to another process and may be shared: the file's
-/// position is not touched.
+/// Reads the text through an open `/proc/PID/maps`, which may belong to another process and may be
+/// shared: the file's position is not touched.
 pub(crate) fn read_maps(maps: &File) -> io::Result<String> {
     let mut bytes = Vec::new();
     let mut chunk = vec![0; READ_LEN];
@@ -99,7 +104,9 @@ pub(crate) fn read_maps(maps: &File) -> io::Result<String> {
         }
         bytes.extend_from_slice(&chunk[..length]);
         if bytes.len() > MAX_MAPS_LEN {
-            return Err(io::Error::other(format!("the memory map is longer than {MAX_MAPS_LEN} bytes")));
+            return Err(io::Error::other(format!(
+                "the memory map is longer than {MAX_MAPS_LEN} bytes"
+            )));
         }
     }
 }
@@ -139,7 +146,9 @@ mod test {
 
     #[test]
     fn nonsense_is_an_error_that_shows_the_line() {
-        for line in ["", "x", "10-20", "20-10 rw-p 0 00:00 0", "10-20 rw 0 00:00 0", "10-20 rw-p 0 00:00 x"] {
+        for line in
+            ["", "x", "10-20", "20-10 rw-p 0 00:00 0", "10-20 rw 0 00:00 0", "10-20 rw-p 0 00:00 x"]
+        {
             assert_eq!(Mapping::parse(line), None, "{line}");
         }
         let error = parse_maps("nonsense here\n").unwrap_err();

@@ -36,26 +36,29 @@ enum Knowledge {
 
 /// Write tracking of some RAM blocks of one QEMU.
 ///
-/// The kernel does the work. A page is write-protected; the guest's next write to it faults, and the kernel lifts the
-/// protection by itself and lets the guest continue (asynchronous userfaultfd write protection: one fault per page and round,
-/// and nobody to wait for). A page without protection is a written page, and one call finds all of them
-/// and protects them again.
+/// The kernel does the work. A page is write-protected; the guest's next write to it faults, and
+/// the kernel lifts the protection by itself and lets the guest continue (asynchronous userfaultfd
+/// write protection: one fault per page and round, and nobody to wait for). A page without
+/// protection is a written page, and one call finds all of them and protects them again.
 ///
-/// What it costs, per GiB on two cores of a VM (Linux 6.18; `tests/measure.rs` prints it again): a claim or a look
-/// that finds nothing 0.5 ms, 2,048 scattered pages 0.9 ms, half of memory 5 to 9 ms, every other page 7 to 15 ms; a first
-/// claim 0.6 ms when prepared, else 10 to 20 ms; [`Self::prepare`] 30 ms, while the guest runs.
+/// What it costs, per GiB on two cores of a VM (Linux 6.18; `tests/measure.rs` prints it again): a
+/// claim or a look that finds nothing 0.5 ms, 2,048 scattered pages 0.9 ms, half of memory 5 to 9
+/// ms, every other page 7 to 15 ms; a first claim 0.6 ms when prepared, else 10 to 20 ms;
+/// [`Self::prepare`] 30 ms, while the guest runs.
 ///
-/// Three things are *not* seen, because they do not go through QEMU's page table: writes through another mapping of the
-/// RAM file (a vhost-user daemon, another process, [`GuestMemory::write`](crate::GuestMemory::write)), holes punched into
-/// it, and what a device or the kernel writes into a page that it had pinned before the page was protected (direct I/O in
-/// flight). The first must be excluded by whoever composes the VM. The second is found after [`Self::watch_holes`]. The
-/// third is why everything that protects ([`Self::claim`], [`Self::protect_all`]) **must be called while the guest is
-/// stopped** and its block I/O drained.
+/// Three things are *not* seen, because they do not go through QEMU's page table: writes through
+/// another mapping of the RAM file (a vhost-user daemon, another process,
+/// [`GuestMemory::write`](crate::GuestMemory::write)), holes punched into it, and what a device or
+/// the kernel writes into a page that it had pinned before the page was protected (direct I/O in
+/// flight). The first must be excluded by whoever composes the VM. The second is found after
+/// [`Self::watch_holes`]. The third is why everything that protects ([`Self::claim`],
+/// [`Self::protect_all`]) **must be called while the guest is stopped** and its block I/O drained.
 ///
-/// Until a RAM block has been protected as a whole nothing is known about it, so its first claim has every page that exists.
-/// That includes the first claim after a restart of this process, although the kernel would still know what was written
-/// since the last scan: the pages of a claim that died with the process are known to nobody, and so are those that were
-/// given back. Who knows that there were none says so with [`Self::resume_protection`].
+/// Until a RAM block has been protected as a whole nothing is known about it, so its first claim
+/// has every page that exists. That includes the first claim after a restart of this process,
+/// although the kernel would still know what was written since the last scan: the pages of a claim
+/// that died with the process are known to nobody, and so are those that were given back. Who knows
+/// that there were none says so with [`Self::resume_protection`].
 #[derive(Debug)]
 pub struct Tracker {
     handles: PluginHandles,
@@ -70,8 +73,8 @@ impl Tracker {
     /// Regions that an earlier tracker has registered keep their state.
     ///
     /// # Errors
-    /// When the plugin could not open what is needed, a RAM block is listed twice or is not in QEMU's
-    /// memory, or the kernel refuses to register it.
+    /// When the plugin could not open what is needed, a RAM block is listed twice or is not in
+    /// QEMU's memory, or the kernel refuses to register it.
     pub fn attach(handles: PluginHandles, blocks: Vec<TrackedBlock>) -> Result<Self, TrackerError> {
         let uffd = handles.uffd()?;
         handles.pagemap()?;
@@ -85,18 +88,22 @@ impl Tracker {
             }
         }
         for block in &blocks {
-            register(uffd, &block.addresses()).map_err(|source| TrackerError::Register { block: block.name.clone(), source })?;
+            register(uffd, &block.addresses())
+                .map_err(|source| TrackerError::Register { block: block.name.clone(), source })?;
         }
         let pending = Arc::new(Pending::new(blocks.iter().map(TrackedBlock::pages)));
-        let blocks = blocks.into_iter().map(|block| Tracked { block, knowledge: Knowledge::None, holes: None }).collect();
+        let blocks = blocks
+            .into_iter()
+            .map(|block| Tracked { block, knowledge: Knowledge::None, holes: None })
+            .collect();
         Ok(Self { handles, blocks, pending, buffer: Mutex::new(ScanBuffer::new()) })
     }
 
-    /// From now on pages that are given back count as written: a VM with a balloon needs it. To be called right after
-    /// [`Self::attach`]; what was known before is forgotten.
+    /// From now on pages that are given back count as written: a VM with a balloon needs it. To be
+    /// called right after [`Self::attach`]; what was known before is forgotten.
     ///
-    /// Found is what QEMU's balloon does: `fallocate(FALLOC_FL_PUNCH_HOLE)` on the RAM file. In private memory the kernel reports
-    /// pages that were discarded, and nothing is needed.
+    /// Found is what QEMU's balloon does: `fallocate(FALLOC_FL_PUNCH_HOLE)` on the RAM file. In
+    /// private memory the kernel reports pages that were discarded, and nothing is needed.
     ///
     /// # Errors
     /// When the kernel lacks what is needed, or a memory file cannot be mapped here.
@@ -145,9 +152,10 @@ impl Tracker {
 
     /// Does the long part of the first claim in advance: the guest may run.
     ///
-    /// Protects every page, existing or not, and splits huge pages, so that single pages are seen: 30 to 60 ms per GiB that
-    /// would else be (in part) pause. Claims nothing: a device that has pinned a page now may write to it unseen, so the
-    /// first claim still has every page that exists. Does nothing for RAM blocks that had their first lease.
+    /// Protects every page, existing or not, and splits huge pages, so that single pages are seen:
+    /// 30 to 60 ms per GiB that would else be (in part) pause. Claims nothing: a device that has
+    /// pinned a page now may write to it unseen, so the first claim still has every page that
+    /// exists. Does nothing for RAM blocks that had their first lease.
     ///
     /// # Errors
     /// When the kernel fails to populate or protect memory.
@@ -157,7 +165,8 @@ impl Tracker {
                 let mut existing = PageSet::new(self.blocks[index].block.pages());
                 self.populated_into(BlockId(index), &mut existing)?;
                 self.protect_ahead(BlockId(index))?;
-                // A page born between the two calls is protected by now, so nothing else would ever tell of it.
+                // A page born between the two calls is protected by now, so nothing else would ever
+                // tell of it.
                 self.born_meanwhile_into(BlockId(index), &mut existing)?;
                 self.blocks[index].holes.as_mut().map_or(Ok(()), HoleWatch::begin)?;
                 self.blocks[index].knowledge = Knowledge::Prepared { existing };
@@ -168,12 +177,15 @@ impl Tracker {
 
     fn protect_ahead(&self, id: BlockId) -> Result<(), TrackerError> {
         let block = &self.tracked(id)?.block;
-        protect(self.handles.uffd()?, &block.addresses()).map_err(|source| TrackerError::Protect { block: block.name.clone(), source })
+        protect(self.handles.uffd()?, &block.addresses())
+            .map_err(|source| TrackerError::Protect { block: block.name.clone(), source })
     }
 
-    /// Declares that the content of every page is known as it is now: only what is written from here on counts.
+    /// Declares that the content of every page is known as it is now: only what is written from
+    /// here on counts.
     ///
-    /// Right after a restore this makes the first checkpoint an incremental one. Only while the guest is stopped.
+    /// Right after a restore this makes the first checkpoint an incremental one. Only while the
+    /// guest is stopped.
     ///
     /// # Errors
     /// When the kernel fails to protect memory.
@@ -193,14 +205,18 @@ impl Tracker {
             .map_err(|source| TrackerError::Protect { block: block.name.clone(), source })
     }
 
-    /// Trusts what an earlier tracker protected: the kernel's marks are what was written since its last lease.
+    /// Trusts what an earlier tracker protected: the kernel's marks are what was written since its
+    /// last lease.
     ///
-    /// Only if that claim was acknowledged by a durable checkpoint (or [`Self::protect_all`] came last) and none was begun since.
-    /// Whoever calls this must know it from a record that outlives the process; see the comment on the type for what would be
-    /// lost otherwise. Says whether it can be: not when holes are watched and this tracker had no claim yet, because
-    /// nobody saw those punched in between.
+    /// Only if that claim was acknowledged by a durable checkpoint (or [`Self::protect_all`] came
+    /// last) and none was begun since. Whoever calls this must know it from a record that outlives
+    /// the process; see the comment on the type for what would be lost otherwise. Says whether it
+    /// can be: not when holes are watched and this tracker had no claim yet, because nobody saw
+    /// those punched in between.
     pub fn resume_protection(&mut self) -> bool {
-        let is_unseen = |tracked: &Tracked| tracked.holes.is_some() && !matches!(tracked.knowledge, Knowledge::Complete);
+        let is_unseen = |tracked: &Tracked| {
+            tracked.holes.is_some() && !matches!(tracked.knowledge, Knowledge::Complete)
+        };
         if self.blocks.iter().any(is_unseen) {
             return false;
         }
@@ -213,10 +229,12 @@ impl Tracker {
         DirtyClaim::new(&self.pending)
     }
 
-    /// Takes the RAM block's dirty pages into `claim`, protects them, and returns what this call added.
+    /// Takes the RAM block's dirty pages into `claim`, protects them, and returns what this call
+    /// added.
     ///
-    /// Those are the pages written since the last call, and those given back since. A page that the claim has already comes
-    /// again if it was written again. Only while the guest is stopped. On an error the claim still owes what was taken.
+    /// Those are the pages written since the last call, and those given back since. A page that the
+    /// claim has already comes again if it was written again. Only while the guest is stopped. On
+    /// an error the claim still owes what was taken.
     ///
     /// # Errors
     /// When the kernel fails to scan. Pages claimed before are in `claim`, and are restored when it
@@ -235,7 +253,9 @@ impl Tracker {
                 pages.union_with(existing);
                 self.scan_into(id, Categories::WRITTEN, Then::Protect, &mut written)
             }
-            Knowledge::Complete => self.scan_into(id, Categories::WRITTEN, Then::Protect, &mut written),
+            Knowledge::Complete => {
+                self.scan_into(id, Categories::WRITTEN, Then::Protect, &mut written)
+            }
         };
         pages.union_with(&written);
         let given_back = self.given_back_into(id, &written, &mut pages);
@@ -246,11 +266,20 @@ impl Tracker {
     }
 
     /// Pages that were given back and that no [`Self::scan`] has told of.
-    fn given_back_into(&mut self, id: BlockId, written: &PageSet, pages: &mut PageSet) -> Result<(), TrackerError> {
-        let Tracked { holes: Some(holes), knowledge, .. } = &mut self.blocks[id.0] else { return Ok(()) };
+    fn given_back_into(
+        &mut self,
+        id: BlockId,
+        written: &PageSet,
+        pages: &mut PageSet,
+    ) -> Result<(), TrackerError> {
+        let Tracked { holes: Some(holes), knowledge, .. } = &mut self.blocks[id.0] else {
+            return Ok(());
+        };
         match knowledge {
             Knowledge::None => holes.begin_stopped()?,
-            Knowledge::Prepared { .. } | Knowledge::Complete => pages.union_with(&holes.claim(written)?),
+            Knowledge::Prepared { .. } | Knowledge::Complete => {
+                pages.union_with(&holes.claim(written)?)
+            }
         }
         Ok(())
     }
@@ -264,7 +293,8 @@ impl Tracker {
 
     /// Pages that came into being between a look at what exists and the end of its protection.
     ///
-    /// Protected private pages that do not exist look swapped out from here on; those born just now are in memory.
+    /// Protected private pages that do not exist look swapped out from here on; those born just now
+    /// are in memory.
     fn born_meanwhile_into(&self, id: BlockId, pages: &mut PageSet) -> Result<(), TrackerError> {
         if let BlockMemory::Shared(_) = self.tracked(id)?.block.memory {
             self.populated_into(id, pages)?;
@@ -272,9 +302,11 @@ impl Tracker {
         self.scan_into(id, Categories::PRESENT, Then::Leave, pages)
     }
 
-    /// The dirty pages as they are now, taking nothing and protecting nothing: a look, good while the guest runs.
+    /// The dirty pages as they are now, taking nothing and protecting nothing: a look, good while
+    /// the guest runs.
     ///
-    /// Where holes are watched this finds most of them; a claim right after it has little of that to do.
+    /// Where holes are watched this finds most of them; a claim right after it has little of that
+    /// to do.
     ///
     /// # Errors
     /// When the kernel fails to scan.
@@ -304,7 +336,8 @@ impl Tracker {
 
     /// The pages that exist; all others are zero.
     ///
-    /// Exact for shared memory. Private memory that is protected already may show pages that do not exist.
+    /// Exact for shared memory. Private memory that is protected already may show pages that do not
+    /// exist.
     ///
     /// # Errors
     /// When the kernel fails to scan.
@@ -328,7 +361,13 @@ impl Tracker {
         Ok(())
     }
 
-    fn scan_into(&self, id: BlockId, categories: Categories, then: Then, pages: &mut PageSet) -> Result<(), TrackerError> {
+    fn scan_into(
+        &self,
+        id: BlockId,
+        categories: Categories,
+        then: Then,
+        pages: &mut PageSet,
+    ) -> Result<(), TrackerError> {
         let block = &self.tracked(id)?.block;
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
         scan(self.handles.pagemap()?, block.addresses(), categories, then, &mut buffer, |found| {
@@ -343,23 +382,39 @@ impl Tracker {
     /// When `out` has another size.
     ///
     /// # Errors
-    /// When the pages are not in the RAM block, `out` has another length, or QEMU's memory cannot be
-    /// read.
-    pub fn read_pages(&self, id: BlockId, pages: PageRange, out: &mut [u8]) -> Result<(), TrackerError> {
-        assert_eq!(out.len() as u64, pages.byte_len().0, "a buffer for {pages} must have just its size");
+    /// When the pages are not in the RAM block, `out` has another length, or QEMU's memory cannot
+    /// be read.
+    pub fn read_pages(
+        &self,
+        id: BlockId,
+        pages: PageRange,
+        out: &mut [u8],
+    ) -> Result<(), TrackerError> {
+        assert_eq!(
+            out.len() as u64,
+            pages.byte_len().0,
+            "a buffer for {pages} must have just its size"
+        );
         let block = &self.tracked(id)?.block;
         let bytes = pages.bytes();
         if pages.end.0 > block.pages().0 {
-            return Err(TrackerError::OutOfRange { name: block.name.clone(), start: bytes.start, end: bytes.end, len: block.bytes });
+            return Err(TrackerError::OutOfRange {
+                name: block.name.clone(),
+                start: bytes.start,
+                end: bytes.end,
+                len: block.bytes,
+            });
         }
         match &block.memory {
-            BlockMemory::Shared(memory) if self.blocks[id.0].holes.is_some() => memory.read_sparse(bytes.start, out),
+            BlockMemory::Shared(memory) if self.blocks[id.0].holes.is_some() => {
+                memory.read_sparse(bytes.start, out)
+            }
             BlockMemory::Shared(memory) => memory.read(bytes.start, out),
-            BlockMemory::Private => self
-                .handles
-                .memory()?
-                .read_exact_at(out, block.host_address + bytes.start)
-                .map_err(|source| TrackerError::Read { block: block.name.clone(), pages, source }),
+            BlockMemory::Private => {
+                self.handles.memory()?.read_exact_at(out, block.host_address + bytes.start).map_err(
+                    |source| TrackerError::Read { block: block.name.clone(), pages, source },
+                )
+            }
         }
     }
 }

@@ -161,7 +161,9 @@ fn the_plugin_starts_once_and_says_why_not() {
 #[test]
 fn nobody_there_is_an_error_after_the_timeout() {
     let started = Instant::now();
-    let error = PluginHandles::connect(Path::new("/nonexistent/plugin.sock"), Duration::from_millis(50)).unwrap_err();
+    let error =
+        PluginHandles::connect(Path::new("/nonexistent/plugin.sock"), Duration::from_millis(50))
+            .unwrap_err();
     assert!(started.elapsed() >= Duration::from_millis(50));
     assert!(error.is_retryable() && error.to_string().contains("-plugin file="), "{error}");
 }
@@ -208,8 +210,12 @@ fn answers_that_are_not_the_plugins_are_refused() {
         (vec![0xff; REPLY_LEN], |error| matches!(error, TrackerError::NotThePlugin { .. })),
         (reply(|bytes| bytes[12] = 77), |error| matches!(error, TrackerError::NotThePlugin { .. })),
         (reply(|bytes| bytes[12] = 1), |error| matches!(error, TrackerError::NotThePlugin { .. })),
-        (reply(|bytes| bytes[56] = 0b11), |error| matches!(error, TrackerError::NotThePlugin { .. })),
-        (reply(|bytes| bytes[8] = 9), |error| matches!(error, TrackerError::Version { plugin: 9, ours: 1, .. })),
+        (reply(|bytes| bytes[56] = 0b11), |error| {
+            matches!(error, TrackerError::NotThePlugin { .. })
+        }),
+        (reply(|bytes| bytes[8] = 9), |error| {
+            matches!(error, TrackerError::Version { plugin: 9, ours: 1, .. })
+        }),
         (reply(|bytes| bytes[12] = 2), |error| matches!(error, TrackerError::Version { .. })),
     ];
     for (bytes, expected) in cases {
@@ -250,7 +256,10 @@ fn a_plugin_without_descriptors_names_what_is_missing() {
     assert_eq!(handles.uffd_source(), UffdSource::None);
     assert!(!handles.can_fill());
     let error = handles.uffd().unwrap_err();
-    assert!(error.to_string().contains("userfaultfd") && error.to_string().contains("Linux 6.7"), "{error}");
+    assert!(
+        error.to_string().contains("userfaultfd") && error.to_string().contains("Linux 6.7"),
+        "{error}"
+    );
     let error = handles.ram("ram").unwrap_err();
     assert!(error.to_string().contains("ramfd="), "{error}");
 }

@@ -1,4 +1,5 @@
-//! Pages that a balloon gives back are reported like written ones, whatever happens to them afterwards.
+//! Pages that a balloon gives back are reported like written ones, whatever happens to them
+//! afterwards.
 
 mod support;
 
@@ -49,13 +50,18 @@ const HISTORIES: &[History] = &[
     ("given back, then written", &[('x', &[3, 1]), ('w', &[3])], &[3]),
     ("written, then given back", &[('w', &[3]), ('x', &[3, 1])], &[3]),
     ("written, given back, then read", &[('w', &[3]), ('x', &[3, 1]), ('r', &[3])], &[3]),
-    ("given back twice with a read between", &[('x', &[5, 1]), ('r', &[5]), ('x', &[5, 1]), ('r', &[5])], &[5]),
+    (
+        "given back twice with a read between",
+        &[('x', &[5, 1]), ('r', &[5]), ('x', &[5, 1]), ('r', &[5])],
+        &[5],
+    ),
     ("read only", &[('r', &[3, 4, 1000])], &[]),
 ];
 
 #[test]
 fn holes_are_dirty_pages_whatever_happens_to_them_later() {
-    // Also with a look between any two operations: what it finds must not be lost, and what it maps must not hide anything.
+    // Also with a look between any two operations: what it finds must not be lost, and what it maps
+    // must not hide anything.
     for with_looks in [false, true] {
         for (what, operations, expected) in HISTORIES {
             let (mut guest, mut tracker, blocks) = full_guest(1024);
@@ -68,7 +74,10 @@ fn holes_are_dirty_pages_whatever_happens_to_them_later() {
                 }
                 let context = format!("{what}, {memory}, looks: {with_looks}");
                 assert_eq!(upload(&mut tracker, block), *expected, "{context}");
-                assert!(upload(&mut tracker, block).iter().all(|page| expected.contains(page)), "{context}: once more at most");
+                assert!(
+                    upload(&mut tracker, block).iter().all(|page| expected.contains(page)),
+                    "{context}: once more at most"
+                );
                 tracker.scan(block).unwrap();
                 upload(&mut tracker, block);
                 assert!(upload(&mut tracker, block).is_empty(), "{context}: and then no more");
@@ -77,8 +86,9 @@ fn holes_are_dirty_pages_whatever_happens_to_them_later() {
     }
 }
 
-/// Where the host has huge pages for memory files; a hole in one breaks it up, and then all of its pages may be reported, once.
-/// A guest clears what its balloon takes: such pages are reported once, so that the passes of a checkpoint come to an end.
+/// Where the host has huge pages for memory files; a hole in one breaks it up, and then all of its
+/// pages may be reported, once. A guest clears what its balloon takes: such pages are reported
+/// once, so that the passes of a checkpoint come to an end.
 #[test]
 fn holes_in_what_was_just_written_are_reported_once() {
     let (mut guest, mut tracker, [shared, _]) = full_guest(2048);
@@ -105,7 +115,10 @@ fn holes_in_huge_pages_are_found() {
         for (memory, block) in MEMORIES.into_iter().zip(blocks) {
             operations.iter().for_each(|(operation, pages)| guest.act(*operation, memory, pages));
             let found = upload(&mut tracker, block);
-            assert!(expected.iter().all(|page| found.contains(page)), "{what}, {memory}: {found:?}");
+            assert!(
+                expected.iter().all(|page| found.contains(page)),
+                "{what}, {memory}: {found:?}"
+            );
             tracker.scan(block).unwrap();
             upload(&mut tracker, block);
             assert!(upload(&mut tracker, block).is_empty(), "{what}, {memory}");
@@ -121,11 +134,20 @@ fn holes_of_many_megabytes_are_found_and_stay_holes() {
         assert_eq!(tracker.scan(block).unwrap().count().0, 6000, "{memory}");
         assert_eq!(upload(&mut tracker, block), (512..6512).collect::<Vec<_>>(), "{memory}");
         let mut content = vec![1; 6000 * PAGE as usize];
-        tracker.read_pages(block, PageRange::new(PageIndex(512), PageIndex(6512)), &mut content).unwrap();
+        tracker
+            .read_pages(block, PageRange::new(PageIndex(512), PageIndex(6512)), &mut content)
+            .unwrap();
         assert!(content.iter().all(|byte| *byte == 0), "{memory}");
-        assert!(tracker.scan(block).unwrap().is_empty() && upload(&mut tracker, block).is_empty(), "{memory}");
+        assert!(
+            tracker.scan(block).unwrap().is_empty() && upload(&mut tracker, block).is_empty(),
+            "{memory}"
+        );
     }
-    assert_eq!(tracker.populated(shared).unwrap().count().0, 8192 - 6000, "what looks and reads brings no page back");
+    assert_eq!(
+        tracker.populated(shared).unwrap().count().0,
+        8192 - 6000,
+        "what looks and reads brings no page back"
+    );
 }
 
 #[test]
@@ -208,7 +230,8 @@ struct Replica {
     truth: Vec<u8>,
     durable: Vec<u8>,
     staged: Vec<u8>,
-    /// Pages that anything happened to before the last claim, and since: a claim may have them until a look has cleared them up.
+    /// Pages that anything happened to before the last claim, and since: a claim may have them
+    /// until a look has cleared them up.
     touched: [BTreeSet<u64>; 2],
     is_cleared_up: bool,
 }
@@ -216,7 +239,13 @@ struct Replica {
 impl Replica {
     fn new() -> Self {
         let zeros = || vec![0; PAGES as usize];
-        Self { truth: zeros(), durable: zeros(), staged: zeros(), touched: Default::default(), is_cleared_up: true }
+        Self {
+            truth: zeros(),
+            durable: zeros(),
+            staged: zeros(),
+            touched: Default::default(),
+            is_cleared_up: true,
+        }
     }
 
     fn touch(&mut self, pages: impl Iterator<Item = u64>, change: impl Fn(u8) -> u8) {
@@ -228,7 +257,10 @@ impl Replica {
 
     fn claim(&mut self, tracker: &mut Tracker, block: BlockId, claim: &mut DirtyClaim) {
         let pages = take(tracker, block, claim);
-        let strange: Vec<&u64> = pages.iter().filter(|page| self.touched.iter().all(|touched| !touched.contains(page))).collect();
+        let strange: Vec<&u64> = pages
+            .iter()
+            .filter(|page| self.touched.iter().all(|touched| !touched.contains(page)))
+            .collect();
         assert!(strange.is_empty(), "nothing happened to {strange:?}");
         for page in pages {
             let mut content = [9; PAGE as usize];
@@ -273,10 +305,16 @@ fn run(steps: &[Step]) {
                 blocks.iter().for_each(|block| drop(tracker.scan(*block).unwrap()));
                 replicas.iter_mut().for_each(|replica| replica.is_cleared_up = true);
             }
-            Step::Claim => replicas.iter_mut().zip(blocks).for_each(|(replica, block)| replica.claim(&mut tracker, block, &mut claim)),
+            Step::Claim => replicas
+                .iter_mut()
+                .zip(blocks)
+                .for_each(|(replica, block)| replica.claim(&mut tracker, block, &mut claim)),
             Step::Acknowledge => {
                 // Only what a claim has seen is durable.
-                replicas.iter_mut().zip(blocks).for_each(|(replica, block)| replica.claim(&mut tracker, block, &mut claim));
+                replicas
+                    .iter_mut()
+                    .zip(blocks)
+                    .for_each(|(replica, block)| replica.claim(&mut tracker, block, &mut claim));
                 std::mem::replace(&mut claim, tracker.begin_claim()).acknowledge(&Receipt::new());
                 replicas.iter_mut().for_each(|replica| replica.durable.clone_from(&replica.staged));
             }

@@ -57,7 +57,11 @@ fn measure(memory: char, prepared: bool) {
     let half = claim(&mut tracker, block, "claim: all of the first half written");
     read_all(&tracker, block, &half, "read these");
     guest.write(memory, &(0..PAGES).step_by(2).collect::<Vec<_>>());
-    claim(&mut tracker, block, "claim: every other page written, the worst case for the kernel's answer");
+    claim(
+        &mut tracker,
+        block,
+        "claim: every other page written, the worst case for the kernel's answer",
+    );
 }
 
 #[test]
@@ -69,15 +73,22 @@ fn costs() {
     }
 }
 
-/// A VM of 12 GiB, of which so much is in use: what watching for holes adds to a claim, and what it costs before.
+/// A VM of 12 GiB, of which so much is in use: what watching for holes adds to a claim, and what it
+/// costs before.
 #[test]
 #[ignore = "takes 4 GiB of memory and prints figures"]
 fn costs_of_watching_for_holes() {
     for (used, watched) in [(1, false), (1, true), (4, false), (4, true)] {
-        println!("12 GiB of shared memory, {used} GiB in use, {}", if watched { "watched for holes" } else { "not watched" });
+        println!(
+            "12 GiB of shared memory, {used} GiB in use, {}",
+            if watched { "watched for holes" } else { "not watched" }
+        );
         let mut guest = StandIn::start(12 * PAGES, 1);
-        (0..used).for_each(|gib| guest.write('s', &(gib * 2 * PAGES..(gib * 2 + 1) * PAGES).collect::<Vec<_>>()));
-        let (mut tracker, shared, _) = if watched { guest.attach_watching() } else { guest.attach() };
+        (0..used).for_each(|gib| {
+            guest.write('s', &(gib * 2 * PAGES..(gib * 2 + 1) * PAGES).collect::<Vec<_>>())
+        });
+        let (mut tracker, shared, _) =
+            if watched { guest.attach_watching() } else { guest.attach() };
         timed("prepare", || tracker.prepare().unwrap());
         claim(&mut tracker, shared, "first claim");
         timed("look: nothing happened", || tracker.scan(shared).unwrap());
@@ -89,7 +100,11 @@ fn costs_of_watching_for_holes() {
             timed("look: 128 MiB given back in runs of 8 pages", || tracker.scan(shared).unwrap());
             claim(&mut tracker, shared, "claim of these");
             (PAGES / 4..PAGES / 2).step_by(16).for_each(|page| guest.act('x', 's', &[page, 8]));
-            claim(&mut tracker, shared, "claim without a look: 128 MiB given back in runs of 8 pages");
+            claim(
+                &mut tracker,
+                shared,
+                "claim without a look: 128 MiB given back in runs of 8 pages",
+            );
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The plugin in real QEMUs, with a guest that writes the pages that it is told to.
 //!
-//! Which QEMUs: `STILLPOINT_TEST_QEMUS`, colon-separated; else the two that `scripts/install-deps` provides.
+//! Which QEMUs: `STILLPOINT_TEST_QEMUS`, colon-separated; else the two that `scripts/install-deps`
+//! provides.
 
 mod support;
 
@@ -15,7 +16,8 @@ use dirty_tracker::{BlockId, BlockMemory, GuestMemory, PluginHandles, TrackedBlo
 use support::{PAGE, Receipt, TIMEOUT, built, numbers};
 use tempfile::TempDir;
 
-const DEFAULT_QEMUS: [&str; 2] = ["/usr/bin/qemu-system-x86_64", "/opt/stillpoint/qemu-10.0/usr/bin/qemu-system-x86_64"];
+const DEFAULT_QEMUS: [&str; 2] =
+    ["/usr/bin/qemu-system-x86_64", "/opt/stillpoint/qemu-10.0/usr/bin/qemu-system-x86_64"];
 const RAM: u64 = 64 << 20;
 
 /// Where the guest's pages begin: page 0x20 (128 KiB), clear of the BIOS's own memory.
@@ -25,9 +27,10 @@ const GUEST_PAGES: u8 = 0x60;
 /// The byte that the guest only echoes.
 const PING: u8 = 0xff;
 
-/// A boot sector that obeys bytes from the first serial port: `n` below [`GUEST_PAGES`] increments a word in page
-/// `FIRST_PAGE + n`; every byte is echoed afterwards. It stays in real mode, where KVM runs it on any host, keeps interrupts
-/// off and uses no stack, so that nothing else is written while it waits.
+/// A boot sector that obeys bytes from the first serial port: `n` below [`GUEST_PAGES`] increments
+/// a word in page `FIRST_PAGE + n`; every byte is echoed afterwards. It stays in real mode, where
+/// KVM runs it on any host, keeps interrupts off and uses no stack, so that nothing else is written
+/// while it waits.
 #[rustfmt::skip]
 const BOOT_CODE: [u8; 41] = [
     0xfa,                   // 00        cli
@@ -65,7 +68,11 @@ fn qemus() -> Vec<PathBuf> {
         Err(_) => DEFAULT_QEMUS.map(PathBuf::from).to_vec(),
     };
     for qemu in &chosen {
-        assert!(qemu.is_file(), "{} is missing: run scripts/install-deps, or set STILLPOINT_TEST_QEMUS", qemu.display());
+        assert!(
+            qemu.is_file(),
+            "{} is missing: run scripts/install-deps, or set STILLPOINT_TEST_QEMUS",
+            qemu.display()
+        );
     }
     chosen
 }
@@ -102,18 +109,38 @@ impl Vm {
         let memory = GuestMemory::create("pc.ram", RAM).unwrap();
         let fd = memory.raw_fd();
         let mut command = Command::new(qemu);
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", accelerator, "-m", "64"]);
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-accel",
+            accelerator,
+            "-m",
+            "64",
+        ]);
         command.args(["-machine", "pc,memory-backend=pc.ram,hpet=off", "-vga", "std"]);
-        command.arg("-object").arg(format!("memory-backend-file,id=pc.ram,size={RAM},share=on,mem-path=/proc/self/fd/{fd}"));
-        command.arg("-plugin").arg(format!("file={},socket={},ramfd={fd}", built().plugin.display(), path("plugin.sock").display()));
-        command.arg("-drive").arg(format!("file={},format=raw,if=ide,snapshot=on", path("boot.img").display()));
-        command.arg("-serial").arg(format!("unix:{},server=on,wait=off", path("serial.sock").display()));
+        command.arg("-object").arg(format!(
+            "memory-backend-file,id=pc.ram,size={RAM},share=on,mem-path=/proc/self/fd/{fd}"
+        ));
+        command.arg("-plugin").arg(format!(
+            "file={},socket={},ramfd={fd}",
+            built().plugin.display(),
+            path("plugin.sock").display()
+        ));
+        command
+            .arg("-drive")
+            .arg(format!("file={},format=raw,if=ide,snapshot=on", path("boot.img").display()));
+        command
+            .arg("-serial")
+            .arg(format!("unix:{},server=on,wait=off", path("serial.sock").display()));
         command.arg("-pidfile").arg(path("pid"));
         if daemonize {
             command.arg("-daemonize");
         }
         let process = start(&mut command, &memory, daemonize, &path("pid"));
-        let handles = PluginHandles::connect(&path("plugin.sock"), TIMEOUT).expect("the plugin answers");
+        let handles =
+            PluginHandles::connect(&path("plugin.sock"), TIMEOUT).expect("the plugin answers");
         let serial = connect(&path("serial.sock"));
         let mut vm = Self { memory, handles, serial, process, _dir: dir };
         vm.wait_for_guest();
@@ -156,9 +183,14 @@ impl Vm {
     }
 
     fn attach(&self, handles: PluginHandles) -> (Tracker, BlockId) {
-        let address = self.handles.find_mapping(&self.memory).unwrap().expect("QEMU has mapped its RAM");
-        let block =
-            TrackedBlock { name: "pc.ram".into(), host_address: address, bytes: RAM, memory: BlockMemory::Shared(self.memory.clone()) };
+        let address =
+            self.handles.find_mapping(&self.memory).unwrap().expect("QEMU has mapped its RAM");
+        let block = TrackedBlock {
+            name: "pc.ram".into(),
+            host_address: address,
+            bytes: RAM,
+            memory: BlockMemory::Shared(self.memory.clone()),
+        };
         let tracker = Tracker::attach(handles, vec![block]).unwrap();
         let id = tracker.find("pc.ram").unwrap();
         (tracker, id)
@@ -266,7 +298,11 @@ fn a_qemu_in_the_background_is_tracked_too() {
 fn complaint(qemu: &Path, socket: &Path, version: &str) -> String {
     let mut command = Command::new(qemu);
     command.args(["-nodefaults", "-display", "none", "-machine", "none", "-S"]);
-    command.arg("-plugin").arg(format!("file={},socket={}", built().plugin.display(), socket.display()));
+    command.arg("-plugin").arg(format!(
+        "file={},socket={}",
+        built().plugin.display(),
+        socket.display()
+    ));
     command.env("STILLPOINT_PLUGIN_API", version);
     let output = command.stdin(Stdio::null()).output().unwrap();
     assert!(!output.status.success());
@@ -278,7 +314,10 @@ fn an_impossible_version_makes_qemu_name_its_own() {
     let dir = TempDir::new().unwrap();
     for qemu in qemus() {
         let text = complaint(&qemu, &dir.path().join("plugin.sock"), "999");
-        assert!(text.contains("plugin requires API version 999, but this QEMU supports only"), "{text}");
+        assert!(
+            text.contains("plugin requires API version 999, but this QEMU supports only"),
+            "{text}"
+        );
     }
 }
 
@@ -286,6 +325,9 @@ fn an_impossible_version_makes_qemu_name_its_own() {
 fn a_plugin_that_cannot_listen_stops_qemu_with_its_reason() {
     for qemu in qemus() {
         let text = complaint(&qemu, Path::new("/nonexistent/plugin.sock"), "");
-        assert!(text.contains("stillpoint plugin: cannot listen on /nonexistent/plugin.sock"), "{text}");
+        assert!(
+            text.contains("stillpoint plugin: cannot listen on /nonexistent/plugin.sock"),
+            "{text}"
+        );
     }
 }

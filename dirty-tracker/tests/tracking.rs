@@ -70,7 +70,8 @@ fn pages_born_while_the_tracker_prepares_are_in_the_first_claim() {
         let writer = scope.spawn(|| {
             let mut born = Vec::new();
             while !done.load(std::sync::atomic::Ordering::Relaxed) && born.len() < 1000 {
-                // All over the memory, so that some are on either side of the protection wherever it has come.
+                // All over the memory, so that some are on either side of the protection wherever
+                // it has come.
                 let page = (born.len() as u64 * 48_271) % PAGES;
                 guest.write('s', &[page]);
                 guest.write('p', &[page]);
@@ -85,7 +86,12 @@ fn pages_born_while_the_tracker_prepares_are_in_the_first_claim() {
     for (memory, block) in [('s', shared), ('p', private)] {
         let leased = upload(&mut tracker, block);
         let missing: Vec<&u64> = born.iter().filter(|page| !leased.contains(page)).collect();
-        assert!(missing.is_empty(), "{memory}: {} of {} pages are missing", missing.len(), born.len());
+        assert!(
+            missing.is_empty(),
+            "{memory}: {} of {} pages are missing",
+            missing.len(),
+            born.len()
+        );
     }
 }
 
@@ -211,7 +217,8 @@ fn content_is_read_from_both_kinds_of_memory() {
         let firsts: Vec<u8> = content.chunks(PAGE as usize).map(|page| page[0]).collect();
         assert_eq!(firsts, [0, 1, 2, 0], "{memory}");
         let outside = PageRange::new(PageIndex(63), PageIndex(65));
-        let error = tracker.read_pages(block, outside, &mut content[..2 * PAGE as usize]).unwrap_err();
+        let error =
+            tracker.read_pages(block, outside, &mut content[..2 * PAGE as usize]).unwrap_err();
         assert!(matches!(error, TrackerError::OutOfRange { .. }), "{error}");
     }
 }
@@ -225,7 +232,9 @@ fn blocks_that_are_not_what_they_seem_are_refused() {
         Tracker::attach(guest.handles(), blocks).unwrap_err().to_string()
     };
     assert!(attach(&|blocks| blocks[0].host_address += PAGE).contains("not byte 0 of its file"));
-    assert!(attach(&|blocks| blocks[0].host_address = guest.private_address).contains("is not byte 0"));
+    assert!(
+        attach(&|blocks| blocks[0].host_address = guest.private_address).contains("is not byte 0")
+    );
     assert!(attach(&|blocks| blocks[1].host_address = guest.shared_address).contains("is shared"));
     assert!(attach(&|blocks| blocks[1].host_address = 0x1000).contains("nothing is mapped"));
     assert!(attach(&|blocks| blocks[1].name = "shared".into()).contains("twice"));
@@ -363,7 +372,9 @@ fn first_page(address: u64) -> u64 {
 fn run(steps: &[Step]) {
     let mut guest = StandIn::start(ROOM, ROOM);
     let first = [first_page(guest.shared_address), first_page(guest.private_address)];
-    let placed = |memory: usize, pages: &[u64]| pages.iter().map(|page| first[memory] + page).collect::<Vec<u64>>();
+    let placed = |memory: usize, pages: &[u64]| {
+        pages.iter().map(|page| first[memory] + page).collect::<Vec<u64>>()
+    };
     let (mut tracker, shared, private) = guest.attach();
     let blocks = [shared, private];
     tracker.protect_all().unwrap();
@@ -379,16 +390,35 @@ fn run(steps: &[Step]) {
             Step::Read(memory, pages) => guest.act('r', MEMORIES[*memory], &placed(*memory, pages)),
             Step::Look => {
                 for (block, dirty) in blocks.iter().zip(&oracle.dirty) {
-                    assert!(tracker.scan(*block).unwrap().iter().map(PageIndex::get).eq(dirty.iter().copied()));
+                    assert!(
+                        tracker
+                            .scan(*block)
+                            .unwrap()
+                            .iter()
+                            .map(PageIndex::get)
+                            .eq(dirty.iter().copied())
+                    );
                 }
             }
             Step::Pass => {
                 for (index, block) in blocks.iter().enumerate() {
                     let taken = take(&mut tracker, *block, &mut claim);
                     let expected = std::mem::take(&mut oracle.dirty[index]);
-                    assert!(taken.iter().eq(&expected), "{} pages, expected {}", taken.len(), expected.len());
+                    assert!(
+                        taken.iter().eq(&expected),
+                        "{} pages, expected {}",
+                        taken.len(),
+                        expected.len()
+                    );
                     oracle.leased[index].extend(expected);
-                    assert!(claim.pages(*block).unwrap().iter().map(PageIndex::get).eq(oracle.leased[index].iter().copied()));
+                    assert!(
+                        claim
+                            .pages(*block)
+                            .unwrap()
+                            .iter()
+                            .map(PageIndex::get)
+                            .eq(oracle.leased[index].iter().copied())
+                    );
                 }
             }
             Step::Acknowledge => {

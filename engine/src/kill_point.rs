@@ -1,6 +1,8 @@
-//! Kill points: `STILLPOINT_DIE_AT=NAME` in a helper's environment makes it die there by SIGKILL, as a crash would have it.
+//! Kill points: `STILLPOINT_DIE_AT=NAME` in a helper's environment makes it die there by SIGKILL,
+//! as a crash would have it.
 //!
-//! For tests of what a dead helper leaves behind. Without the variable a point is one comparison of an empty option.
+//! For tests of what a dead helper leaves behind. Without the variable a point is one comparison of
+//! an empty option.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -39,9 +41,9 @@ pub const POINTS: &[&str] = &[
     "restore.claimed",
 ];
 
-/// What `STILLPOINT_DAMAGE=WHAT=VALUE` asks a proof to spoil before it compares, so that tests see it
-/// found: `memory=OFFSET` inverts a byte of the guest's RAM, `layer=OFFSET` one of the first layer's
-/// local file, `monitor=LINE` gives the restored QEMU a monitor command.
+/// What `STILLPOINT_DAMAGE=WHAT=VALUE` asks a proof to spoil before it compares, so that tests see
+/// it found: `memory=OFFSET` inverts a byte of the guest's RAM, `layer=OFFSET` one of the first
+/// layer's local file, `monitor=LINE` gives the restored QEMU a monitor command.
 pub fn damage(what: &str) -> Option<String> {
     let chosen = std::env::var("STILLPOINT_DAMAGE").ok()?;
     chosen.strip_prefix(what)?.strip_prefix('=').map(str::to_owned)

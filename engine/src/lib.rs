@@ -1,8 +1,10 @@
-//! Checkpoints of running VMs: [`checkpoint`] takes them, [`restore`] brings one back, [`adopt`] moves an external VM into a
-//! managed QEMU, [`verify`] reads back what is stored and [`proof`] restores it in a sandbox and compares; [`layers`] and
-//! [`pack`] carry data, [`lineage`] is a checkpoint with its ancestors.
+//! Checkpoints of running VMs: [`checkpoint`] takes them, [`restore`] brings one back, [`adopt`]
+//! moves an external VM into a managed QEMU, [`verify`] reads back what is stored and [`proof`]
+//! restores it in a sandbox and compares; [`layers`] and [`pack`] carry data, [`lineage`] is a
+//! checkpoint with its ancestors.
 //!
-//! Nothing here prints or parses arguments; the crate `stillpoint` does. How far work is goes to a [`progress::Progress`].
+//! Nothing here prints or parses arguments; the crate `stillpoint` does. How far work is goes to a
+//! [`progress::Progress`].
 
 pub mod adopt;
 pub mod checkpoint;

@@ -3,7 +3,8 @@
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    CheckpointId, CheckpointIdentity, DigestTable, Manifest, PackIndex, PackRecord, PageCount, SpaceName, SpaceRecord, VmName,
+    CheckpointId, CheckpointIdentity, DigestTable, Manifest, PackIndex, PackRecord, PageCount,
+    SpaceName, SpaceRecord, VmName,
 };
 use checkpoint_store::Repository;
 use futures::future::BoxFuture;
@@ -14,8 +15,9 @@ use vm::error::{Class, classed, damaged};
 
 /// Most checkpoints of a lineage, the full one included. A reader takes more for damage.
 pub const LONGEST_LINEAGE: usize = 100_000;
-/// A lineage of this many checkpoints gets no more: the next one is full and begins another. A restore reads each manifest of a
-/// lineage, one after the other, so this is also what bounds its beginning (about a minute on HDFS).
+/// A lineage of this many checkpoints gets no more: the next one is full and begins another. A
+/// restore reads each manifest of a lineage, one after the other, so this is also what bounds its
+/// beginning (about a minute on HDFS).
 pub const NEW_LINEAGE_AFTER: usize = LONGEST_LINEAGE / 10;
 /// The manifests of one lineage, together: those of its most checkpoints of a large VM.
 const LINEAGE_BYTES: u64 = 2 << 30;
@@ -39,7 +41,9 @@ impl FromStr for CheckpointName {
         };
         let vm = name.parse().map_err(|error| format!("{error}"))?;
         let number = |id: &str| {
-            id.parse().map(CheckpointId).map_err(|_| format!("'{id}' is no checkpoint id: a number was expected, as in {name}@7"))
+            id.parse().map(CheckpointId).map_err(|_| {
+                format!("'{id}' is no checkpoint id: a number was expected, as in {name}@7")
+            })
         };
         Ok(Self { vm, id: id.map(number).transpose()? })
     }
@@ -52,18 +56,28 @@ pub async fn resolve(repository: &Repository, name: &CheckpointName) -> Result<C
     match name.id {
         None => Ok(*newest),
         Some(id) if known.contains(&id) => Ok(id),
-        Some(id) => {
-            Err(classed(Class::Failed, format!("the store has no checkpoint {}@{id}; the newest is {}@{newest}", name.vm, name.vm)))
-        }
+        Some(id) => Err(classed(
+            Class::Failed,
+            format!(
+                "the store has no checkpoint {}@{id}; the newest is {}@{newest}",
+                name.vm, name.vm
+            ),
+        )),
     }
 }
 
-/// The checkpoints of a VM, ascending, at least one: a name that the store does not know is an error, as is one that was only
-/// claimed.
+/// The checkpoints of a VM, ascending, at least one: a name that the store does not know is an
+/// error, as is one that was only claimed.
 pub async fn checkpoints(repository: &Repository, vm: &VmName) -> Result<Vec<CheckpointId>> {
-    let known = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
+    let known = repository
+        .checkpoints(vm)
+        .await
+        .with_context(|| format!("looking for checkpoints of {vm}"))?;
     if known.is_empty() {
-        return Err(classed(Class::Failed, format!("the store has no checkpoint of {vm}; 'stillpoint ls' shows what it has")));
+        return Err(classed(
+            Class::Failed,
+            format!("the store has no checkpoint of {vm}; 'stillpoint ls' shows what it has"),
+        ));
     }
     Ok(known)
 }
@@ -101,7 +115,10 @@ impl Lineage {
     /// Every pack, oldest first; its place in this list is its number in a page map.
     pub fn packs(&self) -> Vec<(CheckpointId, &PackRecord)> {
         let of = |manifest: &Manifest| manifest.id;
-        self.manifests.iter().flat_map(|manifest| manifest.packs.iter().map(move |pack| (of(manifest), pack))).collect()
+        self.manifests
+            .iter()
+            .flat_map(|manifest| manifest.packs.iter().map(move |pack| (of(manifest), pack)))
+            .collect()
     }
 
     /// The indexes of [`Lineage::packs`], in that order.
@@ -118,13 +135,19 @@ impl Lineage {
         futures::stream::iter(reads).buffered(READS).boxed()
     }
 
-    /// What the newest checkpoint holds, page by page. `sizes` names the spaces wanted and how to hold them.
-    pub async fn digests(&self, repository: &Repository, tables: &mut [(SpaceName, DigestTable)]) -> Result<()> {
+    /// What the newest checkpoint holds, page by page. `sizes` names the spaces wanted and how to
+    /// hold them.
+    pub async fn digests(
+        &self,
+        repository: &Repository,
+        tables: &mut [(SpaceName, DigestTable)],
+    ) -> Result<()> {
         let mut indexes = self.read_indexes(repository);
         let mut sizes = vec![PageCount(0); tables.len()];
         for manifest in &self.manifests {
             for ((space, table), before) in tables.iter_mut().zip(&mut sizes) {
-                // As a restore sees it: what a space lost when it shrank, or was away, does not come back.
+                // As a restore sees it: what a space lost when it shrank, or was away, does not
+                // come back.
                 let now = manifest.space(space).map_or(PageCount(0), SpaceRecord::pages);
                 if now < *before {
                     table.truncate(now);
@@ -132,7 +155,8 @@ impl Lineage {
                 *before = now;
             }
             for _ in &manifest.packs {
-                let index = indexes.try_next().await?.context("a pack of the lineage has no index")?;
+                let index =
+                    indexes.try_next().await?.context("a pack of the lineage has no index")?;
                 tables.iter_mut().for_each(|(space, table)| table.apply_pack(space, &index));
             }
         }
@@ -145,19 +169,36 @@ pub async fn manifest(repository: &Repository, vm: &VmName, id: CheckpointId) ->
 }
 
 /// And the bytes of its file.
-async fn parsed_manifest(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<(Manifest, Bytes)> {
-    let bytes = repository.read_manifest(vm, id).await.with_context(|| format!("reading the manifest of {vm}@{id}"))?;
+async fn parsed_manifest(
+    repository: &Repository,
+    vm: &VmName,
+    id: CheckpointId,
+) -> Result<(Manifest, Bytes)> {
+    let bytes = repository
+        .read_manifest(vm, id)
+        .await
+        .with_context(|| format!("reading the manifest of {vm}@{id}"))?;
     let manifest = Manifest::parse(&bytes).with_context(|| format!("the manifest of {vm}@{id}"))?;
     if manifest.id != id || manifest.parent.is_some_and(|parent| parent >= id) {
-        return Err(damaged(format!("the manifest of {vm}@{id} says that it is {}@{}", manifest.vm, manifest.id)));
+        return Err(damaged(format!(
+            "the manifest of {vm}@{id} says that it is {}@{}",
+            manifest.vm, manifest.id
+        )));
     }
     Ok((manifest, bytes))
 }
 
-pub async fn index(repository: &Repository, vm: &VmName, id: CheckpointId, pack: &PackRecord) -> Result<PackIndex> {
+pub async fn index(
+    repository: &Repository,
+    vm: &VmName,
+    id: CheckpointId,
+    pack: &PackRecord,
+) -> Result<PackIndex> {
     let about = || format!("the index of {vm}@{id}/{}", pack.name);
     let range = pack.info.footer().trailer_range();
-    let trailer = repository.read_pack_range(vm, id, pack.name.as_str(), range.start, range.end - range.start).await;
+    let trailer = repository
+        .read_pack_range(vm, id, pack.name.as_str(), range.start, range.end - range.start)
+        .await;
     pack.info.parse_index(&trailer.with_context(about)?).with_context(about)
 }
 

@@ -1,4 +1,5 @@
-//! QEMU's run states and those of a manifest: the same ones, in two crates that do not know each other.
+//! QEMU's run states and those of a manifest: the same ones, in two crates that do not know each
+//! other.
 
 use checkpoint_format::RunState as Saved;
 use qmp_bridge::RunState;

@@ -1,21 +1,27 @@
 //! Opening a store, everywhere in the same way.
 
 use anyhow::{Context, Result};
-use checkpoint_store::{HdfsOptions, Mode, Repository, RepositoryOptions, RetryPolicy, Store, StoreOptions};
+use checkpoint_store::{
+    HdfsOptions, Mode, Repository, RepositoryOptions, RetryPolicy, Store, StoreOptions,
+};
 use std::sync::Arc;
 use std::time::Duration;
 use vm::error::usage;
 
-/// How long one call to the store, or a write without progress, may take. `STILLPOINT_STORE_TIMEOUT` (seconds) changes it.
+/// How long one call to the store, or a write without progress, may take.
+/// `STILLPOINT_STORE_TIMEOUT` (seconds) changes it.
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// A file is tried again for this many times the patience: two tries that hang still leave time for one that does not.
+/// A file is tried again for this many times the patience: two tries that hang still leave time for
+/// one that does not.
 const TRIES: u32 = 3;
 
 pub async fn open(url: &str, mode: Mode) -> Result<Repository> {
     let timeout = timeout()?;
     let retry = RetryPolicy { give_up_after: timeout * TRIES, ..RetryPolicy::default() };
     let options = RepositoryOptions { retry, ..RepositoryOptions::default() };
-    Repository::open_with(connect(url)?, mode, options).await.with_context(|| format!("opening the store {url}"))
+    Repository::open_with(connect(url)?, mode, options)
+        .await
+        .with_context(|| format!("opening the store {url}"))
 }
 
 /// The store for reading; a directory that is no store is not made one.
@@ -28,7 +34,8 @@ pub fn absolute(url: &str) -> Result<String> {
     match url.strip_prefix("file:") {
         // Two slashes begin a host, which is always empty.
         Some(rest) if !rest.is_empty() && !rest.starts_with("//") => {
-            let path = std::path::absolute(rest).with_context(|| format!("making store {url} absolute"))?;
+            let path = std::path::absolute(rest)
+                .with_context(|| format!("making store {url} absolute"))?;
             Ok(format!("file://{}", path.display()))
         }
         _ => Ok(url.to_owned()),
@@ -38,7 +45,8 @@ pub fn absolute(url: &str) -> Result<String> {
 /// Checks the URL; nothing is contacted.
 pub fn connect(url: &str) -> Result<Arc<dyn Store>> {
     let timeout = timeout()?;
-    let hdfs = HdfsOptions { call_timeout: timeout, stall_timeout: timeout, ..HdfsOptions::default() };
+    let hdfs =
+        HdfsOptions { call_timeout: timeout, stall_timeout: timeout, ..HdfsOptions::default() };
     Ok(checkpoint_store::open(url, &StoreOptions { hdfs })?)
 }
 

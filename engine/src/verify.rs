@@ -1,4 +1,5 @@
-//! Verification: reads back every pack, frame, page digest and layer block that a restore could need.
+//! Verification: reads back every pack, frame, page digest and layer block that a restore could
+//! need.
 
 use crate::layers::{Content, StoredLayer};
 use crate::lineage::{self, CheckpointName, Lineage};
@@ -6,8 +7,8 @@ use crate::progress::{Advance, Progress};
 use crate::stores;
 use anyhow::{Context, Result};
 use checkpoint_format::{
-    ContentDigest, ContentHasher, DigestForm, FOOTER_LEN, HEADER_LEN, Manifest, PAGE_SIZE, PackFooter, PackHeader, PackIndex, PackRecord,
-    PageDigest, PageRun, RunSource, Slot,
+    ContentDigest, ContentHasher, DigestForm, FOOTER_LEN, HEADER_LEN, Manifest, PAGE_SIZE,
+    PackFooter, PackHeader, PackIndex, PackRecord, PageDigest, PageRun, RunSource, Slot,
 };
 use checkpoint_store::Repository;
 use futures::TryStreamExt;
@@ -38,7 +39,11 @@ pub async fn run(store: &str, name: &CheckpointName, progress: &dyn Progress) ->
 }
 
 /// The same of a store that is open.
-pub async fn read_back(repository: &Repository, name: &CheckpointName, progress: &dyn Progress) -> Result<Report> {
+pub async fn read_back(
+    repository: &Repository,
+    name: &CheckpointName,
+    progress: &dyn Progress,
+) -> Result<Report> {
     let newest = lineage::resolve(repository, name).await?;
     let manifests = match name.id {
         Some(_) => Lineage::read(repository, &name.vm, newest).await?.manifests,
@@ -51,7 +56,8 @@ pub async fn read_back(repository: &Repository, name: &CheckpointName, progress:
     for manifest in &manifests {
         check_checkpoint(repository, manifest, work.as_ref(), &mut report).await;
     }
-    let layers: BTreeSet<ContentDigest> = manifests.iter().flat_map(Manifest::layers).map(|layer| layer.digest).collect();
+    let layers: BTreeSet<ContentDigest> =
+        manifests.iter().flat_map(Manifest::layers).map(|layer| layer.digest).collect();
     for digest in layers {
         let result = check_layer(repository, &digest, &mut report).await;
         note(&mut report, format!("layer {digest}"), result);
@@ -74,7 +80,12 @@ fn note(report: &mut Report, what: String, result: Result<()>) {
     }
 }
 
-async fn check_checkpoint(repository: &Repository, manifest: &Manifest, work: &dyn Advance, report: &mut Report) {
+async fn check_checkpoint(
+    repository: &Repository,
+    manifest: &Manifest,
+    work: &dyn Advance,
+    report: &mut Report,
+) {
     report.checkpoints += 1;
     for pack in &manifest.packs {
         let result = check_pack(repository, manifest, pack, work, report).await;
@@ -91,16 +102,28 @@ async fn check_pack(
 ) -> Result<()> {
     let (vm, id) = (&manifest.vm, manifest.id);
     let index = lineage::index(repository, vm, id, pack).await?;
-    let header = repository.read_pack_range(vm, id, pack.name.as_str(), 0, HEADER_LEN as u64).await?;
+    let header =
+        repository.read_pack_range(vm, id, pack.name.as_str(), 0, HEADER_LEN as u64).await?;
     if PackHeader::parse(&header)?.id != pack.info.id {
         return Err(damaged("its header is another pack's"));
     }
-    let footer = repository.read_pack_range(vm, id, pack.name.as_str(), pack.info.len.0 - FOOTER_LEN as u64, FOOTER_LEN as u64).await?;
+    let footer = repository
+        .read_pack_range(
+            vm,
+            id,
+            pack.name.as_str(),
+            pack.info.len.0 - FOOTER_LEN as u64,
+            FOOTER_LEN as u64,
+        )
+        .await?;
     if PackFooter::parse(&footer)? != pack.info.footer() {
         return Err(damaged("its footer is not the one that the manifest describes"));
     }
     if repository.pack_len(vm, id, pack.name.as_str()).await? != pack.info.len.0 {
-        return Err(damaged(format!("its file does not have the {} bytes that the manifest says", pack.info.len)));
+        return Err(damaged(format!(
+            "its file does not have the {} bytes that the manifest says",
+            pack.info.len
+        )));
     }
     report.packs += 1;
     let runs = runs_by_frame(&index);
@@ -108,13 +131,19 @@ async fn check_pack(
     let mut next = 0;
     while next < frames.len() {
         let begin = frames[next].byte_range().start;
-        let fits = frames[next..].iter().take_while(|frame| frame.byte_range().end - begin <= READ_BYTES).count().max(1);
+        let fits = frames[next..]
+            .iter()
+            .take_while(|frame| frame.byte_range().end - begin <= READ_BYTES)
+            .count()
+            .max(1);
         let end = frames[next + fits - 1].byte_range().end;
-        let bytes = repository.read_pack_range(vm, id, pack.name.as_str(), begin, end - begin).await?;
+        let bytes =
+            repository.read_pack_range(vm, id, pack.name.as_str(), begin, end - begin).await?;
         for number in next..next + fits {
             let range = frames[number].byte_range();
             let part = &bytes[(range.start - begin) as usize..(range.end - begin) as usize];
-            report.pages += check_frame(&index, number, &runs[number], part).with_context(|| format!("frame {number}"))?;
+            report.pages += check_frame(&index, number, &runs[number], part)
+                .with_context(|| format!("frame {number}"))?;
         }
         report.frames += fits as u64;
         report.bytes += end - begin;
@@ -137,15 +166,25 @@ fn runs_by_frame(index: &PackIndex) -> Vec<Vec<(Slot, &PageRun)>> {
 }
 
 /// Every page of the frame against its digest.
-fn check_frame(index: &PackIndex, number: usize, runs: &[(Slot, &PageRun)], bytes: &[u8]) -> Result<u64> {
+fn check_frame(
+    index: &PackIndex,
+    number: usize,
+    runs: &[(Slot, &PageRun)],
+    bytes: &[u8],
+) -> Result<u64> {
     let content = index.frames()[number].decode(bytes)?;
     let mut checked = 0;
     for (first_slot, run) in runs {
         for (offset, digest) in index.run_digests(run).iter().enumerate() {
             let start = (usize::from(first_slot.0) + offset) * PAGE_SIZE;
-            let page = content.get(start..start + PAGE_SIZE).context("the frame is shorter than its index says")?;
+            let page = content
+                .get(start..start + PAGE_SIZE)
+                .context("the frame is shorter than its index says")?;
             if PageDigest::of(page) != *digest {
-                return Err(damaged(format!("page {} does not have its digest", run.pages.start.0 + offset as u64)));
+                return Err(damaged(format!(
+                    "page {} does not have its digest",
+                    run.pages.start.0 + offset as u64
+                )));
             }
             checked += 1;
         }
@@ -153,12 +192,19 @@ fn check_frame(index: &PackIndex, number: usize, runs: &[(Slot, &PageRun)], byte
     Ok(checked)
 }
 
-async fn check_layer(repository: &Repository, digest: &ContentDigest, report: &mut Report) -> Result<()> {
+async fn check_layer(
+    repository: &Repository,
+    digest: &ContentDigest,
+    report: &mut Report,
+) -> Result<()> {
     let layer = StoredLayer::open(repository, digest).await?;
-    let mut content = LayerContent { form: layer.manifest.form, hasher: ContentHasher::new(), at: 0 };
+    let mut content =
+        LayerContent { form: layer.manifest.form, hasher: ContentHasher::new(), at: 0 };
     let mut batches = std::pin::pin!(layer.blocks());
     while let Some(blocks) = batches.try_next().await? {
-        let (after, count) = tokio::task::spawn_blocking(move || content.take(&blocks)).await.context("internal error: task panicked")?;
+        let (after, count) = tokio::task::spawn_blocking(move || content.take(&blocks))
+            .await
+            .context("internal error: task panicked")?;
         content = after;
         report.bytes += count;
     }
@@ -169,7 +215,8 @@ async fn check_layer(repository: &Repository, digest: &ContentDigest, report: &m
     Ok(())
 }
 
-/// What a layer's blocks make. Blocks in the other form were compared with digests that the layer's name stands for.
+/// What a layer's blocks make. Blocks in the other form were compared with digests that the layer's
+/// name stands for.
 struct LayerContent {
     form: DigestForm,
     hasher: ContentHasher,

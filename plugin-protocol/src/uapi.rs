@@ -13,14 +13,19 @@ pub const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 pub const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 /// Pages that do not exist yet can be protected, so that their first write is seen.
 pub const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
-/// The kernel resolves write faults by itself and remembers them: the guest never waits for us (Linux 6.7).
+/// The kernel resolves write faults by itself and remembers them: the guest never waits for us
+/// (Linux 6.7).
 pub const FEATURE_WP_ASYNC: u64 = 1 << 15;
 
 /// Everything that one uffd has to offer for tracking and for lazy restore.
-pub const WANTED_FEATURES: u64 =
-    FEATURE_PAGEFAULT_FLAG_WP | FEATURE_MISSING_SHMEM | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC;
+pub const WANTED_FEATURES: u64 = FEATURE_PAGEFAULT_FLAG_WP
+    | FEATURE_MISSING_SHMEM
+    | FEATURE_WP_HUGETLBFS_SHMEM
+    | FEATURE_WP_UNPOPULATED
+    | FEATURE_WP_ASYNC;
 
-/// Flag of the system call: faults of the kernel itself are not delivered, and no privilege is needed.
+/// Flag of the system call: faults of the kernel itself are not delivered, and no privilege is
+/// needed.
 pub const USER_MODE_ONLY: i32 = 1;
 
 #[repr(C)]

@@ -1,7 +1,7 @@
 //! Getting a userfaultfd from the kernel, by whichever door is open to this process.
 //!
-//! The plugin opens one to hand it to the tracker; the tracker's host check opens one the same way to report whether the
-//! plugin will get one.
+//! The plugin opens one to hand it to the tracker; the tracker's host check opens one the same way
+//! to report whether the plugin will get one.
 #![allow(unsafe_code, reason = "system calls that no library has")]
 
 use std::io;
@@ -18,7 +18,8 @@ pub struct OpenUffd {
     pub features: u64,
 }
 
-/// No usable uffd: the error of the last door tried, and what the kernel would offer if it was opened at all.
+/// No usable uffd: the error of the last door tried, and what the kernel would offer if it was
+/// opened at all.
 #[derive(Debug)]
 pub struct NoUffd {
     pub error: io::Error,
@@ -58,7 +59,9 @@ fn from_syscall(flags: i32) -> io::Result<OwnedFd> {
 fn from_device() -> io::Result<OwnedFd> {
     let device = std::fs::File::open("/dev/userfaultfd")?;
     // SAFETY: this ioctl takes its flags by value and touches no memory of ours.
-    let fd = unsafe { libc::ioctl(device.as_raw_fd(), uapi::IOCTL_NEW, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+    let fd = unsafe {
+        libc::ioctl(device.as_raw_fd(), uapi::IOCTL_NEW, libc::O_CLOEXEC | libc::O_NONBLOCK)
+    };
     owned(fd)
 }
 
@@ -72,7 +75,8 @@ fn owned(fd: RawFd) -> io::Result<OwnedFd> {
 
 fn enable(fd: &OwnedFd, features: u64) -> io::Result<u64> {
     let mut api = uapi::Api { api: uapi::API, features, ioctls: 0 };
-    // SAFETY: `api` is a live `struct uffdio_api` of the size that the ioctl number carries, for the whole call.
+    // SAFETY: `api` is a live `struct uffdio_api` of the size that the ioctl number carries, for
+    // the whole call.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), uapi::IOCTL_API, &raw mut api) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(api.features) }
 }

@@ -1,8 +1,9 @@
 //! The one exchange between the tracker and the plugin, byte by byte.
 //!
-//! A client connects, sends a [`Hello`] and gets a [`Reply`] with the file descriptors attached; then the plugin hangs
-//! up. Both messages have a fixed size that no later version may change, so that any two versions can always read each
-//! other's greeting and say which of them is too old. All numbers are little-endian.
+//! A client connects, sends a [`Hello`] and gets a [`Reply`] with the file descriptors attached;
+//! then the plugin hangs up. Both messages have a fixed size that no later version may change, so
+//! that any two versions can always read each other's greeting and say which of them is too old.
+//! All numbers are little-endian.
 //!
 //! ```text
 //! hello (16)   0 magic "STILLPT?"   8 version u32   12 reserved u32 (zero)
@@ -38,13 +39,16 @@ pub enum UffdSource {
     Syscall = 1,
     /// `/dev/userfaultfd`, with all rights.
     Device = 2,
-    /// The system call for an unprivileged process: good for tracking, not for filling pages on demand.
+    /// The system call for an unprivileged process: good for tracking, not for filling pages on
+    /// demand.
     UserModeOnly = 3,
 }
 
 impl UffdSource {
     fn from_wire(value: u32) -> Option<Self> {
-        [Self::None, Self::Syscall, Self::Device, Self::UserModeOnly].into_iter().find(|source| *source as u32 == value)
+        [Self::None, Self::Syscall, Self::Device, Self::UserModeOnly]
+            .into_iter()
+            .find(|source| *source as u32 == value)
     }
 }
 
@@ -57,7 +61,9 @@ pub enum Status {
 
 impl Status {
     fn from_wire(value: u32) -> Option<Self> {
-        [Self::Ok, Self::BadMagic, Self::UnsupportedVersion].into_iter().find(|status| *status as u32 == value)
+        [Self::Ok, Self::BadMagic, Self::UnsupportedVersion]
+            .into_iter()
+            .find(|status| *status as u32 == value)
     }
 }
 
@@ -171,7 +177,8 @@ fn get_u32(bytes: &[u8], at: usize) -> u32 {
 mod test {
     use super::*;
 
-    /// Old peers must be able to read the greeting for ever: this test may gain lines, never change one.
+    /// Old peers must be able to read the greeting for ever: this test may gain lines, never change
+    /// one.
     #[test]
     fn greeting_bytes_never_change() {
         assert_eq!(&Hello { version: 1 }.encode(), b"STILLPT?\x01\0\0\0\0\0\0\0");

@@ -1,5 +1,6 @@
-//! A QEMU command line taken apart into options, so that the launcher can read and change it without
-//! guessing: which word is an option, which is its value, and how `key=value` lists are quoted.
+//! A QEMU command line taken apart into options, so that the launcher can read and change it
+//! without guessing: which word is an option, which is its value, and how `key=value` lists are
+//! quoted.
 
 use crate::table;
 use thiserror::Error;
@@ -84,8 +85,8 @@ pub fn words(options: &[QemuOption]) -> Vec<String> {
     words
 }
 
-/// A `key=value,key=value` list in its order. A first part without `=` is the list's implied key; a comma
-/// inside a value is written twice.
+/// A `key=value,key=value` list in its order. A first part without `=` is the list's implied key; a
+/// comma inside a value is written twice.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KeyList {
     parts: Vec<(Option<String>, String)>,
@@ -113,7 +114,8 @@ impl KeyList {
         Self { parts }
     }
 
-    /// The last value of `key`, as QEMU takes it. A switch alone is `on`, with `no` before it `off` (`server,nowait`).
+    /// The last value of `key`, as QEMU takes it. A switch alone is `on`, with `no` before it `off`
+    /// (`server,nowait`).
     pub fn get(&self, key: &str) -> Option<&str> {
         let value = |(index, (name, value)): (usize, &'_ (Option<String>, String))| match name {
             Some(name) => (name == key).then_some(index),
@@ -143,7 +145,15 @@ impl KeyList {
                 }
             }
         };
-        Self { parts: self.parts.iter().enumerate().filter(|part| !is_it(part)).map(|(_, part)| part.clone()).collect() }
+        Self {
+            parts: self
+                .parts
+                .iter()
+                .enumerate()
+                .filter(|part| !is_it(part))
+                .map(|(_, part)| part.clone())
+                .collect(),
+        }
     }
 
     /// Adds a key, or without one a bare word, at the end.
@@ -152,7 +162,10 @@ impl KeyList {
     }
 
     /// Replaces each value that `change` answers for; says whether any was. A switch has no value.
-    pub fn map_values(&mut self, mut change: impl FnMut(usize, Option<&str>, &str) -> Option<String>) -> bool {
+    pub fn map_values(
+        &mut self,
+        mut change: impl FnMut(usize, Option<&str>, &str) -> Option<String>,
+    ) -> bool {
         let mut changed = false;
         for (index, (key, value)) in self.parts.iter_mut().enumerate() {
             if key.is_none() && index > 0 {
@@ -185,7 +198,8 @@ impl std::fmt::Display for KeyList {
             }
         }
         // An empty word at the end is there by its comma.
-        let is_open = self.parts.last().is_some_and(|(key, value)| key.is_none() && value.is_empty());
+        let is_open =
+            self.parts.last().is_some_and(|(key, value)| key.is_none() && value.is_empty());
         if is_open { f.write_str(",") } else { Ok(()) }
     }
 }
@@ -204,7 +218,9 @@ fn take_value(text: &str) -> (String, &str) {
     let mut rest = text;
     while let Some(comma) = rest.find(',') {
         value.push_str(&rest[..comma]);
-        let Some(after) = rest[comma + 1..].strip_prefix(',') else { return (value, &rest[comma..]) };
+        let Some(after) = rest[comma + 1..].strip_prefix(',') else {
+            return (value, &rest[comma..]);
+        };
         value.push(',');
         rest = after;
     }
@@ -222,7 +238,8 @@ mod test {
 
     #[test]
     fn options_keep_their_order_and_values() {
-        let line = strings(&["-m", "1G", "--nographic", "disk.img", "-S", "-append", "-not-an-option"]);
+        let line =
+            strings(&["-m", "1G", "--nographic", "disk.img", "-S", "-append", "-not-an-option"]);
         let options = parse(&line).unwrap();
         assert_eq!(options[0], QemuOption::with("m", "1G"));
         assert_eq!(options[1], QemuOption::flag("nographic"));

@@ -1,6 +1,8 @@
-//! The two forms in which QEMU takes an option's value: a `key=value` list, or (as libvirt writes most) a JSON object.
+//! The two forms in which QEMU takes an option's value: a `key=value` list, or (as libvirt writes
+//! most) a JSON object.
 //!
-//! Members of nested JSON objects are read and written under dotted keys, as the list form has them (`file.filename`).
+//! Members of nested JSON objects are read and written under dotted keys, as the list form has them
+//! (`file.filename`).
 
 use crate::arguments::{KeyList, QemuOption, switch};
 use crate::table;
@@ -39,8 +41,12 @@ impl Form {
     /// The text of a scalar; booleans are `on` and `off`.
     pub fn get(&self, key: &str) -> Option<String> {
         match self {
-            Self::List { keys, implied } if *implied == Some(key) => keys.get_or_implied(key).map(str::to_owned),
-            Self::List { keys, implied } => keys.get(key).or_else(|| first_switch(keys, *implied, key)).map(str::to_owned),
+            Self::List { keys, implied } if *implied == Some(key) => {
+                keys.get_or_implied(key).map(str::to_owned)
+            }
+            Self::List { keys, implied } => {
+                keys.get(key).or_else(|| first_switch(keys, *implied, key)).map(str::to_owned)
+            }
             Self::Object(members) => scalar(at(members, key)?),
         }
     }
@@ -88,7 +94,8 @@ impl Form {
         }
     }
 
-    /// Every scalar with its dotted key; a list's first word has its implied key, a switch alone is `on`.
+    /// Every scalar with its dotted key; a list's first word has its implied key, a switch alone is
+    /// `on`.
     pub fn scalars(&self) -> Vec<(String, String)> {
         let mut found = Vec::new();
         match self {
@@ -112,7 +119,9 @@ impl Form {
     pub fn deep_scalars(&self) -> Vec<(String, String)> {
         let mut found = Vec::new();
         for (key, value) in self.scalars() {
-            let tree = value.strip_prefix("json:").and_then(|tree| serde_json::from_str::<Value>(tree).ok());
+            let tree = value
+                .strip_prefix("json:")
+                .and_then(|tree| serde_json::from_str::<Value>(tree).ok());
             match tree {
                 Some(tree) => walk(&key, &tree, &mut found),
                 None => found.push((key, value)),
@@ -148,7 +157,10 @@ fn first_switch(keys: &KeyList, implied: Option<&str>, key: &str) -> Option<&'st
 
 /// What a word alone may say: `snapshot` is on, `nowait` sets `wait` off.
 fn switched(word: &str) -> Vec<(String, String)> {
-    let off = word.strip_prefix("no").filter(|rest| !rest.is_empty()).map(|rest| (rest.to_owned(), "off".to_owned()));
+    let off = word
+        .strip_prefix("no")
+        .filter(|rest| !rest.is_empty())
+        .map(|rest| (rest.to_owned(), "off".to_owned()));
     off.into_iter().chain([(word.to_owned(), "on".to_owned())]).collect()
 }
 
@@ -170,10 +182,16 @@ fn scalar(value: &Value) -> Option<String> {
 }
 
 fn walk(prefix: &str, value: &Value, found: &mut Vec<(String, String)>) {
-    let below = |key: &str| if prefix.is_empty() { key.to_owned() } else { format!("{prefix}.{key}") };
+    let below =
+        |key: &str| if prefix.is_empty() { key.to_owned() } else { format!("{prefix}.{key}") };
     match value {
-        Value::Object(members) => members.iter().for_each(|(key, value)| walk(&below(key), value, found)),
-        Value::Array(items) => items.iter().enumerate().for_each(|(index, value)| walk(&below(&index.to_string()), value, found)),
+        Value::Object(members) => {
+            members.iter().for_each(|(key, value)| walk(&below(key), value, found))
+        }
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .for_each(|(index, value)| walk(&below(&index.to_string()), value, found)),
         other => found.extend(scalar(other).map(|text| (prefix.to_owned(), text))),
     }
 }
@@ -184,12 +202,17 @@ mod test {
 
     #[test]
     fn both_forms_are_read_alike() {
-        for value in
-            ["tap,id=n,vhost=on,fd=33,file.filename=/x", r#"{"type":"tap","id":"n","vhost":true,"fd":"33","file":{"filename":"/x"}}"#]
-        {
+        for value in [
+            "tap,id=n,vhost=on,fd=33,file.filename=/x",
+            r#"{"type":"tap","id":"n","vhost":true,"fd":"33","file":{"filename":"/x"}}"#,
+        ] {
             let form = Form::of(&QemuOption::with("netdev", value));
             let get = |key: &str| form.get(key).unwrap_or_default();
-            assert_eq!([get("type"), get("id"), get("fd"), get("file.filename")], ["tap", "n", "33", "/x"], "{value}");
+            assert_eq!(
+                [get("type"), get("id"), get("fd"), get("file.filename")],
+                ["tap", "n", "33", "/x"],
+                "{value}"
+            );
             assert!(form.is_on("vhost") && !form.has("script"));
             assert!(form.scalars().contains(&("file.filename".to_owned(), "/x".to_owned())));
         }
@@ -198,14 +221,18 @@ mod test {
     #[test]
     fn both_forms_are_changed_alike() {
         let mut list = Form::of(&QemuOption::with("netdev", "tap,id=n,fd=33"));
-        let mut object = Form::of(&QemuOption::with("netdev", r#"{"type":"tap","id":"n","fd":"33"}"#));
+        let mut object =
+            Form::of(&QemuOption::with("netdev", r#"{"type":"tap","id":"n","fd":"33"}"#));
         for form in [&mut list, &mut object] {
             form.remove("fd");
             form.set("ifname", "t,0");
             form.set_on("vhost");
         }
         assert_eq!(list.into_option("netdev").value(), "tap,id=n,ifname=t,,0,vhost=on");
-        assert_eq!(object.into_option("netdev").value(), r#"{"id":"n","ifname":"t,0","type":"tap","vhost":true}"#);
+        assert_eq!(
+            object.into_option("netdev").value(),
+            r#"{"id":"n","ifname":"t,0","type":"tap","vhost":true}"#
+        );
     }
 
     #[test]

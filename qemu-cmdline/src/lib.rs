@@ -1,8 +1,10 @@
-//! QEMU's command line: taken apart as QEMU reads it, put together again, and one table of what each value is for
-//! the host. Pure: nothing is opened or asked, so every rule is tested in milliseconds.
+//! QEMU's command line: taken apart as QEMU reads it, put together again, and one table of what
+//! each value is for the host. Pure: nothing is opened or asked, so every rule is tested in
+//! milliseconds.
 //!
-//! [`arguments`] and [`form`] are the syntax, [`table`] the meaning, [`sites`] visits and rewrites values by their
-//! meaning, [`restorable`] says what a command line may do on the host that restores it.
+//! [`arguments`] and [`form`] are the syntax, [`table`] the meaning, [`sites`] visits and rewrites
+//! values by their meaning, [`restorable`] says what a command line may do on the host that
+//! restores it.
 //!
 //! # Example
 //!

@@ -1,9 +1,10 @@
 //! What a saved command line may do on the host that restores it.
 //!
-//! Whoever can write the store chooses that command line. So nothing of the host is opened that the checkpoint does not
-//! bring along, nothing is executed and nothing is made outside of the restored VM's directory, unless the user of the
-//! restore names it. The same check is made before a checkpoint is called durable, so that what cannot be restored at all
-//! is found while the VM still runs.
+//! Whoever can write the store chooses that command line. So nothing of the host is opened that the
+//! checkpoint does not bring along, nothing is executed and nothing is made outside of the restored
+//! VM's directory, unless the user of the restore names it. The same check is made before a
+//! checkpoint is called durable, so that what cannot be restored at all is found while the VM still
+//! runs.
 
 use crate::arguments::{KeyList, QemuOption};
 use crate::form::Form;
@@ -53,10 +54,15 @@ impl Finding {
     }
 
     fn place(&self) -> String {
-        if self.key.is_empty() { self.option.clone() } else { format!("{}.{}", self.option, self.key) }
+        if self.key.is_empty() {
+            self.option.clone()
+        } else {
+            format!("{}.{}", self.option, self.key)
+        }
     }
 
-    /// Whether the user's `--allow TEXT` is about it: the place alone, or the place and this very value.
+    /// Whether the user's `--allow TEXT` is about it: the place alone, or the place and this very
+    /// value.
     fn is_allowed_by(&self, text: &str) -> bool {
         self.problem != Problem::Host(Use::User) && self.is_named_by(text)
     }
@@ -76,7 +82,9 @@ impl fmt::Display for Finding {
 fn reason(problem: Problem) -> &'static str {
     match problem {
         Problem::NotCarried => "is a file that no checkpoint holds",
-        Problem::Unknown => "is not in Stillpoint's table of QEMU's options, and could be a file of this host",
+        Problem::Unknown => {
+            "is not in Stillpoint's table of QEMU's options, and could be a file of this host"
+        }
         Problem::Host(means) => match means {
             Use::Program => "is a program that QEMU would run",
             Use::Code => "is code that QEMU would load",
@@ -118,19 +126,24 @@ pub fn check(options: &[QemuOption], carried: &Carried<'_>) -> Vec<Finding> {
         }
     });
     let unspoken = options.iter().filter_map(unspoken);
-    found.extend(unspoken.filter(|finding| has_console || finding.problem != Problem::Host(Use::Display)));
+    found.extend(
+        unspoken.filter(|finding| has_console || finding.problem != Problem::Host(Use::Display)),
+    );
     found
 }
 
-/// Whether somebody at the display could command QEMU. QEMU's default monitor would be there, but it makes none beside
-/// Stillpoint's.
+/// Whether somebody at the display could command QEMU. QEMU's default monitor would be there, but
+/// it makes none beside Stillpoint's.
 fn has_console_monitor(options: &[QemuOption]) -> bool {
-    let is_console = |value: &str| value == "vc" || value.starts_with("vc:") || value.starts_with("vc,");
+    let is_console =
+        |value: &str| value == "vc" || value.starts_with("vc:") || value.starts_with("vc,");
     let consoles: Vec<String> = options
         .iter()
         .filter(|option| option.name == "chardev")
         .map(Form::of)
-        .filter(|form| form.get("backend").or_else(|| form.get("backend.type")).as_deref() == Some("vc"))
+        .filter(|form| {
+            form.get("backend").or_else(|| form.get("backend.type")).as_deref() == Some("vc")
+        })
         .filter_map(|form| form.get("id"))
         .collect();
     let monitors = monitor_chardevs(options);
@@ -155,14 +168,16 @@ fn problem(site: &Site<'_>, carried: &Carried<'_>) -> Option<Problem> {
             not_carried((carried.is_boot_file)(site.value) || is_own)
         }
         // Made in the restored VM's directory, to which a plain name belongs.
-        Use::Output | Use::Listen => (site.value.contains('/') || site.value == "..").then_some(Problem::Host(site.means)),
+        Use::Output | Use::Listen => {
+            (site.value.contains('/') || site.value == "..").then_some(Problem::Host(site.means))
+        }
         Use::Unknown => may_be_path(site.value).then_some(Problem::Unknown),
         means => Some(Problem::Host(means)),
     }
 }
 
-/// Whether a value of an unknown place could lead to a file. A name without a slash could too, but QEMU reads most of
-/// its words so; what is a file there is in the table.
+/// Whether a value of an unknown place could lead to a file. A name without a slash could too, but
+/// QEMU reads most of its words so; what is a file there is in the table.
 fn may_be_path(value: &str) -> bool {
     let path = value.strip_prefix("file:").unwrap_or(value);
     path.contains('/') || path == ".."
@@ -175,20 +190,33 @@ fn unspoken(option: &QemuOption) -> Option<Finding> {
         return Some(Finding::new(&option.name, "", option.value(), Problem::Unknown));
     }
     let form = Form::of(option);
-    let host = |key: &str, value: &str, means| Some(Finding::new(&option.name, key, value, Problem::Host(means)));
+    let host = |key: &str, value: &str, means| {
+        Some(Finding::new(&option.name, key, value, Problem::Host(means)))
+    };
     match option.name.as_str() {
         "netdev" | "nic" | "net" if form.get("type").as_deref() == Some("tap") => {
             let has = |key: &str| form.has(key);
-            let runs_default = !has("script") && !has("helper") && !has("br") && !has("fd") && !has("fds");
+            let runs_default =
+                !has("script") && !has("helper") && !has("br") && !has("fd") && !has("fds");
             if runs_default { host("script", "/etc/qemu-ifup", Use::Program) } else { None }
         }
         "object" => {
             let kind = form.get("qom-type").unwrap_or_default();
-            if table::is_known_object(&kind) { None } else { Some(Finding::new("object", "qom-type", &kind, Problem::Host(Use::Unknown))) }
+            if table::is_known_object(&kind) {
+                None
+            } else {
+                Some(Finding::new("object", "qom-type", &kind, Problem::Host(Use::Unknown)))
+            }
         }
         "spice" => {
-            let is_served = ["port", "tls-port"].iter().any(|key| form.get(key).is_some_and(|port| port != "0"));
-            if is_served && !form.has("addr") { host("port", &form.get("port").unwrap_or_default(), Use::Display) } else { None }
+            let is_served = ["port", "tls-port"]
+                .iter()
+                .any(|key| form.get(key).is_some_and(|port| port != "0"));
+            if is_served && !form.has("addr") {
+                host("port", &form.get("port").unwrap_or_default(), Use::Display)
+            } else {
+                None
+            }
         }
         _ => None,
     }
@@ -216,7 +244,8 @@ pub struct Mapped {
 
 /// Replaces each whole value that is an OLD: of any option or key, whatever it means.
 pub fn map(options: Vec<QemuOption>, wishes: &Wishes) -> Mapped {
-    let news: HashMap<&str, &str> = wishes.map.iter().map(|(old, new)| (old.as_str(), new.as_str())).collect();
+    let news: HashMap<&str, &str> =
+        wishes.map.iter().map(|(old, new)| (old.as_str(), new.as_str())).collect();
     let mut used: HashSet<String> = HashSet::new();
     let mut mapped = Mapped::default();
     let mut change = |option: &str, old: &str| {
@@ -242,12 +271,16 @@ pub fn map(options: Vec<QemuOption>, wishes: &Wishes) -> Mapped {
         Some(new)
     };
     mapped.options = rewrite(options, |site| change(site.option, site.value));
-    mapped.unused = wishes.map.iter().map(|(old, _)| old.clone()).filter(|old| !used.contains(old)).collect();
+    mapped.unused =
+        wishes.map.iter().map(|(old, _)| old.clone()).filter(|old| !used.contains(old)).collect();
     mapped
 }
 
 /// The value of an option as a whole, or a first word with its scheme (`unix:/run/x.sock`).
-fn whole(option: &QemuOption, change: &mut impl FnMut(&str, &str) -> Option<String>) -> Option<String> {
+fn whole(
+    option: &QemuOption,
+    change: &mut impl FnMut(&str, &str) -> Option<String>,
+) -> Option<String> {
     let value = option.value.as_deref()?;
     if let Some(new) = change(&option.name, value) {
         return Some(new);
@@ -256,10 +289,18 @@ fn whole(option: &QemuOption, change: &mut impl FnMut(&str, &str) -> Option<Stri
         return None;
     }
     let mut keys = KeyList::parse(value);
-    let has_scheme =
-        |text: &str| ["unix:", "file:", "pipe:", "tcp:", "mon:", "udp:", "telnet:"].iter().any(|scheme| text.starts_with(scheme));
-    let changed =
-        keys.map_values(|index, key, text| if index == 0 && key.is_none() && has_scheme(text) { change(&option.name, text) } else { None });
+    let has_scheme = |text: &str| {
+        ["unix:", "file:", "pipe:", "tcp:", "mon:", "udp:", "telnet:"]
+            .iter()
+            .any(|scheme| text.starts_with(scheme))
+    };
+    let changed = keys.map_values(|index, key, text| {
+        if index == 0 && key.is_none() && has_scheme(text) {
+            change(&option.name, text)
+        } else {
+            None
+        }
+    });
     changed.then(|| keys.to_string())
 }
 
@@ -267,33 +308,49 @@ impl Mapped {
     /// Replaces values that the user has not named.
     pub fn rewrite(&mut self, mut change: impl FnMut(&Site<'_>) -> Option<String>) {
         let options = std::mem::take(&mut self.options);
-        self.options = rewrite(options, |site| if self.is_named(site.option, site.value) { None } else { change(site) });
+        self.options = rewrite(options, |site| {
+            if self.is_named(site.option, site.value) { None } else { change(site) }
+        });
     }
 
-    /// What stands in the way and was neither mapped nor allowed; and allowances that nothing needed.
+    /// What stands in the way and was neither mapped nor allowed; and allowances that nothing
+    /// needed.
     pub fn check(&self, carried: &Carried<'_>, allow: &[String]) -> (Vec<Finding>, Vec<String>) {
         let found = check(&self.options, carried);
-        let unused = allow.iter().filter(|text| !found.iter().any(|finding| finding.is_named_by(text))).cloned().collect();
-        let is_mapped = |finding: &Finding| self.is_named(&finding.option, &finding.value) && finding.problem != Problem::Host(Use::User);
-        let is_open = |finding: &Finding| !is_mapped(finding) && !allow.iter().any(|text| finding.is_allowed_by(text));
+        let unused = allow
+            .iter()
+            .filter(|text| !found.iter().any(|finding| finding.is_named_by(text)))
+            .cloned()
+            .collect();
+        let is_mapped = |finding: &Finding| {
+            self.is_named(&finding.option, &finding.value)
+                && finding.problem != Problem::Host(Use::User)
+        };
+        let is_open = |finding: &Finding| {
+            !is_mapped(finding) && !allow.iter().any(|text| finding.is_allowed_by(text))
+        };
         (found.into_iter().filter(is_open).collect(), unused)
     }
 
     fn is_named(&self, option: &str, value: &str) -> bool {
-        let is_it =
-            |(name, new): &(String, String)| name == option && (new == value || new.split_once(':').is_some_and(|(_, rest)| rest == value));
+        let is_it = |(name, new): &(String, String)| {
+            name == option
+                && (new == value || new.split_once(':').is_some_and(|(_, rest)| rest == value))
+        };
         self.named.iter().any(is_it)
     }
 
-    /// Puts what QEMU makes into the restored VM's directory: each file and socket that the user has not named gets its
-    /// bare name there. Returns old and new names.
+    /// Puts what QEMU makes into the restored VM's directory: each file and socket that the user
+    /// has not named gets its bare name there. Returns old and new names.
     pub fn relocate(&mut self, allow: &[String]) -> Vec<(String, String)> {
         let mut new_names: HashMap<String, String> = HashMap::new();
         let mut taken = self.plain_names();
         let mut moved = Vec::new();
         self.rewrite(|site| {
-            let finding = Finding::new(site.option, site.key, site.value, Problem::Host(site.means));
-            let is_made = matches!(site.means, Use::Output | Use::Listen) && (site.value.contains('/') || site.value == "..");
+            let finding =
+                Finding::new(site.option, site.key, site.value, Problem::Host(site.means));
+            let is_made = matches!(site.means, Use::Output | Use::Listen)
+                && (site.value.contains('/') || site.value == "..");
             if !is_made || allow.iter().any(|text| finding.is_allowed_by(text)) {
                 return None;
             }
@@ -308,13 +365,19 @@ impl Mapped {
         moved
     }
 
-    /// Takes out where QEMU is to look for its own files: the restoring host's QEMU has its own. Returns what went.
+    /// Takes out where QEMU is to look for its own files: the restoring host's QEMU has its own.
+    /// Returns what went.
     pub fn drop_data_directories(&mut self, allow: &[String]) -> Vec<String> {
         let mut gone = Vec::new();
         for option in std::mem::take(&mut self.options) {
-            let finding = Finding::new(&option.name, "", option.value(), Problem::Host(Use::DataDirectory));
-            let is_it = table::syntax(&option.name) == Some(table::Syntax::Text(Use::DataDirectory));
-            if is_it && !self.is_named(&option.name, option.value()) && !allow.iter().any(|text| finding.is_allowed_by(text)) {
+            let finding =
+                Finding::new(&option.name, "", option.value(), Problem::Host(Use::DataDirectory));
+            let is_it =
+                table::syntax(&option.name) == Some(table::Syntax::Text(Use::DataDirectory));
+            if is_it
+                && !self.is_named(&option.name, option.value())
+                && !allow.iter().any(|text| finding.is_allowed_by(text))
+            {
                 gone.push(format!("-{} {}", option.name, option.value()));
             } else {
                 self.options.push(option);
@@ -338,7 +401,8 @@ impl Mapped {
 fn free_name(path: &str, taken: &HashSet<String>) -> String {
     let last = path.rsplit('/').find(|part| !part.is_empty()).unwrap_or("file");
     let base = if last.chars().all(|letter| letter == '.') { "file" } else { last };
-    let names = std::iter::once(base.to_owned()).chain((2..).map(|number| format!("{base}.{number}")));
+    let names =
+        std::iter::once(base.to_owned()).chain((2..).map(|number| format!("{base}.{number}")));
     names.into_iter().find(|name| !taken.contains(name)).unwrap_or_else(|| base.to_owned())
 }
 

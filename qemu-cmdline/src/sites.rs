@@ -1,5 +1,6 @@
-//! Every value of a command line with what the table says of it, in whatever form it is written: a list, dotted keys,
-//! JSON, `json:` behind a drive's `file=`, the old words of a serial port. One walk serves reading and rewriting.
+//! Every value of a command line with what the table says of it, in whatever form it is written: a
+//! list, dotted keys, JSON, `json:` behind a drive's `file=`, the old words of a serial port. One
+//! walk serves reading and rewriting.
 
 use crate::arguments::{KeyList, QemuOption};
 use crate::form::{Form, is_on};
@@ -33,7 +34,10 @@ pub fn visit(options: &[QemuOption], mut look: impl FnMut(&Site<'_>)) {
 }
 
 /// Replaces each value that `change` answers for.
-pub fn rewrite(options: Vec<QemuOption>, mut change: impl FnMut(&Site<'_>) -> Option<String>) -> Vec<QemuOption> {
+pub fn rewrite(
+    options: Vec<QemuOption>,
+    mut change: impl FnMut(&Site<'_>) -> Option<String>,
+) -> Vec<QemuOption> {
     let monitors = monitor_chardevs(&options);
     let one = |option: QemuOption| {
         let changed = Walk { option: &option, monitors: &monitors, change: &mut change }.option();
@@ -51,10 +55,15 @@ pub(crate) fn monitor_chardevs(options: &[QemuOption]) -> HashSet<String> {
         Some(Syntax::Keys(_, Group::Monitor)) => Form::of(option).get("chardev"),
         Some(Syntax::Keys(_, Group::Object)) => {
             let form = Form::of(option);
-            form.get("chardev").filter(|_| form.get("qom-type").is_some_and(|kind| kind.starts_with("monitor-")))
+            form.get("chardev")
+                .filter(|_| form.get("qom-type").is_some_and(|kind| kind.starts_with("monitor-")))
         }
-        Some(Syntax::Chardev { monitor: true }) => option.value().strip_prefix("chardev:").map(str::to_owned),
-        Some(Syntax::Chardev { .. }) => option.value().strip_prefix("mon:chardev:").map(str::to_owned),
+        Some(Syntax::Chardev { monitor: true }) => {
+            option.value().strip_prefix("chardev:").map(str::to_owned)
+        }
+        Some(Syntax::Chardev { .. }) => {
+            option.value().strip_prefix("mon:chardev:").map(str::to_owned)
+        }
         _ => None,
     };
     options.iter().filter_map(id).collect()
@@ -94,7 +103,9 @@ impl Walk<'_> {
         }
         if let Some(tree) = value.strip_prefix("json:") {
             return match serde_json::from_str(tree) {
-                Ok(Value::Object(mut members)) => self.object(key, &mut members, Group::Block).then(|| format!("json:{}", text(members))),
+                Ok(Value::Object(mut members)) => self
+                    .object(key, &mut members, Group::Block)
+                    .then(|| format!("json:{}", text(members))),
                 _ => self.show(key, value, means),
             };
         }
@@ -105,13 +116,20 @@ impl Walk<'_> {
     }
 
     fn keys(&mut self, group: Group) -> Option<String> {
-        if let Some(rest) = self.option.value().strip_prefix("vnc=").filter(|_| group == Group::Display) {
+        if let Some(rest) =
+            self.option.value().strip_prefix("vnc=").filter(|_| group == Group::Display)
+        {
             return self.vnc(rest).map(|value| format!("vnc={value}"));
         }
         match Form::of(self.option) {
-            // QEMU reads more than JSON (single quotes): what we cannot read is not judged by its words.
-            Form::List { .. } if self.option.value().starts_with('{') => self.show("", self.option.value(), Use::Never),
-            Form::Object(mut members) => self.object("", &mut members, group).then(|| text(members)),
+            // QEMU reads more than JSON (single quotes): what we cannot read is not judged by its
+            // words.
+            Form::List { .. } if self.option.value().starts_with('{') => {
+                self.show("", self.option.value(), Use::Never)
+            }
+            Form::Object(mut members) => {
+                self.object("", &mut members, group).then(|| text(members))
+            }
             form => self.list(&form, group),
         }
     }
@@ -146,41 +164,61 @@ impl Walk<'_> {
     }
 
     fn object(&mut self, prefix: &str, members: &mut Map<String, Value>, group: Group) -> bool {
-        let own = Own::of(&Form::Object(members.clone()), table::implied_key(&self.option.name), group, self.monitors);
-        members.iter_mut().fold(false, |changed, (key, value)| self.member(&below(prefix, key), value, group, &own) | changed)
+        let own = Own::of(
+            &Form::Object(members.clone()),
+            table::implied_key(&self.option.name),
+            group,
+            self.monitors,
+        );
+        members.iter_mut().fold(false, |changed, (key, value)| {
+            self.member(&below(prefix, key), value, group, &own) | changed
+        })
     }
 
     fn member(&mut self, key: &str, value: &mut Value, group: Group, own: &Own) -> bool {
         match value {
-            Value::String(text) => match self.text(key, text, table::key_use(group, own.kind(), key, text)) {
-                Some(new) => {
-                    *text = new;
-                    true
+            Value::String(text) => {
+                match self.text(key, text, table::key_use(group, own.kind(), key, text)) {
+                    Some(new) => {
+                        *text = new;
+                        true
+                    }
+                    None => false,
                 }
-                None => false,
-            },
-            Value::Object(members) => {
-                members.iter_mut().fold(false, |changed, (name, value)| self.member(&below(key, name), value, group, own) | changed)
             }
-            Value::Array(items) => items.iter_mut().fold(false, |changed, item| self.member(key, item, group, own) | changed),
+            Value::Object(members) => members.iter_mut().fold(false, |changed, (name, value)| {
+                self.member(&below(key, name), value, group, own) | changed
+            }),
+            Value::Array(items) => items
+                .iter_mut()
+                .fold(false, |changed, item| self.member(key, item, group, own) | changed),
             _ => false,
         }
     }
 
     /// `DRIVER.PROPERTY=VALUE`, or the three as keys.
     fn global(&mut self, value: &str) -> Option<String> {
-        let head = value.split_once('=').and_then(|(head, rest)| Some((head, head.split_once('.')?, rest)));
+        let head = value
+            .split_once('=')
+            .and_then(|(head, rest)| Some((head, head.split_once('.')?, rest)));
         if let Some((head, (driver, property), rest)) = head {
             let kind = Kind { name: driver, ..Kind::default() };
             let means = table::key_use(Group::Device, kind, property, rest);
             return self.show(property, rest, means).map(|new| format!("{head}={new}"));
         }
         let mut keys = KeyList::parse(value);
-        let (driver, property) = (keys.get("driver").unwrap_or_default().to_owned(), keys.get("property").unwrap_or_default().to_owned());
+        let (driver, property) = (
+            keys.get("driver").unwrap_or_default().to_owned(),
+            keys.get("property").unwrap_or_default().to_owned(),
+        );
         let changed = keys.map_values(|_, key, value| {
             let kind = Kind { name: &driver, ..Kind::default() };
             let is_value = key == Some("value");
-            let means = if is_value { table::key_use(Group::Device, kind, &property, value) } else { Use::Plain };
+            let means = if is_value {
+                table::key_use(Group::Device, kind, &property, value)
+            } else {
+                Use::Plain
+            };
             self.show(if is_value { &property } else { key.unwrap_or_default() }, value, means)
         });
         changed.then(|| keys.to_string())
@@ -200,18 +238,26 @@ impl Walk<'_> {
                 return self.show("path", path, means).map(|path| format!("{scheme}{path}"));
             }
         }
-        let is_network = ["tcp:", "telnet:", "tn3270:", "websocket:", "udp:"].iter().any(|scheme| value.starts_with(scheme));
+        let is_network = ["tcp:", "telnet:", "tn3270:", "websocket:", "udp:"]
+            .iter()
+            .any(|scheme| value.starts_with(scheme));
         if is_network {
             return self.show("", value, if monitor { Use::Control } else { Use::Address });
         }
-        let means = if value.starts_with('/') { table::of_path(Use::HostDevice, value) } else { Use::Plain };
+        let means = if value.starts_with('/') {
+            table::of_path(Use::HostDevice, value)
+        } else {
+            Use::Plain
+        };
         self.show("", value, means)
     }
 
     /// `PATH,server=on,…`.
     fn unix(&mut self, scheme: &str, rest: &str) -> Option<String> {
         let mut keys = KeyList::parse(rest);
-        let is_on = |key: &str| keys.get(key).is_some_and(|value| ["on", "yes", "true", "y"].contains(&value));
+        let is_on = |key: &str| {
+            keys.get(key).is_some_and(|value| ["on", "yes", "true", "y"].contains(&value))
+        };
         let means = match (is_on("abstract"), is_on("server")) {
             (true, _) => Use::Control,
             (false, true) => Use::Listen,
@@ -255,18 +301,33 @@ struct Own {
 impl Own {
     fn of(form: &Form, implied: Option<&str>, group: Group, monitors: &HashSet<String>) -> Self {
         let is_tree = matches!(form, Form::Object(_));
-        let name = implied.and_then(|key| form.get(key)).or_else(|| form.get("backend.type")).unwrap_or_default();
-        let addressed = |key: &str| form.get(key).or_else(|| form.get(&format!("backend.data.{key}")));
+        let name = implied
+            .and_then(|key| form.get(key))
+            .or_else(|| form.get("backend.type"))
+            .unwrap_or_default();
+        let addressed =
+            |key: &str| form.get(key).or_else(|| form.get(&format!("backend.data.{key}")));
         let server = addressed("server");
         // In QMP's words a socket serves unless it says that it does not.
-        let is_server = server.map_or(is_tree && group == Group::Chardev && form.has("backend.type"), |text| is_on(&text));
-        let is_abstract = addressed("abstract").or_else(|| form.get("backend.data.addr.data.abstract")).is_some_and(|text| is_on(&text));
-        let is_monitor = form.get("id").is_some_and(|id| group == Group::Chardev && monitors.contains(&id));
+        let is_server = server
+            .map_or(is_tree && group == Group::Chardev && form.has("backend.type"), |text| {
+                is_on(&text)
+            });
+        let is_abstract = addressed("abstract")
+            .or_else(|| form.get("backend.data.addr.data.abstract"))
+            .is_some_and(|text| is_on(&text));
+        let is_monitor =
+            form.get("id").is_some_and(|id| group == Group::Chardev && monitors.contains(&id));
         Self { name, is_server, is_abstract, is_monitor }
     }
 
     fn kind(&self) -> Kind<'_> {
-        Kind { name: &self.name, is_server: self.is_server, is_abstract: self.is_abstract, is_monitor: self.is_monitor }
+        Kind {
+            name: &self.name,
+            is_server: self.is_server,
+            is_abstract: self.is_abstract,
+            is_monitor: self.is_monitor,
+        }
     }
 }
 

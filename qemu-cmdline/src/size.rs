@@ -13,8 +13,8 @@ pub struct SizeError {
     why: &'static str,
 }
 
-/// The bytes of RAM that QEMU gives a VM for `-m TEXT`: a plain number counts MiB, a fraction is cut to whole
-/// bytes, and the whole is rounded up to 8 KiB.
+/// The bytes of RAM that QEMU gives a VM for `-m TEXT`: a plain number counts MiB, a fraction is
+/// cut to whole bytes, and the whole is rounded up to 8 KiB.
 ///
 /// # Errors
 /// When QEMU would not take the text, or the size is above 2^64 bytes.
@@ -27,9 +27,11 @@ fn error(text: &str, why: &'static str) -> SizeError {
     SizeError { text: text.to_owned(), why }
 }
 
-/// As QEMU's `qemu_strtosz_MiB`: decimal with a fraction or hexadecimal, and one letter as a suffix.
+/// As QEMU's `qemu_strtosz_MiB`: decimal with a fraction or hexadecimal, and one letter as a
+/// suffix.
 fn parse(text: &str) -> Result<u64, SizeError> {
-    const SYNTAX: &str = "give MiB as a plain number, or a suffix of B, K, M, G, T, as in 4G or 1.5G";
+    const SYNTAX: &str =
+        "give MiB as a plain number, or a suffix of B, K, M, G, T, as in 4G or 1.5G";
     let bad = || error(text, SYNTAX);
     if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         let number = u64::from_str_radix(digits, 16).map_err(|_| bad())?;
@@ -49,12 +51,20 @@ fn parse(text: &str) -> Result<u64, SizeError> {
     let is_digits = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
     // Without a suffix QEMU counts bytes first, and of those there are no parts.
     let has_suffix = number.len() < text.len();
-    if !fraction.is_empty() && !has_suffix || !is_digits(whole) || !is_digits(fraction) || whole.is_empty() && fraction.is_empty() {
+    if !fraction.is_empty() && !has_suffix
+        || !is_digits(whole)
+        || !is_digits(fraction)
+        || whole.is_empty() && fraction.is_empty()
+    {
         return Err(bad());
     }
     let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| bad())? };
     let fraction: f64 = format!("0.{fraction}0").parse().map_err(|_| bad())?;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at least 0 and at most a unit; QEMU truncates, too")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "at least 0 and at most a unit; QEMU truncates, too"
+    )]
     let fraction = (fraction * unit as f64) as u64;
     let bytes = whole.checked_mul(unit).and_then(|bytes| bytes.checked_add(fraction));
     bytes.ok_or_else(|| error(text, "it is too large"))

@@ -61,7 +61,10 @@ pub fn read_all<R: Read>(source: R, limits: ReaderLimits) -> Result<Facts, Strea
     let outcome = items(&mut reader);
     match &outcome {
         Ok(_) => assert!(matches!(reader.next(), Ok(None)), "the end is the end"),
-        Err(_) => assert!(matches!(reader.next(), Err(StreamReadError::GivenUp)), "nothing comes after an error"),
+        Err(_) => assert!(
+            matches!(reader.next(), Err(StreamReadError::GivenUp)),
+            "nothing comes after an error"
+        ),
     }
     outcome
 }
@@ -80,7 +83,8 @@ fn items<R: Read>(reader: &mut StreamReader<R>) -> Result<Facts, StreamReadError
             Item::Blocks(blocks) => {
                 assert!(!facts.machine_type.is_empty() && !listed);
                 listed = true;
-                facts.blocks = blocks.iter().map(|block| (block.name.clone(), block.used)).collect();
+                facts.blocks =
+                    blocks.iter().map(|block| (block.name.clone(), block.used)).collect();
             }
             Item::Page { block, offset, bytes } => {
                 assert!(!ended && bytes.len() == STREAM_PAGE);

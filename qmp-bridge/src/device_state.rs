@@ -1,8 +1,9 @@
 //! The state of all devices and vCPUs at one instant, by `xen-save-devices-state`.
 //!
-//! Despite its name the command needs no Xen and is in every QEMU. With `live: false` it writes the device sections of a migration
-//! stream to a file and touches neither RAM nor disks, which makes it several times faster than any `migrate`. What it
-//! lacks of a stream, [`crate::stream`] adds at restore.
+//! Despite its name the command needs no Xen and is in every QEMU. With `live: false` it writes the
+//! device sections of a migration stream to a file and touches neither RAM nor disks, which makes
+//! it several times faster than any `migrate`. What it lacks of a stream, [`crate::stream`] adds at
+//! restore.
 
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -21,7 +22,8 @@ use crate::run_state::RunState;
 use crate::stream_format::STREAM_HEADER;
 use crate::stream_format::mark::{END_OF_STREAM, SECTION_FULL};
 
-/// Largest device state accepted; an ordinary VM has 0.1 to 1 MiB, one with virtio-gpu up to some dozen.
+/// Largest device state accepted; an ordinary VM has 0.1 to 1 MiB, one with virtio-gpu up to some
+/// dozen.
 pub const MAX_DEVICE_STATE: u64 = 256 << 20;
 
 #[derive(Debug, Error)]
@@ -37,8 +39,8 @@ pub enum DeviceStateError {
     Malformed { why: &'static str },
 }
 
-/// Where one device state goes: a file without a name, which QEMU has as a descriptor. Best in a memory file system: QEMU writes it
-/// while the guest is paused.
+/// Where one device state goes: a file without a name, which QEMU has as a descriptor. Best in a
+/// memory file system: QEMU writes it while the guest is paused.
 #[derive(Debug)]
 pub struct DeviceStateFile {
     /// The directory, for messages.
@@ -62,7 +64,8 @@ impl DeviceStateFile {
     pub async fn prepare(qmp: &Qmp, directory: &Path) -> Result<Self, DeviceStateError> {
         let number = FILES.fetch_add(1, Ordering::Relaxed);
         let path = directory.join(format!("device-state.{}.{number}", std::process::id()));
-        let (writing, file) = unnamed(&path).map_err(|source| DeviceStateError::Read { path: path.clone(), source })?;
+        let (writing, file) = unnamed(&path)
+            .map_err(|source| DeviceStateError::Read { path: path.clone(), source })?;
         let set = FdSet::add(qmp, writing.as_fd(), FD_KIND).await?;
         Ok(Self { path: directory.into(), file, writing, set, qmp: qmp.clone() })
     }
@@ -74,7 +77,8 @@ impl DeviceStateFile {
     pub async fn save(&self, paused: &Paused) -> Result<(), DeviceStateError> {
         let emptied = self.writing.set_len(0).and_then(|()| (&self.writing).rewind());
         emptied.map_err(|source| DeviceStateError::Read { path: self.path.clone(), source })?;
-        // With `live: true` QEMU would inactivate the disks, as if it handed them over to another host.
+        // With `live: true` QEMU would inactivate the disks, as if it handed them over to another
+        // host.
         let arguments = json!({ "filename": self.set.filename(), "live": false });
         paused.qmp().execute_json("xen-save-devices-state", arguments).await?;
         Ok(())
@@ -103,7 +107,8 @@ impl Drop for DeviceStateFile {
     }
 }
 
-/// One end to write and one to read: QEMU takes a descriptor only with the access mode by which it would open the file.
+/// One end to write and one to read: QEMU takes a descriptor only with the access mode by which it
+/// would open the file.
 fn unnamed(path: &Path) -> std::io::Result<(File, File)> {
     let writing = File::options().write(true).create_new(true).mode(0o600).open(path)?;
     let reading = File::open(path);
@@ -144,9 +149,11 @@ impl DeviceState {
         self.bytes
     }
 
-    /// The same with another run state, which QEMU enters when it has loaded it (a live one: when it was started without `-S`).
+    /// The same with another run state, which QEMU enters when it has loaded it (a live one: when
+    /// it was started without `-S`).
     ///
-    /// `xen-save-devices-state` always writes `running`, and a migration what the guest did before QEMU stopped it for that.
+    /// `xen-save-devices-state` always writes `running`, and a migration what the guest did before
+    /// QEMU stopped it for that.
     ///
     /// # Errors
     /// When the state has no section of the run state.
@@ -167,8 +174,8 @@ impl DeviceState {
     }
 }
 
-/// The section `globalstate`, instance 0, version 1: a length and a text of 100 bytes, of which QEMU 8.2 and later use 32 for the run state
-/// and some for flags.
+/// The section `globalstate`, instance 0, version 1: a length and a text of 100 bytes, of which
+/// QEMU 8.2 and later use 32 for the run state and some for flags.
 const GLOBAL_STATE: &[u8] = b"\x0bglobalstate\0\0\0\0\0\0\0\x01";
 const GLOBAL_STATE_BYTES: usize = 4 + 100;
 const RUN_STATE_BYTES: usize = 32;
@@ -200,7 +207,16 @@ mod test {
         let text = |state: &str| [state.as_bytes(), &vec![0; 32 - state.len()]].concat();
         let section = |length: u8, state: &str| {
             let head = [SECTION_FULL, 0, 0, 0, 9];
-            [&head[..], GLOBAL_STATE, &[0, 0, 0, length], &text(state), &[1, 1], &[0; 66], &[0x7e, 0, 0, 0, 9]].concat()
+            [
+                &head[..],
+                GLOBAL_STATE,
+                &[0, 0, 0, length],
+                &text(state),
+                &[1, 1],
+                &[0; 66],
+                &[0x7e, 0, 0, 0, 9],
+            ]
+            .concat()
         };
         let whole = |section: &[u8]| [STREAM_HEADER.as_slice(), section, &[END_OF_STREAM]].concat();
         let state = DeviceState::from_bytes(whole(&section(8, "running"))).expect("good");
@@ -211,7 +227,12 @@ mod test {
         assert_eq!(paused.as_bytes(), whole(&section(7, "paused")));
         let two = [section(8, "running"), section(8, "running")].concat();
         for bad in [&[SECTION_FULL, 1, 2][..], &two] {
-            assert!(DeviceState::from_bytes(whole(bad)).expect("a frame").with_run_state(RunState::Paused).is_err());
+            assert!(
+                DeviceState::from_bytes(whole(bad))
+                    .expect("a frame")
+                    .with_run_state(RunState::Paused)
+                    .is_err()
+            );
         }
     }
 
@@ -220,7 +241,13 @@ mod test {
         let good = [STREAM_HEADER.as_slice(), &[SECTION_FULL, 1, 2, END_OF_STREAM]].concat();
         let state = DeviceState::from_bytes(good.clone()).expect("good");
         assert_eq!(state.sections(), [SECTION_FULL, 1, 2]);
-        for bad in [good[..10].to_vec(), good[1..].to_vec(), good[..8].to_vec(), vec![], [&STREAM_HEADER[..], &[7, 0]].concat()] {
+        for bad in [
+            good[..10].to_vec(),
+            good[1..].to_vec(),
+            good[..8].to_vec(),
+            vec![],
+            [&STREAM_HEADER[..], &[7, 0]].concat(),
+        ] {
             assert!(DeviceState::from_bytes(bad.clone()).is_err(), "{bad:?}");
         }
     }

@@ -1,7 +1,8 @@
 //! Guest devices that a live checkpoint would miss or could not bring back.
 //!
-//! Memory is tracked by write protection in QEMU's own page tables. A device whose other half is another process or
-//! real hardware writes guest memory past them: the change would be in no checkpoint.
+//! Memory is tracked by write protection in QEMU's own page tables. A device whose other half is
+//! another process or real hardware writes guest memory past them: the change would be in no
+//! checkpoint.
 
 use serde_json::{Value, json};
 
@@ -31,20 +32,28 @@ impl GuestDevice {
     pub fn refusal(&self) -> Option<&'static str> {
         let kind = self.kind.as_str();
         if kind.starts_with("vhost-user") {
-            Some("its daemon writes guest memory through a mapping of its own; use the device without vhost-user")
+            Some(
+                "its daemon writes guest memory through a mapping of its own; use the device without vhost-user",
+            )
         } else if kind.starts_with("vfio") || kind.starts_with("vhost-vdpa") {
-            Some("its hardware writes guest memory unseen and its state stays in it; use an emulated device")
+            Some(
+                "its hardware writes guest memory unseen and its state stays in it; use an emulated device",
+            )
         } else if kind.starts_with("virtio-mem") || kind == "pc-dimm" {
             Some("a checkpoint knows one memory, the VM's own; unplug it")
         } else if kind == "scsi-block" || kind == "scsi-generic" {
-            Some("it sends the guest's writes to the hardware past QEMU's bitmaps; use scsi-hd on the same device")
+            Some(
+                "it sends the guest's writes to the hardware past QEMU's bitmaps; use scsi-hd on the same device",
+            )
         } else if kind.starts_with("ivshmem") {
             Some("other processes write the memory it shares")
         } else if kind.starts_with("vhost-vsock") || kind.starts_with("vhost-scsi") {
             Some("its state is in the kernel of this host; use the device without vhost")
         } else if kind == "vmbus-bridge" || kind == "pci-serial-2x" {
             // Seen with 7.2 and 10.0: an assertion in vmstate_save_state_v.
-            Some("QEMU aborts, guest and all, when it saves the state of this device; use pci-serial or pci-serial-4x, or no VMBus")
+            Some(
+                "QEMU aborts, guest and all, when it saves the state of this device; use pci-serial or pci-serial-4x, or no VMBus",
+            )
         } else if kind.starts_with("virtio-pmem") || kind == "nvdimm" {
             Some("its memory is a file outside of the disks and the main RAM; use a disk instead")
         } else {
@@ -53,7 +62,8 @@ impl GuestDevice {
     }
 }
 
-/// Whether a balloon keeps the guest's free pages out of the migration stream (`free-page-hint=on`).
+/// Whether a balloon keeps the guest's free pages out of the migration stream
+/// (`free-page-hint=on`).
 ///
 /// # Errors
 /// When QEMU does not answer.
@@ -113,15 +123,33 @@ mod test {
 
     #[test]
     fn devices_with_a_foreign_writer_are_refused() {
-        let refused = |kind: &str| GuestDevice { path: "/x".into(), kind: kind.into() }.refusal().is_some();
+        let refused =
+            |kind: &str| GuestDevice { path: "/x".into(), kind: kind.into() }.refusal().is_some();
         assert!(
-            ["vhost-user-fs-pci", "vfio-pci", "ivshmem-plain", "vhost-vsock-pci", "nvdimm", "scsi-block", "pci-serial-2x"]
-                .into_iter()
-                .all(refused)
+            [
+                "vhost-user-fs-pci",
+                "vfio-pci",
+                "ivshmem-plain",
+                "vhost-vsock-pci",
+                "nvdimm",
+                "scsi-block",
+                "pci-serial-2x"
+            ]
+            .into_iter()
+            .all(refused)
         );
-        assert!(!["virtio-blk-pci", "virtio-net-pci", "e1000e", "virtio-rng-pci", "virtio-balloon-pci"].into_iter().any(refused));
-        let balloon = |kind: &str| GuestDevice { path: "/x".into(), kind: kind.into() }.is_balloon();
-        assert!(balloon("virtio-balloon-pci-transitional") && balloon("hv-balloon") && !balloon("virtio-blk-pci"));
+        assert!(
+            !["virtio-blk-pci", "virtio-net-pci", "e1000e", "virtio-rng-pci", "virtio-balloon-pci"]
+                .into_iter()
+                .any(refused)
+        );
+        let balloon =
+            |kind: &str| GuestDevice { path: "/x".into(), kind: kind.into() }.is_balloon();
+        assert!(
+            balloon("virtio-balloon-pci-transitional")
+                && balloon("hv-balloon")
+                && !balloon("virtio-blk-pci")
+        );
         let row = json!({"name": "device[0]", "type": "child<virtio-blk-pci>"});
         let device = parse(PARENTS[1], &row).expect("device");
         assert_eq!(device.path, "/machine/peripheral-anon/device[0]");

@@ -1,13 +1,15 @@
 //! Finds where RAM blocks lie in QEMU's address space when its monitor does not tell (before 8.x).
 //!
-//! QEMU keeps a `struct RAMBlock` per block on its heap. What the monitor does print is in it, in fixed places:
+//! QEMU keeps a `struct RAMBlock` per block on its heap. What the monitor does print is in it, in
+//! fixed places:
 //!
 //! ```text
 //! host (8) | colo_cache (8) | offset (8) | used_length (8) | max_length (8) | resized (8) | flags (4) | idstr (256)
 //! ```
 //!
-//! So the heap is searched for offset, used and max length beside one another with the block's name behind them. A hit
-//! counts only if its host pointer leads to memory of at least that length, and if there is no other such pointer.
+//! So the heap is searched for offset, used and max length beside one another with the block's name
+//! behind them. A hit counts only if its host pointer leads to memory of at least that length, and
+//! if there is no other such pointer.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -39,9 +41,13 @@ pub enum HostError {
     TooManyMappings,
     #[error("cannot read the memory of QEMU: {0}; run as the same user, or with CAP_SYS_PTRACE")]
     Read(std::io::Error),
-    #[error("RAM block `{name}` was not found in the memory of QEMU; use QEMU 8.2 or later, which tells its address")]
+    #[error(
+        "RAM block `{name}` was not found in the memory of QEMU; use QEMU 8.2 or later, which tells its address"
+    )]
     NotFound { name: String },
-    #[error("RAM block `{name}` could be at {count} places in QEMU; use QEMU 8.2 or later, which tells its address")]
+    #[error(
+        "RAM block `{name}` could be at {count} places in QEMU; use QEMU 8.2 or later, which tells its address"
+    )]
     Ambiguous { name: String, count: usize },
 }
 
@@ -55,7 +61,8 @@ struct Mapping {
     main_heap: bool,
 }
 
-/// Fills in `host` of the blocks that lack it. `memory` is `/proc/PID/mem`, `maps` the text of `/proc/PID/maps`.
+/// Fills in `host` of the blocks that lack it. `memory` is `/proc/PID/mem`, `maps` the text of
+/// `/proc/PID/maps`.
 ///
 /// # Errors
 /// When a block's memory is not found at one place in QEMU's map, or cannot be read.
@@ -65,9 +72,12 @@ pub fn find_hosts(memory: &File, maps: &str, blocks: &mut [RamBlock]) -> Result<
     }
     let mappings = parse_maps(maps)?;
     let mut found = vec![BTreeSet::new(); blocks.len()];
-    // The structs are made by the main thread, whose heap is usually this one; the rest is searched only if need be.
+    // The structs are made by the main thread, whose heap is usually this one; the rest is searched
+    // only if need be.
     for heap in [true, false] {
-        for mapping in mappings.iter().filter(|mapping| mapping.heap_like && mapping.main_heap == heap) {
+        for mapping in
+            mappings.iter().filter(|mapping| mapping.heap_like && mapping.main_heap == heap)
+        {
             search(memory, *mapping, blocks, &mut found)?;
         }
         for (block, hosts) in blocks.iter().zip(&mut found) {
@@ -82,14 +92,17 @@ pub fn find_hosts(memory: &File, maps: &str, blocks: &mut [RamBlock]) -> Result<
         match hosts.as_slice() {
             [host] => block.host = Some(*host),
             [] => return Err(HostError::NotFound { name: block.name.clone() }),
-            many => return Err(HostError::Ambiguous { name: block.name.clone(), count: many.len() }),
+            many => {
+                return Err(HostError::Ambiguous { name: block.name.clone(), count: many.len() });
+            }
         }
     }
     Ok(())
 }
 
 fn parse_maps(maps: &str) -> Result<Vec<Mapping>, HostError> {
-    let mappings: Vec<Mapping> = maps.lines().take(MAX_MAPPINGS + 1).filter_map(parse_mapping).collect();
+    let mappings: Vec<Mapping> =
+        maps.lines().take(MAX_MAPPINGS + 1).filter_map(parse_mapping).collect();
     if mappings.len() > MAX_MAPPINGS { Err(HostError::TooManyMappings) } else { Ok(mappings) }
 }
 
@@ -103,7 +116,13 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
     let end = u64::from_str_radix(end, 16).ok()?;
     let small = name == "[heap]" || (name.is_empty() && end.checked_sub(start)? <= MAX_SEARCHED);
     let heap_like = permissions == "rw-p" && inode == "0" && small;
-    (start < end).then_some(Mapping { start, end, readable: permissions.starts_with('r'), heap_like, main_heap: name == "[heap]" })
+    (start < end).then_some(Mapping {
+        start,
+        end,
+        readable: permissions.starts_with('r'),
+        heap_like,
+        main_heap: name == "[heap]",
+    })
 }
 
 /// Whether a block can begin here: page-aligned, and readable mappings without a gap for all of it.
@@ -119,11 +138,17 @@ fn is_memory(mappings: &[Mapping], host: u64, block: &RamBlock) -> bool {
     host != 0 && host.is_multiple_of(block.page_size.max(1)) && at >= end
 }
 
-fn search(memory: &File, mapping: Mapping, blocks: &[RamBlock], found: &mut [BTreeSet<u64>]) -> Result<(), HostError> {
+fn search(
+    memory: &File,
+    mapping: Mapping,
+    blocks: &[RamBlock],
+    found: &mut [BTreeSet<u64>],
+) -> Result<(), HostError> {
     let mut buffer = vec![0; PIECE + STRUCT];
     let mut at = mapping.start;
     while at < mapping.end {
-        let wanted = usize::try_from(mapping.end - at).map_or(buffer.len(), |rest| rest.min(buffer.len()));
+        let wanted =
+            usize::try_from(mapping.end - at).map_or(buffer.len(), |rest| rest.min(buffer.len()));
         let read = match memory.read_at(&mut buffer[..wanted], at) {
             Ok(read) => read,
             // A mapping that has gone in the meantime, or a guard page.
@@ -150,7 +175,9 @@ fn search_piece(bytes: &[u8], blocks: &[RamBlock], found: &mut [BTreeSet<u64>]) 
         }
         let (offset, used) = (word(bytes, at + OFFSET), word(bytes, at + USED));
         for (block, hosts) in blocks.iter().zip(found.iter_mut()) {
-            if (block.offset, block.used, block.total) == (offset, used, max) && has_name(&bytes[at + NAME..], &block.name) {
+            if (block.offset, block.used, block.total) == (offset, used, max)
+                && has_name(&bytes[at + NAME..], &block.name)
+            {
                 hosts.insert(word(bytes, at + HOST));
             }
         }
@@ -169,7 +196,15 @@ mod test {
 
     fn block() -> RamBlock {
         let (offset, used, total) = (0x8000, 0x4000, 0x5000);
-        RamBlock { name: BLOCK.into(), page_size: 4096, offset, used, total, host: None, read_only: None }
+        RamBlock {
+            name: BLOCK.into(),
+            page_size: 4096,
+            offset,
+            used,
+            total,
+            host: None,
+            read_only: None,
+        }
     }
 
     fn image(host: u64) -> Vec<u8> {
@@ -183,7 +218,8 @@ mod test {
         bytes
     }
 
-    /// A file as memory: the heap at 0x1000 holds the given structs, the block's memory is a mapping at 0x100000.
+    /// A file as memory: the heap at 0x1000 holds the given structs, the block's memory is a
+    /// mapping at 0x100000.
     fn find(structs: &[(usize, u64)]) -> Result<Option<u64>, HostError> {
         let mut heap = vec![0; 0x3000];
         for (at, host) in structs {
@@ -201,8 +237,15 @@ mod test {
     #[test]
     fn one_sound_pointer_is_taken() {
         assert_eq!(find(&[(0x128, 0x10_0000)]).expect("found"), Some(0x10_0000));
-        // The same struct twice agrees; pointers to nowhere and into too short a mapping are passed over.
-        let structs = [(0x128, 0x10_0000), (0x800, 0x10_0000), (0x1000, 0x90_0000), (0x2000, 0x20_0000), (0x2800, 0x10_0001)];
+        // The same struct twice agrees; pointers to nowhere and into too short a mapping are passed
+        // over.
+        let structs = [
+            (0x128, 0x10_0000),
+            (0x800, 0x10_0000),
+            (0x1000, 0x90_0000),
+            (0x2000, 0x20_0000),
+            (0x2800, 0x10_0001),
+        ];
         assert_eq!(find(&structs).expect("found"), Some(0x10_0000));
     }
 
@@ -210,6 +253,9 @@ mod test {
     fn none_and_two_are_errors() {
         assert!(matches!(find(&[]), Err(HostError::NotFound { .. })));
         assert!(matches!(find(&[(0x128, 0x90_0000)]), Err(HostError::NotFound { .. })));
-        assert!(matches!(find(&[(0x128, 0x10_0000), (0x800, 0x10_1000)]), Err(HostError::Ambiguous { count: 2, .. })));
+        assert!(matches!(
+            find(&[(0x128, 0x10_0000), (0x800, 0x10_1000)]),
+            Err(HostError::Ambiguous { count: 2, .. })
+        ));
     }
 }

@@ -1,10 +1,11 @@
 //! A short-lived QEMU without a VM that makes and fills disk images.
 //!
-//! It writes every format just as the QEMU does that will open the image, so no format is written here; and its NBD
-//! export takes data as fast as we send it.
+//! It writes every format just as the QEMU does that will open the image, so no format is written
+//! here; and its NBD export takes data as fast as we send it.
 //!
-//! A slow disk holds up QEMU's main loop, and with it the answer to any command. So a worker gets minutes where a QEMU
-//! with a guest gets seconds, and only one that answers nothing at all any more is replaced ([`ImageWorkers`]).
+//! A slow disk holds up QEMU's main loop, and with it the answer to any command. So a worker gets
+//! minutes where a QEMU with a guest gets seconds, and only one that answers nothing at all any
+//! more is replaced ([`ImageWorkers`]).
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -27,7 +28,8 @@ use crate::said;
 
 /// A QEMU without a VM greets after 50 ms; a loaded host may need many times as long.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long one command of the worker, or one job, may take: nothing but the storage can hold it up.
+/// How long one command of the worker, or one job, may take: nothing but the storage can hold it
+/// up.
 const TIMEOUT: Duration = Duration::from_secs(300);
 /// A wait that is longer than this is told of, again and again.
 const SAY_EVERY: Duration = Duration::from_secs(10);
@@ -50,7 +52,9 @@ pub enum ImageError {
     Job(#[from] JobError),
     #[error("cannot start the image worker {binary}: {source}; name a QEMU system emulator")]
     Start { binary: PathBuf, source: std::io::Error },
-    #[error("the image worker {binary} did not come up: {source}; it said: {said}; try `{binary} -machine none` by hand")]
+    #[error(
+        "the image worker {binary} did not come up: {source}; it said: {said}; try `{binary} -machine none` by hand"
+    )]
     Silent { binary: PathBuf, source: QmpError, said: String },
     #[error("cannot make the image {path}: {why}")]
     Create { path: PathBuf, why: String },
@@ -58,7 +62,9 @@ pub enum ImageError {
     Open { path: PathBuf, source: QmpError },
     #[error("the path {path} is not UTF-8, and QMP can carry no other")]
     Path { path: PathBuf },
-    #[error("the image worker did not end within {EXIT_TIMEOUT:?}; it was killed; images that were not closed may lack data")]
+    #[error(
+        "the image worker did not end within {EXIT_TIMEOUT:?}; it was killed; images that were not closed may lack data"
+    )]
     Exit,
 }
 
@@ -89,9 +95,11 @@ pub struct ImageSpec {
 /// How an image is opened to be filled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackingMode {
-    /// With its backing chain: what is not written keeps showing through, whatever the size of a write.
+    /// With its backing chain: what is not written keeps showing through, whatever the size of a
+    /// write.
     Chain,
-    /// Alone, so that the chain need not exist. The rest of a cluster written in part becomes zeroes!
+    /// Alone, so that the chain need not exist. The rest of a cluster written in part becomes
+    /// zeroes!
     Alone,
 }
 
@@ -115,7 +123,8 @@ pub struct OpenImage {
 }
 
 impl ImageWorker {
-    /// Starts `binary`; its socket and its log are in `directory`, whose path should be short (sockets allow 107 bytes).
+    /// Starts `binary`; its socket and its log are in `directory`, whose path should be short
+    /// (sockets allow 107 bytes).
     ///
     /// # Errors
     /// When QEMU does not start, or its sockets cannot be made.
@@ -135,8 +144,18 @@ impl ImageWorker {
             .spawn()
             .map_err(start_error)?;
         let qmp = Qmp::over(ours, START_TIMEOUT).await;
-        let qmp = qmp.map_err(|source| ImageError::Silent { binary: binary.into(), source, said: last_lines(&log) })?;
-        Ok(Self { qmp: qmp.with_timeout(TIMEOUT), child, directory: directory.into(), images: 0, serving: false })
+        let qmp = qmp.map_err(|source| ImageError::Silent {
+            binary: binary.into(),
+            source,
+            said: last_lines(&log),
+        })?;
+        Ok(Self {
+            qmp: qmp.with_timeout(TIMEOUT),
+            child,
+            directory: directory.into(),
+            images: 0,
+            serving: false,
+        })
     }
 
     /// For whatever else a QEMU without a VM can tell, e.g. [`crate::machine::machine_types`].
@@ -160,24 +179,36 @@ impl ImageWorker {
     async fn make(&mut self, spec: &ImageSpec) -> Result<(), ImageError> {
         let refuse = |why: String| Err(ImageError::Create { path: spec.path.clone(), why });
         match &spec.backing {
-            Some(_) if spec.format == ImageFormat::Raw => return refuse("a raw image cannot have a backing file".into()),
+            Some(_) if spec.format == ImageFormat::Raw => {
+                return refuse("a raw image cannot have a backing file".into());
+            }
             Some(backing) if backing.file.len() > MAX_BACKING_NAME => {
-                return refuse(format!("the name of its backing file is longer than {MAX_BACKING_NAME} bytes"));
+                return refuse(format!(
+                    "the name of its backing file is longer than {MAX_BACKING_NAME} bytes"
+                ));
             }
             _ => {}
         }
         // Made here, since QEMU would overwrite a file that exists.
-        if let Err(error) = std::fs::OpenOptions::new().write(true).create_new(true).open(&spec.path) {
+        if let Err(error) =
+            std::fs::OpenOptions::new().write(true).create_new(true).open(&spec.path)
+        {
             return refuse(error.to_string());
         }
         let filename = utf8(&spec.path)?;
         let file_bytes = if spec.format == ImageFormat::Raw { spec.virtual_size } else { 0 };
-        self.job(spec, json!({ "driver": "file", "filename": filename, "size": file_bytes })).await?;
+        self.job(spec, json!({ "driver": "file", "filename": filename, "size": file_bytes }))
+            .await?;
         if spec.format == ImageFormat::Raw {
             return Ok(());
         }
         let node = self.next_node();
-        self.qmp.execute_json("blockdev-add", json!({ "driver": "file", "node-name": node, "filename": filename })).await?;
+        self.qmp
+            .execute_json(
+                "blockdev-add",
+                json!({ "driver": "file", "node-name": node, "filename": filename }),
+            )
+            .await?;
         let mut options = json!({ "driver": "qcow2", "file": node, "size": spec.virtual_size });
         if let Some(backing) = &spec.backing {
             options["backing-file"] = backing.file.as_str().into();
@@ -208,15 +239,26 @@ impl ImageWorker {
     ///
     /// # Errors
     /// When QEMU refuses to open or export the image.
-    pub async fn open(&mut self, path: &Path, format: ImageFormat, mode: BackingMode) -> Result<OpenImage, ImageError> {
+    pub async fn open(
+        &mut self,
+        path: &Path,
+        format: ImageFormat,
+        mode: BackingMode,
+    ) -> Result<OpenImage, ImageError> {
         patiently("opening", path, self.export(path, format, mode)).await
     }
 
-    async fn export(&mut self, path: &Path, format: ImageFormat, mode: BackingMode) -> Result<OpenImage, ImageError> {
+    async fn export(
+        &mut self,
+        path: &Path,
+        format: ImageFormat,
+        mode: BackingMode,
+    ) -> Result<OpenImage, ImageError> {
         let socket = self.directory.join("image-worker.nbd");
         self.serve(&socket).await?;
         let node = self.next_node();
-        let is_device = std::fs::metadata(path).is_ok_and(|facts| facts.file_type().is_block_device());
+        let is_device =
+            std::fs::metadata(path).is_ok_and(|facts| facts.file_type().is_block_device());
         let driver = if is_device { "host_device" } else { "file" };
         let mut options = json!({
             "driver": format.as_str(), "node-name": node, "discard": "unmap",
@@ -227,7 +269,8 @@ impl ImageWorker {
         }
         let added = self.qmp.execute_json("blockdev-add", options).await;
         added.map_err(|source| ImageError::Open { path: path.into(), source })?;
-        let export = json!({ "type": "nbd", "id": node, "name": node, "node-name": node, "writable": true });
+        let export =
+            json!({ "type": "nbd", "id": node, "name": node, "node-name": node, "writable": true });
         self.qmp.execute_json("block-export-add", export).await?;
         let client = NbdClient::connect(&socket, &node, &[]).await?;
         Ok(OpenImage { client, node, path: path.into() })
@@ -292,12 +335,15 @@ impl ImageWorkers {
         Self { binary: binary.into(), directory: directory.into(), worker: None }
     }
 
-    /// Does `work` for one image; from its beginning, with a fresh worker, if the worker is dead or hangs after a failure.
-    /// So `work` has to clear away what an earlier call of it left.
+    /// Does `work` for one image; from its beginning, with a fresh worker, if the worker is dead or
+    /// hangs after a failure. So `work` has to clear away what an earlier call of it left.
     ///
     /// # Errors
     /// When `work` fails, or no worker can be started.
-    pub async fn run<T, E>(&mut self, mut work: impl AsyncFnMut(&mut ImageWorker) -> Result<T, E>) -> Result<T, E>
+    pub async fn run<T, E>(
+        &mut self,
+        mut work: impl AsyncFnMut(&mut ImageWorker) -> Result<T, E>,
+    ) -> Result<T, E>
     where
         E: From<ImageError> + std::fmt::Display,
     {
@@ -323,7 +369,8 @@ impl ImageWorkers {
         }
     }
 
-    /// Ends the worker. Every image that was closed is complete, so one that does not end in time is only told of.
+    /// Ends the worker. Every image that was closed is complete, so one that does not end in time
+    /// is only told of.
     pub async fn shutdown(self) {
         if let Some(worker) = self.worker
             && let Err(error) = worker.shutdown().await
@@ -342,7 +389,10 @@ async fn patiently<T>(doing: &str, path: &Path, work: impl Future<Output = T>) -
             Ok(done) => return done,
             Err(_) => {
                 let seconds = begun.elapsed().as_secs();
-                tracing::warn!("{doing} the image {} has taken {seconds} s so far; its storage may be slow", path.display());
+                tracing::warn!(
+                    "{doing} the image {} has taken {seconds} s so far; its storage may be slow",
+                    path.display()
+                );
             }
         }
     }

@@ -28,9 +28,13 @@ pub enum IncomingError {
     Qmp(QmpError),
     #[error("cannot send the stream to {path}: {source}{hint}")]
     Send { path: PathBuf, source: std::io::Error, hint: String },
-    #[error("QEMU ended while it loaded the stream; its own output says why (often a VM that differs from the saved one)")]
+    #[error(
+        "QEMU ended while it loaded the stream; its own output says why (often a VM that differs from the saved one)"
+    )]
     Ended,
-    #[error("QEMU could not load the stream: {why}; the VM must have the same devices, in the same places, as the saved one")]
+    #[error(
+        "QEMU could not load the stream: {why}; the VM must have the same devices, in the same places, as the saved one"
+    )]
     Failed { why: String },
     #[error("QEMU did not finish loading within {after:?}; its state is `{status}`")]
     Stuck { status: String, after: Duration },
@@ -39,7 +43,8 @@ pub enum IncomingError {
 }
 
 async fn announce_rounds(qmp: &Qmp, passes: u32) -> Result<(), IncomingError> {
-    let set = qmp.execute_json("migrate-set-parameters", json!({ "announce-rounds": passes })).await;
+    let set =
+        qmp.execute_json("migrate-set-parameters", json!({ "announce-rounds": passes })).await;
     set.map(drop).map_err(IncomingError::Qmp)
 }
 
@@ -59,16 +64,25 @@ impl Incoming {
     pub async fn begin(qmp: &Qmp, path: &Path) -> Result<Self, IncomingError> {
         let text = path.to_str().ok_or_else(|| IncomingError::Path { path: path.into() })?;
         let capabilities = json!([{ "capability": "x-ignore-shared", "state": true }]);
-        let set = qmp.execute_json("migrate-set-capabilities", json!({ "capabilities": capabilities })).await;
+        let set = qmp
+            .execute_json("migrate-set-capabilities", json!({ "capabilities": capabilities }))
+            .await;
         set.map_err(IncomingError::Qmp)?;
-        // QEMU would tell the network that the guest is here as soon as its state is loaded, though it may never run here.
+        // QEMU would tell the network that the guest is here as soon as its state is loaded, though
+        // it may never run here.
         announce_rounds(qmp, 0).await?;
         let mut arguments = json!({ "uri": format!("unix:{text}") });
         if (qmp.version().major, qmp.version().minor) >= EXIT_ON_ERROR_SINCE {
             arguments["exit-on-error"] = Value::Bool(false);
         }
         let listening = qmp.execute_json("migrate-incoming", arguments).await;
-        listening.map_err(|error| if error.is_refusal() { IncomingError::NotWaiting(error) } else { IncomingError::Qmp(error) })?;
+        listening.map_err(|error| {
+            if error.is_refusal() {
+                IncomingError::NotWaiting(error)
+            } else {
+                IncomingError::Qmp(error)
+            }
+        })?;
         let connected = UnixStream::connect(path).await;
         let error = |source| IncomingError::Send { path: path.into(), source, hint: String::new() };
         Ok(Self { qmp: qmp.clone(), path: path.into(), stream: connected.map_err(error)? })
@@ -85,7 +99,8 @@ impl Incoming {
         }
     }
 
-    /// Ends the stream and waits until QEMU has loaded it. The guest is stopped then: `cont` starts it.
+    /// Ends the stream and waits until QEMU has loaded it. The guest is stopped then: `cont` starts
+    /// it.
     ///
     /// # Errors
     /// When QEMU refuses the stream, or does not finish in time.
@@ -108,15 +123,19 @@ impl Incoming {
     }
 
     async fn status(&self) -> Result<(String, String), IncomingError> {
-        let reply = self.qmp.execute_json("query-migrate", Value::Null).await.map_err(|error| match error {
-            QmpError::Closed { .. } => IncomingError::Ended,
-            other => IncomingError::Qmp(other),
-        })?;
+        let reply =
+            self.qmp.execute_json("query-migrate", Value::Null).await.map_err(
+                |error| match error {
+                    QmpError::Closed { .. } => IncomingError::Ended,
+                    other => IncomingError::Qmp(other),
+                },
+            )?;
         let text = |field: &str, default: &str| reply[field].as_str().unwrap_or(default).to_owned();
         Ok((text("status", "none"), text("error-desc", "it gave no reason")))
     }
 
-    /// QEMU hangs up early when it does not like what it reads; then it knows better than the socket why.
+    /// QEMU hangs up early when it does not like what it reads; then it knows better than the
+    /// socket why.
     async fn broken(&self, source: std::io::Error) -> IncomingError {
         let deadline = Instant::now() + Duration::from_secs(2);
         while Instant::now() < deadline {
@@ -126,6 +145,10 @@ impl Incoming {
                 Err(error) => return error,
             }
         }
-        IncomingError::Send { path: self.path.clone(), source, hint: "; QEMU says nothing about it".into() }
+        IncomingError::Send {
+            path: self.path.clone(),
+            source,
+            hint: "; QEMU says nothing about it".into(),
+        }
     }
 }

@@ -67,7 +67,8 @@ impl Looks {
         Self::within(TIMEOUT)
     }
 
-    /// As patient as the connection is with one command: whoever knows that the storage may be slow says so once.
+    /// As patient as the connection is with one command: whoever knows that the storage may be slow
+    /// says so once.
     fn on(qmp: &Qmp) -> Self {
         Self::within(qmp.timeout())
     }
@@ -103,7 +104,8 @@ pub(crate) async fn create_image(qmp: &Qmp, job: &str, options: Value) -> Result
     }
 }
 
-/// Asks a job to go. It may take a while, and it may be gone already: refusals are for the next look to judge.
+/// Asks a job to go. It may take a while, and it may be gone already: refusals are for the next
+/// look to judge.
 pub(crate) async fn ask_to_end(qmp: &Qmp, job: &Job) -> Result<(), QmpError> {
     let (command, arguments) = match (job.status.as_str(), job.kind.as_str()) {
         ("concluded", _) => ("job-dismiss", json!({ "id": job.id })),
@@ -116,11 +118,20 @@ pub(crate) async fn ask_to_end(qmp: &Qmp, job: &Job) -> Result<(), QmpError> {
 
 async fn export_ids(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
     let reply = qmp.execute_json("query-block-exports", Value::Null).await?;
-    Ok(reply.as_array().into_iter().flatten().filter_map(|row| row["id"].as_str().map(Into::into)).collect())
+    Ok(reply
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|row| row["id"].as_str().map(Into::into))
+        .collect())
 }
 
-/// Removes the exports that `ours` picks and waits until their clients are gone. Returns how many there were.
-pub(crate) async fn remove_exports(qmp: &Qmp, ours: impl Fn(&str) -> bool) -> Result<usize, JobError> {
+/// Removes the exports that `ours` picks and waits until their clients are gone. Returns how many
+/// there were.
+pub(crate) async fn remove_exports(
+    qmp: &Qmp,
+    ours: impl Fn(&str) -> bool,
+) -> Result<usize, JobError> {
     let mut looks = Looks::on(qmp);
     let mut found = 0;
     loop {
@@ -131,13 +142,16 @@ pub(crate) async fn remove_exports(qmp: &Qmp, ours: impl Fn(&str) -> bool) -> Re
             return Ok(found);
         }
         for id in &left {
-            tolerate_refusal(qmp.execute_json("block-export-del", json!({ "id": id, "mode": "hard" })).await)?;
+            tolerate_refusal(
+                qmp.execute_json("block-export-del", json!({ "id": id, "mode": "hard" })).await,
+            )?;
         }
         looks.again(|| format!("the exports {left:?}")).await?;
     }
 }
 
-/// For clean-up, where a refusal usually means that the thing is gone or going; the next look tells.
+/// For clean-up, where a refusal usually means that the thing is gone or going; the next look
+/// tells.
 pub(crate) fn tolerate_refusal(result: Result<Value, QmpError>) -> Result<(), QmpError> {
     match result {
         Err(error) if error.is_refusal() => {
@@ -153,7 +167,8 @@ mod test {
     use super::*;
     use crate::qmp::test::pair;
 
-    /// A job gets as long as the connection gives a command: who knows of slow storage says so there.
+    /// A job gets as long as the connection gives a command: who knows of slow storage says so
+    /// there.
     #[tokio::test]
     async fn a_job_is_waited_for_as_long_as_a_command() {
         let (qmp, mut peer, _directory) = pair().await;
@@ -161,7 +176,8 @@ mod test {
         let script = async {
             while let Some((command, id)) = peer.command().await {
                 let busy = json!([{ "id": "j", "type": "create", "status": "running" }]);
-                peer.answer(id, if command["execute"] == "query-jobs" { busy } else { json!({}) }).await;
+                peer.answer(id, if command["execute"] == "query-jobs" { busy } else { json!({}) })
+                    .await;
             }
         };
         let begun = Instant::now();
@@ -169,7 +185,10 @@ mod test {
             made = create_image(&patient, "j", json!({})) => made,
             () = script => unreachable!("the client goes first"),
         };
-        assert!(matches!(made, Err(JobError::Stuck { after, .. }) if after == Duration::from_millis(300)), "{made:?}");
+        assert!(
+            matches!(made, Err(JobError::Stuck { after, .. }) if after == Duration::from_millis(300)),
+            "{made:?}"
+        );
         assert!(begun.elapsed() < TIMEOUT / 2, "{:?}", begun.elapsed());
     }
 }

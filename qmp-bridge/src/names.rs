@@ -1,8 +1,9 @@
 //! The names of what we put into a QEMU: nodes, jobs, exports, QOM objects, file descriptors.
 //!
-//! QEMU has no owners: a name is all by which a later helper tells what an earlier one made from what the owner of the VM or
-//! another tool did. So each name carries a digest of the VM's instance (`sp-91b04c2f6e-…`), which the next helper of that
-//! instance derives again, and only what bears it is ever removed.
+//! QEMU has no owners: a name is all by which a later helper tells what an earlier one made from
+//! what the owner of the VM or another tool did. So each name carries a digest of the VM's instance
+//! (`sp-91b04c2f6e-…`), which the next helper of that instance derives again, and only what bears
+//! it is ever removed.
 
 use std::fmt::Write;
 
@@ -39,7 +40,9 @@ impl ObjectNames {
 
 /// FNV-1a, 64 bits: the same in every build, which is all that is asked of it.
 fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+    })
 }
 
 #[cfg(test)]

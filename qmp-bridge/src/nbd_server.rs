@@ -1,7 +1,8 @@
 //! QEMU's NBD server. A process has one, and it may be another tool's.
 //!
-//! Ours listens on a socket that we make in the runtime directory and hand over as a descriptor (so QEMU's user needs no right
-//! to any path). Whether the server that runs is ours is told by that socket alone: it answers only while QEMU holds it.
+//! Ours listens on a socket that we make in the runtime directory and hand over as a descriptor (so
+//! QEMU's user needs no right to any path). Whether the server that runs is ours is told by that
+//! socket alone: it answers only while QEMU holds it.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
@@ -49,7 +50,11 @@ impl ServerError {
 
 fn named(exports: &[String]) -> String {
     let names: Vec<String> = exports.iter().map(|id| format!("export `{id}`")).collect();
-    if names.is_empty() { "another tool (it has no export yet)".into() } else { format!("{} of another tool", names.join(", ")) }
+    if names.is_empty() {
+        "another tool (it has no export yet)".into()
+    } else {
+        format!("{} of another tool", names.join(", "))
+    }
 }
 
 /// Who has QEMU's NBD server.
@@ -61,7 +66,8 @@ pub enum Holder {
     Free,
 }
 
-/// Whether a capture can have the server. `socket`: ours; `None` if no helper was ever attached. Changes nothing.
+/// Whether a capture can have the server. `socket`: ours; `None` if no helper was ever attached.
+/// Changes nothing.
 ///
 /// # Errors
 /// When somebody else has the server, or QEMU does not answer.
@@ -71,7 +77,8 @@ pub async fn check(qmp: &Qmp, socket: Option<&Path>) -> Result<Holder, ServerErr
     {
         return Ok(Holder::Ours);
     }
-    // QEMU looks whether its server runs before it looks at the address, and no descriptor has this name.
+    // QEMU looks whether its server runs before it looks at the address, and no descriptor has this
+    // name.
     let address = json!({ "type": "fd", "data": { "str": qmp.names().name(NO_FD_NAME) } });
     match qmp.execute_json("nbd-server-start", json!({ "addr": address })).await {
         Err(error) if runs_already(&error) => Err(in_use(qmp).await?),
@@ -94,7 +101,8 @@ pub(crate) async fn start(qmp: &Qmp, socket: &Path) -> Result<(), ServerError> {
     if check(qmp, Some(socket)).await? == Holder::Ours {
         return Ok(());
     }
-    let made = make_socket(socket).map_err(|source| ServerError::Socket { path: socket.into(), source })?;
+    let made = make_socket(socket)
+        .map_err(|source| ServerError::Socket { path: socket.into(), source })?;
     let started = hand_over(qmp, &made).await;
     if started.is_err() {
         remove_socket(socket);
@@ -123,7 +131,10 @@ pub(crate) async fn stop_unused(qmp: &Qmp, socket: &Path) -> Result<(), ServerEr
     if answers(socket).await {
         let others = exports(qmp).await?;
         if !others.is_empty() {
-            tracing::warn!(?others, "QEMU's NBD server is left running for exports of another tool");
+            tracing::warn!(
+                ?others,
+                "QEMU's NBD server is left running for exports of another tool"
+            );
             return Ok(());
         }
         tolerate_refusal(qmp.execute_json("nbd-server-stop", Value::Null).await)?;

@@ -1,19 +1,22 @@
 //! The pause: a guard that owns the guest's stopped state, and whose drop lets it run again.
 //!
-//! Two dangers decide its form. A helper that fails between `stop` and `cont` must not leave the guest stopped:
-//! so `drop` sends `cont`, synchronously, even while a runtime goes down, and waits a moment for the reply, since a
-//! command whose connection closes at once is lost in QEMU. A helper that is killed there cannot do
-//! that: so before each stop a marker object is put into QEMU, outside the pause, and
-//! [`resume_abandoned`] of the next helper finds it and resumes, without ever resuming a guest that its owner stopped.
+//! Two dangers decide its form. A helper that fails between `stop` and `cont` must not leave the
+//! guest stopped: so `drop` sends `cont`, synchronously, even while a runtime goes down, and waits
+//! a moment for the reply, since a command whose connection closes at once is lost in QEMU. A
+//! helper that is killed there cannot do that: so before each stop a marker object is put into
+//! QEMU, outside the pause, and [`resume_abandoned`] of the next helper finds it and resumes,
+//! without ever resuming a guest that its owner stopped.
 //!
-//! A migration's switch-over is the same pause with another beginning and end: QEMU stops the guest by itself, and
-//! before it has completed only `migrate_cancel` lets the guest run again. And while QEMU writes the last of the stream it
-//! hears no command, so if nobody reads, only cutting the stream does: the guard can hold it for that. It has a marker of its own, since that one
-//! lies in QEMU while the guest still runs, for seconds, and must not speak for a `stop` of the owner. Nor does it alone
-//! allow to resume: a guest that was migrated away looks the same. [`crate::migration::recover`] knows which it was.
+//! A migration's switch-over is the same pause with another beginning and end: QEMU stops the guest
+//! by itself, and before it has completed only `migrate_cancel` lets the guest run again. And while
+//! QEMU writes the last of the stream it hears no command, so if nobody reads, only cutting the
+//! stream does: the guard can hold it for that. It has a marker of its own, since that one lies in
+//! QEMU while the guest still runs, for seconds, and must not speak for a `stop` of the owner. Nor
+//! does it alone allow to resume: a guest that was migrated away looks the same.
+//! [`crate::migration::recover`] knows which it was.
 //!
-//! A guest that does not run when the guard is made has no pause: nothing is sent to it, and its run state stays what it is. The guard
-//! only watches that nobody changes that.
+//! A guest that does not run when the guard is made has no pause: nothing is sent to it, and its
+//! run state stays what it is. The guard only watches that nobody changes that.
 
 mod recovery;
 mod verdict;
@@ -30,19 +33,23 @@ pub use crate::run_state::name as run_state;
 use crate::run_state::{NoGuest, RunState, RunStateError};
 pub use recovery::resume_abandoned;
 use recovery::{end_switchover, leave_finish_migrate};
-pub(crate) use recovery::{marker_present, place_marker, remove_marker, resume_switched_over, withdraw_switchover};
+pub(crate) use recovery::{
+    marker_present, place_marker, remove_marker, resume_switched_over, withdraw_switchover,
+};
 
-/// The longest that a guest is stopped for a checkpoint, from `stop` to `cont`. It is sixty times what a busy host needs; what takes
-/// longer (storage that hangs) may take for ever.
+/// The longest that a guest is stopped for a checkpoint, from `stop` to `cont`. It is sixty times
+/// what a busy host needs; what takes longer (storage that hangs) may take for ever.
 pub const PAUSE_LIMIT: Duration = Duration::from_secs(2);
 
-/// Kind of the object (its id carries the instance) that says: whoever finds the guest paused, we did it.
+/// Kind of the object (its id carries the instance) that says: whoever finds the guest paused, we
+/// did it.
 const MARKER: &str = "paused";
 
 /// Kind of the object that says: a guest that runs is about to be stopped by a migration of ours.
 const SWITCHOVER_MARKER: &str = "switchover";
 
-/// How long a drop may block its thread until QEMU has taken the `cont`; usually less than a millisecond.
+/// How long a drop may block its thread until QEMU has taken the `cont`; usually less than a
+/// millisecond.
 const LAST_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Error)]
@@ -52,9 +59,13 @@ pub enum PauseError {
     Qmp(#[from] QmpError),
     #[error(transparent)]
     NoGuest(#[from] NoGuest),
-    #[error("somebody else changed the VM while it was stopped for a checkpoint: {what}; that stays so, and the checkpoint is given up")]
+    #[error(
+        "somebody else changed the VM while it was stopped for a checkpoint: {what}; that stays so, and the checkpoint is given up"
+    )]
     Disturbed { what: String },
-    #[error("the guest would have been stopped for more than {limit:?} ({during}), so it was let run again; is QEMU's storage slow?")]
+    #[error(
+        "the guest would have been stopped for more than {limit:?} ({during}), so it was let run again; is QEMU's storage slow?"
+    )]
     TooLong { limit: Duration, during: &'static str },
 }
 
@@ -83,7 +94,8 @@ impl From<RunStateError> for PauseError {
 enum Owed {
     Nothing,
     Cont,
-    /// Before the migration has completed `migrate_cancel`, after that `cont`. In the wrong one's place each is harmless.
+    /// Before the migration has completed `migrate_cancel`, after that `cont`. In the wrong one's
+    /// place each is harmless.
     CancelOrCont,
 }
 
@@ -117,8 +129,8 @@ impl Paused {
         Self::stop_within(qmp, PAUSE_LIMIT).await
     }
 
-    /// What has to be asked is asked before, so the pause begins with the one `stop`. Fails, with the guest running on, if that alone
-    /// takes longer than `limit`.
+    /// What has to be asked is asked before, so the pause begins with the one `stop`. Fails, with
+    /// the guest running on, if that alone takes longer than `limit`.
     ///
     /// # Errors
     /// When QEMU does not stop the guest in time, or is in a run state without a whole guest.
@@ -146,9 +158,12 @@ impl Paused {
         Ok(paused)
     }
 
-    /// The question goes right before the order: an owner who has stopped the guest since we first asked wants it stopped.
+    /// The question goes right before the order: an owner who has stopped the guest since we first
+    /// asked wants it stopped.
     async fn send_stop(&mut self) -> Result<(), PauseError> {
-        let stop = async { tokio::try_join!(run_state(&self.qmp), self.qmp.execute_timed("stop", Value::Null)) };
+        let stop = async {
+            tokio::try_join!(run_state(&self.qmp), self.qmp.execute_timed("stop", Value::Null))
+        };
         let Ok(stopped) = tokio::time::timeout(self.limit, stop).await else {
             // QEMU takes this up as soon as it can. Waiting for that is of no use to the guest.
             self.qmp.send_detached("cont", Value::Null)?;
@@ -175,8 +190,8 @@ impl Paused {
         Ok(())
     }
 
-    /// To be called before a migration that will stop the guest: if it runs, leaves word that it is to run again. Returns
-    /// its run state.
+    /// To be called before a migration that will stop the guest: if it runs, leaves word that it is
+    /// to run again. Returns its run state.
     pub(crate) async fn announce_switchover(qmp: &Qmp) -> Result<RunState, PauseError> {
         let state = RunState::of(qmp).await?;
         if state.is_live() {
@@ -185,8 +200,8 @@ impl Paused {
         Ok(state)
     }
 
-    /// The guard of a pause that a migration of ours begins, now or later: its drop cancels the migration. `before`: the guest's run
-    /// state.
+    /// The guard of a pause that a migration of ours begins, now or later: its drop cancels the
+    /// migration. `before`: the guest's run state.
     pub(crate) fn by_switchover(qmp: &Qmp, before: RunState) -> Self {
         Self {
             qmp: qmp.clone(),
@@ -217,7 +232,8 @@ impl Paused {
         self.expected = "postmigrate";
     }
 
-    /// The guest was stopped by its owner before a migration of ours came to it, so it is not for us to let it run.
+    /// The guest was stopped by its owner before a migration of ours came to it, so it is not for
+    /// us to let it run.
     pub(crate) fn leave_to_owner(&mut self) {
         self.before = RunState::Paused;
     }
@@ -237,12 +253,16 @@ impl Paused {
         &self.qmp
     }
 
-    /// Does a part of the pause's work, if that ends before the guest has been stopped for too long. A guest that did not run waits for
-    /// nothing, so its limit is that of each command.
+    /// Does a part of the pause's work, if that ends before the guest has been stopped for too
+    /// long. A guest that did not run waits for nothing, so its limit is that of each command.
     ///
     /// # Errors
     /// When the pause's limit passes, the guest runs again, or the VM changes meanwhile.
-    pub async fn within<T>(&self, during: &'static str, work: impl Future<Output = T>) -> Result<T, PauseError> {
+    pub async fn within<T>(
+        &self,
+        during: &'static str,
+        work: impl Future<Output = T>,
+    ) -> Result<T, PauseError> {
         if !self.before.is_live() {
             return Ok(work.await);
         }
@@ -253,20 +273,24 @@ impl Paused {
         }
     }
 
-    /// Lets the guest run again if it ran before, and fails if somebody else changed the VM meanwhile. Returns the time from sending
-    /// `stop` to the reply of `cont`.
+    /// Lets the guest run again if it ran before, and fails if somebody else changed the VM
+    /// meanwhile. Returns the time from sending `stop` to the reply of `cont`.
     ///
     /// # Errors
     /// When QEMU does not resume the guest, or somebody else changed the VM meanwhile.
     pub async fn resume(mut self) -> Result<Duration, PauseError> {
         let state = self.state_now().await?;
         let events = self.watch.since(self.watched_from);
-        let verdict = verdict::judge(self.before.is_live(), self.expected, state.as_deref(), &events);
+        let verdict =
+            verdict::judge(self.before.is_live(), self.expected, state.as_deref(), &events);
         // A switch-over that has not completed is given up, whatever became of it.
-        let is_cancelled = self.owed == Owed::CancelOrCont && state.as_deref() == Some("finish-migrate");
+        let is_cancelled =
+            self.owed == Owed::CancelOrCont && state.as_deref() == Some("finish-migrate");
         match self.owed {
             Owed::Cont if verdict.owes_cont => cont(&self.qmp).await?,
-            Owed::CancelOrCont if is_cancelled || verdict.owes_cont => end_switchover(&self.qmp, self.before.is_live()).await?,
+            Owed::CancelOrCont if is_cancelled || verdict.owes_cont => {
+                end_switchover(&self.qmp, self.before.is_live()).await?
+            }
             Owed::Nothing | Owed::Cont | Owed::CancelOrCont => {}
         }
         self.owed = Owed::Nothing;
@@ -286,7 +310,11 @@ impl Paused {
 
     fn remove_marker(&self) {
         let Some(marker) = self.marker else { return };
-        if self.qmp.send_detached("object-del", json!({ "id": self.qmp.names().name(marker) })).is_err() {
+        if self
+            .qmp
+            .send_detached("object-del", json!({ "id": self.qmp.names().name(marker) }))
+            .is_err()
+        {
             tracing::debug!("the pause marker stays: the QMP connection is gone");
         }
     }
@@ -294,7 +322,8 @@ impl Paused {
 
 impl Drop for Paused {
     fn drop(&mut self) {
-        let was_resumed = self.watch.since(self.watched_from).iter().any(|event| event.name == "RESUME");
+        let was_resumed =
+            self.watch.since(self.watched_from).iter().any(|event| event.name == "RESUME");
         let is_live = self.before.is_live() && !was_resumed;
         let commands: &[&str] = match (self.owed, is_live) {
             (Owed::Nothing, _) | (Owed::Cont, false) => &[],
@@ -305,7 +334,10 @@ impl Drop for Paused {
         if self.owed == Owed::Nothing {
             return;
         }
-        tracing::warn!("a pause was abandoned after {:?}; resuming the guest", self.since.elapsed());
+        tracing::warn!(
+            "a pause was abandoned after {:?}; resuming the guest",
+            self.since.elapsed()
+        );
         if let Some(stream) = &self.stream {
             // Fails only when it is cut already.
             let _ = stream.shutdown(Shutdown::Both);
@@ -314,18 +346,23 @@ impl Drop for Paused {
         for command in commands {
             match self.qmp.send_and_linger(command, Value::Null, LAST_TIMEOUT) {
                 Ok(accepted) => is_done = accepted,
-                Err(error) => return tracing::error!(%error, "cannot resume the guest; the next start of the helper will"),
+                Err(error) => {
+                    return tracing::error!(%error, "cannot resume the guest; the next start of the helper will");
+                }
             }
         }
         if is_done {
             self.remove_marker();
         } else {
-            tracing::error!("QEMU refuses to let the guest run; the next checkpoint or helper tries again");
+            tracing::error!(
+                "QEMU refuses to let the guest run; the next checkpoint or helper tries again"
+            );
         }
     }
 }
 
-/// A migration of the stopped guest that has just ended, or was cancelled, keeps QEMU from it for a moment.
+/// A migration of the stopped guest that has just ended, or was cancelled, keeps QEMU from it for a
+/// moment.
 async fn cont(qmp: &Qmp) -> Result<(), QmpError> {
     match qmp.execute(qapi::qmp::cont {}).await {
         Err(error) if error.is_refusal() && run_state(qmp).await? == "finish-migrate" => {
@@ -336,7 +373,8 @@ async fn cont(qmp: &Qmp) -> Result<(), QmpError> {
     }
 }
 
-/// A suspended guest counts as running: QEMU wakes it by itself, and `cont` brings it back to that state.
+/// A suspended guest counts as running: QEMU wakes it by itself, and `cont` brings it back to that
+/// state.
 async fn is_running(qmp: &Qmp) -> Result<bool, QmpError> {
     Ok(run_state(qmp).await?.parse().is_ok_and(RunState::is_live))
 }

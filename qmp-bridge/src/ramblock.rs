@@ -1,7 +1,8 @@
 //! QEMU's RAM blocks as its monitor lists them.
 //!
-//! `info ramblock` exists only as text. QEMU 7.2 prints name, page size, offset, used and total; from 8.x on also the
-//! host address and `ro`/`rw`. On the older form [`crate::host_finder`] finds the addresses.
+//! `info ramblock` exists only as text. QEMU 7.2 prints name, page size, offset, used and total;
+//! from 8.x on also the host address and `ro`/`rw`. On the older form [`crate::host_finder`] finds
+//! the addresses.
 
 use thiserror::Error;
 
@@ -73,11 +74,15 @@ pub fn parse(text: &str) -> Result<Vec<RamBlock>, RamBlockError> {
     if blocks.is_empty() { Err(RamBlockError::Empty) } else { Ok(blocks) }
 }
 
-/// Names may hold spaces, so the row is read from where the size, its unit and a hexadecimal number stand.
+/// Names may hold spaces, so the row is read from where the size, its unit and a hexadecimal number
+/// stand.
 fn parse_line(line: &str) -> Option<RamBlock> {
     let words: Vec<&str> = line.split_whitespace().collect();
-    let at = (0..words.len().checked_sub(4)?)
-        .find(|&i| words[i].parse::<u64>().is_ok() && unit(words[i + 1]).is_some() && hex(words[i + 2]).is_some())?;
+    let at = (0..words.len().checked_sub(4)?).find(|&i| {
+        words[i].parse::<u64>().is_ok()
+            && unit(words[i + 1]).is_some()
+            && hex(words[i + 2]).is_some()
+    })?;
     let name = words[..at].join(" ");
     let columns = &words[at + 2..];
     let block = RamBlock {

@@ -1,4 +1,5 @@
-//! QEMU's run state: which ones hold a guest that a checkpoint can take and a restore can bring back, and why the others do not.
+//! QEMU's run state: which ones hold a guest that a checkpoint can take and a restore can bring
+//! back, and why the others do not.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,11 +10,12 @@ use thiserror::Error;
 
 use crate::qmp::{QemuVersion, Qmp, QmpError};
 
-/// From this version on `stop` stops a suspended guest too, and `cont` and a restore bring it back to that state. Before, its clock
-/// and its devices continue through a `stop`.
+/// From this version on `stop` stops a suspended guest too, and `cont` and a restore bring it back
+/// to that state. Before, its clock and its devices continue through a `stop`.
 const SUSPENDED_SINCE: u32 = 9;
 
-/// A run state whose guest is whole: its memory, disks and devices are of one instant, or can be made so by a `stop`.
+/// A run state whose guest is whole: its memory, disks and devices are of one instant, or can be
+/// made so by a `stop`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RunState {
     /// The guest runs.
@@ -106,7 +108,9 @@ impl RunState {
     fn check(name: &str, version: &QemuVersion) -> Result<Self, NoGuest> {
         let state: Self = name.parse()?;
         if state == Self::Suspended && version.major < SUSPENDED_SINCE {
-            let why = format!("QEMU {version} cannot stop a guest that is suspended (since {SUSPENDED_SINCE}.0 it can); wake it first");
+            let why = format!(
+                "QEMU {version} cannot stop a guest that is suspended (since {SUSPENDED_SINCE}.0 it can); wake it first"
+            );
             return Err(NoGuest { state: name.into(), why });
         }
         Ok(state)
@@ -130,10 +134,16 @@ impl FromStr for RunState {
 
 fn no_guest(name: &str) -> &'static str {
     match name {
-        "inmigrate" => "it waits for a migration, or its state is being loaded; take the checkpoint when it has arrived",
-        "postmigrate" => "it was migrated, perhaps to another host where it runs; `cont` lets it run here again",
+        "inmigrate" => {
+            "it waits for a migration, or its state is being loaded; take the checkpoint when it has arrived"
+        }
+        "postmigrate" => {
+            "it was migrated, perhaps to another host where it runs; `cont` lets it run here again"
+        }
         "finish-migrate" => "a migration of it is about to end; wait for that",
-        "restore-vm" => "a snapshot is being loaded, or could not be; only a reset, or a `loadvm` that works, gives it a state",
+        "restore-vm" => {
+            "a snapshot is being loaded, or could not be; only a reset, or a `loadvm` that works, gives it a state"
+        }
         "save-vm" => "its state is being saved; wait for the end",
         "colo" => "it is one half of a COLO pair",
         "debug" => "a debugger holds it; let it continue there",
@@ -163,14 +173,27 @@ mod test {
     #[test]
     fn run_state_without_a_whole_guest_is_refused_by_name() {
         let version = |major| QemuVersion { major, minor: 0, micro: 0, package: String::new() };
-        for name in ["inmigrate", "postmigrate", "restore-vm", "finish-migrate", "save-vm", "colo", "debug", "of-the-future"] {
+        for name in [
+            "inmigrate",
+            "postmigrate",
+            "restore-vm",
+            "finish-migrate",
+            "save-vm",
+            "colo",
+            "debug",
+            "of-the-future",
+        ] {
             let error = RunState::check(name, &version(10)).expect_err(name);
             assert!(error.to_string().contains(name), "{error}");
         }
         for state in RunState::ALL {
             let name = state.name();
             assert_eq!(RunState::check(name, &version(10)).expect(name), state);
-            assert_eq!(RunState::check(name, &version(7)).is_ok(), state != RunState::Suspended, "{name}");
+            assert_eq!(
+                RunState::check(name, &version(7)).is_ok(),
+                state != RunState::Suspended,
+                "{name}"
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
-//! What a QEMU that failed has said, as an error quotes it: its last lines, without those that say nothing about the failure.
+//! What a QEMU that failed has said, as an error quotes it: its last lines, without those that say
+//! nothing about the failure.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -17,7 +18,9 @@ const HINTS: &[&str] = &["warning:", "info:"];
 pub fn quote(text: &str) -> String {
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let without = |words: &[&[&str]]| -> Vec<&str> {
-        let is_one = |line: &str| words.iter().copied().flatten().any(|word| line.to_ascii_lowercase().contains(word));
+        let is_one = |line: &str| {
+            words.iter().copied().flatten().any(|word| line.to_ascii_lowercase().contains(word))
+        };
         lines.iter().copied().filter(|line| !is_one(line)).collect()
     };
     let choices = [without(&[NOISE, HINTS]), without(&[NOISE]), lines.clone()];
@@ -47,13 +50,20 @@ fn tail(mut file: File) -> std::io::Result<String> {
 mod test {
     use super::*;
 
-    const MODULE: &str = "Failed to open module: /usr/lib/x86_64-linux-gnu/qemu/ui-opengl.so: file too short";
-    const WARNING: &str = "qemu: warning: TCG doesn't support requested feature: CPUID.01H:ECX.pcid [bit 17]";
+    const MODULE: &str =
+        "Failed to open module: /usr/lib/x86_64-linux-gnu/qemu/ui-opengl.so: file too short";
+    const WARNING: &str =
+        "qemu: warning: TCG doesn't support requested feature: CPUID.01H:ECX.pcid [bit 17]";
 
     #[test]
     fn quoted_words_are_about_the_failure() {
         let error = "qemu: -drive file=x: Could not open 'x': No such file or directory";
-        assert_eq!(quote(&format!("{MODULE}\n{WARNING}\n{error}\nqemu: terminating on signal 15 from pid 1 (x)\n")), error);
+        assert_eq!(
+            quote(&format!(
+                "{MODULE}\n{WARNING}\n{error}\nqemu: terminating on signal 15 from pid 1 (x)\n"
+            )),
+            error
+        );
         assert_eq!(quote(&format!("{MODULE}\n{WARNING}\n")), WARNING);
         assert_eq!(quote(MODULE), MODULE, "better than nothing");
         assert_eq!(quote("\n"), "");
@@ -63,7 +73,11 @@ mod test {
     #[test]
     fn quoted_words_stand_after_any_number_of_others() {
         let mut file = tempfile::tempfile().unwrap();
-        std::io::Write::write_all(&mut file, format!("{}the cause\n", format!("{MODULE}\n").repeat(200)).as_bytes()).unwrap();
+        std::io::Write::write_all(
+            &mut file,
+            format!("{}the cause\n", format!("{MODULE}\n").repeat(200)).as_bytes(),
+        )
+        .unwrap();
         assert_eq!(quote_file(file), "the cause");
     }
 

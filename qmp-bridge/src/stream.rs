@@ -7,10 +7,11 @@
 //!          | device sections as `xen-save-devices-state` gave them | end of stream | an empty description
 //! ```
 //!
-//! All numbers are big-endian. Blocks in shared file memory stand in the list and have no pages: `x-ignore-shared` says
-//! that the destination finds their content in that memory. All pages of the others are written, zero ones too, since
-//! the destination has filled its ROM blocks already. The form is that of QEMU's `savevm.c` and `ram.c`, the same from
-//! 7.2 to 10.0; a test compares it with streams of real ones.
+//! All numbers are big-endian. Blocks in shared file memory stand in the list and have no pages:
+//! `x-ignore-shared` says that the destination finds their content in that memory. All pages of the
+//! others are written, zero ones too, since the destination has filled its ROM blocks already. The
+//! form is that of QEMU's `savevm.c` and `ram.c`, the same from 7.2 to 10.0; a test compares it
+//! with streams of real ones.
 
 use thiserror::Error;
 
@@ -37,7 +38,9 @@ pub enum StreamError {
     NoSuchBlock(usize),
     #[error("RAM block `{name}` is shared; its pages have no place in the stream")]
     Shared { name: String },
-    #[error("page {got:#x} of RAM block `{name}` came where {wanted:#x} is next; all pages are needed, in order")]
+    #[error(
+        "page {got:#x} of RAM block `{name}` came where {wanted:#x} is next; all pages are needed, in order"
+    )]
     Order { name: String, wanted: u64, got: u64 },
     #[error("a page of RAM block `{name}` has {length} bytes instead of {STREAM_PAGE}")]
     PageLength { name: String, length: usize },
@@ -52,8 +55,9 @@ pub struct StreamBlock {
     pub name: String,
     /// Bytes in use, a multiple of [`STREAM_PAGE`].
     pub used: u64,
-    /// Where the block lies in the RAM block around it. QEMU compares it for shared blocks only: 0 for the memory
-    /// of `-machine memory-backend=`, the sum of those before it for several `-numa node,memdev=`.
+    /// Where the block lies in the RAM block around it. QEMU compares it for shared blocks only: 0
+    /// for the memory of `-machine memory-backend=`, the sum of those before it for several
+    /// `-numa node,memdev=`.
     pub address: u64,
     /// In shared file memory, so without pages here.
     pub shared: bool,
@@ -66,7 +70,8 @@ impl StreamBlock {
     }
 }
 
-/// Builds the stream piece by piece: [`Self::page`]s, [`Self::take`] what there is now and then, [`Self::finish`].
+/// Builds the stream piece by piece: [`Self::page`]s, [`Self::take`] what there is now and then,
+/// [`Self::finish`].
 #[derive(Debug)]
 pub struct StreamWriter {
     blocks: Vec<StreamBlock>,
@@ -134,7 +139,11 @@ impl StreamWriter {
     pub fn finish(mut self, devices: &DeviceState) -> Result<Vec<u8>, StreamError> {
         for (block, given) in self.blocks.iter().zip(&self.given) {
             if !block.shared && *given != block.used {
-                return Err(StreamError::Incomplete { name: block.name.clone(), given: *given, used: block.used });
+                return Err(StreamError::Incomplete {
+                    name: block.name.clone(),
+                    given: *given,
+                    used: block.used,
+                });
             }
         }
         self.section_end();
@@ -173,7 +182,10 @@ impl StreamWriter {
         let mut total = 0u64;
         for block in &self.blocks {
             if block.used % STREAM_PAGE as u64 != 0 {
-                return Err(StreamError::UnevenBlock { name: block.name.clone(), used: block.used });
+                return Err(StreamError::UnevenBlock {
+                    name: block.name.clone(),
+                    used: block.used,
+                });
             }
             total = total.checked_add(block.used).ok_or(StreamError::Overflow)?;
         }

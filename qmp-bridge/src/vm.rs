@@ -122,7 +122,12 @@ impl Composition {
         let cpus = qmp.execute_json("query-cpus-fast", Value::Null).await?;
         let memory = qmp.execute_json("query-memory-size-summary", Value::Null).await?;
         let migration = qmp.execute_json("query-migrate", Value::Null).await?;
-        let vcpu = |row: &Value| (row["qom-path"].as_str().unwrap_or_default().to_owned(), row["thread-id"].as_u64().unwrap_or(0));
+        let vcpu = |row: &Value| {
+            (
+                row["qom-path"].as_str().unwrap_or_default().to_owned(),
+                row["thread-id"].as_u64().unwrap_or(0),
+            )
+        };
         Ok(Self {
             vcpus: cpus.as_array().into_iter().flatten().map(vcpu).collect(),
             base_memory: memory["base-memory"].as_u64().unwrap_or(0),
@@ -142,9 +147,13 @@ impl Composition {
             return Some(format!("it has {} vCPUs, and had {}", now.vcpus.len(), self.vcpus.len()));
         }
         if (self.base_memory, self.plugged_memory) != (now.base_memory, now.plugged_memory) {
-            return Some(format!("{} bytes of memory are plugged in, and {} were", now.plugged_memory, self.plugged_memory));
+            return Some(format!(
+                "{} bytes of memory are plugged in, and {} were",
+                now.plugged_memory, self.plugged_memory
+            ));
         }
-        let blocker = now.migration_blockers.iter().find(|why| !self.migration_blockers.contains(why));
+        let blocker =
+            now.migration_blockers.iter().find(|why| !self.migration_blockers.contains(why));
         blocker.map(|why| format!("QEMU says since then that its state cannot be saved: {why}"))
     }
 }
@@ -157,11 +166,13 @@ async fn machine_type(qmp: &Qmp) -> Result<String, QmpError> {
     }
 }
 
-/// QEMU answers with a path such as `/objects/pc.ram`; the name without `memory-backend=` is empty or generated.
+/// QEMU answers with a path such as `/objects/pc.ram`; the name without `memory-backend=` is empty
+/// or generated.
 async fn ram_backend(qmp: &Qmp) -> Result<Option<String>, QmpError> {
     match qom_get(qmp, "/machine", "memory-backend").await {
         Ok(reply) => {
-            let id = reply.as_str().and_then(|path| path.rsplit('/').next()).filter(|id| !id.is_empty());
+            let id =
+                reply.as_str().and_then(|path| path.rsplit('/').next()).filter(|id| !id.is_empty());
             Ok(id.map(Into::into))
         }
         // Some VMs (`none`, microvm variants) lack the property.
@@ -179,14 +190,17 @@ fn strings(value: &Value) -> Vec<String> {
     list.iter().filter_map(|item| item.as_str().map(Into::into)).collect()
 }
 
-/// The machine types of this QEMU; works on a `-machine none` one too, so before the real VM exists.
+/// The machine types of this QEMU; works on a `-machine none` one too, so before the real VM
+/// exists.
 ///
 /// # Errors
 /// When QEMU does not answer.
 pub async fn machine_types(qmp: &Qmp) -> Result<Vec<MachineType>, QmpError> {
     let reply = qmp.execute_json("query-machines", Value::Null).await?;
     match reply.as_array() {
-        Some(list) if list.len() <= MAX_MACHINE_TYPES => Ok(list.iter().filter_map(parse_machine_type).collect()),
+        Some(list) if list.len() <= MAX_MACHINE_TYPES => {
+            Ok(list.iter().filter_map(parse_machine_type).collect())
+        }
         _ => Err(QmpError::unexpected("query-machines", "a list of machine types", &reply)),
     }
 }
@@ -205,11 +219,15 @@ fn parse_machine_type(row: &Value) -> Option<MachineType> {
 ///
 /// # Errors
 /// When there is no type of that name, or no default.
-pub fn resolve<'a>(types: &'a [MachineType], name: Option<&str>) -> Result<&'a MachineType, MachineTypeError> {
+pub fn resolve<'a>(
+    types: &'a [MachineType],
+    name: Option<&str>,
+) -> Result<&'a MachineType, MachineTypeError> {
     let Some(name) = name else {
         return types.iter().find(|known| known.is_default).ok_or(MachineTypeError::NoDefault);
     };
-    let found = types.iter().find(|known| known.name == name || known.alias.as_deref() == Some(name));
+    let found =
+        types.iter().find(|known| known.name == name || known.alias.as_deref() == Some(name));
     found.ok_or_else(|| MachineTypeError::UnknownType { name: name.into() })
 }
 
@@ -224,12 +242,15 @@ mod test {
             {"name": "pc-i440fx-10.0", "alias": "pc", "is-default": true, "default-ram-id": "pc.ram"},
             {"name": "pc-i440fx-7.2"}, {"no": "name"},
         ]);
-        let types: Vec<_> = rows.as_array().expect("list").iter().filter_map(parse_machine_type).collect();
+        let types: Vec<_> =
+            rows.as_array().expect("list").iter().filter_map(parse_machine_type).collect();
         assert_eq!(types.len(), 3);
         let name = |wanted| resolve(&types, wanted).map(|found| found.name.clone()).ok();
         assert_eq!(name(Some("q35")).as_deref(), Some("pc-q35-10.0"));
         assert_eq!(name(None).as_deref(), Some("pc-i440fx-10.0"));
         assert_eq!(name(Some("pc-i440fx-7.2")).as_deref(), Some("pc-i440fx-7.2"));
-        assert!(resolve(&types, Some("virt")).is_err_and(|error| error.to_string().contains("`virt`")));
+        assert!(
+            resolve(&types, Some("virt")).is_err_and(|error| error.to_string().contains("`virt`"))
+        );
     }
 }

@@ -1,6 +1,10 @@
-//! Disk captures on real QEMUs: the instant is the instant, whatever is written after it, and nothing is ever lost.
+//! Disk captures on real QEMUs: the instant is the instant, whatever is written after it, and
+//! nothing is ever lost.
 
-#![expect(clippy::disallowed_methods, reason = "mem::forget: a helper that is killed drops nothing")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "mem::forget: a helper that is killed drops nothing"
+)]
 
 mod common;
 
@@ -9,8 +13,8 @@ use std::time::Instant;
 
 use common::{TestQemu, qemu_img, with_each_qemu};
 use qmp_bridge::capture::{
-    BitmapTag, CaptureError, CapturePlaces, CapturePlan, CapturedDisks, DEFAULT_FLEECING_RESERVE, Leftovers, PreparedDisks,
-    cleanup_leftovers,
+    BitmapTag, CaptureError, CapturePlaces, CapturePlan, CapturedDisks, DEFAULT_FLEECING_RESERVE,
+    Leftovers, PreparedDisks, cleanup_leftovers,
 };
 use qmp_bridge::disks::{self, Disks};
 use qmp_bridge::nbd::{Content, ContentRange, content_ranges};
@@ -26,17 +30,27 @@ fn tag() -> BitmapTag {
     "test-1".parse().expect("tag")
 }
 
-/// A QEMU with four disks: an overlay on a base, a plain qcow2, a raw file and a raw file of odd length. One has no device, so
-/// its old blocks are saved by `blockdev-backup`.
+/// A QEMU with four disks: an overlay on a base, a plain qcow2, a raw file and a raw file of odd
+/// length. One has no device, so its old blocks are saved by `blockdev-backup`.
 async fn start(qemu: &Path) -> (TestQemu, Disks) {
     let directory = tempfile::tempdir().expect("directory");
     let size = DISK.to_string();
     // The layer below holds data of its own, which must show through and must not be captured.
     std::fs::write(directory.path().join("base.raw"), base_content()).expect("base");
-    qemu_img(qemu, directory.path(), &["convert", "-q", "-f", "raw", "-O", "qcow2", "base.raw", "base.qcow2"]);
-    qemu_img(qemu, directory.path(), &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2", "top.qcow2"]);
+    qemu_img(
+        qemu,
+        directory.path(),
+        &["convert", "-q", "-f", "raw", "-O", "qcow2", "base.raw", "base.qcow2"],
+    );
+    qemu_img(
+        qemu,
+        directory.path(),
+        &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2", "top.qcow2"],
+    );
     qemu_img(qemu, directory.path(), &["create", "-q", "-f", "qcow2", "plain.qcow2", &size]);
-    std::fs::File::create(directory.path().join("raw.img")).and_then(|file| file.set_len(DISK)).expect("raw");
+    std::fs::File::create(directory.path().join("raw.img"))
+        .and_then(|file| file.set_len(DISK))
+        .expect("raw");
     std::fs::write(directory.path().join("odd.img"), vec![0x11; 512 * 77]).expect("odd");
     let arguments = [
         "-M",
@@ -89,7 +103,8 @@ fn plan(vm: &TestQemu, id: u64, parent: Option<u64>) -> CapturePlan {
 }
 
 async fn clean_up(vm: &TestQemu) -> Leftovers {
-    let places = CapturePlaces { fleecing_dir: vm.directory.path(), nbd_socket: &vm.path("nbd.sock") };
+    let places =
+        CapturePlaces { fleecing_dir: vm.directory.path(), nbd_socket: &vm.path("nbd.sock") };
     cleanup_leftovers(&vm.qmp, &tag(), places).await.expect("clean up")
 }
 
@@ -139,12 +154,19 @@ fn covered(ranges: &[ContentRange]) -> u64 {
 
 /// What a restore begins with: empty images, but the overlay's disk shows its layer.
 fn new_images(disks: &Disks) -> Vec<Image> {
-    let image = |disk: &disks::Disk| if disk.backing.is_empty() { vec![0; disk.virtual_size as usize] } else { base_content() };
+    let image = |disk: &disks::Disk| {
+        if disk.backing.is_empty() { vec![0; disk.virtual_size as usize] } else { base_content() }
+    };
     disks.writable().map(image).collect()
 }
 
 /// Writes the same into a disk and into its model.
-async fn write(vm: &TestQemu, disks: &Disks, models: &mut [Image], (index, pattern, offset, length): (usize, u8, u64, u64)) {
+async fn write(
+    vm: &TestQemu,
+    disks: &Disks,
+    models: &mut [Image],
+    (index, pattern, offset, length): (usize, u8, u64, u64),
+) {
     vm.write_disk(&disks.disks[index].device, pattern, offset, length).await;
     models[index][offset as usize..(offset + length) as usize].fill(pattern);
 }
@@ -158,9 +180,13 @@ fn assert_same(images: &[Image], models: &[Image], what: &str) {
 
 /// Bitmaps and other things of ours that QEMU still has, as text.
 async fn traces(qmp: &Qmp) -> String {
-    let nodes = qmp.execute_json("query-named-block-nodes", serde_json::json!({"flat": true})).await.expect("nodes");
+    let nodes = qmp
+        .execute_json("query-named-block-nodes", serde_json::json!({"flat": true}))
+        .await
+        .expect("nodes");
     let jobs = qmp.execute_json("query-jobs", serde_json::Value::Null).await.expect("jobs");
-    let exports = qmp.execute_json("query-block-exports", serde_json::Value::Null).await.expect("exports");
+    let exports =
+        qmp.execute_json("query-block-exports", serde_json::Value::Null).await.expect("exports");
     let mut found: Vec<String> = Vec::new();
     for node in nodes.as_array().expect("list") {
         let name = node["node-name"].as_str().expect("name");
@@ -177,14 +203,23 @@ async fn traces(qmp: &Qmp) -> String {
     }
     found.extend(jobs.as_array().expect("list").iter().map(|job| job["id"].to_string()));
     found.extend(exports.as_array().expect("list").iter().map(|export| export["id"].to_string()));
-    // Old QEMUs keep a removed set while the guest is stopped; the next capture of a running one removes it.
+    // Old QEMUs keep a removed set while the guest is stopped; the next capture of a running one
+    // removes it.
     if qmp.version().major >= 9 {
         let sets = qmp.execute_json("query-fdsets", serde_json::Value::Null).await.expect("sets");
         found.extend(sets.as_array().expect("list").iter().map(|set| set.to_string()));
     }
     let block = qmp.execute_json("query-block", serde_json::Value::Null).await.expect("drives");
-    let inserted = block.as_array().expect("list").iter().filter_map(|row| row["inserted"]["node-name"].as_str());
-    found.extend(inserted.filter(|node| node.starts_with("sp-")).map(|node| format!("under a device: {node}")));
+    let inserted = block
+        .as_array()
+        .expect("list")
+        .iter()
+        .filter_map(|row| row["inserted"]["node-name"].as_str());
+    found.extend(
+        inserted
+            .filter(|node| node.starts_with("sp-"))
+            .map(|node| format!("under a device: {node}")),
+    );
     found.sort();
     found.join(" ")
 }
@@ -222,9 +257,14 @@ async fn full_then_incrementals_show_the_instant() {
         vm.qemu_io("drive-raw", "write -z 4194304 65536").await;
         let ranges = upload(&mut captured, &mut images).await;
         assert_same(&images, &instant, "full");
-        // Three clusters of the overlay's own, one of them zero; its layer's other 45 clusters stay out.
+        // Three clusters of the overlay's own, one of them zero; its layer's other 45 clusters stay
+        // out.
         assert_eq!(covered(&ranges[0]), 3 * 65_536);
-        assert!(ranges[0].contains(&ContentRange { start: 2 << 20, end: (2 << 20) + 65_536, content: Content::Zero }));
+        assert!(ranges[0].contains(&ContentRange {
+            start: 2 << 20,
+            end: (2 << 20) + 65_536,
+            content: Content::Zero
+        }));
         captured.acknowledge().await.expect("acknowledge");
         assert_eq!(traces(&vm.qmp).await, bitmaps_since(1));
 
@@ -276,7 +316,11 @@ async fn a_failed_checkpoint_gives_its_changes_to_the_next() {
         // Dropped without a word, in each phase: the same, in the background.
         drop(capture(&vm.qmp, &disks, plan(&vm, 2, Some(1))).await);
         wait_for_traces(&vm.qmp, &bitmaps_since(1)).await;
-        drop(PreparedDisks::prepare(&vm.qmp, &disks.disks, plan(&vm, 2, Some(1))).await.expect("prepare"));
+        drop(
+            PreparedDisks::prepare(&vm.qmp, &disks.disks, plan(&vm, 2, Some(1)))
+                .await
+                .expect("prepare"),
+        );
         wait_for_traces(&vm.qmp, &bitmaps_since(1)).await;
 
         let mut captured = capture(&vm.qmp, &disks, plan(&vm, 2, Some(1))).await;
@@ -335,7 +379,10 @@ async fn a_killed_helper_is_cleaned_up_after() {
             assert_eq!(left.found_capture(), !matches!(death, Released | HalfAcknowledged));
             assert_eq!(left.bitmaps.len(), 4);
             let since = if death == HalfAcknowledged { 2 } else { 1 };
-            assert!(left.bitmaps.iter().all(|bitmap| bitmap.since == since && bitmap.recording), "{left:?}");
+            assert!(
+                left.bitmaps.iter().all(|bitmap| bitmap.since == since && bitmap.recording),
+                "{left:?}"
+            );
             assert_eq!(traces(&vm.qmp).await, bitmaps_since(since));
             assert!(!clean_up(&vm).await.found_capture());
 
@@ -385,11 +432,16 @@ async fn die(qmp: Qmp, disks: &Disks, plan: CapturePlan, death: Death) {
 async fn a_full_fleecing_disk_ends_the_capture_and_not_a_write() {
     with_each_qemu(async |qemu| {
         let (vm, disks) = start(&qemu).await;
-        // Memory that others may use too, so that room can be made to run out: with a wide margin against their noise.
+        // Memory that others may use too, so that room can be made to run out: with a wide margin
+        // against their noise.
         let fleecing = tempfile::tempdir_in("/dev/shm").expect("scratch");
         let stat = nix::sys::statvfs::statvfs(fleecing.path()).expect("statvfs");
         let free = stat.blocks_available() * stat.fragment_size();
-        let with = |reserve| CapturePlan { fleecing_dir: fleecing.path().into(), fleecing_reserve: reserve, ..plan(&vm, 1, None) };
+        let with = |reserve| CapturePlan {
+            fleecing_dir: fleecing.path().into(),
+            fleecing_reserve: reserve,
+            ..plan(&vm, 1, None)
+        };
         let refused = PreparedDisks::prepare(&vm.qmp, &disks.disks, with(u64::MAX)).await;
         assert!(matches!(refused, Err(CaptureError::FleecingFull { .. })), "{refused:?}");
         assert_eq!(traces(&vm.qmp).await, "");
@@ -408,7 +460,8 @@ async fn a_full_fleecing_disk_ends_the_capture_and_not_a_write() {
     .await;
 }
 
-/// QEMU cuts dirty bitmaps with the disk and says nothing of it; the size is the same again at the next look.
+/// QEMU cuts dirty bitmaps with the disk and says nothing of it; the size is the same again at the
+/// next look.
 #[tokio::test]
 async fn disk_resized_between_two_checkpoints_is_captured_as_it_is() {
     const MIB: u64 = 1 << 20;
@@ -426,7 +479,8 @@ async fn disk_resized_between_two_checkpoints_is_captured_as_it_is() {
         for (device, index) in [("drive-plain", 1), ("drive-raw", 2)] {
             vm.write_disk(device, 0x77, 0, DISK).await;
             let list = async || {
-                let mut disks = disks::list(&vm.qmp, Some(vm.directory.path())).await.expect("disks");
+                let mut disks =
+                    disks::list(&vm.qmp, Some(vm.directory.path())).await.expect("disks");
                 disks.disks = vec![disks.disks[index].clone()];
                 disks
             };
@@ -438,7 +492,12 @@ async fn disk_resized_between_two_checkpoints_is_captured_as_it_is() {
             for (id, (what, by_human, sizes, keeps_base)) in (2..).zip(steps) {
                 for size in sizes {
                     match by_human {
-                        true => drop(vm.qmp.hmp(&format!("block_resize {device} {size}B")).await.expect("resize")),
+                        true => drop(
+                            vm.qmp
+                                .hmp(&format!("block_resize {device} {size}B"))
+                                .await
+                                .expect("resize"),
+                        ),
                         false => {
                             let arguments = serde_json::json!({ "device": device, "size": size });
                             vm.qmp.execute_json("block_resize", arguments).await.expect("resize");
@@ -449,8 +508,13 @@ async fn disk_resized_between_two_checkpoints_is_captured_as_it_is() {
                 vm.write_disk(device, id as u8, 0, 4096).await;
                 model[..4096].fill(id as u8);
                 // One that fails in between must not use the knowledge up.
-                capture(&vm.qmp, &list().await, plan(&vm, id, Some(id - 1))).await.give_back().await.expect("give back");
-                let mut captured = capture(&vm.qmp, &list().await, plan(&vm, id, Some(id - 1))).await;
+                capture(&vm.qmp, &list().await, plan(&vm, id, Some(id - 1)))
+                    .await
+                    .give_back()
+                    .await
+                    .expect("give back");
+                let mut captured =
+                    capture(&vm.qmp, &list().await, plan(&vm, id, Some(id - 1))).await;
                 assert_eq!(captured.disks()[0].changes.is_some(), keeps_base, "{device} {what}");
                 image[0].resize(model.len(), 0);
                 if !keeps_base {
@@ -469,9 +533,19 @@ async fn disk_resized_between_two_checkpoints_is_captured_as_it_is() {
 }
 
 async fn size_marks(qmp: &Qmp) -> usize {
-    let nodes = qmp.execute_json("query-named-block-nodes", serde_json::json!({"flat": true})).await.expect("nodes");
-    let bitmaps = nodes.as_array().expect("list").iter().filter_map(|node| node["dirty-bitmaps"].as_array()).flatten();
-    bitmaps.filter(|bitmap| bitmap["name"].as_str().is_some_and(|name| name.contains("/size-"))).count()
+    let nodes = qmp
+        .execute_json("query-named-block-nodes", serde_json::json!({"flat": true}))
+        .await
+        .expect("nodes");
+    let bitmaps = nodes
+        .as_array()
+        .expect("list")
+        .iter()
+        .filter_map(|node| node["dirty-bitmaps"].as_array())
+        .flatten();
+    bitmaps
+        .filter(|bitmap| bitmap["name"].as_str().is_some_and(|name| name.contains("/size-")))
+        .count()
 }
 
 /// Disks of running devices, one of them in a thread of its own.
@@ -502,14 +576,19 @@ async fn disks_of_devices_and_iothreads_are_captured_too() {
         let vm = TestQemu::start_in(&qemu, &arguments, directory).await;
         let listed = disks::list(&vm.qmp, Some(vm.directory.path())).await;
         if vm.qmp.version().major < 9 {
-            assert!(listed.as_ref().is_err_and(|error| error.to_string().contains("iothread")), "{listed:?}");
+            assert!(
+                listed.as_ref().is_err_and(|error| error.to_string().contains("iothread")),
+                "{listed:?}"
+            );
             return;
         }
         let disks = listed.expect("disks");
         assert_eq!(disks.disks[1].device, "/machine/peripheral/vdb/virtio-backend");
         for id in 1..4 {
             vm.write_disk("a", id as u8, 0, 65_536).await;
-            let mut captured = capture(&vm.qmp, &disks, plan(&vm, id, Some(id - 1).filter(|parent| *parent > 0))).await;
+            let mut captured =
+                capture(&vm.qmp, &disks, plan(&vm, id, Some(id - 1).filter(|parent| *parent > 0)))
+                    .await;
             vm.write_disk("a", 0xee, 0, 65_536).await;
             let mut images = new_images(&disks);
             upload(&mut captured, &mut images).await;

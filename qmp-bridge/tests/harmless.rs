@@ -21,8 +21,23 @@ async fn start(qemu: &Path) -> TestQemu {
     std::fs::write(directory.path().join("disk.raw"), vec![0x11; DISK as usize]).expect("disk");
     let drive = "if=none,id=disk,node-name=stillpoint-data,file=disk.raw,format=raw";
     let object = "throttle-group,id=stillpoint-paused";
-    TestQemu::start_in(qemu, &["-M", "q35", "-m", "16", "-drive", drive, "-device", "ide-hd,drive=disk", "-object", object], directory)
-        .await
+    TestQemu::start_in(
+        qemu,
+        &[
+            "-M",
+            "q35",
+            "-m",
+            "16",
+            "-drive",
+            drive,
+            "-device",
+            "ide-hd,drive=disk",
+            "-object",
+            object,
+        ],
+        directory,
+    )
+    .await
 }
 
 fn plan(vm: &TestQemu, id: u64, fleecing_dir: &Path) -> CapturePlan {
@@ -68,12 +83,28 @@ async fn inventory(vm: &TestQemu) -> Vec<String> {
         ("qom-list", json!({ "path": "/objects" }), "name"),
     ] {
         let rows = vm.qmp.execute_json(command, arguments).await.expect(command);
-        found.extend(rows.as_array().expect("list").iter().filter_map(|row| row[field].as_str().map(Into::into)));
-        let bitmaps = rows.as_array().expect("list").iter().flat_map(|row| row["dirty-bitmaps"].as_array()).flatten();
+        found.extend(
+            rows.as_array()
+                .expect("list")
+                .iter()
+                .filter_map(|row| row[field].as_str().map(Into::into)),
+        );
+        let bitmaps = rows
+            .as_array()
+            .expect("list")
+            .iter()
+            .flat_map(|row| row["dirty-bitmaps"].as_array())
+            .flatten();
         found.extend(bitmaps.filter_map(|bitmap| bitmap["name"].as_str().map(Into::into)));
     }
     let block = vm.qmp.execute_json("query-block", EMPTY).await.expect("drives");
-    found.extend(block.as_array().expect("list").iter().map(|row| format!("inserted: {}", row["inserted"]["node-name"])));
+    found.extend(
+        block
+            .as_array()
+            .expect("list")
+            .iter()
+            .map(|row| format!("inserted: {}", row["inserted"]["node-name"])),
+    );
     found.retain(|name: &String| !name.starts_with("stillpoint/test-1/"));
     found.sort();
     found
@@ -218,9 +249,20 @@ async fn capture_overlay_directory_that_is_full_costs_no_write() {
         let full = Mounted::new(vm.path("full"), &["-t", "tmpfs", "-o", "size=2m", "none"]);
         let captured = capture(&vm, plan(&vm, 1, &full.path)).await;
         assert_written(&vm, 0x33).await;
-        assert!(captured.connect(&captured.disks()[0]).await.expect("connect").read(0, 4096).await.is_err());
+        assert!(
+            captured
+                .connect(&captured.disks()[0])
+                .await
+                .expect("connect")
+                .read(0, 4096)
+                .await
+                .is_err()
+        );
         let error = captured.verify().await.expect_err("broken");
-        assert!(matches!(error, CaptureError::Broken { .. }) && error.to_string().contains("/full"), "{error}");
+        assert!(
+            matches!(error, CaptureError::Broken { .. }) && error.to_string().contains("/full"),
+            "{error}"
+        );
         captured.give_back().await.expect("give back");
         assert_eq!(inventory(&vm).await, before);
         works_again(&vm, vm.directory.path(), 0x33).await;
@@ -282,8 +324,13 @@ async fn capture_overlay_directory_that_hangs_costs_no_write() {
         let error = captured.give_back().await.expect_err("hung");
         assert!(matches!(error, CaptureError::Hung { .. }), "{error}");
         let begun = Instant::now();
-        let error = prepare(&vm, plan(&vm, 1, vm.directory.path())).await.expect_err("the first is still there");
-        assert!(matches!(error, CaptureError::Hung { .. }) && begun.elapsed() < Duration::from_secs(5), "{error}");
+        let error = prepare(&vm, plan(&vm, 1, vm.directory.path()))
+            .await
+            .expect_err("the first is still there");
+        assert!(
+            matches!(error, CaptureError::Hung { .. }) && begun.elapsed() < Duration::from_secs(5),
+            "{error}"
+        );
         assert_written(&vm, 0x55).await;
         hung.answer();
         works_again(&vm, &hung.path, 0x55).await;

@@ -77,8 +77,14 @@ async fn images_round_trip() {
     .await;
 }
 
-/// Makes and fills one image; the first `losses` workers are killed in the middle of it. Counts the calls.
-async fn fill_in_spite_of(workers: &mut ImageWorkers, path: &Path, losses: u32, calls: &mut u32) -> Result<(), ImageError> {
+/// Makes and fills one image; the first `losses` workers are killed in the middle of it. Counts the
+/// calls.
+async fn fill_in_spite_of(
+    workers: &mut ImageWorkers,
+    path: &Path,
+    losses: u32,
+    calls: &mut u32,
+) -> Result<(), ImageError> {
     workers
         .run(async |worker: &mut ImageWorker| {
             *calls += 1;
@@ -110,12 +116,17 @@ async fn a_worker_that_dies_is_replaced() {
         assert_eq!(calls, 3);
         let other = directory.path().join("b.qcow2");
         let mut calls = 0;
-        fill_in_spite_of(&mut workers, &other, 3, &mut calls).await.expect_err("that was the last try");
+        fill_in_spite_of(&mut workers, &other, 3, &mut calls)
+            .await
+            .expect_err("that was the last try");
         assert_eq!(calls, 3);
         workers.shutdown().await;
         qemu_img(&qemu, directory.path(), &["check", "-q", "a.qcow2"]);
         let mut workers = ImageWorkers::new(&qemu, directory.path());
-        let first = workers.run(async |worker: &mut ImageWorker| read_first(worker, &path).await).await.expect("readable");
+        let first = workers
+            .run(async |worker: &mut ImageWorker| read_first(worker, &path).await)
+            .await
+            .expect("readable");
         assert_eq!(first, 3, "what the third worker wrote");
         workers.shutdown().await;
     })
@@ -178,12 +189,16 @@ async fn a_worker_that_does_not_start_is_quoted() {
     let directory = tempfile::tempdir().expect("directory");
     let script = directory.path().join("qemu");
     std::fs::write(&script, "#!/bin/sh\necho no such VM >&2\nexit 1\n").expect("script");
-    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("mode");
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .expect("mode");
     let begun = Instant::now();
     let error = ImageWorker::start(&script, directory.path()).await.expect_err("it ends at once");
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     assert!(error.to_string().contains("no such VM"), "{error}");
     let mut workers = ImageWorkers::new(&directory.path().join("none"), directory.path());
-    let error = workers.run(async |_: &mut ImageWorker| Ok::<(), ImageError>(())).await.expect_err("no such program");
+    let error = workers
+        .run(async |_: &mut ImageWorker| Ok::<(), ImageError>(()))
+        .await
+        .expect_err("no such program");
     assert!(matches!(error, ImageError::Start { .. }), "{error}");
 }

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use common::loop_guest::{self, guest_memory};
 use common::{TestQemu, with_each_qemu};
-use qmp_bridge::capture::{CapturePlaces, CapturePlan, DEFAULT_FLEECING_RESERVE, PreparedDisks, cleanup_leftovers};
+use qmp_bridge::capture::{
+    CapturePlaces, CapturePlan, DEFAULT_FLEECING_RESERVE, PreparedDisks, cleanup_leftovers,
+};
 use qmp_bridge::device_state::DeviceStateFile;
 use qmp_bridge::paused::run_state;
 use qmp_bridge::{Paused, Qmp, disks};
@@ -34,7 +36,8 @@ async fn a_guest_that_its_owner_stopped_stays_so() {
         vm.qmp.execute_json("stop", serde_json::Value::Null).await.expect("stop");
         Paused::stop(&vm.qmp).await.expect("stop").resume().await.expect("resume");
         let tag = "t".parse().expect("tag");
-        let places = CapturePlaces { fleecing_dir: vm.directory.path(), nbd_socket: &vm.path("nbd.sock") };
+        let places =
+            CapturePlaces { fleecing_dir: vm.directory.path(), nbd_socket: &vm.path("nbd.sock") };
         assert!(!cleanup_leftovers(&vm.qmp, &tag, places).await.expect("clean up").resumed);
         assert_eq!(run_state(&vm.qmp).await.expect("state"), "paused");
     })
@@ -57,7 +60,13 @@ async fn the_parts_of_a_pause() {
     .await;
 }
 
-async fn one_pause(qmp: &Qmp, vm: &common::TestQemu, disks: &[disks::Disk], id: u64, parent: Option<u64>) -> Duration {
+async fn one_pause(
+    qmp: &Qmp,
+    vm: &common::TestQemu,
+    disks: &[disks::Disk],
+    id: u64,
+    parent: Option<u64>,
+) -> Duration {
     let tag = "test".parse().expect("tag");
     let fleecing_dir = vm.directory.path().to_owned();
     let plan = CapturePlan {
@@ -71,7 +80,8 @@ async fn one_pause(qmp: &Qmp, vm: &common::TestQemu, disks: &[disks::Disk], id: 
     };
     let start = Instant::now();
     let prepared = PreparedDisks::prepare(qmp, disks, plan).await.expect("prepare");
-    let state = DeviceStateFile::prepare(&vm.qmp, std::path::Path::new("/dev/shm")).await.expect("file");
+    let state =
+        DeviceStateFile::prepare(&vm.qmp, std::path::Path::new("/dev/shm")).await.expect("file");
     let prepare = start.elapsed();
     let paused = Paused::stop(qmp).await.expect("stop");
     let stop = paused.elapsed();
@@ -95,15 +105,27 @@ async fn one_pause(qmp: &Qmp, vm: &common::TestQemu, disks: &[disks::Disk], id: 
     total
 }
 
-/// What the guest has written and nobody has flushed is written within the pause, unless it was flushed before. A record, and
-/// a bound that holds on any host: `cargo test -p qmp-bridge --test pause flush -- --nocapture`.
+/// What the guest has written and nobody has flushed is written within the pause, unless it was
+/// flushed before. A record, and a bound that holds on any host:
+/// `cargo test -p qmp-bridge --test pause flush -- --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn flush_before_a_stop_is_not_in_the_pause() {
     const UNFLUSHED: u64 = 128 << 20;
     with_each_qemu(async |qemu| {
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("directory");
-        std::fs::File::create(directory.path().join("disk.raw")).and_then(|file| file.set_len(UNFLUSHED)).expect("disk");
-        let arguments = ["-M", "q35", "-m", "16", "-drive", "if=none,id=disk,file=disk.raw,format=raw", "-device", "ide-hd,drive=disk"];
+        std::fs::File::create(directory.path().join("disk.raw"))
+            .and_then(|file| file.set_len(UNFLUSHED))
+            .expect("disk");
+        let arguments = [
+            "-M",
+            "q35",
+            "-m",
+            "16",
+            "-drive",
+            "if=none,id=disk,file=disk.raw,format=raw",
+            "-device",
+            "ide-hd,drive=disk",
+        ];
         let vm = TestQemu::start_in(&qemu, &arguments, directory).await;
         let disks = disks::list(&vm.qmp, Some(vm.directory.path())).await.expect("disks");
         let plan = |id| CapturePlan {
@@ -117,7 +139,8 @@ async fn flush_before_a_stop_is_not_in_the_pause() {
         };
         let mut pauses = [Duration::ZERO; 2];
         for id in 1..=4 {
-            let prepared = PreparedDisks::prepare(&vm.qmp, &disks.disks, plan(id)).await.expect("prepare");
+            let prepared =
+                PreparedDisks::prepare(&vm.qmp, &disks.disks, plan(id)).await.expect("prepare");
             vm.write_disk("disk", id as u8, 0, UNFLUSHED).await;
             let begun = Instant::now();
             if id % 2 == 0 {
@@ -126,7 +149,11 @@ async fn flush_before_a_stop_is_not_in_the_pause() {
             let flushed = begun.elapsed();
             let paused = Paused::stop(&vm.qmp).await.expect("stop");
             let pause = paused.resume().await.expect("resume");
-            eprintln!("{} MiB unflushed, flush before: {}: flush {flushed:.1?}, pause {pause:.1?}", UNFLUSHED >> 20, id % 2 == 0);
+            eprintln!(
+                "{} MiB unflushed, flush before: {}: flush {flushed:.1?}, pause {pause:.1?}",
+                UNFLUSHED >> 20,
+                id % 2 == 0
+            );
             pauses[(id % 2) as usize] += pause;
             prepared.discard().await.expect("discard");
         }

@@ -1,4 +1,5 @@
-//! VM state on real QEMUs: saved during a pause, put together into a stream, loaded by another QEMU.
+//! VM state on real QEMUs: saved during a pause, put together into a stream, loaded by another
+//! QEMU.
 
 mod common;
 
@@ -61,7 +62,8 @@ async fn save(vm: &TestQemu, memory: &File, copy: &File) -> Saved {
     let small: Vec<_> = blocks
         .into_iter()
         .map(|block| {
-            let bytes = if block.name == SHARED { Vec::new() } else { block_bytes(&process, &block) };
+            let bytes =
+                if block.name == SHARED { Vec::new() } else { block_bytes(&process, &block) };
             (block, bytes)
         })
         .collect();
@@ -72,7 +74,11 @@ async fn save(vm: &TestQemu, memory: &File, copy: &File) -> Saved {
 }
 
 fn stream_of(saved: &Saved) -> Vec<u8> {
-    let listed = saved.blocks.iter().map(|(block, _)| StreamBlock::new(block, block.name == SHARED)).collect();
+    let listed = saved
+        .blocks
+        .iter()
+        .map(|(block, _)| StreamBlock::new(block, block.name == SHARED))
+        .collect();
     let mut writer = StreamWriter::new(&saved.machine_type, listed).expect("writer");
     for (index, (_, bytes)) in saved.blocks.iter().enumerate() {
         for (number, page) in bytes.chunks(STREAM_PAGE).enumerate() {
@@ -111,7 +117,8 @@ async fn save_and_restore(from: &Path, machine_type: &str, to: &Path) {
     drop(source);
 
     let started = std::time::Instant::now();
-    let target = loop_guest::start(to, &saved.machine_type, &copy, &["-incoming", "defer", "-S"]).await;
+    let target =
+        loop_guest::start(to, &saved.machine_type, &copy, &["-incoming", "defer", "-S"]).await;
     let up = started.elapsed();
     let stream = stream_of(&saved);
     if let Err(error) = load(&target, &stream).await {
@@ -153,8 +160,12 @@ fn setup_of(stream: &[u8], blocks: &[RamBlock]) -> (Vec<u8>, Vec<u64>) {
     let mut at = 0;
     let mut addresses = Vec::new();
     for block in blocks {
-        let entry: Vec<u8> = [&[block.name.len() as u8], block.name.as_bytes(), &block.used.to_be_bytes()].concat();
-        let found = stream[at..].windows(entry.len()).position(|window| window == entry).expect("block in stream");
+        let entry: Vec<u8> =
+            [&[block.name.len() as u8], block.name.as_bytes(), &block.used.to_be_bytes()].concat();
+        let found = stream[at..]
+            .windows(entry.len())
+            .position(|window| window == entry)
+            .expect("block in stream");
         at += found + entry.len();
         addresses.push(u64::from_be_bytes(stream[at..at + 8].try_into().expect("8 bytes")));
         at += 8;
@@ -170,31 +181,47 @@ async fn our_prefix_is_that_of_qemu() {
         let vm = loop_guest::start(&qemu, "pc", &memory, &[]).await;
         let facts = VmFacts::read(&vm.qmp).await.expect("facts");
         assert_eq!(facts.ram_backend.as_deref(), Some(SHARED));
-        assert_eq!((facts.vcpus, facts.ram_bytes, facts.default_ram_id.as_deref()), (1, loop_guest::RAM, Some(SHARED)));
+        assert_eq!(
+            (facts.vcpus, facts.ram_bytes, facts.default_ram_id.as_deref()),
+            (1, loop_guest::RAM, Some(SHARED))
+        );
         assert_eq!(facts.migration_blockers, Vec::<String>::new());
         let blocks = ram_blocks(&vm.qmp).await.expect("blocks");
         let capability = json!([{ "capability": "x-ignore-shared", "state": true }]);
-        vm.qmp.execute_json("migrate-set-capabilities", json!({ "capabilities": capability })).await.expect("capability");
+        vm.qmp
+            .execute_json("migrate-set-capabilities", json!({ "capabilities": capability }))
+            .await
+            .expect("capability");
         let path = vm.path("real.stream");
         let uri = format!("exec:cat > {}", path.display());
         vm.qmp.execute_json("migrate", json!({ "uri": uri })).await.expect("migrate");
-        while vm.qmp.execute_json("query-migrate", Value::Null).await.expect("query")["status"] != "completed" {
+        while vm.qmp.execute_json("query-migrate", Value::Null).await.expect("query")["status"]
+            != "completed"
+        {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let (real, addresses) = setup_of(&std::fs::read(path).expect("stream"), &blocks);
-        let listed =
-            blocks.iter().zip(addresses).map(|(block, address)| StreamBlock { address, ..StreamBlock::new(block, block.name == SHARED) });
+        let listed = blocks.iter().zip(addresses).map(|(block, address)| StreamBlock {
+            address,
+            ..StreamBlock::new(block, block.name == SHARED)
+        });
         let ours = StreamWriter::new(&facts.machine_type, listed.collect()).expect("writer").take();
         // Behind the setup ours continues with the head of its one section of pages.
         let mut ours = ours[..ours.len() - 5].to_vec();
-        // QEMU numbers sections as it registers them; the number stands before the name and at the end.
+        // QEMU numbers sections as it registers them; the number stands before the name and at the
+        // end.
         let head = real.windows(4).position(|window| window == b"\x03ram").expect("section") - 4;
         let number = real[head..head + 4].to_vec();
         assert_eq!(number, real[real.len() - 4..]);
         let end = ours.len() - 4;
         ours[head..head + 4].copy_from_slice(&number);
         ours[end..].copy_from_slice(&number);
-        assert!(ours == real, "{}\n{}", String::from_utf8_lossy(&ours), String::from_utf8_lossy(&real));
+        assert!(
+            ours == real,
+            "{}\n{}",
+            String::from_utf8_lossy(&ours),
+            String::from_utf8_lossy(&real)
+        );
     })
     .await;
 }
@@ -209,7 +236,8 @@ async fn a_stream_of_another_vm_is_refused_with_a_reason() {
         let error = load(&target, &stream_of(&saved)).await.expect_err("another machine type");
         eprintln!("{error}");
         assert!(matches!(error, IncomingError::Failed { .. } | IncomingError::Ended), "{error}");
-        let error = Incoming::begin(&source.qmp, &source.path("i.sock")).await.expect_err("it runs");
+        let error =
+            Incoming::begin(&source.qmp, &source.path("i.sock")).await.expect_err("it runs");
         assert!(matches!(error, IncomingError::NotWaiting(_)), "{error}");
     })
     .await;
@@ -221,7 +249,8 @@ async fn addresses_found_are_those_that_qemu_uses() {
         let memory = guest_memory();
         let vm = loop_guest::start(&qemu, "pc", &memory, &["-S"]).await;
         let told = ram_blocks(&vm.qmp).await.expect("blocks");
-        let mut found: Vec<RamBlock> = told.iter().map(|block| RamBlock { host: None, ..block.clone() }).collect();
+        let mut found: Vec<RamBlock> =
+            told.iter().map(|block| RamBlock { host: None, ..block.clone() }).collect();
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", vm.pid())).expect("maps");
         let start = std::time::Instant::now();
         find_hosts(&memory_of(&vm), &maps, &mut found).expect("hosts");
@@ -231,11 +260,20 @@ async fn addresses_found_are_those_that_qemu_uses() {
         }
         // What 7.2 does tell: where a guest address lies.
         let text = vm.qmp.hmp("gpa2hva 0x1000").await.expect("gpa2hva");
-        let ram = found.iter().find(|block| block.name == SHARED).and_then(|block| block.host).expect("host");
+        let ram = found
+            .iter()
+            .find(|block| block.name == SHARED)
+            .and_then(|block| block.host)
+            .expect("host");
         assert!(text.contains(&format!("is {:#x}", ram + 0x1000)), "{text} {ram:#x}");
         let bios = found.iter().find(|block| block.name == "pc.bios").expect("firmware");
         assert_eq!(block_bytes(&memory_of(&vm), bios)[..2], [0x31, 0xc0]);
-        let kinds: Vec<String> = devices::guest_devices(&vm.qmp).await.expect("devices").into_iter().map(|device| device.kind).collect();
+        let kinds: Vec<String> = devices::guest_devices(&vm.qmp)
+            .await
+            .expect("devices")
+            .into_iter()
+            .map(|device| device.kind)
+            .collect();
         assert_eq!(kinds, ["virtio-net-pci", "virtio-rng-pci", "virtio-blk-pci"]);
     })
     .await;

@@ -1,4 +1,5 @@
-//! Streams that QEMU 7.2 and 10.0 wrote, whole, cut and damaged. `tests/stream_record.rs` makes them.
+//! Streams that QEMU 7.2 and 10.0 wrote, whole, cut and damaged. `tests/stream_record.rs` makes
+//! them.
 
 mod common;
 mod streams;
@@ -60,14 +61,31 @@ fn what_is_known_of_some_of_them() {
         assert_eq!(blocks, wanted);
         assert!(pc.pages >= 5 && pc.zeros > 500, "{} pages, {} zeros", pc.pages, pc.zeros);
         let devices = names(&pc);
-        for device in ["cpu", "fw_cfg", "0000:00:01.1/ide", "0000:00:02.0/vga", "0000:00:03.0/virtio-blk", "acpi_build"] {
+        for device in [
+            "cpu",
+            "fw_cfg",
+            "0000:00:01.1/ide",
+            "0000:00:02.0/vga",
+            "0000:00:03.0/virtio-blk",
+            "acpi_build",
+        ] {
             assert!(devices.contains(&device), "{version}: {device} is not in {devices:?}");
         }
-        assert_eq!(pc.devices.iter().filter(|(name, _)| name == "i8259").map(|(_, instance)| *instance).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(
+            pc.devices
+                .iter()
+                .filter(|(name, _)| name == "i8259")
+                .map(|(_, instance)| *instance)
+                .collect::<Vec<_>>(),
+            [0, 1]
+        );
 
         let q35 = facts_of(&format!("{version}-q35-background"));
         assert_eq!(q35.machine_type, format!("pc-q35-{version}"));
-        assert!(names(&q35).contains(&"0000:00:1f.2/ich9_ahci") && names(&q35).contains(&"0000:00:02.0/virtio-blk"));
+        assert!(
+            names(&q35).contains(&"0000:00:1f.2/ich9_ahci")
+                && names(&q35).contains(&"0000:00:02.0/virtio-blk")
+        );
 
         let none = facts_of(&format!("{version}-none-precopy"));
         assert_eq!((none.blocks, none.pages, none.zeros), (vec![("ram".into(), 1 << 20)], 0, 256));
@@ -81,9 +99,15 @@ fn what_is_known_of_some_of_them() {
 fn pieces_of_any_size() {
     for (name, bytes) in recorded() {
         let wanted = whole(&bytes).expect("whole");
-        for (size, buffer) in [(1, 0), (7, 0), (4096, 0), (8192, 8192), (9000, 8193), (100_000, 1 << 20)] {
+        for (size, buffer) in
+            [(1, 0), (7, 0), (4096, 0), (8192, 8192), (9000, 8193), (100_000, 1 << 20)]
+        {
             let limits = ReaderLimits { read_buffer: buffer, ..ReaderLimits::default() };
-            assert_eq!(read_all(Pieces { bytes: &bytes, size }, limits).expect("whole"), wanted, "{name} by {size}");
+            assert_eq!(
+                read_all(Pieces { bytes: &bytes, size }, limits).expect("whole"),
+                wanted,
+                "{name} by {size}"
+            );
         }
     }
 }
@@ -135,10 +159,15 @@ fn seeds_of_the_fuzzer() {
     let seeds = files(&seeds(), "fuzz");
     let sound: Vec<_> = seeds
         .iter()
-        .filter(|(_, input)| Pieces::of_fuzzer(input).is_some_and(|pieces| read_all(pieces, limits()).is_ok()))
+        .filter(|(_, input)| {
+            Pieces::of_fuzzer(input).is_some_and(|pieces| read_all(pieces, limits()).is_ok())
+        })
         .map(|(name, _)| name.as_str())
         .collect();
-    assert_eq!(sound, ["10.0-none-precopy", "7.2-none-background", "background", "page", "precopy", "shared"]);
+    assert_eq!(
+        sound,
+        ["10.0-none-precopy", "7.2-none-background", "background", "page", "precopy", "shared"]
+    );
     assert!(seeds.len() >= 12);
 }
 
@@ -157,7 +186,8 @@ fn damage() -> impl Strategy<Value = Damage> {
     prop_oneof![
         (at, 0..8u8).prop_map(|(at, bit)| Damage::Flip { at, bit }),
         (at, any::<u8>()).prop_map(|(at, byte)| Damage::Set { at, byte }),
-        (at, prop_oneof![Just(u64::MAX), Just(0), Just(1 << 63), 0..0x3000u64]).prop_map(|(at, value)| Damage::Number { at, value }),
+        (at, prop_oneof![Just(u64::MAX), Just(0), Just(1 << 63), 0..0x3000u64])
+            .prop_map(|(at, value)| Damage::Number { at, value }),
         (at, 1..5000u16).prop_map(|(at, length)| Damage::Remove { at, length }),
         (at, 1..5000u16).prop_map(|(at, length)| Damage::Repeat { at, length }),
         at.prop_map(|at| Damage::Cut { at }),
@@ -200,7 +230,8 @@ fn apply(bytes: &mut Vec<u8>, damage: &Damage) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever happens to a stream, the reader gives what it promises or an error, which names a place in the stream.
+    /// Whatever happens to a stream, the reader gives what it promises or an error, which names a
+    /// place in the stream.
     #[test]
     fn damaged_ones(choice in any::<prop::sample::Index>(), all in prop::collection::vec(damage(), 1..6), size in 1..20_000usize) {
         thread_local!(static RECORDED: Vec<(String, Vec<u8>)> = recorded());

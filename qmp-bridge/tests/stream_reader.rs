@@ -1,4 +1,5 @@
-//! The reader on streams of running VMs: what it gives is the guest's memory and device state of that instant.
+//! The reader on streams of running VMs: what it gives is the guest's memory and device state of
+//! that instant.
 
 mod common;
 mod streams;
@@ -25,7 +26,8 @@ use streams::{COUNTER, DEVICES, Mode, capabilities, migrate, start, wait_for_sta
 
 const MEGABYTES: u32 = 16;
 const RAM: &str = "pc.ram";
-/// Device sections that differ between two savings of one instant: whether the guest runs, and a clock that continues anyway.
+/// Device sections that differ between two savings of one instant: whether the guest runs, and a
+/// clock that continues anyway.
 const DIFFERENT: [&str; 2] = ["globalstate", "mc146818rtc"];
 
 /// All that a stream gave.
@@ -39,7 +41,10 @@ struct Received {
 }
 
 /// Reads on a thread; `first_page` hears when the first page is there.
-fn receive(source: UnixStream, first_page: mpsc::SyncSender<()>) -> JoinHandle<Result<Received, StreamReadError>> {
+fn receive(
+    source: UnixStream,
+    first_page: mpsc::SyncSender<()>,
+) -> JoinHandle<Result<Received, StreamReadError>> {
     std::thread::spawn(move || {
         let mut reader = StreamReader::new(source, ReaderLimits::default());
         let mut received = Received::default();
@@ -148,14 +153,27 @@ impl Truth {
         for ((name, wanted), got) in names.iter().zip(&self.memory).zip(&received.memory) {
             let same = |(wanted, got): (&[u8], &[u8])| wanted == got;
             let pages = wanted.chunks(STREAM_PAGE).zip(got.chunks(STREAM_PAGE));
-            let different: Vec<_> = pages.enumerate().filter(|(_, pages)| !same(*pages)).map(|(page, _)| page).collect();
-            assert!(wanted.len() == got.len() && different.is_empty(), "{name}: pages {different:?} differ");
+            let different: Vec<_> = pages
+                .enumerate()
+                .filter(|(_, pages)| !same(*pages))
+                .map(|(page, _)| page)
+                .collect();
+            assert!(
+                wanted.len() == got.len() && different.is_empty(),
+                "{name}: pages {different:?} differ"
+            );
         }
-        let (wanted, got) = (self.devices.as_bytes(), received.devices.as_ref().expect("devices").as_bytes());
+        let (wanted, got) =
+            (self.devices.as_bytes(), received.devices.as_ref().expect("devices").as_bytes());
         assert_eq!(wanted.len(), got.len());
         for section in &received.sections {
             if !DIFFERENT.contains(&section.name.as_str()) {
-                assert_eq!(wanted[section.bytes.clone()], got[section.bytes.clone()], "{}", section.name);
+                assert_eq!(
+                    wanted[section.bytes.clone()],
+                    got[section.bytes.clone()],
+                    "{}",
+                    section.name
+                );
             }
         }
     }
@@ -173,7 +191,10 @@ async fn pre_copy(vm: &TestQemu, blocks: &[RamBlock]) -> (Truth, Received) {
     let reader = receive(migrate(&vm.qmp).await, sender);
     wait_for_status(&vm.qmp, "pre-switchover").await;
     let truth = truth(vm, blocks).await;
-    vm.qmp.execute_json("migrate-continue", json!({ "state": "pre-switchover" })).await.expect("continue");
+    vm.qmp
+        .execute_json("migrate-continue", json!({ "state": "pre-switchover" }))
+        .await
+        .expect("continue");
     wait_for_status(&vm.qmp, "completed").await;
     (truth, reader.join().expect("join").expect("a sound stream"))
 }
@@ -185,7 +206,10 @@ async fn background(vm: &TestQemu, blocks: &[RamBlock]) -> (Truth, Received) {
     let truth = truth(vm, blocks).await;
     let (sender, first_page) = mpsc::sync_channel(1);
     let reader = receive(migrate(&vm.qmp).await, sender);
-    tokio::task::spawn_blocking(move || first_page.recv_timeout(Duration::from_secs(20))).await.expect("join").expect("a page");
+    tokio::task::spawn_blocking(move || first_page.recv_timeout(Duration::from_secs(20)))
+        .await
+        .expect("join")
+        .expect("a page");
     match paused.resume().await {
         // A background snapshot that was not begun by `Migration` lets the guest run by itself.
         Ok(_) | Err(PauseError::Disturbed { .. }) => {}
@@ -203,16 +227,25 @@ async fn load(qemu: &Path, vm: &str, received: &Received) {
     let more: Vec<&str> = DEVICES.into_iter().chain(["-incoming", "defer", "-S"]).collect();
     let target = start(qemu, vm, MEGABYTES, &more).await;
     let blocks = received.names.iter().zip(&received.memory);
-    let listed = blocks.map(|(name, bytes)| StreamBlock { name: name.clone(), used: bytes.len() as u64, address: 0, shared: false });
+    let listed = blocks.map(|(name, bytes)| StreamBlock {
+        name: name.clone(),
+        used: bytes.len() as u64,
+        address: 0,
+        shared: false,
+    });
     let mut writer = StreamWriter::new(&received.machine_type, listed.collect()).expect("writer");
     for (block, bytes) in received.memory.iter().enumerate() {
         for (number, page) in bytes.chunks(STREAM_PAGE).enumerate() {
             writer.page(block, (number * STREAM_PAGE) as u64, page).expect("page");
         }
     }
-    let mut incoming = Incoming::begin(&target.qmp, &target.path("incoming.sock")).await.expect("begin");
+    let mut incoming =
+        Incoming::begin(&target.qmp, &target.path("incoming.sock")).await.expect("begin");
     incoming.send(&writer.take()).await.expect("send");
-    incoming.send(&writer.finish(received.devices.as_ref().expect("devices")).expect("finish")).await.expect("send");
+    incoming
+        .send(&writer.finish(received.devices.as_ref().expect("devices")).expect("finish"))
+        .await
+        .expect("send");
     incoming.finish().await.unwrap_or_else(|error| panic!("{error}\n{}", target.log()));
     let blocks = blocks_of(&target).await;
     let ram = received.names.iter().position(|name| name == RAM).expect("memory");
@@ -268,9 +301,17 @@ async fn refusal(vm: &TestQemu) -> StreamReadError {
 #[tokio::test]
 async fn what_a_plain_migration_does_not_send_is_named() {
     with_each_qemu(async |qemu| {
-        let disk = ["-blockdev", "driver=null-co,node-name=n0,size=1048576,read-zeroes=on", "-device", "virtio-blk-pci,drive=n0"];
-        let mut cases =
-            vec![("return-path", "OPEN_RETURN_PATH"), ("postcopy-ram", "OPEN_RETURN_PATH"), ("dirty-bitmaps", "`dirty-bitmaps`")];
+        let disk = [
+            "-blockdev",
+            "driver=null-co,node-name=n0,size=1048576,read-zeroes=on",
+            "-device",
+            "virtio-blk-pci,drive=n0",
+        ];
+        let mut cases = vec![
+            ("return-path", "OPEN_RETURN_PATH"),
+            ("postcopy-ram", "OPEN_RETURN_PATH"),
+            ("dirty-bitmaps", "`dirty-bitmaps`"),
+        ];
         let vm = start(&qemu, "q35", 1, &[]).await;
         if vm.qmp.version().major < 9 {
             cases.extend([("compress", "`compress`"), ("block", "`block`")]);
@@ -298,8 +339,12 @@ async fn ignored_shared_memory_has_addresses() {
             let mut addressed = None;
             while let Some(item) = reader.next().expect("sound") {
                 match item {
-                    Item::Configuration { capabilities, .. } => assert_eq!(capabilities, ["x-ignore-shared"]),
-                    Item::Blocks(blocks) => addressed = Some(blocks.iter().all(|block| block.address.is_some())),
+                    Item::Configuration { capabilities, .. } => {
+                        assert_eq!(capabilities, ["x-ignore-shared"])
+                    }
+                    Item::Blocks(blocks) => {
+                        addressed = Some(blocks.iter().all(|block| block.address.is_some()))
+                    }
                     _ => {}
                 }
             }
@@ -340,7 +385,8 @@ async fn a_cancelled_migration() {
 /// A stream up to its first page record, which is another one of `flags`.
 fn endless_memory(flags: u64) -> Vec<u8> {
     let bytes = 1u64 << 32;
-    let mut head = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04".to_vec();
+    let mut head =
+        b"QEVM\0\0\0\x03\x07\0\0\0\x02pc\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04".to_vec();
     head.extend((bytes | 4).to_be_bytes());
     head.extend(b"\x06pc.ram");
     head.extend(bytes.to_be_bytes());
@@ -350,7 +396,8 @@ fn endless_memory(flags: u64) -> Vec<u8> {
     head
 }
 
-/// How fast memory goes through: `cargo test --release -p qmp-bridge --test stream_reader -- --ignored --nocapture speed`.
+/// How fast memory goes through:
+/// `cargo test --release -p qmp-bridge --test stream_reader -- --ignored --nocapture speed`.
 #[test]
 #[ignore = "a measurement"]
 fn speed() {

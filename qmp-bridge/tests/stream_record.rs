@@ -1,4 +1,5 @@
-//! Records the streams in `tests/streams/` again: `cargo test -p qmp-bridge --test stream_record -- --ignored`.
+//! Records the streams in `tests/streams/` again:
+//! `cargo test -p qmp-bridge --test stream_record -- --ignored`.
 
 mod common;
 mod streams;

@@ -42,7 +42,8 @@ pub enum Command {
     Ls(LsArgs),
     /// Show one checkpoint
     Show(ShowArgs),
-    /// Read back every frame and digest of a checkpoint; with --restore, restore it in a sandbox and compare everything
+    /// Read back every frame and digest of a checkpoint; with --restore, restore it in a sandbox
+    /// and compare everything
     Verify(VerifyArgs),
     /// Check what this host can do
     Doctor(DoctorArgs),
@@ -51,7 +52,8 @@ pub enum Command {
     /// The helper itself; 'run', 'attach' and 'restore' start it
     #[command(hide = true)]
     Helper(HelperArgs),
-    /// Become a program without network and with read-only file systems; 'verify --restore' starts it
+    /// Become a program without network and with read-only file systems; 'verify --restore' starts
+    /// it
     #[command(hide = true)]
     Sandbox(SandboxArgs),
 }
@@ -59,7 +61,8 @@ pub enum Command {
 #[derive(Args)]
 pub struct Runtime {
     /// Directory of the running VMs' sockets and logs [default: /run/stillpoint; a
-    /// user's is $XDG_RUNTIME_DIR/stillpoint, else /run/user/UID/stillpoint, else /tmp/stillpoint-UID]
+    /// user's is $XDG_RUNTIME_DIR/stillpoint, else /run/user/UID/stillpoint, else
+    /// /tmp/stillpoint-UID]
     #[arg(long, env = "STILLPOINT_RUNTIME_DIR", value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,
 }
@@ -80,7 +83,8 @@ pub struct RunArgs {
     pub store: Store,
     #[command(flatten)]
     pub runtime: Runtime,
-    /// Directory for temporary fleecing overlays; needs free space on a disk-backed file system [default: /var/tmp]
+    /// Directory for temporary fleecing overlays; needs free space on a disk-backed file system
+    /// [default: /var/tmp]
     #[arg(long, alias = "scratch-dir", env = "STILLPOINT_FLEECING_DIR", value_name = "DIR")]
     pub fleecing_dir: Option<PathBuf>,
     /// The QEMU program and its arguments, after '--'
@@ -102,7 +106,8 @@ pub struct AttachArgs {
     /// With --qmp: file:///DIR, hdfs://NAMENODE:PORT/PATH or hdfs://NAMESERVICE/PATH
     #[arg(long, env = "STILLPOINT_STORE", value_name = "URL")]
     pub store: Option<String>,
-    /// With --qmp: directory for temporary fleecing overlays; needs free space on a disk-backed file system [default: /var/tmp]
+    /// With --qmp: directory for temporary fleecing overlays; needs free space on a disk-backed
+    /// file system [default: /var/tmp]
     #[arg(long, alias = "scratch-dir", env = "STILLPOINT_FLEECING_DIR", value_name = "DIR")]
     pub fleecing_dir: Option<PathBuf>,
     /// With --qmp: where memory comes from
@@ -116,7 +121,8 @@ pub struct AttachArgs {
     /// Stay in the foreground (for a service manager)
     #[arg(long)]
     pub foreground: bool,
-    /// Take over the VM's writer epoch now and fence the current writer, once; do not put it into a service's unit
+    /// Take over the VM's writer epoch now and fence the current writer, once; do not put it into a
+    /// service's unit
     #[arg(long)]
     pub take_over: bool,
 }
@@ -150,7 +156,8 @@ pub struct CheckpointArgs {
     /// Take a full checkpoint, which begins a new lineage: it needs no earlier one
     #[arg(long)]
     pub full: bool,
-    /// Then prove it, as 'verify --restore' does, at the lowest priority; needs room for the VM's memory and disks
+    /// Then prove it, as 'verify --restore' does, at the lowest priority; needs room for the VM's
+    /// memory and disks
     #[arg(long)]
     pub verify: bool,
     /// Print the result as JSON on stdout
@@ -181,7 +188,8 @@ pub struct RestoreArgs {
     /// Use NEW where the VM's command line says OLD (a whole value; repeatable)
     #[arg(long, value_name = "OLD=NEW")]
     pub map: Vec<Mapping>,
-    /// Let the restored VM have something of this host that its command line names: OPTION.KEY, or OPTION.KEY=VALUE (repeatable)
+    /// Let the restored VM have something of this host that its command line names: OPTION.KEY, or
+    /// OPTION.KEY=VALUE (repeatable)
     #[arg(long, value_name = "WHAT")]
     pub allow: Vec<String>,
     /// Take over the VM's writer epoch and fence the current writer, which must be dead
@@ -226,13 +234,16 @@ pub struct VerifyArgs {
     pub checkpoint: CheckpointName,
     #[command(flatten)]
     pub store: Store,
-    /// Restore it in a sandbox, compare all memory, disks and device state, and note the proof in the store
+    /// Restore it in a sandbox, compare all memory, disks and device state, and note the proof in
+    /// the store
     #[arg(long)]
     pub restore: bool,
-    /// With --restore: QEMU to use [default: the program that the checkpoint names, else qemu-system-x86_64]
+    /// With --restore: QEMU to use [default: the program that the checkpoint names, else
+    /// qemu-system-x86_64]
     #[arg(long, value_name = "PROGRAM", requires = "restore")]
     pub qemu: Option<String>,
-    /// With --restore: then let the guest run for so long (as in 5s) and report whether it died, panicked or reset
+    /// With --restore: then let the guest run for so long (as in 5s) and report whether it died,
+    /// panicked or reset
     #[arg(long, value_name = "TIME", requires = "restore", value_parser = humantime::parse_duration)]
     pub run: Option<std::time::Duration>,
     /// With --restore: use NEW where the VM's command line says OLD (a whole value; repeatable)
@@ -302,7 +313,10 @@ pub struct SandboxArgs {
 
 impl AttachArgs {
     pub fn vm(&self) -> anyhow::Result<&VmName> {
-        self.name.as_ref().or(self.long_name.as_ref()).ok_or_else(|| anyhow::anyhow!("no VM was named"))
+        self.name
+            .as_ref()
+            .or(self.long_name.as_ref())
+            .ok_or_else(|| anyhow::anyhow!("no VM was named"))
     }
 }
 
@@ -365,11 +379,18 @@ mod test {
 
     /// Of a command and all below it, hidden ones too: "run --name".
     fn without_help(command: &clap::Command, path: &str) -> Vec<String> {
-        let has_text = |text: Option<&clap::builder::StyledStr>| text.is_some_and(|text| !text.to_string().trim().is_empty());
+        let has_text = |text: Option<&clap::builder::StyledStr>| {
+            text.is_some_and(|text| !text.to_string().trim().is_empty())
+        };
         let arguments = command.get_arguments().filter(|argument| !has_text(argument.get_help()));
-        let mut found: Vec<String> = arguments.map(|argument| format!("{path} {argument}")).collect();
+        let mut found: Vec<String> =
+            arguments.map(|argument| format!("{path} {argument}")).collect();
         found.extend(Some(path.to_owned()).filter(|_| !has_text(command.get_about())));
-        found.extend(command.get_subcommands().flat_map(|inner| without_help(inner, &format!("{path} {}", inner.get_name()))));
+        found.extend(
+            command
+                .get_subcommands()
+                .flat_map(|inner| without_help(inner, &format!("{path} {}", inner.get_name()))),
+        );
         found
     }
 

@@ -1,5 +1,6 @@
-//! What the commands and the helper say to each other over the control socket: one JSON request on a line, then lines
-//! of progress, then one result. Only the owner of the runtime directory can reach it.
+//! What the commands and the helper say to each other over the control socket: one JSON request on
+//! a line, then lines of progress, then one result. Only the owner of the runtime directory can
+//! reach it.
 
 use engine::checkpoint::Choice;
 use engine::progress::Update;

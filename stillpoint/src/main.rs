@@ -1,5 +1,6 @@
-//! The `stillpoint` command: its arguments, what it prints, its exit codes, and the helper process with its control socket.
-//! What it does is in the crates `engine` and `vm`; ARCHITECTURE.md has the picture.
+//! The `stillpoint` command: its arguments, what it prints, its exit codes, and the helper process
+//! with its control socket. What it does is in the crates `engine` and `vm`; ARCHITECTURE.md has
+//! the picture.
 
 mod bench;
 mod commands;
@@ -40,7 +41,9 @@ fn fail(error: &anyhow::Error) -> ExitCode {
 /// An error of the command line, or the help that was asked for.
 fn print_usage(message: &clap::Error) -> ExitCode {
     match message.print() {
-        Err(error) if !message.use_stderr() && error.kind() != ErrorKind::BrokenPipe => fail(&terminal::not_written(&error)),
+        Err(error) if !message.use_stderr() && error.kind() != ErrorKind::BrokenPipe => {
+            fail(&terminal::not_written(&error))
+        }
         _ if message.use_stderr() => ExitCode::from(exit::USAGE),
         _ => ExitCode::SUCCESS,
     }
@@ -63,7 +66,9 @@ fn dispatch(command: Command) -> Result<ExitCode> {
     match command {
         // Before any thread exists: this process becomes QEMU.
         Command::Run(args) => match commands::run::run(args)? {},
-        Command::Sandbox(args) => match proof::sandbox::become_program(&args.dir, &args.cwd, &args.program)? {},
+        Command::Sandbox(args) => {
+            match proof::sandbox::become_program(&args.dir, &args.cwd, &args.program)? {}
+        }
         Command::Verify(args) if args.restore && proof::sandbox::workspace().is_none() => {
             proof::sandbox::supervise(&launch::fleecing_dir(args.fleecing_dir.as_deref())?)
         }
@@ -91,7 +96,9 @@ async fn dispatch_async(command: Command) -> Result<ExitCode> {
         Command::Verify(args) if args.restore => commands::verify::prove(args).await?,
         Command::Verify(args) => commands::verify::read_back(&args).await?,
         Command::Bench(args) => bench::run(&args).await?,
-        Command::Run(_) | Command::Doctor(_) | Command::Sandbox(_) => unreachable!("handled without the asynchronous runtime"),
+        Command::Run(_) | Command::Doctor(_) | Command::Sandbox(_) => {
+            unreachable!("handled without the asynchronous runtime")
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

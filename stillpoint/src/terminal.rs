@@ -1,4 +1,5 @@
-//! What a person reads: results on stdout; progress as bars on stderr when it is a terminal, nothing otherwise.
+//! What a person reads: results on stdout; progress as bars on stderr when it is a terminal,
+//! nothing otherwise.
 
 use anyhow::{Context, Result};
 use engine::progress::{self, Advance};
@@ -10,7 +11,8 @@ use std::time::{Duration, Instant};
 /// Why stdout was not written, at the first time.
 static FAILURE: OnceLock<Error> = OnceLock::new();
 
-/// Prints on stdout. What cannot be printed is an error of [`finish`], when the command has done all that it does.
+/// Prints on stdout. What cannot be printed is an error of [`finish`], when the command has done
+/// all that it does.
 macro_rules! out {
     ($($text:tt)*) => { $crate::terminal::write(format_args!($($text)*)) };
 }
@@ -18,7 +20,9 @@ pub(crate) use out;
 
 pub fn write(text: std::fmt::Arguments<'_>) {
     let mut stdout = std::io::stdout().lock();
-    if let Err(error) = stdout.write_fmt(text).and_then(|()| stdout.write_all(b"\n")).and_then(|()| stdout.flush()) {
+    if let Err(error) =
+        stdout.write_fmt(text).and_then(|()| stdout.write_all(b"\n")).and_then(|()| stdout.flush())
+    {
         // `finish` reports it.
         let _ = FAILURE.set(error);
     }
@@ -29,7 +33,8 @@ pub fn print_json(value: &serde_json::Value) -> Result<()> {
     Ok(())
 }
 
-/// At a command's end: whether all that it printed was written. A reader that has closed stdout (`| head`) is no failure.
+/// At a command's end: whether all that it printed was written. A reader that has closed stdout
+/// (`| head`) is no failure.
 ///
 /// # Errors
 /// When stdout was not written, as on a full disk.
@@ -41,7 +46,9 @@ pub fn finish() -> anyhow::Result<()> {
 }
 
 pub fn not_written(error: &Error) -> anyhow::Error {
-    anyhow::anyhow!("the result could not be written on stdout ({error}); what the command does is done")
+    anyhow::anyhow!(
+        "the result could not be written on stdout ({error}); what the command does is done"
+    )
 }
 
 /// Shown only for what takes this long.
@@ -68,7 +75,8 @@ pub struct Bar {
 impl Bar {
     pub fn of_bytes(what: &str, total: u64) -> Self {
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
-        let template = "{msg:20} [{bar:32}] {bytes:>10} of {total_bytes:10} {bytes_per_sec:>12} {eta:>4}";
+        let template =
+            "{msg:20} [{bar:32}] {bytes:>10} of {total_bytes:10} {bytes_per_sec:>12} {eta:>4}";
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
         }
@@ -84,7 +92,10 @@ impl Bar {
     }
 
     fn show(&self) {
-        if self.bar.is_hidden() && self.begun.elapsed() > SHOW_AFTER && std::io::stderr().is_terminal() {
+        if self.bar.is_hidden()
+            && self.begun.elapsed() > SHOW_AFTER
+            && std::io::stderr().is_terminal()
+        {
             self.bar.set_draw_target(ProgressDrawTarget::stderr());
         }
     }

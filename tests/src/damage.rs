@@ -30,7 +30,9 @@ impl Damage {
             }
             Damage::Truncate(place) => file().set_len(at(place)).expect("the test owns it"),
             Damage::Append => file().write_all_at(b"appended", len).expect("the test owns it"),
-            Damage::Zeroes => file().write_all_at(&vec![0; len as usize], 0).expect("the test owns it"),
+            Damage::Zeroes => {
+                file().write_all_at(&vec![0; len as usize], 0).expect("the test owns it")
+            }
             Damage::Remove => std::fs::remove_file(path).expect("the test owns it"),
         }
     }

@@ -1,4 +1,5 @@
-//! What is set, open and under way in a QEMU: a helper that came and went must have left it as it was.
+//! What is set, open and under way in a QEMU: a helper that came and went must have left it as it
+//! was.
 
 use crate::process::Pid;
 use crate::qmp::QmpClient;
@@ -22,7 +23,8 @@ impl Footprint {
     pub fn of(monitor: &mut QmpClient) -> Self {
         let mut ask = |command: &str, arguments: Value| monitor.execute(command, arguments);
         let listed = ask("query-migrate-capabilities", json!({}));
-        let capabilities = each(&listed).map(|one| (text(one, "capability"), one["state"] == true)).collect();
+        let capabilities =
+            each(&listed).map(|one| (text(one, "capability"), one["state"] == true)).collect();
         let parameters = ask("query-migrate-parameters", json!({}));
         let parameters = parameters.as_object().cloned().unwrap_or_default().into_iter().collect();
         let blocks = ask("query-named-block-nodes", json!({}));
@@ -30,7 +32,8 @@ impl Footprint {
         let mut names = |command: &str, arguments: Value, key: &str| -> BTreeSet<String> {
             each(&ask(command, arguments)).map(|one| text(one, key)).collect()
         };
-        let jobs = &names("query-jobs", json!({}), "id") | &names("query-block-jobs", json!({}), "device");
+        let jobs =
+            &names("query-jobs", json!({}), "id") | &names("query-block-jobs", json!({}), "device");
         let exports = names("query-block-exports", json!({}), "id");
         let chardevs = names("query-chardev", json!({}), "label");
         let objects = names("qom-list", json!({"path": "/objects"}), "name");
@@ -60,7 +63,11 @@ impl Footprint {
             .iter()
             .filter(|(_, then, now)| then != now)
             .map(|(what, then, now)| {
-                format!("{what}: {:?} gone, {:?} new", then.difference(now).collect::<Vec<_>>(), now.difference(then).collect::<Vec<_>>())
+                format!(
+                    "{what}: {:?} gone, {:?} new",
+                    then.difference(now).collect::<Vec<_>>(),
+                    now.difference(then).collect::<Vec<_>>()
+                )
             })
             .collect();
         all.extend(changes("capability", &self.capabilities, &now.capabilities));
@@ -76,10 +83,16 @@ fn bitmaps_of(node: &Value) -> impl Iterator<Item = (String, String)> {
     each(&node["dirty-bitmaps"]).map(|map| (text(node, "node-name"), text(map, "name")))
 }
 
-fn changes<V: PartialEq + std::fmt::Debug>(what: &str, then: &BTreeMap<String, V>, now: &BTreeMap<String, V>) -> Vec<String> {
+fn changes<V: PartialEq + std::fmt::Debug>(
+    what: &str,
+    then: &BTreeMap<String, V>,
+    now: &BTreeMap<String, V>,
+) -> Vec<String> {
     let keys: BTreeSet<&String> = then.keys().chain(now.keys()).collect();
     let changed = keys.into_iter().filter(|key| then.get(*key) != now.get(*key));
-    changed.map(|key| format!("{what} {key}: {:?}, {:?} before", now.get(key), then.get(key))).collect()
+    changed
+        .map(|key| format!("{what} {key}: {:?}, {:?} before", now.get(key), then.get(key)))
+        .collect()
 }
 
 fn each(list: &Value) -> impl Iterator<Item = &Value> {
@@ -95,7 +108,11 @@ pub fn descriptors(pid: Pid) -> BTreeMap<String, usize> {
     let mut kinds = BTreeMap::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
         let target = std::fs::read_link(entry.path()).unwrap_or_default().display().to_string();
-        let kind = if target.starts_with('/') { target } else { target.split(':').next().unwrap_or_default().to_owned() };
+        let kind = if target.starts_with('/') {
+            target
+        } else {
+            target.split(':').next().unwrap_or_default().to_owned()
+        };
         *kinds.entry(kind).or_default() += 1;
     }
     kinds

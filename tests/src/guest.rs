@@ -1,4 +1,5 @@
-//! The guest of one VM, whoever started its QEMU: what it says on its serial port, and what its monitor tells.
+//! The guest of one VM, whoever started its QEMU: what it says on its serial port, and what its
+//! monitor tells.
 
 use crate::images::read_image;
 use crate::process::{self, Pid, wait_until};
@@ -29,14 +30,30 @@ pub struct Guest {
 
 impl Guest {
     pub(crate) fn new(name: &str, directory: PathBuf, program: &Path, logs: Vec<PathBuf>) -> Self {
-        Self { name: name.to_owned(), directory, qemu: Pid::from_raw(0), program: program.to_owned(), logs }
+        Self {
+            name: name.to_owned(),
+            directory,
+            qemu: Pid::from_raw(0),
+            program: program.to_owned(),
+            logs,
+        }
     }
 
     pub(crate) fn said(&self) -> String {
         let serial = self.directory.join("serial.log");
-        let texts = self.logs.iter().chain([&serial]).filter_map(|file| std::fs::read_to_string(file).ok());
+        let texts =
+            self.logs.iter().chain([&serial]).filter_map(|file| std::fs::read_to_string(file).ok());
         texts
-            .map(|text| text.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"))
+            .map(|text| {
+                text.lines()
+                    .rev()
+                    .take(12)
+                    .collect::<Vec<_>>()
+                    .into_iter()
+                    .rev()
+                    .collect::<Vec<_>>()
+                    .join("\n")
+            })
             .collect::<Vec<_>>()
             .join("\n")
     }
@@ -68,7 +85,13 @@ impl Guest {
             hit.is_some() || !self.qemu_runs()
         });
         self.assert_no_contradiction();
-        assert!(done && hit.is_some(), "{}: {what} never came; last {:?}\n{}", self.name, self.lines().last(), self.said());
+        assert!(
+            done && hit.is_some(),
+            "{}: {what} never came; last {:?}\n{}",
+            self.name,
+            self.lines().last(),
+            self.said()
+        );
         hit.expect("just checked")
     }
 
@@ -85,12 +108,16 @@ impl Guest {
 
     /// The guest is up and has worked a little.
     ///
-    /// The emulator's processors hang in the guest kernel's start now and then, before the witness is there; that is told, and reset
-    /// once.
+    /// The emulator's processors hang in the guest kernel's start now and then, before the witness
+    /// is there; that is told, and reset once.
     pub fn wait_for_witness(&self) -> Line {
         let began = wait_until(BOOT_TIMEOUT, || !self.lines().is_empty() || !self.qemu_runs());
         if !began && self.qemu_runs() {
-            eprintln!("{}: the guest did not come up in {BOOT_TIMEOUT:?} and is reset; it has said:\n{}", self.name, self.said());
+            eprintln!(
+                "{}: the guest did not come up in {BOOT_TIMEOUT:?} and is reset; it has said:\n{}",
+                self.name,
+                self.said()
+            );
             self.qmp().execute("system_reset", serde_json::json!({}));
         }
         self.wait_for_line("the witness", |line| line.passes >= 1)
@@ -104,13 +131,18 @@ impl Guest {
         assert!(more && self.qemu_runs(), "{}: the guest is stopped\n{}", self.name, self.said());
     }
 
-    /// This restored VM continues where the checkpoint was taken, and all of its memory and disks are right: the
-    /// witness has walked over the whole table twice.
+    /// This restored VM continues where the checkpoint was taken, and all of its memory and disks
+    /// are right: the witness has walked over the whole table twice.
     pub fn assert_continues(&self, taken: &Taken) {
         let first = self.wait_for_line("a first line", |_| true);
         let first = self.lines().into_iter().next().unwrap_or(first);
         let expected = taken.before + 1..=taken.after + STEPS_BETWEEN_LINES;
-        assert!(expected.contains(&first.step), "{}: continued with step {}, {expected:?} was expected", self.name, first.step);
+        assert!(
+            expected.contains(&first.step),
+            "{}: continued with step {}, {expected:?} was expected",
+            self.name,
+            first.step
+        );
         self.assert_all_right(&first);
     }
 
@@ -133,7 +165,10 @@ impl Guest {
         let all = self.qmp().execute("query-block", json!({}));
         let hit = all.as_array().into_iter().flatten().find(|block| block["device"] == drive);
         let inserted = &hit.unwrap_or_else(|| panic!("no drive {drive} in {all}"))["inserted"];
-        let (file, format) = (inserted["file"].as_str().expect("a file"), inserted["drv"].as_str().expect("a format"));
+        let (file, format) = (
+            inserted["file"].as_str().expect("a file"),
+            inserted["drv"].as_str().expect("a format"),
+        );
         read_image(&self.program, &self.directory.join(file), format)
     }
 }

@@ -1,4 +1,5 @@
-//! A real HDFS for tests, by `scripts/hdfs-dev`: the developer's, which no test harms, or one of its own to be harmed.
+//! A real HDFS for tests, by `scripts/hdfs-dev`: the developer's, which no test harms, or one of
+//! its own to be harmed.
 
 use crate::built::project;
 use crate::process::Pid;
@@ -41,7 +42,9 @@ impl Cluster {
 
     /// A store below which nobody else works.
     pub fn fresh_store(&self, what: &str) -> String {
-        let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock after 1970");
+        let time = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .expect("a clock after 1970");
         format!("{}tests/{what}-{}-{}", self.url, std::process::id(), time.as_nanos())
     }
 
@@ -71,7 +74,10 @@ impl Cluster {
     fn hdfs_dev(&self, arguments: &[&str]) -> String {
         let output = self.command(arguments).output().expect("scripts/hdfs-dev can be run");
         let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "these tests need a real HDFS: scripts/install-deps. scripts/hdfs-dev {arguments:?}: {said}");
+        assert!(
+            output.status.success(),
+            "these tests need a real HDFS: scripts/install-deps. scripts/hdfs-dev {arguments:?}: {said}"
+        );
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 }
@@ -83,7 +89,10 @@ impl Drop for Cluster {
         }
         for role in ROLES {
             let output = self.command(&["pid", role]).output();
-            if let Some(pid) = output.ok().and_then(|output| String::from_utf8_lossy(&output.stdout).trim().parse().ok()) {
+            if let Some(pid) = output
+                .ok()
+                .and_then(|output| String::from_utf8_lossy(&output.stdout).trim().parse().ok())
+            {
                 // A stopped process would not hear that it shall end.
                 let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
             }

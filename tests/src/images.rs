@@ -9,7 +9,11 @@ pub fn qemu_img(qemu: &Path, directory: &Path, arguments: &[&str]) {
     let program = if beside.exists() { beside } else { "qemu-img".into() };
     let output = Command::new(program).args(arguments).current_dir(directory).output();
     let output = output.expect("qemu-img can be run; scripts/install-deps installs it");
-    assert!(output.status.success(), "qemu-img {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "qemu-img {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// What an image holds, also while a QEMU has it open.

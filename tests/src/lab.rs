@@ -33,11 +33,18 @@ impl Lab {
     /// Waits until so many VMs may run.
     pub fn for_vms(qemu: &Path, count: usize) -> Self {
         let slots = Slots::take(count);
-        let directory = tempfile::Builder::new().prefix("stillpoint-").tempdir().expect("a directory");
+        let directory =
+            tempfile::Builder::new().prefix("stillpoint-").tempdir().expect("a directory");
         let store = format!("file://{}/store", directory.path().display());
         // What a QEMU binary is need not be found out by every test.
         let cache = shared_directory().join("cache");
-        let mut lab = Self { directory, qemu: qemu.to_owned(), store, environment: Vec::new(), _slots: slots };
+        let mut lab = Self {
+            directory,
+            qemu: qemu.to_owned(),
+            store,
+            environment: Vec::new(),
+            _slots: slots,
+        };
         lab.set("STILLPOINT_RUNTIME_DIR", lab.runtime().display().to_string());
         lab.set("STILLPOINT_FLEECING_DIR", lab.path().display().to_string());
         lab.set("STILLPOINT_CACHE_DIR", cache.display().to_string());
@@ -84,7 +91,12 @@ impl Lab {
     }
 
     /// The same with more environment, for the helper too.
-    pub fn start_with(&self, name: &str, recipe: &Recipe, environment: &[(&str, &str)]) -> TestVm<'_> {
+    pub fn start_with(
+        &self,
+        name: &str,
+        recipe: &Recipe,
+        environment: &[(&str, &str)],
+    ) -> TestVm<'_> {
         TestVm::start(self, name, recipe, environment)
     }
 
@@ -121,10 +133,15 @@ impl Lab {
 
     /// The same where there may be no store yet.
     pub fn list_if_any(&self, name: &str) -> Vec<u64> {
-        if self.store_directory().join("store.json").exists() { self.list(name) } else { Vec::new() }
+        if self.store_directory().join("store.json").exists() {
+            self.list(name)
+        } else {
+            Vec::new()
+        }
     }
 
-    /// Ids of the checkpoints that a VM has in the store; a VM without any is an error of the command.
+    /// Ids of the checkpoints that a VM has in the store; a VM without any is an error of the
+    /// command.
     pub fn list(&self, name: &str) -> Vec<u64> {
         let listed = self.run(&["ls", name, "--json"]);
         if listed.code == 1 && listed.err.contains("no checkpoint") {
@@ -137,13 +154,16 @@ impl Lab {
 
     /// Neither a QEMU nor a helper of that name answers.
     pub fn nothing_runs(&self, name: &str) -> bool {
-        let socket = |file: &str| std::os::unix::net::UnixStream::connect(self.runtime().join(name).join(file));
+        let socket = |file: &str| {
+            std::os::unix::net::UnixStream::connect(self.runtime().join(name).join(file))
+        };
         ["plugin.sock", "control.sock"].iter().all(|file| socket(file).is_err())
     }
 
     /// `STILLPOINT_TEST_KEEP=failed`: if the test fails; any other value: always.
     fn is_kept(&self) -> bool {
-        std::env::var("STILLPOINT_TEST_KEEP").is_ok_and(|which| which != "failed" || std::thread::panicking())
+        std::env::var("STILLPOINT_TEST_KEEP")
+            .is_ok_and(|which| which != "failed" || std::thread::panicking())
     }
 
     /// Reads back all that the VM has in the store.
@@ -161,7 +181,8 @@ impl Drop for Lab {
         let vms = std::fs::read_dir(&runtime).into_iter().flatten().flatten();
         for vm in vms.map(|entry| entry.path()) {
             for socket in ["control.sock", "plugin.sock"] {
-                let pid = process::listener(&vm.join(socket)).filter(|pid| process::is_ours(*pid, &runtime));
+                let pid = process::listener(&vm.join(socket))
+                    .filter(|pid| process::is_ours(*pid, &runtime));
                 pid.into_iter().for_each(process::kill_hard);
             }
         }
@@ -183,13 +204,25 @@ pub struct Ran {
 }
 
 impl Ran {
-    /// Runs to the end. Output goes to files: a VM that the command leaves behind may hold them open.
+    /// Runs to the end. Output goes to files: a VM that the command leaves behind may hold them
+    /// open.
     pub fn of(mut command: Command, what: &str) -> Self {
-        let files = [tempfile::NamedTempFile::new().expect("a file"), tempfile::NamedTempFile::new().expect("a file")];
+        let files = [
+            tempfile::NamedTempFile::new().expect("a file"),
+            tempfile::NamedTempFile::new().expect("a file"),
+        ];
         let open = |number: usize| Stdio::from(File::create(files[number].path()).expect("a file"));
         let begun = Instant::now();
-        let mut child = command.stdin(Stdio::null()).stdout(open(0)).stderr(open(1)).spawn().expect("stillpoint can be run");
-        let read = |number: usize| String::from_utf8_lossy(&std::fs::read(files[number].path()).unwrap_or_default()).into_owned();
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(open(0))
+            .stderr(open(1))
+            .spawn()
+            .expect("stillpoint can be run");
+        let read = |number: usize| {
+            String::from_utf8_lossy(&std::fs::read(files[number].path()).unwrap_or_default())
+                .into_owned()
+        };
         let status = loop {
             if let Some(status) = child.try_wait().expect("a child") {
                 break status;
@@ -201,7 +234,13 @@ impl Ran {
             }
             std::thread::sleep(Duration::from_millis(5));
         };
-        let ran = Self { what: what.to_owned(), code: status.code().unwrap_or(-1), out: read(0), err: read(1), time: begun.elapsed() };
+        let ran = Self {
+            what: what.to_owned(),
+            code: status.code().unwrap_or(-1),
+            out: read(0),
+            err: read(1),
+            time: begun.elapsed(),
+        };
         assert!(!ran.err.contains("panicked at"), "stillpoint {what} panicked: {}", ran.err);
         ran
     }
@@ -218,6 +257,7 @@ impl Ran {
     }
 
     pub fn json(&self) -> Value {
-        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("stillpoint {}: {error} in {}", self.what, self.out))
+        serde_json::from_str(&self.out)
+            .unwrap_or_else(|error| panic!("stillpoint {}: {error} in {}", self.what, self.out))
     }
 }

@@ -1,8 +1,10 @@
-//! Whole VMs under test: a real QEMU, a guest that would notice a wrong restore, the real `stillpoint` program.
+//! Whole VMs under test: a real QEMU, a guest that would notice a wrong restore, the real
+//! `stillpoint` program.
 //!
-//! A test makes a [`Lab`] (a directory, a store, a place among the few VMs that may run at once), starts a
-//! [`TestVm`] in it by a [`Recipe`], and restores others from its checkpoints. What all of them have is a [`Guest`]. What runs is
-//! ended when the values are dropped, also when the test fails; nothing but processes of its own is ever signalled.
+//! A test makes a [`Lab`] (a directory, a store, a place among the few VMs that may run at once),
+//! starts a [`TestVm`] in it by a [`Recipe`], and restores others from its checkpoints. What all of
+//! them have is a [`Guest`]. What runs is ended when the values are dropped, also when the test
+//! fails; nothing but processes of its own is ever signalled.
 //!
 //! | variable | meaning |
 //! | --- | --- |
@@ -47,7 +49,9 @@ pub use images::{qemu_img, read_image};
 pub use lab::{Lab, Ran};
 pub use libvirt::{Domain, Libvirt, Shape};
 pub use points::kill_points;
-pub use process::{Pid, is_running, kill_hard, processor_time, qemus_below, stop_and_continue, wait_until};
+pub use process::{
+    Pid, is_running, kill_hard, processor_time, qemus_below, stop_and_continue, wait_until,
+};
 pub use qemus::{major_version, newest_qemu, on_each_qemu, qemus, stream_modes};
 pub use qmp::QmpClient;
 pub use random::Random;

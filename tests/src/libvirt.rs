@@ -1,4 +1,5 @@
-//! A real libvirt for one test, by `scripts/libvirt-dev`, and a domain in it whose guest is the witness.
+//! A real libvirt for one test, by `scripts/libvirt-dev`, and a domain in it whose guest is the
+//! witness.
 
 use crate::built::{built, project};
 use crate::guest::{Guest, TIMEOUT};
@@ -30,21 +31,27 @@ impl<'lab> Libvirt<'lab> {
         Self::up_as(lab, "root")
     }
 
-    /// As on a host: QEMU and the helper have an account of their own, without a single privilege, and the helper is attached
-    /// by `scripts/libvirt-hook` for each domain that [`Self::configure`] was told of.
+    /// As on a host: QEMU and the helper have an account of their own, without a single privilege,
+    /// and the helper is attached by `scripts/libvirt-hook` for each domain that
+    /// [`Self::configure`] was told of.
     pub fn up_with_hook(lab: &'lab mut Lab) -> Self {
         lab.set("STILLPOINT_CACHE_DIR", lab.path().join("cache").display().to_string());
         install_hook(lab, &lab.path().join("libvirt").join(HOOK));
         let mut libvirt = Self::up_as(lab, ACCOUNT);
-        let accounts = std::fs::read_to_string(libvirt.directory.join("passwd")).expect("scripts/libvirt-dev wrote it");
-        let line = accounts.lines().find(|line| line.starts_with(&format!("{ACCOUNT}:"))).expect("libvirt runs with it");
+        let accounts = std::fs::read_to_string(libvirt.directory.join("passwd"))
+            .expect("scripts/libvirt-dev wrote it");
+        let line = accounts
+            .lines()
+            .find(|line| line.starts_with(&format!("{ACCOUNT}:")))
+            .expect("libvirt runs with it");
         libvirt.owner = line.split(':').nth(2).and_then(|number| number.parse().ok());
         libvirt.give(lab.path());
         libvirt
     }
 
     fn up_as(lab: &'lab Lab, user: &str) -> Self {
-        let mut libvirt = Self { lab, directory: lab.path().join("libvirt"), uri: String::new(), owner: None };
+        let mut libvirt =
+            Self { lab, directory: lab.path().join("libvirt"), uri: String::new(), owner: None };
         libvirt.uri = libvirt.dev_up(&["--user", user]);
         libvirt
     }
@@ -56,7 +63,10 @@ impl<'lab> Libvirt<'lab> {
     fn dev_up(&self, words: &[&str]) -> String {
         let output = self.dev(&[&["up"], words].concat());
         let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "these tests need root and a libvirt: scripts/install-deps. It said: {said}");
+        assert!(
+            output.status.success(),
+            "these tests need root and a libvirt: scripts/install-deps. It said: {said}"
+        );
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
@@ -70,8 +80,13 @@ impl<'lab> Libvirt<'lab> {
     /// The configuration of a domain for the hook; `text` is besides what every domain needs.
     pub fn configure(&self, name: &str, text: &str) {
         let monitor = monitor(&self.lab.path().join(name));
-        let common = format!("STILLPOINT_USER={ACCOUNT}\nSTILLPOINT_QMP={}\nSTILLPOINT_STORE={}\n", monitor.display(), self.lab.store());
-        std::fs::write(configuration(self.lab).join(format!("{name}.conf")), common + text).expect("the test's directory");
+        let common = format!(
+            "STILLPOINT_USER={ACCOUNT}\nSTILLPOINT_QMP={}\nSTILLPOINT_STORE={}\n",
+            monitor.display(),
+            self.lab.store()
+        );
+        std::fs::write(configuration(self.lab).join(format!("{name}.conf")), common + text)
+            .expect("the test's directory");
     }
 
     /// What the hook has said of a domain; nothing, if it was not concerned.
@@ -92,7 +107,11 @@ impl<'lab> Libvirt<'lab> {
 
     /// virsh, connected to this libvirt; what it said. Panics if it fails.
     pub fn virsh(&self, words: &[&str]) -> String {
-        let output = Command::new("virsh").args(["-q", "-c", &self.uri]).args(words).output().expect("virsh can be run");
+        let output = Command::new("virsh")
+            .args(["-q", "-c", &self.uri])
+            .args(words)
+            .output()
+            .expect("virsh can be run");
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "virsh {words:?}: {said}{}", self.log());
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
@@ -111,11 +130,16 @@ impl<'lab> Libvirt<'lab> {
             }
         }
         let xml = directory.join("domain.xml");
-        std::fs::write(&xml, domain_xml(&self.lab.qemu, name, &directory, shape, more)).expect("the test's directory");
+        std::fs::write(&xml, domain_xml(&self.lab.qemu, name, &directory, shape, more))
+            .expect("the test's directory");
         self.virsh(&["define", xml.to_str().expect("UTF-8")]);
         self.virsh(&["start", name]);
-        let pid = std::fs::read_to_string(self.directory.join(format!("run/qemu/{name}.pid"))).expect("libvirt wrote it");
-        let logs = vec![self.directory.join(format!("log/qemu/{name}.log")), self.lab.runtime().join(name).join("helper.log")];
+        let pid = std::fs::read_to_string(self.directory.join(format!("run/qemu/{name}.pid")))
+            .expect("libvirt wrote it");
+        let logs = vec![
+            self.directory.join(format!("log/qemu/{name}.log")),
+            self.lab.runtime().join(name).join("helper.log"),
+        ];
         let mut guest = Guest::new(name, directory, &self.lab.qemu, logs);
         guest.qemu = Pid::from_raw(pid.trim().parse().expect("a process id"));
         Domain { guest, libvirt: self }
@@ -123,7 +147,8 @@ impl<'lab> Libvirt<'lab> {
 
     /// Its daemon is killed and another started, as by an upgrade; domains run on.
     pub fn restart(&self) {
-        let text = std::fs::read_to_string(self.directory.join("libvirtd.pid")).expect("libvirtd wrote it");
+        let text = std::fs::read_to_string(self.directory.join("libvirtd.pid"))
+            .expect("libvirtd wrote it");
         let pid = Pid::from_raw(text.trim().parse().expect("a process id"));
         assert!(process::is_ours(pid, Path::new("libvirtd")), "{pid} is another's");
         process::kill_hard(pid);
@@ -131,7 +156,8 @@ impl<'lab> Libvirt<'lab> {
     }
 
     fn log(&self) -> String {
-        let text = std::fs::read_to_string(self.directory.join("log/libvirtd.log")).unwrap_or_default();
+        let text =
+            std::fs::read_to_string(self.directory.join("log/libvirtd.log")).unwrap_or_default();
         text.lines().rev().take(5).collect::<Vec<_>>().join("\n")
     }
 }
@@ -141,8 +167,9 @@ fn configuration(lab: &Lab) -> PathBuf {
     lab.path().join("conf")
 }
 
-/// What stands in `/etc/libvirt/hooks/qemu` here: the real one, told where this lab has its things. The account of QEMU may
-/// not be able to reach what was built, so copies of that stand beside the configuration.
+/// What stands in `/etc/libvirt/hooks/qemu` here: the real one, told where this lab has its things.
+/// The account of QEMU may not be able to reach what was built, so copies of that stand beside the
+/// configuration.
 fn install_hook(lab: &Lab, path: &Path) {
     let conf = configuration(lab);
     std::fs::create_dir_all(&conf).expect("the test's directory");
@@ -150,8 +177,10 @@ fn install_hook(lab: &Lab, path: &Path) {
         std::fs::copy(built().with_file_name(file), conf.join(file)).expect("it was built");
     }
     let command = lab.command(&[]);
-    let variables = command.get_envs().filter_map(|(name, value)| Some((name.to_str()?, value?.to_str()?)));
-    let variables: String = variables.map(|(name, value)| format!("export {name}='{value}'\n")).collect();
+    let variables =
+        command.get_envs().filter_map(|(name, value)| Some((name.to_str()?, value?.to_str()?)));
+    let variables: String =
+        variables.map(|(name, value)| format!("export {name}='{value}'\n")).collect();
     let (hook, conf) = (project().join("scripts/libvirt-hook"), conf.display());
     let text = format!(
         "#!/bin/sh\n{variables}export PATH='{conf}':\"$PATH\" STILLPOINT_CONFIG_DIR='{conf}' STILLPOINT_LOG_DIR='{conf}'\n\
@@ -176,7 +205,11 @@ impl Drop for Libvirt<'_> {
             eprintln!("--- libvirt has said:\n{}\n---", self.log());
         }
         let output = self.dev(&["down"]);
-        assert!(output.status.success() || std::thread::panicking(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success() || std::thread::panicking(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 }
 
@@ -233,11 +266,16 @@ pub fn monitor(directory: &Path) -> PathBuf {
 
 /// As people have them (docs/libvirt.md), but for the accelerator and the kernel from a file.
 fn domain_xml(qemu: &Path, name: &str, directory: &Path, shape: Shape, more: &[String]) -> String {
-    let memory = if shape.shared_memory { "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>" } else { "" };
+    let memory = if shape.shared_memory {
+        "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+    } else {
+        ""
+    };
     let extra = format!("unix:{},server=on,wait=off", directory.join("extra.sock").display());
     let monitor = format!("unix:{},server=on,wait=off", monitor(directory).display());
     let words = ["-qmp", &monitor, "-qmp", &extra].map(str::to_owned);
-    let arguments: String = words.iter().chain(more).map(|word| format!("<qemu:arg value='{word}'/>\n    ")).collect();
+    let arguments: String =
+        words.iter().chain(more).map(|word| format!("<qemu:arg value='{word}'/>\n    ")).collect();
     let (directory, qemu) = (directory.display(), qemu.display());
     format!(
         "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>

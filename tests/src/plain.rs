@@ -1,4 +1,5 @@
-//! VMs that nobody prepared: attached by their monitor, and adopted into a QEMU of ours while they run.
+//! VMs that nobody prepared: attached by their monitor, and adopted into a QEMU of ours while they
+//! run.
 
 use crate::lab::Ran;
 use crate::process::{self, Pid};
@@ -26,7 +27,8 @@ impl TestVm<'_> {
         self.lab.run(&["adopt", &self.name, "--json"])
     }
 
-    /// An adoption that must succeed: from now on the VM's QEMU is another process, which has the plugin.
+    /// An adoption that must succeed: from now on the VM's QEMU is another process, which has the
+    /// plugin.
     pub fn adopt(&mut self) {
         let source = self.guest.qemu;
         let ran = self.try_adopt();

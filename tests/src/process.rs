@@ -22,8 +22,9 @@ pub fn wait_until(timeout: Duration, mut done: impl FnMut() -> bool) -> bool {
     }
 }
 
-/// A process whose threads have all ended does not run, though nobody has waited for it. The first thread alone says
-/// nothing: while another one is still dying, files and locks of the process are held.
+/// A process whose threads have all ended does not run, though nobody has waited for it. The first
+/// thread alone says nothing: while another one is still dying, files and locks of the process are
+/// held.
 pub fn is_running(pid: Pid) -> bool {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     tasks.into_iter().any(|task| {
@@ -33,7 +34,8 @@ pub fn is_running(pid: Pid) -> bool {
     })
 }
 
-/// Whether the process has `path` on its command line: a number alone may by now be somebody else's.
+/// Whether the process has `path` on its command line: a number alone may by now be somebody
+/// else's.
 pub fn is_ours(pid: Pid, path: &Path) -> bool {
     let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     String::from_utf8_lossy(&words).contains(&path.display().to_string())
@@ -48,9 +50,16 @@ pub fn belongs_to(pid: Pid, places: &[&Path]) -> bool {
 /// Running QEMUs that belong to a directory.
 pub fn qemus_below(directory: &Path) -> Vec<Pid> {
     let all = std::fs::read_dir("/proc").expect("a kernel that tells").flatten();
-    let numbers = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw);
-    let is_qemu = |pid: &Pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("qemu-system"));
-    numbers.filter(is_qemu).filter(|pid| is_running(*pid) && belongs_to(*pid, &[directory])).collect()
+    let numbers =
+        all.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw);
+    let is_qemu = |pid: &Pid| {
+        std::fs::read_to_string(format!("/proc/{pid}/comm"))
+            .is_ok_and(|name| name.starts_with("qemu-system"))
+    };
+    numbers
+        .filter(is_qemu)
+        .filter(|pid| is_running(*pid) && belongs_to(*pid, &[directory]))
+        .collect()
 }
 
 /// Processor time that it has used.
@@ -58,7 +67,8 @@ pub fn processor_time(pid: Pid) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // Counted from the state, which follows the name.
     let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
-    let ticks = |place: usize| fields.get(place).and_then(|field| field.parse::<u64>().ok()).unwrap_or(0);
+    let ticks =
+        |place: usize| fields.get(place).and_then(|field| field.parse::<u64>().ok()).unwrap_or(0);
     // The kernel counts hundredths of a second for user space, whatever its own clock does.
     Duration::from_millis((ticks(11) + ticks(12)) * 10)
 }

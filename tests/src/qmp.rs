@@ -1,4 +1,5 @@
-//! A second monitor of a VM under test: what an administrator would do beside the helper, and a look at the truth.
+//! A second monitor of a VM under test: what an administrator would do beside the helper, and a
+//! look at the truth.
 
 use crate::process::wait_until;
 use serde_json::{Value, json};
@@ -19,12 +20,22 @@ pub struct QmpClient {
 
 impl QmpClient {
     pub fn connect(socket: &Path) -> Self {
-        let age = || std::fs::metadata(socket).and_then(|facts| facts.modified()).ok().and_then(|bound| bound.elapsed().ok());
+        let age = || {
+            std::fs::metadata(socket)
+                .and_then(|facts| facts.modified())
+                .ok()
+                .and_then(|bound| bound.elapsed().ok())
+        };
         // While QEMU starts, two of its threads may serve one client.
         wait_until(TIMEOUT, || age().is_none_or(|age| age > SETTLING));
-        let stream = UnixStream::connect(socket).unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
+        let stream = UnixStream::connect(socket)
+            .unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
         stream.set_read_timeout(Some(TIMEOUT)).expect("a socket");
-        let mut client = Self { read: BufReader::new(stream.try_clone().expect("a socket")), write: stream, events: Vec::new() };
+        let mut client = Self {
+            read: BufReader::new(stream.try_clone().expect("a socket")),
+            write: stream,
+            events: Vec::new(),
+        };
         client.answer("QMP").expect("a greeting");
         client.execute("qmp_capabilities", json!({}));
         client
@@ -32,7 +43,8 @@ impl QmpClient {
 
     /// Panics with QEMU's own words when it refuses.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Value {
-        self.try_execute(command, arguments.clone()).unwrap_or_else(|error| panic!("{command} {arguments}: {error}"))
+        self.try_execute(command, arguments.clone())
+            .unwrap_or_else(|error| panic!("{command} {arguments}: {error}"))
     }
 
     pub fn try_execute(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
@@ -48,7 +60,8 @@ impl QmpClient {
         std::mem::take(&mut self.events)
     }
 
-    /// When an event of that name came last, in seconds of QEMU's clock (that of the host). Events are used up.
+    /// When an event of that name came last, in seconds of QEMU's clock (that of the host). Events
+    /// are used up.
     pub fn time_of_event(&mut self, name: &str) -> Option<f64> {
         let event = self.events().into_iter().rev().find(|event| event["event"] == name)?;
         let part = |key: &str| event["timestamp"][key].as_f64();
@@ -57,7 +70,11 @@ impl QmpClient {
 
     /// A command of the human monitor; its output.
     pub fn human(&mut self, line: &str) -> String {
-        self.execute("human-monitor-command", json!({"command-line": line})).as_str().unwrap_or_default().trim().to_owned()
+        self.execute("human-monitor-command", json!({"command-line": line}))
+            .as_str()
+            .unwrap_or_default()
+            .trim()
+            .to_owned()
     }
 
     /// The next message that is no event.
@@ -68,7 +85,8 @@ impl QmpClient {
             if count == 0 {
                 return Err("QEMU has ended".to_owned());
             }
-            let mut message: Value = serde_json::from_str(&line).map_err(|error| format!("{error} in {line}"))?;
+            let mut message: Value =
+                serde_json::from_str(&line).map_err(|error| format!("{error} in {line}"))?;
             if let Some(error) = message.get("error") {
                 return Err(error.to_string());
             }

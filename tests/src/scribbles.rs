@@ -1,5 +1,5 @@
-//! What the boot sector (`scribbler.S`) has written after so many writes: memory is a function of one register, so that a VM
-//! checkpointed while it ran can be compared byte for byte, too.
+//! What the boot sector (`scribbler.S`) has written after so many writes: memory is a function of
+//! one register, so that a VM checkpointed while it ran can be compared byte for byte, too.
 
 use crate::qmp::QmpClient;
 use crate::recipe::SCRIBBLER_RAM_BYTES;
@@ -36,7 +36,8 @@ impl Scribbles {
             let page = (place & 0xFF_F000) as usize;
             self.memory[page..page + 4096].fill(0);
         } else {
-            self.memory[place as usize..place as usize + 4].copy_from_slice(&self.register.to_le_bytes());
+            self.memory[place as usize..place as usize + 4]
+                .copy_from_slice(&self.register.to_le_bytes());
         }
     }
 
@@ -58,12 +59,15 @@ impl Scribbles {
         self.replay(register(monitor));
         let memory = monitor.memory(SCRIBBLER_RAM_BYTES);
         let pages = (FROM..UNTIL).step_by(4096);
-        pages.filter(|at| memory[*at..at + 4096] != self.memory[*at..at + 4096]).map(|at| at / 4096).collect()
+        pages
+            .filter(|at| memory[*at..at + 4096] != self.memory[*at..at + 4096])
+            .map(|at| at / 4096)
+            .collect()
     }
 }
 
-/// The register of the stopped guest, where it waits for its next tick. In the middle of a tick, which lasts microseconds of each
-/// 55 ms, a write may be half done.
+/// The register of the stopped guest, where it waits for its next tick. In the middle of a tick,
+/// which lasts microseconds of each 55 ms, a write may be half done.
 fn register(monitor: &mut QmpClient) -> u32 {
     let all = monitor.human("info registers");
     let word = all.split_whitespace().find_map(|word| word.strip_prefix("EBX="));

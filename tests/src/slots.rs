@@ -1,5 +1,6 @@
-//! How many VMs run at once: four, over all test threads and test programs of this user. A test mostly waits for its guest to
-//! come to something, so that two VMs keep two processors busy for less than half of the time.
+//! How many VMs run at once: four, over all test threads and test programs of this user. A test
+//! mostly waits for its guest to come to something, so that two VMs keep two processors busy for
+//! less than half of the time.
 //!
 //! Each place is a locked file, so that it is free again however its holder ends.
 
@@ -17,7 +18,8 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// Waits until `count` VMs may start. All at once, behind a gate: two holders of one place each never wait for each other.
+    /// Waits until `count` VMs may start. All at once, behind a gate: two holders of one place each
+    /// never wait for each other.
     pub fn take(count: usize) -> Self {
         assert!((1..=PLACES).contains(&count), "a test has at most {PLACES} VMs at once");
         let _gate = Flock::lock(open("gate"), FlockArg::LockExclusive).expect("a lock file");
@@ -25,7 +27,10 @@ impl Slots {
         loop {
             for number in 0..PLACES {
                 if held.len() < count
-                    && let Ok(lock) = Flock::lock(open(&format!("place-{number}")), FlockArg::LockExclusiveNonblock)
+                    && let Ok(lock) = Flock::lock(
+                        open(&format!("place-{number}")),
+                        FlockArg::LockExclusiveNonblock,
+                    )
                 {
                     held.push(lock);
                 }

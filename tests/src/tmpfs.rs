@@ -13,7 +13,10 @@ impl SmallStore {
     pub fn mount(path: PathBuf, mib: u64) -> Option<Self> {
         std::fs::create_dir_all(&path).expect("a directory");
         let size = format!("size={mib}m");
-        let status = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "stillpoint-test"]).arg(&path).status();
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &size, "stillpoint-test"])
+            .arg(&path)
+            .status();
         if status.is_ok_and(|status| status.success()) {
             return Some(Self { path });
         }

@@ -33,7 +33,11 @@ impl SoftwareTpm {
         let control = format!("type=unixio,path={}", socket.display());
         let mut command = Command::new("swtpm");
         command.args(["socket", "--tpmstate", &state, "--ctrl", &control]).args(words);
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("scripts/install-deps installs swtpm");
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("scripts/install-deps installs swtpm");
         assert!(wait_until(TIMEOUT, || socket.exists()), "swtpm does not start");
         Self { socket, child }
     }
@@ -42,7 +46,9 @@ impl SoftwareTpm {
     pub fn arguments(&self, device: &str) -> Vec<String> {
         let chardev = format!("socket,id=c,path={}", self.socket.display());
         let device = format!("{device},tpmdev=t");
-        ["-chardev", &chardev, "-tpmdev", "emulator,id=t,chardev=c", "-device", &device].map(str::to_owned).to_vec()
+        ["-chardev", &chardev, "-tpmdev", "emulator,id=t,chardev=c", "-device", &device]
+            .map(str::to_owned)
+            .to_vec()
     }
 }
 
@@ -61,7 +67,8 @@ pub struct Tis {
 
 impl Tis {
     pub fn connect(socket: &Path) -> Self {
-        let stream = UnixStream::connect(socket).unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
+        let stream = UnixStream::connect(socket)
+            .unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
         stream.set_read_timeout(Some(TIMEOUT)).expect("a socket");
         Self { read: BufReader::new(stream.try_clone().expect("a socket")), write: stream }
     }
@@ -70,7 +77,10 @@ impl Tis {
         writeln!(self.write, "{line}").expect("QEMU's test socket");
         loop {
             let mut answer = String::new();
-            assert!(self.read.read_line(&mut answer).expect("QEMU's test socket") > 0, "QEMU has ended");
+            assert!(
+                self.read.read_line(&mut answer).expect("QEMU's test socket") > 0,
+                "QEMU has ended"
+            );
             // Interrupts are told in between.
             if !answer.starts_with("IRQ") {
                 return answer.trim().to_owned();

@@ -9,25 +9,35 @@ const NOT_READ: &[&str] = &["target", ".git", "fuzz"];
 
 /// Names of all tests of the project, wherever they are.
 pub fn test_names() -> HashSet<String> {
-    sources(project()).iter().flat_map(|file| tests_in(&std::fs::read_to_string(file).unwrap_or_default())).collect()
+    sources(project())
+        .iter()
+        .flat_map(|file| tests_in(&std::fs::read_to_string(file).unwrap_or_default()))
+        .collect()
 }
 
 fn sources(directory: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let paths = entries.map(|entry| entry.path()).filter(|path| !NOT_READ.iter().any(|name| path.ends_with(name)));
+    let paths = entries
+        .map(|entry| entry.path())
+        .filter(|path| !NOT_READ.iter().any(|name| path.ends_with(name)));
     let (directories, files): (Vec<PathBuf>, Vec<PathBuf>) = paths.partition(|path| path.is_dir());
-    let files = files.into_iter().filter(|path| path.extension().is_some_and(|ending| ending == "rs"));
+    let files =
+        files.into_iter().filter(|path| path.extension().is_some_and(|ending| ending == "rs"));
     files.chain(directories.iter().flat_map(|directory| sources(directory))).collect()
 }
 
-/// The first function behind each attribute that makes it a test (`proptest!` and `tokio::test` too).
+/// The first function behind each attribute that makes it a test (`proptest!` and `tokio::test`
+/// too).
 fn tests_in(text: &str) -> Vec<String> {
     let mut names = Vec::new();
     let mut is_test = false;
     for line in text.lines().map(str::trim_start) {
         is_test |= line.starts_with("#[test]") || line.starts_with("#[tokio::test");
-        let function = line.trim_start_matches("pub ").trim_start_matches("async ").strip_prefix("fn ");
-        if let Some(name) = function.filter(|_| is_test).and_then(|rest| rest.split(['(', '<']).next()) {
+        let function =
+            line.trim_start_matches("pub ").trim_start_matches("async ").strip_prefix("fn ");
+        if let Some(name) =
+            function.filter(|_| is_test).and_then(|rest| rest.split(['(', '<']).next())
+        {
             names.push(name.to_owned());
             is_test = false;
         }
@@ -35,26 +45,38 @@ fn tests_in(text: &str) -> Vec<String> {
     names
 }
 
-/// The first cell of each row of the tables below a heading of a page of docs/, up to the next heading.
+/// The first cell of each row of the tables below a heading of a page of docs/, up to the next
+/// heading.
 pub fn first_cells(page: &str, heading: &str) -> Vec<String> {
     rows(page, heading).into_iter().filter_map(|cells| cells.into_iter().next()).collect()
 }
 
 /// The cells of each row of those tables.
 pub fn rows(page: &str, heading: &str) -> Vec<Vec<String>> {
-    let text = std::fs::read_to_string(project().join("docs").join(page)).unwrap_or_else(|error| panic!("docs/{page}: {error}"));
+    let text = std::fs::read_to_string(project().join("docs").join(page))
+        .unwrap_or_else(|error| panic!("docs/{page}: {error}"));
     let lines: Vec<&str> = text.lines().collect();
-    let begin = lines.iter().position(|line| line.starts_with('#') && line.trim_start_matches('#').trim() == heading);
+    let begin = lines
+        .iter()
+        .position(|line| line.starts_with('#') && line.trim_start_matches('#').trim() == heading);
     let begin = begin.unwrap_or_else(|| panic!("docs/{page} has no heading '{heading}'"));
     let table = lines[begin + 1..].iter().take_while(|line| !line.starts_with('#'));
     let table: Vec<&&str> = table.filter(|line| line.starts_with('|')).collect();
     // A row of dashes follows each head.
-    let is_head = |at: usize| table[at].starts_with("| ---") || table.get(at + 1).is_some_and(|next| next.starts_with("| ---"));
+    let is_head = |at: usize| {
+        table[at].starts_with("| ---")
+            || table.get(at + 1).is_some_and(|next| next.starts_with("| ---"))
+    };
     let numbers = (0..table.len()).filter(|at| !is_head(*at));
-    numbers.map(|at| table[at].trim_matches('|').split(" | ").map(|cell| cell.trim().to_owned()).collect()).collect()
+    numbers
+        .map(|at| {
+            table[at].trim_matches('|').split(" | ").map(|cell| cell.trim().to_owned()).collect()
+        })
+        .collect()
 }
 
-/// What a cell lists: parts between commas and semicolons, but not inside parentheses or backquotes.
+/// What a cell lists: parts between commas and semicolons, but not inside parentheses or
+/// backquotes.
 pub fn items(cell: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let (mut depth, mut is_code) = (0_u32, false);

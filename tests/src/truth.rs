@@ -1,7 +1,9 @@
-//! A scribbler VM whose every checkpoint can be compared byte for byte with a truth that owes nothing to the program under test.
+//! A scribbler VM whose every checkpoint can be compared byte for byte with a truth that owes
+//! nothing to the program under test.
 //!
-//! Memory is written by the boot sector (`scribbler.S`) and read out by QEMU's own `pmemsave` while the VM is stopped. The disks
-//! are written through QEMU by the test, which keeps their content itself.
+//! Memory is written by the boot sector (`scribbler.S`) and read out by QEMU's own `pmemsave` while
+//! the VM is stopped. The disks are written through QEMU by the test, which keeps their content
+//! itself.
 
 use crate::lab::Lab;
 use crate::process::wait_until;
@@ -51,7 +53,16 @@ impl<'lab> Scribbled<'lab> {
         let disks = ["cow", "odd"].map(|drive| ModelDisk { drive, content: vm.disk(drive) }).into();
         let mut monitor = vm.qmp();
         wait_for_scribbles(&mut monitor);
-        Self { vm, monitor, random: Random::new(seed), lab, seed, disks, truths: BTreeMap::new(), story: Vec::new() }
+        Self {
+            vm,
+            monitor,
+            random: Random::new(seed),
+            lab,
+            seed,
+            disks,
+            truths: BTreeMap::new(),
+            story: Vec::new(),
+        }
     }
 
     pub fn pause_between(&mut self) {
@@ -104,11 +115,18 @@ impl<'lab> Scribbled<'lab> {
 
     /// Restores a checkpoint of the store as it is now, beside the VM: byte for byte what it was.
     pub fn check_beside(&self, id: u64) {
-        let wrong = compare(self.lab, &format!("{}@{id}", self.vm.name), &self.truths[&id], &self.disks);
-        assert!(wrong.is_empty(), "seed {}, checkpoint {id}: {wrong:#?}\nafter {:#?}", self.seed, self.story);
+        let wrong =
+            compare(self.lab, &format!("{}@{id}", self.vm.name), &self.truths[&id], &self.disks);
+        assert!(
+            wrong.is_empty(),
+            "seed {}, checkpoint {id}: {wrong:#?}\nafter {:#?}",
+            self.seed,
+            self.story
+        );
     }
 
-    /// Ends the VM, and restores what `choose` takes of its checkpoints (newest first): each is what it was, byte for byte.
+    /// Ends the VM, and restores what `choose` takes of its checkpoints (newest first): each is
+    /// what it was, byte for byte.
     pub fn check(self, choose: impl Fn(&[u64]) -> Vec<u64>) {
         let Self { lab, vm, truths, disks, story, seed, .. } = self;
         let name = vm.name.clone();
@@ -128,7 +146,11 @@ impl<'lab> Scribbled<'lab> {
 pub fn wait_for_scribbles(monitor: &mut QmpClient) {
     let ran = wait_until(Duration::from_secs(60), || {
         let memory = monitor.memory(SCRIBBLER_RAM_BYTES);
-        memory[2 << 20..14 << 20].chunks(4096).filter(|page| page.iter().any(|byte| *byte != 0)).count() > 300
+        memory[2 << 20..14 << 20]
+            .chunks(4096)
+            .filter(|page| page.iter().any(|byte| *byte != 0))
+            .count()
+            > 300
     });
     assert!(ran, "the boot sector does not run");
 }
@@ -155,6 +177,13 @@ fn differences(what: &str, expected: &[u8], found: &[u8]) -> Option<String> {
         return Some(format!("{what}: {} bytes, {} expected", found.len(), expected.len()));
     }
     let pages = expected.chunks(4096).zip(found.chunks(4096)).enumerate();
-    let differing: Vec<usize> = pages.filter(|(_, (one, other))| one != other).map(|(page, _)| page).collect();
-    (!differing.is_empty()).then(|| format!("{what}: {} pages differ, first {:?}", differing.len(), &differing[..differing.len().min(8)]))
+    let differing: Vec<usize> =
+        pages.filter(|(_, (one, other))| one != other).map(|(page, _)| page).collect();
+    (!differing.is_empty()).then(|| {
+        format!(
+            "{what}: {} pages differ, first {:?}",
+            differing.len(),
+            &differing[..differing.len().min(8)]
+        )
+    })
 }

@@ -1,4 +1,5 @@
-//! One VM under test: its guest, and the helper beside it. Started by `stillpoint run`, restored, or plain: by QEMU alone.
+//! One VM under test: its guest, and the helper beside it. Started by `stillpoint run`, restored,
+//! or plain: by QEMU alone.
 
 use crate::guest::{Guest, TIMEOUT};
 use crate::lab::{Lab, Ran};
@@ -14,7 +15,8 @@ use std::process::{Child, Command, Stdio};
 /// Ended when dropped.
 pub struct TestVm<'lab> {
     pub(crate) guest: Guest,
-    /// What `stillpoint restore --json` or `stillpoint adopt --json` said; null for a VM that was started.
+    /// What `stillpoint restore --json` or `stillpoint adopt --json` said; null for a VM that was
+    /// started.
     pub report: Value,
     pub(crate) lab: &'lab Lab,
     /// None when `stillpoint restore` started it.
@@ -32,11 +34,22 @@ impl Deref for TestVm<'_> {
 impl<'lab> TestVm<'lab> {
     fn new(lab: &'lab Lab, name: &str, directory: PathBuf) -> Self {
         let runtime = lab.runtime().join(name);
-        let logs = vec![directory.join("qemu.out"), runtime.join("qemu.log"), runtime.join("helper.log")];
-        Self { guest: Guest::new(name, directory, &lab.qemu, logs), report: Value::Null, lab, child: None }
+        let logs =
+            vec![directory.join("qemu.out"), runtime.join("qemu.log"), runtime.join("helper.log")];
+        Self {
+            guest: Guest::new(name, directory, &lab.qemu, logs),
+            report: Value::Null,
+            lab,
+            child: None,
+        }
     }
 
-    pub(crate) fn start(lab: &'lab Lab, name: &str, recipe: &Recipe, environment: &[(&str, &str)]) -> Self {
+    pub(crate) fn start(
+        lab: &'lab Lab,
+        name: &str,
+        recipe: &Recipe,
+        environment: &[(&str, &str)],
+    ) -> Self {
         let mut vm = Self::furnished(lab, name, recipe);
         let mut command = lab.command(&["run", "--name", name, "--"]);
         command.args(recipe.command_line(&lab.qemu)).envs(environment.iter().copied());
@@ -67,7 +80,11 @@ impl<'lab> TestVm<'lab> {
 
     fn spawn(&mut self, mut command: Command) {
         let log = File::create(self.directory.join("qemu.out")).expect("the test's directory");
-        command.current_dir(&self.directory).stdin(Stdio::null()).stdout(log.try_clone().expect("a file")).stderr(log);
+        command
+            .current_dir(&self.directory)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a file"))
+            .stderr(log);
         let child = command.spawn().expect("the program can be run");
         self.guest.qemu = Pid::from_raw(child.id().cast_signed());
         self.child = Some(child);
@@ -76,7 +93,15 @@ impl<'lab> TestVm<'lab> {
     pub(crate) fn restore(lab: &'lab Lab, checkpoint: &str, new_name: &str, more: &[&str]) -> Self {
         let directory = lab.fresh_directory(new_name);
         let qemu = lab.qemu.to_str().expect("UTF-8");
-        let mut words = vec!["restore", checkpoint, "--json", "--qemu", qemu, "--dir", directory.to_str().expect("UTF-8")];
+        let mut words = vec![
+            "restore",
+            checkpoint,
+            "--json",
+            "--qemu",
+            qemu,
+            "--dir",
+            directory.to_str().expect("UTF-8"),
+        ];
         if checkpoint.split('@').next() != Some(new_name) {
             words.extend(["--as", new_name]);
         }
@@ -94,7 +119,12 @@ impl<'lab> TestVm<'lab> {
 
     fn wait_for(&self, what: &str, mut up: impl FnMut(&Self) -> bool) {
         let up = wait_until(TIMEOUT, || up(self) || !self.qemu_runs());
-        assert!(up && self.qemu_runs(), "{} did not start, {what} does not answer: {}", self.name, self.said());
+        assert!(
+            up && self.qemu_runs(),
+            "{} did not start, {what} does not answer: {}",
+            self.name,
+            self.said()
+        );
     }
 
     fn peer(&self) -> Option<Pid> {

@@ -18,7 +18,10 @@ pub struct Line {
 /// All whole progress lines. Panics when the guest refused to run.
 pub fn lines(serial: &Path) -> Vec<Line> {
     let text = text(serial);
-    if let Some(refused) = text.lines().find(|line| line.starts_with("WITNESS REFUSED") || line.starts_with("WITNESS EXIT")) {
+    if let Some(refused) = text
+        .lines()
+        .find(|line| line.starts_with("WITNESS REFUSED") || line.starts_with("WITNESS EXIT"))
+    {
         panic!("{}: {refused}", serial.display());
     }
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
@@ -27,7 +30,11 @@ pub fn lines(serial: &Path) -> Vec<Line> {
 
 /// What the guest found wrong, in its own words.
 pub fn contradictions(serial: &Path) -> Vec<String> {
-    text(serial).lines().filter(|line| line.starts_with("WITNESS CONTRADICTION")).map(str::to_owned).collect()
+    text(serial)
+        .lines()
+        .filter(|line| line.starts_with("WITNESS CONTRADICTION"))
+        .map(str::to_owned)
+        .collect()
 }
 
 fn text(serial: &Path) -> String {
@@ -36,7 +43,12 @@ fn text(serial: &Path) -> String {
 
 fn parse(line: &str) -> Option<Line> {
     // The serial port's first line after a restore may begin in the middle of the guest's.
-    let words: Vec<(&str, &str)> = line.trim().strip_prefix("WITNESS ")?.split(' ').filter_map(|word| word.split_once('=')).collect();
+    let words: Vec<(&str, &str)> = line
+        .trim()
+        .strip_prefix("WITNESS ")?
+        .split(' ')
+        .filter_map(|word| word.split_once('='))
+        .collect();
     let find = |key: &str| words.iter().find(|(name, _)| *name == key).map(|(_, value)| *value);
     let number = |key: &str| find(key)?.parse().ok();
     Some(Line {
@@ -57,7 +69,10 @@ mod test {
     fn a_progress_line_is_read() {
         let text = "WITNESS step=45 table=ok journal=ok contradictions=0 uptime=7.67 base=ok disks=45,44 passes=2 late=0";
         let line = parse(text).expect("well formed");
-        assert_eq!((line.step, line.passes, line.disks.as_slice(), line.is_ok), (45, 2, &[45, 44][..], true));
+        assert_eq!(
+            (line.step, line.passes, line.disks.as_slice(), line.is_ok),
+            (45, 2, &[45, 44][..], true)
+        );
         assert!(!parse(&text.replace("journal=ok", "journal=BAD")).expect("well formed").is_ok);
         assert_eq!(parse("WITNESS start run=1 table_mib=3"), None);
         assert_eq!(parse("[    1.2] random: crng init done"), None);

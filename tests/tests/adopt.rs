@@ -1,9 +1,11 @@
-//! Adoption: a VM that nobody prepared moves into a QEMU of ours while it runs. One VM continues, whatever dies, and never two.
+//! Adoption: a VM that nobody prepared moves into a QEMU of ours while it runs. One VM continues,
+//! whatever dies, and never two.
 
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Line, Pid, Recipe, Taken, TestVm, kill_hard, kill_points, on_each_qemu, processor_time, qemus, thorough, wait_until,
+    Lab, Line, Pid, Recipe, Taken, TestVm, kill_hard, kill_points, on_each_qemu, processor_time,
+    qemus, thorough, wait_until,
 };
 
 /// A guest that works takes a fifth of a processor and more; a stopped one none.
@@ -11,7 +13,9 @@ const WORK_SEEN_IN: Duration = Duration::from_secs(2);
 const WORK: Duration = Duration::from_millis(60);
 
 fn recipe() -> Recipe {
-    Recipe::witness("q35-virtio.cfg").words("witness.rate=1500").arguments(&["-nic", "user,model=virtio-net-pci"])
+    Recipe::witness("q35-virtio.cfg")
+        .words("witness.rate=1500")
+        .arguments(&["-nic", "user,model=virtio-net-pci"])
 }
 
 /// A plain VM with two checkpoints by stream.
@@ -47,10 +51,17 @@ fn a_vm_is_adopted_in_the_middle_of_its_lineage() {
         assert_never_back(&vm, &last);
         assert_eq!(vm.qemus(), [vm.qemu()], "the QEMU that it came from has ended");
         let next = vm.checkpoint();
-        assert_eq!((next.outcome.engine.as_str(), next.outcome.kind.as_str()), ("tracker", "incremental"));
+        assert_eq!(
+            (next.outcome.engine.as_str(), next.outcome.kind.as_str()),
+            ("tracker", "incremental")
+        );
         assert_eq!(next.outcome.parent, Some(taken[1].outcome.id));
         let full = taken[0].outcome.bytes_stored;
-        assert!(next.outcome.bytes_stored < full / 4, "not small: {} after {full} for a full one", next.outcome.bytes_stored);
+        assert!(
+            next.outcome.bytes_stored < full / 4,
+            "not small: {} after {full} for a full one",
+            next.outcome.bytes_stored
+        );
         taken.push(next);
         std::thread::sleep(Duration::from_millis(500));
         taken.push(vm.checkpoint());
@@ -66,12 +77,18 @@ fn a_vm_is_adopted_in_the_middle_of_its_lineage() {
 
 /// QEMUs whose guest works.
 fn at_work(vm: &TestVm) -> Vec<Pid> {
-    let before: Vec<(Pid, Duration)> = vm.qemus().into_iter().map(|pid| (pid, processor_time(pid))).collect();
+    let before: Vec<(Pid, Duration)> =
+        vm.qemus().into_iter().map(|pid| (pid, processor_time(pid))).collect();
     std::thread::sleep(WORK_SEEN_IN);
-    before.into_iter().filter(|(pid, then)| processor_time(*pid).saturating_sub(*then) > WORK).map(|(pid, _)| pid).collect()
+    before
+        .into_iter()
+        .filter(|(pid, then)| processor_time(*pid).saturating_sub(*then) > WORK)
+        .map(|(pid, _)| pid)
+        .collect()
 }
 
-/// After a death and a new helper: one VM continues, nothing went back, the next checkpoint is whole.
+/// After a death and a new helper: one VM continues, nothing went back, the next checkpoint is
+/// whole.
 fn assert_one_goes_on(lab: &Lab, vm: &mut TestVm, what: &str, last: &Line, taken: &[Taken]) {
     // A QEMU that is just starting is at work for a moment, too.
     let at_most_one = wait_until(Duration::from_secs(10), || at_work(vm).len() <= 1);
@@ -93,7 +110,8 @@ fn assert_one_goes_on(lab: &Lab, vm: &mut TestVm, what: &str, last: &Line, taken
 }
 
 fn points() -> Vec<String> {
-    let points: Vec<String> = kill_points().into_iter().filter(|point| point.starts_with("adopt.")).collect();
+    let points: Vec<String> =
+        kill_points().into_iter().filter(|point| point.starts_with("adopt.")).collect();
     assert!(!points.is_empty(), "no kill points of an adoption");
     points
 }
@@ -116,7 +134,10 @@ fn one_vm_goes_on_wherever_the_helper_dies() {
     on_each_qemu(|qemu| {
         // Each point with one of them at least; `STILLPOINT_TEST_THOROUGH=1`: each with each.
         let own = all.iter().position(|one| one == qemu).expect("it is one of them");
-        let points = points().into_iter().enumerate().filter(|(number, _)| thorough() || number % all.len() == own);
+        let points = points()
+            .into_iter()
+            .enumerate()
+            .filter(|(number, _)| thorough() || number % all.len() == own);
         points.for_each(|(_, point)| die_at(qemu, &point));
     });
 }
@@ -156,7 +177,9 @@ fn destination_dies(qemu: &Path, after: Duration) {
 #[test]
 fn a_destination_that_dies_leaves_the_source_running() {
     let moments: &[u64] = if thorough() { &[0, 60, 200] } else { &[60] };
-    on_each_qemu(|qemu| moments.iter().for_each(|after| destination_dies(qemu, Duration::from_millis(*after))));
+    on_each_qemu(|qemu| {
+        moments.iter().for_each(|after| destination_dies(qemu, Duration::from_millis(*after)))
+    });
 }
 
 #[test]

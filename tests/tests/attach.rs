@@ -1,11 +1,15 @@
-//! Attaching to a QEMU that nobody prepared: whom it is refused to, what is remembered, and what `doctor` says of it.
+//! Attaching to a QEMU that nobody prepared: whom it is refused to, what is remembered, and what
+//! `doctor` says of it.
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
-use stillpoint_tests::{Lab, QmpClient, Recipe, Scribbled, TestVm, built, kill_hard, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{
+    Lab, QmpClient, Recipe, Scribbled, TestVm, built, kill_hard, newest_qemu, on_each_qemu,
+    wait_until,
+};
 
 const NOBODY: u32 = 65534;
 
@@ -26,11 +30,14 @@ fn doctor(lab: &Lab, socket: &Path) -> (i32, Value) {
 fn rows(report: &Value, check: &str) -> Vec<(String, String)> {
     let rows = report["checks"].as_array().expect("rows").iter();
     let word = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
-    rows.filter(|row| word(row, "check").starts_with(check)).map(|row| (word(row, "state"), word(row, "detail"))).collect()
+    rows.filter(|row| word(row, "check").starts_with(check))
+        .map(|row| (word(row, "state"), word(row, "detail")))
+        .collect()
 }
 
 fn saved(lab: &Lab, name: &str) -> Value {
-    let text = std::fs::read_to_string(lab.runtime().join(name).join("machine.json")).expect("a VM was written down");
+    let text = std::fs::read_to_string(lab.runtime().join(name).join("machine.json"))
+        .expect("a VM was written down");
     serde_json::from_str(&text).expect("JSON")
 }
 
@@ -46,16 +53,30 @@ fn what_is_no_monitor_of_a_qemu_is_refused_and_says_what_would_be() {
     let foreign = UnixListener::bind(place("foreign")).expect("a socket");
     drop(UnixListener::bind(place("dead")).expect("a socket"));
     std::fs::write(place("file"), "").expect("a file");
-    for (name, said) in [("foreign", "no QEMU"), ("dead", "has ended"), ("missing", "is the path right?"), ("file", "cannot be reached")] {
-        for message in
-            [attach(&lab, &place(name), "m").expect_failure(3), lab.run(&["doctor", "--qmp", text(&place(name))]).expect_failure(3)]
-        {
-            assert!(message.contains(name) && message.contains(said), "{name}: no '{said}' in {message}");
+    for (name, said) in [
+        ("foreign", "no QEMU"),
+        ("dead", "has ended"),
+        ("missing", "is the path right?"),
+        ("file", "cannot be reached"),
+    ] {
+        for message in [
+            attach(&lab, &place(name), "m").expect_failure(3),
+            lab.run(&["doctor", "--qmp", text(&place(name))]).expect_failure(3),
+        ] {
+            assert!(
+                message.contains(name) && message.contains(said),
+                "{name}: no '{said}' in {message}"
+            );
         }
     }
     drop(foreign);
-    assert!(!lab.runtime().join("m").exists() && !lab.store_directory().exists(), "something was left");
-    let message = lab.run(&["attach", "--qmp", text(&place("dead")), "--store", "ftp://x", "--name", "m"]).expect_failure(4);
+    assert!(
+        !lab.runtime().join("m").exists() && !lab.store_directory().exists(),
+        "something was left"
+    );
+    let message = lab
+        .run(&["attach", "--qmp", text(&place("dead")), "--store", "ftp://x", "--name", "m"])
+        .expect_failure(4);
     assert!(message.contains("ftp"), "{message}");
 }
 
@@ -69,10 +90,17 @@ fn plugged_devices_are_refused() {
         assert_eq!(rows(&doctor(&lab, &socket).1, "devices")[0].0, "ok");
         vm.qmp().execute("device_add", json!({"driver": "virtio-rng-pci", "id": "late"}));
         let (code, report) = doctor(&lab, &socket);
-        assert!(code == 3 && rows(&report, "devices")[0].1.contains("late (virtio-rng-pci) was plugged in"), "{report}");
+        assert!(
+            code == 3
+                && rows(&report, "devices")[0].1.contains("late (virtio-rng-pci) was plugged in"),
+            "{report}"
+        );
         vm.attach_plain(&[]);
         let message = vm.try_checkpoint().expect_failure(3);
-        assert!(message.contains("/machine/peripheral/late") && message.contains("command line"), "{message}");
+        assert!(
+            message.contains("/machine/peripheral/late") && message.contains("command line"),
+            "{message}"
+        );
     });
 }
 
@@ -84,7 +112,10 @@ fn a_disk_that_moved_is_refused() {
     vm.attach_plain(&[]);
     vm.checkpoint();
     let snapshot = vm.directory.join("snap.qcow2");
-    vm.qmp().execute("blockdev-snapshot-sync", json!({"device": "cow", "snapshot-file": text(&snapshot), "format": "qcow2"}));
+    vm.qmp().execute(
+        "blockdev-snapshot-sync",
+        json!({"device": "cow", "snapshot-file": text(&snapshot), "format": "qcow2"}),
+    );
     let message = vm.try_checkpoint().expect_failure(3);
     assert!(message.contains("snap.qcow2"), "{message}");
 }
@@ -98,7 +129,10 @@ fn a_process_that_is_attached_again_goes_on_and_another_begins_again() {
         let first = saved(&lab, "m");
         assert_eq!(first["unprepared"]["monitor"], text(&vm.directory.join("qmp.sock")));
         assert!(first["arguments"].to_string().contains("node-name=sp-cow"), "{first}");
-        assert!(!first["arguments"].to_string().contains("qmp.sock"), "the helper's monitor belongs to this process: {first}");
+        assert!(
+            !first["arguments"].to_string().contains("qmp.sock"),
+            "the helper's monitor belongs to this process: {first}"
+        );
         assert_eq!(vm.checkpoint().outcome.kind, "full");
         end_helper(&vm);
         vm.attach_plain(&[]);
@@ -123,16 +157,24 @@ fn a_process_that_is_attached_again_goes_on_and_another_begins_again() {
         attach(&lab, &other.directory.join("qmp.sock"), "m").expect_success();
         assert_ne!(saved(&lab, "m")["instance"], first["instance"]);
         let outcome = lab.run(&["checkpoint", "m", "--json"]).expect_success().json();
-        assert_eq!((outcome["kind"].as_str(), outcome["id"].as_u64()), (Some("full"), Some(5)), "{outcome}");
+        assert_eq!(
+            (outcome["kind"].as_str(), outcome["id"].as_u64()),
+            (Some("full"), Some(5)),
+            "{outcome}"
+        );
         lab.verify("m");
     });
 }
 
-/// Two helpers would take each other's captures apart, and so would a second VM of a running one's name.
+/// Two helpers would take each other's captures apart, and so would a second VM of a running one's
+/// name.
 #[test]
 fn one_vm_has_one_name_and_one_helper() {
     let lab = Lab::for_vms(&newest_qemu(), 2);
-    let vm = lab.start_plain("m", &Recipe::scribbler(6).arguments(&["-qmp", "unix:third.sock,server=on,wait=off"]));
+    let vm = lab.start_plain(
+        "m",
+        &Recipe::scribbler(6).arguments(&["-qmp", "unix:third.sock,server=on,wait=off"]),
+    );
     vm.attach_plain(&[]);
     let third = vm.directory.join("third.sock");
     let message = attach(&lab, &third, "twin").expect_failure(3);
@@ -152,7 +194,8 @@ fn one_vm_has_one_name_and_one_helper() {
     assert!(message.contains("--name") || message.contains("already"), "{message}");
 }
 
-/// A VM that runs cannot be brought to life a second time, though its QEMU has no sign of ours on its command line.
+/// A VM that runs cannot be brought to life a second time, though its QEMU has no sign of ours on
+/// its command line.
 #[test]
 fn a_running_vm_is_not_restored_beside_itself() {
     let lab = Lab::new(&newest_qemu());
@@ -168,7 +211,8 @@ fn a_running_vm_is_not_restored_beside_itself() {
     let message = ran.expect_failure(3);
     assert!(message.contains("did not release"), "{message}");
     // Not even on order where it is known that its QEMU runs.
-    let words = ["restore", "m", "--take-over", "--qemu", text(&lab.qemu), "--dir", text(&directory)];
+    let words =
+        ["restore", "m", "--take-over", "--qemu", text(&lab.qemu), "--dir", text(&directory)];
     let message = lab.run(&words).expect_failure(3);
     assert!(message.contains("runs"), "{message}");
     lab.run(&["attach", "m"]).expect_success();
@@ -180,7 +224,8 @@ fn with_plugin(recipe: Recipe) -> Recipe {
     recipe.arguments(&["-plugin", &format!("file={},socket=plug.sock", plugin.display())])
 }
 
-/// The plugin in a QEMU that gave it no memory file: the VM's own memory, or a file that QEMU made itself.
+/// The plugin in a QEMU that gave it no memory file: the VM's own memory, or a file that QEMU made
+/// itself.
 #[test]
 fn the_tracker_follows_memory_that_qemu_made_itself() {
     let shared = json!({"qom-type": "memory-backend-memfd", "id": "pc.ram", "share": true, "size": 16 << 20}).to_string();
@@ -188,12 +233,17 @@ fn the_tracker_follows_memory_that_qemu_made_itself() {
     on_each_qemu(|qemu| {
         for (seed, kind) in (20..).zip(kinds) {
             let lab = Lab::new(qemu);
-            let vm = lab.start_plain("m", &with_plugin(Recipe::scribbler(seed as u32)).arguments(kind));
+            let vm =
+                lab.start_plain("m", &with_plugin(Recipe::scribbler(seed as u32)).arguments(kind));
             vm.attach_plain(&["--engine", "tracker"]);
             let mut scribbled = Scribbled::new(&lab, vm, seed);
             for number in 0..5 {
                 let outcome = scribbled.checkpoint();
-                assert_eq!((outcome.engine.as_str(), outcome.parent.is_some()), ("tracker", number > 0), "{outcome:?}");
+                assert_eq!(
+                    (outcome.engine.as_str(), outcome.parent.is_some()),
+                    ("tracker", number > 0),
+                    "{outcome:?}"
+                );
                 scribbled.write_disks();
                 scribbled.pause_between();
             }
@@ -206,7 +256,8 @@ fn the_tracker_follows_memory_that_qemu_made_itself() {
     });
 }
 
-/// One QEMU has one set of marks: who uses it under another name makes them worthless for the first.
+/// One QEMU has one set of marks: who uses it under another name makes them worthless for the
+/// first.
 #[test]
 fn marks_that_another_name_has_used_are_not_believed() {
     let lab = Lab::new(&newest_qemu());
@@ -219,7 +270,11 @@ fn marks_that_another_name_has_used_are_not_believed() {
     attach(&lab, &socket, "twin").expect_success();
     let twin = lab.run(&["checkpoint", "twin", "--json"]).expect_success().json();
     assert_eq!(twin["engine"], "tracker", "{twin}");
-    let pid: i32 = std::fs::read_to_string(lab.runtime().join("twin/helper.pid")).expect("a helper").trim().parse().expect("a number");
+    let pid: i32 = std::fs::read_to_string(lab.runtime().join("twin/helper.pid"))
+        .expect("a helper")
+        .trim()
+        .parse()
+        .expect("a number");
     kill_hard(stillpoint_tests::Pid::from_raw(pid));
     scribbled.vm.attach_plain(&[]);
     scribbled.checkpoint();
@@ -251,25 +306,49 @@ fn doctor_says_what_can_be_done_with_a_running_vm() {
         }
         let disks = rows(&report, "disk ");
         assert_eq!(disks.len(), 3, "{report}");
-        assert!(disks.iter().all(|(state, _)| state == "ok") && disks.iter().any(|(_, detail)| detail.contains("on 1 layer")), "{disks:?}");
+        assert!(
+            disks.iter().all(|(state, _)| state == "ok")
+                && disks.iter().any(|(_, detail)| detail.contains("on 1 layer")),
+            "{disks:?}"
+        );
         assert!(rows(&report, "process")[0].1.contains("qemu-system-x86_64"));
-        assert!(rows(&report, "restore elsewhere needs").iter().any(|(_, detail)| detail.contains("/run/nowhere")), "{report}");
+        assert!(
+            rows(&report, "restore elsewhere needs")
+                .iter()
+                .any(|(_, detail)| detail.contains("/run/nowhere")),
+            "{report}"
+        );
         assert!(report["left_out"].to_string().contains("qmp.sock"), "{report}");
-        assert_eq!(footprint(&mut monitor), before, "doctor left something behind, or stopped the guest");
+        assert_eq!(
+            footprint(&mut monitor),
+            before,
+            "doctor left something behind, or stopped the guest"
+        );
         let table = lab.run(&["doctor", "--qmp", text(&socket)]).expect_success().out;
-        assert!(table.contains("ok    VM") && table.contains("engine stopped") && table.contains("Checkpoints can be taken"), "{table}");
+        assert!(
+            table.contains("ok    VM")
+                && table.contains("engine stopped")
+                && table.contains("Checkpoints can be taken"),
+            "{table}"
+        );
         assert!(!lab.runtime().exists() && !lab.store_directory().exists());
 
         // Another's export takes the one NBD server; a busy monitor tells nothing.
         let address = json!({"type": "unix", "data": {"path": text(&lab.path().join("nbd.sock"))}});
         monitor.execute("nbd-server-start", json!({"addr": address}));
         let node = monitor.execute("query-block", json!({}))[0]["inserted"]["node-name"].clone();
-        monitor.execute("block-export-add", json!({"type": "nbd", "id": "theirs", "node-name": node.clone()}));
+        monitor.execute(
+            "block-export-add",
+            json!({"type": "nbd", "id": "theirs", "node-name": node.clone()}),
+        );
         let (code, report) = doctor(&lab, &socket);
         assert!(code == 3 && rows(&report, "NBD server")[0].1.contains("theirs"), "{report}");
         monitor.execute("block-export-del", json!({"id": "theirs"}));
         let (code, report) = doctor(&lab, &socket);
-        assert!(code == 3 && rows(&report, "NBD server")[0].1.contains("no export yet"), "{report}");
+        assert!(
+            code == 3 && rows(&report, "NBD server")[0].1.contains("no export yet"),
+            "{report}"
+        );
         monitor.execute("nbd-server-stop", json!({}));
         let holder = QmpClient::connect(&socket);
         let (code, report) = doctor(&lab, &socket);
@@ -278,9 +357,11 @@ fn doctor_says_what_can_be_done_with_a_running_vm() {
 
         // Nor is an export that another has in the helper's own server in the way of a checkpoint.
         attach(&lab, &socket, "m").expect_success();
-        let address = json!({"type": "unix", "data": {"path": text(&lab.runtime().join("m/nbd.sock"))}});
+        let address =
+            json!({"type": "unix", "data": {"path": text(&lab.runtime().join("m/nbd.sock"))}});
         vm.qmp().execute("nbd-server-start", json!({"addr": address}));
-        vm.qmp().execute("block-export-add", json!({"type": "nbd", "id": "theirs", "node-name": node}));
+        vm.qmp()
+            .execute("block-export-add", json!({"type": "nbd", "id": "theirs", "node-name": node}));
         let (code, report) = doctor(&lab, &vm.directory.join("extra.sock"));
         assert!(code == 0 && rows(&report, "NBD server").is_empty(), "{report}");
         lab.run(&["checkpoint", "m"]).expect_success();
@@ -298,7 +379,8 @@ fn footprint(monitor: &mut QmpClient) -> Vec<Value> {
         ("query-block-exports", json!({})),
         ("qom-list", json!({"path": "/objects"})),
     ];
-    let mut found: Vec<Value> = asked.into_iter().map(|(command, arguments)| monitor.execute(command, arguments)).collect();
+    let mut found: Vec<Value> =
+        asked.into_iter().map(|(command, arguments)| monitor.execute(command, arguments)).collect();
     found.push(json!(stops));
     found
 }
@@ -332,14 +414,19 @@ fn other_users_qemu_is_served_by_a_root_helper() {
             nix::unistd::chown(&path, Some(NOBODY.into()), None).expect("a file of another user");
         }
         // Others must be able to come as far as there.
-        std::fs::set_permissions(lab.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711)).expect("a directory");
+        std::fs::set_permissions(lab.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711))
+            .expect("a directory");
         let mut command = std::process::Command::new(&lab.qemu);
         let line = "-m 16 -nodefaults -display none -accel tcg -qmp unix:qmp.sock,server=on,wait=off \
                     -drive file=disk.raw,format=raw,if=none,id=d -device ide-hd,drive=d -qmp unix:own.sock,server=on,wait=off";
         command.args(line.split_whitespace()).current_dir(&directory);
-        let mut child = std::os::unix::process::CommandExt::uid(&mut command, NOBODY).spawn().expect("QEMU can be run");
+        let mut child = std::os::unix::process::CommandExt::uid(&mut command, NOBODY)
+            .spawn()
+            .expect("QEMU can be run");
         let socket = directory.join("qmp.sock");
-        let up = wait_until(Duration::from_secs(20), || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+        let up = wait_until(Duration::from_secs(20), || {
+            std::os::unix::net::UnixStream::connect(&socket).is_ok()
+        });
         let work = || {
             let (code, report) = doctor(&lab, &socket);
             assert!(code == 0, "{report}");
@@ -350,7 +437,11 @@ fn other_users_qemu_is_served_by_a_root_helper() {
                 lab.run(&["checkpoint", "m"]).expect_success();
                 assert!(monitor.is_running(), "the guest was stopped");
             }
-            assert_eq!(monitor.execute("query-fdsets", json!({})), json!([]), "descriptors of ours stay in QEMU");
+            assert_eq!(
+                monitor.execute("query-fdsets", json!({})),
+                json!([]),
+                "descriptors of ours stay in QEMU"
+            );
             lab.verify("m");
         };
         let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
@@ -364,7 +455,10 @@ fn other_users_qemu_is_served_by_a_root_helper() {
 #[test]
 fn an_engine_that_cannot_be_had_is_refused_at_once() {
     let lab = Lab::new(&newest_qemu());
-    let vm = lab.start_plain("m", &Recipe::scribbler(11).arguments(&["-device", "virtio-balloon-pci,id=b"]));
+    let vm = lab.start_plain(
+        "m",
+        &Recipe::scribbler(11).arguments(&["-device", "virtio-balloon-pci,id=b"]),
+    );
     let message = vm.try_attach_plain(&["--engine", "tracker"], &[]).expect_failure(3);
     assert!(message.contains("plugin") && message.contains("--engine stream"), "{message}");
     assert!(!lab.runtime().join("m").exists(), "a VM was written down");

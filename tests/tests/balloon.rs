@@ -1,4 +1,5 @@
-//! VMs whose guests give memory back: by a balloon, by free page reporting. A page that was given back is zero in the restored VM.
+//! VMs whose guests give memory back: by a balloon, by free page reporting. A page that was given
+//! back is zero in the restored VM.
 
 use serde_json::json;
 use std::fs::File;
@@ -6,7 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Pid, QmpClient, Random, Recipe, SCRIBBLER_RAM_BYTES, Scribbled, TestVm, newest_qemu, on_each_qemu, wait_until,
+    Lab, Pid, QmpClient, Random, Recipe, SCRIBBLER_RAM_BYTES, Scribbled, TestVm, newest_qemu,
+    on_each_qemu, wait_until,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -15,10 +17,20 @@ const PAGE: u64 = 4096;
 
 /// The guest's RAM, by the descriptor that QEMU itself punches holes with.
 fn ram_file(qemu: Pid) -> File {
-    let files = std::fs::read_dir(format!("/proc/{qemu}/fd")).expect("QEMU runs").flatten().map(|entry| entry.path());
-    let is_memory = |path: &PathBuf| std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:"));
-    let is_ram = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|facts| facts.size() == SCRIBBLER_RAM_BYTES);
-    let path = files.into_iter().find(|path| is_memory(path) && is_ram(path)).expect("a memory file of that size");
+    let files = std::fs::read_dir(format!("/proc/{qemu}/fd"))
+        .expect("QEMU runs")
+        .flatten()
+        .map(|entry| entry.path());
+    let is_memory = |path: &PathBuf| {
+        std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:"))
+    };
+    let is_ram = |path: &PathBuf| {
+        std::fs::metadata(path).is_ok_and(|facts| facts.size() == SCRIBBLER_RAM_BYTES)
+    };
+    let path = files
+        .into_iter()
+        .find(|path| is_memory(path) && is_ram(path))
+        .expect("a memory file of that size");
     File::options().read(true).write(true).open(path).expect("the test's own QEMU")
 }
 
@@ -30,7 +42,8 @@ fn give_back(ram: &File, random: &mut Random) {
         let most = if random.below(3) == 0 { 700 } else { 16 };
         let count = (1 + random.below(most)).min(15 * MIB / PAGE - first);
         let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(ram, how, (first * PAGE).cast_signed(), (count * PAGE).cast_signed()).expect("a hole");
+        fallocate(ram, how, (first * PAGE).cast_signed(), (count * PAGE).cast_signed())
+            .expect("a hole");
     }
 }
 
@@ -38,13 +51,18 @@ fn give_back(ram: &File, random: &mut Random) {
 fn balloon_holes_are_in_the_next_checkpoint_also_after_they_were_read() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let recipe = Recipe::scribbler(61).arguments(&["-device", "virtio-balloon-pci,id=b,free-page-reporting=on"]);
+        let recipe = Recipe::scribbler(61)
+            .arguments(&["-device", "virtio-balloon-pci,id=b,free-page-reporting=on"]);
         let mut scribbled = Scribbled::new(&lab, lab.start("m", &recipe), 61);
         let ram = ram_file(scribbled.vm.qemu());
         let mut random = Random::new(61);
         for number in 0..6 {
             let outcome = scribbled.checkpoint();
-            assert_eq!((outcome.engine.as_str(), outcome.parent.is_some()), ("tracker", number > 0), "{outcome:?}");
+            assert_eq!(
+                (outcome.engine.as_str(), outcome.parent.is_some()),
+                ("tracker", number > 0),
+                "{outcome:?}"
+            );
             give_back(&ram, &mut random);
             if number % 2 == 0 {
                 // QEMU reads all memory: what was a hole is a page of zeros.
@@ -73,7 +91,11 @@ fn balloon_bytes(monitor: &mut QmpClient) -> u64 {
 /// Has the guest's driver keep so much memory.
 fn keep(monitor: &mut QmpClient, bytes: u64) {
     monitor.execute("balloon", json!({ "value": bytes }));
-    assert!(wait_until(TIMEOUT, || balloon_bytes(monitor) == bytes), "the balloon has {} bytes", balloon_bytes(monitor));
+    assert!(
+        wait_until(TIMEOUT, || balloon_bytes(monitor) == bytes),
+        "the balloon has {} bytes",
+        balloon_bytes(monitor)
+    );
 }
 
 /// A checkpoint with the guest stopped, and what its memory is then.
@@ -90,7 +112,8 @@ fn checkpoint(vm: &TestVm, monitor: &mut QmpClient) -> (String, Vec<u8>, u64) {
 fn balloon_of_a_linux_guest_inflates_and_deflates_between_checkpoints() {
     let lab = Lab::new(&newest_qemu());
     let balloon = ["-device", "virtio-balloon-pci,id=b,free-page-reporting=on"];
-    // A guest that clears each page that it allocates writes to those that its balloon takes, so that they are dirty anyway.
+    // A guest that clears each page that it allocates writes to those that its balloon takes, so
+    // that they are dirty anyway.
     let recipe = Recipe::witness("q35-virtio.cfg").words("init_on_alloc=0").arguments(&balloon);
     let vm = lab.start("m", &recipe);
     vm.wait_for_witness();
@@ -108,9 +131,16 @@ fn balloon_of_a_linux_guest_inflates_and_deflates_between_checkpoints() {
         let restored = lab.restore(name, "back", &["--paused"]);
         let mut monitor = restored.qmp();
         let found = monitor.memory(RAM_BYTES);
-        let wrong: Vec<usize> =
-            (0..found.len()).step_by(PAGE as usize).filter(|at| found[*at..][..4096] != memory[*at..][..4096]).collect();
-        assert!(wrong.is_empty(), "{name}: {} pages differ, the first at {:#x}", wrong.len(), wrong[0]);
+        let wrong: Vec<usize> = (0..found.len())
+            .step_by(PAGE as usize)
+            .filter(|at| found[*at..][..4096] != memory[*at..][..4096])
+            .collect();
+        assert!(
+            wrong.is_empty(),
+            "{name}: {} pages differ, the first at {:#x}",
+            wrong.len(),
+            wrong[0]
+        );
         assert_eq!(balloon_bytes(&mut monitor), *actual, "{name}");
         if name == "m@4" {
             monitor.cont();

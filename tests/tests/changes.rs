@@ -1,11 +1,15 @@
-//! What changes under a VM, while it runs or between its lives: a checkpoint follows it, or says that it cannot.
+//! What changes under a VM, while it runs or between its lives: a checkpoint follows it, or says
+//! that it cannot.
 
 use serde_json::{Value, json};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use stillpoint_tests::{Lab, QmpClient, Ran, Recipe, SCRIBBLER_RAM_BYTES, Scribbled, TestVm, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{
+    Lab, QmpClient, Ran, Recipe, SCRIBBLER_RAM_BYTES, Scribbled, TestVm, newest_qemu, on_each_qemu,
+    wait_until,
+};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -13,7 +17,10 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 fn assert_goes_on(monitor: &mut QmpClient) {
     assert!(monitor.is_running(), "the guest was stopped");
     let before = monitor.memory(SCRIBBLER_RAM_BYTES);
-    assert!(wait_until(TIMEOUT, || monitor.memory(SCRIBBLER_RAM_BYTES) != before), "the guest is stopped");
+    assert!(
+        wait_until(TIMEOUT, || monitor.memory(SCRIBBLER_RAM_BYTES) != before),
+        "the guest is stopped"
+    );
 }
 
 /// A checkpoint that is refused, in words that name each of `named`; the guest does not notice.
@@ -38,15 +45,23 @@ fn a_chain_that_was_streamed_together_is_stored_again() {
         let layers = backing_files(&mut scribbled.monitor, "cow");
         scribbled.monitor.execute("block-stream", json!({ "job-id": "stream", "device": "cow" }));
         let jobs = |monitor: &mut QmpClient| monitor.execute("query-block-jobs", json!({}));
-        assert!(wait_until(TIMEOUT, || jobs(&mut scribbled.monitor) == json!([])), "the stream does not end");
-        assert_eq!((layers, backing_files(&mut scribbled.monitor, "cow")), (1, 0), "the base image is no part of the disk any more");
+        assert!(
+            wait_until(TIMEOUT, || jobs(&mut scribbled.monitor) == json!([])),
+            "the stream does not end"
+        );
+        assert_eq!(
+            (layers, backing_files(&mut scribbled.monitor, "cow")),
+            (1, 0),
+            "the base image is no part of the disk any more"
+        );
         scribbled.write_disks();
         let again = scribbled.checkpoint();
         assert_eq!((again.kind.as_str(), again.parent), ("full", None), "{again:?}");
         scribbled.write_disks();
         assert_eq!(scribbled.checkpoint().parent, Some(again.id));
         // Nothing that the old chain was made of may be needed.
-        std::fs::remove_file(scribbled.vm.directory.join("base.raw")).expect("the test's directory");
+        std::fs::remove_file(scribbled.vm.directory.join("base.raw"))
+            .expect("the test's directory");
         // The newest, what it is based on, and the first of the old chain.
         scribbled.check(|newest_first| vec![newest_first[0], newest_first[1], newest_first[3]]);
     });
@@ -56,7 +71,8 @@ fn a_chain_that_was_streamed_together_is_stored_again() {
 fn backing_files(monitor: &mut QmpClient, drive: &str) -> u64 {
     let all = monitor.execute("query-block", json!({}));
     let hit = all.as_array().into_iter().flatten().find(|block| block["device"] == drive);
-    hit.and_then(|block| block["inserted"]["backing_file_depth"].as_u64()).unwrap_or_else(|| panic!("no drive {drive} in {all}"))
+    hit.and_then(|block| block["inserted"]["backing_file_depth"].as_u64())
+        .unwrap_or_else(|| panic!("no drive {drive} in {all}"))
 }
 
 /// USB, since a PCI device leaves only when the guest lets it go, and a boot sector does not.
@@ -93,23 +109,40 @@ fn a_disk_that_was_moved_is_refused() {
     let vm = lab.start("m", &Recipe::scribbler(23));
     vm.checkpoint();
     let mut monitor = vm.qmp();
-    monitor.execute("blockdev-snapshot-sync", json!({ "device": "odd", "snapshot-file": "moved.qcow2", "format": "qcow2" }));
+    monitor.execute(
+        "blockdev-snapshot-sync",
+        json!({ "device": "odd", "snapshot-file": "moved.qcow2", "format": "qcow2" }),
+    );
     assert_refused(&lab, &vm, &mut monitor, &["odd", "moved.qcow2"]);
     monitor.disk_io("odd", "write -P 5 0 4096");
     drop(monitor);
     lab.verify("m");
     vm.kill();
     let restored = lab.restore("m", "m", &["--paused"]);
-    assert!(restored.disk("odd").iter().all(|byte| *byte == 0), "the checkpoint is of the time before");
+    assert!(
+        restored.disk("odd").iter().all(|byte| *byte == 0),
+        "the checkpoint is of the time before"
+    );
 }
 
-/// A migration ends with the disks inactive, and QEMU opens them by their paths then: the guest would be on another disk.
+/// A migration ends with the disks inactive, and QEMU opens them by their paths then: the guest
+/// would be on another disk.
 #[test]
 fn file_that_was_replaced_below_qemu_is_never_opened() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let words = ["-drive", "file=d.raw,format=raw,if=none,id=d", "-device", "virtio-blk-pci,drive=d,share-rw=on"];
-        let vm = lab.start_plain("m", &Recipe::scribbler(29).image(&["create", "-q", "-f", "raw", "d.raw", "1M"]).arguments(&words));
+        let words = [
+            "-drive",
+            "file=d.raw,format=raw,if=none,id=d",
+            "-device",
+            "virtio-blk-pci,drive=d,share-rw=on",
+        ];
+        let vm = lab.start_plain(
+            "m",
+            &Recipe::scribbler(29)
+                .image(&["create", "-q", "-f", "raw", "d.raw", "1M"])
+                .arguments(&words),
+        );
         vm.attach_plain(&[]);
         vm.checkpoint();
         let mut monitor = vm.qmp();
@@ -123,7 +156,8 @@ fn file_that_was_replaced_below_qemu_is_never_opened() {
         assert!(message.contains("another file"), "{message}");
         let mut monitor = vm.qmp();
         monitor.disk_io("d", "write -P 5 4096 4096");
-        let (new, old) = [&path, &away].map(|path| std::fs::read(path).expect("a file")[4096]).into();
+        let (new, old) =
+            [&path, &away].map(|path| std::fs::read(path).expect("a file")[4096]).into();
         assert_eq!((new, old), (0, 5), "the guest is on the disk that it was started on");
         drop(monitor);
         std::fs::rename(&away, &path).expect("the test's directory");
@@ -134,7 +168,8 @@ fn file_that_was_replaced_below_qemu_is_never_opened() {
     });
 }
 
-/// QEMU cuts dirty bitmaps with the disk and tells nobody, in the first life of a VM and after a restore.
+/// QEMU cuts dirty bitmaps with the disk and tells nobody, in the first life of a VM and after a
+/// restore.
 #[test]
 fn resized_disks_are_restored_as_they_are() {
     const DRIVES: [&str; 2] = ["cow", "odd"];
@@ -144,7 +179,9 @@ fn resized_disks_are_restored_as_they_are() {
         let mut vm = lab.start("m", &Recipe::scribbler(29));
         for pattern in [1, 2] {
             let mut monitor = vm.qmp();
-            DRIVES.iter().for_each(|drive| monitor.disk_io(drive, &format!("write -P {pattern} 2M 512K")));
+            DRIVES
+                .iter()
+                .for_each(|drive| monitor.disk_io(drive, &format!("write -P {pattern} 2M 512K")));
             vm.checkpoint();
             for (drive, full) in DRIVES.into_iter().zip(SIZES) {
                 for size in [1 << 20, full] {
@@ -157,9 +194,13 @@ fn resized_disks_are_restored_as_they_are() {
             vm.checkpoint();
             vm.kill();
             vm = lab.restore("m", "m", &[]);
-            assert!(DRIVES.map(|drive| vm.disk(drive)) == truth, "the restored disks are not those of life {pattern}");
+            assert!(
+                DRIVES.map(|drive| vm.disk(drive)) == truth,
+                "the restored disks are not those of life {pattern}"
+            );
         }
-        // Nothing was resized since the restore, so its first checkpoint reads what changed, not the disks.
+        // Nothing was resized since the restore, so its first checkpoint reads what changed, not
+        // the disks.
         assert!(vm.checkpoint().outcome.parent.is_some());
     });
 }
@@ -203,7 +244,8 @@ fn pattern() -> [u8; 20] {
     [(PLACE >> 12) as u8 | 1; 20].map(|byte| if PLACE % (3 << 20) < (1 << 20) { byte } else { 0 })
 }
 
-/// A restored disk shows the layer of its own checkpoint; no `expected` content compares that place only.
+/// A restored disk shows the layer of its own checkpoint; no `expected` content compares that place
+/// only.
 fn check_base(lab: &Lab, checkpoint: &str, expected: &[u8], at_place: &[u8]) {
     let restored = lab.restore(checkpoint, "back", &["--paused"]);
     let disk = restored.disk("cow");
@@ -226,7 +268,8 @@ fn a_layer_replaced_between_two_lives_is_another_layer() {
     lab.verify("m");
     check_base(&lab, "m@1", &[], &pattern());
     check_base(&lab, "m@2", &[], b"another base image");
-    // The first one's layer came from the store; a cached copy that somebody damaged is not believed.
+    // The first one's layer came from the store; a cached copy that somebody damaged is not
+    // believed.
     let layers = std::fs::read_dir(lab.path().join("cache/layers")).expect("the cache").flatten();
     let cached: Vec<PathBuf> = layers.map(|entry| entry.path()).collect();
     assert_eq!(cached.len(), 1, "{cached:?}");
@@ -240,14 +283,17 @@ fn a_layer_replaced_between_two_lives_is_another_layer() {
 /// A QEMU that is `shell` before it becomes the real one, which it may do by `exec "$qemu" "$@"`.
 fn script(lab: &Lab, name: &str, shell: &str) -> String {
     let path = lab.path().join(name);
-    std::fs::write(&path, format!("#!/bin/sh\nqemu={}\n{shell}\n", lab.qemu.display())).expect("the test's directory");
-    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("the test's directory");
+    std::fs::write(&path, format!("#!/bin/sh\nqemu={}\n{shell}\n", lab.qemu.display()))
+        .expect("the test's directory");
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .expect("the test's directory");
     path.display().to_string()
 }
 
 fn restore_with(lab: &Lab, words: &[&str]) -> Ran {
     let directory = lab.fresh_directory("back");
-    let common = ["restore", "m", "--json", "--as", "back", "--dir", directory.to_str().expect("UTF-8")];
+    let common =
+        ["restore", "m", "--json", "--as", "back", "--dir", directory.to_str().expect("UTF-8")];
     lab.run(&[&common, words].concat())
 }
 
@@ -265,11 +311,20 @@ fn a_restore_ends_soon_when_qemu_does_and_quotes_it() {
             "this host has no room",
         ),
         // The plugin is there by then, and the monitor too.
-        ("late", "case \"$*\" in *incoming*) set -- \"$@\" -device nonsense;; esac; exec \"$qemu\" \"$@\"", "nonsense"),
+        (
+            "late",
+            "case \"$*\" in *incoming*) set -- \"$@\" -device nonsense;; esac; exec \"$qemu\" \"$@\"",
+            "nonsense",
+        ),
     ];
     for (name, shell, quoted) in scripts {
         let ran = restore_with(&lab, &["--qemu", &script(&lab, name, shell)]);
-        assert!(ran.code != 0 && ran.err.contains(quoted), "{name}: ended with {}: {}", ran.code, ran.err);
+        assert!(
+            ran.code != 0 && ran.err.contains(quoted),
+            "{name}: ended with {}: {}",
+            ran.code,
+            ran.err
+        );
         assert!(ran.time < Duration::from_secs(15), "{name}: ended only after {:?}", ran.time);
         assert!(lab.nothing_runs("back"), "{name}");
     }

@@ -3,7 +3,9 @@
 use checkpoint_format::Manifest;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use stillpoint_tests::{Lab, QmpClient, Recipe, TestVm, files_below, newest_qemu, on_each_qemu, qemu_img};
+use stillpoint_tests::{
+    Lab, QmpClient, Recipe, TestVm, files_below, newest_qemu, on_each_qemu, qemu_img,
+};
 
 fn recipe(words: &str) -> Recipe {
     Recipe::scribbler(5).arguments(&words.split_whitespace().collect::<Vec<_>>())
@@ -28,11 +30,23 @@ fn paths_are_told_by_their_place_and_not_by_their_spelling() {
         vm.kill();
         let restored = lab.restore(&taken.name, "copy", &[]);
         let line = command_line(&restored);
-        for part in ["id=disk", "serial=on", "id=none", "format=qcow2", "id=on", "media=disk", "driver=qcow2", "-debugcon file:none"] {
+        for part in [
+            "id=disk",
+            "serial=on",
+            "id=none",
+            "format=qcow2",
+            "id=on",
+            "media=disk",
+            "driver=qcow2",
+            "-debugcon file:none",
+        ] {
             assert!(line.contains(part), "no {part} in {line}");
         }
         for name in ["sp-drive", "sp-disk", "sp-none", "sp-qcow2", "sp-drive7"] {
-            assert!(line.contains(&format!("{}/{name}", restored.directory.display())), "no {name} in {line}");
+            assert!(
+                line.contains(&format!("{}/{name}", restored.directory.display())),
+                "no {name} in {line}"
+            );
         }
         assert!(restored.qmp().is_running());
     });
@@ -68,15 +82,37 @@ fn loadvm_is_for_the_first_start_alone() {
     let disk = format!("file={},format=qcow2,if=none,id=boot", boot.display());
     let socket = directory.join("qmp");
     let monitor = format!("unix:{},server=on,wait=off", socket.display());
-    let words =
-        ["-machine", "pc", "-m", "16", "-nodefaults", "-accel", "tcg", "-display", "none", "-drive", &disk, "-device", "ide-hd,drive=boot"];
-    let mut plain = std::process::Command::new(&lab.qemu).args(words).args(["-qmp", &monitor]).spawn().expect("QEMU can be run");
+    let words = [
+        "-machine",
+        "pc",
+        "-m",
+        "16",
+        "-nodefaults",
+        "-accel",
+        "tcg",
+        "-display",
+        "none",
+        "-drive",
+        &disk,
+        "-device",
+        "ide-hd,drive=boot",
+    ];
+    let mut plain = std::process::Command::new(&lab.qemu)
+        .args(words)
+        .args(["-qmp", &monitor])
+        .spawn()
+        .expect("QEMU can be run");
     assert!(stillpoint_tests::wait_until(std::time::Duration::from_secs(20), || socket.exists()));
     assert_eq!(QmpClient::connect(&socket).human("savevm old"), "");
     plain.kill().expect("ours");
     plain.wait().expect("ours");
     let qemu = lab.qemu.to_str().expect("UTF-8");
-    let words = [&["run", "--name", "m", "--", qemu][..], &words, &["-qmp", &monitor, "-loadvm", "old", "-S"]].concat();
+    let words = [
+        &["run", "--name", "m", "--", qemu][..],
+        &words,
+        &["-qmp", &monitor, "-loadvm", "old", "-S"],
+    ]
+    .concat();
     let mut managed = lab.command(&words).spawn().expect("stillpoint can be run");
     let up = || lab.run(&["checkpoint", "m", "--json"]).code == 0;
     assert!(stillpoint_tests::wait_until(std::time::Duration::from_secs(30), up), "no checkpoint");
@@ -86,7 +122,8 @@ fn loadvm_is_for_the_first_start_alone() {
     assert!(!command_line(&restored).contains("loadvm"));
 }
 
-/// Whoever can write the store names a program and a script; neither is executed, unless the user says so.
+/// Whoever can write the store names a program and a script; neither is executed, unless the user
+/// says so.
 #[test]
 fn hostile_manifest_runs_nothing_on_the_restoring_host() {
     let lab = Lab::new(&newest_qemu());
@@ -95,9 +132,12 @@ fn hostile_manifest_runs_nothing_on_the_restoring_host() {
     vm.kill();
     let (program, trace) = spy(lab.path());
     let script = format!("tap,id=n,ifname=spy0,script={},downscript=no", program.display());
-    let manifests = files_below(&lab.store_directory()).into_iter().filter(|path| path.ends_with("manifest.json"));
+    let manifests = files_below(&lab.store_directory())
+        .into_iter()
+        .filter(|path| path.ends_with("manifest.json"));
     for path in manifests {
-        let mut manifest = Manifest::parse(&std::fs::read(&path).expect("the store")).expect("a manifest");
+        let mut manifest =
+            Manifest::parse(&std::fs::read(&path).expect("the store")).expect("a manifest");
         manifest.vm_record.program = program.display().to_string();
         manifest.vm_record.arguments.extend(["-netdev".to_owned(), script.clone()]);
         std::fs::write(&path, manifest.encode().expect("a manifest")).expect("the store");
@@ -117,8 +157,10 @@ fn hostile_manifest_runs_nothing_on_the_restoring_host() {
 /// A program that leaves a file where it was run.
 fn spy(directory: &Path) -> (PathBuf, PathBuf) {
     let (program, trace) = (directory.join("qemu-system-x86_64"), directory.join("trace"));
-    std::fs::write(&program, format!("#!/bin/sh\ntouch {}\n", trace.display())).expect("the test's directory");
-    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).expect("the test's directory");
+    std::fs::write(&program, format!("#!/bin/sh\ntouch {}\n", trace.display()))
+        .expect("the test's directory");
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755))
+        .expect("the test's directory");
     (program, trace)
 }
 
@@ -129,14 +171,23 @@ fn restored_vm_writes_only_below_its_directory() {
     let outside = lab.path().join("outside");
     std::fs::create_dir(&outside).expect("a directory");
     let at = |name: &str| outside.join(name).display().to_string();
-    let words = format!("-debugcon file:{} -chardev socket,id=c,path={},server=on,wait=off -pidfile {}", at("log"), at("sock"), at("pid"));
+    let words = format!(
+        "-debugcon file:{} -chardev socket,id=c,path={},server=on,wait=off -pidfile {}",
+        at("log"),
+        at("sock"),
+        at("pid")
+    );
     let vm = lab.start("m", &recipe(&words));
     let taken = vm.checkpoint();
     vm.kill();
     std::fs::remove_dir_all(&outside).expect("a directory");
     let restored = lab.restore(&taken.name, "copy", &[]);
     for name in ["log", "sock", "pid"] {
-        assert!(restored.directory.join(name).exists(), "no {name} in {}", restored.directory.display());
+        assert!(
+            restored.directory.join(name).exists(),
+            "no {name} in {}",
+            restored.directory.display()
+        );
     }
     assert!(!outside.exists());
 }

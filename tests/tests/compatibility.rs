@@ -1,6 +1,6 @@
-//! docs/compatibility.md is what this test finds: it tries each row of the table. What is carried is
-//! proven: a few VMs have all of it, each is checkpointed and killed, its files are moved away, and
-//! `verify --restore` compares the restored VM. [`UPDATE`] writes the page.
+//! docs/compatibility.md is what this test finds: it tries each row of the table. What is carried
+//! is proven: a few VMs have all of it, each is checkpointed and killed, its files are moved away,
+//! and `verify --restore` compares the restored VM. [`UPDATE`] writes the page.
 
 pub mod rows;
 
@@ -45,14 +45,21 @@ fn compatibility_page_is_what_is_found() {
     let page = page(&lab);
     let other = page.lines().filter(|line| line.contains(OTHER)).map(str::to_owned);
     let findings: Vec<String> = unproven.into_iter().chain(other).collect();
-    assert!(findings.is_empty(), "rows are neither carried nor refused as they say:\n{}", findings.join("\n"));
+    assert!(
+        findings.is_empty(),
+        "rows are neither carried nor refused as they say:\n{}",
+        findings.join("\n")
+    );
     let path = project().join(PAGE);
     if std::env::var_os("STILLPOINT_UPDATE_DOCS").is_some() {
         std::fs::write(&path, &page).expect("the tree can be written");
     }
     let written = std::fs::read_to_string(&path).unwrap_or_default();
     let changes = changes(&written, &page);
-    assert!(written == page, "{PAGE} (-) is not what is found (+):\n{changes}\n{UPDATE}\nwrites it");
+    assert!(
+        written == page,
+        "{PAGE} (-) is not what is found (+):\n{changes}\n{UPDATE}\nwrites it"
+    );
 }
 
 /// The lines that only one of them has.
@@ -88,7 +95,11 @@ fn cells(lab: &Lab, row: &Row, number: usize) -> [String; 2] {
         Kind::Refused => [format!("refused: {}", refused(Mode::Managed)), "not tried".to_owned()],
         Kind::RefusedToBoth => {
             let words = [refused(Mode::Managed), refused(Mode::External)];
-            let external = if words[0] == words[1] { "refused".to_owned() } else { format!("refused: {}", words[1]) };
+            let external = if words[0] == words[1] {
+                "refused".to_owned()
+            } else {
+                format!("refused: {}", words[1])
+            };
             [format!("refused: {}", words[0]), external]
         }
     }
@@ -104,7 +115,8 @@ fn refusal(lab: &Lab, row: &Row, mode: Mode, number: usize) -> String {
 
 /// One VM that has all rows that name it; what is not proven.
 fn prove(lab: &Lab, vm: Vm) -> Vec<String> {
-    let rows = || ROWS.iter().flat_map(|(_, rows)| *rows).filter(move |row| row.kind == Kind::Carried(vm));
+    let rows =
+        || ROWS.iter().flat_map(|(_, rows)| *rows).filter(move |row| row.kind == Kind::Carried(vm));
     let words: Vec<&str> = std::iter::once(vm.board()).chain(rows().map(|row| row.words)).collect();
     let acts: Vec<(&str, &str)> = rows().flat_map(|row| row.acts).copied().collect();
     let verdicts = vm.modes().iter().map(|mode| {
@@ -116,8 +128,18 @@ fn prove(lab: &Lab, vm: Vm) -> Vec<String> {
 }
 
 fn trial(lab: &Lab, name: &str, mode: Mode, words: &str, acts: &[(&str, &str)]) -> Verdict {
-    let words: Vec<String> = BASE.split_whitespace().chain(words.split_whitespace()).map(str::to_owned).collect();
-    let trial = Trial { lab, qemu: &lab.qemu, mode, name: name.to_owned(), words: &words, acts, early: &[], is_accepted: true };
+    let words: Vec<String> =
+        BASE.split_whitespace().chain(words.split_whitespace()).map(str::to_owned).collect();
+    let trial = Trial {
+        lab,
+        qemu: &lab.qemu,
+        mode,
+        name: name.to_owned(),
+        words: &words,
+        acts,
+        early: &[],
+        is_accepted: true,
+    };
     trial.run()
 }
 

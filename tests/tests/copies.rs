@@ -1,4 +1,5 @@
-//! A restore harms neither the original, nor another VM, nor the host; and one that fails leaves everything as it was.
+//! A restore harms neither the original, nor another VM, nor the host; and one that fails leaves
+//! everything as it was.
 
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
@@ -8,7 +9,10 @@ use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use stillpoint_tests::{Lab, Pid, QmpClient, Ran, Recipe, SCRIBBLER_RAM_BYTES, TestVm, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{
+    Lab, Pid, QmpClient, Ran, Recipe, SCRIBBLER_RAM_BYTES, TestVm, newest_qemu, on_each_qemu,
+    wait_until,
+};
 
 const GENERATION: &str = "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87";
 
@@ -33,13 +37,17 @@ fn tree(lab: &Lab) -> BTreeMap<PathBuf, u64> {
 }
 
 fn generation(monitor: &mut QmpClient) -> String {
-    monitor.execute("query-vm-generation-id", json!({}))["guid"].as_str().expect("a generation id").to_owned()
+    monitor.execute("query-vm-generation-id", json!({}))["guid"]
+        .as_str()
+        .expect("a generation id")
+        .to_owned()
 }
 
 /// A generation id as the guest finds it: the first three numbers are little-endian.
 fn in_memory(id: &str) -> Vec<u8> {
     let digits: String = id.chars().filter(|letter| *letter != '-').collect();
-    let byte = |at: usize| u8::from_str_radix(&digits[at * 2..at * 2 + 2], 16).expect("hexadecimal");
+    let byte =
+        |at: usize| u8::from_str_radix(&digits[at * 2..at * 2 + 2], 16).expect("hexadecimal");
     [3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15].into_iter().map(byte).collect()
 }
 
@@ -61,7 +69,10 @@ fn proposed(message: &str) -> String {
 fn copy_beside_its_original_takes_nothing_from_it() {
     on_each_qemu(|qemu| {
         let lab = Lab::for_vms(qemu, 2);
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
+        let port = TcpListener::bind("127.0.0.1:0")
+            .and_then(|free| free.local_addr())
+            .expect("a port")
+            .port();
         let own = |name: &str| lab.path().join(name);
         let [monitor, display, log] = ["own.qmp", "own.vnc", "own.log"].map(own);
         let arguments = [
@@ -88,9 +99,12 @@ fn copy_beside_its_original_takes_nothing_from_it() {
         original.checkpoint();
         std::fs::write(&log, "the original's").expect("a file");
         let (dir, before) = (own("a/copy"), tree(&lab));
-        let unchanged = |what: &str| assert_eq!(tree(&lab), before, "{what} has left something, or taken it away");
+        let unchanged = |what: &str| {
+            assert_eq!(tree(&lab), before, "{what} has left something, or taken it away")
+        };
 
-        let message = restore(&lab, &dir, &["--as", "copy", "--map", "nothing=x"]).expect_failure(3);
+        let message =
+            restore(&lab, &dir, &["--as", "copy", "--map", "nothing=x"]).expect_failure(3);
         assert!(message.contains(&format!("tcp:127.0.0.1:{port}-:22")), "{message}");
         let message = restore(&lab, &dir, &["--as", "copy"]).expect_failure(3);
         unchanged("a port that is taken");
@@ -108,13 +122,22 @@ fn copy_beside_its_original_takes_nothing_from_it() {
 
         let copy = lab.restore("o", "copy", &["--map", &map]);
         let mut of_copy = QmpClient::connect(&copy.directory.join("own.qmp"));
-        assert_eq!(generation(&mut QmpClient::connect(&monitor)), GENERATION, "the original's monitor leads to it");
+        assert_eq!(
+            generation(&mut QmpClient::connect(&monitor)),
+            GENERATION,
+            "the original's monitor leads to it"
+        );
         let new = generation(&mut of_copy);
         assert_ne!(new, GENERATION, "the copy's guest can tell that it is one");
-        assert!(has(&copy, &in_memory(&new)) && !has(&copy, &id) && has(&original, &id), "where the guest looks");
+        assert!(
+            has(&copy, &in_memory(&new)) && !has(&copy, &id) && has(&original, &id),
+            "where the guest looks"
+        );
         assert_eq!(std::fs::read(&log).expect("a file"), b"the original's");
         let now = tree(&lab);
-        let lost = before.iter().find(|(path, inode)| now.get(*path) != Some(*inode) && !path.starts_with(own("run")));
+        let lost = before
+            .iter()
+            .find(|(path, inode)| now.get(*path) != Some(*inode) && !path.starts_with(own("run")));
         assert_eq!(lost, None, "the original's");
         for name in ["own.vnc", "own.log"] {
             assert!(copy.directory.join(name).exists(), "{name} is the copy's");
@@ -122,7 +145,8 @@ fn copy_beside_its_original_takes_nothing_from_it() {
         lab.run(&["checkpoint", "copy"]).expect_success();
         original.checkpoint();
         copy.kill();
-        let message = restore(&lab, &own("again"), &["--as", "copy", "--map", &map]).expect_failure(3);
+        let message =
+            restore(&lab, &own("again"), &["--as", "copy", "--map", &map]).expect_failure(3);
         assert!(message.contains("another name"), "{message}");
     });
 }
@@ -130,7 +154,10 @@ fn copy_beside_its_original_takes_nothing_from_it() {
 /// A QEMU that does as `incoming` says where it should wait for a VM's state, and is one otherwise.
 fn wrapper(lab: &Lab, incoming: &str) -> PathBuf {
     let path = lab.path().join("qemu-system-wrapped");
-    let script = format!("#!/bin/sh\ncase \"$*\" in *-incoming*) {incoming};; esac\nexec {} \"$@\"\n", lab.qemu.display());
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *-incoming*) {incoming};; esac\nexec {} \"$@\"\n",
+        lab.qemu.display()
+    );
     std::fs::write(&path, script).expect("a file");
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("a file");
     path
@@ -160,7 +187,10 @@ fn failed_restore_leaves_everything_as_it_was() {
         let mut child = lab.command(&failing(name)).spawn().expect("stillpoint can be run");
         let log = lab.runtime().join(name.last().unwrap_or(&"o")).join("qemu.log");
         let disk = dir.join("sp-odd.raw");
-        assert!(wait_until(Duration::from_secs(30), || disk.exists() && log.exists()), "no QEMU was started");
+        assert!(
+            wait_until(Duration::from_secs(30), || disk.exists() && log.exists()),
+            "no QEMU was started"
+        );
         kill(Pid::from_raw(child.id().cast_signed()), signal).expect("ours");
         assert_eq!(child.wait().expect("a child").code(), Some(1), "{signal}");
         assert_eq!(tree(&lab), before, "{signal}");
@@ -171,7 +201,8 @@ fn failed_restore_leaves_everything_as_it_was() {
     drop(again);
 }
 
-/// What SIGKILL leaves is undone by the same command; from where the guest may have run, nothing is.
+/// What SIGKILL leaves is undone by the same command; from where the guest may have run, nothing
+/// is.
 #[test]
 fn killed_restore_can_be_repeated() {
     let lab = Lab::new(&newest_qemu());
@@ -189,17 +220,30 @@ fn killed_restore_can_be_repeated() {
     }
     let ran = lab.run(&words).expect_success();
     assert!(ran.err.contains("undoing"), "{}", ran.err);
-    assert!(!lab.runtime().join("o/restore.json").exists() && !lab.runtime().join("o/before-restore").exists());
-    let pid: i32 = std::fs::read_to_string(lab.runtime().join("o/helper.pid")).expect("a helper").trim().parse().expect("a number");
+    assert!(
+        !lab.runtime().join("o/restore.json").exists()
+            && !lab.runtime().join("o/before-restore").exists()
+    );
+    let pid: i32 = std::fs::read_to_string(lab.runtime().join("o/helper.pid"))
+        .expect("a helper")
+        .trim()
+        .parse()
+        .expect("a number");
     lab.run(&["checkpoint", "o"]).expect_success();
     assert_eq!(lab.list("o"), [1, 2]);
     let mut monitor = QmpClient::connect(&dir.join("extra.sock"));
     // It may be gone before the last byte of that is written.
     let _ = monitor.try_execute("quit", json!({}));
-    assert!(wait_until(Duration::from_secs(20), || !stillpoint_tests::is_running(Pid::from_raw(pid))), "the helper ends with QEMU");
+    assert!(
+        wait_until(Duration::from_secs(20), || !stillpoint_tests::is_running(Pid::from_raw(pid))),
+        "the helper ends with QEMU"
+    );
     // Claimed, and the guest about to run: it is a VM, which only lacks its helper.
     let dir = lab.path().join("newer");
-    let ran = lab.run_with(&["restore", "o", "--qemu", text(&lab.qemu), "--dir", text(&dir)], &[("STILLPOINT_DIE_AT", "restore.claimed")]);
+    let ran = lab.run_with(
+        &["restore", "o", "--qemu", text(&lab.qemu), "--dir", text(&dir)],
+        &[("STILLPOINT_DIE_AT", "restore.claimed")],
+    );
     assert_eq!(ran.code, -1, "{ran:?}");
     lab.run(&words).expect_failure(3);
     lab.run(&["attach", "o"]).expect_success();
@@ -207,7 +251,8 @@ fn killed_restore_can_be_repeated() {
     lab.verify("o");
 }
 
-/// In a network namespace of its own: there /sys shows the devices of another, and a tap without a script is down.
+/// In a network namespace of its own: there /sys shows the devices of another, and a tap without a
+/// script is down.
 #[test]
 fn copy_tap_in_use_is_named_with_a_map_that_helps() {
     const OWN_NETWORK: CloneFlags = CloneFlags::CLONE_NEWNET;
@@ -220,7 +265,12 @@ fn copy_tap_in_use_is_named_with_a_map_that_helps() {
     let test = || {
         unshare(OWN_NETWORK).expect("a network namespace");
         let lab = Lab::for_vms(&newest_qemu(), 2);
-        let tap = ["-netdev", "tap,id=n,ifname=sptap0,script=no,downscript=no", "-device", "e1000,netdev=n"];
+        let tap = [
+            "-netdev",
+            "tap,id=n,ifname=sptap0,script=no,downscript=no",
+            "-device",
+            "e1000,netdev=n",
+        ];
         let original = lab.start("o", &Recipe::scribbler(41).arguments(&tap));
         original.checkpoint();
         let dir = lab.path().join("copy");
@@ -232,16 +282,30 @@ fn copy_tap_in_use_is_named_with_a_map_that_helps() {
     std::thread::spawn(test).join().expect("no panic");
 }
 
-/// A second helper of the same QEMU, from another runtime directory, is refused for as long as the first lives.
+/// A second helper of the same QEMU, from another runtime directory, is refused for as long as the
+/// first lives.
 #[test]
 fn helper_of_a_qemu_is_one_whatever_the_runtime_directory() {
     let lab = Lab::for_vms(&newest_qemu(), 2);
-    let vm = lab.start_plain("m", &Recipe::scribbler(43).arguments(&["-qmp", "unix:second.sock,server=on,wait=off"]));
+    let vm = lab.start_plain(
+        "m",
+        &Recipe::scribbler(43).arguments(&["-qmp", "unix:second.sock,server=on,wait=off"]),
+    );
     vm.attach_plain(&[]);
     vm.checkpoint();
     let second = vm.directory.join("second.sock");
     let elsewhere = lab.path().join("run2");
-    let words = ["attach", "--qmp", text(&second), "--store", lab.store(), "--name", "twin", "--runtime-dir", text(&elsewhere)];
+    let words = [
+        "attach",
+        "--qmp",
+        text(&second),
+        "--store",
+        lab.store(),
+        "--name",
+        "twin",
+        "--runtime-dir",
+        text(&elsewhere),
+    ];
     let attach = |vm: &TestVm| {
         let ran = lab.run(&words);
         assert!(vm.try_checkpoint().code == 0 || vm.helper().is_none());
@@ -254,9 +318,11 @@ fn helper_of_a_qemu_is_one_whatever_the_runtime_directory() {
     attach(&vm).expect_success();
     let message = lab.run(&["attach", "m"]).expect_failure(3);
     assert!(message.contains("has a helper already"), "{message}");
-    lab.run(&["checkpoint", "twin", "--runtime-dir", text(&lab.path().join("run2"))]).expect_success();
+    lab.run(&["checkpoint", "twin", "--runtime-dir", text(&lab.path().join("run2"))])
+        .expect_success();
 
-    // The same of a VM with the plugin, whose runtime directory was copied: its helper finds out, and the command says it.
+    // The same of a VM with the plugin, whose runtime directory was copied: its helper finds out,
+    // and the command says it.
     let ours = lab.start("ours", &Recipe::scribbler(44));
     ours.checkpoint();
     let copied = elsewhere.join("ours");
@@ -272,7 +338,9 @@ fn helper_of_a_qemu_is_one_whatever_the_runtime_directory() {
     ours.checkpoint();
     // A directory that others can write is not believed at all.
     std::fs::set_permissions(&copied, std::fs::Permissions::from_mode(0o777)).expect("a directory");
-    let message = lab.run(&["attach", "ours", "--take-over", "--runtime-dir", text(&elsewhere)]).expect_failure(3);
+    let message = lab
+        .run(&["attach", "ours", "--take-over", "--runtime-dir", text(&elsewhere)])
+        .expect_failure(3);
     assert!(message.contains("by others"), "{message}");
     ours.checkpoint();
 }

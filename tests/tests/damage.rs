@@ -1,4 +1,5 @@
-//! Damaged and hostile stores: every command says which file is wrong, none panics, and no VM runs from it.
+//! Damaged and hostile stores: every command says which file is wrong, none panics, and no VM runs
+//! from it.
 
 use std::path::{Path, PathBuf};
 use stillpoint_tests::{Damage, Lab, Recipe, copy_tree, files_below, newest_qemu};
@@ -31,8 +32,12 @@ fn damaged(lab: &Lab, file: &Path, damage: Damage) {
 /// Files of the good store whose path has all of `parts`, relative to the store.
 fn find(lab: &Lab, parts: &[&str]) -> Vec<PathBuf> {
     let good = lab.path().join("good");
-    let relative = files_below(&good).into_iter().map(|file| file.strip_prefix(&good).expect("below").to_owned());
-    let found: Vec<PathBuf> = relative.filter(|file| parts.iter().all(|part| file.to_string_lossy().contains(part))).collect();
+    let relative = files_below(&good)
+        .into_iter()
+        .map(|file| file.strip_prefix(&good).expect("below").to_owned());
+    let found: Vec<PathBuf> = relative
+        .filter(|file| parts.iter().all(|part| file.to_string_lossy().contains(part)))
+        .collect();
     assert!(!found.is_empty(), "the store has no {parts:?}: {:?}", files_below(&good));
     found
 }
@@ -40,7 +45,12 @@ fn find(lab: &Lab, parts: &[&str]) -> Vec<PathBuf> {
 /// What a message may call a file: its name, the checkpoint or layer that it belongs to.
 fn names(file: &Path) -> Vec<String> {
     let name = file.file_name().expect("a file").to_string_lossy().into_owned();
-    let above = file.parent().and_then(Path::file_name).expect("a directory").to_string_lossy().into_owned();
+    let above = file
+        .parent()
+        .and_then(Path::file_name)
+        .expect("a directory")
+        .to_string_lossy()
+        .into_owned();
     let owner = if file.starts_with("vms") { format!("m@{above}") } else { above };
     vec![name, owner]
 }
@@ -54,13 +64,18 @@ fn check(lab: &Lab, file: &Path, damage: Damage) {
     // With a cache of its own, so that a layer is not taken from elsewhere.
     let cache = lab.fresh_directory("cache").display().to_string();
     let environment = [("STILLPOINT_CACHE_DIR", cache.as_str())];
-    let restore = ["restore", "m", "--as", "n", "--qemu", qemu, "--dir", restored.to_str().expect("UTF-8")];
+    let restore =
+        ["restore", "m", "--as", "n", "--qemu", qemu, "--dir", restored.to_str().expect("UTF-8")];
     for words in [&["verify", "m"][..], &restore] {
         let ran = lab.run_with(words, &environment);
         let fits = ran.code == DAMAGED || gone && ran.code == 4;
         assert!(fits, "{what}: {} ended with {}: {}{}", words[0], ran.code, ran.out, ran.err);
         let message = format!("{}{}", ran.out, ran.err);
-        assert!(names(file).iter().any(|name| message.contains(name)), "{what}: {} does not say where: {message}", words[0]);
+        assert!(
+            names(file).iter().any(|name| message.contains(name)),
+            "{what}: {} does not say where: {message}",
+            words[0]
+        );
     }
     assert!(lab.nothing_runs("n"), "{what}: a half-restored VM runs");
 }
@@ -70,18 +85,32 @@ fn damage_is_found_and_named() {
     let lab = Lab::new(&newest_qemu());
     fill(&lab);
     let first_pack = &find(&lab, &["vms/m/checkpoints/1/", "pack"])[0];
-    for damage in [Damage::Flip(300), Damage::Flip(996), Damage::Truncate(500), Damage::Truncate(0), Damage::Remove] {
+    for damage in [
+        Damage::Flip(300),
+        Damage::Flip(996),
+        Damage::Truncate(500),
+        Damage::Truncate(0),
+        Damage::Remove,
+    ] {
         check(&lab, first_pack, damage);
     }
     for file in find(&lab, &["vms/m/checkpoints/2/", "pack"]) {
         check(&lab, &file, Damage::Flip(400));
     }
-    // The last byte is the footer's: a restore finds its way without it, and 'verify' reads it all the same.
+    // The last byte is the footer's: a restore finds its way without it, and 'verify' reads it all
+    // the same.
     damaged(&lab, first_pack, Damage::Flip(1000));
     let message = lab.run(&["verify", "m"]).expect_failure(DAMAGED);
     assert!(names(first_pack).iter().any(|name| message.contains(name)), "{message}");
     let manifest = &find(&lab, &["vms/m/checkpoints/2/manifest"])[0];
-    for damage in [Damage::Flip(0), Damage::Flip(500), Damage::Truncate(700), Damage::Truncate(0), Damage::Append, Damage::Zeroes] {
+    for damage in [
+        Damage::Flip(0),
+        Damage::Flip(500),
+        Damage::Truncate(700),
+        Damage::Truncate(0),
+        Damage::Append,
+        Damage::Zeroes,
+    ] {
         check(&lab, manifest, damage);
     }
     check(&lab, &find(&lab, &["vms/m/checkpoints/1/manifest"])[0], Damage::Flip(700));

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 use stillpoint_tests::{Cluster, Lab, Recipe, TestVm, newest_qemu, stop_and_continue};
 
 const REPLICAS: u16 = 3;
-/// A hung NameNode is given up after this; with two more tries and what lies between a checkpoint may take some times as long.
+/// A hung NameNode is given up after this; with two more tries and what lies between a checkpoint
+/// may take some times as long.
 const STORE_TIMEOUT_SECONDS: u64 = 4;
 
 fn lab(url: &str) -> Lab {
@@ -12,7 +13,8 @@ fn lab(url: &str) -> Lab {
 }
 
 fn busy() -> Recipe {
-    Recipe::witness("q35-virtio.cfg").words("witness.table_mib=24 witness.check=12288 witness.rate=4000")
+    Recipe::witness("q35-virtio.cfg")
+        .words("witness.table_mib=24 witness.check=12288 witness.rate=4000")
 }
 
 /// Copies that a checkpoint has, as the store said when it was written.
@@ -29,7 +31,10 @@ fn a_vm_lives_on_hdfs() {
     vm.checkpoint();
     vm.assert_goes_on();
     let second = vm.checkpoint();
-    assert_eq!((second.outcome.kind.as_str(), second.outcome.replicas), ("incremental", Some(REPLICAS)));
+    assert_eq!(
+        (second.outcome.kind.as_str(), second.outcome.replicas),
+        ("incremental", Some(REPLICAS))
+    );
     vm.assert_goes_on();
     vm.kill();
     std::fs::remove_dir_all(lab.path().join("m")).expect("the test's directory");
@@ -51,7 +56,10 @@ fn a_datanode_that_dies_costs_copies_and_no_checkpoint() {
     let outcome = vm.checkpoint().outcome;
     eprintln!("one of three DataNodes dead: durable after {:.0} ms", outcome.durable_ms);
     assert!(outcome.replicas.is_some_and(|copies| (1..REPLICAS).contains(&copies)), "{outcome:?}");
-    assert!(outcome.notes.iter().any(|note| note.contains("replicas")), "a shortage is told: {outcome:?}");
+    assert!(
+        outcome.notes.iter().any(|note| note.contains("replicas")),
+        "a shortage is told: {outcome:?}"
+    );
     cluster.restart("datanode-2");
     let taken = std::thread::scope(|scope| {
         let upload = scope.spawn(|| vm.checkpoint());
@@ -59,7 +67,10 @@ fn a_datanode_that_dies_costs_copies_and_no_checkpoint() {
         cluster.kill("datanode-3");
         upload.join().expect("durable all the same")
     });
-    eprintln!("one of them killed during the upload: durable after {:.0} ms", taken.outcome.durable_ms);
+    eprintln!(
+        "one of them killed during the upload: durable after {:.0} ms",
+        taken.outcome.durable_ms
+    );
     vm.assert_goes_on();
     cluster.restart("datanode-3");
     let last = vm.checkpoint();

@@ -3,12 +3,18 @@
 use nix::sys::signal::{Signal, kill};
 use std::path::Path;
 use std::time::Duration;
-use stillpoint_tests::{Lab, Pid, Ran, Recipe, Taken, TestVm, is_running, kill_points, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{
+    Lab, Pid, Ran, Recipe, Taken, TestVm, is_running, kill_points, newest_qemu, on_each_qemu,
+    wait_until,
+};
 
 /// The points that the tracker passes.
 fn points() -> Vec<String> {
     let others = ["stream.", "adopt.", "restore."];
-    kill_points().into_iter().filter(|point| !others.iter().any(|other| point.starts_with(other))).collect()
+    kill_points()
+        .into_iter()
+        .filter(|point| !others.iter().any(|other| point.starts_with(other)))
+        .collect()
 }
 
 fn recipe() -> Recipe {
@@ -20,7 +26,10 @@ fn die_at(vm: &TestVm, point: &str) {
     let ran = vm.try_checkpoint();
     assert_ne!(ran.code, 0, "{point}: the helper should have died: {}", ran.out);
     assert!(ran.err.contains("helper"), "{point}: {}", ran.err);
-    assert!(wait_until(Duration::from_secs(5), || vm.helper().is_none()), "{point}: the helper lives");
+    assert!(
+        wait_until(Duration::from_secs(5), || vm.helper().is_none()),
+        "{point}: the helper lives"
+    );
     assert!(vm.qemu_runs(), "{point}: QEMU died with its helper");
 }
 
@@ -31,14 +40,16 @@ fn die_attached(vm: &TestVm, point: &str) {
     die_at(vm, point);
 }
 
-/// After a death at `point`: the guest continues, the store has whole checkpoints only, the next one is complete.
+/// After a death at `point`: the guest continues, the store has whole checkpoints only, the next
+/// one is complete.
 fn recover(lab: &Lab, vm: &TestVm, point: &str, known: &[u64]) -> Taken {
     // Only a guest that was stopped at that moment needs somebody to let it continue.
     if !point.ends_with(".paused") {
         vm.assert_goes_on();
     }
     let listed = lab.list(&vm.name);
-    let new = listed.strip_prefix(known).unwrap_or_else(|| panic!("{point}: {listed:?} after {known:?}"));
+    let new =
+        listed.strip_prefix(known).unwrap_or_else(|| panic!("{point}: {listed:?} after {known:?}"));
     assert_eq!(new.len(), usize::from(point == "committed"), "{point}: {listed:?} after {known:?}");
     vm.attach();
     vm.assert_goes_on();
@@ -65,7 +76,8 @@ fn a_helper_may_die_at_every_point_of_a_checkpoint() {
         let mut all = Vec::new();
         for point in points() {
             if point == "pre-copy.paused" {
-                // Live passes come only where much is dirty: for a helper that does not know what has changed.
+                // Live passes come only where much is dirty: for a helper that does not know what
+                // has changed.
                 die_attached(&vm, "prepared");
             }
             die_attached(&vm, &point);
@@ -88,7 +100,8 @@ fn a_helper_may_die_at_every_point_of_the_first_checkpoint() {
         vm.wait_for_witness();
         die_at(&vm, "pre-copy.paused");
         assert!(!vm.qmp().is_running(), "it died while the guest was stopped");
-        let first_points = ["pre-copy", "pause.begun", "pause.captured", "upload", "upload", "commit"];
+        let first_points =
+            ["pre-copy", "pause.begun", "pause.captured", "upload", "upload", "commit"];
         for point in first_points {
             die_attached(&vm, point);
             assert_eq!(lab.list("m"), [0; 0], "{point}");
@@ -117,8 +130,15 @@ fn a_helper_may_die_between_checkpoints() {
         vm.assert_goes_on();
         vm.attach();
         let second = vm.checkpoint();
-        assert_eq!((second.outcome.kind.as_str(), second.outcome.parent), ("incremental", Some(first.outcome.id)));
-        assert!(second.outcome.bytes_stored_raw < first.outcome.bytes_stored_raw / 4, "{:?}", second.outcome);
+        assert_eq!(
+            (second.outcome.kind.as_str(), second.outcome.parent),
+            ("incremental", Some(first.outcome.id))
+        );
+        assert!(
+            second.outcome.bytes_stored_raw < first.outcome.bytes_stored_raw / 4,
+            "{:?}",
+            second.outcome
+        );
         lab.verify("m");
         vm.kill();
         restore_all(&lab, &[("nothing".to_owned(), second)]);
@@ -147,7 +167,10 @@ fn a_helper_that_takes_over_fences_the_other() {
     let second = TwoHosts::start(&mut lab, &recipe, "b");
     first.run(&lab, &["checkpoint", "m"]).expect_success();
     let refusal = second.run(&lab, &["checkpoint", "m"]).expect_failure(3);
-    assert!(refusal.contains("take-over") || refusal.contains("take over"), "no remedy in {refusal}");
+    assert!(
+        refusal.contains("take-over") || refusal.contains("take over"),
+        "no remedy in {refusal}"
+    );
     second.end_helper();
     second.run(&lab, &["attach", "m", "--take-over"]).expect_success();
     second.run(&lab, &["checkpoint", "m"]).expect_success();
@@ -157,8 +180,8 @@ fn a_helper_that_takes_over_fences_the_other() {
     lab.verify("m");
 }
 
-/// A take-over is one claim, made when it was ordered. An instance that was replaced stays so, whatever becomes of its helper and
-/// of its successor, until it is ordered again.
+/// A take-over is one claim, made when it was ordered. An instance that was replaced stays so,
+/// whatever becomes of its helper and of its successor, until it is ordered again.
 #[test]
 fn take_over_is_carried_out_once() {
     let mut lab = Lab::for_vms(&newest_qemu(), 2);
@@ -172,12 +195,15 @@ fn take_over_is_carried_out_once() {
     first.run(&lab, &["attach", "m", "--take-over"]).expect_success();
     second.run(&lab, &["checkpoint", "m"]).expect_failure(3);
     first.run(&lab, &["checkpoint", "m"]).expect_success();
-    // Its order was carried out: a new helper of it does not repeat it, not even when the first has ended in order.
+    // Its order was carried out: a new helper of it does not repeat it, not even when the first has
+    // ended in order.
     second.end_helper();
     second.run(&lab, &["attach", "m"]).expect_success();
     second.run(&lab, &["checkpoint", "m"]).expect_failure(3);
     first.end_qemu();
-    assert!(wait_until(Duration::from_secs(20), || first.helper().is_none_or(|pid| !is_running(pid))));
+    assert!(wait_until(Duration::from_secs(20), || first
+        .helper()
+        .is_none_or(|pid| !is_running(pid))));
     second.run(&lab, &["checkpoint", "m"]).expect_failure(3);
     second.end_helper();
     second.run(&lab, &["attach", "m"]).expect_success();
@@ -201,7 +227,11 @@ impl TwoHosts {
         recipe.furnish(&lab.qemu, &directory);
         let mut command = lab.command(&["run", "--name", "m", "--runtime-dir", &runtime, "--"]);
         let log = std::fs::File::create(directory.join("qemu.out")).expect("a file");
-        command.args(recipe.command_line(&lab.qemu)).current_dir(&directory).stderr(log.try_clone().expect("a file")).stdout(log);
+        command
+            .args(recipe.command_line(&lab.qemu))
+            .current_dir(&directory)
+            .stderr(log.try_clone().expect("a file"))
+            .stdout(log);
         let host = Self { child: command.spawn().expect("stillpoint can be run"), runtime };
         let control = Path::new(&host.runtime).join("m/control.sock");
         let up = || std::os::unix::net::UnixStream::connect(&control).is_ok();

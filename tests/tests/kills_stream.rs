@@ -1,5 +1,5 @@
-//! The helper dies at every point of a stream, and the owner cuts streams off: the guest continues, QEMU is left as it was found, and
-//! nothing is lost.
+//! The helper dies at every point of a stream, and the owner cuts streams off: the guest continues,
+//! QEMU is left as it was found, and nothing is lost.
 
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -7,14 +7,16 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::time::Duration;
 use stillpoint_tests::{
-    Footprint, Lab, QmpClient, Ran, Recipe, Taken, TestVm, kill_points, on_each_qemu, stop_and_continue, stream_modes, thorough, wait_until,
+    Footprint, Lab, QmpClient, Ran, Recipe, Taken, TestVm, kill_points, on_each_qemu,
+    stop_and_continue, stream_modes, thorough, wait_until,
 };
 
 /// Points that every checkpoint passes; `kills.rs` has the tracker's.
 const COMMON: &[&str] = &["prepared", "upload", "commit", "committed"];
 
 fn points() -> Vec<String> {
-    let stream: Vec<String> = kill_points().into_iter().filter(|point| point.starts_with("stream.")).collect();
+    let stream: Vec<String> =
+        kill_points().into_iter().filter(|point| point.starts_with("stream.")).collect();
     assert!(!stream.is_empty(), "no kill points of the stream");
     stream.into_iter().chain(COMMON.iter().map(|point| (*point).to_owned())).collect()
 }
@@ -37,7 +39,10 @@ impl<'lab> Killed<'lab> {
         let vm = lab.start_plain("m", &recipe());
         vm.wait_for_witness();
         let mut monitor = vm.qmp();
-        monitor.execute("migrate-set-parameters", json!({"max-bandwidth": 34_567_890, "downtime-limit": 451}));
+        monitor.execute(
+            "migrate-set-parameters",
+            json!({"max-bandwidth": 34_567_890, "downtime-limit": 451}),
+        );
         let mut found = Footprint::of(&mut monitor);
         found.take_bitmaps();
         Self { lab, vm, mode, found, known: Vec::new() }
@@ -52,23 +57,39 @@ impl<'lab> Killed<'lab> {
         if ran.code == 0 {
             return false;
         }
-        assert!(wait_until(Duration::from_secs(5), || vm.helper().is_none()), "{point}: the helper lives: {}", ran.err);
+        assert!(
+            wait_until(Duration::from_secs(5), || vm.helper().is_none()),
+            "{point}: the helper lives: {}",
+            ran.err
+        );
         assert!(vm.qemu_runs(), "{point}: QEMU died with its helper");
         true
     }
 
-    /// After a death: the store has whole checkpoints only, the guest continues, QEMU is as it was, the next checkpoint is complete.
+    /// After a death: the store has whole checkpoints only, the guest continues, QEMU is as it was,
+    /// the next checkpoint is complete.
     fn recover(&mut self, point: &str) -> Taken {
         let vm = &self.vm;
         let listed = self.lab.list_if_any(&vm.name);
-        let new = listed.strip_prefix(self.known.as_slice()).unwrap_or_else(|| panic!("{point}: {listed:?} after {:?}", self.known));
-        assert_eq!(new.len(), usize::from(point == "committed"), "{point}: {listed:?} after {:?}", self.known);
+        let new = listed
+            .strip_prefix(self.known.as_slice())
+            .unwrap_or_else(|| panic!("{point}: {listed:?} after {:?}", self.known));
+        assert_eq!(
+            new.len(),
+            usize::from(point == "committed"),
+            "{point}: {listed:?} after {:?}",
+            self.known
+        );
         vm.attach();
         vm.assert_goes_on();
         self.assert_left_as_found(point);
         let vm = &self.vm;
         let taken = vm.checkpoint();
-        assert_eq!((taken.outcome.parent, taken.outcome.engine.as_str()), (listed.last().copied(), self.mode), "{point}");
+        assert_eq!(
+            (taken.outcome.parent, taken.outcome.engine.as_str()),
+            (listed.last().copied(), self.mode),
+            "{point}"
+        );
         self.known = self.lab.list(&vm.name);
         assert_eq!(self.known.last(), Some(&taken.outcome.id));
         self.assert_left_as_found(point);
@@ -82,7 +103,8 @@ impl<'lab> Killed<'lab> {
     }
 }
 
-/// What was taken after deaths, by the points. Each point of the stream is passed in one of the modes at least.
+/// What was taken after deaths, by the points. Each point of the stream is passed in one of the
+/// modes at least.
 fn die_everywhere(qemu: &Path, mode: &'static str, passed: &Mutex<BTreeSet<String>>) {
     let lab = Lab::new(qemu);
     let mut killed = Killed::start(&lab, mode);
@@ -105,7 +127,12 @@ fn die_everywhere(qemu: &Path, mode: &'static str, passed: &Mutex<BTreeSet<Strin
     killed.vm.kill();
     // Each holds what the ones before it stored; all of them have been read back by then.
     let (count, step) = (all.len(), if thorough() { 1 } else { 3 });
-    for (point, taken) in all.into_iter().enumerate().filter(|(number, _)| (count - 1 - number) % step == 0).map(|(_, one)| one) {
+    for (point, taken) in all
+        .into_iter()
+        .enumerate()
+        .filter(|(number, _)| (count - 1 - number) % step == 0)
+        .map(|(_, one)| one)
+    {
         eprintln!("restoring {}, taken by {mode} after a death at {point}", taken.name);
         lab.restore(&taken.name, "restored", &[]).assert_continues(&taken);
     }
@@ -119,7 +146,8 @@ fn a_helper_may_die_at_every_point_of_a_stream() {
         let passed = passed.into_inner().expect("no other test panicked");
         // Of the two kinds of streams each passes points that the other does not.
         let has_both = stream_modes(qemu).len() > 1;
-        let missed: Vec<String> = points().into_iter().filter(|point| has_both && !passed.contains(point)).collect();
+        let missed: Vec<String> =
+            points().into_iter().filter(|point| has_both && !passed.contains(point)).collect();
         assert!(missed.is_empty(), "no checkpoint passes {missed:?}");
     });
 }
@@ -130,15 +158,23 @@ fn status(monitor: &mut QmpClient) -> String {
     monitor.execute("query-migrate", json!({}))["status"].as_str().unwrap_or("none").to_owned()
 }
 
-/// A checkpoint in whose stream the owner says `migrate_cancel`. The helper is held meanwhile, so that the stream is in its middle.
+/// A checkpoint in whose stream the owner says `migrate_cancel`. The helper is held meanwhile, so
+/// that the stream is in its middle.
 fn cut_off(vm: &TestVm) -> Ran {
     let mut monitor = vm.qmp();
     let earlier = status(&mut monitor);
     std::thread::scope(|scope| {
         let checkpoint = scope.spawn(|| vm.try_checkpoint());
-        let is_under_way = |status: String| ["setup", "active"].contains(&status.as_str()) && status != earlier;
-        let seen = wait_until(Duration::from_secs(20), || checkpoint.is_finished() || is_under_way(status(&mut monitor)));
-        assert!(seen && !checkpoint.is_finished(), "the stream was over before it was seen: {:?}", checkpoint.join());
+        let is_under_way =
+            |status: String| ["setup", "active"].contains(&status.as_str()) && status != earlier;
+        let seen = wait_until(Duration::from_secs(20), || {
+            checkpoint.is_finished() || is_under_way(status(&mut monitor))
+        });
+        assert!(
+            seen && !checkpoint.is_finished(),
+            "the stream was over before it was seen: {:?}",
+            checkpoint.join()
+        );
         let held = stop_and_continue(vm.helper().expect("it streams"));
         monitor.execute("migrate_cancel", json!({}));
         drop(held);
@@ -161,7 +197,11 @@ fn a_stream_that_the_owner_cuts_off_fails_one_checkpoint() {
             killed.assert_left_as_found("cut off");
             assert_eq!(lab.list("m"), killed.known, "{mode}");
             let next = killed.vm.checkpoint();
-            assert_eq!((next.outcome.kind.as_str(), next.outcome.parent), ("incremental", killed.known.last().copied()), "{mode}");
+            assert_eq!(
+                (next.outcome.kind.as_str(), next.outcome.parent),
+                ("incremental", killed.known.last().copied()),
+                "{mode}"
+            );
             killed.assert_left_as_found("the checkpoint after it");
             killed.vm.kill();
             lab.restore(&next.name, "restored", &[]).assert_continues(&next);

@@ -19,8 +19,13 @@ fn vms_on_one_base_image_store_it_once() {
         assert_eq!(second.layer_bytes_stored, 0, "the same image at another path");
         let changed = Recipe::scribbler(3).patch("base.raw", 5 << 20, b"an update of one file");
         let third = one_checkpoint(&lab, "third", &changed);
-        assert!((1..128 << 10).contains(&third.layer_bytes_stored), "one block of 64 KiB differs: {third:?}");
-        let layers = std::fs::read_dir(lab.store_directory().join("layers")).expect("a store has it").count();
+        assert!(
+            (1..128 << 10).contains(&third.layer_bytes_stored),
+            "one block of 64 KiB differs: {third:?}"
+        );
+        let layers = std::fs::read_dir(lab.store_directory().join("layers"))
+            .expect("a store has it")
+            .count();
         assert_eq!(layers, 2);
         ["first", "second", "third"].iter().for_each(|name| lab.verify(name));
         let restored = lab.restore("third", "third", &[]);
@@ -62,7 +67,8 @@ fn a_local_copy_serves_only_if_its_content_is_right() {
     std::fs::write(&cached[0], other).expect("the test's directory");
     check("the cached layer was altered", true);
     std::fs::remove_file(&base).expect("the test's directory");
-    std::fs::remove_dir_all(lab.path().join("cache/stillpoint/layers")).expect("the cache is where it was asked to be");
+    std::fs::remove_dir_all(lab.path().join("cache/stillpoint/layers"))
+        .expect("the cache is where it was asked to be");
     check("neither has it", true);
 }
 
@@ -72,8 +78,23 @@ fn a_chain_of_backing_files_comes_back() {
         let lab = Lab::new(qemu);
         let recipe = Recipe::scribbler(5)
             .image(&["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "middle.qcow2"])
-            .image(&["create", "-q", "-f", "qcow2", "-b", "middle.qcow2", "-F", "qcow2", "top.qcow2"])
-            .arguments(&["-drive", "file=top.qcow2,format=qcow2,if=none,id=top", "-device", "virtio-blk-pci,drive=top"]);
+            .image(&[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-b",
+                "middle.qcow2",
+                "-F",
+                "qcow2",
+                "top.qcow2",
+            ])
+            .arguments(&[
+                "-drive",
+                "file=top.qcow2,format=qcow2,if=none,id=top",
+                "-device",
+                "virtio-blk-pci,drive=top",
+            ]);
         let vm = lab.start("m", &recipe);
         vm.qmp().disk_io("top", "write -P 9 65536 100000");
         vm.checkpoint();
@@ -86,7 +107,11 @@ fn a_chain_of_backing_files_comes_back() {
         let restored = lab.restore("m", "m", &[]);
         let found = restored.disk("top");
         assert!(found == expected && found[65536] == 9 && found[131_072] == 8);
-        assert_eq!(restored.checkpoint().outcome.layer_bytes_stored, 0, "the fetched layers are known");
+        assert_eq!(
+            restored.checkpoint().outcome.layer_bytes_stored,
+            0,
+            "the fetched layers are known"
+        );
     });
 }
 
@@ -101,8 +126,18 @@ fn sparse_disks_cost_nothing_per_absent_page() {
         .patch("huge.raw", 1 << 40, b"far in the base")
         .image(&["create", "-q", "-f", "qcow2", "-b", "huge.raw", "-F", "raw", "over.qcow2"])
         .image(&["create", "-q", "-f", "raw", "big.raw", "1T"])
-        .arguments(&["-drive", "file=over.qcow2,format=qcow2,if=none,id=over", "-device", "virtio-blk-pci,drive=over"])
-        .arguments(&["-drive", "file=big.raw,format=raw,if=none,id=big", "-device", "virtio-blk-pci,drive=big"]);
+        .arguments(&[
+            "-drive",
+            "file=over.qcow2,format=qcow2,if=none,id=over",
+            "-device",
+            "virtio-blk-pci,drive=over",
+        ])
+        .arguments(&[
+            "-drive",
+            "file=big.raw,format=raw,if=none,id=big",
+            "-device",
+            "virtio-blk-pci,drive=big",
+        ]);
     let vm = lab.start("m", &recipe);
     vm.qmp().disk_io("big", "write -P 8 512G 64k");
     let first = vm.checkpoint().outcome;
@@ -116,8 +151,11 @@ fn sparse_disks_cost_nothing_per_absent_page() {
     vm.kill();
     std::fs::remove_dir_all(directory).expect("the test's directory");
     let restored = lab.restore("m", "m", &["--paused"]);
-    let big = std::fs::File::open(restored.directory.join("sp-big.raw")).expect("the restored disk");
+    let big =
+        std::fs::File::open(restored.directory.join("sp-big.raw")).expect("the restored disk");
     let mut found = [1; 65536];
     big.read_exact_at(&mut found, 512 << 30).expect("it is as long as it was");
-    assert!(found[..4096].iter().all(|byte| *byte == 0) && found[4096..].iter().all(|byte| *byte == 8));
+    assert!(
+        found[..4096].iter().all(|byte| *byte == 0) && found[4096..].iter().all(|byte| *byte == 8)
+    );
 }

@@ -1,4 +1,5 @@
-//! VMs of every shape: checkpointed under load, killed without warning, brought back, and checkpointed again.
+//! VMs of every shape: checkpointed under load, killed without warning, brought back, and
+//! checkpointed again.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,7 +12,10 @@ fn take(vm: &TestVm, count: usize) -> Vec<Taken> {
     for _ in 0..count {
         let taken = vm.checkpoint();
         let expected = if all.is_empty() { "full" } else { "incremental" };
-        assert_eq!((taken.outcome.kind.as_str(), taken.outcome.parent), (expected, all.last().map(|last| last.outcome.id)));
+        assert_eq!(
+            (taken.outcome.kind.as_str(), taken.outcome.parent),
+            (expected, all.last().map(|last| last.outcome.id))
+        );
         all.push(taken);
         std::thread::sleep(Duration::from_millis(700));
     }
@@ -71,7 +75,22 @@ fn many_disks() -> Recipe {
         .image(&["convert", "-f", "qcow2", "-O", "raw", "base.qcow2", "read-only.raw"])
         .words("witness.journal=/dev/vda,/dev/vdb,/dev/vdc witness.base=/dev/vdd")
         .arguments(&["-smp", "4"])
-        .arguments(&["-drive", "file=data.raw,format=raw,if=none,id=two", "-device", "virtio-blk-pci,drive=two"])
-        .arguments(&["-drive", "file=data.qcow2,format=qcow2,if=none,id=three", "-device", "virtio-blk-pci,drive=three"])
-        .arguments(&["-drive", "file=read-only.raw,format=raw,if=none,id=four,read-only=on", "-device", "virtio-blk-pci,drive=four"])
+        .arguments(&[
+            "-drive",
+            "file=data.raw,format=raw,if=none,id=two",
+            "-device",
+            "virtio-blk-pci,drive=two",
+        ])
+        .arguments(&[
+            "-drive",
+            "file=data.qcow2,format=qcow2,if=none,id=three",
+            "-device",
+            "virtio-blk-pci,drive=three",
+        ])
+        .arguments(&[
+            "-drive",
+            "file=read-only.raw,format=raw,if=none,id=four,read-only=on",
+            "-device",
+            "virtio-blk-pci,drive=four",
+        ])
 }

@@ -1,15 +1,20 @@
-//! Where people's VMs are: domains of a real libvirt (`scripts/libvirt-dev`), a QEMU as Proxmox VE starts it, and the
-//! service files. The snippets of docs/libvirt.md and docs/proxmox.md are those used here.
+//! Where people's VMs are: domains of a real libvirt (`scripts/libvirt-dev`), a QEMU as Proxmox VE
+//! starts it, and the service files. The snippets of docs/libvirt.md and docs/proxmox.md are those
+//! used here.
 
 use serde_json::Value;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use stillpoint_tests::{Domain, Lab, Libvirt, Outcome, Recipe, Shape, Taken, built, newest_qemu, on_each_qemu, project, wait_until};
+use stillpoint_tests::{
+    Domain, Lab, Libvirt, Outcome, Recipe, Shape, Taken, built, newest_qemu, on_each_qemu, project,
+    wait_until,
+};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
-/// libvirt itself needs about half a second for a domain; a hook must not add what a person would notice.
+/// libvirt itself needs about half a second for a domain; a hook must not add what a person would
+/// notice.
 const START_WITH_HOOK: Duration = Duration::from_secs(15);
 
 fn text(path: &Path) -> &str {
@@ -18,7 +23,8 @@ fn text(path: &Path) -> &str {
 
 fn checkpoint(lab: &Lab, domain: &Domain) -> Taken {
     let before = domain.step();
-    let outcome: Outcome = serde_json::from_value(checkpoint_of(lab, &domain.name)).expect("the documented form");
+    let outcome: Outcome =
+        serde_json::from_value(checkpoint_of(lab, &domain.name)).expect("the documented form");
     Taken { name: format!("{}@{}", domain.name, outcome.id), outcome, before, after: domain.step() }
 }
 
@@ -26,7 +32,8 @@ fn checkpoint_of(lab: &Lab, name: &str) -> Value {
     lab.run(&["checkpoint", name, "--json"]).expect_success().json()
 }
 
-/// No preparation but the second monitor: memory comes by QEMU's own migration stream, and libvirt keeps its domain.
+/// No preparation but the second monitor: memory comes by QEMU's own migration stream, and libvirt
+/// keeps its domain.
 #[test]
 fn a_domain_is_checkpointed_by_its_second_monitor() {
     on_each_qemu(|qemu| {
@@ -34,7 +41,16 @@ fn a_domain_is_checkpointed_by_its_second_monitor() {
         let libvirt = Libvirt::up(&lab);
         let domain = libvirt.start("web1", Shape { shared_memory: false }, &[]);
         domain.wait_for_witness();
-        lab.run(&["attach", "--qmp", text(&domain.monitor()), "--store", lab.store(), "--name", "web1"]).expect_success();
+        lab.run(&[
+            "attach",
+            "--qmp",
+            text(&domain.monitor()),
+            "--store",
+            lab.store(),
+            "--name",
+            "web1",
+        ])
+        .expect_success();
 
         checkpoint(&lab, &domain);
         libvirt.virsh(&["suspend", "web1"]);
@@ -43,7 +59,12 @@ fn a_domain_is_checkpointed_by_its_second_monitor() {
         checkpoint(&lab, &domain);
         domain.assert_goes_on();
         let last = checkpoint(&lab, &domain);
-        assert_eq!((last.outcome.parent, last.outcome.kind.as_str()), (Some(2), "incremental"), "{:?}", last.outcome);
+        assert_eq!(
+            (last.outcome.parent, last.outcome.kind.as_str()),
+            (Some(2), "incremental"),
+            "{:?}",
+            last.outcome
+        );
 
         // libvirt has noticed nothing that it would act upon.
         assert_eq!(domain.state(), "running");
@@ -53,24 +74,36 @@ fn a_domain_is_checkpointed_by_its_second_monitor() {
         domain.assert_goes_on();
         libvirt.virsh(&["shutdown", "web1"]);
         domain.destroy();
-        assert!(wait_until(TIMEOUT, || domain.helper().is_none()), "the helper outlives its domain");
+        assert!(
+            wait_until(TIMEOUT, || domain.helper().is_none()),
+            "the helper outlives its domain"
+        );
 
         let restored = lab.restore(&last.name, "web2", &[]);
         restored.assert_continues(&last);
     });
 }
 
-/// The plugin by `<qemu:commandline>`: the tracker follows the domain's memory, and the hook attaches and lets go.
+/// The plugin by `<qemu:commandline>`: the tracker follows the domain's memory, and the hook
+/// attaches and lets go.
 #[test]
 fn the_hook_attaches_a_domain_that_has_the_plugin() {
     let mut lab = Lab::new(&newest_qemu());
     let libvirt = Libvirt::up_with_hook(&mut lab);
     let lab = libvirt.lab();
     libvirt.configure("db1", "");
-    let plugin = format!("file={},socket={}", libvirt.plugin().display(), lab.path().join("db1.plugin").display());
+    let plugin = format!(
+        "file={},socket={}",
+        libvirt.plugin().display(),
+        lab.path().join("db1.plugin").display()
+    );
     let words = ["-plugin".to_owned(), plugin];
     let domain = libvirt.start("db1", Shape { shared_memory: true }, &words);
-    assert!(wait_until(TIMEOUT, || answers(lab, "db1")), "the hook attaches nobody: {:?}", libvirt.hook_log("db1"));
+    assert!(
+        wait_until(TIMEOUT, || answers(lab, "db1")),
+        "the hook attaches nobody: {:?}",
+        libvirt.hook_log("db1")
+    );
     let helper = domain.helper();
 
     domain.wait_for_witness();
@@ -121,16 +154,26 @@ fn the_service_files_are_understood_by_systemd() {
     let prefix = tempfile::tempdir().expect("a directory");
     let release = built().parent().expect("a directory");
     let mut make = Command::new("make");
-    make.args(["-s", "install"]).arg(format!("RELEASE={}", release.display())).arg(format!("PREFIX={}", prefix.path().display()));
+    make.args(["-s", "install"])
+        .arg(format!("RELEASE={}", release.display()))
+        .arg(format!("PREFIX={}", prefix.path().display()));
     let output = make.current_dir(project()).output().expect("make can be run");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let units = prefix.path().join("lib/systemd/system");
-    let files: Vec<PathBuf> = std::fs::read_dir(&units).expect("make put it there").map(|entry| entry.expect("an entry").path()).collect();
+    let files: Vec<PathBuf> = std::fs::read_dir(&units)
+        .expect("make put it there")
+        .map(|entry| entry.expect("an entry").path())
+        .collect();
     assert_eq!(files.len(), 3, "{files:?}");
     for file in files {
         let installed = std::fs::read_to_string(&file).expect("make put it there");
-        assert!(!installed.contains("/usr/local/"), "{} does not know where it was installed", file.display());
-        let output = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&file).output();
+        assert!(
+            !installed.contains("/usr/local/"),
+            "{} does not know where it was installed",
+            file.display()
+        );
+        let output =
+            Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&file).output();
         let output = output.expect("systemd-analyze can be run; scripts/install-deps installs it");
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && said.is_empty(), "{}: {said}", file.display());
@@ -139,8 +182,9 @@ fn the_service_files_are_understood_by_systemd() {
 
 // ---- Proxmox VE
 
-/// What `qm showcmd` prints for a linked clone, without what only Proxmox's own QEMU knows (`-id`, the `+pve` machine types),
-/// what needs its host (tap, iscsi, the boot splash, `-daemonize`) and the flags of KVM. `disk` is the disk's part of it.
+/// What `qm showcmd` prints for a linked clone, without what only Proxmox's own QEMU knows (`-id`,
+/// the `+pve` machine types), what needs its host (tap, iscsi, the boot splash, `-daemonize`) and
+/// the flags of KVM. `disk` is the disk's part of it.
 fn proxmox(qemu: &Path, lab: &Lab, disk: &str) -> Recipe {
     // From QEMU 9.2 on it is in milliseconds.
     let reconnect = if has_iothreads(qemu) { "reconnect-ms=5000" } else { "reconnect=5" };
@@ -172,7 +216,12 @@ fn proxmox_monitor(lab: &Lab) -> PathBuf {
 
 /// Before QEMU 9.0 disks in an iothread are refused.
 fn has_iothreads(qemu: &Path) -> bool {
-    !Command::new(qemu).arg("--version").output().expect("QEMU can be run").stdout.starts_with(b"QEMU emulator version 7.")
+    !Command::new(qemu)
+        .arg("--version")
+        .output()
+        .expect("QEMU can be run")
+        .stdout
+        .starts_with(b"QEMU emulator version 7.")
 }
 
 /// VM versions before 10.0, on Proxmox VE 8 and 9.
@@ -195,21 +244,33 @@ fn a_vm_as_proxmox_starts_it_is_attached_by_its_hook() {
             "-device virtio-scsi-pci,id=virtioscsi0,bus=pci.3,addr=0x1"
         };
         let vm = lab.start_plain("100", &proxmox(qemu, &lab, &format!("{controller} {DRIVE}")));
-        let conf = format!("STILLPOINT_QMP={}\nSTILLPOINT_STORE={}\n", proxmox_monitor(&lab).display(), lab.store());
+        let conf = format!(
+            "STILLPOINT_QMP={}\nSTILLPOINT_STORE={}\n",
+            proxmox_monitor(&lab).display(),
+            lab.store()
+        );
         std::fs::write(lab.path().join("100.conf"), conf).expect("the test's directory");
         vm.wait_for_witness();
 
         proxmox_hook(&lab, "pre-start");
         assert!(vm.helper().is_none());
         proxmox_hook(&lab, "post-start");
-        assert!(wait_until(TIMEOUT, || answers(&lab, "100")), "the hook attaches nobody: {}", proxmox_log(&lab));
+        assert!(
+            wait_until(TIMEOUT, || answers(&lab, "100")),
+            "the hook attaches nobody: {}",
+            proxmox_log(&lab)
+        );
         let mut last = vm.checkpoint();
         for _ in 0..2 {
             vm.assert_goes_on();
             last = vm.checkpoint();
         }
         proxmox_hook(&lab, "pre-stop");
-        assert!(wait_until(TIMEOUT, || vm.helper().is_none()), "the hook does not let go: {}", proxmox_log(&lab));
+        assert!(
+            wait_until(TIMEOUT, || vm.helper().is_none()),
+            "the hook does not let go: {}",
+            proxmox_log(&lab)
+        );
         vm.assert_goes_on();
         vm.kill();
         lab.restore(&last.name, "101", &[]).assert_continues(&last);
@@ -222,14 +283,19 @@ fn proxmox_throttle_nodes_are_carried() {
     let lab = Lab::new(&qemu);
     let vm = lab.start_plain("100", &proxmox(&qemu, &lab, THROTTLED));
     let monitor = proxmox_monitor(&lab);
-    lab.run(&["attach", "--qmp", text(&monitor), "--store", lab.store(), "--name", "100"]).expect_success();
+    lab.run(&["attach", "--qmp", text(&monitor), "--store", lab.store(), "--name", "100"])
+        .expect_success();
     vm.checkpoint();
     assert_eq!(vm.checkpoint().outcome.kind, "incremental");
     let shown = lab.run(&["show", "100@2", "--json"]).expect_success().json();
-    let disk = shown["disks"].as_array().into_iter().flatten().find(|disk| disk["read_only"] == false);
+    let disk =
+        shown["disks"].as_array().into_iter().flatten().find(|disk| disk["read_only"] == false);
     let disk = disk.unwrap_or_else(|| panic!("no writable disk in {shown}"));
     assert_ne!(disk["node"], "drive-scsi0", "the checkpoint is of the node below the filter");
-    assert!(shown["machine"]["arguments"].to_string().contains("throttle-group"), "the filter comes back: {shown}");
+    assert!(
+        shown["machine"]["arguments"].to_string().contains("throttle-group"),
+        "the filter comes back: {shown}"
+    );
     assert!(vm.qmp().is_running());
 }
 
@@ -240,9 +306,16 @@ fn proxmox_hook(lab: &Lab, phase: &str) {
     hook.args(["100", phase]).env("PATH", search_path());
     hook.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
     let begun = Instant::now();
-    let output = hook.env("STILLPOINT_CONFIG_DIR", lab.path()).env("STILLPOINT_LOG_DIR", lab.path()).output();
+    let output = hook
+        .env("STILLPOINT_CONFIG_DIR", lab.path())
+        .env("STILLPOINT_LOG_DIR", lab.path())
+        .output();
     let output = output.expect("the hook can be run");
-    assert!(output.status.success() && begun.elapsed() < Duration::from_secs(5), "{phase}: {output:?} after {:?}", begun.elapsed());
+    assert!(
+        output.status.success() && begun.elapsed() < Duration::from_secs(5),
+        "{phase}: {output:?} after {:?}",
+        begun.elapsed()
+    );
 }
 
 fn proxmox_log(lab: &Lab) -> String {

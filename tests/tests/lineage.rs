@@ -1,5 +1,5 @@
-//! What a checkpoint is relative to: a store that has lost, or holds another, than what the helper knows, gets no checkpoint that
-//! builds on a hole.
+//! What a checkpoint is relative to: a store that has lost, or holds another, than what the helper
+//! knows, gets no checkpoint that builds on a hole.
 
 use std::path::{Path, PathBuf};
 use stillpoint_tests::{Lab, Recipe, Scribbled, copy_tree, newest_qemu};
@@ -19,7 +19,12 @@ fn step(scribbled: &mut Scribbled, words: &[&str], id: u64, parent: Option<u64>)
     scribbled.write_disks();
     scribbled.pause_between();
     let outcome = scribbled.checkpoint_with(words);
-    assert_eq!((outcome.id, outcome.parent), (id, parent), "{outcome:?} after {:#?}", scribbled.story);
+    assert_eq!(
+        (outcome.id, outcome.parent),
+        (id, parent),
+        "{outcome:?} after {:#?}",
+        scribbled.story
+    );
 }
 
 #[test]
@@ -35,9 +40,14 @@ fn lineage_is_what_the_store_holds() {
     // The store goes away, a checkpoint fails, and it comes back without the newest two.
     std::fs::rename(lab.store_directory(), &away).expect("the test's directory");
     scribbled.vm.try_checkpoint().expect_failure(4);
-    assert!(!lab.store_directory().exists(), "a store that is missing is not made again in its place");
+    assert!(
+        !lab.store_directory().exists(),
+        "a store that is missing is not made again in its place"
+    );
     std::fs::rename(&away, lab.store_directory()).expect("the test's directory");
-    [2, 3].iter().for_each(|id| std::fs::remove_dir_all(checkpoint_directory(&lab, *id)).expect("the test's directory"));
+    [2, 3].iter().for_each(|id| {
+        std::fs::remove_dir_all(checkpoint_directory(&lab, *id)).expect("the test's directory")
+    });
     step(&mut scribbled, &[], 2, Some(1));
     scribbled.check_beside(2);
 

@@ -1,5 +1,5 @@
-//! All tests of whole VMs in one program: linked once, and so that tests of different files run side by side. `tests/src/slots.rs`
-//! says how many VMs run at once.
+//! All tests of whole VMs in one program: linked once, and so that tests of different files run
+//! side by side. `tests/src/slots.rs` says how many VMs run at once.
 //!
 //! `cargo test -p stillpoint-tests attach::` runs those of one file.
 
@@ -39,9 +39,14 @@ mod window;
 #[test]
 fn every_file_of_tests_is_a_module_here() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests");
-    let files = std::fs::read_dir(folder).expect("this folder").map(|file| file.expect("a file").path());
-    let names = files.map(|file| file.file_stem().expect("a name").to_str().expect("UTF-8").to_owned());
-    let missing: Vec<String> =
-        names.filter(|name| name != "main" && !include_str!("main.rs").contains(&format!("\nmod {name};"))).collect();
+    let files =
+        std::fs::read_dir(folder).expect("this folder").map(|file| file.expect("a file").path());
+    let names =
+        files.map(|file| file.file_stem().expect("a name").to_str().expect("UTF-8").to_owned());
+    let missing: Vec<String> = names
+        .filter(|name| {
+            name != "main" && !include_str!("main.rs").contains(&format!("\nmod {name};"))
+        })
+        .collect();
     assert!(missing.is_empty(), "not in tests/tests/main.rs: {missing:?}");
 }

@@ -1,4 +1,5 @@
-//! What docs/security.md promises: each promise names its tests, and those that concern the whole program are here.
+//! What docs/security.md promises: each promise names its tests, and those that concern the whole
+//! program are here.
 
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
@@ -9,18 +10,30 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
-use stillpoint_tests::{Lab, QmpClient, Recipe, TestVm, built, newest_qemu, on_each_qemu, tree, wait_until};
+use stillpoint_tests::{
+    Lab, QmpClient, Recipe, TestVm, built, newest_qemu, on_each_qemu, tree, wait_until,
+};
 
 const FLOODER: &[u8; 512] = include_bytes!("../src/flooder.bin");
 const NOBODY: u32 = 65534;
-const SECTIONS: &[&str] = &["Whoever can write the store: tests", "Hostile guest", "Peers on sockets", "Other users of the host"];
-/// What a flood of clients may cost the helper: a request's limit for each that is served, and as much again.
+const SECTIONS: &[&str] = &[
+    "Whoever can write the store: tests",
+    "Hostile guest",
+    "Peers on sockets",
+    "Other users of the host",
+];
+/// What a flood of clients may cost the helper: a request's limit for each that is served, and as
+/// much again.
 const CLIENTS_MAY_COST: u64 = 16 << 20;
 /// The longest that a checkpoint lets the guest wait (docs/limits.md), in seconds.
 const LONGEST_PAUSE: f64 = 2.0;
 
 fn mode(path: &Path) -> u32 {
-    std::fs::symlink_metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).permissions().mode() & 0o7777
+    std::fs::symlink_metadata(path)
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        .permissions()
+        .mode()
+        & 0o7777
 }
 
 /// The last cell of each row names tests.
@@ -34,7 +47,9 @@ fn promises_name_tests_that_are_there() {
         for row in rows {
             let last = row.last().map(String::as_str).unwrap_or_default();
             let names: Vec<&str> = last.split('`').skip(1).step_by(2).collect();
-            let missing = names.iter().filter(|name| !tests.contains(name.rsplit("::").next().unwrap_or_default()));
+            let missing = names
+                .iter()
+                .filter(|name| !tests.contains(name.rsplit("::").next().unwrap_or_default()));
             wrong.extend(missing.map(|name| format!("{section}: no test `{name}`")));
             if names.is_empty() {
                 wrong.push(format!("{section}: no test for '{}'", row[0]));
@@ -50,7 +65,9 @@ fn pauses(events: &[Value]) -> Vec<f64> {
         let part = |key: &str| event["timestamp"][key].as_f64().expect("QEMU says so");
         part("seconds") + part("microseconds") / 1e6
     };
-    let of = |name: &str| events.iter().filter(|event| event["event"] == name).map(time).collect::<Vec<f64>>();
+    let of = |name: &str| {
+        events.iter().filter(|event| event["event"] == name).map(time).collect::<Vec<f64>>()
+    };
     let (stops, resumes) = (of("STOP"), of("RESUME"));
     assert_eq!(stops.len(), resumes.len(), "a stop without its end: {events:?}");
     stops.into_iter().zip(resumes).map(|(stop, resume)| resume - stop).collect()
@@ -64,7 +81,13 @@ fn hostile_guest_that_dirties_memory_loses_its_checkpoint_and_no_time() {
     let vm = lab.start("m", &recipe);
     let mut monitor = vm.qmp();
     // The last page that it writes.
-    let is_flooding = || monitor.human("xp /1xw 0xbfff000").split_whitespace().last().is_some_and(|word| word != "0x00000000");
+    let is_flooding = || {
+        monitor
+            .human("xp /1xw 0xbfff000")
+            .split_whitespace()
+            .last()
+            .is_some_and(|word| word != "0x00000000")
+    };
     assert!(wait_until(Duration::from_secs(60), is_flooding), "the guest does not write");
     drop(monitor.events());
     let message = vm.try_checkpoint().expect_failure(1);
@@ -77,7 +100,8 @@ fn hostile_guest_that_dirties_memory_loses_its_checkpoint_and_no_time() {
     vm.checkpoint();
     drop(monitor);
     vm.kill();
-    lab.run(&["verify", "--restore", "m", "--qemu", lab.qemu.to_str().expect("UTF-8")]).expect_success();
+    lab.run(&["verify", "--restore", "m", "--qemu", lab.qemu.to_str().expect("UTF-8")])
+        .expect_success();
 }
 
 fn ask(stream: &mut UnixStream, line: &[u8]) -> Option<Value> {
@@ -90,7 +114,8 @@ fn ask(stream: &mut UnixStream, line: &[u8]) -> Option<Value> {
 }
 
 fn control(vm: &TestVm, lab: &Lab) -> UnixStream {
-    UnixStream::connect(lab.runtime().join(&vm.name).join("control.sock")).expect("the helper listens")
+    UnixStream::connect(lab.runtime().join(&vm.name).join("control.sock"))
+        .expect("the helper listens")
 }
 
 /// Whoever may connect may send anything; the helper serves the next one, in bounded memory.
@@ -102,9 +127,19 @@ fn control_socket_serves_on_whatever_its_clients_send() {
     let helper = vm.helper().expect("a helper");
     let open = || std::fs::read_dir(format!("/proc/{helper}/fd")).expect("it runs").count();
     let (files, peak) = (open(), vm.helper_peak_bytes());
-    for garbage in [&b"\n"[..], b"{\"checkpoint\":7}\n", b"\xff\xfe\x00garbage\n", b"{\"status\":null,\"more\":1}\n", b"[[[[\n"] {
+    for garbage in [
+        &b"\n"[..],
+        b"{\"checkpoint\":7}\n",
+        b"\xff\xfe\x00garbage\n",
+        b"{\"status\":null,\"more\":1}\n",
+        b"[[[[\n",
+    ] {
         let answer = ask(&mut control(&vm, &lab), garbage);
-        assert!(answer.is_none_or(|answer| answer["failed"]["exit_code"].is_u64()), "{}", String::from_utf8_lossy(garbage));
+        assert!(
+            answer.is_none_or(|answer| answer["failed"]["exit_code"].is_u64()),
+            "{}",
+            String::from_utf8_lossy(garbage)
+        );
     }
     let long = [vec![b'['; 2 << 20], b"\n".to_vec()].concat();
     let held: Vec<UnixStream> = (0..200)
@@ -120,12 +155,19 @@ fn control_socket_serves_on_whatever_its_clients_send() {
             stream
         })
         .collect();
-    assert_eq!(ask(&mut control(&vm, &lab), b"\"status\"\n").expect("an answer")["done"]["busy"], false);
+    assert_eq!(
+        ask(&mut control(&vm, &lab), b"\"status\"\n").expect("an answer")["done"]["busy"],
+        false
+    );
     vm.checkpoint();
     let grown = vm.helper_peak_bytes() - peak;
     assert!(grown < CLIENTS_MAY_COST, "{grown} bytes more for 200 clients");
     // Those that stay without a request are let go.
-    assert!(wait_until(Duration::from_secs(20), || open() <= files), "{} descriptors, {files} before", open());
+    assert!(
+        wait_until(Duration::from_secs(20), || open() <= files),
+        "{} descriptors, {files} before",
+        open()
+    );
     drop(held);
     assert_eq!(vm.helper(), Some(helper), "another helper");
     check_modes(&lab, vm);
@@ -146,7 +188,8 @@ fn check_modes(lab: &Lab, vm: TestVm) {
     assert_eq!(mode(&restored.directory), 0o700);
 }
 
-/// A plugin's socket where others may put one: what another process answers is not taken for the VM's memory.
+/// A plugin's socket where others may put one: what another process answers is not taken for the
+/// VM's memory.
 #[test]
 fn plugin_socket_of_another_process_is_refused() {
     on_each_qemu(|qemu| {
@@ -154,7 +197,8 @@ fn plugin_socket_of_another_process_is_refused() {
         let plugin = built().with_file_name("libstillpoint_plugin.so");
         let words = format!("file={},socket=plug.sock", plugin.display());
         let with_plugin = |seed| Recipe::scribbler(seed).arguments(&["-plugin", &words, "-S"]);
-        let (vm, stranger) = (lab.start_plain("m", &with_plugin(3)), lab.start_plain("other", &with_plugin(4)));
+        let (vm, stranger) =
+            (lab.start_plain("m", &with_plugin(3)), lab.start_plain("other", &with_plugin(4)));
         let socket = |vm: &TestVm| vm.directory.join("plug.sock");
         vm.attach_plain(&["--engine", "tracker"]);
         vm.checkpoint();
@@ -168,7 +212,8 @@ fn plugin_socket_of_another_process_is_refused() {
     });
 }
 
-/// What lies in the runtime directory decides who is signalled and which file is written: only its owner may have put it there.
+/// What lies in the runtime directory decides who is signalled and which file is written: only its
+/// owner may have put it there.
 #[test]
 fn runtime_directory_that_others_can_change_is_refused_by_every_command() {
     let lab = Lab::new(&newest_qemu());
@@ -183,9 +228,18 @@ fn runtime_directory_that_others_can_change_is_refused_by_every_command() {
     let refused = |what: &str| {
         let qemu = lab.qemu.to_str().expect("UTF-8");
         let run = ["run", "--name", "m", "--", qemu, "-display", "none", "-m", "16"];
-        for words in [&run[..], &["attach", "m"], &["attach", "m", "--take-over"], &["checkpoint", "m"], &["adopt", "m"]] {
+        for words in [
+            &run[..],
+            &["attach", "m"],
+            &["attach", "m", "--take-over"],
+            &["checkpoint", "m"],
+            &["adopt", "m"],
+        ] {
             lab.run(words).expect_failure(3);
-            assert!(!directory.join("helper.lock").exists() && !elsewhere.join("helper.lock").exists(), "{what}: {words:?}");
+            assert!(
+                !directory.join("helper.lock").exists() && !elsewhere.join("helper.lock").exists(),
+                "{what}: {words:?}"
+            );
         }
     };
     fresh();
@@ -213,9 +267,12 @@ fn take_over_signals_no_process_that_a_file_names() {
     let directory = lab.runtime().join("m");
     std::fs::create_dir_all(&directory).expect("the lab");
     std::fs::set_permissions(&directory, Permissions::from_mode(0o700)).expect("the lab");
-    let mut bystander = Command::new("sh").args(["-c", "read line"]).stdin(Stdio::piped()).spawn().expect("sh");
+    let mut bystander =
+        Command::new("sh").args(["-c", "read line"]).stdin(Stdio::piped()).spawn().expect("sh");
     let lock = File::create(directory.join("helper.lock")).expect("the lab");
-    let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error).expect("free");
+    let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, error)| error)
+        .expect("free");
     let pid = directory.join("helper.pid");
     std::fs::write(&pid, bystander.id().to_string()).expect("the lab");
     let message = lab.run(&["attach", "m", "--take-over"]).expect_failure(3);
@@ -230,12 +287,16 @@ fn take_over_signals_no_process_that_a_file_names() {
     symlink(lab.path().join("made"), directory.join("helper.lock")).expect("the lab");
     assert_ne!(lab.run(&["attach", "m", "--take-over"]).code, 0);
     assert!(!lab.path().join("made").exists());
-    assert!(bystander.try_wait().expect("a child").is_none(), "a process that a file names was signalled");
+    assert!(
+        bystander.try_wait().expect("a child").is_none(),
+        "a process that a file names was signalled"
+    );
     bystander.kill().expect("a child");
     bystander.wait().expect("a child");
 }
 
-/// A second client of a helper's monitor is QEMU's affair: it is not served, and the helper is not disturbed.
+/// A second client of a helper's monitor is QEMU's affair: it is not served, and the helper is not
+/// disturbed.
 #[test]
 fn monitor_of_a_helper_has_no_second_client() {
     let lab = Lab::new(&newest_qemu());

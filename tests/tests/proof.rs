@@ -1,11 +1,14 @@
-//! `verify --restore`: what is right is proven, what is not is found by its place, and nothing is left.
+//! `verify --restore`: what is right is proven, what is not is found by its place, and nothing is
+//! left.
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
-use stillpoint_tests::{Lab, Pid, Ran, Recipe, TestVm, kill_hard, newest_qemu, on_each_qemu, qemus_below, wait_until};
+use stillpoint_tests::{
+    Lab, Pid, Ran, Recipe, TestVm, kill_hard, newest_qemu, on_each_qemu, qemus_below, wait_until,
+};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -17,7 +20,10 @@ fn text(path: &Path) -> &str {
 fn prove(lab: &Lab, checkpoint: &str, words: &[&str], damage: &str) -> Ran {
     let cache = lab.path().join("cache-of-the-proof");
     let first = ["verify", "--restore", checkpoint, "--json", "--qemu", text(&lab.qemu)];
-    lab.run_with(&[&first, words].concat(), &[("STILLPOINT_CACHE_DIR", text(&cache)), ("STILLPOINT_DAMAGE", damage)])
+    lab.run_with(
+        &[&first, words].concat(),
+        &[("STILLPOINT_CACHE_DIR", text(&cache)), ("STILLPOINT_DAMAGE", damage)],
+    )
 }
 
 fn proven(lab: &Lab, checkpoint: &str, words: &[&str]) -> Value {
@@ -29,8 +35,14 @@ fn proven(lab: &Lab, checkpoint: &str, words: &[&str]) -> Value {
 
 /// Private directories of proofs.
 fn leftovers(lab: &Lab) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(lab.path()).expect("the lab").flatten().map(|entry| entry.path());
-    entries.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("stillpoint-proof."))).collect()
+    let entries =
+        std::fs::read_dir(lab.path()).expect("the lab").flatten().map(|entry| entry.path());
+    entries
+        .filter(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("stillpoint-proof."))
+        })
+        .collect()
 }
 
 /// All kinds of disks, and places of the host that a second QEMU would fight for.
@@ -77,9 +89,15 @@ fn proof_of_each_engine_and_kind_of_disk() {
             assert!(last.outcome.parent.is_some(), "{:?}", last.outcome);
         }
         // Beside the VM that still runs, whose files and sockets it does not touch.
-        let before = std::fs::metadata(lab.path().join("absolute.log")).expect("the serial port's file").modified().expect("a time");
+        let before = std::fs::metadata(lab.path().join("absolute.log"))
+            .expect("the serial port's file")
+            .modified()
+            .expect("a time");
         proven(&lab, "m", &[]);
-        assert_eq!(std::fs::metadata(lab.path().join("absolute.log")).unwrap().modified().unwrap(), before);
+        assert_eq!(
+            std::fs::metadata(lab.path().join("absolute.log")).unwrap().modified().unwrap(),
+            before
+        );
         assert!(managed.qmp().is_running() && plain.qmp().is_running());
         // On a host that has nothing but the store.
         for vm in [managed, plain] {
@@ -102,8 +120,15 @@ fn assert_found(ran: Ran, space: &str, at: Option<u64>) {
     let differences = report["differences"].as_array().expect("a list");
     let [one] = differences.as_slice() else { panic!("one difference was expected: {report}") };
     assert!(one["space"].as_str().is_some_and(|found| found.starts_with(space)), "{report}");
-    let covers = |range: &Value, at: u64| range["start"].as_u64().is_some_and(|start| start <= at) && range["end"].as_u64() > Some(at);
-    assert!(at.is_none_or(|at| one["ranges"].as_array().is_some_and(|ranges| ranges.iter().any(|range| covers(range, at)))), "{report}");
+    let covers = |range: &Value, at: u64| {
+        range["start"].as_u64().is_some_and(|start| start <= at) && range["end"].as_u64() > Some(at)
+    };
+    assert!(
+        at.is_none_or(|at| one["ranges"]
+            .as_array()
+            .is_some_and(|ranges| ranges.iter().any(|range| covers(range, at)))),
+        "{report}"
+    );
     assert!(report["proven"] == false && report["noted"] == false, "{report}");
 }
 
@@ -120,8 +145,16 @@ fn proof_finds_each_difference_by_its_place() {
     assert_found(damaged("memory=1191936"), "ram:pc.ram", Some(1_191_936));
     assert_found(damaged("monitor=qemu-io odd \"write -P 9 4096 512\""), "disk:sp-odd", Some(4096));
     // The end of the disk, which is no whole page; and what only the layer below has.
-    assert_found(damaged("monitor=qemu-io odd \"write -P 9 3M 512\""), "disk:sp-odd", Some(3 << 20));
-    assert_found(damaged("monitor=qemu-io cow \"write -P 9 12M 512\""), "disk:sp-cow", Some(12 << 20));
+    assert_found(
+        damaged("monitor=qemu-io odd \"write -P 9 3M 512\""),
+        "disk:sp-odd",
+        Some(3 << 20),
+    );
+    assert_found(
+        damaged("monitor=qemu-io cow \"write -P 9 12M 512\""),
+        "disk:sp-cow",
+        Some(12 << 20),
+    );
     // The timer's gate and the speaker's switch; and a byte of the CMOS that is no clock.
     assert_found(damaged("monitor=o /b 0x70 0x20"), "state:device/mc146818rtc", None);
     assert_found(damaged("layer=300000"), "layer:", Some(300_000));
@@ -144,7 +177,10 @@ fn proof_after_a_checkpoint_on_request() {
     assert!(ran["id"] == 1 && ran["proof"]["proven"] == true, "{ran}");
     assert!(vm.qmp().is_running());
     // Not proven is not a success, but the checkpoint is there.
-    let ran = lab.run_with(&["checkpoint", "m", "--verify", "--json"], &[("STILLPOINT_DAMAGE", "memory=1191936")]);
+    let ran = lab.run_with(
+        &["checkpoint", "m", "--verify", "--json"],
+        &[("STILLPOINT_DAMAGE", "memory=1191936")],
+    );
     assert!(ran.code == 5 && ran.json()["id"] == 2, "{ran:?}");
     assert_eq!(lab.list("m"), [1, 2]);
 }
@@ -156,14 +192,23 @@ fn proof_that_is_ended_leaves_nothing() {
     vm.checkpoint();
     vm.kill();
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        let mut command = lab.command(&["verify", "--restore", "m", "--run", "1h", "--qemu", text(&lab.qemu)]);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("stillpoint");
+        let mut command =
+            lab.command(&["verify", "--restore", "m", "--run", "1h", "--qemu", text(&lab.qemu)]);
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("stillpoint");
         let up = wait_until(TIMEOUT, || !qemus_below(lab.path()).is_empty());
         let sandboxed = qemus_below(lab.path());
         kill(Pid::from_raw(child.id().cast_signed()), signal).expect("a child");
         let status = child.wait().expect("a child");
         assert!(up && !status.success());
-        assert!(wait_until(TIMEOUT, || qemus_below(lab.path()).is_empty()), "a QEMU outlives its proof");
+        assert!(
+            wait_until(TIMEOUT, || qemus_below(lab.path()).is_empty()),
+            "a QEMU outlives its proof"
+        );
         sandboxed.into_iter().for_each(kill_hard);
         assert_eq!(leftovers(&lab).len(), usize::from(signal == Signal::SIGKILL));
     }

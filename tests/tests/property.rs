@@ -1,14 +1,18 @@
-//! A restored VM is byte for byte what the VM was: random writes to memory and disks, random checkpoints, random
-//! failures in between, and a truth that owes nothing to the program under test (`src/truth.rs`).
+//! A restored VM is byte for byte what the VM was: random writes to memory and disks, random
+//! checkpoints, random failures in between, and a truth that owes nothing to the program under test
+//! (`src/truth.rs`).
 
 use std::path::Path;
 use std::time::Duration;
-use stillpoint_tests::{Lab, Random, Recipe, Scribbled, SmallStore, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{
+    Lab, Random, Recipe, Scribbled, SmallStore, newest_qemu, on_each_qemu, wait_until,
+};
 
 const SEEDS: &[u64] = &[1, 7, 20_260_711];
 const ACTIONS: usize = 40;
 /// Where a helper dies in these runs; `kills.rs` has them all.
-const POINTS: &[&str] = &["prepared", "pre-copy", "pause.captured", "upload", "commit", "committed"];
+const POINTS: &[&str] =
+    &["prepared", "pre-copy", "pause.captured", "upload", "commit", "committed"];
 
 struct Run<'lab> {
     lab: &'lab Lab,
@@ -41,9 +45,16 @@ impl<'lab> Run<'lab> {
         let ran = vm.try_checkpoint();
         // A checkpoint that finds nothing changed does not come that far.
         if ran.code == 0 {
-            assert!(["commit", "committed"].contains(&point) && ran.json()["kind"] == "unchanged", "{story:?}");
+            assert!(
+                ["commit", "committed"].contains(&point) && ran.json()["kind"] == "unchanged",
+                "{story:?}"
+            );
         } else {
-            assert!(wait_until(Duration::from_secs(5), || vm.helper().is_none()), "it did not die: {}", ran.err);
+            assert!(
+                wait_until(Duration::from_secs(5), || vm.helper().is_none()),
+                "it did not die: {}",
+                ran.err
+            );
         }
         vm.kill_helper();
         vm.attach();

@@ -1,4 +1,5 @@
-//! What a checkpoint costs: next to nothing for a guest that does nothing, and little more than its changes otherwise.
+//! What a checkpoint costs: next to nothing for a guest that does nothing, and little more than its
+//! changes otherwise.
 
 use std::time::Duration;
 use stillpoint_tests::cost::{IDLE_BYTES, MANY_BYTES, OVERHEAD, TIMELESS};
@@ -8,7 +9,10 @@ use stillpoint_tests::{Lab, Recipe, newest_qemu, on_each_qemu, wait_for_scribble
 fn an_idle_guest_costs_next_to_nothing() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let vm = lab.start("idle", &Recipe::witness("q35-virtio.cfg").words("witness.rate=0 witness.report_ms=1000"));
+        let vm = lab.start(
+            "idle",
+            &Recipe::witness("q35-virtio.cfg").words("witness.rate=0 witness.report_ms=1000"),
+        );
         vm.wait_for_witness();
         vm.checkpoint();
         std::thread::sleep(Duration::from_secs(2));
@@ -18,7 +22,10 @@ fn an_idle_guest_costs_next_to_nothing() {
                 vm.checkpoint().outcome.bytes_stored
             })
             .collect();
-        assert!(sizes.iter().all(|size| *size <= IDLE_BYTES), "{sizes:?} bytes for an idle second each");
+        assert!(
+            sizes.iter().all(|size| *size <= IDLE_BYTES),
+            "{sizes:?} bytes for an idle second each"
+        );
     });
 }
 
@@ -32,7 +39,10 @@ fn nothing_is_stored_when_nothing_changed() {
         monitor.stop();
         let first = vm.checkpoint().outcome;
         let second = vm.checkpoint().outcome;
-        assert_eq!((second.kind.as_str(), second.id, second.bytes_stored), ("unchanged", first.id, 0));
+        assert_eq!(
+            (second.kind.as_str(), second.id, second.bytes_stored),
+            ("unchanged", first.id, 0)
+        );
         assert_eq!(lab.list("still"), [first.id]);
         assert!(!monitor.is_running(), "it was stopped before the checkpoint, so it stays so");
         monitor.disk_io("cow", "write -P 7 0 4096");
@@ -55,8 +65,13 @@ fn a_vm_restored_paused_can_be_checkpointed_before_it_runs() {
         vm.kill();
         let restored = lab.restore("m", "m", &["--paused"]);
         let second = restored.checkpoint().outcome;
-        // What QEMU itself wrote while it loaded the state may count as a change, and is all that does.
-        assert!(second.kind == "unchanged" || second.parent == Some(first.id) && second.bytes_changed < 1 << 20, "{second:?}");
+        // What QEMU itself wrote while it loaded the state may count as a change, and is all that
+        // does.
+        assert!(
+            second.kind == "unchanged"
+                || second.parent == Some(first.id) && second.bytes_changed < 1 << 20,
+            "{second:?}"
+        );
         assert!(!restored.qmp().is_running());
         restored.qmp().cont();
         restored.checkpoint();

@@ -1,6 +1,6 @@
-//! The pages say what is refused: each thing that their tables list is tried, and ends with exit code 3 and the words that the
-//! table or its case has, with the guest as it was. A thing that is listed and has no case fails the test, and so does a case of a
-//! thing that is listed no more.
+//! The pages say what is refused: each thing that their tables list is tried, and ends with exit
+//! code 3 and the words that the table or its case has, with the guest as it was. A thing that is
+//! listed and has no case fails the test, and so does a case of a thing that is listed no more.
 
 mod cases;
 mod special;
@@ -23,7 +23,10 @@ fn refusals_each_item_of_the_tables_has_a_case() {
     let tests = tree::test_names();
     let mut wrong = Vec::new();
     for page in PAGES {
-        let listed: Vec<String> = tree::first_cells(page.file, page.heading).iter().flat_map(|cell| tree::items(cell)).collect();
+        let listed: Vec<String> = tree::first_cells(page.file, page.heading)
+            .iter()
+            .flat_map(|cell| tree::items(cell))
+            .collect();
         assert!(listed.len() > 10, "docs/{} has no table below '{}'", page.file, page.heading);
         let cases: HashSet<&str> = page.cases.iter().map(|case| case.item).collect();
         let without = listed.iter().filter(|item| !cases.contains(item.as_str()));
@@ -89,10 +92,22 @@ fn wrong_with(lab: &Lab, qemu: &Path, number: usize, case: &Case) -> Option<Stri
 
 /// Before QEMU starts, and nothing is left.
 fn wrong_with_run(lab: &Lab, qemu: &Path, name: &str, case: &Case, words: &str) -> Option<String> {
-    let words: Vec<String> = BASE.split_whitespace().chain(words.split_whitespace()).map(str::to_owned).collect();
-    let trial = Trial { lab, qemu, mode: Mode::Managed, name: name.to_owned(), words: &words, acts: &[], early: &[], is_accepted: true };
+    let words: Vec<String> =
+        BASE.split_whitespace().chain(words.split_whitespace()).map(str::to_owned).collect();
+    let trial = Trial {
+        lab,
+        qemu,
+        mode: Mode::Managed,
+        name: name.to_owned(),
+        words: &words,
+        acts: &[],
+        early: &[],
+        is_accepted: true,
+    };
     match trial.run() {
-        Verdict::Refused(_) if lab.runtime().join(name).exists() => Some(format!("{case:?}: `run` did not refuse it")),
+        Verdict::Refused(_) if lab.runtime().join(name).exists() => {
+            Some(format!("{case:?}: `run` did not refuse it"))
+        }
         Verdict::Refused(message) => unnamed(case, &message),
         other => Some(format!("{case:?}: {other:?}")),
     }
@@ -101,8 +116,18 @@ fn wrong_with_run(lab: &Lab, qemu: &Path, name: &str, case: &Case, words: &str) 
 type Acts = &'static [(&'static str, &'static str)];
 
 fn trial(lab: &Lab, qemu: &Path, name: &str, words: &str, early: Acts, acts: Acts) -> Verdict {
-    let words: Vec<String> = BASE.split_whitespace().chain(words.split_whitespace()).map(str::to_owned).collect();
-    let trial = Trial { lab, qemu, mode: Mode::External, name: name.to_owned(), words: &words, acts, early, is_accepted: true };
+    let words: Vec<String> =
+        BASE.split_whitespace().chain(words.split_whitespace()).map(str::to_owned).collect();
+    let trial = Trial {
+        lab,
+        qemu,
+        mode: Mode::External,
+        name: name.to_owned(),
+        words: &words,
+        acts,
+        early,
+        is_accepted: true,
+    };
     trial.run()
 }
 

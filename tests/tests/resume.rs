@@ -13,8 +13,13 @@ fn furnish(path: &Path) -> Vec<u8> {
     let mut random = Random::new(11);
     let noise: Vec<u8> = (0..MIB / 8).flat_map(|_| random.below(u64::MAX).to_le_bytes()).collect();
     let mut content = noise.repeat((DISK / MIB) as usize);
-    content.chunks_mut(4096).enumerate().for_each(|(number, page)| page[..8].copy_from_slice(&number.to_le_bytes()));
-    File::create(path).and_then(|file| file.write_all_at(&content, 0)).expect("the test's directory");
+    content
+        .chunks_mut(4096)
+        .enumerate()
+        .for_each(|(number, page)| page[..8].copy_from_slice(&number.to_le_bytes()));
+    File::create(path)
+        .and_then(|file| file.write_all_at(&content, 0))
+        .expect("the test's directory");
     content
 }
 
@@ -39,7 +44,12 @@ fn resume_after_a_full_store_stores_only_the_rest() {
     let image = lab.path().join("large.raw");
     let mut content = furnish(&image);
     let drive = format!("file={},format=raw,if=none,id=large", image.display());
-    let recipe = Recipe::scribbler(71).arguments(&["-drive", &drive, "-device", "virtio-blk-pci,drive=large"]);
+    let recipe = Recipe::scribbler(71).arguments(&[
+        "-drive",
+        &drive,
+        "-device",
+        "virtio-blk-pci,drive=large",
+    ]);
     let vm = lab.start("m", &recipe);
     let full = small.fill_but(100 * MIB);
     let message = vm.try_checkpoint().expect_failure(4);
@@ -50,7 +60,11 @@ fn resume_after_a_full_store_stores_only_the_rest() {
     assert!(kept > 70 * MIB, "{kept} bytes are kept");
     let mut monitor = vm.qmp();
     for (pattern, start, len) in [(5, MIB, 3 * MIB), (0, 10 * MIB, MIB), (6, 150 * MIB, MIB)] {
-        let command = if pattern == 0 { format!("write -z {start} {len}") } else { format!("write -P {pattern} {start} {len}") };
+        let command = if pattern == 0 {
+            format!("write -z {start} {len}")
+        } else {
+            format!("write -P {pattern} {start} {len}")
+        };
         monitor.disk_io("large", &command);
         content[start as usize..(start + len) as usize].fill(pattern);
     }
@@ -59,7 +73,10 @@ fn resume_after_a_full_store_stores_only_the_rest() {
     assert!(taken.bytes_carried > 70 * MIB, "{taken:?}");
     let stored = bytes_below(&store);
     assert!(stored < DISK + 12 * MIB, "{stored} bytes for {DISK}: {taken:?}");
-    eprintln!("{} of {} bytes were stored by the failed try; {stored} in the store", taken.bytes_carried, taken.bytes_stored);
+    eprintln!(
+        "{} of {} bytes were stored by the failed try; {stored} in the store",
+        taken.bytes_carried, taken.bytes_stored
+    );
     lab.verify("m");
     lab.run(&["verify", "--restore", "m"]).expect_success();
     // And what comes after it builds on it.

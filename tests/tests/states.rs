@@ -1,11 +1,12 @@
-//! Run states: what a guest was doing is part of its checkpoint, taking one changes nothing about it, and a restored VM does the same.
+//! Run states: what a guest was doing is part of its checkpoint, taking one changes nothing about
+//! it, and a restored VM does the same.
 
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Outcome, QmpClient, Recipe, SCRIBBLER_RAM_BYTES, SmallStore, TestVm, major_version, newest_qemu, on_each_qemu, stream_modes,
-    wait_for_scribbles, wait_until,
+    Lab, Outcome, QmpClient, Recipe, SCRIBBLER_RAM_BYTES, SmallStore, TestVm, major_version,
+    newest_qemu, on_each_qemu, stream_modes, wait_for_scribbles, wait_until,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -22,10 +23,12 @@ fn wait_for_state(monitor: &mut QmpClient, wanted: &str) {
 /// A guest that stops for every reason.
 fn recipe(seed: u32) -> Recipe {
     let actions = "panic=pause,watchdog=pause,reboot=shutdown,shutdown=pause";
-    Recipe::scribbler(seed).arguments(&["-S", "-action", actions, "-device", "pvpanic", "-device", "ib700"])
+    Recipe::scribbler(seed)
+        .arguments(&["-S", "-action", actions, "-device", "pvpanic", "-device", "ib700"])
 }
 
-/// How a guest that runs gets into each state, by what an administrator or the guest itself would do.
+/// How a guest that runs gets into each state, by what an administrator or the guest itself would
+/// do.
 fn enter(monitor: &mut QmpClient, wanted: &str) {
     match wanted {
         "paused" => monitor.stop(),
@@ -51,7 +54,10 @@ fn take(vm: &TestVm, monitor: &mut QmpClient, state_now: &'static str) -> Truth 
     let outcome: Outcome = serde_json::from_value(ran.json()).expect("the documented form");
     assert_eq!(ran.json()["run_state"], state_now);
     assert_eq!(state(monitor), state_now, "after checkpoint {outcome:?}");
-    assert!(monitor.memory(SCRIBBLER_RAM_BYTES) == memory, "{state_now}: the checkpoint changed the guest's memory");
+    assert!(
+        monitor.memory(SCRIBBLER_RAM_BYTES) == memory,
+        "{state_now}: the checkpoint changed the guest's memory"
+    );
     assert!(outcome.notes.iter().any(|note| note.contains(state_now)), "{outcome:?}");
     Truth { id: outcome.id, state: state_now, memory }
 }
@@ -76,7 +82,10 @@ fn take_all(vm: &TestVm, monitor: &mut QmpClient) -> Vec<Truth> {
 fn check(lab: &Lab, truth: &Truth) {
     // It takes a checkpoint of its own, so its name is used up.
     let restored = lab.restore(&format!("m@{}", truth.id), &format!("back{}", truth.id), &[]);
-    assert_eq!((&restored.report["run_state"], &restored.report["running"]), (&json!(truth.state), &json!(false)));
+    assert_eq!(
+        (&restored.report["run_state"], &restored.report["running"]),
+        (&json!(truth.state), &json!(false))
+    );
     let mut monitor = restored.qmp();
     assert_eq!(state(&mut monitor), truth.state);
     assert!(monitor.memory(SCRIBBLER_RAM_BYTES) == truth.memory, "{}: another memory", truth.state);
@@ -89,7 +98,11 @@ fn check(lab: &Lab, truth: &Truth) {
     }
     monitor.cont();
     let memory = monitor.memory(SCRIBBLER_RAM_BYTES);
-    assert!(wait_until(TIMEOUT, || monitor.memory(SCRIBBLER_RAM_BYTES) != memory), "{}: it does not continue", truth.state);
+    assert!(
+        wait_until(TIMEOUT, || monitor.memory(SCRIBBLER_RAM_BYTES) != memory),
+        "{}: it does not continue",
+        truth.state
+    );
 }
 
 fn run_states(lab: &Lab, vm: TestVm) {
@@ -98,7 +111,11 @@ fn run_states(lab: &Lab, vm: TestVm) {
     drop(monitor);
     let listed = lab.run(&["ls", "m", "--json"]).expect_success().json();
     for truth in &truths {
-        let row = listed["checkpoints"].as_array().expect("rows").iter().find(|row| row["id"] == truth.id);
+        let row = listed["checkpoints"]
+            .as_array()
+            .expect("rows")
+            .iter()
+            .find(|row| row["id"] == truth.id);
         assert_eq!(row.expect("it is listed")["run_state"], truth.state);
         let shown = lab.run(&["show", &format!("m@{}", truth.id)]).expect_success().out;
         assert!(shown.contains(truth.state), "{shown}");
@@ -107,11 +124,22 @@ fn run_states(lab: &Lab, vm: TestVm) {
     truths.iter().for_each(|truth| check(lab, truth));
     // The command's word counts more.
     let restored = lab.restore(&format!("m@{}", truths[1].id), "back", &["--run"]);
-    assert_eq!((state(&mut restored.qmp()), &restored.report["running"]), ("running".to_owned(), &json!(true)));
+    assert_eq!(
+        (state(&mut restored.qmp()), &restored.report["running"]),
+        ("running".to_owned(), &json!(true))
+    );
     drop(restored);
     let shut_down = format!("m@{}", truths.last().expect("five").id);
     let directory = lab.fresh_directory("back");
-    let words = ["restore", &shut_down, "--as", "back", "--run", "--dir", directory.to_str().expect("UTF-8")];
+    let words = [
+        "restore",
+        &shut_down,
+        "--as",
+        "back",
+        "--run",
+        "--dir",
+        directory.to_str().expect("UTF-8"),
+    ];
     assert!(lab.run(&words).expect_failure(3).contains("system_reset"));
     assert!(!directory.exists(), "a refused restore leaves nothing");
 }
@@ -135,7 +163,8 @@ fn run_state_of_an_external_vm_is_kept_and_restored() {
     });
 }
 
-/// Nothing is changed in a QEMU that holds no guest, by either engine; QEMU itself would abort on some of it.
+/// Nothing is changed in a QEMU that holds no guest, by either engine; QEMU itself would abort on
+/// some of it.
 #[test]
 fn run_state_without_a_guest_is_refused() {
     on_each_qemu(|qemu| {
@@ -149,7 +178,8 @@ fn run_state_without_a_guest_is_refused() {
         drop(monitor);
         failed_load.kill();
 
-        let target = lab.start_plain("t", &Recipe::scribbler(64).arguments(&["-incoming", "defer"]));
+        let target =
+            lab.start_plain("t", &Recipe::scribbler(64).arguments(&["-incoming", "defer"]));
         target.attach_plain(&[]);
         let mut monitor = target.qmp();
         refuse(&lab, &target, &mut monitor, "inmigrate");
@@ -177,14 +207,19 @@ fn migrate_away(monitor: &mut QmpClient, file: &Path) {
 }
 
 fn refuse(lab: &Lab, vm: &TestVm, monitor: &mut QmpClient, wanted: &str) {
-    let objects = |monitor: &mut QmpClient| monitor.execute("qom-list", json!({ "path": "/objects" }));
+    let objects =
+        |monitor: &mut QmpClient| monitor.execute("qom-list", json!({ "path": "/objects" }));
     let (known, before) = (lab.list_if_any(&vm.name), objects(monitor));
     let message = vm.try_checkpoint().expect_failure(3);
     assert!(message.contains(wanted), "{message}");
-    assert_eq!((lab.list_if_any(&vm.name), objects(monitor), state(monitor).as_str()), (known, before, wanted));
+    assert_eq!(
+        (lab.list_if_any(&vm.name), objects(monitor), state(monitor).as_str()),
+        (known, before, wanted)
+    );
 }
 
-/// A guest in ACPI S3 is what a tracker gets it as; QEMU aborts after its migration, so by stream it is refused.
+/// A guest in ACPI S3 is what a tracker gets it as; QEMU aborts after its migration, so by stream
+/// it is refused.
 #[test]
 fn run_state_suspended_is_kept_by_the_tracker_and_refused_by_stream() {
     on_each_qemu(|qemu| {
@@ -196,7 +231,10 @@ fn run_state_suspended_is_kept_by_the_tracker_and_refused_by_stream() {
             wait_for_scribbles(&mut monitor);
             suspend(&mut monitor);
             let message = external.try_checkpoint().expect_failure(3);
-            assert!(message.contains("suspended") && state(&mut monitor) == "suspended", "{mode}: {message}");
+            assert!(
+                message.contains("suspended") && state(&mut monitor) == "suspended",
+                "{mode}: {message}"
+            );
             wake(&mut monitor);
             external.checkpoint();
         }
@@ -216,7 +254,9 @@ fn run_state_suspended_is_kept_by_the_tracker_and_refused_by_stream() {
         let memory = monitor.memory(SCRIBBLER_RAM_BYTES);
         drop(monitor);
         managed.kill();
-        for (name, words, is) in [("paused", &["--paused"] as &[&str], "paused"), ("back", &[], "suspended")] {
+        for (name, words, is) in
+            [("paused", &["--paused"] as &[&str], "paused"), ("back", &[], "suspended")]
+        {
             let restored = lab.restore("m", name, words);
             let mut monitor = restored.qmp();
             assert_eq!(state(&mut monitor), is);
@@ -265,23 +305,34 @@ const SECTOR: u8 = 64;
 
 /// What a driver does to write a sector of the second IDE channel's second disk.
 fn write_a_sector(monitor: &mut QmpClient) {
-    let mut out = |size: char, port: u16, value: u16| drop(monitor.human(&format!("o /{size} {port:#x} {value:#x}")));
-    for (register, value) in [(6, 0xf0), (2, 1), (3, u16::from(SECTOR)), (4, 0), (5, 0), (7, 0x30)] {
+    let mut out = |size: char, port: u16, value: u16| {
+        drop(monitor.human(&format!("o /{size} {port:#x} {value:#x}")))
+    };
+    for (register, value) in [(6, 0xf0), (2, 1), (3, u16::from(SECTOR)), (4, 0), (5, 0), (7, 0x30)]
+    {
         out('b', 0x170 + register, value);
     }
     (0..256).for_each(|_| out('h', 0x170, 0x4141));
 }
 
-/// A guest that was stopped at a disk error has its request still; a restored one that is let run gets it done.
+/// A guest that was stopped at a disk error has its request still; a restored one that is let run
+/// gets it done.
 #[test]
 fn run_state_io_error_keeps_the_request_that_waits() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let Some(small) = SmallStore::mount(lab.path().join("small"), 4) else { return };
         let file = small.path().join("late.raw");
-        std::fs::File::create(&file).and_then(|file| file.set_len(8 << 20)).expect("the test's directory");
+        std::fs::File::create(&file)
+            .and_then(|file| file.set_len(8 << 20))
+            .expect("the test's directory");
         let drive = format!("file={},format=raw,if=none,id=late,werror=stop", file.display());
-        let recipe = Recipe::scribbler(67).arguments(&["-drive", &drive, "-device", "ide-hd,drive=late,bus=ide.1,unit=1"]);
+        let recipe = Recipe::scribbler(67).arguments(&[
+            "-drive",
+            &drive,
+            "-device",
+            "ide-hd,drive=late,bus=ide.1,unit=1",
+        ]);
         let vm = lab.start_plain("m", &recipe);
         let mut monitor = vm.qmp();
         wait_for_scribbles(&mut monitor);
@@ -305,7 +356,9 @@ fn run_state_io_error_keeps_the_request_that_waits() {
 
 /// ATAPI: PREVENT ALLOW MEDIUM REMOVAL, by the driver of the second IDE channel's second device.
 fn lock_tray(monitor: &mut QmpClient) {
-    let mut out = |size: char, port: u16, value: u16| drop(monitor.human(&format!("o /{size} {port:#x} {value:#x}")));
+    let mut out = |size: char, port: u16, value: u16| {
+        drop(monitor.human(&format!("o /{size} {port:#x} {value:#x}")))
+    };
     for (register, value) in [(6, 0xb0), (1, 0), (4, 0), (5, 0), (7, 0xa0)] {
         out('b', 0x170 + register, value);
     }
@@ -326,14 +379,12 @@ fn run_state_of_a_locked_tray_is_restored() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let drive = "file=cd.raw,format=raw,if=none,id=cd,media=cdrom,readonly=on";
-        let recipe = Recipe::scribbler(70).image(&["create", "-q", "-f", "raw", "cd.raw", "1M"]).arguments(&[
-            "-drive",
-            drive,
-            "-device",
-            "ide-cd,drive=cd,bus=ide.1,unit=1,id=tray",
-        ]);
+        let recipe = Recipe::scribbler(70)
+            .image(&["create", "-q", "-f", "raw", "cd.raw", "1M"])
+            .arguments(&["-drive", drive, "-device", "ide-cd,drive=cd,bus=ide.1,unit=1,id=tray"]);
         for (name, is_managed) in [("m", true), ("e", false)] {
-            let vm = if is_managed { lab.start(name, &recipe) } else { lab.start_plain(name, &recipe) };
+            let vm =
+                if is_managed { lab.start(name, &recipe) } else { lab.start_plain(name, &recipe) };
             if !is_managed {
                 vm.attach_plain(&[]);
             }
@@ -349,7 +400,9 @@ fn run_state_of_a_locked_tray_is_restored() {
             let restored = lab.restore(name, name, &[]);
             let mut monitor = restored.qmp();
             assert!(is_locked(&mut monitor), "{name}");
-            assert!(monitor.try_execute("blockdev-remove-medium", json!({ "id": "tray" })).is_err());
+            assert!(
+                monitor.try_execute("blockdev-remove-medium", json!({ "id": "tray" })).is_err()
+            );
         }
     });
 }

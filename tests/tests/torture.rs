@@ -21,7 +21,10 @@ fn torture_card_of_the_board_without_its_state_is_refused() {
     let lab = lab();
     for mode in [Mode::Managed, Mode::External] {
         let verdict = verdict_of(&lab, &lab.qemu, mode, &format!("{ISA_PC} -vga std"));
-        assert!(matches!(&verdict, Verdict::Refused(why) if why.contains("(isa-vga)")), "{mode:?}: {verdict:?}");
+        assert!(
+            matches!(&verdict, Verdict::Refused(why) if why.contains("(isa-vga)")),
+            "{mode:?}: {verdict:?}"
+        );
     }
 }
 
@@ -45,7 +48,11 @@ fn torture_disks_closed_to_qemu_are_no_reason_to_stop_the_guest() {
     for qemu in qemus() {
         let line = "-machine pc -m 16 -accel tcg -display none -nodefaults -drive file=boot.raw,format=raw -runas nobody";
         let verdict = verdict_of(&lab, &qemu, Mode::External, line);
-        assert!(matches!(verdict, Verdict::Refused(_) | Verdict::Rejected(_)), "{}: {verdict:?}", qemu.display());
+        assert!(
+            matches!(verdict, Verdict::Refused(_) | Verdict::Rejected(_)),
+            "{}: {verdict:?}",
+            qemu.display()
+        );
     }
 }
 

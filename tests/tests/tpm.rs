@@ -1,8 +1,11 @@
-//! A VM with an emulated TPM: its state is the checkpoint's, and a restored VM has it in another `swtpm`.
+//! A VM with an emulated TPM: its state is the checkpoint's, and a restored VM has it in another
+//! `swtpm`.
 
 use serde_json::json;
 use std::path::Path;
-use stillpoint_tests::{Lab, Recipe, SoftwareTpm, Tis, newest_qemu, on_each_qemu, wait_for_scribbles};
+use stillpoint_tests::{
+    Lab, Recipe, SoftwareTpm, Tis, newest_qemu, on_each_qemu, wait_for_scribbles,
+};
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
@@ -22,7 +25,8 @@ fn tpm_state_is_restored_into_another_one() {
         for (name, is_managed) in [("m", true), ("p", false)] {
             let first = SoftwareTpm::start(&lab.path().join(format!("tpm-of-{name}")));
             let recipe = recipe(61, &first, "tpm-tis");
-            let vm = if is_managed { lab.start(name, &recipe) } else { lab.start_plain(name, &recipe) };
+            let vm =
+                if is_managed { lab.start(name, &recipe) } else { lab.start_plain(name, &recipe) };
             if !is_managed {
                 vm.attach_plain(&[]);
             }
@@ -34,7 +38,8 @@ fn tpm_state_is_restored_into_another_one() {
             tis.extend(10, 6);
             let value = tis.pcr(10);
             // The TPM of the original works on after each of them.
-            let taken = lab.run(&["checkpoint", name, "--verify", "--json"]).expect_success().json();
+            let taken =
+                lab.run(&["checkpoint", name, "--verify", "--json"]).expect_success().json();
             assert!(taken["id"] == 2 && taken["proof"]["proven"] == true, "{taken}");
             assert_eq!(tis.pcr(10), value);
             tis.extend(10, 7);
@@ -44,7 +49,9 @@ fn tpm_state_is_restored_into_another_one() {
             drop(first);
 
             let dir = lab.path().join(format!("refused-{name}"));
-            let message = lab.run(&["restore", name, "--qemu", text(qemu), "--dir", text(&dir)]).expect_failure(3);
+            let message = lab
+                .run(&["restore", name, "--qemu", text(qemu), "--dir", text(&dir)])
+                .expect_failure(3);
             assert!(message.contains("chardev.path=") && message.contains("--map"), "{message}");
             let second = SoftwareTpm::start(&lab.path().join(format!("second-of-{name}")));
             let old = lab.path().join(format!("tpm-of-{name}/sock"));
@@ -59,7 +66,8 @@ fn tpm_state_is_restored_into_another_one() {
     });
 }
 
-/// What a proof cannot compare is refused by name; a TPM that answers in a page of memory is proven.
+/// What a proof cannot compare is refused by name; a TPM that answers in a page of memory is
+/// proven.
 #[test]
 fn tpm_of_other_kinds() {
     let lab = Lab::new(&newest_qemu());

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-/// Crates whose code meets files, processes and stores that others made; not the tests, nor what runs in a guest.
+/// Crates whose code meets files, processes and stores that others made; not the tests, nor what
+/// runs in a guest.
 const CRATES: &[&str] = &[
     "checkpoint-format",
     "checkpoint-store",
@@ -21,7 +22,8 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
 }
 
-/// Every file below `folder` with one of these endings: its path from the workspace's root, and its text.
+/// Every file below `folder` with one of these endings: its path from the workspace's root, and its
+/// text.
 fn files(folder: &Path, endings: &[&str], found: &mut Vec<(String, String)>) {
     for entry in std::fs::read_dir(folder).expect("a folder of the workspace") {
         let path = entry.expect("an entry").path();
@@ -30,15 +32,23 @@ fn files(folder: &Path, endings: &[&str], found: &mut Vec<(String, String)>) {
             files(&path, endings, found);
         } else if path.is_file() && endings.iter().any(|ending| name.ends_with(ending)) {
             let text = std::fs::read_to_string(&path).expect("text");
-            found.push((path.strip_prefix(root()).expect("below it").to_str().expect("UTF-8").to_owned(), text));
+            found.push((
+                path.strip_prefix(root()).expect("below it").to_str().expect("UTF-8").to_owned(),
+                text,
+            ));
         }
     }
 }
 
 /// `path:line: text` of the lines that are wrong.
 fn wrong(files: &[(String, String)], is_wrong: impl Fn(&str) -> bool) -> Vec<String> {
-    let lines = files.iter().flat_map(|(path, text)| text.lines().enumerate().map(move |(number, line)| (path, number + 1, line)));
-    lines.filter(|(_, _, line)| is_wrong(line)).map(|(path, number, line)| format!("{path}:{number}: {line}")).collect()
+    let lines = files.iter().flat_map(|(path, text)| {
+        text.lines().enumerate().map(move |(number, line)| (path, number + 1, line))
+    });
+    lines
+        .filter(|(_, _, line)| is_wrong(line))
+        .map(|(path, number, line)| format!("{path}:{number}: {line}"))
+        .collect()
 }
 
 #[test]
@@ -53,8 +63,16 @@ fn tree_has_no_space_at_the_end_of_a_line() {
 fn tree_gives_a_reason_for_each_allowed_lint() {
     let mut all = Vec::new();
     files(&root(), &[".rs"], &mut all);
-    assert_eq!(wrong(&all, |line| line.trim_start().starts_with(&["#", "![allow("].concat()) && !line.contains("reason")), [""; 0]);
-    assert_eq!(wrong(&all, |line| line.trim_start().starts_with(&["#", "[allow("].concat()) && !line.contains("reason")), [""; 0]);
+    assert_eq!(
+        wrong(&all, |line| line.trim_start().starts_with(&["#", "![allow("].concat())
+            && !line.contains("reason")),
+        [""; 0]
+    );
+    assert_eq!(
+        wrong(&all, |line| line.trim_start().starts_with(&["#", "[allow("].concat())
+            && !line.contains("reason")),
+        [""; 0]
+    );
 }
 
 /// A file of another may be a device, a pipe, or longer than memory.
@@ -62,10 +80,20 @@ fn tree_gives_a_reason_for_each_allowed_lint() {
 fn tree_reads_no_file_without_a_limit() {
     let mut all = Vec::new();
     CRATES.iter().for_each(|name| files(&root().join(name).join("src"), &[".rs"], &mut all));
-    all.retain(|(path, _)| path != READER && !path.ends_with("/test.rs") && !path.ends_with("/hostile.rs"));
+    all.retain(|(path, _)| {
+        path != READER && !path.ends_with("/test.rs") && !path.ends_with("/hostile.rs")
+    });
     // Unit tests stand at the end.
-    all.iter_mut().for_each(|(_, text)| text.truncate(text.find("#[cfg(test)]").unwrap_or(text.len())));
+    all.iter_mut()
+        .for_each(|(_, text)| text.truncate(text.find("#[cfg(test)]").unwrap_or(text.len())));
     let whole = |line: &str| line.contains("fs::read(") || line.contains("fs::read_to_string(");
-    let end = |line: &str| (line.contains(".read_to_end(") || line.contains(".read_to_string(")) && !line.contains("take(");
-    assert_eq!(wrong(&all, |line| whole(line) || end(line)), [""; 0], "use a limit, in the binary by {READER}");
+    let end = |line: &str| {
+        (line.contains(".read_to_end(") || line.contains(".read_to_string("))
+            && !line.contains("take(")
+    };
+    assert_eq!(
+        wrong(&all, |line| whole(line) || end(line)),
+        [""; 0],
+        "use a limit, in the binary by {READER}"
+    );
 }

@@ -1,17 +1,22 @@
-//! What changes between the checks of a checkpoint and its pause, or within the pause: no such checkpoint becomes durable.
+//! What changes between the checks of a checkpoint and its pause, or within the pause: no such
+//! checkpoint becomes durable.
 
 use serde_json::{Value, json};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use stillpoint_tests::{Lab, QmpClient, Ran, Random, Recipe, Scribbled, TestVm, kill_hard, newest_qemu, on_each_qemu, wait_until};
+use stillpoint_tests::{
+    Lab, QmpClient, Ran, Random, Recipe, Scribbled, TestVm, kill_hard, newest_qemu, on_each_qemu,
+    wait_until,
+};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// Takes a second or more to store as a layer.
 const LAYER_BYTES: usize = 24 << 20;
 
-/// A read-only disk whose content changes before each checkpoint, so that each stores a layer while the guest runs.
+/// A read-only disk whose content changes before each checkpoint, so that each stores a layer while
+/// the guest runs.
 struct Layer(PathBuf, Random);
 
 impl Layer {
@@ -23,14 +28,16 @@ impl Layer {
     }
 
     fn renew(&mut self) {
-        let content: Vec<u8> = (0..LAYER_BYTES / 8).flat_map(|_| self.1.below(u64::MAX).to_le_bytes()).collect();
+        let content: Vec<u8> =
+            (0..LAYER_BYTES / 8).flat_map(|_| self.1.below(u64::MAX).to_le_bytes()).collect();
         let file = File::options().write(true).open(&self.0).expect("the test's directory");
         file.write_all_at(&content, 0).expect("the test's directory");
     }
 
     fn recipe(&self, seed: u32) -> Recipe {
         let drive = format!("file={},format=raw,if=none,id=layer,readonly=on", self.0.display());
-        let cd = format!("file={},format=raw,if=none,id=cd,media=cdrom,readonly=on", self.0.display());
+        let cd =
+            format!("file={},format=raw,if=none,id=cd,media=cdrom,readonly=on", self.0.display());
         Recipe::scribbler(seed).arguments(&[
             "-drive",
             &drive,
@@ -47,7 +54,8 @@ impl Layer {
 }
 
 fn is_storing_a_layer(lab: &Lab) -> bool {
-    let entries = std::fs::read_dir(lab.store_directory().join("layers")).into_iter().flatten().flatten();
+    let entries =
+        std::fs::read_dir(lab.store_directory().join("layers")).into_iter().flatten().flatten();
     entries.into_iter().any(|entry| entry.file_name().to_string_lossy().ends_with(".partial"))
 }
 
@@ -70,7 +78,9 @@ fn plug(monitor: &mut QmpClient) {
 fn unplug(monitor: &mut QmpClient) {
     monitor.events();
     monitor.execute("device_del", json!({ "id": "late" }));
-    let told = |monitor: &mut QmpClient| monitor.events().iter().any(|event| event["event"] == "DEVICE_DELETED");
+    let told = |monitor: &mut QmpClient| {
+        monitor.events().iter().any(|event| event["event"] == "DEVICE_DELETED")
+    };
     assert!(wait_until(TIMEOUT, || told(monitor)), "it stays plugged in");
 }
 
@@ -81,7 +91,10 @@ fn window_with_a_change_makes_no_checkpoint() {
     let vm = lab.start("m", &layer.recipe(71));
     let mut monitor = vm.qmp();
     let known = |lab: &Lab| lab.list_if_any("m");
-    let given_up = |monitor: &mut QmpClient, layer: &mut Layer, named: &str, change: &dyn Fn(&mut QmpClient)| {
+    let given_up = |monitor: &mut QmpClient,
+                    layer: &mut Layer,
+                    named: &str,
+                    change: &dyn Fn(&mut QmpClient)| {
         let before = known(&lab);
         let ran = checkpoint_while(&lab, &vm, layer, || change(monitor));
         // Refused, where the VM is one now that no checkpoint can have.
@@ -103,10 +116,14 @@ fn window_with_a_change_makes_no_checkpoint() {
         drop(monitor.execute("block_resize", json!({ "device": "odd", "size": 4 << 20 })))
     });
     assert_eq!(vm.checkpoint().outcome.parent, Some(1));
-    given_up(&mut monitor, &mut layer, "cd", &|monitor| drop(monitor.execute("eject", json!({ "id": "cd0", "force": true }))));
+    given_up(&mut monitor, &mut layer, "cd", &|monitor| {
+        drop(monitor.execute("eject", json!({ "id": "cd0", "force": true })))
+    });
     let file = vm.directory.join("moved.qcow2");
     let snapshot = json!({ "device": "odd", "snapshot-file": file, "format": "qcow2" });
-    given_up(&mut monitor, &mut layer, "moved.qcow2", &|monitor| drop(monitor.execute("blockdev-snapshot-sync", snapshot.clone())));
+    given_up(&mut monitor, &mut layer, "moved.qcow2", &|monitor| {
+        drop(monitor.execute("blockdev-snapshot-sync", snapshot.clone()))
+    });
     lab.verify("m");
 }
 
@@ -118,16 +135,20 @@ fn window_of_a_stream_with_a_change_makes_no_checkpoint() {
         let vm = lab.start_plain("m", &layer.recipe(72));
         vm.attach_plain(&[]);
         let mut monitor = vm.qmp();
-        let message = checkpoint_while(&lab, &vm, &mut layer, || plug(&mut monitor)).expect_failure(1);
-        assert!(message.contains("late (usb-tablet)") || message.contains("RAM block"), "{message}");
+        let message =
+            checkpoint_while(&lab, &vm, &mut layer, || plug(&mut monitor)).expect_failure(1);
+        assert!(
+            message.contains("late (usb-tablet)") || message.contains("RAM block"),
+            "{message}"
+        );
         assert_eq!(lab.list_if_any("m"), [] as [u64; 0]);
         unplug(&mut monitor);
         vm.checkpoint();
     });
 }
 
-/// Another monitor's `cont` in a pause and in the brief stops before it: whatever becomes durable is of one point in time, and a guest
-/// that its owner stopped stays stopped.
+/// Another monitor's `cont` in a pause and in the brief stops before it: whatever becomes durable
+/// is of one point in time, and a guest that its owner stopped stays stopped.
 #[test]
 fn pause_that_another_monitor_ends_makes_no_checkpoint() {
     let lab = Lab::for_vms(&newest_qemu(), 2);
@@ -177,6 +198,12 @@ fn window_in_which_qemu_is_killed_names_that() {
         checkpoint.join().expect("it says above why not").expect_failure(1)
     });
     vm.kill_qemu();
-    assert!(message.contains("QEMU") && message.contains("ended") && message.contains("restore"), "{message}");
-    assert!(!message.contains("early eof") && !message.contains("failed to open module"), "{message}");
+    assert!(
+        message.contains("QEMU") && message.contains("ended") && message.contains("restore"),
+        "{message}"
+    );
+    assert!(
+        !message.contains("early eof") && !message.contains("failed to open module"),
+        "{message}"
+    );
 }

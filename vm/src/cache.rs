@@ -1,5 +1,5 @@
-//! Small facts that are dear to find and cheap to keep: what a QEMU binary is, a base image's digest. A missing,
-//! damaged or unwritable cache costs time and nothing else.
+//! Small facts that are dear to find and cheap to keep: what a QEMU binary is, a base image's
+//! digest. A missing, damaged or unwritable cache costs time and nothing else.
 
 use crate::files;
 use serde::{Serialize, de::DeserializeOwned};
@@ -10,7 +10,8 @@ const MAX_ENTRY_BYTES: u64 = 1 << 20;
 
 /// `$STILLPOINT_CACHE_DIR`, else `$XDG_CACHE_HOME/stillpoint`, else `~/.cache/stillpoint`.
 pub fn directory() -> PathBuf {
-    let under = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let under =
+        |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     under("STILLPOINT_CACHE_DIR")
         .or_else(|| under("XDG_CACHE_HOME").map(|cache| cache.join("stillpoint")))
         .or_else(|| under("HOME").map(|home| home.join(".cache/stillpoint")))
@@ -30,7 +31,8 @@ fn path(kind: &str, key: &str) -> PathBuf {
 
 pub fn load<T: DeserializeOwned>(kind: &str, key: &str) -> Option<T> {
     let path = path(kind, key);
-    let entry: Entry<T> = serde_json::from_slice(&files::read_limited(&path, MAX_ENTRY_BYTES).ok()?).ok()?;
+    let entry: Entry<T> =
+        serde_json::from_slice(&files::read_limited(&path, MAX_ENTRY_BYTES).ok()?).ok()?;
     (entry.key == key).then_some(entry.value)
 }
 

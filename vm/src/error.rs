@@ -22,7 +22,8 @@ pub enum Class {
     Failed,
     /// What the user wrote cannot be meant, whatever the VM, host and store are.
     Usage,
-    /// The VM, its QEMU, this host or the store is not in a state in which it may be done; the message says what to change.
+    /// The VM, its QEMU, this host or the store is not in a state in which it may be done; the
+    /// message says what to change.
     Refused,
     /// Store I/O failed.
     Store,
@@ -70,25 +71,39 @@ pub fn class_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Class
     if cause.is::<ArgumentError>() || cause.is::<SizeError>() {
         return Some(Class::Usage);
     }
-    let damaged = cause.is::<checkpoint_format::PackError>() || cause.is::<checkpoint_format::ManifestError>();
+    let damaged = cause.is::<checkpoint_format::PackError>()
+        || cause.is::<checkpoint_format::ManifestError>();
     if damaged || cause.is::<checkpoint_format::LayerError>() {
         return Some(Class::Damaged);
     }
     is_refusal(cause).then_some(Class::Refused)
 }
 
-/// The VM, its QEMU or this host is not in a state in which it can be done: nothing has failed, and the message says what to change.
+/// The VM, its QEMU or this host is not in a state in which it can be done: nothing has failed, and
+/// the message says what to change.
 fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
-    let disk = |error: &DiskError| error.is_refusal() || matches!(error, DiskError::Inconsistent { .. });
+    let disk =
+        |error: &DiskError| error.is_refusal() || matches!(error, DiskError::Inconsistent { .. });
     let capture = CaptureError::is_refusal;
     let migration = |error: &MigrationError| {
-        matches!(error, MigrationError::Busy { .. } | MigrationError::Unsupported { .. } | MigrationError::Pause(PauseError::NoGuest(_)))
+        matches!(
+            error,
+            MigrationError::Busy { .. }
+                | MigrationError::Unsupported { .. }
+                | MigrationError::Pause(PauseError::NoGuest(_))
+        )
     };
-    let local_migration =
-        |error: &LocalMigrationError| matches!(error, LocalMigrationError::Busy { .. } | LocalMigrationError::Missing { .. });
-    let stream = |error: &StreamReadError| matches!(error, StreamReadError::Unsupported { .. } | StreamReadError::NoDescription { .. });
-    let qmp = |error: &QmpError| matches!(error, QmpError::NoGreeting { .. } | QmpError::NotQmp { .. });
-    let vm = |error: &MachineTypeError| matches!(error, MachineTypeError::UnknownType { .. } | MachineTypeError::NoDefault);
+    let local_migration = |error: &LocalMigrationError| {
+        matches!(error, LocalMigrationError::Busy { .. } | LocalMigrationError::Missing { .. })
+    };
+    let stream = |error: &StreamReadError| {
+        matches!(error, StreamReadError::Unsupported { .. } | StreamReadError::NoDescription { .. })
+    };
+    let qmp =
+        |error: &QmpError| matches!(error, QmpError::NoGreeting { .. } | QmpError::NotQmp { .. });
+    let vm = |error: &MachineTypeError| {
+        matches!(error, MachineTypeError::UnknownType { .. } | MachineTypeError::NoDefault)
+    };
     is(cause, disk)
         || is(cause, capture)
         || is(cause, migration)
@@ -112,13 +127,18 @@ fn cannot_track(error: &TrackerError) -> bool {
     )
 }
 
-fn is<E: std::error::Error + 'static>(cause: &(dyn std::error::Error + 'static), which: impl FnOnce(&E) -> bool) -> bool {
+fn is<E: std::error::Error + 'static>(
+    cause: &(dyn std::error::Error + 'static),
+    which: impl FnOnce(&E) -> bool,
+) -> bool {
     cause.downcast_ref::<E>().is_some_and(which)
 }
 
 fn class_of_store(error: &StoreError) -> Class {
     match error {
-        StoreError::Fenced { .. } | StoreError::WriterHeld { .. } | StoreError::ErasureCoded { .. } => Class::Refused,
+        StoreError::Fenced { .. }
+        | StoreError::WriterHeld { .. }
+        | StoreError::ErasureCoded { .. } => Class::Refused,
         StoreError::InvalidUrl { .. } => Class::Usage,
         StoreError::Corrupt { .. } | StoreError::PastEnd { .. } => Class::Damaged,
         _ => Class::Store,

@@ -1,11 +1,13 @@
-//! Files that are read whole, none of them without a limit: also a file of the kernel's can be as long as another process makes it.
+//! Files that are read whole, none of them without a limit: also a file of the kernel's can be as
+//! long as another process makes it.
 
 use anyhow::{Context, Result};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read};
 use std::path::Path;
 
-/// A file of the kernel's about a process or the host. The largest are memory maps, command lines and environments.
+/// A file of the kernel's about a process or the host. The largest are memory maps, command lines
+/// and environments.
 const MAX_KERNEL_FILE: u64 = 16 << 20;
 
 pub fn read(path: impl AsRef<Path>) -> std::io::Result<Vec<u8>> {
@@ -26,7 +28,10 @@ fn read_at_most(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
     // Not by its length: that of a pipe or a device is 0.
     File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {
-        return Err(Error::new(ErrorKind::FileTooLarge, format!("it is longer than {limit} bytes")));
+        return Err(Error::new(
+            ErrorKind::FileTooLarge,
+            format!("it is longer than {limit} bytes"),
+        ));
     }
     Ok(bytes)
 }
@@ -37,8 +42,14 @@ mod test {
 
     #[test]
     fn file_without_an_end_is_an_error() {
-        assert_eq!(read_at_most(Path::new("/dev/zero"), 100).unwrap_err().kind(), ErrorKind::FileTooLarge);
+        assert_eq!(
+            read_at_most(Path::new("/dev/zero"), 100).unwrap_err().kind(),
+            ErrorKind::FileTooLarge
+        );
         assert_eq!(read_limited(Path::new("/dev/null"), 0).unwrap(), b"");
-        assert!(format!("{:#}", read_limited(Path::new("/dev/zero"), 1).unwrap_err()).contains("/dev/zero"));
+        assert!(
+            format!("{:#}", read_limited(Path::new("/dev/zero"), 1).unwrap_err())
+                .contains("/dev/zero")
+        );
     }
 }

@@ -1,5 +1,6 @@
-//! What a VM consists of at one moment, as one value that can be compared: what the checks of a checkpoint looked at must still be so at
-//! its pause, minutes later, when layers were stored in between.
+//! What a VM consists of at one moment, as one value that can be compared: what the checks of a
+//! checkpoint looked at must still be so at its pause, minutes later, when layers were stored in
+//! between.
 
 use crate::drives::Drives;
 use crate::error::{Class, classed};
@@ -14,7 +15,8 @@ use serde_json::Value;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-/// What comes and goes again between two looks shows only in these. A device that is plugged in is told by no event.
+/// What comes and goes again between two looks shows only in these. A device that is plugged in is
+/// told by no event.
 const EVENTS: &[&str] = &["DEVICE_DELETED", "DEVICE_TRAY_MOVED", "MEMORY_DEVICE_SIZE_CHANGE"];
 
 /// How long the event of a device that has gone may take; it may have come before the watch began.
@@ -35,13 +37,18 @@ impl Inventory {
     pub async fn take(vm: &Vm) -> Result<Self> {
         let watch = vm.qmp.watch(EVENTS);
         let begun = Instant::now();
-        let devices = devices::guest_devices(&vm.qmp).await.context("asking QEMU for its devices")?;
+        let devices =
+            devices::guest_devices(&vm.qmp).await.context("asking QEMU for its devices")?;
         wait_for_unplugged(vm, &devices, &watch, begun).await;
-        // An event that comes before this reply is of a change that came before the lists below, however late it is read; a device that
-        // has gone since it was listed is missed later.
-        vm.qmp.execute_json("query-version", Value::Null).await.context("asking QEMU for its version")?;
+        // An event that comes before this reply is of a change that came before the lists below,
+        // however late it is read; a device that has gone since it was listed is missed later.
+        vm.qmp
+            .execute_json("query-version", Value::Null)
+            .await
+            .context("asking QEMU for its version")?;
         let since = Instant::now();
-        let composition = Composition::read(&vm.qmp).await.context("asking QEMU for its vCPUs and memory")?;
+        let composition =
+            Composition::read(&vm.qmp).await.context("asking QEMU for its vCPUs and memory")?;
         let drives = vm.disks().await?;
         Ok(Self { devices, composition, drives, blocks: vm.blocks.clone(), watch, since })
     }
@@ -51,12 +58,14 @@ impl Inventory {
         unchanged(self.vm_change(vm).await?)
     }
 
-    /// When nothing of the capture is above the disks any more: whether they, and their media, are what they were.
+    /// When nothing of the capture is above the disks any more: whether they, and their media, are
+    /// what they were.
     pub async fn check_disks(&self, vm: &Vm) -> Result<()> {
         unchanged(self.disk_change(vm).await?)
     }
 
-    /// What changed, if that is why a checkpoint failed. QEMU's own words for it tell only of a symptom.
+    /// What changed, if that is why a checkpoint failed. QEMU's own words for it tell only of a
+    /// symptom.
     pub async fn change(&self, vm: &Vm) -> Option<String> {
         let vm_change = self.vm_change(vm).await.ok().flatten();
         match vm_change {
@@ -66,11 +75,16 @@ impl Inventory {
     }
 
     async fn vm_change(&self, vm: &Vm) -> Result<Option<String>> {
-        let devices = devices::guest_devices(&vm.qmp).await.context("asking QEMU for its devices")?;
-        let composition = Composition::read(&vm.qmp).await.context("asking QEMU for its vCPUs and memory")?;
-        let blocks = ramblock::ram_blocks(&vm.qmp).await.context("asking QEMU for its RAM blocks")?;
+        let devices =
+            devices::guest_devices(&vm.qmp).await.context("asking QEMU for its devices")?;
+        let composition =
+            Composition::read(&vm.qmp).await.context("asking QEMU for its vCPUs and memory")?;
+        let blocks =
+            ramblock::ram_blocks(&vm.qmp).await.context("asking QEMU for its RAM blocks")?;
         let device = |device: &GuestDevice| format!("device {} ({})", device.path, device.kind);
-        let place = |block: &RamBlock| format!("RAM block {} ({} bytes at {:#x})", block.name, block.used, block.offset);
+        let place = |block: &RamBlock| {
+            format!("RAM block {} ({} bytes at {:#x})", block.name, block.used, block.offset)
+        };
         let changed = difference(&names(&self.devices, device), &names(&devices, device))
             .or_else(|| difference(&names(&self.blocks, place), &names(&blocks, place)))
             .or_else(|| self.composition.difference(&composition))
@@ -81,10 +95,14 @@ impl Inventory {
     async fn disk_change(&self, vm: &Vm) -> Result<Option<String>> {
         let now = vm.disks().await?;
         let empty = |drive: &EmptyDrive| drive.device.clone();
-        let changed = difference(&names(&self.drives.empty, empty), &names(&now.empty, empty)).map(|what| format!("empty drive {what}"));
-        let disk = |disk: &Disk| format!("disk {} ({} bytes, {})", disk.device, disk.virtual_size, disk.file.display());
+        let changed = difference(&names(&self.drives.empty, empty), &names(&now.empty, empty))
+            .map(|what| format!("empty drive {what}"));
+        let disk = |disk: &Disk| {
+            format!("disk {} ({} bytes, {})", disk.device, disk.virtual_size, disk.file.display())
+        };
         let moved = difference(&names(&self.drives.disks, disk), &names(&now.disks, disk));
-        let otherwise = (!self.drives.is_same(&now)).then(|| "a disk stands on other images".to_owned());
+        let otherwise =
+            (!self.drives.is_same(&now)).then(|| "a disk stands on other images".to_owned());
         Ok(moved.or(changed).or(otherwise).or_else(|| self.event()))
     }
 
@@ -100,11 +118,15 @@ impl Inventory {
     }
 }
 
-/// QEMU sends `DEVICE_DELETED` a little after a device has left its list. That of a device which went before this checkpoint must not
-/// look like a change during it. `begun`: before `devices` were listed.
+/// QEMU sends `DEVICE_DELETED` a little after a device has left its list. That of a device which
+/// went before this checkpoint must not look like a change during it. `begun`: before `devices`
+/// were listed.
 async fn wait_for_unplugged(vm: &Vm, devices: &[GuestDevice], watch: &EventWatch, begun: Instant) {
     let now = names(devices, |device| device.path.clone());
-    let before = std::mem::replace(&mut *vm.last_devices.lock().unwrap_or_else(PoisonError::into_inner), now.clone());
+    let before = std::mem::replace(
+        &mut *vm.last_devices.lock().unwrap_or_else(PoisonError::into_inner),
+        now.clone(),
+    );
     let mut gone: Vec<String> = before.into_iter().filter(|path| !now.contains(path)).collect();
     while !gone.is_empty() && begun.elapsed() < UNPLUG_EVENT {
         tokio::time::sleep(POLL_INTERVAL).await;
@@ -119,7 +141,9 @@ fn names<T>(list: &[T], name: impl Fn(&T) -> String) -> Vec<String> {
 
 fn difference(then: &[String], now: &[String]) -> Option<String> {
     let new = now.iter().find(|name| !then.contains(name)).map(|name| format!("{name} has come"));
-    new.or_else(|| then.iter().find(|name| !now.contains(name)).map(|name| format!("{name} has gone")))
+    new.or_else(|| {
+        then.iter().find(|name| !now.contains(name)).map(|name| format!("{name} has gone"))
+    })
 }
 
 /// `difference`: what changed, in words.
@@ -128,7 +152,9 @@ pub fn unchanged(difference: Option<String>) -> Result<()> {
         None => Ok(()),
         Some(what) => Err(classed(
             Class::Failed,
-            format!("the VM changed while the checkpoint was taken: {what}; nothing was stored, take it again when the change is over"),
+            format!(
+                "the VM changed while the checkpoint was taken: {what}; nothing was stored, take it again when the change is over"
+            ),
         )),
     }
 }
@@ -144,6 +170,9 @@ mod test {
         assert_eq!(told(&["a", "b"], &["b", "a"]), None);
         assert_eq!(told(&["a"], &["a", "b"]).as_deref(), Some("b has come"));
         assert_eq!(told(&["a", "b"], &["a"]).as_deref(), Some("b has gone"));
-        assert_eq!(told(&["a (1 byte)"], &["a (2 bytes)"]).as_deref(), Some("a (2 bytes) has come"));
+        assert_eq!(
+            told(&["a (1 byte)"], &["a (2 bytes)"]).as_deref(),
+            Some("a (2 bytes) has come")
+        );
     }
 }

@@ -1,10 +1,11 @@
-//! Where a checkpoint's memory comes from: the tracker (our plugin inside QEMU), or QEMU's own migration stream.
+//! Where a checkpoint's memory comes from: the tracker (our plugin inside QEMU), or QEMU's own
+//! migration stream.
 //!
 //! Both write the same checkpoints, so a lineage may change engines at any of them.
 //!
-//! Of the streams, pre-copy is what is used unless the owner wants another. A background snapshot reads all memory inside the pause
-//! before it can protect it (512 MiB: 200 to 650 ms on a busy host, where pre-copy took 8 to 60), and lets a guest that writes
-//! wait for us.
+//! Of the streams, pre-copy is what is used unless the owner wants another. A background snapshot
+//! reads all memory inside the pause before it can protect it (512 MiB: 200 to 650 ms on a busy
+//! host, where pre-copy took 8 to 60), and lets a guest that writes wait for us.
 
 use crate::error::refused;
 use anyhow::Result;
@@ -12,9 +13,10 @@ use qmp_bridge::migration::{StreamMode, Support};
 use qmp_bridge::vm::{Accelerator, VmFacts};
 use serde::{Deserialize, Serialize};
 
-/// Before this version a live migration of a TCG guest loses pages: QEMU clears the dirty bits that it has read, but not the
-/// translation cache's belief that the page is dirty, so later writes go unseen (seen with 7.2: one restored guest in two to four
-/// had a page of an earlier instant; 10.0: none; KVM marks pages in another way).
+/// Before this version a live migration of a TCG guest loses pages: QEMU clears the dirty bits that
+/// it has read, but not the translation cache's belief that the page is dirty, so later writes go
+/// unseen (seen with 7.2: one restored guest in two to four had a page of an earlier instant; 10.0:
+/// none; KVM marks pages in another way).
 pub const LIVE_TCG_SINCE: u32 = 9;
 
 /// Which engine is wanted.
@@ -85,21 +87,26 @@ pub struct Chosen {
     pub why: String,
 }
 
-/// The tracker if it is wanted or there; `None` if memory has to come by stream. `tracker` says why there is none.
-pub fn choose_tracker(wanted: EngineChoice, tracker: &Result<(), String>) -> Result<Option<Chosen>> {
+/// The tracker if it is wanted or there; `None` if memory has to come by stream. `tracker` says why
+/// there is none.
+pub fn choose_tracker(
+    wanted: EngineChoice,
+    tracker: &Result<(), String>,
+) -> Result<Option<Chosen>> {
     let chosen = |why: &str| Ok(Some(Chosen { engine: Engine::Tracker, why: why.to_owned() }));
     match (wanted, tracker) {
-        (EngineChoice::Tracker, Err(why)) => {
-            Err(refused(format!("the tracker cannot follow this VM: {why}; use --engine stream, or 'stillpoint adopt'")))
-        }
+        (EngineChoice::Tracker, Err(why)) => Err(refused(format!(
+            "the tracker cannot follow this VM: {why}; use --engine stream, or 'stillpoint adopt'"
+        ))),
         (EngineChoice::Tracker, Ok(())) => chosen("as wanted"),
         (EngineChoice::Auto, Ok(())) => chosen("the plugin sits in this QEMU"),
         (EngineChoice::Auto, Err(_)) | (EngineChoice::Stream, _) => Ok(None),
     }
 }
 
-/// `has_plugin`: our plugin sits in this QEMU, and may have registered its memory. `process_memory`: whether the memory of a guest that does
-/// not run can be read from QEMU's process.
+/// `has_plugin`: our plugin sits in this QEMU, and may have registered its memory.
+/// `process_memory`: whether the memory of a guest that does not run can be read from QEMU's
+/// process.
 pub fn choose_stream(
     wanted: StreamChoice,
     support: &Support,
@@ -112,22 +119,37 @@ pub fn choose_stream(
         false => choose_for_running_guest(wanted, facts, has_plugin)?,
     };
     match engine.mode().map(|mode| support.of(mode)) {
-        Some(Err(no)) => Err(refused(format!("this QEMU's memory cannot be read by {}: {no}", engine.name()))),
+        Some(Err(no)) => {
+            Err(refused(format!("this QEMU's memory cannot be read by {}: {no}", engine.name())))
+        }
         _ => Ok(Chosen { engine, why }),
     }
 }
 
-/// A guest that does not run is never migrated: QEMU would leave it in another run state, from which only a `cont` leads.
-fn choose_for_stopped_guest(support: &Support, has_plugin: bool, process_memory: &Result<(), String>) -> Result<(Engine, String)> {
+/// A guest that does not run is never migrated: QEMU would leave it in another run state, from
+/// which only a `cont` leads.
+fn choose_for_stopped_guest(
+    support: &Support,
+    has_plugin: bool,
+    process_memory: &Result<(), String>,
+) -> Result<(Engine, String)> {
     match process_memory {
         Ok(()) => Ok((Engine::ProcessMemory, "the guest does not run".to_owned())),
         // It leaves the one state in which QEMU allows it.
-        Err(_) if !has_plugin && support.background_snapshot.is_ok() => Ok((Engine::BackgroundSnapshot, "the guest is stopped".to_owned())),
-        Err(why) => Err(refused(format!("the guest does not run, and its memory cannot be read from QEMU's process: {why}"))),
+        Err(_) if !has_plugin && support.background_snapshot.is_ok() => {
+            Ok((Engine::BackgroundSnapshot, "the guest is stopped".to_owned()))
+        }
+        Err(why) => Err(refused(format!(
+            "the guest does not run, and its memory cannot be read from QEMU's process: {why}"
+        ))),
     }
 }
 
-fn choose_for_running_guest(wanted: StreamChoice, facts: &VmFacts, has_plugin: bool) -> Result<(Engine, String)> {
+fn choose_for_running_guest(
+    wanted: StreamChoice,
+    facts: &VmFacts,
+    has_plugin: bool,
+) -> Result<(Engine, String)> {
     let live = can_pre_copy_live(facts);
     Ok(match wanted {
         StreamChoice::Auto => match live {
@@ -139,8 +161,11 @@ fn choose_for_running_guest(wanted: StreamChoice, facts: &VmFacts, has_plugin: b
             Err(loses) => return Err(refused(format!("{loses}; use --stream stopped"))),
         },
         StreamChoice::BackgroundSnapshot if has_plugin => {
-            // QEMU would find its memory registered with our userfaultfd, and abort, guest and all (seen with 10.0).
-            return Err(refused("a background snapshot is not possible in a QEMU whose memory our plugin tracks; use --stream pre-copy"));
+            // QEMU would find its memory registered with our userfaultfd, and abort, guest and all
+            // (seen with 10.0).
+            return Err(refused(
+                "a background snapshot is not possible in a QEMU whose memory our plugin tracks; use --stream pre-copy",
+            ));
         }
         StreamChoice::BackgroundSnapshot => (Engine::BackgroundSnapshot, "as wanted".to_owned()),
         StreamChoice::Stopped => (Engine::Stopped, "as wanted".to_owned()),
@@ -152,7 +177,10 @@ pub fn can_pre_copy_live(facts: &VmFacts) -> Result<(), String> {
     if facts.accelerator != Accelerator::Tcg || facts.qemu.major >= LIVE_TCG_SINCE {
         return Ok(());
     }
-    Err(format!("QEMU {} under TCG loses pages when it reads memory of a running guest", facts.qemu))
+    Err(format!(
+        "QEMU {} under TCG loses pages when it reads memory of a running guest",
+        facts.qemu
+    ))
 }
 
 #[cfg(test)]
@@ -195,7 +223,10 @@ mod test {
         assert_eq!(there.unwrap().engine, Engine::Tracker);
         assert_eq!(choose_tracker(EngineChoice::Auto, &Err("none".to_owned())).unwrap(), None);
         assert_eq!(choose_tracker(EngineChoice::Stream, &Ok(())).unwrap(), None);
-        assert_refused(choose_tracker(EngineChoice::Tracker, &Err("no plugin".to_owned())), "no plugin");
+        assert_refused(
+            choose_tracker(EngineChoice::Tracker, &Err("no plugin".to_owned())),
+            "no plugin",
+        );
     }
 
     #[test]
@@ -207,7 +238,8 @@ mod test {
 
     #[test]
     fn a_guest_whose_live_stream_would_lose_pages_is_stopped() {
-        let (old, kvm, new) = (facts(8, Accelerator::Tcg), facts(7, Accelerator::Kvm), facts(9, Accelerator::Tcg));
+        let (old, kvm, new) =
+            (facts(8, Accelerator::Tcg), facts(7, Accelerator::Kvm), facts(9, Accelerator::Tcg));
         assert_eq!(stream(StreamChoice::Auto, &old).unwrap(), Engine::Stopped);
         assert_eq!(stream(StreamChoice::Auto, &kvm).unwrap(), Engine::PreCopy);
         assert_eq!(stream(StreamChoice::Auto, &new).unwrap(), Engine::PreCopy);
@@ -219,22 +251,46 @@ mod test {
     fn a_guest_that_does_not_run_is_never_migrated() {
         let (new, stopped) = (facts(10, Accelerator::Tcg), Support { stopped: true, ..able() });
         let (can, cannot) = (Ok(()), Err("not permitted".to_owned()));
-        for wanted in [StreamChoice::Auto, StreamChoice::PreCopy, StreamChoice::BackgroundSnapshot, StreamChoice::Stopped] {
+        for wanted in [
+            StreamChoice::Auto,
+            StreamChoice::PreCopy,
+            StreamChoice::BackgroundSnapshot,
+            StreamChoice::Stopped,
+        ] {
             let chosen = choose_stream(wanted, &stopped, &new, false, &can).unwrap();
             assert_eq!(chosen.engine, Engine::ProcessMemory, "{wanted:?}");
         }
-        assert_eq!(choose_stream(StreamChoice::Auto, &stopped, &new, false, &cannot).unwrap().engine, Engine::BackgroundSnapshot);
-        assert_refused(choose_stream(StreamChoice::Auto, &stopped, &new, true, &cannot), "not permitted");
+        assert_eq!(
+            choose_stream(StreamChoice::Auto, &stopped, &new, false, &cannot).unwrap().engine,
+            Engine::BackgroundSnapshot
+        );
+        assert_refused(
+            choose_stream(StreamChoice::Auto, &stopped, &new, true, &cannot),
+            "not permitted",
+        );
         let old = Support { background_snapshot: Err("old".to_owned()), ..stopped };
-        assert_refused(choose_stream(StreamChoice::Auto, &old, &new, false, &cannot), "not permitted");
+        assert_refused(
+            choose_stream(StreamChoice::Auto, &old, &new, false, &cannot),
+            "not permitted",
+        );
     }
 
     #[test]
     fn what_cannot_be_had_is_refused_with_its_reason() {
         let new = facts(10, Accelerator::Tcg);
-        let none = Support { background_snapshot: Err("old kernel".to_owned()), pre_copy: Err("a blocker".to_owned()), stopped: false };
+        let none = Support {
+            background_snapshot: Err("old kernel".to_owned()),
+            pre_copy: Err("a blocker".to_owned()),
+            stopped: false,
+        };
         assert_refused(choose_stream(StreamChoice::Auto, &none, &new, false, &Ok(())), "a blocker");
-        assert_refused(choose_stream(StreamChoice::BackgroundSnapshot, &none, &new, false, &Ok(())), "old kernel");
-        assert_refused(choose_stream(StreamChoice::BackgroundSnapshot, &able(), &new, true, &Ok(())), "our plugin");
+        assert_refused(
+            choose_stream(StreamChoice::BackgroundSnapshot, &none, &new, false, &Ok(())),
+            "old kernel",
+        );
+        assert_refused(
+            choose_stream(StreamChoice::BackgroundSnapshot, &able(), &new, true, &Ok(())),
+            "our plugin",
+        );
     }
 }

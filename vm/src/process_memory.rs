@@ -1,5 +1,5 @@
-//! The memory of a guest that does not run, read from QEMU's process: nothing is asked of QEMU for it, so the guest's run state stays
-//! what it is. QEMU's own migration would leave it in another.
+//! The memory of a guest that does not run, read from QEMU's process: nothing is asked of QEMU for
+//! it, so the guest's run state stays what it is. QEMU's own migration would leave it in another.
 
 use crate::error::refused;
 use crate::files;
@@ -22,7 +22,8 @@ pub struct ProcessMemory {
 }
 
 impl ProcessMemory {
-    /// Refused where this user may not read that process (another user's, or `kernel.yama.ptrace_scope`).
+    /// Refused where this user may not read that process (another user's, or
+    /// `kernel.yama.ptrace_scope`).
     pub async fn open(qmp: &Qmp, pid: u32) -> Result<Self> {
         let path = format!("/proc/{pid}/mem");
         let memory = File::open(&path).map_err(|error| {
@@ -32,9 +33,11 @@ impl ProcessMemory {
         })?;
         let mut blocks = whole_blocks(qmp).await?;
         if blocks.iter().any(|block| block.host.is_none()) {
-            let maps = files::read_limited(Path::new(&format!("/proc/{pid}/maps")), MAX_MAPS_BYTES)?;
+            let maps =
+                files::read_limited(Path::new(&format!("/proc/{pid}/maps")), MAX_MAPS_BYTES)?;
             let maps = String::from_utf8_lossy(&maps);
-            host_finder::find_hosts(&memory, &maps, &mut blocks).map_err(|error| refused(format!("{error}")))?;
+            host_finder::find_hosts(&memory, &maps, &mut blocks)
+                .map_err(|error| refused(format!("{error}")))?;
         }
         Ok(Self { memory, blocks })
     }
@@ -54,8 +57,12 @@ impl ProcessMemory {
     /// Fills `out` with pages of the block of this number.
     pub fn read(&self, block: usize, pages: PageRange, out: &mut [u8]) -> Result<()> {
         let block = self.blocks.get(block).context("no such RAM block")?;
-        let host = block.host.with_context(|| format!("the address of RAM block {} is unknown", block.name))?;
+        let host = block
+            .host
+            .with_context(|| format!("the address of RAM block {} is unknown", block.name))?;
         let place = host + pages.bytes().start;
-        self.memory.read_exact_at(out, place).with_context(|| format!("reading {pages} of RAM block {} in QEMU's memory", block.name))
+        self.memory.read_exact_at(out, place).with_context(|| {
+            format!("reading {pages} of RAM block {} in QEMU's memory", block.name)
+        })
     }
 }

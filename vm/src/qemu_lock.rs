@@ -1,8 +1,8 @@
 //! One helper for one QEMU, from whatever runtime directory, of whatever user.
 //!
-//! Two would take each other's fleecing overlays, bitmaps and marks apart. The lock is on the directory `/proc/PID/fd` of the
-//! QEMU: it belongs to the process and ends with it, only its user and root can open it, and the kernel releases it when the
-//! helper ends, however that happens.
+//! Two would take each other's fleecing overlays, bitmaps and marks apart. The lock is on the
+//! directory `/proc/PID/fd` of the QEMU: it belongs to the process and ends with it, only its user
+//! and root can open it, and the kernel releases it when the helper ends, however that happens.
 
 use crate::error::refused;
 use crate::runtime_dir;
@@ -38,7 +38,8 @@ impl QemuLock {
             if Instant::now() >= end {
                 return Err(refused(format!(
                     "QEMU (pid {qemu}) has a helper already: {}; use that one, or end it",
-                    runtime_dir::flock_holder(&file).unwrap_or_else(|| "a process that cannot be seen from here".to_owned())
+                    runtime_dir::flock_holder(&file)
+                        .unwrap_or_else(|| "a process that cannot be seen from here".to_owned())
                 )));
             }
             std::thread::sleep(POLL);
@@ -53,7 +54,11 @@ mod test {
 
     #[test]
     fn helper_of_a_qemu_is_one() {
-        let mut child = std::process::Command::new("sh").args(["-c", "read line"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "read line"])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
         let lock = QemuLock::take(child.id()).unwrap();
         let error = QemuLock::take(child.id()).unwrap_err();
         assert_eq!(class_of(&error), Class::Refused);

@@ -1,9 +1,9 @@
 //! Whether QEMU could open its disks again.
 //!
-//! A migration of a running VM, also to us, ends with its disks inactive, and QEMU opens each image by its path to write
-//! to it again. After `-runas`, or in a directory that was closed to it since, it may not: `cont` fails, and the guest
-//! stays stopped. Where another file has the path by then, the guest would write to that one from then on. So such a VM is
-//! not migrated.
+//! A migration of a running VM, also to us, ends with its disks inactive, and QEMU opens each image
+//! by its path to write to it again. After `-runas`, or in a directory that was closed to it since,
+//! it may not: `cont` fails, and the guest stays stopped. Where another file has the path by then,
+//! the guest would write to that one from then on. So such a VM is not migrated.
 
 use crate::drives::Drives;
 use crate::error::refused;
@@ -20,7 +20,8 @@ pub fn check(pid: u32, drives: &Drives) -> Result<()> {
     check_rights(pid, &drives.disks)
 }
 
-/// Refused where the path of a disk that the guest writes leads to another file than the one that QEMU has open, or to none.
+/// Refused where the path of a disk that the guest writes leads to another file than the one that
+/// QEMU has open, or to none.
 pub fn check_paths(drives: &Drives) -> Result<()> {
     let written = drives.disks.iter().filter(|disk| !disk.read_only);
     match written.filter_map(|disk| Some((disk, drives.open.moved(&disk.file)?))).next() {
@@ -35,13 +36,15 @@ pub fn check_paths(drives: &Drives) -> Result<()> {
 }
 
 fn check_rights(pid: u32, disks: &[Disk]) -> Result<()> {
-    let status = files::read_text(format!("/proc/{pid}/status")).context("reading QEMU's status")?;
+    let status =
+        files::read_text(format!("/proc/{pid}/status")).context("reading QEMU's status")?;
     let user = User::parse(&status).context("QEMU's status names no user")?;
     // An ordinary user's QEMU is of that user, who could not take on another.
     if user.uid == geteuid() || !geteuid().is_root() {
         return Ok(());
     }
-    let written = disks.iter().filter(|disk| !disk.read_only).map(|disk| disk.file.clone()).collect();
+    let written =
+        disks.iter().filter(|disk| !disk.read_only).map(|disk| disk.file.clone()).collect();
     match closed_to(user, written)? {
         None => Ok(()),
         Some(path) => Err(refused(format!(
@@ -63,21 +66,37 @@ struct User {
 impl User {
     /// From `/proc/PID/status`, where the last number of a line is the file system's.
     fn parse(status: &str) -> Option<Self> {
-        let line = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default().split_whitespace();
+        let line = |key: &str| {
+            status
+                .lines()
+                .find_map(|line| line.strip_prefix(key))
+                .unwrap_or_default()
+                .split_whitespace()
+        };
         let uid = Uid::from_raw(line("Uid:").last()?.parse().ok()?);
         let own = line("Gid:").last()?;
-        let groups = std::iter::once(own).chain(line("Groups:")).filter_map(|group| group.parse().ok()).map(Gid::from_raw);
+        let groups = std::iter::once(own)
+            .chain(line("Groups:"))
+            .filter_map(|group| group.parse().ok())
+            .map(Gid::from_raw);
         Some(Self { uid, groups: groups.collect() })
     }
 }
 
 /// The first of the files that the user may not open. The thread ends with its identity.
 fn closed_to(user: User, files: Vec<PathBuf>) -> Result<Option<PathBuf>> {
-    let find = move || files.into_iter().find(|file| !user.groups.iter().any(|group| opens(user.uid, *group, file)));
-    std::thread::spawn(find).join().map_err(|_| anyhow::anyhow!("internal error: looking for closed files panicked"))
+    let find = move || {
+        files
+            .into_iter()
+            .find(|file| !user.groups.iter().any(|group| opens(user.uid, *group, file)))
+    };
+    std::thread::spawn(find)
+        .join()
+        .map_err(|_| anyhow::anyhow!("internal error: looking for closed files panicked"))
 }
 
-/// On this thread alone, which has no capabilities on files then. Whatever else is wrong with the file, QEMU has it open.
+/// On this thread alone, which has no capabilities on files then. Whatever else is wrong with the
+/// file, QEMU has it open.
 fn opens(user: Uid, group: Gid, file: &Path) -> bool {
     setfsgid(group);
     setfsuid(user);
@@ -114,7 +133,10 @@ mod test {
         };
         let (open, closed) = (file("open", 0o666), file("closed", 0o644));
         std::os::unix::fs::chown(file("group", 0o660), None, Some(4242)).unwrap();
-        let user = |groups: &[u32]| User { uid: Uid::from_raw(65_534), groups: groups.iter().copied().map(Gid::from_raw).collect() };
+        let user = |groups: &[u32]| User {
+            uid: Uid::from_raw(65_534),
+            groups: groups.iter().copied().map(Gid::from_raw).collect(),
+        };
         let of_group = vec![open.clone(), directory.path().join("group")];
         assert_eq!(closed_to(user(&[65_534]), vec![open, closed.clone()]).unwrap(), Some(closed));
         assert_eq!(closed_to(user(&[65_534, 4242]), of_group.clone()).unwrap(), None);

@@ -1,4 +1,5 @@
-//! The running VM as the helper holds it: QEMU's monitor, the tracker on its memory, and what it consists of.
+//! The running VM as the helper holds it: QEMU's monitor, the tracker on its memory, and what it
+//! consists of.
 
 use crate::drives::{self, Drives, Started};
 use crate::error::refused;
@@ -55,11 +56,17 @@ impl Vm {
             Some(socket) => Some(connect_later(socket, &file).await?),
             None => None,
         };
-        let pid = handles.as_ref().map(PluginHandles::pid).or(file.pid).context("the VM's file does not name QEMU's process")?;
+        let pid = handles
+            .as_ref()
+            .map(PluginHandles::pid)
+            .or(file.pid)
+            .context("the VM's file does not name QEMU's process")?;
         let lock = take_lock(pid).await?;
         let qmp = match &file.external {
             Some(there) => external::connect(&file, there).await?,
-            None => Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?,
+            None => Qmp::connect(runtime.qmp(), STARTUP)
+                .await
+                .context("connecting to QEMU's monitor")?,
         };
         let qmp = qmp.for_instance(&file.instance);
         if file.external.is_some() && handles.is_some() {
@@ -68,7 +75,17 @@ impl Vm {
         let facts = VmFacts::read(&qmp).await.context("asking QEMU what VM it runs")?;
         check_blockers(&facts.migration_blockers)?;
         let (blocks, tracker) = tracked_blocks::watch(&qmp, handles, &file.ram_block).await?;
-        Ok(Self { file, runtime, qmp, facts, blocks, pid, last_devices: Mutex::default(), _lock: lock, tracker })
+        Ok(Self {
+            file,
+            runtime,
+            qmp,
+            facts,
+            blocks,
+            pid,
+            last_devices: Mutex::default(),
+            _lock: lock,
+            tracker,
+        })
     }
 
     /// The tracker, for one phase at a time.
@@ -80,14 +97,20 @@ impl Vm {
         self.tracker.is_some()
     }
 
-    /// Whether our plugin is in this QEMU, in use or not: its userfaultfd may hold the memory since an earlier helper.
+    /// Whether our plugin is in this QEMU, in use or not: its userfaultfd may hold the memory since
+    /// an earlier helper.
     pub fn has_plugin(&self) -> bool {
-        let loads_it = |process: QemuProcess| process.words.iter().any(|word| word.contains("stillpoint_plugin"));
+        let loads_it = |process: QemuProcess| {
+            process.words.iter().any(|word| word.contains("stillpoint_plugin"))
+        };
         self.has_tracker() || QemuProcess::read(self.pid).is_ok_and(loads_it)
     }
 
     pub fn lock_tracker(&self) -> Result<MutexGuard<'_, Tracker>> {
-        self.tracker.as_deref().map(lock).context("no plugin sits in this QEMU, so nothing tracks its memory")
+        self.tracker
+            .as_deref()
+            .map(lock)
+            .context("no plugin sits in this QEMU, so nothing tracks its memory")
     }
 
     /// Whether QEMU's process is gone.
@@ -97,28 +120,41 @@ impl Vm {
 
     /// QEMU's working directory, to which relative paths on its command line belong.
     pub fn directory(&self) -> PathBuf {
-        std::fs::read_link(format!("/proc/{}/cwd", self.pid)).unwrap_or_else(|_| self.file.directory.clone())
+        std::fs::read_link(format!("/proc/{}/cwd", self.pid))
+            .unwrap_or_else(|_| self.file.directory.clone())
     }
 
-    /// The disks, each under the name that it has in the store, and the command line that makes them as they are.
+    /// The disks, each under the name that it has in the store, and the command line that makes
+    /// them as they are.
     pub async fn disks(&self) -> Result<Drives> {
         let directory = self.directory();
-        let found = disks::list(&self.qmp, Some(&directory)).await.context("asking QEMU for its disks")?;
+        let found =
+            disks::list(&self.qmp, Some(&directory)).await.context("asking QEMU for its disks")?;
         let options = arguments::parse(&self.file.arguments)?;
-        let started = Started { options: &options, machine_type: &self.file.machine_type, directory: &directory, pid: self.pid };
+        let started = Started {
+            options: &options,
+            machine_type: &self.file.machine_type,
+            directory: &directory,
+            pid: self.pid,
+        };
         drives::examine(found, &started)
     }
 
     /// The guest's memory: one space for each RAM block, in the order of the tracker's RAM blocks.
     pub fn ram_spaces(&self) -> Result<Vec<(SpaceName, PageCount)>> {
-        let space = |block: &RamBlock| Ok((SpaceName::ram(&block.name)?, PageCount::covering(ByteLen(block.used))));
+        let space = |block: &RamBlock| {
+            Ok((SpaceName::ram(&block.name)?, PageCount::covering(ByteLen(block.used))))
+        };
         self.blocks.iter().map(space).collect()
     }
 
-    /// A restore builds the VM from its command line, so what was plugged in or out since has no place there; and a new
-    /// device may write memory that the tracker cannot see.
+    /// A restore builds the VM from its command line, so what was plugged in or out since has no
+    /// place there; and a new device may write memory that the tracker cannot see.
     pub async fn check_devices(&self) -> Result<()> {
-        self.check_listed(&devices::guest_devices(&self.qmp).await.context("asking QEMU for its devices")?).await
+        self.check_listed(
+            &devices::guest_devices(&self.qmp).await.context("asking QEMU for its devices")?,
+        )
+        .await
     }
 
     /// The same of devices that QEMU has listed.
@@ -132,17 +168,26 @@ impl Vm {
         }
     }
 
-    /// What was plugged in or out. The command line tells, from which a restore builds the VM. What the first helper saw tells
-    /// more of a managed VM, but a device may have come before that helper looked.
+    /// What was plugged in or out. The command line tells, from which a restore builds the VM. What
+    /// the first helper saw tells more of a managed VM, but a device may have come before that
+    /// helper looked.
     fn difference(&self, devices: &[GuestDevice]) -> Result<Option<String>> {
-        let difference = expected_devices::difference(&arguments::parse(&self.file.arguments)?, devices);
+        let difference =
+            expected_devices::difference(&arguments::parse(&self.file.arguments)?, devices);
         if difference.is_some() || self.file.external.is_some() {
             return Ok(difference);
         }
-        let now: Vec<String> = devices.iter().map(|device| format!("{} ({})", device.path, device.kind)).collect();
+        let now: Vec<String> =
+            devices.iter().map(|device| format!("{} ({})", device.path, device.kind)).collect();
         let then = self.runtime.devices_at_start(&now)?;
-        let new = now.iter().find(|device| !then.contains(device)).map(|device| format!("{device} was plugged in"));
-        let gone = then.iter().find(|device| !now.contains(device)).map(|device| format!("{device} was unplugged"));
+        let new = now
+            .iter()
+            .find(|device| !then.contains(device))
+            .map(|device| format!("{device} was plugged in"));
+        let gone = then
+            .iter()
+            .find(|device| !now.contains(device))
+            .map(|device| format!("{device} was unplugged"));
         Ok(new.or(gone))
     }
 
@@ -151,13 +196,17 @@ impl Vm {
         drives::check_command_line(&self.file.arguments, &self.directory(), drives, qemu)
     }
 
-    /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked again, from nothing. Says whether.
+    /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked again, from
+    /// nothing. Says whether.
     pub async fn refresh_blocks(&mut self) -> Result<bool> {
-        let now = ramblock::ram_blocks(&self.qmp).await.context("asking QEMU for its RAM blocks")?;
+        let now =
+            ramblock::ram_blocks(&self.qmp).await.context("asking QEMU for its RAM blocks")?;
         let place = |block: &RamBlock| (block.name.clone(), block.used, block.offset);
-        // Where QEMU is too old to print the address, the offset tells a block that went and came again.
+        // Where QEMU is too old to print the address, the offset tells a block that went and came
+        // again.
         let moved = |now: &RamBlock, then: &RamBlock| now.host.is_some() && now.host != then.host;
-        let same = |(now, then): (&RamBlock, &RamBlock)| place(now) == place(then) && !moved(now, then);
+        let same =
+            |(now, then): (&RamBlock, &RamBlock)| place(now) == place(then) && !moved(now, then);
         if now.len() == self.blocks.len() && now.iter().zip(&self.blocks).all(same) {
             return Ok(false);
         }
@@ -165,20 +214,28 @@ impl Vm {
             Some(socket) => Some(connect_later(socket, &self.file).await?),
             None => None,
         };
-        (self.blocks, self.tracker) = tracked_blocks::watch(&self.qmp, handles, &self.file.ram_block).await?;
-        tracing::info!(blocks = self.blocks.len(), "the VM's RAM blocks have changed; they are tracked again");
+        (self.blocks, self.tracker) =
+            tracked_blocks::watch(&self.qmp, handles, &self.file.ram_block).await?;
+        tracing::info!(
+            blocks = self.blocks.len(),
+            "the VM's RAM blocks have changed; they are tracked again"
+        );
         Ok(true)
     }
 }
 
-/// Devices that no checkpoint can have, of these and of the board's own, each with the reason and what to do.
+/// Devices that no checkpoint can have, of these and of the board's own, each with the reason and
+/// what to do.
 pub async fn refusals(qmp: &Qmp, devices: &[GuestDevice]) -> Result<Vec<String>> {
     let board = devices::board_devices(qmp).await.context("asking QEMU for its board's devices")?;
     let mut found = Vec::new();
     found.extend(saved_as_one(qmp, devices.iter().chain(&board)));
     for device in devices.iter().chain(&board) {
         if let Some(why) = refusal(qmp, device).await? {
-            found.push(format!("device {} ({}) cannot be checkpointed: {why}", device.path, device.kind));
+            found.push(format!(
+                "device {} ({}) cannot be checkpointed: {why}",
+                device.path, device.kind
+            ));
         }
     }
     Ok(found)
@@ -188,10 +245,14 @@ async fn refusal(qmp: &Qmp, device: &GuestDevice) -> Result<Option<String>> {
     if let Some(why) = unsupported::device_refusal(device) {
         return Ok(Some(why));
     }
-    if device.kind == "ramfb" && !devices::saves_ramfb(qmp, device).await.context("asking QEMU for its ramfb")? {
+    if device.kind == "ramfb"
+        && !devices::saves_ramfb(qmp, device).await.context("asking QEMU for its ramfb")?
+    {
         return Ok(Some(RAMFB.to_owned()));
     }
-    if device.is_balloon() && devices::hints_free_pages(qmp, device).await.context("asking QEMU for its balloon")? {
+    if device.is_balloon()
+        && devices::hints_free_pages(qmp, device).await.context("asking QEMU for its balloon")?
+    {
         return Ok(Some(FREE_PAGE_HINT.to_owned()));
     }
     Ok(None)
@@ -212,7 +273,10 @@ fn saved_as_one<'a>(qmp: &Qmp, devices: impl Iterator<Item = &'a GuestDevice>) -
 
 fn twice<'a>(devices: impl Iterator<Item = &'a GuestDevice>) -> Option<&'static str> {
     let kinds: Vec<&str> = devices.map(|device| device.kind.as_str()).collect();
-    SAVED_AS_ONE.iter().copied().find(|kind| kinds.iter().filter(|there| *there == kind).count() > 1)
+    SAVED_AS_ONE
+        .iter()
+        .copied()
+        .find(|kind| kinds.iter().filter(|there| *there == kind).count() > 1)
 }
 
 /// `what` was plugged in or out.
@@ -224,7 +288,9 @@ pub fn not_as_started(what: &str) -> String {
 }
 
 async fn take_lock(pid: u32) -> Result<QemuLock> {
-    tokio::task::spawn_blocking(move || QemuLock::take(pid)).await.context("internal error: taking QEMU's lock panicked")?
+    tokio::task::spawn_blocking(move || QemuLock::take(pid))
+        .await
+        .context("internal error: taking QEMU's lock panicked")?
 }
 
 /// A thread that panicked left no claim half taken: each change of the tracker is one call.
@@ -254,7 +320,9 @@ fn connect(socket: &Path, pid: Option<u32>) -> Result<PluginHandles> {
             Err(error) => error,
         };
         if pid.is_some_and(|pid| !is_alive(pid)) {
-            return Err(refused("QEMU has ended before it could be attached; its own output says why"));
+            return Err(refused(
+                "QEMU has ended before it could be attached; its own output says why",
+            ));
         }
         if !error.is_retryable() || Instant::now() >= end {
             return Err(error).context("QEMU's plugin does not answer; is the VM running?");
@@ -275,7 +343,9 @@ pub fn check_blockers(blockers: &[String]) -> Result<()> {
         return Ok(());
     }
     let why = blockers.join("; ");
-    Err(refused(format!("QEMU says that this VM's device state cannot be saved: {why}; remove that device")))
+    Err(refused(format!(
+        "QEMU says that this VM's device state cannot be saved: {why}; remove that device"
+    )))
 }
 
 #[cfg(test)]
@@ -285,9 +355,15 @@ mod test {
     #[test]
     fn devices_saved_under_one_name_are_found() {
         let devices = |kinds: &[&str]| -> Vec<GuestDevice> {
-            kinds.iter().map(|kind| GuestDevice { path: String::new(), kind: (*kind).to_owned() }).collect()
+            kinds
+                .iter()
+                .map(|kind| GuestDevice { path: String::new(), kind: (*kind).to_owned() })
+                .collect()
         };
         assert_eq!(twice(devices(&["isa-ide", "ide-hd", "isa-ide"]).iter()), Some("isa-ide"));
-        assert_eq!(twice(devices(&["isa-ide", "ide-hd", "ide-hd", "isa-serial", "isa-serial"]).iter()), None);
+        assert_eq!(
+            twice(devices(&["isa-ide", "ide-hd", "ide-hd", "isa-serial", "isa-serial"]).iter()),
+            None
+        );
     }
 }

@@ -17,7 +17,11 @@ const PLUGIN_ANSWER: Duration = Duration::from_secs(2);
 const PAGE: u64 = checkpoint_format::PAGE_SIZE as u64;
 
 /// What memory there is, and who watches it.
-pub async fn watch(qmp: &Qmp, handles: Option<PluginHandles>, main: &str) -> Result<(Vec<RamBlock>, Option<Arc<Mutex<Tracker>>>)> {
+pub async fn watch(
+    qmp: &Qmp,
+    handles: Option<PluginHandles>,
+    main: &str,
+) -> Result<(Vec<RamBlock>, Option<Arc<Mutex<Tracker>>>)> {
     match handles {
         Some(handles) => {
             let (blocks, tracker) = track(qmp, handles, main).await?;
@@ -27,10 +31,15 @@ pub async fn watch(qmp: &Qmp, handles: Option<PluginHandles>, main: &str) -> Res
     }
 }
 
-async fn track(qmp: &Qmp, handles: PluginHandles, main: &str) -> Result<(Vec<RamBlock>, Arc<Mutex<Tracker>>)> {
+async fn track(
+    qmp: &Qmp,
+    handles: PluginHandles,
+    main: &str,
+) -> Result<(Vec<RamBlock>, Arc<Mutex<Tracker>>)> {
     let blocks = ram_blocks(qmp, &handles, main).await?;
     let tracked_blocks = tracked_blocks(&handles, &blocks, main)?;
-    let mut tracker = Tracker::attach(handles, tracked_blocks).context("tracking the guest's memory")?;
+    let mut tracker =
+        Tracker::attach(handles, tracked_blocks).context("tracking the guest's memory")?;
     if has_balloon(qmp).await? {
         tracker.watch_holes().context("watching for pages that the balloon gives back")?;
     }
@@ -42,15 +51,19 @@ async fn has_balloon(qmp: &Qmp) -> Result<bool> {
     Ok(devices.iter().any(GuestDevice::is_balloon))
 }
 
-/// Blocks with the addresses that the tracker needs: printed by QEMU, or found in its heap where it is too old to say.
+/// Blocks with the addresses that the tracker needs: printed by QEMU, or found in its heap where it
+/// is too old to say.
 async fn ram_blocks(qmp: &Qmp, handles: &PluginHandles, main: &str) -> Result<Vec<RamBlock>> {
     let mut blocks = whole_blocks(qmp).await?;
     if !blocks.iter().any(|block| block.name == main) {
-        return Err(refused(format!("QEMU has no RAM block '{main}'; was this VM started by 'stillpoint run'?")));
+        return Err(refused(format!(
+            "QEMU has no RAM block '{main}'; was this VM started by 'stillpoint run'?"
+        )));
     }
     if blocks.iter().any(|block| block.host.is_none()) {
         let maps = handles.maps_text()?;
-        host_finder::find_hosts(handles.memory()?, &maps, &mut blocks).context("finding QEMU's RAM blocks in its memory")?;
+        host_finder::find_hosts(handles.memory()?, &maps, &mut blocks)
+            .context("finding QEMU's RAM blocks in its memory")?;
     }
     Ok(blocks)
 }
@@ -65,22 +78,32 @@ pub async fn whole_blocks(qmp: &Qmp) -> Result<Vec<RamBlock>> {
 pub fn check_whole(blocks: &[RamBlock]) -> Result<()> {
     match blocks.iter().find(|block| block.used % PAGE != 0) {
         None => Ok(()),
-        Some(odd) => Err(refused(format!("RAM block {} has {} bytes, which are no whole pages", odd.name, odd.used))),
+        Some(odd) => Err(refused(format!(
+            "RAM block {} has {} bytes, which are no whole pages",
+            odd.name, odd.used
+        ))),
     }
 }
 
-/// An external VM's plugin listens where its owner wants. Another process that took the path would have other memory recorded as
-/// that VM's.
+/// An external VM's plugin listens where its owner wants. Another process that took the path would
+/// have other memory recorded as that VM's.
 pub fn check_plugin(socket: &Path, handles: PluginHandles, qemu: u32) -> Result<PluginHandles> {
     if handles.pid() == qemu {
         return Ok(handles);
     }
-    Err(refused(format!("{} is answered by process {}, and QEMU is process {qemu}", socket.display(), handles.pid())))
+    Err(refused(format!(
+        "{} is answered by process {}, and QEMU is process {qemu}",
+        socket.display(),
+        handles.pid()
+    )))
 }
 
-/// Whether the plugin at `socket` lets the tracker follow the memory of process `qemu`. Nothing is registered.
+/// Whether the plugin at `socket` lets the tracker follow the memory of process `qemu`. Nothing is
+/// registered.
 pub async fn can_track(qmp: &Qmp, socket: PathBuf, qemu: u32, main: &str) -> Result<()> {
-    let connect = tokio::task::spawn_blocking(move || check_plugin(&socket, PluginHandles::connect(&socket, PLUGIN_ANSWER)?, qemu));
+    let connect = tokio::task::spawn_blocking(move || {
+        check_plugin(&socket, PluginHandles::connect(&socket, PLUGIN_ANSWER)?, qemu)
+    });
     let handles = connect.await.context("connecting to the plugin was cut off")??;
     handles.uffd()?;
     let blocks = ram_blocks(qmp, &handles, main).await?;
@@ -91,24 +114,36 @@ pub async fn can_track(qmp: &Qmp, socket: PathBuf, qemu: u32, main: &str) -> Res
     Ok(())
 }
 
-fn tracked_blocks(handles: &PluginHandles, blocks: &[RamBlock], main: &str) -> Result<Vec<TrackedBlock>> {
+fn tracked_blocks(
+    handles: &PluginHandles,
+    blocks: &[RamBlock],
+    main: &str,
+) -> Result<Vec<TrackedBlock>> {
     blocks.iter().map(|block| tracked_block(handles, block, main)).collect()
 }
 
 fn tracked_block(handles: &PluginHandles, block: &RamBlock, main: &str) -> Result<TrackedBlock> {
-    let host_address = block.host.with_context(|| format!("the address of RAM block {} is unknown", block.name))?;
-    let memory = if block.name == main { main_memory(handles, host_address, main)? } else { BlockMemory::Private };
+    let host_address = block
+        .host
+        .with_context(|| format!("the address of RAM block {} is unknown", block.name))?;
+    let memory = if block.name == main {
+        main_memory(handles, host_address, main)?
+    } else {
+        BlockMemory::Private
+    };
     Ok(TrackedBlock { name: block.name.clone(), host_address, bytes: block.used, memory })
 }
 
-/// The guest's own RAM: the file that we gave QEMU; or one that QEMU made itself; or memory without a file.
+/// The guest's own RAM: the file that we gave QEMU; or one that QEMU made itself; or memory without
+/// a file.
 fn main_memory(handles: &PluginHandles, host_address: u64, main: &str) -> Result<BlockMemory> {
     if let Some(given) = handles.ram(main)? {
         return Ok(BlockMemory::Shared(given));
     }
     let maps = handles.maps()?;
     let mapping = maps.iter().find(|mapping| mapping.addresses().contains(&host_address));
-    let mapping = mapping.with_context(|| format!("nothing is mapped where QEMU has its RAM block {main}"))?;
+    let mapping = mapping
+        .with_context(|| format!("nothing is mapped where QEMU has its RAM block {main}"))?;
     if mapping.shared {
         let file = own_file(handles.pid(), mapping.inode, &mapping.path)?;
         return Ok(BlockMemory::Shared(GuestMemory::from_fd(main, file.into())?));
@@ -125,14 +160,21 @@ fn main_memory(handles: &PluginHandles, host_address: u64, main: &str) -> Result
 /// A memory file that QEMU has open and mapped. It has no path of its own.
 fn own_file(pid: u32, inode: u64, shown: &str) -> Result<File> {
     let folder = format!("/proc/{pid}/fd");
-    let files = std::fs::read_dir(&folder).with_context(|| format!("looking at QEMU's open files in {folder}"))?;
-    let is_it = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|facts| facts.ino() == inode && facts.is_file());
-    let is_memory = |path: &PathBuf| std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:"));
+    let files = std::fs::read_dir(&folder)
+        .with_context(|| format!("looking at QEMU's open files in {folder}"))?;
+    let is_it = |path: &PathBuf| {
+        std::fs::metadata(path).is_ok_and(|facts| facts.ino() == inode && facts.is_file())
+    };
+    let is_memory = |path: &PathBuf| {
+        std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:"))
+    };
     match files.flatten().map(|file| file.path()).find(|path| is_it(path) && is_memory(path)) {
         // For writing, because only such a file can be watched for holes; nothing is written.
-        Some(path) => {
-            File::options().read(true).write(true).open(&path).with_context(|| format!("opening the guest's memory by {}", path.display()))
-        }
+        Some(path) => File::options()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .with_context(|| format!("opening the guest's memory by {}", path.display())),
         None => Err(refused(format!(
             "the guest's memory is the file {shown}, which others can write or cut off unseen; use a memory-backend-memfd"
         ))),

@@ -19,8 +19,9 @@ pub struct BlockHome {
 
 /// The blocks of existing layers by content.
 ///
-/// Only blocks in a layer's *own* packs are taken in, so a new layer refers to where the content is and never to another
-/// reference: no chains to follow, and a layer's `owners` are all that must be kept for it.
+/// Only blocks in a layer's *own* packs are taken in, so a new layer refers to where the content is
+/// and never to another reference: no chains to follow, and a layer's `owners` are all that must be
+/// kept for it.
 #[derive(Clone, Debug, Default)]
 pub struct BlockIndex {
     homes: HashMap<ContentDigest, BlockHome>,
@@ -36,7 +37,11 @@ impl BlockIndex {
     pub fn add_layer(&mut self, manifest: &LayerManifest, table: &BlockTable) {
         let own = table.stored().filter(|(_, at)| at.owner == OwnerIndex::OWN);
         for (_, at) in own {
-            self.homes.entry(at.digest).or_insert(BlockHome { layer: manifest.digest, pack: at.pack, frame: at.frame });
+            self.homes.entry(at.digest).or_insert(BlockHome {
+                layer: manifest.digest,
+                pack: at.pack,
+                frame: at.frame,
+            });
         }
     }
 

@@ -1,12 +1,13 @@
 //! Layers: immutable disk images, stored once for all VMs.
 //!
-//! A layer is cut into blocks of 64 KiB. Each block that is not zero is one frame, in a pack of this layer or of another
-//! one that already had the same block. Two files describe it: the [`LayerManifest`], text like a checkpoint's manifest,
-//! and the [`BlockTable`], binary because a large image has millions of blocks. The manifest holds the table's checksum,
-//! so it is written last.
+//! A layer is cut into blocks of 64 KiB. Each block that is not zero is one frame, in a pack of
+//! this layer or of another one that already had the same block. Two files describe it: the
+//! [`LayerManifest`], text like a checkpoint's manifest, and the [`BlockTable`], binary because a
+//! large image has millions of blocks. The manifest holds the table's checksum, so it is written
+//! last.
 //!
-//! Version 1 is named by the digest of the whole file; version 2, for files with many zeros, by that of its blocks
-//! ([`DigestForm`]), and its table does not mention zeros.
+//! Version 1 is named by the digest of the whole file; version 2, for files with many zeros, by
+//! that of its blocks ([`DigestForm`]), and its table does not mention zeros.
 
 mod index;
 mod table;
@@ -21,9 +22,13 @@ use crate::manifest::{Check, ManifestError, PackRecord, at_most, check_packs, pa
 use crate::units::{ByteLen, PAGE_SIZE};
 
 pub use index::{BlockHome, BlockIndex};
-pub use table::{BlockRef, BlockTable, BlockTableBuilder, BlockTableInfo, MAX_LAYER_BLOCKS, MAX_STORED_BLOCKS, OwnerIndex};
+pub use table::{
+    BlockRef, BlockTable, BlockTableBuilder, BlockTableInfo, MAX_LAYER_BLOCKS, MAX_STORED_BLOCKS,
+    OwnerIndex,
+};
 
-/// The newest version that this program writes and reads, for [`DigestForm::Blocks`]; [`DigestForm::Content`] has version 1.
+/// The newest version that this program writes and reads, for [`DigestForm::Blocks`];
+/// [`DigestForm::Content`] has version 1.
 pub const LAYER_VERSION: u32 = 2;
 /// Longest body of a layer's manifest.
 pub const MAX_LAYER_BODY: usize = 64 << 20;
@@ -34,7 +39,8 @@ pub const BLOCK_PAGES: usize = 16;
 /// Bytes in a block; the last one of a layer may be shorter.
 pub const BLOCK_SIZE: usize = BLOCK_PAGES * PAGE_SIZE;
 
-const ENVELOPE: Envelope = Envelope { kind: "stillpoint-layer", version: LAYER_VERSION, max_body: MAX_LAYER_BODY };
+const ENVELOPE: Envelope =
+    Envelope { kind: "stillpoint-layer", version: LAYER_VERSION, max_body: MAX_LAYER_BODY };
 const ENVELOPE_1: Envelope = Envelope { version: 1, ..ENVELOPE };
 const CHECK: Check = Check("layer manifest");
 
@@ -48,21 +54,31 @@ pub enum LayerError {
         "read the block table: it is {found} bytes long, the layer's manifest says {expected}; the file is cut short or of another layer"
     )]
     TableLength { expected: u64, found: u64 },
-    #[error("verify the block table: digest is {found}, expected {expected}; the bytes are damaged, read them again from another replica")]
+    #[error(
+        "verify the block table: digest is {found}, expected {expected}; the bytes are damaged, read them again from another replica"
+    )]
     TableDigest { expected: ContentDigest, found: ContentDigest },
-    #[error("read the block table: it begins with {found:02x?}; this is no block table of the manifest's version")]
+    #[error(
+        "read the block table: it begins with {found:02x?}; this is no block table of the manifest's version"
+    )]
     TableMagic { found: [u8; 8] },
     #[error("decompress the block table; its digest is right, so it was written wrongly")]
     Decompress { source: std::io::Error },
     #[error("compress the block table")]
     Compress { source: std::io::Error },
-    #[error("parse the block table: {what} is {found}, expected {expected}; it was written wrongly")]
+    #[error(
+        "parse the block table: {what} is {found}, expected {expected}; it was written wrongly"
+    )]
     TableCount { what: &'static str, expected: u64, found: u64 },
-    #[error("verify the layer: the digest of its blocks is {found}, its name is {expected}; it was written wrongly or by somebody else")]
+    #[error(
+        "verify the layer: the digest of its blocks is {found}, its name is {expected}; it was written wrongly or by somebody else"
+    )]
     BlocksDigest { expected: ContentDigest, found: ContentDigest },
     #[error("check block {block} of the layer: {problem}; it was written wrongly")]
     BadBlock { block: u64, problem: &'static str },
-    #[error("describe a layer: {count} {what}, the limit is {limit}; the image is too large to be one layer")]
+    #[error(
+        "describe a layer: {count} {what}, the limit is {limit}; the image is too large to be one layer"
+    )]
     TooMany { what: &'static str, count: u64, limit: u64 },
 }
 
@@ -89,7 +105,8 @@ pub struct LayerManifest {
     pub len: ByteLen,
     /// Bytes of a block; [`BLOCK_SIZE`].
     pub block_size: u32,
-    /// The layer's own packs: one frame a block, in the space [`SpaceName::layer`](crate::SpaceName::layer).
+    /// The layer's own packs: one frame a block, in the space
+    /// [`SpaceName::layer`](crate::SpaceName::layer).
     #[serde(deserialize_with = "pack_list")]
     pub packs: Vec<PackRecord>,
     /// Other layers that hold some of the blocks; must stay in the store while this one does.
@@ -101,8 +118,22 @@ pub struct LayerManifest {
 
 impl LayerManifest {
     /// A manifest of this version.
-    pub fn new(digest: ContentDigest, len: ByteLen, packs: Vec<PackRecord>, owners: Vec<ContentDigest>, table: BlockTableInfo) -> Self {
-        Self { form: DigestForm::Content, digest, len, block_size: BLOCK_SIZE as u32, packs, owners, table }
+    pub fn new(
+        digest: ContentDigest,
+        len: ByteLen,
+        packs: Vec<PackRecord>,
+        owners: Vec<ContentDigest>,
+        table: BlockTableInfo,
+    ) -> Self {
+        Self {
+            form: DigestForm::Content,
+            digest,
+            len,
+            block_size: BLOCK_SIZE as u32,
+            packs,
+            owners,
+            table,
+        }
     }
 
     /// With a digest of another form.
@@ -144,10 +175,13 @@ impl LayerManifest {
     /// When the bytes are damaged, of another version, or a field is beyond its limit.
     pub fn parse(bytes: &[u8]) -> Result<Self, LayerError> {
         let (form, body) = match ENVELOPE.unwrap(bytes) {
-            Err(EnvelopeError::UnknownVersion { found: 1, .. }) => (DigestForm::Content, ENVELOPE_1.unwrap(bytes)),
+            Err(EnvelopeError::UnknownVersion { found: 1, .. }) => {
+                (DigestForm::Content, ENVELOPE_1.unwrap(bytes))
+            }
             other => (DigestForm::Blocks, other),
         };
-        let manifest: Self = serde_json::from_slice(body.map_err(ManifestError::from)?).map_err(json_error)?;
+        let manifest: Self =
+            serde_json::from_slice(body.map_err(ManifestError::from)?).map_err(json_error)?;
         let manifest = manifest.with_form(form);
         manifest.validate()?;
         Ok(manifest)
@@ -163,7 +197,11 @@ impl LayerManifest {
         let foreign = !self.owners.contains(&self.digest);
         CHECK.that(foreign, "owners", "holding the layer itself")?;
         CHECK.distinct("owners", &self.owners)?;
-        self.table.check(self.form).map_err(|problem| ManifestError::Invalid { what: CHECK.what(), field: "table".into(), problem })?;
+        self.table.check(self.form).map_err(|problem| ManifestError::Invalid {
+            what: CHECK.what(),
+            field: "table".into(),
+            problem,
+        })?;
         check_packs(CHECK, &self.packs)
     }
 

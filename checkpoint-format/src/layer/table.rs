@@ -12,7 +12,8 @@
 //!                       owner u32, pack u32, frame u32, digest 32 as in version 1
 //! ```
 //!
-//! Each field has a column of its own because all but the last are nearly constant or count up, and compress to nothing.
+//! Each field has a column of its own because all but the last are nearly constant or count up, and
+//! compress to nothing.
 
 use std::collections::HashMap;
 
@@ -71,7 +72,8 @@ pub struct BlockRef {
     pub pack: PackNo,
     /// The frame of that pack.
     pub frame: FrameNo,
-    /// Of the frame's decoded content; must be compared whenever the block comes from another layer.
+    /// Of the frame's decoded content; must be compared whenever the block comes from another
+    /// layer.
     pub digest: ContentDigest,
 }
 
@@ -140,13 +142,20 @@ impl BlockTable {
         hasher.finish()
     }
 
-    /// Says where the layer's own blocks are, once its packs are written: `home` gets the number that each was pushed with.
+    /// Says where the layer's own blocks are, once its packs are written: `home` gets the number
+    /// that each was pushed with.
     ///
     /// # Errors
     /// When `home` has no place for a block.
-    pub fn place_own(&mut self, mut home: impl FnMut(u32) -> Option<(PackNo, FrameNo)>) -> Result<(), LayerError> {
+    pub fn place_own(
+        &mut self,
+        mut home: impl FnMut(u32) -> Option<(PackNo, FrameNo)>,
+    ) -> Result<(), LayerError> {
         for (number, at) in self.stored.iter_mut().filter(|(_, at)| at.owner == OwnerIndex::OWN) {
-            let missing = LayerError::BadBlock { block: u64::from(*number), problem: "it is in no pack of the layer" };
+            let missing = LayerError::BadBlock {
+                block: u64::from(*number),
+                problem: "it is in no pack of the layer",
+            };
             (at.pack, at.frame) = home(at.frame.0).ok_or(missing)?;
         }
         Ok(())
@@ -158,7 +167,8 @@ impl BlockTable {
     /// When the table cannot be compressed.
     pub fn encode(&self, form: DigestForm) -> Result<(Vec<u8>, BlockTableInfo), LayerError> {
         at_most("blocks", self.blocks, most_blocks(form))?;
-        let stored = compress_whole(&self.columns(form)).map_err(|source| LayerError::Compress { source })?;
+        let stored = compress_whole(&self.columns(form))
+            .map_err(|source| LayerError::Compress { source })?;
         let file = [&magic(form)[..], &stored].concat();
         let info = BlockTableInfo {
             blocks: self.blocks,
@@ -210,7 +220,10 @@ impl BlockTable {
         let bad = |problem| LayerError::BadBlock { block: 0, problem };
         info.check(manifest.form).map_err(bad)?;
         let columns = decompress(verified(manifest, bytes)?, info.raw_len(manifest.form) as usize)?;
-        let table = Self { blocks: info.blocks, stored: Columns::split(manifest, &columns)?.blocks(manifest)? };
+        let table = Self {
+            blocks: info.blocks,
+            stored: Columns::split(manifest, &columns)?.blocks(manifest)?,
+        };
         match manifest.form {
             DigestForm::Content => Ok(table),
             DigestForm::Blocks => table.named(manifest),
@@ -247,11 +260,16 @@ fn verified<'a>(manifest: &LayerManifest, bytes: &'a [u8]) -> Result<&'a [u8], L
 }
 
 fn decompress(stored: &[u8], raw_len: usize) -> Result<Vec<u8>, LayerError> {
-    let columns = decompress_whole(stored, raw_len).map_err(|source| LayerError::Decompress { source })?;
+    let columns =
+        decompress_whole(stored, raw_len).map_err(|source| LayerError::Decompress { source })?;
     if columns.len() == raw_len {
         return Ok(columns);
     }
-    Err(LayerError::TableCount { what: "decompressed length", expected: raw_len as u64, found: columns.len() as u64 })
+    Err(LayerError::TableCount {
+        what: "decompressed length",
+        expected: raw_len as u64,
+        found: columns.len() as u64,
+    })
 }
 
 /// The columns, each with a reader of its own.
@@ -275,7 +293,9 @@ impl<'a> Columns<'a> {
         };
         let (gaps, owners) = match manifest.form {
             DigestForm::Content => (None, info.blocks),
-            DigestForm::Blocks => (Some(column(info.stored_blocks, NUMBER_LEN)?), info.stored_blocks),
+            DigestForm::Blocks => {
+                (Some(column(info.stored_blocks, NUMBER_LEN)?), info.stored_blocks)
+            }
         };
         Ok(Self {
             info,
@@ -297,16 +317,24 @@ impl<'a> Columns<'a> {
                 // A layer has at most 2^28 blocks.
                 stored.push((number as u32, self.next_ref(number, owner, manifest)?));
             } else if self.gaps.is_some() {
-                return Err(LayerError::BadBlock { block: number, problem: "it is zero and yet in the table" });
+                return Err(LayerError::BadBlock {
+                    block: number,
+                    problem: "it is zero and yet in the table",
+                });
             }
         }
         match self.digests.rest() as u64 {
             0 => Ok(stored),
-            unused => Err(LayerError::TableCount { what: "bytes of digests that no block names", expected: 0, found: unused }),
+            unused => Err(LayerError::TableCount {
+                what: "bytes of digests that no block names",
+                expected: 0,
+                found: unused,
+            }),
         }
     }
 
-    /// Of the next block that the owners' column has an entry of; `from` is the first that it may be.
+    /// Of the next block that the owners' column has an entry of; `from` is the first that it may
+    /// be.
     fn next_number(&mut self, from: u64) -> Result<Option<u64>, LayerError> {
         let Some(gaps) = &mut self.gaps else {
             return Ok((from < self.info.blocks).then_some(from));
@@ -321,21 +349,31 @@ impl<'a> Columns<'a> {
         Err(LayerError::BadBlock { block: number, problem: "it lies beyond the end of the layer" })
     }
 
-    fn next_ref(&mut self, number: u64, owner: u32, manifest: &LayerManifest) -> Result<BlockRef, LayerError> {
+    fn next_ref(
+        &mut self,
+        number: u64,
+        owner: u32,
+        manifest: &LayerManifest,
+    ) -> Result<BlockRef, LayerError> {
         let at = BlockRef {
             owner: OwnerIndex(owner),
             pack: PackNo(self.packs.u32().map_err(short)?),
             frame: FrameNo(self.frames.u32().map_err(short)?),
             digest: ContentDigest(self.digests.array().map_err(short)?),
         };
-        check_ref(&at, manifest).map_err(|problem| LayerError::BadBlock { block: number, problem })?;
+        check_ref(&at, manifest)
+            .map_err(|problem| LayerError::BadBlock { block: number, problem })?;
         Ok(at)
     }
 }
 
 /// More blocks claim to be stored than the manifest says.
 fn short(short: Short) -> LayerError {
-    LayerError::TableCount { what: "bytes left in a column", expected: short.wanted as u64, found: 0 }
+    LayerError::TableCount {
+        what: "bytes left in a column",
+        expected: short.wanted as u64,
+        found: 0,
+    }
 }
 
 fn check_ref(at: &BlockRef, manifest: &LayerManifest) -> Result<(), &'static str> {
@@ -395,7 +433,12 @@ impl BlockTableBuilder {
     ///
     /// # Errors
     /// When the table has too many blocks.
-    pub fn push_own(&mut self, digest: ContentDigest, pack: PackNo, frame: FrameNo) -> Result<(), LayerError> {
+    pub fn push_own(
+        &mut self,
+        digest: ContentDigest,
+        pack: PackNo,
+        frame: FrameNo,
+    ) -> Result<(), LayerError> {
         self.push(BlockRef { owner: OwnerIndex::OWN, pack, frame, digest })
     }
 
@@ -403,7 +446,11 @@ impl BlockTableBuilder {
     ///
     /// # Errors
     /// When the table has too many blocks or owners.
-    pub fn push_shared(&mut self, digest: ContentDigest, home: BlockHome) -> Result<(), LayerError> {
+    pub fn push_shared(
+        &mut self,
+        digest: ContentDigest,
+        home: BlockHome,
+    ) -> Result<(), LayerError> {
         let owner = self.number(home.layer)?;
         self.push(BlockRef { owner, pack: home.pack, frame: home.frame, digest })
     }
@@ -508,7 +555,10 @@ mod test {
         });
         assert_eq!(manifest.owners, [OTHER]);
         let table = manifest.parse_table(&file).expect("sound");
-        let seen: Vec<_> = table.stored().map(|(n, at)| (n, manifest.owner(at.owner), at.pack.0, at.frame.0)).collect();
+        let seen: Vec<_> = table
+            .stored()
+            .map(|(n, at)| (n, manifest.owner(at.owner), at.pack.0, at.frame.0))
+            .collect();
         let (me, other) = (Some(DIGEST), Some(OTHER));
         assert_eq!(seen, [(0, me, 0, 0), (2, other, 7, 8), (3, other, 7, 9), (4, me, 0, 1)]);
         assert_eq!(table.blocks(), 5);
@@ -567,7 +617,11 @@ mod test {
             own(blocks, b"a", 0, 0);
             blocks.push_zeros(1).expect("room");
         });
-        let mut raw = decompress_whole(&file[MAGIC_LEN..], manifest.table.raw_len(DigestForm::Content) as usize).expect("sound");
+        let mut raw = decompress_whole(
+            &file[MAGIC_LEN..],
+            manifest.table.raw_len(DigestForm::Content) as usize,
+        )
+        .expect("sound");
         raw[block * 4..block * 4 + 4].copy_from_slice(&owner.to_le_bytes());
         let bad = [&magic(DigestForm::Content)[..], &compress_whole(&raw).expect("small")].concat();
         manifest.table.len = ByteLen(bad.len() as u64);
@@ -617,7 +671,11 @@ mod test {
         let (table, owners) = builder.finish();
         let len = ByteLen((2 * hole + 1) * BLOCK_SIZE as u64);
         let (file, info) = table.encode(DigestForm::Blocks).expect("small");
-        (LayerManifest::new(table.digest(len), len, vec![pack()], owners, info).with_form(DigestForm::Blocks), file)
+        (
+            LayerManifest::new(table.digest(len), len, vec![pack()], owners, info)
+                .with_form(DigestForm::Blocks),
+            file,
+        )
     }
 
     #[test]
@@ -628,7 +686,10 @@ mod test {
         let manifest = LayerManifest::parse(&manifest.encode().expect("sound")).expect("sound");
         assert_eq!(manifest.form, DigestForm::Blocks);
         let table = manifest.parse_table(&file).expect("sound");
-        assert_eq!(table.stored().map(|(number, at)| (number, at.frame)).collect::<Vec<_>>(), [(hole, FrameNo(3))]);
+        assert_eq!(
+            table.stored().map(|(number, at)| (number, at.frame)).collect::<Vec<_>>(),
+            [(hole, FrameNo(3))]
+        );
         assert_eq!(table.blocks(), 2 * hole + 1);
     }
 
@@ -640,7 +701,8 @@ mod test {
         assert!(matches!(other.parse_table(&file), Err(LayerError::BlocksDigest { .. })));
         let (_, elsewhere) = sparse(4);
         let mut other = manifest.clone();
-        (other.table.len, other.table.digest) = (ByteLen(elsewhere.len() as u64), ContentDigest::of(&elsewhere));
+        (other.table.len, other.table.digest) =
+            (ByteLen(elsewhere.len() as u64), ContentDigest::of(&elsewhere));
         assert!(matches!(other.parse_table(&elsewhere), Err(LayerError::BlocksDigest { .. })));
         let other = manifest.with_form(DigestForm::Content);
         assert!(matches!(other.parse_table(&file), Err(LayerError::TableMagic { .. })));

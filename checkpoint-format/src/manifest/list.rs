@@ -1,5 +1,6 @@
-//! Lists of a manifest, not read to their end when they are far too long: an empty text takes three bytes in a file and
-//! twenty-four in memory. What is a little too long is counted and refused by the validation.
+//! Lists of a manifest, not read to their end when they are far too long: an empty text takes three
+//! bytes in a file and twenty-four in memory. What is a little too long is counted and refused by
+//! the validation.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -7,7 +8,10 @@ use std::marker::PhantomData;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, SeqAccess, Visitor};
 
-use super::validate::{MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_BOOT_FILES, MAX_DISKS, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES};
+use super::validate::{
+    MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_BOOT_FILES, MAX_DISKS, MAX_PACKS, MAX_RAM_BLOCKS,
+    MAX_SPACES,
+};
 
 struct AtMost<T, const N: usize>(PhantomData<T>);
 
@@ -22,7 +26,9 @@ impl<'de, T: Deserialize<'de>, const N: usize> Visitor<'de> for AtMost<T, N> {
         let mut entries = Vec::new();
         while let Some(entry) = list.next_element()? {
             if entries.len() == 2 * N {
-                return Err(A::Error::custom(format_args!("a list has more than twice the {N} entries that are its limit")));
+                return Err(A::Error::custom(format_args!(
+                    "a list has more than twice the {N} entries that are its limit"
+                )));
             }
             entries.push(entry);
         }
@@ -30,7 +36,9 @@ impl<'de, T: Deserialize<'de>, const N: usize> Visitor<'de> for AtMost<T, N> {
     }
 }
 
-pub(crate) fn at_most<'de, D: Deserializer<'de>, T: Deserialize<'de>, const N: usize>(from: D) -> Result<Vec<T>, D::Error> {
+pub(crate) fn at_most<'de, D: Deserializer<'de>, T: Deserialize<'de>, const N: usize>(
+    from: D,
+) -> Result<Vec<T>, D::Error> {
     from.deserialize_seq(AtMost::<T, N>(PhantomData))
 }
 

@@ -1,7 +1,7 @@
 //! The manifest: what one checkpoint is, in the form in which it is saved.
 //!
-//! Written last, so its presence under the committed name means that all it speaks of is there. Its body is JSON, for an
-//! operator's eyes and tools; all bulk is in the packs.
+//! Written last, so its presence under the committed name means that all it speaks of is there. Its
+//! body is JSON, for an operator's eyes and tools; all bulk is in the packs.
 
 mod list;
 mod record;
@@ -14,11 +14,13 @@ use crate::pack::PackError;
 
 pub(crate) use list::{at_most, pack_list};
 pub use record::{
-    CheckpointKind, DiskRecord, LayerRef, Manifest, PackRecord, Qcow2Record, RamBlockRecord, RunState, SpaceRecord, Totals, VmRecord,
+    CheckpointKind, DiskRecord, LayerRef, Manifest, PackRecord, Qcow2Record, RamBlockRecord,
+    RunState, SpaceRecord, Totals, VmRecord,
 };
 pub(crate) use validate::{Check, check_packs};
 pub use validate::{
-    MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_CARRIED_RAM, MAX_DISKS, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES, MAX_STATE_LEN, MAX_TEXT,
+    MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_CARRIED_RAM, MAX_DISKS, MAX_PACKS, MAX_RAM_BLOCKS,
+    MAX_SPACES, MAX_STATE_LEN, MAX_TEXT,
 };
 
 /// The version that this program writes and reads.
@@ -26,7 +28,11 @@ pub const MANIFEST_VERSION: u32 = 1;
 /// Longest body of a manifest.
 pub const MAX_MANIFEST_BODY: usize = 64 << 20;
 
-const ENVELOPE: Envelope = Envelope { kind: "stillpoint-manifest", version: MANIFEST_VERSION, max_body: MAX_MANIFEST_BODY };
+const ENVELOPE: Envelope = Envelope {
+    kind: "stillpoint-manifest",
+    version: MANIFEST_VERSION,
+    max_body: MAX_MANIFEST_BODY,
+};
 
 /// A manifest that can't be read, or must not be written. The caller adds the file's name.
 #[derive(Debug, Error)]
@@ -34,7 +40,9 @@ const ENVELOPE: Envelope = Envelope { kind: "stillpoint-manifest", version: MANI
 pub enum ManifestError {
     #[error(transparent)]
     Envelope(#[from] EnvelopeError),
-    #[error("parse the body of the {what}; its digest is right, so another program wrote it or this one has a bug")]
+    #[error(
+        "parse the body of the {what}; its digest is right, so another program wrote it or this one has a bug"
+    )]
     Json { what: &'static str, source: serde_json::Error },
     #[error("check the {what}: {count} {list}, the limit is {limit}; split the VM or remove some")]
     TooMany { what: &'static str, list: &'static str, count: usize, limit: usize },
@@ -52,8 +60,8 @@ impl ManifestError {
 }
 
 impl Manifest {
-    /// The bytes of the file. Refuses what [`parse`](Self::parse) would refuse: better no checkpoint than one that is
-    /// found unreadable when it is needed.
+    /// The bytes of the file. Refuses what [`parse`](Self::parse) would refuse: better no
+    /// checkpoint than one that is found unreadable when it is needed.
     ///
     /// # Errors
     /// When a field is beyond its limit or contradicts another.

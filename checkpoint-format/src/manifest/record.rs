@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::list::{arguments_list, backing_list, boot_file_list, disk_list, pack_list, ram_block_list, space_list};
+use super::list::{
+    arguments_list, backing_list, boot_file_list, disk_list, pack_list, ram_block_list, space_list,
+};
 use crate::digest::ContentDigest;
 use crate::digest_form::DigestForm;
 use crate::names::{PackName, SpaceKind, SpaceName, VmName};
@@ -11,8 +13,9 @@ use crate::units::{ByteLen, CheckpointId, Epoch, PageCount};
 
 /// One checkpoint.
 ///
-/// Fields are only ever added, with a default, and only such as a reader may ignore: a reader of version 1 skips what it
-/// doesn't know. Whatever changes how a checkpoint must be restored takes a new version.
+/// Fields are only ever added, with a default, and only such as a reader may ignore: a reader of
+/// version 1 skips what it doesn't know. Whatever changes how a checkpoint must be restored takes a
+/// new version.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     /// The VM's name.
@@ -35,8 +38,8 @@ pub struct Manifest {
     /// What VM it is.
     #[serde(rename = "machine")]
     pub vm_record: VmRecord,
-    /// What the guest was doing. None in a checkpoint of a version that did not say: such a VM is let run, as that version did. (A
-    /// reader that skips this does the same with every VM.)
+    /// What the guest was doing. None in a checkpoint of a version that did not say: such a VM is
+    /// let run, as that version did. (A reader that skips this does the same with every VM.)
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run_state: Option<RunState>,
     /// All page spaces that the checkpoint holds.
@@ -111,8 +114,8 @@ pub struct VmRecord {
     pub ram_block: String,
     /// QEMU's working directory, to which relative paths among the arguments belong.
     pub directory: String,
-    /// Files that QEMU reads at its start and at a reboot (kernel, initrd, firmware): layers whose path is the one among
-    /// the arguments.
+    /// Files that QEMU reads at its start and at a reboot (kernel, initrd, firmware): layers whose
+    /// path is the one among the arguments.
     #[serde(deserialize_with = "boot_file_list")]
     pub files: Vec<LayerRef>,
 }
@@ -173,7 +176,8 @@ pub struct DiskRecord {
     /// The layers below, top to bottom; a read-only disk's own image is the first.
     #[serde(deserialize_with = "backing_list")]
     pub backing: Vec<LayerRef>,
-    /// How the image was made. The guest cannot see it: a reader that skips it makes an image that shows the same.
+    /// How the image was made. The guest cannot see it: a reader that skips it makes an image that
+    /// shows the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qcow2: Option<Qcow2Record>,
 }
@@ -200,8 +204,8 @@ pub struct Qcow2Record {
 pub struct LayerRef {
     /// The digest of the layer's content.
     pub digest: ContentDigest,
-    /// What the digest is taken of. A reader of version 1 that skips this refuses the layer by its version, or takes a local copy
-    /// for another file.
+    /// What the digest is taken of. A reader of version 1 that skips this refuses the layer by its
+    /// version, or takes a local copy for another file.
     #[serde(default, skip_serializing_if = "DigestForm::is_content")]
     pub form: DigestForm,
     /// What a reader of the image sees.
@@ -242,7 +246,8 @@ impl Manifest {
         self.spaces.iter().find(|space| space.name == *name)
     }
 
-    /// Every layer that some disk stands on, or the VM's start needs; one that several need comes several times.
+    /// Every layer that some disk stands on, or the VM's start needs; one that several need comes
+    /// several times.
     pub fn layers(&self) -> impl Iterator<Item = &LayerRef> {
         self.disks.iter().flat_map(|disk| &disk.backing).chain(&self.vm_record.files)
     }

@@ -4,7 +4,10 @@ use std::collections::HashSet;
 use std::hash::Hash;
 
 use super::ManifestError;
-use super::record::{CheckpointKind, DiskRecord, LayerRef, Manifest, PackRecord, Qcow2Record, RamBlockRecord, VmRecord};
+use super::record::{
+    CheckpointKind, DiskRecord, LayerRef, Manifest, PackRecord, Qcow2Record, RamBlockRecord,
+    VmRecord,
+};
 use crate::names::{SpaceKind, SpaceName};
 use crate::units::{ByteLen, CheckpointId, MAX_SPACE_PAGES, PageCount};
 
@@ -22,11 +25,13 @@ pub const MAX_BOOT_FILES: usize = 256;
 pub const MAX_PACKS: usize = 1 << 16;
 /// Most arguments on a command line.
 pub const MAX_ARGUMENTS: usize = 1 << 14;
-/// Longest text in a manifest: an argument, a path, a name. Linux passes arguments of up to 128 KiB.
+/// Longest text in a manifest: an argument, a path, a name. Linux passes arguments of up to 128
+/// KiB.
 pub const MAX_TEXT: usize = 128 << 10;
 /// Longest device state. Real ones have 50 to 500 KiB.
 pub const MAX_STATE_LEN: ByteLen = ByteLen(256 << 20);
-/// Most bytes of all RAM blocks together that are no shared file: video memory and ROMs, which a restore holds in memory.
+/// Most bytes of all RAM blocks together that are no shared file: video memory and ROMs, which a
+/// restore holds in memory.
 pub const MAX_CARRIED_RAM: ByteLen = ByteLen(1 << 30);
 /// Largest page size of any host.
 const MAX_PAGE_SIZE: u64 = 1 << 30;
@@ -44,14 +49,24 @@ impl Check {
         self.0
     }
 
-    pub fn that(self, holds: bool, field: impl Into<String>, problem: &'static str) -> Result<(), ManifestError> {
+    pub fn that(
+        self,
+        holds: bool,
+        field: impl Into<String>,
+        problem: &'static str,
+    ) -> Result<(), ManifestError> {
         if holds {
             return Ok(());
         }
         Err(ManifestError::Invalid { what: self.0, field: field.into(), problem })
     }
 
-    pub fn count(self, list: &'static str, count: usize, limit: usize) -> Result<(), ManifestError> {
+    pub fn count(
+        self,
+        list: &'static str,
+        count: usize,
+        limit: usize,
+    ) -> Result<(), ManifestError> {
         if count <= limit {
             return Ok(());
         }
@@ -69,7 +84,11 @@ impl Check {
         self.text(field, text)
     }
 
-    pub fn distinct<T: Eq + Hash>(self, list: &str, names: impl IntoIterator<Item = T>) -> Result<(), ManifestError> {
+    pub fn distinct<T: Eq + Hash>(
+        self,
+        list: &str,
+        names: impl IntoIterator<Item = T>,
+    ) -> Result<(), ManifestError> {
         let mut seen = HashSet::new();
         let distinct = names.into_iter().all(|name| seen.insert(name));
         self.that(distinct, list, "holding a name twice")
@@ -90,8 +109,12 @@ impl Manifest {
     fn check_descent(&self) -> Result<(), ManifestError> {
         MANIFEST.that(self.id >= CheckpointId::FIRST, "seq", "below 1")?;
         match (self.kind, self.parent) {
-            (CheckpointKind::Full, parent) => MANIFEST.that(parent.is_none(), "parent", "given though the checkpoint is full"),
-            (CheckpointKind::Incremental, None) => MANIFEST.that(false, "parent", "missing though the checkpoint is incremental"),
+            (CheckpointKind::Full, parent) => {
+                MANIFEST.that(parent.is_none(), "parent", "given though the checkpoint is full")
+            }
+            (CheckpointKind::Incremental, None) => {
+                MANIFEST.that(false, "parent", "missing though the checkpoint is incremental")
+            }
             (CheckpointKind::Incremental, Some(parent)) => {
                 let older = (CheckpointId::FIRST..self.id).contains(&parent);
                 MANIFEST.that(older, "parent", "not an earlier checkpoint")
@@ -111,7 +134,11 @@ impl Manifest {
         MANIFEST.distinct("spaces", self.spaces.iter().map(|space| &space.name))?;
         for space in &self.spaces {
             let name = space.name.as_str();
-            MANIFEST.that(space.kind == space.name.kind(), name, "of another kind than its name")?;
+            MANIFEST.that(
+                space.kind == space.name.kind(),
+                name,
+                "of another kind than its name",
+            )?;
             let layer = space.kind == SpaceKind::Layer;
             MANIFEST.that(!layer, name, "a layer, which belongs to no checkpoint")?;
             MANIFEST.that(fits_a_space(space.bytes), name, "larger than a space can be")?;
@@ -128,7 +155,11 @@ impl Manifest {
         let carried = self.ram_blocks.iter().filter(|block| !block.shared);
         let carried = carried.fold(0, |sum: u64, block| sum.saturating_add(block.used.0));
         let fits = carried <= MAX_CARRIED_RAM.0;
-        MANIFEST.that(fits, "ram_blocks", "of more memory beside the main block than a restore can hold")?;
+        MANIFEST.that(
+            fits,
+            "ram_blocks",
+            "of more memory beside the main block than a restore can hold",
+        )?;
         let main = self.ram_blocks.iter().find(|block| block.name == self.vm_record.ram_block);
         MANIFEST.that(main.is_some(), "machine.ram_block", "not among the RAM blocks")?;
         let fits = main.is_none_or(|block| block.used <= self.vm_record.ram_bytes);
@@ -139,7 +170,11 @@ impl Manifest {
         let field = format!("RAM block {}", block.name);
         MANIFEST.named(&field, &block.name)?;
         let space = SpaceName::ram(&block.name).ok().and_then(|name| self.space(&name));
-        MANIFEST.that(block.used.0 == 0 || space.is_some(), &field, "without a space that holds its content")?;
+        MANIFEST.that(
+            block.used.0 == 0 || space.is_some(),
+            &field,
+            "without a space that holds its content",
+        )?;
         let same = space.is_none_or(|space| space.bytes == block.used);
         MANIFEST.that(same, &field, "of another length than its space")?;
         MANIFEST.that(block.used <= block.total, &field, "used beyond its size")?;
@@ -165,7 +200,11 @@ impl Manifest {
         MANIFEST.that(fits_a_space(disk.virtual_size), &field, "larger than a space can be")?;
         MANIFEST.count("layers below a disk", disk.backing.len(), MAX_BACKING_DEPTH)?;
         if let Some(options) = &disk.qcow2 {
-            MANIFEST.that(disk.format == "qcow2" && is_possible(options), &field, "with options that no qcow2 image has")?;
+            MANIFEST.that(
+                disk.format == "qcow2" && is_possible(options),
+                &field,
+                "with options that no qcow2 image has",
+            )?;
         }
         disk.backing.iter().try_for_each(|layer| check_layer(&field, layer))?;
         let Some(name) = &disk.space else {
@@ -226,9 +265,11 @@ fn fits_a_space(len: ByteLen) -> bool {
 
 fn is_possible(options: &Qcow2Record) -> bool {
     const CLUSTERS: std::ops::RangeInclusive<u64> = 512..=2 << 20;
-    let clusters = options.cluster_size.0.is_power_of_two() && CLUSTERS.contains(&options.cluster_size.0);
+    let clusters =
+        options.cluster_size.0.is_power_of_two() && CLUSTERS.contains(&options.cluster_size.0);
     let refcounts = options.refcount_bits.is_power_of_two() && options.refcount_bits <= 64;
-    let texts = matches!(options.compat.as_str(), "0.10" | "1.1") && matches!(options.compression.as_str(), "zlib" | "zstd");
+    let texts = matches!(options.compat.as_str(), "0.10" | "1.1")
+        && matches!(options.compression.as_str(), "zlib" | "zstd");
     clusters && refcounts && texts
 }
 
@@ -236,7 +277,8 @@ fn is_format(format: &str) -> bool {
     matches!(format, "qcow2" | "raw")
 }
 
-/// The shape `2026-01-31T23:59:59Z`, with or without a fraction of the second. Whether the day exists is not asked.
+/// The shape `2026-01-31T23:59:59Z`, with or without a fraction of the second. Whether the day
+/// exists is not asked.
 fn is_rfc3339_utc(text: &str) -> bool {
     const SHAPE: &[u8] = b"0000-00-00T00:00:00";
     const LONGEST_FRACTION: usize = 9;
@@ -250,7 +292,10 @@ fn is_rfc3339_utc(text: &str) -> bool {
     shaped
         && match fraction {
             [b'Z'] => true,
-            [b'.', digits @ .., b'Z'] => (1..=LONGEST_FRACTION).contains(&digits.len()) && digits.iter().all(u8::is_ascii_digit),
+            [b'.', digits @ .., b'Z'] => {
+                (1..=LONGEST_FRACTION).contains(&digits.len())
+                    && digits.iter().all(u8::is_ascii_digit)
+            }
             _ => false,
         }
 }

@@ -37,7 +37,13 @@ pub struct FinishedPack {
 impl PackBuilder {
     /// A pack without frames, for pages of these spaces.
     pub fn new(id: PackId, spaces: &SpaceTable) -> Self {
-        let trailer = Trailer { id, spaces: spaces.names().to_vec(), frames: Vec::new(), runs: Vec::new(), digests: Vec::new() };
+        let trailer = Trailer {
+            id,
+            spaces: spaces.names().to_vec(),
+            frames: Vec::new(),
+            runs: Vec::new(),
+            digests: Vec::new(),
+        };
         Self {
             trailer_raw_len: trailer.raw_len() as u64,
             frames_end: HEADER_LEN as u64,
@@ -107,7 +113,8 @@ impl PackBuilder {
         ByteLen(self.frames_end)
     }
 
-    /// Bytes of the index so far, before compression: what pages that compress to nothing cost all the same.
+    /// Bytes of the index so far, before compression: what pages that compress to nothing cost all
+    /// the same.
     pub fn index_len(&self) -> ByteLen {
         ByteLen(self.trailer_raw_len)
     }
@@ -123,7 +130,8 @@ impl PackBuilder {
     /// When the index cannot be compressed, or is too long.
     pub fn finish(mut self) -> Result<FinishedPack, EncodeError> {
         let raw = self.trailer.encode();
-        let stored = compress_whole(&raw).map_err(|source| EncodeError::Compress { what: "the trailer of a pack", source })?;
+        let stored = compress_whole(&raw)
+            .map_err(|source| EncodeError::Compress { what: "the trailer of a pack", source })?;
         let footer = self.footer(raw.len(), &stored);
         let info = self.info(&footer);
         self.chunks.push(stored);
@@ -131,7 +139,8 @@ impl PackBuilder {
         Ok(FinishedPack { chunks: self.chunks, info })
     }
 
-    /// The trailer's lengths fit: it was kept below [`MAX_TRAILER_RAW_LEN`], and zstd adds little at the worst.
+    /// The trailer's lengths fit: it was kept below [`MAX_TRAILER_RAW_LEN`], and zstd adds little
+    /// at the worst.
     fn footer(&self, raw_len: usize, stored: &[u8]) -> PackFooter {
         PackFooter {
             trailer_offset: ByteOffset(self.frames_end),
@@ -168,7 +177,8 @@ impl PackBuilder {
 
     fn check_room(&self, frame: &EncodedFrame) -> Result<(), EncodeError> {
         let pages = frame.pages().len() as u64;
-        // As if no page followed another: a little room may stay unused, but the limit is kept for certain.
+        // As if no page followed another: a little room may stay unused, but the limit is kept for
+        // certain.
         let entries = FRAME_ENTRY_LEN as u64 + pages * (RUN_LEN + DIGEST_LEN) as u64;
         let frames = self.trailer.frames.len() as u64 + 1;
         fits("the number of frames", frames, MAX_FRAMES_PER_PACK.into())?;
@@ -178,7 +188,10 @@ impl PackBuilder {
 
     fn check_zero(&self, pages: PageRange) -> Result<(), EncodeError> {
         if pages.end.0 > MAX_SPACE_PAGES {
-            return Err(EncodeError::PageBeyondLimit { page: PageIndex(pages.end.0 - 1), limit: MAX_SPACE_PAGES });
+            return Err(EncodeError::PageBeyondLimit {
+                page: PageIndex(pages.end.0 - 1),
+                limit: MAX_SPACE_PAGES,
+            });
         }
         let runs = pages.len().0.div_ceil(u32::MAX.into());
         self.check_pages(pages.len().0)?;

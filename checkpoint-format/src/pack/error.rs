@@ -1,4 +1,5 @@
-//! What can be wrong with a pack: on the way in ([`PackError`]) and on the way out ([`EncodeError`]).
+//! What can be wrong with a pack: on the way in ([`PackError`]) and on the way out
+//! ([`EncodeError`]).
 
 use std::fmt;
 use std::io;
@@ -45,19 +46,33 @@ pub enum PackError {
         "read the {part}: it begins with {found:02x?} where {expected:02x?} is expected; this is no pack file, or its start is overwritten"
     )]
     WrongMagic { part: PackPart, expected: [u8; 8], found: [u8; 8] },
-    #[error("read the {part}: it has format version {found}, this program reads version {supported}; use a newer program")]
+    #[error(
+        "read the {part}: it has format version {found}, this program reads version {supported}; use a newer program"
+    )]
     UnknownVersion { part: PackPart, found: u32, supported: u32 },
-    #[error("read the {part}: got {found} bytes, expected {expected}; the file is cut short or its index is wrong")]
+    #[error(
+        "read the {part}: got {found} bytes, expected {expected}; the file is cut short or its index is wrong"
+    )]
     WrongLength { part: PackPart, expected: u64, found: u64 },
-    #[error("verify the {part}: checksum is {found}, expected {expected}; the bytes are damaged, read them again from another replica")]
+    #[error(
+        "verify the {part}: checksum is {found}, expected {expected}; the bytes are damaged, read them again from another replica"
+    )]
     ChecksumMismatch { part: PackPart, expected: Checksum, found: Checksum },
-    #[error("check the {part}: {what} is {found}, the limit is {limit}; the file is damaged or made by something else")]
+    #[error(
+        "check the {part}: {what} is {found}, the limit is {limit}; the file is damaged or made by something else"
+    )]
     OverLimit { part: PackPart, what: &'static str, found: u64, limit: u64 },
-    #[error("check the {part}: {what} is {found}, expected {expected}; the parts of this pack don't belong together")]
+    #[error(
+        "check the {part}: {what} is {found}, expected {expected}; the parts of this pack don't belong together"
+    )]
     Contradiction { part: PackPart, what: &'static str, expected: u64, found: u64 },
-    #[error("check the {part}: it is of pack {found}, expected pack {expected}; one file took the place of another")]
+    #[error(
+        "check the {part}: it is of pack {found}, expected pack {expected}; one file took the place of another"
+    )]
     WrongPack { part: PackPart, expected: super::PackId, found: super::PackId },
-    #[error("parse the {part}: it ends before the {wanted} bytes expected at byte {at}; it was written wrongly")]
+    #[error(
+        "parse the {part}: it ends before the {wanted} bytes expected at byte {at}; it was written wrongly"
+    )]
     Truncated { part: PackPart, at: u64, wanted: u64 },
     #[error("parse the {part}: entry {entry} of the {table}: {problem}; it was written wrongly")]
     BadEntry { part: PackPart, table: &'static str, entry: u64, problem: &'static str },
@@ -70,7 +85,10 @@ pub enum PackError {
 impl PackError {
     /// Whether reading the same bytes again, best from another replica, may help.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::ChecksumMismatch { .. } | Self::WrongLength { .. } | Self::WrongMagic { .. })
+        matches!(
+            self,
+            Self::ChecksumMismatch { .. } | Self::WrongLength { .. } | Self::WrongMagic { .. }
+        )
     }
 
     pub(super) fn short(part: PackPart) -> impl Fn(Short) -> Self {
@@ -79,7 +97,12 @@ impl PackError {
 }
 
 /// Compares a number that was read with its limit.
-pub(super) fn at_most(part: PackPart, what: &'static str, found: u64, limit: u64) -> Result<(), PackError> {
+pub(super) fn at_most(
+    part: PackPart,
+    what: &'static str,
+    found: u64,
+    limit: u64,
+) -> Result<(), PackError> {
     if found <= limit {
         return Ok(());
     }
@@ -87,7 +110,12 @@ pub(super) fn at_most(part: PackPart, what: &'static str, found: u64, limit: u64
 }
 
 /// Compares a number that was read with what the rest of the pack says.
-pub(super) fn equal(part: PackPart, what: &'static str, found: u64, expected: u64) -> Result<(), PackError> {
+pub(super) fn equal(
+    part: PackPart,
+    what: &'static str,
+    found: u64,
+    expected: u64,
+) -> Result<(), PackError> {
     if found == expected {
         return Ok(());
     }
@@ -98,11 +126,17 @@ pub(super) fn equal(part: PackPart, what: &'static str, found: u64, expected: u6
 #[derive(Debug, Error)]
 #[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum EncodeError {
-    #[error("encode a frame of {pages} pages: a frame takes 1 to {limit}; split the pages over several frames")]
+    #[error(
+        "encode a frame of {pages} pages: a frame takes 1 to {limit}; split the pages over several frames"
+    )]
     FramePages { pages: usize, limit: usize },
-    #[error("encode a frame of {pages} pages: got {found} bytes of content, expected {expected}; pass whole pages, in order")]
+    #[error(
+        "encode a frame of {pages} pages: got {found} bytes of content, expected {expected}; pass whole pages, in order"
+    )]
     ContentLength { pages: usize, expected: usize, found: usize },
-    #[error("encode a frame: page {page} stands after page {before}; sort the pages and name each once")]
+    #[error(
+        "encode a frame: page {page} stands after page {before}; sort the pages and name each once"
+    )]
     NotAscending { before: PageIndex, page: PageIndex },
     #[error("store page {page}: no space has more than {limit} pages; check the space's size")]
     PageBeyondLimit { page: PageIndex, limit: u64 },
@@ -110,9 +144,13 @@ pub enum EncodeError {
     TooManySpaces { found: usize, limit: usize },
     #[error("name the spaces of a pack: {name} is there twice; name each space once")]
     DuplicateSpace { name: SpaceName },
-    #[error("add to a pack: space number {space} is not among its {spaces} spaces; use the table that the pack was made with")]
+    #[error(
+        "add to a pack: space number {space} is not among its {spaces} spaces; use the table that the pack was made with"
+    )]
     UnknownSpace { space: u16, spaces: usize },
-    #[error("add to a pack: {what} would become {would_be}, the limit is {limit}; finish this pack and begin another")]
+    #[error(
+        "add to a pack: {what} would become {would_be}, the limit is {limit}; finish this pack and begin another"
+    )]
     Full { what: &'static str, would_be: u64, limit: u64 },
     #[error("compress {what}; is the zstd level valid?")]
     Compress { what: &'static str, source: io::Error },

@@ -79,11 +79,21 @@ impl PackFooter {
     pub(super) fn check(&self, part: PackPart) -> Result<(), PackError> {
         at_most(part, "pack length", self.pack_len.0, MAX_PACK_LEN)?;
         at_most(part, "trailer offset", self.trailer_offset.0, self.pack_len.0)?;
-        at_most(part, "raw trailer length", self.trailer_raw_len.into(), MAX_TRAILER_RAW_LEN.into())?;
+        at_most(
+            part,
+            "raw trailer length",
+            self.trailer_raw_len.into(),
+            MAX_TRAILER_RAW_LEN.into(),
+        )?;
         // No overflow: both are bounded by now, and the trailer's length is 32 bits.
         let end = self.trailer_range().end + FOOTER_LEN as u64;
         equal(part, "end of the footer", end, self.pack_len.0)?;
-        at_most(part, "length of the header before the trailer", HEADER_LEN as u64, self.trailer_offset.0)
+        at_most(
+            part,
+            "length of the header before the trailer",
+            HEADER_LEN as u64,
+            self.trailer_offset.0,
+        )
     }
 }
 

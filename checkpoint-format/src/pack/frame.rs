@@ -39,14 +39,20 @@ pub struct EncodedFrame {
 }
 
 impl EncodedFrame {
-    /// Compresses `raw`, the content of `pages` one after another. The pages must ascend but may have gaps.
+    /// Compresses `raw`, the content of `pages` one after another. The pages must ascend but may
+    /// have gaps.
     ///
     /// Pure CPU work: call it on as many threads as you like.
     ///
     /// # Errors
     /// When there are no or too many pages, they are not ascending, `raw` has another length, or
     /// cannot be compressed.
-    pub fn encode(space: SpaceId, pages: &[(PageIndex, PageDigest)], raw: &[u8], level: i32) -> Result<Self, EncodeError> {
+    pub fn encode(
+        space: SpaceId,
+        pages: &[(PageIndex, PageDigest)],
+        raw: &[u8],
+        level: i32,
+    ) -> Result<Self, EncodeError> {
         let count = check_pages(pages)?;
         check_content(pages.len(), raw)?;
         compress_frame(raw, level, |codec, stored| {
@@ -61,7 +67,11 @@ impl EncodedFrame {
             };
             let head = entry.checked_header();
             entry.checksum = Checksum::of_both(stored, &head);
-            Self { bytes: [&head[..], &entry.checksum.0, stored].concat(), pages: pages.to_vec(), entry }
+            Self {
+                bytes: [&head[..], &entry.checksum.0, stored].concat(),
+                pages: pages.to_vec(),
+                entry,
+            }
         })
     }
 
@@ -93,7 +103,9 @@ fn check_pages(pages: &[(PageIndex, PageDigest)]) -> Result<u8, EncodeError> {
         return Err(EncodeError::NotAscending { before: pair[0].0, page: pair[1].0 });
     }
     match pages.last() {
-        Some(&(page, _)) if page.0 >= MAX_SPACE_PAGES => Err(EncodeError::PageBeyondLimit { page, limit: MAX_SPACE_PAGES }),
+        Some(&(page, _)) if page.0 >= MAX_SPACE_PAGES => {
+            Err(EncodeError::PageBeyondLimit { page, limit: MAX_SPACE_PAGES })
+        }
         _ => Ok(pages.len() as u8),
     }
 }
@@ -134,7 +146,8 @@ impl FrameEntry {
         self.offset.0..self.offset.0 + FRAME_HEADER_LEN as u64 + u64::from(self.stored_len)
     }
 
-    /// Verifies the frame's bytes (just those of [`byte_range`](Self::byte_range)) and gives the content of its pages.
+    /// Verifies the frame's bytes (just those of [`byte_range`](Self::byte_range)) and gives the
+    /// content of its pages.
     ///
     /// # Errors
     /// When the bytes are damaged, or have another length than this entry says.
@@ -154,7 +167,12 @@ impl FrameEntry {
         if head == self.checked_header() {
             return Ok(());
         }
-        Err(PackError::BadEntry { part, table: "frame table", entry: self.offset.0, problem: "the frame's own header says something else" })
+        Err(PackError::BadEntry {
+            part,
+            table: "frame table",
+            entry: self.offset.0,
+            problem: "the frame's own header says something else",
+        })
     }
 
     fn checked_header(&self) -> [u8; CHECKED_HEADER_LEN] {
@@ -246,7 +264,8 @@ mod test {
             let mut bad = frame.bytes.clone();
             bad[at] ^= 0x40;
             let result = frame.entry.decode(&bad);
-            // The checksum is believed from the index; the frame's copy of it is for whoever reads without one.
+            // The checksum is believed from the index; the frame's copy of it is for whoever reads
+            // without one.
             if !(CHECKED_HEADER_LEN..FRAME_HEADER_LEN).contains(&at) {
                 assert!(matches!(result, Err(PackError::ChecksumMismatch { .. })), "byte {at}");
             }

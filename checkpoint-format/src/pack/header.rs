@@ -16,13 +16,15 @@ pub const HEADER_LEN: usize = 64;
 const MAGIC: [u8; 8] = *b"STLPPACK";
 const CHECKED_LEN: usize = HEADER_LEN - size_of::<Checksum>();
 
-/// Which pack this is; saved in its header, its trailer and the manifest, so that no file can take another's place.
+/// Which pack this is; saved in its header, its trailer and the manifest, so that no file can take
+/// another's place.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct PackId(pub [u8; 16]);
 
 impl PackId {
-    /// An id from things that are together unique: the VM's instance, the checkpoint, the writer's epoch, a count.
+    /// An id from things that are together unique: the VM's instance, the checkpoint, the writer's
+    /// epoch, a count.
     ///
     /// # Panics
     /// Never: a digest is longer than an ID.
@@ -101,7 +103,8 @@ impl PackHeader {
         check_fixed_len(PART, bytes, HEADER_LEN)?;
         let mut reader = Reader::new(bytes);
         check_magic(PART, MAGIC, reader.array().map_err(PackError::short(PART))?)?;
-        // The version comes before the checksum: a later one may well lay out the rest in another way.
+        // The version comes before the checksum: a later one may well lay out the rest in another
+        // way.
         check_version(reader.u32().map_err(PackError::short(PART))?)?;
         check_own_checksum(PART, bytes)?;
         let len = reader.u32().map_err(PackError::short(PART))?;
@@ -125,7 +128,11 @@ pub(super) fn check_fixed_len(part: PackPart, bytes: &[u8], len: usize) -> Resul
     Err(PackError::WrongLength { part, expected: len as u64, found: bytes.len() as u64 })
 }
 
-pub(super) fn check_magic(part: PackPart, expected: [u8; 8], found: [u8; 8]) -> Result<(), PackError> {
+pub(super) fn check_magic(
+    part: PackPart,
+    expected: [u8; 8],
+    found: [u8; 8],
+) -> Result<(), PackError> {
     if found == expected {
         return Ok(());
     }
@@ -134,11 +141,17 @@ pub(super) fn check_magic(part: PackPart, expected: [u8; 8], found: [u8; 8]) -> 
 
 /// For a part whose last 16 bytes are the checksum of all before them.
 pub(super) fn check_own_checksum(part: PackPart, bytes: &[u8]) -> Result<(), PackError> {
-    let (checked, checksum) = bytes.split_last_chunk().expect("the caller has checked the fixed length, which holds a checksum");
+    let (checked, checksum) = bytes
+        .split_last_chunk()
+        .expect("the caller has checked the fixed length, which holds a checksum");
     check_checksum(part, Checksum(*checksum), Checksum::of(checked))
 }
 
-pub(super) fn check_checksum(part: PackPart, expected: Checksum, found: Checksum) -> Result<(), PackError> {
+pub(super) fn check_checksum(
+    part: PackPart,
+    expected: Checksum,
+    found: Checksum,
+) -> Result<(), PackError> {
     if found == expected {
         return Ok(());
     }

@@ -40,7 +40,8 @@ pub enum RunSource {
 
 /// The index of one pack, verified.
 ///
-/// The runs are in the order in which they were recorded; a later one overrides an earlier one of the same page.
+/// The runs are in the order in which they were recorded; a later one overrides an earlier one of
+/// the same page.
 #[derive(Clone, Debug)]
 pub struct PackIndex {
     id: PackId,
@@ -61,8 +62,8 @@ impl PackIndex {
         footer.check(PackPart::Footer)?;
         check_fixed_len(PART, trailer, footer.trailer_len as usize)?;
         check_checksum(PART, footer.trailer_checksum, Checksum::of(trailer))?;
-        let raw =
-            decompress_whole(trailer, footer.trailer_raw_len as usize).map_err(|source| PackError::Decompress { part: PART, source })?;
+        let raw = decompress_whole(trailer, footer.trailer_raw_len as usize)
+            .map_err(|source| PackError::Decompress { part: PART, source })?;
         let raw_len = u64::from(footer.trailer_raw_len);
         equal(PART, "decompressed length", raw.len() as u64, raw_len)?;
         Self::resolve(Trailer::parse(&raw, footer.trailer_offset)?)
@@ -73,7 +74,14 @@ impl PackIndex {
         let first_digest = first_pages(&trailer.frames);
         let pages: u64 = trailer.frames.iter().map(|f| u64::from(f.pages)).sum();
         equal(PART, "number of digests", trailer.digests.len() as u64, pages)?;
-        Ok(Self { id: trailer.id, spaces: trailer.spaces, frames: trailer.frames, runs, digests: trailer.digests, first_digest })
+        Ok(Self {
+            id: trailer.id,
+            spaces: trailer.spaces,
+            frames: trailer.frames,
+            runs,
+            digests: trailer.digests,
+            first_digest,
+        })
     }
 
     /// The pack's ID.
@@ -172,7 +180,11 @@ impl<'a> Resolver<'a> {
     fn resolve(mut self, records: &[RunRecord]) -> Result<Vec<PageRun>, PackError> {
         for (number, record) in (0..).zip(records) {
             match record.kind {
-                RunKind::Zero => self.runs.push(PageRun { space: record.space, pages: record.pages(), source: RunSource::Zero }),
+                RunKind::Zero => self.runs.push(PageRun {
+                    space: record.space,
+                    pages: record.pages(),
+                    source: RunSource::Zero,
+                }),
                 RunKind::Data => self.place(number, record)?,
             }
         }
@@ -203,7 +215,12 @@ impl<'a> Resolver<'a> {
     }
 
     fn frame_of(&self, number: u64, space: SpaceId) -> Result<FrameEntry, PackError> {
-        let bad = |problem| PackError::BadEntry { part: PART, table: "run table", entry: number, problem };
+        let bad = |problem| PackError::BadEntry {
+            part: PART,
+            table: "run table",
+            entry: number,
+            problem,
+        };
         match self.frames.get(self.frame) {
             None => Err(bad("it names more pages than the frames hold")),
             Some(frame) if frame.space != space => Err(bad("its frame is of another space")),
@@ -234,7 +251,9 @@ mod test {
             pages: PageRange::new(PageIndex(pages.start), PageIndex(pages.end)),
             source: match source {
                 None => RunSource::Zero,
-                Some((frame, slot)) => RunSource::Frame { frame: FrameNo(frame), first_slot: Slot(slot) },
+                Some((frame, slot)) => {
+                    RunSource::Frame { frame: FrameNo(frame), first_slot: Slot(slot) }
+                }
             },
         }
     }
@@ -288,7 +307,12 @@ mod test {
                 id: PackId([1; 16]),
                 spaces: table().names().to_vec(),
                 frames: vec![entry],
-                runs: vec![RunRecord { space: SpaceId(0), start: PageIndex(0), count: 4, kind: RunKind::Data }],
+                runs: vec![RunRecord {
+                    space: SpaceId(0),
+                    start: PageIndex(0),
+                    count: 4,
+                    kind: RunKind::Data,
+                }],
                 digests: vec![PageDigest([0; 16]); 4],
             }
         };

@@ -10,7 +10,8 @@ use super::{MAX_FRAMES_PER_PACK, MAX_PAGES_PER_PACK};
 use crate::digest::Checksum;
 use crate::units::{ByteLen, ByteOffset, PageCount};
 
-/// A pack as its manifest records it: enough to read the trailer at once and to know that it is the right one.
+/// A pack as its manifest records it: enough to read the trailer at once and to know that it is the
+/// right one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackInfo {
     /// The pack's ID.
@@ -112,7 +113,8 @@ mod test {
     #[test]
     fn counts_that_the_trailer_does_not_bear_out_are_refused() {
         type Change = fn(&mut PackInfo);
-        let changes: [Change; 3] = [|info| info.frames += 1, |info| info.data_pages.0 += 1, |info| info.zero_pages.0 += 1];
+        let changes: [Change; 3] =
+            [|info| info.frames += 1, |info| info.data_pages.0 += 1, |info| info.zero_pages.0 += 1];
         for change in changes {
             let (mut info, trailer) = sample();
             change(&mut info);

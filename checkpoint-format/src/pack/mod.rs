@@ -4,14 +4,15 @@
 //! header | frame | frame | ... | trailer | footer
 //! ```
 //!
-//! A frame holds up to 64 pages of one space, compressed together and checksummed, so that one page can be fetched
-//! without reading the rest. The trailer says which page is where. It stands behind the frames because it is only known
-//! when they are written, and a store like HDFS can't go back; the footer, last and of fixed size, leads to it. Restore
-//! has the same facts in the manifest ([`PackInfo`]) and reads the trailer at once.
+//! A frame holds up to 64 pages of one space, compressed together and checksummed, so that one page
+//! can be fetched without reading the rest. The trailer says which page is where. It stands behind
+//! the frames because it is only known when they are written, and a store like HDFS can't go back;
+//! the footer, last and of fixed size, leads to it. Restore has the same facts in the manifest
+//! ([`PackInfo`]) and reads the trailer at once.
 //!
-//! Runs of zero pages are entries in the trailer and take no room among the frames. Data runs don't say where their
-//! pages are: data pages are numbered through all frames in file order and the runs name the pages in just that order.
-//! That keeps a run at 16 bytes, however many frames it crosses.
+//! Runs of zero pages are entries in the trailer and take no room among the frames. Data runs don't
+//! say where their pages are: data pages are numbered through all frames in file order and the runs
+//! name the pages in just that order. That keeps a run at 16 bytes, however many frames it crosses.
 
 mod builder;
 mod codec;
@@ -46,5 +47,6 @@ pub const MAX_TRAILER_RAW_LEN: u32 = 64 << 20;
 pub const MAX_FRAMES_PER_PACK: u32 = 1 << 21;
 /// Most spaces that a pack may name.
 pub const MAX_SPACES_PER_PACK: usize = 4096;
-/// Most pages that the runs of a pack may cover, zero pages included (16 TiB); bounds the work of applying it.
+/// Most pages that the runs of a pack may cover, zero pages included (16 TiB); bounds the work of
+/// applying it.
 pub const MAX_PAGES_PER_PACK: u64 = 1 << 32;

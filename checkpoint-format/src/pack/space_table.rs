@@ -12,9 +12,10 @@ pub struct SpaceId(pub(super) u16);
 
 /// Gives the spaces of a checkpoint their numbers, once, before anything is encoded.
 ///
-/// Frames are encoded on many threads and land in whichever pack is open. If each pack numbered its spaces by itself, a
-/// frame could carry the number that its space has in *another* pack, and the page would be restored into the wrong
-/// space with all checksums right. So one table is made first, frames and packs share it, and every pack saves it whole.
+/// Frames are encoded on many threads and land in whichever pack is open. If each pack numbered its
+/// spaces by itself, a frame could carry the number that its space has in *another* pack, and the
+/// page would be restored into the wrong space with all checksums right. So one table is made
+/// first, frames and packs share it, and every pack saves it whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpaceTable(Arc<[SpaceName]>);
 
@@ -26,7 +27,10 @@ impl SpaceTable {
     pub fn new(names: impl IntoIterator<Item = SpaceName>) -> Result<Self, EncodeError> {
         let names: Vec<_> = names.into_iter().collect();
         if names.len() > MAX_SPACES_PER_PACK {
-            return Err(EncodeError::TooManySpaces { found: names.len(), limit: MAX_SPACES_PER_PACK });
+            return Err(EncodeError::TooManySpaces {
+                found: names.len(),
+                limit: MAX_SPACES_PER_PACK,
+            });
         }
         match first_duplicate(&names) {
             Some(name) => Err(EncodeError::DuplicateSpace { name: name.clone() }),

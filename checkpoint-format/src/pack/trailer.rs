@@ -50,7 +50,10 @@ impl RunRecord {
 
     /// Lengthens the run when the page, recorded in the same way, follows at once.
     pub fn try_append(&mut self, space: SpaceId, page: PageIndex, kind: RunKind) -> bool {
-        let follows = self.space == space && self.kind == kind && self.pages().end == page && self.count < u32::MAX;
+        let follows = self.space == space
+            && self.kind == kind
+            && self.pages().end == page
+            && self.count < u32::MAX;
         self.count += u32::from(follows);
         follows
     }
@@ -70,10 +73,15 @@ impl Trailer {
     /// Bytes before compression.
     pub fn raw_len(&self) -> usize {
         let names: usize = self.spaces.iter().map(|name| 2 + name.as_str().len()).sum();
-        FIXED_LEN + names + self.frames.len() * FRAME_ENTRY_LEN + self.runs.len() * RUN_LEN + self.digests.len() * DIGEST_LEN
+        FIXED_LEN
+            + names
+            + self.frames.len() * FRAME_ENTRY_LEN
+            + self.runs.len() * RUN_LEN
+            + self.digests.len() * DIGEST_LEN
     }
 
-    /// The counts fit in 32 bits: the builder keeps the whole below [`MAX_TRAILER_RAW_LEN`](super::MAX_TRAILER_RAW_LEN).
+    /// The counts fit in 32 bits: the builder keeps the whole below
+    /// [`MAX_TRAILER_RAW_LEN`](super::MAX_TRAILER_RAW_LEN).
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.raw_len());
         let count = |len: usize| (len as u32).to_le_bytes();
@@ -89,14 +97,17 @@ impl Trailer {
         out
     }
 
-    /// Checks each entry for itself; [`PackIndex`](super::PackIndex) checks that runs and frames fit together.
+    /// Checks each entry for itself; [`PackIndex`](super::PackIndex) checks that runs and frames
+    /// fit together.
     pub fn parse(raw: &[u8], end_of_frames: ByteOffset) -> Result<Self, PackError> {
         let mut reader = Reader::new(raw);
         let id = PackId(reader.array().map_err(PackError::short(PART))?);
         let spaces = parse_spaces(&mut reader)?;
         let frames = parse_frames(&mut reader, spaces.len(), end_of_frames)?;
         let runs = parse_runs(&mut reader, spaces.len())?;
-        let digests = parse_table(&mut reader, "data pages", DIGEST_LEN, |_, reader| Ok(PageDigest(short(reader.array())?)))?;
+        let digests = parse_table(&mut reader, "data pages", DIGEST_LEN, |_, reader| {
+            Ok(PageDigest(short(reader.array())?))
+        })?;
         at_most(PART, "bytes behind the last table", reader.rest() as u64, 0)?;
         Ok(Self { id, spaces, frames, runs, digests })
     }
@@ -158,11 +169,19 @@ fn parse_space(entry: u64, reader: &mut Reader<'_>) -> Result<SpaceName, PackErr
     let len = short(reader.u16())?;
     let bytes = short(reader.take(len.into()))?;
     let name = String::from_utf8_lossy(bytes);
-    SpaceName::new(name).map_err(|source| PackError::BadSpaceName { part: PART, entry, source: Box::new(source) })
+    SpaceName::new(name).map_err(|source| PackError::BadSpaceName {
+        part: PART,
+        entry,
+        source: Box::new(source),
+    })
 }
 
 /// Frames follow one another from the header to the trailer without a gap.
-fn parse_frames(reader: &mut Reader<'_>, spaces: usize, end_of_frames: ByteOffset) -> Result<Vec<FrameEntry>, PackError> {
+fn parse_frames(
+    reader: &mut Reader<'_>,
+    spaces: usize,
+    end_of_frames: ByteOffset,
+) -> Result<Vec<FrameEntry>, PackError> {
     let mut next = HEADER_LEN as u64;
     let frames = parse_table(reader, "frames", FRAME_ENTRY_LEN, |entry, reader| {
         let frame = parse_frame(entry, reader, spaces)?;
@@ -177,7 +196,11 @@ fn parse_frames(reader: &mut Reader<'_>, spaces: usize, end_of_frames: ByteOffse
     Ok(frames)
 }
 
-fn parse_frame(entry: u64, reader: &mut Reader<'_>, spaces: usize) -> Result<FrameEntry, PackError> {
+fn parse_frame(
+    entry: u64,
+    reader: &mut Reader<'_>,
+    spaces: usize,
+) -> Result<FrameEntry, PackError> {
     const TABLE: &str = "frame table";
     let offset = ByteOffset(short(reader.u64())?);
     let stored_len = short(reader.u32())?;
@@ -202,7 +225,9 @@ fn check_frame(frame: &FrameEntry) -> Result<(), &'static str> {
         return Err("it has no pages or more than a frame can");
     }
     match frame.codec {
-        Codec::None if stored_len != frame.raw_len() => Err("stored as it is, but of another length"),
+        Codec::None if stored_len != frame.raw_len() => {
+            Err("stored as it is, but of another length")
+        }
         // The encoder stores what doesn't shrink as it is.
         Codec::Zstd if stored_len >= frame.raw_len() => Err("compressed, but not shorter for it"),
         _ => Ok(()),
@@ -239,7 +264,12 @@ fn parse_run(entry: u64, reader: &mut Reader<'_>, spaces: usize) -> Result<RunRe
     Ok(run)
 }
 
-fn parse_space_id(table: &'static str, entry: u64, reader: &mut Reader<'_>, spaces: usize) -> Result<SpaceId, PackError> {
+fn parse_space_id(
+    table: &'static str,
+    entry: u64,
+    reader: &mut Reader<'_>,
+    spaces: usize,
+) -> Result<SpaceId, PackError> {
     let id = short(reader.u16())?;
     if usize::from(id) < spaces {
         return Ok(SpaceId(id));

@@ -31,7 +31,8 @@ pub fn noise(seed: u8) -> Vec<u8> {
 }
 
 pub fn encode(space: SpaceId, pages: &[(u64, Vec<u8>)]) -> EncodedFrame {
-    let digests: Vec<_> = pages.iter().map(|(page, content)| (PageIndex(*page), PageDigest::of(content))).collect();
+    let digests: Vec<_> =
+        pages.iter().map(|(page, content)| (PageIndex(*page), PageDigest::of(content))).collect();
     let raw = pages.iter().flat_map(|(_, content)| content.iter().copied());
     let raw: Vec<u8> = raw.collect();
     EncodedFrame::encode(space, &digests, &raw, ZSTD_LEVEL).expect("good pages")
@@ -83,7 +84,8 @@ pub fn read_pack(file: &[u8]) -> Result<Contents, PackError> {
     PackHeader::parse(at(0..HEADER_LEN as u64))?;
     let footer = PackFooter::parse(at(len.saturating_sub(FOOTER_LEN as u64)..len))?;
     let index = PackIndex::parse(at(footer.trailer_range()), &footer)?;
-    let frames: Result<Vec<_>, _> = index.frames().iter().map(|frame| frame.decode(at(frame.byte_range()))).collect();
+    let frames: Result<Vec<_>, _> =
+        index.frames().iter().map(|frame| frame.decode(at(frame.byte_range()))).collect();
     Ok(contents(&index, &frames?))
 }
 
@@ -105,7 +107,11 @@ fn contents(index: &PackIndex, frames: &[Vec<u8>]) -> Contents {
 }
 
 pub fn sample_pack_record() -> PackRecord {
-    PackRecord { name: PackName::new("0000.pack").expect("a good name"), info: sample_pack(PackId([0xab; 16])).info, replicas: Some(3) }
+    PackRecord {
+        name: PackName::new("0000.pack").expect("a good name"),
+        info: sample_pack(PackId([0xab; 16])).info,
+        replicas: Some(3),
+    }
 }
 
 pub fn sample_manifest() -> Manifest {
@@ -121,7 +127,11 @@ pub fn sample_manifest() -> Manifest {
         stillpoint_version: "0.1.0".into(),
         vm_record: sample_vm(),
         run_state: None,
-        spaces: vec![space("ram:pc.ram", 64 << 20), space("disk:root", 1 << 30), space("state:device", 12345)],
+        spaces: vec![
+            space("ram:pc.ram", 64 << 20),
+            space("disk:root", 1 << 30),
+            space("state:device", 12345),
+        ],
         ram_blocks: vec![RamBlockRecord {
             name: "pc.ram".into(),
             used: ByteLen(64 << 20),
@@ -208,7 +218,8 @@ pub fn sample_layer() -> (LayerManifest, Vec<u8>) {
     (LayerManifest::new(digest(b"base"), len, packs, owners, info), file)
 }
 
-/// A layer of version 2: one block of its own and one of another layer in a terabyte and a half of zeros.
+/// A layer of version 2: one block of its own and one of another layer in a terabyte and a half of
+/// zeros.
 pub fn sample_sparse_layer() -> (LayerManifest, Vec<u8>) {
     let mut table = BlockTableBuilder::new();
     let digest = ContentDigest::of;
@@ -220,7 +231,8 @@ pub fn sample_sparse_layer() -> (LayerManifest, Vec<u8>) {
     let len = ByteLen(table.blocks() * BLOCK_SIZE as u64 - 100);
     let (table, owners) = table.finish();
     let (file, info) = table.encode(DigestForm::Blocks).expect("small");
-    let layer = LayerManifest::new(table.digest(len), len, vec![sample_pack_record()], owners, info);
+    let layer =
+        LayerManifest::new(table.digest(len), len, vec![sample_pack_record()], owners, info);
     (layer.with_form(DigestForm::Blocks), file)
 }
 

@@ -24,15 +24,21 @@ pub(super) fn explain(op: Op, path: &StorePath, effect: Effect, error: HdfsError
     match &error {
         HdfsError::FileNotFound(_) => StoreError::NotFound { op, path: shown },
         HdfsError::AlreadyExists(_) => StoreError::AlreadyExists { op, path: shown },
-        HdfsError::RPCError(class, message) | HdfsError::FatalRPCError(class, message) => remote(op, path, class, message),
+        HdfsError::RPCError(class, message) | HdfsError::FatalRPCError(class, message) => {
+            remote(op, path, class, message)
+        }
         HdfsError::IOError(io) if never_sent(io.kind()) => unavailable(op, shown, reason),
-        HdfsError::IOError(_) if effect == Effect::Once => StoreError::Uncertain { op, path: shown, reason },
+        HdfsError::IOError(_) if effect == Effect::Once => {
+            StoreError::Uncertain { op, path: shown, reason }
+        }
         HdfsError::IOError(_)
         | HdfsError::DataTransferError(_)
         | HdfsError::ChecksumError
         | HdfsError::BlocksNotFound(_)
         | HdfsError::OperationFailed(_) => unavailable(op, shown, reason),
-        HdfsError::SASLError(_) | HdfsError::GSSAPIError(..) | HdfsError::NoSASLMechanism => StoreError::Denied { op, path: shown, reason },
+        HdfsError::SASLError(_) | HdfsError::GSSAPIError(..) | HdfsError::NoSASLMechanism => {
+            StoreError::Denied { op, path: shown, reason }
+        }
         _ => StoreError::Failed { op, path: shown, reason },
     }
 }
@@ -62,16 +68,23 @@ fn remote(op: Op, path: &StorePath, class: &str, message: &str) -> StoreError {
     let reason = format!("{short}: {first_line}");
     match short {
         // A claim is gone when its file is: the directory was removed under the writer.
-        "FileNotFoundException" | "LeaseExpiredException" => StoreError::NotFound { op, path: shown },
-        "FileAlreadyExistsException" | "AlreadyBeingCreatedException" => StoreError::AlreadyExists { op, path: shown },
+        "FileNotFoundException" | "LeaseExpiredException" => {
+            StoreError::NotFound { op, path: shown }
+        }
+        "FileAlreadyExistsException" | "AlreadyBeingCreatedException" => {
+            StoreError::AlreadyExists { op, path: shown }
+        }
         // What a rename onto a name of the other kind says.
-        "IOException" if message.contains("must both be directories") => StoreError::AlreadyExists { op, path: shown },
+        "IOException" if message.contains("must both be directories") => {
+            StoreError::AlreadyExists { op, path: shown }
+        }
         "AccessControlException" | "AuthorizationException" | "SaslException" | "InvalidToken" => {
             StoreError::Denied { op, path: shown, reason }
         }
-        "DSQuotaExceededException" | "NSQuotaExceededException" | "QuotaExceededException" | "QuotaByStorageTypeExceededException" => {
-            StoreError::Full { op, path: shown, reason }
-        }
+        "DSQuotaExceededException"
+        | "NSQuotaExceededException"
+        | "QuotaExceededException"
+        | "QuotaByStorageTypeExceededException" => StoreError::Full { op, path: shown, reason },
         "PathIsNotDirectoryException" | "ParentNotDirectoryException" | "InvalidPathException" => {
             StoreError::Failed { op, path: shown, reason }
         }
@@ -101,13 +114,23 @@ mod tests {
 
     #[test]
     fn exceptions_by_class() {
-        let remote = |class: &str| explained(Effect::Once, HdfsError::RPCError(class.into(), "why\n\tat x".into()));
+        let remote = |class: &str| {
+            explained(Effect::Once, HdfsError::RPCError(class.into(), "why\n\tat x".into()))
+        };
         assert!(remote("java.io.FileNotFoundException").is_not_found());
-        assert!(remote("org.apache.hadoop.hdfs.server.namenode.LeaseExpiredException").is_not_found());
-        assert!(matches!(remote("org.apache.hadoop.security.AccessControlException"), StoreError::Denied { .. }));
+        assert!(
+            remote("org.apache.hadoop.hdfs.server.namenode.LeaseExpiredException").is_not_found()
+        );
+        assert!(matches!(
+            remote("org.apache.hadoop.security.AccessControlException"),
+            StoreError::Denied { .. }
+        ));
         let safe_mode = remote("org.apache.hadoop.hdfs.server.namenode.SafeModeException");
         assert!(safe_mode.is_retryable());
         assert!(!safe_mode.to_string().contains("\tat"), "{safe_mode}");
-        assert!(matches!(remote("org.apache.hadoop.hdfs.protocol.DSQuotaExceededException"), StoreError::Full { .. }));
+        assert!(matches!(
+            remote("org.apache.hadoop.hdfs.protocol.DSQuotaExceededException"),
+            StoreError::Full { .. }
+        ));
     }
 }

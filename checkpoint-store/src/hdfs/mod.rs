@@ -1,18 +1,21 @@
 //! A store in HDFS, and what it takes to make one of it.
 //!
-//! - A file is written under a hidden name, synced, closed, renamed without overwriting: HDFS would show an open file
-//!   under its name, keep it there after the writer died, and let a second writer at it.
-//! - No call creates a missing parent: a directory that was removed stays removed, whatever arrives late.
-//! - A stopped NameNode or DataNode leaves calls hanging for ever, so each call is watched for progress and dropped
-//!   when there is none. The request may still be carried out when the node wakes up. That is why every unfinished
-//!   name is used once.
+//! - A file is written under a hidden name, synced, closed, renamed without overwriting: HDFS would
+//!   show an open file under its name, keep it there after the writer died, and let a second writer
+//!   at it.
+//! - No call creates a missing parent: a directory that was removed stays removed, whatever arrives
+//!   late.
+//! - A stopped NameNode or DataNode leaves calls hanging for ever, so each call is watched for
+//!   progress and dropped when there is none. The request may still be carried out when the node
+//!   wakes up. That is why every unfinished name is used once.
 //! - When an answer is lost, the error says that the effect is unknown; nothing here guesses.
-//! - Directories with an erasure coding policy are refused: with XOR-2-1 and one DataNode killed and started again, files that
-//!   were closed came back as garbage, also to Hadoop's own client, and no such file can be synced. A policy is looked for when
-//!   the store is opened, and again with each file, because a directory below may get one later.
-//! - A DataNode lost from a write pipeline is not replaced (there may be no other) but missed: the NameNode makes up
-//!   the copy. A DataNode that is dead when a block is opened fails the put; the retry policy of the repository deals
-//!   with it.
+//! - Directories with an erasure coding policy are refused: with XOR-2-1 and one DataNode killed
+//!   and started again, files that were closed came back as garbage, also to Hadoop's own client,
+//!   and no such file can be synced. A policy is looked for when the store is opened, and again
+//!   with each file, because a directory below may get one later.
+//! - A DataNode lost from a write pipeline is not replaced (there may be no other) but missed: the
+//!   NameNode makes up the copy. A DataNode that is dead when a block is opened fails the put; the
+//!   retry policy of the repository deals with it.
 
 mod errors;
 mod read;
@@ -48,10 +51,12 @@ pub struct HdfsOptions {
     pub call_timeout: Duration,
     /// How long a transfer may be stopped. Reads turn to another copy after a third of it.
     pub stall_timeout: Duration,
-    /// Whether the DataNodes sync to disk before a put counts as done. Without, a power cut of all of them at once
-    /// can lose a file that was stored. Not possible for erasure-coded files, which are refused.
+    /// Whether the DataNodes sync to disk before a put counts as done. Without, a power cut of all
+    /// of them at once can lose a file that was stored. Not possible for erasure-coded files, which
+    /// are refused.
     pub sync: bool,
-    /// Bytes in an HDFS block; a multiple of 1 MiB. A pack that fits into one has one chance less to meet a dead node.
+    /// Bytes in an HDFS block; a multiple of 1 MiB. A pack that fits into one has one chance less
+    /// to meet a dead node.
     pub block_size: u64,
     /// Client configuration that overrides the user's Hadoop configuration.
     pub config: Vec<(String, String)>,
@@ -79,15 +84,17 @@ pub struct HdfsStore {
 }
 
 impl HdfsStore {
-    /// A store at `url`. Reads `core-site.xml` and `hdfs-site.xml` of `HADOOP_CONF_DIR` or `HADOOP_HOME`, if set;
-    /// contacts nobody yet.
+    /// A store at `url`. Reads `core-site.xml` and `hdfs-site.xml` of `HADOOP_CONF_DIR` or
+    /// `HADOOP_HOME`, if set; contacts nobody yet.
     ///
     /// # Errors
     /// When the URL is no `hdfs://` URL, or the Hadoop configuration cannot be read.
     pub fn open(url: &str, options: &HdfsOptions) -> Result<Self> {
         let url = HdfsUrl::parse(url)?;
-        let invalid = |reason: String| StoreError::InvalidUrl { url: url.shown().to_owned(), reason };
-        let handle = tasks::runtime().map_err(|error| invalid(format!("no I/O threads: {error}")))?;
+        let invalid =
+            |reason: String| StoreError::InvalidUrl { url: url.shown().to_owned(), reason };
+        let handle =
+            tasks::runtime().map_err(|error| invalid(format!("no I/O threads: {error}")))?;
         let client = ClientBuilder::new()
             .with_url(url.service())
             .with_config(configuration(&url, options))
@@ -116,7 +123,13 @@ impl HdfsStore {
         }
     }
 
-    async fn write_file(&self, op: Op, path: &StorePath, data: Vec<Bytes>, replicas: Option<u16>) -> Result<PutReceipt> {
+    async fn write_file(
+        &self,
+        op: Op,
+        path: &StorePath,
+        data: Vec<Bytes>,
+        replicas: Option<u16>,
+    ) -> Result<PutReceipt> {
         let progress = Progress::default();
         let job = write::Job {
             client: self.client.clone(),
@@ -156,7 +169,10 @@ impl HdfsStore {
 fn configuration(url: &HdfsUrl, options: &HdfsOptions) -> Vec<(String, String)> {
     let socket_timeout = (options.stall_timeout / 3).max(Duration::from_millis(100));
     let mut config = vec![
-        ("dfs.client.block.write.replace-datanode-on-failure.policy".to_owned(), "NEVER".to_owned()),
+        (
+            "dfs.client.block.write.replace-datanode-on-failure.policy".to_owned(),
+            "NEVER".to_owned(),
+        ),
         ("dfs.client.socket-timeout".to_owned(), socket_timeout.as_millis().to_string()),
     ];
     if url.is_single_namenode() {
@@ -180,9 +196,11 @@ impl Store for HdfsStore {
         self.call(Op::CreateDirAll, path, Effect::Idempotent, call).await
     }
 
-    /// `mkdirs` does not say whether the directory was there, so a new directory gets its name by a rename.
+    /// `mkdirs` does not say whether the directory was there, so a new directory gets its name by a
+    /// rename.
     async fn create_dir(&self, path: &StorePath) -> Result<()> {
-        let (client, target, fresh) = (self.client.clone(), self.at(path), self.hidden_sibling(path));
+        let (client, target, fresh) =
+            (self.client.clone(), self.at(path), self.hidden_sibling(path));
         let made = fresh.clone();
         let call = async move {
             client.mkdirs(&made, DIR_MODE, false).await?;
@@ -195,11 +213,21 @@ impl Store for HdfsStore {
         result
     }
 
-    async fn put(&self, path: &StorePath, data: Vec<Bytes>, options: PutOptions) -> Result<PutReceipt> {
+    async fn put(
+        &self,
+        path: &StorePath,
+        data: Vec<Bytes>,
+        options: PutOptions,
+    ) -> Result<PutReceipt> {
         self.write_file(Op::Put, path, data, options.replicas).await
     }
 
-    async fn put_exclusive(&self, path: &StorePath, data: Bytes, options: PutOptions) -> Result<PutReceipt> {
+    async fn put_exclusive(
+        &self,
+        path: &StorePath,
+        data: Bytes,
+        options: PutOptions,
+    ) -> Result<PutReceipt> {
         self.write_file(Op::PutExclusive, path, vec![data], options.replicas).await
     }
 
@@ -207,7 +235,12 @@ impl Store for HdfsStore {
         let reader = read::open(self, Op::Read, path).await?;
         let (len, limit) = (reader.file_length() as u64, limit.min(MAX_READ_LEN));
         if len > limit {
-            return Err(StoreError::Limit { path: path.to_string(), what: "its length", actual: len, limit });
+            return Err(StoreError::Limit {
+                path: path.to_string(),
+                what: "its length",
+                actual: len,
+                limit,
+            });
         }
         read::transfer(self, Op::Read, path, &reader, 0, len).await
     }
@@ -262,7 +295,9 @@ impl Store for HdfsStore {
         self.readers.forget_all();
         match self.stat(from).await? {
             Some(stat) if stat.is_dir => {}
-            Some(_) => return Err(StoreError::failed(Op::RenameDir, from, "it is not a directory")),
+            Some(_) => {
+                return Err(StoreError::failed(Op::RenameDir, from, "it is not a directory"));
+            }
             None => return Err(StoreError::not_found(Op::RenameDir, from)),
         }
         let (client, source, target) = (self.client.clone(), self.at(from), self.at(to));
@@ -284,13 +319,19 @@ impl Store for HdfsStore {
         self.call(Op::Remove, path, Effect::Idempotent, call).await.map(|_| ())
     }
 
-    /// The client does not tell a file's policy, but the NameNode sets the replication of replicated files only.
+    /// The client does not tell a file's policy, but the NameNode sets the replication of
+    /// replicated files only.
     async fn check_redundancy(&self) -> Result<()> {
         let root = StorePath::root();
         let (client, probe) = (self.client.clone(), self.hidden_sibling(&root));
         let made = probe.clone();
         let call = async move {
-            let options = WriteOptions { permission: FILE_MODE, overwrite: false, create_parent: false, ..WriteOptions::default() };
+            let options = WriteOptions {
+                permission: FILE_MODE,
+                overwrite: false,
+                create_parent: false,
+                ..WriteOptions::default()
+            };
             client.create(&made, options).await?.close().await?;
             let replication = client.get_file_info(&made).await?.replication.unwrap_or(1);
             let replicated = client.set_replication(&made, replication.max(1)).await?;
@@ -334,7 +375,11 @@ async fn list_visible(client: &Client, target: &str) -> hdfs_native::Result<Vec<
         if !is_visible(name) {
             continue;
         }
-        entries.push(Entry { name: name.to_owned(), is_dir: status.isdir, len: if status.isdir { 0 } else { status.length as u64 } });
+        entries.push(Entry {
+            name: name.to_owned(),
+            is_dir: status.isdir,
+            len: if status.isdir { 0 } else { status.length as u64 },
+        });
         if entries.len() > MAX_LIST_LEN {
             break;
         }

@@ -19,7 +19,8 @@ const MAX_READERS: usize = 128;
 /// Locations (and, on secured clusters, the right to read them) go stale.
 const READER_LIFE: Duration = Duration::from_secs(60);
 
-/// Open files by path. Files never change under their name, so a kept reader is at worst one of dead nodes.
+/// Open files by path. Files never change under their name, so a kept reader is at worst one of
+/// dead nodes.
 #[derive(Default)]
 pub(super) struct Readers(Mutex<HashMap<StorePath, (Arc<FileReader>, Instant)>>);
 
@@ -66,7 +67,11 @@ pub(super) async fn open(store: &HdfsStore, op: Op, path: &StorePath) -> Result<
     store.call(op, path, Effect::None, call).await.map(Arc::new)
 }
 
-pub(super) async fn open_cached(store: &HdfsStore, op: Op, path: &StorePath) -> Result<Arc<FileReader>> {
+pub(super) async fn open_cached(
+    store: &HdfsStore,
+    op: Op,
+    path: &StorePath,
+) -> Result<Arc<FileReader>> {
     if let Some(reader) = store.readers.get(path) {
         return Ok(reader);
     }
@@ -75,12 +80,23 @@ pub(super) async fn open_cached(store: &HdfsStore, op: Op, path: &StorePath) -> 
     Ok(reader)
 }
 
-/// Exactly `len` bytes; the caller has checked that the file has them (the client panics otherwise).
-pub(super) async fn transfer(store: &HdfsStore, op: Op, path: &StorePath, reader: &FileReader, offset: u64, len: u64) -> Result<Bytes> {
+/// Exactly `len` bytes; the caller has checked that the file has them (the client panics
+/// otherwise).
+pub(super) async fn transfer(
+    store: &HdfsStore,
+    op: Op,
+    path: &StorePath,
+    reader: &FileReader,
+    offset: u64,
+    len: u64,
+) -> Result<Bytes> {
     if len == 0 {
         return Ok(Bytes::new());
     }
-    #[expect(clippy::cast_possible_truncation, reason = "both are within the file's length, which is a usize")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "both are within the file's length, which is a usize"
+    )]
     let (from, count) = (offset as usize, len as usize);
     let stream = reader.read_range_stream(from, count);
     let progress = Progress::default();

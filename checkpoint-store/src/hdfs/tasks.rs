@@ -1,8 +1,8 @@
 //! Tasks that are watched: whoever makes no progress is dropped.
 //!
-//! They run on threads of their own, for the life of the process: the client keeps connections in a process-wide
-//! cache, which must not belong to a runtime that ends; and encoding a checkpoint must not starve the transfers.
-//! A panic in the client ends its task, not the helper.
+//! They run on threads of their own, for the life of the process: the client keeps connections in a
+//! process-wide cache, which must not belong to a runtime that ends; and encoding a checkpoint must
+//! not starve the transfers. A panic in the client ends its task, not the helper.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +16,8 @@ use crate::error::{Op, Result, StoreError};
 use crate::path::StorePath;
 
 const IO_THREADS: usize = 2;
-/// How often a task is looked at before it counts as standing still; it may be noticed one look late.
+/// How often a task is looked at before it counts as standing still; it may be noticed one look
+/// late.
 const LOOKS_PER_LIMIT: u32 = 8;
 
 pub(super) fn runtime() -> io::Result<Handle> {
@@ -24,7 +25,11 @@ pub(super) fn runtime() -> io::Result<Handle> {
     if let Some(runtime) = RUNTIME.get() {
         return Ok(runtime.handle().clone());
     }
-    let built = Builder::new_multi_thread().worker_threads(IO_THREADS).thread_name("hdfs-io").enable_all().build()?;
+    let built = Builder::new_multi_thread()
+        .worker_threads(IO_THREADS)
+        .thread_name("hdfs-io")
+        .enable_all()
+        .build()?;
     if let Err(surplus) = RUNTIME.set(built) {
         // Somebody else was faster; dropping a runtime blocks, which async callers must not.
         surplus.shutdown_background();
@@ -71,7 +76,9 @@ pub(super) async fn watched<T: Send + 'static>(
             Ok(Err(join)) => {
                 return Err(StoreError::failed(op, path, format!("the HDFS client broke: {join}")));
             }
-            Err(_) if progress.steps() != seen => (seen, since) = (progress.steps(), Instant::now()),
+            Err(_) if progress.steps() != seen => {
+                (seen, since) = (progress.steps(), Instant::now())
+            }
             Err(_) if since.elapsed() < limit => {}
             Err(_) => {
                 return Err(StoreError::Timeout { op, path: path.to_string(), after: limit });
@@ -93,7 +100,10 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_millis(50);
 
-    async fn run<T: Send + 'static>(progress: Progress, work: impl Future<Output = T> + Send + 'static) -> Result<T> {
+    async fn run<T: Send + 'static>(
+        progress: Progress,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T> {
         watched(Op::Put, &StorePath::root(), LIMIT, progress, work).await
     }
 
@@ -122,7 +132,8 @@ mod tests {
     #[tokio::test]
     async fn a_panic_becomes_an_error() {
         let work = async { panic!("on purpose") };
-        let result: Result<()> = watched(Op::Put, &StorePath::root(), PATIENT, Progress::default(), work).await;
+        let result: Result<()> =
+            watched(Op::Put, &StorePath::root(), PATIENT, Progress::default(), work).await;
         assert!(matches!(result, Err(StoreError::Failed { .. })));
     }
 }

@@ -14,10 +14,14 @@ pub(super) struct HdfsUrl {
 
 impl HdfsUrl {
     pub(super) fn parse(url: &str) -> Result<Self> {
-        let invalid = |reason: &str| StoreError::InvalidUrl { url: url.to_owned(), reason: reason.to_owned() };
+        let invalid = |reason: &str| StoreError::InvalidUrl {
+            url: url.to_owned(),
+            reason: reason.to_owned(),
+        };
         let (scheme, rest) = url.split_once("://").ok_or_else(|| invalid("there is no scheme"))?;
         let (authority, base) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-        // As HDFS itself has it: several slashes are one, so a store has one name however its URL is written.
+        // As HDFS itself has it: several slashes are one, so a store has one name however its URL
+        // is written.
         let parts: Vec<&str> = base.split('/').filter(|part| !part.is_empty()).collect();
         if parts.iter().any(|part| matches!(*part, "." | "..")) {
             return Err(invalid("the path must be plain, without '.' and '..'"));

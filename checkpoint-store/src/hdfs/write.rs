@@ -18,8 +18,9 @@ use crate::store::{PutReceipt, total_len};
 const SLICE: usize = 1 << 20;
 /// HDFS wants blocks of whole checksum chunks, and by default none below 1 MiB.
 const BLOCK_UNIT: u64 = 1 << 20;
-/// For the last sync and the close, when all data is with the DataNodes. The client waits for ever for an acknowledgement if a
-/// DataNode's connection broke after everything was sent; whoever tries again must not wait the whole stall limit each time.
+/// For the last sync and the close, when all data is with the DataNodes. The client waits for ever
+/// for an acknowledgement if a DataNode's connection broke after everything was sent; whoever tries
+/// again must not wait the whole stall limit each time.
 const FINISH_LIMIT: Duration = Duration::from_secs(5);
 const FINISH_PER_MIB: Duration = Duration::from_millis(100);
 const MAX_RENAME_TRIES: u32 = 3;
@@ -44,14 +45,16 @@ impl Job {
         }
         let write = |error| self.explain_write(error);
         let (mut writer, syncing) = self.write().await.map_err(write)?;
-        let limit = FINISH_LIMIT + FINISH_PER_MIB * u32::try_from(total_len(&self.data) >> 20).unwrap_or(u32::MAX);
+        let limit = FINISH_LIMIT
+            + FINISH_PER_MIB * u32::try_from(total_len(&self.data) >> 20).unwrap_or(u32::MAX);
         let finish = tokio::time::timeout(limit, self.finish(&mut writer, syncing)).await;
         finish.map_err(|_| self.unfinished_after(limit))?.map_err(write)?;
         self.rename().await?;
         self.verify().await
     }
 
-    /// A directory below the store's may have got an erasure coding policy since the store was opened: there the sync fails.
+    /// A directory below the store's may have got an erasure coding policy since the store was
+    /// opened: there the sync fails.
     fn explain_write(&self, error: HdfsError) -> StoreError {
         match error {
             HdfsError::OperationFailed(reason) if reason.contains("erasure") => {
@@ -91,7 +94,8 @@ impl Job {
         Ok((writer, syncing && in_block > 0))
     }
 
-    /// Not a time-out whose outcome is open: without the rename the file does not exist under its name, now or later.
+    /// Not a time-out whose outcome is open: without the rename the file does not exist under its
+    /// name, now or later.
     fn unfinished_after(&self, limit: Duration) -> StoreError {
         let reason = format!("the DataNodes did not acknowledge all data within {limit:?}");
         StoreError::Unavailable { op: self.op, path: self.path.to_string(), reason }
@@ -107,7 +111,8 @@ impl Job {
         Ok(())
     }
 
-    /// The hidden name is ours alone, so once it is gone and the target is there, it was this rename.
+    /// The hidden name is ours alone, so once it is gone and the target is there, it was this
+    /// rename.
     async fn rename(&self) -> Result<()> {
         let mut tries = 0;
         loop {

@@ -1,7 +1,8 @@
 //! Every call to the store ends, even if the store does not.
 //!
-//! Stores have limits of their own on what they wait for. This one is over the whole call, for whatever a store did
-//! not think of (a hung NFS mount, say): a checkpoint may fail, but not wait for ever.
+//! Stores have limits of their own on what they wait for. This one is over the whole call, for
+//! whatever a store did not think of (a hung NFS mount, say): a checkpoint may fail, but not wait
+//! for ever.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,7 +35,13 @@ impl Bounded {
         self.inner.url()
     }
 
-    async fn bound<T>(&self, op: Op, path: &StorePath, bytes: u64, call: impl Future<Output = Result<T>>) -> Result<T> {
+    async fn bound<T>(
+        &self,
+        op: Op,
+        path: &StorePath,
+        bytes: u64,
+        call: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let after = self.limit + Duration::from_secs(bytes / BYTES_PER_SECOND);
         match tokio::time::timeout(after, call).await {
             Ok(result) => result,
@@ -50,12 +57,22 @@ impl Bounded {
         self.bound(Op::CreateDir, path, 0, self.inner.create_dir(path)).await
     }
 
-    pub(crate) async fn put(&self, path: &StorePath, data: Vec<Bytes>, options: PutOptions) -> Result<PutReceipt> {
+    pub(crate) async fn put(
+        &self,
+        path: &StorePath,
+        data: Vec<Bytes>,
+        options: PutOptions,
+    ) -> Result<PutReceipt> {
         let len = total_len(&data);
         self.bound(Op::Put, path, len, self.inner.put(path, data, options)).await
     }
 
-    pub(crate) async fn put_exclusive(&self, path: &StorePath, data: Bytes, options: PutOptions) -> Result<PutReceipt> {
+    pub(crate) async fn put_exclusive(
+        &self,
+        path: &StorePath,
+        data: Bytes,
+        options: PutOptions,
+    ) -> Result<PutReceipt> {
         self.bound(Op::PutExclusive, path, 0, self.inner.put_exclusive(path, data, options)).await
     }
 
@@ -63,7 +80,12 @@ impl Bounded {
         self.bound(Op::Read, path, limit, self.inner.read(path, limit)).await
     }
 
-    pub(crate) async fn read_range(&self, path: &StorePath, offset: u64, len: u64) -> Result<Bytes> {
+    pub(crate) async fn read_range(
+        &self,
+        path: &StorePath,
+        offset: u64,
+        len: u64,
+    ) -> Result<Bytes> {
         self.bound(Op::ReadRange, path, len, self.inner.read_range(path, offset, len)).await
     }
 

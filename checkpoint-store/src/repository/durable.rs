@@ -4,8 +4,8 @@ use checkpoint_format::{CheckpointId, DurableReceipt, Epoch, VmName};
 
 /// A checkpoint that is committed and readable by another host.
 ///
-/// Only [`super::PartialCheckpoint::commit`] makes one, after the rename is known to have happened. Whoever holds
-/// bits that stand for unsaved changes lets go of them for this and for nothing else.
+/// Only [`super::PartialCheckpoint::commit`] makes one, after the rename is known to have happened.
+/// Whoever holds bits that stand for unsaved changes lets go of them for this and for nothing else.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "a durable checkpoint acknowledges the claims that it carries"]
 pub struct Durable {
@@ -17,7 +17,13 @@ pub struct Durable {
 }
 
 impl Durable {
-    pub(super) fn new(vm: VmName, id: CheckpointId, epoch: Epoch, least_replicas: Option<u16>, short_of_replicas: usize) -> Self {
+    pub(super) fn new(
+        vm: VmName,
+        id: CheckpointId,
+        epoch: Epoch,
+        least_replicas: Option<u16>,
+        short_of_replicas: usize,
+    ) -> Self {
         Durable { vm, id, epoch, least_replicas, short_of_replicas }
     }
 
@@ -36,12 +42,14 @@ impl Durable {
         self.epoch
     }
 
-    /// The fewest copies that any file of the checkpoint was written with; `None` if the store keeps no copies.
+    /// The fewest copies that any file of the checkpoint was written with; `None` if the store
+    /// keeps no copies.
     pub fn least_replicas(&self) -> Option<u16> {
         self.least_replicas
     }
 
-    /// How many files were written with fewer copies than wanted (the store was asked to make up for it).
+    /// How many files were written with fewer copies than wanted (the store was asked to make up
+    /// for it).
     pub fn short_of_replicas(&self) -> usize {
         self.short_of_replicas
     }

@@ -53,13 +53,19 @@ pub(crate) async fn establish(store: &Bounded, mode: Mode, policy: &RetryPolicy)
 pub(crate) async fn read(store: &Bounded) -> Result<String> {
     let path = layout::identity();
     let bytes = store.read(&path, MAX_IDENTITY_LEN).await?;
-    let corrupt = |error: serde_json::Error| StoreError::Corrupt { path: path.to_string(), reason: error.to_string() };
+    let corrupt = |error: serde_json::Error| StoreError::Corrupt {
+        path: path.to_string(),
+        reason: error.to_string(),
+    };
     let header: Header = serde_json::from_slice(&bytes).map_err(corrupt)?;
     if header.format != FORMAT {
         return Err(wrong(store, "store.json belongs to something else"));
     }
     if header.version > VERSION {
-        let reason = format!("the store has format version {}, this Stillpoint knows up to {VERSION}; use a newer one", header.version);
+        let reason = format!(
+            "the store has format version {}, this Stillpoint knows up to {VERSION}; use a newer one",
+            header.version
+        );
         return Err(wrong(store, &reason));
     }
     let identity: Identity = serde_json::from_slice(&bytes).map_err(corrupt)?;
@@ -70,9 +76,13 @@ async fn create(store: &Bounded, policy: &RetryPolicy) -> Result<String> {
     store.create_dir_all(&StorePath::root()).await?;
     let found = store.list(&StorePath::root()).await?;
     if found.iter().any(|entry| !entry.name.starts_with(PROBE)) {
-        // Somebody else may have created the store since we looked; otherwise these are not our files.
+        // Somebody else may have created the store since we looked; otherwise these are not our
+        // files.
         return read(store).await.map_err(|error| match error {
-            StoreError::NotFound { .. } => wrong(store, "the directory is not empty and not a store; give an empty or a new one"),
+            StoreError::NotFound { .. } => wrong(
+                store,
+                "the directory is not empty and not a store; give an empty or a new one",
+            ),
             other => other,
         });
     }
@@ -81,8 +91,8 @@ async fn create(store: &Bounded, policy: &RetryPolicy) -> Result<String> {
     let text = serde_json::to_vec_pretty(&identity).expect("strings and a number are always JSON");
     let text = Bytes::from(text);
     let path = layout::identity();
-    // Its number of copies is what the repository will want for all files, so it ends with the store's own number, even if
-    // fewer can be written just now.
+    // Its number of copies is what the repository will want for all files, so it ends with the
+    // store's own number, even if fewer can be written just now.
     let retry = Retry::new(policy.clone(), default_replicas(store).await?);
     match store_exclusive(store, &retry, &path, &text).await {
         Ok(()) => {}
@@ -96,7 +106,8 @@ async fn create(store: &Bounded, policy: &RetryPolicy) -> Result<String> {
 /// Of the empty files that somebody makes here for a moment while the store is created.
 const PROBE: &str = "probe-";
 
-/// The copies that the store gives a file by itself: those of an empty file, which no DataNode has to take.
+/// The copies that the store gives a file by itself: those of an empty file, which no DataNode has
+/// to take.
 async fn default_replicas(store: &Bounded) -> Result<Option<u16>> {
     let path = StorePath::new(&format!("{PROBE}{}", nonce()))?;
     let receipt = store.put(&path, Vec::new(), PutOptions::default()).await;

@@ -1,11 +1,12 @@
 //! Layers: immutable disk images, stored once for all VMs under the digest of their content.
 //!
-//! Nobody owns a layer. VMs may store the same one at the same time, each in a partial directory of its own; the
-//! first rename wins and the others find that what they wanted is there.
+//! Nobody owns a layer. VMs may store the same one at the same time, each in a partial directory of
+//! its own; the first rename wins and the others find that what they wanted is there.
 //!
-//! An upload that was cut off leaves its partial directory. The next upload, of whatever layer, removes those that nobody can need:
-//! of layers that are there, and those where nothing was stored for a day by the store's own clock (the new upload's directory
-//! shows the time). Whoever was taken for dead and lives finds its directory gone, fails, and looks again.
+//! An upload that was cut off leaves its partial directory. The next upload, of whatever layer,
+//! removes those that nobody can need: of layers that are there, and those where nothing was stored
+//! for a day by the store's own clock (the new upload's directory shows the time). Whoever was
+//! taken for dead and lives finds its directory gone, fails, and looks again.
 
 use std::collections::HashSet;
 use std::time::SystemTime;
@@ -64,7 +65,8 @@ impl Repository {
         Ok(PartialLayer { repository: self.clone(), digest: *digest, dir })
     }
 
-    /// Removes uploads that nobody continues with. `ours` was made just now. What fails is left to the next upload.
+    /// Removes uploads that nobody continues with. `ours` was made just now. What fails is left to
+    /// the next upload.
     async fn sweep_partial_layers(&self, ours: &StorePath) {
         if let Err(error) = self.try_sweep(ours).await {
             warn!(%error, "abandoned uploads of layers were not removed");
@@ -72,9 +74,12 @@ impl Repository {
     }
 
     async fn try_sweep(&self, ours: &StorePath) -> Result<()> {
-        let Some(now) = retrying(|| self.store.stat(ours)).await?.map(|stat| stat.modified) else { return Ok(()) };
+        let Some(now) = retrying(|| self.store.stat(ours)).await?.map(|stat| stat.modified) else {
+            return Ok(());
+        };
         let names = self.names(&layout::layers()).await?;
-        let committed: HashSet<ContentDigest> = names.iter().filter_map(|name| name.parse().ok()).collect();
+        let committed: HashSet<ContentDigest> =
+            names.iter().filter_map(|name| name.parse().ok()).collect();
         for name in names.iter().filter(|name| *name != ours.name()) {
             let Some(digest) = layout::parse_partial_layer(name) else { continue };
             let path = layout::layers().join(name)?;
@@ -89,7 +94,9 @@ impl Repository {
     /// Missing counts as not: somebody has just committed or removed it.
     async fn is_abandoned(&self, path: &StorePath, now: SystemTime) -> Result<bool> {
         let stat = retrying(|| self.store.stat(path)).await?;
-        Ok(stat.is_some_and(|stat| now.duration_since(stat.modified).is_ok_and(|age| age >= self.abandoned_after)))
+        Ok(stat.is_some_and(|stat| {
+            now.duration_since(stat.modified).is_ok_and(|age| age >= self.abandoned_after)
+        }))
     }
 
     /// The layer exists: what others have stored of it so far is of no use.
@@ -107,7 +114,12 @@ impl Repository {
     ///
     /// # Errors
     /// When the file is missing, longer than `limit`, or cannot be read.
-    pub async fn read_layer_file(&self, digest: &ContentDigest, name: &str, limit: u64) -> Result<Bytes> {
+    pub async fn read_layer_file(
+        &self,
+        digest: &ContentDigest,
+        name: &str,
+        limit: u64,
+    ) -> Result<Bytes> {
         let path = layout::layer(digest).join(name)?;
         retrying(|| self.store.read(&path, limit)).await
     }
@@ -116,7 +128,13 @@ impl Repository {
     ///
     /// # Errors
     /// When the range is not in the file, or cannot be read.
-    pub async fn read_layer_range(&self, digest: &ContentDigest, name: &str, offset: u64, len: u64) -> Result<Bytes> {
+    pub async fn read_layer_range(
+        &self,
+        digest: &ContentDigest,
+        name: &str,
+        offset: u64,
+        len: u64,
+    ) -> Result<Bytes> {
         let path = layout::layer(digest).join(name)?;
         retrying(|| self.store.read_range(&path, offset, len)).await
     }
@@ -169,10 +187,12 @@ impl PartialLayer {
         self.store_file(Naming::Fixed(name.as_str()), data).await
     }
 
-    /// `AlreadyExists` of the layer when somebody else stored it meanwhile and removed what is here.
+    /// `AlreadyExists` of the layer when somebody else stored it meanwhile and removed what is
+    /// here.
     async fn store_file(&self, naming: Naming<'_>, data: Vec<Bytes>) -> Result<StoredPack> {
         let repository = &self.repository;
-        let stored = store_file(&repository.store, &repository.retry, &self.dir, naming, data).await;
+        let stored =
+            store_file(&repository.store, &repository.retry, &self.dir, naming, data).await;
         match stored {
             Err(error) if error.is_not_found() && repository.has_layer(&self.digest).await? => {
                 Err(StoreError::already_exists(Op::Put, &layout::layer(&self.digest)))
@@ -197,8 +217,11 @@ impl PartialLayer {
                 Err(error) => error,
             };
             match self.look().await {
-                // Not our rename, whose answer would have been lost: whoever stored the layer removed what was here.
-                Ok(Some(_)) if tries == 1 && error.is_not_found() => break Ok(LayerOutcome::AlreadyThere),
+                // Not our rename, whose answer would have been lost: whoever stored the layer
+                // removed what was here.
+                Ok(Some(_)) if tries == 1 && error.is_not_found() => {
+                    break Ok(LayerOutcome::AlreadyThere);
+                }
                 Ok(Some(outcome)) => break Ok(outcome),
                 Ok(None) if error.is_retryable() && tries < MAX_RENAME_TRIES => {}
                 _ => break Err(error),

@@ -10,9 +10,11 @@ pub(crate) const MANIFEST: &str = "manifest.json";
 const PARTIAL: &str = ".partial";
 const RELEASED: &str = ".released";
 
-/// A path of parts that can't be invalid: fixed words, numbers, digests, nonces and validated names.
+/// A path of parts that can't be invalid: fixed words, numbers, digests, nonces and validated
+/// names.
 fn path(text: impl Display) -> StorePath {
-    StorePath::new(&text.to_string()).expect("parts of the layout are valid components by their types")
+    StorePath::new(&text.to_string())
+        .expect("parts of the layout are valid components by their types")
 }
 
 pub(crate) fn identity() -> StorePath {
@@ -78,8 +80,9 @@ pub(crate) fn proof_of(name: &str) -> Option<CheckpointId> {
     number(id).map(CheckpointId)
 }
 
-/// Where a checkpoint grows. The try is part of the name because a request that timed out may still be carried out
-/// by the store later: a late rename of an earlier try must not find a later one under its name.
+/// Where a checkpoint grows. The try is part of the name because a request that timed out may still
+/// be carried out by the store later: a late rename of an earlier try must not find a later one
+/// under its name.
 pub(crate) fn partial_checkpoint(vm: &VmName, partial: &PartialName) -> StorePath {
     let PartialName { id, epoch, attempt } = partial;
     path(format_args!("vms/{vm}/checkpoints/{}.{}-{attempt}{PARTIAL}", id.0, epoch.0))
@@ -96,7 +99,11 @@ impl PartialName {
     pub(crate) fn parse(name: &str) -> Option<Self> {
         let (id, rest) = name.strip_suffix(PARTIAL)?.split_once('.')?;
         let (epoch, attempt) = rest.split_once('-')?;
-        Some(PartialName { id: CheckpointId(number(id)?), epoch: Epoch(number(epoch)?), attempt: number(attempt)? })
+        Some(PartialName {
+            id: CheckpointId(number(id)?),
+            epoch: Epoch(number(epoch)?),
+            attempt: number(attempt)?,
+        })
     }
 }
 
@@ -133,7 +140,15 @@ mod tests {
 
     #[test]
     fn other_names_are_not_partials() {
-        for name in ["12", "12.partial", "12.3.partial", "12.03-1.partial", "12.3-1", "a.3-1.partial", "1.2-+3.partial"] {
+        for name in [
+            "12",
+            "12.partial",
+            "12.3.partial",
+            "12.03-1.partial",
+            "12.3-1",
+            "a.3-1.partial",
+            "1.2-+3.partial",
+        ] {
             assert_eq!(PartialName::parse(name), None, "{name}");
         }
     }
@@ -142,7 +157,12 @@ mod tests {
     fn partial_layers_name_their_layer() {
         let digest = ContentDigest::of(b"x");
         assert_eq!(parse_partial_layer(partial_layer(&digest, "n-1").name()), Some(digest));
-        for name in [digest.to_string(), format!("{digest}.partial"), "x.1.partial".to_owned(), format!("{digest}.1")] {
+        for name in [
+            digest.to_string(),
+            format!("{digest}.partial"),
+            "x.1.partial".to_owned(),
+            format!("{digest}.1"),
+        ] {
             assert_eq!(parse_partial_layer(&name), None, "{name}");
         }
     }

@@ -45,14 +45,16 @@ pub struct RepositoryOptions {
     pub retry: RetryPolicy,
     /// Copies wanted of every file; `None`: what the store gives to files by default.
     pub replicas: Option<u16>,
-    /// The longest that one call to the store may take, whatever the store's own limits are. A put or a read may
-    /// take longer by a second per MiB.
+    /// The longest that one call to the store may take, whatever the store's own limits are. A put
+    /// or a read may take longer by a second per MiB.
     pub call_limit: Duration,
-    /// An upload of a layer that stored nothing for so long, by the store's clock, is taken for abandoned.
+    /// An upload of a layer that stored nothing for so long, by the store's clock, is taken for
+    /// abandoned.
     pub abandoned_after: Duration,
 }
 
-/// A day: the upload of a layer stores a pack every few seconds, but may first read an image of which the store has nearly all.
+/// A day: the upload of a layer stores a pack every few seconds, but may first read an image of
+/// which the store has nearly all.
 const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 impl Default for RepositoryOptions {
@@ -90,13 +92,22 @@ impl Repository {
     ///
     /// # Errors
     /// As for [`Repository::open`].
-    pub async fn open_with(store: Arc<dyn Store>, mode: Mode, options: RepositoryOptions) -> Result<Self> {
+    pub async fn open_with(
+        store: Arc<dyn Store>,
+        mode: Mode,
+        options: RepositoryOptions,
+    ) -> Result<Self> {
         let store = Bounded::new(store, options.call_limit);
         let id = identity::establish(&store, mode, &options.retry).await?;
         let kept = store.stat(&layout::identity()).await?.and_then(|stat| stat.replicas);
         let wanted = kept.map(|kept| options.replicas.unwrap_or(kept));
         let retry = Arc::new(Retry::new(options.retry, wanted));
-        Ok(Repository { store: Arc::new(store), retry, id: id.into(), abandoned_after: options.abandoned_after })
+        Ok(Repository {
+            store: Arc::new(store),
+            retry,
+            id: id.into(),
+            abandoned_after: options.abandoned_after,
+        })
     }
 
     /// The id given to the store when it was created.
@@ -104,7 +115,8 @@ impl Repository {
         &self.id
     }
 
-    /// Whether the store at this URL is still the one that was opened, and no other that took its place.
+    /// Whether the store at this URL is still the one that was opened, and no other that took its
+    /// place.
     ///
     /// # Errors
     /// When the store cannot be read.
@@ -121,8 +133,8 @@ impl Repository {
         self.store.url()
     }
 
-    /// Refuses a store whose files would not survive what they must (`ErasureCoded`). For whoever is about to write checkpoints:
-    /// what is there can be read all the same.
+    /// Refuses a store whose files would not survive what they must (`ErasureCoded`). For whoever
+    /// is about to write checkpoints: what is there can be read all the same.
     ///
     /// # Errors
     /// When the store cannot keep the replicas that a commit needs, or cannot be asked.

@@ -18,8 +18,8 @@ use crate::store::Entry;
 /// Tries of the committing rename while its answers are lost.
 const MAX_RENAME_TRIES: u32 = 3;
 
-/// A checkpoint under way. Readers don't see it. Dropping it leaves a partial directory that the next
-/// [`Writer::begin`] removes; [`abort`](Self::abort) removes it now.
+/// A checkpoint under way. Readers don't see it. Dropping it leaves a partial directory that the
+/// next [`Writer::begin`] removes; [`abort`](Self::abort) removes it now.
 #[derive(Debug)]
 pub struct PartialCheckpoint {
     writer: Writer,
@@ -119,8 +119,9 @@ impl PartialCheckpoint {
         &self.dir
     }
 
-    /// Stores one pack, as often and in as many copies as the retry policy says. `stem` becomes the file name, with
-    /// a suffix; the name that counts is in the result. Several packs may be on their way at once.
+    /// Stores one pack, as often and in as many copies as the retry policy says. `stem` becomes the
+    /// file name, with a suffix; the name that counts is in the result. Several packs may be on
+    /// their way at once.
     ///
     /// # Errors
     /// When a newer writer has fenced this one, or the pack cannot be stored after all retries.
@@ -241,7 +242,8 @@ impl PartialCheckpoint {
         }
     }
 
-    /// Makes the outcome of a failed rename final: once its source is gone, a rename still on its way can't happen.
+    /// Makes the outcome of a failed rename final: once its source is gone, a rename still on its
+    /// way can't happen.
     async fn acknowledge(&self, manifest: &Bytes, error: StoreError) -> Result<()> {
         let store = &self.writer.repository.store;
         let removed = retrying(|| store.remove(&self.dir)).await;
@@ -250,9 +252,11 @@ impl PartialCheckpoint {
             (Ok(true), _) => Ok(()),
             (Ok(false), Ok(())) => Err(self.explain(withdrawn(error)).await),
             (Ok(false), Err(_)) | (Err(_), _) if !error.is_ambiguous() => Err(error),
-            (Ok(false), Err(reason)) | (Err(reason), _) => {
-                Err(StoreError::CommitUnknown { vm: self.writer.vm.clone(), id: self.name.id, reason: format!("{error}; then {reason}") })
-            }
+            (Ok(false), Err(reason)) | (Err(reason), _) => Err(StoreError::CommitUnknown {
+                vm: self.writer.vm.clone(),
+                id: self.name.id,
+                reason: format!("{error}; then {reason}"),
+            }),
         }
     }
 
@@ -287,15 +291,20 @@ impl PartialCheckpoint {
     }
 }
 
-/// The error of a rename that is known not to have happened, whatever its own error had to leave open.
+/// The error of a rename that is known not to have happened, whatever its own error had to leave
+/// open.
 fn withdrawn(error: StoreError) -> StoreError {
     match error {
-        StoreError::Timeout { op, path, after } => {
-            StoreError::Unavailable { op, path, reason: format!("no answer for {after:?}; the commit was withdrawn") }
-        }
-        StoreError::Uncertain { op, path, reason } => {
-            StoreError::Unavailable { op, path, reason: format!("{reason}; the commit was withdrawn") }
-        }
+        StoreError::Timeout { op, path, after } => StoreError::Unavailable {
+            op,
+            path,
+            reason: format!("no answer for {after:?}; the commit was withdrawn"),
+        },
+        StoreError::Uncertain { op, path, reason } => StoreError::Unavailable {
+            op,
+            path,
+            reason: format!("{reason}; the commit was withdrawn"),
+        },
         other => other,
     }
 }

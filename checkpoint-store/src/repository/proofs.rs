@@ -21,12 +21,23 @@ impl Repository {
     ///
     /// # Errors
     /// When the note is too long, or cannot be stored.
-    pub async fn note_proof(&self, vm: &VmName, id: CheckpointId, key: &Checksum, note: Bytes) -> Result<bool> {
+    pub async fn note_proof(
+        &self,
+        vm: &VmName,
+        id: CheckpointId,
+        key: &Checksum,
+        note: Bytes,
+    ) -> Result<bool> {
         let path = layout::proof(vm, id, key);
         let len = note.len() as u64;
         if len > MAX_PROOF_LEN {
             let what = "the length of a proof's note";
-            return Err(StoreError::Limit { path: path.to_string(), what, actual: len, limit: MAX_PROOF_LEN });
+            return Err(StoreError::Limit {
+                path: path.to_string(),
+                what,
+                actual: len,
+                limit: MAX_PROOF_LEN,
+            });
         }
         self.store.create_dir_all(&layout::proofs(vm)).await?;
         match self.store.put(&path, vec![note], PutOptions::default()).await {
@@ -48,7 +59,9 @@ impl Repository {
             Err(error) => return Err(error),
         };
         let mut notes = Vec::new();
-        let ours = entries.iter().filter(|entry| !entry.is_dir && layout::proof_of(&entry.name) == Some(id));
+        let ours = entries
+            .iter()
+            .filter(|entry| !entry.is_dir && layout::proof_of(&entry.name) == Some(id));
         for entry in ours.take(MAX_PROOFS) {
             let path = folder.join(&entry.name)?;
             if let Ok(note) = retrying(|| self.store.read(&path, MAX_PROOF_LEN)).await {

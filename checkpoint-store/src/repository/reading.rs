@@ -30,13 +30,14 @@ impl Repository {
     /// When the store cannot be read.
     pub async fn checkpoints(&self, vm: &VmName) -> Result<Vec<CheckpointId>> {
         let names = self.names(&layout::checkpoints(vm)).await?;
-        let mut found: Vec<CheckpointId> = names.iter().filter_map(|name| layout::number(name)).map(CheckpointId).collect();
+        let mut found: Vec<CheckpointId> =
+            names.iter().filter_map(|name| layout::number(name)).map(CheckpointId).collect();
         found.sort();
         Ok(found)
     }
 
-    /// When an entry of the directory of a VM's checkpoints last came or went, by the store's clock; `None`: there is no such
-    /// directory.
+    /// When an entry of the directory of a VM's checkpoints last came or went, by the store's
+    /// clock; `None`: there is no such directory.
     ///
     /// # Errors
     /// When the store cannot be read.
@@ -58,7 +59,14 @@ impl Repository {
     ///
     /// # Errors
     /// When the range is not in the pack, or cannot be read.
-    pub async fn read_pack_range(&self, vm: &VmName, id: CheckpointId, name: &str, offset: u64, len: u64) -> Result<Bytes> {
+    pub async fn read_pack_range(
+        &self,
+        vm: &VmName,
+        id: CheckpointId,
+        name: &str,
+        offset: u64,
+        len: u64,
+    ) -> Result<Bytes> {
         let path = layout::checkpoint(vm, id).join(name)?;
         retrying(|| self.store.read_range(&path, offset, len)).await
     }

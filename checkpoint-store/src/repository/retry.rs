@@ -1,10 +1,11 @@
 //! How a file gets into a store that is not well.
 //!
-//! HDFS fails a write as a whole when it picks a dead DataNode for a new block, and it continues picking it until the
-//! NameNode notices (ten minutes by default). With as many nodes as wanted copies, every write fails. So: a few tries
-//! with the wanted copies, then many quick ones with fewer (each has a chance to miss the dead node), and afterwards
-//! the store is asked to make up the missing copies. Each try has a name of its own, because a failed one may leave
-//! something behind or even arrive late.
+//! HDFS fails a write as a whole when it picks a dead DataNode for a new block, and it continues
+//! picking it until the NameNode notices (ten minutes by default). With as many nodes as wanted
+//! copies, every write fails. So: a few tries with the wanted copies, then many quick ones with
+//! fewer (each has a chance to miss the dead node), and afterwards the store is asked to make up
+//! the missing copies. Each try has a name of its own, because a failed one may leave something
+//! behind or even arrive late.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -29,8 +30,8 @@ const SHORTAGE_MEMORY: Duration = Duration::from_secs(60);
 pub struct RetryPolicy {
     /// Tries with the wanted number of copies.
     pub tries: u32,
-    /// Tries with each smaller number, down to `minimum_replicas`. With one of three DataNodes dead, a try with two
-    /// copies has a chance of about a third.
+    /// Tries with each smaller number, down to `minimum_replicas`. With one of three DataNodes
+    /// dead, a try with two copies has a chance of about a third.
     pub tries_with_fewer: u32,
     /// The fewest copies to be content with for the moment.
     pub minimum_replicas: u16,
@@ -96,8 +97,8 @@ impl StoredPack {
     }
 }
 
-/// Does something that may be done twice, again if the store says that it can't just now. A call that hung is not
-/// repeated: it had its time.
+/// Does something that may be done twice, again if the store says that it can't just now. A call
+/// that hung is not repeated: it had its time.
 pub(crate) async fn retrying<T, F: Future<Output = Result<T>>>(call: impl Fn() -> F) -> Result<T> {
     const TRIES: u32 = 3;
     const PAUSE: Duration = Duration::from_millis(50);
@@ -145,7 +146,8 @@ impl Retry {
         Retry { policy, wanted, shortage: Mutex::default() }
     }
 
-    /// Where in the schedule to begin: at the start, or during a shortage with the copies that worked last.
+    /// Where in the schedule to begin: at the start, or during a shortage with the copies that
+    /// worked last.
     fn beginning(&self, schedule: &[Option<u16>]) -> usize {
         let shortage = *self.shortage.lock().unwrap_or_else(PoisonError::into_inner);
         match shortage {
@@ -158,7 +160,8 @@ impl Retry {
 
     fn remember(&self, pack: &StoredPack) {
         if let (true, Some(worked)) = (pack.is_short(), pack.replicas) {
-            *self.shortage.lock().unwrap_or_else(PoisonError::into_inner) = Some((worked, Instant::now()));
+            *self.shortage.lock().unwrap_or_else(PoisonError::into_inner) =
+                Some((worked, Instant::now()));
         }
     }
 }
@@ -207,9 +210,15 @@ pub(crate) async fn store_file(
     }
 }
 
-/// Puts a small file that exactly one caller may create, trying with fewer copies like [`store_file`], but always
-/// under the one name. An error that leaves the outcome open ends it: the caller must look.
-pub(crate) async fn store_exclusive(store: &Bounded, retry: &Retry, path: &StorePath, data: &Bytes) -> Result<()> {
+/// Puts a small file that exactly one caller may create, trying with fewer copies like
+/// [`store_file`], but always under the one name. An error that leaves the outcome open ends it:
+/// the caller must look.
+pub(crate) async fn store_exclusive(
+    store: &Bounded,
+    retry: &Retry,
+    path: &StorePath,
+    data: &Bytes,
+) -> Result<()> {
     let schedule = retry.policy.schedule(retry.wanted);
     let begun = Instant::now();
     let mut position = retry.beginning(&schedule);
@@ -238,11 +247,18 @@ fn may_try_again(error: &StoreError) -> bool {
 }
 
 fn pack_name(name: &str) -> Result<PackName> {
-    PackName::new(name)
-        .map_err(|_| StoreError::InvalidPath { text: name.chars().take(256).collect(), reason: "it is no valid file name in a checkpoint" })
+    PackName::new(name).map_err(|_| StoreError::InvalidPath {
+        text: name.chars().take(256).collect(),
+        reason: "it is no valid file name in a checkpoint",
+    })
 }
 
-async fn put_checked(store: &Bounded, path: &StorePath, data: Vec<Bytes>, options: PutOptions) -> Result<Option<u16>> {
+async fn put_checked(
+    store: &Bounded,
+    path: &StorePath,
+    data: Vec<Bytes>,
+    options: PutOptions,
+) -> Result<Option<u16>> {
     let len = total_len(&data);
     let receipt = store.put(path, data, options).await?;
     if receipt.len != len {
@@ -252,7 +268,8 @@ async fn put_checked(store: &Bounded, path: &StorePath, data: Vec<Bytes>, option
     Ok(receipt.replicas)
 }
 
-/// A failed try may have left a file after all; the checkpoint does without it, and space is all it costs.
+/// A failed try may have left a file after all; the checkpoint does without it, and space is all it
+/// costs.
 async fn remove_leftovers(store: &Bounded, leftovers: Vec<StorePath>) {
     for path in leftovers {
         if let Err(error) = store.remove(&path).await {
@@ -270,7 +287,14 @@ async fn acknowledge(
     wanted: Option<u16>,
     attempts: u32,
 ) -> StoredPack {
-    let mut pack = StoredPack { name, len, replicas, wanted_replicas: replicas.and(wanted), more_requested: false, attempts };
+    let mut pack = StoredPack {
+        name,
+        len,
+        replicas,
+        wanted_replicas: replicas.and(wanted),
+        more_requested: false,
+        attempts,
+    };
     if pack.is_short() {
         pack.more_requested = ask_for_more(store, path, replicas, wanted).await;
     }
@@ -278,7 +302,12 @@ async fn acknowledge(
 }
 
 /// Whether the store took the request.
-async fn ask_for_more(store: &Bounded, path: &StorePath, replicas: Option<u16>, wanted: Option<u16>) -> bool {
+async fn ask_for_more(
+    store: &Bounded,
+    path: &StorePath,
+    replicas: Option<u16>,
+    wanted: Option<u16>,
+) -> bool {
     let Some(wanted) = wanted else { return false };
     warn!(%path, replicas, wanted, "stored with fewer copies than wanted");
     match store.set_replication(path, wanted).await {
@@ -296,7 +325,12 @@ mod tests {
 
     #[test]
     fn the_schedule_steps_down_to_the_minimum() {
-        let policy = RetryPolicy { tries: 2, tries_with_fewer: 3, minimum_replicas: 1, ..RetryPolicy::default() };
+        let policy = RetryPolicy {
+            tries: 2,
+            tries_with_fewer: 3,
+            minimum_replicas: 1,
+            ..RetryPolicy::default()
+        };
         let expected: Vec<Option<u16>> = [3, 3, 2, 2, 2, 1, 1, 1].map(Some).to_vec();
         assert_eq!(policy.schedule(Some(3)), expected);
         assert_eq!(policy.schedule(None), [None, None]);

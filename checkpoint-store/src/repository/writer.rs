@@ -1,13 +1,14 @@
 //! Who may write a VM's checkpoints.
 //!
-//! There is no lock that a dead helper could hold and no clock that could be wrong. A writer claims the next epoch by
-//! creating its record exclusively; the highest epoch is the writer. Claiming then removes every partial checkpoint of
-//! lower epochs, and that is what stops a writer that does not know yet that it was replaced: a partial directory's
-//! name carries its epoch, packs never recreate a missing directory, and the rename that would commit has nothing left
-//! to rename. A partial directory made after that removal is caught by the look at the epochs that follows its
-//! creation (also where an HDFS observer answers it: it is never behind what the asking client has done itself, and
-//! the claim came before that). What an older writer committed before the removal is a checkpoint like any other: read the list of
-//! checkpoints after claiming, not before.
+//! There is no lock that a dead helper could hold and no clock that could be wrong. A writer claims
+//! the next epoch by creating its record exclusively; the highest epoch is the writer. Claiming
+//! then removes every partial checkpoint of lower epochs, and that is what stops a writer that does
+//! not know yet that it was replaced: a partial directory's name carries its epoch, packs never
+//! recreate a missing directory, and the rename that would commit has nothing left to rename. A
+//! partial directory made after that removal is caught by the look at the epochs that follows its
+//! creation (also where an HDFS observer answers it: it is never behind what the asking client has
+//! done itself, and the claim came before that). What an older writer committed before the removal
+//! is a checkpoint like any other: read the list of checkpoints after claiming, not before.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -40,7 +41,8 @@ pub struct WriterRecord {
     pub host: String,
     /// The kernel's boot id: tells a helper that restarted from a host that did.
     pub boot_id: String,
-    /// The VM's running instance: a helper that restarts beside the same QEMU process continues with it.
+    /// The VM's running instance: a helper that restarts beside the same QEMU process continues
+    /// with it.
     pub instance: String,
     /// The helper's process ID.
     pub pid: u32,
@@ -49,13 +51,14 @@ pub struct WriterRecord {
     /// The Stillpoint version.
     #[serde(default)]
     pub version: String,
-    /// What tells this host's hardware from a clone of its disk; `None` where that could not be read, and in records of
-    /// older versions.
+    /// What tells this host's hardware from a clone of its disk; `None` where that could not be
+    /// read, and in records of older versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hardware: Option<String>,
 }
 
-/// The record in the store. The nonce tells a claimer whose answer was lost whether the record is its own.
+/// The record in the store. The nonce tells a claimer whose answer was lost whether the record is
+/// its own.
 #[derive(Debug, Serialize, Deserialize)]
 struct SavedRecord {
     nonce: String,
@@ -77,11 +80,13 @@ pub struct WriterInfo {
 /// On what ground an epoch is claimed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Claim {
-    /// The last writer was the same instance; or it released, or is known to be dead, and this instance was never replaced.
+    /// The last writer was the same instance; or it released, or is known to be dead, and this
+    /// instance was never replaced.
     Continue {
         /// The instance that claims, as in [`WriterRecord::instance`].
         instance: String,
-        /// The highest epoch that this instance remembers to have claimed. Records in the store are pruned.
+        /// The highest epoch that this instance remembers to have claimed. Records in the store are
+        /// pruned.
         last: Option<Epoch>,
         /// The epoch of a writer that cannot be alive.
         dead: Option<Epoch>,
@@ -93,11 +98,16 @@ pub enum Claim {
 impl Claim {
     /// Whether the next epoch may be claimed after `writers`, oldest first.
     ///
-    /// An instance that another one replaced holds a state that the lineage has left behind. It does not become the writer
-    /// again because its successor has ended: that takes an order.
+    /// An instance that another one replaced holds a state that the lineage has left behind. It
+    /// does not become the writer again because its successor has ended: that takes an order.
     fn check(&self, vm: &VmName, writers: &[WriterInfo]) -> Result<()> {
-        let (Claim::Continue { instance, last, dead }, Some(newest)) = (self, writers.last()) else { return Ok(()) };
-        let is_own = |writer: &&WriterInfo| writer.record.as_ref().is_some_and(|record| record.instance == *instance);
+        let (Claim::Continue { instance, last, dead }, Some(newest)) = (self, writers.last())
+        else {
+            return Ok(());
+        };
+        let is_own = |writer: &&WriterInfo| {
+            writer.record.as_ref().is_some_and(|record| record.instance == *instance)
+        };
         if is_own(&newest) {
             return Ok(());
         }
@@ -125,7 +135,11 @@ impl Repository {
         let mut found = Vec::new();
         let (claims, released) = list_claims(&self.store, vm).await?;
         for epoch in claims {
-            found.push(WriterInfo { epoch, record: read_record(&self.store, vm, epoch).await?, released: released.contains(&epoch) });
+            found.push(WriterInfo {
+                epoch,
+                record: read_record(&self.store, vm, epoch).await?,
+                released: released.contains(&epoch),
+            });
         }
         Ok(found)
     }
@@ -142,11 +156,22 @@ impl Repository {
     ///
     /// # Errors
     /// When another writer holds the VM or has fenced this instance, or the claim cannot be stored.
-    pub async fn claim_writer(&self, vm: &VmName, record: WriterRecord, claim: Claim) -> Result<Writer> {
+    pub async fn claim_writer(
+        &self,
+        vm: &VmName,
+        record: WriterRecord,
+        claim: Claim,
+    ) -> Result<Writer> {
         self.store.create_dir_all(&layout::writers(vm)).await?;
         self.store.create_dir_all(&layout::checkpoints(vm)).await?;
         let epoch = self.claim_epoch(vm, record, &claim).await?;
-        let writer = Writer { repository: self.clone(), vm: vm.clone(), epoch, attempts: Arc::default(), left: Arc::default() };
+        let writer = Writer {
+            repository: self.clone(),
+            vm: vm.clone(),
+            epoch,
+            attempts: Arc::default(),
+            left: Arc::default(),
+        };
         writer.remove_partials(|partial| partial.epoch < epoch).await?;
         writer.check().await?;
         writer.remove_old_records().await;
@@ -162,7 +187,8 @@ impl Repository {
         for _ in 0..MAX_CLAIM_TRIES {
             let writers = self.writers(vm).await?;
             claim.check(vm, &writers)?;
-            let epoch = next_epoch(vm, writers.last().map(|newest| newest.epoch).max(claim.last()))?;
+            let epoch =
+                next_epoch(vm, writers.last().map(|newest| newest.epoch).max(claim.last()))?;
             match self.try_epoch(vm, epoch, &text).await {
                 Ok(true) => return Ok(epoch),
                 Ok(false) => {}
@@ -171,7 +197,11 @@ impl Repository {
             }
         }
         Err(last.unwrap_or_else(|| {
-            StoreError::unavailable(Op::PutExclusive, &layout::writers(vm), "others claimed at the same time, again and again")
+            StoreError::unavailable(
+                Op::PutExclusive,
+                &layout::writers(vm),
+                "others claimed at the same time, again and again",
+            )
         }))
     }
 
@@ -204,7 +234,9 @@ fn next_epoch(vm: &VmName, newest: Option<Epoch>) -> Result<Epoch> {
 fn held(vm: &VmName, holder: &WriterInfo) -> StoreError {
     let holder_text = holder.record.as_ref().map_or_else(
         || "somebody whose record can't be read".to_owned(),
-        |record| format!("process {} on {} (instance {})", record.pid, record.host, record.instance),
+        |record| {
+            format!("process {} on {} (instance {})", record.pid, record.host, record.instance)
+        },
     );
     StoreError::WriterHeld { vm: vm.clone(), epoch: holder.epoch, holder: holder_text }
 }
@@ -241,7 +273,8 @@ async fn read_record(store: &Bounded, vm: &VmName, epoch: Epoch) -> Result<Optio
     Ok(serde_json::from_slice::<SavedRecord>(&text).ok().map(|saved| saved.record))
 }
 
-/// The right to write a VM's checkpoints, until a higher epoch is claimed. One checkpoint at a time.
+/// The right to write a VM's checkpoints, until a higher epoch is claimed. One checkpoint at a
+/// time.
 #[derive(Debug, Clone)]
 pub struct Writer {
     pub(super) repository: Repository,
@@ -276,15 +309,17 @@ impl Writer {
         self.is_claimed().await.map(drop)
     }
 
-    /// Whether the store has this writer's claim: one that was set back to an earlier state may have lost it. `Fenced` if a higher
-    /// epoch was claimed.
+    /// Whether the store has this writer's claim: one that was set back to an earlier state may
+    /// have lost it. `Fenced` if a higher epoch was claimed.
     ///
     /// # Errors
     /// When a newer writer has fenced this one, or the store cannot be read.
     pub async fn is_claimed(&self) -> Result<bool> {
         let (claims, _) = list_claims(&self.repository.store, &self.vm).await?;
         match claims.last() {
-            Some(newest) if *newest > self.epoch => Err(StoreError::Fenced { vm: self.vm.clone(), ours: self.epoch, newest: *newest }),
+            Some(newest) if *newest > self.epoch => {
+                Err(StoreError::Fenced { vm: self.vm.clone(), ours: self.epoch, newest: *newest })
+            }
             newest => Ok(newest == Some(&self.epoch)),
         }
     }
@@ -302,8 +337,8 @@ impl Writer {
         }
     }
 
-    /// For a writer that has stored nothing and will not: releases its epoch; where no checkpoint and no other claim of the VM
-    /// was ever made, its name is removed from the store.
+    /// For a writer that has stored nothing and will not: releases its epoch; where no checkpoint
+    /// and no other claim of the VM was ever made, its name is removed from the store.
     ///
     /// # Errors
     /// When the store cannot be written.
@@ -318,8 +353,9 @@ impl Writer {
         self.release().await
     }
 
-    /// Begins checkpoint `seq`: `AlreadyExists` if there is one of that number. Removes what earlier tries of this
-    /// writer left; it knows them, so the directory, which may hold thousands of checkpoints, is not listed.
+    /// Begins checkpoint `seq`: `AlreadyExists` if there is one of that number. Removes what
+    /// earlier tries of this writer left; it knows them, so the directory, which may hold thousands
+    /// of checkpoints, is not listed.
     ///
     /// # Errors
     /// When the checkpoint exists, a newer writer has fenced this one, or the store cannot be
@@ -346,8 +382,13 @@ impl Writer {
     /// renamed behind the back of a claim's removal belongs to a writer that finds that claim now.
     ///
     /// # Errors
-    /// When a newer writer has fenced this one, there is a checkpoint of that ID, or the store fails.
-    pub async fn resume(&self, id: CheckpointId, kept: &KeptPartial) -> Result<Option<PartialCheckpoint>> {
+    /// When a newer writer has fenced this one, there is a checkpoint of that ID, or the store
+    /// fails.
+    pub async fn resume(
+        &self,
+        id: CheckpointId,
+        kept: &KeptPartial,
+    ) -> Result<Option<PartialCheckpoint>> {
         if kept.epoch() != self.epoch {
             return Ok(None);
         }
@@ -381,7 +422,11 @@ impl Writer {
     }
 
     fn next_name(&self, id: CheckpointId) -> PartialName {
-        PartialName { id, epoch: self.epoch, attempt: self.attempts.fetch_add(1, Ordering::Relaxed) + 1 }
+        PartialName {
+            id,
+            epoch: self.epoch,
+            attempt: self.attempts.fetch_add(1, Ordering::Relaxed) + 1,
+        }
     }
 
     async fn create_partial(&self, id: CheckpointId) -> Result<PartialCheckpoint> {
@@ -391,7 +436,10 @@ impl Writer {
             let partial = PartialCheckpoint::new(self.clone(), self.next_name(id));
             match self.repository.store.create_dir(partial.dir()).await {
                 Ok(()) => return Ok(partial),
-                Err(error) if tries < MAX_BEGIN_TRIES && (error.is_retryable() || error.is_already_exists()) => {
+                Err(error)
+                    if tries < MAX_BEGIN_TRIES
+                        && (error.is_retryable() || error.is_already_exists()) =>
+                {
                     warn!(vm = %self.vm, %id, %error, "partial checkpoint could not be made, trying again");
                 }
                 Err(error) => return Err(error),

@@ -1,7 +1,7 @@
 //! The HDFS of scripts/hdfs-dev, for tests.
 //!
-//! `shared()` is the developer's cluster, which no test harms. `hazards()` is one of its own for tests that kill its
-//! processes; holding it keeps other tests, of other processes too, off it.
+//! `shared()` is the developer's cluster, which no test harms. `hazards()` is one of its own for
+//! tests that kill its processes; holding it keeps other tests, of other processes too, off it.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -27,7 +27,8 @@ impl Cluster {
         Self::up(None, None)
     }
 
-    /// The cluster to harm, up and whole, for this caller alone. Waits for its turn: call it where blocking is fine.
+    /// The cluster to harm, up and whole, for this caller alone. Waits for its turn: call it where
+    /// blocking is fine.
     pub fn hazards() -> Self {
         let dir = cache_dir().join("stillpoint").join("hdfs-hazards");
         fs::create_dir_all(&dir).expect("state directory of the cluster");
@@ -44,7 +45,9 @@ impl Cluster {
 
     /// A URL below which nobody else works.
     pub fn fresh_url(&self, what: &str) -> String {
-        let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock after 1970");
+        let time = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .expect("a clock after 1970");
         format!("{}tests/{what}-{}-{}", self.url, std::process::id(), time.as_nanos())
     }
 
@@ -55,7 +58,8 @@ impl Cluster {
             command.env("STILLPOINT_HDFS_DIR", dir).env("STILLPOINT_HDFS_PORT", port);
         }
         let output = command.args(arguments).output();
-        let output = output.unwrap_or_else(|error| panic!("{} can't be run: {error}", script.display()));
+        let output =
+            output.unwrap_or_else(|error| panic!("{} can't be run: {error}", script.display()));
         assert!(
             output.status.success(),
             "these tests need a real HDFS. Run: scripts/install-deps && scripts/hdfs-dev {}\nIt said: {}",
@@ -92,7 +96,8 @@ impl Cluster {
 }
 
 impl Drop for Cluster {
-    /// Whatever a failed test left stopped or dead is repaired by the next `up`; a stopped process must continue for it.
+    /// Whatever a failed test left stopped or dead is repaired by the next `up`; a stopped process
+    /// must continue for it.
     fn drop(&mut self) {
         if self.own.is_none() {
             return;
@@ -104,7 +109,8 @@ impl Drop for Cluster {
                 command.env("STILLPOINT_HDFS_DIR", dir).env("STILLPOINT_HDFS_PORT", port);
             }
             let output = command.args(["pid", role]).output();
-            let pid = output.ok().and_then(|o| String::from_utf8_lossy(&o.stdout).trim().parse().ok());
+            let pid =
+                output.ok().and_then(|o| String::from_utf8_lossy(&o.stdout).trim().parse().ok());
             if let Some(pid) = pid {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
             }

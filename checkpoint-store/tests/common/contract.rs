@@ -8,7 +8,8 @@ use checkpoint_store::{Entry, PutOptions, Stat, Store, StoreError, StorePath};
 
 use super::{bytes, noise, path};
 
-/// Makes one test per promise. `$make` is an async function that gives an empty store and whatever keeps it alive.
+/// Makes one test per promise. `$make` is an async function that gives an empty store and whatever
+/// keeps it alive.
 #[macro_export]
 macro_rules! store_contract {
     ($make:path) => {
@@ -58,7 +59,8 @@ fn names(entries: &[Entry]) -> Vec<&str> {
 }
 
 pub async fn a_file_comes_back(store: Shared) {
-    let receipt = store.put(&path("a"), vec![bytes("hello")], PutOptions::default()).await.expect("put");
+    let receipt =
+        store.put(&path("a"), vec![bytes("hello")], PutOptions::default()).await.expect("put");
     assert_eq!(receipt.len, 5);
     assert_eq!(store.read(&path("a"), 100).await.expect("read"), "hello");
     put(&store, "empty", "").await;
@@ -75,9 +77,15 @@ pub async fn nothing_is_overwritten(store: Shared) {
 }
 
 pub async fn a_missing_parent_is_never_made(store: Shared) {
-    let error = store.put(&path("no/a"), vec![bytes("x")], PutOptions::default()).await.expect_err("no parent");
+    let error = store
+        .put(&path("no/a"), vec![bytes("x")], PutOptions::default())
+        .await
+        .expect_err("no parent");
     assert!(error.is_not_found(), "{error}");
-    let error = store.put_exclusive(&path("no/a"), bytes("x"), PutOptions::default()).await.expect_err("no parent");
+    let error = store
+        .put_exclusive(&path("no/a"), bytes("x"), PutOptions::default())
+        .await
+        .expect_err("no parent");
     assert!(error.is_not_found(), "{error}");
     let error = store.create_dir(&path("no/dir")).await.expect_err("no parent");
     assert!(error.is_not_found(), "{error}");
@@ -90,7 +98,9 @@ pub async fn a_missing_parent_is_never_made(store: Shared) {
 pub async fn ranges_are_exact(store: Shared) {
     let data = noise(3_000_000, 7);
     store.put(&path("a"), vec![data.clone()], PutOptions::default()).await.expect("put");
-    for (offset, len) in [(0, 1), (0, 3_000_000), (2_999_999, 1), (1_048_570, 100_000), (3_000_000, 0), (0, 0)] {
+    for (offset, len) in
+        [(0, 1), (0, 3_000_000), (2_999_999, 1), (1_048_570, 100_000), (3_000_000, 0), (0, 0)]
+    {
         let part = store.read_range(&path("a"), offset, len).await.expect("range");
         assert_eq!(part, data.slice(offset as usize..(offset + len) as usize), "{offset}+{len}");
     }
@@ -100,7 +110,10 @@ pub async fn past_the_end_is_an_error(store: Shared) {
     put(&store, "a", "0123456789").await;
     for (offset, len) in [(0, 11), (10, 1), (11, 0), (5, 6), (u64::MAX, 1), (1, u64::MAX - 1)] {
         let error = store.read_range(&path("a"), offset, len).await.expect_err("past the end");
-        assert!(matches!(error, StoreError::PastEnd { file_len: 10, .. } | StoreError::Limit { .. }), "{offset}+{len}: {error}");
+        assert!(
+            matches!(error, StoreError::PastEnd { file_len: 10, .. } | StoreError::Limit { .. }),
+            "{offset}+{len}: {error}"
+        );
     }
 }
 
@@ -178,7 +191,9 @@ pub async fn directories_are_made_once(store: Shared) {
 const RACERS: usize = 12;
 
 /// Runs the same call many times at once; how many won, all others having found the name taken.
-async fn race<F: Future<Output = Result<(), StoreError>> + Send + 'static>(call: impl Fn(usize) -> F) -> usize {
+async fn race<F: Future<Output = Result<(), StoreError>> + Send + 'static>(
+    call: impl Fn(usize) -> F,
+) -> usize {
     let racers: Vec<_> = (0..RACERS).map(|racer| tokio::spawn(call(racer))).collect();
     let mut winners = 0;
     for racer in racers {
@@ -280,7 +295,9 @@ pub async fn a_removed_directory_stays_removed(store: Shared) {
         .map(|writer| {
             let store = store.clone();
             let at = path(&format!("a/{writer}"));
-            tokio::spawn(async move { store.put(&at, vec![noise(200_000, 3)], PutOptions::default()).await })
+            tokio::spawn(async move {
+                store.put(&at, vec![noise(200_000, 3)], PutOptions::default()).await
+            })
         })
         .collect();
     store.remove(&path("a")).await.expect("remove");

@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use checkpoint_format::{CheckpointId, Checksum, ContentDigest, DurableReceipt, Epoch, PackName, VmName};
+use checkpoint_format::{
+    CheckpointId, Checksum, ContentDigest, DurableReceipt, Epoch, PackName, VmName,
+};
 use checkpoint_store::{
-    Claim, Fault, FaultRule, FaultyStore, LayerOutcome, Mode, Op, PutOptions, Repository, RepositoryOptions, Store, StoreError, StorePath,
-    Writer,
+    Claim, Fault, FaultRule, FaultyStore, LayerOutcome, Mode, Op, PutOptions, Repository,
+    RepositoryOptions, Store, StoreError, StorePath, Writer,
 };
 
 use super::{bytes, noise, path, record};
@@ -84,13 +86,21 @@ pub async fn committed(writer: &Writer, checkpoint_id: u64) -> Result<(), StoreE
 
 /// Checks that a checkpoint made by [`committed`] is all there.
 pub async fn assert_complete(repository: &Repository, checkpoint_id: u64) {
-    let manifest = repository.read_manifest(&vm(), CheckpointId(checkpoint_id)).await.expect("manifest");
+    let manifest =
+        repository.read_manifest(&vm(), CheckpointId(checkpoint_id)).await.expect("manifest");
     let manifest = String::from_utf8(manifest.to_vec()).expect("text");
     let words: Vec<&str> = manifest.split(' ').collect();
     assert_eq!(words[0], checkpoint_id.to_string());
-    for (name, expected) in [(words[2], noise(100_000, checkpoint_id + 1)), (words[3], noise(50_000, checkpoint_id + 2))] {
-        let len = repository.pack_len(&vm(), CheckpointId(checkpoint_id), name).await.expect("length");
-        let found = repository.read_pack_range(&vm(), CheckpointId(checkpoint_id), name, 0, len).await.expect("range");
+    for (name, expected) in [
+        (words[2], noise(100_000, checkpoint_id + 1)),
+        (words[3], noise(50_000, checkpoint_id + 2)),
+    ] {
+        let len =
+            repository.pack_len(&vm(), CheckpointId(checkpoint_id), name).await.expect("length");
+        let found = repository
+            .read_pack_range(&vm(), CheckpointId(checkpoint_id), name, 0, len)
+            .await
+            .expect("range");
         assert_eq!(found, expected);
     }
 }
@@ -134,7 +144,10 @@ pub async fn a_newer_format_is_refused(store: Shared) {
     let error = Repository::open(store.clone(), Mode::CreateIfMissing).await.expect_err("newer");
     assert!(error.to_string().contains("version 2"), "{error}");
     store.remove(&path("store.json")).await.expect("remove");
-    store.put(&path("store.json"), vec![bytes("{\"format\"")], PutOptions::default()).await.expect("put");
+    store
+        .put(&path("store.json"), vec![bytes("{\"format\"")], PutOptions::default())
+        .await
+        .expect("put");
     let error = Repository::open(store, Mode::CreateIfMissing).await.expect_err("torn");
     assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
 }
@@ -154,7 +167,8 @@ pub async fn a_checkpoint_exists_after_its_commit_and_not_before(store: Shared) 
     assert_eq!(numbers(&repository).await, [1]);
     assert_eq!(repository.vms().await.expect("vms"), [vm()]);
     assert_eq!(repository.read_manifest(&vm(), CheckpointId(1)).await.expect("there"), "manifest");
-    let part = repository.read_pack_range(&vm(), CheckpointId(1), "ram.pack", 3, 2).await.expect("range");
+    let part =
+        repository.read_pack_range(&vm(), CheckpointId(1), "ram.pack", 3, 2).await.expect("range");
     assert_eq!(part, "34");
     let outside = repository.read_pack_range(&vm(), CheckpointId(1), "../1/ram.pack", 0, 1).await;
     assert!(matches!(outside.expect_err("a way out"), StoreError::InvalidPath { .. }));
@@ -199,17 +213,20 @@ pub async fn fencing_replaced_instance_needs_an_order(store: Shared) {
     let second = claimed(&repository, "b", Claim::TakeOver).await;
     for released in [false, true] {
         assert!(refused(&repository, "a", same("a")).await.is_fenced(), "released: {released}");
-        let dead = Claim::Continue { instance: "a".to_owned(), last: None, dead: Some(second.epoch()) };
+        let dead =
+            Claim::Continue { instance: "a".to_owned(), last: None, dead: Some(second.epoch()) };
         assert!(refused(&repository, "a", dead).await.is_fenced(), "released: {released}");
         second.release().await.expect("release");
     }
     for _ in 0..9 {
         claimed(&repository, "b", same("b")).await.release().await.expect("release");
     }
-    let remembers = Claim::Continue { instance: "a".to_owned(), last: Some(first.epoch()), dead: None };
+    let remembers =
+        Claim::Continue { instance: "a".to_owned(), last: Some(first.epoch()), dead: None };
     assert!(refused(&repository, "a", remembers).await.is_fenced());
     let ordered = claimed(&repository, "a", Claim::TakeOver).await;
-    let again = Claim::Continue { instance: "a".to_owned(), last: Some(ordered.epoch()), dead: None };
+    let again =
+        Claim::Continue { instance: "a".to_owned(), last: Some(ordered.epoch()), dead: None };
     claimed(&repository, "a", again).await;
 }
 
@@ -221,7 +238,12 @@ pub async fn fencing_only_the_dead_one_is_replaced(store: Shared) {
     let second = claimed(&repository, "b", Claim::TakeOver).await;
     let error = refused(&repository, "c", claim).await;
     assert!(matches!(error, StoreError::WriterHeld { .. }), "{error}");
-    claimed(&repository, "c", Claim::Continue { instance: "c".to_owned(), last: None, dead: Some(second.epoch()) }).await;
+    claimed(
+        &repository,
+        "c",
+        Claim::Continue { instance: "c".to_owned(), last: None, dead: Some(second.epoch()) },
+    )
+    .await;
 }
 
 /// What a restore that failed at its end has claimed.
@@ -243,7 +265,9 @@ pub async fn concurrent_takeovers_leave_one_writer(store: Shared) {
     let racers: Vec<_> = (0..6)
         .map(|racer| {
             let repository = repository.clone();
-            tokio::spawn(async move { repository.claim_writer(&vm(), record(&format!("r{racer}")), Claim::TakeOver).await })
+            tokio::spawn(async move {
+                repository.claim_writer(&vm(), record(&format!("r{racer}")), Claim::TakeOver).await
+            })
         })
         .collect();
     let mut writers = Vec::new();
@@ -336,7 +360,9 @@ pub async fn a_killed_writer_leaves_nothing_visible(store: Shared) {
     #[expect(clippy::disallowed_methods, reason = "a helper that is killed drops nothing")]
     std::mem::forget(partial);
     assert_eq!(numbers(&repository).await, [0; 0]);
-    assert!(repository.read_manifest(&vm(), CheckpointId(1)).await.expect_err("none").is_not_found());
+    assert!(
+        repository.read_manifest(&vm(), CheckpointId(1)).await.expect_err("none").is_not_found()
+    );
     let restarted = claimed(&repository, "a", same("a")).await;
     assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
     committed(&restarted, 1).await.expect("commit");
@@ -352,17 +378,27 @@ pub async fn resume_has_what_an_earlier_try_stored(store: Shared) {
     let _sealed = partial.seal(bytes("of the first try")).await.expect("seal");
     let kept = partial.keep();
     assert_eq!(everything_in_checkpoints(&store).await, ["1.1-1.partial"]);
-    let partial = writer.resume(CheckpointId(1), &kept).await.expect("resume").expect("it is there");
+    let partial =
+        writer.resume(CheckpointId(1), &kept).await.expect("resume").expect("it is there");
     drop(kept);
-    assert_eq!(everything_in_checkpoints(&store).await, ["1.1-2.partial"], "a late put of the first try finds no directory");
-    let names: Vec<String> = partial.files().await.expect("files").into_iter().map(|file| file.name).collect();
+    assert_eq!(
+        everything_in_checkpoints(&store).await,
+        ["1.1-2.partial"],
+        "a late put of the first try finds no directory"
+    );
+    let names: Vec<String> =
+        partial.files().await.expect("files").into_iter().map(|file| file.name).collect();
     assert_eq!(names, [left.name.as_str(), "manifest.json", pack.name.as_str()]);
     for name in [left.name.as_str(), "manifest.json"] {
         partial.remove_file(name).await.expect("remove");
     }
-    assert_eq!(partial.read_pack_range(&pack.name, 0, 100_000).await.expect("read"), noise(100_000, 2));
+    assert_eq!(
+        partial.read_pack_range(&pack.name, 0, 100_000).await.expect("read"),
+        noise(100_000, 2)
+    );
     let other = partial.put_pack("disk", vec![noise(50_000, 3)]).await.expect("put");
-    let _durable = partial.commit(format!("1 1 {} {}", pack.name, other.name).into()).await.expect("commit");
+    let _durable =
+        partial.commit(format!("1 1 {} {}", pack.name, other.name).into()).await.expect("commit");
     assert_complete(&repository, 1).await;
     committed(&writer, 2).await.expect("the next one");
     assert_eq!(everything_in_checkpoints(&store).await, ["1", "2"]);
@@ -377,7 +413,10 @@ pub async fn resume_fenced_writer_gets_nothing(store: Shared) {
     let new = claimed(&repository, "a", same("a")).await;
     assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
     assert!(old.resume(CheckpointId(1), &kept).await.expect("nothing is wrong yet").is_none());
-    assert!(new.resume(CheckpointId(1), &kept).await.expect("nothing is wrong").is_none(), "another writer's");
+    assert!(
+        new.resume(CheckpointId(1), &kept).await.expect("nothing is wrong").is_none(),
+        "another writer's"
+    );
     assert!(old.begin(CheckpointId(1)).await.expect_err("fenced").is_fenced());
     committed(&new, 1).await.expect("commit");
 }
@@ -438,23 +477,35 @@ pub async fn layers_are_stored_once(store: Shared) {
     assert_eq!(one.commit().await.expect("commit"), LayerOutcome::Stored);
     assert_eq!(two.commit().await.expect("commit"), LayerOutcome::AlreadyThere);
     assert_eq!(repository.layers().await.expect("layers"), [digest]);
-    assert_eq!(repository.read_layer_file(&digest, "layer.json", 100).await.expect("read"), "manifest");
+    assert_eq!(
+        repository.read_layer_file(&digest, "layer.json", 100).await.expect("read"),
+        "manifest"
+    );
     let part = repository.read_layer_range(&digest, "blocks.pack", 2, 3).await.expect("range");
     assert_eq!(part, Bytes::from_static(b"234"));
     assert_eq!(repository.layer_file_len(&digest, "blocks.pack").await.expect("length"), 10);
-    assert_eq!(store.list(&path("layers")).await.expect("list").len(), 1, "the loser's partial stays");
+    assert_eq!(
+        store.list(&path("layers")).await.expect("list").len(),
+        1,
+        "the loser's partial stays"
+    );
     repository.remove_layer(&digest).await.expect("remove");
     assert!(!repository.has_layer(&digest).await.expect("look"));
 }
 
 async fn partial_layers(store: &Shared) -> Vec<String> {
-    let names = store.list(&path("layers")).await.expect("list").into_iter().map(|entry| entry.name);
+    let names =
+        store.list(&path("layers")).await.expect("list").into_iter().map(|entry| entry.name);
     names.filter(|name| name.ends_with(".partial")).collect()
 }
 
 pub async fn abandoned_uploads_are_removed_by_the_next(store: Shared) {
-    let options = |abandoned_after| RepositoryOptions { abandoned_after, ..RepositoryOptions::default() };
-    let patient = Repository::open_with(store.clone(), Mode::CreateIfMissing, RepositoryOptions::default()).await.expect("open");
+    let options =
+        |abandoned_after| RepositoryOptions { abandoned_after, ..RepositoryOptions::default() };
+    let patient =
+        Repository::open_with(store.clone(), Mode::CreateIfMissing, RepositoryOptions::default())
+            .await
+            .expect("open");
     let [one, two, three] = [b"1", b"2", b"3"].map(|text| ContentDigest::of(text));
     // Cut off: nothing of it runs any more.
     let cut = patient.begin_layer(&one).await.expect("begin");
@@ -464,7 +515,10 @@ pub async fn abandoned_uploads_are_removed_by_the_next(store: Shared) {
     drop(patient.begin_layer(&two).await.expect("begin"));
     assert_eq!(partial_layers(&store).await.len(), 2);
     tokio::time::sleep(Duration::from_millis(60)).await;
-    let hasty = Repository::open_with(store.clone(), Mode::MustExist, options(Duration::from_millis(50))).await.expect("open");
+    let hasty =
+        Repository::open_with(store.clone(), Mode::MustExist, options(Duration::from_millis(50)))
+            .await
+            .expect("open");
     let upload = hasty.begin_layer(&three).await.expect("begin");
     assert_eq!(partial_layers(&store).await.len(), 1, "only the new one");
     assert_eq!(upload.commit().await.expect("commit"), LayerOutcome::Stored);
@@ -480,7 +534,8 @@ pub async fn an_upload_that_another_makes_useless_ends(store: Shared) {
     let of_another = repository.begin_layer(&other).await.expect("begin");
     let fast = repository.begin_layer(&digest).await.expect("begin");
     assert_eq!(fast.commit().await.expect("commit"), LayerOutcome::Stored);
-    let error = slow.put_pack("blocks", vec![bytes("late")]).await.expect_err("its directory is gone");
+    let error =
+        slow.put_pack("blocks", vec![bytes("late")]).await.expect_err("its directory is gone");
     assert!(error.is_already_exists(), "{error}");
     assert_eq!(slow.commit().await.expect("commit"), LayerOutcome::AlreadyThere);
     of_another.put_pack("blocks", vec![bytes("x")]).await.expect("nobody touched it");
@@ -493,9 +548,16 @@ pub async fn proofs_are_noted_once(store: Shared) {
     assert_eq!(repository.proofs(&vm(), checkpoint_id).await.expect("read"), Vec::<Bytes>::new());
     let note = async |checkpoint_id: u64, key: usize, text: &'static str| {
         let (vm, text) = (vm(), Bytes::from_static(text.as_bytes()));
-        repository.note_proof(&vm, CheckpointId(checkpoint_id), &keys[key], text).await.expect("note")
+        repository
+            .note_proof(&vm, CheckpointId(checkpoint_id), &keys[key], text)
+            .await
+            .expect("note")
     };
-    assert!(note(3, 0, "one").await && note(3, 1, "two").await && note(30, 0, "another checkpoint's").await);
+    assert!(
+        note(3, 0, "one").await
+            && note(3, 1, "two").await
+            && note(30, 0, "another checkpoint's").await
+    );
     assert!(!note(3, 0, "again").await, "a note stays as it is");
     assert_eq!(repository.proofs(&vm(), checkpoint_id).await.expect("read"), ["one", "two"]);
 }

@@ -1,7 +1,9 @@
-//! Stands in for QEMU in tests: loads the real plugin the way QEMU does, and writes to its memory when told to.
+//! Stands in for QEMU in tests: loads the real plugin the way QEMU does, and writes to its memory
+//! when told to.
 //!
-//! `stand-in PLUGIN SOCKET RAMFD SHARED_PAGES PRIVATE_PAGES` prints `ready SHARED PRIVATE` (addresses in hex) or `failed CODE`,
-//! then obeys lines on standard input, each answered with `ok`: an operation, a memory (`s`hared or `p`rivate), page numbers.
+//! `stand-in PLUGIN SOCKET RAMFD SHARED_PAGES PRIVATE_PAGES` prints `ready SHARED PRIVATE`
+//! (addresses in hex) or `failed CODE`, then obeys lines on standard input, each answered with
+//! `ok`: an operation, a memory (`s`hared or `p`rivate), page numbers.
 //!
 //! ```text
 //! w write one byte in each page          r read one byte of each page
@@ -30,9 +32,17 @@ impl Memory {
     fn map(pages: usize, flags: c_int, fd: RawFd) -> Self {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let len = pages * PAGE;
-        // SAFETY: the first call reserves fresh addresses; the second replaces a part of just these.
+        // SAFETY: the first call reserves fresh addresses; the second replaces a part of just
+        // these.
         let start = unsafe {
-            let room = libc::mmap(std::ptr::null_mut(), len + HUGE, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
+            let room = libc::mmap(
+                std::ptr::null_mut(),
+                len + HUGE,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
             assert_ne!(room, libc::MAP_FAILED);
             let aligned = room.add(room.align_offset(HUGE));
             libc::mmap(aligned, len, protection, flags | libc::MAP_FIXED, fd, 0)
@@ -49,7 +59,8 @@ impl Memory {
 
     fn write(&self, page: usize) {
         let at = self.at(page);
-        // SAFETY: `at` is inside a writable mapping that is never unmapped; this program has no other thread that uses it.
+        // SAFETY: `at` is inside a writable mapping that is never unmapped; this program has no
+        // other thread that uses it.
         unsafe { at.write_volatile(at.read_volatile().wrapping_add(1)) }
     }
 
@@ -60,10 +71,18 @@ impl Memory {
 
     /// QEMU's `ram_block_discard_range`.
     fn give_back(&self, file: Option<RawFd>, first: usize, count: usize) {
-        let (offset, len) = ((first * PAGE).cast_signed() as i64, (count * PAGE).cast_signed() as i64);
+        let (offset, len) =
+            ((first * PAGE).cast_signed() as i64, (count * PAGE).cast_signed() as i64);
         if let Some(fd) = file {
             // SAFETY: takes integers; nothing here relies on the content of the file.
-            let result = unsafe { libc::fallocate(fd, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len) };
+            let result = unsafe {
+                libc::fallocate(
+                    fd,
+                    libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                    offset,
+                    len,
+                )
+            };
             assert_eq!(result, 0, "fallocate");
         }
         self.advise(first, count, libc::MADV_DONTNEED);
@@ -78,7 +97,8 @@ impl Memory {
 
 fn load(plugin: &str) -> Install {
     let path = CString::new(plugin).expect("a path");
-    // SAFETY: the plugin's constructor may run in any process; the symbol has the type that QEMU's plugin API gives it.
+    // SAFETY: the plugin's constructor may run in any process; the symbol has the type that QEMU's
+    // plugin API gives it.
     unsafe {
         let library = libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
         assert!(!library.is_null(), "cannot load {plugin}");
@@ -91,7 +111,8 @@ fn load(plugin: &str) -> Install {
 }
 
 fn call(install: Install, socket: &str, ram_fd: &str) -> c_int {
-    let arguments = [format!("socket={socket}"), format!("ramfd={ram_fd}")].map(|text| CString::new(text).expect("text"));
+    let arguments = [format!("socket={socket}"), format!("ramfd={ram_fd}")]
+        .map(|text| CString::new(text).expect("text"));
     let pointers = arguments.each_ref().map(|text| text.as_ptr());
     // SAFETY: two C strings that live for the call, as the API wants it.
     unsafe { install(1, std::ptr::null(), 2, pointers.as_ptr()) }
@@ -106,7 +127,11 @@ fn main() {
     let shared_pages = shared_pages.parse().expect("a number");
     let shared = Memory::map(shared_pages, libc::MAP_SHARED, fd);
     let mut other = None;
-    let private = Memory::map(private_pages.parse().expect("a number"), libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
+    let private = Memory::map(
+        private_pages.parse().expect("a number"),
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        -1,
+    );
     let install = load(plugin);
     match call(install, socket, ram_fd) {
         0 => println!("ready {:x} {:x}", shared.start as usize, private.start as usize),
@@ -125,12 +150,15 @@ fn main() {
             "w" => pages.for_each(|page| memory.write(page)),
             "r" => pages.for_each(|page| memory.read(page)),
             "o" => {
-                let other = other.get_or_insert_with(|| Memory::map(shared_pages, libc::MAP_SHARED, fd));
+                let other =
+                    other.get_or_insert_with(|| Memory::map(shared_pages, libc::MAP_SHARED, fd));
                 pages.for_each(|page| other.write(page));
             }
             "d" => pages.for_each(|page| memory.advise(page, 1, libc::MADV_DONTNEED)),
             "x" => {
-                let [first, count] = pages.collect::<Vec<usize>>()[..] else { panic!("x FIRST COUNT") };
+                let [first, count] = pages.collect::<Vec<usize>>()[..] else {
+                    panic!("x FIRST COUNT")
+                };
                 memory.give_back(std::ptr::eq(memory, &shared).then_some(fd), first, count);
             }
             "h" => memory.advise(0, memory.pages, libc::MADV_HUGEPAGE),

@@ -1,9 +1,10 @@
 //! Telling QEMU that we were built for exactly its plugin API.
 //!
-//! QEMU reads the symbol `qemu_plugin_version` right after loading us and refuses a number outside its range, and the
-//! ranges of the versions do not overlap: 1 up to QEMU 8.2; 2 and up since 9.0; only 7 in 11.1. We call none of its
-//! functions, so any number is true; which one is accepted is learned from the symbols that QEMU exports. A launcher that
-//! knows better sets [`OVERRIDE`]: asking for 999 makes QEMU name the versions that it takes.
+//! QEMU reads the symbol `qemu_plugin_version` right after loading us and refuses a number outside
+//! its range, and the ranges of the versions do not overlap: 1 up to QEMU 8.2; 2 and up since 9.0;
+//! only 7 in 11.1. We call none of its functions, so any number is true; which one is accepted is
+//! learned from the symbols that QEMU exports. A launcher that knows better sets [`OVERRIDE`]:
+//! asking for 999 makes QEMU name the versions that it takes.
 #![allow(unsafe_code, reason = "symbols that QEMU and the dynamic linker look up")]
 
 use std::ffi::CStr;
@@ -34,13 +35,14 @@ extern "C" fn choose() {
 }
 
 fn overruled() -> Option<i32> {
-    // SAFETY: the name is a C string, and QEMU is still single-threaded when it loads plugins, so that nobody changes
-    // the environment while we read it.
+    // SAFETY: the name is a C string, and QEMU is still single-threaded when it loads plugins, so
+    // that nobody changes the environment while we read it.
     let value = unsafe { libc::getenv(OVERRIDE.as_ptr()) };
     if value.is_null() {
         return None;
     }
-    // SAFETY: getenv returned a C string that stays valid until the environment is changed; see above.
+    // SAFETY: getenv returned a C string that stays valid until the environment is changed; see
+    // above.
     unsafe { CStr::from_ptr(value) }.to_str().ok()?.trim().parse().ok()
 }
 
@@ -49,7 +51,8 @@ fn from_symbols(has: impl Fn(&CStr) -> bool) -> i32 {
 }
 
 fn exported(symbol: &CStr) -> bool {
-    // SAFETY: looks a C string up in the loaded objects; the address is only compared with null, never used.
+    // SAFETY: looks a C string up in the loaded objects; the address is only compared with null,
+    // never used.
     !unsafe { libc::dlsym(libc::RTLD_DEFAULT, symbol.as_ptr()) }.is_null()
 }
 

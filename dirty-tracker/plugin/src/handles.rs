@@ -1,8 +1,8 @@
 //! The descriptors that the plugin holds for the life of the process and lends to every client.
 //!
-//! All are opened while QEMU starts, so that dropping privileges later (`-runas`, `-sandbox`) does not take them away. The
-//! uffd is kept open here for another reason too: when its last descriptor closes, the kernel forgets every write that it
-//! has seen, so it must outlive the helpers.
+//! All are opened while QEMU starts, so that dropping privileges later (`-runas`, `-sandbox`) does
+//! not take them away. The uffd is kept open here for another reason too: when its last descriptor
+//! closes, the kernel forgets every write that it has seen, so it must outlive the helpers.
 #![allow(unsafe_code, reason = "system calls that no library has")]
 
 use std::fs::File;
@@ -65,7 +65,9 @@ impl Handles {
                 self.fds[kind as usize] = Some(fd);
                 self.reply.fd_mask |= 1 << kind as u32;
             }
-            Err(error) => self.reply.errno[kind as usize] = error.raw_os_error().unwrap_or(libc::EIO),
+            Err(error) => {
+                self.reply.errno[kind as usize] = error.raw_os_error().unwrap_or(libc::EIO)
+            }
         }
     }
 
@@ -79,7 +81,8 @@ impl Handles {
     }
 }
 
-/// A descriptor of our own for the RAM file that QEMU inherited, so that we do not depend on what QEMU does with its.
+/// A descriptor of our own for the RAM file that QEMU inherited, so that we do not depend on what
+/// QEMU does with its.
 fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: fcntl on an integer; a number that is no descriptor gives EBADF.
     let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };

@@ -1,15 +1,16 @@
-//! The foothold in QEMU: opens a userfaultfd and a few files of `/proc/self` inside the VM's process, and hands
-//! them to whoever may connect to a unix socket.
+//! The foothold in QEMU: opens a userfaultfd and a few files of `/proc/self` inside the VM's
+//! process, and hands them to whoever may connect to a unix socket.
 //!
-//! `-plugin file=libstillpoint_plugin.so,socket=PATH[,ramfd=N]`, on any accelerator. `N` is the descriptor of the RAM file
-//! that QEMU inherited; clients get a duplicate.
+//! `-plugin file=libstillpoint_plugin.so,socket=PATH[,ramfd=N]`, on any accelerator. `N` is the
+//! descriptor of the RAM file that QEMU inherited; clients get a duplicate.
 //!
-//! QEMU (7.2 and 10.0 at least) loads plugins after `-daemonize` has forked and before it drops privileges: the thread and the
-//! descriptors are those of the process that runs the guest.
+//! QEMU (7.2 and 10.0 at least) loads plugins after `-daemonize` has forked and before it drops
+//! privileges: the thread and the descriptors are those of the process that runs the guest.
 //!
-//! What it does not do is the point. It registers no callback, so that it costs the guest nothing; it decides nothing: the
-//! tracker makes every ioctl from its own process; and when the tracker dies the guest does not notice. It must not panic
-//! into QEMU, so each way in is wrapped, and a failure while QEMU starts stops QEMU with one line that says why.
+//! What it does not do is the point. It registers no callback, so that it costs the guest nothing;
+//! it decides nothing: the tracker makes every ioctl from its own process; and when the tracker
+//! dies the guest does not notice. It must not panic into QEMU, so each way in is wrapped, and a
+//! failure while QEMU starts stops QEMU with one line that says why.
 #![allow(unsafe_code, reason = "QEMU calls in, with pointers")]
 
 mod api_version;
@@ -35,7 +36,12 @@ static INSTALLED: AtomicBool = AtomicBool::new(false);
 /// # Safety
 /// As QEMU's plugin API has it: `argv` points to `argc` C strings.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qemu_plugin_install(_id: u64, _info: *const c_void, argc: c_int, argv: *const *const c_char) -> c_int {
+pub unsafe extern "C" fn qemu_plugin_install(
+    _id: u64,
+    _info: *const c_void,
+    argc: c_int,
+    argv: *const *const c_char,
+) -> c_int {
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         // SAFETY: the caller's promise is the same as ours.
         let arguments = unsafe { collect(argc, argv) };
@@ -50,7 +56,10 @@ pub unsafe extern "C" fn qemu_plugin_install(_id: u64, _info: *const c_void, arg
 
 fn complain(reason: &str) -> c_int {
     // Unlike eprintln!, this does not panic when standard error is closed.
-    let _ = io::Write::write_all(&mut io::stderr(), format!("stillpoint plugin: {reason}\n").as_bytes());
+    let _ = io::Write::write_all(
+        &mut io::stderr(),
+        format!("stillpoint plugin: {reason}\n").as_bytes(),
+    );
     1
 }
 
@@ -76,8 +85,10 @@ fn install(arguments: &[&[u8]]) -> Result<(), String> {
     }
     let api_version = api_version::qemu_plugin_version.load(Ordering::Relaxed);
     let handles = handles::Handles::open(api_version, arguments.ram_fd);
-    let listener = server::listen(&arguments.socket).map_err(|error| cannot_listen(&arguments.socket, &error))?;
-    spawn(move || server::serve(&listener, &handles)).map_err(|error| format!("cannot start a thread: {error}"))
+    let listener = server::listen(&arguments.socket)
+        .map_err(|error| cannot_listen(&arguments.socket, &error))?;
+    spawn(move || server::serve(&listener, &handles))
+        .map_err(|error| format!("cannot start a thread: {error}"))
 }
 
 fn cannot_listen(path: &Path, error: &io::Error) -> String {
@@ -97,11 +108,13 @@ fn spawn(body: impl FnOnce() + Send + 'static) -> io::Result<()> {
     spawned.map(drop)
 }
 
-/// Blocks every signal in this thread, and so in those that it starts; returns the mask from before.
+/// Blocks every signal in this thread, and so in those that it starts; returns the mask from
+/// before.
 fn block_signals() -> libc::sigset_t {
     let mut all = MaybeUninit::<libc::sigset_t>::uninit();
     let mut before = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigfillset initialises `all`; pthread_sigmask reads it and initialises `before`, and cannot fail with SIG_BLOCK.
+    // SAFETY: sigfillset initialises `all`; pthread_sigmask reads it and initialises `before`, and
+    // cannot fail with SIG_BLOCK.
     unsafe {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), before.as_mut_ptr());
@@ -126,7 +139,9 @@ impl Arguments {
                 ram_fd = Some(parse_fd(number)?);
             } else {
                 let unknown = String::from_utf8_lossy(argument);
-                return Err(format!("unknown argument '{unknown}'; expected socket=PATH and ramfd=N"));
+                return Err(format!(
+                    "unknown argument '{unknown}'; expected socket=PATH and ramfd=N"
+                ));
             }
         }
         let socket = socket.ok_or("socket=PATH is missing")?;
@@ -139,7 +154,9 @@ fn parse_fd(number: &[u8]) -> Result<RawFd, String> {
         .ok()
         .and_then(|text| text.parse().ok())
         .filter(|fd| *fd >= 0)
-        .ok_or_else(|| format!("ramfd={} is not a descriptor number", String::from_utf8_lossy(number)))
+        .ok_or_else(|| {
+            format!("ramfd={} is not a descriptor number", String::from_utf8_lossy(number))
+        })
 }
 
 #[cfg(test)]

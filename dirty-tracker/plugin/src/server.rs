@@ -1,7 +1,8 @@
 //! The thread that greets clients, one after the other, for as long as QEMU lives.
 //!
-//! It never waits for a client longer than [`CLIENT_TIMEOUT`] and never fails: whatever a client does, or whenever it dies,
-//! the next one is served. The guest does not depend on this thread in any way.
+//! It never waits for a client longer than [`CLIENT_TIMEOUT`] and never fails: whatever a client
+//! does, or whenever it dies, the next one is served. The guest does not depend on this thread in
+//! any way.
 #![allow(unsafe_code, reason = "descriptors go through `sendmsg`")]
 
 use std::io::{self, Read};
@@ -27,7 +28,8 @@ const CONTROL_LEN: usize = 64;
 
 /// Binds `path` with access for its owner only.
 ///
-/// A socket file that nobody listens on any more (a QEMU that was killed) is replaced; one in use is an error.
+/// A socket file that nobody listens on any more (a QEMU that was killed) is replaced; one in use
+/// is an error.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
     match bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_abandoned(path) => {
@@ -40,8 +42,10 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
 
 /// Connecting to a plain file is refused too, so the type is looked at first.
 fn is_abandoned(path: &Path) -> bool {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    is_socket && matches!(UnixStream::connect(path), Err(error) if error.kind() == io::ErrorKind::ConnectionRefused)
+    let is_socket =
+        std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
+    is_socket
+        && matches!(UnixStream::connect(path), Err(error) if error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 fn bind(path: &Path) -> io::Result<UnixListener> {
@@ -51,8 +55,8 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     check(fd)?;
     // SAFETY: socket(2) has just made this descriptor for us, so nobody else owns it.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    // The mode that a socket has when it is bound becomes the mode of its file: never open to others, not even briefly.
-    // SAFETY: fchmod(2) takes integers only.
+    // The mode that a socket has when it is bound becomes the mode of its file: never open to
+    // others, not even briefly. SAFETY: fchmod(2) takes integers only.
     check(unsafe { libc::fchmod(fd, 0o600) })?;
     // SAFETY: `address` is a live `sockaddr_un`, and `length` is not larger than it.
     check(unsafe { libc::bind(fd, (&raw const address).cast(), length) })?;
@@ -117,8 +121,15 @@ fn may_connect(client: &UnixStream) -> bool {
     let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;
     // SAFETY: `peer` and `length` are live for the call, and `length` is the size of `peer`.
-    let result =
-        unsafe { libc::getsockopt(client.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut peer).cast(), &raw mut length) };
+    let result = unsafe {
+        libc::getsockopt(
+            client.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut length,
+        )
+    };
     // SAFETY: geteuid(2) takes nothing and cannot fail.
     result == 0 && (peer.uid == 0 || peer.uid == unsafe { libc::geteuid() })
 }
@@ -138,7 +149,8 @@ fn send(client: &UnixStream, reply: &Reply, fds: &[RawFd]) -> io::Result<()> {
     if !fds.is_empty() {
         attach(&mut message, &mut control, fds);
     }
-    // SAFETY: `message` points to `part`, `bytes` and `control`, all of which live until the end of this function.
+    // SAFETY: `message` points to `part`, `bytes` and `control`, all of which live until the end of
+    // this function.
     let sent = unsafe { libc::sendmsg(client.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
     match usize::try_from(sent) {
         Ok(REPLY_LEN) => Ok(()),
@@ -153,8 +165,9 @@ fn attach(message: &mut libc::msghdr, control: &mut Control, fds: &[RawFd]) {
     let (space, length) = unsafe { (libc::CMSG_SPACE(payload), libc::CMSG_LEN(payload)) };
     message.msg_control = control.0.as_mut_ptr().cast();
     message.msg_controllen = space as _;
-    // SAFETY: `control` is zeroed, aligned for a `cmsghdr` and larger than `space`, the room for FD_KINDS descriptors (see
-    // the assertion below), so the first header and its data lie within it.
+    // SAFETY: `control` is zeroed, aligned for a `cmsghdr` and larger than `space`, the room for
+    // FD_KINDS descriptors (see the assertion below), so the first header and its data lie within
+    // it.
     unsafe {
         let header = libc::CMSG_FIRSTHDR(message);
         (*header).cmsg_level = libc::SOL_SOCKET;
@@ -165,4 +178,6 @@ fn attach(message: &mut libc::msghdr, control: &mut Control, fds: &[RawFd]) {
 }
 
 // SAFETY: CMSG_SPACE only computes.
-const _: () = assert!(unsafe { libc::CMSG_SPACE((FD_KINDS * size_of::<RawFd>()) as u32) } as usize <= CONTROL_LEN);
+const _: () = assert!(
+    unsafe { libc::CMSG_SPACE((FD_KINDS * size_of::<RawFd>()) as u32) } as usize <= CONTROL_LEN
+);

@@ -13,16 +13,20 @@ use std::ops::Range;
 
 /// What one call to the kernel protects or scans at most.
 ///
-/// Such a call holds the memory map lock of QEMU's process from its beginning to its end. QEMU's own `mmap` and `munmap` wait
-/// for it, and page faults behind them: 66 to 120 ms while `UFFDIO_WRITEPROTECT` protects 4 GiB in one call, 1.1 to 1.6 ms in
-/// pieces of this size (Linux 6.18, 2 cores; `what_mmap_waits_for_while_memory_is_protected` measures it). A scan of
-/// 4 GiB that finds nothing takes 1.8 ms in pieces and 1.5 ms in one call.
+/// Such a call holds the memory map lock of QEMU's process from its beginning to its end. QEMU's
+/// own `mmap` and `munmap` wait for it, and page faults behind them: 66 to 120 ms while
+/// `UFFDIO_WRITEPROTECT` protects 4 GiB in one call, 1.1 to 1.6 ms in pieces of this size (Linux
+/// 6.18, 2 cores; `what_mmap_waits_for_while_memory_is_protected` measures it). A scan of 4 GiB
+/// that finds nothing takes 1.8 ms in pieces and 1.5 ms in one call.
 const MAX_PIECE: u64 = 16 << 20;
 
-/// The pieces of a range, in order. They end at multiples of their size, so that no huge page is cut in two.
+/// The pieces of a range, in order. They end at multiples of their size, so that no huge page is
+/// cut in two.
 fn pieces(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
     let Range { start, end } = *range;
-    let rest = move |from: u64| (from < end).then(|| from..end.min((from / MAX_PIECE + 1).saturating_mul(MAX_PIECE)));
+    let rest = move |from: u64| {
+        (from < end).then(|| from..end.min((from / MAX_PIECE + 1).saturating_mul(MAX_PIECE)))
+    };
     std::iter::successors(rest(start), move |piece| rest(piece.end))
 }
 
@@ -44,7 +48,10 @@ mod test {
         assert_eq!(cut(7..7), []);
         assert_eq!(cut(4096..8192), [4096..8192]);
         assert_eq!(cut(piece..2 * piece), [piece..2 * piece]);
-        assert_eq!(cut(piece - 4096..2 * piece + 1), [piece - 4096..piece, piece..2 * piece, 2 * piece..2 * piece + 1]);
+        assert_eq!(
+            cut(piece - 4096..2 * piece + 1),
+            [piece - 4096..piece, piece..2 * piece, 2 * piece..2 * piece + 1]
+        );
         assert_eq!(cut(u64::MAX - 1..u64::MAX), [u64::MAX - 1..u64::MAX]);
     }
 }

@@ -14,18 +14,24 @@ pub struct ReadMapping {
     len: usize,
 }
 
-// SAFETY: the mapping stays where it is until the drop, and is only ever read, by raw copies that any thread may make.
+// SAFETY: the mapping stays where it is until the drop, and is only ever read, by raw copies that
+// any thread may make.
 unsafe impl Send for ReadMapping {}
 // SAFETY: as above; no method changes `self`.
 unsafe impl Sync for ReadMapping {}
 
 impl ReadMapping {
-    /// The caller has checked that the file is sealed against shrinking and has `len` bytes; otherwise a read could meet
-    /// SIGBUS.
+    /// The caller has checked that the file is sealed against shrinking and has `len` bytes;
+    /// otherwise a read could meet SIGBUS.
     pub fn new(file: impl AsFd, len: u64) -> io::Result<Self> {
-        let size = usize::try_from(len).ok().and_then(NonZeroUsize::new).ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: without an address hint or MAP_FIXED the kernel chooses addresses that nothing else uses.
-        let start = unsafe { mmap(None, size, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, file, 0)? };
+        let size = usize::try_from(len)
+            .ok()
+            .and_then(NonZeroUsize::new)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: without an address hint or MAP_FIXED the kernel chooses addresses that nothing
+        // else uses.
+        let start =
+            unsafe { mmap(None, size, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, file, 0)? };
         Ok(Self { start, len: size.get() })
     }
 
@@ -36,9 +42,10 @@ impl ReadMapping {
     pub fn copy(&self, offset: u64, out: &mut [u8]) {
         let inside = self.len.checked_sub(out.len()).is_some_and(|last| offset <= last as u64);
         assert!(inside, "{} bytes at {offset} of {}", out.len(), self.len);
-        // SAFETY: the source is inside the mapping, as just checked, and cannot vanish; it does not overlap `out`, which is
-        // ordinary memory of this process. The guest may write to the source meanwhile: that can tear the copy, which
-        // callers expect, and no reference to the source is ever made.
+        // SAFETY: the source is inside the mapping, as just checked, and cannot vanish; it does not
+        // overlap `out`, which is ordinary memory of this process. The guest may write to the
+        // source meanwhile: that can tear the copy, which callers expect, and no reference to the
+        // source is ever made.
         unsafe {
             let from = self.start.as_ptr().cast::<u8>().add(offset as usize);
             std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len());

@@ -23,11 +23,17 @@ pub fn receive(stream: &mut UnixStream, bytes: &mut [u8]) -> io::Result<Vec<Owne
 fn first_part(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut control = nix::cmsg_space!([RawFd; FD_KINDS]);
     let mut parts = [IoSliceMut::new(bytes)];
-    let message = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let message = recvmsg::<()>(
+        stream.as_raw_fd(),
+        &mut parts,
+        Some(&mut control),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )?;
     let mut fds = Vec::new();
     for part in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = part {
-            // SAFETY: the kernel has just made these descriptors for us and reports each once, so nobody else owns them.
+            // SAFETY: the kernel has just made these descriptors for us and reports each once, so
+            // nobody else owns them.
             fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }

@@ -17,7 +17,8 @@ impl TrialMemory {
     pub fn new(len: usize) -> io::Result<Self> {
         let size = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: without an address hint or MAP_FIXED the kernel chooses memory that nothing else uses.
+        // SAFETY: without an address hint or MAP_FIXED the kernel chooses memory that nothing else
+        // uses.
         let start = unsafe { mmap_anonymous(None, size, protection, MapFlags::MAP_SHARED)? };
         Ok(Self { start, len })
     }
@@ -33,7 +34,8 @@ impl TrialMemory {
     /// When `offset` is outside.
     pub fn write_byte(&mut self, offset: usize) {
         assert!(offset < self.len, "offset {offset} of {}", self.len);
-        // SAFETY: within the mapping that `self` owns, as just checked; `&mut self` makes it the only access.
+        // SAFETY: within the mapping that `self` owns, as just checked; `&mut self` makes it the
+        // only access.
         unsafe { self.start.as_ptr().cast::<u8>().add(offset).write_volatile(1) };
     }
 }

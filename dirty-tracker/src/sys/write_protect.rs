@@ -1,4 +1,5 @@
-//! Registering memory with the plugin's uffd and protecting it, from outside the process that the memory belongs to.
+//! Registering memory with the plugin's uffd and protecting it, from outside the process that the
+//! memory belongs to.
 
 use std::io;
 use std::ops::Range;
@@ -11,7 +12,8 @@ use plugin_protocol::uapi;
 const REGISTER_MODE_WP: u64 = 1 << 1;
 /// `UFFDIO_WRITEPROTECT_MODE_WP`
 const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
-/// How often a call is repeated that the kernel broke off because the process was changing its memory map.
+/// How often a call is repeated that the kernel broke off because the process was changing its
+/// memory map.
 const MAX_TRIES: u32 = 64;
 
 /// `struct uffdio_register`
@@ -39,12 +41,18 @@ const _: () = assert!(UFFDIO_WRITEPROTECT == 0xc018_aa06 as libc::Ioctl);
 
 /// Starts tracking `range`.
 ///
-/// What is registered with this uffd already stays as it is, protection and all: a second helper takes over where the
-/// first one ended.
+/// What is registered with this uffd already stays as it is, protection and all: a second helper
+/// takes over where the first one ended.
 pub fn register(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
-    let mut arg = Register { start: range.start, len: range.end - range.start, mode: REGISTER_MODE_WP, ioctls: 0 };
-    // SAFETY: `arg` is a live `struct uffdio_register` for the whole call; the addresses in it belong to the process that
-    // made the uffd, and the kernel does not change what that memory holds.
+    let mut arg = Register {
+        start: range.start,
+        len: range.end - range.start,
+        mode: REGISTER_MODE_WP,
+        ioctls: 0,
+    };
+    // SAFETY: `arg` is a live `struct uffdio_register` for the whole call; the addresses in it
+    // belong to the process that made the uffd, and the kernel does not change what that memory
+    // holds.
     check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, &raw mut arg) }).map(drop)
 }
 
@@ -56,12 +64,20 @@ pub fn protect(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
 pub(super) fn protect_at_once(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
     let mut tries = 0;
     loop {
-        let mut arg = WriteProtect { start: range.start, len: range.end - range.start, mode: WRITEPROTECT_MODE_WP };
-        // SAFETY: `arg` is a live `struct uffdio_writeprotect` for the whole call; protection changes no content, and with
-        // asynchronous protection no thread ever waits for it to be lifted.
-        let result = check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_WRITEPROTECT, &raw mut arg) });
+        let mut arg = WriteProtect {
+            start: range.start,
+            len: range.end - range.start,
+            mode: WRITEPROTECT_MODE_WP,
+        };
+        // SAFETY: `arg` is a live `struct uffdio_writeprotect` for the whole call; protection
+        // changes no content, and with asynchronous protection no thread ever waits for it to be
+        // lifted.
+        let result =
+            check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_WRITEPROTECT, &raw mut arg) });
         match result {
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && tries < MAX_TRIES => tries += 1,
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && tries < MAX_TRIES => {
+                tries += 1
+            }
             other => return other.map(drop),
         }
     }

@@ -41,14 +41,23 @@ fn cargo_build() -> Vec<PathBuf> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| env!("CARGO").to_owned());
     let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/plugin/Cargo.toml");
     let mut command = Command::new(cargo);
-    command.args(["build", "--lib", "--example", "stand-in", "--message-format=json", "--manifest-path", manifest]);
+    command.args([
+        "build",
+        "--lib",
+        "--example",
+        "stand-in",
+        "--message-format=json",
+        "--manifest-path",
+        manifest,
+    ]);
     if !cfg!(debug_assertions) {
         command.arg("--release");
     }
     let output = command.stderr(Stdio::inherit()).output().expect("cargo can be run");
     assert!(output.status.success(), "the plugin does not build");
     let text = String::from_utf8(output.stdout).expect("cargo speaks UTF-8");
-    let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let messages =
+        text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     messages.flat_map(|message| paths_in(&message)).collect()
 }
 
@@ -86,10 +95,21 @@ impl StandIn {
         let input = child.stdin.take().expect("piped");
         let mut output = BufReader::new(child.stdout.take().expect("piped")).lines();
         let ready = output.next().expect("an answer").expect("a line");
-        let mut addresses = ready.strip_prefix("ready ").unwrap_or_else(|| panic!("{ready}")).split(' ');
+        let mut addresses =
+            ready.strip_prefix("ready ").unwrap_or_else(|| panic!("{ready}")).split(' ');
         let mut address = || u64::from_str_radix(addresses.next().expect("two"), 16).expect("hex");
         let (shared_address, private_address) = (address(), address());
-        Self { memory, socket, private_address, shared_address, private_pages, child, input, output, dir }
+        Self {
+            memory,
+            socket,
+            private_address,
+            shared_address,
+            private_pages,
+            child,
+            input,
+            output,
+            dir,
+        }
     }
 
     /// What the plugin's install function returns when its socket is `socket`.
@@ -156,7 +176,8 @@ impl StandIn {
     /// A tracker, and the numbers of the shared and the private RAM block.
     pub fn attach(&self) -> (Tracker, BlockId, BlockId) {
         let tracker = Tracker::attach(self.handles(), self.blocks()).expect("tracking starts");
-        let (shared, private) = (tracker.find("shared").expect("there"), tracker.find("private").expect("there"));
+        let (shared, private) =
+            (tracker.find("shared").expect("there"), tracker.find("private").expect("there"));
         (tracker, shared, private)
     }
 

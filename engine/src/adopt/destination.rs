@@ -22,7 +22,13 @@ const NOT_INHERITED: &str = "STILLPOINT_";
 /// In a session of its own (by `setsid`), where the old one stands.
 ///
 /// `like`: the old process, whose environment it gets (a library path, say).
-pub fn start(file: &VmFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestMemory, like: Option<u32>) -> Result<Process> {
+pub fn start(
+    file: &VmFile,
+    runtime: &RuntimeDir,
+    plugin: &Path,
+    memory: &GuestMemory,
+    like: Option<u32>,
+) -> Result<Process> {
     let log = runtime.qemu_log();
     let output = runtime.create_qemu_log()?;
     let errors = output.try_clone().context("opening QEMU's log twice")?;
@@ -31,7 +37,12 @@ pub fn start(file: &VmFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestM
         let _ = std::fs::remove_file(socket);
     }
     let mut command = Command::new("setsid");
-    command.arg(&file.qemu).current_dir(&file.directory).stdin(Stdio::null()).stdout(output).stderr(errors);
+    command
+        .arg(&file.qemu)
+        .current_dir(&file.directory)
+        .stdin(Stdio::null())
+        .stdout(output)
+        .stderr(errors);
     if let Some(environment) = like.and_then(environment) {
         command.env_clear().envs(environment);
     }
@@ -84,13 +95,16 @@ pub fn explain(runtime: &RuntimeDir, error: Error) -> Error {
     if said.is_empty() { error } else { error.context(format!("the new QEMU said: {said}")) }
 }
 
-/// The QEMU of this instance that we started, found by its command line, when its number was not written down any more.
+/// The QEMU of this instance that we started, found by its command line, when its number was not
+/// written down any more.
 pub fn find(file: &VmFile) -> Option<Process> {
     let id = format!("id=stillpoint-{}", file.instance);
     let ends_with_id = |word: &[u8]| word.ends_with(id.as_bytes());
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let mut hits =
-        numbers.filter(|pid| files::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.split(|byte| *byte == 0).any(ends_with_id)));
+    let mut hits = numbers.filter(|pid| {
+        files::read(format!("/proc/{pid}/cmdline"))
+            .is_ok_and(|line| line.split(|byte| *byte == 0).any(ends_with_id))
+    });
     hits.find_map(Process::of)
 }

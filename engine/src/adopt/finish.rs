@@ -15,7 +15,12 @@ const QUIT: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// `source`: the old QEMU's monitor, if it still answers. Tells what could not be carried over.
-pub async fn finish(record: &Record, runtime: &RuntimeDir, source: Option<&Qmp>, destination: &Qmp) -> Result<Vec<String>> {
+pub async fn finish(
+    record: &Record,
+    runtime: &RuntimeDir,
+    source: Option<&Qmp>,
+    destination: &Qmp,
+) -> Result<Vec<String>> {
     announce(destination).await;
     // The kernel's marks are those of another process from now on.
     runtime.forget_exact_marks()?;
@@ -58,17 +63,25 @@ async fn take_over(later: &Later, destination: &Qmp) -> Vec<String> {
     let mut notes = Vec::new();
     for socket in later.sockets.iter().filter(|socket| socket.waits.exists()) {
         if let Err(error) = std::fs::rename(&socket.waits, &socket.path) {
-            notes.push(format!("{} is still called {}: {error}", socket.path.display(), socket.waits.display()));
+            notes.push(format!(
+                "{} is still called {}: {error}",
+                socket.path.display(),
+                socket.waits.display()
+            ));
         }
     }
     for forward in &later.forwards {
-        let said = destination.hmp(&format!("hostfwd_add {} {}", forward.netdev, forward.rule)).await;
+        let said =
+            destination.hmp(&format!("hostfwd_add {} {}", forward.netdev, forward.rule)).await;
         let why = match said {
             Ok(text) if text.trim().is_empty() => continue,
             Ok(text) => text.trim().to_owned(),
             Err(error) => error.to_string(),
         };
-        notes.push(format!("port forwarding {} of {} was not set up again: {why}", forward.rule, forward.netdev));
+        notes.push(format!(
+            "port forwarding {} of {} was not set up again: {why}",
+            forward.rule, forward.netdev
+        ));
     }
     notes
 }

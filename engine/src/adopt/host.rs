@@ -52,7 +52,8 @@ fn check_place(process: &QemuProcess) -> Result<()> {
     }
     let space = |pid: &str, name: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}"));
     for name in NAMESPACES {
-        let there = space(&process.pid.to_string(), name).with_context(|| format!("looking at the {name} namespace of QEMU"))?;
+        let there = space(&process.pid.to_string(), name)
+            .with_context(|| format!("looking at the {name} namespace of QEMU"))?;
         if there != space("self", name).context("looking at our own namespaces")? {
             return Err(refused(format!(
                 "QEMU (pid {}) is in another {name} namespace (a container?), where the new one would not be; run Stillpoint there",
@@ -79,8 +80,12 @@ fn check_memory(available: u64, ram_bytes: u64) -> Result<()> {
 /// What the kernel thinks it can give, or less where our control group may have less.
 fn available_memory() -> Result<u64> {
     let facts = files::read_text("/proc/meminfo").context("asking how much memory is free")?;
-    let line = facts.lines().find_map(|line| line.strip_prefix("MemAvailable:")).context("/proc/meminfo has no MemAvailable")?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().context("MemAvailable is no number")?;
+    let line = facts
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .context("/proc/meminfo has no MemAvailable")?;
+    let kib: u64 =
+        line.trim().trim_end_matches("kB").trim().parse().context("MemAvailable is no number")?;
     Ok(group_room().map_or(kib << 10, |room| room.min(kib << 10)))
 }
 
@@ -88,11 +93,15 @@ fn available_memory() -> Result<u64> {
 fn group_room() -> Option<u64> {
     let groups = files::read_text("/proc/self/cgroup").ok()?;
     let own = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
-    let number = |folder: &Path, file: &str| files::read_text(folder.join(file)).ok()?.trim().parse::<u64>().ok();
+    let number = |folder: &Path, file: &str| {
+        files::read_text(folder.join(file)).ok()?.trim().parse::<u64>().ok()
+    };
     let root = Path::new("/sys/fs/cgroup");
     let mut room: Option<u64> = None;
     for folder in Path::new(own.trim_start_matches('/')).ancestors().map(|path| root.join(path)) {
-        if let (Some(most), Some(now)) = (number(&folder, "memory.max"), number(&folder, "memory.current")) {
+        if let (Some(most), Some(now)) =
+            (number(&folder, "memory.max"), number(&folder, "memory.current"))
+        {
             let left = most.saturating_sub(now);
             room = Some(room.map_or(left, |room| room.min(left)));
         }
@@ -123,7 +132,9 @@ mod test {
 
     #[test]
     fn vms_of_a_manager_are_refused() {
-        let error = check_manager(&process(&["-chardev", "socket,id=charmonitor,fd=20"])).unwrap_err().to_string();
+        let error = check_manager(&process(&["-chardev", "socket,id=charmonitor,fd=20"]))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("libvirt") && error.contains("docs/libvirt.md"), "{error}");
         check_manager(&process(&["-drive", "file=/var/lib/libvirt/images/a.qcow2"])).unwrap();
     }

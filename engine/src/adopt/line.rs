@@ -1,8 +1,9 @@
-//! The command line of the new QEMU: the old one's, less what cannot be there twice, for both run for a moment.
+//! The command line of the new QEMU: the old one's, less what cannot be there twice, for both run
+//! for a moment.
 //!
-//! A unix socket that QEMU serves is made under another name and gets its own when the old QEMU has let go; forwarded
-//! ports and a debugger's come by monitor commands then. A log is opened for appending. What one process alone can have
-//! is refused, before anything is done.
+//! A unix socket that QEMU serves is made under another name and gets its own when the old QEMU has
+//! let go; forwarded ports and a debugger's come by monitor commands then. A log is opened for
+//! appending. What one process alone can have is refused, before anything is done.
 
 use super::sockets::{self, Socket};
 use anyhow::Result;
@@ -36,13 +37,18 @@ pub struct Line {
 }
 
 /// Options that are about the old process, or begin what has begun.
-const DROPPED: &[&str] = &["S", "D", "d", "daemonize", "incoming", "loadvm", "pidfile", "preconfig"];
+const DROPPED: &[&str] =
+    &["S", "D", "d", "daemonize", "incoming", "loadvm", "pidfile", "preconfig"];
 
 /// Whole options that one process alone can have, why, and what to do.
 const ALONE: &[(&str, &str, &str)] = &[
     ("add-fd", "its descriptor belongs to the old process", "open the file by its path"),
     ("chroot", "the new QEMU could not open the same paths", "start the VM without it"),
-    ("curses", "its terminal is the old process's", "use -display none or a VNC display on a unix socket"),
+    (
+        "curses",
+        "its terminal is the old process's",
+        "use -display none or a VNC display on a unix socket",
+    ),
     (
         "nographic",
         "its serial port and monitor are on the old process's terminal",
@@ -70,7 +76,10 @@ const DEVICES: &[(&str, &str)] = &[
 const OBJECTS: &[(&str, &str)] = &[
     ("filter-", "a filter's file or peer belongs to the old process"),
     ("input-linux", "an input device of the host belongs to one process"),
-    ("memory-backend-", "it gives the guest RAM of its own, which the new QEMU would have to have twice"),
+    (
+        "memory-backend-",
+        "it gives the guest RAM of its own, which the new QEMU would have to have twice",
+    ),
     ("rng-egd", "the other end of its connection knows the old process only"),
     ("x-remote", "a remote device's process knows the old QEMU only"),
     ("x-vfio-user", "a remote device's process knows the old QEMU only"),
@@ -81,13 +90,16 @@ const NETWORKS: &[&str] = &["user", "bridge", "hubport", "none", "tap"];
 
 /// Builds it from the options of the VM. `directory` is the QEMU's own.
 pub fn rewrite(options: &[QemuOption], directory: &Path) -> Result<Line> {
-    let mut walk = Walk { directory, line: Line::default(), serials: 0, networks: 0, has_display: false };
+    let mut walk =
+        Walk { directory, line: Line::default(), serials: 0, networks: 0, has_display: false };
     for option in options {
         walk.visit(option)?;
     }
     if !walk.has_display {
         walk.keep(QemuOption::with("display", "none"));
-        walk.note("it has no display of its own any more: QEMU's default one belongs to the old process");
+        walk.note(
+            "it has no display of its own any more: QEMU's default one belongs to the old process",
+        );
     }
     Ok(walk.line)
 }
@@ -119,7 +131,9 @@ impl Walk<'_> {
         }
         match option.name.as_str() {
             "chardev" => sockets::chardev(self, option),
-            "serial" | "parallel" | "monitor" | "qmp" | "qmp-pretty" | "debugcon" => sockets::shorthand(self, option),
+            "serial" | "parallel" | "monitor" | "qmp" | "qmp-pretty" | "debugcon" => {
+                sockets::shorthand(self, option)
+            }
             "netdev" | "nic" | "net" => self.network(option),
             "display" => self.display(option),
             "vnc" => self.vnc(option),
@@ -129,9 +143,11 @@ impl Walk<'_> {
                 self.note("no debugger can connect any more: say 'gdbserver' in its monitor");
                 Ok(())
             }
-            "audiodev" if text(option, "driver").as_deref() == Some("wav") => {
-                Err(cannot(option, "the new QEMU would write over its file", "use another audio backend"))
-            }
+            "audiodev" if text(option, "driver").as_deref() == Some("wav") => Err(cannot(
+                option,
+                "the new QEMU would write over its file",
+                "use another audio backend",
+            )),
             _ => {
                 self.keep(option.clone());
                 Ok(())
@@ -162,7 +178,11 @@ impl Walk<'_> {
     fn vnc(&mut self, option: &QemuOption) -> Result<()> {
         self.has_display = true;
         if option.value().split(',').next() != Some("none") {
-            return Err(cannot(option, "its port belongs to the old process", "start the VM with -display none or -vnc none"));
+            return Err(cannot(
+                option,
+                "its port belongs to the old process",
+                "start the VM with -display none or -vnc none",
+            ));
         }
         self.keep(option.clone());
         Ok(())
@@ -176,7 +196,11 @@ impl Walk<'_> {
             return Ok(());
         }
         if !NETWORKS.contains(&kind.as_str()) {
-            return Err(cannot(option, "only one process can have this network backend", "use user networking or a bridge"));
+            return Err(cannot(
+                option,
+                "only one process can have this network backend",
+                "use user networking or a bridge",
+            ));
         }
         if ["fd", "fds", "vhostfd", "vhostfds"].into_iter().any(has) {
             return Err(cannot(
@@ -186,7 +210,8 @@ impl Walk<'_> {
             ));
         }
         if kind == "tap" && has("ifname") {
-            let remedy = "use -netdev bridge, or tap without ifname, which make a tap for each process";
+            let remedy =
+                "use -netdev bridge, or tap without ifname, which make a tap for each process";
             return Err(cannot(option, "one process alone can open that tap", remedy));
         }
         self.networks += 1;
@@ -201,7 +226,11 @@ impl Walk<'_> {
     fn user_network(&mut self, option: &QemuOption) -> Result<()> {
         if option.value().starts_with('{') {
             if option.value().contains("hostfwd") {
-                return Err(cannot(option, "its forwarded ports are written as JSON", "write it as a list: user,id=ID,hostfwd=…"));
+                return Err(cannot(
+                    option,
+                    "its forwarded ports are written as JSON",
+                    "write it as a list: user,id=ID,hostfwd=…",
+                ));
             }
             self.keep(option.clone());
             return Ok(());
@@ -223,7 +252,10 @@ impl Walk<'_> {
                 }
             };
             self.note("connections through forwarded ports are cut; new ones come through when the old QEMU has gone");
-            self.line.later.forwards.extend(rules.into_iter().map(|rule| Forward { netdev: id.clone(), rule }));
+            self.line
+                .later
+                .forwards
+                .extend(rules.into_iter().map(|rule| Forward { netdev: id.clone(), rule }));
         }
         self.keep(QemuOption::with(&option.name, keys.to_string()));
         Ok(())
@@ -235,7 +267,9 @@ pub(super) fn text(option: &QemuOption, key: &str) -> Option<String> {
     if option.value().starts_with('{')
         && let Ok(Value::Object(members)) = serde_json::from_str(option.value())
     {
-        return members.get(key).map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+        return members
+            .get(key)
+            .map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned));
     }
     let keys = option.keys();
     let is_implied = ["driver", "qom-type", "type", "backend"].contains(&key);
@@ -244,7 +278,10 @@ pub(super) fn text(option: &QemuOption, key: &str) -> Option<String> {
 
 pub(super) fn cannot(option: &QemuOption, why: &str, remedy: &str) -> anyhow::Error {
     let what = option.value.as_ref().map_or_else(String::new, |value| format!(" {value}"));
-    refused(format!("-{}{what} cannot be taken along: {why}; {remedy}, or checkpoint it by stream as it is", option.name))
+    refused(format!(
+        "-{}{what} cannot be taken along: {why}; {remedy}, or checkpoint it by stream as it is",
+        option.name
+    ))
 }
 
 #[cfg(test)]
@@ -302,7 +339,10 @@ mod test {
         ] {
             let error = line(option).unwrap_err();
             let text = error.to_string();
-            assert!(text.contains(option.split(' ').next().unwrap()) && text.contains("; "), "{option}: {text}");
+            assert!(
+                text.contains(option.split(' ').next().unwrap()) && text.contains("; "),
+                "{option}: {text}"
+            );
             assert_eq!(vm::error::class_of(&error), vm::error::Class::Refused);
         }
     }
@@ -311,15 +351,26 @@ mod test {
     fn forwarded_ports_come_later() {
         let found =
             line("-display none -netdev user,id=n,hostfwd=tcp::2222-:22,hostfwd=udp::53-:53 -nic user,hostfwd=tcp::80-:80").unwrap();
-        assert_eq!(words(&found.options).join(" "), "-display none -netdev user,id=n -nic user,id=stillpoint-net2");
-        let forward = |netdev: &str, rule: &str| Forward { netdev: netdev.to_owned(), rule: rule.to_owned() };
-        let expected = [forward("n", "tcp::2222-:22"), forward("n", "udp::53-:53"), forward("stillpoint-net2", "tcp::80-:80")];
+        assert_eq!(
+            words(&found.options).join(" "),
+            "-display none -netdev user,id=n -nic user,id=stillpoint-net2"
+        );
+        let forward =
+            |netdev: &str, rule: &str| Forward { netdev: netdev.to_owned(), rule: rule.to_owned() };
+        let expected = [
+            forward("n", "tcp::2222-:22"),
+            forward("n", "udp::53-:53"),
+            forward("stillpoint-net2", "tcp::80-:80"),
+        ];
         assert_eq!(found.later.forwards, expected);
     }
 
     #[test]
     fn what_has_begun_does_not_begin_again() {
-        assert_eq!(rewritten("-S -incoming tcp:0:1 -loadvm x -daemonize -pidfile p -m 1G -display none"), "-m 1G -display none");
+        assert_eq!(
+            rewritten("-S -incoming tcp:0:1 -loadvm x -daemonize -pidfile p -m 1G -display none"),
+            "-m 1G -display none"
+        );
         assert!(rewritten("-m 1G").ends_with("-display none"));
     }
 }

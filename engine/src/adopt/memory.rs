@@ -1,14 +1,17 @@
-//! Pages that an older QEMU's emulator loses in a migration, and giving them to the new QEMU before it loads the devices.
+//! Pages that an older QEMU's emulator loses in a migration, and giving them to the new QEMU before
+//! it loads the devices.
 //!
-//! Under TCG a guest's write marks its page dirty only when the emulator's TLB says that the page is clean. Before 9.0
-//! QEMU cleared the dirty bits in each pass over memory and left the TLB as it was, so that later writes to a page that is
-//! written often went unseen, and the destination kept an older copy (seen with 7.2.22 alone in one of four migrations:
-//! a guest that finds old data, or a kernel that crashes). KVM and QEMU since 9.0 are not touched by this.
+//! Under TCG a guest's write marks its page dirty only when the emulator's TLB says that the page
+//! is clean. Before 9.0 QEMU cleared the dirty bits in each pass over memory and left the TLB as it
+//! was, so that later writes to a page that is written often went unseen, and the destination kept
+//! an older copy (seen with 7.2.22 alone in one of four migrations: a guest that finds old data, or
+//! a kernel that crashes). KVM and QEMU since 9.0 are not touched by this.
 //!
-//! Nobody can tell afterwards which pages these are (a look only at what was sent again after the first pass missed some, as
-//! seen). So with the guest stopped, and the destination waiting for the rest of the stream, the two memories are compared, page
-//! by page, and what differs is copied. Pages that the old process never touched are zero on both sides and are passed
-//! over. The rest of the stream then brings what the source knew to be dirty.
+//! Nobody can tell afterwards which pages these are (a look only at what was sent again after the
+//! first pass missed some, as seen). So with the guest stopped, and the destination waiting for the
+//! rest of the stream, the two memories are compared, page by page, and what differs is copied.
+//! Pages that the old process never touched are zero on both sides and are passed over. The rest of
+//! the stream then brings what the source knew to be dirty.
 
 use anyhow::{Context, Result, bail};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -40,7 +43,8 @@ struct Piece {
     from: u64,
     to: u64,
     bytes: u64,
-    /// What was never touched is not there and holds zeros; of a file's mapping that cannot be said.
+    /// What was never touched is not there and holds zeros; of a file's mapping that cannot be
+    /// said.
     is_sparse: bool,
 }
 
@@ -60,9 +64,13 @@ impl Mender {
         let mut pieces = Vec::new();
         for block in &old {
             let there = new.iter().find(|other| other.name == block.name);
-            let there = there.with_context(|| format!("the new QEMU has no RAM block {}", block.name))?;
+            let there =
+                there.with_context(|| format!("the new QEMU has no RAM block {}", block.name))?;
             if block.used > there.total {
-                bail!("RAM block {} is larger in the old QEMU than it can be in the new one", block.name);
+                bail!(
+                    "RAM block {} is larger in the old QEMU than it can be in the new one",
+                    block.name
+                );
             }
             pieces.extend(cut(address(block)?, address(there)?, block.used, &sparse));
         }
@@ -71,16 +79,21 @@ impl Mender {
 
     /// With the guest stopped: copies what differs, and says how many pages that were.
     pub async fn mend(self, destination: &Qmp) -> Result<u64> {
-        // Whoever answers twice has read all that lay in the socket in between: nothing old comes any more.
+        // Whoever answers twice has read all that lay in the socket in between: nothing old comes
+        // any more.
         for _ in 0..2 {
             run_state(destination).await?;
         }
-        tokio::task::spawn_blocking(move || self.run()).await.context("comparing the two memories was cut off")?
+        tokio::task::spawn_blocking(move || self.run())
+            .await
+            .context("comparing the two memories was cut off")?
     }
 
     fn run(self) -> Result<u64> {
-        let pagemap = File::open(format!("/proc/{}/pagemap", self.source)).context("opening the old QEMU's page map")?;
-        let memory = File::options().read(true).write(true).open(format!("/proc/{}/mem", self.destination));
+        let pagemap = File::open(format!("/proc/{}/pagemap", self.source))
+            .context("opening the old QEMU's page map")?;
+        let memory =
+            File::options().read(true).write(true).open(format!("/proc/{}/mem", self.destination));
         let memory = memory.context("opening the new QEMU's memory")?;
         let (next, mended) = (AtomicUsize::new(0), AtomicU64::new(0));
         let work = || -> Result<()> {
@@ -104,16 +117,25 @@ impl Mender {
     }
 
     /// `run`: bytes of the piece.
-    fn mend_run(&self, piece: &Piece, run: Range<u64>, memory: &File, buffers: &mut Buffers) -> Result<u64> {
+    fn mend_run(
+        &self,
+        piece: &Piece,
+        run: Range<u64>,
+        memory: &File,
+        buffers: &mut Buffers,
+    ) -> Result<u64> {
         let len = usize::try_from(run.end - run.start).context("a piece is too large")?;
         let (old, new) = (&mut buffers.old[..len], &mut buffers.new[..len]);
         read(self.source, piece.from + run.start, old).context("reading the old QEMU's memory")?;
-        read(self.destination, piece.to + run.start, new).context("reading the new QEMU's memory")?;
+        read(self.destination, piece.to + run.start, new)
+            .context("reading the new QEMU's memory")?;
         if old == new {
             return Ok(0);
         }
         let mut count = 0;
-        for (index, (old, new)) in old.chunks(PAGE as usize).zip(new.chunks(PAGE as usize)).enumerate() {
+        for (index, (old, new)) in
+            old.chunks(PAGE as usize).zip(new.chunks(PAGE as usize)).enumerate()
+        {
             if old != new {
                 let at = piece.to + run.start + index as u64 * PAGE;
                 memory.write_all_at(old, at).context("writing the new QEMU's memory")?;
@@ -139,7 +161,10 @@ fn read(pid: u32, at: u64, out: &mut [u8]) -> Result<()> {
     let pid = Pid::from_raw(i32::try_from(pid).context("a process id is too large")?);
     let mut done = 0;
     while done < out.len() {
-        let remote = RemoteIoVec { base: usize::try_from(at).context("an address is too large")? + done, len: out.len() - done };
+        let remote = RemoteIoVec {
+            base: usize::try_from(at).context("an address is too large")? + done,
+            len: out.len() - done,
+        };
         match process_vm_readv(pid, &mut [IoSliceMut::new(&mut out[done..])], &[remote])? {
             0 => bail!("nothing could be read at {:#x}", remote.base),
             count => done += count,
@@ -155,13 +180,16 @@ fn existing(pagemap: &File, piece: &Piece) -> Result<Vec<Range<u64>>> {
     }
     let pages = piece.bytes.div_ceil(PAGE);
     let mut entries = vec![0; usize::try_from(pages * ENTRY).context("a piece is too large")?];
-    pagemap.read_exact_at(&mut entries, piece.from / PAGE * ENTRY).context("reading the old QEMU's page map")?;
+    pagemap
+        .read_exact_at(&mut entries, piece.from / PAGE * ENTRY)
+        .context("reading the old QEMU's page map")?;
     let exists = entries.chunks_exact(ENTRY as usize).map(|entry| {
         let entry: [u8; ENTRY as usize] = entry.try_into().unwrap_or_default();
         u64::from_ne_bytes(entry) & EXISTS != 0
     });
     let mut runs: Vec<Range<u64>> = Vec::new();
-    for page in exists.enumerate().filter(|(_, exists)| *exists).map(|(page, _)| page as u64 * PAGE) {
+    for page in exists.enumerate().filter(|(_, exists)| *exists).map(|(page, _)| page as u64 * PAGE)
+    {
         match runs.last_mut() {
             Some(run) if run.end == page => run.end += PAGE,
             _ => runs.push(page..page + PAGE),
@@ -173,19 +201,22 @@ fn existing(pagemap: &File, piece: &Piece) -> Result<Vec<Range<u64>>> {
     Ok(runs)
 }
 
-/// The blocks with their addresses: printed by QEMU, or found in its heap where it is too old to say.
+/// The blocks with their addresses: printed by QEMU, or found in its heap where it is too old to
+/// say.
 async fn blocks(qmp: &Qmp, pid: u32) -> Result<Vec<RamBlock>> {
     let mut blocks = ram_blocks(qmp).await.context("asking QEMU for its RAM blocks")?;
     if blocks.iter().any(|block| block.host.is_none()) {
         let path = format!("/proc/{pid}/mem");
         let memory = File::open(&path).with_context(|| format!("opening {path}"))?;
-        host_finder::find_hosts(&memory, &maps(pid)?, &mut blocks).context("finding QEMU's RAM blocks in its memory")?;
+        host_finder::find_hosts(&memory, &maps(pid)?, &mut blocks)
+            .context("finding QEMU's RAM blocks in its memory")?;
     }
     Ok(blocks)
 }
 
 fn maps(pid: u32) -> Result<String> {
-    files::read_text(format!("/proc/{pid}/maps")).with_context(|| format!("reading the memory map of process {pid}"))
+    files::read_text(format!("/proc/{pid}/maps"))
+        .with_context(|| format!("reading the memory map of process {pid}"))
 }
 
 fn address(block: &RamBlock) -> Result<u64> {
@@ -211,7 +242,8 @@ fn cut(from: u64, to: u64, bytes: u64, sparse: &[Range<u64>]) -> Vec<Piece> {
     while at < bytes {
         let len = PIECE.min(bytes - at);
         let here = from + at..from + at + len;
-        let is_sparse = here.start.is_multiple_of(PAGE) && sparse.iter().any(|range| range.start <= here.start && here.end <= range.end);
+        let is_sparse = here.start.is_multiple_of(PAGE)
+            && sparse.iter().any(|range| range.start <= here.start && here.end <= range.end);
         pieces.push(Piece { from: from + at, to: to + at, bytes: len, is_sparse });
         at += len;
     }
@@ -248,7 +280,8 @@ mod test {
     /// A copy at another address, page-aligned as RAM blocks are.
     fn pages(fill: u8, count: usize) -> (Vec<u8>, usize) {
         let bytes = vec![fill; (count + 1) * PAGE as usize];
-        let skip = (bytes.as_ptr() as usize).next_multiple_of(PAGE as usize) - bytes.as_ptr() as usize;
+        let skip =
+            (bytes.as_ptr() as usize).next_multiple_of(PAGE as usize) - bytes.as_ptr() as usize;
         (bytes, skip)
     }
 
@@ -270,11 +303,14 @@ mod test {
 
     #[test]
     fn mappings_of_files_are_not_taken_for_sparse() {
-        let maps =
-            "1000-3000 rw-p 00000000 00:00 0    [heap]\n5000-6000 rw-s 00000000 00:01 5 /memfd:x\n7000-8000 rw-p 0 08:01 9 /lib\nx\n";
+        let maps = "1000-3000 rw-p 00000000 00:00 0    [heap]\n5000-6000 rw-s 00000000 00:01 5 /memfd:x\n7000-8000 rw-p 0 08:01 9 /lib\nx\n";
         assert_eq!(sparse(maps), [Range { start: 0x1000, end: 0x3000 }]);
-        let pieces = cut(0x1000, 0x9000, PIECE + 5, &[Range { start: 0x1000, end: 0x1000 + PIECE }]);
+        let pieces =
+            cut(0x1000, 0x9000, PIECE + 5, &[Range { start: 0x1000, end: 0x1000 + PIECE }]);
         assert_eq!(pieces[0], Piece { from: 0x1000, to: 0x9000, bytes: PIECE, is_sparse: true });
-        assert_eq!(pieces[1], Piece { from: 0x1000 + PIECE, to: 0x9000 + PIECE, bytes: 5, is_sparse: false });
+        assert_eq!(
+            pieces[1],
+            Piece { from: 0x1000 + PIECE, to: 0x9000 + PIECE, bytes: 5, is_sparse: false }
+        );
     }
 }

@@ -7,8 +7,9 @@
 //! switch    guest stands   rest of memory, devices, disks; the decision; `cont` in the new QEMU
 //! finish    guest runs     the old QEMU ends, sockets get their names, machine.json says what there is now
 //! ```
-//! The files come in that order: `plan` (with `line`, `sockets` and `host`), `destination`, `steps` (with `memory`), `record`
-//! (how far it is, on disk), `finish`, `recover` (back, or on, after a failure or a killed helper).
+//! The files come in that order: `plan` (with `line`, `sockets` and `host`), `destination`, `steps`
+//! (with `memory`), `record` (how far it is, on disk), `finish`, `recover` (back, or on, after a
+//! failure or a killed helper).
 
 mod destination;
 mod finish;

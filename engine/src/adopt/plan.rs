@@ -54,7 +54,9 @@ impl Plan {
         check_vm(vm, &process.directory, &there.monitor).await?;
         let drives = vm.disks().await?;
         if let Some(what) = &drives.changed {
-            return Err(refused(format!("{what} since the VM was started; put it back as it was, then adopt the VM")));
+            return Err(refused(format!(
+                "{what} since the VM was started; put it back as it was, then adopt the VM"
+            )));
         }
         reopen::check_paths(&drives)?;
         let disks = drives.disks;
@@ -71,7 +73,9 @@ impl Plan {
             external: None,
             ..vm.file.clone()
         };
-        let bitmaps = BitmapMap::survey(&vm.qmp, &names(&disks)).await.context("asking QEMU for its dirty bitmaps")?;
+        let bitmaps = BitmapMap::survey(&vm.qmp, &names(&disks))
+            .await
+            .context("asking QEMU for its dirty bitmaps")?;
         let mut notes = line.notes;
         notes.extend(owner_notes(&bitmaps, vm.pid));
         Ok(Self {
@@ -82,7 +86,11 @@ impl Plan {
             start: VmFile { arguments: arguments::words(&line.options), ..file.clone() },
             file,
             later: line.later,
-            images: disks.iter().filter(|disk| !disk.read_only).map(|disk| disk.file.clone()).collect(),
+            images: disks
+                .iter()
+                .filter(|disk| !disk.read_only)
+                .map(|disk| disk.file.clone())
+                .collect(),
             plugin,
             like: qemu.is_none().then_some(process.pid),
             notes,
@@ -91,17 +99,27 @@ impl Plan {
 }
 
 fn external(file: &VmFile) -> Result<&External> {
-    file.external.as_ref().ok_or_else(|| refused(format!("{} runs in a QEMU of Stillpoint's already", file.name)))
+    file.external
+        .as_ref()
+        .ok_or_else(|| refused(format!("{} runs in a QEMU of Stillpoint's already", file.name)))
 }
 
 /// The node that each disk has, and the one that it will have.
 fn names(disks: &[Disk]) -> Vec<(String, String)> {
-    disks.iter().filter(|disk| !disk.read_only).map(|disk| (disk.node.clone(), disk.name.clone())).collect()
+    disks
+        .iter()
+        .filter(|disk| !disk.read_only)
+        .map(|disk| (disk.node.clone(), disk.name.clone()))
+        .collect()
 }
 
 fn owner_notes(bitmaps: &BitmapMap, pid: u32) -> Vec<String> {
-    let left = bitmaps.left_behind().iter().map(|name| format!("dirty bitmap {name} is in use or damaged and does not go along"));
-    let service = host::service_of(pid).map(|unit| format!("{unit} sees its QEMU end; it must not start the VM again"));
+    let left = bitmaps
+        .left_behind()
+        .iter()
+        .map(|name| format!("dirty bitmap {name} is in use or damaged and does not go along"));
+    let service = host::service_of(pid)
+        .map(|unit| format!("{unit} sees its QEMU end; it must not start the VM again"));
     left.chain(service).collect()
 }
 
@@ -111,43 +129,62 @@ async fn check_vm(vm: &Vm, directory: &Path, monitor: &Path) -> Result<()> {
     local_migration::check_idle(qmp).await.map_err(|error| refused(error.to_string()))?;
     let facts = VmFacts::read(qmp).await.context("asking QEMU what VM it runs")?;
     if let Some(why) = facts.migration_blockers.first() {
-        return Err(refused(format!("QEMU says that this VM cannot be migrated: {why}; remove that device")));
+        return Err(refused(format!(
+            "QEMU says that this VM cannot be migrated: {why}; remove that device"
+        )));
     }
     vm.check_devices().await?;
     let state = run_state(qmp).await?;
     if state != "running" {
-        return Err(refused(format!("the guest does not run (its state is `{state}`); let it run, then adopt it")));
+        return Err(refused(format!(
+            "the guest does not run (its state is `{state}`); let it run, then adopt it"
+        )));
     }
     let chardevs = ask(qmp, "query-chardev").await?;
     if let Some(client) = sockets::connected(&chardevs, directory, monitor) {
-        return Err(refused(format!("somebody is connected to {client} and would be cut off; disconnect, then adopt the VM")));
+        return Err(refused(format!(
+            "somebody is connected to {client} and would be cut off; disconnect, then adopt the VM"
+        )));
     }
     check_blocks(qmp).await?;
     check_displays(qmp).await
 }
 
 async fn ask(qmp: &Qmp, command: &str) -> Result<Value> {
-    qmp.execute_json(command, Value::Null).await.with_context(|| format!("asking QEMU by {command}"))
+    qmp.execute_json(command, Value::Null)
+        .await
+        .with_context(|| format!("asking QEMU by {command}"))
 }
 
 async fn check_blocks(qmp: &Qmp) -> Result<()> {
-    let first = |list: &Value| list.as_array().and_then(|list| list.first()).map(|row| row["id"].as_str().unwrap_or("?").to_owned());
+    let first = |list: &Value| {
+        list.as_array()
+            .and_then(|list| list.first())
+            .map(|row| row["id"].as_str().unwrap_or("?").to_owned())
+    };
     if let Some(job) = first(&ask(qmp, "query-jobs").await?) {
-        return Err(refused(format!("job `{job}` runs in QEMU and holds a disk; wait for its end, or cancel it")));
+        return Err(refused(format!(
+            "job `{job}` runs in QEMU and holds a disk; wait for its end, or cancel it"
+        )));
     }
     match first(&ask(qmp, "query-block-exports").await?) {
         None => Ok(()),
-        Some(export) => Err(refused(format!("disk export `{export}` would not go along; end it by block-export-del"))),
+        Some(export) => Err(refused(format!(
+            "disk export `{export}` would not go along; end it by block-export-del"
+        ))),
     }
 }
 
 /// Displays that nobody asked for on the command line: QEMU makes one where it can.
 async fn check_displays(qmp: &Qmp) -> Result<()> {
-    let is_used = |reply: &Value| reply["clients"].as_array().is_some_and(|clients| !clients.is_empty());
+    let is_used =
+        |reply: &Value| reply["clients"].as_array().is_some_and(|clients| !clients.is_empty());
     for command in ["query-vnc", "query-spice"] {
         // A QEMU without that display does not know the command.
         if qmp.execute_json(command, Value::Null).await.is_ok_and(|reply| is_used(&reply)) {
-            return Err(refused(format!("somebody looks at the VM's display ({command}) and would be cut off; disconnect first")));
+            return Err(refused(format!(
+                "somebody looks at the VM's display ({command}) and would be cut off; disconnect first"
+            )));
         }
     }
     Ok(())
@@ -186,7 +223,10 @@ fn carry_monitor(line: &mut line::Line, monitor: &Path) {
     let text = monitor.to_string_lossy();
     match Socket::beside(&text, Path::new("/")) {
         Ok((waits, socket)) => {
-            line.options.push(QemuOption::with("qmp", format!("unix:{},server=on,wait=off", waits.replace(',', ",,"))));
+            line.options.push(QemuOption::with(
+                "qmp",
+                format!("unix:{},server=on,wait=off", waits.replace(',', ",,")),
+            ));
             line.later.sockets.push(socket);
         }
         Err(why) => line.notes.push(format!("the monitor {text} does not go along: {why}")),
@@ -208,8 +248,14 @@ mod test {
     fn the_owners_monitor_goes_along() {
         let mut line = line::Line::default();
         carry_monitor(&mut line, Path::new("/run/a,b.qmp"));
-        assert_eq!(line.options[0], QemuOption::with("qmp", "unix:/run/a,,b.qmp.adopting,server=on,wait=off"));
-        assert_eq!(line.later.sockets[0], Socket { waits: "/run/a,b.qmp.adopting".into(), path: "/run/a,b.qmp".into() });
+        assert_eq!(
+            line.options[0],
+            QemuOption::with("qmp", "unix:/run/a,,b.qmp.adopting,server=on,wait=off")
+        );
+        assert_eq!(
+            line.later.sockets[0],
+            Socket { waits: "/run/a,b.qmp.adopting".into(), path: "/run/a,b.qmp".into() }
+        );
         carry_monitor(&mut line, Path::new(&format!("/{}", "x".repeat(100))));
         assert_eq!((line.options.len(), line.notes.len()), (1, 1));
     }

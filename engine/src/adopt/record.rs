@@ -1,15 +1,16 @@
 //! `adopt.json`: how far an adoption is, for whoever comes after a helper that was killed.
 //!
-//! Everything before [`Stage::Decided`] means that the old QEMU is the VM, everything from there on that the new one
-//! is. The file is replaced by a rename before what it says takes effect.
+//! Everything before [`Stage::Decided`] means that the old QEMU is the VM, everything from there on
+//! that the new one is. The file is replaced by a rename before what it says takes effect.
 //!
 //! ```text
 //! started -> moving -> decided -> resuming -> running -> (removed)
 //!    |          |         |           |
 //!    +----------+---------+-----------+--> (removed): the old QEMU continues
 //! ```
-//! `decided` means that the new QEMU was not told to run yet; when it dies there, the old one has everything that it had.
-//! `resuming` means that it may have run; then the old one continues only if no disk was written since.
+//! `decided` means that the new QEMU was not told to run yet; when it dies there, the old one has
+//! everything that it had. `resuming` means that it may have run; then the old one continues only
+//! if no disk was written since.
 
 use super::line::Later;
 use anyhow::{Context, Result, bail};
@@ -93,8 +94,13 @@ pub struct ImageMark {
 
 impl ImageMark {
     pub fn of(path: &Path) -> Result<Self> {
-        let facts = std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
-        Ok(Self { path: path.to_owned(), bytes: facts.size(), modified: (facts.mtime(), facts.mtime_nsec()) })
+        let facts =
+            std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
+        Ok(Self {
+            path: path.to_owned(),
+            bytes: facts.size(),
+            modified: (facts.mtime(), facts.mtime_nsec()),
+        })
     }
 
     fn is_untouched(&self) -> bool {
@@ -121,8 +127,24 @@ pub struct Record {
 }
 
 impl Record {
-    pub fn begin(source: Process, monitor: PathBuf, found: Found, file: VmFile, later: Later) -> Self {
-        Self { format: FORMAT, stage: Stage::Started, source, monitor, destination: None, found, file, later, images: Vec::new() }
+    pub fn begin(
+        source: Process,
+        monitor: PathBuf,
+        found: Found,
+        file: VmFile,
+        later: Later,
+    ) -> Self {
+        Self {
+            format: FORMAT,
+            stage: Stage::Started,
+            source,
+            monitor,
+            destination: None,
+            found,
+            file,
+            later,
+            images: Vec::new(),
+        }
     }
 
     pub fn stage(&self) -> Stage {
@@ -149,7 +171,8 @@ impl Record {
             return Ok(None);
         }
         let text = runtime.read("adopt.json", MAX_BYTES)?;
-        let record: Self = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
+        let record: Self = serde_json::from_slice(&text)
+            .with_context(|| format!("{} is damaged", path.display()))?;
         if record.format != FORMAT {
             bail!("{} has format {}; this build reads {FORMAT}", path.display(), record.format);
         }
@@ -165,7 +188,8 @@ impl Record {
         }
     }
 
-    /// Whether the old QEMU may be let continue although the decision fell: the new one is dead and has written no disk.
+    /// Whether the old QEMU may be let continue although the decision fell: the new one is dead and
+    /// has written no disk.
     pub fn can_be_undone(&self) -> bool {
         match self.stage {
             Stage::Started | Stage::Moving | Stage::Decided => true,
@@ -200,7 +224,10 @@ mod test {
             external: None,
         };
         let source = Process::of(std::process::id()).unwrap();
-        Record { images, ..Record::begin(source, "/m".into(), Found::default(), file, Later::default()) }
+        Record {
+            images,
+            ..Record::begin(source, "/m".into(), Found::default(), file, Later::default())
+        }
     }
 
     #[test]
@@ -211,7 +238,10 @@ mod test {
         assert_eq!(Record::read(&runtime).unwrap(), None);
         let mut record = record(Vec::new());
         record.save(&runtime).unwrap();
-        assert!(record.advance(Stage::Decided, &runtime).is_err(), "nothing is decided before it moves");
+        assert!(
+            record.advance(Stage::Decided, &runtime).is_err(),
+            "nothing is decided before it moves"
+        );
         for (stage, side) in [
             (Stage::Moving, Side::Source),
             (Stage::Decided, Side::Destination),
@@ -234,7 +264,12 @@ mod test {
         let mut image = tempfile::NamedTempFile::new().unwrap();
         image.write_all(b"disk").unwrap();
         let mut record = record(vec![ImageMark::of(image.path()).unwrap()]);
-        for (stage, can) in [(Stage::Moving, true), (Stage::Decided, true), (Stage::Resuming, true), (Stage::Running, false)] {
+        for (stage, can) in [
+            (Stage::Moving, true),
+            (Stage::Decided, true),
+            (Stage::Resuming, true),
+            (Stage::Running, false),
+        ] {
             record.stage = stage;
             assert_eq!(record.can_be_undone(), can, "{stage:?}");
         }

@@ -1,4 +1,5 @@
-//! An adoption that came to nothing, or whose helper was killed: exactly one of the two QEMUs continues.
+//! An adoption that came to nothing, or whose helper was killed: exactly one of the two QEMUs
+//! continues.
 
 use super::destination;
 use super::finish::finish;
@@ -19,12 +20,16 @@ const ANSWER: Duration = Duration::from_secs(30);
 /// To be called by every helper before it attaches to its VM.
 pub async fn recover(runtime: &RuntimeDir) -> Result<()> {
     let Some(record) = Record::read(runtime)? else { return Ok(()) };
-    let destination = record.destination.filter(|process| process.lives()).or_else(|| destination::find(&record.file));
+    let destination = record
+        .destination
+        .filter(|process| process.lives())
+        .or_else(|| destination::find(&record.file));
     tracing::warn!(stage = ?record.stage(), ?destination, "an adoption was cut off");
     match (record.stage().vm(), destination) {
         (Side::Destination, Some(destination)) => go_on(record, destination, runtime).await,
         (_, destination) => {
-            let source = if record.source.lives() { Some(connect_source(&record).await?) } else { None };
+            let source =
+                if record.source.lives() { Some(connect_source(&record).await?) } else { None };
             undo(&record, destination, runtime, source.as_ref()).await
         }
     }
@@ -62,17 +67,29 @@ async fn resume(record: &mut Record, runtime: &RuntimeDir, destination: &Qmp) ->
 }
 
 /// The adoption failed with `error`: the old QEMU continues. What is returned says how that went.
-pub async fn take_back(record: &Record, runtime: &RuntimeDir, source: Option<&Qmp>, error: Error) -> Error {
+pub async fn take_back(
+    record: &Record,
+    runtime: &RuntimeDir,
+    source: Option<&Qmp>,
+    error: Error,
+) -> Error {
     let error = destination::explain(runtime, error);
     let destination = record.destination.or_else(|| destination::find(&record.file));
     match undo(record, destination, runtime, source).await {
-        Ok(()) => error.context(format!("{} was not adopted and continues as it was", record.file.name)),
+        Ok(()) => {
+            error.context(format!("{} was not adopted and continues as it was", record.file.name))
+        }
         Err(worse) => worse.context(explain(&error)),
     }
 }
 
 /// Ends the new QEMU, then lets the old one continue, as it was.
-async fn undo(record: &Record, destination: Option<Process>, runtime: &RuntimeDir, source: Option<&Qmp>) -> Result<()> {
+async fn undo(
+    record: &Record,
+    destination: Option<Process>,
+    runtime: &RuntimeDir,
+    source: Option<&Qmp>,
+) -> Result<()> {
     if let Some(destination) = destination {
         destination::end(destination).await.context("ending the new QEMU")?;
     }
@@ -80,7 +97,9 @@ async fn undo(record: &Record, destination: Option<Process>, runtime: &RuntimeDi
         // It may not have come so far as to make them.
         let _ = std::fs::remove_file(&socket.waits);
     }
-    [runtime.qmp(), runtime.plugin(), stream_socket(runtime)].iter().for_each(|socket| drop(std::fs::remove_file(socket)));
+    [runtime.qmp(), runtime.plugin(), stream_socket(runtime)]
+        .iter()
+        .for_each(|socket| drop(std::fs::remove_file(socket)));
     let gone = || died(record);
     let (Some(source), true) = (source, record.source.lives()) else {
         Record::remove(runtime)?;
@@ -98,7 +117,8 @@ async fn undo(record: &Record, destination: Option<Process>, runtime: &RuntimeDi
             Record::remove(runtime)?;
             Err(gone())
         }
-        Err(error) => Err(Error::from(error).context("letting the old QEMU continue; 'stillpoint attach' tries again")),
+        Err(error) => Err(Error::from(error)
+            .context("letting the old QEMU continue; 'stillpoint attach' tries again")),
     }
 }
 

@@ -13,7 +13,8 @@ const SUFFIX: &str = ".adopting";
 const MAX_SOCKET_PATH: usize = 107;
 
 /// Backends that are the process's own.
-const OWN: &[&str] = &["null", "vc", "ringbuf", "memory", "msmouse", "wctablet", "testdev", "mux", "hub"];
+const OWN: &[&str] =
+    &["null", "vc", "ringbuf", "memory", "msmouse", "wctablet", "testdev", "mux", "hub"];
 
 /// A socket that waits under another name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,7 +28,9 @@ impl Socket {
     pub fn beside(path: &str, directory: &Path) -> Result<(String, Self), String> {
         let waits = format!("{path}{SUFFIX}");
         if waits.len() > MAX_SOCKET_PATH {
-            return Err(format!("its path leaves no room for {SUFFIX}, under which the new QEMU makes it first"));
+            return Err(format!(
+                "its path leaves no room for {SUFFIX}, under which the new QEMU makes it first"
+            ));
         }
         let socket = Self { waits: directory.join(&waits), path: directory.join(path) };
         Ok((waits, socket))
@@ -37,7 +40,11 @@ impl Socket {
 /// `-chardev BACKEND,id=…`.
 pub(super) fn chardev(walk: &mut Walk<'_>, option: &QemuOption) -> Result<()> {
     if option.value().starts_with('{') {
-        return Err(cannot(option, "it is written as JSON", "write it as a list: socket,id=ID,path=PATH,server=on,wait=off"));
+        return Err(cannot(
+            option,
+            "it is written as JSON",
+            "write it as a list: socket,id=ID,path=PATH,server=on,wait=off",
+        ));
     }
     let keys = option.keys();
     let kind = keys.get_or_implied("backend").unwrap_or_default().to_owned();
@@ -45,9 +52,19 @@ pub(super) fn chardev(walk: &mut Walk<'_>, option: &QemuOption) -> Result<()> {
         own if OWN.contains(&own) => keys,
         "file" if !has(&keys, "input-path") => set(without(&keys, &["append"]), "append", "on"),
         "socket" => served(walk, option, &keys)?,
-        _ => return Err(cannot(option, "it belongs to the old process", "use a unix socket: socket,id=ID,path=PATH,server=on,wait=off")),
+        _ => {
+            return Err(cannot(
+                option,
+                "it belongs to the old process",
+                "use a unix socket: socket,id=ID,path=PATH,server=on,wait=off",
+            ));
+        }
     };
-    let keys = if has(&keys, "logfile") { set(without(&keys, &["logappend"]), "logappend", "on") } else { keys };
+    let keys = if has(&keys, "logfile") {
+        set(without(&keys, &["logappend"]), "logappend", "on")
+    } else {
+        keys
+    };
     walk.keep(QemuOption::with("chardev", keys.to_string()));
     Ok(())
 }
@@ -58,9 +75,9 @@ pub(super) fn shorthand(walk: &mut Walk<'_>, option: &QemuOption) -> Result<()> 
     walk.serials += usize::from(option.name == "serial");
     let value = option.value();
     let (mux, device) = value.strip_prefix("mon:").map_or(("", value), |rest| ("mon:", rest));
-    let is_own = ["none", "null", "vc", "msmouse", "ringbuf"]
-        .iter()
-        .any(|own| device.strip_prefix(own).is_some_and(|rest| rest.is_empty() || rest.starts_with([':', ','])));
+    let is_own = ["none", "null", "vc", "msmouse", "ringbuf"].iter().any(|own| {
+        device.strip_prefix(own).is_some_and(|rest| rest.is_empty() || rest.starts_with([':', ',']))
+    });
     if is_own || device.starts_with("chardev:") {
         walk.keep(option.clone());
     } else if let Some(rest) = device.strip_prefix("unix:") {
@@ -85,7 +102,11 @@ pub(super) fn shorthand(walk: &mut Walk<'_>, option: &QemuOption) -> Result<()> 
         walk.keep(QemuOption::with("chardev", keys.to_string()));
         walk.keep(QemuOption::with(&option.name, format!("chardev:{id}")));
     } else {
-        return Err(cannot(option, "it belongs to the old process", "use unix:PATH,server=on,wait=off or file:PATH"));
+        return Err(cannot(
+            option,
+            "it belongs to the old process",
+            "use unix:PATH,server=on,wait=off or file:PATH",
+        ));
     }
     Ok(())
 }
@@ -105,13 +126,20 @@ fn served(walk: &mut Walk<'_>, option: &QemuOption, keys: &KeyList) -> Result<Ke
     let Some(path) = path else {
         return Err(cannot(option, "one process alone can listen there", remedy));
     };
-    let (waits, socket) = Socket::beside(path, walk.directory).map_err(|why| cannot(option, &why, "use a shorter path"))?;
+    let (waits, socket) = Socket::beside(path, walk.directory)
+        .map_err(|why| cannot(option, &why, "use a shorter path"))?;
     if !is_socket_directory(&socket.path) {
-        return Err(cannot(option, "the directory of its socket is gone", "start the VM with another path"));
+        return Err(cannot(
+            option,
+            "the directory of its socket is gone",
+            "start the VM with another path",
+        ));
     }
     walk.line.later.sockets.push(socket);
     let mut rest = KeyList::default();
-    let waiting = |key: Option<&str>, value: &str| key == Some("wait") || key.is_none() && ["wait", "nowait"].contains(&value);
+    let waiting = |key: Option<&str>, value: &str| {
+        key == Some("wait") || key.is_none() && ["wait", "nowait"].contains(&value)
+    };
     for (key, value) in keys.iter().filter(|(key, value)| !waiting(*key, value)) {
         rest.push(key, if key == Some("path") { &waits } else { value });
     }
@@ -149,8 +177,8 @@ fn set(mut keys: KeyList, key: &str, value: &str) -> KeyList {
     keys
 }
 
-/// Whether a client of the user's is connected to a socket that QEMU serves, as `query-chardev` tells. `ours` is the
-/// monitor that we hold.
+/// Whether a client of the user's is connected to a socket that QEMU serves, as `query-chardev`
+/// tells. `ours` is the monitor that we hold.
 pub fn connected(chardevs: &serde_json::Value, directory: &Path, ours: &Path) -> Option<String> {
     let rows = chardevs.as_array().into_iter().flatten();
     let names = rows.filter_map(|row| Some((row["label"].as_str()?, row["filename"].as_str()?)));
@@ -176,7 +204,8 @@ mod test {
     use vm::launch::arguments::{parse, words};
 
     fn line(text: &str) -> Line {
-        let words: Vec<String> = format!("-display none {text}").split(' ').map(str::to_owned).collect();
+        let words: Vec<String> =
+            format!("-display none {text}").split(' ').map(str::to_owned).collect();
         rewrite(&parse(&words).unwrap(), Path::new("/vm")).unwrap()
     }
 
@@ -186,16 +215,20 @@ mod test {
 
     #[test]
     fn served_sockets_wait_under_another_name() {
-        let found =
-            line("-qmp unix:q.sock,server,nowait -chardev socket,id=c,path=/run/s,server=on,telnet=off -serial mon:unix:t,server=on");
+        let found = line(
+            "-qmp unix:q.sock,server,nowait -chardev socket,id=c,path=/run/s,server=on,telnet=off -serial mon:unix:t,server=on",
+        );
         assert_eq!(
             words(&found.options)[2..].join(" "),
             "-qmp unix:q.sock.adopting,server,wait=off -chardev socket,id=c,path=/run/s.adopting,server=on,telnet=off,wait=off \
              -serial mon:unix:t.adopting,server=on,wait=off"
         );
         let socket = |waits: &str, path: &str| Socket { waits: waits.into(), path: path.into() };
-        let expected =
-            [socket("/vm/q.sock.adopting", "/vm/q.sock"), socket("/run/s.adopting", "/run/s"), socket("/vm/t.adopting", "/vm/t")];
+        let expected = [
+            socket("/vm/q.sock.adopting", "/vm/q.sock"),
+            socket("/run/s.adopting", "/run/s"),
+            socket("/vm/t.adopting", "/vm/t"),
+        ];
         assert_eq!(found.later.sockets, expected);
     }
 
@@ -205,8 +238,14 @@ mod test {
             rewritten("-serial null -serial file:b,c.log"),
             "-serial null -chardev file,id=serial1,path=b,,c.log,append=on -serial chardev:serial1"
         );
-        assert_eq!(rewritten("-chardev file,id=f,path=x,append=off"), "-chardev file,id=f,path=x,append=on");
-        assert_eq!(rewritten("-chardev null,id=n,logfile=x,logappend=off"), "-chardev null,id=n,logfile=x,logappend=on");
+        assert_eq!(
+            rewritten("-chardev file,id=f,path=x,append=off"),
+            "-chardev file,id=f,path=x,append=on"
+        );
+        assert_eq!(
+            rewritten("-chardev null,id=n,logfile=x,logappend=off"),
+            "-chardev null,id=n,logfile=x,logappend=on"
+        );
     }
 
     #[test]
@@ -217,6 +256,10 @@ mod test {
             { "label": "parallel0", "filename": "vc" },
         ]);
         assert_eq!(connected(&rows, Path::new("/vm"), Path::new("/vm/q.sock")), None);
-        assert!(connected(&rows, Path::new("/vm"), Path::new("/vm/other")).unwrap().starts_with("compat_monitor0"));
+        assert!(
+            connected(&rows, Path::new("/vm"), Path::new("/vm/other"))
+                .unwrap()
+                .starts_with("compat_monitor0")
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! The adoption itself, step by step; the guest runs but for a moment between [`LocalMigration::switchover`] and
-//! [`LocalMigration::resume`].
+//! The adoption itself, step by step; the guest runs but for a moment between
+//! [`LocalMigration::switchover`] and [`LocalMigration::resume`].
 
 use super::Adopted;
 use super::destination;
@@ -33,24 +33,39 @@ pub fn stream_socket(runtime: &RuntimeDir) -> PathBuf {
 
 /// Moves the VM of `checkpointer`, which continues with the new one.
 #[instrument(name = "adopt", skip_all)]
-pub async fn adopt(checkpointer: &mut Checkpointer, qemu: Option<PathBuf>, report: &Report) -> Result<Adopted> {
+pub async fn adopt(
+    checkpointer: &mut Checkpointer,
+    qemu: Option<PathBuf>,
+    report: &Report,
+) -> Result<Adopted> {
     let begun = Instant::now();
     checkpointer.clean_up().await?;
     let plan = Plan::make(&checkpointer.vm, qemu.as_deref()).await?;
     kill_point::point("adopt.plan");
     let runtime = checkpointer.vm.runtime.clone();
-    let mut record = Record::begin(plan.source, plan.monitor.clone(), plan.found.clone(), plan.file.clone(), plan.later.clone());
+    let mut record = Record::begin(
+        plan.source,
+        plan.monitor.clone(),
+        plan.found.clone(),
+        plan.file.clone(),
+        plan.later.clone(),
+    );
     record.save(&runtime)?;
-    let mut adoption = Adoption { vm: &checkpointer.vm, plan: &plan, runtime: &runtime, record: &mut record };
+    let mut adoption =
+        Adoption { vm: &checkpointer.vm, plan: &plan, runtime: &runtime, record: &mut record };
     let (downtime, destination) = match adoption.run(report).await {
         Ok(moved) => moved,
-        Err(error) => return Err(take_back(&record, &runtime, Some(&checkpointer.vm.qmp), error).await),
+        Err(error) => {
+            return Err(take_back(&record, &runtime, Some(&checkpointer.vm.qmp), error).await);
+        }
     };
     let mut notes = plan.notes;
     notes.extend(finish(&record, &runtime, Some(&checkpointer.vm.qmp), &destination).await?);
     // Its monitor serves one client.
     drop(destination);
-    let vm = Vm::attach(runtime).await.context("the VM runs in its new QEMU, but the helper does not reach it")?;
+    let vm = Vm::attach(runtime)
+        .await
+        .context("the VM runs in its new QEMU, but the helper does not reach it")?;
     let pid = vm.pid;
     checkpointer.replace_vm(vm);
     tracing::info!(pid, downtime_ms = milliseconds(downtime.seen), "adopted");
@@ -83,7 +98,9 @@ impl Adoption<'_> {
         self.record.advance(Stage::Moving, self.runtime)?;
         let socket = stream_socket(self.runtime);
         let plan = self.plan;
-        let mut local_migration = LocalMigration::begin(&self.vm.qmp, &destination, &plan.found, &plan.bitmaps, &socket).await?;
+        let mut local_migration =
+            LocalMigration::begin(&self.vm.qmp, &destination, &plan.found, &plan.bitmaps, &socket)
+                .await?;
         kill_point::point("adopt.migrating");
         let tell = |done, total| {
             // A slow listener misses a line, the guest nothing.
@@ -102,14 +119,19 @@ impl Adoption<'_> {
         }
         local_migration.complete().await?;
         kill_point::point("adopt.completed");
-        self.record.images = plan.images.iter().map(|path| ImageMark::of(path)).collect::<Result<_>>()?;
+        self.record.images =
+            plan.images.iter().map(|path| ImageMark::of(path)).collect::<Result<_>>()?;
         self.record.advance(Stage::Decided, self.runtime)?;
         kill_point::point("adopt.decided");
         self.record.advance(Stage::Resuming, self.runtime)?;
         let downtime = local_migration.resume().await?;
-        // It has run: from here on no failure may end it. What stands on disk is enough for a later helper.
+        // It has run: from here on no failure may end it. What stands on disk is enough for a later
+        // helper.
         if let Err(error) = self.record.advance(Stage::Running, self.runtime) {
-            tracing::warn!(error = format!("{error:#}"), "the adoption's last stage was not written down");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "the adoption's last stage was not written down"
+            );
         }
         kill_point::point("adopt.running");
         // It was bound by the new QEMU, which does not need it any more.
@@ -119,8 +141,10 @@ impl Adoption<'_> {
 
     fn start(&mut self) -> Result<Process> {
         let start = &self.plan.start;
-        let memory = GuestMemory::create(start.name.as_ref(), start.ram_bytes).context("making the guest's memory")?;
-        let process = destination::start(start, self.runtime, &self.plan.plugin, &memory, self.plan.like)?;
+        let memory = GuestMemory::create(start.name.as_ref(), start.ram_bytes)
+            .context("making the guest's memory")?;
+        let process =
+            destination::start(start, self.runtime, &self.plan.plugin, &memory, self.plan.like)?;
         self.record.destination = Some(process);
         self.record.file.pid = Some(process.pid);
         self.record.save(self.runtime)?;
@@ -138,26 +162,39 @@ impl Adoption<'_> {
     /// A VM that is another would refuse the state at its end, with the guest stopped.
     async fn check_same(&self, destination: &Qmp) -> Result<()> {
         let list = |devices: Vec<qmp_bridge::devices::GuestDevice>| {
-            let mut list: Vec<String> = devices.into_iter().map(|device| format!("{} ({})", device.path, device.kind)).collect();
+            let mut list: Vec<String> = devices
+                .into_iter()
+                .map(|device| format!("{} ({})", device.path, device.kind))
+                .collect();
             list.sort();
             list
         };
-        let there = list(guest_devices(&self.vm.qmp).await.context("asking the old QEMU for its devices")?);
-        let here = list(guest_devices(destination).await.context("asking the new QEMU for its devices")?);
-        let differs = there.iter().find(|device| !here.contains(device)).or_else(|| here.iter().find(|device| !there.contains(device)));
+        let there =
+            list(guest_devices(&self.vm.qmp).await.context("asking the old QEMU for its devices")?);
+        let here =
+            list(guest_devices(destination).await.context("asking the new QEMU for its devices")?);
+        let differs = there
+            .iter()
+            .find(|device| !here.contains(device))
+            .or_else(|| here.iter().find(|device| !there.contains(device)));
         if let Some(device) = differs {
-            return Err(refused(format!("device {device} is in one of the two QEMUs only; was it plugged in or out since the VM began?")));
+            return Err(refused(format!(
+                "device {device} is in one of the two QEMUs only; was it plugged in or out since the VM began?"
+            )));
         }
         let sizes = |qmp: Qmp| async move {
             let blocks = ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?;
-            let mut sizes: Vec<(String, u64)> = blocks.into_iter().map(|block| (block.name, block.total)).collect();
+            let mut sizes: Vec<(String, u64)> =
+                blocks.into_iter().map(|block| (block.name, block.total)).collect();
             sizes.sort();
             Ok::<_, anyhow::Error>(sizes)
         };
         let (there, here) = (sizes(self.vm.qmp.clone()).await?, sizes(destination.clone()).await?);
         match there.iter().find(|block| !here.contains(block)) {
             None => Ok(()),
-            Some((name, bytes)) => Err(refused(format!("the new QEMU has no RAM block {name} of {bytes} bytes, as the old one has"))),
+            Some((name, bytes)) => Err(refused(format!(
+                "the new QEMU has no RAM block {name} of {bytes} bytes, as the old one has"
+            ))),
         }
     }
 }

@@ -17,32 +17,47 @@ const KEPT_STAGING: PageCount = PageCount((16 << 20) / 4096);
 impl Checkpointer {
     /// The checkpoint is durable; nothing that fails here can undo that.
     #[instrument(name = "acknowledge", level = "debug", skip_all)]
-    pub(super) async fn acknowledge(&mut self, run: &mut Run, durable: Durable, identity: CheckpointIdentity) {
+    pub(super) async fn acknowledge(
+        &mut self,
+        run: &mut Run,
+        durable: Durable,
+        identity: CheckpointIdentity,
+    ) {
         if let Some(claim) = run.claim.take() {
             claim.acknowledge(&durable);
         }
         if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
             base.spaces = delta.acknowledge();
-            // A stream leaves the tracker's marks alone: what they count from is older, so they hold more than is needed.
+            // A stream leaves the tracker's marks alone: what they count from is older, so they
+            // hold more than is needed.
             base.is_exact |= run.engine == Engine::Tracker;
             self.marks = Some(base.advance(identity));
         }
         if let Some(captured) = run.captured.take()
             && let Err(error) = captured.acknowledge().await
         {
-            // Older bits than needed stay: the next checkpoint reads more than it must, and stores what differs.
+            // Older bits than needed stay: the next checkpoint reads more than it must, and stores
+            // what differs.
             tracing::warn!(%error, "the disks' old bitmaps were not dropped");
         }
         if let Some(marks) = self.marks
             && let Err(error) = self.vm.runtime.set_marks(marks)
         {
-            tracing::warn!(error = format!("{error:#}"), "a later helper will compare all memory and all disks once");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "a later helper will compare all memory and all disks once"
+            );
         }
         self.staging.clear(KEPT_STAGING);
     }
 
-    /// Nothing differs from the parent: no checkpoint is made, and what was looked at is given back, to be looked at again.
-    pub(super) async fn unchanged(&mut self, run: &mut Run, parent: CheckpointId) -> Result<Outcome> {
+    /// Nothing differs from the parent: no checkpoint is made, and what was looked at is given
+    /// back, to be looked at again.
+    pub(super) async fn unchanged(
+        &mut self,
+        run: &mut Run,
+        parent: CheckpointId,
+    ) -> Result<Outcome> {
         let outcome = Outcome {
             id: parent,
             parent: Some(parent),
@@ -73,7 +88,10 @@ impl Checkpointer {
         self.give_back(&mut run).await;
         run.resumed = None;
         let packs = run.packs();
-        let Some(partial) = run.partial.take().and_then(|partial| Arc::try_unwrap(partial).ok()) else { return };
+        let Some(partial) = run.partial.take().and_then(|partial| Arc::try_unwrap(partial).ok())
+        else {
+            return;
+        };
         let is_worth_it = carried::bytes(&packs) >= WORTH_KEEPING && packs.len() <= MOST_KEPT;
         if run.may_carry && is_worth_it {
             self.carried = Some(Carried { kept: partial.keep(), packs, parent: run.parent });

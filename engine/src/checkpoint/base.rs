@@ -4,7 +4,10 @@ use super::delta::Space;
 use super::held::{HeldLineage, Listing};
 use crate::lineage::{Lineage, NEW_LINEAGE_AFTER};
 use anyhow::{Context, Result};
-use checkpoint_format::{ByteLen, CheckpointId, CheckpointIdentity, ContentDigest, DigestTable, Manifest, PageCount, SpaceKind, SpaceName};
+use checkpoint_format::{
+    ByteLen, CheckpointId, CheckpointIdentity, ContentDigest, DigestTable, Manifest, PageCount,
+    SpaceKind, SpaceName,
+};
 use checkpoint_store::{Repository, StoreError};
 use std::collections::HashMap;
 use vm::error;
@@ -19,14 +22,15 @@ const STATE_TABLE: ByteLen = ByteLen(256 << 10);
 /// The layers below each writable disk, by node.
 pub type Chains = HashMap<String, Vec<ContentDigest>>;
 
-/// What the next checkpoint builds on. The parent, and how far the marks of written pages can be believed, are looked up together and
-/// hold together: marks count from one certain checkpoint, and a store may have lost that one.
+/// What the next checkpoint builds on. The parent, and how far the marks of written pages can be
+/// believed, are looked up together and hold together: marks count from one certain checkpoint, and
+/// a store may have lost that one.
 pub struct Base {
     /// The parent and its ancestors. Empty: the next checkpoint is full.
     pub lineage: HeldLineage,
     pub spaces: Vec<Space>,
-    /// The tracker knows every page written since the parent. Otherwise its first claim has all pages that exist, and those
-    /// that do not exist must be compared as zeros.
+    /// The tracker knows every page written since the parent. Otherwise its first claim has all
+    /// pages that exist, and those that do not exist must be compared as zeros.
     pub is_exact: bool,
     /// The disks' bitmaps record at least since the parent.
     are_bitmaps_of_lineage: bool,
@@ -36,23 +40,38 @@ pub struct Base {
 
 impl Base {
     /// Looks up what this VM's last durable checkpoint is, if it is of this VM's lineage at all.
-    pub async fn find(vm: &Vm, repository: &Repository, disks: &[(SpaceName, PageCount)], marks: Option<Marks>) -> Result<Self> {
+    pub async fn find(
+        vm: &Vm,
+        repository: &Repository,
+        disks: &[(SpaceName, PageCount)],
+        marks: Option<Marks>,
+    ) -> Result<Self> {
         let vm_name = &vm.file.name;
         let listing = Listing::read(repository, vm_name).await?;
         let names = names(vm, disks)?;
         let Some(lineage) = own_lineage(vm, repository, &listing.checkpoints).await? else {
             tracing::info!(%vm_name, "the store has no checkpoint of this life of the VM; the next one is full");
-            return Ok(Self::full(HeldLineage::new(vm_name, Vec::new(), &listing), names, disks.len()));
+            return Ok(Self::full(
+                HeldLineage::new(vm_name, Vec::new(), &listing),
+                names,
+                disks.len(),
+            ));
         };
-        let manifest = lineage.manifests.last().context("a lineage without its newest checkpoint")?;
+        let manifest =
+            lineage.manifests.last().context("a lineage without its newest checkpoint")?;
         let mut tables = empty_tables(names, disks.len());
-        lineage.digests(repository, &mut tables).await.context("reading what the last checkpoint holds")?;
+        lineage
+            .digests(repository, &mut tables)
+            .await
+            .context("reading what the last checkpoint holds")?;
         let marks = marks.and_then(|marks| marks.of(&lineage.identities));
         let is_known = vm.has_tracker() && marks.is_some_and(|marks| marks.is_exact);
         let is_exact = is_known && vm.lock_tracker()?.resume_protection();
         tracing::info!(%vm_name, parent = %manifest.id, is_exact, has_bitmaps = marks.is_some(), "continuing a lineage");
         let mut spaces = spaces(vm, disks, tables);
-        spaces.iter_mut().for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
+        spaces
+            .iter_mut()
+            .for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
         let chains = chains(manifest);
         let lineage = HeldLineage::new(vm_name, lineage.identities, &listing);
         Ok(Self { lineage, spaces, is_exact, are_bitmaps_of_lineage: marks.is_some(), chains })
@@ -61,8 +80,18 @@ impl Base {
     fn full(lineage: HeldLineage, names: Vec<(SpaceName, PageCount)>, disks: usize) -> Self {
         let sizes: Vec<PageCount> = names.iter().map(|(_, pages)| *pages).collect();
         let tables = empty_tables(names, disks);
-        let spaces = tables.into_iter().zip(sizes).map(|((name, table), pages)| Space::new(name, pages, table)).collect();
-        Self { lineage, spaces, is_exact: false, are_bitmaps_of_lineage: false, chains: Chains::new() }
+        let spaces = tables
+            .into_iter()
+            .zip(sizes)
+            .map(|((name, table), pages)| Space::new(name, pages, table))
+            .collect();
+        Self {
+            lineage,
+            spaces,
+            is_exact: false,
+            are_bitmaps_of_lineage: false,
+            chains: Chains::new(),
+        }
     }
 
     /// None: the next checkpoint is full.
@@ -84,7 +113,8 @@ impl Base {
         self.lineage.identities().len() >= NEW_LINEAGE_AFTER
     }
 
-    /// A checkpoint is durable; what it was given of the marks counts from it. Returns the marks' new meaning.
+    /// A checkpoint is durable; what it was given of the marks counts from it. Returns the marks'
+    /// new meaning.
     pub fn advance(&mut self, checkpoint: CheckpointIdentity) -> Marks {
         self.lineage.add(checkpoint);
         // A bitmap was begun on every disk in its pause.
@@ -109,16 +139,22 @@ impl Base {
         }
     }
 
-    /// After a hot-plug: spaces of disks that came get an empty table, those of disks that went are dropped.
+    /// After a hot-plug: spaces of disks that came get an empty table, those of disks that went are
+    /// dropped.
     pub fn adapt(&mut self, vm: &Vm, disks: &[(SpaceName, PageCount)]) -> Result<()> {
         let names = names(vm, disks)?;
-        let same = |(space, (name, pages)): (&Space, &(SpaceName, PageCount))| space.name == *name && space.pages == *pages;
+        let same = |(space, (name, pages)): (&Space, &(SpaceName, PageCount))| {
+            space.name == *name && space.pages == *pages
+        };
         if self.spaces.len() == names.len() && self.spaces.iter().zip(&names).all(same) {
             return Ok(());
         }
         let mut old = std::mem::take(&mut self.spaces);
-        for ((name, table), (_, pages)) in empty_tables(names.clone(), disks.len()).into_iter().zip(names) {
-            let found = old.iter().position(|space| space.name == name).map(|place| old.swap_remove(place));
+        for ((name, table), (_, pages)) in
+            empty_tables(names.clone(), disks.len()).into_iter().zip(names)
+        {
+            let found =
+                old.iter().position(|space| space.name == name).map(|place| old.swap_remove(place));
             let in_lineage = found.as_ref().is_some_and(|space| space.in_lineage);
             let table = found.map_or(table, |space| resized(space, pages));
             let mut space = Space::new(name, pages, table);
@@ -129,8 +165,8 @@ impl Base {
     }
 }
 
-/// What is known of a disk's pages stays true when it changes its size, but for those that it loses. A RAM block's table is as long
-/// as the block.
+/// What is known of a disk's pages stays true when it changes its size, but for those that it
+/// loses. A RAM block's table is as long as the block.
 fn resized(space: Space, pages: PageCount) -> DigestTable {
     let mut table = space.table;
     if space.pages != pages {
@@ -144,12 +180,18 @@ fn resized(space: Space, pages: PageCount) -> DigestTable {
 
 fn chains(manifest: &Manifest) -> Chains {
     let writable = manifest.disks.iter().filter(|disk| !disk.read_only);
-    writable.map(|disk| (disk.node.clone(), disk.backing.iter().map(|layer| layer.digest).collect())).collect()
+    writable
+        .map(|disk| (disk.node.clone(), disk.backing.iter().map(|layer| layer.digest).collect()))
+        .collect()
 }
 
-/// The lineage that the next checkpoint continues with. One that has lost an ancestor, or is damaged, is not built on: no restore could
-/// use what comes after.
-async fn own_lineage(vm: &Vm, repository: &Repository, known: &[CheckpointId]) -> Result<Option<Lineage>> {
+/// The lineage that the next checkpoint continues with. One that has lost an ancestor, or is
+/// damaged, is not built on: no restore could use what comes after.
+async fn own_lineage(
+    vm: &Vm,
+    repository: &Repository,
+    known: &[CheckpointId],
+) -> Result<Option<Lineage>> {
     let read = async {
         match parent(vm, repository, known).await? {
             Some(parent) => Lineage::read(repository, &vm.file.name, parent).await.map(Some),
@@ -157,17 +199,27 @@ async fn own_lineage(vm: &Vm, repository: &Repository, known: &[CheckpointId]) -
         }
     };
     read.await.or_else(|error: anyhow::Error| {
-        let is_missing = error.chain().any(|cause| cause.downcast_ref::<StoreError>().is_some_and(StoreError::is_not_found));
+        let is_missing = error
+            .chain()
+            .any(|cause| cause.downcast_ref::<StoreError>().is_some_and(StoreError::is_not_found));
         if !is_missing && error::class_of(&error) != error::Class::Damaged {
             return Err(error);
         }
-        tracing::warn!(error = format!("{error:#}"), "the last checkpoint cannot be built on; the next one is full");
+        tracing::warn!(
+            error = format!("{error:#}"),
+            "the last checkpoint cannot be built on; the next one is full"
+        );
         Ok(None)
     })
 }
 
-/// The newest checkpoint that this instance took, else the one that it was restored from (which need not be the newest).
-async fn parent(vm: &Vm, repository: &Repository, known: &[CheckpointId]) -> Result<Option<CheckpointId>> {
+/// The newest checkpoint that this instance took, else the one that it was restored from (which
+/// need not be the newest).
+async fn parent(
+    vm: &Vm,
+    repository: &Repository,
+    known: &[CheckpointId],
+) -> Result<Option<CheckpointId>> {
     let Some(newest) = known.last() else { return Ok(None) };
     let manifest = crate::lineage::manifest(repository, &vm.file.name, *newest).await?;
     if manifest.instance == vm.file.instance {
@@ -176,7 +228,8 @@ async fn parent(vm: &Vm, repository: &Repository, known: &[CheckpointId]) -> Res
     Ok(vm.file.restored_from.filter(|id| known.contains(id)))
 }
 
-/// RAM blocks in the tracker's order, then disks, then the device state: a space's place is its number.
+/// RAM blocks in the tracker's order, then disks, then the device state: a space's place is its
+/// number.
 fn names(vm: &Vm, disks: &[(SpaceName, PageCount)]) -> Result<Vec<(SpaceName, PageCount)>> {
     let mut names = vm.ram_spaces()?;
     names.extend(disks.iter().cloned());
@@ -200,7 +253,11 @@ fn empty_tables(names: Vec<(SpaceName, PageCount)>, disks: usize) -> Vec<(SpaceN
         .collect()
 }
 
-fn spaces(vm: &Vm, disks: &[(SpaceName, PageCount)], tables: Vec<(SpaceName, DigestTable)>) -> Vec<Space> {
+fn spaces(
+    vm: &Vm,
+    disks: &[(SpaceName, PageCount)],
+    tables: Vec<(SpaceName, DigestTable)>,
+) -> Vec<Space> {
     let sizes = vm.ram_spaces().into_iter().flatten().chain(disks.iter().cloned());
     let sizes: HashMap<SpaceName, PageCount> = sizes.collect();
     let pages = |name: &SpaceName| sizes.get(name).copied().unwrap_or(PageCount(0));

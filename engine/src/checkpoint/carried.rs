@@ -20,7 +20,9 @@ use super::delta::Delta;
 use super::window::Window;
 use crate::pack::NumberedPack;
 use anyhow::{Context, Result};
-use checkpoint_format::{ByteLen, CheckpointId, MAX_PACKS, PackIndex, PackRecord, PageRange, SpaceKind, SpaceName};
+use checkpoint_format::{
+    ByteLen, CheckpointId, MAX_PACKS, PackIndex, PackRecord, PageRange, SpaceKind, SpaceName,
+};
 use checkpoint_store::{KeptPartial, PartialCheckpoint, StoreError};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -77,9 +79,14 @@ impl Resumed {
     /// not there as it was stored, if it holds what this VM does not have, or if less than half of
     /// its pages are its own: the rest would be garbage in the store for as long as the checkpoint
     /// is there.
-    pub async fn of_packs(partial: Arc<PartialCheckpoint>, packs: Vec<NumberedPack>, delta: &mut Delta) -> Result<Self> {
+    pub async fn of_packs(
+        partial: Arc<PartialCheckpoint>,
+        packs: Vec<NumberedPack>,
+        delta: &mut Delta,
+    ) -> Result<Self> {
         let files = partial.files().await.context("listing what an earlier try stored")?;
-        let lengths: HashMap<&str, u64> = files.iter().map(|file| (file.name.as_str(), file.len)).collect();
+        let lengths: HashMap<&str, u64> =
+            files.iter().map(|file| (file.name.as_str(), file.len)).collect();
         let mut this = Self::none(partial);
         for pack in packs.into_iter().rev() {
             let name = &pack.record.name;
@@ -101,37 +108,61 @@ impl Resumed {
             this.packs.push(CarriedPack { pack, disks: disk_parts(&index) });
         }
         this.packs.reverse();
-        let wanted: HashSet<&str> = this.packs.iter().map(|carried| carried.pack.record.name.as_str()).collect();
+        let wanted: HashSet<&str> =
+            this.packs.iter().map(|carried| carried.pack.record.name.as_str()).collect();
         for file in files.iter().filter(|file| !wanted.contains(file.name.as_str())) {
-            this.partial.remove_file(&file.name).await.context("removing what an earlier try left")?;
+            this.partial
+                .remove_file(&file.name)
+                .await
+                .context("removing what an earlier try left")?;
         }
-        tracing::info!(packs = this.packs.len(), bytes = this.bytes().0, "what an earlier try stored is part of this checkpoint");
+        tracing::info!(
+            packs = this.packs.len(),
+            bytes = this.bytes().0,
+            "what an earlier try stored is part of this checkpoint"
+        );
         Ok(this)
     }
 
     /// None: it is damaged or gone, so it is not carried.
     async fn index(&self, pack: &PackRecord) -> Result<Option<PackIndex>> {
         let range = pack.info.footer().trailer_range();
-        let trailer = match self.partial.read_pack_range(&pack.name, range.start, range.end - range.start).await {
+        let trailer = match self
+            .partial
+            .read_pack_range(&pack.name, range.start, range.end - range.start)
+            .await
+        {
             Ok(trailer) => trailer,
-            Err(error @ (StoreError::NotFound { .. } | StoreError::PastEnd { .. } | StoreError::Corrupt { .. })) => {
+            Err(
+                error @ (StoreError::NotFound { .. }
+                | StoreError::PastEnd { .. }
+                | StoreError::Corrupt { .. }),
+            ) => {
                 tracing::warn!(%error, "a pack of an earlier try cannot be read");
                 return Ok(None);
             }
-            Err(error) => return Err(error).with_context(|| format!("reading the index of {}", pack.name)),
+            Err(error) => {
+                return Err(error).with_context(|| format!("reading the index of {}", pack.name));
+            }
         };
         let index = pack.info.parse_index(&trailer);
-        Ok(index.inspect_err(|error| tracing::warn!(%error, "a pack of an earlier try is damaged")).ok())
+        Ok(index
+            .inspect_err(|error| tracing::warn!(%error, "a pack of an earlier try is damaged"))
+            .ok())
     }
 
     /// What the packs hold of a part of a disk; `None`: nothing.
     pub async fn window(&self, space: &SpaceName, pages: PageRange) -> Result<Option<Window>> {
-        let meets = |part: &(SpaceName, PageRange)| part.0 == *space && part.1.start < pages.end && pages.start < part.1.end;
+        let meets = |part: &(SpaceName, PageRange)| {
+            part.0 == *space && part.1.start < pages.end && pages.start < part.1.end
+        };
         let mut window = None;
         for carried in self.packs.iter().filter(|carried| carried.disks.iter().any(meets)) {
             let _one = self.reading.lock().await;
             let index = self.index(&carried.pack.record).await?;
-            let index = index.with_context(|| format!("the pack {} of an earlier try is gone", carried.pack.record.name))?;
+            let index = index.with_context(|| {
+                format!("the pack {} of an earlier try is gone", carried.pack.record.name)
+            })?;
             window.get_or_insert_with(|| Window::new(pages)).apply(space, &index);
         }
         Ok(window)

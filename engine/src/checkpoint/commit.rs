@@ -1,4 +1,5 @@
-//! Phase `commit`: packs closed, the manifest written, one rename. After that the checkpoint exists.
+//! Phase `commit`: packs closed, the manifest written, one rename. After that the checkpoint
+//! exists.
 
 use super::Checkpointer;
 use super::carried;
@@ -10,8 +11,8 @@ use crate::run_state;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    ByteLen, CheckpointIdentity, CheckpointKind, DiskRecord, LayerRef, Manifest, PAGE_SIZE, PackRecord, Qcow2Record, RamBlockRecord,
-    SpaceName, SpaceRecord, Totals, VmRecord,
+    ByteLen, CheckpointIdentity, CheckpointKind, DiskRecord, LayerRef, Manifest, PAGE_SIZE,
+    PackRecord, Qcow2Record, RamBlockRecord, SpaceName, SpaceRecord, Totals, VmRecord,
 };
 use checkpoint_store::Durable;
 use qmp_bridge::RunState;
@@ -36,7 +37,9 @@ impl Checkpointer {
         let is_same = packs.is_empty() && self.is_same_vm(run).await?;
         if let (Some(parent), true) = (run.parent, is_same) {
             let partial = run.take_partial()?;
-            self.change_store(|_| partial.abort()).await?.context("removing an empty checkpoint")?;
+            self.change_store(|_| partial.abort())
+                .await?
+                .context("removing an empty checkpoint")?;
             return self.unchanged(run, parent).await;
         }
         let begun = Instant::now();
@@ -45,9 +48,13 @@ impl Checkpointer {
         let identity = CheckpointIdentity::new(run.id, &manifest);
         kill_point::point("commit");
         let partial = run.partial.as_ref().context("the partial checkpoint is gone")?;
-        let sealed = partial.seal(Bytes::from(manifest)).await.context("committing the checkpoint")?;
+        let sealed =
+            partial.seal(Bytes::from(manifest)).await.context("committing the checkpoint")?;
         let partial = run.take_partial()?;
-        let durable = self.change_store(|_| partial.publish(sealed)).await?.context("committing the checkpoint")?;
+        let durable = self
+            .change_store(|_| partial.publish(sealed))
+            .await?
+            .context("committing the checkpoint")?;
         phases.since("commit", begun);
         kill_point::point("committed");
         let outcome = outcome(run, &durable, totals);
@@ -59,18 +66,26 @@ impl Checkpointer {
 
     /// A checkpoint that adds to one that the store no longer holds could not be restored.
     async fn check_parent(&mut self, run: &Run) -> Result<()> {
-        let (session, base) = (self.store.as_ref().context("the store is not open")?, self.base.as_mut().context("the base is not known")?);
+        let (session, base) = (
+            self.store.as_ref().context("the store is not open")?,
+            self.base.as_mut().context("the base is not known")?,
+        );
         if base.lineage.is_held(&session.repository).await? {
             return Ok(());
         }
         let vm_name = &self.vm.file.name;
         let what = run.parent.map_or_else(
             || format!("it has checkpoints of {vm_name} that it did not have"),
-            |parent| format!("it does not hold {vm_name}@{parent}, or what that builds on, as it did"),
+            |parent| {
+                format!("it does not hold {vm_name}@{parent}, or what that builds on, as it did")
+            },
         );
         Err(classed(
             error::Class::Store,
-            format!("the store has changed while checkpoint {} was taken: {what}; the next one starts from what it holds", run.id),
+            format!(
+                "the store has changed while checkpoint {} was taken: {what}; the next one starts from what it holds",
+                run.id
+            ),
         ))
     }
 
@@ -79,8 +94,8 @@ impl Checkpointer {
         let (Some(parent), Some(session)) = (run.parent, &self.store) else { return Ok(false) };
         let before = lineage::manifest(&session.repository, &self.vm.file.name, parent).await?;
         let now = self.describe(run, Vec::new(), Totals::default())?;
-        let is_same =
-            (now.spaces, now.ram_blocks, now.disks, now.vm_record) == (before.spaces, before.ram_blocks, before.disks, before.vm_record);
+        let is_same = (now.spaces, now.ram_blocks, now.disks, now.vm_record)
+            == (before.spaces, before.ram_blocks, before.disks, before.vm_record);
         Ok(is_same && now.run_state == before.run_state)
     }
 
@@ -95,7 +110,12 @@ impl Checkpointer {
     }
 
     /// The manifest counts itself: its length is in its own totals.
-    fn manifest(&self, run: &Run, packs: Vec<PackRecord>, totals: Totals) -> Result<(Vec<u8>, Totals)> {
+    fn manifest(
+        &self,
+        run: &Run,
+        packs: Vec<PackRecord>,
+        totals: Totals,
+    ) -> Result<(Vec<u8>, Totals)> {
         let mut manifest = self.describe(run, packs, totals)?;
         let draft = manifest.encode().context("encoding the manifest")?.len() as u64;
         manifest.totals.bytes_stored_raw.0 += draft;
@@ -110,7 +130,11 @@ impl Checkpointer {
             vm: file.name.clone(),
             id: run.id,
             parent: run.parent,
-            kind: if run.parent.is_some() { CheckpointKind::Incremental } else { CheckpointKind::Full },
+            kind: if run.parent.is_some() {
+                CheckpointKind::Incremental
+            } else {
+                CheckpointKind::Full
+            },
             epoch: session.writer.epoch(),
             instance: file.instance.clone(),
             created_at: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
@@ -130,16 +154,27 @@ impl Checkpointer {
             run_state: Some(run_state::record(run.run_state)),
             spaces: self.space_records(run)?,
             ram_blocks: self.vm.blocks.iter().map(|block| self.ram_record(block)).collect(),
-            disks: run.inventory.drives.disks.iter().map(|disk| self.disk_record(&run.inventory.drives, disk)).collect::<Result<_>>()?,
+            disks: run
+                .inventory
+                .drives
+                .disks
+                .iter()
+                .map(|disk| self.disk_record(&run.inventory.drives, disk))
+                .collect::<Result<_>>()?,
             packs,
             totals,
         })
     }
 
     fn space_records(&self, run: &Run) -> Result<Vec<SpaceRecord>> {
-        let ram = self.vm.blocks.iter().map(|block| Ok(SpaceRecord::new(SpaceName::ram(&block.name)?, ByteLen(block.used))));
+        let ram =
+            self.vm.blocks.iter().map(|block| {
+                Ok(SpaceRecord::new(SpaceName::ram(&block.name)?, ByteLen(block.used)))
+            });
         let writable = run.inventory.drives.disks.iter().filter(|disk| !disk.read_only);
-        let disks = writable.map(|disk| Ok(SpaceRecord::new(SpaceName::disk(&disk.name)?, ByteLen(disk.virtual_size))));
+        let disks = writable.map(|disk| {
+            Ok(SpaceRecord::new(SpaceName::disk(&disk.name)?, ByteLen(disk.virtual_size)))
+        });
         let state = SpaceRecord::new(SpaceName::device_state(), run.state_bytes);
         ram.chain(disks).chain([Ok(state)]).collect()
     }
@@ -156,7 +191,10 @@ impl Checkpointer {
 
     fn disk_record(&self, drives: &Drives, disk: &Disk) -> Result<DiskRecord> {
         let layer = |image: &BackingImage| -> Result<LayerRef> {
-            let stored = self.layers.get(&image.file).with_context(|| format!("the layer {} was not stored", image.file.display()))?;
+            let stored = self
+                .layers
+                .get(&image.file)
+                .with_context(|| format!("the layer {} was not stored", image.file.display()))?;
             // Two disks may read one file in two formats.
             Ok(LayerRef { format: image.format.as_str().to_owned(), ..stored.clone() })
         };

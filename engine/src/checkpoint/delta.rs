@@ -1,9 +1,10 @@
 //! What differs from the parent, page by page, as jobs for the packer.
 //!
-//! Each space has a table of digests: what a restore of the parent, plus what this checkpoint has stored so far, would
-//! give. A page is stored when its digest is not the table's, and the table then takes the new one. So a page that was
-//! written with its old content costs nothing, and one that was stored in a pre-copy pass and changed again is stored
-//! again, also when it went back to what the parent holds.
+//! Each space has a table of digests: what a restore of the parent, plus what this checkpoint has
+//! stored so far, would give. A page is stored when its digest is not the table's, and the table
+//! then takes the new one. So a page that was written with its old content costs nothing, and one
+//! that was stored in a pre-copy pass and changed again is stored again, also when it went back to
+//! what the parent holds.
 //!
 //! When the checkpoint fails, the tables tell of pages that no checkpoint holds: [`Delta::fail`]
 //! forgets them. What a failed try has stored all the same is "stored so far" for the next one
@@ -14,8 +15,9 @@ use super::window::Window;
 use crate::pack::{FrameJob, PackJob};
 use anyhow::{Context, Result};
 use checkpoint_format::{
-    DigestTable, FRAME_PAGES, MAX_PAGES_PER_PACK, PAGE_SIZE, PackIndex, PageCount, PageDigest, PageIndex, PageRange, PageRun, PageSet,
-    RangeSet, RunSource, SpaceId, SpaceKind, SpaceName, SpaceTable, is_zero,
+    DigestTable, FRAME_PAGES, MAX_PAGES_PER_PACK, PAGE_SIZE, PackIndex, PageCount, PageDigest,
+    PageIndex, PageRange, PageRun, PageSet, RangeSet, RunSource, SpaceId, SpaceKind, SpaceName,
+    SpaceTable, is_zero,
 };
 
 /// Zeros recorded at once: a pack takes no more pages than [`MAX_PAGES_PER_PACK`].
@@ -30,7 +32,8 @@ pub struct Space {
     pub name: SpaceName,
     pub pages: PageCount,
     pub table: DigestTable,
-    /// Whether a checkpoint of the lineage has recorded this space, so that what is not recorded now is what it was then.
+    /// Whether a checkpoint of the lineage has recorded this space, so that what is not recorded
+    /// now is what it was then.
     pub in_lineage: bool,
     /// RAM pages stored by the checkpoint under way.
     stored: PageSet,
@@ -51,7 +54,14 @@ struct CarriedPages {
 impl Space {
     pub fn new(name: SpaceName, pages: PageCount, table: DigestTable) -> Self {
         let counted = if name.kind() == SpaceKind::Ram { pages } else { PageCount(0) };
-        Self { name, pages, table, in_lineage: false, stored: PageSet::new(counted), carried: CarriedPages::default() }
+        Self {
+            name,
+            pages,
+            table,
+            in_lineage: false,
+            stored: PageSet::new(counted),
+            carried: CarriedPages::default(),
+        }
     }
 
     fn holds(&self, page: PageIndex, digest: PageDigest) -> bool {
@@ -81,7 +91,12 @@ impl Space {
         let size = self.stored.len();
         let carried = self.carried.unconfirmed.get_or_insert_with(|| PageSet::new(size));
         let mut news = 0;
-        for (number, page) in pages.iter().enumerate().filter(|(_, page)| !carried.contains(*page)).collect::<Vec<_>>() {
+        for (number, page) in pages
+            .iter()
+            .enumerate()
+            .filter(|(_, page)| !carried.contains(*page))
+            .collect::<Vec<_>>()
+        {
             carried.insert(page);
             let digest = digests.get(number).copied();
             self.table.set(page, digest.unwrap_or(PageDigest::ZERO_PAGE));
@@ -128,8 +143,9 @@ impl Space {
         }
     }
 
-    /// Notes that these pages, which were not known to be zero, are. In a space that no checkpoint has recorded yet they are
-    /// holes: recorded, because a layer below may hold something else there, but no change.
+    /// Notes that these pages, which were not known to be zero, are. In a space that no checkpoint
+    /// has recorded yet they are holes: recorded, because a layer below may hold something else
+    /// there, but no change.
     fn take_zero(&mut self, pages: PageRange, changed: &mut PageCount) {
         self.table.set_zero(pages);
         if self.stored.len() > PageCount(0) {
@@ -160,7 +176,9 @@ pub struct Delta {
 
 impl Delta {
     pub fn new(spaces: Vec<Space>, table: &SpaceTable) -> Result<Self> {
-        let id = |space: &Space| table.id(&space.name).with_context(|| format!("space {} has no number", space.name));
+        let id = |space: &Space| {
+            table.id(&space.name).with_context(|| format!("space {} has no number", space.name))
+        };
         let ids = spaces.iter().map(id).collect::<Result<_>>()?;
         let frames = spaces.iter().map(|_| OpenFrame::default()).collect();
         Ok(Self { spaces, ids, frames, zeros: None, changed: PageCount(0), missed: PageCount(0) })
@@ -181,13 +199,25 @@ impl Delta {
     }
 
     /// Takes pages in ascending order, each at most once until the next [`Delta::flush`].
-    pub fn offer(&mut self, space: SpaceNumber, first: PageIndex, bytes: &[u8], jobs: &mut Vec<PackJob>) {
+    pub fn offer(
+        &mut self,
+        space: SpaceNumber,
+        first: PageIndex,
+        bytes: &[u8],
+        jobs: &mut Vec<PackJob>,
+    ) {
         for (number, page) in bytes.chunks_exact(PAGE_SIZE).enumerate() {
             self.offer_page(space, PageIndex(first.0 + number as u64), page, jobs);
         }
     }
 
-    fn offer_page(&mut self, space: SpaceNumber, page: PageIndex, bytes: &[u8], jobs: &mut Vec<PackJob>) {
+    fn offer_page(
+        &mut self,
+        space: SpaceNumber,
+        page: PageIndex,
+        bytes: &[u8],
+        jobs: &mut Vec<PackJob>,
+    ) {
         if is_zero(bytes) {
             // Of RAM most pages that are zero were before.
             if self.holds(space, page, PageDigest::ZERO_PAGE) {
@@ -209,14 +239,17 @@ impl Delta {
         }
     }
 
-    /// Pages known to hold zeros. Costs the ranges that it meets, not the pages: a hole may be as large as a disk.
+    /// Pages known to hold zeros. Costs the ranges that it meets, not the pages: a hole may be as
+    /// large as a disk.
     pub fn offer_zero(&mut self, space: SpaceNumber, pages: PageRange, jobs: &mut Vec<PackJob>) {
         let news = self.spaces[usize::from(space)].not_zero(pages);
         self.spaces[usize::from(space)].confirm_zero(pages);
         for part in news {
             self.spaces[usize::from(space)].take_zero(part, &mut self.changed);
             match &mut self.zeros {
-                Some((open, range)) if *open == space && range.end == part.start => range.end = part.end,
+                Some((open, range)) if *open == space && range.end == part.start => {
+                    range.end = part.end
+                }
                 _ => {
                     self.close_zeros(jobs);
                     self.zeros = Some((space, part));
@@ -230,7 +263,8 @@ impl Delta {
     pub fn ground(&mut self, space: SpaceNumber, jobs: &mut Vec<PackJob>) {
         let all = self.spaces[usize::from(space)].pages.all();
         let is_carried = self.spaces[usize::from(space)].carried.unconfirmed.is_some();
-        let rest = if is_carried { self.spaces[usize::from(space)].unknown(all) } else { vec![all] };
+        let rest =
+            if is_carried { self.spaces[usize::from(space)].unknown(all) } else { vec![all] };
         for pages in rest {
             self.spaces[usize::from(space)].table.set_zero(pages);
             self.push_zeros(space, pages, jobs);
@@ -252,7 +286,9 @@ impl Delta {
     /// Pages of the pack that no pack carried so far records.
     pub fn uncarried(&self, index: &PackIndex) -> PageCount {
         let data = index.runs().iter().filter(|run| run.source != RunSource::Zero);
-        let space = |run: &PageRun| self.spaces.iter().find(|space| space.name == *index.space_name(run.space));
+        let space = |run: &PageRun| {
+            self.spaces.iter().find(|space| space.name == *index.space_name(run.space))
+        };
         PageCount(data.filter_map(|run| Some(space(run)?.uncarried(run.pages))).sum())
     }
 
@@ -261,9 +297,13 @@ impl Delta {
     pub fn carry(&mut self, index: &PackIndex) {
         for run in index.runs().iter().rev() {
             let name = index.space_name(run.space);
-            let Some(space) = self.spaces.iter_mut().find(|space| space.name == *name) else { continue };
+            let Some(space) = self.spaces.iter_mut().find(|space| space.name == *name) else {
+                continue;
+            };
             match name.kind() {
-                SpaceKind::Ram => self.changed.0 += space.carry_memory(run.pages, index.run_digests(run)),
+                SpaceKind::Ram => {
+                    self.changed.0 += space.carry_memory(run.pages, index.run_digests(run))
+                }
                 _ => space.carry_disk(run.pages),
             }
         }
@@ -289,8 +329,13 @@ impl Delta {
 
     /// Carried pages that were not looked at.
     pub fn unconfirmed(&self) -> PageCount {
-        let memory = self.spaces.iter().filter_map(|space| space.carried.unconfirmed.as_ref()).map(PageSet::count);
-        let disks = self.spaces.iter().filter_map(|space| space.carried.window.as_ref()).map(Window::left);
+        let memory = self
+            .spaces
+            .iter()
+            .filter_map(|space| space.carried.unconfirmed.as_ref())
+            .map(PageSet::count);
+        let disks =
+            self.spaces.iter().filter_map(|space| space.carried.window.as_ref()).map(Window::left);
         PageCount(self.missed.0 + memory.chain(disks).map(|left| left.0).sum::<u64>())
     }
 
@@ -303,7 +348,8 @@ impl Delta {
     fn take(&mut self, space: SpaceNumber, page: PageIndex, digest: PageDigest) -> bool {
         let space = &mut self.spaces[usize::from(space)];
         let is_held = space.holds(page, digest);
-        let is_carried = space.carried.window.as_ref().is_some_and(|window| window.get(page).is_some());
+        let is_carried =
+            space.carried.window.as_ref().is_some_and(|window| window.get(page).is_some());
         space.confirm(PageRange::single(page));
         if is_held {
             if is_carried {
@@ -359,7 +405,8 @@ impl Delta {
         self.spaces
     }
 
-    /// The checkpoint failed: what it would have stored is unknown again, so it is stored by the next one.
+    /// The checkpoint failed: what it would have stored is unknown again, so it is stored by the
+    /// next one.
     pub fn fail(mut self) -> Vec<Space> {
         for space in &mut self.spaces {
             space.carried = CarriedPages::default();
@@ -386,7 +433,9 @@ mod test {
     fn delta(pages: u64) -> Delta {
         let names = [SpaceName::ram("pc.ram").unwrap(), SpaceName::disk("d").unwrap()];
         let table = SpaceTable::new(names.clone()).unwrap();
-        let spaces = names.into_iter().map(|name| Space::new(name, PageCount(pages), DigestTable::dense(PageCount(pages))));
+        let spaces = names
+            .into_iter()
+            .map(|name| Space::new(name, PageCount(pages), DigestTable::dense(PageCount(pages))));
         Delta::new(spaces.collect(), &table).unwrap()
     }
 
@@ -533,7 +582,9 @@ mod test {
         let mut at = from;
         while at < to {
             let fill = disk[at as usize];
-            let same = disk[at as usize..to as usize].iter().take_while(|other| **other == fill).count() as u64;
+            let same =
+                disk[at as usize..to as usize].iter().take_while(|other| **other == fill).count()
+                    as u64;
             match fill {
                 0 => delta.offer_zero(0, pages(at, at + same), jobs),
                 _ => delta.offer(0, PageIndex(at), &vec![fill; same as usize * PAGE_SIZE], jobs),
@@ -556,17 +607,14 @@ mod test {
     fn any_pass() -> impl Strategy<Value = Pass> {
         let write = (0..SIZE, 0..SIZE, 0..3_u8).prop_map(|(a, b, fill)| (a.min(b), a.max(b), fill));
         let writes = prop::collection::vec(write, 0..5);
-        (writes, any::<bool>(), prop::bool::weighted(0.7)).prop_map(|(writes, has_bitmap, is_durable)| Pass {
-            writes,
-            has_bitmap,
-            is_durable,
-        })
+        (writes, any::<bool>(), prop::bool::weighted(0.7))
+            .prop_map(|(writes, has_bitmap, is_durable)| Pass { writes, has_bitmap, is_durable })
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
-        /// Whatever the guest writes and whichever checkpoints fail: a durable one gives back the disk, and counts no page that
-        /// does not differ from its parent where the parent is known.
+        /// Whatever the guest writes and whichever checkpoints fail: a durable one gives back the
+        /// disk, and counts no page that does not differ from its parent where the parent is known.
         #[test]
         fn sparse_disk_comes_back_after_any_checkpoints(passes in prop::collection::vec(any_pass(), 1..8), limit in 1_u64..5) {
             let mut disk = vec![0; SIZE as usize];

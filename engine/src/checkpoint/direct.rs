@@ -1,7 +1,9 @@
-//! A guest that does not run, in a QEMU without our plugin: it is read as it stands, and nothing is ordered of QEMU that would change its
-//! run state. What `pre-copy passes` and `pause` are for others.
+//! A guest that does not run, in a QEMU without our plugin: it is read as it stands, and nothing is
+//! ordered of QEMU that would change its run state. What `pre-copy passes` and `pause` are for
+//! others.
 //!
-//! No guest waits for it, so it may take its time. If its owner lets it run meanwhile, the checkpoint fails.
+//! No guest waits for it, so it may take its time. If its owner lets it run meanwhile, the
+//! checkpoint fails.
 
 use super::outcome::Phases;
 use super::precopy::blocking;
@@ -20,30 +22,45 @@ use super::delta::Delta;
 
 impl Checkpointer {
     #[instrument(name = "direct", level = "debug", skip_all)]
-    pub(super) async fn read_process_memory(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
+    pub(super) async fn read_process_memory(
+        &mut self,
+        run: &mut Run,
+        phases: &mut Phases,
+        report: &Report,
+    ) -> Result<()> {
         report.say("memory", 0, 0);
         let begun = Instant::now();
         let state_file = DeviceStateFile::prepare(&self.vm.qmp, self.vm.runtime.path()).await?;
         let memory = ProcessMemory::open(&self.vm.qmp, self.vm.pid).await?;
         let paused = Paused::stop(&self.vm.qmp).await.context("watching the guest")?;
         let taken = match paused.before().is_live() {
-            true => Err(anyhow::anyhow!("the guest was let run since this checkpoint began; take it again")),
+            true => Err(anyhow::anyhow!(
+                "the guest was let run since this checkpoint began; take it again"
+            )),
             false => self.take_directly(run, &paused, &state_file, memory).await,
         };
         run.run_state = paused.before();
-        let ended = paused.resume().await.map(drop).context("looking whether the guest was left alone");
+        let ended =
+            paused.resume().await.map(drop).context("looking whether the guest was left alone");
         phases.since("memory", begun);
         taken.and(ended)?;
         run.device_state = Some(SavedState::File(state_file));
         Ok(())
     }
 
-    async fn take_directly(&mut self, run: &mut Run, paused: &Paused, file: &DeviceStateFile, memory: ProcessMemory) -> Result<()> {
+    async fn take_directly(
+        &mut self,
+        run: &mut Run,
+        paused: &Paused,
+        file: &DeviceStateFile,
+        memory: ProcessMemory,
+    ) -> Result<()> {
         run.pause_disks(paused).await?;
         file.save(paused).await.context("saving the device state")?;
         let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
         let delta = run.delta.take().context("the tables are gone")?;
-        let (delta, read) = blocking(delta, move |delta| read_all(&memory, delta, &entrance)).await?;
+        let (delta, read) =
+            blocking(delta, move |delta| read_all(&memory, delta, &entrance)).await?;
         run.delta = Some(delta);
         run.pages_dirty.0 += read?.0;
         Ok(())
@@ -52,10 +69,15 @@ impl Checkpointer {
 
 /// Offers every page of the guest's memory. Returns how many were read.
 fn read_all(memory: &ProcessMemory, delta: &mut Delta, entrance: &Entrance) -> Result<PageCount> {
-    let ram: Vec<_> =
-        delta.spaces().iter().filter(|space| space.name.kind() == SpaceKind::Ram).map(|space| (space.name.clone(), space.pages)).collect();
+    let ram: Vec<_> = delta
+        .spaces()
+        .iter()
+        .filter(|space| space.name.kind() == SpaceKind::Ram)
+        .map(|space| (space.name.clone(), space.pages))
+        .collect();
     ensure!(ram.len() == memory.blocks().len(), "the VM's RAM blocks have changed; try again");
-    let (mut buffer, mut jobs, mut read) = (vec![0; FRAME_PAGES * PAGE_SIZE], Vec::new(), PageCount(0));
+    let (mut buffer, mut jobs, mut read) =
+        (vec![0; FRAME_PAGES * PAGE_SIZE], Vec::new(), PageCount(0));
     for (number, (name, pages)) in ram.iter().enumerate() {
         if memory.blocks()[number].name != name.local() {
             bail!("the VM's RAM blocks have changed; try again");

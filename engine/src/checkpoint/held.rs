@@ -1,16 +1,17 @@
 //! Whether the store still holds the lineage that the next checkpoint adds to.
 //!
-//! A directory of many thousand checkpoints is not listed for each of them. The store says when an entry of the directory last came or
-//! went. Changes of the helper's own are known, so any other time than that of the last of them means that the directory has to be
-//! listed again.
+//! A directory of many thousand checkpoints is not listed for each of them. The store says when an
+//! entry of the directory last came or went. Changes of the helper's own are known, so any other
+//! time than that of the last of them means that the directory has to be listed again.
 
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointId, CheckpointIdentity, VmName};
 use checkpoint_store::Repository;
 use std::time::SystemTime;
 
-/// It is listed after so many checkpoints anyhow, and as many more as are an eighth of those listed: what another did in the very
-/// moment of a change of ours, or within one tick of the store's clock, is found then.
+/// It is listed after so many checkpoints anyhow, and as many more as are an eighth of those
+/// listed: what another did in the very moment of a change of ours, or within one tick of the
+/// store's clock, is found then.
 const LISTING_DUE: usize = 64;
 
 /// The parent with its ancestors, and what is known of their directory in the store.
@@ -44,8 +45,12 @@ impl Listing {
     pub async fn read(repository: &Repository, vm: &VmName) -> Result<Self> {
         // Before the listing: what comes or goes meanwhile shows in the next time.
         let changed = repository.checkpoints_changed(vm).await;
-        let changed = changed.with_context(|| format!("looking for changes of {vm}'s checkpoints"))?;
-        let checkpoints = repository.checkpoints(vm).await.with_context(|| format!("looking for checkpoints of {vm}"))?;
+        let changed =
+            changed.with_context(|| format!("looking for changes of {vm}'s checkpoints"))?;
+        let checkpoints = repository
+            .checkpoints(vm)
+            .await
+            .with_context(|| format!("looking for checkpoints of {vm}"))?;
         Ok(Self { checkpoints, changed })
     }
 
@@ -57,7 +62,12 @@ impl Listing {
 impl HeldLineage {
     /// `listing`: made before `identities` were read.
     pub fn new(vm: &VmName, identities: Vec<CheckpointIdentity>, listing: &Listing) -> Self {
-        Self { vm: vm.clone(), identities, newest: listing.checkpoints.last().copied(), listed: listing.listed() }
+        Self {
+            vm: vm.clone(),
+            identities,
+            newest: listing.checkpoints.last().copied(),
+            listed: listing.listed(),
+        }
     }
 
     pub fn identities(&self) -> &[CheckpointIdentity] {
@@ -85,8 +95,12 @@ impl HeldLineage {
         if !self.is_unchanged(repository).await? {
             self.listed = None;
             let listing = Listing::read(repository, &self.vm).await?;
-            let is_there = |identity: &CheckpointIdentity| listing.checkpoints.binary_search(&identity.id).is_ok();
-            if listing.checkpoints.last().copied() != self.newest || !self.identities.iter().all(is_there) {
+            let is_there = |identity: &CheckpointIdentity| {
+                listing.checkpoints.binary_search(&identity.id).is_ok()
+            };
+            if listing.checkpoints.last().copied() != self.newest
+                || !self.identities.iter().all(is_there)
+            {
                 return Ok(false);
             }
             self.listed = listing.listed();
@@ -95,9 +109,14 @@ impl HeldLineage {
     }
 
     async fn is_unchanged(&self, repository: &Repository) -> Result<bool> {
-        let Some(listed) = self.listed.filter(|listed| listed.added < LISTING_DUE + listed.entries / 8) else { return Ok(false) };
+        let Some(listed) =
+            self.listed.filter(|listed| listed.added < LISTING_DUE + listed.entries / 8)
+        else {
+            return Ok(false);
+        };
         let changed = repository.checkpoints_changed(&self.vm).await;
-        let changed = changed.with_context(|| format!("looking for changes of {}'s checkpoints", self.vm))?;
+        let changed =
+            changed.with_context(|| format!("looking for changes of {}'s checkpoints", self.vm))?;
         Ok(changed == Some(listed.changed))
     }
 
@@ -106,12 +125,18 @@ impl HeldLineage {
         match repository.read_manifest(&self.vm, parent.id).await {
             Ok(bytes) => Ok(CheckpointIdentity::new(parent.id, &bytes) == *parent),
             Err(error) if error.is_not_found() => Ok(false),
-            Err(error) => Err(error).with_context(|| format!("reading the manifest of {}@{}", self.vm, parent.id)),
+            Err(error) => Err(error)
+                .with_context(|| format!("reading the manifest of {}@{}", self.vm, parent.id)),
         }
     }
 
-    /// Runs a change of our own to the directory: a checkpoint begins in it, is committed or removed.
-    pub async fn change<T>(&mut self, repository: &Repository, change: impl Future<Output = T>) -> T {
+    /// Runs a change of our own to the directory: a checkpoint begins in it, is committed or
+    /// removed.
+    pub async fn change<T>(
+        &mut self,
+        repository: &Repository,
+        change: impl Future<Output = T>,
+    ) -> T {
         let before = self.is_unchanged(repository).await;
         let result = change.await;
         let after = repository.checkpoints_changed(&self.vm).await;
@@ -127,7 +152,9 @@ impl HeldLineage {
 mod test {
     use super::*;
     use bytes::Bytes;
-    use checkpoint_store::{Claim, FaultyStore, MemoryStore, Mode, Op, Store, StorePath, Writer, WriterRecord};
+    use checkpoint_store::{
+        Claim, FaultyStore, MemoryStore, Mode, Op, Store, StorePath, Writer, WriterRecord,
+    };
     use std::sync::Arc;
     use std::time::Duration;
 
@@ -138,7 +165,16 @@ mod test {
         writer: Writer,
     }
 
-    const OPS: [Op; 8] = [Op::CreateDirAll, Op::CreateDir, Op::Put, Op::PutExclusive, Op::Read, Op::Stat, Op::RenameDir, Op::Remove];
+    const OPS: [Op; 8] = [
+        Op::CreateDirAll,
+        Op::CreateDir,
+        Op::Put,
+        Op::PutExclusive,
+        Op::Read,
+        Op::Stat,
+        Op::RenameDir,
+        Op::Remove,
+    ];
 
     fn manifest(id: CheckpointId) -> Bytes {
         Bytes::from(format!("manifest {id}"))
@@ -151,7 +187,8 @@ mod test {
     impl Lab {
         async fn new() -> Self {
             let store = FaultyStore::new(Arc::new(MemoryStore::new()));
-            let repository = Repository::open(Arc::new(store.clone()), Mode::CreateIfMissing).await.unwrap();
+            let repository =
+                Repository::open(Arc::new(store.clone()), Mode::CreateIfMissing).await.unwrap();
             let record = WriterRecord {
                 host: String::new(),
                 boot_id: String::new(),
@@ -168,7 +205,11 @@ mod test {
         /// So many checkpoints, and the lineage that they are.
         async fn with(checkpoints: u64) -> (Self, HeldLineage) {
             let lab = Self::new().await;
-            let mut lineage = HeldLineage::new(&vm(), Vec::new(), &Listing::read(&lab.repository, &vm()).await.unwrap());
+            let mut lineage = HeldLineage::new(
+                &vm(),
+                Vec::new(),
+                &Listing::read(&lab.repository, &vm()).await.unwrap(),
+            );
             for _ in 0..checkpoints {
                 lab.checkpoint(&mut lineage).await;
             }
@@ -192,13 +233,19 @@ mod test {
         /// All calls, and the listings of the directory of checkpoints among them.
         fn calls(&self) -> (usize, usize) {
             let listings = self.store.calls(Op::List, "");
-            (OPS.iter().map(|op| self.store.calls(*op, "")).sum::<usize>() + listings, self.store.calls(Op::List, "checkpoints"))
+            (
+                OPS.iter().map(|op| self.store.calls(*op, "")).sum::<usize>() + listings,
+                self.store.calls(Op::List, "checkpoints"),
+            )
         }
 
         /// Another removes it, when the store's clock has gone on.
         async fn remove(&self, id: u64) {
             tokio::time::sleep(Duration::from_millis(1)).await;
-            self.store.remove(&StorePath::new(&format!("vms/vm/checkpoints/{id}")).unwrap()).await.unwrap();
+            self.store
+                .remove(&StorePath::new(&format!("vms/vm/checkpoints/{id}")).unwrap())
+                .await
+                .unwrap();
         }
     }
 
@@ -211,7 +258,10 @@ mod test {
             lab.checkpoint(&mut lineage).await;
             let after = lab.calls();
             all.push(after.0 - before.0);
-            assert_eq!(after.1, before.1, "the directory is listed beside {checkpoints} checkpoints");
+            assert_eq!(
+                after.1, before.1,
+                "the directory is listed beside {checkpoints} checkpoints"
+            );
         }
         assert!(all.iter().all(|calls| *calls == all[0]) && all[0] < 20, "{all:?}");
     }
@@ -231,7 +281,15 @@ mod test {
     async fn lineage_is_not_held_beside_a_newer_checkpoint_or_another_parent() {
         let (lab, mut lineage) = Lab::with(2).await;
         assert!(lineage.is_held(&lab.repository).await.unwrap());
-        drop(lab.writer.begin(CheckpointId(3)).await.unwrap().commit(manifest(CheckpointId(3))).await.unwrap());
+        drop(
+            lab.writer
+                .begin(CheckpointId(3))
+                .await
+                .unwrap()
+                .commit(manifest(CheckpointId(3)))
+                .await
+                .unwrap(),
+        );
         assert!(!lineage.is_held(&lab.repository).await.unwrap(), "a newer one");
 
         let (lab, mut lineage) = Lab::with(2).await;

@@ -1,8 +1,9 @@
 //! Who holds a VM's writer epoch, and whether that writer can still be alive.
 //!
-//! The answer is used to take an epoch over without being told to, so it is "no" only where there is no doubt. A host's name
-//! and its machine-id prove nothing: a cloned disk has both. A boot id is of one kernel that runs now or ran before; hardware
-//! has an identifier of its own; and what was written after this kernel booted, by another kernel, was not written here.
+//! The answer is used to take an epoch over without being told to, so it is "no" only where there
+//! is no doubt. A host's name and its machine-id prove nothing: a cloned disk has both. A boot id
+//! is of one kernel that runs now or ran before; hardware has an identifier of its own; and what
+//! was written after this kernel booted, by another kernel, was not written here.
 
 use anyhow::{Context, Result};
 use checkpoint_store::WriterRecord;
@@ -24,7 +25,11 @@ const NO_NUMBER: &[&str] = &[
 
 /// Whether `holder` has surely ended, as seen from the host of `here`.
 pub fn cannot_live(holder: &Holder, here: &Holder) -> bool {
-    let is_other_hardware = holder.hardware.as_ref().zip(here.hardware.as_ref()).is_some_and(|(theirs, ours)| theirs != ours);
+    let is_other_hardware = holder
+        .hardware
+        .as_ref()
+        .zip(here.hardware.as_ref())
+        .is_some_and(|(theirs, ours)| theirs != ours);
     if holder.host != here.host || is_other_hardware {
         return false;
     }
@@ -53,7 +58,8 @@ fn booted() -> Option<SystemTime> {
 
 /// This process as a writer of `instance`.
 pub fn record(instance: &str) -> Result<Holder> {
-    let boot = files::read_text("/proc/sys/kernel/random/boot_id").context("asking for the boot's id")?;
+    let boot =
+        files::read_text("/proc/sys/kernel/random/boot_id").context("asking for the boot's id")?;
     Ok(Holder {
         host: host(boot.trim())?,
         boot_id: boot.trim().to_owned(),
@@ -61,24 +67,33 @@ pub fn record(instance: &str) -> Result<Holder> {
         pid: std::process::id(),
         claimed_at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        hardware: files::read_text("/sys/class/dmi/id/product_uuid").ok().and_then(|uuid| hardware(&uuid)),
+        hardware: files::read_text("/sys/class/dmi/id/product_uuid")
+            .ok()
+            .and_then(|uuid| hardware(&uuid)),
     })
 }
 
-/// A digest, since the number itself is for root's eyes only. Only root can read it, so an ordinary user's records have none.
+/// A digest, since the number itself is for root's eyes only. Only root can read it, so an ordinary
+/// user's records have none.
 fn hardware(uuid: &str) -> Option<String> {
     let uuid = uuid.trim().to_ascii_lowercase();
     let is_one = !uuid.is_empty() && !NO_NUMBER.contains(&uuid.as_str());
-    is_one.then(|| blake3::hash(format!("stillpoint host {uuid}").as_bytes()).to_hex()[..32].to_owned())
+    is_one.then(|| {
+        blake3::hash(format!("stillpoint host {uuid}").as_bytes()).to_hex()[..32].to_owned()
+    })
 }
 
 /// The host's name and machine-id, and which processes can be seen from here at all.
 fn host(boot: &str) -> Result<String> {
     let name = nix::unistd::gethostname().context("asking for the host's name")?;
-    let id = files::read_text("/etc/machine-id").map(|id| id.trim().to_owned()).ok().filter(|id| !id.is_empty());
+    let id = files::read_text("/etc/machine-id")
+        .map(|id| id.trim().to_owned())
+        .ok()
+        .filter(|id| !id.is_empty());
     // Without an id only records of this very boot may look like this host.
     let id = id.unwrap_or_else(|| boot.to_owned());
-    let processes = std::fs::read_link("/proc/self/ns/pid").context("asking for our process namespace")?;
+    let processes =
+        std::fs::read_link("/proc/self/ns/pid").context("asking for our process namespace")?;
     Ok(format!("{} (VM {id}, {})", name.to_string_lossy(), processes.display()))
 }
 
@@ -97,7 +112,11 @@ mod test {
     #[test]
     fn holder_of_an_earlier_boot_is_dead_only_on_this_hardware() {
         let here = here();
-        let earlier = Holder { boot_id: "another".to_owned(), claimed_at: before_this_boot(), ..here.clone() };
+        let earlier = Holder {
+            boot_id: "another".to_owned(),
+            claimed_at: before_this_boot(),
+            ..here.clone()
+        };
         assert!(cannot_live(&earlier, &here));
         let now = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
         let doubtful = [
@@ -105,24 +124,37 @@ mod test {
             ("other hardware", Holder { hardware: Some("board-2".to_owned()), ..earlier.clone() }),
             ("a record of an older version", Holder { hardware: None, ..earlier.clone() }),
             ("another name", Holder { host: "another".to_owned(), ..earlier.clone() }),
-            ("a time that is none", Holder { claimed_at: "yesterday".to_owned(), ..earlier.clone() }),
+            (
+                "a time that is none",
+                Holder { claimed_at: "yesterday".to_owned(), ..earlier.clone() },
+            ),
         ];
         for (what, holder) in doubtful {
             assert!(!cannot_live(&holder, &here), "{what}");
         }
         let unknown = Holder { hardware: None, ..here };
-        assert!(!cannot_live(&Holder { hardware: None, ..earlier.clone() }, &unknown), "hardware that nobody knows is not the same");
+        assert!(
+            !cannot_live(&Holder { hardware: None, ..earlier.clone() }, &unknown),
+            "hardware that nobody knows is not the same"
+        );
         assert!(!cannot_live(&earlier, &unknown));
     }
 
     #[test]
     fn holder_of_this_boot_is_dead_if_its_qemu_is() {
         let here = Holder { hardware: None, ..here() };
-        let gone = Holder { instance: "6b9e6d2c-70a5-4f3e-9a4b-222222222222".to_owned(), ..here.clone() };
+        let gone =
+            Holder { instance: "6b9e6d2c-70a5-4f3e-9a4b-222222222222".to_owned(), ..here.clone() };
         assert_eq!(cannot_live(&gone, &here), sees_all_processes());
         assert!(!cannot_live(&Holder { host: "a container".to_owned(), ..gone.clone() }, &here));
         let started = vm::launch::process::started(std::process::id()).unwrap();
-        let alive = vm::launch::instance::of_process(std::process::id(), started, "file:///s", &"m".parse().unwrap()).unwrap();
+        let alive = vm::launch::instance::of_process(
+            std::process::id(),
+            started,
+            "file:///s",
+            &"m".parse().unwrap(),
+        )
+        .unwrap();
         assert!(!cannot_live(&Holder { instance: alive, ..gone }, &here));
     }
 

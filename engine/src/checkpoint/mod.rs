@@ -11,7 +11,8 @@
 //! commit    guest runs    manifest, one rename
 //! acknowledge    guest runs    claims, bitmaps, tables
 //! ```
-//! Whatever fails before the commit, [`Checkpointer::take`] gives back what was taken and the next checkpoint carries it.
+//! Whatever fails before the commit, [`Checkpointer::take`] gives back what was taken and the next
+//! checkpoint carries it.
 
 mod acknowledge;
 mod base;
@@ -55,8 +56,8 @@ pub use writer::{Force, StoreSession, claim, may_claim};
 /// Between the end of QEMU's monitor and that of its process.
 const QEMU_EXIT: Duration = Duration::from_secs(5);
 
-/// How long a checkpoint that has failed continues storing what was read for it, which counts for the
-/// next one: the packs under way at 1 MiB a second.
+/// How long a checkpoint that has failed continues storing what was read for it, which counts for
+/// the next one: the packs under way at 1 MiB a second.
 const UPLOAD_GRACE: Duration = Duration::from_secs(60);
 
 /// For the removal of what failed checkpoints stored, when the helper ends.
@@ -93,7 +94,8 @@ pub struct Checkpointer {
     base: Option<Base>,
     /// What failed checkpoints have stored for the next one.
     carried: Option<Carried>,
-    /// What the marks of written pages count from; whether that is of use decides the lineage of the base.
+    /// What the marks of written pages count from; whether that is of use decides the lineage of
+    /// the base.
     marks: Option<Marks>,
     layers: crate::layers::Known,
     /// What an earlier helper may have left in QEMU has been cleaned up.
@@ -104,10 +106,20 @@ impl Checkpointer {
     pub fn new(vm: Vm) -> Self {
         let staging = Staging::new(prepare::STAGING_PAGES);
         let marks = vm.runtime.marks();
-        Self { vm, staging, store: None, base: None, carried: None, marks, layers: Default::default(), is_clean: false }
+        Self {
+            vm,
+            staging,
+            store: None,
+            base: None,
+            carried: None,
+            marks,
+            layers: Default::default(),
+            is_clean: false,
+        }
     }
 
-    /// The VM continues in another QEMU: what the store holds is as it was; what was written since is not known.
+    /// The VM continues in another QEMU: what the store holds is as it was; what was written since
+    /// is not known.
     pub fn replace_vm(&mut self, vm: Vm) {
         self.vm = vm;
         self.is_clean = false;
@@ -135,7 +147,12 @@ impl Checkpointer {
         Ok(outcome)
     }
 
-    async fn run_phases(&mut self, choice: Choice, phases: &mut Phases, report: &Report) -> Result<Outcome> {
+    async fn run_phases(
+        &mut self,
+        choice: Choice,
+        phases: &mut Phases,
+        report: &Report,
+    ) -> Result<Outcome> {
         let prepared = self.prepare(choice, phases, report).await;
         let mut run = prepared.inspect_err(|_| self.after_failure())?;
         let captured = self.capture(&mut run, phases, report).await;
@@ -156,7 +173,10 @@ impl Checkpointer {
                 match inventory.change(&self.vm).await {
                     None => Err(error),
                     change => {
-                        tracing::info!(error = format!("{error:#}"), "what was noticed first of a change of the VM");
+                        tracing::info!(
+                            error = format!("{error:#}"),
+                            "what was noticed first of a change of the VM"
+                        );
                         Err(unchanged(change).err().unwrap_or(error))
                     }
                 }
@@ -196,14 +216,19 @@ impl Checkpointer {
         )
     }
 
-    /// A failed pause takes its disks back in the background, so the next checkpoint looks what is left of it. A base whose tables
-    /// went down with the checkpoint is looked up again.
+    /// A failed pause takes its disks back in the background, so the next checkpoint looks what is
+    /// left of it. A base whose tables went down with the checkpoint is looked up again.
     fn after_failure(&mut self) {
         self.is_clean = false;
         self.base.take_if(|base| base.spaces.is_empty());
     }
 
-    async fn capture(&mut self, run: &mut prepare::Run, phases: &mut Phases, report: &Report) -> Result<Outcome> {
+    async fn capture(
+        &mut self,
+        run: &mut prepare::Run,
+        phases: &mut Phases,
+        report: &Report,
+    ) -> Result<Outcome> {
         kill_point::point("prepared");
         match (run.engine.mode(), run.engine) {
             (Some(mode), _) => self.stream(run, mode, phases, report).await?,
@@ -218,7 +243,11 @@ impl Checkpointer {
         run.inventory.check_vm(&self.vm).await?;
         self.upload(run, phases, report).await?;
         run.inventory.check_disks(&self.vm).await?;
-        unchanged(self.layers.changed(&run.inventory.drives).map(|path| format!("the layer {} was written to", path.display())))?;
+        unchanged(
+            self.layers
+                .changed(&run.inventory.drives)
+                .map(|path| format!("the layer {} was written to", path.display())),
+        )?;
         kill_point::point("upload");
         self.commit(run, phases).await
     }
@@ -228,14 +257,19 @@ impl Checkpointer {
         let Some(carried) = self.carried.take() else { return };
         match tokio::time::timeout(REMOVAL, carried.kept.remove()).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "what failed checkpoints stored stays in the store until the next claim of the epoch"),
-            Err(_) => tracing::warn!("what failed checkpoints stored stays in the store until the next claim of the epoch"),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "what failed checkpoints stored stays in the store until the next claim of the epoch")
+            }
+            Err(_) => tracing::warn!(
+                "what failed checkpoints stored stays in the store until the next claim of the epoch"
+            ),
         }
     }
 
     /// The VM has ended: another may take the writer's place without force.
     ///
-    /// While QEMU runs the place is kept, whoever ends the helper: a restore elsewhere would make a second VM.
+    /// While QEMU runs the place is kept, whoever ends the helper: a restore elsewhere would make a
+    /// second VM.
     pub async fn release(&mut self) {
         self.forget_carried().await;
         if tokio::time::timeout(Duration::from_millis(1), self.vm.qmp.closed()).await.is_err() {

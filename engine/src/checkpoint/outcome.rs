@@ -11,7 +11,8 @@ pub struct Outcome {
     pub id: CheckpointId,
     pub parent: Option<CheckpointId>,
     pub kind: Kind,
-    /// Where the memory came from: `tracker`, `pre-copy`, `background-snapshot`, `stopped` or `process-memory`.
+    /// Where the memory came from: `tracker`, `pre-copy`, `background-snapshot`, `stopped` or
+    /// `process-memory`.
     pub engine: String,
     /// What the guest was doing, in QEMU's word: `running`, `paused`, …
     #[serde(default)]

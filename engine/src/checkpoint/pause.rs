@@ -1,7 +1,8 @@
 //! Phases `round` and `pause` as seen from the guest: what happens between `stop` and `cont`.
 //!
-//! The pause does two things side by side: a thread scans, protects and copies memory; QMP takes the disks' instant in
-//! one transaction and writes the device state to a file. The guest runs again when both are done, whatever they did.
+//! The pause does two things side by side: a thread scans, protects and copies memory; QMP takes
+//! the disks' instant in one transaction and writes the device state to a file. The guest runs
+//! again when both are done, whatever they did.
 
 use super::outcome::{Phases, milliseconds};
 use super::precopy::{self, Taken, blocking};
@@ -22,13 +23,19 @@ use vm::running::lock;
 
 /// A pause that would copy more than this is not begun: about 100 ms of copying.
 const MOST_PAUSE_PAGES: PageCount = PageCount(96 * 256);
-/// How often what QEMU wrote after `stop` is claimed again, and how much of it at most (1 MiB): a floppy's DMA moves 512 bytes.
+/// How often what QEMU wrote after `stop` is claimed again, and how much of it at most (1 MiB): a
+/// floppy's DMA moves 512 bytes.
 const LATE_PASSES: u32 = 3;
 const MOST_LATE_PAGES: PageCount = PageCount(256);
 
 impl Checkpointer {
     #[instrument(name = "pre-copy", level = "debug", skip_all)]
-    pub(super) async fn passes(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
+    pub(super) async fn passes(
+        &mut self,
+        run: &mut Run,
+        phases: &mut Phases,
+        report: &Report,
+    ) -> Result<()> {
         let begun = Instant::now();
         let mut before = None;
         let mut dirty = precopy::look(&self.vm)?;
@@ -60,7 +67,8 @@ impl Checkpointer {
         let (mut taken, pause) = precopy::begin(&self.vm, claim).await?;
         run.brief_stops.push(pause);
         if is_first {
-            // Also what is clean for the tracker: this checkpoint may know less than it (a full one after a change of layers).
+            // Also what is clean for the tracker: this checkpoint may know less than it (a full one
+            // after a change of layers).
             for (space, pages) in &mut taken {
                 pages.union_with(&precopy::existing(&self.vm, *space)?);
             }
@@ -95,7 +103,9 @@ impl Checkpointer {
     async fn stage(&mut self, taken: Taken) -> Result<()> {
         let tracker = self.vm.tracker()?;
         let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
-        let (staging, result) = blocking(staging, move |staging| precopy::stage(&lock(&tracker), &taken, staging)).await?;
+        let (staging, result) =
+            blocking(staging, move |staging| precopy::stage(&lock(&tracker), &taken, staging))
+                .await?;
         self.staging = staging;
         result
     }
@@ -105,7 +115,9 @@ impl Checkpointer {
         let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
         let delta = run.delta.take().context("the tables are gone")?;
         run.is_spilled = true;
-        let (delta, result) = blocking(delta, move |delta| precopy::spill(&tracker, &taken, delta, &entrance)).await?;
+        let (delta, result) =
+            blocking(delta, move |delta| precopy::spill(&tracker, &taken, delta, &entrance))
+                .await?;
         run.delta = Some(delta);
         result
     }
@@ -143,10 +155,16 @@ impl Checkpointer {
             Ok::<_, anyhow::Error>((captured, disks, saved))
         };
         let work = async { tokio::join!(async { copied = Some((&mut memory).await) }, devices).1 };
-        let devices = paused.within("memory, disks and devices", work).await.map_err(anyhow::Error::from).flatten();
+        let devices = paused
+            .within("memory, disks and devices", work)
+            .await
+            .map_err(anyhow::Error::from)
+            .flatten();
         let kept = copied.map(|memory| self.keep_memory(run, memory));
         let late = match (&devices, &kept) {
-            (Ok((_, _, Ok(()))), Some(Ok(_))) => self.claim_late_writes(run, &paused, &state_file).await,
+            (Ok((_, _, Ok(()))), Some(Ok(_))) => {
+                self.claim_late_writes(run, &paused, &state_file).await
+            }
             _ => Ok(()),
         };
         let saved = begun.elapsed();
@@ -154,7 +172,8 @@ impl Checkpointer {
         let resumed = paused.resume().await.context("letting the guest run again");
         let copied = match kept {
             Some(kept) => kept?,
-            // The pause took too long; what the thread has taken must come back before anything else.
+            // The pause took too long; what the thread has taken must come back before anything
+            // else.
             None => {
                 let memory = memory.await;
                 self.keep_memory(run, memory)?
@@ -170,18 +189,30 @@ impl Checkpointer {
         Ok(())
     }
 
-    /// What was claimed and copied becomes the run's, whatever else fails. Returns the time that it took.
-    fn keep_memory(&mut self, run: &mut Run, memory: Result<Result<CapturedMemory>, JoinError>) -> Result<Duration> {
-        let (claim, staging, taken, time) = memory.context("internal error: copy task panicked")??;
+    /// What was claimed and copied becomes the run's, whatever else fails. Returns the time that it
+    /// took.
+    fn keep_memory(
+        &mut self,
+        run: &mut Run,
+        memory: Result<Result<CapturedMemory>, JoinError>,
+    ) -> Result<Duration> {
+        let (claim, staging, taken, time) =
+            memory.context("internal error: copy task panicked")??;
         self.staging = staging;
         run.claim = Some(claim);
         run.pages_dirty.0 += taken?.0;
         Ok(time)
     }
 
-    /// QEMU itself may write guest memory after `stop`: a DMA controller's bottom half, a device that saves its state. Such pages are
-    /// claimed again and the device state is saved again, until memory and devices are of one instant.
-    async fn claim_late_writes(&mut self, run: &mut Run, paused: &Paused, state: &DeviceStateFile) -> Result<()> {
+    /// QEMU itself may write guest memory after `stop`: a DMA controller's bottom half, a device
+    /// that saves its state. Such pages are claimed again and the device state is saved again,
+    /// until memory and devices are of one instant.
+    async fn claim_late_writes(
+        &mut self,
+        run: &mut Run,
+        paused: &Paused,
+        state: &DeviceStateFile,
+    ) -> Result<()> {
         let mut passes = 0;
         let mut left = precopy::look(&self.vm)?;
         while left > PageCount(0) && left <= MOST_LATE_PAGES && passes < LATE_PASSES {
@@ -189,7 +220,10 @@ impl Checkpointer {
             let claim = run.claim.take().context("the claim is gone")?;
             let memory = self.pause_memory(self.vm.tracker()?, claim).await;
             self.keep_memory(run, Ok(memory))?;
-            paused.within("the device state", state.save(paused)).await?.context("saving the device state again")?;
+            paused
+                .within("the device state", state.save(paused))
+                .await?
+                .context("saving the device state again")?;
             left = precopy::look(&self.vm)?;
             passes += 1;
         }
@@ -215,7 +249,9 @@ impl Checkpointer {
             let taken = precopy::take(&mut tracker, claim)?;
             let pages = precopy::count(&taken);
             if pages > staging.free() {
-                bail!("{pages} pages were dirty in the pause, more than the staging memory has room for; try again");
+                bail!(
+                    "{pages} pages were dirty in the pause, more than the staging memory has room for; try again"
+                );
             }
             precopy::stage(&tracker, &taken, staging)?;
             Ok(pages)
@@ -229,7 +265,14 @@ impl Checkpointer {
 
 type CapturedMemory = (DirtyClaim, Staging, Result<PageCount>, Duration);
 
-fn trace_pause(phases: &mut Phases, stopped: Duration, disks: Duration, copied: Duration, saved: Duration, pause: Duration) {
+fn trace_pause(
+    phases: &mut Phases,
+    stopped: Duration,
+    disks: Duration,
+    copied: Duration,
+    saved: Duration,
+    pause: Duration,
+) {
     phases.add("pause", pause);
     phases.add("pause.stop", stopped);
     phases.add("pause.disks", disks.saturating_sub(stopped));

@@ -1,8 +1,9 @@
 //! Copying dirty pages: pre-copy passes while the guest runs, and the copy inside the pause.
 //!
-//! A pre-copy pass begins with a brief stop (`stop`, scan and protect, `cont`), because a page under block I/O can be
-//! written without a fault when it is protected under a running guest. What it took is then copied while the guest runs;
-//! a page that the guest changes meanwhile is dirty again and comes again.
+//! A pre-copy pass begins with a brief stop (`stop`, scan and protect, `cont`), because a page
+//! under block I/O can be written without a fault when it is protected under a running guest. What
+//! it took is then copied while the guest runs; a page that the guest changes meanwhile is dirty
+//! again and comes again.
 
 use super::delta::Delta;
 use super::staging::{SpaceNumber, Staging};
@@ -80,7 +81,12 @@ pub fn stage(tracker: &Tracker, taken: &Taken, staging: &mut Staging) -> Result<
 }
 
 /// Sends what was taken on its way at once: for passes that the staging memory cannot hold.
-pub fn spill(tracker: &Mutex<Tracker>, taken: &Taken, delta: &mut Delta, entrance: &Entrance) -> Result<()> {
+pub fn spill(
+    tracker: &Mutex<Tracker>,
+    taken: &Taken,
+    delta: &mut Delta,
+    entrance: &Entrance,
+) -> Result<()> {
     let mut buffer = vec![0; FRAME_PAGES * PAGE_SIZE];
     let mut jobs = Vec::new();
     for (space, range) in ranges(taken) {
@@ -118,8 +124,12 @@ fn block_id(tracker: &Tracker, space: SpaceNumber) -> Result<BlockId> {
     id.with_context(|| format!("space {space} has no RAM block in the tracker"))
 }
 
-/// Runs a copying job on a thread that may block. The state goes there and comes back, whatever the job's result.
-pub async fn blocking<T, R>(mut state: T, job: impl FnOnce(&mut T) -> Result<R> + Send + 'static) -> Result<(T, Result<R>)>
+/// Runs a copying job on a thread that may block. The state goes there and comes back, whatever the
+/// job's result.
+pub async fn blocking<T, R>(
+    mut state: T,
+    job: impl FnOnce(&mut T) -> Result<R> + Send + 'static,
+) -> Result<(T, Result<R>)>
 where
     T: Send + 'static,
     R: Send + 'static,
@@ -141,7 +151,10 @@ mod test {
         assert!(!is_worth_it(0, PAUSE_PAGES, None), "small enough for the pause");
         assert!(is_worth_it(0, pages(100_000), None));
         assert!(is_worth_it(1, pages(50_000), Some(pages(100_000))));
-        assert!(!is_worth_it(1, pages(90_000), Some(pages(100_000))), "the guest writes as fast as we copy");
+        assert!(
+            !is_worth_it(1, pages(90_000), Some(pages(100_000))),
+            "the guest writes as fast as we copy"
+        );
         assert!(!is_worth_it(MAX_PASSES, pages(100_000), None));
     }
 }

@@ -1,4 +1,5 @@
-//! Phase `prepare`: all that can be done while the guest runs, so that the pause has nothing to wait for.
+//! Phase `prepare`: all that can be done while the guest runs, so that the pause has nothing to
+//! wait for.
 
 use super::base::{Base, Chains};
 use super::carried::{Carried, Resumed};
@@ -10,12 +11,15 @@ use crate::kill_point;
 use crate::pack::{NumberedPack, PackJob, PackTarget, Packer, StoredPacks};
 use crate::progress::bytes;
 use anyhow::{Context, Result, ensure};
-use checkpoint_format::{ByteLen, CheckpointId, ContentDigest, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable};
+use checkpoint_format::{
+    ByteLen, CheckpointId, ContentDigest, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable,
+};
 use checkpoint_store::{Mode, PartialCheckpoint};
 use dirty_tracker::DirtyClaim;
 use qmp_bridge::RunState;
 use qmp_bridge::capture::{
-    BitmapTag, CapturePlaces, CapturePlan, CapturedDisks, DEFAULT_FLEECING_RESERVE, Outlook, PreparedDisks, cleanup_leftovers,
+    BitmapTag, CapturePlaces, CapturePlan, CapturedDisks, DEFAULT_FLEECING_RESERVE, Outlook,
+    PreparedDisks, cleanup_leftovers,
 };
 use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
 use qmp_bridge::disks::Disk;
@@ -31,7 +35,8 @@ use vm::process_memory::ProcessMemory;
 use vm::reopen;
 use vm::running::{check_blockers, lock};
 
-/// Room for copied pages: 160 MiB. With packs being filled, written and waiting (96 MiB) that is the staging of 256 MiB.
+/// Room for copied pages: 160 MiB. With packs being filled, written and waiting (96 MiB) that is
+/// the staging of 256 MiB.
 pub const STAGING_PAGES: PageCount = PageCount((160 << 20) / 4096);
 
 /// Where the devices' state of the instant is.
@@ -90,14 +95,22 @@ impl Run {
     pub fn check_carried(&mut self) -> Result<()> {
         let left = self.delta.as_ref().map_or(PageCount(0), Delta::unconfirmed);
         self.may_carry = left == PageCount(0);
-        ensure!(self.may_carry, "internal error: {left} pages that an earlier try stored were not compared; take the checkpoint again");
+        ensure!(
+            self.may_carry,
+            "internal error: {left} pages that an earlier try stored were not compared; take the checkpoint again"
+        );
         Ok(())
     }
 }
 
 impl Checkpointer {
     #[instrument(name = "prepare", level = "debug", skip_all)]
-    pub(super) async fn prepare(&mut self, choice: Choice, phases: &mut Phases, report: &Report) -> Result<Run> {
+    pub(super) async fn prepare(
+        &mut self,
+        choice: Choice,
+        phases: &mut Phases,
+        report: &Report,
+    ) -> Result<Run> {
         let begun = Instant::now();
         report.say("prepare", 0, 0);
         kill_point::point("prepare");
@@ -134,12 +147,18 @@ impl Checkpointer {
             if session.is_current().await? {
                 return Ok(());
             }
-            tracing::warn!(store = session.repository.url(), "this is not the state of the store that the helper has written to");
+            tracing::warn!(
+                store = session.repository.url(),
+                "this is not the state of the store that the helper has written to"
+            );
             (self.store, self.base, self.carried) = (None, None, None);
         }
-        // A store that has this VM's checkpoints is there already; where it is missing, its file system is not mounted, say.
-        let mode = if is_full || self.marks.is_none() { Mode::CreateIfMissing } else { Mode::MustExist };
-        self.store = Some(StoreSession::open(&self.vm.file, &self.vm.runtime, mode, Force::No).await?);
+        // A store that has this VM's checkpoints is there already; where it is missing, its file
+        // system is not mounted, say.
+        let mode =
+            if is_full || self.marks.is_none() { Mode::CreateIfMissing } else { Mode::MustExist };
+        self.store =
+            Some(StoreSession::open(&self.vm.file, &self.vm.runtime, mode, Force::No).await?);
         Ok(())
     }
 
@@ -147,9 +166,16 @@ impl Checkpointer {
     pub async fn clean_up(&mut self) -> Result<()> {
         if !self.is_clean {
             let journal = self.vm.runtime.migration_journal();
-            migration::recover(&self.vm.qmp, &journal).await.context("taking back an earlier helper's migration")?;
-            let places = CapturePlaces { fleecing_dir: &self.vm.file.fleecing, nbd_socket: &self.vm.runtime.nbd() };
-            cleanup_leftovers(&self.vm.qmp, &self.tag()?, places).await.context("cleaning up after an earlier helper")?;
+            migration::recover(&self.vm.qmp, &journal)
+                .await
+                .context("taking back an earlier helper's migration")?;
+            let places = CapturePlaces {
+                fleecing_dir: &self.vm.file.fleecing,
+                nbd_socket: &self.vm.runtime.nbd(),
+            };
+            cleanup_leftovers(&self.vm.qmp, &self.tag()?, places)
+                .await
+                .context("cleaning up after an earlier helper")?;
             self.is_clean = true;
         }
         Ok(())
@@ -161,11 +187,16 @@ impl Checkpointer {
         let engine = choice.engine.or(there.map(|there| there.engine)).unwrap_or_default();
         let stream = choice.stream.or(there.map(|there| there.stream)).unwrap_or_default();
         let has_tracker = self.vm.has_tracker();
-        let tracker = if has_tracker { Ok(()) } else { Err("no plugin of ours sits in this QEMU".to_owned()) };
+        let tracker = if has_tracker {
+            Ok(())
+        } else {
+            Err("no plugin of ours sits in this QEMU".to_owned())
+        };
         if let Some(chosen) = choose_tracker(engine, &tracker)? {
             return Ok(chosen);
         }
-        let support = migration::probe(&self.vm.qmp).await.context("asking what QEMU's migration can do")?;
+        let support =
+            migration::probe(&self.vm.qmp).await.context("asking what QEMU's migration can do")?;
         let process_memory = ProcessMemory::check(&self.vm.qmp, self.vm.pid, support.stopped).await;
         choose_stream(stream, &support, &self.vm.facts, self.vm.has_plugin(), &process_memory)
     }
@@ -175,8 +206,8 @@ impl Checkpointer {
         self.vm.file.instance.parse().context("naming the dirty bitmaps")
     }
 
-    /// The store may have changed since the last checkpoint: it lost some (a snapshot of it was restored), or a commit whose answer was
-    /// lost took place.
+    /// The store may have changed since the last checkpoint: it lost some (a snapshot of it was
+    /// restored), or a commit whose answer was lost took place.
     async fn ensure_base(&mut self, disks: &[(SpaceName, PageCount)]) -> Result<()> {
         let session = self.store.as_ref().context("the store is not open")?;
         let is_held = match &mut self.base {
@@ -202,15 +233,21 @@ impl Checkpointer {
         self.layers.ensure_all(&session.repository, drives, &boot).await
     }
 
-    /// A disk that stands on other layers than its parent did (a stream or commit at run time) may show other content where
-    /// nothing was written: then all is stored again.
+    /// A disk that stands on other layers than its parent did (a stream or commit at run time) may
+    /// show other content where nothing was written: then all is stored again.
     fn follow_chains(&mut self, drives: &Drives) -> Result<()> {
         let writable = drives.disks.iter().filter(|disk| !disk.read_only);
-        let chains = writable.map(|disk| Ok((disk.name.clone(), self.chain(drives, disk)?))).collect::<Result<Chains>>()?;
+        let chains = writable
+            .map(|disk| Ok((disk.name.clone(), self.chain(drives, disk)?)))
+            .collect::<Result<Chains>>()?;
         let base = self.base.as_mut().context("the base is not known")?;
-        let is_same = |(node, chain): (&String, &Vec<ContentDigest>)| base.chains.get(node).is_none_or(|before| before == chain);
+        let is_same = |(node, chain): (&String, &Vec<ContentDigest>)| {
+            base.chains.get(node).is_none_or(|before| before == chain)
+        };
         if base.parent().is_some() && !chains.iter().all(is_same) {
-            tracing::info!("a disk stands on other layers than before; the next checkpoint is full");
+            tracing::info!(
+                "a disk stands on other layers than before; the next checkpoint is full"
+            );
             base.begin_again();
         }
         base.chains = chains;
@@ -232,7 +269,12 @@ impl Checkpointer {
         layers.map(|layer| Ok(layer.context("a layer was not stored")?.digest)).collect()
     }
 
-    async fn begin_run(&mut self, chosen: Chosen, inventory: Inventory, layer_bytes: u64) -> Result<Run> {
+    async fn begin_run(
+        &mut self,
+        chosen: Chosen,
+        inventory: Inventory,
+        layer_bytes: u64,
+    ) -> Result<Run> {
         let base = self.base.as_ref().context("the base is not known")?;
         let (id, parent, is_exact) = (base.next(), base.parent(), base.is_exact);
         let plan = CapturePlan {
@@ -244,26 +286,33 @@ impl Checkpointer {
             nbd_socket: self.vm.runtime.nbd(),
             streamed: chosen.engine != Engine::Tracker,
         };
-        let prepared = PreparedDisks::prepare(&self.vm.qmp, &inventory.drives.disks, plan).await.context("preparing the disks")?;
+        let prepared = PreparedDisks::prepare(&self.vm.qmp, &inventory.drives.disks, plan)
+            .await
+            .context("preparing the disks")?;
         let outlook = prepared.outlook().await.context("looking what the disks will need")?;
         tracing::info!(?outlook, "what the disks will need");
         let (partial, earlier) = self.begin_partial(id, parent).await?;
-        let (packer, delta, resumed) = match self.begin_delta(&partial, earlier.clone(), id, parent).await {
-            Ok(begun) => begun,
-            Err(error) => {
-                self.keep_earlier(partial, earlier, parent);
-                return Err(error);
-            }
-        };
+        let (packer, delta, resumed) =
+            match self.begin_delta(&partial, earlier.clone(), id, parent).await {
+                Ok(begun) => begun,
+                Err(error) => {
+                    self.keep_earlier(partial, earlier, parent);
+                    return Err(error);
+                }
+            };
         let boot = boot_files_of(&self.vm.file.arguments, &self.vm.directory())?;
-        let boot_files = boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
+        let boot_files =
+            boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
         let claim = match chosen.engine {
             Engine::Tracker => {
                 // From here on a helper that dies has leased pages that nobody knows of.
                 self.vm.runtime.forget_exact_marks()?;
                 Some(self.begin_claim().await?)
             }
-            Engine::PreCopy | Engine::BackgroundSnapshot | Engine::Stopped | Engine::ProcessMemory => None,
+            Engine::PreCopy
+            | Engine::BackgroundSnapshot
+            | Engine::Stopped
+            | Engine::ProcessMemory => None,
         };
         Ok(Run {
             engine: chosen.engine,
@@ -295,7 +344,10 @@ impl Checkpointer {
     }
 
     /// Begins, commits or removes a checkpoint in the store.
-    pub(super) async fn change_store<'a, T, F: Future<Output = T>>(&'a mut self, change: impl FnOnce(&'a StoreSession) -> F) -> Result<T> {
+    pub(super) async fn change_store<'a, T, F: Future<Output = T>>(
+        &'a mut self,
+        change: impl FnOnce(&'a StoreSession) -> F,
+    ) -> Result<T> {
         let session = self.store.as_ref().context("the store is not open")?;
         let base = self.base.as_mut().context("the base is not known")?;
         Ok(base.lineage.change(&session.repository, change(session)).await)
@@ -334,7 +386,12 @@ impl Checkpointer {
     }
 
     /// A store that fails now may have the packs when it is asked again.
-    fn keep_earlier(&mut self, partial: Arc<PartialCheckpoint>, packs: Vec<NumberedPack>, parent: Option<CheckpointId>) {
+    fn keep_earlier(
+        &mut self,
+        partial: Arc<PartialCheckpoint>,
+        packs: Vec<NumberedPack>,
+        parent: Option<CheckpointId>,
+    ) {
         if let (Some(partial), false) = (Arc::into_inner(partial), packs.is_empty()) {
             self.carried = Some(Carried { kept: partial.keep(), packs, parent });
         }
@@ -370,7 +427,8 @@ impl Checkpointer {
     }
 }
 
-/// A first checkpoint of a large disk takes as long as the disk is read, and the guest may overwrite as much meanwhile.
+/// A first checkpoint of a large disk takes as long as the disk is read, and the guest may
+/// overwrite as much meanwhile.
 fn room_note(outlook: Outlook) -> Option<String> {
     (outlook.full_bytes > outlook.room).then(|| {
         format!(
@@ -384,7 +442,11 @@ fn room_note(outlook: Outlook) -> Option<String> {
 
 /// A guest that is stopped longer than usual is worth a word.
 fn notes(chosen: Chosen) -> Vec<String> {
-    Some(chosen).filter(|chosen| chosen.engine == Engine::Stopped).map(|chosen| format!("stopped: {}", chosen.why)).into_iter().collect()
+    Some(chosen)
+        .filter(|chosen| chosen.engine == Engine::Stopped)
+        .map(|chosen| format!("stopped: {}", chosen.why))
+        .into_iter()
+        .collect()
 }
 
 /// All RAM is zero but for what follows.
@@ -397,7 +459,11 @@ fn ground_ram(delta: &mut Delta, jobs: &mut Vec<PackJob>) {
 /// What the disks' content is called and how large it is; read-only disks have none.
 pub fn disk_spaces(disks: &[Disk]) -> Result<Vec<(SpaceName, PageCount)>> {
     let writable = disks.iter().filter(|disk| !disk.read_only);
-    writable.map(|disk| Ok((SpaceName::disk(&disk.name)?, PageCount::covering(ByteLen(disk.virtual_size))))).collect()
+    writable
+        .map(|disk| {
+            Ok((SpaceName::disk(&disk.name)?, PageCount::covering(ByteLen(disk.virtual_size))))
+        })
+        .collect()
 }
 
 #[cfg(test)]

@@ -1,22 +1,27 @@
-//! The stream engine's memory: pages as QEMU's migration sends them, compared with what the last checkpoint holds.
+//! The stream engine's memory: pages as QEMU's migration sends them, compared with what the last
+//! checkpoint holds.
 //!
-//! A thread reads the stream. A page that is what the tables say is dropped at once; another is staged, where a later copy of it
-//! replaces the earlier one, so that a page that the guest writes again and again is stored once. When the staging memory
-//! fills up it is sent on its way, unless the guest waits for us: then there must be room left.
+//! A thread reads the stream. A page that is what the tables say is dropped at once; another is
+//! staged, where a later copy of it replaces the earlier one, so that a page that the guest writes
+//! again and again is stored once. When the staging memory fills up it is sent on its way, unless
+//! the guest waits for us: then there must be room left.
 
 use super::delta::Delta;
 use super::precopy;
 use super::staging::{SpaceNumber, Staging};
 use crate::pack::Entrance;
 use anyhow::{Context, Result, bail, ensure};
-use checkpoint_format::{ByteLen, PAGE_SIZE, PageCount, PageDigest, PageIndex, PageRange, PageSet, SpaceKind, is_zero};
+use checkpoint_format::{
+    ByteLen, PAGE_SIZE, PageCount, PageDigest, PageIndex, PageRange, PageSet, SpaceKind, is_zero,
+};
 use qmp_bridge::device_state::DeviceState;
 use qmp_bridge::stream_reader::{Item, ReaderLimits, StreamRamBlock, StreamReader};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// While the guest runs, the staging memory is emptied when less than this is free: 64 MiB, more than any pause takes.
+/// While the guest runs, the staging memory is emptied when less than this is free: 64 MiB, more
+/// than any pause takes.
 const RESERVE: PageCount = PageCount((64 << 20) / PAGE_SIZE as u64);
 
 /// All that the thread works on; it comes back when the thread ends.
@@ -36,10 +41,24 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    pub fn new(staging: Staging, delta: Delta, entrance: Entrance, guest_waits: Arc<AtomicBool>) -> Self {
+    pub fn new(
+        staging: Staging,
+        delta: Delta,
+        entrance: Entrance,
+        guest_waits: Arc<AtomicBool>,
+    ) -> Self {
         let sizes = || ram_sizes(&delta).map(PageSet::new).collect();
         let (seen, staged) = (sizes(), sizes());
-        Self { staging, delta, entrance, guest_waits, blocks: Vec::new(), seen, staged, news: PageCount(0) }
+        Self {
+            staging,
+            delta,
+            entrance,
+            guest_waits,
+            blocks: Vec::new(),
+            seen,
+            staged,
+            news: PageCount(0),
+        }
     }
 
     /// Reads the stream to its end. Every page of every block must have come.
@@ -71,9 +90,13 @@ impl Receiver {
     }
 
     fn match_block(&self, block: &StreamRamBlock) -> Result<SpaceNumber> {
-        let is_it = |space: &super::delta::Space| space.name.kind() == SpaceKind::Ram && space.name.local() == block.name;
+        let is_it = |space: &super::delta::Space| {
+            space.name.kind() == SpaceKind::Ram && space.name.local() == block.name
+        };
         let number = self.delta.spaces().iter().position(is_it);
-        let number = number.with_context(|| format!("QEMU's stream has RAM block {}, which its monitor does not name", block.name))?;
+        let number = number.with_context(|| {
+            format!("QEMU's stream has RAM block {}, which its monitor does not name", block.name)
+        })?;
         let pages = self.delta.spaces()[number].pages;
         ensure!(
             pages == PageCount::covering(ByteLen(block.used)),
@@ -112,7 +135,9 @@ impl Receiver {
             return Ok(());
         }
         if guest_waits {
-            bail!("the staging memory is full while the guest waits; try again when it writes less");
+            bail!(
+                "the staging memory is full while the guest waits; try again when it writes less"
+            );
         }
         precopy::upload(&self.staging, &mut self.delta, &self.entrance)?;
         self.staging.clear(self.staging.capacity());
@@ -137,5 +162,9 @@ impl Receiver {
 
 /// RAM blocks are the first spaces.
 fn ram_sizes(delta: &Delta) -> impl Iterator<Item = PageCount> {
-    delta.spaces().iter().filter(|space| space.name.kind() == SpaceKind::Ram).map(|space| space.pages)
+    delta
+        .spaces()
+        .iter()
+        .filter(|space| space.name.kind() == SpaceKind::Ram)
+        .map(|space| space.pages)
 }

@@ -1,8 +1,9 @@
-//! Where copied pages wait: one block of memory of a fixed capacity, filled in the pause by plain copying.
+//! Where copied pages wait: one block of memory of a fixed capacity, filled in the pause by plain
+//! copying.
 //!
-//! A page may be staged again (dirtied between a pre-copy pass and the pause); nothing is looked up while the guest is
-//! paused, so both copies stay and [`Staging::newest`] takes the later one. That is what keeps a page that was dirtied
-//! twice from being stored twice.
+//! A page may be staged again (dirtied between a pre-copy pass and the pause); nothing is looked up
+//! while the guest is paused, so both copies stay and [`Staging::newest`] takes the later one. That
+//! is what keeps a page that was dirtied twice from being stored twice.
 
 use anyhow::{Result, bail};
 use checkpoint_format::{PAGE_SIZE, PageCount, PageIndex, PageRange};
@@ -63,7 +64,11 @@ impl Staging {
     pub fn push(&mut self, space: SpaceNumber, pages: PageRange) -> Result<&mut [u8]> {
         let bytes = pages.byte_len().as_usize();
         if bytes > self.capacity - self.used {
-            bail!("{} pages do not fit into the {} free pages of the staging memory", pages.len(), self.free());
+            bail!(
+                "{} pages do not fit into the {} free pages of the staging memory",
+                pages.len(),
+                self.free()
+            );
         }
         let offset = self.used;
         self.used += bytes;
@@ -102,7 +107,11 @@ impl Staging {
 impl StagedRange {
     fn pages(&self) -> impl Iterator<Item = StagedPage> + use<> {
         let Self { space, offset, .. } = *self;
-        self.pages.iter().enumerate().map(move |(number, page)| StagedPage { space, page, offset: offset + number * PAGE_SIZE })
+        self.pages.iter().enumerate().map(move |(number, page)| StagedPage {
+            space,
+            page,
+            offset: offset + number * PAGE_SIZE,
+        })
     }
 }
 
@@ -120,7 +129,11 @@ mod test {
         staging.push(0, range(4, 7)).unwrap().fill(1);
         staging.push(1, range(5, 6)).unwrap().fill(2);
         staging.push(0, range(5, 6)).unwrap().fill(3);
-        let newest: Vec<_> = staging.newest().iter().map(|page| (page.space, page.page.0, staging.bytes(*page)[9])).collect();
+        let newest: Vec<_> = staging
+            .newest()
+            .iter()
+            .map(|page| (page.space, page.page.0, staging.bytes(*page)[9]))
+            .collect();
         assert_eq!(newest, [(0, 4, 1), (0, 5, 3), (0, 6, 1), (1, 5, 2)]);
     }
 

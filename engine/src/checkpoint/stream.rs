@@ -1,14 +1,17 @@
-//! The stream engine: what the phases `round` and `pause` are for a QEMU in which nothing of ours tracks memory.
+//! The stream engine: what the phases `round` and `pause` are for a QEMU in which nothing of ours
+//! tracks memory.
 //!
 //! QEMU migrates itself to us, over a socket pair, and continues. By
-//! - *pre-copy*: memory comes while the guest runs; QEMU stops it for the rest when that is small, and waits for our word
-//!   before it sends it, so that the disks' instant can be taken in the same pause; or
-//! - *background snapshot*: the guest is stopped, the disks' instant taken, memory write-protected; the guest runs on and
-//!   memory comes as it was; or
-//! - *stopped*: the guest is stopped while all of its memory comes (where QEMU's pre-copy of a running guest has a fault).
+//! - *pre-copy*: memory comes while the guest runs; QEMU stops it for the rest when that is small,
+//!   and waits for our word before it sends it, so that the disks' instant can be taken in the same
+//!   pause; or
+//! - *background snapshot*: the guest is stopped, the disks' instant taken, memory write-protected;
+//!   the guest runs on and memory comes as it was; or
+//! - *stopped*: the guest is stopped while all of its memory comes (where QEMU's pre-copy of a
+//!   running guest has a fault).
 //!
-//! The devices' state is the stream's own last part. Whatever fails: the guest runs, and QEMU's capabilities and parameters are
-//! what they were.
+//! The devices' state is the stream's own last part. Whatever fails: the guest runs, and QEMU's
+//! capabilities and parameters are what they were.
 
 use super::outcome::{Phases, milliseconds};
 use super::precopy::blocking;
@@ -50,10 +53,14 @@ const FLUSH_EVERY: Duration = Duration::from_millis(200);
 const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 
 impl Run {
-    /// To be called right before each `stop`, which writes what is not written yet while the guest waits.
+    /// To be called right before each `stop`, which writes what is not written yet while the guest
+    /// waits.
     pub(super) async fn flush_disks(&self) -> Result<()> {
         match &self.prepared {
-            Some(prepared) => prepared.flush(FLUSH_LIMIT).await.context("flushing the disks before the guest is stopped"),
+            Some(prepared) => prepared
+                .flush(FLUSH_LIMIT)
+                .await
+                .context("flushing the disks before the guest is stopped"),
             None => Ok(()),
         }
     }
@@ -68,12 +75,20 @@ impl Run {
 
 impl Checkpointer {
     #[instrument(name = "stream", level = "debug", skip_all)]
-    pub(super) async fn stream(&mut self, run: &mut Run, mode: StreamMode, phases: &mut Phases, report: &Report) -> Result<()> {
+    pub(super) async fn stream(
+        &mut self,
+        run: &mut Run,
+        mode: StreamMode,
+        phases: &mut Phases,
+        report: &Report,
+    ) -> Result<()> {
         report.say("stream", 0, 0);
         let begun = Instant::now();
         let journal = self.vm.runtime.migration_journal();
         let options = StreamOptions::default();
-        let mut migration = Migration::prepare(&self.vm.qmp, mode, &options, &journal).await.context("preparing QEMU's migration")?;
+        let mut migration = Migration::prepare(&self.vm.qmp, mode, &options, &journal)
+            .await
+            .context("preparing QEMU's migration")?;
         kill_point::point("stream.prepared");
         let taken = self.take_stream(run, &mut migration, phases).await;
         let ended = match &taken {
@@ -82,13 +97,19 @@ impl Checkpointer {
         };
         phases.since("stream", begun);
         if let (Err(_), Err(error)) = (&taken, &ended) {
-            // What comes first is why; the next checkpoint, or helper, puts QEMU's migration in order.
+            // What comes first is why; the next checkpoint, or helper, puts QEMU's migration in
+            // order.
             tracing::warn!(error = format!("{error:#}"), "after a stream that failed");
         }
         taken.and(ended)
     }
 
-    async fn take_stream(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
+    async fn take_stream(
+        &mut self,
+        run: &mut Run,
+        migration: &mut Migration,
+        phases: &mut Phases,
+    ) -> Result<()> {
         let source = migration.take_reader().context("the stream has a reader already")?;
         let cut = source.try_clone().context("keeping a hand on the stream")?;
         let guest_waits = Arc::new(AtomicBool::new(false));
@@ -96,7 +117,9 @@ impl Checkpointer {
         let flow = match run.engine {
             Engine::BackgroundSnapshot => self.background_snapshot(run, migration, phases).await,
             Engine::Stopped => self.stopped(run, migration, phases).await,
-            Engine::PreCopy | Engine::Tracker | Engine::ProcessMemory => self.pre_copy(run, migration, &guest_waits, phases).await,
+            Engine::PreCopy | Engine::Tracker | Engine::ProcessMemory => {
+                self.pre_copy(run, migration, &guest_waits, phases).await
+            }
         };
         if flow.is_err() {
             // Ends the reading thread too; a socket that is closed already is as good.
@@ -105,26 +128,42 @@ impl Checkpointer {
         self.end_reading(run, reading, flow).await
     }
 
-    fn begin_reading(&mut self, run: &mut Run, source: UnixStream, guest_waits: Arc<AtomicBool>) -> Result<Reading> {
+    fn begin_reading(
+        &mut self,
+        run: &mut Run,
+        source: UnixStream,
+        guest_waits: Arc<AtomicBool>,
+    ) -> Result<Reading> {
         let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
         let delta = run.delta.take().context("the tables are gone")?;
         let mut staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
         staging.prefault(PAUSE_ROOM);
         // Otherwise the guest waits until we have taken all, or the page that it wants to write.
-        let entrance = if run.engine == Engine::PreCopy { entrance } else { entrance.with_timeout(GUEST_TIMEOUT) };
+        let entrance = if run.engine == Engine::PreCopy {
+            entrance
+        } else {
+            entrance.with_timeout(GUEST_TIMEOUT)
+        };
         let receiver = Receiver::new(staging, delta, entrance, guest_waits);
         let hand = source.try_clone().context("keeping a hand on the stream")?;
         let read = move |receiver: &mut Receiver| {
             let state = receiver.receive(source);
-            // A reader that has given up must not leave QEMU, and its guest, waiting: its migration fails now.
+            // A reader that has given up must not leave QEMU, and its guest, waiting: its migration
+            // fails now.
             let _ = hand.shutdown(std::net::Shutdown::Both);
             state
         };
         Ok(tokio::spawn(blocking(receiver, read)))
     }
 
-    /// Memory and tables come back whatever happened. Of two errors the one that is not the other's echo is told.
-    async fn end_reading(&mut self, run: &mut Run, reading: Reading, flow: Result<()>) -> Result<()> {
+    /// Memory and tables come back whatever happened. Of two errors the one that is not the other's
+    /// echo is told.
+    async fn end_reading(
+        &mut self,
+        run: &mut Run,
+        reading: Reading,
+        flow: Result<()>,
+    ) -> Result<()> {
         let (receiver, state) = reading.await.context("reading the stream was cut off")??;
         kill_point::point("stream.read");
         run.pages_dirty.0 += receiver.news.0;
@@ -132,15 +171,24 @@ impl Checkpointer {
         run.delta = Some(receiver.delta);
         match (flow, state) {
             (Ok(()), state) => {
-                run.device_state = Some(SavedState::Read(state.context("reading QEMU's migration stream")?));
+                run.device_state =
+                    Some(SavedState::Read(state.context("reading QEMU's migration stream")?));
                 Ok(())
             }
-            (Err(flow), Err(state)) if !is_echo(&state) => Err(state.context("reading QEMU's migration stream").context(flow)),
+            (Err(flow), Err(state)) if !is_echo(&state) => {
+                Err(state.context("reading QEMU's migration stream").context(flow))
+            }
             (Err(flow), _) => Err(flow),
         }
     }
 
-    async fn pre_copy(&mut self, run: &mut Run, migration: &mut Migration, guest_waits: &AtomicBool, phases: &mut Phases) -> Result<()> {
+    async fn pre_copy(
+        &mut self,
+        run: &mut Run,
+        migration: &mut Migration,
+        guest_waits: &AtomicBool,
+        phases: &mut Phases,
+    ) -> Result<()> {
         let begun = Instant::now();
         migration.start().await.context("starting QEMU's migration to the helper")?;
         kill_point::point("stream.started");
@@ -153,14 +201,28 @@ impl Checkpointer {
         let (completed, captured) = take_rest(run, migration, &paused, &paused).await?;
         run.pause = paused.resume().await.context("letting the guest run again")?;
         guest_waits.store(false, Ordering::SeqCst);
-        trace(phases, run.pause, &[("pause.stop", stopped), ("pause.stream", completed - stopped), ("pause.disks", captured - completed)]);
+        trace(
+            phases,
+            run.pause,
+            &[
+                ("pause.stop", stopped),
+                ("pause.stream", completed - stopped),
+                ("pause.disks", captured - completed),
+            ],
+        );
         Ok(())
     }
 
     /// Pre-copy of a guest that we have stopped before: all of its memory is read in the pause.
-    async fn stopped(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
+    async fn stopped(
+        &mut self,
+        run: &mut Run,
+        migration: &mut Migration,
+        phases: &mut Phases,
+    ) -> Result<()> {
         run.flush_disks().await?;
-        let mut paused = Paused::stop_within(&self.vm.qmp, STOPPED_LIMIT).await.context("stopping the guest")?;
+        let mut paused =
+            Paused::stop_within(&self.vm.qmp, STOPPED_LIMIT).await.context("stopping the guest")?;
         run.run_state = paused.before();
         paused.has_migrated();
         let stopped = paused.elapsed();
@@ -169,11 +231,24 @@ impl Checkpointer {
         let resumed = paused.resume().await.context("letting the guest run again");
         let (completed, captured) = read?;
         run.pause = resumed?;
-        trace(phases, run.pause, &[("pause.stop", stopped), ("pause.stream", completed - stopped), ("pause.disks", captured - completed)]);
+        trace(
+            phases,
+            run.pause,
+            &[
+                ("pause.stop", stopped),
+                ("pause.stream", completed - stopped),
+                ("pause.disks", captured - completed),
+            ],
+        );
         Ok(())
     }
 
-    async fn background_snapshot(&mut self, run: &mut Run, migration: &mut Migration, phases: &mut Phases) -> Result<()> {
+    async fn background_snapshot(
+        &mut self,
+        run: &mut Run,
+        migration: &mut Migration,
+        phases: &mut Phases,
+    ) -> Result<()> {
         run.flush_disks().await?;
         let paused = Paused::stop(&self.vm.qmp).await.context("stopping the guest")?;
         run.run_state = paused.before();
@@ -184,18 +259,26 @@ impl Checkpointer {
         kill_point::point("stream.frozen");
         migration.start().await.context("starting QEMU's migration to the helper")?;
         kill_point::point("stream.started");
-        run.pause = migration.memory_is_held(paused).await.context("write-protecting the guest's memory")?;
+        run.pause = migration
+            .memory_is_held(paused)
+            .await
+            .context("write-protecting the guest's memory")?;
         kill_point::point("stream.held");
         trace(
             phases,
             run.pause,
-            &[("pause.stop", stopped), ("pause.disks", captured - stopped), ("pause.stream", run.pause.saturating_sub(captured))],
+            &[
+                ("pause.stop", stopped),
+                ("pause.disks", captured - stopped),
+                ("pause.stream", run.pause.saturating_sub(captured)),
+            ],
         );
         Ok(())
     }
 }
 
-/// QEMU stops the guest by itself, at a moment that it does not announce; so the disks are flushed again and again until then.
+/// QEMU stops the guest by itself, at a moment that it does not announce; so the disks are flushed
+/// again and again until then.
 async fn switch_over(run: &Run, migration: &mut Migration) -> Result<Paused> {
     let flushing = async {
         while let Ok(()) = run.flush_disks().await {
@@ -211,7 +294,11 @@ async fn switch_over(run: &Run, migration: &mut Migration) -> Result<Paused> {
 }
 
 /// Returns when memory and disks were taken, from the beginning of the pause.
-async fn read_stopped(run: &mut Run, migration: &mut Migration, paused: &Paused) -> Result<(Duration, Duration)> {
+async fn read_stopped(
+    run: &mut Run,
+    migration: &mut Migration,
+    paused: &Paused,
+) -> Result<(Duration, Duration)> {
     migration.start().await.context("starting QEMU's migration to the helper")?;
     kill_point::point("stream.started");
     let switched = migration.switchover().await.context("reading the guest's memory")?;
@@ -222,8 +309,14 @@ async fn read_stopped(run: &mut Run, migration: &mut Migration, paused: &Paused)
     Ok(times)
 }
 
-/// After the switch-over: the rest of the memory, then the disks. Returns when each was taken, from the beginning of `paused`.
-async fn take_rest(run: &mut Run, migration: &mut Migration, switched: &Paused, paused: &Paused) -> Result<(Duration, Duration)> {
+/// After the switch-over: the rest of the memory, then the disks. Returns when each was taken, from
+/// the beginning of `paused`.
+async fn take_rest(
+    run: &mut Run,
+    migration: &mut Migration,
+    switched: &Paused,
+    paused: &Paused,
+) -> Result<(Duration, Duration)> {
     // Again, now that the guest is paused: from here on QEMU opens its disks by their paths.
     reopen::check_paths(&run.inventory.drives)?;
     migration.complete(switched).await.context("taking the rest of the memory")?;

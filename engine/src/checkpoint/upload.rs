@@ -1,5 +1,6 @@
-//! Phase `drain`: what the pause caught goes to the packer while the guest runs: disks first, because each block that the
-//! guest overwrites meanwhile must be copied aside; then the device state; then the staged memory.
+//! Phase `drain`: what the pause caught goes to the packer while the guest runs: disks first,
+//! because each block that the guest overwrites meanwhile must be copied aside; then the device
+//! state; then the staged memory.
 
 use super::carried::Resumed;
 use super::delta::Delta;
@@ -12,7 +13,10 @@ use super::{Checkpointer, Report};
 use crate::kill_point;
 use crate::pack::Packer;
 use anyhow::{Context, Result, bail};
-use checkpoint_format::{ByteLen, ByteOffset, FRAME_PAGES, PAGE_SIZE, PageCount, PageIndex, PageRange, SpaceKind, SpaceName};
+use checkpoint_format::{
+    ByteLen, ByteOffset, FRAME_PAGES, PAGE_SIZE, PageCount, PageIndex, PageRange, SpaceKind,
+    SpaceName,
+};
 use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt};
 use qmp_bridge::capture::{CapturedDisk, CapturedDisks};
@@ -44,7 +48,12 @@ enum Piece {
 
 impl Checkpointer {
     #[instrument(name = "upload", level = "debug", skip_all)]
-    pub(super) async fn upload(&mut self, run: &mut Run, phases: &mut Phases, report: &Report) -> Result<()> {
+    pub(super) async fn upload(
+        &mut self,
+        run: &mut Run,
+        phases: &mut Phases,
+        report: &Report,
+    ) -> Result<()> {
         let begun = Instant::now();
         self.upload_disks(run, report).await.context("reading the disks' instant")?;
         phases.since("upload.disks", begun);
@@ -64,19 +73,33 @@ impl Checkpointer {
         captured.export().await?;
         let delta = run.delta.as_mut().context("the tables are gone")?;
         let packer = run.packer.as_ref().context("the packer is gone")?;
-        let resumed = run.resumed.as_ref().context("internal error: nothing says what earlier tries stored")?;
+        let resumed = run
+            .resumed
+            .as_ref()
+            .context("internal error: nothing says what earlier tries stored")?;
         let (pieces, queue) = mpsc::channel(QUEUE);
         let mut readers: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
         for disk in captured.disks() {
             let number = disk_number(delta, disk);
-            // What no earlier checkpoint says anything about is read by where it is allocated; else every block counts.
-            let is_fresh = run.parent.is_none() || number.is_some_and(|number| !delta.spaces()[usize::from(number)].in_lineage);
+            // What no earlier checkpoint says anything about is read by where it is allocated; else
+            // every block counts.
+            let is_fresh = run.parent.is_none()
+                || number.is_some_and(|number| !delta.spaces()[usize::from(number)].in_lineage);
             let number = number.with_context(|| format!("disk {} has no space", disk.name))?;
             let space = (number, delta.spaces()[usize::from(number)].name.clone());
-            readers.push(Box::pin(read_disk(captured, disk, space, is_fresh, resumed, pieces.clone(), report)));
+            readers.push(Box::pin(read_disk(
+                captured,
+                disk,
+                space,
+                is_fresh,
+                resumed,
+                pieces.clone(),
+                report,
+            )));
         }
         drop(pieces);
-        let readers = futures::stream::iter(readers).buffer_unordered(DISKS).try_collect::<Vec<()>>();
+        let readers =
+            futures::stream::iter(readers).buffer_unordered(DISKS).try_collect::<Vec<()>>();
         let collector = collect(delta, packer, queue);
         let (read, collected) = tokio::join!(readers, collector);
         // A reader that found its queue closed only says so; the collector knows why.
@@ -122,7 +145,9 @@ impl Checkpointer {
         let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
         let delta = run.delta.take().context("the tables are gone")?;
         let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
-        let job = move |(staging, delta): &mut (Staging, Delta)| precopy::upload(staging, delta, &entrance);
+        let job = move |(staging, delta): &mut (Staging, Delta)| {
+            precopy::upload(staging, delta, &entrance)
+        };
         let ((mut staging, delta), result) = blocking((staging, delta), job).await?;
         staging.clear(staging.capacity());
         self.staging = staging;
@@ -136,11 +161,19 @@ fn is_disk(name: &SpaceName, disk: &CapturedDisk) -> bool {
 }
 
 fn disk_number(delta: &Delta, disk: &CapturedDisk) -> Option<SpaceNumber> {
-    delta.spaces().iter().position(|space| is_disk(&space.name, disk)).map(|number| number as SpaceNumber)
+    delta
+        .spaces()
+        .iter()
+        .position(|space| is_disk(&space.name, disk))
+        .map(|number| number as SpaceNumber)
 }
 
 /// Owns the queue: when this ends, whatever for, the readers find it closed and end too.
-async fn collect(delta: &mut Delta, packer: &Packer, mut queue: mpsc::Receiver<Piece>) -> Result<()> {
+async fn collect(
+    delta: &mut Delta,
+    packer: &Packer,
+    mut queue: mpsc::Receiver<Piece>,
+) -> Result<()> {
     let mut jobs = Vec::new();
     while let Some(piece) = queue.recv().await {
         match piece {
@@ -183,20 +216,31 @@ async fn read_disk(
     Ok(())
 }
 
-async fn ranges(client: &NbdClient, disk: &CapturedDisk, offset: u64, len: u64, is_fresh: bool) -> Result<Vec<ContentRange>> {
+async fn ranges(
+    client: &NbdClient,
+    disk: &CapturedDisk,
+    offset: u64,
+    len: u64,
+    is_fresh: bool,
+) -> Result<Vec<ContentRange>> {
     let contexts = client.block_status(offset, len).await?;
     let [allocation, changes] = contexts.as_slice() else {
-        bail!("QEMU answered {} meta contexts for disk {} where 2 were asked for", contexts.len(), disk.name);
+        bail!(
+            "QEMU answered {} meta contexts for disk {} where 2 were asked for",
+            contexts.len(),
+            disk.name
+        );
     };
-    let mut changes = if disk.changes.is_none() && !is_fresh { everything(changes) } else { changes.clone() };
+    let mut changes =
+        if disk.changes.is_none() && !is_fresh { everything(changes) } else { changes.clone() };
     if disk.changes.is_some() {
         changes.set_from(disk.certain_until, context::STATE_DIRTY);
     }
     Ok(content_ranges(allocation, &changes, PAGE_SIZE as u64, disk.bytes))
 }
 
-/// A disk whose bitmap was lost while its lineage continues: whatever the layers or earlier checkpoints hold, each block is
-/// looked at as it is now.
+/// A disk whose bitmap was lost while its lineage continues: whatever the layers or earlier
+/// checkpoints hold, each block is looked at as it is now.
 fn everything(changes: &ContextExtents) -> ContextExtents {
     let mut all = changes.clone();
     all.context = context::ALLOCATION_DEPTH.to_owned();
@@ -204,12 +248,21 @@ fn everything(changes: &ContextExtents) -> ContextExtents {
     all
 }
 
-async fn read_window(client: &NbdClient, space: SpaceNumber, ranges: &[ContentRange], pieces: &mpsc::Sender<Piece>) -> Result<()> {
+async fn read_window(
+    client: &NbdClient,
+    space: SpaceNumber,
+    ranges: &[ContentRange],
+    pieces: &mpsc::Sender<Piece>,
+) -> Result<()> {
     let cut = ranges.iter().copied().flat_map(cut);
     let reads = futures::stream::iter(cut).map(|range| async move {
         Ok::<_, anyhow::Error>(match range.content {
             Content::Zero => Piece::Zero(space, pages(range)),
-            Content::Data => Piece::Data(space, range.start, client.read(range.start, (range.end - range.start) as u32).await?),
+            Content::Data => Piece::Data(
+                space,
+                range.start,
+                client.read(range.start, (range.end - range.start) as u32).await?,
+            ),
         })
     });
     let mut reads = reads.buffered(READS);
@@ -249,7 +302,8 @@ fn cut(range: ContentRange) -> impl Iterator<Item = ContentRange> {
     let mut start = range.start;
     std::iter::from_fn(move || {
         let end = range.end.min(start.saturating_add(step));
-        let piece = (start < range.end).then_some(ContentRange { start, end, content: range.content });
+        let piece =
+            (start < range.end).then_some(ContentRange { start, end, content: range.content });
         start = end;
         piece
     })

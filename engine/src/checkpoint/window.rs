@@ -1,6 +1,8 @@
 //! A part of a disk, and what packs that an earlier try stored hold of it.
 
-use checkpoint_format::{DigestTable, PackIndex, PageCount, PageDigest, PageIndex, PageRange, RunSource, SpaceName};
+use checkpoint_format::{
+    DigestTable, PackIndex, PageCount, PageDigest, PageIndex, PageRange, RunSource, SpaceName,
+};
 
 /// What the packs record for the pages of one part of a disk: 16 bytes a page of the part.
 pub struct Window {
@@ -36,7 +38,10 @@ impl Window {
     }
 
     pub fn forget(&mut self, pages: PageRange) {
-        self.place(pages).into_iter().flat_map(PageRange::iter).for_each(|page| self.table.forget(page));
+        self.place(pages)
+            .into_iter()
+            .flat_map(PageRange::iter)
+            .for_each(|page| self.table.forget(page));
     }
 
     /// The parts of `pages` that the packs are not known to hold zeros in, ascending.

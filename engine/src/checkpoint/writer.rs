@@ -1,4 +1,5 @@
-//! The helper's writer epoch in the store: claimed at the first checkpoint, kept for all that follow.
+//! The helper's writer epoch in the store: claimed at the first checkpoint, kept for all that
+//! follow.
 
 use super::holder::{self, Holder};
 use crate::stores;
@@ -36,7 +37,8 @@ impl StoreSession {
         Ok(Self { repository, writer })
     }
 
-    /// Whether this is still the store that was opened, and it knows of this writer. Fails if it knows of a later one.
+    /// Whether this is still the store that was opened, and it knows of this writer. Fails if it
+    /// knows of a later one.
     pub async fn is_current(&self) -> Result<bool> {
         Ok(self.repository.is_unchanged().await? && self.writer.is_claimed().await?)
     }
@@ -44,12 +46,23 @@ impl StoreSession {
 
 /// Claims the next writer epoch of a VM for one instance of it.
 ///
-/// An epoch that another instance holds is not taken without an order, unless that holder cannot be alive; and never by an
-/// instance that was itself replaced before.
-pub async fn claim(repository: &Repository, vm_name: &VmName, instance: &str, runtime: &RuntimeDir, force: Force) -> Result<Writer> {
+/// An epoch that another instance holds is not taken without an order, unless that holder cannot be
+/// alive; and never by an instance that was itself replaced before.
+pub async fn claim(
+    repository: &Repository,
+    vm_name: &VmName,
+    instance: &str,
+    runtime: &RuntimeDir,
+    force: Force,
+) -> Result<Writer> {
     let about = || format!("claiming the writer epoch of {vm_name}");
-    let ground = ground(repository, vm_name, instance, runtime.writer_epoch(), force).await.with_context(about)?;
-    let writer = repository.claim_writer(vm_name, holder::record(instance)?, ground).await.with_context(about)?;
+    let ground = ground(repository, vm_name, instance, runtime.writer_epoch(), force)
+        .await
+        .with_context(about)?;
+    let writer = repository
+        .claim_writer(vm_name, holder::record(instance)?, ground)
+        .await
+        .with_context(about)?;
     // Without it the store's records still tell, until they are pruned.
     if let Err(error) = runtime.set_writer_epoch(writer.epoch()) {
         tracing::warn!(error = format!("{error:#}"), "the claimed epoch was not written down");
@@ -58,17 +71,29 @@ pub async fn claim(repository: &Repository, vm_name: &VmName, instance: &str, ru
 }
 
 /// Refuses what [`claim`] would refuse to an instance that has claimed nothing yet; claims nothing.
-pub async fn may_claim(repository: &Repository, vm_name: &VmName, instance: &str, force: Force) -> Result<()> {
+pub async fn may_claim(
+    repository: &Repository,
+    vm_name: &VmName,
+    instance: &str,
+    force: Force,
+) -> Result<()> {
     let ground = ground(repository, vm_name, instance, None, force).await?;
     Ok(repository.may_claim(vm_name, &ground).await?)
 }
 
-async fn ground(repository: &Repository, vm_name: &VmName, instance: &str, last: Option<Epoch>, force: Force) -> Result<Claim> {
+async fn ground(
+    repository: &Repository,
+    vm_name: &VmName,
+    instance: &str,
+    last: Option<Epoch>,
+    force: Force,
+) -> Result<Claim> {
     if force == Force::TakeOver {
         return Ok(Claim::TakeOver);
     }
     let here = holder::record(instance)?;
-    let is_dead = |holder: &Holder| holder.instance != instance && holder::cannot_live(holder, &here);
+    let is_dead =
+        |holder: &Holder| holder.instance != instance && holder::cannot_live(holder, &here);
     let newest = repository.writers(vm_name).await?.pop();
     let dead = newest.and_then(|newest| newest.record.filter(is_dead).map(|_| newest.epoch));
     Ok(Claim::Continue { instance: instance.to_owned(), last, dead })

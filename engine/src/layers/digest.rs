@@ -3,7 +3,8 @@
 use super::image::{self, Blocks, DataExtents};
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{
-    BLOCK_SIZE, BlocksHasher, ByteLen, ContentDigest, ContentHasher, DigestForm, MAX_LAYER_BLOCKS, MAX_STORED_BLOCKS, is_zero,
+    BLOCK_SIZE, BlocksHasher, ByteLen, ContentDigest, ContentHasher, DigestForm, MAX_LAYER_BLOCKS,
+    MAX_STORED_BLOCKS, is_zero,
 };
 use serde::{Deserialize, Serialize};
 use std::fs::{File, Metadata};
@@ -15,7 +16,8 @@ use vm::error::refused;
 
 /// A file that changed so lately may change again within the same tick of its time stamp.
 const READY_AGE: Duration = Duration::from_secs(2);
-/// With so many blocks of zeros (1 GiB) a file has the digest of its blocks. Digesting fewer zeros takes a second at most.
+/// With so many blocks of zeros (1 GiB) a file has the digest of its blocks. Digesting fewer zeros
+/// takes a second at most.
 const MANY_ZERO_BLOCKS: u64 = (1 << 30) / BLOCK_SIZE as u64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,7 +34,8 @@ pub fn identity(facts: &Metadata) -> String {
     format!("{:?} {times:?}", [facts.dev(), facts.ino(), facts.size()])
 }
 
-/// In the form that the content gives it. From the cache when the file is the same as when it was read last; else reads it all.
+/// In the form that the content gives it. From the cache when the file is the same as when it was
+/// read last; else reads it all.
 pub fn of_file(path: &Path) -> Result<FileDigest> {
     known_or(path, None)
 }
@@ -63,15 +66,17 @@ fn known_or(path: &Path, form: Option<DigestForm>) -> Result<FileDigest> {
 }
 
 fn acknowledged(facts: &Metadata) -> bool {
-    let changed = SystemTime::UNIX_EPOCH + Duration::from_secs(facts.ctime().max(facts.mtime()).max(0).unsigned_abs());
+    let changed = SystemTime::UNIX_EPOCH
+        + Duration::from_secs(facts.ctime().max(facts.mtime()).max(0).unsigned_abs());
     SystemTime::now().duration_since(changed).is_ok_and(|age| age > READY_AGE)
 }
 
 /// Limits are checked before anything is read.
 fn read(file: &File, len: u64, form: Option<DigestForm>) -> Result<FileDigest> {
     let blocks = len.div_ceil(BLOCK_SIZE as u64);
-    let data: std::io::Result<u64> =
-        DataExtents::of(file, len).map(|extent| extent.map(|extent| (extent.end - extent.start).div_ceil(BLOCK_SIZE as u64))).sum();
+    let data: std::io::Result<u64> = DataExtents::of(file, len)
+        .map(|extent| extent.map(|extent| (extent.end - extent.start).div_ceil(BLOCK_SIZE as u64)))
+        .sum();
     let data = data?;
     if blocks > MAX_LAYER_BLOCKS || data > MAX_STORED_BLOCKS {
         return Err(refused(format!(
@@ -141,7 +146,11 @@ mod test {
         let path = folder.path().join("base.img");
         std::fs::write(&path, vec![7; 3 << 20]).unwrap();
         let first = of_file(&path).unwrap();
-        let expected = FileDigest { digest: ContentDigest::of(&vec![7; 3 << 20]), len: ByteLen(3 << 20), form: DigestForm::Content };
+        let expected = FileDigest {
+            digest: ContentDigest::of(&vec![7; 3 << 20]),
+            len: ByteLen(3 << 20),
+            form: DigestForm::Content,
+        };
         assert_eq!(first, expected);
         std::fs::write(&path, vec![8; 3 << 20]).unwrap();
         assert_ne!(of_file(&path).unwrap().digest, first.digest);
@@ -181,12 +190,14 @@ mod test {
         let len = (1 << 30) + 5 * BLOCK_SIZE as u64 + 9;
         let sparse = file(len, &[(0, b"a"), (len - 1, b"b")]);
         let zeros = vec![0; 1 << 20];
-        let written: Vec<(u64, &[u8])> = (0..200).map(|number| (number << 20, zeros.as_slice())).collect();
+        let written: Vec<(u64, &[u8])> =
+            (0..200).map(|number| (number << 20, zeros.as_slice())).collect();
         let denser = file(len, &[written.as_slice(), &[(0, b"a"), (len - 1, b"b")]].concat());
         let digests = [&sparse, &denser].map(|file| read(file, len, None).unwrap());
         assert_eq!(digests[0], digests[1]);
         assert_eq!(digests[0].form, DigestForm::Blocks);
-        let content = [&sparse, &denser].map(|file| read(file, len, Some(DigestForm::Content)).unwrap());
+        let content =
+            [&sparse, &denser].map(|file| read(file, len, Some(DigestForm::Content)).unwrap());
         assert_eq!(content[0], content[1]);
         assert_eq!(content[0].form, DigestForm::Content);
     }

@@ -1,4 +1,5 @@
-//! A layer for a restored VM: the local copy when its content is the right one, else fetched into the cache.
+//! A layer for a restored VM: the local copy when its content is the right one, else fetched into
+//! the cache.
 
 use super::digest;
 use super::read::StoredLayer;
@@ -28,57 +29,89 @@ pub struct Provided {
     pub bytes_read: u64,
 }
 
-/// Looks where the layer was on the host of the checkpoint (a relative path counts from `directory`), then in the cache.
-pub async fn provide(repository: &Repository, layer: &LayerRef, directory: &Path, progress: &dyn Progress) -> Result<Provided> {
+/// Looks where the layer was on the host of the checkpoint (a relative path counts from
+/// `directory`), then in the cache.
+pub async fn provide(
+    repository: &Repository,
+    layer: &LayerRef,
+    directory: &Path,
+    progress: &dyn Progress,
+) -> Result<Provided> {
     let cached = cache::directory().join("layers").join(layer.digest.to_string());
     for place in [directory.join(&layer.path), cached.clone()] {
         if is_copy(&place, layer) {
             return Ok(Provided { path: place.canonicalize()?, bytes_read: 0 });
         }
     }
-    fetch(repository, layer, &cached, progress).await.with_context(|| format!("fetching layer {}", layer.digest))
+    fetch(repository, layer, &cached, progress)
+        .await
+        .with_context(|| format!("fetching layer {}", layer.digest))
 }
 
 fn is_copy(path: &Path, layer: &LayerRef) -> bool {
-    let same_len = std::fs::metadata(path).is_ok_and(|facts| facts.is_file() && facts.len() == layer.len.0);
+    let same_len =
+        std::fs::metadata(path).is_ok_and(|facts| facts.is_file() && facts.len() == layer.len.0);
     same_len && digest::of_file_as(path, layer.form).is_ok_and(|found| found.digest == layer.digest)
 }
 
-/// Written under another name and renamed when its digest is right, so a cached layer is always whole.
-async fn fetch(repository: &Repository, wanted: &LayerRef, target: &Path, progress: &dyn Progress) -> Result<Provided> {
+/// Written under another name and renamed when its digest is right, so a cached layer is always
+/// whole.
+async fn fetch(
+    repository: &Repository,
+    wanted: &LayerRef,
+    target: &Path,
+    progress: &dyn Progress,
+) -> Result<Provided> {
     let layer = StoredLayer::open(repository, &wanted.digest).await?;
     if (layer.len(), layer.manifest.form) != (wanted.len, wanted.form) {
-        return Err(damaged("the store's layer is of another length or version than the checkpoint says"));
+        return Err(damaged(
+            "the store's layer is of another length or version than the checkpoint says",
+        ));
     }
     let folder = target.parent().unwrap_or(target);
-    std::fs::create_dir_all(folder).with_context(|| format!("making the cache {}", folder.display()))?;
+    std::fs::create_dir_all(folder)
+        .with_context(|| format!("making the cache {}", folder.display()))?;
     remove_abandoned(folder);
-    let file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder).context("making a file in the cache")?;
+    let file = tempfile::Builder::new()
+        .prefix(UNFINISHED)
+        .tempfile_in(folder)
+        .context("making a file in the cache")?;
     let lock = file.as_file().try_clone().context("opening the cached layer twice")?;
-    let _locked = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error).context("locking the cached layer")?;
+    let _locked = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, error)| error)
+        .context("locking the cached layer")?;
     let bytes_read = write(&layer, file.as_file(), progress).await?;
     file.as_file().sync_all().context("syncing the cached layer")?;
     // In the other form the table's digests, which every block was compared with, make the name.
     if wanted.form == DigestForm::Content {
         let path = file.path().to_owned();
-        let found = tokio::task::spawn_blocking(move || digest::of_file_as(&path, DigestForm::Content));
+        let found =
+            tokio::task::spawn_blocking(move || digest::of_file_as(&path, DigestForm::Content));
         let found = found.await.context("internal error: digest task panicked")??;
         if found.digest != wanted.digest {
             return Err(damaged(format!("its blocks make a file of digest {}", found.digest)));
         }
     }
-    file.as_file().set_permissions(std::fs::Permissions::from_mode(0o444)).context("protecting the cached layer")?;
-    file.persist(target).with_context(|| format!("naming the cached layer {}", target.display()))?;
+    file.as_file()
+        .set_permissions(std::fs::Permissions::from_mode(0o444))
+        .context("protecting the cached layer")?;
+    file.persist(target)
+        .with_context(|| format!("naming the cached layer {}", target.display()))?;
     Ok(Provided { path: target.to_owned(), bytes_read })
 }
 
-/// Files of fetches that were killed: nobody holds their lock. What fails is left to the next fetch.
+/// Files of fetches that were killed: nobody holds their lock. What fails is left to the next
+/// fetch.
 fn remove_abandoned(folder: &Path) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let is_ours = entry.file_name().as_encoded_bytes().starts_with(UNFINISHED.as_bytes());
         // A new one may not be locked yet.
-        let is_old =
-            || entry.metadata().and_then(|facts| facts.modified()).is_ok_and(|at| at.elapsed().is_ok_and(|age| age > LOCKED_AFTER));
+        let is_old = || {
+            entry
+                .metadata()
+                .and_then(|facts| facts.modified())
+                .is_ok_and(|at| at.elapsed().is_ok_and(|age| age > LOCKED_AFTER))
+        };
         if is_ours
             && is_old()
             && let Ok(file) = File::open(entry.path())
@@ -101,8 +134,13 @@ async fn write(layer: &StoredLayer, file: &File, progress: &dyn Progress) -> Res
     while let Some(blocks) = batches.try_next().await? {
         let count: usize = blocks.iter().map(|(_, content)| content.len()).sum();
         let file = Arc::clone(&file);
-        let write = move || blocks.iter().try_for_each(|(offset, content)| file.write_all_at(content, *offset));
-        tokio::task::spawn_blocking(write).await.context("internal error: write task panicked")?.context("writing the cached layer")?;
+        let write = move || {
+            blocks.iter().try_for_each(|(offset, content)| file.write_all_at(content, *offset))
+        };
+        tokio::task::spawn_blocking(write)
+            .await
+            .context("internal error: write task panicked")?
+            .context("writing the cached layer")?;
         bytes += count as u64;
         progress.advance(count as u64);
     }
@@ -126,9 +164,12 @@ mod test {
         make(".fetch-killed", old);
         make(".fetch-new", SystemTime::now());
         make("0123", old);
-        let _running = Flock::lock(make(".fetch-running", old), FlockArg::LockExclusiveNonblock).unwrap();
+        let _running =
+            Flock::lock(make(".fetch-running", old), FlockArg::LockExclusiveNonblock).unwrap();
         remove_abandoned(folder.path());
-        let left = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let left = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let mut left: Vec<String> = left.collect();
         left.sort();
         assert_eq!(left, [".fetch-new", ".fetch-running", "0123"]);

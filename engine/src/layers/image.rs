@@ -12,8 +12,8 @@ use std::os::unix::fs::FileExt;
 const BUFFER_BYTES: usize = 16 * BLOCK_SIZE;
 const BLOCK: u64 = BLOCK_SIZE as u64;
 
-/// The file's extents of data, each grown to whole blocks, in order: what lies between them is zero. A file system that knows no
-/// holes has one extent. Not a list: a file may have millions.
+/// The file's extents of data, each grown to whole blocks, in order: what lies between them is
+/// zero. A file system that knows no holes has one extent. Not a list: a file may have millions.
 pub struct DataExtents<'a> {
     file: &'a File,
     len: u64,
@@ -29,7 +29,9 @@ impl<'a> DataExtents<'a> {
 
     fn find(&mut self) -> io::Result<Option<Range<u64>>> {
         while let Some(start) = seek(self.file, self.at, self.len, Whence::SeekData)? {
-            let end = seek(self.file, start, self.len, Whence::SeekHole)?.unwrap_or(self.len).max(start + 1);
+            let end = seek(self.file, start, self.len, Whence::SeekHole)?
+                .unwrap_or(self.len)
+                .max(start + 1);
             self.at = end;
             let grown = start - start % BLOCK..end.next_multiple_of(BLOCK).min(self.len);
             match &mut self.open {
@@ -75,7 +77,8 @@ fn seek(file: &File, from: u64, len: u64, whence: Whence) -> io::Result<Option<u
     }
 }
 
-/// Calls `visit` with number and content of each block, in order. The last block of the file may be short.
+/// Calls `visit` with number and content of each block, in order. The last block of the file may be
+/// short.
 pub fn each_block<E: From<io::Error>>(
     file: &File,
     len: u64,
@@ -86,7 +89,8 @@ pub fn each_block<E: From<io::Error>>(
     if which == Blocks::All {
         return each_of(file, 0..len, &mut buffer, &mut visit);
     }
-    DataExtents::of(file, len).try_for_each(|extent| each_of(file, extent?, &mut buffer, &mut visit))
+    DataExtents::of(file, len)
+        .try_for_each(|extent| each_of(file, extent?, &mut buffer, &mut visit))
 }
 
 fn each_of<E: From<io::Error>>(

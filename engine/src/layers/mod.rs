@@ -1,5 +1,5 @@
-//! Read-only files of a VM (base images, backing files, kernels): found by content, stored once for all VMs,
-//! taken from a local copy at restore when its digest matches.
+//! Read-only files of a VM (base images, backing files, kernels): found by content, stored once for
+//! all VMs, taken from a local copy at restore when its digest matches.
 
 pub mod digest;
 mod fetch;

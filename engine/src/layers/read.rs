@@ -4,8 +4,8 @@ use super::{MANIFEST_FILE, TABLE_FILE};
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    BlockRef, BlockTable, ByteLen, ContentDigest, FrameEntry, FrameNo, LayerManifest, MAX_LAYER_BODY, PAGE_SIZE, PackIndex, PackName,
-    PackNo,
+    BlockRef, BlockTable, ByteLen, ContentDigest, FrameEntry, FrameNo, LayerManifest,
+    MAX_LAYER_BODY, PAGE_SIZE, PackIndex, PackName, PackNo,
 };
 use checkpoint_store::Repository;
 use futures::{Stream, StreamExt};
@@ -23,7 +23,8 @@ const BATCH_RAW_BYTES: u64 = 16 << 20;
 const GAP_BYTES: u64 = 256 << 10;
 /// Batches being read or decoded at once: with their content 80 MiB at most.
 const READS: usize = 4;
-/// Pack indexes and manifests of other layers kept: blocks follow one another, so the last few are the next.
+/// Pack indexes and manifests of other layers kept: blocks follow one another, so the last few are
+/// the next.
 const KEPT: usize = 8;
 
 pub struct StoredLayer {
@@ -59,9 +60,16 @@ impl StoredLayer {
 
     pub async fn with_manifest(repository: &Repository, manifest: LayerManifest) -> Result<Self> {
         let about = || format!("the block table of layer {}", manifest.digest);
-        let bytes = repository.read_layer_file(&manifest.digest, TABLE_FILE, manifest.table.len.0).await.with_context(about)?;
+        let bytes = repository
+            .read_layer_file(&manifest.digest, TABLE_FILE, manifest.table.len.0)
+            .await
+            .with_context(about)?;
         let table = manifest.parse_table(&bytes).with_context(about)?;
-        Ok(Self { repository: repository.clone(), manifest: Arc::new(manifest), table: Arc::new(table) })
+        Ok(Self {
+            repository: repository.clone(),
+            manifest: Arc::new(manifest),
+            table: Arc::new(table),
+        })
     }
 
     pub fn len(&self) -> ByteLen {
@@ -87,7 +95,9 @@ impl StoredLayer {
                 Err(error) => Some((Err(error), None)),
             }
         });
-        batches.map(move |batch| load(repository.clone(), Arc::clone(&manifest), batch)).buffered(READS)
+        batches
+            .map(move |batch| load(repository.clone(), Arc::clone(&manifest), batch))
+            .buffered(READS)
     }
 }
 
@@ -106,13 +116,27 @@ impl Plan {
         let mut batch: Option<Batch> = None;
         while let Some((number, at)) = self.table.get(self.next) {
             let about = || format!("block {number} of layer {}", self.manifest.digest);
-            let owner = self.manifest.owner(at.owner).context("the block's owner is not in the layer's list").with_context(about)?;
-            let (pack, entry) = self.locate(owner, &at).await.with_context(|| format!("block {number} of layer {owner}"))?;
+            let owner = self
+                .manifest
+                .owner(at.owner)
+                .context("the block's owner is not in the layer's list")
+                .with_context(about)?;
+            let (pack, entry) = self
+                .locate(owner, &at)
+                .await
+                .with_context(|| format!("block {number} of layer {owner}"))?;
             let (range, raw) = (entry.byte_range(), entry.raw_len() as u64);
             let block = BatchBlock { number, entry, digest: at.digest };
             match &mut batch {
                 None => {
-                    batch = Some(Batch { owner, pack, start: range.start, end: range.end, raw_bytes: raw, blocks: vec![block] });
+                    batch = Some(Batch {
+                        owner,
+                        pack,
+                        start: range.start,
+                        end: range.end,
+                        raw_bytes: raw,
+                        blocks: vec![block],
+                    });
                 }
                 Some(open) if open.takes(&owner, &pack, range.start, range.end, raw) => {
                     open.end = range.end;
@@ -126,14 +150,22 @@ impl Plan {
         Ok(batch)
     }
 
-    async fn locate(&mut self, owner: ContentDigest, at: &BlockRef) -> Result<(PackName, FrameEntry)> {
+    async fn locate(
+        &mut self,
+        owner: ContentDigest,
+        at: &BlockRef,
+    ) -> Result<(PackName, FrameEntry)> {
         let index = self.index(owner, at.pack).await?;
         let (name, index) = index.as_ref();
         let missing = || damaged(format!("layer {owner}/{name} has no frame {}", at.frame));
         Ok((name.clone(), *index.frame(FrameNo(at.frame.0)).ok_or_else(missing)?))
     }
 
-    async fn index(&mut self, owner: ContentDigest, pack: PackNo) -> Result<Arc<(PackName, PackIndex)>> {
+    async fn index(
+        &mut self,
+        owner: ContentDigest,
+        pack: PackNo,
+    ) -> Result<Arc<(PackName, PackIndex)>> {
         if let Some(known) = self.indexes.get(&(owner, pack)) {
             return Ok(known);
         }
@@ -142,8 +174,14 @@ impl Plan {
         let record = manifest.packs.get(pack.as_usize()).ok_or_else(missing)?;
         let about = || format!("the index of layer {owner}/{}", record.name);
         let range = record.info.footer().trailer_range();
-        let read = self.repository.read_layer_range(&owner, record.name.as_str(), range.start, range.end - range.start);
-        let index = record.info.parse_index(&read.await.with_context(about)?).with_context(about)?;
+        let read = self.repository.read_layer_range(
+            &owner,
+            record.name.as_str(),
+            range.start,
+            range.end - range.start,
+        );
+        let index =
+            record.info.parse_index(&read.await.with_context(about)?).with_context(about)?;
         Ok(self.indexes.keep((owner, pack), (record.name.clone(), index)))
     }
 
@@ -159,27 +197,48 @@ impl Plan {
 }
 
 impl Batch {
-    fn takes(&self, owner: &ContentDigest, pack: &PackName, start: u64, end: u64, raw: u64) -> bool {
+    fn takes(
+        &self,
+        owner: &ContentDigest,
+        pack: &PackName,
+        start: u64,
+        end: u64,
+        raw: u64,
+    ) -> bool {
         let near = (self.end..=self.end.saturating_add(GAP_BYTES)).contains(&start);
-        let small = end.saturating_sub(self.start) <= BATCH_BYTES && self.raw_bytes + raw <= BATCH_RAW_BYTES;
+        let small = end.saturating_sub(self.start) <= BATCH_BYTES
+            && self.raw_bytes + raw <= BATCH_RAW_BYTES;
         self.owner == *owner && self.pack == *pack && near && small
     }
 }
 
-async fn load(repository: Repository, manifest: Arc<LayerManifest>, batch: Result<Batch>) -> Result<Vec<Content>> {
+async fn load(
+    repository: Repository,
+    manifest: Arc<LayerManifest>,
+    batch: Result<Batch>,
+) -> Result<Vec<Content>> {
     let batch = batch?;
     let about = format!("layer {}/{}", batch.owner, batch.pack);
-    let read = repository.read_layer_range(&batch.owner, batch.pack.as_str(), batch.start, batch.end - batch.start);
+    let read = repository.read_layer_range(
+        &batch.owner,
+        batch.pack.as_str(),
+        batch.start,
+        batch.end - batch.start,
+    );
     let bytes = read.await.with_context(|| about.clone())?;
     let decode = move || decode(&manifest, &batch, &bytes);
-    tokio::task::spawn_blocking(decode).await.context("internal error: decode task panicked")?.with_context(|| about)
+    tokio::task::spawn_blocking(decode)
+        .await
+        .context("internal error: decode task panicked")?
+        .with_context(|| about)
 }
 
 fn decode(manifest: &LayerManifest, batch: &Batch, bytes: &[u8]) -> Result<Vec<Content>> {
     let decoded = batch.blocks.iter().map(|block| {
         let about = || format!("block {} of layer {}", block.number, manifest.digest);
         let range = block.entry.byte_range();
-        let stored = &bytes[(range.start - batch.start) as usize..(range.end - batch.start) as usize];
+        let stored =
+            &bytes[(range.start - batch.start) as usize..(range.end - batch.start) as usize];
         decode_block(manifest, block, stored).with_context(about)
     });
     decoded.collect()
@@ -223,9 +282,15 @@ impl<K: Eq + Hash, V> Kept<K, V> {
     }
 }
 
-pub async fn read_manifest(repository: &Repository, digest: &ContentDigest) -> Result<LayerManifest> {
+pub async fn read_manifest(
+    repository: &Repository,
+    digest: &ContentDigest,
+) -> Result<LayerManifest> {
     let about = || format!("the manifest of layer {digest}");
-    let bytes = repository.read_layer_file(digest, MANIFEST_FILE, MAX_MANIFEST_FILE).await.with_context(about)?;
+    let bytes = repository
+        .read_layer_file(digest, MANIFEST_FILE, MAX_MANIFEST_FILE)
+        .await
+        .with_context(about)?;
     let manifest = LayerManifest::parse(&bytes).with_context(about)?;
     if manifest.digest != *digest {
         return Err(damaged(format!("it says that it is {}", manifest.digest))).with_context(about);

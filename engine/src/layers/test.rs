@@ -37,7 +37,16 @@ impl Lab {
         let found = digest::of_file(path).unwrap();
         let stored = ensure(&self.repository, path, found).await.unwrap();
         let path = "nowhere".to_owned();
-        (LayerRef { digest: found.digest, form: found.form, len: found.len, format: "raw".to_owned(), path }, stored)
+        (
+            LayerRef {
+                digest: found.digest,
+                form: found.form,
+                len: found.len,
+                format: "raw".to_owned(),
+                path,
+            },
+            stored,
+        )
     }
 
     /// Where nothing is cached yet.
@@ -60,7 +69,11 @@ async fn layer_of_a_huge_sparse_image_costs_its_data() {
     let lab = lab().await;
     let begun = Instant::now();
     let len = (2 << 40) + 512;
-    let data = [(0, noise(1, 60 << 20)), ((1 << 40) + 4096, noise(2, 40 << 20)), (len - 512, vec![7; 512])];
+    let data = [
+        (0, noise(1, 60 << 20)),
+        ((1 << 40) + 4096, noise(2, 40 << 20)),
+        (len - 512, vec![7; 512]),
+    ];
     let image = lab.image("base.raw", len, &data);
     let (layer, stored) = lab.store(&image).await;
     assert_eq!((layer.form, layer.len), (DigestForm::Blocks, ByteLen(len)));
@@ -68,7 +81,11 @@ async fn layer_of_a_huge_sparse_image_costs_its_data() {
     assert_eq!(lab.store(&image).await.1, 0, "it is there already");
     let fetched = lab.fetch(&layer).await;
     let facts = std::fs::metadata(&fetched).unwrap();
-    assert!(facts.len() == len && facts.blocks() * 512 < 110 << 20, "holes were filled: {}", facts.blocks() * 512);
+    assert!(
+        facts.len() == len && facts.blocks() * 512 < 110 << 20,
+        "holes were filled: {}",
+        facts.blocks() * 512
+    );
     let file = File::open(&fetched).unwrap();
     for (at, expected) in &data {
         let mut found = vec![0; expected.len()];
@@ -78,7 +95,10 @@ async fn layer_of_a_huge_sparse_image_costs_its_data() {
     assert_eq!(digest::of_file(&fetched).unwrap().digest, layer.digest);
     // A local copy serves.
     let local = LayerRef { path: image.display().to_string(), ..layer.clone() };
-    assert_eq!(provide(&lab.repository, &local, Path::new("/"), &Silent).await.unwrap().bytes_read, 0);
+    assert_eq!(
+        provide(&lab.repository, &local, Path::new("/"), &Silent).await.unwrap().bytes_read,
+        0
+    );
     eprintln!("2 TiB of holes with 100 MiB of data: {:?}", begun.elapsed());
     std::fs::remove_file(&fetched).unwrap();
 }
@@ -87,12 +107,15 @@ async fn layer_of_a_huge_sparse_image_costs_its_data() {
 #[tokio::test(flavor = "multi_thread")]
 async fn layers_share_blocks_and_come_back_as_they_were() {
     let lab = lab().await;
-    let first = lab.image("first.raw", 9 << 20, &[(0, noise(1, 4 << 20)), (8 << 20, noise(9, 1000))]);
+    let first =
+        lab.image("first.raw", 9 << 20, &[(0, noise(1, 4 << 20)), (8 << 20, noise(9, 1000))]);
     let (layer, _) = lab.store(&first).await;
     assert_eq!(layer.form, DigestForm::Content);
-    let block = |number: u64| noise(1, 4 << 20)[number as usize * BLOCK_SIZE..][..BLOCK_SIZE].to_vec();
+    let block =
+        |number: u64| noise(1, 4 << 20)[number as usize * BLOCK_SIZE..][..BLOCK_SIZE].to_vec();
     let order = [5, 3, 60, 3, 0, 1, 2];
-    let mut data: Vec<(u64, Vec<u8>)> = (0_u64..).zip(order).map(|(at, number)| (at * BLOCK_SIZE as u64, block(number))).collect();
+    let mut data: Vec<(u64, Vec<u8>)> =
+        (0_u64..).zip(order).map(|(at, number)| (at * BLOCK_SIZE as u64, block(number))).collect();
     data.push((20 << 20, noise(5, 300_000)));
     data.push((21 << 20, noise(5, 300_000)));
     let second = lab.image("second.raw", (22 << 20) + 77, &data);
@@ -110,20 +133,28 @@ async fn layer_that_is_another_than_the_checkpoint_says_is_refused() {
     let lab = lab().await;
     let image = lab.image("base.raw", 3 << 20, &[(0, noise(3, 1 << 20))]);
     let (layer, _) = lab.store(&image).await;
-    for wrong in [LayerRef { len: ByteLen(4 << 20), ..layer.clone() }, LayerRef { form: DigestForm::Blocks, ..layer.clone() }] {
-        let error = provide(&lab.repository, &wrong, lab.folder.path(), &Silent).await.err().unwrap();
+    for wrong in [
+        LayerRef { len: ByteLen(4 << 20), ..layer.clone() },
+        LayerRef { form: DigestForm::Blocks, ..layer.clone() },
+    ] {
+        let error =
+            provide(&lab.repository, &wrong, lab.folder.path(), &Silent).await.err().unwrap();
         assert_eq!(vm::error::class_of(&error), vm::error::Class::Damaged, "{error:#}");
     }
 }
 
-/// One block after the other, as a layer was fetched before; and in batches. `cargo test --release -- --ignored --nocapture
-/// fetch_benchmark`; STORE_URL names another store than a directory.
+/// One block after the other, as a layer was fetched before; and in batches.
+/// `cargo test --release -- --ignored --nocapture fetch_benchmark`; STORE_URL names another store
+/// than a directory.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a benchmark"]
 async fn fetch_benchmark() {
     let mut lab = lab().await;
     if let Ok(url) = std::env::var("STORE_URL") {
-        lab.repository = crate::stores::open(&format!("{url}/{}", std::process::id()), Mode::CreateIfMissing).await.unwrap();
+        lab.repository =
+            crate::stores::open(&format!("{url}/{}", std::process::id()), Mode::CreateIfMissing)
+                .await
+                .unwrap();
     }
     let len = 1_u64 << 30;
     let words: Vec<u8> = (0..4096_u32).flat_map(|number| (number * number).to_le_bytes()).collect();
@@ -144,7 +175,8 @@ async fn fetch_benchmark() {
     eprintln!("in batches, written, synced and digested: {:?}", begun.elapsed());
     let begun = Instant::now();
     let stored = StoredLayer::open(&lab.repository, &layer.digest).await.unwrap();
-    let batches: Vec<usize> = stored.blocks().map_ok(|batch| batch.len()).try_collect().await.unwrap();
+    let batches: Vec<usize> =
+        stored.blocks().map_ok(|batch| batch.len()).try_collect().await.unwrap();
     eprintln!("in {} batches, only read: {:?}", batches.len(), begun.elapsed());
     assert_eq!(batches.iter().sum::<usize>(), count);
     std::fs::remove_file(fetched).unwrap();
@@ -160,12 +192,18 @@ async fn one_by_one(repository: &Repository, digest: &ContentDigest) -> usize {
         let name = record.name.as_str();
         if let std::collections::hash_map::Entry::Vacant(place) = indexes.entry(at.pack) {
             let range = record.info.footer().trailer_range();
-            let bytes = repository.read_layer_range(digest, name, range.start, range.end - range.start).await.unwrap();
+            let bytes = repository
+                .read_layer_range(digest, name, range.start, range.end - range.start)
+                .await
+                .unwrap();
             place.insert(record.info.parse_index(&bytes).unwrap());
         }
         let entry = *indexes[&at.pack].frame(at.frame).unwrap();
         let range = entry.byte_range();
-        let bytes = repository.read_layer_range(digest, name, range.start, range.end - range.start).await.unwrap();
+        let bytes = repository
+            .read_layer_range(digest, name, range.start, range.end - range.start)
+            .await
+            .unwrap();
         let content = entry.decode(&bytes).unwrap();
         assert_eq!(ContentDigest::of(&content), at.digest);
         file.write_all_at(&content, number * BLOCK_SIZE as u64).unwrap();

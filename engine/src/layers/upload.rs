@@ -1,4 +1,5 @@
-//! A file becomes a layer: cut into fixed blocks, of which only those that no layer has yet are stored.
+//! A file becomes a layer: cut into fixed blocks, of which only those that no layer has yet are
+//! stored.
 
 use super::digest::FileDigest;
 use super::image::{self, Blocks};
@@ -8,8 +9,9 @@ use crate::pack::{Entrance, FrameJob, PackJob, PackTarget, Packer};
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use checkpoint_format::{
-    BLOCK_PAGES, BLOCK_SIZE, BlockIndex, BlockTable, BlockTableBuilder, BlocksHasher, ContentDigest, ContentHasher, DigestForm, FrameNo,
-    LayerManifest, PAGE_SIZE, PackName, PackNo, PackRecord, PageDigest, PageIndex, SpaceId, SpaceName, SpaceTable, is_zero,
+    BLOCK_PAGES, BLOCK_SIZE, BlockIndex, BlockTable, BlockTableBuilder, BlocksHasher,
+    ContentDigest, ContentHasher, DigestForm, FrameNo, LayerManifest, PAGE_SIZE, PackName, PackNo,
+    PackRecord, PageDigest, PageIndex, SpaceId, SpaceName, SpaceTable, is_zero,
 };
 use checkpoint_store::{LayerOutcome, PartialLayer, Repository};
 use std::collections::HashMap;
@@ -18,7 +20,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Blocks of other layers, and of the new one, held in memory to be found again: about 40 MB, 16 GiB of layers.
+/// Blocks of other layers, and of the new one, held in memory to be found again: about 40 MB, 16
+/// GiB of layers.
 const MOST_KNOWN_BLOCKS: usize = 1 << 18;
 /// A table that names each zero block is not read for its few others beyond this length.
 const MOST_TABLE_BLOCKS: u64 = 1 << 22;
@@ -66,11 +69,18 @@ async fn known_blocks(repository: &Repository) -> Result<BlockIndex> {
     Ok(known)
 }
 
-/// A layer that is too large to be known is not: a block that is not known is stored once more, which is larger, never wrong.
-async fn add_known(repository: &Repository, digest: &ContentDigest, known: &mut BlockIndex) -> Result<()> {
+/// A layer that is too large to be known is not: a block that is not known is stored once more,
+/// which is larger, never wrong.
+async fn add_known(
+    repository: &Repository,
+    digest: &ContentDigest,
+    known: &mut BlockIndex,
+) -> Result<()> {
     let manifest = read_manifest(repository, digest).await?;
     let blocks = known.len() as u64 + manifest.table.stored_blocks;
-    if blocks > MOST_KNOWN_BLOCKS as u64 || manifest.form == DigestForm::Content && manifest.table.blocks > MOST_TABLE_BLOCKS {
+    if blocks > MOST_KNOWN_BLOCKS as u64
+        || manifest.form == DigestForm::Content && manifest.table.blocks > MOST_TABLE_BLOCKS
+    {
         return Ok(());
     }
     let layer = StoredLayer::with_manifest(repository, manifest).await?;
@@ -78,7 +88,12 @@ async fn add_known(repository: &Repository, digest: &ContentDigest, known: &mut 
     Ok(())
 }
 
-async fn store(layer: &Arc<PartialLayer>, path: &Path, file: FileDigest, known: BlockIndex) -> Result<u64> {
+async fn store(
+    layer: &Arc<PartialLayer>,
+    path: &Path,
+    file: FileDigest,
+    known: BlockIndex,
+) -> Result<u64> {
     let space = SpaceName::layer(file.digest);
     let spaces = SpaceTable::new([space.clone()])?;
     let id = spaces.id(&space).context("the layer's space has no number")?;
@@ -95,7 +110,9 @@ async fn store(layer: &Arc<PartialLayer>, path: &Path, file: FileDigest, known: 
     place(&mut table, &packs)?;
     let (bytes, info) = table.encode(file.form)?;
     let stored: u64 = packs.iter().map(|pack| pack.info.len.0).sum::<u64>() + bytes.len() as u64;
-    let manifest = LayerManifest::new(file.digest, file.len, packs, owners, info).with_form(file.form).encode()?;
+    let manifest = LayerManifest::new(file.digest, file.len, packs, owners, info)
+        .with_form(file.form)
+        .encode()?;
     put(layer, TABLE_FILE, bytes).await?;
     put(layer, MANIFEST_FILE, manifest).await?;
     Ok(stored)
@@ -117,12 +134,14 @@ fn place(table: &mut BlockTable, packs: &[PackRecord]) -> Result<()> {
     table.place_own(|ordinal| {
         let pack = ends.partition_point(|end| *end <= u64::from(ordinal));
         let first = pack.checked_sub(1).map_or(0, |before| ends[before]);
-        (pack < ends.len()).then(|| (PackNo(pack as u32), FrameNo((u64::from(ordinal) - first) as u32)))
+        (pack < ends.len())
+            .then(|| (PackNo(pack as u32), FrameNo((u64::from(ordinal) - first) as u32)))
     })?;
     Ok(())
 }
 
-/// Reads a file once, without its holes, and sends what is new to the packer. Runs on a thread that may block.
+/// Reads a file once, without its holes, and sends what is new to the packer. Runs on a thread that
+/// may block.
 struct Cut {
     known: BlockIndex,
     space: SpaceId,
@@ -135,10 +154,18 @@ struct Cut {
 
 impl Cut {
     fn new(known: BlockIndex, space: SpaceId, entrance: Entrance) -> Self {
-        Self { known, space, entrance, table: BlockTableBuilder::new(), own: HashMap::new(), sent: 0 }
+        Self {
+            known,
+            space,
+            entrance,
+            table: BlockTableBuilder::new(),
+            own: HashMap::new(),
+            sent: 0,
+        }
     }
 
-    /// Own blocks are in the table by their order: see [`place`]. Checks that the content is still what its digest says.
+    /// Own blocks are in the table by their order: see [`place`]. Checks that the content is still
+    /// what its digest says.
     fn cut(mut self, path: &Path, file: FileDigest) -> Result<BlockTableBuilder> {
         let input = File::open(path).with_context(|| format!("opening {}", path.display()))?;
         let about = || format!("reading {}", path.display());
@@ -156,7 +183,8 @@ impl Cut {
         })
         .with_context(about)?;
         self.table.push_zeros(file.len.0.div_ceil(BLOCK_SIZE as u64) - self.table.blocks())?;
-        let found = if file.form == DigestForm::Content { content.finish() } else { blocks.finish() };
+        let found =
+            if file.form == DigestForm::Content { content.finish() } else { blocks.finish() };
         if found != file.digest || input.metadata().with_context(about)?.len() != file.len.0 {
             bail!("{} changed while it was stored; a layer must be read-only", path.display());
         }
@@ -186,6 +214,8 @@ impl Cut {
 fn frame(space: SpaceId, block: u64, raw: Vec<u8>) -> PackJob {
     let first = block * BLOCK_PAGES as u64;
     let pages = raw.chunks_exact(PAGE_SIZE).enumerate();
-    let pages = pages.map(|(number, page)| (PageIndex(first + number as u64), PageDigest::of(page))).collect();
+    let pages = pages
+        .map(|(number, page)| (PageIndex(first + number as u64), PageDigest::of(page)))
+        .collect();
     PackJob::Data(FrameJob { space, pages, raw })
 }

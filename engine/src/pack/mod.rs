@@ -3,8 +3,9 @@
 //! ```text
 //! Packer::send --(bounded)--> encode x2 --(in order)--> builder --(full)--> upload x2
 //! ```
-//! Everything is bounded: a slow store fills the queues, then the caller waits, and the caller never holds the guest.
-//! Frames reach the builder in the order of the jobs, so of two records of a page the later one counts.
+//! Everything is bounded: a slow store fills the queues, then the caller waits, and the caller
+//! never holds the guest. Frames reach the builder in the order of the jobs, so of two records of a
+//! page the later one counts.
 
 mod target;
 
@@ -13,7 +14,8 @@ pub use target::PackTarget;
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use checkpoint_format::{
-    ByteLen, EncodedFrame, FinishedPack, PackBuilder, PackId, PackRecord, PageDigest, PageIndex, PageRange, SpaceId, SpaceTable,
+    ByteLen, EncodedFrame, FinishedPack, PackBuilder, PackId, PackRecord, PageDigest, PageIndex,
+    PageRange, SpaceId, SpaceTable,
 };
 use checkpoint_store::StoredPack;
 use futures::StreamExt;
@@ -26,11 +28,12 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::task::JoinHandle;
 
-/// A pack is closed when its frames reach this length. HDFS keeps a few hundred bytes of NameNode memory for each file,
-/// and a pack under way is held in memory so that it can be written again from its start.
+/// A pack is closed when its frames reach this length. HDFS keeps a few hundred bytes of NameNode
+/// memory for each file, and a pack under way is held in memory so that it can be written again
+/// from its start.
 pub const PACK_BYTES: ByteLen = ByteLen(24 << 20);
-/// And when its index reaches this length: pages that compress to next to nothing need as much of it as others, and it is in
-/// memory four times when a pack is closed. 240,000 pages.
+/// And when its index reaches this length: pages that compress to next to nothing need as much of
+/// it as others, and it is in memory four times when a pack is closed. 240,000 pages.
 const INDEX_BYTES: ByteLen = ByteLen(4 << 20);
 /// Packs being written at once, besides the one being filled: HDFS gives a pipeline to each file.
 const UPLOADS: usize = 2;
@@ -97,11 +100,22 @@ impl Packer {
     }
 
     /// The packs' numbers begin behind `last`.
-    pub fn after(target: Arc<dyn PackTarget>, spaces: SpaceTable, label: String, last: u32) -> Self {
+    pub fn after(
+        target: Arc<dyn PackTarget>,
+        spaces: SpaceTable,
+        label: String,
+        last: u32,
+    ) -> Self {
         Self::with_packs_of(PACK_BYTES, target, spaces, label, last)
     }
 
-    pub(crate) fn with_packs_of(pack_bytes: ByteLen, target: Arc<dyn PackTarget>, spaces: SpaceTable, label: String, last: u32) -> Self {
+    pub(crate) fn with_packs_of(
+        pack_bytes: ByteLen,
+        target: Arc<dyn PackTarget>,
+        spaces: SpaceTable,
+        label: String,
+        last: u32,
+    ) -> Self {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let stored = StoredPacks::default();
         let pipeline = Pipeline::new(target, spaces, label, pack_bytes, last + 1, stored.clone());
@@ -112,7 +126,8 @@ impl Packer {
         self.stored.clone()
     }
 
-    /// Waits while the queue is full. An error here only says that the pipeline ended; [`Packer::finish`] tells why.
+    /// Waits while the queue is full. An error here only says that the pipeline ended;
+    /// [`Packer::finish`] tells why.
     pub async fn send(&self, jobs: &mut Vec<PackJob>) -> Result<()> {
         for job in jobs.drain(..) {
             self.jobs.send(job).await.map_err(|_| ended())?;
@@ -176,7 +191,9 @@ impl Entrance {
         match Handle::current().block_on(self.jobs.send_timeout(job, timeout)) {
             Ok(()) => Ok(()),
             Err(SendTimeoutError::Closed(_)) => Err(ended()),
-            Err(SendTimeoutError::Timeout(_)) => bail!("the store took nothing for {timeout:?}, for which the guest must not wait"),
+            Err(SendTimeoutError::Timeout(_)) => {
+                bail!("the store took nothing for {timeout:?}, for which the guest must not wait")
+            }
         }
     }
 }
@@ -205,9 +222,25 @@ struct Pipeline {
 }
 
 impl Pipeline {
-    fn new(target: Arc<dyn PackTarget>, spaces: SpaceTable, label: String, pack_bytes: ByteLen, first: u32, stored: StoredPacks) -> Self {
+    fn new(
+        target: Arc<dyn PackTarget>,
+        spaces: SpaceTable,
+        label: String,
+        pack_bytes: ByteLen,
+        first: u32,
+        stored: StoredPacks,
+    ) -> Self {
         let builder = PackBuilder::new(pack_id(&label, first), &spaces);
-        Self { target, spaces, label, builder, pack_bytes, begun: first, uploads: FuturesUnordered::new(), stored }
+        Self {
+            target,
+            spaces,
+            label,
+            builder,
+            pack_bytes,
+            begun: first,
+            uploads: FuturesUnordered::new(),
+            stored,
+        }
     }
 
     async fn run(mut self, queue: mpsc::Receiver<PackJob>) -> Result<()> {
@@ -223,7 +256,9 @@ impl Pipeline {
     }
 
     async fn take_all(&mut self, queue: mpsc::Receiver<PackJob>) -> Result<()> {
-        let jobs = futures::stream::unfold(queue, |mut queue| async { queue.recv().await.map(|job| (job, queue)) });
+        let jobs = futures::stream::unfold(queue, |mut queue| async {
+            queue.recv().await.map(|job| (job, queue))
+        });
         let mut encoded = Box::pin(jobs.map(encode).buffered(ENCODERS));
         loop {
             tokio::select! {
@@ -286,9 +321,14 @@ fn pack_id(label: &str, number: u32) -> PackId {
     PackId::derive(&[label, &number.to_string()])
 }
 
-async fn upload(target: Arc<dyn PackTarget>, number: u32, pack: FinishedPack) -> Result<NumberedPack> {
+async fn upload(
+    target: Arc<dyn PackTarget>,
+    number: u32,
+    pack: FinishedPack,
+) -> Result<NumberedPack> {
     let chunks = pack.chunks.into_iter().map(Bytes::from).collect();
-    let StoredPack { name, replicas, .. } = target.put_pack(&format!("pack-{number:04}"), chunks).await?;
+    let StoredPack { name, replicas, .. } =
+        target.put_pack(&format!("pack-{number:04}"), chunks).await?;
     Ok(NumberedPack { number, record: PackRecord { name, info: pack.info, replicas } })
 }
 
@@ -297,7 +337,9 @@ async fn encode(job: PackJob) -> Result<Encoded> {
         PackJob::Zero(space, pages) => Ok(Encoded::Zero(space, pages)),
         PackJob::Data(job) => {
             let frame = move || EncodedFrame::encode(job.space, &job.pages, &job.raw, ZSTD_LEVEL);
-            let frame = tokio::task::spawn_blocking(frame).await.context("compressing a frame was cut off")?;
+            let frame = tokio::task::spawn_blocking(frame)
+                .await
+                .context("compressing a frame was cut off")?;
             Ok(Encoded::Frame(frame.context("compressing a frame")?))
         }
     }
@@ -313,11 +355,22 @@ mod test {
     struct Lengths(Mutex<Vec<usize>>);
 
     impl PackTarget for Lengths {
-        fn put_pack<'a>(&'a self, stem: &'a str, chunks: Vec<Bytes>) -> BoxFuture<'a, Result<StoredPack>> {
+        fn put_pack<'a>(
+            &'a self,
+            stem: &'a str,
+            chunks: Vec<Bytes>,
+        ) -> BoxFuture<'a, Result<StoredPack>> {
             let len = chunks.iter().map(Bytes::len).sum();
             self.0.lock().unwrap().push(len);
             let name = format!("{stem}.pack").parse().unwrap();
-            let stored = StoredPack { name, len: len as u64, replicas: None, wanted_replicas: None, more_requested: false, attempts: 1 };
+            let stored = StoredPack {
+                name,
+                len: len as u64,
+                replicas: None,
+                wanted_replicas: None,
+                more_requested: false,
+                attempts: 1,
+            };
             Box::pin(async move { Ok(stored) })
         }
     }
@@ -329,24 +382,36 @@ mod test {
         let spaces = SpaceTable::new([name.clone()]).unwrap();
         let space = spaces.id(&name).unwrap();
         let target = Arc::new(Lengths::default());
-        let packer = Packer::new(Arc::clone(&target) as Arc<dyn PackTarget>, spaces, "test".to_owned());
+        let packer =
+            Packer::new(Arc::clone(&target) as Arc<dyn PackTarget>, spaces, "test".to_owned());
         let entrance = packer.entrance();
         let frames = 12 * 1024;
         let send = move || {
             (0..frames).try_for_each(|number: u64| {
                 let page = |at: u64| {
                     let digest = blake3::hash(&(number * FRAME_PAGES as u64 + at).to_le_bytes());
-                    (PageIndex(number * FRAME_PAGES as u64 + at), PageDigest(digest.as_bytes()[..16].try_into().unwrap()))
+                    (
+                        PageIndex(number * FRAME_PAGES as u64 + at),
+                        PageDigest(digest.as_bytes()[..16].try_into().unwrap()),
+                    )
                 };
                 let pages = (0..FRAME_PAGES as u64).map(page).collect();
-                entrance.send(&mut vec![PackJob::Data(FrameJob { space, pages, raw: vec![1; FRAME_PAGES * PAGE_SIZE] })])
+                entrance.send(&mut vec![PackJob::Data(FrameJob {
+                    space,
+                    pages,
+                    raw: vec![1; FRAME_PAGES * PAGE_SIZE],
+                })])
             })
         };
         tokio::task::spawn_blocking(send).await.unwrap().unwrap();
         let records = packer.finish().await.unwrap();
         assert!(records.len() >= 3, "{} packs", records.len());
         let frame = (FRAME_PAGES * 40) as u32;
-        assert!(records.iter().all(|record| record.info.trailer_raw_len <= INDEX_BYTES.0 as u32 + frame));
+        assert!(
+            records
+                .iter()
+                .all(|record| record.info.trailer_raw_len <= INDEX_BYTES.0 as u32 + frame)
+        );
         assert_eq!(records.iter().map(|record| record.info.frames).sum::<u32>(), frames as u32);
     }
 }

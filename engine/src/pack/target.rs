@@ -6,17 +6,29 @@ use checkpoint_store::{PartialCheckpoint, PartialLayer, StoredPack};
 use futures::future::BoxFuture;
 
 pub trait PackTarget: Send + Sync {
-    fn put_pack<'a>(&'a self, stem: &'a str, chunks: Vec<Bytes>) -> BoxFuture<'a, Result<StoredPack>>;
+    fn put_pack<'a>(
+        &'a self,
+        stem: &'a str,
+        chunks: Vec<Bytes>,
+    ) -> BoxFuture<'a, Result<StoredPack>>;
 }
 
 impl PackTarget for PartialCheckpoint {
-    fn put_pack<'a>(&'a self, stem: &'a str, chunks: Vec<Bytes>) -> BoxFuture<'a, Result<StoredPack>> {
+    fn put_pack<'a>(
+        &'a self,
+        stem: &'a str,
+        chunks: Vec<Bytes>,
+    ) -> BoxFuture<'a, Result<StoredPack>> {
         Box::pin(async move { Ok(PartialCheckpoint::put_pack(self, stem, chunks).await?) })
     }
 }
 
 impl PackTarget for PartialLayer {
-    fn put_pack<'a>(&'a self, stem: &'a str, chunks: Vec<Bytes>) -> BoxFuture<'a, Result<StoredPack>> {
+    fn put_pack<'a>(
+        &'a self,
+        stem: &'a str,
+        chunks: Vec<Bytes>,
+    ) -> BoxFuture<'a, Result<StoredPack>> {
         Box::pin(async move { Ok(PartialLayer::put_pack(self, stem, chunks).await?) })
     }
 }

@@ -73,8 +73,16 @@ const CHANGING: &[Changing] = &[
     changing("mc146818rtc", "next_periodic_time", HOST_CLOCK),
     changing("mc146818rtc", "update_timer", HOST_CLOCK),
     changing("mc146818rtc", "next_alarm_time", HOST_CLOCK),
-    changing("ide", "bmdma.migration_retry_", "QEMU reads them back only for a transfer that failed"),
-    changing("kvmclock", "clock", "QEMU reads KVM's clock when it writes it, unless the guest was stopped by a command"),
+    changing(
+        "ide",
+        "bmdma.migration_retry_",
+        "QEMU reads them back only for a transfer that failed",
+    ),
+    changing(
+        "kvmclock",
+        "clock",
+        "QEMU reads KVM's clock when it writes it, unless the guest was stopped by a command",
+    ),
     changing("qxl", "ssd.unique", "counts what QEMU has drawn, also when it is loaded"),
     Changing {
         section: "tpm-emulator",
@@ -110,19 +118,26 @@ pub fn compare(stored: &DeviceState, resaved: &Resaved) -> Result<Devices> {
     let mut found = Devices::default();
     let old = sections_like(stored, &resaved.sections)?;
     ensure!(!old.is_empty(), "the stored device state has no section");
-    let is_same = |one: &DeviceSection, other: &DeviceSection| (one.name.as_str(), one.instance) == (other.name.as_str(), other.instance);
+    let is_same = |one: &DeviceSection, other: &DeviceSection| {
+        (one.name.as_str(), one.instance) == (other.name.as_str(), other.instance)
+    };
     let has = |name: &str| old.iter().any(|section| section.name.rsplit('/').next() == Some(name));
     for section in &old {
         let Some(now) = resaved.sections.iter().find(|other| is_same(section, other)) else {
-            found.differences.push(Difference::noted(label(section), "the restored QEMU has no such section"));
+            found
+                .differences
+                .push(Difference::noted(label(section), "the restored QEMU has no such section"));
             continue;
         };
         let before = section.body(&stored.as_bytes()[section.bytes.clone()]);
         let body = now.body(&resaved.devices.as_bytes()[now.bytes.clone()]);
         compare_one(now, (before, body), &resaved.layout, &has, &mut found);
     }
-    let new = resaved.sections.iter().filter(|section| !old.iter().any(|other| is_same(section, other)));
-    found.differences.extend(new.map(|section| Difference::noted(label(section), "the checkpoint has no such section")));
+    let new =
+        resaved.sections.iter().filter(|section| !old.iter().any(|other| is_same(section, other)));
+    found.differences.extend(
+        new.map(|section| Difference::noted(label(section), "the checkpoint has no such section")),
+    );
     Ok(found)
 }
 
@@ -130,14 +145,21 @@ fn label(section: &DeviceSection) -> String {
     format!("state:device/{}", section.label())
 }
 
-fn compare_one(section: &DeviceSection, (before, now): (&[u8], &[u8]), layout: &Layout, has: &dyn Fn(&str) -> bool, found: &mut Devices) {
+fn compare_one(
+    section: &DeviceSection,
+    (before, now): (&[u8], &[u8]),
+    layout: &Layout,
+    has: &dyn Fn(&str) -> bool,
+    found: &mut Devices,
+) {
     if before == now {
         found.same += 1;
         return;
     }
     let mut difference = Difference::new(label(section));
     if before.len() != now.len() {
-        difference.note = Some(format!("{} bytes long, {} in the checkpoint", now.len(), before.len()));
+        difference.note =
+            Some(format!("{} bytes long, {} in the checkpoint", now.len(), before.len()));
     }
     for at in (0..before.len().min(now.len())).filter(|at| before[*at] != now[*at]) {
         let field = layout.field(section, at as u64);
@@ -145,7 +167,9 @@ fn compare_one(section: &DeviceSection, (before, now): (&[u8], &[u8]), layout: &
             let length = layout.range(section, field).map_or(0, |range| range.len() as u64);
             length.saturating_sub(place)
         };
-        let excused = |(field, place): &(String, u64)| excuse(&section.name, field, (*place, left(field, *place)), has);
+        let excused = |(field, place): &(String, u64)| {
+            excuse(&section.name, field, (*place, left(field, *place)), has)
+        };
         match field.as_ref().and_then(excused) {
             Some(why) => {
                 let excused = (label(section), why);
@@ -155,7 +179,12 @@ fn compare_one(section: &DeviceSection, (before, now): (&[u8], &[u8]), layout: &
             }
             None => {
                 if difference.bytes == 0 && difference.note.is_none() {
-                    difference.note = Some(quote(field.map_or_else(|| "?".to_owned(), |(field, _)| field), before, now, at));
+                    difference.note = Some(quote(
+                        field.map_or_else(|| "?".to_owned(), |(field, _)| field),
+                        before,
+                        now,
+                        at,
+                    ));
                 }
                 difference.push(at as u64..at as u64 + 1);
             }
@@ -165,17 +194,30 @@ fn compare_one(section: &DeviceSection, (before, now): (&[u8], &[u8]), layout: &
 }
 
 fn quote(field: String, before: &[u8], now: &[u8], at: usize) -> String {
-    let hex = |bytes: &[u8]| bytes[at..bytes.len().min(at + QUOTED)].iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let hex = |bytes: &[u8]| {
+        bytes[at..bytes.len().min(at + QUOTED)]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<String>()
+    };
     format!("first in field {field}: {} where the checkpoint has {}", hex(now), hex(before))
 }
 
 /// `place` is an offset in the field, and what is left of the field from there; `has` says whether
 /// the VM has a section.
-fn excuse(section: &str, field: &str, (place, left): (u64, u64), has: &dyn Fn(&str) -> bool) -> Option<&'static str> {
+fn excuse(
+    section: &str,
+    field: &str,
+    (place, left): (u64, u64),
+    has: &dyn Fn(&str) -> bool,
+) -> Option<&'static str> {
     let name = section.rsplit('/').next().unwrap_or(section);
     let is_it = |changing: &&Changing| {
         let is_place = changing.part.has(place, left);
-        changing.section == name && field.contains(changing.field) && is_place && changing.with.is_none_or(has)
+        changing.section == name
+            && field.contains(changing.field)
+            && is_place
+            && changing.with.is_none_or(has)
     };
     CHANGING.iter().find(is_it).map(|changing| changing.why)
 }
@@ -183,8 +225,18 @@ fn excuse(section: &str, field: &str, (place, left): (u64, u64), has: &dyn Fn(&s
 /// Guest memory that QEMU itself writes when it loads a device: section, field with the address,
 /// length, and why. The field is big-endian, of a `_le` one the other way round.
 const LOADED: &[(&str, &str, u64, &str)] = &[
-    ("kvmvapic", "rom_state_paddr", 4096, "QEMU notes the TPR shadow of the boot ROM there when it loads it"),
-    ("kvmvapic", "vapic_paddr", 4096, "QEMU writes the interrupt priorities there when it loads them"),
+    (
+        "kvmvapic",
+        "rom_state_paddr",
+        4096,
+        "QEMU notes the TPR shadow of the boot ROM there when it loads it",
+    ),
+    (
+        "kvmvapic",
+        "vapic_paddr",
+        4096,
+        "QEMU writes the interrupt priorities there when it loads them",
+    ),
     ("cpu", "env.system_time_msr", 32, "KVM writes its clock there when it gets the register"),
     ("cpu", "env.wall_clock_msr", 16, "KVM writes the date there when it gets the register"),
     ("vmgenid", "vgia_le", 16, "a restored VM has a new generation id"),
@@ -197,10 +249,18 @@ pub fn written_by_load(resaved: &Resaved) -> Vec<(std::ops::Range<u64>, &'static
     for section in &resaved.sections {
         let body = section.body(&resaved.devices.as_bytes()[section.bytes.clone()]);
         for (_, field, length, why) in LOADED.iter().filter(|(name, ..)| section.name == *name) {
-            let bytes = resaved.layout.range(section, field).and_then(|range| body.get(range)).unwrap_or_default();
+            let bytes = resaved
+                .layout
+                .range(section, field)
+                .and_then(|range| body.get(range))
+                .unwrap_or_default();
             let is_little = field.ends_with("_le");
             let shift = |address: u64, byte: &u8| address << 8 | u64::from(*byte);
-            let address = if is_little { bytes.iter().rev().fold(0, shift) } else { bytes.iter().fold(0, shift) };
+            let address = if is_little {
+                bytes.iter().rev().fold(0, shift)
+            } else {
+                bytes.iter().fold(0, shift)
+            };
             if address != 0 {
                 found.push((address..address.saturating_add(*length), *why));
             }
@@ -215,16 +275,32 @@ mod test {
 
     #[test]
     fn only_the_clock_of_the_cmos_is_excused() {
-        let why = |section: &str, field: &str, place: u64| excuse(section, field, (place, 0), &|_| false).is_some();
-        assert!(why("mc146818rtc", "cmos_data", 2) && why("0000:00:01.1/ide", "bmdma.migration_retry_unit", 0));
-        assert!(!why("mc146818rtc", "cmos_data", 0x10) && !why("mc146818rtc", "cmos_index", 0) && !why("ide", "bmdma.cmd", 0));
-        assert!(!why("piix4_pm", "ar.gpe.sts", 0) && excuse("piix4_pm", "ar.gpe.sts", (0, 0), &|name| name == "vmgenid").is_some());
+        let why = |section: &str, field: &str, place: u64| {
+            excuse(section, field, (place, 0), &|_| false).is_some()
+        };
+        assert!(
+            why("mc146818rtc", "cmos_data", 2)
+                && why("0000:00:01.1/ide", "bmdma.migration_retry_unit", 0)
+        );
+        assert!(
+            !why("mc146818rtc", "cmos_data", 0x10)
+                && !why("mc146818rtc", "cmos_index", 0)
+                && !why("ide", "bmdma.cmd", 0)
+        );
+        assert!(
+            !why("piix4_pm", "ar.gpe.sts", 0)
+                && excuse("piix4_pm", "ar.gpe.sts", (0, 0), &|name| name == "vmgenid").is_some()
+        );
     }
     #[test]
     fn only_the_clocks_of_a_tpm_are_excused() {
-        let why = |left| excuse("tpm-emulator", "state_blobs.volatil.buffer", (0, left), &|_| false).is_some();
+        let why = |left| {
+            excuse("tpm-emulator", "state_blobs.volatil.buffer", (0, left), &|_| false).is_some()
+        };
         assert!(why(1) && why(20) && why(44) && why(59) && why(264) && why(271));
         assert!(!why(0) && !why(21) && !why(43) && !why(60) && !why(263) && !why(272));
-        assert!(excuse("tpm-emulator", "state_blobs.permanent.buffer", (0, 1), &|_| false).is_none());
+        assert!(
+            excuse("tpm-emulator", "state_blobs.permanent.buffer", (0, 1), &|_| false).is_none()
+        );
     }
 }

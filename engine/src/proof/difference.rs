@@ -45,13 +45,19 @@ impl Difference {
 
     /// Without the pages of `excused`, which are returned by their names. More ranges than are kept
     /// stay a difference.
-    pub fn without(self, excused: &[(Range<u64>, &'static str)], page: u64) -> (Self, Vec<(String, &'static str)>) {
+    pub fn without(
+        self,
+        excused: &[(Range<u64>, &'static str)],
+        page: u64,
+    ) -> (Self, Vec<(String, &'static str)>) {
         let kept: u64 = self.ranges.iter().map(|range| range.end - range.start).sum();
         let mut left = Self { bytes: self.bytes - kept, ranges: Vec::new(), ..self.clone() };
         let mut names = Vec::new();
         for at in self.ranges.into_iter().flat_map(|range| range.step_by(page as usize)) {
             match excused.iter().find(|(range, _)| range.start < at + page && at < range.end) {
-                Some((_, why)) => names.push((format!("{} {at:#x}..{:#x}", left.space, at + page), *why)),
+                Some((_, why)) => {
+                    names.push((format!("{} {at:#x}..{:#x}", left.space, at + page), *why))
+                }
                 None => left.push(at..at + page),
             }
         }
@@ -59,7 +65,11 @@ impl Difference {
     }
 
     pub fn json(&self) -> Value {
-        let ranges: Vec<Value> = self.ranges.iter().map(|range| json!({ "start": range.start, "end": range.end })).collect();
+        let ranges: Vec<Value> = self
+            .ranges
+            .iter()
+            .map(|range| json!({ "start": range.start, "end": range.end }))
+            .collect();
         json!({ "space": self.space, "bytes": self.bytes, "ranges": ranges, "note": self.note })
     }
 }
@@ -68,7 +78,12 @@ impl std::fmt::Display for Difference {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.space)?;
         if self.bytes > 0 {
-            let ranges: Vec<String> = self.ranges.iter().take(8).map(|range| format!("{:#x}..{:#x}", range.start, range.end)).collect();
+            let ranges: Vec<String> = self
+                .ranges
+                .iter()
+                .take(8)
+                .map(|range| format!("{:#x}..{:#x}", range.start, range.end))
+                .collect();
             let more = if self.ranges.len() > 8 { ", more" } else { "" };
             write!(f, ": {} bytes differ, at {}{more}", self.bytes, ranges.join(", "))?;
         }
@@ -84,7 +99,10 @@ mod test {
     fn neighbours_are_one_range_and_excused_pages_go() {
         let mut difference = Difference::new("ram:pc.ram");
         [0..4096, 4096..8192, 40_960..45_056].into_iter().for_each(|range| difference.push(range));
-        assert_eq!((difference.ranges.as_slice(), difference.bytes), (&[0..8192, 40_960..45_056][..], 12_288));
+        assert_eq!(
+            (difference.ranges.as_slice(), difference.bytes),
+            (&[0..8192, 40_960..45_056][..], 12_288)
+        );
         let (left, names) = difference.without(&[(5000..5016, "why")], 4096);
         assert_eq!((left.ranges.as_slice(), left.bytes), (&[0..4096, 40_960..45_056][..], 8192));
         assert_eq!(names, [("ram:pc.ram 0x1000..0x2000".to_owned(), "why")]);

@@ -46,20 +46,33 @@ impl<'a> Exports<'a> {
     async fn start(qmp: &'a Qmp, workspace: &Path) -> Result<Self> {
         let socket = workspace.join("proof.nbd");
         let address = json!({ "type": "unix", "data": { "path": text(&socket)? } });
-        qmp.execute_json("nbd-server-start", json!({ "addr": address })).await.context("starting the NBD server")?;
+        qmp.execute_json("nbd-server-start", json!({ "addr": address }))
+            .await
+            .context("starting the NBD server")?;
         Ok(Self { qmp, socket, count: 0 })
     }
 
     async fn open(&mut self, node: &str) -> Result<Reader> {
         self.count += 1;
         let id = format!("proof-{}", self.count);
-        let export = json!({ "type": "nbd", "id": id, "name": id, "node-name": node, "writable": false });
-        self.qmp.execute_json("block-export-add", export).await.with_context(|| format!("exporting node {node}"))?;
-        Ok(Reader { client: NbdClient::connect(&self.socket, &id, &[context::BASE_ALLOCATION]).await?, zeros: Vec::new() })
+        let export =
+            json!({ "type": "nbd", "id": id, "name": id, "node-name": node, "writable": false });
+        self.qmp
+            .execute_json("block-export-add", export)
+            .await
+            .with_context(|| format!("exporting node {node}"))?;
+        Ok(Reader {
+            client: NbdClient::connect(&self.socket, &id, &[context::BASE_ALLOCATION]).await?,
+            zeros: Vec::new(),
+        })
     }
 
     /// The layers as the manifest has them, top to bottom.
-    async fn open_chain(&mut self, layers: &LocalLayers, disk: &DiskRecord) -> Result<Option<Reader>> {
+    async fn open_chain(
+        &mut self,
+        layers: &LocalLayers,
+        disk: &DiskRecord,
+    ) -> Result<Option<Reader>> {
         if disk.backing.is_empty() {
             return Ok(None);
         }
@@ -74,16 +87,26 @@ impl<'a> Exports<'a> {
             below = one;
         }
         below["node-name"] = node.as_str().into();
-        self.qmp.execute_json("blockdev-add", below).await.with_context(|| format!("opening the layers of disk {}", disk.node))?;
+        self.qmp
+            .execute_json("blockdev-add", below)
+            .await
+            .with_context(|| format!("opening the layers of disk {}", disk.node))?;
         self.open(&node).await.map(Some)
     }
 
     async fn stop(self) -> Result<()> {
         for number in 1..=self.count {
             let arguments = json!({ "id": format!("proof-{number}"), "mode": "hard" });
-            self.qmp.execute_json("block-export-del", arguments).await.context("ending an export")?;
+            self.qmp
+                .execute_json("block-export-del", arguments)
+                .await
+                .context("ending an export")?;
         }
-        self.qmp.execute_json("nbd-server-stop", Value::Null).await.context("stopping the NBD server").map(drop)
+        self.qmp
+            .execute_json("nbd-server-stop", Value::Null)
+            .await
+            .context("stopping the NBD server")
+            .map(drop)
     }
 }
 
@@ -102,7 +125,8 @@ impl Reader {
             return Ok(());
         }
         for context in self.client.block_status(start, end - start).await? {
-            let zero = context.extents.iter().filter(|extent| extent.flags & context::STATE_ZERO != 0);
+            let zero =
+                context.extents.iter().filter(|extent| extent.flags & context::STATE_ZERO != 0);
             self.zeros.extend(zero.map(|extent| (extent.start, extent.end)));
         }
         Ok(())
@@ -110,7 +134,11 @@ impl Reader {
 
     /// Whether QEMU says that it is zero, or it is beyond the end.
     fn is_zero(&self, start: u64, end: u64) -> bool {
-        start >= self.client.size() || self.zeros.iter().any(|(from, until)| *from <= start && end.min(self.client.size()) <= *until)
+        start >= self.client.size()
+            || self
+                .zeros
+                .iter()
+                .any(|(from, until)| *from <= start && end.min(self.client.size()) <= *until)
     }
 
     /// None if it is zero; what is beyond the end is.
@@ -137,7 +165,12 @@ pub async fn compare(
 ) -> Result<Vec<Difference>> {
     let all = disks::list(qmp, Some(&file.directory)).await.context("asking QEMU for its disks")?;
     let options = arguments::parse(&file.arguments)?;
-    let started = Started { options: &options, machine_type: &file.machine_type, directory: &file.directory, pid };
+    let started = Started {
+        options: &options,
+        machine_type: &file.machine_type,
+        directory: &file.directory,
+        pid,
+    };
     let drives = drives::examine(all, &started)?;
     let mut found = Vec::new();
     let places = Places { manifest: source.manifest(), dir: &file.directory, map: &[] };
@@ -153,10 +186,21 @@ pub async fn compare(
             found.push(Difference::noted(label, "the restored VM has no such disk"));
             continue;
         };
-        let one = compare_one(&mut exports, layers, record, &disk, label, expected, source.progress().as_ref()).await;
+        let one = compare_one(
+            &mut exports,
+            layers,
+            record,
+            &disk,
+            label,
+            expected,
+            source.progress().as_ref(),
+        )
+        .await;
         found.extend(one.with_context(|| format!("comparing disk {}", record.node))?);
     }
-    found.extend(list.iter().map(|disk| Difference::noted(format!("disk:{}", disk.name), "the checkpoint has no such disk")));
+    found.extend(list.iter().map(|disk| {
+        Difference::noted(format!("disk:{}", disk.name), "the checkpoint has no such disk")
+    }));
     exports.stop().await?;
     Ok(found)
 }
@@ -173,15 +217,23 @@ async fn compare_one(
     let mut difference = Difference::new(label);
     // QEMU passes up to sectors.
     if disk.virtual_size != record.virtual_size.0.next_multiple_of(512) {
-        difference.note = Some(format!("{} bytes long, {} in the checkpoint", disk.virtual_size, record.virtual_size));
+        difference.note = Some(format!(
+            "{} bytes long, {} in the checkpoint",
+            disk.virtual_size, record.virtual_size
+        ));
         return Ok(vec![difference]);
     }
     if disk.read_only != record.read_only {
-        difference.note = Some(format!("read-only is {}, {} in the checkpoint", disk.read_only, record.read_only));
+        difference.note = Some(format!(
+            "read-only is {}, {} in the checkpoint",
+            disk.read_only, record.read_only
+        ));
     }
     let nothing = Expected::default();
     let table = match &record.space {
-        Some(space) => expected.get(space).with_context(|| format!("the checkpoint has no space {space}"))?,
+        Some(space) => {
+            expected.get(space).with_context(|| format!("the checkpoint has no space {space}"))?
+        }
         None => &nothing,
     };
     let mut actual = exports.open(&disk.node).await?;
@@ -211,10 +263,17 @@ async fn compare_one(
 }
 
 /// Without a look at each page: a sparse disk of some TiB has thousands of millions of them.
-fn is_zero_as_expected(actual: &Reader, below: Option<&Reader>, expected: &Expected, start: u64, end: u64) -> bool {
+fn is_zero_as_expected(
+    actual: &Reader,
+    below: Option<&Reader>,
+    expected: &Expected,
+    start: u64,
+    end: u64,
+) -> bool {
     let (first, last) = (start / PAGE, end.div_ceil(PAGE));
     let is_below_zero = || below.is_none_or(|below| below.is_zero(start, end));
-    actual.is_zero(start, end) && (expected.is_zero(first, last) || expected.is_unknown(first, last) && is_below_zero())
+    actual.is_zero(start, end)
+        && (expected.is_zero(first, last) || expected.is_unknown(first, last) && is_below_zero())
 }
 
 /// From `start`, the first byte of a page, to `end`, which may be the disk's end.
@@ -237,9 +296,13 @@ async fn compare_piece(
     };
     for page in first..last {
         let place = ((page - first) * PAGE) as usize;
-        let part = |bytes: &Option<Vec<u8>>| bytes.as_ref().map(|bytes| padded(&bytes[place..bytes.len().min(place + PAGE_SIZE)]));
+        let part = |bytes: &Option<Vec<u8>>| {
+            bytes.as_ref().map(|bytes| padded(&bytes[place..bytes.len().min(place + PAGE_SIZE)]))
+        };
         let is_right = match expected.get(page) {
-            Some(wanted) => part(&found).map_or(PageDigest::ZERO_PAGE, |page| digest(&page)) == wanted,
+            Some(wanted) => {
+                part(&found).map_or(PageDigest::ZERO_PAGE, |page| digest(&page)) == wanted
+            }
             None => is_same(part(&found), part(&under)),
         };
         if !is_right {
@@ -275,7 +338,12 @@ pub async fn compare_layers(source: &Source, local: &LocalLayers) -> Result<Vec<
         let layer = StoredLayer::open(source.repository(), &digest).await?;
         let progress = Arc::clone(source.progress());
         let compare = move || compare_layer(&path, &layer, progress.as_ref());
-        found.extend(tokio::task::spawn_blocking(compare).await.context("internal error: comparing a layer panicked")??.found());
+        found.extend(
+            tokio::task::spawn_blocking(compare)
+                .await
+                .context("internal error: comparing a layer panicked")??
+                .found(),
+        );
     }
     Ok(found)
 }
@@ -287,27 +355,33 @@ fn compare_layer(path: &Path, layer: &StoredLayer, progress: &dyn Progress) -> R
     let file = File::open(path).with_context(about)?;
     let now = file.metadata().with_context(about)?.len();
     if now != len {
-        difference.note = Some(format!("its file {} has {now} bytes, {len} are right", path.display()));
+        difference.note =
+            Some(format!("its file {} has {now} bytes, {len} are right", path.display()));
         return Ok(difference);
     }
     let progress = progress.begin("layer", len);
     let bytes_of = |number: u64| number * block_size..((number + 1) * block_size).min(len);
     let mut stored = layer.table.stored().peekable();
-    layers::image::each_block::<std::io::Error>(&file, len, layers::image::Blocks::NoHoles, |number, block| {
-        // Blocks of the layer that are holes of the file.
-        while let Some((missed, _)) = stored.next_if(|(next, _)| *next < number) {
-            difference.push(bytes_of(missed));
-        }
-        let is_right = match stored.next_if(|(next, _)| *next == number) {
-            None => is_zero(block),
-            Some((_, at)) => ContentDigest::of(&layers::image::padded(block)) == at.digest,
-        };
-        if !is_right {
-            difference.push(bytes_of(number));
-        }
-        progress.advance(block.len() as u64);
-        Ok(())
-    })
+    layers::image::each_block::<std::io::Error>(
+        &file,
+        len,
+        layers::image::Blocks::NoHoles,
+        |number, block| {
+            // Blocks of the layer that are holes of the file.
+            while let Some((missed, _)) = stored.next_if(|(next, _)| *next < number) {
+                difference.push(bytes_of(missed));
+            }
+            let is_right = match stored.next_if(|(next, _)| *next == number) {
+                None => is_zero(block),
+                Some((_, at)) => ContentDigest::of(&layers::image::padded(block)) == at.digest,
+            };
+            if !is_right {
+                difference.push(bytes_of(number));
+            }
+            progress.advance(block.len() as u64);
+            Ok(())
+        },
+    )
     .with_context(about)?;
     stored.for_each(|(missed, _)| difference.push(bytes_of(missed)));
     Ok(difference)

@@ -32,32 +32,42 @@ impl Expected {
     pub fn get(&self, page: u64) -> Option<PageDigest> {
         match self.chunks.get(&(page / CHUNK))? {
             Chunk::Zero => Some(PageDigest::ZERO_PAGE),
-            Chunk::Pages(pages) => Some(pages[(page % CHUNK) as usize]).filter(|digest| *digest != UNKNOWN),
+            Chunk::Pages(pages) => {
+                Some(pages[(page % CHUNK) as usize]).filter(|digest| *digest != UNKNOWN)
+            }
         }
     }
 
     /// Whether all pages from `start` to `end` are unknown.
     pub fn is_unknown(&self, start: u64, end: u64) -> bool {
-        (start / CHUNK..=(end.max(start + 1) - 1) / CHUNK).all(|chunk| !self.chunks.contains_key(&chunk))
+        (start / CHUNK..=(end.max(start + 1) - 1) / CHUNK)
+            .all(|chunk| !self.chunks.contains_key(&chunk))
             || (start..end).all(|page| self.get(page).is_none())
     }
 
     /// Whether the chunks of all pages from `start` to `end` are zero as a whole.
     pub fn is_zero(&self, start: u64, end: u64) -> bool {
-        (start / CHUNK..=(end.max(start + 1) - 1) / CHUNK).all(|chunk| matches!(self.chunks.get(&chunk), Some(Chunk::Zero)))
+        (start / CHUNK..=(end.max(start + 1) - 1) / CHUNK)
+            .all(|chunk| matches!(self.chunks.get(&chunk), Some(Chunk::Zero)))
     }
 
     /// Pages that are known not to be zero.
     pub fn data_pages(&self) -> u64 {
         let count = |chunk: &Chunk| match chunk {
             Chunk::Zero => 0,
-            Chunk::Pages(pages) => pages.iter().filter(|page| **page != UNKNOWN && **page != PageDigest::ZERO_PAGE).count() as u64,
+            Chunk::Pages(pages) => pages
+                .iter()
+                .filter(|page| **page != UNKNOWN && **page != PageDigest::ZERO_PAGE)
+                .count() as u64,
         };
         self.chunks.values().map(count).sum()
     }
 
     fn set(&mut self, page: u64, digest: PageDigest) {
-        let chunk = self.chunks.entry(page / CHUNK).or_insert_with(|| Chunk::Pages(Box::new([UNKNOWN; CHUNK as usize])));
+        let chunk = self
+            .chunks
+            .entry(page / CHUNK)
+            .or_insert_with(|| Chunk::Pages(Box::new([UNKNOWN; CHUNK as usize])));
         if let Chunk::Zero = chunk {
             *chunk = Chunk::Pages(Box::new([PageDigest::ZERO_PAGE; CHUNK as usize]));
         }
@@ -84,7 +94,11 @@ impl Expected {
         if pages < self.pages {
             self.chunks.retain(|chunk, _| chunk * CHUNK < pages);
             let end = (pages / CHUNK + 1) * CHUNK;
-            (pages..end).filter(|page| self.get(*page).is_some()).collect::<Vec<_>>().into_iter().for_each(|page| self.set(page, UNKNOWN));
+            (pages..end)
+                .filter(|page| self.get(*page).is_some())
+                .collect::<Vec<_>>()
+                .into_iter()
+                .for_each(|page| self.set(page, UNKNOWN));
         } else if self.pages > 0 {
             self.set_zero(self.pages, pages);
         }
@@ -98,7 +112,11 @@ impl Expected {
                 RunSource::Zero => self.set_zero(start.0, end.0.min(self.pages)),
                 RunSource::Frame { .. } => {
                     let size = self.pages;
-                    let pages = run.pages.iter().zip(index.run_digests(run)).filter(|(page, _)| page.0 < size);
+                    let pages = run
+                        .pages
+                        .iter()
+                        .zip(index.run_digests(run))
+                        .filter(|(page, _)| page.0 < size);
                     pages.for_each(|(page, digest)| self.set(page.0, *digest));
                 }
             }
@@ -107,9 +125,16 @@ impl Expected {
 }
 
 /// Every space of the newest checkpoint of `lineage`. `indexes` are those of its packs, in order.
-pub fn of_lineage(lineage: &Lineage, indexes: &[PackIndex]) -> Result<HashMap<SpaceName, Expected>> {
+pub fn of_lineage(
+    lineage: &Lineage,
+    indexes: &[PackIndex],
+) -> Result<HashMap<SpaceName, Expected>> {
     let newest = lineage.manifests.last().context("a lineage without a checkpoint")?;
-    newest.spaces.iter().map(|space| Ok((space.name.clone(), of_space(&space.name, &lineage.manifests, indexes)?))).collect()
+    newest
+        .spaces
+        .iter()
+        .map(|space| Ok((space.name.clone(), of_space(&space.name, &lineage.manifests, indexes)?)))
+        .collect()
 }
 
 fn of_space(name: &SpaceName, manifests: &[Manifest], indexes: &[PackIndex]) -> Result<Expected> {
@@ -144,14 +169,22 @@ mod test {
         pages.resize(4 * CHUNK);
         pages.set(CHUNK + 3, ONE);
         pages.set_zero(CHUNK - 1, 3 * CHUNK + 1);
-        let found = [CHUNK - 2, CHUNK - 1, CHUNK + 3, 3 * CHUNK, 3 * CHUNK + 1].map(|page| pages.get(page));
+        let found =
+            [CHUNK - 2, CHUNK - 1, CHUNK + 3, 3 * CHUNK, 3 * CHUNK + 1].map(|page| pages.get(page));
         let zero = Some(PageDigest::ZERO_PAGE);
         assert_eq!(found, [None, zero, zero, zero, None]);
         assert!(pages.is_zero(CHUNK * 2, CHUNK * 3) && !pages.is_zero(CHUNK * 2, CHUNK * 3 + 1));
         pages.set(2 * CHUNK + 5, ONE);
         assert!(!pages.is_zero(CHUNK * 2, CHUNK * 2 + 1));
-        assert_eq!((pages.get(2 * CHUNK + 5), pages.get(2 * CHUNK + 6), pages.data_pages()), (Some(ONE), zero, 1));
-        assert!(pages.is_unknown(0, 5) && !pages.is_unknown(0, CHUNK) && pages.is_unknown(3 * CHUNK + 1, 4 * CHUNK));
+        assert_eq!(
+            (pages.get(2 * CHUNK + 5), pages.get(2 * CHUNK + 6), pages.data_pages()),
+            (Some(ONE), zero, 1)
+        );
+        assert!(
+            pages.is_unknown(0, 5)
+                && !pages.is_unknown(0, CHUNK)
+                && pages.is_unknown(3 * CHUNK + 1, 4 * CHUNK)
+        );
     }
 
     #[test]
@@ -163,6 +196,9 @@ mod test {
         pages.resize(CHUNK + 2);
         assert_eq!(pages.get(CHUNK + 8), None);
         pages.resize(CHUNK + 9);
-        assert_eq!((pages.get(CHUNK + 8), pages.get(3), pages.get(CHUNK + 1)), (Some(PageDigest::ZERO_PAGE), Some(ONE), None));
+        assert_eq!(
+            (pages.get(CHUNK + 8), pages.get(3), pages.get(CHUNK + 1)),
+            (Some(PageDigest::ZERO_PAGE), Some(ONE), None)
+        );
     }
 }

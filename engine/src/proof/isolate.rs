@@ -19,7 +19,8 @@ const DROPPED: &[&str] = &[
 /// Options whose value is a character device, written out or by its id.
 const CHARACTER: &[&str] = &["debugcon", "parallel", "serial", "virtioconsole"];
 /// Keys by which the user network reaches the host.
-const USER_REACHES: &[&str] = &["hostfwd", "guestfwd", "smb", "smbserver", "tftp", "bootfile", "restrict"];
+const USER_REACHES: &[&str] =
+    &["hostfwd", "guestfwd", "smb", "smbserver", "tftp", "bootfile", "restrict"];
 /// Keys of a tap or bridge that stay: `vhost` and queues decide what the card offers.
 const TAP_STAYS: &[&str] = &["type", "id", "vhost", "queues", "vnet_hdr", "sndbuf"];
 /// Keys of `-nic` and `-net` that describe the card.
@@ -40,7 +41,8 @@ const FIRST_CID: u32 = 0x7000_0000;
 /// Rewrites all options. `directory` is private: sockets are made there.
 pub fn isolate(options: Vec<QemuOption>, directory: &Path) -> Vec<QemuOption> {
     let mut walk = Walk { directory, number: 0, tpms: tpm_chardevs(&options) };
-    let mut isolated: Vec<QemuOption> = options.into_iter().filter_map(|option| walk.visit(option)).collect();
+    let mut isolated: Vec<QemuOption> =
+        options.into_iter().filter_map(|option| walk.visit(option)).collect();
     isolated.push(QemuOption::with("display", "none"));
     isolated.push(QemuOption::with("monitor", "none"));
     // The clock of the host does not wait until the comparison is done; its interrupts would change
@@ -65,19 +67,31 @@ pub fn tpm_sockets(options: &[QemuOption]) -> Vec<PathBuf> {
 
 /// The directories that the new command line expects in `directory`.
 pub fn directories(options: &[QemuOption], directory: &Path) -> Vec<PathBuf> {
-    let shares = options.iter().filter(|option| is_share(option)).filter_map(|option| Form::of(option).get("path"));
+    let shares = options
+        .iter()
+        .filter(|option| is_share(option))
+        .filter_map(|option| Form::of(option).get("path"));
     shares.map(|path| directory.join(path)).collect()
 }
 
 /// What `--allow` takes for devices of the host that [`isolate`] has made to match nothing, and for
 /// directories and sockets that it has made private.
 pub fn harmless(options: &[QemuOption]) -> Vec<String> {
-    let drivers = options.iter().filter(|option| option.name == "device").filter_map(|option| Form::of(option).get("driver"));
-    let mut allowed: Vec<String> = drivers.filter(|driver| driver == "usb-host").map(|driver| format!("device.driver={driver}")).collect();
+    let drivers = options
+        .iter()
+        .filter(|option| option.name == "device")
+        .filter_map(|option| Form::of(option).get("driver"));
+    let mut allowed: Vec<String> = drivers
+        .filter(|driver| driver == "usb-host")
+        .map(|driver| format!("device.driver={driver}"))
+        .collect();
     allowed.dedup();
-    allowed.extend(tpm_sockets(options).iter().map(|path| format!("chardev.path={}", path.display())));
+    allowed
+        .extend(tpm_sockets(options).iter().map(|path| format!("chardev.path={}", path.display())));
     for option in options.iter().filter(|option| is_share(option)) {
-        allowed.extend(Form::of(option).get("path").map(|path| format!("{}.path={path}", option.name)));
+        allowed.extend(
+            Form::of(option).get("path").map(|path| format!("{}.path={path}", option.name)),
+        );
     }
     allowed
 }
@@ -174,11 +188,19 @@ impl Walk<'_> {
         if self.tpms.iter().any(|tpm| tpm == id) {
             // The guest's TPM is part of its state: the proof starts another one there.
             let path = self.directory.join(format!("tpm-{}", self.next())).join("socket");
-            let new = [pair("backend", "socket"), pair("id", id), pair("path", path.display().to_string())];
+            let new = [
+                pair("backend", "socket"),
+                pair("id", id),
+                pair("path", path.display().to_string()),
+            ];
             return option("chardev", &new.into());
         }
         if INTERNAL.contains(&kind) {
-            let stays = old.iter().filter(|(key, _)| !is_key(key, &["logfile", "logappend"])).cloned().collect();
+            let stays = old
+                .iter()
+                .filter(|(key, _)| !is_key(key, &["logfile", "logappend"]))
+                .cloned()
+                .collect();
             return option("chardev", &stays);
         }
         // A port can tell a server that nobody is connected to from a null device, and that server
@@ -188,7 +210,11 @@ impl Walk<'_> {
         new.push(pair("id", id));
         if listens {
             let path = self.directory.join(format!("character-{}", self.next()));
-            new.extend([pair("path", path.display().to_string()), pair("server", "on"), pair("wait", "off")]);
+            new.extend([
+                pair("path", path.display().to_string()),
+                pair("server", "on"),
+                pair("wait", "off"),
+            ]);
         }
         if is_on(&old, "mux") {
             new.push(pair("mux", "on"));
@@ -201,7 +227,8 @@ impl Walk<'_> {
         match get(&old, "type").unwrap_or_default() {
             "none" | "hubport" | "nic" => old,
             "user" => {
-                let mut new: Pairs = old.into_iter().filter(|(key, _)| !is_key(key, USER_REACHES)).collect();
+                let mut new: Pairs =
+                    old.into_iter().filter(|(key, _)| !is_key(key, USER_REACHES)).collect();
                 new.push(pair("restrict", "on"));
                 new
             }
@@ -209,7 +236,8 @@ impl Walk<'_> {
             kind @ ("tap" | "bridge") => {
                 let with_header = kind == "bridge";
                 let keep = |key: &str| is_key(key, TAP_STAYS) || is_key(key, stays);
-                let mut new: Pairs = old.iter().filter(|(key, _)| keep(key) && key != "type").cloned().collect();
+                let mut new: Pairs =
+                    old.iter().filter(|(key, _)| keep(key) && key != "type").cloned().collect();
                 new.insert(0, pair("type", "tap"));
                 new.extend([pair("script", "no"), pair("downscript", "no")]);
                 if with_header && get(&new, "vnet_hdr").is_none() {
@@ -218,7 +246,10 @@ impl Walk<'_> {
                 new
             }
             _ => {
-                let mut new = vec![pair("type", "hubport"), pair("hubid", (FIRST_HUB + self.next()).to_string())];
+                let mut new = vec![
+                    pair("type", "hubport"),
+                    pair("hubid", (FIRST_HUB + self.next()).to_string()),
+                ];
                 new.extend(old.into_iter().filter(|(key, _)| is_key(key, stays)));
                 new
             }
@@ -265,11 +296,15 @@ fn device(given: QemuOption) -> QemuOption {
     match form.get("driver").unwrap_or_default().as_str() {
         // It waits for a device of a vendor that does not exist.
         "usb-host" => {
-            ["hostbus", "hostaddr", "hostport", "hostdevice", "vendorid", "productid"].into_iter().for_each(|key| form.remove(key));
+            ["hostbus", "hostaddr", "hostport", "hostdevice", "vendorid", "productid"]
+                .into_iter()
+                .for_each(|key| form.remove(key));
             form.set("vendorid", "0xffff");
             form.set("productid", "0xffff");
         }
-        driver if driver.starts_with("vhost-vsock") => form.set_number("guest-cid", u64::from(FIRST_CID + std::process::id())),
+        driver if driver.starts_with("vhost-vsock") => {
+            form.set_number("guest-cid", u64::from(FIRST_CID + std::process::id()))
+        }
         _ => return given,
     }
     form.into_option("device")
@@ -301,11 +336,23 @@ mod test {
     #[test]
     fn networks_lead_nowhere_and_keep_what_the_card_offers() {
         let cases = [
-            ("-netdev user,id=n,hostfwd=tcp::22-:22,net=10.1.0.0/24", "-netdev type=user,id=n,net=10.1.0.0/24,restrict=on"),
-            ("-netdev tap,id=n,ifname=t0,script=/s,vhost=on", "-netdev type=tap,id=n,vhost=on,script=no,downscript=no"),
-            ("-netdev bridge,id=n,br=br0", "-netdev type=tap,id=n,script=no,downscript=no,vnet_hdr=on"),
+            (
+                "-netdev user,id=n,hostfwd=tcp::22-:22,net=10.1.0.0/24",
+                "-netdev type=user,id=n,net=10.1.0.0/24,restrict=on",
+            ),
+            (
+                "-netdev tap,id=n,ifname=t0,script=/s,vhost=on",
+                "-netdev type=tap,id=n,vhost=on,script=no,downscript=no",
+            ),
+            (
+                "-netdev bridge,id=n,br=br0",
+                "-netdev type=tap,id=n,script=no,downscript=no,vnet_hdr=on",
+            ),
             ("-netdev socket,id=n,listen=:1", "-netdev type=hubport,hubid=1000001,id=n"),
-            (r#"-netdev {"type":"tap","id":"n","fd":"3"}"#, "-netdev type=tap,id=n,script=no,downscript=no"),
+            (
+                r#"-netdev {"type":"tap","id":"n","fd":"3"}"#,
+                "-netdev type=tap,id=n,script=no,downscript=no",
+            ),
             ("-nic user,model=e1000,hostfwd=tcp::1-:1", "-nic type=user,model=e1000,restrict=on"),
             ("-nic none", "-nic none"),
             ("-net nic -net user", "-net nic -net type=user,restrict=on"),
@@ -318,12 +365,24 @@ mod test {
     #[test]
     fn character_devices_keep_their_ports_and_nothing_else() {
         let cases = [
-            ("-serial file:/host.log -serial none -serial chardev:c", "-serial null -serial none -serial chardev:c"),
-            ("-chardev socket,id=c,path=/run/x,server=on,wait=on", "-chardev backend=socket,id=c,path=/p/character-1,server=on,wait=off"),
-            ("-chardev socket,id=c,path=/x,server,nowait", "-chardev backend=socket,id=c,path=/p/character-1,server=on,wait=off"),
+            (
+                "-serial file:/host.log -serial none -serial chardev:c",
+                "-serial null -serial none -serial chardev:c",
+            ),
+            (
+                "-chardev socket,id=c,path=/run/x,server=on,wait=on",
+                "-chardev backend=socket,id=c,path=/p/character-1,server=on,wait=off",
+            ),
+            (
+                "-chardev socket,id=c,path=/x,server,nowait",
+                "-chardev backend=socket,id=c,path=/p/character-1,server=on,wait=off",
+            ),
             ("-chardev socket,id=c,path=/run/x,reconnect=1", "-chardev backend=null,id=c"),
             ("-chardev stdio,id=c,mux=on,logfile=/l", "-chardev backend=null,id=c,mux=on"),
-            ("-chardev ringbuf,id=c,size=4096,logfile=/l", "-chardev backend=ringbuf,id=c,size=4096"),
+            (
+                "-chardev ringbuf,id=c,size=4096,logfile=/l",
+                "-chardev backend=ringbuf,id=c,size=4096",
+            ),
             (
                 "-chardev socket,id=c,path=/run/swtpm -tpmdev emulator,id=t,chardev=c",
                 "-chardev backend=socket,id=c,path=/p/tpm-1/socket -tpmdev emulator,id=t,chardev=c",

@@ -16,11 +16,16 @@ const PAGE: u64 = PAGE_SIZE as u64;
 const READ: u64 = 1 << 20;
 
 /// Every page of the main block. QEMU has mapped this very file.
-pub fn main_block(name: &SpaceName, memory: &GuestMemory, expected: &Expected) -> Result<Difference> {
+pub fn main_block(
+    name: &SpaceName,
+    memory: &GuestMemory,
+    expected: &Expected,
+) -> Result<Difference> {
     let mut difference = Difference::new(name.as_str());
     let mut next = 0;
     for range in memory.data_ranges()? {
-        let (start, end) = (range.start - range.start % PAGE, range.end.next_multiple_of(PAGE).min(memory.len()));
+        let (start, end) =
+            (range.start - range.start % PAGE, range.end.next_multiple_of(PAGE).min(memory.len()));
         holes(next, start.max(next), expected, &mut difference);
         data(memory, start.max(next), end, expected, &mut difference)?;
         next = end.max(next);
@@ -36,7 +41,13 @@ fn holes(start: u64, end: u64, expected: &Expected, difference: &mut Difference)
     }
 }
 
-fn data(memory: &GuestMemory, start: u64, end: u64, expected: &Expected, difference: &mut Difference) -> Result<()> {
+fn data(
+    memory: &GuestMemory,
+    start: u64,
+    end: u64,
+    expected: &Expected,
+    difference: &mut Difference,
+) -> Result<()> {
     let mut buffer = vec![0; READ as usize];
     for at in (start..end).step_by(READ as usize) {
         let piece = &mut buffer[..(end - at).min(READ) as usize];
@@ -76,15 +87,21 @@ pub fn read_stream(stream: UnixStream, expected: &HashMap<String, Expected>) -> 
     while let Some(item) = reader.next().context("reading the state that QEMU wrote again")? {
         match item {
             Item::Configuration { .. } | Item::PassEnd | Item::RamEnd => {}
-            Item::Blocks(list) => blocks = list.iter().map(|block| Block::new(&block.name, block.used, expected)).collect(),
+            Item::Blocks(list) => {
+                blocks =
+                    list.iter().map(|block| Block::new(&block.name, block.used, expected)).collect()
+            }
             Item::Page { block, offset, bytes } => page(&mut blocks, block, offset, digest(bytes))?,
-            Item::Zero { block, offset } => page(&mut blocks, block, offset, PageDigest::ZERO_PAGE)?,
+            Item::Zero { block, offset } => {
+                page(&mut blocks, block, offset, PageDigest::ZERO_PAGE)?
+            }
             Item::Devices(state) => devices = Some(state),
         }
     }
     let devices = devices.context("QEMU's stream ended without the devices' state")?;
     let sections = reader.device_sections().to_vec();
-    let layout = Layout::parse(reader.description()).context("reading the description of the device state")?;
+    let layout = Layout::parse(reader.description())
+        .context("reading the description of the device state")?;
     let blocks = blocks.into_iter().filter_map(Block::finish).collect();
     Ok(Resaved { blocks, devices, sections, layout })
 }
@@ -93,7 +110,9 @@ fn page(blocks: &mut [Block<'_>], block: usize, offset: u64, digest: PageDigest)
     let block = blocks.get_mut(block).context("a page came before the list of RAM blocks")?;
     let number = offset / PAGE;
     let seen = block.seen.get_mut(usize::try_from(number)?);
-    *seen.with_context(|| format!("page {number} is beyond the end of RAM block {}", block.name))? = true;
+    *seen.with_context(|| {
+        format!("page {number} is beyond the end of RAM block {}", block.name)
+    })? = true;
     if let Some(expected) = block.expected {
         check(number, digest, expected, &mut block.difference);
     }
@@ -112,15 +131,22 @@ impl<'a> Block<'a> {
         let pages = usize::try_from(used / PAGE).unwrap_or(usize::MAX);
         let expected = expected.get(name);
         let seen = if expected.is_some() { vec![false; pages] } else { vec![false; 0] };
-        Self { name: name.to_owned(), expected, seen, difference: Difference::new(format!("ram:{name}")) }
+        Self {
+            name: name.to_owned(),
+            expected,
+            seen,
+            difference: Difference::new(format!("ram:{name}")),
+        }
     }
 
-    /// None for the main block, which is not in the stream. A page that did not come was not compared.
+    /// None for the main block, which is not in the stream. A page that did not come was not
+    /// compared.
     fn finish(mut self) -> Option<(String, Difference)> {
         self.expected?;
         let missing = self.seen.iter().filter(|seen| !**seen).count();
         if missing > 0 {
-            self.difference.note = Some(format!("{missing} pages did not come out of the restored QEMU"));
+            self.difference.note =
+                Some(format!("{missing} pages did not come out of the restored QEMU"));
         }
         Some((self.name, self.difference))
     }

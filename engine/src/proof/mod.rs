@@ -116,7 +116,8 @@ pub struct Request {
 /// In the process inside the sandbox's process namespace.
 pub async fn run(request: &Request) -> Result<Report> {
     sandbox::die_with_supervisor()?;
-    let workspace = sandbox::workspace().context("internal error: a proof outside of its supervisor")?;
+    let workspace =
+        sandbox::workspace().context("internal error: a proof outside of its supervisor")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut report = tokio::select! {
         report = prove(request, &workspace) => report?,
@@ -127,7 +128,9 @@ pub async fn run(request: &Request) -> Result<Report> {
         let noted = note::write(&request.store, &report).await;
         report.noted = noted.is_ok();
         if let Err(error) = noted {
-            request.progress.note(&format!("the proof could not be noted in the store: {}", explain(&error)));
+            request
+                .progress
+                .note(&format!("the proof could not be noted in the store: {}", explain(&error)));
         }
     }
     Ok(report)
@@ -161,24 +164,46 @@ impl Proof {
         let expected = expected::of_lineage(&lineage, &indexes)?;
         drop((lineage, indexes));
         let manifest = note::manifest_checksum(&repository, &request.checkpoint.vm, id).await?;
-        let source = Source::open(&repository, &request.checkpoint.vm, id, Arc::clone(&request.progress)).await?;
+        let source =
+            Source::open(&repository, &request.checkpoint.vm, id, Arc::clone(&request.progress))
+                .await?;
         let plugin = launch::plugin_path()?;
         launch::saved::check_record(&source.manifest().vm_record)?;
-        let (qemu, facts) = restore::program::find(request.qemu.as_deref(), &source.manifest().vm_record, &plugin)?;
+        let (qemu, facts) =
+            restore::program::find(request.qemu.as_deref(), &source.manifest().vm_record, &plugin)?;
         room::check(&expected, workspace)?;
         let runtime = RuntimeDir::new(Some(&workspace.join("run")), &request.checkpoint.vm)?;
         runtime.create()?;
         let directory = workspace.join("vm");
-        std::fs::create_dir(&directory).with_context(|| format!("making {}", directory.display()))?;
-        Ok(Self { source, manifest, expected, id, qemu, qemu_version: facts.version, runtime, directory })
+        std::fs::create_dir(&directory)
+            .with_context(|| format!("making {}", directory.display()))?;
+        Ok(Self {
+            source,
+            manifest,
+            expected,
+            id,
+            qemu,
+            qemu_version: facts.version,
+            runtime,
+            directory,
+        })
     }
 
     async fn run(self, request: &Request) -> Result<Report> {
         let layers = LocalLayers::provide(&self.source).await?;
-        let paths = restore::disks::restore(&self.source, &layers, &self.places(), &self.qemu, self.runtime.path()).await?;
+        let paths = restore::disks::restore(
+            &self.source,
+            &layers,
+            &self.places(),
+            &self.qemu,
+            self.runtime.path(),
+        )
+        .await?;
         let file = self.vm_file(request, &layers, &paths)?;
-        let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes).context("making the guest's memory")?;
-        let workspace = sandbox::workspace().context("internal error: a proof outside of its supervisor")?;
+        let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes)
+            .context("making the guest's memory")?;
+        let workspace =
+            sandbox::workspace().context("internal error: a proof outside of its supervisor")?;
         let _tpms = self.tpms(&file).await?;
         let command = sandbox::command(&workspace, &file.directory, &file.qemu)?;
         let new = NewQemu::spawn(command, &file, &self.runtime, None, &memory)?;
@@ -201,18 +226,31 @@ impl Proof {
     }
 
     /// As a restore makes it, without its host.
-    fn vm_file(&self, request: &Request, layers: &LocalLayers, paths: &launch::paths::NewPaths) -> Result<VmFile> {
+    fn vm_file(
+        &self,
+        request: &Request,
+        layers: &LocalLayers,
+        paths: &launch::paths::NewPaths,
+    ) -> Result<VmFile> {
         let manifest = self.source.manifest();
-        let options = isolate::isolate(launch::arguments::parse(&manifest.vm_record.arguments)?, &self.directory);
-        let mut wishes = Wishes { map: restore::line::resolve(&manifest.vm_record.arguments, &request.map)?, allow: request.allow.clone() };
+        let options = isolate::isolate(
+            launch::arguments::parse(&manifest.vm_record.arguments)?,
+            &self.directory,
+        );
+        let mut wishes = Wishes {
+            map: restore::line::resolve(&manifest.vm_record.arguments, &request.map)?,
+            allow: request.allow.clone(),
+        };
         wishes.allow.extend(isolate::harmless(&options));
         // What the sandbox has taken away needs no other value.
         let gone = qemu_cmdline::restorable::map(options.clone(), &wishes).unused;
         wishes.map.retain(|(old, _)| !gone.contains(old));
-        let options = launch::saved::restored(&launch::arguments::words(&options), paths, &wishes)?.options;
+        let options =
+            launch::saved::restored(&launch::arguments::words(&options), paths, &wishes)?.options;
         let options = restore::check::on_the_line(&self.places(), layers, options)?;
         for directory in isolate::directories(&options, &self.directory) {
-            std::fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
+            std::fs::create_dir_all(&directory)
+                .with_context(|| format!("making {}", directory.display()))?;
         }
         let target = RestoreTarget {
             name: manifest.vm.clone(),
@@ -233,24 +271,58 @@ impl Proof {
         Places { manifest: self.source.manifest(), dir: &self.directory, map: &[] }
     }
 
-    async fn compare(&self, request: &Request, file: &VmFile, pid: u32, layers: &LocalLayers, memory: GuestMemory) -> Result<Report> {
+    async fn compare(
+        &self,
+        request: &Request,
+        file: &VmFile,
+        pid: u32,
+        layers: &LocalLayers,
+        memory: GuestMemory,
+    ) -> Result<Report> {
         let manifest = self.source.manifest();
-        let qmp = Qmp::connect(self.runtime.qmp(), STARTUP).await.context("connecting to QEMU's monitor")?;
-        restore::check_blocks(manifest, &ramblock::ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?)?;
-        restore::memory::fill(self.source.clone(), manifest.vm_record.ram_block.clone(), memory.clone()).await?;
+        let qmp = Qmp::connect(self.runtime.qmp(), STARTUP)
+            .await
+            .context("connecting to QEMU's monitor")?;
+        restore::check_blocks(
+            manifest,
+            &ramblock::ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?,
+        )?;
+        restore::memory::fill(
+            self.source.clone(),
+            manifest.vm_record.ram_block.clone(),
+            memory.clone(),
+        )
+        .await?;
         let mut differences = self.main_memory(memory.clone()).await?;
         let contents = restore::memory::small_blocks(&self.source).await?;
         let stored = restore::memory::device_state(&self.source).await?;
         let incoming = Incoming::begin(&qmp, &self.runtime.path().join("incoming.sock")).await?;
         let transition = Transition::choose(manifest.run_state, true, false)?;
-        restore::memory::load(incoming, &self.source, &contents, &transition.write(stored.clone())?).await?;
+        restore::memory::load(
+            incoming,
+            &self.source,
+            &contents,
+            &transition.write(stored.clone())?,
+        )
+        .await?;
         drop(contents);
         activate_disks(&qmp).await;
         self.damage(&qmp, &memory, layers).await?;
         // Before the load nothing may differ; after it only what QEMU writes when it loads.
-        let loaded = if differences.is_empty() { self.main_memory(memory).await? } else { Vec::new() };
+        let loaded =
+            if differences.is_empty() { self.main_memory(memory).await? } else { Vec::new() };
         differences.extend(disks::compare_layers(&self.source, layers).await?);
-        differences.extend(disks::compare(&qmp, sandbox::pid_in_proc(pid)?, file, &self.source, layers, &self.expected).await?);
+        differences.extend(
+            disks::compare(
+                &qmp,
+                sandbox::pid_in_proc(pid)?,
+                file,
+                &self.source,
+                layers,
+                &self.expected,
+            )
+            .await?,
+        );
         let resaved = self.resave(&qmp).await?;
         let mut devices = devices::compare(&stored, &resaved)?;
         let written = devices::written_by_load(&resaved);
@@ -259,7 +331,8 @@ impl Proof {
             devices.excused.extend(excused);
             differences.extend(left.found());
         }
-        differences.extend(resaved.blocks.into_iter().filter_map(|(_, difference)| difference.found()));
+        differences
+            .extend(resaved.blocks.into_iter().filter_map(|(_, difference)| difference.found()));
         differences.extend(devices.differences);
         let is_live = manifest.run_state.is_none_or(|state| of_record(state).is_live());
         let ran = match request.run.filter(|_| is_live) {
@@ -291,7 +364,12 @@ impl Proof {
             memory.write(offset, &[!byte[0]])?;
         }
         if let Some(offset) = kill_point::damage("layer") {
-            let layer = self.source.manifest().layers().next().context("STILLPOINT_DAMAGE: there is no layer")?;
+            let layer = self
+                .source
+                .manifest()
+                .layers()
+                .next()
+                .context("STILLPOINT_DAMAGE: there is no layer")?;
             disks::invert_byte(layers.path(layer), offset.parse().context("STILLPOINT_DAMAGE")?)?;
         }
         if let Some(line) = kill_point::damage("monitor") {
@@ -302,17 +380,27 @@ impl Proof {
 
     async fn main_memory(&self, memory: GuestMemory) -> Result<Vec<Difference>> {
         let name = SpaceName::ram(&self.source.manifest().vm_record.ram_block)?;
-        let expected = self.expected.get(&name).with_context(|| format!("the checkpoint has no space {name}"))?.clone();
+        let expected = self
+            .expected
+            .get(&name)
+            .with_context(|| format!("the checkpoint has no space {name}"))?
+            .clone();
         let compare = move || memory::main_block(&name, &memory, &expected);
-        let found = tokio::task::spawn_blocking(compare).await.context("internal error: comparing memory panicked")??;
+        let found = tokio::task::spawn_blocking(compare)
+            .await
+            .context("internal error: comparing memory panicked")??;
         Ok(found.found().into_iter().collect())
     }
 
     /// The blocks that are QEMU's own, and the devices.
     async fn resave(&self, qmp: &Qmp) -> Result<memory::Resaved> {
         let main = &self.source.manifest().vm_record.ram_block;
-        let others = self.expected.iter().filter(|(name, _)| name.kind() == SpaceKind::Ram && name.local() != main);
-        let others: HashMap<String, Expected> = others.map(|(name, pages)| (name.local().to_owned(), pages.clone())).collect();
+        let others = self
+            .expected
+            .iter()
+            .filter(|(name, _)| name.kind() == SpaceKind::Ram && name.local() != main);
+        let others: HashMap<String, Expected> =
+            others.map(|(name, pages)| (name.local().to_owned(), pages.clone())).collect();
         let stream = resave::start(qmp).await?;
         let read = tokio::task::spawn_blocking(move || memory::read_stream(stream, &others));
         let resaved = read.await.context("internal error: comparing a stream panicked")?;

@@ -29,8 +29,15 @@ pub struct Note {
     pub ran_ms: Option<u64>,
 }
 
-pub async fn manifest_checksum(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<Checksum> {
-    let bytes = repository.read_manifest(vm, id).await.with_context(|| format!("reading the manifest of {vm}@{id}"))?;
+pub async fn manifest_checksum(
+    repository: &Repository,
+    vm: &VmName,
+    id: CheckpointId,
+) -> Result<Checksum> {
+    let bytes = repository
+        .read_manifest(vm, id)
+        .await
+        .with_context(|| format!("reading the manifest of {vm}@{id}"))?;
     Ok(Checksum::of(&bytes))
 }
 
@@ -41,23 +48,30 @@ pub async fn write(store: &str, report: &Report) -> Result<()> {
         manifest: report.manifest,
         proven_at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         qemu_version: report.qemu_version.clone(),
-        host: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+        host: nix::unistd::gethostname()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default(),
         stillpoint_version: env!("CARGO_PKG_VERSION").to_owned(),
         ran_ms: report.ran.as_ref().map(|ran| ran.time.as_millis() as u64),
     };
-    let key = Checksum::of(format!("{} {} {} {}", note.manifest, note.qemu_version, note.host, note.ran_ms.is_some()).as_bytes());
+    let key = Checksum::of(
+        format!("{} {} {} {}", note.manifest, note.qemu_version, note.host, note.ran_ms.is_some())
+            .as_bytes(),
+    );
     let text = serde_json::to_vec_pretty(&note).context("encoding the note")?;
     let repository = stores::open_existing(store).await?;
     repository.note_proof(&report.vm, report.id, &key, Bytes::from(text)).await?;
     Ok(())
 }
 
-/// Proofs of this very checkpoint, oldest first. A note that is not understood is another version's.
+/// Proofs of this very checkpoint, oldest first. A note that is not understood is another
+/// version's.
 pub async fn read(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<Vec<Note>> {
     let manifest = manifest_checksum(repository, vm, id).await?;
     let notes = repository.proofs(vm, id).await.context("reading the notes of proofs")?;
     let parsed = notes.iter().filter_map(|note| serde_json::from_slice::<Note>(note).ok());
-    let mut notes: Vec<Note> = parsed.filter(|note| note.format == FORMAT && note.manifest == manifest).collect();
+    let mut notes: Vec<Note> =
+        parsed.filter(|note| note.format == FORMAT && note.manifest == manifest).collect();
     notes.sort_by(|one, other| one.proven_at.cmp(&other.proven_at));
     Ok(notes)
 }

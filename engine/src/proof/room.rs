@@ -16,7 +16,10 @@ const PROGRAMS: u64 = 192 << 20;
 /// Memory and disk space, by what the checkpoint holds: zero pages take none.
 pub fn check(expected: &HashMap<SpaceName, Expected>, workspace: &Path) -> Result<()> {
     let sum = |kind: SpaceKind| -> u64 {
-        let pages = expected.iter().filter(|(name, _)| name.kind() == kind).map(|(_, pages)| pages.data_pages());
+        let pages = expected
+            .iter()
+            .filter(|(name, _)| name.kind() == kind)
+            .map(|(_, pages)| pages.data_pages());
         pages.sum::<u64>() * PAGE_SIZE as u64
     };
     let memory = sum(SpaceKind::Ram) + PROGRAMS;
@@ -30,7 +33,8 @@ pub fn check(expected: &HashMap<SpaceName, Expected>, workspace: &Path) -> Resul
         )));
     }
     let disk = sum(SpaceKind::Disk);
-    let facts = statvfs(workspace).with_context(|| format!("asking for the free space of {}", workspace.display()))?;
+    let facts = statvfs(workspace)
+        .with_context(|| format!("asking for the free space of {}", workspace.display()))?;
     let free = facts.blocks_available() * facts.fragment_size();
     if disk > free {
         return Err(refused(format!(

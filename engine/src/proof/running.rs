@@ -9,7 +9,15 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::time::Instant;
 
 /// Events that a guest which was brought back whole does not cause.
-const TROUBLE: &[&str] = &["BLOCK_IO_ERROR", "GUEST_CRASHLOADED", "GUEST_PANICKED", "MEMORY_FAILURE", "RESET", "SHUTDOWN", "WATCHDOG"];
+const TROUBLE: &[&str] = &[
+    "BLOCK_IO_ERROR",
+    "GUEST_CRASHLOADED",
+    "GUEST_PANICKED",
+    "MEMORY_FAILURE",
+    "RESET",
+    "SHUTDOWN",
+    "WATCHDOG",
+];
 
 /// How the guest ran.
 pub struct Ran {
@@ -47,9 +55,13 @@ pub async fn watch(qmp: &Qmp, time: Duration) -> Result<Ran> {
         }
     }
     if trouble.is_empty() {
-        let status = qmp.execute_json("query-status", Value::Null).await.context("asking whether the guest runs")?;
+        let status = qmp
+            .execute_json("query-status", Value::Null)
+            .await
+            .context("asking whether the guest runs")?;
         if status["running"] != true {
-            trouble.push(format!("the guest is {}", status["status"].as_str().unwrap_or("stopped")));
+            trouble
+                .push(format!("the guest is {}", status["status"].as_str().unwrap_or("stopped")));
         }
     }
     Ok(Ran { time: begun.elapsed(), trouble })

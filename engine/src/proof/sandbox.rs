@@ -32,7 +32,8 @@ use vm::files;
 const WORKSPACE: &str = "STILLPOINT_PROOF_WORKSPACE";
 const PREFIX: &str = "stillpoint-proof.";
 /// Devices that a VM may need and that hold nothing of the host.
-const DEVICES: &[&str] = &["null", "zero", "full", "random", "urandom", "kvm", "net/tun", "vhost-net", "vhost-vsock"];
+const DEVICES: &[&str] =
+    &["null", "zero", "full", "random", "urandom", "kvm", "net/tun", "vhost-net", "vhost-vsock"];
 /// A process ended by a signal, as shells count.
 const SIGNALLED: u8 = 128;
 
@@ -43,7 +44,10 @@ pub fn workspace() -> Option<PathBuf> {
 
 /// Runs this very command again, inside, and takes its exit code.
 pub fn supervise(fleecing: &Path) -> Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the asynchronous runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the asynchronous runtime")?;
     runtime.block_on(async {
         let workspace = Workspace::make(fleecing)?;
         let code = run_inside(&workspace).await;
@@ -59,7 +63,11 @@ async fn run_inside(workspace: &Workspace) -> Result<ExitCode> {
     enter(CloneFlags::CLONE_NEWPID)?;
     let program = std::env::current_exe().context("finding this program's own path")?;
     let mut command = tokio::process::Command::new(program);
-    command.args(std::env::args_os().skip(1)).env(WORKSPACE, &workspace.path).stdin(Stdio::piped()).kill_on_drop(true);
+    command
+        .args(std::env::args_os().skip(1))
+        .env(WORKSPACE, &workspace.path)
+        .stdin(Stdio::piped())
+        .kill_on_drop(true);
     let mut child = command.spawn().context("starting the process that proves")?;
     // Open as long as this process lives.
     let _alive = child.stdin.take();
@@ -77,13 +85,18 @@ async fn run_inside(workspace: &Workspace) -> Result<ExitCode> {
 
 fn exit_code(status: std::process::ExitStatus) -> ExitCode {
     use std::os::unix::process::ExitStatusExt;
-    let signalled = || SIGNALLED.saturating_add(status.signal().and_then(|signal| u8::try_from(signal).ok()).unwrap_or_default());
+    let signalled = || {
+        SIGNALLED.saturating_add(
+            status.signal().and_then(|signal| u8::try_from(signal).ok()).unwrap_or_default(),
+        )
+    };
     ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or_else(signalled))
 }
 
 /// In the process inside, before anything else: it must not outlive the supervisor.
 pub fn die_with_supervisor() -> Result<()> {
-    set_pdeathsig(Signal::SIGKILL).context("asking the kernel to end this process with its supervisor")?;
+    set_pdeathsig(Signal::SIGKILL)
+        .context("asking the kernel to end this process with its supervisor")?;
     // The supervisor may have died before that.
     let input = std::io::stdin();
     let mut alive = [PollFd::new(input.as_fd(), PollFlags::empty())];
@@ -97,13 +110,20 @@ pub fn die_with_supervisor() -> Result<()> {
 pub fn pid_in_proc(pid: u32) -> Result<u32> {
     let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
     let ours = namespace("self");
-    let numbers = std::fs::read_dir("/proc").context("reading /proc")?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let numbers = std::fs::read_dir("/proc")
+        .context("reading /proc")?
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok());
     let is_it = |number: &String| {
         let status = files::read_text(format!("/proc/{number}/status")).unwrap_or_default();
-        let here = status.lines().find_map(|line| line.strip_prefix("NSpid:")).and_then(|line| line.split_whitespace().last());
+        let here = status
+            .lines()
+            .find_map(|line| line.strip_prefix("NSpid:"))
+            .and_then(|line| line.split_whitespace().last());
         here == Some(pid.to_string().as_str()) && namespace(number) == ours
     };
-    let mut numbers = numbers.filter(|name| name.starts_with(|letter: char| letter.is_ascii_digit()));
+    let mut numbers =
+        numbers.filter(|name| name.starts_with(|letter: char| letter.is_ascii_digit()));
     let found = numbers.find(is_it).and_then(|number| number.parse().ok());
     found.context("QEMU's process is not in /proc")
 }
@@ -121,7 +141,10 @@ fn enter(namespaces: CloneFlags) -> Result<()> {
         return unshare(namespaces).map_err(error);
     }
     unshare(namespaces | CloneFlags::CLONE_NEWUSER).map_err(error)?;
-    let write = |file: &str, text: String| std::fs::write(format!("/proc/self/{file}"), text).with_context(|| format!("writing {file}"));
+    let write = |file: &str, text: String| {
+        std::fs::write(format!("/proc/self/{file}"), text)
+            .with_context(|| format!("writing {file}"))
+    };
     write("setgroups", "deny".to_owned())?;
     write("uid_map", format!("0 {user} 1"))?;
     write("gid_map", format!("0 {group} 1"))
@@ -135,10 +158,13 @@ struct Workspace {
 
 impl Workspace {
     fn make(fleecing: &Path) -> Result<Self> {
-        std::fs::create_dir_all(fleecing).with_context(|| format!("making {}", fleecing.display()))?;
+        std::fs::create_dir_all(fleecing)
+            .with_context(|| format!("making {}", fleecing.display()))?;
         remove_abandoned(fleecing);
         let made = tempfile::Builder::new().prefix(PREFIX).tempdir_in(fleecing);
-        let path = made.with_context(|| format!("making a private directory in {}", fleecing.display()))?.keep();
+        let path = made
+            .with_context(|| format!("making a private directory in {}", fleecing.display()))?
+            .keep();
         let path = path.canonicalize().with_context(|| format!("finding {}", path.display()))?;
         match lock(&path) {
             Some(lock) => Ok(Self { path, _lock: lock }),
@@ -174,15 +200,27 @@ fn remove(path: &Path) {
 
 /// The command that becomes a QEMU without a host, running in `directory`: its arguments follow.
 pub fn command(workspace: &Path, directory: &Path, program: &Path) -> Result<Command> {
-    let mut command = Command::new(std::env::current_exe().context("finding this program's own path")?);
-    command.arg("sandbox").arg("--dir").arg(workspace).arg("--cwd").arg(directory).arg("--").arg(program);
+    let mut command =
+        Command::new(std::env::current_exe().context("finding this program's own path")?);
+    command
+        .arg("sandbox")
+        .arg("--dir")
+        .arg(workspace)
+        .arg("--cwd")
+        .arg(directory)
+        .arg("--")
+        .arg(program);
     command.env_remove(WORKSPACE).env("TMPDIR", workspace);
     Ok(command)
 }
 
 /// `stillpoint sandbox`: becomes the program. Returns only on failure.
 /// `private`: the one directory that stays writable. `words`: the program and its arguments.
-pub fn become_program(private: &Path, directory: &Path, words: &[String]) -> Result<std::convert::Infallible> {
+pub fn become_program(
+    private: &Path,
+    directory: &Path,
+    words: &[String],
+) -> Result<std::convert::Infallible> {
     enter(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC)?;
     close_file_systems(private)?;
     let (program, rest) = words.split_first().context("no program was named after '--'")?;
@@ -192,17 +230,27 @@ pub fn become_program(private: &Path, directory: &Path, words: &[String]) -> Res
 
 fn close_file_systems(private: &Path) -> Result<()> {
     let none = None::<&Path>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("making mounts private")?;
-    mount(Some(private), private, none, MsFlags::MS_BIND, none).with_context(|| format!("mounting {}", private.display()))?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .context("making mounts private")?;
+    mount(Some(private), private, none, MsFlags::MS_BIND, none)
+        .with_context(|| format!("mounting {}", private.display()))?;
     let table = files::read_text("/proc/self/mountinfo").context("reading the list of mounts")?;
     for (place, flags) in table.lines().filter_map(mounted) {
         if place == private || flags.contains(MsFlags::MS_RDONLY) {
             continue;
         }
-        match mount(none, &place, none, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | flags, none) {
+        match mount(
+            none,
+            &place,
+            none,
+            MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | flags,
+            none,
+        ) {
             // Hidden below another mount, or gone.
             Ok(()) | Err(Errno::EINVAL | Errno::ENOENT | Errno::EACCES) => {}
-            Err(errno) => return Err(errno).with_context(|| format!("making {} read-only", place.display())),
+            Err(errno) => {
+                return Err(errno).with_context(|| format!("making {} read-only", place.display()));
+            }
         }
     }
     close_devices(private)
@@ -236,18 +284,23 @@ fn unescape(text: &str) -> String {
 fn close_devices(private: &Path) -> Result<()> {
     let none = None::<&Path>;
     let few = private.join("dev");
-    std::fs::create_dir_all(few.join("net")).with_context(|| format!("making {}", few.display()))?;
+    std::fs::create_dir_all(few.join("net"))
+        .with_context(|| format!("making {}", few.display()))?;
     for name in DEVICES {
         let (from, to) = (Path::new("/dev").join(name), few.join(name));
         if !from.exists() {
             continue;
         }
-        let made = if from.is_dir() { std::fs::create_dir_all(&to) } else { File::create(&to).map(drop) };
+        let made =
+            if from.is_dir() { std::fs::create_dir_all(&to) } else { File::create(&to).map(drop) };
         made.with_context(|| format!("making {}", to.display()))?;
-        mount(Some(&from), &to, none, MsFlags::MS_BIND, none).with_context(|| format!("mounting {}", from.display()))?;
+        mount(Some(&from), &to, none, MsFlags::MS_BIND, none)
+            .with_context(|| format!("mounting {}", from.display()))?;
     }
-    std::os::unix::fs::symlink("/proc/self/fd", few.join("fd")).context("making the link to descriptors")?;
-    mount(Some(&few), "/dev", none, MsFlags::MS_BIND | MsFlags::MS_REC, none).context("mounting the few devices")
+    std::os::unix::fs::symlink("/proc/self/fd", few.join("fd"))
+        .context("making the link to descriptors")?;
+    mount(Some(&few), "/dev", none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
+        .context("mounting the few devices")
 }
 
 #[cfg(test)]

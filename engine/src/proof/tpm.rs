@@ -23,8 +23,8 @@ const TPM2_MAGIC: [u8; 4] = [0xab, 0x36, 0x47, 0x23];
 /// Refuses a state that another TPM cannot take or does not write again as it was.
 ///
 /// # Errors
-/// Refused for a TPM 1.2, which forgets with the load that it has tested itself, and for a state that
-/// swtpm encrypts with a key of its own.
+/// Refused for a TPM 1.2, which forgets with the load that it has tested itself, and for a state
+/// that swtpm encrypts with a key of its own.
 pub fn check_state(devices: &[u8]) -> Result<()> {
     if devices.windows(TPM2_MAGIC.len()).any(|part| part == TPM2_MAGIC) {
         return Ok(());
@@ -46,15 +46,22 @@ impl Tpm {
     /// # Errors
     /// Refused when there is no `swtpm` on this host, or it does not start.
     pub async fn start(socket: &Path) -> Result<Self> {
-        let directory = socket.parent().context("internal error: a TPM's socket without a directory")?;
-        std::fs::create_dir_all(directory).with_context(|| format!("making {}", directory.display()))?;
+        let directory =
+            socket.parent().context("internal error: a TPM's socket without a directory")?;
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("making {}", directory.display()))?;
         let program = find()?;
         let log = directory.join("log");
         let output = File::create(&log).with_context(|| format!("making {}", log.display()))?;
         let mut command = Command::from(sandbox::command(directory, directory, &program)?);
         command.arg("socket").arg("--tpmstate").arg(format!("dir={}", directory.display()));
         command.arg("--ctrl").arg(format!("type=unixio,path={}", socket.display()));
-        command.arg("--tpm2").stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output).kill_on_drop(true);
+        command
+            .arg("--tpm2")
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .kill_on_drop(true);
         let mut child = command.spawn().with_context(|| format!("starting {PROGRAM}"))?;
         let begun = Instant::now();
         while !socket.exists() {
@@ -69,12 +76,16 @@ impl Tpm {
 }
 
 fn not_started(log: &Path) -> Error {
-    refused(format!("the VM has a TPM, and {PROGRAM} does not start here: {}; nothing was proven", said::quote_log(log)))
+    refused(format!(
+        "the VM has a TPM, and {PROGRAM} does not start here: {}; nothing was proven",
+        said::quote_log(log)
+    ))
 }
 
 fn find() -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).map(|folder| folder.join(PROGRAM)).find(|file| file.is_file());
+    let found =
+        std::env::split_paths(&path).map(|folder| folder.join(PROGRAM)).find(|file| file.is_file());
     let none = || {
         refused(format!(
             "the VM has a TPM, and a proof needs another one for its state, but there is no {PROGRAM} on this host's PATH; \

@@ -1,9 +1,10 @@
 //! Backing chains of restored disks.
 //!
-//! Layers are files that many VMs share, and their own headers name backing files of another host. So nobody opens a
-//! layer by its header alone: the image above it describes the layer and all that is below, as `json:{…}`, in its header.
-//! A header holds 1,023 bytes of that. Where a chain is longer, a *link* is put into it: an empty overlay in `--dir` that
-//! stands for the layers below, which its own header describes.
+//! Layers are files that many VMs share, and their own headers name backing files of another host.
+//! So nobody opens a layer by its header alone: the image above it describes the layer and all that
+//! is below, as `json:{…}`, in its header. A header holds 1,023 bytes of that. Where a chain is
+//! longer, a *link* is put into it: an empty overlay in `--dir` that stands for the layers below,
+//! which its own header describes.
 
 use anyhow::{Context, Result, bail};
 use checkpoint_format::LayerRef;
@@ -32,7 +33,8 @@ impl Layer {
         let (virtual_size, names_backing) = match format {
             // A length that is no whole number of sectors is rounded up.
             ImageFormat::Raw => (layer.len.0.next_multiple_of(512), false),
-            ImageFormat::Qcow2 => read_header(path).with_context(|| format!("reading the header of {}", path.display()))?,
+            ImageFormat::Qcow2 => read_header(path)
+                .with_context(|| format!("reading the header of {}", path.display()))?,
         };
         Ok(Self { path: text(path)?, format, virtual_size, names_backing })
     }
@@ -65,14 +67,23 @@ impl Chain {
         let mut below = (describe(bottom, None), bottom);
         for layer in above.iter().rev() {
             if layer.format != ImageFormat::Qcow2 {
-                return Err(damaged(format!("the raw layer {} is on another one, which no raw image can be", layer.path)));
+                return Err(damaged(format!(
+                    "the raw layer {} is on another one, which no raw image can be",
+                    layer.path
+                )));
             }
             let mut node = describe(layer, Some(&below.0));
             if !fits(&node) {
                 let path = link(chain.links.len());
                 let linked = json!({ "driver": "qcow2", "file": { "driver": "file", "filename": text(&path)? } });
                 let backing = Some(backing(&below.0, below.1)?);
-                let spec = ImageSpec { path, format: ImageFormat::Qcow2, virtual_size: below.1.virtual_size, backing, layout: None };
+                let spec = ImageSpec {
+                    path,
+                    format: ImageFormat::Qcow2,
+                    virtual_size: below.1.virtual_size,
+                    backing,
+                    layout: None,
+                };
                 chain.links.push(spec);
                 node = describe(layer, Some(&linked));
             }
@@ -107,7 +118,10 @@ fn name(node: &Value) -> String {
 
 fn backing(node: &Value, layer: &Layer) -> Result<Backing> {
     if !fits(node) {
-        bail!("the path {} is too long for the header of a qcow2 image; set STILLPOINT_CACHE_DIR or --dir to a shorter one", layer.path);
+        bail!(
+            "the path {} is too long for the header of a qcow2 image; set STILLPOINT_CACHE_DIR or --dir to a shorter one",
+            layer.path
+        );
     }
     Ok(Backing { file: name(node), format: layer.format })
 }
@@ -121,8 +135,11 @@ pub fn image_format(name: &str) -> Result<ImageFormat> {
 }
 
 fn text(path: &Path) -> Result<String> {
-    let path: PathBuf = std::path::absolute(path).with_context(|| format!("making {} absolute", path.display()))?;
-    path.into_os_string().into_string().map_err(|path| anyhow::anyhow!("the path {path:?} is not valid UTF-8"))
+    let path: PathBuf =
+        std::path::absolute(path).with_context(|| format!("making {} absolute", path.display()))?;
+    path.into_os_string()
+        .into_string()
+        .map_err(|path| anyhow::anyhow!("the path {path:?} is not valid UTF-8"))
 }
 
 #[cfg(test)]
@@ -135,7 +152,8 @@ mod test {
     }
 
     fn layers(count: usize) -> Vec<Layer> {
-        let format = |number| if number + 1 == count { ImageFormat::Raw } else { ImageFormat::Qcow2 };
+        let format =
+            |number| if number + 1 == count { ImageFormat::Raw } else { ImageFormat::Qcow2 };
         (0..count).map(|number| layer(number, format(number))).collect()
     }
 
@@ -143,9 +161,16 @@ mod test {
         format!("/srv/vm/sp-d.link-{number}.qcow2").into()
     }
 
-    /// The layers that QEMU opens, by following names as it does; every qcow2 layer is told what is below it.
+    /// The layers that QEMU opens, by following names as it does; every qcow2 layer is told what is
+    /// below it.
     fn opened(chain: &Chain) -> Vec<String> {
-        let follow = |name: &str| chain.links.iter().find(|spec| spec.path.to_str() == Some(name)).and_then(|spec| spec.backing.clone());
+        let follow = |name: &str| {
+            chain
+                .links
+                .iter()
+                .find(|spec| spec.path.to_str() == Some(name))
+                .and_then(|spec| spec.backing.clone())
+        };
         let mut next = chain.backing.clone().map(|backing| backing.file);
         let mut found = Vec::new();
         while let Some(name) = next.take() {
@@ -158,11 +183,17 @@ mod test {
             loop {
                 let file = node["file"]["filename"].as_str().unwrap().to_owned();
                 if let Some(below) = follow(&file) {
-                    assert!(node.get("backing").is_none(), "a link's own header says what is below it");
+                    assert!(
+                        node.get("backing").is_none(),
+                        "a link's own header says what is below it"
+                    );
                     next = Some(below.file);
                     break;
                 }
-                assert!(node["driver"] != "qcow2" || node.get("backing").is_some(), "{file} would be opened by its own header");
+                assert!(
+                    node["driver"] != "qcow2" || node.get("backing").is_some(),
+                    "{file} would be opened by its own header"
+                );
                 found.push(file);
                 match node.get_mut("backing").map(Value::take) {
                     Some(Value::Object(below)) => node = Value::Object(below),
@@ -178,14 +209,25 @@ mod test {
         for count in [0, 1, 2, 3, 7, 8, 40, 256] {
             let layers = layers(count);
             let chain = Chain::of(&layers, link).unwrap();
-            assert_eq!(opened(&chain), layers.iter().map(|layer| layer.path.clone()).collect::<Vec<_>>());
-            assert!(chain.links.len() <= count / 4, "{} links for {count} layers", chain.links.len());
+            assert_eq!(
+                opened(&chain),
+                layers.iter().map(|layer| layer.path.clone()).collect::<Vec<_>>()
+            );
+            assert!(
+                chain.links.len() <= count / 4,
+                "{} links for {count} layers",
+                chain.links.len()
+            );
             for spec in &chain.links {
                 let name = &spec.backing.as_ref().unwrap().file;
-                let node: Value = serde_json::from_str(name.trim_start_matches("json:")).unwrap_or_default();
+                let node: Value =
+                    serde_json::from_str(name.trim_start_matches("json:")).unwrap_or_default();
                 let path = node["file"]["filename"].as_str().unwrap_or(name);
                 let first = layers.iter().find(|layer| layer.path == path).unwrap();
-                assert_eq!(spec.virtual_size, first.virtual_size, "a link is as large as what it stands for");
+                assert_eq!(
+                    spec.virtual_size, first.virtual_size,
+                    "a link is as large as what it stands for"
+                );
             }
         }
     }
@@ -205,7 +247,8 @@ mod test {
         let long = Layer { path: format!("/{}", "x".repeat(1200)), ..layer(0, ImageFormat::Qcow2) };
         assert!(Chain::of(&[long.clone(), layer(1, ImageFormat::Raw)], link).is_err());
         assert!(Chain::of(&[layer(0, ImageFormat::Raw), long], link).is_err());
-        let error = Chain::of(&[layer(0, ImageFormat::Raw), layer(1, ImageFormat::Raw)], link).unwrap_err();
+        let error =
+            Chain::of(&[layer(0, ImageFormat::Raw), layer(1, ImageFormat::Raw)], link).unwrap_err();
         assert_eq!(vm::error::class_of(&error), vm::error::Class::Damaged);
     }
 }

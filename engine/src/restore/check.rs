@@ -1,4 +1,5 @@
-//! That the restored VM has the checkpoint's disks and no other: on the command line, and in the QEMU that it made.
+//! That the restored VM has the checkpoint's disks and no other: on the command line, and in the
+//! QEMU that it made.
 
 use super::disks::{Places, is_block_device};
 use super::layers::LocalLayers;
@@ -11,9 +12,13 @@ use vm::error::refused;
 use vm::launch::arguments::QemuOption;
 use vm::launch::paths;
 
-/// Every disk must be on the new command line, or QEMU would open files of the old host. Disks on block devices get the
-/// driver for those.
-pub fn on_the_line(places: &Places<'_>, layers: &LocalLayers, mut options: Vec<QemuOption>) -> Result<Vec<QemuOption>> {
+/// Every disk must be on the new command line, or QEMU would open files of the old host. Disks on
+/// block devices get the driver for those.
+pub fn on_the_line(
+    places: &Places<'_>,
+    layers: &LocalLayers,
+    mut options: Vec<QemuOption>,
+) -> Result<Vec<QemuOption>> {
     for disk in &places.manifest.disks {
         let file = places.file(layers, disk)?;
         if !paths::is_named(&options, places.dir, &file) {
@@ -39,15 +44,22 @@ pub fn in_qemu(places: &Places<'_>, layers: &LocalLayers, found: &Drives) -> Res
         if disk.file != file {
             return Err(other(disk, &format!("should be on {}", file.display())));
         }
-        let is_same = (disk.read_only, disk.format.as_str(), disk.virtual_size) == (record.read_only, record.format.as_str(), size(record));
+        let is_same = (disk.read_only, disk.format.as_str(), disk.virtual_size)
+            == (record.read_only, record.format.as_str(), size(record));
         if !is_same {
-            return Err(other(disk, "is not what it was: its size, format or write access is another"));
+            return Err(other(
+                disk,
+                "is not what it was: its size, format or write access is another",
+            ));
         }
         check_layers(layers, record, disk, found)?;
     }
     match records.iter().find(|record| found.disks.iter().all(|disk| disk.name != record.node)) {
         None => Ok(()),
-        Some(missing) => Err(refused(format!("the new QEMU does not have disk {}; is its command line another?", missing.node))),
+        Some(missing) => Err(refused(format!(
+            "the new QEMU does not have disk {}; is its command line another?",
+            missing.node
+        ))),
     }
 }
 
@@ -56,13 +68,21 @@ fn size(record: &DiskRecord) -> u64 {
     record.virtual_size.0.next_multiple_of(512)
 }
 
-fn check_layers(layers: &LocalLayers, record: &DiskRecord, disk: &Disk, found: &Drives) -> Result<()> {
+fn check_layers(
+    layers: &LocalLayers,
+    record: &DiskRecord,
+    disk: &Disk,
+    found: &Drives,
+) -> Result<()> {
     let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
     let mut expected = record.backing.iter().map(|layer| absolute(layers.path(layer).to_owned()));
     // Layers that hold nothing may be left out; none may be another.
     match found.layers(disk).iter().find(|image| !expected.any(|layer| layer == image.file)) {
         None => Ok(()),
-        Some(image) => Err(other(disk, &format!("shows {}, which is none of its layers", image.file.display()))),
+        Some(image) => Err(other(
+            disk,
+            &format!("shows {}, which is none of its layers", image.file.display()),
+        )),
     }
 }
 

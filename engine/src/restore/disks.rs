@@ -1,4 +1,5 @@
-//! The restored VM's disks: new images in `--dir` or where `--map` puts them, in the format that they had, on their layers.
+//! The restored VM's disks: new images in `--dir` or where `--map` puts them, in the format that
+//! they had, on their layers.
 
 use super::chain::{Chain, Layer, image_format};
 use super::layers::LocalLayers;
@@ -29,23 +30,34 @@ pub struct Places<'a> {
 }
 
 impl Places<'_> {
-    /// The file or block device that the drive of the restored VM has: an image of its own, or for a read-only disk that is
-    /// one layer, that layer.
+    /// The file or block device that the drive of the restored VM has: an image of its own, or for
+    /// a read-only disk that is one layer, that layer.
     pub fn file(&self, layers: &LocalLayers, disk: &DiskRecord) -> Result<PathBuf> {
-        Ok(if needs_image(layers, disk)? { self.image(disk) } else { layers.path(&disk.backing[0]).to_owned() })
+        Ok(if needs_image(layers, disk)? {
+            self.image(disk)
+        } else {
+            layers.path(&disk.backing[0]).to_owned()
+        })
     }
 
     /// Where the image of a disk is made, if it gets one.
     pub fn image(&self, disk: &DiskRecord) -> PathBuf {
         let directory = Path::new(&self.manifest.vm_record.directory);
-        let mapped = self.map.iter().rev().find(|(old, _)| directory.join(old) == directory.join(&disk.file));
+        let mapped = self
+            .map
+            .iter()
+            .rev()
+            .find(|(old, _)| directory.join(old) == directory.join(&disk.file));
         self.dir.join(mapped.map_or_else(|| file_name(disk), |(_, new)| new.clone()))
     }
 
-    /// Every file that may be made: images, and links of their chains. A block device is there already.
+    /// Every file that may be made: images, and links of their chains. A block device is there
+    /// already.
     pub fn made(&self) -> Vec<PathBuf> {
         let mut made = Vec::new();
-        for disk in self.manifest.disks.iter().filter(|disk| !disk.read_only || disk.format == "qcow2") {
+        for disk in
+            self.manifest.disks.iter().filter(|disk| !disk.read_only || disk.format == "qcow2")
+        {
             let image = self.image(disk);
             made.extend((0..disk.backing.len()).map(|number| link(&image, disk, number)));
             made.push(image);
@@ -60,26 +72,44 @@ fn link(image: &Path, disk: &DiskRecord, number: usize) -> PathBuf {
     image.with_file_name(format!("{}.link-{number}.qcow2", stem(disk)))
 }
 
-/// A read-only disk that is one layer is that layer. One on a chain gets an image of its own, which holds nothing and
-/// names the chain, since the layer's own header names files of another host.
+/// A read-only disk that is one layer is that layer. One on a chain gets an image of its own, which
+/// holds nothing and names the chain, since the layer's own header names files of another host.
 fn needs_image(layers: &LocalLayers, disk: &DiskRecord) -> Result<bool> {
     match disk.backing.as_slice() {
         _ if !disk.read_only => Ok(true),
         [] => Err(damaged(format!("the read-only disk {} has no layer", disk.node))),
         [_] if disk.format == "raw" => Ok(false),
-        [layer] => Ok(layer.format != disk.format || Layer::read(layer, layers.path(layer))?.names_backing),
-        _ if disk.format == "raw" => Err(damaged(format!("the raw disk {} is on a backing chain", disk.node))),
+        [layer] => {
+            Ok(layer.format != disk.format || Layer::read(layer, layers.path(layer))?.names_backing)
+        }
+        _ if disk.format == "raw" => {
+            Err(damaged(format!("the raw disk {} is on a backing chain", disk.node)))
+        }
         _ => Ok(true),
     }
 }
 
 /// Makes and fills the images. `binary` serves as the worker, `runtime` holds its sockets.
-pub async fn restore(source: &Source, layers: &LocalLayers, places: &Places<'_>, binary: &Path, runtime: &Path) -> Result<NewPaths> {
+pub async fn restore(
+    source: &Source,
+    layers: &LocalLayers,
+    places: &Places<'_>,
+    binary: &Path,
+    runtime: &Path,
+) -> Result<NewPaths> {
     let manifest = source.manifest();
     let mut paths = NewPaths::new(Path::new(&manifest.vm_record.directory));
     // Command lines that were saved by an earlier version name layers, too.
-    manifest.disks.iter().flat_map(|disk| &disk.backing).for_each(|layer| paths.add_layer(&layer.path, layers.path(layer)));
-    manifest.vm_record.files.iter().for_each(|layer| paths.add_boot_file(&layer.path, layers.path(layer)));
+    manifest
+        .disks
+        .iter()
+        .flat_map(|disk| &disk.backing)
+        .for_each(|layer| paths.add_layer(&layer.path, layers.path(layer)));
+    manifest
+        .vm_record
+        .files
+        .iter()
+        .for_each(|layer| paths.add_boot_file(&layer.path, layers.path(layer)));
     let mut workers = ImageWorkers::new(binary, runtime);
     for disk in &manifest.disks {
         let path = places.file(layers, disk)?;
@@ -93,20 +123,33 @@ pub async fn restore(source: &Source, layers: &LocalLayers, places: &Places<'_>,
     Ok(paths)
 }
 
-/// A name of the new image: the node's, since two disks may have had files of one name in different directories.
+/// A name of the new image: the node's, since two disks may have had files of one name in different
+/// directories.
 pub fn file_name(disk: &DiskRecord) -> String {
     format!("{}.{}", stem(disk), disk.format)
 }
 
 fn stem(disk: &DiskRecord) -> String {
-    let safe = |letter: char| if letter.is_ascii_alphanumeric() || "-_.".contains(letter) { letter } else { '_' };
+    let safe = |letter: char| {
+        if letter.is_ascii_alphanumeric() || "-_.".contains(letter) { letter } else { '_' }
+    };
     let stem: String = disk.node.chars().map(safe).collect();
     stem.trim_start_matches('.').to_owned()
 }
 
-async fn restore_one(source: &Source, layers: &LocalLayers, workers: &mut ImageWorkers, disk: &DiskRecord, path: &Path) -> Result<()> {
+async fn restore_one(
+    source: &Source,
+    layers: &LocalLayers,
+    workers: &mut ImageWorkers,
+    disk: &DiskRecord,
+    path: &Path,
+) -> Result<()> {
     let format = image_format(&disk.format)?;
-    let found = disk.backing.iter().map(|layer| Layer::read(layer, layers.path(layer))).collect::<Result<Vec<_>>>()?;
+    let found = disk
+        .backing
+        .iter()
+        .map(|layer| Layer::read(layer, layers.path(layer)))
+        .collect::<Result<Vec<_>>>()?;
     if format == ImageFormat::Raw && !found.is_empty() {
         return Err(damaged("a raw disk is on a backing chain, which no raw image has"));
     }
@@ -116,14 +159,22 @@ async fn restore_one(source: &Source, layers: &LocalLayers, workers: &mut ImageW
         sync(&link.path)?;
     }
     let layout = disk.qcow2.as_ref().map(layout);
-    let spec = ImageSpec { path: path.to_owned(), format, virtual_size: disk.virtual_size.0, backing: chain.backing, layout };
+    let spec = ImageSpec {
+        path: path.to_owned(),
+        format,
+        virtual_size: disk.virtual_size.0,
+        backing: chain.backing,
+        layout,
+    };
     if disk.read_only {
         make(workers, &spec).await?;
         return sync(path);
     }
     if is_block_device(path) {
         check_device(&spec)?;
-        workers.run(async |worker: &mut ImageWorker| fill_device(source, disk, worker, &spec).await).await?;
+        workers
+            .run(async |worker: &mut ImageWorker| fill_device(source, disk, worker, &spec).await)
+            .await?;
         return Ok(());
     }
     refuse_existing(path)?;
@@ -156,7 +207,8 @@ async fn make(workers: &mut ImageWorkers, spec: &ImageSpec) -> Result<()> {
     let mut begun = false;
     let create = async |worker: &mut ImageWorker| {
         if std::mem::replace(&mut begun, true) && spec.path.exists() {
-            std::fs::remove_file(&spec.path).with_context(|| format!("removing {}", spec.path.display()))?;
+            std::fs::remove_file(&spec.path)
+                .with_context(|| format!("removing {}", spec.path.display()))?;
         }
         Ok::<_, anyhow::Error>(worker.create(spec).await?)
     };
@@ -165,7 +217,10 @@ async fn make(workers: &mut ImageWorkers, spec: &ImageSpec) -> Result<()> {
 
 fn refuse_existing(path: &Path) -> Result<()> {
     if path.exists() {
-        return Err(refused(format!("{} exists already; name another directory by --dir, or remove it", path.display())));
+        return Err(refused(format!(
+            "{} exists already; name another directory by --dir, or remove it",
+            path.display()
+        )));
     }
     Ok(())
 }
@@ -177,9 +232,14 @@ pub fn is_block_device(path: &Path) -> bool {
 /// The guest sees the length of the device.
 fn check_device(spec: &ImageSpec) -> Result<()> {
     let about = || format!("opening {}", spec.path.display());
-    let length = std::fs::File::open(&spec.path).and_then(|mut device| device.seek(SeekFrom::End(0))).with_context(about)?;
+    let length = std::fs::File::open(&spec.path)
+        .and_then(|mut device| device.seek(SeekFrom::End(0)))
+        .with_context(about)?;
     if spec.format != ImageFormat::Raw {
-        return Err(refused(format!("{} is a block device, and this disk is a qcow2 image; map it to a file", spec.path.display())));
+        return Err(refused(format!(
+            "{} is a block device, and this disk is a qcow2 image; map it to a file",
+            spec.path.display()
+        )));
     }
     if length != spec.virtual_size {
         return Err(refused(format!(
@@ -191,7 +251,12 @@ fn check_device(spec: &ImageSpec) -> Result<()> {
     Ok(())
 }
 
-async fn fill_device(source: &Source, disk: &DiskRecord, worker: &mut ImageWorker, spec: &ImageSpec) -> Result<()> {
+async fn fill_device(
+    source: &Source,
+    disk: &DiskRecord,
+    worker: &mut ImageWorker,
+    spec: &ImageSpec,
+) -> Result<()> {
     let device = worker.open(&spec.path, spec.format, BackingMode::Alone).await?;
     device.client.write_zeroes(0, spec.virtual_size, ZeroMode::Allocated).await?;
     fill(source, disk, &device.client).await?;
@@ -199,7 +264,12 @@ async fn fill_device(source: &Source, disk: &DiskRecord, worker: &mut ImageWorke
     Ok(())
 }
 
-async fn write_image(source: &Source, disk: &DiskRecord, worker: &mut ImageWorker, spec: &ImageSpec) -> Result<()> {
+async fn write_image(
+    source: &Source,
+    disk: &DiskRecord,
+    worker: &mut ImageWorker,
+    spec: &ImageSpec,
+) -> Result<()> {
     worker.create(spec).await?;
     let image = worker.open(&spec.path, spec.format, BackingMode::Chain).await?;
     fill(source, disk, &image.client).await?;
@@ -211,7 +281,9 @@ async fn write_image(source: &Source, disk: &DiskRecord, worker: &mut ImageWorke
 fn sync(path: &Path) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     for file in [path, folder] {
-        std::fs::File::open(file).and_then(|file| file.sync_all()).with_context(|| format!("syncing {}", file.display()))?;
+        std::fs::File::open(file)
+            .and_then(|file| file.sync_all())
+            .with_context(|| format!("syncing {}", file.display()))?;
     }
     Ok(())
 }
@@ -252,7 +324,9 @@ fn clip(pages: PageRange, size: ByteLen) -> Result<(u64, u64)> {
     let range = pages.bytes();
     let end = range.end.min(size.0);
     let len = end.checked_sub(range.start).filter(|len| *len > 0);
-    let len = len.ok_or_else(|| damaged(format!("it has content at byte {}, and the disk ends at {size}", range.start)))?;
+    let len = len.ok_or_else(|| {
+        damaged(format!("it has content at byte {}, and the disk ends at {size}", range.start))
+    })?;
     Ok((range.start, len))
 }
 

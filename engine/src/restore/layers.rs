@@ -22,7 +22,9 @@ impl LocalLayers {
             if local.by_digest.contains_key(&layer.digest) {
                 continue;
             }
-            let provided = layers::provide(source.repository(), layer, directory, source.progress().as_ref()).await?;
+            let provided =
+                layers::provide(source.repository(), layer, directory, source.progress().as_ref())
+                    .await?;
             tracing::info!(digest = %layer.digest, path = %provided.path.display(), read = provided.bytes_read, "layer");
             local.bytes_read += provided.bytes_read;
             local.by_digest.insert(layer.digest, provided.path);

@@ -1,5 +1,5 @@
-//! What a restore checks of the new command line before it makes anything: the user's `--map`, and that nothing which another
-//! VM or this host has is taken away.
+//! What a restore checks of the new command line before it makes anything: the user's `--map`, and
+//! that nothing which another VM or this host has is taken away.
 
 use super::disks::Places;
 use super::ports;
@@ -18,10 +18,23 @@ use vm::launch::saved;
 /// Values that an error lists.
 const LISTED: usize = 20;
 /// Networks in which a second guest of the same MAC address disturbs the first.
-const SHARED_NETWORKS: &[&str] =
-    &["tap", "bridge", "socket", "stream", "dgram", "vde", "l2tpv3", "af-xdp", "netmap", "vmnet-bridged", "vmnet-host", "vmnet-shared"];
+const SHARED_NETWORKS: &[&str] = &[
+    "tap",
+    "bridge",
+    "socket",
+    "stream",
+    "dgram",
+    "vde",
+    "l2tpv3",
+    "af-xdp",
+    "netmap",
+    "vmnet-bridged",
+    "vmnet-host",
+    "vmnet-shared",
+];
 
-/// `OLD=NEW`. Either may hold `=` itself, so where it is split is found out with the saved command line.
+/// `OLD=NEW`. Either may hold `=` itself, so where it is split is found out with the saved command
+/// line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapping(String);
 
@@ -44,11 +57,16 @@ impl FromStr for Mapping {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let wish = Self(text.to_owned());
-        if wish.splits().is_empty() { Err(format!("'{text}' is not of the form OLD=NEW")) } else { Ok(wish) }
+        if wish.splits().is_empty() {
+            Err(format!("'{text}' is not of the form OLD=NEW"))
+        } else {
+            Ok(wish)
+        }
     }
 }
 
-/// The command line as it will be, with the disks where they will be. Layers are named as the original has them.
+/// The command line as it will be, with the disks where they will be. Layers are named as the
+/// original has them.
 pub struct Planned {
     options: Vec<QemuOption>,
     dir: PathBuf,
@@ -61,8 +79,16 @@ impl Planned {
         let manifest = places.manifest;
         let words = &manifest.vm_record.arguments;
         let mut paths = NewPaths::new(Path::new(&manifest.vm_record.directory));
-        manifest.disks.iter().flat_map(|disk| &disk.backing).for_each(|layer| paths.add_layer(&layer.path, Path::new(&layer.path)));
-        manifest.vm_record.files.iter().for_each(|layer| paths.add_boot_file(&layer.path, Path::new(&layer.path)));
+        manifest
+            .disks
+            .iter()
+            .flat_map(|disk| &disk.backing)
+            .for_each(|layer| paths.add_layer(&layer.path, Path::new(&layer.path)));
+        manifest
+            .vm_record
+            .files
+            .iter()
+            .for_each(|layer| paths.add_boot_file(&layer.path, Path::new(&layer.path)));
         manifest.disks.iter().for_each(|disk| paths.add_disk(&disk.file, &places.image(disk)));
         let options = match saved::restored(words, &paths, wishes) {
             Ok(restored) => restored.options,
@@ -71,13 +97,16 @@ impl Planned {
         Ok(Self { options, dir: places.dir.to_owned(), renamed: renamed(words, wishes)? })
     }
 
-    /// The files and sockets that QEMU makes: in the VM's directory, or where the user wants them. What is there already is a
-    /// terminal or a pipe, once nothing is replaced.
+    /// The files and sockets that QEMU makes: in the VM's directory, or where the user wants them.
+    /// What is there already is a terminal or a pipe, once nothing is replaced.
     pub fn made(&self) -> Vec<PathBuf> {
         let mut made = Vec::new();
         visit(&self.options, |site| {
             let path = self.dir.join(site.value);
-            if matches!(site.means, Use::Output | Use::Listen) && !path.exists() && !made.contains(&path) {
+            if matches!(site.means, Use::Output | Use::Listen)
+                && !path.exists()
+                && !made.contains(&path)
+            {
                 made.push(path);
             }
         });
@@ -90,7 +119,8 @@ impl Planned {
         visit(&self.options, |site| {
             let path = self.dir.join(site.value);
             if matches!(site.means, Use::Output | Use::Listen) && is_replaced(&path) {
-                // Whether it is in use is not tried: the guest could notice a client of its serial port.
+                // Whether it is in use is not tried: the guest could notice a client of its serial
+                // port.
                 let (path, old) = (path.display(), saved_value(&self.renamed, site.value));
                 taken.push(format!(
                     "{path} (-{}) exists already: use --map {old}={old}-2 or another --dir, or remove it if nothing uses it",
@@ -100,24 +130,33 @@ impl Planned {
         });
         taken.extend(ports::taken(&self.options, &|value| saved_value(&self.renamed, value)));
         taken.dedup();
-        if taken.is_empty() { Ok(()) } else { Err(refused(format!("nothing was made, because {}", taken.join("; ")))) }
+        if taken.is_empty() {
+            Ok(())
+        } else {
+            Err(refused(format!("nothing was made, because {}", taken.join("; "))))
+        }
     }
 
     /// What the user of a copy should know of the network that it shares with its original.
     pub fn note_of_copy(&self) -> String {
         let is_shared = |option: &QemuOption| {
             matches!(option.name.as_str(), "netdev" | "nic" | "net")
-                && Form::of(option).get("type").is_some_and(|kind| SHARED_NETWORKS.contains(&kind.as_str()))
+                && Form::of(option)
+                    .get("type")
+                    .is_some_and(|kind| SHARED_NETWORKS.contains(&kind.as_str()))
         };
         let shared = "a copy has the original's MAC and IP addresses, machine-id and random state (docs/copies.md)";
         match self.options.iter().any(is_shared) {
-            true => format!("{shared}; its network may be the original's: while that one runs, they must not be in one network"),
+            true => format!(
+                "{shared}; its network may be the original's: while that one runs, they must not be in one network"
+            ),
             false => shared.to_owned(),
         }
     }
 }
 
-/// Whether QEMU would empty or remove what is there. A terminal, a pipe or /dev/null is there to be written to.
+/// Whether QEMU would empty or remove what is there. A terminal, a pipe or /dev/null is there to be
+/// written to.
 fn is_replaced(path: &Path) -> bool {
     let Ok(facts) = path.symlink_metadata() else { return false };
     let kind = std::fs::metadata(path).unwrap_or(facts).file_type();
@@ -129,7 +168,11 @@ fn with_taken(error: Error, words: &[String], wishes: &Wishes) -> Error {
     let Ok(options) = arguments::parse(words) else { return error };
     let mapped = restorable::map(options, wishes);
     let taken = ports::taken(&mapped.options, &|value| saved_value(&wishes.map, value));
-    if taken.is_empty() { error } else { refused(format!("{}; and {}", explain(&error), taken.join("; "))) }
+    if taken.is_empty() {
+        error
+    } else {
+        refused(format!("{}; and {}", explain(&error), taken.join("; ")))
+    }
 }
 
 /// What `--map` takes for a value of the new line.
@@ -144,17 +187,20 @@ fn renamed(words: &[String], wishes: &Wishes) -> Result<Vec<(String, String)>> {
     Ok(renamed)
 }
 
-/// A copy's guest has to notice that it is one: its random state and its tokens are the original's, too.
+/// A copy's guest has to notice that it is one: its random state and its tokens are the original's,
+/// too.
 pub fn as_copy(options: Vec<QemuOption>, wishes: &Wishes) -> Vec<QemuOption> {
     let is_wish = |value: &str| wishes.map.iter().any(|(_, new)| new == value);
     rewrite(options, |site| {
-        let is_id = matches!(site.option, "device" | "global") && site.key == "guid" && !is_wish(site.value);
+        let is_id = matches!(site.option, "device" | "global")
+            && site.key == "guid"
+            && !is_wish(site.value);
         is_id.then(|| "auto".to_owned())
     })
 }
 
-/// Splits each `OLD=NEW` where OLD is a value of the saved command line, which may hold `=` itself; of several such OLDs the
-/// longest is meant.
+/// Splits each `OLD=NEW` where OLD is a value of the saved command line, which may hold `=` itself;
+/// of several such OLDs the longest is meant.
 pub fn resolve(words: &[String], map: &[Mapping]) -> Result<Vec<(String, String)>> {
     let options = arguments::parse(words)?;
     map.iter().map(|wish| resolve_one(&options, wish)).collect()
@@ -162,7 +208,9 @@ pub fn resolve(words: &[String], map: &[Mapping]) -> Result<Vec<(String, String)
 
 fn resolve_one(options: &[QemuOption], wish: &Mapping) -> Result<(String, String)> {
     let splits = wish.splits();
-    let unused = restorable::map(options.to_vec(), &Wishes { map: splits.clone(), ..Wishes::default() }).unused;
+    let unused =
+        restorable::map(options.to_vec(), &Wishes { map: splits.clone(), ..Wishes::default() })
+            .unused;
     let known = splits.into_iter().filter(|(old, _)| !unused.contains(old));
     match known.max_by_key(|(old, _)| old.len()) {
         Some(split) => Ok(split),
@@ -177,7 +225,10 @@ fn resolve_one(options: &[QemuOption], wish: &Mapping) -> Result<(String, String
 fn candidates(options: &[QemuOption]) -> Vec<String> {
     let mut found: Vec<String> = Vec::new();
     visit(options, |site| {
-        if site.means != Use::Plain && !site.value.is_empty() && !found.iter().any(|known| known == site.value) {
+        if site.means != Use::Plain
+            && !site.value.is_empty()
+            && !found.iter().any(|known| known == site.value)
+        {
             found.push(site.value.to_owned());
         }
     });
@@ -215,7 +266,11 @@ mod test {
         let line = "-qmp unix:/run/a/q.sock,server=on,wait=off -serial file:/var/log/s.log -vnc unix:/run/b/q.sock \
                     -chardev socket,id=c,path=/run/c.sock,server=on,wait=off,logfile=/var/log/c.log";
         let made = planned(line, &[], Path::new("/d")).made();
-        assert_eq!(made, ["q.sock", "s.log", "q.sock.2", "c.sock", "c.log"].map(|name| Path::new("/d").join(name)));
+        assert_eq!(
+            made,
+            ["q.sock", "s.log", "q.sock.2", "c.sock", "c.log"]
+                .map(|name| Path::new("/d").join(name))
+        );
     }
 
     #[test]
@@ -240,9 +295,18 @@ mod test {
             let options = as_copy(arguments::parse(&saved_line(line)).unwrap(), &Wishes::default());
             arguments::words(&options).join(" ")
         };
-        assert_eq!(copy("-device vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87,id=g"), "-device vmgenid,guid=auto,id=g");
-        assert_eq!(copy("-global vmgenid.guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"), "-global vmgenid.guid=auto");
-        assert!(copy(r#"-device {"driver":"vmgenid","guid":"324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"}"#).contains(r#""guid":"auto""#));
+        assert_eq!(
+            copy("-device vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87,id=g"),
+            "-device vmgenid,guid=auto,id=g"
+        );
+        assert_eq!(
+            copy("-global vmgenid.guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"),
+            "-global vmgenid.guid=auto"
+        );
+        assert!(
+            copy(r#"-device {"driver":"vmgenid","guid":"324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"}"#)
+                .contains(r#""guid":"auto""#)
+        );
     }
 
     #[test]
@@ -252,7 +316,10 @@ mod test {
         planned(line, &[], place.path()).check_free().unwrap();
         let _listener = UnixListener::bind(place.path().join("q.sock")).unwrap();
         let error = planned(line, &[], place.path()).check_free().unwrap_err();
-        assert!(class_of(&error) == Class::Refused && error.to_string().contains("--map q.sock="), "{error}");
+        assert!(
+            class_of(&error) == Class::Refused && error.to_string().contains("--map q.sock="),
+            "{error}"
+        );
         planned(line, &["q.sock=p.sock"], place.path()).check_free().unwrap();
         std::os::unix::fs::symlink("nowhere", place.path().join("s.log")).unwrap();
         let error = planned(line, &["q.sock=p.sock"], place.path()).check_free().unwrap_err();
@@ -261,7 +328,9 @@ mod test {
         let named = place.path().join("q.sock").display().to_string();
         let line = "-chardev socket,id=q,path=/run/x.sock,server=on,wait=off";
         let other = tempfile::tempdir().unwrap();
-        let error = planned(line, &[&format!("/run/x.sock={named}")], other.path()).check_free().unwrap_err();
+        let error = planned(line, &[&format!("/run/x.sock={named}")], other.path())
+            .check_free()
+            .unwrap_err();
         assert!(error.to_string().contains("--map /run/x.sock="), "{error}");
     }
 
@@ -271,15 +340,26 @@ mod test {
         let holder = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
         let display = holder.local_addr().unwrap().port() - 5900;
         let line = saved_line(&format!("-vnc :{display} -monitor vc"));
-        let error = saved::restored(&line, &NewPaths::new(Path::new("/vm")), &Wishes::default()).err().unwrap();
+        let error = saved::restored(&line, &NewPaths::new(Path::new("/vm")), &Wishes::default())
+            .err()
+            .unwrap();
         let error = with_taken(error, &line, &Wishes::default());
-        assert!(class_of(&error) == Class::Refused && error.to_string().contains(&format!("use --map :{display}=:")), "{error}");
+        assert!(
+            class_of(&error) == Class::Refused
+                && error.to_string().contains(&format!("use --map :{display}=:")),
+            "{error}"
+        );
     }
 
     #[test]
     fn copy_in_a_shared_network_is_told() {
-        let note = |line: &str| planned(line, &[], Path::new("/d")).note_of_copy().contains("in one network");
-        assert!(note("-netdev tap,id=n,ifname=tap0,script=no,downscript=no") && note("-netdev socket,id=n,mcast=230.0.0.1:1234"));
+        let note = |line: &str| {
+            planned(line, &[], Path::new("/d")).note_of_copy().contains("in one network")
+        };
+        assert!(
+            note("-netdev tap,id=n,ifname=tap0,script=no,downscript=no")
+                && note("-netdev socket,id=n,mcast=230.0.0.1:1234")
+        );
         assert!(!note("-netdev user,id=n -device e1000,netdev=n"));
     }
 }

@@ -1,7 +1,10 @@
-//! What the kernel says of a network device of this process's own network namespace, which /sys need not show.
+//! What the kernel says of a network device of this process's own network namespace, which /sys
+//! need not show.
 
 use anyhow::{Context, Result, bail};
-use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
+};
 use std::os::fd::AsRawFd;
 
 const MAX_NAME_BYTES: usize = 15;
@@ -34,12 +37,19 @@ pub fn link(name: &str) -> Result<Option<Link>> {
     if name.is_empty() || name.len() > MAX_NAME_BYTES {
         return Ok(None);
     }
-    let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute);
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkRoute,
+    );
     let socket = socket.context("opening a netlink socket")?;
     let kernel = NetlinkAddr::new(0, 0);
-    sendto(socket.as_raw_fd(), &question(name), &kernel, MsgFlags::empty()).with_context(|| format!("asking the kernel for {name}"))?;
+    sendto(socket.as_raw_fd(), &question(name), &kernel, MsgFlags::empty())
+        .with_context(|| format!("asking the kernel for {name}"))?;
     let mut answer = vec![0; MAX_ANSWER_BYTES];
-    let len = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty()).with_context(|| format!("waiting for {name}'s state"))?;
+    let len = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())
+        .with_context(|| format!("waiting for {name}'s state"))?;
     parse(answer.get(..len).unwrap_or_default()).with_context(|| format!("reading {name}'s state"))
 }
 
@@ -63,7 +73,9 @@ fn parse(answer: &[u8]) -> Result<Option<Link>> {
     let kind = answer.get(4..6).and_then(|bytes| Some(u16::from_ne_bytes(bytes.try_into().ok()?)));
     match kind {
         Some(NLMSG_ERROR) => {
-            let code = answer.get(HEADER..HEADER + 4).and_then(|bytes| Some(i32::from_ne_bytes(bytes.try_into().ok()?)));
+            let code = answer
+                .get(HEADER..HEADER + 4)
+                .and_then(|bytes| Some(i32::from_ne_bytes(bytes.try_into().ok()?)));
             match code {
                 Some(code) if code == -ENODEV => Ok(None),
                 code => bail!("the kernel answered error {code:?}"),
@@ -74,7 +86,10 @@ fn parse(answer: &[u8]) -> Result<Option<Link>> {
             for (kind, value) in attributes(answer.get(HEADER + ABOUT..).unwrap_or_default()) {
                 match kind {
                     IFLA_CARRIER => link.has_carrier = value.first() == Some(&1),
-                    IFLA_LINKINFO => link.is_tap = attributes(value).any(|(kind, value)| kind == IFLA_INFO_KIND && value == b"tun\0"),
+                    IFLA_LINKINFO => {
+                        link.is_tap = attributes(value)
+                            .any(|(kind, value)| kind == IFLA_INFO_KIND && value == b"tun\0")
+                    }
                     _ => {}
                 }
             }
@@ -111,7 +126,9 @@ mod test {
     fn link_answers_that_are_cut_off_are_no_panic() {
         let mut answer = [0; HEADER + ABOUT].to_vec();
         answer[4..6].copy_from_slice(&RTM_NEWLINK.to_ne_bytes());
-        for (kind, value) in [(IFLA_CARRIER, &[1, 0, 0, 0][..]), (IFLA_LINKINFO, &[8, 0, 1, 0, b't', b'u', b'n', 0])] {
+        for (kind, value) in
+            [(IFLA_CARRIER, &[1, 0, 0, 0][..]), (IFLA_LINKINFO, &[8, 0, 1, 0, b't', b'u', b'n', 0])]
+        {
             answer.extend(u16::try_from(4 + value.len()).unwrap().to_ne_bytes());
             answer.extend(kind.to_ne_bytes());
             answer.extend(value);

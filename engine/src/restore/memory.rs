@@ -1,4 +1,5 @@
-//! The guest's RAM: the main block is filled through its memfd, the small ones travel in the migration stream.
+//! The guest's RAM: the main block is filled through its memfd, the small ones travel in the
+//! migration stream.
 
 use super::source::Source;
 use anyhow::{Context, Result};
@@ -15,20 +16,30 @@ const PIECE: usize = 1 << 20;
 /// Writes every page that is not zero; the memory is new, so all others are.
 pub async fn fill(source: Source, block: String, memory: GuestMemory) -> Result<()> {
     let map = source.map(&SpaceName::ram(&block)?)?;
-    let total: u64 = map.frame_reads().iter().flat_map(|read| &read.parts).map(|part| part.pages.byte_len().0).sum();
+    let total: u64 = map
+        .frame_reads()
+        .iter()
+        .flat_map(|read| &read.parts)
+        .map(|part| part.pages.byte_len().0)
+        .sum();
     let progress = source.progress().begin("memory", total);
     let mut runs = std::pin::pin!(source.read(&map));
     while let Some(batch) = runs.next().await {
         let (batch, memory) = (batch?, memory.clone());
         let written: usize = batch.iter().map(|(_, bytes)| bytes.len()).sum();
-        let write = move || batch.iter().try_for_each(|(pages, bytes)| memory.write(pages.bytes().start, bytes));
-        tokio::task::spawn_blocking(write).await.context("filling the guest's memory was cut off")??;
+        let write = move || {
+            batch.iter().try_for_each(|(pages, bytes)| memory.write(pages.bytes().start, bytes))
+        };
+        tokio::task::spawn_blocking(write)
+            .await
+            .context("filling the guest's memory was cut off")??;
         progress.advance(written as u64);
     }
     Ok(())
 }
 
-/// The content of the RAM blocks that travel in the stream, in the manifest's order; none for the main block.
+/// The content of the RAM blocks that travel in the stream, in the manifest's order; none for the
+/// main block.
 pub async fn small_blocks(source: &Source) -> Result<Vec<Option<Vec<u8>>>> {
     let manifest = source.manifest();
     let mut contents = Vec::new();
@@ -38,7 +49,8 @@ pub async fn small_blocks(source: &Source) -> Result<Vec<Option<Vec<u8>>>> {
             continue;
         }
         let name = SpaceName::ram(&block.name)?;
-        let record = manifest.space(&name).with_context(|| format!("the checkpoint has no space {name}"))?;
+        let record =
+            manifest.space(&name).with_context(|| format!("the checkpoint has no space {name}"))?;
         contents.push(Some(source.read_whole(record).await?));
     }
     Ok(contents)
@@ -52,11 +64,21 @@ pub async fn device_state(source: &Source) -> Result<DeviceState> {
 }
 
 /// Gives QEMU the stream that a live migration would have given it.
-pub async fn load(mut incoming: Incoming, source: &Source, contents: &[Option<Vec<u8>>], devices: &DeviceState) -> Result<()> {
+pub async fn load(
+    mut incoming: Incoming,
+    source: &Source,
+    contents: &[Option<Vec<u8>>],
+    devices: &DeviceState,
+) -> Result<()> {
     let manifest = source.manifest();
-    let mut writer = StreamWriter::new(&manifest.vm_record.machine_type, manifest.ram_blocks.iter().map(stream_block).collect())?;
+    let mut writer = StreamWriter::new(
+        &manifest.vm_record.machine_type,
+        manifest.ram_blocks.iter().map(stream_block).collect(),
+    )?;
     for (block, content) in contents.iter().enumerate() {
-        for (page, bytes) in content.iter().flat_map(|content| content.chunks_exact(PAGE_SIZE)).enumerate() {
+        for (page, bytes) in
+            content.iter().flat_map(|content| content.chunks_exact(PAGE_SIZE)).enumerate()
+        {
             writer.page(block, (page * PAGE_SIZE) as u64, bytes)?;
             if writer.buffered() >= PIECE {
                 incoming.send(&writer.take()).await?;

@@ -1,7 +1,8 @@
-//! Bringing a VM back: plan -> layers -> disks and RAM -> device state -> running -> a member of its lineage again.
+//! Bringing a VM back: plan -> layers -> disks and RAM -> device state -> running -> a member of
+//! its lineage again.
 //!
-//! Nothing of the old host is needed but the store. Nothing runs before everything is in place; whatever fails before
-//! `cont` leaves the checkpoint as it was, and a new QEMU that is ended.
+//! Nothing of the old host is needed but the store. Nothing runs before everything is in place;
+//! whatever fails before `cont` leaves the checkpoint as it was, and a new QEMU that is ended.
 
 mod chain;
 pub mod check;
@@ -77,7 +78,8 @@ pub struct Request {
     pub progress: Arc<dyn Progress>,
 }
 
-/// A VM that was restored; it has no helper yet. As JSON it is what `stillpoint restore --json` prints.
+/// A VM that was restored; it has no helper yet. As JSON it is what `stillpoint restore --json`
+/// prints.
 #[derive(Serialize)]
 pub struct Restored {
     pub name: VmName,
@@ -135,17 +137,22 @@ impl Restore {
         request.new_name = request.new_name.filter(|name| *name != request.checkpoint.vm);
         let repository = stores::open_existing(&request.store).await?;
         let id = lineage::resolve(&repository, &request.checkpoint).await?;
-        let source = Source::open(&repository, &request.checkpoint.vm, id, Arc::clone(&request.progress)).await?;
+        let source =
+            Source::open(&repository, &request.checkpoint.vm, id, Arc::clone(&request.progress))
+                .await?;
         let name = request.new_name.as_ref().unwrap_or(&request.checkpoint.vm);
         let runtime = RuntimeDir::new(request.runtime_base.as_deref(), name)?;
         let dir = request.dir.clone().unwrap_or_else(|| PathBuf::from(name.as_str()));
-        let dir = std::path::absolute(&dir).with_context(|| format!("making {} absolute", dir.display()))?;
+        let dir = std::path::absolute(&dir)
+            .with_context(|| format!("making {} absolute", dir.display()))?;
         let plugin = launch::plugin_path()?;
         launch::saved::check_record(&source.manifest().vm_record)?;
-        let (qemu, facts) = program::find(request.qemu.as_deref(), &source.manifest().vm_record, &plugin)?;
+        let (qemu, facts) =
+            program::find(request.qemu.as_deref(), &source.manifest().vm_record, &plugin)?;
         let map = line::resolve(&source.manifest().vm_record.arguments, &request.map)?;
         let wishes = Wishes { map, allow: request.allow.clone() };
-        let run_state = Transition::choose(source.manifest().run_state, request.paused, request.run)?;
+        let run_state =
+            Transition::choose(source.manifest().run_state, request.paused, request.run)?;
         let instance = launch::new_instance()?;
         let mut phases = Phases::default();
         phases.since("plan", begun);
@@ -209,10 +216,19 @@ impl Restore {
     async fn check(&self) -> Result<Planned> {
         let repository = self.source.repository();
         if self.is_copy() && !repository.checkpoints(self.name()).await?.is_empty() {
-            return Err(refused(format!("the store has checkpoints of a VM {} already; give the copy another name by --as", self.name())));
+            return Err(refused(format!(
+                "the store has checkpoints of a VM {} already; give the copy another name by --as",
+                self.name()
+            )));
         }
         launch::refuse_alive(&self.runtime)?;
-        checkpoint::may_claim(repository, self.name(), &self.instance, Force::if_ordered(self.request.take_over)).await?;
+        checkpoint::may_claim(
+            repository,
+            self.name(),
+            &self.instance,
+            Force::if_ordered(self.request.take_over),
+        )
+        .await?;
         let planned = Planned::of(&self.places(), &self.wishes)?;
         planned.check_free()?;
         Ok(planned)
@@ -228,10 +244,13 @@ impl Restore {
         self.phases.since("layers", step);
         let step = Instant::now();
         let runtime_path = self.runtime.path().to_owned();
-        let paths = disks::restore(&self.source, &layers, &self.places(), &self.qemu, &runtime_path).await?;
+        let paths =
+            disks::restore(&self.source, &layers, &self.places(), &self.qemu, &runtime_path)
+                .await?;
         self.phases.since("disks", step);
         let mut file = self.vm_file(&layers, &paths)?;
-        let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes).context("making the guest's memory")?;
+        let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes)
+            .context("making the guest's memory")?;
         let new = NewQemu::start(&file, &self.runtime, &self.plugin, &memory)?;
         file.pid = Some(new.pid());
         undo.started(new.pid())?;
@@ -251,7 +270,14 @@ impl Restore {
         self.begin_recording(&ready.vm).await?;
         kill_point::point("restore.loaded");
         let force = Force::if_ordered(self.request.take_over);
-        let writer = checkpoint::claim(self.source.repository(), self.name(), &self.instance, &self.runtime, force).await?;
+        let writer = checkpoint::claim(
+            self.source.repository(),
+            self.name(),
+            &self.instance,
+            &self.runtime,
+            force,
+        )
+        .await?;
         let entered = self.start_guest(&ready.vm, undo).await;
         if entered.is_err()
             && let Err(error) = writer.withdraw().await
@@ -286,7 +312,11 @@ impl Restore {
         let record = &manifest.vm_record;
         let restored = launch::saved::restored(&record.arguments, paths, &self.wishes)?;
         restored.notes.iter().for_each(|note| self.request.progress.note(note));
-        let options = if self.is_copy() { line::as_copy(restored.options, &self.wishes) } else { restored.options };
+        let options = if self.is_copy() {
+            line::as_copy(restored.options, &self.wishes)
+        } else {
+            restored.options
+        };
         let options = check::on_the_line(&self.places(), layers, options)?;
         let target = RestoreTarget {
             name: self.name().clone(),
@@ -306,7 +336,10 @@ impl Restore {
     async fn check_newest(&self) -> Result<()> {
         let newest = lineage::resolve(self.source.repository(), &self.request.checkpoint).await?;
         if newest != self.id {
-            return Err(refused(format!("checkpoint {newest} was committed while {} was being restored; run the command again", self.id)));
+            return Err(refused(format!(
+                "checkpoint {newest} was committed while {} was being restored; run the command again",
+                self.id
+            )));
         }
         Ok(())
     }
@@ -324,7 +357,8 @@ impl Restore {
         filling.await.context("filling the guest's memory was cut off")??;
         self.phases.since("memory", step);
         let step = Instant::now();
-        // QEMU has not touched the memory yet; what it writes while it loads is dirty from the first checkpoint's view.
+        // QEMU has not touched the memory yet; what it writes while it loads is dirty from the
+        // first checkpoint's view.
         vm.lock_tracker()?.protect_all()?;
         let incoming = Incoming::begin(&vm.qmp, &self.runtime.path().join("incoming.sock")).await?;
         memory::load(incoming, &self.source, &contents, &devices).await?;
@@ -332,19 +366,29 @@ impl Restore {
         Ok(vm)
     }
 
-    /// The next checkpoint of the same VM is incremental: what is in RAM and on the disks now is what the store has.
+    /// The next checkpoint of the same VM is incremental: what is in RAM and on the disks now is
+    /// what the store has.
     async fn begin_recording(&self, vm: &Vm) -> Result<()> {
         if vm.file.restored_from != Some(self.id) {
             return Ok(());
         }
         let tag: BitmapTag = vm.file.instance.parse().context("naming the dirty bitmaps")?;
         let disks = vm.disks().await?.disks;
-        let places = CapturePlaces { fleecing_dir: &vm.file.fleecing, nbd_socket: &vm.runtime.nbd() };
-        start_recording(&vm.qmp, &tag, self.id.0, &disks, places).await.context("beginning to record the disks' changes")?;
+        let places =
+            CapturePlaces { fleecing_dir: &vm.file.fleecing, nbd_socket: &vm.runtime.nbd() };
+        start_recording(&vm.qmp, &tag, self.id.0, &disks, places)
+            .await
+            .context("beginning to record the disks' changes")?;
         self.runtime.set_marks(Marks { since: self.source.identity(), is_exact: true })
     }
 
-    fn report(self, file: &VmFile, layer_bytes: u64, resume_ms: f64, note: Option<String>) -> Restored {
+    fn report(
+        self,
+        file: &VmFile,
+        layer_bytes: u64,
+        resume_ms: f64,
+        note: Option<String>,
+    ) -> Restored {
         Restored {
             name: file.name.clone(),
             restored: self.request.checkpoint.vm,
@@ -366,7 +410,10 @@ impl Restore {
 /// Waits for a signal that asks the command to end; its error.
 async fn interrupted() -> Result<Error> {
     let about = "listening for signals";
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate()).context(about)?, signal(SignalKind::interrupt()).context(about)?);
+    let (mut terminate, mut interrupt) = (
+        signal(SignalKind::terminate()).context(about)?,
+        signal(SignalKind::interrupt()).context(about)?,
+    );
     let mut hang_up = signal(SignalKind::hangup()).context(about)?;
     tokio::select! {
         _ = terminate.recv() => {}
@@ -376,7 +423,8 @@ async fn interrupted() -> Result<Error> {
     Ok(anyhow::anyhow!("interrupted; what was made is removed again"))
 }
 
-/// The new QEMU must have built the same RAM blocks, or the state would be loaded into the wrong place.
+/// The new QEMU must have built the same RAM blocks, or the state would be loaded into the wrong
+/// place.
 pub fn check_blocks(manifest: &Manifest, blocks: &[RamBlock]) -> Result<()> {
     for block in &manifest.ram_blocks {
         let found = blocks.iter().find(|found| found.name == block.name);
@@ -391,8 +439,8 @@ pub fn check_blocks(manifest: &Manifest, blocks: &[RamBlock]) -> Result<()> {
     Ok(())
 }
 
-/// After a load QEMU keeps the disks inactive until `cont`; a checkpoint of a VM that has not run yet needs them. QEMU
-/// before 10.0 lacks the command and does not ask for it.
+/// After a load QEMU keeps the disks inactive until `cont`; a checkpoint of a VM that has not run
+/// yet needs them. QEMU before 10.0 lacks the command and does not ask for it.
 pub async fn activate_disks(qmp: &Qmp) {
     if let Err(error) = qmp.execute_json("blockdev-set-active", json!({ "active": true })).await {
         tracing::debug!(%error, "blockdev-set-active");

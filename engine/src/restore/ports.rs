@@ -1,6 +1,8 @@
-//! Host ports, displays, abstract sockets and taps that the restored VM would need and that somebody has: the original, mostly.
+//! Host ports, displays, abstract sockets and taps that the restored VM would need and that
+//! somebody has: the original, mostly.
 //!
-//! QEMU itself would find out, after everything was made. Here it is found out before, with the `--map` that helps.
+//! QEMU itself would find out, after everything was made. Here it is found out before, with the
+//! `--map` that helps.
 
 use super::link::link;
 use qemu_cmdline::form::{Form, is_on};
@@ -38,11 +40,14 @@ struct Bind {
     around: (String, String),
 }
 
-/// Why each of them cannot be had, and what to do. `saved`: what `--map` takes for a value of these options.
+/// Why each of them cannot be had, and what to do. `saved`: what `--map` takes for a value of these
+/// options.
 pub fn taken(options: &[QemuOption], saved: &dyn Fn(&str) -> String) -> Vec<String> {
     let binds = binds(options);
-    let mut reserved: Vec<u16> = binds.iter().map(|bind| bind.base.saturating_add(bind.number)).collect();
-    let mut found: Vec<String> = binds.iter().filter_map(|bind| bind.trouble(&mut reserved, saved)).collect();
+    let mut reserved: Vec<u16> =
+        binds.iter().map(|bind| bind.base.saturating_add(bind.number)).collect();
+    let mut found: Vec<String> =
+        binds.iter().filter_map(|bind| bind.trouble(&mut reserved, saved)).collect();
     found.extend(options.iter().filter_map(|option| abstract_socket(option, saved)));
     found.extend(taps(options, saved));
     found
@@ -69,14 +74,20 @@ impl Bind {
             Protocol::Udp => "UDP",
         };
         let remedy = match (&self.old, self.free_number(host, reserved)) {
-            (Some(old), Some(number)) => format!("use --map {}={}", saved(old), self.with(host, number)),
+            (Some(old), Some(number)) => {
+                format!("use --map {}={}", saved(old), self.with(host, number))
+            }
             _ => "end what uses it".to_owned(),
         };
         Some(format!("{what} {}:{port} (-{}) {reason}: {remedy}", self.host, self.option))
     }
 
     fn with(&self, host: &str, number: u16) -> String {
-        let prefix = if host == self.host { self.around.0.clone() } else { self.around.0.replacen(&self.host, host, 1) };
+        let prefix = if host == self.host {
+            self.around.0.clone()
+        } else {
+            self.around.0.replacen(&self.host, host, 1)
+        };
         format!("{prefix}{number}{}", self.around.1)
     }
 
@@ -89,12 +100,14 @@ impl Bind {
 
     fn free_number(&self, host: &str, reserved: &mut Vec<u16>) -> Option<u16> {
         let is_free = |number: &u16| {
-            number.checked_add(self.base).is_some_and(|port| !reserved.contains(&port)) && self.try_number(host, *number).is_none()
+            number.checked_add(self.base).is_some_and(|port| !reserved.contains(&port))
+                && self.try_number(host, *number).is_none()
         };
         // The port itself may be free on the other address.
         let begin = if host == self.host { self.number.saturating_add(1) } else { self.number };
         let unprivileged = (1024 - self.base.min(1024)).max(begin);
-        let number = (begin..=u16::MAX).find(is_free).or_else(|| (unprivileged..=u16::MAX).find(is_free))?;
+        let number =
+            (begin..=u16::MAX).find(is_free).or_else(|| (unprivileged..=u16::MAX).find(is_free))?;
         reserved.push(number + self.base);
         Some(number)
     }
@@ -114,13 +127,17 @@ fn try_bind(protocol: Protocol, host: &str, port: u16) -> Option<ErrorKind> {
                 Protocol::Udp => UdpSocket::bind(address).err(),
             }?;
             // A host without IPv6 has no address `::`.
-            troubles.contains(&error.kind()).then(|| error.kind()).filter(|kind| !is_any || *kind != ErrorKind::AddrNotAvailable)
+            troubles
+                .contains(&error.kind())
+                .then(|| error.kind())
+                .filter(|kind| !is_any || *kind != ErrorKind::AddrNotAvailable)
         })
     })
 }
 
 fn binds(options: &[QemuOption]) -> Vec<Bind> {
-    let mut found: Vec<Bind> = options.iter().flat_map(|option| of_option(option, options)).collect();
+    let mut found: Vec<Bind> =
+        options.iter().flat_map(|option| of_option(option, options)).collect();
     visit(options, |site| {
         if matches!(site.option, "netdev" | "nic" | "net") && site.key.starts_with("hostfwd") {
             found.extend(forward(site.option, site.value));
@@ -135,7 +152,9 @@ fn of_option(option: &QemuOption, all: &[QemuOption]) -> Vec<Bind> {
         "vnc" => vnc(option, value),
         "display" => value.strip_prefix("vnc=").map(|rest| vnc(option, rest)).unwrap_or_default(),
         "spice" => spice(option, all),
-        "gdb" | "serial" | "parallel" | "monitor" | "qmp" | "qmp-pretty" | "debugcon" => compat(option).into_iter().collect(),
+        "gdb" | "serial" | "parallel" | "monitor" | "qmp" | "qmp-pretty" | "debugcon" => {
+            compat(option).into_iter().collect()
+        }
         "s" => vec![Bind {
             protocol: Protocol::Tcp,
             host: String::new(),
@@ -157,7 +176,9 @@ fn vnc(option: &QemuOption, value: &str) -> Vec<Bind> {
     let keys = KeyList::parse(value);
     let Some((None, address)) = keys.iter().next() else { return Vec::new() };
     let is_on = |key: &str| keys.get(key).is_some_and(is_on);
-    let Some((host, number)) = address.rsplit_once(':').filter(|_| !address.starts_with("unix:") && !is_on("reverse")) else {
+    let Some((host, number)) =
+        address.rsplit_once(':').filter(|_| !address.starts_with("unix:") && !is_on("reverse"))
+    else {
         return Vec::new();
     };
     let Ok(number) = number.parse::<u16>() else { return Vec::new() };
@@ -167,25 +188,38 @@ fn vnc(option: &QemuOption, value: &str) -> Vec<Bind> {
         host: host.to_owned(),
         number,
         base,
-        second_base: (base == FIRST_VNC && keys.get("websocket") == Some("on")).then_some(FIRST_VNC_WEB),
+        second_base: (base == FIRST_VNC && keys.get("websocket") == Some("on"))
+            .then_some(FIRST_VNC_WEB),
         more,
         option: option.name.clone(),
         old: Some(old.to_owned()),
         around: (prefix.to_owned(), String::new()),
     };
     let mut found = vec![bind(number, FIRST_VNC, more, address, &format!("{host}:"))];
-    if let Some((port, number)) = keys.get("websocket").and_then(|port| Some((port, port.parse::<u16>().ok()?))) {
+    if let Some((port, number)) =
+        keys.get("websocket").and_then(|port| Some((port, port.parse::<u16>().ok()?)))
+    {
         found.push(bind(number, 0, 0, port, ""));
     }
     found
 }
 
-/// A bind by keys: the number alone is OLD, unless another value is spelled like it; then the whole list is.
-fn by_key(option: &QemuOption, all: &[QemuOption], protocol: Protocol, host: Option<String>, key: &str) -> Option<Bind> {
+/// A bind by keys: the number alone is OLD, unless another value is spelled like it; then the whole
+/// list is.
+fn by_key(
+    option: &QemuOption,
+    all: &[QemuOption],
+    protocol: Protocol,
+    host: Option<String>,
+    key: &str,
+) -> Option<Bind> {
     let form = Form::of(option);
     let text = form.get(key)?;
     let number: u16 = text.parse().ok().filter(|number| *number > 0)?;
-    let more = form.get("to").and_then(|to| to.parse::<u16>().ok()).map_or(0, |to| to.saturating_sub(number));
+    let more = form
+        .get("to")
+        .and_then(|to| to.parse::<u16>().ok())
+        .map_or(0, |to| to.saturating_sub(number));
     let (old, around) = if is_only(all, &text) {
         (text, Default::default())
     } else {
@@ -194,7 +228,17 @@ fn by_key(option: &QemuOption, all: &[QemuOption], protocol: Protocol, host: Opt
         (value.to_owned(), (format!("{before}{key}="), after.to_owned()))
     };
     let host = host.unwrap_or_default();
-    Some(Bind { protocol, host, number, base: 0, second_base: None, more, option: option.name.clone(), old: Some(old), around })
+    Some(Bind {
+        protocol,
+        host,
+        number,
+        base: 0,
+        second_base: None,
+        more,
+        option: option.name.clone(),
+        old: Some(old),
+        around,
+    })
 }
 
 fn is_only(options: &[QemuOption], value: &str) -> bool {
@@ -209,7 +253,10 @@ fn spice(option: &QemuOption, all: &[QemuOption]) -> Vec<Bind> {
     if form.is_on("unix") {
         return Vec::new();
     }
-    ["port", "tls-port"].into_iter().filter_map(|key| by_key(option, all, Protocol::Tcp, host.clone(), key)).collect()
+    ["port", "tls-port"]
+        .into_iter()
+        .filter_map(|key| by_key(option, all, Protocol::Tcp, host.clone(), key))
+        .collect()
 }
 
 fn chardev(option: &QemuOption, all: &[QemuOption]) -> Vec<Bind> {
@@ -218,7 +265,9 @@ fn chardev(option: &QemuOption, all: &[QemuOption]) -> Vec<Bind> {
         Some("socket") if form.is_on("server") || has_word(option, "server") => {
             by_key(option, all, Protocol::Tcp, form.get("host"), "port").into_iter().collect()
         }
-        Some("udp") => by_key(option, all, Protocol::Udp, form.get("localaddr"), "localport").into_iter().collect(),
+        Some("udp") => by_key(option, all, Protocol::Udp, form.get("localaddr"), "localport")
+            .into_iter()
+            .collect(),
         _ => Vec::new(),
     }
 }
@@ -241,7 +290,8 @@ fn compat(option: &QemuOption) -> Option<Bind> {
         at_address(&option.name, protocol, address, (before, after))
     };
     // A debugger's socket serves without being told to.
-    let serves = option.name == "gdb" || has_word(option, "server") || keys.get("server").is_some_and(is_on);
+    let serves =
+        option.name == "gdb" || has_word(option, "server") || keys.get("server").is_some_and(is_on);
     match scheme {
         "tcp" | "telnet" | "tn3270" | "websocket" if serves => bind(Protocol::Tcp, address),
         "udp" => bind(Protocol::Udp, address.split_once('@')?.1),
@@ -251,25 +301,38 @@ fn compat(option: &QemuOption) -> Option<Bind> {
 
 fn network(option: &QemuOption, all: &[QemuOption]) -> Vec<Bind> {
     let form = Form::of(option);
-    let keyed = |protocol, host: &str, port: &str| by_key(option, all, protocol, form.get(host), port).into_iter().collect();
+    let keyed = |protocol, host: &str, port: &str| {
+        by_key(option, all, protocol, form.get(host), port).into_iter().collect()
+    };
     match form.get("type").as_deref() {
         Some("socket") => {
-            let bind = |protocol, address: String| at_address(&option.name, protocol, &address, ("", ""));
+            let bind =
+                |protocol, address: String| at_address(&option.name, protocol, &address, ("", ""));
             let listen = form.get("listen").and_then(|address| bind(Protocol::Tcp, address));
             let local = form.get("localaddr").filter(|_| form.has("udp"));
             let local = local.and_then(|address| bind(Protocol::Udp, address));
             listen.into_iter().chain(local).collect()
         }
-        Some("stream") if form.is_on("server") && form.get("addr.type").as_deref() == Some("inet") => {
+        Some("stream")
+            if form.is_on("server") && form.get("addr.type").as_deref() == Some("inet") =>
+        {
             keyed(Protocol::Tcp, "addr.host", "addr.port")
         }
-        Some("dgram") if form.get("local.type").as_deref() == Some("inet") => keyed(Protocol::Udp, "local.host", "local.port"),
+        Some("dgram") if form.get("local.type").as_deref() == Some("inet") => {
+            keyed(Protocol::Udp, "local.host", "local.port")
+        }
         _ => Vec::new(),
     }
 }
 
-/// A bind at `address` (`HOST:PORT`), which stands between these two in the value that `--map` takes for OLD.
-fn at_address(option: &str, protocol: Protocol, address: &str, (before, after): (&str, &str)) -> Option<Bind> {
+/// A bind at `address` (`HOST:PORT`), which stands between these two in the value that `--map`
+/// takes for OLD.
+fn at_address(
+    option: &str,
+    protocol: Protocol,
+    address: &str,
+    (before, after): (&str, &str),
+) -> Option<Bind> {
     let (host, number) = address.rsplit_once(':')?;
     Some(Bind {
         protocol,
@@ -298,20 +361,33 @@ fn abstract_socket(option: &QemuOption, saved: &dyn Fn(&str) -> String) -> Optio
     let is_one = option.name == "chardev" && form.is_on("abstract") && serves;
     let name = form.get("path").filter(|_| is_one)?;
     let address = SocketAddr::from_abstract_name(name.as_bytes()).ok()?;
-    let error = UnixListener::bind_addr(&address).err().filter(|error| error.kind() == ErrorKind::AddrInUse);
-    error.map(|_| format!("the abstract socket {name} (-chardev) is in use: use --map {}={name}-2", saved(&name)))
+    let error = UnixListener::bind_addr(&address)
+        .err()
+        .filter(|error| error.kind() == ErrorKind::AddrInUse);
+    error.map(|_| {
+        format!(
+            "the abstract socket {name} (-chardev) is in use: use --map {}={name}-2",
+            saved(&name)
+        )
+    })
 }
 
 /// Taps that some process holds. What cannot be asked is left to QEMU.
 fn taps(options: &[QemuOption], saved: &dyn Fn(&str) -> String) -> Vec<String> {
     let mut found = Vec::new();
     visit(options, |site| {
-        let is_used = |name: &str| link(name).is_ok_and(|link| link.is_some_and(|link| link.is_tap && link.has_carrier));
+        let is_used = |name: &str| {
+            link(name).is_ok_and(|link| link.is_some_and(|link| link.is_tap && link.has_carrier))
+        };
         if site.means == Use::Tap && is_used(site.value) {
             let is_free = |name: &String| link(name).is_ok_and(|link| link.is_none());
             let free = (0..=u8::MAX).map(|number| format!("tap{number}")).find(is_free);
             let (tap, free) = (site.value, free.unwrap_or_else(|| "NEW".to_owned()));
-            found.push(format!("tap {tap} (-{}) is in use: use --map {}={free}", site.option, saved(tap)));
+            found.push(format!(
+                "tap {tap} (-{}) is in use: use --map {}={free}",
+                site.option,
+                saved(tap)
+            ));
         }
     });
     found
@@ -333,13 +409,17 @@ mod test {
 
     /// The `OLD=NEW` of a message.
     fn proposal(message: &str) -> (String, String) {
-        let text = message.split_once("--map ").unwrap_or_else(|| panic!("no --map in {message}")).1;
-        let places = text.match_indices('=').map(|(at, _)| (text[..at].to_owned(), text[at + 1..].to_owned()));
+        let text =
+            message.split_once("--map ").unwrap_or_else(|| panic!("no --map in {message}")).1;
+        let places = text
+            .match_indices('=')
+            .map(|(at, _)| (text[..at].to_owned(), text[at + 1..].to_owned()));
         let (old, new) = places.min_by_key(|(old, new)| old.len().abs_diff(new.len())).unwrap();
         (old, new)
     }
 
-    /// Every spelling of a port that is taken is noticed, and what is proposed changes the line into one that is free.
+    /// Every spelling of a port that is taken is noticed, and what is proposed changes the line
+    /// into one that is free.
     #[test]
     fn ports_in_use_are_named_with_a_map_that_helps() {
         let holder = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -350,11 +430,17 @@ mod test {
         let lines = [
             format!("-netdev user,id=n,hostfwd=tcp::{port}-:22"),
             format!("-nic user,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:22,model=e1000"),
-            format!(r#"-netdev {{"type":"user","id":"n","hostfwd":[{{"str":"tcp::{port}-:22"}}]}}"#),
+            format!(
+                r#"-netdev {{"type":"user","id":"n","hostfwd":[{{"str":"tcp::{port}-:22"}}]}}"#
+            ),
             format!("-netdev socket,id=n,listen=127.0.0.1:{port}"),
-            format!("-netdev stream,id=n,server=on,addr.type=inet,addr.host=127.0.0.1,addr.port={port}"),
+            format!(
+                "-netdev stream,id=n,server=on,addr.type=inet,addr.host=127.0.0.1,addr.port={port}"
+            ),
             format!("-chardev socket,id=c,host=127.0.0.1,port={port},server=on,wait=off"),
-            format!("-chardev socket,id=c,host=127.0.0.1,port={port},server,nowait -device x,port={port}"),
+            format!(
+                "-chardev socket,id=c,host=127.0.0.1,port={port},server,nowait -device x,port={port}"
+            ),
             format!("-serial tcp:127.0.0.1:{port},server=on,wait=off"),
             format!("-serial mon:telnet::{port},server,nowait"),
             format!("-monitor websocket:127.0.0.1:{port},server=on"),
@@ -369,7 +455,8 @@ mod test {
             let options = options(&line);
             let found = taken(&options);
             assert_eq!(found.len(), 1, "{line}: {found:?}");
-            let mapped = map(options, &Wishes { map: vec![proposal(&found[0])], ..Wishes::default() });
+            let mapped =
+                map(options, &Wishes { map: vec![proposal(&found[0])], ..Wishes::default() });
             let now = words(&mapped.options).join(" ");
             assert!(mapped.unused.is_empty() && now != line, "{line}: {} gives {now}", found[0]);
             assert!(taken(&mapped.options).is_empty(), "{line}: {} gives {now}", found[0]);
@@ -392,7 +479,9 @@ mod test {
         let name = format!("stillpoint-test-{}", std::process::id());
         let line = format!("-chardev socket,id=c,path={name},abstract=on,server=on,wait=off");
         assert!(taken(&options(&line)).is_empty());
-        let _bound = UnixListener::bind_addr(&SocketAddr::from_abstract_name(name.as_bytes()).unwrap()).unwrap();
+        let _bound =
+            UnixListener::bind_addr(&SocketAddr::from_abstract_name(name.as_bytes()).unwrap())
+                .unwrap();
         assert!(taken(&options(&line))[0].contains(&format!("--map {name}=")));
     }
 
@@ -410,6 +499,10 @@ mod test {
             assert_eq!(taken(&options(&line)), [""; 0], "{line}");
         }
         let elsewhere = taken(&options("-netdev user,id=n,hostfwd=tcp:192.0.2.1:4022-:22"));
-        assert!(elsewhere[0].contains("no address of this host") && elsewhere[0].contains("tcp:127.0.0.1:"), "{elsewhere:?}");
+        assert!(
+            elsewhere[0].contains("no address of this host")
+                && elsewhere[0].contains("tcp:127.0.0.1:"),
+            "{elsewhere:?}"
+        );
     }
 }

@@ -1,7 +1,8 @@
 //! Which QEMU of this host restores a VM.
 //!
-//! The checkpoint names the program that it was taken of, but whoever can write the store can write that name. So only its
-//! last part counts, if it is that of a QEMU, and is looked for where this host has its programs.
+//! The checkpoint names the program that it was taken of, but whoever can write the store can write
+//! that name. So only its last part counts, if it is that of a QEMU, and is looked for where this
+//! host has its programs.
 
 use anyhow::Result;
 use checkpoint_format::VmRecord;
@@ -14,9 +15,9 @@ const DEFAULT: &str = "qemu-system-x86_64";
 /// Where scripts/install-deps puts a second QEMU.
 const BESIDE: &str = "/opt/stillpoint";
 
-/// The program that its user names, else the first of this host that knows the machine type and is as new as the QEMU
-/// that the checkpoint was taken of: an older one may lack what the device state has, and not every machine type has a
-/// version in its name.
+/// The program that its user names, else the first of this host that knows the machine type and is
+/// as new as the QEMU that the checkpoint was taken of: an older one may lack what the device state
+/// has, and not every machine type has a version in its name.
 pub fn find(named: Option<&str>, record: &VmRecord, plugin: &Path) -> Result<(PathBuf, QemuFacts)> {
     let programs = match named {
         Some(name) => vec![launch::find_program(name)?],
@@ -25,14 +26,18 @@ pub fn find(named: Option<&str>, record: &VmRecord, plugin: &Path) -> Result<(Pa
     let mut older = None;
     for program in programs {
         match qemu_binary::probe(&program, plugin) {
-            Ok(facts) if knows(&facts, &record.machine_type) && (named.is_some() || !is_older(&facts.version, &record.qemu_version)) => {
+            Ok(facts)
+                if knows(&facts, &record.machine_type)
+                    && (named.is_some() || !is_older(&facts.version, &record.qemu_version)) =>
+            {
                 return Ok((program, facts));
             }
             Ok(facts) => older = older.or(Some(Ok(facts))),
             Err(error) => older = older.or(Some(Err(error))),
         }
     }
-    let facts = older.unwrap_or_else(|| Err(refused("this host has no QEMU; name one by --qemu")))?;
+    let facts =
+        older.unwrap_or_else(|| Err(refused("this host has no QEMU; name one by --qemu")))?;
     Err(too_old(&facts, record))
 }
 
@@ -78,10 +83,23 @@ fn candidates(name: &str) -> Result<Vec<PathBuf>> {
     if name != DEFAULT {
         found.extend(launch::find_program(DEFAULT));
     }
-    let prefix = std::env::var_os("STILLPOINT_QEMU_PREFIX").filter(|prefix| !prefix.is_empty()).map(PathBuf::from);
-    let mut beside: Vec<PathBuf> = std::fs::read_dir(BESIDE).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    let prefix = std::env::var_os("STILLPOINT_QEMU_PREFIX")
+        .filter(|prefix| !prefix.is_empty())
+        .map(PathBuf::from);
+    let mut beside: Vec<PathBuf> = std::fs::read_dir(BESIDE)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
     beside.sort();
-    found.extend(prefix.into_iter().chain(beside).map(|prefix| prefix.join("usr/bin").join(DEFAULT)).filter(|program| program.is_file()));
+    found.extend(
+        prefix
+            .into_iter()
+            .chain(beside)
+            .map(|prefix| prefix.join("usr/bin").join(DEFAULT))
+            .filter(|program| program.is_file()),
+    );
     if found.is_empty() {
         launch::find_program(DEFAULT)?;
     }

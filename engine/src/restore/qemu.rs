@@ -22,14 +22,25 @@ pub struct NewQemu {
 
 impl NewQemu {
     /// In a session of its own (by `setsid`), in the directory of its disks.
-    pub fn start(file: &VmFile, runtime: &RuntimeDir, plugin: &Path, memory: &GuestMemory) -> Result<Self> {
+    pub fn start(
+        file: &VmFile,
+        runtime: &RuntimeDir,
+        plugin: &Path,
+        memory: &GuestMemory,
+    ) -> Result<Self> {
         let mut command = Command::new("setsid");
         command.arg(&file.qemu);
         Self::spawn(command, file, runtime, Some(plugin), memory)
     }
 
     /// `command` becomes the QEMU that its arguments follow.
-    pub fn spawn(mut command: Command, file: &VmFile, runtime: &RuntimeDir, plugin: Option<&Path>, memory: &GuestMemory) -> Result<Self> {
+    pub fn spawn(
+        mut command: Command,
+        file: &VmFile,
+        runtime: &RuntimeDir,
+        plugin: Option<&Path>,
+        memory: &GuestMemory,
+    ) -> Result<Self> {
         let log = runtime.qemu_log();
         let output = runtime.create_qemu_log()?;
         let errors = output.try_clone().context("opening QEMU's log twice")?;
@@ -55,7 +66,9 @@ impl NewQemu {
     pub fn explain(mut self, error: Error) -> Error {
         let said = said::quote_log(&self.log);
         match self.crash() {
-            Some(status) => error.context(format!("QEMU crashed ({status}); this is a fault of QEMU")),
+            Some(status) => {
+                error.context(format!("QEMU crashed ({status}); this is a fault of QEMU"))
+            }
             None if said.is_empty() => error,
             None => error.context(format!("QEMU said: {said}{}", advice(&said))),
         }
@@ -78,8 +91,10 @@ impl NewQemu {
 /// What helps against what QEMU says; a tap may have been taken since it was looked at.
 fn advice(said: &str) -> String {
     let tap = || {
-        let (name, rest) = said.split_once("could not configure /dev/net/tun (")?.1.split_once(')')?;
-        rest.starts_with(": Device or resource busy").then(|| format!("; tap {name} is in use: use --map {name}=NEW"))
+        let (name, rest) =
+            said.split_once("could not configure /dev/net/tun (")?.1.split_once(')')?;
+        rest.starts_with(": Device or resource busy")
+            .then(|| format!("; tap {name} is in use: use --map {name}=NEW"))
     };
     tap().unwrap_or_default()
 }
@@ -102,7 +117,9 @@ mod test {
     fn tap_in_use_by_qemus_words_has_advice() {
         let said = "-netdev tap,id=n,ifname=t0: could not configure /dev/net/tun (t0): ";
         assert!(advice(&format!("{said}Device or resource busy")).contains("--map t0=NEW"));
-        for other in [&format!("{said}Operation not permitted"), "could not configure /dev/net/tun (t0", ""] {
+        for other in
+            [&format!("{said}Operation not permitted"), "could not configure /dev/net/tun (t0", ""]
+        {
             assert_eq!(advice(other), "", "{other}");
         }
     }

@@ -1,4 +1,5 @@
-//! What the restored VM does: what it did when the checkpoint was taken, unless the command says otherwise.
+//! What the restored VM does: what it did when the checkpoint was taken, unless the command says
+//! otherwise.
 
 use crate::run_state::of_record;
 use anyhow::{Context, Result, ensure};
@@ -17,7 +18,8 @@ pub struct Transition {
 }
 
 impl Transition {
-    /// `paused` and `run` are the command's words. A VM that does not run stays in its own state with `paused`.
+    /// `paused` and `run` are the command's words. A VM that does not run stays in its own state
+    /// with `paused`.
     pub fn choose(saved: Option<Saved>, paused: bool, run: bool) -> Result<Self> {
         // An earlier version did not record it, and let every VM run.
         let saved = saved.map_or(RunState::Running, of_record);
@@ -34,8 +36,8 @@ impl Transition {
         Ok(Self { saved, wanted })
     }
 
-    /// The devices' state carries the run state that QEMU enters when it has loaded it. A guest that is to run is paused then, and a
-    /// suspended one knows by itself that it is.
+    /// The devices' state carries the run state that QEMU enters when it has loaded it. A guest
+    /// that is to run is paused then, and a suspended one knows by itself that it is.
     pub fn write(self, devices: DeviceState) -> Result<DeviceState> {
         if self.saved.is_live() {
             return Ok(devices);
@@ -47,7 +49,11 @@ impl Transition {
     /// After the load, of a VM that is not to run.
     pub async fn check(self, vm: &Vm) -> Result<()> {
         let is = run_state(&vm.qmp).await.context("asking for the run state")?;
-        ensure!(is == self.wanted.name(), "the restored VM's run state is `{is}`, and `{}` was saved", self.wanted);
+        ensure!(
+            is == self.wanted.name(),
+            "the restored VM's run state is `{is}`, and `{}` was saved",
+            self.wanted
+        );
         Ok(())
     }
 
@@ -68,13 +74,25 @@ mod test {
 
     #[test]
     fn run_state_is_as_saved_unless_the_command_says_otherwise() {
-        let wanted = |saved, paused, run| Transition::choose(saved, paused, run).map(|transition| transition.wanted);
+        let wanted = |saved, paused, run| {
+            Transition::choose(saved, paused, run).map(|transition| transition.wanted)
+        };
         let table = [
             (None, RunState::Running, RunState::Paused, Some(RunState::Running)),
             (Some(Saved::Running), RunState::Running, RunState::Paused, Some(RunState::Running)),
-            (Some(Saved::Suspended), RunState::Suspended, RunState::Paused, Some(RunState::Suspended)),
+            (
+                Some(Saved::Suspended),
+                RunState::Suspended,
+                RunState::Paused,
+                Some(RunState::Suspended),
+            ),
             (Some(Saved::Paused), RunState::Paused, RunState::Paused, Some(RunState::Running)),
-            (Some(Saved::Prelaunch), RunState::Prelaunch, RunState::Prelaunch, Some(RunState::Running)),
+            (
+                Some(Saved::Prelaunch),
+                RunState::Prelaunch,
+                RunState::Prelaunch,
+                Some(RunState::Running),
+            ),
             (Some(Saved::IoError), RunState::IoError, RunState::IoError, Some(RunState::Running)),
             (Some(Saved::Shutdown), RunState::Shutdown, RunState::Shutdown, None),
             (Some(Saved::InternalError), RunState::InternalError, RunState::InternalError, None),
@@ -83,8 +101,14 @@ mod test {
             assert_eq!(wanted(saved, false, false).unwrap(), plain, "{saved:?}");
             assert_eq!(wanted(saved, true, false).unwrap(), paused, "{saved:?} --paused");
             match run {
-                Some(run) => assert_eq!(wanted(saved, false, true).unwrap(), run, "{saved:?} --run"),
-                None => assert_eq!(error::class_of(&wanted(saved, false, true).unwrap_err()), error::Class::Refused, "{saved:?} --run"),
+                Some(run) => {
+                    assert_eq!(wanted(saved, false, true).unwrap(), run, "{saved:?} --run")
+                }
+                None => assert_eq!(
+                    error::class_of(&wanted(saved, false, true).unwrap_err()),
+                    error::Class::Refused,
+                    "{saved:?} --run"
+                ),
             }
         }
     }

@@ -1,12 +1,13 @@
-//! The content of a checkpoint: which frame of which pack of its lineage has each page, and reading just those frames.
+//! The content of a checkpoint: which frame of which pack of its lineage has each page, and reading
+//! just those frames.
 
 use crate::lineage::Lineage;
 use crate::progress::Progress;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    CheckpointId, CheckpointIdentity, FrameRead, Manifest, PAGE_SIZE, PackIndex, PackName, PackNo, PageMap, PageRange, SpaceName,
-    SpaceRecord, VmName,
+    CheckpointId, CheckpointIdentity, FrameRead, Manifest, PAGE_SIZE, PackIndex, PackName, PackNo,
+    PageMap, PageRange, SpaceName, SpaceRecord, VmName,
 };
 use checkpoint_store::Repository;
 use futures::future::BoxFuture;
@@ -54,12 +55,19 @@ struct Batch {
 
 impl Source {
     /// `progress` shows how far the content is read.
-    pub async fn open(repository: &Repository, vm: &VmName, id: CheckpointId, progress: Arc<dyn Progress>) -> Result<Self> {
+    pub async fn open(
+        repository: &Repository,
+        vm: &VmName,
+        id: CheckpointId,
+        progress: Arc<dyn Progress>,
+    ) -> Result<Self> {
         let lineage = Lineage::read(repository, vm, id).await?;
         let indexes = lineage.indexes(repository).await?;
         let packs = lineage.packs().into_iter().map(|(id, pack)| (id, pack.name.clone())).collect();
-        let trailers = lineage.packs().iter().map(|(_, pack)| u64::from(pack.info.trailer_len)).sum();
-        let identity = *lineage.identities.last().context("a lineage without its newest checkpoint")?;
+        let trailers =
+            lineage.packs().iter().map(|(_, pack)| u64::from(pack.info.trailer_len)).sum();
+        let identity =
+            *lineage.identities.last().context("a lineage without its newest checkpoint")?;
         Ok(Self(Arc::new(Inner {
             repository: repository.clone(),
             vm: vm.clone(),
@@ -93,10 +101,13 @@ impl Source {
         self.0.bytes_read.load(Ordering::Relaxed)
     }
 
-    /// Where the newest content of each page of a space is. A space that shrank or grew over the lineage is followed through
-    /// its sizes.
+    /// Where the newest content of each page of a space is. A space that shrank or grew over the
+    /// lineage is followed through its sizes.
     pub fn map(&self, name: &SpaceName) -> Result<PageMap> {
-        let record = self.manifest().space(name).with_context(|| format!("the checkpoint has no space {name}"))?;
+        let record = self
+            .manifest()
+            .space(name)
+            .with_context(|| format!("the checkpoint has no space {name}"))?;
         let mut map: Option<PageMap> = None;
         let mut next = 0;
         for manifest in &self.0.manifests {
@@ -110,7 +121,8 @@ impl Source {
             let map = map.get_or_insert_with(|| PageMap::new(name.clone(), then.pages()));
             map.resize(then.pages());
             for number in first..next {
-                let pack = PackNo(u32::try_from(number).context("a lineage of more than 2^32 packs")?);
+                let pack =
+                    PackNo(u32::try_from(number).context("a lineage of more than 2^32 packs")?);
                 map.apply_pack(pack, &self.0.indexes[number])?;
             }
         }
@@ -119,11 +131,16 @@ impl Source {
         Ok(map)
     }
 
-    /// The runs of data pages in an order that reads each pack from its beginning to its end, a few reads ahead.
+    /// The runs of data pages in an order that reads each pack from its beginning to its end, a few
+    /// reads ahead.
     pub fn read(&self, map: &PageMap) -> impl Stream<Item = Result<Vec<Run>>> + Send + use<> {
         let mut reads: Vec<BoxFuture<'static, Result<Vec<Run>>>> = Vec::new();
         match self.batches(map.frame_reads()) {
-            Ok(batches) => reads.extend(batches.into_iter().map(|batch| Box::pin(self.clone().load(batch)) as BoxFuture<'static, _>)),
+            Ok(batches) => reads.extend(
+                batches
+                    .into_iter()
+                    .map(|batch| Box::pin(self.clone().load(batch)) as BoxFuture<'static, _>),
+            ),
             Err(error) => reads.push(Box::pin(async { Err(error) })),
         }
         futures::stream::iter(reads).buffered(READS)
@@ -132,7 +149,10 @@ impl Source {
     /// All of a space that fits into memory; pages that no pack has are zero.
     pub async fn read_whole(&self, record: &SpaceRecord) -> Result<Vec<u8>> {
         if record.bytes.0 > MAX_WHOLE {
-            return Err(damaged(format!("space {} has {} bytes, more than the {MAX_WHOLE} that are possible", record.name, record.bytes)));
+            return Err(damaged(format!(
+                "space {} has {} bytes, more than the {MAX_WHOLE} that are possible",
+                record.name, record.bytes
+            )));
         }
         let map = self.map(&record.name)?;
         let mut content = vec![0; record.pages().as_usize() * PAGE_SIZE];
@@ -152,7 +172,9 @@ impl Source {
         for read in frames {
             let pack = read.pack.0 as usize;
             let entry = self.0.indexes.get(pack).and_then(|index| index.frame(read.frame));
-            let entry = entry.with_context(|| format!("pack {pack} of the lineage has no frame {}", read.frame))?;
+            let entry = entry.with_context(|| {
+                format!("pack {pack} of the lineage has no frame {}", read.frame)
+            })?;
             let (range, raw_bytes) = (entry.byte_range(), entry.raw_len() as u64);
             match batches.last_mut() {
                 Some(last) if last.takes(pack, range.start, range.end) => {
@@ -160,7 +182,13 @@ impl Source {
                     last.raw_bytes += raw_bytes;
                     last.frames.push(read);
                 }
-                _ => batches.push(Batch { pack, start: range.start, end: range.end, frames: vec![read], raw_bytes }),
+                _ => batches.push(Batch {
+                    pack,
+                    start: range.start,
+                    end: range.end,
+                    frames: vec![read],
+                    raw_bytes,
+                }),
             }
         }
         Ok(batches)
@@ -169,25 +197,45 @@ impl Source {
     async fn load(self, batch: Batch) -> Result<Vec<Run>> {
         let (id, name) = &self.0.packs[batch.pack];
         let about = || format!("reading {}@{id}/{name}", self.0.vm);
-        let read = self.0.repository.read_pack_range(&self.0.vm, *id, name.as_str(), batch.start, batch.end - batch.start);
+        let read = self.0.repository.read_pack_range(
+            &self.0.vm,
+            *id,
+            name.as_str(),
+            batch.start,
+            batch.end - batch.start,
+        );
         let bytes = read.await.with_context(about)?;
         self.0.bytes_read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let source = self.clone();
         let decode = move || source.decode(&batch, &bytes);
-        tokio::task::spawn_blocking(decode).await.context("decoding was cut off")?.with_context(about)
+        tokio::task::spawn_blocking(decode)
+            .await
+            .context("decoding was cut off")?
+            .with_context(about)
     }
 
     fn decode(&self, batch: &Batch, bytes: &[u8]) -> Result<Vec<Run>> {
         let mut runs = Vec::new();
         for read in &batch.frames {
-            let entry = self.0.indexes[batch.pack].frame(read.frame).context("a frame is missing from its index")?;
+            let entry = self.0.indexes[batch.pack]
+                .frame(read.frame)
+                .context("a frame is missing from its index")?;
             let range = entry.byte_range();
-            let stored = &bytes[(range.start - batch.start) as usize..(range.end - batch.start) as usize];
-            let content = Bytes::from(entry.decode(stored).with_context(|| format!("frame {} at byte {}", read.frame, range.start))?);
+            let stored =
+                &bytes[(range.start - batch.start) as usize..(range.end - batch.start) as usize];
+            let content = Bytes::from(
+                entry
+                    .decode(stored)
+                    .with_context(|| format!("frame {} at byte {}", read.frame, range.start))?,
+            );
             for part in &read.parts {
                 let start = usize::from(part.first_slot.0) * PAGE_SIZE;
                 let end = start + part.pages.byte_len().as_usize();
-                anyhow::ensure!(end <= content.len(), "frame {} is shorter than its index says", read.frame);
+                anyhow::ensure!(
+                    end <= content.len(),
+                    "frame {} is shorter than its index says",
+                    read.frame
+                );
                 runs.push((part.pages, content.slice(start..end)));
             }
         }
@@ -198,6 +246,9 @@ impl Source {
 impl Batch {
     fn takes(&self, pack: usize, start: u64, end: u64) -> bool {
         let near = (self.end..=self.end + GAP_BYTES).contains(&start);
-        self.pack == pack && near && end - self.start <= BATCH_BYTES && self.raw_bytes < BATCH_RAW_BYTES
+        self.pack == pack
+            && near
+            && end - self.start <= BATCH_BYTES
+            && self.raw_bytes < BATCH_RAW_BYTES
     }
 }

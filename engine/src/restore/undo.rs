@@ -1,7 +1,8 @@
 //! What a restore has made so far, so that a failed one leaves everything as it found it.
 //!
-//! The record is written into the runtime directory before anything is made, and removed right before the guest may run. A
-//! restore that was killed left it there; the next one of that name begins by undoing it.
+//! The record is written into the runtime directory before anything is made, and removed right
+//! before the guest may run. A restore that was killed left it there; the next one of that name
+//! begins by undoing it.
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -48,7 +49,8 @@ pub struct Undo {
 }
 
 impl Undo {
-    /// Undoes what a killed restore of this name left, and begins with a runtime directory without another VM's files.
+    /// Undoes what a killed restore of this name left, and begins with a runtime directory without
+    /// another VM's files.
     pub fn begin(runtime: &RuntimeDir) -> Result<Self> {
         if !runtime.restore_record().exists() {
             launch::refuse_alive(runtime)?;
@@ -58,12 +60,14 @@ impl Undo {
         runtime.create()?;
         let name = runtime.lock_helper()?;
         let earlier = Self::left(runtime)?;
-        let made_runtime = made_runtime || earlier.as_ref().is_some_and(|record| record.made_runtime);
+        let made_runtime =
+            made_runtime || earlier.as_ref().is_some_and(|record| record.made_runtime);
         let made_base = made_base || earlier.as_ref().is_some_and(|record| record.made_base);
         if let Some(record) = earlier {
             tracing::warn!("undoing what an earlier restore left that was killed");
             undo(runtime, &record).context("undoing an earlier restore that was killed")?;
-            std::fs::remove_file(runtime.restore_record()).context("forgetting an earlier restore")?;
+            std::fs::remove_file(runtime.restore_record())
+                .context("forgetting an earlier restore")?;
         }
         // Of one that was killed when it had succeeded.
         remove_tree(&runtime.path().join(BEFORE))?;
@@ -77,24 +81,36 @@ impl Undo {
         }
         let text = runtime.read(FILE, MAX_BYTES)?;
         let read = serde_json::from_slice(&text);
-        read.map(Some).with_context(|| format!("{} is damaged; remove it", runtime.restore_record().display()))
+        read.map(Some).with_context(|| {
+            format!("{} is damaged; remove it", runtime.restore_record().display())
+        })
     }
 
     /// Makes the VM's directory, in which `files` will be made. Refuses what exists already.
     pub fn make_directory(&mut self, dir: &Path, files: Vec<PathBuf>) -> Result<()> {
         if let Some(path) = files.iter().find(|path| path.symlink_metadata().is_ok()) {
-            return Err(refused(format!("{} exists already; name another directory by --dir, or remove it", path.display())));
+            return Err(refused(format!(
+                "{} exists already; name another directory by --dir, or remove it",
+                path.display()
+            )));
         }
         let missing = dir.ancestors().take_while(|path| !path.exists()).map(Path::to_owned);
         self.record.directories = missing.collect::<Vec<_>>().into_iter().rev().collect();
         self.save()?;
         let mut builder = std::fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700).create(dir).with_context(|| format!("making {}", dir.display()))?;
+        builder
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .with_context(|| format!("making {}", dir.display()))?;
         let folder = File::open(dir).with_context(|| format!("opening {}", dir.display()))?;
         self._directory = match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Some(lock),
             Err((_, Errno::EWOULDBLOCK)) => {
-                return Err(refused(format!("another restore is filling {}; wait for it", dir.display())));
+                return Err(refused(format!(
+                    "another restore is filling {}; wait for it",
+                    dir.display()
+                )));
             }
             Err((_, error)) => {
                 tracing::warn!(%error, "{} cannot be locked; no other restore may use it meanwhile", dir.display());
@@ -111,8 +127,13 @@ impl Undo {
         let before = self.runtime.path().join(BEFORE);
         for (name, path) in entries(self.runtime.path())? {
             if !STAY.contains(&name.as_str()) {
-                std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&before).context("making room in the runtime directory")?;
-                std::fs::rename(&path, before.join(&name)).with_context(|| format!("setting {} aside", path.display()))?;
+                std::fs::DirBuilder::new()
+                    .recursive(true)
+                    .mode(0o700)
+                    .create(&before)
+                    .context("making room in the runtime directory")?;
+                std::fs::rename(&path, before.join(&name))
+                    .with_context(|| format!("setting {} aside", path.display()))?;
             }
         }
         self.record.is_set_aside = true;
@@ -125,7 +146,8 @@ impl Undo {
     }
 
     fn save(&self) -> Result<()> {
-        let text = serde_json::to_vec(&self.record).context("internal error: encoding restore.json")?;
+        let text =
+            serde_json::to_vec(&self.record).context("internal error: encoding restore.json")?;
         self.runtime.replace(FILE, &text)
     }
 
@@ -137,7 +159,10 @@ impl Undo {
     /// The guest runs.
     pub fn keep(self) {
         if let Err(error) = remove_tree(&self.runtime.path().join(BEFORE)) {
-            tracing::warn!(error = format!("{error:#}"), "files of an earlier VM of this name are left in the runtime directory");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "files of an earlier VM of this name are left in the runtime directory"
+            );
         }
     }
 
@@ -155,7 +180,10 @@ impl Undo {
             remove_file(&self.runtime.restore_record())
         });
         if let Err(error) = done {
-            tracing::warn!(error = format!("{error:#}"), "the failed restore has left something; the next one tries again to remove it");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "the failed restore has left something; the next one tries again to remove it"
+            );
         }
     }
 }
@@ -178,7 +206,8 @@ fn undo(runtime: &RuntimeDir, record: &Record) -> Result<()> {
     }
     let aside = if before.exists() { entries(&before)? } else { Vec::new() };
     for (name, path) in aside {
-        std::fs::rename(&path, runtime.path().join(&name)).with_context(|| format!("putting {} back", path.display()))?;
+        std::fs::rename(&path, runtime.path().join(&name))
+            .with_context(|| format!("putting {} back", path.display()))?;
     }
     remove_tree(&before)
 }
@@ -194,12 +223,19 @@ fn is_made(path: &Path) -> bool {
 fn entries(directory: &Path) -> Result<Vec<(String, PathBuf)>> {
     let about = || format!("listing {}", directory.display());
     let list = std::fs::read_dir(directory).with_context(about)?;
-    list.map(|entry| entry.with_context(about).map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path()))).collect()
+    list.map(|entry| {
+        entry
+            .with_context(about)
+            .map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path()))
+    })
+    .collect()
 }
 
 fn remove_file(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).with_context(|| format!("removing {}", path.display())),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", path.display()))
+        }
         _ => Ok(()),
     }
 }
@@ -208,7 +244,9 @@ fn remove_file(path: &Path) -> Result<()> {
 fn remove_tree(path: &Path) -> Result<()> {
     match path.symlink_metadata() {
         Err(_) => Ok(()),
-        Ok(facts) if facts.is_dir() => std::fs::remove_dir_all(path).with_context(|| format!("removing {}", path.display())),
+        Ok(facts) if facts.is_dir() => {
+            std::fs::remove_dir_all(path).with_context(|| format!("removing {}", path.display()))
+        }
         Ok(_) => remove_file(path),
     }
 }
@@ -218,7 +256,8 @@ mod test {
     use super::*;
 
     fn listed(path: &Path) -> Vec<String> {
-        let mut names: Vec<String> = entries(path).unwrap().into_iter().map(|(name, _)| name).collect();
+        let mut names: Vec<String> =
+            entries(path).unwrap().into_iter().map(|(name, _)| name).collect();
         names.sort();
         names
     }
@@ -287,9 +326,12 @@ mod test {
         assert_eq!(std::fs::read(place.path().join("disk")).unwrap(), b"old");
         let mut first = Undo::begin(&runtime).unwrap();
         make(&mut first, &place.path().join("a"));
-        let other = RuntimeDir::new(Some(&place.path().join("run")), &"n".parse().unwrap()).unwrap();
+        let other =
+            RuntimeDir::new(Some(&place.path().join("run")), &"n".parse().unwrap()).unwrap();
         let mut second = Undo::begin(&other).unwrap();
-        let error = second.make_directory(&place.path().join("a"), vec![place.path().join("a/other")]).unwrap_err();
+        let error = second
+            .make_directory(&place.path().join("a"), vec![place.path().join("a/other")])
+            .unwrap_err();
         assert!(error.to_string().contains("another restore"), "{error}");
         second.run();
         assert!(place.path().join("a/disk").exists());

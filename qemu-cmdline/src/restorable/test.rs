@@ -5,11 +5,17 @@ fn options(line: &str) -> Vec<QemuOption> {
     parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>()).unwrap()
 }
 
-const CARRIED: Carried<'_> =
-    Carried { is_disk: &|path| path == "d.img", is_boot_file: &|path| path == "k", is_qemus_own: &|name| name != "x.bin" };
+const CARRIED: Carried<'_> = Carried {
+    is_disk: &|path| path == "d.img",
+    is_boot_file: &|path| path == "k",
+    is_qemus_own: &|name| name != "x.bin",
+};
 
 fn mapped(line: &str, map: &[(&str, &str)]) -> Mapped {
-    let wishes = Wishes { map: map.iter().map(|(old, new)| ((*old).to_owned(), (*new).to_owned())).collect(), allow: Vec::new() };
+    let wishes = Wishes {
+        map: map.iter().map(|(old, new)| ((*old).to_owned(), (*new).to_owned())).collect(),
+        allow: Vec::new(),
+    };
     super::map(options(line), &wishes)
 }
 
@@ -48,7 +54,10 @@ fn hostile_command_lines_are_refused() {
         (r#"-netdev {"type":"tap","id":"n","script":"/x"}"#, "netdev.script=/x"),
         ("-nic tap,script=/x", "nic.script=/x"),
         ("-net tap,script=/x", "net.script=/x"),
-        ("-netdev user,id=n,guestfwd=tcp:10.0.2.9:1-cmd:id", "netdev.guestfwd=tcp:10.0.2.9:1-cmd:id"),
+        (
+            "-netdev user,id=n,guestfwd=tcp:10.0.2.9:1-cmd:id",
+            "netdev.guestfwd=tcp:10.0.2.9:1-cmd:id",
+        ),
         ("-netdev user,id=n,smb=/", "netdev.smb=/"),
         ("-netdev user,id=n,tftp=/etc", "netdev.tftp=/etc"),
         ("-netdev passt,id=n,path=/x", "netdev.path=/x"),
@@ -73,7 +82,10 @@ fn hostile_command_lines_are_refused() {
         ("-drive file=/etc/shadow,format=raw", "drive.file=/etc/shadow"),
         ("-drive file=nbd:h:1", "drive.file=nbd:h:1"),
         ("-blockdev driver=file,filename=/etc/shadow,node-name=x", "blockdev.filename=/etc/shadow"),
-        (r#"-drive file=json:{"driver":"raw",,"file":{"filename":"/x"}}"#, "drive.file.file.filename=/x"),
+        (
+            r#"-drive file=json:{"driver":"raw",,"file":{"filename":"/x"}}"#,
+            "drive.file.file.filename=/x",
+        ),
         ("-hda /x", "hda=/x"),
         ("-kernel /boot/vmlinuz", "kernel=/boot/vmlinuz"),
         ("-bios /x", "bios=/x"),
@@ -103,11 +115,17 @@ fn hostile_command_lines_are_refused() {
         ("-newflag -plugin", "newflag=-plugin"),
         ("-vnc vnc=0:1 -monitor vc", "vnc=0:1"),
         ("-blockdev driver=rbd,pool=p,image=i,node-name=x", "blockdev.driver=rbd"),
-        ("-blockdev nbd,server.type=inet,server.host=h,server.port=1,node-name=x", "blockdev.server.host=h"),
+        (
+            "-blockdev nbd,server.type=inet,server.host=h,server.port=1,node-name=x",
+            "blockdev.server.host=h",
+        ),
         ("-tpmdev passthrough,id=t", "tpmdev.type=passthrough"),
         ("-display spice-app", "display.type=spice-app"),
         ("-netdev tap,id=n,script=no,script=/x", "netdev.script=/x"),
-        ("-chardev socket,id=c,host=0,port=1,server=on -object monitor-qmp,id=m,chardev=c", "chardev.port=1"),
+        (
+            "-chardev socket,id=c,host=0,port=1,server=on -object monitor-qmp,id=m,chardev=c",
+            "chardev.port=1",
+        ),
     ] {
         let found = open(line, &[], &[]);
         assert!(found.contains(&what.to_owned()), "{line}: {found:?}");
@@ -127,14 +145,19 @@ fn what_the_user_names_is_handed_over() {
     assert_eq!(open("-serial unix:/a", &[("unix:/a", "unix:/b")], &[]), Vec::<String>::new());
     let unused = mapped(line, &[("nothing", "x")]).unused;
     assert_eq!(unused, ["nothing"]);
-    let (_, unused) = mapped(line, &[]).check(&CARRIED, &["plugin".to_owned(), "netdev.script".to_owned()]);
+    let (_, unused) =
+        mapped(line, &[]).check(&CARRIED, &["plugin".to_owned(), "netdev.script".to_owned()]);
     assert_eq!(unused, ["plugin"]);
 }
 
 /// Nothing that a restored VM has is open to another user.
 #[test]
 fn user_of_the_process_cannot_be_handed_over() {
-    for (line, place) in [("-runas nobody", "runas"), ("-run-with user=nobody", "run-with.user"), ("-run-with user=1:2", "run-with.user")] {
+    for (line, place) in [
+        ("-runas nobody", "runas"),
+        ("-run-with user=nobody", "run-with.user"),
+        ("-run-with user=1:2", "run-with.user"),
+    ] {
         let value = line.rsplit([' ', '=']).next().unwrap();
         let here = [format!("{place}={value}")];
         assert_eq!(open(line, &[], &[]), here);
@@ -142,14 +165,21 @@ fn user_of_the_process_cannot_be_handed_over() {
         assert_eq!(open(line, &[], &[here[0].as_str()]), here);
         assert_eq!(open(line, &[(value, "root")], &[]), [format!("{place}=root")]);
         assert!(check(&options(line), &CARRIED).iter().all(Finding::is_fatal));
-        assert_eq!(mapped(line, &[]).check(&CARRIED, &[place.to_owned()]).1, Vec::<String>::new(), "it is not unused");
+        assert_eq!(
+            mapped(line, &[]).check(&CARRIED, &[place.to_owned()]).1,
+            Vec::<String>::new(),
+            "it is not unused"
+        );
     }
 }
 
 #[test]
 fn whole_values_of_any_kind_may_be_mapped() {
     let line = "-vnc :0 -netdev user,id=n,hostfwd=tcp::1-:22 -serial file:log -chardev socket,id=c,path=/p,server=on";
-    let mapped = mapped(line, &[(":0", ":7"), ("tcp::1-:22", "tcp::2-:22"), ("log", "/l,og"), ("/p", "/q"), ("n", "m")]);
+    let mapped = mapped(
+        line,
+        &[(":0", ":7"), ("tcp::1-:22", "tcp::2-:22"), ("log", "/l,og"), ("/p", "/q"), ("n", "m")],
+    );
     let new = "-vnc :7 -netdev user,id=m,hostfwd=tcp::2-:22 -serial file:/l,og -chardev socket,id=c,path=/q,server=on";
     assert_eq!(words(&mapped.options).join(" "), new);
     assert!(mapped.unused.is_empty());
@@ -157,8 +187,7 @@ fn whole_values_of_any_kind_may_be_mapped() {
 
 #[test]
 fn what_qemu_makes_comes_into_its_own_directory() {
-    let line =
-        "-qmp unix:/run/a/q.sock,server=on -chardev socket,id=c,path=/run/b/q.sock,server=on -serial file:log -D /x/log -pidfile /keep/p";
+    let line = "-qmp unix:/run/a/q.sock,server=on -chardev socket,id=c,path=/run/b/q.sock,server=on -serial file:log -D /x/log -pidfile /keep/p";
     let mut mapped = mapped(line, &[("/keep/p", "/mine/p")]);
     let moved = mapped.relocate(&[]);
     let new = "-qmp unix:q.sock,server=on -chardev socket,id=c,path=q.sock.2,server=on -serial file:log -D log.2 -pidfile /mine/p";
@@ -171,5 +200,9 @@ fn what_qemu_makes_comes_into_its_own_directory() {
 fn only_what_no_restore_can_bring_is_fatal() {
     let fatal = |line: &str| check(&options(line), &CARRIED).iter().any(Finding::is_fatal);
     assert!(fatal("-drive file=spare.img") && fatal("-kernel other") && fatal("-device x,new=/y"));
-    assert!(!fatal("-netdev tap,id=n,script=/x") && !fatal("-fsdev local,id=f,path=/x") && !fatal("-serial file:/x"));
+    assert!(
+        !fatal("-netdev tap,id=n,script=/x")
+            && !fatal("-fsdev local,id=f,path=/x")
+            && !fatal("-serial file:/x")
+    );
 }

@@ -18,7 +18,9 @@ fn of(line: &[&str], means: Use) -> Vec<String> {
 
 /// `d.img` becomes `/new` where it is a disk.
 fn moved(line: &[&str]) -> String {
-    let change = |site: &Site<'_>| (site.means == Use::Disk && site.value == "d.img").then(|| "/new,1".to_owned());
+    let change = |site: &Site<'_>| {
+        (site.means == Use::Disk && site.value == "d.img").then(|| "/new,1".to_owned())
+    };
     words(&rewrite(options(line), change)).join(" ")
 }
 
@@ -29,17 +31,29 @@ fn disks_are_rewritten_in_every_spelling() {
         (&["d.img"], "-hda /new,1"),
         (&["-drive", "file=d.img,if=none,id=d.img"], "-drive file=/new,,1,if=none,id=d.img"),
         (&["-drive", "file=file:d.img"], "-drive file=file:/new,,1"),
-        (&["-drive", "driver=qcow2,file.driver=file,file.filename=d.img"], "-drive driver=qcow2,file.driver=file,file.filename=/new,,1"),
-        (&["-blockdev", "qcow2,node-name=d.img,file.filename=d.img"], "-blockdev qcow2,node-name=d.img,file.filename=/new,,1"),
         (
-            &["-blockdev", r#"{"driver":"raw","node-name":"d.img","file":{"driver":"file","filename":"d.img"}}"#],
+            &["-drive", "driver=qcow2,file.driver=file,file.filename=d.img"],
+            "-drive driver=qcow2,file.driver=file,file.filename=/new,,1",
+        ),
+        (
+            &["-blockdev", "qcow2,node-name=d.img,file.filename=d.img"],
+            "-blockdev qcow2,node-name=d.img,file.filename=/new,,1",
+        ),
+        (
+            &[
+                "-blockdev",
+                r#"{"driver":"raw","node-name":"d.img","file":{"driver":"file","filename":"d.img"}}"#,
+            ],
             r#"-blockdev {"driver":"raw","file":{"driver":"file","filename":"/new,1"},"node-name":"d.img"}"#,
         ),
         (
             &["-drive", r#"file=json:{"driver":"raw",,"file":{"filename":"d.img"}},id=d.img"#],
             r#"-drive file=json:{"driver":"raw",,"file":{"filename":"/new,,1"}},id=d.img"#,
         ),
-        (&["-drive", "file=a,backing.file.filename=d.img"], "-drive file=a,backing.file.filename=/new,,1"),
+        (
+            &["-drive", "file=a,backing.file.filename=d.img"],
+            "-drive file=a,backing.file.filename=/new,,1",
+        ),
     ] {
         assert_eq!(moved(line), new);
     }
@@ -159,8 +173,14 @@ fn sockets_and_logs_are_told_apart() {
         "-device",
         "usb-kbd,pcap=u.pcap",
     ];
-    assert_eq!(of(line, Use::Listen), ["q.sock", "m.sock", "l.sock", "v.sock", "j.sock", "st.sock"]);
-    assert_eq!(of(line, Use::Output), ["a,b.log", "f.log", "g.log", "/d.log", "x.pid", "d.log", "n.pcap", "u.pcap"]);
+    assert_eq!(
+        of(line, Use::Listen),
+        ["q.sock", "m.sock", "l.sock", "v.sock", "j.sock", "st.sock"]
+    );
+    assert_eq!(
+        of(line, Use::Output),
+        ["a,b.log", "f.log", "g.log", "/d.log", "x.pid", "d.log", "n.pcap", "u.pcap"]
+    );
     assert_eq!(of(line, Use::Connect), ["c.sock", "t.sock", "p"]);
     assert_eq!(of(line, Use::HostDevice), ["/dev/ttyS0"]);
 }
@@ -184,14 +204,29 @@ fn who_commands_qemu_is_known() {
         "tcp::4",
         "-s",
     ];
-    assert_eq!(of(line, Use::Control), ["0.0.0.0", "4444", "tcp::2", "tcp:127.0.0.1:3,server", "tcp::4", ""]);
-    assert_eq!(of(&["-vnc", ":1", "-vnc", "127.0.0.1:2", "-vnc", "none", "-display", "vnc=0.0.0.0:3"], Use::Display), [":1", "0.0.0.0:3"]);
+    assert_eq!(
+        of(line, Use::Control),
+        ["0.0.0.0", "4444", "tcp::2", "tcp:127.0.0.1:3,server", "tcp::4", ""]
+    );
+    assert_eq!(
+        of(
+            &["-vnc", ":1", "-vnc", "127.0.0.1:2", "-vnc", "none", "-display", "vnc=0.0.0.0:3"],
+            Use::Display
+        ),
+        [":1", "0.0.0.0:3"]
+    );
 }
 
 #[test]
 fn unknown_things_are_told() {
-    assert_eq!(of(&["-future", "/x", "-device", "e1000,newfile=/y,mac=z"], Use::Unknown), ["/x", "/y"]);
-    assert_eq!(of(&["-k", "de", "-object", "new-kind,path=/z"], Use::Unknown), ["de", "new-kind", "/z"]);
+    assert_eq!(
+        of(&["-future", "/x", "-device", "e1000,newfile=/y,mac=z"], Use::Unknown),
+        ["/x", "/y"]
+    );
+    assert_eq!(
+        of(&["-k", "de", "-object", "new-kind,path=/z"], Use::Unknown),
+        ["de", "new-kind", "/z"]
+    );
 }
 
 proptest::proptest! {

@@ -1,7 +1,7 @@
 //! What QEMU's device models are called, and which it cannot save. Tests ask QEMU for both.
 //!
-//! It says so itself of some. Of others it saves nothing, or the wrong memory, without a word: then a
-//! restored VM differs from its checkpoint, and no comparison of what was saved can tell.
+//! It says so itself of some. Of others it saves nothing, or the wrong memory, without a word: then
+//! a restored VM differs from its checkpoint, and no comparison of what was saved can tell.
 
 /// Models that QEMU knows by another word too; `-device help` names them as aliases.
 const DEVICE_ALIASES: &[(&str, &str)] = &[
@@ -33,7 +33,8 @@ pub fn device_model(word: &str) -> &str {
     DEVICE_ALIASES.iter().find(|(alias, _)| *alias == word).map_or(word, |(_, model)| model)
 }
 
-/// QEMU says of these that they are not migratable (`-only-migratable`), 7.2 and 10.0 alike; a test asks it again.
+/// QEMU says of these that they are not migratable (`-only-migratable`), 7.2 and 10.0 alike; a test
+/// asks it again.
 pub const UNMIGRATABLE: &[&str] = &[
     "amd-iommu",
     "nvme",
@@ -71,22 +72,29 @@ const UNSAVED: &[(&str, &str, &str)] = &[
     ("edu", NOTHING_SAVED, "leave it out"),
     ("hyperv-testdev", NOTHING_SAVED, "leave it out"),
     ("i2c-echo", NOTHING_SAVED, "leave it out"),
-    // A guest in the middle of a key's transfer would find the controller in another command and position.
+    // A guest in the middle of a key's transfer would find the controller in another command and
+    // position.
     ("isa-applesmc", NOTHING_SAVED, "leave it out"),
     ("pc-testdev", NOTHING_SAVED, "leave it out"),
     ("pci-testdev", NOTHING_SAVED, "leave it out"),
-    // They have no description, and the class of all PCI devices has none that QEMU would take instead: what firmware and
-    // guest wrote into their configuration space is lost. The bridges and ports on them are saved.
+    // They have no description, and the class of all PCI devices has none that QEMU would take
+    // instead: what firmware and guest wrote into their configuration space is lost. The bridges
+    // and ports on them are saved.
     ("pxb", NOTHING_SAVED, "use pci-bridge"),
     ("pxb-cxl", NOTHING_SAVED, "use pcie-root-port and devices on it"),
     ("pxb-pcie", NOTHING_SAVED, "use pcie-root-port and devices on it"),
     // Seen with 10.0: `used_storage` is another number after each load.
-    ("uefi-vars-", "QEMU counts its used storage wrongly when it loads its state", "keep the variables in a pflash drive"),
+    (
+        "uefi-vars-",
+        "QEMU counts its used storage wrongly when it loads its state",
+        "keep the variables in a pflash drive",
+    ),
 ];
 
 /// Why QEMU's saved state lacks what this model holds, and what to use instead; none if it has it.
 pub fn unsaved(model: &str) -> Option<(&'static str, &'static str)> {
-    let is_it = |name: &str| if name.ends_with('-') { model.starts_with(name) } else { model == name };
+    let is_it =
+        |name: &str| if name.ends_with('-') { model.starts_with(name) } else { model == name };
     UNSAVED.iter().find(|(name, ..)| is_it(name)).map(|(_, why, remedy)| (*why, *remedy))
 }
 
@@ -104,12 +112,23 @@ mod test {
 
     #[test]
     fn unsaved_models_are_found_by_name_or_family() {
-        for model in
-            ["isa-vga", "isa-cirrus-vga", "ati-vga", "cxl-rp", "cxl-type3", "edu", "isa-applesmc", "pxb", "pxb-pcie", "uefi-vars-x64"]
-        {
+        for model in [
+            "isa-vga",
+            "isa-cirrus-vga",
+            "ati-vga",
+            "cxl-rp",
+            "cxl-type3",
+            "edu",
+            "isa-applesmc",
+            "pxb",
+            "pxb-pcie",
+            "uefi-vars-x64",
+        ] {
             assert!(unsaved(model).is_some(), "{model}");
         }
-        for model in ["VGA", "cirrus-vga", "educational", "pcie-pci-bridge", "virtio-vga", "isa-vga2"] {
+        for model in
+            ["VGA", "cirrus-vga", "educational", "pcie-pci-bridge", "virtio-vga", "isa-vga2"]
+        {
             assert_eq!(unsaved(model), None, "{model}");
         }
     }

@@ -1,14 +1,15 @@
 //! The keys of each list whose values are something of the host, and what.
 
 use super::Use::{
-    self, Address, Boot, Code, Connect, Directory, Disk, Display, Firmware, HostDevice, HostFile, Output, Plain, Process, Program, Tap,
-    User,
+    self, Address, Boot, Code, Connect, Directory, Disk, Display, Firmware, HostDevice, HostFile,
+    Output, Plain, Process, Program, Tap, User,
 };
 
 pub(super) type Rows = &'static [(&'static str, Use)];
 
 pub(super) const ACPI: Rows = &[("file", Boot), ("data", Boot)];
-pub(super) const AUDIO: Rows = &[("path", Output), ("dev", HostDevice), ("server", Connect), ("dsp-policy", Plain)];
+pub(super) const AUDIO: Rows =
+    &[("path", Output), ("dev", HostDevice), ("server", Connect), ("dsp-policy", Plain)];
 pub(super) const BOOT: Rows = &[("splash", Firmware)];
 pub(super) const CHARDEV: Rows = &[
     ("logfile", Output),
@@ -42,7 +43,8 @@ pub(super) const DEVICE: Rows = &[
     ("fd", Process),
     ("vhostfd", Process),
 ];
-/// Properties of devices that are texts without being paths; all other texts of QEMU's devices are above.
+/// Properties of devices that are texts without being paths; all other texts of QEMU's devices are
+/// above.
 pub(super) const DEVICE_TEXTS: &[&str] = &[
     "addr",
     "audiodev",
@@ -143,7 +145,8 @@ pub(super) const NET: Rows = &[
     ("dst", Address),
 ];
 pub(super) const PLUGIN: Rows = &[("file", Code)];
-pub(super) const RUN_WITH: Rows = &[("chroot", Process), ("user", User), ("async-teardown", Process)];
+pub(super) const RUN_WITH: Rows =
+    &[("chroot", Process), ("user", User), ("async-teardown", Process)];
 pub(super) const SMBIOS: Rows = &[("file", Boot), ("path", Boot)];
 pub(super) const SPICE: Rows = &[
     ("x509-dir", Directory),
@@ -236,4 +239,5 @@ pub(super) const HOST_DEVICES: &[&str] = &[
 ];
 
 /// Files of `/dev` that are the same on every host, and harmless.
-pub(super) const EVERYWHERE: &[&str] = &["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/hwrng"];
+pub(super) const EVERYWHERE: &[&str] =
+    &["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/hwrng"];

@@ -1,9 +1,9 @@
 //! One table of QEMU's options (7.2 to 11.1): what each value is for the host.
 //!
-//! A restore starts a command line that somebody wrote on another host. Whether a text is a file, a name or a size
-//! depends on where it stands, never on how it is spelled: an image may be called `on`, and an id `/etc/passwd`.
-//! So every rewrite and every check asks this table. What it does not know is [`Use::Unknown`], and refused where it
-//! could be a path.
+//! A restore starts a command line that somebody wrote on another host. Whether a text is a file, a
+//! name or a size depends on where it stands, never on how it is spelled: an image may be called
+//! `on`, and an id `/etc/passwd`. So every rewrite and every check asks this table. What it does
+//! not know is [`Use::Unknown`], and refused where it could be a path.
 
 mod devices;
 mod keys;
@@ -20,11 +20,14 @@ pub enum Use {
     Plain,
     /// The image of a disk or of a layer below one. Mapped to the restored file.
     Disk,
-    /// A file that QEMU reads at its start and at a reboot (a kernel, a table for the guest). Carried as a layer.
+    /// A file that QEMU reads at its start and at a reboot (a kernel, a table for the guest).
+    /// Carried as a layer.
     Boot,
-    /// The same, but a bare name may be one of QEMU's own files (`-bios bios-256k.bin`), which every host has.
+    /// The same, but a bare name may be one of QEMU's own files (`-bios bios-256k.bin`), which
+    /// every host has.
     Firmware,
-    /// A file that QEMU makes or appends to: a log, a capture, a pidfile. Made in the restored VM's directory.
+    /// A file that QEMU makes or appends to: a log, a capture, a pidfile. Made in the restored VM's
+    /// directory.
     Output,
     /// A unix socket that QEMU makes. Made in the restored VM's directory.
     Listen,
@@ -52,9 +55,11 @@ pub enum Use {
     Address,
     /// What the process is to be (its root directory) or how it begins.
     Process,
-    /// The user that the process is to become. As another one it could open nothing of a restored VM.
+    /// The user that the process is to become. As another one it could open nothing of a restored
+    /// VM.
     User,
-    /// What QEMU would not be asked by a saved command line: another configuration, an incoming stream.
+    /// What QEMU would not be asked by a saved command line: another configuration, an incoming
+    /// stream.
     Never,
     /// Not in the table.
     Unknown,
@@ -110,7 +115,10 @@ pub enum Group {
 
 use Group as G;
 use Syntax::{Flag, Keys};
-use Use::{Address, Boot, Connect, Disk, Display, HostDevice, HostFile, Listen, Output, Plain, Process, Program, Unknown};
+use Use::{
+    Address, Boot, Connect, Disk, Display, HostDevice, HostFile, Listen, Output, Plain, Process,
+    Program, Unknown,
+};
 
 /// How the value of an option is written; `None` for an option that the table lacks.
 pub fn syntax(option: &str) -> Option<Syntax> {
@@ -162,7 +170,8 @@ pub struct Kind<'a> {
     pub is_monitor: bool,
 }
 
-/// What the value of `key` is in a list of `group`. `key` may be dotted; `kind` is that of the whole list.
+/// What the value of `key` is in a list of `group`. `key` may be dotted; `kind` is that of the
+/// whole list.
 pub fn key_use(group: Group, kind: Kind<'_>, key: &str, value: &str) -> Use {
     let last = key.rsplit('.').next().unwrap_or(key);
     let found = match group {
@@ -216,7 +225,8 @@ fn is_everywhere(found: Use, value: &str) -> bool {
 }
 
 /// Drivers of images and files, and the filters that change nothing of their content.
-pub const BLOCK_DRIVERS: &[&str] = &["qcow2", "raw", "file", "host_device", "throttle", "copy-on-read"];
+pub const BLOCK_DRIVERS: &[&str] =
+    &["qcow2", "raw", "file", "host_device", "throttle", "copy-on-read"];
 
 fn block(last: &str, value: &str) -> Use {
     match last {
@@ -273,7 +283,9 @@ fn device(kind: Kind<'_>, key: &str, value: &str) -> Use {
     if key == "host" && kind.name.starts_with("vfio-") {
         return HostDevice;
     }
-    let is_chardev = key.strip_prefix("chardev").is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()));
+    let is_chardev = key
+        .strip_prefix("chardev")
+        .is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()));
     if is_chardev || DEVICE_TEXTS.contains(&key) {
         return Plain;
     }
@@ -283,7 +295,11 @@ fn device(kind: Kind<'_>, key: &str, value: &str) -> Use {
 fn net(kind: Kind<'_>, key: &str, last: &str, value: &str) -> Use {
     match (kind.name, last) {
         ("passt", "type") => Program,
-        ("bridge", "type") | ("vmnet-host" | "vmnet-shared" | "vmnet-bridged" | "af-xdp" | "netmap" | "l2tpv3", "type") => HostDevice,
+        ("bridge", "type")
+        | (
+            "vmnet-host" | "vmnet-shared" | "vmnet-bridged" | "af-xdp" | "netmap" | "l2tpv3",
+            "type",
+        ) => HostDevice,
         ("tap" | "bridge", "script" | "downscript") if value == "no" => Plain,
         ("passt", "path") => Program,
         ("netmap" | "af-xdp" | "vmnet-bridged", "ifname") => HostDevice,
@@ -295,7 +311,8 @@ fn net(kind: Kind<'_>, key: &str, last: &str, value: &str) -> Use {
     }
 }
 
-/// `tcp:SERVER:PORT-TARGET`: the target is a character device in the old words, or `cmd:` and a program.
+/// `tcp:SERVER:PORT-TARGET`: the target is a character device in the old words, or `cmd:` and a
+/// program.
 fn guest_forward(value: &str) -> Use {
     let target = value.split_once('-').map_or("", |(_, target)| target);
     match target.split(':').next().unwrap_or_default() {

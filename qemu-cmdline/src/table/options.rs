@@ -2,7 +2,9 @@
 
 use super::Group as G;
 use super::Syntax::{self, Chardev, Flag, Keys, Text};
-use super::Use::{Boot, DataDirectory, Disk, Firmware, HostFile, Never, Output, Plain, Process, Unknown, User};
+use super::Use::{
+    Boot, DataDirectory, Disk, Firmware, HostFile, Never, Output, Plain, Process, Unknown, User,
+};
 
 /// Options of `qemu-system-x86_64`, the deprecated ones too, and the few of Proxmox's QEMU.
 pub(super) const OPTIONS: &[(&str, Syntax)] = &[
@@ -151,4 +153,5 @@ pub(super) const OPTIONS: &[(&str, Syntax)] = &[
 ];
 
 /// Other flags of the table that a restore must not take as they are.
-pub(super) const NOT_SAVED: &[&str] = &["async-teardown", "daemonize", "jitdump", "perfmap", "preconfig", "s", "xen-attach"];
+pub(super) const NOT_SAVED: &[&str] =
+    &["async-teardown", "daemonize", "jitdump", "perfmap", "preconfig", "s", "xen-attach"];

@@ -13,7 +13,8 @@ const LENGTH_AT: usize = 2;
 const TEXT_AT: usize = LENGTH_AT + 4;
 
 fuzz_target!(|data: &[u8]| {
-    // Whether it is an error does not matter; that nothing is given that the reader promises not to give is in `check`.
+    // Whether it is an error does not matter; that nothing is given that the reader promises not to
+    // give is in `check`.
     let _ = Pieces::of_fuzzer(data).map(|pieces| read_all(pieces, limits()));
 });
 
@@ -25,7 +26,8 @@ fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
     size
 });
 
-/// The length of the description is the one number that must fit everything before and behind it; chance does not find it.
+/// The length of the description is the one number that must fit everything before and behind it;
+/// chance does not find it.
 fn mend_length(data: &mut [u8]) {
     let begins = |window: &[u8]| window[..LENGTH_AT] == [0, 6] && window[TEXT_AT] == b'{';
     if let Some(at) = data.windows(TEXT_AT + 1).rposition(begins) {

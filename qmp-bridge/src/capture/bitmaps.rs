@@ -11,7 +11,8 @@ use crate::qmp::{Qmp, QmpError};
 
 /// Finest granularity: one page.
 const FINEST: u64 = 4096;
-/// Up to this size a disk gets the finest; beyond, the granularity doubles so that a bitmap stays within 8 MiB.
+/// Up to this size a disk gets the finest; beyond, the granularity doubles so that a bitmap stays
+/// within 8 MiB.
 const FINEST_UP_TO: u64 = 256 << 30;
 /// QEMU's own limit.
 const COARSEST: u64 = 1 << 31;
@@ -44,7 +45,8 @@ pub struct KeptBitmap {
 /// The bitmaps with this tag on all nodes, oldest first.
 pub(super) async fn find(qmp: &Qmp, tag: &BitmapTag) -> Result<Vec<KeptBitmap>, QmpError> {
     let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
-    let mut found: Vec<KeptBitmap> = nodes.as_array().into_iter().flatten().flat_map(|node| of_node(node, tag)).collect();
+    let mut found: Vec<KeptBitmap> =
+        nodes.as_array().into_iter().flatten().flat_map(|node| of_node(node, tag)).collect();
     found.sort_by_key(|bitmap| bitmap.since);
     Ok(found)
 }
@@ -64,8 +66,8 @@ fn of_node(node: &Value, tag: &BitmapTag) -> Vec<KeptBitmap> {
     node["dirty-bitmaps"].as_array().into_iter().flatten().filter_map(bitmap).collect()
 }
 
-/// Per node: all changes into the oldest bitmap, which records again; the others go. One transaction, so no
-/// write can fall between. Returns what is left.
+/// Per node: all changes into the oldest bitmap, which records again; the others go. One
+/// transaction, so no write can fall between. Returns what is left.
 pub(super) async fn merge_back(qmp: &Qmp, tag: &BitmapTag) -> Result<Vec<KeptBitmap>, QmpError> {
     let mut kept: Vec<KeptBitmap> = Vec::new();
     let mut actions = Vec::new();
@@ -84,9 +86,13 @@ pub(super) async fn merge_back(qmp: &Qmp, tag: &BitmapTag) -> Result<Vec<KeptBit
     Ok(kept)
 }
 
-/// Before a capture of `seq`: one bitmap per node, and none that records since a checkpoint that is yet to be made
-/// (a first capture whose helper was killed leaves one).
-pub(super) async fn sort_out(qmp: &Qmp, tag: &BitmapTag, id: u64) -> Result<Vec<KeptBitmap>, QmpError> {
+/// Before a capture of `seq`: one bitmap per node, and none that records since a checkpoint that is
+/// yet to be made (a first capture whose helper was killed leaves one).
+pub(super) async fn sort_out(
+    qmp: &Qmp,
+    tag: &BitmapTag,
+    id: u64,
+) -> Result<Vec<KeptBitmap>, QmpError> {
     let kept = merge_back(qmp, tag).await?;
     let (usable, stale): (Vec<_>, Vec<_>) = kept.into_iter().partition(|bitmap| bitmap.since < id);
     transaction(qmp, stale.iter().map(action_remove).collect()).await?;
@@ -94,26 +100,39 @@ pub(super) async fn sort_out(qmp: &Qmp, tag: &BitmapTag, id: u64) -> Result<Vec<
 }
 
 /// Drops the bitmaps that record since `seq` on the nodes that `on` picks.
-pub(super) async fn remove_since(qmp: &Qmp, tag: &BitmapTag, id: u64, on: impl Fn(&str) -> bool) -> Result<(), QmpError> {
+pub(super) async fn remove_since(
+    qmp: &Qmp,
+    tag: &BitmapTag,
+    id: u64,
+    on: impl Fn(&str) -> bool,
+) -> Result<(), QmpError> {
     let found = find(qmp, tag).await?;
     let gone = found.iter().filter(|bitmap| bitmap.since == id && on(&bitmap.node));
     transaction(qmp, gone.map(action_remove).collect()).await
 }
 
-/// Begins to record on every writable disk, as if checkpoint `seq` had just been taken: right after a restore of it,
-/// before the guest runs.
+/// Begins to record on every writable disk, as if checkpoint `seq` had just been taken: right after
+/// a restore of it, before the guest runs.
 ///
 /// # Errors
 /// When QEMU refuses a bitmap, or a name that it would get is taken.
-pub async fn start_recording(qmp: &Qmp, tag: &BitmapTag, id: u64, disks: &[Disk], places: CapturePlaces<'_>) -> Result<(), CaptureError> {
+pub async fn start_recording(
+    qmp: &Qmp,
+    tag: &BitmapTag,
+    id: u64,
+    disks: &[Disk],
+    places: CapturePlaces<'_>,
+) -> Result<(), CaptureError> {
     let qmp = &tag.on(qmp);
     let writable = disks.iter().filter(|disk| !disk.read_only).enumerate();
-    let marked: Vec<(&Disk, DiskNames)> = writable.map(|(index, disk)| (disk, DiskNames::new(tag, index))).collect();
+    let marked: Vec<(&Disk, DiskNames)> =
+        writable.map(|(index, disk)| (disk, DiskNames::new(tag, index))).collect();
     if !marked.is_empty() {
         nbd_server::start(qmp, places.nbd_socket).await?;
         for (disk, names) in &marked {
             let place = Place { node: &disk.node, bytes: disk.virtual_size, names };
-            size_marks::place(qmp, tag, id, &place, (places.fleecing_dir, places.nbd_socket)).await?;
+            size_marks::place(qmp, tag, id, &place, (places.fleecing_dir, places.nbd_socket))
+                .await?;
         }
         nbd_server::stop_unused(qmp, places.nbd_socket).await?;
     }

@@ -72,25 +72,30 @@ impl CapturedDisks {
         Ok(())
     }
 
-    /// A connection to the export of one of [`Self::disks`], with the meta contexts that say what to read:
-    /// `base:allocation`, and the changes, or in a full capture the allocation depth (1 and 2 are the disk's own
-    /// blocks; more is a backing layer; 0 is a layer or nowhere).
+    /// A connection to the export of one of [`Self::disks`], with the meta contexts that say what
+    /// to read: `base:allocation`, and the changes, or in a full capture the allocation depth (1
+    /// and 2 are the disk's own blocks; more is a backing layer; 0 is a layer or nowhere).
     ///
     /// # Errors
     /// When QEMU's NBD server does not answer, or the disk is not exported.
     pub async fn connect(&self, disk: &CapturedDisk) -> Result<NbdClient, CaptureError> {
         let what = disk.changes.as_deref().unwrap_or(context::ALLOCATION_DEPTH);
         let contexts = [context::BASE_ALLOCATION, what];
-        let client = NbdClient::connect(&self.session.plan.nbd_socket, &disk.export, &contexts).await?;
+        let client =
+            NbdClient::connect(&self.session.plan.nbd_socket, &disk.export, &contexts).await?;
         if client.size() != disk.bytes {
-            let why = format!("it has {} bytes now, and had {} before: its size was changed", client.size(), disk.bytes);
+            let why = format!(
+                "it has {} bytes now, and had {} before: its size was changed",
+                client.size(),
+                disk.bytes
+            );
             return Err(CaptureError::Broken { node: disk.node.clone(), why });
         }
         Ok(client)
     }
 
-    /// Fails if the instant can no longer be trusted. To be called after the last read and before the commit; and after a
-    /// read that failed, to know why.
+    /// Fails if the instant can no longer be trusted. To be called after the last read and before
+    /// the commit; and after a read that failed, to know why.
     ///
     /// # Errors
     /// When a backup job has failed or ended: its copy is not of the instant any more.
@@ -107,7 +112,10 @@ impl CapturedDisks {
         let filtered = self.session.targets.iter().filter(|target| target.copying != Copying::Job);
         let filters: Vec<String> = filtered.map(|target| target.names.filter()).collect();
         match filter::missing(qmp, &filters).await? {
-            Some(filter) => Err(CaptureError::Broken { node: filter, why: format!("the filter was taken out; {}", self.room()) }),
+            Some(filter) => Err(CaptureError::Broken {
+                node: filter,
+                why: format!("the filter was taken out; {}", self.room()),
+            }),
             None => Ok(()),
         }
     }
@@ -118,7 +126,9 @@ impl CapturedDisks {
             return Ok(());
         }
         let read = async {
-            let client = NbdClient::connect(&self.session.plan.nbd_socket, &target.names.export(), &[]).await?;
+            let client =
+                NbdClient::connect(&self.session.plan.nbd_socket, &target.names.export(), &[])
+                    .await?;
             client.read(0, target.bytes.min(PROBE_BYTES) as u32).await?;
             client.close().await;
             Ok::<_, NbdError>(())
@@ -138,13 +148,16 @@ impl CapturedDisks {
     fn room(&self) -> String {
         let directory = &self.session.plan.fleecing_dir;
         match storage::free_bytes(directory) {
-            Ok(free) => format!("the fleecing overlays are in {}, with {free} bytes free", directory.display()),
+            Ok(free) => format!(
+                "the fleecing overlays are in {}, with {free} bytes free",
+                directory.display()
+            ),
             Err(error) => format!("the fleecing overlays are in {}: {error}", directory.display()),
         }
     }
 
-    /// Ends copying before write: the instant can be read no more, the guest's writes cost nothing any more. Whether
-    /// the changes are acknowledged or given back is still open.
+    /// Ends copying before write: the instant can be read no more, the guest's writes cost nothing
+    /// any more. Whether the changes are acknowledged or given back is still open.
     ///
     /// # Errors
     /// When QEMU refuses to remove an export, job or node.
@@ -157,7 +170,8 @@ impl CapturedDisks {
     /// # Errors
     /// When QEMU refuses to remove the older bitmap, export, job or node.
     pub async fn acknowledge(mut self) -> Result<(), CaptureError> {
-        // Whatever fails below, these changes are in a durable checkpoint: merging them back would only store them again.
+        // Whatever fails below, these changes are in a durable checkpoint: merging them back would
+        // only store them again.
         self.session.release().await?;
         bitmaps::keep_only(&self.session.qmp, &self.session.plan.tag, self.session.plan.id).await?;
         size_marks::keep_newest(&self.session.qmp, &self.session.plan.tag).await?;
@@ -179,7 +193,8 @@ impl CapturedDisks {
     }
 }
 
-/// With a filter the node is told: what is above the filter has no backing chain to look a bitmap up in.
+/// With a filter the node is told: what is above the filter has no backing chain to look a bitmap
+/// up in.
 fn bitmaps_of(target: &Target) -> Vec<Value> {
     let bitmap = |base: &bitmaps::KeptBitmap| match target.copying {
         Copying::Job => json!(base.name),
@@ -192,9 +207,11 @@ fn job_runs(target: &Target, jobs: &[Job]) -> Result<(), CaptureError> {
     let broken = |why| Err(CaptureError::Broken { node: target.node.clone(), why });
     match jobs.iter().find(|job| job.id == target.names.backup_job()) {
         None => broken("its job ended".into()),
-        Some(job) if job.error.is_some() || job.status != "running" => {
-            broken(format!("its job is {}: {}", job.status, job.error.as_deref().unwrap_or("no error")))
-        }
+        Some(job) if job.error.is_some() || job.status != "running" => broken(format!(
+            "its job is {}: {}",
+            job.status,
+            job.error.as_deref().unwrap_or("no error")
+        )),
         Some(_) => Ok(()),
     }
 }

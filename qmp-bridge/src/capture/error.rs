@@ -17,9 +17,13 @@ pub enum CaptureError {
     Qmp(#[from] QmpError),
     #[error(transparent)]
     Nbd(#[from] NbdError),
-    #[error("cannot use the directory {path} for fleecing overlays: {source}; name a writable one on a disk with room")]
+    #[error(
+        "cannot use the directory {path} for fleecing overlays: {source}; name a writable one on a disk with room"
+    )]
     Fleecing { path: PathBuf, source: std::io::Error },
-    #[error("an earlier capture of this VM is still there after {after:?}; acknowledge it or give it back first")]
+    #[error(
+        "an earlier capture of this VM is still there after {after:?}; acknowledge it or give it back first"
+    )]
     Busy { after: Duration },
     #[error("the path {path} is not UTF-8, and QMP can carry no other")]
     Path { path: PathBuf },
@@ -27,15 +31,21 @@ pub enum CaptureError {
     Job(#[from] JobError),
     #[error(transparent)]
     Server(#[from] ServerError),
-    #[error("the copy of disk node `{node}` is broken: {why}; this checkpoint must be given up, the guest is not affected")]
+    #[error(
+        "the copy of disk node `{node}` is broken: {why}; this checkpoint must be given up, the guest is not affected"
+    )]
     Broken { node: String, why: String },
     #[error(
         "disk node `{node}` took longer than {after:?} to flush, and the guest would have to wait for that; try again when its storage is less busy"
     )]
     SlowFlush { node: String, after: Duration },
-    #[error("the directory {path} of the fleecing overlays does not answer (for {after:?}); bring its file system back, then try again")]
+    #[error(
+        "the directory {path} of the fleecing overlays does not answer (for {after:?}); bring its file system back, then try again"
+    )]
     Hung { path: PathBuf, after: Duration },
-    #[error("only {free} bytes are free in the directory {path} of the fleecing overlays, fewer than the wanted {wanted}; make room there")]
+    #[error(
+        "only {free} bytes are free in the directory {path} of the fleecing overlays, fewer than the wanted {wanted}; make room there"
+    )]
     FleecingFull { path: PathBuf, free: u64, wanted: u64 },
 }
 
@@ -47,7 +57,11 @@ impl CaptureError {
             Self::Server(error) => error.is_retryable(),
             Self::Nbd(error) => error.is_retryable(),
             Self::Job(error) => error.is_retryable(),
-            Self::Busy { .. } | Self::Broken { .. } | Self::FleecingFull { .. } | Self::SlowFlush { .. } | Self::Hung { .. } => true,
+            Self::Busy { .. }
+            | Self::Broken { .. }
+            | Self::FleecingFull { .. }
+            | Self::SlowFlush { .. }
+            | Self::Hung { .. } => true,
             Self::Fleecing { .. } | Self::Path { .. } => false,
         }
     }

@@ -1,14 +1,17 @@
-//! Copy before write by a filter node of our own, where QEMU has what it needs for that (7.1 and newer).
+//! Copy before write by a filter node of our own, where QEMU has what it needs for that (7.1 and
+//! newer).
 //!
-//! `blockdev-backup` puts such a filter above a disk by itself, but with QEMU's default for a block that cannot be saved: the
-//! guest's write fails, and a write that hangs in the overlay's directory holds the guest's for as long. A filter of our own
-//! has `on-cbw-error=break-snapshot` and `cbw-timeout`: the guest's write is done in any case, at the latest after
-//! [`TIMEOUT_SECONDS`], and the point-in-time copy is what breaks. `snapshot-access` above it then fails each read.
+//! `blockdev-backup` puts such a filter above a disk by itself, but with QEMU's default for a block
+//! that cannot be saved: the guest's write fails, and a write that hangs in the overlay's directory
+//! holds the guest's for as long. A filter of our own has `on-cbw-error=break-snapshot` and
+//! `cbw-timeout`: the guest's write is done in any case, at the latest after [`TIMEOUT_SECONDS`],
+//! and the point-in-time copy is what breaks. `snapshot-access` above it then fails each read.
 //!
-//! It is inserted by setting the `drive` property of the disk's device, which each kind of block device allows while it runs
-//! (disk, CD, floppy, flash; with an id or without), and only while the guest is stopped. It must be the disk's only writer:
-//! the filter allows no other beside it. A disk without a device, or with a second writer (a writable export of another
-//! tool), is left to `blockdev-backup`.
+//! It is inserted by setting the `drive` property of the disk's device, which each kind of block
+//! device allows while it runs (disk, CD, floppy, flash; with an id or without), and only while the
+//! guest is stopped. It must be the disk's only writer: the filter allows no other beside it. A
+//! disk without a device, or with a second writer (a writable export of another tool), is left to
+//! `blockdev-backup`.
 
 use std::collections::HashMap;
 
@@ -18,8 +21,8 @@ use super::names::DiskNames;
 use crate::jobs::tolerate_refusal;
 use crate::qmp::{Qmp, QmpError};
 
-/// Longest wait of a guest's write for the old content to be saved. QEMU before 9.0 keeps it in 32 bits of nanoseconds, so
-/// more than 4 would be less.
+/// Longest wait of a guest's write for the old content to be saved. QEMU before 9.0 keeps it in 32
+/// bits of nanoseconds, so more than 4 would be less.
 pub(super) const TIMEOUT_SECONDS: u32 = 3;
 
 /// The version that has both options.
@@ -42,10 +45,14 @@ fn rows(value: &Value) -> &[Value] {
 fn filterable(block: &Value, graph: &Value) -> HashMap<String, String> {
     let writers = |node: &str| {
         let id = node_id(graph, node);
-        let writes = |edge: &&Value| edge["child"] == *id && rows(&edge["perm"]).iter().any(|perm| perm == "write");
+        let writes = |edge: &&Value| {
+            edge["child"] == *id && rows(&edge["perm"]).iter().any(|perm| perm == "write")
+        };
         rows(&graph["edges"]).iter().filter(writes).count()
     };
-    let device = |row: &Value| Some((row["inserted"]["node-name"].as_str()?.to_owned(), path(row["qdev"].as_str()?)));
+    let device = |row: &Value| {
+        Some((row["inserted"]["node-name"].as_str()?.to_owned(), path(row["qdev"].as_str()?)))
+    };
     let mut found = HashMap::new();
     for (node, path) in rows(block).iter().filter_map(device) {
         if writers(&node) <= 1 {
@@ -56,7 +63,9 @@ fn filterable(block: &Value, graph: &Value) -> HashMap<String, String> {
 }
 
 fn node_id<'a>(graph: &'a Value, name: &str) -> &'a Value {
-    let hit = rows(&graph["nodes"]).iter().find(|node| node["type"] == "block-driver" && node["name"] == name);
+    let hit = rows(&graph["nodes"])
+        .iter()
+        .find(|node| node["type"] == "block-driver" && node["name"] == name);
     hit.map_or(&Value::Null, |node| &node["id"])
 }
 
@@ -65,7 +74,8 @@ fn path(qdev: &str) -> String {
     if qdev.starts_with('/') { qdev.to_owned() } else { format!("/machine/peripheral/{qdev}") }
 }
 
-/// Makes the filter; nothing passes through it yet. A refusal means that this QEMU is built without.
+/// Makes the filter; nothing passes through it yet. A refusal means that this QEMU is built
+/// without.
 pub(super) async fn add(qmp: &Qmp, names: &DiskNames, node: &str) -> Result<(), QmpError> {
     let options = json!({
         "driver": "copy-before-write", "node-name": names.filter(), "file": node, "target": names.overlay(),
@@ -90,28 +100,38 @@ async fn set_drive(qmp: &Qmp, device: &str, node: &str) -> Result<(), QmpError> 
 
 /// The node that shows the disk as it was when the filter was inserted, for reading.
 pub(super) async fn add_access(qmp: &Qmp, names: &DiskNames) -> Result<(), QmpError> {
-    let options = json!({ "driver": "snapshot-access", "node-name": names.access(), "file": names.filter() });
+    let options =
+        json!({ "driver": "snapshot-access", "node-name": names.access(), "file": names.filter() });
     qmp.execute_json("blockdev-add", options).await.map(drop)
 }
 
-/// Whether each of these filters is where it was inserted: once taken out it misses writes and does not know.
+/// Whether each of these filters is where it was inserted: once taken out it misses writes and does
+/// not know.
 pub(super) async fn missing(qmp: &Qmp, filters: &[String]) -> Result<Option<String>, QmpError> {
     let block = qmp.execute_json("query-block", Value::Null).await?;
-    let inserted: Vec<&str> = rows(&block).iter().filter_map(|row| row["inserted"]["node-name"].as_str()).collect();
+    let inserted: Vec<&str> =
+        rows(&block).iter().filter_map(|row| row["inserted"]["node-name"].as_str()).collect();
     Ok(filters.iter().find(|filter| !inserted.contains(&filter.as_str())).cloned())
 }
 
-/// Takes every filter of ours out again: its device gets the disk's node back. Nothing may stand on the filters by now.
+/// Takes every filter of ours out again: its device gets the disk's node back. Nothing may stand on
+/// the filters by now.
 pub(super) async fn remove_all(qmp: &Qmp) -> Result<(), QmpError> {
     let block = qmp.execute_json("query-block", Value::Null).await?;
-    let ours = |row: &&Value| row["inserted"]["node-name"].as_str().is_some_and(|node| qmp.names().owns(node));
+    let ours = |row: &&Value| {
+        row["inserted"]["node-name"].as_str().is_some_and(|node| qmp.names().owns(node))
+    };
     let inserted: Vec<&Value> = rows(&block).iter().filter(ours).collect();
     if inserted.is_empty() {
         return Ok(());
     }
     let graph = qmp.execute_json("x-debug-query-block-graph", Value::Null).await?;
     for row in inserted {
-        let (Some(filter), Some(qdev)) = (row["inserted"]["node-name"].as_str(), row["qdev"].as_str()) else { continue };
+        let (Some(filter), Some(qdev)) =
+            (row["inserted"]["node-name"].as_str(), row["qdev"].as_str())
+        else {
+            continue;
+        };
         let Some(below) = child(&graph, filter) else { continue };
         tolerate_refusal(set_drive(qmp, &path(qdev), below).await.map(|()| Value::Null))?;
     }
@@ -121,8 +141,12 @@ pub(super) async fn remove_all(qmp: &Qmp) -> Result<(), QmpError> {
 /// The node that a filter stands on.
 fn child<'a>(graph: &'a Value, filter: &str) -> Option<&'a str> {
     let id = node_id(graph, filter);
-    let edge = rows(&graph["edges"]).iter().find(|edge| edge["parent"] == *id && edge["name"] == "file")?;
-    let node = rows(&graph["nodes"]).iter().find(|node| node["type"] == "block-driver" && node["id"] == edge["child"])?;
+    let edge = rows(&graph["edges"])
+        .iter()
+        .find(|edge| edge["parent"] == *id && edge["name"] == "file")?;
+    let node = rows(&graph["nodes"])
+        .iter()
+        .find(|node| node["type"] == "block-driver" && node["id"] == edge["child"])?;
     node["name"].as_str()
 }
 

@@ -16,11 +16,11 @@ use crate::qmp::Qmp;
 /// Kind of the descriptor that QEMU gets for a while.
 const FD_KIND: &str = "overlay";
 
-/// Makes the overlay of `node` and adds it to QEMU. Its file has no name when this returns: a fleecing overlay is worth
-/// nothing after QEMU's end, and so nobody has to find and delete it.
+/// Makes the overlay of `node` and adds it to QEMU. Its file has no name when this returns: a
+/// fleecing overlay is worth nothing after QEMU's end, and so nobody has to find and delete it.
 ///
-/// `shows_disk`: whether reading it shows the disk where nothing was saved, as `blockdev-backup` wants it. With a filter
-/// of our own only the filter reads it.
+/// `shows_disk`: whether reading it shows the disk where nothing was saved, as `blockdev-backup`
+/// wants it. With a filter of our own only the filter reads it.
 pub(super) async fn add_overlay(
     qmp: &Qmp,
     names: &DiskNames,
@@ -31,13 +31,20 @@ pub(super) async fn add_overlay(
     let path = directory.join(format!("{}.{}.qcow2", names.overlay(), std::process::id()));
     let file = storage::within(directory, move || unnamed(&path)).await?;
     let set = FdSet::add(qmp, file.as_fd(), FD_KIND).await?;
-    let added = add_nodes(qmp, names, &set.filename(), disk_bytes, shows_disk.then_some(node)).await;
+    let added =
+        add_nodes(qmp, names, &set.filename(), disk_bytes, shows_disk.then_some(node)).await;
     // What QEMU has opened by now stays open.
     set.remove(qmp).await?;
     added
 }
 
-async fn add_nodes(qmp: &Qmp, names: &DiskNames, filename: &str, disk_bytes: u64, backing: Option<&str>) -> Result<(), CaptureError> {
+async fn add_nodes(
+    qmp: &Qmp,
+    names: &DiskNames,
+    filename: &str,
+    disk_bytes: u64,
+    backing: Option<&str>,
+) -> Result<(), CaptureError> {
     // Nothing of it has to survive a crash, so no flush of it may cost the guest's pause anything.
     let cache = json!({ "no-flush": true });
     let node_options = json!({

@@ -1,9 +1,11 @@
 //! Watches the room for fleecing overlays while a capture copies before write.
 //!
-//! The room is shared: with the host, and with other VMs. Before it runs out, this ends the copying. The capture is broken
-//! then, which [`super::CapturedDisks::verify`] finds, and its changes go to the next one. And where the copying is done by
-//! `blockdev-backup`, a block that cannot be saved fails the guest's write (seen with 7.2 and 10.0: the guest gets "No space
-//! left on device"), so there this is what saves the guest. Where it is done by a filter of our own, see [`super::filter`].
+//! The room is shared: with the host, and with other VMs. Before it runs out, this ends the
+//! copying. The capture is broken then, which [`super::CapturedDisks::verify`] finds, and its
+//! changes go to the next one. And where the copying is done by `blockdev-backup`, a block that
+//! cannot be saved fails the guest's write (seen with 7.2 and 10.0: the guest gets "No space left
+//! on device"), so there this is what saves the guest. Where it is done by a filter of our own, see
+//! [`super::filter`].
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +17,8 @@ use tokio::task::JoinHandle;
 use super::{CaptureError, storage, sweep};
 use crate::qmp::Qmp;
 
-/// Between two polls. With the default reserve, a guest would have to overwrite 12 GiB/s to be faster.
+/// Between two polls. With the default reserve, a guest would have to overwrite 12 GiB/s to be
+/// faster.
 const POLL: Duration = Duration::from_millis(20);
 
 /// Ends the watch when dropped.
@@ -63,7 +66,8 @@ impl Drop for FleecingGuard {
 
 /// Fails if fewer than `reserve` bytes are free.
 pub(super) fn check(directory: &Path, reserve: u64) -> Result<(), CaptureError> {
-    let free = storage::free_bytes(directory).map_err(|source| CaptureError::Fleecing { path: directory.into(), source })?;
+    let free = storage::free_bytes(directory)
+        .map_err(|source| CaptureError::Fleecing { path: directory.into(), source })?;
     if free < reserve {
         return Err(CaptureError::FleecingFull { path: directory.into(), free, wanted: reserve });
     }

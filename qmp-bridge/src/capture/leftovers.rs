@@ -41,15 +41,20 @@ pub struct CapturePlaces<'a> {
     pub nbd_socket: &'a Path,
 }
 
-/// Brings QEMU back to the state between two checkpoints. To be called once before the first capture of a helper.
+/// Brings QEMU back to the state between two checkpoints. To be called once before the first
+/// capture of a helper.
 ///
-/// The guest is resumed first if an earlier helper left it paused. Changes are never lost: bitmaps with this tag are
-/// merged into the oldest of their node, whose set then holds at least what changed since that checkpoint. What is not named
-/// after the tag is not touched.
+/// The guest is resumed first if an earlier helper left it paused. Changes are never lost: bitmaps
+/// with this tag are merged into the oldest of their node, whose set then holds at least what
+/// changed since that checkpoint. What is not named after the tag is not touched.
 ///
 /// # Errors
 /// When QEMU refuses a command.
-pub async fn cleanup_leftovers(qmp: &Qmp, tag: &BitmapTag, places: CapturePlaces<'_>) -> Result<Leftovers, CaptureError> {
+pub async fn cleanup_leftovers(
+    qmp: &Qmp,
+    tag: &BitmapTag,
+    places: CapturePlaces<'_>,
+) -> Result<Leftovers, CaptureError> {
     let qmp = &tag.on(qmp);
     let _turn = turn::take(qmp).await?;
     let resumed = paused::resume_abandoned(qmp).await?;
@@ -58,13 +63,21 @@ pub async fn cleanup_leftovers(qmp: &Qmp, tag: &BitmapTag, places: CapturePlaces
         match Storage::open(places.fleecing_dir).await {
             Ok(storage) => storage.answers().await?,
             Err(hung @ CaptureError::Hung { .. }) => return Err(hung),
-            Err(error) => tracing::debug!(%error, "the overlays' directory is of no use, but does not hang"),
+            Err(error) => {
+                tracing::debug!(%error, "the overlays' directory is of no use, but does not hang")
+            }
         }
     }
     let swept = sweep::sweep(qmp).await?;
     nbd_server::stop_unused(qmp, places.nbd_socket).await?;
     let bitmaps = bitmaps::merge_back(qmp, tag).await?;
-    let left = Leftovers { resumed, exports: swept.exports, jobs: swept.jobs, nodes: swept.nodes, bitmaps };
+    let left = Leftovers {
+        resumed,
+        exports: swept.exports,
+        jobs: swept.jobs,
+        nodes: swept.nodes,
+        bitmaps,
+    };
     if left.found_capture() {
         tracing::warn!(?left, "cleaned up after a helper that ended in the middle of a capture");
     }

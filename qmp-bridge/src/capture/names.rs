@@ -12,8 +12,8 @@ use crate::qmp::Qmp;
 const PREFIX: &str = "stillpoint";
 const MAX_TAG: usize = 64;
 
-/// Ties bitmaps to the lineage they serve (a store's id and the writer's instance, say): bitmaps with another tag are
-/// never taken as a base. Letters, digits, `.`, `_` and `-`, at most 64.
+/// Ties bitmaps to the lineage they serve (a store's id and the writer's instance, say): bitmaps
+/// with another tag are never taken as a base. Letters, digits, `.`, `_` and `-`, at most 64.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct BitmapTag(String);
 
@@ -57,7 +57,12 @@ pub(super) fn bitmap(tag: &BitmapTag, id: u64) -> String {
 
 /// The seq number in a bitmap's name if it has this tag.
 pub(super) fn bitmap_id(tag: &BitmapTag, name: &str) -> Option<u64> {
-    name.strip_prefix(PREFIX)?.strip_prefix('/')?.strip_prefix(&tag.0)?.strip_prefix('/')?.parse().ok()
+    name.strip_prefix(PREFIX)?
+        .strip_prefix('/')?
+        .strip_prefix(&tag.0)?
+        .strip_prefix('/')?
+        .parse()
+        .ok()
 }
 
 /// The mark that was placed before checkpoint `seq` on a disk of `bytes`.
@@ -67,7 +72,11 @@ pub(super) fn size_mark(tag: &BitmapTag, id: u64, bytes: u64) -> String {
 
 /// Checkpoint and size in a mark's name, if it has this tag.
 pub(super) fn parse_size_mark(tag: &BitmapTag, name: &str) -> Option<(u64, u64)> {
-    let rest = name.strip_prefix(PREFIX)?.strip_prefix('/')?.strip_prefix(&tag.0)?.strip_prefix("/size-")?;
+    let rest = name
+        .strip_prefix(PREFIX)?
+        .strip_prefix('/')?
+        .strip_prefix(&tag.0)?
+        .strip_prefix("/size-")?;
     let (id, bytes) = rest.split_once('-')?;
     Some((id.parse().ok()?, bytes.parse().ok()?))
 }
@@ -157,7 +166,10 @@ mod test {
         assert_eq!(bitmap_id(&tag, &bitmap(&longer, 42)), None);
         assert_eq!(bitmap_id(&tag, "stillpoint/a-1/"), None);
         let mark = size_mark(&tag, 7, 4096);
-        assert_eq!((parse_size_mark(&tag, &mark), parse_size_mark(&longer, &mark), bitmap_id(&tag, &mark)), (Some((7, 4096)), None, None));
+        assert_eq!(
+            (parse_size_mark(&tag, &mark), parse_size_mark(&longer, &mark), bitmap_id(&tag, &mark)),
+            (Some((7, 4096)), None, None)
+        );
         assert!("a/b".parse::<BitmapTag>().is_err() && "".parse::<BitmapTag>().is_err());
     }
 }

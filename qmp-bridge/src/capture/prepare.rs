@@ -1,4 +1,5 @@
-//! Phase `prepare`: all that can be done while the guest runs, so that the pause holds one round trip for the disks.
+//! Phase `prepare`: all that can be done while the guest runs, so that the pause holds one round
+//! trip for the disks.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -31,16 +32,19 @@ pub struct CapturePlan {
     pub tag: BitmapTag,
     /// The checkpoint being made.
     pub id: u64,
-    /// The checkpoint it builds on. A disk whose bitmap records since a later one, or that has none, is captured in
-    /// full. `None`: all disks are.
+    /// The checkpoint it builds on. A disk whose bitmap records since a later one, or that has
+    /// none, is captured in full. `None`: all disks are.
     pub parent: Option<u64>,
-    /// Where fleecing overlays live. They grow by what the guest overwrites until [`CapturedDisks::release`].
+    /// Where fleecing overlays live. They grow by what the guest overwrites until
+    /// [`CapturedDisks::release`].
     pub fleecing_dir: PathBuf,
-    /// When fewer bytes than this are free there, the capture is given up rather than a write of the guest.
+    /// When fewer bytes than this are free there, the capture is given up rather than a write of
+    /// the guest.
     pub fleecing_reserve: u64,
     /// Where QEMU's NBD server shall listen, in a directory that is ours alone.
     pub nbd_socket: PathBuf,
-    /// The pause is that of a migration, which makes all block nodes inactive before: then filters are made in the pause.
+    /// The pause is that of a migration, which makes all block nodes inactive before: then filters
+    /// are made in the pause.
     pub streamed: bool,
 }
 
@@ -49,7 +53,8 @@ pub struct CapturePlan {
 pub struct Outlook {
     /// Allocated bytes of the disks that are read in full, since nothing tells what changed.
     pub full_bytes: u64,
-    /// Bytes that the fleecing overlays may take until the capture is given up: what the guest may overwrite meanwhile.
+    /// Bytes that the fleecing overlays may take until the capture is given up: what the guest may
+    /// overwrite meanwhile.
     pub room: u64,
 }
 
@@ -70,7 +75,8 @@ pub(super) struct Target {
     pub(super) bytes: u64,
     pub(super) names: DiskNames,
     pub(super) base: Option<KeptBitmap>,
-    /// Where the base says nothing of what lies behind this offset: the disk has grown there, or may have been shorter.
+    /// Where the base says nothing of what lies behind this offset: the disk has grown there, or
+    /// may have been shorter.
     pub(super) certain_until: u64,
     pub(super) copying: Copying,
 }
@@ -90,7 +96,8 @@ pub(super) struct Session {
     storage: Option<Storage>,
     /// The running disks, to flush them: node and connection.
     live: Vec<(String, NbdClient)>,
-    /// Held until nothing of this capture is left, so that the clean-up of one never meets the next.
+    /// Held until nothing of this capture is left, so that the clean-up of one never meets the
+    /// next.
     turn: Option<OwnedMutexGuard<()>>,
 }
 
@@ -105,13 +112,17 @@ pub struct PreparedDisks {
 const HUNG_RETRY: Duration = Duration::from_secs(1);
 
 impl PreparedDisks {
-    /// Starts the NBD server, adds a fleecing overlay per writable disk, and flushes the disks. Read-only disks among `disks` are
-    /// passed over.
+    /// Starts the NBD server, adds a fleecing overlay per writable disk, and flushes the disks.
+    /// Read-only disks among `disks` are passed over.
     ///
     /// # Errors
     /// When a disk cannot be captured, an overlay cannot be made, or QEMU refuses a
     /// command.
-    pub async fn prepare(qmp: &Qmp, disks: &[Disk], plan: CapturePlan) -> Result<Self, CaptureError> {
+    pub async fn prepare(
+        qmp: &Qmp,
+        disks: &[Disk],
+        plan: CapturePlan,
+    ) -> Result<Self, CaptureError> {
         let qmp = plan.tag.on(qmp);
         let turn = turn::take(&qmp).await?;
         let kept = bitmaps::sort_out(&qmp, &plan.tag, plan.id).await?;
@@ -119,13 +130,29 @@ impl PreparedDisks {
         size_marks::remove(&qmp, &plan.tag, |_, id, _| id >= plan.id).await?;
         let marks = size_marks::find(&qmp, &plan.tag).await?;
         let devices = filter::devices(&qmp).await?;
-        let copying = |disk: &Disk| devices.get(&disk.node).map_or(Copying::Job, |device| Copying::Filter { device: device.clone() });
+        let copying = |disk: &Disk| {
+            devices
+                .get(&disk.node)
+                .map_or(Copying::Job, |device| Copying::Filter { device: device.clone() })
+        };
         let writable = disks.iter().filter(|disk| !disk.read_only).enumerate();
-        let targets: Vec<Target> = writable.map(|(index, disk)| target(index, disk, &plan, (&kept, &marks), copying(disk))).collect();
-        let storage = if targets.is_empty() { None } else { Some(Storage::open(&plan.fleecing_dir).await?) };
+        let targets: Vec<Target> = writable
+            .map(|(index, disk)| target(index, disk, &plan, (&kept, &marks), copying(disk)))
+            .collect();
+        let storage =
+            if targets.is_empty() { None } else { Some(Storage::open(&plan.fleecing_dir).await?) };
         // From here on a cancelled call is a drop, which takes back whatever was done.
-        let mut session =
-            Session { qmp, plan, targets, released: false, guard: None, decided: false, storage, live: Vec::new(), turn: Some(turn) };
+        let mut session = Session {
+            qmp,
+            plan,
+            targets,
+            released: false,
+            guard: None,
+            decided: false,
+            storage,
+            live: Vec::new(),
+            turn: Some(turn),
+        };
         if let Err(error) = session.set_up().await {
             session.undo().await?;
             return Err(error);
@@ -141,19 +168,24 @@ impl PreparedDisks {
         let Session { qmp, plan, targets, .. } = &self.session;
         let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
         let allocated = |target: &Target| {
-            let node = nodes.as_array().into_iter().flatten().find(|node| node["node-name"] == target.node.as_str());
+            let node = nodes
+                .as_array()
+                .into_iter()
+                .flatten()
+                .find(|node| node["node-name"] == target.node.as_str());
             let bytes = node.and_then(|node| node["image"]["actual-size"].as_u64());
             bytes.map_or(target.bytes, |bytes| bytes.min(target.bytes))
         };
         let full_bytes = targets.iter().filter(|target| target.base.is_none()).map(allocated).sum();
         let free = storage::free_bytes(&plan.fleecing_dir);
-        let free = free.map_err(|source| CaptureError::Fleecing { path: plan.fleecing_dir.clone(), source })?;
+        let free = free
+            .map_err(|source| CaptureError::Fleecing { path: plan.fleecing_dir.clone(), source })?;
         Ok(Outlook { full_bytes, room: free.saturating_sub(plan.fleecing_reserve) })
     }
 
-    /// Writes what the guest has written, and QEMU or the host still holds, to the disks' storage while the guest runs: `stop` would
-    /// do it with the guest stopped. Again while that takes long, since the guest writes meanwhile; an error if it takes longer
-    /// than `limit` altogether.
+    /// Writes what the guest has written, and QEMU or the host still holds, to the disks' storage
+    /// while the guest runs: `stop` would do it with the guest stopped. Again while that takes
+    /// long, since the guest writes meanwhile; an error if it takes longer than `limit` altogether.
     ///
     /// # Errors
     /// When QEMU does not finish within `limit`.
@@ -169,7 +201,11 @@ impl PreparedDisks {
         if !self.session.targets.is_empty() {
             self.session.take_instant(paused).await?;
             let plan = &self.session.plan;
-            let guard = FleecingGuard::start(self.session.qmp.clone(), plan.fleecing_dir.clone(), plan.fleecing_reserve);
+            let guard = FleecingGuard::start(
+                self.session.qmp.clone(),
+                plan.fleecing_dir.clone(),
+                plan.fleecing_reserve,
+            );
             self.session.guard = Some(guard);
         }
         Ok(CapturedDisks::new(self.session))
@@ -186,11 +222,20 @@ impl PreparedDisks {
 
 type Marks = HashMap<String, Vec<SizeMark>>;
 
-/// A base must be one bitmap, recording, and since the parent or before it: then it holds at least what is needed.
-fn target(index: usize, disk: &Disk, plan: &CapturePlan, (kept, marks): (&[KeptBitmap], &Marks), copying: Copying) -> Target {
+/// A base must be one bitmap, recording, and since the parent or before it: then it holds at least
+/// what is needed.
+fn target(
+    index: usize,
+    disk: &Disk,
+    plan: &CapturePlan,
+    (kept, marks): (&[KeptBitmap], &Marks),
+    copying: Copying,
+) -> Target {
     let mut own = kept.iter().filter(|bitmap| bitmap.node == disk.node);
     let base = match (own.next(), own.next(), plan.parent) {
-        (Some(only), None, Some(parent)) if only.recording && only.since <= parent => Some(only.clone()),
+        (Some(only), None, Some(parent)) if only.recording && only.since <= parent => {
+            Some(only.clone())
+        }
         _ => None,
     };
     let marks = marks.get(&disk.node).map(Vec::as_slice).unwrap_or_default();
@@ -198,17 +243,31 @@ fn target(index: usize, disk: &Disk, plan: &CapturePlan, (kept, marks): (&[KeptB
     let (base, certain_until) = match history {
         Some(Since::NotShortened { certain_until }) => (base, certain_until),
         Some(Since::Unknown) => {
-            tracing::info!(disk = disk.name, "it may have been shorter since the last checkpoint; all of it is read");
+            tracing::info!(
+                disk = disk.name,
+                "it may have been shorter since the last checkpoint; all of it is read"
+            );
             (None, 0)
         }
         None => (None, 0),
     };
     let names = DiskNames::new(&plan.tag, index);
-    Target { node: disk.node.clone(), name: disk.name.clone(), bytes: disk.virtual_size, names, base, certain_until, copying }
+    Target {
+        node: disk.node.clone(),
+        name: disk.name.clone(),
+        bytes: disk.virtual_size,
+        names,
+        base,
+        certain_until,
+        copying,
+    }
 }
 
 fn actions(plan: &CapturePlan, target: &Target) -> Vec<Value> {
-    let granularity = target.base.as_ref().map_or_else(|| bitmaps::granularity(target.bytes), |base| base.granularity);
+    let granularity = target
+        .base
+        .as_ref()
+        .map_or_else(|| bitmaps::granularity(target.bytes), |base| base.granularity);
     let mut actions = vec![json!({ "type": "block-dirty-bitmap-add", "data": {
         "node": target.node, "name": names::bitmap(&plan.tag, plan.id), "granularity": granularity,
     }})];
@@ -233,15 +292,25 @@ const SHORT_FLUSH: Duration = Duration::from_millis(3);
 const MOST_FLUSHES: u32 = 8;
 
 /// Over NBD, since a flush by monitor command would hold QEMU's main loop.
-async fn flush_one(node: &str, client: &NbdClient, left: Duration, limit: Duration) -> Result<(), CaptureError> {
+async fn flush_one(
+    node: &str,
+    client: &NbdClient,
+    left: Duration,
+    limit: Duration,
+) -> Result<(), CaptureError> {
     match tokio::time::timeout(left, client.flush()).await {
         Ok(flushed) => Ok(flushed?),
         Err(_) => Err(CaptureError::SlowFlush { node: node.into(), after: limit }),
     }
 }
 
-/// The overlay and the filter above the disk; or, where QEMU has no such filter, an overlay for `blockdev-backup`.
-async fn add_copying(qmp: &Qmp, plan: &CapturePlan, target: &mut Target) -> Result<(), CaptureError> {
+/// The overlay and the filter above the disk; or, where QEMU has no such filter, an overlay for
+/// `blockdev-backup`.
+async fn add_copying(
+    qmp: &Qmp,
+    plan: &CapturePlan,
+    target: &mut Target,
+) -> Result<(), CaptureError> {
     let (disk, directory) = ((target.node.as_str(), target.bytes), plan.fleecing_dir.as_path());
     let shows_disk = target.copying == Copying::Job;
     fleecing::add_overlay(qmp, &target.names, disk, directory, shows_disk).await?;
@@ -260,7 +329,11 @@ async fn add_copying(qmp: &Qmp, plan: &CapturePlan, target: &mut Target) -> Resu
     }
 }
 
-async fn export_live(qmp: &Qmp, plan: &CapturePlan, target: &Target) -> Result<NbdClient, CaptureError> {
+async fn export_live(
+    qmp: &Qmp,
+    plan: &CapturePlan,
+    target: &Target,
+) -> Result<NbdClient, CaptureError> {
     let export = target.names.live_export();
     let options = json!({ "type": "nbd", "id": export, "node-name": target.node, "name": export });
     qmp.execute_json("block-export-add", options).await?;
@@ -296,7 +369,10 @@ impl Session {
         for _ in 0..MOST_FLUSHES {
             let pass = Instant::now();
             let left = limit.saturating_sub(begun.elapsed());
-            try_join_all(self.live.iter().map(|(node, client)| flush_one(node, client, left, limit))).await?;
+            try_join_all(
+                self.live.iter().map(|(node, client)| flush_one(node, client, left, limit)),
+            )
+            .await?;
             if pass.elapsed() < SHORT_FLUSH {
                 break;
             }
@@ -307,7 +383,8 @@ impl Session {
     /// All commands are on their way at once; QEMU carries them out in this order.
     async fn take_instant(&self, paused: &Paused) -> Result<(), CaptureError> {
         let qmp = paused.qmp();
-        let actions: Vec<Value> = self.targets.iter().flat_map(|target| actions(&self.plan, target)).collect();
+        let actions: Vec<Value> =
+            self.targets.iter().flat_map(|target| actions(&self.plan, target)).collect();
         let transaction = json!({ "actions": actions });
         let mut commands: Vec<BoxFuture<'_, Result<(), QmpError>>> =
             vec![Box::pin(async { qmp.execute_json("transaction", transaction).await.map(drop) })];
@@ -343,15 +420,20 @@ impl Session {
         {
             let answers = storage.answers().await;
             // Who waits for this turn need not.
-            self.qmp.capture_turn().set_hung(answers.is_err().then(|| self.plan.fleecing_dir.clone()));
+            self.qmp
+                .capture_turn()
+                .set_hung(answers.is_err().then(|| self.plan.fleecing_dir.clone()));
             answers?;
         }
         self.release().await?;
         size_marks::remove(&self.qmp, &self.plan.tag, |_, id, _| id == self.plan.id).await?;
-        let (incremental, full): (Vec<&Target>, Vec<&Target>) = self.targets.iter().partition(|t| t.base.is_some());
-        // Without a base nothing is lost: what the new bitmap followed was never stored, and an older one still records.
+        let (incremental, full): (Vec<&Target>, Vec<&Target>) =
+            self.targets.iter().partition(|t| t.base.is_some());
+        // Without a base nothing is lost: what the new bitmap followed was never stored, and an
+        // older one still records.
         let full: Vec<&str> = full.iter().map(|target| target.node.as_str()).collect();
-        bitmaps::remove_since(&self.qmp, &self.plan.tag, self.plan.id, |node| full.contains(&node)).await?;
+        bitmaps::remove_since(&self.qmp, &self.plan.tag, self.plan.id, |node| full.contains(&node))
+            .await?;
         if !incremental.is_empty() {
             bitmaps::merge_back(&self.qmp, &self.plan.tag).await?;
         }
@@ -373,7 +455,9 @@ impl Session {
             turn: self.turn.take(),
         };
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
-            return tracing::warn!("a capture ends with its runtime; the next start of the helper cleans up");
+            return tracing::warn!(
+                "a capture ends with its runtime; the next start of the helper cleans up"
+            );
         };
         runtime.spawn(async move {
             while let Err(error) = session.undo().await {

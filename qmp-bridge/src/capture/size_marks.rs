@@ -1,9 +1,11 @@
 //! Whether a disk was ever shorter than it was at a checkpoint.
 //!
-//! QEMU cuts the dirty bitmaps of a disk that is shortened, and clears their new part when it grows again: what the guest (or
-//! nobody) has written there since is in no bitmap, and the size alone tells nothing if both happened between two looks. There is
-//! no event for it either. So each disk has a second bitmap that does not record, with one bit set: that of the last granule.
-//! A disk that was cut has lost the bit. The mark's name carries the size and the checkpoint before which it was placed.
+//! QEMU cuts the dirty bitmaps of a disk that is shortened, and clears their new part when it grows
+//! again: what the guest (or nobody) has written there since is in no bitmap, and the size alone
+//! tells nothing if both happened between two looks. There is no event for it either. So each disk
+//! has a second bitmap that does not record, with one bit set: that of the last granule. A disk
+//! that was cut has lost the bit. The mark's name carries the size and the checkpoint before which
+//! it was placed.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -23,7 +25,8 @@ use crate::qmp::{Qmp, QmpError};
 
 /// Finest granularity of a mark: a sector, by which sizes change.
 const FINEST: u64 = 512;
-/// Up to this size a disk gets the finest; beyond, the granularity doubles so that a mark stays within 4 MiB.
+/// Up to this size a disk gets the finest; beyond, the granularity doubles so that a mark stays
+/// within 4 MiB.
 const FINEST_UP_TO: u64 = 16 << 30;
 /// The bitmap of the helper node from which the bit is merged.
 const SOURCE_BITMAP: &str = "last";
@@ -42,7 +45,11 @@ pub(super) struct SizeMark {
 impl SizeMark {
     /// A disk that was shortened within its last granule only has kept the bit.
     fn certain_until(&self) -> u64 {
-        if self.granularity == FINEST { self.bytes } else { last_granule(self.bytes, self.granularity) }
+        if self.granularity == FINEST {
+            self.bytes
+        } else {
+            last_granule(self.bytes, self.granularity)
+        }
     }
 }
 
@@ -62,7 +69,10 @@ pub(super) enum Since {
 }
 
 /// All marks with this tag, by node.
-pub(super) async fn find(qmp: &Qmp, tag: &BitmapTag) -> Result<HashMap<String, Vec<SizeMark>>, QmpError> {
+pub(super) async fn find(
+    qmp: &Qmp,
+    tag: &BitmapTag,
+) -> Result<HashMap<String, Vec<SizeMark>>, QmpError> {
     let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
     Ok(parse(&nodes, tag))
 }
@@ -73,9 +83,16 @@ fn parse(nodes: &Value, tag: &BitmapTag) -> HashMap<String, Vec<SizeMark>> {
         let mark = |row: &Value| {
             let (checkpoint_id, bytes) = names::parse_size_mark(tag, row["name"].as_str()?)?;
             let (granularity, count) = (row["granularity"].as_u64()?, row["count"].as_u64()?);
-            Some(SizeMark { checkpoint_id, bytes, granularity, whole: count > 0, name: row["name"].as_str()?.into() })
+            Some(SizeMark {
+                checkpoint_id,
+                bytes,
+                granularity,
+                whole: count > 0,
+                name: row["name"].as_str()?.into(),
+            })
         };
-        let marks: Vec<SizeMark> = node["dirty-bitmaps"].as_array().into_iter().flatten().filter_map(mark).collect();
+        let marks: Vec<SizeMark> =
+            node["dirty-bitmaps"].as_array().into_iter().flatten().filter_map(mark).collect();
         if let (Some(name), false) = (node["node-name"].as_str(), marks.is_empty()) {
             found.insert(name.into(), marks);
         }
@@ -83,11 +100,17 @@ fn parse(nodes: &Value, tag: &BitmapTag) -> HashMap<String, Vec<SizeMark>> {
     found
 }
 
-/// What is known of a disk that has `bytes` now and whose bitmap records since checkpoint `since`: only a mark that was there by
-/// then speaks for it.
+/// What is known of a disk that has `bytes` now and whose bitmap records since checkpoint `since`:
+/// only a mark that was there by then speaks for it.
 pub(super) fn since(marks: &[SizeMark], since: u64, bytes: u64) -> Since {
-    match marks.iter().filter(|mark| mark.checkpoint_id <= since).max_by_key(|mark| mark.checkpoint_id) {
-        Some(mark) if mark.whole && mark.bytes <= bytes => Since::NotShortened { certain_until: mark.certain_until() },
+    match marks
+        .iter()
+        .filter(|mark| mark.checkpoint_id <= since)
+        .max_by_key(|mark| mark.checkpoint_id)
+    {
+        Some(mark) if mark.whole && mark.bytes <= bytes => {
+            Since::NotShortened { certain_until: mark.certain_until() }
+        }
         // Nothing can be missing from a disk that had nothing.
         Some(mark) if mark.bytes == 0 => Since::NotShortened { certain_until: 0 },
         _ => Since::Unknown,
@@ -96,7 +119,10 @@ pub(super) fn since(marks: &[SizeMark], since: u64, bytes: u64) -> Since {
 
 /// Whether a disk needs another mark before checkpoint `seq`.
 pub(super) fn is_due(marks: &[SizeMark], checkpoint_id: u64, bytes: u64) -> bool {
-    let newest = marks.iter().filter(|mark| mark.checkpoint_id < checkpoint_id).max_by_key(|mark| mark.checkpoint_id);
+    let newest = marks
+        .iter()
+        .filter(|mark| mark.checkpoint_id < checkpoint_id)
+        .max_by_key(|mark| mark.checkpoint_id);
     !newest.is_some_and(|mark| (mark.whole || bytes == 0) && mark.bytes == bytes)
 }
 
@@ -111,8 +137,8 @@ pub(super) struct Place<'a> {
     pub(super) names: &'a DiskNames,
 }
 
-/// CapturePlaces a mark for checkpoint `seq`, whose bitmap begins later. QEMU's NBD server runs at `nbd_socket`; a file in `directory`
-/// serves for a moment.
+/// CapturePlaces a mark for checkpoint `seq`, whose bitmap begins later. QEMU's NBD server runs at
+/// `nbd_socket`; a file in `directory` serves for a moment.
 pub(super) async fn place(
     qmp: &Qmp,
     tag: &BitmapTag,
@@ -122,7 +148,8 @@ pub(super) async fn place(
 ) -> Result<(), CaptureError> {
     let name = names::size_mark(tag, checkpoint_id, disk.bytes);
     let granularity = granularity(disk.bytes);
-    let target = json!({ "node": disk.node, "name": name, "granularity": granularity, "disabled": true });
+    let target =
+        json!({ "node": disk.node, "name": name, "granularity": granularity, "disabled": true });
     if disk.bytes == 0 {
         return Ok(qmp.execute_json("block-dirty-bitmap-add", target).await.map(drop)?);
     }
@@ -140,7 +167,10 @@ pub(super) async fn place(
     let merge = json!({ "node": disk.node, "target": name, "bitmaps": [{ "node": source, "name": SOURCE_BITMAP }] });
     transaction(
         qmp,
-        vec![json!({ "type": "block-dirty-bitmap-add", "data": target }), json!({ "type": "block-dirty-bitmap-merge", "data": merge })],
+        vec![
+            json!({ "type": "block-dirty-bitmap-add", "data": target }),
+            json!({ "type": "block-dirty-bitmap-merge", "data": merge }),
+        ],
     )
     .await?;
     remove_exports(qmp, |id| id == export).await?;
@@ -149,15 +179,23 @@ pub(super) async fn place(
 }
 
 /// A node as long as the disk, with a bitmap; its file is empty but for what is written to it.
-async fn add_source(qmp: &Qmp, disk: &Place<'_>, granularity: u64, directory: &Path) -> Result<(), CaptureError> {
-    let (path, bytes) = (directory.join(format!("{}.{}", disk.names.mark(), std::process::id())), disk.bytes);
+async fn add_source(
+    qmp: &Qmp,
+    disk: &Place<'_>,
+    granularity: u64,
+    directory: &Path,
+) -> Result<(), CaptureError> {
+    let (path, bytes) =
+        (directory.join(format!("{}.{}", disk.names.mark(), std::process::id())), disk.bytes);
     let file = storage::within(directory, move || sized(&path, bytes)).await?;
     let set = FdSet::add(qmp, file.as_fd(), "mark").await?;
-    let options = json!({ "driver": "file", "node-name": disk.names.mark(), "filename": set.filename() });
+    let options =
+        json!({ "driver": "file", "node-name": disk.names.mark(), "filename": set.filename() });
     let added = qmp.execute_json("blockdev-add", options).await;
     set.remove(qmp).await?;
     added?;
-    let bitmap = json!({ "node": disk.names.mark(), "name": SOURCE_BITMAP, "granularity": granularity });
+    let bitmap =
+        json!({ "node": disk.names.mark(), "name": SOURCE_BITMAP, "granularity": granularity });
     qmp.execute_json("block-dirty-bitmap-add", bitmap).await?;
     Ok(())
 }
@@ -168,8 +206,13 @@ fn sized(path: &Path, bytes: u64) -> std::io::Result<File> {
     Ok(file)
 }
 
-/// Removes the marks that `which` picks by the checkpoint before which they were placed and their size.
-pub(super) async fn remove(qmp: &Qmp, tag: &BitmapTag, which: impl Fn(&str, u64, u64) -> bool) -> Result<(), QmpError> {
+/// Removes the marks that `which` picks by the checkpoint before which they were placed and their
+/// size.
+pub(super) async fn remove(
+    qmp: &Qmp,
+    tag: &BitmapTag,
+    which: impl Fn(&str, u64, u64) -> bool,
+) -> Result<(), QmpError> {
     let mut actions = Vec::new();
     for (node, marks) in find(qmp, tag).await? {
         let picked = marks.iter().filter(|mark| which(&node, mark.checkpoint_id, mark.bytes));
@@ -181,8 +224,13 @@ pub(super) async fn remove(qmp: &Qmp, tag: &BitmapTag, which: impl Fn(&str, u64,
 /// Checkpoint `seq` is durable: of each node only the newest mark is needed.
 pub(super) async fn keep_newest(qmp: &Qmp, tag: &BitmapTag) -> Result<(), QmpError> {
     let found = find(qmp, tag).await?;
-    let newest = |node: &str| found.get(node).and_then(|marks| marks.iter().map(|mark| mark.checkpoint_id).max());
-    remove(qmp, tag, |node, checkpoint_id, _| newest(node).is_some_and(|newest| checkpoint_id < newest)).await
+    let newest = |node: &str| {
+        found.get(node).and_then(|marks| marks.iter().map(|mark| mark.checkpoint_id).max())
+    };
+    remove(qmp, tag, |node, checkpoint_id, _| {
+        newest(node).is_some_and(|newest| checkpoint_id < newest)
+    })
+    .await
 }
 
 #[cfg(test)]
@@ -201,30 +249,46 @@ mod test {
         assert_eq!(since(&[mark(3, 8 * MIB, true)], 3, 8 * MIB), until(8 * MIB));
         assert_eq!(since(&[mark(3, 8 * MIB, true)], 9, 8 * MIB), until(8 * MIB));
         assert_eq!(since(&[mark(3, 8 * MIB, true)], 9, 16 * MIB), until(8 * MIB), "it grew");
-        assert_eq!(since(&[mark(3, 8 * MIB, true)], 9, 8 * MIB - 512), Since::Unknown, "it is shorter");
+        assert_eq!(
+            since(&[mark(3, 8 * MIB, true)], 9, 8 * MIB - 512),
+            Since::Unknown,
+            "it is shorter"
+        );
         assert_eq!(since(&[mark(3, 8 * MIB, false)], 9, 8 * MIB), Since::Unknown, "it was shorter");
         assert_eq!(since(&[mark(4, 8 * MIB, true)], 3, 8 * MIB), Since::Unknown, "placed later");
         assert_eq!(since(&[], 3, 8 * MIB), Since::Unknown);
         // One that a killed helper placed for a checkpoint that never came.
-        assert_eq!(since(&[mark(2, 8 * MIB, false), mark(5, 8 * MIB, true)], 4, 8 * MIB), Since::Unknown);
+        assert_eq!(
+            since(&[mark(2, 8 * MIB, false), mark(5, 8 * MIB, true)], 4, 8 * MIB),
+            Since::Unknown
+        );
     }
 
     #[test]
     fn size_mark_is_due_when_the_size_changed() {
         assert!(!is_due(&[mark(3, 8 * MIB, true)], 4, 8 * MIB));
-        assert!(is_due(&[mark(3, 8 * MIB, true)], 4, 16 * MIB) && is_due(&[mark(3, 8 * MIB, false)], 4, 8 * MIB));
+        assert!(
+            is_due(&[mark(3, 8 * MIB, true)], 4, 16 * MIB)
+                && is_due(&[mark(3, 8 * MIB, false)], 4, 8 * MIB)
+        );
         assert!(is_due(&[], 1, 8 * MIB) && is_due(&[mark(4, 8 * MIB, true)], 4, 8 * MIB));
     }
 
     #[test]
     fn size_mark_of_a_small_disk_leaves_nothing_uncertain() {
-        assert_eq!([0, 16 << 30, (16 << 30) + 1, 1 << 40].map(granularity), [512, 512, 1024, 32 << 10]);
+        assert_eq!(
+            [0, 16 << 30, (16 << 30) + 1, 1 << 40].map(granularity),
+            [512, 512, 1024, 32 << 10]
+        );
         let exact = SizeMark { granularity: 512, ..mark(3, 8 * MIB, true) };
         assert_eq!(since(&[exact], 3, 8 * MIB), Since::NotShortened { certain_until: 8 * MIB });
     }
 
     #[test]
     fn size_mark_ends_in_the_last_granule() {
-        assert_eq!([0, 1, 65_536, 65_537].map(|bytes| last_granule(bytes, 65_536)), [0, 0, 0, 65_536]);
+        assert_eq!(
+            [0, 1, 65_536, 65_537].map(|bytes| last_granule(bytes, 65_536)),
+            [0, 0, 0, 65_536]
+        );
     }
 }

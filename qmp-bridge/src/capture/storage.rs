@@ -1,8 +1,9 @@
 //! The file system of the fleecing overlays, as seen from here.
 //!
-//! A directory can hang (a frozen or remote file system). A call of ours to it must not take the helper along, so each is made on
-//! a thread of its own. And while QEMU has writes in it that do not end, nothing may be done to QEMU that waits for them: its
-//! main loop, and with it the guest, would wait too. So before a capture is taken apart after a failure, a write of ours shows
+//! A directory can hang (a frozen or remote file system). A call of ours to it must not take the
+//! helper along, so each is made on a thread of its own. And while QEMU has writes in it that do
+//! not end, nothing may be done to QEMU that waits for them: its main loop, and with it the guest,
+//! would wait too. So before a capture is taken apart after a failure, a write of ours shows
 //! whether writes end there.
 
 use std::fs::File;
@@ -72,7 +73,11 @@ pub(super) async fn within<T: Send + 'static>(
 }
 
 fn unnamed(directory: &Path) -> std::io::Result<File> {
-    let path = directory.join(format!(".stillpoint-probe.{}.{}", std::process::id(), FILES.fetch_add(1, Ordering::Relaxed)));
+    let path = directory.join(format!(
+        ".stillpoint-probe.{}.{}",
+        std::process::id(),
+        FILES.fetch_add(1, Ordering::Relaxed)
+    ));
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&path)?;
     std::fs::remove_file(&path)?;
     Ok(file)

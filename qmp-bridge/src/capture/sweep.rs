@@ -1,9 +1,9 @@
-//! Takes everything of a capture out of QEMU except bitmaps, whatever state it is in: exports, then what stands above the disks,
-//! then jobs, then nodes.
+//! Takes everything of a capture out of QEMU except bitmaps, whatever state it is in: exports, then
+//! what stands above the disks, then jobs, then nodes.
 //!
-//! It goes by what QEMU lists under this instance's names, not by what we remember, so that it is the same for a finished
-//! capture, an aborted one and one whose helper was killed in any phase; and it can be run again. Nothing with another name is
-//! touched.
+//! It goes by what QEMU lists under this instance's names, not by what we remember, so that it is
+//! the same for a finished capture, an aborted one and one whose helper was killed in any phase;
+//! and it can be run again. Nothing with another name is touched.
 
 use serde_json::{Value, json};
 
@@ -38,8 +38,12 @@ pub(super) async fn has_nodes(qmp: &Qmp) -> Result<bool, QmpError> {
 async fn delete_above(qmp: &Qmp) -> Result<(), CaptureError> {
     let mut looks = Looks::new();
     loop {
-        let readers: Vec<String> =
-            ours(qmp).await?.into_iter().filter(|(_, driver)| driver == "snapshot-access").map(|(name, _)| name).collect();
+        let readers: Vec<String> = ours(qmp)
+            .await?
+            .into_iter()
+            .filter(|(_, driver)| driver == "snapshot-access")
+            .map(|(name, _)| name)
+            .collect();
         if readers.is_empty() {
             return Ok(());
         }
@@ -64,7 +68,9 @@ async fn end_jobs(qmp: &Qmp) -> Result<usize, CaptureError> {
         for job in &ours {
             jobs::ask_to_end(qmp, job).await?;
         }
-        looks.again(|| format!("jobs {:?}", ours.iter().map(|job| &job.id).collect::<Vec<_>>())).await?;
+        looks
+            .again(|| format!("jobs {:?}", ours.iter().map(|job| &job.id).collect::<Vec<_>>()))
+            .await?;
     }
 }
 
@@ -79,7 +85,9 @@ async fn nodes(qmp: &Qmp) -> Result<usize, CaptureError> {
             return Ok(found);
         }
         // From the top down, so that one pass is enough.
-        ours.sort_by_key(|(_, driver)| ["copy-before-write", "qcow2", "file"].iter().position(|known| known == driver));
+        ours.sort_by_key(|(_, driver)| {
+            ["copy-before-write", "qcow2", "file"].iter().position(|known| known == driver)
+        });
         for (name, _) in &ours {
             delete(qmp, name).await?;
         }
@@ -90,7 +98,9 @@ async fn nodes(qmp: &Qmp) -> Result<usize, CaptureError> {
 /// Name and driver of each block node of ours.
 async fn ours(qmp: &Qmp) -> Result<Vec<(String, String)>, QmpError> {
     let reply = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
-    let node = |row: &Value| Some((row["node-name"].as_str()?.to_owned(), row["drv"].as_str()?.to_owned()));
+    let node = |row: &Value| {
+        Some((row["node-name"].as_str()?.to_owned(), row["drv"].as_str()?.to_owned()))
+    };
     let all = reply.as_array().into_iter().flatten().filter_map(node);
     Ok(all.filter(|(name, _)| qmp.names().owns(name)).collect())
 }

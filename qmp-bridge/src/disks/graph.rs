@@ -13,13 +13,20 @@ pub(super) struct Graph {
 }
 
 impl Graph {
-    /// Block backends and jobs are nodes of that graph too: parents, but none that has a name among block nodes.
+    /// Block backends and jobs are nodes of that graph too: parents, but none that has a name among
+    /// block nodes.
     pub(super) fn parse(reply: &Value) -> Self {
         let list = |field: &str| reply[field].as_array().map(Vec::as_slice).unwrap_or_default();
         let drivers = list("nodes").iter().filter(|node| node["type"] == "block-driver");
-        let names: HashMap<u64, &str> = drivers.filter_map(|node| Some((node["id"].as_u64()?, node["name"].as_str()?))).collect();
-        let end = |edge: &Value, side: &str| names.get(&edge[side].as_u64()?).map(|name| (*name).to_owned());
-        let edge = |edge: &Value| Some(((end(edge, "parent")?, edge["name"].as_str()?.to_owned()), end(edge, "child")?));
+        let names: HashMap<u64, &str> = drivers
+            .filter_map(|node| Some((node["id"].as_u64()?, node["name"].as_str()?)))
+            .collect();
+        let end = |edge: &Value, side: &str| {
+            names.get(&edge[side].as_u64()?).map(|name| (*name).to_owned())
+        };
+        let edge = |edge: &Value| {
+            Some(((end(edge, "parent")?, edge["name"].as_str()?.to_owned()), end(edge, "child")?))
+        };
         Self {
             children: list("edges").iter().filter_map(edge).collect(),
             used: list("edges").iter().filter_map(|edge| end(edge, "child")).collect(),

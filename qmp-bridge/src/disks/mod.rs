@@ -1,8 +1,9 @@
 //! The disks of a VM: which can be captured, and on what layers they stand.
 //!
-//! `query-block` tells which devices have a medium and which node that is. How nodes stand on one another is only in
-//! `x-debug-query-block-graph`, so chains are walked there (`graph.rs`). Whatever could not be brought back
-//! faithfully is refused here, with the reason, before anything is touched.
+//! `query-block` tells which devices have a medium and which node that is. How nodes stand on one
+//! another is only in `x-debug-query-block-graph`, so chains are walked there (`graph.rs`).
+//! Whatever could not be brought back faithfully is refused here, with the reason, before anything
+//! is touched.
 
 mod drivers;
 mod graph;
@@ -26,9 +27,13 @@ pub enum DiskError {
     Qmp(#[from] QmpError),
     #[error("disk `{device}` cannot be part of a checkpoint: {why}")]
     Unsupported { device: String, why: String },
-    #[error("QEMU's block graph does not fit its list of disks at `{device}`: {why}; try again when no block job runs")]
+    #[error(
+        "QEMU's block graph does not fit its list of disks at `{device}`: {why}; try again when no block job runs"
+    )]
     Inconsistent { device: String, why: String },
-    #[error("block job `{job}` ({kind}) runs, and it changes what a disk consists of; wait for it, or end it (block-job-cancel)")]
+    #[error(
+        "block job `{job}` ({kind}) runs, and it changes what a disk consists of; wait for it, or end it (block-job-cancel)"
+    )]
     Job { job: String, kind: String },
 }
 
@@ -102,12 +107,14 @@ pub struct BackingImage {
 /// One disk of a VM, with the chain below it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
-    /// The format node, which bitmaps and backup jobs go to: below filters, if there are any above it.
+    /// The format node, which bitmaps and backup jobs go to: below filters, if there are any above
+    /// it.
     pub node: String,
     /// The node that the device has: [`Self::node`], or the topmost filter above it.
     pub root: String,
-    /// The disk's name in stores, which outlives this QEMU. The node's, unless whoever knows the command line gives another
-    /// (QEMU generates node names like `#block123`, and others at the next start).
+    /// The disk's name in stores, which outlives this QEMU. The node's, unless whoever knows the
+    /// command line gives another (QEMU generates node names like `#block123`, and others at the
+    /// next start).
     pub name: String,
     /// `-drive id=`, or the path of the device, or the node where no device has it.
     pub device: String,
@@ -134,7 +141,8 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// The image files that are only read, top to bottom: the backing chain, and before it a read-only disk's own image.
+    /// The image files that are only read, top to bottom: the backing chain, and before it a
+    /// read-only disk's own image.
     pub fn layers(&self) -> Vec<BackingImage> {
         let own = BackingImage {
             file: self.file.clone(),
@@ -143,7 +151,11 @@ impl Disk {
             virtual_size: self.virtual_size,
             is_device: self.is_device,
         };
-        Some(own).filter(|_| self.read_only).into_iter().chain(self.backing.iter().cloned()).collect()
+        Some(own)
+            .filter(|_| self.read_only)
+            .into_iter()
+            .chain(self.backing.iter().cloned())
+            .collect()
     }
 }
 
@@ -215,7 +227,8 @@ pub async fn list(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Disks, DiskError
     Ok(disks)
 }
 
-/// A job that streams, commits or mirrors changes the chain below a disk, or the disk's node, at its end.
+/// A job that streams, commits or mirrors changes the chain below a disk, or the disk's node, at
+/// its end.
 ///
 /// # Errors
 /// When a job of somebody else runs, or QEMU does not answer.
@@ -225,12 +238,16 @@ pub async fn refuse_jobs(qmp: &Qmp) -> Result<(), DiskError> {
     let foreign = jobs.as_array().into_iter().flatten().find(|job| !qmp.names().owns(&id(job)));
     match foreign {
         None => Ok(()),
-        Some(job) => Err(DiskError::Job { job: id(job), kind: job["type"].as_str().unwrap_or("?").to_owned() }),
+        Some(job) => Err(DiskError::Job {
+            job: id(job),
+            kind: job["type"].as_str().unwrap_or("?").to_owned(),
+        }),
     }
 }
 
-/// Before this version QEMU's NBD server ends a connection in the thread of the disk. Debian's 7.2.22 asserts there that
-/// this is the main thread and aborts, guest and all, as soon as a client of a disk in an iothread hangs up (seen).
+/// Before this version QEMU's NBD server ends a connection in the thread of the disk. Debian's
+/// 7.2.22 asserts there that this is the main thread and aborts, guest and all, as soon as a client
+/// of a disk in an iothread hangs up (seen).
 const IOTHREADS_SAFE_SINCE: u32 = 9;
 
 async fn refuse_unsafe_iothreads(qmp: &Qmp, disks: &Disks) -> Result<(), DiskError> {

@@ -1,4 +1,5 @@
-//! What each block node really is. A name says nothing: the node's driver, its options and its children do.
+//! What each block node really is. A name says nothing: the node's driver, its options and its
+//! children do.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -6,7 +7,10 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::graph::Graph;
-use super::{BackingImage, Disk, DiskError, Disks, Drive, EmptyDrive, ImageFormat, MAX_BACKING_DEPTH, Medium, Qcow2Layout, drivers};
+use super::{
+    BackingImage, Disk, DiskError, Disks, Drive, EmptyDrive, ImageFormat, MAX_BACKING_DEPTH,
+    Medium, Qcow2Layout, drivers,
+};
 use crate::names::ObjectNames;
 use crate::qmp::{Qmp, QmpError};
 
@@ -17,7 +21,8 @@ const MAX_FILTERS: usize = 16;
 #[derive(Debug, Clone)]
 struct NodeInfo {
     driver: String,
-    /// What QEMU calls it: a path, or `json:{…}` with all options where a path cannot say what it is.
+    /// What QEMU calls it: a path, or `json:{…}` with all options where a path cannot say what it
+    /// is.
     file: String,
     virtual_size: u64,
     read_only: bool,
@@ -68,7 +73,9 @@ impl<'a> Survey<'a> {
 
     pub(super) fn new(nodes: &Value, graph: &Value, qemu_cwd: Option<&'a Path>) -> Self {
         let list = nodes.as_array().map(Vec::as_slice).unwrap_or_default();
-        let named = list.iter().filter_map(|node| Some((node["node-name"].as_str()?.to_owned(), node_info(node))));
+        let named = list
+            .iter()
+            .filter_map(|node| Some((node["node-name"].as_str()?.to_owned(), node_info(node))));
         let (names, nodes) = named.map(|(name, info)| (name.clone(), (name, info))).unzip();
         Self { names, nodes, graph: Graph::parse(graph), qemu_cwd, own: ObjectNames::of("") }
     }
@@ -104,11 +111,14 @@ impl<'a> Survey<'a> {
         Drive { device, disk }
     }
 
-    /// Nodes that neither a device nor another node uses. What a capture of ours has in QEMU is none of the VM's.
+    /// Nodes that neither a device nor another node uses. What a capture of ours has in QEMU is
+    /// none of the VM's.
     fn unused(&self) -> Vec<(String, Result<Disk, DiskError>)> {
         let is_unused = |name: &&String| !self.graph.is_used(name) && !self.own.owns(name);
         let unused = self.names.iter().filter(is_unused);
-        unused.map(|name| (name.clone(), self.disk(name.clone(), name).and_then(on_files))).collect()
+        unused
+            .map(|name| (name.clone(), self.disk(name.clone(), name).and_then(on_files)))
+            .collect()
     }
 
     fn disk(&self, device: String, root: &str) -> Result<Disk, DiskError> {
@@ -153,7 +163,9 @@ impl<'a> Survey<'a> {
         let mut node = top.to_owned();
         while let Some(below) = self.graph.child(&node, "backing") {
             if layers.len() == MAX_BACKING_DEPTH {
-                let why = format!("it has more than {MAX_BACKING_DEPTH} backing files; merge some with block-commit");
+                let why = format!(
+                    "it has more than {MAX_BACKING_DEPTH} backing files; merge some with block-commit"
+                );
                 return Err(DiskError::Unsupported { device: device.into(), why });
             }
             layers.push(self.image(device, below)?);
@@ -163,7 +175,10 @@ impl<'a> Survey<'a> {
     }
 
     fn node(&self, device: &str, node: &str) -> Result<&NodeInfo, DiskError> {
-        let missing = || DiskError::Inconsistent { device: device.into(), why: format!("node `{node}` is not listed") };
+        let missing = || DiskError::Inconsistent {
+            device: device.into(),
+            why: format!("node `{node}` is not listed"),
+        };
         self.nodes.get(node).ok_or_else(missing)
     }
 
@@ -176,7 +191,8 @@ impl<'a> Survey<'a> {
         }
         let (format, storage) = match info.driver.as_str() {
             "qcow2" | "raw" => {
-                let format = if info.driver == "raw" { ImageFormat::Raw } else { ImageFormat::Qcow2 };
+                let format =
+                    if info.driver == "raw" { ImageFormat::Raw } else { ImageFormat::Qcow2 };
                 (format, self.storage(device, node)?)
             }
             "file" | "host_device" => (ImageFormat::Raw, info),
@@ -193,15 +209,21 @@ impl<'a> Survey<'a> {
         }
         let file = self.path(device, &storage.file)?;
         let is_device = storage.driver == "host_device";
-        Ok(BackingImage { file, format, node: node.into(), virtual_size: info.virtual_size, is_device })
+        Ok(BackingImage {
+            file,
+            format,
+            node: node.into(),
+            virtual_size: info.virtual_size,
+            is_device,
+        })
     }
 
     /// The node under a format node, below a throttle filter if there is one.
     fn storage(&self, device: &str, node: &str) -> Result<&NodeInfo, DiskError> {
-        let below = self
-            .graph
-            .child(node, "file")
-            .ok_or_else(|| DiskError::Unsupported { device: device.into(), why: format!("node `{node}` has no file under it") })?;
+        let below = self.graph.child(node, "file").ok_or_else(|| DiskError::Unsupported {
+            device: device.into(),
+            why: format!("node `{node}` has no file under it"),
+        })?;
         self.node(device, &self.below_filters(device, below)?)
     }
 
@@ -228,11 +250,13 @@ fn add(disks: &mut Vec<Disk>, disk: Disk) -> Result<(), DiskError> {
 /// What one disk writes, another one shows: restored, each would have an image of its own.
 fn refuse_shared(disks: &Disks) -> Result<(), DiskError> {
     let written: HashSet<&str> = disks.writable().map(|disk| disk.node.as_str()).collect();
-    let shows_it = |disk: &&Disk| disk.layers().iter().any(|image| written.contains(image.node.as_str()));
+    let shows_it =
+        |disk: &&Disk| disk.layers().iter().any(|image| written.contains(image.node.as_str()));
     disks.disks.iter().find(shows_it).map_or(Ok(()), |disk| Err(shared(disk)))
 }
 
-/// A layer is stored once, as long as nobody changes its file, and only a file tells when somebody did.
+/// A layer is stored once, as long as nobody changes its file, and only a file tells when somebody
+/// did.
 fn on_files(disk: Disk) -> Result<Disk, DiskError> {
     match disk.layers().into_iter().find(|image| image.is_device) {
         None => Ok(disk),
@@ -252,14 +276,20 @@ fn shared(disk: &Disk) -> DiskError {
     DiskError::Unsupported { device: disk.device.clone(), why }
 }
 
-/// Why a raw node is not the file under it: `offset` or `size` show a part. QEMU calls such a node by all its options.
+/// Why a raw node is not the file under it: `offset` or `size` show a part. QEMU calls such a node
+/// by all its options.
 fn slice(info: &NodeInfo, storage: &NodeInfo) -> Option<String> {
     if info.driver != "raw" {
         return None;
     }
     let number = |value: &Value| value.as_u64().or_else(|| value.as_str()?.parse().ok());
-    let said = info.file.strip_prefix("json:").map(|text| serde_json::from_str(text).unwrap_or(Value::Null));
-    let offset = said.as_ref().map_or(0, |said| number(&said["offset"]).unwrap_or(u64::from(said.is_null())));
+    let said = info
+        .file
+        .strip_prefix("json:")
+        .map(|text| serde_json::from_str(text).unwrap_or(Value::Null));
+    let offset = said
+        .as_ref()
+        .map_or(0, |said| number(&said["offset"]).unwrap_or(u64::from(said.is_null())));
     if offset == 0 && info.virtual_size == storage.virtual_size {
         return None;
     }

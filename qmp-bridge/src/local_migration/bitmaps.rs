@@ -1,7 +1,8 @@
-//! Dirty bitmaps that go along: those that live in QEMU's memory only. Persistent ones travel in their qcow2 image.
+//! Dirty bitmaps that go along: those that live in QEMU's memory only. Persistent ones travel in
+//! their qcow2 image.
 //!
-//! The two QEMUs may call a disk's node by different names (`#block123` and one that the command line gives), so the
-//! stream carries the name that the destination has.
+//! The two QEMUs may call a disk's node by different names (`#block123` and one that the command
+//! line gives), so the stream carries the name that the destination has.
 
 use serde_json::{Value, json};
 
@@ -38,12 +39,19 @@ impl BitmapMap {
         let mut map = Self::default();
         for (from, to) in nodes {
             let rows = reply.as_array().into_iter().flatten();
-            let bitmaps = rows.filter(|row| row["node-name"] == from.as_str()).flat_map(|row| row["dirty-bitmaps"].as_array());
-            let (carried, left): (Vec<&Value>, Vec<&Value>) = bitmaps.flatten().filter(|row| in_memory(row)).partition(|row| is_sound(row));
+            let bitmaps = rows
+                .filter(|row| row["node-name"] == from.as_str())
+                .flat_map(|row| row["dirty-bitmaps"].as_array());
+            let (carried, left): (Vec<&Value>, Vec<&Value>) =
+                bitmaps.flatten().filter(|row| in_memory(row)).partition(|row| is_sound(row));
             let name = |row: &&Value| row["name"].as_str().unwrap_or_default().to_owned();
             map.left.extend(left.iter().map(name));
             if !carried.is_empty() {
-                map.nodes.push(Node { from: from.clone(), to: to.clone(), bitmaps: carried.iter().map(name).collect() });
+                map.nodes.push(Node {
+                    from: from.clone(),
+                    to: to.clone(),
+                    bitmaps: carried.iter().map(name).collect(),
+                });
             }
         }
         map
@@ -70,7 +78,8 @@ impl BitmapMap {
     fn mapping<'a>(&'a self, names: impl Fn(&'a Node) -> (&'a String, &'a String)) -> Value {
         let node = |node: &'a Node| {
             let (name, alias) = names(node);
-            let bitmaps: Vec<Value> = node.bitmaps.iter().map(|name| json!({ "name": name, "alias": name })).collect();
+            let bitmaps: Vec<Value> =
+                node.bitmaps.iter().map(|name| json!({ "name": name, "alias": name })).collect();
             json!({ "node-name": name, "alias": alias, "bitmaps": bitmaps })
         };
         self.nodes.iter().map(node).collect()
@@ -83,7 +92,9 @@ fn in_memory(row: &Value) -> bool {
 }
 
 fn is_sound(row: &Value) -> bool {
-    row["busy"] != true && row["inconsistent"] != true && row["name"].as_str().is_some_and(|name| name.len() <= MAX_NAME)
+    row["busy"] != true
+        && row["inconsistent"] != true
+        && row["name"].as_str().is_some_and(|name| name.len() <= MAX_NAME)
 }
 
 #[cfg(test)]
@@ -99,11 +110,18 @@ mod test {
             { "node-name": "#block2" },
             { "node-name": "other", "dirty-bitmaps": [{ "name": "c", "persistent": false, "busy": false }] },
         ]);
-        let nodes = [("#block1".to_owned(), "sp-x".to_owned()), ("#block2".to_owned(), "sp-y".to_owned())];
+        let nodes =
+            [("#block1".to_owned(), "sp-x".to_owned()), ("#block2".to_owned(), "sp-y".to_owned())];
         let map = BitmapMap::parse(&reply, &nodes);
         let bitmaps = json!([{ "name": "a", "alias": "a" }]);
-        assert_eq!(map.for_source(), json!([{ "node-name": "#block1", "alias": "sp-x", "bitmaps": bitmaps }]));
-        assert_eq!(map.for_destination(), json!([{ "node-name": "sp-x", "alias": "sp-x", "bitmaps": bitmaps }]));
+        assert_eq!(
+            map.for_source(),
+            json!([{ "node-name": "#block1", "alias": "sp-x", "bitmaps": bitmaps }])
+        );
+        assert_eq!(
+            map.for_destination(),
+            json!([{ "node-name": "sp-x", "alias": "sp-x", "bitmaps": bitmaps }])
+        );
         assert_eq!(map.left_behind(), ["b"]);
         assert!(BitmapMap::parse(&reply, &nodes[1..]).is_empty());
     }

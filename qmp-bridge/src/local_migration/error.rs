@@ -11,7 +11,9 @@ use crate::qmp::QmpError;
 pub enum LocalMigrationError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
-    #[error("this QEMU {version} has no migration capability `{name}`, which the move needs; it is too old")]
+    #[error(
+        "this QEMU {version} has no migration capability `{name}`, which the move needs; it is too old"
+    )]
     Missing { version: String, name: &'static str },
     #[error("this QEMU is being migrated (its status is `{status}`); wait for its end")]
     Busy { status: String },
@@ -36,7 +38,11 @@ impl LocalMigrationError {
         match self {
             Self::Qmp(error) => error.is_retryable(),
             Self::Missing { .. } | Self::SourceEnded => false,
-            Self::Busy { .. } | Self::DestinationEnded | Self::Failed { .. } | Self::TooFast { .. } | Self::Stuck { .. } => true,
+            Self::Busy { .. }
+            | Self::DestinationEnded
+            | Self::Failed { .. }
+            | Self::TooFast { .. }
+            | Self::Stuck { .. } => true,
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Moving a running VM from one QEMU into another on the same host: a live migration over a unix socket whose last
-//! step waits for us.
+//! Moving a running VM from one QEMU into another on the same host: a live migration over a unix
+//! socket whose last step waits for us.
 //!
 //! ```text
 //! Found::read          what the source has, for whoever must put it back
@@ -9,8 +9,9 @@
 //! ------------------   here the caller decides which VM continues
 //! Handover::resume     the destination takes the disks, and the guest runs there
 //! ```
-//! Until the decision [`take_back`] lets the source continue, from whatever point; the destination must be dead by then. The
-//! destination has `late-block-activate`, so it takes no lock on an image and writes to none before it is told to run.
+//! Until the decision [`take_back`] lets the source continue, from whatever point; the destination
+//! must be dead by then. The destination has `late-block-activate`, so it takes no lock on an image
+//! and writes to none before it is told to run.
 
 mod bitmaps;
 mod error;
@@ -34,7 +35,8 @@ use crate::qmp::{EventWatch, Qmp, QmpError};
 use policy::Policy;
 use watch::{Events, Happened};
 
-/// Between two looks while memory flows, for progress and the policy of the pause; nothing waits for it.
+/// Between two looks while memory flows, for progress and the policy of the pause; nothing waits
+/// for it.
 const LOOK: Duration = Duration::from_millis(50);
 /// Between two looks when the guest is stopped, should an event be lost.
 const PAUSED_LOOK: Duration = Duration::from_millis(5);
@@ -76,11 +78,16 @@ pub struct Downtime {
 /// When a migration is under way, or QEMU does not answer.
 pub async fn check_idle(source: &Qmp) -> Result<(), LocalMigrationError> {
     let state = State::query(source).await?;
-    if state.is_under_way() { Err(LocalMigrationError::Busy { status: state.status }) } else { Ok(()) }
+    if state.is_under_way() {
+        Err(LocalMigrationError::Busy { status: state.status })
+    } else {
+        Ok(())
+    }
 }
 
 impl LocalMigration {
-    /// Sets up both sides and starts the flow. The destination waits with `-incoming defer`, `-S`; `socket` is its to make.
+    /// Sets up both sides and starts the flow. The destination waits with `-incoming defer`, `-S`;
+    /// `socket` is its to make.
     ///
     /// # Errors
     /// When one of the two refuses the migration's settings or its start.
@@ -125,7 +132,10 @@ impl LocalMigration {
     ///
     /// # Errors
     /// When the migration fails or makes no progress. The VM still runs in the source.
-    pub async fn switchover(&mut self, mut tell: impl FnMut(u64, u64)) -> Result<(), LocalMigrationError> {
+    pub async fn switchover(
+        &mut self,
+        mut tell: impl FnMut(u64, u64),
+    ) -> Result<(), LocalMigrationError> {
         let mut moved = (0, Instant::now());
         while self.waited.is_none() {
             match self.source_events.next(LOOK).await {
@@ -139,7 +149,8 @@ impl LocalMigration {
                 }
             }
         }
-        // Should the move fail once it has completed, the source aborts when such a guest is to continue there.
+        // Should the move fail once it has completed, the source aborts when such a guest is to
+        // continue there.
         if self.suspends.is_empty() { Ok(()) } else { Err(suspended()) }
     }
 
@@ -152,7 +163,11 @@ impl LocalMigration {
         Ok(())
     }
 
-    async fn look(&mut self, moved: &mut (u64, Instant), tell: &mut impl FnMut(u64, u64)) -> Result<bool, LocalMigrationError> {
+    async fn look(
+        &mut self,
+        moved: &mut (u64, Instant),
+        tell: &mut impl FnMut(u64, u64),
+    ) -> Result<bool, LocalMigrationError> {
         self.check_destination()?;
         let state = State::query(&self.source).await.map_err(source_gone)?;
         tell(state.total.saturating_sub(state.remaining), state.total);
@@ -168,7 +183,11 @@ impl LocalMigration {
             return Err(LocalMigrationError::Stuck { status: state.status, after: STANDSTILL });
         }
         if let Some(limit) = self.policy.judge(&state)? {
-            tracing::info!(limit_ms = limit, passes = state.passes, "the guest writes fast; it may be stopped for longer");
+            tracing::info!(
+                limit_ms = limit,
+                passes = state.passes,
+                "the guest writes fast; it may be stopped for longer"
+            );
             settings::set_downtime_limit(&self.source, limit).await.map_err(source_gone)?;
         }
         Ok(false)
@@ -198,13 +217,19 @@ impl LocalMigration {
                 happened = self.source_events.next(PAUSED_LOOK), if !source_completed => (happened, true),
                 happened = self.destination_events.next(PAUSED_LOOK), if !destination_completed => (happened, false),
             };
-            let completed = if is_source { &mut source_completed } else { &mut destination_completed };
+            let completed =
+                if is_source { &mut source_completed } else { &mut destination_completed };
             match happened {
                 Happened::Status(status) if status == "completed" => *completed = true,
-                Happened::Status(status) if matches!(status.as_str(), "failed" | "cancelled") => return Err(self.why().await),
+                Happened::Status(status) if matches!(status.as_str(), "failed" | "cancelled") => {
+                    return Err(self.why().await);
+                }
                 Happened::Stop(at) if is_source => self.stopped = self.stopped.or(Some(at)),
                 Happened::Nothing if begun.elapsed() > STANDSTILL => {
-                    return Err(LocalMigrationError::Stuck { status: "device".into(), after: STANDSTILL });
+                    return Err(LocalMigrationError::Stuck {
+                        status: "device".into(),
+                        after: STANDSTILL,
+                    });
                 }
                 Happened::Nothing => {
                     let qmp = if is_source { &self.source } else { &self.destination };
@@ -274,7 +299,9 @@ impl LocalMigration {
         match State::query(&self.source).await {
             Err(error) => source_gone(error),
             Ok(state) => {
-                let why = said.or(state.why).unwrap_or_else(|| "QEMU gives no reason; its log may".into());
+                let why = said
+                    .or(state.why)
+                    .unwrap_or_else(|| "QEMU gives no reason; its log may".into());
                 LocalMigrationError::Failed { status: state.status, why }
             }
         }
@@ -282,7 +309,10 @@ impl LocalMigration {
 }
 
 fn suspended() -> LocalMigrationError {
-    LocalMigrationError::Failed { status: "pre-switchover".into(), why: "the guest is suspended; wake it, then move it".into() }
+    LocalMigrationError::Failed {
+        status: "pre-switchover".into(),
+        why: "the guest is suspended; wake it, then move it".into(),
+    }
 }
 
 fn source_gone(error: QmpError) -> LocalMigrationError {
@@ -299,8 +329,8 @@ fn destination_gone(error: QmpError) -> LocalMigrationError {
     }
 }
 
-/// Lets the source continue, however far it got: ends the migration, makes its disks active again and lets the guest run. The
-/// destination must be dead. Repeatable.
+/// Lets the source continue, however far it got: ends the migration, makes its disks active again
+/// and lets the guest run. The destination must be dead. Repeatable.
 ///
 /// # Errors
 /// When the source refuses its settings or does not run again.
@@ -326,13 +356,14 @@ pub async fn take_back(source: &Qmp, found: Option<&Found>) -> Result<(), LocalM
     }
 }
 
-/// QEMU resumes a guest whose migration it cancelled by itself; one whose migration had completed waits for `cont`, which
-/// makes its disks active too.
+/// QEMU resumes a guest whose migration it cancelled by itself; one whose migration had completed
+/// waits for `cont`, which makes its disks active too.
 async fn go_on(source: &Qmp, begun: Instant) -> Result<(), LocalMigrationError> {
     loop {
         match run_state(source).await.map_err(source_gone)?.as_str() {
             // A guest that failed by itself meanwhile is its owner's affair.
-            "running" | "suspended" | "shutdown" | "guest-panicked" | "internal-error" | "io-error" => return Ok(()),
+            "running" | "suspended" | "shutdown" | "guest-panicked" | "internal-error"
+            | "io-error" => return Ok(()),
             "finish-migrate" if begun.elapsed() < CANCEL => tokio::time::sleep(PAUSED_LOOK).await,
             _ => {
                 source.execute_json("cont", Value::Null).await.map_err(source_gone)?;

@@ -1,11 +1,13 @@
-//! When the guest may be stopped for the rest: the limit begins small and grows while the guest writes too fast for it.
+//! When the guest may be stopped for the rest: the limit begins small and grows while the guest
+//! writes too fast for it.
 
 use std::time::Duration;
 
 use super::LocalMigrationError;
 use super::watch::State;
 
-/// Limits of the pause, each with this many passes over memory to be met. The last is QEMU's own default.
+/// Limits of the pause, each with this many passes over memory to be met. The last is QEMU's own
+/// default.
 const LIMITS_MS: [u64; 5] = [10, 30, 80, 150, 300];
 const PASSES: u64 = 6;
 const LAST_PASSES: u64 = 30;
@@ -32,7 +34,11 @@ impl Policy {
         }
         if is_last {
             let limit = Duration::from_millis(self.limit_ms());
-            return Err(LocalMigrationError::TooFast { written: state.written_rate >> 20, moved: state.moved_rate >> 20, limit });
+            return Err(LocalMigrationError::TooFast {
+                written: state.written_rate >> 20,
+                moved: state.moved_rate >> 20,
+                limit,
+            });
         }
         self.step += 1;
         self.pass = state.passes;

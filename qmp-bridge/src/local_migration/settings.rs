@@ -1,7 +1,8 @@
-//! Capabilities and parameters of a move: what it needs on either side, and what the source had before.
+//! Capabilities and parameters of a move: what it needs on either side, and what the source had
+//! before.
 //!
-//! Every other capability is off: most change the form of the stream or need a second party. They are set in one command,
-//! since QEMU judges the set that results.
+//! Every other capability is off: most change the form of the stream or need a second party. They
+//! are set in one command, since QEMU judges the set that results.
 
 use std::collections::BTreeMap;
 
@@ -15,10 +16,17 @@ use crate::qmp::{Qmp, QmpError};
 const BANDWIDTH: u64 = 1 << 36;
 const BITMAP_MAPPING: &str = "block-bitmap-mapping";
 /// Parameters that a move sets; one that QEMU does not list does not exist in it.
-const PARAMETERS: [&str; 6] = ["max-bandwidth", "downtime-limit", "tls-creds", "mode", "avail-switchover-bandwidth", BITMAP_MAPPING];
+const PARAMETERS: [&str; 6] = [
+    "max-bandwidth",
+    "downtime-limit",
+    "tls-creds",
+    "mode",
+    "avail-switchover-bandwidth",
+    BITMAP_MAPPING,
+];
 
-/// No return path: after a migration that failed QEMU 7.2 continues to announce one in each later stream (seen). We ask the
-/// destination ourselves whether it has everything.
+/// No return path: after a migration that failed QEMU 7.2 continues to announce one in each later
+/// stream (seen). We ask the destination ourselves whether it has everything.
 const SOURCE: [&str; 2] = ["events", "pause-before-switchover"];
 const DESTINATION: [&str; 2] = ["events", "late-block-activate"];
 const BITMAPS: &str = "dirty-bitmaps";
@@ -38,10 +46,14 @@ impl Found {
     pub async fn read(qmp: &Qmp) -> Result<Self, QmpError> {
         let all = qmp.execute_json("query-migrate-parameters", Value::Null).await?;
         let kept = |name: &&str| Some(((*name).to_owned(), all.get(*name)?.clone()));
-        Ok(Self { capabilities: capabilities(qmp).await?, parameters: PARAMETERS.iter().filter_map(kept).collect() })
+        Ok(Self {
+            capabilities: capabilities(qmp).await?,
+            parameters: PARAMETERS.iter().filter_map(kept).collect(),
+        })
     }
 
-    /// Repeatable. The one thing that QEMU cannot take back is that bitmaps were mapped at all: then none is.
+    /// Repeatable. The one thing that QEMU cannot take back is that bitmaps were mapped at all:
+    /// then none is.
     ///
     /// # Errors
     /// When QEMU refuses a setting.
@@ -53,13 +65,21 @@ impl Found {
         }
         parameters.retain(|name, value| now.parameters.get(name) != Some(value));
         set_parameters(qmp, parameters).await?;
-        let changed = self.capabilities.iter().filter(|(name, state)| now.capabilities.get(*name).is_some_and(|now| now != *state));
+        let changed = self
+            .capabilities
+            .iter()
+            .filter(|(name, state)| now.capabilities.get(*name).is_some_and(|now| now != *state));
         set_capabilities(qmp, changed.map(|(name, state)| (name.as_str(), *state))).await
     }
 }
 
 /// `found` is the source's, whose list of names decides what is there to be turned off.
-pub(super) async fn apply_to_source(qmp: &Qmp, found: &Found, bitmaps: &BitmapMap, downtime_ms: u64) -> Result<(), LocalMigrationError> {
+pub(super) async fn apply_to_source(
+    qmp: &Qmp,
+    found: &Found,
+    bitmaps: &BitmapMap,
+    downtime_ms: u64,
+) -> Result<(), LocalMigrationError> {
     apply_capabilities(qmp, &found.capabilities, &SOURCE, bitmaps).await?;
     let wanted = [
         ("max-bandwidth", json!(BANDWIDTH)),
@@ -70,7 +90,8 @@ pub(super) async fn apply_to_source(qmp: &Qmp, found: &Found, bitmaps: &BitmapMa
         ("avail-switchover-bandwidth", json!(0)),
     ];
     let known = wanted.into_iter().filter(|(name, _)| found.parameters.contains_key(*name));
-    let mut parameters: Map<String, Value> = known.map(|(name, value)| (name.to_owned(), value)).collect();
+    let mut parameters: Map<String, Value> =
+        known.map(|(name, value)| (name.to_owned(), value)).collect();
     parameters.retain(|name, value| found.parameters.get(name) != Some(value));
     if !bitmaps.is_empty() {
         parameters.insert(BITMAP_MAPPING.into(), bitmaps.for_source());
@@ -78,7 +99,10 @@ pub(super) async fn apply_to_source(qmp: &Qmp, found: &Found, bitmaps: &BitmapMa
     Ok(set_parameters(qmp, parameters).await?)
 }
 
-pub(super) async fn apply_to_destination(qmp: &Qmp, bitmaps: &BitmapMap) -> Result<(), LocalMigrationError> {
+pub(super) async fn apply_to_destination(
+    qmp: &Qmp,
+    bitmaps: &BitmapMap,
+) -> Result<(), LocalMigrationError> {
     apply_capabilities(qmp, &capabilities(qmp).await?, &DESTINATION, bitmaps).await?;
     if !bitmaps.is_empty() {
         let parameters = Map::from_iter([(BITMAP_MAPPING.to_owned(), bitmaps.for_destination())]);
@@ -97,7 +121,9 @@ async fn apply_capabilities(
     if let Some(name) = wanted().find(|name| !found.contains_key(*name)) {
         return Err(LocalMigrationError::Missing { version: qmp.version().to_string(), name });
     }
-    let states = found.iter().map(|(name, now)| (name.as_str(), *now, wanted().any(|wanted| wanted == name)));
+    let states = found
+        .iter()
+        .map(|(name, now)| (name.as_str(), *now, wanted().any(|wanted| wanted == name)));
     let changes = states.filter(|(_, now, then)| now != then).map(|(name, _, then)| (name, then));
     Ok(set_capabilities(qmp, changes).await?)
 }
@@ -108,8 +134,12 @@ async fn capabilities(qmp: &Qmp) -> Result<BTreeMap<String, bool>, QmpError> {
     Ok(reply.as_array().into_iter().flatten().filter_map(row).collect())
 }
 
-async fn set_capabilities<'a>(qmp: &Qmp, states: impl Iterator<Item = (&'a str, bool)>) -> Result<(), QmpError> {
-    let list: Vec<Value> = states.map(|(name, state)| json!({ "capability": name, "state": state })).collect();
+async fn set_capabilities<'a>(
+    qmp: &Qmp,
+    states: impl Iterator<Item = (&'a str, bool)>,
+) -> Result<(), QmpError> {
+    let list: Vec<Value> =
+        states.map(|(name, state)| json!({ "capability": name, "state": state })).collect();
     if list.is_empty() {
         return Ok(());
     }

@@ -1,31 +1,55 @@
-//! The local migration against scripted peers: what each side is told, in which order, and the way back from every point.
+//! The local migration against scripted peers: what each side is told, in which order, and the way
+//! back from every point.
 
 use std::collections::VecDeque;
 
 use super::*;
 use crate::qmp::test::{Peer, pair};
 
-/// Answers every command until the connection ends; `query-status` and `query-migrate` by the script's turns, the last of
-/// which stays. Returns the commands, less the questions.
-async fn serve(mut peer: Peer, mut runs: VecDeque<&'static str>, mut moves: VecDeque<&'static str>) -> Vec<String> {
+/// Answers every command until the connection ends; `query-status` and `query-migrate` by the
+/// script's turns, the last of which stays. Returns the commands, less the questions.
+async fn serve(
+    mut peer: Peer,
+    mut runs: VecDeque<&'static str>,
+    mut moves: VecDeque<&'static str>,
+) -> Vec<String> {
     let mut seen = Vec::new();
-    let turn = |turns: &mut VecDeque<&'static str>| if turns.len() > 1 { turns.pop_front() } else { turns.front().copied() };
+    let turn = |turns: &mut VecDeque<&'static str>| {
+        if turns.len() > 1 { turns.pop_front() } else { turns.front().copied() }
+    };
     while let Some((command, id)) = peer.command().await {
         let name = command["execute"].as_str().expect("name").to_owned();
         match name.as_str() {
-            "query-status" => peer.answer(id, json!({ "status": turn(&mut runs).expect("a state") })).await,
-            "query-migrate" => peer.answer(id, json!({ "status": turn(&mut moves).expect("a status") })).await,
+            "query-status" => {
+                peer.answer(id, json!({ "status": turn(&mut runs).expect("a state") })).await
+            }
+            "query-migrate" => {
+                peer.answer(id, json!({ "status": turn(&mut moves).expect("a status") })).await
+            }
             "query-migrate-parameters" => {
                 peer.answer(id, json!({ "max-bandwidth": 1, "downtime-limit": 300, "block-bitmap-mapping": [1] })).await;
             }
             "query-migrate-capabilities" => {
                 let on = |name: &str| json!({ "capability": name, "state": true });
                 let off = |name: &str| json!({ "capability": name, "state": false });
-                peer.answer(id, json!([on("xbzrle"), off("events"), off("pause-before-switchover"), off("return-path")])).await;
+                peer.answer(
+                    id,
+                    json!([
+                        on("xbzrle"),
+                        off("events"),
+                        off("pause-before-switchover"),
+                        off("return-path")
+                    ]),
+                )
+                .await;
             }
             _ => {
                 peer.answer(id, json!({})).await;
-                seen.push(if command["arguments"].is_null() { name } else { format!("{name} {}", command["arguments"]) });
+                seen.push(if command["arguments"].is_null() {
+                    name
+                } else {
+                    format!("{name} {}", command["arguments"])
+                });
             }
         }
     }
@@ -49,7 +73,8 @@ async fn a_completed_move_is_taken_back_by_cont() {
 async fn a_move_under_way_is_cancelled_and_the_guest_awaited() {
     let (qmp, peer, _directory) = pair().await;
     let states = turns(&["finish-migrate", "finish-migrate", "running"]);
-    let peer = tokio::spawn(serve(peer, states, turns(&["pre-switchover", "cancelling", "cancelled"])));
+    let peer =
+        tokio::spawn(serve(peer, states, turns(&["pre-switchover", "cancelling", "cancelled"])));
     take_back(&qmp, None).await.expect("taken back");
     drop(qmp);
     assert_eq!(peer.await.expect("peer"), ["migrate_cancel"], "QEMU lets the guest run by itself");
@@ -90,7 +115,14 @@ async fn a_running_migration_is_not_disturbed() {
     let (destination, other, _two) = pair().await;
     let peer = tokio::spawn(serve(peer, turns(&["running"]), turns(&["active"])));
     let other = tokio::spawn(serve(other, turns(&["inmigrate"]), turns(&["none"])));
-    let begun = LocalMigration::begin(&source, &destination, &Found::default(), &BitmapMap::default(), Path::new("/s")).await;
+    let begun = LocalMigration::begin(
+        &source,
+        &destination,
+        &Found::default(),
+        &BitmapMap::default(),
+        Path::new("/s"),
+    )
+    .await;
     assert!(matches!(begun, Err(LocalMigrationError::Busy { status }) if status == "active"));
     drop((source, destination));
     assert!(peer.await.expect("peer").is_empty() && other.await.expect("peer").is_empty());
@@ -103,9 +135,19 @@ async fn a_qemu_without_the_capability_is_refused_before_it_is_changed() {
     let peer = tokio::spawn(serve(peer, turns(&["running"]), turns(&["none"])));
     let other = tokio::spawn(serve(other, turns(&["inmigrate"]), turns(&["none"])));
     let found = Found::read(&source).await.expect("read");
-    let begun = LocalMigration::begin(&source, &destination, &found, &BitmapMap::default(), Path::new("/s")).await;
+    let begun = LocalMigration::begin(
+        &source,
+        &destination,
+        &found,
+        &BitmapMap::default(),
+        Path::new("/s"),
+    )
+    .await;
     // The scripted one has no late-block-activate.
-    assert!(matches!(begun, Err(LocalMigrationError::Missing { name: "late-block-activate", .. })), "{begun:?}");
+    assert!(
+        matches!(begun, Err(LocalMigrationError::Missing { name: "late-block-activate", .. })),
+        "{begun:?}"
+    );
     drop((source, destination));
     assert!(peer.await.expect("peer").is_empty() && other.await.expect("peer").is_empty());
 }
@@ -116,6 +158,9 @@ fn progress_is_read_from_what_qemu_says() {
     let state = State::parse(&json!({ "status": "active", "ram": ram, "downtime": 4 }));
     assert!(state.is_under_way());
     assert_eq!((state.remaining, state.total, state.sent, state.passes), (5, 10, 3, 2));
-    assert_eq!((state.written_rate, state.moved_rate, state.downtime), (40960, 1_000_000, Some(Duration::from_millis(4))));
+    assert_eq!(
+        (state.written_rate, state.moved_rate, state.downtime),
+        (40960, 1_000_000, Some(Duration::from_millis(4)))
+    );
     assert!(!State::parse(&json!({})).is_under_way());
 }

@@ -1,4 +1,5 @@
-//! How far a migration is on one side: QEMU's events, and a look at intervals, since a busy listener may lose some.
+//! How far a migration is on one side: QEMU's events, and a look at intervals, since a busy
+//! listener may lose some.
 
 use std::time::{Duration, Instant};
 
@@ -60,7 +61,11 @@ impl State {
         let page = number("page-size").max(4096);
         // Megabits per second.
         let rate = ram["mbps"].as_f64().unwrap_or(0.0) * 1e6 / 8.0;
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "absurd values become the nearest that fits")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "absurd values become the nearest that fits"
+        )]
         let moved_rate = rate as u64;
         Self {
             status: reply["status"].as_str().unwrap_or("none").to_owned(),
@@ -111,7 +116,11 @@ impl Events {
                 Err(_) | Ok(Err(RecvError::Lagged(_))) => return Happened::Nothing,
             };
             match event.name.as_str() {
-                "MIGRATION" => return Happened::Status(event.data["status"].as_str().unwrap_or_default().to_owned()),
+                "MIGRATION" => {
+                    return Happened::Status(
+                        event.data["status"].as_str().unwrap_or_default().to_owned(),
+                    );
+                }
                 "STOP" => return Happened::Stop(event.at),
                 "RESUME" => return Happened::Resume(event.at),
                 _ => {}

@@ -1,9 +1,11 @@
-//! After a completed migration QEMU has given its disks away: their nodes are inactive until `cont`, and an inactive
-//! node takes no transaction. This makes them active before, with the guest still stopped.
+//! After a completed migration QEMU has given its disks away: their nodes are inactive until
+//! `cont`, and an inactive node takes no transaction. This makes them active before, with the guest
+//! still stopped.
 //!
-//! QEMU has a command for it since 10.0. Before, there is a side effect: a block export activates the node it exports
-//! and all below it. So each writable node on which no other node stands is exported for a while, read-only, under a
-//! name that nobody is told. The server must run for that; it is the one of the disk capture, or one that is started here.
+//! QEMU has a command for it since 10.0. Before, there is a side effect: a block export activates
+//! the node it exports and all below it. So each writable node on which no other node stands is
+//! exported for a while, read-only, under a name that nobody is told. The server must run for that;
+//! it is the one of the disk capture, or one that is started here.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -27,10 +29,14 @@ pub(super) enum Activation {
 }
 
 impl Activation {
-    /// Finds the way while the guest runs. `socket`: where the NBD server may listen if none runs yet.
+    /// Finds the way while the guest runs. `socket`: where the NBD server may listen if none runs
+    /// yet.
     pub(super) async fn plan(qmp: &Qmp, socket: &Path) -> Result<Self, MigrationError> {
         let commands = qmp.execute_json("query-commands", Value::Null).await?;
-        if commands.as_array().is_some_and(|list| list.iter().any(|command| command["name"] == SET_ACTIVE)) {
+        if commands
+            .as_array()
+            .is_some_and(|list| list.iter().any(|command| command["name"] == SET_ACTIVE))
+        {
             return Ok(Self::Command);
         }
         let roots = writable_roots(qmp).await?;
@@ -43,7 +49,9 @@ impl Activation {
     /// To be called with the guest stopped after the migration has completed.
     pub(super) async fn run(&self, qmp: &Qmp) -> Result<(), MigrationError> {
         let failed = |what: &str, error: QmpError| match error {
-            error if error.is_refusal() => MigrationError::Activate { why: format!("{what}: {error}") },
+            error if error.is_refusal() => {
+                MigrationError::Activate { why: format!("{what}: {error}") }
+            }
             error => MigrationError::Qmp(error),
         };
         match self {
@@ -52,11 +60,14 @@ impl Activation {
                 done.map(drop).map_err(|error| failed("all nodes", error))
             }
             Self::Exports { roots } => {
-                // All at once: QEMU takes them one by one, but the guest waits for one round trip only.
+                // All at once: QEMU takes them one by one, but the guest waits for one round trip
+                // only.
                 let exports = roots.iter().enumerate().map(|(index, root)| async move {
                     let id = qmp.names().name(&format!("{EXPORTS}{index}"));
                     let options = json!({ "type": "nbd", "id": id, "name": id, "node-name": root });
-                    qmp.execute_json("block-export-add", options).await.map_err(|error| failed(root, error))
+                    qmp.execute_json("block-export-add", options)
+                        .await
+                        .map_err(|error| failed(root, error))
                 });
                 futures::future::try_join_all(exports).await.map(drop)
             }
@@ -66,14 +77,15 @@ impl Activation {
 
 async fn ensure_server(qmp: &Qmp, socket: &Path) -> Result<(), MigrationError> {
     match nbd_server::start(qmp, socket).await {
-        // One runs already, that of the disk capture or another tool's: exports for a moment do it no harm.
+        // One runs already, that of the disk capture or another tool's: exports for a moment do it
+        // no harm.
         Err(ServerError::InUse { .. }) => Ok(()),
         other => Ok(other?),
     }
 }
 
-/// Takes the exports of any session back, and the server that it started at `socket`, if it did. With the guest running;
-/// repeatable.
+/// Takes the exports of any session back, and the server that it started at `socket`, if it did.
+/// With the guest running; repeatable.
 pub(super) async fn remove(qmp: &Qmp, socket: &Path) -> Result<(), MigrationError> {
     let exports = qmp.names().name(EXPORTS);
     remove_exports(qmp, |id| id.starts_with(&exports)).await?;
@@ -89,12 +101,20 @@ async fn writable_roots(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
 
 fn roots(nodes: &Value, graph: &Value) -> Vec<String> {
     let rows = |value: &Value| value.as_array().cloned().unwrap_or_default();
-    let drivers = rows(&graph["nodes"]).into_iter().filter(|node| node["type"] == "block-driver").collect::<Vec<_>>();
+    let drivers = rows(&graph["nodes"])
+        .into_iter()
+        .filter(|node| node["type"] == "block-driver")
+        .collect::<Vec<_>>();
     let ids: HashSet<u64> = drivers.iter().filter_map(|node| node["id"].as_u64()).collect();
     let is_node = |value: &Value| value.as_u64().is_some_and(|id| ids.contains(&id));
     let edges = rows(&graph["edges"]);
-    let below: HashSet<u64> = edges.iter().filter(|edge| is_node(&edge["parent"])).filter_map(|edge| edge["child"].as_u64()).collect();
-    let tops = drivers.iter().filter(|node| node["id"].as_u64().is_some_and(|id| !below.contains(&id)));
+    let below: HashSet<u64> = edges
+        .iter()
+        .filter(|edge| is_node(&edge["parent"]))
+        .filter_map(|edge| edge["child"].as_u64())
+        .collect();
+    let tops =
+        drivers.iter().filter(|node| node["id"].as_u64().is_some_and(|id| !below.contains(&id)));
     let tops: HashSet<&str> = tops.filter_map(|node| node["name"].as_str()).collect();
     let writable = rows(nodes).into_iter().filter(|node| node["ro"] == false);
     let names = writable.filter_map(|node| node["node-name"].as_str().map(str::to_owned));
@@ -108,9 +128,15 @@ mod test {
     #[test]
     fn roots_are_writable_and_have_no_node_above() {
         let node = |name: &str, ro: bool| json!({ "node-name": name, "ro": ro });
-        let nodes =
-            json!([node("overlay", false), node("overlay-file", false), node("disk", false), node("cd", true), node("spare", false)]);
-        let vertex = |id: u64, kind: &str, name: &str| json!({ "id": id, "type": kind, "name": name });
+        let nodes = json!([
+            node("overlay", false),
+            node("overlay-file", false),
+            node("disk", false),
+            node("cd", true),
+            node("spare", false)
+        ]);
+        let vertex =
+            |id: u64, kind: &str, name: &str| json!({ "id": id, "type": kind, "name": name });
         let graph = json!({
             "nodes": [
                 vertex(1, "block-driver", "overlay"), vertex(2, "block-driver", "overlay-file"), vertex(3, "block-driver", "disk"),

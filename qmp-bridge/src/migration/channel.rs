@@ -1,7 +1,8 @@
 //! The socket pair through which the stream comes: one end for QEMU by `getfd`, one for the reader.
 //!
-//! A third handle, on the reader's end, stays here. By it the stream can be cut whoever reads it, which frees a QEMU
-//! that blocks in a write; and it shows when QEMU has closed its end, the last thing it does with a migration.
+//! A third handle, on the reader's end, stays here. By it the stream can be cut whoever reads it,
+//! which frees a QEMU that blocks in a write; and it shows when QEMU has closed its end, the last
+//! thing it does with a migration.
 
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,10 +18,12 @@ use super::MigrationError;
 use crate::jobs::tolerate_refusal;
 use crate::qmp::{Qmp, QmpError};
 
-/// QEMU's name for its end until `migrate` takes it; a name of another would be replaced by `getfd`.
+/// QEMU's name for its end until `migrate` takes it; a name of another would be replaced by
+/// `getfd`.
 const FD_NAME: &str = "stream";
-/// Room for what QEMU sends in the pause, so that it need not wait for the reader. The kernel gives at most
-/// `net.core.wmem_max`, 208 KiB usually. (The whole stream gets no faster by it: 512 MiB in 0.3 to 0.5 s, whatever the size.)
+/// Room for what QEMU sends in the pause, so that it need not wait for the reader. The kernel gives
+/// at most `net.core.wmem_max`, 208 KiB usually. (The whole stream gets no faster by it: 512 MiB in
+/// 0.3 to 0.5 s, whatever the size.)
 const BUFFER: usize = 4 << 20;
 /// Pause between two looks whether QEMU has closed its end.
 const LOOK: Duration = Duration::from_millis(1);
@@ -36,7 +39,13 @@ impl Channel {
         let error = |source| MigrationError::Socket { source };
         let (ours, theirs) = pair().map_err(error)?;
         let reader = ours.try_clone().map_err(error)?;
-        let given = qmp.execute_with_fd("getfd", json!({ "fdname": qmp.names().name(FD_NAME) }), theirs.as_fd()).await;
+        let given = qmp
+            .execute_with_fd(
+                "getfd",
+                json!({ "fdname": qmp.names().name(FD_NAME) }),
+                theirs.as_fd(),
+            )
+            .await;
         given.map_err(|source| MigrationError::Setup { source })?;
         Ok(Self { reader: Some(reader), ours })
     }
@@ -60,13 +69,16 @@ impl Channel {
         let _ = self.ours.shutdown(Shutdown::Both);
     }
 
-    /// Whether QEMU has closed its end within `timeout`. Bytes that nobody has read yet do not matter.
+    /// Whether QEMU has closed its end within `timeout`. Bytes that nobody has read yet do not
+    /// matter.
     pub(super) async fn closed_by_qemu(&self, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
         loop {
             let mut fds = [PollFd::new(self.ours.as_fd(), PollFlags::empty())];
             let hung_up = poll(&mut fds, PollTimeout::ZERO).is_ok()
-                && fds[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR));
+                && fds[0].revents().is_some_and(|events| {
+                    events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR)
+                });
             if hung_up || Instant::now() >= deadline {
                 return hung_up;
             }
@@ -77,11 +89,14 @@ impl Channel {
 
 /// Closes QEMU's end if `migrate` has not taken it. Repeatable.
 pub(super) async fn close_unused(qmp: &Qmp) -> Result<(), QmpError> {
-    tolerate_refusal(qmp.execute_json("closefd", json!({ "fdname": qmp.names().name(FD_NAME) })).await)
+    tolerate_refusal(
+        qmp.execute_json("closefd", json!({ "fdname": qmp.names().name(FD_NAME) })).await,
+    )
 }
 
 fn pair() -> std::io::Result<(UnixStream, OwnedFd)> {
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
     // Less than asked for is no error. What lies in a unix socket counts for its sender alone.
     setsockopt(&theirs, SndBuf, &BUFFER)?;
     Ok((ours.into(), theirs))

@@ -60,11 +60,17 @@ impl MigrationError {
     /// Whether the same call may work later.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Qmp(error) | Self::Setup { source: error } | Self::Start { source: error, .. } => error.is_retryable(),
+            Self::Qmp(error)
+            | Self::Setup { source: error }
+            | Self::Start { source: error, .. } => error.is_retryable(),
             Self::Pause(error) => error.is_retryable(),
             Self::Export(error) => error.is_retryable(),
             Self::Server(error) => error.is_retryable(),
-            Self::Busy { .. } | Self::Failed { .. } | Self::Stuck { .. } | Self::PauseTooLong { .. } | Self::TooFast { .. } => true,
+            Self::Busy { .. }
+            | Self::Failed { .. }
+            | Self::Stuck { .. }
+            | Self::PauseTooLong { .. }
+            | Self::TooFast { .. } => true,
             Self::Unsupported { .. }
             | Self::Socket { .. }
             | Self::Journal { .. }

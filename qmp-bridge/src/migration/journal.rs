@@ -1,4 +1,5 @@
-//! The journal: what a session changes in QEMU, on disk before it does, for the helper after a killed one.
+//! The journal: what a session changes in QEMU, on disk before it does, for the helper after a
+//! killed one.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -28,10 +29,16 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    /// Writes it whole or not at all. It need not survive a power cut, which QEMU does not survive either.
-    pub(super) fn write(path: &Path, mode: StreamMode, settings: Settings) -> Result<Self, MigrationError> {
+    /// Writes it whole or not at all. It need not survive a power cut, which QEMU does not survive
+    /// either.
+    pub(super) fn write(
+        path: &Path,
+        mode: StreamMode,
+        settings: Settings,
+    ) -> Result<Self, MigrationError> {
         let entry = Entry { version: VERSION, mode, settings };
-        let text = serde_json::to_vec_pretty(&entry).map_err(|error| bad(path, error.to_string()))?;
+        let text =
+            serde_json::to_vec_pretty(&entry).map_err(|error| bad(path, error.to_string()))?;
         let part = path.with_extension("part");
         let written = File::create(&part).and_then(|mut file| file.write_all(&text));
         let written = written.and_then(|()| std::fs::rename(&part, path));
@@ -77,7 +84,8 @@ fn parse(text: &[u8]) -> Result<Entry, String> {
     struct Versioned {
         version: u32,
     }
-    let version = serde_json::from_slice::<Versioned>(text).map_err(|error| error.to_string())?.version;
+    let version =
+        serde_json::from_slice::<Versioned>(text).map_err(|error| error.to_string())?.version;
     if version != VERSION {
         return Err(format!("its version is {version}, and this program knows {VERSION}"));
     }
@@ -97,16 +105,33 @@ mod test {
         let directory = tempfile::tempdir().expect("directory");
         let path = directory.path().join("migration.json");
         assert!(Journal::read(&path).expect("none").is_none());
-        let written = Journal::write(&path, StreamMode::PreCopy, Settings::default()).expect("write");
+        let written =
+            Journal::write(&path, StreamMode::PreCopy, Settings::default()).expect("write");
         assert_eq!(Journal::read(&path).expect("read").expect("there").entry, written.entry);
-        assert_eq!(std::fs::read_dir(directory.path()).expect("list").count(), 1, "a part stays behind");
+        assert_eq!(
+            std::fs::read_dir(directory.path()).expect("list").count(),
+            1,
+            "a part stays behind"
+        );
         let text = std::fs::read_to_string(&path).expect("text");
         let newer = text.replace("\"version\": 1", "\"version\": 2, \"new\": []");
         let large = format!("{text}{}", " ".repeat(64 << 10));
-        for bad in [newer.as_str(), &large, "", "{}", "[1]", &text[..text.len() / 2], "{\"version\": 1, \"mode\": \"teleport\"}"] {
+        for bad in [
+            newer.as_str(),
+            &large,
+            "",
+            "{}",
+            "[1]",
+            &text[..text.len() / 2],
+            "{\"version\": 1, \"mode\": \"teleport\"}",
+        ] {
             std::fs::write(&path, bad).expect("spoil");
             let error = Journal::read(&path).map(drop).expect_err("spoilt");
-            assert!(matches!(error, MigrationError::BadJournal { .. }) && error.to_string().contains("migration.json"), "{error}");
+            assert!(
+                matches!(error, MigrationError::BadJournal { .. })
+                    && error.to_string().contains("migration.json"),
+                "{error}"
+            );
         }
         written.remove().expect("remove");
         written.remove().expect("again");

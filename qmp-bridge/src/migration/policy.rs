@@ -1,7 +1,9 @@
-//! When a pre-copy stops the guest: the limit begins small and grows only while the passes do not get there.
+//! When a pre-copy stops the guest: the limit begins small and grows only while the passes do not
+//! get there.
 //!
-//! QEMU stops the guest as soon as it believes that the rest can be sent within `downtime-limit`. It measures its speed
-//! in windows of 100 ms, and takes a new limit at the next one, so nothing is judged faster than that.
+//! QEMU stops the guest as soon as it believes that the rest can be sent within `downtime-limit`.
+//! It measures its speed in windows of 100 ms, and takes a new limit at the next one, so nothing is
+//! judged faster than that.
 
 use std::time::{Duration, Instant};
 
@@ -37,15 +39,29 @@ pub(super) enum Step {
 
 impl Policy {
     pub(super) fn new(options: &StreamOptions, now: Instant) -> Self {
-        Self { limit: first_limit(options), max: options.max_pause, when_too_fast: options.when_too_fast, since: now, pass: 1 }
+        Self {
+            limit: first_limit(options),
+            max: options.max_pause,
+            when_too_fast: options.when_too_fast,
+            since: now,
+            pass: 1,
+        }
     }
 
     /// What follows from how far it is.
-    pub(super) fn judge(&mut self, progress: &Progress, now: Instant) -> Result<Step, MigrationError> {
+    pub(super) fn judge(
+        &mut self,
+        progress: &Progress,
+        now: Instant,
+    ) -> Result<Step, MigrationError> {
         let last = self.limit >= self.max;
-        let (trial, passes) = if last { (LAST_TRIAL, LAST_TRIAL_PASSES) } else { (TRIAL, TRIAL_PASSES) };
+        let (trial, passes) =
+            if last { (LAST_TRIAL, LAST_TRIAL_PASSES) } else { (TRIAL, TRIAL_PASSES) };
         // The first pass is everything, however long it takes.
-        if self.limit >= NO_LIMIT || progress.passes < self.pass + passes || now.duration_since(self.since) < trial {
+        if self.limit >= NO_LIMIT
+            || progress.passes < self.pass + passes
+            || now.duration_since(self.since) < trial
+        {
             return Ok(Step::Wait);
         }
         self.since = now;
@@ -102,19 +118,31 @@ mod test {
 
     #[test]
     fn the_limit_doubles_up_to_the_longest_pause_allowed() {
-        let options = StreamOptions { max_pause: Duration::from_millis(30), ..StreamOptions::default() };
+        let options =
+            StreamOptions { max_pause: Duration::from_millis(30), ..StreamOptions::default() };
         let (limits, error) = run(&options);
         assert_eq!(limits, [5, 10, 20, 30]);
         let said = error.expect("too fast").to_string();
-        assert!(said.contains("300 MiB/s") && said.contains("100 MiB/s") && said.contains("30ms"), "{said}");
-        let (limits, error) = run(&StreamOptions { when_too_fast: WhenTooFast::SwitchOver, ..options });
+        assert!(
+            said.contains("300 MiB/s") && said.contains("100 MiB/s") && said.contains("30ms"),
+            "{said}"
+        );
+        let (limits, error) =
+            run(&StreamOptions { when_too_fast: WhenTooFast::SwitchOver, ..options });
         assert_eq!((limits, error.is_none()), (vec![5, 10, 20, 30, 2_000_000], true));
     }
 
     #[test]
     fn a_small_allowance_is_kept_from_the_start() {
-        assert_eq!(run(&StreamOptions { max_pause: Duration::from_millis(2), ..StreamOptions::default() }).0, [2]);
-        assert_eq!(run(&StreamOptions { max_pause: Duration::ZERO, ..StreamOptions::default() }).0, [1]);
+        assert_eq!(
+            run(&StreamOptions { max_pause: Duration::from_millis(2), ..StreamOptions::default() })
+                .0,
+            [2]
+        );
+        assert_eq!(
+            run(&StreamOptions { max_pause: Duration::ZERO, ..StreamOptions::default() }).0,
+            [1]
+        );
         let huge = StreamOptions { max_pause: Duration::MAX, ..StreamOptions::default() };
         assert_eq!(run(&huge).0.last(), Some(&2_000_000));
     }
@@ -124,7 +152,10 @@ mod test {
         let start = Instant::now();
         let mut policy = Policy::new(&StreamOptions::default(), start);
         for pass in 1..1000 {
-            assert_eq!(policy.judge(&progress(pass), start + Duration::from_millis(100)).expect("early"), Step::Wait);
+            assert_eq!(
+                policy.judge(&progress(pass), start + Duration::from_millis(100)).expect("early"),
+                Step::Wait
+            );
         }
     }
 
@@ -133,7 +164,10 @@ mod test {
         let start = Instant::now();
         let mut policy = Policy::new(&StreamOptions::default(), start);
         for second in 0..1000 {
-            assert_eq!(policy.judge(&progress(1), start + Duration::from_secs(second)).expect("first"), Step::Wait);
+            assert_eq!(
+                policy.judge(&progress(1), start + Duration::from_secs(second)).expect("first"),
+                Step::Wait
+            );
         }
     }
 }

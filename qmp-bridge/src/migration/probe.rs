@@ -1,7 +1,8 @@
 //! Which ways of streaming a QEMU and its VM allow; changes nothing for good.
 //!
-//! Whether a background snapshot is possible only QEMU can tell: when the capability is set it looks whether the kernel
-//! lets it have a userfaultfd and whether each RAM block can be write-protected by one. So it is set, and put back.
+//! Whether a background snapshot is possible only QEMU can tell: when the capability is set it
+//! looks whether the kernel lets it have a userfaultfd and whether each RAM block can be
+//! write-protected by one. So it is set, and put back.
 
 use std::time::Duration;
 
@@ -15,14 +16,15 @@ use crate::qmp::{Qmp, QmpError};
 
 /// How long putting back may block a thread if this call is dropped half-way.
 const LAST_TIMEOUT: Duration = Duration::from_secs(2);
-/// Before this version QEMU continues write-protecting memory after a background snapshot that was cancelled or whose reader
-/// is gone: the guest's processors then wait in a page fault for ever (seen with 7.2). A guest must not depend on us so.
-/// Nor does it keep the run state: any guest runs after a snapshot.
+/// Before this version QEMU continues write-protecting memory after a background snapshot that was
+/// cancelled or whose reader is gone: the guest's processors then wait in a page fault for ever
+/// (seen with 7.2). A guest must not depend on us so. Nor does it keep the run state: any guest
+/// runs after a snapshot.
 const SNAPSHOTS_SINCE: u32 = 9;
-/// Before 9.0 QEMU wakes a suspended guest for a migration. Since then it aborts at the `cont` after one: its table of run states has no
-/// step from `postmigrate` to `suspended` (seen with 10.0).
-pub(super) const SUSPENDED: &str =
-    "the guest is suspended, and QEMU cannot let it continue after a migration; wake it, or attach with the tracker";
+/// Before 9.0 QEMU wakes a suspended guest for a migration. Since then it aborts at the `cont`
+/// after one: its table of run states has no step from `postmigrate` to `suspended` (seen with
+/// 10.0).
+pub(super) const SUSPENDED: &str = "the guest is suspended, and QEMU cannot let it continue after a migration; wake it, or attach with the tracker";
 
 /// What [`probe`] found; each `Err` says why not.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,8 +46,9 @@ impl Support {
         }
     }
 
-    /// The mode to use when nobody wants a certain one; `None` if none is possible. Pre-copy for a guest that runs, see the
-    /// module's head; a stopped one has no pause to lose, and after a background snapshot its state is still `paused`.
+    /// The mode to use when nobody wants a certain one; `None` if none is possible. Pre-copy for a
+    /// guest that runs, see the module's head; a stopped one has no pause to lose, and after a
+    /// background snapshot its state is still `paused`.
     pub fn preferred(&self) -> Option<StreamMode> {
         let mut modes = [StreamMode::PreCopy, StreamMode::BackgroundSnapshot];
         if self.stopped {
@@ -63,7 +66,11 @@ pub async fn probe(qmp: &Qmp) -> Result<Support, MigrationError> {
     let progress = idle(qmp).await?;
     if !progress.blocked.is_empty() {
         let why = progress.blocked.join("; ");
-        return Ok(Support { background_snapshot: Err(why.clone()), pre_copy: Err(why), stopped: false });
+        return Ok(Support {
+            background_snapshot: Err(why.clone()),
+            pre_copy: Err(why),
+            stopped: false,
+        });
     }
     let state = run_state(qmp).await?;
     let stopped = !matches!(state.as_str(), "running" | "suspended");
@@ -87,8 +94,9 @@ pub(super) async fn idle(qmp: &Qmp) -> Result<Progress, MigrationError> {
     Ok(progress)
 }
 
-/// Why a guest in this run state cannot be streamed so. A background snapshot puts the guest into the state `paused`, and
-/// QEMU aborts when its table of states does not allow that step (seen with 7.2 and 10.0 from `prelaunch`).
+/// Why a guest in this run state cannot be streamed so. A background snapshot puts the guest into
+/// the state `paused`, and QEMU aborts when its table of states does not allow that step (seen with
+/// 7.2 and 10.0 from `prelaunch`).
 pub(super) fn unsupported_state(qmp: &Qmp, mode: StreamMode, state: &str) -> Option<String> {
     let version = qmp.version();
     let old = version.major < SNAPSHOTS_SINCE;
@@ -125,7 +133,11 @@ async fn background_snapshot(qmp: &Qmp) -> Result<Result<(), String>, MigrationE
     }
     let back = changes.iter().map(|(name, change)| (name.clone(), change.found)).collect();
     let guard = PutBack { qmp: qmp.clone(), states: back };
-    let set = settings::set_capabilities(qmp, changes.iter().map(|(name, change)| (name.as_str(), change.set))).await;
+    let set = settings::set_capabilities(
+        qmp,
+        changes.iter().map(|(name, change)| (name.as_str(), change.set)),
+    )
+    .await;
     match set {
         Ok(()) => guard.now().await?,
         Err(QmpError::Refused { description, .. }) => {
@@ -145,7 +157,11 @@ struct PutBack {
 
 impl PutBack {
     async fn now(mut self) -> Result<(), QmpError> {
-        settings::set_capabilities(&self.qmp, self.states.iter().map(|(name, state)| (name.as_str(), *state))).await?;
+        settings::set_capabilities(
+            &self.qmp,
+            self.states.iter().map(|(name, state)| (name.as_str(), *state)),
+        )
+        .await?;
         self.states.clear();
         Ok(())
     }
@@ -161,9 +177,15 @@ impl Drop for PutBack {
         if self.states.is_empty() {
             return;
         }
-        let list: Vec<Value> = self.states.iter().map(|(name, state)| serde_json::json!({ "capability": name, "state": state })).collect();
+        let list: Vec<Value> = self
+            .states
+            .iter()
+            .map(|(name, state)| serde_json::json!({ "capability": name, "state": state }))
+            .collect();
         let arguments = serde_json::json!({ "capabilities": list });
-        if let Err(error) = self.qmp.send_and_linger("migrate-set-capabilities", arguments, LAST_TIMEOUT) {
+        if let Err(error) =
+            self.qmp.send_and_linger("migrate-set-capabilities", arguments, LAST_TIMEOUT)
+        {
             tracing::warn!(%error, "cannot put QEMU's migration capabilities back");
         }
     }

@@ -20,12 +20,13 @@ pub struct Recovered {
     pub resumed: bool,
 }
 
-/// Brings QEMU back to the state before the session that `journal` tells of: cancels its migration, lets the guest run if
-/// it was stopped by it, puts capabilities and parameters back, and removes the journal. Does nothing without a journal,
-/// and may be called again. A migration of somebody else is [`MigrationError::Busy`], and the journal stays.
+/// Brings QEMU back to the state before the session that `journal` tells of: cancels its migration,
+/// lets the guest run if it was stopped by it, puts capabilities and parameters back, and removes
+/// the journal. Does nothing without a journal, and may be called again. A migration of somebody
+/// else is [`MigrationError::Busy`], and the journal stays.
 ///
-/// A guest that stands after a migration is resumed only if the settings of the session are still there: else its owner
-/// has migrated it since, perhaps to another host, where it runs.
+/// A guest that stands after a migration is resumed only if the settings of the session are still
+/// there: else its owner has migrated it since, perhaps to another host, where it runs.
 ///
 /// # Errors
 /// When somebody else migrates the VM, QEMU refuses to cancel the migration or to restore its
@@ -49,6 +50,9 @@ pub async fn recover(qmp: &Qmp, journal: &Path) -> Result<Recovered, MigrationEr
         undo(qmp, &journal).await?;
     }
     journal.remove()?;
-    tracing::warn!(?recovered, "put QEMU back after a helper that ended in the middle of a migration stream");
+    tracing::warn!(
+        ?recovered,
+        "put QEMU back after a helper that ended in the middle of a migration stream"
+    );
     Ok(recovered)
 }

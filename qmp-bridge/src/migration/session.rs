@@ -1,7 +1,8 @@
 //! One migration from its preparation to its end, as a guard.
 //!
-//! A dropped session cancels: what the guest needs is done before `drop` returns, the rest (settings, journal) by a task;
-//! and if there is no runtime any more, by [`super::recover`] of the next helper.
+//! A dropped session cancels: what the guest needs is done before `drop` returns, the rest
+//! (settings, journal) by a task; and if there is no runtime any more, by [`super::recover`] of the
+//! next helper.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -71,12 +72,18 @@ pub struct Migration {
 }
 
 impl Migration {
-    /// While the guest runs: looks that QEMU is idle and able, writes down in `journal` what it finds, sets capabilities
-    /// and parameters, and gives QEMU its end of a socket pair. A journal that is there already is recovered from first.
+    /// While the guest runs: looks that QEMU is idle and able, writes down in `journal` what it
+    /// finds, sets capabilities and parameters, and gives QEMU its end of a socket pair. A journal
+    /// that is there already is recovered from first.
     ///
     /// # Errors
     /// When a migration is under way, QEMU refuses a setting, or the journal cannot be written.
-    pub async fn prepare(qmp: &Qmp, mode: StreamMode, options: &StreamOptions, journal: &Path) -> Result<Self, MigrationError> {
+    pub async fn prepare(
+        qmp: &Qmp,
+        mode: StreamMode,
+        options: &StreamOptions,
+        journal: &Path,
+    ) -> Result<Self, MigrationError> {
         recover::recover(qmp, journal).await?;
         let progress = probe::idle(qmp).await?;
         if !progress.blocked.is_empty() {
@@ -132,8 +139,8 @@ impl Migration {
         self.mode
     }
 
-    /// The end of the stream to read from, blocking, to its end: while nobody reads, QEMU waits, and after a background
-    /// snapshot has begun so does a guest that writes. To be taken once.
+    /// The end of the stream to read from, blocking, to its end: while nobody reads, QEMU waits,
+    /// and after a background snapshot has begun so does a guest that writes. To be taken once.
     ///
     /// # Errors
     /// When it was taken before.
@@ -141,9 +148,10 @@ impl Migration {
         self.channel()?.take_reader().ok_or(MigrationError::Order("the reader was taken before"))
     }
 
-    /// Sends `migrate`. Pre-copy: the guest runs, the fleecing overlays of the disk capture are prepared already (QEMU before
-    /// 10.0 can only activate nodes that it has now), and [`Self::switchover`] follows at once. Background snapshot: the
-    /// caller holds a [`Paused`] and has taken the disks, and [`Self::memory_is_held`] follows at once.
+    /// Sends `migrate`. Pre-copy: the guest runs, the fleecing overlays of the disk capture are
+    /// prepared already (QEMU before 10.0 can only activate nodes that it has now), and
+    /// [`Self::switchover`] follows at once. Background snapshot: the caller holds a [`Paused`] and
+    /// has taken the disks, and [`Self::memory_is_held`] follows at once.
     ///
     /// # Errors
     /// When QEMU refuses to migrate.
@@ -161,7 +169,8 @@ impl Migration {
         self.started = Instant::now();
         // A `migrate` without a reply may have begun.
         self.stage = Stage::Started;
-        let sent = self.qmp.execute_json("migrate", json!({ "uri": Channel::uri(&self.qmp) })).await;
+        let sent =
+            self.qmp.execute_json("migrate", json!({ "uri": Channel::uri(&self.qmp) })).await;
         sent.map(drop).map_err(|source| MigrationError::Start { mode: self.mode, source })
     }
 
@@ -192,8 +201,9 @@ impl Migration {
         Err(MigrationError::Unsupported { mode: self.mode, why: probe::SUSPENDED.into() })
     }
 
-    /// Pre-copy, with the guest stopped by [`Self::switchover`]: lets QEMU send the rest of memory and the devices, waits for
-    /// it, and makes all disks active again, so that a disk transaction can follow. The guest stays stopped.
+    /// Pre-copy, with the guest stopped by [`Self::switchover`]: lets QEMU send the rest of memory
+    /// and the devices, waits for it, and makes all disks active again, so that a disk transaction
+    /// can follow. The guest stays stopped.
     ///
     /// # Errors
     /// When the migration has not reached the switchover, or fails.
@@ -205,7 +215,8 @@ impl Migration {
         let limit = self.pause_limit(paused);
         let completed = within(limit, "is the stream read?", self.wait_switched()).await;
         if let Err(error) = completed {
-            // While QEMU cannot write it hears no command either; with the stream cut the migration fails.
+            // While QEMU cannot write it hears no command either; with the stream cut the migration
+            // fails.
             self.channel()?.cut();
             return Err(error);
         }
@@ -230,20 +241,23 @@ impl Migration {
             }
             progress.check()?;
         }
-        // `completed` is said a little before the guest's state follows, and `cont` is refused until then.
+        // `completed` is said a little before the guest's state follows, and `cont` is refused
+        // until then.
         while run_state(&self.qmp).await? == "finish-migrate" {}
         Ok(())
     }
 
-    /// Background snapshot: waits until QEMU has write-protected all memory and lets the guest run on. Returns how long it
-    /// was stopped. Needs a reader at work.
+    /// Background snapshot: waits until QEMU has write-protected all memory and lets the guest run
+    /// on. Returns how long it was stopped. Needs a reader at work.
     ///
     /// # Errors
     /// When the migration is no background snapshot, or the guest cannot be resumed.
     #[tracing::instrument(name = "hold", skip_all)]
     pub async fn memory_is_held(&mut self, mut paused: Paused) -> Result<Duration, MigrationError> {
         if self.stage != Stage::Started || self.mode != StreamMode::BackgroundSnapshot {
-            return Err(MigrationError::Order("`memory_is_held` comes after `start` of a background snapshot"));
+            return Err(MigrationError::Order(
+                "`memory_is_held` comes after `start` of a background snapshot",
+            ));
         }
         let limit = self.pause_limit(&paused);
         // QEMU itself may wait for a page that nobody reads.
@@ -252,7 +266,9 @@ impl Migration {
             self.wait_protected().await?;
             Ok(paused.resume().await?)
         };
-        let pause = within(limit, "large memory takes long to be write-protected; use pre-copy", held).await?;
+        let pause =
+            within(limit, "large memory takes long to be write-protected; use pre-copy", held)
+                .await?;
         self.stage = Stage::Held;
         Ok(pause)
     }
@@ -269,8 +285,8 @@ impl Migration {
         }
     }
 
-    /// Waits until QEMU has sent everything, then puts back what was changed and removes the journal. If the stream failed,
-    /// its reason is the error, and all is put back as well.
+    /// Waits until QEMU has sent everything, then puts back what was changed and removes the
+    /// journal. If the stream failed, its reason is the error, and all is put back as well.
     ///
     /// # Errors
     /// When the migration has not ended, or QEMU refuses to restore a setting.
@@ -291,7 +307,8 @@ impl Migration {
         Ok(progress)
     }
 
-    /// Ends the migration and puts back what was changed. A [`Paused`] of it resumes the guest by itself.
+    /// Ends the migration and puts back what was changed. A [`Paused`] of it resumes the guest by
+    /// itself.
     ///
     /// # Errors
     /// When QEMU refuses to cancel, or to restore a setting.
@@ -314,9 +331,12 @@ impl Migration {
         Ok(Progress::query(&self.qmp).await?)
     }
 
-    /// The capabilities may be changed only when QEMU's clean-up, which asks them what there is to clean, is over.
+    /// The capabilities may be changed only when QEMU's clean-up, which asks them what there is to
+    /// clean, is over.
     async fn wait_closed(&mut self) {
-        let Some(channel) = self.undo.as_ref().and_then(|undo| undo.channel.as_ref()) else { return };
+        let Some(channel) = self.undo.as_ref().and_then(|undo| undo.channel.as_ref()) else {
+            return;
+        };
         if !channel.closed_by_qemu(CLOSE_TIMEOUT).await {
             tracing::warn!("QEMU keeps its end of a completed stream open");
         }
@@ -338,7 +358,9 @@ impl Migration {
     fn pause_limit(&self, paused: &Paused) -> Duration {
         let allowed = match (self.mode, self.options.when_too_fast) {
             (StreamMode::PreCopy, WhenTooFast::SwitchOver) => self.options.timeout,
-            _ => PAUSE_LIMIT.max(self.options.max_pause.saturating_mul(2)).min(self.options.timeout),
+            _ => {
+                PAUSE_LIMIT.max(self.options.max_pause.saturating_mul(2)).min(self.options.timeout)
+            }
         };
         allowed.saturating_sub(paused.elapsed())
     }
@@ -348,7 +370,11 @@ impl Migration {
             return Ok(());
         }
         let hint = format!("; {hint}");
-        Err(MigrationError::Stuck { status: progress.status.clone(), after: self.options.timeout, hint })
+        Err(MigrationError::Stuck {
+            status: progress.status.clone(),
+            after: self.options.timeout,
+            hint,
+        })
     }
 }
 
@@ -369,7 +395,9 @@ impl Drop for Migration {
             undo.cancel_blocking();
         }
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
-            return tracing::warn!("a migration session ends with its runtime; the next start of the helper puts things back");
+            return tracing::warn!(
+                "a migration session ends with its runtime; the next start of the helper puts things back"
+            );
         };
         runtime.spawn(async move {
             if let Err(error) = undo.run().await {
@@ -388,7 +416,8 @@ impl Undo {
         }
     }
 
-    /// Always first: a QEMU that cannot write, or whose guest waits for a page to be sent, may hear no command.
+    /// Always first: a QEMU that cannot write, or whose guest waits for a page to be sent, may hear
+    /// no command.
     fn cut(&self) {
         if let Some(channel) = &self.channel {
             channel.cut();

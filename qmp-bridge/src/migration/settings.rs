@@ -1,8 +1,10 @@
-//! QEMU's migration capabilities and parameters: what a stream needs, what was found, and putting that back.
+//! QEMU's migration capabilities and parameters: what a stream needs, what was found, and putting
+//! that back.
 //!
-//! The rule for capabilities is simple because most change the stream's form or need a second party: all are off but
-//! those that the mode needs. They are changed in one command, since QEMU judges the resulting set and some exclude each
-//! other. Parameters that this QEMU does not list do not exist in it.
+//! The rule for capabilities is simple because most change the stream's form or need a second
+//! party: all are off but those that the mode needs. They are changed in one command, since QEMU
+//! judges the resulting set and some exclude each other. Parameters that this QEMU does not list do
+//! not exist in it.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +14,8 @@ use serde_json::{Value, json};
 use super::{MigrationError, StreamMode};
 use crate::qmp::{Qmp, QmpError};
 
-/// As fast as it goes. What is above it makes each session's value its own, see [`Settings::is_ours`].
+/// As fast as it goes. What is above it makes each session's value its own, see
+/// [`Settings::is_ours`].
 const UNLIMITED: u64 = 1 << 40;
 const MAX_BANDWIDTH: &str = "max-bandwidth";
 pub(super) const DOWNTIME_LIMIT: &str = "downtime-limit";
@@ -41,14 +44,19 @@ fn wanted_capabilities(mode: StreamMode) -> [&'static str; 2] {
 
 impl Settings {
     /// What has to be changed for `mode`; changes nothing.
-    pub(super) async fn survey(qmp: &Qmp, mode: StreamMode, downtime_ms: u64) -> Result<Self, MigrationError> {
+    pub(super) async fn survey(
+        qmp: &Qmp,
+        mode: StreamMode,
+        downtime_ms: u64,
+    ) -> Result<Self, MigrationError> {
         let capabilities = capability_changes(qmp, mode).await?;
         let found = qmp.execute_json("query-migrate-parameters", Value::Null).await?;
         let mut parameters = BTreeMap::new();
         for (name, wanted) in wanted_parameters(&found, downtime_ms) {
             match found.get(name) {
                 Some(value) if *value != wanted => {
-                    parameters.insert(name.to_owned(), Change { found: value.clone(), set: wanted });
+                    parameters
+                        .insert(name.to_owned(), Change { found: value.clone(), set: wanted });
                 }
                 _ => {}
             }
@@ -58,8 +66,16 @@ impl Settings {
 
     /// Capabilities first: what they are decides which parameters are allowed.
     pub(super) async fn apply(&self, qmp: &Qmp) -> Result<(), QmpError> {
-        set_capabilities(qmp, self.capabilities.iter().map(|(name, change)| (name.as_str(), change.set))).await?;
-        set_parameters(qmp, self.parameters.iter().map(|(name, change)| (name.as_str(), &change.set))).await
+        set_capabilities(
+            qmp,
+            self.capabilities.iter().map(|(name, change)| (name.as_str(), change.set)),
+        )
+        .await?;
+        set_parameters(
+            qmp,
+            self.parameters.iter().map(|(name, change)| (name.as_str(), &change.set)),
+        )
+        .await
     }
 
     /// The way back, in reverse. What somebody else has changed since stays. Repeatable.
@@ -68,17 +84,20 @@ impl Settings {
         let ours = self.marks(&found);
         let parameters = self.parameters.iter().filter(|(name, change)| {
             let now = &found[name.as_str()];
-            // The switch-over policy moves one of them, so equality is asked of others' sessions only.
+            // The switch-over policy moves one of them, so equality is asked of others' sessions
+            // only.
             *now != change.found && (ours || *now == change.set)
         });
-        set_parameters(qmp, parameters.map(|(name, change)| (name.as_str(), &change.found))).await?;
+        set_parameters(qmp, parameters.map(|(name, change)| (name.as_str(), &change.found)))
+            .await?;
         let now = capabilities(qmp).await?;
-        let changed = self.capabilities.iter().filter(|(name, change)| now.get(*name) == Some(&change.set));
+        let changed =
+            self.capabilities.iter().filter(|(name, change)| now.get(*name) == Some(&change.set));
         set_capabilities(qmp, changed.map(|(name, change)| (name.as_str(), change.found))).await
     }
 
-    /// Whether the migration that QEMU has, or had last, was started with these settings: its bandwidth limit is a number
-    /// that nobody else would take.
+    /// Whether the migration that QEMU has, or had last, was started with these settings: its
+    /// bandwidth limit is a number that nobody else would take.
     pub(super) async fn is_ours(&self, qmp: &Qmp) -> Result<bool, QmpError> {
         Ok(self.marks(&qmp.execute_json("query-migrate-parameters", Value::Null).await?))
     }
@@ -94,7 +113,10 @@ pub(super) async fn capabilities(qmp: &Qmp) -> Result<BTreeMap<String, bool>, Qm
     Ok(reply.as_array().into_iter().flatten().filter_map(row).collect())
 }
 
-pub(super) async fn capability_changes(qmp: &Qmp, mode: StreamMode) -> Result<BTreeMap<String, Change<bool>>, MigrationError> {
+pub(super) async fn capability_changes(
+    qmp: &Qmp,
+    mode: StreamMode,
+) -> Result<BTreeMap<String, Change<bool>>, MigrationError> {
     let found = capabilities(qmp).await?;
     let wanted = wanted_capabilities(mode);
     if let Some(missing) = wanted.iter().find(|name| !found.contains_key(**name)) {
@@ -112,7 +134,8 @@ fn wanted_parameters(found: &Value, downtime_ms: u64) -> Vec<(&'static str, Valu
     let mut wanted = vec![
         (MAX_BANDWIDTH, json!(UNLIMITED + distinction())),
         (DOWNTIME_LIMIT, json!(downtime_ms)),
-        // The stream goes to this host's own helper, and TLS on a socket pair has nobody to shake hands with.
+        // The stream goes to this host's own helper, and TLS on a socket pair has nobody to shake
+        // hands with.
         ("tls-creds", json!("")),
         // Since 8.2; another mode would not be a live migration.
         ("mode", json!("normal")),
@@ -127,20 +150,29 @@ fn wanted_parameters(found: &Value, downtime_ms: u64) -> Vec<(&'static str, Valu
 
 /// A number that differs from session to session.
 fn distinction() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let now =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     1 + (u64::from(now.subsec_nanos()) ^ u64::from(std::process::id()) << 8) % (1 << 32)
 }
 
-pub(super) async fn set_capabilities<'a>(qmp: &Qmp, states: impl Iterator<Item = (&'a str, bool)>) -> Result<(), QmpError> {
-    let list: Vec<Value> = states.map(|(name, state)| json!({ "capability": name, "state": state })).collect();
+pub(super) async fn set_capabilities<'a>(
+    qmp: &Qmp,
+    states: impl Iterator<Item = (&'a str, bool)>,
+) -> Result<(), QmpError> {
+    let list: Vec<Value> =
+        states.map(|(name, state)| json!({ "capability": name, "state": state })).collect();
     if list.is_empty() {
         return Ok(());
     }
     qmp.execute_json("migrate-set-capabilities", json!({ "capabilities": list })).await.map(drop)
 }
 
-async fn set_parameters<'a>(qmp: &Qmp, values: impl Iterator<Item = (&'a str, &'a Value)>) -> Result<(), QmpError> {
-    let values: serde_json::Map<String, Value> = values.map(|(name, value)| (name.to_owned(), value.clone())).collect();
+async fn set_parameters<'a>(
+    qmp: &Qmp,
+    values: impl Iterator<Item = (&'a str, &'a Value)>,
+) -> Result<(), QmpError> {
+    let values: serde_json::Map<String, Value> =
+        values.map(|(name, value)| (name.to_owned(), value.clone())).collect();
     if values.is_empty() {
         return Ok(());
     }
@@ -148,5 +180,7 @@ async fn set_parameters<'a>(qmp: &Qmp, values: impl Iterator<Item = (&'a str, &'
 }
 
 pub(super) async fn set_downtime_limit(qmp: &Qmp, milliseconds: u64) -> Result<(), QmpError> {
-    qmp.execute_json("migrate-set-parameters", json!({ DOWNTIME_LIMIT: milliseconds })).await.map(drop)
+    qmp.execute_json("migrate-set-parameters", json!({ DOWNTIME_LIMIT: milliseconds }))
+        .await
+        .map(drop)
 }

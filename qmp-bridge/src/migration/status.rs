@@ -45,7 +45,11 @@ impl Progress {
         let number = |field: &str| ram[field].as_u64().unwrap_or(0);
         let blocked = reply["blocked-reasons"].as_array().into_iter().flatten();
         // QEMU counts megabits.
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "absurd values become the nearest that fits")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "absurd values become the nearest that fits"
+        )]
         let sent_rate = (ram["mbps"].as_f64().unwrap_or(0.0) * 1e6 / 8.0) as u64;
         Self {
             status: reply["status"].as_str().unwrap_or("none").into(),
@@ -143,7 +147,9 @@ impl Hints {
 
 fn understand(event: QmpEvent) -> Option<Hint> {
     match event.name.as_str() {
-        MIGRATION_EVENT => Some(Hint::Status(event.data["status"].as_str().unwrap_or_default().into())),
+        MIGRATION_EVENT => {
+            Some(Hint::Status(event.data["status"].as_str().unwrap_or_default().into()))
+        }
         "STOP" => Some(Hint::Stop(event.at)),
         "RESUME" => Some(Hint::Resume),
         _ => None,
@@ -151,7 +157,11 @@ fn understand(event: QmpEvent) -> Option<Hint> {
 }
 
 /// Waits, looking at `interval`, until no migration runs any more.
-pub(super) async fn wait_until_over(qmp: &Qmp, interval: Duration, timeout: Duration) -> Result<Progress, MigrationError> {
+pub(super) async fn wait_until_over(
+    qmp: &Qmp,
+    interval: Duration,
+    timeout: Duration,
+) -> Result<Progress, MigrationError> {
     let start = Instant::now();
     let mut hints = Hints::new(qmp);
     loop {
@@ -160,7 +170,11 @@ pub(super) async fn wait_until_over(qmp: &Qmp, interval: Duration, timeout: Dura
             return Ok(progress);
         }
         if start.elapsed() > timeout {
-            return Err(MigrationError::Stuck { status: progress.status, after: timeout, hint: String::new() });
+            return Err(MigrationError::Stuck {
+                status: progress.status,
+                after: timeout,
+                hint: String::new(),
+            });
         }
         hints.next(interval).await;
     }

@@ -10,8 +10,9 @@ use super::{MigrationError, StreamMode};
 use crate::paused::{PauseError, Paused, run_state};
 
 impl Migration {
-    /// Waits while memory travels and the guest runs, until QEMU has stopped it to send the rest. The pause counts from
-    /// QEMU's own word that it has stopped. Dropping the guard, or this future, cancels.
+    /// Waits while memory travels and the guest runs, until QEMU has stopped it to send the rest.
+    /// The pause counts from QEMU's own word that it has stopped. Dropping the guard, or this
+    /// future, cancels.
     ///
     /// # Errors
     /// When the migration fails or times out, or the guest writes too fast for the longest pause.
@@ -36,7 +37,9 @@ impl Migration {
                         return Err(disturbed(format!("its run state became `{state}`")));
                     }
                 },
-                Hint::Resume if !self.before.is_live() => return Err(disturbed("the guest was let run (`cont`)".into())),
+                Hint::Resume if !self.before.is_live() => {
+                    return Err(disturbed("the guest was let run (`cont`)".into()));
+                }
                 Hint::Resume => {}
                 Hint::Status(_) | Hint::Look => {
                     let progress = Progress::query(&self.qmp).await?;
@@ -50,7 +53,10 @@ impl Migration {
                         tracing::debug!(limit, passes = progress.passes, "allowing a longer pause");
                         set_downtime_limit(&self.qmp, limit).await?;
                     }
-                    self.check_time(&progress, "the guest's memory does not acknowledge, or the stream is not read")?;
+                    self.check_time(
+                        &progress,
+                        "the guest's memory does not acknowledge, or the stream is not read",
+                    )?;
                 }
             }
         }

@@ -44,20 +44,27 @@ impl Fake {
             "query-migrate" => return Ok(self.status.clone()),
             "query-status" => return Ok(json!({ "status": self.state })),
             "query-migrate-capabilities" => {
-                let rows = self.capabilities.iter().map(|(name, state)| json!({ "capability": name, "state": state }));
+                let rows = self
+                    .capabilities
+                    .iter()
+                    .map(|(name, state)| json!({ "capability": name, "state": state }));
                 return Ok(rows.collect());
             }
             "query-migrate-parameters" => return Ok(json!(self.parameters)),
             "query-block-exports" | "query-named-block-nodes" => return Ok(json!([])),
             "query-commands" => return Ok(json!([{ "name": "blockdev-set-active" }])),
-            "qom-list" => return Ok(self.objects.iter().map(|name| json!({ "name": name })).collect()),
+            "qom-list" => {
+                return Ok(self.objects.iter().map(|name| json!({ "name": name })).collect());
+            }
             "migrate-set-capabilities" => {
                 for row in arguments["capabilities"].as_array().expect("list") {
                     let name = row["capability"].as_str().expect("name").to_owned();
                     self.capabilities.insert(name, row["state"].as_bool().expect("state"));
                 }
             }
-            "migrate-set-parameters" => self.parameters.extend(arguments.as_object().expect("object").clone()),
+            "migrate-set-parameters" => {
+                self.parameters.extend(arguments.as_object().expect("object").clone())
+            }
             "object-add" => self.objects.push(arguments["id"].as_str().expect("id").into()),
             "object-del" => self.objects.retain(|id| arguments["id"] != *id),
             "closefd" => return Err("no such descriptor".into()),
@@ -81,10 +88,19 @@ impl Scene {
     async fn new() -> Self {
         let (qmp, peer, directory) = pair().await;
         let journal = directory.path().join("migration.json");
-        let capabilities = [("events", false), ("pause-before-switchover", false), ("background-snapshot", false), ("xbzrle", true)];
+        let capabilities = [
+            ("events", false),
+            ("pause-before-switchover", false),
+            ("background-snapshot", false),
+            ("xbzrle", true),
+        ];
         let fake = Fake {
             capabilities: capabilities.map(|(name, state)| (name.to_owned(), state)).into(),
-            parameters: [("max-bandwidth".to_owned(), json!(5)), ("downtime-limit".to_owned(), json!(300))].into(),
+            parameters: [
+                ("max-bandwidth".to_owned(), json!(5)),
+                ("downtime-limit".to_owned(), json!(300)),
+            ]
+            .into(),
             status: json!({ "status": "failed" }),
             state: "running",
             journal: journal.clone(),
@@ -108,16 +124,25 @@ impl Scene {
     }
 
     async fn prepare(&self) -> Result<Migration, MigrationError> {
-        Migration::prepare(&self.qmp, StreamMode::PreCopy, &StreamOptions::default(), &self.journal).await
+        Migration::prepare(&self.qmp, StreamMode::PreCopy, &StreamOptions::default(), &self.journal)
+            .await
     }
 }
 
 async fn serve(mut peer: Peer, fake: Arc<Mutex<Fake>>) {
     while let Some((command, id)) = peer.command().await {
-        let answer = fake.lock().expect("fake").answer(command["execute"].as_str().expect("name"), &command["arguments"]);
+        let answer = fake
+            .lock()
+            .expect("fake")
+            .answer(command["execute"].as_str().expect("name"), &command["arguments"]);
         match answer {
             Ok(value) => peer.answer(id, value).await,
-            Err(why) => peer.send(&json!({"error": {"class": "GenericError", "desc": why}, "id": id}).to_string()).await,
+            Err(why) => {
+                peer.send(
+                    &json!({"error": {"class": "GenericError", "desc": why}, "id": id}).to_string(),
+                )
+                .await
+            }
         }
     }
 }
@@ -128,9 +153,15 @@ async fn the_journal_comes_before_the_first_change_and_goes_after_the_last() {
     let before = scene.settings();
     let migration = scene.prepare().await.expect("prepare");
     let (capabilities, parameters, objects) = scene.settings();
-    assert_eq!((capabilities["events"], capabilities["pause-before-switchover"], capabilities["xbzrle"]), (true, true, false));
+    assert_eq!(
+        (capabilities["events"], capabilities["pause-before-switchover"], capabilities["xbzrle"]),
+        (true, true, false)
+    );
     assert!(parameters["max-bandwidth"].as_u64() > Some(1 << 40));
-    assert_eq!((&parameters["downtime-limit"], objects.as_slice()), (&json!(5), &[scene.qmp.names().name("migration")][..]));
+    assert_eq!(
+        (&parameters["downtime-limit"], objects.as_slice()),
+        (&json!(5), &[scene.qmp.names().name("migration")][..])
+    );
     // What this QEMU does not list it is not told of.
     assert!(!parameters.contains_key("tls-creds"));
     migration.cancel().await.expect("cancel");
@@ -166,7 +197,10 @@ async fn a_vm_that_cannot_be_migrated_says_why() {
     let scene = Scene::new().await;
     scene.with(|fake| fake.status = json!({ "blocked-reasons": ["the VFIO device does"] }));
     let support = probe(&scene.qmp).await.expect("probe");
-    assert_eq!((&support.pre_copy, support.preferred()), (&Err("the VFIO device does".into()), None));
+    assert_eq!(
+        (&support.pre_copy, support.preferred()),
+        (&Err("the VFIO device does".into()), None)
+    );
     let error = scene.prepare().await.map(drop).expect_err("blocked");
     assert!(error.to_string().contains("the VFIO device does"), "{error}");
 }
@@ -192,9 +226,14 @@ async fn a_failure_is_told_in_the_words_of_qemu() {
     let scene = Scene::new().await;
     let mut migration = scene.prepare().await.expect("prepare");
     migration.start().await.expect("start");
-    scene.with(|fake| fake.status = json!({ "status": "failed", "error-desc": "the cable is out" }));
+    scene
+        .with(|fake| fake.status = json!({ "status": "failed", "error-desc": "the cable is out" }));
     let error = migration.switchover().await.map(drop).expect_err("failed");
-    assert!(matches!(&error, MigrationError::Failed { .. }) && error.to_string().contains("the cable is out"), "{error}");
+    assert!(
+        matches!(&error, MigrationError::Failed { .. })
+            && error.to_string().contains("the cable is out"),
+        "{error}"
+    );
     // The guard of the pause that might have begun was dropped.
     assert_eq!((scene.heard("migrate_cancel"), scene.heard("cont")), (1, 1));
     migration.cancel().await.expect("cancel");
@@ -215,7 +254,10 @@ async fn calls_out_of_order_are_refused() {
 }
 
 /// A journal of a helper that has ended, whose settings are (not) there any more.
-async fn abandoned(status: &'static str, state: &'static str) -> (Scene, impl Fn() -> (usize, usize)) {
+async fn abandoned(
+    status: &'static str,
+    state: &'static str,
+) -> (Scene, impl Fn() -> (usize, usize)) {
     let scene = Scene::new().await;
     let mut migration = scene.prepare().await.expect("prepare");
     migration.start().await.expect("start");
@@ -238,7 +280,10 @@ async fn abandoned(status: &'static str, state: &'static str) -> (Scene, impl Fn
 async fn recovery_resumes_a_guest_that_stands_after_our_migration() {
     let (scene, heard) = abandoned("completed", "postmigrate").await;
     let recovered = recover(&scene.qmp, &scene.journal).await.expect("recover");
-    assert_eq!((recovered, heard()), (Recovered { found: true, cancelled: false, resumed: true }, (0, 1)));
+    assert_eq!(
+        (recovered, heard()),
+        (Recovered { found: true, cancelled: false, resumed: true }, (0, 1))
+    );
     assert_eq!(scene.settings().1["max-bandwidth"], json!(5));
     assert!(scene.settings().2.is_empty() && !scene.journal.exists());
     assert_eq!(recover(&scene.qmp, &scene.journal).await.expect("again"), Recovered::default());

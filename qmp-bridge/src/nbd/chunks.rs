@@ -44,7 +44,12 @@ pub(super) fn io_error(error: std::io::Error) -> NbdError {
 
 impl Pending {
     /// Takes the body of one chunk.
-    pub(super) async fn chunk<R>(&mut self, reader: &mut R, kind: u16, length: u32) -> Result<(), NbdError>
+    pub(super) async fn chunk<R>(
+        &mut self,
+        reader: &mut R,
+        kind: u16,
+        length: u32,
+    ) -> Result<(), NbdError>
     where
         R: AsyncRead + Unpin,
     {
@@ -58,8 +63,14 @@ impl Pending {
         }
     }
 
-    async fn data<R: AsyncRead + Unpin>(&mut self, reader: &mut R, length: u32) -> Result<(), NbdError> {
-        let Some(length) = length.checked_sub(8) else { return violation("a data chunk without an offset") };
+    async fn data<R: AsyncRead + Unpin>(
+        &mut self,
+        reader: &mut R,
+        length: u32,
+    ) -> Result<(), NbdError> {
+        let Some(length) = length.checked_sub(8) else {
+            return violation("a data chunk without an offset");
+        };
         let at = reader.read_u64().await.map_err(io_error)?;
         let target = self.place(at, u64::from(length))?;
         reader.read_exact(target).await.map(drop).map_err(io_error)
@@ -79,12 +90,18 @@ impl Pending {
         let start = at.checked_sub(self.offset).and_then(|start| usize::try_from(start).ok());
         let end = start.and_then(|start| start.checked_add(usize::try_from(length).ok()?));
         match (start, end) {
-            (Some(start), Some(end)) if end <= buffer.len() && coverage.add(start..end) => Ok(&mut buffer[start..end]),
+            (Some(start), Some(end)) if end <= buffer.len() && coverage.add(start..end) => {
+                Ok(&mut buffer[start..end])
+            }
             _ => violation(format!("{length} bytes for {at}, outside of what was asked or twice")),
         }
     }
 
-    async fn status<R: AsyncRead + Unpin>(&mut self, reader: &mut R, length: u32) -> Result<(), NbdError> {
+    async fn status<R: AsyncRead + Unpin>(
+        &mut self,
+        reader: &mut R,
+        length: u32,
+    ) -> Result<(), NbdError> {
         let Kind::Status(contexts) = &mut self.kind else {
             return violation(format!("a block status in reply to {}", self.command));
         };
@@ -106,15 +123,23 @@ impl Pending {
         Ok(())
     }
 
-    async fn failure<R: AsyncRead + Unpin>(&mut self, reader: &mut R, kind: u16, length: u32) -> Result<(), NbdError> {
+    async fn failure<R: AsyncRead + Unpin>(
+        &mut self,
+        reader: &mut R,
+        kind: u16,
+        length: u32,
+    ) -> Result<(), NbdError> {
         if length > MAX_STRING + 16 {
             return violation(format!("an error of {length} bytes"));
         }
         let mut body = vec![0; length as usize];
         reader.read_exact(&mut body).await.map_err(io_error)?;
         let mut fields = Fields(&body);
-        let (Some(errno), Some(text)) = (fields.u32(), fields.u16()) else { return violation("a short error chunk") };
-        let message = String::from_utf8_lossy(fields.take(usize::from(text)).unwrap_or_default()).into_owned();
+        let (Some(errno), Some(text)) = (fields.u32(), fields.u16()) else {
+            return violation("a short error chunk");
+        };
+        let message = String::from_utf8_lossy(fields.take(usize::from(text)).unwrap_or_default())
+            .into_owned();
         let at = if kind == CHUNK_ERROR_OFFSET { fields.u64() } else { None };
         let offset = at.unwrap_or(self.offset);
         self.error = Some(self.failed(offset, errno, message));
@@ -142,7 +167,9 @@ impl Pending {
         let result = match (self.error, self.kind) {
             (Some(error), _) => Err(error),
             (None, Kind::Plain) => Ok(Outcome::Done),
-            (None, Kind::Read { buffer, coverage }) if coverage.is_exactly(buffer.len()) => Ok(Outcome::Data(buffer)),
+            (None, Kind::Read { buffer, coverage }) if coverage.is_exactly(buffer.len()) => {
+                Ok(Outcome::Data(buffer))
+            }
             (None, Kind::Read { .. }) => violation("a read was done with bytes missing"),
             (None, Kind::Status(contexts)) => Ok(Outcome::Status(contexts)),
         };
@@ -151,7 +178,10 @@ impl Pending {
 }
 
 /// Skips a chunk of a request that nobody waits for any more.
-pub(super) async fn skip<R: AsyncRead + Unpin>(reader: &mut R, length: u32) -> Result<(), NbdError> {
+pub(super) async fn skip<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    length: u32,
+) -> Result<(), NbdError> {
     if length > MAX_REQUEST + MAX_STRING {
         return violation(format!("a chunk of {length} bytes"));
     }

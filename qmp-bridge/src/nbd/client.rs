@@ -1,4 +1,5 @@
-//! The connection: requests go out through a writer task, replies come back in any order through a reader task.
+//! The connection: requests go out through a writer task, replies come back in any order through a
+//! reader task.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -20,7 +21,8 @@ use super::extents::{ContextExtents, Extent};
 use super::handshake::{self, ExportInfo};
 use super::wire::*;
 
-/// How long one request may take. Local storage answers in milliseconds; a disk on a slow network may need seconds.
+/// How long one request may take. Local storage answers in milliseconds; a disk on a slow network
+/// may need seconds.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a polite disconnect may take.
@@ -86,7 +88,11 @@ fn end(state: &SharedState, why: NbdError) {
 
 /// Whether a server listens at `path`, however busy it is.
 pub(crate) async fn answers(path: &Path) -> bool {
-    let Ok(Ok(mut stream)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, UnixStream::connect(path)).await else { return false };
+    let Ok(Ok(mut stream)) =
+        tokio::time::timeout(HANDSHAKE_TIMEOUT, UnixStream::connect(path)).await
+    else {
+        return false;
+    };
     // Who has accepted lives, whatever becomes of the farewell.
     let left = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake::leave(&mut stream)).await;
     tracing::trace!(?left, "an NBD server answers");
@@ -94,14 +100,16 @@ pub(crate) async fn answers(path: &Path) -> bool {
 }
 
 impl NbdClient {
-    /// Connects to `export` behind a unix socket and asks for all of `contexts`; one that is missing is an error.
+    /// Connects to `export` behind a unix socket and asks for all of `contexts`; one that is
+    /// missing is an error.
     ///
     /// # Errors
     /// When nothing listens there, or the server does not have the export or a context.
     pub async fn connect(path: &Path, export: &str, contexts: &[&str]) -> Result<Self, NbdError> {
         let error = |why: String| NbdError::Connect { path: path.into(), why };
         let handshake = async {
-            let mut stream = UnixStream::connect(path).await.map_err(|source| error(source.to_string()))?;
+            let mut stream =
+                UnixStream::connect(path).await.map_err(|source| error(source.to_string()))?;
             let info = handshake::negotiate(&mut stream, export, contexts).await?;
             Ok((stream, info))
         };
@@ -115,10 +123,21 @@ impl NbdClient {
         let (read, write) = stream.into_split();
         let state: SharedState = Arc::new(Mutex::new(State::Open(HashMap::new())));
         let (frames, queue) = mpsc::channel(MAX_IN_FLIGHT);
-        let reader = tokio::spawn(read_replies(BufReader::with_capacity(READ_BUFFER, read), state.clone()));
+        let reader =
+            tokio::spawn(read_replies(BufReader::with_capacity(READ_BUFFER, read), state.clone()));
         let writer = tokio::spawn(write_frames(write, queue, state.clone()));
         let slots = Semaphore::new(MAX_IN_FLIGHT);
-        Self { inner: Arc::new(Inner { info, frames, state, slots, cookies: AtomicU64::new(1), reader, writer }) }
+        Self {
+            inner: Arc::new(Inner {
+                info,
+                frames,
+                state,
+                slots,
+                cookies: AtomicU64::new(1),
+                reader,
+                writer,
+            }),
+        }
     }
 
     /// Size of the export in bytes.
@@ -157,7 +176,10 @@ impl NbdClient {
     /// error.
     pub async fn write(&self, offset: u64, data: Bytes) -> Result<(), NbdError> {
         self.check_bounds("write", offset, data.len() as u64, u64::from(self.max_request()))?;
-        #[expect(clippy::cast_possible_truncation, reason = "at most the size of a request, as just checked")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "at most the size of a request, as just checked"
+        )]
         let length = data.len() as u32;
         self.request("write", CMD_WRITE, 0, (offset, length), Kind::Plain, data).await.map(drop)
     }
@@ -166,7 +188,12 @@ impl NbdClient {
     ///
     /// # Errors
     /// When the range is outside of the export, or the server reports an error.
-    pub async fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), NbdError> {
+    pub async fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+    ) -> Result<(), NbdError> {
         self.need("write_zeroes", EXPORT_SEND_WRITE_ZEROES)?;
         let flags = if mode == ZeroMode::Allocated { CMD_FLAG_NO_HOLE } else { 0 };
         self.cut("write_zeroes", CMD_WRITE_ZEROES, flags, offset, length).await
@@ -190,22 +217,31 @@ impl NbdClient {
         self.request("flush", CMD_FLUSH, 0, (0, 0), Kind::Plain, Bytes::new()).await.map(drop)
     }
 
-    /// The extents of every context asked for at [`Self::connect`], over exactly this range. A large fragmented disk
-    /// has many: go through it window by window.
+    /// The extents of every context asked for at [`Self::connect`], over exactly this range. A
+    /// large fragmented disk has many: go through it window by window.
     ///
     /// # Errors
     /// When the range is outside of the export, or the server reports an error.
-    pub async fn block_status(&self, offset: u64, length: u64) -> Result<Vec<ContextExtents>, NbdError> {
+    pub async fn block_status(
+        &self,
+        offset: u64,
+        length: u64,
+    ) -> Result<Vec<ContextExtents>, NbdError> {
         self.check_bounds("block_status", offset, length, u64::MAX)?;
         let end = offset + length;
         let contexts = &self.inner.info.contexts;
-        let empty = |(_, name): &(u32, String)| ContextExtents { context: name.clone(), extents: Vec::new() };
+        let empty = |(_, name): &(u32, String)| ContextExtents {
+            context: name.clone(),
+            extents: Vec::new(),
+        };
         let mut known: Vec<ContextExtents> = contexts.iter().map(empty).collect();
         let mut at = offset;
         while at < end && !known.is_empty() {
             let step = (end - at).min(MAX_STATUS_RANGE);
             let kind = Kind::Status(Vec::new());
-            let outcome = self.request("block_status", CMD_BLOCK_STATUS, 0, (at, step as u32), kind, Bytes::new()).await?;
+            let outcome = self
+                .request("block_status", CMD_BLOCK_STATUS, 0, (at, step as u32), kind, Bytes::new())
+                .await?;
             let Outcome::Status(states) = outcome else {
                 return Err(NbdError::Protocol(format!("{outcome:?} in reply to block_status")));
             };
@@ -221,7 +257,8 @@ impl NbdClient {
         Ok(known)
     }
 
-    /// Says goodbye and waits a moment for the server to hang up, so that the export can be removed at once.
+    /// Says goodbye and waits a moment for the server to hang up, so that the export can be removed
+    /// at once.
     pub async fn close(self) {
         let goodbye = request(0, CMD_DISCONNECT, 0, 0, 0);
         let ended = async {
@@ -243,7 +280,13 @@ impl NbdClient {
         Err(NbdError::Refused { what: command.into(), why: "this export does not offer it".into() })
     }
 
-    fn check_bounds(&self, command: &'static str, offset: u64, length: u64, limit: u64) -> Result<(), NbdError> {
+    fn check_bounds(
+        &self,
+        command: &'static str,
+        offset: u64,
+        length: u64,
+        limit: u64,
+    ) -> Result<(), NbdError> {
         let size = self.size();
         if length <= limit && offset.checked_add(length).is_some_and(|end| end <= size) {
             return Ok(());
@@ -251,11 +294,21 @@ impl NbdClient {
         Err(NbdError::Bounds { command, offset, length, size, limit })
     }
 
-    async fn cut(&self, name: &'static str, command: u16, flags: u16, offset: u64, length: u64) -> Result<(), NbdError> {
+    async fn cut(
+        &self,
+        name: &'static str,
+        command: u16,
+        flags: u16,
+        offset: u64,
+        length: u64,
+    ) -> Result<(), NbdError> {
         self.check_bounds(name, offset, length, u64::MAX)?;
         let (mut at, end) = (offset, offset + length);
         while at < end {
-            #[expect(clippy::cast_possible_truncation, reason = "at most the size of a request, a u32")]
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "at most the size of a request, a u32"
+            )]
             let step = (end - at).min(u64::from(self.max_request())) as u32;
             self.request(name, command, flags, (at, step), Kind::Plain, Bytes::new()).await?;
             at += u64::from(step);
@@ -274,19 +327,31 @@ impl NbdClient {
     ) -> Result<Outcome, NbdError> {
         let inner = &self.inner;
         let exchange = async {
-            // A slot is free again when the caller gives up, though the server may still be busy with it: the reader
-            // copes with late replies, and the server's own limit holds.
-            let _slot = inner.slots.acquire().await.map_err(|_| NbdError::Closed("shut down".into()))?;
+            // A slot is free again when the caller gives up, though the server may still be busy
+            // with it: the reader copes with late replies, and the server's own limit holds.
+            let _slot =
+                inner.slots.acquire().await.map_err(|_| NbdError::Closed("shut down".into()))?;
             let cookie = inner.cookies.fetch_add(1, Ordering::Relaxed);
             let (sender, receiver) = oneshot::channel();
-            let pending = Pending { command: name, offset, length: u64::from(length), kind, error: None, sender };
+            let pending = Pending {
+                command: name,
+                offset,
+                length: u64::from(length),
+                kind,
+                error: None,
+                sender,
+            };
             match &mut *lock(&inner.state) {
                 State::Ended(why) => return Err(why.clone()),
                 State::Open(requests) => requests.insert(cookie, pending),
             };
             let _forget = Forget { state: &inner.state, cookie };
             let frame = (request(flags, command, cookie, offset, length), payload);
-            inner.frames.send(frame).await.map_err(|_| NbdError::Closed("the writer ended".into()))?;
+            inner
+                .frames
+                .send(frame)
+                .await
+                .map_err(|_| NbdError::Closed("the writer ended".into()))?;
             receiver.await.unwrap_or_else(|_| Err(NbdError::Closed("the reader ended".into())))
         };
         match tokio::time::timeout(REQUEST_TIMEOUT, exchange).await {
@@ -333,7 +398,11 @@ fn append_states(
     Ok(())
 }
 
-async fn write_frames(mut socket: OwnedWriteHalf, mut queue: mpsc::Receiver<Frame>, state: SharedState) {
+async fn write_frames(
+    mut socket: OwnedWriteHalf,
+    mut queue: mpsc::Receiver<Frame>,
+    state: SharedState,
+) {
     while let Some((header, payload)) = queue.recv().await {
         let written = async {
             socket.write_all(&header).await?;
@@ -360,7 +429,10 @@ fn take(state: &SharedState, cookie: u64) -> Option<Pending> {
     }
 }
 
-async fn read_reply(reader: &mut BufReader<OwnedReadHalf>, state: &SharedState) -> Result<(), NbdError> {
+async fn read_reply(
+    reader: &mut BufReader<OwnedReadHalf>,
+    state: &SharedState,
+) -> Result<(), NbdError> {
     match reader.read_u32().await.map_err(io_error)? {
         SIMPLE_REPLY_MAGIC => {
             let errno = reader.read_u32().await.map_err(io_error)?;
@@ -376,11 +448,16 @@ async fn read_reply(reader: &mut BufReader<OwnedReadHalf>, state: &SharedState) 
     }
 }
 
-async fn read_chunk(reader: &mut BufReader<OwnedReadHalf>, state: &SharedState) -> Result<(), NbdError> {
+async fn read_chunk(
+    reader: &mut BufReader<OwnedReadHalf>,
+    state: &SharedState,
+) -> Result<(), NbdError> {
     let mut header = [0; 16];
     reader.read_exact(&mut header).await.map_err(io_error)?;
     let mut fields = Fields(&header);
-    let (Some(flags), Some(kind), Some(cookie), Some(length)) = (fields.u16(), fields.u16(), fields.u64(), fields.u32()) else {
+    let (Some(flags), Some(kind), Some(cookie), Some(length)) =
+        (fields.u16(), fields.u16(), fields.u64(), fields.u32())
+    else {
         return Err(NbdError::Protocol("a short chunk header".into()));
     };
     // While its chunk is read the request is ours alone, so nothing is locked across a wait.

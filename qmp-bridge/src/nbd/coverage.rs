@@ -1,4 +1,5 @@
-//! Which bytes of a read have arrived: chunks may come in any order, but must cover it exactly once.
+//! Which bytes of a read have arrived: chunks may come in any order, but must cover it exactly
+//! once.
 
 use std::ops::Range;
 
@@ -12,11 +13,14 @@ pub(super) struct Coverage {
 const MAX_RANGES: usize = 4096;
 
 impl Coverage {
-    /// Adds a non-empty range; false if part of it was there already, or if there are too many gaps.
+    /// Adds a non-empty range; false if part of it was there already, or if there are too many
+    /// gaps.
     pub(super) fn add(&mut self, new: Range<usize>) -> bool {
         let at = self.ranges.partition_point(|range| range.end < new.start);
         let touching = self.ranges[at..].iter().take_while(|range| range.start <= new.end).count();
-        let overlaps = self.ranges[at..at + touching].iter().any(|range| range.start < new.end && new.start < range.end);
+        let overlaps = self.ranges[at..at + touching]
+            .iter()
+            .any(|range| range.start < new.end && new.start < range.end);
         if overlaps || new.is_empty() || (touching == 0 && self.ranges.len() >= MAX_RANGES) {
             return false;
         }

@@ -36,7 +36,8 @@ impl ContextExtents {
 
     /// Gives everything from `start` on these flags.
     pub fn set_from(&mut self, start: u64, flags: u32) {
-        let (first, end) = (self.extents.first().map_or(start, |first| first.start), self.end(start));
+        let (first, end) =
+            (self.extents.first().map_or(start, |first| first.start), self.end(start));
         if end > start {
             self.truncate(start);
             self.push(Extent { start: start.max(first), end, flags });
@@ -60,12 +61,18 @@ mod test {
     fn extents_get_flags_from_an_offset_on() {
         let extent = |start, end, flags| Extent { start, end, flags };
         let with = |start| {
-            let mut context = ContextExtents { context: String::new(), extents: vec![extent(10, 20, 0), extent(20, 30, 1)] };
+            let mut context = ContextExtents {
+                context: String::new(),
+                extents: vec![extent(10, 20, 0), extent(20, 30, 1)],
+            };
             context.set_from(start, 1);
             context.extents
         };
         assert_eq!(with(15), [extent(10, 15, 0), extent(15, 30, 1)]);
         assert_eq!(with(25), [extent(10, 20, 0), extent(20, 30, 1)]);
-        assert_eq!((with(0), with(30)), (vec![extent(10, 30, 1)], vec![extent(10, 20, 0), extent(20, 30, 1)]));
+        assert_eq!(
+            (with(0), with(30)),
+            (vec![extent(10, 30, 1)], vec![extent(10, 20, 0), extent(20, 30, 1)])
+        );
     }
 }

@@ -19,7 +19,11 @@ pub(super) struct ExportInfo {
 /// Most replies to one option; each asked context and each info is one.
 const MAX_REPLIES: usize = 64;
 
-pub(super) async fn negotiate<S>(stream: &mut S, export: &str, contexts: &[&str]) -> Result<ExportInfo, NbdError>
+pub(super) async fn negotiate<S>(
+    stream: &mut S,
+    export: &str,
+    contexts: &[&str],
+) -> Result<ExportInfo, NbdError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -34,7 +38,9 @@ where
 }
 
 /// A client that only wanted to know who is there leaves in order, or QEMU complains on its output.
-pub(super) async fn leave<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<(), NbdError> {
+pub(super) async fn leave<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+) -> Result<(), NbdError> {
     greet(stream).await?;
     option(stream, OPT_ABORT, &[]).await?;
     read_replies(stream, OPT_ABORT, "to leave").await.map(drop)
@@ -44,7 +50,10 @@ fn check_name(what: &str, name: &str) -> Result<(), NbdError> {
     if name.len() <= MAX_STRING as usize {
         return Ok(());
     }
-    Err(NbdError::Refused { what: what.into(), why: format!("it is longer than {MAX_STRING} bytes") })
+    Err(NbdError::Refused {
+        what: what.into(),
+        why: format!("it is longer than {MAX_STRING} bytes"),
+    })
 }
 
 fn closed(error: std::io::Error) -> NbdError {
@@ -52,7 +61,9 @@ fn closed(error: std::io::Error) -> NbdError {
 }
 
 async fn greet<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<(), NbdError> {
-    if stream.read_u64().await.map_err(closed)? != MAGIC || stream.read_u64().await.map_err(closed)? != OPTION_MAGIC {
+    if stream.read_u64().await.map_err(closed)? != MAGIC
+        || stream.read_u64().await.map_err(closed)? != OPTION_MAGIC
+    {
         return Err(NbdError::Protocol("its greeting is not that of a newstyle NBD server".into()));
     }
     let flags = stream.read_u16().await.map_err(closed)?;
@@ -63,7 +74,11 @@ async fn greet<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<(), 
     stream.write_u32(u32::from(answer)).await.map_err(closed)
 }
 
-async fn option<S: AsyncWrite + Unpin>(stream: &mut S, option: u32, data: &[u8]) -> Result<(), NbdError> {
+async fn option<S: AsyncWrite + Unpin>(
+    stream: &mut S,
+    option: u32,
+    data: &[u8],
+) -> Result<(), NbdError> {
     let mut message = OPTION_MAGIC.to_be_bytes().to_vec();
     message.extend(option.to_be_bytes());
     push_length(&mut message, data.len());
@@ -72,7 +87,11 @@ async fn option<S: AsyncWrite + Unpin>(stream: &mut S, option: u32, data: &[u8])
 }
 
 /// Reads replies until the acknowledgement; returns the others.
-async fn read_replies<S: AsyncRead + Unpin>(stream: &mut S, option: u32, what: &str) -> Result<Vec<(u32, Vec<u8>)>, NbdError> {
+async fn read_replies<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    option: u32,
+    what: &str,
+) -> Result<Vec<(u32, Vec<u8>)>, NbdError> {
     let mut replies = Vec::new();
     while replies.len() < MAX_REPLIES {
         let (kind, data) = read_reply(stream, option).await?;
@@ -81,7 +100,11 @@ async fn read_replies<S: AsyncRead + Unpin>(stream: &mut S, option: u32, what: &
         }
         if kind & REP_ERROR != 0 {
             let text = String::from_utf8_lossy(&data);
-            let why = if text.is_empty() { format!("error {}", kind & !REP_ERROR) } else { text.into_owned() };
+            let why = if text.is_empty() {
+                format!("error {}", kind & !REP_ERROR)
+            } else {
+                text.into_owned()
+            };
             return Err(NbdError::Refused { what: what.into(), why });
         }
         replies.push((kind, data));
@@ -89,7 +112,10 @@ async fn read_replies<S: AsyncRead + Unpin>(stream: &mut S, option: u32, what: &
     Err(NbdError::Protocol(format!("more than {MAX_REPLIES} replies to one option")))
 }
 
-async fn read_reply<S: AsyncRead + Unpin>(stream: &mut S, option: u32) -> Result<(u32, Vec<u8>), NbdError> {
+async fn read_reply<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    option: u32,
+) -> Result<(u32, Vec<u8>), NbdError> {
     let mut header = [0; 20];
     stream.read_exact(&mut header).await.map_err(closed)?;
     let mut fields = Fields(&header);
@@ -99,7 +125,9 @@ async fn read_reply<S: AsyncRead + Unpin>(stream: &mut S, option: u32) -> Result
     }
     let length = length.filter(|length| *length <= MAX_OPTION_REPLY);
     let (Some(kind), Some(length)) = (kind, length) else {
-        return Err(NbdError::Protocol(format!("a reply to option {option} is longer than {MAX_OPTION_REPLY} bytes")));
+        return Err(NbdError::Protocol(format!(
+            "a reply to option {option} is longer than {MAX_OPTION_REPLY} bytes"
+        )));
     };
     let mut data = vec![0; length as usize];
     stream.read_exact(&mut data).await.map_err(closed)?;
@@ -131,10 +159,13 @@ async fn set_contexts<S: AsyncRead + AsyncWrite + Unpin>(
     option(stream, OPT_SET_META_CONTEXT, &data).await?;
     let what = format!("meta contexts of export `{export}`");
     let replies = read_replies(stream, OPT_SET_META_CONTEXT, &what).await?;
-    let given: Vec<(u32, String)> = replies.iter().filter_map(|(kind, data)| parse_context(*kind, data)).collect();
+    let given: Vec<(u32, String)> =
+        replies.iter().filter_map(|(kind, data)| parse_context(*kind, data)).collect();
     let find = |name: &&str| {
         let found = given.iter().find(|(_, given)| given == name);
-        found.cloned().ok_or_else(|| NbdError::NoContext { export: export.into(), context: (*name).into() })
+        found
+            .cloned()
+            .ok_or_else(|| NbdError::NoContext { export: export.into(), context: (*name).into() })
     };
     wanted.iter().map(find).collect()
 }
@@ -146,7 +177,10 @@ fn parse_context(kind: u32, data: &[u8]) -> Option<(u32, String)> {
     (kind == REP_META_CONTEXT).then_some((id, name))
 }
 
-async fn go<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, export: &str) -> Result<ExportInfo, NbdError> {
+async fn go<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    export: &str,
+) -> Result<ExportInfo, NbdError> {
     let mut data = Vec::new();
     push_string(&mut data, export);
     data.extend(1u16.to_be_bytes());
@@ -156,9 +190,14 @@ async fn go<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, export: &str) -> 
     let mut info = ExportInfo { max_request: MAX_REQUEST, ..ExportInfo::default() };
     let mut described = false;
     for (_, data) in replies.iter().filter(|(kind, _)| *kind == REP_INFO) {
-        described |= apply_info(&mut info, data).ok_or_else(|| NbdError::Protocol("an export info is too short".into()))?;
+        described |= apply_info(&mut info, data)
+            .ok_or_else(|| NbdError::Protocol("an export info is too short".into()))?;
     }
-    if described { Ok(info) } else { Err(NbdError::Protocol("the export's size is missing".into())) }
+    if described {
+        Ok(info)
+    } else {
+        Err(NbdError::Protocol("the export's size is missing".into()))
+    }
 }
 
 /// Whether this was the part with the size.

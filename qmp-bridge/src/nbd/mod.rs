@@ -1,7 +1,9 @@
-//! An NBD client for QEMU's exports: fixed newstyle, structured replies, meta contexts, several requests in flight.
+//! An NBD client for QEMU's exports: fixed newstyle, structured replies, meta contexts, several
+//! requests in flight.
 //!
-//! It is how disk content travels both ways: captures are read from an export of the instant, restores are written
-//! through one. Over a unix socket, without TLS. Everything the peer sends is bounded before it is believed.
+//! It is how disk content travels both ways: captures are read from an export of the instant,
+//! restores are written through one. Over a unix socket, without TLS. Everything the peer sends is
+//! bounded before it is believed.
 
 mod chunks;
 mod client;

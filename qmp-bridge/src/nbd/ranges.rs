@@ -12,7 +12,8 @@ pub enum Content {
     Zero,
 }
 
-/// A run of a disk that belongs to the capture; both ends are multiples of the alignment or the disk's end.
+/// A run of a disk that belongs to the capture; both ends are multiples of the alignment or the
+/// disk's end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ContentRange {
     /// The first byte.
@@ -23,15 +24,23 @@ pub struct ContentRange {
     pub content: Content,
 }
 
-/// In an export of a fleecing overlay: 1 is the overlay, 2 the disk. More is a layer, stored on its own.
+/// In an export of a fleecing overlay: 1 is the overlay, 2 the disk. More is a layer, stored on its
+/// own.
 const OWN_DEPTHS: std::ops::RangeInclusive<u32> = 1..=2;
 
-/// Combines the two contexts of a capture over a window: `allocation` (`base:allocation`) tells zeroes, `changes`
-/// tells what belongs to the capture: dirty blocks, or, for a full one (its context is the allocation depth), blocks
-/// of the disk itself. A piece that is not whole counts as data. `window_start` must be aligned, `disk_bytes` ends the last piece.
-pub fn content_ranges(allocation: &ContextExtents, changes: &ContextExtents, alignment: u64, disk_bytes: u64) -> Vec<ContentRange> {
+/// Combines the two contexts of a capture over a window: `allocation` (`base:allocation`) tells
+/// zeroes, `changes` tells what belongs to the capture: dirty blocks, or, for a full one (its
+/// context is the allocation depth), blocks of the disk itself. A piece that is not whole counts as
+/// data. `window_start` must be aligned, `disk_bytes` ends the last piece.
+pub fn content_ranges(
+    allocation: &ContextExtents,
+    changes: &ContextExtents,
+    alignment: u64,
+    disk_bytes: u64,
+) -> Vec<ContentRange> {
     let by_depth = changes.context == super::context::ALLOCATION_DEPTH;
-    let belongs = |flags: u32| if by_depth { OWN_DEPTHS.contains(&flags) } else { flags & STATE_DIRTY != 0 };
+    let belongs =
+        |flags: u32| if by_depth { OWN_DEPTHS.contains(&flags) } else { flags & STATE_DIRTY != 0 };
     let mut output = Output { alignment, disk_bytes, ranges: Vec::new() };
     let mut pending: Option<ContentRange> = None;
     for (start, end, change, state) in overlay(&changes.extents, &allocation.extents) {
@@ -51,7 +60,10 @@ pub fn content_ranges(allocation: &ContextExtents, changes: &ContextExtents, ali
 }
 
 /// Cuts two lists of extents at each other's borders.
-fn overlay<'a>(left: &'a [Extent], right: &'a [Extent]) -> impl Iterator<Item = (u64, u64, u32, u32)> + 'a {
+fn overlay<'a>(
+    left: &'a [Extent],
+    right: &'a [Extent],
+) -> impl Iterator<Item = (u64, u64, u32, u32)> + 'a {
     let (mut l, mut r) = (0, 0);
     std::iter::from_fn(move || {
         loop {
@@ -100,7 +112,9 @@ impl Output {
             return;
         }
         match self.ranges.last_mut() {
-            Some(last) if last.content == content && last.end >= start => last.end = last.end.max(end),
+            Some(last) if last.content == content && last.end >= start => {
+                last.end = last.end.max(end)
+            }
             _ => self.ranges.push(ContentRange { start, end, content }),
         }
     }

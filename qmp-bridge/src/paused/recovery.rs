@@ -1,4 +1,5 @@
-//! What a pause needs beyond its own guard: the marker objects in QEMU, the end of a switch-over, and the guest of a helper that died.
+//! What a pause needs beyond its own guard: the marker objects in QEMU, the end of a switch-over,
+//! and the guest of a helper that died.
 
 use std::time::{Duration, Instant};
 
@@ -12,11 +13,14 @@ use crate::run_state;
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 const CANCEL_LOOK: Duration = Duration::from_millis(1);
 
-/// `cont` if the migration has completed; else it is cancelled, and QEMU lets a guest that ran run again.
+/// `cont` if the migration has completed; else it is cancelled, and QEMU lets a guest that ran run
+/// again.
 pub(super) async fn end_switchover(qmp: &Qmp, ran: bool) -> Result<(), QmpError> {
     if ran {
         match qmp.execute(qapi::qmp::cont {}).await {
-            Err(error) if error.is_refusal() => tracing::debug!(%error, "not completed; cancelling instead"),
+            Err(error) if error.is_refusal() => {
+                tracing::debug!(%error, "not completed; cancelling instead")
+            }
             other => return other.map(drop),
         }
     }
@@ -28,11 +32,12 @@ pub(super) async fn end_switchover(qmp: &Qmp, ran: bool) -> Result<(), QmpError>
     Ok(())
 }
 
-/// Resumes a guest that a migration of a dead helper stopped, or that the helper had stopped for it. Only the caller can know that
-/// the last migration was that
+/// Resumes a guest that a migration of a dead helper stopped, or that the helper had stopped for
+/// it. Only the caller can know that the last migration was that
 /// one and no other, and that it is over or cancelled. Returns whether there was one.
 pub(crate) async fn resume_switched_over(qmp: &Qmp) -> Result<bool, QmpError> {
-    let is_owed = marker_present(qmp, SWITCHOVER_MARKER).await? || marker_present(qmp, MARKER).await?;
+    let is_owed =
+        marker_present(qmp, SWITCHOVER_MARKER).await? || marker_present(qmp, MARKER).await?;
     let stopped = is_owed && in_switchover(qmp).await?;
     if stopped {
         end_switchover(qmp, true).await?;
@@ -40,7 +45,8 @@ pub(crate) async fn resume_switched_over(qmp: &Qmp) -> Result<bool, QmpError> {
     Ok(stopped)
 }
 
-/// Takes back the word of [`super::Paused::announce_switchover`] when the migration is over, unless a guard still needs it.
+/// Takes back the word of [`super::Paused::announce_switchover`] when the migration is over, unless
+/// a guard still needs it.
 pub(crate) async fn withdraw_switchover(qmp: &Qmp) -> Result<(), QmpError> {
     if !marker_present(qmp, SWITCHOVER_MARKER).await? {
         return Ok(());
@@ -57,7 +63,10 @@ pub(super) async fn leave_finish_migrate(qmp: &Qmp) -> Result<(), QmpError> {
     let deadline = Instant::now() + CANCEL_TIMEOUT;
     while run_state::name(qmp).await? == "finish-migrate" {
         if Instant::now() >= deadline {
-            return Err(QmpError::Timeout { command: "migrate_cancel".into(), after: CANCEL_TIMEOUT });
+            return Err(QmpError::Timeout {
+                command: "migrate_cancel".into(),
+                after: CANCEL_TIMEOUT,
+            });
         }
         tokio::time::sleep(CANCEL_LOOK).await;
     }
@@ -68,8 +77,9 @@ async fn in_switchover(qmp: &Qmp) -> Result<bool, QmpError> {
     Ok(matches!(run_state::name(qmp).await?.as_str(), "finish-migrate" | "postmigrate"))
 }
 
-/// Resumes a guest that an earlier helper stopped and did not live to resume, also when it was reset since. Returns whether it did.
-/// If QEMU refuses, the marker stays, and the next call tries again.
+/// Resumes a guest that an earlier helper stopped and did not live to resume, also when it was
+/// reset since. Returns whether it did. If QEMU refuses, the marker stays, and the next call tries
+/// again.
 ///
 /// # Errors
 /// When QEMU does not answer, or does not resume the guest.
@@ -87,7 +97,12 @@ pub async fn resume_abandoned(qmp: &Qmp) -> Result<bool, QmpError> {
 
 /// Puts an object into QEMU that does nothing but say something to a later helper.
 pub(crate) async fn place_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpError> {
-    let made = qmp.execute_json("object-add", json!({ "qom-type": "throttle-group", "id": qmp.names().name(marker) })).await;
+    let made = qmp
+        .execute_json(
+            "object-add",
+            json!({ "qom-type": "throttle-group", "id": qmp.names().name(marker) }),
+        )
+        .await;
     match made {
         // One is left by a pause whose end was not acknowledged; it says the same.
         Err(error) if error.is_refusal() && marker_present(qmp, marker).await? => {
@@ -106,5 +121,7 @@ pub(crate) async fn remove_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpErro
 pub(crate) async fn marker_present(qmp: &Qmp, marker: &str) -> Result<bool, QmpError> {
     let objects = qmp.execute_json("qom-list", json!({ "path": "/objects" })).await?;
     let id = qmp.names().name(marker);
-    Ok(objects.as_array().is_some_and(|list| list.iter().any(|object| object["name"] == id.as_str())))
+    Ok(objects
+        .as_array()
+        .is_some_and(|list| list.iter().any(|object| object["name"] == id.as_str())))
 }

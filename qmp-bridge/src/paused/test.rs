@@ -1,4 +1,5 @@
-//! The guard against a scripted peer: whatever happens to it, `cont` goes out exactly when it is owed.
+//! The guard against a scripted peer: whatever happens to it, `cont` goes out exactly when it is
+//! owed.
 
 use super::*;
 use crate::qmp::test::{Peer, pair};
@@ -12,7 +13,10 @@ async fn serve(mut peer: Peer, status: &str, refuse_cont: bool) -> Vec<String> {
             status = "paused";
         }
         if name == "cont" && refuse_cont && !seen.contains(&name) {
-            peer.send(&json!({"error": {"class": "GenericError", "desc": "busy"}, "id": id}).to_string()).await;
+            peer.send(
+                &json!({"error": {"class": "GenericError", "desc": "busy"}, "id": id}).to_string(),
+            )
+            .await;
         } else {
             peer.answer(id, json!({ "status": status })).await;
         }
@@ -29,7 +33,18 @@ async fn resume_sends_one_cont_and_nothing_between() {
     assert_eq!(paused.before(), RunState::Running);
     paused.resume().await.expect("cont");
     drop(qmp);
-    assert_eq!(peer.await.expect("peer"), ["query-status", "object-add", "query-status", "stop", "query-status", "cont", "object-del"]);
+    assert_eq!(
+        peer.await.expect("peer"),
+        [
+            "query-status",
+            "object-add",
+            "query-status",
+            "stop",
+            "query-status",
+            "cont",
+            "object-del"
+        ]
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -48,7 +63,10 @@ async fn a_refused_cont_is_sent_again_by_the_drop() {
     let error = Paused::stop(&qmp).await.expect("stop").resume().await;
     assert!(error.is_err());
     drop(qmp);
-    assert_eq!(peer.await.expect("peer")[3..], ["stop", "query-status", "cont", "query-status", "cont", "object-del"]);
+    assert_eq!(
+        peer.await.expect("peer")[3..],
+        ["stop", "query-status", "cont", "query-status", "cont", "object-del"]
+    );
 }
 
 #[tokio::test]
@@ -62,11 +80,16 @@ async fn a_guest_stopped_by_its_owner_stays_stopped() {
     assert_eq!(peer.await.expect("peer"), ["query-status", "query-status"]);
 }
 
-/// A monitor on a thread and a runtime of its own, so that a blocked client cannot stop it. It answers everything.
-fn serve_elsewhere(path: std::path::PathBuf, hold_stop: bool) -> std::thread::JoinHandle<Vec<String>> {
+/// A monitor on a thread and a runtime of its own, so that a blocked client cannot stop it. It
+/// answers everything.
+fn serve_elsewhere(
+    path: std::path::PathBuf,
+    hold_stop: bool,
+) -> std::thread::JoinHandle<Vec<String>> {
     let (bound, wait) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         runtime.block_on(async {
             let listener = tokio::net::UnixListener::bind(&path).expect("bind");
             bound.send(()).expect("bound");
@@ -103,7 +126,8 @@ fn drop_works_and_waits_after_the_runtime_is_gone() {
     let directory = tempfile::tempdir().expect("directory");
     let path = directory.path().join("qmp");
     let peer = serve_elsewhere(path.clone(), false);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
     let paused = runtime.block_on(async {
         let qmp = Qmp::connect(&path, Duration::from_secs(5)).await.expect("connect");
         Paused::stop(&qmp).await.expect("stop")
@@ -116,7 +140,8 @@ fn drop_works_and_waits_after_the_runtime_is_gone() {
     assert_eq!(peer.join().expect("peer")[3..], ["stop", "cont", "object-del"]);
 }
 
-/// Answers everything; `cont` is refused while a switch-over has not completed, until it is cancelled.
+/// Answers everything; `cont` is refused while a switch-over has not completed, until it is
+/// cancelled.
 async fn serve_switchover(mut peer: Peer) -> Vec<String> {
     let mut seen = Vec::new();
     let mut status = "finish-migrate";
@@ -124,7 +149,11 @@ async fn serve_switchover(mut peer: Peer) -> Vec<String> {
         let name = command["execute"].as_str().expect("name").to_owned();
         match name.as_str() {
             "cont" if status == "finish-migrate" => {
-                peer.send(&json!({"error": {"class": "GenericError", "desc": "not finalized"}, "id": id}).to_string()).await;
+                peer.send(
+                    &json!({"error": {"class": "GenericError", "desc": "not finalized"}, "id": id})
+                        .to_string(),
+                )
+                .await;
             }
             "migrate_cancel" => {
                 status = "running";
@@ -144,7 +173,10 @@ async fn a_dropped_switchover_is_cancelled_and_continued() {
     let before = Paused::announce_switchover(&qmp).await.expect("announce");
     drop(Paused::by_switchover(&qmp, before));
     drop(qmp);
-    assert_eq!(peer.await.expect("peer"), ["query-status", "object-add", "migrate_cancel", "cont", "object-del"]);
+    assert_eq!(
+        peer.await.expect("peer"),
+        ["query-status", "object-add", "migrate_cancel", "cont", "object-del"]
+    );
 }
 
 #[tokio::test]
@@ -153,7 +185,10 @@ async fn a_switchover_that_has_not_completed_is_cancelled_to_resume() {
     let peer = tokio::spawn(serve_switchover(peer));
     Paused::by_switchover(&qmp, RunState::Running).resume().await.expect("resume");
     drop(qmp);
-    assert_eq!(peer.await.expect("peer"), ["query-status", "cont", "migrate_cancel", "query-status", "query-status", "object-del"]);
+    assert_eq!(
+        peer.await.expect("peer"),
+        ["query-status", "cont", "migrate_cancel", "query-status", "query-status", "object-del"]
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -166,10 +201,12 @@ async fn a_guest_that_stood_before_the_switchover_is_not_continued() {
     assert_eq!(peer.await.expect("peer")[..2], ["query-status", "migrate_cancel"]);
 }
 
-/// One step of a scripted monitor: what `query-status` says from here on, and an event that comes right after this command's answer.
+/// One step of a scripted monitor: what `query-status` says from here on, and an event that comes
+/// right after this command's answer.
 type Script = &'static [(&'static str, &'static str, &'static [&'static str])];
 
-/// Plays a VM that somebody else changes: `script` has (command, the run state after it, the events after it).
+/// Plays a VM that somebody else changes: `script` has (command, the run state after it, the events
+/// after it).
 async fn play(mut peer: Peer, mut state: &'static str, script: Script) -> Vec<String> {
     let mut seen = Vec::new();
     while let Some((command, id)) = peer.command().await {
@@ -245,7 +282,8 @@ async fn pause_refuses_a_state_without_a_guest() {
     }
 }
 
-/// QEMU hangs in the middle: the guest is let run when its time is over, not when the command is given up.
+/// QEMU hangs in the middle: the guest is let run when its time is over, not when the command is
+/// given up.
 #[tokio::test]
 async fn pause_limit_lets_the_guest_run_while_a_command_hangs() {
     let limit = Duration::from_millis(200);
@@ -259,7 +297,9 @@ async fn pause_limit_lets_the_guest_run_while_a_command_hangs() {
         let begun = Instant::now();
         let work = async {
             let paused = Paused::stop_within(&qmp, limit).await?;
-            let saved = paused.within("the devices' state", qmp.execute_json("xen-save-devices-state", json!({}))).await;
+            let saved = paused
+                .within("the devices' state", qmp.execute_json("xen-save-devices-state", json!({})))
+                .await;
             let resumed = paused.resume().await;
             saved.map(drop).and(resumed.map(drop))
         };

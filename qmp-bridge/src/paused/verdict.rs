@@ -1,14 +1,16 @@
 //! Whose a pause still is when it ends: ours alone, or did somebody else change the VM meanwhile.
 //!
-//! QEMU's main loop runs through a pause, so another monitor's `cont`, `system_reset` or `migrate` takes effect in it. What is of one
-//! instant then is unknown, so the checkpoint fails; and what the owner ordered stays. QEMU tells of a `cont` by an event, of a reset by an
-//! event and a run state, of the rest by a run state. It tells of nothing when `stop` is sent while the guest is stopped already: an
-//! owner's `stop` within our pause cannot be seen, and the guest runs after it.
+//! QEMU's main loop runs through a pause, so another monitor's `cont`, `system_reset` or `migrate`
+//! takes effect in it. What is of one instant then is unknown, so the checkpoint fails; and what
+//! the owner ordered stays. QEMU tells of a `cont` by an event, of a reset by an event and a run
+//! state, of the rest by a run state. It tells of nothing when `stop` is sent while the guest is
+//! stopped already: an owner's `stop` within our pause cannot be seen, and the guest runs after it.
 
 use crate::qmp::QmpEvent;
 
 /// Events that a pause has none of between our `stop` and our `cont`.
-pub(super) const EVENTS: &[&str] = &["STOP", "RESUME", "RESET", "SHUTDOWN", "SUSPEND", "WAKEUP", "GUEST_PANICKED"];
+pub(super) const EVENTS: &[&str] =
+    &["STOP", "RESUME", "RESET", "SHUTDOWN", "SUSPEND", "WAKEUP", "GUEST_PANICKED"];
 
 /// What is to be done at the end of a pause.
 #[derive(Debug, PartialEq, Eq)]
@@ -19,19 +21,28 @@ pub(super) struct Verdict {
     pub(super) disturbance: Option<String>,
 }
 
-/// `ran`: the guest ran before we stopped it. `expected`: the run state that our own work led to. `state`: as it is now, if QEMU said so
-/// in time. `events`: those of [`EVENTS`] that came since the guest was stopped.
-pub(super) fn judge(ran: bool, expected: &str, state: Option<&str>, events: &[QmpEvent]) -> Verdict {
+/// `ran`: the guest ran before we stopped it. `expected`: the run state that our own work led to.
+/// `state`: as it is now, if QEMU said so in time. `events`: those of [`EVENTS`] that came since
+/// the guest was stopped.
+pub(super) fn judge(
+    ran: bool,
+    expected: &str,
+    state: Option<&str>,
+    events: &[QmpEvent],
+) -> Verdict {
     let has = |name: &str| events.iter().any(|event| event.name == name);
     let disturbance = match (events.first(), state) {
         (Some(event), _) => Some(told(&event.name).to_owned()),
         (None, Some(state)) if state != expected => Some(format!("its run state became `{state}`")),
         _ => None,
     };
-    // After a `cont` of somebody else the guest's state, running or stopped again, is what they want.
+    // After a `cont` of somebody else the guest's state, running or stopped again, is what they
+    // want.
     let is_own_state = |state: &str| {
         // A migration of ours that failed may be on its way out.
-        state == expected || matches!(state, "paused" | "prelaunch") || expected == "postmigrate" && state == "finish-migrate"
+        state == expected
+            || matches!(state, "paused" | "prelaunch")
+            || expected == "postmigrate" && state == "finish-migrate"
     };
     let is_ours = !has("RESUME") && state.is_none_or(is_own_state);
     Verdict { owes_cont: ran && is_ours, disturbance }
@@ -40,7 +51,8 @@ pub(super) fn judge(ran: bool, expected: &str, state: Option<&str>, events: &[Qm
 /// After our own `cont`: whether more came than its event.
 pub(super) fn after_cont(events: &[QmpEvent]) -> Option<String> {
     let mut resumed = false;
-    let strange = events.iter().find(|event| event.name != "RESUME" || std::mem::replace(&mut resumed, true));
+    let strange =
+        events.iter().find(|event| event.name != "RESUME" || std::mem::replace(&mut resumed, true));
     strange.map(|event| told(&event.name).to_owned())
 }
 
@@ -61,7 +73,10 @@ mod test {
     use std::time::Instant;
 
     fn events(names: &[&str]) -> Vec<QmpEvent> {
-        names.iter().map(|name| QmpEvent { name: (*name).into(), data: Value::Null, at: Instant::now() }).collect()
+        names
+            .iter()
+            .map(|name| QmpEvent { name: (*name).into(), data: Value::Null, at: Instant::now() })
+            .collect()
     }
 
     #[test]
@@ -84,7 +99,11 @@ mod test {
         ];
         for (ran, state, names, cont, disturbed) in table {
             let verdict = judge(*ran, "paused", *state, &events(names));
-            assert_eq!((verdict.owes_cont, verdict.disturbance.is_some()), (*cont, *disturbed), "{ran} {state:?} {names:?}: {verdict:?}");
+            assert_eq!(
+                (verdict.owes_cont, verdict.disturbance.is_some()),
+                (*cont, *disturbed),
+                "{ran} {state:?} {names:?}: {verdict:?}"
+            );
         }
         assert!(judge(true, "postmigrate", Some("postmigrate"), &[]).owes_cont);
     }

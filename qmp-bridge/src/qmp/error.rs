@@ -9,9 +9,13 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 #[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum QmpError {
-    #[error("cannot connect to the QMP socket {path}: {source}; is QEMU running, with `-qmp unix:{path},server=on,wait=off`?")]
+    #[error(
+        "cannot connect to the QMP socket {path}: {source}; is QEMU running, with `-qmp unix:{path},server=on,wait=off`?"
+    )]
     Connect { path: PathBuf, source: std::io::Error },
-    #[error("the QMP socket {path} accepted but did not greet within {after:?}; another client holds it, give QEMU a second -qmp socket")]
+    #[error(
+        "the QMP socket {path} accepted but did not greet within {after:?}; another client holds it, give QEMU a second -qmp socket"
+    )]
     NoGreeting { path: PathBuf, after: Duration },
     #[error("the socket {path} does not speak QMP: {why}")]
     NotQmp { path: PathBuf, why: String },
@@ -46,7 +50,14 @@ impl QmpError {
 
     /// Whether the same call may work later, after a reconnect if the connection was lost.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Connect { .. } | Self::NoGreeting { .. } | Self::NoMonitor { .. } | Self::Timeout { .. } | Self::Closed { .. })
+        matches!(
+            self,
+            Self::Connect { .. }
+                | Self::NoGreeting { .. }
+                | Self::NoMonitor { .. }
+                | Self::Timeout { .. }
+                | Self::Closed { .. }
+        )
     }
 
     /// Whether this QEMU lacks the command.

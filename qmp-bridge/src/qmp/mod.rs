@@ -1,11 +1,13 @@
 //! A QMP connection: commands in, replies and events out.
 //!
-//! Commands, their arguments and QEMU's error classes come from the `qapi` crate. Its own reader is not used:
-//! it closes the connection at the first event or enum value newer than its schema, and at a reply whose caller
-//! has given up waiting. Here a reply that nobody waits for is dropped, and an unknown event is just an event.
+//! Commands, their arguments and QEMU's error classes come from the `qapi` crate. Its own reader is
+//! not used: it closes the connection at the first event or enum value newer than its schema, and
+//! at a reply whose caller has given up waiting. Here a reply that nobody waits for is dropped, and
+//! an unknown event is just an event.
 //!
-//! A line is written synchronously, by the caller, under a lock: it is at most a few KiB, a dropped future can
-//! never leave half a line behind, and a guard's `drop` can send `cont` without a runtime.
+//! A line is written synchronously, by the caller, under a lock: it is at most a few KiB, a dropped
+//! future can never leave half a line behind, and a guard's `drop` can send `cont` without a
+//! runtime.
 
 mod error;
 mod turn;
@@ -75,10 +77,11 @@ pub struct Qmp {
 }
 
 impl Qmp {
-    /// Connects and negotiates. Within `timeout` it waits for a socket that is not there yet, since QEMU makes it a moment
-    /// after its start; one that has just been made is let alone for 250 ms more, since QEMU may hang on a client that comes too
-    /// early; and one that refuses for 2 s belongs to no QEMU any more. A monitor already in use accepts but never greets: see
-    /// the error.
+    /// Connects and negotiates. Within `timeout` it waits for a socket that is not there yet, since
+    /// QEMU makes it a moment after its start; one that has just been made is let alone for 250 ms
+    /// more, since QEMU may hang on a client that comes too early; and one that refuses for 2 s
+    /// belongs to no QEMU any more. A monitor already in use accepts but never greets: see the
+    /// error.
     ///
     /// # Errors
     /// When nothing listens there, another client has the monitor, or QEMU does not answer within
@@ -87,8 +90,8 @@ impl Qmp {
         Self::negotiate(wire::open(path.as_ref(), timeout).await?, timeout).await
     }
 
-    /// Negotiates on the other end of a socket that QEMU was started with (`-chardev socket,fd=N`). Unlike a listening
-    /// socket it can be spoken to while QEMU starts: nobody has to accept it.
+    /// Negotiates on the other end of a socket that QEMU was started with (`-chardev socket,fd=N`).
+    /// Unlike a listening socket it can be spoken to while QEMU starts: nobody has to accept it.
     ///
     /// # Errors
     /// When the peer does not greet as a monitor within `timeout`.
@@ -113,7 +116,8 @@ impl Qmp {
         Self { timeout, ..self.clone() }
     }
 
-    /// The same connection on behalf of an instance of a VM: what is put into QEMU is named after it.
+    /// The same connection on behalf of an instance of a VM: what is put into QEMU is named after
+    /// it.
     #[must_use]
     pub fn for_instance(&self, instance: &str) -> Self {
         Self { names: Arc::new(ObjectNames::of(instance)), ..self.clone() }
@@ -136,14 +140,17 @@ impl Qmp {
         &self.capture_turn
     }
 
-    /// Runs a command of the `qapi` schema. Prefer [`Self::execute_json`] where replies carry enums that grow.
+    /// Runs a command of the `qapi` schema. Prefer [`Self::execute_json`] where replies carry enums
+    /// that grow.
     ///
     /// # Errors
     /// When QEMU reports an error, does not answer in time, or has closed the connection.
     pub async fn execute<C: qapi::Command>(&self, command: C) -> Result<C::Ok, QmpError> {
-        let arguments = serde_json::to_value(&command).map_err(|source| QmpError::Encode { command: C::NAME.into(), source })?;
+        let arguments = serde_json::to_value(&command)
+            .map_err(|source| QmpError::Encode { command: C::NAME.into(), source })?;
         let reply = self.execute_json(C::NAME, arguments).await?;
-        serde_json::from_value(reply).map_err(|source| QmpError::Reply { command: C::NAME.into(), source })
+        serde_json::from_value(reply)
+            .map_err(|source| QmpError::Reply { command: C::NAME.into(), source })
     }
 
     /// Runs any command; `arguments` is an object or null.
@@ -158,7 +165,11 @@ impl Qmp {
     ///
     /// # Errors
     /// As for [`Self::execute`].
-    pub async fn execute_timed(&self, command: &str, arguments: Value) -> Result<(Value, Instant), QmpError> {
+    pub async fn execute_timed(
+        &self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<(Value, Instant), QmpError> {
         self.run(command, arguments, None).await
     }
 
@@ -166,23 +177,31 @@ impl Qmp {
     ///
     /// # Errors
     /// As for [`Self::execute`].
-    pub async fn execute_with_fd(&self, command: &str, arguments: Value, fd: BorrowedFd<'_>) -> Result<Value, QmpError> {
+    pub async fn execute_with_fd(
+        &self,
+        command: &str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+    ) -> Result<Value, QmpError> {
         Ok(self.run(command, arguments, Some(fd)).await?.0)
     }
 
-    /// Runs an HMP line and returns its text. HMP reports failure as text only, so the caller must look at it.
+    /// Runs an HMP line and returns its text. HMP reports failure as text only, so the caller must
+    /// look at it.
     ///
     /// # Errors
     /// As for [`Self::execute`]; what QEMU prints is not looked at.
     pub async fn hmp(&self, line: &str) -> Result<String, QmpError> {
-        let reply = self.execute_json("human-monitor-command", json!({ "command-line": line })).await?;
+        let reply =
+            self.execute_json("human-monitor-command", json!({ "command-line": line })).await?;
         match reply {
             Value::String(text) => Ok(text),
             other => Err(QmpError::unexpected("human-monitor-command", "a string", &other)),
         }
     }
 
-    /// Sends a command without waiting; its reply is dropped. Needs no runtime, so a `Drop` may call it.
+    /// Sends a command without waiting; its reply is dropped. Needs no runtime, so a `Drop` may
+    /// call it.
     ///
     /// # Errors
     /// When the command cannot be written.
@@ -191,14 +210,20 @@ impl Qmp {
         self.connection.send(command, &encode(command, arguments, id)?, None)
     }
 
-    /// Sends a command and blocks the thread until QEMU answered, but not longer than `timeout`; returns whether QEMU accepted
-    /// the command. For a `Drop` whose
-    /// command must count although the process may end next: QEMU throws commands away that it has read and not yet
-    /// begun when the connection closes (seen: a `cont` followed by a close is lost in most cases).
+    /// Sends a command and blocks the thread until QEMU answered, but not longer than `timeout`;
+    /// returns whether QEMU accepted the command. For a `Drop` whose
+    /// command must count although the process may end next: QEMU throws commands away that it has
+    /// read and not yet begun when the connection closes (seen: a `cont` followed by a close is
+    /// lost in most cases).
     ///
     /// # Errors
     /// When the command cannot be written.
-    pub fn send_and_linger(&self, command: &str, arguments: Value, timeout: Duration) -> Result<bool, QmpError> {
+    pub fn send_and_linger(
+        &self,
+        command: &str,
+        arguments: Value,
+        timeout: Duration,
+    ) -> Result<bool, QmpError> {
         let id = self.connection.next_id();
         let line = encode(command, arguments, id)?;
         let reply = self.connection.expect_reply(command, id)?;
@@ -222,7 +247,12 @@ impl Qmp {
         self.connection.closed().await;
     }
 
-    async fn run(&self, command: &str, arguments: Value, fd: Option<BorrowedFd<'_>>) -> Result<(Value, Instant), QmpError> {
+    async fn run(
+        &self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(Value, Instant), QmpError> {
         let id = self.connection.next_id();
         let line = encode(command, arguments, id)?;
         let reply = self.connection.expect_reply(command, id)?;
@@ -236,8 +266,8 @@ impl Qmp {
     }
 }
 
-/// Waits for a time in which this process can run: while a host is stopped (suspended, or out of memory), QEMU does too, and
-/// all of that counts as one slice.
+/// Waits for a time in which this process can run: while a host is stopped (suspended, or out of
+/// memory), QEMU does too, and all of that counts as one slice.
 async fn within<T>(timeout: Duration, work: impl Future<Output = T>) -> Option<T> {
     const SLICES: u32 = 8;
     let mut work = pin!(work);
@@ -254,7 +284,8 @@ fn encode(command: &str, arguments: Value, id: u64) -> Result<Vec<u8>, QmpError>
     if !arguments.is_null() {
         message["arguments"] = arguments;
     }
-    let mut line = serde_json::to_vec(&message).map_err(|source| QmpError::Encode { command: command.into(), source })?;
+    let mut line = serde_json::to_vec(&message)
+        .map_err(|source| QmpError::Encode { command: command.into(), source })?;
     line.push(b'\n');
     Ok(line)
 }

@@ -56,7 +56,8 @@ pub(crate) async fn pair() -> (Qmp, Peer, tempfile::TempDir) {
     let directory = tempfile::tempdir().expect("directory");
     let path: PathBuf = directory.path().join("qmp");
     let listener = UnixListener::bind(&path).expect("bind");
-    let (qmp, peer) = tokio::join!(Qmp::connect(&path, Duration::from_secs(5)), Peer::accept(&listener));
+    let (qmp, peer) =
+        tokio::join!(Qmp::connect(&path, Duration::from_secs(5)), Peer::accept(&listener));
     (qmp.expect("connect"), peer, directory)
 }
 
@@ -72,7 +73,8 @@ async fn survives_unknown_events_late_replies_and_garbage() {
         peer.send(r#"{"event":"FROM_THE_FUTURE","data":{"a":1},"timestamp":{"seconds":1,"microseconds":2}}"#).await;
         peer.send("not json").await;
         peer.answer(late, json!({})).await;
-        peer.send(&json!({"error":{"class":"BrandNewClass","desc":"no"},"id":second}).to_string()).await;
+        peer.send(&json!({"error":{"class":"BrandNewClass","desc":"no"},"id":second}).to_string())
+            .await;
     };
     let calls = async {
         let first = impatient.execute_json("slow", Value::Null).await;
@@ -80,7 +82,10 @@ async fn survives_unknown_events_late_replies_and_garbage() {
         qmp.execute_json("second", json!({"x": 1})).await
     };
     let (_, second) = tokio::join!(script, calls);
-    assert!(matches!(&second, Err(QmpError::Refused { description, .. }) if description == "no"), "{second:?}");
+    assert!(
+        matches!(&second, Err(QmpError::Refused { description, .. }) if description == "no"),
+        "{second:?}"
+    );
     assert_eq!(events.recv().await.expect("event").name, "FROM_THE_FUTURE");
 }
 
@@ -127,7 +132,11 @@ async fn a_command_that_arrived_garbled_fails_at_once() {
     };
     let (reply, ()) = tokio::join!(qmp.execute_json("blockdev-create", Value::Null), script);
     let error = reply.expect_err("it was lost");
-    assert!(matches!(&error, QmpError::Closed { .. }) && error.to_string().contains("expected separator"), "{error}");
+    assert!(
+        matches!(&error, QmpError::Closed { .. })
+            && error.to_string().contains("expected separator"),
+        "{error}"
+    );
     assert!(error.is_retryable());
     qmp.closed().await;
 }
@@ -146,7 +155,10 @@ async fn a_socket_that_was_just_made_is_let_alone() {
     };
     let (qmp, young) = tokio::join!(Qmp::connect(&path, Duration::from_secs(20)), late);
     qmp.expect("connect");
-    assert!(young >= Duration::from_millis(240), "a client came {young:?} after the socket was made");
+    assert!(
+        young >= Duration::from_millis(240),
+        "a client came {young:?} after the socket was made"
+    );
 }
 
 #[tokio::test]
@@ -156,7 +168,8 @@ async fn an_old_socket_is_connected_to_at_once() {
     let listener = UnixListener::bind(&path).expect("bind");
     tokio::time::sleep(Duration::from_millis(300)).await;
     let begun = Instant::now();
-    let (qmp, _peer) = tokio::join!(Qmp::connect(&path, Duration::from_secs(20)), Peer::accept(&listener));
+    let (qmp, _peer) =
+        tokio::join!(Qmp::connect(&path, Duration::from_secs(20)), Peer::accept(&listener));
     qmp.expect("connect");
     assert!(begun.elapsed() < Duration::from_millis(240), "it took {:?}", begun.elapsed());
 }
@@ -187,7 +200,8 @@ async fn a_socket_that_qemu_was_given_needs_no_listener() {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair");
     theirs.set_nonblocking(true).expect("set");
     let theirs = UnixStream::from_std(theirs).expect("a stream");
-    let (qmp, mut peer) = tokio::join!(Qmp::over(ours, Duration::from_secs(20)), Peer::greet(theirs));
+    let (qmp, mut peer) =
+        tokio::join!(Qmp::over(ours, Duration::from_secs(20)), Peer::greet(theirs));
     let qmp = qmp.expect("negotiated");
     let script = async {
         let (_, id) = peer.command().await.expect("a command");
@@ -225,16 +239,23 @@ async fn a_host_that_stood_still_is_no_slow_qemu() {
     };
     let (_, (reply, none, waited)) = tokio::join!(script, calls);
     assert_eq!(reply.expect("it was answered soon after"), json!("at last"));
-    assert!(matches!(none, Err(QmpError::Timeout { .. })) && waited >= timeout, "{none:?} after {waited:?}");
+    assert!(
+        matches!(none, Err(QmpError::Timeout { .. })) && waited >= timeout,
+        "{none:?} after {waited:?}"
+    );
 }
 
 /// What listens at a monitor's path may be no QEMU and send without end.
 #[tokio::test]
 async fn qmp_line_without_end_ends_the_connection() {
     let (qmp, mut peer, _directory) = pair().await;
-    let endless = tokio::spawn(async move { while peer.write.write_all(&[b'x'; 1 << 20]).await.is_ok() {} });
+    let endless =
+        tokio::spawn(async move { while peer.write.write_all(&[b'x'; 1 << 20]).await.is_ok() {} });
     let failed = qmp.execute_json("query-status", Value::Null).await;
-    assert!(failed.as_ref().is_err_and(|error| !matches!(error, QmpError::Timeout { .. })), "{failed:?}");
+    assert!(
+        failed.as_ref().is_err_and(|error| !matches!(error, QmpError::Timeout { .. })),
+        "{failed:?}"
+    );
     drop(qmp);
     endless.await.expect("it was cut off");
 }

@@ -1,14 +1,16 @@
 //! QEMU's events, kept for a caller that has to know whether one of them came.
 //!
-//! Events and replies of one connection come in order, and the reader notes an event before it hands out the next reply. So when a
-//! command has been answered, every event that QEMU sent before that is here; and the time at which each was read tells which came first.
+//! Events and replies of one connection come in order, and the reader notes an event before it
+//! hands out the next reply. So when a command has been answered, every event that QEMU sent before
+//! that is here; and the time at which each was read tells which came first.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::QmpEvent;
 
-/// Events kept by one watch. What comes after so many adds nothing for a caller that expects none, or one.
+/// Events kept by one watch. What comes after so many adds nothing for a caller that expects none,
+/// or one.
 const MOST_EVENTS: usize = 64;
 
 /// The events of certain names since [`super::Qmp::watch`].

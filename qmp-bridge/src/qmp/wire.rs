@@ -1,4 +1,5 @@
-//! Lines on the QMP socket: a locked synchronous writer and one reader task that hands out replies by id.
+//! Lines on the QMP socket: a locked synchronous writer and one reader task that hands out replies
+//! by id.
 
 use std::collections::HashMap;
 use std::io::IoSlice;
@@ -28,7 +29,8 @@ const MAX_LINE: usize = 32 << 20;
 const MAX_LINES_BEFORE_GREETING: usize = 1024;
 /// Most commands waiting for their reply at once.
 const MAX_PENDING: usize = 1024;
-/// How long QEMU may leave our lines unread with its socket buffer full before the connection counts as dead.
+/// How long QEMU may leave our lines unread with its socket buffer full before the connection
+/// counts as dead.
 const WRITE_TIMEOUT_MS: u16 = 5_000;
 /// Pause between two looks for the reply of a lingering command.
 const LINGER_LOOK: Duration = Duration::from_micros(200);
@@ -36,15 +38,17 @@ const LINGER_LOOK: Duration = Duration::from_micros(200);
 const PEEKED: usize = 64 << 10;
 /// Pause between attempts to reach a socket that is not there yet.
 const CONNECT_RETRY: Duration = Duration::from_millis(5);
-/// A socket that refuses for so long was left by a QEMU that is gone: between bind(2) and listen(2) are microseconds.
+/// A socket that refuses for so long was left by a QEMU that is gone: between bind(2) and listen(2)
+/// are microseconds.
 const DESERTED: Duration = Duration::from_secs(2);
 /// A listening socket younger than this is left alone.
 ///
-/// While QEMU (all versions known) starts, the main thread watches a `server=on,wait=off` socket from the moment it is
-/// bound, and hands it over to the monitor's thread a little later, without a lock. To a client that comes in between one
-/// of these happens, about once in a thousand starts of a host with more to do than processors: both threads accept, and
-/// one waits in accept(2) for ever; both then read the connection, byte by byte, and no command arrives whole; or the
-/// client is greeted twice. The local migration takes less than a millisecond of a free processor.
+/// While QEMU (all versions known) starts, the main thread watches a `server=on,wait=off` socket
+/// from the moment it is bound, and hands it over to the monitor's thread a little later, without a
+/// lock. To a client that comes in between one of these happens, about once in a thousand starts of
+/// a host with more to do than processors: both threads accept, and one waits in accept(2) for
+/// ever; both then read the connection, byte by byte, and no command arrives whole; or the client
+/// is greeted twice. The local migration takes less than a millisecond of a free processor.
 const SETTLING: Duration = Duration::from_millis(250);
 
 /// What QEMU said to a command, and when that was read.
@@ -121,9 +125,14 @@ impl Reply<'_> {
         (&mut self.receiver).await.ok()
     }
 
-    /// Waits without a runtime: either the reader task, on another thread, takes the reply, or it lies unread in
-    /// the socket because this very thread should have run the reader. Returns whether it is an acceptance; none if no reply came.
-    pub(super) fn wait_blocking(mut self, connection: &Connection, timeout: Duration) -> Option<bool> {
+    /// Waits without a runtime: either the reader task, on another thread, takes the reply, or it
+    /// lies unread in the socket because this very thread should have run the reader. Returns
+    /// whether it is an acceptance; none if no reply came.
+    pub(super) fn wait_blocking(
+        mut self,
+        connection: &Connection,
+        timeout: Duration,
+    ) -> Option<bool> {
         let deadline = Instant::now() + timeout;
         loop {
             match self.receiver.try_recv() {
@@ -163,7 +172,11 @@ impl Connection {
 
     pub(super) fn watch(&self, names: &'static [&'static str]) -> EventWatch {
         let seen = Arc::new(Seen::of(names));
-        self.shared.watches.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&seen));
+        self.shared
+            .watches
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Arc::downgrade(&seen));
         EventWatch(seen)
     }
 
@@ -172,14 +185,17 @@ impl Connection {
         let _ = self.shared.ended.subscribe().wait_for(Option::is_some).await;
     }
 
-    /// The reply to `id`, if it lies in the socket, looked at without taking it: whether it is an acceptance.
+    /// The reply to `id`, if it lies in the socket, looked at without taking it: whether it is an
+    /// acceptance.
     fn unread_reply(&self, id: u64) -> Option<bool> {
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let mut unread = vec![0; PEEKED];
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let count = recv(writer.as_raw_fd(), &mut unread, flags).unwrap_or(0);
         let mut lines = unread[..count].split(|byte| *byte == b'\n');
-        let message = lines.find_map(|line| serde_json::from_slice::<Message>(line).ok().filter(|message| message.id == Some(id)))?;
+        let message = lines.find_map(|line| {
+            serde_json::from_slice::<Message>(line).ok().filter(|message| message.id == Some(id))
+        })?;
         Some(message.error.is_none())
     }
 
@@ -202,7 +218,12 @@ impl Connection {
         Ok(Reply { shared: &self.shared, id, receiver })
     }
 
-    pub(super) fn send(&self, command: &str, line: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<(), QmpError> {
+    pub(super) fn send(
+        &self,
+        command: &str,
+        line: &[u8],
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(), QmpError> {
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         write_line(&writer, line, fd).map_err(|errno| {
             let why = format!("writing to the socket: {errno}");
@@ -213,12 +234,22 @@ impl Connection {
     }
 }
 
-fn write_line(socket: &StdStream, mut line: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+fn write_line(
+    socket: &StdStream,
+    mut line: &[u8],
+    fd: Option<BorrowedFd<'_>>,
+) -> Result<(), Errno> {
     let fds = fd.map(|fd| [fd.as_raw_fd()]);
-    let mut ancillary: Vec<ControlMessage<'_>> = fds.iter().map(|fds| ControlMessage::ScmRights(fds.as_slice())).collect();
+    let mut ancillary: Vec<ControlMessage<'_>> =
+        fds.iter().map(|fds| ControlMessage::ScmRights(fds.as_slice())).collect();
     while !line.is_empty() {
-        let sent =
-            sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(line)], &ancillary, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT, None);
+        let sent = sendmsg::<()>(
+            socket.as_raw_fd(),
+            &[IoSlice::new(line)],
+            &ancillary,
+            MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
+            None,
+        );
         match sent {
             Ok(count) => {
                 line = &line[count..];
@@ -283,12 +314,20 @@ async fn begin(stream: UnixStream, deadline: Instant) -> Result<Connection, Begi
     let version = greeting.map_err(|_| Beginning::Silent)?.map_err(Beginning::Foreign)?;
     let shared = Arc::new(Shared::new());
     let reader = tokio::spawn(read_all(lines, shared.clone()));
-    Ok(Connection { writer: Mutex::new(writer.into()), shared, reader, ids: AtomicU64::new(first_id()), version })
+    Ok(Connection {
+        writer: Mutex::new(writer.into()),
+        shared,
+        reader,
+        ids: AtomicU64::new(first_id()),
+        version,
+    })
 }
 
-/// Ids of a connection begin at an unlikely number: a late reply to the client before us must not look like ours.
+/// Ids of a connection begin at an unlikely number: a late reply to the client before us must not
+/// look like ours.
 fn first_id() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let now =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     u64::from(now.subsec_nanos()) << 20
 }
 
@@ -300,7 +339,9 @@ async fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, std
             Err(error) => error,
         };
         let end = match error.kind() {
-            std::io::ErrorKind::ConnectionRefused => *last_hope.get_or_insert(Instant::now() + DESERTED),
+            std::io::ErrorKind::ConnectionRefused => {
+                *last_hope.get_or_insert(Instant::now() + DESERTED)
+            }
             _ => deadline,
         };
         if Instant::now() + CONNECT_RETRY >= end.min(deadline) {
@@ -316,7 +357,10 @@ async fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, std
 ///
 /// # Errors
 /// When nothing accepts the connection by the deadline.
-pub async fn connect_when_ready(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {
+pub async fn connect_when_ready(
+    path: &Path,
+    deadline: Instant,
+) -> Result<UnixStream, std::io::Error> {
     let bound = std::fs::metadata(path)?.modified()?;
     // None when the clock was set back since. It is tried after this one wait in any case.
     let age = bound.elapsed().unwrap_or_default();
@@ -335,7 +379,8 @@ struct Lines {
 impl Lines {
     async fn next(&mut self) -> Result<Vec<u8>, String> {
         loop {
-            if let Some(found) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
+            if let Some(found) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n')
+            {
                 let rest = self.buffer.split_off(self.searched + found + 1);
                 self.searched = 0;
                 return Ok(std::mem::replace(&mut self.buffer, rest));
@@ -371,7 +416,8 @@ struct RefusalBody {
 
 impl From<RefusalBody> for qapi::Error {
     fn from(body: RefusalBody) -> Self {
-        let class = serde_json::from_value(Value::String(body.class)).unwrap_or(qapi::ErrorClass::GenericError);
+        let class = serde_json::from_value(Value::String(body.class))
+            .unwrap_or(qapi::ErrorClass::GenericError);
         Self { class, desc: body.desc, id: None }
     }
 }
@@ -401,10 +447,16 @@ fn dispatch(shared: &Shared, line: &[u8]) -> Result<(), String> {
         }
     };
     if let Some(name) = message.event {
-        shared.tell(QmpEvent { name, data: message.data.unwrap_or(Value::Null), at: Instant::now() });
+        shared.tell(QmpEvent {
+            name,
+            data: message.data.unwrap_or(Value::Null),
+            at: Instant::now(),
+        });
         return Ok(());
     }
-    let Some(id) = message.id else { return message.error.map_or(Ok(()), |body| Err(garbled(&body))) };
+    let Some(id) = message.id else {
+        return message.error.map_or(Ok(()), |body| Err(garbled(&body)));
+    };
     let Some(sender) = shared.waiting().remove(&id) else { return Ok(()) };
     let result = match message.error {
         Some(body) => Err(body.into()),
@@ -415,17 +467,20 @@ fn dispatch(shared: &Shared, line: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// Each of our commands has an id, so a refusal without one is of something that QEMU could not even read: whatever was
-/// sent has been lost, and nobody would ever be told. See [`SETTLING`] for how that comes about.
+/// Each of our commands has an id, so a refusal without one is of something that QEMU could not
+/// even read: whatever was sent has been lost, and nobody would ever be told. See [`SETTLING`] for
+/// how that comes about.
 fn garbled(body: &RefusalBody) -> String {
     format!("QEMU could not read what was sent ({}); a new connection is sound", body.desc)
 }
 
-/// QEMU may send what was left for the client before us, a reply or an event, ahead of the greeting (seen with 7.2).
+/// QEMU may send what was left for the client before us, a reply or an event, ahead of the greeting
+/// (seen with 7.2).
 async fn read_greeting(lines: &mut Lines) -> Result<QemuVersion, String> {
     for _ in 0..MAX_LINES_BEFORE_GREETING {
         let line = lines.next().await?;
-        let message: Value = serde_json::from_slice(&line).map_err(|error| format!("its greeting is not JSON: {error}"))?;
+        let message: Value = serde_json::from_slice(&line)
+            .map_err(|error| format!("its greeting is not JSON: {error}"))?;
         if message.get("QMP").is_some() {
             return parse_greeting(&message);
         }

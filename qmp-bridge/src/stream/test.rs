@@ -1,4 +1,5 @@
-//! The writer's own rules; that QEMU takes the result is shown with real ones in `tests/restore.rs`.
+//! The writer's own rules; that QEMU takes the result is shown with real ones in
+//! `tests/restore.rs`.
 
 use super::*;
 
@@ -21,7 +22,9 @@ fn the_bytes_of_a_small_stream() {
     bytes.extend(writer.finish(&devices()).expect("finish"));
     let mut wanted = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc\x05\x1aconfiguration/capabilities\0\0\0\x01\0\0\0\x01\x0fx-ignore-shared".to_vec();
     wanted.extend(b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\x40\x04");
-    wanted.extend(b"\x06pc.ram\0\0\0\0\0\0\x20\0\0\0\0\0\0\0\0\0\x03rom\0\0\0\0\0\0\x20\0\0\0\0\0\0\0\0\0");
+    wanted.extend(
+        b"\x06pc.ram\0\0\0\0\0\0\x20\0\0\0\0\0\0\0\0\0\x03rom\0\0\0\0\0\0\x20\0\0\0\0\0\0\0\0\0",
+    );
     wanted.extend(b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02\x03\0\0\0\x02");
     wanted.extend(b"\0\0\0\0\0\0\0\x08\x03rom");
     wanted.extend([7; STREAM_PAGE]);
@@ -51,8 +54,14 @@ fn pages_come_all_and_in_order() {
 fn what_the_form_cannot_hold_is_refused() {
     let long = "x".repeat(256);
     assert!(matches!(StreamWriter::new(&long, vec![]), Err(StreamError::Name(_))));
-    assert!(matches!(StreamWriter::new("pc", vec![block("", 0, false)]), Err(StreamError::Name(_))));
-    assert!(matches!(StreamWriter::new("pc", vec![block("a", 5, false)]), Err(StreamError::UnevenBlock { .. })));
+    assert!(matches!(
+        StreamWriter::new("pc", vec![block("", 0, false)]),
+        Err(StreamError::Name(_))
+    ));
+    assert!(matches!(
+        StreamWriter::new("pc", vec![block("a", 5, false)]),
+        Err(StreamError::UnevenBlock { .. })
+    ));
     let huge = 1 << 63;
     let two = vec![block("a", huge, true), block("b", huge, true)];
     assert_eq!(StreamWriter::new("pc", two).err(), Some(StreamError::Overflow));

@@ -1,4 +1,5 @@
-//! The configuration section: the machine type, and the capabilities that change the form of the stream.
+//! The configuration section: the machine type, and the capabilities that change the form of the
+//! stream.
 
 use std::io::Read;
 
@@ -70,7 +71,11 @@ fn subsections<R: Read>(source: &mut Source<R>) -> Result<Vec<String>, StreamRea
         let version = source.u32()?;
         if version != configuration::VERSION {
             let found = format!("`{name}` in version {version}");
-            return Err(StreamReadError::malformed(at, found, format!("version {}", configuration::VERSION)));
+            return Err(StreamReadError::malformed(
+                at,
+                found,
+                format!("version {}", configuration::VERSION),
+            ));
         }
         match name.as_str() {
             configuration::CAPABILITIES => listed = capabilities(source)?,
@@ -78,7 +83,11 @@ fn subsections<R: Read>(source: &mut Source<R>) -> Result<Vec<String>, StreamRea
             configuration::UUID => drop(source.array::<16>()?),
             _ => {
                 let advice = "it is of a newer QEMU, or of a capability to turn off";
-                return Err(StreamReadError::unsupported(at, format!("the configuration `{}`", name.escape_debug()), advice));
+                return Err(StreamReadError::unsupported(
+                    at,
+                    format!("the configuration `{}`", name.escape_debug()),
+                    advice,
+                ));
             }
         }
         seen.push(name);
@@ -91,7 +100,12 @@ fn capabilities<R: Read>(source: &mut Source<R>) -> Result<Vec<String>, StreamRe
     let count = source.u32()?;
     if count > MAX_CAPABILITIES {
         let (found, limit) = (count.into(), MAX_CAPABILITIES.into());
-        return Err(StreamReadError::TooLarge { at, what: "the list of capabilities", found, limit });
+        return Err(StreamReadError::TooLarge {
+            at,
+            what: "the list of capabilities",
+            found,
+            limit,
+        });
     }
     let mut names = Vec::new();
     for _ in 0..count {
@@ -99,7 +113,11 @@ fn capabilities<R: Read>(source: &mut Source<R>) -> Result<Vec<String>, StreamRe
         let name = source.name()?;
         if name != configuration::IGNORE_SHARED {
             let what = format!("the migration capability `{}`", name.escape_debug());
-            return Err(StreamReadError::unsupported(at, what, "turn it off with `migrate-set-capabilities`"));
+            return Err(StreamReadError::unsupported(
+                at,
+                what,
+                "turn it off with `migrate-set-capabilities`",
+            ));
         }
         if names.contains(&name) {
             return Err(StreamReadError::malformed(at, format!("a second `{name}`"), "one"));
@@ -115,5 +133,9 @@ fn page_bits<R: Read>(source: &mut Source<R>) -> Result<(), StreamReadError> {
     if bits == STREAM_PAGE.trailing_zeros() {
         return Ok(());
     }
-    Err(StreamReadError::unsupported(at, format!("a page size of 2^{bits} bytes"), format!("only {STREAM_PAGE} is")))
+    Err(StreamReadError::unsupported(
+        at,
+        format!("a page size of 2^{bits} bytes"),
+        format!("only {STREAM_PAGE} is"),
+    ))
 }

@@ -1,4 +1,5 @@
-//! The description that QEMU puts at the very end: which device sections there are and how long each is.
+//! The description that QEMU puts at the very end: which device sections there are and how long
+//! each is.
 //!
 //! ```text
 //! { "page_size": 4096, "devices": [ { "name": "timer", "instance_id": 0, "fields": [ FIELD.. ], "subsections": [ SUB.. ] } ] }
@@ -77,7 +78,8 @@ impl Sized64 for Subsection<'_> {
     }
 }
 
-/// The length of all items of a list together; the items are not kept, since there may be a million.
+/// The length of all items of a list together; the items are not kept, since there may be a
+/// million.
 struct Length<T> {
     bytes: u64,
     items: std::marker::PhantomData<T>,

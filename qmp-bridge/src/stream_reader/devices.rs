@@ -1,4 +1,5 @@
-//! The device part, all that follows memory: gathered to the end of the stream, then cut by the description behind it.
+//! The device part, all that follows memory: gathered to the end of the stream, then cut by the
+//! description behind it.
 
 use std::ops::Range;
 
@@ -33,7 +34,11 @@ pub struct DeviceSection {
 impl DeviceSection {
     /// As people write it: the name, and the instance where it is not the first.
     pub fn label(&self) -> String {
-        if self.instance == 0 { self.name.clone() } else { format!("{}#{}", self.name, self.instance) }
+        if self.instance == 0 {
+            self.name.clone()
+        } else {
+            format!("{}#{}", self.name, self.instance)
+        }
     }
 
     /// What the device itself wrote, of the section's bytes: without head, whose number depends on
@@ -71,7 +76,8 @@ impl DevicePart {
         let sections = {
             let json = &self.bytes[end + 1 + DESCRIPTION_HEAD..];
             let at = self.offset(end + 1 + DESCRIPTION_HEAD);
-            let description: Description = serde_json::from_slice(json).map_err(|source| StreamReadError::Description { at, source })?;
+            let description: Description = serde_json::from_slice(json)
+                .map_err(|source| StreamReadError::Description { at, source })?;
             if description.page_size != STREAM_PAGE as u64 {
                 let found = format!("a page size of {}", description.page_size);
                 return Err(StreamReadError::malformed(at, found, STREAM_PAGE.to_string()));
@@ -81,13 +87,14 @@ impl DevicePart {
         let description = self.bytes.split_off(end + 1 + DESCRIPTION_HEAD);
         self.bytes.truncate(end + 1);
         let at = self.at;
-        let state = DeviceState::from_bytes(self.bytes)
-            .map_err(|error| StreamReadError::malformed(at, error.to_string(), "at least one device section"))?;
+        let state = DeviceState::from_bytes(self.bytes).map_err(|error| {
+            StreamReadError::malformed(at, error.to_string(), "at least one device section")
+        })?;
         Ok(Cut { state, sections, description })
     }
 
-    /// Where the end mark is before the description. The description is text, which has no byte like a mark in it, so the
-    /// one whose length reaches to the end of the stream is it.
+    /// Where the end mark is before the description. The description is text, which has no byte
+    /// like a mark in it, so the one whose length reaches to the end of the stream is it.
     fn end_mark(&self, limit: u64) -> Result<usize, StreamReadError> {
         let head = 1 + DESCRIPTION_HEAD;
         let bytes = &self.bytes;
@@ -95,10 +102,16 @@ impl DevicePart {
         let fits = |at: &usize| {
             let [end, kind, a, b, c, d] = bytes[*at..*at + head] else { return false };
             let length = u32::from_be_bytes([a, b, c, d]) as usize;
-            (end, kind) == (mark::END_OF_STREAM, mark::DESCRIPTION) && length == bytes.len() - at - head
+            (end, kind) == (mark::END_OF_STREAM, mark::DESCRIPTION)
+                && length == bytes.len() - at - head
         };
         let found = (STREAM_HEADER.len()..=last).rev().find(fits).ok_or_else(|| self.cut_off())?;
-        self.limit("the description", self.offset(found + head), (bytes.len() - found - head) as u64, limit)?;
+        self.limit(
+            "the description",
+            self.offset(found + head),
+            (bytes.len() - found - head) as u64,
+            limit,
+        )?;
         Ok(found)
     }
 
@@ -107,13 +120,19 @@ impl DevicePart {
         let at = self.offset(self.bytes.len());
         let last = self.bytes.len().saturating_sub(FOOTER + 1);
         match self.bytes[last..] {
-            [mark::SECTION_FOOTER, .., mark::END_OF_STREAM] => StreamReadError::NoDescription { at },
+            [mark::SECTION_FOOTER, .., mark::END_OF_STREAM] => {
+                StreamReadError::NoDescription { at }
+            }
             _ => StreamReadError::CutOff { at, inside: "the device part" },
         }
     }
 
     /// Walks over the sections up to `end`.
-    fn sections(&self, devices: &[Device], end: usize) -> Result<Vec<DeviceSection>, StreamReadError> {
+    fn sections(
+        &self,
+        devices: &[Device],
+        end: usize,
+    ) -> Result<Vec<DeviceSection>, StreamReadError> {
         let mut walk = Walk { bytes: &self.bytes[..end], next: STREAM_HEADER.len(), part: self };
         let mut sections = Vec::new();
         for device in devices {
@@ -122,12 +141,23 @@ impl DevicePart {
         if walk.next == end {
             return Ok(sections);
         }
-        let found = format!("{} more bytes after the last described device section", end - walk.next);
+        let found =
+            format!("{} more bytes after the last described device section", end - walk.next);
         Err(StreamReadError::malformed(self.offset(walk.next), found, "the end mark"))
     }
 
-    fn limit(&self, what: &'static str, at: u64, found: u64, limit: u64) -> Result<(), StreamReadError> {
-        if found <= limit { Ok(()) } else { Err(StreamReadError::TooLarge { at, what, found, limit }) }
+    fn limit(
+        &self,
+        what: &'static str,
+        at: u64,
+        found: u64,
+        limit: u64,
+    ) -> Result<(), StreamReadError> {
+        if found <= limit {
+            Ok(())
+        } else {
+            Err(StreamReadError::TooLarge { at, what, found, limit })
+        }
     }
 
     /// From an index of `bytes`, which is not before the end of the header, to one in the stream.
@@ -136,7 +166,8 @@ impl DevicePart {
     }
 }
 
-/// Steps from section to section; running out of bytes means that a size in the description is wrong.
+/// Steps from section to section; running out of bytes means that a size in the description is
+/// wrong.
 struct Walk<'a> {
     bytes: &'a [u8],
     next: usize,
@@ -164,14 +195,25 @@ impl<'a> Walk<'a> {
         let footer = self.next;
         let ([kind], number) = (self.array(device)?, u32::from_be_bytes(self.array(device)?));
         if (kind, number) != (mark::SECTION_FOOTER, id) {
-            return Err(self.wrong(footer, format!("{kind:#04x} and {number} in place of the footer"), device));
+            return Err(self.wrong(
+                footer,
+                format!("{kind:#04x} and {number} in place of the footer"),
+                device,
+            ));
         }
-        Ok(DeviceSection { id, name: device.name.clone().into(), instance, version, bytes: start..self.next })
+        Ok(DeviceSection {
+            id,
+            name: device.name.clone().into(),
+            instance,
+            version,
+            bytes: start..self.next,
+        })
     }
 
     fn take(&mut self, length: usize, device: &Device) -> Result<&'a [u8], StreamReadError> {
         let taken = self.next.checked_add(length).and_then(|end| self.bytes.get(self.next..end));
-        let taken = taken.ok_or_else(|| self.wrong(self.next, format!("fewer than {length} bytes"), device))?;
+        let taken = taken
+            .ok_or_else(|| self.wrong(self.next, format!("fewer than {length} bytes"), device))?;
         self.next += length;
         Ok(taken)
     }

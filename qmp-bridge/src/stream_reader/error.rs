@@ -13,7 +13,9 @@ pub enum StreamReadError {
          `query-migrate` and QEMU's own output say why"
     )]
     CutOff { at: u64, inside: &'static str },
-    #[error("this is no migration stream that is understood: it begins with {found} where {expected} was expected; {advice}")]
+    #[error(
+        "this is no migration stream that is understood: it begins with {found} where {expected} was expected; {advice}"
+    )]
     NotUnderstood { found: String, expected: &'static str, advice: &'static str },
     #[error(
         "the migration stream has {found} at byte {at} where {expected} was expected; it is damaged, or this QEMU writes \
@@ -30,7 +32,9 @@ pub enum StreamReadError {
          `query-migrate` says so)"
     )]
     NoDescription { at: u64 },
-    #[error("the description of the device sections at byte {at} of the migration stream is not understood: {source}")]
+    #[error(
+        "the description of the device sections at byte {at} of the migration stream is not understood: {source}"
+    )]
     Description { at: u64, source: serde_json::Error },
     #[error("this migration stream was given up after an earlier error")]
     GivenUp,
@@ -42,7 +46,11 @@ impl StreamReadError {
         matches!(self, Self::CutOff { .. } | Self::Io { .. })
     }
 
-    pub(crate) fn malformed(at: u64, found: impl Into<String>, expected: impl Into<String>) -> Self {
+    pub(crate) fn malformed(
+        at: u64,
+        found: impl Into<String>,
+        expected: impl Into<String>,
+    ) -> Self {
         Self::Malformed { at, found: found.into(), expected: expected.into() }
     }
 

@@ -1,5 +1,5 @@
-//! Reads the migration stream that QEMU writes: a strict reader, which knows what a plain migration sends and names
-//! everything else.
+//! Reads the migration stream that QEMU writes: a strict reader, which knows what a plain migration
+//! sends and names everything else.
 //!
 //! ```text
 //! "QEVM" 3 | configuration: machine type, subsections (capabilities, page bits, uuid)
@@ -10,25 +10,29 @@
 //!          | device sections FULL .. | end mark | description: 0x06, be32 length, JSON   -> Devices
 //! ```
 //!
-//! All numbers are big-endian. A section is mark, be32 number (START and FULL: name, instance, version too), content, then
-//! the footer 0x7e and the number again. A *record* of memory is be64: offset in the block, with flags in the low 12 bits;
-//! unless the flag CONTINUE says "the same block as before", a name follows; then 4096 bytes (PAGE) or one (ZERO, the byte
-//! that fills the page). CONTINUE reaches over the end of a section. The form is that of `savevm.c` and `ram.c`, seen in
-//! streams of QEMU 7.2 and 10.0; `tests/streams/` has some of them.
+//! All numbers are big-endian. A section is mark, be32 number (START and FULL: name, instance,
+//! version too), content, then the footer 0x7e and the number again. A *record* of memory is be64:
+//! offset in the block, with flags in the low 12 bits; unless the flag CONTINUE says "the same
+//! block as before", a name follows; then 4096 bytes (PAGE) or one (ZERO, the byte that fills the
+//! page). CONTINUE reaches over the end of a section. The form is that of `savevm.c` and `ram.c`,
+//! seen in streams of QEMU 7.2 and 10.0; `tests/streams/` has some of them.
 //!
-//! What the two ways to migrate differ in: **pre-copy** stops the guest at the end, so a page may come several times and the
-//! last one counts. A **background snapshot** stops it at the beginning, when QEMU puts the device sections into a buffer;
-//! each page comes once, with its content at that instant. It has no END section: the first device section says that all
-//! memory is there. Both send every page of every block in the list, with two exceptions that the stream does not tell:
-//! blocks in shared files under `x-ignore-shared`, and pages that the guest gave back (balloon hints) or that are not plugged
-//! in (virtio-mem). A page that did not come is not known to be zero.
+//! What the two ways to migrate differ in: **pre-copy** stops the guest at the end, so a page may
+//! come several times and the last one counts. A **background snapshot** stops it at the beginning,
+//! when QEMU puts the device sections into a buffer; each page comes once, with its content at that
+//! instant. It has no END section: the first device section says that all memory is there. Both
+//! send every page of every block in the list, with two exceptions that the stream does not tell:
+//! blocks in shared files under `x-ignore-shared`, and pages that the guest gave back (balloon
+//! hints) or that are not plugged in (virtio-mem). A page that did not come is not known to be
+//! zero.
 //!
-//! Device sections carry no length. What comes after memory is gathered up to the end of the source and cut by the sizes in
-//! the description behind it; a head or footer that is not where it should be is an error. A device that saves a section
-//! *before* memory (virtio-mem since 8.0) cannot be cut that way, and is refused.
+//! Device sections carry no length. What comes after memory is gathered up to the end of the source
+//! and cut by the sizes in the description behind it; a head or footer that is not where it should
+//! be is an error. A device that saves a section *before* memory (virtio-mem since 8.0) cannot be
+//! cut that way, and is refused.
 //!
-//! Nothing is trusted. Memory used is the buffer, the list of blocks, and the device part, each with a limit
-//! ([`ReaderLimits`]); pages are borrowed from the buffer.
+//! Nothing is trusted. Memory used is the buffer, the list of blocks, and the device part, each
+//! with a limit ([`ReaderLimits`]); pages are borrowed from the buffer.
 
 mod configuration;
 mod description;
@@ -75,7 +79,12 @@ pub struct ReaderLimits {
 
 impl Default for ReaderLimits {
     fn default() -> Self {
-        Self { read_buffer: READ_BUFFER, blocks: MAX_RAM_BLOCKS, devices: MAX_DEVICE_STATE, description: MAX_DESCRIPTION }
+        Self {
+            read_buffer: READ_BUFFER,
+            blocks: MAX_RAM_BLOCKS,
+            devices: MAX_DEVICE_STATE,
+            description: MAX_DESCRIPTION,
+        }
     }
 }
 
@@ -107,11 +116,13 @@ pub enum Item<'a> {
         /// Bytes from the block's beginning.
         offset: u64,
     },
-    /// The end of one pass (a PART section): QEMU has sent what it wanted to send at once, not all that is dirty.
+    /// The end of one pass (a PART section): QEMU has sent what it wanted to send at once, not all
+    /// that is dirty.
     PassEnd,
     /// All memory is here.
     RamEnd,
-    /// All device sections, as `xen-save-devices-state` gives them. [`StreamReader::device_sections`] says which.
+    /// All device sections, as `xen-save-devices-state` gives them.
+    /// [`StreamReader::device_sections`] says which.
     Devices(DeviceState),
 }
 
@@ -173,8 +184,8 @@ impl<R: Read> StreamReader<R> {
         }
     }
 
-    /// The next item; `None` after [`Item::Devices`], which comes when the source has ended. After an error only
-    /// [`StreamReadError::GivenUp`] comes.
+    /// The next item; `None` after [`Item::Devices`], which comes when the source has ended. After
+    /// an error only [`StreamReadError::GivenUp`] comes.
     ///
     /// # Errors
     /// When the stream ends early, is damaged, or has something that no supported QEMU writes.
@@ -197,17 +208,24 @@ impl<R: Read> StreamReader<R> {
         &self.device_sections
     }
 
-    /// The JSON that QEMU put behind [`Item::Devices`], see [`crate::resave::Layout`]; empty before it.
+    /// The JSON that QEMU put behind [`Item::Devices`], see [`crate::resave::Layout`]; empty before
+    /// it.
     pub fn description(&self) -> &[u8] {
         &self.description
     }
 
     fn item(&self, event: Event) -> Item<'_> {
         match event {
-            Event::Configuration(Configuration { machine_type, capabilities }) => Item::Configuration { machine_type, capabilities },
+            Event::Configuration(Configuration { machine_type, capabilities }) => {
+                Item::Configuration { machine_type, capabilities }
+            }
             Event::Blocks => Item::Blocks(self.ram.as_ref().map(Ram::blocks).unwrap_or_default()),
-            Event::Page { block, offset, bytes } => Item::Page { block, offset, bytes: self.source.view(bytes) },
-            Event::Filled { block, offset } => Item::Page { block, offset, bytes: &self.filled[..] },
+            Event::Page { block, offset, bytes } => {
+                Item::Page { block, offset, bytes: self.source.view(bytes) }
+            }
+            Event::Filled { block, offset } => {
+                Item::Page { block, offset, bytes: &self.filled[..] }
+            }
             Event::Zero { block, offset } => Item::Zero { block, offset },
             Event::PassEnd => Item::PassEnd,
             Event::RamEnd => Item::RamEnd,
@@ -259,13 +277,21 @@ impl<R: Read> StreamReader<R> {
             (mark::SECTION_START, Some(_)) => {
                 let head = Head::read(&mut self.source)?;
                 head.must_be_ram(at)?;
-                return Err(StreamReadError::malformed(at, "a second START section of memory", "one"));
+                return Err(StreamReadError::malformed(
+                    at,
+                    "a second START section of memory",
+                    "one",
+                ));
             }
             (mark::SECTION_PART | mark::SECTION_END, Some(ram)) if ram.is_listed() => {
                 let section = self.source.u32()?;
                 if section != ram.section {
                     let expected = format!("section {}, which is memory", ram.section);
-                    return Err(StreamReadError::malformed(at, format!("section {section}"), expected));
+                    return Err(StreamReadError::malformed(
+                        at,
+                        format!("section {section}"),
+                        expected,
+                    ));
                 }
                 ram.had_pass = true;
                 self.records(kind);
@@ -280,9 +306,19 @@ impl<R: Read> StreamReader<R> {
             }
             (_, None) => return Err(section::misplaced(at, kind, "the START section of memory")),
             (_, Some(ram)) if !ram.is_listed() => {
-                return Err(section::misplaced(at, kind, "a list of RAM blocks in the section before"));
+                return Err(section::misplaced(
+                    at,
+                    kind,
+                    "a list of RAM blocks in the section before",
+                ));
             }
-            _ => return Err(section::misplaced(at, kind, "a section of memory or the first device section")),
+            _ => {
+                return Err(section::misplaced(
+                    at,
+                    kind,
+                    "a section of memory or the first device section",
+                ));
+            }
         }
         Ok(None)
     }
@@ -302,10 +338,12 @@ impl<R: Read> StreamReader<R> {
 
     fn early_device(&mut self, at: u64) -> StreamReadError {
         let head = self.source.u8().and_then(|_| Head::read(&mut self.source));
-        let advice = "without a length it cannot be told from the memory behind it; remove the device";
+        let advice =
+            "without a length it cannot be told from the memory behind it; remove the device";
         match head {
             Ok(head) => {
-                let what = format!("the device section `{}` before memory", head.name.escape_debug());
+                let what =
+                    format!("the device section `{}` before memory", head.name.escape_debug());
                 StreamReadError::unsupported(at, what, advice)
             }
             Err(error) => error,
@@ -317,7 +355,11 @@ impl<R: Read> StreamReader<R> {
         let at = self.source.at();
         let event = match ram.record(&mut self.source)? {
             Record::Page { .. } | Record::Filled { .. } if kind == mark::SECTION_START => {
-                return Err(StreamReadError::malformed(at, "a page in the START section of memory", "no page before a PART section"));
+                return Err(StreamReadError::malformed(
+                    at,
+                    "a page in the START section of memory",
+                    "no page before a PART section",
+                ));
             }
             Record::Page { block, offset, bytes } => Event::Page { block, offset, bytes },
             Record::Filled { block, offset, byte: 0 } => Event::Zero { block, offset },

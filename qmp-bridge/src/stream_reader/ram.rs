@@ -26,8 +26,8 @@ pub struct StreamRamBlock {
     pub name: String,
     /// Bytes in use, a multiple of [`STREAM_PAGE`].
     pub used: u64,
-    /// Where it lies in the RAM block around it, if the capability `x-ignore-shared` is on. Blocks in shared files have
-    /// no pages then, and the stream does not say which they are.
+    /// Where it lies in the RAM block around it, if the capability `x-ignore-shared` is on. Blocks
+    /// in shared files have no pages then, and the stream does not say which they are.
     pub address: Option<u64>,
 }
 
@@ -70,7 +70,15 @@ impl Ram {
     /// `addresses`: each block in the list has one. `limit`: most blocks.
     pub(super) fn new(section: u32, addresses: bool, limit: usize) -> Self {
         let limit = limit.min(MAX_RAM_BLOCKS);
-        Self { section, had_pass: false, addresses, limit, blocks: None, by_name: HashMap::new(), current: None }
+        Self {
+            section,
+            had_pass: false,
+            addresses,
+            limit,
+            blocks: None,
+            by_name: HashMap::new(),
+            current: None,
+        }
     }
 
     pub(super) fn blocks(&self) -> &[StreamRamBlock] {
@@ -81,7 +89,10 @@ impl Ram {
         self.blocks.is_some()
     }
 
-    pub(super) fn record<R: Read>(&mut self, source: &mut Source<R>) -> Result<Record, StreamReadError> {
+    pub(super) fn record<R: Read>(
+        &mut self,
+        source: &mut Source<R>,
+    ) -> Result<Record, StreamReadError> {
         let at = source.at();
         let head = source.u64()?;
         let (value, flags) = (head & !ram::FLAGS, head & ram::FLAGS);
@@ -104,13 +115,27 @@ impl Ram {
     }
 
     /// Which page a record is about.
-    fn place<R: Read>(&mut self, source: &mut Source<R>, at: u64, offset: u64, flags: u64) -> Result<(usize, u64), StreamReadError> {
+    fn place<R: Read>(
+        &mut self,
+        source: &mut Source<R>,
+        at: u64,
+        offset: u64,
+        flags: u64,
+    ) -> Result<(usize, u64), StreamReadError> {
         let Some(blocks) = &self.blocks else {
-            return Err(StreamReadError::malformed(at, "a page", "the list of RAM blocks before any page"));
+            return Err(StreamReadError::malformed(
+                at,
+                "a page",
+                "the list of RAM blocks before any page",
+            ));
         };
         let number = if flags & ram::CONTINUE != 0 {
             self.current.ok_or_else(|| {
-                StreamReadError::malformed(at, "a page of the same block as the one before", "the first page, with its block")
+                StreamReadError::malformed(
+                    at,
+                    "a page of the same block as the one before",
+                    "the first page, with its block",
+                )
             })?
         } else {
             let name = source.name()?;
@@ -123,13 +148,23 @@ impl Ram {
         let block = &blocks[number];
         // Both are multiples of a page.
         if offset >= block.used {
-            let found = format!("page {offset:#x} of the RAM block `{}`", block.name.escape_debug());
-            return Err(StreamReadError::malformed(at, found, format!("one below {:#x}, which is its size", block.used)));
+            let found =
+                format!("page {offset:#x} of the RAM block `{}`", block.name.escape_debug());
+            return Err(StreamReadError::malformed(
+                at,
+                found,
+                format!("one below {:#x}, which is its size", block.used),
+            ));
         }
         Ok((number, offset))
     }
 
-    fn list<R: Read>(&mut self, source: &mut Source<R>, at: u64, total: u64) -> Result<(), StreamReadError> {
+    fn list<R: Read>(
+        &mut self,
+        source: &mut Source<R>,
+        at: u64,
+        total: u64,
+    ) -> Result<(), StreamReadError> {
         if self.blocks.is_some() {
             return Err(StreamReadError::malformed(at, "a second list of RAM blocks", "only one"));
         }
@@ -139,20 +174,37 @@ impl Ram {
             let at = source.at();
             if blocks.len() == self.limit {
                 let (found, limit) = (self.limit as u64 + 1, self.limit as u64);
-                return Err(StreamReadError::TooLarge { at, what: "the list of RAM blocks", found, limit });
+                return Err(StreamReadError::TooLarge {
+                    at,
+                    what: "the list of RAM blocks",
+                    found,
+                    limit,
+                });
             }
             let name = source.name()?;
             let used = source.u64()?;
             let address = if self.addresses { Some(source.u64()?) } else { None };
             let sized = || format!("RAM block `{}` of {used:#x} bytes", name.escape_debug());
             if !used.is_multiple_of(PAGE) {
-                return Err(StreamReadError::malformed(at, sized(), format!("a multiple of {PAGE}")));
+                return Err(StreamReadError::malformed(
+                    at,
+                    sized(),
+                    format!("a multiple of {PAGE}"),
+                ));
             }
             left = left.checked_sub(used).ok_or_else(|| {
-                StreamReadError::malformed(at, sized(), format!("at most {left:#x}, what is left of the total of {total:#x}"))
+                StreamReadError::malformed(
+                    at,
+                    sized(),
+                    format!("at most {left:#x}, what is left of the total of {total:#x}"),
+                )
             })?;
             if self.by_name.insert(name.clone(), blocks.len()).is_some() {
-                return Err(StreamReadError::malformed(at, format!("a second {}", sized()), "each block once"));
+                return Err(StreamReadError::malformed(
+                    at,
+                    format!("a second {}", sized()),
+                    "each block once",
+                ));
             }
             blocks.push(StreamRamBlock { name, used, address });
         }
@@ -164,6 +216,10 @@ impl Ram {
 fn unknown_record(at: u64, head: u64) -> StreamReadError {
     match REFUSED_FLAGS.iter().find(|(flag, _, _)| head & flag != 0) {
         Some((_, what, advice)) => StreamReadError::unsupported(at, *what, *advice),
-        None => StreamReadError::malformed(at, format!("the record {head:#x}"), "a page, a list of RAM blocks or the end mark"),
+        None => StreamReadError::malformed(
+            at,
+            format!("the record {head:#x}"),
+            "a page, a list of RAM blocks or the end mark",
+        ),
     }
 }

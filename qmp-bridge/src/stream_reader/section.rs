@@ -1,4 +1,5 @@
-//! Heads and footers of sections, and the commands between them: what a plain migration sends, and no more.
+//! Heads and footers of sections, and the commands between them: what a plain migration sends, and
+//! no more.
 
 use std::io::Read;
 
@@ -6,10 +7,12 @@ use super::error::StreamReadError;
 use super::source::Source;
 use crate::stream_format::{mark, ram};
 
-/// Tells the receiver that the source has stopped its guest; carries nothing. QEMU sends it since 10.0.
+/// Tells the receiver that the source has stopped its guest; carries nothing. QEMU sends it since
+/// 10.0.
 const SWITCHOVER_START: u16 = 11;
 
-/// QEMU's numbers of commands that a plain migration does not send, and the capabilities that make it send them.
+/// QEMU's numbers of commands that a plain migration does not send, and the capabilities that make
+/// it send them.
 const REFUSED_COMMANDS: [(u16, &str, &str); 10] = [
     (1, "OPEN_RETURN_PATH", "`return-path` and `postcopy-ram`"),
     (2, "PING", "`return-path` and `postcopy-ram`"),
@@ -51,11 +54,20 @@ impl Head {
         if self.name != ram::NAME {
             let known = REFUSED_SECTIONS.iter().find(|(name, _)| self.name == *name);
             let advice = known.map_or("remove the device that sends it", |(_, advice)| advice);
-            return Err(StreamReadError::unsupported(at, format!("passes of `{}`", self.name.escape_debug()), advice));
+            return Err(StreamReadError::unsupported(
+                at,
+                format!("passes of `{}`", self.name.escape_debug()),
+                advice,
+            ));
         }
         if (self.instance, self.version) != (ram::INSTANCE, ram::VERSION) {
-            let found = format!("memory of instance {} and version {}", self.instance, self.version);
-            return Err(StreamReadError::malformed(at, found, format!("{} and {}", ram::INSTANCE, ram::VERSION)));
+            let found =
+                format!("memory of instance {} and version {}", self.instance, self.version);
+            return Err(StreamReadError::malformed(
+                at,
+                found,
+                format!("{} and {}", ram::INSTANCE, ram::VERSION),
+            ));
         }
         Ok(())
     }
@@ -69,7 +81,10 @@ pub(super) fn footer<R: Read>(source: &mut Source<R>, id: u32) -> Result<(), Str
         return Ok(());
     }
     let found = format!("{:#04x} and {}", found.0, found.1);
-    let expected = format!("the footer {:#04x} of section {id} (machine types before 2.4 write none)", mark::SECTION_FOOTER);
+    let expected = format!(
+        "the footer {:#04x} of section {id} (machine types before 2.4 write none)",
+        mark::SECTION_FOOTER
+    );
     Err(StreamReadError::malformed(at, found, expected))
 }
 
@@ -78,12 +93,26 @@ pub(super) fn command<R: Read>(source: &mut Source<R>, at: u64) -> Result<(), St
     let (command, length) = (source.u16()?, source.u16()?);
     match (command, length) {
         (SWITCHOVER_START, 0) => Ok(()),
-        (SWITCHOVER_START, _) => Err(StreamReadError::malformed(at, format!("SWITCHOVER_START with {length} bytes"), "one without any")),
+        (SWITCHOVER_START, _) => Err(StreamReadError::malformed(
+            at,
+            format!("SWITCHOVER_START with {length} bytes"),
+            "one without any",
+        )),
         _ => {
             let known = REFUSED_COMMANDS.iter().find(|(number, _, _)| *number == command);
             let (what, advice) = known.map_or_else(
-                || (format!("the command {command}"), "it is of a newer QEMU, or of a capability to turn off".into()),
-                |(_, name, capability)| (format!("the command {name}"), format!("turn off the migration capability {capability}")),
+                || {
+                    (
+                        format!("the command {command}"),
+                        "it is of a newer QEMU, or of a capability to turn off".into(),
+                    )
+                },
+                |(_, name, capability)| {
+                    (
+                        format!("the command {name}"),
+                        format!("turn off the migration capability {capability}"),
+                    )
+                },
             );
             Err(StreamReadError::unsupported(at, what, advice))
         }

@@ -1,4 +1,5 @@
-//! Bytes of the stream, from one buffer that never grows: numbers, names, and pages borrowed where they lie.
+//! Bytes of the stream, from one buffer that never grows: numbers, names, and pages borrowed where
+//! they lie.
 
 use std::io::{ErrorKind, Read};
 use std::ops::Range;
@@ -18,7 +19,13 @@ pub(super) struct Source<R> {
 
 impl<R: Read> Source<R> {
     pub(super) fn new(inner: R, buffer: usize) -> Self {
-        Self { inner, buffer: vec![0; buffer].into(), filled: 0..0, before: 0, inside: "the header" }
+        Self {
+            inner,
+            buffer: vec![0; buffer].into(),
+            filled: 0..0,
+            before: 0,
+            inside: "the header",
+        }
     }
 
     /// Says what is read from here on.
@@ -31,7 +38,8 @@ impl<R: Read> Source<R> {
         self.before + self.filled.start as u64
     }
 
-    /// Takes `length` bytes, at most the buffer's. Where they lie is good for [`Self::view`] until the next taking.
+    /// Takes `length` bytes, at most the buffer's. Where they lie is good for [`Self::view`] until
+    /// the next taking.
     pub(super) fn take(&mut self, length: usize) -> Result<Range<usize>, StreamReadError> {
         self.need(length)?;
         let taken = self.filled.start..self.filled.start + length;
@@ -87,7 +95,12 @@ impl<R: Read> Source<R> {
     }
 
     /// Appends all that is left of the stream, if it is not more than `limit`.
-    pub(super) fn rest(&mut self, into: &mut Vec<u8>, what: &'static str, limit: u64) -> Result<(), StreamReadError> {
+    pub(super) fn rest(
+        &mut self,
+        into: &mut Vec<u8>,
+        what: &'static str,
+        limit: u64,
+    ) -> Result<(), StreamReadError> {
         let at = self.at();
         let mut found = 0;
         loop {
@@ -107,13 +120,17 @@ impl<R: Read> Source<R> {
     fn need(&mut self, length: usize) -> Result<(), StreamReadError> {
         while self.filled.len() < length {
             if !self.read_more()? {
-                return Err(StreamReadError::CutOff { at: self.before + self.filled.end as u64, inside: self.inside });
+                return Err(StreamReadError::CutOff {
+                    at: self.before + self.filled.end as u64,
+                    inside: self.inside,
+                });
             }
         }
         Ok(())
     }
 
-    /// Moves what is left to the front, so that one read can fill all the rest. False at the end of the stream.
+    /// Moves what is left to the front, so that one read can fill all the rest. False at the end of
+    /// the stream.
     fn read_more(&mut self) -> Result<bool, StreamReadError> {
         self.buffer.copy_within(self.filled.clone(), 0);
         self.before += self.filled.start as u64;
@@ -128,7 +145,11 @@ impl<R: Read> Source<R> {
                 // How a socket ends whose other side was closed with something unread.
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(false),
                 Err(source) => {
-                    return Err(StreamReadError::Io { at: self.before + self.filled.end as u64, inside: self.inside, source });
+                    return Err(StreamReadError::Io {
+                        at: self.before + self.filled.end as u64,
+                        inside: self.inside,
+                        source,
+                    });
                 }
             }
         }

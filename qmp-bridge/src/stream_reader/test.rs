@@ -7,7 +7,8 @@ use crate::stream_format::{configuration as names, ram as flags};
 
 const SECTION: u32 = 2;
 const TWO: [(&str, u64); 2] = [("pc.ram", 0x3000), ("rom", 0x1000)];
-const TIMER: &str = r#"{"name":"timer","instance_id":0,"fields":[{"size":4,"array_len":2},{"size":1}]}"#;
+const TIMER: &str =
+    r#"{"name":"timer","instance_id":0,"fields":[{"size":4,"array_len":2},{"size":1}]}"#;
 
 /// A stream in the making.
 #[derive(Clone)]
@@ -30,7 +31,8 @@ impl Stream {
 
     /// The same and all memory.
     fn with_memory() -> Self {
-        let part = Self::listed().section(mark::SECTION_PART).zero(0, Some("pc.ram")).zero(0x1000, None);
+        let part =
+            Self::listed().section(mark::SECTION_PART).zero(0, Some("pc.ram")).zero(0x1000, None);
         part.zero(0x2000, None).zero(0, Some("rom")).end().section(mark::SECTION_END).end()
     }
 
@@ -93,11 +95,20 @@ impl Stream {
     }
 
     fn command(self, number: u16, data: &[u8]) -> Self {
-        self.with([mark::COMMAND]).with(number.to_be_bytes()).with((data.len() as u16).to_be_bytes()).with(data)
+        self.with([mark::COMMAND])
+            .with(number.to_be_bytes())
+            .with((data.len() as u16).to_be_bytes())
+            .with(data)
     }
 
     fn device(self, id: u32, name: &str, instance: u32, data: &[u8]) -> Self {
-        self.with([mark::SECTION_FULL]).u32(id).name(name).u32(instance).u32(1).with(data).footer(id)
+        self.with([mark::SECTION_FULL])
+            .u32(id)
+            .name(name)
+            .u32(instance)
+            .u32(1)
+            .with(data)
+            .footer(id)
     }
 
     fn timer(self) -> Self {
@@ -109,7 +120,9 @@ impl Stream {
     }
 
     fn devices(self, list: &str) -> Self {
-        self.description(&format!(r#"{{"configuration":{{}},"page_size":4096,"devices":[{list}]}}"#))
+        self.description(&format!(
+            r#"{{"configuration":{{}},"page_size":4096,"devices":[{list}]}}"#
+        ))
     }
 
     fn reader(&self) -> StreamReader<Cursor<&[u8]>> {
@@ -158,13 +171,25 @@ fn items(stream: &Stream) -> Vec<String> {
 #[test]
 fn all_items_of_a_pre_copy() {
     let stream = Stream::header().configuration("pc-q35-10.0").subsection(names::PAGE_BITS).u32(12);
-    let stream = stream.subsection(names::CAPABILITIES).u32(1).name("x-ignore-shared").subsection(names::UUID).with([9; 16]);
+    let stream = stream
+        .subsection(names::CAPABILITIES)
+        .u32(1)
+        .name("x-ignore-shared")
+        .subsection(names::UUID)
+        .with([9; 16]);
     let stream = stream.start("ram", 0, 4).u64(0x4000 | flags::MEM_SIZE);
-    let stream = stream.name("pc.ram").u64(0x3000).u64(0x10_0000).name("rom").u64(0x1000).u64(0).end();
-    let stream = stream.section(mark::SECTION_PART).record(0x2000, flags::PAGE, Some("pc.ram")).with([5; STREAM_PAGE]);
+    let stream =
+        stream.name("pc.ram").u64(0x3000).u64(0x10_0000).name("rom").u64(0x1000).u64(0).end();
+    let stream = stream
+        .section(mark::SECTION_PART)
+        .record(0x2000, flags::PAGE, Some("pc.ram"))
+        .with([5; STREAM_PAGE]);
     let stream = stream.record(0x1000, flags::ZERO, None).with([0xff]).zero(0, Some("rom")).end();
     let stream = stream.command(11, &[]).section(mark::SECTION_END).zero(0, None).end();
-    let stream = stream.timer().device(7, "cpu", 1, &[]).devices(&format!(r#"{TIMER},{{"name":"cpu","instance_id":1}}"#));
+    let stream = stream
+        .timer()
+        .device(7, "cpu", 1, &[])
+        .devices(&format!(r#"{TIMER},{{"name":"cpu","instance_id":1}}"#));
     let blocks = r#"[StreamRamBlock { name: "pc.ram", used: 12288, address: Some(1048576) }, StreamRamBlock { name: "rom", used: 4096, address: Some(0) }]"#;
     let wanted = [
         r#"Configuration { machine_type: "pc-q35-10.0", capabilities: ["x-ignore-shared"] }"#,
@@ -185,17 +210,24 @@ fn a_background_snapshot_has_no_end_section() {
     let stream = Stream::listed().section(mark::SECTION_PART).zero(0, Some("rom")).end();
     let stream = stream.section(mark::SECTION_PART).zero(0, None).end().timer().devices(TIMER);
     let items = items(&stream);
-    assert_eq!(items[2..], ["zero 1 0x0", "PassEnd", "zero 1 0x0", "PassEnd", "RamEnd", "devices 42"]);
+    assert_eq!(
+        items[2..],
+        ["zero 1 0x0", "PassEnd", "zero 1 0x0", "PassEnd", "RamEnd", "devices 42"]
+    );
 }
 
 #[test]
 fn device_sections_are_told_and_cut_by_fields_and_subsections() {
-    let content = Stream(vec![1; 6]).subsection("cpu/fpu").with([2; 8]).subsection("cpu/fpu/x").with([3]);
+    let content =
+        Stream(vec![1; 6]).subsection("cpu/fpu").with([2; 8]).subsection("cpu/fpu/x").with([3]);
     let description = r#"{"name":"cpu","instance_id":3,"version":12,
         "fields":[{"name":"a","type":"struct","struct":{"vmsd_name":"x","fields":[{"size":100}]},"size":6}],
         "subsections":[{"vmsd_name":"cpu/fpu","version":1,"fields":[{"size":8}],
             "subsections":[{"vmsd_name":"cpu/fpu/x","version":1,"fields":[{"size":1}]}]}]}"#;
-    let stream = Stream::with_memory().timer().device(5, "cpu", 3, &content.0).devices(&format!("{TIMER},{description}"));
+    let stream = Stream::with_memory()
+        .timer()
+        .device(5, "cpu", 3, &content.0)
+        .devices(&format!("{TIMER},{description}"));
     let mut reader = stream.reader();
     assert!(reader.device_sections().is_empty());
     let mut state = None;
@@ -240,11 +272,22 @@ fn a_broken_source_is_an_error_of_its_own() {
             Err(self.0.into())
         }
     }
-    let error = |kind| StreamReader::new(Broken(kind), ReaderLimits::default()).next().map(drop).expect_err("broken");
+    let error = |kind| {
+        StreamReader::new(Broken(kind), ReaderLimits::default())
+            .next()
+            .map(drop)
+            .expect_err("broken")
+    };
     let timeout = error(std::io::ErrorKind::WouldBlock);
-    assert!(timeout.is_cut_off() && matches!(timeout, StreamReadError::Io { at: 0, .. }), "{timeout}");
+    assert!(
+        timeout.is_cut_off() && matches!(timeout, StreamReadError::Io { at: 0, .. }),
+        "{timeout}"
+    );
     let reset = error(std::io::ErrorKind::ConnectionReset);
-    assert!(reset.is_cut_off() && matches!(reset, StreamReadError::CutOff { at: 0, .. }), "{reset}");
+    assert!(
+        reset.is_cut_off() && matches!(reset, StreamReadError::CutOff { at: 0, .. }),
+        "{reset}"
+    );
     assert!(!Stream::begin().with([9]).error().is_cut_off());
 }
 
@@ -257,35 +300,79 @@ fn beginnings_that_are_not_understood() {
         ("none", Stream::header().start("ram", 0, 4), &["0x01", "before 2.4"]),
         ("long", Stream::header().configuration(&long), &["at byte 9", "256", "limit of 255"]),
         ("empty", Stream::header().configuration(""), &["a name"]),
-        ("binary", Stream::header().with([mark::CONFIGURATION]).u32(2).with([0xff, 0xff]), &["not UTF-8"]),
-        ("many", Stream::begin().subsection(names::CAPABILITIES).u32(65), &["list of capabilities", "limit of 64"]),
-        ("mapped", Stream::begin().subsection(names::CAPABILITIES).u32(1).name("mapped-ram"), &["`mapped-ram`", "turn it off"]),
+        (
+            "binary",
+            Stream::header().with([mark::CONFIGURATION]).u32(2).with([0xff, 0xff]),
+            &["not UTF-8"],
+        ),
+        (
+            "many",
+            Stream::begin().subsection(names::CAPABILITIES).u32(65),
+            &["list of capabilities", "limit of 64"],
+        ),
+        (
+            "mapped",
+            Stream::begin().subsection(names::CAPABILITIES).u32(1).name("mapped-ram"),
+            &["`mapped-ram`", "turn it off"],
+        ),
         ("bits", Stream::begin().subsection(names::PAGE_BITS).u32(14), &["2^14"]),
-        ("unknown", Stream::begin().subsection("configuration/new"), &["`configuration/new`", "not supported"]),
-        ("version of it", Stream::begin().with([mark::SUBSECTION]).name(names::UUID).u32(2), &["version 2", "version 1"]),
+        (
+            "unknown",
+            Stream::begin().subsection("configuration/new"),
+            &["`configuration/new`", "not supported"],
+        ),
+        (
+            "version of it",
+            Stream::begin().with([mark::SUBSECTION]).name(names::UUID).u32(2),
+            &["version 2", "version 1"],
+        ),
         (
             "twice",
-            Stream::begin().subsection(names::PAGE_BITS).u32(12).subsection(names::PAGE_BITS).u32(12),
+            Stream::begin()
+                .subsection(names::PAGE_BITS)
+                .u32(12)
+                .subsection(names::PAGE_BITS)
+                .u32(12),
             &["a second `configuration/target-page-bits`"],
         ),
     ];
     for (what, stream, wanted) in cases {
         assert_error(what, &stream, wanted);
     }
-    let twice = Stream::begin().subsection(names::CAPABILITIES).u32(2).name("x-ignore-shared").name("x-ignore-shared");
+    let twice = Stream::begin()
+        .subsection(names::CAPABILITIES)
+        .u32(2)
+        .name("x-ignore-shared")
+        .name("x-ignore-shared");
     assert_error("capability twice", &twice, &["a second `x-ignore-shared`"]);
 }
 
 #[test]
 fn sections_and_commands_that_are_refused() {
     let cases: [(&str, Stream, &[&str]); 19] = [
-        ("bitmaps", Stream::begin().start("dirty-bitmap", 0, 1), &["`dirty-bitmap`", "`dirty-bitmaps`"]),
-        ("block", Stream::begin().start("block", 0, 1), &["passes of `block`", "capability `block`"]),
-        ("vfio", Stream::begin().start("0000:00:02.0/vfio", 0, 1), &["`0000:00:02.0/vfio`", "remove the device"]),
+        (
+            "bitmaps",
+            Stream::begin().start("dirty-bitmap", 0, 1),
+            &["`dirty-bitmap`", "`dirty-bitmaps`"],
+        ),
+        (
+            "block",
+            Stream::begin().start("block", 0, 1),
+            &["passes of `block`", "capability `block`"],
+        ),
+        (
+            "vfio",
+            Stream::begin().start("0000:00:02.0/vfio", 0, 1),
+            &["`0000:00:02.0/vfio`", "remove the device"],
+        ),
         ("second", Stream::listed().start("ram", 0, 4), &["a second START"]),
         ("instance", Stream::begin().start("ram", 1, 4), &["instance 1"]),
         ("version", Stream::begin().start("ram", 0, 3), &["version 3"]),
-        ("early", Stream::begin().device(1, "virtio-mem-early", 0, &[0; 30]), &["`virtio-mem-early` before memory", "byte 15"]),
+        (
+            "early",
+            Stream::begin().device(1, "virtio-mem-early", 0, &[0; 30]),
+            &["`virtio-mem-early` before memory", "byte 15"],
+        ),
         ("early too", Stream::listed().timer(), &["`timer` before memory"]),
         ("return path", Stream::begin().command(1, &[]), &["OPEN_RETURN_PATH", "`return-path`"]),
         ("ping", Stream::begin().command(2, &[0; 4]), &["PING", "`return-path`"]),
@@ -316,12 +403,24 @@ fn memory_that_does_not_add_up() {
     let part = || Stream::listed().section(mark::SECTION_PART);
     let cases: [(&str, Stream, &[&str]); 18] = [
         ("duplicate", open().list(&[("a", 4096), ("a", 4096)]), &["a second RAM block `a`"]),
-        ("uneven", open().u64(0x1000 | flags::MEM_SIZE).name("a").u64(0x800), &["`a` of 0x800", "multiple of 4096"]),
-        ("more than all", open().u64(0x1000 | flags::MEM_SIZE).name("a").u64(0x2000), &["0x2000", "total of 0x1000"]),
+        (
+            "uneven",
+            open().u64(0x1000 | flags::MEM_SIZE).name("a").u64(0x800),
+            &["`a` of 0x800", "multiple of 4096"],
+        ),
+        (
+            "more than all",
+            open().u64(0x1000 | flags::MEM_SIZE).name("a").u64(0x2000),
+            &["0x2000", "total of 0x1000"],
+        ),
         ("nameless", open().u64(0x1000 | flags::MEM_SIZE).name(""), &["a name"]),
         ("again", Stream::listed().section(mark::SECTION_PART).list(&TWO), &["a second list"]),
         ("no list", open().zero(0, Some("rom")), &["the list of RAM blocks before"]),
-        ("in START", open().list(&TWO).zero(0, Some("rom")), &["a page in the START section", "byte 67"]),
+        (
+            "in START",
+            open().list(&TWO).zero(0, Some("rom")),
+            &["a page in the START section", "byte 67"],
+        ),
         ("no block", part().zero(0, None), &["of the same block"]),
         ("unknown block", part().zero(0, Some("flash")), &["`flash`"]),
         ("outside", part().zero(0x1000, Some("rom")), &["0x1000 of the RAM block `rom`"]),
@@ -349,7 +448,11 @@ fn blocks_are_limited() {
     let mut reader = StreamReader::new(Cursor::new(&stream.0), limits);
     reader.next().expect("configuration");
     assert!(matches!(reader.next(), Err(StreamReadError::TooLarge { found: 2, limit: 1, .. })));
-    assert_eq!(Ram::new(1, false, usize::MAX), Ram::new(1, false, MAX_RAM_BLOCKS), "no limit above the general one");
+    assert_eq!(
+        Ram::new(1, false, usize::MAX),
+        Ram::new(1, false, MAX_RAM_BLOCKS),
+        "no limit above the general one"
+    );
 }
 
 #[test]
@@ -357,25 +460,47 @@ fn device_parts_that_do_not_fit_their_description() {
     let memory = Stream::with_memory();
     let timer = || memory.clone().timer();
     let overflow = r#"{"name":"timer","instance_id":0,"fields":[{"size":18446744073709551615,"array_len":2}]}"#;
-    let sum = r#"{"name":"timer","instance_id":0,"fields":[{"size":18446744073709551615},{"size":1}]}"#;
+    let sum =
+        r#"{"name":"timer","instance_id":0,"fields":[{"size":18446744073709551615},{"size":1}]}"#;
     let huge = r#"{"name":"timer","instance_id":0,"fields":[{"size":18446744073709551615}]}"#;
     let long = TIMER.replace(r#""size":1"#, r#""size":2"#);
     let short = TIMER.replace(r#""size":1"#, r#""size":0"#);
     let cases: [(&str, Stream, &[&str]); 15] = [
         ("name", timer().devices(&TIMER.replace("timer", "cpu")), &["section `timer`", "`cpu`"]),
-        ("instance", timer().devices(&TIMER.replace(":0,", ":1,")), &["of instance 0", "of instance 1"]),
+        (
+            "instance",
+            timer().devices(&TIMER.replace(":0,", ":1,")),
+            &["of instance 0", "of instance 1"],
+        ),
         ("long", timer().devices(&long), &["fewer than 4 bytes", "10 bytes"]),
         ("short", timer().devices(&short), &["footer", "8 bytes"]),
         ("huge", timer().devices(huge), &["fewer than"]),
         ("overflow", timer().devices(overflow), &["overflow"]),
         ("sum", timer().devices(sum), &["overflow"]),
         ("negative", timer().devices(&TIMER.replace(":4", ":-4")), &["not understood"]),
-        ("one more described", timer().devices(&format!("{TIMER},{TIMER}")), &["fewer than 1 bytes"]),
+        (
+            "one more described",
+            timer().devices(&format!("{TIMER},{TIMER}")),
+            &["fewer than 1 bytes"],
+        ),
         ("one less described", timer().timer().devices(TIMER), &["more bytes after the last"]),
         ("no JSON", timer().description("{"), &["not understood"]),
         ("no list", timer().description(r#"{"page_size":4096}"#), &["devices"]),
-        ("page size", timer().description(r#"{"page_size":8192,"devices":[]}"#), &["page size of 8192"]),
-        ("kind", memory.clone().timer().with([mark::SECTION_PART]).u32(0).devices(&format!("{TIMER},{TIMER}")), &["a PART"]),
+        (
+            "page size",
+            timer().description(r#"{"page_size":8192,"devices":[]}"#),
+            &["page size of 8192"],
+        ),
+        (
+            "kind",
+            memory
+                .clone()
+                .timer()
+                .with([mark::SECTION_PART])
+                .u32(0)
+                .devices(&format!("{TIMER},{TIMER}")),
+            &["a PART"],
+        ),
         ("nothing", memory.clone().devices(""), &["the end mark"]),
     ];
     for (what, stream, wanted) in cases {
@@ -398,7 +523,12 @@ fn without_a_description_the_option_is_named() {
 #[test]
 fn the_device_part_is_limited_before_it_is_held() {
     let stream = Stream::with_memory();
-    let limits = ReaderLimits { read_buffer: 0, devices: 1 << 16, description: 1 << 16, ..ReaderLimits::default() };
+    let limits = ReaderLimits {
+        read_buffer: 0,
+        devices: 1 << 16,
+        description: 1 << 16,
+        ..ReaderLimits::default()
+    };
     let endless = stream.0.chain(std::io::repeat(mark::SECTION_FULL)).take(1 << 28);
     let mut reader = StreamReader::new(endless, limits.clone());
     let error = loop {
@@ -423,9 +553,18 @@ fn the_device_part_is_limited_before_it_is_held() {
     };
     let tight = |devices, description| ReaderLimits { devices, description, ..limits.clone() };
     let sound = || memory.clone().timer().devices(TIMER);
-    let description = format!(r#"{{"configuration":{{}},"page_size":4096,"devices":[{TIMER}]}}"#).len() as u64;
+    let description =
+        format!(r#"{{"configuration":{{}},"page_size":4096,"devices":[{TIMER}]}}"#).len() as u64;
     assert_eq!(error(sound(), tight(42, description)), None);
-    assert!(error(sound(), tight(41, description + 1)).is_some_and(|text| text.contains("the device part")));
-    assert!(error(sound(), tight(43, description - 1)).is_some_and(|text| text.contains("the description")));
-    assert!(error(memory.clone().timer().devices(&name(1 << 16)), tight(1 << 17, 1 << 10)).is_some());
+    assert!(
+        error(sound(), tight(41, description + 1))
+            .is_some_and(|text| text.contains("the device part"))
+    );
+    assert!(
+        error(sound(), tight(43, description - 1))
+            .is_some_and(|text| text.contains("the description"))
+    );
+    assert!(
+        error(memory.clone().timer().devices(&name(1 << 16)), tight(1 << 17, 1 << 10)).is_some()
+    );
 }

@@ -1,4 +1,5 @@
-//! A guest of 64 KiB firmware that counts in memory for ever: enough to see whether a restored VM continues.
+//! A guest of 64 KiB firmware that counts in memory for ever: enough to see whether a restored VM
+//! continues.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -17,7 +18,8 @@ const FIRMWARE: usize = 64 << 10;
 /// Where the processor begins, from the end of the firmware.
 const RESET_VECTOR: usize = 16;
 
-/// `xor ax,ax; mov ds,ax; again: inc dword [0x1000]; jmp again`, and a far jump to it at the reset vector.
+/// `xor ax,ax; mov ds,ax; again: inc dword [0x1000]; jmp again`, and a far jump to it at the reset
+/// vector.
 fn firmware() -> Vec<u8> {
     let mut image = vec![0xf4; FIRMWARE];
     let code = [0x31, 0xc0, 0x8e, 0xd8, 0x66, 0xff, 0x06, 0x00, 0x10, 0xeb, 0xf9];
@@ -47,8 +49,13 @@ pub fn counter(memory: &File) -> u32 {
 pub async fn start(qemu: &Path, vm: &str, memory: &File, more: &[&str]) -> TestQemu {
     let directory: TempDir = tempfile::tempdir().expect("directory");
     std::fs::write(directory.path().join("firmware.bin"), firmware()).expect("firmware");
-    File::create(directory.path().join("disk.img")).and_then(|file| file.set_len(1 << 20)).expect("disk");
-    let backend = format!("memory-backend-file,id=pc.ram,size={RAM},share=on,mem-path=/proc/self/fd/{}", memory.as_raw_fd());
+    File::create(directory.path().join("disk.img"))
+        .and_then(|file| file.set_len(1 << 20))
+        .expect("disk");
+    let backend = format!(
+        "memory-backend-file,id=pc.ram,size={RAM},share=on,mem-path=/proc/self/fd/{}",
+        memory.as_raw_fd()
+    );
     let vm = format!("{vm},memory-backend=pc.ram");
     let mut arguments = vec![
         "-accel",

@@ -10,9 +10,11 @@ use std::time::Duration;
 use qmp_bridge::Qmp;
 use tempfile::TempDir;
 
-const DEFAULTS: [&str; 2] = ["/usr/bin/qemu-system-x86_64", "/opt/stillpoint/qemu-10.0/usr/bin/qemu-system-x86_64"];
+const DEFAULTS: [&str; 2] =
+    ["/usr/bin/qemu-system-x86_64", "/opt/stillpoint/qemu-10.0/usr/bin/qemu-system-x86_64"];
 
-/// The QEMUs to test with: STILLPOINT_TEST_QEMUS, colon separated, else the two that scripts/install-deps installs.
+/// The QEMUs to test with: STILLPOINT_TEST_QEMUS, colon separated, else the two that
+/// scripts/install-deps installs.
 pub fn qemus() -> Vec<PathBuf> {
     let listed = std::env::var("STILLPOINT_TEST_QEMUS").ok();
     let names: Vec<PathBuf> = match &listed {
@@ -61,16 +63,21 @@ impl TestQemu {
             .stderr(log)
             .spawn()
             .expect("start QEMU");
-        let connected = Qmp::connect(directory.path().join("qmp.sock"), Duration::from_secs(20)).await;
+        let connected =
+            Qmp::connect(directory.path().join("qmp.sock"), Duration::from_secs(20)).await;
         let log = || std::fs::read_to_string(directory.path().join("qemu.log")).unwrap_or_default();
-        let qmp = connected.unwrap_or_else(|error| panic!("{error}\n{}", log())).for_instance(INSTANCE);
+        let qmp =
+            connected.unwrap_or_else(|error| panic!("{error}\n{}", log())).for_instance(INSTANCE);
         Self { qmp, child, directory }
     }
 
     /// A connection that has nothing to do with the first: the view of another helper.
     pub async fn second(&self) -> Qmp {
         let socket = self.path("second.sock");
-        Qmp::connect(socket, Duration::from_secs(5)).await.expect("second connection").for_instance(INSTANCE)
+        Qmp::connect(socket, Duration::from_secs(5))
+            .await
+            .expect("second connection")
+            .for_instance(INSTANCE)
     }
 
     pub fn pid(&self) -> u32 {
@@ -85,12 +92,14 @@ impl TestQemu {
         std::fs::read_to_string(self.path("qemu.log")).unwrap_or_default()
     }
 
-    /// Writes into a drive as a guest would. Through the drive, not its node: a capture puts a filter between them.
+    /// Writes into a drive as a guest would. Through the drive, not its node: a capture puts a
+    /// filter between them.
     pub async fn write_disk(&self, drive: &str, pattern: u8, offset: u64, length: u64) {
         self.qemu_io(drive, &format!("write -P {pattern:#x} {offset} {length}")).await;
     }
 
-    /// QEMU prints the outcome to its own output; a write that failed shows when the disk is compared.
+    /// QEMU prints the outcome to its own output; a write that failed shows when the disk is
+    /// compared.
     pub async fn qemu_io(&self, drive: &str, command: &str) {
         let text = self.qmp.hmp(&format!("qemu-io {drive} \"{command}\"")).await.expect("hmp");
         assert!(text.trim().is_empty(), "{command}: {text}");
@@ -108,6 +117,7 @@ impl Drop for TestQemu {
 pub fn qemu_img(qemu: &Path, directory: &Path, arguments: &[&str]) {
     let beside = qemu.with_file_name("qemu-img");
     let program = if beside.exists() { beside } else { "qemu-img".into() };
-    let status = Command::new(program).args(arguments).current_dir(directory).stdout(Stdio::null()).status();
+    let status =
+        Command::new(program).args(arguments).current_dir(directory).stdout(Stdio::null()).status();
     assert!(status.expect("run qemu-img").success(), "qemu-img {arguments:?}");
 }

@@ -1,4 +1,5 @@
-//! Migration streams on real QEMUs: whatever happens to them, the guest runs on and QEMU is as it was.
+//! Migration streams on real QEMUs: whatever happens to them, the guest runs on and QEMU is as it
+//! was.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -14,8 +15,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{TestQemu, with_each_qemu};
-use qmp_bridge::capture::{CapturePlaces, CapturePlan, CapturedDisks, DEFAULT_FLEECING_RESERVE, PreparedDisks, cleanup_leftovers};
-use qmp_bridge::migration::{Migration, MigrationError, StreamMode, StreamOptions, WhenTooFast, probe, recover};
+use qmp_bridge::capture::{
+    CapturePlaces, CapturePlan, CapturedDisks, DEFAULT_FLEECING_RESERVE, PreparedDisks,
+    cleanup_leftovers,
+};
+use qmp_bridge::migration::{
+    Migration, MigrationError, StreamMode, StreamOptions, WhenTooFast, probe, recover,
+};
 use qmp_bridge::paused::{PauseError, run_state};
 use qmp_bridge::{Paused, Qmp, disks};
 use serde_json::{Value, json};
@@ -27,15 +33,23 @@ async fn both_modes_leave_everything_as_it_was() {
         let vm = start(&qemu, FEW, &[]).await;
         let before = settings(&vm.qmp).await;
         let support = probe(&vm.qmp).await.expect("probe");
-        assert_eq!((support.pre_copy.is_ok(), support.background_snapshot.is_ok()), (true, snapshots(&vm)), "{support:?}");
+        assert_eq!(
+            (support.pre_copy.is_ok(), support.background_snapshot.is_ok()),
+            (true, snapshots(&vm)),
+            "{support:?}"
+        );
         assert_eq!(support.preferred(), Some(StreamMode::PreCopy));
         assert_eq!(settings(&vm.qmp).await, before, "the probe changed something");
         let mut id = 0;
         for &mode in modes(&vm) {
             for _ in 0..2 {
                 id += 1;
-                let (pause, bytes, mut captured) = stream(&vm, &vm.qmp, mode, &StreamOptions::default(), id).await;
-                assert!(pause < Duration::from_secs(2) && bytes > FEW * PAGE, "{mode}: {pause:?}, {bytes} bytes");
+                let (pause, bytes, mut captured) =
+                    stream(&vm, &vm.qmp, mode, &StreamOptions::default(), id).await;
+                assert!(
+                    pause < Duration::from_secs(2) && bytes > FEW * PAGE,
+                    "{mode}: {pause:?}, {bytes} bytes"
+                );
                 captured.export().await.expect("export");
                 captured.verify().await.expect("verify");
                 captured.acknowledge().await.expect("acknowledge");
@@ -46,7 +60,8 @@ async fn both_modes_leave_everything_as_it_was() {
     .await;
 }
 
-/// The owner's settings, some of which would spoil a stream or exclude its capabilities, come back to the letter.
+/// The owner's settings, some of which would spoil a stream or exclude its capabilities, come back
+/// to the letter.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn settings_of_the_owner_come_back() {
     with_each_qemu(async |qemu| {
@@ -81,8 +96,14 @@ enum Stage {
     SnapshotHeld,
 }
 
-const STAGES: [Stage; 6] =
-    [Stage::Prepared, Stage::Started, Stage::SwitchedOver, Stage::Completed, Stage::SnapshotBegun, Stage::SnapshotHeld];
+const STAGES: [Stage; 6] = [
+    Stage::Prepared,
+    Stage::Started,
+    Stage::SwitchedOver,
+    Stage::Completed,
+    Stage::SnapshotBegun,
+    Stage::SnapshotHeld,
+];
 
 fn stages(vm: &TestQemu) -> &'static [Stage] {
     if snapshots(vm) { &STAGES } else { &STAGES[..4] }
@@ -97,8 +118,11 @@ struct Hands {
 
 async fn get_to(vm_directory: &Path, qmp: &Qmp, stage: Stage) -> Hands {
     let journal = vm_directory.join("migration.json");
-    let mode =
-        if matches!(stage, Stage::SnapshotBegun | Stage::SnapshotHeld) { StreamMode::BackgroundSnapshot } else { StreamMode::PreCopy };
+    let mode = if matches!(stage, Stage::SnapshotBegun | Stage::SnapshotHeld) {
+        StreamMode::BackgroundSnapshot
+    } else {
+        StreamMode::PreCopy
+    };
     let list = disks::list(qmp, Some(vm_directory)).await.expect("disks");
     let plan = CapturePlan {
         tag: common::INSTANCE.parse().expect("tag"),
@@ -110,10 +134,12 @@ async fn get_to(vm_directory: &Path, qmp: &Qmp, stage: Stage) -> Hands {
         streamed: true,
     };
     let disks = PreparedDisks::prepare(qmp, &list.disks, plan).await.expect("prepare disks");
-    let mut migration = Migration::prepare(qmp, mode, &StreamOptions::default(), &journal).await.expect("prepare");
+    let mut migration =
+        Migration::prepare(qmp, mode, &StreamOptions::default(), &journal).await.expect("prepare");
     // A stage in which the stream is under way needs a reader that is not at its end too soon.
     let slow = matches!(stage, Stage::Started | Stage::SnapshotHeld);
-    let (chunk, pause) = if slow { (4096, Duration::from_millis(20)) } else { (1 << 20, Duration::ZERO) };
+    let (chunk, pause) =
+        if slow { (4096, Duration::from_millis(20)) } else { (1 << 20, Duration::ZERO) };
     upload(migration.take_reader().expect("reader"), chunk, pause);
     let mut hands = Hands { _migration: migration, _paused: None, _disks: None };
     let migration = &mut hands._migration;
@@ -163,7 +189,10 @@ async fn dying_helper() {
     let Ok(stage) = std::env::var("STILLPOINT_TEST_STAGE") else { return };
     let stage = STAGES.into_iter().find(|known| format!("{known:?}") == stage).expect("stage");
     let directory = PathBuf::from(std::env::var("STILLPOINT_TEST_DIRECTORY").expect("directory"));
-    let qmp = Qmp::connect(directory.join("second.sock"), Duration::from_secs(5)).await.expect("connect").for_instance(common::INSTANCE);
+    let qmp = Qmp::connect(directory.join("second.sock"), Duration::from_secs(5))
+        .await
+        .expect("connect")
+        .for_instance(common::INSTANCE);
     let _hands = get_to(&directory, &qmp, stage).await;
     nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL).expect("kill");
     unreachable!("killed");
@@ -181,19 +210,32 @@ async fn a_killed_helper_is_recovered_from() {
                 .env("STILLPOINT_TEST_DIRECTORY", vm.directory.path())
                 .output();
             let helper = helper.expect("start the helper");
-            assert!(!helper.status.success() && helper.status.code().is_none(), "{stage:?}: {}", String::from_utf8_lossy(&helper.stderr));
+            assert!(
+                !helper.status.success() && helper.status.code().is_none(),
+                "{stage:?}: {}",
+                String::from_utf8_lossy(&helper.stderr)
+            );
             let stopped = run_state(&vm.qmp).await.expect("state");
             // The next helper, on the same socket as the dead one.
             let next = vm.second().await;
             let recovered = recover(&next, &journal(&vm)).await.expect("recover");
             eprintln!("{stage:?}: found {stopped}, {recovered:?}");
             assert!(recovered.found);
-            assert_eq!(recovered.resumed, !matches!(stopped.as_str(), "running"), "{stage:?}: {stopped}");
+            assert_eq!(
+                recovered.resumed,
+                !matches!(stopped.as_str(), "running"),
+                "{stage:?}: {stopped}"
+            );
             let again = recover(&next, &journal(&vm)).await.expect("again");
             assert!(!again.found && !again.resumed);
             drop(next);
-            let places = CapturePlaces { fleecing_dir: vm.directory.path(), nbd_socket: &vm.path("nbd.sock") };
-            cleanup_leftovers(&vm.qmp, &common::INSTANCE.parse().expect("tag"), places).await.expect("clean up");
+            let places = CapturePlaces {
+                fleecing_dir: vm.directory.path(),
+                nbd_socket: &vm.path("nbd.sock"),
+            };
+            cleanup_leftovers(&vm.qmp, &common::INSTANCE.parse().expect("tag"), places)
+                .await
+                .expect("clean up");
             assert_as_before(&vm, &before, &format!("{stage:?}")).await;
         }
     })
@@ -215,11 +257,18 @@ async fn a_stopped_guest_stays_stopped() {
         let options = StreamOptions::default();
         if keeps_state {
             assert_eq!(support.preferred(), Some(StreamMode::BackgroundSnapshot));
-            let (_, _, captured) = stream(&vm, &vm.qmp, StreamMode::BackgroundSnapshot, &options, 1).await;
+            let (_, _, captured) =
+                stream(&vm, &vm.qmp, StreamMode::BackgroundSnapshot, &options, 1).await;
             captured.acknowledge().await.expect("acknowledge");
             assert_eq!(run_state(&vm.qmp).await.expect("state"), "paused");
         } else {
-            let refused = Migration::prepare(&vm.qmp, StreamMode::BackgroundSnapshot, &options, &journal(&vm)).await;
+            let refused = Migration::prepare(
+                &vm.qmp,
+                StreamMode::BackgroundSnapshot,
+                &options,
+                &journal(&vm),
+            )
+            .await;
             assert!(matches!(&refused, Err(MigrationError::Unsupported { .. })), "{refused:?}");
             assert!(!journal(&vm).exists());
         }
@@ -241,23 +290,39 @@ async fn a_guest_that_has_not_begun_is_taken_by_pre_copy_only() {
     with_each_qemu(async |qemu| {
         let vm = start(&qemu, FEW, &["-S"]).await;
         let support = probe(&vm.qmp).await.expect("probe");
-        assert!(support.background_snapshot.is_err_and(|why| why.contains("prelaunch") || !snapshots(&vm)));
-        let refused = Migration::prepare(&vm.qmp, StreamMode::BackgroundSnapshot, &StreamOptions::default(), &journal(&vm)).await;
+        assert!(
+            support
+                .background_snapshot
+                .is_err_and(|why| why.contains("prelaunch") || !snapshots(&vm))
+        );
+        let refused = Migration::prepare(
+            &vm.qmp,
+            StreamMode::BackgroundSnapshot,
+            &StreamOptions::default(),
+            &journal(&vm),
+        )
+        .await;
         assert!(matches!(&refused, Err(MigrationError::Unsupported { .. })), "{refused:?}");
-        let (_, _, captured) = stream(&vm, &vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
+        let (_, _, captured) =
+            stream(&vm, &vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
         captured.acknowledge().await.expect("acknowledge");
     })
     .await;
 }
 
-/// 8 MiB written over and over, and a reader that takes at most 16 MiB/s: no pause that anybody allowed is enough.
+/// 8 MiB written over and over, and a reader that takes at most 16 MiB/s: no pause that anybody
+/// allowed is enough.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_that_writes_too_fast_is_told_of_or_stopped_longer() {
     with_each_qemu(async |qemu| {
         let vm = start(&qemu, MANY, &[]).await;
         let before = settings(&vm.qmp).await;
-        let options = StreamOptions { max_pause: Duration::from_millis(5), ..StreamOptions::default() };
-        let mut migration = Migration::prepare(&vm.qmp, StreamMode::PreCopy, &options, &journal(&vm)).await.expect("prepare");
+        let options =
+            StreamOptions { max_pause: Duration::from_millis(5), ..StreamOptions::default() };
+        let mut migration =
+            Migration::prepare(&vm.qmp, StreamMode::PreCopy, &options, &journal(&vm))
+                .await
+                .expect("prepare");
         upload(migration.take_reader().expect("reader"), 64 << 10, Duration::from_millis(4));
         migration.start().await.expect("start");
         let error = migration.switchover().await.map(drop).expect_err("too fast");
@@ -268,7 +333,10 @@ async fn a_guest_that_writes_too_fast_is_told_of_or_stopped_longer() {
         assert_as_before(&vm, &before, "too fast").await;
 
         let options = StreamOptions { when_too_fast: WhenTooFast::SwitchOver, ..options };
-        let mut migration = Migration::prepare(&vm.qmp, StreamMode::PreCopy, &options, &journal(&vm)).await.expect("prepare");
+        let mut migration =
+            Migration::prepare(&vm.qmp, StreamMode::PreCopy, &options, &journal(&vm))
+                .await
+                .expect("prepare");
         upload(migration.take_reader().expect("reader"), 64 << 10, Duration::from_millis(4));
         migration.start().await.expect("start");
         let paused = migration.switchover().await.expect("switchover");
@@ -287,16 +355,22 @@ async fn a_reader_that_stops_or_hangs_up_costs_the_stream_only() {
     with_each_qemu(async |qemu| {
         let vm = start(&qemu, MANY, &[]).await;
         let before = settings(&vm.qmp).await;
-        let options = StreamOptions { timeout: Duration::from_millis(400), ..StreamOptions::default() };
+        let options =
+            StreamOptions { timeout: Duration::from_millis(400), ..StreamOptions::default() };
         for &mode in modes(&vm) {
-            let mut migration = Migration::prepare(&vm.qmp, mode, &options, &journal(&vm)).await.expect("prepare");
+            let mut migration =
+                Migration::prepare(&vm.qmp, mode, &options, &journal(&vm)).await.expect("prepare");
             let _unread = migration.take_reader().expect("reader");
             let error = run(&vm.qmp, &mut migration).await.expect_err("nobody reads");
-            assert!(matches!(error, MigrationError::Stuck { .. } | MigrationError::PauseTooLong { .. }), "{mode}: {error}");
+            assert!(
+                matches!(error, MigrationError::Stuck { .. } | MigrationError::PauseTooLong { .. }),
+                "{mode}: {error}"
+            );
             migration.cancel().await.expect("cancel");
             assert_as_before(&vm, &before, &format!("{mode}, nobody reads")).await;
 
-            let mut migration = Migration::prepare(&vm.qmp, mode, &options, &journal(&vm)).await.expect("prepare");
+            let mut migration =
+                Migration::prepare(&vm.qmp, mode, &options, &journal(&vm)).await.expect("prepare");
             let mut reader = migration.take_reader().expect("reader");
             let hang_up = std::thread::spawn(move || {
                 reader.read_exact(&mut [0; 4096]).expect("read");
@@ -304,7 +378,10 @@ async fn a_reader_that_stops_or_hangs_up_costs_the_stream_only() {
             });
             let error = run(&vm.qmp, &mut migration).await.expect_err("hung up");
             hang_up.join().expect("reader");
-            assert!(matches!(&error, MigrationError::Failed { why, .. } if !why.is_empty()), "{mode}: {error}");
+            assert!(
+                matches!(&error, MigrationError::Failed { why, .. } if !why.is_empty()),
+                "{mode}: {error}"
+            );
             eprintln!("{mode}: {error}");
             migration.cancel().await.expect("cancel");
             assert_as_before(&vm, &before, &format!("{mode}, hung up")).await;
@@ -318,8 +395,14 @@ async fn a_reader_that_stops_or_hangs_up_costs_the_stream_only() {
 async fn a_guest_that_suspends_itself_meanwhile_stays_suspended() {
     with_each_qemu(async |qemu| {
         let vm = start(&qemu, MANY, &[]).await;
-        let mut migration =
-            Migration::prepare(&vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), &journal(&vm)).await.expect("prepare");
+        let mut migration = Migration::prepare(
+            &vm.qmp,
+            StreamMode::PreCopy,
+            &StreamOptions::default(),
+            &journal(&vm),
+        )
+        .await
+        .expect("prepare");
         let reader = migration.take_reader().expect("reader");
         migration.start().await.expect("start");
         suspend(&vm.qmp).await;
@@ -329,32 +412,46 @@ async fn a_guest_that_suspends_itself_meanwhile_stays_suspended() {
         migration.cancel().await.expect("cancel");
         if vm.qmp.version().major >= 9 {
             assert_eq!(run_state(&vm.qmp).await.expect("status"), "suspended");
-            let refused = Migration::prepare(&vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), &journal(&vm)).await;
+            let refused = Migration::prepare(
+                &vm.qmp,
+                StreamMode::PreCopy,
+                &StreamOptions::default(),
+                &journal(&vm),
+            )
+            .await;
             assert!(matches!(&refused, Err(MigrationError::Unsupported { .. })), "{refused:?}");
             vm.qmp.hmp("system_wakeup").await.expect("wake");
         }
         while run_state(&vm.qmp).await.expect("status") != "running" {}
-        let (_, _, captured) = stream(&vm, &vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
+        let (_, _, captured) =
+            stream(&vm, &vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
         captured.acknowledge().await.expect("acknowledge");
     })
     .await;
 }
 
-/// The worst moment: QEMU has given the disks away and sends the last pages, and nobody takes them. It hears no command then.
+/// The worst moment: QEMU has given the disks away and sends the last pages, and nobody takes them.
+/// It hears no command then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
     with_each_qemu(async |qemu| {
         let vm = start(&qemu, MANY, &[]).await;
         let before = settings(&vm.qmp).await;
         for given_up in [true, false] {
-            let options = StreamOptions { timeout: Duration::from_secs(1), ..StreamOptions::default() };
-            let mut migration = Migration::prepare(&vm.qmp, StreamMode::PreCopy, &options, &journal(&vm)).await.expect("prepare");
+            let options =
+                StreamOptions { timeout: Duration::from_secs(1), ..StreamOptions::default() };
+            let mut migration =
+                Migration::prepare(&vm.qmp, StreamMode::PreCopy, &options, &journal(&vm))
+                    .await
+                    .expect("prepare");
             let mut reader = migration.take_reader().expect("reader");
             let stop = Arc::new(AtomicBool::new(false));
             let stopped = stop.clone();
             std::thread::spawn(move || {
                 let mut buffer = vec![0; 256 << 10];
-                while !stopped.load(Ordering::Relaxed) && reader.read(&mut buffer).is_ok_and(|count| count > 0) {}
+                while !stopped.load(Ordering::Relaxed)
+                    && reader.read(&mut buffer).is_ok_and(|count| count > 0)
+                {}
                 // Held open, as by a process that was stopped.
                 std::thread::sleep(Duration::from_secs(30));
             });
@@ -369,7 +466,10 @@ async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
             } else {
                 // QEMU may have let the guest run already, because its stream was cut.
                 let resumed = paused.resume().await;
-                assert!(matches!(resumed, Ok(_) | Err(PauseError::Disturbed { .. })), "{resumed:?}");
+                assert!(
+                    matches!(resumed, Ok(_) | Err(PauseError::Disturbed { .. })),
+                    "{resumed:?}"
+                );
             }
             assert!(begun.elapsed() < Duration::from_secs(3));
             migration.cancel().await.expect("cancel");
@@ -411,11 +511,18 @@ async fn run(qmp: &Qmp, migration: &mut Migration) -> Result<(), MigrationError>
             return Ok(());
         }
         if progress.status == "failed" {
-            return Err(MigrationError::Failed { status: progress.status, why: progress.error.unwrap_or_default() });
+            return Err(MigrationError::Failed {
+                status: progress.status,
+                why: progress.error.unwrap_or_default(),
+            });
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    Err(MigrationError::Stuck { status: "active".into(), after: Duration::ZERO, hint: String::new() })
+    Err(MigrationError::Stuck {
+        status: "active".into(),
+        after: Duration::ZERO,
+        hint: String::new(),
+    })
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -423,14 +530,26 @@ async fn a_migration_of_somebody_else_is_left_alone() {
     with_each_qemu(async |qemu| {
         let vm = start(&qemu, FEW, &[]).await;
         let (theirs, ours) = UnixStream::pair().expect("pair");
-        vm.qmp.execute_with_fd("getfd", json!({ "fdname": "owner" }), theirs.as_fd()).await.expect("getfd");
-        vm.qmp.execute_json("migrate-set-parameters", json!({ "max-bandwidth": 4096 })).await.expect("slow");
+        vm.qmp
+            .execute_with_fd("getfd", json!({ "fdname": "owner" }), theirs.as_fd())
+            .await
+            .expect("getfd");
+        vm.qmp
+            .execute_json("migrate-set-parameters", json!({ "max-bandwidth": 4096 }))
+            .await
+            .expect("slow");
         let before = settings(&vm.qmp).await;
         vm.qmp.execute_json("migrate", json!({ "uri": "fd:owner" })).await.expect("migrate");
         let reader = upload(ours, 4096, Duration::from_millis(20));
         let probed = probe(&vm.qmp).await;
         assert!(matches!(&probed, Err(MigrationError::Busy { .. })), "{probed:?}");
-        let refused = Migration::prepare(&vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), &journal(&vm)).await;
+        let refused = Migration::prepare(
+            &vm.qmp,
+            StreamMode::PreCopy,
+            &StreamOptions::default(),
+            &journal(&vm),
+        )
+        .await;
         assert!(refused.is_err_and(|error| error.to_string().contains("is being migrated")));
         assert_eq!(settings(&vm.qmp).await, before);
         let status = vm.qmp.execute_json("query-migrate", Value::Null).await.expect("status");
@@ -441,7 +560,8 @@ async fn a_migration_of_somebody_else_is_left_alone() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         // What it leaves behind is no hindrance.
-        let (_, _, captured) = stream(&vm, &vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
+        let (_, _, captured) =
+            stream(&vm, &vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
         captured.acknowledge().await.expect("acknowledge");
         assert_as_before(&vm, &before, "after the owner's").await;
     })

@@ -1,4 +1,5 @@
-//! A guest of some bytes that writes memory without end, and what must be as it was after a stream of it.
+//! A guest of some bytes that writes memory without end, and what must be as it was after a stream
+//! of it.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -15,7 +16,8 @@ use serde_json::{Value, json};
 
 use super::common::{TestQemu, qemu_img};
 
-/// What a QEMU can do. Before 9.0 a background snapshot that does not end well leaves the guest hanging.
+/// What a QEMU can do. Before 9.0 a background snapshot that does not end well leaves the guest
+/// hanging.
 pub fn modes(vm: &TestQemu) -> &'static [StreamMode] {
     let both = &[StreamMode::PreCopy, StreamMode::BackgroundSnapshot];
     if snapshots(vm) { both } else { &both[..1] }
@@ -70,7 +72,11 @@ pub async fn start(qemu: &Path, pages: u64, more: &[&str]) -> TestQemu {
     let directory = tempfile::tempdir().expect("directory");
     std::fs::write(directory.path().join("firmware.bin"), firmware(pages)).expect("firmware");
     qemu_img(qemu, directory.path(), &["create", "-q", "-f", "qcow2", "base.qcow2", "8M"]);
-    qemu_img(qemu, directory.path(), &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2", "disk.qcow2"]);
+    qemu_img(
+        qemu,
+        directory.path(),
+        &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2", "disk.qcow2"],
+    );
     let common = "-accel tcg -M pc -bios firmware.bin -vga std -device virtio-net-pci \
                   -drive if=none,id=d0,file=disk.qcow2,format=qcow2 -device virtio-blk-pci,drive=d0";
     let mut arguments: Vec<&str> = common.split_whitespace().collect();
@@ -86,7 +92,8 @@ pub async fn start(qemu: &Path, pages: u64, more: &[&str]) -> TestQemu {
     vm
 }
 
-/// Reads the stream to its end and throws it away; `chunk` bytes at a time with `pause` between, for a slow one.
+/// Reads the stream to its end and throws it away; `chunk` bytes at a time with `pause` between,
+/// for a slow one.
 pub fn upload(mut reader: UnixStream, chunk: usize, pause: Duration) -> JoinHandle<u64> {
     std::thread::spawn(move || {
         let mut buffer = vec![0; chunk];
@@ -126,12 +133,16 @@ pub fn journal(vm: &TestQemu) -> PathBuf {
     vm.path("migration.json")
 }
 
-/// What must be the same before and after: capabilities, parameters, and that nothing of ours is there.
+/// What must be the same before and after: capabilities, parameters, and that nothing of ours is
+/// there.
 pub async fn settings(qmp: &Qmp) -> BTreeMap<String, Value> {
-    let capabilities = qmp.execute_json("query-migrate-capabilities", Value::Null).await.expect("capabilities");
-    let parameters = qmp.execute_json("query-migrate-parameters", Value::Null).await.expect("parameters");
+    let capabilities =
+        qmp.execute_json("query-migrate-capabilities", Value::Null).await.expect("capabilities");
+    let parameters =
+        qmp.execute_json("query-migrate-parameters", Value::Null).await.expect("parameters");
     let rows = capabilities.as_array().expect("list").iter();
-    let mut all: BTreeMap<_, _> = rows.map(|row| (format!("cap {}", row["capability"]), row["state"].clone())).collect();
+    let mut all: BTreeMap<_, _> =
+        rows.map(|row| (format!("cap {}", row["capability"]), row["state"].clone())).collect();
     all.extend(parameters.as_object().expect("object").clone());
     all
 }
@@ -147,7 +158,9 @@ pub async fn traces(qmp: &Qmp) -> Vec<String> {
     ] {
         let rows = qmp.execute_json(command, arguments).await.expect(command);
         let names = rows.as_array().expect("list").iter().filter_map(|row| row[field].as_str());
-        found.extend(names.filter(|name| name.starts_with("sp-")).map(|name| format!("{command}: {name}")));
+        found.extend(
+            names.filter(|name| name.starts_with("sp-")).map(|name| format!("{command}: {name}")),
+        );
     }
     // QEMU before 9.1 closes a removed descriptor only while the guest runs, so it is asked again.
     let sets = async || qmp.execute_json("query-fdsets", Value::Null).await.expect("sets");
@@ -163,19 +176,31 @@ pub async fn counter(qmp: &Qmp) -> String {
     qmp.hmp(&format!("xp /1hx {FIRST_COUNTER:#x}")).await.expect("xp")
 }
 
-/// The guest counts, its disk takes writes, and no part of ours is left. Some of it comes about in the background.
+/// The guest counts, its disk takes writes, and no part of ours is left. Some of it comes about in
+/// the background.
 pub async fn assert_as_before(vm: &TestQemu, before: &BTreeMap<String, Value>, what: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
-        let (state, now, traces) = (run_state(&vm.qmp).await.expect("state"), settings(&vm.qmp).await, traces(&vm.qmp).await);
+        let (state, now, traces) = (
+            run_state(&vm.qmp).await.expect("state"),
+            settings(&vm.qmp).await,
+            traces(&vm.qmp).await,
+        );
         let status = vm.qmp.execute_json("query-migrate", Value::Null).await.expect("status");
-        let busy = matches!(status["status"].as_str(), Some("active" | "setup" | "pre-switchover" | "device" | "cancelling"));
+        let busy = matches!(
+            status["status"].as_str(),
+            Some("active" | "setup" | "pre-switchover" | "device" | "cancelling")
+        );
         let journal = journal(vm).exists();
         if state == "running" && now == *before && traces.is_empty() && !journal && !busy {
             break;
         }
-        let changed: Vec<_> = now.iter().filter(|(name, value)| before.get(*name) != Some(value)).collect();
-        assert!(Instant::now() < deadline, "{what}: {state}, {changed:?}, {traces:?}, journal {journal}, {status}");
+        let changed: Vec<_> =
+            now.iter().filter(|(name, value)| before.get(*name) != Some(value)).collect();
+        assert!(
+            Instant::now() < deadline,
+            "{what}: {state}, {changed:?}, {traces:?}, journal {journal}, {status}"
+        );
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let first = counter(&vm.qmp).await;
@@ -189,17 +214,31 @@ pub async fn assert_as_before(vm: &TestQemu, before: &BTreeMap<String, Value>, w
 pub async fn assert_disk_works(vm: &TestQemu, what: &str) {
     let pattern = 1 + (Instant::now().elapsed().subsec_nanos() % 200) as u8;
     vm.write_disk("d0", pattern, 1 << 20, 4096).await;
-    let read = vm.qmp.hmp(&format!("qemu-io d0 \"read -P {pattern:#x} 1048576 4096\"")).await.expect("hmp");
+    let read = vm
+        .qmp
+        .hmp(&format!("qemu-io d0 \"read -P {pattern:#x} 1048576 4096\""))
+        .await
+        .expect("hmp");
     assert!(read.trim().is_empty(), "{what}: {read}");
     let log = vm.log();
-    let wrong = ["Pattern verification failed", "write failed", "read failed"].iter().find(|words| log.contains(**words));
+    let wrong = ["Pattern verification failed", "write failed", "read failed"]
+        .iter()
+        .find(|words| log.contains(**words));
     assert_eq!(wrong, None, "{what}: {log}");
 }
 
-/// A whole checkpoint's worth in either mode. Returns the pause, the stream's length and the disks of the instant.
-pub async fn stream(vm: &TestQemu, qmp: &Qmp, mode: StreamMode, options: &StreamOptions, id: u64) -> (Duration, u64, CapturedDisks) {
+/// A whole checkpoint's worth in either mode. Returns the pause, the stream's length and the disks
+/// of the instant.
+pub async fn stream(
+    vm: &TestQemu,
+    qmp: &Qmp,
+    mode: StreamMode,
+    options: &StreamOptions,
+    id: u64,
+) -> (Duration, u64, CapturedDisks) {
     let prepared = prepare_disks(vm, qmp, id).await;
-    let mut migration = Migration::prepare(qmp, mode, options, &journal(vm)).await.expect("prepare");
+    let mut migration =
+        Migration::prepare(qmp, mode, options, &journal(vm)).await.expect("prepare");
     let bytes = upload_fast(&mut migration);
     let (captured, pause) = match mode {
         StreamMode::PreCopy => {
@@ -226,7 +265,11 @@ pub async fn stream(vm: &TestQemu, qmp: &Qmp, mode: StreamMode, options: &Stream
             let capture = paused.elapsed();
             migration.start().await.expect("start");
             let pause = migration.memory_is_held(paused).await.expect("held");
-            eprintln!("background: stop {stop:.2?} disks {:.2?} hold {:.2?} = {pause:.2?}", capture - stop, pause - capture);
+            eprintln!(
+                "background: stop {stop:.2?} disks {:.2?} hold {:.2?} = {pause:.2?}",
+                capture - stop,
+                pause - capture
+            );
             (captured, pause)
         }
     };

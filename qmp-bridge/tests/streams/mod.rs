@@ -46,14 +46,19 @@ pub fn files(directory: &Path, extension: &str) -> Vec<(String, Vec<u8>)> {
     let paths = entries.map(|entry| entry.expect("entry").path());
     let mut found: Vec<_> = paths
         .filter(|path| path.extension().is_some_and(|is| is == extension))
-        .map(|path| (path.file_stem().expect("stem").to_string_lossy().into_owned(), std::fs::read(&path).expect("read")))
+        .map(|path| {
+            (
+                path.file_stem().expect("stem").to_string_lossy().into_owned(),
+                std::fs::read(&path).expect("read"),
+            )
+        })
         .collect();
     found.sort();
     found
 }
 
-/// `xor ax,ax; mov ds,ax; again: inc dword [0x1000]; jmp again`, and a far jump to it at the reset vector; the rest is zero,
-/// which makes the streams small.
+/// `xor ax,ax; mov ds,ax; again: inc dword [0x1000]; jmp again`, and a far jump to it at the reset
+/// vector; the rest is zero, which makes the streams small.
 fn firmware() -> Vec<u8> {
     let mut image = vec![0; FIRMWARE];
     let code = [0x31, 0xc0, 0x8e, 0xd8, 0x66, 0xff, 0x06, 0x00, 0x10, 0xeb, 0xf9];
@@ -68,7 +73,9 @@ pub async fn start(qemu: &Path, machine: &str, megabytes: u32, more: &[&str]) ->
     let directory = tempfile::tempdir().expect("directory");
     std::fs::write(directory.path().join("firmware.bin"), firmware()).expect("firmware");
     for disk in ["virtio.img", "ide.img"] {
-        File::create(directory.path().join(disk)).and_then(|file| file.set_len(1 << 20)).expect("disk");
+        File::create(directory.path().join(disk))
+            .and_then(|file| file.set_len(1 << 20))
+            .expect("disk");
     }
     let memory = megabytes.to_string();
     let mut arguments = vec!["-accel", "tcg", "-M", machine, "-m", &memory];
@@ -99,12 +106,15 @@ pub async fn capabilities(qmp: &Qmp, on: &[&str]) {
     set.expect("set capabilities");
 }
 
-/// Lets QEMU send a stream into a socket, whose other end is returned. Capabilities must be set before.
+/// Lets QEMU send a stream into a socket, whose other end is returned. Capabilities must be set
+/// before.
 pub async fn migrate(qmp: &Qmp) -> UnixStream {
     let (here, there) = UnixStream::pair().expect("socket pair");
     let fast = json!({ "max-bandwidth": 1u64 << 40 });
     qmp.execute_json("migrate-set-parameters", fast).await.expect("set parameters");
-    qmp.execute_with_fd("getfd", json!({ "fdname": "stream" }), there.as_fd()).await.expect("getfd");
+    qmp.execute_with_fd("getfd", json!({ "fdname": "stream" }), there.as_fd())
+        .await
+        .expect("getfd");
     drop(there);
     qmp.execute_json("migrate", json!({ "uri": "fd:stream" })).await.expect("migrate");
     here
@@ -116,7 +126,10 @@ pub async fn wait_for_status(qmp: &Qmp, wanted: &str) {
         if status["status"] == wanted {
             return;
         }
-        assert!(!matches!(status["status"].as_str(), Some("failed" | "cancelled" | "completed")), "{status}");
+        assert!(
+            !matches!(status["status"].as_str(), Some("failed" | "cancelled" | "completed")),
+            "{status}"
+        );
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     panic!("the migration does not get `{wanted}`");

@@ -1,5 +1,6 @@
-//! Writes the manual pages and shell completions of `stillpoint`, from the definition of its command line: a program
-//! of its own, so that the one that is installed does not carry what is needed once.
+//! Writes the manual pages and shell completions of `stillpoint`, from the definition of its
+//! command line: a program of its own, so that the one that is installed does not carry what is
+//! needed once.
 
 use clap::CommandFactory;
 use clap_complete::{Shell, generate};

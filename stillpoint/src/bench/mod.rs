@@ -1,7 +1,8 @@
-//! `stillpoint bench`: what checkpoints of a running VM cost, beside the least that a pause of it can cost.
+//! `stillpoint bench`: what checkpoints of a running VM cost, beside the least that a pause of it
+//! can cost.
 //!
-//! Bare pauses (`stop` and `cont`, nothing in between) and checkpoints take turns, half an interval apart, so that each
-//! pair sees the same host and guest: the ratio is of pairs, not of two runs.
+//! Bare pauses (`stop` and `cont`, nothing in between) and checkpoints take turns, half an interval
+//! apart, so that each pair sees the same host and guest: the ratio is of pairs, not of two runs.
 
 mod report;
 mod statistics;
@@ -28,8 +29,10 @@ struct Pair {
 
 pub async fn run(args: &BenchArgs) -> Result<()> {
     let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
-    // Not counted: it may be a full one, and every counted one is then a delta since about one interval.
-    let first = checkpoint(&runtime).await.context("taking the first checkpoint, which is not counted")?;
+    // Not counted: it may be a full one, and every counted one is then a delta since about one
+    // interval.
+    let first =
+        checkpoint(&runtime).await.context("taking the first checkpoint, which is not counted")?;
     let interval = Duration::from_millis(args.interval_ms);
     let pairs = measure(&runtime, args.count, interval).await?;
     let status = ask(&runtime, &Request::Status).await?;
@@ -54,10 +57,18 @@ async fn measure(runtime: &RuntimeDir, count: u32, interval: Duration) -> Result
     let mut due = Instant::now() + interval / 2;
     for number in 1..=count {
         sleep_until(due).await;
-        let bare_ms = bare_pause(runtime).await.with_context(|| format!("bare pause {number} of {count}"))?;
+        let bare_ms =
+            bare_pause(runtime).await.with_context(|| format!("bare pause {number} of {count}"))?;
         sleep(interval / 2).await;
-        let checkpoint = checkpoint(runtime).await.with_context(|| format!("checkpoint {number} of {count}"))?;
-        tracing::info!(number, bare_ms, pause_ms = checkpoint.pause_ms, changed = checkpoint.bytes_changed, "measured");
+        let checkpoint =
+            checkpoint(runtime).await.with_context(|| format!("checkpoint {number} of {count}"))?;
+        tracing::info!(
+            number,
+            bare_ms,
+            pause_ms = checkpoint.pause_ms,
+            changed = checkpoint.bytes_changed,
+            "measured"
+        );
         pairs.push(Pair { bare_ms, checkpoint });
         // Checkpoints that take longer than the interval follow each other at once.
         due = (due + interval).max(Instant::now());

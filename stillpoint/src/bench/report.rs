@@ -59,9 +59,16 @@ impl Report {
         Self {
             bare: Spread::of(pairs.iter().map(|pair| pair.bare_ms)),
             pause: Spread::of(outcomes().map(|outcome| outcome.pause_ms)),
-            passes: Spread::of(outcomes().flat_map(|outcome| outcome.brief_stops_ms.iter().copied())),
+            passes: Spread::of(
+                outcomes().flat_map(|outcome| outcome.brief_stops_ms.iter().copied()),
+            ),
             durable: Spread::of(outcomes().map(|outcome| outcome.durable_ms)),
-            ratio: Spread::of(pairs.iter().filter(|pair| pair.bare_ms > 0.0).map(|pair| pair.checkpoint.pause_ms / pair.bare_ms)),
+            ratio: Spread::of(
+                pairs
+                    .iter()
+                    .filter(|pair| pair.bare_ms > 0.0)
+                    .map(|pair| pair.checkpoint.pause_ms / pair.bare_ms),
+            ),
             deltas: Deltas::of(deltas()),
             large: Deltas::of(deltas().filter(|outcome| outcome.bytes_changed > LARGE_DELTA_BYTES)),
             kinds: kinds(outcomes()),
@@ -69,7 +76,13 @@ impl Report {
         }
     }
 
-    pub fn json(&self, status: &Value, first: &Outcome, pairs: &[Pair], interval: Duration) -> Value {
+    pub fn json(
+        &self,
+        status: &Value,
+        first: &Outcome,
+        pairs: &[Pair],
+        interval: Duration,
+    ) -> Value {
         json!({
             "machine": status,
             "count": pairs.len(),
@@ -92,8 +105,13 @@ impl Report {
 
     pub fn text(&self, name: &str, interval: Duration) -> String {
         let count: u64 = self.kinds.values().sum();
-        let kinds: Vec<String> = self.kinds.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
-        let mut text = format!("{name}: {count} checkpoints ({}), one every {} ms\n", kinds.join(", "), interval.as_millis());
+        let kinds: Vec<String> =
+            self.kinds.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+        let mut text = format!(
+            "{name}: {count} checkpoints ({}), one every {} ms\n",
+            kinds.join(", "),
+            interval.as_millis()
+        );
         text += &format!("{:24} {:>9} {:>9} {:>9} {:>9}\n", "", "min", "median", "p90", "max");
         text += &line("bare stop and cont, ms", self.bare);
         text += &line("checkpoint pause, ms", self.pause);
@@ -108,20 +126,32 @@ impl Report {
 /// What the helper has held at most, beside what it may.
 pub fn memory(status: &Value) -> String {
     let held = |key: &str| status[key].as_u64().map_or_else(|| "unknown".to_owned(), bytes);
-    format!("{:24} {:>9} of at most {}\n", "helper's memory", held("peak_memory_bytes"), held("memory_limit_bytes"))
+    format!(
+        "{:24} {:>9} of at most {}\n",
+        "helper's memory",
+        held("peak_memory_bytes"),
+        held("memory_limit_bytes")
+    )
 }
 
 fn line(what: &str, spread: Option<Spread>) -> String {
     match spread {
-        Some(Spread { min, median, p90, max }) => format!("{what:24} {min:>9.2} {median:>9.2} {p90:>9.2} {max:>9.2}\n"),
+        Some(Spread { min, median, p90, max }) => {
+            format!("{what:24} {min:>9.2} {median:>9.2} {p90:>9.2} {max:>9.2}\n")
+        }
         None => format!("{what:24} {:>9} {:>9} {:>9} {:>9}\n", "-", "-", "-", "-"),
     }
 }
 
 fn stored(what: &str, deltas: &Deltas) -> String {
-    let ratio = deltas.stored_over_changed().map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.4}"));
-    let (changed, raw, packed) = (bytes(deltas.bytes_changed), bytes(deltas.bytes_stored_raw), bytes(deltas.bytes_stored));
-    format!("{what:24} {ratio:>9}   {} deltas: {changed} changed, {raw} to store, {packed} compressed\n", deltas.count)
+    let ratio =
+        deltas.stored_over_changed().map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.4}"));
+    let (changed, raw, packed) =
+        (bytes(deltas.bytes_changed), bytes(deltas.bytes_stored_raw), bytes(deltas.bytes_stored));
+    format!(
+        "{what:24} {ratio:>9}   {} deltas: {changed} changed, {raw} to store, {packed} compressed\n",
+        deltas.count
+    )
 }
 
 fn kinds<'a>(outcomes: impl Iterator<Item = &'a Outcome>) -> BTreeMap<&'static str, u64> {
@@ -142,7 +172,10 @@ fn phases<'a>(outcomes: impl Iterator<Item = &'a Outcome>) -> BTreeMap<String, f
     for (phase, time) in outcomes.flat_map(|outcome| &outcome.phases) {
         samples.entry(phase.clone()).or_default().push(*time);
     }
-    samples.into_iter().filter_map(|(phase, times)| Some((phase, Spread::of(times)?.median))).collect()
+    samples
+        .into_iter()
+        .filter_map(|(phase, times)| Some((phase, Spread::of(times)?.median)))
+        .collect()
 }
 
 fn sample(pair: &Pair) -> Value {
@@ -192,7 +225,10 @@ mod test {
         assert_eq!(report.ratio.unwrap().median, 2.5);
         assert_eq!(report.deltas.stored_over_changed(), Some(1.2));
         assert_eq!(report.large.stored_over_changed(), Some(10.0 / 9.0));
-        assert_eq!(report.kinds, BTreeMap::from([("full", 1), ("incremental", 2), ("unchanged", 1)]));
+        assert_eq!(
+            report.kinds,
+            BTreeMap::from([("full", 1), ("incremental", 2), ("unchanged", 1)])
+        );
         let json = report.json(&Value::Null, &Outcome::default(), &pairs, Duration::from_secs(1));
         assert_eq!(json["pause_over_bare"]["median"], 2.5);
         assert_eq!(json["samples"].as_array().unwrap().len(), 4);
@@ -203,6 +239,8 @@ mod test {
     fn nothing_changed_gives_no_ratio() {
         let report = Report::new(&[pair(1.0, 3.0, Kind::Unchanged, 0, 0)]);
         assert_eq!(report.deltas.stored_over_changed(), None);
-        assert!(report.text("m", Duration::from_secs(1)).contains("stored over changed              -"));
+        assert!(
+            report.text("m", Duration::from_secs(1)).contains("stored over changed              -")
+        );
     }
 }

@@ -41,7 +41,10 @@ mod test {
         assert_eq!(ten, Spread { min: 1.0, median: 5.5, p90: 9.0, max: 10.0 });
         let three = Spread::of([3.0, 1.0, 2.0]).unwrap();
         assert_eq!(three, Spread { min: 1.0, median: 2.0, p90: 3.0, max: 3.0 });
-        assert_eq!(Spread::of([7.0]).unwrap(), Spread { min: 7.0, median: 7.0, p90: 7.0, max: 7.0 });
+        assert_eq!(
+            Spread::of([7.0]).unwrap(),
+            Spread { min: 7.0, median: 7.0, p90: 7.0, max: 7.0 }
+        );
         assert_eq!(Spread::of([]), None);
     }
 }

@@ -17,7 +17,8 @@ pub async fn run(args: &AdoptArgs) -> Result<()> {
     if args.json {
         return print_json(&result);
     }
-    let adopted: Adopted = serde_json::from_value(result).context("the helper's answer is not understood")?;
+    let adopted: Adopted =
+        serde_json::from_value(result).context("the helper's answer is not understood")?;
     out!("{}", describe(&args.name, &adopted));
     adopted.notes.iter().for_each(|note| out!("  note: {note}"));
     Ok(())
@@ -25,6 +26,9 @@ pub async fn run(args: &AdoptArgs) -> Result<()> {
 
 fn describe(name: &checkpoint_format::VmName, adopted: &Adopted) -> String {
     let Adopted { downtime_ms, qemu_downtime_ms, total_ms, source_pid, pid, .. } = adopted;
-    let by_qemu = qemu_downtime_ms.map_or_else(String::new, |ms| format!(" ({ms:.0} ms by QEMU's own count)"));
-    format!("{name} moved from QEMU {source_pid} to {pid}: the guest stood for {downtime_ms:.1} ms{by_qemu}, {total_ms:.0} ms in all")
+    let by_qemu = qemu_downtime_ms
+        .map_or_else(String::new, |ms| format!(" ({ms:.0} ms by QEMU's own count)"));
+    format!(
+        "{name} moved from QEMU {source_pid} to {pid}: the guest stood for {downtime_ms:.1} ms{by_qemu}, {total_ms:.0} ms in all"
+    )
 }

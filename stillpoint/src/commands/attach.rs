@@ -35,7 +35,8 @@ pub async fn run(args: AttachArgs) -> Result<()> {
     launch::refuse_half_restored(&runtime)?;
     check_running(&vm, &runtime)?;
     if args.take_over {
-        // At once, and by this command: a helper that remembered the order would carry it out whenever it next starts.
+        // At once, and by this command: a helper that remembered the order would carry it out
+        // whenever it next starts.
         StoreSession::open(&vm, &runtime, Mode::CreateIfMissing, Force::TakeOver).await?;
     }
     if args.foreground {
@@ -57,10 +58,18 @@ pub async fn run(args: AttachArgs) -> Result<()> {
 }
 
 fn wanted(monitor: &Path, args: &AttachArgs) -> Result<Wanted> {
-    let store = stores::absolute(args.store.as_deref().context("--qmp needs --store (or STILLPOINT_STORE)")?)?;
+    let store = stores::absolute(
+        args.store.as_deref().context("--qmp needs --store (or STILLPOINT_STORE)")?,
+    )?;
     stores::connect(&store)?;
     let (engine, stream) = (args.engine.into(), args.stream.into());
-    Ok(Wanted { monitor: monitor.to_owned(), store, fleecing: args.fleecing_dir.clone(), engine, stream })
+    Ok(Wanted {
+        monitor: monitor.to_owned(),
+        store,
+        fleecing: args.fleecing_dir.clone(),
+        engine,
+        stream,
+    })
 }
 
 fn check_running(vm: &VmFile, runtime: &RuntimeDir) -> Result<()> {
@@ -74,11 +83,16 @@ fn check_running(vm: &VmFile, runtime: &RuntimeDir) -> Result<()> {
     let socket = runtime.plugin();
     match std::os::unix::net::UnixStream::connect(&socket) {
         Ok(_) => Ok(()),
-        Err(_) => Err(refused(format!("{} does not run: nobody answers at {}", vm.name, socket.display()))),
+        Err(_) => Err(refused(format!(
+            "{} does not run: nobody answers at {}",
+            vm.name,
+            socket.display()
+        ))),
     }
 }
 
-/// Ends the helper that holds the VM, by force if it does not listen. The guest does not notice either way.
+/// Ends the helper that holds the VM, by force if it does not listen. The guest does not notice
+/// either way.
 async fn end_other(runtime: &RuntimeDir) -> Result<()> {
     for signal in [Signal::TERM, Signal::KILL] {
         let end = Instant::now() + GRACE;
@@ -92,5 +106,8 @@ async fn end_other(runtime: &RuntimeDir) -> Result<()> {
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }
-    bail!("the other helper of this VM does not end; its pid is in {}", runtime.helper_pid().display())
+    bail!(
+        "the other helper of this VM does not end; its pid is in {}",
+        runtime.helper_pid().display()
+    )
 }

@@ -13,20 +13,30 @@ use vm::runtime_dir::RuntimeDir;
 
 pub async fn run(args: &CheckpointArgs) -> Result<()> {
     let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
-    let choice = Choice { engine: args.engine.map(Into::into), stream: args.stream.map(Into::into), full: args.full };
+    let choice = Choice {
+        engine: args.engine.map(Into::into),
+        stream: args.stream.map(Into::into),
+        full: args.full,
+    };
     let mut result = ask(&runtime, &Request::Checkpoint(choice)).await?;
-    let outcome: Outcome = serde_json::from_value(result.clone()).context("the helper's answer is not understood")?;
+    let outcome: Outcome =
+        serde_json::from_value(result.clone()).context("the helper's answer is not understood")?;
     if !args.json {
         out!("{}", describe(&args.name, &outcome));
         outcome.notes.iter().for_each(|note| out!("  note: {note}"));
     }
-    let proof = if args.verify { Some(prove(&runtime, &args.name, outcome.id).await) } else { None };
+    let proof =
+        if args.verify { Some(prove(&runtime, &args.name, outcome.id).await) } else { None };
     if args.json {
         // Whatever the proof says, the checkpoint is there.
-        result["proof"] = proof.as_ref().and_then(|proof| proof.as_ref().ok()).cloned().unwrap_or_default();
+        result["proof"] =
+            proof.as_ref().and_then(|proof| proof.as_ref().ok()).cloned().unwrap_or_default();
         print_json(&result)?;
     } else if let Some(Ok(proof)) = &proof {
-        let (version, ms) = (proof["qemu_version"].as_str().unwrap_or("?"), proof["total_ms"].as_u64().unwrap_or_default());
+        let (version, ms) = (
+            proof["qemu_version"].as_str().unwrap_or("?"),
+            proof["total_ms"].as_u64().unwrap_or_default(),
+        );
         out!("  proven: restored with QEMU {version} and compared in {ms} ms");
     }
     proof.transpose().map(drop)
@@ -37,7 +47,8 @@ fn describe(name: &checkpoint_format::VmName, outcome: &Outcome) -> String {
     if outcome.kind == Kind::Unchanged {
         return format!("{name}@{id} still holds: nothing changed since (paused {pause_ms:.1} ms)");
     }
-    let parent = outcome.parent.map(|parent| format!("on {parent}")).unwrap_or_else(|| "full".to_owned());
+    let parent =
+        outcome.parent.map(|parent| format!("on {parent}")).unwrap_or_else(|| "full".to_owned());
     let (changed, stored) = (bytes(outcome.bytes_changed), bytes(outcome.bytes_stored));
     let earlier = match outcome.bytes_carried {
         0 => String::new(),

@@ -27,17 +27,23 @@ pub async fn ls(args: &LsArgs) -> Result<()> {
     }
 }
 
-/// Names without a checkpoint (a first checkpoint or a restore that did not end) are told apart: nothing can be restored there.
+/// Names without a checkpoint (a first checkpoint or a restore that did not end) are told apart:
+/// nothing can be restored there.
 async fn ls_vms(repository: &Repository, as_json: bool) -> Result<()> {
     let vms = repository.vms().await?;
-    let looks = vms.into_iter().map(|vm_name| async move { repository.checkpoints(&vm_name).await.map(|ids| (vm_name, ids)) });
-    let all: Vec<(VmName, Vec<CheckpointId>)> = futures::stream::iter(looks).buffered(READS).try_collect().await?;
+    let looks = vms.into_iter().map(|vm_name| async move {
+        repository.checkpoints(&vm_name).await.map(|ids| (vm_name, ids))
+    });
+    let all: Vec<(VmName, Vec<CheckpointId>)> =
+        futures::stream::iter(looks).buffered(READS).try_collect().await?;
     let (rows, empty): (Vec<_>, Vec<_>) = all.into_iter().partition(|(_, ids)| !ids.is_empty());
     let empty: Vec<&str> = empty.iter().map(|(vm_name, _)| vm_name.as_str()).collect();
     if as_json {
         let rows: Vec<_> =
             rows.iter().map(|(vm_name, ids)| json!({"name": vm_name, "checkpoints": ids.len(), "newest": ids.last()})).collect();
-        return print_json(&json!({ "store": repository.url(), "machines": rows, "without_checkpoints": empty }));
+        return print_json(
+            &json!({ "store": repository.url(), "machines": rows, "without_checkpoints": empty }),
+        );
     }
     out!("{:32} {:>11} {:>8}", "MACHINE", "CHECKPOINTS", "NEWEST");
     for (vm_name, ids) in rows {
@@ -53,12 +59,22 @@ async fn ls_vms(repository: &Repository, as_json: bool) -> Result<()> {
 async fn ls_checkpoints(repository: &Repository, vm_name: &VmName, as_json: bool) -> Result<()> {
     let ids = lineage::checkpoints(repository, vm_name).await?;
     let reads = ids.into_iter().map(|id| lineage::manifest(repository, vm_name, id));
-    let manifests: Vec<Manifest> = futures::stream::iter(reads).buffered(READS).try_collect().await?;
+    let manifests: Vec<Manifest> =
+        futures::stream::iter(reads).buffered(READS).try_collect().await?;
     if as_json {
         let rows: Vec<_> = manifests.iter().map(summary).collect();
         return print_json(&json!({ "name": vm_name, "checkpoints": rows }));
     }
-    out!("{:>6} {:>6} {:11} {:14} {:24} {:>12} {:>12}", "ID", "PARENT", "KIND", "STATE", "CREATED", "CHANGED", "STORED");
+    out!(
+        "{:>6} {:>6} {:11} {:14} {:24} {:>12} {:>12}",
+        "ID",
+        "PARENT",
+        "KIND",
+        "STATE",
+        "CREATED",
+        "CHANGED",
+        "STORED"
+    );
     for manifest in &manifests {
         out!("{}", row(manifest));
     }
@@ -82,7 +98,10 @@ fn row(manifest: &Manifest) -> String {
     let changed = bytes(manifest.totals.bytes_changed.0);
     let stored = bytes(manifest.totals.bytes_stored.0);
     let (kind, state) = (kind(manifest), run_state(manifest).unwrap_or("-"));
-    format!("{:>6} {parent:>6} {kind:11} {state:14} {:24} {changed:>12} {stored:>12}", manifest.id.0, manifest.created_at)
+    format!(
+        "{:>6} {parent:>6} {kind:11} {state:14} {:24} {changed:>12} {stored:>12}",
+        manifest.id.0, manifest.created_at
+    )
 }
 
 fn summary(manifest: &Manifest) -> serde_json::Value {
@@ -122,17 +141,44 @@ fn describe(manifest: &Manifest) -> String {
     let vm = &manifest.vm_record;
     let mut lines = vec![
         format!("{}@{}  {}  {}", manifest.vm, manifest.id, kind(manifest), manifest.created_at),
-        format!("  parent    {}", manifest.parent.map(|parent| parent.to_string()).unwrap_or_else(|| "none".to_owned())),
-        format!("  VM   {}, {} vCPUs, {} RAM, {}", vm.machine_type, vm.vcpus, bytes(vm.ram_bytes.0), vm.accelerator),
+        format!(
+            "  parent    {}",
+            manifest.parent.map(|parent| parent.to_string()).unwrap_or_else(|| "none".to_owned())
+        ),
+        format!(
+            "  VM   {}, {} vCPUs, {} RAM, {}",
+            vm.machine_type,
+            vm.vcpus,
+            bytes(vm.ram_bytes.0),
+            vm.accelerator
+        ),
         format!("  QEMU      {}", vm.qemu_version),
         format!("  state     {}", run_state(manifest).unwrap_or("not recorded")),
-        format!("  changed   {} in {} dirty pages", bytes(manifest.totals.bytes_changed.0), manifest.totals.pages_dirty),
-        format!("  stored    {} ({} before compression)", bytes(manifest.totals.bytes_stored.0), bytes(manifest.totals.bytes_stored_raw.0)),
+        format!(
+            "  changed   {} in {} dirty pages",
+            bytes(manifest.totals.bytes_changed.0),
+            manifest.totals.pages_dirty
+        ),
+        format!(
+            "  stored    {} ({} before compression)",
+            bytes(manifest.totals.bytes_stored.0),
+            bytes(manifest.totals.bytes_stored_raw.0)
+        ),
     ];
     for disk in &manifest.disks {
         let mode = if disk.read_only { "read-only" } else { "read-write" };
-        lines.push(format!("  disk      {} {mode} {} {}  {}", disk.node, disk.format, bytes(disk.virtual_size.0), disk.file));
-        lines.extend(disk.backing.iter().map(|layer| format!("    layer   {}  {} {}", layer.digest, layer.format, layer.path)));
+        lines.push(format!(
+            "  disk      {} {mode} {} {}  {}",
+            disk.node,
+            disk.format,
+            bytes(disk.virtual_size.0),
+            disk.file
+        ));
+        lines.extend(
+            disk.backing.iter().map(|layer| {
+                format!("    layer   {}  {} {}", layer.digest, layer.format, layer.path)
+            }),
+        );
     }
     for pack in &manifest.packs {
         let copies = pack.replicas.map(|copies| format!(", {copies} replicas")).unwrap_or_default();

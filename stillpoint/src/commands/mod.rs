@@ -1,4 +1,5 @@
-//! The commands: each turns its arguments into a request, lets the engine or the helper do it, and prints what came of it.
+//! The commands: each turns its arguments into a request, lets the engine or the helper do it, and
+//! prints what came of it.
 
 pub mod adopt;
 pub mod attach;

@@ -15,14 +15,26 @@ pub async fn prove(runtime: &RuntimeDir, vm_name: &VmName, id: CheckpointId) -> 
     let program = std::env::current_exe().context("finding this program's own path")?;
     let mut command = Command::new("nice");
     command.args(["-n", "19", "ionice", "-c", "3"]).arg(program);
-    command.args(["verify", "--restore", "--json", "--store", &file.store, "--fleecing-dir"]).arg(&file.fleecing);
+    command
+        .args(["verify", "--restore", "--json", "--store", &file.store, "--fleecing-dir"])
+        .arg(&file.fleecing);
     // The very program that runs the VM: it is here, whatever the record says of other hosts.
     command.arg("--qemu").arg(&file.qemu).arg(format!("{vm_name}@{id}"));
-    let output = command.stdin(Stdio::null()).kill_on_drop(true).output().await.context("starting the proof")?;
+    let output = command
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .context("starting the proof")?;
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     if output.status.success() {
-        return serde_json::from_slice(&output.stdout).context("the proof's result is not understood");
+        return serde_json::from_slice(&output.stdout)
+            .context("the proof's result is not understood");
     }
-    let code = output.status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(crate::exit::FAILED);
+    let code = output
+        .status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(crate::exit::FAILED);
     Err(coded(code, format!("{vm_name}@{id} is durable but not proven: {said}")))
 }

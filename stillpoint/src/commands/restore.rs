@@ -14,7 +14,12 @@ pub async fn run(args: RestoreArgs) -> Result<()> {
     let restored = restore::run(request(args)).await?;
     start::spawn_helper(&restored.name, runtime_base.as_deref(), &restored.runtime)?;
     let helper = start::wait(&restored.runtime).await;
-    helper.with_context(|| format!("{} is restored, but has no helper ('stillpoint attach {0}' starts one)", restored.name))?;
+    helper.with_context(|| {
+        format!(
+            "{} is restored, but has no helper ('stillpoint attach {0}' starts one)",
+            restored.name
+        )
+    })?;
     if json {
         return print_json(&serde_json::to_value(&restored).context("encoding the result")?);
     }

@@ -1,8 +1,8 @@
 //! `stillpoint run`: an ordinary QEMU command line becomes a VM that can be checkpointed.
 //!
-//! The process prepares the VM, leaves a helper behind (detached, in a session of its own) and then *becomes*
-//! QEMU by exec: same pid, same terminal, same exit status. So a wrapper can put it where QEMU stood, and QEMU never
-//! depends on a helper that lives.
+//! The process prepares the VM, leaves a helper behind (detached, in a session of its own) and then
+//! *becomes* QEMU by exec: same pid, same terminal, same exit status. So a wrapper can put it where
+//! QEMU stood, and QEMU never depends on a helper that lives.
 
 use crate::cli::RunArgs;
 use crate::helper::start::spawn_helper;
@@ -15,7 +15,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use vm::error::refused;
 use vm::launch::command::{self, Start};
-use vm::launch::{self, accelerator, arguments, first_start, normalize, qemu_binary, readconfig, unsupported};
+use vm::launch::{
+    self, accelerator, arguments, first_start, normalize, qemu_binary, readconfig, unsupported,
+};
 use vm::runtime_dir::{RuntimeDir, VmFile};
 
 struct Request {
@@ -52,10 +54,12 @@ pub fn run(args: RunArgs) -> Result<std::convert::Infallible> {
     refuse_running(&runtime)?;
     runtime.forget_earlier()?;
     runtime.save_vm(&vm)?;
-    let memory = GuestMemory::create(vm.name.as_ref(), vm.ram_bytes).context("making the guest's memory")?;
+    let memory =
+        GuestMemory::create(vm.name.as_ref(), vm.ram_bytes).context("making the guest's memory")?;
     spawn_helper(&vm.name, request.runtime_base.as_deref(), &runtime)?;
     memory.set_inheritable(true)?;
-    let words = command::arguments(&vm, &runtime, Some(&plugin), memory.raw_fd(), Start::Boot(&first));
+    let words =
+        command::arguments(&vm, &runtime, Some(&plugin), memory.raw_fd(), Start::Boot(&first));
     let error = Command::new(&vm.qemu).args(words).exec();
     Err(error).with_context(|| format!("starting {}", vm.qemu.display()))
 }
@@ -66,7 +70,8 @@ fn describe(request: &Request, plugin: &Path) -> Result<(VmFile, Vec<String>)> {
     let facts = qemu_binary::probe(&qemu, plugin)?;
     let options = readconfig::expand(arguments::parse(&request.arguments)?)?;
     let directory = std::env::current_dir().context("asking for the current directory")?;
-    unsupported::check(&options, unsupported::Rules::Launched, &directory).map_err(|error| refused(error.to_string()))?;
+    unsupported::check(&options, unsupported::Rules::Launched, &directory)
+        .map_err(|error| refused(error.to_string()))?;
     check_host()?;
     let accelerator = accelerator::choose(&options, &qemu)?;
     eprintln!("stillpoint: {} runs on {} ({})", request.name, accelerator.name, accelerator.reason);
@@ -102,8 +107,18 @@ fn check_host() -> Result<()> {
         return Ok(());
     }
     let missing = host.checks.iter().filter(|check| !check.ok);
-    let missing = missing.map(|check| format!("{}: {}; {}", check.name, check.detail, check.remedy.unwrap_or("see 'stillpoint doctor'")));
-    Err(refused(format!("this host cannot track a guest's writes: {}", missing.collect::<Vec<_>>().join(". "))))
+    let missing = missing.map(|check| {
+        format!(
+            "{}: {}; {}",
+            check.name,
+            check.detail,
+            check.remedy.unwrap_or("see 'stillpoint doctor'")
+        )
+    });
+    Err(refused(format!(
+        "this host cannot track a guest's writes: {}",
+        missing.collect::<Vec<_>>().join(". ")
+    )))
 }
 
 fn refuse_running(runtime: &RuntimeDir) -> Result<()> {

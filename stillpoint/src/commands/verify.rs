@@ -17,12 +17,17 @@ pub async fn read_back(args: &VerifyArgs) -> Result<()> {
         print_json(&value)?;
     } else {
         let Report { checkpoints, packs, frames, pages, layers, .. } = report;
-        out!("read back {checkpoints} checkpoints, {packs} packs, {frames} frames, {pages} pages, {layers} layers");
+        out!(
+            "read back {checkpoints} checkpoints, {packs} packs, {frames} frames, {pages} pages, {layers} layers"
+        );
         report.problems.iter().for_each(|problem| out!("  damaged: {problem}"));
     }
     match report.problems.len() {
         0 => Ok(()),
-        count => Err(damaged(format!("{count} of the parts of {} cannot be restored", args.checkpoint.vm))),
+        count => Err(damaged(format!(
+            "{count} of the parts of {} cannot be restored",
+            args.checkpoint.vm
+        ))),
     }
 }
 
@@ -46,7 +51,11 @@ fn print(json: bool, report: &proof::Report) -> Result<()> {
         print_json(&report.json())?;
     } else {
         report.differences.iter().for_each(|difference| out!("  differs: {difference}"));
-        report.ran.iter().flat_map(|ran| &ran.trouble).for_each(|trouble| out!("  after its start: {trouble}"));
+        report
+            .ran
+            .iter()
+            .flat_map(|ran| &ran.trouble)
+            .for_each(|trouble| out!("  after its start: {trouble}"));
         report.excused.iter().for_each(|(section, why)| out!("  may differ: {section}: {why}"));
     }
     let name = format!("{}@{}", report.vm, report.id);
@@ -64,7 +73,11 @@ fn print(json: bool, report: &proof::Report) -> Result<()> {
         return Ok(());
     }
     let troubles = report.ran.iter().flat_map(|ran| &ran.trouble).cloned();
-    let all: Vec<String> = report.differences.iter().map(ToString::to_string).chain(troubles).collect();
+    let all: Vec<String> =
+        report.differences.iter().map(ToString::to_string).chain(troubles).collect();
     let more = if all.len() > 1 { format!(" (and {} more)", all.len() - 1) } else { String::new() };
-    Err(damaged(format!("{name} does not restore as it was: {}{more}", all.first().cloned().unwrap_or_default())))
+    Err(damaged(format!(
+        "{name} does not restore as it was: {}{more}",
+        all.first().cloned().unwrap_or_default()
+    )))
 }

@@ -24,7 +24,11 @@ fn kernel(support: &HostSupport) -> Row {
     if support.can_track {
         Row::ok(CHECK, release)
     } else {
-        Row::no(CHECK, format!("{release} cannot track written pages for Stillpoint"), "see the rows below")
+        Row::no(
+            CHECK,
+            format!("{release} cannot track written pages for Stillpoint"),
+            "see the rows below",
+        )
     }
 }
 
@@ -39,19 +43,31 @@ fn tracking(check: &HostCheck, can_track: bool) -> Row {
 
 fn memory() -> Row {
     const CHECK: &str = "sealed memory files";
-    let tried = GuestMemory::create("doctor", TRIAL_MEMORY).and_then(|memory| memory.write(0, &[1]));
+    let tried =
+        GuestMemory::create("doctor", TRIAL_MEMORY).and_then(|memory| memory.write(0, &[1]));
     match tried {
         Ok(()) => Row::ok(CHECK, "memfd_create and sealing work"),
-        Err(error) => Row::no(CHECK, error.to_string(), "use a kernel with CONFIG_MEMFD_CREATE, and allow this user enough memory"),
+        Err(error) => Row::no(
+            CHECK,
+            error.to_string(),
+            "use a kernel with CONFIG_MEMFD_CREATE, and allow this user enough memory",
+        ),
     }
 }
 
 fn setsid() -> Row {
     const CHECK: &str = "setsid";
     const REMEDY: &str = "install util-linux (Debian: apt-get install util-linux); the launcher leaves the helper behind through it";
-    let tried = Command::new("setsid").args(["--fork", "true"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let tried = Command::new("setsid")
+        .args(["--fork", "true"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
     match tried {
-        Ok(status) if status.success() => Row::ok(CHECK, "starts a process in a session of its own"),
+        Ok(status) if status.success() => {
+            Row::ok(CHECK, "starts a process in a session of its own")
+        }
         Ok(status) => Row::no(CHECK, format!("'setsid --fork' fails ({status})"), REMEDY),
         Err(error) => Row::no(CHECK, format!("it cannot be started: {error}"), REMEDY),
     }
@@ -64,7 +80,8 @@ mod test {
 
     #[test]
     fn a_lack_counts_only_as_far_as_tracking_needs_it() {
-        let lack = HostCheck { name: "x", ok: false, detail: "none".to_owned(), remedy: Some("get one") };
+        let lack =
+            HostCheck { name: "x", ok: false, detail: "none".to_owned(), remedy: Some("get one") };
         assert_eq!(tracking(&lack, true).state, State::Warn);
         assert_eq!(tracking(&lack, false).state, State::No);
         let fine = HostCheck { remedy: None, ok: true, ..lack };

@@ -1,9 +1,10 @@
-//! `stillpoint doctor`: what this host can do, found out by trying each thing as `run` and the helper would.
+//! `stillpoint doctor`: what this host can do, found out by trying each thing as `run` and the
+//! helper would.
 //!
 //! `stillpoint doctor --qmp SOCKET` looks at one running VM instead: see [`running`].
 //!
-//! Nothing is left behind and no store is touched. A row that says `no` makes checkpoints impossible; `warn` names
-//! something that works less well than it could.
+//! Nothing is left behind and no store is touched. A row that says `no` makes checkpoints
+//! impossible; `warn` names something that works less well than it could.
 
 mod host;
 mod places;
@@ -53,12 +54,30 @@ impl Row {
         Self { check: check.into(), state: State::Ok, detail: detail.into(), remedy: None }
     }
 
-    fn warn(check: impl Into<Cow<'static, str>>, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { check: check.into(), state: State::Warn, detail: detail.into(), remedy: Some(remedy.into()) }
+    fn warn(
+        check: impl Into<Cow<'static, str>>,
+        detail: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self {
+            check: check.into(),
+            state: State::Warn,
+            detail: detail.into(),
+            remedy: Some(remedy.into()),
+        }
     }
 
-    fn no(check: impl Into<Cow<'static, str>>, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { check: check.into(), state: State::No, detail: detail.into(), remedy: Some(remedy.into()) }
+    fn no(
+        check: impl Into<Cow<'static, str>>,
+        detail: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self {
+            check: check.into(),
+            state: State::No,
+            detail: detail.into(),
+            remedy: Some(remedy.into()),
+        }
     }
 }
 
@@ -94,8 +113,14 @@ fn verdict(rows: &[Row], place: &str) -> String {
     let count = |state| rows.iter().filter(|row| row.state == state).count();
     match (count(State::No), count(State::Warn)) {
         (0, 0) => format!("Checkpoints can be taken {place}."),
-        (0, warnings) => format!("Checkpoints can be taken {place}; {warnings} of {} rows say how it could do better.", rows.len()),
-        (failures, _) => format!("No checkpoints can be taken {place}: {failures} of {} rows say 'no'.", rows.len()),
+        (0, warnings) => format!(
+            "Checkpoints can be taken {place}; {warnings} of {} rows say how it could do better.",
+            rows.len()
+        ),
+        (failures, _) => format!(
+            "No checkpoints can be taken {place}: {failures} of {} rows say 'no'.",
+            rows.len()
+        ),
     }
 }
 
@@ -113,6 +138,8 @@ mod test {
              no    longer  absent\n              to do: install it\n\
              No checkpoints can be taken on this host: 1 of 2 rows say 'no'.\n"
         );
-        assert!(verdict(&[Row::warn("a", "b", "c")], "here").starts_with("Checkpoints can be taken"));
+        assert!(
+            verdict(&[Row::warn("a", "b", "c")], "here").starts_with("Checkpoints can be taken")
+        );
     }
 }

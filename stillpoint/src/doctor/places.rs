@@ -16,11 +16,16 @@ const COMFORTABLE_ROOM: u64 = 1 << 30;
 const RUNTIME: &str = "runtime directory";
 const FLEECING: &str = "fleecing directory";
 const OTHER_RUNTIME: &str = "make it writable for this user, or name another (a short path) by --runtime-dir or STILLPOINT_RUNTIME_DIR";
-const OTHER_FLEECING: &str = "make it a writable directory, or name another by --fleecing-dir or STILLPOINT_FLEECING_DIR";
+const OTHER_FLEECING: &str =
+    "make it a writable directory, or name another by --fleecing-dir or STILLPOINT_FLEECING_DIR";
 
 pub fn check() -> Vec<Row> {
-    let named = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    vec![runtime(named("STILLPOINT_RUNTIME_DIR").as_deref()), fleecing(named("STILLPOINT_FLEECING_DIR").as_deref())]
+    let named =
+        |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    vec![
+        runtime(named("STILLPOINT_RUNTIME_DIR").as_deref()),
+        fleecing(named("STILLPOINT_FLEECING_DIR").as_deref()),
+    ]
 }
 
 fn runtime(base: Option<&Path>) -> Row {
@@ -36,10 +41,18 @@ fn try_runtime(base: Option<&Path>) -> Result<PathBuf> {
     let vm = RuntimeDir::new(base, &"a-machine".parse().context("naming a VM")?)?;
     let wanted = vm.path().parent().unwrap_or(vm.path()).to_owned();
     let place = existing(&wanted);
-    let about = || format!("{} cannot be used: no directory can be made in {}", wanted.display(), place.display());
-    let trial = tempfile::Builder::new().prefix(".stillpoint-").tempdir_in(place).with_context(about)?;
+    let about = || {
+        format!(
+            "{} cannot be used: no directory can be made in {}",
+            wanted.display(),
+            place.display()
+        )
+    };
+    let trial =
+        tempfile::Builder::new().prefix(".stillpoint-").tempdir_in(place).with_context(about)?;
     let socket = trial.path().join("s");
-    UnixListener::bind(&socket).with_context(|| format!("{} does not take sockets", place.display()))?;
+    UnixListener::bind(&socket)
+        .with_context(|| format!("{} does not take sockets", place.display()))?;
     Ok(wanted)
 }
 
@@ -59,7 +72,8 @@ fn try_fleecing(wanted: Option<&Path>) -> Result<Row> {
     let path = fleecing_dir(wanted)?;
     let about = || format!("{} cannot be written", path.display());
     tempfile::tempfile_in(&path).and_then(|mut file| file.write_all(b"x")).with_context(about)?;
-    let facts = statfs(&path).with_context(|| format!("asking {} for its free room", path.display()))?;
+    let facts =
+        statfs(&path).with_context(|| format!("asking {} for its free room", path.display()))?;
     let room = facts.blocks_available().saturating_mul(facts.block_size().unsigned_abs());
     Ok(judge_fleecing(&path, room, facts.filesystem_type()))
 }
@@ -75,7 +89,11 @@ fn judge_fleecing(path: &Path, room: u64, kind: FsType) -> Row {
     }
     if room < COMFORTABLE_ROOM {
         let remedy = "free some, or name a directory on another disk by --fleecing-dir or STILLPOINT_FLEECING_DIR";
-        return Row::warn(FLEECING, format!("{detail}; a checkpoint needs room for what the guest overwrites meanwhile"), remedy);
+        return Row::warn(
+            FLEECING,
+            format!("{detail}; a checkpoint needs room for what the guest overwrites meanwhile"),
+            remedy,
+        );
     }
     Row::ok(FLEECING, detail)
 }
@@ -101,8 +119,15 @@ mod test {
         let file = directory.path().join("file");
         std::fs::write(&file, "").unwrap();
         // Root may write anywhere, but not below a file.
-        for row in [runtime(Some(&file.join("run"))), fleecing(Some(&file)), fleecing(Some(&directory.path().join("none")))] {
-            assert!(row.state == State::No && row.detail.contains(directory.path().to_str().unwrap()), "{row:?}");
+        for row in [
+            runtime(Some(&file.join("run"))),
+            fleecing(Some(&file)),
+            fleecing(Some(&directory.path().join("none"))),
+        ] {
+            assert!(
+                row.state == State::No && row.detail.contains(directory.path().to_str().unwrap()),
+                "{row:?}"
+            );
         }
         let long = directory.path().join("x".repeat(100));
         assert!(runtime(Some(&long)).detail.contains("too long"));

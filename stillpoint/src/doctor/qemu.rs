@@ -7,12 +7,19 @@ use vm::error::explain;
 use vm::launch::qemu_binary::{self, QemuFacts};
 use vm::launch::{accelerator, find_program, plugin_path};
 
-const INSTALL: &str = "install QEMU (Debian: apt-get install qemu-system-x86), or name another by --qemu";
+const INSTALL: &str =
+    "install QEMU (Debian: apt-get install qemu-system-x86), or name another by --qemu";
 
 pub fn check(name: &str) -> Vec<Row> {
     let (qemu, plugin) = (find_program(name), plugin_path());
-    let mut rows =
-        vec![found("QEMU", &qemu, INSTALL), found("QEMU plugin", &plugin, "cargo build --release, or set STILLPOINT_PLUGIN to the file")];
+    let mut rows = vec![
+        found("QEMU", &qemu, INSTALL),
+        found(
+            "QEMU plugin",
+            &plugin,
+            "cargo build --release, or set STILLPOINT_PLUGIN to the file",
+        ),
+    ];
     if let (Ok(qemu), Ok(plugin)) = (&qemu, &plugin) {
         rows.push(accepts(qemu, plugin));
     }
@@ -32,10 +39,14 @@ fn found(check: &'static str, place: &Result<PathBuf>, remedy: &str) -> Row {
 fn accepts(qemu: &Path, plugin: &Path) -> Row {
     const CHECK: &str = "QEMU takes the plugin";
     match qemu_binary::probe(qemu, plugin) {
-        Ok(QemuFacts { version, vms }) => Row::ok(CHECK, format!("version {version}, {} machine types", vms.len())),
-        Err(error) => {
-            Row::no(CHECK, one_line(&explain(&error)), "use a QEMU 7.2 or later for x86_64 that is built with plugins (Debian's are)")
+        Ok(QemuFacts { version, vms }) => {
+            Row::ok(CHECK, format!("version {version}, {} machine types", vms.len()))
         }
+        Err(error) => Row::no(
+            CHECK,
+            one_line(&explain(&error)),
+            "use a QEMU 7.2 or later for x86_64 that is built with plugins (Debian's are)",
+        ),
     }
 }
 
@@ -79,14 +90,24 @@ mod test {
         let old = script(directory.path(), "echo 'qemu: -plugin: invalid option' >&2; exit 1");
         let row = accepts(&old, &plugin);
         assert_eq!(row.state, State::No);
-        assert!(row.detail.contains("does not take Stillpoint's plugin") && row.detail.contains("invalid option"), "{row:?}");
+        assert!(
+            row.detail.contains("does not take Stillpoint's plugin")
+                && row.detail.contains("invalid option"),
+            "{row:?}"
+        );
 
         let broken = script(directory.path(), "echo 'cannot open shared object' >&2; exit 127");
         let row = accepts(&broken, &plugin);
-        assert!(row.state == State::No && row.detail.contains("cannot open shared object"), "{row:?}");
+        assert!(
+            row.state == State::No && row.detail.contains("cannot open shared object"),
+            "{row:?}"
+        );
 
         let rows = check("no-such-qemu-anywhere");
-        assert!(rows[0].state == State::No && rows[0].detail.contains("no-such-qemu-anywhere"), "{rows:?}");
+        assert!(
+            rows[0].state == State::No && rows[0].detail.contains("no-such-qemu-anywhere"),
+            "{rows:?}"
+        );
         assert!(rows[0].remedy.is_some() && rows.iter().all(|row| row.check != "KVM"), "{rows:?}");
     }
 }

@@ -13,14 +13,18 @@ use vm::error::refused;
 use vm::launch::process;
 use vm::runtime_dir::RuntimeDir;
 
-/// Who answers must be who owns the directory: root may ask where another user could have put any socket.
+/// Who answers must be who owns the directory: root may ask where another user could have put any
+/// socket.
 fn check_peer(stream: &UnixStream, runtime: &RuntimeDir) -> Result<()> {
     let peer = stream.peer_cred().context("asking who answers for the helper")?.uid();
     let owner = std::fs::symlink_metadata(runtime.path()).map(|facts| facts.uid()).ok();
     if peer == 0 || Some(peer) == owner {
         return Ok(());
     }
-    Err(refused(format!("{} is answered by user {peer}, whose directory that is not", runtime.control().display())))
+    Err(refused(format!(
+        "{} is answered by user {peer}, whose directory that is not",
+        runtime.control().display()
+    )))
 }
 
 /// How long after a VM's launch its helper may be on its way up.
@@ -43,8 +47,12 @@ async fn connect(runtime: &RuntimeDir) -> std::io::Result<UnixStream> {
 fn ended(runtime: &RuntimeDir) -> anyhow::Error {
     let pid = runtime.vm().ok().and_then(|file| file.pid);
     match pid {
-        Some(pid) if process::started(pid).is_none() => anyhow!("the VM's QEMU (process {pid}) has ended, and its helper with it"),
-        _ => anyhow!("the helper ended before it answered; if the VM still runs, 'stillpoint attach' starts another helper"),
+        Some(pid) if process::started(pid).is_none() => {
+            anyhow!("the VM's QEMU (process {pid}) has ended, and its helper with it")
+        }
+        _ => anyhow!(
+            "the helper ended before it answered; if the VM still runs, 'stillpoint attach' starts another helper"
+        ),
     }
 }
 

@@ -19,14 +19,16 @@ const INTERVAL: Duration = Duration::from_millis(20);
 
 static PEAK: AtomicU64 = AtomicU64::new(0);
 
-/// The most that any look has found, in bytes. The kernel keeps such a peak only with shared pages in it.
+/// The most that any look has found, in bytes. The kernel keeps such a peak only with shared pages
+/// in it.
 pub fn peak() -> Option<u64> {
     sample()?;
     Some(PEAK.load(Ordering::Relaxed))
 }
 
 pub fn limit(vm: &Vm) -> u64 {
-    let pages: u64 = vm.blocks.iter().map(|block| block.used / checkpoint_format::PAGE_SIZE as u64).sum();
+    let pages: u64 =
+        vm.blocks.iter().map(|block| block.used / checkpoint_format::PAGE_SIZE as u64).sum();
     PROGRAM + STAGING + pages * A_PAGE
 }
 

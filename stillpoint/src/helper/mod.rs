@@ -1,7 +1,8 @@
-//! The helper: one process beside each QEMU. It holds the tracker and the monitor, and takes checkpoints on request.
+//! The helper: one process beside each QEMU. It holds the tracker and the monitor, and takes
+//! checkpoints on request.
 //!
-//! It may die at any moment; QEMU does not notice, and `stillpoint attach` starts another that continues from what the
-//! store and QEMU itself know.
+//! It may die at any moment; QEMU does not notice, and `stillpoint attach` starts another that
+//! continues from what the store and QEMU itself know.
 
 pub mod client;
 mod memory;
@@ -46,7 +47,8 @@ async fn serve_vm(runtime: RuntimeDir, control: UnixListener) -> Result<()> {
     // An adoption that an earlier helper did not live to end decides which QEMU that is.
     engine::adopt::recover(&runtime).await?;
     let vm = Vm::attach(runtime).await?;
-    // Remembers what the VM began with, and says at once if it cannot be checkpointed; it may be mended while it runs.
+    // Remembers what the VM began with, and says at once if it cannot be checkpointed; it may be
+    // mended while it runs.
     for error in [vm.check_devices().await.err(), vm.disks().await.err()].into_iter().flatten() {
         tracing::warn!(error = format!("{error:#}"), "no checkpoint can be taken as the VM is");
     }

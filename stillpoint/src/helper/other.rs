@@ -1,4 +1,5 @@
-//! The helper that holds a VM, as another process sees it: signalled only if it is one, and never a later process of its number.
+//! The helper that holds a VM, as another process sees it: signalled only if it is one, and never a
+//! later process of its number.
 
 use anyhow::{Context, Result};
 use nix::unistd::Pid;
@@ -16,10 +17,12 @@ pub struct OtherHelper {
 }
 
 impl OtherHelper {
-    /// The process that `helper.pid` names; none if it has ended. Refused if it is not this VM's helper.
+    /// The process that `helper.pid` names; none if it has ended. Refused if it is not this VM's
+    /// helper.
     pub fn find(runtime: &RuntimeDir) -> Result<Option<Self>> {
         let pid = runtime.helper_pid_of_holder()?;
-        let number = rustix::process::Pid::from_raw(pid.as_raw()).context("a process id is above zero")?;
+        let number =
+            rustix::process::Pid::from_raw(pid.as_raw()).context("a process id is above zero")?;
         let descriptor = match pidfd_open(number, PidfdFlags::empty()) {
             Ok(descriptor) => descriptor,
             Err(rustix::io::Errno::SRCH) => return Ok(None),
@@ -42,7 +45,8 @@ impl OtherHelper {
     }
 }
 
-/// Where the kernel's table of locks does not show other processes: this program, as the helper of that VM.
+/// Where the kernel's table of locks does not show other processes: this program, as the helper of
+/// that VM.
 fn is_helper_of(pid: Pid, runtime: &RuntimeDir) -> bool {
     let file = |path: String| std::fs::metadata(path).map(|facts| (facts.dev(), facts.ino())).ok();
     let program = file(format!("/proc/{pid}/exe"));
@@ -68,7 +72,8 @@ mod test {
         let place = tempfile::tempdir().unwrap();
         let runtime = RuntimeDir::new(Some(place.path()), &"m".parse().unwrap()).unwrap();
         runtime.create().unwrap();
-        let mut child = Command::new("sh").args(["-c", "read helper m"]).stdin(Stdio::piped()).spawn().unwrap();
+        let mut child =
+            Command::new("sh").args(["-c", "read helper m"]).stdin(Stdio::piped()).spawn().unwrap();
         runtime.replace("helper.pid", child.id().to_string().as_bytes()).unwrap();
         assert_eq!(code_of(&OtherHelper::find(&runtime).err().unwrap()), REFUSED);
         assert!(child.try_wait().unwrap().is_none());

@@ -37,8 +37,10 @@ pub fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
     let path = runtime.control();
     // The lock says that no helper lives: this is a dead one's.
     let _ = std::fs::remove_file(&path);
-    let listener = UnixListener::bind(&path).with_context(|| format!("listening on {}", path.display()))?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).with_context(|| format!("protecting {}", path.display()))?;
+    let listener =
+        UnixListener::bind(&path).with_context(|| format!("listening on {}", path.display()))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("protecting {}", path.display()))?;
     Ok(listener)
 }
 
@@ -72,7 +74,8 @@ impl Server {
         }
     }
 
-    /// Lets a checkpoint that is under way end, so that the guest is not left stopped, then frees the writer's place.
+    /// Lets a checkpoint that is under way end, so that the guest is not left stopped, then frees
+    /// the writer's place.
     pub async fn end(&self) {
         match tokio::time::timeout(GRACE, self.checkpointer.lock()).await {
             Ok(mut checkpointer) => checkpointer.release().await,
@@ -93,18 +96,22 @@ impl Server {
         }
         let reply = match work.await.context("the request was cut off")? {
             Ok(value) => Reply::Done(value),
-            Err(error) => Reply::Failed(Failure { message: explain(&error), exit_code: exit::code_of(&error) }),
+            Err(error) => Reply::Failed(Failure {
+                message: explain(&error),
+                exit_code: exit::code_of(&error),
+            }),
         };
         client.send(&reply).await
     }
 
     async fn answer(&self, line: &str, progress: mpsc::Sender<Update>) -> Result<Value> {
-        let request: Request =
-            serde_json::from_str(line).context("the request is not understood; are command and helper of one version?")?;
+        let request: Request = serde_json::from_str(line)
+            .context("the request is not understood; are command and helper of one version?")?;
         if request == Request::Status {
             return self.status().await;
         }
-        let Ok(mut checkpointer) = tokio::time::timeout(GLANCE, self.checkpointer.lock()).await else {
+        let Ok(mut checkpointer) = tokio::time::timeout(GLANCE, self.checkpointer.lock()).await
+        else {
             return Err(refused("a checkpoint of this VM is under way; wait for it"));
         };
         match request {
@@ -117,7 +124,8 @@ impl Server {
                 serde_json::to_value(outcome?).context("encoding the result")
             }
             Request::Adopt { qemu } => {
-                let adopted = engine::adopt::adopt(&mut checkpointer, qemu, &Report(progress)).await;
+                let adopted =
+                    engine::adopt::adopt(&mut checkpointer, qemu, &Report(progress)).await;
                 if let Err(error) = &adopted {
                     tracing::error!(error = explain(error), "adoption failed");
                 }
@@ -155,7 +163,10 @@ async fn bare_pause(checkpointer: &Checkpointer) -> Result<Value> {
 }
 
 /// Accepts until it is dropped, a bounded number of connections at once.
-async fn serve<F: Future<Output = Result<()>> + Send + 'static>(listener: UnixListener, converse: impl Fn(UnixStream) -> F) {
+async fn serve<F: Future<Output = Result<()>> + Send + 'static>(
+    listener: UnixListener,
+    converse: impl Fn(UnixStream) -> F,
+) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     while let Ok(place) = places.clone().acquire_owned().await {
         let stream = match listener.accept().await {
@@ -186,7 +197,8 @@ async fn request(read: impl AsyncRead + Unpin, timeout: Duration) -> Result<Stri
     Ok(line)
 }
 
-/// Who asked. One who went away or does not read is sent nothing more, and the work continues without.
+/// Who asked. One who went away or does not read is sent nothing more, and the work continues
+/// without.
 struct Client<W> {
     stream: Option<W>,
     timeout: Duration,
@@ -197,7 +209,8 @@ impl<W: AsyncWrite + Unpin> Client<W> {
         let Some(stream) = &mut self.stream else { return Ok(()) };
         let mut line = serde_json::to_vec(reply).context("encoding a reply")?;
         line.push(b'\n');
-        if !matches!(tokio::time::timeout(self.timeout, stream.write_all(&line)).await, Ok(Ok(()))) {
+        if !matches!(tokio::time::timeout(self.timeout, stream.write_all(&line)).await, Ok(Ok(())))
+        {
             self.stream = None;
         }
         Ok(())
@@ -255,7 +268,10 @@ mod test {
         for _ in 0..CONNECTIONS {
             all.recv().await.unwrap();
         }
-        assert!(tokio::time::timeout(Duration::from_millis(50), all.recv()).await.is_err(), "more than {CONNECTIONS} are served");
+        assert!(
+            tokio::time::timeout(Duration::from_millis(50), all.recv()).await.is_err(),
+            "more than {CONNECTIONS} are served"
+        );
         clients.drain(..20);
         for _ in 0..20 {
             all.recv().await.unwrap();

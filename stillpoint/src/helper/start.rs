@@ -16,19 +16,34 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Starts the helper in a session of its own, not as a child of what will be QEMU.
-pub fn spawn_helper(name: &VmName, runtime_base: Option<&Path>, runtime: &RuntimeDir) -> Result<()> {
+pub fn spawn_helper(
+    name: &VmName,
+    runtime_base: Option<&Path>,
+    runtime: &RuntimeDir,
+) -> Result<()> {
     let log = runtime.open_helper_log()?;
     runtime.forget_helper_failure()?;
     let program = std::env::current_exe().context("finding this program's own path")?;
     let mut command = Command::new("setsid");
     command.arg("--fork").arg(program).arg("helper");
     if let Some(base) = runtime_base {
-        command.arg("--runtime-dir").arg(std::path::absolute(base).context("making --runtime-dir absolute")?);
+        command
+            .arg("--runtime-dir")
+            .arg(std::path::absolute(base).context("making --runtime-dir absolute")?);
     }
-    command.arg(name.as_str()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).current_dir("/");
-    let status = command.status().context("starting the helper through setsid (package util-linux)")?;
+    command
+        .arg(name.as_str())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .current_dir("/");
+    let status =
+        command.status().context("starting the helper through setsid (package util-linux)")?;
     if !status.success() {
-        bail!("setsid could not start the helper: {status}; see {}", runtime.helper_log().display());
+        bail!(
+            "setsid could not start the helper: {status}; see {}",
+            runtime.helper_log().display()
+        );
     }
     Ok(())
 }
@@ -42,10 +57,19 @@ pub async fn wait(runtime: &RuntimeDir) -> Result<Value> {
             Err(error) => error,
         };
         if let Some(Failure { message, exit_code }) = runtime.helper_failure() {
-            return Err(coded(exit_code, format!("the helper ended: {message}; its log is {}", runtime.helper_log().display())));
+            return Err(coded(
+                exit_code,
+                format!(
+                    "the helper ended: {message}; its log is {}",
+                    runtime.helper_log().display()
+                ),
+            ));
         }
         if Instant::now() >= end {
-            bail!("the helper did not come up within {TIMEOUT:?} ({error:#}); see its log {}", runtime.helper_log().display());
+            bail!(
+                "the helper did not come up within {TIMEOUT:?} ({error:#}); see its log {}",
+                runtime.helper_log().display()
+            );
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }

@@ -1,10 +1,11 @@
-//! How long a guest is stopped when it is adopted, beside QEMU's own live migration of the same guest on the same host.
+//! How long a guest is stopped when it is adopted, beside QEMU's own live migration of the same
+//! guest on the same host.
 //!
 //! ```text
 //! bench-adopt [--count N] [--ram MIB] [--rate PAGES]
 //! ```
-//! Adoptions and plain migrations (plain QEMU to plain QEMU over a unix socket, QEMU's own defaults) take turns, so that both see the same
-//! host. Run by `scripts/bench-adopt`.
+//! Adoptions and plain migrations (plain QEMU to plain QEMU over a unix socket, QEMU's own
+//! defaults) take turns, so that both see the same host. Run by `scripts/bench-adopt`.
 
 use serde_json::{Value, json};
 use std::path::Path;
@@ -26,13 +27,22 @@ fn options() -> Result<Options, String> {
     let mut options = Options { count: 5, ram_mib: "1024".to_owned(), rate: "1500".to_owned() };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
-        let value = words.next().filter(|value| value.parse::<u32>().is_ok_and(|number| number > 0));
-        let value = value.ok_or_else(|| format!("{word}: a number is missing; bench-adopt [--count N] [--ram MIB] [--rate PAGES]"))?;
+        let value =
+            words.next().filter(|value| value.parse::<u32>().is_ok_and(|number| number > 0));
+        let value = value.ok_or_else(|| {
+            format!(
+                "{word}: a number is missing; bench-adopt [--count N] [--ram MIB] [--rate PAGES]"
+            )
+        })?;
         match word.as_str() {
             "--count" => options.count = value.parse().map_err(|_| format!("--count {value}"))?,
             "--ram" => options.ram_mib = value,
             "--rate" => options.rate = value,
-            _ => return Err(format!("{word} is not known; bench-adopt [--count N] [--ram MIB] [--rate PAGES]")),
+            _ => {
+                return Err(format!(
+                    "{word} is not known; bench-adopt [--count N] [--ram MIB] [--rate PAGES]"
+                ));
+            }
         }
     }
     Ok(options)
@@ -55,12 +65,22 @@ struct Destination {
 impl Destination {
     fn start(vm: &TestVm, recipe: &Recipe, qemu: &Path) -> Self {
         let words = recipe.plain_command_line(qemu).into_iter();
-        let words: Vec<String> = words.map(|word| word.replace("serial.log", "serial-2.log").replace(".sock", "-2.sock")).collect();
+        let words: Vec<String> = words
+            .map(|word| word.replace("serial.log", "serial-2.log").replace(".sock", "-2.sock"))
+            .collect();
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).args(["-incoming", "defer"]).current_dir(&vm.directory);
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("QEMU can be run");
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("QEMU can be run");
         let socket = vm.directory.join("extra-2.sock");
-        assert!(wait_until(TIMEOUT, || vm.directory.join("qmp-2.sock").exists()), "the destination did not start");
+        assert!(
+            wait_until(TIMEOUT, || vm.directory.join("qmp-2.sock").exists()),
+            "the destination did not start"
+        );
         Self { child, monitor: QmpClient::connect(&socket) }
     }
 }
@@ -84,7 +104,9 @@ fn migrate(qemu: &Path, recipe: &Recipe) -> (f64, f64) {
     source.events();
     source.execute("migrate", uri);
     let status = |monitor: &mut QmpClient| monitor.execute("query-migrate", json!({}));
-    let is_over = wait_until(TIMEOUT, || status(&mut source)["status"] == "completed" && destination.monitor.is_running());
+    let is_over = wait_until(TIMEOUT, || {
+        status(&mut source)["status"] == "completed" && destination.monitor.is_running()
+    });
     let said = status(&mut source);
     assert!(is_over, "QEMU's own migration did not complete: {said}");
     let stop = source.time_of_event("STOP").expect("the source stopped");
@@ -107,11 +129,17 @@ fn adopt(qemu: &Path, recipe: &Recipe) -> Value {
 fn median(mut samples: Vec<f64>) -> f64 {
     samples.sort_by(f64::total_cmp);
     let middle = samples.len() / 2;
-    if samples.len() % 2 == 1 { samples[middle] } else { f64::midpoint(samples[middle - 1], samples[middle]) }
+    if samples.len() % 2 == 1 {
+        samples[middle]
+    } else {
+        f64::midpoint(samples[middle - 1], samples[middle])
+    }
 }
 
 fn row(what: &str, samples: &[f64]) -> f64 {
-    let (least, most) = samples.iter().fold((f64::MAX, 0.0_f64), |(least, most), sample| (least.min(*sample), most.max(*sample)));
+    let (least, most) = samples
+        .iter()
+        .fold((f64::MAX, 0.0_f64), |(least, most), sample| (least.min(*sample), most.max(*sample)));
     let middle = median(samples.to_vec());
     println!("{what:44} {least:>9.2} {middle:>9.2} {most:>9.2}");
     middle
@@ -126,7 +154,8 @@ fn main() -> ExitCode {
         }
     };
     let (qemu, recipe) = (newest_qemu(), options.recipe());
-    let (mut counted, mut seen, mut adopted, mut by_qemu) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut counted, mut seen, mut adopted, mut by_qemu) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for number in 1..=options.count {
         eprintln!("bench-adopt: {number} of {}", options.count);
         let (downtime, from_stop) = migrate(&qemu, &recipe);

@@ -1,4 +1,5 @@
-//! Random command lines: from QEMU's own tables, and as people publish them (libvirt, Proxmox, packer, quickemu, lab scripts).
+//! Random command lines: from QEMU's own tables, and as people publish them (libvirt, Proxmox,
+//! packer, quickemu, lab scripts).
 
 use super::tables::Tables;
 use crate::random::Random;
@@ -49,7 +50,14 @@ const CACHES: &[&str] = &[
 
 impl<'a> Draw<'a> {
     pub fn new(seed: u64, tables: &'a Tables) -> Self {
-        Self { random: Random::new(seed), tables, words: Vec::new(), number: 0, has_display: false, vm: String::new() }
+        Self {
+            random: Random::new(seed),
+            tables,
+            words: Vec::new(),
+            number: 0,
+            has_display: false,
+            vm: String::new(),
+        }
     }
 
     /// A whole line, without the program.
@@ -100,7 +108,14 @@ impl<'a> Draw<'a> {
     /// One of the published lines, as it is or with a little more.
     fn published(mut self) -> Vec<String> {
         self.spell("published");
-        let more: &[fn(&mut Self)] = &[Self::odd_device, Self::firmware, Self::clock, Self::usb, Self::any_device, Self::bridges];
+        let more: &[fn(&mut Self)] = &[
+            Self::odd_device,
+            Self::firmware,
+            Self::clock,
+            Self::usb,
+            Self::any_device,
+            Self::bridges,
+        ];
         if self.one_in(3) {
             let part = *self.random.pick(more);
             part(&mut self);
@@ -125,8 +140,13 @@ impl<'a> Draw<'a> {
     /// A list of `kinds.txt`.
     fn list(&self, name: &str) -> Vec<&'static str> {
         let head = format!("[{name}]");
-        let lines = KINDS.lines().skip_while(|line| *line != head).skip(1).take_while(|line| !line.starts_with('['));
-        let list: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+        let lines = KINDS
+            .lines()
+            .skip_while(|line| *line != head)
+            .skip(1)
+            .take_while(|line| !line.starts_with('['));
+        let list: Vec<&str> =
+            lines.filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
         assert!(!list.is_empty(), "kinds.txt has no list {head}");
         list
     }
@@ -186,7 +206,16 @@ impl<'a> Draw<'a> {
         match self.random.below(4) {
             0 => {
                 let cpu = self.random.pick(&self.tables.cpus).clone();
-                let more = self.of(&["", "", ",+x2apic", ",-sse4.2", ",hv_relaxed,hv_time", ",migratable=on", ",pmu=on", ",enforce"]);
+                let more = self.of(&[
+                    "",
+                    "",
+                    ",+x2apic",
+                    ",-sse4.2",
+                    ",hv_relaxed,hv_time",
+                    ",migratable=on",
+                    ",pmu=on",
+                    ",enforce",
+                ]);
                 self.pair("-cpu", format!("{cpu}{more}"));
             }
             // KVM takes no model that the host cannot give, and `max` sets what some hosts refuse.
@@ -194,7 +223,14 @@ impl<'a> Draw<'a> {
             _ => {}
         }
         if self.one_in(3) {
-            let smp = self.of(&["2", "1", "cpus=2,sockets=2", "2,cores=2", "1,maxcpus=2", "4,sockets=1,dies=1,cores=2,threads=2"]);
+            let smp = self.of(&[
+                "2",
+                "1",
+                "cpus=2,sockets=2",
+                "2,cores=2",
+                "1,maxcpus=2",
+                "4,sockets=1,dies=1,cores=2,threads=2",
+            ]);
             self.pair("-smp", smp);
         }
         if !self.one_in(4) {
@@ -258,31 +294,48 @@ impl<'a> Draw<'a> {
     }
 
     fn blockdev(&mut self) {
-        let (id, file) = (self.id("n"), self.of(&["data.raw", "odd.raw", "new.qcow2", "cow.qcow2", "deep.qcow2"]));
+        let (id, file) = (
+            self.id("n"),
+            self.of(&["data.raw", "odd.raw", "new.qcow2", "cow.qcow2", "deep.qcow2"]),
+        );
         let driver = if file.ends_with("raw") { "raw" } else { "qcow2" };
         let value = match self.random.below(9) {
             0 => format!("driver={driver},node-name={id},file.driver=file,file.filename={file}"),
             1 => format!(
                 "{{\"driver\":\"{driver}\",\"node-name\":\"{id}\",\"file\":{{\"driver\":\"file\",\"filename\":\"{file}\"}},\"discard\":\"unmap\"}}"
             ),
-            2 => format!("driver=raw,node-name={id},offset=65536,file.driver=file,file.filename=data.raw"),
-            3 => format!("driver=raw,node-name={id},offset=512,size=65536,file.driver=file,file.filename=data.raw"),
+            2 => format!(
+                "driver=raw,node-name={id},offset=65536,file.driver=file,file.filename=data.raw"
+            ),
+            3 => format!(
+                "driver=raw,node-name={id},offset=512,size=65536,file.driver=file,file.filename=data.raw"
+            ),
             4 => format!(
                 "driver=throttle,node-name={id},throttle-group=tg,file.driver=raw,file.file.driver=file,file.file.filename=data.raw"
             ),
-            5 => format!("driver=copy-on-read,node-name={id},file.driver=qcow2,file.file.driver=file,file.file.filename=cow.qcow2"),
+            5 => format!(
+                "driver=copy-on-read,node-name={id},file.driver=qcow2,file.file.driver=file,file.file.filename=cow.qcow2"
+            ),
             6 => format!("driver=null-co,node-name={id},size=1048576,read-zeroes=on"),
             7 => format!(
                 "driver=qcow2,node-name={id},file.driver=file,file.filename=cow.qcow2,backing.driver=raw,backing.file.driver=file,backing.file.filename=other.raw"
             ),
-            _ => format!("driver=file,node-name={id},filename={file},cache.direct=off,auto-read-only=on"),
+            _ => format!(
+                "driver=file,node-name={id},filename={file},cache.direct=off,auto-read-only=on"
+            ),
         };
         if value.contains("throttle-group") {
             self.add("-object throttle-group,id=tg,x-iops-total=1000");
         }
         self.pair("-blockdev", value);
         if !self.one_in(6) {
-            let device = self.of(&["virtio-blk-pci", "ide-hd", "virtio-blk-pci,iothread=io", "virtio-blk-pci,share-rw=on", "ide-cd"]);
+            let device = self.of(&[
+                "virtio-blk-pci",
+                "ide-hd",
+                "virtio-blk-pci,iothread=io",
+                "virtio-blk-pci,share-rw=on",
+                "ide-cd",
+            ]);
             if device.contains("iothread") {
                 self.add("-object iothread,id=io");
             }
@@ -300,7 +353,9 @@ impl<'a> Draw<'a> {
         let mac = self.of(&["", ",mac=52:54:00:12:34:56", ",romfile=", ",bootindex=3"]);
         let backend = match self.random.below(12) {
             0 => format!("user,id={id},hostfwd=tcp::{port}-:22"),
-            1 => format!("user,id={id},net=10.9.0.0/24,dhcpstart=10.9.0.9,dns=10.9.0.3,hostname=h,restrict=on"),
+            1 => format!(
+                "user,id={id},net=10.9.0.0/24,dhcpstart=10.9.0.9,dns=10.9.0.3,hostname=h,restrict=on"
+            ),
             2 => format!("user,id={id},ipv6=off,tftp=sub,bootfile=x"),
             3 => format!("tap,id={id},script=no,downscript=no,ifname=sptap{}", port % 100),
             4 => format!("socket,id={id},listen=127.0.0.1:{port}"),
@@ -311,7 +366,9 @@ impl<'a> Draw<'a> {
                 "dgram,id={id},local.type=inet,local.host=127.0.0.1,local.port={port},remote.type=inet,remote.host=127.0.0.1,remote.port=9"
             ),
             9 => format!("socket,id={id},udp=127.0.0.1:9,localaddr=127.0.0.1:{port}"),
-            10 => format!("{{\"type\":\"user\",\"id\":\"{id}\",\"hostfwd\":[{{\"str\":\"tcp::{port}-:80\"}}]}}"),
+            10 => format!(
+                "{{\"type\":\"user\",\"id\":\"{id}\",\"hostfwd\":[{{\"str\":\"tcp::{port}-:80\"}}]}}"
+            ),
             _ => format!("user,id={id}"),
         };
         match self.random.below(6) {
@@ -341,7 +398,9 @@ impl<'a> Draw<'a> {
             3 => format!("ringbuf,id={id},size=4096"),
             4 => format!("pty,id={id}"),
             5 => format!("vc,id={id}"),
-            6 => format!("socket,id={id},host=127.0.0.1,port={port},server=on,wait=off,logfile={id}.log"),
+            6 => format!(
+                "socket,id={id},host=127.0.0.1,port={port},server=on,wait=off,logfile={id}.log"
+            ),
             7 => format!("socket,id={id},path=nobody.sock,server=off,reconnect=10"),
             8 => format!("memory,id={id},size=64k"),
             _ => format!("null,id={id},mux=on"),
@@ -421,7 +480,17 @@ impl<'a> Draw<'a> {
         let parameters = self.tables.options[&name].clone();
         // Those need what a random value cannot give, or leave this directory.
         if parameters.is_empty()
-            || ["incoming", "sandbox", "add-fd", "spice", "chardev", "trace", "readconfig", "acpitable"].contains(&name.as_str())
+            || [
+                "incoming",
+                "sandbox",
+                "add-fd",
+                "spice",
+                "chardev",
+                "trace",
+                "readconfig",
+                "acpitable",
+            ]
+            .contains(&name.as_str())
         {
             return self.clock();
         }
@@ -454,8 +523,15 @@ impl<'a> Draw<'a> {
     fn scsi(&mut self) {
         let adapter = self.one("scsi-adapter");
         let id = self.id("sd");
-        let (file, format) = *self.random.pick(&[("data.raw", "raw"), ("new.qcow2", "qcow2"), ("odd.raw", "raw")]);
-        let device = self.of(&["scsi-hd", "scsi-cd", "scsi-hd,scsi-id=3,lun=1", "scsi-hd,rotation_rate=1", "scsi-disk"]);
+        let (file, format) =
+            *self.random.pick(&[("data.raw", "raw"), ("new.qcow2", "qcow2"), ("odd.raw", "raw")]);
+        let device = self.of(&[
+            "scsi-hd",
+            "scsi-cd",
+            "scsi-hd,scsi-id=3,lun=1",
+            "scsi-hd,rotation_rate=1",
+            "scsi-disk",
+        ]);
         self.pair("-device", format!("{adapter},id=ctl{id}"));
         self.pair("-drive", format!("file={file},format={format},if=none,id={id}"));
         self.pair("-device", format!("{device},bus=ctl{id}.0,drive={id}"));

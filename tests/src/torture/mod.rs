@@ -1,7 +1,8 @@
 //! Random command lines, each of which must be refused or brought back exactly.
 //!
-//! A line is one that plain QEMU itself rejects; or Stillpoint refuses it, with a reason, before its first checkpoint is durable; or its
-//! checkpoint is proven by `verify --restore` after the VM was killed and its files were moved away. Anything else is a finding.
+//! A line is one that plain QEMU itself rejects; or Stillpoint refuses it, with a reason, before
+//! its first checkpoint is durable; or its checkpoint is proven by `verify --restore` after the VM
+//! was killed and its files were moved away. Anything else is a finding.
 
 mod grammar;
 mod tables;
@@ -107,11 +108,29 @@ fn try_one(settings: &Settings, number: u64, tables: &[Tables], lab: &Lab, summa
     let words = Draw::new(random.number(), tables).line();
     let begun = Instant::now();
     let name = format!("t{number}");
-    let trial = Trial { lab, qemu: &tables.qemu, mode, name, words: &words, acts: &[], early: &[], is_accepted: false };
+    let trial = Trial {
+        lab,
+        qemu: &tables.qemu,
+        mode,
+        name,
+        words: &words,
+        acts: &[],
+        early: &[],
+        is_accepted: false,
+    };
     let verdict = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| trial.run()))
-        .unwrap_or_else(|panic| Verdict::Finding(format!("a command of the trial hangs or panics: {}", message(&*panic))));
+        .unwrap_or_else(|panic| {
+            Verdict::Finding(format!(
+                "a command of the trial hangs or panics: {}",
+                message(&*panic)
+            ))
+        });
     let line = shell(&tables.qemu, &words);
-    let place = format!("seed {} line {number} {mode:?} ({:.1} s)", settings.seed, begun.elapsed().as_secs_f64());
+    let place = format!(
+        "seed {} line {number} {mode:?} ({:.1} s)",
+        settings.seed,
+        begun.elapsed().as_secs_f64()
+    );
     match &verdict {
         Verdict::Rejected(_) => summary.rejected += 1,
         Verdict::Refused(_) => summary.refused += 1,
@@ -122,7 +141,9 @@ fn try_one(settings: &Settings, number: u64, tables: &[Tables], lab: &Lab, summa
     }
     if settings.verbose {
         let why = match &verdict {
-            Verdict::Rejected(why) | Verdict::Refused(why) => why.lines().last().unwrap_or_default(),
+            Verdict::Rejected(why) | Verdict::Refused(why) => {
+                why.lines().last().unwrap_or_default()
+            }
             Verdict::Finding(why) => why,
             Verdict::Proven => "",
         };
@@ -131,14 +152,23 @@ fn try_one(settings: &Settings, number: u64, tables: &[Tables], lab: &Lab, summa
 }
 
 fn message(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+    let text = panic
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
     text.unwrap_or_default()
 }
 
 /// To be pasted into a shell.
 fn shell(qemu: &Path, words: &[String]) -> String {
-    let is_plain =
-        |word: &str| !word.is_empty() && word.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_=.,/:+".contains(letter));
-    let quoted = words.iter().map(|word| if is_plain(word) { word.clone() } else { format!("'{}'", word.replace('\'', r"'\''")) });
+    let is_plain = |word: &str| {
+        !word.is_empty()
+            && word
+                .chars()
+                .all(|letter| letter.is_ascii_alphanumeric() || "-_=.,/:+".contains(letter))
+    };
+    let quoted = words.iter().map(|word| {
+        if is_plain(word) { word.clone() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    });
     std::iter::once(qemu.display().to_string()).chain(quoted).collect::<Vec<_>>().join(" ")
 }

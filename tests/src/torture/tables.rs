@@ -1,4 +1,5 @@
-//! What QEMU itself says that its command line may hold: machine types, devices and their properties.
+//! What QEMU itself says that its command line may hold: machine types, devices and their
+//! properties.
 
 use crate::qmp::QmpClient;
 use crate::random::Random;
@@ -35,15 +36,29 @@ impl Tables {
         let vms = help(qemu, &["-machine", "help"]).lines().skip(1).filter_map(vm).collect();
         let help_of_cpus = help(qemu, &["-cpu", "help"]);
         // Flags follow the models.
-        let cpus = help_of_cpus.lines().take_while(|line| !line.contains("CPUID flags")).filter_map(cpu).collect();
-        Self { qemu: qemu.to_owned(), devices, vms, cpus, options: options(qemu), properties: Default::default() }
+        let cpus = help_of_cpus
+            .lines()
+            .take_while(|line| !line.contains("CPUID flags"))
+            .filter_map(cpu)
+            .collect();
+        Self {
+            qemu: qemu.to_owned(),
+            devices,
+            vms,
+            cpus,
+            options: options(qemu),
+            properties: Default::default(),
+        }
     }
 
     /// Properties of a device; none if QEMU prints none.
     pub fn properties(&self, device: &str) -> Vec<Property> {
         let known = self.properties.borrow().get(device).cloned();
         known.unwrap_or_else(|| {
-            let found: Vec<Property> = help(&self.qemu, &["-device", &format!("{device},help")]).lines().filter_map(property).collect();
+            let found: Vec<Property> = help(&self.qemu, &["-device", &format!("{device},help")])
+                .lines()
+                .filter_map(property)
+                .collect();
             self.properties.borrow_mut().insert(device.to_owned(), found.clone());
             found
         })
@@ -51,7 +66,8 @@ impl Tables {
 }
 
 fn help(qemu: &Path, words: &[&str]) -> String {
-    let output = Command::new(qemu).args(words).stdin(Stdio::null()).output().expect("QEMU can be run");
+    let output =
+        Command::new(qemu).args(words).stdin(Stdio::null()).output().expect("QEMU can be run");
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
@@ -64,7 +80,8 @@ fn device(line: &str) -> Option<(String, String)> {
 
 fn vm(line: &str) -> Option<String> {
     let name = line.split_whitespace().next()?;
-    (name.starts_with("pc") || name == "q35" || name == "isapc" || name == "microvm").then(|| name.to_owned())
+    (name.starts_with("pc") || name == "q35" || name == "isapc" || name == "microvm")
+        .then(|| name.to_owned())
 }
 
 /// `x86 Haswell  (alias …)`, in 10.0 without the first word.
@@ -72,7 +89,8 @@ fn cpu(line: &str) -> Option<String> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let name = if words.first() == Some(&"x86") { words.get(1)? } else { words.first()? };
     let is_name = line.starts_with("  ") || words[0] == "x86";
-    (is_name && !name.starts_with('(') && name.chars().any(char::is_lowercase) && name.len() > 2).then(|| (*name).to_owned())
+    (is_name && !name.starts_with('(') && name.chars().any(char::is_lowercase) && name.len() > 2)
+        .then(|| (*name).to_owned())
 }
 
 /// `  name=<kind>  - text`.
@@ -88,7 +106,12 @@ fn options(qemu: &Path) -> BTreeMap<String, Vec<Property>> {
     let socket = directory.path().join("q");
     let monitor = format!("unix:{},server=on,wait=off", socket.display());
     let words = ["-machine", "none", "-nodefaults", "-display", "none", "-qmp", &monitor];
-    let mut child = Command::new(qemu).args(words).stdin(Stdio::null()).stderr(Stdio::null()).spawn().expect("QEMU can be run");
+    let mut child = Command::new(qemu)
+        .args(words)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("QEMU can be run");
     let up = crate::process::wait_until(std::time::Duration::from_secs(20), || socket.exists());
     assert!(up, "QEMU does not answer");
     let list = QmpClient::connect(&socket).execute("query-command-line-options", json!({}));
@@ -97,7 +120,8 @@ fn options(qemu: &Path) -> BTreeMap<String, Vec<Property>> {
     let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
     let one = |option: &serde_json::Value| {
         let parameters = option["parameters"].as_array().into_iter().flatten();
-        let parameters = parameters.map(|one| Property { name: text(&one["name"]), kind: text(&one["type"]) });
+        let parameters =
+            parameters.map(|one| Property { name: text(&one["name"]), kind: text(&one["type"]) });
         (text(&option["option"]), parameters.collect())
     };
     list.as_array().into_iter().flatten().map(one).collect()
@@ -110,7 +134,8 @@ impl Property {
             "bool" | "boolean" => (*random.pick(&["on", "off"])).to_owned(),
             "OnOffAuto" => (*random.pick(&["on", "off", "auto"])).to_owned(),
             "uint8" | "uint16" | "uint32" | "uint64" | "int32" | "int64" | "int" | "number" => {
-                (*random.pick(&["0", "1", "2", "3", "4", "8", "16", "64", "255", "1024"])).to_owned()
+                (*random.pick(&["0", "1", "2", "3", "4", "8", "16", "64", "255", "1024"]))
+                    .to_owned()
             }
             "size" => (*random.pick(&["4096", "64k", "1M", "8M", "16M", "64M"])).to_owned(),
             "str" | "string" => (*random.pick(&["x", "disk", "on", "raw"])).to_owned(),

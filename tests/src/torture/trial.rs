@@ -26,14 +26,21 @@ const MONITOR: &str = "own.qmp";
 /// Everything that a line may name, made once and copied for each trial.
 pub fn templates(qemu: &Path, directory: &Path) {
     std::fs::create_dir_all(directory.join("sub")).expect("the lab");
-    let write = |name: &str, bytes: &[u8]| std::fs::write(directory.join(name), bytes).expect("the lab");
-    let pattern =
-        |len: usize, seed: usize| (0..len).map(|at| if at % 65_536 < 8192 { (at / 512 + seed) as u8 } else { 0 }).collect::<Vec<u8>>();
+    let write =
+        |name: &str, bytes: &[u8]| std::fs::write(directory.join(name), bytes).expect("the lab");
+    let pattern = |len: usize, seed: usize| {
+        (0..len)
+            .map(|at| if at % 65_536 < 8192 { (at / 512 + seed) as u8 } else { 0 })
+            .collect::<Vec<u8>>()
+    };
     let mut boot = vec![0; 1 << 20];
     boot[..SCRIBBLER.len()].copy_from_slice(SCRIBBLER);
     write("boot.raw", &boot);
     write("odd.raw", &pattern((1 << 20) + 512, 3));
-    for (number, name) in ["data.raw", "disk", "a b.raw", "c,omma.raw", "base.raw", "other.raw"].into_iter().enumerate() {
+    for (number, name) in ["data.raw", "disk", "a b.raw", "c,omma.raw", "base.raw", "other.raw"]
+        .into_iter()
+        .enumerate()
+    {
         write(name, &pattern(2 << 20, 10 * number));
     }
     write("x.iso", &pattern(512 << 10, 77));
@@ -42,9 +49,14 @@ pub fn templates(qemu: &Path, directory: &Path) {
     write("blob.bin", &pattern(4096, 80));
     write("pflash.raw", &pattern(1 << 20, 81));
     write("smbios.bin", &[]);
-    write("vm.cfg", b"[device \"rng9\"]\n  driver = \"virtio-rng-pci\"\n\n[rtc]\n  base = \"utc\"\n");
+    write(
+        "vm.cfg",
+        b"[device \"rng9\"]\n  driver = \"virtio-rng-pci\"\n\n[rtc]\n  base = \"utc\"\n",
+    );
     write("disk.cfg", b"[drive \"cfgd\"]\n  file = \"new.qcow2\"\n  format = \"qcow2\"\n  if = \"none\"\n\n[device]\n  driver = \"virtio-blk-pci\"\n  drive = \"cfgd\"\n");
-    let create = |words: &[&str]| qemu_img(qemu, directory, &[&["create", "-q", "-f", "qcow2"], words].concat());
+    let create = |words: &[&str]| {
+        qemu_img(qemu, directory, &[&["create", "-q", "-f", "qcow2"], words].concat())
+    };
     create(&["-F", "raw", "-b", "base.raw", "cow.qcow2"]);
     create(&["-F", "raw", "-b", "base.raw", "mid.qcow2"]);
     create(&["-F", "qcow2", "-b", "mid.qcow2", "deep.qcow2"]);
@@ -86,7 +98,10 @@ impl Drop for Running {
 impl Running {
     fn log(&self) -> String {
         let text = std::fs::read_to_string(self.directory.join("qemu.out")).unwrap_or_default();
-        text.lines().filter(|line| !line.contains("failed to open module")).collect::<Vec<_>>().join("; ")
+        text.lines()
+            .filter(|line| !line.contains("failed to open module"))
+            .collect::<Vec<_>>()
+            .join("; ")
     }
 
     fn has_ended(&mut self) -> bool {
@@ -96,7 +111,9 @@ impl Running {
     /// Whether its main thread gets to run: some VMs keep QEMU's lock to themselves, whoever asks.
     fn answers(&self) -> bool {
         let monitor = self.directory.join(MONITOR);
-        let Ok(mut client) = std::panic::catch_unwind(|| QmpClient::connect(&monitor)) else { return false };
+        let Ok(mut client) = std::panic::catch_unwind(|| QmpClient::connect(&monitor)) else {
+            return false;
+        };
         (0..ANSWERS).all(|_| {
             let asked = Instant::now();
             client.try_execute("query-status", json!({})).is_ok() && asked.elapsed() < ANSWER
@@ -133,15 +150,28 @@ impl Trial<'_> {
 
     fn furnish(&self) {
         let templates = self.lab.path().join("templates");
-        let status = Command::new("cp").args(["-r", "--sparse=always"]).arg(templates).arg(self.directory()).status();
+        let status = Command::new("cp")
+            .args(["-r", "--sparse=always"])
+            .arg(templates)
+            .arg(self.directory())
+            .status();
         assert!(status.is_ok_and(|status| status.success()), "cannot copy the templates");
     }
 
     fn spawn(&self, mut command: Command) -> Running {
         let directory = self.directory();
         let log = File::create(directory.join("qemu.out")).expect("the lab");
-        command.args(self.words).args(["-qmp", "unix:sp.qmp,server=on,wait=off", "-qmp", &format!("unix:{MONITOR},server=on,wait=off")]);
-        command.current_dir(&directory).stdin(Stdio::null()).stdout(log.try_clone().expect("a file")).stderr(log);
+        command.args(self.words).args([
+            "-qmp",
+            "unix:sp.qmp,server=on,wait=off",
+            "-qmp",
+            &format!("unix:{MONITOR},server=on,wait=off"),
+        ]);
+        command
+            .current_dir(&directory)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a file"))
+            .stderr(log);
         Running { child: command.spawn().expect("the program can be run"), directory }
     }
 
@@ -188,7 +218,8 @@ impl Trial<'_> {
         command.arg(self.qemu);
         let mut running = self.spawn(command);
         let runtime = self.lab.runtime().join(&self.name);
-        let helper_said = || std::fs::read_to_string(runtime.join("helper.log")).unwrap_or_default();
+        let helper_said =
+            || std::fs::read_to_string(runtime.join("helper.log")).unwrap_or_default();
         let mut ended = false;
         let up = wait_until(START, || {
             ended = running.has_ended();
@@ -197,10 +228,18 @@ impl Trial<'_> {
         if ended {
             let code = running.child.wait().expect("a child").code().unwrap_or(-1);
             let said = running.log();
-            return if code == 3 { Verdict::Refused(said) } else { Verdict::Finding(format!("run ended with {code}: {said}")) };
+            return if code == 3 {
+                Verdict::Refused(said)
+            } else {
+                Verdict::Finding(format!("run ended with {code}: {said}"))
+            };
         }
         if !up {
-            return Verdict::Finding(format!("no helper answers: {} {}", running.log(), tail(&helper_said())));
+            return Verdict::Finding(format!(
+                "no helper answers: {} {}",
+                running.log(),
+                tail(&helper_said())
+            ));
         }
         self.checkpoint(&mut running)
     }
@@ -221,11 +260,15 @@ impl Trial<'_> {
         let cache = self.lab.path().join("cache-elsewhere");
         let qemu = self.qemu.to_str().expect("UTF-8");
         let words = ["verify", "--restore", &self.name, "--qemu", qemu, "--run", "200ms"];
-        let ran = self.lab.run_with(&words, &[("STILLPOINT_CACHE_DIR", cache.to_str().expect("UTF-8"))]);
+        let ran =
+            self.lab.run_with(&words, &[("STILLPOINT_CACHE_DIR", cache.to_str().expect("UTF-8"))]);
         let _ = std::fs::remove_dir_all(&cache);
         match ran.code {
             0 => Verdict::Proven,
-            code => Verdict::Finding(format!("durable, but the proof ended with {code}: {}", said(&ran))),
+            code => Verdict::Finding(format!(
+                "durable, but the proof ended with {code}: {}",
+                said(&ran)
+            )),
         }
     }
 
@@ -251,9 +294,12 @@ impl Trial<'_> {
     }
 
     fn end_helper(&self) {
-        let text = std::fs::read_to_string(self.lab.runtime().join(&self.name).join("helper.pid")).unwrap_or_default();
+        let text = std::fs::read_to_string(self.lab.runtime().join(&self.name).join("helper.pid"))
+            .unwrap_or_default();
         let pid = text.trim().parse().ok().filter(|pid| *pid > 1).map(Pid::from_raw);
-        pid.filter(|pid| process::is_ours(*pid, &self.lab.runtime())).into_iter().for_each(process::kill_hard);
+        pid.filter(|pid| process::is_ours(*pid, &self.lab.runtime()))
+            .into_iter()
+            .for_each(process::kill_hard);
     }
 
     /// 0 continues, 3 with a reason is a refusal, all else is a finding.
@@ -271,8 +317,13 @@ impl Trial<'_> {
             return Verdict::Finding(format!("QEMU died: {}; {verdict:?}", running.log()));
         }
         let now = running.status().unwrap_or_default();
-        let is_well = now == before || before != "running" && verdict.is_refusal() || now == "prelaunch";
-        if is_well { verdict } else { Verdict::Finding(format!("the guest was {before} and is {now}; {verdict:?}")) }
+        let is_well =
+            now == before || before != "running" && verdict.is_refusal() || now == "prelaunch";
+        if is_well {
+            verdict
+        } else {
+            Verdict::Finding(format!("the guest was {before} and is {now}; {verdict:?}"))
+        }
     }
 }
 
@@ -294,5 +345,7 @@ fn said(ran: &Ran) -> String {
 
 fn tail(text: &str) -> String {
     let start = text.len().saturating_sub(1200);
-    text.char_indices().find(|(at, _)| *at >= start).map_or(String::new(), |(at, _)| text[at..].to_owned())
+    text.char_indices()
+        .find(|(at, _)| *at >= start)
+        .map_or(String::new(), |(at, _)| text[at..].to_owned())
 }

@@ -43,7 +43,8 @@ pub enum Vm {
 }
 
 impl Vm {
-    pub const ALL: &[Self] = &[Self::Pc, Self::Q35, Self::Paused, Self::Prelaunch, Self::OwnMemory, Self::Nodes];
+    pub const ALL: &[Self] =
+        &[Self::Pc, Self::Q35, Self::Paused, Self::Prelaunch, Self::OwnMemory, Self::Nodes];
 
     pub fn board(self) -> &'static str {
         match self {
@@ -101,7 +102,10 @@ const STATES: &[Row] = &[
         "disk moved to another file since the start (`blockdev-snapshot-sync`)",
         "-drive file=new.qcow2,format=qcow2,if=none,id=d -device virtio-blk-pci,drive=d",
     )
-    .after(&[("blockdev-snapshot-sync", r#"{"device":"d","snapshot-file":"over.qcow2","format":"qcow2"}"#)]),
+    .after(&[(
+        "blockdev-snapshot-sync",
+        r#"{"device":"d","snapshot-file":"over.qcow2","format":"qcow2"}"#,
+    )]),
 ];
 
 const BOARD: &[Row] = &[
@@ -119,8 +123,16 @@ const BOARD: &[Row] = &[
     carried(Vm::Pc, "`-accel tcg,thread=single`", "-accel tcg,thread=single"),
     carried(Vm::Pc, "`-m 16M`", "-m 16M"),
     carried(Vm::Q35, "`-m SIZE,slots=,maxmem=`, no module plugged in", "-m 16,slots=2,maxmem=64M"),
-    carried(Vm::OwnMemory, "`-machine memory-backend=`", "-object memory-backend-ram,id=mem,size=16M -machine memory-backend=mem"),
-    carried(Vm::Nodes, "one `-numa node,memdev=`", "-numa node,memdev=all -object memory-backend-ram,id=all,size=16M"),
+    carried(
+        Vm::OwnMemory,
+        "`-machine memory-backend=`",
+        "-object memory-backend-ram,id=mem,size=16M -machine memory-backend=mem",
+    ),
+    carried(
+        Vm::Nodes,
+        "one `-numa node,memdev=`",
+        "-numa node,memdev=all -object memory-backend-ram,id=all,size=16M",
+    ),
     refused_to_both(
         "RAM of several memory objects (NUMA nodes)",
         "-object memory-backend-ram,id=a,size=8M -object memory-backend-ram,id=b,size=8M \
@@ -143,14 +155,22 @@ const BOARD: &[Row] = &[
 ];
 
 const DISKS: &[Row] = &[
-    carried(Vm::Pc, "`-drive` with `format=qcow2,if=virtio`", "-drive file=new.qcow2,format=qcow2,if=virtio"),
+    carried(
+        Vm::Pc,
+        "`-drive` with `format=qcow2,if=virtio`",
+        "-drive file=new.qcow2,format=qcow2,if=virtio",
+    ),
     carried(
         Vm::Pc,
         "`-drive` with `format=raw`, also of a size that is no multiple of 4 KiB",
         "-drive file=odd.raw,format=raw,if=none,id=odd -device virtio-blk-pci,drive=odd",
     ),
     carried(Vm::Pc, "`-hdc FILE`, format probed", "-hdc disk"),
-    carried(Vm::Pc, "qcow2 on qcow2 on raw (a backing chain)", "-drive file=deep.qcow2,format=qcow2,if=virtio"),
+    carried(
+        Vm::Pc,
+        "qcow2 on qcow2 on raw (a backing chain)",
+        "-drive file=deep.qcow2,format=qcow2,if=virtio",
+    ),
     carried(Vm::Pc, "comma in the image's path", "-drive file=c,,omma.raw,format=raw,if=virtio"),
     carried(
         Vm::Pc,
@@ -158,7 +178,11 @@ const DISKS: &[Row] = &[
         "-drive file=qcow2,format=qcow2,if=virtio,cache=writeback,discard=unmap,detect-zeroes=unmap,\
          werror=stop,rerror=report",
     ),
-    carried(Vm::Pc, "`throttling.*` of `-drive`", "-drive file=data.raw,format=raw,if=virtio,throttling.iops-total=5000"),
+    carried(
+        Vm::Pc,
+        "`throttling.*` of `-drive`",
+        "-drive file=data.raw,format=raw,if=virtio,throttling.iops-total=5000",
+    ),
     carried(
         Vm::Q35,
         "`-blockdev` as JSON",
@@ -218,7 +242,10 @@ const DISKS: &[Row] = &[
         "part of a raw image (`offset=`, `size=`)",
         "-blockdev driver=raw,node-name=n,offset=65536,file.driver=file,file.filename=data.raw",
     ),
-    refused("qcow2 with an external data file", "-drive file=a,if=virtio,format=qcow2,data-file.filename=b"),
+    refused(
+        "qcow2 with an external data file",
+        "-drive file=a,if=virtio,format=qcow2,data-file.filename=b",
+    ),
     refused("`format=luks`", "-drive file=a,if=virtio,format=luks"),
     refused("`format=vmdk`", "-drive file=a,if=virtio,format=vmdk"),
     refused("`format=vdi`", "-drive file=a,if=virtio,format=vdi"),
@@ -226,17 +253,31 @@ const DISKS: &[Row] = &[
     refused("network disk `nbd:`", "-drive file=nbd:localhost:1,if=virtio,format=raw"),
     refused("network disk `rbd:`", "-drive file=rbd:pool/image,if=virtio,format=raw"),
     refused("directory as a disk (`fat:`)", "-drive file=fat:rw:sub,format=raw,if=virtio"),
-    refused("quorum", "-blockdev driver=quorum,node-name=q,vote-threshold=1,children.0=a,children.1=b"),
+    refused(
+        "quorum",
+        "-blockdev driver=quorum,node-name=q,vote-threshold=1,children.0=a,children.1=b",
+    ),
     refused_to_both("null driver", "-blockdev driver=null-co,node-name=n,size=1048576"),
-    refused_to_both("`nvme`", "-drive file=data.raw,format=raw,if=none,id=n -device nvme,serial=1,drive=n"),
+    refused_to_both(
+        "`nvme`",
+        "-drive file=data.raw,format=raw,if=none,id=n -device nvme,serial=1,drive=n",
+    ),
     refused("`scsi-block`", "-device scsi-block,drive=d"),
     refused("`vhost-user-blk-pci`", "-device vhost-user-blk-pci,chardev=c"),
 ];
 
 const MEDIA: &[Row] = &[
-    carried(Vm::Pc, "CD drive with a medium", "-drive file=x.iso,media=cdrom,if=none,id=cd -device ide-cd,drive=cd,bus=ide.0"),
+    carried(
+        Vm::Pc,
+        "CD drive with a medium",
+        "-drive file=x.iso,media=cdrom,if=none,id=cd -device ide-cd,drive=cd,bus=ide.0",
+    ),
     carried(Vm::Pc, "floppy drive with a medium", "-drive file=floppy.img,format=raw,if=floppy"),
-    carried(Vm::Q35, "CD drive without a medium", "-drive if=none,id=empty,media=cdrom -device scsi-cd,drive=empty,bus=vs.0"),
+    carried(
+        Vm::Q35,
+        "CD drive without a medium",
+        "-drive if=none,id=empty,media=cdrom -device scsi-cd,drive=empty,bus=vs.0",
+    ),
     carried(
         Vm::Q35,
         "medium ejected since the start",
@@ -248,7 +289,10 @@ const MEDIA: &[Row] = &[
         "medium changed since the start",
         "-drive file=x.iso,media=cdrom,if=none,id=cd -device ide-cd,drive=cd,id=cd0,bus=ide.1",
     )
-    .after(&[("blockdev-change-medium", r#"{"id":"cd0","filename":"sub/y.iso","format":"raw","force":true}"#)]),
+    .after(&[(
+        "blockdev-change-medium",
+        r#"{"id":"cd0","filename":"sub/y.iso","format":"raw","force":true}"#,
+    )]),
 ];
 
 const NETWORK: &[Row] = &[
@@ -261,9 +305,16 @@ const NETWORK: &[Row] = &[
     carried(Vm::Pc, "`-nic user,model=rtl8139`", "-nic user,model=rtl8139"),
     carried(Vm::Q35, "`e1000e`", "-netdev user,id=n3,restrict=on -device e1000e,netdev=n3"),
     carried(Vm::Q35, "`vmxnet3`", "-netdev user,id=n4 -device vmxnet3,netdev=n4"),
-    carried(Vm::Paused, "`pcnet` on `-netdev hubport`", "-netdev hubport,id=n5,hubid=1 -device pcnet,netdev=n5"),
+    carried(
+        Vm::Paused,
+        "`pcnet` on `-netdev hubport`",
+        "-netdev hubport,id=n5,hubid=1 -device pcnet,netdev=n5",
+    ),
     carried(Vm::Paused, "`-nic none`", "-nic none"),
-    refused_to_both("failover pair (`failover=`, `failover_pair_id=`)", "-netdev user,id=f -device virtio-net-pci,netdev=f,failover=on"),
+    refused_to_both(
+        "failover pair (`failover=`, `failover_pair_id=`)",
+        "-netdev user,id=f -device virtio-net-pci,netdev=f,failover=on",
+    ),
     refused("`-netdev vhost-user`", "-chardev null,id=c -netdev vhost-user,id=n,chardev=c"),
     refused("`-netdev vhost-vdpa`", "-netdev vhost-vdpa,id=n"),
     refused("`-netdev tap,fd=`", "-netdev tap,id=n,fd=3"),
@@ -275,7 +326,11 @@ const DEVICES: &[Row] = &[
     carried(Vm::Q35, "`virtio-vga`", "-device virtio-vga"),
     carried(Vm::Paused, "`-vga cirrus`", "-vga cirrus"),
     carried(Vm::Paused, "`-vnc unix:`", "-vnc unix:vnc.sock"),
-    carried(Vm::Pc, "USB tablet and keyboard on `qemu-xhci`", "-device qemu-xhci -device usb-tablet -device usb-kbd"),
+    carried(
+        Vm::Pc,
+        "USB tablet and keyboard on `qemu-xhci`",
+        "-device qemu-xhci -device usb-tablet -device usb-kbd",
+    ),
     carried(Vm::Paused, "`-usb`, `-usbdevice tablet`", "-usb -usbdevice tablet"),
     carried(
         Vm::Q35,
@@ -283,7 +338,11 @@ const DEVICES: &[Row] = &[
         "-device ich9-usb-ehci1,id=u -device ich9-usb-uhci1,masterbus=u.0,firstport=0 -device \
          usb-mouse",
     ),
-    carried(Vm::Pc, "`intel-hda` with `hda-duplex`", "-audiodev none,id=snd -device intel-hda -device hda-duplex,audiodev=snd"),
+    carried(
+        Vm::Pc,
+        "`intel-hda` with `hda-duplex`",
+        "-audiodev none,id=snd -device intel-hda -device hda-duplex,audiodev=snd",
+    ),
     carried(Vm::Paused, "`AC97`", "-audiodev none,id=snd -device AC97,audiodev=snd"),
     carried(Vm::Pc, "`virtio-rng-pci`", "-device virtio-rng-pci"),
     carried(
@@ -292,15 +351,34 @@ const DEVICES: &[Row] = &[
         "-object rng-random,id=rng,filename=/dev/urandom -device virtio-rng-pci,rng=rng",
     ),
     carried(Vm::Pc, "`virtio-balloon-pci`", "-device virtio-balloon-pci"),
-    carried(Vm::Q35, "`virtio-balloon-pci,free-page-reporting=on`", "-device virtio-balloon-pci,free-page-reporting=on"),
-    refused("`virtio-balloon-pci,free-page-hint=on`", "-device virtio-balloon-pci,free-page-hint=on"),
-    carried(Vm::Q35, "`virtio-keyboard-pci`, `virtio-tablet-pci`", "-device virtio-keyboard-pci -device virtio-tablet-pci"),
+    carried(
+        Vm::Q35,
+        "`virtio-balloon-pci,free-page-reporting=on`",
+        "-device virtio-balloon-pci,free-page-reporting=on",
+    ),
+    refused(
+        "`virtio-balloon-pci,free-page-hint=on`",
+        "-device virtio-balloon-pci,free-page-hint=on",
+    ),
+    carried(
+        Vm::Q35,
+        "`virtio-keyboard-pci`, `virtio-tablet-pci`",
+        "-device virtio-keyboard-pci -device virtio-tablet-pci",
+    ),
     carried(Vm::Pc, "`i6300esb` watchdog", "-device i6300esb"),
     carried(Vm::Pc, "`pvpanic`", "-device pvpanic"),
     carried(Vm::Paused, "`vmgenid`", "-device vmgenid,guid=8d1e2e5c-0000-4000-8000-00000000000b"),
     carried(Vm::Q35, "`intel-iommu`", "-device intel-iommu"),
-    carried(Vm::Q35, "`pcie-root-port` with a device", "-device pcie-root-port,id=rp1,chassis=1,slot=1 -device virtio-rng-pci,bus=rp1"),
-    carried(Vm::Paused, "`pci-bridge` with a device", "-device pci-bridge,id=br,chassis_nr=2 -device e1000,bus=br,addr=2"),
+    carried(
+        Vm::Q35,
+        "`pcie-root-port` with a device",
+        "-device pcie-root-port,id=rp1,chassis=1,slot=1 -device virtio-rng-pci,bus=rp1",
+    ),
+    carried(
+        Vm::Paused,
+        "`pci-bridge` with a device",
+        "-device pci-bridge,id=br,chassis_nr=2 -device e1000,bus=br,addr=2",
+    ),
     Row {
         item: "9p share (`-virtfs`), not mounted",
         kind: Kind::Carried(Vm::OwnMemory),
@@ -309,7 +387,10 @@ const DEVICES: &[Row] = &[
     },
     refused("`vfio-pci`", "-device vfio-pci,host=00:01.0"),
     refused("`vhost-user-fs-pci`", "-chardev null,id=c -device vhost-user-fs-pci,chardev=c,tag=t"),
-    refused_to_both("`ivshmem-plain`", "-object memory-backend-ram,id=iv,size=1M,share=on -device ivshmem-plain,memdev=iv"),
+    refused_to_both(
+        "`ivshmem-plain`",
+        "-object memory-backend-ram,id=iv,size=1M,share=on -device ivshmem-plain,memdev=iv",
+    ),
     refused_to_both("`usb-uas`", "-device qemu-xhci -device usb-uas"),
     refused("`usb-mtp`", "-device usb-mtp,rootdir=sub"),
     refused("`usb-audio`", "-device usb-audio"),
@@ -321,7 +402,10 @@ const DEVICES: &[Row] = &[
     refused("`rocker`", "-device rocker"),
     refused("`hv-syndbg`", "-device hv-syndbg"),
     refused("`amd-iommu`", "-device amd-iommu"),
-    refused("`virtio-crypto-pci`", "-object cryptodev-backend-builtin,id=c -device virtio-crypto-pci,cryptodev=c"),
+    refused(
+        "`virtio-crypto-pci`",
+        "-object cryptodev-backend-builtin,id=c -device virtio-crypto-pci,cryptodev=c",
+    ),
     refused_to_both("`isa-vga`", "-device isa-vga"),
     refused("`isa-cirrus-vga`", "-device isa-cirrus-vga"),
     refused_to_both("`ati-vga`", "-device ati-vga"),
@@ -343,7 +427,11 @@ const CHARACTER: &[Row] = &[
         "-device virtio-serial-pci,id=vser -chardev socket,id=ga,path=agent.sock,server=on,wait=off \
          -device virtserialport,bus=vser.0,chardev=ga,name=org.qemu.guest_agent.0",
     ),
-    carried(Vm::Q35, "`pci-serial`", "-chardev ringbuf,id=ring,size=4096 -device pci-serial,chardev=ring"),
+    carried(
+        Vm::Q35,
+        "`pci-serial`",
+        "-chardev ringbuf,id=ring,size=4096 -device pci-serial,chardev=ring",
+    ),
     carried(Vm::Paused, "`-debugcon file:`", "-debugcon file:debug.log"),
 ];
 
@@ -363,7 +451,11 @@ const PROCESS: &[Row] = &[
     carried(Vm::Paused, "`-readconfig`", "-readconfig vm.cfg"),
     carried(Vm::Paused, "`-object secret`", "-object secret,id=key,data=abc"),
     carried(Vm::Q35, "`-action`, `-no-shutdown`", "-action reboot=shutdown -no-shutdown"),
-    carried(Vm::Pc, "`-sandbox on`", "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+    carried(
+        Vm::Pc,
+        "`-sandbox on`",
+        "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    ),
     refused("`-incoming`", "-incoming defer"),
     refused("`-preconfig`", "-preconfig"),
     refused("`-add-fd`", "-add-fd fd=3,set=1"),

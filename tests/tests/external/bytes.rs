@@ -1,9 +1,13 @@
-//! Byte for byte: what a stream brings back is what the VM was, stopped or running, and whichever engine took the checkpoint before.
+//! Byte for byte: what a stream brings back is what the VM was, stopped or running, and whichever
+//! engine took the checkpoint before.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use stillpoint_tests::{Lab, QmpClient, Random, Recipe, Scribbled, Scribbles, TestVm, newest_qemu, on_each_qemu, stream_modes, thorough};
+use stillpoint_tests::{
+    Lab, QmpClient, Random, Recipe, Scribbled, Scribbles, TestVm, newest_qemu, on_each_qemu,
+    stream_modes, thorough,
+};
 
 const ACTIONS: usize = 14;
 
@@ -59,9 +63,15 @@ fn engines_may_be_switched_at_any_checkpoint() {
         let vm = lab.start("p", &Recipe::scribbler(11));
         let mut scribbled = Scribbled::new(&lab, vm, 11);
         let mut last = None;
-        for engine in ["tracker", "stream", "tracker", "stream", "tracker", "tracker", "stream", "stream"] {
+        for engine in
+            ["tracker", "stream", "tracker", "stream", "tracker", "tracker", "stream", "stream"]
+        {
             let outcome = scribbled.checkpoint_with(&["--engine", engine]);
-            assert_eq!((outcome.engine == "tracker", outcome.parent), (engine == "tracker", last), "{engine}: {outcome:?}");
+            assert_eq!(
+                (outcome.engine == "tracker", outcome.parent),
+                (engine == "tracker", last),
+                "{engine}: {outcome:?}"
+            );
             last = Some(outcome.id);
             scribbled.write_disks();
             scribbled.pause_between();
@@ -102,14 +112,19 @@ impl Writes {
         self.disks[disk].1[offset as usize..(offset + BLOCK) as usize].fill(byte);
     }
 
-    /// Each disk of the restored VM holds all writes up to one that was made during the checkpoint, and none after it. Each by itself:
-    /// unlike a guest, the test's monitor writes in the pause, too, between the commands that hold one disk and the next.
+    /// Each disk of the restored VM holds all writes up to one that was made during the checkpoint,
+    /// and none after it. Each by itself: unlike a guest, the test's monitor writes in the pause,
+    /// too, between the commands that hold one disk and the next.
     fn assert_instant(&mut self, restored: &TestVm, during: std::ops::Range<u64>) {
         for (disk, drive) in ["cow", "odd"].into_iter().enumerate() {
             let found = restored.disk(drive);
             let mut number = during.start;
             while self.disks[disk].1 != found {
-                assert!(number < during.end, "{}: disk {drive} is of no instant from {during:?}", restored.name);
+                assert!(
+                    number < during.end,
+                    "{}: disk {drive} is of no instant from {during:?}",
+                    restored.name
+                );
                 if self.place(number).0 == disk {
                     self.apply(number);
                 }
@@ -119,9 +134,15 @@ impl Writes {
     }
 }
 
-/// A checkpoint while blocks are written; the numbers of the writes that were made meanwhile. Not where QEMU migrates: it gives its disks
-/// away in the pause, and asserts that nobody writes then, as no guest does (`unprepared layouts` has guests that do all the rest).
-fn checkpoint_while_written(vm: &TestVm, mode: &str, writes: &Writes, next: &AtomicU64) -> (String, std::ops::Range<u64>) {
+/// A checkpoint while blocks are written; the numbers of the writes that were made meanwhile. Not
+/// where QEMU migrates: it gives its disks away in the pause, and asserts that nobody writes then,
+/// as no guest does (`unprepared layouts` has guests that do all the rest).
+fn checkpoint_while_written(
+    vm: &TestVm,
+    mode: &str,
+    writes: &Writes,
+    next: &AtomicU64,
+) -> (String, std::ops::Range<u64>) {
     let mut monitor = vm.qmp();
     let begin = next.load(Ordering::SeqCst);
     if ["pre-copy", "stopped"].contains(&mode) {
@@ -182,11 +203,17 @@ fn a_tracked_vm_is_caught_at_one_instant() {
     let vm = lab.start("p", &Recipe::scribbler(31));
     std::thread::sleep(Duration::from_secs(3));
     let mut writes = Writes::new(&vm);
-    let (checkpoint, during) = checkpoint_while_written(&vm, "tracker", &writes, &AtomicU64::new(0));
+    let (checkpoint, during) =
+        checkpoint_while_written(&vm, "tracker", &writes, &AtomicU64::new(0));
     vm.kill();
     let restored = lab.restore(&checkpoint, "back", &["--paused"]);
     let wrong = Scribbles::new(31).differences(&mut restored.qmp());
-    assert!(wrong.is_empty(), "{} pages are not of the checkpoint's instant: {:?}", wrong.len(), &wrong[..wrong.len().min(8)]);
+    assert!(
+        wrong.is_empty(),
+        "{} pages are not of the checkpoint's instant: {:?}",
+        wrong.len(),
+        &wrong[..wrong.len().min(8)]
+    );
     assert!(during.end > 3, "the disks were not written meanwhile");
     writes.assert_instant(&restored, during);
 }

@@ -1,7 +1,8 @@
 //! Shapes of VMs, each checkpointed under load and brought back.
 //!
-//! They are a covering set: every pair of (RAM, board), (RAM, bus), (RAM, format), (RAM, processors), (board, bus), (board, format),
-//! (board, processors), (bus, format), (bus, processors) and (format, processors) is in one of them.
+//! They are a covering set: every pair of (RAM, board), (RAM, bus), (RAM, format), (RAM,
+//! processors), (board, bus), (board, format), (board, processors), (bus, format), (bus,
+//! processors) and (format, processors) is in one of them.
 
 use super::memory_limit;
 use std::path::Path;
@@ -40,17 +41,34 @@ impl Shape {
     fn recipe(&self) -> Recipe {
         let ram: &[&str] = match self.ram {
             Ram::Default => &[],
-            Ram::Private => &["-object", "memory-backend-ram,id=mem,size=256M", "-machine", "memory-backend=mem"],
-            Ram::SharedMemfd => &["-object", "memory-backend-memfd,id=mem,size=256M,share=on", "-machine", "memory-backend=mem"],
+            Ram::Private => &[
+                "-object",
+                "memory-backend-ram,id=mem,size=256M",
+                "-machine",
+                "memory-backend=mem",
+            ],
+            Ram::SharedMemfd => &[
+                "-object",
+                "memory-backend-memfd,id=mem,size=256M,share=on",
+                "-machine",
+                "memory-backend=mem",
+            ],
         };
         let processors = self.processors.to_string();
         let recipe = Recipe::board(self.board).arguments(ram).arguments(&["-smp", &processors]);
-        let recipe = recipe.words(LOAD).words("witness.journal=/dev/vda,/dev/sda,/dev/sdb").words(self.base());
+        let recipe = recipe
+            .words(LOAD)
+            .words("witness.journal=/dev/vda,/dev/sda,/dev/sdb")
+            .words(self.base());
         let recipe = disk(recipe, "virtio-blk-pci", self.virtio);
         let recipe = disk(recipe.arguments(&["-device", "virtio-scsi-pci"]), "scsi-hd", self.scsi);
         // The guest's kernel has no driver for the controller of q35 (AHCI).
         match self.board {
-            "q35" => disk(recipe.arguments(&["-device", "piix3-ide,id=pata"]), "ide-hd,bus=pata.0", self.ide),
+            "q35" => disk(
+                recipe.arguments(&["-device", "piix3-ide,id=pata"]),
+                "ide-hd,bus=pata.0",
+                self.ide,
+            ),
             _ => disk(recipe, "ide-hd", self.ide),
         }
     }
@@ -82,7 +100,11 @@ fn survives(qemu: &Path, shape: &Shape) {
     let taken = take(&vm, count);
     vm.assert_goes_on();
     let limit = memory_limit(256 << 20);
-    assert!(vm.helper_peak_bytes() <= limit, "the helper held {} bytes of at most {limit}", vm.helper_peak_bytes());
+    assert!(
+        vm.helper_peak_bytes() <= limit,
+        "the helper held {} bytes of at most {limit}",
+        vm.helper_peak_bytes()
+    );
     vm.kill();
     for taken in taken.iter().skip(step - 1).step_by(step) {
         let restored = lab.restore(&taken.name, "restored", &[]);
@@ -101,7 +123,10 @@ fn take(vm: &TestVm, count: usize) -> Vec<Taken> {
             taken.name, outcome.kind, outcome.engine, outcome.pause_ms, outcome.bytes_changed
         );
         let expected = if all.is_empty() { "full" } else { "incremental" };
-        assert_eq!((outcome.kind.as_str(), outcome.parent), (expected, all.last().map(|last| last.outcome.id)));
+        assert_eq!(
+            (outcome.kind.as_str(), outcome.parent),
+            (expected, all.last().map(|last| last.outcome.id))
+        );
         assert_ne!(outcome.engine, "tracker");
         all.push(taken);
         vm.assert_no_contradiction();
@@ -134,7 +159,14 @@ fn private_ram_on_q35_with_four_processors() {
 #[test]
 fn a_shared_memfd_on_pc_with_four_processors() {
     let (virtio, scsi, ide) = (Image::Cow, Image::Raw, Image::Backed);
-    survives_on_each(Shape { board: "pc", ram: Ram::SharedMemfd, processors: 4, virtio, scsi, ide });
+    survives_on_each(Shape {
+        board: "pc",
+        ram: Ram::SharedMemfd,
+        processors: 4,
+        virtio,
+        scsi,
+        ide,
+    });
 }
 
 #[test]
@@ -146,7 +178,14 @@ fn default_ram_on_q35_with_four_processors() {
 #[test]
 fn a_shared_memfd_on_q35() {
     let (virtio, scsi, ide) = (Image::Raw, Image::Cow, Image::Backed);
-    survives_on_newest(Shape { board: "q35", ram: Ram::SharedMemfd, processors: 1, virtio, scsi, ide });
+    survives_on_newest(Shape {
+        board: "q35",
+        ram: Ram::SharedMemfd,
+        processors: 1,
+        virtio,
+        scsi,
+        ide,
+    });
 }
 
 #[test]
@@ -168,6 +207,9 @@ fn a_vm_from_a_configuration_file() {
         let restored = lab.restore("m", "m", &[]);
         restored.assert_continues(&taken[1]);
         let next = restored.checkpoint().outcome;
-        assert_eq!((next.engine.as_str(), next.kind.as_str(), next.parent), ("tracker", "incremental", Some(2)));
+        assert_eq!(
+            (next.engine.as_str(), next.kind.as_str(), next.parent),
+            ("tracker", "incremental", Some(2))
+        );
     });
 }

@@ -1,18 +1,24 @@
-//! A guest in somebody else's QEMU: what the owner set stays set, what the owner does goes first, and nothing is left behind.
+//! A guest in somebody else's QEMU: what the owner set stays set, what the owner does goes first,
+//! and nothing is left behind.
 
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Footprint, Lab, QmpClient, Recipe, TestVm, descriptors, major_version, newest_qemu, on_each_qemu, stream_modes, wait_until,
+    Footprint, Lab, QmpClient, Recipe, TestVm, descriptors, major_version, newest_qemu,
+    on_each_qemu, stream_modes, wait_until,
 };
 
-/// Other values than QEMU's own, and a capability that does not go together with a background snapshot.
+/// Other values than QEMU's own, and a capability that does not go together with a background
+/// snapshot.
 fn set_owners_values(monitor: &mut QmpClient) {
     let capabilities = json!([{"capability": "events", "state": true}, {"capability": "auto-converge", "state": true}]);
     monitor.execute("migrate-set-capabilities", json!({"capabilities": capabilities}));
-    monitor.execute("migrate-set-parameters", json!({"max-bandwidth": 34_567_890, "downtime-limit": 451}));
+    monitor.execute(
+        "migrate-set-parameters",
+        json!({"max-bandwidth": 34_567_890, "downtime-limit": 451}),
+    );
 }
 
 fn leaves_nothing(qemu: &Path, mode: &str) {
@@ -32,21 +38,32 @@ fn leaves_nothing(qemu: &Path, mode: &str) {
     }
     let (mut after, files_after) = (Footprint::of(&mut monitor), descriptors(vm.qemu()));
     let bitmaps = after.take_bitmaps();
-    assert_eq!(bitmaps.len(), 6, "{mode}: a bitmap and a size mark for each of three disks: {bitmaps:?}");
+    assert_eq!(
+        bitmaps.len(),
+        6,
+        "{mode}: a bitmap and a size mark for each of three disks: {bitmaps:?}"
+    );
     assert_eq!(before.differences(&after), [""; 0], "{mode}");
     let mut after_one = after_one;
     assert_eq!(after_one.take_bitmaps().len(), 6);
     assert_eq!(after_one.differences(&after), [""; 0], "{mode}");
     assert_eq!(files_after_one, files_after, "{mode}: descriptors pile up");
     vm.kill_helper();
-    // Event descriptors and the userfaultfd device are QEMU's own, which it keeps once it had to open them.
+    // Event descriptors and the userfaultfd device are QEMU's own, which it keeps once it had to
+    // open them.
     let without_own = |mut kinds: BTreeMap<String, usize>| {
-        ["anon_inode", "/dev/userfaultfd"].iter().for_each(|own| kinds.retain(|kind, _| kind != own));
+        ["anon_inode", "/dev/userfaultfd"]
+            .iter()
+            .for_each(|own| kinds.retain(|kind, _| kind != own));
         kinds
     };
     let files_before = without_own(files_before);
     let same = || without_own(descriptors(vm.qemu())) == files_before;
-    assert!(wait_until(Duration::from_secs(2), same), "{mode}: {:?} open, {files_before:?} before", descriptors(vm.qemu()));
+    assert!(
+        wait_until(Duration::from_secs(2), same),
+        "{mode}: {:?} open, {files_before:?} before",
+        descriptors(vm.qemu())
+    );
 }
 
 #[test]
@@ -114,7 +131,15 @@ fn a_busy_monitor_is_refused() {
 fn a_socket_at_which_nobody_answers_is_refused() {
     let lab = Lab::new(&newest_qemu());
     let missing = lab.path().join("nobody.sock");
-    let ran = lab.run(&["attach", "--qmp", missing.to_str().expect("UTF-8"), "--store", lab.store(), "--name", "m"]);
+    let ran = lab.run(&[
+        "attach",
+        "--qmp",
+        missing.to_str().expect("UTF-8"),
+        "--store",
+        lab.store(),
+        "--name",
+        "m",
+    ]);
     assert!([1, 3].contains(&ran.code) && ran.err.contains("nobody.sock"), "{ran:?}");
     assert!(!lab.store_directory().exists(), "a store was made for no VM");
 }
@@ -133,20 +158,31 @@ fn a_migration_of_the_owner_goes_first() {
             begin_slow_migration(&mut monitor);
             let said = vm.try_checkpoint().expect_failure(3);
             assert!(said.contains("migrat"), "{mode}: {said}");
-            assert_eq!(migration_status(&mut monitor), "active", "{mode}: the owner's migration was touched");
+            assert_eq!(
+                migration_status(&mut monitor),
+                "active",
+                "{mode}: the owner's migration was touched"
+            );
             vm.assert_goes_on();
             monitor.execute("migrate_cancel", json!({}));
-            let is_over = wait_until(Duration::from_secs(10), || migration_status(&mut monitor) == "cancelled");
+            let is_over = wait_until(Duration::from_secs(10), || {
+                migration_status(&mut monitor) == "cancelled"
+            });
             assert!(is_over, "{}", migration_status(&mut monitor));
             let next = vm.checkpoint().outcome;
-            assert_eq!((next.kind.as_str(), next.parent), ("incremental", Some(first.id)), "{mode}");
+            assert_eq!(
+                (next.kind.as_str(), next.parent),
+                ("incremental", Some(first.id)),
+                "{mode}"
+            );
             attach_meanwhile(&vm, &mut monitor);
             lab.verify("m");
         }
     });
 }
 
-/// Whether a helper that comes during the owner's migration is refused or waits for its first checkpoint: the guest continues.
+/// Whether a helper that comes during the owner's migration is refused or waits for its first
+/// checkpoint: the guest continues.
 fn attach_meanwhile(vm: &TestVm, monitor: &mut QmpClient) {
     vm.kill_helper();
     begin_slow_migration(monitor);

@@ -1,17 +1,23 @@
-//! What a checkpoint by stream costs: all memory goes through the stream, and only what changed goes to the store.
+//! What a checkpoint by stream costs: all memory goes through the stream, and only what changed
+//! goes to the store.
 
 use super::memory_limit;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::time::Duration;
 use stillpoint_tests::cost::{IDLE_BYTES, MANY_BYTES, OVERHEAD, TIMELESS};
-use stillpoint_tests::{Lab, QmpClient, Recipe, TestVm, newest_qemu, on_each_qemu, stream_modes, wait_for_scribbles};
+use stillpoint_tests::{
+    Lab, QmpClient, Recipe, TestVm, newest_qemu, on_each_qemu, stream_modes, wait_for_scribbles,
+};
 
 #[test]
 fn an_idle_guest_costs_next_to_nothing() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let vm = lab.start_plain("idle", &Recipe::witness("q35-virtio.cfg").words("witness.rate=0 witness.report_ms=1000"));
+        let vm = lab.start_plain(
+            "idle",
+            &Recipe::witness("q35-virtio.cfg").words("witness.rate=0 witness.report_ms=1000"),
+        );
         vm.wait_for_witness();
         vm.attach_plain(&[]);
         vm.checkpoint();
@@ -20,7 +26,10 @@ fn an_idle_guest_costs_next_to_nothing() {
             std::thread::sleep(Duration::from_secs(1));
             vm.checkpoint().outcome.bytes_stored
         });
-        assert!(sizes.iter().all(|size| *size <= IDLE_BYTES), "{sizes:?} bytes for an idle second each");
+        assert!(
+            sizes.iter().all(|size| *size <= IDLE_BYTES),
+            "{sizes:?} bytes for an idle second each"
+        );
     });
 }
 
@@ -50,7 +59,8 @@ fn nothing_is_stored_when_nothing_changed() {
     lab.verify("still");
 }
 
-/// A guest that does not run is not migrated, since QEMU migrates one only once; whatever was chosen for it.
+/// A guest that does not run is not migrated, since QEMU migrates one only once; whatever was
+/// chosen for it.
 #[test]
 fn stopped_guest_is_read_from_qemus_process() {
     on_each_qemu(|qemu| {
@@ -59,7 +69,10 @@ fn stopped_guest_is_read_from_qemus_process() {
         let words = ["--stream", stream_modes(qemu)[0]];
         let first = vm.checkpoint_with(&words).outcome;
         let second = vm.checkpoint_with(&words).outcome;
-        assert_eq!((first.engine.as_str(), second.kind.as_str(), second.id), ("process-memory", "unchanged", first.id));
+        assert_eq!(
+            (first.engine.as_str(), second.kind.as_str(), second.id),
+            ("process-memory", "unchanged", first.id)
+        );
         assert_eq!(monitor.execute("query-status", serde_json::json!({}))["status"], "paused");
         monitor.cont();
         std::thread::sleep(Duration::from_millis(500));
@@ -82,7 +95,10 @@ fn a_large_change_is_stored_with_little_besides() {
         for _ in 0..2 {
             std::thread::sleep(Duration::from_secs(1));
             let outcome = vm.checkpoint().outcome;
-            assert!(outcome.bytes_changed > MANY_BYTES, "the guest is not busy enough: {outcome:?}");
+            assert!(
+                outcome.bytes_changed > MANY_BYTES,
+                "the guest is not busy enough: {outcome:?}"
+            );
             let ratio = outcome.stored_over_changed();
             assert!(ratio <= OVERHEAD, "{mode}: {ratio:.3}: {outcome:?}");
         }
@@ -95,7 +111,14 @@ fn a_large_change_is_stored_with_little_besides() {
 fn the_helper_keeps_its_limit_whatever_memory_holds() {
     let ram_mib = 512;
     let object = format!("memory-backend-memfd,id=mem,size={ram_mib}M,share=on");
-    let recipe = Recipe::scribbler(5).arguments(&["-m", "512", "-object", &object, "-machine", "memory-backend=mem"]);
+    let recipe = Recipe::scribbler(5).arguments(&[
+        "-m",
+        "512",
+        "-object",
+        &object,
+        "-machine",
+        "memory-backend=mem",
+    ]);
     for mode in stream_modes(&newest_qemu()) {
         let lab = Lab::new(&newest_qemu());
         let vm = lab.start_plain("large", &recipe);
@@ -103,7 +126,10 @@ fn the_helper_keeps_its_limit_whatever_memory_holds() {
         fill_with_noise(&vm, 16, ram_mib);
         vm.attach_plain(&["--stream", mode]);
         let first = vm.checkpoint().outcome;
-        assert!(first.bytes_stored > (ram_mib - 17) << 20, "{mode}: memory was not full: {first:?}");
+        assert!(
+            first.bytes_stored > (ram_mib - 17) << 20,
+            "{mode}: memory was not full: {first:?}"
+        );
         fill_with_noise(&vm, 16, ram_mib / 2);
         let second = vm.checkpoint().outcome;
         assert!(second.bytes_changed > (ram_mib / 2 - 17) << 20, "{mode}: {second:?}");
@@ -114,14 +140,19 @@ fn the_helper_keeps_its_limit_whatever_memory_holds() {
     }
 }
 
-/// Writes to the guest's memory from outside, from one MiB to another; nothing of the guest lives there.
+/// Writes to the guest's memory from outside, from one MiB to another; nothing of the guest lives
+/// there.
 fn fill_with_noise(vm: &TestVm, from_mib: u64, until_mib: u64) {
     let folder = format!("/proc/{}/fd", vm.qemu());
-    let mut files = std::fs::read_dir(folder).expect("QEMU runs").flatten().map(|entry| entry.path());
-    let is_memory = |path: &std::path::PathBuf| std::fs::read_link(path).is_ok_and(|link| link.to_string_lossy().contains("memfd:"));
+    let mut files =
+        std::fs::read_dir(folder).expect("QEMU runs").flatten().map(|entry| entry.path());
+    let is_memory = |path: &std::path::PathBuf| {
+        std::fs::read_link(path).is_ok_and(|link| link.to_string_lossy().contains("memfd:"))
+    };
     let memory = files.find(is_memory).expect("RAM is a memfd");
     let mut memory = File::options().write(true).open(memory).expect("the test is QEMU's user");
-    std::io::Seek::seek(&mut memory, std::io::SeekFrom::Start(from_mib << 20)).expect("a memfd can be sought");
+    std::io::Seek::seek(&mut memory, std::io::SeekFrom::Start(from_mib << 20))
+        .expect("a memfd can be sought");
     let mut noise = File::open("/dev/urandom").expect("the kernel has it");
     let mut piece = vec![0; 1 << 20];
     for _ in from_mib..until_mib {

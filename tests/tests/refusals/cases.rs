@@ -45,7 +45,12 @@ impl Case {
     /// The table's own words are literal but for `…`, which stands for anything.
     pub fn words(&self) -> Vec<String> {
         if self.says.is_empty() {
-            return self.item.split('…').map(|part| part.trim().to_owned()).filter(|part| !part.is_empty()).collect();
+            return self
+                .item
+                .split('…')
+                .map(|part| part.trim().to_owned())
+                .filter(|part| !part.is_empty())
+                .collect();
         }
         self.says.iter().map(|word| (*word).to_owned()).collect()
     }
@@ -95,7 +100,8 @@ pub const PAGES: &[Page] = &[
     Page { file: "disks.md", heading: "Refused", cases: DISKS },
 ];
 
-/// Tests of the command line as `attach` reads it, for what no test host can start: hardware, other processes, encrypted memory.
+/// Tests of the command line as `attach` reads it, for what no test host can start: hardware, other
+/// processes, encrypted memory.
 const NO_ENGINE: &str = "what_no_engine_can_save_is_refused_in_every_form";
 const NO_MONITOR: &str = "what_is_no_monitor_of_a_qemu_is_refused_and_says_what_would_be";
 const NO_GUEST: &str = "run_state_without_a_whole_guest_is_refused_by_name";
@@ -373,7 +379,10 @@ const DISKS: &[Case] = &[
 
 const MIRROR_AND_ATTACH: Way = Way::Attach {
     words: "-drive file=data.raw,format=raw,if=none,id=d -device virtio-blk-pci,drive=d",
-    early: &[("drive-mirror", r#"{"device":"d","target":"target.raw","format":"raw","sync":"full","speed":1}"#)],
+    early: &[(
+        "drive-mirror",
+        r#"{"device":"d","target":"target.raw","format":"raw","sync":"full","speed":1}"#,
+    )],
 };
 const STREAM_AND_CHECKPOINT: Way = Way::Checkpoint {
     words: "-drive file=cow.qcow2,format=qcow2,if=none,id=d -device virtio-blk-pci,drive=d",

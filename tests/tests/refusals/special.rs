@@ -30,7 +30,8 @@ impl Drop for External {
 impl External {
     fn start(lab: &Lab, name: &str, words: &str) -> Self {
         let directory = lab.path().join(name);
-        let copied = Command::new("cp").arg("-r").arg(lab.path().join("templates")).arg(&directory).status();
+        let copied =
+            Command::new("cp").arg("-r").arg(lab.path().join("templates")).arg(&directory).status();
         assert!(copied.is_ok_and(|status| status.success()), "cannot copy the templates");
         let log = File::create(directory.join("qemu.out")).expect("the lab");
         let mut command = Command::new(&lab.qemu);
@@ -42,10 +43,17 @@ impl External {
             "unix:own.qmp,server=on,wait=off",
         ]);
         command.args(words.split_whitespace());
-        command.current_dir(&directory).stdin(Stdio::null()).stdout(log.try_clone().expect("a file")).stderr(log);
+        command
+            .current_dir(&directory)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a file"))
+            .stderr(log);
         let mut external = Self { child: command.spawn().expect("QEMU can be run"), directory };
         let own = external.directory.join("own.qmp");
-        let up = wait_until(START, || external.child.try_wait().expect("a child").is_some() || UnixStream::connect(&own).is_ok());
+        let up = wait_until(START, || {
+            external.child.try_wait().expect("a child").is_some()
+                || UnixStream::connect(&own).is_ok()
+        });
         let said = std::fs::read_to_string(external.directory.join("qemu.out")).unwrap_or_default();
         assert!(up && external.child.try_wait().expect("a child").is_none(), "{words}: {said}");
         // It answers when it has opened its files, which is after it has opened its monitors.
@@ -69,8 +77,13 @@ impl External {
     fn attach_by(&self, lab: &Lab, name: &str, program: &[&str]) -> Ran {
         let inner = lab.command(&["attach", "--qmp", text(&self.socket()), "--name", name]);
         let mut outer = Command::new(program[0]);
-        outer.args(&program[1..]).arg(inner.get_program()).args(inner.get_args()).current_dir(lab.path());
-        let set = |(name, value): (&OsStr, Option<&OsStr>)| Some((name.to_owned(), value?.to_owned()));
+        outer
+            .args(&program[1..])
+            .arg(inner.get_program())
+            .args(inner.get_args())
+            .current_dir(lab.path());
+        let set =
+            |(name, value): (&OsStr, Option<&OsStr>)| Some((name.to_owned(), value?.to_owned()));
         outer.env_remove("STILLPOINT_NAME").envs(inner.get_envs().filter_map(set));
         Ran::of(outer, &program.join(" "))
     }
@@ -83,13 +96,21 @@ fn text(path: &Path) -> &str {
 fn is_root() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
-        eprintln!("NOT TESTED: only root can run a command as another user or in another namespace");
+        eprintln!(
+            "NOT TESTED: only root can run a command as another user or in another namespace"
+        );
     }
     root
 }
 
 pub fn other_namespace(lab: &Lab, name: &str) -> Option<Ran> {
-    is_root().then(|| External::start(lab, name, "").attach_by(lab, name, &["unshare", "--pid", "--fork", "--kill-child"]))
+    is_root().then(|| {
+        External::start(lab, name, "").attach_by(
+            lab,
+            name,
+            &["unshare", "--pid", "--fork", "--kill-child"],
+        )
+    })
 }
 
 /// One who may connect to the monitor, and may not look at its process.
@@ -98,11 +119,17 @@ pub fn other_user(lab: &Lab, name: &str) -> Option<Ran> {
         return None;
     }
     let external = External::start(lab, name, "");
-    let allow = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("the lab");
+    let allow = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("the lab")
+    };
     allow(lab.path(), 0o711);
     allow(&external.directory, 0o711);
     allow(&external.socket(), 0o777);
-    Some(external.attach_by(lab, name, &["setpriv", "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups"]))
+    Some(external.attach_by(
+        lab,
+        name,
+        &["setpriv", "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups"],
+    ))
 }
 
 pub fn preconfig(lab: &Lab, name: &str) -> Option<Ran> {
@@ -139,7 +166,8 @@ pub fn configuration_removed(lab: &Lab, name: &str) -> Option<Ran> {
     Some(external.attach(lab, name))
 }
 
-const CHAIN: &str = "-drive file=cow.qcow2,format=qcow2,if=none,id=c -device virtio-blk-pci,drive=c";
+const CHAIN: &str =
+    "-drive file=cow.qcow2,format=qcow2,if=none,id=c -device virtio-blk-pci,drive=c";
 
 fn attach_and_checkpoint(external: &External, lab: &Lab, name: &str) -> Option<Ran> {
     let attached = external.attach(lab, name);

@@ -1,8 +1,8 @@
 //! The base image: content that never changes and that every guest can check.
 //!
-//! A base image starts with [`RESERVED_PAGES`] of zeros, which a guest's overlay may use as a journal; all pages
-//! after that are generated from their place. A VM restored onto a wrong or damaged read-only layer reads a
-//! page that does not fit.
+//! A base image starts with [`RESERVED_PAGES`] of zeros, which a guest's overlay may use as a
+//! journal; all pages after that are generated from their place. A VM restored onto a wrong or
+//! damaged read-only layer reads a page that does not fit.
 
 use crate::journal::Medium;
 use crate::page::{Flaw, Kind, PAGE_BYTES, Page, Stamp, mix};
@@ -21,7 +21,10 @@ fn stamp(place: u64, pages: u64) -> Stamp {
 /// Writes a whole image of `pages` pages.
 pub fn write_image(out: &mut impl Write, pages: u64) -> io::Result<()> {
     if !(RESERVED_PAGES + 1..=MAX_PAGES).contains(&pages) {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a base image has 17 MiB to 1 TiB"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "a base image has 17 MiB to 1 TiB",
+        ));
     }
     let mut page = Page::zeroed();
     for place in 0..pages {
@@ -64,7 +67,10 @@ impl<M: Medium> Base<M> {
         let claimed = page.stamp().map(|stamp| stamp.digest).unwrap_or(0);
         let fits = claimed > RESERVED_PAGES && claimed <= bytes / PAGE_BYTES as u64;
         if !fits || page.check(&stamp(RESERVED_PAGES, claimed), &mut Page::zeroed()).is_err() {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "not a base image made by `witness make-base`"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "not a base image made by `witness make-base`",
+            ));
         }
         Ok(Base { medium, pages: claimed, reads: 0, page, fleecing: Page::zeroed() })
     }
@@ -121,7 +127,10 @@ mod test {
         bytes[(RESERVED_PAGES as usize + 2) * PAGE_BYTES + 99] ^= 1;
         let length = bytes.len() as u64;
         let mut base = Base::open(Image(bytes), length).expect("its first page is whole");
-        assert!((0..50).any(|_| matches!(base.check_one(), Err(BaseFlaw::Page(Flaw::Damaged { at: 99, .. })))));
+        assert!((0..50).any(|_| matches!(
+            base.check_one(),
+            Err(BaseFlaw::Page(Flaw::Damaged { at: 99, .. }))
+        )));
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! What the witness is asked to do: `key=value` words from its arguments, or `witness.key=value` words from the
-//! kernel's command line (arguments win).
+//! What the witness is asked to do: `key=value` words from its arguments, or `witness.key=value`
+//! words from the kernel's command line (arguments win).
 
 use std::path::PathBuf;
 
@@ -7,11 +7,13 @@ use std::path::PathBuf;
 pub struct Config {
     /// Size of the table in RAM.
     pub table_mib: u64,
-    /// Table pages rewritten per second; 0 is the idle mode: no steps, nothing written, everything still checked.
+    /// Table pages rewritten per second; 0 is the idle mode: no steps, nothing written, everything
+    /// still checked.
     pub rate: u64,
     /// Steps, that is journal records, per second.
     pub steps: u64,
-    /// Table pages checked per second (default: 4096, when idle 1024). A whole table is `table_mib * 256` pages.
+    /// Table pages checked per second (default: 4096, when idle 1024). A whole table is
+    /// `table_mib * 256` pages.
     pub check: Option<u64>,
     /// Between two lines on the console.
     pub report_ms: u64,
@@ -55,14 +57,18 @@ impl Config {
     }
 
     fn apply(&mut self, word: &str) -> Result<(), String> {
-        let (key, value) = word.split_once('=').ok_or_else(|| format!("{word:?}: expected key=value"))?;
+        let (key, value) =
+            word.split_once('=').ok_or_else(|| format!("{word:?}: expected key=value"))?;
         match key {
             "table_mib" => self.table_mib = number(key, value, 1..=1 << 20)?,
             "rate" => self.rate = number(key, value, 0..=10_000_000)?,
             "steps" => self.steps = number(key, value, 1..=1000)?,
             "check" => self.check = Some(number(key, value, 1..=10_000_000)?),
             "report_ms" => self.report_ms = number(key, value, 10..=60_000)?,
-            "journal" => self.journals = value.split(',').filter(|path| !path.is_empty()).map(PathBuf::from).collect(),
+            "journal" => {
+                self.journals =
+                    value.split(',').filter(|path| !path.is_empty()).map(PathBuf::from).collect()
+            }
             "journal_mib" => self.journal_mib = number(key, value, 1..=1 << 20)?,
             "journal_pages" => self.journal_pages = number(key, value, 1..=1024)?,
             "base" => self.base = (!value.is_empty()).then(|| PathBuf::from(value)),
@@ -81,7 +87,10 @@ impl Config {
         let reserved_mib = (crate::base::RESERVED_PAGES * crate::page::PAGE_BYTES as u64) >> 20;
         let shared = self.base.as_ref().is_some_and(|base| self.journals.contains(base));
         if shared && self.journal_mib > reserved_mib {
-            return Err(format!("journal_mib={}: a journal on the base disk has {reserved_mib} MiB at most", self.journal_mib));
+            return Err(format!(
+                "journal_mib={}: a journal on the base disk has {reserved_mib} MiB at most",
+                self.journal_mib
+            ));
         }
         Ok(self)
     }
@@ -107,7 +116,9 @@ impl Config {
 
 fn number(key: &str, value: &str, range: std::ops::RangeInclusive<u64>) -> Result<u64, String> {
     let parsed = value.parse().ok().filter(|number| range.contains(number));
-    parsed.ok_or_else(|| format!("{key}={value}: expected a number from {} to {}", range.start(), range.end()))
+    parsed.ok_or_else(|| {
+        format!("{key}={value}: expected a number from {} to {}", range.start(), range.end())
+    })
 }
 
 #[cfg(test)]
@@ -121,7 +132,9 @@ mod test {
 
     #[test]
     fn arguments_win_over_the_kernel_command_line() {
-        let config = parse("quiet witness.rate=5 witness.journal=/dev/vda,/dev/vdb x=y", &["rate=7"]).expect("valid");
+        let config =
+            parse("quiet witness.rate=5 witness.journal=/dev/vda,/dev/vdb x=y", &["rate=7"])
+                .expect("valid");
         assert_eq!(config.rate, 7);
         assert_eq!(config.journals, [PathBuf::from("/dev/vda"), PathBuf::from("/dev/vdb")]);
     }

@@ -1,7 +1,7 @@
 //! Files and block devices as media: every access goes past the guest's page cache.
 //!
-//! The cache is part of RAM: a record read from it would prove nothing about the disk. `O_DIRECT` is used where
-//! it can be had; on file systems without it (tmpfs) the start line says `cached`.
+//! The cache is part of RAM: a record read from it would prove nothing about the disk. `O_DIRECT`
+//! is used where it can be had; on file systems without it (tmpfs) the start line says `cached`.
 
 use crate::journal::Medium;
 use crate::page::{PAGE_BYTES, Page};
@@ -17,7 +17,8 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Opens a device as it is; a regular file is made, or made again, with `file_bytes` allocated bytes.
+    /// Opens a device as it is; a regular file is made, or made again, with `file_bytes` allocated
+    /// bytes.
     pub fn open_journal(path: &Path, file_bytes: u64) -> io::Result<Self> {
         if !is_device(path) {
             allocate(path, file_bytes)?;
@@ -34,7 +35,9 @@ impl Disk {
         options.read(true).write(write);
         let (mut file, direct) = match options.clone().custom_flags(libc::O_DIRECT).open(path) {
             Ok(file) => (file, true),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => (options.open(path)?, false),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                (options.open(path)?, false)
+            }
             Err(error) => return Err(error),
         };
         let bytes = file.seek(SeekFrom::End(0))?;
@@ -89,7 +92,8 @@ mod test {
     #[test]
     fn a_journal_file_is_allocated_and_keeps_what_is_written() {
         let path = std::env::temp_dir().join(format!("witness-disk-{}", std::process::id()));
-        let mut disk = Disk::open_journal(&path, 3 * PAGE_BYTES as u64).expect("temp dir is writable");
+        let mut disk =
+            Disk::open_journal(&path, 3 * PAGE_BYTES as u64).expect("temp dir is writable");
         assert_eq!(disk.bytes(), 3 * PAGE_BYTES as u64);
         let mut page = Page::zeroed();
         page.bytes_mut()[7] = 9;

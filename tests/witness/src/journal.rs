@@ -1,12 +1,14 @@
-//! The journal on disk: one numbered record per step, in a ring, so that disk and RAM can be held together.
+//! The journal on disk: one numbered record per step, in a ring, so that disk and RAM can be held
+//! together.
 //!
-//! Record N occupies slot `N % slots` and carries N and the digest of the table after step N. A step first
-//! changes the table and the step number in RAM, then writes record N to each journal in the order given, each
-//! durable before the next. Hence, **at every instant, the last record of each journal is RAM's step N, or N-1 as
-//! long as the write of N has not reached that disk**, and a journal is never behind one that follows it. A
-//! restored VM finishes the write that was under way (the device state carries it), so every check runs
-//! between steps and demands exactly N in its slot, every older record in its own slot, and nothing from the
-//! future: a disk from a later or an earlier instant than the RAM contradicts at the next step.
+//! Record N occupies slot `N % slots` and carries N and the digest of the table after step N. A
+//! step first changes the table and the step number in RAM, then writes record N to each journal in
+//! the order given, each durable before the next. Hence, **at every instant, the last record of
+//! each journal is RAM's step N, or N-1 as long as the write of N has not reached that disk**, and
+//! a journal is never behind one that follows it. A restored VM finishes the write that was under
+//! way (the device state carries it), so every check runs between steps and demands exactly N in
+//! its slot, every older record in its own slot, and nothing from the future: a disk from a later
+//! or an earlier instant than the RAM contradicts at the next step.
 
 use crate::page::{Flaw, Kind, PAGE_BYTES, Page, Stamp};
 use std::fmt;
@@ -89,7 +91,13 @@ impl History {
     }
 
     fn stamp(&self, place: u64, step: u64) -> Stamp {
-        Stamp { kind: Kind::Journal, run: self.run, place, step, digest: self.digests[self.slot(step)] }
+        Stamp {
+            kind: Kind::Journal,
+            run: self.run,
+            place,
+            step,
+            digest: self.digests[self.slot(step)],
+        }
     }
 }
 
@@ -132,15 +140,19 @@ impl<M: Medium> Journal<M> {
             written.map_err(|error| JournalFlaw::Io { what: "write", place, error })?;
         }
         let synced = self.medium.make_durable();
-        synced.map_err(|error| JournalFlaw::Io { what: "fdatasync after", place: step % self.shape.slots, error })
+        synced.map_err(|error| JournalFlaw::Io {
+            what: "fdatasync after",
+            place: step % self.shape.slots,
+            error,
+        })
     }
 
     fn places(&self, slot: u64) -> std::ops::Range<u64> {
         slot * self.shape.record_pages..(slot + 1) * self.shape.record_pages
     }
 
-    /// Between two steps: RAM's step is the last record, the next slot is not from the future, and one more old
-    /// record is right (the whole ring is walked over time).
+    /// Between two steps: RAM's step is the last record, the next slot is not from the future, and
+    /// one more old record is right (the whole ring is walked over time).
     pub fn check(&mut self, history: &History, flaws: &mut Vec<JournalFlaw>) {
         let slots = self.shape.slots;
         let now = history.step % slots;
@@ -162,7 +174,10 @@ impl<M: Medium> Journal<M> {
         let read = self.medium.read_page(place, &mut self.page);
         read.map_err(|error| JournalFlaw::Io { what: "read", place, error })?;
         let now = history.step;
-        let found = self.page.stamp().filter(|found| found.kind == Kind::Journal && found.run == history.run);
+        let found = self
+            .page
+            .stamp()
+            .filter(|found| found.kind == Kind::Journal && found.run == history.run);
         if let Some(found) = found.filter(|found| found.step > now) {
             return Err(JournalFlaw::FromTheFuture { now, found });
         }
@@ -268,7 +283,10 @@ mod test {
             let (new, _) = after(now + ahead);
             let (mut journal, history) = after(now);
             journal.medium = new.medium.clone();
-            assert!(flaws(&mut journal, &history)[0].contains("ahead of RAM"), "{ahead} steps ahead of {now}");
+            assert!(
+                flaws(&mut journal, &history)[0].contains("ahead of RAM"),
+                "{ahead} steps ahead of {now}"
+            );
         }
     }
 

@@ -1,13 +1,15 @@
 //! The workload of test guests: a program that would notice a wrong restore.
 //!
-//! It keeps a table in RAM and a journal on one or more disks. Every step N rewrites some pages of the table
-//! and appends record N, which carries a digest of the table, to every journal. All the time it checks the table
-//! against what a deterministic generator says, the journal against RAM, and the base image below the disks
-//! against its own generator. It keeps no other state: a restored VM continues with the very next step, and a
-//! page of RAM or a block of disk from any other instant is a `WITNESS CONTRADICTION`.
+//! It keeps a table in RAM and a journal on one or more disks. Every step N rewrites some pages of
+//! the table and appends record N, which carries a digest of the table, to every journal. All the
+//! time it checks the table against what a deterministic generator says, the journal against RAM,
+//! and the base image below the disks against its own generator. It keeps no other state: a
+//! restored VM continues with the very next step, and a page of RAM or a block of disk from any
+//! other instant is a `WITNESS CONTRADICTION`.
 //!
-//! The claim about RAM and disk is stated in [`journal`]: at every instant a journal's last record is RAM's step,
-//! or the step before it while a write is under way; between steps, when it is checked, it is exactly RAM's step.
+//! The claim about RAM and disk is stated in [`journal`]: at every instant a journal's last record
+//! is RAM's step, or the step before it while a write is under way; between steps, when it is
+//! checked, it is exactly RAM's step.
 //!
 //! `witness [key=value …]` runs; `witness make-base FILE MIB` writes a base image.
 

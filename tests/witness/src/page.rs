@@ -1,9 +1,10 @@
 //! A page whose whole content follows from its stamp, so that any reader can say what it must hold.
 //!
-//! The stamp (what kind of page, which run, which place, which step) sits in the first words together with a
-//! checksum of the page; every other word is generated from the stamp. A checker regenerates the page and
-//! compares all of it. The checksum is only there to tell the two ways of being wrong apart: a page that is
-//! intact but belongs to another instant, and a page that is damaged or torn.
+//! The stamp (what kind of page, which run, which place, which step) sits in the first words
+//! together with a checksum of the page; every other word is generated from the stamp. A checker
+//! regenerates the page and compares all of it. The checksum is only there to tell the two ways of
+//! being wrong apart: a page that is intact but belongs to another instant, and a page that is
+//! damaged or torn.
 
 use std::fmt;
 
@@ -63,10 +64,17 @@ impl Page {
     pub fn stamp(&self) -> Option<Stamp> {
         let intact = self.word(CHECKSUM_WORD) == self.checksum();
         let kind = Kind::from_magic(self.word(0))?;
-        intact.then(|| Stamp { kind, run: self.word(1), place: self.word(2), step: self.word(3), digest: self.word(4) })
+        intact.then(|| Stamp {
+            kind,
+            run: self.word(1),
+            place: self.word(2),
+            step: self.word(3),
+            digest: self.word(4),
+        })
     }
 
-    /// The step in the header, whatever the state of the rest: what a digest over the real memory is made of.
+    /// The step in the header, whatever the state of the rest: what a digest over the real memory
+    /// is made of.
     pub fn claimed_step(&self) -> u64 {
         self.word(3)
     }
@@ -76,7 +84,8 @@ impl Page {
         words.fold(GOLDEN, |sum, (_, word)| (sum ^ word).wrapping_mul(GOLDEN | 1).rotate_left(27))
     }
 
-    /// Compares the whole page with what `expected` generates; `fleecing` spares an allocation per check.
+    /// Compares the whole page with what `expected` generates; `fleecing` spares an allocation per
+    /// check.
     pub fn check(&self, expected: &Stamp, fleecing: &mut Page) -> Result<(), Flaw> {
         fleecing.fill(expected);
         let Some(at) = first_difference(&self.0, &fleecing.0) else {
@@ -171,7 +180,9 @@ impl fmt::Display for Flaw {
             Flaw::OtherInstant { expected, found } => {
                 write!(out, "intact page of another instant: expected {expected}, found {found}")
             }
-            Flaw::Damaged { expected, at } => write!(out, "damaged page: expected {expected}, first wrong byte {at}"),
+            Flaw::Damaged { expected, at } => {
+                write!(out, "damaged page: expected {expected}, first wrong byte {at}")
+            }
         }
     }
 }
@@ -202,7 +213,10 @@ mod test {
         for at in (0..PAGE_BYTES).step_by(5).chain(0..64) {
             let mut page = filled(9);
             page.bytes_mut()[at] ^= 1 << (at % 8);
-            assert_eq!(page.check(&stamp(9), &mut fleecing), Err(Flaw::Damaged { expected: stamp(9), at }));
+            assert_eq!(
+                page.check(&stamp(9), &mut fleecing),
+                Err(Flaw::Damaged { expected: stamp(9), at })
+            );
         }
     }
 
@@ -216,7 +230,10 @@ mod test {
     fn a_page_torn_between_two_steps_is_damage() {
         let mut page = filled(9);
         page.bytes_mut()[2048..].copy_from_slice(&filled(8).bytes()[2048..]);
-        assert_eq!(page.check(&stamp(9), &mut Page::zeroed()), Err(Flaw::Damaged { expected: stamp(9), at: 2048 }));
+        assert_eq!(
+            page.check(&stamp(9), &mut Page::zeroed()),
+            Err(Flaw::Damaged { expected: stamp(9), at: 2048 })
+        );
     }
 
     #[test]

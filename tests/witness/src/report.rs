@@ -1,13 +1,14 @@
 //! What the witness says, one line each, on standard output (the serial port of the guest).
 //!
-//! `WITNESS start …`, `WITNESS step=…` every `report_ms`, `WITNESS CONTRADICTION …`, `WITNESS REFUSED …`.
-//! `table=`, `journal=` and `base=` turn from `ok` to `BAD` at the first contradiction and never turn back, so
-//! that the last line alone tells whether all went well.
+//! `WITNESS start …`, `WITNESS step=…` every `report_ms`, `WITNESS CONTRADICTION …`,
+//! `WITNESS REFUSED …`. `table=`, `journal=` and `base=` turn from `ok` to `BAD` at the first
+//! contradiction and never turn back, so that the last line alone tells whether all went well.
 
 use std::fmt::Display;
 use std::io::{self, Write};
 
-/// A VM that is thoroughly wrong must not drown its serial port: after these, every thousandth is printed.
+/// A VM that is thoroughly wrong must not drown its serial port: after these, every thousandth is
+/// printed.
 const PRINTED_CONTRADICTIONS: u64 = 200;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,7 +40,8 @@ impl Report {
         *counter += 1;
         let total = self.contradictions();
         let printed = total <= PRINTED_CONTRADICTIONS || total.is_multiple_of(1000);
-        printed.then(|| format!("WITNESS CONTRADICTION {name} step={step} uptime={} {what}", uptime()))
+        printed
+            .then(|| format!("WITNESS CONTRADICTION {name} step={step} uptime={} {what}", uptime()))
     }
 
     pub fn contradiction(&mut self, part: Part, step: u64, what: &dyn Display) {
@@ -51,7 +53,9 @@ impl Report {
     pub fn progress(&self, step: u64, rest: &dyn Display) -> String {
         let [table, journal] = [self.table, self.journal].map(verdict);
         let (count, uptime, base) = (self.contradictions(), uptime(), verdict(self.base));
-        format!("WITNESS step={step} table={table} journal={journal} contradictions={count} uptime={uptime} base={base} {rest}")
+        format!(
+            "WITNESS step={step} table={table} journal={journal} contradictions={count} uptime={uptime} base={base} {rest}"
+        )
     }
 }
 
@@ -79,9 +83,21 @@ mod test {
     #[test]
     fn a_verdict_never_turns_back() {
         let mut report = Report::default();
-        assert!(report.progress(5, &"").starts_with("WITNESS step=5 table=ok journal=ok contradictions=0 uptime="));
-        assert!(report.count(Part::Journal, 5, &"x").is_some_and(|text| text.starts_with("WITNESS CONTRADICTION journal step=5 ")));
-        assert!(report.progress(6, &"").starts_with("WITNESS step=6 table=ok journal=BAD contradictions=1 uptime="));
+        assert!(
+            report
+                .progress(5, &"")
+                .starts_with("WITNESS step=5 table=ok journal=ok contradictions=0 uptime=")
+        );
+        assert!(
+            report
+                .count(Part::Journal, 5, &"x")
+                .is_some_and(|text| text.starts_with("WITNESS CONTRADICTION journal step=5 "))
+        );
+        assert!(
+            report
+                .progress(6, &"")
+                .starts_with("WITNESS step=6 table=ok journal=BAD contradictions=1 uptime=")
+        );
     }
 
     #[test]

@@ -13,7 +13,8 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Behind by more than this, a tick is dropped instead of made up for: a burst would hide what `rate` asks for.
+/// Behind by more than this, a tick is dropped instead of made up for: a burst would hide what
+/// `rate` asks for.
 const TOLERATED_LAG: Duration = Duration::from_millis(500);
 
 pub struct Witness {
@@ -121,7 +122,11 @@ impl Witness {
             let mut flaws = Vec::new();
             act(journal, &self.history, &mut flaws);
             for flaw in flaws {
-                self.report.contradiction(Part::Journal, step, &format_args!("{}: {flaw}", path.display()));
+                self.report.contradiction(
+                    Part::Journal,
+                    step,
+                    &format_args!("{}: {flaw}", path.display()),
+                );
             }
         }
     }
@@ -155,8 +160,10 @@ fn open_journals(config: &Config) -> Result<(Vec<Journal<Disk>>, Vec<Shape>), St
     for path in &config.journals {
         let opened = Disk::open_journal(path, wanted);
         let disk = opened.map_err(|error| format!("journal {}: {error}", path.display()))?;
-        let shape = Shape::fitting(disk.bytes().min(wanted), config.journal_pages)
-            .ok_or_else(|| format!("journal {}: {} bytes hold no two records", path.display(), disk.bytes()))?;
+        let shape =
+            Shape::fitting(disk.bytes().min(wanted), config.journal_pages).ok_or_else(|| {
+                format!("journal {}: {} bytes hold no two records", path.display(), disk.bytes())
+            })?;
         journals.push(Journal::new(disk, shape));
         shapes.push(shape);
     }
@@ -171,11 +178,13 @@ fn open_base(path: &Path) -> Result<Base<Disk>, String> {
     opened.map_err(|error| format!("base {}: {error}", path.display()))
 }
 
-/// Different for every boot, even where the guest's random pool is empty: two guests' pages must never match.
+/// Different for every boot, even where the guest's random pool is empty: two guests' pages must
+/// never match.
 fn random_run() -> u64 {
     let mut bytes = [0; 8];
     let read = File::open("/dev/urandom").and_then(|mut source| source.read_exact(&mut bytes));
-    let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
+    let clock =
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
     let random = if read.is_ok() { u64::from_le_bytes(bytes) } else { 0 };
     mix(random ^ mix(clock))
 }

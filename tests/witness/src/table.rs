@@ -1,9 +1,10 @@
 //! The table in RAM: pages that are rewritten by steps and checked without end.
 //!
-//! Three records of the same truth are kept in memory and compared: the pages themselves, the list of the step
-//! that wrote each page last, and a running digest over that list. One page restored from another instant
-//! contradicts the list; page and list together from another instant contradict the digest; and all three
-//! together contradict the journal on disk, which carries the digest of every step.
+//! Three records of the same truth are kept in memory and compared: the pages themselves, the list
+//! of the step that wrote each page last, and a running digest over that list. One page restored
+//! from another instant contradicts the list; page and list together from another instant
+//! contradict the digest; and all three together contradict the journal on disk, which carries the
+//! digest of every step.
 
 use crate::page::{Flaw, Kind, Page, Stamp, mix};
 use std::fmt;
@@ -64,7 +65,13 @@ impl Table {
     }
 
     fn expected(&self, index: usize) -> Stamp {
-        Stamp { kind: Kind::Table, run: self.run, place: index as u64, step: self.written[index], digest: 0 }
+        Stamp {
+            kind: Kind::Table,
+            run: self.run,
+            place: index as u64,
+            step: self.written[index],
+            digest: 0,
+        }
     }
 
     /// Digest of the state that the table must have now.
@@ -77,7 +84,8 @@ impl Table {
         self.pass.finished
     }
 
-    /// Rewrites `count` pseudo-random pages. Each is checked first: rewriting must not hide what was wrong.
+    /// Rewrites `count` pseudo-random pages. Each is checked first: rewriting must not hide what
+    /// was wrong.
     pub fn write_step(&mut self, step: u64, count: u64, flaws: &mut Vec<TableFlaw>) {
         for turn in 0..count {
             let index = target(self.run, step, turn, self.pages.len());
@@ -173,7 +181,10 @@ mod test {
     fn a_flipped_bit_is_found() {
         let mut table = after(20);
         table.pages[11].bytes_mut()[1234] ^= 4;
-        assert!(matches!(flaws_of_two_passes(&mut table)[0], TableFlaw::Page(Flaw::Damaged { at: 1234, .. })));
+        assert!(matches!(
+            flaws_of_two_passes(&mut table)[0],
+            TableFlaw::Page(Flaw::Damaged { at: 1234, .. })
+        ));
     }
 
     #[test]
@@ -184,7 +195,9 @@ mod test {
         table.pages[index].fill(&old);
         let mut flaws = Vec::new();
         table.write_step(21, 1, &mut flaws);
-        assert!(matches!(flaws[..], [TableFlaw::Page(Flaw::OtherInstant { found, .. })] if found == old));
+        assert!(
+            matches!(flaws[..], [TableFlaw::Page(Flaw::OtherInstant { found, .. })] if found == old)
+        );
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The id that QEMU gives to a `-drive` without one: `ide1-cd0`, `floppy0`, `none3`. It is the drive's name in `query-block`.
+//! The id that QEMU gives to a `-drive` without one: `ide1-cd0`, `floppy0`, `none3`. It is the
+//! drive's name in `query-block`.
 
 use crate::launch::arguments::{KeyList, QemuOption};
 use std::collections::HashSet;
@@ -34,7 +35,8 @@ type Place = (String, u32, u32);
 pub fn ids(options: &[QemuOption], board: Board) -> Vec<(usize, String)> {
     let mut taken: HashSet<Place> = HashSet::new();
     let mut ids = Vec::new();
-    for (number, option) in options.iter().enumerate().filter(|(_, option)| option.name == "drive") {
+    for (number, option) in options.iter().enumerate().filter(|(_, option)| option.name == "drive")
+    {
         let keys = option.keys();
         let place = place(&keys, board, &taken);
         let made = name(&keys, board, &place);
@@ -49,7 +51,9 @@ fn place(keys: &KeyList, board: Board, taken: &HashSet<Place>) -> Place {
     let interface = keys.get("if").unwrap_or(board.interface).to_owned();
     let units = board.units(&interface);
     if let Some(index) = number("index") {
-        return units.map_or((interface.clone(), 0, index), |units| (interface, index / units, index % units));
+        return units.map_or((interface.clone(), 0, index), |units| {
+            (interface, index / units, index % units)
+        });
     }
     let (mut bus, mut unit) = (number("bus").unwrap_or(0), number("unit").unwrap_or(0));
     while number("unit").is_none() && taken.contains(&(interface.clone(), bus, unit)) {
@@ -77,7 +81,9 @@ fn name(keys: &KeyList, board: Board, (interface, bus, unit): &Place) -> String 
 pub fn default_drive(device: &str, board: Board) -> Option<QemuOption> {
     let cdrom = QemuOption::with("drive", "if=ide,index=2,media=cdrom");
     let floppy = QemuOption::with("drive", "if=floppy,index=0");
-    [cdrom, floppy].into_iter().find(|option| ids(std::slice::from_ref(option), board)[0].1 == device)
+    [cdrom, floppy]
+        .into_iter()
+        .find(|option| ids(std::slice::from_ref(option), board)[0].1 == device)
 }
 
 #[cfg(test)]
@@ -89,10 +95,23 @@ mod test {
     fn drive_id_is_the_one_that_qemu_makes() {
         let line = "-drive file=a -drive file=b -drive file=c -drive index=2,media=cdrom,file=d -drive if=none,id=x \
                     -drive if=none -drive if=floppy,file=f -drive if=virtio,file=v -drive if=scsi,media=cdrom -drive if=pflash,file=p";
-        let named = |board: &str| -> Vec<String> { ids(&options(line), Board::of(board)).into_iter().map(|(_, id)| id).collect() };
+        let named = |board: &str| -> Vec<String> {
+            ids(&options(line), Board::of(board)).into_iter().map(|(_, id)| id).collect()
+        };
         assert_eq!(
             named("pc-i440fx-10.0"),
-            ["ide0-hd0", "ide0-hd1", "ide1-hd0", "ide1-cd0", "x", "none1", "floppy0", "virtio0", "scsi0-cd0", "pflash0"]
+            [
+                "ide0-hd0",
+                "ide0-hd1",
+                "ide1-hd0",
+                "ide1-cd0",
+                "x",
+                "none1",
+                "floppy0",
+                "virtio0",
+                "scsi0-cd0",
+                "pflash0"
+            ]
         );
         assert_eq!(named("pc-q35-10.0")[..4], ["ide0-hd0", "ide1-hd0", "ide2-hd0", "ide2-cd0"]);
     }
@@ -101,7 +120,10 @@ mod test {
     fn default_drive_is_found_by_its_id() {
         assert!(default_drive("ide1-cd0", Board::of("pc-i440fx-10.0")).is_some());
         assert!(default_drive("ide2-cd0", Board::of("pc-q35-10.0")).is_some());
-        assert!(default_drive("floppy0", Board::of("pc-i440fx-7.2")).is_some_and(|option| option.value().contains("floppy")));
+        assert!(
+            default_drive("floppy0", Board::of("pc-i440fx-7.2"))
+                .is_some_and(|option| option.value().contains("floppy"))
+        );
         assert!(default_drive("ide1-cd0", Board::of("pc-q35-10.0")).is_none());
     }
 }

@@ -1,7 +1,9 @@
-//! Overlays in a backing chain that hold nothing of their own: what they show is what is below them.
+//! Overlays in a backing chain that hold nothing of their own: what they show is what is below
+//! them.
 //!
-//! A restore puts such overlays between layers where a chain is too long for one image's header, and above a read-only
-//! image that has a chain. They are not stored, or chains would grow with each restore.
+//! A restore puts such overlays between layers where a chain is too long for one image's header,
+//! and above a read-only image that has a chain. They are not stored, or chains would grow with
+//! each restore.
 
 use super::open_files::OpenFiles;
 use qmp_bridge::disks::{BackingImage, ImageFormat};
@@ -21,9 +23,16 @@ pub fn without(images: Vec<BackingImage>, open: &OpenFiles) -> Vec<BackingImage>
     let is_needed = |number: usize, image: &BackingImage| {
         // Of another size, an overlay cuts off or adds zeros.
         let below = sizes.get(number + 1).is_some_and(|below| *below == image.virtual_size);
-        !(below && image.format == ImageFormat::Qcow2 && open.readable(&image.file).is_ok_and(|path| holds_nothing(&path)))
+        !(below
+            && image.format == ImageFormat::Qcow2
+            && open.readable(&image.file).is_ok_and(|path| holds_nothing(&path)))
     };
-    images.into_iter().enumerate().filter(|(number, image)| is_needed(*number, image)).map(|(_, image)| image).collect()
+    images
+        .into_iter()
+        .enumerate()
+        .filter(|(number, image)| is_needed(*number, image))
+        .map(|(_, image)| image)
+        .collect()
 }
 
 fn holds_nothing(path: &Path) -> bool {
@@ -38,7 +47,11 @@ fn read(path: &Path) -> std::io::Result<bool> {
     let long = |at: usize| u64::from(word(at)) << 32 | u64::from(word(at + 4));
     let (version, encryption, snapshots) = (word(4), word(32), word(60));
     let features = if version == 2 { 0 } else { long(72) };
-    let is_plain = header.starts_with(MAGIC) && matches!(version, 2 | 3) && encryption == 0 && snapshots == 0 && features == 0;
+    let is_plain = header.starts_with(MAGIC)
+        && matches!(version, 2 | 3)
+        && encryption == 0
+        && snapshots == 0
+        && features == 0;
     let table_bytes = word(36) as usize * 8;
     if !is_plain || table_bytes > MAX_TABLE {
         return Ok(false);
@@ -69,18 +82,32 @@ mod test {
     fn only_an_overlay_without_clusters_of_its_own_is_left_out() {
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path().canonicalize().unwrap();
-        let cases =
-            [("empty", 0, [0; 64], true), ("full", 0, std::array::from_fn(|at| (at % 2) as u8), false), ("data-file", 4, [0; 64], false)];
+        let cases = [
+            ("empty", 0, [0; 64], true),
+            ("full", 0, std::array::from_fn(|at| (at % 2) as u8), false),
+            ("data-file", 4, [0; 64], false),
+        ];
         for (name, features, table, left_out) in cases {
             let path = image(&folder, name, features, &table);
             let _open = File::open(&path).unwrap();
             let open = OpenFiles::of(std::process::id()).unwrap();
-            let layer =
-                |virtual_size, format| BackingImage { file: path.clone(), format, node: name.into(), virtual_size, is_device: false };
-            let kept = |top: u64, format| without(vec![layer(top, format), layer(8, ImageFormat::Raw)], &open).len();
+            let layer = |virtual_size, format| BackingImage {
+                file: path.clone(),
+                format,
+                node: name.into(),
+                virtual_size,
+                is_device: false,
+            };
+            let kept = |top: u64, format| {
+                without(vec![layer(top, format), layer(8, ImageFormat::Raw)], &open).len()
+            };
             assert_eq!(kept(8, ImageFormat::Qcow2), if left_out { 1 } else { 2 }, "{name}");
             assert_eq!((kept(16, ImageFormat::Qcow2), kept(8, ImageFormat::Raw)), (2, 2), "{name}");
-            assert_eq!(without(vec![layer(8, ImageFormat::Qcow2)], &open).len(), 1, "with nothing below, it shows zeros");
+            assert_eq!(
+                without(vec![layer(8, ImageFormat::Qcow2)], &open).len(),
+                1,
+                "with nothing below, it shows zeros"
+            );
         }
         assert!(!holds_nothing(&folder.join("missing")));
     }

@@ -1,9 +1,10 @@
-//! The drives of a running VM on its command line: which option each disk comes from, and the command line that would
-//! build the drives as they are now.
+//! The drives of a running VM on its command line: which option each disk comes from, and the
+//! command line that would build the drives as they are now.
 //!
-//! QEMU's drives change while it runs: media are ejected and changed, nodes are added and deleted, chains get shorter. A
-//! restore starts QEMU by a command line, so the one that is saved with a checkpoint is not the one that QEMU was started
-//! by but the one that makes what runs. Where none can, the VM is refused, before anything is taken.
+//! QEMU's drives change while it runs: media are ejected and changed, nodes are added and deleted,
+//! chains get shorter. A restore starts QEMU by a command line, so the one that is saved with a
+//! checkpoint is not the one that QEMU was started by but the one that makes what runs. Where none
+//! can, the VM is refused, before anything is taken.
 
 mod auto_id;
 mod empty_overlay;
@@ -53,9 +54,14 @@ pub struct Started<'a> {
 /// Compares what runs with the command line.
 ///
 /// # Errors
-/// A refusal that names the disk and says what to do, where no command line could build the VM's drives as they are.
+/// A refusal that names the disk and says what to do, where no command line could build the VM's
+/// drives as they are.
 pub fn examine(found: disks::Disks, started: &Started<'_>) -> Result<Drives> {
-    let line = Line { options: started.options, directory: started.directory, board: Board::of(started.machine_type) };
+    let line = Line {
+        options: started.options,
+        directory: started.directory,
+        board: Board::of(started.machine_type),
+    };
     let disks::Disks { mut disks, empty, unused } = found;
     for (node, disk) in unused {
         // Other nodes were added at run time, by whoever uses them; they are no part of the VM.
@@ -80,9 +86,14 @@ impl Drives {
     }
 }
 
-/// That a restore could start the VM from the command line that is saved: every file that it names is in the checkpoint. `arguments`: as
-/// QEMU was started, in `directory`.
-pub fn check_command_line(arguments: &[String], directory: &Path, drives: &Drives, qemu: Running<'_>) -> Result<()> {
+/// That a restore could start the VM from the command line that is saved: every file that it names
+/// is in the checkpoint. `arguments`: as QEMU was started, in `directory`.
+pub fn check_command_line(
+    arguments: &[String],
+    directory: &Path,
+    drives: &Drives,
+    qemu: Running<'_>,
+) -> Result<()> {
     let boot_files = launch::paths::boot_files_of(arguments, directory)?;
     let data = match launch::paths::missing_boot_file(&drives.options, &boot_files) {
         None => Vec::new(),
@@ -90,5 +101,11 @@ pub fn check_command_line(arguments: &[String], directory: &Path, drives: &Drive
             refused(format!("{name} is no file in QEMU's working directory, and whether it is one of QEMU's own is not known: {error:#}"))
         })?,
     };
-    launch::saved::check_carried(&launch::arguments::words(&drives.options), directory, &drives.disks, &boot_files, &data)
+    launch::saved::check_carried(
+        &launch::arguments::words(&drives.options),
+        directory,
+        &drives.disks,
+        &boot_files,
+        &data,
+    )
 }

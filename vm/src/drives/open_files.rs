@@ -1,4 +1,5 @@
-//! The files that QEMU has open. A path may lead to another file by now, or to none; what the guest sees is the open one.
+//! The files that QEMU has open. A path may lead to another file by now, or to none; what the guest
+//! sees is the open one.
 
 use crate::error::refused;
 use anyhow::{Context, Result};
@@ -15,7 +16,8 @@ type FileId = (u64, u64);
 #[derive(Debug, Default)]
 pub struct OpenFiles {
     open: HashSet<FileId>,
-    /// By the path that it had: which file it is, and a path under `/proc` that leads to the content.
+    /// By the path that it had: which file it is, and a path under `/proc` that leads to the
+    /// content.
     deleted: HashMap<PathBuf, Vec<(FileId, PathBuf)>>,
 }
 
@@ -24,14 +26,18 @@ impl OpenFiles {
     /// Where `/proc/PID/fd` cannot be read: another user's process, or one that has ended.
     pub fn of(pid: u32) -> Result<Self> {
         let folder = format!("/proc/{pid}/fd");
-        let entries = std::fs::read_dir(&folder).with_context(|| format!("reading QEMU's open files in {folder}"))?;
+        let entries = std::fs::read_dir(&folder)
+            .with_context(|| format!("reading QEMU's open files in {folder}"))?;
         let mut files = Self::default();
         for descriptor in entries.flatten().map(|entry| entry.path()) {
             let Ok(facts) = std::fs::metadata(&descriptor) else { continue };
             let identity = (facts.dev(), facts.ino());
             files.open.insert(identity);
             let link = std::fs::read_link(&descriptor).unwrap_or_default();
-            let gone = link.to_str().and_then(|link| link.strip_suffix(DELETED)).filter(|_| facts.is_file() && facts.nlink() == 0);
+            let gone = link
+                .to_str()
+                .and_then(|link| link.strip_suffix(DELETED))
+                .filter(|_| facts.is_file() && facts.nlink() == 0);
             if let Some(path) = gone {
                 let known = files.deleted.entry(PathBuf::from(path)).or_default();
                 if known.iter().all(|(other, _)| *other != identity) {
@@ -47,14 +53,16 @@ impl OpenFiles {
         match std::fs::metadata(path) {
             Ok(facts) if self.open.contains(&(facts.dev(), facts.ino())) => None,
             Ok(_) => Some("another file is at its path"),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Some("it was deleted or moved"),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                Some("it was deleted or moved")
+            }
             // Whether QEMU may open it is another question.
             Err(_) => None,
         }
     }
 
-    /// The path by which the content of QEMU's file can be read: its own, or where it was deleted while QEMU has it open,
-    /// that of a descriptor.
+    /// The path by which the content of QEMU's file can be read: its own, or where it was deleted
+    /// while QEMU has it open, that of a descriptor.
     ///
     /// # Errors
     /// A refusal where another file is at that path, and the open one cannot be told.
@@ -74,7 +82,10 @@ impl OpenFiles {
                     "{} was replaced by another file since QEMU opened it; put the old one back, or start the VM again",
                     path.display()
                 ),
-                Err(error) => format!("{}: {error}; put the file back where it was, or start the VM again", path.display()),
+                Err(error) => format!(
+                    "{}: {error}; put the file back where it was, or start the VM again",
+                    path.display()
+                ),
             })),
         }
     }
@@ -122,10 +133,17 @@ mod test {
         assert_eq!(read(&OpenFiles::of(std::process::id()).unwrap()), "old");
         let link = folder.join("link.iso");
         std::os::unix::fs::symlink("medium.iso", &link).unwrap();
-        assert!(OpenFiles::of(std::process::id()).unwrap().readable(&link).is_ok(), "by a link to it");
+        assert!(
+            OpenFiles::of(std::process::id()).unwrap().readable(&link).is_ok(),
+            "by a link to it"
+        );
         std::fs::write(&path, "new").unwrap();
         assert!(files.moved(&path).is_some_and(|what| what.contains("another file")));
-        assert_eq!(read(&OpenFiles::of(std::process::id()).unwrap()), "old", "another file has its path");
+        assert_eq!(
+            read(&OpenFiles::of(std::process::id()).unwrap()),
+            "old",
+            "another file has its path"
+        );
         let second = File::open(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let error = OpenFiles::of(std::process::id()).unwrap().readable(&path).unwrap_err();

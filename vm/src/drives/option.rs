@@ -1,4 +1,5 @@
-//! Block options in any spelling (`a.b=c` lists, JSON objects, `file=json:{…}`) as one tree of dotted keys.
+//! Block options in any spelling (`a.b=c` lists, JSON objects, `file=json:{…}`) as one tree of
+//! dotted keys.
 
 use crate::launch::arguments::{KeyList, QemuOption};
 use crate::launch::form;
@@ -34,12 +35,15 @@ pub fn get(option: &QemuOption, key: &str) -> Option<String> {
 /// Whether the option itself says that its disk is only read.
 pub fn is_read_only(option: &QemuOption) -> bool {
     let has = |key: &str| get(option, key).is_some_and(|value| form::is_on(&value));
-    has("read-only") || has("readonly") || option.name == "drive" && get(option, "media").as_deref() == Some("cdrom")
+    has("read-only")
+        || has("readonly")
+        || option.name == "drive" && get(option, "media").as_deref() == Some("cdrom")
 }
 
 /// The names of all nodes that the option makes, its own first.
 pub fn node_names(option: &QemuOption) -> Vec<String> {
-    let mut names: Vec<(String, String)> = scalars(option).into_iter().filter(|(key, _)| last(key) == "node-name").collect();
+    let mut names: Vec<(String, String)> =
+        scalars(option).into_iter().filter(|(key, _)| last(key) == "node-name").collect();
     names.sort_by_key(|(key, _)| key.len());
     names.into_iter().map(|(_, name)| name).collect()
 }
@@ -50,11 +54,17 @@ pub fn last(key: &str) -> &str {
 }
 
 /// Asks `edit` about each member, a group (without a value) before what is in it.
-pub fn rewrite(option: &QemuOption, edit: &mut dyn FnMut(&str, Option<&str>) -> Edit) -> QemuOption {
+pub fn rewrite(
+    option: &QemuOption,
+    edit: &mut dyn FnMut(&str, Option<&str>) -> Edit,
+) -> QemuOption {
     if option.value().starts_with('{')
         && let Ok(Value::Object(members)) = serde_json::from_str(option.value())
     {
-        return QemuOption::with(&option.name, Value::Object(members_of(members, "", edit)).to_string());
+        return QemuOption::with(
+            &option.name,
+            Value::Object(members_of(members, "", edit)).to_string(),
+        );
     }
     let mut keys = KeyList::default();
     for (number, (key, value)) in option.keys().iter().enumerate() {
@@ -67,7 +77,11 @@ pub fn rewrite(option: &QemuOption, edit: &mut dyn FnMut(&str, Option<&str>) -> 
     QemuOption::with(&option.name, keys.to_string())
 }
 
-fn list_value(key: &str, value: &str, edit: &mut dyn FnMut(&str, Option<&str>) -> Edit) -> Option<String> {
+fn list_value(
+    key: &str,
+    value: &str,
+    edit: &mut dyn FnMut(&str, Option<&str>) -> Edit,
+) -> Option<String> {
     if let Some(text) = value.strip_prefix("json:").filter(|_| key == "file")
         && let Ok(Value::Object(members)) = serde_json::from_str(text)
     {
@@ -80,7 +94,11 @@ fn list_value(key: &str, value: &str, edit: &mut dyn FnMut(&str, Option<&str>) -
     }
 }
 
-fn members_of(members: Map<String, Value>, above: &str, edit: &mut dyn FnMut(&str, Option<&str>) -> Edit) -> Map<String, Value> {
+fn members_of(
+    members: Map<String, Value>,
+    above: &str,
+    edit: &mut dyn FnMut(&str, Option<&str>) -> Edit,
+) -> Map<String, Value> {
     let mut kept = Map::new();
     for (name, value) in members {
         let key = if above.is_empty() { name.clone() } else { format!("{above}.{name}") };
@@ -93,7 +111,9 @@ fn members_of(members: Map<String, Value>, above: &str, edit: &mut dyn FnMut(&st
         match (edit(&key, text.as_deref()), value) {
             (Edit::Drop, _) => {}
             (Edit::Set(new), _) => drop(kept.insert(name, Value::from(new))),
-            (Edit::Keep, Value::Object(inner)) => drop(kept.insert(name, Value::Object(members_of(inner, &key, edit)))),
+            (Edit::Keep, Value::Object(inner)) => {
+                drop(kept.insert(name, Value::Object(members_of(inner, &key, edit))))
+            }
             (Edit::Keep, value) => drop(kept.insert(name, value)),
         }
     }
@@ -119,7 +139,10 @@ mod test {
     #[test]
     fn block_option_is_one_tree_in_every_spelling() {
         let spellings = [
-            ("blockdev", "qcow2,node-name=d,read-only=on,file.driver=file,file.filename=a,,b,file.node-name=f"),
+            (
+                "blockdev",
+                "qcow2,node-name=d,read-only=on,file.driver=file,file.filename=a,,b,file.node-name=f",
+            ),
             (
                 "blockdev",
                 r#"{"driver":"qcow2","node-name":"d","read-only":true,"file":{"driver":"file","filename":"a,b","node-name":"f"}}"#,
@@ -141,7 +164,11 @@ mod test {
                 ("node-name", "d"),
                 ("read-only", "on"),
             ];
-            assert_eq!(found, expected.map(|(key, value)| (key.to_owned(), value.to_owned())), "{value}");
+            assert_eq!(
+                found,
+                expected.map(|(key, value)| (key.to_owned(), value.to_owned())),
+                "{value}"
+            );
             assert_eq!(node_names(&option), ["d", "f"]);
             assert_eq!(get(&option, "file.filename").as_deref(), Some("a,b"));
             let same = rewrite(&option, &mut |_, _| Edit::Keep);
@@ -154,11 +181,18 @@ mod test {
         let drop_backing = |value: &str| {
             let is_it = |key: &str| key == "backing" || key.starts_with("backing.");
             let option = QemuOption::with("blockdev", value);
-            let edit = &mut |key: &str, _: Option<&str>| if is_it(key) { Edit::Drop } else { Edit::Keep };
+            let edit =
+                &mut |key: &str, _: Option<&str>| if is_it(key) { Edit::Drop } else { Edit::Keep };
             rewrite(&option, edit).value().to_owned()
         };
-        assert_eq!(drop_backing("driver=qcow2,backing.driver=raw,backing.file.filename=x,file=f"), "driver=qcow2,file=f");
+        assert_eq!(
+            drop_backing("driver=qcow2,backing.driver=raw,backing.file.filename=x,file=f"),
+            "driver=qcow2,file=f"
+        );
         assert_eq!(drop_backing(r#"{"driver":"qcow2","backing":null}"#), r#"{"driver":"qcow2"}"#);
-        assert_eq!(drop_backing(r#"{"driver":"qcow2","backing":{"driver":"raw"}}"#), r#"{"driver":"qcow2"}"#);
+        assert_eq!(
+            drop_backing(r#"{"driver":"qcow2","backing":{"driver":"raw"}}"#),
+            r#"{"driver":"qcow2"}"#
+        );
     }
 }

@@ -33,10 +33,22 @@ const DRIVE_KEYS: &[&str] = &[
 /// Limits of the drive, by the beginning of their names.
 const LIMITS: &[&str] = &["bps", "iops", "throttling."];
 /// How a medium is used, whichever it is.
-const MEDIUM_KEYS: &[&str] = &["aio", "cache", "cache.direct", "cache.no-flush", "cache.writeback", "detect-zeroes", "discard"];
+const MEDIUM_KEYS: &[&str] = &[
+    "aio",
+    "cache",
+    "cache.direct",
+    "cache.no-flush",
+    "cache.writeback",
+    "detect-zeroes",
+    "discard",
+];
 
 /// Also what has changed since the start, if anything.
-pub fn command_line(line: &Line<'_>, disks: &[Disk], empty: &[EmptyDrive]) -> Result<(Vec<QemuOption>, Option<String>)> {
+pub fn command_line(
+    line: &Line<'_>,
+    disks: &[Disk],
+    empty: &[EmptyDrive],
+) -> Result<(Vec<QemuOption>, Option<String>)> {
     let options = line.options.iter().cloned().map(Some).collect();
     let mut saved = Saved { line, options, made_by: HashSet::new(), changed: None };
     disks.iter().try_for_each(|disk| saved.disk(disk))?;
@@ -78,29 +90,39 @@ impl Saved<'_> {
 
     /// Whether the option as it is makes this disk.
     fn makes(&self, number: usize, disk: &Disk) -> bool {
-        let said = ["format", "driver"].into_iter().find_map(|key| option::get(&self.line.options[number], key));
+        let said = ["format", "driver"]
+            .into_iter()
+            .find_map(|key| option::get(&self.line.options[number], key));
         let is_format = |driver: &str| matches!(driver, "raw" | "qcow2");
-        let other_format = said.is_some_and(|driver| is_format(&driver) && driver != disk.format.as_str());
+        let other_format =
+            said.is_some_and(|driver| is_format(&driver) && driver != disk.format.as_str());
         let option = &self.line.options[number];
-        let other_access = option.name == "drive" && option::is_read_only(option) && !disk.read_only;
-        !(disk.removable && (other_format || other_access)) && self.line.names_file(number, &disk.file)
+        let other_access =
+            option.name == "drive" && option::is_read_only(option) && !disk.read_only;
+        !(disk.removable && (other_format || other_access))
+            && self.line.names_file(number, &disk.file)
     }
 
-    /// A restored image names its chain itself, as it is now; and it is a file, wherever the old one was.
+    /// A restored image names its chain itself, as it is now; and it is a file, wherever the old
+    /// one was.
     fn keep(&mut self, number: usize, disk: &Disk) {
         let has_chain = !disk.backing.is_empty();
         let is_below = |key: &str| key.split('.').any(|part| part == "backing");
         for number in self.line.reached(&HashSet::from([number])) {
             let Some(option) = &self.options[number] else { continue };
             let option = if has_chain {
-                option::rewrite(option, &mut |key, _| if is_below(key) { Edit::Drop } else { Edit::Keep })
+                option::rewrite(option, &mut |key, _| {
+                    if is_below(key) { Edit::Drop } else { Edit::Keep }
+                })
             } else {
                 option.clone()
             };
             self.options[number] = Some(option::on_file(&option));
         }
         // Whatever made it so: the rights of the old file, say.
-        if let Some(option) = self.options[number].take_if(|option| disk.read_only && !option::is_read_only(option)) {
+        if let Some(option) =
+            self.options[number].take_if(|option| disk.read_only && !option::is_read_only(option))
+        {
             let mut form = Form::of(&option);
             form.set_on("read-only");
             self.options[number] = Some(form.into_option(&option.name));
@@ -108,7 +130,8 @@ impl Saved<'_> {
         self.made_by.insert(number);
     }
 
-    /// A medium that no option names, in a drive that QEMU made by itself or that belongs to a device alone.
+    /// A medium that no option names, in a drive that QEMU made by itself or that belongs to a
+    /// device alone.
     fn new_medium(&mut self, disk: &Disk) -> Result<()> {
         self.change(&disk.device);
         if let Some(drive) = auto_id::default_drive(&disk.device, self.line.board) {
@@ -125,7 +148,9 @@ impl Saved<'_> {
 
     /// A device that has its drive alone names the node that is in it.
     fn plug(&mut self, disk: &Disk, node: &str) -> Result<()> {
-        let Some(qdev) = disk.qdev.as_deref().filter(|_| disk.removable && !disk.is_named) else { return Ok(()) };
+        let Some(qdev) = disk.qdev.as_deref().filter(|_| disk.removable && !disk.is_named) else {
+            return Ok(());
+        };
         let number = self.line.of_device(qdev).ok_or_else(|| line::moved(disk))?;
         if let Some(option) = &self.options[number] {
             let mut form = Form::of(option);
@@ -165,9 +190,13 @@ impl Saved<'_> {
     fn drop_unused_nodes(&mut self, disks: &[Disk]) {
         // As the options are now: what they do not refer to any more is not needed.
         let now: Vec<QemuOption> = self.options.iter().flatten().cloned().collect();
-        let places: Vec<usize> = (0..self.options.len()).filter(|number| self.options[*number].is_some()).collect();
+        let places: Vec<usize> =
+            (0..self.options.len()).filter(|number| self.options[*number].is_some()).collect();
         let line = Line { options: &now, ..*self.line };
-        let made: HashSet<usize> = disks.iter().filter_map(|disk| line.of_disk(disk).or_else(|| line.of_node(&[&disk.name]))).collect();
+        let made: HashSet<usize> = disks
+            .iter()
+            .filter_map(|disk| line.of_disk(disk).or_else(|| line.of_node(&[&disk.name])))
+            .collect();
         let reached = line.reached(&made);
         for (number, place) in places.into_iter().enumerate() {
             if now[number].name == "blockdev" && !reached.contains(&number) {
@@ -178,12 +207,19 @@ impl Saved<'_> {
 
     /// Nothing that is left may open a file that no checkpoint carries.
     fn check(&self, disks: &[Disk]) -> Result<()> {
-        let nodes: HashSet<String> =
-            self.options.iter().flatten().filter(|option| option::is_block(option)).flat_map(option::node_names).collect();
+        let nodes: HashSet<String> = self
+            .options
+            .iter()
+            .flatten()
+            .filter(|option| option::is_block(option))
+            .flat_map(option::node_names)
+            .collect();
         for (number, option) in self.options.iter().enumerate() {
             let Some(option) = option else { continue };
-            let is_gone =
-                option.name == "drive" && has_medium(option) && !self.made_by.contains(&number) && number < self.line.options.len();
+            let is_gone = option.name == "drive"
+                && has_medium(option)
+                && !self.made_by.contains(&number)
+                && number < self.line.options.len();
             if is_gone {
                 return Err(refused(format!(
                     "-drive {} made a drive that is not in the VM any more; start the VM again without it",
@@ -193,7 +229,10 @@ impl Saved<'_> {
             let drive = Form::of(option).get("drive").filter(|_| option.name == "device");
             let was_node = |node: &String| self.line.defines_node(node) && !nodes.contains(node);
             if let Some(node) = drive.filter(was_node) {
-                return Err(refused(format!("-device {} has node {node}, which is not in the VM any more", option.value())));
+                return Err(refused(format!(
+                    "-device {} has node {node}, which is not in the VM any more",
+                    option.value()
+                )));
             }
         }
         match disks.iter().find(|disk| line::is_generated(&disk.name)) {
@@ -204,12 +243,17 @@ impl Saved<'_> {
 }
 
 fn has_medium(option: &QemuOption) -> bool {
-    option::scalars(option).iter().any(|(key, value)| (key == "file" || key.starts_with("file.")) && !value.is_empty())
+    option::scalars(option)
+        .iter()
+        .any(|(key, value)| (key == "file" || key.starts_with("file.")) && !value.is_empty())
 }
 
 /// A `-drive` with another medium in it.
 fn with_medium(option: &QemuOption, disk: &Disk) -> QemuOption {
-    let mut keys = only(option, &[DRIVE_KEYS, MEDIUM_KEYS].concat()).keys().without("read-only", false).without("readonly", false);
+    let mut keys = only(option, &[DRIVE_KEYS, MEDIUM_KEYS].concat())
+        .keys()
+        .without("read-only", false)
+        .without("readonly", false);
     keys.push(Some("file"), disk.file.to_string_lossy());
     keys.push(Some("format"), disk.format.as_str());
     keys.push(Some("node-name"), disk.name.as_str());
@@ -220,7 +264,8 @@ fn with_medium(option: &QemuOption, disk: &Disk) -> QemuOption {
 }
 
 fn only(option: &QemuOption, names: &[&str]) -> QemuOption {
-    let is_kept = |key: &&str| names.contains(key) || LIMITS.iter().any(|limit| key.starts_with(limit));
+    let is_kept =
+        |key: &&str| names.contains(key) || LIMITS.iter().any(|limit| key.starts_with(limit));
     let mut kept = KeyList::default();
     for (key, value) in option.keys().iter() {
         if let Some(key) = key.filter(|key| is_kept(key)) {
@@ -230,19 +275,29 @@ fn only(option: &QemuOption, names: &[&str]) -> QemuOption {
     QemuOption::with("drive", kept.to_string())
 }
 
-/// The other way round, for a disk that a restore puts on a block device: nodes of driver `file` on that path become
-/// `host_device`.
+/// The other way round, for a disk that a restore puts on a block device: nodes of driver `file` on
+/// that path become `host_device`.
 pub fn as_device(options: Vec<QemuOption>, path: &Path) -> Vec<QemuOption> {
     let text = path.to_string_lossy();
     let on_device = |option: QemuOption| {
         let scalars = option::scalars(&option);
-        let group = |key: &str| key.rsplit_once('.').map_or(String::new(), |(group, _)| format!("{group}."));
-        let here: HashSet<String> =
-            scalars.iter().filter(|(key, value)| option::last(key) == "filename" && *value == text).map(|(key, _)| group(key)).collect();
+        let group = |key: &str| {
+            key.rsplit_once('.').map_or(String::new(), |(group, _)| format!("{group}."))
+        };
+        let here: HashSet<String> = scalars
+            .iter()
+            .filter(|(key, value)| option::last(key) == "filename" && *value == text)
+            .map(|(key, _)| group(key))
+            .collect();
         option::rewrite(&option, &mut |key, value| match (option::last(key), value) {
-            ("driver", Some("file")) if here.contains(&group(key)) => Edit::Set("host_device".to_owned()),
+            ("driver", Some("file")) if here.contains(&group(key)) => {
+                Edit::Set("host_device".to_owned())
+            }
             _ => Edit::Keep,
         })
     };
-    options.into_iter().map(|option| if option::is_block(&option) { on_device(option) } else { option }).collect()
+    options
+        .into_iter()
+        .map(|option| if option::is_block(&option) { on_device(option) } else { option })
+        .collect()
 }

@@ -1,8 +1,9 @@
-//! A running QEMU that nobody prepared: who it is, and the command line by which it can be started again elsewhere.
+//! A running QEMU that nobody prepared: who it is, and the command line by which it can be started
+//! again elsewhere.
 //!
-//! Everything is read from the running process and from its monitor; nothing in it is changed. What is found is written
-//! down in the runtime directory, as `stillpoint run` does for a VM of ours, so that every later helper continues from
-//! there.
+//! Everything is read from the running process and from its monitor; nothing in it is changed. What
+//! is found is written down in the runtime directory, as `stillpoint run` does for a VM of ours, so
+//! that every later helper continues from there.
 
 mod monitor;
 pub mod owner;
@@ -46,7 +47,8 @@ pub struct Found {
 /// Writes down what a helper has to know of the VM behind the monitor.
 pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Result<Found> {
     let Wanted { monitor, store, fleecing, engine, stream } = wanted;
-    let monitor = std::path::absolute(&monitor).with_context(|| format!("making {} absolute", monitor.display()))?;
+    let monitor = std::path::absolute(&monitor)
+        .with_context(|| format!("making {} absolute", monitor.display()))?;
     let mut earlier = None;
     let look = Probe::at(&monitor, |process| {
         refuse_ours(process)?;
@@ -67,7 +69,8 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Re
         Some(chosen) => chosen,
         None => {
             let support = look.support().await?;
-            let process_memory = ProcessMemory::check(&look.qmp, look.process.pid, support.stopped).await;
+            let process_memory =
+                ProcessMemory::check(&look.qmp, look.process.pid, support.stopped).await;
             choose_stream(stream, &support, &look.facts, found.plugin.is_some(), &process_memory)?
         }
     };
@@ -100,13 +103,18 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Re
     };
     drives::check_command_line(&file.arguments, &file.directory, &drives, look.running())?;
     for dropped in &found.dropped {
-        tracing::info!(what = dropped.what, why = dropped.why, "a restored VM is started without it");
+        tracing::info!(
+            what = dropped.what,
+            why = dropped.why,
+            "a restored VM is started without it"
+        );
     }
     save(runtime, &file, earlier.as_ref())?;
     Ok(Found { engine: format!("{}: {}", chosen.engine.name(), chosen.why) })
 }
 
-/// What is known under that name already; refused if a VM of that name runs that is not this process.
+/// What is known under that name already; refused if a VM of that name runs that is not this
+/// process.
 fn known(runtime: &RuntimeDir, process: &QemuProcess) -> Result<Option<VmFile>> {
     if !runtime.path().exists() {
         return Ok(None);
@@ -119,13 +127,18 @@ fn known(runtime: &RuntimeDir, process: &QemuProcess) -> Result<Option<VmFile>> 
     }
     drop(runtime.lock_helper()?);
     if runtime.adoption().exists() {
-        return Err(refused("an adoption of this VM was cut off; 'stillpoint attach NAME' (without --qmp) brings it to an end"));
+        return Err(refused(
+            "an adoption of this VM was cut off; 'stillpoint attach NAME' (without --qmp) brings it to an end",
+        ));
     }
     let Ok(file) = runtime.vm() else { return Ok(None) };
     let (Some(there), Some(pid)) = (&file.external, file.pid) else { return Ok(Some(file)) };
     let is_other = (pid, there.started) != (process.pid, process.started);
     if is_other && process::started(pid) == Some(there.started) {
-        return Err(refused(format!("{} is the name of another QEMU that runs (pid {pid}); give this one another --name", file.name)));
+        return Err(refused(format!(
+            "{} is the name of another QEMU that runs (pid {pid}); give this one another --name",
+            file.name
+        )));
     }
     Ok(Some(file))
 }
@@ -145,9 +158,10 @@ fn refuse_ours(process: &QemuProcess) -> Result<()> {
     let ours = process.words.iter().find(|word| word.split(',').any(|key| key == chardev));
     match ours {
         None => Ok(()),
-        Some(_) => {
-            Err(refused(format!("QEMU {} was started by Stillpoint; give it a helper by its name: stillpoint attach NAME", process.pid)))
-        }
+        Some(_) => Err(refused(format!(
+            "QEMU {} was started by Stillpoint; give it a helper by its name: stillpoint attach NAME",
+            process.pid
+        ))),
     }
 }
 
@@ -158,7 +172,8 @@ fn refuse_taken(runtime: &RuntimeDir, pid: u32, started: u64) -> Result<()> {
         if other.path() == runtime.path() {
             continue;
         }
-        let is_same = file.pid == Some(pid) && file.external.is_some_and(|there| there.started == started);
+        let is_same =
+            file.pid == Some(pid) && file.external.is_some_and(|there| there.started == started);
         if is_same && other.lock_helper().is_err() {
             return Err(refused(format!(
                 "that QEMU (pid {pid}) is attached as {} already, and its helper lives; use that name",
@@ -171,7 +186,8 @@ fn refuse_taken(runtime: &RuntimeDir, pid: u32, started: u64) -> Result<()> {
     Ok(())
 }
 
-/// That the VM of a runtime directory is still the process that it was written down for, and nobody else's.
+/// That the VM of a runtime directory is still the process that it was written down for, and nobody
+/// else's.
 pub fn check_alive(runtime: &RuntimeDir, file: &VmFile) -> Result<()> {
     let (Some(there), Some(pid)) = (&file.external, file.pid) else { return Ok(()) };
     let known = instance::of_process(pid, there.started, &file.store, &file.name)?;

@@ -1,7 +1,7 @@
 //! Which process is behind a monitor's socket.
 //!
-//! The kernel knows who listens. Where a manager made the socket and handed it over (libvirt's own monitor), that is the
-//! manager; then the QEMU is looked for that holds the socket too.
+//! The kernel knows who listens. Where a manager made the socket and handed it over (libvirt's own
+//! monitor), that is the manager; then the QEMU is looked for that holds the socket too.
 
 use crate::error::refused;
 use crate::files::read_limited;
@@ -20,7 +20,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// A busy host has some thousand sockets of 100 bytes a line.
 const MAX_SOCKETS_BYTES: u64 = 64 << 20;
 
-/// A connection that nothing was said on yet. QEMU serves one client of a monitor at a time, so there is one for all.
+/// A connection that nothing was said on yet. QEMU serves one client of a monitor at a time, so
+/// there is one for all.
 pub struct MonitorConnection {
     stream: UnixStream,
     listener: u32,
@@ -32,11 +33,16 @@ impl MonitorConnection {
         let end = Instant::now() + ANSWER;
         loop {
             let error = match qmp_bridge::qmp::connect_when_ready(monitor, end).await {
-                Ok(stream) => return Self::of(stream).with_context(|| format!("asking who listens at {}", monitor.display())),
+                Ok(stream) => {
+                    return Self::of(stream)
+                        .with_context(|| format!("asking who listens at {}", monitor.display()));
+                }
                 Err(error) => error,
             };
             match error.kind() {
-                ErrorKind::WouldBlock if Instant::now() < end => tokio::time::sleep(LOOK_EVERY).await,
+                ErrorKind::WouldBlock if Instant::now() < end => {
+                    tokio::time::sleep(LOOK_EVERY).await
+                }
                 ErrorKind::WouldBlock => return Err(refused(busy(monitor))),
                 _ => return Err(refused(cannot_connect(monitor, &error))),
             }
@@ -44,7 +50,8 @@ impl MonitorConnection {
     }
 
     fn of(stream: tokio::net::UnixStream) -> std::io::Result<Self> {
-        let listener = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
+        let listener =
+            stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
         Ok(Self { stream: stream.into_std()?, listener })
     }
 
@@ -62,7 +69,11 @@ impl MonitorConnection {
         match process::qemus_with_socket(&inodes(monitor)?).as_slice() {
             [only] => QemuProcess::read(*only).map_err(no_rights),
             [] => Err(refused(no_qemu(monitor, self.listener))),
-            many => Err(refused(format!("{} QEMUs hold {}; name the monitor of one", many.len(), monitor.display()))),
+            many => Err(refused(format!(
+                "{} QEMUs hold {}; name the monitor of one",
+                many.len(),
+                monitor.display()
+            ))),
         }
     }
 
@@ -73,7 +84,9 @@ impl MonitorConnection {
     async fn greet_within(self, monitor: &Path, timeout: Duration) -> Result<Qmp> {
         Qmp::over(self.stream, timeout).await.map_err(|error| match error {
             QmpError::NoMonitor { why } if why.contains("no greeting") => refused(busy(monitor)),
-            QmpError::NoMonitor { why } => refused(format!("{} is no QMP monitor: {why}", monitor.display())),
+            QmpError::NoMonitor { why } => {
+                refused(format!("{} is no QMP monitor: {why}", monitor.display()))
+            }
             other => Error::from(other).context("connecting to QEMU's monitor"),
         })
     }
@@ -95,7 +108,9 @@ fn busy(monitor: &Path) -> String {
 
 fn cannot_connect(monitor: &Path, error: &std::io::Error) -> String {
     let remedy = match error.kind() {
-        ErrorKind::NotFound => "is the path right? A QEMU gets a monitor by -qmp unix:PATH,server=on,wait=off",
+        ErrorKind::NotFound => {
+            "is the path right? A QEMU gets a monitor by -qmp unix:PATH,server=on,wait=off"
+        }
         ErrorKind::ConnectionRefused => "nobody listens there any more: that QEMU has ended",
         ErrorKind::PermissionDenied => "run Stillpoint as root or as the user of that QEMU",
         _ => "a monitor is a unix socket, made by -qmp unix:PATH,server=on,wait=off",
@@ -105,7 +120,9 @@ fn cannot_connect(monitor: &Path, error: &std::io::Error) -> String {
 
 fn no_qemu(monitor: &Path, pid: u32) -> String {
     let program = std::fs::read_link(format!("/proc/{pid}/exe")).map_or_else(
-        |error| format!("process {pid} ({error}; run Stillpoint as root or as the user of that QEMU)"),
+        |error| {
+            format!("process {pid} ({error}; run Stillpoint as root or as the user of that QEMU)")
+        },
         |program| format!("process {pid} ({})", program.display()),
     );
     format!(
@@ -117,7 +134,8 @@ fn no_qemu(monitor: &Path, pid: u32) -> String {
 /// The kernel's numbers of the sockets bound to a path.
 fn inodes(path: &Path) -> Result<HashSet<u64>> {
     let table = read_limited(Path::new("/proc/net/unix"), MAX_SOCKETS_BYTES)?;
-    let path = std::path::absolute(path).with_context(|| format!("making {} absolute", path.display()))?;
+    let path =
+        std::path::absolute(path).with_context(|| format!("making {} absolute", path.display()))?;
     Ok(String::from_utf8_lossy(&table).lines().filter_map(|line| bound(line, &path)).collect())
 }
 
@@ -149,9 +167,13 @@ mod test {
         assert!(!found.is_empty());
         assert!(process::qemus_with_socket(&found).is_empty());
         let error = line.qemu(&path).unwrap_err().to_string();
-        assert!(error.contains(&format!("process {}", std::process::id())) && error.contains("no QEMU"), "{error}");
+        assert!(
+            error.contains(&format!("process {}", std::process::id())) && error.contains("no QEMU"),
+            "{error}"
+        );
         drop(listening);
-        // A process that another test is just starting may hold a copy until it becomes its program.
+        // A process that another test is just starting may hold a copy until it becomes its
+        // program.
         while MonitorConnection::open(&path).await.is_ok() {
             tokio::time::sleep(LOOK_EVERY).await;
         }
@@ -163,7 +185,13 @@ mod test {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let _listening = UnixListener::bind(&path).unwrap();
-        let error = MonitorConnection::open(&path).await.unwrap().greet_within(&path, Duration::from_millis(50)).await.err().unwrap();
+        let error = MonitorConnection::open(&path)
+            .await
+            .unwrap()
+            .greet_within(&path, Duration::from_millis(50))
+            .await
+            .err()
+            .unwrap();
         assert!(error.to_string().contains("a second one, -qmp unix:"), "{error}");
         assert_eq!(crate::error::class_of(&error), crate::error::Class::Refused);
     }
@@ -175,6 +203,9 @@ mod test {
         let padded = "0000000000000000: 00000002 00000000 00010000 0001 01   815 /run/x";
         assert_eq!(bound(padded, Path::new("/run/x")), Some(815));
         assert_eq!(bound(line, Path::new("/run/a")), None);
-        assert_eq!(bound("Num RefCount Protocol Flags Type St Inode Path", Path::new("/run/a")), None);
+        assert_eq!(
+            bound("Num RefCount Protocol Flags Type St Inode Path", Path::new("/run/a")),
+            None
+        );
     }
 }

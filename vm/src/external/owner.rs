@@ -1,9 +1,10 @@
 //! Who used the tracker of a QEMU last.
 //!
-//! The kernel's marks of written pages are one set for one QEMU. A VM that is attached under another name, or from another
-//! runtime directory, claims and acknowledges them for itself, and the first one would continue as if they were its own. So each
-//! leaves a sign in QEMU (an object that does nothing) with a number above all that are there, and believes its `marks.json`
-//! only if its own number is still the highest. Signs of others stay where they are.
+//! The kernel's marks of written pages are one set for one QEMU. A VM that is attached under
+//! another name, or from another runtime directory, claims and acknowledges them for itself, and
+//! the first one would continue as if they were its own. So each leaves a sign in QEMU (an object
+//! that does nothing) with a number above all that are there, and believes its `marks.json` only if
+//! its own number is still the highest. Signs of others stay where they are.
 
 use crate::runtime_dir::{RuntimeDir, VmFile};
 use anyhow::{Context, Result};
@@ -17,8 +18,12 @@ const UNNUMBERED: &str = "stillpoint-at-";
 
 /// To be called before a tracker is used.
 pub async fn claim(qmp: &Qmp, runtime: &RuntimeDir, file: &VmFile) -> Result<()> {
-    let objects = qmp.execute_json("qom-list", json!({ "path": "/objects" })).await.context("asking QEMU for its objects")?;
-    let names = objects.as_array().into_iter().flatten().filter_map(|object| object["name"].as_str());
+    let objects = qmp
+        .execute_json("qom-list", json!({ "path": "/objects" }))
+        .await
+        .context("asking QEMU for its objects")?;
+    let names =
+        objects.as_array().into_iter().flatten().filter_map(|object| object["name"].as_str());
     let names: Vec<&str> = names.collect();
     let own = digest(runtime, file);
     let signs: Vec<Sign> = names.iter().filter_map(|name| Sign::parse(name)).collect();
@@ -34,7 +39,9 @@ pub async fn claim(qmp: &Qmp, runtime: &RuntimeDir, file: &VmFile) -> Result<()>
         placed.context("leaving a sign in QEMU")?;
     }
     for old in signs.iter().filter(|old| old.digest == sign.digest && old.number != sign.number) {
-        qmp.execute_json("object-del", json!({ "id": old.id() })).await.context("replacing an earlier sign of ours in QEMU")?;
+        qmp.execute_json("object-del", json!({ "id": old.id() }))
+            .await
+            .context("replacing an earlier sign of ours in QEMU")?;
     }
     Ok(())
 }
@@ -67,12 +74,15 @@ fn is_unnumbered(name: &str) -> bool {
 
 fn is_last(signs: &[Sign], own: &str) -> bool {
     let newest = signs.iter().max_by_key(|sign| sign.number);
-    let alone = |newest: &Sign| signs.iter().filter(|sign| sign.number == newest.number).count() == 1;
+    let alone =
+        |newest: &Sign| signs.iter().filter(|sign| sign.number == newest.number).count() == 1;
     newest.is_some_and(|newest| newest.digest == own && alone(newest))
 }
 
 fn digest(runtime: &RuntimeDir, file: &VmFile) -> String {
-    let digest = blake3::hash(format!("{}\n{}", runtime.path().display(), file.instance).as_bytes()).to_hex();
+    let digest =
+        blake3::hash(format!("{}\n{}", runtime.path().display(), file.instance).as_bytes())
+            .to_hex();
     digest[..DIGEST_LETTERS].to_owned()
 }
 
@@ -90,13 +100,23 @@ mod test {
     #[test]
     fn tracker_sign_counts_only_as_the_newest() {
         assert!(is_last(&[sign(A, 1)], A) && is_last(&[sign(B, 1), sign(A, 2)], A));
-        assert!(!is_last(&[], A) && !is_last(&[sign(A, 1), sign(B, 2)], A) && !is_last(&[sign(A, 2), sign(B, 2)], A));
+        assert!(
+            !is_last(&[], A)
+                && !is_last(&[sign(A, 1), sign(B, 2)], A)
+                && !is_last(&[sign(A, 2), sign(B, 2)], A)
+        );
     }
 
     #[test]
     fn tracker_sign_is_read_as_written_and_objects_of_others_are_none() {
         assert_eq!(Sign::parse(&sign(A, 7).id()), Some(sign(A, 7)));
-        for other in ["sp-at-home", "sp-at-home-1", "sp-at-00000000000000aa-07", "sp-at-00000000000000aa-x", "stillpoint-at-home"] {
+        for other in [
+            "sp-at-home",
+            "sp-at-home-1",
+            "sp-at-00000000000000aa-07",
+            "sp-at-00000000000000aa-x",
+            "stillpoint-at-home",
+        ] {
             assert!(Sign::parse(other).is_none() && !is_unnumbered(other), "{other}");
         }
         assert!(is_unnumbered("stillpoint-at-00000000000000aa"));

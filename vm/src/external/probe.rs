@@ -31,17 +31,26 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// At whatever is behind `monitor`. `check` may refuse the process before anything is said to it.
-    pub async fn at(monitor: &Path, check: impl FnOnce(&QemuProcess) -> Result<()>) -> Result<Self> {
+    /// At whatever is behind `monitor`. `check` may refuse the process before anything is said to
+    /// it.
+    pub async fn at(
+        monitor: &Path,
+        check: impl FnOnce(&QemuProcess) -> Result<()>,
+    ) -> Result<Self> {
         let line = MonitorConnection::open(monitor).await?;
         let process = line.qemu(monitor)?;
         check(&process)?;
         let qmp = line.greet(monitor).await?;
-        let facts = VmFacts::read(&qmp).await.map_err(|error| not_built(&process).unwrap_or_else(|| error.into()));
+        let facts = VmFacts::read(&qmp)
+            .await
+            .map_err(|error| not_built(&process).unwrap_or_else(|| error.into()));
         let facts = facts.context("asking QEMU what VM it runs")?;
         let types = machine_types(&qmp).await.context("asking QEMU for its machine types")?;
         let blocks = ramblock::ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?;
-        let sets = qmp.execute_json("query-fdsets", Value::Null).await.context("asking QEMU for its descriptors")?;
+        let sets = qmp
+            .execute_json("query-fdsets", Value::Null)
+            .await
+            .context("asking QEMU for its descriptors")?;
         let fd_paths = fd_paths(&sets, process.pid);
         Ok(Self { process, monitor: monitor.to_owned(), qmp, facts, types, blocks, fd_paths })
     }
@@ -54,7 +63,11 @@ impl Probe {
             tap: &|descriptor| self.process.tap(descriptor),
             fd_path: &|path| self.fd_paths.get(path).cloned(),
         };
-        external::understand(&self.process.words, &hold, &Said { facts: &self.facts, types: &self.types, blocks: &self.blocks })
+        external::understand(
+            &self.process.words,
+            &hold,
+            &Said { facts: &self.facts, types: &self.types, blocks: &self.blocks },
+        )
     }
 
     /// Whether the tracker can follow the VM's memory, or why not.
@@ -62,19 +75,23 @@ impl Probe {
         let Some(socket) = &found.plugin else {
             return Err("Stillpoint's plugin does not sit in this QEMU".to_owned());
         };
-        tracked_blocks::can_track(&self.qmp, socket.clone(), self.process.pid, &found.ram_block).await.map_err(|error| format!("{error:#}"))
+        tracked_blocks::can_track(&self.qmp, socket.clone(), self.process.pid, &found.ram_block)
+            .await
+            .map_err(|error| format!("{error:#}"))
     }
 
     /// Its disks, on the command line that would be saved.
     pub async fn drives(&self, found: &ExternalVm) -> Result<Drives> {
         let directory = &self.process.directory;
-        let listed = disks::list(&self.qmp, Some(directory)).await.context("asking QEMU for its disks")?;
+        let listed =
+            disks::list(&self.qmp, Some(directory)).await.context("asking QEMU for its disks")?;
         let (options, machine_type, pid) = (&found.options, &found.machine_type, self.process.pid);
         drives::examine(listed, &Started { options, machine_type, directory, pid })
     }
 
-    /// Why this user's helper could not do its part. QEMU gets files and sockets as descriptors, so its own user needs no right
-    /// to anything; the helper needs root's to look into a process of another user.
+    /// Why this user's helper could not do its part. QEMU gets files and sockets as descriptors, so
+    /// its own user needs no right to anything; the helper needs root's to look into a process of
+    /// another user.
     pub fn foreign_user(&self) -> Option<String> {
         let (ours, theirs) = (nix::unistd::geteuid().as_raw(), self.process.user);
         (theirs != ours && ours != 0)
@@ -83,7 +100,12 @@ impl Probe {
 
     /// Whether the files of that command line, on which `drives` are, would be in a checkpoint.
     pub fn check_files(&self, found: &ExternalVm, drives: &Drives) -> Result<()> {
-        drives::check_command_line(&arguments::words(&found.options), &self.process.directory, drives, self.running())
+        drives::check_command_line(
+            &arguments::words(&found.options),
+            &self.process.directory,
+            drives,
+            self.running(),
+        )
     }
 
     pub fn running(&self) -> Running<'_> {
@@ -97,16 +119,19 @@ impl Probe {
 
 /// A QEMU that was started with `-preconfig` answers few questions until it is told to continue.
 fn not_built(process: &QemuProcess) -> Option<anyhow::Error> {
-    let waits = process.words.iter().any(|word| matches!(word.as_str(), "-preconfig" | "--preconfig"));
+    let waits =
+        process.words.iter().any(|word| matches!(word.as_str(), "-preconfig" | "--preconfig"));
     waits.then(|| refused("QEMU waits in -preconfig and has no VM yet; send it `x-exit-preconfig`, then attach again"))
 }
 
 /// `/dev/fdset/N` by the file that the first descriptor of the set is.
 fn fd_paths(sets: &Value, pid: u32) -> HashMap<String, PathBuf> {
     let path = |set: &Value| {
-        let file = std::fs::read_link(format!("/proc/{pid}/fd/{}", set["fds"][0]["fd"].as_u64()?)).ok()?;
+        let file =
+            std::fs::read_link(format!("/proc/{pid}/fd/{}", set["fds"][0]["fd"].as_u64()?)).ok()?;
         // Pipes and sockets have a name of another kind.
-        (file.is_absolute() && !file.starts_with("/dev")).then(|| Some((format!("/dev/fdset/{}", set["fdset-id"].as_u64()?), file)))?
+        (file.is_absolute() && !file.starts_with("/dev"))
+            .then(|| Some((format!("/dev/fdset/{}", set["fdset-id"].as_u64()?), file)))?
     };
     sets.as_array().into_iter().flatten().filter_map(path).collect()
 }

@@ -1,8 +1,9 @@
 //! KVM where it can run the guest, TCG elsewhere, and it says which.
 //!
-//! That `/dev/kvm` opens says little: inside some VMs it runs real-mode code and hangs on anything more.
-//! So a firmware of 142 bytes (`long_mode.S`) is run under KVM first: it switches to long mode with paging, as every
-//! operating system does, and ends QEMU with a status that nothing else gives. The answer is kept until the next boot.
+//! That `/dev/kvm` opens says little: inside some VMs it runs real-mode code and hangs on anything
+//! more. So a firmware of 142 bytes (`long_mode.S`) is run under KVM first: it switches to long
+//! mode with paging, as every operating system does, and ends QEMU with a status that nothing else
+//! gives. The answer is kept until the next boot.
 
 use super::arguments::{KeyList, QemuOption};
 use super::form::Form;
@@ -31,12 +32,16 @@ pub struct Accelerator {
     pub reason: String,
 }
 
-/// What the user asked for: of several, as QEMU does, the first that this host has. Else KVM when it can run an
-/// operating system on this host.
+/// What the user asked for: of several, as QEMU does, the first that this host has. Else KVM when
+/// it can run an operating system on this host.
 pub fn choose(options: &[QemuOption], qemu: &Path) -> Result<Accelerator> {
     let wanted = wanted(options);
     if let Some(name) = first(&wanted, has_kvm) {
-        let reason = if wanted.len() > 1 { "the first of the command line that this host has" } else { "as the command line says" };
+        let reason = if wanted.len() > 1 {
+            "the first of the command line that this host has"
+        } else {
+            "as the command line says"
+        };
         return Ok(Accelerator { name: name.to_owned(), reason: reason.to_owned() });
     }
     let (name, reason) = match kvm_works(qemu) {
@@ -71,9 +76,13 @@ pub fn of_running(options: &[QemuOption], name: &str) -> String {
 
 /// The options without the accelerator, which is said apart.
 pub fn without(options: Vec<QemuOption>) -> Vec<QemuOption> {
-    let kept = options.into_iter().filter(|option| !["accel", "enable-kvm"].contains(&option.name.as_str()));
+    let kept = options
+        .into_iter()
+        .filter(|option| !["accel", "enable-kvm"].contains(&option.name.as_str()));
     kept.map(|option| match option.name.as_str() {
-        "machine" | "M" => QemuOption::with(&option.name, drop_key(&option.keys(), "accel").to_string()),
+        "machine" | "M" => {
+            QemuOption::with(&option.name, drop_key(&option.keys(), "accel").to_string())
+        }
         _ => option,
     })
     .collect()
@@ -99,7 +108,8 @@ fn wanted(options: &[QemuOption]) -> Vec<String> {
         return asked;
     }
     let vms = options.iter().filter(|option| ["machine", "M"].contains(&option.name.as_str()));
-    let last = vms.filter_map(|option| Form::of(option).get("accel")).next_back().unwrap_or_default();
+    let last =
+        vms.filter_map(|option| Form::of(option).get("accel")).next_back().unwrap_or_default();
     last.split(':').filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
@@ -112,7 +122,9 @@ pub fn kvm_works(qemu: &Path) -> Result<(), String> {
     let key = format!("{} {}", boot.trim(), qemu.display());
     let works = match cache::load::<bool>("kvm", &key) {
         Some(known) => Some(known),
-        None => run_probe(qemu).map_err(|error| format!("{error:#}"))?.inspect(|works| cache::save("kvm", &key, works)),
+        None => run_probe(qemu)
+            .map_err(|error| format!("{error:#}"))?
+            .inspect(|works| cache::save("kvm", &key, works)),
     };
     match works {
         Some(true) => Ok(()),
@@ -129,7 +141,17 @@ fn run_probe(qemu: &Path) -> Result<Option<bool>> {
     let mut file = tempfile::NamedTempFile::new().context("making the probe's firmware")?;
     file.write_all(&rom).context("writing the probe's firmware")?;
     let mut child = Command::new(qemu)
-        .args(["-accel", "kvm", "-machine", "pc", "-m", "16", "-nodefaults", "-no-user-config", "-no-reboot"])
+        .args([
+            "-accel",
+            "kvm",
+            "-machine",
+            "pc",
+            "-m",
+            "16",
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+        ])
         .args(["-display", "none", "-device", "isa-debug-exit,iobase=0xf4,iosize=1", "-bios"])
         .arg(file.path())
         .stdin(Stdio::null())
@@ -177,7 +199,8 @@ mod test {
     #[test]
     fn of_several_the_first_that_is_there_is_taken() {
         let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
-        let (kvm_first, tcg_first) = (list(&["kvm,x=1", "tcg,thread=multi"]), list(&["tcg", "kvm"]));
+        let (kvm_first, tcg_first) =
+            (list(&["kvm,x=1", "tcg,thread=multi"]), list(&["tcg", "kvm"]));
         assert_eq!(first(&kvm_first, || true), Some("kvm,x=1"));
         assert_eq!(first(&kvm_first, || false), Some("tcg,thread=multi"));
         assert_eq!(first(&tcg_first, || false), Some("tcg"));
@@ -190,7 +213,11 @@ mod test {
     fn a_running_vm_has_the_one_that_it_says() {
         assert_eq!(of_running(&options("-accel tcg,thread=multi"), "tcg"), "tcg,thread=multi");
         assert_eq!(of_running(&options("-M q35,accel=kvm:tcg"), "tcg"), "tcg");
-        assert_eq!(of_running(&options("-accel kvm -accel tcg"), "kvm"), "kvm", "the one that came first ran");
+        assert_eq!(
+            of_running(&options("-accel kvm -accel tcg"), "kvm"),
+            "kvm",
+            "the one that came first ran"
+        );
         assert_eq!(of_running(&options("-enable-kvm"), "kvm"), "kvm");
     }
 

@@ -1,4 +1,5 @@
-//! From a VM file to the words of the QEMU process: the user's options, and what checkpointing adds.
+//! From a VM file to the words of the QEMU process: the user's options, and what checkpointing
+//! adds.
 
 use super::{arguments, instance};
 use crate::files;
@@ -21,20 +22,35 @@ pub enum Start<'a> {
 
 /// Everything after the program's name. `ram` is the memfd's number in the child. Without the
 /// plugin nothing can track the memory.
-pub fn arguments(vm: &VmFile, runtime: &RuntimeDir, plugin: Option<&Path>, ram: RawFd, start: Start<'_>) -> Vec<OsString> {
+pub fn arguments(
+    vm: &VmFile,
+    runtime: &RuntimeDir,
+    plugin: Option<&Path>,
+    ram: RawFd,
+    start: Start<'_>,
+) -> Vec<OsString> {
     let block = &vm.ram_block;
     let mut words: Vec<OsString> = vm.arguments.iter().map(OsString::from).collect();
-    let mut add = |option: &str, value: String| words.extend([OsString::from(option), OsString::from(value)]);
+    let mut add =
+        |option: &str, value: String| words.extend([OsString::from(option), OsString::from(value)]);
     let bytes = vm.ram_bytes;
     // Machine types before 4.1 would call the RAM block by the object's path and not by its id.
     let name = "x-use-canonical-path-for-ramblock-id=off";
-    add("-object", format!("memory-backend-file,id={block},size={bytes}B,share=on,mem-path=/proc/self/fd/{ram},{name}"));
+    add(
+        "-object",
+        format!(
+            "memory-backend-file,id={block},size={bytes}B,share=on,mem-path=/proc/self/fd/{ram},{name}"
+        ),
+    );
     // QEMU takes one or the other.
     if !is_numa_memory(&vm.arguments, block) {
         add("-machine", format!("memory-backend={block}"));
     }
     add("-accel", vm.accelerator.clone());
-    add("-chardev", format!("socket,id={MONITOR_CHARDEV},path={},server=on,wait=off", runtime.qmp().display()));
+    add(
+        "-chardev",
+        format!("socket,id={MONITOR_CHARDEV},path={},server=on,wait=off", runtime.qmp().display()),
+    );
     let (option, value) = monitor(&vm.qemu_version, &vm.instance);
     add(option, value);
     if let Some(plugin) = plugin {
@@ -59,8 +75,8 @@ fn is_numa_memory(arguments: &[String], block: &str) -> bool {
 /// QEMU from this version on has monitors as objects, and warns of `-mon`.
 const MONITOR_OBJECTS_SINCE: (u32, u32) = (11, 1);
 
-/// The option of Stillpoint's monitor. Its id tells in the list of processes which instance this is: [`is_running`] looks
-/// for it.
+/// The option of Stillpoint's monitor. Its id tells in the list of processes which instance this
+/// is: [`is_running`] looks for it.
 fn monitor(qemu_version: &str, instance: &str) -> (&'static str, String) {
     let id = monitor_id(instance);
     if release(qemu_version).is_some_and(|release| release >= MONITOR_OBJECTS_SINCE) {
@@ -125,14 +141,24 @@ mod test {
         let by_vm = "-machine memory-backend=ram-node0";
         assert!(line(&["-numa", "node,cpus=0"]).contains(by_vm));
         let by_node = line(&["-numa", "node,cpus=0,memdev=ram-node0"]);
-        assert!(!by_node.contains(by_vm) && by_node.contains("-object memory-backend-file,id=ram-node0,size=1048576B"), "{by_node}");
+        assert!(
+            !by_node.contains(by_vm)
+                && by_node.contains("-object memory-backend-file,id=ram-node0,size=1048576B"),
+            "{by_node}"
+        );
     }
 
     #[test]
     fn monitor_is_an_object_where_qemu_wants_one() {
-        assert_eq!(monitor("7.2.22", "i"), ("-mon", "chardev=stillpoint-qmp,mode=control,id=stillpoint-i".to_owned()));
+        assert_eq!(
+            monitor("7.2.22", "i"),
+            ("-mon", "chardev=stillpoint-qmp,mode=control,id=stillpoint-i".to_owned())
+        );
         assert_eq!(monitor("11.0.9", "i").0, "-mon");
-        assert_eq!(monitor("11.1.3", "i"), ("-object", "monitor-qmp,id=stillpoint-i,chardev=stillpoint-qmp".to_owned()));
+        assert_eq!(
+            monitor("11.1.3", "i"),
+            ("-object", "monitor-qmp,id=stillpoint-i,chardev=stillpoint-qmp".to_owned())
+        );
         assert_eq!(monitor("12.0.0", "i").0, "-object");
     }
 
@@ -142,8 +168,11 @@ mod test {
         assert!(!is_running(&instance));
         let id = monitor_id(&instance);
         // Its own arguments are the shell's, which waits for input.
-        let mut child =
-            std::process::Command::new("sh").args(["-c", "read line", &id]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "read line", &id])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
         // A process shows no arguments for a moment while it starts.
         let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
         while !is_running(&instance) {

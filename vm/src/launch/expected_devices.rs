@@ -1,8 +1,10 @@
 //! The devices that a command line makes, held against those that QEMU has.
 //!
-//! QEMU keeps every device of `-device` (and `device_add`) below `/machine/peripheral` under its id, or without one below
-//! `/machine/peripheral-anon`. What a machine type, `-nic`, `-vga`, `-usbdevice` or `-audio` builds is not listed there, so nothing is
-//! known of it; neither can it be plugged. Not seen either: a device that went and was replaced by one of the same model and id.
+//! QEMU keeps every device of `-device` (and `device_add`) below `/machine/peripheral` under its
+//! id, or without one below `/machine/peripheral-anon`. What a machine type, `-nic`, `-vga`,
+//! `-usbdevice` or `-audio` builds is not listed there, so nothing is known of it; neither can it
+//! be plugged. Not seen either: a device that went and was replaced by one of the same model and
+//! id.
 
 use super::arguments::QemuOption;
 use super::form::Form;
@@ -11,9 +13,13 @@ use qmp_bridge::devices::GuestDevice;
 
 const NAMED: &str = "/machine/peripheral/";
 
-/// Options other than `-device` that make a device: its id, if it gets one, and its model; empty for any.
-const SHORTHANDS: &[(&str, Option<&str>, &str)] =
-    &[("virtfs", None, "virtio-9p-pci"), ("debugcon", Some("debugcon"), "isa-debugcon"), ("watchdog", None, "")];
+/// Options other than `-device` that make a device: its id, if it gets one, and its model; empty
+/// for any.
+const SHORTHANDS: &[(&str, Option<&str>, &str)] = &[
+    ("virtfs", None, "virtio-9p-pci"),
+    ("debugcon", Some("debugcon"), "isa-debugcon"),
+    ("watchdog", None, ""),
+];
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Expected {
@@ -50,7 +56,9 @@ impl Expected {
 
 fn expected(option: &QemuOption) -> Option<Expected> {
     let form = Form::of(option);
-    let made = |id: Option<String>, driver: String| Some(Expected { path: id.map(|id| format!("{NAMED}{id}")), driver });
+    let made = |id: Option<String>, driver: String| {
+        Some(Expected { path: id.map(|id| format!("{NAMED}{id}")), driver })
+    };
     if option.name == "device" {
         return made(form.get("id"), form.get("driver").unwrap_or_default());
     }
@@ -75,8 +83,13 @@ mod test {
 
     fn difference_of(devices: &[(&str, &str)]) -> Option<String> {
         let options = parse(&LINE.split(' ').map(str::to_owned).collect::<Vec<_>>()).unwrap();
-        let devices: Vec<GuestDevice> =
-            devices.iter().map(|(path, kind)| GuestDevice { path: format!("/machine/{path}"), kind: (*kind).to_owned() }).collect();
+        let devices: Vec<GuestDevice> = devices
+            .iter()
+            .map(|(path, kind)| GuestDevice {
+                path: format!("/machine/{path}"),
+                kind: (*kind).to_owned(),
+            })
+            .collect();
         difference(&options, &devices)
     }
 
@@ -96,12 +109,22 @@ mod test {
     fn what_came_or_went_is_named() {
         let mut more = ALL.to_vec();
         more.push(("peripheral/net7", "virtio-net-pci"));
-        assert_eq!(difference_of(&more).unwrap(), "/machine/peripheral/net7 (virtio-net-pci) was plugged in");
-        assert!(difference_of(&ALL[1..]).unwrap().contains("balloon0 (virtio-balloon-pci) was unplugged"));
+        assert_eq!(
+            difference_of(&more).unwrap(),
+            "/machine/peripheral/net7 (virtio-net-pci) was plugged in"
+        );
+        assert!(
+            difference_of(&ALL[1..])
+                .unwrap()
+                .contains("balloon0 (virtio-balloon-pci) was unplugged")
+        );
         assert!(difference_of(&ALL[..3]).unwrap().contains("virtio-blk-pci) was unplugged"));
         let mut other = ALL;
         other[0].1 = "e1000";
-        assert!(difference_of(&other).unwrap().contains("balloon0 (e1000) was plugged in"), "another model under the same id");
+        assert!(
+            difference_of(&other).unwrap().contains("balloon0 (e1000) was plugged in"),
+            "another model under the same id"
+        );
     }
 
     #[test]
@@ -111,10 +134,16 @@ mod test {
             ("-device ac97", "peripheral-anon/device[0]", "AC97"),
             ("-device es1370", "peripheral-anon/device[0]", "ES1370"),
             ("-device lsi", "peripheral-anon/device[0]", "lsi53c895a"),
-            ("-virtfs local,path=/x,mount_tag=t,security_model=none", "peripheral-anon/device[0]", "virtio-9p-pci"),
+            (
+                "-virtfs local,path=/x,mount_tag=t,security_model=none",
+                "peripheral-anon/device[0]",
+                "virtio-9p-pci",
+            ),
         ] {
             let options = parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>()).unwrap();
-            let device = |kind: &str| vec![GuestDevice { path: format!("/machine/{path}"), kind: kind.to_owned() }];
+            let device = |kind: &str| {
+                vec![GuestDevice { path: format!("/machine/{path}"), kind: kind.to_owned() }]
+            };
             assert_eq!(difference(&options, &device(kind)), None, "{line}");
             assert!(difference(&options, &device("edu")).is_some(), "{line}");
         }

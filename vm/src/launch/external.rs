@@ -1,8 +1,9 @@
-//! The command line of a QEMU that somebody else started, in the form from which `stillpoint restore` starts it elsewhere.
+//! The command line of a QEMU that somebody else started, in the form from which
+//! `stillpoint restore` starts it elsewhere.
 //!
-//! What is common with `stillpoint run` is in [`super::normalize`]; here stands what only a running stranger needs: its
-//! memory objects go, as ours takes their place; so does what belongs to its process; the accelerator is the one that it
-//! has. What no engine can save is refused.
+//! What is common with `stillpoint run` is in [`super::normalize`]; here stands what only a running
+//! stranger needs: its memory objects go, as ours takes their place; so does what belongs to its
+//! process; the accelerator is the one that it has. What no engine can save is refused.
 
 use super::arguments::QemuOption;
 use super::form::Form;
@@ -44,29 +45,47 @@ pub struct Said<'a> {
 
 /// Reads `words`, the arguments of the process, against what QEMU says.
 pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<ExternalVm> {
-    // It runs, so QEMU takes it: what Stillpoint does not read is no fault of the user's command line.
+    // It runs, so QEMU takes it: what Stillpoint does not read is no fault of the user's command
+    // line.
     let refuse = |error: anyhow::Error| refused(explain(&error));
-    let options = arguments::parse(words).context("reading the command line of that process").map_err(refuse)?;
+    let options = arguments::parse(words)
+        .context("reading the command line of that process")
+        .map_err(refuse)?;
     let said_network = options.iter().any(|option| NETWORK.contains(&option.name.as_str()));
     let options = readconfig::expand_in(options, hold.directory).map_err(config_gone)?;
     let options = with_default_network(options, said_network);
     let options: Vec<QemuOption> = options.into_iter().map(without_revision).collect();
     unsupported::check(&options, Rules::Always, hold.directory).map_err(refuse)?;
     let manager = Manager::of(&options);
-    let plugin = options.iter().find_map(host_specific::plugin_socket).map(|socket| hold.directory.join(socket));
+    let plugin = options
+        .iter()
+        .find_map(host_specific::plugin_socket)
+        .map(|socket| hold.directory.join(socket));
     let memory = memory::take_out(options).map_err(refuse)?;
-    let (options, mut dropped) = host_specific::without_process(memory.options, hold).map_err(refuse)?;
+    let (options, mut dropped) =
+        host_specific::without_process(memory.options, hold).map_err(refuse)?;
     dropped.extend(memory.dropped);
     let accelerator = accelerator::of_running(&options, said.facts.accelerator.as_str());
-    let normalized = normalize::normalize(accelerator::without(options), &facts(said)).map_err(refuse)?;
+    let normalized =
+        normalize::normalize(accelerator::without(options), &facts(said)).map_err(refuse)?;
     let ram_block = memory.block.unwrap_or_else(|| normalized.ram_block.clone());
     let (machine_type, ram_bytes) = (normalized.machine_type.clone(), normalized.ram_bytes);
     check(&normalized, &ram_block, said)?;
-    Ok(ExternalVm { options: normalized.options, machine_type, accelerator, ram_bytes, ram_block, dropped, manager, plugin })
+    Ok(ExternalVm {
+        options: normalized.options,
+        machine_type,
+        accelerator,
+        ram_bytes,
+        ram_block,
+        dropped,
+        manager,
+        plugin,
+    })
 }
 
-/// QEMU makes its default network card unless one of these stands on the command line itself; a configuration file's do not count.
-/// Written out, they would; so the default is written out too, in QEMU's own words.
+/// QEMU makes its default network card unless one of these stands on the command line itself; a
+/// configuration file's do not count. Written out, they would; so the default is written out too,
+/// in QEMU's own words.
 fn with_default_network(mut options: Vec<QemuOption>, said_network: bool) -> Vec<QemuOption> {
     let from_file = options.iter().any(|option| NETWORK.contains(&option.name.as_str()));
     if from_file && !said_network {
@@ -75,7 +94,8 @@ fn with_default_network(mut options: Vec<QemuOption>, said_network: bool) -> Vec
     options
 }
 
-/// Proxmox's QEMU counts revisions of a machine type (`pc-i440fx-9.0+pve0`), which no list of types shows.
+/// Proxmox's QEMU counts revisions of a machine type (`pc-i440fx-9.0+pve0`), which no list of types
+/// shows.
 fn without_revision(option: QemuOption) -> QemuOption {
     let mut form = Form::of(&option);
     let plain = form
@@ -92,7 +112,9 @@ fn without_revision(option: QemuOption) -> QemuOption {
 }
 
 fn config_gone(error: anyhow::Error) -> anyhow::Error {
-    refused(format!("{error:#}; the VM's configuration must still be where it was when the VM was started"))
+    refused(format!(
+        "{error:#}; the VM's configuration must still be where it was when the VM was started"
+    ))
 }
 
 fn facts(said: &Said<'_>) -> QemuFacts {
@@ -105,7 +127,8 @@ fn facts(said: &Said<'_>) -> QemuFacts {
     QemuFacts { version: said.facts.qemu.to_string(), vms: said.types.iter().map(vm).collect() }
 }
 
-/// That the command line is the VM's that runs: a restore is built from the one and filled from the other.
+/// That the command line is the VM's that runs: a restore is built from the one and filled from the
+/// other.
 fn check(normalized: &Normalized, ram_block: &str, said: &Said<'_>) -> Result<()> {
     let facts = said.facts;
     if normalized.machine_type != facts.machine_type {
@@ -128,10 +151,13 @@ fn check(normalized: &Normalized, ram_block: &str, said: &Said<'_>) -> Result<()
     }
     match said.blocks.iter().find(|block| block.name == ram_block) {
         Some(block) if block.used == facts.ram_bytes => Ok(()),
-        Some(block) => {
-            Err(refused(format!("RAM block {ram_block} has {} bytes of the VM's {}; the rest is elsewhere", block.used, facts.ram_bytes)))
-        }
-        None => Err(refused(format!("QEMU has no RAM block '{ram_block}', which by its command line is the guest's memory"))),
+        Some(block) => Err(refused(format!(
+            "RAM block {ram_block} has {} bytes of the VM's {}; the rest is elsewhere",
+            block.used, facts.ram_bytes
+        ))),
+        None => Err(refused(format!(
+            "QEMU has no RAM block '{ram_block}', which by its command line is the guest's memory"
+        ))),
     }
 }
 

@@ -1,8 +1,8 @@
-//! What a command line says of the process and not of the VM: a restored VM is another process, on another host,
-//! and somebody else watches it.
+//! What a command line says of the process and not of the VM: a restored VM is another process, on
+//! another host, and somebody else watches it.
 //!
-//! Monitors, logs, descriptors that a manager handed over, and what happens only at the start. Each thing that is taken
-//! out is told with its reason; `docs/attach.md` has the same table in prose.
+//! Monitors, logs, descriptors that a manager handed over, and what happens only at the start. Each
+//! thing that is taken out is told with its reason; `docs/attach.md` has the same table in prose.
 
 use super::arguments::{KeyList, QemuOption};
 use super::form::Form;
@@ -92,7 +92,10 @@ pub struct Hold<'a> {
 }
 
 /// The options of the VM alone, and what was taken out.
-pub fn without_process(options: Vec<QemuOption>, hold: &Hold<'_>) -> Result<(Vec<QemuOption>, Vec<Dropped>)> {
+pub fn without_process(
+    options: Vec<QemuOption>,
+    hold: &Hold<'_>,
+) -> Result<(Vec<QemuOption>, Vec<Dropped>)> {
     let managed = Manager::of(&options).is_some();
     let mut walk = Walk {
         hold,
@@ -123,7 +126,10 @@ struct Walk<'a> {
 
 impl Walk<'_> {
     fn drop_it(&mut self, option: &QemuOption, why: &'static str) -> Option<QemuOption> {
-        let what = std::iter::once(format!("-{}", option.name)).chain(option.value.clone()).collect::<Vec<_>>().join(" ");
+        let what = std::iter::once(format!("-{}", option.name))
+            .chain(option.value.clone())
+            .collect::<Vec<_>>()
+            .join(" ");
         self.dropped.push(Dropped { what, why });
         None
     }
@@ -133,9 +139,13 @@ impl Walk<'_> {
             return Ok(self.drop_it(&option, why));
         }
         Ok(match option.name.as_str() {
-            "mon" if self.gone.contains(&Form::of(&option).get("chardev").unwrap_or_default()) => self.drop_it(&option, MONITOR),
+            "mon" if self.gone.contains(&Form::of(&option).get("chardev").unwrap_or_default()) => {
+                self.drop_it(&option, MONITOR)
+            }
             "chardev" => self.chardev(option),
-            "qmp" | "qmp-pretty" if self.is_gone_monitor(option.value()) => self.drop_it(&option, MONITOR),
+            "qmp" | "qmp-pretty" if self.is_gone_monitor(option.value()) => {
+                self.drop_it(&option, MONITOR)
+            }
             "monitor" if option.value() != "none" && self.is_gone_monitor(option.value()) => {
                 self.drop_it(&option, MONITOR);
                 // Without a word QEMU would make one of its own.
@@ -173,7 +183,8 @@ impl Walk<'_> {
         Some(option)
     }
 
-    /// The same kind of backend, at a place in the restored VM's own directory (to which relative paths belong).
+    /// The same kind of backend, at a place in the restored VM's own directory (to which relative
+    /// paths belong).
     fn made_again(&self, form: &Form, id: &str) -> QemuOption {
         let kind = form.get("backend").unwrap_or_default();
         let mut keys = KeyList::default();
@@ -188,7 +199,10 @@ impl Walk<'_> {
             }
             "file" => {
                 let real = form.get("path").and_then(|path| (self.hold.fd_path)(&path));
-                let name = real.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+                let name = real
+                    .as_deref()
+                    .and_then(Path::file_name)
+                    .map(|name| name.to_string_lossy().into_owned());
                 add(None, "file");
                 add(Some("id"), id);
                 add(Some("path"), &name.unwrap_or_else(|| format!("{id}.log")));
@@ -205,7 +219,10 @@ impl Walk<'_> {
     /// Only monitors at a place that can be made again stay; of those, not the one that is ours.
     fn is_gone_monitor(&self, value: &str) -> bool {
         match value.strip_prefix("unix:") {
-            Some(rest) => is_same_file(&self.hold.directory.join(rest.split(',').next().unwrap_or_default()), self.hold.monitor),
+            Some(rest) => is_same_file(
+                &self.hold.directory.join(rest.split(',').next().unwrap_or_default()),
+                self.hold.monitor,
+            ),
             None => !["tcp:", "telnet:", "chardev:"].iter().any(|scheme| value.starts_with(scheme)),
         }
     }
@@ -229,9 +246,14 @@ impl Walk<'_> {
         let Some(tap) = tap else {
             bail!("network backend {id} ({kind}) {UNKNOWN_BACKEND}");
         };
-        self.dropped.push(Dropped { what: format!("-{} {}: its descriptors", option.name, option.value()), why: FDS });
+        self.dropped.push(Dropped {
+            what: format!("-{} {}: its descriptors", option.name, option.value()),
+            why: FDS,
+        });
         let with_vhost = form.has("vhostfd") || form.has("vhostfds");
-        ["fd", "fds", "vhostfd", "vhostfds", "ifname", "script", "downscript"].into_iter().for_each(|key| form.remove(key));
+        ["fd", "fds", "vhostfd", "vhostfds", "ifname", "script", "downscript"]
+            .into_iter()
+            .for_each(|key| form.remove(key));
         form.set("ifname", &tap);
         form.set("script", "no");
         form.set("downscript", "no");
@@ -258,7 +280,8 @@ impl Walk<'_> {
 
     fn is_unused_secret(&self, option: &QemuOption) -> bool {
         let form = Form::of(option);
-        form.get("qom-type").as_deref() == Some("secret") && form.get("id").is_some_and(|id| self.unused.contains(&id))
+        form.get("qom-type").as_deref() == Some("secret")
+            && form.get("id").is_some_and(|id| self.unused.contains(&id))
     }
 }
 
@@ -268,17 +291,24 @@ fn is_handed_over(form: &Form) -> bool {
 }
 
 fn is_fd_path(path: &str) -> bool {
-    path.starts_with("/dev/fdset/") || path.starts_with("/dev/fd/") || path.starts_with("/proc/self/fd/")
+    path.starts_with("/dev/fdset/")
+        || path.starts_with("/dev/fd/")
+        || path.starts_with("/proc/self/fd/")
 }
 
 /// Character devices of monitors that go: ours, and those that nobody can reach by a path.
 fn monitor_chardevs(options: &[QemuOption], hold: &Hold<'_>) -> Vec<String> {
-    let used: Vec<String> =
-        options.iter().filter(|option| option.name == "mon").filter_map(|option| Form::of(option).get("chardev")).collect();
+    let used: Vec<String> = options
+        .iter()
+        .filter(|option| option.name == "mon")
+        .filter_map(|option| Form::of(option).get("chardev"))
+        .collect();
     let chardevs = options.iter().filter(|option| option.name == "chardev").map(Form::of);
     let goes = |form: &Form| {
         let has_place = form.has("path") || form.has("host") || form.has("port");
-        let is_ours = form.get("path").is_some_and(|path| is_same_file(&hold.directory.join(path), hold.monitor));
+        let is_ours = form
+            .get("path")
+            .is_some_and(|path| is_same_file(&hold.directory.join(path), hold.monitor));
         // A monitor that calls its manager is that manager's.
         let calls = form.get("backend").as_deref() == Some("socket") && !form.is_on("server");
         is_ours || !has_place || calls || is_handed_over(form)
@@ -290,7 +320,14 @@ fn monitor_chardevs(options: &[QemuOption], hold: &Hold<'_>) -> Vec<String> {
 fn shared_chardevs(options: &[QemuOption]) -> Vec<String> {
     let users = options.iter().filter(|option| !["mon", "chardev"].contains(&option.name.as_str()));
     let values = users.flat_map(|option| Form::of(option).scalars());
-    values.filter_map(|(key, value)| value.strip_prefix("chardev:").map(str::to_owned).or((key == "chardev").then_some(value))).collect()
+    values
+        .filter_map(|(key, value)| {
+            value
+                .strip_prefix("chardev:")
+                .map(str::to_owned)
+                .or((key == "chardev").then_some(value))
+        })
+        .collect()
 }
 
 fn is_same_file(one: &Path, other: &Path) -> bool {
@@ -300,14 +337,18 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
 
 /// Secrets that no other option names. libvirt gives every VM a master key, used or not.
 fn unused_secrets(options: &[QemuOption]) -> Vec<String> {
-    let scalars: Vec<Vec<(String, String)>> = options.iter().map(|option| Form::of(option).scalars()).collect();
+    let scalars: Vec<Vec<(String, String)>> =
+        options.iter().map(|option| Form::of(option).scalars()).collect();
     let secrets = options.iter().enumerate().filter(|(_, option)| option.name == "object");
     let secrets = secrets.filter_map(|(index, option)| {
         let form = Form::of(option);
         (form.get("qom-type").as_deref() == Some("secret")).then_some((index, form.get("id")?))
     });
     let is_used = |index: usize, id: &str| {
-        scalars.iter().enumerate().any(|(other, list)| other != index && list.iter().any(|(_, value)| value == id))
+        scalars
+            .iter()
+            .enumerate()
+            .any(|(other, list)| other != index && list.iter().any(|(_, value)| value == id))
     };
     secrets.filter(|(index, id)| !is_used(*index, id)).map(|(_, id)| id).collect()
 }
@@ -325,6 +366,8 @@ pub fn plugin_socket(option: &QemuOption) -> Option<PathBuf> {
     let file = keys.get_or_implied("file")?;
     let is_ours = Path::new(file).file_name()?.to_string_lossy().contains("stillpoint_plugin");
     // Older command lines say `arg="socket=…"`.
-    let socket = keys.get("socket").or_else(|| keys.get("arg").and_then(|arg| arg.strip_prefix("socket=")))?;
+    let socket = keys
+        .get("socket")
+        .or_else(|| keys.get("arg").and_then(|arg| arg.strip_prefix("socket=")))?;
     is_ours.then(|| PathBuf::from(socket))
 }

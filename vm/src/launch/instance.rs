@@ -1,8 +1,10 @@
-//! The instance of a QEMU that somebody else started: made from what its process is, so that whoever attaches to it again
-//! comes to the same, and whoever reads it can tell whether that process still runs.
+//! The instance of a QEMU that somebody else started: made from what its process is, so that
+//! whoever attaches to it again comes to the same, and whoever reads it can tell whether that
+//! process still runs.
 //!
-//! `process-PID-START-DIGEST`, where the digest is that of this boot, the store and the VM's name: QEMU's dirty bitmaps
-//! carry the instance, and those of one name must never be taken for another's.
+//! `process-PID-START-DIGEST`, where the digest is that of this boot, the store and the VM's name:
+//! QEMU's dirty bitmaps carry the instance, and those of one name must never be taken for
+//! another's.
 
 use super::process;
 use crate::files;
@@ -14,7 +16,8 @@ const DIGEST_LETTERS: usize = 16;
 
 /// The instance of a process of this boot.
 pub fn of_process(pid: u32, started: u64, store: &str, name: &VmName) -> Result<String> {
-    let boot = files::read_text("/proc/sys/kernel/random/boot_id").context("asking for the boot's id")?;
+    let boot =
+        files::read_text("/proc/sys/kernel/random/boot_id").context("asking for the boot's id")?;
     let digest = blake3::hash(format!("{}\n{store}\n{name}", boot.trim()).as_bytes()).to_hex();
     Ok(format!("{PREFIX}{pid}-{started}-{}", &digest[..DIGEST_LETTERS]))
 }
@@ -51,7 +54,10 @@ mod test {
     #[test]
     fn names_and_stores_are_told_apart() {
         let of = |store: &str, name: &str| of_process(1, 2, store, &name.parse().unwrap()).unwrap();
-        assert!(of("file:///s", "a") != of("file:///s", "b") && of("file:///s", "a") != of("file:///t", "a"));
+        assert!(
+            of("file:///s", "a") != of("file:///s", "b")
+                && of("file:///s", "a") != of("file:///t", "a")
+        );
         assert!(of("file:///s", "a").len() <= 64, "a bitmap's tag has 64 letters at most");
     }
 }

@@ -1,4 +1,5 @@
-//! The guest's RAM, taken out of a command line: a restored VM gets Stillpoint's own memory under the same id.
+//! The guest's RAM, taken out of a command line: a restored VM gets Stillpoint's own memory under
+//! the same id.
 
 use super::arguments::QemuOption;
 use super::form::Form;
@@ -48,7 +49,10 @@ impl Freed {
     }
 
     fn drop_it(&mut self, option: &QemuOption, why: &'static str) -> Option<QemuOption> {
-        self.dropped.push(Dropped { what: format!("-{} {}", option.name, option.value()).trim_end().to_owned(), why });
+        self.dropped.push(Dropped {
+            what: format!("-{} {}", option.name, option.value()).trim_end().to_owned(),
+            why,
+        });
         None
     }
 }
@@ -61,8 +65,11 @@ fn is_memory(option: &QemuOption) -> bool {
 fn block(options: &[QemuOption]) -> Result<Option<String>> {
     let vm = options.iter().filter(|option| ["machine", "M"].contains(&option.name.as_str()));
     let vm = vm.filter_map(|option| Form::of(option).get("memory-backend")).next_back();
-    let mut nodes: Vec<String> =
-        options.iter().filter(|option| option.name == "numa").filter_map(|option| Form::of(option).get("memdev")).collect();
+    let mut nodes: Vec<String> = options
+        .iter()
+        .filter(|option| option.name == "numa")
+        .filter_map(|option| Form::of(option).get("memdev"))
+        .collect();
     nodes.dedup();
     if nodes.len() > 1 {
         bail!(
@@ -94,7 +101,15 @@ mod test {
             "memory-backend-ram,id=pc.ram,size=256M",
             r#"{"qom-type":"memory-backend-memfd","id":"pc.ram","share":true,"x-use-canonical-path-for-ramblock-id":false,"size":268435456}"#,
         ] {
-            let freed = run(&["-machine", "pc-q35-7.2,usb=off,memory-backend=pc.ram", "-m", "256", "-object", object]).unwrap();
+            let freed = run(&[
+                "-machine",
+                "pc-q35-7.2,usb=off,memory-backend=pc.ram",
+                "-m",
+                "256",
+                "-object",
+                object,
+            ])
+            .unwrap();
             assert_eq!(line(&freed), "-machine pc-q35-7.2,usb=off -m 256");
             assert_eq!(freed.block.as_deref(), Some("pc.ram"));
             assert_eq!((freed.dropped.len(), freed.dropped[0].why), (1, OURS));
@@ -103,24 +118,40 @@ mod test {
 
     #[test]
     fn default_memory_has_no_name_and_its_place_is_forgotten() {
-        let freed = run(&["-m", "1G", "-mem-path", "/dev/hugepages", "-mem-prealloc", "-M", "q35"]).unwrap();
+        let freed = run(&["-m", "1G", "-mem-path", "/dev/hugepages", "-mem-prealloc", "-M", "q35"])
+            .unwrap();
         assert_eq!((line(&freed).as_str(), freed.block), ("-m 1G -M q35", None));
         assert_eq!(freed.dropped.len(), 2);
     }
 
     #[test]
     fn one_numa_node_may_name_it_but_not_two() {
-        let one = ["-object", "memory-backend-ram,id=ram-node0,size=1G", "-numa", "node,nodeid=0,cpus=0-1,memdev=ram-node0"];
+        let one = [
+            "-object",
+            "memory-backend-ram,id=ram-node0,size=1G",
+            "-numa",
+            "node,nodeid=0,cpus=0-1,memdev=ram-node0",
+        ];
         let freed = run(&one).unwrap();
-        assert_eq!((line(&freed).as_str(), freed.block.as_deref()), ("-numa node,nodeid=0,cpus=0-1,memdev=ram-node0", Some("ram-node0")));
-        let error = run(&["-numa", "node,memdev=a", "-numa", "node,memdev=b"]).unwrap_err().to_string();
+        assert_eq!(
+            (line(&freed).as_str(), freed.block.as_deref()),
+            ("-numa node,nodeid=0,cpus=0-1,memdev=ram-node0", Some("ram-node0"))
+        );
+        let error =
+            run(&["-numa", "node,memdev=a", "-numa", "node,memdev=b"]).unwrap_err().to_string();
         assert!(error.contains("a, b") && error.contains("one memory object"), "{error}");
     }
 
     #[test]
     fn other_objects_stay() {
-        let freed =
-            run(&["-object", "iothread,id=t", "-machine", "memory-backend=m", "-object", "memory-backend-file,id=m,size=1G,mem-path=/x"]);
+        let freed = run(&[
+            "-object",
+            "iothread,id=t",
+            "-machine",
+            "memory-backend=m",
+            "-object",
+            "memory-backend-file,id=m,size=1G,mem-path=/x",
+        ]);
         assert_eq!(line(&freed.unwrap()), "-object iothread,id=t");
     }
 }

@@ -1,4 +1,5 @@
-//! From an ordinary QEMU command line to one of a managed VM, and what is known of QEMU's programs and processes.
+//! From an ordinary QEMU command line to one of a managed VM, and what is known of QEMU's programs
+//! and processes.
 
 pub mod accelerator;
 pub mod command;
@@ -33,14 +34,18 @@ pub fn fleecing_dir(wanted: Option<&Path>) -> Result<PathBuf> {
 }
 
 pub fn new_instance() -> Result<String> {
-    let id = files::read_text("/proc/sys/kernel/random/uuid").context("asking the kernel for a random id")?;
+    let id = files::read_text("/proc/sys/kernel/random/uuid")
+        .context("asking the kernel for a random id")?;
     Ok(id.trim().to_owned())
 }
 
 /// A VM of this name has its QEMU.
 pub fn refuse_alive(runtime: &RuntimeDir) -> Result<()> {
     if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_ok() {
-        return Err(refused(format!("a VM of this name is running at {}; give this one another name", runtime.path().display())));
+        return Err(refused(format!(
+            "a VM of this name is running at {}; give this one another name",
+            runtime.path().display()
+        )));
     }
     // An external VM has no plugin of ours, and its helper may be dead.
     match runtime.vm() {
@@ -68,7 +73,8 @@ pub fn plugin_path() -> Result<PathBuf> {
     const FILE: &str = "libstillpoint_plugin.so";
     let program = std::env::current_exe().context("finding this program's own path")?;
     let beside = program.parent().unwrap_or(Path::new("/"));
-    let named = std::env::var_os("STILLPOINT_PLUGIN").filter(|value| !value.is_empty()).map(PathBuf::from);
+    let named =
+        std::env::var_os("STILLPOINT_PLUGIN").filter(|value| !value.is_empty()).map(PathBuf::from);
     let places = match named {
         Some(path) => vec![path],
         None => vec![beside.join(FILE), beside.join("../lib/stillpoint").join(FILE)],
@@ -79,9 +85,16 @@ pub fn plugin_path() -> Result<PathBuf> {
 
 pub fn find_program(name: &str) -> Result<PathBuf> {
     if name.contains('/') {
-        return Path::new(name).canonicalize().with_context(|| format!("looking for the program {name}"));
+        return Path::new(name)
+            .canonicalize()
+            .with_context(|| format!("looking for the program {name}"));
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let hit = std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file());
-    hit.ok_or_else(|| anyhow!("there is no {name} on the PATH; install QEMU (Debian: apt-get install qemu-system-x86)"))
+    let hit =
+        std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file());
+    hit.ok_or_else(|| {
+        anyhow!(
+            "there is no {name} on the PATH; install QEMU (Debian: apt-get install qemu-system-x86)"
+        )
+    })
 }

@@ -1,5 +1,6 @@
-//! The user's options in the one shape that is saved with every checkpoint: every drive has a node name, the VM
-//! type is the versioned one, nothing depends on files other than those that a checkpoint carries.
+//! The user's options in the one shape that is saved with every checkpoint: every drive has a node
+//! name, the VM type is the versioned one, nothing depends on files other than those that a
+//! checkpoint carries.
 
 use super::arguments::{KeyList, QemuOption};
 use super::form::Form;
@@ -14,8 +15,8 @@ const DEFAULT_RAM_BYTES: u64 = 128 << 20;
 /// QEMU refuses longer node names.
 const MAX_NODE_NAME: usize = 31;
 
-/// Up to this version of a machine type QEMU leaves the configuration, the sections' footers and the run state out of its
-/// stream (`hw_compat_2_3`).
+/// Up to this version of a machine type QEMU leaves the configuration, the sections' footers and
+/// the run state out of its stream (`hw_compat_2_3`).
 const LAST_OLD_STREAM: (u32, u32) = (2, 3);
 
 /// Shorthands for drives: option, interface, index, media.
@@ -46,10 +47,15 @@ pub fn normalize(options: Vec<QemuOption>, facts: &QemuFacts) -> Result<Normaliz
     let wanted = machine_type(&options);
     let vm = facts.vm(wanted.as_deref())?;
     if vm.name == "none" {
-        return Err(refused("machine type none has no guest to checkpoint; name another by -machine"));
+        return Err(refused(
+            "machine type none has no guest to checkpoint; name another by -machine",
+        ));
     }
     let Some(ram_block) = vm.default_ram_id.clone() else {
-        return Err(refused(format!("machine type {} has no main RAM of its own; Stillpoint knows pc, q35 and microvm", vm.name)));
+        return Err(refused(format!(
+            "machine type {} has no main RAM of its own; Stillpoint knows pc, q35 and microvm",
+            vm.name
+        )));
     };
     if version(&vm.name).is_some_and(|version| version <= LAST_OLD_STREAM) {
         return Err(refused(format!(
@@ -59,7 +65,12 @@ pub fn normalize(options: Vec<QemuOption>, facts: &QemuFacts) -> Result<Normaliz
     }
     let ram_bytes = ram_bytes(&options)?;
     let options = name_drives(options);
-    Ok(Normalized { options: pin_vm(options, &vm.name), machine_type: vm.name.clone(), ram_bytes, ram_block })
+    Ok(Normalized {
+        options: pin_vm(options, &vm.name),
+        machine_type: vm.name.clone(),
+        ram_bytes,
+        ram_block,
+    })
 }
 
 /// Alone in its list, a word without `=` is the type.
@@ -72,7 +83,8 @@ pub fn is_machine_option(option: &QemuOption) -> bool {
     option.name == "machine" || option.name == "M"
 }
 
-/// Takes the type out of every `-machine` and says the versioned one last; the other keys stay where they are.
+/// Takes the type out of every `-machine` and says the versioned one last; the other keys stay
+/// where they are.
 fn pin_vm(options: Vec<QemuOption>, versioned: &str) -> Vec<QemuOption> {
     let mut pinned = Vec::new();
     for option in options {
@@ -98,7 +110,8 @@ fn ram_bytes(options: &[QemuOption]) -> Result<u64> {
     let mut bytes = DEFAULT_RAM_BYTES;
     for option in options.iter().filter(|option| option.name == "m") {
         if let Some(size) = option.keys().get_or_implied("size") {
-            bytes = size::ram_bytes(size).with_context(|| format!("QEMU option -m {}", option.value()))?;
+            bytes = size::ram_bytes(size)
+                .with_context(|| format!("QEMU option -m {}", option.value()))?;
         }
     }
     // QEMU takes `-m 0` for nothing said.
@@ -111,15 +124,19 @@ fn version(vm: &str) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.split('.').next()?.parse().ok()?))
 }
 
-/// A drive's node name is the name of its space in the store, so it must be the same at every start.
+/// A drive's node name is the name of its space in the store, so it must be the same at every
+/// start.
 fn name_drives(options: Vec<QemuOption>) -> Vec<QemuOption> {
-    let drives: Vec<(usize, KeyList)> = options.iter().enumerate().filter_map(|(at, option)| Some((at, drive(option)?))).collect();
-    // Names that the user gave come first, then those of ids: neither must depend on how many drives there are.
+    let drives: Vec<(usize, KeyList)> =
+        options.iter().enumerate().filter_map(|(at, option)| Some((at, drive(option)?))).collect();
+    // Names that the user gave come first, then those of ids: neither must depend on how many
+    // drives there are.
     let mut taken: HashSet<String> = options.iter().flat_map(node_names).collect();
     let unnamed = |keys: &KeyList| has_medium(keys) && keys.get("node-name").is_none();
     let mut names: HashMap<usize, String> = HashMap::new();
     for (at, keys) in drives.iter().filter(|(_, keys)| unnamed(keys)) {
-        let of_id = keys.get("id").map(|id| format!("sp-{id}")).filter(|name| name.len() <= MAX_NODE_NAME);
+        let of_id =
+            keys.get("id").map(|id| format!("sp-{id}")).filter(|name| name.len() <= MAX_NODE_NAME);
         if let Some(name) = of_id.filter(|name| taken.insert(name.clone())) {
             names.insert(*at, name);
         }
@@ -161,13 +178,20 @@ fn node_names(option: &QemuOption) -> Vec<String> {
         return Vec::new();
     }
     let scalars = Form::of(option).deep_scalars();
-    scalars.into_iter().filter(|(key, _)| key.rsplit('.').next() == Some("node-name")).map(|(_, value)| value).collect()
+    scalars
+        .into_iter()
+        .filter(|(key, _)| key.rsplit('.').next() == Some("node-name"))
+        .map(|(_, value)| value)
+        .collect()
 }
 
 fn numbered(number: usize, taken: &mut HashSet<String>) -> String {
     let first = format!("sp-drive{number}");
     let more = (2..).map(|count| format!("sp-drive{number}-{count}"));
-    let name = std::iter::once(first.clone()).chain(more).find(|name| !taken.contains(name)).unwrap_or(first);
+    let name = std::iter::once(first.clone())
+        .chain(more)
+        .find(|name| !taken.contains(name))
+        .unwrap_or(first);
     taken.insert(name.clone());
     name
 }
@@ -219,7 +243,10 @@ mod test {
 
     #[test]
     fn drives_get_stable_node_names() {
-        let (line, _) = run("-hda a.img -drive file=b,,c.qcow2,id=data -drive file=c,node-name=mine -cdrom x.iso").unwrap();
+        let (line, _) = run(
+            "-hda a.img -drive file=b,,c.qcow2,id=data -drive file=c,node-name=mine -cdrom x.iso",
+        )
+        .unwrap();
         assert!(
             line.starts_with(
                 "-drive index=0,media=disk,file=a.img,node-name=sp-drive0 \
@@ -239,9 +266,15 @@ mod test {
     #[test]
     fn machine_types_with_the_old_stream_are_refused() {
         let error = run("-machine pc-i440fx-2.3").unwrap_err();
-        assert!(error.to_string().contains("pc-i440fx-2.3") && error.to_string().contains(';'), "{error}");
+        assert!(
+            error.to_string().contains("pc-i440fx-2.3") && error.to_string().contains(';'),
+            "{error}"
+        );
         run("-machine pc-i440fx-2.4").unwrap();
-        assert_eq!((version("pc-q35-10.0"), version("isapc"), version("microvm")), (Some((10, 0)), None, None));
+        assert_eq!(
+            (version("pc-q35-10.0"), version("isapc"), version("microvm")),
+            (Some((10, 0)), None, None)
+        );
     }
 
     #[test]
@@ -250,12 +283,17 @@ mod test {
             ("-drive file=b,id=drive1 -drive file=a,index=1", &["sp-drive1", "sp-drive1-2"][..]),
             ("-drive file=a,index=1 -drive file=b,id=drive0", &["sp-drive0-2", "sp-drive0"]),
             ("-drive file=a,id=x -drive file=b,node-name=sp-x", &["sp-drive0", "sp-x"]),
-            ("-drive file=a -blockdev driver=raw,node-name=n,file.node-name=sp-drive0", &["sp-drive0-2"]),
+            (
+                "-drive file=a -blockdev driver=raw,node-name=n,file.node-name=sp-drive0",
+                &["sp-drive0-2"],
+            ),
             ("-drive file=a -drive file=b", &["sp-drive0", "sp-drive1"]),
         ] {
             let (_, normalized) = run(line).unwrap();
             let drives = normalized.options.iter().filter(|option| option.name == "drive");
-            let found: Vec<String> = drives.filter_map(|option| option.keys().get("node-name").map(str::to_owned)).collect();
+            let found: Vec<String> = drives
+                .filter_map(|option| option.keys().get("node-name").map(str::to_owned))
+                .collect();
             assert_eq!(found, names, "{line}");
         }
     }

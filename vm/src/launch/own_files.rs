@@ -1,4 +1,5 @@
-//! Where QEMU finds the files that come with it, and that a bare name on its command line may mean (`-bios bios-256k.bin`).
+//! Where QEMU finds the files that come with it, and that a bare name on its command line may mean
+//! (`-bios bios-256k.bin`).
 
 use crate::cache;
 use crate::files;
@@ -26,13 +27,16 @@ pub struct Running<'a> {
 impl Running<'_> {
     /// The directories of its own files. Asked once per program, then kept in the cache directory.
     pub fn data_directories(self) -> Result<Vec<PathBuf>> {
-        let facts = std::fs::metadata(self.program).with_context(|| format!("looking at {}", self.program.display()))?;
+        let facts = std::fs::metadata(self.program)
+            .with_context(|| format!("looking at {}", self.program.display()))?;
         let identity = [facts.dev(), facts.ino(), facts.size(), facts.ctime().cast_unsigned()];
         let key = format!("{}-{identity:?}", self.program.display());
         if let Some(known) = cache::load("qemu-data", &key) {
             return Ok(known);
         }
-        let found = self.ask().with_context(|| format!("asking {} where its files are (-L help)", self.program.display()))?;
+        let found = self.ask().with_context(|| {
+            format!("asking {} where its files are (-L help)", self.program.display())
+        })?;
         cache::save("qemu-data", &key, &found);
         Ok(found)
     }
@@ -42,8 +46,11 @@ impl Running<'_> {
         let mut command = Command::new(self.program);
         command.args(["-no-user-config", "-L", "help"]).stdin(Stdio::null()).stderr(Stdio::null());
         command.stdout(said.try_clone().context("opening the file for its answer twice")?);
-        // The program may be that other user's own: it gets none of root's rights, and none of its environment.
-        if let Some((user, group)) = user(self.pid).filter(|(user, _)| nix::unistd::geteuid().is_root() && *user != 0) {
+        // The program may be that other user's own: it gets none of root's rights, and none of its
+        // environment.
+        if let Some((user, group)) =
+            user(self.pid).filter(|(user, _)| nix::unistd::geteuid().is_root() && *user != 0)
+        {
             command.env_clear().uid(user).gid(group);
         }
         let mut child = command.spawn().context("starting it")?;
@@ -70,17 +77,23 @@ impl Running<'_> {
 }
 
 fn directories(answer: &str) -> Result<Vec<PathBuf>> {
-    let found: Vec<PathBuf> = answer.lines().map(PathBuf::from).filter(|path| path.is_absolute()).collect();
+    let found: Vec<PathBuf> =
+        answer.lines().map(PathBuf::from).filter(|path| path.is_absolute()).collect();
     if found.is_empty() {
         bail!("its answer names no directory: {:?}", answer.chars().take(200).collect::<String>());
     }
     Ok(found)
 }
 
-/// The effective user and group of a process. The owner of its folder in /proc may be root for other reasons.
+/// The effective user and group of a process. The owner of its folder in /proc may be root for
+/// other reasons.
 fn user(pid: u32) -> Option<(u32, u32)> {
     let status = files::read_text(format!("/proc/{pid}/status")).ok()?;
-    let effective = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().nth(1)?.parse().ok());
+    let effective = |name: &str| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.split_whitespace().nth(1)?.parse().ok())
+    };
     Some((effective("Uid:")?, effective("Gid:")?))
 }
 
@@ -90,7 +103,10 @@ mod test {
 
     #[test]
     fn data_directories_are_the_paths_of_the_answer() {
-        assert_eq!(directories("/a\nwarning\n/b c\n").unwrap(), [PathBuf::from("/a"), "/b c".into()]);
+        assert_eq!(
+            directories("/a\nwarning\n/b c\n").unwrap(),
+            [PathBuf::from("/a"), "/b c".into()]
+        );
         for answer in ["", "share/qemu\n"] {
             directories(answer).unwrap_err();
         }

@@ -1,4 +1,5 @@
-//! Files that a command line names: which of them a checkpoint must carry, and how a restored VM gets its own.
+//! Files that a command line names: which of them a checkpoint must carry, and how a restored VM
+//! gets its own.
 //!
 //! Which values are files says the table of `qemu-cmdline`, never how a value is spelled.
 
@@ -7,8 +8,8 @@ use qemu_cmdline::{QemuOption, Site, Use, visit};
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-/// The boot files named on the command line, as they are written there, each once. Disks are not among them: QEMU itself
-/// says which it has.
+/// The boot files named on the command line, as they are written there, each once. Disks are not
+/// among them: QEMU itself says which it has.
 pub fn boot_files(options: &[QemuOption]) -> Vec<String> {
     let mut files: Vec<String> = Vec::new();
     visit(options, |site| {
@@ -21,11 +22,15 @@ pub fn boot_files(options: &[QemuOption]) -> Vec<String> {
     files
 }
 
-/// Kernel, initrd and the like: as the command line names them, and where QEMU finds them: in its working directory, then in those
-/// of `-L`. A name without a file is one of QEMU's own (`-bios bios-256k.bin`); every host has those.
+/// Kernel, initrd and the like: as the command line names them, and where QEMU finds them: in its
+/// working directory, then in those of `-L`. A name without a file is one of QEMU's own
+/// (`-bios bios-256k.bin`); every host has those.
 pub fn boot_files_of(words: &[String], directory: &Path) -> Result<Vec<(String, PathBuf)>> {
     let options = qemu_cmdline::arguments::parse(words)?;
-    let theirs = options.iter().filter(|option| option.name == "L").map(|option| directory.join(option.value()));
+    let theirs = options
+        .iter()
+        .filter(|option| option.name == "L")
+        .map(|option| directory.join(option.value()));
     let places: Vec<PathBuf> = std::iter::once(directory.to_owned()).chain(theirs).collect();
     let find = |name: String| {
         let path = places.iter().map(|place| place.join(&name)).find(|path| path.is_file())?;
@@ -36,7 +41,8 @@ pub fn boot_files_of(words: &[String], directory: &Path) -> Result<Vec<(String, 
 
 /// A bare name on the command line that is none of these files: one of QEMU's own, or it is gone.
 pub fn missing_boot_file(options: &[QemuOption], found: &[(String, PathBuf)]) -> Option<String> {
-    let is_missing = |name: &String| !name.contains('/') && !found.iter().any(|(named, _)| named == name);
+    let is_missing =
+        |name: &String| !name.contains('/') && !found.iter().any(|(named, _)| named == name);
     boot_files(options).into_iter().find(is_missing)
 }
 
@@ -95,8 +101,9 @@ pub fn new_path(site: &Site<'_>, new: &NewPaths) -> Option<String> {
     paths.get(&new.directory.join(site.value)).cloned()
 }
 
-/// Whether some disk of the command line is this file; relative ones belong to `directory`. A VM whose disk came by another
-/// way (a snapshot or a mirror made at run time) would be restored with the disk that the command line names.
+/// Whether some disk of the command line is this file; relative ones belong to `directory`. A VM
+/// whose disk came by another way (a snapshot or a mirror made at run time) would be restored with
+/// the disk that the command line names.
 pub fn is_named(options: &[QemuOption], directory: &Path, file: &Path) -> bool {
     let mut found = false;
     visit(options, |site| found |= site.means == Use::Disk && directory.join(site.value) == file);
@@ -114,8 +121,7 @@ mod test {
 
     #[test]
     fn boot_files_are_found_once() {
-        let line =
-            "-kernel vmlinuz -initrd i.gz -fw_cfg name=opt/x,file=a.bin -option-rom vmlinuz -drive file=d.img -device e1000,romfile=";
+        let line = "-kernel vmlinuz -initrd i.gz -fw_cfg name=opt/x,file=a.bin -option-rom vmlinuz -drive file=d.img -device e1000,romfile=";
         assert_eq!(boot_files(&options(line)), ["a.bin", "i.gz", "vmlinuz"]);
     }
 
@@ -158,6 +164,9 @@ mod test {
         assert_eq!(found("-L own -bios my.bin"), [("my.bin".to_owned(), own.join("my.bin"))]);
         assert_eq!(found("-L own -bios bios-256k.bin"), []);
         std::fs::write(place.path().join("my.bin"), "").unwrap();
-        assert_eq!(found("-L own -bios my.bin"), [("my.bin".to_owned(), place.path().join("my.bin"))]);
+        assert_eq!(
+            found("-L own -bios my.bin"),
+            [("my.bin".to_owned(), place.path().join("my.bin"))]
+        );
     }
 }

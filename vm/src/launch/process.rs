@@ -1,5 +1,5 @@
-//! A QEMU process as the kernel shows it: who it is, so that it is not taken for a later one of the same number, and how it
-//! was started.
+//! A QEMU process as the kernel shows it: who it is, so that it is not taken for a later one of the
+//! same number, and how it was started.
 
 use crate::files::read_limited;
 use anyhow::{Context, Result, bail};
@@ -9,7 +9,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// The kernel's own limit for one argument is 128 KiB; libvirt's longest lines have some 20 KiB in all.
+/// The kernel's own limit for one argument is 128 KiB; libvirt's longest lines have some 20 KiB in
+/// all.
 const MAX_COMMAND_LINE_BYTES: u64 = 4 << 20;
 const MAX_STAT_BYTES: u64 = 4096;
 /// Field 22 of `stat`, counted from the state, which is field 3.
@@ -38,28 +39,45 @@ impl QemuProcess {
     pub fn read(pid: u32) -> Result<Self> {
         let folder = PathBuf::from(format!("/proc/{pid}"));
         let about = |file: &str| {
-            format!("reading {}/{file}; Stillpoint must run as root or as the user of that QEMU, on the same host", folder.display())
+            format!(
+                "reading {}/{file}; Stillpoint must run as root or as the user of that QEMU, on the same host",
+                folder.display()
+            )
         };
         let program = std::fs::read_link(folder.join("exe")).with_context(|| about("exe"))?;
         let directory = std::fs::read_link(folder.join("cwd")).with_context(|| about("cwd"))?;
-        let line = read_limited(&folder.join("cmdline"), MAX_COMMAND_LINE_BYTES).with_context(|| about("cmdline"))?;
+        let line = read_limited(&folder.join("cmdline"), MAX_COMMAND_LINE_BYTES)
+            .with_context(|| about("cmdline"))?;
         let user = std::fs::metadata(&folder).with_context(|| about(""))?.uid();
         let started = started(pid).with_context(|| format!("process {pid} has ended"))?;
-        Ok(Self { pid, started, program: without_deleted(&program), directory, words: words(pid, &line)?, user })
+        Ok(Self {
+            pid,
+            started,
+            program: without_deleted(&program),
+            directory,
+            words: words(pid, &line)?,
+            user,
+        })
     }
 
     /// The network device behind a descriptor of the process, if it is a tap.
     pub fn tap(&self, descriptor: &str) -> Option<String> {
         let number: u32 = descriptor.parse().ok()?;
-        let facts = read_limited(Path::new(&format!("/proc/{}/fdinfo/{number}", self.pid)), MAX_STAT_BYTES).ok()?;
+        let facts =
+            read_limited(Path::new(&format!("/proc/{}/fdinfo/{number}", self.pid)), MAX_STAT_BYTES)
+                .ok()?;
         let text = String::from_utf8_lossy(&facts).into_owned();
-        text.lines().find_map(|line| Some(line.strip_prefix("iff:")?.trim().to_owned())).filter(|name| !name.is_empty())
+        text.lines()
+            .find_map(|line| Some(line.strip_prefix("iff:")?.trim().to_owned()))
+            .filter(|name| !name.is_empty())
     }
 }
 
-/// Whether a process is a QEMU that runs a VM, by its program's name: `qemu-system-x86_64`, `qemu-kvm`, `kvm`.
+/// Whether a process is a QEMU that runs a VM, by its program's name: `qemu-system-x86_64`,
+/// `qemu-kvm`, `kvm`.
 pub fn runs_qemu(pid: u32) -> bool {
-    std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|program| is_qemu_program(&without_deleted(&program)))
+    std::fs::read_link(format!("/proc/{pid}/exe"))
+        .is_ok_and(|program| is_qemu_program(&without_deleted(&program)))
 }
 
 fn is_qemu_program(program: &Path) -> bool {
@@ -68,12 +86,16 @@ fn is_qemu_program(program: &Path) -> bool {
 }
 
 fn without_deleted(path: &Path) -> PathBuf {
-    path.to_str().and_then(|text| text.strip_suffix(DELETED)).map_or_else(|| path.to_owned(), PathBuf::from)
+    path.to_str()
+        .and_then(|text| text.strip_suffix(DELETED))
+        .map_or_else(|| path.to_owned(), PathBuf::from)
 }
 
 fn words(pid: u32, line: &[u8]) -> Result<Vec<String>> {
     let Ok(text) = std::str::from_utf8(line) else {
-        bail!("the command line of process {pid} is not valid UTF-8; start that VM with paths that are");
+        bail!(
+            "the command line of process {pid} is not valid UTF-8; start that VM with paths that are"
+        );
     };
     let mut words = text.strip_suffix('\0').unwrap_or(text).split('\0').map(str::to_owned);
     match words.next() {
@@ -96,14 +118,20 @@ fn start_time(stat: &str) -> Option<u64> {
     fields.get(START_TIME).filter(|_| !is_gone)?.parse().ok()
 }
 
-/// Ends the process that began then, for good, and waits until it is gone. A later one of its number is left alone.
+/// Ends the process that began then, for good, and waits until it is gone. A later one of its
+/// number is left alone.
 pub fn end(pid: u32, began: u64) -> Result<()> {
-    let number = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).with_context(|| format!("{pid} is no process id"))?;
+    let number = i32::try_from(pid)
+        .ok()
+        .and_then(rustix::process::Pid::from_raw)
+        .with_context(|| format!("{pid} is no process id"))?;
     let Ok(descriptor) = pidfd_open(number, PidfdFlags::empty()) else { return Ok(()) };
     let until = Instant::now() + END;
     // Asked after the descriptor was opened: it is that very process's.
     while started(pid) == Some(began) {
-        pidfd_send_signal(&descriptor, Signal::KILL).or_else(gone).with_context(|| format!("ending process {pid}"))?;
+        pidfd_send_signal(&descriptor, Signal::KILL)
+            .or_else(gone)
+            .with_context(|| format!("ending process {pid}"))?;
         if Instant::now() >= until {
             bail!("process {pid} does not end; end it by hand");
         }
@@ -158,16 +186,29 @@ mod test {
     fn programs_that_are_a_qemu() {
         let is = |path: &str| is_qemu_program(&without_deleted(Path::new(path)));
         assert!(
-            ["/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm", "/usr/bin/kvm (deleted)", "/nix/x/.qemu-system-x86_64-wrapped"]
-                .into_iter()
-                .all(is)
+            [
+                "/usr/bin/qemu-system-x86_64",
+                "/usr/libexec/qemu-kvm",
+                "/usr/bin/kvm (deleted)",
+                "/nix/x/.qemu-system-x86_64-wrapped"
+            ]
+            .into_iter()
+            .all(is)
         );
-        assert!(!["/usr/sbin/libvirtd", "/usr/bin/qemu-storage-daemon", "/usr/bin/socat"].into_iter().any(is));
+        assert!(
+            !["/usr/sbin/libvirtd", "/usr/bin/qemu-storage-daemon", "/usr/bin/socat"]
+                .into_iter()
+                .any(is)
+        );
     }
 
     #[test]
     fn process_is_ended_only_if_it_is_the_one() {
-        let mut child = std::process::Command::new("sh").args(["-c", "read line"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "read line"])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
         let began = started(child.id()).unwrap();
         end(child.id(), began + 1).unwrap();
         assert!(child.try_wait().unwrap().is_none(), "another process of its number");

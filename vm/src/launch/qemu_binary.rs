@@ -1,5 +1,6 @@
-//! What a QEMU binary is: its version, its machine types and whether it takes plugins. Asked once per binary of the
-//! binary itself (a VM of type `none`, about 60 ms), then kept in the cache directory.
+//! What a QEMU binary is: its version, its machine types and whether it takes plugins. Asked once
+//! per binary of the binary itself (a VM of type `none`, about 60 ms), then kept in the cache
+//! directory.
 
 use crate::cache;
 use crate::error::{explain, refused, usage};
@@ -42,18 +43,33 @@ impl QemuFacts {
             None => vm.is_default,
         });
         hit.ok_or_else(|| match wanted {
-            Some(name) => usage(format!("QEMU {} has no machine type '{name}'; '-machine help' lists its types", self.version)),
-            None => usage(format!("QEMU {} has no default machine type; name one by -machine", self.version)),
+            Some(name) => usage(format!(
+                "QEMU {} has no machine type '{name}'; '-machine help' lists its types",
+                self.version
+            )),
+            None => usage(format!(
+                "QEMU {} has no default machine type; name one by -machine",
+                self.version
+            )),
         })
     }
 }
 
 /// The facts of `binary`, from the cache when the binary has not changed since.
 pub fn probe(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
-    let about = |path: &Path| std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()));
+    let about = |path: &Path| {
+        std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()))
+    };
     let (qemu, ours) = (about(binary)?, about(plugin)?);
-    let identity =
-        [qemu.dev(), qemu.ino(), qemu.size(), qemu.ctime().cast_unsigned(), ours.ino(), ours.size(), ours.ctime().cast_unsigned()];
+    let identity = [
+        qemu.dev(),
+        qemu.ino(),
+        qemu.size(),
+        qemu.ctime().cast_unsigned(),
+        ours.ino(),
+        ours.size(),
+        ours.ctime().cast_unsigned(),
+    ];
     let key = format!("{}-{identity:?}", binary.display());
     if let Some(facts) = cache::load::<QemuFacts>("qemu", &key) {
         return Ok(facts);
@@ -64,12 +80,23 @@ pub fn probe(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
 }
 
 fn ask(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
-    // Ours alone, and with a name that nobody can guess: the socket's name is given to a QEMU that may run as root.
+    // Ours alone, and with a name that nobody can guess: the socket's name is given to a QEMU that
+    // may run as root.
     let private = private_directory().context("making a directory for QEMU's probe")?;
     let socket = private.path().join("plugin.sock");
     let said = tempfile::tempfile().context("making a file for QEMU's messages")?;
     let child = Command::new(binary)
-        .args(["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "stdio"])
+        .args([
+            "-machine",
+            "none",
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-S",
+            "-qmp",
+            "stdio",
+        ])
         .arg("-plugin")
         .arg(format!("file={},socket={}", comma(plugin), comma(&socket)))
         .stdin(Stdio::piped())
@@ -105,7 +132,9 @@ fn converse(mut child: Child) -> Result<QemuFacts> {
         let _ = input.write_all(b"{\"execute\":\"quit\"}\n");
         let _ = sender.send(facts);
     });
-    let facts = receiver.recv_timeout(TIMEOUT).unwrap_or_else(|_| Err(anyhow!("it did not answer within {TIMEOUT:?}")));
+    let facts = receiver
+        .recv_timeout(TIMEOUT)
+        .unwrap_or_else(|_| Err(anyhow!("it did not answer within {TIMEOUT:?}")));
     if facts.is_err() {
         let _ = child.kill();
     }
@@ -135,7 +164,8 @@ fn refuse(binary: &Path, said: &str, error: &anyhow::Error) -> anyhow::Error {
 }
 
 fn ask_one(input: &mut impl Write, lines: &mut impl BufRead, command: &str) -> Result<Value> {
-    writeln!(input, "{{\"execute\":\"{command}\"}}").with_context(|| format!("sending {command}"))?;
+    writeln!(input, "{{\"execute\":\"{command}\"}}")
+        .with_context(|| format!("sending {command}"))?;
     answer(lines, "return").with_context(|| format!("waiting for the answer to {command}"))
 }
 
@@ -147,7 +177,8 @@ fn answer(lines: &mut impl BufRead, key: &str) -> Result<Value> {
         if lines.read_line(&mut line).context("reading QMP")? == 0 {
             bail!("it ended before it answered");
         }
-        let mut message: Value = serde_json::from_str(&line).with_context(|| format!("QMP answer is no JSON: {line}"))?;
+        let mut message: Value = serde_json::from_str(&line)
+            .with_context(|| format!("QMP answer is no JSON: {line}"))?;
         if let Some(error) = message.get("error") {
             bail!("it answered {error}");
         }

@@ -1,5 +1,5 @@
-//! `-readconfig FILE` turned into the options that it stands for, so that a VM's whole command line can be
-//! saved with its checkpoints and used on a host that lacks the file.
+//! `-readconfig FILE` turned into the options that it stands for, so that a VM's whole command line
+//! can be saved with its checkpoints and used on a host that lacks the file.
 
 use super::arguments::{KeyList, QemuOption};
 use crate::files;
@@ -30,16 +30,22 @@ pub fn expand_in(options: Vec<QemuOption>, directory: &Path) -> Result<Vec<QemuO
     Ok(expanded)
 }
 
-/// `-set GROUP.ID.KEY=VALUE` changes an option that stands before it; the saved command line has it in its place.
+/// `-set GROUP.ID.KEY=VALUE` changes an option that stands before it; the saved command line has it
+/// in its place.
 fn set(options: &mut [QemuOption], text: &str) -> Result<()> {
     let parts = text.split_once('=').and_then(|(place, value)| {
         let (group, rest) = place.split_once('.')?;
         let (id, key) = rest.split_once('.')?;
         Some((group, id, key, value))
     });
-    let Some((group, id, key, value)) = parts else { bail!("QEMU option -set {text}: expected GROUP.ID.KEY=VALUE") };
-    let is_it = |option: &&mut QemuOption| option.name == group && option.keys().get("id") == Some(id);
-    let Some(option) = options.iter_mut().find(is_it) else { bail!("QEMU option -set {text}: no -{group} before it has id={id}") };
+    let Some((group, id, key, value)) = parts else {
+        bail!("QEMU option -set {text}: expected GROUP.ID.KEY=VALUE")
+    };
+    let is_it =
+        |option: &&mut QemuOption| option.name == group && option.keys().get("id") == Some(id);
+    let Some(option) = options.iter_mut().find(is_it) else {
+        bail!("QEMU option -set {text}: no -{group} before it has id={id}")
+    };
     let mut keys = option.keys();
     keys.push(Some(key), value);
     *option = QemuOption::with(group, keys.to_string());
@@ -48,7 +54,8 @@ fn set(options: &mut [QemuOption], text: &str) -> Result<()> {
 
 fn read(path: &Path) -> Result<Vec<QemuOption>> {
     let about = || format!("reading the QEMU configuration {} (-readconfig)", path.display());
-    let text = String::from_utf8(files::read_limited(path, MAX_CONFIG_BYTES)?).with_context(about)?;
+    let text =
+        String::from_utf8(files::read_limited(path, MAX_CONFIG_BYTES)?).with_context(about)?;
     parse(&text).with_context(about)
 }
 
@@ -79,10 +86,14 @@ fn parse(text: &str) -> Result<Vec<QemuOption>> {
             continue;
         }
         let entry = line.split_once('=').map(|(key, value)| (key.trim(), value.trim()));
-        let quoted = entry.and_then(|(key, value)| Some((key, value.strip_prefix('"')?.strip_suffix('"')?)));
+        let quoted =
+            entry.and_then(|(key, value)| Some((key, value.strip_prefix('"')?.strip_suffix('"')?)));
         match (quoted, &mut open) {
             (Some((key, value)), Some(group)) => group.list.push(Some(key), value),
-            _ => bail!("line {}: expected '[group]' or 'key = \"value\"', found '{line}'", number + 1),
+            _ => bail!(
+                "line {}: expected '[group]' or 'key = \"value\"', found '{line}'",
+                number + 1
+            ),
         }
     }
     options.extend(open.map(Group::into_option));
@@ -118,7 +129,16 @@ mod test {
 
     #[test]
     fn what_is_set_later_stands_in_its_place() {
-        let words = ["-drive", "file=a,id=d", "-set", "drive.d.snapshot=on", "-device", "x,id=n", "-set", "device.n.romfile=/r,1"];
+        let words = [
+            "-drive",
+            "file=a,id=d",
+            "-set",
+            "drive.d.snapshot=on",
+            "-device",
+            "x,id=n",
+            "-set",
+            "device.n.romfile=/r,1",
+        ];
         let options = super::super::arguments::parse(&words.map(str::to_owned)).unwrap();
         let options = expand(options).unwrap();
         assert_eq!(options[0], QemuOption::with("drive", "file=a,id=d,snapshot=on"));

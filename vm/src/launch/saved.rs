@@ -1,8 +1,8 @@
 //! From the command line that a checkpoint saves to the one that a restored VM is started with.
 //!
-//! One function makes it, for the restore, and beforehand for every checkpoint: what no restore could start is found while
-//! the VM still runs. Whoever can write the store chooses what is saved, so nothing of this host is used that its user has
-//! not named (docs/security.md).
+//! One function makes it, for the restore, and beforehand for every checkpoint: what no restore
+//! could start is found while the VM still runs. Whoever can write the store chooses what is saved,
+//! so nothing of this host is used that its user has not named (docs/security.md).
 
 use super::arguments::{self, QemuOption};
 use super::form::Form;
@@ -35,31 +35,52 @@ pub fn restored(words: &[String], paths: &NewPaths, wishes: &Wishes) -> Result<R
     if made.findings.is_empty() {
         return Ok(made);
     }
-    Err(refused(format!("the saved command line asks for more than a restored VM may have unasked: {}", list(&made.findings))))
+    Err(refused(format!(
+        "the saved command line asks for more than a restored VM may have unasked: {}",
+        list(&made.findings)
+    )))
 }
 
-fn make(words: &[String], paths: &NewPaths, wishes: &Wishes, is_qemus_own: &dyn Fn(&str) -> bool) -> Result<Restored> {
-    let options = arguments::parse(words).map_err(|error| refused(format!("the saved command line: {error}")))?;
+fn make(
+    words: &[String],
+    paths: &NewPaths,
+    wishes: &Wishes,
+    is_qemus_own: &dyn Fn(&str) -> bool,
+) -> Result<Restored> {
+    let options = arguments::parse(words)
+        .map_err(|error| refused(format!("the saved command line: {error}")))?;
     let mut mapped = restorable::map(options, wishes);
     if let Some(old) = mapped.unused.first() {
-        return Err(refused(format!("--map {old}=…: no value of the saved command line is '{old}'; 'stillpoint show --json' prints it")));
+        return Err(refused(format!(
+            "--map {old}=…: no value of the saved command line is '{old}'; 'stillpoint show --json' prints it"
+        )));
     }
     let mut notes = mapped.drop_data_directories(&wishes.allow);
-    notes.iter_mut().for_each(|what| *what = format!("{what} is left out: this host's QEMU knows where its own files are"));
+    notes.iter_mut().for_each(|what| {
+        *what = format!("{what} is left out: this host's QEMU knows where its own files are")
+    });
     mapped.rewrite(|site| new_path(site, paths));
-    mapped.options = std::mem::take(&mut mapped.options).into_iter().map(|option| only_read(option, paths)).collect();
+    mapped.options = std::mem::take(&mut mapped.options)
+        .into_iter()
+        .map(|option| only_read(option, paths))
+        .collect();
     let moved = mapped.relocate(&wishes.allow);
-    notes.extend(moved.iter().map(|(old, new)| format!("{old} is {new} in the VM's directory (--map {old}={old} keeps it)")));
+    notes.extend(moved.iter().map(|(old, new)| {
+        format!("{old} is {new} in the VM's directory (--map {old}={old} keeps it)")
+    }));
     let is_boot_file = &|path: &str| paths.is_new_boot_file(path);
     let carried = Carried { is_disk: &|path| paths.is_new_disk(path), is_boot_file, is_qemus_own };
     let (findings, unused) = mapped.check(&carried, &wishes.allow);
     if let Some(what) = unused.first() {
-        return Err(refused(format!("--allow {what}: the saved command line asks for no such thing")));
+        return Err(refused(format!(
+            "--allow {what}: the saved command line asks for no such thing"
+        )));
     }
     Ok(Restored { options: mapped.options, notes, findings })
 }
 
-/// Layers are shared by many VMs, and may be images of this host: nodes on them cannot write, whatever the line says.
+/// Layers are shared by many VMs, and may be images of this host: nodes on them cannot write,
+/// whatever the line says.
 fn only_read(option: QemuOption, paths: &NewPaths) -> QemuOption {
     let mut reads_layer = false;
     visit(std::slice::from_ref(&option), |site| {
@@ -82,21 +103,33 @@ fn only_read(option: QemuOption, paths: &NewPaths) -> QemuOption {
 fn list(findings: &[Finding]) -> String {
     let all = findings.iter().take(NAMED).map(|finding| match finding.is_fatal() {
         true => format!("{finding}"),
-        false => format!("{finding} (--allow '{}', or --map '{}=NEW')", finding.allowance(), finding.value),
+        false => format!(
+            "{finding} (--allow '{}', or --map '{}=NEW')",
+            finding.allowance(),
+            finding.value
+        ),
     });
     let more = findings.len().saturating_sub(NAMED);
     let more = (more > 0).then(|| format!("and {more} more"));
     all.chain(more).collect::<Vec<_>>().join("; ")
 }
 
-/// Before a checkpoint: that every file which the command line names is a disk, a layer or a boot file of it, or in one of
-/// QEMU's own `data` directories.
-pub fn check_carried(words: &[String], directory: &Path, disks: &[Disk], boot_files: &[(String, PathBuf)], data: &[PathBuf]) -> Result<()> {
+/// Before a checkpoint: that every file which the command line names is a disk, a layer or a boot
+/// file of it, or in one of QEMU's own `data` directories.
+pub fn check_carried(
+    words: &[String],
+    directory: &Path,
+    disks: &[Disk],
+    boot_files: &[(String, PathBuf)],
+    data: &[PathBuf],
+) -> Result<()> {
     let mut paths = NewPaths::new(directory);
     refuse_shared_files(disks)?;
     for disk in disks {
         paths.add_disk(&disk.file.to_string_lossy(), &disk.file);
-        disk.backing.iter().for_each(|layer| paths.add_disk(&layer.file.to_string_lossy(), &layer.file));
+        disk.backing
+            .iter()
+            .for_each(|layer| paths.add_disk(&layer.file.to_string_lossy(), &layer.file));
     }
     boot_files.iter().for_each(|(named, path)| paths.add_boot_file(named, path));
     let is_qemus_own = |name: &str| data.iter().any(|folder| folder.join(name).is_file());
@@ -111,8 +144,8 @@ pub fn check_carried(words: &[String], directory: &Path, disks: &[Disk], boot_fi
     )))
 }
 
-/// What one disk writes, another one shows, as its image or as a layer below it: restored, each would have a file of its
-/// own.
+/// What one disk writes, another one shows, as its image or as a layer below it: restored, each
+/// would have a file of its own.
 fn refuse_shared_files(disks: &[Disk]) -> Result<()> {
     for written in disks.iter().filter(|disk| !disk.read_only) {
         let file = FileId::of(&written.file);
@@ -155,9 +188,14 @@ impl FileId {
 /// What else of a record becomes part of QEMU's command line.
 pub fn check_record(record: &VmRecord) -> Result<()> {
     let is_letter = |letter: char| letter.is_ascii_alphanumeric() || "-._".contains(letter);
-    let is_id = |text: &str| text.starts_with(|letter: char| letter.is_ascii_alphabetic()) && text.chars().all(is_letter);
+    let is_id = |text: &str| {
+        text.starts_with(|letter: char| letter.is_ascii_alphabetic()) && text.chars().all(is_letter)
+    };
     if !is_id(&record.ram_block) {
-        return Err(refused(format!("the checkpoint calls the VM's memory '{}', which is no name of a memory object", record.ram_block)));
+        return Err(refused(format!(
+            "the checkpoint calls the VM's memory '{}', which is no name of a memory object",
+            record.ram_block
+        )));
     }
     let accelerator = arguments::KeyList::parse(&record.accelerator);
     let is_known = matches!(accelerator.iter().next(), Some((None, "kvm" | "tcg")));
@@ -165,7 +203,10 @@ pub fn check_record(record: &VmRecord) -> Result<()> {
     if is_known && !names_file {
         return Ok(());
     }
-    Err(refused(format!("the checkpoint asks for accelerator '{}'; Stillpoint starts kvm and tcg", record.accelerator)))
+    Err(refused(format!(
+        "the checkpoint asks for accelerator '{}'; Stillpoint starts kvm and tcg",
+        record.accelerator
+    )))
 }
 
 #[cfg(test)]
@@ -196,7 +237,9 @@ mod test {
 
     #[test]
     fn a_hostile_record_adds_nothing_to_the_command_line() {
-        for (block, accelerator) in [("pc.ram", "kvm"), ("ram-node0", "tcg,thread=multi"), ("pc.ram", "tcg,tb-size=64")] {
+        for (block, accelerator) in
+            [("pc.ram", "kvm"), ("ram-node0", "tcg,thread=multi"), ("pc.ram", "tcg,tb-size=64")]
+        {
             check_record(&record(block, accelerator)).unwrap();
         }
         for (block, accelerator) in [
@@ -208,7 +251,11 @@ mod test {
             ("pc.ram", "accel=kvm"),
             ("pc.ram", ""),
         ] {
-            assert_eq!(class_of(&check_record(&record(block, accelerator)).unwrap_err()), Class::Refused, "{block} {accelerator}");
+            assert_eq!(
+                class_of(&check_record(&record(block, accelerator)).unwrap_err()),
+                Class::Refused,
+                "{block} {accelerator}"
+            );
         }
     }
 
@@ -225,10 +272,20 @@ mod test {
         assert_eq!(made.notes.len(), 2, "{:?}", made.notes);
         for wishes in [
             Wishes::default(),
-            Wishes { allow: vec!["plugin".to_owned(), "netdev.script".to_owned()], ..Wishes::default() },
-            Wishes { map: vec![("nothing".to_owned(), "x".to_owned())], allow: vec!["netdev.script".to_owned()] },
+            Wishes {
+                allow: vec!["plugin".to_owned(), "netdev.script".to_owned()],
+                ..Wishes::default()
+            },
+            Wishes {
+                map: vec![("nothing".to_owned(), "x".to_owned())],
+                allow: vec!["netdev.script".to_owned()],
+            },
         ] {
-            assert_eq!(class_of(&restored(&line(text), &paths, &wishes).err().unwrap()), Class::Refused, "{wishes:?}");
+            assert_eq!(
+                class_of(&restored(&line(text), &paths, &wishes).err().unwrap()),
+                Class::Refused,
+                "{wishes:?}"
+            );
         }
     }
 
@@ -238,11 +295,17 @@ mod test {
         paths.add_layer("base", Path::new("/srv/base"));
         paths.add_disk("d", Path::new("/new/d"));
         for (text, new) in [
-            ("-blockdev driver=file,filename=base,node-name=b", "-blockdev driver=file,filename=/srv/base,node-name=b,read-only=on"),
+            (
+                "-blockdev driver=file,filename=base,node-name=b",
+                "-blockdev driver=file,filename=/srv/base,node-name=b,read-only=on",
+            ),
             ("-drive file=base,readonly=off,id=b", "-drive file=/srv/base,id=b,read-only=on"),
             ("-drive file=base,readonly=on,id=b", "-drive file=/srv/base,readonly=on,id=b"),
             ("-drive file=base,media=cdrom", "-drive file=/srv/base,media=cdrom"),
-            ("-drive file=d,backing.file.filename=base", "-drive file=/new/d,backing.file.filename=/srv/base"),
+            (
+                "-drive file=d,backing.file.filename=base",
+                "-drive file=/new/d,backing.file.filename=/srv/base",
+            ),
         ] {
             let made = restored(&line(text), &paths, &Wishes::default()).unwrap();
             assert_eq!(words(&made.options).join(" "), new);
@@ -270,11 +333,16 @@ mod test {
 
     #[test]
     fn two_disks_on_one_file_are_refused_if_one_writes() {
-        let check = |disks: &[Disk]| check_carried(&line("-drive file=one"), Path::new("/vm"), disks, &[], &[]);
+        let check = |disks: &[Disk]| {
+            check_carried(&line("-drive file=one"), Path::new("/vm"), disks, &[], &[])
+        };
         check(&[disk("a", true), disk("b", true)]).unwrap();
         check(&[disk("a", false)]).unwrap();
         let error = check(&[disk("a", false), disk("b", true)]).unwrap_err();
-        assert!(class_of(&error) == Class::Refused && error.to_string().contains("/vm/one"), "{error}");
+        assert!(
+            class_of(&error) == Class::Refused && error.to_string().contains("/vm/one"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -306,8 +374,19 @@ mod test {
         let data = tempfile::tempdir().unwrap();
         std::fs::write(data.path().join("bios-256k.bin"), "").unwrap();
         let data = [PathBuf::from("/nowhere"), data.path().to_owned()];
-        let check = |text: &str| check_carried(&line(text), Path::new("/vm"), &[], &[("k".to_owned(), "/vm/k".into())], &data);
-        check("-kernel k -bios bios-256k.bin -netdev tap,id=n,script=/x -fsdev local,id=f,path=/srv").unwrap();
+        let check = |text: &str| {
+            check_carried(
+                &line(text),
+                Path::new("/vm"),
+                &[],
+                &[("k".to_owned(), "/vm/k".into())],
+                &data,
+            )
+        };
+        check(
+            "-kernel k -bios bios-256k.bin -netdev tap,id=n,script=/x -fsdev local,id=f,path=/srv",
+        )
+        .unwrap();
         check("-option-rom k -device e1000,romfile=k -device e1000,romfile=").unwrap();
         for text in [
             "-blockdev driver=file,filename=spare,node-name=s",

@@ -1,11 +1,13 @@
-//! What cannot be checkpointed is refused before anything is done, with the reason and what to do instead.
+//! What cannot be checkpointed is refused before anything is done, with the reason and what to do
+//! instead.
 //!
-//! The tracker sees every write that goes through QEMU's own mapping of guest RAM: vCPUs, emulated devices, vhost
-//! in the kernel. It does not see a process or a piece of hardware that writes through a mapping of its own. Such a
-//! VM would be saved wrongly without a sign, so it is not started.
+//! The tracker sees every write that goes through QEMU's own mapping of guest RAM: vCPUs, emulated
+//! devices, vhost in the kernel. It does not see a process or a piece of hardware that writes
+//! through a mapping of its own. Such a VM would be saved wrongly without a sign, so it is not
+//! started.
 //!
-//! QEMU's own migration stream does not ask whose memory it is. So a VM that is attached by its monitor may have what
-//! one of ours may not; what no engine can save is refused to both.
+//! QEMU's own migration stream does not ask whose memory it is. So a VM that is attached by its
+//! monitor may have what one of ours may not; what no engine can save is refused to both.
 
 use super::arguments::QemuOption;
 use super::form::{Form, is_on};
@@ -38,46 +40,121 @@ type Rule = (&'static str, Rules, &'static str, &'static str);
 
 /// Device models (a prefix of the `-device` driver) and why they cannot be saved.
 const DEVICES: &[Rule] = &[
-    ("vmbus-bridge", Rules::Always, "QEMU aborts, guest and all, when it saves this device's state", "leave VMBus out"),
-    ("pci-serial-2x", Rules::Always, "QEMU aborts, guest and all, when it saves this device's state", "use pci-serial or pci-serial-4x"),
+    (
+        "vmbus-bridge",
+        Rules::Always,
+        "QEMU aborts, guest and all, when it saves this device's state",
+        "leave VMBus out",
+    ),
+    (
+        "pci-serial-2x",
+        Rules::Always,
+        "QEMU aborts, guest and all, when it saves this device's state",
+        "use pci-serial or pci-serial-4x",
+    ),
     (
         "vhost-user",
         Rules::Always,
         "a vhost-user daemon writes guest RAM through a mapping of its own",
         "use the virtio device that QEMU emulates",
     ),
-    ("vhost-vdpa", Rules::Always, "its hardware writes guest RAM by DMA, past the page tables", "use an emulated or vhost (kernel) device"),
+    (
+        "vhost-vdpa",
+        Rules::Always,
+        "its hardware writes guest RAM by DMA, past the page tables",
+        "use an emulated or vhost (kernel) device",
+    ),
     (
         "vfio-",
         Rules::Always,
         "an assigned device writes guest RAM by DMA, past the page tables",
         "use an emulated or vhost (kernel) device",
     ),
-    ("virtio-mem", Rules::Always, "a checkpoint knows one memory, the VM's own", "give the VM all of its memory by -m"),
-    ("virtio-pmem", Rules::Always, "virtio-pmem maps a file that is no part of the checkpoint", "use a virtio-blk disk"),
-    ("nvdimm", Rules::Always, "an NVDIMM maps a file that is no part of the checkpoint", "use a virtio-blk disk"),
-    ("pc-dimm", Rules::Always, "a checkpoint knows one memory, the VM's own", "give the VM all of its memory by -m"),
-    ("ivshmem", Rules::Always, "other processes write the shared memory of ivshmem", "use a virtio-serial or network device"),
-    ("scsi-block", Rules::Always, "it sends the guest's writes to the hardware past QEMU's bitmaps", "use scsi-hd on the same device"),
-    ("scsi-generic", Rules::Always, "it sends the guest's writes to the hardware past QEMU's bitmaps", "use scsi-hd on the same device"),
-    ("virtio-9p", Rules::Launched, "a mounted 9p share blocks QEMU's migration", "use a disk or a network file system"),
+    (
+        "virtio-mem",
+        Rules::Always,
+        "a checkpoint knows one memory, the VM's own",
+        "give the VM all of its memory by -m",
+    ),
+    (
+        "virtio-pmem",
+        Rules::Always,
+        "virtio-pmem maps a file that is no part of the checkpoint",
+        "use a virtio-blk disk",
+    ),
+    (
+        "nvdimm",
+        Rules::Always,
+        "an NVDIMM maps a file that is no part of the checkpoint",
+        "use a virtio-blk disk",
+    ),
+    (
+        "pc-dimm",
+        Rules::Always,
+        "a checkpoint knows one memory, the VM's own",
+        "give the VM all of its memory by -m",
+    ),
+    (
+        "ivshmem",
+        Rules::Always,
+        "other processes write the shared memory of ivshmem",
+        "use a virtio-serial or network device",
+    ),
+    (
+        "scsi-block",
+        Rules::Always,
+        "it sends the guest's writes to the hardware past QEMU's bitmaps",
+        "use scsi-hd on the same device",
+    ),
+    (
+        "scsi-generic",
+        Rules::Always,
+        "it sends the guest's writes to the hardware past QEMU's bitmaps",
+        "use scsi-hd on the same device",
+    ),
+    (
+        "virtio-9p",
+        Rules::Launched,
+        "a mounted 9p share blocks QEMU's migration",
+        "use a disk or a network file system",
+    ),
 ];
 
 /// Whole options that cannot go together with checkpoints.
 const OPTIONS: &[Rule] = &[
     ("mem-path", Rules::Launched, "it gives the guest RAM of its own", LEAVE_MEMORY),
-    ("incoming", Rules::Launched, "it waits for somebody else's VM", "use 'stillpoint restore', or start the VM without it"),
+    (
+        "incoming",
+        Rules::Launched,
+        "it waits for somebody else's VM",
+        "use 'stillpoint restore', or start the VM without it",
+    ),
     ("runas", Rules::Launched, OTHER_USER, OWN_USER),
     ("snapshot", Rules::Always, "it writes to disks that vanish with QEMU", OVERLAY),
-    ("preconfig", Rules::Launched, "the VM would not exist when the helper attaches", "leave it out"),
-    ("virtfs", Rules::Launched, "a mounted 9p share blocks QEMU's migration", "use a disk or a network file system"),
+    (
+        "preconfig",
+        Rules::Launched,
+        "the VM would not exist when the helper attaches",
+        "leave it out",
+    ),
+    (
+        "virtfs",
+        Rules::Launched,
+        "a mounted 9p share blocks QEMU's migration",
+        "use a disk or a network file system",
+    ),
     ("xen-attach", Rules::Always, "Xen owns the guest's memory", "run the guest under KVM or TCG"),
     ("add-fd", Rules::Launched, "a descriptor is no other process's", "name the file by its path"),
 ];
 
 /// Objects by the beginning of their type.
 const OBJECTS: &[Rule] = &[
-    ("memory-backend-epc", Rules::Always, "SGX memory cannot be read by anybody else", "run the guest without it"),
+    (
+        "memory-backend-epc",
+        Rules::Always,
+        "SGX memory cannot be read by anybody else",
+        "run the guest without it",
+    ),
     (
         "memory-backend-",
         Rules::Launched,
@@ -87,10 +164,16 @@ const OBJECTS: &[Rule] = &[
     ("sev-guest", Rules::Always, ENCRYPTED, UNENCRYPTED),
     ("sev-snp-guest", Rules::Always, ENCRYPTED, UNENCRYPTED),
     ("tdx-guest", Rules::Always, ENCRYPTED, UNENCRYPTED),
-    ("x-remote-object", Rules::Always, "a process of its own holds the device", "use the device that QEMU emulates"),
+    (
+        "x-remote-object",
+        Rules::Always,
+        "a process of its own holds the device",
+        "use the device that QEMU emulates",
+    ),
 ];
 
-const OTHER_USER: &str = "a restored VM's files and sockets are open to the user of the restore alone";
+const OTHER_USER: &str =
+    "a restored VM's files and sockets are open to the user of the restore alone";
 const OWN_USER: &str = "start 'stillpoint run' as that user";
 const ENCRYPTED: &str = "encrypted guest memory cannot be read by the helper";
 const UNENCRYPTED: &str = "run the guest without it";
@@ -113,9 +196,17 @@ fn check_known(options: &[QemuOption], directory: &Path) -> Result<()> {
             option.name
         );
     }
-    let braces = options.iter().find(|option| option.value().starts_with('{') && matches!(Form::of(option), Form::List { .. }));
-    if let Some(option) = braces.filter(|option| matches!(table::syntax(&option.name), Some(table::Syntax::Keys(..)))) {
-        bail!("-{} {} begins as JSON and is none; write it with double quotes, or as a list", option.name, option.value());
+    let braces = options.iter().find(|option| {
+        option.value().starts_with('{') && matches!(Form::of(option), Form::List { .. })
+    });
+    if let Some(option) =
+        braces.filter(|option| matches!(table::syntax(&option.name), Some(table::Syntax::Keys(..))))
+    {
+        bail!(
+            "-{} {} begins as JSON and is none; write it with double quotes, or as a list",
+            option.name,
+            option.value()
+        );
     }
     let mut unknown = None;
     visit(options, |site| {
@@ -126,13 +217,16 @@ fn check_known(options: &[QemuOption], directory: &Path) -> Result<()> {
     });
     match unknown {
         None => Ok(()),
-        Some(what) => bail!("{what} could be a file, and Stillpoint's table of options does not know it; leave it out"),
+        Some(what) => bail!(
+            "{what} could be a file, and Stillpoint's table of options does not know it; leave it out"
+        ),
     }
 }
 
 /// QEMU's own words, after which a file may be called too.
 fn is_word(text: &str) -> bool {
-    const WORDS: &[&str] = &["on", "off", "yes", "no", "true", "false", "auto", "none", "default", "raw", "qcow2", ""];
+    const WORDS: &[&str] =
+        &["on", "off", "yes", "no", "true", "false", "auto", "none", "default", "raw", "qcow2", ""];
     WORDS.contains(&text) || text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
@@ -140,14 +234,19 @@ fn is_word(text: &str) -> bool {
 fn check_descriptors(options: &[QemuOption]) -> Result<()> {
     let mut found = None;
     visit(options, |site| {
-        let is_key = matches!(site.key.rsplit('.').next(), Some("fd" | "fds" | "vhostfd" | "vhostfds" | "sock_fd" | "sock-fds"));
+        let is_key = matches!(
+            site.key.rsplit('.').next(),
+            Some("fd" | "fds" | "vhostfd" | "vhostfds" | "sock_fd" | "sock-fds")
+        );
         if site.means == Use::Process && is_key || site.value.starts_with("/dev/fdset/") {
             found.get_or_insert_with(|| format!("-{} {}={}", site.option, site.key, site.value));
         }
     });
     match found {
         None => Ok(()),
-        Some(what) => bail!("{what} is a descriptor of this process, and no other process has it; name the file, socket or tap instead"),
+        Some(what) => bail!(
+            "{what} is a descriptor of this process, and no other process has it; name the file, socket or tap instead"
+        ),
     }
 }
 
@@ -162,7 +261,9 @@ fn check_option(option: &QemuOption, rules: Rules) -> Result<()> {
     let form = Form::of(option);
     match option.name.as_str() {
         "device" => check_device(&form, rules),
-        "audio" => check_state("audio model", table::audio_model(&form.get("model").unwrap_or_default())),
+        "audio" => {
+            check_state("audio model", table::audio_model(&form.get("model").unwrap_or_default()))
+        }
         "usbdevice" => check_state("usbdevice", &format!("usb-{}", option.value())),
         "object" => check_object(&form, rules),
         "run-with" if rules == Rules::Launched && form.has("user") => {
@@ -202,7 +303,9 @@ fn check_device(form: &Form, rules: Rules) -> Result<()> {
         }
     }
     if form.is_on("free-page-hint") {
-        bail!("-device {driver},free-page-hint=on keeps pages out of QEMU's migration stream; leave free-page-hint out");
+        bail!(
+            "-device {driver},free-page-hint=on keeps pages out of QEMU's migration stream; leave free-page-hint out"
+        );
     }
     Ok(())
 }
@@ -216,7 +319,9 @@ pub fn device_refusal(device: &GuestDevice) -> Option<String> {
 /// That QEMU can save what the device model holds.
 fn check_state(option: &str, model: &str) -> Result<()> {
     if table::UNMIGRATABLE.contains(&model) {
-        bail!("-{option} {model} cannot be checkpointed: QEMU itself cannot save its state; use another device");
+        bail!(
+            "-{option} {model} cannot be checkpointed: QEMU itself cannot save its state; use another device"
+        );
     }
     match table::unsaved(model) {
         Some((why, remedy)) => bail!("-{option} {model} cannot be checkpointed: {why}; {remedy}"),
@@ -227,7 +332,9 @@ fn check_state(option: &str, model: &str) -> Result<()> {
 fn check_object(form: &Form, rules: Rules) -> Result<()> {
     let kind = form.get("qom-type").unwrap_or_default();
     match find(OBJECTS, rules, |prefix| kind.starts_with(prefix)) {
-        Some((_, _, why, remedy)) => bail!("-object {kind} cannot be checkpointed: {why}; {remedy}"),
+        Some((_, _, why, remedy)) => {
+            bail!("-object {kind} cannot be checkpointed: {why}; {remedy}")
+        }
         None => Ok(()),
     }
 }
@@ -244,7 +351,8 @@ fn check_vm(form: &Form, rules: Rules) -> Result<()> {
     Ok(())
 }
 
-/// One half of a failover pair: the primary exists only while the guest's driver wants it, and not during a migration.
+/// One half of a failover pair: the primary exists only while the guest's driver wants it, and not
+/// during a migration.
 fn check_failover(option: &str, key: &str, value: &str) -> Result<()> {
     if key == "failover_pair_id" || key == "failover" && is_on(value) {
         bail!(
@@ -255,7 +363,8 @@ fn check_failover(option: &str, key: &str, value: &str) -> Result<()> {
     Ok(())
 }
 
-/// Some change what QEMU's stream looks like, and a restored QEMU would read another. Others are a key that a device may not have.
+/// Some change what QEMU's stream looks like, and a restored QEMU would read another. Others are a
+/// key that a device may not have.
 fn check_global(option: &QemuOption) -> Result<()> {
     let Some(Global { driver, property, value }) = Global::of(option) else { return Ok(()) };
     if driver == "migration" {
@@ -263,7 +372,9 @@ fn check_global(option: &QemuOption) -> Result<()> {
     }
     check_failover("global", &property, &value)?;
     if driver.starts_with("virtio-balloon") && property == "free-page-hint" && is_on(&value) {
-        bail!("-global {driver}.{property}={value} keeps pages out of QEMU's migration stream; leave it out");
+        bail!(
+            "-global {driver}.{property}={value} keeps pages out of QEMU's migration stream; leave it out"
+        );
     }
     if driver == "loader" && property == "data" {
         bail!(
@@ -285,21 +396,33 @@ impl Global {
     fn of(option: &QemuOption) -> Option<Self> {
         let form = Form::of(option);
         if let Some(driver) = form.get("driver") {
-            return Some(Self { driver, property: form.get("property")?, value: form.get("value").unwrap_or_default() });
+            return Some(Self {
+                driver,
+                property: form.get("property")?,
+                value: form.get("value").unwrap_or_default(),
+            });
         }
         let (driver, rest) = option.value().split_once('.')?;
         let (property, value) = rest.split_once('=')?;
-        Some(Self { driver: driver.to_owned(), property: property.to_owned(), value: value.to_owned() })
+        Some(Self {
+            driver: driver.to_owned(),
+            property: property.to_owned(),
+            value: value.to_owned(),
+        })
     }
 }
 
 fn check_network(option: &str, form: &Form) -> Result<()> {
     match form.get("type").as_deref() {
         Some("vhost-user") => {
-            bail!("-{option} vhost-user: a vhost-user daemon writes guest RAM through a mapping of its own; use tap, user or bridge")
+            bail!(
+                "-{option} vhost-user: a vhost-user daemon writes guest RAM through a mapping of its own; use tap, user or bridge"
+            )
         }
         Some("vhost-vdpa") => {
-            bail!("-{option} vhost-vdpa: its hardware writes guest RAM by DMA, past the page tables; use tap, user or bridge")
+            bail!(
+                "-{option} vhost-vdpa: its hardware writes guest RAM by DMA, past the page tables; use tap, user or bridge"
+            )
         }
         _ => Ok(()),
     }
@@ -364,7 +487,13 @@ mod test {
         let json = r#"-device {"driver":"virtio-balloon-pci","id":"balloon0"}"#;
         let net = "-device virtio-net-pci,failover=off -global virtio-net-pci.failover=off";
         let hint = "-global virtio-balloon-pci.free-page-hint=off";
-        for line in ["-device virtio-balloon-pci", "-device virtio-balloon-pci,free-page-reporting=on", json, net, hint] {
+        for line in [
+            "-device virtio-balloon-pci",
+            "-device virtio-balloon-pci,free-page-reporting=on",
+            json,
+            net,
+            hint,
+        ] {
             assert!(judged(line, Rules::Always) && judged(line, Rules::Launched), "{line}");
         }
     }

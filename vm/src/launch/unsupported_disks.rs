@@ -1,5 +1,6 @@
-//! Disks that would not come back as they are, found on the command line: before anything runs, and in whatever form they
-//! are written. What a running QEMU's block graph shows is judged by `qmp_bridge::disks`.
+//! Disks that would not come back as they are, found on the command line: before anything runs, and
+//! in whatever form they are written. What a running QEMU's block graph shows is judged by
+//! `qmp_bridge::disks`.
 
 use super::arguments::QemuOption;
 use super::form::{Form, is_on};
@@ -10,17 +11,25 @@ const OVERLAY: &str = "make an overlay: qemu-img create -f qcow2 -b BASE -F qcow
 const CONVERT: &str = "convert it by qemu-img into a qcow2 or raw image";
 
 pub fn check(options: &[QemuOption]) -> Result<()> {
-    options.iter().filter(|option| ["drive", "blockdev"].contains(&option.name.as_str())).try_for_each(check_tree)?;
+    options
+        .iter()
+        .filter(|option| ["drive", "blockdev"].contains(&option.name.as_str()))
+        .try_for_each(check_tree)?;
     let mut protocol = None;
     visit(options, |site| {
         let is_name = site.means == Use::Disk && (site.key == "file" || site.key.is_empty());
-        if let Some(name) = protocol_of(site.value).filter(|name| is_name && *name != "host_device") {
-            protocol.get_or_insert_with(|| (site.option.to_owned(), name.to_owned(), site.value.to_owned()));
+        if let Some(name) = protocol_of(site.value).filter(|name| is_name && *name != "host_device")
+        {
+            protocol.get_or_insert_with(|| {
+                (site.option.to_owned(), name.to_owned(), site.value.to_owned())
+            });
         }
     });
     match protocol {
         None => Ok(()),
-        Some((option, name, value)) => bail!("-{option} {value}: a checkpoint holds no disk of protocol {name}; {CONVERT}"),
+        Some((option, name, value)) => {
+            bail!("-{option} {value}: a checkpoint holds no disk of protocol {name}; {CONVERT}")
+        }
     }
 }
 
@@ -29,12 +38,16 @@ fn check_tree(option: &QemuOption) -> Result<()> {
         let name = &option.name;
         let last = key.rsplit('.').next().unwrap_or(&key);
         match last {
-            "snapshot" if is_on(&value) => bail!("-{name} {key}=on writes to a disk that vanishes with QEMU; {OVERLAY}"),
+            "snapshot" if is_on(&value) => {
+                bail!("-{name} {key}=on writes to a disk that vanishes with QEMU; {OVERLAY}")
+            }
             "driver" | "format" if !table::BLOCK_DRIVERS.contains(&value.as_str()) => {
                 bail!("-{name} {key}={value}: a checkpoint holds no disk of that kind; {CONVERT}")
             }
             "offset" | "size" if value != "0" => {
-                bail!("-{name} {key}={value} shows a part of a file as the disk; copy that part into an image of its own")
+                bail!(
+                    "-{name} {key}={value} shows a part of a file as the disk; copy that part into an image of its own"
+                )
             }
             _ if key.split('.').any(|part| part == "data-file") => {
                 bail!("-{name} {key}={value}: the image keeps its data in another file; {CONVERT}")

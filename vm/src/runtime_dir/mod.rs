@@ -1,5 +1,6 @@
-//! The directory of one running VM: its sockets, its log, and what the launcher knew about it. It lives as long
-//! as QEMU does (a tmpfs suits it) and is all that a new helper needs to take a VM over.
+//! The directory of one running VM: its sockets, its log, and what the launcher knew about it. It
+//! lives as long as QEMU does (a tmpfs suits it) and is all that a new helper needs to take a VM
+//! over.
 
 mod private;
 
@@ -31,7 +32,8 @@ const HELPER_FAILURE: &str = "helper.failure";
 const MARKS: &str = "marks.json";
 const MAX_MARKS_BYTES: u64 = 1024;
 
-/// What was launched, in the words of `launch`: enough to attach to it and to start it again elsewhere.
+/// What was launched, in the words of `launch`: enough to attach to it and to start it again
+/// elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmFile {
     pub format: u32,
@@ -47,7 +49,8 @@ pub struct VmFile {
     pub accelerator: String,
     pub ram_bytes: u64,
     pub ram_block: String,
-    /// The user's options, normalized: no readconfig, every drive named, the machine type versioned.
+    /// The user's options, normalized: no readconfig, every drive named, the machine type
+    /// versioned.
     pub arguments: Vec<String>,
     pub directory: PathBuf,
     #[serde(rename = "scratch")]
@@ -125,8 +128,9 @@ impl VmFile {
     }
 }
 
-/// What the marks of written pages count from. They outlive a helper: the kernel's in the guest's page tables, the disks' as
-/// dirty bitmaps in QEMU. They say nothing of any checkpoint that does not descend from `since`.
+/// What the marks of written pages count from. They outlive a helper: the kernel's in the guest's
+/// page tables, the disks' as dirty bitmaps in QEMU. They say nothing of any checkpoint that does
+/// not descend from `since`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Marks {
     /// The disks' bitmaps record at least since this checkpoint.
@@ -149,8 +153,8 @@ pub struct RuntimeDir {
 }
 
 impl RuntimeDir {
-    /// The directory of VM `name` below `base` (default: see `default_base`). One that exists and that others could change is
-    /// refused.
+    /// The directory of VM `name` below `base` (default: see `default_base`). One that exists and
+    /// that others could change is refused.
     pub fn new(base: Option<&Path>, name: &VmName) -> Result<Self> {
         let directory = Self::locate(base, name)?;
         private::open(&directory.base, name.as_str(), Owner::Trusted)?;
@@ -170,15 +174,21 @@ impl RuntimeDir {
         let names = std::fs::read_dir(&base).into_iter().flatten().flatten();
         let names = names.filter_map(|entry| entry.file_name().to_str()?.parse::<VmName>().ok());
         let directories = names.filter_map(|name| Self::new(Some(&base), &name).ok());
-        directories.filter_map(|directory| directory.vm().ok().map(|file| (directory, file))).collect()
+        directories
+            .filter_map(|directory| directory.vm().ok().map(|file| (directory, file)))
+            .collect()
     }
 
     fn locate(base: Option<&Path>, name: &VmName) -> Result<Self> {
         let base = base.map_or_else(default_base, Path::to_owned);
-        let base = std::path::absolute(base).context("making the runtime directory's path absolute")?;
+        let base =
+            std::path::absolute(base).context("making the runtime directory's path absolute")?;
         let path = base.join(name.as_str());
         let Some(text) = path.to_str() else {
-            return Err(refused(format!("the runtime directory {} is not valid UTF-8; name another by --runtime-dir", path.display())));
+            return Err(refused(format!(
+                "the runtime directory {} is not valid UTF-8; name another by --runtime-dir",
+                path.display()
+            )));
         };
         if text.len() + "/control.sock".len() > MAX_SOCKET_PATH || text.contains([',', '=']) {
             return Err(refused(format!(
@@ -205,17 +215,20 @@ impl RuntimeDir {
 
     pub fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>> {
         let directory = self.directory()?;
-        private::read_file(&directory, name, limit).with_context(|| format!("reading {}/{name}", self.path.display()))
+        private::read_file(&directory, name, limit)
+            .with_context(|| format!("reading {}/{name}", self.path.display()))
     }
 
     pub fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let directory = self.directory()?;
-        private::replace_file(&directory, name, bytes).with_context(|| format!("writing {}/{name}", self.path.display()))
+        private::replace_file(&directory, name, bytes)
+            .with_context(|| format!("writing {}/{name}", self.path.display()))
     }
 
     fn open(&self, name: &str, flags: OFlag) -> Result<File> {
         let directory = self.directory()?;
-        private::open_file(&directory, name, flags).with_context(|| format!("opening {}/{name}", self.path.display()))
+        private::open_file(&directory, name, flags)
+            .with_context(|| format!("opening {}/{name}", self.path.display()))
     }
 
     /// The helper's log, to be written at its end.
@@ -260,7 +273,8 @@ impl RuntimeDir {
         self.path.join("control.sock")
     }
 
-    /// Capabilities and parameters of QEMU's migration as they were before a checkpoint by stream changed them.
+    /// Capabilities and parameters of QEMU's migration as they were before a checkpoint by stream
+    /// changed them.
     pub fn migration_journal(&self) -> PathBuf {
         self.path.join("migration.json")
     }
@@ -294,8 +308,12 @@ impl RuntimeDir {
     /// The helper that holds [`RuntimeDir::lock_helper`].
     pub fn helper_pid_of_holder(&self) -> Result<Pid> {
         let text = self.read("helper.pid", 32)?;
-        let pid = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).filter(|pid| *pid > 1);
-        pid.map(Pid::from_raw).with_context(|| format!("{} holds no process id", self.helper_pid().display()))
+        let pid = std::str::from_utf8(&text)
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .filter(|pid| *pid > 1);
+        pid.map(Pid::from_raw)
+            .with_context(|| format!("{} holds no process id", self.helper_pid().display()))
     }
 
     pub fn save_vm(&self, vm: &VmFile) -> Result<()> {
@@ -303,9 +321,11 @@ impl RuntimeDir {
         self.replace("machine.json", &text)
     }
 
-    /// Whether what is known of the VM was written down so lately. A clock that was set back says no.
+    /// Whether what is known of the VM was written down so lately. A clock that was set back says
+    /// no.
     pub fn launched_within(&self, time: Duration) -> bool {
-        let written = std::fs::metadata(self.path.join("machine.json")).and_then(|facts| facts.modified());
+        let written =
+            std::fs::metadata(self.path.join("machine.json")).and_then(|facts| facts.modified());
         written.is_ok_and(|written| written.elapsed().is_ok_and(|age| age < time))
     }
 
@@ -318,7 +338,8 @@ impl RuntimeDir {
             )));
         }
         let text = self.read("machine.json", MAX_VM_FILE_BYTES)?;
-        let vm: VmFile = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
+        let vm: VmFile = serde_json::from_slice(&text)
+            .with_context(|| format!("{} is damaged", path.display()))?;
         if vm.format != VM_FILE_FORMAT {
             bail!("{} has format {}; this build reads {VM_FILE_FORMAT}", path.display(), vm.format);
         }
@@ -329,7 +350,10 @@ impl RuntimeDir {
     pub fn devices_at_start(&self, now: &[String]) -> Result<Vec<String>> {
         let path = self.path.join("devices.json");
         if !path.exists() {
-            self.replace("devices.json", &serde_json::to_vec(now).context("encoding devices.json")?)?;
+            self.replace(
+                "devices.json",
+                &serde_json::to_vec(now).context("encoding devices.json")?,
+            )?;
         }
         let text = self.read("devices.json", MAX_VM_FILE_BYTES)?;
         serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))
@@ -344,7 +368,8 @@ impl RuntimeDir {
         self.forget(MARKS)
     }
 
-    /// What an earlier helper left behind in the way of marks of written pages. None if that is not known.
+    /// What an earlier helper left behind in the way of marks of written pages. None if that is not
+    /// known.
     pub fn marks(&self) -> Option<Marks> {
         serde_json::from_slice(&self.read(MARKS, MAX_MARKS_BYTES).ok()?).ok()
     }
@@ -353,8 +378,8 @@ impl RuntimeDir {
         self.replace(MARKS, &serde_json::to_vec(&marks).context("encoding the record of marks")?)
     }
 
-    /// From here on the kernel's marks alone do not tell what was written: a claim begins, whose pages die with its helper, or
-    /// another process has used them.
+    /// From here on the kernel's marks alone do not tell what was written: a claim begins, whose
+    /// pages die with its helper, or another process has used them.
     pub fn forget_exact_marks(&self) -> Result<()> {
         match self.marks() {
             Some(marks) => self.set_marks(Marks { is_exact: false, ..marks }),
@@ -374,7 +399,8 @@ impl RuntimeDir {
 
     fn forget(&self, name: &str) -> Result<()> {
         let directory = self.directory()?;
-        private::remove_file(&directory, name).with_context(|| format!("removing {}/{name}", self.path.display()))
+        private::remove_file(&directory, name)
+            .with_context(|| format!("removing {}/{name}", self.path.display()))
     }
 
     /// One helper per VM: the lock ends with the process that holds it, however it dies.
@@ -387,7 +413,9 @@ impl RuntimeDir {
                 Err((file, _)) => file,
             };
             if Instant::now() >= end {
-                let pid = self.helper_pid_of_holder().map_or_else(|_| "unknown".to_owned(), |pid| pid.to_string());
+                let pid = self
+                    .helper_pid_of_holder()
+                    .map_or_else(|_| "unknown".to_owned(), |pid| pid.to_string());
                 return Err(refused(format!(
                     "a helper (pid {pid}) is attached to this VM already; use it, or replace it by 'stillpoint attach --take-over'"
                 )));
@@ -400,9 +428,15 @@ impl RuntimeDir {
 impl RuntimeDir {
     /// Whether `pid` holds [`RuntimeDir::lock_helper`], as the kernel tells.
     pub fn is_locked_by(&self, pid: Pid) -> bool {
-        let Ok(facts) = std::fs::symlink_metadata(self.path.join("helper.lock")) else { return false };
-        let Ok(table) = files::read_limited(Path::new("/proc/locks"), MAX_LOCKS_BYTES) else { return false };
-        String::from_utf8_lossy(&table).lines().any(|line| flock(line, facts.ino()) == Some(pid.as_raw()))
+        let Ok(facts) = std::fs::symlink_metadata(self.path.join("helper.lock")) else {
+            return false;
+        };
+        let Ok(table) = files::read_limited(Path::new("/proc/locks"), MAX_LOCKS_BYTES) else {
+            return false;
+        };
+        String::from_utf8_lossy(&table)
+            .lines()
+            .any(|line| flock(line, facts.ino()) == Some(pid.as_raw()))
     }
 }
 
@@ -415,8 +449,8 @@ pub fn flock_holder(file: &File) -> Option<String> {
     Some(format!("process {pid} ({})", String::from_utf8_lossy(&line).replace('\0', " ").trim()))
 }
 
-/// The holder of an inode's lock: `1: FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF`. The device is not compared: some file systems
-/// show another one there.
+/// The holder of an inode's lock: `1: FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF`. The device is
+/// not compared: some file systems show another one there.
 fn flock(line: &str, inode: u64) -> Option<i32> {
     let fields: Vec<&str> = line.split_whitespace().collect();
     let [_, "FLOCK", _, _, holder, place, ..] = fields.as_slice() else { return None };
@@ -424,18 +458,26 @@ fn flock(line: &str, inode: u64) -> Option<i32> {
     is_it.then(|| holder.parse().ok())?
 }
 
-/// Root's is `/run/stillpoint`; a user's is in their own run directory, or in /tmp where they have none.
+/// Root's is `/run/stillpoint`; a user's is in their own run directory, or in /tmp where they have
+/// none.
 fn default_base() -> PathBuf {
     let user = nix::unistd::geteuid();
     if user.is_root() {
         return PathBuf::from("/run/stillpoint");
     }
     // Another user's variable may still be set.
-    let is_own =
-        |path: &PathBuf| path.is_absolute() && std::fs::metadata(path).is_ok_and(|facts| facts.is_dir() && facts.uid() == user.as_raw());
+    let is_own = |path: &PathBuf| {
+        path.is_absolute()
+            && std::fs::metadata(path)
+                .is_ok_and(|facts| facts.is_dir() && facts.uid() == user.as_raw())
+    };
     let session = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(is_own);
-    let session = session.or_else(|| Some(PathBuf::from(format!("/run/user/{user}"))).filter(is_own));
-    session.map_or_else(|| PathBuf::from(format!("/tmp/stillpoint-{user}")), |path| path.join("stillpoint"))
+    let session =
+        session.or_else(|| Some(PathBuf::from(format!("/run/user/{user}"))).filter(is_own));
+    session.map_or_else(
+        || PathBuf::from(format!("/tmp/stillpoint-{user}")),
+        |path| path.join("stillpoint"),
+    )
 }
 
 #[cfg(test)]
@@ -444,11 +486,16 @@ mod test {
 
     #[test]
     fn marks_count_from_one_certain_checkpoint() {
-        let identity = |id: u64, manifest: &str| CheckpointIdentity::new(CheckpointId(id), manifest.as_bytes());
+        let identity = |id: u64, manifest: &str| {
+            CheckpointIdentity::new(CheckpointId(id), manifest.as_bytes())
+        };
         let lineage = [identity(1, "one"), identity(2, "two")];
         let marks = |since| Marks { since, is_exact: true };
         assert_eq!(marks(identity(2, "two")).of(&lineage), Some(marks(identity(2, "two"))));
-        assert!(marks(identity(1, "one")).of(&lineage).is_some(), "of an ancestor they hold more than is needed");
+        assert!(
+            marks(identity(1, "one")).of(&lineage).is_some(),
+            "of an ancestor they hold more than is needed"
+        );
         assert_eq!(marks(identity(2, "another")).of(&lineage), None);
         assert_eq!(marks(identity(3, "three")).of(&lineage), None);
     }
@@ -464,7 +511,11 @@ mod test {
         drop(lock);
         assert!(!runtime.is_locked_by(Pid::this()));
         assert_eq!(flock("1: FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF", 4711), Some(815));
-        assert_eq!(flock("1: -> FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF", 4711), None, "it waits for the lock");
+        assert_eq!(
+            flock("1: -> FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF", 4711),
+            None,
+            "it waits for the lock"
+        );
         assert_eq!(flock("1: POSIX  ADVISORY  WRITE 815 00:15:4711 0 EOF", 4711), None);
     }
 

@@ -1,7 +1,9 @@
-//! Directories that nobody else can change: ours or root's, not writable by others, reached without a symbolic link.
+//! Directories that nobody else can change: ours or root's, not writable by others, reached without
+//! a symbolic link.
 //!
-//! What lies in one decides which process is signalled, which file is truncated and whose answer is believed. So each access
-//! begins with the directory itself, and files are opened relative to its descriptor and never through a link.
+//! What lies in one decides which process is signalled, which file is truncated and whose answer is
+//! believed. So each access begins with the directory itself, and files are opened relative to its
+//! descriptor and never through a link.
 
 use crate::error::refused;
 use anyhow::{Context, Result};
@@ -59,7 +61,9 @@ fn open_one(at: impl AsFd, name: &Path, shown: &Path) -> Result<Option<OwnedFd>>
             "the runtime directory {} is a symbolic link or no directory; remove it, or name another by --runtime-dir",
             shown.display()
         ))),
-        Err(error) => Err(error).with_context(|| format!("opening the runtime directory {}", shown.display())),
+        Err(error) => {
+            Err(error).with_context(|| format!("opening the runtime directory {}", shown.display()))
+        }
     }
 }
 
@@ -67,7 +71,10 @@ fn check(directory: &OwnedFd, path: &Path, owner: Owner, exempt: u32) -> Result<
     let facts = fstat(directory).with_context(|| format!("looking at {}", path.display()))?;
     match distrust((facts.st_uid, facts.st_mode), geteuid().as_raw(), owner, exempt) {
         None => Ok(()),
-        Some(why) => Err(refused(format!("the runtime directory {} {why}, or name another by --runtime-dir", path.display()))),
+        Some(why) => Err(refused(format!(
+            "the runtime directory {} {why}, or name another by --runtime-dir",
+            path.display()
+        ))),
     }
 }
 
@@ -77,12 +84,16 @@ fn distrust((user, mode): (u32, u32), us: u32, owner: Owner, exempt: u32) -> Opt
         return Some(format!("belongs to user {user}; run this command as that user"));
     }
     if mode & GROUP_OR_OTHERS_WRITE != 0 && mode & exempt == 0 {
-        return Some(format!("can be written by others (mode {:o}); take that right away by 'chmod go-w'", mode & 0o7777));
+        return Some(format!(
+            "can be written by others (mode {:o}); take that right away by 'chmod go-w'",
+            mode & 0o7777
+        ));
     }
     None
 }
 
-/// A file of a private directory. Never through a link, and never waits for the other end of a pipe.
+/// A file of a private directory. Never through a link, and never waits for the other end of a
+/// pipe.
 pub fn open_file(directory: &OwnedFd, name: &str, flags: OFlag) -> std::io::Result<File> {
     let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
     Ok(openat(directory, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?.into())
@@ -101,7 +112,8 @@ pub fn read_file(directory: &OwnedFd, name: &str, limit: u64) -> std::io::Result
 pub fn replace_file(directory: &OwnedFd, name: &str, bytes: &[u8]) -> std::io::Result<()> {
     let new = format!("{name}.new");
     remove_file(directory, &new)?;
-    open_file(directory, &new, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL)?.write_all(bytes)?;
+    open_file(directory, &new, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL)?
+        .write_all(bytes)?;
     Ok(nix::fcntl::renameat(directory, new.as_str(), directory, name)?)
 }
 
@@ -132,7 +144,13 @@ mod test {
         create(&base, "m").unwrap();
         assert!(open(&base, "m", Owner::Trusted).unwrap().is_some());
         assert_eq!(std::fs::metadata(base.join("m")).unwrap().permissions().mode() & 0o7777, 0o700);
-        let refused = |what: &str| assert_eq!(class_of(&open(&base, "m", Owner::Trusted).unwrap_err()), Class::Refused, "{what}");
+        let refused = |what: &str| {
+            assert_eq!(
+                class_of(&open(&base, "m", Owner::Trusted).unwrap_err()),
+                Class::Refused,
+                "{what}"
+            )
+        };
         mode(&base, 0o1777);
         assert!(open(&base, "m", Owner::Trusted).is_ok(), "like /tmp");
         mode(&base, 0o777);
@@ -149,7 +167,10 @@ mod test {
         symlink(&base, &linked).unwrap();
         assert_eq!(class_of(&create(&linked, "other").unwrap_err()), Class::Refused);
         std::fs::write(place.path().join("file"), "").unwrap();
-        assert_eq!(class_of(&open(place.path(), "file", Owner::Trusted).unwrap_err()), Class::Refused);
+        assert_eq!(
+            class_of(&open(place.path(), "file", Owner::Trusted).unwrap_err()),
+            Class::Refused
+        );
     }
 
     #[test]
@@ -172,7 +193,9 @@ mod test {
         symlink(&victim, place.path().join("m/x")).unwrap();
         symlink(&victim, place.path().join("m/x.new")).unwrap();
         assert!(read_file(&directory, "x", 100).is_err());
-        assert!(open_file(&directory, "x", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC).is_err());
+        assert!(
+            open_file(&directory, "x", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC).is_err()
+        );
         replace_file(&directory, "x", b"ours").unwrap();
         assert_eq!(read_file(&directory, "x", 4).unwrap(), b"ours");
         assert!(read_file(&directory, "x", 3).is_err(), "limited");

@@ -8,8 +8,13 @@ use super::*;
 use crate::lineage;
 use crate::pack::{PackJob, PackTarget, Packer};
 use bytes::Bytes;
-use checkpoint_format::{DigestTable, PAGE_SIZE, PageCount, PageDigest, PageIndex, SpaceTable, VmName};
-use checkpoint_store::{Claim, Fault, FaultRule, FaultyStore, MemoryStore, Mode, Op, Repository, Store, StorePath, Writer};
+use checkpoint_format::{
+    DigestTable, PAGE_SIZE, PageCount, PageDigest, PageIndex, SpaceTable, VmName,
+};
+use checkpoint_store::{
+    Claim, Fault, FaultRule, FaultyStore, MemoryStore, Mode, Op, Repository, Store, StorePath,
+    Writer,
+};
 use proptest::prelude::*;
 use qmp_bridge::nbd::{Content, ContentRange};
 use std::collections::{BTreeMap, BTreeSet};
@@ -48,9 +53,18 @@ fn names() -> [SpaceName; 3] {
 }
 
 fn new_spaces() -> Vec<Space> {
-    let tables = [DigestTable::dense(PageCount(RAM)), DigestTable::sparse(ByteLen(64 << 10)), DigestTable::sparse(ByteLen(4096))];
+    let tables = [
+        DigestTable::dense(PageCount(RAM)),
+        DigestTable::sparse(ByteLen(64 << 10)),
+        DigestTable::sparse(ByteLen(4096)),
+    ];
     let sizes = [PageCount(RAM), PageCount(DISK), PageCount(0)];
-    names().into_iter().zip(sizes).zip(tables).map(|((name, pages), table)| Space::new(name, pages, table)).collect()
+    names()
+        .into_iter()
+        .zip(sizes)
+        .zip(tables)
+        .map(|((name, pages), table)| Space::new(name, pages, table))
+        .collect()
 }
 
 /// One VM and its helper, as far as pages go.
@@ -77,11 +91,26 @@ impl Scene {
     async fn new(vm_content: Pages) -> Self {
         let memory: Arc<dyn Store> = Arc::new(MemoryStore::new());
         let faulty = FaultyStore::new(Arc::clone(&memory));
-        let repository = Repository::open(Arc::new(faulty.clone()), Mode::CreateIfMissing).await.unwrap();
-        let writer = repository.claim_writer(&vm(), holder::record("i").unwrap(), Claim::TakeOver).await.unwrap();
+        let repository =
+            Repository::open(Arc::new(faulty.clone()), Mode::CreateIfMissing).await.unwrap();
+        let writer = repository
+            .claim_writer(&vm(), holder::record("i").unwrap(), Claim::TakeOver)
+            .await
+            .unwrap();
         let (dirty, restored) = Default::default();
         let spaces = new_spaces();
-        Self { faulty, memory, repository, writer, vm: vm_content, spaces, carried: None, committed: 0, dirty, restored }
+        Self {
+            faulty,
+            memory,
+            repository,
+            writer,
+            vm: vm_content,
+            spaces,
+            carried: None,
+            committed: 0,
+            dirty,
+            restored,
+        }
     }
 
     fn parent(&self) -> Option<CheckpointId> {
@@ -150,7 +179,9 @@ impl Scene {
             let part = PageRange::new(PageIndex(start), PageIndex(DISK.min(start + PART)));
             let window = resumed.window(&names()[1], part).await?;
             let mut ranges = self.ranges(part, is_full);
-            window.iter().for_each(|window| add_carried(&mut ranges, window, DISK * PAGE_SIZE as u64));
+            window
+                .iter()
+                .for_each(|window| add_carried(&mut ranges, window, DISK * PAGE_SIZE as u64));
             delta.enter(1, window);
             for range in ranges {
                 self.offer_range(delta, range, &mut jobs);
@@ -160,27 +191,50 @@ impl Scene {
         delta.flush(&mut jobs);
         // The device state has another length each time.
         let state = [page(1000), page(1001)].concat();
-        delta.offer(2, PageIndex(0), &state[..PAGE_SIZE * (1 + self.committed as usize % 2)], &mut jobs);
+        delta.offer(
+            2,
+            PageIndex(0),
+            &state[..PAGE_SIZE * (1 + self.committed as usize % 2)],
+            &mut jobs,
+        );
         delta.flush(&mut jobs);
         packer.send(&mut jobs).await
     }
 
     /// What is read of the disk: a full checkpoint what is allocated, another one what was written.
     fn ranges(&self, part: PageRange, is_full: bool) -> Vec<ContentRange> {
-        let wanted = |number: u64| if is_full { self.vm.disk[number as usize].is_some() } else { self.dirty[1].contains(&number) };
+        let wanted = |number: u64| {
+            if is_full {
+                self.vm.disk[number as usize].is_some()
+            } else {
+                self.dirty[1].contains(&number)
+            }
+        };
         let range = |number: u64| {
-            let content = if self.vm.disk[number as usize] == Some(0) { Content::Zero } else { Content::Data };
-            ContentRange { start: number * PAGE_SIZE as u64, end: (number + 1) * PAGE_SIZE as u64, content }
+            let content = if self.vm.disk[number as usize] == Some(0) {
+                Content::Zero
+            } else {
+                Content::Data
+            };
+            ContentRange {
+                start: number * PAGE_SIZE as u64,
+                end: (number + 1) * PAGE_SIZE as u64,
+                content,
+            }
         };
         part.iter().map(|page| page.0).filter(|number| wanted(*number)).map(range).collect()
     }
 
     fn offer_range(&self, delta: &mut Delta, range: ContentRange, jobs: &mut Vec<PackJob>) {
-        let pages = PageRange::new(PageIndex(range.start / PAGE_SIZE as u64), PageIndex(range.end / PAGE_SIZE as u64));
+        let pages = PageRange::new(
+            PageIndex(range.start / PAGE_SIZE as u64),
+            PageIndex(range.end / PAGE_SIZE as u64),
+        );
         match range.content {
             Content::Zero => delta.offer_zero(1, pages, jobs),
             Content::Data => {
-                let content = pages.iter().map(|at| page(self.vm.disk[at.as_usize()].unwrap_or(LAYER)));
+                let content =
+                    pages.iter().map(|at| page(self.vm.disk[at.as_usize()].unwrap_or(LAYER)));
                 delta.offer(1, pages.start, &content.collect::<Vec<_>>().concat(), jobs);
             }
         }
@@ -196,17 +250,29 @@ impl Scene {
             let index = lineage::index(&self.repository, &vm(), id, record).await.unwrap();
             for (space, restored) in names().iter().zip(&mut self.restored) {
                 for run in index.runs_of(space) {
-                    let digests = index.run_digests(run).iter().copied().chain(std::iter::repeat(PageDigest::ZERO_PAGE));
+                    let digests = index
+                        .run_digests(run)
+                        .iter()
+                        .copied()
+                        .chain(std::iter::repeat(PageDigest::ZERO_PAGE));
                     restored.extend(run.pages.iter().map(|page| page.0).zip(digests));
                 }
             }
         }
         for number in 0..RAM {
-            assert_eq!(self.restored[0].get(&number), Some(&digest(self.vm.ram[number as usize])), "memory page {number}");
+            assert_eq!(
+                self.restored[0].get(&number),
+                Some(&digest(self.vm.ram[number as usize])),
+                "memory page {number}"
+            );
         }
         for number in 0..DISK {
             let restored = self.restored[1].get(&number).copied().unwrap_or(digest(LAYER));
-            assert_eq!(restored, digest(self.vm.disk[number as usize].unwrap_or(LAYER)), "disk page {number}");
+            assert_eq!(
+                restored,
+                digest(self.vm.disk[number as usize].unwrap_or(LAYER)),
+                "disk page {number}"
+            );
         }
     }
 
@@ -228,7 +294,11 @@ impl Scene {
     async fn partials(&self) -> Vec<StorePath> {
         let dir = StorePath::new("vms/vm-1/checkpoints").unwrap();
         let entries = self.memory.list(&dir).await.unwrap();
-        entries.iter().filter(|entry| entry.name.ends_with(".partial")).map(|entry| dir.join(&entry.name).unwrap()).collect()
+        entries
+            .iter()
+            .filter(|entry| entry.name.ends_with(".partial"))
+            .map(|entry| dir.join(&entry.name).unwrap())
+            .collect()
     }
 }
 
@@ -263,7 +333,14 @@ async fn carried_pack_that_is_gone_or_cut_is_stored_again() {
     let mut scene = Scene::new(busy()).await;
     scene.fail_after(9);
     scene.attempt().await.unwrap_err();
-    let names: Vec<String> = scene.carried.as_ref().unwrap().packs.iter().map(|pack| pack.record.name.to_string()).collect();
+    let names: Vec<String> = scene
+        .carried
+        .as_ref()
+        .unwrap()
+        .packs
+        .iter()
+        .map(|pack| pack.record.name.to_string())
+        .collect();
     let dir = scene.partials().await.remove(0);
     scene.memory.remove(&dir.join(&names[2]).unwrap()).await.unwrap();
     let cut = dir.join(&names[4]).unwrap();
@@ -279,7 +356,11 @@ async fn carried_packs_of_a_fenced_writer_are_gone_and_it_commits_nothing() {
     scene.fail_after(9);
     scene.attempt().await.unwrap_err();
     scene.faulty.heal();
-    let other = scene.repository.claim_writer(&vm(), holder::record("j").unwrap(), Claim::TakeOver).await.unwrap();
+    let other = scene
+        .repository
+        .claim_writer(&vm(), holder::record("j").unwrap(), Claim::TakeOver)
+        .await
+        .unwrap();
     assert!(scene.partials().await.is_empty(), "the claim removes them");
     let error = scene.attempt().await.unwrap_err();
     assert!(error.downcast_ref::<StoreError>().is_some_and(StoreError::is_fenced), "{error:#}");
@@ -304,7 +385,9 @@ async fn carried_packs_that_are_outdated_leave_the_store() {
     let id = CheckpointId(1);
     let mut gone = 0;
     for pack in &first {
-        gone += usize::from(scene.repository.pack_len(&vm(), id, pack.record.name.as_str()).await.is_err());
+        gone += usize::from(
+            scene.repository.pack_len(&vm(), id, pack.record.name.as_str()).await.is_err(),
+        );
     }
     assert!((3..first.len()).contains(&gone), "{gone} of {} packs", first.len());
 }
@@ -330,12 +413,8 @@ fn any_step() -> impl Strategy<Value = Step> {
     let content = prop_oneof![Just(None), (0..4_u64).prop_map(Some)];
     let disk = prop::collection::vec((0..DISK, 1..120_u64, content), 0..5);
     let fails = prop::option::weighted(0.6, 0..12_u64);
-    (ram, disk, fails, prop::option::weighted(0.2, 0..8_usize)).prop_map(|(ram, disk, fails_after, stolen)| Step {
-        ram,
-        disk,
-        fails_after,
-        stolen,
-    })
+    (ram, disk, fails, prop::option::weighted(0.2, 0..8_usize))
+        .prop_map(|(ram, disk, fails_after, stolen)| Step { ram, disk, fails_after, stolen })
 }
 
 proptest! {

@@ -20,7 +20,12 @@ fn connected() -> (NbdClient, UnixStream) {
 }
 
 fn chunk(flags: u16, kind: u16, cookie: u64, body: &[u8]) -> Vec<u8> {
-    let head = [&CHUNK_MAGIC.to_be_bytes()[..], &flags.to_be_bytes(), &kind.to_be_bytes(), &cookie.to_be_bytes()];
+    let head = [
+        &CHUNK_MAGIC.to_be_bytes()[..],
+        &flags.to_be_bytes(),
+        &kind.to_be_bytes(),
+        &cookie.to_be_bytes(),
+    ];
     [&head.concat()[..], &(body.len() as u32).to_be_bytes(), body].concat()
 }
 
@@ -44,7 +49,12 @@ async fn chunks_in_any_order_and_holes() {
     let reply = [
         chunk(0, CHUNK_DATA, 1, &data(4100, &[7; 2])),
         chunk(0, CHUNK_DATA, 1, &data(4096, &[5; 4])),
-        chunk(CHUNK_DONE, CHUNK_HOLE, 1, &[&4102u64.to_be_bytes()[..], &2u32.to_be_bytes()].concat()),
+        chunk(
+            CHUNK_DONE,
+            CHUNK_HOLE,
+            1,
+            &[&4102u64.to_be_bytes()[..], &2u32.to_be_bytes()].concat(),
+        ),
     ];
     assert_eq!(read_with(reply.concat()).await.expect("read"), [5, 5, 5, 5, 7, 7, 0, 0]);
 }
@@ -57,7 +67,11 @@ async fn lies_are_errors() {
         chunk(CHUNK_DONE, CHUNK_DATA, 1, &data(4095, &[5; 8])),
         chunk(CHUNK_DONE, CHUNK_DATA, 1, &data(u64::MAX, &[5; 8])),
         chunk(CHUNK_DONE, CHUNK_DATA, 1, &data(4096, &[5; 9])),
-        [chunk(0, CHUNK_DATA, 1, &data(4096, &[5; 8])), chunk(CHUNK_DONE, CHUNK_DATA, 1, &data(4096, &[5; 1]))].concat(),
+        [
+            chunk(0, CHUNK_DATA, 1, &data(4096, &[5; 8])),
+            chunk(CHUNK_DONE, CHUNK_DATA, 1, &data(4096, &[5; 1])),
+        ]
+        .concat(),
         chunk(CHUNK_DONE, CHUNK_DATA, 1, &[]),
         chunk(CHUNK_DONE, CHUNK_STATUS, 1, &[0; 12]),
         chunk(CHUNK_DONE, 99, 1, &[]),
@@ -68,10 +82,16 @@ async fn lies_are_errors() {
     ];
     for (number, reply) in replies.into_iter().enumerate() {
         let result = read_with(reply).await;
-        assert!(matches!(result, Err(NbdError::Protocol(_) | NbdError::Closed(_))), "{number}: {result:?}");
+        assert!(
+            matches!(result, Err(NbdError::Protocol(_) | NbdError::Closed(_))),
+            "{number}: {result:?}"
+        );
     }
     let failed = read_with(chunk(CHUNK_DONE, CHUNK_ERROR_BIT | 1, 1, &error_body)).await;
-    assert!(matches!(&failed, Err(NbdError::Failed { errno: 5, message, .. }) if message == "bad"), "{failed:?}");
+    assert!(
+        matches!(&failed, Err(NbdError::Failed { errno: 5, message, .. }) if message == "bad"),
+        "{failed:?}"
+    );
 }
 
 #[tokio::test]
@@ -95,7 +115,8 @@ async fn an_abandoned_request_does_not_disturb_the_next() {
 }
 
 fn run<T>(future: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
     runtime.block_on(future)
 }
 

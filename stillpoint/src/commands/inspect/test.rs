@@ -1,6 +1,7 @@
-//! Whoever can write the store chooses every byte of it, and every digest. Each byte and each value of a real checkpoint is made
-//! another, behind digests that are right, and what the commands do with it is done: show, ls, verify, and a restore's plan. None
-//! panics or believes a number before it has memory for it, and what is wrong is damage.
+//! Whoever can write the store chooses every byte of it, and every digest. Each byte and each value
+//! of a real checkpoint is made another, behind digests that are right, and what the commands do
+//! with it is done: show, ls, verify, and a restore's plan. None panics or believes a number before
+//! it has memory for it, and what is wrong is damage.
 
 use super::{describe, row, summary};
 use crate::exit::{DAMAGED, REFUSED, STORE, code_of};
@@ -24,8 +25,8 @@ use vm::error::explain;
 #[path = "../../../../checkpoint-format/tests/common/mod.rs"]
 mod common;
 
-/// Address space that all of it may take beyond what it begins with: the largest space that is read whole, a heap for each thread,
-/// and far less than the least lie that is not refused as such.
+/// Address space that all of it may take beyond what it begins with: the largest space that is read
+/// whole, a heap for each thread, and far less than the least lie that is not refused as such.
 const MOST_BYTES: u64 = 3 << 30;
 /// Values in which counts, kinds and texts break.
 const BYTES: [u8; 5] = [0, 1, 0xff, b'9', b'"'];
@@ -51,7 +52,11 @@ impl Sample {
         let store = Arc::new(LocalStore::new(folder.path().join("store")).unwrap());
         let repository = Repository::open(store, Mode::CreateIfMissing).await.unwrap();
         let image = folder.path().join("base.raw");
-        std::fs::write(&image, [vec![7; BLOCK_SIZE], vec![0; BLOCK_SIZE], common::noise(1), vec![1; 8]].concat()).unwrap();
+        std::fs::write(
+            &image,
+            [vec![7; BLOCK_SIZE], vec![0; BLOCK_SIZE], common::noise(1), vec![1; 8]].concat(),
+        )
+        .unwrap();
         let found = layers::digest::of_file(&image).unwrap();
         layers::ensure(&repository, &image, found).await.unwrap();
         let manifest = manifest(LayerRef {
@@ -62,7 +67,8 @@ impl Sample {
             path: "/nowhere/base".to_owned(),
         });
         let place = folder.path().join("store/layers").join(found.digest.to_string());
-        let layer = LayerManifest::parse(&std::fs::read(place.join("layer.json")).unwrap()).unwrap();
+        let layer =
+            LayerManifest::parse(&std::fs::read(place.join("layer.json")).unwrap()).unwrap();
         let table = std::fs::read(place.join("blocks.table")).unwrap();
         let sample = Self { folder, repository, manifest, layer, table };
         std::fs::create_dir_all(sample.checkpoint()).unwrap();
@@ -87,12 +93,19 @@ impl Sample {
     /// Each is done, or ends with the code of damage or of the store.
     async fn judge(&self, what: &str) {
         let name: CheckpointName = "web-1".parse().unwrap();
-        let looked = [("show", self.show(&name).await), ("ls", self.ls(&name).await), ("verify", self.verify(&name).await)];
+        let looked = [
+            ("show", self.show(&name).await),
+            ("ls", self.ls(&name).await),
+            ("verify", self.verify(&name).await),
+        ];
         let planned = self.plan(&name).await;
         for (command, result) in looked.into_iter().chain([("restore", planned)]) {
             let Err(error) = result else { continue };
             let text = explain(&error);
-            assert!(!text.contains("panicked") && !text.contains("internal error"), "{what}: {command}: {text}");
+            assert!(
+                !text.contains("panicked") && !text.contains("internal error"),
+                "{what}: {command}: {text}"
+            );
             let code = code_of(&error);
             let fits = [DAMAGED, STORE].contains(&code) || command == "restore" && code == REFUSED;
             assert!(fits, "{what}: {command} ends with {code}: {text}");
@@ -102,14 +115,20 @@ impl Sample {
     async fn show(&self, name: &CheckpointName) -> Result<()> {
         let id = resolve(&self.repository, name).await?;
         let manifest = lineage::manifest(&self.repository, &name.vm, id).await?;
-        ensure!(!describe(&manifest).is_empty() && serde_json::to_value(&manifest)?.is_object(), "nothing is shown");
+        ensure!(
+            !describe(&manifest).is_empty() && serde_json::to_value(&manifest)?.is_object(),
+            "nothing is shown"
+        );
         Ok(())
     }
 
     async fn ls(&self, name: &CheckpointName) -> Result<()> {
         for id in checkpoints(&self.repository, &name.vm).await? {
             let manifest = lineage::manifest(&self.repository, &name.vm, id).await?;
-            ensure!(!row(&manifest).is_empty() && summary(&manifest).is_object(), "nothing is listed");
+            ensure!(
+                !row(&manifest).is_empty() && summary(&manifest).is_object(),
+                "nothing is listed"
+            );
         }
         Ok(())
     }
@@ -120,7 +139,8 @@ impl Sample {
     }
 
     async fn plan(&self, name: &CheckpointName) -> Result<()> {
-        let source = Source::open(&self.repository, &name.vm, CheckpointId(1), Arc::new(Silent)).await?;
+        let source =
+            Source::open(&self.repository, &name.vm, CheckpointId(1), Arc::new(Silent)).await?;
         let manifest = source.manifest();
         vm::launch::saved::check_record(&manifest.vm_record)?;
         Transition::choose(manifest.run_state, false, false)?;
@@ -129,7 +149,9 @@ impl Sample {
             let mut runs = std::pin::pin!(source.read(&map));
             while runs.try_next().await?.is_some() {}
         }
-        for space in manifest.spaces.iter().filter(|space| space.name.as_str().starts_with("state:")) {
+        for space in
+            manifest.spaces.iter().filter(|space| space.name.as_str().starts_with("state:"))
+        {
             source.read_whole(space).await?;
         }
         let places = Places { manifest, dir: Path::new("/srv/new"), map: &[] };
@@ -151,8 +173,13 @@ fn manifest(layer: LayerRef) -> Manifest {
 fn places(value: &Value, at: &str, found: &mut Vec<String>) {
     found.push(at.to_owned());
     match value {
-        Value::Array(list) => list.iter().enumerate().for_each(|(number, one)| places(one, &format!("{at}/{number}"), found)),
-        Value::Object(map) => map.iter().for_each(|(key, one)| places(one, &format!("{at}/{key}"), found)),
+        Value::Array(list) => list
+            .iter()
+            .enumerate()
+            .for_each(|(number, one)| places(one, &format!("{at}/{number}"), found)),
+        Value::Object(map) => {
+            map.iter().for_each(|(key, one)| places(one, &format!("{at}/{key}"), found))
+        }
         _ => {}
     }
 }
@@ -161,12 +188,24 @@ fn lies(value: &Value) -> Vec<Value> {
     match value {
         Value::Number(number) => {
             let now = number.as_u64().unwrap_or(0);
-            let numbers = [0, 1, now.wrapping_sub(1), now + 1, now << 20, u64::from(u32::MAX), 1 << 40, 1 << 63, u64::MAX];
+            let numbers = [
+                0,
+                1,
+                now.wrapping_sub(1),
+                now + 1,
+                now << 20,
+                u64::from(u32::MAX),
+                1 << 40,
+                1 << 63,
+                u64::MAX,
+            ];
             numbers.map(|number| json!(number)).to_vec()
         }
-        Value::String(text) => {
-            ["", "..", "../../x", "a\u{0}b", "\u{1b}[2J", "x=y,z"].iter().map(|lie| json!(lie)).chain([json!(text.repeat(2))]).collect()
-        }
+        Value::String(text) => ["", "..", "../../x", "a\u{0}b", "\u{1b}[2J", "x=y,z"]
+            .iter()
+            .map(|lie| json!(lie))
+            .chain([json!(text.repeat(2))])
+            .collect(),
         Value::Array(list) => vec![json!([]), list.iter().chain(list).cloned().collect()],
         Value::Object(_) => vec![json!({})],
         Value::Bool(now) => vec![json!(!now)],
@@ -201,7 +240,12 @@ fn texts(kind: &str, file: &[u8]) -> Vec<(String, Vec<u8>)> {
 async fn hostile_manifest_is_damage_to_every_command() {
     let sample = Sample::new().await;
     let name = "web-1".parse().unwrap();
-    for result in [sample.show(&name).await, sample.ls(&name).await, sample.verify(&name).await, sample.plan(&name).await] {
+    for result in [
+        sample.show(&name).await,
+        sample.ls(&name).await,
+        sample.verify(&name).await,
+        sample.plan(&name).await,
+    ] {
         result.unwrap();
     }
     let before = address_space();
@@ -216,7 +260,8 @@ async fn hostile_manifest_is_damage_to_every_command() {
 async fn hostile_pack_index_is_damage_to_every_command() {
     let sample = Sample::new().await;
     let good = common::bytes(&common::sample_pack(PackId([0xab; 16])));
-    let raw_len = PackFooter::parse(&good[good.len() - FOOTER_LEN..]).unwrap().trailer_raw_len as usize;
+    let raw_len =
+        PackFooter::parse(&good[good.len() - FOOTER_LEN..]).unwrap().trailer_raw_len as usize;
     let before = address_space();
     for at in 0..raw_len {
         let value = BYTES[at % BYTES.len()];

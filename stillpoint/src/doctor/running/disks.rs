@@ -21,9 +21,14 @@ pub async fn check(look: &Probe, found: Option<&ExternalVm>, server: Option<&Pat
     }
 }
 
-async fn rows(look: &Probe, found: Option<&ExternalVm>, server: Option<&Path>) -> Result<Vec<Row>, QmpError> {
+async fn rows(
+    look: &Probe,
+    found: Option<&ExternalVm>,
+    server: Option<&Path>,
+) -> Result<Vec<Row>, QmpError> {
     let drives = disks::survey(&look.qmp, Some(&look.process.directory)).await?;
-    let is_writable = |drive: &Drive| matches!(&drive.disk, Ok(Medium::Disk(disk)) if !disk.read_only);
+    let is_writable =
+        |drive: &Drive| matches!(&drive.disk, Ok(Medium::Disk(disk)) if !disk.read_only);
     let has_writable = drives.iter().any(is_writable);
     let is_sound = drives.iter().all(|drive| drive.disk.is_ok());
     let mut rows: Vec<Row> = drives.into_iter().map(row).collect();
@@ -36,7 +41,12 @@ async fn rows(look: &Probe, found: Option<&ExternalVm>, server: Option<&Path>) -
     rows.extend(refusal("disk jobs", disks::refuse_jobs(&look.qmp).await)?);
     // QEMU has one NBD server, and a checkpoint of a writable disk needs it.
     if has_writable {
-        rows.extend(nbd_server::check(&look.qmp, server).await.err().map(|error| cannot("NBD server", &error.into(), "try again")));
+        rows.extend(
+            nbd_server::check(&look.qmp, server)
+                .await
+                .err()
+                .map(|error| cannot("NBD server", &error.into(), "try again")),
+        );
     }
     Ok(rows)
 }
@@ -44,7 +54,9 @@ async fn rows(look: &Probe, found: Option<&ExternalVm>, server: Option<&Path>) -
 /// What only all drives together, and the command line, show.
 async fn together(look: &Probe, found: &ExternalVm) -> Option<Row> {
     match look.drives(found).await {
-        Ok(drives) => look.check_files(found, &drives).err().map(|error| cannot("files", &error, ELSEWHERE)),
+        Ok(drives) => {
+            look.check_files(found, &drives).err().map(|error| cannot("files", &error, ELSEWHERE))
+        }
         // It has a row of its own.
         Err(error) if matches!(error.downcast_ref(), Some(DiskError::Job { .. })) => None,
         Err(error) => Some(cannot("disks", &error, ELSEWHERE)),
@@ -62,9 +74,12 @@ fn row(drive: Drive) -> Row {
     }
 }
 
-/// A drive without a name of its own is told by its device: `/machine/peripheral/virtio-disk0/virtio-backend`.
+/// A drive without a name of its own is told by its device:
+/// `/machine/peripheral/virtio-disk0/virtio-backend`.
 fn short(device: &str) -> &str {
-    let below = device.strip_prefix("/machine/peripheral/").or_else(|| device.strip_prefix("/machine/peripheral-anon/"));
+    let below = device
+        .strip_prefix("/machine/peripheral/")
+        .or_else(|| device.strip_prefix("/machine/peripheral-anon/"));
     below.map_or(device, |below| below.split('/').next().unwrap_or(below))
 }
 
@@ -75,7 +90,12 @@ fn describe(disk: &Disk) -> String {
         1 => " on 1 layer".to_owned(),
         many => format!(" on {many} layers"),
     };
-    format!("{mode} {}, {}, {}{layers}", disk.format.as_str(), bytes(disk.virtual_size), disk.file.display())
+    format!(
+        "{mode} {}, {}, {}{layers}",
+        disk.format.as_str(),
+        bytes(disk.virtual_size),
+        disk.file.display()
+    )
 }
 
 fn refusal(check: &'static str, result: Result<(), DiskError>) -> Result<Option<Row>, QmpError> {

@@ -12,7 +12,11 @@ pub fn check(options: &[QemuOption]) -> Vec<Row> {
     let mut rows = handed_over(options);
     visit(options, |site| {
         if site.means == Use::Tap {
-            rows.push(Row::warn(CHECK, format!("a tap {}, or the right to make one", site.value), MAP));
+            rows.push(Row::warn(
+                CHECK,
+                format!("a tap {}, or the right to make one", site.value),
+                MAP,
+            ));
         }
     });
     rows.extend(options.iter().filter_map(need));
@@ -25,19 +29,36 @@ fn handed_over(options: &[QemuOption]) -> Vec<Row> {
     let carried = Carried { is_disk: &|_| true, is_boot_file: &|_| true, is_qemus_own: &|_| true };
     let found = restorable::check(options, &carried).into_iter();
     // Logs and sockets are made in the restored VM's directory.
-    let is_made = |problem| matches!(problem, Problem::Host(Use::Output | Use::Listen | Use::DataDirectory));
+    let is_made =
+        |problem| matches!(problem, Problem::Host(Use::Output | Use::Listen | Use::DataDirectory));
     let asked = found.filter(|finding| !is_made(finding.problem));
-    asked.map(|finding| Row::warn(CHECK, finding.to_string(), format!("restore --allow '{}', or --map", finding.allowance()))).collect()
+    asked
+        .map(|finding| {
+            Row::warn(
+                CHECK,
+                finding.to_string(),
+                format!("restore --allow '{}', or --map", finding.allowance()),
+            )
+        })
+        .collect()
 }
 
 fn need(option: &QemuOption) -> Option<Row> {
     match option.name.as_str() {
         "vnc" | "spice" if option.value() != "none" && !option.value().starts_with("unix:") => {
-            Some(Row::warn(CHECK, format!("a free display port (-{} {})", option.name, option.value()), MAP))
+            Some(Row::warn(
+                CHECK,
+                format!("a free display port (-{} {})", option.name, option.value()),
+                MAP,
+            ))
         }
         "cpu" if option.keys().get_or_implied("model").is_some_and(|model| model == "host") => {
             let what = "a processor like this host's (-cpu host)";
-            Some(Row::warn(CHECK, what.to_owned(), "restore only on hosts of the same processor model"))
+            Some(Row::warn(
+                CHECK,
+                what.to_owned(),
+                "restore only on hosts of the same processor model",
+            ))
         }
         _ => None,
     }

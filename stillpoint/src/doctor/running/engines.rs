@@ -11,7 +11,8 @@ use vm::launch::external::ExternalVm;
 use vm::memory_source::{Engine, StreamChoice, choose_stream};
 use vm::process_memory::ProcessMemory;
 
-/// `stop`, the disks' transaction, the devices' state and `cont`, in milliseconds; docs/attach.md has the measurements.
+/// `stop`, the disks' transaction, the devices' state and `cont`, in milliseconds; docs/attach.md
+/// has the measurements.
 const BASE_MS: u64 = 10;
 /// Finding and protecting written pages.
 const TRACKER_MS_PER_GIB: u64 = 1;
@@ -19,8 +20,7 @@ const TRACKER_MS_PER_GIB: u64 = 1;
 const READ_MS_PER_GIB: u64 = 1000;
 const GIB: u64 = 1 << 30;
 
-const HAVE_PLUGIN: &str =
-    "not needed; to have it, start QEMU with -plugin file=libstillpoint_plugin.so,socket=PATH, or use 'stillpoint adopt'";
+const HAVE_PLUGIN: &str = "not needed; to have it, start QEMU with -plugin file=libstillpoint_plugin.so,socket=PATH, or use 'stillpoint adopt'";
 const OTHER_ENGINE: &str = "not needed where another engine is possible (docs/attach.md)";
 
 pub async fn check(look: &Probe, found: Option<&ExternalVm>, engines: &mut Value) -> Vec<Row> {
@@ -30,14 +30,25 @@ pub async fn check(look: &Probe, found: Option<&ExternalVm>, engines: &mut Value
     };
     let support = match look.support().await {
         Ok(support) => support,
-        Err(error) => return vec![cannot("engine", &error, "wait until that migration has ended, and try again")],
+        Err(error) => {
+            return vec![cannot(
+                "engine",
+                &error,
+                "wait until that migration has ended, and try again",
+            )];
+        }
     };
     let has_plugin = found.is_some_and(|found| found.plugin.is_some());
     let process_memory = ProcessMemory::check(&look.qmp, look.process.pid, support.stopped).await;
     let all = judge(tracker, &support, &look.facts, has_plugin, &process_memory);
     *engines = all
         .iter()
-        .map(|(engine, can)| (engine.name().to_owned(), json!({ "possible": can.is_ok(), "why_not": can.as_ref().err() })))
+        .map(|(engine, can)| {
+            (
+                engine.name().to_owned(),
+                json!({ "possible": can.is_ok(), "why_not": can.as_ref().err() }),
+            )
+        })
         .collect();
     let is_possible = all.iter().any(|(_, can)| can.is_ok());
     let ram_bytes = look.blocks.iter().map(|block| block.used).sum();
@@ -47,19 +58,33 @@ pub async fn check(look: &Probe, found: Option<&ExternalVm>, engines: &mut Value
 type Judged = Vec<(Engine, Result<(), String>)>;
 
 /// As a checkpoint chooses.
-fn judge(tracker: Result<(), String>, support: &Support, facts: &VmFacts, has_plugin: bool, process_memory: &Result<(), String>) -> Judged {
-    let choose = |wanted| choose_stream(wanted, support, facts, has_plugin, process_memory).map(|chosen| chosen.engine);
+fn judge(
+    tracker: Result<(), String>,
+    support: &Support,
+    facts: &VmFacts,
+    has_plugin: bool,
+    process_memory: &Result<(), String>,
+) -> Judged {
+    let choose = |wanted| {
+        choose_stream(wanted, support, facts, has_plugin, process_memory)
+            .map(|chosen| chosen.engine)
+    };
     let mut judged = vec![(Engine::Tracker, tracker)];
     if support.stopped {
         let chosen = choose(StreamChoice::Auto);
-        judged.push((*chosen.as_ref().unwrap_or(&Engine::ProcessMemory), chosen.map(drop).map_err(|error| error.to_string())));
+        judged.push((
+            *chosen.as_ref().unwrap_or(&Engine::ProcessMemory),
+            chosen.map(drop).map_err(|error| error.to_string()),
+        ));
     } else {
         let choices = [
             (Engine::PreCopy, StreamChoice::PreCopy),
             (Engine::BackgroundSnapshot, StreamChoice::BackgroundSnapshot),
             (Engine::Stopped, StreamChoice::Stopped),
         ];
-        judged.extend(choices.map(|(engine, choice)| (engine, choose(choice).map(drop).map_err(|error| error.to_string()))));
+        judged.extend(choices.map(|(engine, choice)| {
+            (engine, choose(choice).map(drop).map_err(|error| error.to_string()))
+        }));
     }
     judged
 }
@@ -81,12 +106,20 @@ fn pause(engine: Engine, ram_bytes: u64) -> String {
         Engine::Tracker => format!("pauses of about {} ms", with(TRACKER_MS_PER_GIB)),
         Engine::PreCopy => {
             let rest = StreamOptions::default().max_pause.as_millis();
-            format!("pauses of about {BASE_MS} ms and what the guest writes at the end, {rest} ms more at most")
+            format!(
+                "pauses of about {BASE_MS} ms and what the guest writes at the end, {rest} ms more at most"
+            )
         }
-        Engine::BackgroundSnapshot => format!("pauses of up to {} ms, and a slower guest while its memory is read", with(READ_MS_PER_GIB)),
+        Engine::BackgroundSnapshot => format!(
+            "pauses of up to {} ms, and a slower guest while its memory is read",
+            with(READ_MS_PER_GIB)
+        ),
         Engine::ProcessMemory => "a guest that does not run has no pause".to_owned(),
         Engine::Stopped => {
-            format!("the guest is stopped while all of its memory is read, about {} ms (longer the first time)", with(READ_MS_PER_GIB))
+            format!(
+                "the guest is stopped while all of its memory is read, about {} ms (longer the first time)",
+                with(READ_MS_PER_GIB)
+            )
         }
     }
 }
@@ -121,18 +154,26 @@ mod test {
 
     #[test]
     fn engine_of_a_stopped_guest_is_that_of_its_checkpoint() {
-        let stopped = Support { background_snapshot: Err("old".to_owned()), pre_copy: Ok(()), stopped: true };
-        let judged = |memory| judge(Err("no plugin".to_owned()), &stopped, &facts(10), false, &memory).remove(1);
+        let stopped =
+            Support { background_snapshot: Err("old".to_owned()), pre_copy: Ok(()), stopped: true };
+        let judged = |memory| {
+            judge(Err("no plugin".to_owned()), &stopped, &facts(10), false, &memory).remove(1)
+        };
         assert_eq!(judged(Ok(())), (Engine::ProcessMemory, Ok(())));
         let (engine, can) = judged(Err("not permitted".to_owned()));
-        assert!(engine == Engine::ProcessMemory && can.is_err_and(|why| why.contains("not permitted")));
+        assert!(
+            engine == Engine::ProcessMemory && can.is_err_and(|why| why.contains("not permitted"))
+        );
     }
 
     #[test]
     fn an_engine_that_cannot_be_had_is_no_fault_while_there_is_another() {
         let able = Support { background_snapshot: Ok(()), pre_copy: Ok(()), stopped: false };
         let can = |tracker, major, has_plugin| -> Vec<bool> {
-            judge(tracker, &able, &facts(major), has_plugin, &Ok(())).into_iter().map(|(_, can)| can.is_ok()).collect()
+            judge(tracker, &able, &facts(major), has_plugin, &Ok(()))
+                .into_iter()
+                .map(|(_, can)| can.is_ok())
+                .collect()
         };
         let none = || Err("no plugin".to_owned());
         assert_eq!(can(none(), 10, false), [false, true, true, true]);

@@ -1,8 +1,9 @@
-//! `stillpoint doctor --qmp SOCKET`: whether a running VM that nobody prepared can be checkpointed, by which engine, and
-//! what is in the way.
+//! `stillpoint doctor --qmp SOCKET`: whether a running VM that nobody prepared can be checkpointed,
+//! by which engine, and what is in the way.
 //!
-//! The same looks as `attach` takes; the guest is not stopped and nothing is changed. (QEMU is asked whether it would take a
-//! background snapshot by switching that on and off again: it alone knows.)
+//! The same looks as `attach` takes; the guest is not stopped and nothing is changed. (QEMU is
+//! asked whether it would take a background snapshot by switching that on and off again: it alone
+//! knows.)
 
 mod disks;
 mod elsewhere;
@@ -26,16 +27,23 @@ use vm::running;
 use vm::runtime_dir::{RuntimeDir, VmFile};
 use vm::tracked_blocks;
 
-const ANOTHER_MONITOR: &str = "name a monitor that QEMU itself has opened and nobody uses (docs/attach.md)";
+const ANOTHER_MONITOR: &str =
+    "name a monitor that QEMU itself has opened and nobody uses (docs/attach.md)";
 const START_AGAIN: &str = "see docs/attach.md; start the VM without it, or by 'stillpoint run'";
 
 pub fn run(monitor: &Path, as_json: bool) -> Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the asynchronous runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the asynchronous runtime")?;
     let report = runtime.block_on(look(monitor));
     let can = !report.rows.iter().any(|row| row.state == State::No);
     if as_json {
-        let left_out: Vec<Value> = report.left_out.iter().map(|(what, why)| json!({ "what": what, "why": why })).collect();
-        print_json(&json!({ "checkpoints_possible": can, "checks": report.rows, "engines": report.engines, "left_out": left_out }))?;
+        let left_out: Vec<Value> =
+            report.left_out.iter().map(|(what, why)| json!({ "what": what, "why": why })).collect();
+        print_json(
+            &json!({ "checkpoints_possible": can, "checks": report.rows, "engines": report.engines, "left_out": left_out }),
+        )?;
     } else {
         out!("{}", table(&report.rows, "of this VM").trim_end());
     }
@@ -56,7 +64,12 @@ async fn look(monitor: &Path) -> Report {
     let path = std::path::absolute(monitor).unwrap_or_else(|_| monitor.to_owned());
     let mut look = match Probe::at(&path, |_| Ok(())).await {
         Ok(look) => look,
-        Err(error) => return Report { rows: vec![cannot("monitor", &error, ANOTHER_MONITOR)], ..Report::default() },
+        Err(error) => {
+            return Report {
+                rows: vec![cannot("monitor", &error, ANOTHER_MONITOR)],
+                ..Report::default()
+            };
+        }
     };
     let helper = helper_of(&look);
     if let Some((_, file)) = &helper {
@@ -72,21 +85,35 @@ async fn look(monitor: &Path) -> Report {
     report.rows.extend(engines::check(&look, found, &mut report.engines).await);
     report.rows.extend(disks::check(&look, found, server.as_deref()).await);
     report.rows.extend(plugged(&look, found).await);
-    report.rows.extend(running::check_blockers(&look.facts.migration_blockers).err().map(|error| cannot("migration", &error, START_AGAIN)));
-    report.rows.extend(tracked_blocks::check_whole(&look.blocks).err().map(|error| cannot("memory", &error, START_AGAIN)));
-    report.rows.extend(look.foreign_user().map(|why| cannot("QEMU's user", &Error::msg(why), START_AGAIN)));
+    report.rows.extend(
+        running::check_blockers(&look.facts.migration_blockers)
+            .err()
+            .map(|error| cannot("migration", &error, START_AGAIN)),
+    );
+    report.rows.extend(
+        tracked_blocks::check_whole(&look.blocks)
+            .err()
+            .map(|error| cannot("memory", &error, START_AGAIN)),
+    );
+    report.rows.extend(
+        look.foreign_user().map(|why| cannot("QEMU's user", &Error::msg(why), START_AGAIN)),
+    );
     if let Ok(found) = &understood {
         report.rows.extend(elsewhere::check(&found.options));
-        report.left_out = found.dropped.iter().map(|dropped| (dropped.what.clone(), dropped.why)).collect();
+        report.left_out =
+            found.dropped.iter().map(|dropped| (dropped.what.clone(), dropped.why)).collect();
     }
     report
 }
 
 /// The helper that has this QEMU, or had it.
 fn helper_of(look: &Probe) -> Option<(RuntimeDir, VmFile)> {
-    let base = std::env::var_os("STILLPOINT_RUNTIME_DIR").filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = std::env::var_os("STILLPOINT_RUNTIME_DIR")
+        .filter(|value| !value.is_empty())
+        .map(PathBuf::from);
     let is_it = |file: &VmFile| {
-        file.pid == Some(look.process.pid) && file.external.as_ref().is_none_or(|there| there.started == look.process.started)
+        file.pid == Some(look.process.pid)
+            && file.external.as_ref().is_none_or(|there| there.started == look.process.started)
     };
     RuntimeDir::known(base.as_deref()).into_iter().find(|(_, file)| is_it(file))
 }
@@ -110,13 +137,30 @@ fn cannot(check: impl Into<std::borrow::Cow<'static, str>>, error: &Error, remed
 
 fn who(look: &Probe, found: Option<&ExternalVm>) -> Vec<Row> {
     let process = &look.process;
-    let manager = found.and_then(|found| found.manager).map_or(String::new(), |manager| format!(", of {}", manager.name()));
+    let manager = found
+        .and_then(|found| found.manager)
+        .map_or(String::new(), |manager| format!(", of {}", manager.name()));
     let facts = &look.facts;
-    let package = if facts.qemu.package.is_empty() { String::new() } else { format!(" ({})", facts.qemu.package) };
+    let package = if facts.qemu.package.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", facts.qemu.package)
+    };
     let memory = format!("{} in {} RAM blocks", bytes(facts.ram_bytes), look.blocks.len());
     vec![
-        Row::ok("process", format!("{} {}, user {}{manager}", process.pid, process.program.display(), process.user)),
-        Row::ok("QEMU", format!("{}{package}, accelerator {}", facts.qemu, facts.accelerator.as_str())),
+        Row::ok(
+            "process",
+            format!(
+                "{} {}, user {}{manager}",
+                process.pid,
+                process.program.display(),
+                process.user
+            ),
+        ),
+        Row::ok(
+            "QEMU",
+            format!("{}{package}, accelerator {}", facts.qemu, facts.accelerator.as_str()),
+        ),
         Row::ok("machine", format!("{}, {} processors, {memory}", facts.machine_type, facts.vcpus)),
     ]
 }
@@ -124,7 +168,13 @@ fn who(look: &Probe, found: Option<&ExternalVm>) -> Vec<Row> {
 fn command_line(understood: &Result<ExternalVm>) -> Row {
     const CHECK: &str = "command line";
     match understood {
-        Ok(found) => Row::ok(CHECK, format!("it can be started again elsewhere, {} things of this process left out", found.dropped.len())),
+        Ok(found) => Row::ok(
+            CHECK,
+            format!(
+                "it can be started again elsewhere, {} things of this process left out",
+                found.dropped.len()
+            ),
+        ),
         Err(error) => cannot(CHECK, error, START_AGAIN),
     }
 }
@@ -137,13 +187,18 @@ async fn plugged(look: &Probe, found: Option<&ExternalVm>) -> Vec<Row> {
         Err(error) => return vec![Row::no(CHECK, error.to_string(), "try again")],
     };
     let mut rows: Vec<Row> = match running::refusals(&look.qmp, &devices).await {
-        Ok(refusals) => refusals.into_iter().map(|why| cannot(CHECK, &Error::msg(why), START_AGAIN)).collect(),
+        Ok(refusals) => {
+            refusals.into_iter().map(|why| cannot(CHECK, &Error::msg(why), START_AGAIN)).collect()
+        }
         Err(error) => return vec![cannot(CHECK, &error, "try again")],
     };
     let options = arguments::parse(&look.process.words).unwrap_or_default();
     let options = found.map_or(options, |found| found.options.clone());
     let difference = expected_devices::difference(&options, &devices);
-    rows.extend(difference.map(|what| cannot(CHECK, &Error::msg(running::not_as_started(&what)), START_AGAIN)));
+    rows.extend(
+        difference
+            .map(|what| cannot(CHECK, &Error::msg(running::not_as_started(&what)), START_AGAIN)),
+    );
     if rows.is_empty() {
         rows.push(Row::ok(CHECK, format!("{} devices, all on the command line", devices.len())));
     }

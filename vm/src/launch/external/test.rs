@@ -53,7 +53,11 @@ impl Case<'_> {
             default_ram_id: Some("pc.ram".to_owned()),
             is_default,
         };
-        let types = [known("pc-i440fx-7.2", Some("pc"), true), known("pc-q35-7.2", Some("q35"), false), known("pc-q35-10.0", None, false)];
+        let types = [
+            known("pc-i440fx-7.2", Some("pc"), true),
+            known("pc-q35-7.2", Some("q35"), false),
+            known("pc-q35-10.0", None, false),
+        ];
         let block = RamBlock {
             name: self.block.to_owned(),
             page_size: 4096,
@@ -110,11 +114,23 @@ fn a_plain_vm() {
         "-m 256 -drive file=a.qcow2,if=virtio,node-name=sp-drive0 -drive index=1,media=disk,file=b.img,node-name=sp-drive1 -name guest=web \
          -qmp unix:/run/other.qmp,server=on,wait=off -monitor none -serial pty -machine hpet=off -no-shutdown -machine type=pc-i440fx-7.2"
     );
-    assert_eq!((found.accelerator.as_str(), found.ram_bytes, found.ram_block.as_str()), ("tcg,thread=multi", DEFAULT_RAM, "pc.ram"));
+    assert_eq!(
+        (found.accelerator.as_str(), found.ram_bytes, found.ram_block.as_str()),
+        ("tcg,thread=multi", DEFAULT_RAM, "pc.ram")
+    );
     assert_eq!((found.manager, found.plugin), (None, None));
-    let why = |what: &str| found.dropped.iter().find(|dropped| dropped.what.starts_with(what)).map(|dropped| dropped.why);
+    let why = |what: &str| {
+        found
+            .dropped
+            .iter()
+            .find(|dropped| dropped.what.starts_with(what))
+            .map(|dropped| dropped.why)
+    };
     assert_eq!(why("-S"), Some("the VM runs already"));
-    assert!(why("-qmp unix:qmp.sock").is_some_and(|why| why.contains("monitor")) && why("-qmp unix:/run/other").is_none());
+    assert!(
+        why("-qmp unix:qmp.sock").is_some_and(|why| why.contains("monitor"))
+            && why("-qmp unix:/run/other").is_none()
+    );
 }
 
 #[test]
@@ -156,12 +172,19 @@ fn libvirt_with_a_shared_memfd() {
 
 #[test]
 fn libvirt_on_another_qemu_with_default_memory() {
-    let case = Case { machine_type: "pc-q35-10.0", monitor: "/srv/p10/stillpoint.qmp", ..Case::default() };
+    let case =
+        Case { machine_type: "pc-q35-10.0", monitor: "/srv/p10/stillpoint.qmp", ..Case::default() };
     let (found, line) = case.file(LIBVIRT_10);
-    has(&line, &["-L /opt/stillpoint/qemu-10.0/usr/share/qemu", "-machine type=pc-q35-10.0", "-uuid "]);
+    has(
+        &line,
+        &["-L /opt/stillpoint/qemu-10.0/usr/share/qemu", "-machine type=pc-q35-10.0", "-uuid "],
+    );
     lacks(&line, &["memory-backend", "charmonitor", "-accel"]);
     assert_eq!((found.accelerator.as_str(), found.ram_bytes), ("tcg", DEFAULT_RAM));
-    assert!(found.dropped.iter().any(|dropped| dropped.what.contains("memory-backend-ram") && dropped.why.contains("same name")));
+    assert!(
+        found.dropped.iter().any(|dropped| dropped.what.contains("memory-backend-ram")
+            && dropped.why.contains("same name"))
+    );
 }
 
 #[test]
@@ -174,7 +197,19 @@ fn proxmox() {
         ..Case::default()
     };
     let (found, line) = case.file(PROXMOX);
-    lacks(&line, &["-id 100", "100.qmp", "-pidfile", "-daemonize", "-no-shutdown", "pve0", "qmeventd", "-mon "]);
+    lacks(
+        &line,
+        &[
+            "-id 100",
+            "100.qmp",
+            "-pidfile",
+            "-daemonize",
+            "-no-shutdown",
+            "pve0",
+            "qmeventd",
+            "-mon ",
+        ],
+    );
     has(
         &line,
         &[
@@ -192,11 +227,20 @@ fn proxmox() {
 fn taps_that_a_manager_opened_are_named() {
     let case = Case::default();
     let (_, line) = case.line(r#"-M q35 -m 256 -netdev {"type":"tap","fd":"35","vhost":true,"vhostfd":"37","id":"hostnet0"}"#).unwrap();
-    has(&line, &[r#"-netdev {"downscript":"no","id":"hostnet0","ifname":"vnet3","script":"no","type":"tap","vhost":true}"#]);
-    let (_, line) = case.line("-M q35 -m 256 -netdev tap,fds=35:36,id=n,vhost=on,vhostfds=37:38").unwrap();
+    has(
+        &line,
+        &[
+            r#"-netdev {"downscript":"no","id":"hostnet0","ifname":"vnet3","script":"no","type":"tap","vhost":true}"#,
+        ],
+    );
+    let (_, line) =
+        case.line("-M q35 -m 256 -netdev tap,fds=35:36,id=n,vhost=on,vhostfds=37:38").unwrap();
     has(&line, &["-netdev tap,id=n,ifname=vnet3,script=no,downscript=no,queues=2,vhost=on"]);
     let error = case.line("-M q35 -m 256 -netdev tap,fd=40,id=n").unwrap_err();
-    assert!(class_of(&error) == Class::Refused && error.to_string().contains("network backend n"), "{error}");
+    assert!(
+        class_of(&error) == Class::Refused && error.to_string().contains("network backend n"),
+        "{error}"
+    );
     assert!(case.line("-M q35 -m 256 -netdev stream,id=n,addr.type=fd,addr.str=5").is_err());
 }
 
@@ -206,7 +250,9 @@ fn a_monitor_may_share_its_line_with_a_serial_port() {
     let (_, line) = case.line("-M q35 -m 256 -chardev stdio,mux=on,id=c -mon chardev=c,mode=readline -serial chardev:c").unwrap();
     has(&line, &["-chardev stdio,mux=on,id=c", "-serial chardev:c"]);
     lacks(&line, &["-mon "]);
-    let (_, line) = case.line("-M q35 -m 256 -chardev stdio,id=c -mon chardev=c,mode=control -serial pty").unwrap();
+    let (_, line) = case
+        .line("-M q35 -m 256 -chardev stdio,id=c -mon chardev=c,mode=control -serial pty")
+        .unwrap();
     lacks(&line, &["-chardev", "-mon "]);
 }
 
@@ -243,20 +289,30 @@ fn a_configuration_is_read_where_the_process_works() {
     let (_, line) = case.line("-readconfig m.cfg").unwrap();
     has(&line, &["-drive id=d,file=a.img,node-name=sp-d", "-m size=256"]);
     let error = case.line("-readconfig gone.cfg").unwrap_err();
-    assert!(class_of(&error) == Class::Refused && error.to_string().contains("gone.cfg"), "{error}");
+    assert!(
+        class_of(&error) == Class::Refused && error.to_string().contains("gone.cfg"),
+        "{error}"
+    );
 }
 
 #[test]
 fn another_vm_than_the_command_line_says_is_refused() {
     for (case, line, reason) in [
-        (Case { machine_type: "pc-i440fx-7.2", ..Case::default() }, "-M q35 -m 256", "means machine type pc-q35-7.2"),
+        (
+            Case { machine_type: "pc-i440fx-7.2", ..Case::default() },
+            "-M q35 -m 256",
+            "means machine type pc-q35-7.2",
+        ),
         (Case { ram_bytes: 1 << 30, ..Case::default() }, "-M q35 -m 256", "gives 268435456 bytes"),
         (Case { block: "ram-node0", ..Case::default() }, "-M q35 -m 256", "no RAM block 'pc.ram'"),
         (Case::default(), "-M q35 -m 256 -device vfio-pci,host=1", "vfio-pci"),
         (Case::default(), "-M q35 -m 256 -numa node,memdev=a -numa node,memdev=b", "a, b"),
     ] {
         let error = case.line(line).unwrap_err();
-        assert!(class_of(&error) == Class::Refused && error.to_string().contains(reason), "{line}: {error}");
+        assert!(
+            class_of(&error) == Class::Refused && error.to_string().contains(reason),
+            "{line}: {error}"
+        );
     }
 }
 
@@ -264,7 +320,10 @@ fn another_vm_than_the_command_line_says_is_refused() {
 fn the_default_network_of_a_vm_from_a_file_is_written_out() {
     let line = |words: &str, said| -> Vec<String> {
         let list: Vec<String> = words.split(' ').map(str::to_owned).collect();
-        super::super::arguments::words(&with_default_network(arguments::parse(&list).unwrap(), said))
+        super::super::arguments::words(&with_default_network(
+            arguments::parse(&list).unwrap(),
+            said,
+        ))
     };
     assert_eq!(line("-netdev user,id=n", false)[2..], ["-net", "nic", "-net", "user"]);
     assert_eq!(line("-netdev user,id=n", true).len(), 2, "the command line itself named a network");
