@@ -1,0 +1,196 @@
+//! The tree's own text: the field's words, line width, length of functions and files.
+//!
+//! `tests/tidy.txt` holds what is still allowed of each. A number there may only fall: a test is red when the tree has more, and also
+//! when it has less, so that the number is lowered in the same change. `STILLPOINT_TIDY=list` prints every place.
+
+use regex::Regex;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+const ALLOWED: &str = include_str!("../tidy.txt");
+const WIDTH: usize = 100;
+const FUNCTION_LINES: usize = 60;
+const FILE_LINES: usize = 500;
+/// Places that a failure shows of one kind.
+const SHOWN: usize = 12;
+
+/// What stands for the words of another field, or is QEMU's own name of a thing: taken out before the words are looked for.
+const KEPT: &str = r#"(?x)
+    machine[\ -](type|types|id|option|options|help) | -machine | /machine | machine[=."`\]] | ["`\[]machine | query-machines | ["`]machines["`]
+  | --scratch-dir | SCRATCH \s DIR | fsfreeze | guest-fsfreeze[-a-z]* | \.drain\( | SeqCst | SeqAccess | visit \s seq | deserialize \s seq
+  | ["`<]seq[">`] | ["`]rounds["`] | announce[\ -]rounds | ANNOUNCE \s ROUNDS | ["`]unprepared["`] | \.freeze\(\)
+"#;
+
+/// Words that have a better one in this field, and the better one.
+const WORDS: &[(&str, &str)] = &[
+    (r"machines?", "VM, or host"),
+    (r"unprepared|nobody's|strangers?", "external VM"),
+    (r"whoever|nobody|somebody|anybody|everybody", "name the actor"),
+    (r"anew", "again"),
+    (r"patience", "timeout"),
+    (r"glances?|standstill|steady", "poll interval, timeout, stable, retry"),
+    (r"go(es)? on|went on|going on", "continue"),
+    (r"(is|are|be|was) told", "name the actor: QEMU reports, the helper parses"),
+    (r"owes?|lends?|lent|mend(s|ed|ing)?|loans?", "claim, restore, hand over, fix"),
+    (r"leases?", "claim"),
+    (r"settles?|settled", "acknowledge"),
+    (r"(take|takes|taken|give|gives|given|gave) back", "restore, return"),
+    (r"stands? still|stood still", "is paused, is stopped"),
+    (r"micro-pauses?", "brief stop"),
+    (r"handover", "local migration"),
+    (r"scratch", "fleecing overlay, temporary"),
+    (r"freeze|freezes|frozen", "pause, captured"),
+    (r"drain|drains", "upload phase"),
+    (r"rounds", "pre-copy passes"),
+    (r"regions?", "RAM block"),
+    (r"seqs?", "checkpoint ID"),
+    (r"sort(ed)? out|was cut off", "reconcile, internal error"),
+    (r"house|rooms", "component, module"),
+];
+
+/// One place: file, line and the line's text.
+type Places = Vec<String>;
+
+#[test]
+fn tidy_the_tree_uses_the_words_of_the_field() {
+    let kept = Regex::new(KEPT).expect("a pattern");
+    let mut found = BTreeMap::<String, Places>::new();
+    for (pattern, better) in WORDS {
+        let word = Regex::new(&format!(r"(?i)\b({pattern})\b")).expect("a pattern");
+        let places = found.entry(format!("word {}", pattern.replace(' ', "_"))).or_default();
+        for (path, text) in texts(&["rs", "md", "sh"]) {
+            for (index, line) in text.lines().enumerate() {
+                let line = kept.replace_all(line, "\u{1}");
+                let words = words_of(&line);
+                places.extend(word.find_iter(&words).map(|hit| {
+                    format!(
+                        "{}:{}: `{}`; better: {better}",
+                        path.display(),
+                        index + 1,
+                        hit.as_str()
+                    )
+                }));
+            }
+        }
+    }
+    assert_allowed(&found);
+}
+
+#[test]
+fn tidy_lines_functions_and_files_are_short() {
+    let mut found = BTreeMap::from(
+        ["wide-lines", "long-functions", "long-files"].map(|name| (name.to_owned(), Places::new())),
+    );
+    for (path, text) in texts(&["rs", "sh"]) {
+        let wide = text.lines().enumerate().filter(|(_, line)| line.chars().count() > WIDTH);
+        found
+            .get_mut("wide-lines")
+            .expect("made above")
+            .extend(wide.map(|(index, _)| format!("{}:{}", path.display(), index + 1)));
+        if path.extension().is_none_or(|end| end != "rs") || is_test(&path) {
+            continue;
+        }
+        let lines: Vec<&str> = text.lines().take_while(|line| *line != "#[cfg(test)]").collect();
+        found.get_mut("long-functions").expect("made above").extend(long_functions(&path, &lines));
+        if lines.len() > FILE_LINES {
+            found.get_mut("long-files").expect("made above").push(format!(
+                "{}: {} lines",
+                path.display(),
+                lines.len()
+            ));
+        }
+    }
+    assert_allowed(&found);
+}
+
+/// Identifiers as words: `claimDirty` and `claim_dirty` are "claim dirty".
+fn words_of(line: &str) -> String {
+    let mut words = String::with_capacity(line.len());
+    let mut before = ' ';
+    for letter in line.chars() {
+        if letter.is_uppercase() && (before.is_lowercase() || before.is_ascii_digit()) {
+            words.push(' ');
+        }
+        words.push(if letter == '_' { ' ' } else { letter });
+        before = letter;
+    }
+    words
+}
+
+/// Functions that are longer than they may be: from their first line to the brace at the same indent.
+fn long_functions(path: &Path, lines: &[&str]) -> Places {
+    let begins =
+        Regex::new(r#"^(\s*)(pub(\([a-z]+\))? )?(const )?(async )?(unsafe )?(extern "C" )?fn \w+"#)
+            .expect("a pattern");
+    let mut long = Places::new();
+    for (index, line) in lines.iter().enumerate() {
+        let Some(found) = begins.captures(line) else { continue };
+        let end = format!("{}}}", &found[1]);
+        let length =
+            lines[index..].iter().position(|line| *line == end).map_or(0, |length| length + 1);
+        if length > FUNCTION_LINES && !line.ends_with('}') && !line.ends_with(';') {
+            long.push(format!("{}:{}: {length} lines", path.display(), index + 1));
+        }
+    }
+    long
+}
+
+fn assert_allowed(found: &BTreeMap<String, Places>) {
+    let mut wrong = String::new();
+    for (name, places) in found {
+        let allowed = ALLOWED
+            .lines()
+            .find_map(|line| line.strip_prefix(name.as_str())?.strip_prefix(": ")?.parse().ok())
+            .unwrap_or(0);
+        if places.len() == allowed && std::env::var_os("STILLPOINT_TIDY").is_none() {
+            continue;
+        }
+        let shown =
+            if std::env::var_os("STILLPOINT_TIDY").is_some() { places.len() } else { SHOWN };
+        let order = if places.len() > allowed {
+            "remove the new ones, of these"
+        } else {
+            "lower the number in tests/tidy.txt"
+        };
+        let _ = writeln!(wrong, "{name}: {} (tests/tidy.txt has {allowed}): {order}", places.len());
+        places.iter().take(shown).for_each(|place| wrong.push_str(&format!("    {place}\n")));
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+fn is_test(path: &Path) -> bool {
+    let name = path.to_string_lossy();
+    name.starts_with("tests/")
+        || name.contains("/tests/")
+        || name.ends_with("test.rs")
+        || name.contains("/examples/")
+}
+
+/// The text files with these endings, and scripts without one; paths are relative to the top of the tree.
+fn texts(endings: &[&str]) -> Vec<(PathBuf, String)> {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace");
+    let (mut found, mut folders) = (Vec::new(), vec![top.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).expect("a folder of the tree") {
+            let path = entry.expect("an entry").path();
+            let name = path.file_name().and_then(|name| name.to_str()).expect("UTF-8");
+            let skipped = name.starts_with('.')
+                || ["target", "streams", "seeds", "corpus"].contains(&name)
+                || name.starts_with("tidy.");
+            if skipped || path.is_symlink() {
+                continue;
+            } else if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().map_or(folder.ends_with("scripts"), |end| {
+                endings.iter().any(|known| end == *known)
+            }) {
+                let text = std::fs::read_to_string(&path).expect("a text");
+                found.push((path.strip_prefix(top).expect("below the top").to_owned(), text));
+            }
+        }
+    }
+    found.sort();
+    assert!(found.len() > 100, "only {} files: is this the tree?", found.len());
+    found
+}
