@@ -66,7 +66,8 @@ end_processes() { # PID...
   wait_gone 5 "$@" || true
 }
 
-# Whatever still runs out of our directory, whether or not it came to say so: QEMUs and helpers, nobody's editor.
+# Ends the QEMUs and helpers that still run from our directory, registered or not, but no other
+# program there.
 end_vms() {
   local dir pids=()
   for dir in /proc/[0-9]*; do

@@ -21,7 +21,7 @@ pub struct DigestParseError {
 ///
 /// 128 bits decide whether a page equals the one in the last durable checkpoint of the *same* VM,
 /// so an accidental collision is out of reach. Content that is shared between VMs goes by the full
-/// [`ContentDigest`], because there somebody could look for a collision on purpose.
+/// [`ContentDigest`], because there an attacker could search for a collision.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageDigest(pub [u8; 16]);
 

@@ -1,9 +1,9 @@
 //! The vocabulary and the saved forms of Stillpoint: units, names, digests, page sets, packs,
 //! lineages, manifests, layers.
 //!
-//! Pure: bytes in, values out. No file is opened here and no socket; whoever does that hands the
-//! bytes over and names the file in the error that it wraps around ours. Byte layouts are written
-//! down in `docs/format.md`.
+//! Pure: bytes in, values out. This crate opens no file and no socket: the caller does, passes the
+//! bytes, and names the file in the error that wraps the error of this crate. Byte layouts are
+//! written down in `docs/format.md`.
 //!
 //! Two rules hold for everything that is parsed: the checksum is verified before anything is
 //! believed, and every count and length is compared with a named limit before it is used to

@@ -414,7 +414,7 @@ mod test {
     }
 
     #[test]
-    fn a_run_ends_with_its_frame_though_the_next_frame_goes_on() {
+    fn run_ends_with_its_frame_though_the_next_frame_continues() {
         let full: Vec<u64> = (0..FRAME_PAGES as u64).collect();
         let next: Vec<u64> = (FRAME_PAGES as u64..FRAME_PAGES as u64 + 3).collect();
         let map = map(&[pages(&[&full, &next])]);

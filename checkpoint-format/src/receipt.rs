@@ -5,10 +5,10 @@ use crate::units::CheckpointId;
 
 /// Says that a checkpoint is committed in the store and readable by another host.
 ///
-/// Dirty pages are a loan: whoever took them from the tracker gives them back unless the checkpoint
-/// that carries them became durable. Settling the loan asks for this receipt, so "written" can't be
-/// mistaken for "durable". The trait lives here because the tracker and the store must not know
-/// each other; only the store's commit makes a value that has it.
+/// A checkpoint claims dirty pages from the tracker. The claim restores them unless the checkpoint
+/// that carries them became durable. Acknowledging the claim requires this receipt, so "written"
+/// can't be mistaken for "durable". The trait lives here because the tracker and the store must not
+/// know each other; only the store's commit makes a value that has it.
 pub trait DurableReceipt {
     /// Which checkpoint became durable.
     fn checkpoint(&self) -> (&VmName, CheckpointId);

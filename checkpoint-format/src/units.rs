@@ -118,8 +118,7 @@ impl CheckpointId {
     /// The ID of a VM's first checkpoint.
     pub const FIRST: Self = Self(1);
 
-    /// Saturates: a directory of the highest number that somebody made is one that a writer finds
-    /// taken.
+    /// Saturates: if a directory of the highest ID exists, a writer finds that ID taken.
     pub const fn next(self) -> Self {
         Self(self.0.saturating_add(1))
     }

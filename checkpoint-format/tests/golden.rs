@@ -1,7 +1,7 @@
 //! Files of format version 1, kept for ever: sound ones must be read and written byte for byte,
 //! damaged ones must be refused with the right words.
 //!
-//! `STILLPOINT_BLESS=1 cargo test -p checkpoint-format --test golden` writes the files anew. That
+//! `STILLPOINT_BLESS=1 cargo test -p checkpoint-format --test golden` writes the files again. That
 //! is right only while no release has written the version. Afterwards a changed encoding gets a new
 //! version and new files, and these stay. (A new zstd may pack otherwise without any change of
 //! ours: then only the byte-for-byte test may be adapted.)
@@ -438,7 +438,7 @@ fn damaged_layers_are_refused() {
 }
 
 #[test]
-fn no_two_damages_are_told_in_the_same_words() {
+fn damages_have_distinct_messages() {
     let kinds = [
         damaged_packs()
             .iter()

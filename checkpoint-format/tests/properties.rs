@@ -157,7 +157,7 @@ fn index_of(pack: &FinishedPack) -> PackIndex {
 
 proptest! {
     #[test]
-    fn a_pack_gives_back_what_it_took(records in any_pack()) {
+    fn pack_returns_the_records_put_into_it(records in any_pack()) {
         let pack = build(&records);
         let file = bytes(&pack);
         prop_assert_eq!(file.len() as u64, pack.info.len.0);

@@ -130,8 +130,8 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Whether the same call, or one to the same end under a new name, may succeed without anybody
-    /// doing anything.
+    /// Whether the same call, or one to the same end under a new name, may succeed without any
+    /// action of the user.
     pub fn is_retryable(&self) -> bool {
         matches!(
             self,

@@ -144,7 +144,7 @@ pub struct FaultyStore {
 }
 
 impl FaultyStore {
-    /// One that passes everything through until it is told otherwise.
+    /// A store that passes every call through until a fault is injected.
     pub fn new(inner: Arc<dyn Store>) -> Self {
         FaultyStore { inner, script: Arc::default() }
     }

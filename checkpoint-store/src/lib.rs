@@ -9,7 +9,7 @@
 //! # Example
 //!
 //! ```
-//! use checkpoint_format::CheckpointSeq;
+//! use checkpoint_format::CheckpointId;
 //! use checkpoint_store::{Claim, MemoryStore, Mode, Repository, WriterRecord};
 //! use std::sync::Arc;
 //!
@@ -29,11 +29,11 @@
 //! let vm = "web1".parse()?;
 //! let writer = repository.claim_writer(&vm, record, claim).await?;
 //!
-//! let partial = writer.begin(CheckpointSeq::FIRST).await?;
+//! let partial = writer.begin(CheckpointId::FIRST).await?;
 //! partial.put_pack("ram", vec!["pages".into()]).await?;
 //! assert!(repository.checkpoints(&vm).await?.is_empty());
 //! partial.commit("manifest".into()).await?;
-//! assert_eq!(repository.checkpoints(&vm).await?, [CheckpointSeq::FIRST]);
+//! assert_eq!(repository.checkpoints(&vm).await?, [CheckpointId::FIRST]);
 //! # Ok(())
 //! # }
 //! ```

@@ -24,7 +24,7 @@ use crate::store::{
 
 const UNFINISHED: &str = ".tmp-";
 const REMOVED: &str = ".trash-";
-/// A checkpoint holds the guest's memory: not for everybody's eyes.
+/// A checkpoint holds the guest's memory, so its files are not world-readable.
 const FILE_MODE: u32 = 0o640;
 const DIR_MODE: u32 = 0o750;
 
@@ -247,7 +247,7 @@ fn write_whole(full: &Path, data: &[Bytes]) -> io::Result<()> {
     let written =
         write_synced(&unfinished, data).and_then(|()| rename_no_replace(&unfinished, full));
     if written.is_err() {
-        // The error at hand says more than one about the leftover, which nobody sees.
+        // The error at hand says more than one about the unfinished file, which no reader sees.
         let _ = fs::remove_file(&unfinished);
     }
     written?;
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn files_are_not_for_everybody() {
+    async fn files_are_not_readable_by_other_users() {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().expect("temporary directory");
         let store = LocalStore::new(dir.path()).expect("store");

@@ -1,4 +1,4 @@
-//! A name that nobody else has.
+//! A name that no other process has.
 
 use std::fs::File;
 use std::io::Read;

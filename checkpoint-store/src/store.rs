@@ -64,8 +64,8 @@ pub struct Entry {
 ///
 /// Every call ends: with a result, or with an error within the store's own time limits. An error
 /// for which [`crate::StoreError::is_ambiguous`] holds may have taken effect, now or (in a store
-/// that queues requests) later; whoever must know looks again, and whoever tries again uses a new
-/// name.
+/// that queues requests) later; a caller that must know looks again, and a caller that retries uses
+/// a new name.
 #[async_trait]
 pub trait Store: Send + Sync + Debug {
     /// Where this store is, as it would be given to [`crate::open`].
@@ -80,7 +80,7 @@ pub trait Store: Send + Sync + Debug {
 
     /// Stores a whole file in an existing directory (`NotFound` if it is missing: a removed
     /// directory must never come back by a late write). At `Ok` the file is complete, visible and
-    /// on stable storage; before that nobody sees any of it. Never overwrites: `AlreadyExists`.
+    /// on stable storage; before that no reader sees any of it. Never overwrites: `AlreadyExists`.
     async fn put(
         &self,
         path: &StorePath,

@@ -88,7 +88,7 @@ async fn a_commit_whose_outcome_can_not_be_learned_says_so() {
     scene.faulty.inject(FaultRule::once(Op::RenameDir, Fault::HangAfter));
     scene.faulty.inject(FaultRule::always(Op::Read, Fault::HangBefore));
     scene.faulty.inject(FaultRule::always(Op::Remove, Fault::HangBefore));
-    let error = partial.commit(bytes("manifest")).await.expect_err("nobody knows");
+    let error = partial.commit(bytes("manifest")).await.expect_err("the outcome is unknown");
     assert!(matches!(error, StoreError::CommitUnknown { .. }), "{error}");
     scene.faulty.heal();
     // It did happen; the next one must take the next number.

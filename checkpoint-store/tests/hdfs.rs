@@ -144,15 +144,16 @@ async fn erasure_coded_directories_are_refused() {
 }
 
 #[tokio::test]
-async fn nobody_at_the_address_is_said_soon() {
+async fn unreachable_namenode_is_reported_soon() {
     let store = HdfsStore::open("hdfs://127.0.0.1:1/x", &HdfsOptions::default()).expect("open");
     let begun = Instant::now();
-    let error = store.stat(&StorePath::root()).await.expect_err("nobody there");
+    let error = store.stat(&StorePath::root()).await.expect_err("no server is there");
     assert!(matches!(error, StoreError::Unavailable { .. }), "{error}");
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
 }
 
-/// Nobody replaces the dead node: it is one of three, and the NameNode takes ten minutes to notice.
+/// No other node replaces the dead one: it is one of three, and the NameNode takes ten minutes to
+/// notice.
 #[tokio::test]
 async fn with_a_dead_datanode_a_checkpoint_becomes_durable_in_fewer_copies() {
     let cluster = hazards().await;

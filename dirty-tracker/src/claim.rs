@@ -1,4 +1,4 @@
-//! Dirty pages on loan.
+//! Claims of dirty pages.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -6,8 +6,8 @@ use checkpoint_format::{DurableReceipt, PageCount, PageSet};
 
 use crate::block::BlockId;
 
-/// Pages that were taken from the kernel and given back, by RAM block; the next claim gets them
-/// first.
+/// Pages that a claim took from the kernel and then restored, by RAM block; the next claim gets
+/// them first.
 #[derive(Debug)]
 pub(crate) struct Pending(Mutex<Vec<PageSet>>);
 
@@ -22,12 +22,12 @@ impl Pending {
     }
 }
 
-/// The dirty pages that a checkpoint has taken, and owes.
+/// The dirty pages that a checkpoint has taken and must still acknowledge.
 ///
-/// A scan that protects also forgets: from that moment nobody but the taker knows which pages were
-/// written. If the checkpoint then fails, the next one would miss them, and a restore would bring
-/// back a VM that never existed. So the pages are a loan. Whatever way a checkpoint ends - an
-/// error, a cancelled task, a panic - dropping the claim gives them back, and the next claim has
+/// A scan that protects also clears the dirty bits: from that moment only the claim has the list of
+/// written pages. If the checkpoint then fails, the next one would miss them, and a restore would
+/// bring back a VM that never existed. So the claim keeps the pages. Whatever way a checkpoint ends
+/// - an error, a cancelled task, a panic - dropping the claim restores them, and the next claim has
 /// them again. The only way to keep them is [`Self::acknowledge`], which asks for the receipt that
 /// the store makes when the checkpoint is durable: not written, durable.
 ///
@@ -35,7 +35,7 @@ impl Pending {
 /// successor must compare all of memory with the last durable checkpoint: a new tracker's first
 /// claim therefore has every page.
 #[derive(Debug)]
-#[must_use = "dropping a claim gives its pages back"]
+#[must_use = "dropping a claim restores its pages"]
 pub struct DirtyClaim {
     taken: Vec<PageSet>,
     pending: Arc<Pending>,
@@ -79,8 +79,8 @@ impl DirtyClaim {
         self.taken.clear();
     }
 
-    /// Gives the pages back now; the same as dropping it, said aloud.
-    pub fn give_back(self) {}
+    /// Restores the pages now; the same as dropping the claim, but explicit.
+    pub fn restore(self) {}
 }
 
 impl Drop for DirtyClaim {

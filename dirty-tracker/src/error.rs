@@ -55,7 +55,7 @@ pub enum TrackerError {
     Scan { block: String, source: io::Error },
 
     #[error(
-        "cannot watch RAM block '{block}' for pages that a balloon gives back; start the VM without a balloon or without huge page \
+        "cannot watch RAM block '{block}' for pages that a balloon discards; start the VM without a balloon or without huge page \
          memory, or use --engine stream"
     )]
     Holes { block: String, source: io::Error },
@@ -128,7 +128,7 @@ mod test {
     }
 
     #[test]
-    fn an_ended_process_is_told_from_other_failures() {
+    fn ended_process_is_distinguished_from_other_failures() {
         let scan = |source| TrackerError::Scan { block: "pc.ram".into(), source };
         assert!(scan(gone()).is_process_gone());
         assert!(!scan(error(io::ErrorKind::PermissionDenied)).is_process_gone());

@@ -15,7 +15,7 @@ use nix::unistd::{Whence, lseek};
 use crate::error::TrackerError;
 use crate::sys::read_mapping::ReadMapping;
 
-/// A file in memory whose size is sealed, so that nobody can cut it off under a mapping.
+/// A file in memory whose size is sealed, so that no process can truncate it under a mapping.
 ///
 /// A page that changes while it is read may come out torn; that is harmless, because its dirty bit
 /// makes it come again.

@@ -1,4 +1,4 @@
-//! What the plugin lends: descriptors of QEMU's process, fetched over its socket.
+//! What the plugin passes: file descriptors of QEMU's process, received over its socket.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -67,12 +67,12 @@ impl PluginHandles {
         if reply.status != Status::Ok {
             return Err(not_ours("it does not know our greeting"));
         }
-        Self::sort_out(pid, reply, fds)
+        Self::assign(pid, reply, fds)
             .ok_or_else(|| not_ours("the descriptors are not those that it announced"))
     }
 
     /// Gives each descriptor its name; `None` unless there are exactly as many as announced.
-    fn sort_out(pid: u32, reply: Reply, fds: Vec<OwnedFd>) -> Option<Self> {
+    fn assign(pid: u32, reply: Reply, fds: Vec<OwnedFd>) -> Option<Self> {
         let mut fds = fds.into_iter();
         let mut next = |kind| {
             if reply.has(kind) { fds.next().map(Some) } else { Some(None) }
@@ -249,17 +249,17 @@ fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, TrackerEr
     }
 }
 
-/// Descriptors from a stranger would have us track the stranger: only this user's QEMU counts, or
-/// anyone's when we are root.
+/// Descriptors of another process would make the helper track that process. So only a QEMU of this
+/// user is accepted, or of any user when the helper is root.
 fn check_peer(path: &Path, stream: &UnixStream) -> Result<u32, TrackerError> {
     let not_ours = |what| TrackerError::NotThePlugin { path: path.to_owned(), what };
     let peer = getsockopt(stream, sockopt::PeerCredentials)
-        .map_err(|_| not_ours("its owner cannot be told"))?;
+        .map_err(|_| not_ours("its owner cannot be determined"))?;
     let us = geteuid();
     if !us.is_root() && peer.uid() != us.as_raw() {
         return Err(not_ours("it belongs to another user"));
     }
-    u32::try_from(peer.pid()).map_err(|_| not_ours("its process cannot be told"))
+    u32::try_from(peer.pid()).map_err(|_| not_ours("its process cannot be determined"))
 }
 
 fn greet(

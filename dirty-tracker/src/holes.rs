@@ -1,4 +1,4 @@
-//! Pages that were given back behind the tracker's back: holes punched into the guest's memory
+//! Pages that QEMU discarded unseen by the write tracking: holes punched into the guest's memory
 //! file.
 //!
 //! A balloon (inflated, or with free page reporting) has QEMU punch holes into the file that is the
@@ -8,8 +8,8 @@
 //!
 //! The helper therefore maps the file once more ([`WatchMapping`]). A punched hole takes its pages
 //! out of that mapping, and they stay out, whatever the guest reads later. So a page that is in the
-//! mapping, and was when the last claim was made, was not given back since; and only a page that
-//! turned from something into zeros can have been given back unseen, since one that was written
+//! mapping, and was when the last claim was made, was not discarded since; and only a page that
+//! turned from something into zeros can have been discarded unseen, since one that was written
 //! afterwards is dirty anyway.
 
 use std::ops::Range;
@@ -31,7 +31,7 @@ const MAX_MAPPED: PageCount = PageCount(4096);
 const MAX_QUESTIONS: usize = 8192;
 
 /// What is known of each page since the last claim. A page of which neither is known may have been
-/// given back unseen.
+/// discarded unseen.
 #[derive(Debug)]
 struct Known {
     /// In the watching mapping since the last claim; or since a moment after it at which the page
@@ -124,7 +124,7 @@ impl HoleWatch {
         Ok(())
     }
 
-    /// Finds what was given back, and maps what is new, so that the pause has little to do. Returns
+    /// Finds what was discarded, and maps what is new, so that the pause has little to do. Returns
     /// pages that may be dirty, each once, besides those `written` since the last claim. The guest
     /// may run.
     pub fn look(&mut self, written: &PageSet) -> Result<PageSet, TrackerError> {
@@ -149,11 +149,11 @@ impl HoleWatch {
         Ok(news)
     }
 
-    /// Maps pages that exist. What is not zero then was not given back since the last claim, or it
+    /// Maps pages that exist. What is not zero then was not discarded since the last claim, or it
     /// was written after.
     fn visit(&mut self, pages: PageRange, news: &mut PageSet) {
-        // A page that cannot be mapped stays unknown, so the next claim has it, and whoever reads
-        // it then learns why.
+        // A page that cannot be mapped stays unknown, so the next claim has it, and the read of
+        // that page then reports why.
         if self.mapping.map(&pages.bytes()).is_err() {
             return;
         }
@@ -171,8 +171,8 @@ impl HoleWatch {
         news.insert_range(pages);
     }
 
-    /// With the guest stopped: pages that may have been given back since the last claim and were
-    /// not in an answer of [`Self::look`]. `written` is what the same claim found written.
+    /// With the guest stopped: pages that may have been discarded since the last claim and were not
+    /// in an answer of [`Self::look`]. `written` is what the same claim found written.
     pub fn claim(&mut self, written: &PageSet) -> Result<PageSet, TrackerError> {
         // First of all: that a written page is not zero any more must be known also after a
         // failure.
@@ -187,7 +187,7 @@ impl HoleWatch {
         Ok(unknown)
     }
 
-    /// Pages that were written and then given back (a guest clears what its balloon takes): zero at
+    /// Pages that were written and then discarded (a guest clears what its balloon takes): zero at
     /// this claim. Without this the next look would report them once more.
     fn ask_for_holes(&mut self, doubtful: &PageSet) -> Result<(), TrackerError> {
         for run in doubtful.ranges().take(MAX_QUESTIONS) {

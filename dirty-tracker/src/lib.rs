@@ -1,7 +1,7 @@
 //! Which pages of a running guest were written, and what is in them.
 //!
-//! The plugin in QEMU (`plugin/`) opens a userfaultfd there and lends it. Everything else happens
-//! here, in another process:
+//! The plugin in QEMU (`plugin/`) opens a userfaultfd there and passes its file descriptor to the
+//! helper. Everything else happens here, in another process:
 //!
 //! 1. [`GuestMemory::create`] makes the RAM file that QEMU is started with.
 //! 2. [`PluginHandles::connect`] fetches QEMU's descriptors, [`Tracker::attach`] registers its RAM

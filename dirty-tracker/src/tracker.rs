@@ -38,8 +38,9 @@ enum Knowledge {
 ///
 /// The kernel does the work. A page is write-protected; the guest's next write to it faults, and
 /// the kernel lifts the protection by itself and lets the guest continue (asynchronous userfaultfd
-/// write protection: one fault per page and round, and nobody to wait for). A page without
-/// protection is a written page, and one call finds all of them and protects them again.
+/// write protection: one fault per page and pre-copy pass, and no user-space handler to wait for).
+/// A page without protection is a written page, and one call finds all of them and protects them
+/// again.
 ///
 /// What it costs, per GiB on two cores of a VM (Linux 6.18; `tests/measure.rs` prints it again): a
 /// claim or a look that finds nothing 0.5 ms, 2,048 scattered pages 0.9 ms, half of memory 5 to 9
@@ -50,15 +51,15 @@ enum Knowledge {
 /// another mapping of the RAM file (a vhost-user daemon, another process,
 /// [`GuestMemory::write`](crate::GuestMemory::write)), holes punched into it, and what a device or
 /// the kernel writes into a page that it had pinned before the page was protected (direct I/O in
-/// flight). The first must be excluded by whoever composes the VM. The second is found after
+/// flight). The program that composes the VM must exclude the first. The second is found after
 /// [`Self::watch_holes`]. The third is why everything that protects ([`Self::claim`],
 /// [`Self::protect_all`]) **must be called while the guest is stopped** and its block I/O drained.
 ///
 /// Until a RAM block has been protected as a whole nothing is known about it, so its first claim
 /// has every page that exists. That includes the first claim after a restart of this process,
-/// although the kernel would still know what was written since the last scan: the pages of a claim
-/// that died with the process are known to nobody, and so are those that were given back. Who knows
-/// that there were none says so with [`Self::resume_protection`].
+/// although the kernel would still know what was written since the last scan: no process knows the
+/// pages of a claim that ended with the earlier process, nor those that dropped claims restored
+/// there. A caller that knows that there were none says so with [`Self::resume_protection`].
 #[derive(Debug)]
 pub struct Tracker {
     handles: PluginHandles,
@@ -70,7 +71,7 @@ pub struct Tracker {
 impl Tracker {
     /// Registers the RAM blocks; the guest may run.
     ///
-    /// Regions that an earlier tracker has registered keep their state.
+    /// RAM blocks that an earlier tracker has registered keep their state.
     ///
     /// # Errors
     /// When the plugin could not open what is needed, a RAM block is listed twice or is not in
@@ -99,10 +100,10 @@ impl Tracker {
         Ok(Self { handles, blocks, pending, buffer: Mutex::new(ScanBuffer::new()) })
     }
 
-    /// From now on pages that are given back count as written: a VM with a balloon needs it. To be
+    /// From now on pages that QEMU discards count as written: a VM with a balloon needs it. To be
     /// called right after [`Self::attach`]; what was known before is forgotten.
     ///
-    /// Found is what QEMU's balloon does: `fallocate(FALLOC_FL_PUNCH_HOLE)` on the RAM file. In
+    /// It finds what QEMU's balloon does: `fallocate(FALLOC_FL_PUNCH_HOLE)` on the RAM file. In
     /// private memory the kernel reports pages that were discarded, and nothing is needed.
     ///
     /// # Errors
@@ -155,7 +156,7 @@ impl Tracker {
     /// Protects every page, existing or not, and splits huge pages, so that single pages are seen:
     /// 30 to 60 ms per GiB that would else be (in part) pause. Claims nothing: a device that has
     /// pinned a page now may write to it unseen, so the first claim still has every page that
-    /// exists. Does nothing for RAM blocks that had their first lease.
+    /// exists. Does nothing for RAM blocks that had their first claim.
     ///
     /// # Errors
     /// When the kernel fails to populate or protect memory.
@@ -206,13 +207,13 @@ impl Tracker {
     }
 
     /// Trusts what an earlier tracker protected: the kernel's marks are what was written since its
-    /// last lease.
+    /// last claim.
     ///
     /// Only if that claim was acknowledged by a durable checkpoint (or [`Self::protect_all`] came
-    /// last) and none was begun since. Whoever calls this must know it from a record that outlives
-    /// the process; see the comment on the type for what would be lost otherwise. Says whether it
-    /// can be: not when holes are watched and this tracker had no claim yet, because nobody saw
-    /// those punched in between.
+    /// last) and none was begun since. The caller must know it from a record that outlives the
+    /// process; see the comment on the type for what would be lost otherwise. Returns whether the
+    /// marks can be trusted: not when holes are watched and this tracker had no claim yet, because
+    /// no tracker saw those punched in between.
     pub fn resume_protection(&mut self) -> bool {
         let is_unseen = |tracked: &Tracked| {
             tracked.holes.is_some() && !matches!(tracked.knowledge, Knowledge::Complete)
@@ -232,9 +233,9 @@ impl Tracker {
     /// Takes the RAM block's dirty pages into `claim`, protects them, and returns what this call
     /// added.
     ///
-    /// Those are the pages written since the last call, and those given back since. A page that the
-    /// claim has already comes again if it was written again. Only while the guest is stopped. On
-    /// an error the claim still owes what was taken.
+    /// Those are the pages written since the last call, and those restored or discarded since. A
+    /// page that the claim has already comes again if it was written again. Only while the guest is
+    /// stopped. On an error the claim still holds what was taken.
     ///
     /// # Errors
     /// When the kernel fails to scan. Pages claimed before are in `claim`, and are restored when it
@@ -258,15 +259,15 @@ impl Tracker {
             }
         };
         pages.union_with(&written);
-        let given_back = self.given_back_into(id, &written, &mut pages);
+        let discarded = self.discarded_into(id, &written, &mut pages);
         claim.add(id.0, &pages);
-        taken.and(given_back)?;
+        taken.and(discarded)?;
         self.blocks[id.0].knowledge = Knowledge::Complete;
         Ok(pages)
     }
 
-    /// Pages that were given back and that no [`Self::scan`] has told of.
-    fn given_back_into(
+    /// Pages that were discarded and that no [`Self::scan`] has reported.
+    fn discarded_into(
         &mut self,
         id: BlockId,
         written: &PageSet,

@@ -1,4 +1,4 @@
-//! The plugin's socket: who gets the descriptors, and what becomes of everybody else.
+//! The plugin's socket: which clients get the descriptors, and what happens to all others.
 
 mod support;
 
@@ -99,7 +99,7 @@ fn wrong_greetings_are_refused_with_a_reason_and_without_descriptors() {
         assert_eq!(reply.len(), REPLY_LEN);
         assert_eq!(&reply[..8], b"STILLPT!");
         assert_eq!(reply[12], status);
-        assert!(reply[16..].iter().all(|byte| *byte == 0), "nothing else is told");
+        assert!(reply[16..].iter().all(|byte| *byte == 0), "the reply holds nothing else");
     }
     guest.handles();
 }
@@ -159,7 +159,7 @@ fn the_plugin_starts_once_and_says_why_not() {
 }
 
 #[test]
-fn nobody_there_is_an_error_after_the_timeout() {
+fn missing_plugin_is_an_error_after_the_timeout() {
     let started = Instant::now();
     let error =
         PluginHandles::connect(Path::new("/nonexistent/plugin.sock"), Duration::from_millis(50))

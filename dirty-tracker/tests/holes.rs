@@ -1,4 +1,4 @@
-//! Pages that a balloon gives back are reported like written ones, whatever happens to them
+//! Pages that a balloon discards are reported like written ones, whatever happens to them
 //! afterwards.
 
 mod support;
@@ -45,13 +45,13 @@ type History = (&'static str, &'static [(char, &'static [u64])], &'static [u64])
 
 /// Operations of the guest between two claims, and the pages that the second must have.
 const HISTORIES: &[History] = &[
-    ("given back", &[('x', &[3, 2])], &[3, 4]),
-    ("given back, then read: a page again, of zeros", &[('x', &[3, 2]), ('r', &[3, 4])], &[3, 4]),
-    ("given back, then written", &[('x', &[3, 1]), ('w', &[3])], &[3]),
-    ("written, then given back", &[('w', &[3]), ('x', &[3, 1])], &[3]),
-    ("written, given back, then read", &[('w', &[3]), ('x', &[3, 1]), ('r', &[3])], &[3]),
+    ("discarded", &[('x', &[3, 2])], &[3, 4]),
+    ("discarded, then read: a page again, of zeros", &[('x', &[3, 2]), ('r', &[3, 4])], &[3, 4]),
+    ("discarded, then written", &[('x', &[3, 1]), ('w', &[3])], &[3]),
+    ("written, then discarded", &[('w', &[3]), ('x', &[3, 1])], &[3]),
+    ("written, discarded, then read", &[('w', &[3]), ('x', &[3, 1]), ('r', &[3])], &[3]),
     (
-        "given back twice with a read between",
+        "discarded twice with a read between",
         &[('x', &[5, 1]), ('r', &[5]), ('x', &[5, 1]), ('r', &[5])],
         &[5],
     ),
@@ -164,7 +164,7 @@ fn holes_punched_during_the_first_claim_are_not_lost() {
     guest.act('r', 's', &[2]);
     assert_eq!(take(&mut tracker, shared, &mut claim), [1, 2], "1 is not in the mapping yet");
     drop(claim);
-    assert_eq!(upload(&mut tracker, shared), [1, 2, 3], "given back by the claim");
+    assert_eq!(upload(&mut tracker, shared), [1, 2, 3], "restored by the claim");
 }
 
 #[test]
@@ -182,7 +182,7 @@ fn holes_after_a_restore_are_found() {
 }
 
 #[test]
-fn holes_that_nobody_watched_are_not_trusted_to_be_none() {
+fn holes_that_no_tracker_watched_are_not_trusted_to_be_none() {
     let (mut guest, tracker, _) = full_guest(64);
     drop(tracker);
     guest.act('x', 's', &[3, 1]);
@@ -203,7 +203,7 @@ fn holes_that_nobody_watched_are_not_trusted_to_be_none() {
 enum Step {
     Write(usize, Vec<u64>),
     Read(usize, Vec<u64>),
-    GiveBack(usize, u64, u64),
+    Discard(usize, u64, u64),
     Look,
     Claim,
     Acknowledge,
@@ -217,7 +217,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         4 => (0..2usize, pages()).prop_map(|(memory, pages)| Step::Write(memory, pages)),
         3 => (0..2usize, pages()).prop_map(|(memory, pages)| Step::Read(memory, pages)),
-        4 => (0..2usize, 0..PAGES, 1..120u64).prop_map(|(memory, first, count)| Step::GiveBack(memory, first, count.min(PAGES - first))),
+        4 => (0..2usize, 0..PAGES, 1..120u64).prop_map(|(memory, first, count)| Step::Discard(memory, first, count.min(PAGES - first))),
         2 => Just(Step::Look),
         4 => Just(Step::Claim),
         2 => Just(Step::Acknowledge),
@@ -297,7 +297,7 @@ fn run(steps: &[Step]) {
                 guest.act('r', MEMORIES[*memory], pages);
                 replicas[*memory].touch(pages.iter().copied(), |byte| byte);
             }
-            Step::GiveBack(memory, first, count) => {
+            Step::Discard(memory, first, count) => {
                 guest.act('x', MEMORIES[*memory], &[*first, *count]);
                 replicas[*memory].touch(*first..first + count, |_| 0);
             }

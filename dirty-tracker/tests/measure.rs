@@ -97,13 +97,13 @@ fn costs_of_watching_for_holes() {
         claim(&mut tracker, shared, "claim: every 64th page of 1 GiB written");
         if watched {
             (0..PAGES / 4).step_by(16).for_each(|page| guest.act('x', 's', &[page, 8]));
-            timed("look: 128 MiB given back in runs of 8 pages", || tracker.scan(shared).unwrap());
+            timed("look: 128 MiB discarded in runs of 8 pages", || tracker.scan(shared).unwrap());
             claim(&mut tracker, shared, "claim of these");
             (PAGES / 4..PAGES / 2).step_by(16).for_each(|page| guest.act('x', 's', &[page, 8]));
             claim(
                 &mut tracker,
                 shared,
-                "claim without a look: 128 MiB given back in runs of 8 pages",
+                "claim without a look: 128 MiB discarded in runs of 8 pages",
             );
         }
     }

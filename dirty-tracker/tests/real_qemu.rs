@@ -1,4 +1,4 @@
-//! The plugin in real QEMUs, with a guest that writes the pages that it is told to.
+//! The plugin in real QEMUs, with a guest that writes the pages that the test names.
 //!
 //! Which QEMUs: `STILLPOINT_TEST_QEMUS`, colon-separated; else the two that `scripts/install-deps`
 //! provides.
@@ -255,8 +255,8 @@ fn pages_of(writes: &[u8]) -> Vec<u64> {
 fn tracks_exactly(vm: &mut Vm, api_versions: &[u32]) {
     assert!(api_versions.contains(&vm.handles.plugin_api_version()));
     assert_eq!(vm.handles.pid(), vm.pid());
-    let lent = vm.handles.ram("pc.ram").unwrap().expect("ramfd= was given");
-    assert_eq!(lent.inode().unwrap(), vm.memory.inode().unwrap());
+    let passed = vm.handles.ram("pc.ram").unwrap().expect("ramfd= was given");
+    assert_eq!(passed.inode().unwrap(), vm.memory.inode().unwrap());
 
     let again = PluginHandles::connect(&vm._dir.path().join("plugin.sock"), TIMEOUT).unwrap();
     let (mut tracker, ram) = vm.attach(again);

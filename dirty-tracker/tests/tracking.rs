@@ -84,8 +84,8 @@ fn pages_born_while_the_tracker_prepares_are_in_the_first_claim() {
         writer.join().unwrap()
     });
     for (memory, block) in [('s', shared), ('p', private)] {
-        let leased = upload(&mut tracker, block);
-        let missing: Vec<&u64> = born.iter().filter(|page| !leased.contains(page)).collect();
+        let claimed = upload(&mut tracker, block);
+        let missing: Vec<&u64> = born.iter().filter(|page| !claimed.contains(page)).collect();
         assert!(
             missing.is_empty(),
             "{memory}: {} of {} pages are missing",
@@ -260,7 +260,7 @@ fn a_successor_takes_over_and_misses_nothing() {
     let mut claim = tracker.begin_claim();
     assert_eq!(take(&mut tracker, shared, &mut claim), [1, 2]);
     guest.write('s', &[3]);
-    // As when the process is killed: nothing is given back.
+    // As when the process is killed: no page is restored.
     #[expect(clippy::disallowed_methods, reason = "a helper that is killed drops nothing")]
     std::mem::forget(claim);
     drop(tracker);
@@ -277,7 +277,7 @@ fn a_successor_takes_over_and_misses_nothing() {
 }
 
 #[test]
-fn a_successor_that_knows_the_last_claim_was_acknowledged_goes_on_where_it_ended() {
+fn successor_that_knows_the_last_claim_was_acknowledged_continues_where_it_ended() {
     let mut guest = StandIn::start(64, 64);
     let (mut tracker, shared, private) = guest.attach();
     for memory in ['s', 'p'] {
@@ -330,7 +330,7 @@ enum Step {
     Write(usize, Vec<u64>),
     Read(usize, Vec<u64>),
     Look,
-    /// One round: take into the open lease.
+    /// One pre-copy pass: take into the open claim.
     Pass,
     Acknowledge,
     Drop,
@@ -358,7 +358,7 @@ fn step() -> impl Strategy<Value = Step> {
 #[derive(Default)]
 struct Oracle {
     dirty: [BTreeSet<u64>; 2],
-    leased: [BTreeSet<u64>; 2],
+    claimed: [BTreeSet<u64>; 2],
 }
 
 const MEMORIES: [char; 2] = ['s', 'p'];
@@ -410,26 +410,26 @@ fn run(steps: &[Step]) {
                         taken.len(),
                         expected.len()
                     );
-                    oracle.leased[index].extend(expected);
+                    oracle.claimed[index].extend(expected);
                     assert!(
                         claim
                             .pages(*block)
                             .unwrap()
                             .iter()
                             .map(PageIndex::get)
-                            .eq(oracle.leased[index].iter().copied())
+                            .eq(oracle.claimed[index].iter().copied())
                     );
                 }
             }
             Step::Acknowledge => {
                 let acknowledged = std::mem::replace(&mut claim, tracker.begin_claim());
                 acknowledged.acknowledge(&Receipt::new());
-                oracle.leased = Default::default();
+                oracle.claimed = Default::default();
             }
             Step::Drop => {
                 claim = tracker.begin_claim();
-                for (dirty, leased) in oracle.dirty.iter_mut().zip(&mut oracle.leased) {
-                    dirty.append(leased);
+                for (dirty, claimed) in oracle.dirty.iter_mut().zip(&mut oracle.claimed) {
+                    dirty.append(claimed);
                 }
             }
         }

@@ -11,8 +11,8 @@ use vm::error::usage;
 /// How long one call to the store, or a write without progress, may take.
 /// `STILLPOINT_STORE_TIMEOUT` (seconds) changes it.
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// A file is tried again for this many times the patience: two tries that hang still leave time for
-/// one that does not.
+/// A file is retried for this many times the timeout: after two tries that hang there is still time
+/// for a third.
 const TRIES: u32 = 3;
 
 pub async fn open(url: &str, mode: Mode) -> Result<Repository> {

@@ -1,8 +1,8 @@
 //! What a saved command line may do on the host that restores it.
 //!
-//! Whoever can write the store chooses that command line. So nothing of the host is opened that the
-//! checkpoint does not bring along, nothing is executed and nothing is made outside of the restored
-//! VM's directory, unless the user of the restore names it. The same check is made before a
+//! A user who can write the store chooses that command line. So QEMU opens nothing of the host that
+//! the checkpoint does not bring along, executes nothing, and makes nothing outside of the restored
+//! VM's directory, unless the user who restores names it. The same check is made before a
 //! checkpoint is called durable, so that what cannot be restored at all is found while the VM still
 //! runs.
 
@@ -132,8 +132,8 @@ pub fn check(options: &[QemuOption], carried: &Carried<'_>) -> Vec<Finding> {
     found
 }
 
-/// Whether somebody at the display could command QEMU. QEMU's default monitor would be there, but
-/// it makes none beside Stillpoint's.
+/// Whether a user of the display could command QEMU by a monitor. QEMU makes its default monitor on
+/// the display, but not when it has Stillpoint's monitor.
 fn has_console_monitor(options: &[QemuOption]) -> bool {
     let is_console =
         |value: &str| value == "vc" || value.starts_with("vc:") || value.starts_with("vc,");

@@ -49,7 +49,7 @@ pub fn rewrite(
     options.into_iter().map(one).collect()
 }
 
-/// Character devices by which somebody commands QEMU.
+/// Character devices by which clients command QEMU.
 pub(crate) fn monitor_chardevs(options: &[QemuOption]) -> HashSet<String> {
     let id = |option: &QemuOption| match table::syntax(&option.name) {
         Some(Syntax::Keys(_, Group::Monitor)) => Form::of(option).get("chardev"),

@@ -31,7 +31,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long one command of the worker, or one job, may take: nothing but the storage can hold it
 /// up.
 const TIMEOUT: Duration = Duration::from_secs(300);
-/// A wait that is longer than this is told of, again and again.
+/// A wait that is longer than this is logged, again after each such interval.
 const SAY_EVERY: Duration = Duration::from_secs(10);
 /// How long a worker that has failed gets to show that it still listens.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -158,7 +158,7 @@ impl ImageWorker {
         })
     }
 
-    /// For whatever else a QEMU without a VM can tell, e.g. [`crate::machine::machine_types`].
+    /// For other queries to a QEMU without a VM, e.g. `query-machines`.
     pub fn qmp(&self) -> &Qmp {
         &self.qmp
     }

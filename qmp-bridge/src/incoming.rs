@@ -16,8 +16,8 @@ const LOOK: Duration = Duration::from_millis(1);
 /// From this version on QEMU can report a failed load instead of ending.
 const EXIT_ON_ERROR_SINCE: (u32, u32) = (9, 1);
 
-/// QEMU's own.
-const DEFAULT_ANNOUNCE_ROUNDS: u32 = 5;
+/// QEMU's default of `announce-rounds`.
+const DEFAULT_ANNOUNCEMENTS: u32 = 5;
 
 #[derive(Debug, Error)]
 #[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
@@ -42,9 +42,8 @@ pub enum IncomingError {
     Path { path: PathBuf },
 }
 
-async fn announce_rounds(qmp: &Qmp, passes: u32) -> Result<(), IncomingError> {
-    let set =
-        qmp.execute_json("migrate-set-parameters", json!({ "announce-rounds": passes })).await;
+async fn set_announcements(qmp: &Qmp, count: u32) -> Result<(), IncomingError> {
+    let set = qmp.execute_json("migrate-set-parameters", json!({ "announce-rounds": count })).await;
     set.map(drop).map_err(IncomingError::Qmp)
 }
 
@@ -68,9 +67,9 @@ impl Incoming {
             .execute_json("migrate-set-capabilities", json!({ "capabilities": capabilities }))
             .await;
         set.map_err(IncomingError::Qmp)?;
-        // QEMU would tell the network that the guest is here as soon as its state is loaded, though
-        // it may never run here.
-        announce_rounds(qmp, 0).await?;
+        // QEMU would announce the guest to the network as soon as its state is loaded, though it
+        // may never run here.
+        set_announcements(qmp, 0).await?;
         let mut arguments = json!({ "uri": format!("unix:{text}") });
         if (qmp.version().major, qmp.version().minor) >= EXIT_ON_ERROR_SINCE {
             arguments["exit-on-error"] = Value::Bool(false);
@@ -112,7 +111,7 @@ impl Incoming {
         loop {
             let (status, why) = self.status().await?;
             match status.as_str() {
-                "completed" => return announce_rounds(&self.qmp, DEFAULT_ANNOUNCE_ROUNDS).await,
+                "completed" => return set_announcements(&self.qmp, DEFAULT_ANNOUNCEMENTS).await,
                 "failed" => return Err(IncomingError::Failed { why }),
                 _ if start.elapsed() > LOAD_TIMEOUT => {
                     return Err(IncomingError::Stuck { status, after: LOAD_TIMEOUT });

@@ -67,8 +67,8 @@ impl Looks {
         Self::within(TIMEOUT)
     }
 
-    /// As patient as the connection is with one command: whoever knows that the storage may be slow
-    /// says so once.
+    /// With the connection's timeout of one command: a caller with slow storage sets it there,
+    /// once.
     fn on(qmp: &Qmp) -> Self {
         Self::within(qmp.timeout())
     }

@@ -1,10 +1,10 @@
-//! Everything this project says to a running QEMU: QMP commands, NBD reads, device state and the
-//! migration stream.
+//! All communication with a running QEMU: QMP commands, NBD reads, device state and the migration
+//! stream.
 //!
-//! The order in which a checkpoint uses the modules: [`machine`], [`ramblock`] and [`disks`] tell
-//! what there is; [`capture`] prepares the disks; [`paused`] stops the guest; [`capture`] and
-//! [`device_state`] take the instant; [`nbd`] drains it while the guest runs on. A restore goes
-//! [`images`], then [`stream`] into [`incoming`].
+//! The order in which a checkpoint uses the modules: [`machine`], [`ramblock`] and [`disks`] query
+//! what the VM has; [`capture`] prepares the disks; [`paused`] stops the guest; [`capture`]
+//! captures the disks and [`device_state`] the devices; [`nbd`] reads the disks while the guest
+//! runs. A restore uses [`images`], then [`stream`] and [`incoming`].
 //!
 //! # Example
 //!

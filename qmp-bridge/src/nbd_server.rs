@@ -1,8 +1,8 @@
 //! QEMU's NBD server. A process has one, and it may be another tool's.
 //!
-//! Ours listens on a socket that we make in the runtime directory and hand over as a descriptor (so
-//! QEMU's user needs no right to any path). Whether the server that runs is ours is told by that
-//! socket alone: it answers only while QEMU holds it.
+//! Ours listens on a socket that the helper makes in the runtime directory and passes to QEMU as a
+//! file descriptor (so QEMU's user needs no right to any path). That socket alone shows whether the
+//! server that runs is ours: it answers only while QEMU holds it.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
@@ -60,7 +60,7 @@ fn named(exports: &[String]) -> String {
 /// Who has QEMU's NBD server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holder {
-    /// It listens at our socket, whoever has exports in it.
+    /// It listens at our socket, even if another tool has exports in it.
     Ours,
     /// It does not run.
     Free,
@@ -70,7 +70,7 @@ pub enum Holder {
 /// Changes nothing.
 ///
 /// # Errors
-/// When somebody else has the server, or QEMU does not answer.
+/// When another tool uses the server, or QEMU does not answer.
 pub async fn check(qmp: &Qmp, socket: Option<&Path>) -> Result<Holder, ServerError> {
     if let Some(socket) = socket
         && answers(socket).await
@@ -126,7 +126,8 @@ async fn hand_over(qmp: &Qmp, socket: &UnixListener) -> Result<(), QmpError> {
     started.map(drop)
 }
 
-/// Stops the server if it is ours and nobody else has an export in it: stopping would remove that.
+/// Stops the server if it is ours and no other tool has an export in it: stopping the server would
+/// remove that export.
 pub(crate) async fn stop_unused(qmp: &Qmp, socket: &Path) -> Result<(), ServerError> {
     if answers(socket).await {
         let others = exports(qmp).await?;

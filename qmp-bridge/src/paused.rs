@@ -8,15 +8,16 @@
 //! without ever resuming a guest that its owner stopped.
 //!
 //! A migration's switch-over is the same pause with another beginning and end: QEMU stops the guest
-//! by itself, and before it has completed only `migrate_cancel` lets the guest run again. And while
-//! QEMU writes the last of the stream it hears no command, so if nobody reads, only cutting the
-//! stream does: the guard can hold it for that. It has a marker of its own, since that one lies in
-//! QEMU while the guest still runs, for seconds, and must not speak for a `stop` of the owner. Nor
-//! does it alone allow to resume: a guest that was migrated away looks the same.
-//! [`crate::migration::recover`] knows which it was.
+//! by itself, and before it has completed only `migrate_cancel` lets the guest run again. While
+//! QEMU writes the last part of the stream it reads no command, so if the reader of the stream
+//! stops, only closing the stream lets the guest run: the guard can hold the stream for that. The
+//! switch-over has a marker of its own, because it is in QEMU for seconds while the guest still
+//! runs, and a `stop` of the owner in that time must not count as ours. That marker alone is no
+//! reason to resume: a guest that was migrated to another host leaves QEMU in the same state.
+//! [`crate::migration::recover`] finds out which it was.
 //!
 //! A guest that does not run when the guard is made has no pause: nothing is sent to it, and its
-//! run state stays what it is. The guard only watches that nobody changes that.
+//! run state stays what it is. The guard only detects whether another client changes it.
 
 mod recovery;
 mod verdict;
@@ -41,8 +42,8 @@ pub(crate) use recovery::{
 /// what a busy host needs; what takes longer (storage that hangs) may take for ever.
 pub const PAUSE_LIMIT: Duration = Duration::from_secs(2);
 
-/// Kind of the object (its id carries the instance) that says: whoever finds the guest paused, we
-/// did it.
+/// Kind of the object (its id carries the instance) that tells the next helper: if the guest is
+/// paused, an earlier helper paused it.
 const MARKER: &str = "paused";
 
 /// Kind of the object that says: a guest that runs is about to be stopped by a migration of ours.
@@ -60,7 +61,8 @@ pub enum PauseError {
     #[error(transparent)]
     NoGuest(#[from] NoGuest),
     #[error(
-        "somebody else changed the VM while it was stopped for a checkpoint: {what}; that stays so, and the checkpoint is given up"
+        "another client changed the VM while it was stopped for a checkpoint: {what}; \
+         the change stays, and the checkpoint fails"
     )]
     Disturbed { what: String },
     #[error(
@@ -273,11 +275,11 @@ impl Paused {
         }
     }
 
-    /// Lets the guest run again if it ran before, and fails if somebody else changed the VM
+    /// Lets the guest run again if it ran before, and fails if another client changed the VM
     /// meanwhile. Returns the time from sending `stop` to the reply of `cont`.
     ///
     /// # Errors
-    /// When QEMU does not resume the guest, or somebody else changed the VM meanwhile.
+    /// When QEMU does not resume the guest, or another client changed the VM meanwhile.
     pub async fn resume(mut self) -> Result<Duration, PauseError> {
         let state = self.state_now().await?;
         let events = self.watch.since(self.watched_from);
@@ -287,8 +289,8 @@ impl Paused {
         let is_cancelled =
             self.owed == Owed::CancelOrCont && state.as_deref() == Some("finish-migrate");
         match self.owed {
-            Owed::Cont if verdict.owes_cont => cont(&self.qmp).await?,
-            Owed::CancelOrCont if is_cancelled || verdict.owes_cont => {
+            Owed::Cont if verdict.needs_cont => cont(&self.qmp).await?,
+            Owed::CancelOrCont if is_cancelled || verdict.needs_cont => {
                 end_switchover(&self.qmp, self.before.is_live()).await?
             }
             Owed::Nothing | Owed::Cont | Owed::CancelOrCont => {}

@@ -1,6 +1,6 @@
-//! The marks of QEMU's migration stream, for whoever writes one ([`crate::stream`]) and whoever
-//! reads one ([`crate::stream_reader`]). All numbers of a stream are big-endian. The same from QEMU
-//! 7.2 to 10.0.
+//! The marks of QEMU's migration stream, for the writer ([`crate::stream`]) and the reader
+//! ([`crate::stream_reader`]). All numbers of a stream are big-endian. The marks are the same from
+//! QEMU 7.2 to 10.0.
 
 /// Bytes of a page record on x86.
 pub const STREAM_PAGE: usize = 4096;

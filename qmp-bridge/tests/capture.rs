@@ -298,7 +298,7 @@ async fn a_failed_checkpoint_gives_its_changes_to_the_next() {
         models[3].fill(0x11);
         let mut images = new_images(&disks);
         // The first ever fails: nothing may remain, the same number can be used again.
-        capture(&vm.qmp, &disks, plan(&vm, 1, None)).await.give_back().await.expect("give back");
+        capture(&vm.qmp, &disks, plan(&vm, 1, None)).await.restore().await.expect("restore");
         assert_eq!(traces(&vm.qmp).await, "");
         write(&vm, &disks, &mut models, (2, 0x31, 0, 8192)).await;
         let mut captured = capture(&vm.qmp, &disks, plan(&vm, 1, None)).await;
@@ -310,7 +310,7 @@ async fn a_failed_checkpoint_gives_its_changes_to_the_next() {
         let mut captured = capture(&vm.qmp, &disks, plan(&vm, 2, Some(1))).await;
         write(&vm, &disks, &mut models, (0, 0x42, 65_536, 4096)).await;
         upload(&mut captured, &mut images.clone()).await;
-        captured.give_back().await.expect("give back");
+        captured.restore().await.expect("restore");
         assert_eq!(traces(&vm.qmp).await, bitmaps_since(1));
 
         // Dropped without a word, in each phase: the same, in the background.
@@ -330,7 +330,7 @@ async fn a_failed_checkpoint_gives_its_changes_to_the_next() {
         captured.acknowledge().await.expect("acknowledge");
 
         // A forced full capture leaves the running bitmap alone when it fails.
-        capture(&vm.qmp, &disks, plan(&vm, 3, None)).await.give_back().await.expect("give back");
+        capture(&vm.qmp, &disks, plan(&vm, 3, None)).await.restore().await.expect("restore");
         assert_eq!(traces(&vm.qmp).await, bitmaps_since(2));
     })
     .await;
@@ -432,9 +432,9 @@ async fn die(qmp: Qmp, disks: &Disks, plan: CapturePlan, death: Death) {
 async fn a_full_fleecing_disk_ends_the_capture_and_not_a_write() {
     with_each_qemu(async |qemu| {
         let (vm, disks) = start(&qemu).await;
-        // Memory that others may use too, so that room can be made to run out: with a wide margin
-        // against their noise.
-        let fleecing = tempfile::tempdir_in("/dev/shm").expect("scratch");
+        // A tmpfs, so that the test can use up its free space. Other processes may use it too, so
+        // the test leaves a wide margin.
+        let fleecing = tempfile::tempdir_in("/dev/shm").expect("fleecing directory");
         let stat = nix::sys::statvfs::statvfs(fleecing.path()).expect("statvfs");
         let free = stat.blocks_available() * stat.fragment_size();
         let with = |reserve| CapturePlan {
@@ -454,7 +454,7 @@ async fn a_full_fleecing_disk_ends_the_capture_and_not_a_write() {
             tokio::time::sleep(std::time::Duration::from_millis(5)).await;
         }
         assert!(matches!(captured.verify().await, Err(CaptureError::Broken { .. })));
-        captured.give_back().await.expect("give back");
+        captured.restore().await.expect("restore");
         assert_eq!(traces(&vm.qmp).await, "");
     })
     .await;
@@ -510,9 +510,9 @@ async fn disk_resized_between_two_checkpoints_is_captured_as_it_is() {
                 // One that fails in between must not use the knowledge up.
                 capture(&vm.qmp, &list().await, plan(&vm, id, Some(id - 1)))
                     .await
-                    .give_back()
+                    .restore()
                     .await
-                    .expect("give back");
+                    .expect("restore");
                 let mut captured =
                     capture(&vm.qmp, &list().await, plan(&vm, id, Some(id - 1))).await;
                 assert_eq!(captured.disks()[0].changes.is_some(), keeps_base, "{device} {what}");

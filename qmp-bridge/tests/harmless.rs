@@ -138,7 +138,7 @@ async fn capture_leaves_objects_of_others_as_they_were() {
             json!({ "job-id": "stillpoint-1-0-create", "options": { "driver": "file", "filename": directory.join("x"), "size": 512 } });
         execute(&vm, "blockdev-create", job).await;
         let before = inventory(&vm).await;
-        capture(&vm, plan(&vm, 1, &directory)).await.give_back().await.expect("give back");
+        capture(&vm, plan(&vm, 1, &directory)).await.restore().await.expect("restore");
         assert_eq!(inventory(&vm).await, before);
 
         // Their server: refused by the name of their export, and nothing of it is touched.
@@ -235,7 +235,7 @@ async fn works_again(vm: &TestQemu, directory: &Path, pattern: u8) {
     prepared.discard().await.expect("discard");
     let captured = capture(vm, plan(vm, 1, directory)).await;
     assert_holds(&captured, pattern).await;
-    captured.give_back().await.expect("give back");
+    captured.restore().await.expect("restore");
 }
 
 #[tokio::test]
@@ -263,7 +263,7 @@ async fn capture_overlay_directory_that_is_full_costs_no_write() {
             matches!(error, CaptureError::Broken { .. }) && error.to_string().contains("/full"),
             "{error}"
         );
-        captured.give_back().await.expect("give back");
+        captured.restore().await.expect("restore");
         assert_eq!(inventory(&vm).await, before);
         works_again(&vm, vm.directory.path(), 0x33).await;
     })
@@ -289,7 +289,7 @@ async fn capture_overlay_directory_with_io_errors_costs_no_write() {
         assert_written(&vm, 0x66).await;
         let error = captured.verify().await.expect_err("broken");
         assert!(matches!(error, CaptureError::Broken { .. }) && error.to_string().contains("/broken"), "{error}");
-        captured.give_back().await.expect("give back");
+        captured.restore().await.expect("restore");
         assert_eq!(inventory(&vm).await, before);
         let error = prepare(&vm, plan(&vm, 1, &broken.path)).await.expect_err("no overlay can be made");
         assert!(matches!(error, CaptureError::Fleecing { .. }), "{error}");
@@ -321,7 +321,7 @@ async fn capture_overlay_directory_that_hangs_costs_no_write() {
         assert_written(&vm, 0x44).await;
         assert!(matches!(captured.verify().await, Err(CaptureError::Broken { .. })));
         // Taking the capture apart would wait for the directory, and QEMU with it.
-        let error = captured.give_back().await.expect_err("hung");
+        let error = captured.restore().await.expect_err("hung");
         assert!(matches!(error, CaptureError::Hung { .. }), "{error}");
         let begun = Instant::now();
         let error = prepare(&vm, plan(&vm, 1, vm.directory.path()))

@@ -156,7 +156,7 @@ async fn a_worker_that_hangs_is_replaced() {
     workers.run(work).await.expect("the second worker answers");
     workers.shutdown().await;
     assert_ne!(pids[0], pids[1]);
-    // A signal ends even what is stopped; nobody else has waited for our child.
+    // A signal ends even a stopped process; no other thread has waited for this child process.
     let status = std::fs::read_to_string(format!("/proc/{}/stat", pids[0])).unwrap_or_default();
     assert!(status.is_empty() || status.contains(") Z "), "the first worker still is: {status}");
 }

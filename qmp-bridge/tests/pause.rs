@@ -105,8 +105,8 @@ async fn one_pause(
     total
 }
 
-/// What the guest has written and nobody has flushed is written within the pause, unless it was
-/// flushed before. A record, and a bound that holds on any host:
+/// QEMU flushes within the pause what the guest has written and not flushed, unless the helper
+/// flushed it before. A record, and a bound that holds on any host:
 /// `cargo test -p qmp-bridge --test pause flush -- --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn flush_before_a_stop_is_not_in_the_pause() {

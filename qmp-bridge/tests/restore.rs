@@ -141,7 +141,7 @@ async fn save_and_restore(from: &Path, machine_type: &str, to: &Path) {
 }
 
 #[tokio::test]
-async fn an_assembled_stream_is_loaded_and_the_guest_goes_on() {
+async fn assembled_stream_is_loaded_and_the_guest_continues() {
     with_each_qemu(async |qemu| {
         save_and_restore(&qemu, "q35", &qemu).await;
         save_and_restore(&qemu, "pc", &qemu).await;

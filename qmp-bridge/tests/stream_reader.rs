@@ -365,7 +365,7 @@ async fn a_suppressed_description_is_named() {
     .await;
 }
 
-/// A cancelled migration is one that was cut off.
+/// The reader reports a cancelled migration as a stream that ended too early.
 #[tokio::test]
 async fn a_cancelled_migration() {
     with_each_qemu(async |qemu| {

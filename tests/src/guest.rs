@@ -1,5 +1,5 @@
-//! The guest of one VM, whoever started its QEMU: what it says on its serial port, and what its
-//! monitor tells.
+//! The guest of one VM, no matter how its QEMU was started: what it writes to its serial port, and
+//! what its monitor reports.
 
 use crate::images::read_image;
 use crate::process::{self, Pid, wait_until};
@@ -72,7 +72,7 @@ impl Guest {
         witness::lines(&self.directory.join("serial.log"))
     }
 
-    /// The last step that was told; 0 before the first.
+    /// The last step that the witness reported; 0 before the first.
     pub fn step(&self) -> u64 {
         self.lines().last().map_or(0, |line| line.step)
     }
@@ -108,8 +108,8 @@ impl Guest {
 
     /// The guest is up and has worked a little.
     ///
-    /// The emulator's processors hang in the guest kernel's start now and then, before the witness
-    /// is there; that is told, and reset once.
+    /// The emulator's vCPUs hang now and then while the guest kernel starts, before the witness
+    /// runs; then the test prints a message and resets the VM once.
     pub fn wait_for_witness(&self) -> Line {
         let began = wait_until(BOOT_TIMEOUT, || !self.lines().is_empty() || !self.qemu_runs());
         if !began && self.qemu_runs() {
@@ -124,7 +124,7 @@ impl Guest {
     }
 
     /// The guest takes further steps.
-    pub fn assert_goes_on(&self) {
+    pub fn assert_makes_progress(&self) {
         let now = self.lines().len();
         let more = wait_until(TIMEOUT, || self.lines().len() > now + 1 || !self.qemu_runs());
         self.assert_no_contradiction();

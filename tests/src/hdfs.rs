@@ -40,7 +40,7 @@ impl Cluster {
         cluster
     }
 
-    /// A store below which nobody else works.
+    /// A store of its own: no other test uses it.
     pub fn fresh_store(&self, what: &str) -> String {
         let time = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)

@@ -16,11 +16,11 @@ use tempfile::TempDir;
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(180);
 
 pub struct Lab {
-    // Before the directory, so that it is given back last: fields are dropped in order.
     directory: TempDir,
     pub qemu: PathBuf,
     store: String,
     environment: Vec<(String, String)>,
+    // After the directory: fields are dropped in order, and the slots must be released last.
     _slots: Slots,
 }
 
@@ -100,7 +100,7 @@ impl Lab {
         TestVm::start(self, name, recipe, environment)
     }
 
-    /// Starts QEMU as anybody would, without `stillpoint`.
+    /// Starts QEMU by its own command line, without `stillpoint`: an external VM.
     pub fn start_plain(&self, name: &str, recipe: &Recipe) -> TestVm<'_> {
         TestVm::start_plain(self, name, recipe)
     }

@@ -26,14 +26,14 @@ pub struct Libvirt<'lab> {
 }
 
 impl<'lab> Libvirt<'lab> {
-    /// QEMU and whoever attaches to it are root.
+    /// QEMU and the helper run as root.
     pub fn up(lab: &'lab Lab) -> Self {
         Self::up_as(lab, "root")
     }
 
     /// As on a host: QEMU and the helper have an account of their own, without a single privilege,
     /// and the helper is attached by `scripts/libvirt-hook` for each domain that
-    /// [`Self::configure`] was told of.
+    /// [`Self::configure`] has configured.
     pub fn up_with_hook(lab: &'lab mut Lab) -> Self {
         lab.set("STILLPOINT_CACHE_DIR", lab.path().join("cache").display().to_string());
         install_hook(lab, &lab.path().join("libvirt").join(HOOK));

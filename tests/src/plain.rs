@@ -1,5 +1,4 @@
-//! VMs that nobody prepared: attached by their monitor, and adopted into a QEMU of ours while they
-//! run.
+//! External VMs: attached by their monitor, and adopted into a managed QEMU while they run.
 
 use crate::lab::Ran;
 use crate::process::{self, Pid};

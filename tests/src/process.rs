@@ -22,9 +22,9 @@ pub fn wait_until(timeout: Duration, mut done: impl FnMut() -> bool) -> bool {
     }
 }
 
-/// A process whose threads have all ended does not run, though nobody has waited for it. The first
-/// thread alone says nothing: while another one is still dying, files and locks of the process are
-/// held.
+/// A process whose threads have all ended does not run, even if its parent has not yet waited for
+/// it. The state of the first thread is not enough: while another thread is still exiting, the
+/// process holds its files and locks.
 pub fn is_running(pid: Pid) -> bool {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     tasks.into_iter().any(|task| {
@@ -34,8 +34,8 @@ pub fn is_running(pid: Pid) -> bool {
     })
 }
 
-/// Whether the process has `path` on its command line: a number alone may by now be somebody
-/// else's.
+/// Whether the process has `path` on its command line: the kernel may have reused the pid for
+/// another process.
 pub fn is_ours(pid: Pid, path: &Path) -> bool {
     let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     String::from_utf8_lossy(&words).contains(&path.display().to_string())

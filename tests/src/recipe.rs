@@ -23,8 +23,8 @@ enum Guest {
     Witness { kind: &'static str, config: &'static str },
     /// The same guest on a bare board, which has only what `arguments` give it.
     Board { vm: &'static str },
-    /// A boot sector that writes to memory (`scribbler.S`), and two disks that nobody touches but
-    /// the test.
+    /// A boot sector that writes to memory (`scribbler.S`), and two disks that only the test
+    /// writes.
     Scribbler { seed: u32 },
 }
 

@@ -41,7 +41,7 @@ impl Scribbles {
         }
     }
 
-    /// Goes on until the register is `register`.
+    /// Continues the writes until the register is `register`.
     pub fn replay(&mut self, register: u32) {
         let end = self.writes + MAX_WRITES;
         while self.register != register {

@@ -81,7 +81,7 @@ impl Tis {
                 self.read.read_line(&mut answer).expect("QEMU's test socket") > 0,
                 "QEMU has ended"
             );
-            // Interrupts are told in between.
+            // QEMU reports interrupts between the answers.
             if !answer.starts_with("IRQ") {
                 return answer.trim().to_owned();
             }

@@ -1,5 +1,5 @@
-//! A scribbler VM whose every checkpoint can be compared byte for byte with a truth that owes
-//! nothing to the program under test.
+//! A scribbler VM: each of its checkpoints can be compared byte for byte with expected content that
+//! is computed without the program under test.
 //!
 //! Memory is written by the boot sector (`scribbler.S`) and read out by QEMU's own `pmemsave` while
 //! the VM is stopped. The disks are written through QEMU by the test, which keeps their content

@@ -58,14 +58,14 @@ impl<'lab> TestVm<'lab> {
         vm
     }
 
-    /// QEMU as anybody starts it: no launcher, no plugin, no helper, and RAM as the recipe says.
+    /// An external QEMU: no launcher, no plugin, no helper, and RAM as the recipe says.
     pub(crate) fn start_plain(lab: &'lab Lab, name: &str, recipe: &Recipe) -> Self {
         let mut vm = Self::furnished(lab, name, recipe);
         let words = recipe.plain_command_line(&lab.qemu);
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]);
         vm.spawn(command);
-        // The last one that it opens; nobody connects to it but the helper.
+        // QEMU opens this socket last; only the helper connects to it.
         let monitor = vm.directory.join("qmp.sock");
         vm.wait_for("QEMU's monitor", |_| monitor.exists());
         vm

@@ -1,5 +1,5 @@
-//! Adoption: a VM that nobody prepared moves into a QEMU of ours while it runs. One VM continues,
-//! whatever dies, and never two.
+//! Adoption: an external VM moves into a managed QEMU while it runs. Whichever process dies,
+//! exactly one VM continues, never two.
 
 use std::path::Path;
 use std::time::Duration;
@@ -89,7 +89,7 @@ fn at_work(vm: &TestVm) -> Vec<Pid> {
 
 /// After a death and a new helper: one VM continues, nothing went back, the next checkpoint is
 /// whole.
-fn assert_one_goes_on(lab: &Lab, vm: &mut TestVm, what: &str, last: &Line, taken: &[Taken]) {
+fn assert_one_continues(lab: &Lab, vm: &mut TestVm, what: &str, last: &Line, taken: &[Taken]) {
     // A QEMU that is just starting is at work for a moment, too.
     let at_most_one = wait_until(Duration::from_secs(10), || at_work(vm).len() <= 1);
     assert!(at_most_one, "{what}: {:?} are at work before a new helper came", at_work(vm));
@@ -124,12 +124,12 @@ fn die_at(qemu: &Path, point: &str) {
     let last = vm.lines().pop().expect("it works");
     // Helper and command may both come by the point.
     let ran = lab.run_with(&["adopt", "m", "--json"], &[("STILLPOINT_DIE_AT", point)]);
-    assert_ne!(ran.code, 0, "{point}: nobody died: {}", ran.out);
-    assert_one_goes_on(&lab, &mut vm, point, &last, &taken);
+    assert_ne!(ran.code, 0, "{point}: no process died: {}", ran.out);
+    assert_one_continues(&lab, &mut vm, point, &last, &taken);
 }
 
 #[test]
-fn one_vm_goes_on_wherever_the_helper_dies() {
+fn one_vm_continues_wherever_the_helper_dies() {
     let all = qemus();
     on_each_qemu(|qemu| {
         // Each point with one of them at least; `STILLPOINT_TEST_THOROUGH=1`: each with each.
@@ -171,7 +171,7 @@ fn destination_dies(qemu: &Path, after: Duration) {
         return;
     }
     assert_eq!(at_work(&vm), [vm.qemu()], "{what}: the source continues");
-    assert_one_goes_on(&lab, &mut vm, &what, &last, &taken);
+    assert_one_continues(&lab, &mut vm, &what, &last, &taken);
 }
 
 #[test]

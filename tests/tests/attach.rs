@@ -1,5 +1,5 @@
-//! Attaching to a QEMU that nobody prepared: whom it is refused to, what is remembered, and what
-//! `doctor` says of it.
+//! Attaching to an external QEMU: when it is refused, what the runtime directory keeps, and what
+//! `doctor` reports.
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ use stillpoint_tests::{
     wait_until,
 };
 
-const NOBODY: u32 = 65534;
+const UNPRIVILEGED_UID: u32 = 65534;
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
@@ -121,7 +121,7 @@ fn a_disk_that_moved_is_refused() {
 }
 
 #[test]
-fn a_process_that_is_attached_again_goes_on_and_another_begins_again() {
+fn attach_to_the_same_process_continues_and_to_another_begins_again() {
     on_each_qemu(|qemu| {
         let lab = Lab::for_vms(qemu, 2);
         let vm = lab.start_plain("m", &Recipe::scribbler(4));
@@ -188,7 +188,7 @@ fn one_vm_has_one_name_and_one_helper() {
     assert!(message.contains("attached as twin already"), "{message}");
 
     let ours = lab.start("ours", &Recipe::scribbler(7));
-    let message = attach(&lab, &ours.directory.join("extra.sock"), "stranger").expect_failure(3);
+    let message = attach(&lab, &ours.directory.join("extra.sock"), "external").expect_failure(3);
     assert!(message.contains("started by Stillpoint"), "{message}");
     let message = attach(&lab, &third, "ours").expect_failure(3);
     assert!(message.contains("--name") || message.contains("already"), "{message}");
@@ -411,7 +411,8 @@ fn other_users_qemu_is_served_by_a_root_helper() {
         std::fs::create_dir(&directory).expect("a directory");
         std::fs::write(directory.join("disk.raw"), vec![7; 1 << 20]).expect("a disk");
         for path in [directory.clone(), directory.join("disk.raw")] {
-            nix::unistd::chown(&path, Some(NOBODY.into()), None).expect("a file of another user");
+            nix::unistd::chown(&path, Some(UNPRIVILEGED_UID.into()), None)
+                .expect("a file of another user");
         }
         // Others must be able to come as far as there.
         std::fs::set_permissions(lab.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711))
@@ -420,7 +421,7 @@ fn other_users_qemu_is_served_by_a_root_helper() {
         let line = "-m 16 -nodefaults -display none -accel tcg -qmp unix:qmp.sock,server=on,wait=off \
                     -drive file=disk.raw,format=raw,if=none,id=d -device ide-hd,drive=d -qmp unix:own.sock,server=on,wait=off";
         command.args(line.split_whitespace()).current_dir(&directory);
-        let mut child = std::os::unix::process::CommandExt::uid(&mut command, NOBODY)
+        let mut child = std::os::unix::process::CommandExt::uid(&mut command, UNPRIVILEGED_UID)
             .spawn()
             .expect("QEMU can be run");
         let socket = directory.join("qmp.sock");

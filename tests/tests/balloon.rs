@@ -35,7 +35,7 @@ fn ram_file(qemu: Pid) -> File {
 }
 
 /// What a balloon does to pages between 1 and 15 MiB, where the boot sector writes.
-fn give_back(ram: &File, random: &mut Random) {
+fn discard_pages(ram: &File, random: &mut Random) {
     use nix::fcntl::{FallocateFlags, fallocate};
     for _ in 0..=random.below(8) {
         let first = MIB / PAGE + random.below(14 * MIB / PAGE);
@@ -63,15 +63,15 @@ fn balloon_holes_are_in_the_next_checkpoint_also_after_they_were_read() {
                 ("tracker", number > 0),
                 "{outcome:?}"
             );
-            give_back(&ram, &mut random);
+            discard_pages(&ram, &mut random);
             if number % 2 == 0 {
                 // QEMU reads all memory: what was a hole is a page of zeros.
                 scribbled.monitor.memory(SCRIBBLER_RAM_BYTES);
             }
             if number == 3 {
-                // Nobody watches what is given back while there is no helper.
+                // Without a helper no process watches which pages are discarded.
                 scribbled.vm.kill_helper();
-                give_back(&ram, &mut random);
+                discard_pages(&ram, &mut random);
                 scribbled.monitor.memory(SCRIBBLER_RAM_BYTES);
                 scribbled.vm.attach();
             }

@@ -422,7 +422,7 @@ fn block_options_that_cannot_come_back_are_refused_by_name() {
 struct Loop(String);
 
 impl Loop {
-    /// None where the host lets nobody make one.
+    /// None where the host does not let the test make one.
     fn of(file: &Path) -> Option<Self> {
         let made = Command::new("losetup").args(["-f", "--show"]).arg(file).output().ok()?;
         let name = String::from_utf8_lossy(&made.stdout).trim().to_owned();

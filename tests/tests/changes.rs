@@ -14,7 +14,7 @@ use stillpoint_tests::{
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The boot sector continues writing to memory.
-fn assert_goes_on(monitor: &mut QmpClient) {
+fn assert_guest_writes(monitor: &mut QmpClient) {
     assert!(monitor.is_running(), "the guest was stopped");
     let before = monitor.memory(SCRIBBLER_RAM_BYTES);
     assert!(
@@ -30,7 +30,7 @@ fn assert_refused(lab: &Lab, vm: &TestVm, monitor: &mut QmpClient, named: &[&str
     let missing: Vec<_> = named.iter().filter(|word| !message.contains(**word)).collect();
     assert!(missing.is_empty(), "{missing:?} not named in: {message}");
     assert_eq!(lab.list(&vm.name), known, "a refused checkpoint is none");
-    assert_goes_on(monitor);
+    assert_guest_writes(monitor);
 }
 
 #[test]
@@ -168,7 +168,7 @@ fn file_that_was_replaced_below_qemu_is_never_opened() {
     });
 }
 
-/// QEMU cuts dirty bitmaps with the disk and tells nobody, in the first life of a VM and after a
+/// QEMU truncates dirty bitmaps together with the disk and sends no event: before and after a
 /// restore.
 #[test]
 fn resized_disks_are_restored_as_they_are() {
@@ -239,7 +239,7 @@ fn a_layer_replaced_while_the_vm_runs_is_seen() {
     check_base(&lab, "m@1", &[], &pattern());
 }
 
-/// What the scribbler's base image holds at `PLACE` when nobody has changed it.
+/// What the scribbler's base image holds at `PLACE` if no process has changed it.
 fn pattern() -> [u8; 20] {
     [(PLACE >> 12) as u8 | 1; 20].map(|byte| if PLACE % (3 << 20) < (1 << 20) { byte } else { 0 })
 }
@@ -268,8 +268,7 @@ fn a_layer_replaced_between_two_lives_is_another_layer() {
     lab.verify("m");
     check_base(&lab, "m@1", &[], &pattern());
     check_base(&lab, "m@2", &[], b"another base image");
-    // The first one's layer came from the store; a cached copy that somebody damaged is not
-    // believed.
+    // The first one's layer came from the store; a damaged copy in the cache is not used.
     let layers = std::fs::read_dir(lab.path().join("cache/layers")).expect("the cache").flatten();
     let cached: Vec<PathBuf> = layers.map(|entry| entry.path()).collect();
     assert_eq!(cached.len(), 1, "{cached:?}");
@@ -356,7 +355,7 @@ fn restored_and_ended(lab: &Lab, more: &[&str]) -> String {
     name["name"].as_str().unwrap_or_default().to_owned()
 }
 
-/// Nobody may wait at a socket that nobody serves.
+/// No client may wait at a socket that no helper serves.
 #[test]
 fn a_helper_that_cannot_attach_leaves_no_socket() {
     let lab = Lab::new(&newest_qemu());

@@ -13,7 +13,7 @@ fn recipe(words: &str) -> Recipe {
 
 /// Files whose names are words of QEMU's: every value that is spelled like them stays as it is.
 #[test]
-fn paths_are_told_by_their_place_and_not_by_their_spelling() {
+fn paths_are_recognized_by_their_place_and_not_by_their_spelling() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let mut recipe = recipe(
@@ -122,8 +122,8 @@ fn loadvm_is_for_the_first_start_alone() {
     assert!(!command_line(&restored).contains("loadvm"));
 }
 
-/// Whoever can write the store names a program and a script; neither is executed, unless the user
-/// says so.
+/// A user who can write the store can name a program and a script in a manifest; neither is
+/// executed unless the user who restores allows it.
 #[test]
 fn hostile_manifest_runs_nothing_on_the_restoring_host() {
     let lab = Lab::new(&newest_qemu());

@@ -43,16 +43,16 @@ fn die_attached(vm: &TestVm, point: &str) {
 /// After a death at `point`: the guest continues, the store has whole checkpoints only, the next
 /// one is complete.
 fn recover(lab: &Lab, vm: &TestVm, point: &str, known: &[u64]) -> Taken {
-    // Only a guest that was stopped at that moment needs somebody to let it continue.
+    // Only a guest that was stopped at that moment needs a new helper to let it continue.
     if !point.ends_with(".paused") {
-        vm.assert_goes_on();
+        vm.assert_makes_progress();
     }
     let listed = lab.list(&vm.name);
     let new =
         listed.strip_prefix(known).unwrap_or_else(|| panic!("{point}: {listed:?} after {known:?}"));
     assert_eq!(new.len(), usize::from(point == "committed"), "{point}: {listed:?} after {known:?}");
     vm.attach();
-    vm.assert_goes_on();
+    vm.assert_makes_progress();
     let taken = vm.checkpoint();
     assert_eq!(taken.outcome.parent, listed.last().copied(), "{point}");
     taken
@@ -101,13 +101,13 @@ fn a_helper_may_die_at_every_point_of_the_first_checkpoint() {
         die_at(&vm, "pre-copy.paused");
         assert!(!vm.qmp().is_running(), "it died while the guest was stopped");
         let first_points =
-            ["pre-copy", "pause.begun", "pause.captured", "upload", "upload", "commit"];
+            ["pre-copy", "pause.paused", "pause.captured", "upload", "uploaded", "commit"];
         for point in first_points {
             die_attached(&vm, point);
             assert_eq!(lab.list("m"), [0; 0], "{point}");
         }
         vm.attach();
-        vm.assert_goes_on();
+        vm.assert_makes_progress();
         let taken = vm.checkpoint();
         assert_eq!(taken.outcome.kind, "full");
         lab.verify("m");
@@ -123,11 +123,11 @@ fn a_helper_may_die_between_checkpoints() {
         let vm = lab.start("m", &recipe());
         vm.wait_for_witness();
         let first = vm.checkpoint();
-        vm.assert_goes_on();
+        vm.assert_makes_progress();
         vm.kill_helper();
         let refusal = vm.try_checkpoint().expect_failure(3);
         assert!(refusal.contains("stillpoint attach"), "no remedy in {refusal}");
-        vm.assert_goes_on();
+        vm.assert_makes_progress();
         vm.attach();
         let second = vm.checkpoint();
         assert_eq!(

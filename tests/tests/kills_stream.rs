@@ -12,7 +12,7 @@ use stillpoint_tests::{
 };
 
 /// Points that every checkpoint passes; `kills.rs` has the tracker's.
-const COMMON: &[&str] = &["prepared", "upload", "commit", "committed"];
+const COMMON: &[&str] = &["prepared", "uploaded", "commit", "committed"];
 
 fn points() -> Vec<String> {
     let stream: Vec<String> =
@@ -81,7 +81,7 @@ impl<'lab> Killed<'lab> {
             self.known
         );
         vm.attach();
-        vm.assert_goes_on();
+        vm.assert_makes_progress();
         self.assert_left_as_found(point);
         let vm = &self.vm;
         let taken = vm.checkpoint();
@@ -193,7 +193,7 @@ fn a_stream_that_the_owner_cuts_off_fails_one_checkpoint() {
             let said = cut_off(&killed.vm);
             assert_ne!(said.code, 0, "{mode}: a checkpoint of half a stream");
             assert!(said.err.contains("cancel"), "{mode}: the cause is not named: {}", said.err);
-            killed.vm.assert_goes_on();
+            killed.vm.assert_makes_progress();
             killed.assert_left_as_found("cut off");
             assert_eq!(lab.list("m"), killed.known, "{mode}");
             let next = killed.vm.checkpoint();

@@ -224,10 +224,10 @@ fn ls_of_a_name_without_a_checkpoint_fails() {
 #[test]
 fn commands_for_a_vm_that_does_not_run_say_so() {
     let lab = Lab::new(&newest_qemu());
-    for words in [&["checkpoint", "nobody"][..], &["attach", "nobody"]] {
+    for words in [&["checkpoint", "no-such-vm"][..], &["attach", "no-such-vm"]] {
         let message = refuse(&lab, words);
         assert!(
-            message.contains("nobody") && message.contains("stillpoint"),
+            message.contains("no-such-vm") && message.contains("stillpoint"),
             "{words:?}: {message}"
         );
     }

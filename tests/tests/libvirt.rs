@@ -57,7 +57,7 @@ fn a_domain_is_checkpointed_by_its_second_monitor() {
         assert_eq!(domain.state(), "paused");
         libvirt.virsh(&["resume", "web1"]);
         checkpoint(&lab, &domain);
-        domain.assert_goes_on();
+        domain.assert_makes_progress();
         let last = checkpoint(&lab, &domain);
         assert_eq!(
             (last.outcome.parent, last.outcome.kind.as_str()),
@@ -71,7 +71,7 @@ fn a_domain_is_checkpointed_by_its_second_monitor() {
         assert!(libvirt.virsh(&["dominfo", "web1"]).contains("running"));
         libvirt.virsh(&["suspend", "web1"]);
         libvirt.virsh(&["resume", "web1"]);
-        domain.assert_goes_on();
+        domain.assert_makes_progress();
         libvirt.virsh(&["shutdown", "web1"]);
         domain.destroy();
         assert!(
@@ -101,7 +101,7 @@ fn the_hook_attaches_a_domain_that_has_the_plugin() {
     let domain = libvirt.start("db1", Shape { shared_memory: true }, &words);
     assert!(
         wait_until(TIMEOUT, || answers(lab, "db1")),
-        "the hook attaches nobody: {:?}",
+        "the hook attaches no helper: {:?}",
         libvirt.hook_log("db1")
     );
     let helper = domain.helper();
@@ -145,7 +145,7 @@ fn the_hook_is_in_nobodys_way() {
         assert!(begun.elapsed() < START_WITH_HOOK, "{name} took {:?} to end", begun.elapsed());
     }
     assert!(libvirt.hook_log("broken").is_some(), "the hook did not even try");
-    assert_eq!(libvirt.hook_log("unknown"), None, "a domain that nobody configured was attached");
+    assert_eq!(libvirt.hook_log("unknown"), None, "a domain that is not configured was attached");
 }
 
 /// What systemd says about the files that `make install` puts in place.
@@ -257,12 +257,12 @@ fn a_vm_as_proxmox_starts_it_is_attached_by_its_hook() {
         proxmox_hook(&lab, "post-start");
         assert!(
             wait_until(TIMEOUT, || answers(&lab, "100")),
-            "the hook attaches nobody: {}",
+            "the hook attaches no helper: {}",
             proxmox_log(&lab)
         );
         let mut last = vm.checkpoint();
         for _ in 0..2 {
-            vm.assert_goes_on();
+            vm.assert_makes_progress();
             last = vm.checkpoint();
         }
         proxmox_hook(&lab, "pre-stop");
@@ -271,7 +271,7 @@ fn a_vm_as_proxmox_starts_it_is_attached_by_its_hook() {
             "the hook does not let go: {}",
             proxmox_log(&lab)
         );
-        vm.assert_goes_on();
+        vm.assert_makes_progress();
         vm.kill();
         lab.restore(&last.name, "101", &[]).assert_continues(&last);
     });

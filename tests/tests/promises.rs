@@ -15,9 +15,9 @@ use stillpoint_tests::{
 };
 
 const FLOODER: &[u8; 512] = include_bytes!("../src/flooder.bin");
-const NOBODY: u32 = 65534;
+const UNPRIVILEGED_UID: u32 = 65534;
 const SECTIONS: &[&str] = &[
-    "Whoever can write the store: tests",
+    "Users who can write the store: tests",
     "Hostile guest",
     "Peers on sockets",
     "Other users of the host",
@@ -118,7 +118,7 @@ fn control(vm: &TestVm, lab: &Lab) -> UnixStream {
         .expect("the helper listens")
 }
 
-/// Whoever may connect may send anything; the helper serves the next one, in bounded memory.
+/// A client may send anything; the helper then serves the next client, in bounded memory.
 #[test]
 fn control_socket_serves_on_whatever_its_clients_send() {
     let lab = Lab::new(&newest_qemu());
@@ -197,18 +197,18 @@ fn plugin_socket_of_another_process_is_refused() {
         let plugin = built().with_file_name("libstillpoint_plugin.so");
         let words = format!("file={},socket=plug.sock", plugin.display());
         let with_plugin = |seed| Recipe::scribbler(seed).arguments(&["-plugin", &words, "-S"]);
-        let (vm, stranger) =
+        let (vm, other) =
             (lab.start_plain("m", &with_plugin(3)), lab.start_plain("other", &with_plugin(4)));
         let socket = |vm: &TestVm| vm.directory.join("plug.sock");
         vm.attach_plain(&["--engine", "tracker"]);
         vm.checkpoint();
         vm.kill_helper();
-        std::fs::rename(socket(&stranger), socket(&vm)).expect("the test's directory");
+        std::fs::rename(socket(&other), socket(&vm)).expect("the test's directory");
         let message = vm.try_attach_plain(&["--engine", "tracker"], &[]).expect_failure(3);
-        assert!(message.contains(&format!("process {}", stranger.qemu())), "{message}");
+        assert!(message.contains(&format!("process {}", other.qemu())), "{message}");
         // A helper that knows the VM already does not take it either.
         let message = lab.run(&["attach", "m"]).expect_failure(3);
-        assert!(message.contains(&format!("process {}", stranger.qemu())), "{message}");
+        assert!(message.contains(&format!("process {}", other.qemu())), "{message}");
     });
 }
 
@@ -256,7 +256,7 @@ fn runtime_directory_that_others_can_change_is_refused_by_every_command() {
         return eprintln!("NOT TESTED: only root can give a directory to another user");
     }
     fresh();
-    nix::unistd::chown(&directory, Some(NOBODY.into()), None).expect("root");
+    nix::unistd::chown(&directory, Some(UNPRIVILEGED_UID.into()), None).expect("root");
     refused("another user's");
 }
 

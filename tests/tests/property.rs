@@ -1,6 +1,6 @@
 //! A restored VM is byte for byte what the VM was: random writes to memory and disks, random
-//! checkpoints, random failures in between, and a truth that owes nothing to the program under test
-//! (`src/truth.rs`).
+//! checkpoints, random failures in between, and expected content that is computed without the
+//! program under test (`src/truth.rs`).
 
 use std::path::Path;
 use std::time::Duration;
@@ -99,6 +99,6 @@ fn restored_vms_are_byte_for_byte_what_was_checkpointed() {
 }
 
 #[test]
-fn and_so_they_are_with_a_seed_that_nobody_tried_before() {
+fn restored_vms_of_a_fresh_seed_are_byte_for_byte_what_was_checkpointed() {
     run(&newest_qemu(), Random::fresh_seed(), true);
 }

@@ -283,11 +283,12 @@ fn wake(monitor: &mut QmpClient) {
     wait_for_scribbles(monitor);
 }
 
-/// A guest that was reset while a helper that died held it stopped waits for nobody else.
+/// A helper stops the guest and dies, and the guest is reset meanwhile: the next helper continues
+/// it.
 #[test]
 fn run_state_of_a_guest_that_was_reset_in_the_pause_of_a_dead_helper_is_running_again() {
     let lab = Lab::new(&newest_qemu());
-    let vm = lab.start_with("m", &Recipe::scribbler(66), &[("STILLPOINT_DIE_AT", "pause.begun")]);
+    let vm = lab.start_with("m", &Recipe::scribbler(66), &[("STILLPOINT_DIE_AT", "pause.paused")]);
     let mut monitor = vm.qmp();
     wait_for_scribbles(&mut monitor);
     assert_ne!(vm.try_checkpoint().code, 0);

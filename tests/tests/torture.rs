@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use stillpoint_tests::torture::{Mode, Settings, Trial, Verdict, run, templates};
-use stillpoint_tests::{Lab, newest_qemu, qemus};
+use stillpoint_tests::{Lab, major_version, newest_qemu, qemus};
 
 /// A line takes about a second and a half.
 const LINES: u64 = 14;
@@ -30,13 +30,20 @@ fn torture_card_of_the_board_without_its_state_is_refused() {
 
 const ISA_PC: &str = "-machine isapc -m 16 -accel tcg -display none -nodefaults -drive file=boot.raw,format=raw,if=ide";
 
-/// QEMU before 8.2 loads the state of both controllers into the first.
+const TWO_NETWORKS: &str = "-machine pc -m 16 -accel tcg -display none -nodefaults -drive file=boot.raw,format=raw -nic user -nic user";
+
+/// QEMU before 8.2 loads the state of both controllers, or networks, into the first.
 #[test]
 fn torture_devices_saved_under_one_name_are_refused() {
     let lab = lab();
     for qemu in qemus() {
         let verdict = verdict_of(&lab, &qemu, Mode::Managed, &format!("{ISA_PC} -vga none"));
         let is_refused = matches!(&verdict, Verdict::Refused(why) if why.contains("isa-ide"));
+        assert!(is_refused || verdict == Verdict::Proven, "{}: {verdict:?}", qemu.display());
+        let verdict = verdict_of(&lab, &qemu, Mode::Managed, TWO_NETWORKS);
+        let is_refused =
+            matches!(&verdict, Verdict::Refused(why) if why.contains("several user networks"));
+        assert_eq!(is_refused, major_version(&qemu) < 9, "{}: {verdict:?}", qemu.display());
         assert!(is_refused || verdict == Verdict::Proven, "{}: {verdict:?}", qemu.display());
     }
 }

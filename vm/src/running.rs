@@ -42,7 +42,7 @@ pub struct Vm {
     pub pid: u32,
     /// QOM paths of the devices that were there when the VM was last looked at.
     pub last_devices: Mutex<Vec<String>>,
-    /// Nobody else works on this QEMU meanwhile.
+    /// No other helper works on this QEMU meanwhile.
     _lock: QemuLock,
     /// None where no plugin sits in that QEMU: memory comes by stream only.
     tracker: Option<Arc<Mutex<Tracker>>>,
@@ -229,7 +229,12 @@ impl Vm {
 pub async fn refusals(qmp: &Qmp, devices: &[GuestDevice]) -> Result<Vec<String>> {
     let board = devices::board_devices(qmp).await.context("asking QEMU for its board's devices")?;
     let mut found = Vec::new();
-    found.extend(saved_as_one(qmp, devices.iter().chain(&board)));
+    if (qmp.version().major, qmp.version().minor) < OWN_NAMES_SINCE {
+        found.extend(twice(devices.iter().chain(&board)).map(saved_as_one));
+        let networks =
+            qmp.hmp("info usernet").await.context("asking QEMU for its user networks")?;
+        found.extend((user_networks(&networks) > 1).then(|| saved_as_one("user networks")));
+    }
     for device in devices.iter().chain(&board) {
         if let Some(why) = refusal(qmp, device).await? {
             found.push(format!(
@@ -259,16 +264,17 @@ async fn refusal(qmp: &Qmp, device: &GuestDevice) -> Result<Option<String>> {
 }
 
 /// Several devices whose state QEMU saves under one name, and loads into the first of them.
-fn saved_as_one<'a>(qmp: &Qmp, devices: impl Iterator<Item = &'a GuestDevice>) -> Option<String> {
-    if (qmp.version().major, qmp.version().minor) >= OWN_NAMES_SINCE {
-        return None;
-    }
-    twice(devices).map(|kind| {
-        format!(
-            "there are several {kind}, and QEMU before 8.2 saves the state of all of them under one name, so that only one could be restored; \
-             leave one, use another machine type, or a newer QEMU"
-        )
-    })
+fn saved_as_one(kind: &str) -> String {
+    format!(
+        "there are several {kind}, and QEMU before 8.2 saves the state of all of them under one \
+         name, so that only one could be restored; leave one, use another machine type, or a newer \
+         QEMU"
+    )
+}
+
+/// How many user networks (slirp) QEMU has, by its answer to `info usernet`.
+fn user_networks(answer: &str) -> usize {
+    answer.lines().filter(|line| line.starts_with("Hub ")).count()
 }
 
 fn twice<'a>(devices: impl Iterator<Item = &'a GuestDevice>) -> Option<&'static str> {
@@ -308,7 +314,7 @@ async fn connect_later(socket: PathBuf, file: &VmFile) -> Result<PluginHandles> 
             None => Ok(handles),
         }
     });
-    connect.await.context("connecting to the plugin was cut off")?
+    connect.await.context("internal error: the task that connects to the plugin panicked")?
 }
 
 /// Waits for QEMU to come up, but not for one that has ended.
@@ -351,6 +357,14 @@ pub fn check_blockers(blockers: &[String]) -> Result<()> {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn user_networks_are_counted_in_qemus_answer() {
+        let one = "Hub -1 (net0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port\r\n";
+        assert_eq!(user_networks(&[one, one].concat()), 2);
+        assert_eq!(user_networks(one), 1);
+        assert_eq!(user_networks("unknown command: 'info usernet'\r\n"), 0);
+    }
 
     #[test]
     fn devices_saved_under_one_name_are_found() {

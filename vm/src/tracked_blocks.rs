@@ -41,7 +41,7 @@ async fn track(
     let mut tracker =
         Tracker::attach(handles, tracked_blocks).context("tracking the guest's memory")?;
     if has_balloon(qmp).await? {
-        tracker.watch_holes().context("watching for pages that the balloon gives back")?;
+        tracker.watch_holes().context("watching for pages that the balloon discards")?;
     }
     Ok((blocks, Arc::new(Mutex::new(tracker))))
 }
@@ -104,7 +104,9 @@ pub async fn can_track(qmp: &Qmp, socket: PathBuf, qemu: u32, main: &str) -> Res
     let connect = tokio::task::spawn_blocking(move || {
         check_plugin(&socket, PluginHandles::connect(&socket, PLUGIN_ANSWER)?, qemu)
     });
-    let handles = connect.await.context("connecting to the plugin was cut off")??;
+    let handles = connect
+        .await
+        .context("internal error: the task that connects to the plugin panicked")??;
     handles.uffd()?;
     let blocks = ram_blocks(qmp, &handles, main).await?;
     let tracked_blocks = tracked_blocks(&handles, &blocks, main)?;

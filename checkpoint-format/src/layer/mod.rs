@@ -71,7 +71,7 @@ pub enum LayerError {
     )]
     TableCount { what: &'static str, expected: u64, found: u64 },
     #[error(
-        "verify the layer: the digest of its blocks is {found}, its name is {expected}; it was written wrongly or by somebody else"
+        "verify the layer: the digest of its blocks is {found}, its name is {expected}; it was written wrongly or by another program"
     )]
     BlocksDigest { expected: ContentDigest, found: ContentDigest },
     #[error("check block {block} of the layer: {problem}; it was written wrongly")]

@@ -124,7 +124,7 @@ pub(crate) fn compress_whole(raw: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 /// Undoes [`compress_whole`] into `raw_len` bytes. What the compressed part itself says of its
-/// length is compared first, so a length that somebody else claims allocates nothing.
+/// length is compared first, so a false length in the input allocates nothing.
 pub(crate) fn decompress_whole(stored: &[u8], raw_len: usize) -> io::Result<Vec<u8>> {
     let said = zstd::zstd_safe::get_frame_content_size(stored).ok().flatten();
     if said.is_some_and(|said| said != raw_len as u64) {

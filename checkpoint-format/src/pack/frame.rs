@@ -258,14 +258,14 @@ mod test {
     }
 
     #[test]
-    fn damage_is_told_from_a_mixed_up_index() {
+    fn damage_and_a_mixed_up_index_are_different_errors() {
         let frame = encode(&[[1; PAGE_SIZE], [2; PAGE_SIZE]].concat());
         for at in 0..frame.bytes.len() {
             let mut bad = frame.bytes.clone();
             bad[at] ^= 0x40;
             let result = frame.entry.decode(&bad);
-            // The checksum is believed from the index; the frame's copy of it is for whoever reads
-            // without one.
+            // The reader takes the checksum from the index; the frame's copy of it serves a reader
+            // that has no index.
             if !(CHECKED_HEADER_LEN..FRAME_HEADER_LEN).contains(&at) {
                 assert!(matches!(result, Err(PackError::ChecksumMismatch { .. })), "byte {at}");
             }

@@ -282,7 +282,7 @@ mod test {
     }
 
     #[test]
-    fn a_run_does_not_go_on_in_another_space() {
+    fn run_does_not_continue_in_another_space() {
         let index = index(|pack, _| {
             pack.push_frame(frame(SpaceId(0), [1, 2])).expect("room");
             pack.push_frame(frame(SpaceId(1), [3])).expect("room");

@@ -40,7 +40,7 @@ use read::Readers;
 use tasks::{Progress, watched};
 use url::HdfsUrl;
 
-/// A checkpoint holds the guest's memory: not for everybody's eyes.
+/// A checkpoint holds the guest's memory, so its files are not world-readable.
 const FILE_MODE: u32 = 0o640;
 const DIR_MODE: u32 = 0o750;
 
@@ -85,7 +85,7 @@ pub struct HdfsStore {
 
 impl HdfsStore {
     /// A store at `url`. Reads `core-site.xml` and `hdfs-site.xml` of `HADOOP_CONF_DIR` or
-    /// `HADOOP_HOME`, if set; contacts nobody yet.
+    /// `HADOOP_HOME`, if set; contacts no server yet.
     ///
     /// # Errors
     /// When the URL is no `hdfs://` URL, or the Hadoop configuration cannot be read.
@@ -156,7 +156,8 @@ impl HdfsStore {
         format!("{}/.tmp-{}", self.at(&parent).trim_end_matches('/'), nonce())
     }
 
-    /// Removes what a failed operation may have left; nobody waits for it, because nobody sees it.
+    /// Removes in the background what a failed operation may have left: no reader sees it, so no
+    /// caller waits for the removal.
     fn remove_later(&self, path: String) {
         let (client, limit) = (self.client.clone(), self.options.call_timeout);
         tasks::detached(async move {
@@ -176,7 +177,7 @@ fn configuration(url: &HdfsUrl, options: &HdfsOptions) -> Vec<(String, String)> 
         ("dfs.client.socket-timeout".to_owned(), socket_timeout.as_millis().to_string()),
     ];
     if url.is_single_namenode() {
-        // Nobody to fail over to: say soon that it is not there.
+        // There is no other NameNode to fail over to: report soon that this one is unreachable.
         config.push(("dfs.client.failover.max.attempts".to_owned(), "2".to_owned()));
         config.push(("dfs.client.failover.sleep.base.millis".to_owned(), "100".to_owned()));
     }

@@ -1,4 +1,4 @@
-//! Tasks that are watched: whoever makes no progress is dropped.
+//! Tasks with a progress timeout: a task that makes no progress is dropped.
 //!
 //! They run on threads of their own, for the life of the process: the client keeps connections in a
 //! process-wide cache, which must not belong to a runtime that ends; and encoding a checkpoint must
@@ -31,10 +31,10 @@ pub(super) fn runtime() -> io::Result<Handle> {
         .enable_all()
         .build()?;
     if let Err(surplus) = RUNTIME.set(built) {
-        // Somebody else was faster; dropping a runtime blocks, which async callers must not.
+        // Another thread was faster; dropping a runtime blocks, which async callers must not.
         surplus.shutdown_background();
     }
-    Ok(RUNTIME.get().expect("it was set just now, by us or by somebody else").handle().clone())
+    Ok(RUNTIME.get().expect("it was set just now, by this thread or by another").handle().clone())
 }
 
 /// Steps that a task has made.
@@ -87,7 +87,7 @@ pub(super) async fn watched<T: Send + 'static>(
     }
 }
 
-/// Runs `work` without anybody waiting for it.
+/// Runs `work` in the background; no caller waits for it.
 pub(super) fn detached(work: impl Future<Output = ()> + Send + 'static) {
     if let Ok(handle) = runtime() {
         handle.spawn(work);

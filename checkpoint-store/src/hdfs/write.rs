@@ -19,8 +19,8 @@ const SLICE: usize = 1 << 20;
 /// HDFS wants blocks of whole checksum chunks, and by default none below 1 MiB.
 const BLOCK_UNIT: u64 = 1 << 20;
 /// For the last sync and the close, when all data is with the DataNodes. The client waits for ever
-/// for an acknowledgement if a DataNode's connection broke after everything was sent; whoever tries
-/// again must not wait the whole stall limit each time.
+/// for an acknowledgement if a DataNode's connection broke after everything was sent; a retry must
+/// not wait the whole stall limit each time.
 const FINISH_LIMIT: Duration = Duration::from_secs(5);
 const FINISH_PER_MIB: Duration = Duration::from_millis(100);
 const MAX_RENAME_TRIES: u32 = 3;

@@ -5,7 +5,7 @@ use checkpoint_format::{CheckpointId, DurableReceipt, Epoch, VmName};
 /// A checkpoint that is committed and readable by another host.
 ///
 /// Only [`super::PartialCheckpoint::commit`] makes one, after the rename is known to have happened.
-/// Whoever holds bits that stand for unsaved changes lets go of them for this and for nothing else.
+/// Code that holds dirty bits of unsaved changes drops them for this receipt and for nothing else.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "a durable checkpoint acknowledges the claims that it carries"]
 pub struct Durable {

@@ -76,8 +76,8 @@ async fn create(store: &Bounded, policy: &RetryPolicy) -> Result<String> {
     store.create_dir_all(&StorePath::root()).await?;
     let found = store.list(&StorePath::root()).await?;
     if found.iter().any(|entry| !entry.name.starts_with(PROBE)) {
-        // Somebody else may have created the store since we looked; otherwise these are not our
-        // files.
+        // Another process may have created the store since the check above; otherwise these are not
+        // Stillpoint's files.
         return read(store).await.map_err(|error| match error {
             StoreError::NotFound { .. } => wrong(
                 store,
@@ -99,11 +99,11 @@ async fn create(store: &Bounded, policy: &RetryPolicy) -> Result<String> {
         Err(error) if error.is_already_exists() || error.is_ambiguous() => {}
         Err(error) => return Err(error),
     }
-    // Whoever won: everybody uses what is there.
+    // Whichever process won, all processes use what is there.
     read(store).await
 }
 
-/// Of the empty files that somebody makes here for a moment while the store is created.
+/// Prefix of the empty files that a process makes here for a moment while it creates the store.
 const PROBE: &str = "probe-";
 
 /// The copies that the store gives a file by itself: those of an empty file, which no DataNode has

@@ -1,12 +1,13 @@
 //! Layers: immutable disk images, stored once for all VMs under the digest of their content.
 //!
-//! Nobody owns a layer. VMs may store the same one at the same time, each in a partial directory of
-//! its own; the first rename wins and the others find that what they wanted is there.
+//! No VM owns a layer. VMs may store the same one at the same time, each in a partial directory of
+//! its own; the first rename wins and the others find the layer there.
 //!
-//! An upload that was cut off leaves its partial directory. The next upload, of whatever layer,
-//! removes those that nobody can need: of layers that are there, and those where nothing was stored
-//! for a day by the store's own clock (the new upload's directory shows the time). Whoever was
-//! taken for dead and lives finds its directory gone, fails, and looks again.
+//! An interrupted upload leaves its partial directory. The next upload, of any layer, removes the
+//! partial directories that no process can need: those of layers that are there, and those where
+//! nothing was stored for a day by the store's own clock (the new upload's directory shows the
+//! time). An upload that still runs but was considered dead finds its directory gone, fails, and
+//! looks again.
 
 use std::collections::HashSet;
 use std::time::SystemTime;
@@ -65,7 +66,7 @@ impl Repository {
         Ok(PartialLayer { repository: self.clone(), digest: *digest, dir })
     }
 
-    /// Removes uploads that nobody continues with. `ours` was made just now. What fails is left to
+    /// Removes uploads that no process continues. `ours` was made just now. What fails is left to
     /// the next upload.
     async fn sweep_partial_layers(&self, ours: &StorePath) {
         if let Err(error) = self.try_sweep(ours).await {
@@ -91,7 +92,8 @@ impl Repository {
         Ok(())
     }
 
-    /// Missing counts as not: somebody has just committed or removed it.
+    /// A missing directory counts as not abandoned: another process has just committed or removed
+    /// it.
     async fn is_abandoned(&self, path: &StorePath, now: SystemTime) -> Result<bool> {
         let stat = retrying(|| self.store.stat(path)).await?;
         Ok(stat.is_some_and(|stat| {
@@ -187,7 +189,7 @@ impl PartialLayer {
         self.store_file(Naming::Fixed(name.as_str()), data).await
     }
 
-    /// `AlreadyExists` of the layer when somebody else stored it meanwhile and removed what is
+    /// `AlreadyExists` of the layer when another process stored it meanwhile and removed what is
     /// here.
     async fn store_file(&self, naming: Naming<'_>, data: Vec<Bytes>) -> Result<StoredPack> {
         let repository = &self.repository;
@@ -217,8 +219,8 @@ impl PartialLayer {
                 Err(error) => error,
             };
             match self.look().await {
-                // Not our rename, whose answer would have been lost: whoever stored the layer
-                // removed what was here.
+                // Not our rename, whose answer would have been lost: the process that stored the
+                // layer removed what was here.
                 Ok(Some(_)) if tries == 1 && error.is_not_found() => {
                     break Ok(LayerOutcome::AlreadyThere);
                 }
@@ -237,7 +239,7 @@ impl PartialLayer {
         })
     }
 
-    /// After a lost answer: if the layer is there, all is well whoever put it there.
+    /// After a lost answer: if the layer is there, all is well, whichever process put it there.
     async fn look(&self) -> Result<Option<LayerOutcome>> {
         if !self.repository.has_layer(&self.digest).await? {
             return Ok(None);

@@ -133,8 +133,8 @@ impl Repository {
         self.store.url()
     }
 
-    /// Refuses a store whose files would not survive what they must (`ErasureCoded`). For whoever
-    /// is about to write checkpoints: what is there can be read all the same.
+    /// Refuses a store whose files would not survive what they must (`ErasureCoded`). For a caller
+    /// that is about to write checkpoints: what is there can be read all the same.
     ///
     /// # Errors
     /// When the store cannot keep the replicas that a commit needs, or cannot be asked.

@@ -1,4 +1,4 @@
-//! What is committed, for whoever restores.
+//! What is committed, for a restore to read.
 
 use std::time::SystemTime;
 

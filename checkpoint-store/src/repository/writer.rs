@@ -27,7 +27,7 @@ use crate::error::{Op, Result, StoreError};
 use crate::nonce::nonce;
 
 const MAX_RECORD_LEN: u64 = 64 << 10;
-/// Lost races for an epoch before giving up; each lost race is somebody else's claim.
+/// Lost races for an epoch before giving up; each lost race is another process's claim.
 const MAX_CLAIM_TRIES: u32 = 32;
 /// Tries to make a partial directory, each under a name of its own.
 const MAX_BEGIN_TRIES: u32 = 3;
@@ -91,7 +91,7 @@ pub enum Claim {
         /// The epoch of a writer that cannot be alive.
         dead: Option<Epoch>,
     },
-    /// The last writer is fenced, whoever it is.
+    /// The last writer is fenced, whichever it is.
     TakeOver,
 }
 
@@ -205,7 +205,7 @@ impl Repository {
         }))
     }
 
-    /// Whether the epoch is ours now; `false`: somebody else's.
+    /// Whether this writer has the epoch now; `false`: another process has it.
     async fn try_epoch(&self, vm: &VmName, epoch: Epoch, text: &Bytes) -> Result<bool> {
         let path = layout::writer(vm, epoch);
         match store_exclusive(&self.store, &self.retry, &path, text).await {
@@ -233,7 +233,7 @@ fn next_epoch(vm: &VmName, newest: Option<Epoch>) -> Result<Epoch> {
 
 fn held(vm: &VmName, holder: &WriterInfo) -> StoreError {
     let holder_text = holder.record.as_ref().map_or_else(
-        || "somebody whose record can't be read".to_owned(),
+        || "a writer whose record can't be read".to_owned(),
         |record| {
             format!("process {} on {} (instance {})", record.pid, record.host, record.instance)
         },
@@ -281,7 +281,7 @@ pub struct Writer {
     pub(super) vm: VmName,
     pub(super) epoch: Epoch,
     attempts: Arc<AtomicU64>,
-    /// Partial checkpoints that nobody in this process works on any more.
+    /// Partial checkpoints that no task of this process works on any more.
     left: Arc<Mutex<HashSet<PartialName>>>,
 }
 
@@ -324,7 +324,8 @@ impl Writer {
         }
     }
 
-    /// Says that this writer ended in order, so that anybody may continue. Doing it twice is fine.
+    /// Says that this writer ended in order, so that any other writer may continue. Doing it twice
+    /// is fine.
     ///
     /// # Errors
     /// When the store cannot be written.
@@ -496,7 +497,7 @@ impl Writer {
         }
     }
 
-    /// Nobody in this process works on it any more.
+    /// No task of this process works on it any more.
     pub(super) fn forget(&self, name: &PartialName) {
         lock(&self.left).insert(*name);
     }

@@ -43,7 +43,7 @@ impl Cluster {
         cluster
     }
 
-    /// A URL below which nobody else works.
+    /// A URL below which no other test works.
     pub fn fresh_url(&self, what: &str) -> String {
         let time = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)

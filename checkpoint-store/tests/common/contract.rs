@@ -154,7 +154,7 @@ pub async fn directory_tells_that_an_entry_came_or_went(store: Shared) {
     let mut is_new = async |what: &str, wanted: bool| {
         let modified = store.stat(&path("d")).await.expect("stat").map(|stat| stat.modified);
         assert_eq!(before.replace(modified) != Some(modified), wanted, "{what}");
-        // Two changes within one tick of the store's clock cannot be told apart.
+        // Two changes within one tick of the store's clock cannot be distinguished.
         tokio::time::sleep(Duration::from_millis(20)).await;
     };
     is_new("it was made", true).await;

@@ -131,7 +131,7 @@ pub async fn a_store_is_created_once(store: Shared) {
 
 pub async fn a_foreign_directory_is_refused(store: Shared) {
     store.create_dir_all(&StorePath::root()).await.expect("root");
-    store.put(&path("somebody-elses"), vec![bytes("x")], PutOptions::default()).await.expect("put");
+    store.put(&path("foreign-file"), vec![bytes("x")], PutOptions::default()).await.expect("put");
     let error = Repository::open(store.clone(), Mode::CreateIfMissing).await.expect_err("foreign");
     assert!(matches!(error, StoreError::WrongStore { .. }), "{error}");
     assert_eq!(store.stat(&path("store.json")).await.expect("stat"), None);
@@ -256,7 +256,7 @@ pub async fn writer_that_withdraws_leaves_no_name(store: Shared) {
     let second = claimed(&repository, "b", Claim::TakeOver).await;
     assert!(repository.may_claim(&vm(), &same("c")).await.is_err());
     second.withdraw().await.expect("withdraw");
-    repository.may_claim(&vm(), &same("c")).await.expect("nobody holds it");
+    repository.may_claim(&vm(), &same("c")).await.expect("no writer holds it");
     assert_eq!(numbers(&repository).await, [1]);
 }
 
@@ -278,7 +278,7 @@ pub async fn concurrent_takeovers_leave_one_writer(store: Shared) {
         }
     }
     writers.sort_by_key(Writer::epoch);
-    let last = writers.pop().expect("somebody won");
+    let last = writers.pop().expect("one writer won");
     committed(&last, 1).await.expect("the last one may write");
     for (position, writer) in writers.iter().enumerate() {
         let error = committed(writer, 10 + position as u64).await.expect_err("fenced");
@@ -356,7 +356,7 @@ pub async fn a_killed_writer_leaves_nothing_visible(store: Shared) {
     let writer = claimed(&repository, "a", same("a")).await;
     let partial = writer.begin(CheckpointId(1)).await.expect("begin");
     partial.put_pack("ram", vec![noise(100_000, 1)]).await.expect("put");
-    // What a kill leaves: everything stored, nobody to rename it.
+    // What a kill leaves: everything is stored, and no process renames it.
     #[expect(clippy::disallowed_methods, reason = "a helper that is killed drops nothing")]
     std::mem::forget(partial);
     assert_eq!(numbers(&repository).await, [0; 0]);
@@ -538,7 +538,7 @@ pub async fn an_upload_that_another_makes_useless_ends(store: Shared) {
         slow.put_pack("blocks", vec![bytes("late")]).await.expect_err("its directory is gone");
     assert!(error.is_already_exists(), "{error}");
     assert_eq!(slow.commit().await.expect("commit"), LayerOutcome::AlreadyThere);
-    of_another.put_pack("blocks", vec![bytes("x")]).await.expect("nobody touched it");
+    of_another.put_pack("blocks", vec![bytes("x")]).await.expect("no process touched it");
     assert_eq!(of_another.commit().await.expect("commit"), LayerOutcome::Stored);
 }
 

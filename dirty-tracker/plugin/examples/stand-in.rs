@@ -70,7 +70,7 @@ impl Memory {
     }
 
     /// QEMU's `ram_block_discard_range`.
-    fn give_back(&self, file: Option<RawFd>, first: usize, count: usize) {
+    fn discard_range(&self, file: Option<RawFd>, first: usize, count: usize) {
         let (offset, len) =
             ((first * PAGE).cast_signed() as i64, (count * PAGE).cast_signed() as i64);
         if let Some(fd) = file {
@@ -159,7 +159,7 @@ fn main() {
                 let [first, count] = pages.collect::<Vec<usize>>()[..] else {
                     panic!("x FIRST COUNT")
                 };
-                memory.give_back(std::ptr::eq(memory, &shared).then_some(fd), first, count);
+                memory.discard_range(std::ptr::eq(memory, &shared).then_some(fd), first, count);
             }
             "h" => memory.advise(0, memory.pages, libc::MADV_HUGEPAGE),
             "i" => {

@@ -36,7 +36,7 @@ extern "C" fn choose() {
 
 fn overruled() -> Option<i32> {
     // SAFETY: the name is a C string, and QEMU is still single-threaded when it loads plugins, so
-    // that nobody changes the environment while we read it.
+    // that no other thread changes the environment while we read it.
     let value = unsafe { libc::getenv(OVERRIDE.as_ptr()) };
     if value.is_null() {
         return None;

@@ -1,4 +1,5 @@
-//! The descriptors that the plugin holds for the life of the process and lends to every client.
+//! The file descriptors that the plugin holds for the life of the process and passes to every
+//! client.
 //!
 //! All are opened while QEMU starts, so that dropping privileges later (`-runas`, `-sandbox`) does
 //! not take them away. The uffd is kept open here for another reason too: when its last descriptor
@@ -89,6 +90,6 @@ fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     if copy < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: fcntl has just made this descriptor for us, so nobody else owns it.
+    // SAFETY: fcntl has just made this descriptor for us, so no other code owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }

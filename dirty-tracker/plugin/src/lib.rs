@@ -1,5 +1,5 @@
-//! The foothold in QEMU: opens a userfaultfd and a few files of `/proc/self` inside the VM's
-//! process, and hands them to whoever may connect to a unix socket.
+//! The plugin in QEMU: opens a userfaultfd and a few files of `/proc/self` inside the VM's process,
+//! and passes their descriptors to each client that may connect to a unix socket.
 //!
 //! `-plugin file=libstillpoint_plugin.so,socket=PATH[,ramfd=N]`, on any accelerator. `N` is the
 //! descriptor of the RAM file that QEMU inherited; clients get a duplicate.

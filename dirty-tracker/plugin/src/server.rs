@@ -28,8 +28,8 @@ const CONTROL_LEN: usize = 64;
 
 /// Binds `path` with access for its owner only.
 ///
-/// A socket file that nobody listens on any more (a QEMU that was killed) is replaced; one in use
-/// is an error.
+/// A socket file that no process listens on any more (a QEMU that was killed) is replaced; one in
+/// use is an error.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
     match bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_abandoned(path) => {
@@ -53,7 +53,7 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     // SAFETY: socket(2) takes integers only.
     let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
     check(fd)?;
-    // SAFETY: socket(2) has just made this descriptor for us, so nobody else owns it.
+    // SAFETY: socket(2) has just made this descriptor for us, so no other code owns it.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     // The mode that a socket has when it is bound becomes the mode of its file: never open to
     // others, not even briefly. SAFETY: fchmod(2) takes integers only.
@@ -116,7 +116,7 @@ fn greet(mut client: UnixStream, handles: &Handles) -> io::Result<()> {
     }
 }
 
-/// The file's mode already says so; this also holds when somebody changes the mode.
+/// The file's mode already says so; this check also holds when a user changes the mode.
 fn may_connect(client: &UnixStream) -> bool {
     let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;

@@ -128,7 +128,7 @@ pub enum Then {
 /// `categories`. Neighbouring runs may touch.
 ///
 /// When a later part fails, the runs found until then have been reported: with [`Then::Protect`]
-/// they are protected already, and nobody else will report them again.
+/// they are protected already, and no later scan reports them again.
 pub fn scan(
     pagemap: &File,
     range: Range<u64>,

@@ -33,7 +33,7 @@ fn first_part(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<O
     for part in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = part {
             // SAFETY: the kernel has just made these descriptors for us and reports each once, so
-            // nobody else owns them.
+            // no other code owns them.
             fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }

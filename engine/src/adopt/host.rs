@@ -8,7 +8,7 @@ use vm::launch::arguments;
 use vm::launch::host_specific::Manager;
 use vm::launch::process::QemuProcess;
 
-/// Beside the guest's RAM: QEMU itself, and some room for everybody else.
+/// Required beside the guest's RAM: for QEMU itself, and a reserve for other processes.
 const SPARE_BYTES: u64 = 256 << 20;
 /// Namespaces that the new QEMU, a child of ours, would not be in.
 const NAMESPACES: &[&str] = &["mnt", "net", "pid", "user", "ipc"];
@@ -19,7 +19,7 @@ pub fn check(process: &QemuProcess, ram_bytes: u64) -> Result<()> {
     check_memory(available_memory()?, ram_bytes)
 }
 
-/// Whoever looks after the VM knows the old process, and would find it ended.
+/// The VM's manager knows the old process, and would see it end.
 fn check_manager(process: &QemuProcess) -> Result<()> {
     let options = arguments::parse(&process.words)?;
     let manager = Manager::of(&options).or_else(|| by_parent(process.pid));

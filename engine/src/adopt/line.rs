@@ -174,7 +174,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// A display for nobody: its place is taken until the old QEMU is gone.
+    /// A display that no client uses. Its port stays in use until the old QEMU has ended.
     fn vnc(&mut self, option: &QemuOption) -> Result<()> {
         self.has_display = true;
         if option.value().split(',').next() != Some("none") {

@@ -1,5 +1,5 @@
-//! Pages that an older QEMU's emulator loses in a migration, and giving them to the new QEMU before
-//! it loads the devices.
+//! Copies the pages that an older QEMU's emulator loses in a migration into the new QEMU, before
+//! the new QEMU loads the devices.
 //!
 //! Under TCG a guest's write marks its page dirty only when the emulator's TLB says that the page
 //! is clean. Before 9.0 QEMU cleared the dirty bits in each pass over memory and left the TLB as it
@@ -7,11 +7,11 @@
 //! an older copy (seen with 7.2.22 alone in one of four migrations: a guest that finds old data, or
 //! a kernel that crashes). KVM and QEMU since 9.0 are not touched by this.
 //!
-//! Nobody can tell afterwards which pages these are (a look only at what was sent again after the
-//! first pass missed some, as seen). So with the guest stopped, and the destination waiting for the
-//! rest of the stream, the two memories are compared, page by page, and what differs is copied.
-//! Pages that the old process never touched are zero on both sides and are passed over. The rest of
-//! the stream then brings what the source knew to be dirty.
+//! QEMU does not record which pages these are. Comparing only the pages that were sent again after
+//! the first pass is not enough: in tests it missed some. So with the guest stopped, and the
+//! destination waiting for the rest of the stream, the two memories are compared, page by page, and
+//! what differs is copied. Pages that the old process never touched are zero on both sides and are
+//! skipped. The rest of the stream then brings what the source knew to be dirty.
 
 use anyhow::{Context, Result, bail};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -48,13 +48,13 @@ struct Piece {
     is_sparse: bool,
 }
 
-pub struct Mender {
+pub struct MemoryComparison {
     source: u32,
     destination: u32,
     pieces: Vec<Piece>,
 }
 
-impl Mender {
+impl MemoryComparison {
     /// Finds the memories of both, with the guest running.
     pub async fn prepare(source: (&Qmp, u32), destination: (&Qmp, u32)) -> Result<Self> {
         let old = blocks(source.0, source.1).await.map_err(cannot_read)?;
@@ -78,15 +78,15 @@ impl Mender {
     }
 
     /// With the guest stopped: copies what differs, and says how many pages that were.
-    pub async fn mend(self, destination: &Qmp) -> Result<u64> {
-        // Whoever answers twice has read all that lay in the socket in between: nothing old comes
-        // any more.
+    pub async fn copy_lost_pages(self, destination: &Qmp) -> Result<u64> {
+        // When QEMU has replied twice, it has read all of the stream that was in the socket before:
+        // it writes no older page from now on.
         for _ in 0..2 {
             run_state(destination).await?;
         }
         tokio::task::spawn_blocking(move || self.run())
             .await
-            .context("comparing the two memories was cut off")?
+            .context("internal error: the memory comparison panicked")?
     }
 
     fn run(self) -> Result<u64> {
@@ -95,13 +95,13 @@ impl Mender {
         let memory =
             File::options().read(true).write(true).open(format!("/proc/{}/mem", self.destination));
         let memory = memory.context("opening the new QEMU's memory")?;
-        let (next, mended) = (AtomicUsize::new(0), AtomicU64::new(0));
+        let (next, copied) = (AtomicUsize::new(0), AtomicU64::new(0));
         let work = || -> Result<()> {
             let mut buffers = Buffers::new();
             while let Some(piece) = self.pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
                 for run in existing(&pagemap, piece)? {
-                    let count = self.mend_run(piece, run, &memory, &mut buffers)?;
-                    mended.fetch_add(count, Ordering::Relaxed);
+                    let count = self.copy_differences(piece, run, &memory, &mut buffers)?;
+                    copied.fetch_add(count, Ordering::Relaxed);
                 }
             }
             Ok(())
@@ -113,11 +113,11 @@ impl Mender {
                 Err(_) => bail!("a thread that compared memory has failed"),
             })
         })?;
-        Ok(mended.into_inner())
+        Ok(copied.into_inner())
     }
 
     /// `run`: bytes of the piece.
-    fn mend_run(
+    fn copy_differences(
         &self,
         piece: &Piece,
         run: Range<u64>,
@@ -252,7 +252,7 @@ fn cut(from: u64, to: u64, bytes: u64, sparse: &[Range<u64>]) -> Vec<Piece> {
 
 fn cannot_read(error: anyhow::Error) -> anyhow::Error {
     refused(format!(
-        "QEMU before {LIVE_TCG_SINCE}.0 loses pages when an emulated (TCG) guest is migrated, and its memory cannot be read to mend that \
+        "QEMU before {LIVE_TCG_SINCE}.0 loses pages when an emulated (TCG) guest is migrated, and its memory cannot be read to copy them \
          ({error:#}); run Stillpoint as root or as the user of that QEMU, or checkpoint it by stream as it is"
     ))
 }
@@ -270,11 +270,11 @@ pub fn check_readable(pid: u32) -> Result<()> {
 mod test {
     use super::*;
 
-    fn own(bytes: &[u8], other: &[u8]) -> Mender {
+    fn own(bytes: &[u8], other: &[u8]) -> MemoryComparison {
         let pid = std::process::id();
         let sparse = sparse(&maps(pid).unwrap());
         let pieces = cut(bytes.as_ptr() as u64, other.as_ptr() as u64, bytes.len() as u64, &sparse);
-        Mender { source: pid, destination: pid, pieces }
+        MemoryComparison { source: pid, destination: pid, pieces }
     }
 
     /// A copy at another address, page-aligned as RAM blocks are.
@@ -293,8 +293,8 @@ mod test {
         for page in [0, 63, 64, 199] {
             old[skip + page * PAGE as usize + 17] = 9;
         }
-        let mender = own(&old[skip..skip + len], &new[other..other + len]);
-        assert_eq!(mender.run().unwrap(), 4);
+        let comparison = own(&old[skip..skip + len], &new[other..other + len]);
+        assert_eq!(comparison.run().unwrap(), 4);
         // It was written behind the compiler's back.
         let new = std::hint::black_box(&mut new);
         assert!(new[other..other + len] == old[skip..skip + len]);

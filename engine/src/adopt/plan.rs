@@ -143,7 +143,7 @@ async fn check_vm(vm: &Vm, directory: &Path, monitor: &Path) -> Result<()> {
     let chardevs = ask(qmp, "query-chardev").await?;
     if let Some(client) = sockets::connected(&chardevs, directory, monitor) {
         return Err(refused(format!(
-            "somebody is connected to {client} and would be cut off; disconnect, then adopt the VM"
+            "{client} has a client, which would be cut off; disconnect it, then adopt the VM"
         )));
     }
     check_blocks(qmp).await?;
@@ -175,7 +175,7 @@ async fn check_blocks(qmp: &Qmp) -> Result<()> {
     }
 }
 
-/// Displays that nobody asked for on the command line: QEMU makes one where it can.
+/// Displays that the command line does not ask for: QEMU makes one by default where it can.
 async fn check_displays(qmp: &Qmp) -> Result<()> {
     let is_used =
         |reply: &Value| reply["clients"].as_array().is_some_and(|clients| !clients.is_empty());
@@ -183,7 +183,7 @@ async fn check_displays(qmp: &Qmp) -> Result<()> {
         // A QEMU without that display does not know the command.
         if qmp.execute_json(command, Value::Null).await.is_ok_and(|reply| is_used(&reply)) {
             return Err(refused(format!(
-                "somebody looks at the VM's display ({command}) and would be cut off; disconnect first"
+                "the VM's display has a client ({command}), which would be cut off; disconnect it first"
             )));
         }
     }
@@ -202,7 +202,7 @@ fn check_program(file: &VmFile, source: &Qmp, facts: &QemuFacts, program: &Path)
             file.name
         )));
     }
-    if facts.vms.iter().any(|vm| vm.name == file.machine_type) {
+    if facts.machine_types.iter().any(|known| known.name == file.machine_type) {
         return Ok(());
     }
     Err(refused(format!(

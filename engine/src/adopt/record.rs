@@ -1,4 +1,4 @@
-//! `adopt.json`: how far an adoption is, for whoever comes after a helper that was killed.
+//! `adopt.json`: the stage of an adoption, for the next helper if this one is killed.
 //!
 //! Everything before [`Stage::Decided`] means that the old QEMU is the VM, everything from there on
 //! that the new one is. The file is replaced by a rename before what it says takes effect.
@@ -34,7 +34,7 @@ pub enum Stage {
     Moving,
     /// Memory, devices and disks are the new one's. It has not run.
     Decided,
-    /// It was told to run.
+    /// It got `cont`.
     Resuming,
     /// It has run.
     Running,
@@ -277,7 +277,7 @@ mod test {
         record.stage = Stage::Resuming;
         assert!(!record.can_be_undone());
         record.stage = Stage::Decided;
-        assert!(record.can_be_undone(), "somebody else wrote it: it was not told to run");
+        assert!(record.can_be_undone(), "another process wrote: the new QEMU got no `cont`");
     }
 
     #[test]

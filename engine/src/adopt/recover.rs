@@ -24,9 +24,9 @@ pub async fn recover(runtime: &RuntimeDir) -> Result<()> {
         .destination
         .filter(|process| process.lives())
         .or_else(|| destination::find(&record.file));
-    tracing::warn!(stage = ?record.stage(), ?destination, "an adoption was cut off");
+    tracing::warn!(stage = ?record.stage(), ?destination, "an adoption was interrupted");
     match (record.stage().vm(), destination) {
-        (Side::Destination, Some(destination)) => go_on(record, destination, runtime).await,
+        (Side::Destination, Some(destination)) => complete(record, destination, runtime).await,
         (_, destination) => {
             let source =
                 if record.source.lives() { Some(connect_source(&record).await?) } else { None };
@@ -39,13 +39,13 @@ async fn connect_source(record: &Record) -> Result<Qmp> {
     Qmp::connect(&record.monitor, ANSWER).await.context("connecting to the monitor of the old QEMU")
 }
 
-/// The decision fell for the new QEMU, and it lives.
-async fn go_on(mut record: Record, process: Process, runtime: &RuntimeDir) -> Result<()> {
+/// The new QEMU is the VM, and it is alive.
+async fn complete(mut record: Record, process: Process, runtime: &RuntimeDir) -> Result<()> {
     let source = if record.source.lives() { connect_source(&record).await.ok() } else { None };
     let destination = destination::connect(process, runtime).await?;
     if record.stage() != Stage::Running {
         if let Err(error) = resume(&mut record, runtime, &destination).await {
-            return Err(take_back(&record, runtime, source.as_ref(), error).await);
+            return Err(roll_back(&record, runtime, source.as_ref(), error).await);
         }
         record.advance(Stage::Running, runtime)?;
     }
@@ -66,8 +66,9 @@ async fn resume(record: &mut Record, runtime: &RuntimeDir, destination: &Qmp) ->
     Ok(())
 }
 
-/// The adoption failed with `error`: the old QEMU continues. What is returned says how that went.
-pub async fn take_back(
+/// The adoption failed with `error`: lets the old QEMU continue. The returned error says whether
+/// that succeeded.
+pub async fn roll_back(
     record: &Record,
     runtime: &RuntimeDir,
     source: Option<&Qmp>,
@@ -111,7 +112,7 @@ async fn undo(
         Record::remove(runtime)?;
         return Err(gone());
     }
-    match local_migration::take_back(source, Some(&record.found)).await {
+    match local_migration::resume_source(source, Some(&record.found)).await {
         Ok(()) => Record::remove(runtime),
         Err(LocalMigrationError::SourceEnded) => {
             Record::remove(runtime)?;

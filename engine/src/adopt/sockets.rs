@@ -111,7 +111,7 @@ pub(super) fn shorthand(walk: &mut Walk<'_>, option: &QemuOption) -> Result<()> 
     Ok(())
 }
 
-/// A socket that QEMU serves at a path, and for which nobody is waited.
+/// A socket that QEMU serves at a path, without waiting for a client.
 fn served(walk: &mut Walk<'_>, option: &QemuOption, keys: &KeyList) -> Result<KeyList> {
     let remedy = "use a unix socket that QEMU serves: path=PATH,server=on,wait=off";
     let is_server = keys.iter().any(|(key, value)| match key {
@@ -120,7 +120,7 @@ fn served(walk: &mut Walk<'_>, option: &QemuOption, keys: &KeyList) -> Result<Ke
         _ => false,
     });
     if !is_server {
-        return Err(cannot(option, "whoever serves it knows the old process only", remedy));
+        return Err(cannot(option, "its server is connected to the old process only", remedy));
     }
     let path = keys.get("path").filter(|_| keys.get("abstract") != Some("on"));
     let Some(path) = path else {

@@ -4,10 +4,10 @@
 use super::Adopted;
 use super::destination;
 use super::finish::finish;
-use super::memory::Mender;
+use super::memory::MemoryComparison;
 use super::plan::Plan;
 use super::record::{ImageMark, Process, Record, Stage};
-use super::recover::take_back;
+use super::recover::roll_back;
 use crate::checkpoint::outcome::milliseconds;
 use crate::checkpoint::{Checkpointer, Report};
 use crate::kill_point;
@@ -56,7 +56,7 @@ pub async fn adopt(
     let (downtime, destination) = match adoption.run(report).await {
         Ok(moved) => moved,
         Err(error) => {
-            return Err(take_back(&record, &runtime, Some(&checkpointer.vm.qmp), error).await);
+            return Err(roll_back(&record, &runtime, Some(&checkpointer.vm.qmp), error).await);
         }
     };
     let mut notes = plan.notes;
@@ -94,7 +94,7 @@ impl Adoption<'_> {
         kill_point::point("adopt.started");
         let destination = destination::connect(process, self.runtime).await?;
         self.check_same(&destination).await?;
-        let mender = self.mender(&destination, process).await?;
+        let comparison = self.memory_comparison(&destination, process).await?;
         self.record.advance(Stage::Moving, self.runtime)?;
         let socket = stream_socket(self.runtime);
         let plan = self.plan;
@@ -108,13 +108,13 @@ impl Adoption<'_> {
         };
         local_migration.switchover(tell).await?;
         kill_point::point("adopt.switchover");
-        if let Some(mender) = mender {
+        if let Some(comparison) = comparison {
             let begun = Instant::now();
-            let pages = mender.mend(&destination).await?;
+            let pages = comparison.copy_lost_pages(&destination).await?;
             tracing::info!(
                 pages,
                 ms = milliseconds(begun.elapsed()),
-                "pages that QEMU's emulator had lost, or had yet to send, were copied"
+                "copied pages that QEMU's emulator had lost or had yet to send"
             );
         }
         local_migration.complete().await?;
@@ -151,12 +151,16 @@ impl Adoption<'_> {
         Ok(process)
     }
 
-    async fn mender(&self, destination: &Qmp, process: Process) -> Result<Option<Mender>> {
+    async fn memory_comparison(
+        &self,
+        destination: &Qmp,
+        process: Process,
+    ) -> Result<Option<MemoryComparison>> {
         if can_pre_copy_live(&self.vm.facts).is_ok() {
             return Ok(None);
         }
         let source = (&self.vm.qmp, self.plan.source.pid);
-        Ok(Some(Mender::prepare(source, (destination, process.pid)).await?))
+        Ok(Some(MemoryComparison::prepare(source, (destination, process.pid)).await?))
     }
 
     /// A VM that is another would refuse the state at its end, with the guest stopped.

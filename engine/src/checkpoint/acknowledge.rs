@@ -72,20 +72,20 @@ impl Checkpointer {
         };
         if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
             base.spaces = delta.acknowledge();
-            // The tracker holds the pages that were given back, so it is exact from here on.
+            // The tracker holds the pages that were restored, so it is exact from here on.
             base.is_exact |= run.engine == Engine::Tracker;
             self.marks = base.marks().or(self.marks);
         }
-        self.give_back(run).await;
+        self.restore_claimed(run).await;
         Ok(outcome)
     }
 
-    /// The checkpoint failed: everything that was taken is owed to the next one.
+    /// The checkpoint failed: everything that it claimed is dirty again, for the next one.
     pub(super) async fn abort(&mut self, mut run: Run) {
         if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
             base.spaces = delta.fail();
         }
-        self.give_back(&mut run).await;
+        self.restore_claimed(&mut run).await;
         run.resumed = None;
         let packs = run.packs();
         let Some(partial) = run.partial.take().and_then(|partial| Arc::try_unwrap(partial).ok())
@@ -100,16 +100,16 @@ impl Checkpointer {
         }
     }
 
-    /// Doing it twice is fine.
-    pub(super) async fn give_back(&mut self, run: &mut Run) {
+    /// Restores what the checkpoint claimed of memory and disks. Idempotent.
+    pub(super) async fn restore_claimed(&mut self, run: &mut Run) {
         drop(run.claim.take());
         let disks = match (run.captured.take(), run.prepared.take()) {
-            (Some(captured), _) => captured.give_back().await,
+            (Some(captured), _) => captured.restore().await,
             (None, Some(prepared)) => prepared.discard().await,
             (None, None) => Ok(()),
         };
         if let Err(error) = disks {
-            tracing::warn!(%error, "the disks' changes were not given back in order; the next checkpoint does it");
+            tracing::warn!(%error, "the disks' dirty bitmaps were not restored; the next checkpoint restores them");
         }
         self.staging.clear(KEPT_STAGING);
     }

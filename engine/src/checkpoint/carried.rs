@@ -8,7 +8,7 @@
 //! themselves what they hold: their indexes are read again, which also shows that they are there.
 //!
 //! A record of an earlier try is right only if this one has looked at its page: then the page is
-//! equal, or it is stored again. What the earlier try claimed was given back, so it comes again.
+//! equal, or it is stored again. What the earlier try claimed was restored, so it is dirty again.
 //! Beyond that, pages of a disk that nothing else asks for are read because they are in a carried
 //! pack ([`Resumed::window`]), and a commit with carried memory that was not offered is refused
 //! ([`Delta::unconfirmed`]).

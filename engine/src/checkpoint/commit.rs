@@ -30,7 +30,7 @@ impl Checkpointer {
         run.packer.take().context("the packer is gone")?.finish().await?;
         run.resumed = None;
         phases.since("upload", begun);
-        kill_point::point("upload");
+        kill_point::point("uploaded");
         self.check_parent(run).await?;
         run.check_carried()?;
         let packs: Vec<PackRecord> = run.packs().into_iter().map(|pack| pack.record).collect();

@@ -564,7 +564,7 @@ mod test {
         assert_eq!(ranges.iter().map(|(start, end)| end - start).sum::<u64>(), MAX_SPACE_PAGES);
     }
 
-    /// What the store would give back: each job's pages, in order.
+    /// What the store would return: each job's pages, in order.
     fn replay(jobs: &[PackJob], stored: &mut BTreeMap<u64, u8>) {
         for job in jobs {
             match job {
@@ -613,7 +613,7 @@ mod test {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
-        /// Whatever the guest writes and whichever checkpoints fail: a durable one gives back the
+        /// Whatever the guest writes and whichever checkpoints fail: a durable one restores the
         /// disk, and counts no page that does not differ from its parent where the parent is known.
         #[test]
         fn sparse_disk_comes_back_after_any_checkpoints(passes in prop::collection::vec(any_pass(), 1..8), limit in 1_u64..5) {

@@ -135,7 +135,7 @@ mod test {
         let unknown = Holder { hardware: None, ..here };
         assert!(
             !cannot_live(&Holder { hardware: None, ..earlier.clone() }, &unknown),
-            "hardware that nobody knows is not the same"
+            "unknown hardware is not the same"
         );
         assert!(!cannot_live(&earlier, &unknown));
     }

@@ -3,16 +3,16 @@
 //! The phases are files, in the order in which data flows:
 //!
 //! ```text
-//! prepare   guest runs    engine, writer epoch, layers, fleecing overlays, room for the copies
-//! round     guest runs    live copies, each after a brief stop
-//! freeze    guest paused  scan, copy, disk transaction, device state
-//! (stream   instead of round and freeze, where QEMU's own migration brings the memory)
-//! drain     guest runs    compare, compress, store; disks over NBD
-//! commit    guest runs    manifest, one rename
-//! acknowledge    guest runs    claims, bitmaps, tables
+//! prepare      guest runs    engine, writer epoch, layers, fleecing overlays, room for the copies
+//! precopy      guest runs    live copies, each after a brief stop
+//! pause        guest paused  scan, copy, disk transaction, device state
+//! (stream      instead of precopy and pause, where QEMU's own migration brings the memory)
+//! upload       guest runs    compare, compress, store; disks over NBD
+//! commit       guest runs    manifest, one rename
+//! acknowledge  guest runs    claims, bitmaps, tables
 //! ```
-//! Whatever fails before the commit, [`Checkpointer::take`] gives back what was taken and the next
-//! checkpoint carries it.
+//! When a phase before the commit fails, [`Checkpointer::take`] restores the dirty set that the
+//! checkpoint claimed, and the next checkpoint carries it.
 
 mod acknowledge;
 mod base;
@@ -66,12 +66,12 @@ const REMOVAL: Duration = Duration::from_secs(5);
 /// A connection to a process that is killed ends with it, a moment after whatever else was noticed.
 const MONITOR_END: Duration = Duration::from_millis(200);
 
-/// Tells what happens to whoever listens; never waits for them.
+/// Sends progress to the client that listens; never waits for it.
 pub struct Report(pub mpsc::Sender<Update>);
 
 impl Report {
     fn say(&self, phase: &str, done: u64, total: u64) {
-        // A full queue means a slow listener: they miss a line, the guest misses nothing.
+        // A full queue means a slow client: it misses an update, the guest misses nothing.
         let _ = self.0.try_send(Update { phase: phase.to_owned(), done, total });
     }
 }
@@ -160,7 +160,7 @@ impl Checkpointer {
             Ok(outcome) => Ok(outcome),
             Err(error) => {
                 // The guest and its disks first: the store may take its time.
-                self.give_back(&mut run).await;
+                self.restore_claimed(&mut run).await;
                 report.say("storing what was read", 0, 0);
                 let error = match run.packer.take() {
                     Some(packer) => packer.why(error, UPLOAD_GRACE).await,
@@ -216,8 +216,8 @@ impl Checkpointer {
         )
     }
 
-    /// A failed pause takes its disks back in the background, so the next checkpoint looks what is
-    /// left of it. A base whose tables went down with the checkpoint is looked up again.
+    /// A failed pause restores its disks in the background, so the next checkpoint looks for what
+    /// is left of it. A base whose tables were lost with the checkpoint is looked up again.
     fn after_failure(&mut self) {
         self.is_clean = false;
         self.base.take_if(|base| base.spaces.is_empty());
@@ -266,10 +266,10 @@ impl Checkpointer {
         }
     }
 
-    /// The VM has ended: another may take the writer's place without force.
+    /// If the VM has ended, releases its writer epoch: the next writer needs no take-over.
     ///
-    /// While QEMU runs the place is kept, whoever ends the helper: a restore elsewhere would make a
-    /// second VM.
+    /// While QEMU runs the epoch is kept, however the helper ends: a restore on another host would
+    /// make a second VM.
     pub async fn release(&mut self) {
         self.forget_carried().await;
         if tokio::time::timeout(Duration::from_millis(1), self.vm.qmp.closed()).await.is_err() {

@@ -168,7 +168,7 @@ impl Checkpointer {
             _ => Ok(()),
         };
         let saved = begun.elapsed();
-        kill_point::point("pause.begun");
+        kill_point::point("pause.paused");
         let resumed = paused.resume().await.context("letting the guest run again");
         let copied = match kept {
             Some(kept) => kept?,

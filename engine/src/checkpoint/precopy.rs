@@ -17,7 +17,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 use vm::running::{Vm, lock};
 
-/// Rounds that a checkpoint may take before the pause must do.
+/// Pre-copy passes that a checkpoint may make; what is left then is copied in the pause.
 pub const MAX_PASSES: u32 = 6;
 /// What the pause may copy without a pass before it: 16 MiB take about 4 ms.
 pub const PAUSE_PAGES: PageCount = PageCount(4096);
@@ -138,7 +138,7 @@ where
         let result = job(&mut state);
         (state, result)
     };
-    tokio::task::spawn_blocking(run).await.context("a copying thread was cut off")
+    tokio::task::spawn_blocking(run).await.context("internal error: a copy task panicked")
 }
 
 #[cfg(test)]
@@ -146,7 +146,7 @@ mod test {
     use super::*;
 
     #[test]
-    fn passes_go_on_only_while_they_shrink_the_pause() {
+    fn passes_continue_only_while_they_shrink_the_pause() {
         let pages = PageCount;
         assert!(!is_worth_it(0, PAUSE_PAGES, None), "small enough for the pause");
         assert!(is_worth_it(0, pages(100_000), None));

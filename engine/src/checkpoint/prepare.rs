@@ -305,7 +305,7 @@ impl Checkpointer {
             boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
         let claim = match chosen.engine {
             Engine::Tracker => {
-                // From here on a helper that dies has leased pages that nobody knows of.
+                // If the helper dies from here on, no record says which pages it has claimed.
                 self.vm.runtime.forget_exact_marks()?;
                 Some(self.begin_claim().await?)
             }
@@ -360,7 +360,9 @@ impl Checkpointer {
             tracker.prepare()?;
             Ok(tracker.begin_claim())
         };
-        tokio::task::spawn_blocking(begin).await.context("preparing the tracker was cut off")?
+        tokio::task::spawn_blocking(begin)
+            .await
+            .context("internal error: preparing the tracker panicked")?
     }
 
     /// A partial checkpoint, with the packs of earlier tries if they can be had.
@@ -471,7 +473,7 @@ mod test {
     use super::*;
 
     #[test]
-    fn room_for_overlays_is_told_only_when_it_may_not_do() {
+    fn room_for_overlays_is_noted_only_when_it_may_not_do() {
         let note = |full_bytes, room| room_note(Outlook { full_bytes, room });
         assert_eq!((note(0, 0), note(5, 5)), (None, None));
         assert!(note(3 << 30, 1 << 30).is_some_and(|note| note.contains("--fleecing-dir")));

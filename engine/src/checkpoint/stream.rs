@@ -156,15 +156,16 @@ impl Checkpointer {
         Ok(tokio::spawn(blocking(receiver, read)))
     }
 
-    /// Memory and tables come back whatever happened. Of two errors the one that is not the other's
-    /// echo is told.
+    /// Takes memory and tables back from the reader, in every case. Of two errors it returns the
+    /// cause, not the one that follows from it.
     async fn end_reading(
         &mut self,
         run: &mut Run,
         reading: Reading,
         flow: Result<()>,
     ) -> Result<()> {
-        let (receiver, state) = reading.await.context("reading the stream was cut off")??;
+        let (receiver, state) =
+            reading.await.context("internal error: the stream reader panicked")??;
         kill_point::point("stream.read");
         run.pages_dirty.0 += receiver.news.0;
         self.staging = receiver.staging;
@@ -256,7 +257,7 @@ impl Checkpointer {
         kill_point::point("stream.switched");
         run.pause_disks(&paused).await?;
         let captured = paused.elapsed();
-        kill_point::point("stream.frozen");
+        kill_point::point("stream.captured");
         migration.start().await.context("starting QEMU's migration to the helper")?;
         kill_point::point("stream.started");
         run.pause = migration
@@ -324,7 +325,7 @@ async fn take_rest(
     let completed = paused.elapsed();
     run.pause_disks(paused).await?;
     let captured = paused.elapsed();
-    kill_point::point("stream.frozen");
+    kill_point::point("stream.captured");
     Ok((completed, captured))
 }
 

@@ -1,6 +1,6 @@
-//! Phase `drain`: what the pause caught goes to the packer while the guest runs: disks first,
-//! because each block that the guest overwrites meanwhile must be copied aside; then the device
-//! state; then the staged memory.
+//! Phase `upload`: what the pause captured goes to the packer while the guest runs: disks first,
+//! because QEMU must save each block that the guest overwrites meanwhile into the fleecing overlay;
+//! then the device state; then the staged memory.
 
 use super::carried::Resumed;
 use super::delta::Delta;
@@ -66,7 +66,8 @@ impl Checkpointer {
     }
 
     async fn upload_disks(&mut self, run: &mut Run, report: &Report) -> Result<()> {
-        let captured = run.captured.as_mut().context("the disks were not frozen")?;
+        let captured =
+            run.captured.as_mut().context("internal error: the disks were not captured")?;
         if captured.disks().is_empty() {
             return Ok(());
         }
@@ -272,8 +273,8 @@ async fn read_window(
     Ok(())
 }
 
-/// What an earlier try stored is looked at, whatever else says that it need not be: a block that
-/// was given back since, say.
+/// Adds to `ranges` all that an earlier try stored, also what they leave out: a block that the
+/// guest has discarded since, say.
 pub(super) fn add_carried(ranges: &mut Vec<ContentRange>, carried: &Window, disk_bytes: u64) {
     let asked: Vec<PageRange> = ranges.iter().copied().map(pages).collect();
     let mut asked = asked.into_iter().peekable();

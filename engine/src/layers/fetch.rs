@@ -100,8 +100,8 @@ async fn fetch(
     Ok(Provided { path: target.to_owned(), bytes_read })
 }
 
-/// Files of fetches that were killed: nobody holds their lock. What fails is left to the next
-/// fetch.
+/// Removes files of fetches that were killed: no process holds their lock. What cannot be removed
+/// is left to the next fetch.
 fn remove_abandoned(folder: &Path) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let is_ours = entry.file_name().as_encoded_bytes().starts_with(UNFINISHED.as_bytes());

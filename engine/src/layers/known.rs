@@ -64,7 +64,7 @@ impl Known {
         let owned = source.to_owned();
         let found = tokio::task::spawn_blocking(move || digest::of_file(&owned))
             .await
-            .context("digesting was cut off")??;
+            .context("internal error: the digest task panicked")??;
         let stored = ensure(repository, source, found).await?;
         let layer = LayerRef {
             digest: found.digest,

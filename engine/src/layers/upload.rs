@@ -42,7 +42,7 @@ pub async fn ensure(repository: &Repository, path: &Path, file: FileDigest) -> R
                 let _ = layer.abort().await;
             }
             if repository.has_layer(&file.digest).await.unwrap_or(false) {
-                // Somebody else stored it meanwhile, and removed what this upload had stored.
+                // Another upload stored it meanwhile, and removed what this one had stored.
                 return Ok(0);
             }
             Err(error.context(format!("storing the layer {}", path.display())))

@@ -158,7 +158,7 @@ impl Packer {
     /// Waits until every pack is stored.
     pub async fn finish(mut self) -> Result<Vec<PackRecord>> {
         self.close();
-        (&mut self.task).await.context("the pack pipeline was cut off")??;
+        (&mut self.task).await.context("internal error: the pack pipeline panicked")??;
         Ok(self.stored.list().into_iter().map(|pack| pack.record).collect())
     }
 
@@ -339,7 +339,7 @@ async fn encode(job: PackJob) -> Result<Encoded> {
             let frame = move || EncodedFrame::encode(job.space, &job.pages, &job.raw, ZSTD_LEVEL);
             let frame = tokio::task::spawn_blocking(frame)
                 .await
-                .context("compressing a frame was cut off")?;
+                .context("internal error: compressing a frame panicked")?;
             Ok(Encoded::Frame(frame.context("compressing a frame")?))
         }
     }

@@ -203,8 +203,8 @@ impl Walk<'_> {
                 .collect();
             return option("chardev", &stays);
         }
-        // A port can tell a server that nobody is connected to from a null device, and that server
-        // is what a restore makes.
+        // The guest can tell a server without a client from a null device, and a restore makes such
+        // a server.
         let listens = kind == "socket" && is_on(&old, "server");
         let mut new = vec![pair("backend", if listens { "socket" } else { "null" })];
         new.push(pair("id", id));

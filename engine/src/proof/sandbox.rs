@@ -6,8 +6,9 @@
 //!   stillpoint verify --restore …      first process of the namespace: restores and compares; when
 //!     |                                it dies the kernel kills the others, and it dies with the
 //!     |                                supervisor
-//!     qemu-system-x86_64 …             by way of `stillpoint sandbox`: an empty network, every file
-//!                                      system read-only but the private directory, few devices
+//!     qemu-system-x86_64 …             by way of `stillpoint sandbox`: an empty network, every
+//!                                      file system read-only but the private directory, few
+//!                                      devices
 //! ```
 
 use anyhow::{Context, Result, bail};
@@ -181,7 +182,7 @@ fn lock(path: &Path) -> Option<Flock<File>> {
     Flock::lock(File::open(path).ok()?, FlockArg::LockExclusiveNonblock).ok()
 }
 
-/// Of supervisors that were killed; nobody holds their lock.
+/// Removes what killed supervisors left: no process holds their lock.
 fn remove_abandoned(fleecing: &Path) {
     let entries = std::fs::read_dir(fleecing).into_iter().flatten().flatten();
     let is_ours = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with(PREFIX);

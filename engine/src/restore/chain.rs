@@ -1,10 +1,10 @@
 //! Backing chains of restored disks.
 //!
 //! Layers are files that many VMs share, and their own headers name backing files of another host.
-//! So nobody opens a layer by its header alone: the image above it describes the layer and all that
-//! is below, as `json:{…}`, in its header. A header holds 1,023 bytes of that. Where a chain is
-//! longer, a *link* is put into it: an empty overlay in `--dir` that stands for the layers below,
-//! which its own header describes.
+//! So QEMU never opens a layer by its header alone: the image above it describes the layer and all
+//! that is below, as `json:{…}`, in its header. A header holds 1,023 bytes of that. Where a chain
+//! is longer, a *link* is put into it: an empty overlay in `--dir` that stands for the layers
+//! below, which its own header describes.
 
 use anyhow::{Context, Result, bail};
 use checkpoint_format::LayerRef;
@@ -161,8 +161,8 @@ mod test {
         format!("/srv/vm/sp-d.link-{number}.qcow2").into()
     }
 
-    /// The layers that QEMU opens, by following names as it does; every qcow2 layer is told what is
-    /// below it.
+    /// The layers that QEMU opens, by following names as it does. Checks that the image above every
+    /// qcow2 layer describes the backing of that layer.
     fn opened(chain: &Chain) -> Vec<String> {
         let follow = |name: &str| {
             chain

@@ -336,7 +336,7 @@ mod test {
 
     /// A display that must be named, and whose port the original has.
     #[test]
-    fn copy_is_told_all_at_once() {
+    fn copy_gets_all_refusals_in_one_message() {
         let holder = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
         let display = holder.local_addr().unwrap().port() - 5900;
         let line = saved_line(&format!("-vnc :{display} -monitor vc"));
@@ -352,7 +352,7 @@ mod test {
     }
 
     #[test]
-    fn copy_in_a_shared_network_is_told() {
+    fn copy_in_a_shared_network_gets_a_note() {
         let note = |line: &str| {
             planned(line, &[], Path::new("/d")).note_of_copy().contains("in one network")
         };

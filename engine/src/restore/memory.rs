@@ -32,7 +32,7 @@ pub async fn fill(source: Source, block: String, memory: GuestMemory) -> Result<
         };
         tokio::task::spawn_blocking(write)
             .await
-            .context("filling the guest's memory was cut off")??;
+            .context("internal error: filling the guest's memory panicked")??;
         progress.advance(written as u64);
     }
     Ok(())

@@ -173,7 +173,7 @@ impl Restore {
         })
     }
 
-    /// Whatever fails, and whoever interrupts: until the guest may run, everything is put back.
+    /// On any failure or signal until the guest may run, undoes everything that it made.
     async fn run(mut self) -> Result<Restored> {
         let mut undo = Undo::begin(&self.runtime)?;
         let made = {
@@ -332,7 +332,7 @@ impl Restore {
         Ok(VmFile::restored(record, target))
     }
 
-    /// Whoever wrote before the claim may have committed while we were reading.
+    /// The previous writer may have committed while this restore was reading, before its claim.
     async fn check_newest(&self) -> Result<()> {
         let newest = lineage::resolve(self.source.repository(), &self.request.checkpoint).await?;
         if newest != self.id {
@@ -354,7 +354,7 @@ impl Restore {
         let vm = Vm::attach(self.runtime.clone()).await?;
         check_blocks(self.source.manifest(), &vm.blocks)?;
         check::in_qemu(&self.places(), layers, &vm.disks().await?)?;
-        filling.await.context("filling the guest's memory was cut off")??;
+        filling.await.context("internal error: filling the guest's memory panicked")??;
         self.phases.since("memory", step);
         let step = Instant::now();
         // QEMU has not touched the memory yet; what it writes while it loads is dirty from the

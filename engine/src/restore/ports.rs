@@ -1,8 +1,8 @@
-//! Host ports, displays, abstract sockets and taps that the restored VM would need and that
-//! somebody has: the original, mostly.
+//! Host ports, displays, abstract sockets and taps that the restored VM would need and that another
+//! process has in use: the original VM's QEMU, mostly.
 //!
-//! QEMU itself would find out, after everything was made. Here it is found out before, with the
-//! `--map` that helps.
+//! QEMU itself would refuse them, but only after everything was made. This module finds them
+//! before, and names the `--map` option that helps.
 
 use super::link::link;
 use qemu_cmdline::form::{Form, is_on};

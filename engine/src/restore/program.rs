@@ -1,8 +1,8 @@
 //! Which QEMU of this host restores a VM.
 //!
-//! The checkpoint names the program that it was taken of, but whoever can write the store can write
-//! that name. So only its last part counts, if it is that of a QEMU, and is looked for where this
-//! host has its programs.
+//! The checkpoint names the QEMU program that it was taken with, but every user who can write the
+//! store can write that name. So only its last part counts, if it is that of a QEMU, and is
+//! searched for in this host's program directories.
 
 use anyhow::Result;
 use checkpoint_format::VmRecord;
@@ -42,7 +42,7 @@ pub fn find(named: Option<&str>, record: &VmRecord, plugin: &Path) -> Result<(Pa
 }
 
 fn knows(facts: &QemuFacts, machine_type: &str) -> bool {
-    facts.vms.iter().any(|vm| vm.name == machine_type)
+    facts.machine_types.iter().any(|known| known.name == machine_type)
 }
 
 /// By major and minor version, as QEMU counts what it can load. What cannot be read is no reason.
@@ -111,7 +111,7 @@ mod test {
     use super::*;
 
     #[test]
-    fn an_older_qemu_is_told_by_major_and_minor_version() {
+    fn older_qemu_is_found_by_major_and_minor_version() {
         for (version, recorded, older) in [
             ("7.2.22", "10.0.2", true),
             ("10.0.2", "7.2.22", false),

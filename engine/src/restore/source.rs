@@ -210,7 +210,7 @@ impl Source {
         let decode = move || source.decode(&batch, &bytes);
         tokio::task::spawn_blocking(decode)
             .await
-            .context("decoding was cut off")?
+            .context("internal error: decoding panicked")?
             .with_context(about)
     }
 

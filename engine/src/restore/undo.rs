@@ -196,7 +196,7 @@ fn undo(runtime: &RuntimeDir, record: &Record) -> Result<()> {
         remove_file(file)?;
     }
     for directory in record.directories.iter().rev() {
-        // Not empty: somebody else has put something there since.
+        // Fails if it is not empty: another process has made files in it since.
         let _ = std::fs::remove_dir(directory);
     }
     let before = runtime.path().join(BEFORE);

@@ -134,7 +134,7 @@ fn boot_files_are_found_wherever_they_stand() {
 }
 
 #[test]
-fn sockets_and_logs_are_told_apart() {
+fn sockets_and_logs_have_different_uses() {
     let line = &[
         "-qmp",
         "unix:q.sock,server,nowait",
@@ -218,7 +218,7 @@ fn who_commands_qemu_is_known() {
 }
 
 #[test]
-fn unknown_things_are_told() {
+fn unknown_options_are_found() {
     assert_eq!(
         of(&["-future", "/x", "-device", "e1000,newfile=/y,mac=z"], Use::Unknown),
         ["/x", "/y"]

@@ -173,7 +173,7 @@ pub(super) const BLOCK: Rows = &[
     ("port", Connect),
 ];
 
-/// Objects by type: a type that is not here is not known, and nobody can say what it opens.
+/// Objects by type. A type that is not here is unknown: what QEMU opens for it is unknown too.
 pub(super) const OBJECTS: &[(&str, Rows)] = &[
     ("acpi-generic-initiator", &[]),
     ("acpi-generic-port", &[]),

@@ -1,9 +1,9 @@
 //! One table of QEMU's options (7.2 to 11.1): what each value is for the host.
 //!
-//! A restore starts a command line that somebody wrote on another host. Whether a text is a file, a
-//! name or a size depends on where it stands, never on how it is spelled: an image may be called
-//! `on`, and an id `/etc/passwd`. So every rewrite and every check asks this table. What it does
-//! not know is [`Use::Unknown`], and refused where it could be a path.
+//! A restore starts a command line that was written on another host. Whether a value is a file, a
+//! name or a size depends on the option that it belongs to, never on its spelling: an image may be
+//! called `on`, and an id `/etc/passwd`. So every rewrite and every check asks this table. What it
+//! does not know is [`Use::Unknown`], and refused where it could be a path.
 
 mod devices;
 mod keys;

@@ -21,14 +21,14 @@ fuzz_target!(|data: &[u8]| {
 fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
     let size = fuzzer_mutate(data, size, max_size);
     if seed % 4 != 0 {
-        mend_length(&mut data[..size]);
+        correct_length(&mut data[..size]);
     }
     size
 });
 
 /// The length of the description is the one number that must fit everything before and behind it;
-/// chance does not find it.
-fn mend_length(data: &mut [u8]) {
+/// random mutations do not find it.
+fn correct_length(data: &mut [u8]) {
     let begins = |window: &[u8]| window[..LENGTH_AT] == [0, 6] && window[TEXT_AT] == b'{';
     if let Some(at) = data.windows(TEXT_AT + 1).rposition(begins) {
         let length = (data.len() - at - TEXT_AT) as u32;

@@ -86,9 +86,10 @@ pub(super) async fn merge_back(qmp: &Qmp, tag: &BitmapTag) -> Result<Vec<KeptBit
     Ok(kept)
 }
 
-/// Before a capture of `seq`: one bitmap per node, and none that records since a checkpoint that is
-/// yet to be made (a first capture whose helper was killed leaves one).
-pub(super) async fn sort_out(
+/// Before a capture of checkpoint `id`: merges the bitmaps into one per node, and removes those
+/// that record since a checkpoint that does not exist yet (a first capture whose helper was killed
+/// leaves one).
+pub(super) async fn reconcile(
     qmp: &Qmp,
     tag: &BitmapTag,
     id: u64,
@@ -99,7 +100,7 @@ pub(super) async fn sort_out(
     Ok(usable)
 }
 
-/// Drops the bitmaps that record since `seq` on the nodes that `on` picks.
+/// Drops the bitmaps that record since checkpoint `id` on the nodes that `on` picks.
 pub(super) async fn remove_since(
     qmp: &Qmp,
     tag: &BitmapTag,
@@ -111,7 +112,7 @@ pub(super) async fn remove_since(
     transaction(qmp, gone.map(action_remove).collect()).await
 }
 
-/// Begins to record on every writable disk, as if checkpoint `seq` had just been taken: right after
+/// Begins to record on every writable disk, as if checkpoint `id` had just been taken: right after
 /// a restore of it, before the guest runs.
 ///
 /// # Errors

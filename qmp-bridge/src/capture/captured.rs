@@ -1,4 +1,5 @@
-//! Phases `drain` and `acknowledge`: the disks of the instant, readable while the guest runs.
+//! Upload phase and acknowledge: the point-in-time copies of the disks, readable while the guest
+//! runs.
 
 use serde_json::{Value, json};
 
@@ -156,8 +157,8 @@ impl CapturedDisks {
         }
     }
 
-    /// Ends copying before write: the instant can be read no more, the guest's writes cost nothing
-    /// any more. Whether the changes are acknowledged or given back is still open.
+    /// Ends copying before write: the point-in-time copy can no longer be read, and the guest's
+    /// writes cost nothing extra. The changes can still be acknowledged or restored.
     ///
     /// # Errors
     /// When QEMU refuses to remove an export, job or node.
@@ -179,11 +180,12 @@ impl CapturedDisks {
         Ok(())
     }
 
-    /// The checkpoint failed: the next one must carry these changes too.
+    /// Restores the dirty bitmaps after a failed checkpoint: the next one must carry these changes
+    /// too.
     ///
     /// # Errors
     /// When QEMU refuses to merge the bitmaps, or to remove an export, job or node.
-    pub async fn give_back(mut self) -> Result<(), CaptureError> {
+    pub async fn restore(mut self) -> Result<(), CaptureError> {
         self.session.undo().await
     }
 
@@ -193,8 +195,8 @@ impl CapturedDisks {
     }
 }
 
-/// With a filter the node is told: what is above the filter has no backing chain to look a bitmap
-/// up in.
+/// With a filter, QEMU gets the bitmap's node too: what is above the filter has no backing chain in
+/// which QEMU could find the bitmap.
 fn bitmaps_of(target: &Target) -> Vec<Value> {
     let bitmap = |base: &bitmaps::KeptBitmap| match target.copying {
         Copying::Job => json!(base.name),

@@ -69,7 +69,7 @@ fn node_id<'a>(graph: &'a Value, name: &str) -> &'a Value {
     hit.map_or(&Value::Null, |node| &node["id"])
 }
 
-/// A device with an id is told by that alone.
+/// The QOM path of a device: `qdev` is that path, or the device's id.
 fn path(qdev: &str) -> String {
     if qdev.starts_with('/') { qdev.to_owned() } else { format!("/machine/peripheral/{qdev}") }
 }

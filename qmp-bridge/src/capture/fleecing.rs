@@ -13,11 +13,11 @@ use crate::fdset::FdSet;
 use crate::jobs;
 use crate::qmp::Qmp;
 
-/// Kind of the descriptor that QEMU gets for a while.
+/// Kind of the file descriptor that QEMU gets for a while.
 const FD_KIND: &str = "overlay";
 
 /// Makes the overlay of `node` and adds it to QEMU. Its file has no name when this returns: a
-/// fleecing overlay is worth nothing after QEMU's end, and so nobody has to find and delete it.
+/// fleecing overlay is useless after QEMU's end, and so no process has to find and delete it.
 ///
 /// `shows_disk`: whether reading it shows the disk where nothing was saved, as `blockdev-backup`
 /// wants it. With a filter of our own only the filter reads it.

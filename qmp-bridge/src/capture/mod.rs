@@ -12,14 +12,14 @@
 //! Then:
 //! - [`CapturedDisks::release`] ends the copying before write, as soon as all is read;
 //! - [`CapturedDisks::acknowledge`] drops A once the checkpoint is durable; or
-//! - [`CapturedDisks::give_back`] merges B into A and lets A record again, so that the next
+//! - [`CapturedDisks::restore`] merges B into A and lets A record again, so that the next
 //!   checkpoint carries both.
 //!
 //! Order: [`PreparedDisks::prepare`] (guest runs) → [`PreparedDisks::pause`] (guest paused) →
-//! [`CapturedDisks::export`]. A capture that is dropped tears itself down and gives back in the
-//! background; one whose helper was killed is found by its names, which carry the instance, and
-//! cleaned up by [`cleanup_leftovers`]. Bitmaps live in QEMU's memory, named with the seq number
-//! after which they record, so they survive the helper and not the VM.
+//! [`CapturedDisks::export`]. A capture that is dropped is torn down and its bitmaps are restored
+//! in the background; one whose helper was killed is found by its names, which carry the instance,
+//! and cleaned up by [`cleanup_leftovers`]. Bitmaps live in QEMU's memory, named with the ID of the
+//! checkpoint after which they record, so they survive the helper and not the VM.
 //!
 //! One QEMU has at most one capture at a time: the names rely on it.
 

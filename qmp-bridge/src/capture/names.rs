@@ -50,12 +50,12 @@ impl fmt::Display for BitmapTag {
     }
 }
 
-/// The bitmap that records what changes after checkpoint `seq`.
+/// The bitmap that records what changes after checkpoint `id`.
 pub(super) fn bitmap(tag: &BitmapTag, id: u64) -> String {
     format!("{PREFIX}/{tag}/{id}")
 }
 
-/// The seq number in a bitmap's name if it has this tag.
+/// The checkpoint ID in a bitmap's name if it has this tag.
 pub(super) fn bitmap_id(tag: &BitmapTag, name: &str) -> Option<u64> {
     name.strip_prefix(PREFIX)?
         .strip_prefix('/')?

@@ -125,8 +125,8 @@ impl PreparedDisks {
     ) -> Result<Self, CaptureError> {
         let qmp = plan.tag.on(qmp);
         let turn = turn::take(&qmp).await?;
-        let kept = bitmaps::sort_out(&qmp, &plan.tag, plan.id).await?;
-        // Of a checkpoint that never came, when its helper was killed.
+        let kept = bitmaps::reconcile(&qmp, &plan.tag, plan.id).await?;
+        // Of a checkpoint that was never made, because its helper was killed.
         size_marks::remove(&qmp, &plan.tag, |_, id, _| id >= plan.id).await?;
         let marks = size_marks::find(&qmp, &plan.tag).await?;
         let devices = filter::devices(&qmp).await?;
@@ -141,7 +141,7 @@ impl PreparedDisks {
             .collect();
         let storage =
             if targets.is_empty() { None } else { Some(Storage::open(&plan.fleecing_dir).await?) };
-        // From here on a cancelled call is a drop, which takes back whatever was done.
+        // From here on a cancelled call drops the session, which undoes everything that was done.
         let mut session = Session {
             qmp,
             plan,
@@ -284,7 +284,7 @@ fn actions(plan: &CapturePlan, target: &Target) -> Vec<Value> {
     actions
 }
 
-/// What the first flush of a capture may take; nobody waits for it but the caller.
+/// What the first flush of a capture may take; only the caller waits for it, not the guest.
 const FIRST_FLUSH: Duration = Duration::from_secs(60);
 /// A flush that took no longer has left little to the one within the pause.
 const SHORT_FLUSH: Duration = Duration::from_millis(3);

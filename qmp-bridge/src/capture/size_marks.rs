@@ -1,11 +1,11 @@
 //! Whether a disk was ever shorter than it was at a checkpoint.
 //!
-//! QEMU cuts the dirty bitmaps of a disk that is shortened, and clears their new part when it grows
-//! again: what the guest (or nobody) has written there since is in no bitmap, and the size alone
-//! tells nothing if both happened between two looks. There is no event for it either. So each disk
-//! has a second bitmap that does not record, with one bit set: that of the last granule. A disk
-//! that was cut has lost the bit. The mark's name carries the size and the checkpoint before which
-//! it was placed.
+//! QEMU truncates the dirty bitmaps of a disk that is shortened, and clears their new part when the
+//! disk grows again. A change of that part since the checkpoint, by the guest or by the shortening
+//! itself, is then in no bitmap, and the size alone shows nothing if both happened between two
+//! checks. QEMU sends no event for it either. So each disk has a second bitmap that does not
+//! record, with one bit set: that of the last granule. A disk that was shortened has lost the bit.
+//! The mark's name carries the size and the checkpoint before which it was placed.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -62,9 +62,9 @@ fn granularity(disk_bytes: u64) -> u64 {
 /// What has become of a disk since its base bitmap began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Since {
-    /// Its bitmap tells all, but for what lies behind this offset.
+    /// Its bitmap holds all changes, except those behind this offset.
     NotShortened { certain_until: u64 },
-    /// It was shortened, or nobody knows.
+    /// It was shortened, or may have been.
     Unknown,
 }
 

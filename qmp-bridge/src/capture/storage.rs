@@ -1,10 +1,10 @@
 //! The file system of the fleecing overlays, as seen from here.
 //!
-//! A directory can hang (a frozen or remote file system). A call of ours to it must not take the
-//! helper along, so each is made on a thread of its own. And while QEMU has writes in it that do
-//! not end, nothing may be done to QEMU that waits for them: its main loop, and with it the guest,
-//! would wait too. So before a capture is taken apart after a failure, a write of ours shows
-//! whether writes end there.
+//! A call to the directory can hang (`fsfreeze`, or a remote file system). It must not block the
+//! helper, so each call is made on a thread of its own. And while QEMU has writes in it that do not
+//! complete, the helper must send no command that waits for them: QEMU's main loop, and with it the
+//! guest, would wait too. So before a capture is torn down after a failure, a write by the helper
+//! shows whether writes complete there.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
@@ -20,7 +20,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 
 static FILES: AtomicU64 = AtomicU64::new(0);
 
-/// A file in the overlays' directory that nobody sees, to write to.
+/// A file without a name in the overlays' directory, for test writes.
 #[derive(Debug, Clone)]
 pub(super) struct Storage {
     directory: PathBuf,

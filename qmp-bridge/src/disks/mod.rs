@@ -72,7 +72,7 @@ impl ImageFormat {
     }
 }
 
-/// How a qcow2 image is made, as far as `blockdev-create` can be told.
+/// How a qcow2 image is made, as far as `blockdev-create` has options for it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Qcow2Layout {
     /// Bytes of a cluster.
@@ -112,9 +112,9 @@ pub struct Disk {
     pub node: String,
     /// The node that the device has: [`Self::node`], or the topmost filter above it.
     pub root: String,
-    /// The disk's name in stores, which outlives this QEMU. The node's, unless whoever knows the
-    /// command line gives another (QEMU generates node names like `#block123`, and others at the
-    /// next start).
+    /// The disk's name in stores, which outlives this QEMU. The node's name, unless the code that
+    /// knows the command line sets another (QEMU generates node names like `#block123`, and others
+    /// at the next start).
     pub name: String,
     /// `-drive id=`, or the path of the device, or the node where no device has it.
     pub device: String,
@@ -231,7 +231,7 @@ pub async fn list(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Disks, DiskError
 /// its end.
 ///
 /// # Errors
-/// When a job of somebody else runs, or QEMU does not answer.
+/// When a job of another client runs, or QEMU does not answer.
 pub async fn refuse_jobs(qmp: &Qmp) -> Result<(), DiskError> {
     let jobs = qmp.execute_json("query-block-jobs", Value::Null).await?;
     let id = |job: &Value| job["device"].as_str().unwrap_or_default().to_owned();

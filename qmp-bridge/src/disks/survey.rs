@@ -255,15 +255,15 @@ fn refuse_shared(disks: &Disks) -> Result<(), DiskError> {
     disks.disks.iter().find(shows_it).map_or(Ok(()), |disk| Err(shared(disk)))
 }
 
-/// A layer is stored once, as long as nobody changes its file, and only a file tells when somebody
-/// did.
+/// A layer is stored once, as long as its file does not change. The metadata of a file shows
+/// whether it changed; that of a block device does not.
 fn on_files(disk: Disk) -> Result<Disk, DiskError> {
     match disk.layers().into_iter().find(|image| image.is_device) {
         None => Ok(disk),
         Some(image) => Err(DiskError::Unsupported {
             device: disk.device,
             why: format!(
-                "its read-only image is the block device {}, of which nobody can tell whether it changed; copy it into a file: \
+                "its read-only image is the block device {}, and a block device does not show whether it changed; copy it into a file: \
                  qemu-img convert -O qcow2 {0} NEW",
                 image.file.display()
             ),

@@ -57,7 +57,7 @@ fn an_overlay_on_two_layers() {
     assert_eq!(
         (disks[0].node.as_str(), disks[0].name.as_str()),
         ("top", "top"),
-        "the node's name until somebody knows a steadier one"
+        "the node's name until the command line gives a stable one"
     );
     assert_eq!(disks[0].device, "/machine/peripheral/vda/virtio-backend");
     let layers: Vec<_> =

@@ -1,17 +1,18 @@
 //! Moving a running VM from one QEMU into another on the same host: a live migration over a unix
-//! socket whose last step waits for us.
+//! socket whose last step waits for the helper.
 //!
 //! ```text
-//! Found::read          what the source has, for whoever must put it back
-//! Handover::begin      settings on both sides; memory begins to flow while the guest runs
-//! Handover::switchover the source has stopped the guest, and waits
-//! Handover::complete   rest of memory, devices; both sides say `completed`; the source has given its disks away
-//! ------------------   here the caller decides which VM continues
-//! Handover::resume     the destination takes the disks, and the guest runs there
+//! Found::read                 the source's settings, to restore them later
+//! LocalMigration::begin       settings on both sides; memory is sent while the guest runs
+//! LocalMigration::switchover  the source has stopped the guest, and waits
+//! LocalMigration::complete    rest of memory, devices; both sides report `completed`;
+//!                             the source has inactivated its disks
+//! -------------------------   here the caller decides which VM continues
+//! LocalMigration::resume      the destination activates the disks, and the guest runs there
 //! ```
-//! Until the decision [`take_back`] lets the source continue, from whatever point; the destination
-//! must be dead by then. The destination has `late-block-activate`, so it takes no lock on an image
-//! and writes to none before it is told to run.
+//! Before the decision, at any point, [`resume_source`] lets the source continue; the destination
+//! must be dead by then. The destination has `late-block-activate`, so it locks no image and writes
+//! to none before it gets `cont`.
 
 mod bitmaps;
 mod error;
@@ -40,8 +41,8 @@ use watch::{Events, Happened};
 const LOOK: Duration = Duration::from_millis(50);
 /// Between two looks when the guest is stopped, should an event be lost.
 const PAUSED_LOOK: Duration = Duration::from_millis(5);
-/// A move that sends nothing for so long is given up.
-const STANDSTILL: Duration = Duration::from_secs(60);
+/// A migration that sends nothing for so long is aborted.
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// What a cancelled migration gets to end.
 const CANCEL: Duration = Duration::from_secs(60);
 /// From this version on QEMU can report a failed load instead of ending.
@@ -179,8 +180,8 @@ impl LocalMigration {
         }
         if state.sent != moved.0 {
             *moved = (state.sent, Instant::now());
-        } else if moved.1.elapsed() > STANDSTILL {
-            return Err(LocalMigrationError::Stuck { status: state.status, after: STANDSTILL });
+        } else if moved.1.elapsed() > STALL_TIMEOUT {
+            return Err(LocalMigrationError::Stuck { status: state.status, after: STALL_TIMEOUT });
         }
         if let Some(limit) = self.policy.judge(&state)? {
             tracing::info!(
@@ -207,8 +208,8 @@ impl LocalMigration {
     /// When the migration fails. The VM can still be resumed in the source.
     pub async fn complete(&mut self) -> Result<(), LocalMigrationError> {
         self.check_destination()?;
-        let go_on = json!({ "state": "pre-switchover" });
-        self.source.execute_json("migrate-continue", go_on).await.map_err(source_gone)?;
+        let state = json!({ "state": "pre-switchover" });
+        self.source.execute_json("migrate-continue", state).await.map_err(source_gone)?;
         let begun = Instant::now();
         self.continued = Some(begun);
         let (mut source_completed, mut destination_completed) = (false, false);
@@ -225,10 +226,10 @@ impl LocalMigration {
                     return Err(self.why().await);
                 }
                 Happened::Stop(at) if is_source => self.stopped = self.stopped.or(Some(at)),
-                Happened::Nothing if begun.elapsed() > STANDSTILL => {
+                Happened::Nothing if begun.elapsed() > STALL_TIMEOUT => {
                     return Err(LocalMigrationError::Stuck {
                         status: "device".into(),
-                        after: STANDSTILL,
+                        after: STALL_TIMEOUT,
                     });
                 }
                 Happened::Nothing => {
@@ -334,7 +335,7 @@ fn destination_gone(error: QmpError) -> LocalMigrationError {
 ///
 /// # Errors
 /// When the source refuses its settings or does not run again.
-pub async fn take_back(source: &Qmp, found: Option<&Found>) -> Result<(), LocalMigrationError> {
+pub async fn resume_source(source: &Qmp, found: Option<&Found>) -> Result<(), LocalMigrationError> {
     let begun = Instant::now();
     loop {
         let state = State::query(source).await.map_err(source_gone)?;
@@ -349,7 +350,7 @@ pub async fn take_back(source: &Qmp, found: Option<&Found>) -> Result<(), LocalM
         }
         tokio::time::sleep(PAUSED_LOOK).await;
     }
-    go_on(source, begun).await?;
+    resume_guest(source, begun).await?;
     match found {
         Some(found) => Ok(found.put_back(source).await.map_err(source_gone)?),
         None => Ok(()),
@@ -358,7 +359,7 @@ pub async fn take_back(source: &Qmp, found: Option<&Found>) -> Result<(), LocalM
 
 /// QEMU resumes a guest whose migration it cancelled by itself; one whose migration had completed
 /// waits for `cont`, which makes its disks active too.
-async fn go_on(source: &Qmp, begun: Instant) -> Result<(), LocalMigrationError> {
+async fn resume_guest(source: &Qmp, begun: Instant) -> Result<(), LocalMigrationError> {
     loop {
         match run_state(source).await.map_err(source_gone)?.as_str() {
             // A guest that failed by itself meanwhile is its owner's affair.

@@ -52,8 +52,8 @@ impl Found {
         })
     }
 
-    /// Repeatable. The one thing that QEMU cannot take back is that bitmaps were mapped at all:
-    /// then none is.
+    /// Repeatable. QEMU cannot unset `block-bitmap-mapping` once it was set: it becomes an empty
+    /// mapping then.
     ///
     /// # Errors
     /// When QEMU refuses a setting.

@@ -1,5 +1,5 @@
-//! The local migration against scripted peers: what each side is told, in which order, and the way
-//! back from every point.
+//! The local migration against scripted peers: the commands that each side gets, their order, and
+//! the return to the source from every point.
 
 use std::collections::VecDeque;
 
@@ -61,10 +61,10 @@ fn turns(words: &[&'static str]) -> VecDeque<&'static str> {
 }
 
 #[tokio::test]
-async fn a_completed_move_is_taken_back_by_cont() {
+async fn cont_resumes_the_source_of_a_completed_move() {
     let (qmp, peer, _directory) = pair().await;
     let peer = tokio::spawn(serve(peer, turns(&["postmigrate", "running"]), turns(&["completed"])));
-    take_back(&qmp, None).await.expect("taken back");
+    resume_source(&qmp, None).await.expect("source resumed");
     drop(qmp);
     assert_eq!(peer.await.expect("peer"), ["cont"]);
 }
@@ -75,7 +75,7 @@ async fn a_move_under_way_is_cancelled_and_the_guest_awaited() {
     let states = turns(&["finish-migrate", "finish-migrate", "running"]);
     let peer =
         tokio::spawn(serve(peer, states, turns(&["pre-switchover", "cancelling", "cancelled"])));
-    take_back(&qmp, None).await.expect("taken back");
+    resume_source(&qmp, None).await.expect("source resumed");
     drop(qmp);
     assert_eq!(peer.await.expect("peer"), ["migrate_cancel"], "QEMU lets the guest run by itself");
 }
@@ -103,10 +103,10 @@ async fn settings_go_back_to_what_was_found() {
 }
 
 #[tokio::test]
-async fn a_source_that_ends_is_told_from_one_that_fails() {
+async fn source_that_ends_is_not_reported_as_one_that_fails() {
     let (qmp, peer, _directory) = pair().await;
     drop(peer);
-    assert!(matches!(take_back(&qmp, None).await, Err(LocalMigrationError::SourceEnded)));
+    assert!(matches!(resume_source(&qmp, None).await, Err(LocalMigrationError::SourceEnded)));
 }
 
 #[tokio::test]

@@ -1,11 +1,11 @@
-//! After a completed migration QEMU has given its disks away: their nodes are inactive until
+//! After a completed migration QEMU has inactivated its disks: their nodes are inactive until
 //! `cont`, and an inactive node takes no transaction. This makes them active before, with the guest
 //! still stopped.
 //!
 //! QEMU has a command for it since 10.0. Before, there is a side effect: a block export activates
 //! the node it exports and all below it. So each writable node on which no other node stands is
-//! exported for a while, read-only, under a name that nobody is told. The server must run for that;
-//! it is the one of the disk capture, or one that is started here.
+//! exported for a while, read-only, under a name that no client knows. The NBD server must run for
+//! that: the server of the disk capture, or one that is started here.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -84,7 +84,7 @@ async fn ensure_server(qmp: &Qmp, socket: &Path) -> Result<(), MigrationError> {
     }
 }
 
-/// Takes the exports of any session back, and the server that it started at `socket`, if it did.
+/// Removes the exports of any session, and the server that it started at `socket`, if it did.
 /// With the guest running; repeatable.
 pub(super) async fn remove(qmp: &Qmp, socket: &Path) -> Result<(), MigrationError> {
     let exports = qmp.names().name(EXPORTS);

@@ -1,8 +1,8 @@
 //! The socket pair through which the stream comes: one end for QEMU by `getfd`, one for the reader.
 //!
-//! A third handle, on the reader's end, stays here. By it the stream can be cut whoever reads it,
-//! which frees a QEMU that blocks in a write; and it shows when QEMU has closed its end, the last
-//! thing it does with a migration.
+//! A third file descriptor, of the reader's end, stays here. With it the helper can shut down the
+//! stream whichever task reads it, which unblocks a QEMU that blocks in a write; and it shows when
+//! QEMU has closed its end, which is the last step of a migration.
 
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
@@ -69,8 +69,7 @@ impl Channel {
         let _ = self.ours.shutdown(Shutdown::Both);
     }
 
-    /// Whether QEMU has closed its end within `timeout`. Bytes that nobody has read yet do not
-    /// matter.
+    /// Whether QEMU has closed its end within `timeout`. Unread bytes do not matter.
     pub(super) async fn closed_by_qemu(&self, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
         loop {

@@ -21,7 +21,7 @@ pub(super) struct Entry {
     pub(super) settings: Settings,
 }
 
-/// The file, until [`Self::remove`]. Dropping it keeps it: somebody still has to put things back.
+/// The file, until [`Self::remove`]. A drop keeps the file: QEMU's settings must still be restored.
 #[derive(Debug, Clone)]
 pub(super) struct Journal {
     path: PathBuf,

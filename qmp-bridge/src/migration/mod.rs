@@ -3,9 +3,9 @@
 //!
 //! Two ways, both of stock QEMU:
 //! - [`StreamMode::PreCopy`]: memory travels while the guest runs, in passes, until the rest is
-//!   small; QEMU stops the guest, sends the rest and the devices, and hands its disks over. As
-//!   nobody takes them, they are made active again while the guest still waits, so that a disk
-//!   transaction can be of the same instant; then `cont`.
+//!   small; QEMU stops the guest, sends the rest and the devices, and inactivates its disks. As no
+//!   destination takes them, they are made active again while the guest is still stopped, so that a
+//!   disk transaction can be of the same instant; then `cont`.
 //! - [`StreamMode::BackgroundSnapshot`]: the caller stops the guest and takes the disks; QEMU
 //!   write-protects memory by userfaultfd and lets the guest run on; each page is sent before the
 //!   guest may overwrite it.
@@ -26,8 +26,8 @@
 //! ever. Either reads all memory: of private memory nothing becomes resident by that but page
 //! tables (2 MiB/GiB), of shared memory (memfd) all of it.
 //!
-//! Order of calls, pre-copy: [`Migration::prepare`], [`Migration::take_reader`] (somebody must
-//! read, always), [`Migration::start`], [`Migration::switchover`], [`Migration::complete`], disk
+//! Order of calls, pre-copy: [`Migration::prepare`], [`Migration::take_reader`] (the caller must
+//! always read), [`Migration::start`], [`Migration::switchover`], [`Migration::complete`], disk
 //! transaction, [`Paused::resume`], [`Migration::finish`]. Background snapshot: `prepare`,
 //! `take_reader`, [`Paused::stop`], disk transaction, `start`, [`Migration::memory_is_held`]
 //! (resumes), `finish`.

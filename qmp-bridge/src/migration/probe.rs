@@ -46,7 +46,7 @@ impl Support {
         }
     }
 
-    /// The mode to use when nobody wants a certain one; `None` if none is possible. Pre-copy for a
+    /// The mode to use when the user asks for none; `None` if none is possible. Pre-copy for a
     /// guest that runs, see the module's head; a stopped one has no pause to lose, and after a
     /// background snapshot its state is still `paused`.
     pub fn preferred(&self) -> Option<StreamMode> {

@@ -22,14 +22,14 @@ pub struct Recovered {
 
 /// Brings QEMU back to the state before the session that `journal` tells of: cancels its migration,
 /// lets the guest run if it was stopped by it, puts capabilities and parameters back, and removes
-/// the journal. Does nothing without a journal, and may be called again. A migration of somebody
-/// else is [`MigrationError::Busy`], and the journal stays.
+/// the journal. Does nothing without a journal, and may be called again. A migration of another
+/// client is [`MigrationError::Busy`], and the journal stays.
 ///
-/// A guest that stands after a migration is resumed only if the settings of the session are still
-/// there: else its owner has migrated it since, perhaps to another host, where it runs.
+/// A guest that is stopped after a migration is resumed only if the settings of the session are
+/// still there: else its owner has migrated it since, perhaps to another host, where it runs.
 ///
 /// # Errors
-/// When somebody else migrates the VM, QEMU refuses to cancel the migration or to restore its
+/// When another client migrates the VM, QEMU refuses to cancel the migration or to restore its
 /// settings, or the journal cannot be read.
 #[tracing::instrument(skip_all)]
 pub async fn recover(qmp: &Qmp, journal: &Path) -> Result<Recovered, MigrationError> {

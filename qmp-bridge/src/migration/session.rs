@@ -139,8 +139,9 @@ impl Migration {
         self.mode
     }
 
-    /// The end of the stream to read from, blocking, to its end: while nobody reads, QEMU waits,
-    /// and after a background snapshot has begun so does a guest that writes. To be taken once.
+    /// The read end of the stream. The caller reads it, blocking, to its end: while the caller does
+    /// not read, QEMU waits, and after a background snapshot has begun, a guest that writes waits
+    /// too. To be taken once.
     ///
     /// # Errors
     /// When it was taken before.
@@ -260,7 +261,7 @@ impl Migration {
             ));
         }
         let limit = self.pause_limit(&paused);
-        // QEMU itself may wait for a page that nobody reads.
+        // QEMU itself may wait until the helper reads a page from the stream.
         paused.hold_stream(self.channel()?.handle()?);
         let held = async {
             self.wait_protected().await?;
@@ -354,7 +355,8 @@ impl Migration {
         }
     }
 
-    /// How much longer the pause may take; whoever accepts any pause gets it.
+    /// How much longer the pause may take. With [`WhenTooFast::SwitchOver`] the caller accepts any
+    /// pause, so only the migration's timeout limits it.
     fn pause_limit(&self, paused: &Paused) -> Duration {
         let allowed = match (self.mode, self.options.when_too_fast) {
             (StreamMode::PreCopy, WhenTooFast::SwitchOver) => self.options.timeout,

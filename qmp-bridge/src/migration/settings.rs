@@ -78,7 +78,8 @@ impl Settings {
         .await
     }
 
-    /// The way back, in reverse. What somebody else has changed since stays. Repeatable.
+    /// Restores the values that were there before, in reverse order. A setting that another client
+    /// has changed since keeps its value. Repeatable.
     pub(super) async fn put_back(&self, qmp: &Qmp) -> Result<(), QmpError> {
         let found = qmp.execute_json("query-migrate-parameters", Value::Null).await?;
         let ours = self.marks(&found);
@@ -97,7 +98,7 @@ impl Settings {
     }
 
     /// Whether the migration that QEMU has, or had last, was started with these settings: its
-    /// bandwidth limit is a number that nobody else would take.
+    /// bandwidth limit is a number that no other client would choose.
     pub(super) async fn is_ours(&self, qmp: &Qmp) -> Result<bool, QmpError> {
         Ok(self.marks(&qmp.execute_json("query-migrate-parameters", Value::Null).await?))
     }
@@ -134,8 +135,8 @@ fn wanted_parameters(found: &Value, downtime_ms: u64) -> Vec<(&'static str, Valu
     let mut wanted = vec![
         (MAX_BANDWIDTH, json!(UNLIMITED + distinction())),
         (DOWNTIME_LIMIT, json!(downtime_ms)),
-        // The stream goes to this host's own helper, and TLS on a socket pair has nobody to shake
-        // hands with.
+        // The stream goes to the helper on this host through a socket pair, and the helper does not
+        // do a TLS handshake.
         ("tls-creds", json!("")),
         // Since 8.2; another mode would not be a live migration.
         ("mode", json!("normal")),

@@ -64,7 +64,8 @@ impl Progress {
         }
     }
 
-    /// Whether QEMU is at it, so that nobody else can migrate it or change capabilities.
+    /// Whether QEMU is migrating, so that no client can start another migration or change
+    /// capabilities.
     pub(super) fn is_running(&self) -> bool {
         !matches!(self.status.as_str(), "none" | "completed" | "failed" | "cancelled")
     }
@@ -83,7 +84,7 @@ impl Progress {
 
     pub(super) fn failure(&self) -> MigrationError {
         let why = self.error.clone().unwrap_or_else(|| match self.status.as_str() {
-            "cancelled" | "cancelling" => "somebody cancelled it".into(),
+            "cancelled" | "cancelling" => "another client cancelled it".into(),
             _ => "QEMU gives no reason; its log may".into(),
         });
         MigrationError::Failed { status: self.status.clone(), why }

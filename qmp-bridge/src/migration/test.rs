@@ -162,7 +162,7 @@ async fn the_journal_comes_before_the_first_change_and_goes_after_the_last() {
         (&parameters["downtime-limit"], objects.as_slice()),
         (&json!(5), &[scene.qmp.names().name("migration")][..])
     );
-    // What this QEMU does not list it is not told of.
+    // A parameter that this QEMU does not list is not set.
     assert!(!parameters.contains_key("tls-creds"));
     migration.cancel().await.expect("cancel");
     assert_eq!(scene.settings(), before);
@@ -171,7 +171,7 @@ async fn the_journal_comes_before_the_first_change_and_goes_after_the_last() {
 }
 
 #[tokio::test]
-async fn a_refused_setting_is_taken_back() {
+async fn migration_settings_are_restored_after_a_refused_one() {
     for refused in ["migrate-set-capabilities", "migrate-set-parameters", "getfd"] {
         let scene = Scene::new().await;
         let before = scene.settings();
@@ -183,7 +183,7 @@ async fn a_refused_setting_is_taken_back() {
 }
 
 #[tokio::test]
-async fn nothing_is_touched_while_somebody_migrates() {
+async fn migration_of_another_client_makes_prepare_fail_without_changes() {
     let scene = Scene::new().await;
     scene.with(|fake| fake.status = json!({ "status": "active" }));
     let error = scene.prepare().await.map(drop).expect_err("busy");
@@ -222,7 +222,7 @@ async fn a_dropped_session_has_cancelled_when_the_drop_returns() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_failure_is_told_in_the_words_of_qemu() {
+async fn migration_failure_has_the_reason_that_qemu_gives() {
     let scene = Scene::new().await;
     let mut migration = scene.prepare().await.expect("prepare");
     migration.start().await.expect("start");
@@ -300,7 +300,7 @@ async fn recovery_leaves_a_guest_that_was_migrated_since() {
 }
 
 #[tokio::test]
-async fn recovery_leaves_a_migration_of_somebody_else() {
+async fn recovery_leaves_a_migration_of_another_client_alone() {
     let (scene, heard) = abandoned("active", "running").await;
     scene.with(|fake| fake.parameters.insert("max-bandwidth".into(), json!(77)));
     assert!(matches!(recover(&scene.qmp, &scene.journal).await, Err(MigrationError::Busy { .. })));

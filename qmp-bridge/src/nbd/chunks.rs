@@ -177,7 +177,7 @@ impl Pending {
     }
 }
 
-/// Skips a chunk of a request that nobody waits for any more.
+/// Skips a chunk of a request whose caller no longer waits.
 pub(super) async fn skip<R: AsyncRead + Unpin>(
     reader: &mut R,
     length: u32,

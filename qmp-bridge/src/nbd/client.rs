@@ -361,7 +361,7 @@ impl NbdClient {
     }
 }
 
-/// Takes a request that nobody waits for any more off the list.
+/// Removes a request from the list when its caller no longer waits.
 struct Forget<'a> {
     state: &'a SharedState,
     cookie: u64,

@@ -45,7 +45,7 @@ pub(crate) async fn resume_switched_over(qmp: &Qmp) -> Result<bool, QmpError> {
     Ok(stopped)
 }
 
-/// Takes back the word of [`super::Paused::announce_switchover`] when the migration is over, unless
+/// Removes the marker of [`super::Paused::announce_switchover`] when the migration is over, unless
 /// a guard still needs it.
 pub(crate) async fn withdraw_switchover(qmp: &Qmp) -> Result<(), QmpError> {
     if !marker_present(qmp, SWITCHOVER_MARKER).await? {

@@ -205,8 +205,8 @@ async fn a_guest_that_stood_before_the_switchover_is_not_continued() {
 /// right after this command's answer.
 type Script = &'static [(&'static str, &'static str, &'static [&'static str])];
 
-/// Plays a VM that somebody else changes: `script` has (command, the run state after it, the events
-/// after it).
+/// Simulates a VM that another client changes: `script` has (command, the run state after it, the
+/// events after it).
 async fn play(mut peer: Peer, mut state: &'static str, script: Script) -> Vec<String> {
     let mut seen = Vec::new();
     while let Some((command, id)) = peer.command().await {
@@ -237,7 +237,7 @@ async fn play(mut peer: Peer, mut state: &'static str, script: Script) -> Vec<St
 }
 
 #[tokio::test]
-async fn pause_that_somebody_else_changes_fails_and_leaves_their_order() {
+async fn pause_changed_by_another_client_fails_and_keeps_the_change() {
     // What happens right after our `stop`; whether we let the guest run after that.
     let table: [(Script, bool); 5] = [
         (&[("stop", "running", &["RESUME"])], false),

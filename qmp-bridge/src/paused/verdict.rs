@@ -1,10 +1,12 @@
-//! Whose a pause still is when it ends: ours alone, or did somebody else change the VM meanwhile.
+//! Whether another client changed the VM during a pause, and whether the helper still has to resume
+//! the guest at its end.
 //!
 //! QEMU's main loop runs through a pause, so another monitor's `cont`, `system_reset` or `migrate`
-//! takes effect in it. What is of one instant then is unknown, so the checkpoint fails; and what
-//! the owner ordered stays. QEMU tells of a `cont` by an event, of a reset by an event and a run
-//! state, of the rest by a run state. It tells of nothing when `stop` is sent while the guest is
-//! stopped already: an owner's `stop` within our pause cannot be seen, and the guest runs after it.
+//! takes effect in it. Which parts of the state are of one instant is then unknown, so the
+//! checkpoint fails; and the owner's command stays in effect. QEMU reports a `cont` by an event, a
+//! reset by an event and a run state, the rest by a run state. It reports nothing when `stop` is
+//! sent while the guest is stopped already: the helper cannot detect an owner's `stop` within its
+//! pause, and the guest runs after it.
 
 use crate::qmp::QmpEvent;
 
@@ -15,9 +17,9 @@ pub(super) const EVENTS: &[&str] =
 /// What is to be done at the end of a pause.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Verdict {
-    /// The guest is to run again, and it is on us to order it.
-    pub(super) owes_cont: bool,
-    /// What somebody else did.
+    /// The guest must run again, and the helper must send the `cont`.
+    pub(super) needs_cont: bool,
+    /// What another client did.
     pub(super) disturbance: Option<String>,
 }
 
@@ -32,12 +34,12 @@ pub(super) fn judge(
 ) -> Verdict {
     let has = |name: &str| events.iter().any(|event| event.name == name);
     let disturbance = match (events.first(), state) {
-        (Some(event), _) => Some(told(&event.name).to_owned()),
+        (Some(event), _) => Some(describe(&event.name).to_owned()),
         (None, Some(state)) if state != expected => Some(format!("its run state became `{state}`")),
         _ => None,
     };
-    // After a `cont` of somebody else the guest's state, running or stopped again, is what they
-    // want.
+    // After a `cont` of another client, that client wants the guest's state as it is, running or
+    // stopped again.
     let is_own_state = |state: &str| {
         // A migration of ours that failed may be on its way out.
         state == expected
@@ -45,7 +47,7 @@ pub(super) fn judge(
             || expected == "postmigrate" && state == "finish-migrate"
     };
     let is_ours = !has("RESUME") && state.is_none_or(is_own_state);
-    Verdict { owes_cont: ran && is_ours, disturbance }
+    Verdict { needs_cont: ran && is_ours, disturbance }
 }
 
 /// After our own `cont`: whether more came than its event.
@@ -53,15 +55,15 @@ pub(super) fn after_cont(events: &[QmpEvent]) -> Option<String> {
     let mut resumed = false;
     let strange =
         events.iter().find(|event| event.name != "RESUME" || std::mem::replace(&mut resumed, true));
-    strange.map(|event| told(&event.name).to_owned())
+    strange.map(|event| describe(&event.name).to_owned())
 }
 
-fn told(event: &str) -> &'static str {
+fn describe(event: &str) -> &'static str {
     match event {
         "RESUME" => "the guest was let run (`cont`)",
         "STOP" => "the guest was let run and stopped again",
         "RESET" => "the VM was reset",
-        "SHUTDOWN" => "the VM was told to end",
+        "SHUTDOWN" => "the VM was asked to shut down",
         _ => "the guest's power state changed",
     }
 }
@@ -80,7 +82,7 @@ mod test {
     }
 
     #[test]
-    fn pause_that_somebody_changed_is_told_and_their_order_stays() {
+    fn pause_verdict_reports_changes_by_another_client_and_keeps_them() {
         // ran, state, events -> cont is ours, disturbed
         type Row<'a> = (bool, Option<&'a str>, &'a [&'a str], bool, bool);
         let table: &[Row<'_>] = &[
@@ -100,12 +102,12 @@ mod test {
         for (ran, state, names, cont, disturbed) in table {
             let verdict = judge(*ran, "paused", *state, &events(names));
             assert_eq!(
-                (verdict.owes_cont, verdict.disturbance.is_some()),
+                (verdict.needs_cont, verdict.disturbance.is_some()),
                 (*cont, *disturbed),
                 "{ran} {state:?} {names:?}: {verdict:?}"
             );
         }
-        assert!(judge(true, "postmigrate", Some("postmigrate"), &[]).owes_cont);
+        assert!(judge(true, "postmigrate", Some("postmigrate"), &[]).needs_cont);
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //!
 //! Commands, their arguments and QEMU's error classes come from the `qapi` crate. Its own reader is
 //! not used: it closes the connection at the first event or enum value newer than its schema, and
-//! at a reply whose caller has given up waiting. Here a reply that nobody waits for is dropped, and
-//! an unknown event is just an event.
+//! at a reply whose caller has given up waiting. Here a reply whose caller no longer waits is
+//! dropped, and an unknown event is just an event.
 //!
 //! A line is written synchronously, by the caller, under a lock: it is at most a few KiB, a dropped
 //! future can never leave half a line behind, and a guard's `drop` can send `cont` without a
@@ -33,7 +33,8 @@ pub use wire::connect_when_ready;
 
 /// How long a command may take unless [`Qmp::with_timeout`] says otherwise.
 pub const DEFAULT_COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
-/// Events kept for a slow listener; older ones are dropped and the listener is told so.
+/// Events kept for a slow listener; older ones are dropped, and the listener
+/// gets an error.
 pub const EVENT_QUEUE: usize = 256;
 
 /// The `QMP.version` part of the greeting.
@@ -91,7 +92,8 @@ impl Qmp {
     }
 
     /// Negotiates on the other end of a socket that QEMU was started with (`-chardev socket,fd=N`).
-    /// Unlike a listening socket it can be spoken to while QEMU starts: nobody has to accept it.
+    /// Unlike with a listening socket, a client can send while QEMU starts: QEMU need not accept a
+    /// connection first.
     ///
     /// # Errors
     /// When the peer does not greet as a monitor within `timeout`.

@@ -24,7 +24,7 @@ impl Peer {
     pub(crate) async fn greet(stream: UnixStream) -> Self {
         let (read, write) = UnixStream::into_split(stream);
         let mut peer = Self { lines: BufReader::new(read).lines(), write };
-        // As QEMU does when the client before was cut off.
+        // QEMU does so when the connection of the previous client broke.
         peer.send(r#"{"return": {}, "id": 1}"#).await;
         peer.send(GREETING).await;
         let (command, id) = peer.command().await.expect("negotiation");
@@ -104,7 +104,7 @@ async fn a_busy_monitor_is_named() {
     let directory = tempfile::tempdir().expect("directory");
     let path = directory.path().join("qmp");
     let _silent = UnixListener::bind(&path).expect("bind");
-    let error = Qmp::connect(&path, Duration::from_millis(50)).await.expect_err("nobody greets");
+    let error = Qmp::connect(&path, Duration::from_millis(50)).await.expect_err("no greeting");
     assert!(error.to_string().contains("another client holds it"), "{error}");
 }
 
@@ -181,7 +181,7 @@ async fn a_deserted_socket_is_not_waited_for() {
     let path = directory.path().join("qmp");
     drop(UnixListener::bind(&path).expect("bind"));
     let begun = Instant::now();
-    let error = Qmp::connect(&path, Duration::from_secs(30)).await.expect_err("nobody listens");
+    let error = Qmp::connect(&path, Duration::from_secs(30)).await.expect_err("no listener");
     assert!(matches!(error, QmpError::Connect { .. }), "{error}");
     assert!((2..15).contains(&begun.elapsed().as_secs()), "it took {:?}", begun.elapsed());
 
@@ -212,13 +212,13 @@ async fn a_socket_that_qemu_was_given_needs_no_listener() {
 
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair");
     drop(theirs);
-    let error = Qmp::over(ours, Duration::from_secs(20)).await.expect_err("nobody is there");
+    let error = Qmp::over(ours, Duration::from_secs(20)).await.expect_err("the peer has closed");
     assert!(matches!(&error, QmpError::NoMonitor { why } if why.contains("closed")), "{error}");
 }
 
-/// While the host was stopped, QEMU could not answer either.
+/// While the host was suspended, QEMU could not answer either.
 #[tokio::test]
-async fn a_host_that_stood_still_is_no_slow_qemu() {
+async fn qmp_timeout_does_not_count_the_time_of_a_suspended_host() {
     let (qmp, mut peer, _directory) = pair().await;
     let timeout = Duration::from_millis(1600);
     let script = async {
@@ -257,5 +257,5 @@ async fn qmp_line_without_end_ends_the_connection() {
         "{failed:?}"
     );
     drop(qmp);
-    endless.await.expect("it was cut off");
+    endless.await.expect("the writer ends");
 }

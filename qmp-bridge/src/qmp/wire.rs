@@ -86,7 +86,7 @@ impl Shared {
                 true
             })
         });
-        // Sending fails only when nobody listens.
+        // Sending fails only when there is no listener.
         let _ = self.events.send(event);
     }
 
@@ -227,7 +227,7 @@ impl Connection {
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         write_line(&writer, line, fd).map_err(|errno| {
             let why = format!("writing to the socket: {errno}");
-            // A half-written line cannot be taken back: nothing after it would be understood.
+            // A half-written line cannot be undone: QEMU could not parse anything after it.
             self.shared.end(why.clone());
             QmpError::Closed { command: command.into(), why }
         })
@@ -437,7 +437,7 @@ async fn read_all(mut lines: Lines, shared: Arc<Shared>) {
     shared.end(why);
 }
 
-/// Hands a line to whoever waits for it; an error ends the connection.
+/// Passes a reply to the caller that waits for it; an error ends the connection.
 fn dispatch(shared: &Shared, line: &[u8]) -> Result<(), String> {
     let message: Message = match serde_json::from_slice(line) {
         Ok(message) => message,
@@ -467,9 +467,9 @@ fn dispatch(shared: &Shared, line: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// Each of our commands has an id, so a refusal without one is of something that QEMU could not
-/// even read: whatever was sent has been lost, and nobody would ever be told. See [`SETTLING`] for
-/// how that comes about.
+/// Each of our commands has an id, so an error without one means that QEMU could not parse what it
+/// received: the command is lost, and its caller would never get a reply. See [`SETTLING`] for how
+/// that comes about.
 fn garbled(body: &RefusalBody) -> String {
     format!("QEMU could not read what was sent ({}); a new connection is sound", body.desc)
 }

@@ -3,11 +3,12 @@
 //!
 //! ```text
 //! "QEVM" 3 | configuration: machine type, subsections (capabilities, page bits, uuid)
-//!          | section START "ram": total size, list of blocks, end mark, footer        -> Blocks
-//!          | section PART: records of pages, end mark, footer; again and again        -> Page, Zero .. RoundEnd
-//!          | [command SWITCHOVER_START]                 pre-copy of machine types since 10.0
-//!          | [section END: as PART]                     pre-copy only                 -> Page, Zero .. RamEnd
-//!          | device sections FULL .. | end mark | description: 0x06, be32 length, JSON   -> Devices
+//!          | section START "ram": total size, list of blocks, end mark, footer  -> Blocks
+//!          | section PART: records of pages, end mark, footer; repeated
+//!                                                              -> Page, Zero .. PassEnd
+//!          | [command SWITCHOVER_START]          pre-copy of machine types since 10.0
+//!          | [section END: as PART]              pre-copy only  -> Page, Zero .. RamEnd
+//!          | device sections FULL .. | end mark | description: 0x06, be32 length, JSON  -> Devices
 //! ```
 //!
 //! All numbers are big-endian. A section is mark, be32 number (START and FULL: name, instance,
@@ -21,10 +22,10 @@
 //! come several times and the last one counts. A **background snapshot** stops it at the beginning,
 //! when QEMU puts the device sections into a buffer; each page comes once, with its content at that
 //! instant. It has no END section: the first device section says that all memory is there. Both
-//! send every page of every block in the list, with two exceptions that the stream does not tell:
-//! blocks in shared files under `x-ignore-shared`, and pages that the guest gave back (balloon
-//! hints) or that are not plugged in (virtio-mem). A page that did not come is not known to be
-//! zero.
+//! send every page of every block in the list, with two exceptions that the stream does not mark:
+//! blocks in shared files under `x-ignore-shared`, and pages that the guest has freed (balloon
+//! hints) or that are not plugged in (virtio-mem). The content of a page that did not come is
+//! unknown; it need not be zero.
 //!
 //! Device sections carry no length. What comes after memory is gathered up to the end of the source
 //! and cut by the sizes in the description behind it; a head or footer that is not where it should
@@ -338,8 +339,7 @@ impl<R: Read> StreamReader<R> {
 
     fn early_device(&mut self, at: u64) -> StreamReadError {
         let head = self.source.u8().and_then(|_| Head::read(&mut self.source));
-        let advice =
-            "without a length it cannot be told from the memory behind it; remove the device";
+        let advice = "it has no length, so the memory behind it cannot be found; remove the device";
         match head {
             Ok(head) => {
                 let what =

@@ -217,7 +217,7 @@ fn a_background_snapshot_has_no_end_section() {
 }
 
 #[test]
-fn device_sections_are_told_and_cut_by_fields_and_subsections() {
+fn device_sections_are_listed_and_split_by_fields_and_subsections() {
     let content =
         Stream(vec![1; 6]).subsection("cpu/fpu").with([2; 8]).subsection("cpu/fpu/x").with([3]);
     let description = r#"{"name":"cpu","instance_id":3,"version":12,

@@ -18,7 +18,7 @@ async fn figures() {
         std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
     };
     let (passes, megabytes) =
-        (number("STILLPOINT_FIGURES_ROUNDS", 10), number("STILLPOINT_FIGURES_MIB", 1024));
+        (number("STILLPOINT_FIGURES_PASSES", 10), number("STILLPOINT_FIGURES_MIB", 1024));
     let furnished = std::env::var("STILLPOINT_FIGURES").ok();
     for backend in ["none", "memory-backend-ram", "memory-backend-memfd,share=on"] {
         with_each_qemu(async |qemu| {
@@ -45,7 +45,7 @@ async fn figures() {
                         bytes >> 10,
                         resident(&vm)
                     );
-                    captured.give_back().await.expect("give back");
+                    captured.restore().await.expect("restore");
                     pauses.push(pause);
                     tokio::time::sleep(Duration::from_millis(300)).await;
                 }

@@ -310,10 +310,10 @@ async fn a_guest_that_has_not_begun_is_taken_by_pre_copy_only() {
     .await;
 }
 
-/// 8 MiB written over and over, and a reader that takes at most 16 MiB/s: no pause that anybody
-/// allowed is enough.
+/// The guest writes 8 MiB over and over, and the reader takes at most 16 MiB/s: no pause within the
+/// limits of the options is long enough.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_guest_that_writes_too_fast_is_told_of_or_stopped_longer() {
+async fn guest_that_writes_too_fast_gets_an_error_or_a_longer_pause() {
     with_each_qemu(async |qemu| {
         let vm = start(&qemu, MANY, &[]).await;
         let before = settings(&vm.qmp).await;
@@ -361,13 +361,13 @@ async fn a_reader_that_stops_or_hangs_up_costs_the_stream_only() {
             let mut migration =
                 Migration::prepare(&vm.qmp, mode, &options, &journal(&vm)).await.expect("prepare");
             let _unread = migration.take_reader().expect("reader");
-            let error = run(&vm.qmp, &mut migration).await.expect_err("nobody reads");
+            let error = run(&vm.qmp, &mut migration).await.expect_err("no reader");
             assert!(
                 matches!(error, MigrationError::Stuck { .. } | MigrationError::PauseTooLong { .. }),
                 "{mode}: {error}"
             );
             migration.cancel().await.expect("cancel");
-            assert_as_before(&vm, &before, &format!("{mode}, nobody reads")).await;
+            assert_as_before(&vm, &before, &format!("{mode}, no reader")).await;
 
             let mut migration =
                 Migration::prepare(&vm.qmp, mode, &options, &journal(&vm)).await.expect("prepare");
@@ -430,8 +430,8 @@ async fn a_guest_that_suspends_itself_meanwhile_stays_suspended() {
     .await;
 }
 
-/// The worst moment: QEMU has given the disks away and sends the last pages, and nobody takes them.
-/// It hears no command then.
+/// The worst moment: QEMU has inactivated the disks and sends the last pages, and the reader does
+/// not read them. QEMU reads no command then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
     with_each_qemu(async |qemu| {
@@ -458,7 +458,7 @@ async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
             migration.start().await.expect("start");
             let paused = migration.switchover().await.expect("switchover");
             stop.store(true, Ordering::Relaxed);
-            let error = migration.complete(&paused).await.expect_err("nobody reads");
+            let error = migration.complete(&paused).await.expect_err("no reader");
             assert!(matches!(error, MigrationError::PauseTooLong { .. }), "{error}");
             let begun = Instant::now() - paused.elapsed();
             if given_up {
@@ -526,7 +526,7 @@ async fn run(qmp: &Qmp, migration: &mut Migration) -> Result<(), MigrationError>
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_migration_of_somebody_else_is_left_alone() {
+async fn migration_of_another_client_is_left_alone() {
     with_each_qemu(async |qemu| {
         let vm = start(&qemu, FEW, &[]).await;
         let (theirs, ours) = UnixStream::pair().expect("pair");

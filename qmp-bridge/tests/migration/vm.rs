@@ -167,8 +167,8 @@ pub async fn traces(qmp: &Qmp) -> Vec<String> {
     for set in sets().await.as_array().expect("list") {
         qmp.execute_json("remove-fd", json!({ "fdset-id": set["fdset-id"] })).await.ok();
     }
-    let lent = sets().await;
-    found.extend(lent.as_array().expect("list").iter().map(|set| format!("a descriptor: {set}")));
+    let left = sets().await;
+    found.extend(left.as_array().expect("list").iter().map(|set| format!("a descriptor: {set}")));
     found
 }
 

@@ -84,7 +84,7 @@ fn check_running(vm: &VmFile, runtime: &RuntimeDir) -> Result<()> {
     match std::os::unix::net::UnixStream::connect(&socket) {
         Ok(_) => Ok(()),
         Err(_) => Err(refused(format!(
-            "{} does not run: nobody answers at {}",
+            "{} does not run: no process answers at {}",
             vm.name,
             socket.display()
         ))),

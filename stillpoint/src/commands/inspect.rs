@@ -27,8 +27,8 @@ pub async fn ls(args: &LsArgs) -> Result<()> {
     }
 }
 
-/// Names without a checkpoint (a first checkpoint or a restore that did not end) are told apart:
-/// nothing can be restored there.
+/// Names without a checkpoint (a first checkpoint or a restore that did not end) are listed
+/// separately: they have nothing to restore.
 async fn ls_vms(repository: &Repository, as_json: bool) -> Result<()> {
     let vms = repository.vms().await?;
     let looks = vms.into_iter().map(|vm_name| async move {
@@ -45,7 +45,7 @@ async fn ls_vms(repository: &Repository, as_json: bool) -> Result<()> {
             &json!({ "store": repository.url(), "machines": rows, "without_checkpoints": empty }),
         );
     }
-    out!("{:32} {:>11} {:>8}", "MACHINE", "CHECKPOINTS", "NEWEST");
+    out!("{:32} {:>11} {:>8}", "VM", "CHECKPOINTS", "NEWEST");
     for (vm_name, ids) in rows {
         let newest = ids.last().map(ToString::to_string).unwrap_or_default();
         out!("{:32} {:>11} {newest:>8}", vm_name.as_str(), ids.len());

@@ -39,8 +39,8 @@ fn found(check: &'static str, place: &Result<PathBuf>, remedy: &str) -> Row {
 fn accepts(qemu: &Path, plugin: &Path) -> Row {
     const CHECK: &str = "QEMU takes the plugin";
     match qemu_binary::probe(qemu, plugin) {
-        Ok(QemuFacts { version, vms }) => {
-            Row::ok(CHECK, format!("version {version}, {} machine types", vms.len()))
+        Ok(QemuFacts { version, machine_types }) => {
+            Row::ok(CHECK, format!("version {version}, {} machine types", machine_types.len()))
         }
         Err(error) => Row::no(
             CHECK,
@@ -83,7 +83,7 @@ mod test {
     }
 
     #[test]
-    fn a_qemu_without_plugins_is_told_apart_from_no_qemu() {
+    fn qemu_without_plugins_is_distinguished_from_no_qemu() {
         let directory = tempfile::tempdir().unwrap();
         let plugin = directory.path().join("plugin.so");
         std::fs::write(&plugin, "").unwrap();

@@ -25,13 +25,13 @@ pub async fn run(args: HelperArgs) -> Result<()> {
     let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
     let result = serve(runtime.clone()).await;
     if let Err(error) = &result {
-        // Whoever started this process has no other way to learn it.
+        // The process that started this helper has no other way to learn the error.
         runtime.set_helper_failure(&Failure { message: explain(error), exit_code: code_of(error) });
     }
     result
 }
 
-/// Until QEMU ends or somebody ends us.
+/// Serves until QEMU ends or a signal ends the helper.
 pub async fn serve(runtime: RuntimeDir) -> Result<()> {
     let _lock = runtime.lock_helper()?;
     let pid = std::process::id().to_string();
@@ -47,8 +47,8 @@ async fn serve_vm(runtime: RuntimeDir, control: UnixListener) -> Result<()> {
     // An adoption that an earlier helper did not live to end decides which QEMU that is.
     engine::adopt::recover(&runtime).await?;
     let vm = Vm::attach(runtime).await?;
-    // Remembers what the VM began with, and says at once if it cannot be checkpointed; it may be
-    // mended while it runs.
+    // Records the VM's first devices and disks, and warns at once if the VM cannot be checkpointed;
+    // the user may fix that while the VM runs.
     for error in [vm.check_devices().await.err(), vm.disks().await.err()].into_iter().flatten() {
         tracing::warn!(error = format!("{error:#}"), "no checkpoint can be taken as the VM is");
     }
@@ -70,6 +70,6 @@ async fn serve_vm(runtime: RuntimeDir, control: UnixListener) -> Result<()> {
 }
 
 fn remove(socket: &Path) {
-    // Missing is fine: somebody cleaned up before us.
+    // The socket may be missing: another process may have removed it before.
     let _ = std::fs::remove_file(socket);
 }

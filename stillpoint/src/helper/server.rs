@@ -30,8 +30,9 @@ const CLIENT: Duration = Duration::from_secs(5);
 /// What a checkpoint gets to end when the helper must; a service manager waits 90 s.
 const GRACE: Duration = Duration::from_secs(60);
 
-/// Whoever only looks at the VM is done by then; a checkpoint is not.
-const GLANCE: Duration = Duration::from_millis(500);
+/// How long a request waits for the lock of the VM: a request that only reads the VM's state has
+/// released it by then; a checkpoint has not.
+const LOCK_WAIT: Duration = Duration::from_millis(500);
 
 pub fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
     let path = runtime.control();
@@ -94,7 +95,7 @@ impl Server {
         while let Some(update) = updates.recv().await {
             client.send(&Reply::Progress(update)).await?;
         }
-        let reply = match work.await.context("the request was cut off")? {
+        let reply = match work.await.context("internal error: request task panicked")? {
             Ok(value) => Reply::Done(value),
             Err(error) => Reply::Failed(Failure {
                 message: explain(&error),
@@ -110,7 +111,7 @@ impl Server {
         if request == Request::Status {
             return self.status().await;
         }
-        let Ok(mut checkpointer) = tokio::time::timeout(GLANCE, self.checkpointer.lock()).await
+        let Ok(mut checkpointer) = tokio::time::timeout(LOCK_WAIT, self.checkpointer.lock()).await
         else {
             return Err(refused("a checkpoint of this VM is under way; wait for it"));
         };

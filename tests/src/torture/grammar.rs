@@ -401,7 +401,7 @@ impl<'a> Draw<'a> {
             6 => format!(
                 "socket,id={id},host=127.0.0.1,port={port},server=on,wait=off,logfile={id}.log"
             ),
-            7 => format!("socket,id={id},path=nobody.sock,server=off,reconnect=10"),
+            7 => format!("socket,id={id},path=unserved.sock,server=off,reconnect=10"),
             8 => format!("memory,id={id},size=64k"),
             _ => format!("null,id={id},mux=on"),
         };

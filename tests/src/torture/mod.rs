@@ -86,7 +86,7 @@ pub fn run(settings: &Settings) -> Summary {
     let lab = Lab::new(&newest);
     templates(&newest, &lab.path().join("templates"));
     let mut summary = Summary::default();
-    // What panics in a trial is told as its finding.
+    // A panic in a trial is reported as the finding of that trial.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
     let mut number = settings.line.unwrap_or(0);

@@ -108,7 +108,7 @@ impl Running {
         self.child.try_wait().expect("a child").is_some()
     }
 
-    /// Whether its main thread gets to run: some VMs keep QEMU's lock to themselves, whoever asks.
+    /// Whether QEMU's main thread gets to run: in some VMs another thread keeps QEMU's global lock.
     fn answers(&self) -> bool {
         let monitor = self.directory.join(MONITOR);
         let Ok(mut client) = std::panic::catch_unwind(|| QmpClient::connect(&monitor)) else {
@@ -120,7 +120,7 @@ impl Running {
         })
     }
 
-    /// None if nobody answers.
+    /// None if QEMU does not answer.
     fn status(&self) -> Option<String> {
         let monitor = self.directory.join(MONITOR);
         let mut client = std::panic::catch_unwind(|| QmpClient::connect(&monitor)).ok()?;

@@ -134,9 +134,10 @@ impl Writes {
     }
 }
 
-/// A checkpoint while blocks are written; the numbers of the writes that were made meanwhile. Not
-/// where QEMU migrates: it gives its disks away in the pause, and asserts that nobody writes then,
-/// as no guest does (`unprepared layouts` has guests that do all the rest).
+/// A checkpoint while blocks are written; the numbers of the writes that were made meanwhile. In
+/// modes where QEMU migrates, the writes are made before: QEMU inactivates its disks in the pause
+/// and asserts that no client writes then, as no guest does (`external::layouts` tests the rest
+/// with guests).
 fn checkpoint_while_written(
     vm: &TestVm,
     mode: &str,

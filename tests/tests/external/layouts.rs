@@ -7,7 +7,9 @@
 use super::memory_limit;
 use std::path::Path;
 use std::time::Duration;
-use stillpoint_tests::{Lab, Recipe, Taken, TestVm, newest_qemu, on_each_qemu, thorough};
+use stillpoint_tests::{
+    Lab, Recipe, Taken, TestVm, major_version, newest_qemu, on_each_qemu, thorough,
+};
 
 /// 4 KiB pages that the witness rewrites a second: deltas of some MiB.
 const LOAD: &str = "witness.rate=1500";
@@ -98,7 +100,7 @@ fn survives(qemu: &Path, shape: &Shape) {
     vm.wait_for_witness();
     vm.attach_plain(&[]);
     let taken = take(&vm, count);
-    vm.assert_goes_on();
+    vm.assert_makes_progress();
     let limit = memory_limit(256 << 20);
     assert!(
         vm.helper_peak_bytes() <= limit,
@@ -199,7 +201,11 @@ fn private_ram_on_pc() {
 fn a_vm_from_a_configuration_file() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
-        let vm = lab.start_plain("m", &Recipe::witness("q35-scsi.cfg").words(LOAD));
+        let recipe = Recipe::witness("q35-scsi.cfg").words(LOAD);
+        // With the default network beside that of the file, QEMU before 8.2 is refused.
+        let old = major_version(qemu) < 9;
+        let recipe = if old { recipe.arguments(&["-nic", "none"]) } else { recipe };
+        let vm = lab.start_plain("m", &recipe);
         vm.wait_for_witness();
         vm.attach_plain(&[]);
         let taken = take(&vm, 2);

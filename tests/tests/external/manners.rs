@@ -1,5 +1,5 @@
-//! A guest in somebody else's QEMU: what the owner set stays set, what the owner does goes first,
-//! and nothing is left behind.
+//! A guest in an external QEMU: the owner's settings are kept, the owner's operations have
+//! priority, and the helper leaves nothing behind.
 
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -128,9 +128,9 @@ fn a_busy_monitor_is_refused() {
 }
 
 #[test]
-fn a_socket_at_which_nobody_answers_is_refused() {
+fn attach_to_a_missing_socket_is_refused() {
     let lab = Lab::new(&newest_qemu());
-    let missing = lab.path().join("nobody.sock");
+    let missing = lab.path().join("missing.sock");
     let ran = lab.run(&[
         "attach",
         "--qmp",
@@ -140,7 +140,7 @@ fn a_socket_at_which_nobody_answers_is_refused() {
         "--name",
         "m",
     ]);
-    assert!([1, 3].contains(&ran.code) && ran.err.contains("nobody.sock"), "{ran:?}");
+    assert!([1, 3].contains(&ran.code) && ran.err.contains("missing.sock"), "{ran:?}");
     assert!(!lab.store_directory().exists(), "a store was made for no VM");
 }
 
@@ -163,7 +163,7 @@ fn a_migration_of_the_owner_goes_first() {
                 "active",
                 "{mode}: the owner's migration was touched"
             );
-            vm.assert_goes_on();
+            vm.assert_makes_progress();
             monitor.execute("migrate_cancel", json!({}));
             let is_over = wait_until(Duration::from_secs(10), || {
                 migration_status(&mut monitor) == "cancelled"
@@ -189,7 +189,7 @@ fn attach_meanwhile(vm: &TestVm, monitor: &mut QmpClient) {
     let ran = vm.try_attach_plain(&[], &[]);
     assert!([0, 3].contains(&ran.code), "{ran:?}");
     assert_eq!(migration_status(monitor), "active", "the owner's migration was touched");
-    vm.assert_goes_on();
+    vm.assert_makes_progress();
     monitor.execute("migrate_cancel", json!({}));
 }
 

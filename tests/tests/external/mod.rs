@@ -1,11 +1,11 @@
-//! VMs that nobody prepared: plain QEMUs of the shapes that people use, attached by their monitor,
-//! checkpointed by QEMU's own migration stream under load, and brought back.
+//! External VMs: QEMUs of the shapes that users run, attached by their monitor, checkpointed by
+//! QEMU's own migration stream under load, and restored.
 //!
 //! Here each shape takes 4 checkpoints, of which 2 are restored. Before a release run them with 20
 //! checkpoints each, of which every fifth is restored:
 //!
 //! ```text
-//! STILLPOINT_TEST_THOROUGH=1 cargo test -p stillpoint-tests unprepared::layouts
+//! STILLPOINT_TEST_THOROUGH=1 cargo test -p stillpoint-tests external::layouts
 //! ```
 
 mod bytes;

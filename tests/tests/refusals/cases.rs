@@ -115,10 +115,10 @@ const ATTACH: &[Case] = &[
     special("another process namespace", special::other_namespace),
     special("run Stillpoint as root or as the user of that QEMU", special::other_user),
     special("no VM yet", special::preconfig),
-    test("its QEMU … has ended", "a_process_that_is_attached_again_goes_on_and_another_begins_anew"),
-    test("was started by Stillpoint", "one_machine_has_one_name_and_one_helper"),
-    test("is attached as … already", "one_machine_has_one_name_and_one_helper"),
-    test("is the name of another QEMU that runs", "a_process_that_is_attached_again_goes_on_and_another_begins_anew"),
+    test("its QEMU … has ended", "attach_to_the_same_process_continues_and_to_another_begins_again"),
+    test("was started by Stillpoint", "one_vm_has_one_name_and_one_helper"),
+    test("is attached as … already", "one_vm_has_one_name_and_one_helper"),
+    test("is the name of another QEMU that runs", "attach_to_the_same_process_continues_and_to_another_begins_again"),
     row("RAM is made of … objects", "RAM of several memory objects (NUMA nodes)"),
     case(
         "memory are plugged in beside the VM's own",
@@ -149,7 +149,7 @@ const ATTACH: &[Case] = &[
         "-object iothread,id=t -device virtio-balloon-pci,iothread=t -global virtio-balloon-device.free-page-hint=on",
     )
     .says(&["free-page-hint", "leave it out"]),
-    special("network backend … is a descriptor … cannot be told", special::network_descriptor),
+    special("network backend … is a descriptor … cannot be identified", special::network_descriptor),
     row("a device was plugged in or out", "device plugged in since the start (`device_add`)"),
     row("a disk is on another file now", "disk moved to another file since the start (`blockdev-snapshot-sync`)"),
     special("a file that no checkpoint holds (a kernel that was removed)", special::kernel_removed).says(&["blob.bin"]),
@@ -233,7 +233,7 @@ const LIMITS: &[Case] = &[
     row("`isa-cirrus-vga` (also as the card of `-machine isapc`)", "`isa-cirrus-vga`"),
     test("`isa-cirrus-vga` (also as the card of `-machine isapc`)", "torture_card_of_the_board_without_its_state_is_refused"),
     test(
-        "two or more of `isa-ide` (`-machine isapc`) or `isa-ipmi-bt` or `isa-ipmi-kcs` (with QEMU before 8.2)",
+        "two or more of `isa-ide` (`-machine isapc`) or `isa-ipmi-bt` or `isa-ipmi-kcs` or user networks (with QEMU before 8.2)",
         "torture_devices_saved_under_one_name_are_refused",
     ),
     test(
@@ -371,7 +371,7 @@ const DISKS: &[Case] = &[
         "a disk that was moved to another file at run time (snapshot, mirror)",
         "disk moved to another file since the start (`blockdev-snapshot-sync`)",
     ),
-    test("a read-only disk or backing file on a block device (nobody can tell whether it changed)", "block_device_is_a_disk_and_no_layer"),
+    test("a read-only disk or backing file on a block device (no change of it can be seen)", "block_device_is_a_disk_and_no_layer"),
     special("a layer or medium whose file was renamed (though another one took its name)", special::layer_replaced).says(&["was replaced"]),
     special("a layer or medium whose file was renamed (though another one took its name)", special::layer_renamed)
         .says(&["base.raw", "put the file back where it was"]),

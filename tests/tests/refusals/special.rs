@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use stillpoint_tests::{Lab, QmpClient, Ran, wait_until};
 
-const NOBODY: &str = "65534";
+const UNPRIVILEGED_UID: &str = "65534";
 const START: Duration = Duration::from_secs(40);
 
 /// A QEMU whose guest is not started; ended when dropped.
@@ -128,7 +128,7 @@ pub fn other_user(lab: &Lab, name: &str) -> Option<Ran> {
     Some(external.attach_by(
         lab,
         name,
-        &["setpriv", "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups"],
+        &["setpriv", "--reuid", UNPRIVILEGED_UID, "--regid", UNPRIVILEGED_UID, "--clear-groups"],
     ))
 }
 

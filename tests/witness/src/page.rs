@@ -221,7 +221,7 @@ mod test {
     }
 
     #[test]
-    fn a_page_of_an_older_step_is_told_from_damage() {
+    fn a_page_of_an_older_step_is_distinguished_from_damage() {
         let flaw = filled(8).check(&stamp(9), &mut Page::zeroed());
         assert_eq!(flaw, Err(Flaw::OtherInstant { expected: stamp(9), found: stamp(8) }));
     }

@@ -11,7 +11,7 @@ use qmp_bridge::disks::Disk;
 use std::collections::HashSet;
 use std::path::Path;
 
-/// Node names that QEMU made up; nobody else may begin one so.
+/// The first character of the node names that QEMU generates; a user may not begin one so.
 const GENERATED: char = '#';
 /// QEMU refuses longer node names.
 const MAX_NODE_NAME: usize = 31;
@@ -90,7 +90,7 @@ impl Line<'_> {
             .map(|(number, _)| *number)
             .filter(has_no_id)
             .filter(|number| self.names_file(*number, &disk.file));
-        // Of two drives on one file nobody can say which is which.
+        // Two drives on one file cannot be distinguished.
         found.next().filter(|_| hit.is_none() && found.next().is_none())
     }
 
@@ -127,7 +127,7 @@ impl Line<'_> {
 
     /// Whether the device that has this disk has the one of option `number` on the command line
     /// too. A device can be given another node at run time (`qom-set`, a mirror), which may be on
-    /// the command line as well. Another medium is told elsewhere.
+    /// the command line as well. Whether the medium was changed is checked elsewhere.
     pub fn is_plugged(&self, disk: &Disk, number: usize) -> bool {
         let drive = if disk.is_named {
             Some(disk.device.clone())

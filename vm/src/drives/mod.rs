@@ -64,7 +64,7 @@ pub fn examine(found: disks::Disks, started: &Started<'_>) -> Result<Drives> {
     };
     let disks::Disks { mut disks, empty, unused } = found;
     for (node, disk) in unused {
-        // Other nodes were added at run time, by whoever uses them; they are no part of the VM.
+        // Other nodes were added at run time, by another QMP client; they are no part of the VM.
         if line.defines_node(&node) {
             disks.push(disk?);
         }

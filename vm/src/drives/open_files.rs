@@ -65,7 +65,7 @@ impl OpenFiles {
     /// while QEMU has it open, that of a descriptor.
     ///
     /// # Errors
-    /// A refusal where another file is at that path, and the open one cannot be told.
+    /// A refusal where another file is at that path, and the open one cannot be identified.
     pub fn readable(&self, path: &Path) -> Result<PathBuf> {
         let here = std::fs::metadata(path);
         if here.as_ref().is_ok_and(|facts| self.open.contains(&(facts.dev(), facts.ino()))) {
@@ -74,7 +74,7 @@ impl OpenFiles {
         match self.deleted.get(&real_path(path)).map(Vec::as_slice) {
             Some([(_, descriptor)]) => Ok(descriptor.clone()),
             Some([_, _, ..]) => Err(refused(format!(
-                "QEMU has several deleted files open that were all {}; which one a disk shows cannot be told: change the medium, or start the VM again",
+                "QEMU has several deleted files open that were all {}; which one a disk shows is unknown: change the medium, or start the VM again",
                 path.display()
             ))),
             _ => Err(refused(match here {

@@ -115,7 +115,7 @@ fn name_is_found_by_id_or_by_the_id_that_qemu_made() {
 }
 
 #[test]
-fn name_that_somebody_gave_stays_also_above_a_filter() {
+fn name_that_the_user_gave_stays_also_above_a_filter() {
     let line = "-blockdev driver=throttle,node-name=top,throttle-group=g,file.driver=raw,file.file.driver=file,file.file.filename=a.img";
     let disks = vec![Disk { root: "top".into(), ..disk("#block1", "/machine/x", "/vm/a.img") }];
     let drives = found(line, disks, Vec::new(), Vec::new()).unwrap();

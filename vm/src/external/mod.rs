@@ -1,9 +1,9 @@
-//! A running QEMU that nobody prepared: who it is, and the command line by which it can be started
-//! again elsewhere.
+//! A running external QEMU: its identity, and the command line by which it can be started again
+//! elsewhere.
 //!
 //! Everything is read from the running process and from its monitor; nothing in it is changed. What
-//! is found is written down in the runtime directory, as `stillpoint run` does for a VM of ours, so
-//! that every later helper continues from there.
+//! is found is written down in the runtime directory, as `stillpoint run` does for a managed VM,
+//! so that every later helper continues from there.
 
 mod monitor;
 pub mod owner;
@@ -128,7 +128,7 @@ fn known(runtime: &RuntimeDir, process: &QemuProcess) -> Result<Option<VmFile>> 
     drop(runtime.lock_helper()?);
     if runtime.adoption().exists() {
         return Err(refused(
-            "an adoption of this VM was cut off; 'stillpoint attach NAME' (without --qmp) brings it to an end",
+            "an adoption of this VM was interrupted; 'stillpoint attach NAME' (without --qmp) completes or undoes it",
         ));
     }
     let Ok(file) = runtime.vm() else { return Ok(None) };
@@ -186,8 +186,8 @@ fn refuse_taken(runtime: &RuntimeDir, pid: u32, started: u64) -> Result<()> {
     Ok(())
 }
 
-/// That the VM of a runtime directory is still the process that it was written down for, and nobody
-/// else's.
+/// Checks that the VM of a runtime directory is still the process that its file describes, and no
+/// other.
 pub fn check_alive(runtime: &RuntimeDir, file: &VmFile) -> Result<()> {
     let (Some(there), Some(pid)) = (&file.external, file.pid) else { return Ok(()) };
     let known = instance::of_process(pid, there.started, &file.store, &file.name)?;

@@ -92,7 +92,7 @@ impl MonitorConnection {
     }
 }
 
-/// Nothing of the VM can be told without its process.
+/// Without access to its process, nothing is known of the VM: a refusal.
 fn no_rights(error: Error) -> Error {
     refused(format!("{error:#}"))
 }
@@ -111,7 +111,7 @@ fn cannot_connect(monitor: &Path, error: &std::io::Error) -> String {
         ErrorKind::NotFound => {
             "is the path right? A QEMU gets a monitor by -qmp unix:PATH,server=on,wait=off"
         }
-        ErrorKind::ConnectionRefused => "nobody listens there any more: that QEMU has ended",
+        ErrorKind::ConnectionRefused => "no process listens there any more: that QEMU has ended",
         ErrorKind::PermissionDenied => "run Stillpoint as root or as the user of that QEMU",
         _ => "a monitor is a unix socket, made by -qmp unix:PATH,server=on,wait=off",
     };

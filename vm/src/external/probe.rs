@@ -117,7 +117,7 @@ impl Probe {
     }
 }
 
-/// A QEMU that was started with `-preconfig` answers few questions until it is told to continue.
+/// A QEMU that was started with `-preconfig` answers few commands until `x-exit-preconfig`.
 fn not_built(process: &QemuProcess) -> Option<anyhow::Error> {
     let waits =
         process.words.iter().any(|word| matches!(word.as_str(), "-preconfig" | "--preconfig"));

@@ -1,9 +1,10 @@
-//! The command line of a QEMU that somebody else started, in the form from which
-//! `stillpoint restore` starts it elsewhere.
+//! The command line of an external QEMU, in the form from which `stillpoint restore` starts it
+//! elsewhere.
 //!
-//! What is common with `stillpoint run` is in [`super::normalize`]; here stands what only a running
-//! stranger needs: its memory objects go, as ours takes their place; so does what belongs to its
-//! process; the accelerator is the one that it has. What no engine can save is refused.
+//! What is common with `stillpoint run` is in [`super::normalize`]; this module has what only an
+//! external VM needs. Its memory objects are left out, as Stillpoint's object replaces them, and so
+//! are options that concern the process only. The accelerator is the one that QEMU uses now. What
+//! no engine can save is refused.
 
 use super::arguments::QemuOption;
 use super::form::Form;
@@ -124,7 +125,10 @@ fn facts(said: &Said<'_>) -> QemuFacts {
         is_default: known.is_default,
         default_ram_id: known.default_ram_id.clone(),
     };
-    QemuFacts { version: said.facts.qemu.to_string(), vms: said.types.iter().map(vm).collect() }
+    QemuFacts {
+        version: said.facts.qemu.to_string(),
+        machine_types: said.types.iter().map(vm).collect(),
+    }
 }
 
 /// That the command line is the VM's that runs: a restore is built from the one and filled from the

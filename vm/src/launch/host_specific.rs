@@ -1,8 +1,9 @@
 //! What a command line says of the process and not of the VM: a restored VM is another process, on
-//! another host, and somebody else watches it.
+//! another host, without the manager of the first.
 //!
-//! Monitors, logs, descriptors that a manager handed over, and what happens only at the start. Each
-//! thing that is taken out is told with its reason; `docs/attach.md` has the same table in prose.
+//! Monitors, logs, descriptors that a manager passed, and what happens only at the start. Each
+//! option that is left out is reported with its reason; `docs/attach.md` has the same table in
+//! prose.
 
 use super::arguments::{KeyList, QemuOption};
 use super::form::Form;
@@ -36,12 +37,12 @@ const LOGS: &str = "a log of the old process";
 const PROCESS: &str = "it is about the old process";
 const DEBUG: &str = "a debugger of the old process";
 const FDS: &str = "a descriptor that a manager handed to the old process";
-const UNKNOWN_BACKEND: &str = "is a descriptor that the VM's manager opened, and what is behind it cannot be told, so it could not be \
+const UNKNOWN_BACKEND: &str = "is a descriptor that the VM's manager opened, and what is behind it cannot be identified, so it could not be \
                                made again elsewhere; give the VM a tap by name, a bridge or user networking";
 const MONITOR: &str = "a monitor of the old process; the restored VM has Stillpoint's";
 const PLUGIN: &str = "the restored VM gets the plugin again";
 const SECRET: &str = "nothing on the command line uses this secret";
-const WATCHED: &str = "its manager ended QEMU after a shutdown; nobody would";
+const WATCHED: &str = "its manager ended QEMU after a shutdown; the restored VM has no manager";
 const GONE_OPTION: &str = "QEMU 9 and later say it by -machine hpet=off";
 const THREADS: &str = "how the old process shows itself";
 
@@ -119,7 +120,7 @@ struct Walk<'a> {
     /// Character devices that something else than a monitor uses.
     shared: Vec<String>,
     unused: Vec<String>,
-    /// Somebody watches the process.
+    /// A manager (libvirt, Proxmox) watches the process.
     managed: bool,
     dropped: Vec<Dropped>,
 }
@@ -296,7 +297,8 @@ fn is_fd_path(path: &str) -> bool {
         || path.starts_with("/proc/self/fd/")
 }
 
-/// Character devices of monitors that go: ours, and those that nobody can reach by a path.
+/// Character devices of monitors that are left out: the one that the helper uses, and those that no
+/// client can reach by a path.
 fn monitor_chardevs(options: &[QemuOption], hold: &Hold<'_>) -> Vec<String> {
     let used: Vec<String> = options
         .iter()

@@ -1,6 +1,5 @@
-//! The instance of a QEMU that somebody else started: made from what its process is, so that
-//! whoever attaches to it again comes to the same, and whoever reads it can tell whether that
-//! process still runs.
+//! The instance of an external QEMU. It is derived from the process, so that a helper that attaches
+//! again derives the same one, and a reader can check whether that process still runs.
 //!
 //! `process-PID-START-DIGEST`, where the digest is that of this boot, the store and the VM's name:
 //! QEMU's dirty bitmaps carry the instance, and those of one name must never be taken for
@@ -52,7 +51,7 @@ mod test {
     }
 
     #[test]
-    fn names_and_stores_are_told_apart() {
+    fn names_and_stores_are_distinguished() {
         let of = |store: &str, name: &str| of_process(1, 2, store, &name.parse().unwrap()).unwrap();
         assert!(
             of("file:///s", "a") != of("file:///s", "b")

@@ -45,29 +45,29 @@ pub struct Normalized {
 
 pub fn normalize(options: Vec<QemuOption>, facts: &QemuFacts) -> Result<Normalized> {
     let wanted = machine_type(&options);
-    let vm = facts.vm(wanted.as_deref())?;
-    if vm.name == "none" {
+    let kind = facts.machine_type(wanted.as_deref())?;
+    if kind.name == "none" {
         return Err(refused(
             "machine type none has no guest to checkpoint; name another by -machine",
         ));
     }
-    let Some(ram_block) = vm.default_ram_id.clone() else {
+    let Some(ram_block) = kind.default_ram_id.clone() else {
         return Err(refused(format!(
             "machine type {} has no main RAM of its own; Stillpoint knows pc, q35 and microvm",
-            vm.name
+            kind.name
         )));
     };
-    if version(&vm.name).is_some_and(|version| version <= LAST_OLD_STREAM) {
+    if version(&kind.name).is_some_and(|version| version <= LAST_OLD_STREAM) {
         return Err(refused(format!(
             "machine type {} writes its state in a form of QEMU 2.3 and before, which Stillpoint does not read; use a machine type of 2.4 or later",
-            vm.name
+            kind.name
         )));
     }
     let ram_bytes = ram_bytes(&options)?;
     let options = name_drives(options);
     Ok(Normalized {
-        options: pin_vm(options, &vm.name),
-        machine_type: vm.name.clone(),
+        options: pin_machine_type(options, &kind.name),
+        machine_type: kind.name.clone(),
         ram_bytes,
         ram_block,
     })
@@ -75,8 +75,8 @@ pub fn normalize(options: Vec<QemuOption>, facts: &QemuFacts) -> Result<Normaliz
 
 /// Alone in its list, a word without `=` is the type.
 fn machine_type(options: &[QemuOption]) -> Option<String> {
-    let vms = options.iter().filter(|option| is_machine_option(option));
-    vms.rev().find_map(|option| option.keys().get_or_implied("type").map(str::to_owned))
+    let machine_options = options.iter().filter(|option| is_machine_option(option));
+    machine_options.rev().find_map(|option| option.keys().get_or_implied("type").map(str::to_owned))
 }
 
 pub fn is_machine_option(option: &QemuOption) -> bool {
@@ -85,7 +85,7 @@ pub fn is_machine_option(option: &QemuOption) -> bool {
 
 /// Takes the type out of every `-machine` and says the versioned one last; the other keys stay
 /// where they are.
-fn pin_vm(options: Vec<QemuOption>, versioned: &str) -> Vec<QemuOption> {
+fn pin_machine_type(options: Vec<QemuOption>, versioned: &str) -> Vec<QemuOption> {
     let mut pinned = Vec::new();
     for option in options {
         if !is_machine_option(&option) {
@@ -211,7 +211,7 @@ mod test {
         };
         QemuFacts {
             version: "10.0.2".to_owned(),
-            vms: vec![
+            machine_types: vec![
                 vm("pc-i440fx-10.0", Some("pc"), true),
                 vm("pc-q35-10.0", Some("q35"), false),
                 vm("pc-q35-9.2", None, false),

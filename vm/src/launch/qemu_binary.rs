@@ -24,7 +24,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 pub struct QemuFacts {
     pub version: String,
     #[serde(rename = "machines")]
-    pub vms: Vec<MachineType>,
+    pub machine_types: Vec<MachineType>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,10 +37,10 @@ pub struct MachineType {
 
 impl QemuFacts {
     /// The machine type that QEMU would take for `wanted`, aliases resolved.
-    pub fn vm(&self, wanted: Option<&str>) -> Result<&MachineType> {
-        let hit = self.vms.iter().find(|vm| match wanted {
-            Some(name) => vm.name == name || vm.alias.as_deref() == Some(name),
-            None => vm.is_default,
+    pub fn machine_type(&self, wanted: Option<&str>) -> Result<&MachineType> {
+        let hit = self.machine_types.iter().find(|known| match wanted {
+            Some(name) => known.name == name || known.alias.as_deref() == Some(name),
+            None => known.is_default,
         });
         hit.ok_or_else(|| match wanted {
             Some(name) => usage(format!(
@@ -80,8 +80,8 @@ pub fn probe(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
 }
 
 fn ask(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
-    // Ours alone, and with a name that nobody can guess: the socket's name is given to a QEMU that
-    // may run as root.
+    // Private, and with a name that no other user can guess: the socket's name is given to a QEMU
+    // that may run as root.
     let private = private_directory().context("making a directory for QEMU's probe")?;
     let socket = private.path().join("plugin.sock");
     let said = tempfile::tempfile().context("making a file for QEMU's messages")?;
@@ -145,8 +145,8 @@ fn converse(mut child: Child) -> Result<QemuFacts> {
 fn interview(input: &mut impl Write, lines: &mut impl BufRead) -> Result<QemuFacts> {
     let greeting = answer(lines, "QMP")?;
     ask_one(input, lines, "qmp_capabilities")?;
-    let vms = ask_one(input, lines, "query-machines")?;
-    Ok(QemuFacts { version: version(&greeting)?, vms: machine_types(&vms)? })
+    let types = ask_one(input, lines, "query-machines")?;
+    Ok(QemuFacts { version: version(&greeting)?, machine_types: machine_types(&types)? })
 }
 
 fn refuse(binary: &Path, said: &str, error: &anyhow::Error) -> anyhow::Error {

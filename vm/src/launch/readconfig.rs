@@ -119,7 +119,7 @@ mod test {
 
     #[test]
     fn groups_become_options_in_order() {
-        let text = "# a machine\n[machine]\n  type = \"q35\"\n\n[memory]\n size = \"1024\"\n\
+        let text = "# a VM\n[machine]\n  type = \"q35\"\n\n[memory]\n size = \"1024\"\n\
                     [drive \"root\"]\n file = \"a,b.qcow2\"\n if = \"none\"\n";
         let options = parse(text).unwrap();
         assert_eq!(options[0], QemuOption::with("machine", "type=q35"));

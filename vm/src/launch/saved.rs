@@ -1,8 +1,8 @@
 //! From the command line that a checkpoint saves to the one that a restored VM is started with.
 //!
 //! One function makes it, for the restore, and beforehand for every checkpoint: what no restore
-//! could start is found while the VM still runs. Whoever can write the store chooses what is saved,
-//! so nothing of this host is used that its user has not named (docs/security.md).
+//! could start is found while the VM still runs. A user who can write the store can change what is
+//! saved, so nothing of this host is used that its user has not named (docs/security.md).
 
 use super::arguments::{self, QemuOption};
 use super::form::Form;

@@ -126,7 +126,7 @@ const OPTIONS: &[Rule] = &[
     (
         "incoming",
         Rules::Launched,
-        "it waits for somebody else's VM",
+        "it waits for the VM of another QEMU",
         "use 'stillpoint restore', or start the VM without it",
     ),
     ("runas", Rules::Launched, OTHER_USER, OWN_USER),
@@ -152,7 +152,7 @@ const OBJECTS: &[Rule] = &[
     (
         "memory-backend-epc",
         Rules::Always,
-        "SGX memory cannot be read by anybody else",
+        "SGX memory cannot be read by the host",
         "run the guest without it",
     ),
     (
@@ -192,7 +192,7 @@ pub fn check(options: &[QemuOption], rules: Rules, directory: &Path) -> Result<(
 fn check_known(options: &[QemuOption], directory: &Path) -> Result<()> {
     if let Some(option) = options.iter().find(|option| table::syntax(&option.name).is_none()) {
         bail!(
-            "QEMU option -{} is not in Stillpoint's table of options (QEMU 7.2 to 11.1): what it means cannot be told; leave it out",
+            "QEMU option -{} is not in Stillpoint's table of options (QEMU 7.2 to 11.1): its meaning is unknown; leave it out",
             option.name
         );
     }

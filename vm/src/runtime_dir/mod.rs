@@ -57,7 +57,7 @@ pub struct VmFile {
     pub fleecing: PathBuf,
     /// The checkpoint that this instance was restored from.
     pub restored_from: Option<CheckpointId>,
-    /// A VM that somebody else started; none for one of ours.
+    /// The process of an external VM; none for a managed VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[serde(rename = "unprepared")]
     pub external: Option<External>,
@@ -76,7 +76,7 @@ pub struct RestoreTarget {
     pub restored_from: Option<CheckpointId>,
 }
 
-/// How a VM that nobody prepared is reached.
+/// How a helper reaches an external VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct External {
     /// Its monitor, ours alone while a helper is attached.
@@ -362,7 +362,8 @@ impl RuntimeDir {
     /// A new VM of this name begins: what was known of an earlier one is gone.
     pub fn forget_earlier(&self) -> Result<()> {
         self.forget("devices.json")?;
-        // Of another process: put back here, it would change what nobody changed.
+        // The settings of another process: restoring them here would change settings that no helper
+        // has changed.
         self.forget("migration.json")?;
         self.forget("writer-epoch")?;
         self.forget(MARKS)

@@ -1,5 +1,5 @@
-//! Directories that nobody else can change: ours or root's, not writable by others, reached without
-//! a symbolic link.
+//! Directories that no other user can change: owned by this user or root, not writable by others,
+//! reached without a symbolic link.
 //!
 //! What lies in one decides which process is signalled, which file is truncated and whose answer is
 //! believed. So each access begins with the directory itself, and files are opened relative to its

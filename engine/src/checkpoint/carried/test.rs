@@ -420,7 +420,7 @@ fn any_step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     /// Whatever the guest writes, whichever tries fail and whatever the store loses of them: each
-    /// checkpoint that is committed gives back the VM.
+    /// checkpoint that is committed restores the VM.
     #[test]
     fn carried_packs_never_change_what_a_checkpoint_holds(steps in prop::collection::vec(any_step(), 1..9)) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();

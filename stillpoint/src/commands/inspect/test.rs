@@ -1,7 +1,7 @@
-//! Whoever can write the store chooses every byte of it, and every digest. Each byte and each value
-//! of a real checkpoint is made another, behind digests that are right, and what the commands do
-//! with it is done: show, ls, verify, and a restore's plan. None panics or believes a number before
-//! it has memory for it, and what is wrong is damage.
+//! A user who can write the store chooses every byte of it, and every digest. The tests change each
+//! byte and each value of a real checkpoint, make the digests right again, and do what the commands
+//! do with the result: show, ls, verify, and a restore's plan. No command panics or trusts a number
+//! before it has memory for it, and each reports wrong content as damage.
 
 use super::{describe, row, summary};
 use crate::exit::{DAMAGED, REFUSED, STORE, code_of};

@@ -74,7 +74,7 @@ fn row(drive: Drive) -> Row {
     }
 }
 
-/// A drive without a name of its own is told by its device:
+/// A drive without a name of its own is shown by its device:
 /// `/machine/peripheral/virtio-disk0/virtio-backend`.
 fn short(device: &str) -> &str {
     let below = device
@@ -111,7 +111,7 @@ mod test {
     use super::*;
 
     #[test]
-    fn a_drive_is_told_by_its_device() {
+    fn drive_without_a_name_is_shown_by_its_device() {
         assert_eq!(short("/machine/peripheral/virtio-disk0/virtio-backend"), "virtio-disk0");
         assert_eq!(short("/machine/peripheral-anon/device[0]"), "device[0]");
         assert_eq!(short("drive-scsi0"), "drive-scsi0");

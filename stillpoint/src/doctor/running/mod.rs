@@ -1,9 +1,9 @@
-//! `stillpoint doctor --qmp SOCKET`: whether a running VM that nobody prepared can be checkpointed,
-//! by which engine, and what is in the way.
+//! `stillpoint doctor --qmp SOCKET`: whether an external VM that runs can be checkpointed, by which
+//! engine, and what prevents it.
 //!
-//! The same looks as `attach` takes; the guest is not stopped and nothing is changed. (QEMU is
-//! asked whether it would take a background snapshot by switching that on and off again: it alone
-//! knows.)
+//! The checks are those of `attach`; the guest is not stopped and nothing is changed. (Only QEMU
+//! knows whether it accepts a background snapshot, so the check switches that capability on and off
+//! again.)
 
 mod disks;
 mod elsewhere;
@@ -28,7 +28,7 @@ use vm::runtime_dir::{RuntimeDir, VmFile};
 use vm::tracked_blocks;
 
 const ANOTHER_MONITOR: &str =
-    "name a monitor that QEMU itself has opened and nobody uses (docs/attach.md)";
+    "name a monitor that QEMU itself has opened and no other client uses (docs/attach.md)";
 const START_AGAIN: &str = "see docs/attach.md; start the VM without it, or by 'stillpoint run'";
 
 pub fn run(monitor: &Path, as_json: bool) -> Result<ExitCode> {
