@@ -7,6 +7,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use common::{TestQemu, with_each_qemu};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use qmp_bridge::capture::{CaptureError, CapturePlan, CapturedDisks, PreparedDisks};
 use qmp_bridge::disks;
 use qmp_bridge::nbd::NbdClient;
@@ -297,6 +298,67 @@ async fn capture_overlay_directory_with_io_errors_costs_no_write() {
         works_again(&vm, vm.directory.path(), 0x66).await;
     })
     .await;
+}
+
+/// The overlay's write-back fails, as on a full thin pool, and the kernel evicts its pages. Reads
+/// succeed, with other data.
+#[tokio::test]
+async fn capture_overlay_whose_write_back_failed_breaks_it() {
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("NOT TESTED: mounting a file system needs root");
+    }
+    with_each_qemu(async |qemu| {
+        // Without a journal the file system stays writable, and only `fsync` reports the error.
+        for (name, features) in [("journal", "has_journal"), ("none", "^has_journal")] {
+            let vm = start(&qemu).await;
+            let before = inventory(&vm).await;
+            let pool = Mounted::new(vm.path(name), &["-t", "tmpfs", "-o", "size=24m", "none"]);
+            let image = pool.path.join("ext4.img");
+            std::fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("image");
+            run(Command::new("mkfs.ext4").args(["-q", "-O", features]).arg(&image));
+            let image = image.to_str().expect("UTF-8");
+            let overlays =
+                Mounted::new(vm.path("overlays"), &["-o", "loop,errors=continue", image]);
+            let mut captured = capture(&vm, plan(&vm, 1, &overlays.path)).await;
+            fill(&pool.path);
+            assert_written(&vm, 0x77).await;
+            write_back_and_evict(&vm, &overlays.path);
+            // From here on each write succeeds: what is reported is what happened before.
+            std::fs::remove_file(pool.path.join("fill")).expect("room");
+            captured.verify().await.expect("no read fails");
+            let error = captured.release().await.expect_err("broken");
+            assert!(matches!(error, CaptureError::Broken { .. }), "{error}");
+            assert!(error.to_string().contains("/overlays"), "{error}");
+            captured.restore().await.expect("restore");
+            assert_eq!(inventory(&vm).await, before);
+            works_again(&vm, vm.directory.path(), 0x77).await;
+        }
+    })
+    .await;
+}
+
+fn fill(directory: &Path) {
+    let mut file = std::fs::File::create(directory.join("fill")).expect("fill");
+    let error = std::io::copy(&mut std::io::repeat(1), &mut file).expect_err("full");
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull, "{error}");
+}
+
+/// Through QEMU's own descriptor, since the overlay's file has no name.
+fn write_back_and_evict(vm: &TestQemu, directory: &Path) {
+    // It fails too, for the block device; the overlay's descriptors still report their own error.
+    let _ = Command::new("sync").arg("-f").arg(directory).status();
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).expect("descriptors");
+    let mut overlays = 0;
+    for descriptor in descriptors {
+        let descriptor = descriptor.expect("descriptor").path();
+        if std::fs::read_link(&descriptor).is_ok_and(|target| target.starts_with(directory)) {
+            let file = std::fs::File::open(&descriptor).expect("overlay");
+            let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+            posix_fadvise(&file, 0, 0, advice).expect("evict");
+            overlays += 1;
+        }
+    }
+    assert!(overlays > 0, "QEMU has no overlay open");
 }
 
 fn ext4(vm: &TestQemu) -> String {

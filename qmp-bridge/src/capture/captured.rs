@@ -96,7 +96,7 @@ impl CapturedDisks {
     }
 
     /// Fails if the instant can no longer be trusted. To be called after the last read and before
-    /// the commit; and after a read that failed, to know why.
+    /// [`Self::release`]; and after a read that failed, to know why.
     ///
     /// # Errors
     /// When a backup job has failed or ended: its copy is not of the instant any more.
@@ -160,10 +160,22 @@ impl CapturedDisks {
     /// Ends copying before write: the point-in-time copy can no longer be read, and the guest's
     /// writes cost nothing extra. The changes can still be acknowledged or restored.
     ///
+    /// To be called before the commit: only now can the kernel be asked whether the write-back of
+    /// an overlay failed, which no read shows. After an error only [`Self::restore`] may follow.
+    ///
     /// # Errors
-    /// When QEMU refuses to remove an export, job or node.
+    /// When QEMU refuses to remove an export, job or node; when write-back of an overlay failed, so
+    /// that what was read may not be of the instant; when the overlays' file system hangs.
     pub async fn release(&mut self) -> Result<(), CaptureError> {
-        self.session.release().await
+        self.session.release().await?;
+        match self.session.failed_overlay().await? {
+            Some((node, error)) => {
+                let why =
+                    format!("write-back of its fleecing overlay failed: {error}; {}", self.room());
+                Err(CaptureError::Broken { node, why })
+            }
+            None => Ok(()),
+        }
     }
 
     /// The checkpoint is durable: forgets the changes up to the instant.

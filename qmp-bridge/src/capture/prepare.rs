@@ -11,6 +11,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::bitmaps::{self, KeptBitmap};
 use super::captured::CapturedDisks;
+use super::fleecing::OverlayFile;
 use super::guard::{self, FleecingGuard};
 use super::names::{self, BitmapTag, DiskNames};
 use super::size_marks::{self, Place, Since, SizeMark};
@@ -92,6 +93,8 @@ pub(super) struct Session {
     pub(super) guard: Option<FleecingGuard>,
     /// Bitmaps are as they shall stay.
     pub(super) decided: bool,
+    /// One per target, until they are checked for failed write-back.
+    pub(super) overlays: Vec<OverlayFile>,
     /// None: no disk is captured.
     storage: Option<Storage>,
     /// The running disks, to flush them: node and connection.
@@ -149,6 +152,7 @@ impl PreparedDisks {
             released: false,
             guard: None,
             decided: false,
+            overlays: Vec::new(),
             storage,
             live: Vec::new(),
             turn: Some(turn),
@@ -310,23 +314,24 @@ async fn add_copying(
     qmp: &Qmp,
     plan: &CapturePlan,
     target: &mut Target,
-) -> Result<(), CaptureError> {
+) -> Result<OverlayFile, CaptureError> {
     let (disk, directory) = ((target.node.as_str(), target.bytes), plan.fleecing_dir.as_path());
     let shows_disk = target.copying == Copying::Job;
-    fleecing::add_overlay(qmp, &target.names, disk, directory, shows_disk).await?;
+    let overlay = fleecing::add_overlay(qmp, &target.names, disk, directory, shows_disk).await?;
     if shows_disk {
-        return Ok(());
+        return Ok(overlay);
     }
     match filter::add(qmp, &target.names, &target.node).await {
-        Ok(()) if plan.streamed => Ok(filter::delete(qmp, &target.names).await?),
+        Ok(()) if plan.streamed => filter::delete(qmp, &target.names).await?,
         Err(error) if error.is_refusal() => {
             tracing::warn!(%error, node = target.node, "no filter of our own; blockdev-backup saves the disk's old blocks");
             fleecing::delete(qmp, &target.names).await?;
             target.copying = Copying::Job;
-            fleecing::add_overlay(qmp, &target.names, disk, directory, true).await
+            return fleecing::add_overlay(qmp, &target.names, disk, directory, true).await;
         }
-        other => Ok(other?),
+        other => other?,
     }
+    Ok(overlay)
 }
 
 async fn export_live(
@@ -348,7 +353,7 @@ impl Session {
         guard::check(&self.plan.fleecing_dir, self.plan.fleecing_reserve)?;
         nbd_server::start(&self.qmp, &self.plan.nbd_socket).await?;
         for target in &mut self.targets {
-            add_copying(&self.qmp, &self.plan, target).await?;
+            self.overlays.push(add_copying(&self.qmp, &self.plan, target).await?);
         }
         let marks = size_marks::find(&self.qmp, &self.plan.tag).await?;
         for target in &self.targets {
@@ -413,6 +418,14 @@ impl Session {
         Ok(())
     }
 
+    /// To be called after [`Self::release`]; see [`fleecing::first_failed`].
+    pub(super) async fn failed_overlay(
+        &mut self,
+    ) -> Result<Option<(String, std::io::Error)>, CaptureError> {
+        let overlays = std::mem::take(&mut self.overlays);
+        fleecing::first_failed(overlays, &self.plan.fleecing_dir).await
+    }
+
     /// As if the capture had not been: no change may be missing from the next one.
     pub(super) async fn undo(&mut self) -> Result<(), CaptureError> {
         if !self.released
@@ -426,6 +439,8 @@ impl Session {
             answers?;
         }
         self.release().await?;
+        // For the room that they take; what they held is not used.
+        let _ = self.failed_overlay().await;
         size_marks::remove(&self.qmp, &self.plan.tag, |_, id, _| id == self.plan.id).await?;
         let (incremental, full): (Vec<&Target>, Vec<&Target>) =
             self.targets.iter().partition(|t| t.base.is_some());
@@ -448,6 +463,7 @@ impl Session {
             targets: self.targets.clone(),
             released: self.released,
             guard: None,
+            overlays: std::mem::take(&mut self.overlays),
             storage: self.storage.clone(),
             live: std::mem::take(&mut self.live),
             // Its own end must not start another.

@@ -56,19 +56,36 @@ pub(super) fn free_bytes(directory: &Path) -> std::io::Result<u64> {
     Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
 }
 
+/// Closes a file, which may never return, on a thread of its own.
+pub(super) fn close(file: File) {
+    let thread = std::thread::Builder::new().name("overlay-close".into());
+    if let Err(error) = thread.spawn(move || drop(file)) {
+        tracing::debug!(%error, "no thread to close a file of the overlays' directory");
+    }
+}
+
 /// Runs a call that may never return. Its thread is then left to it.
 pub(super) async fn within<T: Send + 'static>(
     directory: &Path,
+    call: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T, CaptureError> {
+    within_limit(directory, ANSWER, call).await
+}
+
+/// [`within`], for a call that may take longer than other calls.
+pub(super) async fn within_limit<T: Send + 'static>(
+    directory: &Path,
+    limit: Duration,
     call: impl FnOnce() -> std::io::Result<T> + Send + 'static,
 ) -> Result<T, CaptureError> {
     let error = |source| CaptureError::Fleecing { path: directory.into(), source };
     let (sender, receiver) = tokio::sync::oneshot::channel();
     let thread = std::thread::Builder::new().name("overlay-directory".into());
     thread.spawn(move || sender.send(call()).is_ok()).map_err(error)?;
-    match tokio::time::timeout(ANSWER, receiver).await {
+    match tokio::time::timeout(limit, receiver).await {
         Ok(Ok(result)) => result.map_err(error),
         Ok(Err(_)) => Err(error(std::io::Error::other("the thread that asked for it ended"))),
-        Err(_) => Err(CaptureError::Hung { path: directory.into(), after: ANSWER }),
+        Err(_) => Err(CaptureError::Hung { path: directory.into(), after: limit }),
     }
 }
 
