@@ -1,7 +1,7 @@
 //! All communication with a running QEMU: QMP commands, NBD reads, device state and the migration
 //! stream.
 //!
-//! The order in which a checkpoint uses the modules: [`machine`], [`ramblock`] and [`disks`] query
+//! The order in which a checkpoint uses the modules: [`vm`], [`ramblock`] and [`disks`] query
 //! what the VM has; [`capture`] prepares the disks; [`paused`] stops the guest; [`capture`]
 //! captures the disks and [`device_state`] the devices; [`nbd`] reads the disks while the guest
 //! runs. A restore uses [`images`], then [`stream`] and [`incoming`].

@@ -76,7 +76,7 @@ fn what_is_no_monitor_of_a_qemu_is_refused_and_says_what_would_be() {
     );
     let message = lab
         .run(&["attach", "--qmp", text(&place("dead")), "--store", "ftp://x", "--name", "m"])
-        .expect_failure(4);
+        .expect_failure(2);
     assert!(message.contains("ftp"), "{message}");
 }
 
@@ -326,7 +326,7 @@ fn doctor_says_what_can_be_done_with_a_running_vm() {
         );
         let table = lab.run(&["doctor", "--qmp", text(&socket)]).expect_success().out;
         assert!(
-            table.contains("ok    VM")
+            table.contains("ok    machine")
                 && table.contains("engine stopped")
                 && table.contains("Checkpoints can be taken"),
             "{table}"

@@ -15,7 +15,7 @@
 //! - [`CapturedDisks::restore`] merges B into A and lets A record again, so that the next
 //!   checkpoint carries both.
 //!
-//! Order: [`PreparedDisks::prepare`] (guest runs) → [`PreparedDisks::pause`] (guest paused) →
+//! Order: [`PreparedDisks::prepare`] (guest runs) → [`PreparedDisks::capture`] (guest paused) →
 //! [`CapturedDisks::export`]. A capture that is dropped is torn down and its bitmaps are restored
 //! in the background; one whose helper was killed is found by its names, which carry the instance,
 //! and cleaned up by [`cleanup_leftovers`]. Bitmaps live in QEMU's memory, named with the ID of the
