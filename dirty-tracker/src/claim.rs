@@ -26,8 +26,8 @@ impl Pending {
 ///
 /// A scan that protects also clears the dirty bits: from that moment only the claim has the list of
 /// written pages. If the checkpoint then fails, the next one would miss them, and a restore would
-/// bring back a VM that never existed. So the claim keeps the pages. Whatever way a checkpoint ends
-/// - an error, a cancelled task, a panic - dropping the claim restores them, and the next claim has
+/// bring back a VM that never existed. So the claim keeps the pages. However a checkpoint ends (by
+/// an error, a cancelled task, a panic), dropping the claim restores them, and the next claim has
 /// them again. The only way to keep them is [`Self::acknowledge`], which asks for the receipt that
 /// the store makes when the checkpoint is durable: not written, durable.
 ///
