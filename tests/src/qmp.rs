@@ -3,7 +3,7 @@
 
 use crate::process::wait_until;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Error, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -28,8 +28,17 @@ impl QmpClient {
         };
         // While QEMU starts, two of its threads may serve one client.
         wait_until(TIMEOUT, || age().is_none_or(|age| age > SETTLING));
-        let stream = UnixStream::connect(socket)
-            .unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
+        let mut stream = UnixStream::connect(socket);
+        // It is refused between the socket's bind and its listen.
+        wait_until(TIMEOUT, || {
+            let refused = |error: &Error| error.kind() == ErrorKind::ConnectionRefused;
+            let again = stream.as_ref().is_err_and(refused);
+            if again {
+                stream = UnixStream::connect(socket);
+            }
+            !again
+        });
+        let stream = stream.unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
         stream.set_read_timeout(Some(TIMEOUT)).expect("a socket");
         let mut client = Self {
             read: BufReader::new(stream.try_clone().expect("a socket")),
