@@ -146,7 +146,7 @@ fn describe(manifest: &Manifest) -> String {
             manifest.parent.map(|parent| parent.to_string()).unwrap_or_else(|| "none".to_owned())
         ),
         format!(
-            "  VM   {}, {} vCPUs, {} RAM, {}",
+            "  VM        {}, {} vCPUs, {} RAM, {}",
             vm.machine_type,
             vm.vcpus,
             bytes(vm.ram_bytes.0),
