@@ -12,7 +12,7 @@ const EXIT_CODES: &str = "Exit codes:
   1  failed; the message says what, on what and what to do
   2  the command line is wrong
   3  refused: the VM, host or store is not in a state in which this may be done
-  4  the store did not take or give the data; nothing is lost, try again
+  4  store I/O failed; the last checkpoint is intact, retry
   5  the store holds damaged content";
 
 /// Live, incremental, consistent checkpoints of QEMU VMs, restored on any host.
@@ -30,13 +30,13 @@ pub struct Cli {
 pub enum Command {
     /// Start QEMU so that it can be checkpointed; this process becomes QEMU
     Run(RunArgs),
-    /// Give a running VM a helper: one of ours again, or any QEMU by its QMP socket
+    /// Attach a helper to a running VM: a managed VM by name, any other by its QMP socket
     Attach(AttachArgs),
-    /// Move a VM that is attached by its QMP socket into a QEMU of ours, while it runs
+    /// Move an attached external VM, while it runs, into a managed QEMU on this host
     Adopt(AdoptArgs),
     /// Take a checkpoint of a running VM
     Checkpoint(CheckpointArgs),
-    /// Bring a VM back from the store
+    /// Restore a VM from the store
     Restore(RestoreArgs),
     /// List VMs, or the checkpoints of one
     Ls(LsArgs),
