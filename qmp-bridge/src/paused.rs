@@ -93,7 +93,7 @@ impl From<RunStateError> for PauseError {
 
 /// What has to be done before the guest is as it was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Owed {
+enum Pending {
     Nothing,
     Cont,
     /// Before the migration has completed `migrate_cancel`, after that `cont`. In the wrong one's
@@ -106,7 +106,7 @@ enum Owed {
 #[derive(Debug)]
 pub struct Paused {
     qmp: Qmp,
-    owed: Owed,
+    pending: Pending,
     /// What lies in QEMU for the case of our death.
     marker: Option<&'static str>,
     /// The stream of a migration that may hold up QEMU.
@@ -141,7 +141,7 @@ impl Paused {
         let (before, watched_from) = RunState::timed(qmp).await?;
         let mut paused = Self {
             qmp: qmp.clone(),
-            owed: Owed::Nothing,
+            pending: Pending::Nothing,
             marker: None,
             stream: None,
             before,
@@ -154,7 +154,8 @@ impl Paused {
         if before.is_live() {
             place_marker(qmp, MARKER).await?;
             // From here on the drop resumes, also when this future is dropped in the middle.
-            (paused.marker, paused.owed, paused.since) = (Some(MARKER), Owed::Cont, Instant::now());
+            (paused.marker, paused.pending, paused.since) =
+                (Some(MARKER), Pending::Cont, Instant::now());
             paused.send_stop().await?;
         }
         Ok(paused)
@@ -169,7 +170,7 @@ impl Paused {
         let Ok(stopped) = tokio::time::timeout(self.limit, stop).await else {
             // QEMU takes this up as soon as it can. Waiting for that is of no use to the guest.
             self.qmp.send_detached("cont", Value::Null)?;
-            self.owed = Owed::Nothing;
+            self.pending = Pending::Nothing;
             self.remove_marker();
             return Err(PauseError::TooLong { limit: self.limit, during: "`stop`" });
         };
@@ -178,13 +179,13 @@ impl Paused {
         match state.parse::<RunState>() {
             Ok(state) if state.is_live() => self.expected = RunState::Paused.name(),
             Ok(state) => {
-                self.owed = Owed::Nothing;
+                self.pending = Pending::Nothing;
                 self.remove_marker();
                 self.marker = None;
                 (self.before, self.expected) = (state, state.name());
             }
             Err(no_guest) => {
-                self.owed = Owed::Nothing;
+                self.pending = Pending::Nothing;
                 self.remove_marker();
                 return Err(no_guest.into());
             }
@@ -207,7 +208,7 @@ impl Paused {
     pub(crate) fn by_switchover(qmp: &Qmp, before: RunState) -> Self {
         Self {
             qmp: qmp.clone(),
-            owed: Owed::CancelOrCont,
+            pending: Pending::CancelOrCont,
             marker: Some(SWITCHOVER_MARKER),
             stream: None,
             before,
@@ -287,15 +288,15 @@ impl Paused {
             verdict::judge(self.before.is_live(), self.expected, state.as_deref(), &events);
         // A switch-over that has not completed is given up, whatever became of it.
         let is_cancelled =
-            self.owed == Owed::CancelOrCont && state.as_deref() == Some("finish-migrate");
-        match self.owed {
-            Owed::Cont if verdict.needs_cont => cont(&self.qmp).await?,
-            Owed::CancelOrCont if is_cancelled || verdict.needs_cont => {
+            self.pending == Pending::CancelOrCont && state.as_deref() == Some("finish-migrate");
+        match self.pending {
+            Pending::Cont if verdict.needs_cont => cont(&self.qmp).await?,
+            Pending::CancelOrCont if is_cancelled || verdict.needs_cont => {
                 end_switchover(&self.qmp, self.before.is_live()).await?
             }
-            Owed::Nothing | Owed::Cont | Owed::CancelOrCont => {}
+            Pending::Nothing | Pending::Cont | Pending::CancelOrCont => {}
         }
-        self.owed = Owed::Nothing;
+        self.pending = Pending::Nothing;
         let paused = self.since.elapsed();
         self.remove_marker();
         let late = || verdict::after_cont(&self.watch.since(self.watched_from)[events.len()..]);
@@ -327,13 +328,13 @@ impl Drop for Paused {
         let was_resumed =
             self.watch.since(self.watched_from).iter().any(|event| event.name == "RESUME");
         let is_live = self.before.is_live() && !was_resumed;
-        let commands: &[&str] = match (self.owed, is_live) {
-            (Owed::Nothing, _) | (Owed::Cont, false) => &[],
-            (Owed::Cont, true) => &["cont"],
-            (Owed::CancelOrCont, true) => &["migrate_cancel", "cont"],
-            (Owed::CancelOrCont, false) => &["migrate_cancel"],
+        let commands: &[&str] = match (self.pending, is_live) {
+            (Pending::Nothing, _) | (Pending::Cont, false) => &[],
+            (Pending::Cont, true) => &["cont"],
+            (Pending::CancelOrCont, true) => &["migrate_cancel", "cont"],
+            (Pending::CancelOrCont, false) => &["migrate_cancel"],
         };
-        if self.owed == Owed::Nothing {
+        if self.pending == Pending::Nothing {
             return;
         }
         tracing::warn!(

@@ -32,7 +32,6 @@ mod resume;
 mod states;
 mod torture;
 mod tpm;
-mod tree;
 mod window;
 
 /// A file that is not in the list above would not be compiled.

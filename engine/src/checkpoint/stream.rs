@@ -199,18 +199,10 @@ impl Checkpointer {
         guest_waits.store(true, Ordering::SeqCst);
         kill_point::point("stream.switched");
         let stopped = paused.elapsed();
-        let (completed, captured) = take_rest(run, migration, &paused, &paused).await?;
+        let taken = take_rest(run, migration, &paused, &paused).await?;
         run.pause = paused.resume().await.context("letting the guest run again")?;
         guest_waits.store(false, Ordering::SeqCst);
-        trace(
-            phases,
-            run.pause,
-            &[
-                ("pause.stop", stopped),
-                ("pause.stream", completed - stopped),
-                ("pause.disks", captured - completed),
-            ],
-        );
+        trace_rest(phases, run.pause, stopped, taken);
         Ok(())
     }
 
@@ -230,17 +222,9 @@ impl Checkpointer {
         let read = read_stopped(run, migration, &paused).await;
         // After a failure too, and then before anything else.
         let resumed = paused.resume().await.context("letting the guest run again");
-        let (completed, captured) = read?;
+        let taken = read?;
         run.pause = resumed?;
-        trace(
-            phases,
-            run.pause,
-            &[
-                ("pause.stop", stopped),
-                ("pause.stream", completed - stopped),
-                ("pause.disks", captured - completed),
-            ],
-        );
+        trace_rest(phases, run.pause, stopped, taken);
         Ok(())
     }
 
@@ -327,6 +311,18 @@ async fn take_rest(
     let captured = paused.elapsed();
     kill_point::point("stream.captured");
     Ok((completed, captured))
+}
+
+/// A pause in which the rest of the memory was `completed` and then the disks `captured`.
+fn trace_rest(
+    phases: &mut Phases,
+    pause: Duration,
+    stopped: Duration,
+    (completed, captured): (Duration, Duration),
+) {
+    let (stream, disks) = (completed - stopped, captured - completed);
+    let parts = [("pause.stop", stopped), ("pause.stream", stream), ("pause.disks", disks)];
+    trace(phases, pause, &parts);
 }
 
 fn trace(phases: &mut Phases, pause: Duration, parts: &[(&str, Duration)]) {

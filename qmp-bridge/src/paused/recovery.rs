@@ -36,9 +36,9 @@ pub(super) async fn end_switchover(qmp: &Qmp, ran: bool) -> Result<(), QmpError>
 /// it. Only the caller can know that the last migration was that
 /// one and no other, and that it is over or cancelled. Returns whether there was one.
 pub(crate) async fn resume_switched_over(qmp: &Qmp) -> Result<bool, QmpError> {
-    let is_owed =
+    let is_ours =
         marker_present(qmp, SWITCHOVER_MARKER).await? || marker_present(qmp, MARKER).await?;
-    let stopped = is_owed && in_switchover(qmp).await?;
+    let stopped = is_ours && in_switchover(qmp).await?;
     if stopped {
         end_switchover(qmp, true).await?;
     }

@@ -1,5 +1,5 @@
-//! The guard against a scripted peer: whatever happens to it, `cont` goes out exactly when it is
-//! owed.
+//! The guard against a scripted peer: whatever happens to it, `cont` goes out exactly when the
+//! guest still needs it.
 
 use super::*;
 use crate::qmp::test::{Peer, pair};

@@ -68,8 +68,8 @@ fn firmware() -> Vec<u8> {
     image
 }
 
-/// Starts the counting guest on a machine that nobody prepared.
-pub async fn start(qemu: &Path, machine: &str, megabytes: u32, more: &[&str]) -> TestQemu {
+/// Starts the counting guest in an external VM.
+pub async fn start(qemu: &Path, machine_type: &str, megabytes: u32, more: &[&str]) -> TestQemu {
     let directory = tempfile::tempdir().expect("directory");
     std::fs::write(directory.path().join("firmware.bin"), firmware()).expect("firmware");
     for disk in ["virtio.img", "ide.img"] {
@@ -78,8 +78,8 @@ pub async fn start(qemu: &Path, machine: &str, megabytes: u32, more: &[&str]) ->
             .expect("disk");
     }
     let memory = megabytes.to_string();
-    let mut arguments = vec!["-accel", "tcg", "-M", machine, "-m", &memory];
-    if machine != "none" {
+    let mut arguments = vec!["-accel", "tcg", "-M", machine_type, "-m", &memory];
+    if machine_type != "none" {
         arguments.extend(["-bios", "firmware.bin"]);
     }
     arguments.extend(more);

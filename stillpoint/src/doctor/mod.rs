@@ -59,12 +59,8 @@ impl Row {
         detail: impl Into<String>,
         remedy: impl Into<String>,
     ) -> Self {
-        Self {
-            check: check.into(),
-            state: State::Warn,
-            detail: detail.into(),
-            remedy: Some(remedy.into()),
-        }
+        let remedy = Some(remedy.into());
+        Self { state: State::Warn, remedy, ..Self::ok(check, detail) }
     }
 
     fn no(
@@ -72,12 +68,8 @@ impl Row {
         detail: impl Into<String>,
         remedy: impl Into<String>,
     ) -> Self {
-        Self {
-            check: check.into(),
-            state: State::No,
-            detail: detail.into(),
-            remedy: Some(remedy.into()),
-        }
+        let remedy = Some(remedy.into());
+        Self { state: State::No, remedy, ..Self::ok(check, detail) }
     }
 }
 
