@@ -106,11 +106,11 @@ fn verdict(rows: &[Row], place: &str) -> String {
     match (count(State::No), count(State::Warn)) {
         (0, 0) => format!("Checkpoints can be taken {place}."),
         (0, warnings) => format!(
-            "Checkpoints can be taken {place}; {warnings} of {} rows say how it could do better.",
+            "Checkpoints can be taken {place}; {warnings} of {} checks have warnings.",
             rows.len()
         ),
         (failures, _) => format!(
-            "No checkpoints can be taken {place}: {failures} of {} rows say 'no'.",
+            "No checkpoints can be taken {place}: {failures} of {} checks say 'no'.",
             rows.len()
         ),
     }
@@ -128,7 +128,7 @@ mod test {
             text,
             "ok    a       fine\n\
              no    longer  absent\n              to do: install it\n\
-             No checkpoints can be taken on this host: 1 of 2 rows say 'no'.\n"
+             No checkpoints can be taken on this host: 1 of 2 checks say 'no'.\n"
         );
         assert!(
             verdict(&[Row::warn("a", "b", "c")], "here").starts_with("Checkpoints can be taken")
