@@ -167,7 +167,7 @@ async fn with_a_dead_datanode_a_checkpoint_becomes_durable_in_fewer_copies() {
         .await
         .expect("stored in spite of the dead node");
     eprintln!("dead DataNode: stored after {} tries in {:?}", pack.attempts, begun.elapsed());
-    assert!(pack.is_short() && pack.more_requested, "{pack:?}");
+    assert!(pack.is_short() && pack.more_requested, "{pack:?}\n{}", cluster.status());
     let durable = partial.commit(bytes("manifest")).await.expect("commit");
     assert!(durable.least_replicas() < Some(3) && durable.short_of_replicas() >= 1, "{durable:?}");
     let repository = writer.repository();

@@ -80,7 +80,9 @@ pub struct StoredPack {
     pub name: PackName,
     /// Bytes.
     pub len: u64,
-    /// Copies that it was written with; `None` if the store keeps none.
+    /// Copies that the store accepted it with and keeps it at from now on; `None` if it keeps none.
+    /// HDFS may be short of some for a while, which it makes up for by itself: its client does not
+    /// say how many DataNodes hold a block.
     pub replicas: Option<u16>,
     /// Copies wanted.
     pub wanted_replicas: Option<u16>,
