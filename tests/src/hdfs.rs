@@ -26,7 +26,7 @@ impl Cluster {
         Self::up(None, None)
     }
 
-    /// The cluster to harm, up and whole, for this caller alone. Down again when dropped.
+    /// The cluster to harm, up and whole, for this caller alone. Gone with its data when dropped.
     pub fn to_harm() -> Self {
         let directory = shared_directory().join("hdfs");
         let file = File::create(shared_directory().join("hdfs.lock")).expect("a lock file");
@@ -97,6 +97,6 @@ impl Drop for Cluster {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
             }
         }
-        let _ = self.command(&["down"]).output();
+        let _ = self.command(&["wipe"]).output();
     }
 }
