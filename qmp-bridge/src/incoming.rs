@@ -9,12 +9,11 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
 use crate::qmp::{Qmp, QmpError};
+use crate::quirks;
 
 /// How long QEMU may take for a stream of small blocks and device state.
 pub const LOAD_TIMEOUT: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(1);
-/// From this version on QEMU can report a failed load instead of ending.
-const EXIT_ON_ERROR_SINCE: (u32, u32) = (9, 1);
 
 /// QEMU's default of `announce-rounds`.
 const DEFAULT_ANNOUNCEMENTS: u32 = 5;
@@ -71,7 +70,7 @@ impl Incoming {
         // may never run here.
         set_announcements(qmp, 0).await?;
         let mut arguments = json!({ "uri": format!("unix:{text}") });
-        if (qmp.version().major, qmp.version().minor) >= EXIT_ON_ERROR_SINCE {
+        if qmp.version().has(quirks::REPORTS_FAILED_LOAD) {
             arguments["exit-on-error"] = Value::Bool(false);
         }
         let listening = qmp.execute_json("migrate-incoming", arguments).await;

@@ -56,6 +56,7 @@ pub mod nbd;
 pub mod nbd_server;
 pub mod paused;
 pub mod qmp;
+pub mod quirks;
 pub mod ramblock;
 pub mod resave;
 pub mod run_state;

@@ -9,10 +9,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 use crate::qmp::{QemuVersion, Qmp, QmpError};
-
-/// From this version on `stop` stops a suspended guest too, and `cont` and a restore bring it back
-/// to that state. Before, its clock and its devices continue through a `stop`.
-const SUSPENDED_SINCE: u32 = 9;
+use crate::quirks;
 
 /// A run state whose guest is whole: its memory, disks and devices are of one instant, or can be
 /// made so by a `stop`.
@@ -107,9 +104,12 @@ impl RunState {
 
     fn check(name: &str, version: &QemuVersion) -> Result<Self, NoGuest> {
         let state: Self = name.parse()?;
-        if state == Self::Suspended && version.major < SUSPENDED_SINCE {
+        let continues = quirks::SUSPENDED_GUEST_CANNOT_BE_STOPPED;
+        if state == Self::Suspended && version.has(continues) {
             let why = format!(
-                "QEMU {version} cannot stop a guest that is suspended (since {SUSPENDED_SINCE}.0 it can); wake it first"
+                "QEMU {version} cannot stop a guest that is suspended (since {} it can); \
+                 wake it first",
+                continues.changed_in()
             );
             return Err(NoGuest { state: name.into(), why });
         }

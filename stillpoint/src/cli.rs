@@ -1,11 +1,14 @@
 //! The command line.
 
 use checkpoint_format::VmName;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
 use engine::lineage::CheckpointName;
 use engine::restore::line::Mapping;
 use std::path::PathBuf;
-use vm::memory_source;
+use std::str::FromStr;
+use strum::{EnumMessage, IntoEnumIterator};
+use vm::memory_source::{EngineChoice, StreamChoice};
 
 const EXIT_CODES: &str = "Exit codes:
   0  done
@@ -111,10 +114,12 @@ pub struct AttachArgs {
     #[arg(long, alias = "scratch-dir", env = "STILLPOINT_FLEECING_DIR", value_name = "DIR")]
     pub fleecing_dir: Option<PathBuf>,
     /// With --qmp: where memory comes from
-    #[arg(long, value_enum, default_value_t, value_name = "ENGINE")]
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    #[arg(value_parser = choice::<EngineChoice>())]
     pub engine: EngineChoice,
     /// With --qmp: how the stream engine gets memory of one instant
-    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    #[arg(value_parser = choice::<StreamChoice>())]
     pub stream: StreamChoice,
     #[command(flatten)]
     pub runtime: Runtime,
@@ -148,10 +153,10 @@ pub struct CheckpointArgs {
     #[command(flatten)]
     pub runtime: Runtime,
     /// Where this checkpoint's memory comes from [default: what the VM was attached with]
-    #[arg(long, value_enum, value_name = "ENGINE")]
+    #[arg(long, value_name = "ENGINE", value_parser = choice::<EngineChoice>())]
     pub engine: Option<EngineChoice>,
     /// How the stream engine gets memory of one instant [default: what the VM was attached with]
-    #[arg(long, value_enum, value_name = "MODE")]
+    #[arg(long, value_name = "MODE", value_parser = choice::<StreamChoice>())]
     pub stream: Option<StreamChoice>,
     /// Take a full checkpoint, which begins a new lineage: it needs no earlier one
     #[arg(long)]
@@ -320,51 +325,17 @@ impl AttachArgs {
     }
 }
 
-/// Which engine is wanted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum EngineChoice {
-    /// The tracker where the plugin sits in QEMU, else the stream
-    #[default]
-    Auto,
-    /// Changed pages, as the kernel saw them written
-    Tracker,
-    /// QEMU's own migration stream, compared with the last checkpoint
-    Stream,
-}
-
-impl From<EngineChoice> for memory_source::EngineChoice {
-    fn from(choice: EngineChoice) -> Self {
-        match choice {
-            EngineChoice::Auto => Self::Auto,
-            EngineChoice::Tracker => Self::Tracker,
-            EngineChoice::Stream => Self::Stream,
-        }
-    }
-}
-
-/// How the stream engine gets memory of one instant.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum StreamChoice {
-    /// Pre-copy where this QEMU does it without fault, else stopped
-    #[default]
-    Auto,
-    /// Memory is read while the guest runs, and what changed meanwhile in the pause
-    PreCopy,
-    /// Memory is write-protected in the pause and read while the guest runs on
-    BackgroundSnapshot,
-    /// The guest is paused while all of its memory is read
-    Stopped,
-}
-
-impl From<StreamChoice> for memory_source::StreamChoice {
-    fn from(choice: StreamChoice) -> Self {
-        match choice {
-            StreamChoice::Auto => Self::Auto,
-            StreamChoice::PreCopy => Self::PreCopy,
-            StreamChoice::BackgroundSnapshot => Self::BackgroundSnapshot,
-            StreamChoice::Stopped => Self::Stopped,
-        }
-    }
+/// The choices of a library by their words, each with its documentation as help.
+fn choice<T>() -> impl TypedValueParser<Value = T>
+where
+    T: IntoEnumIterator + EnumMessage + Into<&'static str>,
+    T: FromStr<Err = strum::ParseError> + Clone + Send + Sync + 'static,
+{
+    let values = T::iter().map(|value| {
+        let meaning = value.get_documentation().unwrap_or_default();
+        PossibleValue::new(value.into()).help(meaning)
+    });
+    PossibleValuesParser::new(values).try_map(|word| word.parse::<T>())
 }
 
 #[cfg(test)]

@@ -10,18 +10,29 @@
 use crate::error::refused;
 use anyhow::Result;
 use qmp_bridge::migration::{StreamMode, Support};
-use qmp_bridge::vm::{Accelerator, VmFacts};
+use qmp_bridge::qmp::QemuVersion;
+use qmp_bridge::quirks;
+use qmp_bridge::vm::Accelerator;
 use serde::{Deserialize, Serialize};
+use strum::{EnumIter, EnumMessage, EnumString, IntoStaticStr};
 
-/// Before this version a live migration of a TCG guest loses pages: QEMU clears the dirty bits that
-/// it has read, but not the translation cache's belief that the page is dirty, so later writes go
-/// unseen (seen with 7.2: one restored guest in two to four had a page of an earlier instant; 10.0:
-/// none; KVM marks pages in another way).
-pub const LIVE_TCG_SINCE: u32 = 9;
-
-/// Which engine is wanted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Which engine is wanted; the texts of the values are those of the command line's help.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Serialize,
+    Deserialize,
+    EnumIter,
+    EnumMessage,
+    EnumString,
+    IntoStaticStr,
+)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum EngineChoice {
     /// The tracker where the plugin sits in QEMU, else the stream
     #[default]
@@ -32,9 +43,23 @@ pub enum EngineChoice {
     Stream,
 }
 
-/// How the stream engine gets memory of one instant.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// How the stream engine gets memory of one instant; the texts are for the help, too.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Serialize,
+    Deserialize,
+    EnumIter,
+    EnumMessage,
+    EnumString,
+    IntoStaticStr,
+)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum StreamChoice {
     /// Pre-copy where this QEMU does it without fault, else stopped
     #[default]
@@ -104,19 +129,20 @@ pub fn choose_tracker(
     }
 }
 
-/// `has_plugin`: our plugin sits in this QEMU, and may have registered its memory.
+/// `live`: what [`can_pre_copy_live`] says. `has_plugin`: our plugin sits in this QEMU, and may
+/// have registered its memory.
 /// `process_memory`: whether the memory of a guest that does not run can be read from QEMU's
 /// process.
 pub fn choose_stream(
     wanted: StreamChoice,
     support: &Support,
-    facts: &VmFacts,
+    live: Result<(), String>,
     has_plugin: bool,
     process_memory: &Result<(), String>,
 ) -> Result<Chosen> {
     let (engine, why) = match support.stopped {
         true => choose_for_stopped_guest(support, has_plugin, process_memory)?,
-        false => choose_for_running_guest(wanted, facts, has_plugin)?,
+        false => choose_for_running_guest(wanted, live, has_plugin)?,
     };
     match engine.mode().map(|mode| support.of(mode)) {
         Some(Err(no)) => {
@@ -147,10 +173,9 @@ fn choose_for_stopped_guest(
 
 fn choose_for_running_guest(
     wanted: StreamChoice,
-    facts: &VmFacts,
+    live: Result<(), String>,
     has_plugin: bool,
 ) -> Result<(Engine, String)> {
-    let live = can_pre_copy_live(facts);
     Ok(match wanted {
         StreamChoice::Auto => match live {
             Ok(()) => (Engine::PreCopy, "memory by QEMU's own migration stream".to_owned()),
@@ -173,42 +198,31 @@ fn choose_for_running_guest(
 }
 
 /// That pages which the guest writes during a live migration reach its stream, or why not.
-pub fn can_pre_copy_live(facts: &VmFacts) -> Result<(), String> {
-    if facts.accelerator != Accelerator::Tcg || facts.qemu.major >= LIVE_TCG_SINCE {
-        return Ok(());
+pub fn can_pre_copy_live(qemu: &QemuVersion, accelerator: Accelerator) -> Result<(), String> {
+    if accelerator == Accelerator::Tcg && qemu.has(quirks::LIVE_TCG_MIGRATION_LOSES_PAGES) {
+        return Err(format!(
+            "QEMU {qemu} under TCG loses pages when it reads memory of a running guest"
+        ));
     }
-    Err(format!(
-        "QEMU {} under TCG loses pages when it reads memory of a running guest",
-        facts.qemu
-    ))
+    Ok(())
 }
 
 #[cfg(test)]
 mod test {
     use super::*;
     use crate::error;
-    use qmp_bridge::qmp::QemuVersion;
 
-    fn facts(major: u32, accelerator: Accelerator) -> VmFacts {
-        VmFacts {
-            qemu: QemuVersion { major, minor: 0, micro: 0, package: String::new() },
-            machine_type: "pc-q35-7.2".to_owned(),
-            default_ram_id: None,
-            ram_backend: None,
-            vcpus: 1,
-            ram_bytes: 1 << 20,
-            plugged_bytes: 0,
-            accelerator,
-            migration_blockers: Vec::new(),
-        }
+    fn live(major: u32, accelerator: Accelerator) -> Result<(), String> {
+        let qemu = QemuVersion { major, minor: 0, micro: 0, package: String::new() };
+        can_pre_copy_live(&qemu, accelerator)
     }
 
     fn able() -> Support {
         Support { background_snapshot: Ok(()), pre_copy: Ok(()), stopped: false }
     }
 
-    fn stream(wanted: StreamChoice, facts: &VmFacts) -> Result<Engine> {
-        choose_stream(wanted, &able(), facts, false, &Ok(())).map(|chosen| chosen.engine)
+    fn stream(wanted: StreamChoice, live: &Result<(), String>) -> Result<Engine> {
+        choose_stream(wanted, &able(), live.clone(), false, &Ok(())).map(|chosen| chosen.engine)
     }
 
     fn assert_refused<T: std::fmt::Debug>(result: Result<T>, reason: &str) {
@@ -231,7 +245,7 @@ mod test {
 
     #[test]
     fn only_the_old_emulator_is_mistrusted() {
-        let can = |major, accelerator| can_pre_copy_live(&facts(major, accelerator)).is_ok();
+        let can = |major, accelerator| live(major, accelerator).is_ok();
         assert!(!can(8, Accelerator::Tcg) && can(9, Accelerator::Tcg));
         assert!(can(7, Accelerator::Kvm));
     }
@@ -239,7 +253,7 @@ mod test {
     #[test]
     fn a_guest_whose_live_stream_would_lose_pages_is_stopped() {
         let (old, kvm, new) =
-            (facts(8, Accelerator::Tcg), facts(7, Accelerator::Kvm), facts(9, Accelerator::Tcg));
+            (live(8, Accelerator::Tcg), live(7, Accelerator::Kvm), live(9, Accelerator::Tcg));
         assert_eq!(stream(StreamChoice::Auto, &old).unwrap(), Engine::Stopped);
         assert_eq!(stream(StreamChoice::Auto, &kvm).unwrap(), Engine::PreCopy);
         assert_eq!(stream(StreamChoice::Auto, &new).unwrap(), Engine::PreCopy);
@@ -249,7 +263,7 @@ mod test {
 
     #[test]
     fn a_guest_that_does_not_run_is_never_migrated() {
-        let (new, stopped) = (facts(10, Accelerator::Tcg), Support { stopped: true, ..able() });
+        let stopped = Support { stopped: true, ..able() };
         let (can, cannot) = (Ok(()), Err("not permitted".to_owned()));
         for wanted in [
             StreamChoice::Auto,
@@ -257,39 +271,41 @@ mod test {
             StreamChoice::BackgroundSnapshot,
             StreamChoice::Stopped,
         ] {
-            let chosen = choose_stream(wanted, &stopped, &new, false, &can).unwrap();
+            let chosen = choose_stream(wanted, &stopped, Ok(()), false, &can).unwrap();
             assert_eq!(chosen.engine, Engine::ProcessMemory, "{wanted:?}");
         }
         assert_eq!(
-            choose_stream(StreamChoice::Auto, &stopped, &new, false, &cannot).unwrap().engine,
+            choose_stream(StreamChoice::Auto, &stopped, Ok(()), false, &cannot).unwrap().engine,
             Engine::BackgroundSnapshot
         );
         assert_refused(
-            choose_stream(StreamChoice::Auto, &stopped, &new, true, &cannot),
+            choose_stream(StreamChoice::Auto, &stopped, Ok(()), true, &cannot),
             "not permitted",
         );
         let old = Support { background_snapshot: Err("old".to_owned()), ..stopped };
         assert_refused(
-            choose_stream(StreamChoice::Auto, &old, &new, false, &cannot),
+            choose_stream(StreamChoice::Auto, &old, Ok(()), false, &cannot),
             "not permitted",
         );
     }
 
     #[test]
     fn what_cannot_be_had_is_refused_with_its_reason() {
-        let new = facts(10, Accelerator::Tcg);
         let none = Support {
             background_snapshot: Err("old kernel".to_owned()),
             pre_copy: Err("a blocker".to_owned()),
             stopped: false,
         };
-        assert_refused(choose_stream(StreamChoice::Auto, &none, &new, false, &Ok(())), "a blocker");
         assert_refused(
-            choose_stream(StreamChoice::BackgroundSnapshot, &none, &new, false, &Ok(())),
+            choose_stream(StreamChoice::Auto, &none, Ok(()), false, &Ok(())),
+            "a blocker",
+        );
+        assert_refused(
+            choose_stream(StreamChoice::BackgroundSnapshot, &none, Ok(()), false, &Ok(())),
             "old kernel",
         );
         assert_refused(
-            choose_stream(StreamChoice::BackgroundSnapshot, &able(), &new, true, &Ok(())),
+            choose_stream(StreamChoice::BackgroundSnapshot, &able(), Ok(()), true, &Ok(())),
             "our plugin",
         );
     }

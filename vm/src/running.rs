@@ -17,7 +17,7 @@ use dirty_tracker::{PluginHandles, Tracker};
 use qmp_bridge::devices::GuestDevice;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::vm::VmFacts;
-use qmp_bridge::{Qmp, devices, disks, ramblock};
+use qmp_bridge::{Qmp, devices, disks, quirks, ramblock};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,8 +28,6 @@ const STARTUP: Duration = Duration::from_secs(60);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// ISA devices have no path that would be part of the name.
 const SAVED_AS_ONE: &[&str] = &["isa-ide", "isa-ipmi-bt", "isa-ipmi-kcs"];
-/// From this version on QEMU numbers them.
-const OWN_NAMES_SINCE: (u32, u32) = (8, 2);
 const RAMFB: &str = "QEMU before 8.2, and machine types from before it, save nothing of its state; use VGA, or a newer machine type";
 const FREE_PAGE_HINT: &str = "by free-page-hint=on it keeps pages out of QEMU's migration stream; start the VM without free-page-hint";
 
@@ -229,7 +227,7 @@ impl Vm {
 pub async fn refusals(qmp: &Qmp, devices: &[GuestDevice]) -> Result<Vec<String>> {
     let board = devices::board_devices(qmp).await.context("asking QEMU for its board's devices")?;
     let mut found = Vec::new();
-    if (qmp.version().major, qmp.version().minor) < OWN_NAMES_SINCE {
+    if qmp.version().has(quirks::EQUAL_DEVICES_SAVED_AS_ONE) {
         found.extend(twice(devices.iter().chain(&board)).map(saved_as_one));
         let networks =
             qmp.hmp("info usernet").await.context("asking QEMU for its user networks")?;

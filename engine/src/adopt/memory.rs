@@ -18,7 +18,7 @@ use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use qmp_bridge::paused::run_state;
 use qmp_bridge::ramblock::{RamBlock, ram_blocks};
-use qmp_bridge::{Qmp, host_finder};
+use qmp_bridge::{Qmp, host_finder, quirks};
 use std::fs::File;
 use std::io::IoSliceMut;
 use std::ops::Range;
@@ -27,7 +27,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use vm::error::refused;
 use vm::files;
 use vm::launch::process;
-use vm::memory_source::LIVE_TCG_SINCE;
 
 const PAGE: u64 = 4096;
 /// What one thread takes at a time; both copies stay in its cache.
@@ -252,8 +251,9 @@ fn cut(from: u64, to: u64, bytes: u64, sparse: &[Range<u64>]) -> Vec<Piece> {
 
 fn cannot_read(error: anyhow::Error) -> anyhow::Error {
     refused(format!(
-        "QEMU before {LIVE_TCG_SINCE}.0 loses pages when an emulated (TCG) guest is migrated, and its memory cannot be read to copy them \
-         ({error:#}); run Stillpoint as root or as the user of that QEMU, or checkpoint it by stream as it is"
+        "QEMU before {} loses pages when an emulated (TCG) guest is migrated, and its memory cannot be read to copy them \
+         ({error:#}); run Stillpoint as root or as the user of that QEMU, or checkpoint it by stream as it is",
+        quirks::LIVE_TCG_MIGRATION_LOSES_PAGES.changed_in()
     ))
 }
 

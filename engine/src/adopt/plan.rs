@@ -10,6 +10,7 @@ use qmp_bridge::Qmp;
 use qmp_bridge::disks::Disk;
 use qmp_bridge::local_migration::{self, BitmapMap, Found};
 use qmp_bridge::paused::run_state;
+use qmp_bridge::quirks::Release;
 use qmp_bridge::vm::VmFacts;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -47,7 +48,7 @@ impl Plan {
         let process = QemuProcess::read(vm.pid)?;
         let options = arguments::parse(&vm.file.arguments)?;
         host::check(&process, vm.file.ram_bytes)?;
-        if can_pre_copy_live(&vm.facts).is_err() {
+        if can_pre_copy_live(&vm.facts.qemu, vm.facts.accelerator).is_err() {
             memory::check_readable(vm.pid)?;
         }
         let mut line = line::rewrite(&options, &process.directory)?;
@@ -192,8 +193,7 @@ async fn check_displays(qmp: &Qmp) -> Result<()> {
 
 /// A program as new as the one that runs the VM, and that has its machine type.
 fn check_program(file: &VmFile, source: &Qmp, facts: &QemuFacts, program: &Path) -> Result<()> {
-    let running = (source.version().major, source.version().minor);
-    if version(&facts.version) < Some(running) {
+    if Release::parse(&facts.version) < Some(source.version().release()) {
         return Err(refused(format!(
             "{} is QEMU {}, older than the {} that runs {}: it could not read its state; name one as new by --qemu",
             program.display(),
@@ -211,11 +211,6 @@ fn check_program(file: &VmFile, source: &Qmp, facts: &QemuFacts, program: &Path)
         facts.version,
         file.machine_type
     )))
-}
-
-fn version(text: &str) -> Option<(u32, u32)> {
-    let mut parts = text.split('.');
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
 /// The monitor by which the VM is attached is its owner's, though a restored VM does not have it.
@@ -236,13 +231,6 @@ fn carry_monitor(line: &mut line::Line, monitor: &Path) {
 #[cfg(test)]
 mod test {
     use super::*;
-
-    #[test]
-    fn versions_are_compared_as_numbers() {
-        assert!(version("7.2.22") < Some((10, 0)));
-        assert!(version("10.0.2") >= Some((10, 0)));
-        assert!(version("nonsense") < Some((7, 2)));
-    }
 
     #[test]
     fn the_owners_monitor_goes_along() {

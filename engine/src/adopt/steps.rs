@@ -156,7 +156,7 @@ impl Adoption<'_> {
         destination: &Qmp,
         process: Process,
     ) -> Result<Option<MemoryComparison>> {
-        if can_pre_copy_live(&self.vm.facts).is_ok() {
+        if can_pre_copy_live(&self.vm.facts.qemu, self.vm.facts.accelerator).is_ok() {
             return Ok(None);
         }
         let source = (&self.vm.qmp, self.plan.source.pid);

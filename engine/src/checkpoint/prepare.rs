@@ -30,7 +30,7 @@ use tracing::instrument;
 use vm::drives::Drives;
 use vm::inventory::Inventory;
 use vm::launch::paths::boot_files_of;
-use vm::memory_source::{Chosen, Engine, choose_stream, choose_tracker};
+use vm::memory_source::{Chosen, Engine, can_pre_copy_live, choose_stream, choose_tracker};
 use vm::process_memory::ProcessMemory;
 use vm::reopen;
 use vm::running::{check_blockers, lock};
@@ -198,7 +198,8 @@ impl Checkpointer {
         let support =
             migration::probe(&self.vm.qmp).await.context("asking what QEMU's migration can do")?;
         let process_memory = ProcessMemory::check(&self.vm.qmp, self.vm.pid, support.stopped).await;
-        choose_stream(stream, &support, &self.vm.facts, self.vm.has_plugin(), &process_memory)
+        let live = can_pre_copy_live(&self.vm.facts.qemu, self.vm.facts.accelerator);
+        choose_stream(stream, &support, live, self.vm.has_plugin(), &process_memory)
     }
 
     /// Bitmaps serve one lineage: that of this instance.

@@ -6,6 +6,7 @@
 
 use anyhow::Result;
 use checkpoint_format::VmRecord;
+use qmp_bridge::quirks::Release;
 use std::path::{Path, PathBuf};
 use vm::error::refused;
 use vm::launch;
@@ -47,11 +48,8 @@ fn knows(facts: &QemuFacts, machine_type: &str) -> bool {
 
 /// By major and minor version, as QEMU counts what it can load. What cannot be read is no reason.
 fn is_older(version: &str, recorded: &str) -> bool {
-    let number = |text: &str| {
-        let mut parts = text.split('.').map(|part| part.parse::<u32>().ok());
-        Some((parts.next()??, parts.next()??))
-    };
-    number(version).zip(number(recorded)).is_some_and(|(version, recorded)| version < recorded)
+    let releases = Release::parse(version).zip(Release::parse(recorded));
+    releases.is_some_and(|(release, recorded)| release < recorded)
 }
 
 /// A QEMU too old for the machine type would build another VM.

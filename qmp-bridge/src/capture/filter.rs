@@ -25,14 +25,8 @@ use crate::qmp::{Qmp, QmpError};
 /// bits of nanoseconds, so more than 4 would be less.
 pub(super) const TIMEOUT_SECONDS: u32 = 3;
 
-/// The version that has both options.
-const SINCE: (u32, u32) = (7, 1);
-
 /// The device of each node that a filter can be put above: its path in QEMU's object tree.
 pub(super) async fn devices(qmp: &Qmp) -> Result<HashMap<String, String>, QmpError> {
-    if (qmp.version().major, qmp.version().minor) < SINCE {
-        return Ok(HashMap::new());
-    }
     let block = qmp.execute_json("query-block", Value::Null).await?;
     let graph = qmp.execute_json("x-debug-query-block-graph", Value::Null).await?;
     Ok(filterable(&block, &graph))

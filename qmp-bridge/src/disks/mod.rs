@@ -15,6 +15,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 use crate::qmp::{Qmp, QmpError};
+use crate::quirks;
 use survey::Survey;
 
 /// Most layers below a disk.
@@ -245,11 +246,6 @@ pub async fn refuse_jobs(qmp: &Qmp) -> Result<(), DiskError> {
     }
 }
 
-/// Before this version QEMU's NBD server ends a connection in the thread of the disk. Debian's
-/// 7.2.22 asserts there that this is the main thread and aborts, guest and all, as soon as a client
-/// of a disk in an iothread hangs up (seen).
-const IOTHREADS_SAFE_SINCE: u32 = 9;
-
 async fn refuse_unsafe_iothreads(qmp: &Qmp, disks: &Disks) -> Result<(), DiskError> {
     let Some(disk) = disks.writable().next() else { return Ok(()) };
     match unsafe_iothread(qmp).await? {
@@ -263,7 +259,8 @@ async fn refuse_unsafe_iothreads(qmp: &Qmp, disks: &Disks) -> Result<(), DiskErr
 /// # Errors
 /// When QEMU does not answer.
 pub async fn unsafe_iothread(qmp: &Qmp) -> Result<Option<String>, QmpError> {
-    if qmp.version().major >= IOTHREADS_SAFE_SINCE {
+    let aborts = quirks::NBD_SERVER_ABORTS_IN_IOTHREAD;
+    if !qmp.version().has(aborts) {
         return Ok(None);
     }
     let threads = qmp.execute_json("query-iothreads", Value::Null).await?;
@@ -271,10 +268,11 @@ pub async fn unsafe_iothread(qmp: &Qmp) -> Result<Option<String>, QmpError> {
     let thread = threads.as_array().and_then(|threads| threads.first());
     Ok(thread.map(|thread| {
         format!(
-            "QEMU {} has iothread `{}`, and before {IOTHREADS_SAFE_SINCE}.0 its NBD server can abort QEMU when a disk is in one; \
+            "QEMU {} has iothread `{}`, and before {} its NBD server can abort QEMU when a disk is in one; \
              run without `-object iothread` or with a newer QEMU",
             qmp.version(),
             thread["id"].as_str().unwrap_or("?"),
+            aborts.changed_in(),
         )
     }))
 }

@@ -33,6 +33,7 @@ pub use watch::State;
 
 use crate::paused::run_state;
 use crate::qmp::{EventWatch, Qmp, QmpError};
+use crate::quirks;
 use policy::Policy;
 use watch::{Events, Happened};
 
@@ -45,8 +46,6 @@ const PAUSED_LOOK: Duration = Duration::from_millis(5);
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// What a cancelled migration gets to end.
 const CANCEL: Duration = Duration::from_secs(60);
-/// From this version on QEMU can report a failed load instead of ending.
-const EXIT_ON_ERROR_SINCE: (u32, u32) = (9, 1);
 
 /// A VM on its way.
 #[derive(Debug)]
@@ -109,7 +108,7 @@ impl LocalMigration {
         settings::apply_to_source(source, found, bitmaps, policy.limit_ms()).await?;
         let uri = format!("unix:{}", socket.display());
         let mut listen = json!({ "uri": uri });
-        if (destination.version().major, destination.version().minor) >= EXIT_ON_ERROR_SINCE {
+        if destination.version().has(quirks::REPORTS_FAILED_LOAD) {
             listen["exit-on-error"] = Value::Bool(false);
         }
         destination.execute_json("migrate-incoming", listen).await?;

@@ -13,14 +13,10 @@ use super::status::Progress;
 use super::{MigrationError, StreamMode};
 use crate::paused::run_state;
 use crate::qmp::{Qmp, QmpError};
+use crate::quirks;
 
 /// How long putting back may block a thread if this call is dropped half-way.
 const LAST_TIMEOUT: Duration = Duration::from_secs(2);
-/// Before this version QEMU continues write-protecting memory after a background snapshot that was
-/// cancelled or whose reader is gone: the guest's processors then wait in a page fault for ever
-/// (seen with 7.2). A guest must not depend on us so. Nor does it keep the run state: any guest
-/// runs after a snapshot.
-const SNAPSHOTS_SINCE: u32 = 9;
 /// Before 9.0 QEMU wakes a suspended guest for a migration. Since then it aborts at the `cont`
 /// after one: its table of run states has no step from `postmigrate` to `suspended` (seen with
 /// 10.0).
@@ -99,12 +95,13 @@ pub(super) async fn idle(qmp: &Qmp) -> Result<Progress, MigrationError> {
 /// 7.2 and 10.0 from `prelaunch`).
 pub(super) fn unsupported_state(qmp: &Qmp, mode: StreamMode, state: &str) -> Option<String> {
     let version = qmp.version();
-    let old = version.major < SNAPSHOTS_SINCE;
+    let snapshot_hangs = quirks::SNAPSHOT_WITHOUT_READER_HANGS;
     let why = match (mode, state) {
         (_, "inmigrate") => "the guest's own state is still being loaded".into(),
         (_, "postmigrate") => "the guest is stopped since an earlier migration; QEMU allows the next when it has run again (`cont`)".into(),
-        (StreamMode::BackgroundSnapshot, _) if old => {
-            format!("with QEMU {version} a guest can hang for ever when its reader ends; {SNAPSHOTS_SINCE}.0 is the first that is safe")
+        (StreamMode::BackgroundSnapshot, _) if version.has(snapshot_hangs) => {
+            let safe = snapshot_hangs.changed_in();
+            format!("with QEMU {version} a guest can hang for ever when its reader ends; {safe} is the first that is safe")
         }
         (_, "suspended") => SUSPENDED.into(),
         (StreamMode::PreCopy, _) | (_, "running" | "paused") => return None,

@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
 use crate::names::ObjectNames;
+use crate::quirks::{Quirk, Release};
 pub use error::QmpError;
 use turn::CaptureTurn;
 pub use watch::EventWatch;
@@ -48,6 +49,18 @@ pub struct QemuVersion {
     pub micro: u32,
     /// The distributor's suffix, e.g. `Debian 1:10.0.2+ds-2`.
     pub package: String,
+}
+
+impl QemuVersion {
+    /// Its first two numbers.
+    pub fn release(&self) -> Release {
+        Release { major: self.major, minor: self.minor }
+    }
+
+    /// Whether this QEMU does that.
+    pub fn has(&self, quirk: Quirk) -> bool {
+        self.release().has(quirk)
+    }
 }
 
 impl std::fmt::Display for QemuVersion {

@@ -62,13 +62,12 @@ fn wanted(monitor: &Path, args: &AttachArgs) -> Result<Wanted> {
         args.store.as_deref().context("--qmp needs --store (or STILLPOINT_STORE)")?,
     )?;
     stores::connect(&store)?;
-    let (engine, stream) = (args.engine.into(), args.stream.into());
     Ok(Wanted {
         monitor: monitor.to_owned(),
         store,
         fleecing: args.fleecing_dir.clone(),
-        engine,
-        stream,
+        engine: args.engine,
+        stream: args.stream,
     })
 }
 

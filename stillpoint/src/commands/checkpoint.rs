@@ -13,11 +13,7 @@ use vm::runtime_dir::RuntimeDir;
 
 pub async fn run(args: &CheckpointArgs) -> Result<()> {
     let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
-    let choice = Choice {
-        engine: args.engine.map(Into::into),
-        stream: args.stream.map(Into::into),
-        full: args.full,
-    };
+    let choice = Choice { engine: args.engine, stream: args.stream, full: args.full };
     let mut result = ask(&runtime, &Request::Checkpoint(choice)).await?;
     let outcome: Outcome =
         serde_json::from_value(result.clone()).context("the helper's answer is not understood")?;

@@ -14,7 +14,9 @@ use crate::error::refused;
 use crate::launch::command::MONITOR_CHARDEV;
 use crate::launch::process::{self, QemuProcess};
 use crate::launch::{self, arguments, instance};
-use crate::memory_source::{EngineChoice, StreamChoice, choose_stream, choose_tracker};
+use crate::memory_source::{
+    EngineChoice, StreamChoice, can_pre_copy_live, choose_stream, choose_tracker,
+};
 use crate::process_memory::ProcessMemory;
 use crate::qemu_lock::QemuLock;
 use crate::reopen;
@@ -71,7 +73,8 @@ pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Re
             let support = look.support().await?;
             let process_memory =
                 ProcessMemory::check(&look.qmp, look.process.pid, support.stopped).await;
-            choose_stream(stream, &support, &look.facts, found.plugin.is_some(), &process_memory)?
+            let live = can_pre_copy_live(&look.facts.qemu, look.facts.accelerator);
+            choose_stream(stream, &support, live, found.plugin.is_some(), &process_memory)?
         }
     };
     if chosen.engine.mode() == Some(StreamMode::PreCopy) {

@@ -4,6 +4,7 @@
 use super::{arguments, instance};
 use crate::files;
 use crate::runtime_dir::{RuntimeDir, VmFile};
+use qmp_bridge::quirks::{self, Release};
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::Path;
@@ -72,24 +73,16 @@ fn is_numa_memory(arguments: &[String], block: &str) -> bool {
     options.iter().any(|option| option.name == "numa" && option.keys().get("memdev") == Some(block))
 }
 
-/// QEMU from this version on has monitors as objects, and warns of `-mon`.
-const MONITOR_OBJECTS_SINCE: (u32, u32) = (11, 1);
-
 /// The option of Stillpoint's monitor. Its id tells in the list of processes which instance this
 /// is: [`is_running`] looks for it.
 fn monitor(qemu_version: &str, instance: &str) -> (&'static str, String) {
     let id = monitor_id(instance);
-    if release(qemu_version).is_some_and(|release| release >= MONITOR_OBJECTS_SINCE) {
+    let release = Release::parse(qemu_version);
+    if release.is_some_and(|release| release.has(quirks::MONITORS_ARE_OBJECTS)) {
         ("-object", format!("monitor-qmp,id={id},chardev={MONITOR_CHARDEV}"))
     } else {
         ("-mon", format!("chardev={MONITOR_CHARDEV},mode=control,id={id}"))
     }
-}
-
-/// Major and minor number of `10.0.2`.
-fn release(version: &str) -> Option<(u32, u32)> {
-    let mut numbers = version.split('.').map(str::parse);
-    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 fn monitor_id(instance: &str) -> String {

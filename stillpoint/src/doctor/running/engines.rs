@@ -4,11 +4,10 @@ use super::super::Row;
 use super::cannot;
 use anyhow::Error;
 use qmp_bridge::migration::{StreamOptions, Support};
-use qmp_bridge::vm::VmFacts;
 use serde_json::{Value, json};
 use vm::external::probe::Probe;
 use vm::launch::external::ExternalVm;
-use vm::memory_source::{Engine, StreamChoice, choose_stream};
+use vm::memory_source::{Engine, StreamChoice, can_pre_copy_live, choose_stream};
 use vm::process_memory::ProcessMemory;
 
 /// `stop`, the disks' transaction, the devices' state and `cont`, in milliseconds; docs/attach.md
@@ -38,9 +37,10 @@ pub async fn check(look: &Probe, found: Option<&ExternalVm>, engines: &mut Value
             )];
         }
     };
+    let live = can_pre_copy_live(&look.facts.qemu, look.facts.accelerator);
     let has_plugin = found.is_some_and(|found| found.plugin.is_some());
     let process_memory = ProcessMemory::check(&look.qmp, look.process.pid, support.stopped).await;
-    let all = judge(tracker, &support, &look.facts, has_plugin, &process_memory);
+    let all = judge(tracker, &support, &live, has_plugin, &process_memory);
     *engines = all
         .iter()
         .map(|(engine, can)| {
@@ -61,12 +61,12 @@ type Judged = Vec<(Engine, Result<(), String>)>;
 fn judge(
     tracker: Result<(), String>,
     support: &Support,
-    facts: &VmFacts,
+    live: &Result<(), String>,
     has_plugin: bool,
     process_memory: &Result<(), String>,
 ) -> Judged {
     let choose = |wanted| {
-        choose_stream(wanted, support, facts, has_plugin, process_memory)
+        choose_stream(wanted, support, live.clone(), has_plugin, process_memory)
             .map(|chosen| chosen.engine)
     };
     let mut judged = vec![(Engine::Tracker, tracker)];
@@ -131,18 +131,9 @@ mod test {
     use qmp_bridge::qmp::QemuVersion;
     use qmp_bridge::vm::Accelerator;
 
-    fn facts(major: u32) -> VmFacts {
-        VmFacts {
-            qemu: QemuVersion { major, minor: 0, micro: 0, package: String::new() },
-            machine_type: "pc-q35-7.2".to_owned(),
-            default_ram_id: None,
-            ram_backend: None,
-            vcpus: 1,
-            ram_bytes: 1 << 20,
-            plugged_bytes: 0,
-            accelerator: Accelerator::Tcg,
-            migration_blockers: Vec::new(),
-        }
+    fn live(major: u32) -> Result<(), String> {
+        let qemu = QemuVersion { major, minor: 0, micro: 0, package: String::new() };
+        can_pre_copy_live(&qemu, Accelerator::Tcg)
     }
 
     #[test]
@@ -157,7 +148,7 @@ mod test {
         let stopped =
             Support { background_snapshot: Err("old".to_owned()), pre_copy: Ok(()), stopped: true };
         let judged = |memory| {
-            judge(Err("no plugin".to_owned()), &stopped, &facts(10), false, &memory).remove(1)
+            judge(Err("no plugin".to_owned()), &stopped, &live(10), false, &memory).remove(1)
         };
         assert_eq!(judged(Ok(())), (Engine::ProcessMemory, Ok(())));
         let (engine, can) = judged(Err("not permitted".to_owned()));
@@ -170,7 +161,7 @@ mod test {
     fn an_engine_that_cannot_be_had_is_no_fault_while_there_is_another() {
         let able = Support { background_snapshot: Ok(()), pre_copy: Ok(()), stopped: false };
         let can = |tracker, major, has_plugin| -> Vec<bool> {
-            judge(tracker, &able, &facts(major), has_plugin, &Ok(()))
+            judge(tracker, &able, &live(major), has_plugin, &Ok(()))
                 .into_iter()
                 .map(|(_, can)| can.is_ok())
                 .collect()
