@@ -91,7 +91,7 @@ pub use pack::{
 };
 pub use page_set::{PageSet, Ranges};
 pub use range_set::RangeSet;
-pub use receipt::DurableReceipt;
+pub use receipt::{CheckpointRef, DurableReceipt, OtherCheckpoint};
 pub use units::{
     ByteLen, ByteOffset, CheckpointId, Epoch, FrameNo, MAX_SPACE_PAGES, PAGE_SIZE, PackNo,
     PageCount, PageIndex, PageRange, Slot,

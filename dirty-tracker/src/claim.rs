@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use checkpoint_format::{DurableReceipt, PageCount, PageSet};
+use checkpoint_format::{CheckpointRef, DurableReceipt, OtherCheckpoint, PageCount, PageSet};
 
 use crate::block::BlockId;
 
@@ -29,7 +29,7 @@ impl Pending {
 /// bring back a VM that never existed. So the claim keeps the pages. However a checkpoint ends (by
 /// an error, a cancelled task, a panic), dropping the claim restores them, and the next claim has
 /// them again. The only way to keep them is [`Self::acknowledge`], which asks for the receipt that
-/// the store makes when the checkpoint is durable: not written, durable.
+/// the store makes when that very checkpoint is durable: not written, durable.
 ///
 /// It covers this process only. When the process dies with a claim, the pages are lost, and its
 /// successor must compare all of memory with the last durable checkpoint: a new tracker's first
@@ -37,14 +37,15 @@ impl Pending {
 #[derive(Debug)]
 #[must_use = "dropping a claim restores its pages"]
 pub struct DirtyClaim {
+    checkpoint: CheckpointRef,
     taken: Vec<PageSet>,
     pending: Arc<Pending>,
 }
 
 impl DirtyClaim {
-    pub(crate) fn new(pending: &Arc<Pending>) -> Self {
+    pub(crate) fn new(pending: &Arc<Pending>, checkpoint: CheckpointRef) -> Self {
         let taken = pending.sets().iter().map(|set| PageSet::new(set.len())).collect();
-        Self { taken, pending: Arc::clone(pending) }
+        Self { checkpoint, taken, pending: Arc::clone(pending) }
     }
 
     pub(crate) fn is_of(&self, pending: &Arc<Pending>) -> bool {
@@ -73,10 +74,14 @@ impl DirtyClaim {
     }
 
     /// Keeps the pages: the checkpoint that has them is durable.
-    pub fn acknowledge(mut self, receipt: &dyn DurableReceipt) {
-        let (vm, checkpoint) = receipt.checkpoint();
-        tracing::debug!(%vm, %checkpoint, pages = %self.count(), "dirty claim acknowledged");
+    ///
+    /// # Errors
+    /// When the receipt is of another checkpoint; then the pages are restored.
+    pub fn acknowledge(mut self, receipt: &DurableReceipt) -> Result<(), OtherCheckpoint> {
+        receipt.confirm(&self.checkpoint)?;
+        tracing::debug!(checkpoint = %self.checkpoint, pages = %self.count(), "dirty claim acknowledged");
         self.taken.clear();
+        Ok(())
     }
 
     /// Restores the pages now; the same as dropping the claim, but explicit.
@@ -95,14 +100,19 @@ impl Drop for DirtyClaim {
 #[cfg(test)]
 mod test {
     use super::*;
-    use checkpoint_format::{CheckpointId, PageIndex, VmName};
+    use checkpoint_format::{CheckpointId, PageIndex};
 
-    struct Receipt(VmName);
+    fn checkpoint(vm: &str, id: u64) -> CheckpointRef {
+        CheckpointRef { vm: vm.parse().unwrap(), id: CheckpointId(id) }
+    }
 
-    impl DurableReceipt for Receipt {
-        fn checkpoint(&self) -> (&VmName, CheckpointId) {
-            (&self.0, CheckpointId(1))
-        }
+    #[expect(clippy::disallowed_methods, reason = "a receipt without a store")]
+    fn receipt(vm: &str, id: u64) -> DurableReceipt {
+        DurableReceipt::of_commit(checkpoint(vm, id))
+    }
+
+    fn begin(pending: &Arc<Pending>) -> DirtyClaim {
+        DirtyClaim::new(pending, checkpoint("vm", 1))
     }
 
     fn one_page(page: u64) -> PageSet {
@@ -118,7 +128,7 @@ mod test {
     #[test]
     fn dropped_pages_come_back_acknowledged_ones_do_not() {
         let pending = pending();
-        let mut claim = DirtyClaim::new(&pending);
+        let mut claim = begin(&pending);
         claim.add(1, &one_page(3));
         claim.add(1, &one_page(4));
         assert_eq!(claim.count(), PageCount(2));
@@ -127,16 +137,28 @@ mod test {
         assert_eq!(pending.sets()[1].count(), PageCount(2));
 
         pending.sets()[1].clear();
-        let mut claim = DirtyClaim::new(&pending);
+        let mut claim = begin(&pending);
         claim.add(0, &one_page(9));
-        claim.acknowledge(&Receipt("vm".parse().unwrap()));
+        claim.acknowledge(&receipt("vm", 1)).unwrap();
         assert!(pending.sets().iter().all(PageSet::is_empty));
+    }
+
+    #[test]
+    fn claim_is_restored_when_another_checkpoint_is_durable() {
+        let pending = pending();
+        for other in [receipt("vm", 2), receipt("another", 1)] {
+            let mut claim = begin(&pending);
+            claim.add(0, &one_page(7));
+            assert!(claim.acknowledge(&other).is_err());
+            assert!(pending.sets()[0].contains(PageIndex(7)), "{other:?}");
+            pending.sets()[0].clear();
+        }
     }
 
     #[test]
     fn a_panic_gives_the_pages_back() {
         let pending = pending();
-        let mut claim = DirtyClaim::new(&pending);
+        let mut claim = begin(&pending);
         claim.add(0, &one_page(5));
         let result = std::thread::spawn(move || {
             let _held = claim;

@@ -9,8 +9,8 @@
 //! 3. With the guest stopped, [`Tracker::claim`] takes the dirty pages into a [`DirtyClaim`]; with
 //!    the guest running again
 //!    [`Tracker::read_pages`] copies them.
-//! 4. [`DirtyClaim::acknowledge`] when the checkpoint is durable; otherwise the pages go back and
-//!    come again.
+//! 4. [`DirtyClaim::acknowledge`] with the receipt that this checkpoint is durable; otherwise the
+//!    pages are restored and come again.
 //!
 //! Unsafe code is in `sys/` only.
 //!

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use checkpoint_format::{PageRange, PageSet};
+use checkpoint_format::{CheckpointRef, PageRange, PageSet};
 
 use crate::block::{BlockId, BlockMemory, TrackedBlock, covering};
 use crate::claim::{DirtyClaim, Pending};
@@ -225,9 +225,9 @@ impl Tracker {
         true
     }
 
-    /// An empty claim, to be filled by [`Self::claim`].
-    pub fn begin_claim(&self) -> DirtyClaim {
-        DirtyClaim::new(&self.pending)
+    /// An empty claim for a checkpoint, to be filled by [`Self::claim`].
+    pub fn begin_claim(&self, checkpoint: CheckpointRef) -> DirtyClaim {
+        DirtyClaim::new(&self.pending, checkpoint)
     }
 
     /// Takes the RAM block's dirty pages into `claim`, protects them, and returns what this call

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use checkpoint_format::{PageIndex, PageRange};
 use dirty_tracker::{BlockId, DirtyClaim, Tracker};
 use proptest::prelude::*;
-use support::{PAGE, Receipt, StandIn, numbers};
+use support::{PAGE, StandIn, acknowledge, checkpoint, numbers};
 
 const MEMORIES: [char; 2] = ['s', 'p'];
 
@@ -17,9 +17,9 @@ fn take(tracker: &mut Tracker, block: BlockId, claim: &mut DirtyClaim) -> Vec<u6
 }
 
 fn upload(tracker: &mut Tracker, block: BlockId) -> Vec<u64> {
-    let mut claim = tracker.begin_claim();
+    let mut claim = tracker.begin_claim(checkpoint());
     let pages = take(tracker, block, &mut claim);
-    claim.acknowledge(&Receipt::new());
+    acknowledge(claim);
     pages
 }
 
@@ -158,7 +158,7 @@ fn holes_punched_during_the_first_claim_are_not_lost() {
     tracker.prepare().unwrap();
     guest.act('x', 's', &[1, 1]);
     guest.act('r', 's', &[1]);
-    let mut claim = tracker.begin_claim();
+    let mut claim = tracker.begin_claim(checkpoint());
     assert_eq!(take(&mut tracker, shared, &mut claim), [1, 2, 3]);
     guest.act('x', 's', &[2, 1]);
     guest.act('r', 's', &[2]);
@@ -286,7 +286,7 @@ fn run(steps: &[Step]) {
     let blocks = [shared, private];
     tracker.protect_all().unwrap();
     let mut replicas = [Replica::new(), Replica::new()];
-    let mut claim = tracker.begin_claim();
+    let mut claim = tracker.begin_claim(checkpoint());
     for step in steps {
         match step {
             Step::Write(memory, pages) => {
@@ -315,11 +315,11 @@ fn run(steps: &[Step]) {
                     .iter_mut()
                     .zip(blocks)
                     .for_each(|(replica, block)| replica.claim(&mut tracker, block, &mut claim));
-                std::mem::replace(&mut claim, tracker.begin_claim()).acknowledge(&Receipt::new());
+                acknowledge(std::mem::replace(&mut claim, tracker.begin_claim(checkpoint())));
                 replicas.iter_mut().for_each(|replica| replica.durable.clone_from(&replica.staged));
             }
             Step::Fail => {
-                claim = tracker.begin_claim();
+                claim = tracker.begin_claim(checkpoint());
                 replicas.iter_mut().for_each(Replica::fail);
             }
         }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use checkpoint_format::{PageCount, PageSet};
 use dirty_tracker::{BlockId, Tracker};
-use support::{PAGE, Receipt, StandIn};
+use support::{PAGE, StandIn, acknowledge, checkpoint};
 
 const PAGES: u64 = (1 << 30) / PAGE;
 
@@ -20,10 +20,10 @@ fn timed<T>(what: &str, action: impl FnOnce() -> T) -> T {
 }
 
 fn claim(tracker: &mut Tracker, block: BlockId, what: &str) -> PageSet {
-    let mut claim = tracker.begin_claim();
+    let mut claim = tracker.begin_claim(checkpoint());
     let pages = timed(what, || tracker.claim(block, &mut claim).unwrap());
     println!("              {} pages, {} ranges", pages.count(), pages.ranges().count());
-    claim.acknowledge(&Receipt::new());
+    acknowledge(claim);
     pages
 }
 

@@ -13,7 +13,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use dirty_tracker::{BlockId, BlockMemory, GuestMemory, PluginHandles, TrackedBlock, Tracker};
-use support::{PAGE, Receipt, TIMEOUT, built, numbers};
+use support::{PAGE, TIMEOUT, acknowledge, built, checkpoint, numbers};
 use tempfile::TempDir;
 
 const DEFAULT_QEMUS: [&str; 2] =
@@ -236,9 +236,9 @@ fn connect(path: &Path) -> UnixStream {
 }
 
 fn upload(tracker: &mut Tracker, block: BlockId) -> Vec<u64> {
-    let mut claim = tracker.begin_claim();
+    let mut claim = tracker.begin_claim(checkpoint());
     let pages = numbers(&tracker.claim(block, &mut claim).unwrap());
-    claim.acknowledge(&Receipt::new());
+    acknowledge(claim);
     pages
 }
 

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use checkpoint_format::{PageCount, PageIndex, PageRange};
 use dirty_tracker::{BlockId, DirtyClaim, Tracker, TrackerError};
 use proptest::prelude::*;
-use support::{PAGE, Receipt, StandIn, numbers};
+use support::{PAGE, StandIn, acknowledge, checkpoint, numbers};
 
 fn take(tracker: &mut Tracker, block: BlockId, claim: &mut DirtyClaim) -> Vec<u64> {
     numbers(&tracker.claim(block, claim).unwrap())
@@ -15,9 +15,9 @@ fn take(tracker: &mut Tracker, block: BlockId, claim: &mut DirtyClaim) -> Vec<u6
 
 /// Takes and keeps the dirty pages.
 fn upload(tracker: &mut Tracker, block: BlockId) -> Vec<u64> {
-    let mut claim = tracker.begin_claim();
+    let mut claim = tracker.begin_claim(checkpoint());
     let pages = take(tracker, block, &mut claim);
-    claim.acknowledge(&Receipt::new());
+    acknowledge(claim);
     pages
 }
 
@@ -172,12 +172,12 @@ fn discarded_private_pages_are_dirty() {
     let (mut tracker, _, private) = guest.attach();
     assert_eq!(upload(&mut tracker, private), [3, 4]);
     guest.act('d', 'p', &[3]);
-    let mut claim = tracker.begin_claim();
+    let mut claim = tracker.begin_claim(checkpoint());
     assert_eq!(take(&mut tracker, private, &mut claim), [3]);
     let mut content = vec![1; PAGE as usize];
     tracker.read_pages(private, PageRange::single(PageIndex(3)), &mut content).unwrap();
     assert!(content.iter().all(|byte| *byte == 0));
-    claim.acknowledge(&Receipt::new());
+    acknowledge(claim);
 }
 
 #[test]
@@ -187,7 +187,7 @@ fn a_claim_that_is_dropped_comes_back_with_the_next() {
     tracker.protect_all().unwrap();
     guest.write('s', &[1]);
     guest.write('p', &[2]);
-    let mut claim = tracker.begin_claim();
+    let mut claim = tracker.begin_claim(checkpoint());
     assert_eq!(take(&mut tracker, shared, &mut claim), [1]);
     assert_eq!(take(&mut tracker, private, &mut claim), [2]);
     guest.write('s', &[5]);
@@ -197,10 +197,10 @@ fn a_claim_that_is_dropped_comes_back_with_the_next() {
     drop(claim);
     guest.write('s', &[9]);
     assert_eq!(numbers(&tracker.scan(shared).unwrap()), [1, 5, 9]);
-    let mut claim = tracker.begin_claim();
+    let mut claim = tracker.begin_claim(checkpoint());
     assert_eq!(take(&mut tracker, shared, &mut claim), [1, 5, 9]);
     assert_eq!(take(&mut tracker, private, &mut claim), [2]);
-    claim.acknowledge(&Receipt::new());
+    acknowledge(claim);
     assert!(upload(&mut tracker, shared).is_empty());
     assert!(upload(&mut tracker, private).is_empty());
 }
@@ -245,7 +245,7 @@ fn claims_and_blocks_of_another_tracker_are_refused() {
     let guest = StandIn::start(8, 8);
     let (mut tracker, shared, private) = guest.attach();
     let (other, _, _) = guest.attach();
-    let mut claim = other.begin_claim();
+    let mut claim = other.begin_claim(checkpoint());
     assert!(matches!(tracker.claim(shared, &mut claim), Err(TrackerError::ForeignClaim)));
     let mut small = Tracker::attach(guest.handles(), guest.blocks().drain(..1).collect()).unwrap();
     assert!(matches!(small.scan(private), Err(TrackerError::UnknownBlock(1))));
@@ -257,7 +257,7 @@ fn a_successor_takes_over_and_misses_nothing() {
     let (mut tracker, shared, _) = guest.attach();
     tracker.protect_all().unwrap();
     guest.write('s', &[1, 2]);
-    let mut claim = tracker.begin_claim();
+    let mut claim = tracker.begin_claim(checkpoint());
     assert_eq!(take(&mut tracker, shared, &mut claim), [1, 2]);
     guest.write('s', &[3]);
     // As when the process is killed: no page is restored.
@@ -379,7 +379,7 @@ fn run(steps: &[Step]) {
     let blocks = [shared, private];
     tracker.protect_all().unwrap();
     let mut oracle = Oracle::default();
-    let mut claim = tracker.begin_claim();
+    let mut claim = tracker.begin_claim(checkpoint());
     for step in steps {
         match step {
             Step::Write(memory, pages) => {
@@ -422,12 +422,12 @@ fn run(steps: &[Step]) {
                 }
             }
             Step::Acknowledge => {
-                let acknowledged = std::mem::replace(&mut claim, tracker.begin_claim());
-                acknowledged.acknowledge(&Receipt::new());
+                let acknowledged = std::mem::replace(&mut claim, tracker.begin_claim(checkpoint()));
+                acknowledge(acknowledged);
                 oracle.claimed = Default::default();
             }
             Step::Drop => {
-                claim = tracker.begin_claim();
+                claim = tracker.begin_claim(checkpoint());
                 for (dirty, claimed) in oracle.dirty.iter_mut().zip(&mut oracle.claimed) {
                     dirty.append(claimed);
                 }

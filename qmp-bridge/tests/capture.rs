@@ -93,7 +93,7 @@ fn plan(vm: &TestQemu, id: u64, parent: Option<u64>) -> CapturePlan {
     let fleecing_dir = vm.directory.path().to_owned();
     CapturePlan {
         tag: tag(),
-        id,
+        checkpoint: common::checkpoint(id),
         parent,
         fleecing_dir,
         fleecing_reserve: DEFAULT_FLEECING_RESERVE,
@@ -265,7 +265,7 @@ async fn full_then_incrementals_show_the_instant() {
             end: (2 << 20) + 65_536,
             content: Content::Zero
         }));
-        captured.acknowledge().await.expect("acknowledge");
+        common::acknowledge(captured).await;
         assert_eq!(traces(&vm.qmp).await, bitmaps_since(1));
 
         // Incremental: only what changed, and again the instant.
@@ -277,15 +277,42 @@ async fn full_then_incrementals_show_the_instant() {
         assert_same(&images, &instant, "incremental");
         assert_eq!(covered(&ranges[0]), 65_536);
         assert_eq!(covered(&ranges[1]), 65_536 + 4096);
-        captured.acknowledge().await.expect("acknowledge");
+        common::acknowledge(captured).await;
 
         // Nothing changed on three of them.
         let mut captured = capture(&vm.qmp, &disks, plan(&vm, 3, Some(2))).await;
         let ranges = upload(&mut captured, &mut images).await;
         assert_same(&images, &models, "third");
         assert_eq!([1, 2, 3].map(|at| covered(&ranges[at])), [0; 3]);
-        captured.acknowledge().await.expect("acknowledge");
+        common::acknowledge(captured).await;
         assert_eq!(traces(&vm.qmp).await, bitmaps_since(3));
+    })
+    .await;
+}
+
+/// Bitmaps that are not of the durable checkpoint are merged back, as after a failure.
+#[tokio::test]
+async fn receipt_of_another_checkpoint_drops_no_bitmap() {
+    with_each_qemu(async |qemu| {
+        let (vm, disks) = start(&qemu).await;
+        let mut models = new_images(&disks);
+        models[3].fill(0x11);
+        let mut images = new_images(&disks);
+        let mut captured = capture(&vm.qmp, &disks, plan(&vm, 1, None)).await;
+        upload(&mut captured, &mut images).await;
+        common::acknowledge(captured).await;
+        write(&vm, &disks, &mut models, (2, 0x31, 0, 4096)).await;
+        let captured = capture(&vm.qmp, &disks, plan(&vm, 2, Some(1))).await;
+        write(&vm, &disks, &mut models, (2, 0x32, 8192, 4096)).await;
+        let error = captured.acknowledge(&common::receipt(1)).await.expect_err("another one");
+        assert!(matches!(error, CaptureError::OtherCheckpoint(_)), "{error}");
+        assert_eq!(traces(&vm.qmp).await, bitmaps_since(1));
+        let mut captured = capture(&vm.qmp, &disks, plan(&vm, 2, Some(1))).await;
+        let ranges = upload(&mut captured, &mut images).await;
+        assert_same(&images, &models, "after the wrong receipt");
+        assert_eq!(covered(&ranges[2]), 8192);
+        common::acknowledge(captured).await;
+        assert_eq!(traces(&vm.qmp).await, bitmaps_since(2));
     })
     .await;
 }
@@ -304,7 +331,7 @@ async fn a_failed_checkpoint_gives_its_changes_to_the_next() {
         let mut captured = capture(&vm.qmp, &disks, plan(&vm, 1, None)).await;
         upload(&mut captured, &mut images).await;
         assert_same(&images, &models, "full");
-        captured.acknowledge().await.expect("acknowledge");
+        common::acknowledge(captured).await;
 
         write(&vm, &disks, &mut models, (0, 0x41, 8192, 4096)).await;
         let mut captured = capture(&vm.qmp, &disks, plan(&vm, 2, Some(1))).await;
@@ -327,7 +354,7 @@ async fn a_failed_checkpoint_gives_its_changes_to_the_next() {
         let ranges = upload(&mut captured, &mut images).await;
         assert_same(&images, &models, "after failures");
         assert_eq!(covered(&ranges[0]), 8192);
-        captured.acknowledge().await.expect("acknowledge");
+        common::acknowledge(captured).await;
 
         // A forced full capture leaves the running bitmap alone when it fails.
         capture(&vm.qmp, &disks, plan(&vm, 3, None)).await.restore().await.expect("restore");
@@ -369,7 +396,7 @@ async fn a_killed_helper_is_cleaned_up_after() {
             vm.qmp.execute_json("cont", serde_json::Value::Null).await.expect("cont");
             let mut first = capture(&vm.qmp, &disks, plan(&vm, 1, None)).await;
             upload(&mut first, &mut images).await;
-            first.acknowledge().await.expect("acknowledge");
+            common::acknowledge(first).await;
             write(&vm, &disks, &mut models, (0, 0x41, 0, 4096)).await;
 
             die(vm.second().await, &disks, plan(&vm, 2, Some(1)), death).await;
@@ -393,7 +420,7 @@ async fn a_killed_helper_is_cleaned_up_after() {
                 assert_same(&images, &models, "after the cleanup");
                 assert_eq!((covered(&ranges[0]), covered(&ranges[1])), (4096, 4096));
             }
-            next.acknowledge().await.expect("acknowledge");
+            common::acknowledge(next).await;
             assert_eq!(traces(&vm.qmp).await, bitmaps_since(3));
         }
     })
@@ -422,7 +449,7 @@ async fn die(qmp: Qmp, disks: &Disks, plan: CapturePlan, death: Death) {
             std::mem::forget(client);
         }
         Death::Released => captured.release().await.expect("release"),
-        Death::HalfAcknowledged => return captured.acknowledge().await.expect("acknowledge"),
+        Death::HalfAcknowledged => return common::acknowledge(captured).await,
         _ => {}
     }
     std::mem::forget(captured);
@@ -488,7 +515,7 @@ async fn disk_resized_between_two_checkpoints_is_captured_as_it_is() {
             let mut model = vec![0x77; DISK as usize];
             let mut first = capture(&vm.qmp, &list().await, plan(&vm, 1, None)).await;
             upload(&mut first, &mut image).await;
-            first.acknowledge().await.expect("acknowledge");
+            common::acknowledge(first).await;
             for (id, (what, by_human, sizes, keeps_base)) in (2..).zip(steps) {
                 for size in sizes {
                     match by_human {
@@ -524,7 +551,7 @@ async fn disk_resized_between_two_checkpoints_is_captured_as_it_is() {
                 let ranges = upload(&mut captured, &mut image).await;
                 assert_same(&image, std::slice::from_ref(&model), &format!("{device} {what}"));
                 assert!(what != "nothing" || covered(&ranges[0]) <= 4096, "{ranges:?}");
-                captured.acknowledge().await.expect("acknowledge");
+                common::acknowledge(captured).await;
             }
             assert_eq!(size_marks(&vm.qmp).await, 1, "one mark is left");
         }
@@ -593,7 +620,7 @@ async fn disks_of_devices_and_iothreads_are_captured_too() {
             let mut images = new_images(&disks);
             upload(&mut captured, &mut images).await;
             assert_eq!(images[0][..65_536], vec![id as u8; 65_536]);
-            captured.acknowledge().await.expect("acknowledge");
+            common::acknowledge(captured).await;
         }
     })
     .await;

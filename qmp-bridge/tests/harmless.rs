@@ -44,7 +44,7 @@ async fn start(qemu: &Path) -> TestQemu {
 fn plan(vm: &TestQemu, id: u64, fleecing_dir: &Path) -> CapturePlan {
     CapturePlan {
         tag: common::INSTANCE.parse().expect("tag"),
-        id,
+        checkpoint: common::checkpoint(id),
         parent: id.checked_sub(1).filter(|parent| *parent > 0),
         fleecing_dir: fleecing_dir.into(),
         fleecing_reserve: 0,
@@ -160,12 +160,12 @@ async fn capture_leaves_objects_of_others_as_they_were() {
         execute(&vm, "block-export-add", export("late")).await;
         vm.write_disk("disk", 0x22, 0, 1 << 20).await;
         assert_holds(&captured, 0x11).await;
-        captured.acknowledge().await.expect("acknowledge");
+        common::acknowledge(captured).await;
         assert!(serves(&vm.path("nbd.sock"), "late").await);
         let captured = capture(&vm, plan(&vm, 2, &directory)).await;
         assert_holds(&captured, 0x22).await;
         execute(&vm, "block-export-del", json!({ "id": "late" })).await;
-        captured.acknowledge().await.expect("acknowledge");
+        common::acknowledge(captured).await;
         assert_eq!(inventory(&vm).await, before);
         // The server is gone too: another tool can have its own.
         execute(&vm, "nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": theirs } } })).await;

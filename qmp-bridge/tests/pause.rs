@@ -71,7 +71,7 @@ async fn one_pause(
     let fleecing_dir = vm.directory.path().to_owned();
     let plan = CapturePlan {
         tag,
-        id,
+        checkpoint: common::checkpoint(id),
         parent,
         fleecing_dir,
         fleecing_reserve: DEFAULT_FLEECING_RESERVE,
@@ -94,7 +94,7 @@ async fn one_pause(
     let bytes = state.read().expect("read").as_bytes().len();
     captured.export().await.expect("export");
     captured.verify().await.expect("verify");
-    captured.acknowledge().await.expect("acknowledge");
+    common::acknowledge(captured).await;
     eprintln!(
         "prepare {prepare:.1?} | stop {stop:.2?} disks {:.2?} devices {:.2?} cont {:.2?} total {total:.2?} | after {:.1?}, {bytes} bytes of device state",
         capture - stop,
@@ -130,7 +130,7 @@ async fn flush_before_a_stop_is_not_in_the_pause() {
         let disks = disks::list(&vm.qmp, Some(vm.directory.path())).await.expect("disks");
         let plan = |id| CapturePlan {
             tag: common::INSTANCE.parse().expect("tag"),
-            id,
+            checkpoint: common::checkpoint(id),
             parent: None,
             fleecing_dir: vm.directory.path().into(),
             fleecing_reserve: 0,

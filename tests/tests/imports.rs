@@ -24,7 +24,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     ("plugin-protocol", &[]),
     ("qemu-cmdline", &[]),
-    ("qmp-bridge", &[]),
+    ("qmp-bridge", &["checkpoint-format"]),
     (
         "stillpoint",
         &[

@@ -1,16 +1,16 @@
 //! The proof that a checkpoint exists.
 
-use checkpoint_format::{CheckpointId, DurableReceipt, Epoch, VmName};
+use checkpoint_format::{CheckpointRef, DurableReceipt, Epoch};
 
 /// A checkpoint that is committed and readable by another host.
 ///
 /// Only [`super::PartialCheckpoint::commit`] makes one, after the rename is known to have happened.
-/// Code that holds dirty bits of unsaved changes drops them for this receipt and for nothing else.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Code that holds dirty bits of unsaved changes drops them for its [receipt](Self::receipt) and
+/// for nothing else.
+#[derive(Debug, PartialEq, Eq)]
 #[must_use = "a durable checkpoint acknowledges the claims that it carries"]
 pub struct Durable {
-    vm: VmName,
-    id: CheckpointId,
+    receipt: DurableReceipt,
     epoch: Epoch,
     least_replicas: Option<u16>,
     short_of_replicas: usize,
@@ -18,23 +18,22 @@ pub struct Durable {
 
 impl Durable {
     pub(super) fn new(
-        vm: VmName,
-        id: CheckpointId,
+        receipt: DurableReceipt,
         epoch: Epoch,
         least_replicas: Option<u16>,
         short_of_replicas: usize,
     ) -> Self {
-        Durable { vm, id, epoch, least_replicas, short_of_replicas }
+        Durable { receipt, epoch, least_replicas, short_of_replicas }
     }
 
-    /// The VM whose checkpoint was committed.
-    pub fn vm(&self) -> &VmName {
-        &self.vm
+    /// What acknowledges the claims that this checkpoint carries.
+    pub fn receipt(&self) -> &DurableReceipt {
+        &self.receipt
     }
 
-    /// The ID of the committed checkpoint.
-    pub fn id(&self) -> CheckpointId {
-        self.id
+    /// The checkpoint that was committed.
+    pub fn checkpoint(&self) -> &CheckpointRef {
+        self.receipt.checkpoint()
     }
 
     /// The writer epoch that committed it.
@@ -52,11 +51,5 @@ impl Durable {
     /// for it).
     pub fn short_of_replicas(&self) -> usize {
         self.short_of_replicas
-    }
-}
-
-impl DurableReceipt for Durable {
-    fn checkpoint(&self) -> (&VmName, CheckpointId) {
-        (&self.vm, self.id)
     }
 }

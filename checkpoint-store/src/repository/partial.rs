@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use checkpoint_format::{CheckpointId, Epoch, PackName};
+use checkpoint_format::{CheckpointId, CheckpointRef, DurableReceipt, Epoch, PackName};
 use tracing::{debug, warn};
 
 use super::durable::Durable;
@@ -215,11 +215,13 @@ impl PartialCheckpoint {
     /// # Errors
     /// When a newer writer has fenced this one, or the store fails. There is no checkpoint then,
     /// unless the error says that the outcome is unknown.
+    #[expect(clippy::disallowed_methods, reason = "this is the commit")]
     pub async fn publish(self, Sealed(manifest): Sealed) -> Result<Durable> {
         self.rename(&manifest).await?;
         let tally = *self.tally();
-        let (vm, id, epoch) = (self.writer.vm.clone(), self.name.id, self.name.epoch);
-        Ok(Durable::new(vm, id, epoch, tally.least_replicas, tally.short))
+        let checkpoint = CheckpointRef { vm: self.writer.vm.clone(), id: self.name.id };
+        let receipt = DurableReceipt::of_commit(checkpoint);
+        Ok(Durable::new(receipt, self.name.epoch, tally.least_replicas, tally.short))
     }
 
     async fn rename(&self, manifest: &Bytes) -> Result<()> {

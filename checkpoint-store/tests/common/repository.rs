@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint_format::{
-    CheckpointId, Checksum, ContentDigest, DurableReceipt, Epoch, PackName, VmName,
+    CheckpointId, CheckpointRef, Checksum, ContentDigest, Epoch, PackName, VmName,
 };
 use checkpoint_store::{
     Claim, Fault, FaultRule, FaultyStore, LayerOutcome, Mode, Op, PutOptions, Repository,
@@ -80,7 +80,8 @@ pub async fn committed(writer: &Writer, checkpoint_id: u64) -> Result<(), StoreE
     let b = partial.put_pack("disk", vec![noise(50_000, checkpoint_id + 2)]).await?;
     let manifest = format!("{checkpoint_id} {} {} {}", writer.epoch(), a.name, b.name);
     let durable = partial.commit(manifest.into()).await?;
-    assert_eq!(durable.checkpoint(), (&vm(), CheckpointId(checkpoint_id)));
+    let checkpoint = CheckpointRef { vm: vm(), id: CheckpointId(checkpoint_id) };
+    assert_eq!(*durable.checkpoint(), checkpoint);
     Ok(())
 }
 
@@ -163,7 +164,7 @@ pub async fn a_checkpoint_exists_after_its_commit_and_not_before(store: Shared) 
     let error = repository.read_manifest(&vm(), CheckpointId(1)).await.expect_err("not yet");
     assert!(error.is_not_found());
     let durable = partial.commit(bytes("manifest")).await.expect("commit");
-    assert_eq!((durable.id(), durable.epoch()), (CheckpointId(1), writer.epoch()));
+    assert_eq!((durable.checkpoint().id, durable.epoch()), (CheckpointId(1), writer.epoch()));
     assert_eq!(numbers(&repository).await, [1]);
     assert_eq!(repository.vms().await.expect("vms"), [vm()]);
     assert_eq!(repository.read_manifest(&vm(), CheckpointId(1)).await.expect("there"), "manifest");

@@ -8,8 +8,10 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
-use checkpoint_format::{CheckpointId, DurableReceipt, PageIndex, PageSet, VmName};
-use dirty_tracker::{BlockId, BlockMemory, GuestMemory, PluginHandles, TrackedBlock, Tracker};
+use checkpoint_format::{CheckpointId, CheckpointRef, DurableReceipt, PageIndex, PageSet};
+use dirty_tracker::{
+    BlockId, BlockMemory, DirtyClaim, GuestMemory, PluginHandles, TrackedBlock, Tracker,
+};
 use tempfile::TempDir;
 
 pub const PAGE: u64 = 4096;
@@ -214,17 +216,13 @@ pub fn numbers(pages: &PageSet) -> Vec<u64> {
     pages.iter().map(PageIndex::get).collect()
 }
 
-/// A receipt without a store.
-pub struct Receipt(VmName);
-
-impl Receipt {
-    pub fn new() -> Self {
-        Self("test".parse().expect("a name"))
-    }
+/// The checkpoint that the tests' claims are for.
+pub fn checkpoint() -> CheckpointRef {
+    CheckpointRef { vm: "test".parse().expect("a name"), id: CheckpointId(1) }
 }
 
-impl DurableReceipt for Receipt {
-    fn checkpoint(&self) -> (&VmName, CheckpointId) {
-        (&self.0, CheckpointId(1))
-    }
+/// Acknowledges a claim for it, without a store.
+#[expect(clippy::disallowed_methods, reason = "a receipt without a store")]
+pub fn acknowledge(claim: DirtyClaim) {
+    claim.acknowledge(&DurableReceipt::of_commit(checkpoint())).expect("the same checkpoint");
 }

@@ -23,8 +23,11 @@ impl Checkpointer {
         durable: Durable,
         identity: CheckpointIdentity,
     ) {
-        if let Some(claim) = run.claim.take() {
-            claim.acknowledge(&durable);
+        let receipt = durable.receipt();
+        if let Some(claim) = run.claim.take()
+            && let Err(error) = claim.acknowledge(receipt)
+        {
+            tracing::error!(%error, "the next checkpoint looks at these pages again");
         }
         if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
             base.spaces = delta.acknowledge();
@@ -34,7 +37,7 @@ impl Checkpointer {
             self.marks = Some(base.advance(identity));
         }
         if let Some(captured) = run.captured.take()
-            && let Err(error) = captured.acknowledge().await
+            && let Err(error) = captured.acknowledge(receipt).await
         {
             // Older bits than needed stay: the next checkpoint reads more than it must, and stores
             // what differs.

@@ -12,7 +12,8 @@ use crate::pack::{NumberedPack, PackJob, PackTarget, Packer, StoredPacks};
 use crate::progress::bytes;
 use anyhow::{Context, Result, ensure};
 use checkpoint_format::{
-    ByteLen, CheckpointId, ContentDigest, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable,
+    ByteLen, CheckpointId, CheckpointRef, ContentDigest, LayerRef, PageCount, SpaceKind, SpaceName,
+    SpaceTable,
 };
 use checkpoint_store::{Mode, PartialCheckpoint};
 use dirty_tracker::DirtyClaim;
@@ -280,7 +281,7 @@ impl Checkpointer {
         let (id, parent, is_exact) = (base.next(), base.parent(), base.is_exact);
         let plan = CapturePlan {
             tag: self.tag()?,
-            id: id.0,
+            checkpoint: self.reference(id),
             parent: base.parent_of_bitmaps().map(|parent| parent.0),
             fleecing_dir: self.vm.file.fleecing.clone(),
             fleecing_reserve: DEFAULT_FLEECING_RESERVE,
@@ -308,7 +309,7 @@ impl Checkpointer {
             Engine::Tracker => {
                 // If the helper dies from here on, no record says which pages it has claimed.
                 self.vm.runtime.forget_exact_marks()?;
-                Some(self.begin_claim().await?)
+                Some(self.begin_claim(self.reference(id)).await?)
             }
             Engine::PreCopy
             | Engine::BackgroundSnapshot
@@ -354,12 +355,16 @@ impl Checkpointer {
         Ok(base.lineage.change(&session.repository, change(session)).await)
     }
 
-    async fn begin_claim(&self) -> Result<DirtyClaim> {
+    fn reference(&self, id: CheckpointId) -> CheckpointRef {
+        CheckpointRef { vm: self.vm.file.name.clone(), id }
+    }
+
+    async fn begin_claim(&self, checkpoint: CheckpointRef) -> Result<DirtyClaim> {
         let tracker = self.vm.tracker()?;
         let begin = move || {
             let mut tracker = lock(&tracker);
             tracker.prepare()?;
-            Ok(tracker.begin_claim())
+            Ok(tracker.begin_claim(checkpoint))
         };
         tokio::task::spawn_blocking(begin)
             .await

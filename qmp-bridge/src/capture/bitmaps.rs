@@ -1,5 +1,6 @@
 //! Dirty bitmaps of ours on the disks: which are there, and giving changes back.
 
+use checkpoint_format::DurableReceipt;
 use serde_json::{Value, json};
 
 use super::names::{self, BitmapTag, DiskNames};
@@ -145,8 +146,13 @@ pub async fn start_recording(
     Ok(transaction(qmp, disks.iter().filter(|disk| !disk.read_only).map(add).collect()).await?)
 }
 
-/// Drops the bitmaps that record since anything but `seq`: the checkpoint `seq` is durable.
-pub(super) async fn keep_only(qmp: &Qmp, tag: &BitmapTag, id: u64) -> Result<(), QmpError> {
+/// Drops the bitmaps that record since any other checkpoint than the durable one.
+pub(super) async fn keep_only(
+    qmp: &Qmp,
+    tag: &BitmapTag,
+    receipt: &DurableReceipt,
+) -> Result<(), QmpError> {
+    let id = receipt.checkpoint().id.0;
     let found = find(qmp, tag).await?;
     let actions = found.iter().filter(|bitmap| bitmap.since != id).map(action_remove).collect();
     transaction(qmp, actions).await

@@ -1,6 +1,7 @@
 //! Upload phase and acknowledge: the point-in-time copies of the disks, readable while the guest
 //! runs.
 
+use checkpoint_format::{CheckpointRef, DurableReceipt};
 use serde_json::{Value, json};
 
 use super::prepare::{Copying, Session, Target};
@@ -41,6 +42,11 @@ impl CapturedDisks {
     pub(super) fn new(session: Session) -> Self {
         let disks = session.targets.iter().map(captured_disk).collect();
         Self { session, disks, exported: false }
+    }
+
+    /// The checkpoint that it is for.
+    pub fn checkpoint(&self) -> &CheckpointRef {
+        &self.session.plan.checkpoint
     }
 
     /// The disks, in the order of the plan.
@@ -181,12 +187,17 @@ impl CapturedDisks {
     /// The checkpoint is durable: forgets the changes up to the instant.
     ///
     /// # Errors
-    /// When QEMU refuses to remove the older bitmap, export, job or node.
-    pub async fn acknowledge(mut self) -> Result<(), CaptureError> {
+    /// When the receipt is of another checkpoint: then the bitmaps are restored. When QEMU refuses
+    /// to remove the older bitmap, export, job or node.
+    pub async fn acknowledge(mut self, receipt: &DurableReceipt) -> Result<(), CaptureError> {
+        if let Err(other) = receipt.confirm(&self.session.plan.checkpoint) {
+            self.session.undo().await?;
+            return Err(other.into());
+        }
         // Whatever fails below, these changes are in a durable checkpoint: merging them back would
         // only store them again.
         self.session.release().await?;
-        bitmaps::keep_only(&self.session.qmp, &self.session.plan.tag, self.session.plan.id).await?;
+        bitmaps::keep_only(&self.session.qmp, &self.session.plan.tag, receipt).await?;
         size_marks::keep_newest(&self.session.qmp, &self.session.plan.tag).await?;
         self.session.decided = true;
         Ok(())
@@ -203,7 +214,7 @@ impl CapturedDisks {
 
     /// The name of the bitmap that records from the instant on, for logs.
     pub fn successor(&self) -> String {
-        names::bitmap(&self.session.plan.tag, self.session.plan.id)
+        names::bitmap(&self.session.plan.tag, self.session.plan.id())
     }
 }
 

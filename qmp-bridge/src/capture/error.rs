@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use checkpoint_format::OtherCheckpoint;
 use thiserror::Error;
 
 use crate::jobs::JobError;
@@ -47,6 +48,8 @@ pub enum CaptureError {
         "only {free} bytes are free in the directory {path} of the fleecing overlays, fewer than the wanted {wanted}; make room there"
     )]
     FleecingFull { path: PathBuf, free: u64, wanted: u64 },
+    #[error(transparent)]
+    OtherCheckpoint(#[from] OtherCheckpoint),
 }
 
 impl CaptureError {
@@ -62,7 +65,7 @@ impl CaptureError {
             | Self::FleecingFull { .. }
             | Self::SlowFlush { .. }
             | Self::Hung { .. } => true,
-            Self::Fleecing { .. } | Self::Path { .. } => false,
+            Self::Fleecing { .. } | Self::Path { .. } | Self::OtherCheckpoint(_) => false,
         }
     }
 

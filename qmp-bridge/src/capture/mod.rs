@@ -11,7 +11,7 @@
 //! whose backing is N) is exported over NBD with A as a meta context and read while the guest runs.
 //! Then:
 //! - [`CapturedDisks::release`] ends the copying before write, as soon as all is read;
-//! - [`CapturedDisks::acknowledge`] drops A once the checkpoint is durable; or
+//! - [`CapturedDisks::acknowledge`] drops A for the receipt that this checkpoint is durable; or
 //! - [`CapturedDisks::restore`] merges B into A and lets A record again, so that the next
 //!   checkpoint carries both.
 //!

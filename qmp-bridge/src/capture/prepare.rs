@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use checkpoint_format::CheckpointRef;
 use futures::future::{BoxFuture, join_all, try_join_all};
 use serde_json::{Value, json};
 use tokio::sync::OwnedMutexGuard;
@@ -31,8 +32,8 @@ pub const DEFAULT_FLEECING_RESERVE: u64 = 256 << 20;
 pub struct CapturePlan {
     /// The prefix of all names that this VM's checkpoints give to QEMU.
     pub tag: BitmapTag,
-    /// The checkpoint being made.
-    pub id: u64,
+    /// The checkpoint being made; only its receipt acknowledges the capture.
+    pub checkpoint: CheckpointRef,
     /// The checkpoint it builds on. A disk whose bitmap records since a later one, or that has
     /// none, is captured in full. `None`: all disks are.
     pub parent: Option<u64>,
@@ -47,6 +48,13 @@ pub struct CapturePlan {
     /// The pause is that of a migration, which makes all block nodes inactive before: then filters
     /// are made in the pause.
     pub streamed: bool,
+}
+
+impl CapturePlan {
+    /// The number of the checkpoint, as names of bitmaps have it.
+    pub(super) fn id(&self) -> u64 {
+        self.checkpoint.id.0
+    }
 }
 
 /// What a capture will need, before the guest is stopped for it.
@@ -128,9 +136,9 @@ impl PreparedDisks {
     ) -> Result<Self, CaptureError> {
         let qmp = plan.tag.on(qmp);
         let turn = turn::take(&qmp).await?;
-        let kept = bitmaps::reconcile(&qmp, &plan.tag, plan.id).await?;
+        let kept = bitmaps::reconcile(&qmp, &plan.tag, plan.id()).await?;
         // Of a checkpoint that was never made, because its helper was killed.
-        size_marks::remove(&qmp, &plan.tag, |_, id, _| id >= plan.id).await?;
+        size_marks::remove(&qmp, &plan.tag, |_, id, _| id >= plan.id()).await?;
         let marks = size_marks::find(&qmp, &plan.tag).await?;
         let devices = filter::devices(&qmp).await?;
         let copying = |disk: &Disk| {
@@ -273,7 +281,7 @@ fn actions(plan: &CapturePlan, target: &Target) -> Vec<Value> {
         .as_ref()
         .map_or_else(|| bitmaps::granularity(target.bytes), |base| base.granularity);
     let mut actions = vec![json!({ "type": "block-dirty-bitmap-add", "data": {
-        "node": target.node, "name": names::bitmap(&plan.tag, plan.id), "granularity": granularity,
+        "node": target.node, "name": names::bitmap(&plan.tag, plan.id()), "granularity": granularity,
     }})];
     if target.copying == Copying::Job {
         actions.push(json!({ "type": "blockdev-backup", "data": {
@@ -358,10 +366,11 @@ impl Session {
         let marks = size_marks::find(&self.qmp, &self.plan.tag).await?;
         for target in &self.targets {
             let own = marks.get(&target.node).map(Vec::as_slice).unwrap_or_default();
-            if size_marks::is_due(own, self.plan.id, target.bytes) {
+            if size_marks::is_due(own, self.plan.id(), target.bytes) {
                 let place = Place { node: &target.node, bytes: target.bytes, names: &target.names };
                 let places = (self.plan.fleecing_dir.as_path(), self.plan.nbd_socket.as_path());
-                size_marks::place(&self.qmp, &self.plan.tag, self.plan.id, &place, places).await?;
+                size_marks::place(&self.qmp, &self.plan.tag, self.plan.id(), &place, places)
+                    .await?;
             }
             let client = export_live(&self.qmp, &self.plan, target).await?;
             self.live.push((target.node.clone(), client));
@@ -441,14 +450,16 @@ impl Session {
         self.release().await?;
         // For the room that they take; what they held is not used.
         let _ = self.failed_overlay().await;
-        size_marks::remove(&self.qmp, &self.plan.tag, |_, id, _| id == self.plan.id).await?;
+        size_marks::remove(&self.qmp, &self.plan.tag, |_, id, _| id == self.plan.id()).await?;
         let (incremental, full): (Vec<&Target>, Vec<&Target>) =
             self.targets.iter().partition(|t| t.base.is_some());
         // Without a base nothing is lost: what the new bitmap followed was never stored, and an
         // older one still records.
         let full: Vec<&str> = full.iter().map(|target| target.node.as_str()).collect();
-        bitmaps::remove_since(&self.qmp, &self.plan.tag, self.plan.id, |node| full.contains(&node))
-            .await?;
+        bitmaps::remove_since(&self.qmp, &self.plan.tag, self.plan.id(), |node| {
+            full.contains(&node)
+        })
+        .await?;
         if !incremental.is_empty() {
             bitmaps::merge_back(&self.qmp, &self.plan.tag).await?;
         }

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use checkpoint_format::{CheckpointId, CheckpointRef, DurableReceipt};
 use qmp_bridge::Qmp;
+use qmp_bridge::capture::CapturedDisks;
 use tempfile::TempDir;
 
 const DEFAULTS: [&str; 2] =
@@ -33,6 +35,23 @@ pub async fn with_each_qemu<F: AsyncFn(PathBuf)>(body: F) {
         eprintln!("--- {}", qemu.display());
         body(qemu).await;
     }
+}
+
+/// Checkpoint `id` of the VM under test.
+pub fn checkpoint(id: u64) -> CheckpointRef {
+    CheckpointRef { vm: "test".parse().expect("a name"), id: CheckpointId(id) }
+}
+
+/// What a store would say of it.
+#[expect(clippy::disallowed_methods, reason = "a receipt without a store")]
+pub fn receipt(id: u64) -> DurableReceipt {
+    DurableReceipt::of_commit(checkpoint(id))
+}
+
+/// As after the commit of its checkpoint.
+pub async fn acknowledge(captured: CapturedDisks) {
+    let receipt = receipt(captured.checkpoint().id.0);
+    captured.acknowledge(&receipt).await.expect("acknowledge");
 }
 
 /// Whose the connections are.

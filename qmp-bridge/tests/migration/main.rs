@@ -52,7 +52,7 @@ async fn both_modes_leave_everything_as_it_was() {
                 );
                 captured.export().await.expect("export");
                 captured.verify().await.expect("verify");
-                captured.acknowledge().await.expect("acknowledge");
+                common::acknowledge(captured).await;
                 assert_as_before(&vm, &before, &mode.to_string()).await;
             }
         }
@@ -78,7 +78,7 @@ async fn settings_of_the_owner_come_back() {
         for (id, &mode) in (1..).zip(modes(&vm)) {
             let (_, bytes, captured) = stream(&vm, &vm.qmp, mode, &StreamOptions::default(), id).await;
             assert!(bytes > FEW * PAGE, "{mode}: {bytes}");
-            captured.acknowledge().await.expect("acknowledge");
+            common::acknowledge(captured).await;
             assert_as_before(&vm, &before, &mode.to_string()).await;
         }
     })
@@ -126,7 +126,7 @@ async fn get_to(vm_directory: &Path, qmp: &Qmp, stage: Stage) -> Hands {
     let list = disks::list(qmp, Some(vm_directory)).await.expect("disks");
     let plan = CapturePlan {
         tag: common::INSTANCE.parse().expect("tag"),
-        id: 1,
+        checkpoint: common::checkpoint(1),
         parent: None,
         fleecing_dir: vm_directory.into(),
         fleecing_reserve: DEFAULT_FLEECING_RESERVE,
@@ -259,7 +259,7 @@ async fn a_stopped_guest_stays_stopped() {
             assert_eq!(support.preferred(), Some(StreamMode::BackgroundSnapshot));
             let (_, _, captured) =
                 stream(&vm, &vm.qmp, StreamMode::BackgroundSnapshot, &options, 1).await;
-            captured.acknowledge().await.expect("acknowledge");
+            common::acknowledge(captured).await;
             assert_eq!(run_state(&vm.qmp).await.expect("state"), "paused");
         } else {
             let refused = Migration::prepare(
@@ -273,7 +273,7 @@ async fn a_stopped_guest_stays_stopped() {
             assert!(!journal(&vm).exists());
         }
         let (_, _, captured) = stream(&vm, &vm.qmp, StreamMode::PreCopy, &options, 2).await;
-        captured.acknowledge().await.expect("acknowledge");
+        common::acknowledge(captured).await;
         assert_eq!(run_state(&vm.qmp).await.expect("state"), "postmigrate");
         assert_eq!(counter(&vm.qmp).await, count, "the guest ran");
         let again = probe(&vm.qmp).await.expect("probe");
@@ -305,7 +305,7 @@ async fn a_guest_that_has_not_begun_is_taken_by_pre_copy_only() {
         assert!(matches!(&refused, Err(MigrationError::Unsupported { .. })), "{refused:?}");
         let (_, _, captured) =
             stream(&vm, &vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
-        captured.acknowledge().await.expect("acknowledge");
+        common::acknowledge(captured).await;
     })
     .await;
 }
@@ -425,7 +425,7 @@ async fn a_guest_that_suspends_itself_meanwhile_stays_suspended() {
         while run_state(&vm.qmp).await.expect("status") != "running" {}
         let (_, _, captured) =
             stream(&vm, &vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
-        captured.acknowledge().await.expect("acknowledge");
+        common::acknowledge(captured).await;
     })
     .await;
 }
@@ -562,7 +562,7 @@ async fn migration_of_another_client_is_left_alone() {
         // What it leaves behind is no hindrance.
         let (_, _, captured) =
             stream(&vm, &vm.qmp, StreamMode::PreCopy, &StreamOptions::default(), 1).await;
-        captured.acknowledge().await.expect("acknowledge");
+        common::acknowledge(captured).await;
         assert_as_before(&vm, &before, "after the owner's").await;
     })
     .await;

@@ -115,7 +115,7 @@ pub fn upload_fast(migration: &mut Migration) -> JoinHandle<u64> {
 pub fn plan(vm: &TestQemu, id: u64) -> CapturePlan {
     CapturePlan {
         tag: crate::common::INSTANCE.parse().expect("tag"),
-        id,
+        checkpoint: crate::common::checkpoint(id),
         parent: id.checked_sub(1).filter(|parent| *parent > 0),
         fleecing_dir: vm.directory.path().into(),
         fleecing_reserve: DEFAULT_FLEECING_RESERVE,
