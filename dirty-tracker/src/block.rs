@@ -8,7 +8,8 @@ use checkpoint_format::{
 
 use crate::error::TrackerError;
 use crate::guest_memory::GuestMemory;
-use crate::maps::Mapping;
+use crate::maps::shown_path;
+use procfs_core::process::{MMPermissions, MemoryMap, MemoryMaps};
 
 /// A RAM block of one tracker; numbers count from 0 in the order of attachment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -63,19 +64,19 @@ impl TrackedBlock {
     ///
     /// A wrong address would not fail later: it would track the wrong memory, and lose every write
     /// of the guest.
-    pub(crate) fn check(&self, maps: &[Mapping]) -> Result<(), TrackerError> {
+    pub(crate) fn check(&self, maps: &MemoryMaps) -> Result<(), TrackerError> {
         self.check_numbers()?;
         let inode = match &self.memory {
             BlockMemory::Shared(memory) => Some(memory.inode()?),
             BlockMemory::Private => None,
         };
         let Range { mut start, end } = self.addresses();
-        for mapping in maps.iter().filter(|mapping| mapping.end > self.host_address) {
-            if start >= end || mapping.start > start {
+        for mapping in maps.iter().filter(|mapping| mapping.address.1 > self.host_address) {
+            if start >= end || mapping.address.0 > start {
                 break;
             }
             self.check_mapping(mapping, start, inode)?;
-            start = mapping.end;
+            start = mapping.address.1;
         }
         if start < end {
             return Err(self.wrong(format!("nothing is mapped at {start:#x}")));
@@ -111,26 +112,27 @@ impl TrackedBlock {
 
     fn check_mapping(
         &self,
-        mapping: &Mapping,
+        mapping: &MemoryMap,
         at: u64,
         inode: Option<u64>,
     ) -> Result<(), TrackerError> {
+        let is_shared = mapping.perms.contains(MMPermissions::SHARED);
         let Some(inode) = inode else {
-            return match mapping.shared {
+            return match is_shared {
                 true => Err(self
                     .wrong(format!("the memory at {at:#x} is shared; it must be given as a file"))),
                 false => Ok(()),
             };
         };
         let offset = at - self.host_address;
-        let is_ours = mapping.shared
+        let is_ours = is_shared
             && mapping.inode == inode
-            && mapping.offset.checked_add(at - mapping.start) == Some(offset);
+            && mapping.offset.checked_add(at - mapping.address.0) == Some(offset);
         match is_ours {
             true => Ok(()),
             false => Err(self.wrong(format!(
                 "what QEMU has mapped at {at:#x} is not byte {offset} of its file but '{}'",
-                mapping.path
+                shown_path(mapping)
             ))),
         }
     }

@@ -37,9 +37,9 @@ pub enum TrackerError {
     Maps { source: io::Error },
 
     #[error(
-        "QEMU's memory map has a line that cannot be understood: '{line}'; please report it with the kernel version"
+        "QEMU's memory map has a line that cannot be understood: {error}; please report it with the kernel version"
     )]
-    MapsLine { line: String },
+    MapsForm { error: String },
 
     #[error(
         "cannot register RAM block '{block}' for write tracking; if QEMU's background-snapshot capability is on, switch it off"

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::geteuid;
+use procfs_core::process::{MMPermissions, MemoryMaps};
 
 use crate::error::TrackerError;
 use crate::guest_memory::GuestMemory;
-use crate::maps::{Mapping, parse_maps, read_maps};
+use crate::maps::{parse_maps, read_maps};
 use crate::sys::receive::receive;
 use plugin_protocol::wire::{FdKind, Hello, PROTOCOL_VERSION, REPLY_LEN, Reply, Status};
 
@@ -150,22 +151,14 @@ impl PluginHandles {
         )
     }
 
-    /// The text of `/proc/PID/maps` of QEMU, as it is now.
+    /// QEMU's memory map as it is now, ascending by address.
     ///
     /// # Errors
-    /// When the plugin could not open QEMU's memory map, or it cannot be read.
-    pub fn maps_text(&self) -> Result<String, TrackerError> {
+    /// When the plugin could not open QEMU's memory map, or it cannot be read or parsed.
+    pub fn maps(&self) -> Result<MemoryMaps, TrackerError> {
         let remedy = "is /proc mounted where QEMU runs?";
         let maps = self.open(FdKind::Maps, "memory map", remedy, self.maps.as_ref())?;
-        read_maps(maps).map_err(|source| TrackerError::Maps { source })
-    }
-
-    /// QEMU's memory map.
-    ///
-    /// # Errors
-    /// As for [`Self::maps_text`] and [`parse_maps`].
-    pub fn maps(&self) -> Result<Vec<Mapping>, TrackerError> {
-        parse_maps(&self.maps_text()?)
+        parse_maps(&read_maps(maps).map_err(|source| TrackerError::Maps { source })?)
     }
 
     /// The RAM file that QEMU was given with `ramfd=`, if it was.
@@ -205,9 +198,11 @@ impl PluginHandles {
         let mut starts = maps
             .iter()
             .filter(|mapping| {
-                mapping.inode == inode && mapping.shared && mapping.writable && mapping.offset == 0
+                let is_writable =
+                    mapping.perms.contains(MMPermissions::SHARED | MMPermissions::WRITE);
+                mapping.inode == inode && is_writable && mapping.offset == 0
             })
-            .map(|mapping| mapping.start);
+            .map(|mapping| mapping.address.0);
         let first = starts.next();
         match starts.next() {
             None => Ok(first),

@@ -48,5 +48,5 @@ pub use error::TrackerError;
 pub use guest_memory::GuestMemory;
 pub use handles::{PluginHandles, UffdSource};
 pub use host_support::{HostCheck, HostSupport};
-pub use maps::{Mapping, parse_maps};
+pub use maps::shown_path;
 pub use tracker::Tracker;

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use dirty_tracker::{PluginHandles, TrackerError, UffdSource};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use procfs_core::FromRead;
+use procfs_core::process::MemoryMaps;
 use support::{StandIn, TIMEOUT};
 use tempfile::TempDir;
 
@@ -53,7 +55,7 @@ fn a_client_gets_descriptors_of_the_process_that_it_asked() {
     handles.uffd().unwrap();
     handles.pagemap().unwrap();
     let own = fs::read_to_string(format!("/proc/{}/maps", guest.pid())).unwrap();
-    assert_eq!(handles.maps_text().unwrap(), own);
+    assert_eq!(handles.maps().unwrap(), MemoryMaps::from_read(own.as_bytes()).unwrap());
     assert_eq!(handles.find_mapping(&guest.memory).unwrap(), Some(guest.shared_address));
     let ram = handles.ram("ram").unwrap().unwrap();
     assert_eq!(ram.inode().unwrap(), guest.memory.inode().unwrap());

@@ -15,14 +15,13 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use procfs_core::process::{MMPermissions, MMapPath, MemoryMap, MemoryMaps};
 use thiserror::Error;
 
 use crate::ramblock::RamBlock;
 
 /// Largest anonymous mapping searched: heaps and arenas are smaller, guest RAM is larger.
 const MAX_SEARCHED: u64 = 256 << 20;
-/// Most mappings believed; Linux allows 65530 by default.
-const MAX_MAPPINGS: usize = 1 << 17;
 const PIECE: usize = 1 << 20;
 /// The struct as far as it is looked at.
 const HOST: usize = 0;
@@ -37,8 +36,6 @@ const WORD: usize = 8;
 #[derive(Debug, Error)]
 #[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
 pub enum HostError {
-    #[error("the memory map of QEMU has more than {MAX_MAPPINGS} lines")]
-    TooManyMappings,
     #[error("cannot read the memory of QEMU: {0}; run as the same user, or with CAP_SYS_PTRACE")]
     Read(std::io::Error),
     #[error(
@@ -51,37 +48,31 @@ pub enum HostError {
     Ambiguous { name: String, count: usize },
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Mapping {
-    start: u64,
-    end: u64,
-    readable: bool,
-    /// Read-write, private, without a file: where a heap can be.
-    heap_like: bool,
-    main_heap: bool,
-}
-
-/// Fills in `host` of the blocks that lack it. `memory` is `/proc/PID/mem`, `maps` the text of
+/// Fills in `host` of the blocks that lack it. `memory` is `/proc/PID/mem`, `maps` what is in
 /// `/proc/PID/maps`.
 ///
 /// # Errors
 /// When a block's memory is not found at one place in QEMU's map, or cannot be read.
-pub fn find_hosts(memory: &File, maps: &str, blocks: &mut [RamBlock]) -> Result<(), HostError> {
+pub fn find_hosts(
+    memory: &File,
+    maps: &MemoryMaps,
+    blocks: &mut [RamBlock],
+) -> Result<(), HostError> {
     if blocks.iter().all(|block| block.host.is_some()) {
         return Ok(());
     }
-    let mappings = parse_maps(maps)?;
     let mut found = vec![BTreeSet::new(); blocks.len()];
     // The structs are made by the main thread, whose heap is usually this one; the rest is searched
     // only if need be.
-    for heap in [true, false] {
-        for mapping in
-            mappings.iter().filter(|mapping| mapping.heap_like && mapping.main_heap == heap)
-        {
-            search(memory, *mapping, blocks, &mut found)?;
+    for is_main in [true, false] {
+        let is_it = |mapping: &&MemoryMap| {
+            is_heap_like(mapping) && (mapping.pathname == MMapPath::Heap) == is_main
+        };
+        for mapping in maps.iter().filter(is_it) {
+            search(memory, mapping.address, blocks, &mut found)?;
         }
         for (block, hosts) in blocks.iter().zip(&mut found) {
-            hosts.retain(|host| is_memory(&mappings, *host, block));
+            hosts.retain(|host| is_memory(maps, *host, block));
         }
         if found.iter().all(|hosts| !hosts.is_empty()) {
             break;
@@ -100,39 +91,27 @@ pub fn find_hosts(memory: &File, maps: &str, blocks: &mut [RamBlock]) -> Result<
     Ok(())
 }
 
-fn parse_maps(maps: &str) -> Result<Vec<Mapping>, HostError> {
-    let mappings: Vec<Mapping> =
-        maps.lines().take(MAX_MAPPINGS + 1).filter_map(parse_mapping).collect();
-    if mappings.len() > MAX_MAPPINGS { Err(HostError::TooManyMappings) } else { Ok(mappings) }
-}
-
-fn parse_mapping(line: &str) -> Option<Mapping> {
-    let mut words = line.split_whitespace();
-    let (start, end) = words.next()?.split_once('-')?;
-    let permissions = words.next()?;
-    let inode = words.nth(2)?;
-    let name = words.next().unwrap_or_default();
-    let start = u64::from_str_radix(start, 16).ok()?;
-    let end = u64::from_str_radix(end, 16).ok()?;
-    let small = name == "[heap]" || (name.is_empty() && end.checked_sub(start)? <= MAX_SEARCHED);
-    let heap_like = permissions == "rw-p" && inode == "0" && small;
-    (start < end).then_some(Mapping {
-        start,
-        end,
-        readable: permissions.starts_with('r'),
-        heap_like,
-        main_heap: name == "[heap]",
-    })
+/// Read-write, private, without a file: where a heap can be.
+fn is_heap_like(mapping: &MemoryMap) -> bool {
+    let (start, end) = mapping.address;
+    let is_writable = MMPermissions::READ | MMPermissions::WRITE | MMPermissions::PRIVATE;
+    let is_small = match mapping.pathname {
+        MMapPath::Heap => true,
+        MMapPath::Anonymous => end.saturating_sub(start) <= MAX_SEARCHED,
+        _ => false,
+    };
+    mapping.perms == is_writable && mapping.inode == 0 && is_small
 }
 
 /// Whether a block can begin here: page-aligned, and readable mappings without a gap for all of it.
-fn is_memory(mappings: &[Mapping], host: u64, block: &RamBlock) -> bool {
+fn is_memory(maps: &MemoryMaps, host: u64, block: &RamBlock) -> bool {
     let Some(end) = host.checked_add(block.total) else { return false };
     let mut at = host;
     // The map is sorted by address, so one pass follows neighbours.
-    for mapping in mappings {
-        if mapping.readable && mapping.start <= at && at < mapping.end {
-            at = mapping.end;
+    for mapping in maps {
+        let (start, end) = mapping.address;
+        if mapping.perms.contains(MMPermissions::READ) && start <= at && at < end {
+            at = end;
         }
     }
     host != 0 && host.is_multiple_of(block.page_size.max(1)) && at >= end
@@ -140,15 +119,14 @@ fn is_memory(mappings: &[Mapping], host: u64, block: &RamBlock) -> bool {
 
 fn search(
     memory: &File,
-    mapping: Mapping,
+    (start, end): (u64, u64),
     blocks: &[RamBlock],
     found: &mut [BTreeSet<u64>],
 ) -> Result<(), HostError> {
     let mut buffer = vec![0; PIECE + STRUCT];
-    let mut at = mapping.start;
-    while at < mapping.end {
-        let wanted =
-            usize::try_from(mapping.end - at).map_or(buffer.len(), |rest| rest.min(buffer.len()));
+    let mut at = start;
+    while at < end {
+        let wanted = usize::try_from(end - at).map_or(buffer.len(), |rest| rest.min(buffer.len()));
         let read = match memory.read_at(&mut buffer[..wanted], at) {
             Ok(read) => read,
             // A mapping that has gone in the meantime, or a guard page.
@@ -191,6 +169,7 @@ fn has_name(bytes: &[u8], name: &str) -> bool {
 #[cfg(test)]
 mod test {
     use super::*;
+    use procfs_core::FromRead;
 
     const BLOCK: &str = "vga.vram";
 
@@ -231,7 +210,8 @@ mod test {
                     100000-103000 rw-p 00000000 00:00 0 \n103000-106000 rw-s 00000000 00:01 5 /memfd:x (deleted)\n\
                     200000-204000 rw-p 00000000 00:00 0 \n";
         let mut blocks = [block()];
-        find_hosts(&file, maps, &mut blocks).map(|()| blocks[0].host)
+        let maps = MemoryMaps::from_read(maps.as_bytes()).expect("maps");
+        find_hosts(&file, &maps, &mut blocks).map(|()| blocks[0].host)
     }
 
     #[test]

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use common::loop_guest::{self, counter, guest_memory};
 use common::{TestQemu, with_each_qemu};
+use procfs_core::FromRead;
+use procfs_core::process::MemoryMaps;
 use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
 use qmp_bridge::host_finder::find_hosts;
 use qmp_bridge::incoming::{Incoming, IncomingError};
@@ -32,7 +34,7 @@ struct Saved {
 
 async fn blocks_with_hosts(vm: &TestQemu) -> Vec<RamBlock> {
     let mut blocks = ram_blocks(&vm.qmp).await.expect("blocks");
-    let maps = std::fs::read_to_string(format!("/proc/{}/maps", vm.pid())).expect("maps");
+    let maps = MemoryMaps::from_file(format!("/proc/{}/maps", vm.pid())).expect("maps");
     find_hosts(&memory_of(vm), &maps, &mut blocks).expect("hosts");
     blocks
 }
@@ -251,7 +253,7 @@ async fn addresses_found_are_those_that_qemu_uses() {
         let told = ram_blocks(&vm.qmp).await.expect("blocks");
         let mut found: Vec<RamBlock> =
             told.iter().map(|block| RamBlock { host: None, ..block.clone() }).collect();
-        let maps = std::fs::read_to_string(format!("/proc/{}/maps", vm.pid())).expect("maps");
+        let maps = MemoryMaps::from_file(format!("/proc/{}/maps", vm.pid())).expect("maps");
         let start = std::time::Instant::now();
         find_hosts(&memory_of(&vm), &maps, &mut found).expect("hosts");
         eprintln!("{} blocks found in {:?}", found.len(), start.elapsed());

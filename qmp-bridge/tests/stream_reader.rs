@@ -14,6 +14,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::{TestQemu, with_each_qemu};
+use procfs_core::FromRead;
+use procfs_core::process::MemoryMaps;
 use qmp_bridge::device_state::DeviceState;
 use qmp_bridge::host_finder::find_hosts;
 use qmp_bridge::incoming::Incoming;
@@ -89,7 +91,7 @@ fn memory_of(vm: &TestQemu) -> File {
 
 async fn blocks_of(vm: &TestQemu) -> Vec<RamBlock> {
     let mut blocks = ram_blocks(&vm.qmp).await.expect("blocks");
-    let maps = std::fs::read_to_string(format!("/proc/{}/maps", vm.pid())).expect("maps");
+    let maps = MemoryMaps::from_file(format!("/proc/{}/maps", vm.pid())).expect("maps");
     find_hosts(&memory_of(vm), &maps, &mut blocks).expect("hosts");
     blocks
 }

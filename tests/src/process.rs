@@ -4,6 +4,7 @@ pub use nix::unistd::Pid;
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use procfs::process::{Process, all_processes};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -26,58 +27,45 @@ pub fn wait_until(timeout: Duration, mut done: impl FnMut() -> bool) -> bool {
 /// it. The state of the first thread is not enough: while another thread is still exiting, the
 /// process holds its files and locks.
 pub fn is_running(pid: Pid) -> bool {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    tasks.into_iter().any(|task| {
-        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
-        state.is_some_and(|state| state != 'Z' && state != 'X')
-    })
+    let tasks = Process::new(pid.as_raw()).and_then(|process| process.tasks());
+    let mut states = tasks.into_iter().flatten().flatten().filter_map(|task| task.stat().ok());
+    states.any(|stat| !matches!(stat.state, 'Z' | 'X'))
 }
 
 /// Whether the process has `path` on its command line: the kernel may have reused the pid for
 /// another process.
 pub fn is_ours(pid: Pid, path: &Path) -> bool {
-    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    String::from_utf8_lossy(&words).contains(&path.display().to_string())
+    let words = Process::new(pid.as_raw()).and_then(|process| process.cmdline());
+    words.unwrap_or_default().iter().any(|word| word.contains(&path.display().to_string()))
 }
 
 /// Whether it works in one of `places`, or has one on its command line.
 pub fn belongs_to(pid: Pid, places: &[&Path]) -> bool {
-    let works_in = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+    let works_in = Process::new(pid.as_raw()).and_then(|process| process.cwd()).unwrap_or_default();
     places.iter().any(|place| works_in.starts_with(place) || is_ours(pid, place))
 }
 
 /// Running QEMUs that belong to a directory.
 pub fn qemus_below(directory: &Path) -> Vec<Pid> {
-    let all = std::fs::read_dir("/proc").expect("a kernel that tells").flatten();
-    let numbers =
-        all.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw);
-    let is_qemu = |pid: &Pid| {
-        std::fs::read_to_string(format!("/proc/{pid}/comm"))
-            .is_ok_and(|name| name.starts_with("qemu-system"))
-    };
-    numbers
-        .filter(is_qemu)
+    let all = all_processes().expect("a kernel that tells").flatten();
+    let is_qemu =
+        |process: &Process| process.stat().is_ok_and(|stat| stat.comm.starts_with("qemu-system"));
+    all.filter(is_qemu)
+        .map(|process| Pid::from_raw(process.pid))
         .filter(|pid| is_running(*pid) && belongs_to(*pid, &[directory]))
         .collect()
 }
 
 /// Processor time that it has used.
 pub fn processor_time(pid: Pid) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // Counted from the state, which follows the name.
-    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
-    let ticks =
-        |place: usize| fields.get(place).and_then(|field| field.parse::<u64>().ok()).unwrap_or(0);
+    let stat = Process::new(pid.as_raw()).and_then(|process| process.stat());
     // The kernel counts hundredths of a second for user space, whatever its own clock does.
-    Duration::from_millis((ticks(11) + ticks(12)) * 10)
+    Duration::from_millis(stat.map_or(0, |stat| (stat.utime + stat.stime) * 10))
 }
 
 /// The most memory that it has ever held.
 pub fn peak_bytes(pid: Pid) -> Option<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? << 10)
+    Some(Process::new(pid.as_raw()).ok()?.status().ok()?.vmhwm? << 10)
 }
 
 /// The process that listens at a socket.

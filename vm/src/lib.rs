@@ -13,6 +13,7 @@ pub mod files;
 pub mod inventory;
 pub mod launch;
 pub mod memory_source;
+pub mod process;
 pub mod process_memory;
 pub mod qemu_lock;
 pub mod reopen;

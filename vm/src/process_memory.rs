@@ -2,7 +2,7 @@
 //! it, so the guest's run state stays what it is. QEMU's own migration would leave it in another.
 
 use crate::error::refused;
-use crate::files;
+use crate::process;
 use crate::tracked_blocks::whole_blocks;
 use anyhow::{Context, Result};
 use checkpoint_format::PageRange;
@@ -11,10 +11,6 @@ use qmp_bridge::host_finder;
 use qmp_bridge::ramblock::RamBlock;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-
-/// A memory map has some hundred lines.
-const MAX_MAPS_BYTES: u64 = 16 << 20;
 
 pub struct ProcessMemory {
     memory: File,
@@ -33,11 +29,13 @@ impl ProcessMemory {
         })?;
         let mut blocks = whole_blocks(qmp).await?;
         if blocks.iter().any(|block| block.host.is_none()) {
-            let maps =
-                files::read_limited(Path::new(&format!("/proc/{pid}/maps")), MAX_MAPS_BYTES)?;
-            let maps = String::from_utf8_lossy(&maps);
-            host_finder::find_hosts(&memory, &maps, &mut blocks)
-                .map_err(|error| refused(format!("{error}")))?;
+            let maps = process::open(pid).and_then(|process| process::memory_maps(&process));
+            host_finder::find_hosts(
+                &memory,
+                &maps.context("reading QEMU's memory map")?,
+                &mut blocks,
+            )
+            .map_err(|error| refused(format!("{error}")))?;
         }
         Ok(Self { memory, blocks })
     }

@@ -7,9 +7,10 @@
 
 use crate::drives::Drives;
 use crate::error::refused;
-use crate::files;
+use crate::process;
 use anyhow::{Context, Result};
 use nix::unistd::{Gid, Uid, geteuid, setfsgid, setfsuid};
+use procfs::ProcResult;
 use qmp_bridge::disks::Disk;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -36,9 +37,7 @@ pub fn check_paths(drives: &Drives) -> Result<()> {
 }
 
 fn check_rights(pid: u32, disks: &[Disk]) -> Result<()> {
-    let status =
-        files::read_text(format!("/proc/{pid}/status")).context("reading QEMU's status")?;
-    let user = User::parse(&status).context("QEMU's status names no user")?;
+    let user = User::of(pid).context("reading QEMU's status")?;
     // An ordinary user's QEMU is of that user, who could not take on another.
     if user.uid == geteuid() || !geteuid().is_root() {
         return Ok(());
@@ -64,22 +63,10 @@ struct User {
 }
 
 impl User {
-    /// From `/proc/PID/status`, where the last number of a line is the file system's.
-    fn parse(status: &str) -> Option<Self> {
-        let line = |key: &str| {
-            status
-                .lines()
-                .find_map(|line| line.strip_prefix(key))
-                .unwrap_or_default()
-                .split_whitespace()
-        };
-        let uid = Uid::from_raw(line("Uid:").last()?.parse().ok()?);
-        let own = line("Gid:").last()?;
-        let groups = std::iter::once(own)
-            .chain(line("Groups:"))
-            .filter_map(|group| group.parse().ok())
-            .map(Gid::from_raw);
-        Some(Self { uid, groups: groups.collect() })
+    fn of(pid: u32) -> ProcResult<Self> {
+        let status = process::open(pid)?.status()?;
+        let groups = std::iter::once(status.fgid).chain(status.groups.iter().copied());
+        Ok(Self { uid: Uid::from_raw(status.fuid), groups: groups.map(Gid::from_raw).collect() })
     }
 }
 
@@ -112,10 +99,18 @@ mod test {
 
     #[test]
     fn user_of_a_process_is_that_of_its_files() {
-        let status = "Name:\tqemu\nUid:\t0\t0\t0\t107\nGid:\t0\t0\t0\t108\nGroups:\t6 36 \n";
-        let groups = [108, 6, 36].map(Gid::from_raw).to_vec();
-        assert_eq!(User::parse(status), Some(User { uid: Uid::from_raw(107), groups }));
-        assert_eq!(User::parse("Name:\tx\n"), None);
+        if !geteuid().is_root() {
+            return;
+        }
+        let of_thread = || {
+            let id = nix::unistd::gettid().as_raw().unsigned_abs();
+            setfsgid(Gid::from_raw(108));
+            setfsuid(Uid::from_raw(107));
+            User::of(id)
+        };
+        let found = std::thread::spawn(of_thread).join().unwrap().unwrap();
+        assert_eq!((found.uid, found.groups[0]), (Uid::from_raw(107), Gid::from_raw(108)));
+        assert!(User::of(0).is_err());
     }
 
     #[test]

@@ -4,10 +4,10 @@
 use crate::drives::{self, Drives, Started};
 use crate::error::refused;
 use crate::external;
-use crate::files;
 use crate::launch::own_files::Running;
 use crate::launch::process::QemuProcess;
 use crate::launch::{arguments, expected_devices, unsupported};
+use crate::process;
 use crate::qemu_lock::QemuLock;
 use crate::runtime_dir::{RuntimeDir, VmFile};
 use crate::tracked_blocks;
@@ -113,12 +113,13 @@ impl Vm {
 
     /// Whether QEMU's process is gone.
     pub fn has_ended(&self) -> bool {
-        !is_alive(self.pid)
+        process::started(self.pid).is_none()
     }
 
     /// QEMU's working directory, to which relative paths on its command line belong.
     pub fn directory(&self) -> PathBuf {
-        std::fs::read_link(format!("/proc/{}/cwd", self.pid))
+        process::open(self.pid)
+            .and_then(|process| process.cwd())
             .unwrap_or_else(|_| self.file.directory.clone())
     }
 
@@ -323,7 +324,7 @@ fn connect(socket: &Path, pid: Option<u32>) -> Result<PluginHandles> {
             Ok(handles) => return Ok(handles),
             Err(error) => error,
         };
-        if pid.is_some_and(|pid| !is_alive(pid)) {
+        if pid.is_some_and(|pid| process::started(pid).is_none()) {
             return Err(refused(
                 "QEMU has ended before it could be attached; its own output says why",
             ));
@@ -332,13 +333,6 @@ fn connect(socket: &Path, pid: Option<u32>) -> Result<PluginHandles> {
             return Err(error).context("QEMU's plugin does not answer; is the VM running?");
         }
     }
-}
-
-/// A process that has ended and was not waited for yet is a zombie.
-fn is_alive(pid: u32) -> bool {
-    let stat = files::read_text(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The state follows the name, which stands in parentheses and may hold any letter.
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 /// `blockers`: what QEMU says against a migration.

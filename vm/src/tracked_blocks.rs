@@ -2,7 +2,8 @@
 
 use crate::error::refused;
 use anyhow::{Context, Result};
-use dirty_tracker::{BlockMemory, GuestMemory, PluginHandles, TrackedBlock, Tracker};
+use dirty_tracker::{BlockMemory, GuestMemory, PluginHandles, TrackedBlock, Tracker, shown_path};
+use procfs::process::{MMPermissions, MemoryMap};
 use qmp_bridge::devices::GuestDevice;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::{Qmp, devices, host_finder, ramblock};
@@ -61,7 +62,7 @@ async fn ram_blocks(qmp: &Qmp, handles: &PluginHandles, main: &str) -> Result<Ve
         )));
     }
     if blocks.iter().any(|block| block.host.is_none()) {
-        let maps = handles.maps_text()?;
+        let maps = handles.maps()?;
         host_finder::find_hosts(handles.memory()?, &maps, &mut blocks)
             .context("finding QEMU's RAM blocks in its memory")?;
     }
@@ -143,29 +144,30 @@ fn main_memory(handles: &PluginHandles, host_address: u64, main: &str) -> Result
         return Ok(BlockMemory::Shared(given));
     }
     let maps = handles.maps()?;
-    let mapping = maps.iter().find(|mapping| mapping.addresses().contains(&host_address));
+    let mapping =
+        maps.iter().find(|mapping| (mapping.address.0..mapping.address.1).contains(&host_address));
     let mapping = mapping
         .with_context(|| format!("nothing is mapped where QEMU has its RAM block {main}"))?;
-    if mapping.shared {
-        let file = own_file(handles.pid(), mapping.inode, &mapping.path)?;
+    if mapping.perms.contains(MMPermissions::SHARED) {
+        let file = own_file(handles.pid(), mapping)?;
         return Ok(BlockMemory::Shared(GuestMemory::from_fd(main, file.into())?));
     }
     if mapping.inode != 0 {
         return Err(refused(format!(
             "the guest's memory is a private mapping of {}, whose content the tracker cannot tell from the guest's; use a memory-backend-memfd",
-            mapping.path
+            shown_path(mapping)
         )));
     }
     Ok(BlockMemory::Private)
 }
 
 /// A memory file that QEMU has open and mapped. It has no path of its own.
-fn own_file(pid: u32, inode: u64, shown: &str) -> Result<File> {
+fn own_file(pid: u32, mapping: &MemoryMap) -> Result<File> {
     let folder = format!("/proc/{pid}/fd");
     let files = std::fs::read_dir(&folder)
         .with_context(|| format!("looking at QEMU's open files in {folder}"))?;
     let is_it = |path: &PathBuf| {
-        std::fs::metadata(path).is_ok_and(|facts| facts.ino() == inode && facts.is_file())
+        std::fs::metadata(path).is_ok_and(|facts| facts.ino() == mapping.inode && facts.is_file())
     };
     let is_memory = |path: &PathBuf| {
         std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:"))
@@ -178,7 +180,9 @@ fn own_file(pid: u32, inode: u64, shown: &str) -> Result<File> {
             .open(&path)
             .with_context(|| format!("opening the guest's memory by {}", path.display())),
         None => Err(refused(format!(
-            "the guest's memory is the file {shown}, which others can write or cut off unseen; use a memory-backend-memfd"
+            "the guest's memory is the file {}, which others can write or cut off \
+             unseen; use a memory-backend-memfd",
+            shown_path(mapping)
         ))),
     }
 }

@@ -8,8 +8,8 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use vm::files;
 use vm::launch::command::{self, Start};
+use vm::process;
 use vm::runtime_dir::{RuntimeDir, VmFile};
 
 /// QEMU opens its monitor within 100 ms; a loaded host takes longer.
@@ -58,8 +58,8 @@ pub fn start(
 }
 
 fn environment(pid: u32) -> Option<Vec<(std::ffi::OsString, std::ffi::OsString)>> {
-    let bytes = files::read(format!("/proc/{pid}/environ")).ok()?;
-    let words = bytes.split(|byte| *byte == 0).filter_map(|word| {
+    let words = process::environment(&process::open(pid).ok()?).ok()?.into_iter();
+    let words = words.filter_map(|word| {
         let at = word.iter().position(|byte| *byte == b'=')?;
         Some((word[..at].to_vec(), word[at + 1..].to_vec()))
     });
@@ -85,7 +85,7 @@ pub async fn connect(process: Process, runtime: &RuntimeDir) -> Result<Qmp> {
 
 /// Ends a process for good, and waits until it has let go of everything.
 pub async fn end(process: Process) -> Result<()> {
-    let end = move || vm::launch::process::end(process.pid, process.started);
+    let end = move || process::end(process.pid, process.started);
     tokio::task::spawn_blocking(end).await.context("internal error: ending QEMU panicked")?
 }
 
@@ -99,12 +99,9 @@ pub fn explain(runtime: &RuntimeDir, error: Error) -> Error {
 /// written down any more.
 pub fn find(file: &VmFile) -> Option<Process> {
     let id = format!("id=stillpoint-{}", file.instance);
-    let ends_with_id = |word: &[u8]| word.ends_with(id.as_bytes());
-    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let mut hits = numbers.filter(|pid| {
-        files::read(format!("/proc/{pid}/cmdline"))
-            .is_ok_and(|line| line.split(|byte| *byte == 0).any(ends_with_id))
+    let mut hits = process::all().filter(|process| {
+        process::command_line(process)
+            .is_ok_and(|words| words.iter().any(|word| word.ends_with(id.as_bytes())))
     });
-    hits.find_map(Process::of)
+    hits.find_map(|process| Process::of(process.pid.unsigned_abs()))
 }

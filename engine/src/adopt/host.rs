@@ -7,6 +7,7 @@ use vm::files;
 use vm::launch::arguments;
 use vm::launch::host_specific::Manager;
 use vm::launch::process::QemuProcess;
+use vm::process::{self, Process};
 
 /// Required beside the guest's RAM: for QEMU itself, and a reserve for other processes.
 const SPARE_BYTES: u64 = 256 << 20;
@@ -35,10 +36,9 @@ fn check_manager(process: &QemuProcess) -> Result<()> {
 }
 
 fn by_parent(pid: u32) -> Option<Manager> {
-    let status = files::read_text(format!("/proc/{pid}/status")).ok()?;
-    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().to_owned();
-    let name = files::read_text(format!("/proc/{parent}/comm")).ok()?;
-    ["libvirtd", "virtqemud"].contains(&name.trim()).then_some(Manager::Libvirt)
+    let stat = |pid: u32| process::open(pid).ok()?.stat().ok();
+    let parent = stat(stat(pid)?.ppid.unsigned_abs())?;
+    ["libvirtd", "virtqemud"].contains(&parent.comm.as_str()).then_some(Manager::Libvirt)
 }
 
 fn check_place(process: &QemuProcess) -> Result<()> {
@@ -50,11 +50,12 @@ fn check_place(process: &QemuProcess) -> Result<()> {
             nix::unistd::geteuid()
         )));
     }
-    let space = |pid: &str, name: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}"));
+    let there = process::open(process.pid).context("QEMU has ended")?;
+    let here = Process::myself().context("looking at our own process")?;
     for name in NAMESPACES {
-        let there = space(&process.pid.to_string(), name)
+        let space = process::namespace(&there, name)
             .with_context(|| format!("looking at the {name} namespace of QEMU"))?;
-        if there != space("self", name).context("looking at our own namespaces")? {
+        if space != process::namespace(&here, name).context("looking at our own namespaces")? {
             return Err(refused(format!(
                 "QEMU (pid {}) is in another {name} namespace (a container?), where the new one would not be; run Stillpoint there",
                 process.pid
@@ -79,20 +80,13 @@ fn check_memory(available: u64, ram_bytes: u64) -> Result<()> {
 
 /// What the kernel thinks it can give, or less where our control group may have less.
 fn available_memory() -> Result<u64> {
-    let facts = files::read_text("/proc/meminfo").context("asking how much memory is free")?;
-    let line = facts
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))
-        .context("/proc/meminfo has no MemAvailable")?;
-    let kib: u64 =
-        line.trim().trim_end_matches("kB").trim().parse().context("MemAvailable is no number")?;
-    Ok(group_room().map_or(kib << 10, |room| room.min(kib << 10)))
+    let available = process::available_memory()?;
+    Ok(group_room().map_or(available, |room| room.min(available)))
 }
 
 /// The new QEMU is in the helper's control group.
 fn group_room() -> Option<u64> {
-    let groups = files::read_text("/proc/self/cgroup").ok()?;
-    let own = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let own = process::control_group(&Process::myself().ok()?)?;
     let number = |folder: &Path, file: &str| {
         files::read_text(folder.join(file)).ok()?.trim().parse::<u64>().ok()
     };
@@ -111,9 +105,7 @@ fn group_room() -> Option<u64> {
 
 /// A service manager that started QEMU takes its end for the VM's.
 pub fn service_of(pid: u32) -> Option<String> {
-    let groups = files::read_text(format!("/proc/{pid}/cgroup")).ok()?;
-    let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?.to_owned();
-    service(&path)
+    service(&process::control_group(&process::open(pid).ok()?)?)
 }
 
 fn service(group: &str) -> Option<String> {

@@ -16,6 +16,7 @@
 use anyhow::{Context, Result, bail};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
+use procfs::process::{MMPermissions, MemoryMap, MemoryMaps};
 use qmp_bridge::paused::run_state;
 use qmp_bridge::ramblock::{RamBlock, ram_blocks};
 use qmp_bridge::{Qmp, host_finder, quirks};
@@ -25,8 +26,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use vm::error::refused;
-use vm::files;
-use vm::launch::process;
+use vm::process;
 
 const PAGE: u64 = 4096;
 /// What one thread takes at a time; both copies stay in its cache.
@@ -213,8 +213,9 @@ async fn blocks(qmp: &Qmp, pid: u32) -> Result<Vec<RamBlock>> {
     Ok(blocks)
 }
 
-fn maps(pid: u32) -> Result<String> {
-    files::read_text(format!("/proc/{pid}/maps"))
+fn maps(pid: u32) -> Result<MemoryMaps> {
+    process::open(pid)
+        .and_then(|process| process::memory_maps(&process))
         .with_context(|| format!("reading the memory map of process {pid}"))
 }
 
@@ -223,16 +224,9 @@ fn address(block: &RamBlock) -> Result<u64> {
 }
 
 /// Private anonymous memory.
-fn sparse(maps: &str) -> Vec<Range<u64>> {
-    let range = |line: &str| {
-        let mut words = line.split_whitespace();
-        let (start, end) = words.next()?.split_once('-')?;
-        let is_private = words.next()?.ends_with('p');
-        let inode = words.nth(2)?;
-        let range = u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?;
-        (is_private && inode == "0").then_some(range)
-    };
-    maps.lines().filter_map(range).collect()
+fn sparse(maps: &MemoryMaps) -> Vec<Range<u64>> {
+    let is_it = |map: &&MemoryMap| map.perms.contains(MMPermissions::PRIVATE) && map.inode == 0;
+    maps.iter().filter(is_it).map(|map| map.address.0..map.address.1).collect()
 }
 
 fn cut(from: u64, to: u64, bytes: u64, sparse: &[Range<u64>]) -> Vec<Piece> {
@@ -269,6 +263,7 @@ pub fn check_readable(pid: u32) -> Result<()> {
 #[cfg(test)]
 mod test {
     use super::*;
+    use procfs::FromRead;
 
     fn own(bytes: &[u8], other: &[u8]) -> MemoryComparison {
         let pid = std::process::id();
@@ -303,8 +298,9 @@ mod test {
 
     #[test]
     fn mappings_of_files_are_not_taken_for_sparse() {
-        let maps = "1000-3000 rw-p 00000000 00:00 0    [heap]\n5000-6000 rw-s 00000000 00:01 5 /memfd:x\n7000-8000 rw-p 0 08:01 9 /lib\nx\n";
-        assert_eq!(sparse(maps), [Range { start: 0x1000, end: 0x3000 }]);
+        let maps = "1000-3000 rw-p 00000000 00:00 0    [heap]\n5000-6000 rw-s 00000000 00:01 5 /memfd:x\n7000-8000 rw-p 0 08:01 9 /lib\n";
+        let maps = MemoryMaps::from_read(maps.as_bytes()).unwrap();
+        assert_eq!(sparse(&maps), [Range { start: 0x1000, end: 0x3000 }]);
         let pieces =
             cut(0x1000, 0x9000, PIECE + 5, &[Range { start: 0x1000, end: 0x1000 + PIECE }]);
         assert_eq!(pieces[0], Piece { from: 0x1000, to: 0x9000, bytes: PIECE, is_sparse: true });

@@ -18,7 +18,7 @@ use qmp_bridge::local_migration::Found;
 use serde::{Deserialize, Serialize};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use vm::launch::process;
+use vm::process;
 use vm::runtime_dir::{RuntimeDir, VmFile};
 
 const FORMAT: u32 = 1;

@@ -10,6 +10,7 @@ use checkpoint_store::WriterRecord;
 use std::time::{Duration, SystemTime};
 use vm::files;
 use vm::launch::command::is_running;
+use vm::process;
 
 pub type Holder = WriterRecord;
 
@@ -46,23 +47,21 @@ fn is_older(holder: &Holder, booted: SystemTime) -> bool {
 
 /// With `hidepid` another user's QEMU looks as if it had ended.
 fn sees_all_processes() -> bool {
-    nix::unistd::geteuid().is_root() || files::read("/proc/1/cmdline").is_ok()
+    nix::unistd::geteuid().is_root()
+        || process::open(1).and_then(|init| process::command_line(&init)).is_ok()
 }
 
 /// When this kernel booted, by today's clock.
 fn booted() -> Option<SystemTime> {
-    let stat = files::read_text("/proc/stat").ok()?;
-    let seconds = stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
-    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(procfs::boot_time_secs().ok()?))
 }
 
 /// This process as a writer of `instance`.
 pub fn record(instance: &str) -> Result<Holder> {
-    let boot =
-        files::read_text("/proc/sys/kernel/random/boot_id").context("asking for the boot's id")?;
+    let boot = process::boot_id()?;
     Ok(Holder {
-        host: host(boot.trim())?,
-        boot_id: boot.trim().to_owned(),
+        host: host(&boot)?,
+        boot_id: boot,
         instance: instance.to_owned(),
         pid: std::process::id(),
         claimed_at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
@@ -147,7 +146,7 @@ mod test {
             Holder { instance: "6b9e6d2c-70a5-4f3e-9a4b-222222222222".to_owned(), ..here.clone() };
         assert_eq!(cannot_live(&gone, &here), sees_all_processes());
         assert!(!cannot_live(&Holder { host: "a container".to_owned(), ..gone.clone() }, &here));
-        let started = vm::launch::process::started(std::process::id()).unwrap();
+        let started = vm::process::started(std::process::id()).unwrap();
         let alive = vm::launch::instance::of_process(
             std::process::id(),
             started,

@@ -8,7 +8,7 @@ use nix::sys::statvfs::statvfs;
 use std::collections::HashMap;
 use std::path::Path;
 use vm::error::refused;
-use vm::files;
+use vm::process::available_memory;
 
 /// QEMU itself, and this process.
 const PROGRAMS: u64 = 192 << 20;
@@ -45,12 +45,4 @@ pub fn check(expected: &HashMap<SpaceName, Expected>, workspace: &Path) -> Resul
         )));
     }
     Ok(())
-}
-
-/// What can be had without swapping, as the kernel estimates it.
-fn available_memory() -> Result<u64> {
-    let text = files::read_text("/proc/meminfo").context("asking the kernel for free memory")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    Ok(kib.context("the kernel does not say how much memory is available")? << 10)
 }

@@ -18,8 +18,7 @@ use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, getegid, geteuid};
+use nix::unistd::{getegid, geteuid};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
@@ -28,6 +27,7 @@ use std::process::{Command, ExitCode, Stdio};
 use tokio::signal::unix::{SignalKind, signal};
 use vm::error::refused;
 use vm::files;
+use vm::process::{self, Process, ProcessFd, Signal};
 
 /// Names the private directory to the process inside; also says that it is inside.
 const WORKSPACE: &str = "STILLPOINT_PROOF_WORKSPACE";
@@ -72,14 +72,14 @@ async fn run_inside(workspace: &Workspace) -> Result<ExitCode> {
     let mut child = command.spawn().context("starting the process that proves")?;
     // Open as long as this process lives.
     let _alive = child.stdin.take();
-    let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
-    let pass = |signal: Signal| pid.map(|pid| kill(pid, signal));
+    let process = child.id().map(ProcessFd::open).transpose()?.flatten();
+    let pass = || process.as_ref().map(|process| process.signal(Signal::TERM));
     loop {
         tokio::select! {
             status = child.wait() => return Ok(exit_code(status.context("waiting for the process that proves")?)),
-            _ = interrupt.recv() => drop(pass(Signal::SIGTERM)),
-            _ = terminate.recv() => drop(pass(Signal::SIGTERM)),
-            _ = hangup.recv() => drop(pass(Signal::SIGTERM)),
+            _ = interrupt.recv() => drop(pass()),
+            _ = terminate.recv() => drop(pass()),
+            _ = hangup.recv() => drop(pass()),
         }
     }
 }
@@ -96,7 +96,7 @@ fn exit_code(status: std::process::ExitStatus) -> ExitCode {
 
 /// In the process inside, before anything else: it must not outlive the supervisor.
 pub fn die_with_supervisor() -> Result<()> {
-    set_pdeathsig(Signal::SIGKILL)
+    set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
         .context("asking the kernel to end this process with its supervisor")?;
     // The supervisor may have died before that.
     let input = std::io::stdin();
@@ -109,24 +109,14 @@ pub fn die_with_supervisor() -> Result<()> {
 
 /// The number by which `/proc`, which is the host's, has a process of this namespace.
 pub fn pid_in_proc(pid: u32) -> Result<u32> {
-    let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-    let ours = namespace("self");
-    let numbers = std::fs::read_dir("/proc")
-        .context("reading /proc")?
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok());
-    let is_it = |number: &String| {
-        let status = files::read_text(format!("/proc/{number}/status")).unwrap_or_default();
-        let here = status
-            .lines()
-            .find_map(|line| line.strip_prefix("NSpid:"))
-            .and_then(|line| line.split_whitespace().last());
-        here == Some(pid.to_string().as_str()) && namespace(number) == ours
+    let namespace = |process: &Process| process::namespace(process, "pid").ok().flatten();
+    let ours = namespace(&Process::myself().context("reading /proc")?);
+    let is_it = |process: &Process| {
+        let here = process.status().ok().and_then(|status| status.nspid?.last().copied());
+        here == i32::try_from(pid).ok() && namespace(process) == ours
     };
-    let mut numbers =
-        numbers.filter(|name| name.starts_with(|letter: char| letter.is_ascii_digit()));
-    let found = numbers.find(is_it).and_then(|number| number.parse().ok());
-    found.context("QEMU's process is not in /proc")
+    let found = process::all().find(is_it).context("QEMU's process is not in /proc")?;
+    Ok(found.pid.unsigned_abs())
 }
 
 /// Into new namespaces; an ordinary user needs one for users too, in which it may make the others.
@@ -274,7 +264,7 @@ fn mounted(line: &str) -> Option<(PathBuf, MsFlags)> {
     Some((place, words.next()?.split(',').map(flag).collect()))
 }
 
-/// The kernel writes space, tab, newline and backslash as octal numbers.
+/// The kernel writes space, tab, newline and backslash as octal numbers, and procfs leaves them so.
 fn unescape(text: &str) -> String {
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
         .into_iter()

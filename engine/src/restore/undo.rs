@@ -13,7 +13,7 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use vm::error::refused;
 use vm::launch;
-use vm::launch::process;
+use vm::process;
 use vm::runtime_dir::RuntimeDir;
 
 const FILE: &str = "restore.json";

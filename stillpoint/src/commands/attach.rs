@@ -8,12 +8,12 @@ use anyhow::{Context, Result, bail};
 use checkpoint_store::Mode;
 use engine::checkpoint::{Force, StoreSession};
 use engine::stores;
-use rustix::process::Signal;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use vm::error::refused;
 use vm::external::{self, Wanted};
 use vm::launch;
+use vm::process::Signal;
 use vm::runtime_dir::{RuntimeDir, VmFile};
 
 /// What a helper gets to end in order.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use vm::error::refused;
-use vm::launch::process;
+use vm::process;
 use vm::runtime_dir::RuntimeDir;
 
 /// Who answers must be who owns the directory: root may ask where another user could have put any

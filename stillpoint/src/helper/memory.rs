@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
-use vm::files;
+use vm::process::Process;
 use vm::running::Vm;
 
 /// The program, its threads and queues, and the digests of disks and device state.
@@ -55,28 +55,16 @@ impl Drop for Watch {
 }
 
 fn sample() -> Option<u64> {
-    let now = private(&files::read_text("/proc/self/statm").ok()?)?;
+    // Resident pages without those of files and shared memory.
+    let pages = Process::myself().ok()?.statm().ok()?;
+    let now = pages.resident.saturating_sub(pages.shared) * rustix::param::page_size() as u64;
     PEAK.fetch_max(now, Ordering::Relaxed);
     Some(now)
-}
-
-/// Resident pages without those of files and shared memory.
-fn private(statm: &str) -> Option<u64> {
-    let mut pages = statm.split_whitespace().skip(1).map(str::parse::<u64>);
-    let (resident, shared) = (pages.next()?.ok()?, pages.next()?.ok()?);
-    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
-    Some(resident.saturating_sub(shared) * u64::try_from(page).ok()?)
 }
 
 #[cfg(test)]
 mod test {
     use super::*;
-
-    #[test]
-    fn helper_memory_counts_private_pages_only() {
-        assert_eq!(private("500 300 120 9 0 77 0"), Some(180 * 4096));
-        assert_eq!(private("500"), None);
-    }
 
     #[test]
     fn helper_memory_peak_outlives_what_was_held() {

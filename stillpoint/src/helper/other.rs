@@ -1,19 +1,18 @@
 //! The helper that holds a VM, as another process sees it: signalled only if it is one, and never a
 //! later process of its number.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use nix::unistd::Pid;
-use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use std::os::fd::OwnedFd;
+use rustix::fs::OFlags;
 use std::os::unix::fs::MetadataExt;
 use vm::error::refused;
-use vm::files;
+use vm::process::{self, Process, ProcessFd, Signal};
 use vm::runtime_dir::RuntimeDir;
 
 pub struct OtherHelper {
     pub pid: Pid,
     /// Of that process alone, whatever becomes of its number.
-    descriptor: OwnedFd,
+    process: ProcessFd,
 }
 
 impl OtherHelper {
@@ -21,16 +20,11 @@ impl OtherHelper {
     /// helper.
     pub fn find(runtime: &RuntimeDir) -> Result<Option<Self>> {
         let pid = runtime.helper_pid_of_holder()?;
-        let number =
-            rustix::process::Pid::from_raw(pid.as_raw()).context("a process id is above zero")?;
-        let descriptor = match pidfd_open(number, PidfdFlags::empty()) {
-            Ok(descriptor) => descriptor,
-            Err(rustix::io::Errno::SRCH) => return Ok(None),
-            Err(error) => return Err(error).with_context(|| format!("opening process {pid}")),
-        };
-        // After the descriptor is open: what is proven is proven of that very process.
-        if runtime.is_locked_by(pid) || is_helper_of(pid, runtime) {
-            return Ok(Some(Self { pid, descriptor }));
+        let number = pid.as_raw().unsigned_abs();
+        let Some(process) = ProcessFd::open(number)? else { return Ok(None) };
+        // After the pidfd is open: what is proven is proven of that very process.
+        if runtime.is_locked_by(pid) || is_helper_of(number, runtime) {
+            return Ok(Some(Self { pid, process }));
         }
         Err(refused(format!(
             "{} names process {pid}, which is no helper of this VM, so it is left alone; end the helper by hand",
@@ -39,25 +33,27 @@ impl OtherHelper {
     }
 
     pub fn signal(&self, signal: Signal) {
-        if let Err(error) = pidfd_send_signal(&self.descriptor, signal) {
-            tracing::debug!(pid = %self.pid, %error, "signalling the other helper");
+        if let Err(error) = self.process.signal(signal) {
+            let error = format!("{error:#}");
+            tracing::debug!(pid = %self.pid, error, "signalling the other helper");
         }
     }
 }
 
 /// Where the kernel's table of locks does not show other processes: this program, as the helper of
 /// that VM.
-fn is_helper_of(pid: Pid, runtime: &RuntimeDir) -> bool {
-    let file = |path: String| std::fs::metadata(path).map(|facts| (facts.dev(), facts.ino())).ok();
-    let program = file(format!("/proc/{pid}/exe"));
-    let line = files::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+fn is_helper_of(pid: u32, runtime: &RuntimeDir) -> bool {
+    let program = |process: &Process| {
+        let facts = process.open_relative_flags("exe", OFlags::PATH).ok()?.metadata().ok()?;
+        Some((facts.dev(), facts.ino()))
+    };
+    let (Ok(process), Ok(own)) = (process::open(pid), Process::myself()) else { return false };
+    let words = process::command_line(&process).unwrap_or_default();
     let name = runtime.path().file_name().unwrap_or_default();
-    let is_word = |word: &str| words.contains(&word.as_bytes());
-    program.is_some()
-        && program == file("/proc/self/exe".to_owned())
-        && (is_word("helper") || is_word("attach"))
-        && words.contains(&name.as_encoded_bytes())
+    let is_word = |word: &[u8]| words.iter().any(|other| other == word);
+    program(&process).is_some_and(|there| Some(there) == program(&own))
+        && (is_word(b"helper") || is_word(b"attach"))
+        && is_word(name.as_encoded_bytes())
 }
 
 #[cfg(test)]

@@ -12,11 +12,12 @@ pub mod probe;
 use crate::drives;
 use crate::error::refused;
 use crate::launch::command::MONITOR_CHARDEV;
-use crate::launch::process::{self, QemuProcess};
+use crate::launch::process::QemuProcess;
 use crate::launch::{self, arguments, instance};
 use crate::memory_source::{
     EngineChoice, StreamChoice, can_pre_copy_live, choose_stream, choose_tracker,
 };
+use crate::process;
 use crate::process_memory::ProcessMemory;
 use crate::qemu_lock::QemuLock;
 use crate::reopen;

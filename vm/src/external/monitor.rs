@@ -5,7 +5,8 @@
 
 use crate::error::refused;
 use crate::files::read_limited;
-use crate::launch::process::{self, QemuProcess};
+use crate::launch::process::{QemuProcess, qemus_with_socket, runs_qemu};
+use crate::process;
 use anyhow::{Context, Error, Result};
 use qmp_bridge::{Qmp, QmpError};
 use std::collections::HashSet;
@@ -57,7 +58,7 @@ impl MonitorConnection {
 
     /// The QEMU at the other end of `monitor`.
     pub fn qemu(&self, monitor: &Path) -> Result<QemuProcess> {
-        if process::runs_qemu(self.listener) {
+        if runs_qemu(self.listener) {
             return QemuProcess::read(self.listener).map_err(no_rights);
         }
         if self.listener == 0 {
@@ -66,7 +67,7 @@ impl MonitorConnection {
                 monitor.display()
             )));
         }
-        match process::qemus_with_socket(&inodes(monitor)?).as_slice() {
+        match qemus_with_socket(&inodes(monitor)?).as_slice() {
             [only] => QemuProcess::read(*only).map_err(no_rights),
             [] => Err(refused(no_qemu(monitor, self.listener))),
             many => Err(refused(format!(
@@ -119,7 +120,7 @@ fn cannot_connect(monitor: &Path, error: &std::io::Error) -> String {
 }
 
 fn no_qemu(monitor: &Path, pid: u32) -> String {
-    let program = std::fs::read_link(format!("/proc/{pid}/exe")).map_or_else(
+    let program = process::open(pid).and_then(|process| process.exe()).map_or_else(
         |error| {
             format!("process {pid} ({error}; run Stillpoint as root or as the user of that QEMU)")
         },
@@ -139,7 +140,8 @@ fn inodes(path: &Path) -> Result<HashSet<u64>> {
     Ok(String::from_utf8_lossy(&table).lines().filter_map(|line| bound(line, &path)).collect())
 }
 
-/// `Num RefCount Protocol Flags Type St Inode Path`; the path may hold spaces.
+/// `Num RefCount Protocol Flags Type St Inode Path`; the path may hold spaces, which procfs would
+/// cut off.
 fn bound(line: &str, path: &Path) -> Option<u64> {
     let mut rest = line;
     for _ in 0..6 {
@@ -165,7 +167,7 @@ mod test {
         assert_eq!(line.listener, std::process::id());
         let found = inodes(&path).unwrap();
         assert!(!found.is_empty());
-        assert!(process::qemus_with_socket(&found).is_empty());
+        assert!(qemus_with_socket(&found).is_empty());
         let error = line.qemu(&path).unwrap_err().to_string();
         assert!(
             error.contains(&format!("process {}", std::process::id())) && error.contains("no QEMU"),

@@ -8,8 +8,10 @@ use crate::launch::external::{self, ExternalVm, Said};
 use crate::launch::host_specific::Hold;
 use crate::launch::own_files::Running;
 use crate::launch::process::QemuProcess;
+use crate::process;
 use crate::tracked_blocks;
 use anyhow::{Context, Result};
+use procfs::process::FDTarget;
 use qmp_bridge::Qmp;
 use qmp_bridge::disks;
 use qmp_bridge::migration::{self, Support};
@@ -127,10 +129,12 @@ fn not_built(process: &QemuProcess) -> Option<anyhow::Error> {
 /// `/dev/fdset/N` by the file that the first descriptor of the set is.
 fn fd_paths(sets: &Value, pid: u32) -> HashMap<String, PathBuf> {
     let path = |set: &Value| {
-        let file =
-            std::fs::read_link(format!("/proc/{pid}/fd/{}", set["fds"][0]["fd"].as_u64()?)).ok()?;
-        // Pipes and sockets have a name of another kind.
-        (file.is_absolute() && !file.starts_with("/dev"))
+        let descriptor = i32::try_from(set["fds"][0]["fd"].as_u64()?).ok()?;
+        let FDTarget::Path(file) = process::open(pid).ok()?.fd_from_fd(descriptor).ok()?.target
+        else {
+            return None;
+        };
+        (!file.starts_with("/dev"))
             .then(|| Some((format!("/dev/fdset/{}", set["fdset-id"].as_u64()?), file)))?
     };
     sets.as_array().into_iter().flatten().filter_map(path).collect()

@@ -8,7 +8,7 @@
 use super::arguments::{KeyList, QemuOption};
 use super::form::Form;
 use crate::cache;
-use crate::files;
+use crate::process;
 use anyhow::{Context, Result};
 use std::io::Write;
 use std::path::Path;
@@ -118,8 +118,7 @@ pub fn kvm_works(qemu: &Path) -> Result<(), String> {
     if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
         return Err(format!("/dev/kvm: {error}"));
     }
-    let boot = files::read_text("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let key = format!("{} {}", boot.trim(), qemu.display());
+    let key = format!("{} {}", process::boot_id().unwrap_or_default(), qemu.display());
     let works = match cache::load::<bool>("kvm", &key) {
         Some(known) => Some(known),
         None => run_probe(qemu)

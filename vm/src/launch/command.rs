@@ -2,7 +2,7 @@
 //! adds.
 
 use super::{arguments, instance};
-use crate::files;
+use crate::process;
 use crate::runtime_dir::{RuntimeDir, VmFile};
 use qmp_bridge::quirks::{self, Release};
 use std::ffi::OsString;
@@ -96,9 +96,9 @@ pub fn is_running(instance: &str) -> bool {
     }
     // An adopted VM keeps its instance, and its new QEMU has the mark of ours.
     let id = monitor_id(instance);
-    let has_id = |line: Vec<u8>| line.windows(id.len()).any(|part| part == id.as_bytes());
-    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    processes.filter_map(|process| files::read(process.path().join("cmdline")).ok()).any(has_id)
+    let has_id = |word: &Vec<u8>| word.windows(id.len()).any(|part| part == id.as_bytes());
+    let mut lines = process::all().filter_map(|process| process::command_line(&process).ok());
+    lines.any(|words| words.iter().any(has_id))
 }
 
 #[cfg(test)]

@@ -5,9 +5,8 @@
 //! QEMU's dirty bitmaps carry the instance, and those of one name must never be taken for
 //! another's.
 
-use super::process;
-use crate::files;
-use anyhow::{Context, Result};
+use crate::process;
+use anyhow::Result;
 use checkpoint_format::VmName;
 
 const PREFIX: &str = "process-";
@@ -15,9 +14,8 @@ const DIGEST_LETTERS: usize = 16;
 
 /// The instance of a process of this boot.
 pub fn of_process(pid: u32, started: u64, store: &str, name: &VmName) -> Result<String> {
-    let boot =
-        files::read_text("/proc/sys/kernel/random/boot_id").context("asking for the boot's id")?;
-    let digest = blake3::hash(format!("{}\n{store}\n{name}", boot.trim()).as_bytes()).to_hex();
+    let boot = process::boot_id()?;
+    let digest = blake3::hash(format!("{boot}\n{store}\n{name}").as_bytes()).to_hex();
     Ok(format!("{PREFIX}{pid}-{started}-{}", &digest[..DIGEST_LETTERS]))
 }
 

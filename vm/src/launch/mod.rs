@@ -22,7 +22,6 @@ mod unsupported_disks;
 pub use qemu_cmdline::{arguments, form};
 
 use crate::error::refused;
-use crate::files;
 use crate::runtime_dir::RuntimeDir;
 use anyhow::{Context, Result, anyhow};
 use std::path::{Path, PathBuf};
@@ -34,9 +33,7 @@ pub fn fleecing_dir(wanted: Option<&Path>) -> Result<PathBuf> {
 }
 
 pub fn new_instance() -> Result<String> {
-    let id = files::read_text("/proc/sys/kernel/random/uuid")
-        .context("asking the kernel for a random id")?;
-    Ok(id.trim().to_owned())
+    procfs::sys::kernel::random::uuid().context("asking the kernel for a random id")
 }
 
 /// A VM of this name has its QEMU.

@@ -2,7 +2,7 @@
 //! (`-bios bios-256k.bin`).
 
 use crate::cache;
-use crate::files;
+use crate::process;
 use anyhow::{Context, Result, bail};
 use std::io::{Read, Seek};
 use std::os::unix::fs::MetadataExt;
@@ -88,13 +88,8 @@ fn directories(answer: &str) -> Result<Vec<PathBuf>> {
 /// The effective user and group of a process. The owner of its folder in /proc may be root for
 /// other reasons.
 fn user(pid: u32) -> Option<(u32, u32)> {
-    let status = files::read_text(format!("/proc/{pid}/status")).ok()?;
-    let effective = |name: &str| {
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.split_whitespace().nth(1)?.parse().ok())
-    };
-    Some((effective("Uid:")?, effective("Gid:")?))
+    let status = process::open(pid).ok()?.status().ok()?;
+    Some((status.euid, status.egid))
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ mod private;
 use crate::error::refused;
 use crate::files;
 use crate::memory_source::{EngineChoice, StreamChoice};
+use crate::process;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{CheckpointId, CheckpointIdentity, Epoch, VmName, VmRecord};
 use nix::fcntl::{Flock, FlockArg, OFlag};
@@ -437,7 +438,7 @@ impl RuntimeDir {
         };
         String::from_utf8_lossy(&table)
             .lines()
-            .any(|line| flock(line, facts.ino()) == Some(pid.as_raw()))
+            .any(|line| flock(line, facts.ino()) == Some(pid.as_raw().unsigned_abs()))
     }
 }
 
@@ -446,13 +447,15 @@ pub fn flock_holder(file: &File) -> Option<String> {
     let inode = file.metadata().ok()?.ino();
     let table = files::read_limited(Path::new("/proc/locks"), MAX_LOCKS_BYTES).ok()?;
     let pid = String::from_utf8_lossy(&table).lines().find_map(|line| flock(line, inode))?;
-    let line = files::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    Some(format!("process {pid} ({})", String::from_utf8_lossy(&line).replace('\0', " ").trim()))
+    let words = process::open(pid).and_then(|process| process::command_line(&process));
+    let line = words.unwrap_or_default().join(&b' ');
+    Some(format!("process {pid} ({})", String::from_utf8_lossy(&line)))
 }
 
-/// The holder of an inode's lock: `1: FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF`. The device is
+/// The holder of an inode's lock, not one that waits for it, which procfs takes for the same:
+/// `1: FLOCK  ADVISORY  WRITE 815 00:15:4711 0 EOF`. The device is
 /// not compared: some file systems show another one there.
-fn flock(line: &str, inode: u64) -> Option<i32> {
+fn flock(line: &str, inode: u64) -> Option<u32> {
     let fields: Vec<&str> = line.split_whitespace().collect();
     let [_, "FLOCK", _, _, holder, place, ..] = fields.as_slice() else { return None };
     let is_it = place.rsplit(':').next().is_some_and(|number| number.parse() == Ok(inode));
