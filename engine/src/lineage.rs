@@ -135,8 +135,8 @@ impl Lineage {
         futures::stream::iter(reads).buffered(READS).boxed()
     }
 
-    /// What the newest checkpoint holds, page by page. `sizes` names the spaces wanted and how to
-    /// hold them.
+    /// What the newest checkpoint holds, page by page. `tables` names the spaces wanted, each with
+    /// the table that is filled.
     pub async fn digests(
         &self,
         repository: &Repository,
