@@ -43,6 +43,7 @@
 #![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
 #![forbid(unsafe_code)]
 
+mod class;
 mod digest;
 mod digest_form;
 mod digest_table;

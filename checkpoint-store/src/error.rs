@@ -129,6 +129,13 @@ pub enum StoreError {
     WrongStore { url: String, reason: String },
 }
 
+error_class::classes! {
+    StoreError: Usage(InvalidUrl) Refused(Fenced, WriterHeld, ErasureCoded)
+        Damaged(Corrupt, PastEnd)
+        Store(NotFound, AlreadyExists, Timeout, Uncertain, Unavailable, Denied, Full, Failed, Limit,
+            CommitUnknown, InvalidPath, WrongStore);
+}
+
 impl StoreError {
     /// Whether the same call, or one to the same end under a new name, may succeed without any
     /// action of the user.

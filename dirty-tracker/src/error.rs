@@ -78,6 +78,12 @@ pub enum TrackerError {
     OutOfRange { name: String, start: u64, end: u64, len: u64 },
 }
 
+error_class::classes! {
+    TrackerError: Refused(NotThePlugin, Version, MissingHandle, TrackedBlock)
+        Failed(Connect, Greeting, Maps, MapsForm, Register, Protect, Scan, Holes, Read,
+            UnknownBlock, ForeignClaim, Memory, OutOfRange);
+}
+
 impl TrackerError {
     /// Whether the same call may succeed a little later, with nothing changed.
     pub fn is_retryable(&self) -> bool {

@@ -1,6 +1,6 @@
 //! A checkpoint and its ancestors, as the store has them, and the names that users give them.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
 use checkpoint_format::{
     CheckpointId, CheckpointIdentity, DigestTable, Manifest, PackIndex, PackRecord, PageCount,
@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use std::str::FromStr;
-use vm::error::{Class, classed, damaged};
+use vm::error::{EngineError, InPhase, Phase, damaged};
 
 /// Most checkpoints of a lineage, the full one included. A reader takes more for damage.
 pub const LONGEST_LINEAGE: usize = 100_000;
@@ -50,34 +50,40 @@ impl FromStr for CheckpointName {
 }
 
 /// The checkpoint that a name means: the newest when it names none.
-pub async fn resolve(repository: &Repository, name: &CheckpointName) -> Result<CheckpointId> {
+pub async fn resolve(
+    repository: &Repository,
+    name: &CheckpointName,
+) -> Result<CheckpointId, EngineError> {
     let known = checkpoints(repository, &name.vm).await?;
-    let newest = known.last().context("internal error: an empty list of checkpoints")?;
+    let newest = known.last().context("internal error: an empty list of checkpoints");
+    let newest = newest.in_phase(Phase::Open)?;
+    let vm = &name.vm;
     match name.id {
         None => Ok(*newest),
         Some(id) if known.contains(&id) => Ok(id),
-        Some(id) => Err(classed(
-            Class::Failed,
-            format!(
-                "the store has no checkpoint {}@{id}; the newest is {}@{newest}",
-                name.vm, name.vm
-            ),
-        )),
+        Some(id) => {
+            Err(anyhow!("the store has no checkpoint {vm}@{id}; the newest is {vm}@{newest}"))
+                .in_phase(Phase::Open)
+        }
     }
 }
 
 /// The checkpoints of a VM, ascending, at least one: a name that the store does not know is an
 /// error, as is one that was only claimed.
-pub async fn checkpoints(repository: &Repository, vm: &VmName) -> Result<Vec<CheckpointId>> {
+pub async fn checkpoints(
+    repository: &Repository,
+    vm: &VmName,
+) -> Result<Vec<CheckpointId>, EngineError> {
     let known = repository
         .checkpoints(vm)
         .await
-        .with_context(|| format!("looking for checkpoints of {vm}"))?;
+        .with_context(|| format!("looking for checkpoints of {vm}"))
+        .in_phase(Phase::Open)?;
     if known.is_empty() {
-        return Err(classed(
-            Class::Failed,
-            format!("the store has no checkpoint of {vm}; 'stillpoint ls' shows what it has"),
-        ));
+        return Err(anyhow!(
+            "the store has no checkpoint of {vm}; 'stillpoint ls' shows what it has"
+        ))
+        .in_phase(Phase::Open);
     }
     Ok(known)
 }
@@ -164,8 +170,13 @@ impl Lineage {
     }
 }
 
-pub async fn manifest(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<Manifest> {
-    Ok(parsed_manifest(repository, vm, id).await?.0)
+pub async fn manifest(
+    repository: &Repository,
+    vm: &VmName,
+    id: CheckpointId,
+) -> Result<Manifest, EngineError> {
+    let parsed = parsed_manifest(repository, vm, id).await;
+    parsed.map(|(manifest, _)| manifest).in_phase(Phase::Open)
 }
 
 /// And the bytes of its file.

@@ -14,7 +14,7 @@ use checkpoint_store::Repository;
 use futures::TryStreamExt;
 use serde::Serialize;
 use std::collections::BTreeSet;
-use vm::error::{damaged, explain};
+use vm::error::{EngineError, InPhase, Phase, damaged, explain};
 
 /// A read of the store: whole frames, next to each other.
 const READ_BYTES: u64 = 8 << 20;
@@ -33,9 +33,13 @@ pub struct Report {
 }
 
 /// Reads back the checkpoint that is named and what it needs, or every checkpoint of the VM.
-pub async fn run(store: &str, name: &CheckpointName, progress: &dyn Progress) -> Result<Report> {
+pub async fn run(
+    store: &str,
+    name: &CheckpointName,
+    progress: &dyn Progress,
+) -> Result<Report, EngineError> {
     let repository = stores::open_existing(store).await?;
-    read_back(&repository, name, progress).await
+    read_back(&repository, name, progress).await.in_phase(Phase::Verify)
 }
 
 /// The same of a store that is open.

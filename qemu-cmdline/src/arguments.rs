@@ -14,6 +14,8 @@ pub enum ArgumentError {
     NoValue(String),
 }
 
+error_class::classes! { ArgumentError = Usage; }
+
 /// One option as QEMU reads it; `name` has no leading dash.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QemuOption {

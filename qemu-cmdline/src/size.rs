@@ -13,6 +13,8 @@ pub struct SizeError {
     why: &'static str,
 }
 
+error_class::classes! { SizeError = Usage; }
+
 /// The bytes of RAM that QEMU gives a VM for `-m TEXT`: a plain number counts MiB, a fraction is
 /// cut to whole bytes, and the whole is rounded up to 8 KiB.
 ///

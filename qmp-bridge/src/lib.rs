@@ -41,6 +41,7 @@
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 pub mod capture;
+mod class;
 pub mod device_state;
 pub mod devices;
 pub mod disks;

@@ -1,7 +1,8 @@
 //! How a command ends: its exit code, which derives from the class of its error.
 
 use std::process::ExitCode;
-use vm::error::{Class, class_of_cause};
+use vm::error::{Class, EngineError, Phase, class_of, explain, phase_of};
+use vm::runtime_dir::Failure;
 
 /// See `stillpoint --help`.
 pub const FAILED: u8 = 1;
@@ -10,35 +11,8 @@ pub const REFUSED: u8 = 3;
 pub const STORE: u8 = 4;
 pub const DAMAGED: u8 = 5;
 
-/// The end of another process of ours (a helper, a proof), which is this one's too.
-#[derive(Debug)]
-struct Passed {
-    code: u8,
-    message: String,
-}
-
-impl std::fmt::Display for Passed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl std::error::Error for Passed {}
-
-pub fn coded(code: u8, message: impl Into<String>) -> anyhow::Error {
-    Passed { code, message: message.into() }.into()
-}
-
 pub fn code_of(error: &anyhow::Error) -> u8 {
-    let of = |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref::<Passed>() {
-        Some(passed) => Some(passed.code),
-        None => class_of_cause(cause).map(code_of_class),
-    };
-    error.chain().find_map(of).unwrap_or(FAILED)
-}
-
-fn code_of_class(class: Class) -> u8 {
-    match class {
+    match class_of(error) {
         Class::Failed => FAILED,
         Class::Usage => USAGE,
         Class::Refused => REFUSED,
@@ -47,22 +21,73 @@ fn code_of_class(class: Class) -> u8 {
     }
 }
 
+pub fn class_of_code(code: u8) -> Class {
+    match code {
+        USAGE => Class::Usage,
+        REFUSED => Class::Refused,
+        STORE => Class::Store,
+        DAMAGED => Class::Damaged,
+        _ => Class::Failed,
+    }
+}
+
 pub fn code(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(code_of(error))
+}
+
+/// An error as it is sent to another process of ours.
+pub fn failure_of(error: &anyhow::Error) -> Failure {
+    Failure {
+        message: explain(error),
+        exit_code: code_of(error),
+        class: Some(class_of(error)),
+        phase: phase_of(error),
+    }
+}
+
+/// The error that another process of ours reported.
+pub fn error_of(failure: Failure) -> EngineError {
+    let class = failure.class.unwrap_or_else(|| class_of_code(failure.exit_code));
+    EngineError::of_other(class, failure.phase.unwrap_or(Phase::Unknown), failure.message)
 }
 
 #[cfg(test)]
 mod test {
     use super::*;
     use anyhow::Context;
-    use vm::error::{damaged, refused};
+    use vm::error::{classed, damaged, refused};
 
     #[test]
-    fn exit_codes_derive_from_classes_or_are_passed_on() {
+    fn exit_codes_derive_from_classes() {
         let below = |error: anyhow::Error| Err::<(), _>(error).context("restoring m").unwrap_err();
         assert_eq!(code_of(&below(refused("it runs elsewhere"))), REFUSED);
         assert_eq!(code_of(&below(damaged("a pack"))), DAMAGED);
-        assert_eq!(code_of(&below(coded(2, "a proof's command line"))), 2);
         assert_eq!(code_of(&anyhow::anyhow!("x")), FAILED);
+        for code in FAILED..=DAMAGED {
+            assert_eq!(code_of(&classed(class_of_code(code), "x")), code);
+        }
+    }
+
+    #[test]
+    fn error_of_a_helper_keeps_class_and_phase() {
+        let error = EngineError::new(Phase::Upload, refused("it runs elsewhere"));
+        let failure = failure_of(&anyhow::Error::from(error).context("answering"));
+        let sent = serde_json::to_value(&failure).unwrap();
+        assert_eq!(
+            sent,
+            serde_json::json!({
+                "message": "answering: it runs elsewhere",
+                "exit_code": 3,
+                "class": "refused",
+                "phase": "upload"
+            })
+        );
+        let received = error_of(serde_json::from_value(sent).unwrap());
+        assert_eq!((received.class(), received.phase()), (Class::Refused, Phase::Upload));
+        assert_eq!(received.explain(), "answering: it runs elsewhere");
+        // An earlier version sends neither.
+        let sent = serde_json::json!({ "message": "x", "exit_code": 4 });
+        let received = error_of(serde_json::from_value(sent).unwrap());
+        assert_eq!((received.class(), received.phase()), (Class::Store, Phase::Unknown));
     }
 }

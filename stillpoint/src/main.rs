@@ -70,7 +70,8 @@ fn dispatch(command: Command) -> Result<ExitCode> {
             match proof::sandbox::become_program(&args.dir, &args.cwd, &args.program)? {}
         }
         Command::Verify(args) if args.restore && proof::sandbox::workspace().is_none() => {
-            proof::sandbox::supervise(&launch::fleecing_dir(args.fleecing_dir.as_deref())?)
+            let fleecing = launch::fleecing_dir(args.fleecing_dir.as_deref())?;
+            Ok(proof::sandbox::supervise(&fleecing)?)
         }
         Command::Doctor(args) => doctor::run(&args),
         other => {

@@ -8,9 +8,9 @@ use cargo_metadata::{DependencyKind, MetadataCommand, Package};
 
 /// Who may import which of our own crates, outside of tests.
 const ALLOWED: &[(&str, &[&str])] = &[
-    ("checkpoint-format", &[]),
-    ("checkpoint-store", &["checkpoint-format"]),
-    ("dirty-tracker", &["checkpoint-format", "plugin-protocol"]),
+    ("checkpoint-format", &["error-class"]),
+    ("checkpoint-store", &["checkpoint-format", "error-class"]),
+    ("dirty-tracker", &["checkpoint-format", "error-class", "plugin-protocol"]),
     (
         "engine",
         &[
@@ -22,9 +22,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "vm",
         ],
     ),
+    ("error-class", &[]),
     ("plugin-protocol", &[]),
-    ("qemu-cmdline", &[]),
-    ("qmp-bridge", &["checkpoint-format"]),
+    ("qemu-cmdline", &["error-class"]),
+    ("qmp-bridge", &["checkpoint-format", "error-class"]),
     (
         "stillpoint",
         &[
@@ -52,7 +53,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     (
         "vm",
-        &["checkpoint-format", "checkpoint-store", "dirty-tracker", "qemu-cmdline", "qmp-bridge"],
+        &[
+            "checkpoint-format",
+            "checkpoint-store",
+            "dirty-tracker",
+            "error-class",
+            "qemu-cmdline",
+            "qmp-bridge",
+        ],
     ),
     ("witness", &[]),
 ];

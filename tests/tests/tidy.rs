@@ -68,6 +68,9 @@ const CRATES: &[&str] = &[
 /// The one file that reads whole files for the binary.
 const READER: &str = "vm/src/files.rs";
 
+/// The one file that lists all error types.
+const CLASSES: &str = "vm/src/error.rs";
+
 /// One place: file, line and the line's text.
 type Places = Vec<String>;
 
@@ -166,6 +169,28 @@ fn tidy_no_file_is_read_without_a_limit() {
         [""; 0],
         "use a limit, in the binary by {READER}"
     );
+}
+
+/// An error type that is missing in the list would have no class below a context.
+#[test]
+fn tidy_each_error_type_is_classified() {
+    let derived =
+        Regex::new(r"derive\([^)]*\bError\b[^)]*\)\](?s:.{0,200}?)\npub (?:enum|struct) (\w+)")
+            .expect("a pattern");
+    let all = texts(&[".rs"]);
+    let (_, list) = all.iter().find(|(path, _)| path.ends_with(CLASSES)).expect("the list");
+    let (_, list) = list.split_once("\nclass_of_cause! {").expect("the list");
+    let (list, _) = list.split_once('}').expect("its end");
+    let listed: Vec<&str> = list.split([',', '\n']).map(str::trim).collect();
+    let types: Vec<&str> = all
+        .iter()
+        .filter(|(path, _)| CRATES.iter().any(|name| path.starts_with(Path::new(name).join("src"))))
+        .flat_map(|(_, text)| derived.captures_iter(text))
+        .map(|found| found.extract::<1>().1[0])
+        .collect();
+    assert!(types.len() > 25, "{types:?}");
+    let missing: Vec<&&str> = types.iter().filter(|name| !listed.contains(name)).collect();
+    assert!(missing.is_empty(), "{missing:?} are missing in the list of {CLASSES}");
 }
 
 /// `path:line: text` of the lines that are wrong.

@@ -1,148 +1,232 @@
-//! What kind of failure an error is, and its message with each fact once.
+//! What kind of failure an error is, of what work, and its message with each fact once.
+//!
+//! Below its public functions the engine passes `anyhow` errors with context. [`InPhase`] makes
+//! them an [`EngineError`] where a public function returns.
 
+use anyhow::Error;
+use checkpoint_format::{
+    DigestParseError, EncodeError, EnvelopeError, LayerError, LineageError, ManifestError,
+    NameError, OtherCheckpoint, PackError,
+};
 use checkpoint_store::StoreError;
 use dirty_tracker::TrackerError;
+pub use error_class::Class;
+use error_class::Classified;
 use qemu_cmdline::arguments::ArgumentError;
 use qemu_cmdline::size::SizeError;
-use qmp_bridge::PauseError;
-use qmp_bridge::QmpError;
-use qmp_bridge::capture::CaptureError;
+use qmp_bridge::capture::{BadTag, CaptureError};
+use qmp_bridge::device_state::DeviceStateError;
 use qmp_bridge::disks::DiskError;
+use qmp_bridge::host_finder::HostError;
+use qmp_bridge::images::ImageError;
+use qmp_bridge::incoming::IncomingError;
 use qmp_bridge::local_migration::LocalMigrationError;
 use qmp_bridge::migration::MigrationError;
+use qmp_bridge::nbd::NbdError;
 use qmp_bridge::ramblock::RamBlockError;
-use qmp_bridge::run_state::RunStateError;
+use qmp_bridge::resave::ResaveError;
+use qmp_bridge::run_state::{NoGuest, RunStateError};
+use qmp_bridge::stream::StreamError;
 use qmp_bridge::stream_reader::StreamReadError;
 use qmp_bridge::vm::MachineTypeError;
+use qmp_bridge::{JobError, PauseError, QmpError, ServerError};
+use serde::{Deserialize, Serialize};
+use std::error::Error as StdError;
+use std::fmt;
 
-/// What kind of failure an error is; the exit code of a command derives from it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
-    /// Anything else.
-    Failed,
-    /// What the user wrote cannot be meant, whatever the VM, host and store are.
-    Usage,
-    /// The VM, its QEMU, this host or the store is not in a state in which it may be done; the
-    /// message says what to change.
-    Refused,
-    /// Store I/O failed.
-    Store,
-    /// The store holds damaged content.
-    Damaged,
+/// The error of a public function: what kind of failure it is, of what work, and its cause.
+///
+/// It displays as its outermost cause; [`StdError::source`] leads to those below.
+#[derive(Debug)]
+pub struct EngineError {
+    class: Class,
+    phase: Phase,
+    cause: Error,
+}
+
+impl EngineError {
+    /// Of work in `phase`, whatever the phases of the functions that were called for it.
+    pub fn new(phase: Phase, cause: Error) -> Self {
+        Self { class: class_of(&cause), phase, cause }
+    }
+
+    /// An error of another process, which has told its class and phase.
+    pub fn of_other(class: Class, phase: Phase, message: String) -> Self {
+        Self { class, phase, cause: Error::msg(message) }
+    }
+
+    /// What kind of failure it is.
+    pub fn class(&self) -> Class {
+        self.class
+    }
+
+    /// What was being done.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// All causes on one line, each fact once.
+    pub fn explain(&self) -> String {
+        explain(&self.cause)
+    }
+}
+
+impl fmt::Display for EngineError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.cause.fmt(f)
+    }
+}
+
+impl StdError for EngineError {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.cause.source()
+    }
+}
+
+/// What was being done, in the words of the phases that a checkpoint and a restore report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// What a request names is opened: a runtime directory, a program, a store.
+    Open,
+    /// A helper attaches to its VM.
+    Attach,
+    /// What an interrupted adoption left is completed or undone.
+    Recover,
+    /// Checkpoint: all that can be done before the pause.
+    Prepare,
+    /// Checkpoint: copies while the guest runs, each after a brief stop.
+    PreCopy,
+    /// Checkpoint: the guest is paused.
+    Pause,
+    /// Checkpoint: memory comes by QEMU's migration stream.
+    Stream,
+    /// Checkpoint: memory is read from QEMU's process. Restore: it is filled.
+    Memory,
+    /// Checkpoint: what was captured goes to the store.
+    Upload,
+    /// Checkpoint: the manifest is written, one rename.
+    Commit,
+    /// Checkpoint: what was claimed is acknowledged.
+    Acknowledge,
+    /// Restore, adoption, proof: what is in the way is refused; nothing is made.
+    Plan,
+    /// Restore: layers are fetched.
+    Layers,
+    /// Restore: disks are made.
+    Disks,
+    /// Restore, adoption: the new QEMU is started.
+    Start,
+    /// Restore: the device state is loaded.
+    Devices,
+    /// Restore: the writer epoch is claimed and the guest may run.
+    Resume,
+    /// Adoption: local live migration.
+    Move,
+    /// Adoption: from the pause of the old QEMU's guest to that of the new one's run.
+    Switchover,
+    /// Adoption: the old QEMU ends, sockets get their names.
+    Finish,
+    /// Proof: what was restored is compared with what is stored.
+    Compare,
+    /// Verification: what is stored is read back.
+    Verify,
+    /// A phase that this version does not know: a helper of another version reported it.
+    #[serde(other)]
+    Unknown,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+/// Makes the error of a public function.
+pub trait InPhase<T> {
+    /// The same result, its error being one of work in `phase`.
+    ///
+    /// # Errors
+    /// That of the result itself.
+    fn in_phase(self, phase: Phase) -> Result<T, EngineError>;
+}
+
+impl<T, E: Into<Error>> InPhase<T> for Result<T, E> {
+    fn in_phase(self, phase: Phase) -> Result<T, EngineError> {
+        self.map_err(|error| EngineError::new(phase, error.into()))
+    }
 }
 
 /// An error whose class is known where it is made.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
-pub struct EngineError {
-    pub class: Class,
-    pub message: String,
+struct Stated {
+    class: Class,
+    message: String,
 }
 
-pub fn classed(class: Class, message: impl Into<String>) -> anyhow::Error {
-    EngineError { class, message: message.into() }.into()
+impl Classified for Stated {
+    fn class(&self) -> Class {
+        self.class
+    }
 }
 
-pub fn usage(message: impl Into<String>) -> anyhow::Error {
+impl Classified for EngineError {
+    fn class(&self) -> Class {
+        self.class
+    }
+}
+
+/// An error of that class.
+pub fn classed(class: Class, message: impl Into<String>) -> Error {
+    Stated { class, message: message.into() }.into()
+}
+
+/// An error of class [`Class::Usage`].
+pub fn usage(message: impl Into<String>) -> Error {
     classed(Class::Usage, message)
 }
 
-pub fn refused(message: impl Into<String>) -> anyhow::Error {
+/// An error of class [`Class::Refused`].
+pub fn refused(message: impl Into<String>) -> Error {
     classed(Class::Refused, message)
 }
 
-pub fn damaged(message: impl Into<String>) -> anyhow::Error {
+/// An error of class [`Class::Damaged`].
+pub fn damaged(message: impl Into<String>) -> Error {
     classed(Class::Damaged, message)
 }
 
 /// That of the outermost cause which has one.
-pub fn class_of(error: &anyhow::Error) -> Class {
+pub fn class_of(error: &Error) -> Class {
     error.chain().find_map(class_of_cause).unwrap_or(Class::Failed)
 }
 
-/// None for an error that says nothing of its class.
-pub fn class_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Class> {
-    if let Some(error) = cause.downcast_ref::<EngineError>() {
-        return Some(error.class);
-    }
-    if let Some(store) = cause.downcast_ref::<StoreError>() {
-        return Some(class_of_store(store));
-    }
-    if cause.is::<ArgumentError>() || cause.is::<SizeError>() {
-        return Some(Class::Usage);
-    }
-    let damaged = cause.is::<checkpoint_format::PackError>()
-        || cause.is::<checkpoint_format::ManifestError>();
-    if damaged || cause.is::<checkpoint_format::LayerError>() {
-        return Some(Class::Damaged);
-    }
-    is_refusal(cause).then_some(Class::Refused)
+/// That of the outermost [`EngineError`] among the causes, if there is one.
+pub fn phase_of(error: &Error) -> Option<Phase> {
+    error.chain().find_map(|cause| cause.downcast_ref::<EngineError>()).map(EngineError::phase)
 }
 
-/// The VM, its QEMU or this host is not in a state in which it can be done: nothing has failed, and
-/// the message says what to change.
-fn is_refusal(cause: &(dyn std::error::Error + 'static)) -> bool {
-    let disk =
-        |error: &DiskError| error.is_refusal() || matches!(error, DiskError::Inconsistent { .. });
-    let capture = CaptureError::is_refusal;
-    let migration = |error: &MigrationError| {
-        matches!(
-            error,
-            MigrationError::Busy { .. }
-                | MigrationError::Unsupported { .. }
-                | MigrationError::Pause(PauseError::NoGuest(_))
-        )
+macro_rules! class_of_cause {
+    ($($error:ty),+ $(,)?) => {
+        /// None for an error of another origin: it says nothing of its class.
+        fn class_of_cause(cause: &(dyn StdError + 'static)) -> Option<Class> {
+            $(if let Some(error) = cause.downcast_ref::<$error>() {
+                return Some(error.class());
+            })+
+            None
+        }
     };
-    let local_migration = |error: &LocalMigrationError| {
-        matches!(error, LocalMigrationError::Busy { .. } | LocalMigrationError::Missing { .. })
-    };
-    let stream = |error: &StreamReadError| {
-        matches!(error, StreamReadError::Unsupported { .. } | StreamReadError::NoDescription { .. })
-    };
-    let qmp =
-        |error: &QmpError| matches!(error, QmpError::NoGreeting { .. } | QmpError::NotQmp { .. });
-    let vm = |error: &MachineTypeError| {
-        matches!(error, MachineTypeError::UnknownType { .. } | MachineTypeError::NoDefault)
-    };
-    is(cause, disk)
-        || is(cause, capture)
-        || is(cause, migration)
-        || is(cause, local_migration)
-        || is(cause, stream)
-        || is(cause, qmp)
-        || is(cause, vm)
-        || is(cause, cannot_track)
-        || is(cause, |error: &RunStateError| matches!(error, RunStateError::NoGuest(_)))
-        || is(cause, |error: &PauseError| matches!(error, PauseError::NoGuest(_)))
-        || is(cause, |error: &RamBlockError| matches!(error, RamBlockError::Empty))
 }
 
-fn cannot_track(error: &TrackerError) -> bool {
-    matches!(
-        error,
-        TrackerError::NotThePlugin { .. }
-            | TrackerError::Version { .. }
-            | TrackerError::MissingHandle { .. }
-            | TrackerError::TrackedBlock { .. }
-    )
-}
-
-fn is<E: std::error::Error + 'static>(
-    cause: &(dyn std::error::Error + 'static),
-    which: impl FnOnce(&E) -> bool,
-) -> bool {
-    cause.downcast_ref::<E>().is_some_and(which)
-}
-
-fn class_of_store(error: &StoreError) -> Class {
-    match error {
-        StoreError::Fenced { .. }
-        | StoreError::WriterHeld { .. }
-        | StoreError::ErasureCoded { .. } => Class::Refused,
-        StoreError::InvalidUrl { .. } => Class::Usage,
-        StoreError::Corrupt { .. } | StoreError::PastEnd { .. } => Class::Damaged,
-        _ => Class::Store,
-    }
+// Every type with a class; a test of the tree finds one that is missing.
+class_of_cause! {
+    EngineError, Stated, ArgumentError, SizeError, StoreError, TrackerError,
+    EnvelopeError, ManifestError, PackError, LayerError, LineageError, EncodeError, NameError,
+    DigestParseError, OtherCheckpoint,
+    QmpError, JobError, ServerError, NbdError, DiskError, CaptureError, BadTag, ImageError, NoGuest,
+    RunStateError, PauseError, RamBlockError, HostError, MachineTypeError, MigrationError,
+    LocalMigrationError, StreamReadError, StreamError, DeviceStateError, IncomingError, ResaveError,
 }
 
 /// The chain on one line, without a cause that its context already quotes.
@@ -165,7 +249,6 @@ pub fn explain(error: &anyhow::Error) -> String {
 mod test {
     use super::*;
     use anyhow::Context;
-    use qmp_bridge::ServerError;
 
     #[test]
     fn class_is_found_below_its_context() {
@@ -177,10 +260,46 @@ mod test {
         assert_eq!(class_of(&busy.context("preparing")), Class::Refused);
     }
 
+    #[test]
+    fn engine_error_has_class_phase_and_all_causes() {
+        let io = std::io::Error::other("no route to host");
+        let source = || TrackerError::Maps { source: std::io::Error::other("no such process") };
+        let inner = EngineError::new(Phase::Attach, Error::from(source()).context("attaching"));
+        assert_eq!((inner.class(), inner.phase()), (Class::Failed, Phase::Attach));
+        assert_eq!(inner.to_string(), "attaching");
+        let mut causes = Vec::new();
+        let mut next = inner.source();
+        while let Some(cause) = next {
+            causes.push(cause.to_string());
+            next = cause.source();
+        }
+        assert_eq!(causes, [source().to_string(), "no such process".to_owned()]);
+        assert!(inner.source().is_some_and(|cause| cause.is::<TrackerError>()));
+        let shown = inner.explain();
+
+        let outer = EngineError::new(Phase::Plan, Error::from(inner).context("adopting m"));
+        assert_eq!((outer.class(), outer.phase()), (Class::Failed, Phase::Plan));
+        assert_eq!(outer.explain(), format!("adopting m: {shown}"));
+        let store =
+            StoreError::Full { op: checkpoint_store::Op::Put, path: text(), reason: text() };
+        let full = EngineError::new(Phase::Upload, Error::from(store).context(io));
+        assert_eq!((full.class(), full.phase()), (Class::Store, Phase::Upload));
+    }
+
+    #[test]
+    fn phase_is_named_as_phases_are_reported() {
+        assert_eq!(Phase::PreCopy.to_string(), "pre-copy");
+        assert_eq!(serde_json::from_str::<Phase>("\"pre-copy\"").unwrap(), Phase::PreCopy);
+        assert_eq!(serde_json::from_str::<Phase>("\"a later one\"").unwrap(), Phase::Unknown);
+    }
+
+    fn text() -> String {
+        "x".to_owned()
+    }
+
     /// What the documented tables call refused is a refusal, wherever it is found out.
     #[test]
     fn class_of_each_refusal_is_refused() {
-        let text = || "x".to_owned();
         let refused_by_qemu = || QmpError::NotQmp { path: "x".into(), why: text() };
         let errors: Vec<anyhow::Error> = vec![
             RamBlockError::Empty.into(),

@@ -2,7 +2,7 @@
 //! consists of.
 
 use crate::drives::{self, Drives, Started};
-use crate::error::refused;
+use crate::error::{EngineError, InPhase, Phase, refused};
 use crate::external;
 use crate::launch::own_files::Running;
 use crate::launch::process::QemuProcess;
@@ -47,7 +47,15 @@ pub struct Vm {
 }
 
 impl Vm {
-    pub async fn attach(runtime: RuntimeDir) -> Result<Self> {
+    /// Attaches to the QEMU that the runtime directory describes.
+    ///
+    /// # Errors
+    /// If that QEMU does not run, is another than it was, or cannot be checkpointed.
+    pub async fn attach(runtime: RuntimeDir) -> Result<Self, EngineError> {
+        Self::attached(runtime).await.in_phase(Phase::Attach)
+    }
+
+    async fn attached(runtime: RuntimeDir) -> Result<Self> {
         let file = runtime.vm()?;
         external::check_alive(&runtime, &file)?;
         let handles = match file.plugin(&runtime) {

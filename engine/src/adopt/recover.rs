@@ -11,14 +11,18 @@ use qmp_bridge::local_migration::{self, LocalMigrationError};
 use qmp_bridge::paused::run_state;
 use serde_json::Value;
 use std::time::Duration;
-use vm::error::{explain, refused};
+use vm::error::{EngineError, InPhase, Phase, explain, refused};
 use vm::runtime_dir::RuntimeDir;
 
 /// A QEMU that runs greets at once; one whose load is under way, as soon as it can.
 const ANSWER: Duration = Duration::from_secs(30);
 
 /// To be called by every helper before it attaches to its VM.
-pub async fn recover(runtime: &RuntimeDir) -> Result<()> {
+pub async fn recover(runtime: &RuntimeDir) -> Result<(), EngineError> {
+    complete_or_undo(runtime).await.in_phase(Phase::Recover)
+}
+
+async fn complete_or_undo(runtime: &RuntimeDir) -> Result<()> {
     let Some(record) = Record::read(runtime)? else { return Ok(()) };
     let destination = record
         .destination

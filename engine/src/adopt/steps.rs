@@ -21,7 +21,7 @@ use qmp_bridge::ramblock::ram_blocks;
 use std::path::PathBuf;
 use std::time::Instant;
 use tracing::instrument;
-use vm::error::refused;
+use vm::error::{EngineError, InPhase, Phase, refused};
 use vm::memory_source::can_pre_copy_live;
 use vm::running::Vm;
 use vm::runtime_dir::RuntimeDir;
@@ -37,6 +37,16 @@ pub async fn adopt(
     checkpointer: &mut Checkpointer,
     qemu: Option<PathBuf>,
     report: &Report,
+) -> Result<Adopted, EngineError> {
+    let mut phase = Phase::Plan;
+    carry_out(checkpointer, qemu, report, &mut phase).await.in_phase(phase)
+}
+
+async fn carry_out(
+    checkpointer: &mut Checkpointer,
+    qemu: Option<PathBuf>,
+    report: &Report,
+    phase: &mut Phase,
 ) -> Result<Adopted> {
     let begun = Instant::now();
     checkpointer.clean_up().await?;
@@ -53,12 +63,13 @@ pub async fn adopt(
     record.save(&runtime)?;
     let mut adoption =
         Adoption { vm: &checkpointer.vm, plan: &plan, runtime: &runtime, record: &mut record };
-    let (downtime, destination) = match adoption.run(report).await {
+    let (downtime, destination) = match adoption.run(report, phase).await {
         Ok(moved) => moved,
         Err(error) => {
             return Err(roll_back(&record, &runtime, Some(&checkpointer.vm.qmp), error).await);
         }
     };
+    *phase = Phase::Finish;
     let mut notes = plan.notes;
     notes.extend(finish(&record, &runtime, Some(&checkpointer.vm.qmp), &destination).await?);
     // Its monitor serves one client.
@@ -89,12 +100,14 @@ struct Adoption<'a> {
 
 impl Adoption<'_> {
     /// Until the guest has run in the new QEMU.
-    async fn run(&mut self, report: &Report) -> Result<(Downtime, Qmp)> {
+    async fn run(&mut self, report: &Report, phase: &mut Phase) -> Result<(Downtime, Qmp)> {
+        *phase = Phase::Start;
         let process = self.start()?;
         kill_point::point("adopt.started");
         let destination = destination::connect(process, self.runtime).await?;
         self.check_same(&destination).await?;
         let comparison = self.memory_comparison(&destination, process).await?;
+        *phase = Phase::Move;
         self.record.advance(Stage::Moving, self.runtime)?;
         let socket = stream_socket(self.runtime);
         let plan = self.plan;
@@ -108,6 +121,7 @@ impl Adoption<'_> {
         };
         local_migration.switchover(tell).await?;
         kill_point::point("adopt.switchover");
+        *phase = Phase::Switchover;
         if let Some(comparison) = comparison {
             let begun = Instant::now();
             let pages = comparison.copy_lost_pages(&destination).await?;

@@ -45,13 +45,15 @@ use staging::Staging;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
+use vm::error::{EngineError, Phase};
 use vm::inventory::unchanged;
 use vm::launch::command::is_running;
 use vm::memory_source::{Engine, EngineChoice, StreamChoice};
 use vm::running::Vm;
 use vm::runtime_dir::Marks;
 
-pub use writer::{Force, StoreSession, claim, may_claim};
+pub use writer::{Force, StoreSession};
+pub(crate) use writer::{claim, may_claim};
 
 /// Between the end of QEMU's monitor and that of its process.
 const QEMU_EXIT: Duration = Duration::from_secs(5);
@@ -133,13 +135,13 @@ impl Checkpointer {
     }
 
     /// One checkpoint, complete and durable, or an error and nothing.
-    pub async fn take(&mut self, choice: Choice, report: &Report) -> Result<Outcome> {
+    pub async fn take(&mut self, choice: Choice, report: &Report) -> Result<Outcome, EngineError> {
         let begun = Instant::now();
         let started_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
-        let mut phases = Phases::default();
+        let mut phases = Phases::begin(Phase::Prepare);
         let mut outcome = match self.run_phases(choice, &mut phases, report).await {
             Ok(outcome) => outcome,
-            Err(error) => return Err(self.cause(error).await),
+            Err(error) => return Err(phases.failed(self.cause(error).await)),
         };
         outcome.started_at = started_at;
         outcome.durable_ms = milliseconds(begun.elapsed());
@@ -231,16 +233,25 @@ impl Checkpointer {
     ) -> Result<Outcome> {
         kill_point::point("prepared");
         match (run.engine.mode(), run.engine) {
-            (Some(mode), _) => self.stream(run, mode, phases, report).await?,
-            (None, Engine::ProcessMemory) => self.read_process_memory(run, phases, report).await?,
+            (Some(mode), _) => {
+                phases.enter(Phase::Stream);
+                self.stream(run, mode, phases, report).await?;
+            }
+            (None, Engine::ProcessMemory) => {
+                phases.enter(Phase::Memory);
+                self.read_process_memory(run, phases, report).await?;
+            }
             (None, _) => {
+                phases.enter(Phase::PreCopy);
                 self.passes(run, phases, report).await?;
                 kill_point::point("pre-copy");
+                phases.enter(Phase::Pause);
                 self.pause(run, phases).await?;
             }
         }
         kill_point::point("pause.captured");
         run.inventory.check_vm(&self.vm).await?;
+        phases.enter(Phase::Upload);
         self.upload(run, phases, report).await?;
         run.inventory.check_disks(&self.vm).await?;
         unchanged(
@@ -249,6 +260,7 @@ impl Checkpointer {
                 .map(|path| format!("the layer {} was written to", path.display())),
         )?;
         kill_point::point("upload");
+        phases.enter(Phase::Commit);
         self.commit(run, phases).await
     }
 

@@ -1,9 +1,11 @@
 //! What a checkpoint tells about itself: the JSON of `stillpoint checkpoint --json`.
 
+use anyhow::Error;
 use checkpoint_format::CheckpointId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
+use vm::error::{EngineError, Phase};
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
@@ -62,13 +64,30 @@ pub fn milliseconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// Times of the named phases; a phase that comes twice adds up.
-#[derive(Debug, Default)]
-pub struct Phases(BTreeMap<String, f64>);
+/// The phase that work is in, and the times of those that it was in; a phase that comes twice adds
+/// up.
+#[derive(Debug)]
+pub struct Phases {
+    now: Phase,
+    times: BTreeMap<String, f64>,
+}
 
 impl Phases {
+    pub fn begin(first: Phase) -> Self {
+        Self { now: first, times: BTreeMap::new() }
+    }
+
+    pub fn enter(&mut self, next: Phase) {
+        self.now = next;
+    }
+
+    /// The error of the phase that the work is in.
+    pub fn failed(&self, error: Error) -> EngineError {
+        EngineError::new(self.now, error)
+    }
+
     pub fn add(&mut self, name: &str, time: Duration) {
-        *self.0.entry(name.to_owned()).or_default() += milliseconds(time);
+        *self.times.entry(name.to_owned()).or_default() += milliseconds(time);
     }
 
     pub fn since(&mut self, name: &str, begin: Instant) {
@@ -76,6 +95,6 @@ impl Phases {
     }
 
     pub fn into_map(self) -> BTreeMap<String, f64> {
-        self.0
+        self.times
     }
 }

@@ -29,6 +29,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::instrument;
 use vm::drives::Drives;
+use vm::error::{EngineError, InPhase, Phase};
 use vm::inventory::Inventory;
 use vm::launch::paths::boot_files_of;
 use vm::memory_source::{Chosen, Engine, can_pre_copy_live, choose_stream, choose_tracker};
@@ -164,21 +165,26 @@ impl Checkpointer {
     }
 
     /// Once per helper, and after a failure: what was left in QEMU, a stopped guest first of all.
-    pub async fn clean_up(&mut self) -> Result<()> {
+    pub async fn clean_up(&mut self) -> Result<(), EngineError> {
         if !self.is_clean {
-            let journal = self.vm.runtime.migration_journal();
-            migration::recover(&self.vm.qmp, &journal)
-                .await
-                .context("taking back an earlier helper's migration")?;
-            let places = CapturePlaces {
-                fleecing_dir: &self.vm.file.fleecing,
-                nbd_socket: &self.vm.runtime.nbd(),
-            };
-            cleanup_leftovers(&self.vm.qmp, &self.tag()?, places)
-                .await
-                .context("cleaning up after an earlier helper")?;
+            self.clean_up_qemu().await.in_phase(Phase::Prepare)?;
             self.is_clean = true;
         }
+        Ok(())
+    }
+
+    async fn clean_up_qemu(&self) -> Result<()> {
+        let journal = self.vm.runtime.migration_journal();
+        migration::recover(&self.vm.qmp, &journal)
+            .await
+            .context("taking back an earlier helper's migration")?;
+        let places = CapturePlaces {
+            fleecing_dir: &self.vm.file.fleecing,
+            nbd_socket: &self.vm.runtime.nbd(),
+        };
+        cleanup_leftovers(&self.vm.qmp, &self.tag()?, places)
+            .await
+            .context("cleaning up after an earlier helper")?;
         Ok(())
     }
 

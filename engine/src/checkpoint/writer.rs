@@ -6,6 +6,7 @@ use crate::stores;
 use anyhow::{Context, Result};
 use checkpoint_format::{Epoch, VmName};
 use checkpoint_store::{Claim, Mode, Repository, Writer};
+use vm::error::{EngineError, InPhase, Phase};
 use vm::runtime_dir::{RuntimeDir, VmFile};
 
 pub struct StoreSession {
@@ -29,10 +30,16 @@ impl Force {
 
 impl StoreSession {
     /// Opens the store and claims the VM's next writer epoch.
-    pub async fn open(vm: &VmFile, runtime: &RuntimeDir, mode: Mode, force: Force) -> Result<Self> {
+    pub async fn open(
+        vm: &VmFile,
+        runtime: &RuntimeDir,
+        mode: Mode,
+        force: Force,
+    ) -> Result<Self, EngineError> {
         let repository = stores::open(&vm.store, mode).await?;
-        repository.check_redundancy().await?;
-        let writer = claim(&repository, &vm.name, &vm.instance, runtime, force).await?;
+        repository.check_redundancy().await.in_phase(Phase::Open)?;
+        let writer = claim(&repository, &vm.name, &vm.instance, runtime, force).await;
+        let writer = writer.in_phase(Phase::Open)?;
         tracing::info!(vm_name = %vm.name, epoch = writer.epoch().0, store = repository.url(), "this helper is the writer");
         Ok(Self { repository, writer })
     }

@@ -49,7 +49,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
-use vm::error::explain;
+use vm::error::{EngineError, InPhase, Phase, explain};
 use vm::launch;
 use vm::runtime_dir::{RestoreTarget, RuntimeDir, VmFile};
 
@@ -114,13 +114,18 @@ pub struct Request {
 }
 
 /// In the process inside the sandbox's process namespace.
-pub async fn run(request: &Request) -> Result<Report> {
+pub async fn run(request: &Request) -> Result<Report, EngineError> {
+    let mut phase = Phase::Plan;
+    run_in_sandbox(request, &mut phase).await.in_phase(phase)
+}
+
+async fn run_in_sandbox(request: &Request, phase: &mut Phase) -> Result<Report> {
     sandbox::die_with_supervisor()?;
     let workspace =
         sandbox::workspace().context("internal error: a proof outside of its supervisor")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut report = tokio::select! {
-        report = prove(request, &workspace) => report?,
+        report = prove(request, &workspace, phase) => report?,
         _ = terminate.recv() => return Err(anyhow!("interrupted; nothing was proven")),
         _ = tokio::signal::ctrl_c() => return Err(anyhow!("interrupted; nothing was proven")),
     };
@@ -136,10 +141,10 @@ pub async fn run(request: &Request) -> Result<Report> {
     Ok(report)
 }
 
-async fn prove(request: &Request, workspace: &Path) -> Result<Report> {
+async fn prove(request: &Request, workspace: &Path, phase: &mut Phase) -> Result<Report> {
     let begun = Instant::now();
     let proof = Proof::plan(request, workspace).await?;
-    let mut report = proof.run(request).await?;
+    let mut report = proof.run(request, phase).await?;
     report.total = begun.elapsed();
     Ok(report)
 }
@@ -189,8 +194,10 @@ impl Proof {
         })
     }
 
-    async fn run(self, request: &Request) -> Result<Report> {
+    async fn run(self, request: &Request, phase: &mut Phase) -> Result<Report> {
+        *phase = Phase::Layers;
         let layers = LocalLayers::provide(&self.source).await?;
+        *phase = Phase::Disks;
         let paths = restore::disks::restore(
             &self.source,
             &layers,
@@ -199,6 +206,7 @@ impl Proof {
             self.runtime.path(),
         )
         .await?;
+        *phase = Phase::Start;
         let file = self.vm_file(request, &layers, &paths)?;
         let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes)
             .context("making the guest's memory")?;
@@ -207,6 +215,7 @@ impl Proof {
         let _tpms = self.tpms(&file).await?;
         let command = sandbox::command(&workspace, &file.directory, &file.qemu)?;
         let new = NewQemu::spawn(command, &file, &self.runtime, None, &memory)?;
+        *phase = Phase::Compare;
         match self.compare(request, &file, new.pid(), &layers, memory).await {
             // Dropped, so ended.
             Ok(report) => Ok(report),

@@ -19,13 +19,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_pdeathsig;
 use nix::unistd::{getegid, geteuid};
+use std::convert::Infallible;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use tokio::signal::unix::{SignalKind, signal};
-use vm::error::refused;
+use vm::error::{EngineError, InPhase, Phase, refused};
 use vm::files;
 use vm::process::{self, Process, ProcessFd, Signal};
 
@@ -44,17 +45,20 @@ pub fn workspace() -> Option<PathBuf> {
 }
 
 /// Runs this very command again, inside, and takes its exit code.
-pub fn supervise(fleecing: &Path) -> Result<ExitCode> {
+pub fn supervise(fleecing: &Path) -> Result<ExitCode, EngineError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("starting the asynchronous runtime")?;
-    runtime.block_on(async {
-        let workspace = Workspace::make(fleecing)?;
-        let code = run_inside(&workspace).await;
-        workspace.remove();
-        code
-    })
+        .context("starting the asynchronous runtime");
+    let supervised = runtime.and_then(|runtime| {
+        runtime.block_on(async {
+            let workspace = Workspace::make(fleecing)?;
+            let code = run_inside(&workspace).await;
+            workspace.remove();
+            code
+        })
+    });
+    supervised.in_phase(Phase::Plan)
 }
 
 async fn run_inside(workspace: &Workspace) -> Result<ExitCode> {
@@ -211,7 +215,11 @@ pub fn become_program(
     private: &Path,
     directory: &Path,
     words: &[String],
-) -> Result<std::convert::Infallible> {
+) -> Result<Infallible, EngineError> {
+    become_sandboxed(private, directory, words).in_phase(Phase::Start)
+}
+
+fn become_sandboxed(private: &Path, directory: &Path, words: &[String]) -> Result<Infallible> {
     enter(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC)?;
     close_file_systems(private)?;
     let (program, rest) = words.split_first().context("no program was named after '--'")?;

@@ -47,7 +47,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::signal::unix::{SignalKind, signal};
 use undo::Undo;
-use vm::error::refused;
+use vm::error::{EngineError, InPhase, Phase, refused};
 use vm::launch;
 use vm::launch::paths::NewPaths;
 use vm::running::Vm;
@@ -102,8 +102,8 @@ pub struct Restored {
     pub runtime: RuntimeDir,
 }
 
-pub async fn run(request: Request) -> Result<Restored> {
-    Restore::plan(request, Instant::now()).await?.run().await
+pub async fn run(request: Request) -> Result<Restored, EngineError> {
+    Restore::plan(request, Instant::now()).await.in_phase(Phase::Plan)?.run().await
 }
 
 struct Restore {
@@ -154,7 +154,7 @@ impl Restore {
         let run_state =
             Transition::choose(source.manifest().run_state, request.paused, request.run)?;
         let instance = launch::new_instance()?;
-        let mut phases = Phases::default();
+        let mut phases = Phases::begin(Phase::Plan);
         phases.since("plan", begun);
         Ok(Self {
             request,
@@ -174,26 +174,27 @@ impl Restore {
     }
 
     /// On any failure or signal until the guest may run, undoes everything that it made.
-    async fn run(mut self) -> Result<Restored> {
-        let mut undo = Undo::begin(&self.runtime)?;
+    async fn run(mut self) -> Result<Restored, EngineError> {
+        let mut undo = Undo::begin(&self.runtime).in_phase(Phase::Plan)?;
         let made = {
             let make = self.make(&mut undo);
             tokio::select! {
                 made = make => made,
-                signal = interrupted() => Err(signal?),
+                signal = interrupted() => signal.and_then(Err),
             }
         };
         let mut ready = match made {
             Ok(ready) => ready,
             Err(error) => {
                 undo.run();
-                return Err(error);
+                return Err(self.phases.failed(error));
             }
         };
+        self.phases.enter(Phase::Resume);
         if let Err(error) = self.enter(&mut ready, &undo).await {
             let error = ready.new.explain(error);
             undo.run();
-            return Err(error);
+            return Err(self.phases.failed(error));
         }
         let Ready { file, new, vm, layer_bytes, note } = ready;
         new.leave();
@@ -239,15 +240,18 @@ impl Restore {
         let planned = self.check().await?;
         let images = self.places().made();
         undo.make_directory(&self.dir, images.into_iter().chain(planned.made()).collect())?;
+        self.phases.enter(Phase::Layers);
         let step = Instant::now();
         let layers = LocalLayers::provide(&self.source).await?;
         self.phases.since("layers", step);
+        self.phases.enter(Phase::Disks);
         let step = Instant::now();
         let runtime_path = self.runtime.path().to_owned();
         let paths =
             disks::restore(&self.source, &layers, &self.places(), &self.qemu, &runtime_path)
                 .await?;
         self.phases.since("disks", step);
+        self.phases.enter(Phase::Start);
         let mut file = self.vm_file(&layers, &paths)?;
         let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes)
             .context("making the guest's memory")?;
@@ -346,6 +350,7 @@ impl Restore {
 
     /// QEMU with the VM's whole state, stopped.
     async fn bring_up(&mut self, memory: GuestMemory, layers: &LocalLayers) -> Result<Vm> {
+        self.phases.enter(Phase::Memory);
         let step = Instant::now();
         let block = self.source.manifest().vm_record.ram_block.clone();
         let filling = tokio::spawn(memory::fill(self.source.clone(), block, memory));
@@ -356,6 +361,7 @@ impl Restore {
         check::in_qemu(&self.places(), layers, &vm.disks().await?)?;
         filling.await.context("internal error: filling the guest's memory panicked")??;
         self.phases.since("memory", step);
+        self.phases.enter(Phase::Devices);
         let step = Instant::now();
         // QEMU has not touched the memory yet; what it writes while it loads is dirty from the
         // first checkpoint's view.

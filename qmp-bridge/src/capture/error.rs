@@ -68,9 +68,4 @@ impl CaptureError {
             Self::Fleecing { .. } | Self::Path { .. } | Self::OtherCheckpoint(_) => false,
         }
     }
-
-    /// Whether it is refused for what the owner of the VM, or another tool, has put into this QEMU.
-    pub fn is_refusal(&self) -> bool {
-        matches!(self, Self::Server(ServerError::InUse { .. }))
-    }
 }

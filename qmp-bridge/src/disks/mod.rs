@@ -47,11 +47,6 @@ impl DiskError {
             Self::Unsupported { .. } | Self::Job { .. } => false,
         }
     }
-
-    /// Whether this VM, as it is, is not for checkpoints; otherwise something failed.
-    pub fn is_refusal(&self) -> bool {
-        matches!(self, Self::Unsupported { .. } | Self::Job { .. })
-    }
 }
 
 /// How an image file is laid out.

@@ -1,12 +1,13 @@
 //! A proof for another command: `checkpoint --verify` and `bench` let `verify --restore` do it, in
 //! a process of its own with the lowest priority, so that the guest is not slowed.
 
-use crate::exit::coded;
+use crate::exit::class_of_code;
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointId, VmName};
 use serde_json::Value;
 use std::process::Stdio;
 use tokio::process::Command;
+use vm::error::classed;
 use vm::runtime_dir::RuntimeDir;
 
 /// What `verify --restore --json` says of the checkpoint. An error if it does not prove.
@@ -36,5 +37,6 @@ pub async fn prove(runtime: &RuntimeDir, vm_name: &VmName, id: CheckpointId) -> 
         .code()
         .and_then(|code| u8::try_from(code).ok())
         .unwrap_or(crate::exit::FAILED);
-    Err(coded(code, format!("{vm_name}@{id} is durable but not proven: {said}")))
+    let message = format!("{vm_name}@{id} is durable but not proven: {said}");
+    Err(classed(class_of_code(code), message))
 }

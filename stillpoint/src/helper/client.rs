@@ -1,7 +1,7 @@
 //! The other end of the control socket.
 
 use crate::control::{MAX_LINE, Reply, Request};
-use crate::exit::coded;
+use crate::exit::error_of;
 use crate::terminal::Bar;
 use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
@@ -84,7 +84,7 @@ pub async fn ask(runtime: &RuntimeDir, request: &Request) -> Result<Value> {
         match serde_json::from_str(&line).context("the helper's answer is not understood")? {
             Reply::Progress(update) => progress.set(&update.phase, update.done, update.total),
             Reply::Done(value) => return Ok(value),
-            Reply::Failed(failure) => return Err(coded(failure.exit_code, failure.message)),
+            Reply::Failed(failure) => return Err(error_of(failure).into()),
         }
     }
 }

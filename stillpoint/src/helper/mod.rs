@@ -11,22 +11,21 @@ mod server;
 pub mod start;
 
 use crate::cli::HelperArgs;
-use crate::exit::code_of;
+use crate::exit::failure_of;
 use anyhow::{Context, Result};
 use engine::checkpoint::Checkpointer;
 use std::path::Path;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
-use vm::error::explain;
 use vm::running::Vm;
-use vm::runtime_dir::{Failure, RuntimeDir};
+use vm::runtime_dir::RuntimeDir;
 
 pub async fn run(args: HelperArgs) -> Result<()> {
     let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
     let result = serve(runtime.clone()).await;
     if let Err(error) = &result {
         // The process that started this helper has no other way to learn the error.
-        runtime.set_helper_failure(&Failure { message: explain(error), exit_code: code_of(error) });
+        runtime.set_helper_failure(&failure_of(error));
     }
     result
 }

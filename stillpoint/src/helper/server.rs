@@ -1,7 +1,7 @@
 //! The control socket: requests in, progress and results out.
 
 use crate::control::{MAX_REQUEST, Reply, Request};
-use crate::exit;
+use crate::exit::failure_of;
 use crate::helper::memory;
 use anyhow::{Context, Result};
 use engine::checkpoint::outcome::milliseconds;
@@ -16,8 +16,8 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, Semaphore, mpsc};
-use vm::error::{explain, refused};
-use vm::runtime_dir::{Failure, RuntimeDir};
+use vm::error::refused;
+use vm::runtime_dir::RuntimeDir;
 
 /// Progress waits for a slow client only this far; then it is dropped, never the work.
 const PROGRESS_QUEUE: usize = 64;
@@ -97,10 +97,7 @@ impl Server {
         }
         let reply = match work.await.context("internal error: request task panicked")? {
             Ok(value) => Reply::Done(value),
-            Err(error) => Reply::Failed(Failure {
-                message: explain(&error),
-                exit_code: exit::code_of(&error),
-            }),
+            Err(error) => Reply::Failed(failure_of(&error)),
         };
         client.send(&reply).await
     }
@@ -120,7 +117,8 @@ impl Server {
                 let _watch = memory::Watch::begin();
                 let outcome = checkpointer.take(choice, &Report(progress)).await;
                 if let Err(error) = &outcome {
-                    tracing::error!(error = explain(error), "checkpoint failed");
+                    let (phase, error) = (error.phase(), error.explain());
+                    tracing::error!(error, %phase, "checkpoint failed");
                 }
                 serde_json::to_value(outcome?).context("encoding the result")
             }
@@ -128,7 +126,8 @@ impl Server {
                 let adopted =
                     engine::adopt::adopt(&mut checkpointer, qemu, &Report(progress)).await;
                 if let Err(error) = &adopted {
-                    tracing::error!(error = explain(error), "adoption failed");
+                    let (phase, error) = (error.phase(), error.explain());
+                    tracing::error!(error, %phase, "adoption failed");
                 }
                 serde_json::to_value(adopted?).context("encoding the result")
             }

@@ -2,14 +2,14 @@
 
 use super::client;
 use crate::control::Request;
-use crate::exit::coded;
+use crate::exit::error_of;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::VmName;
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use vm::runtime_dir::{Failure, RuntimeDir};
+use vm::runtime_dir::RuntimeDir;
 
 /// A helper is up in tens of milliseconds; a busy host may need longer.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -56,14 +56,13 @@ pub async fn wait(runtime: &RuntimeDir) -> Result<Value> {
             Ok(status) => return Ok(status),
             Err(error) => error,
         };
-        if let Some(Failure { message, exit_code }) = runtime.helper_failure() {
-            return Err(coded(
-                exit_code,
-                format!(
-                    "the helper ended: {message}; its log is {}",
-                    runtime.helper_log().display()
-                ),
-            ));
+        if let Some(mut failure) = runtime.helper_failure() {
+            failure.message = format!(
+                "the helper ended: {}; its log is {}",
+                failure.message,
+                runtime.helper_log().display()
+            );
+            return Err(error_of(failure).into());
         }
         if Instant::now() >= end {
             bail!(

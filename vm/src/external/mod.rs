@@ -10,7 +10,7 @@ pub mod owner;
 pub mod probe;
 
 use crate::drives;
-use crate::error::refused;
+use crate::error::{EngineError, InPhase, Phase, refused};
 use crate::launch::command::MONITOR_CHARDEV;
 use crate::launch::process::QemuProcess;
 use crate::launch::{self, arguments, instance};
@@ -48,7 +48,18 @@ pub struct Found {
 }
 
 /// Writes down what a helper has to know of the VM behind the monitor.
-pub async fn describe(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Result<Found> {
+///
+/// # Errors
+/// If no QEMU answers there, another one has the name, or no engine can checkpoint the VM as it is.
+pub async fn describe(
+    runtime: &RuntimeDir,
+    name: &VmName,
+    wanted: Wanted,
+) -> Result<Found, EngineError> {
+    probe_and_save(runtime, name, wanted).await.in_phase(Phase::Attach)
+}
+
+async fn probe_and_save(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> Result<Found> {
     let Wanted { monitor, store, fleecing, engine, stream } = wanted;
     let monitor = std::path::absolute(&monitor)
         .with_context(|| format!("making {} absolute", monitor.display()))?;

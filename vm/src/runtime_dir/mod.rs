@@ -4,7 +4,7 @@
 
 mod private;
 
-use crate::error::refused;
+use crate::error::{Class, Phase, refused};
 use crate::files;
 use crate::memory_source::{EngineChoice, StreamChoice};
 use crate::process;
@@ -94,8 +94,16 @@ pub struct External {
 /// Why a helper ended, for the command that started it and for those that ask it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
+    /// All causes on one line.
     pub message: String,
+    /// Of the command that asked; it derives from the class.
     pub exit_code: u8,
+    /// Absent from helpers of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<Class>,
+    /// What was being done; absent also where no engine was at work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
 }
 
 impl VmFile {

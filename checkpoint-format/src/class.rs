@@ -1,0 +1,21 @@
+//! The class of each error of this crate: what cannot be parsed is damaged.
+
+use error_class::classes;
+
+use crate::{
+    DigestParseError, EncodeError, EnvelopeError, LayerError, LineageError, ManifestError,
+    NameError, OtherCheckpoint, PackError,
+};
+
+classes! {
+    EnvelopeError = Damaged;
+    LayerError = Damaged;
+    ManifestError = Damaged;
+    PackError = Damaged;
+
+    DigestParseError = Failed;
+    EncodeError = Failed;
+    LineageError = Failed;
+    NameError = Failed;
+    OtherCheckpoint = Failed;
+}

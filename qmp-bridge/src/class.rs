@@ -1,0 +1,56 @@
+//! The class of each error of this crate.
+
+use error_class::classes;
+
+use crate::capture::{BadTag, CaptureError};
+use crate::device_state::DeviceStateError;
+use crate::disks::DiskError;
+use crate::host_finder::HostError;
+use crate::images::ImageError;
+use crate::incoming::IncomingError;
+use crate::jobs::JobError;
+use crate::local_migration::LocalMigrationError;
+use crate::migration::MigrationError;
+use crate::nbd::NbdError;
+use crate::nbd_server::ServerError;
+use crate::paused::PauseError;
+use crate::qmp::QmpError;
+use crate::ramblock::RamBlockError;
+use crate::resave::ResaveError;
+use crate::run_state::{NoGuest, RunStateError};
+use crate::stream::StreamError;
+use crate::stream_reader::StreamReadError;
+use crate::vm::MachineTypeError;
+
+classes! {
+    QmpError: Refused(NoGreeting, NotQmp)
+        Failed(Connect, NoMonitor, Encode, Timeout, Closed, Refused, Reply, Unexpected);
+    JobError: (Qmp) Failed(Failed, Stuck);
+    ServerError: (Qmp) Refused(InUse) Failed(Socket);
+    NbdError = Failed;
+
+    DiskError: (Qmp) Refused(Unsupported, Inconsistent, Job);
+    CaptureError: (Qmp, Nbd, Job, Server, OtherCheckpoint)
+        Failed(Fleecing, Busy, Path, Broken, SlowFlush, Hung, FleecingFull);
+    BadTag = Failed;
+    ImageError: (Qmp, Nbd, Job) {Open, Silent} Failed(Start, Create, Path, Exit);
+
+    NoGuest = Refused;
+    RunStateError: (Qmp, NoGuest);
+    PauseError: (Qmp, NoGuest) Failed(Disturbed, TooLong);
+    RamBlockError: (Qmp) Refused(Empty) Failed(Line, TooMany);
+    HostError = Failed;
+    MachineTypeError: (Qmp) Refused(UnknownType, NoDefault);
+
+    MigrationError: (Qmp, Pause, Export, Server) {Setup, Start} Refused(Busy, Unsupported)
+        Failed(Failed, Stuck, TooFast, PauseTooLong, Socket, Journal, BadJournal, Order, Activate);
+    LocalMigrationError: (Qmp) Refused(Missing, Busy)
+        Failed(SourceEnded, DestinationEnded, Failed, TooFast, Stuck);
+    StreamReadError: Refused(Unsupported, NoDescription)
+        Failed(Io, CutOff, NotUnderstood, Malformed, TooLarge, Description, GivenUp);
+
+    StreamError = Failed;
+    DeviceStateError: (Save) Failed(Read, TooLarge, Malformed);
+    IncomingError: (Qmp) Failed(NotWaiting, Send, Ended, Failed, Stuck, Path);
+    ResaveError: (Qmp) Failed(Socket, Failed, Stuck);
+}
