@@ -1,13 +1,16 @@
-//! Checkpoints of running VMs: [`checkpoint`] takes them, [`restore`] brings one back, [`adopt`]
-//! moves an external VM into a managed QEMU, [`verify`] reads back what is stored and [`proof`]
-//! restores it in a sandbox and compares; [`layers`] and [`pack`] carry data, [`lineage`] is a
+//! Checkpoints of running VMs: [`checkpoint`] takes them, [`restore`] brings one back, [`boot`]
+//! prepares a new VM and [`adopt`] moves an external one into a managed QEMU, [`verify`] reads back
+//! what is stored and [`proof`] restores it in a sandbox and compares, [`doctor`] finds out what a
+//! host can do; [`layers`] and [`pack`] carry data, [`lineage`] is a
 //! checkpoint with its ancestors.
 //!
 //! Nothing here prints or parses arguments; the crate `stillpoint` does. How far work is goes to a
 //! [`progress::Progress`].
 
 pub mod adopt;
+pub mod boot;
 pub mod checkpoint;
+pub mod doctor;
 pub mod kill_point;
 pub mod layers;
 pub mod lineage;

@@ -53,6 +53,25 @@ pub enum Class {
     Damaged,
 }
 
+impl Class {
+    /// The code with which a command ends that failed so: see `stillpoint --help`.
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::Refused => 3,
+            Self::Store => 4,
+            Self::Damaged => 5,
+        }
+    }
+
+    /// The class of another process's failure, by its exit code.
+    pub fn of_exit_code(code: u8) -> Self {
+        let all = [Self::Usage, Self::Refused, Self::Store, Self::Damaged];
+        all.into_iter().find(|class| class.exit_code() == code).unwrap_or(Self::Failed)
+    }
+}
+
 /// An error that knows its class.
 pub trait Classified: std::error::Error {
     /// The class of this error; of the error that it only wraps, if it says nothing of its own.

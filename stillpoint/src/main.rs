@@ -1,13 +1,7 @@
-//! The `stillpoint` command: its arguments, what it prints, its exit codes, and the helper process
-//! with its control socket. What it does is in the crates `engine` and `vm`; ARCHITECTURE.md has
-//! the picture.
+//! The `stillpoint` command: its arguments, what it prints, its exit codes. What it does is in the
+//! crates `engine` and `helper`; ARCHITECTURE.md has the picture.
 
-mod bench;
 mod commands;
-mod control;
-mod doctor;
-mod exit;
-mod helper;
 mod terminal;
 
 use anyhow::{Context, Result};
@@ -18,7 +12,7 @@ use std::process::ExitCode;
 use stillpoint_cli::cli::{self, Cli, Command};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
-use vm::error;
+use vm::error::{self, Class, class_of};
 use vm::launch;
 
 fn main() -> ExitCode {
@@ -35,7 +29,7 @@ fn main() -> ExitCode {
 
 fn fail(error: &anyhow::Error) -> ExitCode {
     eprintln!("stillpoint: {}", error::explain(error));
-    exit::code(error)
+    ExitCode::from(class_of(error).exit_code())
 }
 
 /// An error of the command line, or the help that was asked for.
@@ -44,7 +38,7 @@ fn print_usage(message: &clap::Error) -> ExitCode {
         Err(error) if !message.use_stderr() && error.kind() != ErrorKind::BrokenPipe => {
             fail(&terminal::not_written(&error))
         }
-        _ if message.use_stderr() => ExitCode::from(exit::USAGE),
+        _ if message.use_stderr() => ExitCode::from(Class::Usage.exit_code()),
         _ => ExitCode::SUCCESS,
     }
 }
@@ -73,7 +67,6 @@ fn dispatch(command: Command) -> Result<ExitCode> {
             let fleecing = launch::fleecing_dir(args.fleecing_dir.as_deref())?;
             Ok(proof::sandbox::supervise(&fleecing)?)
         }
-        Command::Doctor(args) => doctor::run(&args),
         other => {
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
@@ -87,17 +80,20 @@ fn dispatch(command: Command) -> Result<ExitCode> {
 
 async fn dispatch_async(command: Command) -> Result<ExitCode> {
     match command {
+        Command::Doctor(args) => return commands::doctor::run(&args).await,
         Command::Attach(args) => commands::attach::run(args).await?,
         Command::Adopt(args) => commands::adopt::run(&args).await?,
-        Command::Helper(args) => helper::run(args).await?,
+        Command::Helper(args) => {
+            helper::run(args.runtime.runtime_dir.as_deref(), &args.name).await?
+        }
         Command::Checkpoint(args) => commands::checkpoint::run(&args).await?,
         Command::Restore(args) => commands::restore::run(args).await?,
         Command::Ls(args) => commands::inspect::ls(&args).await?,
         Command::Show(args) => commands::inspect::show(&args).await?,
         Command::Verify(args) if args.restore => commands::verify::prove(args).await?,
         Command::Verify(args) => commands::verify::read_back(&args).await?,
-        Command::Bench(args) => bench::run(&args).await?,
-        Command::Run(_) | Command::Doctor(_) | Command::Sandbox(_) => {
+        Command::Bench(args) => commands::bench::run(&args).await?,
+        Command::Run(_) | Command::Sandbox(_) => {
             unreachable!("handled without the asynchronous runtime")
         }
     }

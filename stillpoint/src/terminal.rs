@@ -2,7 +2,7 @@
 //! nothing otherwise.
 
 use anyhow::{Context, Result};
-use engine::progress::{self, Advance};
+use engine::progress::{self, Advance, Update};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{Error, ErrorKind, IsTerminal, Write};
 use std::sync::OnceLock;
@@ -67,13 +67,19 @@ impl progress::Progress for Terminal {
     }
 }
 
-pub struct Bar {
+/// Shows how far a helper is with one request.
+pub fn show_updates() -> impl Fn(&Update) {
+    let bar = Bar::of_bytes("checkpoint", 0);
+    move |update| bar.set(&update.phase, update.done, update.total)
+}
+
+struct Bar {
     bar: ProgressBar,
     begun: Instant,
 }
 
 impl Bar {
-    pub fn of_bytes(what: &str, total: u64) -> Self {
+    fn of_bytes(what: &str, total: u64) -> Self {
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
         let template =
             "{msg:20} [{bar:32}] {bytes:>10} of {total_bytes:10} {bytes_per_sec:>12} {eta:>4}";
@@ -84,7 +90,7 @@ impl Bar {
         Self { bar, begun: Instant::now() }
     }
 
-    pub fn set(&self, what: &str, done: u64, total: u64) {
+    fn set(&self, what: &str, done: u64, total: u64) {
         self.bar.set_message(what.to_owned());
         self.bar.set_length(total);
         self.bar.set_position(done);

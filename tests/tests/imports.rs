@@ -23,21 +23,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("error-class", &[]),
+    ("helper", &["checkpoint-format", "engine", "qmp-bridge", "vm"]),
     ("plugin-protocol", &[]),
     ("qemu-cmdline", &["error-class"]),
     ("qmp-bridge", &["checkpoint-format", "error-class"]),
-    (
-        "stillpoint",
-        &[
-            "checkpoint-format",
-            "checkpoint-store",
-            "dirty-tracker",
-            "engine",
-            "qemu-cmdline",
-            "qmp-bridge",
-            "vm",
-        ],
-    ),
+    ("stillpoint", &["checkpoint-format", "checkpoint-store", "engine", "helper", "vm"]),
     ("stillpoint-documents", &["stillpoint"]),
     ("stillpoint-plugin", &["plugin-protocol"]),
     (

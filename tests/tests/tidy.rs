@@ -59,6 +59,7 @@ const CRATES: &[&str] = &[
     "checkpoint-store",
     "dirty-tracker",
     "engine",
+    "helper",
     "plugin-protocol",
     "qemu-cmdline",
     "qmp-bridge",

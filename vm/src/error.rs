@@ -256,6 +256,10 @@ mod test {
         assert_eq!(class_of(&error), Class::Refused);
         assert_eq!(explain(&error), "restoring m: it runs elsewhere");
         assert_eq!(class_of(&anyhow::anyhow!("x")), Class::Failed);
+        for code in 1..=5 {
+            assert_eq!(class_of(&classed(Class::of_exit_code(code), "x")).exit_code(), code);
+        }
+        assert_eq!(Class::of_exit_code(101), Class::Failed);
         let busy = anyhow::Error::from(MigrationError::Busy { status: "active".to_owned() });
         assert_eq!(class_of(&busy.context("preparing")), Class::Refused);
     }

@@ -1,11 +1,11 @@
 //! `stillpoint adopt`: asks the helper to do it, and prints what came of it.
 
 use crate::cli::AdoptArgs;
-use crate::control::Request;
-use crate::helper::client::ask;
-use crate::terminal::{out, print_json};
-use anyhow::{Context, Result};
+use crate::terminal::{out, print_json, show_updates};
+use anyhow::Result;
 use engine::adopt::Adopted;
+use helper::client;
+use helper::control::Request;
 use vm::launch;
 use vm::runtime_dir::RuntimeDir;
 
@@ -13,12 +13,11 @@ use vm::runtime_dir::RuntimeDir;
 pub async fn run(args: &AdoptArgs) -> Result<()> {
     let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
     let qemu = args.qemu.as_deref().map(launch::find_program).transpose()?;
-    let result = ask(&runtime, &Request::Adopt { qemu }).await?;
+    let result = client::ask(&runtime, &Request::Adopt { qemu }, show_updates()).await?;
     if args.json {
         return print_json(&result);
     }
-    let adopted: Adopted =
-        serde_json::from_value(result).context("the helper's answer is not understood")?;
+    let adopted: Adopted = client::understood(result)?;
     out!("{}", describe(&args.name, &adopted));
     adopted.notes.iter().for_each(|note| out!("  note: {note}"));
     Ok(())

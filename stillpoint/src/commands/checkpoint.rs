@@ -2,21 +2,19 @@
 
 use super::prove::prove;
 use crate::cli::CheckpointArgs;
-use crate::control::Request;
-use crate::helper::client::ask;
-use crate::terminal::{out, print_json};
-use anyhow::{Context, Result};
+use crate::terminal::{out, print_json, show_updates};
+use anyhow::Result;
 use engine::checkpoint::Choice;
 use engine::checkpoint::outcome::{Kind, Outcome};
 use engine::progress::bytes;
+use helper::client;
 use vm::runtime_dir::RuntimeDir;
 
 pub async fn run(args: &CheckpointArgs) -> Result<()> {
     let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
     let choice = Choice { engine: args.engine, stream: args.stream, full: args.full };
-    let mut result = ask(&runtime, &Request::Checkpoint(choice)).await?;
-    let outcome: Outcome =
-        serde_json::from_value(result.clone()).context("the helper's answer is not understood")?;
+    let mut result = client::checkpoint(&runtime, choice, show_updates()).await?;
+    let outcome: Outcome = client::understood(result.clone())?;
     if !args.json {
         out!("{}", describe(&args.name, &outcome));
         outcome.notes.iter().for_each(|note| out!("  note: {note}"));

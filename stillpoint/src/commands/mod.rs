@@ -3,7 +3,9 @@
 
 pub mod adopt;
 pub mod attach;
+pub mod bench;
 pub mod checkpoint;
+pub mod doctor;
 pub mod inspect;
 pub mod prove;
 pub mod restore;

@@ -1,13 +1,12 @@
 //! A proof for another command: `checkpoint --verify` and `bench` let `verify --restore` do it, in
 //! a process of its own with the lowest priority, so that the guest is not slowed.
 
-use crate::exit::class_of_code;
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointId, VmName};
 use serde_json::Value;
 use std::process::Stdio;
 use tokio::process::Command;
-use vm::error::classed;
+use vm::error::{Class, classed};
 use vm::runtime_dir::RuntimeDir;
 
 /// What `verify --restore --json` says of the checkpoint. An error if it does not prove.
@@ -32,11 +31,7 @@ pub async fn prove(runtime: &RuntimeDir, vm_name: &VmName, id: CheckpointId) -> 
         return serde_json::from_slice(&output.stdout)
             .context("the proof's result is not understood");
     }
-    let code = output
-        .status
-        .code()
-        .and_then(|code| u8::try_from(code).ok())
-        .unwrap_or(crate::exit::FAILED);
-    let message = format!("{vm_name}@{id} is durable but not proven: {said}");
-    Err(classed(class_of_code(code), message))
+    let code = output.status.code().and_then(|code| u8::try_from(code).ok());
+    let class = code.map_or(Class::Failed, Class::of_exit_code);
+    Err(classed(class, format!("{vm_name}@{id} is durable but not proven: {said}")))
 }

@@ -1,18 +1,18 @@
 //! `stillpoint restore`: restores the VM, gives it a helper, and prints what came of it.
 
 use crate::cli::RestoreArgs;
-use crate::helper::start;
 use crate::terminal::{Terminal, out, print_json};
 use anyhow::{Context, Result};
 use engine::progress::bytes;
 use engine::restore::{self, Request};
+use helper::start;
 use std::sync::Arc;
 
 pub async fn run(args: RestoreArgs) -> Result<()> {
     let json = args.json;
     let runtime_base = args.runtime.runtime_dir.clone();
     let restored = restore::run(request(args)).await?;
-    start::spawn_helper(&restored.name, runtime_base.as_deref(), &restored.runtime)?;
+    start::spawn(&restored.name, runtime_base.as_deref(), &restored.runtime)?;
     let helper = start::wait(&restored.runtime).await;
     helper.with_context(|| {
         format!(

@@ -1,133 +1,24 @@
-//! `stillpoint run`: an ordinary QEMU command line becomes a VM that can be checkpointed.
-//!
-//! The process prepares the VM, leaves a helper behind (detached, in a session of its own) and then
-//! *becomes* QEMU by exec: same pid, same terminal, same exit status. So a wrapper can put it where
-//! QEMU stood, and QEMU never depends on a helper that lives.
+//! `stillpoint run`: prepares the VM, leaves a helper behind, in a session of its own, and becomes
+//! QEMU, which so never depends on a helper that lives.
 
 use crate::cli::RunArgs;
-use crate::helper::start::spawn_helper;
+use crate::terminal::Terminal;
 use anyhow::{Context, Result};
-use checkpoint_format::VmName;
-use dirty_tracker::{GuestMemory, HostSupport};
-use engine::stores;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use vm::error::refused;
-use vm::launch::command::{self, Start};
-use vm::launch::{
-    self, accelerator, arguments, first_start, normalize, qemu_binary, readconfig, unsupported,
-};
-use vm::runtime_dir::{RuntimeDir, VmFile};
-
-struct Request {
-    name: VmName,
-    store: String,
-    runtime_base: Option<PathBuf>,
-    fleecing: Option<PathBuf>,
-    qemu: String,
-    arguments: Vec<String>,
-}
-
-impl Request {
-    fn of(args: RunArgs) -> Result<Self> {
-        let mut words = args.qemu.into_iter();
-        Ok(Self {
-            qemu: words.next().context("no QEMU program was named after '--'")?,
-            arguments: words.collect(),
-            name: args.name,
-            store: args.store.store,
-            runtime_base: args.runtime.runtime_dir,
-            fleecing: args.fleecing_dir,
-        })
-    }
-}
+use engine::boot::{Prepared, Request};
+use helper::start;
 
 /// Returns only on failure: on success this process is QEMU.
 pub fn run(args: RunArgs) -> Result<std::convert::Infallible> {
-    let request = Request::of(args)?;
-    let plugin = launch::plugin_path()?;
-    let runtime = RuntimeDir::new(request.runtime_base.as_deref(), &request.name)?;
-    stores::connect(&stores::absolute(&request.store)?)?;
-    let (vm, first) = describe(&request, &plugin)?;
-    runtime.create()?;
-    refuse_running(&runtime)?;
-    runtime.forget_earlier()?;
-    runtime.save_vm(&vm)?;
-    let memory =
-        GuestMemory::create(vm.name.as_ref(), vm.ram_bytes).context("making the guest's memory")?;
-    spawn_helper(&vm.name, request.runtime_base.as_deref(), &runtime)?;
-    memory.set_inheritable(true)?;
-    let words =
-        command::arguments(&vm, &runtime, Some(&plugin), memory.raw_fd(), Start::Boot(&first));
-    let error = Command::new(&vm.qemu).args(words).exec();
-    Err(error).with_context(|| format!("starting {}", vm.qemu.display()))
-}
-
-/// The VM, and what its first start alone has on the command line.
-fn describe(request: &Request, plugin: &Path) -> Result<(VmFile, Vec<String>)> {
-    let qemu = launch::find_program(&request.qemu)?;
-    let facts = qemu_binary::probe(&qemu, plugin)?;
-    let options = readconfig::expand(arguments::parse(&request.arguments)?)?;
-    let directory = std::env::current_dir().context("asking for the current directory")?;
-    unsupported::check(&options, unsupported::Rules::Launched, &directory)
-        .map_err(|error| refused(error.to_string()))?;
-    check_host()?;
-    let accelerator = accelerator::choose(&options, &qemu)?;
-    eprintln!("stillpoint: {} runs on {} ({})", request.name, accelerator.name, accelerator.reason);
-    let options = accelerator::without(options);
-    let (options, first) = first_start::split(options);
-    let normalized = normalize::normalize(options, &facts)?;
-    let vm = VmFile {
-        format: VmFile::FORMAT,
-        name: request.name.clone(),
-        store: stores::absolute(&request.store)?,
-        instance: launch::new_instance()?,
-        qemu,
-        // By exec this process becomes QEMU, unless that forks once more.
-        pid: (!first.iter().any(|word| word == "-daemonize")).then(std::process::id),
-        qemu_version: facts.version,
-        machine_type: normalized.machine_type,
-        accelerator: accelerator.name,
-        ram_bytes: normalized.ram_bytes,
-        ram_block: normalized.ram_block,
-        arguments: arguments::words(&normalized.options),
-        fleecing: launch::fleecing_dir(request.fleecing.as_deref())?,
-        directory,
-        restored_from: None,
-        external: None,
+    let mut words = args.qemu.into_iter();
+    let request = Request {
+        qemu: words.next().context("no QEMU program was named after '--'")?,
+        arguments: words.collect(),
+        name: args.name,
+        store: args.store.store,
+        runtime_base: args.runtime.runtime_dir,
+        fleecing: args.fleecing_dir,
     };
-    Ok((vm, first))
-}
-
-/// Before the guest starts: what the tracker needs of this kernel, and of our rights.
-fn check_host() -> Result<()> {
-    let host = HostSupport::probe();
-    if host.can_track {
-        return Ok(());
-    }
-    let missing = host.checks.iter().filter(|check| !check.ok);
-    let missing = missing.map(|check| {
-        format!(
-            "{}: {}; {}",
-            check.name,
-            check.detail,
-            check.remedy.unwrap_or("see 'stillpoint doctor'")
-        )
-    });
-    Err(refused(format!(
-        "this host cannot track a guest's writes: {}",
-        missing.collect::<Vec<_>>().join(". ")
-    )))
-}
-
-fn refuse_running(runtime: &RuntimeDir) -> Result<()> {
-    launch::refuse_alive(runtime)?;
-    let _free = runtime.lock_helper()?;
-    launch::refuse_half_restored(runtime)?;
-    for socket in [runtime.qmp(), runtime.plugin(), runtime.control(), runtime.nbd()] {
-        // Left by a VM that is gone; QEMU makes them again.
-        let _ = std::fs::remove_file(socket);
-    }
-    Ok(())
+    let prepared = Prepared::of(&request, &Terminal)?;
+    start::spawn(&request.name, request.runtime_base.as_deref(), &prepared.runtime)?;
+    Err(prepared.exec())
 }

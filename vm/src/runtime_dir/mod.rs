@@ -4,7 +4,7 @@
 
 mod private;
 
-use crate::error::{Class, Phase, refused};
+use crate::error::{Class, EngineError, Phase, class_of, explain, phase_of, refused};
 use crate::files;
 use crate::memory_source::{EngineChoice, StreamChoice};
 use crate::process;
@@ -104,6 +104,27 @@ pub struct Failure {
     /// What was being done; absent also where no engine was at work.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
+}
+
+impl Failure {
+    /// An error as it is sent to another process of ours.
+    pub fn of(error: &anyhow::Error) -> Self {
+        let class = class_of(error);
+        Self {
+            message: explain(error),
+            exit_code: class.exit_code(),
+            class: Some(class),
+            phase: phase_of(error),
+        }
+    }
+}
+
+/// The error that another process of ours reported.
+impl From<Failure> for EngineError {
+    fn from(failure: Failure) -> Self {
+        let class = failure.class.unwrap_or_else(|| Class::of_exit_code(failure.exit_code));
+        Self::of_other(class, failure.phase.unwrap_or(Phase::Unknown), failure.message)
+    }
 }
 
 impl VmFile {
@@ -536,5 +557,28 @@ mod test {
         let long = PathBuf::from(format!("/{}", "x".repeat(100)));
         let error = RuntimeDir::new(Some(&long), &"m".parse().unwrap()).unwrap_err();
         assert_eq!(crate::error::class_of(&error), crate::error::Class::Refused);
+    }
+
+    #[test]
+    fn failure_of_a_helper_keeps_class_and_phase() {
+        let error = EngineError::new(Phase::Upload, refused("it runs elsewhere"));
+        let failure = Failure::of(&anyhow::Error::from(error).context("answering"));
+        let sent = serde_json::to_value(&failure).unwrap();
+        assert_eq!(
+            sent,
+            serde_json::json!({
+                "message": "answering: it runs elsewhere",
+                "exit_code": 3,
+                "class": "refused",
+                "phase": "upload"
+            })
+        );
+        let received = EngineError::from(serde_json::from_value::<Failure>(sent).unwrap());
+        assert_eq!((received.class(), received.phase()), (Class::Refused, Phase::Upload));
+        assert_eq!(received.explain(), "answering: it runs elsewhere");
+        // An earlier version sends neither.
+        let sent = serde_json::json!({ "message": "x", "exit_code": 4 });
+        let received = EngineError::from(serde_json::from_value::<Failure>(sent).unwrap());
+        assert_eq!((received.class(), received.phase()), (Class::Store, Phase::Unknown));
     }
 }

@@ -4,7 +4,6 @@
 //! before it has memory for it, and each reports wrong content as damage.
 
 use super::{describe, row, summary};
-use crate::exit::{DAMAGED, REFUSED, STORE, code_of};
 use anyhow::{Result, ensure};
 use checkpoint_format::*;
 use checkpoint_store::{LocalStore, Mode, Repository};
@@ -20,7 +19,7 @@ use futures::TryStreamExt;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use vm::error::explain;
+use vm::error::{Class, class_of, explain};
 
 #[path = "../../../../checkpoint-format/tests/common/mod.rs"]
 mod common;
@@ -106,9 +105,10 @@ impl Sample {
                 !text.contains("panicked") && !text.contains("internal error"),
                 "{what}: {command}: {text}"
             );
-            let code = code_of(&error);
-            let fits = [DAMAGED, STORE].contains(&code) || command == "restore" && code == REFUSED;
-            assert!(fits, "{what}: {command} ends with {code}: {text}");
+            let class = class_of(&error);
+            let fits = [Class::Damaged, Class::Store].contains(&class)
+                || command == "restore" && class == Class::Refused;
+            assert!(fits, "{what}: {command} ends with {class:?}: {text}");
         }
     }
 

@@ -1,14 +1,13 @@
 //! Starting a helper, and waiting until it is up.
 
-use super::client;
-use crate::control::Request;
-use crate::exit::error_of;
+use crate::client;
+use crate::control::Status;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::VmName;
-use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use vm::error::EngineError;
 use vm::runtime_dir::RuntimeDir;
 
 /// A helper is up in tens of milliseconds; a busy host may need longer.
@@ -16,11 +15,10 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Starts the helper in a session of its own, not as a child of what will be QEMU.
-pub fn spawn_helper(
-    name: &VmName,
-    runtime_base: Option<&Path>,
-    runtime: &RuntimeDir,
-) -> Result<()> {
+///
+/// # Errors
+/// When the process cannot be started.
+pub fn spawn(name: &VmName, runtime_base: Option<&Path>, runtime: &RuntimeDir) -> Result<()> {
     let log = runtime.open_helper_log()?;
     runtime.forget_helper_failure()?;
     let program = std::env::current_exe().context("finding this program's own path")?;
@@ -49,10 +47,13 @@ pub fn spawn_helper(
 }
 
 /// Until the helper of the VM answers, or has said why it ended.
-pub async fn wait(runtime: &RuntimeDir) -> Result<Value> {
+///
+/// # Errors
+/// The helper's own, with its class; or when it does not come up in time.
+pub async fn wait(runtime: &RuntimeDir) -> Result<Status> {
     let end = Instant::now() + TIMEOUT;
     loop {
-        let error = match client::ask(runtime, &Request::Status).await {
+        let error = match client::status(runtime).await {
             Ok(status) => return Ok(status),
             Err(error) => error,
         };
@@ -62,7 +63,7 @@ pub async fn wait(runtime: &RuntimeDir) -> Result<Value> {
                 failure.message,
                 runtime.helper_log().display()
             );
-            return Err(error_of(failure).into());
+            return Err(EngineError::from(failure).into());
         }
         if Instant::now() >= end {
             bail!(

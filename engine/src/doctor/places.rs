@@ -1,8 +1,8 @@
 //! The directories that a running VM needs: where its sockets lie, and where old disk blocks wait.
 
 use super::Row;
+use crate::progress::bytes;
 use anyhow::{Context, Result};
-use engine::progress::bytes;
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use std::io::Write;
 use std::os::unix::net::UnixListener;

@@ -2,6 +2,7 @@
 //! a line, then lines of progress, then one result. Only the owner of the runtime directory can
 //! reach it.
 
+use checkpoint_format::VmName;
 use engine::checkpoint::Choice;
 use engine::progress::Update;
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,7 @@ pub const MAX_LINE: usize = 1 << 20;
 /// The longest request that the helper takes, in bytes: a few words and a path.
 pub const MAX_REQUEST: u64 = 32 << 10;
 
+/// What a command asks of a helper.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
@@ -27,10 +29,45 @@ pub enum Request {
     BarePause,
 }
 
+/// A line of the helper's answer; the last one is `Done` or `Failed`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
     Progress(Update),
     Done(Value),
     Failed(Failure),
+}
+
+/// The result of [`Request::Status`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// The helper's process.
+    pub pid: u32,
+    /// A checkpoint or an adoption is under way; then nothing is said of the VM.
+    pub busy: bool,
+    /// The VM, unless the helper is busy.
+    #[serde(flatten)]
+    pub vm: Option<VmStatus>,
+}
+
+/// A VM and what its helper holds of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmStatus {
+    pub name: VmName,
+    /// The store's URL.
+    pub store: String,
+    pub instance: String,
+    pub qemu_pid: u32,
+    pub qemu_version: String,
+    pub accelerator: String,
+    /// The most memory that a checkpoint was seen to need; none if the kernel does not say.
+    pub peak_memory_bytes: Option<u64>,
+    pub memory_limit_bytes: u64,
+}
+
+/// The result of [`Request::BarePause`].
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct BarePause {
+    /// From `stop` to `cont`, in milliseconds.
+    pub pause_ms: f64,
 }

@@ -2,8 +2,8 @@
 
 use super::super::Row;
 use super::cannot;
+use crate::progress::bytes;
 use anyhow::Error;
-use engine::progress::bytes;
 use qmp_bridge::disks::{self, Disk, DiskError, Drive, Medium};
 use qmp_bridge::{QmpError, nbd_server};
 use std::path::Path;

@@ -1,10 +1,10 @@
 //! Which engine can take the memory of a running VM, and for how long the guest would be stopped.
 
 use super::super::Row;
-use super::cannot;
+use super::{EngineReport, cannot};
 use anyhow::Error;
 use qmp_bridge::migration::{StreamOptions, Support};
-use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use vm::external::probe::Probe;
 use vm::launch::external::ExternalVm;
 use vm::memory_source::{Engine, StreamChoice, can_pre_copy_live, choose_stream};
@@ -22,37 +22,31 @@ const GIB: u64 = 1 << 30;
 const HAVE_PLUGIN: &str = "not needed; to have it, start QEMU with -plugin file=libstillpoint_plugin.so,socket=PATH, or use 'stillpoint adopt'";
 const OTHER_ENGINE: &str = "not needed where another engine is possible (docs/attach.md)";
 
-pub async fn check(look: &Probe, found: Option<&ExternalVm>, engines: &mut Value) -> Vec<Row> {
+/// Each engine by its name, and its row; or the row that says why QEMU could not be asked.
+pub async fn check(
+    look: &Probe,
+    found: Option<&ExternalVm>,
+) -> Result<(BTreeMap<String, EngineReport>, Vec<Row>), Row> {
     let tracker = match found {
         Some(found) => look.tracker(found).await,
         None => Err("the VM is not understood".to_owned()),
     };
-    let support = match look.support().await {
-        Ok(support) => support,
-        Err(error) => {
-            return vec![cannot(
-                "engine",
-                &error,
-                "wait until that migration has ended, and try again",
-            )];
-        }
-    };
+    let support = look.support().await.map_err(|error| {
+        cannot("engine", &error, "wait until that migration has ended, and try again")
+    })?;
     let live = can_pre_copy_live(&look.facts.qemu, look.facts.accelerator);
     let has_plugin = found.is_some_and(|found| found.plugin.is_some());
     let process_memory = ProcessMemory::check(&look.qmp, look.process.pid, support.stopped).await;
     let all = judge(tracker, &support, &live, has_plugin, &process_memory);
-    *engines = all
-        .iter()
-        .map(|(engine, can)| {
-            (
-                engine.name().to_owned(),
-                json!({ "possible": can.is_ok(), "why_not": can.as_ref().err() }),
-            )
-        })
-        .collect();
+    let report = |can: &Result<(), String>| EngineReport {
+        possible: can.is_ok(),
+        why_not: can.as_ref().err().cloned(),
+    };
+    let engines = all.iter().map(|(engine, can)| (engine.name().to_owned(), report(can))).collect();
     let is_possible = all.iter().any(|(_, can)| can.is_ok());
     let ram_bytes = look.blocks.iter().map(|block| block.used).sum();
-    all.into_iter().map(|(engine, can)| row(engine, can, ram_bytes, is_possible)).collect()
+    let rows = all.into_iter().map(|(engine, can)| row(engine, can, ram_bytes, is_possible));
+    Ok((engines, rows.collect()))
 }
 
 type Judged = Vec<(Engine, Result<(), String>)>;

@@ -1,5 +1,4 @@
-//! `stillpoint doctor --qmp SOCKET`: whether an external VM that runs can be checkpointed, by which
-//! engine, and what prevents it.
+//! Whether an external VM that runs can be checkpointed, by which engine, and what prevents it.
 //!
 //! The checks are those of `attach`; the guest is not stopped and nothing is changed. (Only QEMU
 //! knows whether it accepts a background snapshot, so the check switches that capability on and off
@@ -9,20 +8,19 @@ mod disks;
 mod elsewhere;
 mod engines;
 
-use super::{Row, State, table};
-use crate::exit::REFUSED;
-use crate::terminal::{out, print_json};
-use anyhow::{Context, Error, Result};
-use engine::progress::bytes;
+use super::{Report, Row};
+use crate::progress::bytes;
+use anyhow::{Error, Result};
 use qmp_bridge::{RunState, devices};
-use serde_json::{Value, json};
+use serde::Serialize;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use vm::error::explain;
 use vm::external::probe::Probe;
 use vm::launch::arguments;
 use vm::launch::expected_devices;
 use vm::launch::external::ExternalVm;
+use vm::launch::host_specific::Dropped;
 use vm::running;
 use vm::runtime_dir::{RuntimeDir, VmFile};
 use vm::tracked_blocks;
@@ -31,43 +29,41 @@ const ANOTHER_MONITOR: &str =
     "name a monitor that QEMU itself has opened and no other client uses (docs/attach.md)";
 const START_AGAIN: &str = "see docs/attach.md; start the VM without it, or by 'stillpoint run'";
 
-pub fn run(monitor: &Path, as_json: bool) -> Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("starting the asynchronous runtime")?;
-    let report = runtime.block_on(look(monitor));
-    let can = !report.rows.iter().any(|row| row.state == State::No);
-    if as_json {
-        let left_out: Vec<Value> =
-            report.left_out.iter().map(|(what, why)| json!({ "what": what, "why": why })).collect();
-        print_json(
-            &json!({ "checkpoints_possible": can, "checks": report.rows, "engines": report.engines, "left_out": left_out }),
-        )?;
-    } else {
-        out!("{}", table(&report.rows, "of this VM").trim_end());
-    }
-    Ok(if can { ExitCode::SUCCESS } else { ExitCode::from(REFUSED) })
+/// What was found out of one running VM.
+#[derive(Debug, Serialize)]
+pub struct VmReport {
+    #[serde(flatten)]
+    pub report: Report,
+    /// By name; none where QEMU could not be asked.
+    pub engines: Option<BTreeMap<String, EngineReport>>,
+    /// What a restored VM is started without.
+    pub left_out: Vec<LeftOut>,
 }
 
-#[derive(Default)]
-struct Report {
-    rows: Vec<Row>,
-    /// By name, whether it is possible.
-    engines: Value,
-    /// What a restored VM is started without, and why.
-    left_out: Vec<(String, &'static str)>,
+/// Whether an engine can take the VM's memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct EngineReport {
+    pub possible: bool,
+    pub why_not: Option<String>,
+}
+
+/// Something of the command line that no other host could have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LeftOut {
+    pub what: String,
+    pub why: &'static str,
 }
 
 /// What a helper would look at, by the same checks.
-async fn look(monitor: &Path) -> Report {
+pub async fn look(monitor: &Path) -> VmReport {
     let path = std::path::absolute(monitor).unwrap_or_else(|_| monitor.to_owned());
     let mut look = match Probe::at(&path, |_| Ok(())).await {
         Ok(look) => look,
         Err(error) => {
-            return Report {
-                rows: vec![cannot("monitor", &error, ANOTHER_MONITOR)],
-                ..Report::default()
+            return VmReport {
+                report: vec![cannot("monitor", &error, ANOTHER_MONITOR)].into(),
+                engines: None,
+                left_out: Vec::new(),
             };
         }
     };
@@ -79,31 +75,42 @@ async fn look(monitor: &Path) -> Report {
     let server = helper.map(|(runtime, _)| runtime.nbd());
     let understood = look.understand();
     let found = understood.as_ref().ok();
-    let mut report = Report { rows: who(&look, found), ..Report::default() };
-    report.rows.push(command_line(&understood));
-    report.rows.push(run_state(&look).await);
-    report.rows.extend(engines::check(&look, found, &mut report.engines).await);
-    report.rows.extend(disks::check(&look, found, server.as_deref()).await);
-    report.rows.extend(plugged(&look, found).await);
-    report.rows.extend(
-        running::check_blockers(&look.facts.migration_blockers)
-            .err()
-            .map(|error| cannot("migration", &error, START_AGAIN)),
-    );
-    report.rows.extend(
-        tracked_blocks::check_whole(&look.blocks)
-            .err()
-            .map(|error| cannot("memory", &error, START_AGAIN)),
-    );
-    report.rows.extend(
-        look.foreign_user().map(|why| cannot("QEMU's user", &Error::msg(why), START_AGAIN)),
-    );
-    if let Ok(found) = &understood {
-        report.rows.extend(elsewhere::check(&found.options));
-        report.left_out =
-            found.dropped.iter().map(|dropped| (dropped.what.clone(), dropped.why)).collect();
+    let mut rows = who(&look, found);
+    rows.push(command_line(&understood));
+    rows.push(run_state(&look).await);
+    let engines = match engines::check(&look, found).await {
+        Ok((engines, of_engines)) => {
+            rows.extend(of_engines);
+            Some(engines)
+        }
+        Err(row) => {
+            rows.push(row);
+            None
+        }
+    };
+    rows.extend(disks::check(&look, found, server.as_deref()).await);
+    rows.extend(plugged(&look, found).await);
+    rows.extend(whole(&look));
+    let left_out = |dropped: &Dropped| LeftOut { what: dropped.what.clone(), why: dropped.why };
+    if let Some(found) = found {
+        rows.extend(elsewhere::check(&found.options));
     }
-    report
+    VmReport {
+        report: rows.into(),
+        engines,
+        left_out: found.map_or_else(Vec::new, |found| found.dropped.iter().map(left_out).collect()),
+    }
+}
+
+/// What QEMU as a whole is in the way of.
+fn whole(look: &Probe) -> Vec<Row> {
+    let blockers = running::check_blockers(&look.facts.migration_blockers).err();
+    let blocks = tracked_blocks::check_whole(&look.blocks).err();
+    let user = look.foreign_user().map(Error::msg);
+    [("migration", blockers), ("memory", blocks), ("QEMU's user", user)]
+        .into_iter()
+        .filter_map(|(check, error)| Some(cannot(check, &error?, START_AGAIN)))
+        .collect()
 }
 
 /// The helper that has this QEMU, or had it.

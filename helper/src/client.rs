@@ -1,15 +1,16 @@
 //! The other end of the control socket.
 
-use crate::control::{MAX_LINE, Reply, Request};
-use crate::exit::error_of;
-use crate::terminal::Bar;
+use crate::control::{BarePause, MAX_LINE, Reply, Request, Status};
 use anyhow::{Context, Result, anyhow};
+use engine::checkpoint::Choice;
+use engine::progress::Update;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use vm::error::refused;
+use vm::error::{EngineError, refused};
 use vm::process;
 use vm::runtime_dir::RuntimeDir;
 
@@ -56,8 +57,47 @@ fn ended(runtime: &RuntimeDir) -> anyhow::Error {
     }
 }
 
+/// Asks for a checkpoint and waits until it is durable: an `Outcome` in the helper's own form.
+///
+/// # Errors
+/// The helper's, with its class; or when no helper answers.
+pub async fn checkpoint(
+    runtime: &RuntimeDir,
+    choice: Choice,
+    show: impl Fn(&Update),
+) -> Result<Value> {
+    ask(runtime, &Request::Checkpoint(choice), show).await
+}
+
+/// Asks how the helper is.
+///
+/// # Errors
+/// When no helper answers.
+pub async fn status(runtime: &RuntimeDir) -> Result<Status> {
+    understood(ask(runtime, &Request::Status, |_| ()).await?)
+}
+
+/// Asks for a bare `stop` and `cont`.
+///
+/// # Errors
+/// The helper's, with its class; or when no helper answers.
+pub async fn bare_pause(runtime: &RuntimeDir) -> Result<BarePause> {
+    understood(ask(runtime, &Request::BarePause, |_| ()).await?)
+}
+
+/// A helper of another version may answer in another form.
+///
+/// # Errors
+/// When the answer lacks what is expected of it.
+pub fn understood<T: DeserializeOwned>(answer: Value) -> Result<T> {
+    serde_json::from_value(answer).context("the helper's answer is not understood")
+}
+
 /// Sends one request and waits for its result, showing progress meanwhile.
-pub async fn ask(runtime: &RuntimeDir, request: &Request) -> Result<Value> {
+///
+/// # Errors
+/// The helper's, with its class; or when no helper answers.
+pub async fn ask(runtime: &RuntimeDir, request: &Request, show: impl Fn(&Update)) -> Result<Value> {
     let path = runtime.control();
     let stream = connect(runtime).await;
     let stream = stream.map_err(|error| {
@@ -69,7 +109,6 @@ pub async fn ask(runtime: &RuntimeDir, request: &Request) -> Result<Value> {
     line.push(b'\n');
     write.write_all(&line).await.context("sending the request to the helper")?;
     let mut replies = BufReader::new(read.take(u64::MAX));
-    let progress = Bar::of_bytes("checkpoint", 0);
     loop {
         let mut line = String::new();
         replies.get_mut().set_limit(MAX_LINE as u64);
@@ -82,9 +121,9 @@ pub async fn ask(runtime: &RuntimeDir, request: &Request) -> Result<Value> {
             return Err(ended(runtime));
         }
         match serde_json::from_str(&line).context("the helper's answer is not understood")? {
-            Reply::Progress(update) => progress.set(&update.phase, update.done, update.total),
+            Reply::Progress(update) => show(&update),
             Reply::Done(value) => return Ok(value),
-            Reply::Failed(failure) => return Err(error_of(failure).into()),
+            Reply::Failed(failure) => return Err(EngineError::from(failure).into()),
         }
     }
 }

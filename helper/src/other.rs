@@ -59,8 +59,8 @@ fn is_helper_of(pid: u32, runtime: &RuntimeDir) -> bool {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::exit::{REFUSED, code_of};
     use std::process::{Command, Stdio};
+    use vm::error::{Class, class_of};
 
     /// A number that a file names proves nothing.
     #[test]
@@ -71,7 +71,7 @@ mod test {
         let mut child =
             Command::new("sh").args(["-c", "read helper m"]).stdin(Stdio::piped()).spawn().unwrap();
         runtime.replace("helper.pid", child.id().to_string().as_bytes()).unwrap();
-        assert_eq!(code_of(&OtherHelper::find(&runtime).err().unwrap()), REFUSED);
+        assert_eq!(class_of(&OtherHelper::find(&runtime).err().unwrap()), Class::Refused);
         assert!(child.try_wait().unwrap().is_none());
         child.kill().unwrap();
         child.wait().unwrap();

@@ -3,34 +3,47 @@
 //!
 //! It may die at any moment; QEMU does not notice, and `stillpoint attach` starts another that
 //! continues from what the store and QEMU itself know.
+//!
+//! [`serve`] is the process, [`start`] and [`attach`] bring it up, [`client`] asks it over its
+//! control socket in the words of [`control`], and [`bench`] measures it.
 
+pub mod attach;
+pub mod bench;
 pub mod client;
+pub mod control;
 mod memory;
-pub mod other;
+mod other;
 mod server;
 pub mod start;
+pub mod statistics;
 
-use crate::cli::HelperArgs;
-use crate::exit::failure_of;
 use anyhow::{Context, Result};
+use checkpoint_format::VmName;
 use engine::checkpoint::Checkpointer;
 use std::path::Path;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use vm::running::Vm;
-use vm::runtime_dir::RuntimeDir;
+use vm::runtime_dir::{Failure, RuntimeDir};
 
-pub async fn run(args: HelperArgs) -> Result<()> {
-    let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), &args.name)?;
+/// What [`start::spawn`] starts: attaches to the VM and serves.
+///
+/// # Errors
+/// When the VM cannot be attached to. The runtime directory says why, too, for the command that
+/// started this process.
+pub async fn run(runtime_base: Option<&Path>, name: &VmName) -> Result<()> {
+    let runtime = RuntimeDir::new(runtime_base, name)?;
     let result = serve(runtime.clone()).await;
     if let Err(error) = &result {
-        // The process that started this helper has no other way to learn the error.
-        runtime.set_helper_failure(&failure_of(error));
+        runtime.set_helper_failure(&Failure::of(error));
     }
     result
 }
 
 /// Serves until QEMU ends or a signal ends the helper.
+///
+/// # Errors
+/// When another helper holds the VM, or the VM cannot be attached to.
 pub async fn serve(runtime: RuntimeDir) -> Result<()> {
     let _lock = runtime.lock_helper()?;
     let pid = std::process::id().to_string();

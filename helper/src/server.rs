@@ -1,14 +1,14 @@
 //! The control socket: requests in, progress and results out.
 
-use crate::control::{MAX_REQUEST, Reply, Request};
-use crate::exit::failure_of;
-use crate::helper::memory;
+use crate::control::{BarePause, MAX_REQUEST, Reply, Request, Status, VmStatus};
+use crate::memory;
 use anyhow::{Context, Result};
 use engine::checkpoint::outcome::milliseconds;
 use engine::checkpoint::{Checkpointer, Report};
 use engine::progress::Update;
 use qmp_bridge::Paused;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWrite
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use vm::error::refused;
-use vm::runtime_dir::RuntimeDir;
+use vm::runtime_dir::{Failure, RuntimeDir};
 
 /// Progress waits for a slow client only this far; then it is dropped, never the work.
 const PROGRESS_QUEUE: usize = 64;
@@ -97,7 +97,7 @@ impl Server {
         }
         let reply = match work.await.context("internal error: request task panicked")? {
             Ok(value) => Reply::Done(value),
-            Err(error) => Reply::Failed(failure_of(&error)),
+            Err(error) => Reply::Failed(Failure::of(&error)),
         };
         client.send(&reply).await
     }
@@ -106,7 +106,7 @@ impl Server {
         let request: Request = serde_json::from_str(line)
             .context("the request is not understood; are command and helper of one version?")?;
         if request == Request::Status {
-            return self.status().await;
+            return encode(&self.status());
         }
         let Ok(mut checkpointer) = tokio::time::timeout(LOCK_WAIT, self.checkpointer.lock()).await
         else {
@@ -120,7 +120,7 @@ impl Server {
                     let (phase, error) = (error.phase(), error.explain());
                     tracing::error!(error, %phase, "checkpoint failed");
                 }
-                serde_json::to_value(outcome?).context("encoding the result")
+                encode(&outcome?)
             }
             Request::Adopt { qemu } => {
                 let adopted =
@@ -129,37 +129,41 @@ impl Server {
                     let (phase, error) = (error.phase(), error.explain());
                     tracing::error!(error, %phase, "adoption failed");
                 }
-                serde_json::to_value(adopted?).context("encoding the result")
+                encode(&adopted?)
             }
-            Request::BarePause => bare_pause(&checkpointer).await,
+            Request::BarePause => encode(&bare_pause(&checkpointer).await?),
             Request::Status => Ok(Value::Null),
         }
     }
 
-    async fn status(&self) -> Result<Value> {
+    fn status(&self) -> Status {
+        let pid = std::process::id();
         let Ok(checkpointer) = self.checkpointer.try_lock() else {
-            return Ok(json!({ "pid": std::process::id(), "busy": true }));
+            return Status { pid, busy: true, vm: None };
         };
         let vm = &checkpointer.vm;
-        Ok(json!({
-            "pid": std::process::id(),
-            "busy": false,
-            "name": vm.file.name,
-            "store": vm.file.store,
-            "instance": vm.file.instance,
-            "qemu_pid": vm.pid,
-            "qemu_version": vm.facts.qemu.to_string(),
-            "accelerator": vm.facts.accelerator.as_str(),
-            "peak_memory_bytes": memory::peak(),
-            "memory_limit_bytes": memory::limit(vm),
-        }))
+        let status = VmStatus {
+            name: vm.file.name.clone(),
+            store: vm.file.store.clone(),
+            instance: vm.file.instance.clone(),
+            qemu_pid: vm.pid,
+            qemu_version: vm.facts.qemu.to_string(),
+            accelerator: vm.facts.accelerator.as_str().to_owned(),
+            peak_memory_bytes: memory::peak(),
+            memory_limit_bytes: memory::limit(vm),
+        };
+        Status { pid, busy: false, vm: Some(status) }
     }
 }
 
-async fn bare_pause(checkpointer: &Checkpointer) -> Result<Value> {
+async fn bare_pause(checkpointer: &Checkpointer) -> Result<BarePause> {
     let paused = Paused::stop(&checkpointer.vm.qmp).await.context("stopping the guest")?;
     let pause = paused.resume().await.context("letting the guest run again")?;
-    Ok(json!({ "pause_ms": milliseconds(pause) }))
+    Ok(BarePause { pause_ms: milliseconds(pause) })
+}
+
+fn encode(result: &impl Serialize) -> Result<Value> {
+    serde_json::to_value(result).context("encoding the result")
 }
 
 /// Accepts until it is dropped, a bounded number of connections at once.
@@ -220,6 +224,7 @@ impl<W: AsyncWrite + Unpin> Client<W> {
 #[cfg(test)]
 mod test {
     use super::*;
+    use serde_json::json;
 
     const SHORT: Duration = Duration::from_millis(20);
 

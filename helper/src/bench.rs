@@ -1,0 +1,281 @@
+//! What checkpoints of a running VM cost, beside the least that a pause of it can cost.
+//!
+//! Bare pauses (`stop` and `cont`, nothing in between) and checkpoints take turns, half an interval
+//! apart, so that each pair sees the same host and guest: the ratio is of pairs, not of two runs.
+
+use crate::client;
+use crate::control::Status;
+use crate::statistics::Spread;
+use anyhow::{Context, Result};
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::Choice;
+use engine::checkpoint::outcome::{Kind, Outcome};
+use engine::progress::Update;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::time::Duration;
+use tokio::time::{Instant, sleep, sleep_until};
+use vm::runtime_dir::RuntimeDir;
+
+/// From here on a delta is more than its metadata.
+const LARGE_DELTA_BYTES: u64 = 4 << 20;
+
+/// A bare pause and the checkpoint after it.
+#[derive(Clone, Debug)]
+pub struct Pair {
+    pub bare_ms: f64,
+    pub checkpoint: Outcome,
+}
+
+/// The same with what `bench --json` says of it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Sample {
+    pub id: CheckpointId,
+    pub kind: Kind,
+    pub bare_pause_ms: f64,
+    pub pause_ms: f64,
+    pub brief_stops_ms: Vec<f64>,
+    pub durable_ms: f64,
+    pub pages_dirty: u64,
+    pub bytes_changed: u64,
+    pub bytes_stored_raw: u64,
+    pub bytes_stored: u64,
+}
+
+/// Checkpoints that stored something on a parent, added up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Deltas {
+    pub count: u64,
+    pub bytes_changed: u64,
+    /// Metadata included, before compression.
+    pub bytes_stored_raw: u64,
+    /// As the store holds them.
+    pub bytes_stored: u64,
+}
+
+/// What was measured. As JSON it is what `stillpoint bench --json` prints.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    #[serde(rename = "machine")]
+    pub helper: Status,
+    pub count: usize,
+    pub interval_ms: u64,
+    pub bare_pause_ms: Option<Spread>,
+    pub pause_ms: Option<Spread>,
+    pub pause_over_bare: Option<Spread>,
+    /// The brief stops of pre-copy passes, all of them.
+    pub brief_stop_ms: Option<Spread>,
+    pub durable_ms: Option<Spread>,
+    pub stored_over_changed: Option<f64>,
+    pub stored_over_changed_above_4_mib: Option<f64>,
+    pub deltas: Deltas,
+    pub deltas_above_4_mib: Deltas,
+    pub kinds: BTreeMap<&'static str, u64>,
+    pub phases_median_ms: BTreeMap<String, f64>,
+    /// Before the samples, and in no figure: it may be a full one.
+    pub first: Outcome,
+    pub samples: Vec<Sample>,
+}
+
+/// Takes `count` checkpoints, one each `interval`, and one before them. `show` is called for each
+/// of them, and what it returns shows how far that one is.
+///
+/// # Errors
+/// When a checkpoint fails, or no helper answers.
+pub async fn run<S: Fn(&Update)>(
+    runtime: &RuntimeDir,
+    count: u32,
+    interval: Duration,
+    show: impl Fn() -> S,
+) -> Result<Report> {
+    // Not counted: it may be a full one, and every counted one is then a delta since about one
+    // interval.
+    let first = checkpoint(runtime, show())
+        .await
+        .context("taking the first checkpoint, which is not counted")?;
+    let pairs = measure(runtime, count, interval, &show).await?;
+    let status = client::status(runtime).await?;
+    Ok(Report::new(status, first, &pairs, interval))
+}
+
+async fn measure<S: Fn(&Update)>(
+    runtime: &RuntimeDir,
+    count: u32,
+    interval: Duration,
+    show: impl Fn() -> S,
+) -> Result<Vec<Pair>> {
+    let mut pairs = Vec::new();
+    let mut due = Instant::now() + interval / 2;
+    for number in 1..=count {
+        sleep_until(due).await;
+        let bare = client::bare_pause(runtime).await;
+        let bare_ms = bare.with_context(|| format!("bare pause {number} of {count}"))?.pause_ms;
+        sleep(interval / 2).await;
+        let checkpoint = checkpoint(runtime, show())
+            .await
+            .with_context(|| format!("checkpoint {number} of {count}"))?;
+        tracing::info!(
+            number,
+            bare_ms,
+            pause_ms = checkpoint.pause_ms,
+            changed = checkpoint.bytes_changed,
+            "measured"
+        );
+        pairs.push(Pair { bare_ms, checkpoint });
+        // Checkpoints that take longer than the interval follow each other at once.
+        due = (due + interval).max(Instant::now());
+    }
+    Ok(pairs)
+}
+
+async fn checkpoint(runtime: &RuntimeDir, show: impl Fn(&Update)) -> Result<Outcome> {
+    client::understood(client::checkpoint(runtime, Choice::default(), show).await?)
+}
+
+impl Deltas {
+    fn of<'a>(outcomes: impl Iterator<Item = &'a Outcome>) -> Self {
+        outcomes.fold(Self::default(), |sum, one| Self {
+            count: sum.count + 1,
+            bytes_changed: sum.bytes_changed + one.bytes_changed,
+            bytes_stored_raw: sum.bytes_stored_raw + one.bytes_stored_raw,
+            bytes_stored: sum.bytes_stored + one.bytes_stored,
+        })
+    }
+
+    /// How much more than what changed is stored; compression apart.
+    pub fn stored_over_changed(&self) -> Option<f64> {
+        (self.bytes_changed > 0).then(|| self.bytes_stored_raw as f64 / self.bytes_changed as f64)
+    }
+}
+
+impl Report {
+    pub fn new(helper: Status, first: Outcome, pairs: &[Pair], interval: Duration) -> Self {
+        let outcomes = || pairs.iter().map(|pair| &pair.checkpoint);
+        let incremental = || outcomes().filter(|outcome| outcome.kind == Kind::Incremental);
+        let deltas = Deltas::of(incremental());
+        let large =
+            Deltas::of(incremental().filter(|outcome| outcome.bytes_changed > LARGE_DELTA_BYTES));
+        Self {
+            helper,
+            count: pairs.len(),
+            interval_ms: u64::try_from(interval.as_millis()).unwrap_or(u64::MAX),
+            bare_pause_ms: Spread::of(pairs.iter().map(|pair| pair.bare_ms)),
+            pause_ms: Spread::of(outcomes().map(|outcome| outcome.pause_ms)),
+            pause_over_bare: Spread::of(
+                pairs
+                    .iter()
+                    .filter(|pair| pair.bare_ms > 0.0)
+                    .map(|pair| pair.checkpoint.pause_ms / pair.bare_ms),
+            ),
+            brief_stop_ms: Spread::of(
+                outcomes().flat_map(|outcome| outcome.brief_stops_ms.iter().copied()),
+            ),
+            durable_ms: Spread::of(outcomes().map(|outcome| outcome.durable_ms)),
+            stored_over_changed: deltas.stored_over_changed(),
+            stored_over_changed_above_4_mib: large.stored_over_changed(),
+            deltas,
+            deltas_above_4_mib: large,
+            kinds: kinds(outcomes()),
+            phases_median_ms: phases(outcomes()),
+            first,
+            samples: pairs.iter().map(sample).collect(),
+        }
+    }
+
+    /// The last checkpoint that was taken.
+    pub fn last(&self) -> CheckpointId {
+        self.samples.last().map_or(self.first.id, |sample| sample.id)
+    }
+}
+
+fn kinds<'a>(outcomes: impl Iterator<Item = &'a Outcome>) -> BTreeMap<&'static str, u64> {
+    let mut kinds = BTreeMap::new();
+    for outcome in outcomes {
+        let kind = match outcome.kind {
+            Kind::Full => "full",
+            Kind::Incremental => "incremental",
+            Kind::Unchanged => "unchanged",
+        };
+        *kinds.entry(kind).or_default() += 1;
+    }
+    kinds
+}
+
+fn phases<'a>(outcomes: impl Iterator<Item = &'a Outcome>) -> BTreeMap<String, f64> {
+    let mut samples: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for (phase, time) in outcomes.flat_map(|outcome| &outcome.phases) {
+        samples.entry(phase.clone()).or_default().push(*time);
+    }
+    samples
+        .into_iter()
+        .filter_map(|(phase, times)| Some((phase, Spread::of(times)?.median)))
+        .collect()
+}
+
+fn sample(pair: &Pair) -> Sample {
+    let outcome = &pair.checkpoint;
+    Sample {
+        id: outcome.id,
+        kind: outcome.kind,
+        bare_pause_ms: pair.bare_ms,
+        pause_ms: outcome.pause_ms,
+        brief_stops_ms: outcome.brief_stops_ms.clone(),
+        durable_ms: outcome.durable_ms,
+        pages_dirty: outcome.pages_dirty,
+        bytes_changed: outcome.bytes_changed,
+        bytes_stored_raw: outcome.bytes_stored_raw,
+        bytes_stored: outcome.bytes_stored,
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn pair(bare_ms: f64, pause_ms: f64, kind: Kind, changed: u64, stored: u64) -> Pair {
+        let checkpoint = Outcome {
+            kind,
+            pause_ms,
+            bytes_changed: changed,
+            bytes_stored_raw: stored,
+            bytes_stored: stored / 2,
+            durable_ms: 10.0,
+            ..Outcome::default()
+        };
+        Pair { bare_ms, checkpoint }
+    }
+
+    fn report(pairs: &[Pair]) -> Report {
+        let status = Status { pid: 1, busy: true, vm: None };
+        Report::new(status, Outcome::default(), pairs, Duration::from_secs(1))
+    }
+
+    #[test]
+    fn ratios_are_of_pairs_and_of_deltas_only() {
+        let mib = 1 << 20;
+        let pairs = [
+            pair(1.0, 3.0, Kind::Incremental, mib, 2 * mib),
+            pair(2.0, 4.0, Kind::Incremental, 9 * mib, 10 * mib),
+            pair(4.0, 4.0, Kind::Unchanged, 0, 0),
+            pair(1.0, 9.0, Kind::Full, 100 * mib, 900 * mib),
+        ];
+        let report = report(&pairs);
+        // Pairs: 3, 2, 1, 9. The medians of each alone, 4 and 1.5, would give 2.7.
+        assert_eq!(report.pause_over_bare.unwrap().median, 2.5);
+        assert_eq!(report.stored_over_changed, Some(1.2));
+        assert_eq!(report.stored_over_changed_above_4_mib, Some(10.0 / 9.0));
+        assert_eq!(
+            report.kinds,
+            BTreeMap::from([("full", 1), ("incremental", 2), ("unchanged", 1)])
+        );
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["pause_over_bare"]["median"], 2.5);
+        assert_eq!(json["samples"].as_array().unwrap().len(), 4);
+    }
+
+    #[test]
+    fn nothing_changed_gives_no_ratio() {
+        let report = report(&[pair(1.0, 3.0, Kind::Unchanged, 0, 0)]);
+        assert_eq!(report.stored_over_changed, None);
+    }
+}
