@@ -41,6 +41,7 @@
 //! ```
 
 #![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 #![forbid(unsafe_code)]
 
 mod class;
@@ -95,7 +96,7 @@ pub use range_set::RangeSet;
 pub use receipt::{CheckpointRef, DurableReceipt, OtherCheckpoint};
 pub use units::{
     ByteLen, ByteOffset, CheckpointId, Epoch, FrameNo, MAX_SPACE_PAGES, PAGE_SIZE, PackNo,
-    PageCount, PageIndex, PageRange, Slot,
+    PageCount, PageIndex, PageRange, Slot, as_index,
 };
 
 /// Page numbers and lengths are `u64` in the saved forms and index memory as `usize`: the two must

@@ -5,7 +5,7 @@ use thiserror::Error;
 use crate::names::SpaceName;
 use crate::pack::{FRAME_PAGES, MAX_FRAMES_PER_PACK, PackIndex, PageRun, RunSource};
 use crate::sparse_pages::{Cell, SparsePages};
-use crate::units::{FrameNo, PackNo, PageCount, PageIndex, PageRange, Slot};
+use crate::units::{FrameNo, PackNo, PageCount, PageIndex, PageRange, Slot, as_index};
 
 /// Most packs in a lineage.
 pub const MAX_LINEAGE_PACKS: u32 = 1 << 28;
@@ -102,6 +102,7 @@ impl Packed {
         (!(self.is_data() && last_slot)).then(|| self.plus(1))
     }
 
+    #[expect(clippy::cast_possible_truncation, reason = "each part has no more bits than its type")]
     fn unpack(self) -> PageLocation {
         let bits = |shift: u32, width: u32| (self.0 >> shift) & ((1 << width) - 1);
         match self {
@@ -226,7 +227,7 @@ impl PageMap {
         let (mut at, mut location) = (pages.start, first);
         while at < pages.end {
             let (chunk, from) = Pages::place(at);
-            let count = (CHUNK_PAGES - from).min((pages.end.0 - at.0) as usize);
+            let count = (CHUNK_PAGES - from).min(as_index(pages.end.0 - at.0));
             for cell in &mut self.pages.chunk(chunk)[from..from + count] {
                 *cell = location;
                 location = location.plus(1);

@@ -4,7 +4,7 @@ use std::fmt;
 
 use bitvec::prelude::{BitVec, Lsb0};
 
-use crate::units::{PageCount, PageIndex, PageRange};
+use crate::units::{PageCount, PageIndex, PageRange, as_index};
 
 const WORD_BITS: u64 = u64::BITS as u64;
 
@@ -22,7 +22,7 @@ pub struct PageSet {
 impl PageSet {
     /// No page of a space of `size` pages.
     pub fn new(size: PageCount) -> Self {
-        let words = vec![0; size.0.div_ceil(WORD_BITS) as usize];
+        let words = vec![0; as_index(size.0.div_ceil(WORD_BITS))];
         let mut bits = BitVec::from_vec(words);
         bits.truncate(size.as_usize());
         Self { bits }

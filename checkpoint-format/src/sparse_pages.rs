@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::range_set::RangeSet;
-use crate::units::{PageCount, PageIndex, PageRange};
+use crate::units::{PageCount, PageIndex, PageRange, as_index};
 
 /// What is kept of a page.
 pub(crate) trait Cell: Copy + PartialEq {
@@ -43,7 +43,7 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
 
     /// Chunk and place in it.
     pub fn place(page: PageIndex) -> (u64, usize) {
-        (page.0 / N as u64, (page.0 % N as u64) as usize)
+        (page.0 / N as u64, as_index(page.0 % N as u64))
     }
 
     fn pages_of(chunk: u64) -> PageRange {
@@ -66,9 +66,8 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
             let mut cells = Box::new([C::UNKNOWN; N]);
             let pages = Self::pages_of(chunk);
             for part in zeros.within(pages) {
-                cells[(part.start.0 - pages.start.0) as usize
-                    ..(part.end.0 - pages.start.0) as usize]
-                    .fill(C::ZERO);
+                let place = |page: PageIndex| as_index(page.0 - pages.start.0);
+                cells[place(part.start)..place(part.end)].fill(C::ZERO);
             }
             zeros.remove(pages);
             cells

@@ -14,6 +14,19 @@ pub const PAGE_SIZE: usize = 4096;
 /// Far above any real VM, and low enough that no byte offset inside a space can overflow.
 pub const MAX_SPACE_PAGES: u64 = 1 << 40;
 
+/// For indexing memory; lossless on the 64-bit hosts that we build for.
+#[expect(clippy::cast_possible_truncation, reason = "lib.rs asserts a 64-bit host")]
+pub const fn as_index(number: u64) -> usize {
+    number as usize
+}
+
+/// A count or length of a saved form, which is kept below a limit of fewer than 32 bits.
+#[expect(clippy::cast_possible_truncation, reason = "the limits of the saved forms")]
+pub(crate) const fn count(number: usize) -> u32 {
+    debug_assert!(number <= u32::MAX as usize);
+    number as u32
+}
+
 macro_rules! number {
     ($($(#[$doc:meta])* $name:ident($inner:ty);)*) => {$(
         $(#[$doc])*
@@ -30,6 +43,7 @@ macro_rules! number {
             }
 
             /// For indexing memory; lossless on the 64-bit hosts that we build for.
+            #[allow(clippy::cast_possible_truncation, reason = "lib.rs asserts a 64-bit host")]
             pub const fn as_usize(self) -> usize {
                 self.0 as usize
             }

@@ -30,6 +30,7 @@
 //! ```
 
 #![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 mod block;
 mod claim;

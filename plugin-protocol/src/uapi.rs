@@ -28,11 +28,15 @@ pub const WANTED_FEATURES: u64 = FEATURE_PAGEFAULT_FLAG_WP
 /// needed.
 pub const USER_MODE_ONLY: i32 = 1;
 
+/// `struct uffdio_api`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Api {
+    /// [`API`].
     pub api: u64,
+    /// Asked for; then those of this kernel.
     pub features: u64,
+    /// The ioctls that this kernel has, as bits.
     pub ioctls: u64,
 }
 

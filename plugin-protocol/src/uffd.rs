@@ -13,8 +13,11 @@ use crate::wire::UffdSource;
 /// An open uffd with [`uapi::WANTED_FEATURES`] switched on.
 #[derive(Debug)]
 pub struct OpenUffd {
+    /// The userfaultfd.
     pub fd: OwnedFd,
+    /// How it was got.
     pub source: UffdSource,
+    /// The features that are on.
     pub features: u64,
 }
 
@@ -22,11 +25,16 @@ pub struct OpenUffd {
 /// opened at all.
 #[derive(Debug)]
 pub struct NoUffd {
+    /// Of the last door tried.
     pub error: io::Error,
+    /// What the kernel would offer; 0 if it opens none.
     pub offered_features: u64,
 }
 
 /// Opens a uffd and enables everything that we need of it, or says what is missing.
+///
+/// # Errors
+/// If the kernel opens none for this process, or one that lacks a feature.
 pub fn open() -> Result<OpenUffd, NoUffd> {
     let (fd, source) = open_bare().map_err(|error| NoUffd { error, offered_features: 0 })?;
     match enable(&fd, uapi::WANTED_FEATURES) {

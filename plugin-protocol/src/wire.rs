@@ -12,10 +12,15 @@
 //!             56 mask of attached descriptors u32        60 reserved u32 (zero)
 //! ```
 
+/// The first bytes of a hello.
 pub const HELLO_MAGIC: [u8; 8] = *b"STILLPT?";
+/// The first bytes of a reply.
 pub const REPLY_MAGIC: [u8; 8] = *b"STILLPT!";
+/// The version of what follows the greeting.
 pub const PROTOCOL_VERSION: u32 = 1;
+/// Bytes of a hello, of every version.
 pub const HELLO_LEN: usize = 16;
+/// Bytes of a reply, of every version.
 pub const REPLY_LEN: usize = 64;
 /// How many kinds of descriptor there are; also the most that one reply carries.
 pub const FD_KINDS: usize = 5;
@@ -23,10 +28,15 @@ pub const FD_KINDS: usize = 5;
 /// What a descriptor in the reply is; the order is the order of attachment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FdKind {
+    /// The userfaultfd.
     Uffd = 0,
+    /// `/proc/self/pagemap`.
     Pagemap = 1,
+    /// `/proc/self/mem`.
     Memory = 2,
+    /// `/proc/self/maps`.
     Maps = 3,
+    /// The file of the guest's main memory.
     Ram = 4,
 }
 
@@ -52,10 +62,14 @@ impl UffdSource {
     }
 }
 
+/// The plugin's answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
+    /// The descriptors are attached.
     Ok = 0,
+    /// The client is not ours.
     BadMagic = 1,
+    /// The client is of another version.
     UnsupportedVersion = 2,
 }
 
@@ -67,12 +81,15 @@ impl Status {
     }
 }
 
+/// What a client sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hello {
+    /// The client's version.
     pub version: u32,
 }
 
 impl Hello {
+    /// Its bytes.
     pub fn encode(self) -> [u8; HELLO_LEN] {
         let mut out = [0; HELLO_LEN];
         put(&mut out, 0, &HELLO_MAGIC);
@@ -81,6 +98,9 @@ impl Hello {
     }
 
     /// The client's version, or why it gets none of our descriptors.
+    ///
+    /// # Errors
+    /// The status of the refusal.
     pub fn parse(bytes: &[u8; HELLO_LEN]) -> Result<Self, Status> {
         if bytes[..8] != HELLO_MAGIC {
             return Err(Status::BadMagic);
@@ -92,14 +112,20 @@ impl Hello {
     }
 }
 
+/// What the plugin answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reply {
+    /// The plugin's version.
     pub version: u32,
+    /// Whether it gives descriptors.
     pub status: Status,
+    /// QEMU's process ID.
     pub pid: u32,
+    /// The version of QEMU's plugin interface.
     pub api_version: u32,
     /// The features of the attached uffd; without one, what the kernel would have offered.
     pub uffd_features: u64,
+    /// How the plugin got its userfaultfd.
     pub uffd_source: UffdSource,
     /// Why a descriptor is absent, by [`FdKind`]; 0 when it is there or was not asked for.
     pub errno: [i32; FD_KINDS],
@@ -122,6 +148,7 @@ impl Reply {
         }
     }
 
+    /// Its bytes.
     pub fn encode(&self) -> [u8; REPLY_LEN] {
         let mut out = [0; REPLY_LEN];
         put(&mut out, 0, &REPLY_MAGIC);
@@ -160,6 +187,7 @@ impl Reply {
         })
     }
 
+    /// Whether a descriptor of this kind is attached.
     pub fn has(&self, kind: FdKind) -> bool {
         self.fd_mask & (1 << kind as u32) != 0
     }

@@ -29,6 +29,7 @@ fn path(kind: &str, key: &str) -> PathBuf {
     directory().join(kind).join(format!("{}.json", &name[..32]))
 }
 
+/// What [`save`] has kept under that kind and key; `None` if nothing, or nothing that can be read.
 pub fn load<T: DeserializeOwned>(kind: &str, key: &str) -> Option<T> {
     let path = path(kind, key);
     let entry: Entry<T> =
@@ -36,6 +37,8 @@ pub fn load<T: DeserializeOwned>(kind: &str, key: &str) -> Option<T> {
     (entry.key == key).then_some(entry.value)
 }
 
+/// Keeps a value until the cache directory is emptied. A cache that cannot be written is no
+/// failure.
 pub fn save<T: Serialize>(kind: &str, key: &str, value: &T) {
     let path = path(kind, key);
     if let Err(error) = write(&path, key, value) {

@@ -10,16 +10,24 @@ use std::path::Path;
 /// and environments.
 const MAX_KERNEL_FILE: u64 = 16 << 20;
 
+/// A file of the kernel or of this project, up to a limit.
+///
+/// # Errors
+/// If it cannot be read or is longer.
 pub fn read(path: impl AsRef<Path>) -> std::io::Result<Vec<u8>> {
     read_at_most(path.as_ref(), MAX_KERNEL_FILE)
 }
 
+/// The same as text.
+///
+/// # Errors
+/// If it cannot be read, is longer or no UTF-8.
 pub fn read_text(path: impl AsRef<Path>) -> std::io::Result<String> {
     String::from_utf8(read(path)?).map_err(|error| Error::new(ErrorKind::InvalidData, error))
 }
 
 /// The same of any file.
-pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
+pub(crate) fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
     read_at_most(path, limit).with_context(|| format!("reading {}", path.display()))
 }
 

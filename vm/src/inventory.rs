@@ -25,8 +25,11 @@ const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The VM as the checks saw it, and a watch on it since then.
 pub struct Inventory {
+    /// The guest's devices.
     pub devices: Vec<GuestDevice>,
+    /// vCPUs, RAM blocks and what blocks a migration.
     pub composition: Composition,
+    /// Its drives.
     pub drives: Drives,
     blocks: Vec<RamBlock>,
     watch: EventWatch,
@@ -34,6 +37,10 @@ pub struct Inventory {
 }
 
 impl Inventory {
+    /// Of the VM as it is now.
+    ///
+    /// # Errors
+    /// If QEMU does not answer, or a disk cannot be part of a checkpoint.
     pub async fn take(vm: &Vm) -> Result<Self> {
         let watch = vm.qmp.watch(EVENTS);
         let begun = Instant::now();
@@ -54,12 +61,18 @@ impl Inventory {
     }
 
     /// After the guest was resumed: whether devices, vCPUs and memory are what they were.
+    ///
+    /// # Errors
+    /// If they are not, or QEMU does not answer.
     pub async fn check_vm(&self, vm: &Vm) -> Result<()> {
         unchanged(self.vm_change(vm).await?)
     }
 
     /// When nothing of the capture is above the disks any more: whether they, and their media, are
     /// what they were.
+    ///
+    /// # Errors
+    /// If they are not, or QEMU does not answer.
     pub async fn check_disks(&self, vm: &Vm) -> Result<()> {
         unchanged(self.disk_change(vm).await?)
     }
@@ -147,6 +160,9 @@ fn difference(then: &[String], now: &[String]) -> Option<String> {
 }
 
 /// `difference`: what changed, in words.
+///
+/// # Errors
+/// If there is a difference.
 pub fn unchanged(difference: Option<String>) -> Result<()> {
     match difference {
         None => Ok(()),

@@ -5,6 +5,9 @@
 //!
 //! Nothing here takes or restores a checkpoint; the crate `engine` does.
 
+#![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
+
 pub mod cache;
 pub mod drives;
 pub mod error;
@@ -15,7 +18,7 @@ pub mod launch;
 pub mod memory_source;
 pub mod process;
 pub mod process_memory;
-pub mod qemu_lock;
+pub(crate) mod qemu_lock;
 pub mod reopen;
 pub mod running;
 pub mod runtime_dir;

@@ -75,9 +75,13 @@ pub enum StreamChoice {
 /// What a checkpoint is taken with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
+    /// Written pages, as the plugin and the kernel report them.
     Tracker,
+    /// QEMU's migration stream while the guest runs, the rest in the pause.
     PreCopy,
+    /// QEMU's migration stream of one instant while the guest runs.
     BackgroundSnapshot,
+    /// QEMU's migration stream while the guest is stopped.
     Stopped,
     /// A guest that does not run, read as it stands.
     ProcessMemory,
@@ -108,12 +112,17 @@ impl Engine {
 /// An engine, and why this one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chosen {
+    /// Where the memory comes from.
     pub engine: Engine,
+    /// Why from there.
     pub why: String,
 }
 
 /// The tracker if it is wanted or there; `None` if memory has to come by stream. `tracker` says why
 /// there is none.
+///
+/// # Errors
+/// Refused if it is wanted and cannot be had.
 pub fn choose_tracker(
     wanted: EngineChoice,
     tracker: &Result<(), String>,
@@ -133,6 +142,9 @@ pub fn choose_tracker(
 /// have registered its memory.
 /// `process_memory`: whether the memory of a guest that does not run can be read from QEMU's
 /// process.
+///
+/// # Errors
+/// Refused if none can be had, with the reason of each.
 pub fn choose_stream(
     wanted: StreamChoice,
     support: &Support,
@@ -198,6 +210,9 @@ fn choose_for_running_guest(
 }
 
 /// That pages which the guest writes during a live migration reach its stream, or why not.
+///
+/// # Errors
+/// Why not, in words.
 pub fn can_pre_copy_live(qemu: &QemuVersion, accelerator: Accelerator) -> Result<(), String> {
     if accelerator == Accelerator::Tcg && qemu.has(quirks::LIVE_TCG_MIGRATION_LOSES_PAGES) {
         return Err(format!(

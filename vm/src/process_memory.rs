@@ -12,6 +12,7 @@ use qmp_bridge::ramblock::RamBlock;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+/// The memory of a QEMU process, read by the kernel's way for debuggers.
 pub struct ProcessMemory {
     memory: File,
     blocks: Vec<RamBlock>,
@@ -20,6 +21,9 @@ pub struct ProcessMemory {
 impl ProcessMemory {
     /// Refused where this user may not read that process (another user's, or
     /// `kernel.yama.ptrace_scope`).
+    ///
+    /// # Errors
+    /// If this user may not read it, or a RAM block is not found in it.
     pub async fn open(qmp: &Qmp, pid: u32) -> Result<Self> {
         let path = format!("/proc/{pid}/mem");
         let memory = File::open(&path).map_err(|error| {
@@ -41,6 +45,9 @@ impl ProcessMemory {
     }
 
     /// Whether the memory of a guest could be read so, if it `is_stopped`.
+    ///
+    /// # Errors
+    /// Why not, in words.
     pub async fn check(qmp: &Qmp, pid: u32, is_stopped: bool) -> Result<(), String> {
         if !is_stopped {
             return Ok(());
@@ -48,11 +55,15 @@ impl ProcessMemory {
         Self::open(qmp, pid).await.map(drop).map_err(|error| format!("{error:#}"))
     }
 
+    /// Its RAM blocks, by number.
     pub fn blocks(&self) -> &[RamBlock] {
         &self.blocks
     }
 
     /// Fills `out` with pages of the block of this number.
+    ///
+    /// # Errors
+    /// If there is no such block, or the process has ended.
     pub fn read(&self, block: usize, pages: PageRange, out: &mut [u8]) -> Result<()> {
         let block = self.blocks.get(block).context("no such RAM block")?;
         let host = block

@@ -16,6 +16,9 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// Refused where the process `pid` would not get back each disk that its guest writes.
+///
+/// # Errors
+/// As said.
 pub fn check(pid: u32, drives: &Drives) -> Result<()> {
     check_paths(drives)?;
     check_rights(pid, &drives.disks)
@@ -23,6 +26,9 @@ pub fn check(pid: u32, drives: &Drives) -> Result<()> {
 
 /// Refused where the path of a disk that the guest writes leads to another file than the one that
 /// QEMU has open, or to none.
+///
+/// # Errors
+/// As said.
 pub fn check_paths(drives: &Drives) -> Result<()> {
     let written = drives.disks.iter().filter(|disk| !disk.read_only);
     match written.filter_map(|disk| Some((disk, drives.open.moved(&disk.file)?))).next() {

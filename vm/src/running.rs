@@ -31,12 +31,19 @@ const SAVED_AS_ONE: &[&str] = &["isa-ide", "isa-ipmi-bt", "isa-ipmi-kcs"];
 const RAMFB: &str = "QEMU before 8.2, and machine types from before it, save nothing of its state; use VGA, or a newer machine type";
 const FREE_PAGE_HINT: &str = "by free-page-hint=on it keeps pages out of QEMU's migration stream; start the VM without free-page-hint";
 
+/// A running VM with a helper attached.
 pub struct Vm {
+    /// What was launched.
     pub file: VmFile,
+    /// Its runtime directory.
     pub runtime: RuntimeDir,
+    /// Its monitor.
     pub qmp: Qmp,
+    /// What QEMU says of it.
     pub facts: VmFacts,
+    /// Its RAM blocks.
     pub blocks: Vec<RamBlock>,
+    /// QEMU's process.
     pub pid: u32,
     /// QOM paths of the devices that were there when the VM was last looked at.
     pub last_devices: Mutex<Vec<String>>,
@@ -95,10 +102,14 @@ impl Vm {
     }
 
     /// The tracker, for one phase at a time.
+    ///
+    /// # Errors
+    /// If there is none.
     pub fn tracker(&self) -> Result<Arc<Mutex<Tracker>>> {
         self.tracker.clone().context("no plugin sits in this QEMU, so nothing tracks its memory")
     }
 
+    /// Whether a tracker follows its memory.
     pub fn has_tracker(&self) -> bool {
         self.tracker.is_some()
     }
@@ -112,6 +123,10 @@ impl Vm {
         self.has_tracker() || QemuProcess::read(self.pid).is_ok_and(loads_it)
     }
 
+    /// The tracker, for one call.
+    ///
+    /// # Errors
+    /// If there is none.
     pub fn lock_tracker(&self) -> Result<MutexGuard<'_, Tracker>> {
         self.tracker
             .as_deref()
@@ -133,6 +148,9 @@ impl Vm {
 
     /// The disks, each under the name that it has in the store, and the command line that makes
     /// them as they are.
+    ///
+    /// # Errors
+    /// If QEMU does not list them, or one cannot be part of a checkpoint.
     pub async fn disks(&self) -> Result<Drives> {
         let directory = self.directory();
         let found =
@@ -148,6 +166,9 @@ impl Vm {
     }
 
     /// The guest's memory: one space for each RAM block, in the order of the tracker's RAM blocks.
+    ///
+    /// # Errors
+    /// If a RAM block has a name that no space can have.
     pub fn ram_spaces(&self) -> Result<Vec<(SpaceName, PageCount)>> {
         let space = |block: &RamBlock| {
             Ok((SpaceName::ram(&block.name)?, PageCount::covering(ByteLen(block.used))))
@@ -157,6 +178,9 @@ impl Vm {
 
     /// A restore builds the VM from its command line, so what was plugged in or out since has no
     /// place there; and a new device may write memory that the tracker cannot see.
+    ///
+    /// # Errors
+    /// Refused if one came or went, or cannot be part of a checkpoint.
     pub async fn check_devices(&self) -> Result<()> {
         self.check_listed(
             &devices::guest_devices(&self.qmp).await.context("asking QEMU for its devices")?,
@@ -165,6 +189,9 @@ impl Vm {
     }
 
     /// The same of devices that QEMU has listed.
+    ///
+    /// # Errors
+    /// As for these.
     pub async fn check_listed(&self, devices: &[GuestDevice]) -> Result<()> {
         if let Some(why) = refusals(&self.qmp, devices).await?.into_iter().next() {
             return Err(refused(why));
@@ -198,6 +225,10 @@ impl Vm {
         Ok(new.or(gone))
     }
 
+    /// Whether a restore could start the VM from the command line that is saved.
+    ///
+    /// # Errors
+    /// Refused if it names a file that is in no checkpoint.
     pub fn check_command_line(&self, drives: &Drives) -> Result<()> {
         let qemu = Running { program: &self.file.qemu, pid: self.pid };
         drives::check_command_line(&self.file.arguments, &self.directory(), drives, qemu)
@@ -205,6 +236,9 @@ impl Vm {
 
     /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked again, from
     /// nothing. Says whether.
+    ///
+    /// # Errors
+    /// If QEMU does not list them, or they cannot be tracked.
     pub async fn refresh_blocks(&mut self) -> Result<bool> {
         let now =
             ramblock::ram_blocks(&self.qmp).await.context("asking QEMU for its RAM blocks")?;
@@ -233,6 +267,9 @@ impl Vm {
 
 /// Devices that no checkpoint can have, of these and of the board's own, each with the reason and
 /// what to do.
+///
+/// # Errors
+/// If QEMU does not answer.
 pub async fn refusals(qmp: &Qmp, devices: &[GuestDevice]) -> Result<Vec<String>> {
     let board = devices::board_devices(qmp).await.context("asking QEMU for its board's devices")?;
     let mut found = Vec::new();
@@ -344,6 +381,9 @@ fn connect(socket: &Path, pid: Option<u32>) -> Result<PluginHandles> {
 }
 
 /// `blockers`: what QEMU says against a migration.
+///
+/// # Errors
+/// Refused if there are any that count.
 pub fn check_blockers(blockers: &[String]) -> Result<()> {
     if blockers.is_empty() {
         return Ok(());

@@ -18,7 +18,7 @@ const PLUGIN_ANSWER: Duration = Duration::from_secs(2);
 const PAGE: u64 = checkpoint_format::PAGE_SIZE as u64;
 
 /// What memory there is, and who watches it.
-pub async fn watch(
+pub(crate) async fn watch(
     qmp: &Qmp,
     handles: Option<PluginHandles>,
     main: &str,
@@ -69,13 +69,16 @@ async fn ram_blocks(qmp: &Qmp, handles: &PluginHandles, main: &str) -> Result<Ve
     Ok(blocks)
 }
 
-pub async fn whole_blocks(qmp: &Qmp) -> Result<Vec<RamBlock>> {
+pub(crate) async fn whole_blocks(qmp: &Qmp) -> Result<Vec<RamBlock>> {
     let blocks = ramblock::ram_blocks(qmp).await.context("asking QEMU for its RAM blocks")?;
     check_whole(&blocks)?;
     Ok(blocks)
 }
 
 /// That they are pages, all of them.
+///
+/// # Errors
+/// Refused if one is not.
 pub fn check_whole(blocks: &[RamBlock]) -> Result<()> {
     match blocks.iter().find(|block| block.used % PAGE != 0) {
         None => Ok(()),
@@ -88,7 +91,11 @@ pub fn check_whole(blocks: &[RamBlock]) -> Result<()> {
 
 /// An external VM's plugin listens where its owner wants. Another process that took the path would
 /// have other memory recorded as that VM's.
-pub fn check_plugin(socket: &Path, handles: PluginHandles, qemu: u32) -> Result<PluginHandles> {
+pub(crate) fn check_plugin(
+    socket: &Path,
+    handles: PluginHandles,
+    qemu: u32,
+) -> Result<PluginHandles> {
     if handles.pid() == qemu {
         return Ok(handles);
     }
@@ -101,7 +108,10 @@ pub fn check_plugin(socket: &Path, handles: PluginHandles, qemu: u32) -> Result<
 
 /// Whether the plugin at `socket` lets the tracker follow the memory of process `qemu`. Nothing is
 /// registered.
-pub async fn can_track(qmp: &Qmp, socket: PathBuf, qemu: u32, main: &str) -> Result<()> {
+///
+/// # Errors
+/// Refused with the reason if not.
+pub(crate) async fn can_track(qmp: &Qmp, socket: PathBuf, qemu: u32, main: &str) -> Result<()> {
     let connect = tokio::task::spawn_blocking(move || {
         check_plugin(&socket, PluginHandles::connect(&socket, PLUGIN_ANSWER)?, qemu)
     });

@@ -19,7 +19,7 @@ use crate::digest::ContentDigest;
 use crate::digest_form::DigestForm;
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::manifest::{Check, ManifestError, PackRecord, at_most, check_packs, pack_list};
-use crate::units::{ByteLen, PAGE_SIZE};
+use crate::units::{ByteLen, PAGE_SIZE, as_index, count};
 
 pub use index::{BlockHome, BlockIndex};
 pub use table::{
@@ -129,7 +129,7 @@ impl LayerManifest {
             form: DigestForm::Content,
             digest,
             len,
-            block_size: BLOCK_SIZE as u32,
+            block_size: count(BLOCK_SIZE),
             packs,
             owners,
             table,
@@ -150,7 +150,7 @@ impl LayerManifest {
     pub fn block_pages(&self, block: u64) -> usize {
         let start = block.saturating_mul(BLOCK_SIZE as u64);
         let rest = self.len.0.saturating_sub(start).min(BLOCK_SIZE as u64);
-        rest.div_ceil(PAGE_SIZE as u64) as usize
+        as_index(rest.div_ceil(PAGE_SIZE as u64))
     }
 
     /// The sealed bytes of the manifest.

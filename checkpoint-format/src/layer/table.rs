@@ -23,7 +23,7 @@ use super::{LayerError, LayerManifest, MAX_LAYER_OWNERS};
 use crate::digest::ContentDigest;
 use crate::digest_form::{BlocksHasher, DigestForm};
 use crate::pack::{MAX_FRAMES_PER_PACK, compress_whole, decompress_whole};
-use crate::units::{ByteLen, FrameNo, PackNo};
+use crate::units::{ByteLen, FrameNo, PackNo, as_index, count};
 use crate::wire::{Reader, Short};
 
 use super::index::BlockHome;
@@ -38,7 +38,7 @@ const ZERO_OWNER: u32 = u32::MAX;
 /// Of a stored block, without its owner.
 const REF_LEN: u64 = 4 + 4 + 32;
 /// A number in a column.
-const NUMBER_LEN: u64 = 4;
+const NUMBER_LEN: u64 = size_of::<u32>() as u64;
 
 fn magic(form: DigestForm) -> [u8; MAGIC_LEN] {
     match form {
@@ -197,11 +197,11 @@ impl BlockTable {
 
     /// Of every block, zeros included.
     fn owner_column(&self, out: &mut Vec<u8>) {
-        let column = self.blocks as usize * NUMBER_LEN as usize;
-        out.resize(column, u32::MAX.to_le_bytes()[0]);
+        let number_len = size_of::<u32>();
+        out.resize(as_index(self.blocks) * number_len, u32::MAX.to_le_bytes()[0]);
         for (number, at) in self.stored() {
-            let place = number as usize * NUMBER_LEN as usize;
-            out[place..place + NUMBER_LEN as usize].copy_from_slice(&at.owner.0.to_le_bytes());
+            let place = as_index(number) * number_len;
+            out[place..place + number_len].copy_from_slice(&at.owner.0.to_le_bytes());
         }
     }
 
@@ -219,7 +219,8 @@ impl BlockTable {
         let info = &manifest.table;
         let bad = |problem| LayerError::BadBlock { block: 0, problem };
         info.check(manifest.form).map_err(bad)?;
-        let columns = decompress(verified(manifest, bytes)?, info.raw_len(manifest.form) as usize)?;
+        let columns =
+            decompress(verified(manifest, bytes)?, as_index(info.raw_len(manifest.form)))?;
         let table = Self {
             blocks: info.blocks,
             stored: Columns::split(manifest, &columns)?.blocks(manifest)?,
@@ -288,7 +289,7 @@ impl<'a> Columns<'a> {
         let info = &manifest.table;
         let mut whole = Reader::new(raw);
         let mut column = |entries: u64, len: u64| {
-            let bytes = whole.take((entries * len) as usize);
+            let bytes = whole.take(as_index(entries * len));
             bytes.map(Reader::new).map_err(short)
         };
         let (gaps, owners) = match manifest.form {
@@ -315,7 +316,7 @@ impl<'a> Columns<'a> {
             next = number + 1;
             if owner != ZERO_OWNER {
                 // A layer has at most 2^28 blocks.
-                stored.push((number as u32, self.next_ref(number, owner, manifest)?));
+                stored.push((count(as_index(number)), self.next_ref(number, owner, manifest)?));
             } else if self.gaps.is_some() {
                 return Err(LayerError::BadBlock {
                     block: number,
@@ -470,7 +471,7 @@ impl BlockTableBuilder {
         let number = self.table.blocks;
         self.push_zeros(1)?;
         // A layer has at most 2^28 blocks.
-        self.table.stored.push((number as u32, block));
+        self.table.stored.push((count(as_index(number)), block));
         Ok(())
     }
 
@@ -478,10 +479,10 @@ impl BlockTableBuilder {
         if let Some(&known) = self.numbers.get(&layer) {
             return Ok(known);
         }
-        let count = self.owners.len() as u64 + 1;
-        at_most("other layers", count, MAX_LAYER_OWNERS as u64)?;
+        let owners = self.owners.len() + 1;
+        at_most("other layers", owners as u64, MAX_LAYER_OWNERS as u64)?;
         // Zero stands for the layer itself, so the first owner is number one.
-        let number = OwnerIndex(count as u32);
+        let number = OwnerIndex(count(owners));
         self.owners.push(layer);
         self.numbers.insert(layer, number);
         Ok(number)

@@ -10,7 +10,7 @@ use super::space_table::{SpaceId, SpaceTable};
 use super::trailer::{DIGEST_LEN, FRAME_ENTRY_LEN, RUN_LEN, RunKind, RunRecord, Trailer};
 use super::{MAX_FRAMES_PER_PACK, MAX_PACK_LEN, MAX_PAGES_PER_PACK, MAX_TRAILER_RAW_LEN};
 use crate::digest::{Checksum, PageDigest};
-use crate::units::{ByteLen, ByteOffset, MAX_SPACE_PAGES, PageCount, PageIndex, PageRange};
+use crate::units::{ByteLen, ByteOffset, MAX_SPACE_PAGES, PageCount, PageIndex, PageRange, count};
 
 /// A pack that is being filled.
 ///
@@ -102,7 +102,7 @@ impl PackBuilder {
         self.check_zero(pages)?;
         for piece in pages.chunks(PageCount(u32::MAX.into())) {
             // The piece's length is what it was cut to: at most 32 bits.
-            self.push_run(space, piece.start, piece.len().0 as u32, RunKind::Zero);
+            self.push_run(space, piece.start, count(piece.len().as_usize()), RunKind::Zero);
         }
         self.zero_pages += pages.len().0;
         Ok(())
@@ -144,8 +144,8 @@ impl PackBuilder {
     fn footer(&self, raw_len: usize, stored: &[u8]) -> PackFooter {
         PackFooter {
             trailer_offset: ByteOffset(self.frames_end),
-            trailer_len: stored.len() as u32,
-            trailer_raw_len: raw_len as u32,
+            trailer_len: count(stored.len()),
+            trailer_raw_len: count(raw_len),
             trailer_checksum: Checksum::of(stored),
             pack_len: ByteLen(self.frames_end + (stored.len() + FOOTER_LEN) as u64),
         }
@@ -160,7 +160,7 @@ impl PackBuilder {
             trailer_len: footer.trailer_len,
             trailer_raw_len: footer.trailer_raw_len,
             trailer_checksum: footer.trailer_checksum,
-            frames: self.trailer.frames.len() as u32,
+            frames: count(self.trailer.frames.len()),
             data_pages: PageCount(self.trailer.digests.len() as u64),
             zero_pages: PageCount(self.zero_pages),
             raw_bytes: ByteLen(raw_bytes),

@@ -19,7 +19,7 @@ use super::error::{EncodeError, PackError, PackPart};
 use super::header::{check_checksum, check_fixed_len};
 use super::space_table::SpaceId;
 use crate::digest::{Checksum, PageDigest};
-use crate::units::{ByteOffset, MAX_SPACE_PAGES, PAGE_SIZE, PageIndex};
+use crate::units::{self, ByteOffset, MAX_SPACE_PAGES, PAGE_SIZE, PageIndex, as_index};
 
 /// Most pages in a frame: 256 KiB, the amount that a restore reads to get one page.
 pub const FRAME_PAGES: usize = 64;
@@ -59,7 +59,7 @@ impl EncodedFrame {
             let mut entry = FrameEntry {
                 offset: ByteOffset(0),
                 // Never longer than the content itself, which is at most 256 KiB.
-                stored_len: stored.len() as u32,
+                stored_len: units::count(stored.len()),
                 space,
                 pages: count,
                 codec,
@@ -106,6 +106,7 @@ fn check_pages(pages: &[(PageIndex, PageDigest)]) -> Result<u8, EncodeError> {
         Some(&(page, _)) if page.0 >= MAX_SPACE_PAGES => {
             Err(EncodeError::PageBeyondLimit { page, limit: MAX_SPACE_PAGES })
         }
+        #[expect(clippy::cast_possible_truncation, reason = "at most FRAME_PAGES, as checked")]
         _ => Ok(pages.len() as u8),
     }
 }
@@ -154,7 +155,7 @@ impl FrameEntry {
     pub fn decode(&self, bytes: &[u8]) -> Result<Vec<u8>, PackError> {
         let part = PackPart::Frame(self.offset);
         let range = self.byte_range();
-        check_fixed_len(part, bytes, (range.end - range.start) as usize)?;
+        check_fixed_len(part, bytes, as_index(range.end - range.start))?;
         let (head, rest) = bytes.split_at(CHECKED_HEADER_LEN);
         let (_, stored) = rest.split_at(size_of::<Checksum>());
         check_checksum(part, self.checksum, Checksum::of_both(stored, head))?;
@@ -181,7 +182,7 @@ impl FrameEntry {
         head[4..6].copy_from_slice(&self.space.0.to_le_bytes());
         head[6] = self.pages;
         head[7] = self.codec.to_wire();
-        head[8..12].copy_from_slice(&(self.raw_len() as u32).to_le_bytes());
+        head[8..12].copy_from_slice(&units::count(self.raw_len()).to_le_bytes());
         head[12..16].copy_from_slice(&self.stored_len.to_le_bytes());
         head
     }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{PackError, PackPart};
 use crate::digest::{Checksum, ContentHasher, DigestParseError};
+use crate::units::count;
 use crate::wire::Reader;
 
 /// The version that this program writes and reads.
@@ -87,7 +88,7 @@ impl PackHeader {
         let mut bytes = Vec::with_capacity(HEADER_LEN);
         bytes.extend(MAGIC);
         bytes.extend(PACK_VERSION.to_le_bytes());
-        bytes.extend((HEADER_LEN as u32).to_le_bytes());
+        bytes.extend(count(HEADER_LEN).to_le_bytes());
         bytes.extend(self.id.0);
         bytes.resize(CHECKED_LEN, 0);
         bytes.extend(Checksum::of(&bytes).0);

@@ -9,7 +9,7 @@ use super::space_table::SpaceId;
 use super::trailer::{RunKind, RunRecord, Trailer};
 use crate::digest::{Checksum, PageDigest};
 use crate::names::SpaceName;
-use crate::units::{FrameNo, PageCount, PageRange, Slot};
+use crate::units::{FrameNo, PageCount, PageRange, Slot, count};
 
 const PART: PackPart = PackPart::Trailer;
 
@@ -204,7 +204,7 @@ impl<'a> Resolver<'a> {
                 pages: piece,
                 source: RunSource::Frame {
                     // At most 2^21 frames.
-                    frame: FrameNo(self.frame as u32),
+                    frame: FrameNo(count(self.frame)),
                     first_slot: Slot(self.slot),
                 },
             });
@@ -228,8 +228,8 @@ impl<'a> Resolver<'a> {
         }
     }
 
+    #[expect(clippy::cast_possible_truncation, reason = "`by` is at most what the frame has left")]
     fn advance(&mut self, pages: u8, by: PageCount) {
-        // `by` is at most what the frame has left, so this stays within 64.
         self.slot += by.0 as u8;
         if self.slot == pages {
             self.frame += 1;

@@ -16,7 +16,9 @@ use super::space_table::{SpaceId, first_duplicate};
 use super::{MAX_FRAMES_PER_PACK, MAX_PAGES_PER_PACK, MAX_SPACES_PER_PACK};
 use crate::digest::{Checksum, PageDigest};
 use crate::names::SpaceName;
-use crate::units::{ByteOffset, MAX_SPACE_PAGES, PAGE_SIZE, PageCount, PageIndex, PageRange};
+use crate::units::{
+    ByteOffset, MAX_SPACE_PAGES, PAGE_SIZE, PageCount, PageIndex, PageRange, count,
+};
 use crate::wire::{Reader, Short};
 
 const PART: PackPart = PackPart::Trailer;
@@ -84,7 +86,7 @@ impl Trailer {
     /// [`MAX_TRAILER_RAW_LEN`](super::MAX_TRAILER_RAW_LEN).
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.raw_len());
-        let count = |len: usize| (len as u32).to_le_bytes();
+        let count = |len: usize| count(len).to_le_bytes();
         out.extend(self.id.0);
         out.extend(count(self.spaces.len()));
         self.spaces.iter().for_each(|name| put_name(&mut out, name));
@@ -113,8 +115,8 @@ impl Trailer {
     }
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "a space name has at most 255 bytes")]
 fn put_name(out: &mut Vec<u8>, name: &SpaceName) {
-    // A space name has at most 255 bytes.
     out.extend((name.as_str().len() as u16).to_le_bytes());
     out.extend(name.as_str().as_bytes());
 }

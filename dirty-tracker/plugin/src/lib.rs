@@ -12,6 +12,7 @@
 //! dies the guest does not notice. It must not panic into QEMU, so each way in is wrapped, and a
 //! failure while QEMU starts stops QEMU with one line that says why.
 #![allow(unsafe_code, reason = "QEMU calls in, with pointers")]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 mod api_version;
 mod handles;

@@ -72,11 +72,18 @@ fn socket_address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t
     if bytes.is_empty() || bytes.contains(&0) || bytes.len() >= address.sun_path.len() {
         return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
     }
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    #[expect(clippy::cast_possible_truncation, reason = "the number of a family is small")]
+    let family = libc::AF_UNIX as libc::sa_family_t;
+    address.sun_family = family;
     for (to, from) in address.sun_path.iter_mut().zip(bytes) {
         *to = from.cast_signed();
     }
-    Ok((address, size_of::<libc::sockaddr_un>() as libc::socklen_t))
+    Ok((address, length(size_of::<libc::sockaddr_un>())))
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "sizes of small structures")]
+const fn length(bytes: usize) -> libc::socklen_t {
+    bytes as libc::socklen_t
 }
 
 fn check(result: i32) -> io::Result<()> {
@@ -119,7 +126,7 @@ fn greet(mut client: UnixStream, handles: &Handles) -> io::Result<()> {
 /// The file's mode already says so; this check also holds when a user changes the mode.
 fn may_connect(client: &UnixStream) -> bool {
     let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
-    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+    let mut length = length(size_of::<libc::ucred>());
     // SAFETY: `peer` and `length` are live for the call, and `length` is the size of `peer`.
     let result = unsafe {
         libc::getsockopt(
@@ -160,7 +167,7 @@ fn send(client: &UnixStream, reply: &Reply, fds: &[RawFd]) -> io::Result<()> {
 }
 
 fn attach(message: &mut libc::msghdr, control: &mut Control, fds: &[RawFd]) {
-    let payload = mem::size_of_val(fds) as u32;
+    let payload = length(mem::size_of_val(fds));
     // SAFETY: CMSG_SPACE and CMSG_LEN only compute.
     let (space, length) = unsafe { (libc::CMSG_SPACE(payload), libc::CMSG_LEN(payload)) };
     message.msg_control = control.0.as_mut_ptr().cast();
@@ -179,5 +186,5 @@ fn attach(message: &mut libc::msghdr, control: &mut Control, fds: &[RawFd]) {
 
 // SAFETY: CMSG_SPACE only computes.
 const _: () = assert!(
-    unsafe { libc::CMSG_SPACE((FD_KINDS * size_of::<RawFd>()) as u32) } as usize <= CONTROL_LEN
+    unsafe { libc::CMSG_SPACE(length(FD_KINDS * size_of::<RawFd>())) } as usize <= CONTROL_LEN
 );

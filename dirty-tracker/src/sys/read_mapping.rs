@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
+use checkpoint_format::as_index;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 /// The first `len` bytes of a file that cannot shrink, mapped until this is dropped.
@@ -47,7 +48,7 @@ impl ReadMapping {
         // source meanwhile: that can tear the copy, which callers expect, and no reference to the
         // source is ever made.
         unsafe {
-            let from = self.start.as_ptr().cast::<u8>().add(offset as usize);
+            let from = self.start.as_ptr().cast::<u8>().add(as_index(offset));
             std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len());
         }
     }

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 
+use checkpoint_format::as_index;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use plugin_protocol::uffd;
 
@@ -85,7 +86,7 @@ impl WatchMapping {
     }
 
     fn advise(&self, addresses: &Range<u64>, advice: libc::c_int) -> io::Result<()> {
-        let len = (addresses.end - addresses.start) as usize;
+        let len = as_index(addresses.end - addresses.start);
         // SAFETY: a part of our own mapping; neither advice that is given here changes what it
         // holds.
         check(unsafe { libc::madvise(addresses.start as *mut libc::c_void, len, advice) }).map(drop)

@@ -31,8 +31,11 @@ pub use saved::as_device;
 /// The disks of a VM, each under its name in the store, and the command line that makes them.
 #[derive(Debug)]
 pub struct Drives {
+    /// Disks with a medium.
     pub disks: Vec<Disk>,
+    /// Drives without a medium.
     pub empty: Vec<EmptyDrive>,
+    /// The files that QEMU holds open.
     pub open: OpenFiles,
     /// A medium or node that is another than the command line said at the start, if there is one.
     pub changed: Option<String>,
@@ -42,6 +45,7 @@ pub struct Drives {
 
 /// The command line of a running VM.
 pub struct Started<'a> {
+    /// The options that QEMU was started with.
     pub options: &'a [QemuOption],
     /// Versioned.
     pub machine_type: &'a str,
@@ -88,7 +92,7 @@ impl Drives {
 
 /// That a restore could start the VM from the command line that is saved: every file that it names
 /// is in the checkpoint. `arguments`: as QEMU was started, in `directory`.
-pub fn check_command_line(
+pub(crate) fn check_command_line(
     arguments: &[String],
     directory: &Path,
     drives: &Drives,

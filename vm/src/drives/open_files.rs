@@ -13,6 +13,7 @@ const DELETED: &str = " (deleted)";
 /// Device and inode.
 type FileId = (u64, u64);
 
+/// The files that a process holds open, by device and inode.
 #[derive(Debug, Default)]
 pub struct OpenFiles {
     open: HashSet<FileId>,

@@ -6,7 +6,7 @@
 //! so that every later helper continues from there.
 
 mod monitor;
-pub mod owner;
+pub(crate) mod owner;
 pub mod probe;
 
 use crate::drives;
@@ -32,12 +32,15 @@ use std::path::PathBuf;
 
 /// What the owner of an external VM wants.
 pub struct Wanted {
+    /// The VM's QMP socket.
     pub monitor: PathBuf,
     /// Its URL, which was checked.
     pub store: String,
     /// Directory for temporary fleecing overlays; none for the default.
     pub fleecing: Option<PathBuf>,
+    /// What its owner chose.
     pub engine: EngineChoice,
+    /// What its owner chose for the stream engine.
     pub stream: StreamChoice,
 }
 
@@ -203,6 +206,9 @@ fn refuse_taken(runtime: &RuntimeDir, pid: u32, started: u64) -> Result<()> {
 
 /// Checks that the VM of a runtime directory is still the process that its file describes, and no
 /// other.
+///
+/// # Errors
+/// Refused if it has ended, is another process, or has another helper.
 pub fn check_alive(runtime: &RuntimeDir, file: &VmFile) -> Result<()> {
     let (Some(there), Some(pid)) = (&file.external, file.pid) else { return Ok(()) };
     let known = instance::of_process(pid, there.started, &file.store, &file.name)?;
@@ -216,7 +222,7 @@ pub fn check_alive(runtime: &RuntimeDir, file: &VmFile) -> Result<()> {
 }
 
 /// The monitor of a VM that was written down.
-pub async fn connect(file: &VmFile, there: &External) -> Result<Qmp> {
+pub(crate) async fn connect(file: &VmFile, there: &External) -> Result<Qmp> {
     let line = MonitorConnection::open(&there.monitor).await?;
     let peer = line.qemu(&there.monitor)?;
     if Some(peer.pid) != file.pid {

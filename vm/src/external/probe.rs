@@ -21,12 +21,19 @@ use serde_json::Value;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+/// What a running QEMU says of itself, and the kernel of its process.
 pub struct Probe {
+    /// The process behind the monitor.
     pub process: QemuProcess,
+    /// Its QMP socket.
     pub monitor: PathBuf,
+    /// The connection to it.
     pub qmp: Qmp,
+    /// What VM it runs.
     pub facts: VmFacts,
+    /// The machine types that it has.
     pub types: Vec<MachineType>,
+    /// Its RAM blocks.
     pub blocks: Vec<RamBlock>,
     /// Regular files behind `/dev/fdset/N`.
     fd_paths: HashMap<String, PathBuf>,
@@ -35,6 +42,9 @@ pub struct Probe {
 impl Probe {
     /// At whatever is behind `monitor`. `check` may refuse the process before anything is said to
     /// it.
+    ///
+    /// # Errors
+    /// If no QEMU answers there, it refuses a question, or `check` refuses the process.
     pub async fn at(
         monitor: &Path,
         check: impl FnOnce(&QemuProcess) -> Result<()>,
@@ -58,6 +68,9 @@ impl Probe {
     }
 
     /// The VM as it can be started again.
+    ///
+    /// # Errors
+    /// Refused if its command line has what cannot be restored.
     pub fn understand(&self) -> Result<ExternalVm> {
         let hold = Hold {
             monitor: &self.monitor,
@@ -73,6 +86,9 @@ impl Probe {
     }
 
     /// Whether the tracker can follow the VM's memory, or why not.
+    ///
+    /// # Errors
+    /// Why not, in words.
     pub async fn tracker(&self, found: &ExternalVm) -> Result<(), String> {
         let Some(socket) = &found.plugin else {
             return Err("Stillpoint's plugin does not sit in this QEMU".to_owned());
@@ -83,6 +99,9 @@ impl Probe {
     }
 
     /// Its disks, on the command line that would be saved.
+    ///
+    /// # Errors
+    /// If QEMU does not list its disks, or one cannot be part of a checkpoint.
     pub async fn drives(&self, found: &ExternalVm) -> Result<Drives> {
         let directory = &self.process.directory;
         let listed =
@@ -101,6 +120,9 @@ impl Probe {
     }
 
     /// Whether the files of that command line, on which `drives` are, would be in a checkpoint.
+    ///
+    /// # Errors
+    /// Refused if one would not be.
     pub fn check_files(&self, found: &ExternalVm, drives: &Drives) -> Result<()> {
         drives::check_command_line(
             &arguments::words(&found.options),
@@ -110,10 +132,15 @@ impl Probe {
         )
     }
 
+    /// What the drives are compared with.
     pub fn running(&self) -> Running<'_> {
         Running { program: &self.process.program, pid: self.process.pid }
     }
 
+    /// What this QEMU's migration can do.
+    ///
+    /// # Errors
+    /// If QEMU does not answer.
     pub async fn support(&self) -> Result<Support> {
         migration::probe(&self.qmp).await.context("asking what QEMU's migration can do")
     }

@@ -25,15 +25,20 @@ const SUCCESS: i32 = 99;
 /// The firmware needs 60 ms under TCG, less under KVM.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// What runs the guest, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Accelerator {
     /// The value of `-accel`.
     pub name: String,
+    /// In words for the user.
     pub reason: String,
 }
 
 /// What the user asked for: of several, as QEMU does, the first that this host has. Else KVM when
 /// it can run an operating system on this host.
+///
+/// # Errors
+/// Refused if this host has none of those that the user asked for.
 pub fn choose(options: &[QemuOption], qemu: &Path) -> Result<Accelerator> {
     let wanted = wanted(options);
     if let Some(name) = first(&wanted, has_kvm) {
@@ -114,6 +119,9 @@ fn wanted(options: &[QemuOption]) -> Vec<String> {
 }
 
 /// `Err` says why not.
+///
+/// # Errors
+/// Why not, in words.
 pub fn kvm_works(qemu: &Path) -> Result<(), String> {
     if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
         return Err(format!("/dev/kvm: {error}"));

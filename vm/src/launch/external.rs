@@ -22,14 +22,19 @@ use std::path::PathBuf;
 /// The VM behind a strange command line.
 #[derive(Debug)]
 pub struct ExternalVm {
+    /// The options from which a restore starts it.
     pub options: Vec<QemuOption>,
     /// Versioned.
     pub machine_type: String,
     /// The value of `-accel`.
     pub accelerator: String,
+    /// Main memory, in bytes.
     pub ram_bytes: u64,
+    /// Main memory's RAM block.
     pub ram_block: String,
+    /// What a restored VM is started without.
     pub dropped: Vec<Dropped>,
+    /// Who manages it, if its command line shows that.
     pub manager: Option<Manager>,
     /// Where our plugin listens, if it sits there.
     pub plugin: Option<PathBuf>,
@@ -38,14 +43,14 @@ pub struct ExternalVm {
 const NETWORK: &[&str] = &["net", "netdev", "nic", "nodefaults"];
 
 /// What QEMU itself says of its VM.
-pub struct Said<'a> {
+pub(crate) struct Said<'a> {
     pub facts: &'a VmFacts,
     pub types: &'a [vm::MachineType],
     pub blocks: &'a [RamBlock],
 }
 
 /// Reads `words`, the arguments of the process, against what QEMU says.
-pub fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<ExternalVm> {
+pub(crate) fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<ExternalVm> {
     // It runs, so QEMU takes it: what Stillpoint does not read is no fault of the user's command
     // line.
     let refuse = |error: anyhow::Error| refused(explain(&error));

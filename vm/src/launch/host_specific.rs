@@ -51,17 +51,21 @@ const THREADS: &str = "how the old process shows itself";
 pub struct Dropped {
     /// In the words of the command line.
     pub what: String,
+    /// The reason, for the user.
     pub why: &'static str,
 }
 
 /// Who started the VM and looks after it, as far as its command line shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Manager {
+    /// libvirt.
     Libvirt,
+    /// Proxmox VE.
     Proxmox,
 }
 
 impl Manager {
+    /// Who wrote this command line.
     pub fn of(options: &[QemuOption]) -> Option<Self> {
         let has = |word: &str| options.iter().any(|option| option.value().contains(word));
         if has("id=charmonitor") || has("/libvirt/qemu/domain-") {
@@ -73,6 +77,7 @@ impl Manager {
         }
     }
 
+    /// For the user.
     pub fn name(self) -> &'static str {
         match self {
             Self::Libvirt => "libvirt",
@@ -82,7 +87,7 @@ impl Manager {
 }
 
 /// What has to be known of the process besides its command line.
-pub struct Hold<'a> {
+pub(crate) struct Hold<'a> {
     /// The monitor that we are attached by.
     pub monitor: &'a Path,
     pub directory: &'a Path,
@@ -93,7 +98,7 @@ pub struct Hold<'a> {
 }
 
 /// The options of the VM alone, and what was taken out.
-pub fn without_process(
+pub(crate) fn without_process(
     options: Vec<QemuOption>,
     hold: &Hold<'_>,
 ) -> Result<(Vec<QemuOption>, Vec<Dropped>)> {

@@ -13,6 +13,9 @@ const PREFIX: &str = "process-";
 const DIGEST_LETTERS: usize = 16;
 
 /// The instance of a process of this boot.
+///
+/// # Errors
+/// If the kernel does not tell which boot this is.
 pub fn of_process(pid: u32, started: u64, store: &str, name: &VmName) -> Result<String> {
     let boot = process::boot_id()?;
     let digest = blake3::hash(format!("{boot}\n{store}\n{name}").as_bytes()).to_hex();

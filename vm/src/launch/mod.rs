@@ -10,7 +10,7 @@ pub mod host_specific;
 pub mod instance;
 mod memory;
 pub mod normalize;
-pub mod own_files;
+pub(crate) mod own_files;
 pub mod paths;
 pub mod process;
 pub mod qemu_binary;
@@ -27,16 +27,26 @@ use anyhow::{Context, Result, anyhow};
 use std::path::{Path, PathBuf};
 
 /// Where the old content of disk blocks waits during a checkpoint: on a disk, never on a tmpfs.
+///
+/// # Errors
+/// If the path cannot be made absolute.
 pub fn fleecing_dir(wanted: Option<&Path>) -> Result<PathBuf> {
     let path = wanted.unwrap_or(Path::new("/var/tmp"));
     std::path::absolute(path).with_context(|| format!("making {} absolute", path.display()))
 }
 
+/// An instance that no other VM has.
+///
+/// # Errors
+/// If the kernel gives no random number.
 pub fn new_instance() -> Result<String> {
     procfs::sys::kernel::random::uuid().context("asking the kernel for a random id")
 }
 
 /// A VM of this name has its QEMU.
+///
+/// # Errors
+/// Refused if it does.
 pub fn refuse_alive(runtime: &RuntimeDir) -> Result<()> {
     if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_ok() {
         return Err(refused(format!(
@@ -55,6 +65,9 @@ pub fn refuse_alive(runtime: &RuntimeDir) -> Result<()> {
 }
 
 /// What a killed restore left is half a VM, which may have an original that lives.
+///
+/// # Errors
+/// Refused if it is there.
 pub fn refuse_half_restored(runtime: &RuntimeDir) -> Result<()> {
     if !runtime.restore_record().exists() {
         return Ok(());
@@ -66,6 +79,9 @@ pub fn refuse_half_restored(runtime: &RuntimeDir) -> Result<()> {
 }
 
 /// `$STILLPOINT_PLUGIN`, or the file beside this program, or in the library folder next to it.
+///
+/// # Errors
+/// If it is at none of these places.
 pub fn plugin_path() -> Result<PathBuf> {
     const FILE: &str = "libstillpoint_plugin.so";
     let program = std::env::current_exe().context("finding this program's own path")?;
@@ -80,6 +96,10 @@ pub fn plugin_path() -> Result<PathBuf> {
     hit.ok_or_else(|| anyhow!("the QEMU plugin {FILE} is not at {places:?}; build it by 'cargo build --release' or set STILLPOINT_PLUGIN"))
 }
 
+/// A program by its path, or by its name in `PATH`.
+///
+/// # Errors
+/// If there is none.
 pub fn find_program(name: &str) -> Result<PathBuf> {
     if name.contains('/') {
         return Path::new(name)

@@ -30,16 +30,24 @@ const DRIVE_SHORTHANDS: &[(&str, &str)] = &[
     ("sd", "if=sd"),
 ];
 
+/// A command line that does not depend on the QEMU that reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Normalized {
+    /// Without `-readconfig`, every drive named, the machine type versioned, the memory ours.
     pub options: Vec<QemuOption>,
     /// Versioned, as `pc-q35-10.0`.
     pub machine_type: String,
+    /// Main memory, in bytes.
     pub ram_bytes: u64,
     /// The id that the RAM block gets: the VM's `default-ram-id`.
     pub ram_block: String,
 }
 
+/// Makes it from the options of a user.
+///
+/// # Errors
+/// Refused where they ask for memory that cannot be ours; of class usage where QEMU would not read
+/// them.
 pub fn normalize(options: Vec<QemuOption>, facts: &QemuFacts) -> Result<Normalized> {
     let wanted = machine_type(&options);
     let kind = facts.machine_type(wanted.as_deref())?;
@@ -77,7 +85,7 @@ fn machine_type(options: &[QemuOption]) -> Option<String> {
     machine_options.rev().find_map(|option| option.keys().get_or_implied("type").map(str::to_owned))
 }
 
-pub fn is_machine_option(option: &QemuOption) -> bool {
+pub(crate) fn is_machine_option(option: &QemuOption) -> bool {
     option.name == "machine" || option.name == "M"
 }
 

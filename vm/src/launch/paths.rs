@@ -25,6 +25,9 @@ pub fn boot_files(options: &[QemuOption]) -> Vec<String> {
 /// Kernel, initrd and the like: as the command line names them, and where QEMU finds them: in its
 /// working directory, then in those of `-L`. A name without a file is one of QEMU's own
 /// (`-bios bios-256k.bin`); every host has those.
+///
+/// # Errors
+/// If the arguments are no QEMU command line.
 pub fn boot_files_of(words: &[String], directory: &Path) -> Result<Vec<(String, PathBuf)>> {
     let options = qemu_cmdline::arguments::parse(words)?;
     let theirs = options
@@ -58,6 +61,7 @@ pub struct NewPaths {
 }
 
 impl NewPaths {
+    /// No file yet; `directory` is the working directory of the old command line.
     pub fn new(directory: &Path) -> Self {
         Self { directory: directory.to_owned(), ..Self::default() }
     }
@@ -73,6 +77,7 @@ impl NewPaths {
         self.layers.insert(new.to_string_lossy().into_owned());
     }
 
+    /// A boot file is at `new`.
     pub fn add_boot_file(&mut self, old: &str, new: &Path) {
         self.boot_files.insert(self.directory.join(old), new.to_string_lossy().into_owned());
     }
@@ -82,11 +87,11 @@ impl NewPaths {
         self.disks.values().any(|new| new == path)
     }
 
-    pub fn is_layer(&self, path: &str) -> bool {
+    pub(crate) fn is_layer(&self, path: &str) -> bool {
         self.layers.contains(path)
     }
 
-    pub fn is_new_boot_file(&self, path: &str) -> bool {
+    pub(crate) fn is_new_boot_file(&self, path: &str) -> bool {
         self.boot_files.values().any(|new| new == path)
     }
 }

@@ -10,13 +10,16 @@ use std::path::{Path, PathBuf};
 /// What the kernel puts behind the path of a program that was replaced since.
 const DELETED: &str = " (deleted)";
 
+/// What the kernel tells of a QEMU process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QemuProcess {
+    /// Its process ID.
     pub pid: u32,
     /// In the kernel's ticks since boot.
     pub started: u64,
     /// The program's file, which may have been replaced since.
     pub program: PathBuf,
+    /// Its working directory.
     pub directory: PathBuf,
     /// Its arguments, without the program.
     pub words: Vec<String>,
@@ -25,6 +28,10 @@ pub struct QemuProcess {
 }
 
 impl QemuProcess {
+    /// Of a process that runs.
+    ///
+    /// # Errors
+    /// If it does not, or this user may not read it.
     pub fn read(pid: u32) -> Result<Self> {
         let about = || {
             format!(

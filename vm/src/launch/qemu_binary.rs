@@ -20,23 +20,34 @@ const MAX_ANSWER_BYTES: u64 = 4 << 20;
 /// It answers within 100 ms; a loaded host may need longer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// What a QEMU program says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QemuFacts {
+    /// As `MAJOR.MINOR.MICRO`.
     pub version: String,
+    /// The machine types that it has.
     #[serde(rename = "machines")]
     pub machine_types: Vec<MachineType>,
 }
 
+/// One of them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineType {
+    /// Its versioned name.
     pub name: String,
+    /// Its other name.
     pub alias: Option<String>,
+    /// Whether it is taken when none is named.
     pub is_default: bool,
+    /// The name of its main memory's RAM block.
     pub default_ram_id: Option<String>,
 }
 
 impl QemuFacts {
     /// The machine type that QEMU would take for `wanted`, aliases resolved.
+    ///
+    /// # Errors
+    /// Refused if this QEMU has no such type.
     pub fn machine_type(&self, wanted: Option<&str>) -> Result<&MachineType> {
         let hit = self.machine_types.iter().find(|known| match wanted {
             Some(name) => known.name == name || known.alias.as_deref() == Some(name),
@@ -56,6 +67,9 @@ impl QemuFacts {
 }
 
 /// The facts of `binary`, from the cache when the binary has not changed since.
+///
+/// # Errors
+/// Refused if it is no QEMU that runs with our plugin.
 pub fn probe(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
     let about = |path: &Path| {
         std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()))

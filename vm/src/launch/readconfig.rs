@@ -13,12 +13,15 @@ const MAX_CONFIG_BYTES: u64 = 1 << 20;
 const RENAMED: &[(&str, &str)] = &[("memory", "m"), ("smp-opts", "smp"), ("boot-opts", "boot")];
 
 /// Replaces each `-readconfig` by its options, in its place.
+///
+/// # Errors
+/// Refused if a file cannot be read or says what no option can.
 pub fn expand(options: Vec<QemuOption>) -> Result<Vec<QemuOption>> {
     expand_in(options, Path::new(""))
 }
 
 /// The same for a process whose relative paths belong to `directory`.
-pub fn expand_in(options: Vec<QemuOption>, directory: &Path) -> Result<Vec<QemuOption>> {
+pub(crate) fn expand_in(options: Vec<QemuOption>, directory: &Path) -> Result<Vec<QemuOption>> {
     let mut expanded = Vec::new();
     for option in options {
         match option.name.as_str() {

@@ -21,6 +21,7 @@ const NAMED: usize = 8;
 
 /// The command line of the restored VM.
 pub struct Restored {
+    /// As a restore starts it.
     pub options: Vec<QemuOption>,
     /// What its user should know.
     pub notes: Vec<String>,
@@ -29,6 +30,9 @@ pub struct Restored {
 }
 
 /// Refused: what the user has not named by `--allow` or `--map`, and what they named for nothing.
+///
+/// # Errors
+/// Refused as said, with what to write; of class usage for a line that is no command line.
 pub fn restored(words: &[String], paths: &NewPaths, wishes: &Wishes) -> Result<Restored> {
     // What this host's QEMU lacks of its own files it says itself.
     let made = make(words, paths, wishes, &|_| true)?;
@@ -116,7 +120,7 @@ fn list(findings: &[Finding]) -> String {
 
 /// Before a checkpoint: that every file which the command line names is a disk, a layer or a boot
 /// file of it, or in one of QEMU's own `data` directories.
-pub fn check_carried(
+pub(crate) fn check_carried(
     words: &[String],
     directory: &Path,
     disks: &[Disk],
@@ -186,6 +190,9 @@ impl FileId {
 }
 
 /// What else of a record becomes part of QEMU's command line.
+///
+/// # Errors
+/// Refused if it holds what could be read as another option.
 pub fn check_record(record: &VmRecord) -> Result<()> {
     let is_letter = |letter: char| letter.is_ascii_alphanumeric() || "-._".contains(letter);
     let is_id = |text: &str| {

@@ -179,6 +179,9 @@ const ENCRYPTED: &str = "encrypted guest memory cannot be read by the helper";
 const UNENCRYPTED: &str = "run the guest without it";
 
 /// `directory` is QEMU's working directory.
+///
+/// # Errors
+/// Refused at the first option that no checkpoint can have, with the reason and what to do.
 pub fn check(options: &[QemuOption], rules: Rules, directory: &Path) -> Result<()> {
     check_known(options, directory)?;
     unsupported_disks::check(options)?;

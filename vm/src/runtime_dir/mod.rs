@@ -37,23 +37,34 @@ const MAX_MARKS_BYTES: u64 = 1024;
 /// elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmFile {
+    /// [`VmFile::FORMAT`] of the version that wrote it.
     pub format: u32,
+    /// The VM.
     pub name: VmName,
+    /// The URL of its store.
     pub store: String,
     /// One life of one QEMU process; a restored VM is a new instance.
     pub instance: String,
+    /// QEMU's program.
     pub qemu: PathBuf,
     /// QEMU's process, where the launcher knows it: a helper does not wait for one that is gone.
     pub pid: Option<u32>,
+    /// As `MAJOR.MINOR.MICRO`.
     pub qemu_version: String,
+    /// Versioned.
     pub machine_type: String,
+    /// `kvm` or `tcg`.
     pub accelerator: String,
+    /// Main memory, in bytes.
     pub ram_bytes: u64,
+    /// Main memory's RAM block.
     pub ram_block: String,
     /// The user's options, normalized: no readconfig, every drive named, the machine type
     /// versioned.
     pub arguments: Vec<String>,
+    /// QEMU's working directory.
     pub directory: PathBuf,
+    /// Directory for temporary fleecing overlays.
     #[serde(rename = "scratch")]
     pub fleecing: PathBuf,
     /// The checkpoint that this instance was restored from.
@@ -65,6 +76,7 @@ pub struct VmFile {
 }
 
 /// What a restore chooses of a [`VmFile`]; the rest is as the checkpoint recorded it.
+#[expect(missing_docs, reason = "the fields are those of `VmFile`")]
 pub struct RestoreTarget {
     pub name: VmName,
     pub store: String,
@@ -88,6 +100,7 @@ pub struct External {
     pub started: u64,
     /// What its owner chose for it.
     pub engine: EngineChoice,
+    /// The same of the stream engine.
     pub stream: StreamChoice,
 }
 
@@ -128,6 +141,7 @@ impl From<Failure> for EngineError {
 }
 
 impl VmFile {
+    /// The format that this version writes and reads.
     pub const FORMAT: u32 = VM_FILE_FORMAT;
 
     /// A managed VM that continues the recorded one.
@@ -176,6 +190,7 @@ impl Marks {
     }
 }
 
+/// The directory of one VM; its methods name the files in it.
 #[derive(Clone, Debug)]
 pub struct RuntimeDir {
     base: PathBuf,
@@ -185,6 +200,9 @@ pub struct RuntimeDir {
 impl RuntimeDir {
     /// The directory of VM `name` below `base` (default: see `default_base`). One that exists and
     /// that others could change is refused.
+    ///
+    /// # Errors
+    /// Refused as said; of class usage if the path is too long for a socket in it.
     pub fn new(base: Option<&Path>, name: &VmName) -> Result<Self> {
         let directory = Self::locate(base, name)?;
         private::open(&directory.base, name.as_str(), Owner::Trusted)?;
@@ -192,6 +210,9 @@ impl RuntimeDir {
     }
 
     /// The same for a command that only asks the helper: root may ask another user's.
+    ///
+    /// # Errors
+    /// Refused if others could change it.
     pub fn of_helper(base: Option<&Path>, name: &VmName) -> Result<Self> {
         let directory = Self::locate(base, name)?;
         private::open(&directory.base, name.as_str(), Owner::Asked)?;
@@ -229,6 +250,10 @@ impl RuntimeDir {
         Ok(Self { base, path })
     }
 
+    /// Makes the directory, for its owner alone.
+    ///
+    /// # Errors
+    /// Refused if what is there is not a directory of this user.
     pub fn create(&self) -> Result<()> {
         private::create(&self.base, self.name())
     }
@@ -243,12 +268,20 @@ impl RuntimeDir {
         directory.with_context(|| format!("there is no runtime directory {}", self.path.display()))
     }
 
+    /// A file of it, up to `limit` bytes.
+    ///
+    /// # Errors
+    /// If it cannot be read or is longer.
     pub fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>> {
         let directory = self.directory()?;
         private::read_file(&directory, name, limit)
             .with_context(|| format!("reading {}/{name}", self.path.display()))
     }
 
+    /// Writes a file of it, at once or not at all.
+    ///
+    /// # Errors
+    /// If it cannot be written.
     pub fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let directory = self.directory()?;
         private::replace_file(&directory, name, bytes)
@@ -262,6 +295,9 @@ impl RuntimeDir {
     }
 
     /// The helper's log, to be written at its end.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
     pub fn open_helper_log(&self) -> Result<File> {
         self.open("helper.log", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND)
     }
@@ -271,6 +307,7 @@ impl RuntimeDir {
         serde_json::from_slice(&self.read(HELPER_FAILURE, MAX_VM_FILE_BYTES).ok()?).ok()
     }
 
+    /// Writes down why a helper ended.
     pub fn set_helper_failure(&self, failure: &Failure) {
         let text = serde_json::to_vec(failure).unwrap_or_default();
         if let Err(error) = self.replace(HELPER_FAILURE, &text) {
@@ -278,27 +315,38 @@ impl RuntimeDir {
         }
     }
 
+    /// A new helper begins.
+    ///
+    /// # Errors
+    /// If the file cannot be removed.
     pub fn forget_helper_failure(&self) -> Result<()> {
         self.forget(HELPER_FAILURE)
     }
 
     /// QEMU's log, empty.
+    ///
+    /// # Errors
+    /// If it cannot be made.
     pub fn create_qemu_log(&self) -> Result<File> {
         self.open("qemu.log", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC)
     }
 
+    /// The directory itself.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// QEMU's monitor.
     pub fn qmp(&self) -> PathBuf {
         self.path.join("qmp.sock")
     }
 
+    /// The plugin's socket.
     pub fn plugin(&self) -> PathBuf {
         self.path.join("plugin.sock")
     }
 
+    /// The helper's control socket.
     pub fn control(&self) -> PathBuf {
         self.path.join("control.sock")
     }
@@ -319,23 +367,30 @@ impl RuntimeDir {
         self.path.join("restore.json")
     }
 
+    /// The socket of QEMU's NBD server.
     pub fn nbd(&self) -> PathBuf {
         self.path.join("nbd.sock")
     }
 
+    /// The helper's log.
     pub fn helper_log(&self) -> PathBuf {
         self.path.join("helper.log")
     }
 
+    /// QEMU's log.
     pub fn qemu_log(&self) -> PathBuf {
         self.path.join("qemu.log")
     }
 
+    /// The file with the helper's process ID.
     pub fn helper_pid(&self) -> PathBuf {
         self.path.join("helper.pid")
     }
 
     /// The helper that holds [`RuntimeDir::lock_helper`].
+    ///
+    /// # Errors
+    /// If the kernel lists no holder.
     pub fn helper_pid_of_holder(&self) -> Result<Pid> {
         let text = self.read("helper.pid", 32)?;
         let pid = std::str::from_utf8(&text)
@@ -346,6 +401,10 @@ impl RuntimeDir {
             .with_context(|| format!("{} holds no process id", self.helper_pid().display()))
     }
 
+    /// Writes down what was launched.
+    ///
+    /// # Errors
+    /// If it cannot be written.
     pub fn save_vm(&self, vm: &VmFile) -> Result<()> {
         let text = serde_json::to_vec_pretty(vm).context("encoding machine.json")?;
         self.replace("machine.json", &text)
@@ -359,6 +418,10 @@ impl RuntimeDir {
         written.is_ok_and(|written| written.elapsed().is_ok_and(|age| age < time))
     }
 
+    /// What was launched.
+    ///
+    /// # Errors
+    /// Refused if there is no VM of this name; fails if its file is of another format or damaged.
     pub fn vm(&self) -> Result<VmFile> {
         let path = self.path.join("machine.json");
         if !path.exists() {
@@ -377,7 +440,7 @@ impl RuntimeDir {
     }
 
     /// The devices that the VM had when a helper first asked; `now` is remembered if none did.
-    pub fn devices_at_start(&self, now: &[String]) -> Result<Vec<String>> {
+    pub(crate) fn devices_at_start(&self, now: &[String]) -> Result<Vec<String>> {
         let path = self.path.join("devices.json");
         if !path.exists() {
             self.replace(
@@ -390,6 +453,9 @@ impl RuntimeDir {
     }
 
     /// A new VM of this name begins: what was known of an earlier one is gone.
+    ///
+    /// # Errors
+    /// If a file cannot be removed.
     pub fn forget_earlier(&self) -> Result<()> {
         self.forget("devices.json")?;
         // The settings of another process: restoring them here would change settings that no helper
@@ -405,12 +471,19 @@ impl RuntimeDir {
         serde_json::from_slice(&self.read(MARKS, MAX_MARKS_BYTES).ok()?).ok()
     }
 
+    /// Writes down what the marks of written pages count from.
+    ///
+    /// # Errors
+    /// If it cannot be written.
     pub fn set_marks(&self, marks: Marks) -> Result<()> {
         self.replace(MARKS, &serde_json::to_vec(&marks).context("encoding the record of marks")?)
     }
 
     /// From here on the kernel's marks alone do not tell what was written: a claim begins, whose
     /// pages die with its helper, or another process has used them.
+    ///
+    /// # Errors
+    /// If it cannot be written.
     pub fn forget_exact_marks(&self) -> Result<()> {
         match self.marks() {
             Some(marks) => self.set_marks(Marks { is_exact: false, ..marks }),
@@ -424,6 +497,10 @@ impl RuntimeDir {
         std::str::from_utf8(&text).ok()?.trim().parse().ok().map(Epoch)
     }
 
+    /// Writes down the epoch that the helper has claimed.
+    ///
+    /// # Errors
+    /// If it cannot be written.
     pub fn set_writer_epoch(&self, epoch: Epoch) -> Result<()> {
         self.replace("writer-epoch", epoch.0.to_string().as_bytes())
     }
@@ -435,6 +512,9 @@ impl RuntimeDir {
     }
 
     /// One helper per VM: the lock ends with the process that holds it, however it dies.
+    ///
+    /// # Errors
+    /// Refused while another helper holds it.
     pub fn lock_helper(&self) -> Result<Flock<File>> {
         let mut file = self.open("helper.lock", OFlag::O_WRONLY | OFlag::O_CREAT)?;
         let end = Instant::now() + LOCK_TIMEOUT;
