@@ -242,6 +242,7 @@ fn create_dir_all_synced(full: &Path) -> io::Result<()> {
     }
 }
 
+/// Not by the crate tempfile, whose errors hide the kernel's number: a failure is classified by it.
 fn write_whole(full: &Path, data: &[Bytes]) -> io::Result<()> {
     let unfinished = hidden_sibling(full, UNFINISHED);
     let written =

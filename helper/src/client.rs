@@ -2,6 +2,7 @@
 
 use crate::control::{BarePause, MAX_LINE, Reply, Request, Status};
 use anyhow::{Context, Result, anyhow};
+use backon::{ConstantBuilder, Retryable};
 use engine::checkpoint::Choice;
 use engine::progress::Update;
 use serde::de::DeserializeOwned;
@@ -34,14 +35,11 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A helper that was launched a moment ago is waited for, unless it has failed.
 async fn connect(runtime: &RuntimeDir) -> std::io::Result<UnixStream> {
-    loop {
-        match UnixStream::connect(runtime.control()).await {
-            Err(_) if runtime.launched_within(STARTUP) && runtime.helper_failure().is_none() => {
-                tokio::time::sleep(POLL_INTERVAL).await;
-            }
-            other => return other,
-        }
-    }
+    let polls = ConstantBuilder::new().with_delay(POLL_INTERVAL).without_max_times();
+    (|| UnixStream::connect(runtime.control()))
+        .retry(polls)
+        .when(|_| runtime.launched_within(STARTUP) && runtime.helper_failure().is_none())
+        .await
 }
 
 /// Why a helper gives no answer: it ends with its QEMU.

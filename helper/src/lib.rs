@@ -20,6 +20,7 @@ pub mod statistics;
 use anyhow::{Context, Result};
 use checkpoint_format::VmName;
 use engine::checkpoint::Checkpointer;
+use sd_notify::NotifyState;
 use std::path::Path;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -70,6 +71,7 @@ async fn serve_vm(runtime: RuntimeDir, control: UnixListener) -> Result<()> {
     // A guest that a dying helper left stopped must not wait for the next checkpoint.
     checkpointer.clean_up().await?;
     let server = server::Server::new(checkpointer);
+    notify(&[NotifyState::Ready, NotifyState::Status(&format!("attached to {name}"))]);
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     tokio::select! {
         () = server.run(control) => {},
@@ -77,8 +79,16 @@ async fn serve_vm(runtime: RuntimeDir, control: UnixListener) -> Result<()> {
         _ = terminate.recv() => tracing::info!(%name, "asked to end"),
         _ = tokio::signal::ctrl_c() => tracing::info!(%name, "interrupted"),
     }
+    notify(&[NotifyState::Stopping]);
     server.end().await;
     Ok(())
+}
+
+/// Tells systemd, if it started this helper.
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::debug!(%error, "telling the service manager");
+    }
 }
 
 fn remove(socket: &Path) {

@@ -4,6 +4,7 @@ use crate::client;
 use crate::control::Status;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::VmName;
+use qmp_bridge::said;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -67,8 +68,10 @@ pub async fn wait(runtime: &RuntimeDir) -> Result<Status> {
         }
         if Instant::now() >= end {
             bail!(
-                "the helper did not come up within {TIMEOUT:?} ({error:#}); see its log {}",
-                runtime.helper_log().display()
+                "the helper did not come up within {TIMEOUT:?} ({error:#}); \
+                 its log {} ends with: {}",
+                runtime.helper_log().display(),
+                said::quote_log(&runtime.helper_log())
             );
         }
         tokio::time::sleep(LOOK_EVERY).await;

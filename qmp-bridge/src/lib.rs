@@ -56,6 +56,7 @@ mod names;
 pub mod nbd;
 pub mod nbd_server;
 pub mod paused;
+pub mod poll;
 pub mod qmp;
 pub mod quirks;
 pub mod ramblock;

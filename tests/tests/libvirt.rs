@@ -2,14 +2,16 @@
 //! starts it, and the service files. The snippets of docs/libvirt.md and docs/proxmox.md are those
 //! used here.
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use stillpoint_tests::{
-    Domain, Lab, Libvirt, Outcome, Recipe, Shape, Taken, built, newest_qemu, on_each_qemu, project,
-    wait_until,
+    Domain, Lab, Libvirt, Outcome, Recipe, Shape, Taken, built, kill_hard, newest_qemu,
+    on_each_qemu, project, wait_until,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -178,6 +180,29 @@ fn the_service_files_are_understood_by_systemd() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && said.is_empty(), "{}: {said}", file.display());
     }
+}
+
+/// As the unit starts it.
+#[test]
+fn service_helper_tells_systemd_when_it_is_attached_and_when_it_ends() {
+    let lab = Lab::new(&newest_qemu());
+    let vm = lab.start("m", &Recipe::scribbler(45));
+    kill_hard(vm.helper().expect("a helper runs"));
+    let systemd = lab.path().join("notify");
+    let socket = UnixDatagram::bind(&systemd).expect("a socket");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("a timeout");
+    let told = || {
+        let mut said = [0; 256];
+        let length = socket.recv(&mut said).expect("the helper tells");
+        String::from_utf8_lossy(&said[..length]).into_owned()
+    };
+    let mut helper = lab.command(&["attach", "--foreground", "m"]);
+    let mut helper = helper.env("NOTIFY_SOCKET", &systemd).spawn().expect("it starts");
+    assert_eq!(told(), "READY=1\nSTATUS=attached to m\n");
+    lab.run(&["checkpoint", "m"]).expect_success();
+    kill(Pid::from_raw(helper.id().cast_signed()), Signal::SIGTERM).expect("it runs");
+    assert_eq!(told(), "STOPPING=1\n");
+    assert!(helper.wait().expect("it ends").success());
 }
 
 // ---- Proxmox VE

@@ -1,14 +1,19 @@
 //! Files that are read whole, none of them without a limit: also a file of the kernel's can be as
-//! long as another process makes it.
+//! long as another process makes it. And locks on files.
 
 use anyhow::{Context, Result};
+use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// A file of the kernel's about a process or the host. The largest are memory maps, command lines
 /// and environments.
 const MAX_KERNEL_FILE: u64 = 16 << 20;
+/// A killed process keeps its locks until the last of its threads is gone.
+const RELEASE: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A file of the kernel or of this project, up to a limit.
 ///
@@ -29,6 +34,19 @@ pub fn read_text(path: impl AsRef<Path>) -> std::io::Result<String> {
 /// The same of any file.
 pub(crate) fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
     read_at_most(path, limit).with_context(|| format!("reading {}", path.display()))
+}
+
+/// Locks a file for this process alone; gives it back where another holds the lock.
+pub fn lock(mut file: File) -> Result<Flock<File>, File> {
+    let deadline = Instant::now() + RELEASE;
+    loop {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((file, _)) if Instant::now() >= deadline => return Err(file),
+            Err((file, _)) => file,
+        };
+        std::thread::sleep(POLL_INTERVAL);
+    }
 }
 
 fn read_at_most(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {

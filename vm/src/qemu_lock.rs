@@ -5,15 +5,11 @@
 //! and root can open it, and the kernel releases it when the helper ends, however that happens.
 
 use crate::error::refused;
+use crate::files;
 use crate::runtime_dir;
 use anyhow::Result;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use std::fs::File;
-use std::time::{Duration, Instant};
-
-/// A killed helper keeps its locks until the last of its threads is gone.
-const RELEASE: Duration = Duration::from_secs(1);
-const POLL: Duration = Duration::from_millis(10);
 
 /// Held as long as the helper works on that QEMU.
 #[derive(Debug)]
@@ -26,24 +22,17 @@ impl QemuLock {
     pub fn take(qemu: u32) -> Result<Self> {
         let path = format!("/proc/{qemu}/fd");
         let directory = File::open(&path);
-        let mut file = directory.map_err(|error| {
+        let file = directory.map_err(|error| {
             refused(format!("{path} cannot be opened: {error}; Stillpoint must run as root or as the user of that QEMU, on the same host"))
         })?;
-        let end = Instant::now() + RELEASE;
-        loop {
-            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(Self { _lock: lock }),
-                Err((file, _)) => file,
-            };
-            if Instant::now() >= end {
-                return Err(refused(format!(
-                    "QEMU (pid {qemu}) has a helper already: {}; use that one, or end it",
-                    runtime_dir::flock_holder(&file)
-                        .unwrap_or_else(|| "a process that cannot be seen from here".to_owned())
-                )));
-            }
-            std::thread::sleep(POLL);
-        }
+        let lock = files::lock(file).map_err(|file| {
+            refused(format!(
+                "QEMU (pid {qemu}) has a helper already: {}; use that one, or end it",
+                runtime_dir::flock_holder(&file)
+                    .unwrap_or_else(|| "a process that cannot be seen from here".to_owned())
+            ))
+        })?;
+        Ok(Self { _lock: lock })
     }
 }
 

@@ -10,6 +10,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
 use checkpoint_format::PackName;
 use tracing::warn;
@@ -102,18 +103,13 @@ impl StoredPack {
 /// Does something that may be done twice, again if the store says that it can't just now. A call
 /// that hung is not repeated: it had its time.
 pub(crate) async fn retrying<T, F: Future<Output = Result<T>>>(call: impl Fn() -> F) -> Result<T> {
-    const TRIES: u32 = 3;
-    const PAUSE: Duration = Duration::from_millis(50);
-    let mut tries = 1;
-    loop {
-        match call().await {
-            Err(StoreError::Unavailable { .. } | StoreError::Uncertain { .. }) if tries < TRIES => {
-                tokio::time::sleep(PAUSE * tries).await;
-                tries += 1;
-            }
-            other => return other,
-        }
-    }
+    // After 50 ms and after 100 ms.
+    let pauses =
+        ExponentialBuilder::new().with_min_delay(Duration::from_millis(50)).with_max_times(2);
+    let is_passing = |error: &StoreError| {
+        matches!(error, StoreError::Unavailable { .. } | StoreError::Uncertain { .. })
+    };
+    call.retry(pauses).when(is_passing).await
 }
 
 /// What to call the file at each try.
@@ -168,7 +164,8 @@ impl Retry {
     }
 }
 
-/// Puts one file into `dir`, trying as the policy says.
+/// Puts one file into `dir`, trying as the policy says. A loop of its own: each try has its number
+/// of copies and its name, and what one costs depends on how it failed.
 pub(crate) async fn store_file(
     store: &Bounded,
     retry: &Retry,

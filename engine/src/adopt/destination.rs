@@ -3,12 +3,13 @@
 use super::record::Process;
 use anyhow::{Context, Error, Result, bail};
 use dirty_tracker::GuestMemory;
+use qmp_bridge::poll::poll_until;
 use qmp_bridge::{Qmp, said};
+use std::future::ready;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
-use vm::launch::command::{self, Start};
+use std::time::Duration;
+use vm::launch::spawn;
 use vm::process;
 use vm::runtime_dir::{RuntimeDir, VmFile};
 
@@ -19,7 +20,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// Variables of ours that the new QEMU does not get from the old one's environment.
 const NOT_INHERITED: &str = "STILLPOINT_";
 
-/// In a session of its own (by `setsid`), where the old one stands.
+/// In a session of its own, where the old one stands.
 ///
 /// `like`: the old process, whose environment it gets (a library path, say).
 pub fn start(
@@ -29,32 +30,19 @@ pub fn start(
     memory: &GuestMemory,
     like: Option<u32>,
 ) -> Result<Process> {
-    let log = runtime.qemu_log();
-    let output = runtime.create_qemu_log()?;
-    let errors = output.try_clone().context("opening QEMU's log twice")?;
     for socket in [runtime.qmp(), runtime.plugin()] {
         // Left by an earlier VM of this name.
         let _ = std::fs::remove_file(socket);
     }
-    let mut command = Command::new("setsid");
-    command
-        .arg(&file.qemu)
-        .current_dir(&file.directory)
-        .stdin(Stdio::null())
-        .stdout(output)
-        .stderr(errors);
+    let mut command = spawn::in_own_session(&file.qemu);
     if let Some(environment) = like.and_then(environment) {
         command.env_clear().envs(environment);
     }
-    memory.set_inheritable(true)?;
-    command.args(command::arguments(file, runtime, Some(plugin), memory.raw_fd(), Start::Incoming));
-    let child = command.spawn().with_context(|| format!("starting {}", file.qemu.display()));
-    memory.set_inheritable(false)?;
-    let mut child = child?;
+    let mut child = spawn::qemu(command, file, runtime, Some(plugin), memory)?;
     let process = Process::of(child.id());
     // When it ends it must not stay a zombie for as long as this helper lives.
     std::thread::spawn(move || child.wait());
-    process.with_context(|| format!("QEMU ended at once; see {}", log.display()))
+    process.with_context(|| format!("QEMU ended at once; see {}", runtime.qemu_log().display()))
 }
 
 fn environment(pid: u32) -> Option<Vec<(std::ffi::OsString, std::ffi::OsString)>> {
@@ -70,15 +58,13 @@ fn environment(pid: u32) -> Option<Vec<(std::ffi::OsString, std::ffi::OsString)>
 
 /// Its monitor, as soon as it has one.
 pub async fn connect(process: Process, runtime: &RuntimeDir) -> Result<Qmp> {
-    let end = Instant::now() + STARTUP;
-    while !runtime.qmp().exists() {
-        if !process.lives() {
-            bail!("the new QEMU did not come up");
-        }
-        if Instant::now() >= end {
-            bail!("the new QEMU did not open its monitor within {STARTUP:?}");
-        }
-        tokio::time::sleep(LOOK_EVERY).await;
+    let is_up = || {
+        ready(if runtime.qmp().exists() { Some(true) } else { (!process.lives()).then_some(false) })
+    };
+    match poll_until(STARTUP, LOOK_EVERY, is_up).await {
+        Some(true) => {}
+        Some(false) => bail!("the new QEMU did not come up"),
+        None => bail!("the new QEMU did not open its monitor within {STARTUP:?}"),
     }
     Qmp::connect(runtime.qmp(), STARTUP).await.context("connecting to the new QEMU's monitor")
 }

@@ -6,8 +6,10 @@ use super::record::{Process, Record};
 use crate::kill_point;
 use anyhow::{Context, Result};
 use qmp_bridge::Qmp;
+use qmp_bridge::poll::poll_until;
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
+use std::future::ready;
+use std::time::Duration;
 use vm::runtime_dir::RuntimeDir;
 
 /// What the old QEMU gets to end in order; it has no guest any more.
@@ -50,9 +52,8 @@ async fn end_source(process: Process, monitor: Option<&Qmp>) -> Result<()> {
     {
         tracing::debug!(%error, "quit");
     }
-    let until = Instant::now() + QUIT;
-    while monitor.is_some() && process.lives() && Instant::now() < until {
-        tokio::time::sleep(LOOK_EVERY).await;
+    if monitor.is_some() {
+        poll_until(QUIT, LOOK_EVERY, || ready((!process.lives()).then_some(()))).await;
     }
     // Stopped, and without its disks: nothing of it is needed.
     destination::end(process).await.context("ending the old QEMU")

@@ -39,9 +39,11 @@ use anyhow::{Error, Result};
 use base::Base;
 use carried::Carried;
 use outcome::{Outcome, Phases, milliseconds};
+use qmp_bridge::poll::poll_until;
 use qmp_bridge::said;
 use serde::{Deserialize, Serialize};
 use staging::Staging;
+use std::future::ready;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
@@ -57,6 +59,7 @@ pub(crate) use writer::{claim, may_claim};
 
 /// Between the end of QEMU's monitor and that of its process.
 const QEMU_EXIT: Duration = Duration::from_secs(5);
+const EXIT_POLL: Duration = Duration::from_millis(50);
 
 /// How long a checkpoint that has failed continues storing what was read for it, which counts for
 /// the next one: the packs under way at 1 MiB a second.
@@ -202,12 +205,9 @@ impl Checkpointer {
         if tokio::time::timeout(MONITOR_END, self.vm.qmp.closed()).await.is_err() {
             return error;
         }
-        let end = Instant::now() + QEMU_EXIT;
-        while !self.vm.has_ended() {
-            if Instant::now() >= end {
-                return error;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+        let ended = || ready(self.vm.has_ended().then_some(()));
+        if poll_until(QEMU_EXIT, EXIT_POLL, ended).await.is_none() {
+            return error;
         }
         tracing::info!(error = format!("{error:#}"), "what was noticed first of QEMU's end");
         let (pid, name) = (self.vm.pid, &self.vm.file.name);
@@ -287,12 +287,9 @@ impl Checkpointer {
         if tokio::time::timeout(Duration::from_millis(1), self.vm.qmp.closed()).await.is_err() {
             return;
         }
-        let end = Instant::now() + QEMU_EXIT;
-        while is_running(&self.vm.file.instance) {
-            if Instant::now() >= end {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+        let ended = || ready((!is_running(&self.vm.file.instance)).then_some(()));
+        if poll_until(QEMU_EXIT, EXIT_POLL, ended).await.is_none() {
+            return;
         }
         if let Some(session) = &self.store
             && let Err(error) = session.writer.release().await

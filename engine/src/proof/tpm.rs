@@ -5,11 +5,13 @@
 
 use super::sandbox;
 use anyhow::{Context, Error, Result};
+use qmp_bridge::poll::poll_until;
 use qmp_bridge::said;
 use std::fs::File;
+use std::future::ready;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::process::{Child, Command};
 use vm::error::refused;
 
@@ -63,15 +65,14 @@ impl Tpm {
             .stderr(output)
             .kill_on_drop(true);
         let mut child = command.spawn().with_context(|| format!("starting {PROGRAM}"))?;
-        let begun = Instant::now();
-        while !socket.exists() {
-            let ended = child.try_wait().with_context(|| format!("waiting for {PROGRAM}"))?;
-            if ended.is_some() || begun.elapsed() > STARTUP {
-                return Err(not_started(&log));
-            }
-            tokio::time::sleep(POLL_INTERVAL).await;
+        let is_up = || {
+            let has_ended = matches!(child.try_wait(), Ok(Some(_)) | Err(_));
+            ready(if socket.exists() { Some(true) } else { has_ended.then_some(false) })
+        };
+        match poll_until(STARTUP, POLL_INTERVAL, is_up).await {
+            Some(true) => Ok(Self { _child: child }),
+            _ => Err(not_started(&log)),
         }
-        Ok(Self { _child: child })
     }
 }
 

@@ -1,18 +1,17 @@
 //! The QEMU process of a restored VM: started detached, ended again if the restore fails.
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Error, Result};
 use dirty_tracker::GuestMemory;
 use qmp_bridge::said;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
-use vm::launch::command::{self, Start};
+use std::process::{Child, Command, ExitStatus};
+use std::time::Duration;
+use vm::launch::spawn;
 use vm::runtime_dir::{RuntimeDir, VmFile};
 
 /// From the end of its connections to its own: the kernel frees its memory in between.
 const LAST_MOMENTS: Duration = Duration::from_millis(200);
-const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Dropping it ends QEMU, unless it was left to itself.
 pub struct NewQemu {
@@ -21,38 +20,28 @@ pub struct NewQemu {
 }
 
 impl NewQemu {
-    /// In a session of its own (by `setsid`), in the directory of its disks.
+    /// In a session of its own.
     pub fn start(
         file: &VmFile,
         runtime: &RuntimeDir,
         plugin: &Path,
         memory: &GuestMemory,
     ) -> Result<Self> {
-        let mut command = Command::new("setsid");
-        command.arg(&file.qemu);
-        Self::spawn(command, file, runtime, Some(plugin), memory)
+        Self::spawn(spawn::in_own_session(&file.qemu), file, runtime, Some(plugin), memory)
     }
 
     /// `command` becomes the QEMU that its arguments follow.
     pub fn spawn(
-        mut command: Command,
+        command: Command,
         file: &VmFile,
         runtime: &RuntimeDir,
         plugin: Option<&Path>,
         memory: &GuestMemory,
     ) -> Result<Self> {
-        let log = runtime.qemu_log();
-        let output = runtime.create_qemu_log()?;
-        let errors = output.try_clone().context("opening QEMU's log twice")?;
-        memory.set_inheritable(true)?;
-        command.args(command::arguments(file, runtime, plugin, memory.raw_fd(), Start::Incoming));
-        command.current_dir(&file.directory).stdin(Stdio::null()).stdout(output).stderr(errors);
-        let child = command.spawn().with_context(|| format!("starting {}", file.qemu.display()));
-        memory.set_inheritable(false)?;
-        Ok(Self { child: Some(child?), log })
+        let child = spawn::qemu(command, file, runtime, plugin, memory)?;
+        Ok(Self { child: Some(child), log: runtime.qemu_log() })
     }
 
-    /// `setsid` becomes QEMU without another fork, because it leads no process group.
     pub fn pid(&self) -> u32 {
         self.child.as_ref().map_or(0, Child::id)
     }
@@ -76,15 +65,8 @@ impl NewQemu {
 
     /// How it ended, if a signal ended it.
     fn crash(&mut self) -> Option<ExitStatus> {
-        let child = self.child.as_mut()?;
-        let deadline = Instant::now() + LAST_MOMENTS;
-        loop {
-            match child.try_wait() {
-                Ok(Some(status)) => return status.signal().is_some().then_some(status),
-                Ok(None) if Instant::now() < deadline => std::thread::sleep(POLL_INTERVAL),
-                _ => return None,
-            }
-        }
+        let status = spawn::ended_within(self.child.as_mut()?, LAST_MOMENTS).ok()??;
+        status.signal().is_some().then_some(status)
     }
 }
 

@@ -1,11 +1,12 @@
 //! What a pause needs beyond its own guard: the marker objects in QEMU, the end of a switch-over,
 //! and the guest of a helper that died.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::{MARKER, SWITCHOVER_MARKER, is_running};
+use crate::poll::poll_until;
 use crate::qmp::{Qmp, QmpError};
 use crate::run_state;
 
@@ -60,17 +61,15 @@ pub(crate) async fn withdraw_switchover(qmp: &Qmp) -> Result<(), QmpError> {
 
 /// A migration is over a little before QEMU has put the guest into the state that follows.
 pub(super) async fn leave_finish_migrate(qmp: &Qmp) -> Result<(), QmpError> {
-    let deadline = Instant::now() + CANCEL_TIMEOUT;
-    while run_state::name(qmp).await? == "finish-migrate" {
-        if Instant::now() >= deadline {
-            return Err(QmpError::Timeout {
-                command: "migrate_cancel".into(),
-                after: CANCEL_TIMEOUT,
-            });
+    let left = || async {
+        match run_state::name(qmp).await {
+            Ok(state) if state == "finish-migrate" => None,
+            other => Some(other.map(drop)),
         }
-        tokio::time::sleep(CANCEL_LOOK).await;
-    }
-    Ok(())
+    };
+    let late =
+        || Err(QmpError::Timeout { command: "migrate_cancel".into(), after: CANCEL_TIMEOUT });
+    poll_until(CANCEL_TIMEOUT, CANCEL_LOOK, left).await.unwrap_or_else(late)
 }
 
 async fn in_switchover(qmp: &Qmp) -> Result<bool, QmpError> {

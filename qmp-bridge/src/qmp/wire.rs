@@ -331,6 +331,7 @@ fn first_id() -> u64 {
     u64::from(now.subsec_nanos()) << 20
 }
 
+/// Its own loop, since a monitor that refuses is given up sooner than one that is not there yet.
 async fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, std::io::Error> {
     let mut last_hope = None;
     loop {

@@ -8,6 +8,7 @@ use crate::files::read_limited;
 use crate::launch::process::{QemuProcess, qemus_with_socket, runs_qemu};
 use crate::process;
 use anyhow::{Context, Error, Result};
+use backon::{ConstantBuilder, Retryable};
 use qmp_bridge::{Qmp, QmpError};
 use std::collections::HashSet;
 use std::io::ErrorKind;
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 
 /// A QEMU that runs greets at once, unless another client holds its monitor.
 const ANSWER: Duration = Duration::from_secs(5);
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// A busy host has some thousand sockets of 100 bytes a line.
 const MAX_SOCKETS_BYTES: u64 = 64 << 20;
 
@@ -32,22 +33,15 @@ impl MonitorConnection {
     /// Waits a moment where others wait too: a client that has just left may still be in the queue.
     pub async fn open(monitor: &Path) -> Result<Self> {
         let end = Instant::now() + ANSWER;
-        loop {
-            let error = match qmp_bridge::qmp::connect_when_ready(monitor, end).await {
-                Ok(stream) => {
-                    return Self::of(stream)
-                        .with_context(|| format!("asking who listens at {}", monitor.display()));
-                }
-                Err(error) => error,
-            };
-            match error.kind() {
-                ErrorKind::WouldBlock if Instant::now() < end => {
-                    tokio::time::sleep(LOOK_EVERY).await
-                }
-                ErrorKind::WouldBlock => return Err(refused(busy(monitor))),
-                _ => return Err(refused(cannot_connect(monitor, &error))),
-            }
-        }
+        let polls = ConstantBuilder::new().with_delay(POLL_INTERVAL).without_max_times();
+        let connected = (|| qmp_bridge::qmp::connect_when_ready(monitor, end))
+            .retry(polls)
+            .when(|error| error.kind() == ErrorKind::WouldBlock && Instant::now() < end);
+        let stream = connected.await.map_err(|error| match error.kind() {
+            ErrorKind::WouldBlock => refused(busy(monitor)),
+            _ => refused(cannot_connect(monitor, &error)),
+        })?;
+        Self::of(stream).with_context(|| format!("asking who listens at {}", monitor.display()))
     }
 
     fn of(stream: tokio::net::UnixStream) -> std::io::Result<Self> {
@@ -177,7 +171,7 @@ mod test {
         // A process that another test is just starting may hold a copy until it becomes its
         // program.
         while MonitorConnection::open(&path).await.is_ok() {
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
         assert!(failure(MonitorConnection::open(&path).await).contains("has ended"));
     }

@@ -7,13 +7,14 @@
 
 use super::arguments::{KeyList, QemuOption};
 use super::form::Form;
+use super::spawn::ended_within;
 use crate::cache;
 use crate::process;
 use anyhow::{Context, Result};
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const LONG_MODE: &[u8] = include_bytes!("long_mode.bin");
 const ROM_BYTES: usize = 64 << 10;
@@ -166,12 +167,8 @@ fn run_probe(qemu: &Path) -> Result<Option<bool>> {
         .stderr(Stdio::null())
         .spawn()
         .context("starting the probe")?;
-    let end = Instant::now() + PROBE_TIMEOUT;
-    while Instant::now() < end {
-        if let Some(status) = child.try_wait().context("waiting for the probe")? {
-            return Ok((status.code() == Some(SUCCESS)).then_some(true));
-        }
-        std::thread::sleep(Duration::from_millis(5));
+    if let Some(status) = ended_within(&mut child, PROBE_TIMEOUT)? {
+        return Ok((status.code() == Some(SUCCESS)).then_some(true));
     }
     child.kill().context("ending the probe")?;
     child.wait().context("waiting for the probe")?;

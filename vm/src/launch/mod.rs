@@ -16,6 +16,7 @@ pub mod process;
 pub mod qemu_binary;
 pub mod readconfig;
 pub mod saved;
+pub mod spawn;
 pub mod unsupported;
 mod unsupported_disks;
 

@@ -1,6 +1,7 @@
 //! Where QEMU finds the files that come with it, and that a bare name on its command line may mean
 //! (`-bios bios-256k.bin`).
 
+use super::spawn::ended_within;
 use crate::cache;
 use crate::process;
 use anyhow::{Context, Result, bail};
@@ -9,11 +10,10 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// QEMU answers within 50 ms; a loaded host may need longer.
 const TIMEOUT: Duration = Duration::from_secs(10);
-const POLL: Duration = Duration::from_millis(5);
 /// QEMU takes at most 16 directories.
 const MAX_ANSWER_BYTES: u64 = 1 << 17;
 
@@ -54,17 +54,10 @@ impl Running<'_> {
             command.env_clear().uid(user).gid(group);
         }
         let mut child = command.spawn().context("starting it")?;
-        let end = Instant::now() + TIMEOUT;
-        let status = loop {
-            if let Some(status) = child.try_wait().context("waiting for it")? {
-                break status;
-            }
-            if Instant::now() >= end {
-                child.kill().context("ending it")?;
-                child.wait().context("waiting for its end")?;
-                bail!("it did not answer within {TIMEOUT:?}");
-            }
-            std::thread::sleep(POLL);
+        let Some(status) = ended_within(&mut child, TIMEOUT)? else {
+            child.kill().context("ending it")?;
+            child.wait().context("waiting for its end")?;
+            bail!("it did not answer within {TIMEOUT:?}");
         };
         let mut text = String::new();
         said.rewind().context("reading its answer")?;

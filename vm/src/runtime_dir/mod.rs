@@ -10,7 +10,7 @@ use crate::memory_source::{EngineChoice, StreamChoice};
 use crate::process;
 use anyhow::{Context, Result, bail};
 use checkpoint_format::{CheckpointId, CheckpointIdentity, Epoch, VmName, VmRecord};
-use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::fcntl::{Flock, OFlag};
 use nix::unistd::Pid;
 use private::Owner;
 use serde::{Deserialize, Serialize};
@@ -18,14 +18,12 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// `sun_path` of a unix socket, less its final zero.
 const MAX_SOCKET_PATH: usize = 107;
 /// A saved VM has a few kilobytes of arguments.
 const MAX_VM_FILE_BYTES: u64 = 4 << 20;
-/// A killed process keeps its locks until the last of its threads is gone.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 /// A host has some hundred locks of 60 bytes a line.
 const MAX_LOCKS_BYTES: u64 = 16 << 20;
 const VM_FILE_FORMAT: u32 = 1;
@@ -516,23 +514,15 @@ impl RuntimeDir {
     /// # Errors
     /// Refused while another helper holds it.
     pub fn lock_helper(&self) -> Result<Flock<File>> {
-        let mut file = self.open("helper.lock", OFlag::O_WRONLY | OFlag::O_CREAT)?;
-        let end = Instant::now() + LOCK_TIMEOUT;
-        loop {
-            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(lock),
-                Err((file, _)) => file,
-            };
-            if Instant::now() >= end {
-                let pid = self
-                    .helper_pid_of_holder()
-                    .map_or_else(|_| "unknown".to_owned(), |pid| pid.to_string());
-                return Err(refused(format!(
-                    "a helper (pid {pid}) is attached to this VM already; use it, or replace it by 'stillpoint attach --take-over'"
-                )));
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        let file = self.open("helper.lock", OFlag::O_WRONLY | OFlag::O_CREAT)?;
+        files::lock(file).map_err(|_| {
+            let pid = self
+                .helper_pid_of_holder()
+                .map_or_else(|_| "unknown".to_owned(), |pid| pid.to_string());
+            refused(format!(
+                "a helper (pid {pid}) is attached to this VM already; use it, or replace it by 'stillpoint attach --take-over'"
+            ))
+        })
     }
 }
 

@@ -108,7 +108,8 @@ pub fn read_file(directory: &OwnedFd, name: &str, limit: u64) -> std::io::Result
     Ok(bytes)
 }
 
-/// The old content or the new, whenever we die.
+/// The old content or the new, whenever we die. Relative to the directory's descriptor, which the
+/// crate tempfile cannot be; and not synced, since no QEMU survives a power cut.
 pub fn replace_file(directory: &OwnedFd, name: &str, bytes: &[u8]) -> std::io::Result<()> {
     let new = format!("{name}.new");
     remove_file(directory, &new)?;
