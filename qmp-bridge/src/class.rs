@@ -20,7 +20,6 @@ use crate::resave::ResaveError;
 use crate::run_state::{NoGuest, RunStateError};
 use crate::stream::StreamError;
 use crate::stream_reader::StreamReadError;
-use crate::vm::MachineTypeError;
 
 classes! {
     QmpError: Refused(NoGreeting, NotQmp)
@@ -40,7 +39,6 @@ classes! {
     PauseError: (Qmp, NoGuest) Failed(Disturbed, TooLong);
     RamBlockError: (Qmp) Refused(Empty) Failed(Line, TooMany);
     HostError = Failed;
-    MachineTypeError: (Qmp) Refused(UnknownType, NoDefault);
 
     MigrationError: (Qmp, Pause, Export, Server) {Setup, Start} Refused(Busy, Unsupported)
         Failed(Failed, Stuck, TooFast, PauseTooLong, Socket, Journal, BadJournal, Order, Activate);

@@ -4,8 +4,7 @@
 //! another process or real hardware writes guest memory past them: the change would be in no
 //! checkpoint.
 
-use serde_json::{Value, json};
-
+use crate::qmp::replies::ObjectPropertyInfo;
 use crate::qmp::{Qmp, QmpError};
 
 /// Where QEMU keeps devices with and without an id.
@@ -80,10 +79,9 @@ pub async fn saves_ramfb(qmp: &Qmp, ramfb: &GuestDevice) -> Result<bool, QmpErro
 }
 
 async fn is_on(qmp: &Qmp, device: &GuestDevice, property: &str) -> Result<bool, QmpError> {
-    match qmp.execute_json("qom-get", json!({ "path": device.path, "property": property })).await {
-        Ok(value) => Ok(value == true),
+    match qmp.qom_get(&device.path, property).await {
         Err(error) if error.is_refusal() => Ok(false),
-        Err(error) => Err(error),
+        said => said,
     }
 }
 
@@ -108,13 +106,13 @@ pub async fn board_devices(qmp: &Qmp) -> Result<Vec<GuestDevice>, QmpError> {
 }
 
 async fn children(qmp: &Qmp, parent: &str) -> Result<Vec<GuestDevice>, QmpError> {
-    let rows = qmp.execute_json("qom-list", json!({ "path": parent })).await?;
-    Ok(rows.as_array().into_iter().flatten().filter_map(|row| parse(parent, row)).collect())
+    let members = qmp.qom_list(parent).await?;
+    Ok(members.iter().filter_map(|member| child(parent, member)).collect())
 }
 
-fn parse(parent: &str, row: &Value) -> Option<GuestDevice> {
-    let kind = row["type"].as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
-    Some(GuestDevice { path: format!("{parent}/{}", row["name"].as_str()?), kind: kind.into() })
+fn child(parent: &str, member: &ObjectPropertyInfo) -> Option<GuestDevice> {
+    let kind = member.r#type.strip_prefix("child<")?.strip_suffix('>')?;
+    Some(GuestDevice { path: format!("{parent}/{}", member.name), kind: kind.into() })
 }
 
 #[cfg(test)]
@@ -150,9 +148,11 @@ mod test {
                 && balloon("hv-balloon")
                 && !balloon("virtio-blk-pci")
         );
-        let row = json!({"name": "device[0]", "type": "child<virtio-blk-pci>"});
-        let device = parse(PARENTS[1], &row).expect("device");
+        let member =
+            |name: &str, kind: &str| ObjectPropertyInfo { name: name.into(), r#type: kind.into() };
+        let device =
+            child(PARENTS[1], &member("device[0]", "child<virtio-blk-pci>")).expect("device");
         assert_eq!(device.path, "/machine/peripheral-anon/device[0]");
-        assert_eq!(parse(PARENTS[0], &json!({"name": "type", "type": "string"})), None);
+        assert_eq!(child(PARENTS[0], &member("type", "string")), None);
     }
 }

@@ -3,9 +3,10 @@
 
 use std::os::fd::BorrowedFd;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::jobs::tolerate_refusal;
+use crate::qmp::replies::{self, AddfdInfo, FdsetFdInfo, FdsetInfo};
 use crate::qmp::{Qmp, QmpError};
 
 /// A descriptor that QEMU keeps under a file name until [`Self::remove`]; what has opened it by
@@ -21,10 +22,8 @@ impl FdSet {
         let reply = qmp
             .execute_with_fd("add-fd", json!({ "opaque": qmp.names().name(kind) }), file)
             .await?;
-        let id = reply["fdset-id"]
-            .as_u64()
-            .ok_or_else(|| QmpError::unexpected("add-fd", "a set", &reply))?;
-        Ok(Self { id })
+        let AddfdInfo { fdset_id } = replies::parse("add-fd", reply)?;
+        Ok(Self { id: fdset_id })
     }
 
     pub(crate) fn filename(self) -> String {
@@ -44,14 +43,11 @@ impl FdSet {
 
 /// Removes what a killed helper left.
 pub(crate) async fn remove_all(qmp: &Qmp) -> Result<(), QmpError> {
-    let reply = qmp.execute_json("query-fdsets", Value::Null).await?;
-    for set in reply.as_array().into_iter().flatten() {
-        let fds = set["fds"].as_array().map(Vec::as_slice).unwrap_or_default();
-        let is_ours = |fd: &Value| fd["opaque"].as_str().is_some_and(|name| qmp.names().owns(name));
-        if let (Some(id), false, true) =
-            (set["fdset-id"].as_u64(), fds.is_empty(), fds.iter().all(is_ours))
-        {
-            FdSet { id }.remove(qmp).await?;
+    let is_ours =
+        |fd: &FdsetFdInfo| fd.opaque.as_deref().is_some_and(|name| qmp.names().owns(name));
+    for FdsetInfo { fdset_id, fds } in qmp.query_fdsets().await? {
+        if !fds.is_empty() && fds.iter().all(is_ours) {
+            FdSet { id: fdset_id }.remove(qmp).await?;
         }
     }
     Ok(())

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use thiserror::Error;
 
+use crate::qmp::replies::{BlockExportInfo, JobInfo, JobStatus};
 use crate::qmp::{Qmp, QmpError};
 
 /// How long ending a job may take.
@@ -33,26 +34,6 @@ impl JobError {
             Self::Failed { .. } | Self::Stuck { .. } => true,
         }
     }
-}
-
-#[derive(Debug, Clone)]
-pub(crate) struct Job {
-    pub(crate) id: String,
-    pub(crate) kind: String,
-    pub(crate) status: String,
-    pub(crate) error: Option<String>,
-}
-
-pub(crate) async fn list(qmp: &Qmp) -> Result<Vec<Job>, QmpError> {
-    let reply = qmp.execute_json("query-jobs", Value::Null).await?;
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let job = |row: &Value| Job {
-        id: text(&row["id"]),
-        kind: text(&row["type"]),
-        status: text(&row["status"]),
-        error: row["error"].as_str().map(Into::into),
-    };
-    Ok(reply.as_array().into_iter().flatten().map(job).collect())
 }
 
 /// Sleeps a little longer each time, up to a limit and until a deadline.
@@ -92,11 +73,11 @@ pub(crate) async fn create_image(qmp: &Qmp, job: &str, options: Value) -> Result
     qmp.execute_json("blockdev-create", json!({ "job-id": job, "options": options })).await?;
     let mut looks = Looks::on(qmp);
     loop {
-        let found = list(qmp).await?.into_iter().find(|row| row.id == job);
+        let found = qmp.query_jobs().await?.into_iter().find(|row| row.id == job);
         let Some(row) = found else {
             return Err(JobError::Failed { job: job.into(), why: "it vanished".into() });
         };
-        if row.status == "concluded" {
+        if row.status == JobStatus::Concluded {
             qmp.execute_json("job-dismiss", json!({ "id": job })).await?;
             return row.error.map_or(Ok(()), |why| Err(JobError::Failed { job: job.into(), why }));
         }
@@ -106,24 +87,14 @@ pub(crate) async fn create_image(qmp: &Qmp, job: &str, options: Value) -> Result
 
 /// Asks a job to go. It may take a while, and it may be gone already: refusals are for the next
 /// look to judge.
-pub(crate) async fn ask_to_end(qmp: &Qmp, job: &Job) -> Result<(), QmpError> {
-    let (command, arguments) = match (job.status.as_str(), job.kind.as_str()) {
-        ("concluded", _) => ("job-dismiss", json!({ "id": job.id })),
-        ("aborting" | "null", _) => return Ok(()),
+pub(crate) async fn ask_to_end(qmp: &Qmp, job: &JobInfo) -> Result<(), QmpError> {
+    let (command, arguments) = match (&job.status, job.r#type.as_str()) {
+        (JobStatus::Concluded, _) => ("job-dismiss", json!({ "id": job.id })),
+        (JobStatus::Aborting | JobStatus::Null, _) => return Ok(()),
         (_, "create") => ("job-cancel", json!({ "id": job.id })),
         _ => ("block-job-cancel", json!({ "device": job.id, "force": true })),
     };
     tolerate_refusal(qmp.execute_json(command, arguments).await)
-}
-
-async fn export_ids(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
-    let reply = qmp.execute_json("query-block-exports", Value::Null).await?;
-    Ok(reply
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(|row| row["id"].as_str().map(Into::into))
-        .collect())
 }
 
 /// Removes the exports that `ours` picks and waits until their clients are gone. Returns how many
@@ -135,19 +106,23 @@ pub(crate) async fn remove_exports(
     let mut looks = Looks::on(qmp);
     let mut found = 0;
     loop {
-        let mut left = export_ids(qmp).await?;
-        left.retain(|id| ours(id));
+        let mut left = qmp.query_block_exports().await?;
+        left.retain(|export| ours(&export.id));
         found = found.max(left.len());
         if left.is_empty() {
             return Ok(found);
         }
-        for id in &left {
+        for BlockExportInfo { id, .. } in &left {
             tolerate_refusal(
                 qmp.execute_json("block-export-del", json!({ "id": id, "mode": "hard" })).await,
             )?;
         }
-        looks.again(|| format!("the exports {left:?}")).await?;
+        looks.again(|| format!("the exports {:?}", ids(&left))).await?;
     }
+}
+
+fn ids(exports: &[BlockExportInfo]) -> Vec<&str> {
+    exports.iter().map(|export| export.id.as_str()).collect()
 }
 
 /// For clean-up, where a refusal usually means that the thing is gone or going; the next look

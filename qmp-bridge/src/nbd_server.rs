@@ -146,9 +146,8 @@ pub(crate) async fn stop_unused(qmp: &Qmp, socket: &Path) -> Result<(), ServerEr
 
 /// Ids of all exports of the server.
 async fn exports(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
-    let reply = qmp.execute_json("query-block-exports", Value::Null).await?;
-    let of_server = reply.as_array().into_iter().flatten().filter(|row| row["type"] == "nbd");
-    Ok(of_server.filter_map(|row| row["id"].as_str().map(Into::into)).collect())
+    let all = qmp.query_block_exports().await?.into_iter();
+    Ok(all.filter(|export| export.r#type == "nbd").map(|export| export.id).collect())
 }
 
 fn make_socket(path: &Path) -> std::io::Result<UnixListener> {

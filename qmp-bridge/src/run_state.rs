@@ -5,9 +5,9 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Instant;
 
-use serde_json::Value;
 use thiserror::Error;
 
+use crate::qmp::replies::StatusInfo;
 use crate::qmp::{QemuVersion, Qmp, QmpError};
 use crate::quirks;
 
@@ -98,8 +98,8 @@ impl RunState {
 
     /// The same, with the time at which QEMU's answer was read.
     pub(crate) async fn timed(qmp: &Qmp) -> Result<(Self, Instant), RunStateError> {
-        let (status, at) = qmp.execute_timed("query-status", Value::Null).await?;
-        Ok((Self::check(&name_in(&status)?, qmp.version())?, at))
+        let (StatusInfo { status }, at) = qmp.query_status_timed().await?;
+        Ok((Self::check(&status, qmp.version())?, at))
     }
 
     fn check(name: &str, version: &QemuVersion) -> Result<Self, NoGuest> {
@@ -156,14 +156,7 @@ fn no_guest(name: &str) -> &'static str {
 /// # Errors
 /// When QEMU does not answer.
 pub async fn name(qmp: &Qmp) -> Result<String, QmpError> {
-    name_in(&qmp.execute_json("query-status", Value::Null).await?)
-}
-
-fn name_in(status: &Value) -> Result<String, QmpError> {
-    match status["status"].as_str() {
-        Some(name) => Ok(name.into()),
-        None => Err(QmpError::unexpected("query-status", "a status", status)),
-    }
+    Ok(qmp.query_status().await?.status)
 }
 
 #[cfg(test)]

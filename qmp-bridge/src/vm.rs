@@ -1,36 +1,7 @@
 //! Facts about the VM that a checkpoint records and a restore needs.
 
-use serde_json::{Value, json};
-use thiserror::Error;
-
+use crate::qmp::replies::{CpuInfo, MemoryInfo};
 use crate::qmp::{QemuVersion, Qmp, QmpError};
-
-/// Most machine types accepted from `query-machines`; QEMU 10.0 lists about 130 with all aliases.
-const MAX_MACHINE_TYPES: usize = 4096;
-
-#[derive(Debug, Error)]
-#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
-pub enum MachineTypeError {
-    #[error(transparent)]
-    Qmp(#[from] QmpError),
-    #[error("this QEMU has no machine type `{name}`; see `qemu-system-x86_64 -machine help`")]
-    UnknownType { name: String },
-    #[error("this QEMU has no default machine type; name one with -machine")]
-    NoDefault,
-}
-
-/// One row of `query-machines`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MachineType {
-    /// The versioned name, e.g. `pc-q35-10.0`.
-    pub name: String,
-    /// The short name that means this version in this QEMU, e.g. `q35`.
-    pub alias: Option<String>,
-    /// The id QEMU gives to the main RAM block, which is its name in a migration stream.
-    pub default_ram_id: Option<String>,
-    /// Whether QEMU takes it when no type is named.
-    pub is_default: bool,
-}
 
 /// What runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,24 +50,22 @@ impl VmFacts {
     ///
     /// # Errors
     /// When QEMU does not answer, or lacks something that all supported versions have.
-    pub async fn read(qmp: &Qmp) -> Result<Self, MachineTypeError> {
+    pub async fn read(qmp: &Qmp) -> Result<Self, QmpError> {
         let machine_type = machine_type(qmp).await?;
-        let types = machine_types(qmp).await?;
-        let own = types.iter().find(|known| known.name == machine_type);
-        let cpus = qmp.execute_json("query-cpus-fast", Value::Null).await?;
-        let memory = qmp.execute_json("query-memory-size-summary", Value::Null).await?;
-        let kvm = qmp.execute_json("query-kvm", Value::Null).await?;
-        let migration = qmp.execute_json("query-migrate", Value::Null).await?;
+        let types = qmp.query_machines().await?;
+        let own = types.into_iter().find(|known| known.name == machine_type);
+        let Composition { vcpus, memory, migration_blockers } = Composition::read(qmp).await?;
+        let is_kvm = qmp.query_kvm().await?.enabled;
         Ok(Self {
             qemu: qmp.version().clone(),
-            default_ram_id: own.and_then(|own| own.default_ram_id.clone()),
+            default_ram_id: own.and_then(|own| own.default_ram_id),
             machine_type,
             ram_backend: ram_backend(qmp).await?,
-            vcpus: u32::try_from(cpus.as_array().map_or(0, Vec::len)).unwrap_or(u32::MAX),
-            ram_bytes: memory["base-memory"].as_u64().unwrap_or(0),
-            plugged_bytes: memory["plugged-memory"].as_u64().unwrap_or(0),
-            accelerator: if kvm["enabled"] == true { Accelerator::Kvm } else { Accelerator::Tcg },
-            migration_blockers: strings(&migration["blocked-reasons"]),
+            vcpus: u32::try_from(vcpus.len()).unwrap_or(u32::MAX),
+            ram_bytes: memory.base_memory,
+            plugged_bytes: memory.plugged_memory,
+            accelerator: if is_kvm { Accelerator::Kvm } else { Accelerator::Tcg },
+            migration_blockers,
         })
     }
 }
@@ -104,11 +73,8 @@ impl VmFacts {
 /// What a VM has besides devices, RAM blocks and disks, and can gain or lose while it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Composition {
-    /// QOM path and thread of each vCPU.
-    vcpus: Vec<(String, u64)>,
-    /// Bytes.
-    base_memory: u64,
-    plugged_memory: u64,
+    vcpus: Vec<CpuInfo>,
+    memory: MemoryInfo,
     /// Why QEMU says that this VM cannot be migrated now.
     pub migration_blockers: Vec<String>,
 }
@@ -119,20 +85,10 @@ impl Composition {
     /// # Errors
     /// When QEMU does not answer.
     pub async fn read(qmp: &Qmp) -> Result<Self, QmpError> {
-        let cpus = qmp.execute_json("query-cpus-fast", Value::Null).await?;
-        let memory = qmp.execute_json("query-memory-size-summary", Value::Null).await?;
-        let migration = qmp.execute_json("query-migrate", Value::Null).await?;
-        let vcpu = |row: &Value| {
-            (
-                row["qom-path"].as_str().unwrap_or_default().to_owned(),
-                row["thread-id"].as_u64().unwrap_or(0),
-            )
-        };
         Ok(Self {
-            vcpus: cpus.as_array().into_iter().flatten().map(vcpu).collect(),
-            base_memory: memory["base-memory"].as_u64().unwrap_or(0),
-            plugged_memory: memory["plugged-memory"].as_u64().unwrap_or(0),
-            migration_blockers: strings(&migration["blocked-reasons"]),
+            vcpus: qmp.query_cpus().await?,
+            memory: qmp.query_memory_size().await?,
+            migration_blockers: qmp.query_migration_blockers().await?.blocked_reasons,
         })
     }
 
@@ -146,10 +102,10 @@ impl Composition {
         if self.vcpus != now.vcpus {
             return Some(format!("it has {} vCPUs, and had {}", now.vcpus.len(), self.vcpus.len()));
         }
-        if (self.base_memory, self.plugged_memory) != (now.base_memory, now.plugged_memory) {
+        if self.memory != now.memory {
             return Some(format!(
                 "{} bytes of memory are plugged in, and {} were",
-                now.plugged_memory, self.plugged_memory
+                now.memory.plugged_memory, self.memory.plugged_memory
             ));
         }
         let blocker =
@@ -159,98 +115,20 @@ impl Composition {
 }
 
 async fn machine_type(qmp: &Qmp) -> Result<String, QmpError> {
-    let reply = qom_get(qmp, "/machine", "type").await?;
-    match reply.as_str().and_then(|name| name.strip_suffix("-machine")) {
+    let class: String = qmp.qom_get("/machine", "type").await?;
+    match class.strip_suffix("-machine") {
         Some(name) => Ok(name.into()),
-        None => Err(QmpError::unexpected("qom-get /machine type", "a machine type", &reply)),
+        None => Err(QmpError::unexpected("qom-get /machine type", "a machine type", &class.into())),
     }
 }
 
 /// QEMU answers with a path such as `/objects/pc.ram`; the name without `memory-backend=` is empty
 /// or generated.
 async fn ram_backend(qmp: &Qmp) -> Result<Option<String>, QmpError> {
-    match qom_get(qmp, "/machine", "memory-backend").await {
-        Ok(reply) => {
-            let id =
-                reply.as_str().and_then(|path| path.rsplit('/').next()).filter(|id| !id.is_empty());
-            Ok(id.map(Into::into))
-        }
+    match qmp.qom_get::<String>("/machine", "memory-backend").await {
+        Ok(path) => Ok(path.rsplit('/').next().filter(|id| !id.is_empty()).map(Into::into)),
         // Some VMs (`none`, microvm variants) lack the property.
         Err(error) if error.is_refusal() => Ok(None),
         Err(error) => Err(error),
-    }
-}
-
-pub(crate) async fn qom_get(qmp: &Qmp, path: &str, property: &str) -> Result<Value, QmpError> {
-    qmp.execute_json("qom-get", json!({ "path": path, "property": property })).await
-}
-
-fn strings(value: &Value) -> Vec<String> {
-    let list = value.as_array().map(Vec::as_slice).unwrap_or_default();
-    list.iter().filter_map(|item| item.as_str().map(Into::into)).collect()
-}
-
-/// The machine types of this QEMU; works on a `-machine none` one too, so before the real VM
-/// exists.
-///
-/// # Errors
-/// When QEMU does not answer.
-pub async fn machine_types(qmp: &Qmp) -> Result<Vec<MachineType>, QmpError> {
-    let reply = qmp.execute_json("query-machines", Value::Null).await?;
-    match reply.as_array() {
-        Some(list) if list.len() <= MAX_MACHINE_TYPES => {
-            Ok(list.iter().filter_map(parse_machine_type).collect())
-        }
-        _ => Err(QmpError::unexpected("query-machines", "a list of machine types", &reply)),
-    }
-}
-
-fn parse_machine_type(row: &Value) -> Option<MachineType> {
-    let text = |field: &str| row[field].as_str().map(Into::into);
-    Some(MachineType {
-        name: text("name")?,
-        alias: text("alias"),
-        default_ram_id: text("default-ram-id"),
-        is_default: row["is-default"] == true,
-    })
-}
-
-/// Finds what `-machine name` means: a versioned name, an alias, or the default for `None`.
-///
-/// # Errors
-/// When there is no type of that name, or no default.
-pub fn resolve<'a>(
-    types: &'a [MachineType],
-    name: Option<&str>,
-) -> Result<&'a MachineType, MachineTypeError> {
-    let Some(name) = name else {
-        return types.iter().find(|known| known.is_default).ok_or(MachineTypeError::NoDefault);
-    };
-    let found =
-        types.iter().find(|known| known.name == name || known.alias.as_deref() == Some(name));
-    found.ok_or_else(|| MachineTypeError::UnknownType { name: name.into() })
-}
-
-#[cfg(test)]
-mod test {
-    use super::*;
-
-    #[test]
-    fn aliases_and_the_default_resolve_to_versioned_names() {
-        let rows = json!([
-            {"name": "pc-q35-10.0", "alias": "q35", "default-ram-id": "pc.ram"},
-            {"name": "pc-i440fx-10.0", "alias": "pc", "is-default": true, "default-ram-id": "pc.ram"},
-            {"name": "pc-i440fx-7.2"}, {"no": "name"},
-        ]);
-        let types: Vec<_> =
-            rows.as_array().expect("list").iter().filter_map(parse_machine_type).collect();
-        assert_eq!(types.len(), 3);
-        let name = |wanted| resolve(&types, wanted).map(|found| found.name.clone()).ok();
-        assert_eq!(name(Some("q35")).as_deref(), Some("pc-q35-10.0"));
-        assert_eq!(name(None).as_deref(), Some("pc-i440fx-10.0"));
-        assert_eq!(name(Some("pc-i440fx-7.2")).as_deref(), Some("pc-i440fx-7.2"));
-        assert!(
-            resolve(&types, Some("virt")).is_err_and(|error| error.to_string().contains("`virt`"))
-        );
     }
 }

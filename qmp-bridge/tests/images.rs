@@ -7,7 +7,6 @@ use nix::sys::signal::Signal;
 use qmp_bridge::disks::ImageFormat;
 use qmp_bridge::images::{Backing, BackingMode, ImageError, ImageSpec, ImageWorker, ImageWorkers};
 use qmp_bridge::nbd::{NbdError, ZeroMode};
-use qmp_bridge::vm::{machine_types, resolve};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -24,8 +23,9 @@ async fn images_round_trip() {
         let directory = tempfile::tempdir().expect("directory");
         let at = |name: &str| directory.path().join(name);
         let mut worker = ImageWorker::start(&qemu, directory.path()).await.expect("worker");
-        let types = machine_types(worker.qmp()).await.expect("types");
-        assert!(resolve(&types, Some("q35")).expect("q35").name.starts_with("pc-q35-"));
+        let types = worker.qmp().query_machines().await.expect("types");
+        let q35 = types.iter().find(|known| known.alias.as_deref() == Some("q35"));
+        assert!(q35.expect("q35").name.starts_with("pc-q35-"));
 
         worker.create(&spec(at("base.qcow2"), ImageFormat::Qcow2, None)).await.expect("base");
         let base = worker.open(&at("base.qcow2"), ImageFormat::Qcow2, BackingMode::Chain).await.expect("open");

@@ -28,7 +28,6 @@ use qmp_bridge::resave::ResaveError;
 use qmp_bridge::run_state::{NoGuest, RunStateError};
 use qmp_bridge::stream::StreamError;
 use qmp_bridge::stream_reader::StreamReadError;
-use qmp_bridge::vm::MachineTypeError;
 use qmp_bridge::{JobError, PauseError, QmpError, ServerError};
 use serde::{Deserialize, Serialize};
 use std::error::Error as StdError;
@@ -225,7 +224,7 @@ class_of_cause! {
     EnvelopeError, ManifestError, PackError, LayerError, LineageError, EncodeError, NameError,
     DigestParseError, OtherCheckpoint,
     QmpError, JobError, ServerError, NbdError, DiskError, CaptureError, BadTag, ImageError, NoGuest,
-    RunStateError, PauseError, RamBlockError, HostError, MachineTypeError, MigrationError,
+    RunStateError, PauseError, RamBlockError, HostError, MigrationError,
     LocalMigrationError, StreamReadError, StreamError, DeviceStateError, IncomingError, ResaveError,
 }
 
@@ -315,7 +314,6 @@ mod test {
             LocalMigrationError::Busy { status: text() }.into(),
             QmpError::NoGreeting { path: "x".into(), after: std::time::Duration::ZERO }.into(),
             refused_by_qemu().into(),
-            MachineTypeError::NoDefault.into(),
             TrackerError::TrackedBlock { block: text(), reason: text() }.into(),
             TrackerError::Version { path: "x".into(), plugin: 1, ours: 2 }.into(),
         ];

@@ -11,6 +11,7 @@ use qmp_bridge::disks::{Disk, EmptyDrive};
 use qmp_bridge::qmp::EventWatch;
 use qmp_bridge::ramblock::{self, RamBlock};
 use qmp_bridge::vm::Composition;
+use serde::Deserialize;
 use serde_json::Value;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -121,14 +122,23 @@ impl Inventory {
 
     fn event(&self) -> Option<String> {
         let event = self.watch.since(self.since).into_iter().next()?;
-        let field = |name: &str| event.data[name].as_str().filter(|text| !text.is_empty());
-        let what = field("device").or(field("id")).or(field("path")).unwrap_or("a device");
+        let Subject { device, id, path } = event.members().unwrap_or_default();
+        let mut names = [device, id, path].into_iter().flatten();
+        let what = names.find(|name| !name.is_empty()).unwrap_or_else(|| "a device".to_owned());
         Some(match event.name.as_str() {
             "DEVICE_DELETED" => format!("{what} was unplugged"),
             "DEVICE_TRAY_MOVED" => format!("the tray of {what} was moved"),
             _ => format!("the size of {what} changed"),
         })
     }
+}
+
+/// What an event is of; each kind has one or two of them.
+#[derive(Default, Deserialize)]
+struct Subject {
+    device: Option<String>,
+    id: Option<String>,
+    path: Option<String>,
 }
 
 /// QEMU sends `DEVICE_DELETED` a little after a device has left its list. That of a device which
@@ -144,7 +154,9 @@ async fn wait_for_unplugged(vm: &Vm, devices: &[GuestDevice], watch: &EventWatch
     while !gone.is_empty() && begun.elapsed() < UNPLUG_EVENT {
         tokio::time::sleep(POLL_INTERVAL).await;
         let told = watch.since(begun);
-        gone.retain(|path| !told.iter().any(|event| event.data["path"] == path.as_str()));
+        let unplugged: Vec<String> =
+            told.iter().filter_map(|event| event.members::<Subject>().ok()?.path).collect();
+        gone.retain(|path| !unplugged.contains(path));
     }
 }
 

@@ -12,7 +12,6 @@ use qmp_bridge::local_migration::{self, BitmapMap, Found};
 use qmp_bridge::paused::run_state;
 use qmp_bridge::quirks::Release;
 use qmp_bridge::vm::VmFacts;
-use serde_json::Value;
 use std::path::{Path, PathBuf};
 use vm::error::refused;
 use vm::launch;
@@ -141,7 +140,7 @@ async fn check_vm(vm: &Vm, directory: &Path, monitor: &Path) -> Result<()> {
             "the guest does not run (its state is `{state}`); let it run, then adopt it"
         )));
     }
-    let chardevs = ask(qmp, "query-chardev").await?;
+    let chardevs = qmp.query_chardev().await.context("asking QEMU for its chardevs")?;
     if let Some(client) = sockets::connected(&chardevs, directory, monitor) {
         return Err(refused(format!(
             "{client} has a client, which would be cut off; disconnect it, then adopt the VM"
@@ -151,40 +150,31 @@ async fn check_vm(vm: &Vm, directory: &Path, monitor: &Path) -> Result<()> {
     check_displays(qmp).await
 }
 
-async fn ask(qmp: &Qmp, command: &str) -> Result<Value> {
-    qmp.execute_json(command, Value::Null)
-        .await
-        .with_context(|| format!("asking QEMU by {command}"))
-}
-
 async fn check_blocks(qmp: &Qmp) -> Result<()> {
-    let first = |list: &Value| {
-        list.as_array()
-            .and_then(|list| list.first())
-            .map(|row| row["id"].as_str().unwrap_or("?").to_owned())
-    };
-    if let Some(job) = first(&ask(qmp, "query-jobs").await?) {
+    let jobs = qmp.query_jobs().await.context("asking QEMU for its jobs")?;
+    if let Some(job) = jobs.first() {
         return Err(refused(format!(
-            "job `{job}` runs in QEMU and holds a disk; wait for its end, or cancel it"
+            "job `{}` runs in QEMU and holds a disk; wait for its end, or cancel it",
+            job.id
         )));
     }
-    match first(&ask(qmp, "query-block-exports").await?) {
+    let exports = qmp.query_block_exports().await.context("asking QEMU for its disk exports")?;
+    match exports.first() {
         None => Ok(()),
         Some(export) => Err(refused(format!(
-            "disk export `{export}` would not go along; end it by block-export-del"
+            "disk export `{}` would not go along; end it by block-export-del",
+            export.id
         ))),
     }
 }
 
 /// Displays that the command line does not ask for: QEMU makes one by default where it can.
 async fn check_displays(qmp: &Qmp) -> Result<()> {
-    let is_used =
-        |reply: &Value| reply["clients"].as_array().is_some_and(|clients| !clients.is_empty());
-    for command in ["query-vnc", "query-spice"] {
+    for server in ["vnc", "spice"] {
         // A QEMU without that display does not know the command.
-        if qmp.execute_json(command, Value::Null).await.is_ok_and(|reply| is_used(&reply)) {
+        if qmp.query_display(server).await.is_ok_and(|display| !display.clients.is_empty()) {
             return Err(refused(format!(
-                "the VM's display has a client ({command}), which would be cut off; disconnect it first"
+                "the VM's display has a client (query-{server}), which would be cut off; disconnect it first"
             )));
         }
     }

@@ -2,6 +2,7 @@
 
 use super::line::{Walk, cannot};
 use anyhow::Result;
+use qmp_bridge::qmp::replies::ChardevInfo;
 use serde::{Deserialize, Serialize};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -179,11 +180,10 @@ fn set(mut keys: KeyList, key: &str, value: &str) -> KeyList {
 
 /// Whether a client of the user's is connected to a socket that QEMU serves, as `query-chardev`
 /// tells. `ours` is the monitor that we hold.
-pub fn connected(chardevs: &serde_json::Value, directory: &Path, ours: &Path) -> Option<String> {
-    let rows = chardevs.as_array().into_iter().flatten();
-    let names = rows.filter_map(|row| Some((row["label"].as_str()?, row["filename"].as_str()?)));
-    names
-        .filter_map(|(label, name)| Some((label, name.strip_prefix("unix:")?)))
+pub fn connected(chardevs: &[ChardevInfo], directory: &Path, ours: &Path) -> Option<String> {
+    chardevs
+        .iter()
+        .filter_map(|chardev| Some((&chardev.label, chardev.filename.strip_prefix("unix:")?)))
         .find(|(_, rest)| {
             let path = directory.join(rest.split(',').next().unwrap_or_default());
             rest.contains(",server") && !is_same(&path, ours)
@@ -255,6 +255,7 @@ mod test {
             { "label": "serial0", "filename": "disconnected:unix:/run/s,server=on" },
             { "label": "parallel0", "filename": "vc" },
         ]);
+        let rows: Vec<ChardevInfo> = serde_json::from_value(rows).unwrap();
         assert_eq!(connected(&rows, Path::new("/vm"), Path::new("/vm/q.sock")), None);
         assert!(
             connected(&rows, Path::new("/vm"), Path::new("/vm/other"))

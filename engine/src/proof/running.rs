@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 use qmp_bridge::Qmp;
+use qmp_bridge::paused::run_state;
 use qmp_bridge::qmp::QmpEvent;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -55,13 +56,9 @@ pub async fn watch(qmp: &Qmp, time: Duration) -> Result<Ran> {
         }
     }
     if trouble.is_empty() {
-        let status = qmp
-            .execute_json("query-status", Value::Null)
-            .await
-            .context("asking whether the guest runs")?;
-        if status["running"] != true {
-            trouble
-                .push(format!("the guest is {}", status["status"].as_str().unwrap_or("stopped")));
+        let state = run_state(qmp).await.context("asking whether the guest runs")?;
+        if state != "running" {
+            trouble.push(format!("the guest is {state}"));
         }
     }
     Ok(Ran { time: begun.elapsed(), trouble })

@@ -8,6 +8,7 @@ use super::size_marks::{self, Place};
 use super::{CaptureError, CapturePlaces};
 use crate::disks::Disk;
 use crate::nbd_server;
+use crate::qmp::replies::{BlockDeviceInfo, BlockDirtyInfo};
 use crate::qmp::{Qmp, QmpError};
 
 /// Finest granularity: one page.
@@ -45,26 +46,24 @@ pub struct KeptBitmap {
 
 /// The bitmaps with this tag on all nodes, oldest first.
 pub(super) async fn find(qmp: &Qmp, tag: &BitmapTag) -> Result<Vec<KeptBitmap>, QmpError> {
-    let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
-    let mut found: Vec<KeptBitmap> =
-        nodes.as_array().into_iter().flatten().flat_map(|node| of_node(node, tag)).collect();
+    let nodes = qmp.query_block_nodes().await?;
+    let mut found: Vec<KeptBitmap> = nodes.iter().flat_map(|node| of_node(node, tag)).collect();
     found.sort_by_key(|bitmap| bitmap.since);
     Ok(found)
 }
 
-fn of_node(node: &Value, tag: &BitmapTag) -> Vec<KeptBitmap> {
-    let node_name = node["node-name"].as_str().unwrap_or_default();
-    let bitmap = |row: &Value| {
-        let name = row["name"].as_str()?;
+fn of_node(node: &BlockDeviceInfo, tag: &BitmapTag) -> Vec<KeptBitmap> {
+    let kept = |bitmap: &BlockDirtyInfo| {
+        let name = bitmap.name.as_deref()?;
         Some(KeptBitmap {
-            node: node_name.into(),
+            node: node.node_name.clone(),
             since: names::bitmap_id(tag, name)?,
-            granularity: row["granularity"].as_u64()?,
-            recording: row["recording"] == true,
+            granularity: bitmap.granularity,
+            recording: bitmap.recording,
             name: name.into(),
         })
     };
-    node["dirty-bitmaps"].as_array().into_iter().flatten().filter_map(bitmap).collect()
+    node.dirty_bitmaps.iter().filter_map(kept).collect()
 }
 
 /// Per node: all changes into the oldest bitmap, which records again; the others go. One

@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use super::prepare::{Copying, Session, Target};
 use super::{CaptureError, bitmaps, filter, names, size_marks, storage};
-use crate::jobs::{self, Job};
 use crate::nbd::{NbdClient, NbdError, context};
+use crate::qmp::replies::{JobInfo, JobStatus};
 
 /// What a look at a point-in-time copy reads.
 const PROBE_BYTES: u64 = 512;
@@ -108,7 +108,7 @@ impl CapturedDisks {
     /// When a backup job has failed or ended: its copy is not of the instant any more.
     pub async fn verify(&self) -> Result<(), CaptureError> {
         let qmp = &self.session.qmp;
-        let jobs = jobs::list(qmp).await?;
+        let jobs = qmp.query_jobs().await?;
         for target in &self.session.targets {
             match target.copying {
                 Copying::Job => job_runs(target, &jobs)?,
@@ -228,11 +228,11 @@ fn bitmaps_of(target: &Target) -> Vec<Value> {
     target.base.iter().map(bitmap).collect()
 }
 
-fn job_runs(target: &Target, jobs: &[Job]) -> Result<(), CaptureError> {
+fn job_runs(target: &Target, jobs: &[JobInfo]) -> Result<(), CaptureError> {
     let broken = |why| Err(CaptureError::Broken { node: target.node.clone(), why });
     match jobs.iter().find(|job| job.id == target.names.backup_job()) {
         None => broken("its job ended".into()),
-        Some(job) if job.error.is_some() || job.status != "running" => broken(format!(
+        Some(job) if job.error.is_some() || job.status != JobStatus::Running => broken(format!(
             "its job is {}: {}",
             job.status,
             job.error.as_deref().unwrap_or("no error")

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use super::names::DiskNames;
 use crate::jobs::tolerate_refusal;
+use crate::qmp::replies::{BlockGraph, BlockInfo, GraphEdge};
 use crate::qmp::{Qmp, QmpError};
 
 /// Longest wait of a guest's write for the old content to be saved. QEMU before 9.0 keeps it in 32
@@ -27,40 +28,17 @@ pub(super) const TIMEOUT_SECONDS: u32 = 3;
 
 /// The device of each node that a filter can be put above: its path in QEMU's object tree.
 pub(super) async fn devices(qmp: &Qmp) -> Result<HashMap<String, String>, QmpError> {
-    let block = qmp.execute_json("query-block", Value::Null).await?;
-    let graph = qmp.execute_json("x-debug-query-block-graph", Value::Null).await?;
-    Ok(filterable(&block, &graph))
+    Ok(filterable(&qmp.query_block().await?, &qmp.query_block_graph().await?))
 }
 
-fn rows(value: &Value) -> &[Value] {
-    value.as_array().map(Vec::as_slice).unwrap_or_default()
-}
-
-fn filterable(block: &Value, graph: &Value) -> HashMap<String, String> {
-    let writers = |node: &str| {
-        let id = node_id(graph, node);
-        let writes = |edge: &&Value| {
-            edge["child"] == *id && rows(&edge["perm"]).iter().any(|perm| perm == "write")
-        };
-        rows(&graph["edges"]).iter().filter(writes).count()
+fn filterable(block: &[BlockInfo], graph: &BlockGraph) -> HashMap<String, String> {
+    let writes = |edge: &&GraphEdge| edge.perm.iter().any(|allowed| allowed == "write");
+    let device = |drive: &BlockInfo| {
+        let (node, qdev) = (drive.node()?, drive.qdev.as_deref()?);
+        let writers = graph.above(node).filter(writes).count();
+        (writers <= 1).then(|| (node.to_owned(), path(qdev)))
     };
-    let device = |row: &Value| {
-        Some((row["inserted"]["node-name"].as_str()?.to_owned(), path(row["qdev"].as_str()?)))
-    };
-    let mut found = HashMap::new();
-    for (node, path) in rows(block).iter().filter_map(device) {
-        if writers(&node) <= 1 {
-            found.insert(node, path);
-        }
-    }
-    found
-}
-
-fn node_id<'a>(graph: &'a Value, name: &str) -> &'a Value {
-    let hit = rows(&graph["nodes"])
-        .iter()
-        .find(|node| node["type"] == "block-driver" && node["name"] == name);
-    hit.map_or(&Value::Null, |node| &node["id"])
+    block.iter().filter_map(device).collect()
 }
 
 /// The QOM path of a device: `qdev` is that path, or the device's id.
@@ -102,54 +80,37 @@ pub(super) async fn add_access(qmp: &Qmp, names: &DiskNames) -> Result<(), QmpEr
 /// Whether each of these filters is where it was inserted: once taken out it misses writes and does
 /// not know.
 pub(super) async fn missing(qmp: &Qmp, filters: &[String]) -> Result<Option<String>, QmpError> {
-    let block = qmp.execute_json("query-block", Value::Null).await?;
-    let inserted: Vec<&str> =
-        rows(&block).iter().filter_map(|row| row["inserted"]["node-name"].as_str()).collect();
+    let block = qmp.query_block().await?;
+    let inserted: Vec<&str> = block.iter().filter_map(BlockInfo::node).collect();
     Ok(filters.iter().find(|filter| !inserted.contains(&filter.as_str())).cloned())
 }
 
 /// Takes every filter of ours out again: its device gets the disk's node back. Nothing may stand on
 /// the filters by now.
 pub(super) async fn remove_all(qmp: &Qmp) -> Result<(), QmpError> {
-    let block = qmp.execute_json("query-block", Value::Null).await?;
-    let ours = |row: &&Value| {
-        row["inserted"]["node-name"].as_str().is_some_and(|node| qmp.names().owns(node))
-    };
-    let inserted: Vec<&Value> = rows(&block).iter().filter(ours).collect();
-    if inserted.is_empty() {
+    let block = qmp.query_block().await?;
+    let ours: Vec<(&str, &str)> = block
+        .iter()
+        .filter_map(|drive| Some((drive.node()?, drive.qdev.as_deref()?)))
+        .filter(|(node, _)| qmp.names().owns(node))
+        .collect();
+    if ours.is_empty() {
         return Ok(());
     }
-    let graph = qmp.execute_json("x-debug-query-block-graph", Value::Null).await?;
-    for row in inserted {
-        let (Some(filter), Some(qdev)) =
-            (row["inserted"]["node-name"].as_str(), row["qdev"].as_str())
-        else {
-            continue;
-        };
-        let Some(below) = child(&graph, filter) else { continue };
+    let graph = qmp.query_block_graph().await?;
+    for (filter, qdev) in ours {
+        let Some(below) = graph.child(filter, "file") else { continue };
         tolerate_refusal(set_drive(qmp, &path(qdev), below).await.map(|()| Value::Null))?;
     }
     Ok(())
-}
-
-/// The node that a filter stands on.
-fn child<'a>(graph: &'a Value, filter: &str) -> Option<&'a str> {
-    let id = node_id(graph, filter);
-    let edge = rows(&graph["edges"])
-        .iter()
-        .find(|edge| edge["parent"] == *id && edge["name"] == "file")?;
-    let node = rows(&graph["nodes"])
-        .iter()
-        .find(|node| node["type"] == "block-driver" && node["id"] == edge["child"])?;
-    node["name"].as_str()
 }
 
 #[cfg(test)]
 mod test {
     use super::*;
 
-    fn graph() -> Value {
-        json!({
+    fn graph() -> BlockGraph {
+        let graph = json!({
             "nodes": [
                 { "id": 1, "type": "block-backend", "name": "a" }, { "id": 2, "type": "block-driver", "name": "na" },
                 { "id": 3, "type": "block-driver", "name": "sp-1-0-cbw" }, { "id": 4, "type": "block-backend", "name": "" },
@@ -161,24 +122,26 @@ mod test {
                 { "parent": 1, "child": 5, "name": "root", "perm": ["write"] },
                 { "parent": 4, "child": 5, "name": "root", "perm": ["write", "consistent-read"] },
             ],
-        })
+        });
+        serde_json::from_value(graph).expect("a graph")
     }
 
     #[test]
     fn filter_stands_only_where_one_device_writes() {
         let block = json!([
-            { "device": "a", "qdev": "vda", "inserted": { "node-name": "na" } },
-            { "device": "b", "qdev": "/machine/unattached/device[3]", "inserted": { "node-name": "nb" } },
-            { "device": "c", "inserted": { "node-name": "nc" } },
-            { "device": "d", "qdev": "/machine/x" },
+            { "device": "a", "removable": false, "qdev": "vda", "inserted": { "node-name": "na", "ro": false } },
+            { "device": "b", "removable": false, "qdev": "/machine/unattached/device[3]", "inserted": { "node-name": "nb", "ro": false } },
+            { "device": "c", "removable": false, "inserted": { "node-name": "nc", "ro": false } },
+            { "device": "d", "removable": false, "qdev": "/machine/x" },
         ]);
+        let block: Vec<BlockInfo> = serde_json::from_value(block).expect("a reply");
         let found = filterable(&block, &graph());
         assert_eq!(found, HashMap::from([("na".to_owned(), "/machine/peripheral/vda".to_owned())]));
     }
 
     #[test]
     fn filter_is_replaced_by_what_is_under_it() {
-        assert_eq!(child(&graph(), "sp-1-0-cbw"), Some("na"));
-        assert_eq!(child(&graph(), "nb"), None);
+        assert_eq!(graph().child("sp-1-0-cbw", "file"), Some("na"));
+        assert_eq!(graph().child("nb", "file"), None);
     }
 }

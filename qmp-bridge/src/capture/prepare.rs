@@ -178,14 +178,10 @@ impl PreparedDisks {
     /// When QEMU does not answer, or the overlays' file system cannot be asked.
     pub async fn outlook(&self) -> Result<Outlook, CaptureError> {
         let Session { qmp, plan, targets, .. } = &self.session;
-        let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
+        let nodes = qmp.query_block_nodes().await?;
         let allocated = |target: &Target| {
-            let node = nodes
-                .as_array()
-                .into_iter()
-                .flatten()
-                .find(|node| node["node-name"] == target.node.as_str());
-            let bytes = node.and_then(|node| node["image"]["actual-size"].as_u64());
+            let node = nodes.iter().find(|node| node.node_name == target.node);
+            let bytes = node.and_then(|node| node.image.actual_size);
             bytes.map_or(target.bytes, |bytes| bytes.min(target.bytes))
         };
         let full_bytes = targets.iter().filter(|target| target.base.is_none()).map(allocated).sum();

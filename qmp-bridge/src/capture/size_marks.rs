@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use bytes::Bytes;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::bitmaps::transaction;
 use super::names::{self, BitmapTag, DiskNames};
@@ -21,6 +21,7 @@ use super::{CaptureError, fleecing, storage};
 use crate::fdset::FdSet;
 use crate::jobs::{remove_exports, tolerate_refusal};
 use crate::nbd::NbdClient;
+use crate::qmp::replies::{BlockDeviceInfo, BlockDirtyInfo};
 use crate::qmp::{Qmp, QmpError};
 
 /// Finest granularity of a mark: a sector, by which sizes change.
@@ -73,31 +74,17 @@ pub(super) async fn find(
     qmp: &Qmp,
     tag: &BitmapTag,
 ) -> Result<HashMap<String, Vec<SizeMark>>, QmpError> {
-    let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
-    Ok(parse(&nodes, tag))
-}
-
-fn parse(nodes: &Value, tag: &BitmapTag) -> HashMap<String, Vec<SizeMark>> {
-    let mut found: HashMap<String, Vec<SizeMark>> = HashMap::new();
-    for node in nodes.as_array().into_iter().flatten() {
-        let mark = |row: &Value| {
-            let (checkpoint_id, bytes) = names::parse_size_mark(tag, row["name"].as_str()?)?;
-            let (granularity, count) = (row["granularity"].as_u64()?, row["count"].as_u64()?);
-            Some(SizeMark {
-                checkpoint_id,
-                bytes,
-                granularity,
-                whole: count > 0,
-                name: row["name"].as_str()?.into(),
-            })
-        };
-        let marks: Vec<SizeMark> =
-            node["dirty-bitmaps"].as_array().into_iter().flatten().filter_map(mark).collect();
-        if let (Some(name), false) = (node["node-name"].as_str(), marks.is_empty()) {
-            found.insert(name.into(), marks);
-        }
-    }
-    found
+    let mark = |bitmap: BlockDirtyInfo| {
+        let name = bitmap.name?;
+        let (checkpoint_id, bytes) = names::parse_size_mark(tag, &name)?;
+        let (granularity, whole) = (bitmap.granularity, bitmap.count > 0);
+        Some(SizeMark { checkpoint_id, bytes, granularity, whole, name })
+    };
+    let marks = |node: BlockDeviceInfo| {
+        (node.node_name, node.dirty_bitmaps.into_iter().filter_map(mark).collect())
+    };
+    let all = qmp.query_block_nodes().await?.into_iter().map(marks);
+    Ok(all.filter(|(_, marks): &(_, Vec<SizeMark>)| !marks.is_empty()).collect())
 }
 
 /// What is known of a disk that has `bytes` now and whose bitmap records since checkpoint `since`:

@@ -5,7 +5,7 @@
 //! the same for a finished capture, an aborted one and one whose helper was killed in any phase;
 //! and it can be run again. Nothing with another name is touched.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{CaptureError, filter};
 use crate::fdset;
@@ -59,7 +59,7 @@ async fn end_jobs(qmp: &Qmp) -> Result<usize, CaptureError> {
     let mut looks = Looks::new();
     let mut found = 0;
     loop {
-        let mut ours = jobs::list(qmp).await?;
+        let mut ours = qmp.query_jobs().await?;
         ours.retain(|job| qmp.names().owns(&job.id));
         found = found.max(ours.len());
         if ours.is_empty() {
@@ -97,12 +97,9 @@ async fn nodes(qmp: &Qmp) -> Result<usize, CaptureError> {
 
 /// Name and driver of each block node of ours.
 async fn ours(qmp: &Qmp) -> Result<Vec<(String, String)>, QmpError> {
-    let reply = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
-    let node = |row: &Value| {
-        Some((row["node-name"].as_str()?.to_owned(), row["drv"].as_str()?.to_owned()))
-    };
-    let all = reply.as_array().into_iter().flatten().filter_map(node);
-    Ok(all.filter(|(name, _)| qmp.names().owns(name)).collect())
+    let mut nodes = qmp.query_block_nodes().await?;
+    nodes.retain(|node| qmp.names().owns(&node.node_name));
+    Ok(nodes.into_iter().map(|node| (node.node_name, node.drv)).collect())
 }
 
 async fn delete(qmp: &Qmp, node: &str) -> Result<(), QmpError> {

@@ -6,12 +6,10 @@
 //! is touched.
 
 mod drivers;
-mod graph;
 mod survey;
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
 use thiserror::Error;
 
 use crate::qmp::{Qmp, QmpError};
@@ -207,7 +205,7 @@ pub enum Medium {
 /// # Errors
 /// When QEMU does not answer.
 pub async fn survey(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Vec<Drive>, QmpError> {
-    let block = qmp.execute_json("query-block", Value::Null).await?;
+    let block = qmp.query_block().await?;
     Ok(Survey::of(qmp, qemu_cwd).await?.drives(&block))
 }
 
@@ -216,7 +214,7 @@ pub async fn survey(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Vec<Drive>, Qm
 /// # Errors
 /// When a drive is no disk that a checkpoint can hold, or QEMU does not answer.
 pub async fn list(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Disks, DiskError> {
-    let block = qmp.execute_json("query-block", Value::Null).await?;
+    let block = qmp.query_block().await?;
     refuse_jobs(qmp).await?;
     let disks = Survey::of(qmp, qemu_cwd).await?.read(&block)?;
     refuse_unsafe_iothreads(qmp, &disks).await?;
@@ -229,15 +227,10 @@ pub async fn list(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Disks, DiskError
 /// # Errors
 /// When a job of another client runs, or QEMU does not answer.
 pub async fn refuse_jobs(qmp: &Qmp) -> Result<(), DiskError> {
-    let jobs = qmp.execute_json("query-block-jobs", Value::Null).await?;
-    let id = |job: &Value| job["device"].as_str().unwrap_or_default().to_owned();
-    let foreign = jobs.as_array().into_iter().flatten().find(|job| !qmp.names().owns(&id(job)));
-    match foreign {
+    let jobs = qmp.query_block_jobs().await?;
+    match jobs.into_iter().find(|job| !qmp.names().owns(&job.device)) {
         None => Ok(()),
-        Some(job) => Err(DiskError::Job {
-            job: id(job),
-            kind: job["type"].as_str().unwrap_or("?").to_owned(),
-        }),
+        Some(job) => Err(DiskError::Job { job: job.device, kind: job.r#type }),
     }
 }
 
@@ -258,15 +251,14 @@ pub async fn unsafe_iothread(qmp: &Qmp) -> Result<Option<String>, QmpError> {
     if !qmp.version().has(aborts) {
         return Ok(None);
     }
-    let threads = qmp.execute_json("query-iothreads", Value::Null).await?;
     // Which disk is in which thread cannot be asked in general, so any thread counts.
-    let thread = threads.as_array().and_then(|threads| threads.first());
-    Ok(thread.map(|thread| {
+    let threads = qmp.query_iothreads().await?;
+    Ok(threads.first().map(|thread| {
         format!(
             "QEMU {} has iothread `{}`, and before {} its NBD server can abort QEMU when a disk is in one; \
              run without `-object iothread` or with a newer QEMU",
             qmp.version(),
-            thread["id"].as_str().unwrap_or("?"),
+            thread.id,
             aborts.changed_in(),
         )
     }))

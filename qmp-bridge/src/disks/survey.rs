@@ -4,61 +4,24 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde::Deserialize;
 
-use super::graph::Graph;
 use super::{
     BackingImage, Disk, DiskError, Disks, Drive, EmptyDrive, ImageFormat, MAX_BACKING_DEPTH,
     Medium, Qcow2Layout, drivers,
 };
 use crate::names::ObjectNames;
+use crate::qmp::replies::{BlockDeviceInfo, BlockGraph, BlockInfo, FormatSpecific, ImageInfo};
 use crate::qmp::{Qmp, QmpError};
 
 /// Filters on one another above a disk.
 const MAX_FILTERS: usize = 16;
 
-/// A node as `query-named-block-nodes` describes it.
-#[derive(Debug, Clone)]
-struct NodeInfo {
-    driver: String,
-    /// What QEMU calls it: a path, or `json:{…}` with all options where a path cannot say what it
-    /// is.
-    file: String,
-    virtual_size: u64,
-    read_only: bool,
-    encrypted: bool,
-    layout: Option<Qcow2Layout>,
-}
-
-fn node_info(node: &Value) -> NodeInfo {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    NodeInfo {
-        driver: text(&node["drv"]),
-        file: text(&node["file"]),
-        virtual_size: node["image"]["virtual-size"].as_u64().unwrap_or(0),
-        read_only: node["ro"] == true,
-        encrypted: node["encrypted"] == true,
-        layout: layout(&node["image"]),
-    }
-}
-
-fn layout(image: &Value) -> Option<Qcow2Layout> {
-    let data = &image["format-specific"]["data"];
-    Some(Qcow2Layout {
-        cluster_size: image["cluster-size"].as_u64()?,
-        compat: data["compat"].as_str()?.to_owned(),
-        lazy_refcounts: data["lazy-refcounts"] == true,
-        refcount_bits: u32::try_from(data["refcount-bits"].as_u64()?).ok()?,
-        extended_l2: data["extended-l2"] == true,
-        compression: data["compression-type"].as_str().unwrap_or("zlib").to_owned(),
-    })
-}
-
 pub(super) struct Survey<'a> {
     /// In QEMU's order.
     names: Vec<String>,
-    nodes: HashMap<String, NodeInfo>,
-    graph: Graph,
+    nodes: HashMap<String, BlockDeviceInfo>,
+    graph: BlockGraph,
     qemu_cwd: Option<&'a Path>,
     /// How a capture of this VM's instance names what it has in QEMU.
     own: ObjectNames,
@@ -66,21 +29,21 @@ pub(super) struct Survey<'a> {
 
 impl<'a> Survey<'a> {
     pub(super) async fn of(qmp: &Qmp, qemu_cwd: Option<&'a Path>) -> Result<Self, QmpError> {
-        let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
-        let graph = qmp.execute_json("x-debug-query-block-graph", Value::Null).await?;
-        Ok(Self { own: qmp.names().clone(), ..Self::new(&nodes, &graph, qemu_cwd) })
+        let (nodes, graph) = (qmp.query_block_nodes().await?, qmp.query_block_graph().await?);
+        Ok(Self { own: qmp.names().clone(), ..Self::new(nodes, graph, qemu_cwd) })
     }
 
-    pub(super) fn new(nodes: &Value, graph: &Value, qemu_cwd: Option<&'a Path>) -> Self {
-        let list = nodes.as_array().map(Vec::as_slice).unwrap_or_default();
-        let named = list
-            .iter()
-            .filter_map(|node| Some((node["node-name"].as_str()?.to_owned(), node_info(node))));
-        let (names, nodes) = named.map(|(name, info)| (name.clone(), (name, info))).unzip();
-        Self { names, nodes, graph: Graph::parse(graph), qemu_cwd, own: ObjectNames::of("") }
+    pub(super) fn new(
+        nodes: Vec<BlockDeviceInfo>,
+        graph: BlockGraph,
+        qemu_cwd: Option<&'a Path>,
+    ) -> Self {
+        let names = nodes.iter().map(|node| node.node_name.clone()).collect();
+        let nodes = nodes.into_iter().map(|node| (node.node_name.clone(), node)).collect();
+        Self { names, nodes, graph, qemu_cwd, own: ObjectNames::of("") }
     }
 
-    pub(super) fn read(&self, block: &Value) -> Result<Disks, DiskError> {
+    pub(super) fn read(&self, block: &[BlockInfo]) -> Result<Disks, DiskError> {
         let mut result = Disks { unused: self.unused(), ..Disks::default() };
         for drive in self.drives(block) {
             match drive.disk? {
@@ -92,19 +55,17 @@ impl<'a> Survey<'a> {
         Ok(result)
     }
 
-    pub(super) fn drives(&self, block: &Value) -> Vec<Drive> {
-        block.as_array().into_iter().flatten().map(|drive| self.drive(drive)).collect()
+    pub(super) fn drives(&self, block: &[BlockInfo]) -> Vec<Drive> {
+        block.iter().map(|drive| self.drive(drive)).collect()
     }
 
-    fn drive(&self, drive: &Value) -> Drive {
-        let device = device_name(drive);
-        let qdev = drive["qdev"].as_str().map(str::to_owned);
-        let is_named = drive["device"].as_str().is_some_and(|name| !name.is_empty());
-        let disk = match drive["inserted"]["node-name"].as_str() {
+    fn drive(&self, drive: &BlockInfo) -> Drive {
+        let (device, qdev) = (device_name(drive), drive.qdev.clone());
+        let is_named = !drive.device.is_empty();
+        let disk = match &drive.inserted {
             None => Ok(Medium::None(EmptyDrive { device: device.clone(), qdev, is_named })),
-            Some(node) => self.disk(device.clone(), node).and_then(|disk| {
-                let removable = drive["removable"] == true && qdev.is_some();
-                let read_only = drive["inserted"]["ro"] == true;
+            Some(medium) => self.disk(device.clone(), &medium.node_name).and_then(|disk| {
+                let (removable, read_only) = (drive.removable && qdev.is_some(), medium.ro);
                 on_files(Disk { read_only, removable, qdev, is_named, ..disk }).map(Medium::Disk)
             }),
         };
@@ -114,7 +75,8 @@ impl<'a> Survey<'a> {
     /// Nodes that neither a device nor another node uses. What a capture of ours has in QEMU is
     /// none of the VM's.
     fn unused(&self) -> Vec<(String, Result<Disk, DiskError>)> {
-        let is_unused = |name: &&String| !self.graph.is_used(name) && !self.own.owns(name);
+        let is_unused =
+            |name: &&String| self.graph.above(name).next().is_none() && !self.own.owns(name);
         let unused = self.names.iter().filter(is_unused);
         unused
             .map(|name| (name.clone(), self.disk(name.clone(), name).and_then(on_files)))
@@ -126,14 +88,14 @@ impl<'a> Survey<'a> {
         let top = self.image(&device, &node)?;
         let info = self.node(&device, &node)?;
         Ok(Disk {
-            read_only: self.node(&device, root)?.read_only,
+            read_only: self.node(&device, root)?.ro,
             format: top.format,
             file: top.file,
             is_device: top.is_device,
-            virtual_size: info.virtual_size,
+            virtual_size: info.image.virtual_size,
             backing: self.chain(&device, &node)?,
             removable: false,
-            layout: info.layout.clone().filter(|_| top.format == ImageFormat::Qcow2),
+            layout: layout(&info.image).filter(|_| top.format == ImageFormat::Qcow2),
             root: root.into(),
             name: node.clone(),
             node,
@@ -147,7 +109,7 @@ impl<'a> Survey<'a> {
     fn below_filters(&self, device: &str, root: &str) -> Result<String, DiskError> {
         let mut node = root.to_owned();
         for _ in 0..MAX_FILTERS {
-            let driver = self.node(device, &node)?.driver.as_str();
+            let driver = self.node(device, &node)?.drv.as_str();
             // Copying before write is ours where it has a name of ours.
             if !drivers::is_transparent(driver) && !self.own.owns(&node) {
                 break;
@@ -174,7 +136,7 @@ impl<'a> Survey<'a> {
         Ok(layers)
     }
 
-    fn node(&self, device: &str, node: &str) -> Result<&NodeInfo, DiskError> {
+    fn node(&self, device: &str, node: &str) -> Result<&BlockDeviceInfo, DiskError> {
         let missing = || DiskError::Inconsistent {
             device: device.into(),
             why: format!("node `{node}` is not listed"),
@@ -189,10 +151,9 @@ impl<'a> Survey<'a> {
         if info.encrypted {
             return Err(refuse(drivers::ENCRYPTED.into()));
         }
-        let (format, storage) = match info.driver.as_str() {
+        let (format, storage) = match info.drv.as_str() {
             "qcow2" | "raw" => {
-                let format =
-                    if info.driver == "raw" { ImageFormat::Raw } else { ImageFormat::Qcow2 };
+                let format = if info.drv == "raw" { ImageFormat::Raw } else { ImageFormat::Qcow2 };
                 (format, self.storage(device, node)?)
             }
             "file" | "host_device" => (ImageFormat::Raw, info),
@@ -201,25 +162,25 @@ impl<'a> Survey<'a> {
         if self.graph.child(node, "data-file").is_some() {
             return Err(refuse(drivers::DATA_FILE.into()));
         }
-        if !matches!(storage.driver.as_str(), "file" | "host_device") {
-            return Err(refuse(drivers::refusal(&storage.driver)));
+        if !matches!(storage.drv.as_str(), "file" | "host_device") {
+            return Err(refuse(drivers::refusal(&storage.drv)));
         }
         if let Some(why) = slice(info, storage) {
             return Err(refuse(why));
         }
         let file = self.path(device, &storage.file)?;
-        let is_device = storage.driver == "host_device";
+        let is_device = storage.drv == "host_device";
         Ok(BackingImage {
             file,
             format,
             node: node.into(),
-            virtual_size: info.virtual_size,
+            virtual_size: info.image.virtual_size,
             is_device,
         })
     }
 
     /// The node under a format node, below a throttle filter if there is one.
-    fn storage(&self, device: &str, node: &str) -> Result<&NodeInfo, DiskError> {
+    fn storage(&self, device: &str, node: &str) -> Result<&BlockDeviceInfo, DiskError> {
         let below = self.graph.child(node, "file").ok_or_else(|| DiskError::Unsupported {
             device: device.into(),
             why: format!("node `{node}` has no file under it"),
@@ -276,30 +237,67 @@ fn shared(disk: &Disk) -> DiskError {
     DiskError::Unsupported { device: disk.device.clone(), why }
 }
 
+/// What cannot be read is taken for a part.
+const UNKNOWN_OFFSET: u64 = 1;
+
+/// The options of a raw node, as QEMU writes them.
+#[derive(Deserialize)]
+struct RawOptions {
+    /// Not there for the beginning of the file.
+    offset: Option<Offset>,
+}
+
+/// Text where the user wrote a list of keys.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Offset {
+    Number(u64),
+    Text(String),
+}
+
+impl Offset {
+    fn bytes(self) -> u64 {
+        match self {
+            Self::Number(bytes) => bytes,
+            Self::Text(text) => text.parse().unwrap_or(UNKNOWN_OFFSET),
+        }
+    }
+}
+
 /// Why a raw node is not the file under it: `offset` or `size` show a part. QEMU calls such a node
 /// by all its options.
-fn slice(info: &NodeInfo, storage: &NodeInfo) -> Option<String> {
-    if info.driver != "raw" {
+fn slice(info: &BlockDeviceInfo, storage: &BlockDeviceInfo) -> Option<String> {
+    if info.drv != "raw" {
         return None;
     }
-    let number = |value: &Value| value.as_u64().or_else(|| value.as_str()?.parse().ok());
-    let said = info
-        .file
-        .strip_prefix("json:")
-        .map(|text| serde_json::from_str(text).unwrap_or(Value::Null));
-    let offset = said
-        .as_ref()
-        .map_or(0, |said| number(&said["offset"]).unwrap_or(u64::from(said.is_null())));
-    if offset == 0 && info.virtual_size == storage.virtual_size {
+    let (size, of) = (info.image.virtual_size, storage.image.virtual_size);
+    let offset = match info.file.strip_prefix("json:").map(serde_json::from_str) {
+        None => 0,
+        Some(Ok(RawOptions { offset })) => offset.map_or(0, Offset::bytes),
+        Some(Err(_)) => UNKNOWN_OFFSET,
+    };
+    if offset == 0 && size == of {
         return None;
     }
     Some(format!(
-        "its raw image is a part (offset={offset}, size={}) of a file of {} bytes ({}); copy that part into an image of its own",
-        info.virtual_size, storage.virtual_size, storage.file
+        "its raw image is a part (offset={offset}, size={size}) of a file of {of} bytes ({}); copy that part into an image of its own",
+        storage.file
     ))
 }
 
-fn device_name(drive: &Value) -> String {
-    let named = |field: &str| drive[field].as_str().filter(|name| !name.is_empty());
-    named("device").or_else(|| named("qdev")).unwrap_or("unnamed").into()
+fn device_name(drive: &BlockInfo) -> String {
+    let mut names = [Some(drive.device.as_str()), drive.qdev.as_deref()].into_iter().flatten();
+    names.find(|name| !name.is_empty()).unwrap_or("unnamed").into()
+}
+
+fn layout(image: &ImageInfo) -> Option<Qcow2Layout> {
+    let Some(FormatSpecific::Qcow2(qcow2)) = &image.format_specific else { return None };
+    Some(Qcow2Layout {
+        cluster_size: image.cluster_size?,
+        compat: qcow2.compat.clone(),
+        lazy_refcounts: qcow2.lazy_refcounts,
+        refcount_bits: qcow2.refcount_bits,
+        extended_l2: qcow2.extended_l2,
+        compression: qcow2.compression_type.clone(),
+    })
 }

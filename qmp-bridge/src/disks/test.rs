@@ -1,18 +1,25 @@
 //! Replies as QEMU gives them, shortened to the fields that count.
 
-use serde_json::json;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 
 use super::*;
+use crate::qmp::replies::{BlockDeviceInfo, BlockGraph};
 
-fn node(name: &str, driver: &str, file: &str) -> Value {
-    json!({"node-name": name, "drv": driver, "file": file, "encrypted": false, "image": {"virtual-size": 1 << 20}})
+fn reply<T: DeserializeOwned>(reply: Value) -> T {
+    serde_json::from_value(reply).expect("a reply")
 }
 
 fn is_unsupported(error: &DiskError) -> bool {
     matches!(error, DiskError::Unsupported { .. })
 }
 
-fn graph(edges: &[(&str, &str, &str)]) -> Value {
+fn node(name: &str, driver: &str, file: &str) -> BlockDeviceInfo {
+    reply(json!({"node-name": name, "drv": driver, "file": file, "ro": false, "encrypted": false,
+                 "image": {"virtual-size": 1 << 20}}))
+}
+
+fn graph(edges: &[(&str, &str, &str)]) -> BlockGraph {
     let mut names: Vec<&str> =
         edges.iter().flat_map(|(parent, _, child)| [*parent, *child]).collect();
     names.sort_unstable();
@@ -24,13 +31,18 @@ fn graph(edges: &[(&str, &str, &str)]) -> Value {
         .collect();
     let edges: Vec<Value> = edges
         .iter()
-        .map(|(p, name, c)| json!({"parent": id(p), "name": name, "child": id(c)}))
+        .map(|(p, name, c)| json!({"parent": id(p), "name": name, "child": id(c), "perm": []}))
         .collect();
-    json!({"nodes": nodes, "edges": edges})
+    reply(json!({"nodes": nodes, "edges": edges}))
 }
 
-fn survey(nodes: &[Value], edges: &[(&str, &str, &str)], block: Value) -> Result<Disks, DiskError> {
-    Survey::new(&Value::Array(nodes.to_vec()), &graph(edges), Some(Path::new("/vm"))).read(&block)
+fn survey(
+    nodes: &[BlockDeviceInfo],
+    edges: &[(&str, &str, &str)],
+    block: Value,
+) -> Result<Disks, DiskError> {
+    let block: Vec<_> = reply(block);
+    Survey::new(nodes.to_vec(), graph(edges), Some(Path::new("/vm"))).read(&block)
 }
 
 fn drive(node: &str) -> Value {
@@ -87,12 +99,13 @@ fn a_bare_file_node_is_raw_and_an_empty_drive_is_no_disk() {
 #[test]
 fn a_survey_tells_each_drive_by_itself() {
     let block = json!([
-        {"device": "bad", "inserted": {"node-name": "n", "ro": false}},
-        {"device": "good", "inserted": {"node-name": "f", "ro": false}},
+        {"device": "bad", "removable": false, "inserted": {"node-name": "n", "ro": false}},
+        {"device": "good", "removable": false, "inserted": {"node-name": "f", "ro": false}},
         {"device": "cd", "removable": true},
     ]);
-    let nodes = json!([node("n", "vvfat", "fat:/x"), node("f", "file", "/x.img")]);
-    let drives = Survey::new(&nodes, &graph(&[]), None).drives(&block);
+    let nodes = vec![node("n", "vvfat", "fat:/x"), node("f", "file", "/x.img")];
+    let block: Vec<_> = reply(block);
+    let drives = Survey::new(nodes, graph(&[]), None).drives(&block);
     let has_disk =
         |drive: &Drive| drive.disk.as_ref().map(|medium| matches!(medium, Medium::Disk(_))).ok();
     let told: Vec<_> =
@@ -126,7 +139,7 @@ fn what_cannot_come_back_is_refused_with_a_reason() {
             vec![("n", "file", "f"), ("n", "data-file", "f")],
             "data file",
         ),
-        (vec![json!({"node-name": "n", "drv": "qcow2", "encrypted": true})], vec![], "encrypted"),
+        (vec![BlockDeviceInfo { encrypted: true, ..node("n", "qcow2", "") }], vec![], "encrypted"),
     ];
     for (nodes, edges, reason) in cases {
         let error = survey(&nodes, &edges, drive("n")).expect_err(reason);
@@ -139,7 +152,11 @@ fn what_cannot_come_back_is_refused_with_a_reason() {
 
 #[test]
 fn slice_of_a_file_is_refused_wherever_it_is() {
-    let part = |options: &str, size: u64| json!({"node-name": "n", "drv": "raw", "file": format!("json:{options}"), "image": {"virtual-size": size}});
+    let part = |options: &str, size: u64| {
+        let mut part = node("n", "raw", &format!("json:{options}"));
+        part.image.virtual_size = size;
+        part
+    };
     let whole = 1 << 20;
     let cases = [
         (r#"{"driver":"raw","offset":65536,"size":4096,"file":{}}"#, 4096, true),
@@ -178,7 +195,8 @@ fn block_device_is_a_disk_and_no_layer() {
     let edges = [("top", "file", "tf"), ("top", "backing", "d")];
     let found = survey(&nodes, &edges, drive("d")).expect("a writable one");
     assert!(found.disks[0].is_device && found.disks[0].format == ImageFormat::Raw);
-    let read_only = json!([{"device": "d", "inserted": {"node-name": "d", "ro": true}}]);
+    let read_only =
+        json!([{"device": "d", "removable": false, "inserted": {"node-name": "d", "ro": true}}]);
     for block in [read_only, drive("top")] {
         let error = survey(&nodes, &edges, block).expect_err("a layer on a device");
         assert!(is_unsupported(&error) && error.to_string().contains("/dev/vg/d"), "{error}");
@@ -227,8 +245,7 @@ fn unused_node_is_listed_apart() {
 fn image_that_two_disks_have_is_one_disk_or_refused() {
     let nodes = [node("d", "file", "a"), node("top", "qcow2", "t"), node("tf", "file", "t")];
     let edges = [("top", "file", "tf"), ("top", "backing", "d")];
-    let row =
-        |node: &str, ro: bool| json!({"device": node, "inserted": {"node-name": node, "ro": ro}});
+    let row = |node: &str, ro: bool| json!({"device": node, "removable": false, "inserted": {"node-name": node, "ro": ro}});
     let twice = survey(&nodes, &edges, json!([row("d", false), row("d", false)])).expect("disks");
     assert_eq!(twice.disks.len(), 1);
     assert!(survey(&nodes, &edges, json!([row("d", true), row("top", false)])).is_ok());

@@ -54,7 +54,8 @@ impl Fake {
             "query-block-exports" | "query-named-block-nodes" => return Ok(json!([])),
             "query-commands" => return Ok(json!([{ "name": "blockdev-set-active" }])),
             "qom-list" => {
-                return Ok(self.objects.iter().map(|name| json!({ "name": name })).collect());
+                let object = |name| json!({ "name": name, "type": "child<throttle-group>" });
+                return Ok(self.objects.iter().map(object).collect());
             }
             "migrate-set-capabilities" => {
                 for row in arguments["capabilities"].as_array().expect("list") {

@@ -118,9 +118,6 @@ pub(crate) async fn remove_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpErro
 }
 
 pub(crate) async fn marker_present(qmp: &Qmp, marker: &str) -> Result<bool, QmpError> {
-    let objects = qmp.execute_json("qom-list", json!({ "path": "/objects" })).await?;
     let id = qmp.names().name(marker);
-    Ok(objects
-        .as_array()
-        .is_some_and(|list| list.iter().any(|object| object["name"] == id.as_str())))
+    Ok(qmp.qom_list("/objects").await?.iter().any(|object| object.name == id))
 }

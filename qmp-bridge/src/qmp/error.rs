@@ -29,8 +29,8 @@ pub enum QmpError {
     Closed { command: String, why: String },
     #[error("QEMU refused {command}: {description}")]
     Refused { command: String, class: qapi::ErrorClass, description: String },
-    #[error("QEMU's reply to {command} has an unknown form: {source}")]
-    Reply { command: String, source: serde_json::Error },
+    #[error("what QEMU says to {command} has an unknown form at `{field}`: {source}")]
+    Reply { command: String, field: String, source: serde_json::Error },
     #[error("QEMU's reply to {command} should hold {wanted} but is {got}")]
     Unexpected { command: String, wanted: String, got: String },
 }

@@ -14,12 +14,13 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio::task::JoinHandle;
 
+use super::replies::{Greeting, VersionTriple};
 use super::watch::{EventWatch, Seen};
 use super::{EVENT_QUEUE, QemuVersion, QmpError, QmpEvent};
 
@@ -480,25 +481,20 @@ fn garbled(body: &RefusalBody) -> String {
 async fn read_greeting(lines: &mut Lines) -> Result<QemuVersion, String> {
     for _ in 0..MAX_LINES_BEFORE_GREETING {
         let line = lines.next().await?;
-        let message: Value = serde_json::from_slice(&line)
+        let mut message: Map<String, Value> = serde_json::from_slice(&line)
             .map_err(|error| format!("its greeting is not JSON: {error}"))?;
-        if message.get("QMP").is_some() {
-            return parse_greeting(&message);
+        if let Some(greeting) = message.remove("QMP") {
+            let greeting: Greeting = serde_json::from_value(greeting)
+                .map_err(|error| format!("its greeting names no version: {error}"))?;
+            return Ok(greeting.into());
         }
     }
     Err("it does not greet".into())
 }
 
-fn parse_greeting(greeting: &Value) -> Result<QemuVersion, String> {
-    let version = &greeting["QMP"]["version"];
-    let number = |field: &str| {
-        let number = version["qemu"][field].as_u64().and_then(|n| u32::try_from(n).ok());
-        number.ok_or_else(|| format!("its greeting has no version number `{field}`"))
-    };
-    Ok(QemuVersion {
-        major: number("major")?,
-        minor: number("minor")?,
-        micro: number("micro")?,
-        package: version["package"].as_str().unwrap_or_default().into(),
-    })
+impl From<Greeting> for QemuVersion {
+    fn from(greeting: Greeting) -> Self {
+        let VersionTriple { major, minor, micro } = greeting.version.qemu;
+        Self { major, minor, micro, package: greeting.version.package }
+    }
 }

@@ -18,13 +18,8 @@ const UNNUMBERED: &str = "stillpoint-at-";
 
 /// To be called before a tracker is used.
 pub async fn claim(qmp: &Qmp, runtime: &RuntimeDir, file: &VmFile) -> Result<()> {
-    let objects = qmp
-        .execute_json("qom-list", json!({ "path": "/objects" }))
-        .await
-        .context("asking QEMU for its objects")?;
-    let names =
-        objects.as_array().into_iter().flatten().filter_map(|object| object["name"].as_str());
-    let names: Vec<&str> = names.collect();
+    let objects = qmp.qom_list("/objects").await.context("asking QEMU for its objects")?;
+    let names: Vec<&str> = objects.iter().map(|object| object.name.as_str()).collect();
     let own = digest(runtime, file);
     let signs: Vec<Sign> = names.iter().filter_map(|name| Sign::parse(name)).collect();
     if is_last(&signs, &own) && !names.iter().any(|name| is_unnumbered(name)) {

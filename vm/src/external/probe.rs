@@ -15,9 +15,9 @@ use procfs::process::FDTarget;
 use qmp_bridge::Qmp;
 use qmp_bridge::disks;
 use qmp_bridge::migration::{self, Support};
+use qmp_bridge::qmp::replies::{FdsetInfo, MachineType};
 use qmp_bridge::ramblock::{self, RamBlock};
-use qmp_bridge::vm::{MachineType, VmFacts, machine_types};
-use serde_json::Value;
+use qmp_bridge::vm::VmFacts;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -57,12 +57,9 @@ impl Probe {
             .await
             .map_err(|error| not_built(&process).unwrap_or_else(|| error.into()));
         let facts = facts.context("asking QEMU what VM it runs")?;
-        let types = machine_types(&qmp).await.context("asking QEMU for its machine types")?;
+        let types = qmp.query_machines().await.context("asking QEMU for its machine types")?;
         let blocks = ramblock::ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?;
-        let sets = qmp
-            .execute_json("query-fdsets", Value::Null)
-            .await
-            .context("asking QEMU for its descriptors")?;
+        let sets = qmp.query_fdsets().await.context("asking QEMU for its descriptors")?;
         let fd_paths = fd_paths(&sets, process.pid);
         Ok(Self { process, monitor: monitor.to_owned(), qmp, facts, types, blocks, fd_paths })
     }
@@ -154,15 +151,14 @@ fn not_built(process: &QemuProcess) -> Option<anyhow::Error> {
 }
 
 /// `/dev/fdset/N` by the file that the first descriptor of the set is.
-fn fd_paths(sets: &Value, pid: u32) -> HashMap<String, PathBuf> {
-    let path = |set: &Value| {
-        let descriptor = i32::try_from(set["fds"][0]["fd"].as_u64()?).ok()?;
+fn fd_paths(sets: &[FdsetInfo], pid: u32) -> HashMap<String, PathBuf> {
+    let path = |set: &FdsetInfo| {
+        let descriptor = set.fds.first()?.fd;
         let FDTarget::Path(file) = process::open(pid).ok()?.fd_from_fd(descriptor).ok()?.target
         else {
             return None;
         };
-        (!file.starts_with("/dev"))
-            .then(|| Some((format!("/dev/fdset/{}", set["fdset-id"].as_u64()?), file)))?
+        (!file.starts_with("/dev")).then(|| (format!("/dev/fdset/{}", set.fdset_id), file))
     };
-    sets.as_array().into_iter().flatten().filter_map(path).collect()
+    sets.iter().filter_map(path).collect()
 }

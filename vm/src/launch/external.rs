@@ -10,13 +10,14 @@ use super::arguments::QemuOption;
 use super::form::Form;
 use super::host_specific::{self, Dropped, Hold, Manager};
 use super::normalize::{self, Normalized};
-use super::qemu_binary::{MachineType, QemuFacts};
+use super::qemu_binary::QemuFacts;
 use super::unsupported::{self, Rules};
 use super::{accelerator, arguments, memory, readconfig};
 use crate::error::{explain, refused};
 use anyhow::{Context, Result};
+use qmp_bridge::qmp::replies::MachineType;
 use qmp_bridge::ramblock::RamBlock;
-use qmp_bridge::vm::{self, VmFacts};
+use qmp_bridge::vm::VmFacts;
 use std::path::PathBuf;
 
 /// The VM behind a strange command line.
@@ -45,7 +46,7 @@ const NETWORK: &[&str] = &["net", "netdev", "nic", "nodefaults"];
 /// What QEMU itself says of its VM.
 pub(crate) struct Said<'a> {
     pub facts: &'a VmFacts,
-    pub types: &'a [vm::MachineType],
+    pub types: &'a [MachineType],
     pub blocks: &'a [RamBlock],
 }
 
@@ -124,16 +125,7 @@ fn config_gone(error: anyhow::Error) -> anyhow::Error {
 }
 
 fn facts(said: &Said<'_>) -> QemuFacts {
-    let vm = |known: &vm::MachineType| MachineType {
-        name: known.name.clone(),
-        alias: known.alias.clone(),
-        is_default: known.is_default,
-        default_ram_id: known.default_ram_id.clone(),
-    };
-    QemuFacts {
-        version: said.facts.qemu.to_string(),
-        machine_types: said.types.iter().map(vm).collect(),
-    }
+    QemuFacts { version: said.facts.qemu.to_string(), machine_types: said.types.to_vec() }
 }
 
 /// That the command line is the VM's that runs: a restore is built from the one and filled from the

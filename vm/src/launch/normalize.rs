@@ -199,8 +199,9 @@ fn numbered(number: usize, taken: &mut HashSet<String>) -> String {
 #[cfg(test)]
 mod test {
     use super::super::arguments::{parse, words};
-    use super::super::qemu_binary::{MachineType, QemuFacts};
+    use super::super::qemu_binary::QemuFacts;
     use super::*;
+    use qmp_bridge::qmp::replies::MachineType;
 
     fn facts() -> QemuFacts {
         let vm = |name: &str, alias: Option<&str>, is_default| MachineType {

@@ -5,9 +5,12 @@
 use crate::cache;
 use crate::error::{explain, refused, usage};
 use anyhow::{Context, Result, anyhow, bail};
+use qmp_bridge::qmp::QemuVersion;
+use qmp_bridge::qmp::replies::{Greeting, MachineType};
 use qmp_bridge::said;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -20,6 +23,9 @@ const MAX_ANSWER_BYTES: u64 = 4 << 20;
 /// It answers within 100 ms; a loaded host may need longer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Facts in another form, of earlier versions, are in `qemu`.
+const CACHE: &str = "qemu-facts";
+
 /// What a QEMU program says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QemuFacts {
@@ -28,19 +34,6 @@ pub struct QemuFacts {
     /// The machine types that it has.
     #[serde(rename = "machines")]
     pub machine_types: Vec<MachineType>,
-}
-
-/// One of them.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MachineType {
-    /// Its versioned name.
-    pub name: String,
-    /// Its other name.
-    pub alias: Option<String>,
-    /// Whether it is taken when none is named.
-    pub is_default: bool,
-    /// The name of its main memory's RAM block.
-    pub default_ram_id: Option<String>,
 }
 
 impl QemuFacts {
@@ -85,11 +78,11 @@ pub fn probe(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
         ours.ctime().cast_unsigned(),
     ];
     let key = format!("{}-{identity:?}", binary.display());
-    if let Some(facts) = cache::load::<QemuFacts>("qemu", &key) {
+    if let Some(facts) = cache::load::<QemuFacts>(CACHE, &key) {
         return Ok(facts);
     }
     let facts = ask(binary, plugin)?;
-    cache::save("qemu", &key, &facts);
+    cache::save(CACHE, &key, &facts);
     Ok(facts)
 }
 
@@ -157,10 +150,10 @@ fn converse(mut child: Child) -> Result<QemuFacts> {
 }
 
 fn interview(input: &mut impl Write, lines: &mut impl BufRead) -> Result<QemuFacts> {
-    let greeting = answer(lines, "QMP")?;
-    ask_one(input, lines, "qmp_capabilities")?;
-    let types = ask_one(input, lines, "query-machines")?;
-    Ok(QemuFacts { version: version(&greeting)?, machine_types: machine_types(&types)? })
+    let greeting: Greeting = answer(lines, "QMP").context("reading QEMU's greeting")?;
+    ask_one::<IgnoredAny>(input, lines, "qmp_capabilities")?;
+    let machine_types = ask_one(input, lines, "query-machines")?;
+    Ok(QemuFacts { version: QemuVersion::from(greeting).to_string(), machine_types })
 }
 
 fn refuse(binary: &Path, said: &str, error: &anyhow::Error) -> anyhow::Error {
@@ -177,49 +170,54 @@ fn refuse(binary: &Path, said: &str, error: &anyhow::Error) -> anyhow::Error {
     ))
 }
 
-fn ask_one(input: &mut impl Write, lines: &mut impl BufRead, command: &str) -> Result<Value> {
+fn ask_one<T: DeserializeOwned>(
+    input: &mut impl Write,
+    lines: &mut impl BufRead,
+    command: &str,
+) -> Result<T> {
     writeln!(input, "{{\"execute\":\"{command}\"}}")
         .with_context(|| format!("sending {command}"))?;
     answer(lines, "return").with_context(|| format!("waiting for the answer to {command}"))
 }
 
 /// The next message that has `key`; events in between are passed over.
-fn answer(lines: &mut impl BufRead, key: &str) -> Result<Value> {
+fn answer<T: DeserializeOwned>(lines: &mut impl BufRead, key: &str) -> Result<T> {
     let mut line = String::new();
     loop {
         line.clear();
         if lines.read_line(&mut line).context("reading QMP")? == 0 {
             bail!("it ended before it answered");
         }
-        let mut message: Value = serde_json::from_str(&line)
+        let mut message: Map<String, Value> = serde_json::from_str(&line)
             .with_context(|| format!("QMP answer is no JSON: {line}"))?;
         if let Some(error) = message.get("error") {
             bail!("it answered {error}");
         }
-        if let Some(value) = message.get_mut(key) {
-            return Ok(value.take());
+        if let Some(value) = message.remove(key) {
+            return serde_json::from_value(value).context("the answer has an unknown form");
         }
     }
 }
 
-fn version(greeting: &Value) -> Result<String> {
-    let part = |name: &str| greeting["version"]["qemu"][name].as_u64();
-    match (part("major"), part("minor"), part("micro")) {
-        (Some(major), Some(minor), Some(micro)) => Ok(format!("{major}.{minor}.{micro}")),
-        _ => bail!("QEMU's greeting names no version: {greeting}"),
-    }
-}
+#[cfg(test)]
+mod test {
+    use super::*;
 
-fn machine_types(list: &Value) -> Result<Vec<MachineType>> {
-    let list = list.as_array().context("query-machines answered no list")?;
-    let text = |vm: &Value, key: &str| vm[key].as_str().map(str::to_owned);
-    let types = list.iter().filter_map(|vm| {
-        Some(MachineType {
-            name: text(vm, "name")?,
-            alias: text(vm, "alias"),
-            is_default: vm["is-default"].as_bool().unwrap_or(false),
-            default_ram_id: text(vm, "default-ram-id"),
-        })
-    });
-    Ok(types.collect())
+    #[test]
+    fn machine_type_aliases_and_the_default_resolve_to_versioned_names() {
+        let lines = r#"{"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}}}
+            {"return": {}}
+            {"event": "STOP"}
+            {"return": [{"name": "pc-q35-10.0", "alias": "q35", "default-ram-id": "pc.ram"},
+             {"name": "pc-i440fx-10.0", "alias": "pc", "is-default": true, "default-ram-id": "pc.ram"},
+             {"name": "pc-i440fx-7.2"}]}"#;
+        let lines = lines.replace(",\n", ",");
+        let facts = interview(&mut Vec::new(), &mut lines.as_bytes()).unwrap();
+        assert_eq!((facts.version.as_str(), facts.machine_types.len()), ("10.0.2", 3));
+        let name = |wanted| facts.machine_type(wanted).map(|found| found.name.clone()).ok();
+        assert_eq!(name(Some("q35")).as_deref(), Some("pc-q35-10.0"));
+        assert_eq!(name(None).as_deref(), Some("pc-i440fx-10.0"));
+        assert_eq!(name(Some("pc-i440fx-7.2")).as_deref(), Some("pc-i440fx-7.2"));
+        assert!(facts.machine_type(Some("virt")).unwrap_err().to_string().contains("'virt'"));
+    }
 }

@@ -47,7 +47,7 @@ impl Case<'_> {
             accelerator: self.accelerator,
             migration_blockers: Vec::new(),
         };
-        let known = |name: &str, alias: Option<&str>, is_default| vm::MachineType {
+        let known = |name: &str, alias: Option<&str>, is_default| MachineType {
             name: name.to_owned(),
             alias: alias.map(str::to_owned),
             default_ram_id: Some("pc.ram".to_owned()),

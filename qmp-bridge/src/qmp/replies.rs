@@ -1,0 +1,552 @@
+//! What QEMU's replies hold, as far as it is read: each command once, with the type of its reply.
+//!
+//! The types have QEMU's names, so that its documentation of QMP is found by them. Fields that are
+//! not read are not here, so a QEMU that has more of them, or other ones, is understood. A field
+//! that is missing or of another type is an error; an `Option` says what its absence means. Words
+//! of enumerations stay text where they are only compared or shown: QEMU gets new ones.
+
+use std::fmt;
+use std::time::Instant;
+
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Value, json};
+
+use super::{Qmp, QmpError, QmpEvent};
+
+/// Commands without arguments.
+macro_rules! queries {
+    ($($(#[$doc:meta])* $name:ident: $command:literal => $reply:ty;)*) => {
+        impl Qmp { $(
+            $(#[$doc])*
+            ///
+            /// # Errors
+            /// As for [`Self::execute`].
+            pub async fn $name(&self) -> Result<$reply, QmpError> {
+                self.query($command, Value::Null).await
+            }
+        )* }
+    };
+}
+
+queries! {
+    /// The devices that can have a medium.
+    query_block: "query-block" => Vec<BlockInfo>;
+    /// Exports of block nodes, of whatever kind.
+    query_block_exports: "query-block-exports" => Vec<BlockExportInfo>;
+    /// Jobs on block devices.
+    query_block_jobs: "query-block-jobs" => Vec<BlockJobInfo>;
+    /// How block nodes, devices and jobs stand on one another.
+    query_block_graph: "x-debug-query-block-graph" => BlockGraph;
+    /// Character devices.
+    query_chardev: "query-chardev" => Vec<ChardevInfo>;
+    /// The virtual CPUs.
+    query_cpus: "query-cpus-fast" => Vec<CpuInfo>;
+    /// Descriptors that QEMU holds under file names.
+    query_fdsets: "query-fdsets" => Vec<FdsetInfo>;
+    /// Threads for I/O.
+    query_iothreads: "query-iothreads" => Vec<IothreadInfo>;
+    /// All jobs.
+    query_jobs: "query-jobs" => Vec<JobInfo>;
+    /// Whether KVM is used.
+    query_kvm: "query-kvm" => KvmInfo;
+    /// The machine types that this QEMU can build.
+    query_machines: "query-machines" => Vec<MachineType>;
+    /// The sizes of the VM's memory.
+    query_memory_size: "query-memory-size-summary" => MemoryInfo;
+    /// Why the VM cannot be migrated, if it cannot.
+    query_migration_blockers: "query-migrate" => MigrationBlockers;
+    /// The run state.
+    query_status: "query-status" => StatusInfo;
+}
+
+impl Qmp {
+    /// Every block node that has a name, without the chain below it.
+    ///
+    /// # Errors
+    /// As for [`Self::execute`].
+    pub async fn query_block_nodes(&self) -> Result<Vec<BlockDeviceInfo>, QmpError> {
+        self.query("query-named-block-nodes", json!({ "flat": true })).await
+    }
+
+    /// The members of an object of QEMU's object tree.
+    ///
+    /// # Errors
+    /// As for [`Self::execute`].
+    pub async fn qom_list(&self, path: &str) -> Result<Vec<ObjectPropertyInfo>, QmpError> {
+        self.query("qom-list", json!({ "path": path })).await
+    }
+
+    /// A property of an object of QEMU's object tree.
+    ///
+    /// # Errors
+    /// As for [`Self::execute`].
+    pub async fn qom_get<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        property: &str,
+    ) -> Result<T, QmpError> {
+        self.query("qom-get", json!({ "path": path, "property": property })).await
+    }
+
+    /// The run state, and when the reply was read: events of a later time came after it.
+    pub(crate) async fn query_status_timed(&self) -> Result<(StatusInfo, Instant), QmpError> {
+        let (reply, at) = self.execute_timed("query-status", Value::Null).await?;
+        Ok((parse("query-status", reply)?, at))
+    }
+
+    /// The clients of a display server: `vnc` or `spice`. A QEMU without that display refuses.
+    ///
+    /// # Errors
+    /// As for [`Self::execute`].
+    pub async fn query_display(&self, server: &str) -> Result<DisplayInfo, QmpError> {
+        self.query(&format!("query-{server}"), Value::Null).await
+    }
+}
+
+impl QmpEvent {
+    /// Its members.
+    ///
+    /// # Errors
+    /// When one of them is missing or of another type.
+    pub fn members<T: DeserializeOwned>(&self) -> Result<T, QmpError> {
+        parse(&self.name, self.data.clone())
+    }
+}
+
+/// Reads what QEMU says to a command, or with an event.
+pub(crate) fn parse<T: DeserializeOwned>(command: &str, reply: Value) -> Result<T, QmpError> {
+    serde_path_to_error::deserialize(reply).map_err(|error| QmpError::Reply {
+        command: command.into(),
+        field: error.path().to_string(),
+        source: error.into_inner(),
+    })
+}
+
+/// What a monitor says first.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Greeting {
+    /// QEMU's version.
+    pub version: VersionInfo,
+}
+
+/// QEMU's version.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct VersionInfo {
+    /// Its numbers.
+    pub qemu: VersionTriple,
+    /// The distributor's suffix.
+    pub package: String,
+}
+
+/// The numbers of a version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[expect(missing_docs, reason = "the numbers of a version, in their order")]
+pub struct VersionTriple {
+    pub major: u32,
+    pub minor: u32,
+    pub micro: u32,
+}
+
+/// A device that can have a medium.
+#[derive(Debug, Clone, Deserialize)]
+pub struct BlockInfo {
+    /// The id of its `-drive`; empty where it has none.
+    pub device: String,
+    /// Its id, or its path in the object tree; none of a drive without a device.
+    pub qdev: Option<String>,
+    /// Whether its medium can be changed.
+    pub removable: bool,
+    /// Its medium; none where it is empty.
+    pub inserted: Option<Medium>,
+}
+
+impl BlockInfo {
+    /// The node that it has.
+    pub fn node(&self) -> Option<&str> {
+        self.inserted.as_ref().map(|medium| medium.node_name.as_str())
+    }
+}
+
+/// The node that a device has.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Medium {
+    /// Its name.
+    pub node_name: String,
+    /// Whether it can only be read.
+    pub ro: bool,
+}
+
+/// A block node.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockDeviceInfo {
+    /// Its name.
+    pub node_name: String,
+    /// Its driver.
+    pub drv: String,
+    /// What QEMU calls it: a path, or `json:{…}` with all options where a path cannot say what it
+    /// is.
+    pub file: String,
+    /// Whether it can only be read.
+    pub ro: bool,
+    /// Whether its content is encrypted.
+    pub encrypted: bool,
+    /// What it shows.
+    pub image: ImageInfo,
+    /// Bitmaps on it; not there where it has none.
+    #[serde(default)]
+    pub dirty_bitmaps: Vec<BlockDirtyInfo>,
+}
+
+/// The image of a node.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ImageInfo {
+    /// What a reader sees, in bytes.
+    pub virtual_size: u64,
+    /// Bytes that it takes; none where the host cannot say.
+    pub actual_size: Option<u64>,
+    /// Bytes of a cluster; none of a format that has none.
+    pub cluster_size: Option<u64>,
+    /// What only this format has; none of some formats.
+    pub format_specific: Option<FormatSpecific>,
+}
+
+/// What only one image format has.
+#[derive(Debug, Clone)]
+pub enum FormatSpecific {
+    /// Of a qcow2 image.
+    Qcow2(Qcow2Info),
+    /// Of another format, by its name.
+    Other(String),
+}
+
+impl<'de> Deserialize<'de> for FormatSpecific {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        struct Tagged {
+            r#type: String,
+            data: Value,
+        }
+        let Tagged { r#type, data } = Tagged::deserialize(deserializer)?;
+        match r#type.as_str() {
+            "qcow2" => Qcow2Info::deserialize(data).map(Self::Qcow2).map_err(D::Error::custom),
+            _ => Ok(Self::Other(r#type)),
+        }
+    }
+}
+
+/// How a qcow2 image is laid out.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Qcow2Info {
+    /// `0.10` or `1.1`.
+    pub compat: String,
+    /// Whether refcounts are written late; not there, as a `0.10` cannot.
+    #[serde(default)]
+    pub lazy_refcounts: bool,
+    /// Width of a refcount.
+    pub refcount_bits: u32,
+    /// Whether L2 entries have subclusters; not there, as a `0.10` cannot.
+    #[serde(default)]
+    pub extended_l2: bool,
+    /// `zlib` or `zstd`.
+    pub compression_type: String,
+}
+
+/// A dirty bitmap.
+#[derive(Debug, Clone, Deserialize)]
+pub struct BlockDirtyInfo {
+    /// Its name; none of QEMU's own.
+    pub name: Option<String>,
+    /// Bytes per bit.
+    pub granularity: u64,
+    /// Bytes that are marked.
+    pub count: u64,
+    /// Whether it records now.
+    pub recording: bool,
+    /// Whether a job or an export has it.
+    pub busy: bool,
+    /// Whether its image keeps it.
+    pub persistent: bool,
+    /// Whether it lost its truth; not there where it did not.
+    #[serde(default)]
+    pub inconsistent: bool,
+}
+
+/// How nodes stand on one another. Devices and jobs are nodes of it too: parents, but none that
+/// has a name among block nodes.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[expect(missing_docs, reason = "a graph's nodes and edges")]
+pub struct BlockGraph {
+    pub nodes: Vec<GraphNode>,
+    pub edges: Vec<GraphEdge>,
+}
+
+/// A node of the graph.
+#[derive(Debug, Clone, Deserialize)]
+pub struct GraphNode {
+    /// What edges call it.
+    pub id: u64,
+    /// `block-driver` for a block node.
+    pub r#type: String,
+    /// Its name, or that of a device or job.
+    pub name: String,
+}
+
+/// One node above another.
+#[derive(Debug, Clone, Deserialize)]
+pub struct GraphEdge {
+    /// The upper node's id.
+    pub parent: u64,
+    /// The lower node's id.
+    pub child: u64,
+    /// What the lower one is to the upper: `file`, `backing`, `root`.
+    pub name: String,
+    /// What the upper one may do with the lower: `write` and others.
+    pub perm: Vec<String>,
+}
+
+impl BlockGraph {
+    /// A block node's id.
+    pub fn id(&self, node: &str) -> Option<u64> {
+        self.drivers().find(|known| known.name == node).map(|known| known.id)
+    }
+
+    /// The block node below another by an edge of this name.
+    pub fn child(&self, parent: &str, edge: &str) -> Option<&str> {
+        let parent = self.id(parent)?;
+        let below = self.edges.iter().find(|known| known.parent == parent && known.name == edge)?;
+        self.drivers().find(|node| node.id == below.child).map(|node| node.name.as_str())
+    }
+
+    /// What is above a block node, whatever it is.
+    pub fn above(&self, node: &str) -> impl Iterator<Item = &GraphEdge> {
+        let id = self.id(node);
+        self.edges.iter().filter(move |edge| Some(edge.child) == id)
+    }
+
+    /// The block nodes; the others are devices and jobs.
+    pub fn drivers(&self) -> impl Iterator<Item = &GraphNode> {
+        self.nodes.iter().filter(|node| node.r#type == "block-driver")
+    }
+}
+
+/// An export of a block node.
+#[derive(Debug, Clone, Deserialize)]
+pub struct BlockExportInfo {
+    /// Its id.
+    pub id: String,
+    /// `nbd` or another kind.
+    pub r#type: String,
+}
+
+/// A job on a block device.
+#[derive(Debug, Clone, Deserialize)]
+pub struct BlockJobInfo {
+    /// The job's id.
+    pub device: String,
+    /// `mirror`, `commit` or another kind.
+    pub r#type: String,
+}
+
+/// A job.
+#[derive(Debug, Clone, Deserialize)]
+pub struct JobInfo {
+    /// Its id.
+    pub id: String,
+    /// `create`, `backup` or another kind.
+    pub r#type: String,
+    /// How far it is.
+    pub status: JobStatus,
+    /// Why it failed; none while it runs, and when it did not.
+    pub error: Option<String>,
+}
+
+/// How far a job is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum JobStatus {
+    /// At work.
+    Running,
+    /// Over, and waits to be dismissed.
+    Concluded,
+    /// On its way out.
+    Aborting,
+    /// Gone.
+    Null,
+    /// By QEMU's word.
+    #[serde(untagged)]
+    Other(String),
+}
+
+/// QEMU's word.
+impl fmt::Display for JobStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+/// A character device.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ChardevInfo {
+    /// Its id.
+    pub label: String,
+    /// What is behind it, in QEMU's words.
+    pub filename: String,
+}
+
+/// A virtual CPU.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CpuInfo {
+    /// Its path in the object tree.
+    pub qom_path: String,
+    /// Its thread's id.
+    pub thread_id: u64,
+}
+
+/// A server of displays.
+#[derive(Debug, Clone, Deserialize)]
+pub struct DisplayInfo {
+    /// Connected ones (SPICE calls them channels); not there while the server does not run.
+    #[serde(default, alias = "channels")]
+    pub clients: Vec<serde::de::IgnoredAny>,
+}
+
+/// Descriptors under one file name.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FdsetInfo {
+    /// N of `/dev/fdset/N`.
+    pub fdset_id: u64,
+    /// The descriptors.
+    pub fds: Vec<FdsetFdInfo>,
+}
+
+/// A descriptor of a set.
+#[derive(Debug, Clone, Deserialize)]
+pub struct FdsetFdInfo {
+    /// Its number in QEMU.
+    pub fd: i32,
+    /// What its giver called it; none where it was given no name.
+    pub opaque: Option<String>,
+}
+
+/// The set that a descriptor was put into.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct AddfdInfo {
+    pub(crate) fdset_id: u64,
+}
+
+/// A thread for I/O.
+#[derive(Debug, Clone, Deserialize)]
+pub struct IothreadInfo {
+    /// Its object's id.
+    pub id: String,
+}
+
+/// Whether KVM is used.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub struct KvmInfo {
+    /// It is.
+    pub enabled: bool,
+}
+
+/// A machine type that a QEMU can build.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MachineType {
+    /// The versioned name, e.g. `pc-q35-10.0`.
+    pub name: String,
+    /// The short name that means this version in this QEMU, e.g. `q35`; none of older versions.
+    pub alias: Option<String>,
+    /// The id QEMU gives to the main RAM block, which is its name in a migration stream; none of a
+    /// type that has no such block.
+    pub default_ram_id: Option<String>,
+    /// Whether QEMU takes it when no type is named; not there where it does not.
+    #[serde(default)]
+    pub is_default: bool,
+}
+
+/// The sizes of the VM's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MemoryInfo {
+    /// Bytes, without hot-plugged modules.
+    pub base_memory: u64,
+    /// Hot-plugged bytes; not there in a QEMU that cannot plug memory.
+    #[serde(default)]
+    pub plugged_memory: u64,
+}
+
+/// Why the VM cannot be migrated.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationBlockers {
+    /// Not there where it can.
+    #[serde(default)]
+    pub blocked_reasons: Vec<String>,
+}
+
+/// A member of an object of QEMU's object tree.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ObjectPropertyInfo {
+    /// Its name.
+    pub name: String,
+    /// Its type; `child<TYPE>` for an object.
+    pub r#type: String,
+}
+
+/// The run state.
+#[derive(Debug, Clone, Deserialize)]
+pub struct StatusInfo {
+    /// QEMU's name of it.
+    pub status: String,
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn reply_with_a_missing_or_malformed_field_names_command_and_field() {
+        let read = |reply: Value| parse::<Vec<BlockInfo>>("query-block", reply);
+        let error = |reply: Value| read(reply).expect_err("an error").to_string();
+        let missing = error(json!([{ "device": "a", "inserted": null }]));
+        assert!(missing.contains("query-block") && missing.contains("`removable`"), "{missing}");
+        let medium = json!({ "node-name": 7, "ro": true });
+        let malformed = error(json!([{ "device": "a", "removable": true, "inserted": medium }]));
+        assert!(malformed.contains("[0].inserted.node-name"), "{malformed}");
+        let more = json!([{ "device": "a", "removable": true, "of-the-future": {} }]);
+        assert!(read(more).expect("unknown fields are ignored")[0].inserted.is_none());
+    }
+
+    #[test]
+    fn reply_keeps_words_that_are_unknown() {
+        let job = |status: &str| {
+            let row = json!({ "id": "j", "type": "new", "status": status });
+            parse::<JobInfo>("query-jobs", row).expect("a job").status
+        };
+        assert_eq!(job("concluded"), JobStatus::Concluded);
+        assert_eq!(job("of-the-future"), JobStatus::Other("of-the-future".into()));
+        assert_eq!(job("of-the-future").to_string(), "of-the-future");
+        assert_eq!(JobStatus::Aborting.to_string(), "aborting");
+    }
+
+    #[test]
+    fn image_of_another_format_is_no_qcow2() {
+        let image = |specific: Value| {
+            let reply = json!({ "virtual-size": 1, "format-specific": specific });
+            parse::<ImageInfo>("query-named-block-nodes", reply)
+        };
+        let file = json!({ "type": "file", "data": { "extent-size-hint": 1 } });
+        let other = image(file).expect("an image").format_specific;
+        assert!(matches!(other, Some(FormatSpecific::Other(name)) if name == "file"));
+        let damaged = image(json!({ "type": "qcow2", "data": { "refcount-bits": 16 } }));
+        assert!(damaged.expect_err("no compat").to_string().contains("`compat`"));
+    }
+}
