@@ -1,119 +1,135 @@
-//! Phase `acknowledge`, and its counterpart `abort`: who owns the dirty bits after the checkpoint.
+//! Phase `acknowledge`, and how a checkpoint ends that has no such phase: who owns the dirty bits
+//! after it.
 
-use super::Checkpointer;
+use super::base::{Base, History};
+use super::buffers::Buffers;
 use super::carried::{self, Carried, MOST_KEPT, WORTH_KEEPING};
-use super::outcome::{Kind, Outcome, milliseconds};
-use super::prepare::Run;
-use anyhow::Result;
-use checkpoint_format::{CheckpointId, CheckpointIdentity, PageCount};
-use checkpoint_store::Durable;
-use std::sync::Arc;
+use super::delta::Space;
+use super::outcome::{Outcome, Phases};
+use super::source::{Claimed, FailedDisks};
+use super::staging::Staging;
+use super::underway::{Durable, Failed, Stored, Unchanged};
+use super::{Checkpointer, Report};
+use anyhow::Error;
+use checkpoint_format::{CheckpointId, PageCount};
+use dirty_tracker::DirtyClaim;
+use std::time::Duration;
+use tokio::time::Instant;
 use tracing::instrument;
+use vm::inventory::unchanged;
 use vm::memory_source::Engine;
 
 /// Staging memory that stays between checkpoints, already faulted in.
 const KEPT_STAGING: PageCount = PageCount((16 << 20) / 4096);
 
+/// How long a checkpoint that has failed continues storing what was read for it, which counts for
+/// the next one: the packs under way at 1 MiB a second.
+const UPLOAD_GRACE: Duration = Duration::from_secs(60);
+
 impl Checkpointer {
     /// The checkpoint is durable; nothing that fails here can undo that.
     #[instrument(name = "acknowledge", level = "debug", skip_all)]
-    pub(super) async fn acknowledge(
-        &mut self,
-        run: &mut Run,
-        durable: Durable,
-        identity: CheckpointIdentity,
-    ) {
-        let receipt = durable.receipt();
-        if let Some(claim) = run.claim.take()
-            && let Err(error) = claim.acknowledge(receipt)
-        {
-            tracing::error!(%error, "the next checkpoint looks at these pages again");
+    pub(super) async fn acknowledge(&mut self, durable: Durable, phases: &mut Phases) -> Outcome {
+        let begun = Instant::now();
+        let Durable { underway, receipt, identity, buffers, claimed, outcome } = durable;
+        let Claimed { claim, disks } = claimed;
+        let receipt = receipt.receipt();
+        if let Some(Err(error)) = claim.map(|claim| claim.acknowledge(receipt)) {
+            tracing::error!(%error, "the next checkpoint compares these pages again");
         }
-        if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
-            base.spaces = delta.acknowledge();
-            // A stream leaves the tracker's marks alone: what they count from is older, so they
-            // hold more than is needed.
-            base.is_exact |= run.engine == Engine::Tracker;
-            self.marks = Some(base.advance(identity));
-        }
-        if let Some(captured) = run.captured.take()
-            && let Err(error) = captured.acknowledge(receipt).await
-        {
+        let mut history = underway.history;
+        // A stream leaves the tracker's marks alone: what they count from is older, so they hold
+        // more than is needed.
+        history.is_exact |= underway.engine == Engine::Tracker;
+        let marks = history.advance(identity);
+        self.marks = Some(marks);
+        self.keep(history, buffers.acknowledge());
+        if let Err(error) = disks.acknowledge(receipt).await {
             // Older bits than needed stay: the next checkpoint reads more than it must, and stores
             // what differs.
             tracing::warn!(%error, "the disks' old bitmaps were not dropped");
         }
-        if let Some(marks) = self.marks
-            && let Err(error) = self.vm.runtime.set_marks(marks)
-        {
+        if let Err(error) = self.vm.runtime.set_marks(marks) {
             tracing::warn!(
                 error = format!("{error:#}"),
                 "a later helper will compare all memory and all disks once"
             );
         }
-        self.staging.clear(KEPT_STAGING);
+        phases.since("acknowledge", begun);
+        outcome
     }
 
-    /// Nothing differs from the parent: no checkpoint is made, and what was looked at is given
-    /// back, to be looked at again.
-    pub(super) async fn unchanged(
-        &mut self,
-        run: &mut Run,
-        parent: CheckpointId,
-    ) -> Result<Outcome> {
-        let outcome = Outcome {
-            id: parent,
-            parent: Some(parent),
-            kind: Kind::Unchanged,
-            pause_ms: milliseconds(run.pause),
-            passes: run.brief_stops.len() as u32,
-            brief_stops_ms: run.brief_stops.iter().copied().map(milliseconds).collect(),
-            pages_dirty: run.pages_dirty.0,
-            engine: run.engine.name().to_owned(),
-            run_state: run.run_state.name().to_owned(),
-            ..Outcome::default()
-        };
-        if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
-            base.spaces = delta.acknowledge();
-            // The tracker holds the pages that were restored, so it is exact from here on.
-            base.is_exact |= run.engine == Engine::Tracker;
-            self.marks = base.marks().or(self.marks);
-        }
-        self.restore_claimed(run).await;
-        Ok(outcome)
+    /// Nothing differs from the parent: what was looked at is given back, to be looked at again.
+    pub(super) async fn give_back(&mut self, same: Unchanged) -> Outcome {
+        let Unchanged { underway, buffers, claimed, outcome } = same;
+        let mut history = underway.history;
+        // The tracker holds the pages that are restored, so it is exact from here on.
+        history.is_exact |= underway.engine == Engine::Tracker;
+        self.marks = history.marks().or(self.marks);
+        self.keep(history, buffers.acknowledge());
+        restore(claimed.claim, Some(FailedDisks::Captured(claimed.disks))).await;
+        outcome
     }
 
-    /// The checkpoint failed: everything that it claimed is dirty again, for the next one.
-    pub(super) async fn abort(&mut self, mut run: Run) {
-        if let (Some(base), Some(delta)) = (&mut self.base, run.delta.take()) {
-            base.spaces = delta.fail();
+    /// A checkpoint has failed, in whichever phase: everything that it claimed is dirty again, for
+    /// the next one, and what it stored counts for that. Returns why it failed.
+    pub(super) async fn fail(&mut self, failed: Failed, report: &Report) -> Error {
+        let Failed { error, underway, store, buffers, claim, disks } = failed;
+        // The guest and its disks first: the store may take its time.
+        restore(claim, disks).await;
+        report.say("storing what was read", 0, 0);
+        let (error, stored) = store.end(error, UPLOAD_GRACE).await;
+        self.keep_failed(underway.history, buffers);
+        if let Some(stored) = stored {
+            self.keep_or_remove(stored, underway.parent).await;
         }
-        self.restore_claimed(&mut run).await;
-        run.resumed = None;
-        let packs = run.packs();
-        let Some(partial) = run.partial.take().and_then(|partial| Arc::try_unwrap(partial).ok())
-        else {
-            return;
-        };
-        let is_worth_it = carried::bytes(&packs) >= WORTH_KEEPING && packs.len() <= MOST_KEPT;
-        if run.may_carry && is_worth_it {
-            self.carried = Some(Carried { kept: partial.keep(), packs, parent: run.parent });
+        let error = self.with_carried(error);
+        // The disks may be restored in the background.
+        self.is_clean = false;
+        match underway.inventory.change(&self.vm).await {
+            None => error,
+            change => {
+                tracing::info!(
+                    error = format!("{error:#}"),
+                    "what was noticed first of a change of the VM"
+                );
+                unchanged(change).err().unwrap_or(error)
+            }
+        }
+    }
+
+    fn keep_failed(&mut self, history: History, buffers: Option<Buffers>) {
+        match buffers {
+            Some(buffers) => self.keep(history, buffers.fail()),
+            None => tracing::warn!(
+                "a task that panicked had the digest tables; they are read from the store again"
+            ),
+        }
+    }
+
+    /// For the next checkpoint.
+    fn keep(&mut self, history: History, (mut staging, spaces): (Staging, Vec<Space>)) {
+        staging.clear(KEPT_STAGING);
+        self.staging = staging;
+        self.base = Some(Base { history, spaces });
+    }
+
+    async fn keep_or_remove(&mut self, stored: Stored, parent: Option<CheckpointId>) {
+        let Stored { partial, packs, .. } = stored;
+        if carried::bytes(&packs) >= WORTH_KEEPING && packs.len() <= MOST_KEPT {
+            self.carried = Some(Carried { kept: partial.keep(), packs, parent });
         } else if let Err(error) = partial.abort().await {
             tracing::warn!(%error, "a partial checkpoint is left in the store; the next one removes it");
         }
     }
+}
 
-    /// Restores what the checkpoint claimed of memory and disks. Idempotent.
-    pub(super) async fn restore_claimed(&mut self, run: &mut Run) {
-        drop(run.claim.take());
-        let disks = match (run.captured.take(), run.prepared.take()) {
-            (Some(captured), _) => captured.restore().await,
-            (None, Some(prepared)) => prepared.discard().await,
-            (None, None) => Ok(()),
-        };
-        if let Err(error) = disks {
-            tracing::warn!(%error, "the disks' dirty bitmaps were not restored; the next checkpoint restores them");
-        }
-        self.staging.clear(KEPT_STAGING);
+/// Restores what a checkpoint claimed of memory and disks.
+async fn restore(claim: Option<DirtyClaim>, disks: Option<FailedDisks>) {
+    drop(claim);
+    if let Some(disks) = disks
+        && let Err(error) = disks.restore().await
+    {
+        tracing::warn!(%error, "the disks' dirty bitmaps were not restored; the next checkpoint restores them");
     }
 }

@@ -22,13 +22,19 @@ const STATE_TABLE: ByteLen = ByteLen(256 << 10);
 /// The layers below each writable disk, by node.
 pub type Chains = HashMap<String, Vec<ContentDigest>>;
 
-/// What the next checkpoint builds on. The parent, and how far the marks of written pages can be
-/// believed, are looked up together and hold together: marks count from one certain checkpoint, and
-/// a store may have lost that one.
+/// What the next checkpoint builds on. A checkpoint takes it apart and puts it together again when
+/// it ends.
 pub struct Base {
+    pub history: History,
+    /// What the parent holds, in the order of the spaces' numbers.
+    pub spaces: Vec<Space>,
+}
+
+/// The parent, and how far the marks of written pages can be believed. They are looked up together
+/// and hold together: marks count from one certain checkpoint, and a store may have lost that one.
+pub struct History {
     /// The parent and its ancestors. Empty: the next checkpoint is full.
     pub lineage: HeldLineage,
-    pub spaces: Vec<Space>,
     /// The tracker knows every page written since the parent. Otherwise its first claim has all
     /// pages that exist, and those that do not exist must be compared as zeros.
     pub is_exact: bool,
@@ -74,7 +80,8 @@ impl Base {
             .for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
         let chains = chains(manifest);
         let lineage = HeldLineage::new(vm_name, lineage.identities, &listing);
-        Ok(Self { lineage, spaces, is_exact, are_bitmaps_of_lineage: marks.is_some(), chains })
+        let are_bitmaps_of_lineage = marks.is_some();
+        Ok(Self { history: History { lineage, is_exact, are_bitmaps_of_lineage, chains }, spaces })
     }
 
     fn full(lineage: HeldLineage, names: Vec<(SpaceName, PageCount)>, disks: usize) -> Self {
@@ -85,15 +92,76 @@ impl Base {
             .zip(sizes)
             .map(|((name, table), pages)| Space::new(name, pages, table))
             .collect();
-        Self {
+        let history = History {
             lineage,
-            spaces,
             is_exact: false,
             are_bitmaps_of_lineage: false,
             chains: Chains::new(),
+        };
+        Self { history, spaces }
+    }
+
+    /// The next checkpoint is full: nothing is known of what any page holds.
+    pub fn begin_again(&mut self) {
+        self.history.lineage.clear();
+        self.history.is_exact = false;
+        self.history.are_bitmaps_of_lineage = false;
+        for space in &mut self.spaces {
+            space.table.truncate(PageCount(0));
+            space.in_lineage = false;
         }
     }
 
+    /// A disk that stands on other layers than its parent did (a stream or commit at run time) may
+    /// show other content where nothing was written: then all is stored again.
+    pub fn follow_chains(&mut self, chains: Chains) {
+        let is_same = |(node, chain): (&String, &Vec<ContentDigest>)| {
+            self.history.chains.get(node).is_none_or(|before| before == chain)
+        };
+        if self.history.parent().is_some() && !chains.iter().all(is_same) {
+            tracing::info!(
+                "a disk stands on other layers than before; the next checkpoint is full"
+            );
+            self.begin_again();
+        }
+        self.history.chains = chains;
+    }
+
+    /// A lineage begins because it `is_wanted`, or because the last one is long.
+    pub fn begin_lineage_if_due(&mut self, is_wanted: bool) {
+        if is_wanted || self.history.is_long() {
+            tracing::info!(is_wanted, "the next checkpoint is full and begins a lineage");
+            self.begin_again();
+        }
+    }
+
+    /// After a hot-plug: spaces of disks that came get an empty table, those of disks that went are
+    /// dropped.
+    pub fn adapt(&mut self, vm: &Vm, disks: &[(SpaceName, PageCount)]) -> Result<()> {
+        let names = names(vm, disks)?;
+        let same = |(space, (name, pages)): (&Space, &(SpaceName, PageCount))| {
+            space.name == *name && space.pages == *pages
+        };
+        if self.spaces.len() == names.len() && self.spaces.iter().zip(&names).all(same) {
+            return Ok(());
+        }
+        let mut old = std::mem::take(&mut self.spaces);
+        for ((name, table), (_, pages)) in
+            empty_tables(names.clone(), disks.len()).into_iter().zip(names)
+        {
+            let found =
+                old.iter().position(|space| space.name == name).map(|place| old.swap_remove(place));
+            let in_lineage = found.as_ref().is_some_and(|space| space.in_lineage);
+            let table = found.map_or(table, |space| resized(space, pages));
+            let mut space = Space::new(name, pages, table);
+            space.in_lineage = in_lineage;
+            self.spaces.push(space);
+        }
+        Ok(())
+    }
+}
+
+impl History {
     /// None: the next checkpoint is full.
     pub fn parent(&self) -> Option<CheckpointId> {
         self.lineage.identities().last().map(|parent| parent.id)
@@ -126,42 +194,6 @@ impl Base {
     pub fn marks(&self) -> Option<Marks> {
         let since = self.lineage.identities().last().filter(|_| self.are_bitmaps_of_lineage);
         since.map(|since| Marks { since: *since, is_exact: self.is_exact })
-    }
-
-    /// The next checkpoint is full: nothing is known of what any page holds.
-    pub fn begin_again(&mut self) {
-        self.lineage.clear();
-        self.is_exact = false;
-        self.are_bitmaps_of_lineage = false;
-        for space in &mut self.spaces {
-            space.table.truncate(PageCount(0));
-            space.in_lineage = false;
-        }
-    }
-
-    /// After a hot-plug: spaces of disks that came get an empty table, those of disks that went are
-    /// dropped.
-    pub fn adapt(&mut self, vm: &Vm, disks: &[(SpaceName, PageCount)]) -> Result<()> {
-        let names = names(vm, disks)?;
-        let same = |(space, (name, pages)): (&Space, &(SpaceName, PageCount))| {
-            space.name == *name && space.pages == *pages
-        };
-        if self.spaces.len() == names.len() && self.spaces.iter().zip(&names).all(same) {
-            return Ok(());
-        }
-        let mut old = std::mem::take(&mut self.spaces);
-        for ((name, table), (_, pages)) in
-            empty_tables(names.clone(), disks.len()).into_iter().zip(names)
-        {
-            let found =
-                old.iter().position(|space| space.name == name).map(|place| old.swap_remove(place));
-            let in_lineage = found.as_ref().is_some_and(|space| space.in_lineage);
-            let table = found.map_or(table, |space| resized(space, pages));
-            let mut space = Space::new(name, pages, table);
-            space.in_lineage = in_lineage;
-            self.spaces.push(space);
-        }
-        Ok(())
     }
 }
 

@@ -5,65 +5,113 @@
 //! No guest waits for it, so it may take its time. If its owner lets it run meanwhile, the
 //! checkpoint fails.
 
-use super::outcome::Phases;
-use super::precopy::blocking;
-use super::prepare::{Run, SavedState};
-use super::{Checkpointer, Report};
+use super::buffers::{Aborted, Buffers, blocking};
+use super::delta::Delta;
+use super::source::{
+    CaptureContext, Claimed, MemorySource, Moment, NotTaken, SavedState, Taken, capture_disks,
+};
 use crate::pack::Entrance;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use checkpoint_format::{FRAME_PAGES, PAGE_SIZE, PageCount, SpaceKind};
-use qmp_bridge::Paused;
+use futures::future::BoxFuture;
+use qmp_bridge::capture::{CapturedDisks, PreparedDisks};
 use qmp_bridge::device_state::DeviceStateFile;
-use std::time::Instant;
+use qmp_bridge::{Paused, Qmp};
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::time::Instant;
 use tracing::instrument;
+use vm::error::Phase;
 use vm::process_memory::ProcessMemory;
 
-use super::delta::Delta;
+/// QEMU's process, whose guest does not run.
+pub struct ProcessMemorySource {
+    pub qmp: Qmp,
+    pub pid: u32,
+    /// For the file of the device state.
+    pub directory: PathBuf,
+}
 
-impl Checkpointer {
+impl MemorySource for ProcessMemorySource {
+    fn capture<'a>(
+        self: Box<Self>,
+        buffers: Buffers,
+        disks: PreparedDisks,
+        context: CaptureContext<'a>,
+    ) -> BoxFuture<'a, Result<Taken, NotTaken>> {
+        Box::pin(self.read(buffers, disks, context))
+    }
+}
+
+impl ProcessMemorySource {
     #[instrument(name = "direct", level = "debug", skip_all)]
-    pub(super) async fn read_process_memory(
-        &mut self,
-        run: &mut Run,
-        phases: &mut Phases,
-        report: &Report,
-    ) -> Result<()> {
-        report.say("memory", 0, 0);
+    async fn read(
+        self: Box<Self>,
+        buffers: Buffers,
+        disks: PreparedDisks,
+        context: CaptureContext<'_>,
+    ) -> Result<Taken, NotTaken> {
+        context.phases.enter(Phase::Memory);
+        context.report.say("memory", 0, 0);
         let begun = Instant::now();
-        let state_file = DeviceStateFile::prepare(&self.vm.qmp, self.vm.runtime.path()).await?;
-        let memory = ProcessMemory::open(&self.vm.qmp, self.vm.pid).await?;
-        let paused = Paused::stop(&self.vm.qmp).await.context("watching the guest")?;
-        let taken = match paused.before().is_live() {
-            true => Err(anyhow::anyhow!(
-                "the guest was let run since this checkpoint began; take it again"
-            )),
-            false => self.take_directly(run, &paused, &state_file, memory).await,
+        let (paused, state_file, memory) = match self.stop().await {
+            Ok(stopped) => stopped,
+            Err(error) => return Err(NotTaken::before(Aborted::new(error, buffers), disks)),
         };
-        run.run_state = paused.before();
+        let run_state = paused.before();
+        let entrance = context.packer.entrance();
+        let taken = take(buffers, disks, &paused, &state_file, memory, entrance).await;
         let ended =
             paused.resume().await.map(drop).context("looking whether the guest was left alone");
-        phases.since("memory", begun);
-        taken.and(ended)?;
-        run.device_state = Some(SavedState::File(state_file));
-        Ok(())
+        context.phases.since("memory", begun);
+        let (buffers, disks, pages_dirty) = taken?;
+        if let Err(error) = ended {
+            return Err(NotTaken::after(error, Some(buffers), disks));
+        }
+        Ok(Taken {
+            buffers,
+            claimed: Claimed { claim: None, disks },
+            devices: SavedState::File(state_file),
+            moment: Moment {
+                run_state,
+                pause: Duration::ZERO,
+                brief_stops: Vec::new(),
+                pages_dirty,
+            },
+        })
     }
 
-    async fn take_directly(
-        &mut self,
-        run: &mut Run,
-        paused: &Paused,
-        file: &DeviceStateFile,
-        memory: ProcessMemory,
-    ) -> Result<()> {
-        run.pause_disks(paused).await?;
-        file.save(paused).await.context("saving the device state")?;
-        let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
-        let delta = run.delta.take().context("the tables are gone")?;
-        let (delta, read) =
-            blocking(delta, move |delta| read_all(&memory, delta, &entrance)).await?;
-        run.delta = Some(delta);
-        run.pages_dirty.0 += read?.0;
-        Ok(())
+    async fn stop(&self) -> Result<(Paused, DeviceStateFile, ProcessMemory)> {
+        let state_file = DeviceStateFile::prepare(&self.qmp, &self.directory).await?;
+        let memory = ProcessMemory::open(&self.qmp, self.pid).await?;
+        let paused = Paused::stop(&self.qmp).await.context("watching the guest")?;
+        Ok((paused, state_file, memory))
+    }
+}
+
+async fn take(
+    buffers: Buffers,
+    disks: PreparedDisks,
+    paused: &Paused,
+    state_file: &DeviceStateFile,
+    memory: ProcessMemory,
+    entrance: Entrance,
+) -> Result<(Buffers, CapturedDisks, PageCount), NotTaken> {
+    if paused.before().is_live() {
+        let error = anyhow!("the guest was let run since this checkpoint began; take it again");
+        return Err(NotTaken::before(Aborted::new(error, buffers), disks));
+    }
+    let disks = match capture_disks(disks, paused).await {
+        Ok(disks) => disks,
+        Err(error) => return Err(NotTaken { error, buffers: Some(buffers), disks: None }),
+    };
+    if let Err(error) = state_file.save(paused).await.context("saving the device state") {
+        return Err(NotTaken::after(error, Some(buffers), disks));
+    }
+    let read = move |buffers: &mut Buffers| read_all(&memory, &mut buffers.delta, &entrance);
+    match blocking(buffers, read).await {
+        Ok((buffers, pages)) => Ok((buffers, disks, pages)),
+        Err(Aborted { error, left }) => Err(NotTaken::after(error, left, disks)),
     }
 }
 

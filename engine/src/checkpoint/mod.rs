@@ -11,11 +11,14 @@
 //! commit       guest runs    manifest, one rename
 //! acknowledge  guest runs    claims, bitmaps, tables
 //! ```
-//! When a phase before the commit fails, [`Checkpointer::take`] restores the dirty set that the
-//! checkpoint claimed, and the next checkpoint carries it.
+//! Between `prepare` and `acknowledge` each phase is a type that owns its data (`underway`), and
+//! becomes the next one. When one fails, `Checkpointer::fail` restores the dirty set that the
+//! checkpoint claimed, and the next checkpoint carries it. `source` is the seam to what brings the
+//! memory.
 
 mod acknowledge;
 mod base;
+mod buffers;
 mod carried;
 mod commit;
 mod delta;
@@ -27,13 +30,14 @@ mod pause;
 mod precopy;
 mod prepare;
 mod receive;
+mod source;
 mod staging;
 mod stream;
+mod underway;
 mod upload;
 mod window;
 mod writer;
 
-use crate::kill_point;
 use crate::progress::{Update, bytes};
 use anyhow::{Error, Result};
 use base::Base;
@@ -44,13 +48,13 @@ use qmp_bridge::said;
 use serde::{Deserialize, Serialize};
 use staging::Staging;
 use std::future::ready;
-use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
+use underway::{Committed, Failed, Prepared, Site};
 use vm::error::{EngineError, Phase};
-use vm::inventory::unchanged;
 use vm::launch::command::is_running;
-use vm::memory_source::{Engine, EngineChoice, StreamChoice};
+use vm::memory_source::{EngineChoice, StreamChoice};
 use vm::running::Vm;
 use vm::runtime_dir::Marks;
 
@@ -60,10 +64,6 @@ pub(crate) use writer::{claim, may_claim};
 /// Between the end of QEMU's monitor and that of its process.
 const QEMU_EXIT: Duration = Duration::from_secs(5);
 const EXIT_POLL: Duration = Duration::from_millis(50);
-
-/// How long a checkpoint that has failed continues storing what was read for it, which counts for
-/// the next one: the packs under way at 1 MiB a second.
-const UPLOAD_GRACE: Duration = Duration::from_secs(60);
 
 /// For the removal of what failed checkpoints stored, when the helper ends.
 const REMOVAL: Duration = Duration::from_secs(5);
@@ -109,11 +109,10 @@ pub struct Checkpointer {
 
 impl Checkpointer {
     pub fn new(vm: Vm) -> Self {
-        let staging = Staging::new(prepare::STAGING_PAGES);
         let marks = vm.runtime.marks();
         Self {
             vm,
-            staging,
+            staging: Staging::default(),
             store: None,
             base: None,
             carried: None,
@@ -133,7 +132,7 @@ impl Checkpointer {
 
     /// What was written to memory since the last checkpoint is not known any more.
     fn distrust_marks(&mut self) {
-        self.base.iter_mut().for_each(|base| base.is_exact = false);
+        self.base.iter_mut().for_each(|base| base.history.is_exact = false);
         self.marks.iter_mut().for_each(|marks| marks.is_exact = false);
     }
 
@@ -159,33 +158,24 @@ impl Checkpointer {
         report: &Report,
     ) -> Result<Outcome> {
         let prepared = self.prepare(choice, phases, report).await;
-        let mut run = prepared.inspect_err(|_| self.after_failure())?;
-        let captured = self.capture(&mut run, phases, report).await;
-        match captured {
-            Ok(outcome) => Ok(outcome),
-            Err(error) => {
-                // The guest and its disks first: the store may take its time.
-                self.restore_claimed(&mut run).await;
-                report.say("storing what was read", 0, 0);
-                let error = match run.packer.take() {
-                    Some(packer) => packer.why(error, UPLOAD_GRACE).await,
-                    None => error,
-                };
-                let inventory = Arc::clone(&run.inventory);
-                self.abort(run).await;
-                let error = self.with_carried(error);
-                self.after_failure();
-                match inventory.change(&self.vm).await {
-                    None => Err(error),
-                    change => {
-                        tracing::info!(
-                            error = format!("{error:#}"),
-                            "what was noticed first of a change of the VM"
-                        );
-                        Err(unchanged(change).err().unwrap_or(error))
-                    }
-                }
-            }
+        // A preparation of disks that failed is taken back in the background.
+        let prepared = prepared.inspect_err(|_| self.is_clean = false)?;
+        self.finish(prepared, phases, report).await
+    }
+
+    /// All that follows the preparation, from whichever source the memory comes.
+    async fn finish(
+        &mut self,
+        prepared: Prepared,
+        phases: &mut Phases,
+        report: &Report,
+    ) -> Result<Outcome> {
+        let site = Site { vm: &self.vm, layers: &self.layers, report };
+        let ended = run(prepared, &site, phases).await;
+        match ended {
+            Ok(Committed::Durable(durable)) => Ok(self.acknowledge(durable, phases).await),
+            Ok(Committed::Unchanged(same)) => Ok(self.give_back(same).await),
+            Err(failed) => Err(self.fail(failed, report).await),
         }
     }
 
@@ -216,52 +206,6 @@ impl Checkpointer {
         anyhow::anyhow!(
             "QEMU (pid {pid}) ended while the checkpoint was taken{said}; the last checkpoint is intact: 'stillpoint restore {name}'"
         )
-    }
-
-    /// A failed pause restores its disks in the background, so the next checkpoint looks for what
-    /// is left of it. A base whose tables were lost with the checkpoint is looked up again.
-    fn after_failure(&mut self) {
-        self.is_clean = false;
-        self.base.take_if(|base| base.spaces.is_empty());
-    }
-
-    async fn capture(
-        &mut self,
-        run: &mut prepare::Run,
-        phases: &mut Phases,
-        report: &Report,
-    ) -> Result<Outcome> {
-        kill_point::point("prepared");
-        match (run.engine.mode(), run.engine) {
-            (Some(mode), _) => {
-                phases.enter(Phase::Stream);
-                self.stream(run, mode, phases, report).await?;
-            }
-            (None, Engine::ProcessMemory) => {
-                phases.enter(Phase::Memory);
-                self.read_process_memory(run, phases, report).await?;
-            }
-            (None, _) => {
-                phases.enter(Phase::PreCopy);
-                self.passes(run, phases, report).await?;
-                kill_point::point("pre-copy");
-                phases.enter(Phase::Pause);
-                self.pause(run, phases).await?;
-            }
-        }
-        kill_point::point("pause.captured");
-        run.inventory.check_vm(&self.vm).await?;
-        phases.enter(Phase::Upload);
-        self.upload(run, phases, report).await?;
-        run.inventory.check_disks(&self.vm).await?;
-        unchanged(
-            self.layers
-                .changed(&run.inventory.drives)
-                .map(|path| format!("the layer {} was written to", path.display())),
-        )?;
-        kill_point::point("upload");
-        phases.enter(Phase::Commit);
-        self.commit(run, phases).await
     }
 
     /// No next checkpoint of this helper makes use of it.
@@ -297,4 +241,15 @@ impl Checkpointer {
             tracing::warn!(%error, "the writer's place in the store was not released");
         }
     }
+}
+
+/// The phases between the preparation and the acknowledgement.
+async fn run(
+    prepared: Prepared,
+    site: &Site<'_>,
+    phases: &mut Phases,
+) -> Result<Committed, Failed> {
+    let captured = prepared.capture(site, phases).await?;
+    let uploaded = captured.upload(site, phases).await?;
+    uploaded.commit(site, phases).await
 }

@@ -4,7 +4,8 @@ use anyhow::Error;
 use checkpoint_format::CheckpointId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 use vm::error::{EngineError, Phase};
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -1,276 +1,279 @@
-//! Phases `round` and `pause` as seen from the guest: what happens between `stop` and `cont`.
+//! The tracker engine's memory, and phase `pause`: what happens between `stop` and `cont`.
 //!
 //! The pause does two things side by side: a thread scans, protects and copies memory; QMP takes
 //! the disks' instant in one transaction and writes the device state to a file. The guest runs
 //! again when both are done, whatever they did.
 
+use super::buffers::{Aborted, Buffers, OrKeep, blocking};
 use super::outcome::{Phases, milliseconds};
-use super::precopy::{self, Taken, blocking};
-use super::prepare::{Run, SavedState};
-use super::staging::Staging;
-use super::{Checkpointer, Report};
+use super::precopy;
+use super::source::{
+    CaptureContext, Claimed, FailedDisks, MemorySource, Moment, NotTaken, SavedState, Taken, flush,
+};
 use crate::kill_point;
-use anyhow::{Context, Result, bail};
-use checkpoint_format::{PageCount, PageSet};
+use anyhow::{Context, Error, Result, anyhow, bail};
+use checkpoint_format::{CheckpointRef, PageCount};
 use dirty_tracker::{DirtyClaim, Tracker};
-use qmp_bridge::Paused;
+use futures::future::BoxFuture;
+use qmp_bridge::capture::{CapturedDisks, PreparedDisks};
 use qmp_bridge::device_state::DeviceStateFile;
+use qmp_bridge::{Paused, Qmp};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
-use tokio::task::JoinError;
+use std::time::Duration;
+use tokio::time::Instant;
 use tracing::instrument;
+use vm::error::Phase;
 use vm::running::lock;
 
-/// A pause that would copy more than this is not begun: about 100 ms of copying.
-const MOST_PAUSE_PAGES: PageCount = PageCount(96 * 256);
 /// How often what QEMU wrote after `stop` is claimed again, and how much of it at most (1 MiB): a
 /// floppy's DMA moves 512 bytes.
 const LATE_PASSES: u32 = 3;
 const MOST_LATE_PAGES: PageCount = PageCount(256);
 
-impl Checkpointer {
-    #[instrument(name = "pre-copy", level = "debug", skip_all)]
-    pub(super) async fn passes(
-        &mut self,
-        run: &mut Run,
-        phases: &mut Phases,
-        report: &Report,
-    ) -> Result<()> {
-        let begun = Instant::now();
-        let mut before = None;
-        let mut dirty = precopy::look(&self.vm)?;
-        // Until the tracker is exact, its first claim has every page: never inside the pause.
-        let mut is_first = !run.is_exact;
-        while is_first || precopy::is_worth_it(run.brief_stops.len() as u32, dirty, before) {
-            report.say("pre-copy", run.brief_stops.len() as u64, u64::from(precopy::MAX_PASSES));
-            self.pass(run, is_first).await?;
-            is_first = false;
-            before = Some(dirty);
-            dirty = precopy::look(&self.vm)?;
-            tracing::debug!(passes = run.brief_stops.len(), left = dirty.0, "pre-copy");
-        }
-        self.make_room(run, dirty).await?;
-        phases.since("pre-copy", begun);
-        if dirty > MOST_PAUSE_PAGES {
-            bail!(
-                "the guest writes memory faster than it can be copied: {dirty} pages are dirty after {} passes, which would stop it for too long; \
-                 slow the guest down and try again",
-                run.brief_stops.len()
-            );
-        }
-        Ok(())
-    }
+/// The pages that the kernel saw written.
+pub struct TrackerSource {
+    pub qmp: Qmp,
+    /// For the file of the device state.
+    directory: PathBuf,
+    pub tracker: Arc<Mutex<Tracker>>,
+    pub claim: DirtyClaim,
+    /// The tracker knows every page written since the parent.
+    pub is_exact: bool,
+    pub brief_stops: Vec<Duration>,
+    pub pages_dirty: PageCount,
+}
 
-    async fn pass(&mut self, run: &mut Run, is_first: bool) -> Result<()> {
-        run.flush_disks().await?;
-        let claim = run.claim.as_mut().context("the claim is gone")?;
-        let (mut taken, pause) = precopy::begin(&self.vm, claim).await?;
-        run.brief_stops.push(pause);
-        if is_first {
-            // Also what is clean for the tracker: this checkpoint may know less than it (a full one
-            // after a change of layers).
-            for (space, pages) in &mut taken {
-                pages.union_with(&precopy::existing(&self.vm, *space)?);
+impl MemorySource for TrackerSource {
+    fn capture<'a>(
+        mut self: Box<Self>,
+        buffers: Buffers,
+        disks: PreparedDisks,
+        mut context: CaptureContext<'a>,
+    ) -> BoxFuture<'a, Result<Taken, NotTaken>> {
+        Box::pin(async move {
+            match self.passes(buffers, &disks, &mut context).await {
+                Ok(buffers) => {
+                    kill_point::point("pre-copy");
+                    self.pause(buffers, disks, context.phases).await
+                }
+                Err(aborted) => Err(NotTaken::before(aborted, disks)),
             }
-            self.offer_holes(run, &taken).await?;
-        }
-        let pages = precopy::count(&taken);
-        run.pages_dirty.0 += pages.0;
-        if pages <= self.staging.free() && !is_first {
-            return self.stage(taken).await;
-        }
-        // What was staged is older, so it must reach the packs before.
-        self.upload_staging(run).await?;
-        self.spill(run, taken).await
+        })
     }
+}
 
-    /// Pages that do not exist hold zeros. Only where the parent holds something else is that news.
-    async fn offer_holes(&mut self, run: &mut Run, taken: &Taken) -> Result<()> {
-        let packer = run.packer.as_ref().context("the packer is gone")?;
-        let delta = run.delta.as_mut().context("the tables are gone")?;
-        let mut jobs = Vec::new();
-        for (space, pages) in taken {
-            let mut holes = PageSet::full(pages.len());
-            holes.subtract(pages);
-            for range in holes.ranges() {
-                delta.offer_zero(*space, range, &mut jobs);
-            }
-        }
-        delta.flush(&mut jobs);
-        packer.send(&mut jobs).await
-    }
+/// The guest is stopped.
+struct Stopped {
+    paused: Paused,
+    state_file: DeviceStateFile,
+    /// Before `stop` was sent.
+    begun: Instant,
+    /// When it was answered.
+    after: Duration,
+}
 
-    async fn stage(&mut self, taken: Taken) -> Result<()> {
-        let tracker = self.vm.tracker()?;
-        let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
-        let (staging, result) =
-            blocking(staging, move |staging| precopy::stage(&lock(&tracker), &taken, staging))
-                .await?;
-        self.staging = staging;
-        result
-    }
+/// What the copying thread works on.
+struct Copies {
+    claim: DirtyClaim,
+    buffers: Buffers,
+    pages: PageCount,
+}
 
-    async fn spill(&mut self, run: &mut Run, taken: Taken) -> Result<()> {
-        let tracker = self.vm.tracker()?;
-        let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
-        let delta = run.delta.take().context("the tables are gone")?;
-        run.is_spilled = true;
-        let (delta, result) =
-            blocking(delta, move |delta| precopy::spill(&tracker, &taken, delta, &entrance))
-                .await?;
-        run.delta = Some(delta);
-        result
-    }
+/// What QMP has taken beside it.
+struct Devices {
+    disks: CapturedDisks,
+    /// When the disks' instant was taken, from the beginning of the pause.
+    at: Duration,
+    saved: Result<()>,
+}
 
-    /// The pause copies into memory that is there already.
-    async fn make_room(&mut self, run: &mut Run, expected: PageCount) -> Result<()> {
-        let wanted = PageCount(expected.0 * 2 + 1024);
-        if wanted > self.staging.free() && !self.staging.is_empty() {
-            self.upload_staging(run).await?;
-        }
-        self.staging.prefault(wanted);
-        Ok(())
+impl TrackerSource {
+    /// Does the long part of the first claim, and begins an empty one.
+    pub async fn begin(
+        qmp: Qmp,
+        directory: PathBuf,
+        tracker: Arc<Mutex<Tracker>>,
+        checkpoint: CheckpointRef,
+        is_exact: bool,
+    ) -> Result<Box<dyn MemorySource>> {
+        let shared = Arc::clone(&tracker);
+        let begin = move || {
+            let mut tracker = lock(&shared);
+            tracker.prepare()?;
+            Ok::<_, Error>(tracker.begin_claim(checkpoint))
+        };
+        let claim = tokio::task::spawn_blocking(begin)
+            .await
+            .context("internal error: preparing the tracker panicked")??;
+        let (brief_stops, pages_dirty) = (Vec::new(), PageCount(0));
+        Ok(Box::new(Self { qmp, directory, tracker, claim, is_exact, brief_stops, pages_dirty }))
     }
 
     #[instrument(name = "pause", level = "debug", skip_all)]
-    pub(super) async fn pause(&mut self, run: &mut Run, phases: &mut Phases) -> Result<()> {
-        let tracker = self.vm.tracker()?;
-        let state_file = DeviceStateFile::prepare(&self.vm.qmp, self.vm.runtime.path()).await?;
-        let flush_begun = Instant::now();
-        run.flush_disks().await?;
-        phases.since("flush", flush_begun);
-        let prepared = run.prepared.take().context("the disks are not prepared")?;
-        let claim = run.claim.take().context("the claim is gone")?;
-        let begun = Instant::now();
-        let paused = Paused::stop(&self.vm.qmp).await.context("stopping the guest")?;
-        run.run_state = paused.before();
-        let stopped = begun.elapsed();
-        let mut memory = tokio::spawn(self.pause_memory(tracker, claim));
+    async fn pause(
+        self,
+        buffers: Buffers,
+        disks: PreparedDisks,
+        phases: &mut Phases,
+    ) -> Result<Taken, NotTaken> {
+        phases.enter(Phase::Pause);
+        let stopped = match self.stop(&disks, phases).await {
+            Ok(stopped) => stopped,
+            Err(error) => return Err(NotTaken::before(Aborted::new(error, buffers), disks)),
+        };
+        let Self { tracker, claim, brief_stops, pages_dirty, .. } = self;
+        let copies = Copies { claim, buffers, pages: pages_dirty };
+        let mut copy = Box::pin(copy_memory(Arc::clone(&tracker), copies));
         let mut copied = None;
-        let devices = async {
-            let captured = prepared.capture(&paused).await.context("taking the disks' instant")?;
-            let disks = begun.elapsed();
-            // The disks' instant is taken: it must be known to the run whatever comes now.
-            let saved = state_file.save(&paused).await.context("saving the device state");
-            Ok::<_, anyhow::Error>((captured, disks, saved))
-        };
-        let work = async { tokio::join!(async { copied = Some((&mut memory).await) }, devices).1 };
-        let devices = paused
-            .within("memory, disks and devices", work)
-            .await
-            .map_err(anyhow::Error::from)
-            .flatten();
-        let kept = copied.map(|memory| self.keep_memory(run, memory));
-        let late = match (&devices, &kept) {
-            (Ok((_, _, Ok(()))), Some(Ok(_))) => {
-                self.claim_late_writes(run, &paused, &state_file).await
+        let devices = take_devices(disks, &stopped);
+        let work = async { tokio::join!(async { copied = Some((&mut copy).await) }, devices).1 };
+        let devices = stopped.paused.within("memory, disks and devices", work).await;
+        let devices = devices.map_err(Error::from).flatten();
+        let (copied, late) = match (copied, &devices) {
+            (Some(Ok((copies, time))), Ok(Devices { saved: Ok(()), .. })) => {
+                match claim_late_writes(&tracker, copies, &stopped).await {
+                    Ok(copies) => (Some(Ok((copies, time))), Ok(())),
+                    Err(Aborted { error, left: Some(copies) }) => {
+                        (Some(Ok((copies, time))), Err(error))
+                    }
+                    Err(lost) => (Some(Err(lost)), Ok(())),
+                }
             }
-            _ => Ok(()),
+            (copied, _) => (copied, Ok(())),
         };
-        let saved = begun.elapsed();
+        let saved = stopped.begun.elapsed();
         kill_point::point("pause.paused");
-        let resumed = paused.resume().await.context("letting the guest run again");
-        let copied = match kept {
-            Some(kept) => kept?,
-            // The pause took too long; what the thread has taken must come back before anything
-            // else.
-            None => {
-                let memory = memory.await;
-                self.keep_memory(run, memory)?
-            }
+        let run_state = stopped.paused.before();
+        let resumed = stopped.paused.resume().await.context("letting the guest run again");
+        // If the pause took too long, what the thread has taken must come back before anything
+        // else.
+        let copied = match copied {
+            Some(copied) => copied,
+            None => copy.await,
         };
-        let (captured, disks, device_state) = devices?;
-        run.captured = Some(captured);
-        run.pause = resumed?;
-        device_state?;
-        late?;
-        run.device_state = Some(SavedState::File(state_file));
-        trace_pause(phases, stopped, disks, copied, saved, run.pause);
-        Ok(())
+        let Ended { copies, copied, disks, at, pause } = settle(copied, devices, resumed, late)?;
+        trace_pause(phases, [stopped.after, at, saved, copied], pause);
+        let Copies { claim, buffers, pages } = copies;
+        Ok(Taken {
+            buffers,
+            claimed: Claimed { claim: Some(claim), disks },
+            devices: SavedState::File(stopped.state_file),
+            moment: Moment { run_state, pause, brief_stops, pages_dirty: pages },
+        })
     }
 
-    /// What was claimed and copied becomes the run's, whatever else fails. Returns the time that it
-    /// took.
-    fn keep_memory(
-        &mut self,
-        run: &mut Run,
-        memory: Result<Result<CapturedMemory>, JoinError>,
-    ) -> Result<Duration> {
-        let (claim, staging, taken, time) =
-            memory.context("internal error: copy task panicked")??;
-        self.staging = staging;
-        run.claim = Some(claim);
-        run.pages_dirty.0 += taken?.0;
-        Ok(time)
-    }
-
-    /// QEMU itself may write guest memory after `stop`: a DMA controller's bottom half, a device
-    /// that saves its state. Such pages are claimed again and the device state is saved again,
-    /// until memory and devices are of one instant.
-    async fn claim_late_writes(
-        &mut self,
-        run: &mut Run,
-        paused: &Paused,
-        state: &DeviceStateFile,
-    ) -> Result<()> {
-        let mut passes = 0;
-        let mut left = precopy::look(&self.vm)?;
-        while left > PageCount(0) && left <= MOST_LATE_PAGES && passes < LATE_PASSES {
-            tracing::debug!(%left, "written after the guest was stopped");
-            let claim = run.claim.take().context("the claim is gone")?;
-            let memory = self.pause_memory(self.vm.tracker()?, claim).await;
-            self.keep_memory(run, Ok(memory))?;
-            paused
-                .within("the device state", state.save(paused))
-                .await?
-                .context("saving the device state again")?;
-            left = precopy::look(&self.vm)?;
-            passes += 1;
-        }
-        if left == PageCount(0) {
-            return Ok(());
-        }
-        bail!(
-            "{left} pages of the guest's memory were written while it was stopped for the checkpoint; another monitor is at work on \
-             this VM, try again"
-        )
-    }
-
-    /// On a thread of its own, from the moment the guest is stopped.
-    fn pause_memory(
-        &mut self,
-        tracker: Arc<Mutex<Tracker>>,
-        claim: DirtyClaim,
-    ) -> impl Future<Output = Result<CapturedMemory>> + Send + use<> {
-        let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
+    async fn stop(&self, disks: &PreparedDisks, phases: &mut Phases) -> Result<Stopped> {
+        let state_file = DeviceStateFile::prepare(&self.qmp, &self.directory).await?;
+        let flush_begun = Instant::now();
+        flush(disks).await?;
+        phases.since("flush", flush_begun);
         let begun = Instant::now();
-        let job = blocking((claim, staging), move |(claim, staging)| {
-            let mut tracker = lock(&tracker);
-            let taken = precopy::take(&mut tracker, claim)?;
-            let pages = precopy::count(&taken);
-            if pages > staging.free() {
-                bail!(
-                    "{pages} pages were dirty in the pause, more than the staging memory has room for; try again"
-                );
+        let paused = Paused::stop(&self.qmp).await.context("stopping the guest")?;
+        Ok(Stopped { paused, state_file, begun, after: begun.elapsed() })
+    }
+}
+
+async fn take_devices(disks: PreparedDisks, stopped: &Stopped) -> Result<Devices> {
+    let captured = disks.capture(&stopped.paused).await.context("taking the disks' instant")?;
+    let at = stopped.begun.elapsed();
+    // The disks' instant is taken: it must be known whatever comes now.
+    let saved = stopped.state_file.save(&stopped.paused).await.context("saving the device state");
+    Ok(Devices { disks: captured, at, saved })
+}
+
+/// On a thread of its own, from the moment the guest is stopped. Says how long it took.
+fn copy_memory(
+    tracker: Arc<Mutex<Tracker>>,
+    copies: Copies,
+) -> impl Future<Output = Result<(Copies, Duration), Aborted<Copies>>> + Send {
+    let begun = Instant::now();
+    blocking(copies, move |Copies { claim, buffers, pages }| {
+        let mut tracker = lock(&tracker);
+        let taken = precopy::take(&mut tracker, claim)?;
+        let count = precopy::count(&taken);
+        if count > buffers.staging.free() {
+            bail!(
+                "{count} pages were dirty in the pause, more than the staging memory has room for; try again"
+            );
+        }
+        precopy::stage(&tracker, &taken, &mut buffers.staging)?;
+        pages.0 += count.0;
+        Ok(begun.elapsed())
+    })
+}
+
+/// QEMU itself may write guest memory after `stop`: a DMA controller's bottom half, a device that
+/// saves its state. Such pages are claimed again and the device state is saved again, until memory
+/// and devices are of one instant.
+async fn claim_late_writes(
+    tracker: &Arc<Mutex<Tracker>>,
+    mut copies: Copies,
+    stopped: &Stopped,
+) -> Result<Copies, Aborted<Copies>> {
+    let Stopped { paused, state_file, .. } = stopped;
+    let mut passes = 0;
+    let mut left;
+    (copies, left) = precopy::look(&mut lock(tracker)).or_keep(copies)?;
+    while left > PageCount(0) && left <= MOST_LATE_PAGES && passes < LATE_PASSES {
+        tracing::debug!(%left, "written after the guest was stopped");
+        (copies, _) = copy_memory(Arc::clone(tracker), copies).await?;
+        let saved = paused.within("the device state", state_file.save(paused)).await;
+        let saved = saved
+            .map_err(Error::from)
+            .and_then(|saved| saved.context("saving the device state again"));
+        (copies, ()) = saved.or_keep(copies)?;
+        (copies, left) = precopy::look(&mut lock(tracker)).or_keep(copies)?;
+        passes += 1;
+    }
+    if left == PageCount(0) {
+        return Ok(copies);
+    }
+    let error = anyhow!(
+        "{left} pages of the guest's memory were written while it was stopped for the checkpoint; another monitor is at work on \
+         this VM, try again"
+    );
+    Err(Aborted::new(error, copies))
+}
+
+/// A pause in which all went well.
+struct Ended {
+    copies: Copies,
+    copied: Duration,
+    disks: CapturedDisks,
+    at: Duration,
+    pause: Duration,
+}
+
+/// Of several errors the first in this order is why; a claim that is dropped restores its pages.
+fn settle(
+    copied: Result<(Copies, Duration), Aborted<Copies>>,
+    devices: Result<Devices>,
+    resumed: Result<Duration>,
+    late: Result<()>,
+) -> Result<Ended, NotTaken> {
+    let failed = |error, copies: Option<Copies>, disks: Option<CapturedDisks>| NotTaken {
+        error,
+        buffers: copies.map(|copies| copies.buffers),
+        disks: disks.map(FailedDisks::Captured),
+    };
+    match (copied, devices) {
+        (Ok((copies, copied)), Ok(Devices { disks, at, saved })) => {
+            match resumed.and_then(|pause| saved.and(late).map(|()| pause)) {
+                Ok(pause) => Ok(Ended { copies, copied, disks, at, pause }),
+                Err(error) => Err(failed(error, Some(copies), Some(disks))),
             }
-            precopy::stage(&tracker, &taken, staging)?;
-            Ok(pages)
-        });
-        async move {
-            let ((claim, staging), taken) = job.await?;
-            Ok((claim, staging, taken, begun.elapsed()))
+        }
+        (Ok((copies, _)), Err(error)) => Err(failed(error, Some(copies), None)),
+        (Err(Aborted { error, left }), devices) => {
+            Err(failed(error, left, devices.ok().map(|devices| devices.disks)))
         }
     }
 }
 
-type CapturedMemory = (DirtyClaim, Staging, Result<PageCount>, Duration);
-
 fn trace_pause(
     phases: &mut Phases,
-    stopped: Duration,
-    disks: Duration,
-    copied: Duration,
-    saved: Duration,
+    [stopped, disks, saved, copied]: [Duration; 4],
     pause: Duration,
 ) {
     phases.add("pause", pause);

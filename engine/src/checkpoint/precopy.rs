@@ -5,47 +5,160 @@
 //! it took is then copied while the guest runs; a page that the guest changes meanwhile is dirty
 //! again and comes again.
 
+use super::buffers::{Aborted, Buffers, OrKeep, blocking};
 use super::delta::Delta;
+use super::pause::TrackerSource;
+use super::source::{CaptureContext, flush};
 use super::staging::{SpaceNumber, Staging};
 use crate::kill_point;
-use crate::pack::Entrance;
-use anyhow::{Context, Result};
+use crate::pack::{Entrance, Packer};
+use anyhow::{Context, Result, anyhow};
 use checkpoint_format::{FRAME_PAGES, PAGE_SIZE, PageCount, PageRange, PageSet};
 use dirty_tracker::{BlockId, DirtyClaim, Tracker};
 use qmp_bridge::Paused;
-use std::sync::Mutex;
-use std::time::Duration;
-use vm::running::{Vm, lock};
+use qmp_bridge::capture::PreparedDisks;
+use std::sync::{Arc, Mutex};
+use tokio::time::Instant;
+use tracing::instrument;
+use vm::error::Phase;
+use vm::running::lock;
 
 /// Pre-copy passes that a checkpoint may make; what is left then is copied in the pause.
 pub const MAX_PASSES: u32 = 6;
 /// What the pause may copy without a pass before it: 16 MiB take about 4 ms.
 pub const PAUSE_PAGES: PageCount = PageCount(4096);
+/// A pause that would copy more than this is not begun: about 100 ms of copying.
+const MOST_PAUSE_PAGES: PageCount = PageCount(96 * 256);
 /// A pass that leaves more than this share of what it took is not worth another.
 const WORTH: f64 = 0.7;
 
 /// What a claim took from each RAM space, by number.
 pub type Taken = Vec<(SpaceNumber, PageSet)>;
 
+impl TrackerSource {
+    #[instrument(name = "pre-copy", level = "debug", skip_all)]
+    pub async fn passes(
+        &mut self,
+        mut buffers: Buffers,
+        disks: &PreparedDisks,
+        context: &mut CaptureContext<'_>,
+    ) -> Result<Buffers, Aborted<Buffers>> {
+        context.phases.enter(Phase::PreCopy);
+        let begun = Instant::now();
+        let mut before = None;
+        let mut dirty;
+        (buffers, dirty) = look(&mut lock(&self.tracker)).or_keep(buffers)?;
+        // Until the tracker is exact, its first claim has every page: never inside the pause.
+        let mut is_first = !self.is_exact;
+        while is_first || is_worth_it(self.brief_stops.len() as u32, dirty, before) {
+            context.report.say("pre-copy", self.brief_stops.len() as u64, u64::from(MAX_PASSES));
+            buffers = self.pass(buffers, disks, is_first, context.packer).await?;
+            is_first = false;
+            before = Some(dirty);
+            (buffers, dirty) = look(&mut lock(&self.tracker)).or_keep(buffers)?;
+            tracing::debug!(passes = self.brief_stops.len(), left = dirty.0, "pre-copy");
+        }
+        buffers = make_room(buffers, dirty, context.packer).await?;
+        context.phases.since("pre-copy", begun);
+        if dirty > MOST_PAUSE_PAGES {
+            let error = anyhow!(
+                "the guest writes memory faster than it can be copied: {dirty} pages are dirty after {} passes, which would stop it for too long; \
+                 slow the guest down and try again",
+                self.brief_stops.len()
+            );
+            return Err(Aborted::new(error, buffers));
+        }
+        Ok(buffers)
+    }
+
+    async fn pass(
+        &mut self,
+        buffers: Buffers,
+        disks: &PreparedDisks,
+        is_first: bool,
+        packer: &Packer,
+    ) -> Result<Buffers, Aborted<Buffers>> {
+        let (mut buffers, taken) = self.begin_pass(disks, is_first).await.or_keep(buffers)?;
+        if is_first {
+            let offered = offer_holes(&mut buffers.delta, &taken, packer).await;
+            (buffers, ()) = offered.or_keep(buffers)?;
+        }
+        let pages = count(&taken);
+        self.pages_dirty.0 += pages.0;
+        let tracker = Arc::clone(&self.tracker);
+        if pages <= buffers.staging.free() && !is_first {
+            let stage =
+                move |buffers: &mut Buffers| stage(&lock(&tracker), &taken, &mut buffers.staging);
+            return Ok(blocking(buffers, stage).await?.0);
+        }
+        // What was staged is older, so it must reach the packs before.
+        let buffers = buffers.upload_staging(packer.entrance()).await?;
+        let entrance = packer.entrance();
+        let spill =
+            move |buffers: &mut Buffers| spill(&tracker, &taken, &mut buffers.delta, &entrance);
+        Ok(blocking(buffers, spill).await?.0)
+    }
+
+    /// The brief stop of a pass.
+    async fn begin_pass(&mut self, disks: &PreparedDisks, is_first: bool) -> Result<Taken> {
+        flush(disks).await?;
+        let paused = Paused::stop(&self.qmp).await.context("stopping the guest for a pass")?;
+        let taken = take(&mut lock(&self.tracker), &mut self.claim);
+        kill_point::point("pre-copy.paused");
+        self.brief_stops.push(paused.resume().await.context("letting the guest run again")?);
+        let mut taken = taken?;
+        if is_first {
+            // Also what is clean for the tracker: this checkpoint may know less than it (a full one
+            // after a change of layers).
+            let tracker = lock(&self.tracker);
+            for (space, pages) in &mut taken {
+                pages.union_with(&tracker.populated(block_id(&tracker, *space)?)?);
+            }
+        }
+        Ok(taken)
+    }
+}
+
+/// Pages that do not exist hold zeros. Only where the parent holds something else is that news.
+async fn offer_holes(delta: &mut Delta, taken: &Taken, packer: &Packer) -> Result<()> {
+    let mut jobs = Vec::new();
+    for (space, pages) in taken {
+        let mut holes = PageSet::full(pages.len());
+        holes.subtract(pages);
+        for range in holes.ranges() {
+            delta.offer_zero(*space, range, &mut jobs);
+        }
+    }
+    delta.flush(&mut jobs);
+    packer.send(&mut jobs).await
+}
+
+/// The pause copies into memory that is there already.
+async fn make_room(
+    mut buffers: Buffers,
+    expected: PageCount,
+    packer: &Packer,
+) -> Result<Buffers, Aborted<Buffers>> {
+    let wanted = PageCount(expected.0 * 2 + 1024);
+    if wanted > buffers.staging.free() && !buffers.staging.is_empty() {
+        buffers = buffers.upload_staging(packer.entrance()).await?;
+    }
+    buffers.staging.prefault(wanted);
+    Ok(buffers)
+}
+
 pub fn count(taken: &Taken) -> PageCount {
     PageCount(taken.iter().map(|(_, pages)| pages.count().0).sum())
 }
 
 /// Dirty pages at this moment; nothing is taken.
-pub fn look(vm: &Vm) -> Result<PageCount> {
-    let mut tracker = vm.lock_tracker()?;
+pub fn look(tracker: &mut Tracker) -> Result<PageCount> {
     let ids: Vec<BlockId> = tracker.blocks().map(|(id, _)| id).collect();
     let mut dirty = 0;
     for id in ids {
         dirty += tracker.scan(id)?.count().0;
     }
     Ok(PageCount(dirty))
-}
-
-/// Pages of a RAM space that exist; all others are zero.
-pub fn existing(vm: &Vm, space: SpaceNumber) -> Result<PageSet> {
-    let tracker = vm.lock_tracker()?;
-    Ok(tracker.populated(block_id(&tracker, space)?)?)
 }
 
 /// Whether another pre-copy pass shortens the pause.
@@ -60,16 +173,6 @@ pub fn take(tracker: &mut Tracker, claim: &mut DirtyClaim) -> Result<Taken> {
     let take = |id: BlockId| Ok((id.index() as SpaceNumber, tracker.claim(id, claim)?));
     ids.into_iter().map(take).collect()
 }
-
-/// The brief stop of a pre-copy pass.
-pub async fn begin(vm: &Vm, claim: &mut DirtyClaim) -> Result<(Taken, Duration)> {
-    let paused = Paused::stop(&vm.qmp).await.context("stopping the guest for a pass")?;
-    let taken = vm.lock_tracker().and_then(|mut tracker| take(&mut tracker, claim));
-    kill_point::point("pre-copy.paused");
-    let pause = paused.resume().await.context("letting the guest run again")?;
-    Ok((taken?, pause))
-}
-
 /// Copies what was taken into the staging memory, where the pause can still replace it.
 pub fn stage(tracker: &Tracker, taken: &Taken, staging: &mut Staging) -> Result<()> {
     for (space, range) in ranges(taken) {
@@ -122,23 +225,6 @@ fn ranges(taken: &Taken) -> impl Iterator<Item = (SpaceNumber, PageRange)> {
 fn block_id(tracker: &Tracker, space: SpaceNumber) -> Result<BlockId> {
     let id = tracker.blocks().map(|(id, _)| id).nth(usize::from(space));
     id.with_context(|| format!("space {space} has no RAM block in the tracker"))
-}
-
-/// Runs a copying job on a thread that may block. The state goes there and comes back, whatever the
-/// job's result.
-pub async fn blocking<T, R>(
-    mut state: T,
-    job: impl FnOnce(&mut T) -> Result<R> + Send + 'static,
-) -> Result<(T, Result<R>)>
-where
-    T: Send + 'static,
-    R: Send + 'static,
-{
-    let run = move || {
-        let result = job(&mut state);
-        (state, result)
-    };
-    tokio::task::spawn_blocking(run).await.context("internal error: a copy task panicked")
 }
 
 #[cfg(test)]

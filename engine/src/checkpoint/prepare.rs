@@ -1,32 +1,35 @@
 //! Phase `prepare`: all that can be done while the guest runs, so that the pause has nothing to
 //! wait for.
 
-use super::base::{Base, Chains};
+use super::base::{Base, Chains, History};
+use super::buffers::Buffers;
 use super::carried::{Carried, Resumed};
 use super::delta::{Delta, Space};
+use super::direct::ProcessMemorySource;
 use super::outcome::Phases;
+use super::pause::TrackerSource;
+use super::source::MemorySource;
+use super::stream::StreamSource;
+use super::underway::{Prepared, Storing, Underway};
 use super::writer::{Force, StoreSession};
 use super::{Checkpointer, Choice, Report};
 use crate::kill_point;
-use crate::pack::{NumberedPack, PackJob, PackTarget, Packer, StoredPacks};
+use crate::pack::{NumberedPack, PackJob, PackTarget, Packer};
 use crate::progress::bytes;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result};
 use checkpoint_format::{
-    ByteLen, CheckpointId, CheckpointRef, ContentDigest, LayerRef, PageCount, SpaceKind, SpaceName,
-    SpaceTable,
+    ByteLen, CheckpointId, CheckpointRef, LayerRef, PageCount, SpaceKind, SpaceName, SpaceTable,
 };
 use checkpoint_store::{Mode, PartialCheckpoint};
-use dirty_tracker::DirtyClaim;
 use qmp_bridge::RunState;
 use qmp_bridge::capture::{
-    BitmapTag, CapturePlaces, CapturePlan, CapturedDisks, DEFAULT_FLEECING_RESERVE, Outlook,
-    PreparedDisks, cleanup_leftovers,
+    BitmapTag, CapturePlaces, CapturePlan, DEFAULT_FLEECING_RESERVE, Outlook, PreparedDisks,
+    cleanup_leftovers,
 };
-use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
-use qmp_bridge::disks::Disk;
+use qmp_bridge::disks::{BackingImage, Disk};
 use qmp_bridge::migration::{self, StreamMode};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use tokio::time::Instant;
 use tracing::instrument;
 use vm::drives::Drives;
 use vm::error::{EngineError, InPhase, Phase};
@@ -35,74 +38,18 @@ use vm::launch::paths::boot_files_of;
 use vm::memory_source::{Chosen, Engine, can_pre_copy_live, choose_stream, choose_tracker};
 use vm::process_memory::ProcessMemory;
 use vm::reopen;
-use vm::running::{check_blockers, lock};
+use vm::running::{Vm, check_blockers};
 
-/// Room for copied pages: 160 MiB. With packs being filled, written and waiting (96 MiB) that is
-/// the staging of 256 MiB.
-pub const STAGING_PAGES: PageCount = PageCount((160 << 20) / 4096);
-
-/// Where the devices' state of the instant is.
-pub enum SavedState {
-    File(DeviceStateFile),
-    Read(DeviceState),
-}
-
-/// A checkpoint under way.
-pub struct Run {
-    pub engine: Engine,
-    /// What the operator should know though all goes well.
-    pub notes: Vec<String>,
-    pub id: CheckpointId,
-    pub parent: Option<CheckpointId>,
-    /// The VM as it was when the checks were made.
-    pub inventory: Arc<Inventory>,
-    /// What the guest was doing at the checkpoint's point in time.
-    pub run_state: RunState,
-    pub boot_files: Vec<LayerRef>,
-    pub partial: Option<Arc<PartialCheckpoint>>,
-    pub packer: Option<Packer>,
-    /// What the packer has stored.
-    pub stored: StoredPacks,
-    /// Packs of earlier tries; they come before those that the packer stores.
-    pub carried: Vec<NumberedPack>,
-    pub resumed: Option<Resumed>,
-    /// If this checkpoint fails, the next one may build on its packs.
-    pub may_carry: bool,
-    pub delta: Option<Delta>,
-    pub claim: Option<DirtyClaim>,
-    pub prepared: Option<PreparedDisks>,
-    pub captured: Option<CapturedDisks>,
-    pub device_state: Option<SavedState>,
-    pub brief_stops: Vec<Duration>,
-    pub pause: Duration,
-    pub pages_dirty: PageCount,
-    pub layer_bytes: u64,
-    pub state_bytes: ByteLen,
-    pub is_exact: bool,
-    pub is_spilled: bool,
-}
-
-impl Run {
-    /// All that the store has acknowledged, in the order in which it counts.
-    pub fn packs(&self) -> Vec<NumberedPack> {
-        self.carried.iter().cloned().chain(self.stored.list()).collect()
-    }
-
-    pub fn take_partial(&mut self) -> Result<PartialCheckpoint> {
-        let partial = self.partial.take().context("the partial checkpoint is gone")?;
-        Arc::try_unwrap(partial).ok().context("the pack pipeline still holds the checkpoint")
-    }
-
-    /// A page of an earlier try that was not looked at may have changed since.
-    pub fn check_carried(&mut self) -> Result<()> {
-        let left = self.delta.as_ref().map_or(PageCount(0), Delta::unconfirmed);
-        self.may_carry = left == PageCount(0);
-        ensure!(
-            self.may_carry,
-            "internal error: {left} pages that an earlier try stored were not compared; take the checkpoint again"
-        );
-        Ok(())
-    }
+/// What is settled while the base is as it was.
+struct Plan {
+    chosen: Chosen,
+    layer_bytes: u64,
+    boot_files: Vec<LayerRef>,
+    disks: PreparedDisks,
+    outlook: Outlook,
+    partial: Arc<PartialCheckpoint>,
+    /// Packs of earlier tries in it.
+    earlier: Vec<NumberedPack>,
 }
 
 impl Checkpointer {
@@ -112,7 +59,7 @@ impl Checkpointer {
         choice: Choice,
         phases: &mut Phases,
         report: &Report,
-    ) -> Result<Run> {
+    ) -> Result<Prepared> {
         let begun = Instant::now();
         report.say("prepare", 0, 0);
         kill_point::point("prepare");
@@ -125,29 +72,65 @@ impl Checkpointer {
         let inventory = Inventory::take(&self.vm).await?;
         self.vm.check_listed(&inventory.devices).await?;
         check_blockers(&inventory.composition.migration_blockers)?;
-        self.ensure_session(choice.full).await?;
-        let drives = &inventory.drives;
-        self.vm.check_command_line(drives)?;
-        let spaces = disk_spaces(&drives.disks)?;
-        self.ensure_base(&spaces).await?;
-        let layers_begun = Instant::now();
-        let layer_bytes = self.ensure_layers(drives).await?;
-        phases.since("layers", layers_begun);
-        self.follow_chains(drives)?;
-        self.begin_lineage_if_due(choice.full)?;
+        let session = self.ensure_session(choice.full).await?;
+        self.vm.check_command_line(&inventory.drives)?;
+        let spaces = disk_spaces(&inventory.drives.disks)?;
+        let mut base = self.take_base(&session, &spaces).await?;
+        let plan = match self.plan(choice, &session, &mut base, &inventory.drives, phases).await {
+            Ok(plan) => plan,
+            Err(error) => {
+                self.base = Some(base);
+                return Err(error);
+            }
+        };
+        let prepared = self.begin(plan, inventory, session, base).await?;
+        phases.since("prepare", begun);
+        Ok(prepared)
+    }
+
+    async fn plan(
+        &mut self,
+        choice: Choice,
+        session: &StoreSession,
+        base: &mut Base,
+        drives: &Drives,
+        phases: &mut Phases,
+    ) -> Result<Plan> {
+        let begun = Instant::now();
+        let boot = boot_files_of(&self.vm.file.arguments, &self.vm.directory())?;
+        let layer_bytes = self.layers.ensure_all(&session.repository, drives, &boot).await?;
+        phases.since("layers", begun);
+        base.follow_chains(self.chains(drives)?);
+        base.begin_lineage_if_due(choice.full);
         let chosen = self.choose_engine(choice).await?;
         if chosen.engine.mode() == Some(StreamMode::PreCopy) {
             reopen::check(self.vm.pid, drives)?;
         }
-        let run = self.begin_run(chosen, inventory, layer_bytes).await?;
-        phases.since("prepare", begun);
-        Ok(run)
+        let history = &mut base.history;
+        let plan = CapturePlan {
+            tag: self.tag()?,
+            checkpoint: self.reference(history.next()),
+            parent: history.parent_of_bitmaps().map(|parent| parent.0),
+            fleecing_dir: self.vm.file.fleecing.clone(),
+            fleecing_reserve: DEFAULT_FLEECING_RESERVE,
+            nbd_socket: self.vm.runtime.nbd(),
+            streamed: chosen.engine != Engine::Tracker,
+        };
+        let disks = PreparedDisks::prepare(&self.vm.qmp, &drives.disks, plan)
+            .await
+            .context("preparing the disks")?;
+        let outlook = disks.outlook().await.context("looking what the disks will need")?;
+        tracing::info!(?outlook, "what the disks will need");
+        let (partial, earlier) = self.begin_partial(session, history).await?;
+        let boot_files =
+            boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
+        Ok(Plan { chosen, layer_bytes, boot_files, disks, outlook, partial, earlier })
     }
 
-    async fn ensure_session(&mut self, is_full: bool) -> Result<()> {
+    async fn ensure_session(&mut self, is_full: bool) -> Result<StoreSession> {
         if let Some(session) = &self.store {
             if session.is_current().await? {
-                return Ok(());
+                return Ok(session.clone());
             }
             tracing::warn!(
                 store = session.repository.url(),
@@ -159,9 +142,8 @@ impl Checkpointer {
         // system is not mounted, say.
         let mode =
             if is_full || self.marks.is_none() { Mode::CreateIfMissing } else { Mode::MustExist };
-        self.store =
-            Some(StoreSession::open(&self.vm.file, &self.vm.runtime, mode, Force::No).await?);
-        Ok(())
+        let session = StoreSession::open(&self.vm.file, &self.vm.runtime, mode, Force::No).await?;
+        Ok(self.store.insert(session).clone())
     }
 
     /// Once per helper, and after a failure: what was left in QEMU, a stopped guest first of all.
@@ -216,175 +198,119 @@ impl Checkpointer {
 
     /// The store may have changed since the last checkpoint: it lost some (a snapshot of it was
     /// restored), or a commit whose answer was lost took place.
-    async fn ensure_base(&mut self, disks: &[(SpaceName, PageCount)]) -> Result<()> {
-        let session = self.store.as_ref().context("the store is not open")?;
+    async fn take_base(
+        &mut self,
+        session: &StoreSession,
+        disks: &[(SpaceName, PageCount)],
+    ) -> Result<Base> {
         let is_held = match &mut self.base {
-            Some(base) => base.lineage.is_held(&session.repository).await?,
+            Some(base) => base.history.lineage.is_held(&session.repository).await?,
             None => false,
         };
         if !is_held {
             tracing::info!("looking up what the store has of this VM");
             self.base = None;
         }
-        match &mut self.base {
-            Some(base) => base.adapt(&self.vm, disks),
-            none => {
-                *none = Some(Base::find(&self.vm, &session.repository, disks, self.marks).await?);
-                Ok(())
-            }
+        if let Some(base) = &mut self.base {
+            base.adapt(&self.vm, disks)?;
+        }
+        match self.base.take() {
+            Some(base) => Ok(base),
+            None => Base::find(&self.vm, &session.repository, disks, self.marks).await,
         }
     }
 
-    async fn ensure_layers(&mut self, drives: &Drives) -> Result<u64> {
-        let session = self.store.as_ref().context("the store is not open")?;
-        let boot = boot_files_of(&self.vm.file.arguments, &self.vm.directory())?;
-        self.layers.ensure_all(&session.repository, drives, &boot).await
-    }
-
-    /// A disk that stands on other layers than its parent did (a stream or commit at run time) may
-    /// show other content where nothing was written: then all is stored again.
-    fn follow_chains(&mut self, drives: &Drives) -> Result<()> {
+    /// The layers that each writable disk stands on.
+    fn chains(&self, drives: &Drives) -> Result<Chains> {
         let writable = drives.disks.iter().filter(|disk| !disk.read_only);
-        let chains = writable
-            .map(|disk| Ok((disk.name.clone(), self.chain(drives, disk)?)))
-            .collect::<Result<Chains>>()?;
-        let base = self.base.as_mut().context("the base is not known")?;
-        let is_same = |(node, chain): (&String, &Vec<ContentDigest>)| {
-            base.chains.get(node).is_none_or(|before| before == chain)
+        let digest = |image: &BackingImage| {
+            let layer = self.layers.get(&image.file).context("a layer was not stored")?;
+            Ok::<_, Error>(layer.digest)
         };
-        if base.parent().is_some() && !chains.iter().all(is_same) {
-            tracing::info!(
-                "a disk stands on other layers than before; the next checkpoint is full"
-            );
-            base.begin_again();
-        }
-        base.chains = chains;
-        Ok(())
-    }
-
-    fn begin_lineage_if_due(&mut self, is_wanted: bool) -> Result<()> {
-        let base = self.base.as_mut().context("the base is not known")?;
-        if is_wanted || base.is_long() {
-            tracing::info!(is_wanted, "the next checkpoint is full and begins a lineage");
-            base.begin_again();
-        }
-        Ok(())
-    }
-
-    fn chain(&self, drives: &Drives, disk: &Disk) -> Result<Vec<ContentDigest>> {
-        let images = drives.layers(disk);
-        let layers = images.iter().map(|image| self.layers.get(&image.file));
-        layers.map(|layer| Ok(layer.context("a layer was not stored")?.digest)).collect()
-    }
-
-    async fn begin_run(
-        &mut self,
-        chosen: Chosen,
-        inventory: Inventory,
-        layer_bytes: u64,
-    ) -> Result<Run> {
-        let base = self.base.as_ref().context("the base is not known")?;
-        let (id, parent, is_exact) = (base.next(), base.parent(), base.is_exact);
-        let plan = CapturePlan {
-            tag: self.tag()?,
-            checkpoint: self.reference(id),
-            parent: base.parent_of_bitmaps().map(|parent| parent.0),
-            fleecing_dir: self.vm.file.fleecing.clone(),
-            fleecing_reserve: DEFAULT_FLEECING_RESERVE,
-            nbd_socket: self.vm.runtime.nbd(),
-            streamed: chosen.engine != Engine::Tracker,
-        };
-        let prepared = PreparedDisks::prepare(&self.vm.qmp, &inventory.drives.disks, plan)
-            .await
-            .context("preparing the disks")?;
-        let outlook = prepared.outlook().await.context("looking what the disks will need")?;
-        tracing::info!(?outlook, "what the disks will need");
-        let (partial, earlier) = self.begin_partial(id, parent).await?;
-        let (packer, delta, resumed) =
-            match self.begin_delta(&partial, earlier.clone(), id, parent).await {
-                Ok(begun) => begun,
-                Err(error) => {
-                    self.keep_earlier(partial, earlier, parent);
-                    return Err(error);
-                }
-            };
-        let boot = boot_files_of(&self.vm.file.arguments, &self.vm.directory())?;
-        let boot_files =
-            boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
-        let claim = match chosen.engine {
-            Engine::Tracker => {
-                // If the helper dies from here on, no record says which pages it has claimed.
-                self.vm.runtime.forget_exact_marks()?;
-                Some(self.begin_claim(self.reference(id)).await?)
-            }
-            Engine::PreCopy
-            | Engine::BackgroundSnapshot
-            | Engine::Stopped
-            | Engine::ProcessMemory => None,
-        };
-        Ok(Run {
-            engine: chosen.engine,
-            notes: notes(chosen).into_iter().chain(room_note(outlook)).collect(),
-            id,
-            parent,
-            inventory: Arc::new(inventory),
-            run_state: RunState::Running,
-            boot_files,
-            partial: Some(partial),
-            stored: packer.stored(),
-            packer: Some(packer),
-            carried: resumed.packs(),
-            resumed: Some(resumed),
-            may_carry: true,
-            delta: Some(delta),
-            claim,
-            prepared: Some(prepared),
-            captured: None,
-            device_state: None,
-            brief_stops: Vec::new(),
-            pause: Duration::ZERO,
-            pages_dirty: PageCount(0),
-            layer_bytes,
-            state_bytes: ByteLen(0),
-            is_exact,
-            is_spilled: false,
-        })
-    }
-
-    /// Begins, commits or removes a checkpoint in the store.
-    pub(super) async fn change_store<'a, T, F: Future<Output = T>>(
-        &'a mut self,
-        change: impl FnOnce(&'a StoreSession) -> F,
-    ) -> Result<T> {
-        let session = self.store.as_ref().context("the store is not open")?;
-        let base = self.base.as_mut().context("the base is not known")?;
-        Ok(base.lineage.change(&session.repository, change(session)).await)
+        let chain =
+            |disk: &Disk| drives.layers(disk).iter().map(digest).collect::<Result<Vec<_>>>();
+        writable.map(|disk| Ok((disk.name.clone(), chain(disk)?))).collect()
     }
 
     fn reference(&self, id: CheckpointId) -> CheckpointRef {
         CheckpointRef { vm: self.vm.file.name.clone(), id }
     }
 
-    async fn begin_claim(&self, checkpoint: CheckpointRef) -> Result<DirtyClaim> {
-        let tracker = self.vm.tracker()?;
-        let begin = move || {
-            let mut tracker = lock(&tracker);
-            tracker.prepare()?;
-            Ok(tracker.begin_claim(checkpoint))
+    /// From here on the tables are in use: if this fails, they are read from the store again.
+    async fn begin(
+        &mut self,
+        plan: Plan,
+        inventory: Inventory,
+        session: StoreSession,
+        base: Base,
+    ) -> Result<Prepared> {
+        let Base { history, spaces } = base;
+        let Plan { chosen, layer_bytes, boot_files, disks, outlook, partial, earlier } = plan;
+        let (id, parent) = (history.next(), history.parent());
+        let label = format!("{} {id} {}", self.vm.file.name, self.vm.file.instance);
+        let begun = begin_delta(&partial, earlier.clone(), spaces, parent, label).await;
+        let (packer, delta, resumed) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                self.keep_earlier(partial, earlier, parent);
+                return Err(error);
+            }
         };
-        tokio::task::spawn_blocking(begin)
-            .await
-            .context("internal error: preparing the tracker panicked")?
+        let source = self.source(chosen.engine, self.reference(id), history.is_exact).await?;
+        Ok(Prepared {
+            underway: Underway {
+                id,
+                parent,
+                engine: chosen.engine,
+                notes: notes(chosen).into_iter().chain(room_note(outlook)).collect(),
+                inventory,
+                boot_files,
+                layer_bytes,
+                session,
+                history,
+            },
+            storing: Storing { partial, packer, resumed },
+            buffers: Buffers { staging: std::mem::take(&mut self.staging), delta },
+            disks,
+            source,
+        })
+    }
+
+    async fn source(
+        &self,
+        engine: Engine,
+        checkpoint: CheckpointRef,
+        is_exact: bool,
+    ) -> Result<Box<dyn MemorySource>> {
+        let Vm { qmp, runtime, pid, .. } = &self.vm;
+        let (qmp, directory) = (qmp.clone(), runtime.path().to_owned());
+        match engine.mode() {
+            Some(mode) => {
+                let journal = runtime.migration_journal();
+                Ok(Box::new(StreamSource { qmp, engine, mode, journal }))
+            }
+            None if engine == Engine::ProcessMemory => {
+                Ok(Box::new(ProcessMemorySource { qmp, pid: *pid, directory }))
+            }
+            None => {
+                // If the helper dies from here on, no record says which pages it has claimed.
+                runtime.forget_exact_marks()?;
+                let tracker = self.vm.tracker()?;
+                TrackerSource::begin(qmp, directory, tracker, checkpoint, is_exact).await
+            }
+        }
     }
 
     /// A partial checkpoint, with the packs of earlier tries if they can be had.
     async fn begin_partial(
         &mut self,
-        id: CheckpointId,
-        parent: Option<CheckpointId>,
+        session: &StoreSession,
+        history: &mut History,
     ) -> Result<(Arc<PartialCheckpoint>, Vec<NumberedPack>)> {
+        let (id, parent) = (history.next(), history.parent());
         if let Some(carried) = self.carried.take_if(|carried| carried.parent == parent) {
-            match self.change_store(|session| session.writer.resume(id, &carried.kept)).await? {
+            let resume = session.writer.resume(id, &carried.kept);
+            match history.lineage.change(&session.repository, resume).await {
                 Ok(Some(partial)) => return Ok((Arc::new(partial), carried.packs)),
                 Ok(None) => tracing::warn!("what an earlier try stored is not there any more"),
                 Err(error) => {
@@ -394,7 +320,8 @@ impl Checkpointer {
             }
         }
         self.carried = None;
-        let partial = self.change_store(|session| session.writer.begin(id)).await?;
+        let begin = session.writer.begin(id);
+        let partial = history.lineage.change(&session.repository, begin).await;
         let partial = partial.context("beginning a checkpoint in the store")?;
         Ok((Arc::new(partial), Vec::new()))
     }
@@ -410,35 +337,32 @@ impl Checkpointer {
             self.carried = Some(Carried { kept: partial.keep(), packs, parent });
         }
     }
+}
 
-    async fn begin_delta(
-        &mut self,
-        partial: &Arc<PartialCheckpoint>,
-        earlier: Vec<NumberedPack>,
-        id: CheckpointId,
-        parent: Option<CheckpointId>,
-    ) -> Result<(Packer, Delta, Resumed)> {
-        let base = self.base.as_mut().context("the base is not known")?;
-        let spaces = std::mem::take(&mut base.spaces);
-        let table = SpaceTable::new(spaces.iter().map(|space| space.name.clone()))?;
-        let mut delta = Delta::new(spaces, &table)?;
-        if parent.is_none() {
-            delta.forget_memory();
-        }
-        let resumed = match earlier.is_empty() {
-            true => Resumed::none(Arc::clone(partial)),
-            false => Resumed::of_packs(Arc::clone(partial), earlier, &mut delta).await?,
-        };
-        let label = format!("{} {id} {}", self.vm.file.name, self.vm.file.instance);
-        let target = Arc::clone(partial) as Arc<dyn PackTarget>;
-        let packer = Packer::after(target, table, label, resumed.last());
-        if parent.is_none() {
-            let mut jobs = Vec::new();
-            ground_ram(&mut delta, &mut jobs);
-            packer.send(&mut jobs).await?;
-        }
-        Ok((packer, delta, resumed))
+async fn begin_delta(
+    partial: &Arc<PartialCheckpoint>,
+    earlier: Vec<NumberedPack>,
+    spaces: Vec<Space>,
+    parent: Option<CheckpointId>,
+    label: String,
+) -> Result<(Packer, Delta, Resumed)> {
+    let table = SpaceTable::new(spaces.iter().map(|space| space.name.clone()))?;
+    let mut delta = Delta::new(spaces, &table)?;
+    if parent.is_none() {
+        delta.forget_memory();
     }
+    let resumed = match earlier.is_empty() {
+        true => Resumed::none(Arc::clone(partial)),
+        false => Resumed::of_packs(Arc::clone(partial), earlier, &mut delta).await?,
+    };
+    let target = Arc::clone(partial) as Arc<dyn PackTarget>;
+    let packer = Packer::after(target, table, label, resumed.last());
+    if parent.is_none() {
+        let mut jobs = Vec::new();
+        ground_ram(&mut delta, &mut jobs);
+        packer.send(&mut jobs).await?;
+    }
+    Ok((packer, delta, resumed))
 }
 
 /// A first checkpoint of a large disk takes as long as the disk is read, and the guest may

@@ -6,9 +6,10 @@
 //! again and again is stored once. When the staging memory fills up it is sent on its way, unless
 //! the guest waits for us: then there must be room left.
 
+use super::buffers::Buffers;
 use super::delta::Delta;
 use super::precopy;
-use super::staging::{SpaceNumber, Staging};
+use super::staging::SpaceNumber;
 use crate::pack::Entrance;
 use anyhow::{Context, Result, bail, ensure};
 use checkpoint_format::{
@@ -26,8 +27,7 @@ const RESERVE: PageCount = PageCount((64 << 20) / PAGE_SIZE as u64);
 
 /// All that the thread works on; it comes back when the thread ends.
 pub struct Receiver {
-    pub staging: Staging,
-    pub delta: Delta,
+    pub buffers: Buffers,
     entrance: Entrance,
     /// Nothing may wait for the store now: the guest is stopped for as long as the thread takes.
     guest_waits: Arc<AtomicBool>,
@@ -41,17 +41,11 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    pub fn new(
-        staging: Staging,
-        delta: Delta,
-        entrance: Entrance,
-        guest_waits: Arc<AtomicBool>,
-    ) -> Self {
-        let sizes = || ram_sizes(&delta).map(PageSet::new).collect();
+    pub fn new(buffers: Buffers, entrance: Entrance, guest_waits: Arc<AtomicBool>) -> Self {
+        let sizes = || ram_sizes(&buffers.delta).map(PageSet::new).collect();
         let (seen, staged) = (sizes(), sizes());
         Self {
-            staging,
-            delta,
+            buffers,
             entrance,
             guest_waits,
             blocks: Vec::new(),
@@ -62,7 +56,7 @@ impl Receiver {
     }
 
     /// Reads the stream to its end. Every page of every block must have come.
-    pub fn receive(&mut self, source: UnixStream) -> Result<DeviceState> {
+    pub fn receive(&mut self, source: &UnixStream) -> Result<DeviceState> {
         let mut reader = StreamReader::new(source, ReaderLimits::default());
         let mut state = None;
         while let Some(item) = reader.next()? {
@@ -93,11 +87,11 @@ impl Receiver {
         let is_it = |space: &super::delta::Space| {
             space.name.kind() == SpaceKind::Ram && space.name.local() == block.name
         };
-        let number = self.delta.spaces().iter().position(is_it);
+        let number = self.buffers.delta.spaces().iter().position(is_it);
         let number = number.with_context(|| {
             format!("QEMU's stream has RAM block {}, which its monitor does not name", block.name)
         })?;
-        let pages = self.delta.spaces()[number].pages;
+        let pages = self.buffers.delta.spaces()[number].pages;
         ensure!(
             pages == PageCount::covering(ByteLen(block.used)),
             "RAM block {} has {} bytes in QEMU's stream and {pages} pages by its monitor; try again",
@@ -119,19 +113,20 @@ impl Receiver {
             self.news.0 += 1;
         }
         self.make_room()?;
-        self.staging.push(space, PageRange::single(page))?.copy_from_slice(bytes);
+        self.buffers.staging.push(space, PageRange::single(page))?.copy_from_slice(bytes);
         self.staged[usize::from(space)].insert(page);
         Ok(())
     }
 
     fn is_news(&self, space: SpaceNumber, page: PageIndex, bytes: &[u8]) -> bool {
         let digest = if is_zero(bytes) { PageDigest::ZERO_PAGE } else { PageDigest::of(bytes) };
-        !self.delta.holds(space, page, digest)
+        !self.buffers.delta.holds(space, page, digest)
     }
 
     fn make_room(&mut self) -> Result<()> {
         let guest_waits = self.guest_waits.load(Ordering::SeqCst);
-        if self.staging.free() > RESERVE || guest_waits && self.staging.free() > PageCount(0) {
+        let Buffers { staging, delta } = &mut self.buffers;
+        if staging.free() > RESERVE || guest_waits && staging.free() > PageCount(0) {
             return Ok(());
         }
         if guest_waits {
@@ -139,8 +134,8 @@ impl Receiver {
                 "the staging memory is full while the guest waits; try again when it writes less"
             );
         }
-        precopy::upload(&self.staging, &mut self.delta, &self.entrance)?;
-        self.staging.clear(self.staging.capacity());
+        precopy::upload(staging, delta, &self.entrance)?;
+        staging.clear(staging.capacity());
         self.staged.iter_mut().for_each(PageSet::clear);
         Ok(())
     }
@@ -152,10 +147,10 @@ impl Receiver {
             ensure!(
                 missing == 0,
                 "QEMU's stream left out {missing} pages of RAM block {}; a balloon with free-page-hint=on does that: turn it off",
-                self.delta.spaces()[number].name.local()
+                self.buffers.delta.spaces()[number].name.local()
             );
         }
-        self.delta.confirm_memory();
+        self.buffers.delta.confirm_memory();
         Ok(())
     }
 }

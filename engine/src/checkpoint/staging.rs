@@ -8,6 +8,10 @@
 use anyhow::{Result, bail};
 use checkpoint_format::{PAGE_SIZE, PageCount, PageIndex, PageRange};
 
+/// Room for copied pages: 160 MiB. With packs being filled, written and waiting (96 MiB) that is
+/// the staging of 256 MiB.
+const STAGING_PAGES: PageCount = PageCount((160 << 20) / 4096);
+
 /// Which space of the VM, as the checkpoint numbers them.
 pub type SpaceNumber = u16;
 
@@ -101,6 +105,12 @@ impl Staging {
         if self.memory.len() > keep.as_usize() * PAGE_SIZE {
             self.memory = Vec::with_capacity(self.capacity);
         }
+    }
+}
+
+impl Default for Staging {
+    fn default() -> Self {
+        Self::new(STAGING_PAGES)
     }
 }
 

@@ -2,14 +2,15 @@
 //! because QEMU must save each block that the guest overwrites meanwhile into the fleecing overlay;
 //! then the device state; then the staged memory.
 
+use super::Report;
+use super::buffers::{Aborted, Buffers, OrKeep};
 use super::carried::Resumed;
 use super::delta::Delta;
 use super::outcome::Phases;
-use super::precopy::{self, blocking};
-use super::prepare::{Run, SavedState};
-use super::staging::{SpaceNumber, Staging};
+use super::source::{SavedState, Taken};
+use super::staging::SpaceNumber;
+use super::underway::{Captured, Failed, FailedStore, Site, Storing, Underway, Uploaded};
 use super::window::Window;
-use super::{Checkpointer, Report};
 use crate::kill_point;
 use crate::pack::Packer;
 use anyhow::{Context, Result, bail};
@@ -22,10 +23,11 @@ use futures::{StreamExt, TryStreamExt};
 use qmp_bridge::capture::{CapturedDisk, CapturedDisks};
 use qmp_bridge::nbd::{Content, ContentRange, ContextExtents, NbdClient, content_ranges, context};
 use qmp_bridge::resave::repeated_section;
-use std::time::Instant;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tracing::instrument;
-use vm::error::refused;
+use vm::error::{Phase, refused};
+use vm::inventory::{Inventory, unchanged};
 
 /// A disk's extents, and what earlier tries stored of it, are looked up for this much of it at a
 /// time. The latter takes 2 MiB, and that of another part may wait in the queue.
@@ -46,48 +48,97 @@ enum Piece {
     Part(SpaceNumber, Option<Window>),
 }
 
-impl Checkpointer {
+impl Captured {
     #[instrument(name = "upload", level = "debug", skip_all)]
-    pub(super) async fn upload(
-        &mut self,
-        run: &mut Run,
-        phases: &mut Phases,
-        report: &Report,
-    ) -> Result<()> {
+    pub async fn upload(self, site: &Site<'_>, phases: &mut Phases) -> Result<Uploaded, Failed> {
+        let Self { underway, storing, taken } = self;
+        let Taken { buffers, mut claimed, devices, moment } = taken;
+        let upload = Upload { underway: &underway, storing: &storing, site };
+        let sent = upload.send(buffers, &mut claimed.disks, devices, phases).await;
+        let (buffers, state_bytes) = match sent {
+            Ok(sent) => sent,
+            Err(Aborted { error, left }) => {
+                let store = FailedStore::Storing(storing);
+                return Err(Failed::captured(error, underway, store, left, claimed));
+            }
+        };
+        kill_point::point("upload");
+        phases.enter(Phase::Commit);
         let begun = Instant::now();
-        self.upload_disks(run, report).await.context("reading the disks' instant")?;
+        match storing.finish().await {
+            Ok(stored) => {
+                phases.since("upload", begun);
+                kill_point::point("uploaded");
+                Ok(Uploaded { underway, stored, buffers, claimed, moment, state_bytes })
+            }
+            Err(Aborted { error, left }) => {
+                let store = FailedStore::Ended(left);
+                Err(Failed::captured(error, underway, store, Some(buffers), claimed))
+            }
+        }
+    }
+}
+
+struct Upload<'a> {
+    underway: &'a Underway,
+    storing: &'a Storing,
+    site: &'a Site<'a>,
+}
+
+impl Upload<'_> {
+    /// Returns the length of the device state.
+    async fn send(
+        &self,
+        buffers: Buffers,
+        disks: &mut CapturedDisks,
+        devices: SavedState,
+        phases: &mut Phases,
+    ) -> Result<(Buffers, ByteLen), Aborted<Buffers>> {
+        let checked = self.underway.inventory.check_vm(self.site.vm).await;
+        let (mut buffers, ()) = checked.or_keep(buffers)?;
+        phases.enter(Phase::Upload);
+        let begun = Instant::now();
+        let read = self.read_disks(disks, &mut buffers.delta).await;
+        let (mut buffers, ()) = read.context("reading the disks' instant").or_keep(buffers)?;
         phases.since("upload.disks", begun);
         kill_point::point("upload.disks");
         let begun = Instant::now();
-        self.upload_state(run).await?;
-        self.upload_staging(run).await?;
+        let sent = self.send_state(devices, &mut buffers.delta).await;
+        let (buffers, state_bytes) = sent.or_keep(buffers)?;
+        let buffers = buffers.upload_staging(self.storing.packer.entrance()).await?;
         phases.since("upload.memory", begun);
-        Ok(())
+        let (buffers, ()) = self.check_unchanged().await.or_keep(buffers)?;
+        Ok((buffers, state_bytes))
     }
 
-    async fn upload_disks(&mut self, run: &mut Run, report: &Report) -> Result<()> {
-        let captured =
-            run.captured.as_mut().context("internal error: the disks were not captured")?;
+    /// When nothing of the capture is above the disks any more.
+    async fn check_unchanged(&self) -> Result<()> {
+        let Inventory { drives, .. } = &self.underway.inventory;
+        self.underway.inventory.check_disks(self.site.vm).await?;
+        unchanged(
+            self.site
+                .layers
+                .changed(drives)
+                .map(|path| format!("the layer {} was written to", path.display())),
+        )
+    }
+
+    async fn read_disks(&self, captured: &mut CapturedDisks, delta: &mut Delta) -> Result<()> {
         if captured.disks().is_empty() {
             return Ok(());
         }
         captured.export().await?;
-        let delta = run.delta.as_mut().context("the tables are gone")?;
-        let packer = run.packer.as_ref().context("the packer is gone")?;
-        let resumed = run
-            .resumed
-            .as_ref()
-            .context("internal error: nothing says what earlier tries stored")?;
+        let Storing { packer, resumed, .. } = self.storing;
         let (pieces, queue) = mpsc::channel(QUEUE);
         let mut readers: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
         for disk in captured.disks() {
             let number = disk_number(delta, disk);
+            let number = number.with_context(|| format!("disk {} has no space", disk.name))?;
+            let space = &delta.spaces()[usize::from(number)];
             // What no earlier checkpoint says anything about is read by where it is allocated; else
             // every block counts.
-            let is_fresh = run.parent.is_none()
-                || number.is_some_and(|number| !delta.spaces()[usize::from(number)].in_lineage);
-            let number = number.with_context(|| format!("disk {} has no space", disk.name))?;
-            let space = (number, delta.spaces()[usize::from(number)].name.clone());
+            let is_fresh = self.underway.parent.is_none() || !space.in_lineage;
+            let space = (number, space.name.clone());
             readers.push(Box::pin(read_disk(
                 captured,
                 disk,
@@ -95,7 +146,7 @@ impl Checkpointer {
                 is_fresh,
                 resumed,
                 pieces.clone(),
-                report,
+                self.site.report,
             )));
         }
         drop(pieces);
@@ -115,12 +166,8 @@ impl Checkpointer {
         Ok(())
     }
 
-    async fn upload_state(&mut self, run: &mut Run) -> Result<()> {
-        let saved = run.device_state.take().context("the device state was not saved")?;
-        let state = match saved {
-            SavedState::File(file) => file.read().context("reading the device state back")?,
-            SavedState::Read(state) => state,
-        };
+    async fn send_state(&self, devices: SavedState, delta: &mut Delta) -> Result<ByteLen> {
+        let state = devices.read()?;
         if let Some(name) = repeated_section(&state) {
             return Err(refused(format!(
                 "this QEMU saves two devices under one name, {name}, and would load the state of both into the first; \
@@ -128,32 +175,17 @@ impl Checkpointer {
             )));
         }
         let mut state = state.into_bytes();
-        run.state_bytes = ByteLen(state.len() as u64);
+        let len = ByteLen(state.len() as u64);
         state.resize(state.len().next_multiple_of(PAGE_SIZE), 0);
-        let delta = run.delta.as_mut().context("the tables are gone")?;
         let number = delta.spaces().iter().position(|space| space.name.kind() == SpaceKind::State);
         let number = number.context("the device state has no space")? as SpaceNumber;
         // A restore forgets the pages that a shrunken space lost, so the table must too.
-        delta.truncate(number, PageCount::covering(run.state_bytes));
+        delta.truncate(number, PageCount::covering(len));
         let mut jobs = Vec::new();
         delta.offer(number, PageIndex(0), &state, &mut jobs);
         delta.flush(&mut jobs);
-        run.packer.as_ref().context("the packer is gone")?.send(&mut jobs).await
-    }
-
-    /// Sends the staged pages and empties the staging memory.
-    pub(super) async fn upload_staging(&mut self, run: &mut Run) -> Result<()> {
-        let entrance = run.packer.as_ref().context("the packer is gone")?.entrance();
-        let delta = run.delta.take().context("the tables are gone")?;
-        let staging = std::mem::replace(&mut self.staging, Staging::new(PageCount(0)));
-        let job = move |(staging, delta): &mut (Staging, Delta)| {
-            precopy::upload(staging, delta, &entrance)
-        };
-        let ((mut staging, delta), result) = blocking((staging, delta), job).await?;
-        staging.clear(staging.capacity());
-        self.staging = staging;
-        run.delta = Some(delta);
-        result
+        self.storing.packer.send(&mut jobs).await?;
+        Ok(len)
     }
 }
 

@@ -9,6 +9,7 @@ use checkpoint_store::{Claim, Mode, Repository, Writer};
 use vm::error::{EngineError, InPhase, Phase};
 use vm::runtime_dir::{RuntimeDir, VmFile};
 
+#[derive(Clone)]
 pub struct StoreSession {
     pub repository: Repository,
     pub writer: Writer,

@@ -1,0 +1,146 @@
+//! Where a checkpoint's memory comes from: the seam between the phases and the engines.
+//!
+//! A source takes memory, disks and device state of one instant. The phases before it (what the
+//! checkpoint builds on) and after it (upload, commit, acknowledge) are the same for all of them.
+
+use super::Report;
+use super::buffers::{Aborted, Buffers};
+use super::outcome::Phases;
+use crate::pack::Packer;
+use anyhow::{Context, Error, Result};
+use checkpoint_format::PageCount;
+use dirty_tracker::DirtyClaim;
+use futures::future::BoxFuture;
+use qmp_bridge::capture::{CaptureError, CapturedDisks, PreparedDisks};
+use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
+use qmp_bridge::{Paused, RunState};
+use std::time::Duration;
+use vm::inventory::Inventory;
+
+/// A disk that needs longer for what its guest has written would hold the guest for as long.
+const FLUSH_LIMIT: Duration = Duration::from_secs(30);
+
+/// One engine, ready for one checkpoint.
+pub trait MemorySource: Send {
+    /// Takes memory, disks and device state of one instant. Whatever comes of it, the guest is in
+    /// its run state again, and what was claimed is in the result or restored, when this returns.
+    fn capture<'a>(
+        self: Box<Self>,
+        buffers: Buffers,
+        disks: PreparedDisks,
+        context: CaptureContext<'a>,
+    ) -> BoxFuture<'a, Result<Taken, NotTaken>>;
+}
+
+/// What the phases lend to a source.
+pub struct CaptureContext<'a> {
+    /// Takes pages that the buffers have no room for.
+    pub packer: &'a Packer,
+    pub inventory: &'a Inventory,
+    pub phases: &'a mut Phases,
+    pub report: &'a Report,
+}
+
+/// One instant of the VM.
+pub struct Taken {
+    /// The pages that were not sent to the packer are staged.
+    pub buffers: Buffers,
+    pub claimed: Claimed,
+    pub devices: SavedState,
+    pub moment: Moment,
+}
+
+/// What becomes clean when the checkpoint is durable; it is restored otherwise.
+pub struct Claimed {
+    /// `None`: the source takes no dirty pages from the tracker.
+    pub claim: Option<DirtyClaim>,
+    pub disks: CapturedDisks,
+}
+
+/// Where the devices' state of the instant is.
+pub enum SavedState {
+    File(DeviceStateFile),
+    Read(DeviceState),
+}
+
+impl SavedState {
+    pub fn read(self) -> Result<DeviceState> {
+        match self {
+            Self::File(file) => file.read().context("reading the device state back"),
+            Self::Read(state) => Ok(state),
+        }
+    }
+}
+
+/// The checkpoint's point in time.
+#[derive(Debug)]
+pub struct Moment {
+    /// What the guest was doing.
+    pub run_state: RunState,
+    pub pause: Duration,
+    /// Of the pre-copy passes before it.
+    pub brief_stops: Vec<Duration>,
+    pub pages_dirty: PageCount,
+}
+
+/// No instant was taken: why, and what is left of the checkpoint.
+pub struct NotTaken {
+    pub error: Error,
+    /// `None`: a task that panicked had them.
+    pub buffers: Option<Buffers>,
+    /// `None`: they are restored in the background.
+    pub disks: Option<FailedDisks>,
+}
+
+impl NotTaken {
+    /// The instant of the disks was not begun.
+    pub fn before(aborted: Aborted<Buffers>, disks: PreparedDisks) -> Self {
+        let Aborted { error, left } = aborted;
+        Self { error, buffers: left, disks: Some(FailedDisks::Prepared(disks)) }
+    }
+
+    /// The instant of the disks was taken.
+    pub fn after(error: Error, buffers: Option<Buffers>, disks: CapturedDisks) -> Self {
+        Self { error, buffers, disks: Some(FailedDisks::Captured(disks)) }
+    }
+}
+
+/// The disks of a checkpoint that failed.
+pub enum FailedDisks {
+    Prepared(PreparedDisks),
+    Captured(CapturedDisks),
+}
+
+impl FailedDisks {
+    /// Merges the bitmaps back and removes what was made in QEMU.
+    pub async fn restore(self) -> Result<(), CaptureError> {
+        match self {
+            Self::Prepared(disks) => disks.discard().await,
+            Self::Captured(disks) => disks.restore().await,
+        }
+    }
+}
+
+impl From<Aborted<PreparedDisks>> for Aborted<FailedDisks> {
+    fn from(aborted: Aborted<PreparedDisks>) -> Self {
+        aborted.map(FailedDisks::Prepared)
+    }
+}
+
+impl From<Aborted<CapturedDisks>> for Aborted<FailedDisks> {
+    fn from(aborted: Aborted<CapturedDisks>) -> Self {
+        aborted.map(FailedDisks::Captured)
+    }
+}
+
+/// To be called right before each `stop`, which writes what is not written yet while the guest
+/// waits.
+pub async fn flush(disks: &PreparedDisks) -> Result<()> {
+    disks.flush(FLUSH_LIMIT).await.context("flushing the disks before the guest is stopped")
+}
+
+/// The disks' instant, in a pause that has nothing to do beside it.
+pub async fn capture_disks(disks: PreparedDisks, paused: &Paused) -> Result<CapturedDisks> {
+    let captured = paused.within("the disks' point in time", disks.capture(paused)).await?;
+    captured.context("taking the disks' instant")
+}
