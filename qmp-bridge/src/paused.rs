@@ -120,6 +120,8 @@ pub struct Paused {
     watched_from: Instant,
     since: Instant,
     limit: Duration,
+    /// When the limit passes, by the clock that all waits have.
+    deadline: tokio::time::Instant,
 }
 
 impl Paused {
@@ -150,12 +152,13 @@ impl Paused {
             watched_from,
             since: Instant::now(),
             limit,
+            deadline: tokio::time::Instant::now() + limit,
         };
         if before.is_live() {
             place_marker(qmp, MARKER).await?;
             // From here on the drop resumes, also when this future is dropped in the middle.
-            (paused.marker, paused.pending, paused.since) =
-                (Some(MARKER), Pending::Cont, Instant::now());
+            (paused.marker, paused.pending) = (Some(MARKER), Pending::Cont);
+            paused.begin(Instant::now());
             paused.send_stop().await?;
         }
         Ok(paused)
@@ -217,7 +220,15 @@ impl Paused {
             watched_from: Instant::now(),
             since: Instant::now(),
             limit: PAUSE_LIMIT,
+            deadline: tokio::time::Instant::now() + PAUSE_LIMIT,
         }
+    }
+
+    /// The guest is stopped `since` then.
+    fn begin(&mut self, since: Instant) {
+        self.since = since;
+        let left = self.limit.saturating_sub(since.elapsed());
+        self.deadline = tokio::time::Instant::now() + left;
     }
 
     /// From now on the drop cuts this stream before it speaks to QEMU.
@@ -227,7 +238,8 @@ impl Paused {
 
     /// QEMU has stopped the guest at `since`.
     pub(crate) fn switched_over(&mut self, since: Instant) {
-        (self.since, self.watched_from) = (since, since);
+        self.watched_from = since;
+        self.begin(since);
     }
 
     /// A migration of ours has completed while this guard held the guest.
@@ -270,10 +282,10 @@ impl Paused {
             return Ok(work.await);
         }
         let too_long = PauseError::TooLong { limit: self.limit, during };
-        match self.limit.checked_sub(self.since.elapsed()) {
-            Some(left) => tokio::time::timeout(left, work).await.map_err(|_| too_long),
-            None => Err(too_long),
+        if tokio::time::Instant::now() > self.deadline {
+            return Err(too_long);
         }
+        tokio::time::timeout_at(self.deadline, work).await.map_err(|_| too_long)
     }
 
     /// Lets the guest run again if it ran before, and fails if another client changed the VM

@@ -151,7 +151,8 @@ async fn wait_for_unplugged(vm: &Vm, devices: &[GuestDevice], watch: &EventWatch
         now.clone(),
     );
     let mut gone: Vec<String> = before.into_iter().filter(|path| !now.contains(path)).collect();
-    while !gone.is_empty() && begun.elapsed() < UNPLUG_EVENT {
+    let until = tokio::time::Instant::now() + UNPLUG_EVENT;
+    while !gone.is_empty() && tokio::time::Instant::now() < until {
         tokio::time::sleep(POLL_INTERVAL).await;
         let told = watch.since(begun);
         let unplugged: Vec<String> =

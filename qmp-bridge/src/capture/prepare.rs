@@ -3,12 +3,13 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use checkpoint_format::CheckpointRef;
 use futures::future::{BoxFuture, join_all, try_join_all};
 use serde_json::{Value, json};
 use tokio::sync::OwnedMutexGuard;
+use tokio::time::Instant;
 
 use super::bitmaps::{self, KeptBitmap};
 use super::captured::CapturedDisks;

@@ -1,8 +1,9 @@
 //! Waiting for the turn to have a capture in a QEMU.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::OwnedMutexGuard;
+use tokio::time::Instant;
 
 use super::CaptureError;
 use crate::qmp::Qmp;
