@@ -59,8 +59,8 @@ impl DurableReceipt {
 /// A claim was to be acknowledged with the receipt of another checkpoint; it was restored.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error(
-    "internal error: changes that were claimed for checkpoint {claimed} are not acknowledged by the receipt of {durable}; \
-     they were restored"
+    "internal error: changes that were claimed for checkpoint {claimed} are not acknowledged by \
+     the receipt of {durable}; they were restored"
 )]
 pub struct OtherCheckpoint {
     /// The checkpoint of the receipt.

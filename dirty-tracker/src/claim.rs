@@ -79,7 +79,8 @@ impl DirtyClaim {
     /// When the receipt is of another checkpoint; then the pages are restored.
     pub fn acknowledge(mut self, receipt: &DurableReceipt) -> Result<(), OtherCheckpoint> {
         receipt.confirm(&self.checkpoint)?;
-        tracing::debug!(checkpoint = %self.checkpoint, pages = %self.count(), "dirty claim acknowledged");
+        let (checkpoint, pages) = (&self.checkpoint, self.count());
+        tracing::debug!(%checkpoint, %pages, "dirty claim acknowledged");
         self.taken.clear();
         Ok(())
     }

@@ -59,8 +59,8 @@ impl Checkpointer {
         outcome
     }
 
-    /// Nothing differs from the parent: what was looked at is given back, to be looked at again.
-    pub(super) async fn give_back(&mut self, same: Unchanged) -> Outcome {
+    /// Nothing differs from the parent: what was claimed is restored, and compared again.
+    pub(super) async fn restore_unchanged(&mut self, same: Unchanged) -> Outcome {
         let Unchanged { underway, buffers, claimed, outcome } = same;
         let mut history = underway.history;
         // The tracker holds the pages that are restored, so it is exact from here on.

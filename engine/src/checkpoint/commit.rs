@@ -88,7 +88,8 @@ impl Uploaded {
         if left > PageCount(0) {
             self.stored.packs.clear();
             bail!(
-                "internal error: {left} pages that an earlier try stored were not compared; take the checkpoint again"
+                "internal error: {left} pages that an earlier try stored were not compared; \
+                 take the checkpoint again"
             );
         }
         Ok(())

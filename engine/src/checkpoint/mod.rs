@@ -158,7 +158,7 @@ impl Checkpointer {
         report: &Report,
     ) -> Result<Outcome> {
         let prepared = self.prepare(choice, phases, report).await;
-        // A preparation of disks that failed is taken back in the background.
+        // A preparation of disks that failed is undone in the background.
         let prepared = prepared.inspect_err(|_| self.is_clean = false)?;
         self.finish(prepared, phases, report).await
     }
@@ -174,7 +174,7 @@ impl Checkpointer {
         let ended = run(prepared, &site, phases).await;
         match ended {
             Ok(Committed::Durable(durable)) => Ok(self.acknowledge(durable, phases).await),
-            Ok(Committed::Unchanged(same)) => Ok(self.give_back(same).await),
+            Ok(Committed::Unchanged(same)) => Ok(self.restore_unchanged(same).await),
             Err(failed) => Err(self.fail(failed, report).await),
         }
     }

@@ -152,7 +152,7 @@ impl TrackerSource {
             Some(copied) => copied,
             None => copy.await,
         };
-        let Ended { copies, copied, disks, at, pause } = settle(copied, devices, resumed, late)?;
+        let Ended { copies, copied, disks, at, pause } = conclude(copied, devices, resumed, late)?;
         trace_pause(phases, [stopped.after, at, saved, copied], pause);
         let Copies { claim, buffers, pages } = copies;
         Ok(Taken {
@@ -246,7 +246,7 @@ struct Ended {
 }
 
 /// Of several errors the first in this order is why; a claim that is dropped restores its pages.
-fn settle(
+fn conclude(
     copied: Result<(Copies, Duration), Aborted<Copies>>,
     devices: Result<Devices>,
     resumed: Result<Duration>,

@@ -62,8 +62,9 @@ impl TrackerSource {
         context.phases.since("pre-copy", begun);
         if dirty > MOST_PAUSE_PAGES {
             let error = anyhow!(
-                "the guest writes memory faster than it can be copied: {dirty} pages are dirty after {} passes, which would stop it for too long; \
-                 slow the guest down and try again",
+                "the guest writes memory faster than it can be copied: {dirty} pages are dirty \
+                 after {} passes, which would stop it for too long; slow the guest down and try \
+                 again",
                 self.brief_stops.len()
             );
             return Err(Aborted::new(error, buffers));

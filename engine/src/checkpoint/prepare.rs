@@ -40,7 +40,7 @@ use vm::process_memory::ProcessMemory;
 use vm::reopen;
 use vm::running::{Vm, check_blockers};
 
-/// What is settled while the base is as it was.
+/// What is decided while the base is as it was.
 struct Plan {
     chosen: Chosen,
     layer_bytes: u64,

@@ -32,7 +32,7 @@ pub trait MemorySource: Send {
     ) -> BoxFuture<'a, Result<Taken, NotTaken>>;
 }
 
-/// What the phases lend to a source.
+/// What a source may use of the phases.
 pub struct CaptureContext<'a> {
     /// Takes pages that the buffers have no room for.
     pub packer: &'a Packer,

@@ -1,5 +1,5 @@
-//! The stream engine: what the phases `pre-copy` and `pause` are for a QEMU in which nothing of ours
-//! tracks memory.
+//! The stream engine: what the phases `pre-copy` and `pause` are for a QEMU in which nothing of
+//! ours tracks memory.
 //!
 //! QEMU migrates itself to us, over a socket pair, and continues. By
 //! - *pre-copy*: memory comes while the guest runs; QEMU stops it for the rest when that is small,
@@ -149,7 +149,7 @@ impl StreamSource {
         }
         let read = reading.await;
         kill_point::point("stream.read");
-        settle(flow, read)
+        conclude(flow, read)
     }
 
     fn begin_reading(
@@ -243,7 +243,7 @@ fn open(migration: &mut Migration) -> Result<(UnixStream, UnixStream)> {
 }
 
 /// Of two errors the cause counts, not the one that follows from it.
-fn settle(flow: FlowResult, read: ReadResult) -> Result<Taken, NotTaken> {
+fn conclude(flow: FlowResult, read: ReadResult) -> Result<Taken, NotTaken> {
     let about = "reading QEMU's migration stream";
     match (flow, read) {
         (Ok(Flow { disks, run_state, pause }), Ok((receiver, devices))) => Ok(Taken {

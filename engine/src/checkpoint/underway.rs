@@ -5,7 +5,7 @@
 //!     \______________________\___________________\______> Failed
 //! ```
 //! A step takes its phase by value and returns the next one, or [`Failed`] with all that has to be
-//! given back. Nothing that a phase needs can be missing in it.
+//! restored. Nothing that a phase needs can be missing in it.
 
 use super::Report;
 use super::base::History;
@@ -139,7 +139,7 @@ pub struct Unchanged {
     pub outcome: Outcome,
 }
 
-/// A checkpoint that failed in any phase, and what has to be given back.
+/// A checkpoint that failed in any phase, and what has to be restored.
 pub struct Failed {
     pub error: Error,
     pub underway: Underway,

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::names::{self, BitmapTag, DiskNames};
 use super::size_marks::{self, Place};
-use super::{CaptureError, CapturePlaces};
+use super::{CaptureError, CapturePlaces, CapturePlan};
 use crate::disks::Disk;
 use crate::nbd_server;
 use crate::qmp::replies::{BlockDeviceInfo, BlockDirtyInfo};
@@ -28,6 +28,13 @@ pub(super) fn granularity(disk_bytes: u64) -> u64 {
         limit = limit.saturating_mul(2);
     }
     granularity
+}
+
+impl CapturePlan {
+    /// The number of the checkpoint, as names of bitmaps have it.
+    pub(super) fn id(&self) -> u64 {
+        self.checkpoint.id.0
+    }
 }
 
 /// A bitmap of ours that lives in QEMU.

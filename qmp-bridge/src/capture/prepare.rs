@@ -51,13 +51,6 @@ pub struct CapturePlan {
     pub streamed: bool,
 }
 
-impl CapturePlan {
-    /// The number of the checkpoint, as names of bitmaps have it.
-    pub(super) fn id(&self) -> u64 {
-        self.checkpoint.id.0
-    }
-}
-
 /// What a capture will need, before the guest is stopped for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Outlook {
@@ -273,12 +266,12 @@ fn target(
 }
 
 fn actions(plan: &CapturePlan, target: &Target) -> Vec<Value> {
-    let granularity = target
-        .base
-        .as_ref()
-        .map_or_else(|| bitmaps::granularity(target.bytes), |base| base.granularity);
+    let base = target.base.as_ref();
+    let granularity =
+        base.map_or_else(|| bitmaps::granularity(target.bytes), |base| base.granularity);
     let mut actions = vec![json!({ "type": "block-dirty-bitmap-add", "data": {
-        "node": target.node, "name": names::bitmap(&plan.tag, plan.id()), "granularity": granularity,
+        "node": target.node, "name": names::bitmap(&plan.tag, plan.id()),
+        "granularity": granularity,
     }})];
     if target.copying == Copying::Job {
         actions.push(json!({ "type": "blockdev-backup", "data": {
@@ -366,8 +359,8 @@ impl Session {
             if size_marks::is_due(own, self.plan.id(), target.bytes) {
                 let place = Place { node: &target.node, bytes: target.bytes, names: &target.names };
                 let places = (self.plan.fleecing_dir.as_path(), self.plan.nbd_socket.as_path());
-                size_marks::place(&self.qmp, &self.plan.tag, self.plan.id(), &place, places)
-                    .await?;
+                let id = self.plan.id();
+                size_marks::place(&self.qmp, &self.plan.tag, id, &place, places).await?;
             }
             let client = export_live(&self.qmp, &self.plan, target).await?;
             self.live.push((target.node.clone(), client));
