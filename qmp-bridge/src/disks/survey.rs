@@ -84,6 +84,7 @@ impl<'a> Survey<'a> {
     }
 
     fn disk(&self, device: String, root: &str) -> Result<Disk, DiskError> {
+        let root = self.below_own(root);
         let node = self.below_filters(&device, root)?;
         let top = self.image(&device, &node)?;
         let info = self.node(&device, &node)?;
@@ -103,6 +104,13 @@ impl<'a> Survey<'a> {
             is_named: false,
             device,
         })
+    }
+
+    /// What the device has when no capture of ours is above the disk: one that has failed may still
+    /// be taken apart.
+    fn below_own<'b>(&'b self, root: &'b str) -> &'b str {
+        let below = self.own.owns(root).then(|| self.graph.child(root, "file")).flatten();
+        below.unwrap_or(root)
     }
 
     /// The node that holds the data: what the filters above it show.
