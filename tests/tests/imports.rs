@@ -27,6 +27,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("plugin-protocol", &[]),
     ("qemu-cmdline", &["error-class"]),
     ("qmp-bridge", &["checkpoint-format", "error-class"]),
+    ("scripted-vm", &[]),
     ("stillpoint", &["checkpoint-format", "checkpoint-store", "engine", "helper", "vm"]),
     ("stillpoint-documents", &["stillpoint"]),
     ("stillpoint-plugin", &["plugin-protocol"]),

@@ -29,6 +29,7 @@ mod property;
 mod quiet;
 mod refusals;
 mod resume;
+mod scripted;
 mod states;
 mod torture;
 mod tpm;

@@ -122,6 +122,11 @@ impl Checkpointer {
         }
     }
 
+    /// The same where the writer epoch is claimed already.
+    pub fn with_session(vm: Vm, session: StoreSession) -> Self {
+        Self { store: Some(session), ..Self::new(vm) }
+    }
+
     /// The VM continues in another QEMU: what the store holds is as it was; what was written since
     /// is not known.
     pub fn replace_vm(&mut self, vm: Vm) {

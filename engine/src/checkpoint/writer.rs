@@ -37,7 +37,19 @@ impl StoreSession {
         mode: Mode,
         force: Force,
     ) -> Result<Self, EngineError> {
-        let repository = stores::open(&vm.store, mode).await?;
+        Self::claim(stores::open(&vm.store, mode).await?, vm, runtime, force).await
+    }
+
+    /// Claims the VM's next writer epoch in a store that is open.
+    ///
+    /// # Errors
+    /// When another writer holds the epoch, or the store cannot keep what a commit needs.
+    pub async fn claim(
+        repository: Repository,
+        vm: &VmFile,
+        runtime: &RuntimeDir,
+        force: Force,
+    ) -> Result<Self, EngineError> {
         repository.check_redundancy().await.in_phase(Phase::Open)?;
         let writer = claim(&repository, &vm.name, &vm.instance, runtime, force).await;
         let writer = writer.in_phase(Phase::Open)?;

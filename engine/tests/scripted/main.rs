@@ -1,0 +1,14 @@
+//! Every phase of a checkpoint beside a scripted VM, in milliseconds: each row of docs/protocol.md.
+//!
+//! `rows` says which test stands for which row. The tests of whole VMs (`tests/tests/`) are beside
+//! these, with real QEMUs, guests and kills.
+
+mod between;
+mod commit;
+mod kills;
+mod pause;
+mod prepare;
+mod rows;
+mod scene;
+mod stream;
+mod upload;
