@@ -37,6 +37,9 @@ pub(crate) fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
 }
 
 /// Locks a file for this process alone; gives it back where another holds the lock.
+///
+/// # Errors
+/// The file, if another process holds the lock for longer than the timeout.
 pub fn lock(mut file: File) -> Result<Flock<File>, File> {
     let deadline = Instant::now() + RELEASE;
     loop {

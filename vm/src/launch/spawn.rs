@@ -19,6 +19,9 @@ pub fn in_own_session(program: &Path) -> Command {
 
 /// Starts the QEMU that `command` becomes: paused, with the state to be loaded, in the directory of
 /// its disks; what it says goes into its log.
+///
+/// # Errors
+/// If it cannot be started.
 pub fn qemu(
     mut command: Command,
     file: &VmFile,
@@ -37,6 +40,9 @@ pub fn qemu(
 }
 
 /// How it ended, if it does within `timeout`.
+///
+/// # Errors
+/// If the kernel does not tell.
 pub fn ended_within(child: &mut Child, timeout: Duration) -> Result<Option<ExitStatus>> {
     // Our child: its number is its own until it has been waited for.
     let has_ended = match ProcessFd::open(child.id())? {
