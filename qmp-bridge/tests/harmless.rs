@@ -239,11 +239,14 @@ async fn works_again(vm: &TestQemu, directory: &Path, pattern: u8) {
     captured.restore().await.expect("restore");
 }
 
+fn assert_root(what: &str) {
+    let is_root = nix::unistd::geteuid().is_root();
+    assert!(is_root, "{what} needs root: sudo -E env PATH=$PATH cargo test --workspace -- TEST");
+}
+
 #[tokio::test]
 async fn capture_overlay_directory_that_is_full_costs_no_write() {
-    if !nix::unistd::geteuid().is_root() {
-        return eprintln!("NOT TESTED: mounting a tmpfs needs root");
-    }
+    assert_root("mounting a tmpfs");
     with_each_qemu(async |qemu| {
         let vm = start(&qemu).await;
         let before = inventory(&vm).await;
@@ -274,9 +277,7 @@ async fn capture_overlay_directory_that_is_full_costs_no_write() {
 /// As after an error of the disk below: each write to the file system fails with EIO.
 #[tokio::test]
 async fn capture_overlay_directory_with_io_errors_costs_no_write() {
-    if !nix::unistd::geteuid().is_root() {
-        return eprintln!("NOT TESTED: mounting a file system needs root");
-    }
+    assert_root("mounting a file system");
     with_each_qemu(async |qemu| {
         let vm = start(&qemu).await;
         let before = inventory(&vm).await;
@@ -304,9 +305,7 @@ async fn capture_overlay_directory_with_io_errors_costs_no_write() {
 /// succeed, with other data.
 #[tokio::test]
 async fn capture_overlay_whose_write_back_failed_breaks_it() {
-    if !nix::unistd::geteuid().is_root() {
-        return eprintln!("NOT TESTED: mounting a file system needs root");
-    }
+    assert_root("mounting a file system");
     with_each_qemu(async |qemu| {
         // Without a journal the file system stays writable, and only `fsync` reports the error.
         for (name, features) in [("journal", "has_journal"), ("none", "^has_journal")] {
@@ -370,9 +369,7 @@ fn ext4(vm: &TestQemu) -> String {
 
 #[tokio::test]
 async fn capture_overlay_directory_that_hangs_costs_no_write() {
-    if !nix::unistd::geteuid().is_root() {
-        return eprintln!("NOT TESTED: mounting a file system needs root");
-    }
+    assert_root("mounting a file system");
     with_each_qemu(async |qemu| {
         let vm = start(&qemu).await;
         let before = inventory(&vm).await;

@@ -50,7 +50,8 @@ pub use lab::{Lab, Ran};
 pub use libvirt::{Domain, Libvirt, Shape};
 pub use points::kill_points;
 pub use process::{
-    Pid, is_running, kill_hard, processor_time, qemus_below, stop_and_continue, wait_until,
+    Pid, assert_root, is_running, kill_hard, processor_time, qemus_below, stop_and_continue,
+    wait_until,
 };
 pub use qemus::{major_version, newest_qemu, on_each_qemu, qemus, stream_modes};
 pub use qmp::QmpClient;

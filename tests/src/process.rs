@@ -94,3 +94,12 @@ pub fn stop_and_continue(pid: Pid) -> impl Drop {
     kill(pid, Signal::SIGSTOP).expect("a process of the test");
     Stopped(pid)
 }
+
+/// Fails a test that cannot do its work without root, with the way to run it.
+///
+/// # Panics
+/// For any other user.
+pub fn assert_root(what: &str) {
+    let is_root = nix::unistd::geteuid().is_root();
+    assert!(is_root, "{what} needs root: sudo -E env PATH=$PATH cargo test --workspace -- TEST");
+}

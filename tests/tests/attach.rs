@@ -7,8 +7,8 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, QmpClient, Recipe, Scribbled, TestVm, built, kill_hard, newest_qemu, on_each_qemu,
-    wait_until,
+    Lab, QmpClient, Recipe, Scribbled, TestVm, assert_root, built, kill_hard, newest_qemu,
+    on_each_qemu, wait_until,
 };
 
 const UNPRIVILEGED_UID: u32 = 65534;
@@ -402,9 +402,7 @@ fn doctor_waits_only_so_long() {
 /// Files and sockets are handed to QEMU as descriptors, so its user needs no right to any of ours.
 #[test]
 fn other_users_qemu_is_served_by_a_root_helper() {
-    if !nix::unistd::geteuid().is_root() {
-        return eprintln!("NOT TESTED: only root can start a QEMU as another user");
-    }
+    assert_root("starting a QEMU as another user");
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let directory = lab.path().join("theirs");

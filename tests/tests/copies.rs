@@ -10,8 +10,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Pid, QmpClient, Ran, Recipe, SCRIBBLER_RAM_BYTES, TestVm, newest_qemu, on_each_qemu,
-    wait_until,
+    Lab, Pid, QmpClient, Ran, Recipe, SCRIBBLER_RAM_BYTES, TestVm, assert_root, newest_qemu,
+    on_each_qemu, wait_until,
 };
 
 const GENERATION: &str = "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87";
@@ -256,12 +256,8 @@ fn killed_restore_can_be_repeated() {
 #[test]
 fn copy_tap_in_use_is_named_with_a_map_that_helps() {
     const OWN_NETWORK: CloneFlags = CloneFlags::CLONE_NEWNET;
-    let may = nix::unistd::geteuid().is_root() && Path::new("/dev/net/tun").exists();
-    // Of this thread alone, and of what it starts.
-    if !may || std::thread::spawn(|| unshare(OWN_NETWORK)).join().expect("no panic").is_err() {
-        eprintln!("NOT TESTED: only root can make a network namespace and taps in it");
-        return;
-    }
+    assert_root("making a network namespace and taps in it");
+    assert!(Path::new("/dev/net/tun").exists(), "the kernel has no taps: modprobe tun");
     let test = || {
         unshare(OWN_NETWORK).expect("a network namespace");
         let lab = Lab::for_vms(&newest_qemu(), 2);

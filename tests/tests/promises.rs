@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, QmpClient, Recipe, TestVm, built, newest_qemu, on_each_qemu, tree, wait_until,
+    Lab, QmpClient, Recipe, TestVm, assert_root, built, newest_qemu, on_each_qemu, tree, wait_until,
 };
 
 const FLOODER: &[u8; 512] = include_bytes!("../src/flooder.bin");
@@ -252,9 +252,7 @@ fn runtime_directory_that_others_can_change_is_refused_by_every_command() {
     fresh();
     std::fs::set_permissions(&base, Permissions::from_mode(0o777)).expect("the lab");
     refused("a base that all can write");
-    if !nix::unistd::geteuid().is_root() {
-        return eprintln!("NOT TESTED: only root can give a directory to another user");
-    }
+    assert_root("giving a directory to another user");
     fresh();
     nix::unistd::chown(&directory, Some(UNPRIVILEGED_UID.into()), None).expect("root");
     refused("another user's");

@@ -82,7 +82,7 @@ fn run(qemu: &Path, seed: u64, small: bool) {
     eprintln!("seed {seed} with {}", qemu.display());
     let lab = Lab::new(qemu);
     // Room for the layers, a full checkpoint and some more.
-    let small = small.then(|| SmallStore::mount(lab.store_directory(), 96)).flatten();
+    let small = small.then(|| SmallStore::mount(lab.store_directory(), 96));
     let mut run = Run::start(&lab, small.as_ref(), seed);
     run.scribbled.checkpoint();
     for _ in 0..ACTIONS {

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
-use stillpoint_tests::{Lab, QmpClient, Ran, wait_until};
+use stillpoint_tests::{Lab, QmpClient, Ran, assert_root, wait_until};
 
 const UNPRIVILEGED_UID: &str = "65534";
 const START: Duration = Duration::from_secs(40);
@@ -93,31 +93,15 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
 
-fn is_root() -> bool {
-    let root = nix::unistd::geteuid().is_root();
-    if !root {
-        eprintln!(
-            "NOT TESTED: only root can run a command as another user or in another namespace"
-        );
-    }
-    root
-}
-
 pub fn other_namespace(lab: &Lab, name: &str) -> Option<Ran> {
-    is_root().then(|| {
-        External::start(lab, name, "").attach_by(
-            lab,
-            name,
-            &["unshare", "--pid", "--fork", "--kill-child"],
-        )
-    })
+    assert_root("running a command in another namespace");
+    let unshare = ["unshare", "--pid", "--fork", "--kill-child"];
+    Some(External::start(lab, name, "").attach_by(lab, name, &unshare))
 }
 
 /// One who may connect to the monitor, and may not look at its process.
 pub fn other_user(lab: &Lab, name: &str) -> Option<Ran> {
-    if !is_root() {
-        return None;
-    }
+    assert_root("running a command as another user");
     let external = External::start(lab, name, "");
     let allow = |path: &Path, mode| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("the lab")
