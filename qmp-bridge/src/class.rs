@@ -7,16 +7,13 @@ use crate::device_state::DeviceStateError;
 use crate::disks::DiskError;
 use crate::host_finder::HostError;
 use crate::images::ImageError;
-use crate::incoming::IncomingError;
 use crate::jobs::JobError;
-use crate::local_migration::LocalMigrationError;
 use crate::migration::MigrationError;
 use crate::nbd::NbdError;
 use crate::nbd_server::ServerError;
 use crate::paused::PauseError;
 use crate::qmp::QmpError;
 use crate::ramblock::RamBlockError;
-use crate::resave::ResaveError;
 use crate::run_state::{NoGuest, RunStateError};
 use crate::stream::StreamError;
 use crate::stream_reader::StreamReadError;
@@ -40,15 +37,13 @@ classes! {
     RamBlockError: (Qmp) Refused(Empty) Failed(Line, TooMany);
     HostError = Failed;
 
-    MigrationError: (Qmp, Pause, Export, Server) {Setup, Start} Refused(Busy, Unsupported)
-        Failed(Failed, Stuck, TooFast, PauseTooLong, Socket, Journal, BadJournal, Order, Activate);
-    LocalMigrationError: (Qmp) Refused(Missing, Busy)
-        Failed(SourceEnded, DestinationEnded, Failed, TooFast, Stuck);
+    MigrationError: (Qmp, Pause, Export, Server) {Setup, Start}
+        Refused(Busy, Missing, Unsupported, MigratedSince)
+        Failed(Failed, Stuck, TooFast, PauseTooLong, Socket, Journal, BadJournal, Order, Activate,
+            SourceEnded, DestinationEnded, NotWaiting, Send, Load, Path);
     StreamReadError: Refused(Unsupported, NoDescription)
         Failed(Io, CutOff, NotUnderstood, Malformed, TooLarge, Description, GivenUp);
 
     StreamError = Failed;
     DeviceStateError: (Save) Failed(Read, TooLarge, Malformed);
-    IncomingError: (Qmp) Failed(NotWaiting, Send, Ended, Failed, Stuck, Path);
-    ResaveError: (Qmp) Failed(Socket, Failed, Stuck);
 }

@@ -4,7 +4,7 @@
 //! The order in which a checkpoint uses the modules: [`vm`], [`ramblock`] and [`disks`] query
 //! what the VM has; [`capture`] prepares the disks; [`paused`] stops the guest; [`capture`]
 //! captures the disks and [`device_state`] the devices; [`nbd`] reads the disks while the guest
-//! runs. A restore uses [`images`], then [`stream`] and [`incoming`].
+//! runs. A restore uses [`images`], then [`stream`] and [`migration`].
 //!
 //! # Example
 //!
@@ -42,15 +42,14 @@
 
 pub mod capture;
 mod class;
+pub mod device_sections;
 pub mod device_state;
 pub mod devices;
 pub mod disks;
 mod fdset;
 pub mod host_finder;
 pub mod images;
-pub mod incoming;
 mod jobs;
-pub mod local_migration;
 pub mod migration;
 mod names;
 pub mod nbd;
@@ -60,7 +59,6 @@ pub mod poll;
 pub mod qmp;
 pub mod quirks;
 pub mod ramblock;
-pub mod resave;
 pub mod run_state;
 pub mod said;
 pub mod stream;

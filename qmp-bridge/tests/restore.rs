@@ -14,7 +14,7 @@ use procfs_core::FromRead;
 use procfs_core::process::MemoryMaps;
 use qmp_bridge::device_state::{DeviceState, DeviceStateFile};
 use qmp_bridge::host_finder::find_hosts;
-use qmp_bridge::incoming::{Incoming, IncomingError};
+use qmp_bridge::migration::{Incoming, MigrationError};
 use qmp_bridge::paused::run_state;
 use qmp_bridge::ramblock::{RamBlock, ram_blocks};
 use qmp_bridge::stream::{STREAM_PAGE, StreamBlock, StreamWriter};
@@ -92,7 +92,7 @@ fn stream_of(saved: &Saved) -> Vec<u8> {
     stream
 }
 
-async fn load(vm: &TestQemu, stream: &[u8]) -> Result<(), IncomingError> {
+async fn load(vm: &TestQemu, stream: &[u8]) -> Result<(), MigrationError> {
     let mut incoming = Incoming::begin(&vm.qmp, &vm.path("incoming.sock")).await?;
     for piece in stream.chunks(100_000) {
         incoming.send(piece).await?;
@@ -237,10 +237,13 @@ async fn a_stream_of_another_vm_is_refused_with_a_reason() {
         let target = loop_guest::start(&qemu, "q35", &copy, &["-incoming", "defer", "-S"]).await;
         let error = load(&target, &stream_of(&saved)).await.expect_err("another machine type");
         eprintln!("{error}");
-        assert!(matches!(error, IncomingError::Failed { .. } | IncomingError::Ended), "{error}");
+        assert!(
+            matches!(error, MigrationError::Load { .. } | MigrationError::DestinationEnded),
+            "{error}"
+        );
         let error =
             Incoming::begin(&source.qmp, &source.path("i.sock")).await.expect_err("it runs");
-        assert!(matches!(error, IncomingError::NotWaiting(_)), "{error}");
+        assert!(matches!(error, MigrationError::NotWaiting(_)), "{error}");
     })
     .await;
 }

@@ -18,7 +18,7 @@ use procfs_core::FromRead;
 use procfs_core::process::MemoryMaps;
 use qmp_bridge::device_state::DeviceState;
 use qmp_bridge::host_finder::find_hosts;
-use qmp_bridge::incoming::Incoming;
+use qmp_bridge::migration::Incoming;
 use qmp_bridge::ramblock::{RamBlock, ram_blocks};
 use qmp_bridge::stream::{STREAM_PAGE, StreamBlock, StreamWriter};
 use qmp_bridge::stream_reader::{DeviceSection, Item, ReaderLimits, StreamReadError, StreamReader};

@@ -19,12 +19,9 @@ use qmp_bridge::device_state::DeviceStateError;
 use qmp_bridge::disks::DiskError;
 use qmp_bridge::host_finder::HostError;
 use qmp_bridge::images::ImageError;
-use qmp_bridge::incoming::IncomingError;
-use qmp_bridge::local_migration::LocalMigrationError;
 use qmp_bridge::migration::MigrationError;
 use qmp_bridge::nbd::NbdError;
 use qmp_bridge::ramblock::RamBlockError;
-use qmp_bridge::resave::ResaveError;
 use qmp_bridge::run_state::{NoGuest, RunStateError};
 use qmp_bridge::stream::StreamError;
 use qmp_bridge::stream_reader::StreamReadError;
@@ -224,8 +221,8 @@ class_of_cause! {
     EnvelopeError, ManifestError, PackError, LayerError, LineageError, EncodeError, NameError,
     DigestParseError, OtherCheckpoint,
     QmpError, JobError, ServerError, NbdError, DiskError, CaptureError, BadTag, ImageError, NoGuest,
-    RunStateError, PauseError, RamBlockError, HostError, MigrationError,
-    LocalMigrationError, StreamReadError, StreamError, DeviceStateError, IncomingError, ResaveError,
+    RunStateError, PauseError, RamBlockError, HostError, MigrationError, StreamReadError, StreamError,
+    DeviceStateError,
 }
 
 /// The chain on one line, without a cause that its context already quotes.
@@ -248,6 +245,7 @@ pub fn explain(error: &anyhow::Error) -> String {
 mod test {
     use super::*;
     use anyhow::Context;
+    use qmp_bridge::migration::MigrationStatus;
 
     #[test]
     fn class_is_found_below_its_context() {
@@ -259,7 +257,7 @@ mod test {
             assert_eq!(class_of(&classed(Class::of_exit_code(code), "x")).exit_code(), code);
         }
         assert_eq!(Class::of_exit_code(101), Class::Failed);
-        let busy = anyhow::Error::from(MigrationError::Busy { status: "active".to_owned() });
+        let busy = anyhow::Error::from(MigrationError::Busy { status: MigrationStatus::Active });
         assert_eq!(class_of(&busy.context("preparing")), Class::Refused);
     }
 
@@ -309,9 +307,9 @@ mod test {
             DiskError::Unsupported { device: text(), why: text() }.into(),
             DiskError::Inconsistent { device: text(), why: text() }.into(),
             CaptureError::Server(ServerError::InUse { exports: vec![text()] }).into(),
-            MigrationError::Busy { status: text() }.into(),
-            LocalMigrationError::Missing { version: text(), name: "x" }.into(),
-            LocalMigrationError::Busy { status: text() }.into(),
+            MigrationError::Busy { status: MigrationStatus::Active }.into(),
+            MigrationError::Missing { version: text(), name: text() }.into(),
+            MigrationError::MigratedSince.into(),
             QmpError::NoGreeting { path: "x".into(), after: std::time::Duration::ZERO }.into(),
             refused_by_qemu().into(),
             TrackerError::TrackedBlock { block: text(), reason: text() }.into(),

@@ -29,7 +29,7 @@ pub async fn finish(
     runtime.save_vm(&record.file)?;
     end_source(record.source, source).await?;
     // What its owner had set for migrations, and nothing of this one.
-    if let Err(error) = record.found.put_back(destination).await {
+    if let Err(error) = record.found.give_to(destination).await {
         tracing::warn!(%error, "the new QEMU's migration settings are not those of the old one");
     }
     let notes = take_over(&record.later, destination).await;

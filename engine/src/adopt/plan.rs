@@ -8,7 +8,7 @@ use super::sockets::{self, Socket};
 use anyhow::{Context, Result};
 use qmp_bridge::Qmp;
 use qmp_bridge::disks::Disk;
-use qmp_bridge::local_migration::{self, BitmapMap, Found};
+use qmp_bridge::migration::{self, BitmapMap, Found};
 use qmp_bridge::paused::run_state;
 use qmp_bridge::quirks::Release;
 use qmp_bridge::vm::VmFacts;
@@ -126,7 +126,7 @@ fn owner_notes(bitmaps: &BitmapMap, pid: u32) -> Vec<String> {
 /// What QEMU itself says against it, now.
 async fn check_vm(vm: &Vm, directory: &Path, monitor: &Path) -> Result<()> {
     let qmp = &vm.qmp;
-    local_migration::check_idle(qmp).await.map_err(|error| refused(error.to_string()))?;
+    migration::check_idle(qmp).await?;
     let facts = VmFacts::read(qmp).await.context("asking QEMU what VM it runs")?;
     if let Some(why) = facts.migration_blockers.first() {
         return Err(refused(format!(

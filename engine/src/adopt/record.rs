@@ -14,7 +14,7 @@
 
 use super::line::Later;
 use anyhow::{Context, Result, bail};
-use qmp_bridge::local_migration::Found;
+use qmp_bridge::migration::Found;
 use serde::{Deserialize, Serialize};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};

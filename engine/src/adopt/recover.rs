@@ -7,7 +7,7 @@ use super::record::{Process, Record, Side, Stage};
 use super::steps::stream_socket;
 use anyhow::{Context, Error, Result};
 use qmp_bridge::Qmp;
-use qmp_bridge::local_migration::{self, LocalMigrationError};
+use qmp_bridge::migration::{self, MigrationError};
 use qmp_bridge::paused::run_state;
 use serde_json::Value;
 use std::time::Duration;
@@ -116,9 +116,9 @@ async fn undo(
         Record::remove(runtime)?;
         return Err(gone());
     }
-    match local_migration::resume_source(source, Some(&record.found)).await {
+    match migration::resume_source(source, Some(&record.found)).await {
         Ok(()) => Record::remove(runtime),
-        Err(LocalMigrationError::SourceEnded) => {
+        Err(MigrationError::SourceEnded) => {
             Record::remove(runtime)?;
             Err(gone())
         }

@@ -16,7 +16,7 @@ use anyhow::{Context, Result};
 use dirty_tracker::GuestMemory;
 use qmp_bridge::Qmp;
 use qmp_bridge::devices::guest_devices;
-use qmp_bridge::local_migration::{Downtime, LocalMigration};
+use qmp_bridge::migration::{Downtime, LocalMigration};
 use qmp_bridge::ramblock::ram_blocks;
 use std::path::PathBuf;
 use std::time::Instant;

@@ -21,8 +21,8 @@ use checkpoint_format::{
 use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt};
 use qmp_bridge::capture::{CapturedDisk, CapturedDisks};
+use qmp_bridge::device_sections::repeated_section;
 use qmp_bridge::nbd::{Content, ContentRange, ContextExtents, NbdClient, content_ranges, context};
-use qmp_bridge::resave::repeated_section;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::instrument;

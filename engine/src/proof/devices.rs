@@ -9,8 +9,8 @@
 use super::difference::Difference;
 use super::memory::Resaved;
 use anyhow::{Result, ensure};
+use qmp_bridge::device_sections::{Layout, sections_like};
 use qmp_bridge::device_state::DeviceState;
-use qmp_bridge::resave::{Layout, sections_like};
 use qmp_bridge::stream_reader::DeviceSection;
 use std::ops::RangeInclusive;
 

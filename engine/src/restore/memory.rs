@@ -7,7 +7,7 @@ use checkpoint_format::{PAGE_SIZE, RamBlockRecord, SpaceName};
 use dirty_tracker::GuestMemory;
 use futures::StreamExt;
 use qmp_bridge::device_state::DeviceState;
-use qmp_bridge::incoming::Incoming;
+use qmp_bridge::migration::Incoming;
 use qmp_bridge::stream::{StreamBlock, StreamWriter};
 
 /// The stream is handed over in pieces of this length.

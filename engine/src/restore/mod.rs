@@ -34,7 +34,7 @@ use line::{Mapping, Planned};
 use qemu::NewQemu;
 use qemu_cmdline::restorable::Wishes;
 use qmp_bridge::capture::{BitmapTag, CapturePlaces, start_recording};
-use qmp_bridge::incoming::Incoming;
+use qmp_bridge::migration::Incoming;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::{Qmp, RunState};
 use run_state::Transition;

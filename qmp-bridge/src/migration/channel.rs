@@ -58,6 +58,11 @@ impl Channel {
         self.reader.take()
     }
 
+    /// The read end alone.
+    pub(super) fn into_reader(mut self) -> Result<UnixStream, MigrationError> {
+        self.take_reader().ok_or(MigrationError::Order("the reader was taken before"))
+    }
+
     /// Another handle to cut the stream with.
     pub(super) fn handle(&self) -> Result<UnixStream, MigrationError> {
         self.ours.try_clone().map_err(|source| MigrationError::Socket { source })

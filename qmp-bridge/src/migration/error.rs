@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::StreamMode;
+use super::{MigrationStatus, StreamMode};
 use crate::jobs::JobError;
 use crate::nbd_server::ServerError;
 use crate::paused::PauseError;
@@ -23,18 +23,21 @@ pub enum MigrationError {
     #[error(transparent)]
     Server(#[from] ServerError),
     #[error("this QEMU is being migrated (its status is `{status}`); wait for its end")]
-    Busy { status: String },
+    Busy { status: MigrationStatus },
+    #[error(
+        "this QEMU {version} has no migration capability `{name}`, which is needed; it is too old"
+    )]
+    Missing { version: String, name: String },
     #[error("{mode} is not possible with this VM: {why}")]
     Unsupported { mode: StreamMode, why: String },
-    #[error("QEMU's migration stream ended as `{status}`: {why}")]
-    Failed { status: String, why: String },
-    #[error("QEMU's migration is still `{status}` after {after:?}{hint}")]
-    Stuck { status: String, after: Duration, hint: String },
+    #[error("{what} ended as `{status}`: {why}")]
+    Failed { what: &'static str, status: MigrationStatus, why: String },
+    #[error("{what} is still `{status}` after {after:?}{hint}")]
+    Stuck { what: &'static str, status: MigrationStatus, after: Duration, hint: &'static str },
     #[error(
-        "the guest writes {written} MiB/s, faster than its memory can be read ({read} MiB/s) for a pause within {limit:?}; \
-         allow a longer pause, or try again when it writes less"
+        "the guest writes {written} MiB/s, faster than its memory can be sent ({sent} MiB/s) for a pause within {limit:?}; {advice}"
     )]
-    TooFast { written: u64, read: u64, limit: Duration },
+    TooFast { written: u64, sent: u64, limit: Duration, advice: &'static str },
     #[error("cannot set up QEMU for the migration stream: {source}; nothing was left changed")]
     Setup { source: QmpError },
     #[error("QEMU does not begin {mode}: {source}; nothing was left changed")]
@@ -54,9 +57,38 @@ pub enum MigrationError {
     Order(&'static str),
     #[error("cannot make the disk nodes of QEMU usable again after the switch-over: {why}")]
     Activate { why: String },
+    #[error("the VM's QEMU has ended while the VM was being moved")]
+    SourceEnded,
+    #[error(
+        "the new QEMU ended while it loaded the VM's state; its own output says why (often a VM that differs from the saved one)"
+    )]
+    DestinationEnded,
+    #[error(
+        "the guest was migrated by another client since the move began, perhaps to another host where it runs; \
+         `cont` lets it run here again"
+    )]
+    MigratedSince,
+    #[error("QEMU does not wait for a stream: {0}; start it with `-incoming defer`")]
+    NotWaiting(QmpError),
+    #[error("cannot send the stream to {path}: {source}")]
+    Send { path: PathBuf, source: std::io::Error },
+    #[error(
+        "QEMU could not load the stream: {why}; the VM must have the same devices, in the same places, as the saved one"
+    )]
+    Load { why: String },
+    #[error("the path {path} is not UTF-8, and QMP can carry no other")]
+    Path { path: PathBuf },
 }
 
 impl MigrationError {
+    /// `gone` in place of a connection that was lost.
+    pub(super) fn or_gone(self, gone: Self) -> Self {
+        match self {
+            Self::Qmp(QmpError::Closed { .. }) => gone,
+            other => other,
+        }
+    }
+
     /// Whether the same call may work later.
     pub fn is_retryable(&self) -> bool {
         match self {
@@ -66,17 +98,15 @@ impl MigrationError {
             Self::Pause(error) => error.is_retryable(),
             Self::Export(error) => error.is_retryable(),
             Self::Server(error) => error.is_retryable(),
-            Self::Busy { .. }
-            | Self::Failed { .. }
-            | Self::Stuck { .. }
-            | Self::PauseTooLong { .. }
-            | Self::TooFast { .. } => true,
-            Self::Unsupported { .. }
-            | Self::Socket { .. }
-            | Self::Journal { .. }
-            | Self::BadJournal { .. }
-            | Self::Order(_)
-            | Self::Activate { .. } => false,
+            _ => matches!(
+                self,
+                Self::Busy { .. }
+                    | Self::Failed { .. }
+                    | Self::Stuck { .. }
+                    | Self::PauseTooLong { .. }
+                    | Self::TooFast { .. }
+                    | Self::DestinationEnded
+            ),
         }
     }
 }

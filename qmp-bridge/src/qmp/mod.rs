@@ -169,7 +169,7 @@ impl Qmp {
     }
 
     /// Runs a command whose reply is read.
-    async fn query<T: DeserializeOwned>(
+    pub(crate) async fn query<T: DeserializeOwned>(
         &self,
         command: &str,
         arguments: Value,

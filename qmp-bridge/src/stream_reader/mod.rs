@@ -209,7 +209,7 @@ impl<R: Read> StreamReader<R> {
         &self.device_sections
     }
 
-    /// The JSON that QEMU put behind [`Item::Devices`], see [`crate::resave::Layout`]; empty before
+    /// The JSON that QEMU put behind [`Item::Devices`], see [`crate::device_sections::Layout`]; empty before
     /// it.
     pub fn description(&self) -> &[u8] {
         &self.description

@@ -20,7 +20,8 @@ use qmp_bridge::capture::{
     cleanup_leftovers,
 };
 use qmp_bridge::migration::{
-    Migration, MigrationError, StreamMode, StreamOptions, WhenTooFast, probe, recover,
+    Migration, MigrationError, MigrationStatus, StreamMode, StreamOptions, WhenTooFast, probe,
+    recover,
 };
 use qmp_bridge::paused::{PauseError, run_state};
 use qmp_bridge::{Paused, Qmp, disks};
@@ -507,22 +508,18 @@ async fn run(qmp: &Qmp, migration: &mut Migration) -> Result<(), MigrationError>
     let deadline = Instant::now() + Duration::from_millis(400);
     while Instant::now() < deadline {
         let progress = migration.progress().await?;
-        if progress.status == "completed" {
+        let (what, status) = ("the stream", progress.status);
+        if status == MigrationStatus::Completed {
             return Ok(());
         }
-        if progress.status == "failed" {
-            return Err(MigrationError::Failed {
-                status: progress.status,
-                why: progress.error.unwrap_or_default(),
-            });
+        if status == MigrationStatus::Failed {
+            let why = progress.error_desc.unwrap_or_default();
+            return Err(MigrationError::Failed { what, status, why });
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    Err(MigrationError::Stuck {
-        status: "active".into(),
-        after: Duration::ZERO,
-        hint: String::new(),
-    })
+    let (what, status) = ("the stream", MigrationStatus::Active);
+    Err(MigrationError::Stuck { what, status, after: Duration::ZERO, hint: "" })
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

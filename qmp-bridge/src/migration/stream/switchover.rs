@@ -2,11 +2,12 @@
 
 use std::time::Instant;
 
-use super::policy::{Policy, Step};
-use super::session::{IDLE_LOOK, Migration, PAUSED_LOOK, Stage};
-use super::settings::set_downtime_limit;
-use super::status::{Hint, Progress};
-use super::{MigrationError, StreamMode};
+use super::StreamMode;
+use super::session::{Migration, Stage};
+use crate::migration::downtime::DowntimePolicy;
+use crate::migration::settings::set_downtime_limit;
+use crate::migration::watch::{IDLE_LOOK, News, PAUSED_LOOK};
+use crate::migration::{MigrationError, MigrationStatus};
 use crate::paused::{PauseError, Paused, run_state};
 
 impl Migration {
@@ -23,51 +24,40 @@ impl Migration {
         }
         let mut paused = Paused::by_switchover(&self.qmp, self.before);
         paused.hold_stream(self.channel()?.handle()?);
-        let mut policy = Policy::new(&self.options, self.started);
-        let mut stopped = None;
+        let mut policy = DowntimePolicy::of_stream(&self.options, self.started);
+        let mut is_stopped = false;
         loop {
-            let look = if stopped.is_some() { PAUSED_LOOK } else { IDLE_LOOK };
-            match self.hints.next(look).await {
-                Hint::Status(status) if status == "pre-switchover" => break,
+            match self.watch.next(if is_stopped { PAUSED_LOOK } else { IDLE_LOOK }).await {
+                News::Status(MigrationStatus::PreSwitchover) => break,
                 // The owner may stop the guest, or QEMU for the switch-over: the state tells which.
-                Hint::Stop(at) => match run_state(&self.qmp).await?.as_str() {
-                    "finish-migrate" => stopped = Some(at),
+                News::Stop => match run_state(&self.qmp).await?.as_str() {
+                    "finish-migrate" => is_stopped = true,
                     state => {
                         paused.leave_to_owner();
                         return Err(disturbed(format!("its run state became `{state}`")));
                     }
                 },
-                Hint::Resume if !self.before.is_live() => {
+                News::Resume if !self.before.is_live() => {
                     return Err(disturbed("the guest was let run (`cont`)".into()));
                 }
-                Hint::Resume => {}
-                Hint::Status(_) | Hint::Look => {
-                    let progress = Progress::query(&self.qmp).await?;
-                    progress.check()?;
-                    if progress.status == "pre-switchover" {
+                News::Resume => {}
+                News::Status(_) | News::Look => {
+                    let progress = self.watch.look().await?;
+                    if progress.status == MigrationStatus::PreSwitchover {
                         break;
                     }
-                    if stopped.is_none()
-                        && let Step::Raise(limit) = policy.judge(&progress, Instant::now())?
-                    {
-                        tracing::debug!(limit, passes = progress.passes, "allowing a longer pause");
+                    if !is_stopped && let Some(limit) = policy.judge(&progress, Instant::now())? {
+                        let passes = progress.ram.passes;
+                        tracing::debug!(limit, passes, "allowing a longer pause");
                         set_downtime_limit(&self.qmp, limit).await?;
                     }
-                    self.check_time(
-                        &progress,
-                        "the guest's memory does not acknowledge, or the stream is not read",
-                    )?;
+                    self.watch.check_time(&progress, self.started, self.options.timeout)?;
                 }
-            }
-        }
-        // The reply to a question may have overtaken the news.
-        for hint in self.hints.queued() {
-            match hint {
-                Hint::Stop(at) => stopped = Some(at),
-                Hint::Resume | Hint::Status(_) | Hint::Look => {}
             }
         }
         self.check_awake()?;
+        // A reply of QEMU may overtake its events on the way to `watch`, but not to this.
+        let stopped = self.stops.since(self.started).last().map(|event| event.at);
         paused.switched_over(stopped.unwrap_or_else(Instant::now));
         self.stage = Stage::SwitchedOver;
         Ok(paused)

@@ -1,13 +1,18 @@
-//! After a helper that was killed in the middle of a stream.
+//! The end of a stream that did not come to its own, also after a helper that was killed in the
+//! middle of one.
 
 use std::path::Path;
 
-use super::MigrationError;
+use super::activation;
 use super::journal::Journal;
-use super::session::{SESSION_MARKER, undo};
-use super::status::Progress;
+use crate::migration::status::check_idle;
+use crate::migration::watch::cancel;
+use crate::migration::{MigrationError, Progress, channel};
 use crate::paused;
 use crate::qmp::Qmp;
+
+/// Kind of the object that says: this QEMU is the one that a journal tells of.
+pub(super) const SESSION_MARKER: &str = "migration";
 
 /// What [`recover`] found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -37,14 +42,11 @@ pub async fn recover(qmp: &Qmp, journal: &Path) -> Result<Recovered, MigrationEr
     let mut recovered = Recovered { found: true, ..Recovered::default() };
     // Without the marker this is another QEMU, or the helper died before it changed anything.
     if paused::marker_present(qmp, SESSION_MARKER).await? {
-        let progress = Progress::query(qmp).await?;
-        recovered.cancelled = progress.is_running();
-        let ours = journal.entry.settings.is_ours(qmp).await?;
-        if recovered.cancelled && !ours {
-            return Err(MigrationError::Busy { status: progress.status });
-        }
-        if ours {
+        recovered.cancelled = Progress::query(qmp).await?.status.is_running();
+        if journal.entry.settings.is_ours(qmp).await? {
             recovered.resumed = paused::resume_switched_over(qmp).await?;
+        } else {
+            check_idle(qmp).await?;
         }
         recovered.resumed |= paused::resume_abandoned(qmp).await?;
         undo(qmp, &journal).await?;
@@ -55,4 +57,15 @@ pub async fn recover(qmp: &Qmp, journal: &Path) -> Result<Recovered, MigrationEr
         "put QEMU back after a helper that ended in the middle of a migration stream"
     );
     Ok(recovered)
+}
+
+/// What an end and a recovery have in common. The journal goes after it has worked.
+pub(super) async fn undo(qmp: &Qmp, journal: &Journal) -> Result<(), MigrationError> {
+    cancel(qmp).await?;
+    channel::close_unused(qmp).await?;
+    paused::withdraw_switchover(qmp).await?;
+    activation::remove(qmp, &journal.socket()).await?;
+    journal.entry.settings.put_back(qmp).await?;
+    paused::remove_marker(qmp, SESSION_MARKER).await?;
+    Ok(())
 }

@@ -4,6 +4,7 @@
 //! The two QEMUs may call a disk's node by different names (`#block123` and one that the command
 //! line gives), so the stream carries the name that the destination has.
 
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::qmp::{Qmp, QmpError};
@@ -31,35 +32,27 @@ impl BitmapMap {
     /// # Errors
     /// When QEMU does not answer.
     pub async fn survey(source: &Qmp, nodes: &[(String, String)]) -> Result<Self, QmpError> {
-        let reply = source.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
-        Ok(Self::parse(&reply, nodes))
+        let rows: Vec<NodeRow> =
+            source.query("query-named-block-nodes", json!({ "flat": true })).await?;
+        Ok(Self::of(&rows, nodes))
     }
 
-    fn parse(reply: &Value, nodes: &[(String, String)]) -> Self {
+    fn of(rows: &[NodeRow], nodes: &[(String, String)]) -> Self {
         let mut map = Self::default();
         for (from, to) in nodes {
-            let rows = reply.as_array().into_iter().flatten();
-            let bitmaps = rows
-                .filter(|row| row["node-name"] == from.as_str())
-                .flat_map(|row| row["dirty-bitmaps"].as_array());
-            let (carried, left): (Vec<&Value>, Vec<&Value>) =
-                bitmaps.flatten().filter(|row| in_memory(row)).partition(|row| is_sound(row));
-            let name = |row: &&Value| row["name"].as_str().unwrap_or_default().to_owned();
-            map.left.extend(left.iter().map(name));
-            if !carried.is_empty() {
-                map.nodes.push(Node {
-                    from: from.clone(),
-                    to: to.clone(),
-                    bitmaps: carried.iter().map(name).collect(),
-                });
+            let rows = rows.iter().filter(|row| row.node_name.as_deref() == Some(from));
+            let bitmaps = rows.flat_map(|row| &row.dirty_bitmaps).filter_map(BitmapRow::in_memory);
+            let (carried, left): (Vec<_>, Vec<_>) = bitmaps.partition(|(_, row)| row.is_sound());
+            let names = |list: Vec<(&String, &BitmapRow)>| {
+                list.into_iter().map(|(name, _)| name.clone()).collect::<Vec<_>>()
+            };
+            map.left.extend(names(left));
+            let bitmaps = names(carried);
+            if !bitmaps.is_empty() {
+                map.nodes.push(Node { from: from.clone(), to: to.clone(), bitmaps });
             }
         }
         map
-    }
-
-    /// Whether no bitmap is migrated.
-    pub fn is_empty(&self) -> bool {
-        self.nodes.is_empty()
     }
 
     /// Bitmaps that cannot go along, for they are in use or damaged.
@@ -67,34 +60,58 @@ impl BitmapMap {
         &self.left
     }
 
-    pub(super) fn for_source(&self) -> Value {
+    /// None if no bitmap is migrated.
+    pub(super) fn for_source(&self) -> Option<Value> {
         self.mapping(|node| (&node.from, &node.to))
     }
 
-    pub(super) fn for_destination(&self) -> Value {
+    pub(super) fn for_destination(&self) -> Option<Value> {
         self.mapping(|node| (&node.to, &node.to))
     }
 
-    fn mapping<'a>(&'a self, names: impl Fn(&'a Node) -> (&'a String, &'a String)) -> Value {
+    fn mapping<'a>(
+        &'a self,
+        names: impl Fn(&'a Node) -> (&'a String, &'a String),
+    ) -> Option<Value> {
         let node = |node: &'a Node| {
             let (name, alias) = names(node);
             let bitmaps: Vec<Value> =
                 node.bitmaps.iter().map(|name| json!({ "name": name, "alias": name })).collect();
             json!({ "node-name": name, "alias": alias, "bitmaps": bitmaps })
         };
-        self.nodes.iter().map(node).collect()
+        (!self.nodes.is_empty()).then(|| self.nodes.iter().map(node).collect())
     }
 }
 
-/// A nameless one belongs to a job.
-fn in_memory(row: &Value) -> bool {
-    row["persistent"] != true && row["name"].as_str().is_some_and(|name| !name.is_empty())
+/// A row of `query-named-block-nodes`.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct NodeRow {
+    node_name: Option<String>,
+    #[serde(default)]
+    dirty_bitmaps: Vec<BitmapRow>,
 }
 
-fn is_sound(row: &Value) -> bool {
-    row["busy"] != true
-        && row["inconsistent"] != true
-        && row["name"].as_str().is_some_and(|name| name.len() <= MAX_NAME)
+#[derive(Deserialize)]
+struct BitmapRow {
+    name: Option<String>,
+    persistent: bool,
+    busy: bool,
+    #[serde(default)]
+    inconsistent: bool,
+}
+
+impl BitmapRow {
+    /// A nameless one belongs to a job.
+    fn in_memory(&self) -> Option<(&String, &Self)> {
+        let name = self.name.as_ref().filter(|name| !name.is_empty() && !self.persistent)?;
+        Some((name, self))
+    }
+
+    fn is_sound(&self) -> bool {
+        let is_short = self.name.as_ref().is_some_and(|name| name.len() <= MAX_NAME);
+        !self.busy && !self.inconsistent && is_short
+    }
 }
 
 #[cfg(test)]
@@ -112,17 +129,18 @@ mod test {
         ]);
         let nodes =
             [("#block1".to_owned(), "sp-x".to_owned()), ("#block2".to_owned(), "sp-y".to_owned())];
-        let map = BitmapMap::parse(&reply, &nodes);
+        let rows: Vec<NodeRow> = serde_json::from_value(reply).expect("a reply");
+        let map = BitmapMap::of(&rows, &nodes);
         let bitmaps = json!([{ "name": "a", "alias": "a" }]);
         assert_eq!(
-            map.for_source(),
+            map.for_source().expect("a mapping"),
             json!([{ "node-name": "#block1", "alias": "sp-x", "bitmaps": bitmaps }])
         );
         assert_eq!(
-            map.for_destination(),
+            map.for_destination().expect("a mapping"),
             json!([{ "node-name": "sp-x", "alias": "sp-x", "bitmaps": bitmaps }])
         );
         assert_eq!(map.left_behind(), ["b"]);
-        assert!(BitmapMap::parse(&reply, &nodes[1..]).is_empty());
+        assert_eq!(BitmapMap::of(&rows, &nodes[1..]).for_source(), None);
     }
 }

@@ -12,8 +12,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::MigrationError;
 use crate::jobs::remove_exports;
+use crate::migration::MigrationError;
 use crate::nbd_server::{self, ServerError};
 use crate::qmp::{Qmp, QmpError};
 

@@ -1,82 +1,17 @@
-//! Lets a QEMU that was just loaded, and has not run, write its state again: what it would send to
-//! the next host is what it has.
-//!
-//! Blocks in shared memory are left out (`x-ignore-shared` is set since the load); all others
-//! come with every page, then the devices. Afterwards the run state is `postmigrate` and QEMU has
-//! given up its disks; `cont` makes it the VM's QEMU again.
+//! The sections of a device state that came without a description, and the fields of one that came
+//! with it.
 
 use std::collections::HashSet;
 use std::ops::Range;
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-use thiserror::Error;
+use serde::Deserialize;
 
 use crate::device_state::DeviceState;
-use crate::qmp::{Qmp, QmpError};
 use crate::stream_format::{STREAM_HEADER, mark};
 use crate::stream_reader::{DeviceSection, StreamReadError};
 
-/// QEMU's name for its end until `migrate` takes it.
-const FD_NAME: &str = "stillpoint-resave";
-/// QEMU's limit for a stream is meant for networks; here its own speed is the limit. In bytes a
-/// second.
-const BANDWIDTH: u64 = 100 << 30;
 /// Mark and number of a section's footer.
 const FOOTER: usize = 5;
-const POLL: Duration = Duration::from_millis(1);
-/// After the stream has ended QEMU has little left to do.
-const END_TIMEOUT: Duration = Duration::from_secs(30);
-
-#[derive(Debug, Error)]
-#[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
-pub enum ResaveError {
-    #[error(transparent)]
-    Qmp(#[from] QmpError),
-    #[error("cannot make a socket pair: {0}")]
-    Socket(std::io::Error),
-    #[error("QEMU could not write its state: {why}")]
-    Failed { why: String },
-    #[error("QEMU's migration is still `{status}` {after:?} after its stream ended")]
-    Stuck { status: String, after: Duration },
-}
-
-/// Starts it. The stream must be read to its end, blocking, then [`finish`] is called.
-///
-/// # Errors
-/// When QEMU refuses to migrate.
-pub async fn start(qmp: &Qmp) -> Result<UnixStream, ResaveError> {
-    let (ours, theirs) = UnixStream::pair().map_err(ResaveError::Socket)?;
-    qmp.execute_with_fd("getfd", json!({ "fdname": FD_NAME }), theirs.as_fd()).await?;
-    qmp.execute_json("migrate-set-parameters", json!({ "max-bandwidth": BANDWIDTH })).await?;
-    qmp.execute_json("migrate", json!({ "uri": format!("fd:{FD_NAME}") })).await?;
-    Ok(ours)
-}
-
-/// Waits until QEMU says that it has written all.
-///
-/// # Errors
-/// When the migration fails or does not end in time.
-pub async fn finish(qmp: &Qmp) -> Result<(), ResaveError> {
-    let begun = Instant::now();
-    loop {
-        let reply = qmp.execute_json("query-migrate", Value::Null).await?;
-        let status = reply["status"].as_str().unwrap_or("none").to_owned();
-        match status.as_str() {
-            "completed" => return Ok(()),
-            "failed" | "cancelled" => {
-                let why = reply["error-desc"].as_str().unwrap_or("it gave no reason").to_owned();
-                return Err(ResaveError::Failed { why });
-            }
-            _ if begun.elapsed() > END_TIMEOUT => {
-                return Err(ResaveError::Stuck { status, after: END_TIMEOUT });
-            }
-            _ => tokio::time::sleep(POLL).await,
-        }
-    }
-}
 
 /// Cuts a device state that came without a description, by the lengths of the sections of a QEMU
 /// that has the same devices. A section of another length ends where its footer and the head of
@@ -134,7 +69,7 @@ fn section_at(
         let is_footer = footer.is_some_and(|footer| {
             footer[0] == mark::SECTION_FOOTER && footer[1..] == head.id.to_be_bytes()
         });
-        is_footer && (*ends == end || crate::resave::head(bytes, *ends).is_some())
+        is_footer && (*ends == end || self::head(bytes, *ends).is_some())
     };
     let ends = known.filter(is_end).or_else(|| (head.bytes.end + FOOTER..=end).find(is_end))?;
     Some(DeviceSection { bytes: at..ends, ..head })
@@ -163,8 +98,37 @@ fn head(bytes: &[u8], at: usize) -> Option<DeviceSection> {
 }
 
 /// Which field of which section a byte belongs to, by QEMU's own description of its stream.
-#[derive(Debug, Clone)]
-pub struct Layout(Value);
+#[derive(Debug, Clone, Deserialize)]
+pub struct Layout {
+    devices: Vec<Device>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Device {
+    name: String,
+    instance_id: u32,
+    #[serde(flatten)]
+    body: Structure,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+struct Structure {
+    /// Of a subsection.
+    vmsd_name: String,
+    fields: Vec<Field>,
+    subsections: Vec<Structure>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Field {
+    name: String,
+    /// Bytes, of each of `array_len`.
+    size: u64,
+    array_len: Option<u64>,
+    #[serde(rename = "struct")]
+    below: Option<Structure>,
+}
 
 impl Layout {
     /// `description` as [`crate::stream_reader::StreamReader::description`] gives it.
@@ -172,17 +136,15 @@ impl Layout {
     /// # Errors
     /// When it is no JSON of the form that QEMU writes.
     pub fn parse(description: &[u8]) -> Result<Self, serde_json::Error> {
-        serde_json::from_slice(description).map(Self)
+        serde_json::from_slice(description)
     }
 
     /// Where in the section's body the field `name` of its first level is.
     pub fn range(&self, section: &DeviceSection, name: &str) -> Option<Range<usize>> {
         let mut at = 0;
-        for field in self.device(section)?["fields"].as_array()? {
-            let length =
-                field["size"].as_u64()?.checked_mul(field["array_len"].as_u64().unwrap_or(1))?;
-            let end = usize::try_from(length).ok()?.checked_add(at)?;
-            if field["name"] == name {
+        for field in &self.device(section)?.fields {
+            let end = usize::try_from(field.length()?).ok()?.checked_add(at)?;
+            if field.name == name {
                 return Some(at..end);
             }
             at = end;
@@ -190,86 +152,80 @@ impl Layout {
         None
     }
 
-    fn device(&self, section: &DeviceSection) -> Option<&Value> {
-        let devices = self.0["devices"].as_array()?;
-        devices.iter().find(|device| {
-            device["name"] == section.name.as_str() && device["instance_id"] == section.instance
-        })
+    fn device(&self, section: &DeviceSection) -> Option<&Structure> {
+        let is_it = |device: &&Device| {
+            (&device.name, device.instance_id) == (&section.name, section.instance)
+        };
+        self.devices.iter().find(is_it).map(|device| &device.body)
     }
 
     /// The field at `offset` of the section's body and the offset in it: `bmdma.cmd` and 0.
     /// Elements of a list have no numbers of their own. `None` beyond what is described.
     pub fn field(&self, section: &DeviceSection, offset: u64) -> Option<(String, u64)> {
-        field_in(self.device(section)?, offset, 0)
+        self.device(section)?.field(offset)
     }
 }
 
-/// Structures in structures; QEMU has a dozen at most.
-const MAX_NESTING: u32 = 64;
+impl Field {
+    fn length(&self) -> Option<u64> {
+        self.size.checked_mul(self.array_len.unwrap_or(1))
+    }
+}
 
-fn field_in(device: &Value, offset: u64, depth: u32) -> Option<(String, u64)> {
-    let mut at = 0;
-    for field in
-        device["fields"].as_array().into_iter().flatten().take_while(|_| depth < MAX_NESTING)
-    {
-        let (size, count) = (field["size"].as_u64()?, field["array_len"].as_u64().unwrap_or(1));
-        let end = size.checked_mul(count).and_then(|length| length.checked_add(at))?;
-        if offset < end && size > 0 {
-            let inside = (offset - at) % size;
-            let name = field["name"].as_str().unwrap_or("?");
-            let below = field.get("struct").and_then(|below| field_in(below, inside, depth + 1));
-            // Of a list of single bytes the place in the list is what a reader wants.
-            let place = if size == 1 { offset - at } else { inside };
-            return Some(below.map_or_else(
-                || (name.to_owned(), place),
-                |(path, rest)| (format!("{name}.{path}"), rest),
-            ));
+impl Structure {
+    fn field(&self, offset: u64) -> Option<(String, u64)> {
+        let mut at = 0;
+        for field in &self.fields {
+            let end = field.length()?.checked_add(at)?;
+            if offset < end && field.size > 0 {
+                let inside = (offset - at) % field.size;
+                let below = field.below.as_ref().and_then(|below| below.field(inside));
+                // Of a list of single bytes the place in the list is what a reader wants.
+                let place = if field.size == 1 { offset - at } else { inside };
+                return Some(below.map_or_else(
+                    || (field.name.clone(), place),
+                    |(path, rest)| (format!("{}.{path}", field.name), rest),
+                ));
+            }
+            at = end;
         }
-        at = end;
+        self.subsection(offset.checked_sub(at)?)
     }
-    subsection_in(device, offset.checked_sub(at)?, depth)
-}
 
-/// Mark, length of the name, name and version stand before a subsection's fields.
-fn subsection_in(device: &Value, offset: u64, depth: u32) -> Option<(String, u64)> {
-    let mut at = 0;
-    for part in
-        device["subsections"].as_array().into_iter().flatten().take_while(|_| depth < MAX_NESTING)
-    {
-        let name = part["vmsd_name"].as_str()?;
-        let head = 1 + 1 + name.len() as u64 + 4;
-        let end = length(part, depth)?.checked_add(head)?.checked_add(at)?;
-        if offset < end {
-            let inside = (offset - at).checked_sub(head);
-            let field = inside.and_then(|inside| field_in(part, inside, depth + 1));
-            return Some(field.map_or_else(
-                || (name.to_owned(), offset - at),
-                |(path, rest)| (format!("{name}.{path}"), rest),
-            ));
+    fn subsection(&self, offset: u64) -> Option<(String, u64)> {
+        let mut at = 0;
+        for part in &self.subsections {
+            let end = part.length()?.checked_add(part.head())?.checked_add(at)?;
+            if offset < end {
+                let inside = (offset - at).checked_sub(part.head());
+                let field = inside.and_then(|inside| part.field(inside));
+                return Some(field.map_or_else(
+                    || (part.vmsd_name.clone(), offset - at),
+                    |(path, rest)| (format!("{}.{path}", part.vmsd_name), rest),
+                ));
+            }
+            at = end;
         }
-        at = end;
+        None
     }
-    None
-}
 
-/// Bytes of the fields and subsections.
-fn length(device: &Value, depth: u32) -> Option<u64> {
-    if depth >= MAX_NESTING {
-        return None;
+    /// Bytes of a subsection before its fields: mark, length of the name, name, version.
+    fn head(&self) -> u64 {
+        1 + 1 + self.vmsd_name.len() as u64 + 4
     }
-    let field = |field: &Value| {
-        field["size"].as_u64()?.checked_mul(field["array_len"].as_u64().unwrap_or(1))
-    };
-    let part = |part: &Value| {
-        length(part, depth + 1)?.checked_add(6 + part["vmsd_name"].as_str()?.len() as u64)
-    };
-    let fields = device["fields"].as_array().into_iter().flatten().map(field);
-    let parts = device["subsections"].as_array().into_iter().flatten().map(part);
-    fields.chain(parts).try_fold(0u64, |sum, one| sum.checked_add(one?))
+
+    /// Bytes of the fields and subsections.
+    fn length(&self) -> Option<u64> {
+        let fields = self.fields.iter().map(Field::length);
+        let parts = self.subsections.iter().map(|part| part.length()?.checked_add(part.head()));
+        fields.chain(parts).try_fold(0u64, |sum, one| sum.checked_add(one?))
+    }
 }
 
 #[cfg(test)]
 mod test {
+    use serde_json::json;
+
     use super::*;
 
     fn section(id: u32, name: &str, body: &[u8]) -> Vec<u8> {
@@ -340,7 +296,8 @@ mod test {
                        { "name": "bytes", "size": 1, "array_len": 5 }],
             "subsections": [{ "vmsd_name": "ide/more", "fields": [{ "name": "last", "size": 2 }] }],
         });
-        let layout = Layout(json!({ "devices": [device] }));
+        let description = json!({ "devices": [device] }).to_string();
+        let layout = Layout::parse(description.as_bytes()).expect("a description");
         let section =
             DeviceSection { id: 0, name: "ide".into(), instance: 0, version: 1, bytes: 0..0 };
         let field = |offset: u64| layout.field(&section, offset);

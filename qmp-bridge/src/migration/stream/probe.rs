@@ -6,11 +6,12 @@
 
 use std::time::Duration;
 
-use serde_json::Value;
-
-use super::settings::{self, BACKGROUND_SNAPSHOT};
-use super::status::Progress;
-use super::{MigrationError, StreamMode};
+use super::StreamMode;
+use crate::migration::MigrationError;
+use crate::migration::settings::{
+    BACKGROUND_SNAPSHOT, Change, Found, Settings, Wanted, capability_list, set_capabilities,
+};
+use crate::migration::status::check_idle;
 use crate::paused::run_state;
 use crate::qmp::{Qmp, QmpError};
 use crate::quirks;
@@ -59,9 +60,9 @@ impl Support {
 /// # Errors
 /// When QEMU is being migrated or does not answer.
 pub async fn probe(qmp: &Qmp) -> Result<Support, MigrationError> {
-    let progress = idle(qmp).await?;
-    if !progress.blocked.is_empty() {
-        let why = progress.blocked.join("; ");
+    let blocked = check_idle(qmp).await?.blocked_reasons;
+    if !blocked.is_empty() {
+        let why = blocked.join("; ");
         return Ok(Support {
             background_snapshot: Err(why.clone()),
             pre_copy: Err(why),
@@ -72,22 +73,13 @@ pub async fn probe(qmp: &Qmp) -> Result<Support, MigrationError> {
     let stopped = !matches!(state.as_str(), "running" | "suspended");
     let pre_copy = match unsupported_state(qmp, StreamMode::PreCopy, &state) {
         Some(why) => Err(why),
-        None => pre_copy(qmp).await?,
+        None => changes(qmp, StreamMode::PreCopy).await?.map(drop),
     };
     let background_snapshot = match unsupported_state(qmp, StreamMode::BackgroundSnapshot, &state) {
         Some(why) => Err(why),
         None => background_snapshot(qmp).await?,
     };
     Ok(Support { background_snapshot, pre_copy, stopped })
-}
-
-/// QEMU's word on its last migration, if none is under way.
-pub(super) async fn idle(qmp: &Qmp) -> Result<Progress, MigrationError> {
-    let progress = Progress::query(qmp).await?;
-    if progress.is_running() {
-        return Err(MigrationError::Busy { status: progress.status });
-    }
-    Ok(progress)
 }
 
 /// Why a guest in this run state cannot be streamed so. A background snapshot puts the guest into
@@ -110,79 +102,58 @@ pub(super) fn unsupported_state(qmp: &Qmp, mode: StreamMode, state: &str) -> Opt
     Some(why)
 }
 
-async fn pre_copy(qmp: &Qmp) -> Result<Result<(), String>, MigrationError> {
-    match settings::capability_changes(qmp, StreamMode::PreCopy).await {
-        Ok(_) => Ok(Ok(())),
-        Err(MigrationError::Unsupported { why, .. }) => Ok(Err(why)),
+/// Capabilities to change, or why this QEMU has not all of them.
+async fn changes(qmp: &Qmp, mode: StreamMode) -> Result<Result<Settings, String>, MigrationError> {
+    let capabilities = mode.capabilities().to_vec();
+    let wanted = Wanted { capabilities, ..Wanted::default() };
+    match Found::read(qmp).await?.plan(qmp, wanted) {
+        Ok(settings) => Ok(Ok(settings)),
+        Err(missing @ MigrationError::Missing { .. }) => Ok(Err(missing.to_string())),
         Err(other) => Err(other),
     }
 }
 
 async fn background_snapshot(qmp: &Qmp) -> Result<Result<(), String>, MigrationError> {
-    let changes = match settings::capability_changes(qmp, StreamMode::BackgroundSnapshot).await {
-        Ok(changes) => changes,
-        Err(MigrationError::Unsupported { why, .. }) => return Ok(Err(why)),
-        Err(other) => return Err(other),
+    let changes = match changes(qmp, StreamMode::BackgroundSnapshot).await? {
+        Ok(settings) => settings.capabilities,
+        Err(why) => return Ok(Err(why)),
     };
     if !changes.contains_key(BACKGROUND_SNAPSHOT) {
         // It is on already: its owner's QEMU has agreed to it.
         return Ok(Ok(()));
     }
-    let back = changes.iter().map(|(name, change)| (name.clone(), change.found)).collect();
-    let guard = PutBack { qmp: qmp.clone(), states: back };
-    let set = settings::set_capabilities(
-        qmp,
-        changes.iter().map(|(name, change)| (name.as_str(), change.set)),
-    )
-    .await;
-    match set {
-        Ok(()) => guard.now().await?,
+    let list = |state: fn(&Change<bool>) -> bool| {
+        changes.iter().map(|(name, change)| (name.as_str(), state(change))).collect::<Vec<_>>()
+    };
+    let found = list(|change| change.found);
+    let mut guard = PutBack { qmp, states: &found };
+    match set_capabilities(qmp, list(|change| change.set)).await {
+        Ok(()) => set_capabilities(qmp, found.clone()).await?,
         Err(QmpError::Refused { description, .. }) => {
-            guard.forget();
+            // Nothing was changed.
+            guard.states = &[];
             return Ok(Err(description));
         }
         Err(error) => return Err(error.into()),
     }
+    guard.states = &[];
     Ok(Ok(()))
 }
 
 /// Puts capabilities back, also when the caller is dropped in the middle.
-struct PutBack {
-    qmp: Qmp,
-    states: Vec<(String, bool)>,
+struct PutBack<'a> {
+    qmp: &'a Qmp,
+    states: &'a [(&'a str, bool)],
 }
 
-impl PutBack {
-    async fn now(mut self) -> Result<(), QmpError> {
-        settings::set_capabilities(
-            &self.qmp,
-            self.states.iter().map(|(name, state)| (name.as_str(), *state)),
-        )
-        .await?;
-        self.states.clear();
-        Ok(())
-    }
-
-    /// Nothing was changed.
-    fn forget(mut self) {
-        self.states.clear();
-    }
-}
-
-impl Drop for PutBack {
+impl Drop for PutBack<'_> {
     fn drop(&mut self) {
         if self.states.is_empty() {
             return;
         }
-        let list: Vec<Value> = self
-            .states
-            .iter()
-            .map(|(name, state)| serde_json::json!({ "capability": name, "state": state }))
-            .collect();
-        let arguments = serde_json::json!({ "capabilities": list });
-        if let Err(error) =
-            self.qmp.send_and_linger("migrate-set-capabilities", arguments, LAST_TIMEOUT)
-        {
+        let arguments = capability_list(self.states);
+        let sent = self.qmp.send_and_linger("migrate-set-capabilities", arguments, LAST_TIMEOUT);
+        if let Err(error) = sent {
             tracing::warn!(%error, "cannot put QEMU's migration capabilities back");
         }
     }

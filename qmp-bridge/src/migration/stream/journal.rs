@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::settings::Settings;
-use super::{MigrationError, StreamMode};
+use super::StreamMode;
+use crate::migration::MigrationError;
+use crate::migration::settings::Settings;
 
 const VERSION: u32 = 1;
 /// A journal has about a KiB.

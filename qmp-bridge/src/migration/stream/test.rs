@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Value, json};
 
 use super::*;
+use crate::migration::MigrationError;
 use crate::paused::Paused;
 use crate::qmp::Qmp;
 use crate::qmp::test::{Peer, pair};

@@ -3,12 +3,24 @@
 
 use std::collections::VecDeque;
 
+use error_class::{Class, Classified};
+
 use super::*;
 use crate::qmp::test::{Peer, pair};
 
 /// Answers every command until the connection ends; `query-status` and `query-migrate` by the
-/// script's turns, the last of which stays. Returns the commands, less the questions.
+/// script's turns, the last of which stays. Its settings are those of a move, with a limit that was
+/// raised. Returns the commands, less the questions.
 async fn serve(
+    peer: Peer,
+    runs: VecDeque<&'static str>,
+    moves: VecDeque<&'static str>,
+) -> Vec<String> {
+    serve_at(BANDWIDTH, peer, runs, moves).await
+}
+
+async fn serve_at(
+    bandwidth: u64,
     mut peer: Peer,
     mut runs: VecDeque<&'static str>,
     mut moves: VecDeque<&'static str>,
@@ -27,7 +39,10 @@ async fn serve(
                 peer.answer(id, json!({ "status": turn(&mut moves).expect("a status") })).await
             }
             "query-migrate-parameters" => {
-                peer.answer(id, json!({ "max-bandwidth": 1, "downtime-limit": 300, "block-bitmap-mapping": [1] })).await;
+                let parameters = json!({
+                    "max-bandwidth": bandwidth, "downtime-limit": 80, "block-bitmap-mapping": [1],
+                });
+                peer.answer(id, parameters).await;
             }
             "query-migrate-capabilities" => {
                 let on = |name: &str| json!({ "capability": name, "state": true });
@@ -35,9 +50,9 @@ async fn serve(
                 peer.answer(
                     id,
                     json!([
-                        on("xbzrle"),
-                        off("events"),
-                        off("pause-before-switchover"),
+                        off("xbzrle"),
+                        on("events"),
+                        on("pause-before-switchover"),
                         off("return-path")
                     ]),
                 )
@@ -85,19 +100,21 @@ async fn settings_go_back_to_what_was_found() {
     let (qmp, peer, _directory) = pair().await;
     let peer = tokio::spawn(serve(peer, turns(&["running"]), turns(&["none"])));
     let mut found = Found::read(&qmp).await.expect("read");
-    found.put_back(&qmp).await.expect("nothing to do");
+    moved(&found).put_back(&qmp).await.expect("nothing to do");
     let json = serde_json::to_value(&found).expect("encoded");
     let mut changed = json.clone();
-    changed["capabilities"]["events"] = true.into();
+    changed["capabilities"]["events"] = false.into();
+    changed["capabilities"]["xbzrle"] = true.into();
     changed["parameters"]["max-bandwidth"] = 7.into();
+    changed["parameters"]["downtime-limit"] = 300.into();
     // An older one had no bitmaps mapped: QEMU cannot forget that, so it maps none.
     changed["parameters"].as_object_mut().expect("a map").remove("block-bitmap-mapping");
     found = serde_json::from_value(changed).expect("decoded");
-    found.put_back(&qmp).await.expect("put back");
+    moved(&found).put_back(&qmp).await.expect("put back");
     drop(qmp);
     let expected = [
-        r#"migrate-set-parameters {"block-bitmap-mapping":[],"max-bandwidth":7}"#,
-        r#"migrate-set-capabilities {"capabilities":[{"capability":"events","state":true}]}"#,
+        r#"migrate-set-parameters {"block-bitmap-mapping":[],"downtime-limit":300,"max-bandwidth":7}"#,
+        r#"migrate-set-capabilities {"capabilities":[{"capability":"events","state":false},{"capability":"xbzrle","state":true}]}"#,
     ];
     assert_eq!(peer.await.expect("peer"), expected);
 }
@@ -106,7 +123,7 @@ async fn settings_go_back_to_what_was_found() {
 async fn source_that_ends_is_not_reported_as_one_that_fails() {
     let (qmp, peer, _directory) = pair().await;
     drop(peer);
-    assert!(matches!(resume_source(&qmp, None).await, Err(LocalMigrationError::SourceEnded)));
+    assert!(matches!(resume_source(&qmp, None).await, Err(MigrationError::SourceEnded)));
 }
 
 #[tokio::test]
@@ -123,7 +140,7 @@ async fn a_running_migration_is_not_disturbed() {
         Path::new("/s"),
     )
     .await;
-    assert!(matches!(begun, Err(LocalMigrationError::Busy { status }) if status == "active"));
+    assert!(matches!(begun, Err(MigrationError::Busy { status: MigrationStatus::Active })));
     drop((source, destination));
     assert!(peer.await.expect("peer").is_empty() && other.await.expect("peer").is_empty());
 }
@@ -145,22 +162,26 @@ async fn a_qemu_without_the_capability_is_refused_before_it_is_changed() {
     .await;
     // The scripted one has no late-block-activate.
     assert!(
-        matches!(begun, Err(LocalMigrationError::Missing { name: "late-block-activate", .. })),
+        matches!(&begun, Err(MigrationError::Missing { name, .. }) if name == "late-block-activate"),
         "{begun:?}"
     );
     drop((source, destination));
     assert!(peer.await.expect("peer").is_empty() && other.await.expect("peer").is_empty());
 }
 
-#[test]
-fn progress_is_read_from_what_qemu_says() {
-    let ram = json!({ "remaining": 5, "total": 10, "transferred": 3, "dirty-sync-count": 2, "mbps": 8.0, "dirty-pages-rate": 10, "page-size": 4096 });
-    let state = State::parse(&json!({ "status": "active", "ram": ram, "downtime": 4 }));
-    assert!(state.is_under_way());
-    assert_eq!((state.remaining, state.total, state.sent, state.passes), (5, 10, 3, 2));
-    assert_eq!(
-        (state.written_rate, state.moved_rate, state.downtime),
-        (40960, 1_000_000, Some(Duration::from_millis(4)))
-    );
-    assert!(!State::parse(&json!({})).is_under_way());
+/// Settings, and a migration, that an owner has made since a helper was killed.
+#[tokio::test]
+async fn source_that_its_owner_has_migrated_since_is_left_alone() {
+    for (runs, moves) in [("running", "active"), ("postmigrate", "completed")] {
+        let (qmp, peer, _directory) = pair().await;
+        let peer = tokio::spawn(serve_at(77, peer, turns(&[runs]), turns(&[moves])));
+        let mut found =
+            serde_json::to_value(Found::read(&qmp).await.expect("read")).expect("encoded");
+        found["parameters"]["max-bandwidth"] = 7.into();
+        let found: Found = serde_json::from_value(found).expect("decoded");
+        let resumed = resume_source(&qmp, Some(&found)).await.expect_err("not ours");
+        assert_eq!(resumed.class(), Class::Refused, "{resumed}");
+        drop(qmp);
+        assert!(peer.await.expect("peer").is_empty(), "{moves}");
+    }
 }

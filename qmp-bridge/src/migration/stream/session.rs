@@ -10,24 +10,22 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::activation::{self, Activation};
-use super::channel::{self, Channel};
+use super::activation::Activation;
 use super::journal::Journal;
-use super::settings::Settings;
-use super::status::{Hint, Hints, Progress, wait_until_over};
-use super::{MigrationError, StreamMode, StreamOptions, WhenTooFast, policy, probe, recover};
+use super::recover::{SESSION_MARKER, recover, undo};
+use super::{StreamMode, StreamOptions, WhenTooFast, probe};
+use crate::migration::channel::Channel;
+use crate::migration::downtime::DowntimePolicy;
+use crate::migration::settings::{Found, Wanted};
+use crate::migration::status::check_idle;
+use crate::migration::watch::{IDLE_LOOK, PAUSED_LOOK, Watch};
+use crate::migration::{MigrationError, MigrationStatus, Progress};
 use crate::paused::{self, PAUSE_LIMIT, Paused, run_state};
 use crate::qmp::{EventWatch, Qmp};
 use crate::run_state::RunState;
 
-/// Kind of the object that says: this QEMU is the one that a journal tells of.
-pub(super) const SESSION_MARKER: &str = "migration";
-/// How long a cancelled migration may take to be over.
-pub(super) const CANCEL_TIMEOUT: Duration = Duration::from_secs(30);
-/// Pause between two looks at a migration while the guest runs.
-pub(super) const IDLE_LOOK: Duration = Duration::from_millis(10);
-/// While it waits. Events tell first, mostly.
-pub(super) const PAUSED_LOOK: Duration = Duration::from_millis(1);
+/// As fast as it goes. What is above it differs from session to session.
+const UNLIMITED: u64 = 1 << 40;
 /// How long QEMU may take to close its end of the stream after it says `completed`.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a drop may block its thread until QEMU has taken the cancellation.
@@ -60,9 +58,10 @@ pub struct Migration {
     mode: StreamMode,
     pub(super) options: StreamOptions,
     pub(super) stage: Stage,
-    pub(super) hints: Hints,
+    pub(super) watch: Watch,
     /// Whether the guest has suspended itself since the first look at its run state.
     suspends: EventWatch,
+    pub(super) stops: EventWatch,
     /// When `migrate` was sent.
     pub(super) started: Instant,
     /// The guest's run state then.
@@ -84,14 +83,16 @@ impl Migration {
         options: &StreamOptions,
         journal: &Path,
     ) -> Result<Self, MigrationError> {
-        recover::recover(qmp, journal).await?;
-        let progress = probe::idle(qmp).await?;
-        if !progress.blocked.is_empty() {
-            return Err(MigrationError::Unsupported { mode, why: progress.blocked.join("; ") });
+        recover(qmp, journal).await?;
+        let blocked = check_idle(qmp).await?.blocked_reasons;
+        if !blocked.is_empty() {
+            return Err(MigrationError::Unsupported { mode, why: blocked.join("; ") });
         }
         let suspends = qmp.watch(&["SUSPEND"]);
         check_state(qmp, mode).await?;
-        let settings = Settings::survey(qmp, mode, policy::first_limit_ms(options)).await?;
+        let first_limit = DowntimePolicy::of_stream(options, Instant::now()).limit_ms();
+        let wanted = Wanted::live(&mode.capabilities(), UNLIMITED + distinction(), first_limit);
+        let settings = Found::read(qmp).await?.plan(qmp, wanted)?;
         let journal = Journal::write(journal, mode, settings)?;
         let undo = Undo { qmp: qmp.clone(), journal, channel: None, activation: None };
         // From here on the drop undoes, also when this future is dropped.
@@ -100,8 +101,9 @@ impl Migration {
             mode,
             options: options.clone(),
             stage: Stage::Prepared,
-            hints: Hints::new(qmp),
+            watch: watch(qmp),
             suspends,
+            stops: qmp.watch(&["STOP"]),
             started: Instant::now(),
             before: RunState::Paused,
             undo: Some(undo),
@@ -166,7 +168,7 @@ impl Migration {
             StreamMode::BackgroundSnapshot => self.check_stopped().await?,
         }
         self.check_awake()?;
-        self.hints = Hints::new(&self.qmp);
+        self.watch = watch(&self.qmp);
         self.started = Instant::now();
         // A `migrate` without a reply may have begun.
         self.stage = Stage::Started;
@@ -231,17 +233,8 @@ impl Migration {
 
     async fn wait_switched(&mut self) -> Result<(), MigrationError> {
         self.qmp.execute_json("migrate-continue", json!({ "state": "pre-switchover" })).await?;
-        loop {
-            match self.hints.next(PAUSED_LOOK).await {
-                Hint::Status(status) if status == "completed" => break,
-                _ => {}
-            }
-            let progress = Progress::query(&self.qmp).await?;
-            if progress.status == "completed" {
-                break;
-            }
-            progress.check()?;
-        }
+        let timeout = self.options.timeout;
+        self.watch.wait_for(MigrationStatus::Completed, PAUSED_LOOK, timeout).await?;
         // `completed` is said a little before the guest's state follows, and `cont` is refused
         // until then.
         while run_state(&self.qmp).await? == "finish-migrate" {}
@@ -277,12 +270,10 @@ impl Migration {
     /// Pages are sent only after all are protected.
     async fn wait_protected(&mut self) -> Result<(), MigrationError> {
         loop {
-            let progress = Progress::query(&self.qmp).await?;
-            progress.check()?;
-            if progress.pages > 0 {
+            if self.watch.look().await?.ram.pages() > 0 {
                 return Ok(());
             }
-            self.hints.next(PAUSED_LOOK).await;
+            self.watch.next(PAUSED_LOOK).await;
         }
     }
 
@@ -344,15 +335,13 @@ impl Migration {
     }
 
     async fn wait_completed(&mut self) -> Result<Progress, MigrationError> {
-        loop {
-            let progress = Progress::query(&self.qmp).await?;
-            if progress.status == "completed" {
-                return Ok(progress);
-            }
-            progress.check()?;
-            self.check_time(&progress, "is the stream read?")?;
-            self.hints.next(IDLE_LOOK).await;
+        let progress = self.watch.look().await?;
+        if progress.status == MigrationStatus::Completed {
+            return Ok(progress);
         }
+        let timeout = self.options.timeout.saturating_sub(self.started.elapsed());
+        self.watch.wait_for(MigrationStatus::Completed, IDLE_LOOK, timeout).await?;
+        self.progress().await
     }
 
     /// How much longer the pause may take. With [`WhenTooFast::SwitchOver`] the caller accepts any
@@ -366,18 +355,17 @@ impl Migration {
         };
         allowed.saturating_sub(paused.elapsed())
     }
+}
 
-    pub(super) fn check_time(&self, progress: &Progress, hint: &str) -> Result<(), MigrationError> {
-        if self.started.elapsed() <= self.options.timeout {
-            return Ok(());
-        }
-        let hint = format!("; {hint}");
-        Err(MigrationError::Stuck {
-            status: progress.status.clone(),
-            after: self.options.timeout,
-            hint,
-        })
-    }
+fn watch(qmp: &Qmp) -> Watch {
+    Watch::new(qmp, "QEMU's migration stream", "; is it read?")
+}
+
+/// A number that differs from session to session.
+fn distinction() -> u64 {
+    let now =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    1 + (u64::from(now.subsec_nanos()) ^ u64::from(std::process::id()) << 8) % (1 << 32)
 }
 
 /// Ends a pause that has taken too long for anything.
@@ -432,20 +420,6 @@ impl Undo {
         undo(&self.qmp, &self.journal).await?;
         self.journal.remove()
     }
-}
-
-/// What an end and a recovery have in common. The journal goes after it has worked.
-pub(super) async fn undo(qmp: &Qmp, journal: &Journal) -> Result<(), MigrationError> {
-    if Progress::query(qmp).await?.is_running() {
-        qmp.execute_json("migrate_cancel", Value::Null).await?;
-        wait_until_over(qmp, IDLE_LOOK, CANCEL_TIMEOUT).await?;
-    }
-    channel::close_unused(qmp).await?;
-    paused::withdraw_switchover(qmp).await?;
-    activation::remove(qmp, &journal.socket()).await?;
-    journal.entry.settings.put_back(qmp).await?;
-    paused::remove_marker(qmp, SESSION_MARKER).await?;
-    Ok(())
 }
 
 async fn check_state(qmp: &Qmp, mode: StreamMode) -> Result<(), MigrationError> {
