@@ -19,6 +19,9 @@ async fn killed(by: By, (command, skip, is_after): Place) -> Scene {
     running.at(&mut gate, &about).await;
     scene.kill(running).await;
     drop(gate);
+    if scene.qemu.with(|state| state.is_running()) {
+        scene.guest_works();
+    }
     scene
 }
 

@@ -13,7 +13,7 @@ use engine::checkpoint::outcome::{Kind, Outcome};
 use engine::checkpoint::{Checkpointer, Choice, Force, Report, StoreSession};
 use engine::progress::Silent;
 use engine::restore::source::Source;
-use scripted_vm::{Body, Gate, ScriptedQemu, Version};
+use scripted_vm::{Act, Body, Gate, ScriptedQemu, State, Version};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -47,6 +47,8 @@ pub struct Scene {
     pub directory: TempDir,
     /// Capabilities and parameters as the owner set them.
     settings: Value,
+    /// How often the guest has worked.
+    works: usize,
 }
 
 /// A helper and what it sees of the store.
@@ -158,7 +160,8 @@ impl Scene {
         };
         runtime.save_vm(&file).unwrap();
         let store = MemoryStore::new();
-        let mut scene = Self { qemu, body, runtime, store, file, directory, settings: Value::Null };
+        let mut scene =
+            Self { qemu, body, runtime, store, file, directory, settings: Value::Null, works: 0 };
         scene.settings = scene.settings_now();
         scene
     }
@@ -198,10 +201,26 @@ impl Scene {
         (scene, helper)
     }
 
-    /// The guest writes to memory and disk.
+    /// The guest writes to memory and disk, each time elsewhere: what a failed checkpoint took must
+    /// not be in the next one for another reason.
     pub fn guest_works(&mut self) {
-        self.body.write(&[3, 100, 200]);
-        self.qemu.with(|state| state.blocks.write(DISK, 8192, &[0xee; 512]));
+        let (offset, byte) = self.next_place();
+        let at = usize::from(byte);
+        self.body.write(&[3 + at, 100 + at, 200 + at]);
+        self.qemu.with(|state| state.blocks.write(DISK, offset, &[byte; 512]));
+    }
+
+    /// Where on the disk the guest writes next, and what.
+    fn next_place(&mut self) -> (usize, u8) {
+        self.works += 1;
+        (8192 + self.works * 2 * PAGE, self.works as u8)
+    }
+
+    /// The guest writes to its disk as soon as it runs again, after a checkpoint's instant.
+    fn guest_works_after_pause(&mut self) {
+        let (offset, byte) = self.next_place();
+        let write = move |state: &mut State| state.blocks.write(DISK, offset, &[byte; 512]);
+        self.qemu.on("cont", Act::after(write));
     }
 
     /// As a kill ends it: connections first, and nothing reaches the store any more.
@@ -278,8 +297,10 @@ impl Scene {
     /// The checkpoint fails so, the guest and QEMU are as they were, and the next one is whole.
     pub async fn assert_fails(&mut self, helper: &mut Helper, by: By, words: &str) -> Class {
         self.guest_works();
+        self.guest_works_after_pause();
         let before = self.checkpoints().await;
         let class = helper.fails(by, words).await;
+        self.qemu.forget_script();
         assert_eq!(self.checkpoints().await, before, "{words}");
         self.assert_at_rest(words);
         class

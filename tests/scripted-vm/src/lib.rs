@@ -165,6 +165,11 @@ impl ScriptedQemu {
         gate
     }
 
+    /// What is scripted and has not happened yet does not happen.
+    pub fn forget_script(&self) {
+        self.with(|state| state.script.clear());
+    }
+
     /// Ends all connections of clients, as those of a killed process end, and forgets the script.
     /// Commands that wait are not carried out.
     pub fn sever(&self) {
