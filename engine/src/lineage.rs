@@ -10,6 +10,7 @@ use checkpoint_store::Repository;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
+use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 use vm::error::{EngineError, InPhase, Phase, damaged};
 
@@ -25,7 +26,7 @@ const LINEAGE_BYTES: u64 = 2 << 30;
 const READS: usize = 8;
 
 /// `NAME` or `NAME@ID`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointName {
     pub vm: VmName,
     pub id: Option<CheckpointId>,

@@ -4,8 +4,9 @@
 //! It may die at any moment; QEMU does not notice, and `stillpoint attach` starts another that
 //! continues from what the store and QEMU itself know.
 //!
-//! [`serve`] is the process, [`start`] and [`attach`] bring it up, [`client`] asks it over its
-//! control socket in the words of [`control`], and [`bench`] measures it.
+//! [`serve`] is the process, or [`restore`] where it restores the VM first; [`start`] and [`attach`]
+//! bring it up, [`client`] asks it over its control socket in the words of [`control`], and
+//! [`bench`] measures it.
 
 pub mod attach;
 pub mod bench;
@@ -13,6 +14,7 @@ pub mod client;
 pub mod control;
 mod memory;
 mod other;
+pub mod restore;
 mod server;
 pub mod start;
 pub mod statistics;
@@ -47,16 +49,25 @@ pub async fn run(runtime_base: Option<&Path>, name: &VmName) -> Result<()> {
 /// When another helper holds the VM, or the VM cannot be attached to.
 pub async fn serve(runtime: RuntimeDir) -> Result<()> {
     let _lock = runtime.lock_helper()?;
-    let pid = std::process::id().to_string();
-    runtime.replace("helper.pid", pid.as_bytes())?;
-    let control = server::listen(&runtime)?;
+    let control = listen(&runtime)?;
     let socket = runtime.control();
-    let result = serve_vm(runtime, control).await;
+    let attached = attach(runtime).await;
+    let result = match attached {
+        Ok(checkpointer) => serve_vm(checkpointer, control).await,
+        Err(error) => Err(error),
+    };
     remove(&socket);
     result
 }
 
-async fn serve_vm(runtime: RuntimeDir, control: UnixListener) -> Result<()> {
+/// From now on this process is the VM's helper.
+fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
+    let pid = std::process::id().to_string();
+    runtime.replace("helper.pid", pid.as_bytes())?;
+    server::listen(runtime)
+}
+
+async fn attach(runtime: RuntimeDir) -> Result<Checkpointer> {
     // An adoption that an earlier helper did not live to end decides which QEMU that is.
     engine::adopt::recover(&runtime).await?;
     let vm = Vm::attach(runtime).await?;
@@ -65,11 +76,16 @@ async fn serve_vm(runtime: RuntimeDir, control: UnixListener) -> Result<()> {
     for error in [vm.check_devices().await.err(), vm.disks().await.err()].into_iter().flatten() {
         tracing::warn!(error = format!("{error:#}"), "no checkpoint can be taken as the VM is");
     }
-    let name = vm.file.name.clone();
-    tracing::info!(%name, qemu = vm.pid, version = %vm.facts.qemu, accelerator = vm.facts.accelerator.as_str(), "attached");
     let mut checkpointer = Checkpointer::new(vm);
     // A guest that a dying helper left stopped must not wait for the next checkpoint.
     checkpointer.clean_up().await?;
+    Ok(checkpointer)
+}
+
+async fn serve_vm(checkpointer: Checkpointer, control: UnixListener) -> Result<()> {
+    let vm = &checkpointer.vm;
+    let name = vm.file.name.clone();
+    tracing::info!(%name, qemu = vm.pid, version = %vm.facts.qemu, accelerator = vm.facts.accelerator.as_str(), "attached");
     let server = server::Server::new(checkpointer);
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("attached to {name}"))]);
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;

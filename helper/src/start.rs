@@ -22,20 +22,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 pub fn spawn(name: &VmName, runtime_base: Option<&Path>, runtime: &RuntimeDir) -> Result<()> {
     let log = runtime.open_helper_log()?;
     runtime.forget_helper_failure()?;
-    let program = std::env::current_exe().context("finding this program's own path")?;
-    let mut command = Command::new("setsid");
-    command.arg("--fork").arg(program).arg("helper");
-    if let Some(base) = runtime_base {
-        command
-            .arg("--runtime-dir")
-            .arg(std::path::absolute(base).context("making --runtime-dir absolute")?);
-    }
-    command
-        .arg(name.as_str())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log)
-        .current_dir("/");
+    let mut command = command(&["--fork"], name, runtime_base)?;
+    command.stdin(Stdio::null()).stderr(log).current_dir("/");
     let status =
         command.status().context("starting the helper through setsid (package util-linux)")?;
     if !status.success() {
@@ -45,6 +33,24 @@ pub fn spawn(name: &VmName, runtime_base: Option<&Path>, runtime: &RuntimeDir) -
         );
     }
     Ok(())
+}
+
+/// This program as the helper of a VM, in a session of its own by `setsid` with `options`.
+pub(crate) fn command(
+    options: &[&str],
+    name: &VmName,
+    runtime_base: Option<&Path>,
+) -> Result<Command> {
+    let program = std::env::current_exe().context("finding this program's own path")?;
+    let mut command = Command::new("setsid");
+    command.args(options).arg(program).arg("helper");
+    if let Some(base) = runtime_base {
+        command
+            .arg("--runtime-dir")
+            .arg(std::path::absolute(base).context("making --runtime-dir absolute")?);
+    }
+    command.arg(name.as_str()).stdout(Stdio::null());
+    Ok(command)
 }
 
 /// Until the helper of the VM answers, or has said why it ended.

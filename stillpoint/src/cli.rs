@@ -301,6 +301,9 @@ pub struct HelperArgs {
     pub name: VmName,
     #[command(flatten)]
     pub runtime: Runtime,
+    /// Restore the VM first, as the command at the other end of standard input says
+    #[arg(long)]
+    pub restore: bool,
 }
 
 #[derive(Args)]

@@ -9,7 +9,9 @@ use clap::Parser;
 use engine::proof;
 use std::io::{ErrorKind, IsTerminal};
 use std::process::ExitCode;
+use std::sync::Arc;
 use stillpoint_cli::cli::{self, Cli, Command};
+use terminal::Terminal;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
 use vm::error::{self, Class, class_of};
@@ -20,8 +22,8 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(message) => return print_usage(&message),
     };
-    log_to_stderr(&cli);
-    match dispatch(cli.command).and_then(|code| terminal::finish().map(|()| code)) {
+    let log_as_helper = log_to_stderr(&cli);
+    match dispatch(cli, log_as_helper).and_then(|code| terminal::finish().map(|()| code)) {
         Ok(code) => code,
         Err(error) => fail(&error),
     }
@@ -43,21 +45,32 @@ fn print_usage(message: &clap::Error) -> ExitCode {
     }
 }
 
-fn log_to_stderr(cli: &Cli) {
-    let quiet = if matches!(cli.command, Command::Helper(_)) { "info" } else { "warn" };
-    let default = if cli.verbose { "debug" } else { quiet };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+/// Returns what is to be called when stderr is a helper's log from then on.
+fn log_to_stderr(cli: &Cli) -> impl FnOnce() + use<> {
+    let of_level =
+        |level| EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let helper = match &cli.command {
+        Command::Helper(args) => Some(args),
+        _ => None,
+    };
+    let quiet = if helper.is_some_and(|args| !args.restore) { "info" } else { "warn" };
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(of_level(if cli.verbose { "debug" } else { quiet }))
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(helper.is_none() && std::io::stderr().is_terminal())
         .with_target(false)
         .with_span_events(FmtSpan::CLOSE)
-        .init();
+        .with_filter_reloading();
+    let filter = log.reload_handle();
+    log.init();
+    move || {
+        // It fails only when there is no log any more.
+        let _ = filter.reload(of_level("info"));
+    }
 }
 
-fn dispatch(command: Command) -> Result<ExitCode> {
-    match command {
+fn dispatch(cli: Cli, log_as_helper: impl FnOnce()) -> Result<ExitCode> {
+    match cli.command {
         // Before any thread exists: this process becomes QEMU.
         Command::Run(args) => match commands::run::run(args)? {},
         Command::Sandbox(args) => {
@@ -73,21 +86,28 @@ fn dispatch(command: Command) -> Result<ExitCode> {
                 .enable_all()
                 .build()
                 .context("starting the asynchronous runtime")?;
-            runtime.block_on(dispatch_async(other))
+            runtime.block_on(dispatch_async(other, cli.verbose, log_as_helper))
         }
     }
 }
 
-async fn dispatch_async(command: Command) -> Result<ExitCode> {
+async fn dispatch_async(
+    command: Command,
+    is_verbose: bool,
+    log_as_helper: impl FnOnce(),
+) -> Result<ExitCode> {
     match command {
         Command::Doctor(args) => return commands::doctor::run(&args).await,
         Command::Attach(args) => commands::attach::run(args).await?,
         Command::Adopt(args) => commands::adopt::run(&args).await?,
+        Command::Helper(args) if args.restore => {
+            helper::restore::run(Arc::new(Terminal), log_as_helper).await?
+        }
         Command::Helper(args) => {
             helper::run(args.runtime.runtime_dir.as_deref(), &args.name).await?
         }
         Command::Checkpoint(args) => commands::checkpoint::run(&args).await?,
-        Command::Restore(args) => commands::restore::run(args).await?,
+        Command::Restore(args) => commands::restore::run(args, is_verbose).await?,
         Command::Ls(args) => commands::inspect::ls(&args).await?,
         Command::Show(args) => commands::inspect::show(&args).await?,
         Command::Verify(args) if args.restore => commands::verify::prove(args).await?,

@@ -127,6 +127,14 @@ impl Checkpointer {
         Self { store: Some(session), ..Self::new(vm) }
     }
 
+    /// Of a VM that this process restored: its writer epoch is claimed, what `marks` say is known
+    /// first-hand, and no earlier helper left anything in its QEMU.
+    pub async fn of_restored(vm: Vm, session: StoreSession, marks: Option<Marks>) -> Self {
+        // What may be read may yet not be added to; then the first checkpoint is refused.
+        let store = session.repository.check_redundancy().await.is_ok().then_some(session);
+        Self { store, marks, is_clean: true, ..Self::new(vm) }
+    }
+
     /// The VM continues in another QEMU: what the store holds is as it was; what was written since
     /// is not known.
     pub fn replace_vm(&mut self, vm: Vm) {

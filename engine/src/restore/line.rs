@@ -7,6 +7,7 @@ use anyhow::{Error, Result};
 use qemu_cmdline::form::Form;
 use qemu_cmdline::restorable::{self, Wishes};
 use qemu_cmdline::{QemuOption, Use, rewrite, visit};
+use serde::{Deserialize, Serialize};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -35,7 +36,7 @@ const SHARED_NETWORKS: &[&str] = &[
 
 /// `OLD=NEW`. Either may hold `=` itself, so where it is split is found out with the saved command
 /// line.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mapping(String);
 
 impl Mapping {

@@ -18,14 +18,13 @@ pub mod run_state;
 pub mod source;
 mod undo;
 
-use crate::checkpoint;
-use crate::checkpoint::Force;
 use crate::checkpoint::outcome::{Phases, milliseconds};
+use crate::checkpoint::{self, Force, StoreSession};
 use crate::kill_point;
 use crate::lineage::{self, CheckpointName};
 use crate::progress::Progress;
 use crate::stores;
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointId, Manifest, VmName};
 use dirty_tracker::GuestMemory;
 use disks::Places;
@@ -38,22 +37,22 @@ use qmp_bridge::migration::Incoming;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::{Qmp, RunState};
 use run_state::Transition;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use source::Source;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 use undo::Undo;
 use vm::error::{EngineError, InPhase, Phase, refused};
 use vm::launch;
 use vm::launch::paths::NewPaths;
 use vm::running::Vm;
-use vm::runtime_dir::{Marks, RestoreTarget, RuntimeDir, VmFile};
+use vm::runtime_dir::{HelperLock, Marks, RestoreTarget, RuntimeDir, VmFile};
 
 /// What is to be restored, and how.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Request {
     pub checkpoint: CheckpointName,
     /// The store's URL.
@@ -75,19 +74,41 @@ pub struct Request {
     pub paused: bool,
     /// The guest runs, though it was stopped.
     pub run: bool,
-    pub progress: Arc<dyn Progress>,
 }
 
-/// A VM that was restored; it has no helper yet. As JSON it is what `stillpoint restore --json`
-/// prints.
-#[derive(Serialize)]
+impl Request {
+    /// Of the restored VM.
+    pub fn name(&self) -> &VmName {
+        self.new_name.as_ref().unwrap_or(&self.checkpoint.vm)
+    }
+
+    /// Under its own name it is no copy.
+    fn is_copy(&self) -> bool {
+        *self.name() != self.checkpoint.vm
+    }
+}
+
+/// A VM that was restored and may run, with all that the restore knows and holds of it: the process
+/// that restored it is its helper.
 pub struct Restored {
+    pub vm: Vm,
+    /// The store, and the writer epoch that was claimed in it.
+    pub session: StoreSession,
+    /// What the marks of written pages count from; none for a copy.
+    pub marks: Option<Marks>,
+    pub lock: HelperLock,
+    pub report: Report,
+}
+
+/// What came of a restore. As JSON it is what `stillpoint restore --json` prints.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Report {
     pub name: VmName,
     /// The VM whose checkpoint it was.
     pub restored: VmName,
     pub id: CheckpointId,
     pub running: bool,
-    pub run_state: &'static str,
+    pub run_state: String,
     pub resume_ms: f64,
     pub bytes_read: u64,
     pub layer_bytes_read: u64,
@@ -98,12 +119,19 @@ pub struct Restored {
     /// What the VM does, in words.
     #[serde(skip)]
     pub state: String,
-    #[serde(skip)]
-    pub runtime: RuntimeDir,
 }
 
-pub async fn run(request: Request) -> Result<Restored, EngineError> {
-    Restore::plan(request, Instant::now()).await.in_phase(Phase::Plan)?.run().await
+/// Restores the VM, unless `interrupted` comes before its guest may run.
+///
+/// # Errors
+/// When it cannot be restored: all that was made is removed then, and what was there is as before.
+pub async fn run(
+    request: Request,
+    progress: Arc<dyn Progress>,
+    interrupted: impl Future<Output = ()>,
+) -> Result<Restored, EngineError> {
+    let restore = Restore::plan(request, progress, Instant::now()).await.in_phase(Phase::Plan)?;
+    restore.run(interrupted).await
 }
 
 struct Restore {
@@ -124,7 +152,6 @@ struct Restore {
 
 /// A restored VM whose guest has not run yet.
 struct Ready {
-    file: VmFile,
     new: NewQemu,
     vm: Vm,
     layer_bytes: u64,
@@ -132,17 +159,12 @@ struct Ready {
 }
 
 impl Restore {
-    async fn plan(mut request: Request, begun: Instant) -> Result<Self> {
-        // Under its own name it is no copy.
-        request.new_name = request.new_name.filter(|name| *name != request.checkpoint.vm);
+    async fn plan(request: Request, progress: Arc<dyn Progress>, begun: Instant) -> Result<Self> {
         let repository = stores::open_existing(&request.store).await?;
         let id = lineage::resolve(&repository, &request.checkpoint).await?;
-        let source =
-            Source::open(&repository, &request.checkpoint.vm, id, Arc::clone(&request.progress))
-                .await?;
-        let name = request.new_name.as_ref().unwrap_or(&request.checkpoint.vm);
-        let runtime = RuntimeDir::new(request.runtime_base.as_deref(), name)?;
-        let dir = request.dir.clone().unwrap_or_else(|| PathBuf::from(name.as_str()));
+        let source = Source::open(&repository, &request.checkpoint.vm, id, progress).await?;
+        let runtime = RuntimeDir::new(request.runtime_base.as_deref(), request.name())?;
+        let dir = request.dir.clone().unwrap_or_else(|| PathBuf::from(request.name().as_str()));
         let dir = std::path::absolute(&dir)
             .with_context(|| format!("making {} absolute", dir.display()))?;
         let plugin = launch::plugin_path()?;
@@ -174,16 +196,18 @@ impl Restore {
     }
 
     /// On any failure or signal until the guest may run, undoes everything that it made.
-    async fn run(mut self) -> Result<Restored, EngineError> {
+    async fn run(mut self, interrupted: impl Future<Output = ()>) -> Result<Restored, EngineError> {
         let mut undo = Undo::begin(&self.runtime).in_phase(Phase::Plan)?;
         let made = {
             let make = self.make(&mut undo);
             tokio::select! {
                 made = make => made,
-                signal = interrupted() => signal.and_then(Err),
+                () = interrupted => {
+                    Err(anyhow::anyhow!("interrupted; what was made is removed again"))
+                }
             }
         };
-        let mut ready = match made {
+        let ready = match made {
             Ok(ready) => ready,
             Err(error) => {
                 undo.run();
@@ -191,26 +215,27 @@ impl Restore {
             }
         };
         self.phases.enter(Phase::Resume);
-        if let Err(error) = self.enter(&mut ready, &undo).await {
-            let error = ready.new.explain(error);
-            undo.run();
-            return Err(self.phases.failed(error));
-        }
-        let Ready { file, new, vm, layer_bytes, note } = ready;
+        let (session, marks) = match self.enter(&ready, &undo).await {
+            Ok(entered) => entered,
+            Err(error) => {
+                let error = ready.new.explain(error);
+                undo.run();
+                return Err(self.phases.failed(error));
+            }
+        };
+        let Ready { new, vm, layer_bytes, note } = ready;
         new.leave();
-        undo.keep();
-        // The helper is its monitor's next client.
-        drop(vm);
-        let resume_ms = milliseconds(self.begun.elapsed());
-        Ok(self.report(&file, layer_bytes, resume_ms, note))
+        let lock = undo.keep();
+        let report = self.report(layer_bytes, note);
+        Ok(Restored { vm, session, marks, lock, report })
     }
 
     fn is_copy(&self) -> bool {
-        self.request.new_name.is_some()
+        self.request.is_copy()
     }
 
     fn name(&self) -> &VmName {
-        self.request.new_name.as_ref().unwrap_or(&self.source.manifest().vm)
+        self.request.name()
     }
 
     /// Refuses all that can be known beforehand. Nothing is made.
@@ -263,32 +288,28 @@ impl Restore {
         match self.bring_up(memory, &layers).await {
             Ok(vm) => {
                 let note = self.is_copy().then(|| planned.note_of_copy());
-                Ok(Ready { file, new, vm, layer_bytes: layers.bytes_read, note })
+                Ok(Ready { new, vm, layer_bytes: layers.bytes_read, note })
             }
             Err(error) => Err(new.explain(error)),
         }
     }
 
     /// From the claim on no older helper of this VM can commit; then the guest may run.
-    async fn enter(&self, ready: &mut Ready, undo: &Undo) -> Result<()> {
-        self.begin_recording(&ready.vm).await?;
+    async fn enter(&self, ready: &Ready, undo: &Undo) -> Result<(StoreSession, Option<Marks>)> {
+        let marks = self.begin_recording(&ready.vm).await?;
         kill_point::point("restore.loaded");
         let force = Force::if_ordered(self.request.take_over);
-        let writer = checkpoint::claim(
-            self.source.repository(),
-            self.name(),
-            &self.instance,
-            &self.runtime,
-            force,
-        )
-        .await?;
-        let entered = self.start_guest(&ready.vm, undo).await;
-        if entered.is_err()
-            && let Err(error) = writer.withdraw().await
-        {
-            tracing::warn!(%error, "the writer epoch that was claimed is not released; it is free as this QEMU has ended");
+        let repository = self.source.repository().clone();
+        let writer =
+            checkpoint::claim(&repository, self.name(), &self.instance, &self.runtime, force)
+                .await?;
+        if let Err(error) = self.start_guest(&ready.vm, undo).await {
+            if let Err(error) = writer.withdraw().await {
+                tracing::warn!(%error, "the writer epoch that was claimed is not released; it is free as this QEMU has ended");
+            }
+            return Err(error);
         }
-        entered
+        Ok((StoreSession { repository, writer }, marks))
     }
 
     async fn start_guest(&self, vm: &Vm, undo: &Undo) -> Result<()> {
@@ -315,7 +336,7 @@ impl Restore {
         let manifest = self.source.manifest();
         let record = &manifest.vm_record;
         let restored = launch::saved::restored(&record.arguments, paths, &self.wishes)?;
-        restored.notes.iter().for_each(|note| self.request.progress.note(note));
+        restored.notes.iter().for_each(|note| self.source.progress().note(note));
         let options = if self.is_copy() {
             line::as_copy(restored.options, &self.wishes)
         } else {
@@ -359,6 +380,10 @@ impl Restore {
         let vm = Vm::attach(self.runtime.clone()).await?;
         check_blocks(self.source.manifest(), &vm.blocks)?;
         check::in_qemu(&self.places(), layers, &vm.disks().await?)?;
+        // Records the VM's first devices.
+        if let Err(error) = vm.check_devices().await {
+            tracing::warn!(error = format!("{error:#}"), "no checkpoint can be taken as the VM is");
+        }
         filling.await.context("internal error: filling the guest's memory panicked")??;
         self.phases.since("memory", step);
         self.phases.enter(Phase::Devices);
@@ -374,9 +399,9 @@ impl Restore {
 
     /// The next checkpoint of the same VM is incremental: what is in RAM and on the disks now is
     /// what the store has.
-    async fn begin_recording(&self, vm: &Vm) -> Result<()> {
+    async fn begin_recording(&self, vm: &Vm) -> Result<Option<Marks>> {
         if vm.file.restored_from != Some(self.id) {
-            return Ok(());
+            return Ok(None);
         }
         let tag: BitmapTag = vm.file.instance.parse().context("naming the dirty bitmaps")?;
         let disks = vm.disks().await?.disks;
@@ -385,48 +410,27 @@ impl Restore {
         start_recording(&vm.qmp, &tag, self.id.0, &disks, places)
             .await
             .context("beginning to record the disks' changes")?;
-        self.runtime.set_marks(Marks { since: self.source.identity(), is_exact: true })
+        let marks = Marks { since: self.source.identity(), is_exact: true };
+        self.runtime.set_marks(marks)?;
+        Ok(Some(marks))
     }
 
-    fn report(
-        self,
-        file: &VmFile,
-        layer_bytes: u64,
-        resume_ms: f64,
-        note: Option<String>,
-    ) -> Restored {
-        Restored {
-            name: file.name.clone(),
+    fn report(self, layer_bytes: u64, note: Option<String>) -> Report {
+        Report {
+            name: self.name().clone(),
+            resume_ms: milliseconds(self.begun.elapsed()),
             restored: self.request.checkpoint.vm,
             id: self.id,
             running: self.run_state.wanted == RunState::Running,
-            run_state: self.run_state.wanted.name(),
-            resume_ms,
+            run_state: self.run_state.wanted.name().to_owned(),
             bytes_read: self.source.bytes_read() + layer_bytes,
             layer_bytes_read: layer_bytes,
             dir: self.dir,
             phases: self.phases.into_map(),
             notes: note.into_iter().collect(),
             state: self.run_state.words(),
-            runtime: self.runtime,
         }
     }
-}
-
-/// Waits for a signal that asks the command to end; its error.
-async fn interrupted() -> Result<Error> {
-    let about = "listening for signals";
-    let (mut terminate, mut interrupt) = (
-        signal(SignalKind::terminate()).context(about)?,
-        signal(SignalKind::interrupt()).context(about)?,
-    );
-    let mut hang_up = signal(SignalKind::hangup()).context(about)?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-        _ = hang_up.recv() => {}
-    }
-    Ok(anyhow::anyhow!("interrupted; what was made is removed again"))
 }
 
 /// The new QEMU must have built the same RAM blocks, or the state would be loaded into the wrong

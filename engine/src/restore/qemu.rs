@@ -46,9 +46,12 @@ impl NewQemu {
         self.child.as_ref().map_or(0, Child::id)
     }
 
-    /// It runs on by itself.
+    /// It runs on by itself, also when this process ends.
     pub fn leave(mut self) {
-        self.child = None;
+        if let Some(mut child) = self.child.take() {
+            // When it ends it must not stay a zombie for as long as this process lives.
+            std::thread::spawn(move || child.wait());
+        }
     }
 
     /// The error with what QEMU itself said, and how it ended if it crashed: then it says nothing.

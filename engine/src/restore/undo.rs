@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use vm::error::refused;
 use vm::launch;
 use vm::process;
-use vm::runtime_dir::RuntimeDir;
+use vm::runtime_dir::{HelperLock, RuntimeDir};
 
 const FILE: &str = "restore.json";
 /// Where the runtime directory's own files wait meanwhile.
@@ -43,7 +43,7 @@ pub struct Undo {
     runtime: RuntimeDir,
     record: Record,
     /// No other restore, and no helper, uses the runtime directory meanwhile.
-    _name: Flock<File>,
+    name: HelperLock,
     /// No other restore fills the VM's directory meanwhile.
     _directory: Option<Flock<File>>,
 }
@@ -72,7 +72,7 @@ impl Undo {
         // Of one that was killed when it had succeeded.
         remove_tree(&runtime.path().join(BEFORE))?;
         let record = Record { made_runtime, made_base, ..Record::default() };
-        Ok(Self { runtime: runtime.clone(), record, _name: name, _directory: None })
+        Ok(Self { runtime: runtime.clone(), record, name, _directory: None })
     }
 
     fn left(runtime: &RuntimeDir) -> Result<Option<Record>> {
@@ -156,14 +156,15 @@ impl Undo {
         remove_file(&self.runtime.restore_record())
     }
 
-    /// The guest runs.
-    pub fn keep(self) {
+    /// The guest runs, and this process is its helper.
+    pub fn keep(self) -> HelperLock {
         if let Err(error) = remove_tree(&self.runtime.path().join(BEFORE)) {
             tracing::warn!(
                 error = format!("{error:#}"),
                 "files of an earlier VM of this name are left in the runtime directory"
             );
         }
+        self.name
     }
 
     /// Puts everything back. What cannot be is named in the log.
@@ -310,7 +311,7 @@ mod test {
         assert!(!runtime.restore_record().exists() && !dir.exists());
         make(&mut next, &dir);
         next.forget().unwrap();
-        next.keep();
+        drop(next.keep());
         assert_eq!(listed(runtime.path()), ["helper.lock", "machine.json", "marks.json"]);
         assert_eq!(runtime.read("machine.json", 9).unwrap(), b"new");
     }
@@ -336,6 +337,6 @@ mod test {
         second.run();
         assert!(place.path().join("a/disk").exists());
         first.forget().unwrap();
-        first.keep();
+        drop(first.keep());
     }
 }

@@ -1,25 +1,14 @@
-//! `stillpoint restore`: restores the VM, gives it a helper, and prints what came of it.
+//! `stillpoint restore`: lets the VM's helper restore it, and prints what came of it.
 
 use crate::cli::RestoreArgs;
-use crate::terminal::{Terminal, out, print_json};
+use crate::terminal::{out, print_json};
 use anyhow::{Context, Result};
 use engine::progress::bytes;
-use engine::restore::{self, Request};
-use helper::start;
-use std::sync::Arc;
+use engine::restore::Request;
 
-pub async fn run(args: RestoreArgs) -> Result<()> {
+pub async fn run(args: RestoreArgs, is_verbose: bool) -> Result<()> {
     let json = args.json;
-    let runtime_base = args.runtime.runtime_dir.clone();
-    let restored = restore::run(request(args)).await?;
-    start::spawn(&restored.name, runtime_base.as_deref(), &restored.runtime)?;
-    let helper = start::wait(&restored.runtime).await;
-    helper.with_context(|| {
-        format!(
-            "{} is restored, but has no helper ('stillpoint attach {0}' starts one)",
-            restored.name
-        )
-    })?;
+    let restored = helper::restore::start(&request(args), is_verbose).await?;
     if json {
         return print_json(&serde_json::to_value(&restored).context("encoding the result")?);
     }
@@ -50,6 +39,5 @@ fn request(args: RestoreArgs) -> Request {
         take_over: args.take_over,
         paused: args.paused,
         run: args.run,
-        progress: Arc::new(Terminal),
     }
 }

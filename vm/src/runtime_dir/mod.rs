@@ -31,6 +31,9 @@ const HELPER_FAILURE: &str = "helper.failure";
 const MARKS: &str = "marks.json";
 const MAX_MARKS_BYTES: u64 = 1024;
 
+/// No other helper, and no restore, uses the runtime directory while it is held.
+pub type HelperLock = Flock<File>;
+
 /// The directory of one VM; its methods name the files in it.
 #[derive(Clone, Debug)]
 pub struct RuntimeDir {
@@ -357,7 +360,7 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// Refused while another helper holds it.
-    pub fn lock_helper(&self) -> Result<Flock<File>> {
+    pub fn lock_helper(&self) -> Result<HelperLock> {
         let file = self.open("helper.lock", OFlag::O_WRONLY | OFlag::O_CREAT)?;
         files::lock(file).map_err(|_| {
             let pid = self
