@@ -52,7 +52,7 @@ impl VmFacts {
     /// When QEMU does not answer, or lacks something that all supported versions have.
     pub async fn read(qmp: &Qmp) -> Result<Self, QmpError> {
         let machine_type = machine_type(qmp).await?;
-        let types = qmp.query_machines().await?;
+        let types = qmp.query_machine_types().await?;
         let own = types.into_iter().find(|known| known.name == machine_type);
         let Composition { vcpus, memory, migration_blockers } = Composition::read(qmp).await?;
         let is_kvm = qmp.query_kvm().await?.enabled;

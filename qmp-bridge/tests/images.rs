@@ -23,7 +23,7 @@ async fn images_round_trip() {
         let directory = tempfile::tempdir().expect("directory");
         let at = |name: &str| directory.path().join(name);
         let mut worker = ImageWorker::start(&qemu, directory.path()).await.expect("worker");
-        let types = worker.qmp().query_machines().await.expect("types");
+        let types = worker.qmp().query_machine_types().await.expect("types");
         let q35 = types.iter().find(|known| known.alias.as_deref() == Some("q35"));
         assert!(q35.expect("q35").name.starts_with("pc-q35-"));
 

@@ -72,6 +72,15 @@ const READER: &str = "vm/src/files.rs";
 /// The one file that lists all error types.
 const CLASSES: &str = "vm/src/error.rs";
 
+/// What reads QEMU's replies without types still.
+const UNTYPED: &[&str] = &[
+    "qmp-bridge/src/device_sections.rs",
+    "qmp-bridge/src/incoming.rs",
+    "qmp-bridge/src/local_migration",
+    "qmp-bridge/src/migration",
+    "qmp-bridge/src/resave.rs",
+];
+
 /// One place: file, line and the line's text.
 type Places = Vec<String>;
 
@@ -192,6 +201,32 @@ fn tidy_each_error_type_is_classified() {
     assert!(types.len() > 25, "{types:?}");
     let missing: Vec<&&str> = types.iter().filter(|name| !listed.contains(name)).collect();
     assert!(missing.is_empty(), "{missing:?} are missing in the list of {CLASSES}");
+}
+
+/// What QEMU says is read into the types of `qmp_bridge::qmp::replies`: a missing field is an error
+/// there, and no default.
+#[test]
+fn tidy_no_reply_of_qemu_is_read_without_a_type() {
+    let field = Regex::new(r#"\["[a-z_-]+"\]"#).expect("a pattern");
+    let value = Regex::new(
+        r"\.as_(u64|i64|f64|bool|array|object)\(|\.as_str\(\)(\?|\.(unwrap|is_some|map|and_then))",
+    )
+    .expect("a pattern");
+    let mut all = texts(&[".rs"]);
+    all.retain(|(path, _)| {
+        let is_judged = ["qmp-bridge/src", "vm/src"].iter().any(|folder| path.starts_with(folder));
+        is_judged && !is_test(path) && !UNTYPED.iter().any(|place| path.starts_with(place))
+    });
+    all.iter_mut()
+        .for_each(|(_, text)| text.truncate(text.find("#[cfg(test)]").unwrap_or(text.len())));
+    // What is sent is built of fields too.
+    let is_built = |line: &str| line.contains("\"] = ") || line.contains("&[\"");
+    let reads = |line: &str| value.is_match(line) || field.is_match(line) && !is_built(line);
+    assert_eq!(
+        wrong(&all, |line| !line.trim_start().starts_with("//") && reads(line)),
+        [""; 0],
+        "give the reply a type"
+    );
 }
 
 /// `path:line: text` of the lines that are wrong.

@@ -51,7 +51,7 @@ queries! {
     /// Whether KVM is used.
     query_kvm: "query-kvm" => KvmInfo;
     /// The machine types that this QEMU can build.
-    query_machines: "query-machines" => Vec<MachineType>;
+    query_machine_types: "query-machines" => Vec<MachineType>;
     /// The sizes of the VM's memory.
     query_memory_size: "query-memory-size-summary" => MemoryInfo;
     /// Why the VM cannot be migrated, if it cannot.

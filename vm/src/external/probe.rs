@@ -57,7 +57,7 @@ impl Probe {
             .await
             .map_err(|error| not_built(&process).unwrap_or_else(|| error.into()));
         let facts = facts.context("asking QEMU what VM it runs")?;
-        let types = qmp.query_machines().await.context("asking QEMU for its machine types")?;
+        let types = qmp.query_machine_types().await.context("asking QEMU for its machine types")?;
         let blocks = ramblock::ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?;
         let sets = qmp.query_fdsets().await.context("asking QEMU for its descriptors")?;
         let fd_paths = fd_paths(&sets, process.pid);
