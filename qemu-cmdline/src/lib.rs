@@ -2,8 +2,8 @@
 //! each value is for the host. Pure: nothing is opened or asked, so every rule is tested in
 //! milliseconds.
 //!
-//! [`arguments`] and [`form`] are the syntax, [`table`] the meaning, [`sites`] visits and rewrites
-//! values by their meaning, [`restorable`] says what a command line may do on the host that
+//! [`arguments`], [`config`] and [`form`] are the syntax, [`table`] the meaning, [`sites`] visits and
+//! rewrites values by their meaning, [`restorable`] says what a command line may do on the host that
 //! restores it.
 //!
 //! # Example
@@ -30,6 +30,7 @@
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 pub mod arguments;
+pub mod config;
 pub mod form;
 pub mod restorable;
 pub mod sites;
