@@ -8,9 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
@@ -108,19 +107,41 @@ impl NbdClient {
     pub async fn connect(path: &Path, export: &str, contexts: &[&str]) -> Result<Self, NbdError> {
         let error = |why: String| NbdError::Connect { path: path.into(), why };
         let handshake = async {
-            let mut stream =
+            let stream =
                 UnixStream::connect(path).await.map_err(|source| error(source.to_string()))?;
-            let info = handshake::negotiate(&mut stream, export, contexts).await?;
-            Ok((stream, info))
+            let (read, write) = stream.into_split();
+            Self::over(read, write, export, contexts).await
         };
         match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await {
-            Ok(result) => result.map(|(stream, info)| Self::start(stream, info)),
+            Ok(result) => result,
             Err(_) => Err(error(format!("no handshake within {HANDSHAKE_TIMEOUT:?}"))),
         }
     }
 
-    fn start(stream: UnixStream, info: ExportInfo) -> Self {
-        let (read, write) = stream.into_split();
+    /// The same on a connection whose server has accepted it, without a limit of time.
+    ///
+    /// # Errors
+    /// When the peer is no NBD server, or does not have the export or a context.
+    pub async fn over<R, W>(
+        mut read: R,
+        mut write: W,
+        export: &str,
+        contexts: &[&str],
+    ) -> Result<Self, NbdError>
+    where
+        R: AsyncRead + Send + Unpin + 'static,
+        W: AsyncWrite + Send + Unpin + 'static,
+    {
+        let mut both = tokio::io::join(&mut read, &mut write);
+        let info = handshake::negotiate(&mut both, export, contexts).await?;
+        Ok(Self::start(read, write, info))
+    }
+
+    fn start<R, W>(read: R, write: W, info: ExportInfo) -> Self
+    where
+        R: AsyncRead + Send + Unpin + 'static,
+        W: AsyncWrite + Send + Unpin + 'static,
+    {
         let state: SharedState = Arc::new(Mutex::new(State::Open(HashMap::new())));
         let (frames, queue) = mpsc::channel(MAX_IN_FLIGHT);
         let reader =
@@ -399,7 +420,7 @@ fn append_states(
 }
 
 async fn write_frames(
-    mut socket: OwnedWriteHalf,
+    mut socket: impl AsyncWrite + Unpin,
     mut queue: mpsc::Receiver<Frame>,
     state: SharedState,
 ) {
@@ -414,7 +435,7 @@ async fn write_frames(
     }
 }
 
-async fn read_replies(mut reader: BufReader<OwnedReadHalf>, state: SharedState) {
+async fn read_replies(mut reader: impl AsyncRead + Unpin, state: SharedState) {
     loop {
         if let Err(error) = read_reply(&mut reader, &state).await {
             return end(&state, error);
@@ -430,7 +451,7 @@ fn take(state: &SharedState, cookie: u64) -> Option<Pending> {
 }
 
 async fn read_reply(
-    reader: &mut BufReader<OwnedReadHalf>,
+    reader: &mut (impl AsyncRead + Unpin),
     state: &SharedState,
 ) -> Result<(), NbdError> {
     match reader.read_u32().await.map_err(io_error)? {
@@ -449,7 +470,7 @@ async fn read_reply(
 }
 
 async fn read_chunk(
-    reader: &mut BufReader<OwnedReadHalf>,
+    reader: &mut (impl AsyncRead + Unpin),
     state: &SharedState,
 ) -> Result<(), NbdError> {
     let mut header = [0; 16];

@@ -10,6 +10,7 @@
 //! runtime.
 
 mod error;
+pub mod line;
 pub mod replies;
 mod turn;
 mod watch;

@@ -13,19 +13,16 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
-use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio::task::JoinHandle;
 
-use super::replies::{Greeting, VersionTriple};
+use super::line::{LineBuffer, Message};
 use super::watch::{EventWatch, Seen};
 use super::{EVENT_QUEUE, QemuVersion, QmpError, QmpEvent};
 
-/// Longest line accepted from QEMU; the largest known reply, `query-qmp-schema`, has 240 KB.
-const MAX_LINE: usize = 32 << 20;
 /// Most lines of an earlier session that may come before the greeting.
 const MAX_LINES_BEFORE_GREETING: usize = 1024;
 /// Most commands waiting for their reply at once.
@@ -194,10 +191,10 @@ impl Connection {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let count = recv(writer.as_raw_fd(), &mut unread, flags).unwrap_or(0);
         let mut lines = unread[..count].split(|byte| *byte == b'\n');
-        let message = lines.find_map(|line| {
-            serde_json::from_slice::<Message>(line).ok().filter(|message| message.id == Some(id))
-        })?;
-        Some(message.error.is_none())
+        lines.find_map(|line| match Message::parse(line) {
+            Ok(Message::Reply(is, result)) if is == id => Some(result.is_ok()),
+            _ => None,
+        })
     }
 
     pub(super) fn closed_error(&self, command: &str) -> QmpError {
@@ -310,7 +307,7 @@ enum Beginning {
 
 async fn begin(stream: UnixStream, deadline: Instant) -> Result<Connection, Beginning> {
     let writer = stream.as_fd().try_clone_to_owned().map_err(Beginning::Broken)?;
-    let mut lines = Lines { stream, buffer: Vec::new(), searched: 0 };
+    let mut lines = Lines { stream, buffer: LineBuffer::default() };
     let greeting = tokio::time::timeout_at(deadline.into(), read_greeting(&mut lines)).await;
     let version = greeting.map_err(|_| Beginning::Silent)?.map_err(Beginning::Foreign)?;
     let shared = Arc::new(Shared::new());
@@ -373,54 +370,21 @@ pub async fn connect_when_ready(
 
 struct Lines {
     stream: UnixStream,
-    buffer: Vec<u8>,
-    /// How much of `buffer` is known to hold no newline.
-    searched: usize,
+    buffer: LineBuffer,
 }
 
 impl Lines {
     async fn next(&mut self) -> Result<Vec<u8>, String> {
         loop {
-            if let Some(found) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n')
-            {
-                let rest = self.buffer.split_off(self.searched + found + 1);
-                self.searched = 0;
-                return Ok(std::mem::replace(&mut self.buffer, rest));
+            if let Some(line) = self.buffer.next().map_err(|error| error.to_string())? {
+                return Ok(line);
             }
-            self.searched = self.buffer.len();
-            if self.buffer.len() > MAX_LINE {
-                return Err(format!("a line of more than {MAX_LINE} bytes"));
-            }
-            match self.stream.read_buf(&mut self.buffer).await {
+            match self.stream.read_buf(self.buffer.unread()).await {
                 Ok(0) => return Err("the peer closed the connection".into()),
                 Ok(_) => {}
                 Err(error) => return Err(format!("reading from the socket: {error}")),
             }
         }
-    }
-}
-
-#[derive(Deserialize)]
-struct Message {
-    #[serde(rename = "return")]
-    result: Option<Value>,
-    error: Option<RefusalBody>,
-    id: Option<u64>,
-    event: Option<String>,
-    data: Option<Value>,
-}
-
-#[derive(Deserialize)]
-struct RefusalBody {
-    class: String,
-    desc: String,
-}
-
-impl From<RefusalBody> for qapi::Error {
-    fn from(body: RefusalBody) -> Self {
-        let class = serde_json::from_value(Value::String(body.class))
-            .unwrap_or(qapi::ErrorClass::GenericError);
-        Self { class, desc: body.desc, id: None }
     }
 }
 
@@ -441,39 +405,33 @@ async fn read_all(mut lines: Lines, shared: Arc<Shared>) {
 
 /// Passes a reply to the caller that waits for it; an error ends the connection.
 fn dispatch(shared: &Shared, line: &[u8]) -> Result<(), String> {
-    let message: Message = match serde_json::from_slice(line) {
-        Ok(message) => message,
-        Err(error) => {
-            tracing::warn!(%error, "ignored a QMP line that is not understood");
-            return Ok(());
+    match Message::parse(line) {
+        Ok(Message::Event(name, data)) => {
+            shared.tell(QmpEvent { name, data, at: Instant::now() });
         }
-    };
-    if let Some(name) = message.event {
-        shared.tell(QmpEvent {
-            name,
-            data: message.data.unwrap_or(Value::Null),
-            at: Instant::now(),
-        });
-        return Ok(());
+        Ok(Message::Reply(id, result)) => {
+            if let Some(sender) = shared.waiting().remove(&id) {
+                let result = result.map_err(|(class, desc)| qapi::Error {
+                    class: serde_json::from_value(Value::String(class))
+                        .unwrap_or(qapi::ErrorClass::GenericError),
+                    desc,
+                    id: None,
+                });
+                // The caller may have stopped waiting in this very moment.
+                let _ = sender.send((result, Instant::now()));
+            }
+        }
+        // Each of our commands has an id, so one of them is lost, and its caller would never get a
+        // reply. See [`SETTLING`] for how that comes about.
+        Ok(Message::Unparsed(why)) => {
+            return Err(format!(
+                "QEMU could not read what was sent ({why}); a new connection is sound"
+            ));
+        }
+        Ok(Message::Greeting(_) | Message::Foreign) => {}
+        Err(error) => tracing::warn!(%error, "ignored a line of QEMU's monitor"),
     }
-    let Some(id) = message.id else {
-        return message.error.map_or(Ok(()), |body| Err(garbled(&body)));
-    };
-    let Some(sender) = shared.waiting().remove(&id) else { return Ok(()) };
-    let result = match message.error {
-        Some(body) => Err(body.into()),
-        None => Ok(message.result.unwrap_or(Value::Null)),
-    };
-    // The caller may have stopped waiting in this very moment.
-    let _ = sender.send((result, Instant::now()));
     Ok(())
-}
-
-/// Each of our commands has an id, so an error without one means that QEMU could not parse what it
-/// received: the command is lost, and its caller would never get a reply. See [`SETTLING`] for how
-/// that comes about.
-fn garbled(body: &RefusalBody) -> String {
-    format!("QEMU could not read what was sent ({}); a new connection is sound", body.desc)
 }
 
 /// QEMU may send what was left for the client before us, a reply or an event, ahead of the greeting
@@ -481,20 +439,10 @@ fn garbled(body: &RefusalBody) -> String {
 async fn read_greeting(lines: &mut Lines) -> Result<QemuVersion, String> {
     for _ in 0..MAX_LINES_BEFORE_GREETING {
         let line = lines.next().await?;
-        let mut message: Map<String, Value> = serde_json::from_slice(&line)
-            .map_err(|error| format!("its greeting is not JSON: {error}"))?;
-        if let Some(greeting) = message.remove("QMP") {
-            let greeting: Greeting = serde_json::from_value(greeting)
-                .map_err(|error| format!("its greeting names no version: {error}"))?;
-            return Ok(greeting.into());
+        let message = Message::parse(&line).map_err(|error| error.to_string())?;
+        if let Message::Greeting(version) = message {
+            return Ok(version);
         }
     }
     Err("it does not greet".into())
-}
-
-impl From<Greeting> for QemuVersion {
-    fn from(greeting: Greeting) -> Self {
-        let VersionTriple { major, minor, micro } = greeting.version.qemu;
-        Self { major, minor, micro, package: greeting.version.package }
-    }
 }

@@ -16,7 +16,8 @@ fn info() -> ExportInfo {
 /// A client behind its handshake, and the peer's end.
 fn connected() -> (NbdClient, UnixStream) {
     let (ours, theirs) = UnixStream::pair().expect("pair");
-    (NbdClient::start(ours, info()), theirs)
+    let (read, write) = ours.into_split();
+    (NbdClient::start(read, write, info()), theirs)
 }
 
 fn chunk(flags: u16, kind: u16, cookie: u64, body: &[u8]) -> Vec<u8> {
