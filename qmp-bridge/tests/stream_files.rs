@@ -7,7 +7,7 @@ mod streams;
 use proptest::prelude::*;
 use qmp_bridge::stream_reader::{ReaderLimits, StreamReadError};
 use streams::check::{Facts, Pieces, limits, read_all};
-use streams::{files, recorded, seeds};
+use streams::{recorded, seeds};
 
 const SECTION_FULL: u8 = 4;
 
@@ -156,7 +156,7 @@ fn all_cut_at_many_places() {
 /// What the fuzzer begins with: streams made by hand, and those that once went wrong.
 #[test]
 fn seeds_of_the_fuzzer() {
-    let seeds = files(&seeds(), "fuzz");
+    let seeds = seeds();
     let sound: Vec<_> = seeds
         .iter()
         .filter(|(_, input)| {

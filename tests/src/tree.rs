@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 /// Directories of built and stored things, which are none of the project's text.
-const NOT_READ: &[&str] = &["target", ".git", "fuzz"];
+const NOT_READ: &[&str] = &["target", ".git"];
 
 /// Names of all tests of the project, wherever they are.
 pub fn test_names() -> HashSet<String> {

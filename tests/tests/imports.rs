@@ -23,6 +23,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("error-class", &[]),
+    ("fuzz-checks", &["checkpoint-format", "plugin-protocol", "qemu-cmdline", "qmp-bridge"]),
     ("helper", &["checkpoint-format", "engine", "qmp-bridge", "vm"]),
     ("plugin-protocol", &[]),
     ("qemu-cmdline", &["error-class"]),

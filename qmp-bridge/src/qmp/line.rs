@@ -111,7 +111,7 @@ impl LineBuffer {
     ///
     /// # Errors
     /// When the line is longer than [`MAX_LINE`].
-    pub fn next(&mut self) -> Result<Option<Vec<u8>>, LineError> {
+    pub fn next_line(&mut self) -> Result<Option<Vec<u8>>, LineError> {
         let found = self.bytes[self.searched..].iter().position(|byte| *byte == b'\n');
         let end = found.map(|found| self.searched + found + 1);
         if end.unwrap_or(self.bytes.len()) > MAX_LINE {

@@ -376,7 +376,7 @@ struct Lines {
 impl Lines {
     async fn next(&mut self) -> Result<Vec<u8>, String> {
         loop {
-            if let Some(line) = self.buffer.next().map_err(|error| error.to_string())? {
+            if let Some(line) = self.buffer.next_line().map_err(|error| error.to_string())? {
                 return Ok(line);
             }
             match self.stream.read_buf(self.buffer.unread()).await {

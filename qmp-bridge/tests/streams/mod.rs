@@ -1,7 +1,7 @@
 //! Streams for the tests: recorded ones, and QEMUs that send new ones.
 #![allow(dead_code, reason = "each test file uses its part")]
 
-#[path = "../../fuzz/check.rs"]
+#[path = "../../../fuzz/checks/src/stream_reader.rs"]
 pub mod check;
 
 use std::fs::File;
@@ -31,28 +31,26 @@ pub fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/streams")
 }
 
-/// Where the fuzzer's seeds are.
-pub fn seeds() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds")
+/// The fuzzer's seeds by name.
+pub fn seeds() -> Vec<(String, Vec<u8>)> {
+    files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/stream_reader"), "")
 }
 
 /// Recorded streams by name, e.g. `7.2-pc-precopy`.
 pub fn recorded() -> Vec<(String, Vec<u8>)> {
-    files(&directory(), "stream")
+    files(&directory(), ".stream")
 }
 
-pub fn files(directory: &Path, extension: &str) -> Vec<(String, Vec<u8>)> {
+/// Files whose names end so, by what is in front of that.
+fn files(directory: &Path, ending: &str) -> Vec<(String, Vec<u8>)> {
     let entries = std::fs::read_dir(directory).expect("list");
-    let paths = entries.map(|entry| entry.expect("entry").path());
-    let mut found: Vec<_> = paths
-        .filter(|path| path.extension().is_some_and(|is| is == extension))
-        .map(|path| {
-            (
-                path.file_stem().expect("stem").to_string_lossy().into_owned(),
-                std::fs::read(&path).expect("read"),
-            )
-        })
-        .collect();
+    let read = |entry: std::io::Result<std::fs::DirEntry>| {
+        let entry = entry.expect("entry");
+        let name = entry.file_name().into_string().expect("text");
+        let stem = name.strip_suffix(ending)?.to_owned();
+        Some((stem, std::fs::read(entry.path()).expect("read")))
+    };
+    let mut found: Vec<_> = entries.filter_map(read).collect();
     found.sort();
     found
 }

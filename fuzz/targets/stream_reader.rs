@@ -3,19 +3,12 @@
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 
-#[path = "../check.rs"]
-mod check;
-
-use check::{Pieces, limits, read_all};
-
 /// The end of a sound stream: end mark, mark of a description, its length, its first byte.
 const LENGTH_AT: usize = 2;
 const TEXT_AT: usize = LENGTH_AT + 4;
 
 fuzz_target!(|data: &[u8]| {
-    // Whether it is an error does not matter; that nothing is given that the reader promises not to
-    // give is in `check`.
-    let _ = Pieces::of_fuzzer(data).map(|pieces| read_all(pieces, limits()));
+    fuzz_checks::stream_reader::check(data);
 });
 
 fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {

@@ -1,0 +1,4 @@
+//! A checkpoint's manifest.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz_checks::manifest::check(data));

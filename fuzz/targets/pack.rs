@@ -1,0 +1,4 @@
+//! Pack files.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz_checks::pack::check(data));

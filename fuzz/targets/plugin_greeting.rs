@@ -1,0 +1,4 @@
+//! The greeting between tracker and plugin.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz_checks::plugin_greeting::check(data));

@@ -1,0 +1,4 @@
+//! What QEMU's monitor sends.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz_checks::qmp::check(data));
