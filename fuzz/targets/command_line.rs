@@ -1,4 +1,6 @@
 //! QEMU's command line and configuration files.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz_checks::command_line::check(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    fuzz_checks::command_line::check(data);
+});

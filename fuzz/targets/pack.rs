@@ -1,4 +1,6 @@
 //! Pack files.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz_checks::pack::check(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    fuzz_checks::pack::check(data);
+});

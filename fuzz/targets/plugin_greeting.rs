@@ -1,4 +1,6 @@
 //! The greeting between tracker and plugin.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz_checks::plugin_greeting::check(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    fuzz_checks::plugin_greeting::check(data);
+});

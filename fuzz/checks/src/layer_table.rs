@@ -62,7 +62,7 @@ fn assert_blocks(manifest: &LayerManifest, table: &BlockTable) {
     for (nth, (number, at)) in table.stored().enumerate() {
         assert!((next..table.blocks()).contains(&number), "block {number} after {next}");
         assert_eq!(table.get(nth), Some((number, *at)));
-        assert!(manifest.owner(at.owner).is_some(), "an owner that nobody knows");
+        assert!(manifest.owner(at.owner).is_some(), "an owner that is not in the manifest");
         if at.owner == OwnerIndex::OWN {
             let pack = &manifest.packs[at.pack.as_usize()];
             assert!(at.frame.0 < pack.info.frames, "a frame that its pack does not have");

@@ -122,26 +122,22 @@ impl NbdClient {
     ///
     /// # Errors
     /// When the peer is no NBD server, or does not have the export or a context.
-    pub async fn over<R, W>(
-        mut read: R,
-        mut write: W,
+    pub async fn over(
+        mut read: impl AsyncRead + Send + Unpin + 'static,
+        mut write: impl AsyncWrite + Send + Unpin + 'static,
         export: &str,
         contexts: &[&str],
-    ) -> Result<Self, NbdError>
-    where
-        R: AsyncRead + Send + Unpin + 'static,
-        W: AsyncWrite + Send + Unpin + 'static,
-    {
+    ) -> Result<Self, NbdError> {
         let mut both = tokio::io::join(&mut read, &mut write);
         let info = handshake::negotiate(&mut both, export, contexts).await?;
         Ok(Self::start(read, write, info))
     }
 
-    fn start<R, W>(read: R, write: W, info: ExportInfo) -> Self
-    where
-        R: AsyncRead + Send + Unpin + 'static,
-        W: AsyncWrite + Send + Unpin + 'static,
-    {
+    fn start(
+        read: impl AsyncRead + Send + Unpin + 'static,
+        write: impl AsyncWrite + Send + Unpin + 'static,
+        info: ExportInfo,
+    ) -> Self {
         let state: SharedState = Arc::new(Mutex::new(State::Open(HashMap::new())));
         let (frames, queue) = mpsc::channel(MAX_IN_FLIGHT);
         let reader =
