@@ -32,6 +32,8 @@ pub enum Message {
 pub enum LineError {
     #[error("a line of more than {MAX_LINE} bytes")]
     TooLong,
+    #[error("a line is not UTF-8: {0}")]
+    Text(#[from] std::str::Utf8Error),
     #[error("a line is no QMP message: {0}")]
     Json(#[from] serde_json::Error),
     #[error("a line is neither greeting, event nor reply")]
@@ -67,7 +69,12 @@ impl Message {
     /// # Errors
     /// When the line is no JSON object, or not exactly one of greeting, event, result and error.
     pub fn parse(line: &[u8]) -> Result<Self, LineError> {
-        let members: Members = serde_json::from_slice(line)?;
+        let text = std::str::from_utf8(line)?;
+        // A list would be taken for the members in their order.
+        if !text.trim_start().starts_with('{') {
+            return Err(LineError::NoMessage);
+        }
+        let members: Members = serde_json::from_str(text)?;
         let reply = |result| match members.id.map(|id| id.as_u64()) {
             Some(Some(id)) => Self::Reply(id, result),
             Some(None) => Self::Foreign,
