@@ -15,8 +15,11 @@ pub mod qmp;
 mod sealing;
 pub mod stream_reader;
 
+/// Reads an input and says whether it is sound.
+pub type Check = fn(&[u8]) -> bool;
+
 /// The targets by name; each has a directory of seeds.
-pub const TARGETS: &[(&str, fn(&[u8]) -> bool)] = &[
+pub const TARGETS: &[(&str, Check)] = &[
     ("command_line", command_line::check),
     ("layer_table", layer_table::check),
     ("manifest", manifest::check),
