@@ -15,6 +15,8 @@ pub struct ConfigError {
     line: String,
 }
 
+error_class::classes! { ConfigError = Failed; }
+
 struct Group<'a> {
     option: &'a str,
     list: KeyList,

@@ -13,6 +13,7 @@ use crate::nbd::NbdError;
 use crate::nbd_server::ServerError;
 use crate::paused::PauseError;
 use crate::qmp::QmpError;
+use crate::qmp::line::LineError;
 use crate::ramblock::RamBlockError;
 use crate::run_state::{NoGuest, RunStateError};
 use crate::stream::StreamError;
@@ -21,6 +22,7 @@ use crate::stream_reader::StreamReadError;
 classes! {
     QmpError: Refused(NoGreeting, NotQmp)
         Failed(Connect, NoMonitor, Encode, Timeout, Closed, Refused, Reply, Unexpected);
+    LineError = Failed;
     JobError: (Qmp) Failed(Failed, Stuck);
     ServerError: (Qmp) Refused(InUse) Failed(Socket);
     NbdError = Failed;

@@ -13,6 +13,7 @@ use dirty_tracker::TrackerError;
 pub use error_class::Class;
 use error_class::Classified;
 use qemu_cmdline::arguments::ArgumentError;
+use qemu_cmdline::config::ConfigError;
 use qemu_cmdline::size::SizeError;
 use qmp_bridge::capture::{BadTag, CaptureError};
 use qmp_bridge::device_state::DeviceStateError;
@@ -21,6 +22,7 @@ use qmp_bridge::host_finder::HostError;
 use qmp_bridge::images::ImageError;
 use qmp_bridge::migration::MigrationError;
 use qmp_bridge::nbd::NbdError;
+use qmp_bridge::qmp::line::LineError;
 use qmp_bridge::ramblock::RamBlockError;
 use qmp_bridge::run_state::{NoGuest, RunStateError};
 use qmp_bridge::stream::StreamError;
@@ -217,12 +219,12 @@ macro_rules! class_of_cause {
 
 // Every type with a class; a test of the tree finds one that is missing.
 class_of_cause! {
-    EngineError, Stated, ArgumentError, SizeError, StoreError, TrackerError,
+    EngineError, Stated, ArgumentError, SizeError, ConfigError, StoreError, TrackerError,
     EnvelopeError, ManifestError, PackError, LayerError, LineageError, EncodeError, NameError,
     DigestParseError, OtherCheckpoint,
-    QmpError, JobError, ServerError, NbdError, DiskError, CaptureError, BadTag, ImageError, NoGuest,
-    RunStateError, PauseError, RamBlockError, HostError, MigrationError, StreamReadError, StreamError,
-    DeviceStateError,
+    QmpError, LineError, JobError, ServerError, NbdError, DiskError, CaptureError, BadTag,
+    ImageError, NoGuest, RunStateError, PauseError, RamBlockError, HostError, MigrationError,
+    StreamReadError, StreamError, DeviceStateError,
 }
 
 /// The chain on one line, without a cause that its context already quotes.

@@ -49,7 +49,15 @@ struct Members {
     #[serde(default, rename = "return", deserialize_with = "present")]
     result: Option<Value>,
     error: Option<Refusal>,
-    id: Option<Value>,
+    id: Option<Id>,
+}
+
+/// Ours are numbers.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Id {
+    Ours(u64),
+    Foreign(serde::de::IgnoredAny),
 }
 
 #[derive(Deserialize)]
@@ -75,9 +83,9 @@ impl Message {
             return Err(LineError::NoMessage);
         }
         let members: Members = serde_json::from_str(text)?;
-        let reply = |result| match members.id.map(|id| id.as_u64()) {
-            Some(Some(id)) => Self::Reply(id, result),
-            Some(None) => Self::Foreign,
+        let reply = |result| match members.id {
+            Some(Id::Ours(id)) => Self::Reply(id, result),
+            Some(Id::Foreign(_)) => Self::Foreign,
             None => result
                 .map_or_else(|(_, description)| Self::Unparsed(description), |_| Self::Foreign),
         };
