@@ -60,7 +60,7 @@ impl EnvelopeError {
 }
 
 impl Envelope {
-    pub fn wrap(&self, body: &[u8]) -> Result<Vec<u8>, EnvelopeError> {
+    pub(crate) fn wrap(&self, body: &[u8]) -> Result<Vec<u8>, EnvelopeError> {
         self.check_limit(body.len() as u64)?;
         let digest = ContentDigest::of(body);
         let line = format!("{} {} {digest} {}\n", self.kind, self.version, body.len());
@@ -68,7 +68,7 @@ impl Envelope {
     }
 
     /// The body, when everything that the header line says about it is true.
-    pub fn unwrap<'a>(&self, bytes: &'a [u8]) -> Result<&'a [u8], EnvelopeError> {
+    pub(crate) fn unwrap<'a>(&self, bytes: &'a [u8]) -> Result<&'a [u8], EnvelopeError> {
         let (line, body) = self.split(bytes)?;
         let (digest, len) = self.parse_line(line)?;
         self.check_limit(len)?;

@@ -32,7 +32,7 @@ impl<C, const N: usize> Default for SparsePages<C, N> {
 }
 
 impl<C: Cell, const N: usize> SparsePages<C, N> {
-    pub fn get(&self, page: PageIndex) -> C {
+    pub(crate) fn get(&self, page: PageIndex) -> C {
         let (chunk, at) = Self::place(page);
         match self.chunks.get(&chunk) {
             Some(cells) => cells[at],
@@ -42,7 +42,7 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
     }
 
     /// Chunk and place in it.
-    pub fn place(page: PageIndex) -> (u64, usize) {
+    pub(crate) fn place(page: PageIndex) -> (u64, usize) {
         (page.0 / N as u64, as_index(page.0 % N as u64))
     }
 
@@ -50,17 +50,17 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
         PageRange::of_len(PageIndex(chunk * N as u64), PageCount(N as u64))
     }
 
-    pub fn chunk_count(&self) -> usize {
+    pub(crate) fn chunk_count(&self) -> usize {
         self.chunks.len()
     }
 
     /// The cells of a chunk that exists.
-    pub fn chunk_if_present(&mut self, chunk: u64) -> Option<&mut [C; N]> {
+    pub(crate) fn chunk_if_present(&mut self, chunk: u64) -> Option<&mut [C; N]> {
         self.chunks.get_mut(&chunk).map(Box::as_mut)
     }
 
     /// The cells of a chunk, which exists from now on.
-    pub fn chunk(&mut self, chunk: u64) -> &mut [C; N] {
+    pub(crate) fn chunk(&mut self, chunk: u64) -> &mut [C; N] {
         let zeros = &mut self.zeros;
         self.chunks.entry(chunk).or_insert_with(|| {
             let mut cells = Box::new([C::UNKNOWN; N]);
@@ -88,7 +88,7 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
     }
 
     /// All of `pages` hold zeros. Costs the chunks that they meet.
-    pub fn set_zero(&mut self, pages: PageRange) {
+    pub(crate) fn set_zero(&mut self, pages: PageRange) {
         self.zeros.insert(pages);
         for (chunk, part) in self.met(pages) {
             if part == Self::pages_of(chunk) {
@@ -103,7 +103,7 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
     }
 
     /// Nothing is known of the page.
-    pub fn forget(&mut self, page: PageIndex) {
+    pub(crate) fn forget(&mut self, page: PageIndex) {
         let (chunk, at) = Self::place(page);
         match self.chunks.get_mut(&chunk) {
             Some(cells) => cells[at] = C::UNKNOWN,
@@ -118,7 +118,7 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
 
     /// The parts of `pages` that are not known to be zero, ascending. Costs the chunks and ranges
     /// that they meet.
-    pub fn not_zero(&self, pages: PageRange) -> Vec<PageRange> {
+    pub(crate) fn not_zero(&self, pages: PageRange) -> Vec<PageRange> {
         let mut found = Vec::new();
         let mut at = pages.start;
         for (chunk, part) in self.met(pages) {
@@ -134,7 +134,7 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
     }
 
     /// Nothing is known of the pages from `size` on.
-    pub fn truncate(&mut self, size: PageCount) {
+    pub(crate) fn truncate(&mut self, size: PageCount) {
         let (last, at) = Self::place(PageIndex(size.0));
         let _beyond = self.chunks.split_off(&(last + 1));
         if let Some(cells) = self.chunks.get_mut(&last) {
@@ -144,19 +144,19 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
     }
 
     /// Forgets zeros beyond so many ranges.
-    pub fn keep_ranges(&mut self, most: usize) {
+    pub(crate) fn keep_ranges(&mut self, most: usize) {
         self.zeros.keep(most);
     }
 
     /// Pages that are known.
-    pub fn known(&self) -> u64 {
+    pub(crate) fn known(&self) -> u64 {
         let cells = self.chunks.values().flat_map(|cells| cells.iter());
         cells.filter(|cell| **cell != C::UNKNOWN).count() as u64 + self.zeros.pages().0
     }
 
     /// Where the run of equal cells that holds `page`, which is in no chunk, ends: at the next
     /// chunk or change, or at `size`.
-    pub fn end_of_ground(&self, page: PageIndex, size: PageCount) -> PageIndex {
+    pub(crate) fn end_of_ground(&self, page: PageIndex, size: PageCount) -> PageIndex {
         let (chunk, _) = Self::place(page);
         let next_chunk =
             self.chunks.range(chunk..).next().map(|(&chunk, _)| Self::pages_of(chunk).start);
@@ -168,7 +168,7 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
         end.unwrap_or(PageIndex(size.0)).min(PageIndex(size.0))
     }
 
-    pub fn cells(&self, chunk: u64) -> Option<&[C; N]> {
+    pub(crate) fn cells(&self, chunk: u64) -> Option<&[C; N]> {
         self.chunks.get(&chunk).map(Box::as_ref)
     }
 }

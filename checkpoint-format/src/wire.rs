@@ -15,15 +15,15 @@ pub(crate) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    pub fn new(bytes: &'a [u8]) -> Self {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
         Self { bytes, at: 0 }
     }
 
-    pub fn rest(&self) -> usize {
+    pub(crate) fn rest(&self) -> usize {
         self.bytes.len() - self.at
     }
 
-    pub fn take(&mut self, len: usize) -> Result<&'a [u8], Short> {
+    pub(crate) fn take(&mut self, len: usize) -> Result<&'a [u8], Short> {
         let short = Short { at: self.at, wanted: len };
         let end = self.at.checked_add(len).ok_or(short)?;
         let taken = self.bytes.get(self.at..end).ok_or(short)?;
@@ -31,24 +31,24 @@ impl<'a> Reader<'a> {
         Ok(taken)
     }
 
-    pub fn array<const N: usize>(&mut self) -> Result<[u8; N], Short> {
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], Short> {
         let bytes = self.take(N)?;
         Ok(bytes.try_into().expect("take gave the N bytes asked for"))
     }
 
-    pub fn u8(&mut self) -> Result<u8, Short> {
+    pub(crate) fn u8(&mut self) -> Result<u8, Short> {
         self.array().map(u8::from_le_bytes)
     }
 
-    pub fn u16(&mut self) -> Result<u16, Short> {
+    pub(crate) fn u16(&mut self) -> Result<u16, Short> {
         self.array().map(u16::from_le_bytes)
     }
 
-    pub fn u32(&mut self) -> Result<u32, Short> {
+    pub(crate) fn u32(&mut self) -> Result<u32, Short> {
         self.array().map(u32::from_le_bytes)
     }
 
-    pub fn u64(&mut self) -> Result<u64, Short> {
+    pub(crate) fn u64(&mut self) -> Result<u64, Short> {
         self.array().map(u64::from_le_bytes)
     }
 }

@@ -12,12 +12,12 @@ use crate::block::BlockId;
 pub(crate) struct Pending(Mutex<Vec<PageSet>>);
 
 impl Pending {
-    pub fn new(sizes: impl Iterator<Item = PageCount>) -> Self {
+    pub(crate) fn new(sizes: impl Iterator<Item = PageCount>) -> Self {
         Self(Mutex::new(sizes.map(PageSet::new).collect()))
     }
 
     /// The sets; a thread that panicked elsewhere leaves them whole, for every change is one call.
-    pub fn sets(&self) -> MutexGuard<'_, Vec<PageSet>> {
+    pub(crate) fn sets(&self) -> MutexGuard<'_, Vec<PageSet>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

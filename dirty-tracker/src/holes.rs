@@ -89,7 +89,7 @@ pub(crate) struct HoleWatch {
 impl HoleWatch {
     /// Nothing is watched in private memory: there the kernel itself reports pages that were given
     /// back.
-    pub fn of(block: &TrackedBlock) -> Result<Option<Self>, TrackerError> {
+    pub(crate) fn of(block: &TrackedBlock) -> Result<Option<Self>, TrackerError> {
         let BlockMemory::Shared(memory) = &block.memory else { return Ok(None) };
         let mapping = WatchMapping::new(memory.fd(), block.bytes);
         let mapping =
@@ -106,14 +106,14 @@ impl HoleWatch {
 
     /// Begins again, with every page protected already, so that what is written from here on is
     /// dirty. The guest may run.
-    pub fn begin(&mut self) -> Result<(), TrackerError> {
+    pub(crate) fn begin(&mut self) -> Result<(), TrackerError> {
         self.begin_stopped()?;
         self.look(&PageSet::new(self.known.zero.len())).map(drop)
     }
 
     /// The same with the guest stopped, and quick: what exists is mapped by the next
     /// [`Self::look`].
-    pub fn begin_stopped(&mut self) -> Result<(), TrackerError> {
+    pub(crate) fn begin_stopped(&mut self) -> Result<(), TrackerError> {
         let mut holes = PageSet::full(self.known.zero.len());
         for data in self.memory.data_in(self.bytes())? {
             holes.remove_range(covering(data));
@@ -127,7 +127,7 @@ impl HoleWatch {
     /// Finds what was discarded, and maps what is new, so that the pause has little to do. Returns
     /// pages that may be dirty, each once, besides those `written` since the last claim. The guest
     /// may run.
-    pub fn look(&mut self, written: &PageSet) -> Result<PageSet, TrackerError> {
+    pub(crate) fn look(&mut self, written: &PageSet) -> Result<PageSet, TrackerError> {
         self.scan()?;
         self.known.keep(&self.present);
         let unknown = self.known.unknown();
@@ -173,7 +173,7 @@ impl HoleWatch {
 
     /// With the guest stopped: pages that may have been discarded since the last claim and were not
     /// in an answer of [`Self::look`]. `written` is what the same claim found written.
-    pub fn claim(&mut self, written: &PageSet) -> Result<PageSet, TrackerError> {
+    pub(crate) fn claim(&mut self, written: &PageSet) -> Result<PageSet, TrackerError> {
         // First of all: that a written page is not zero any more must be known also after a
         // failure.
         let mut doubtful = self.known.written(written);

@@ -21,22 +21,22 @@ static PEAK: AtomicU64 = AtomicU64::new(0);
 
 /// The most that any look has found, in bytes. The kernel keeps such a peak only with shared pages
 /// in it.
-pub fn peak() -> Option<u64> {
+pub(crate) fn peak() -> Option<u64> {
     sample()?;
     Some(PEAK.load(Ordering::Relaxed))
 }
 
-pub fn limit(vm: &Vm) -> u64 {
+pub(crate) fn limit(vm: &Vm) -> u64 {
     let pages: u64 =
         vm.blocks.iter().map(|block| block.used / checkpoint_format::PAGE_SIZE as u64).sum();
     PROGRAM + STAGING + pages * A_PAGE
 }
 
 /// Looks at the memory often while it lives.
-pub struct Watch(Arc<AtomicBool>);
+pub(crate) struct Watch(Arc<AtomicBool>);
 
 impl Watch {
-    pub fn begin() -> Self {
+    pub(crate) fn begin() -> Self {
         let ended = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&ended);
         std::thread::spawn(move || {

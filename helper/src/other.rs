@@ -9,7 +9,7 @@ use vm::error::refused;
 use vm::process::{self, Process, ProcessFd, Signal};
 use vm::runtime_dir::RuntimeDir;
 
-pub struct OtherHelper {
+pub(crate) struct OtherHelper {
     pub pid: Pid,
     /// Of that process alone, whatever becomes of its number.
     process: ProcessFd,
@@ -18,7 +18,7 @@ pub struct OtherHelper {
 impl OtherHelper {
     /// The process that `helper.pid` names; none if it has ended. Refused if it is not this VM's
     /// helper.
-    pub fn find(runtime: &RuntimeDir) -> Result<Option<Self>> {
+    pub(crate) fn find(runtime: &RuntimeDir) -> Result<Option<Self>> {
         let pid = runtime.helper_pid_of_holder()?;
         let number = pid.as_raw().unsigned_abs();
         let Some(process) = ProcessFd::open(number)? else { return Ok(None) };
@@ -32,7 +32,7 @@ impl OtherHelper {
         )))
     }
 
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         if let Err(error) = self.process.signal(signal) {
             let error = format!("{error:#}");
             tracing::debug!(pid = %self.pid, error, "signalling the other helper");

@@ -34,7 +34,7 @@ const GRACE: Duration = Duration::from_secs(60);
 /// released it by then; a checkpoint has not.
 const LOCK_WAIT: Duration = Duration::from_millis(500);
 
-pub fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
+pub(crate) fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
     let path = runtime.control();
     // The lock says that no helper lives: this is a dead one's.
     let _ = std::fs::remove_file(&path);
@@ -46,16 +46,16 @@ pub fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
 }
 
 #[derive(Clone)]
-pub struct Server {
+pub(crate) struct Server {
     checkpointer: Arc<Mutex<Checkpointer>>,
 }
 
 impl Server {
-    pub fn new(checkpointer: Checkpointer) -> Self {
+    pub(crate) fn new(checkpointer: Checkpointer) -> Self {
         Self { checkpointer: Arc::new(Mutex::new(checkpointer)) }
     }
 
-    pub async fn run(&self, listener: UnixListener) {
+    pub(crate) async fn run(&self, listener: UnixListener) {
         serve(listener, |stream| {
             let server = self.clone();
             async move { server.converse(stream).await }
@@ -64,7 +64,7 @@ impl Server {
     }
 
     /// Until the VM's QEMU has ended. An adoption puts another in its place, whose end counts then.
-    pub async fn vm_ended(&self) {
+    pub(crate) async fn vm_ended(&self) {
         loop {
             let qmp = self.checkpointer.lock().await.vm.qmp.clone();
             qmp.closed().await;
@@ -77,7 +77,7 @@ impl Server {
 
     /// Lets a checkpoint that is under way end, so that the guest is not left stopped, then frees
     /// the writer's place.
-    pub async fn end(&self) {
+    pub(crate) async fn end(&self) {
         match tokio::time::timeout(GRACE, self.checkpointer.lock()).await {
             Ok(mut checkpointer) => checkpointer.release().await,
             Err(_) => tracing::warn!("a checkpoint is cut off; the next helper cleans up after it"),

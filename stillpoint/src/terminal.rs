@@ -18,7 +18,7 @@ macro_rules! out {
 }
 pub(crate) use out;
 
-pub fn write(text: std::fmt::Arguments<'_>) {
+pub(crate) fn write(text: std::fmt::Arguments<'_>) {
     let mut stdout = std::io::stdout().lock();
     if let Err(error) =
         stdout.write_fmt(text).and_then(|()| stdout.write_all(b"\n")).and_then(|()| stdout.flush())
@@ -28,7 +28,7 @@ pub fn write(text: std::fmt::Arguments<'_>) {
     }
 }
 
-pub fn print_json(value: &serde_json::Value) -> Result<()> {
+pub(crate) fn print_json(value: &serde_json::Value) -> Result<()> {
     out!("{}", serde_json::to_string_pretty(value).context("encoding JSON")?);
     Ok(())
 }
@@ -38,14 +38,14 @@ pub fn print_json(value: &serde_json::Value) -> Result<()> {
 ///
 /// # Errors
 /// When stdout was not written, as on a full disk.
-pub fn finish() -> anyhow::Result<()> {
+pub(crate) fn finish() -> anyhow::Result<()> {
     match FAILURE.get() {
         Some(error) if error.kind() != ErrorKind::BrokenPipe => Err(not_written(error)),
         _ => Ok(()),
     }
 }
 
-pub fn not_written(error: &Error) -> anyhow::Error {
+pub(crate) fn not_written(error: &Error) -> anyhow::Error {
     anyhow::anyhow!(
         "the result could not be written on stdout ({error}); what the command does is done"
     )
@@ -55,7 +55,7 @@ pub fn not_written(error: &Error) -> anyhow::Error {
 const SHOW_AFTER: Duration = Duration::from_secs(1);
 
 /// Shows the work of a command: a bar for each piece of it.
-pub struct Terminal;
+pub(crate) struct Terminal;
 
 impl progress::Progress for Terminal {
     fn begin(&self, what: &str, total: u64) -> Box<dyn Advance> {
@@ -68,7 +68,7 @@ impl progress::Progress for Terminal {
 }
 
 /// Shows how far a helper is with one request.
-pub fn show_updates() -> impl Fn(&Update) {
+pub(crate) fn show_updates() -> impl Fn(&Update) {
     let bar = Bar::of_bytes("checkpoint", 0);
     move |update| bar.set(&update.phase, update.done, update.total)
 }

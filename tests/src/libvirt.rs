@@ -260,7 +260,7 @@ impl Domain<'_> {
     }
 }
 
-pub fn monitor(directory: &Path) -> PathBuf {
+pub(crate) fn monitor(directory: &Path) -> PathBuf {
     directory.join("stillpoint.qmp")
 }
 

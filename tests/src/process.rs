@@ -34,13 +34,13 @@ pub fn is_running(pid: Pid) -> bool {
 
 /// Whether the process has `path` on its command line: the kernel may have reused the pid for
 /// another process.
-pub fn is_ours(pid: Pid, path: &Path) -> bool {
+pub(crate) fn is_ours(pid: Pid, path: &Path) -> bool {
     let words = Process::new(pid.as_raw()).and_then(|process| process.cmdline());
     words.unwrap_or_default().iter().any(|word| word.contains(&path.display().to_string()))
 }
 
 /// Whether it works in one of `places`, or has one on its command line.
-pub fn belongs_to(pid: Pid, places: &[&Path]) -> bool {
+pub(crate) fn belongs_to(pid: Pid, places: &[&Path]) -> bool {
     let works_in = Process::new(pid.as_raw()).and_then(|process| process.cwd()).unwrap_or_default();
     places.iter().any(|place| works_in.starts_with(place) || is_ours(pid, place))
 }
@@ -64,12 +64,12 @@ pub fn processor_time(pid: Pid) -> Duration {
 }
 
 /// The most memory that it has ever held.
-pub fn peak_bytes(pid: Pid) -> Option<u64> {
+pub(crate) fn peak_bytes(pid: Pid) -> Option<u64> {
     Some(Process::new(pid.as_raw()).ok()?.status().ok()?.vmhwm? << 10)
 }
 
 /// The process that listens at a socket.
-pub fn listener(socket: &Path) -> Option<Pid> {
+pub(crate) fn listener(socket: &Path) -> Option<Pid> {
     let stream = UnixStream::connect(socket).ok()?;
     let peer = getsockopt(&stream, PeerCredentials).ok()?;
     Some(Pid::from_raw(peer.pid()))

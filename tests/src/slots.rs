@@ -13,14 +13,14 @@ const PLACES: usize = 4;
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
-pub struct Slots {
+pub(crate) struct Slots {
     _held: Vec<Flock<File>>,
 }
 
 impl Slots {
     /// Waits until `count` VMs may start. All at once, behind a gate: two holders of one place each
     /// never wait for each other.
-    pub fn take(count: usize) -> Self {
+    pub(crate) fn take(count: usize) -> Self {
         assert!((1..=PLACES).contains(&count), "a test has at most {PLACES} VMs at once");
         let _gate = Flock::lock(open("gate"), FlockArg::LockExclusive).expect("a lock file");
         let mut held = Vec::new();
@@ -44,7 +44,7 @@ impl Slots {
 }
 
 /// What the tests of this user share.
-pub fn shared_directory() -> PathBuf {
+pub(crate) fn shared_directory() -> PathBuf {
     let path = std::env::temp_dir().join(format!("stillpoint-tests-{}", nix::unistd::geteuid()));
     std::fs::create_dir_all(&path).expect("a directory for locks");
     path

@@ -29,7 +29,7 @@ pub fn lines(serial: &Path) -> Vec<Line> {
 }
 
 /// What the guest found wrong, in its own words.
-pub fn contradictions(serial: &Path) -> Vec<String> {
+pub(crate) fn contradictions(serial: &Path) -> Vec<String> {
     text(serial)
         .lines()
         .filter(|line| line.starts_with("WITNESS CONTRADICTION"))

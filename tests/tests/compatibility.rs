@@ -2,7 +2,7 @@
 //! is proven: a few VMs have all of it, each is checkpointed and killed, its files are moved away,
 //! and `verify --restore` compares the restored VM. [`UPDATE`] writes the page.
 
-pub mod rows;
+pub(crate) mod rows;
 
 use rows::{Kind, ROWS, Row, Vm};
 use std::fmt::Write;

@@ -13,13 +13,13 @@ use std::fs::File;
 
 /// Held as long as the helper works on that QEMU.
 #[derive(Debug)]
-pub struct QemuLock {
+pub(crate) struct QemuLock {
     _lock: Flock<File>,
 }
 
 impl QemuLock {
     /// Refused while another process holds it.
-    pub fn take(qemu: u32) -> Result<Self> {
+    pub(crate) fn take(qemu: u32) -> Result<Self> {
         let path = format!("/proc/{qemu}/fd");
         let directory = File::open(&path);
         let file = directory.map_err(|error| {

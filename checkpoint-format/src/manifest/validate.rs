@@ -20,7 +20,7 @@ pub const MAX_DISKS: usize = 1024;
 /// Most layers below one disk.
 pub const MAX_BACKING_DEPTH: usize = 256;
 /// Most files that a VM's start may need.
-pub const MAX_BOOT_FILES: usize = 256;
+pub(super) const MAX_BOOT_FILES: usize = 256;
 /// Most packs of a checkpoint or a layer.
 pub const MAX_PACKS: usize = 1 << 16;
 /// Most arguments on a command line.
@@ -45,11 +45,11 @@ pub(super) const MANIFEST: Check = Check("manifest");
 pub(crate) struct Check(pub &'static str);
 
 impl Check {
-    pub fn what(self) -> &'static str {
+    pub(crate) fn what(self) -> &'static str {
         self.0
     }
 
-    pub fn that(
+    pub(crate) fn that(
         self,
         holds: bool,
         field: impl Into<String>,
@@ -61,7 +61,7 @@ impl Check {
         Err(ManifestError::Invalid { what: self.0, field: field.into(), problem })
     }
 
-    pub fn count(
+    pub(crate) fn count(
         self,
         list: &'static str,
         count: usize,
@@ -84,7 +84,7 @@ impl Check {
         self.text(field, text)
     }
 
-    pub fn distinct<T: Eq + Hash>(
+    pub(crate) fn distinct<T: Eq + Hash>(
         self,
         list: &str,
         names: impl IntoIterator<Item = T>,

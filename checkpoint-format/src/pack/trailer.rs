@@ -46,12 +46,12 @@ pub(super) enum RunKind {
 }
 
 impl RunRecord {
-    pub fn pages(&self) -> PageRange {
+    pub(super) fn pages(&self) -> PageRange {
         PageRange::of_len(self.start, PageCount(self.count.into()))
     }
 
     /// Lengthens the run when the page, recorded in the same way, follows at once.
-    pub fn try_append(&mut self, space: SpaceId, page: PageIndex, kind: RunKind) -> bool {
+    pub(super) fn try_append(&mut self, space: SpaceId, page: PageIndex, kind: RunKind) -> bool {
         let follows = self.space == space
             && self.kind == kind
             && self.pages().end == page
@@ -73,7 +73,7 @@ pub(super) struct Trailer {
 
 impl Trailer {
     /// Bytes before compression.
-    pub fn raw_len(&self) -> usize {
+    pub(super) fn raw_len(&self) -> usize {
         let names: usize = self.spaces.iter().map(|name| 2 + name.as_str().len()).sum();
         FIXED_LEN
             + names
@@ -84,7 +84,7 @@ impl Trailer {
 
     /// The counts fit in 32 bits: the builder keeps the whole below
     /// [`MAX_TRAILER_RAW_LEN`](super::MAX_TRAILER_RAW_LEN).
-    pub fn encode(&self) -> Vec<u8> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.raw_len());
         let count = |len: usize| count(len).to_le_bytes();
         out.extend(self.id.0);
@@ -101,7 +101,7 @@ impl Trailer {
 
     /// Checks each entry for itself; [`PackIndex`](super::PackIndex) checks that runs and frames
     /// fit together.
-    pub fn parse(raw: &[u8], end_of_frames: ByteOffset) -> Result<Self, PackError> {
+    pub(super) fn parse(raw: &[u8], end_of_frames: ByteOffset) -> Result<Self, PackError> {
         let mut reader = Reader::new(raw);
         let id = PackId(reader.array().map_err(PackError::short(PART))?);
         let spaces = parse_spaces(&mut reader)?;

@@ -7,30 +7,30 @@ use std::collections::BTreeMap;
 use checkpoint_format::*;
 
 /// Page content by space and page.
-pub type Contents = BTreeMap<(SpaceName, PageIndex), Vec<u8>>;
+pub(crate) type Contents = BTreeMap<(SpaceName, PageIndex), Vec<u8>>;
 
-pub fn name(text: &str) -> SpaceName {
+pub(crate) fn name(text: &str) -> SpaceName {
     text.parse().expect("a good space name")
 }
 
-pub fn range(start: u64, end: u64) -> PageRange {
+pub(crate) fn range(start: u64, end: u64) -> PageRange {
     PageRange::new(PageIndex(start), PageIndex(end))
 }
 
 /// A page that compresses well.
-pub fn dull(seed: u8) -> Vec<u8> {
+pub(crate) fn dull(seed: u8) -> Vec<u8> {
     (0..PAGE_SIZE).map(|at| seed ^ (at / 256) as u8).collect()
 }
 
 /// A page that doesn't compress.
-pub fn noise(seed: u8) -> Vec<u8> {
+pub(crate) fn noise(seed: u8) -> Vec<u8> {
     let mut page = vec![0; PAGE_SIZE];
     let mut hasher = blake3::Hasher::new();
     hasher.update(&[seed]).finalize_xof().fill(&mut page);
     page
 }
 
-pub fn encode(space: SpaceId, pages: &[(u64, Vec<u8>)]) -> EncodedFrame {
+pub(crate) fn encode(space: SpaceId, pages: &[(u64, Vec<u8>)]) -> EncodedFrame {
     let digests: Vec<_> =
         pages.iter().map(|(page, content)| (PageIndex(*page), PageDigest::of(content))).collect();
     let raw = pages.iter().flat_map(|(_, content)| content.iter().copied());
@@ -38,16 +38,16 @@ pub fn encode(space: SpaceId, pages: &[(u64, Vec<u8>)]) -> EncodedFrame {
     EncodedFrame::encode(space, &digests, &raw, ZSTD_LEVEL).expect("good pages")
 }
 
-pub fn bytes(pack: &FinishedPack) -> Vec<u8> {
+pub(crate) fn bytes(pack: &FinishedPack) -> Vec<u8> {
     pack.chunks.concat()
 }
 
-pub fn sample_spaces() -> SpaceTable {
+pub(crate) fn sample_spaces() -> SpaceTable {
     SpaceTable::new(["ram:pc.ram", "disk:root", "state:device"].map(name)).expect("three spaces")
 }
 
 /// Frames of all kinds, zero runs, and pages that are recorded twice.
-pub fn sample_pack(id: PackId) -> FinishedPack {
+pub(crate) fn sample_pack(id: PackId) -> FinishedPack {
     let spaces = sample_spaces();
     let id_of = |space: &str| spaces.id(&name(space)).expect("in the table");
     let (ram, disk) = (id_of("ram:pc.ram"), id_of("disk:root"));
@@ -62,7 +62,7 @@ pub fn sample_pack(id: PackId) -> FinishedPack {
 }
 
 /// What [`sample_pack`] holds.
-pub fn sample_contents() -> Contents {
+pub(crate) fn sample_contents() -> Contents {
     let (ram, disk) = (name("ram:pc.ram"), name("disk:root"));
     let zero = || vec![0; PAGE_SIZE];
     let mut all: Contents = (6..16).map(|page| ((ram.clone(), PageIndex(page)), zero())).collect();
@@ -75,7 +75,7 @@ pub fn sample_contents() -> Contents {
 }
 
 /// Reads a whole pack as a restore would: from its end to its frames.
-pub fn read_pack(file: &[u8]) -> Result<Contents, PackError> {
+pub(crate) fn read_pack(file: &[u8]) -> Result<Contents, PackError> {
     let at = |range: std::ops::Range<u64>| {
         let end = (range.end as usize).min(file.len());
         &file[(range.start as usize).min(end)..end]
@@ -106,7 +106,7 @@ fn contents(index: &PackIndex, frames: &[Vec<u8>]) -> Contents {
     all
 }
 
-pub fn sample_pack_record() -> PackRecord {
+pub(crate) fn sample_pack_record() -> PackRecord {
     PackRecord {
         name: PackName::new("0000.pack").expect("a good name"),
         info: sample_pack(PackId([0xab; 16])).info,
@@ -114,7 +114,7 @@ pub fn sample_pack_record() -> PackRecord {
     }
 }
 
-pub fn sample_manifest() -> Manifest {
+pub(crate) fn sample_manifest() -> Manifest {
     let space = |text, bytes| SpaceRecord::new(name(text), ByteLen(bytes));
     Manifest {
         vm: VmName::new("web-1").expect("a good name"),
@@ -203,7 +203,7 @@ fn sample_disks() -> Vec<DiskRecord> {
 }
 
 /// A layer of four blocks: zero, its own, another layer's, its own and short.
-pub fn sample_layer() -> (LayerManifest, Vec<u8>) {
+pub(crate) fn sample_layer() -> (LayerManifest, Vec<u8>) {
     let mut table = BlockTableBuilder::new();
     let digest = ContentDigest::of;
     let home = BlockHome { layer: digest(b"another layer"), pack: PackNo(3), frame: FrameNo(14) };
@@ -220,7 +220,7 @@ pub fn sample_layer() -> (LayerManifest, Vec<u8>) {
 
 /// A layer of version 2: one block of its own and one of another layer in a terabyte and a half of
 /// zeros.
-pub fn sample_sparse_layer() -> (LayerManifest, Vec<u8>) {
+pub(crate) fn sample_sparse_layer() -> (LayerManifest, Vec<u8>) {
     let mut table = BlockTableBuilder::new();
     let digest = ContentDigest::of;
     let home = BlockHome { layer: digest(b"another layer"), pack: PackNo(3), frame: FrameNo(14) };
@@ -237,19 +237,19 @@ pub fn sample_sparse_layer() -> (LayerManifest, Vec<u8>) {
 }
 
 /// Wraps a body as the text files are wrapped, so that what lies behind the digest can be tested.
-pub fn envelope(kind: &str, body: &[u8]) -> Vec<u8> {
+pub(crate) fn envelope(kind: &str, body: &[u8]) -> Vec<u8> {
     let line = format!("{kind} 1 {} {}\n", ContentDigest::of(body), body.len());
     [line.as_bytes(), body].concat()
 }
 
 /// The body behind the header line.
-pub fn body(file: &[u8]) -> &[u8] {
+pub(crate) fn body(file: &[u8]) -> &[u8] {
     let end = file.iter().position(|&byte| byte == b'\n').expect("a header line");
     &file[end + 1..]
 }
 
 /// The pack with its trailer changed before compression, and every checksum right again.
-pub fn with_trailer(pack: &[u8], change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+pub(crate) fn with_trailer(pack: &[u8], change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let footer = PackFooter::parse(&pack[pack.len() - FOOTER_LEN..]).expect("sound");
     let frames_end = footer.trailer_offset.as_usize();
     let trailer = footer.trailer_range();

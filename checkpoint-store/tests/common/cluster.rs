@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 const HAZARDS_PORT: &str = "19920";
 
 #[derive(Debug)]
-pub struct Cluster {
+pub(crate) struct Cluster {
     /// State directory and port, where they are not the default.
     own: Option<(PathBuf, &'static str)>,
     url: String,
@@ -23,13 +23,13 @@ pub struct Cluster {
 
 impl Cluster {
     /// The shared cluster, up.
-    pub fn shared() -> Self {
+    pub(crate) fn shared() -> Self {
         Self::up(None, None)
     }
 
     /// The cluster to harm, up and whole, for this caller alone. Waits for its turn: call it where
     /// blocking is fine.
-    pub fn hazards() -> Self {
+    pub(crate) fn hazards() -> Self {
         let dir = cache_dir().join("stillpoint").join("hdfs-hazards");
         fs::create_dir_all(&dir).expect("state directory of the cluster");
         let file = File::create(dir.join("tests.lock")).expect("lock file");
@@ -44,7 +44,7 @@ impl Cluster {
     }
 
     /// A URL below which no other test works.
-    pub fn fresh_url(&self, what: &str) -> String {
+    pub(crate) fn fresh_url(&self, what: &str) -> String {
         let time = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .expect("a clock after 1970");
@@ -69,28 +69,28 @@ impl Cluster {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
-    pub fn signal(&self, role: &str, signal: Signal) {
+    pub(crate) fn signal(&self, role: &str, signal: Signal) {
         let pid = self.hdfs_dev(&["pid", role]).parse().expect("a process id");
         kill(Pid::from_raw(pid), signal).expect("signal");
     }
 
     /// A process id, to signal from where the cluster can't be borrowed.
-    pub fn pid(&self, role: &str) -> Pid {
+    pub(crate) fn pid(&self, role: &str) -> Pid {
         Pid::from_raw(self.hdfs_dev(&["pid", role]).parse().expect("a process id"))
     }
 
     /// Starts a killed process again and waits until the cluster is whole.
-    pub fn restart(&self, role: &str) {
+    pub(crate) fn restart(&self, role: &str) {
         self.hdfs_dev(&["start", role]);
         self.hdfs_dev(&["wait"]);
     }
 
     /// Runs one of Hadoop's own programs, `fs` or `ec`.
-    pub fn tool(&self, arguments: &[&str]) -> String {
+    pub(crate) fn tool(&self, arguments: &[&str]) -> String {
         self.hdfs_dev(arguments)
     }
 
-    pub fn status(&self) -> String {
+    pub(crate) fn status(&self) -> String {
         self.hdfs_dev(&["status"])
     }
 }

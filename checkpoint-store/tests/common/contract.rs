@@ -58,7 +58,7 @@ fn names(entries: &[Entry]) -> Vec<&str> {
     entries.iter().map(|entry| entry.name.as_str()).collect()
 }
 
-pub async fn a_file_comes_back(store: Shared) {
+pub(crate) async fn a_file_comes_back(store: Shared) {
     let receipt =
         store.put(&path("a"), vec![bytes("hello")], PutOptions::default()).await.expect("put");
     assert_eq!(receipt.len, 5);
@@ -67,7 +67,7 @@ pub async fn a_file_comes_back(store: Shared) {
     assert_eq!(store.read(&path("empty"), 100).await.expect("read"), "");
 }
 
-pub async fn nothing_is_overwritten(store: Shared) {
+pub(crate) async fn nothing_is_overwritten(store: Shared) {
     put(&store, "a", "first").await;
     let again = store.put(&path("a"), vec![bytes("second")], PutOptions::default()).await;
     assert!(again.expect_err("taken").is_already_exists());
@@ -76,7 +76,7 @@ pub async fn nothing_is_overwritten(store: Shared) {
     assert_eq!(store.read(&path("a"), 100).await.expect("read"), "first");
 }
 
-pub async fn a_missing_parent_is_never_made(store: Shared) {
+pub(crate) async fn a_missing_parent_is_never_made(store: Shared) {
     let error = store
         .put(&path("no/a"), vec![bytes("x")], PutOptions::default())
         .await
@@ -95,7 +95,7 @@ pub async fn a_missing_parent_is_never_made(store: Shared) {
     assert_eq!(store.stat(&path("no")).await.expect("stat"), None);
 }
 
-pub async fn ranges_are_exact(store: Shared) {
+pub(crate) async fn ranges_are_exact(store: Shared) {
     let data = noise(3_000_000, 7);
     store.put(&path("a"), vec![data.clone()], PutOptions::default()).await.expect("put");
     for (offset, len) in
@@ -106,7 +106,7 @@ pub async fn ranges_are_exact(store: Shared) {
     }
 }
 
-pub async fn past_the_end_is_an_error(store: Shared) {
+pub(crate) async fn past_the_end_is_an_error(store: Shared) {
     put(&store, "a", "0123456789").await;
     for (offset, len) in [(0, 11), (10, 1), (11, 0), (5, 6), (u64::MAX, 1), (1, u64::MAX - 1)] {
         let error = store.read_range(&path("a"), offset, len).await.expect_err("past the end");
@@ -117,14 +117,14 @@ pub async fn past_the_end_is_an_error(store: Shared) {
     }
 }
 
-pub async fn a_limit_is_kept(store: Shared) {
+pub(crate) async fn a_limit_is_kept(store: Shared) {
     put(&store, "a", "0123456789").await;
     assert_eq!(store.read(&path("a"), 10).await.expect("read").len(), 10);
     let error = store.read(&path("a"), 9).await.expect_err("too long");
     assert!(matches!(error, StoreError::Limit { actual: 10, limit: 9, .. }), "{error}");
 }
 
-pub async fn listings_are_sorted_and_complete(store: Shared) {
+pub(crate) async fn listings_are_sorted_and_complete(store: Shared) {
     assert_eq!(store.list(&StorePath::root()).await.expect("list"), []);
     store.create_dir(&path("b")).await.expect("create");
     for name in ["c", "a", "b/inside"] {
@@ -138,7 +138,7 @@ pub async fn listings_are_sorted_and_complete(store: Shared) {
     assert!(store.list(&path("a")).await.is_err(), "a file has no entries");
 }
 
-pub async fn stat_tells_what_is_there(store: Shared) {
+pub(crate) async fn stat_tells_what_is_there(store: Shared) {
     put(&store, "a", "xyz").await;
     store.create_dir(&path("d")).await.expect("create");
     let file = store.stat(&path("a")).await.expect("stat").expect("there");
@@ -148,7 +148,7 @@ pub async fn stat_tells_what_is_there(store: Shared) {
     assert!(store.stat(&StorePath::root()).await.expect("stat").expect("there").is_dir);
 }
 
-pub async fn directory_tells_that_an_entry_came_or_went(store: Shared) {
+pub(crate) async fn directory_tells_that_an_entry_came_or_went(store: Shared) {
     store.create_dir_all(&path("d/e")).await.expect("create");
     let mut before = None;
     let mut is_new = async |what: &str, wanted: bool| {
@@ -170,7 +170,7 @@ pub async fn directory_tells_that_an_entry_came_or_went(store: Shared) {
     is_new("a directory went", true).await;
 }
 
-pub async fn missing_things_are_not_found(store: Shared) {
+pub(crate) async fn missing_things_are_not_found(store: Shared) {
     let missing = path("missing");
     assert_eq!(store.stat(&missing).await.expect("stat"), None);
     assert!(store.read(&missing, 1).await.expect_err("read").is_not_found());
@@ -180,7 +180,7 @@ pub async fn missing_things_are_not_found(store: Shared) {
     store.remove(&missing).await.expect("missing is fine");
 }
 
-pub async fn directories_are_made_once(store: Shared) {
+pub(crate) async fn directories_are_made_once(store: Shared) {
     store.create_dir_all(&path("a/b/c")).await.expect("create");
     store.create_dir_all(&path("a/b/c")).await.expect("again is fine");
     assert!(store.create_dir(&path("a/b")).await.expect_err("there").is_already_exists());
@@ -205,7 +205,7 @@ async fn race<F: Future<Output = Result<(), StoreError>> + Send + 'static>(
     winners
 }
 
-pub async fn one_exclusive_put_wins(store: Shared) {
+pub(crate) async fn one_exclusive_put_wins(store: Shared) {
     for pass in 0..4 {
         let name = format!("epoch-{pass}");
         let at = path(&name);
@@ -221,7 +221,7 @@ pub async fn one_exclusive_put_wins(store: Shared) {
     }
 }
 
-pub async fn one_exclusive_directory_wins(store: Shared) {
+pub(crate) async fn one_exclusive_directory_wins(store: Shared) {
     let winners = race(|_| {
         let store = store.clone();
         async move { store.create_dir(&path("dir")).await }
@@ -231,7 +231,7 @@ pub async fn one_exclusive_directory_wins(store: Shared) {
     assert_eq!(names(&store.list(&StorePath::root()).await.expect("list")), ["dir"]);
 }
 
-pub async fn a_rename_moves_everything(store: Shared) {
+pub(crate) async fn a_rename_moves_everything(store: Shared) {
     store.create_dir_all(&path("x/from/deep")).await.expect("create");
     store.create_dir(&path("y")).await.expect("create");
     put(&store, "x/from/a", "1").await;
@@ -243,7 +243,7 @@ pub async fn a_rename_moves_everything(store: Shared) {
     assert!(store.read(&path("x/from/a"), 10).await.expect_err("moved").is_not_found());
 }
 
-pub async fn a_rename_never_replaces(store: Shared) {
+pub(crate) async fn a_rename_never_replaces(store: Shared) {
     for dir in ["from", "empty", "full"] {
         store.create_dir(&path(dir)).await.expect("create");
     }
@@ -257,7 +257,7 @@ pub async fn a_rename_never_replaces(store: Shared) {
     assert_eq!(names(&store.list(&path("full")).await.expect("list")), ["a"]);
 }
 
-pub async fn one_concurrent_rename_wins(store: Shared) {
+pub(crate) async fn one_concurrent_rename_wins(store: Shared) {
     for racer in 0..RACERS {
         store.create_dir(&path(&format!("from-{racer}"))).await.expect("create");
         put(&store, &format!("from-{racer}/by"), &racer.to_string()).await;
@@ -271,13 +271,13 @@ pub async fn one_concurrent_rename_wins(store: Shared) {
     assert_eq!(store.list(&StorePath::root()).await.expect("list").len(), RACERS);
 }
 
-pub async fn a_rename_needs_a_directory(store: Shared) {
+pub(crate) async fn a_rename_needs_a_directory(store: Shared) {
     put(&store, "file", "x").await;
     assert!(store.rename_dir(&path("file"), &path("other")).await.is_err());
     assert_eq!(store.read(&path("file"), 10).await.expect("read"), "x");
 }
 
-pub async fn removal_is_recursive_and_repeatable(store: Shared) {
+pub(crate) async fn removal_is_recursive_and_repeatable(store: Shared) {
     store.create_dir_all(&path("a/b")).await.expect("create");
     put(&store, "a/b/c", "x").await;
     put(&store, "ab", "stays").await;
@@ -289,7 +289,7 @@ pub async fn removal_is_recursive_and_repeatable(store: Shared) {
     assert_eq!(store.list(&StorePath::root()).await.expect("list"), []);
 }
 
-pub async fn a_removed_directory_stays_removed(store: Shared) {
+pub(crate) async fn a_removed_directory_stays_removed(store: Shared) {
     store.create_dir(&path("a")).await.expect("create");
     let writers: Vec<_> = (0..8)
         .map(|writer| {
@@ -309,7 +309,7 @@ pub async fn a_removed_directory_stays_removed(store: Shared) {
     assert_eq!(store.stat(&path("a")).await.expect("stat"), None);
 }
 
-pub async fn a_name_can_be_used_again_after_removal(store: Shared) {
+pub(crate) async fn a_name_can_be_used_again_after_removal(store: Shared) {
     put(&store, "a", "old and longer").await;
     assert_eq!(store.read_range(&path("a"), 0, 3).await.expect("range"), "old");
     store.remove(&path("a")).await.expect("remove");
@@ -317,12 +317,12 @@ pub async fn a_name_can_be_used_again_after_removal(store: Shared) {
     assert_eq!(store.read_range(&path("a"), 0, 3).await.expect("range"), "new");
 }
 
-pub async fn the_root_stays(store: Shared) {
+pub(crate) async fn the_root_stays(store: Shared) {
     assert!(store.remove(&StorePath::root()).await.is_err());
     put(&store, "a", "x").await;
 }
 
-pub async fn many_chunks_make_one_file(store: Shared) {
+pub(crate) async fn many_chunks_make_one_file(store: Shared) {
     let whole = noise(2_500_000, 11);
     let mut rest = whole.clone();
     let mut chunks = vec![Bytes::new()];
@@ -334,7 +334,7 @@ pub async fn many_chunks_make_one_file(store: Shared) {
     assert_eq!(store.read(&path("a"), 1 << 30).await.expect("read"), whole);
 }
 
-pub async fn replication_can_be_set(store: Shared) {
+pub(crate) async fn replication_can_be_set(store: Shared) {
     put(&store, "a", "x").await;
     store.set_replication(&path("a"), 2).await.expect("set");
     let replicas = store.stat(&path("a")).await.expect("stat").expect("there").replicas;

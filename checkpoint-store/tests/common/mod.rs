@@ -2,23 +2,23 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
-pub mod cluster;
-pub mod contract;
-pub mod repository;
+pub(crate) mod cluster;
+pub(crate) mod contract;
+pub(crate) mod repository;
 
 use bytes::Bytes;
 use checkpoint_store::{StorePath, WriterRecord};
 
-pub fn path(text: &str) -> StorePath {
+pub(crate) fn path(text: &str) -> StorePath {
     StorePath::new(text).expect("a valid path")
 }
 
-pub fn bytes(text: &str) -> Bytes {
+pub(crate) fn bytes(text: &str) -> Bytes {
     Bytes::copy_from_slice(text.as_bytes())
 }
 
 /// Bytes that differ from block to block, the same for the same seed.
-pub fn noise(len: usize, seed: u64) -> Bytes {
+pub(crate) fn noise(len: usize, seed: u64) -> Bytes {
     let mut state = seed | 1;
     let mut data = Vec::with_capacity(len + 8);
     while data.len() < len {
@@ -31,7 +31,7 @@ pub fn noise(len: usize, seed: u64) -> Bytes {
     data.into()
 }
 
-pub fn record(instance: &str) -> WriterRecord {
+pub(crate) fn record(instance: &str) -> WriterRecord {
     WriterRecord {
         host: "test-host".to_owned(),
         boot_id: "boot".to_owned(),

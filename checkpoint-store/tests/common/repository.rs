@@ -53,11 +53,11 @@ macro_rules! repository_contract {
 
 type Shared = Arc<dyn Store>;
 
-pub fn vm() -> VmName {
+pub(crate) fn vm() -> VmName {
     "vm-1".parse().expect("valid")
 }
 
-pub async fn opened(store: Shared) -> Repository {
+pub(crate) async fn opened(store: Shared) -> Repository {
     Repository::open(store, Mode::CreateIfMissing).await.expect("open")
 }
 
@@ -65,7 +65,7 @@ fn same(instance: &str) -> Claim {
     Claim::Continue { instance: instance.to_owned(), last: None, dead: None }
 }
 
-pub async fn claimed(repository: &Repository, instance: &str, claim: Claim) -> Writer {
+pub(crate) async fn claimed(repository: &Repository, instance: &str, claim: Claim) -> Writer {
     repository.claim_writer(&vm(), record(instance), claim).await.expect("claim")
 }
 
@@ -74,7 +74,7 @@ async fn refused(repository: &Repository, instance: &str, claim: Claim) -> Store
 }
 
 /// A checkpoint of two packs; the manifest names them, so that completeness can be checked from it.
-pub async fn committed(writer: &Writer, checkpoint_id: u64) -> Result<(), StoreError> {
+pub(crate) async fn committed(writer: &Writer, checkpoint_id: u64) -> Result<(), StoreError> {
     let partial = writer.begin(CheckpointId(checkpoint_id)).await?;
     let a = partial.put_pack("ram", vec![noise(100_000, checkpoint_id + 1)]).await?;
     let b = partial.put_pack("disk", vec![noise(50_000, checkpoint_id + 2)]).await?;
@@ -86,7 +86,7 @@ pub async fn committed(writer: &Writer, checkpoint_id: u64) -> Result<(), StoreE
 }
 
 /// Checks that a checkpoint made by [`committed`] is all there.
-pub async fn assert_complete(repository: &Repository, checkpoint_id: u64) {
+pub(crate) async fn assert_complete(repository: &Repository, checkpoint_id: u64) {
     let manifest =
         repository.read_manifest(&vm(), CheckpointId(checkpoint_id)).await.expect("manifest");
     let manifest = String::from_utf8(manifest.to_vec()).expect("text");
@@ -116,7 +116,7 @@ async fn everything_in_checkpoints(store: &Shared) -> Vec<String> {
     entries.into_iter().map(|entry| entry.name).collect()
 }
 
-pub async fn a_store_is_created_once(store: Shared) {
+pub(crate) async fn a_store_is_created_once(store: Shared) {
     let error = Repository::open(store.clone(), Mode::MustExist).await.expect_err("nothing there");
     assert!(matches!(error, StoreError::WrongStore { .. }), "{error}");
     let racers: Vec<_> = (0..8).map(|_| tokio::spawn(opened(store.clone()))).collect();
@@ -130,7 +130,7 @@ pub async fn a_store_is_created_once(store: Shared) {
     assert_eq!(again.id(), ids[0]);
 }
 
-pub async fn a_foreign_directory_is_refused(store: Shared) {
+pub(crate) async fn a_foreign_directory_is_refused(store: Shared) {
     store.create_dir_all(&StorePath::root()).await.expect("root");
     store.put(&path("foreign-file"), vec![bytes("x")], PutOptions::default()).await.expect("put");
     let error = Repository::open(store.clone(), Mode::CreateIfMissing).await.expect_err("foreign");
@@ -138,7 +138,7 @@ pub async fn a_foreign_directory_is_refused(store: Shared) {
     assert_eq!(store.stat(&path("store.json")).await.expect("stat"), None);
 }
 
-pub async fn a_newer_format_is_refused(store: Shared) {
+pub(crate) async fn a_newer_format_is_refused(store: Shared) {
     store.create_dir_all(&StorePath::root()).await.expect("root");
     let newer = r#"{"format": "stillpoint-store", "version": 2, "unknown": [1]}"#;
     store.put(&path("store.json"), vec![bytes(newer)], PutOptions::default()).await.expect("put");
@@ -153,7 +153,7 @@ pub async fn a_newer_format_is_refused(store: Shared) {
     assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
 }
 
-pub async fn a_checkpoint_exists_after_its_commit_and_not_before(store: Shared) {
+pub(crate) async fn a_checkpoint_exists_after_its_commit_and_not_before(store: Shared) {
     let repository = opened(store).await;
     assert_eq!(repository.vms().await.expect("vms"), []);
     let writer = claimed(&repository, "i", same("i")).await;
@@ -175,7 +175,7 @@ pub async fn a_checkpoint_exists_after_its_commit_and_not_before(store: Shared) 
     assert!(matches!(outside.expect_err("a way out"), StoreError::InvalidPath { .. }));
 }
 
-pub async fn numbers_are_used_once(store: Shared) {
+pub(crate) async fn numbers_are_used_once(store: Shared) {
     let repository = opened(store).await;
     let writer = claimed(&repository, "i", same("i")).await;
     for checkpoint_id in [1, 2, 10] {
@@ -186,7 +186,7 @@ pub async fn numbers_are_used_once(store: Shared) {
     assert!(error.is_already_exists(), "{error}");
 }
 
-pub async fn claims_follow_the_rules(store: Shared) {
+pub(crate) async fn claims_follow_the_rules(store: Shared) {
     let repository = opened(store).await;
     let first = claimed(&repository, "a", same("a")).await;
     assert_eq!(first.epoch(), Epoch(1));
@@ -208,7 +208,7 @@ pub async fn claims_follow_the_rules(store: Shared) {
 }
 
 /// By the records in the store while they are there, by its own memory when they have been pruned.
-pub async fn fencing_replaced_instance_needs_an_order(store: Shared) {
+pub(crate) async fn fencing_replaced_instance_needs_an_order(store: Shared) {
     let repository = opened(store).await;
     let first = claimed(&repository, "a", same("a")).await;
     let second = claimed(&repository, "b", Claim::TakeOver).await;
@@ -232,7 +232,7 @@ pub async fn fencing_replaced_instance_needs_an_order(store: Shared) {
 }
 
 /// A holder that is known to be dead is replaced; one that came since that was found out is not.
-pub async fn fencing_only_the_dead_one_is_replaced(store: Shared) {
+pub(crate) async fn fencing_only_the_dead_one_is_replaced(store: Shared) {
     let repository = opened(store).await;
     let first = claimed(&repository, "a", same("a")).await;
     let claim = Claim::Continue { instance: "c".to_owned(), last: None, dead: Some(first.epoch()) };
@@ -248,7 +248,7 @@ pub async fn fencing_only_the_dead_one_is_replaced(store: Shared) {
 }
 
 /// What a restore that failed at its end has claimed.
-pub async fn writer_that_withdraws_leaves_no_name(store: Shared) {
+pub(crate) async fn writer_that_withdraws_leaves_no_name(store: Shared) {
     let repository = opened(store).await;
     claimed(&repository, "a", same("a")).await.withdraw().await.expect("withdraw");
     assert!(repository.vms().await.expect("vms").is_empty());
@@ -261,7 +261,7 @@ pub async fn writer_that_withdraws_leaves_no_name(store: Shared) {
     assert_eq!(numbers(&repository).await, [1]);
 }
 
-pub async fn concurrent_takeovers_leave_one_writer(store: Shared) {
+pub(crate) async fn concurrent_takeovers_leave_one_writer(store: Shared) {
     let repository = opened(store).await;
     let racers: Vec<_> = (0..6)
         .map(|racer| {
@@ -288,7 +288,7 @@ pub async fn concurrent_takeovers_leave_one_writer(store: Shared) {
     assert_eq!(numbers(&repository).await, [1]);
 }
 
-pub async fn an_old_writer_can_store_nothing_after_a_claim(store: Shared) {
+pub(crate) async fn an_old_writer_can_store_nothing_after_a_claim(store: Shared) {
     let repository = opened(store.clone()).await;
     let old = claimed(&repository, "a", same("a")).await;
     let partial = old.begin(CheckpointId(1)).await.expect("begin");
@@ -306,7 +306,7 @@ pub async fn an_old_writer_can_store_nothing_after_a_claim(store: Shared) {
 }
 
 /// The old writer has checked its epoch and is about to rename when the new one claims.
-pub async fn an_old_writers_rename_fails_after_a_claim(store: Shared) {
+pub(crate) async fn an_old_writers_rename_fails_after_a_claim(store: Shared) {
     let slow = FaultyStore::new(store.clone());
     let repository = opened(Arc::new(slow.clone())).await;
     let old = claimed(&repository, "a", same("a")).await;
@@ -327,7 +327,7 @@ pub async fn an_old_writers_rename_fails_after_a_claim(store: Shared) {
 }
 
 /// The old writer's directory is made after the new writer's cleaning.
-pub async fn a_partial_made_after_a_claim_is_noticed(store: Shared) {
+pub(crate) async fn a_partial_made_after_a_claim_is_noticed(store: Shared) {
     let slow = FaultyStore::new(store.clone());
     let repository = opened(Arc::new(slow.clone())).await;
     let old = claimed(&repository, "a", same("a")).await;
@@ -342,7 +342,7 @@ pub async fn a_partial_made_after_a_claim_is_noticed(store: Shared) {
     assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
 }
 
-pub async fn what_was_committed_before_a_claim_stays(store: Shared) {
+pub(crate) async fn what_was_committed_before_a_claim_stays(store: Shared) {
     let repository = opened(store).await;
     let old = claimed(&repository, "a", same("a")).await;
     committed(&old, 1).await.expect("commit");
@@ -352,7 +352,7 @@ pub async fn what_was_committed_before_a_claim_stays(store: Shared) {
     assert_complete(&repository, 1).await;
 }
 
-pub async fn a_killed_writer_leaves_nothing_visible(store: Shared) {
+pub(crate) async fn a_killed_writer_leaves_nothing_visible(store: Shared) {
     let repository = opened(store.clone()).await;
     let writer = claimed(&repository, "a", same("a")).await;
     let partial = writer.begin(CheckpointId(1)).await.expect("begin");
@@ -370,7 +370,7 @@ pub async fn a_killed_writer_leaves_nothing_visible(store: Shared) {
     assert_complete(&repository, 1).await;
 }
 
-pub async fn resume_has_what_an_earlier_try_stored(store: Shared) {
+pub(crate) async fn resume_has_what_an_earlier_try_stored(store: Shared) {
     let repository = opened(store.clone()).await;
     let writer = claimed(&repository, "a", same("a")).await;
     let partial = writer.begin(CheckpointId(1)).await.expect("begin");
@@ -405,7 +405,7 @@ pub async fn resume_has_what_an_earlier_try_stored(store: Shared) {
     assert_eq!(everything_in_checkpoints(&store).await, ["1", "2"]);
 }
 
-pub async fn resume_fenced_writer_gets_nothing(store: Shared) {
+pub(crate) async fn resume_fenced_writer_gets_nothing(store: Shared) {
     let repository = opened(store.clone()).await;
     let old = claimed(&repository, "a", same("a")).await;
     let partial = old.begin(CheckpointId(1)).await.expect("begin");
@@ -423,7 +423,7 @@ pub async fn resume_fenced_writer_gets_nothing(store: Shared) {
 }
 
 /// The old writer's rename comes after the new writer's cleaning.
-pub async fn resume_behind_a_claims_removal_is_noticed(store: Shared) {
+pub(crate) async fn resume_behind_a_claims_removal_is_noticed(store: Shared) {
     let slow = FaultyStore::new(store.clone());
     let repository = opened(Arc::new(slow.clone())).await;
     let old = claimed(&repository, "a", same("a")).await;
@@ -440,7 +440,7 @@ pub async fn resume_behind_a_claims_removal_is_noticed(store: Shared) {
     assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
 }
 
-pub async fn an_abort_leaves_nothing(store: Shared) {
+pub(crate) async fn an_abort_leaves_nothing(store: Shared) {
     let repository = opened(store.clone()).await;
     let writer = claimed(&repository, "a", same("a")).await;
     let partial = writer.begin(CheckpointId(1)).await.expect("begin");
@@ -454,7 +454,7 @@ pub async fn an_abort_leaves_nothing(store: Shared) {
     assert_eq!(everything_in_checkpoints(&store).await, ["1"]);
 }
 
-pub async fn a_checkpoint_can_be_removed(store: Shared) {
+pub(crate) async fn a_checkpoint_can_be_removed(store: Shared) {
     let repository = opened(store).await;
     let writer = claimed(&repository, "a", same("a")).await;
     committed(&writer, 1).await.expect("commit");
@@ -463,7 +463,7 @@ pub async fn a_checkpoint_can_be_removed(store: Shared) {
     assert_eq!(numbers(&repository).await, [2]);
 }
 
-pub async fn layers_are_stored_once(store: Shared) {
+pub(crate) async fn layers_are_stored_once(store: Shared) {
     let repository = opened(store.clone()).await;
     let digest = ContentDigest::of(b"an image");
     let name = PackName::new("layer.json").expect("valid");
@@ -500,7 +500,7 @@ async fn partial_layers(store: &Shared) -> Vec<String> {
     names.filter(|name| name.ends_with(".partial")).collect()
 }
 
-pub async fn abandoned_uploads_are_removed_by_the_next(store: Shared) {
+pub(crate) async fn abandoned_uploads_are_removed_by_the_next(store: Shared) {
     let options =
         |abandoned_after| RepositoryOptions { abandoned_after, ..RepositoryOptions::default() };
     let patient =
@@ -528,7 +528,7 @@ pub async fn abandoned_uploads_are_removed_by_the_next(store: Shared) {
 }
 
 /// Two hosts store one image; the slower one need not finish.
-pub async fn an_upload_that_another_makes_useless_ends(store: Shared) {
+pub(crate) async fn an_upload_that_another_makes_useless_ends(store: Shared) {
     let repository = opened(store.clone()).await;
     let (digest, other) = (ContentDigest::of(b"an image"), ContentDigest::of(b"another"));
     let slow = repository.begin_layer(&digest).await.expect("begin");
@@ -543,7 +543,7 @@ pub async fn an_upload_that_another_makes_useless_ends(store: Shared) {
     assert_eq!(of_another.commit().await.expect("commit"), LayerOutcome::Stored);
 }
 
-pub async fn proofs_are_noted_once(store: Shared) {
+pub(crate) async fn proofs_are_noted_once(store: Shared) {
     let repository = opened(store).await;
     let (checkpoint_id, keys) = (CheckpointId(3), [Checksum([1; 16]), Checksum([2; 16])]);
     assert_eq!(repository.proofs(&vm(), checkpoint_id).await.expect("read"), Vec::<Bytes>::new());

@@ -22,7 +22,7 @@ const OLDEST: i32 = 1;
 /// Read by QEMU as a C `int`.
 #[unsafe(no_mangle)]
 #[allow(non_upper_case_globals, reason = "QEMU looks for this name")]
-pub static qemu_plugin_version: AtomicI32 = AtomicI32::new(OLDEST);
+pub(crate) static qemu_plugin_version: AtomicI32 = AtomicI32::new(OLDEST);
 
 /// Runs when the library is loaded, before QEMU looks at the version.
 #[used]

@@ -15,14 +15,14 @@ use plugin_protocol::wire::{FD_KINDS, FdKind, PROTOCOL_VERSION, Reply, Status, U
 
 /// The descriptors by [`FdKind`], and the greeting that goes with them.
 #[derive(Debug)]
-pub struct Handles {
+pub(crate) struct Handles {
     fds: [Option<OwnedFd>; FD_KINDS],
     reply: Reply,
 }
 
 impl Handles {
     /// Opens what can be opened; what can't is reported to the client with its errno.
-    pub fn open(api_version: i32, ram: Option<RawFd>) -> Self {
+    pub(crate) fn open(api_version: i32, ram: Option<RawFd>) -> Self {
         let mut handles = Self {
             fds: [const { None }; FD_KINDS],
             reply: Reply {
@@ -72,12 +72,12 @@ impl Handles {
         }
     }
 
-    pub fn reply(&self) -> &Reply {
+    pub(crate) fn reply(&self) -> &Reply {
         &self.reply
     }
 
     /// The open descriptors, in the order of [`FdKind`].
-    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+    pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.fds.iter().flatten().map(AsFd::as_fd)
     }
 }

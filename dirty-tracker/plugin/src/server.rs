@@ -30,7 +30,7 @@ const CONTROL_LEN: usize = 64;
 ///
 /// A socket file that no process listens on any more (a QEMU that was killed) is replaced; one in
 /// use is an error.
-pub fn listen(path: &Path) -> io::Result<UnixListener> {
+pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
     match bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_abandoned(path) => {
             std::fs::remove_file(path)?;
@@ -91,7 +91,7 @@ fn check(result: i32) -> io::Result<()> {
 }
 
 /// Serves for ever.
-pub fn serve(listener: &UnixListener, handles: &Handles) -> ! {
+pub(crate) fn serve(listener: &UnixListener, handles: &Handles) -> ! {
     loop {
         match listener.accept() {
             // A client that breaks off or sends nonsense is its own problem.

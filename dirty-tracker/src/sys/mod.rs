@@ -1,12 +1,12 @@
 //! Everything that talks to the kernel in pointers: the only unsafe code of this library.
 #![allow(unsafe_code, reason = "the one place for it, see above")]
 
-pub mod pagemap;
-pub mod read_mapping;
-pub mod receive;
-pub mod trial;
-pub mod watch_mapping;
-pub mod write_protect;
+pub(crate) mod pagemap;
+pub(crate) mod read_mapping;
+pub(crate) mod receive;
+pub(crate) mod trial;
+pub(crate) mod watch_mapping;
+pub(crate) mod write_protect;
 
 use std::io;
 use std::ops::Range;

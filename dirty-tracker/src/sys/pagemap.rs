@@ -12,19 +12,19 @@ use super::{check, pieces};
 
 /// Page states that a scan can ask for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Categories(u64);
+pub(crate) struct Categories(u64);
 
 impl Categories {
     /// Not protected: written since the page last was. A page that never was protected counts,
     /// existing or not.
-    pub const WRITTEN: Self = Self(1 << 1);
+    pub(crate) const WRITTEN: Self = Self(1 << 1);
     /// In memory.
-    pub const PRESENT: Self = Self(1 << 3);
+    pub(crate) const PRESENT: Self = Self(1 << 3);
     /// Not in memory. Cheaper to ask for than [`Self::PRESENT`] where most pages are.
-    pub const ABSENT: Self = Self(0);
+    pub(crate) const ABSENT: Self = Self(0);
     /// In memory or swapped out. Pages that are protected but do not exist yet count as swapped
     /// out.
-    pub const PRESENT_OR_SWAPPED: Self = Self(1 << 3 | 1 << 4);
+    pub(crate) const PRESENT_OR_SWAPPED: Self = Self(1 << 3 | 1 << 4);
 }
 
 /// Protect the pages found, in the same step that finds them: a write is either reported by this
@@ -105,10 +105,10 @@ const _: () = assert!(PAGEMAP_SCAN == 0xc060_6610 as libc::Ioctl);
 
 /// Room for the kernel's answers, kept between scans.
 #[derive(Debug)]
-pub struct ScanBuffer(Vec<PageBlock>);
+pub(crate) struct ScanBuffer(Vec<PageBlock>);
 
 impl ScanBuffer {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with_runs(BUFFER_RUNS)
     }
 
@@ -119,7 +119,7 @@ impl ScanBuffer {
 
 /// What to do with the pages found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Then {
+pub(crate) enum Then {
     Leave,
     Protect,
 }
@@ -129,7 +129,7 @@ pub enum Then {
 ///
 /// When a later part fails, the runs found until then have been reported: with [`Then::Protect`]
 /// they are protected already, and no later scan reports them again.
-pub fn scan(
+pub(crate) fn scan(
     pagemap: &File,
     range: Range<u64>,
     categories: Categories,
@@ -174,7 +174,7 @@ fn scan_at_once(
 /// Faster than `UFFDIO_WRITEPROTECT`: 6 ms against 52 for 1 GiB of which half is in use. Huge pages
 /// stay huge: in private memory the first write splits them, and just the page written is found; in
 /// shared memory it makes all 512 look written, once.
-pub fn protect_all(pagemap: &File, range: Range<u64>) -> io::Result<()> {
+pub(crate) fn protect_all(pagemap: &File, range: Range<u64>) -> io::Result<()> {
     pieces(&range).try_for_each(|piece| protect_all_at_once(pagemap, piece))
 }
 

@@ -10,7 +10,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 /// The first `len` bytes of a file that cannot shrink, mapped until this is dropped.
 #[derive(Debug)]
-pub struct ReadMapping {
+pub(crate) struct ReadMapping {
     start: NonNull<libc::c_void>,
     len: usize,
 }
@@ -24,7 +24,7 @@ unsafe impl Sync for ReadMapping {}
 impl ReadMapping {
     /// The caller has checked that the file is sealed against shrinking and has `len` bytes;
     /// otherwise a read could meet SIGBUS.
-    pub fn new(file: impl AsFd, len: u64) -> io::Result<Self> {
+    pub(crate) fn new(file: impl AsFd, len: u64) -> io::Result<Self> {
         let size = usize::try_from(len)
             .ok()
             .and_then(NonZeroUsize::new)
@@ -40,7 +40,7 @@ impl ReadMapping {
     ///
     /// # Panics
     /// When the piece is not inside.
-    pub fn copy(&self, offset: u64, out: &mut [u8]) {
+    pub(crate) fn copy(&self, offset: u64, out: &mut [u8]) {
         let inside = self.len.checked_sub(out.len()).is_some_and(|last| offset <= last as u64);
         assert!(inside, "{} bytes at {offset} of {}", out.len(), self.len);
         // SAFETY: the source is inside the mapping, as just checked, and cannot vanish; it does not

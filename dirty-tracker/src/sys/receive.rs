@@ -11,7 +11,7 @@ use plugin_protocol::wire::FD_KINDS;
 /// Fills `bytes` and returns the descriptors that came with the first of them, close-on-exec.
 ///
 /// Waits no longer than the stream's read timeout for each part.
-pub fn receive(stream: &mut UnixStream, bytes: &mut [u8]) -> io::Result<Vec<OwnedFd>> {
+pub(crate) fn receive(stream: &mut UnixStream, bytes: &mut [u8]) -> io::Result<Vec<OwnedFd>> {
     let (length, fds) = first_part(stream, bytes)?;
     if length == 0 {
         return Err(io::ErrorKind::UnexpectedEof.into());

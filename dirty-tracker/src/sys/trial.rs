@@ -8,13 +8,13 @@ use std::ptr::NonNull;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 /// Shared anonymous memory (a memory file without a name), unmapped on drop.
-pub struct TrialMemory {
+pub(crate) struct TrialMemory {
     start: NonNull<libc::c_void>,
     len: usize,
 }
 
 impl TrialMemory {
-    pub fn new(len: usize) -> io::Result<Self> {
+    pub(crate) fn new(len: usize) -> io::Result<Self> {
         let size = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: without an address hint or MAP_FIXED the kernel chooses memory that nothing else
@@ -23,7 +23,7 @@ impl TrialMemory {
         Ok(Self { start, len })
     }
 
-    pub fn addresses(&self) -> Range<u64> {
+    pub(crate) fn addresses(&self) -> Range<u64> {
         let start = self.start.as_ptr() as u64;
         start..start + self.len as u64
     }
@@ -32,7 +32,7 @@ impl TrialMemory {
     ///
     /// # Panics
     /// When `offset` is outside.
-    pub fn write_byte(&mut self, offset: usize) {
+    pub(crate) fn write_byte(&mut self, offset: usize) {
         assert!(offset < self.len, "offset {offset} of {}", self.len);
         // SAFETY: within the mapping that `self` owns, as just checked; `&mut self` makes it the
         // only access.

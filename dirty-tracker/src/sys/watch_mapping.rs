@@ -29,7 +29,7 @@ const HUGE_PAGE: usize = 2 << 20;
 /// - not 2 MiB at once: it begins one page after a multiple of 2 MiB, where no huge page fits;
 /// - not in a child process: `fork` does not copy it.
 #[derive(Debug)]
-pub struct WatchMapping {
+pub(crate) struct WatchMapping {
     reserved: NonNull<libc::c_void>,
     reserved_len: usize,
     addresses: Range<u64>,
@@ -47,7 +47,7 @@ unsafe impl Sync for WatchMapping {}
 impl WatchMapping {
     /// The caller has checked that the file is sealed against shrinking and has `len` bytes. It
     /// must be open for writing, which userfaultfd demands; nothing is written.
-    pub fn new(file: impl AsFd, len: u64) -> io::Result<Self> {
+    pub(crate) fn new(file: impl AsFd, len: u64) -> io::Result<Self> {
         let uffd = uffd::open().map_err(|none| none.error)?.fd;
         let size = usize::try_from(len)
             .ok()
@@ -102,12 +102,12 @@ impl WatchMapping {
     }
 
     /// Maps what the file holds in these bytes. What it does not hold, it gets: zeros.
-    pub fn map(&self, bytes: &Range<u64>) -> io::Result<()> {
+    pub(crate) fn map(&self, bytes: &Range<u64>) -> io::Result<()> {
         self.advise(&self.addresses_of(bytes), libc::MADV_POPULATE_READ)
     }
 
     /// Whether the page at `offset` holds nothing but zeros. Maps it.
-    pub fn is_zero(&self, offset: u64) -> bool {
+    pub(crate) fn is_zero(&self, offset: u64) -> bool {
         let page = self.addresses_of(&(offset..offset + PAGE as u64)).start as *const u64;
         // SAFETY: inside the mapping, as just checked, which cannot vanish, and aligned like its
         // page. The guest may write to it meanwhile: each word is read once, and no reference to it
@@ -116,7 +116,7 @@ impl WatchMapping {
     }
 
     /// Calls `found` with runs of bytes of the file that are not mapped, in order.
-    pub fn not_mapped(
+    pub(crate) fn not_mapped(
         &self,
         buffer: &mut ScanBuffer,
         mut found: impl FnMut(Range<u64>),

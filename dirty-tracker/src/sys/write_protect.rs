@@ -43,7 +43,7 @@ const _: () = assert!(UFFDIO_WRITEPROTECT == 0xc018_aa06 as libc::Ioctl);
 ///
 /// What is registered with this uffd already stays as it is, protection and all: a second helper
 /// takes over where the first one ended.
-pub fn register(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
+pub(crate) fn register(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
     let mut arg = Register {
         start: range.start,
         len: range.end - range.start,
@@ -57,7 +57,7 @@ pub fn register(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
 }
 
 /// Protects every page of a registered range, those that do not exist yet included, piece by piece.
-pub fn protect(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
+pub(crate) fn protect(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
     pieces(range).try_for_each(|piece| protect_at_once(uffd, &piece))
 }
 

@@ -14,17 +14,17 @@ use dirty_tracker::{
 };
 use tempfile::TempDir;
 
-pub const PAGE: u64 = 4096;
-pub const TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const PAGE: u64 = 4096;
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The plugin and the stand-in, as cargo builds them.
-pub struct Built {
+pub(crate) struct Built {
     pub plugin: PathBuf,
     pub stand_in: PathBuf,
 }
 
 /// Builds both once per test program; when they are up to date this takes a tenth of a second.
-pub fn built() -> &'static Built {
+pub(crate) fn built() -> &'static Built {
     static BUILT: OnceLock<Built> = OnceLock::new();
     BUILT.get_or_init(|| {
         let artifacts = cargo_build();
@@ -72,7 +72,7 @@ fn paths_in(message: &serde_json::Value) -> Vec<PathBuf> {
 static STARTING: Mutex<()> = Mutex::new(());
 
 /// A process with the plugin in it, some shared memory and some private memory. Killed on drop.
-pub struct StandIn {
+pub(crate) struct StandIn {
     pub memory: GuestMemory,
     pub socket: PathBuf,
     pub private_address: u64,
@@ -85,12 +85,12 @@ pub struct StandIn {
 }
 
 impl StandIn {
-    pub fn start(shared_pages: u64, private_pages: u64) -> Self {
+    pub(crate) fn start(shared_pages: u64, private_pages: u64) -> Self {
         let dir = TempDir::new().expect("a directory");
         Self::start_in(dir, shared_pages, private_pages)
     }
 
-    pub fn start_in(dir: TempDir, shared_pages: u64, private_pages: u64) -> Self {
+    pub(crate) fn start_in(dir: TempDir, shared_pages: u64, private_pages: u64) -> Self {
         let memory = GuestMemory::create("ram", shared_pages * PAGE).expect("memory");
         let socket = dir.path().join("plugin.sock");
         let mut child = spawn(&memory, &socket, shared_pages, private_pages);
@@ -115,27 +115,27 @@ impl StandIn {
     }
 
     /// What the plugin's install function returns when its socket is `socket`.
-    pub fn try_socket(socket: &Path) -> String {
+    pub(crate) fn try_socket(socket: &Path) -> String {
         let memory = GuestMemory::create("ram", PAGE).expect("memory");
         let output = spawn(&memory, socket, 1, 1).wait_with_output().expect("it ends");
         String::from_utf8(output.stdout).expect("text").trim().to_owned()
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub fn dir(&self) -> &Path {
+    pub(crate) fn dir(&self) -> &Path {
         self.dir.path()
     }
 
     /// Sends one line and returns the answer.
-    pub fn tell(&mut self, line: &str) -> String {
+    pub(crate) fn tell(&mut self, line: &str) -> String {
         writeln!(self.input, "{line}").expect("it listens");
         self.output.next().expect("it answers").expect("text")
     }
 
-    pub fn act(&mut self, operation: char, memory: char, pages: &[u64]) {
+    pub(crate) fn act(&mut self, operation: char, memory: char, pages: &[u64]) {
         let mut line = format!("{operation} {memory}");
         for page in pages {
             line += &format!(" {page}");
@@ -143,15 +143,15 @@ impl StandIn {
         assert_eq!(self.tell(&line), "ok", "{line}");
     }
 
-    pub fn write(&mut self, memory: char, pages: &[u64]) {
+    pub(crate) fn write(&mut self, memory: char, pages: &[u64]) {
         self.act('w', memory, pages);
     }
 
-    pub fn handles(&self) -> PluginHandles {
+    pub(crate) fn handles(&self) -> PluginHandles {
         PluginHandles::connect(&self.socket, TIMEOUT).expect("the plugin answers")
     }
 
-    pub fn blocks(&self) -> Vec<TrackedBlock> {
+    pub(crate) fn blocks(&self) -> Vec<TrackedBlock> {
         vec![
             TrackedBlock {
                 name: "shared".into(),
@@ -169,21 +169,21 @@ impl StandIn {
     }
 
     /// The same with holes watched, as for a VM with a balloon.
-    pub fn attach_watching(&self) -> (Tracker, BlockId, BlockId) {
+    pub(crate) fn attach_watching(&self) -> (Tracker, BlockId, BlockId) {
         let (mut tracker, shared, private) = self.attach();
         tracker.watch_holes().expect("holes can be watched");
         (tracker, shared, private)
     }
 
     /// A tracker, and the numbers of the shared and the private RAM block.
-    pub fn attach(&self) -> (Tracker, BlockId, BlockId) {
+    pub(crate) fn attach(&self) -> (Tracker, BlockId, BlockId) {
         let tracker = Tracker::attach(self.handles(), self.blocks()).expect("tracking starts");
         let (shared, private) =
             (tracker.find("shared").expect("there"), tracker.find("private").expect("there"));
         (tracker, shared, private)
     }
 
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.child.kill().expect("ours");
         self.child.wait().expect("ours");
     }
@@ -212,17 +212,17 @@ fn spawn(memory: &GuestMemory, socket: &Path, shared_pages: u64, private_pages: 
 }
 
 /// The page numbers of a set.
-pub fn numbers(pages: &PageSet) -> Vec<u64> {
+pub(crate) fn numbers(pages: &PageSet) -> Vec<u64> {
     pages.iter().map(PageIndex::get).collect()
 }
 
 /// The checkpoint that the tests' claims are for.
-pub fn checkpoint() -> CheckpointRef {
+pub(crate) fn checkpoint() -> CheckpointRef {
     CheckpointRef { vm: "test".parse().expect("a name"), id: CheckpointId(1) }
 }
 
 /// Acknowledges a claim for it, without a store.
 #[expect(clippy::disallowed_methods, reason = "a receipt without a store")]
-pub fn acknowledge(claim: DirtyClaim) {
+pub(crate) fn acknowledge(claim: DirtyClaim) {
     claim.acknowledge(&DurableReceipt::of_commit(checkpoint())).expect("the same checkpoint");
 }

@@ -23,7 +23,7 @@ const NOT_INHERITED: &str = "STILLPOINT_";
 /// In a session of its own, where the old one stands.
 ///
 /// `like`: the old process, whose environment it gets (a library path, say).
-pub fn start(
+pub(super) fn start(
     file: &VmFile,
     runtime: &RuntimeDir,
     plugin: &Path,
@@ -57,7 +57,7 @@ fn environment(pid: u32) -> Option<Vec<(std::ffi::OsString, std::ffi::OsString)>
 }
 
 /// Its monitor, as soon as it has one.
-pub async fn connect(process: Process, runtime: &RuntimeDir) -> Result<Qmp> {
+pub(super) async fn connect(process: Process, runtime: &RuntimeDir) -> Result<Qmp> {
     let is_up = || {
         ready(if runtime.qmp().exists() { Some(true) } else { (!process.lives()).then_some(false) })
     };
@@ -70,20 +70,20 @@ pub async fn connect(process: Process, runtime: &RuntimeDir) -> Result<Qmp> {
 }
 
 /// Ends a process for good, and waits until it has let go of everything.
-pub async fn end(process: Process) -> Result<()> {
+pub(super) async fn end(process: Process) -> Result<()> {
     let end = move || process::end(process.pid, process.started);
     tokio::task::spawn_blocking(end).await.context("internal error: ending QEMU panicked")?
 }
 
 /// The error with what the new QEMU itself said.
-pub fn explain(runtime: &RuntimeDir, error: Error) -> Error {
+pub(super) fn explain(runtime: &RuntimeDir, error: Error) -> Error {
     let said = said::quote_log(&runtime.qemu_log());
     if said.is_empty() { error } else { error.context(format!("the new QEMU said: {said}")) }
 }
 
 /// The QEMU of this instance that we started, found by its command line, when its number was not
 /// written down any more.
-pub fn find(file: &VmFile) -> Option<Process> {
+pub(super) fn find(file: &VmFile) -> Option<Process> {
     let id = format!("id=stillpoint-{}", file.instance);
     let mut hits = process::all().filter(|process| {
         process::command_line(process)

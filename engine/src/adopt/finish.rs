@@ -17,7 +17,7 @@ const QUIT: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// `source`: the old QEMU's monitor, if it still answers. Tells what could not be carried over.
-pub async fn finish(
+pub(super) async fn finish(
     record: &Record,
     runtime: &RuntimeDir,
     source: Option<&Qmp>,

@@ -14,7 +14,7 @@ const SPARE_BYTES: u64 = 256 << 20;
 /// Namespaces that the new QEMU, a child of ours, would not be in.
 const NAMESPACES: &[&str] = &["mnt", "net", "pid", "user", "ipc"];
 
-pub fn check(process: &QemuProcess, ram_bytes: u64) -> Result<()> {
+pub(super) fn check(process: &QemuProcess, ram_bytes: u64) -> Result<()> {
     check_manager(process)?;
     check_place(process)?;
     check_memory(available_memory()?, ram_bytes)
@@ -104,7 +104,7 @@ fn group_room() -> Option<u64> {
 }
 
 /// A service manager that started QEMU takes its end for the VM's.
-pub fn service_of(pid: u32) -> Option<String> {
+pub(super) fn service_of(pid: u32) -> Option<String> {
     service(&process::control_group(&process::open(pid).ok()?)?)
 }
 

@@ -15,21 +15,21 @@ use vm::launch::arguments::{KeyList, QemuOption};
 
 /// What is done when the old QEMU is gone.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Later {
+pub(super) struct Later {
     pub sockets: Vec<Socket>,
     pub forwards: Vec<Forward>,
 }
 
 /// A port of the host that user networking forwards to the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Forward {
+pub(super) struct Forward {
     pub netdev: String,
     /// As `-netdev user,hostfwd=` has it.
     pub rule: String,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Line {
+pub(super) struct Line {
     pub options: Vec<QemuOption>,
     pub later: Later,
     /// What the owner should know.
@@ -89,7 +89,7 @@ const OBJECTS: &[(&str, &str)] = &[
 const NETWORKS: &[&str] = &["user", "bridge", "hubport", "none", "tap"];
 
 /// Builds it from the options of the VM. `directory` is the QEMU's own.
-pub fn rewrite(options: &[QemuOption], directory: &Path) -> Result<Line> {
+pub(super) fn rewrite(options: &[QemuOption], directory: &Path) -> Result<Line> {
     let mut walk =
         Walk { directory, line: Line::default(), serials: 0, networks: 0, has_display: false };
     for option in options {

@@ -47,7 +47,7 @@ struct Piece {
     is_sparse: bool,
 }
 
-pub struct MemoryComparison {
+pub(super) struct MemoryComparison {
     source: u32,
     destination: u32,
     pieces: Vec<Piece>,
@@ -55,7 +55,7 @@ pub struct MemoryComparison {
 
 impl MemoryComparison {
     /// Finds the memories of both, with the guest running.
-    pub async fn prepare(source: (&Qmp, u32), destination: (&Qmp, u32)) -> Result<Self> {
+    pub(super) async fn prepare(source: (&Qmp, u32), destination: (&Qmp, u32)) -> Result<Self> {
         let old = blocks(source.0, source.1).await.map_err(cannot_read)?;
         let new = blocks(destination.0, destination.1).await?;
         let maps = maps(source.1)?;
@@ -77,7 +77,7 @@ impl MemoryComparison {
     }
 
     /// With the guest stopped: copies what differs, and says how many pages that were.
-    pub async fn copy_lost_pages(self, destination: &Qmp) -> Result<u64> {
+    pub(super) async fn copy_lost_pages(self, destination: &Qmp) -> Result<u64> {
         // When QEMU has replied twice, it has read all of the stream that was in the socket before:
         // it writes no older page from now on.
         for _ in 0..2 {
@@ -252,7 +252,7 @@ fn cannot_read(error: anyhow::Error) -> anyhow::Error {
 }
 
 /// Whether we may read that process at all, asked before anything is done.
-pub fn check_readable(pid: u32) -> Result<()> {
+pub(super) fn check_readable(pid: u32) -> Result<()> {
     process::started(pid).context("the old QEMU has ended")?;
     match File::open(format!("/proc/{pid}/mem")) {
         Ok(_) => Ok(()),

@@ -23,7 +23,7 @@ use vm::reopen;
 use vm::running::Vm;
 use vm::runtime_dir::{External, VmFile};
 
-pub struct Plan {
+pub(super) struct Plan {
     pub source: Process,
     pub monitor: PathBuf,
     pub found: Found,
@@ -42,7 +42,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub async fn make(vm: &Vm, qemu: Option<&Path>) -> Result<Self> {
+    pub(super) async fn make(vm: &Vm, qemu: Option<&Path>) -> Result<Self> {
         let there = external(&vm.file)?;
         let process = QemuProcess::read(vm.pid)?;
         let options = arguments::parse(&vm.file.arguments)?;

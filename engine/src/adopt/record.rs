@@ -27,7 +27,7 @@ const MAX_BYTES: u64 = 4 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Stage {
+pub(super) enum Stage {
     /// The new QEMU may have been started; the old one has not noticed.
     Started,
     /// The old one's migration was set up.
@@ -42,13 +42,13 @@ pub enum Stage {
 
 /// Which of the two is the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
+pub(super) enum Side {
     Source,
     Destination,
 }
 
 impl Stage {
-    pub fn vm(self) -> Side {
+    pub(super) fn vm(self) -> Side {
         match self {
             Self::Started | Self::Moving => Side::Source,
             Self::Decided | Self::Resuming | Self::Running => Side::Destination,
@@ -68,32 +68,32 @@ impl Stage {
 
 /// A process that is not taken for a later one of its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Process {
+pub(super) struct Process {
     pub pid: u32,
     /// In the kernel's ticks since boot.
     pub started: u64,
 }
 
 impl Process {
-    pub fn of(pid: u32) -> Option<Self> {
+    pub(super) fn of(pid: u32) -> Option<Self> {
         process::started(pid).map(|started| Self { pid, started })
     }
 
-    pub fn lives(self) -> bool {
+    pub(super) fn lives(self) -> bool {
         process::started(self.pid) == Some(self.started)
     }
 }
 
 /// An image as it was when the old QEMU had given it away.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageMark {
+pub(super) struct ImageMark {
     pub path: PathBuf,
     bytes: u64,
     modified: (i64, i64),
 }
 
 impl ImageMark {
-    pub fn of(path: &Path) -> Result<Self> {
+    pub(super) fn of(path: &Path) -> Result<Self> {
         let facts =
             std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
         Ok(Self {
@@ -109,7 +109,7 @@ impl ImageMark {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
+pub(super) struct Record {
     format: u32,
     stage: Stage,
     pub source: Process,
@@ -127,7 +127,7 @@ pub struct Record {
 }
 
 impl Record {
-    pub fn begin(
+    pub(super) fn begin(
         source: Process,
         monitor: PathBuf,
         found: Found,
@@ -147,12 +147,12 @@ impl Record {
         }
     }
 
-    pub fn stage(&self) -> Stage {
+    pub(super) fn stage(&self) -> Stage {
         self.stage
     }
 
     /// The next stage, on disk before this returns.
-    pub fn advance(&mut self, to: Stage, runtime: &RuntimeDir) -> Result<()> {
+    pub(super) fn advance(&mut self, to: Stage, runtime: &RuntimeDir) -> Result<()> {
         if self.stage.next() != Some(to) {
             bail!("an adoption cannot go from {:?} to {to:?}", self.stage);
         }
@@ -161,11 +161,11 @@ impl Record {
     }
 
     /// It need not survive a power cut, which neither QEMU survives.
-    pub fn save(&self, runtime: &RuntimeDir) -> Result<()> {
+    pub(super) fn save(&self, runtime: &RuntimeDir) -> Result<()> {
         runtime.replace("adopt.json", &serde_json::to_vec(self).context("encoding adopt.json")?)
     }
 
-    pub fn read(runtime: &RuntimeDir) -> Result<Option<Self>> {
+    pub(super) fn read(runtime: &RuntimeDir) -> Result<Option<Self>> {
         let path = runtime.adoption();
         if !path.exists() {
             return Ok(None);
@@ -179,7 +179,7 @@ impl Record {
         Ok(Some(record))
     }
 
-    pub fn remove(runtime: &RuntimeDir) -> Result<()> {
+    pub(super) fn remove(runtime: &RuntimeDir) -> Result<()> {
         match std::fs::remove_file(runtime.adoption()) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(error).with_context(|| format!("removing {}", runtime.adoption().display()))
@@ -190,7 +190,7 @@ impl Record {
 
     /// Whether the old QEMU may be let continue although the decision fell: the new one is dead and
     /// has written no disk.
-    pub fn can_be_undone(&self) -> bool {
+    pub(super) fn can_be_undone(&self) -> bool {
         match self.stage {
             Stage::Started | Stage::Moving | Stage::Decided => true,
             Stage::Resuming => self.images.iter().all(ImageMark::is_untouched),

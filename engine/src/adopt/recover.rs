@@ -72,7 +72,7 @@ async fn resume(record: &mut Record, runtime: &RuntimeDir, destination: &Qmp) ->
 
 /// The adoption failed with `error`: lets the old QEMU continue. The returned error says whether
 /// that succeeded.
-pub async fn roll_back(
+pub(super) async fn roll_back(
     record: &Record,
     runtime: &RuntimeDir,
     source: Option<&Qmp>,

@@ -19,14 +19,14 @@ const OWN: &[&str] =
 
 /// A socket that waits under another name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Socket {
+pub(super) struct Socket {
     pub waits: PathBuf,
     pub path: PathBuf,
 }
 
 impl Socket {
     /// Where the new QEMU makes the socket that is `path` on the command line.
-    pub fn beside(path: &str, directory: &Path) -> Result<(String, Self), String> {
+    pub(super) fn beside(path: &str, directory: &Path) -> Result<(String, Self), String> {
         let waits = format!("{path}{SUFFIX}");
         if waits.len() > MAX_SOCKET_PATH {
             return Err(format!(

@@ -27,7 +27,7 @@ use vm::running::Vm;
 use vm::runtime_dir::RuntimeDir;
 
 /// Where the new QEMU waits for the stream.
-pub fn stream_socket(runtime: &RuntimeDir) -> PathBuf {
+pub(super) fn stream_socket(runtime: &RuntimeDir) -> PathBuf {
     runtime.path().join("adopt.sock")
 }
 

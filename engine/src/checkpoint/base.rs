@@ -46,7 +46,7 @@ pub struct History {
 
 impl Base {
     /// Looks up what this VM's last durable checkpoint is, if it is of this VM's lineage at all.
-    pub async fn find(
+    pub(super) async fn find(
         vm: &Vm,
         repository: &Repository,
         disks: &[(SpaceName, PageCount)],
@@ -168,22 +168,22 @@ impl History {
     }
 
     /// The checkpoint that the disks' bitmaps are to be believed from.
-    pub fn parent_of_bitmaps(&self) -> Option<CheckpointId> {
+    pub(super) fn parent_of_bitmaps(&self) -> Option<CheckpointId> {
         self.parent().filter(|_| self.are_bitmaps_of_lineage)
     }
 
-    pub fn next(&self) -> CheckpointId {
+    pub(super) fn next(&self) -> CheckpointId {
         self.lineage.newest().map_or(CheckpointId::FIRST, |newest| newest.next())
     }
 
     /// Whether the lineage is so long that another has to begin.
-    pub fn is_long(&self) -> bool {
+    pub(super) fn is_long(&self) -> bool {
         self.lineage.identities().len() >= NEW_LINEAGE_AFTER
     }
 
     /// A checkpoint is durable; what it was given of the marks counts from it. Returns the marks'
     /// new meaning.
-    pub fn advance(&mut self, checkpoint: CheckpointIdentity) -> Marks {
+    pub(super) fn advance(&mut self, checkpoint: CheckpointIdentity) -> Marks {
         self.lineage.add(checkpoint);
         // A bitmap was begun on every disk in its pause.
         self.are_bitmaps_of_lineage = true;
@@ -191,7 +191,7 @@ impl History {
     }
 
     /// What the marks count from, if that is the parent.
-    pub fn marks(&self) -> Option<Marks> {
+    pub(super) fn marks(&self) -> Option<Marks> {
         let since = self.lineage.identities().last().filter(|_| self.are_bitmaps_of_lineage);
         since.map(|since| Marks { since: *since, is_exact: self.is_exact })
     }

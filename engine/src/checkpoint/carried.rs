@@ -29,13 +29,13 @@ use std::sync::Arc;
 use tokio::sync::Mutex;
 
 /// Less than this is stored again as quickly as it is looked up.
-pub const WORTH_KEEPING: ByteLen = ByteLen(16 << 20);
+pub(super) const WORTH_KEEPING: ByteLen = ByteLen(16 << 20);
 
 /// A manifest has to hold them and as many more: 768 GiB.
-pub const MOST_KEPT: usize = MAX_PACKS / 2;
+pub(super) const MOST_KEPT: usize = MAX_PACKS / 2;
 
 /// Packs of failed tries, in the store and in no checkpoint.
-pub struct Carried {
+pub(super) struct Carried {
     pub kept: KeptPartial,
     /// By number, ascending.
     pub packs: Vec<NumberedPack>,
@@ -44,17 +44,17 @@ pub struct Carried {
 }
 
 impl Carried {
-    pub fn bytes(&self) -> ByteLen {
+    pub(super) fn bytes(&self) -> ByteLen {
         bytes(&self.packs)
     }
 }
 
-pub fn bytes(packs: &[NumberedPack]) -> ByteLen {
+pub(super) fn bytes(packs: &[NumberedPack]) -> ByteLen {
     ByteLen(packs.iter().map(|pack| pack.record.info.len.0).sum())
 }
 
 /// Packs of earlier tries in the checkpoint under way.
-pub struct Resumed {
+pub(super) struct Resumed {
     partial: Arc<PartialCheckpoint>,
     packs: Vec<CarriedPack>,
     /// One index is in memory at a time.
@@ -68,7 +68,7 @@ struct CarriedPack {
 }
 
 impl Resumed {
-    pub fn none(partial: Arc<PartialCheckpoint>) -> Self {
+    pub(super) fn none(partial: Arc<PartialCheckpoint>) -> Self {
         Self { partial, packs: Vec::new(), reading: Mutex::default() }
     }
 
@@ -79,7 +79,7 @@ impl Resumed {
     /// not there as it was stored, if it holds what this VM does not have, or if less than half of
     /// its pages are its own: the rest would be garbage in the store for as long as the checkpoint
     /// is there.
-    pub async fn of_packs(
+    pub(super) async fn of_packs(
         partial: Arc<PartialCheckpoint>,
         packs: Vec<NumberedPack>,
         delta: &mut Delta,
@@ -152,7 +152,11 @@ impl Resumed {
     }
 
     /// What the packs hold of a part of a disk; `None`: nothing.
-    pub async fn window(&self, space: &SpaceName, pages: PageRange) -> Result<Option<Window>> {
+    pub(super) async fn window(
+        &self,
+        space: &SpaceName,
+        pages: PageRange,
+    ) -> Result<Option<Window>> {
         let meets = |part: &(SpaceName, PageRange)| {
             part.0 == *space && part.1.start < pages.end && pages.start < part.1.end
         };
@@ -168,16 +172,16 @@ impl Resumed {
         Ok(window)
     }
 
-    pub fn packs(&self) -> Vec<NumberedPack> {
+    pub(super) fn packs(&self) -> Vec<NumberedPack> {
         self.packs.iter().map(|carried| carried.pack.clone()).collect()
     }
 
     /// The number of the last pack, or 0.
-    pub fn last(&self) -> u32 {
+    pub(super) fn last(&self) -> u32 {
         self.packs.last().map_or(0, |carried| carried.pack.number)
     }
 
-    pub fn bytes(&self) -> ByteLen {
+    pub(super) fn bytes(&self) -> ByteLen {
         bytes(&self.packs())
     }
 }

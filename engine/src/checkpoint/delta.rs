@@ -28,7 +28,7 @@ const ZERO_PAGES: PageCount = PageCount(MAX_PAGES_PER_PACK / 4);
 const MOST_RANGES: usize = 16 << 10;
 
 /// One named array of pages of the VM, and what the last durable checkpoint holds of it.
-pub struct Space {
+pub(super) struct Space {
     pub name: SpaceName,
     pub pages: PageCount,
     pub table: DigestTable,
@@ -52,7 +52,7 @@ struct CarriedPages {
 }
 
 impl Space {
-    pub fn new(name: SpaceName, pages: PageCount, table: DigestTable) -> Self {
+    pub(super) fn new(name: SpaceName, pages: PageCount, table: DigestTable) -> Self {
         let counted = if name.kind() == SpaceKind::Ram { pages } else { PageCount(0) };
         Self {
             name,
@@ -164,7 +164,7 @@ struct OpenFrame {
     raw: Vec<u8>,
 }
 
-pub struct Delta {
+pub(super) struct Delta {
     spaces: Vec<Space>,
     ids: Vec<SpaceId>,
     frames: Vec<OpenFrame>,
@@ -175,7 +175,7 @@ pub struct Delta {
 }
 
 impl Delta {
-    pub fn new(spaces: Vec<Space>, table: &SpaceTable) -> Result<Self> {
+    pub(super) fn new(spaces: Vec<Space>, table: &SpaceTable) -> Result<Self> {
         let id = |space: &Space| {
             table.id(&space.name).with_context(|| format!("space {} has no number", space.name))
         };
@@ -184,22 +184,22 @@ impl Delta {
         Ok(Self { spaces, ids, frames, zeros: None, changed: PageCount(0), missed: PageCount(0) })
     }
 
-    pub fn spaces(&self) -> &[Space] {
+    pub(super) fn spaces(&self) -> &[Space] {
         &self.spaces
     }
 
     /// Pages whose content differs from the parent's.
-    pub fn changed(&self) -> PageCount {
+    pub(super) fn changed(&self) -> PageCount {
         self.changed
     }
 
     /// Whether a restore of the parent, plus what was stored so far, would give this page.
-    pub fn holds(&self, space: SpaceNumber, page: PageIndex, digest: PageDigest) -> bool {
+    pub(super) fn holds(&self, space: SpaceNumber, page: PageIndex, digest: PageDigest) -> bool {
         self.spaces[usize::from(space)].holds(page, digest)
     }
 
     /// Takes pages in ascending order, each at most once until the next [`Delta::flush`].
-    pub fn offer(
+    pub(super) fn offer(
         &mut self,
         space: SpaceNumber,
         first: PageIndex,
@@ -241,7 +241,12 @@ impl Delta {
 
     /// Pages known to hold zeros. Costs the ranges that it meets, not the pages: a hole may be as
     /// large as a disk.
-    pub fn offer_zero(&mut self, space: SpaceNumber, pages: PageRange, jobs: &mut Vec<PackJob>) {
+    pub(super) fn offer_zero(
+        &mut self,
+        space: SpaceNumber,
+        pages: PageRange,
+        jobs: &mut Vec<PackJob>,
+    ) {
         let news = self.spaces[usize::from(space)].not_zero(pages);
         self.spaces[usize::from(space)].confirm_zero(pages);
         for part in news {
@@ -260,7 +265,7 @@ impl Delta {
 
     /// Says that a whole space is zero but for what is offered after, and what is carried: the
     /// ground of a full checkpoint.
-    pub fn ground(&mut self, space: SpaceNumber, jobs: &mut Vec<PackJob>) {
+    pub(super) fn ground(&mut self, space: SpaceNumber, jobs: &mut Vec<PackJob>) {
         let all = self.spaces[usize::from(space)].pages.all();
         let is_carried = self.spaces[usize::from(space)].carried.unconfirmed.is_some();
         let rest =
@@ -273,7 +278,7 @@ impl Delta {
 
     /// Whether all that the pack records can be part of this checkpoint. Device state cannot: it
     /// has another length each time.
-    pub fn could_hold(&self, index: &PackIndex) -> bool {
+    pub(super) fn could_hold(&self, index: &PackIndex) -> bool {
         let space = |name: &SpaceName| self.spaces.iter().find(|space| space.name == *name);
         let fits = |name: &SpaceName, pages: PageRange| {
             let is_carried = matches!(name.kind(), SpaceKind::Ram | SpaceKind::Disk);
@@ -284,7 +289,7 @@ impl Delta {
     }
 
     /// Pages of the pack that no pack carried so far records.
-    pub fn uncarried(&self, index: &PackIndex) -> PageCount {
+    pub(super) fn uncarried(&self, index: &PackIndex) -> PageCount {
         let data = index.runs().iter().filter(|run| run.source != RunSource::Zero);
         let space = |run: &PageRun| {
             self.spaces.iter().find(|space| space.name == *index.space_name(run.space))
@@ -294,7 +299,7 @@ impl Delta {
 
     /// Takes in a pack that an earlier try stored and that is a pack of this checkpoint. To be
     /// called with the newest pack first, before anything is offered.
-    pub fn carry(&mut self, index: &PackIndex) {
+    pub(super) fn carry(&mut self, index: &PackIndex) {
         for run in index.runs().iter().rev() {
             let name = index.space_name(run.space);
             let Some(space) = self.spaces.iter_mut().find(|space| space.name == *name) else {
@@ -310,25 +315,25 @@ impl Delta {
     }
 
     /// The part of a disk that is offered from here on.
-    pub fn enter(&mut self, space: SpaceNumber, window: Option<Window>) {
+    pub(super) fn enter(&mut self, space: SpaceNumber, window: Option<Window>) {
         let passed = std::mem::replace(&mut self.spaces[usize::from(space)].carried.window, window);
         self.missed.0 += passed.map_or(0, |window| window.left().0);
     }
 
     /// Nothing is known of what any memory page holds: a full checkpoint begins.
-    pub fn forget_memory(&mut self) {
+    pub(super) fn forget_memory(&mut self) {
         let memory = self.spaces.iter_mut().filter(|space| space.name.kind() == SpaceKind::Ram);
         memory.for_each(|space| space.table.truncate(PageCount(0)));
     }
 
     /// Every memory page was looked at, also those that were not offered because they are as they
     /// were.
-    pub fn confirm_memory(&mut self) {
+    pub(super) fn confirm_memory(&mut self) {
         self.spaces.iter_mut().for_each(|space| space.carried.unconfirmed = None);
     }
 
     /// Carried pages that were not looked at.
-    pub fn unconfirmed(&self) -> PageCount {
+    pub(super) fn unconfirmed(&self) -> PageCount {
         let memory = self
             .spaces
             .iter()
@@ -340,7 +345,7 @@ impl Delta {
     }
 
     /// The space has this size now: what was known of pages beyond is gone.
-    pub fn truncate(&mut self, space: SpaceNumber, pages: PageCount) {
+    pub(super) fn truncate(&mut self, space: SpaceNumber, pages: PageCount) {
         self.spaces[usize::from(space)].table.truncate(pages);
     }
 
@@ -369,7 +374,7 @@ impl Delta {
     }
 
     /// Ends a pass: everything offered so far comes before whatever follows.
-    pub fn flush(&mut self, jobs: &mut Vec<PackJob>) {
+    pub(super) fn flush(&mut self, jobs: &mut Vec<PackJob>) {
         for space in 0..self.frames.len() {
             self.close_frame(space as SpaceNumber, jobs);
         }
@@ -396,7 +401,7 @@ impl Delta {
     }
 
     /// The checkpoint is durable: the tables are what the next one compares with.
-    pub fn acknowledge(mut self) -> Vec<Space> {
+    pub(super) fn acknowledge(mut self) -> Vec<Space> {
         for space in &mut self.spaces {
             space.stored.clear();
             space.carried = CarriedPages::default();
@@ -407,7 +412,7 @@ impl Delta {
 
     /// The checkpoint failed: what it would have stored is unknown again, so it is stored by the
     /// next one.
-    pub fn fail(mut self) -> Vec<Space> {
+    pub(super) fn fail(mut self) -> Vec<Space> {
         for space in &mut self.spaces {
             space.carried = CarriedPages::default();
             if space.name.kind() == SpaceKind::Ram {

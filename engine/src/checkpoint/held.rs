@@ -15,7 +15,7 @@ use std::time::SystemTime;
 const LISTING_DUE: usize = 64;
 
 /// The parent with its ancestors, and what is known of their directory in the store.
-pub struct HeldLineage {
+pub(super) struct HeldLineage {
     vm: VmName,
     /// Oldest first. Empty: the next checkpoint is full.
     identities: Vec<CheckpointIdentity>,
@@ -36,13 +36,13 @@ struct Listed {
 }
 
 /// The checkpoints of a VM, and when that was so.
-pub struct Listing {
+pub(super) struct Listing {
     pub checkpoints: Vec<CheckpointId>,
     changed: Option<SystemTime>,
 }
 
 impl Listing {
-    pub async fn read(repository: &Repository, vm: &VmName) -> Result<Self> {
+    pub(super) async fn read(repository: &Repository, vm: &VmName) -> Result<Self> {
         // Before the listing: what comes or goes meanwhile shows in the next time.
         let changed = repository.checkpoints_changed(vm).await;
         let changed =
@@ -61,7 +61,7 @@ impl Listing {
 
 impl HeldLineage {
     /// `listing`: made before `identities` were read.
-    pub fn new(vm: &VmName, identities: Vec<CheckpointIdentity>, listing: &Listing) -> Self {
+    pub(super) fn new(vm: &VmName, identities: Vec<CheckpointIdentity>, listing: &Listing) -> Self {
         Self {
             vm: vm.clone(),
             identities,
@@ -70,28 +70,28 @@ impl HeldLineage {
         }
     }
 
-    pub fn identities(&self) -> &[CheckpointIdentity] {
+    pub(super) fn identities(&self) -> &[CheckpointIdentity] {
         &self.identities
     }
 
-    pub fn newest(&self) -> Option<CheckpointId> {
+    pub(super) fn newest(&self) -> Option<CheckpointId> {
         self.newest
     }
 
     /// A checkpoint is durable, and the parent of the next.
-    pub fn add(&mut self, checkpoint: CheckpointIdentity) {
+    pub(super) fn add(&mut self, checkpoint: CheckpointIdentity) {
         self.identities.push(checkpoint);
         self.newest = Some(checkpoint.id);
         self.listed.iter_mut().for_each(|listed| listed.added += 1);
     }
 
     /// The next checkpoint is full.
-    pub fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.identities.clear();
     }
 
     /// Whether the store still holds all of the lineage, and nothing newer than what was found.
-    pub async fn is_held(&mut self, repository: &Repository) -> Result<bool> {
+    pub(super) async fn is_held(&mut self, repository: &Repository) -> Result<bool> {
         if !self.is_unchanged(repository).await? {
             self.listed = None;
             let listing = Listing::read(repository, &self.vm).await?;
@@ -132,7 +132,7 @@ impl HeldLineage {
 
     /// Runs a change of our own to the directory: a checkpoint begins in it, is committed or
     /// removed.
-    pub async fn change<T>(
+    pub(super) async fn change<T>(
         &mut self,
         repository: &Repository,
         change: impl Future<Output = T>,

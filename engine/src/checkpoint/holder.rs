@@ -12,7 +12,7 @@ use vm::files;
 use vm::launch::command::is_running;
 use vm::process;
 
-pub type Holder = WriterRecord;
+pub(super) type Holder = WriterRecord;
 
 /// A clock that was set while the host ran moves the boot's time.
 const CLOCK_STEP: Duration = Duration::from_secs(60);
@@ -25,7 +25,7 @@ const NO_NUMBER: &[&str] = &[
 ];
 
 /// Whether `holder` has surely ended, as seen from the host of `here`.
-pub fn cannot_live(holder: &Holder, here: &Holder) -> bool {
+pub(super) fn cannot_live(holder: &Holder, here: &Holder) -> bool {
     let is_other_hardware = holder
         .hardware
         .as_ref()
@@ -57,7 +57,7 @@ fn booted() -> Option<SystemTime> {
 }
 
 /// This process as a writer of `instance`.
-pub fn record(instance: &str) -> Result<Holder> {
+pub(super) fn record(instance: &str) -> Result<Holder> {
     let boot = process::boot_id()?;
     Ok(Holder {
         host: host(&boot)?,

@@ -169,7 +169,7 @@ pub fn is_worth_it(passes: u32, dirty: PageCount, before: Option<PageCount>) -> 
 }
 
 /// Takes and protects every dirty page. Only while the guest is stopped.
-pub fn take(tracker: &mut Tracker, claim: &mut DirtyClaim) -> Result<Taken> {
+pub(super) fn take(tracker: &mut Tracker, claim: &mut DirtyClaim) -> Result<Taken> {
     let ids: Vec<BlockId> = tracker.blocks().map(|(id, _)| id).collect();
     let take = |id: BlockId| Ok((id.index() as SpaceNumber, tracker.claim(id, claim)?));
     ids.into_iter().map(take).collect()
@@ -185,7 +185,7 @@ pub fn stage(tracker: &Tracker, taken: &Taken, staging: &mut Staging) -> Result<
 }
 
 /// Sends what was taken on its way at once: for passes that the staging memory cannot hold.
-pub fn spill(
+pub(super) fn spill(
     tracker: &Mutex<Tracker>,
     taken: &Taken,
     delta: &mut Delta,
@@ -209,7 +209,7 @@ pub fn spill(
 }
 
 /// Sends the staged pages, each in its newest copy.
-pub fn upload(staging: &Staging, delta: &mut Delta, entrance: &Entrance) -> Result<()> {
+pub(super) fn upload(staging: &Staging, delta: &mut Delta, entrance: &Entrance) -> Result<()> {
     let mut jobs = Vec::new();
     for staged in staging.newest() {
         delta.offer(staged.space, staged.page, staging.bytes(staged), &mut jobs);

@@ -395,7 +395,7 @@ fn ground_ram(delta: &mut Delta, jobs: &mut Vec<PackJob>) {
 }
 
 /// What the disks' content is called and how large it is; read-only disks have none.
-pub fn disk_spaces(disks: &[Disk]) -> Result<Vec<(SpaceName, PageCount)>> {
+pub(super) fn disk_spaces(disks: &[Disk]) -> Result<Vec<(SpaceName, PageCount)>> {
     let writable = disks.iter().filter(|disk| !disk.read_only);
     writable
         .map(|disk| {

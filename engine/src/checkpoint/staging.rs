@@ -15,7 +15,7 @@ const STAGING_PAGES: PageCount = PageCount((160 << 20) / 4096);
 /// Which space of the VM, as the checkpoint numbers them.
 pub type SpaceNumber = u16;
 
-pub struct Staging {
+pub(super) struct Staging {
     memory: Vec<u8>,
     used: usize,
     capacity: usize,
@@ -31,7 +31,7 @@ struct StagedRange {
 
 /// One staged page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StagedPage {
+pub(super) struct StagedPage {
     pub space: SpaceNumber,
     pub page: PageIndex,
     offset: usize,
@@ -39,25 +39,25 @@ pub struct StagedPage {
 
 impl Staging {
     /// Reserves addresses only; memory is touched by [`Staging::prefault`] or when it is used.
-    pub fn new(capacity: PageCount) -> Self {
+    pub(super) fn new(capacity: PageCount) -> Self {
         let capacity = capacity.as_usize() * PAGE_SIZE;
         Self { memory: Vec::with_capacity(capacity), used: 0, capacity, ranges: Vec::new() }
     }
 
-    pub fn capacity(&self) -> PageCount {
+    pub(super) fn capacity(&self) -> PageCount {
         PageCount((self.capacity / PAGE_SIZE) as u64)
     }
 
-    pub fn free(&self) -> PageCount {
+    pub(super) fn free(&self) -> PageCount {
         PageCount(((self.capacity - self.used) / PAGE_SIZE) as u64)
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.ranges.is_empty()
     }
 
     /// Has room for `pages` more without a page fault, so that the pause pays for copying only.
-    pub fn prefault(&mut self, pages: PageCount) {
+    pub(super) fn prefault(&mut self, pages: PageCount) {
         let wanted = (self.used + pages.as_usize() * PAGE_SIZE).min(self.capacity);
         if wanted > self.memory.len() {
             self.memory.resize(wanted, 0);
@@ -65,7 +65,7 @@ impl Staging {
     }
 
     /// Room for one range, to be filled by the caller.
-    pub fn push(&mut self, space: SpaceNumber, pages: PageRange) -> Result<&mut [u8]> {
+    pub(super) fn push(&mut self, space: SpaceNumber, pages: PageRange) -> Result<&mut [u8]> {
         let bytes = pages.byte_len().as_usize();
         if bytes > self.capacity - self.used {
             bail!(
@@ -84,7 +84,7 @@ impl Staging {
     }
 
     /// Each staged page once, in its newest copy, ordered by space and page.
-    pub fn newest(&self) -> Vec<StagedPage> {
+    pub(super) fn newest(&self) -> Vec<StagedPage> {
         let mut pages: Vec<StagedPage> = self.ranges.iter().flat_map(StagedRange::pages).collect();
         // Stable: of equal pages the later copy stays last.
         pages.sort_by_key(|staged| (staged.space, staged.page));
@@ -94,12 +94,12 @@ impl Staging {
         pages
     }
 
-    pub fn bytes(&self, staged: StagedPage) -> &[u8] {
+    pub(super) fn bytes(&self, staged: StagedPage) -> &[u8] {
         &self.memory[staged.offset..staged.offset + PAGE_SIZE]
     }
 
     /// Empty again, its memory kept for the next use up to `keep`.
-    pub fn clear(&mut self, keep: PageCount) {
+    pub(super) fn clear(&mut self, keep: PageCount) {
         self.used = 0;
         self.ranges.clear();
         if self.memory.len() > keep.as_usize() * PAGE_SIZE {

@@ -5,19 +5,19 @@ use checkpoint_format::{
 };
 
 /// What the packs record for the pages of one part of a disk: 16 bytes a page of the part.
-pub struct Window {
+pub(super) struct Window {
     pages: PageRange,
     /// By place in `pages`.
     table: DigestTable,
 }
 
 impl Window {
-    pub fn new(pages: PageRange) -> Self {
+    pub(super) fn new(pages: PageRange) -> Self {
         Self { pages, table: DigestTable::dense(pages.len()) }
     }
 
     /// Takes in what a pack records; of two packs the later one counts.
-    pub fn apply(&mut self, space: &SpaceName, index: &PackIndex) {
+    pub(super) fn apply(&mut self, space: &SpaceName, index: &PackIndex) {
         for run in index.runs_of(space) {
             let Some(part) = self.place(run.pages) else { continue };
             if run.source == RunSource::Zero {
@@ -32,12 +32,12 @@ impl Window {
     }
 
     /// What the packs hold of the page, if they hold it and it was not forgotten.
-    pub fn get(&self, page: PageIndex) -> Option<PageDigest> {
+    pub(super) fn get(&self, page: PageIndex) -> Option<PageDigest> {
         let place = self.place(PageRange::single(page))?;
         self.table.get(place.start)
     }
 
-    pub fn forget(&mut self, pages: PageRange) {
+    pub(super) fn forget(&mut self, pages: PageRange) {
         self.place(pages)
             .into_iter()
             .flat_map(PageRange::iter)
@@ -45,7 +45,7 @@ impl Window {
     }
 
     /// The parts of `pages` that the packs are not known to hold zeros in, ascending.
-    pub fn not_zero(&self, pages: PageRange) -> Vec<PageRange> {
+    pub(super) fn not_zero(&self, pages: PageRange) -> Vec<PageRange> {
         let Some(part) = self.place(pages) else { return vec![pages] };
         let inside = self.table.not_zero(part).into_iter().map(|part| self.shifted(part));
         let before = PageRange::new(pages.start, self.pages.start);
@@ -55,12 +55,12 @@ impl Window {
     }
 
     /// Pages that the packs hold and that were not forgotten.
-    pub fn left(&self) -> PageCount {
+    pub(super) fn left(&self) -> PageCount {
         self.table.known()
     }
 
     /// Those pages, ascending.
-    pub fn held(&self) -> Vec<PageRange> {
+    pub(super) fn held(&self) -> Vec<PageRange> {
         let mut found: Vec<PageRange> = Vec::new();
         let all = self.pages.len().all();
         for page in all.iter().filter(|page| self.table.get(*page).is_some()) {

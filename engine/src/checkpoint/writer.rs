@@ -68,7 +68,7 @@ impl StoreSession {
 ///
 /// An epoch that another instance holds is not taken without an order, unless that holder cannot be
 /// alive; and never by an instance that was itself replaced before.
-pub async fn claim(
+pub(crate) async fn claim(
     repository: &Repository,
     vm_name: &VmName,
     instance: &str,
@@ -91,7 +91,7 @@ pub async fn claim(
 }
 
 /// Refuses what [`claim`] would refuse to an instance that has claimed nothing yet; claims nothing.
-pub async fn may_claim(
+pub(crate) async fn may_claim(
     repository: &Repository,
     vm_name: &VmName,
     instance: &str,

@@ -8,7 +8,7 @@ use vm::files;
 /// Large enough to be sealed and mapped as a VM's memory is.
 const TRIAL_MEMORY: u64 = 1 << 20;
 
-pub fn check() -> Vec<Row> {
+pub(super) fn check() -> Vec<Row> {
     let support = HostSupport::probe();
     let mut rows = vec![kernel(&support)];
     rows.extend(support.checks.iter().map(|check| tracking(check, support.can_track)));

@@ -19,7 +19,7 @@ const OTHER_RUNTIME: &str = "make it writable for this user, or name another (a 
 const OTHER_FLEECING: &str =
     "make it a writable directory, or name another by --fleecing-dir or STILLPOINT_FLEECING_DIR";
 
-pub fn check() -> Vec<Row> {
+pub(super) fn check() -> Vec<Row> {
     let named =
         |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     vec![

@@ -10,7 +10,7 @@ use vm::launch::{accelerator, find_program, plugin_path};
 const INSTALL: &str =
     "install QEMU (Debian: apt-get install qemu-system-x86), or name another by --qemu";
 
-pub fn check(name: &str) -> Vec<Row> {
+pub(super) fn check(name: &str) -> Vec<Row> {
     let (qemu, plugin) = (find_program(name), plugin_path());
     let mut rows = vec![
         found("QEMU", &qemu, INSTALL),

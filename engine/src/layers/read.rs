@@ -282,7 +282,7 @@ impl<K: Eq + Hash, V> Kept<K, V> {
     }
 }
 
-pub async fn read_manifest(
+pub(super) async fn read_manifest(
     repository: &Repository,
     digest: &ContentDigest,
 ) -> Result<LayerManifest> {

@@ -105,7 +105,7 @@ const CHANGING: &[Changing] = &[
 
 /// What the comparison of the device state found.
 #[derive(Default)]
-pub struct Devices {
+pub(super) struct Devices {
     pub differences: Vec<Difference>,
     /// Sections that were the same, byte for byte.
     pub same: usize,
@@ -114,7 +114,7 @@ pub struct Devices {
 }
 
 /// Holds the sections that QEMU wrote again against the stored ones.
-pub fn compare(stored: &DeviceState, resaved: &Resaved) -> Result<Devices> {
+pub(super) fn compare(stored: &DeviceState, resaved: &Resaved) -> Result<Devices> {
     let mut found = Devices::default();
     let old = sections_like(stored, &resaved.sections)?;
     ensure!(!old.is_empty(), "the stored device state has no section");
@@ -244,7 +244,7 @@ const LOADED: &[(&str, &str, u64, &str)] = &[
 ];
 
 /// Guest-physical ranges that a load writes, and why.
-pub fn written_by_load(resaved: &Resaved) -> Vec<(std::ops::Range<u64>, &'static str)> {
+pub(super) fn written_by_load(resaved: &Resaved) -> Vec<(std::ops::Range<u64>, &'static str)> {
     let mut found = Vec::new();
     for section in &resaved.sections {
         let body = section.body(&resaved.devices.as_bytes()[section.bytes.clone()]);

@@ -155,7 +155,7 @@ impl Reader {
 
 /// All disks of the manifest. `expected` has a table for each writable one; `pid` is QEMU's
 /// process, as `/proc` has it.
-pub async fn compare(
+pub(super) async fn compare(
     qmp: &Qmp,
     pid: u32,
     file: &VmFile,
@@ -328,7 +328,10 @@ fn is_same(one: Option<Vec<u8>>, other: Option<Vec<u8>>) -> bool {
 }
 
 /// The files that stand for layers on this host, block by block.
-pub async fn compare_layers(source: &Source, local: &LocalLayers) -> Result<Vec<Difference>> {
+pub(super) async fn compare_layers(
+    source: &Source,
+    local: &LocalLayers,
+) -> Result<Vec<Difference>> {
     let mut all: BTreeMap<ContentDigest, PathBuf> = BTreeMap::new();
     for layer in source.manifest().layers() {
         all.insert(layer.digest, local.path(layer).to_owned());
@@ -388,7 +391,7 @@ fn compare_layer(path: &Path, layer: &StoredLayer, progress: &dyn Progress) -> R
 }
 
 /// For tests: see [`crate::kill_point::damage`].
-pub fn invert_byte(path: &Path, offset: u64) -> Result<()> {
+pub(super) fn invert_byte(path: &Path, offset: u64) -> Result<()> {
     let about = || format!("damaging {}", path.display());
     let file = File::options().read(true).write(true).open(path).with_context(about)?;
     let mut byte = [0];

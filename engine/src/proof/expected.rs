@@ -22,14 +22,14 @@ enum Chunk {
 
 /// The pages of one space.
 #[derive(Clone, Debug, Default)]
-pub struct Expected {
+pub(super) struct Expected {
     chunks: HashMap<u64, Chunk>,
     pages: u64,
 }
 
 impl Expected {
     /// None where no pack has the page: then a layer below has it, or it is zero.
-    pub fn get(&self, page: u64) -> Option<PageDigest> {
+    pub(super) fn get(&self, page: u64) -> Option<PageDigest> {
         match self.chunks.get(&(page / CHUNK))? {
             Chunk::Zero => Some(PageDigest::ZERO_PAGE),
             Chunk::Pages(pages) => {
@@ -39,20 +39,20 @@ impl Expected {
     }
 
     /// Whether all pages from `start` to `end` are unknown.
-    pub fn is_unknown(&self, start: u64, end: u64) -> bool {
+    pub(super) fn is_unknown(&self, start: u64, end: u64) -> bool {
         (start / CHUNK..=(end.max(start + 1) - 1) / CHUNK)
             .all(|chunk| !self.chunks.contains_key(&chunk))
             || (start..end).all(|page| self.get(page).is_none())
     }
 
     /// Whether the chunks of all pages from `start` to `end` are zero as a whole.
-    pub fn is_zero(&self, start: u64, end: u64) -> bool {
+    pub(super) fn is_zero(&self, start: u64, end: u64) -> bool {
         (start / CHUNK..=(end.max(start + 1) - 1) / CHUNK)
             .all(|chunk| matches!(self.chunks.get(&chunk), Some(Chunk::Zero)))
     }
 
     /// Pages that are known not to be zero.
-    pub fn data_pages(&self) -> u64 {
+    pub(super) fn data_pages(&self) -> u64 {
         let count = |chunk: &Chunk| match chunk {
             Chunk::Zero => 0,
             Chunk::Pages(pages) => pages
@@ -125,7 +125,7 @@ impl Expected {
 }
 
 /// Every space of the newest checkpoint of `lineage`. `indexes` are those of its packs, in order.
-pub fn of_lineage(
+pub(super) fn of_lineage(
     lineage: &Lineage,
     indexes: &[PackIndex],
 ) -> Result<HashMap<SpaceName, Expected>> {

@@ -39,7 +39,7 @@ const FIRST_HUB: u32 = 1_000_000;
 const FIRST_CID: u32 = 0x7000_0000;
 
 /// Rewrites all options. `directory` is private: sockets are made there.
-pub fn isolate(options: Vec<QemuOption>, directory: &Path) -> Vec<QemuOption> {
+pub(super) fn isolate(options: Vec<QemuOption>, directory: &Path) -> Vec<QemuOption> {
     let mut walk = Walk { directory, number: 0, tpms: tpm_chardevs(&options) };
     let mut isolated: Vec<QemuOption> =
         options.into_iter().filter_map(|option| walk.visit(option)).collect();
@@ -58,7 +58,7 @@ fn tpm_chardevs(options: &[QemuOption]) -> Vec<String> {
 }
 
 /// Sockets, in new options, at which QEMU expects software TPMs.
-pub fn tpm_sockets(options: &[QemuOption]) -> Vec<PathBuf> {
+pub(super) fn tpm_sockets(options: &[QemuOption]) -> Vec<PathBuf> {
     let ids = tpm_chardevs(options);
     let chardevs = options.iter().filter(|option| option.name == "chardev").map(Form::of);
     let of_tpm = chardevs.filter(|form| form.get("id").is_some_and(|id| ids.contains(&id)));
@@ -66,7 +66,7 @@ pub fn tpm_sockets(options: &[QemuOption]) -> Vec<PathBuf> {
 }
 
 /// The directories that the new command line expects in `directory`.
-pub fn directories(options: &[QemuOption], directory: &Path) -> Vec<PathBuf> {
+pub(super) fn directories(options: &[QemuOption], directory: &Path) -> Vec<PathBuf> {
     let shares = options
         .iter()
         .filter(|option| is_share(option))
@@ -76,7 +76,7 @@ pub fn directories(options: &[QemuOption], directory: &Path) -> Vec<PathBuf> {
 
 /// What `--allow` takes for devices of the host that [`isolate`] has made to match nothing, and for
 /// directories and sockets that it has made private.
-pub fn harmless(options: &[QemuOption]) -> Vec<String> {
+pub(super) fn harmless(options: &[QemuOption]) -> Vec<String> {
     let drivers = options
         .iter()
         .filter(|option| option.name == "device")

@@ -16,7 +16,7 @@ const PAGE: u64 = PAGE_SIZE as u64;
 const READ: u64 = 1 << 20;
 
 /// Every page of the main block. QEMU has mapped this very file.
-pub fn main_block(
+pub(super) fn main_block(
     name: &SpaceName,
     memory: &GuestMemory,
     expected: &Expected,
@@ -59,7 +59,7 @@ fn data(
     Ok(())
 }
 
-pub fn digest(page: &[u8]) -> PageDigest {
+pub(super) fn digest(page: &[u8]) -> PageDigest {
     if is_zero(page) { PageDigest::ZERO_PAGE } else { PageDigest::of(page) }
 }
 
@@ -71,7 +71,7 @@ fn check(page: u64, found: PageDigest, expected: &Expected, difference: &mut Dif
 }
 
 /// What QEMU wrote when it was asked for its state again.
-pub struct Resaved {
+pub(super) struct Resaved {
     /// One for each block that the stream carries.
     pub blocks: Vec<(String, Difference)>,
     pub devices: DeviceState,
@@ -80,7 +80,10 @@ pub struct Resaved {
 }
 
 /// Reads QEMU's stream to its end. `expected` are the blocks that travel in it.
-pub fn read_stream(stream: UnixStream, expected: &HashMap<String, Expected>) -> Result<Resaved> {
+pub(super) fn read_stream(
+    stream: UnixStream,
+    expected: &HashMap<String, Expected>,
+) -> Result<Resaved> {
     let mut reader = StreamReader::new(stream, ReaderLimits::default());
     let mut blocks: Vec<Block<'_>> = Vec::new();
     let mut devices = None;

@@ -14,7 +14,7 @@ use vm::process::available_memory;
 const PROGRAMS: u64 = 192 << 20;
 
 /// Memory and disk space, by what the checkpoint holds: zero pages take none.
-pub fn check(expected: &HashMap<SpaceName, Expected>, workspace: &Path) -> Result<()> {
+pub(super) fn check(expected: &HashMap<SpaceName, Expected>, workspace: &Path) -> Result<()> {
     let sum = |kind: SpaceKind| -> u64 {
         let pages = expected
             .iter()

@@ -34,7 +34,7 @@ impl Ran {
 }
 
 /// Starts the guest and looks on for `time`.
-pub async fn watch(qmp: &Qmp, time: Duration) -> Result<Ran> {
+pub(super) async fn watch(qmp: &Qmp, time: Duration) -> Result<Ran> {
     let mut events = qmp.events();
     let mut trouble = Vec::new();
     qmp.execute_json("cont", Value::Null).await.context("starting the guest")?;

@@ -27,7 +27,7 @@ const TPM2_MAGIC: [u8; 4] = [0xab, 0x36, 0x47, 0x23];
 /// # Errors
 /// Refused for a TPM 1.2, which forgets with the load that it has tested itself, and for a state
 /// that swtpm encrypts with a key of its own.
-pub fn check_state(devices: &[u8]) -> Result<()> {
+pub(super) fn check_state(devices: &[u8]) -> Result<()> {
     if devices.windows(TPM2_MAGIC.len()).any(|part| part == TPM2_MAGIC) {
         return Ok(());
     }
@@ -38,7 +38,7 @@ pub fn check_state(devices: &[u8]) -> Result<()> {
 }
 
 /// Ended when dropped.
-pub struct Tpm {
+pub(super) struct Tpm {
     _child: Child,
 }
 
@@ -47,7 +47,7 @@ impl Tpm {
     ///
     /// # Errors
     /// Refused when there is no `swtpm` on this host, or it does not start.
-    pub async fn start(socket: &Path) -> Result<Self> {
+    pub(super) async fn start(socket: &Path) -> Result<Self> {
         let directory =
             socket.parent().context("internal error: a TPM's socket without a directory")?;
         std::fs::create_dir_all(directory)

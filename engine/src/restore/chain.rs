@@ -18,7 +18,7 @@ use vm::error::damaged;
 
 /// A layer where it is on this host.
 #[derive(Clone, Debug)]
-pub struct Layer {
+pub(super) struct Layer {
     pub path: String,
     pub format: ImageFormat,
     /// What a reader of it sees, in bytes.
@@ -28,7 +28,7 @@ pub struct Layer {
 }
 
 impl Layer {
-    pub fn read(layer: &LayerRef, path: &Path) -> Result<Self> {
+    pub(super) fn read(layer: &LayerRef, path: &Path) -> Result<Self> {
         let format = image_format(&layer.format)?;
         let (virtual_size, names_backing) = match format {
             // A length that is no whole number of sectors is rounded up.
@@ -53,7 +53,7 @@ fn read_header(path: &Path) -> Result<(u64, bool)> {
 
 /// What a restored image stands on.
 #[derive(Debug, Default)]
-pub struct Chain {
+pub(super) struct Chain {
     /// To be made first, in this order.
     pub links: Vec<ImageSpec>,
     pub backing: Option<Backing>,
@@ -61,7 +61,7 @@ pub struct Chain {
 
 impl Chain {
     /// Links get the names that `link` gives to their numbers.
-    pub fn of(layers: &[Layer], link: impl Fn(usize) -> PathBuf) -> Result<Self> {
+    pub(super) fn of(layers: &[Layer], link: impl Fn(usize) -> PathBuf) -> Result<Self> {
         let mut chain = Self::default();
         let Some((bottom, above)) = layers.split_last() else { return Ok(chain) };
         let mut below = (describe(bottom, None), bottom);
@@ -126,7 +126,7 @@ fn backing(node: &Value, layer: &Layer) -> Result<Backing> {
     Ok(Backing { file: name(node), format: layer.format })
 }
 
-pub fn image_format(name: &str) -> Result<ImageFormat> {
+pub(super) fn image_format(name: &str) -> Result<ImageFormat> {
     match name {
         "qcow2" => Ok(ImageFormat::Qcow2),
         "raw" => Ok(ImageFormat::Raw),

@@ -26,14 +26,14 @@ const KIND: u16 = 0x3fff;
 const ENODEV: i32 = 19;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Link {
+pub(super) struct Link {
     pub is_tap: bool,
     /// Of a tap: whether some process holds it, also while the device is down.
     pub has_carrier: bool,
 }
 
 /// The device of that name; none if there is none.
-pub fn link(name: &str) -> Result<Option<Link>> {
+pub(super) fn link(name: &str) -> Result<Option<Link>> {
     if name.is_empty() || name.len() > MAX_NAME_BYTES {
         return Ok(None);
     }

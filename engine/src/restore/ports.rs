@@ -42,7 +42,7 @@ struct Bind {
 
 /// Why each of them cannot be had, and what to do. `saved`: what `--map` takes for a value of these
 /// options.
-pub fn taken(options: &[QemuOption], saved: &dyn Fn(&str) -> String) -> Vec<String> {
+pub(super) fn taken(options: &[QemuOption], saved: &dyn Fn(&str) -> String) -> Vec<String> {
     let binds = binds(options);
     let mut reserved: Vec<u16> =
         binds.iter().map(|bind| bind.base.saturating_add(bind.number)).collect();

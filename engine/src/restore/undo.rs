@@ -39,7 +39,7 @@ struct Record {
     made_base: bool,
 }
 
-pub struct Undo {
+pub(super) struct Undo {
     runtime: RuntimeDir,
     record: Record,
     /// No other restore, and no helper, uses the runtime directory meanwhile.
@@ -51,7 +51,7 @@ pub struct Undo {
 impl Undo {
     /// Undoes what a killed restore of this name left, and begins with a runtime directory without
     /// another VM's files.
-    pub fn begin(runtime: &RuntimeDir) -> Result<Self> {
+    pub(super) fn begin(runtime: &RuntimeDir) -> Result<Self> {
         if !runtime.restore_record().exists() {
             launch::refuse_alive(runtime)?;
         }
@@ -87,7 +87,7 @@ impl Undo {
     }
 
     /// Makes the VM's directory, in which `files` will be made. Refuses what exists already.
-    pub fn make_directory(&mut self, dir: &Path, files: Vec<PathBuf>) -> Result<()> {
+    pub(super) fn make_directory(&mut self, dir: &Path, files: Vec<PathBuf>) -> Result<()> {
         if let Some(path) = files.iter().find(|path| path.symlink_metadata().is_ok()) {
             return Err(refused(format!(
                 "{} exists already; name another directory by --dir, or remove it",
@@ -140,7 +140,7 @@ impl Undo {
         self.save()
     }
 
-    pub fn started(&mut self, pid: u32) -> Result<()> {
+    pub(super) fn started(&mut self, pid: u32) -> Result<()> {
         self.record.qemu = process::started(pid).map(|started| (pid, started));
         self.save()
     }
@@ -152,7 +152,7 @@ impl Undo {
     }
 
     /// The guest is about to run: no later restore undoes this one.
-    pub fn forget(&self) -> Result<()> {
+    pub(super) fn forget(&self) -> Result<()> {
         remove_file(&self.runtime.restore_record())
     }
 
@@ -168,7 +168,7 @@ impl Undo {
     }
 
     /// Puts everything back. What cannot be is named in the log.
-    pub fn run(self) {
+    pub(super) fn run(self) {
         let done = undo(&self.runtime, &self.record).and_then(|()| {
             if self.record.made_runtime {
                 remove_tree(self.runtime.path())?;

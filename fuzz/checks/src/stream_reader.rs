@@ -13,7 +13,7 @@ pub fn check(input: &[u8]) -> bool {
 
 /// What a stream held.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Facts {
+pub(crate) struct Facts {
     pub machine_type: String,
     pub capabilities: Vec<String>,
     /// Names and sizes.
@@ -28,19 +28,19 @@ pub struct Facts {
 }
 
 /// Small enough for a fuzzer that looks at its memory.
-pub fn limits() -> ReaderLimits {
+pub(crate) fn limits() -> ReaderLimits {
     ReaderLimits { read_buffer: 0, blocks: 64, devices: 256 << 10, description: 256 << 10 }
 }
 
 /// A source that gives its bytes in pieces of a certain size.
-pub struct Pieces<'a> {
+pub(crate) struct Pieces<'a> {
     pub bytes: &'a [u8],
     pub size: usize,
 }
 
 impl<'a> Pieces<'a> {
     /// What the fuzzer makes: the first byte says in how small pieces the rest comes.
-    pub fn of_fuzzer(input: &'a [u8]) -> Option<Self> {
+    pub(crate) fn of_fuzzer(input: &'a [u8]) -> Option<Self> {
         let (first, bytes) = input.split_first()?;
         let size = match first {
             0..=63 => 1 + usize::from(*first),
@@ -62,7 +62,7 @@ impl Read for Pieces<'_> {
 }
 
 /// Reads all of a stream and panics if the reader gives anything that it promises not to give.
-pub fn read_all<R: Read>(source: R, limits: ReaderLimits) -> Result<Facts, StreamReadError> {
+pub(crate) fn read_all<R: Read>(source: R, limits: ReaderLimits) -> Result<Facts, StreamReadError> {
     let mut reader = StreamReader::new(source, limits);
     let outcome = items(&mut reader);
     match &outcome {

@@ -15,16 +15,16 @@ pub(crate) struct CaptureTurn {
 
 impl CaptureTurn {
     /// Waits for the turn without a limit.
-    pub async fn wait(&self) -> OwnedMutexGuard<()> {
+    pub(crate) async fn wait(&self) -> OwnedMutexGuard<()> {
         Arc::clone(&self.turn).lock_owned().await
     }
 
-    pub fn hung(&self) -> Option<PathBuf> {
+    pub(crate) fn hung(&self) -> Option<PathBuf> {
         self.hung.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The holder says what it waits for, or that it does not any more.
-    pub fn set_hung(&self, directory: Option<PathBuf>) {
+    pub(crate) fn set_hung(&self, directory: Option<PathBuf>) {
         *self.hung.lock().unwrap_or_else(PoisonError::into_inner) = directory;
     }
 }

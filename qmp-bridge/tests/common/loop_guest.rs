@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use super::TestQemu;
 
-pub const RAM: u64 = 32 << 20;
+pub(crate) const RAM: u64 = 32 << 20;
 const COUNTER: u64 = 0x1000;
 const FIRMWARE: usize = 64 << 10;
 /// Where the processor begins, from the end of the firmware.
@@ -30,7 +30,7 @@ fn firmware() -> Vec<u8> {
 }
 
 /// Sealed memory for a guest, inherited by the QEMUs started from here.
-pub fn guest_memory() -> File {
+pub(crate) fn guest_memory() -> File {
     let fd: OwnedFd = memfd_create(c"guest", MFdFlags::MFD_ALLOW_SEALING).expect("memfd");
     let file = File::from(fd);
     file.set_len(RAM).expect("size");
@@ -39,14 +39,14 @@ pub fn guest_memory() -> File {
     file
 }
 
-pub fn counter(memory: &File) -> u32 {
+pub(crate) fn counter(memory: &File) -> u32 {
     let mut bytes = [0; 4];
     memory.read_exact_at(&mut bytes, COUNTER).expect("read memory");
     u32::from_le_bytes(bytes)
 }
 
 /// Starts the counting guest with several kinds of devices.
-pub async fn start(qemu: &Path, vm: &str, memory: &File, more: &[&str]) -> TestQemu {
+pub(crate) async fn start(qemu: &Path, vm: &str, memory: &File, more: &[&str]) -> TestQemu {
     let directory: TempDir = tempfile::tempdir().expect("directory");
     std::fs::write(directory.path().join("firmware.bin"), firmware()).expect("firmware");
     File::create(directory.path().join("disk.img"))

@@ -1,7 +1,7 @@
 //! Real QEMUs for the tests: which ones, how to start one, and that none is left behind.
 #![allow(dead_code, reason = "each test file uses its part")]
 
-pub mod loop_guest;
+pub(crate) mod loop_guest;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,7 +17,7 @@ const DEFAULTS: [&str; 2] =
 
 /// The QEMUs to test with: STILLPOINT_TEST_QEMUS, colon separated, else the two that
 /// scripts/install-deps installs.
-pub fn qemus() -> Vec<PathBuf> {
+pub(crate) fn qemus() -> Vec<PathBuf> {
     let listed = std::env::var("STILLPOINT_TEST_QEMUS").ok();
     let names: Vec<PathBuf> = match &listed {
         Some(list) => list.split(':').map(PathBuf::from).collect(),
@@ -30,7 +30,7 @@ pub fn qemus() -> Vec<PathBuf> {
 }
 
 /// Runs a test body with each QEMU, naming it before, so that a failure tells which.
-pub async fn with_each_qemu<F: AsyncFn(PathBuf)>(body: F) {
+pub(crate) async fn with_each_qemu<F: AsyncFn(PathBuf)>(body: F) {
     for qemu in qemus() {
         eprintln!("--- {}", qemu.display());
         body(qemu).await;
@@ -38,39 +38,39 @@ pub async fn with_each_qemu<F: AsyncFn(PathBuf)>(body: F) {
 }
 
 /// Checkpoint `id` of the VM under test.
-pub fn checkpoint(id: u64) -> CheckpointRef {
+pub(crate) fn checkpoint(id: u64) -> CheckpointRef {
     CheckpointRef { vm: "test".parse().expect("a name"), id: CheckpointId(id) }
 }
 
 /// What a store would say of it.
 #[expect(clippy::disallowed_methods, reason = "a receipt without a store")]
-pub fn receipt(id: u64) -> DurableReceipt {
+pub(crate) fn receipt(id: u64) -> DurableReceipt {
     DurableReceipt::of_commit(checkpoint(id))
 }
 
 /// As after the commit of its checkpoint.
-pub async fn acknowledge(captured: CapturedDisks) {
+pub(crate) async fn acknowledge(captured: CapturedDisks) {
     let receipt = receipt(captured.checkpoint().id.0);
     captured.acknowledge(&receipt).await.expect("acknowledge");
 }
 
 /// Whose the connections are.
-pub const INSTANCE: &str = "test-1";
+pub(crate) const INSTANCE: &str = "test-1";
 
 /// One QEMU and its directory; dropping kills it.
-pub struct TestQemu {
+pub(crate) struct TestQemu {
     pub qmp: Qmp,
     child: Child,
     pub directory: TempDir,
 }
 
 impl TestQemu {
-    pub async fn start(binary: &Path, arguments: &[&str]) -> Self {
+    pub(crate) async fn start(binary: &Path, arguments: &[&str]) -> Self {
         Self::start_in(binary, arguments, tempfile::tempdir().expect("directory")).await
     }
 
     /// Starts it with `directory` as its working directory.
-    pub async fn start_in(binary: &Path, arguments: &[&str], directory: TempDir) -> Self {
+    pub(crate) async fn start_in(binary: &Path, arguments: &[&str], directory: TempDir) -> Self {
         let log = std::fs::File::create(directory.path().join("qemu.log")).expect("log");
         let child = Command::new(binary)
             .args(["-nodefaults", "-display", "none", "-qmp", "unix:qmp.sock,server=on,wait=off"])
@@ -91,7 +91,7 @@ impl TestQemu {
     }
 
     /// A connection that has nothing to do with the first: the view of another helper.
-    pub async fn second(&self) -> Qmp {
+    pub(crate) async fn second(&self) -> Qmp {
         let socket = self.path("second.sock");
         Qmp::connect(socket, Duration::from_secs(5))
             .await
@@ -99,27 +99,27 @@ impl TestQemu {
             .for_instance(INSTANCE)
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.path("qemu.log")).unwrap_or_default()
     }
 
     /// Writes into a drive as a guest would. Through the drive, not its node: a capture puts a
     /// filter between them.
-    pub async fn write_disk(&self, drive: &str, pattern: u8, offset: u64, length: u64) {
+    pub(crate) async fn write_disk(&self, drive: &str, pattern: u8, offset: u64, length: u64) {
         self.qemu_io(drive, &format!("write -P {pattern:#x} {offset} {length}")).await;
     }
 
     /// QEMU prints the outcome to its own output; a write that failed shows when the disk is
     /// compared.
-    pub async fn qemu_io(&self, drive: &str, command: &str) {
+    pub(crate) async fn qemu_io(&self, drive: &str, command: &str) {
         let text = self.qmp.hmp(&format!("qemu-io {drive} \"{command}\"")).await.expect("hmp");
         assert!(text.trim().is_empty(), "{command}: {text}");
     }
@@ -133,7 +133,7 @@ impl Drop for TestQemu {
 }
 
 /// Makes an image with the qemu-img beside `qemu`, or the one on the PATH.
-pub fn qemu_img(qemu: &Path, directory: &Path, arguments: &[&str]) {
+pub(crate) fn qemu_img(qemu: &Path, directory: &Path, arguments: &[&str]) {
     let beside = qemu.with_file_name("qemu-img");
     let program = if beside.exists() { beside } else { "qemu-img".into() };
     let status =

@@ -18,21 +18,21 @@ use super::common::{TestQemu, qemu_img};
 
 /// What a QEMU can do. Before 9.0 a background snapshot that does not end well leaves the guest
 /// hanging.
-pub fn modes(vm: &TestQemu) -> &'static [StreamMode] {
+pub(crate) fn modes(vm: &TestQemu) -> &'static [StreamMode] {
     let both = &[StreamMode::PreCopy, StreamMode::BackgroundSnapshot];
     if snapshots(vm) { both } else { &both[..1] }
 }
 
-pub fn snapshots(vm: &TestQemu) -> bool {
+pub(crate) fn snapshots(vm: &TestQemu) -> bool {
     vm.qmp.version().major >= 9
 }
 
-pub const FIRMWARE: usize = 64 << 10;
+pub(crate) const FIRMWARE: usize = 64 << 10;
 /// Where the processor begins, from the end of the firmware.
-pub const RESET_VECTOR: usize = 16;
+pub(crate) const RESET_VECTOR: usize = 16;
 /// The first word of each page that the guest writes.
-pub const FIRST_COUNTER: u64 = 0x100000;
-pub const PAGE: u64 = 4096;
+pub(crate) const FIRST_COUNTER: u64 = 0x100000;
+pub(crate) const PAGE: u64 = 4096;
 /// A guest that counts up the first word of each page from 1 MiB on, in turn, for ever:
 /// ```text
 ///         cli; lgdt %cs:gdtr; mov %cr0,%eax; or $1,%al; mov %eax,%cr0; ljmpl $8,$pm
@@ -42,7 +42,7 @@ pub const PAGE: u64 = 4096;
 ///         flat code and data segments
 /// ```
 #[rustfmt::skip]
-pub const COUNTING: [u8; 86] = [
+pub(crate) const COUNTING: [u8; 86] = [
     0xfa, 0x2e, 0x66, 0x0f, 0x01, 0x16, 0x50, 0x00, 0x0f, 0x20, 0xc0, 0x0c, 0x01, 0x0f, 0x22, 0xc0, 0x66, 0xea, 0x18, 0x00,
     0x0f, 0x00, 0x08, 0x00, 0x66, 0xb8, 0x10, 0x00, 0x8e, 0xd8, 0xbf, 0x00, 0x00, 0x10, 0x00, 0xff, 0x07, 0x81, 0xc7, 0x00,
     0x10, 0x00, 0x00, 0x81, 0xff, 0x44, 0x33, 0x22, 0x11, 0x72, 0xf0, 0xeb, 0xe9, 0x8d, 0x76, 0x00, 0x00, 0x00, 0x00, 0x00,
@@ -50,9 +50,9 @@ pub const COUNTING: [u8; 86] = [
     0x17, 0x00, 0x38, 0x00, 0x0f, 0x00,
 ];
 /// Where END stands in it.
-pub const END_AT: usize = 45;
+pub(crate) const END_AT: usize = 45;
 
-pub fn firmware(pages: u64) -> Vec<u8> {
+pub(crate) fn firmware(pages: u64) -> Vec<u8> {
     let mut image = vec![0xf4; FIRMWARE];
     image[..COUNTING.len()].copy_from_slice(&COUNTING);
     let end = u32::try_from(FIRST_COUNTER + pages * PAGE).expect("a small guest");
@@ -63,12 +63,12 @@ pub fn firmware(pages: u64) -> Vec<u8> {
 }
 
 /// Written by the guest of most tests.
-pub const FEW: u64 = 128;
+pub(crate) const FEW: u64 = 128;
 /// More than a socket buffers.
-pub const MANY: u64 = 2048;
+pub(crate) const MANY: u64 = 2048;
 
 /// The counting guest, with memory of QEMU's own, and a qcow2 disk on a base.
-pub async fn start(qemu: &Path, pages: u64, more: &[&str]) -> TestQemu {
+pub(crate) async fn start(qemu: &Path, pages: u64, more: &[&str]) -> TestQemu {
     let directory = tempfile::tempdir().expect("directory");
     std::fs::write(directory.path().join("firmware.bin"), firmware(pages)).expect("firmware");
     qemu_img(qemu, directory.path(), &["create", "-q", "-f", "qcow2", "base.qcow2", "8M"]);
@@ -94,7 +94,7 @@ pub async fn start(qemu: &Path, pages: u64, more: &[&str]) -> TestQemu {
 
 /// Reads the stream to its end and throws it away; `chunk` bytes at a time with `pause` between,
 /// for a slow one.
-pub fn upload(mut reader: UnixStream, chunk: usize, pause: Duration) -> JoinHandle<u64> {
+pub(crate) fn upload(mut reader: UnixStream, chunk: usize, pause: Duration) -> JoinHandle<u64> {
     std::thread::spawn(move || {
         let mut buffer = vec![0; chunk];
         let mut total = 0;
@@ -108,11 +108,11 @@ pub fn upload(mut reader: UnixStream, chunk: usize, pause: Duration) -> JoinHand
     })
 }
 
-pub fn upload_fast(migration: &mut Migration) -> JoinHandle<u64> {
+pub(crate) fn upload_fast(migration: &mut Migration) -> JoinHandle<u64> {
     upload(migration.take_reader().expect("reader"), 1 << 20, Duration::ZERO)
 }
 
-pub fn plan(vm: &TestQemu, id: u64) -> CapturePlan {
+pub(crate) fn plan(vm: &TestQemu, id: u64) -> CapturePlan {
     CapturePlan {
         tag: crate::common::INSTANCE.parse().expect("tag"),
         checkpoint: crate::common::checkpoint(id),
@@ -124,18 +124,18 @@ pub fn plan(vm: &TestQemu, id: u64) -> CapturePlan {
     }
 }
 
-pub async fn prepare_disks(vm: &TestQemu, qmp: &Qmp, id: u64) -> PreparedDisks {
+pub(crate) async fn prepare_disks(vm: &TestQemu, qmp: &Qmp, id: u64) -> PreparedDisks {
     let disks = disks::list(qmp, Some(vm.directory.path())).await.expect("disks");
     PreparedDisks::prepare(qmp, &disks.disks, plan(vm, id)).await.expect("prepare disks")
 }
 
-pub fn journal(vm: &TestQemu) -> PathBuf {
+pub(crate) fn journal(vm: &TestQemu) -> PathBuf {
     vm.path("migration.json")
 }
 
 /// What must be the same before and after: capabilities, parameters, and that nothing of ours is
 /// there.
-pub async fn settings(qmp: &Qmp) -> BTreeMap<String, Value> {
+pub(crate) async fn settings(qmp: &Qmp) -> BTreeMap<String, Value> {
     let capabilities =
         qmp.execute_json("query-migrate-capabilities", Value::Null).await.expect("capabilities");
     let parameters =
@@ -148,7 +148,7 @@ pub async fn settings(qmp: &Qmp) -> BTreeMap<String, Value> {
 }
 
 /// Things of ours in QEMU.
-pub async fn traces(qmp: &Qmp) -> Vec<String> {
+pub(crate) async fn traces(qmp: &Qmp) -> Vec<String> {
     let mut found = Vec::new();
     for (command, arguments, field) in [
         ("query-block-exports", Value::Null, "id"),
@@ -172,13 +172,13 @@ pub async fn traces(qmp: &Qmp) -> Vec<String> {
     found
 }
 
-pub async fn counter(qmp: &Qmp) -> String {
+pub(crate) async fn counter(qmp: &Qmp) -> String {
     qmp.hmp(&format!("xp /1hx {FIRST_COUNTER:#x}")).await.expect("xp")
 }
 
 /// The guest counts, its disk takes writes, and no part of ours is left. Some of it comes about in
 /// the background.
-pub async fn assert_as_before(vm: &TestQemu, before: &BTreeMap<String, Value>, what: &str) {
+pub(crate) async fn assert_as_before(vm: &TestQemu, before: &BTreeMap<String, Value>, what: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let (state, now, traces) = (
@@ -211,7 +211,7 @@ pub async fn assert_as_before(vm: &TestQemu, before: &BTreeMap<String, Value>, w
 }
 
 /// Writes through the device and looks into the image.
-pub async fn assert_disk_works(vm: &TestQemu, what: &str) {
+pub(crate) async fn assert_disk_works(vm: &TestQemu, what: &str) {
     let pattern = 1 + (Instant::now().elapsed().subsec_nanos() % 200) as u8;
     vm.write_disk("d0", pattern, 1 << 20, 4096).await;
     let read = vm
@@ -229,7 +229,7 @@ pub async fn assert_disk_works(vm: &TestQemu, what: &str) {
 
 /// A whole checkpoint's worth in either mode. Returns the pause, the stream's length and the disks
 /// of the instant.
-pub async fn stream(
+pub(crate) async fn stream(
     vm: &TestQemu,
     qmp: &Qmp,
     mode: StreamMode,

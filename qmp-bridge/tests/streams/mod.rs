@@ -19,15 +19,15 @@ const FIRMWARE: usize = 64 << 10;
 /// Where the processor begins, from the end of the firmware.
 const RESET_VECTOR: usize = 16;
 /// Where the guest counts.
-pub const COUNTER: usize = 0x1000;
+pub(crate) const COUNTER: usize = 0x1000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
+pub(crate) enum Mode {
     PreCopy,
     Background,
 }
 
-pub fn directory() -> PathBuf {
+pub(crate) fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/streams")
 }
 
@@ -67,7 +67,12 @@ fn firmware() -> Vec<u8> {
 }
 
 /// Starts the counting guest in an external VM.
-pub async fn start(qemu: &Path, machine_type: &str, megabytes: u32, more: &[&str]) -> TestQemu {
+pub(crate) async fn start(
+    qemu: &Path,
+    machine_type: &str,
+    megabytes: u32,
+    more: &[&str],
+) -> TestQemu {
     let directory = tempfile::tempdir().expect("directory");
     std::fs::write(directory.path().join("firmware.bin"), firmware()).expect("firmware");
     for disk in ["virtio.img", "ide.img"] {
@@ -85,7 +90,7 @@ pub async fn start(qemu: &Path, machine_type: &str, megabytes: u32, more: &[&str
 }
 
 /// A display and two disks.
-pub const DEVICES: [&str; 10] = [
+pub(crate) const DEVICES: [&str; 10] = [
     "-device",
     "VGA,vgamem_mb=1,romfile=",
     "-drive",
@@ -98,7 +103,7 @@ pub const DEVICES: [&str; 10] = [
     "ide-hd,drive=d1",
 ];
 
-pub async fn capabilities(qmp: &Qmp, on: &[&str]) {
+pub(crate) async fn capabilities(qmp: &Qmp, on: &[&str]) {
     let list: Vec<_> = on.iter().map(|name| json!({ "capability": name, "state": true })).collect();
     let set = qmp.execute_json("migrate-set-capabilities", json!({ "capabilities": list })).await;
     set.expect("set capabilities");
@@ -106,7 +111,7 @@ pub async fn capabilities(qmp: &Qmp, on: &[&str]) {
 
 /// Lets QEMU send a stream into a socket, whose other end is returned. Capabilities must be set
 /// before.
-pub async fn migrate(qmp: &Qmp) -> UnixStream {
+pub(crate) async fn migrate(qmp: &Qmp) -> UnixStream {
     let (here, there) = UnixStream::pair().expect("socket pair");
     let fast = json!({ "max-bandwidth": 1u64 << 40 });
     qmp.execute_json("migrate-set-parameters", fast).await.expect("set parameters");
@@ -118,7 +123,7 @@ pub async fn migrate(qmp: &Qmp) -> UnixStream {
     here
 }
 
-pub async fn wait_for_status(qmp: &Qmp, wanted: &str) {
+pub(crate) async fn wait_for_status(qmp: &Qmp, wanted: &str) {
     for _ in 0..1000 {
         let status = qmp.execute_json("query-migrate", Value::Null).await.expect("query-migrate");
         if status["status"] == wanted {

@@ -10,7 +10,7 @@ use vm::launch;
 use vm::runtime_dir::RuntimeDir;
 
 /// Asks the VM's helper, which holds its monitor.
-pub async fn run(args: &AdoptArgs) -> Result<()> {
+pub(crate) async fn run(args: &AdoptArgs) -> Result<()> {
     let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
     let qemu = args.qemu.as_deref().map(launch::find_program).transpose()?;
     let result = client::ask(&runtime, &Request::Adopt { qemu }, show_updates()).await?;

@@ -11,7 +11,7 @@ use std::path::Path;
 use vm::external::{self, Wanted};
 use vm::runtime_dir::RuntimeDir;
 
-pub async fn run(args: AttachArgs) -> Result<()> {
+pub(crate) async fn run(args: AttachArgs) -> Result<()> {
     let name = args.vm()?;
     let runtime = RuntimeDir::new(args.runtime.runtime_dir.as_deref(), name)?;
     if args.take_over && runtime.path().exists() {

@@ -11,7 +11,7 @@ use helper::statistics::Spread;
 use std::time::Duration;
 use vm::runtime_dir::RuntimeDir;
 
-pub async fn run(args: &BenchArgs) -> Result<()> {
+pub(crate) async fn run(args: &BenchArgs) -> Result<()> {
     let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
     let interval = Duration::from_millis(args.interval_ms);
     let report = bench::run(&runtime, args.count, interval, show_updates).await?;

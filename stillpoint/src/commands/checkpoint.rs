@@ -10,7 +10,7 @@ use engine::progress::bytes;
 use helper::client;
 use vm::runtime_dir::RuntimeDir;
 
-pub async fn run(args: &CheckpointArgs) -> Result<()> {
+pub(crate) async fn run(args: &CheckpointArgs) -> Result<()> {
     let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
     let choice = Choice { engine: args.engine, stream: args.stream, full: args.full };
     let mut result = client::checkpoint(&runtime, choice, show_updates()).await?;

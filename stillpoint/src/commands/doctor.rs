@@ -7,7 +7,7 @@ use engine::doctor::{self, Report, Row, State};
 use std::process::ExitCode;
 use vm::error::Class;
 
-pub async fn run(args: &DoctorArgs) -> Result<ExitCode> {
+pub(crate) async fn run(args: &DoctorArgs) -> Result<ExitCode> {
     let (report, json, place) = match &args.qmp {
         Some(monitor) => {
             let found = doctor::running::look(monitor).await;

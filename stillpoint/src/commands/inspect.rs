@@ -19,7 +19,7 @@ use serde_json::json;
 /// Manifests read at once.
 const READS: usize = 8;
 
-pub async fn ls(args: &LsArgs) -> Result<()> {
+pub(crate) async fn ls(args: &LsArgs) -> Result<()> {
     let repository = stores::open_existing(&args.store.store).await?;
     match &args.name {
         Some(vm_name) => ls_checkpoints(&repository, vm_name, args.json).await,
@@ -118,7 +118,7 @@ fn summary(manifest: &Manifest) -> serde_json::Value {
     })
 }
 
-pub async fn show(args: &ShowArgs) -> Result<()> {
+pub(crate) async fn show(args: &ShowArgs) -> Result<()> {
     let repository = stores::open_existing(&args.store.store).await?;
     let id = lineage::resolve(&repository, &args.checkpoint).await?;
     let manifest = lineage::manifest(&repository, &args.checkpoint.vm, id).await?;

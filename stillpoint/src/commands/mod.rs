@@ -1,13 +1,13 @@
 //! The commands: each turns its arguments into a request, lets the engine or the helper do it, and
 //! prints what came of it.
 
-pub mod adopt;
-pub mod attach;
-pub mod bench;
-pub mod checkpoint;
-pub mod doctor;
-pub mod inspect;
-pub mod prove;
-pub mod restore;
-pub mod run;
-pub mod verify;
+pub(crate) mod adopt;
+pub(crate) mod attach;
+pub(crate) mod bench;
+pub(crate) mod checkpoint;
+pub(crate) mod doctor;
+pub(crate) mod inspect;
+pub(crate) mod prove;
+pub(crate) mod restore;
+pub(crate) mod run;
+pub(crate) mod verify;

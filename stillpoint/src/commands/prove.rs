@@ -10,7 +10,11 @@ use vm::error::{Class, classed};
 use vm::runtime_dir::RuntimeDir;
 
 /// What `verify --restore --json` says of the checkpoint. An error if it does not prove.
-pub async fn prove(runtime: &RuntimeDir, vm_name: &VmName, id: CheckpointId) -> Result<Value> {
+pub(crate) async fn prove(
+    runtime: &RuntimeDir,
+    vm_name: &VmName,
+    id: CheckpointId,
+) -> Result<Value> {
     let file = runtime.vm()?;
     let program = std::env::current_exe().context("finding this program's own path")?;
     let mut command = Command::new("nice");

@@ -8,7 +8,7 @@ use engine::boot::{Prepared, Request};
 use helper::start;
 
 /// Returns only on failure: on success this process is QEMU.
-pub fn run(args: RunArgs) -> Result<std::convert::Infallible> {
+pub(crate) fn run(args: RunArgs) -> Result<std::convert::Infallible> {
     let mut words = args.qemu.into_iter();
     let request = Request {
         qemu: words.next().context("no QEMU program was named after '--'")?,

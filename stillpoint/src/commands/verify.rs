@@ -9,7 +9,7 @@ use engine::verify::{self, Report};
 use std::sync::Arc;
 use vm::error::damaged;
 
-pub async fn read_back(args: &VerifyArgs) -> Result<()> {
+pub(crate) async fn read_back(args: &VerifyArgs) -> Result<()> {
     let report = verify::run(&args.store.store, &args.checkpoint, &Terminal).await?;
     if args.json {
         let mut value = serde_json::to_value(&report).context("encoding the result")?;
@@ -32,7 +32,7 @@ pub async fn read_back(args: &VerifyArgs) -> Result<()> {
 }
 
 /// In the process inside the sandbox's process namespace.
-pub async fn prove(args: VerifyArgs) -> Result<()> {
+pub(crate) async fn prove(args: VerifyArgs) -> Result<()> {
     let json = args.json;
     let request = proof::Request {
         checkpoint: args.checkpoint,

@@ -5,7 +5,7 @@ use super::tables::Tables;
 use crate::random::Random;
 
 /// A command line under construction.
-pub struct Draw<'a> {
+pub(super) struct Draw<'a> {
     pub random: Random,
     pub tables: &'a Tables,
     pub words: Vec<String>,
@@ -49,7 +49,7 @@ const CACHES: &[&str] = &[
 ];
 
 impl<'a> Draw<'a> {
-    pub fn new(seed: u64, tables: &'a Tables) -> Self {
+    pub(super) fn new(seed: u64, tables: &'a Tables) -> Self {
         Self {
             random: Random::new(seed),
             tables,
@@ -61,7 +61,7 @@ impl<'a> Draw<'a> {
     }
 
     /// A whole line, without the program.
-    pub fn line(mut self) -> Vec<String> {
+    pub(super) fn line(mut self) -> Vec<String> {
         if self.one_in(3) {
             return self.published();
         }

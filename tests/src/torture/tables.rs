@@ -10,13 +10,13 @@ use std::process::{Command, Stdio};
 
 /// A property of a device or VM, as `help` prints it.
 #[derive(Clone, Debug)]
-pub struct Property {
+pub(super) struct Property {
     pub name: String,
     /// `bool`, `uint32`, `str`, `OnOffAuto`, `size`…
     pub kind: String,
 }
 
-pub struct Tables {
+pub(super) struct Tables {
     pub qemu: PathBuf,
     /// Devices with a bus that a PC has.
     pub devices: Vec<(String, String)>,
@@ -28,7 +28,7 @@ pub struct Tables {
 }
 
 impl Tables {
-    pub fn of(qemu: &Path) -> Self {
+    pub(super) fn of(qemu: &Path) -> Self {
         let help_of_devices = help(qemu, &["-device", "help"]);
         let devices = help_of_devices.lines().filter_map(device);
         // A model of a vCPU fits no VM of another.
@@ -52,7 +52,7 @@ impl Tables {
     }
 
     /// Properties of a device; none if QEMU prints none.
-    pub fn properties(&self, device: &str) -> Vec<Property> {
+    pub(super) fn properties(&self, device: &str) -> Vec<Property> {
         let known = self.properties.borrow().get(device).cloned();
         known.unwrap_or_else(|| {
             let found: Vec<Property> = help(&self.qemu, &["-device", &format!("{device},help")])
@@ -129,7 +129,7 @@ fn options(qemu: &Path) -> BTreeMap<String, Vec<Property>> {
 
 impl Property {
     /// A value of its kind, where one can be thought of.
-    pub fn draw(&self, random: &mut Random) -> Option<String> {
+    pub(super) fn draw(&self, random: &mut Random) -> Option<String> {
         let value = match self.kind.as_str() {
             "bool" | "boolean" => (*random.pick(&["on", "off"])).to_owned(),
             "OnOffAuto" => (*random.pick(&["on", "off", "auto"])).to_owned(),

@@ -3,7 +3,7 @@
 use stillpoint_tests::torture::Mode;
 
 /// One option or state.
-pub struct Row {
+pub(crate) struct Row {
     pub item: &'static str,
     pub kind: Kind,
     /// Arguments of QEMU.
@@ -13,7 +13,7 @@ pub struct Row {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// Proven by this VM, together with all other rows of it.
     Carried(Vm),
     /// By `run`; as an external VM it is not tried.
@@ -23,7 +23,7 @@ pub enum Kind {
 
 impl Kind {
     /// At least by `run`.
-    pub fn is_refused(self) -> bool {
+    pub(crate) fn is_refused(self) -> bool {
         match self {
             Self::Carried(vm) => !vm.modes().contains(&Mode::Managed),
             Self::Refused | Self::RefusedToBoth => true,
@@ -33,7 +33,7 @@ impl Kind {
 
 /// The VMs that prove what is carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Vm {
+pub(crate) enum Vm {
     Pc,
     Q35,
     Paused,
@@ -43,10 +43,10 @@ pub enum Vm {
 }
 
 impl Vm {
-    pub const ALL: &[Self] =
+    pub(crate) const ALL: &[Self] =
         &[Self::Pc, Self::Q35, Self::Paused, Self::Prelaunch, Self::OwnMemory, Self::Nodes];
 
-    pub fn board(self) -> &'static str {
+    pub(crate) fn board(self) -> &'static str {
         match self {
             Self::Q35 | Self::Prelaunch => "-machine q35",
             _ => "-machine pc",
@@ -54,7 +54,7 @@ impl Vm {
     }
 
     /// Memory of its own is for external VMs.
-    pub fn modes(self) -> &'static [Mode] {
+    pub(crate) fn modes(self) -> &'static [Mode] {
         match self {
             Self::OwnMemory | Self::Nodes => &[Mode::External],
             _ => &[Mode::Managed, Mode::External],
@@ -80,7 +80,7 @@ impl Row {
     }
 }
 
-pub const ROWS: &[(&str, &[Row])] = &[
+pub(crate) const ROWS: &[(&str, &[Row])] = &[
     ("States", STATES),
     ("Board, processor and memory", BOARD),
     ("Disks", DISKS),

@@ -6,7 +6,7 @@ use stillpoint_tests::{Lab, Ran};
 type Acts = &'static [(&'static str, &'static str)];
 
 #[derive(Clone, Copy, Debug)]
-pub enum Way {
+pub(super) enum Way {
     /// `run` with these arguments of QEMU, refused before QEMU starts.
     Run(&'static str),
     /// `attach` to a QEMU with these arguments, after these QMP commands.
@@ -27,7 +27,7 @@ pub enum Way {
 }
 
 #[derive(Clone, Copy, Debug)]
-pub struct Case {
+pub(super) struct Case {
     /// As the table has it.
     pub item: &'static str,
     pub way: Way,
@@ -38,12 +38,12 @@ pub struct Case {
 }
 
 impl Case {
-    pub fn fits(&self, major: u32) -> bool {
+    pub(super) fn fits(&self, major: u32) -> bool {
         major < self.before
     }
 
     /// The table's own words are literal but for `…`, which stands for anything.
-    pub fn words(&self) -> Vec<String> {
+    pub(super) fn words(&self) -> Vec<String> {
         if self.says.is_empty() {
             return self
                 .item
@@ -88,13 +88,13 @@ const fn test(item: &'static str, name: &'static str) -> Case {
     case(item, Way::Test(name))
 }
 
-pub struct Page {
+pub(super) struct Page {
     pub file: &'static str,
     pub heading: &'static str,
     pub cases: &'static [Case],
 }
 
-pub const PAGES: &[Page] = &[
+pub(super) const PAGES: &[Page] = &[
     Page { file: "attach.md", heading: "What is refused, and what to do", cases: ATTACH },
     Page { file: "limits.md", heading: "What is not supported, and is refused", cases: LIMITS },
     Page { file: "disks.md", heading: "Refused", cases: DISKS },

@@ -9,7 +9,7 @@ use crate::page::{Flaw, Kind, PAGE_BYTES, Page, Stamp, mix};
 use std::io::{self, Write};
 
 /// 16 MiB.
-pub const RESERVED_PAGES: u64 = 4096;
+pub(crate) const RESERVED_PAGES: u64 = 4096;
 const BASE_RUN: u64 = 0x5749_544e_4553_5331;
 /// 1 TiB: an image larger than that is a mistaken argument.
 const MAX_PAGES: u64 = 1 << 28;
@@ -19,7 +19,7 @@ fn stamp(place: u64, pages: u64) -> Stamp {
 }
 
 /// Writes a whole image of `pages` pages.
-pub fn write_image(out: &mut impl Write, pages: u64) -> io::Result<()> {
+pub(crate) fn write_image(out: &mut impl Write, pages: u64) -> io::Result<()> {
     if !(RESERVED_PAGES + 1..=MAX_PAGES).contains(&pages) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -36,7 +36,7 @@ pub fn write_image(out: &mut impl Write, pages: u64) -> io::Result<()> {
     out.flush()
 }
 
-pub struct Base<M> {
+pub(crate) struct Base<M> {
     medium: M,
     pages: u64,
     reads: u64,
@@ -45,7 +45,7 @@ pub struct Base<M> {
 }
 
 #[derive(Debug)]
-pub enum BaseFlaw {
+pub(crate) enum BaseFlaw {
     Page(Flaw),
     Io { place: u64, error: io::Error },
 }
@@ -61,7 +61,7 @@ impl std::fmt::Display for BaseFlaw {
 
 impl<M: Medium> Base<M> {
     /// Reads the image's own size from its first generated page.
-    pub fn open(mut medium: M, bytes: u64) -> io::Result<Self> {
+    pub(crate) fn open(mut medium: M, bytes: u64) -> io::Result<Self> {
         let mut page = Page::zeroed();
         medium.read_page(RESERVED_PAGES, &mut page)?;
         let claimed = page.stamp().map(|stamp| stamp.digest).unwrap_or(0);
@@ -76,7 +76,7 @@ impl<M: Medium> Base<M> {
     }
 
     /// Checks one pseudo-random generated page.
-    pub fn check_one(&mut self) -> Result<(), BaseFlaw> {
+    pub(crate) fn check_one(&mut self) -> Result<(), BaseFlaw> {
         let place = RESERVED_PAGES + mix(self.reads) % (self.pages - RESERVED_PAGES);
         self.reads += 1;
         let read = self.medium.read_page(place, &mut self.page);

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Config {
+pub(crate) struct Config {
     /// Size of the table in RAM.
     pub table_mib: u64,
     /// Table pages rewritten per second; 0 is the idle mode: no steps, nothing written, everything
@@ -47,7 +47,7 @@ const PREFIX: &str = "witness.";
 
 impl Config {
     /// `kernel`: the text of /proc/cmdline; words without our prefix are not ours.
-    pub fn parse(kernel: &str, arguments: &[String]) -> Result<Self, String> {
+    pub(crate) fn parse(kernel: &str, arguments: &[String]) -> Result<Self, String> {
         let mut config = Config::default();
         let words = kernel.split_whitespace().filter_map(|word| word.strip_prefix(PREFIX));
         for word in words.chain(arguments.iter().map(String::as_str)) {
@@ -95,21 +95,21 @@ impl Config {
         Ok(self)
     }
 
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.rate == 0
     }
 
     /// Table pages that step `step` rewrites: `rate` over one second, spread evenly.
-    pub fn pages_in_step(&self, step: u64) -> u64 {
+    pub(crate) fn pages_in_step(&self, step: u64) -> u64 {
         let turn = step % self.steps;
         (turn + 1) * self.rate / self.steps - turn * self.rate / self.steps
     }
 
-    pub fn check(&self) -> u64 {
+    pub(crate) fn check(&self) -> u64 {
         self.check.unwrap_or(if self.is_idle() { 1024 } else { 4096 })
     }
 
-    pub fn checks_per_tick(&self) -> u64 {
+    pub(crate) fn checks_per_tick(&self) -> u64 {
         self.check().div_ceil(self.steps)
     }
 }

@@ -10,7 +10,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-pub struct Disk {
+pub(crate) struct Disk {
     file: File,
     bytes: u64,
     direct: bool,
@@ -19,14 +19,14 @@ pub struct Disk {
 impl Disk {
     /// Opens a device as it is; a regular file is made, or made again, with `file_bytes` allocated
     /// bytes.
-    pub fn open_journal(path: &Path, file_bytes: u64) -> io::Result<Self> {
+    pub(crate) fn open_journal(path: &Path, file_bytes: u64) -> io::Result<Self> {
         if !is_device(path) {
             allocate(path, file_bytes)?;
         }
         Self::open(path, true)
     }
 
-    pub fn open_read_only(path: &Path) -> io::Result<Self> {
+    pub(crate) fn open_read_only(path: &Path) -> io::Result<Self> {
         Self::open(path, false)
     }
 
@@ -44,11 +44,11 @@ impl Disk {
         Ok(Disk { file, bytes, direct })
     }
 
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    pub fn is_direct(&self) -> bool {
+    pub(crate) fn is_direct(&self) -> bool {
         self.direct
     }
 }

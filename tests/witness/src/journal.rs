@@ -15,7 +15,7 @@ use std::fmt;
 use std::io;
 
 /// Where records live: a block device, a file, or memory in tests. Offsets are in pages.
-pub trait Medium {
+pub(crate) trait Medium {
     fn read_page(&mut self, place: u64, page: &mut Page) -> io::Result<()>;
     fn write_page(&mut self, place: u64, page: &Page) -> io::Result<()>;
     fn make_durable(&mut self) -> io::Result<()>;
@@ -23,7 +23,7 @@ pub trait Medium {
 
 /// How a journal is laid out.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub(crate) struct Shape {
     pub slots: u64,
     /// Pages of one record: more of them write more to the disk.
     pub record_pages: u64,
@@ -31,7 +31,7 @@ pub struct Shape {
 
 impl Shape {
     /// As many slots as fit into `bytes`; at least two, or a journal could not hold N beside N-1.
-    pub fn fitting(bytes: u64, record_pages: u64) -> Option<Self> {
+    pub(crate) fn fitting(bytes: u64, record_pages: u64) -> Option<Self> {
         let record_pages = record_pages.max(1);
         let slots = bytes / (PAGE_BYTES as u64).checked_mul(record_pages)?;
         (slots >= 2).then_some(Shape { slots, record_pages })
@@ -45,7 +45,7 @@ impl Shape {
 }
 
 #[derive(Debug)]
-pub enum JournalFlaw {
+pub(crate) enum JournalFlaw {
     Page(Flaw),
     FromTheFuture { now: u64, found: Stamp },
     Io { what: &'static str, place: u64, error: io::Error },
@@ -64,7 +64,7 @@ impl fmt::Display for JournalFlaw {
 }
 
 /// RAM's side of all journals: which digest the record of each step must carry.
-pub struct History {
+pub(crate) struct History {
     run: u64,
     step: u64,
     digests: Vec<u64>,
@@ -72,15 +72,15 @@ pub struct History {
 
 impl History {
     /// Remembers at least `slots` steps: the most that any journal holds.
-    pub fn new(run: u64, slots: u64, digest: u64) -> Self {
+    pub(crate) fn new(run: u64, slots: u64, digest: u64) -> Self {
         History { run, step: 0, digests: vec![digest; slots.max(1) as usize] }
     }
 
-    pub fn step(&self) -> u64 {
+    pub(crate) fn step(&self) -> u64 {
         self.step
     }
 
-    pub fn advance(&mut self, digest: u64) {
+    pub(crate) fn advance(&mut self, digest: u64) {
         self.step += 1;
         let slot = self.slot(self.step);
         self.digests[slot] = digest;
@@ -101,7 +101,7 @@ impl History {
     }
 }
 
-pub struct Journal<M> {
+pub(crate) struct Journal<M> {
     medium: M,
     shape: Shape,
     scrub: u64,
@@ -111,21 +111,21 @@ pub struct Journal<M> {
 }
 
 impl<M: Medium> Journal<M> {
-    pub fn new(medium: M, shape: Shape) -> Self {
+    pub(crate) fn new(medium: M, shape: Shape) -> Self {
         Journal { medium, shape, scrub: 0, last: 0, page: Page::zeroed(), fleecing: Page::zeroed() }
     }
 
-    pub fn medium(&self) -> &M {
+    pub(crate) fn medium(&self) -> &M {
         &self.medium
     }
 
     /// Step of the last record that this journal took durably.
-    pub fn last(&self) -> u64 {
+    pub(crate) fn last(&self) -> u64 {
         self.last
     }
 
     /// Writes the record of RAM's present step and makes it durable.
-    pub fn append(&mut self, history: &History, flaws: &mut Vec<JournalFlaw>) {
+    pub(crate) fn append(&mut self, history: &History, flaws: &mut Vec<JournalFlaw>) {
         match self.try_append(history) {
             Ok(()) => self.last = history.step,
             Err(flaw) => flaws.push(flaw),
@@ -153,7 +153,7 @@ impl<M: Medium> Journal<M> {
 
     /// Between two steps: RAM's step is the last record, the next slot is not from the future, and
     /// one more old record is right (the whole ring is walked over time).
-    pub fn check(&mut self, history: &History, flaws: &mut Vec<JournalFlaw>) {
+    pub(crate) fn check(&mut self, history: &History, flaws: &mut Vec<JournalFlaw>) {
         let slots = self.shape.slots;
         let now = history.step % slots;
         for slot in [now, (now + 1) % slots, self.scrub] {

@@ -8,7 +8,7 @@
 
 use std::fmt;
 
-pub const PAGE_BYTES: usize = 4096;
+pub(crate) const PAGE_BYTES: usize = 4096;
 const WORD: usize = 8;
 const HEADER_WORDS: usize = 6;
 const CHECKSUM_WORD: usize = 5;
@@ -17,18 +17,18 @@ const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 /// 4 KiB aligned to 4 KiB, because `O_DIRECT` wants an aligned buffer.
 #[derive(Clone)]
 #[repr(C, align(4096))]
-pub struct Page([u8; PAGE_BYTES]);
+pub(crate) struct Page([u8; PAGE_BYTES]);
 
 impl Page {
-    pub fn zeroed() -> Self {
+    pub(crate) fn zeroed() -> Self {
         Page([0; PAGE_BYTES])
     }
 
-    pub fn bytes(&self) -> &[u8; PAGE_BYTES] {
+    pub(crate) fn bytes(&self) -> &[u8; PAGE_BYTES] {
         &self.0
     }
 
-    pub fn bytes_mut(&mut self) -> &mut [u8; PAGE_BYTES] {
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8; PAGE_BYTES] {
         &mut self.0
     }
 
@@ -47,7 +47,7 @@ impl Page {
     }
 
     /// Makes the page exactly what `stamp` says.
-    pub fn fill(&mut self, stamp: &Stamp) {
+    pub(crate) fn fill(&mut self, stamp: &Stamp) {
         for (index, value) in stamp.words().into_iter().enumerate() {
             self.set_word(index, value);
         }
@@ -61,7 +61,7 @@ impl Page {
     }
 
     /// The stamp that the page itself claims, if its checksum holds.
-    pub fn stamp(&self) -> Option<Stamp> {
+    pub(crate) fn stamp(&self) -> Option<Stamp> {
         let intact = self.word(CHECKSUM_WORD) == self.checksum();
         let kind = Kind::from_magic(self.word(0))?;
         intact.then(|| Stamp {
@@ -75,7 +75,7 @@ impl Page {
 
     /// The step in the header, whatever the state of the rest: what a digest over the real memory
     /// is made of.
-    pub fn claimed_step(&self) -> u64 {
+    pub(crate) fn claimed_step(&self) -> u64 {
         self.word(3)
     }
 
@@ -86,7 +86,7 @@ impl Page {
 
     /// Compares the whole page with what `expected` generates; `fleecing` spares an allocation per
     /// check.
-    pub fn check(&self, expected: &Stamp, fleecing: &mut Page) -> Result<(), Flaw> {
+    pub(crate) fn check(&self, expected: &Stamp, fleecing: &mut Page) -> Result<(), Flaw> {
         fleecing.fill(expected);
         let Some(at) = first_difference(&self.0, &fleecing.0) else {
             return Ok(());
@@ -112,7 +112,7 @@ fn body_word(seed: u64, index: usize) -> u64 {
 }
 
 /// The splitmix64 finaliser: spreads every input bit over the result.
-pub fn mix(value: u64) -> u64 {
+pub(crate) fn mix(value: u64) -> u64 {
     let value = value.wrapping_add(GOLDEN);
     let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -120,7 +120,7 @@ pub fn mix(value: u64) -> u64 {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     Table,
     Journal,
     Base,
@@ -143,7 +143,7 @@ impl Kind {
 
 /// What a page is: everything in it follows from this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stamp {
+pub(crate) struct Stamp {
     pub kind: Kind,
     /// Random number of one run of the program, so that pages of two boots never match.
     pub run: u64,
@@ -169,7 +169,7 @@ impl fmt::Display for Stamp {
 
 /// How a page contradicts what it must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Flaw {
+pub(crate) enum Flaw {
     OtherInstant { expected: Stamp, found: Stamp },
     Damaged { expected: Stamp, at: usize },
 }

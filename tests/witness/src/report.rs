@@ -12,21 +12,21 @@ use std::io::{self, Write};
 const PRINTED_CONTRADICTIONS: u64 = 200;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub(crate) enum Part {
     Table,
     Journal,
     Base,
 }
 
 #[derive(Default)]
-pub struct Report {
+pub(crate) struct Report {
     table: u64,
     journal: u64,
     base: u64,
 }
 
 impl Report {
-    pub fn contradictions(&self) -> u64 {
+    pub(crate) fn contradictions(&self) -> u64 {
         self.table + self.journal + self.base
     }
 
@@ -44,13 +44,13 @@ impl Report {
             .then(|| format!("WITNESS CONTRADICTION {name} step={step} uptime={} {what}", uptime()))
     }
 
-    pub fn contradiction(&mut self, part: Part, step: u64, what: &dyn Display) {
+    pub(crate) fn contradiction(&mut self, part: Part, step: u64, what: &dyn Display) {
         if let Some(text) = self.count(part, step, what) {
             line(&text);
         }
     }
 
-    pub fn progress(&self, step: u64, rest: &dyn Display) -> String {
+    pub(crate) fn progress(&self, step: u64, rest: &dyn Display) -> String {
         let [table, journal] = [self.table, self.journal].map(verdict);
         let (count, uptime, base) = (self.contradictions(), uptime(), verdict(self.base));
         format!(
@@ -64,14 +64,14 @@ fn verdict(contradictions: u64) -> &'static str {
 }
 
 /// Prints one line with one write. A console that fails must not stop the checks, hence no error.
-pub fn line(text: &str) {
+pub(crate) fn line(text: &str) {
     let mut out = io::stdout().lock();
     let _ = out.write_all(format!("{text}\n").as_bytes());
     let _ = out.flush();
 }
 
 /// Seconds since the guest's boot, as the guest's kernel has them.
-pub fn uptime() -> String {
+pub(crate) fn uptime() -> String {
     let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
     text.split_whitespace().next().unwrap_or("?").to_owned()
 }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 /// `rate` asks for.
 const TOLERATED_LAG: Duration = Duration::from_millis(500);
 
-pub struct Witness {
+pub(crate) struct Witness {
     config: Config,
     run: u64,
     table: Table,
@@ -30,7 +30,7 @@ pub struct Witness {
 
 impl Witness {
     /// Opens the disks, fills the table (step 0) and writes record 0 to each journal, unless idle.
-    pub fn prepare(config: Config) -> Result<Self, String> {
+    pub(crate) fn prepare(config: Config) -> Result<Self, String> {
         let run = random_run();
         let table = Table::new(run, (config.table_mib << 8) as usize);
         let (journals, shapes) = open_journals(&config)?;
@@ -65,7 +65,7 @@ impl Witness {
     }
 
     /// Runs for ever.
-    pub fn run(mut self) -> ! {
+    pub(crate) fn run(mut self) -> ! {
         let tick = Duration::from_secs(1) / self.config.steps as u32;
         let report_every = Duration::from_millis(self.config.report_ms);
         let mut due = Instant::now();

@@ -9,7 +9,7 @@
 use crate::page::{Flaw, Kind, Page, Stamp, mix};
 use std::fmt;
 
-pub struct Table {
+pub(crate) struct Table {
     run: u64,
     pages: Vec<Page>,
     written: Vec<u64>,
@@ -28,7 +28,7 @@ struct Pass {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub enum TableFlaw {
+pub(crate) enum TableFlaw {
     Page(Flaw),
     Digest { from_pages: u64, expected: u64 },
 }
@@ -46,7 +46,7 @@ impl fmt::Display for TableFlaw {
 
 impl Table {
     /// `pages` pages (at least one), all written by step 0.
-    pub fn new(run: u64, pages: usize) -> Self {
+    pub(crate) fn new(run: u64, pages: usize) -> Self {
         let count = pages.max(1);
         let mut table = Table {
             run,
@@ -75,18 +75,18 @@ impl Table {
     }
 
     /// Digest of the state that the table must have now.
-    pub fn digest(&self) -> u64 {
+    pub(crate) fn digest(&self) -> u64 {
         self.digest
     }
 
     /// How often the whole table was checked.
-    pub fn passes(&self) -> u64 {
+    pub(crate) fn passes(&self) -> u64 {
         self.pass.finished
     }
 
     /// Rewrites `count` pseudo-random pages. Each is checked first: rewriting must not hide what
     /// was wrong.
-    pub fn write_step(&mut self, step: u64, count: u64, flaws: &mut Vec<TableFlaw>) {
+    pub(crate) fn write_step(&mut self, step: u64, count: u64, flaws: &mut Vec<TableFlaw>) {
         for turn in 0..count {
             let index = target(self.run, step, turn, self.pages.len());
             self.check_page(index, flaws);
@@ -115,7 +115,7 @@ impl Table {
     }
 
     /// Checks the next `count` pages in order, and the digest whenever the walk reaches the end.
-    pub fn check_next(&mut self, count: u64, flaws: &mut Vec<TableFlaw>) {
+    pub(crate) fn check_next(&mut self, count: u64, flaws: &mut Vec<TableFlaw>) {
         for _ in 0..count {
             let index = self.pass.cursor;
             self.check_page(index, flaws);

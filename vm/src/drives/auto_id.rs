@@ -6,14 +6,14 @@ use std::collections::HashSet;
 
 /// One bus of a machine type's default interface, as far as ids depend on it.
 #[derive(Clone, Copy, Debug)]
-pub struct Board {
+pub(super) struct Board {
     interface: &'static str,
     ide_units: u32,
 }
 
 impl Board {
     /// By the versioned name of the machine type.
-    pub fn of(machine_type: &str) -> Self {
+    pub(super) fn of(machine_type: &str) -> Self {
         // AHCI has one unit on a bus.
         let ide_units = if machine_type.contains("q35") { 1 } else { 2 };
         Self { interface: if machine_type == "microvm" { "none" } else { "ide" }, ide_units }
@@ -32,7 +32,7 @@ impl Board {
 type Place = (String, u32, u32);
 
 /// Of each `-drive` in its order: its id, given or made.
-pub fn ids(options: &[QemuOption], board: Board) -> Vec<(usize, String)> {
+pub(super) fn ids(options: &[QemuOption], board: Board) -> Vec<(usize, String)> {
     let mut taken: HashSet<Place> = HashSet::new();
     let mut ids = Vec::new();
     for (number, option) in options.iter().enumerate().filter(|(_, option)| option.name == "drive")
@@ -78,7 +78,7 @@ fn name(keys: &KeyList, board: Board, (interface, bus, unit): &Place) -> String 
 }
 
 /// The option that makes a drive which QEMU otherwise makes by itself, empty.
-pub fn default_drive(device: &str, board: Board) -> Option<QemuOption> {
+pub(super) fn default_drive(device: &str, board: Board) -> Option<QemuOption> {
     let cdrom = QemuOption::with("drive", "if=ide,index=2,media=cdrom");
     let floppy = QemuOption::with("drive", "if=floppy,index=0");
     [cdrom, floppy]

@@ -18,7 +18,7 @@ const HEADER_BYTES: usize = 80;
 const MAX_TABLE: usize = 128 << 10;
 
 /// The images without overlays that hold nothing.
-pub fn without(images: Vec<BackingImage>, open: &OpenFiles) -> Vec<BackingImage> {
+pub(super) fn without(images: Vec<BackingImage>, open: &OpenFiles) -> Vec<BackingImage> {
     let sizes: Vec<u64> = images.iter().map(|image| image.virtual_size).collect();
     let is_needed = |number: usize, image: &BackingImage| {
         // Of another size, an overlay cuts off or adds zeros.

@@ -16,7 +16,7 @@ const GENERATED: char = '#';
 /// QEMU refuses longer node names.
 const MAX_NODE_NAME: usize = 31;
 
-pub struct Line<'a> {
+pub(super) struct Line<'a> {
     pub options: &'a [QemuOption],
     pub directory: &'a Path,
     pub board: Board,
@@ -25,7 +25,7 @@ pub struct Line<'a> {
 impl Line<'_> {
     /// Gives every disk a name that the next QEMU has for it too: its node's, or where QEMU made
     /// that up, the one that the command line gives or will give.
-    pub fn name(&self, disks: &mut [Disk]) {
+    pub(super) fn name(&self, disks: &mut [Disk]) {
         for number in 0..disks.len() {
             let disk = &disks[number];
             let given =
@@ -58,19 +58,19 @@ impl Line<'_> {
         std::iter::once(stem.clone()).chain(numbered).find(is_free).unwrap_or(stem)
     }
 
-    pub fn defines_node(&self, node: &str) -> bool {
+    pub(super) fn defines_node(&self, node: &str) -> bool {
         self.of_node(&[node]).is_some()
     }
 
     /// The option that makes a disk: its topmost node, filters included, which may refer to options
     /// before it.
-    pub fn of_disk(&self, disk: &Disk) -> Option<usize> {
+    pub(super) fn of_disk(&self, disk: &Disk) -> Option<usize> {
         self.of_node(&[&disk.root])
             .or_else(|| self.of_node(&[&disk.node]))
             .or_else(|| self.of_drive(disk))
     }
 
-    pub fn of_node(&self, nodes: &[&str]) -> Option<usize> {
+    pub(super) fn of_node(&self, nodes: &[&str]) -> Option<usize> {
         let makes = |option: &QemuOption| {
             option::node_names(option).iter().any(|name| nodes.contains(&name.as_str()))
         };
@@ -94,7 +94,7 @@ impl Line<'_> {
         found.next().filter(|_| hit.is_none() && found.next().is_none())
     }
 
-    pub fn of_id(&self, id: &str) -> Option<usize> {
+    pub(super) fn of_id(&self, id: &str) -> Option<usize> {
         auto_id::ids(self.options, self.board)
             .into_iter()
             .find(|(_, known)| known == id)
@@ -102,7 +102,7 @@ impl Line<'_> {
     }
 
     /// The `-device` with this id or QOM path.
-    pub fn of_device(&self, qdev: &str) -> Option<usize> {
+    pub(super) fn of_device(&self, qdev: &str) -> Option<usize> {
         let id = |number: usize| Form::of(&self.options[number]).get("id");
         let devices = || {
             self.options
@@ -128,7 +128,7 @@ impl Line<'_> {
     /// Whether the device that has this disk has the one of option `number` on the command line
     /// too. A device can be given another node at run time (`qom-set`, a mirror), which may be on
     /// the command line as well. Whether the medium was changed is checked elsewhere.
-    pub fn is_plugged(&self, disk: &Disk, number: usize) -> bool {
+    pub(super) fn is_plugged(&self, disk: &Disk, number: usize) -> bool {
         let drive = if disk.is_named {
             Some(disk.device.clone())
         } else {
@@ -141,7 +141,7 @@ impl Line<'_> {
     }
 
     /// Whether this option, or one that it refers to, names the file.
-    pub fn names_file(&self, number: usize, file: &Path) -> bool {
+    pub(super) fn names_file(&self, number: usize, file: &Path) -> bool {
         let reached = self.reached(&HashSet::from([number]));
         reached.iter().any(|number| {
             paths::is_named(&[option::on_file(&self.options[*number])], self.directory, file)
@@ -149,7 +149,7 @@ impl Line<'_> {
     }
 
     /// These options and all whose nodes they refer to.
-    pub fn reached(&self, from: &HashSet<usize>) -> HashSet<usize> {
+    pub(super) fn reached(&self, from: &HashSet<usize>) -> HashSet<usize> {
         let mut reached = from.clone();
         let mut open: Vec<usize> = from.iter().copied().collect();
         while let Some(number) = open.pop() {
@@ -165,12 +165,12 @@ impl Line<'_> {
     }
 }
 
-pub fn is_generated(name: &str) -> bool {
+pub(super) fn is_generated(name: &str) -> bool {
     name.starts_with(GENERATED)
 }
 
 /// A disk that the command line says nothing of.
-pub fn moved(disk: &Disk) -> Error {
+pub(super) fn moved(disk: &Disk) -> Error {
     refused(format!(
         "disk {} is on {} now, which the VM's command line does not name (a snapshot or mirror was made at run time?); \
          start the VM again on that file",

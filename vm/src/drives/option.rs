@@ -6,19 +6,19 @@ use crate::launch::form;
 use serde_json::{Map, Value};
 
 /// What becomes of one member of a block option.
-pub enum Edit {
+pub(super) enum Edit {
     Keep,
     Drop,
     Set(String),
 }
 
 /// Whether the option makes a drive or a block node.
-pub fn is_block(option: &QemuOption) -> bool {
+pub(super) fn is_block(option: &QemuOption) -> bool {
     matches!(option.name.as_str(), "drive" | "blockdev")
 }
 
 /// Every scalar under its dotted key. Booleans are `on` and `off`, as in lists.
-pub fn scalars(option: &QemuOption) -> Vec<(String, String)> {
+pub(super) fn scalars(option: &QemuOption) -> Vec<(String, String)> {
     let mut found = Vec::new();
     rewrite(option, &mut |key, value| {
         found.extend(value.map(|value| (key.to_owned(), value.to_owned())));
@@ -28,12 +28,12 @@ pub fn scalars(option: &QemuOption) -> Vec<(String, String)> {
 }
 
 /// The last value of a key, as QEMU takes it.
-pub fn get(option: &QemuOption, key: &str) -> Option<String> {
+pub(super) fn get(option: &QemuOption, key: &str) -> Option<String> {
     scalars(option).into_iter().rev().find(|(name, _)| name == key).map(|(_, value)| value)
 }
 
 /// Whether the option itself says that its disk is only read.
-pub fn is_read_only(option: &QemuOption) -> bool {
+pub(super) fn is_read_only(option: &QemuOption) -> bool {
     let has = |key: &str| get(option, key).is_some_and(|value| form::is_on(&value));
     has("read-only")
         || has("readonly")
@@ -41,7 +41,7 @@ pub fn is_read_only(option: &QemuOption) -> bool {
 }
 
 /// The names of all nodes that the option makes, its own first.
-pub fn node_names(option: &QemuOption) -> Vec<String> {
+pub(super) fn node_names(option: &QemuOption) -> Vec<String> {
     let mut names: Vec<(String, String)> =
         scalars(option).into_iter().filter(|(key, _)| last(key) == "node-name").collect();
     names.sort_by_key(|(key, _)| key.len());
@@ -49,12 +49,12 @@ pub fn node_names(option: &QemuOption) -> Vec<String> {
 }
 
 /// The last part of a dotted key.
-pub fn last(key: &str) -> &str {
+pub(super) fn last(key: &str) -> &str {
     key.rsplit('.').next().unwrap_or(key)
 }
 
 /// Asks `edit` about each member, a group (without a value) before what is in it.
-pub fn rewrite(
+pub(super) fn rewrite(
     option: &QemuOption,
     edit: &mut dyn FnMut(&str, Option<&str>) -> Edit,
 ) -> QemuOption {
@@ -121,7 +121,7 @@ fn members_of(
 }
 
 /// A restored disk is an image file, whatever device held the old one.
-pub fn on_file(option: &QemuOption) -> QemuOption {
+pub(super) fn on_file(option: &QemuOption) -> QemuOption {
     rewrite(option, &mut |key, value| match (last(key), value) {
         ("driver" | "format", Some("host_device")) => Edit::Set("file".to_owned()),
         ("file", Some(value)) => match value.strip_prefix("host_device:") {

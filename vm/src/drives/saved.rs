@@ -44,7 +44,7 @@ const MEDIUM_KEYS: &[&str] = &[
 ];
 
 /// Also what has changed since the start, if anything.
-pub fn command_line(
+pub(super) fn command_line(
     line: &Line<'_>,
     disks: &[Disk],
     empty: &[EmptyDrive],

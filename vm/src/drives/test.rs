@@ -5,7 +5,7 @@ use crate::error;
 use crate::launch::arguments::{parse, words};
 use qmp_bridge::disks::{Disks, EmptyDrive, ImageFormat};
 
-pub fn options(line: &str) -> Vec<QemuOption> {
+pub(super) fn options(line: &str) -> Vec<QemuOption> {
     parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()).unwrap()
 }
 

@@ -24,14 +24,14 @@ const MAX_SOCKETS_BYTES: u64 = 64 << 20;
 
 /// A connection that nothing was said on yet. QEMU serves one client of a monitor at a time, so
 /// there is one for all.
-pub struct MonitorConnection {
+pub(super) struct MonitorConnection {
     stream: UnixStream,
     listener: u32,
 }
 
 impl MonitorConnection {
     /// Waits a moment where others wait too: a client that has just left may still be in the queue.
-    pub async fn open(monitor: &Path) -> Result<Self> {
+    pub(super) async fn open(monitor: &Path) -> Result<Self> {
         let end = Instant::now() + ANSWER;
         let polls = ConstantBuilder::new().with_delay(POLL_INTERVAL).without_max_times();
         let connected = (|| qmp_bridge::qmp::connect_when_ready(monitor, end))
@@ -51,7 +51,7 @@ impl MonitorConnection {
     }
 
     /// The QEMU at the other end of `monitor`.
-    pub fn qemu(&self, monitor: &Path) -> Result<QemuProcess> {
+    pub(super) fn qemu(&self, monitor: &Path) -> Result<QemuProcess> {
         if runs_qemu(self.listener) {
             return QemuProcess::read(self.listener).map_err(no_rights);
         }
@@ -72,7 +72,7 @@ impl MonitorConnection {
         }
     }
 
-    pub async fn greet(self, monitor: &Path) -> Result<Qmp> {
+    pub(super) async fn greet(self, monitor: &Path) -> Result<Qmp> {
         self.greet_within(monitor, ANSWER).await
     }
 

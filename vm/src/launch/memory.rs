@@ -13,14 +13,14 @@ const UNUSED: &str = "no memory of the guest";
 
 /// A command line without memory of its own.
 #[derive(Debug)]
-pub struct Freed {
+pub(super) struct Freed {
     pub options: Vec<QemuOption>,
     /// The object that was the guest's RAM; none where it was the VM's default.
     pub block: Option<String>,
     pub dropped: Vec<Dropped>,
 }
 
-pub fn take_out(options: Vec<QemuOption>) -> Result<Freed> {
+pub(super) fn take_out(options: Vec<QemuOption>) -> Result<Freed> {
     let block = block(&options)?;
     let mut freed = Freed { options: Vec::new(), block, dropped: Vec::new() };
     for option in options {

@@ -10,7 +10,7 @@ use qemu_cmdline::{Use, table, visit};
 const OVERLAY: &str = "make an overlay: qemu-img create -f qcow2 -b BASE -F qcow2 OVERLAY";
 const CONVERT: &str = "convert it by qemu-img into a qcow2 or raw image";
 
-pub fn check(options: &[QemuOption]) -> Result<()> {
+pub(super) fn check(options: &[QemuOption]) -> Result<()> {
     options
         .iter()
         .filter(|option| ["drive", "blockdev"].contains(&option.name.as_str()))

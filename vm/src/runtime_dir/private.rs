@@ -21,7 +21,7 @@ const STICKY: u32 = 0o1000;
 
 /// Whose directory it may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Owner {
+pub(super) enum Owner {
     /// Ours or root's: everything in it is acted upon.
     Trusted,
     /// For root also another user's: only asks the helper there, and acts on nothing.
@@ -29,7 +29,7 @@ pub enum Owner {
 }
 
 /// `base/name`, if it exists. `base` itself may be writable by all if it is sticky, as /tmp is.
-pub fn open(base: &Path, name: &str, owner: Owner) -> Result<Option<OwnedFd>> {
+pub(super) fn open(base: &Path, name: &str, owner: Owner) -> Result<Option<OwnedFd>> {
     let Some(parent) = open_one(AT_FDCWD, base, base)? else { return Ok(None) };
     check(&parent, base, owner, STICKY)?;
     let path = base.join(name);
@@ -39,7 +39,7 @@ pub fn open(base: &Path, name: &str, owner: Owner) -> Result<Option<OwnedFd>> {
 }
 
 /// Makes `base/name` with access for us alone, unless it exists.
-pub fn create(base: &Path, name: &str) -> Result<()> {
+pub(super) fn create(base: &Path, name: &str) -> Result<()> {
     let about = || format!("making the runtime directory {}", base.join(name).display());
     let mut builder = std::fs::DirBuilder::new();
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
@@ -94,12 +94,12 @@ fn distrust((user, mode): (u32, u32), us: u32, owner: Owner, exempt: u32) -> Opt
 
 /// A file of a private directory. Never through a link, and never waits for the other end of a
 /// pipe.
-pub fn open_file(directory: &OwnedFd, name: &str, flags: OFlag) -> std::io::Result<File> {
+pub(super) fn open_file(directory: &OwnedFd, name: &str, flags: OFlag) -> std::io::Result<File> {
     let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
     Ok(openat(directory, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?.into())
 }
 
-pub fn read_file(directory: &OwnedFd, name: &str, limit: u64) -> std::io::Result<Vec<u8>> {
+pub(super) fn read_file(directory: &OwnedFd, name: &str, limit: u64) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     open_file(directory, name, OFlag::O_RDONLY)?.take(limit + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {
@@ -110,7 +110,7 @@ pub fn read_file(directory: &OwnedFd, name: &str, limit: u64) -> std::io::Result
 
 /// The old content or the new, whenever we die. Relative to the directory's descriptor, which the
 /// crate tempfile cannot be; and not synced, since no QEMU survives a power cut.
-pub fn replace_file(directory: &OwnedFd, name: &str, bytes: &[u8]) -> std::io::Result<()> {
+pub(super) fn replace_file(directory: &OwnedFd, name: &str, bytes: &[u8]) -> std::io::Result<()> {
     let new = format!("{name}.new");
     remove_file(directory, &new)?;
     open_file(directory, &new, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL)?
@@ -119,7 +119,7 @@ pub fn replace_file(directory: &OwnedFd, name: &str, bytes: &[u8]) -> std::io::R
 }
 
 /// No error if there is none.
-pub fn remove_file(directory: &OwnedFd, name: &str) -> std::io::Result<()> {
+pub(super) fn remove_file(directory: &OwnedFd, name: &str) -> std::io::Result<()> {
     match unlinkat(directory, name, UnlinkatFlags::NoRemoveDir) {
         Ok(()) | Err(Errno::ENOENT) => Ok(()),
         Err(error) => Err(error.into()),

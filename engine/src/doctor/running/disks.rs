@@ -14,7 +14,11 @@ const START_AGAIN: &str = "start the VM again with that disk on a qcow2 or raw i
 const ELSEWHERE: &str = "start the VM again on that file";
 
 /// `server`: where QEMU's NBD server listens if it is that of the VM's helper.
-pub async fn check(look: &Probe, found: Option<&ExternalVm>, server: Option<&Path>) -> Vec<Row> {
+pub(super) async fn check(
+    look: &Probe,
+    found: Option<&ExternalVm>,
+    server: Option<&Path>,
+) -> Vec<Row> {
     match rows(look, found, server).await {
         Ok(rows) => rows,
         Err(error) => vec![Row::no("disks", error.to_string(), "try again")],

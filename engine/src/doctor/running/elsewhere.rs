@@ -8,7 +8,7 @@ use vm::launch::arguments::QemuOption;
 const CHECK: &str = "restore elsewhere needs";
 const MAP: &str = "make it there, or name another by 'restore --map OLD=NEW'";
 
-pub fn check(options: &[QemuOption]) -> Vec<Row> {
+pub(super) fn check(options: &[QemuOption]) -> Vec<Row> {
     let mut rows = handed_over(options);
     visit(options, |site| {
         if site.means == Use::Tap {

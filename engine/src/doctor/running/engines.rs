@@ -23,7 +23,7 @@ const HAVE_PLUGIN: &str = "not needed; to have it, start QEMU with -plugin file=
 const OTHER_ENGINE: &str = "not needed where another engine is possible (docs/attach.md)";
 
 /// Each engine by its name, and its row; or the row that says why QEMU could not be asked.
-pub async fn check(
+pub(super) async fn check(
     look: &Probe,
     found: Option<&ExternalVm>,
 ) -> Result<(BTreeMap<String, EngineReport>, Vec<Row>), Row> {
