@@ -180,7 +180,7 @@ fn set(mut keys: KeyList, key: &str, value: &str) -> KeyList {
 
 /// Whether a client of the user's is connected to a socket that QEMU serves, as `query-chardev`
 /// tells. `ours` is the monitor that we hold.
-pub fn connected(chardevs: &[ChardevInfo], directory: &Path, ours: &Path) -> Option<String> {
+pub(super) fn connected(chardevs: &[ChardevInfo], directory: &Path, ours: &Path) -> Option<String> {
     chardevs
         .iter()
         .filter_map(|chardev| Some((&chardev.label, chardev.filename.strip_prefix("unix:")?)))

@@ -20,11 +20,11 @@ const DISK_TABLES: ByteLen = ByteLen(16 << 20);
 const STATE_TABLE: ByteLen = ByteLen(256 << 10);
 
 /// The layers below each writable disk, by node.
-pub type Chains = HashMap<String, Vec<ContentDigest>>;
+pub(super) type Chains = HashMap<String, Vec<ContentDigest>>;
 
 /// What the next checkpoint builds on. A checkpoint takes it apart and puts it together again when
 /// it ends.
-pub struct Base {
+pub(super) struct Base {
     pub history: History,
     /// What the parent holds, in the order of the spaces' numbers.
     pub spaces: Vec<Space>,
@@ -32,7 +32,7 @@ pub struct Base {
 
 /// The parent, and how far the marks of written pages can be believed. They are looked up together
 /// and hold together: marks count from one certain checkpoint, and a store may have lost that one.
-pub struct History {
+pub(super) struct History {
     /// The parent and its ancestors. Empty: the next checkpoint is full.
     pub lineage: HeldLineage,
     /// The tracker knows every page written since the parent. Otherwise its first claim has all
@@ -102,7 +102,7 @@ impl Base {
     }
 
     /// The next checkpoint is full: nothing is known of what any page holds.
-    pub fn begin_again(&mut self) {
+    pub(super) fn begin_again(&mut self) {
         self.history.lineage.clear();
         self.history.is_exact = false;
         self.history.are_bitmaps_of_lineage = false;
@@ -114,7 +114,7 @@ impl Base {
 
     /// A disk that stands on other layers than its parent did (a stream or commit at run time) may
     /// show other content where nothing was written: then all is stored again.
-    pub fn follow_chains(&mut self, chains: Chains) {
+    pub(super) fn follow_chains(&mut self, chains: Chains) {
         let is_same = |(node, chain): (&String, &Vec<ContentDigest>)| {
             self.history.chains.get(node).is_none_or(|before| before == chain)
         };
@@ -128,7 +128,7 @@ impl Base {
     }
 
     /// A lineage begins because it `is_wanted`, or because the last one is long.
-    pub fn begin_lineage_if_due(&mut self, is_wanted: bool) {
+    pub(super) fn begin_lineage_if_due(&mut self, is_wanted: bool) {
         if is_wanted || self.history.is_long() {
             tracing::info!(is_wanted, "the next checkpoint is full and begins a lineage");
             self.begin_again();
@@ -137,7 +137,7 @@ impl Base {
 
     /// After a hot-plug: spaces of disks that came get an empty table, those of disks that went are
     /// dropped.
-    pub fn adapt(&mut self, vm: &Vm, disks: &[(SpaceName, PageCount)]) -> Result<()> {
+    pub(super) fn adapt(&mut self, vm: &Vm, disks: &[(SpaceName, PageCount)]) -> Result<()> {
         let names = names(vm, disks)?;
         let same = |(space, (name, pages)): (&Space, &(SpaceName, PageCount))| {
             space.name == *name && space.pages == *pages
@@ -163,7 +163,7 @@ impl Base {
 
 impl History {
     /// None: the next checkpoint is full.
-    pub fn parent(&self) -> Option<CheckpointId> {
+    pub(super) fn parent(&self) -> Option<CheckpointId> {
         self.lineage.identities().last().map(|parent| parent.id)
     }
 

@@ -11,7 +11,7 @@ use super::staging::Staging;
 use crate::pack::Entrance;
 use anyhow::{Context, Error, Result};
 
-pub struct Buffers {
+pub(super) struct Buffers {
     /// Copied pages.
     pub staging: Staging,
     /// The tables of digests, and the frames under way.
@@ -20,7 +20,7 @@ pub struct Buffers {
 
 impl Buffers {
     /// Sends the staged pages and empties the staging memory.
-    pub async fn upload_staging(self, entrance: Entrance) -> Result<Self, Aborted<Self>> {
+    pub(super) async fn upload_staging(self, entrance: Entrance) -> Result<Self, Aborted<Self>> {
         let upload = move |buffers: &mut Self| {
             let uploaded = precopy::upload(&buffers.staging, &mut buffers.delta, &entrance);
             buffers.staging.clear(buffers.staging.capacity());
@@ -30,40 +30,40 @@ impl Buffers {
     }
 
     /// The checkpoint is durable, or nothing differs from its parent.
-    pub fn acknowledge(self) -> (Staging, Vec<Space>) {
+    pub(super) fn acknowledge(self) -> (Staging, Vec<Space>) {
         (self.staging, self.delta.acknowledge())
     }
 
     /// The checkpoint failed.
-    pub fn fail(self) -> (Staging, Vec<Space>) {
+    pub(super) fn fail(self) -> (Staging, Vec<Space>) {
         (self.staging, self.delta.fail())
     }
 }
 
 /// Work that failed, and what it was done on.
 #[derive(Debug)]
-pub struct Aborted<T> {
+pub(super) struct Aborted<T> {
     pub error: Error,
     /// `None`: a task that panicked had it, or it was dropped, which restores it.
     pub left: Option<T>,
 }
 
 impl<T> Aborted<T> {
-    pub fn new(error: impl Into<Error>, left: T) -> Self {
+    pub(super) fn new(error: impl Into<Error>, left: T) -> Self {
         Self { error: error.into(), left: Some(left) }
     }
 
-    pub fn lost(error: impl Into<Error>) -> Self {
+    pub(super) fn lost(error: impl Into<Error>) -> Self {
         Self { error: error.into(), left: None }
     }
 
-    pub fn map<U>(self, change: impl FnOnce(T) -> U) -> Aborted<U> {
+    pub(super) fn map<U>(self, change: impl FnOnce(T) -> U) -> Aborted<U> {
         Aborted { error: self.error, left: self.left.map(change) }
     }
 }
 
 /// For steps that own what they work on.
-pub trait OrKeep<T> {
+pub(super) trait OrKeep<T> {
     /// The result of a step beside `state`, which is kept if the step failed.
     fn or_keep<S>(self, state: S) -> Result<(S, T), Aborted<S>>;
 }
@@ -79,7 +79,7 @@ impl<T, E: Into<Error>> OrKeep<T> for Result<T, E> {
 
 /// Runs a job on a thread that may block, from this call on, whether the result is waited for or
 /// not. The state goes there as one value and comes back, whatever the job's result.
-pub fn blocking<S, R>(
+pub(super) fn blocking<S, R>(
     mut state: S,
     job: impl FnOnce(&mut S) -> Result<R> + Send + 'static,
 ) -> impl Future<Output = Result<(S, R), Aborted<S>>> + Send

@@ -30,7 +30,7 @@ use vm::running::Vm;
 
 impl Uploaded {
     #[instrument(name = "commit", level = "debug", skip_all)]
-    pub async fn commit(
+    pub(super) async fn commit(
         mut self,
         site: &Site<'_>,
         phases: &mut Phases,

@@ -25,7 +25,7 @@ use vm::error::Phase;
 use vm::process_memory::ProcessMemory;
 
 /// QEMU's process, whose guest does not run.
-pub struct ProcessMemorySource {
+pub(super) struct ProcessMemorySource {
     pub qmp: Qmp,
     pub pid: u32,
     /// For the file of the device state.

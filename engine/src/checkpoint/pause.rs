@@ -32,7 +32,7 @@ const LATE_PASSES: u32 = 3;
 const MOST_LATE_PAGES: PageCount = PageCount(256);
 
 /// The pages that the kernel saw written.
-pub struct TrackerSource {
+pub(super) struct TrackerSource {
     pub qmp: Qmp,
     /// For the file of the device state.
     directory: PathBuf,
@@ -90,7 +90,7 @@ struct Devices {
 
 impl TrackerSource {
     /// Does the long part of the first claim, and begins an empty one.
-    pub async fn begin(
+    pub(super) async fn begin(
         qmp: Qmp,
         directory: PathBuf,
         tracker: Arc<Mutex<Tracker>>,

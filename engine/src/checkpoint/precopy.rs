@@ -24,20 +24,20 @@ use vm::error::Phase;
 use vm::running::lock;
 
 /// Pre-copy passes that a checkpoint may make; what is left then is copied in the pause.
-pub const MAX_PASSES: u32 = 6;
+pub(super) const MAX_PASSES: u32 = 6;
 /// What the pause may copy without a pass before it: 16 MiB take about 4 ms.
-pub const PAUSE_PAGES: PageCount = PageCount(4096);
+pub(super) const PAUSE_PAGES: PageCount = PageCount(4096);
 /// A pause that would copy more than this is not begun: about 100 ms of copying.
 const MOST_PAUSE_PAGES: PageCount = PageCount(96 * 256);
 /// A pass that leaves more than this share of what it took is not worth another.
 const WORTH: f64 = 0.7;
 
 /// What a claim took from each RAM space, by number.
-pub type Taken = Vec<(SpaceNumber, PageSet)>;
+pub(super) type Taken = Vec<(SpaceNumber, PageSet)>;
 
 impl TrackerSource {
     #[instrument(name = "pre-copy", level = "debug", skip_all)]
-    pub async fn passes(
+    pub(super) async fn passes(
         &mut self,
         mut buffers: Buffers,
         disks: &PreparedDisks,
@@ -148,12 +148,12 @@ async fn make_room(
     Ok(buffers)
 }
 
-pub fn count(taken: &Taken) -> PageCount {
+pub(super) fn count(taken: &Taken) -> PageCount {
     PageCount(taken.iter().map(|(_, pages)| pages.count().0).sum())
 }
 
 /// Dirty pages at this moment; nothing is taken.
-pub fn look(tracker: &mut Tracker) -> Result<PageCount> {
+pub(super) fn look(tracker: &mut Tracker) -> Result<PageCount> {
     let ids: Vec<BlockId> = tracker.blocks().map(|(id, _)| id).collect();
     let mut dirty = 0;
     for id in ids {
@@ -163,7 +163,7 @@ pub fn look(tracker: &mut Tracker) -> Result<PageCount> {
 }
 
 /// Whether another pre-copy pass shortens the pause.
-pub fn is_worth_it(passes: u32, dirty: PageCount, before: Option<PageCount>) -> bool {
+pub(super) fn is_worth_it(passes: u32, dirty: PageCount, before: Option<PageCount>) -> bool {
     let shrinks = before.is_none_or(|before| (dirty.0 as f64) < before.0 as f64 * WORTH);
     dirty > PAUSE_PAGES && passes < MAX_PASSES && shrinks
 }
@@ -175,7 +175,7 @@ pub(super) fn take(tracker: &mut Tracker, claim: &mut DirtyClaim) -> Result<Take
     ids.into_iter().map(take).collect()
 }
 /// Copies what was taken into the staging memory, where the pause can still replace it.
-pub fn stage(tracker: &Tracker, taken: &Taken, staging: &mut Staging) -> Result<()> {
+pub(super) fn stage(tracker: &Tracker, taken: &Taken, staging: &mut Staging) -> Result<()> {
     for (space, range) in ranges(taken) {
         let id = block_id(tracker, space)?;
         let room = staging.push(space, range)?;

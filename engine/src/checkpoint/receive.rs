@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const RESERVE: PageCount = PageCount((64 << 20) / PAGE_SIZE as u64);
 
 /// All that the thread works on; it comes back when the thread ends.
-pub struct Receiver {
+pub(super) struct Receiver {
     pub buffers: Buffers,
     entrance: Entrance,
     /// Nothing may wait for the store now: the guest is stopped for as long as the thread takes.
@@ -41,7 +41,7 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    pub fn new(buffers: Buffers, entrance: Entrance, guest_waits: Arc<AtomicBool>) -> Self {
+    pub(super) fn new(buffers: Buffers, entrance: Entrance, guest_waits: Arc<AtomicBool>) -> Self {
         let sizes = || ram_sizes(&buffers.delta).map(PageSet::new).collect();
         let (seen, staged) = (sizes(), sizes());
         Self {
@@ -56,7 +56,7 @@ impl Receiver {
     }
 
     /// Reads the stream to its end. Every page of every block must have come.
-    pub fn receive(&mut self, source: &UnixStream) -> Result<DeviceState> {
+    pub(super) fn receive(&mut self, source: &UnixStream) -> Result<DeviceState> {
         let mut reader = StreamReader::new(source, ReaderLimits::default());
         let mut state = None;
         while let Some(item) = reader.next()? {

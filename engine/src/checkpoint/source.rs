@@ -21,7 +21,7 @@ use vm::inventory::Inventory;
 const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 
 /// One engine, ready for one checkpoint.
-pub trait MemorySource: Send {
+pub(super) trait MemorySource: Send {
     /// Takes memory, disks and device state of one instant. Whatever comes of it, the guest is in
     /// its run state again, and what was claimed is in the result or restored, when this returns.
     fn capture<'a>(
@@ -33,7 +33,7 @@ pub trait MemorySource: Send {
 }
 
 /// What a source may use of the phases.
-pub struct CaptureContext<'a> {
+pub(super) struct CaptureContext<'a> {
     /// Takes pages that the buffers have no room for.
     pub packer: &'a Packer,
     pub inventory: &'a Inventory,
@@ -42,7 +42,7 @@ pub struct CaptureContext<'a> {
 }
 
 /// One instant of the VM.
-pub struct Taken {
+pub(super) struct Taken {
     /// The pages that were not sent to the packer are staged.
     pub buffers: Buffers,
     pub claimed: Claimed,
@@ -51,20 +51,20 @@ pub struct Taken {
 }
 
 /// What becomes clean when the checkpoint is durable; it is restored otherwise.
-pub struct Claimed {
+pub(super) struct Claimed {
     /// `None`: the source takes no dirty pages from the tracker.
     pub claim: Option<DirtyClaim>,
     pub disks: CapturedDisks,
 }
 
 /// Where the devices' state of the instant is.
-pub enum SavedState {
+pub(super) enum SavedState {
     File(DeviceStateFile),
     Read(DeviceState),
 }
 
 impl SavedState {
-    pub fn read(self) -> Result<DeviceState> {
+    pub(super) fn read(self) -> Result<DeviceState> {
         match self {
             Self::File(file) => file.read().context("reading the device state back"),
             Self::Read(state) => Ok(state),
@@ -74,7 +74,7 @@ impl SavedState {
 
 /// The checkpoint's point in time.
 #[derive(Debug)]
-pub struct Moment {
+pub(super) struct Moment {
     /// What the guest was doing.
     pub run_state: RunState,
     pub pause: Duration,
@@ -84,7 +84,7 @@ pub struct Moment {
 }
 
 /// No instant was taken: why, and what is left of the checkpoint.
-pub struct NotTaken {
+pub(super) struct NotTaken {
     pub error: Error,
     /// `None`: a task that panicked had them.
     pub buffers: Option<Buffers>,
@@ -94,26 +94,26 @@ pub struct NotTaken {
 
 impl NotTaken {
     /// The instant of the disks was not begun.
-    pub fn before(aborted: Aborted<Buffers>, disks: PreparedDisks) -> Self {
+    pub(super) fn before(aborted: Aborted<Buffers>, disks: PreparedDisks) -> Self {
         let Aborted { error, left } = aborted;
         Self { error, buffers: left, disks: Some(FailedDisks::Prepared(disks)) }
     }
 
     /// The instant of the disks was taken.
-    pub fn after(error: Error, buffers: Option<Buffers>, disks: CapturedDisks) -> Self {
+    pub(super) fn after(error: Error, buffers: Option<Buffers>, disks: CapturedDisks) -> Self {
         Self { error, buffers, disks: Some(FailedDisks::Captured(disks)) }
     }
 }
 
 /// The disks of a checkpoint that failed.
-pub enum FailedDisks {
+pub(super) enum FailedDisks {
     Prepared(PreparedDisks),
     Captured(CapturedDisks),
 }
 
 impl FailedDisks {
     /// Merges the bitmaps back and removes what was made in QEMU.
-    pub async fn restore(self) -> Result<(), CaptureError> {
+    pub(super) async fn restore(self) -> Result<(), CaptureError> {
         match self {
             Self::Prepared(disks) => disks.discard().await,
             Self::Captured(disks) => disks.restore().await,
@@ -135,12 +135,12 @@ impl From<Aborted<CapturedDisks>> for Aborted<FailedDisks> {
 
 /// To be called right before each `stop`, which writes what is not written yet while the guest
 /// waits.
-pub async fn flush(disks: &PreparedDisks) -> Result<()> {
+pub(super) async fn flush(disks: &PreparedDisks) -> Result<()> {
     disks.flush(FLUSH_LIMIT).await.context("flushing the disks before the guest is stopped")
 }
 
 /// The disks' instant, in a pause that has nothing to do beside it.
-pub async fn capture_disks(disks: PreparedDisks, paused: &Paused) -> Result<CapturedDisks> {
+pub(super) async fn capture_disks(disks: PreparedDisks, paused: &Paused) -> Result<CapturedDisks> {
     let captured = paused.within("the disks' point in time", disks.capture(paused)).await?;
     captured.context("taking the disks' instant")
 }

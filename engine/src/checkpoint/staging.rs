@@ -13,7 +13,7 @@ use checkpoint_format::{PAGE_SIZE, PageCount, PageIndex, PageRange};
 const STAGING_PAGES: PageCount = PageCount((160 << 20) / 4096);
 
 /// Which space of the VM, as the checkpoint numbers them.
-pub type SpaceNumber = u16;
+pub(super) type SpaceNumber = u16;
 
 pub(super) struct Staging {
     memory: Vec<u8>,

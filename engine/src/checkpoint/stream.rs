@@ -56,7 +56,7 @@ const GUEST_TIMEOUT: Duration = Duration::from_millis(500);
 const FLUSH_EVERY: Duration = Duration::from_millis(200);
 
 /// QEMU's migration into a socket pair.
-pub struct StreamSource {
+pub(super) struct StreamSource {
     pub qmp: Qmp,
     pub engine: Engine,
     pub mode: StreamMode,

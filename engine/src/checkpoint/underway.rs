@@ -29,7 +29,7 @@ use vm::memory_source::Engine;
 use vm::running::Vm;
 
 /// What every phase has.
-pub struct Underway {
+pub(super) struct Underway {
     pub id: CheckpointId,
     pub parent: Option<CheckpointId>,
     pub engine: Engine,
@@ -45,20 +45,20 @@ pub struct Underway {
 
 impl Underway {
     /// Commits or removes a checkpoint in the store.
-    pub async fn change_store<T>(&mut self, change: impl Future<Output = T>) -> T {
+    pub(super) async fn change_store<T>(&mut self, change: impl Future<Output = T>) -> T {
         self.history.lineage.change(&self.session.repository, change).await
     }
 }
 
 /// What the phases borrow from the helper.
-pub struct Site<'a> {
+pub(super) struct Site<'a> {
     pub vm: &'a Vm,
     pub layers: &'a layers::Known,
     pub report: &'a Report,
 }
 
 /// The guest runs; nothing of it was taken.
-pub struct Prepared {
+pub(super) struct Prepared {
     pub underway: Underway,
     pub storing: Storing,
     pub buffers: Buffers,
@@ -67,7 +67,11 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    pub async fn capture(self, site: &Site<'_>, phases: &mut Phases) -> Result<Captured, Failed> {
+    pub(super) async fn capture(
+        self,
+        site: &Site<'_>,
+        phases: &mut Phases,
+    ) -> Result<Captured, Failed> {
         let Self { underway, storing, buffers, disks, source } = self;
         kill_point::point("prepared");
         let context = CaptureContext {
@@ -91,14 +95,14 @@ impl Prepared {
 }
 
 /// The instant is taken and the guest runs again.
-pub struct Captured {
+pub(super) struct Captured {
     pub underway: Underway,
     pub storing: Storing,
     pub taken: Taken,
 }
 
 /// Every pack is stored.
-pub struct Uploaded {
+pub(super) struct Uploaded {
     pub underway: Underway,
     pub stored: Stored,
     pub buffers: Buffers,
@@ -108,7 +112,7 @@ pub struct Uploaded {
 }
 
 impl Uploaded {
-    pub fn failed(self, error: Error) -> Failed {
+    pub(super) fn failed(self, error: Error) -> Failed {
         let Self { underway, stored, buffers, claimed, .. } = self;
         let store = FailedStore::Ended(Some(stored));
         Failed::captured(error, underway, store, Some(buffers), claimed)
@@ -116,13 +120,13 @@ impl Uploaded {
 }
 
 /// How a checkpoint ends that does not fail.
-pub enum Committed {
+pub(super) enum Committed {
     Durable(Durable),
     Unchanged(Unchanged),
 }
 
 /// The checkpoint exists.
-pub struct Durable {
+pub(super) struct Durable {
     pub underway: Underway,
     pub receipt: checkpoint_store::Durable,
     pub identity: CheckpointIdentity,
@@ -132,7 +136,7 @@ pub struct Durable {
 }
 
 /// Nothing differs from the parent: no checkpoint is made.
-pub struct Unchanged {
+pub(super) struct Unchanged {
     pub underway: Underway,
     pub buffers: Buffers,
     pub claimed: Claimed,
@@ -140,7 +144,7 @@ pub struct Unchanged {
 }
 
 /// A checkpoint that failed in any phase, and what has to be restored.
-pub struct Failed {
+pub(super) struct Failed {
     pub error: Error,
     pub underway: Underway,
     pub store: FailedStore,
@@ -153,7 +157,7 @@ pub struct Failed {
 
 impl Failed {
     /// After the instant was taken.
-    pub fn captured(
+    pub(super) fn captured(
         error: Error,
         underway: Underway,
         store: FailedStore,
@@ -168,7 +172,7 @@ impl Failed {
 
 /// How far a checkpoint that failed has come in the store.
 #[expect(clippy::large_enum_variant, reason = "there is one, while a checkpoint fails")]
-pub enum FailedStore {
+pub(super) enum FailedStore {
     Storing(Storing),
     /// `None`: nothing of it can be carried.
     Ended(Option<Stored>),
@@ -177,7 +181,7 @@ pub enum FailedStore {
 impl FailedStore {
     /// What was sent is stored if the store takes it within `grace`. Returns why the checkpoint
     /// failed, when `error` may only be that the pipeline has ended.
-    pub async fn end(self, error: Error, grace: Duration) -> (Error, Option<Stored>) {
+    pub(super) async fn end(self, error: Error, grace: Duration) -> (Error, Option<Stored>) {
         match self {
             Self::Storing(Storing { partial, packer, resumed }) => {
                 let stored = packer.stored();
@@ -190,7 +194,7 @@ impl FailedStore {
 }
 
 /// A checkpoint's packs on their way into the store.
-pub struct Storing {
+pub(super) struct Storing {
     pub partial: Arc<PartialCheckpoint>,
     pub packer: Packer,
     /// What earlier tries have stored.
@@ -199,7 +203,7 @@ pub struct Storing {
 
 impl Storing {
     /// Waits until every pack is stored.
-    pub async fn finish(self) -> Result<Stored, Aborted<Stored>> {
+    pub(super) async fn finish(self) -> Result<Stored, Aborted<Stored>> {
         let Self { partial, packer, resumed } = self;
         let packs = packer.stored();
         let finished = packer.finish().await;
@@ -212,7 +216,7 @@ impl Storing {
 }
 
 /// The packs that the store has acknowledged, and the partial checkpoint that they are in.
-pub struct Stored {
+pub(super) struct Stored {
     pub partial: PartialCheckpoint,
     /// In the order in which they count; those of earlier tries come first.
     pub packs: Vec<NumberedPack>,

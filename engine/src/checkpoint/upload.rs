@@ -50,7 +50,11 @@ enum Piece {
 
 impl Captured {
     #[instrument(name = "upload", level = "debug", skip_all)]
-    pub async fn upload(self, site: &Site<'_>, phases: &mut Phases) -> Result<Uploaded, Failed> {
+    pub(super) async fn upload(
+        self,
+        site: &Site<'_>,
+        phases: &mut Phases,
+    ) -> Result<Uploaded, Failed> {
         let Self { underway, storing, taken } = self;
         let Taken { buffers, mut claimed, devices, moment } = taken;
         let upload = Upload { underway: &underway, storing: &storing, site };

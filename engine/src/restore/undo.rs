@@ -157,7 +157,7 @@ impl Undo {
     }
 
     /// The guest runs, and this process is its helper.
-    pub fn keep(self) -> HelperLock {
+    pub(super) fn keep(self) -> HelperLock {
         if let Err(error) = remove_tree(&self.runtime.path().join(BEFORE)) {
             tracing::warn!(
                 error = format!("{error:#}"),

@@ -22,23 +22,23 @@ use vm::memory_source::EngineChoice;
 use vm::running::Vm;
 use vm::runtime_dir::{RuntimeDir, VmFile};
 
-pub const PAGE: usize = 4096;
+pub(crate) const PAGE: usize = 4096;
 /// Pages of `pc.ram` and of `vga.vram`.
 const PAGES: (usize, usize) = (256, 16);
 /// The only disk, at first.
-pub const DISK: &str = "d0";
+pub(crate) const DISK: &str = "d0";
 const DISK_BYTES: usize = 1 << 20;
 
 /// Where the memory comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum By {
+pub(crate) enum By {
     Tracker,
     Stream,
 }
 
-pub const BOTH: [By; 2] = [By::Tracker, By::Stream];
+pub(crate) const BOTH: [By; 2] = [By::Tracker, By::Stream];
 
-pub struct Scene {
+pub(crate) struct Scene {
     pub qemu: ScriptedQemu,
     pub body: Body,
     pub runtime: RuntimeDir,
@@ -52,18 +52,18 @@ pub struct Scene {
 }
 
 /// A helper and what it sees of the store.
-pub struct Helper {
+pub(crate) struct Helper {
     pub checkpointer: Checkpointer,
     pub store: FaultyStore,
 }
 
 /// A helper whose checkpoint is under way.
-pub struct Running {
+pub(crate) struct Running {
     task: JoinHandle<(Helper, Result<Outcome, anyhow::Error>)>,
     store: FaultyStore,
 }
 
-pub fn name() -> VmName {
+pub(crate) fn name() -> VmName {
     "vm".parse().unwrap()
 }
 
@@ -78,12 +78,12 @@ fn options() -> RepositoryOptions {
     RepositoryOptions { retry, call_limit: Duration::from_millis(300), ..Default::default() }
 }
 
-pub async fn open(store: impl checkpoint_store::Store + 'static) -> Repository {
+pub(crate) async fn open(store: impl checkpoint_store::Store + 'static) -> Repository {
     Repository::open_with(Arc::new(store), Mode::CreateIfMissing, options()).await.unwrap()
 }
 
 /// Neither zero nor compressible.
-pub fn noise(bytes: usize) -> Vec<u8> {
+pub(crate) fn noise(bytes: usize) -> Vec<u8> {
     let mut state = 7u64;
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -93,16 +93,16 @@ pub fn noise(bytes: usize) -> Vec<u8> {
 }
 
 impl Scene {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with(Version::V10_0, DISK_BYTES)
     }
 
-    pub fn with(version: Version, disk_bytes: usize) -> Self {
+    pub(crate) fn with(version: Version, disk_bytes: usize) -> Self {
         Self::build(version, disk_bytes, None)
     }
 
     /// With a read-only disk `cd` beside the other: a layer.
-    pub fn with_layer(content: Vec<u8>) -> Self {
+    pub(crate) fn with_layer(content: Vec<u8>) -> Self {
         Self::build(Version::V10_0, DISK_BYTES, Some(content))
     }
 
@@ -170,16 +170,16 @@ impl Scene {
         self.qemu.with(|state| serde_json::json!([state.capabilities, state.parameters]))
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    pub async fn vm(&self) -> Vm {
+    pub(crate) async fn vm(&self) -> Vm {
         Vm::attach(self.runtime.clone()).await.unwrap()
     }
 
     /// A helper whose store is the scene's; faults of one helper's store are its own.
-    pub async fn helper(&self) -> Helper {
+    pub(crate) async fn helper(&self) -> Helper {
         let store = FaultyStore::new(Arc::new(self.store.clone()));
         let repository = open(store.clone()).await;
         let session = StoreSession::claim(repository, &self.file, &self.runtime, Force::No).await;
@@ -188,13 +188,13 @@ impl Scene {
     }
 
     /// A helper that opens the store by its URL, as real ones do.
-    pub async fn helper_by_url(&self) -> Helper {
+    pub(crate) async fn helper_by_url(&self) -> Helper {
         let store = FaultyStore::new(Arc::new(self.store.clone()));
         Helper { checkpointer: Checkpointer::new(self.vm().await), store }
     }
 
     /// With one checkpoint by the tracker.
-    pub async fn begun() -> (Self, Helper) {
+    pub(crate) async fn begun() -> (Self, Helper) {
         let scene = Self::new();
         let mut helper = scene.helper().await;
         helper.take(By::Tracker).await.unwrap();
@@ -203,7 +203,7 @@ impl Scene {
 
     /// The guest writes to memory and disk, each time elsewhere: what a failed checkpoint took must
     /// not be in the next one for another reason.
-    pub fn guest_works(&mut self) {
+    pub(crate) fn guest_works(&mut self) {
         let (offset, byte) = self.next_place();
         let at = usize::from(byte);
         self.body.write(&[3 + at, 100 + at, 200 + at]);
@@ -224,24 +224,24 @@ impl Scene {
     }
 
     /// As a kill ends it: connections first, and nothing reaches the store any more.
-    pub async fn kill(&self, helper: Running) {
+    pub(crate) async fn kill(&self, helper: Running) {
         self.qemu.sever();
         helper.store.inject(FaultRule::any(Fault::HangBefore));
         helper.task.abort();
         let _ = helper.task.await;
     }
 
-    pub async fn repository(&self) -> Repository {
+    pub(crate) async fn repository(&self) -> Repository {
         open(self.store.clone()).await
     }
 
-    pub async fn checkpoints(&self) -> Vec<u64> {
+    pub(crate) async fn checkpoints(&self) -> Vec<u64> {
         let ids = self.repository().await.checkpoints(&name()).await.unwrap();
         ids.into_iter().map(|id| id.0).collect()
     }
 
     /// The guest runs, and nothing of a checkpoint is left in QEMU but what the next needs.
-    pub fn assert_at_rest(&self, about: &str) {
+    pub(crate) fn assert_at_rest(&self, about: &str) {
         self.qemu.with(|state| {
             assert_eq!(state.run_state, "running", "{about}");
             assert_eq!(state.blocks.extra_nodes(), [""; 0], "{about}");
@@ -260,7 +260,7 @@ impl Scene {
     }
 
     /// The checkpoint holds what memory and disk are now.
-    pub async fn assert_exact(&self, id: CheckpointId) {
+    pub(crate) async fn assert_exact(&self, id: CheckpointId) {
         let (repository, name) = (self.repository().await, name());
         let source = Source::open(&repository, &name, id, Arc::new(Silent)).await.unwrap();
         let whole = async |space: SpaceName| {
@@ -281,7 +281,12 @@ impl Scene {
     }
 
     /// After whatever went wrong: the next checkpoint builds on the newest and is exact.
-    pub async fn assert_next(&mut self, helper: &mut Helper, by: By, about: &str) -> Outcome {
+    pub(crate) async fn assert_next(
+        &mut self,
+        helper: &mut Helper,
+        by: By,
+        about: &str,
+    ) -> Outcome {
         self.guest_works();
         let newest = self.checkpoints().await.last().copied();
         let taken = helper.take(by).await;
@@ -295,7 +300,7 @@ impl Scene {
     }
 
     /// The checkpoint fails so, the guest and QEMU are as they were, and the next one is whole.
-    pub async fn assert_fails(&mut self, helper: &mut Helper, by: By, words: &str) -> Class {
+    pub(crate) async fn assert_fails(&mut self, helper: &mut Helper, by: By, words: &str) -> Class {
         self.guest_works();
         self.guest_works_after_pause();
         let before = self.checkpoints().await;
@@ -308,11 +313,11 @@ impl Scene {
 }
 
 impl Helper {
-    pub async fn take(&mut self, by: By) -> Result<Outcome, anyhow::Error> {
+    pub(crate) async fn take(&mut self, by: By) -> Result<Outcome, anyhow::Error> {
         self.take_with(by, false).await
     }
 
-    pub async fn take_with(&mut self, by: By, full: bool) -> Result<Outcome, anyhow::Error> {
+    pub(crate) async fn take_with(&mut self, by: By, full: bool) -> Result<Outcome, anyhow::Error> {
         let engine = match by {
             By::Tracker => EngineChoice::Tracker,
             By::Stream => EngineChoice::Stream,
@@ -323,7 +328,7 @@ impl Helper {
     }
 
     /// That it fails with these words; returns the class of the error.
-    pub async fn fails(&mut self, by: By, words: &str) -> Class {
+    pub(crate) async fn fails(&mut self, by: By, words: &str) -> Class {
         let error = self.take(by).await.expect_err(words);
         let said = format!("{error:#}");
         assert!(said.contains(words), "{said:?} has no {words:?}");
@@ -331,7 +336,7 @@ impl Helper {
     }
 
     /// Begins a checkpoint.
-    pub fn begin(mut self, by: By) -> Running {
+    pub(crate) fn begin(mut self, by: By) -> Running {
         let store = self.store.clone();
         let task = tokio::spawn(async move {
             let taken = self.take(by).await;
@@ -341,7 +346,7 @@ impl Helper {
     }
 
     /// Answers that QEMU does not give are waited for so long.
-    pub fn wait_for_qemu(mut self, limit: Duration) -> Self {
+    pub(crate) fn wait_for_qemu(mut self, limit: Duration) -> Self {
         self.checkpointer.vm.qmp = self.checkpointer.vm.qmp.with_timeout(limit);
         self
     }
@@ -349,7 +354,7 @@ impl Helper {
 
 impl Running {
     /// Waits until a command of it has come to the gate.
-    pub async fn at(&mut self, gate: &mut Gate, about: &str) {
+    pub(crate) async fn at(&mut self, gate: &mut Gate, about: &str) {
         tokio::select! {
             () = gate.reached() => {}
             ended = &mut self.task => {
@@ -359,7 +364,7 @@ impl Running {
         }
     }
 
-    pub async fn end(self) -> (Helper, Result<Outcome, anyhow::Error>) {
+    pub(crate) async fn end(self) -> (Helper, Result<Outcome, anyhow::Error>) {
         self.task.await.unwrap()
     }
 }

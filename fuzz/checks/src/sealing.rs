@@ -4,13 +4,13 @@
 use checkpoint_format::ContentDigest;
 
 /// A text file of this kind and version around `body`.
-pub fn envelope(kind: &str, version: u32, body: &[u8]) -> Vec<u8> {
+pub(crate) fn envelope(kind: &str, version: u32, body: &[u8]) -> Vec<u8> {
     let line = format!("{kind} {version} {} {}\n", ContentDigest::of(body), body.len());
     [line.as_bytes(), body].concat()
 }
 
 /// The text file with digest and length as its body has them; what is no such file stays.
-pub fn sealed(file: &[u8]) -> Vec<u8> {
+pub(crate) fn sealed(file: &[u8]) -> Vec<u8> {
     let Some(end) = file.iter().position(|byte| *byte == b'\n') else { return file.to_vec() };
     let (line, body) = (String::from_utf8_lossy(&file[..end]), &file[end + 1..]);
     match line.split_once(' ').map(|(kind, rest)| (kind, rest.split(' ').next())) {
@@ -22,6 +22,6 @@ pub fn sealed(file: &[u8]) -> Vec<u8> {
 }
 
 /// Compressed as the product's own tables are.
-pub fn compressed(raw: &[u8]) -> Vec<u8> {
+pub(crate) fn compressed(raw: &[u8]) -> Vec<u8> {
     zstd::bulk::compress(raw, 1).expect("memory is compressed")
 }

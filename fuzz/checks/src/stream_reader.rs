@@ -7,7 +7,7 @@ use qmp_bridge::stream_reader::{Item, ReaderLimits, StreamReadError, StreamReade
 
 /// Whether it is an error does not matter; that nothing is given that the reader promises not to
 /// give is asserted.
-pub fn check(input: &[u8]) -> bool {
+pub(crate) fn check(input: &[u8]) -> bool {
     Pieces::of_fuzzer(input).is_some_and(|pieces| read_all(pieces, limits()).is_ok())
 }
 

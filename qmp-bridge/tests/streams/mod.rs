@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 #[path = "../../../fuzz/checks/src/stream_reader.rs"]
-pub mod check;
+pub(crate) mod check;
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -32,12 +32,12 @@ pub(crate) fn directory() -> PathBuf {
 }
 
 /// The fuzzer's seeds by name.
-pub fn seeds() -> Vec<(String, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(String, Vec<u8>)> {
     files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/stream_reader"), "")
 }
 
 /// Recorded streams by name, e.g. `7.2-pc-precopy`.
-pub fn recorded() -> Vec<(String, Vec<u8>)> {
+pub(crate) fn recorded() -> Vec<(String, Vec<u8>)> {
     files(&directory(), ".stream")
 }
 

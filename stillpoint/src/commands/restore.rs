@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use engine::progress::bytes;
 use engine::restore::Request;
 
-pub async fn run(args: RestoreArgs, is_verbose: bool) -> Result<()> {
+pub(crate) async fn run(args: RestoreArgs, is_verbose: bool) -> Result<()> {
     let json = args.json;
     let restored = helper::restore::start(&request(args), is_verbose).await?;
     if json {

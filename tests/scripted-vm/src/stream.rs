@@ -9,21 +9,21 @@ const RAM_SECTION: u32 = 2;
 const RAM_VERSION: u32 = 4;
 
 mod mark {
-    pub const END: u8 = 0;
-    pub const START: u8 = 1;
-    pub const PART: u8 = 2;
-    pub const LAST: u8 = 3;
-    pub const FULL: u8 = 4;
-    pub const DESCRIPTION: u8 = 6;
-    pub const CONFIGURATION: u8 = 7;
-    pub const FOOTER: u8 = 0x7e;
+    pub(super) const END: u8 = 0;
+    pub(super) const START: u8 = 1;
+    pub(super) const PART: u8 = 2;
+    pub(super) const LAST: u8 = 3;
+    pub(super) const FULL: u8 = 4;
+    pub(super) const DESCRIPTION: u8 = 6;
+    pub(super) const CONFIGURATION: u8 = 7;
+    pub(super) const FOOTER: u8 = 0x7e;
 }
 
 mod flag {
-    pub const ZERO: u64 = 0x02;
-    pub const SIZES: u64 = 0x04;
-    pub const PAGE: u64 = 0x08;
-    pub const END: u64 = 0x10;
+    pub(super) const ZERO: u64 = 0x02;
+    pub(super) const SIZES: u64 = 0x04;
+    pub(super) const PAGE: u64 = 0x08;
+    pub(super) const END: u64 = 0x10;
 }
 
 fn name(bytes: &mut Vec<u8>, name: &str) {

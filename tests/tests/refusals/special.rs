@@ -93,14 +93,14 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
 
-pub fn other_namespace(lab: &Lab, name: &str) -> Option<Ran> {
+pub(super) fn other_namespace(lab: &Lab, name: &str) -> Option<Ran> {
     assert_root("running a command in another namespace");
     let unshare = ["unshare", "--pid", "--fork", "--kill-child"];
     Some(External::start(lab, name, "").attach_by(lab, name, &unshare))
 }
 
 /// One who may connect to the monitor, and may not look at its process.
-pub fn other_user(lab: &Lab, name: &str) -> Option<Ran> {
+pub(super) fn other_user(lab: &Lab, name: &str) -> Option<Ran> {
     assert_root("running a command as another user");
     let external = External::start(lab, name, "");
     let allow = |path: &Path, mode| {
@@ -116,25 +116,25 @@ pub fn other_user(lab: &Lab, name: &str) -> Option<Ran> {
     ))
 }
 
-pub fn preconfig(lab: &Lab, name: &str) -> Option<Ran> {
+pub(super) fn preconfig(lab: &Lab, name: &str) -> Option<Ran> {
     Some(External::start(lab, name, "-preconfig").attach(lab, name))
 }
 
-pub fn network_descriptor(lab: &Lab, name: &str) -> Option<Ran> {
+pub(super) fn network_descriptor(lab: &Lab, name: &str) -> Option<Ran> {
     let (inside, _outside) = UnixStream::pair().expect("two sockets");
     fcntl(&inside, FcntlArg::F_SETFD(FdFlag::empty())).expect("a socket");
     let words = format!("-netdev socket,id=n,fd={} -device e1000,netdev=n", inside.as_raw_fd());
     Some(External::start(lab, name, &words).attach(lab, name))
 }
 
-pub fn kernel_removed(lab: &Lab, name: &str) -> Option<Ran> {
+pub(super) fn kernel_removed(lab: &Lab, name: &str) -> Option<Ran> {
     let external = External::start(lab, name, "-fw_cfg name=opt/x/c,file=blob.bin");
     std::fs::remove_file(external.file("blob.bin")).expect("the lab");
     Some(external.attach(lab, name))
 }
 
 /// A bare name may be a file that comes with QEMU, as the other one is.
-pub fn option_rom_removed(lab: &Lab, name: &str) -> Option<Ran> {
+pub(super) fn option_rom_removed(lab: &Lab, name: &str) -> Option<Ran> {
     let external = External::start(lab, name, "-option-rom blob.bin -bios bios-256k.bin");
     let is_carried = external.attach(lab, name);
     assert_eq!(is_carried.code, 0, "{is_carried:?}");
@@ -144,7 +144,7 @@ pub fn option_rom_removed(lab: &Lab, name: &str) -> Option<Ran> {
     Some(refused)
 }
 
-pub fn configuration_removed(lab: &Lab, name: &str) -> Option<Ran> {
+pub(super) fn configuration_removed(lab: &Lab, name: &str) -> Option<Ran> {
     let external = External::start(lab, name, "-readconfig vm.cfg");
     std::fs::remove_file(external.file("vm.cfg")).expect("the lab");
     Some(external.attach(lab, name))
@@ -158,13 +158,13 @@ fn attach_and_checkpoint(external: &External, lab: &Lab, name: &str) -> Option<R
     if attached.code == 0 { Some(lab.run(&["checkpoint", name])) } else { Some(attached) }
 }
 
-pub fn layer_renamed(lab: &Lab, name: &str) -> Option<Ran> {
+pub(super) fn layer_renamed(lab: &Lab, name: &str) -> Option<Ran> {
     let external = External::start(lab, name, CHAIN);
     std::fs::rename(external.file("base.raw"), external.file("moved.raw")).expect("the lab");
     attach_and_checkpoint(&external, lab, name)
 }
 
-pub fn layer_replaced(lab: &Lab, name: &str) -> Option<Ran> {
+pub(super) fn layer_replaced(lab: &Lab, name: &str) -> Option<Ran> {
     let external = External::start(lab, name, CHAIN);
     std::fs::rename(external.file("base.raw"), external.file("moved.raw")).expect("the lab");
     std::fs::rename(external.file("other.raw"), external.file("base.raw")).expect("the lab");

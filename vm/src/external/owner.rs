@@ -17,7 +17,7 @@ const DIGEST_LETTERS: usize = 16;
 const UNNUMBERED: &str = "stillpoint-at-";
 
 /// To be called before a tracker is used.
-pub async fn claim(qmp: &Qmp, runtime: &RuntimeDir, file: &VmFile) -> Result<()> {
+pub(crate) async fn claim(qmp: &Qmp, runtime: &RuntimeDir, file: &VmFile) -> Result<()> {
     let objects = qmp.qom_list("/objects").await.context("asking QEMU for its objects")?;
     let names: Vec<&str> = objects.iter().map(|object| object.name.as_str()).collect();
     let own = digest(runtime, file);

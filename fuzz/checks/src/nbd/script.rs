@@ -22,12 +22,12 @@ struct State {
 
 /// Both ends of the connection to it.
 #[derive(Debug)]
-pub struct Script(Arc<Mutex<State>>);
+pub(super) struct Script(Arc<Mutex<State>>);
 
 /// The client's end for reading.
-pub struct Replies(Arc<Mutex<State>>);
+pub(super) struct Replies(Arc<Mutex<State>>);
 /// The client's end for writing.
-pub struct Requests(Arc<Mutex<State>>);
+pub(super) struct Requests(Arc<Mutex<State>>);
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -35,7 +35,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 
 impl Script {
     /// Parts with their lengths in front; the last one may be short.
-    pub fn new(mut bytes: &[u8]) -> Self {
+    pub(super) fn new(mut bytes: &[u8]) -> Self {
         let mut parts = VecDeque::new();
         while let Some((length, rest)) = bytes.split_first_chunk() {
             let length = usize::from(u16::from_be_bytes(*length));
@@ -47,12 +47,12 @@ impl Script {
         Self(Arc::new(Mutex::new(State { parts, written: true, waits: 0 })))
     }
 
-    pub fn halves(self) -> (Replies, Requests) {
+    pub(super) fn halves(self) -> (Replies, Requests) {
         (Replies(self.0.clone()), Requests(self.0))
     }
 
     /// What all parts together say in reply to requests.
-    pub fn answered(&self) -> Answered {
+    pub(super) fn answered(&self) -> Answered {
         Answered::of(&lock(&self.0).parts.iter().flatten().copied().collect::<Vec<u8>>())
     }
 }
@@ -116,7 +116,7 @@ struct Chunk {
 }
 
 /// Every chunk that the server sends, read without regard to order and limits.
-pub struct Answered(Vec<Chunk>);
+pub(super) struct Answered(Vec<Chunk>);
 
 impl Answered {
     /// Replies begin somewhere behind the handshake: each place that looks like one is taken for
@@ -128,7 +128,7 @@ impl Answered {
     }
 
     /// Whether a chunk for that request holds this byte at that offset.
-    pub fn holds(&self, cookie: u64, offset: u64, byte: u8) -> bool {
+    pub(super) fn holds(&self, cookie: u64, offset: u64, byte: u8) -> bool {
         self.0.iter().filter(|chunk| chunk.cookie == cookie).any(|chunk| {
             let Some((start, rest)) = chunk.body.split_first_chunk() else { return false };
             let Some(at) = offset.checked_sub(u64::from_be_bytes(*start)) else { return false };
@@ -140,7 +140,7 @@ impl Answered {
         })
     }
 
-    pub fn is_done(&self, cookie: u64) -> bool {
+    pub(super) fn is_done(&self, cookie: u64) -> bool {
         self.0.iter().any(|chunk| chunk.cookie == cookie && chunk.is_last)
     }
 }

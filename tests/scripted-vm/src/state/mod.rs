@@ -27,7 +27,7 @@ pub(crate) fn send(out: &UnixStream, message: &Value) {
 
 /// Why a command failed.
 #[derive(Debug)]
-pub struct Refusal {
+pub(crate) struct Refusal {
     pub(crate) class: &'static str,
     pub(crate) description: String,
 }
