@@ -6,7 +6,7 @@
 //!
 //! [`serve`] is the process, or [`restore`] where it restores the VM first; [`start`] and [`attach`]
 //! bring it up, [`client`] asks it over its control socket in the words of [`control`], and
-//! [`bench`] measures it.
+//! [`mod@bench`] measures it.
 
 pub mod attach;
 pub mod bench;

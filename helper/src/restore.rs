@@ -90,8 +90,8 @@ fn ended(status: ExitStatus, request: &Request) -> Error {
     error
 }
 
-/// What [`start`] starts: restores the VM, then serves until QEMU ends or a signal ends the helper.
-/// `detached` is called in between.
+/// What [`start()`] starts: restores the VM, then serves until QEMU ends or a signal ends the
+/// helper. `detached` is called in between.
 ///
 /// # Errors
 /// When there is no request, or serving fails; a failed restore is the command's to report.

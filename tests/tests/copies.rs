@@ -260,6 +260,27 @@ fn killed_restore_can_be_repeated() {
     lab.verify("o");
 }
 
+/// Stopped, so that it is there until the guest runs and does not answer for the helper.
+#[test]
+fn command_killed_once_the_guest_runs_leaves_it_a_helper() {
+    let lab = Lab::new(&newest_qemu());
+    let original = lab.start("o", &Recipe::scribbler(44));
+    original.checkpoint();
+    original.kill();
+    let dir = lab.path().join("new");
+    let words = ["restore", "o", "--qemu", text(&lab.qemu), "--dir", text(&dir)];
+    let mut command = lab.command(&words).spawn().expect("stillpoint can be run");
+    let pid = Pid::from_raw(command.id().cast_signed());
+    assert!(wait_until(Duration::from_secs(30), || dir.join("sp-odd.raw").exists()), "no disk");
+    kill(pid, Signal::SIGSTOP).expect("ours");
+    let is_served = || lab.run(&["checkpoint", "o"]).code == 0;
+    assert!(wait_until(Duration::from_secs(30), is_served), "no helper serves the VM");
+    kill(pid, Signal::SIGKILL).expect("ours");
+    assert_eq!(command.wait().expect("a child").code(), None);
+    lab.run(&["checkpoint", "o"]).expect_success();
+    assert_eq!(lab.list("o"), [1, 2, 3]);
+}
+
 /// In a network namespace of its own: there /sys shows the devices of another, and a tap without a
 /// script is down.
 #[test]

@@ -227,8 +227,10 @@ const RESTORE: &[(&str, Test)] = &[
     ("a port, display or tap", Real("copy_tap_in_use_is_named_with_a_map_that_helps")),
     ("another checkpoint was committed", Real("failed_restore_leaves_everything_as_it_was")),
     ("SIGINT, SIGTERM", Real("failed_restore_leaves_everything_as_it_was")),
-    ("killed before", Real("killed_restore_can_be_repeated")),
-    ("killed after", Real("killed_restore_can_be_repeated")),
+    ("the command killed before", Real("failed_restore_leaves_everything_as_it_was")),
+    ("that process killed before", Real("killed_restore_can_be_repeated")),
+    ("the command killed after", Real("command_killed_once_the_guest_runs_leaves_it_a_helper")),
+    ("that process killed after", Real("killed_restore_can_be_repeated")),
 ];
 
 const ADOPTION: &[(&str, &str, Test)] = &[

@@ -7,6 +7,9 @@ use super::NbdError;
 use super::coverage::Coverage;
 use super::wire::*;
 
+/// Most contexts in the reply to one request; no client of ours asks for as many.
+const MAX_CONTEXTS: usize = 8;
+
 /// What a finished request yields.
 #[derive(Debug)]
 pub(super) enum Outcome {
@@ -112,8 +115,8 @@ impl Pending {
         reader.read_exact(&mut body).await.map_err(io_error)?;
         let mut fields = Fields(&body);
         let id = fields.u32().unwrap_or_default();
-        if contexts.iter().any(|(known, _)| *known == id) {
-            return violation(format!("two block states of context {id}"));
+        if contexts.iter().any(|(known, _)| *known == id) || contexts.len() == MAX_CONTEXTS {
+            return violation(format!("a second block state of context {id}, or one too many"));
         }
         let mut extents = Vec::with_capacity(body.len() / 8);
         while let (Some(length), Some(flags)) = (fields.u32(), fields.u32()) {

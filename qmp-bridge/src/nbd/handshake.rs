@@ -1,5 +1,7 @@
 //! The NBD handshake: fixed newstyle, structured replies, meta contexts, then `NBD_OPT_GO`.
 
+use std::collections::BTreeSet;
+
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::NbdError;
@@ -167,7 +169,12 @@ async fn set_contexts<S: AsyncRead + AsyncWrite + Unpin>(
             .cloned()
             .ok_or_else(|| NbdError::NoContext { export: export.into(), context: (*name).into() })
     };
-    wanted.iter().map(find).collect()
+    let found: Vec<(u32, String)> = wanted.iter().map(find).collect::<Result<_, _>>()?;
+    let ids: BTreeSet<u32> = found.iter().map(|(id, _)| *id).collect();
+    if ids.len() < found.len() {
+        return Err(NbdError::Protocol("it gave two meta contexts one id".into()));
+    }
+    Ok(found)
 }
 
 fn parse_context(kind: u32, data: &[u8]) -> Option<(u32, String)> {

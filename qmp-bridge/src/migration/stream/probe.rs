@@ -127,17 +127,18 @@ async fn background_snapshot(qmp: &Qmp) -> Result<Result<(), String>, MigrationE
     };
     let found = list(|change| change.found);
     let mut guard = PutBack { qmp, states: &found };
-    match set_capabilities(qmp, list(|change| change.set)).await {
-        Ok(()) => set_capabilities(qmp, found.clone()).await?,
-        Err(QmpError::Refused { description, .. }) => {
-            // Nothing was changed.
-            guard.states = &[];
-            return Ok(Err(description));
-        }
+    // Sent at once: a helper that is killed in between leaves no capability on, with which the
+    // owner's next migration would be a snapshot.
+    let set = set_capabilities(qmp, list(|change| change.set));
+    let (set, put_back) = tokio::join!(set, set_capabilities(qmp, found.clone()));
+    let outcome = match set {
+        Ok(()) => Ok(put_back?),
+        // Nothing was changed.
+        Err(QmpError::Refused { description, .. }) => Err(description),
         Err(error) => return Err(error.into()),
-    }
+    };
     guard.states = &[];
-    Ok(Ok(()))
+    Ok(outcome)
 }
 
 /// Puts capabilities back, also when the caller is dropped in the middle.

@@ -95,6 +95,52 @@ async fn lies_are_errors() {
     );
 }
 
+/// Of contexts that were not asked for, as many as the peer likes to send.
+#[tokio::test]
+async fn block_states_of_too_many_contexts_are_an_error() {
+    let (client, mut peer) = connected();
+    let script = async move {
+        let mut request = [0; 28];
+        peer.read_exact(&mut request).await.expect("request");
+        for id in 0u32.. {
+            let body = [id.to_be_bytes(), 4096u32.to_be_bytes(), [0; 4]].concat();
+            if peer.write_all(&chunk(0, CHUNK_STATUS, 1, &body)).await.is_err() {
+                break;
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    let result = tokio::select! {
+        result = client.block_status(0, 4096) => result,
+        () = script => unreachable!("it never ends"),
+    };
+    assert!(matches!(result, Err(NbdError::Protocol(_))), "{result:?}");
+}
+
+#[tokio::test]
+async fn two_contexts_with_one_id_are_an_error() {
+    let reply = |option: u32, kind: u32, body: &[u8]| {
+        let head = [option, kind, body.len() as u32].map(u32::to_be_bytes).concat();
+        [&OPTION_REPLY_MAGIC.to_be_bytes()[..], &head, body].concat()
+    };
+    let given = |name: &str| [&1u32.to_be_bytes()[..], name.as_bytes()].concat();
+    let bytes = [
+        [MAGIC.to_be_bytes(), OPTION_MAGIC.to_be_bytes()].concat(),
+        3u16.to_be_bytes().to_vec(),
+        reply(OPT_STRUCTURED_REPLY, REP_ACK, &[]),
+        reply(OPT_SET_META_CONTEXT, REP_META_CONTEXT, &given("a")),
+        reply(OPT_SET_META_CONTEXT, REP_META_CONTEXT, &given("b")),
+        reply(OPT_SET_META_CONTEXT, REP_ACK, &[]),
+    ];
+    let (mut ours, mut theirs) = UnixStream::pair().expect("pair");
+    theirs.write_all(&bytes.concat()).await.expect("write");
+    let result = handshake::negotiate(&mut ours, "x", &["a", "b"]).await;
+    assert!(
+        matches!(&result, Err(NbdError::Protocol(why)) if why.contains("one id")),
+        "{result:?}"
+    );
+}
+
 #[tokio::test]
 async fn an_abandoned_request_does_not_disturb_the_next() {
     let (client, mut peer) = connected();
