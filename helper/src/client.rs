@@ -118,7 +118,7 @@ pub async fn ask(runtime: &RuntimeDir, request: &Request, show: impl Fn(&Update)
         if count == 0 {
             return Err(ended(runtime));
         }
-        match serde_json::from_str(&line).context("the helper's answer is not understood")? {
+        match Reply::parse(&line)? {
             Reply::Progress(update) => show(&update),
             Reply::Done(value) => return Ok(value),
             Reply::Failed(failure) => return Err(EngineError::from(failure).into()),

@@ -2,6 +2,7 @@
 //! a line, then lines of progress, then one result. Only the owner of the runtime directory can
 //! reach it.
 
+use anyhow::{Context, Result};
 use checkpoint_format::VmName;
 use engine::checkpoint::Choice;
 use engine::progress::Update;
@@ -29,6 +30,17 @@ pub enum Request {
     BarePause,
 }
 
+impl Request {
+    /// Reads the line of a command.
+    ///
+    /// # Errors
+    /// When it is none of these requests.
+    pub fn parse(line: &str) -> Result<Self> {
+        serde_json::from_str(line)
+            .context("the request is not understood; are command and helper of one version?")
+    }
+}
+
 /// A line of the helper's answer; the last one is `Done` or `Failed`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -36,6 +48,16 @@ pub enum Reply {
     Progress(Update),
     Done(Value),
     Failed(Failure),
+}
+
+impl Reply {
+    /// Reads a line of a helper.
+    ///
+    /// # Errors
+    /// When it is none of these replies.
+    pub fn parse(line: &str) -> Result<Self> {
+        serde_json::from_str(line).context("the helper's answer is not understood")
+    }
 }
 
 /// The result of [`Request::Status`].

@@ -103,8 +103,7 @@ impl Server {
     }
 
     async fn answer(&self, line: &str, progress: mpsc::Sender<Update>) -> Result<Value> {
-        let request: Request = serde_json::from_str(line)
-            .context("the request is not understood; are command and helper of one version?")?;
+        let request = Request::parse(line)?;
         if request == Request::Status {
             return encode(&self.status());
         }

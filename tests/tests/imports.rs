@@ -23,7 +23,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("error-class", &[]),
-    ("fuzz-checks", &["checkpoint-format", "plugin-protocol", "qemu-cmdline", "qmp-bridge"]),
+    (
+        "fuzz-checks",
+        &["checkpoint-format", "helper", "plugin-protocol", "qemu-cmdline", "qmp-bridge", "vm"],
+    ),
     ("helper", &["checkpoint-format", "engine", "qmp-bridge", "vm"]),
     ("plugin-protocol", &[]),
     ("qemu-cmdline", &["error-class"]),

@@ -6,6 +6,7 @@
 //! with the seeds and past findings (`fuzz/seeds`).
 
 pub mod command_line;
+pub mod control_socket;
 pub mod layer_table;
 pub mod manifest;
 pub mod nbd;
@@ -21,6 +22,7 @@ pub type Check = fn(&[u8]) -> bool;
 /// The targets by name; each has a directory of seeds.
 pub const TARGETS: &[(&str, Check)] = &[
     ("command_line", command_line::check),
+    ("control_socket", control_socket::check),
     ("layer_table", layer_table::check),
     ("manifest", manifest::check),
     ("nbd", nbd::check),
