@@ -33,6 +33,8 @@ mod receive;
 mod source;
 mod staging;
 mod stream;
+#[cfg(test)]
+mod test;
 mod underway;
 mod upload;
 mod window;
