@@ -19,6 +19,7 @@ mod layout;
 mod partial;
 mod proofs;
 mod reading;
+mod record;
 mod retry;
 mod writer;
 
@@ -30,8 +31,9 @@ pub use identity::Mode;
 pub use layers::{LayerOutcome, PartialLayer};
 pub use partial::{KeptPartial, PartialCheckpoint, Sealed};
 pub use reading::MAX_MANIFEST_LEN;
+pub use record::{WriterInfo, WriterRecord};
 pub use retry::{RetryPolicy, StoredPack};
-pub use writer::{Claim, Writer, WriterInfo, WriterRecord};
+pub use writer::{Claim, Writer};
 
 use crate::error::Result;
 use crate::store::Store;

@@ -40,6 +40,7 @@ use difference::Difference;
 use dirty_tracker::GuestMemory;
 use expected::Expected;
 use qemu_cmdline::restorable::Wishes;
+use qmp_bridge::device_state::DeviceState;
 use qmp_bridge::migration::{Incoming, resave};
 use qmp_bridge::{Qmp, ramblock};
 use running::Ran;
@@ -289,49 +290,24 @@ impl Proof {
         memory: GuestMemory,
     ) -> Result<Report> {
         let manifest = self.source.manifest();
-        let qmp = Qmp::connect(self.runtime.qmp(), STARTUP)
-            .await
-            .context("connecting to QEMU's monitor")?;
-        restore::check_blocks(
-            manifest,
-            &ramblock::ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?,
-        )?;
-        restore::memory::fill(
-            self.source.clone(),
-            manifest.vm_record.ram_block.clone(),
-            memory.clone(),
-        )
-        .await?;
+        let qmp = Qmp::connect(self.runtime.qmp(), STARTUP).await;
+        let qmp = qmp.context("connecting to QEMU's monitor")?;
+        let blocks = ramblock::ram_blocks(&qmp).await.context("asking QEMU for its RAM blocks")?;
+        restore::check_blocks(manifest, &blocks)?;
+        let ram_block = manifest.vm_record.ram_block.clone();
+        restore::memory::fill(self.source.clone(), ram_block, memory.clone()).await?;
         let mut differences = self.main_memory(memory.clone()).await?;
-        let contents = restore::memory::small_blocks(&self.source).await?;
         let stored = restore::memory::device_state(&self.source).await?;
-        let incoming = Incoming::begin(&qmp, &self.runtime.path().join("incoming.sock")).await?;
-        let transition = Transition::choose(manifest.run_state, true, false)?;
-        restore::memory::load(
-            incoming,
-            &self.source,
-            &contents,
-            &transition.write(stored.clone())?,
-        )
-        .await?;
-        drop(contents);
+        self.load(&qmp, stored.clone()).await?;
         activate_disks(&qmp).await;
         self.damage(&qmp, &memory, layers).await?;
         // Before the load nothing may differ; after it only what QEMU writes when it loads.
         let loaded =
             if differences.is_empty() { self.main_memory(memory).await? } else { Vec::new() };
         differences.extend(disks::compare_layers(&self.source, layers).await?);
-        differences.extend(
-            disks::compare(
-                &qmp,
-                sandbox::pid_in_proc(pid)?,
-                file,
-                &self.source,
-                layers,
-                &self.expected,
-            )
-            .await?,
-        );
+        let pid = sandbox::pid_in_proc(pid)?;
+        differences
+            .extend(disks::compare(&qmp, pid, file, &self.source, layers, &self.expected).await?);
         let resaved = self.resave(&qmp).await?;
         let mut devices = devices::compare(&stored, &resaved)?;
         let written = devices::written_by_load(&resaved);
@@ -362,6 +338,15 @@ impl Proof {
             total: Duration::ZERO,
             noted: false,
         })
+    }
+
+    /// The small RAM blocks and the devices, as a restore loads them.
+    async fn load(&self, qmp: &Qmp, devices: DeviceState) -> Result<()> {
+        let contents = restore::memory::small_blocks(&self.source).await?;
+        let incoming = Incoming::begin(qmp, &self.runtime.path().join("incoming.sock")).await?;
+        let transition = Transition::choose(self.source.manifest().run_state, true, false)?;
+        let devices = transition.write(devices)?;
+        restore::memory::load(incoming, &self.source, &contents, &devices).await
     }
 
     /// For tests: see [`kill_point::damage`].

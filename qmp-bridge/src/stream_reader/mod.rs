@@ -276,13 +276,9 @@ impl<R: Read> StreamReader<R> {
         match (kind, &mut self.ram) {
             (mark::SECTION_START, None) => self.start(at)?,
             (mark::SECTION_START, Some(_)) => {
-                let head = Head::read(&mut self.source)?;
-                head.must_be_ram(at)?;
-                return Err(StreamReadError::malformed(
-                    at,
-                    "a second START section of memory",
-                    "one",
-                ));
+                Head::read(&mut self.source)?.must_be_ram(at)?;
+                let second = "a second START section of memory";
+                return Err(StreamReadError::malformed(at, second, "one"));
             }
             (mark::SECTION_PART | mark::SECTION_END, Some(ram)) if ram.is_listed() => {
                 let section = self.source.u32()?;

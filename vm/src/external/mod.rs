@@ -12,10 +12,11 @@ pub mod probe;
 use crate::drives;
 use crate::error::{EngineError, InPhase, Phase, refused};
 use crate::launch::command::MONITOR_CHARDEV;
+use crate::launch::external::ExternalVm;
 use crate::launch::process::QemuProcess;
 use crate::launch::{self, arguments, instance};
 use crate::memory_source::{
-    EngineChoice, StreamChoice, can_pre_copy_live, choose_stream, choose_tracker,
+    Chosen, EngineChoice, StreamChoice, can_pre_copy_live, choose_stream, choose_tracker,
 };
 use crate::process;
 use crate::process_memory::ProcessMemory;
@@ -81,16 +82,9 @@ async fn probe_and_save(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> 
     let found = look.understand()?;
     let drives = look.drives(&found).await?;
     let tracker = look.tracker(&found).await;
-    // A checkpoint chooses again; what cannot be had at all is refused before a helper is started.
     let chosen = match choose_tracker(engine, &tracker)? {
         Some(chosen) => chosen,
-        None => {
-            let support = look.support().await?;
-            let process_memory =
-                ProcessMemory::check(&look.qmp, look.process.pid, support.stopped).await;
-            let live = can_pre_copy_live(&look.facts.qemu, look.facts.accelerator);
-            choose_stream(stream, &support, live, found.plugin.is_some(), &process_memory)?
-        }
+        None => choose_from_streams(&look, &found, stream).await?,
     };
     if chosen.engine.mode() == Some(StreamMode::PreCopy) {
         reopen::check(look.process.pid, &drives)?;
@@ -121,14 +115,23 @@ async fn probe_and_save(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> 
     };
     drives::check_command_line(&file.arguments, &file.directory, &drives, look.running())?;
     for dropped in &found.dropped {
-        tracing::info!(
-            what = dropped.what,
-            why = dropped.why,
-            "a restored VM is started without it"
-        );
+        let (what, why) = (&dropped.what, &dropped.why);
+        tracing::info!(what, why, "a restored VM is started without it");
     }
     save(runtime, &file, earlier.as_ref())?;
     Ok(Found { engine: format!("{}: {}", chosen.engine.name(), chosen.why) })
+}
+
+/// A checkpoint chooses again; what cannot be had at all is refused before a helper is started.
+async fn choose_from_streams(
+    look: &Probe,
+    found: &ExternalVm,
+    wanted: StreamChoice,
+) -> Result<Chosen> {
+    let support = look.support().await?;
+    let process_memory = ProcessMemory::check(&look.qmp, look.process.pid, support.stopped).await;
+    let live = can_pre_copy_live(&look.facts.qemu, look.facts.accelerator);
+    choose_stream(wanted, &support, live, found.plugin.is_some(), &process_memory)
 }
 
 /// What is known under that name already; refused if a VM of that name runs that is not this
