@@ -51,6 +51,9 @@ const STOPPED_LIMIT: Duration = Duration::from_secs(600);
 
 /// How long a guest may wait for the store, where it would (see [`StreamSource::begin_reading`]).
 const GUEST_TIMEOUT: Duration = Duration::from_millis(500);
+/// The same for one that is stopped for seconds anyway: a store that is slow for a moment must not
+/// make that pause useless.
+const STOPPED_GUEST_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Between two flushes while QEMU's migration may stop the guest at any moment.
 const FLUSH_EVERY: Duration = Duration::from_millis(200);
@@ -163,6 +166,7 @@ impl StreamSource {
         // Otherwise the guest waits until we have taken all, or the page that it wants to write.
         let entrance = match self.engine {
             Engine::PreCopy => packer.entrance(),
+            Engine::Stopped => packer.entrance().with_timeout(STOPPED_GUEST_TIMEOUT),
             _ => packer.entrance().with_timeout(GUEST_TIMEOUT),
         };
         let receiver = Receiver::new(buffers, entrance, guest_waits);
