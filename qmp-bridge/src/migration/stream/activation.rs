@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use crate::jobs::remove_exports;
 use crate::migration::MigrationError;
 use crate::nbd_server::{self, ServerError};
+use crate::qmp::replies::{BlockDeviceInfo, BlockGraph};
 use crate::qmp::{Qmp, QmpError};
 
 const SET_ACTIVE: &str = "blockdev-set-active";
@@ -94,31 +95,14 @@ pub(super) async fn remove(qmp: &Qmp, socket: &Path) -> Result<(), MigrationErro
 
 /// Named nodes that can be written and have no node above them.
 async fn writable_roots(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
-    let nodes = qmp.execute_json("query-named-block-nodes", json!({ "flat": true })).await?;
-    let graph = qmp.execute_json("x-debug-query-block-graph", Value::Null).await?;
-    Ok(roots(&nodes, &graph))
+    Ok(roots(qmp.query_block_nodes().await?, &qmp.query_block_graph().await?))
 }
 
-fn roots(nodes: &Value, graph: &Value) -> Vec<String> {
-    let rows = |value: &Value| value.as_array().cloned().unwrap_or_default();
-    let drivers = rows(&graph["nodes"])
-        .into_iter()
-        .filter(|node| node["type"] == "block-driver")
-        .collect::<Vec<_>>();
-    let ids: HashSet<u64> = drivers.iter().filter_map(|node| node["id"].as_u64()).collect();
-    let is_node = |value: &Value| value.as_u64().is_some_and(|id| ids.contains(&id));
-    let edges = rows(&graph["edges"]);
-    let below: HashSet<u64> = edges
-        .iter()
-        .filter(|edge| is_node(&edge["parent"]))
-        .filter_map(|edge| edge["child"].as_u64())
-        .collect();
-    let tops =
-        drivers.iter().filter(|node| node["id"].as_u64().is_some_and(|id| !below.contains(&id)));
-    let tops: HashSet<&str> = tops.filter_map(|node| node["name"].as_str()).collect();
-    let writable = rows(nodes).into_iter().filter(|node| node["ro"] == false);
-    let names = writable.filter_map(|node| node["node-name"].as_str().map(str::to_owned));
-    names.filter(|name| tops.contains(name.as_str())).collect()
+fn roots(nodes: Vec<BlockDeviceInfo>, graph: &BlockGraph) -> Vec<String> {
+    let ids: HashSet<u64> = graph.drivers().map(|node| node.id).collect();
+    let is_below_a_node = |name: &str| graph.above(name).any(|edge| ids.contains(&edge.parent));
+    let writable = nodes.into_iter().filter(|node| !node.ro).map(|node| node.node_name);
+    writable.filter(|name| graph.id(name).is_some() && !is_below_a_node(name)).collect()
 }
 
 #[cfg(test)]
@@ -127,7 +111,12 @@ mod test {
 
     #[test]
     fn roots_are_writable_and_have_no_node_above() {
-        let node = |name: &str, ro: bool| json!({ "node-name": name, "ro": ro });
+        let node = |name: &str, ro: bool| {
+            json!({
+                "node-name": name, "ro": ro, "drv": "raw", "file": "", "encrypted": false,
+                "image": { "filename": "", "format": "raw", "virtual-size": 0 },
+            })
+        };
         let nodes = json!([
             node("overlay", false),
             node("overlay-file", false),
@@ -144,11 +133,13 @@ mod test {
             ],
             // A device stands above a node, which is no node.
             "edges": [
-                { "parent": 1, "child": 2, "name": "file" }, { "parent": 1, "child": 3, "name": "backing" },
-                { "parent": 6, "child": 3, "name": "root" }, { "parent": 6, "child": 5, "name": "root" },
+                { "parent": 1, "child": 2, "name": "file", "perm": [] }, { "parent": 1, "child": 3, "name": "backing", "perm": [] },
+                { "parent": 6, "child": 3, "name": "root", "perm": [] }, { "parent": 6, "child": 5, "name": "root", "perm": [] },
             ],
         });
-        assert_eq!(roots(&nodes, &graph), ["overlay", "spare"]);
-        assert!(roots(&json!("?"), &Value::Null).is_empty());
+        let nodes: Vec<BlockDeviceInfo> = serde_json::from_value(nodes).expect("nodes");
+        let graph: BlockGraph = serde_json::from_value(graph).expect("a graph");
+        assert_eq!(roots(nodes, &graph), ["overlay", "spare"]);
+        assert!(roots(Vec::new(), &BlockGraph::default()).is_empty());
     }
 }
