@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio::sync::{RwLock, Semaphore, mpsc};
 use vm::error::refused;
 use vm::runtime_dir::{Failure, RuntimeDir};
 
@@ -47,12 +47,14 @@ pub(crate) fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
 
 #[derive(Clone)]
 pub(crate) struct Server {
-    checkpointer: Arc<Mutex<Checkpointer>>,
+    /// Written by what needs the VM for itself, read by what only looks at it: those who look are
+    /// not in each other's way.
+    checkpointer: Arc<RwLock<Checkpointer>>,
 }
 
 impl Server {
     pub(crate) fn new(checkpointer: Checkpointer) -> Self {
-        Self { checkpointer: Arc::new(Mutex::new(checkpointer)) }
+        Self { checkpointer: Arc::new(RwLock::new(checkpointer)) }
     }
 
     pub(crate) async fn run(&self, listener: UnixListener) {
@@ -66,9 +68,9 @@ impl Server {
     /// Until the VM's QEMU has ended. An adoption puts another in its place, whose end counts then.
     pub(crate) async fn vm_ended(&self) {
         loop {
-            let qmp = self.checkpointer.lock().await.vm.qmp.clone();
+            let qmp = self.checkpointer.read().await.vm.qmp.clone();
             qmp.closed().await;
-            let now = self.checkpointer.lock().await.vm.qmp.clone();
+            let now = self.checkpointer.read().await.vm.qmp.clone();
             if tokio::time::timeout(Duration::from_millis(1), now.closed()).await.is_ok() {
                 return;
             }
@@ -78,7 +80,7 @@ impl Server {
     /// Lets a checkpoint that is under way end, so that the guest is not left stopped, then frees
     /// the writer's place.
     pub(crate) async fn end(&self) {
-        match tokio::time::timeout(GRACE, self.checkpointer.lock()).await {
+        match tokio::time::timeout(GRACE, self.checkpointer.write()).await {
             Ok(mut checkpointer) => checkpointer.release().await,
             Err(_) => tracing::warn!("a checkpoint is cut off; the next helper cleans up after it"),
         }
@@ -107,7 +109,7 @@ impl Server {
         if request == Request::Status {
             return encode(&self.status());
         }
-        let Ok(mut checkpointer) = tokio::time::timeout(LOCK_WAIT, self.checkpointer.lock()).await
+        let Ok(mut checkpointer) = tokio::time::timeout(LOCK_WAIT, self.checkpointer.write()).await
         else {
             return Err(refused("a checkpoint of this VM is under way; wait for it"));
         };
@@ -137,7 +139,7 @@ impl Server {
 
     fn status(&self) -> Status {
         let pid = std::process::id();
-        let Ok(checkpointer) = self.checkpointer.try_lock() else {
+        let Ok(checkpointer) = self.checkpointer.try_read() else {
             return Status { pid, busy: true, vm: None };
         };
         let vm = &checkpointer.vm;
