@@ -251,11 +251,18 @@ impl PageMap {
     /// The whole space, in order, in runs as long as they can be (a run of data ends with its
     /// frame).
     pub fn runs(&self) -> impl Iterator<Item = LocatedRun> {
-        let mut start = PageIndex(0);
+        self.runs_in(self.size.all())
+    }
+
+    /// The same for a part of the space; pages beyond its size are left out. The first run may
+    /// begin in the middle of one of [`runs`](Self::runs), and the last one may end there.
+    pub fn runs_in(&self, pages: PageRange) -> impl Iterator<Item = LocatedRun> {
+        let PageRange { mut start, end } = pages.clip(self.size);
         std::iter::from_fn(move || {
-            let run = self.run_from(start)?;
-            start = run.pages.end;
-            Some(run)
+            let run = (start < end).then(|| self.run_from(start)).flatten()?;
+            let pages = PageRange::new(start, run.pages.end.min(end));
+            start = pages.end;
+            Some(LocatedRun { pages, ..run })
         })
     }
 
@@ -467,6 +474,15 @@ mod test {
             (range(2 * edge, 3 * edge), PageLocation::Unknown),
         ];
         assert_eq!(runs, expected);
+        let part: Vec<_> =
+            map.runs_in(range(edge - 4, edge + 1)).map(|run| (run.pages, run.location)).collect();
+        let expected = [
+            (range(edge - 4, edge - 3), PageLocation::Zero),
+            (range(edge - 3, edge + 1), data(1, 0, 0)),
+        ];
+        assert_eq!(part, expected);
+        assert_eq!(map.runs_in(range(edge + 1, edge + 2)).next().unwrap().location, data(1, 0, 4));
+        assert_eq!(map.runs_in(range(3 * edge, 4 * edge)).count(), 0);
     }
 
     #[test]

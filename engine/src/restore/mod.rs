@@ -11,6 +11,7 @@ pub mod layers;
 pub mod line;
 mod link;
 pub mod memory;
+pub mod on_demand;
 mod ports;
 pub mod program;
 pub mod qemu;

@@ -6,14 +6,16 @@ use crate::progress::Progress;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    CheckpointId, CheckpointIdentity, FrameRead, Manifest, PAGE_SIZE, PackIndex, PackName, PackNo,
-    PageMap, PageRange, SpaceName, SpaceRecord, VmName,
+    CheckpointId, CheckpointIdentity, FrameEntry, FrameNo, FrameRead, LocatedRun, Manifest,
+    PAGE_SIZE, PackIndex, PackName, PackNo, PageMap, PageRange, SpaceName, SpaceRecord, VmName,
 };
 use checkpoint_store::Repository;
 use futures::future::BoxFuture;
 use futures::{Stream, StreamExt};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::sync::Mutex;
 use vm::error::damaged;
 
 /// Neighbouring frames are read in one go up to this length.
@@ -42,6 +44,8 @@ struct Inner {
     identity: CheckpointIdentity,
     bytes_read: AtomicU64,
     progress: Arc<dyn Progress>,
+    /// Maps that [`Source::locate`] has made.
+    maps: Mutex<HashMap<SpaceName, Arc<PageMap>>>,
 }
 
 /// Frames of one pack that are read together.
@@ -77,6 +81,7 @@ impl Source {
             identity,
             bytes_read: AtomicU64::new(trailers),
             progress,
+            maps: Mutex::default(),
         })))
     }
 
@@ -131,6 +136,55 @@ impl Source {
         Ok(map)
     }
 
+    /// Where these pages of a space are, in order, in runs; pages beyond the space are left out.
+    pub async fn locate(&self, name: &SpaceName, pages: PageRange) -> Result<Vec<LocatedRun>> {
+        Ok(self.kept_map(name).await?.runs_in(pages).collect())
+    }
+
+    /// A map that is asked page by page is made once.
+    async fn kept_map(&self, name: &SpaceName) -> Result<Arc<PageMap>> {
+        let mut maps = self.0.maps.lock().await;
+        if let Some(map) = maps.get(name) {
+            return Ok(Arc::clone(map));
+        }
+        let (source, wanted) = (self.clone(), name.clone());
+        let map = tokio::task::spawn_blocking(move || source.map(&wanted))
+            .await
+            .context("internal error: making a page map panicked")??;
+        let map = Arc::new(map);
+        maps.insert(name.clone(), Arc::clone(&map));
+        Ok(map)
+    }
+
+    /// The content of all pages of one frame, slot by slot, by one read.
+    pub async fn read_frame(&self, pack: PackNo, frame: FrameNo) -> Result<Bytes> {
+        let entry = *self.frame_entry(pack, frame)?;
+        let range = entry.byte_range();
+        let (bytes, about) = self.read_range(pack.0 as usize, range.start, range.end).await?;
+        let decode = move || entry.decode(&bytes).map(Bytes::from);
+        tokio::task::spawn_blocking(decode)
+            .await
+            .context("internal error: decoding panicked")?
+            .with_context(|| format!("frame {frame} at byte {}", range.start))
+            .context(about)
+    }
+
+    fn frame_entry(&self, pack: PackNo, frame: FrameNo) -> Result<&FrameEntry> {
+        let entry = self.0.indexes.get(pack.0 as usize).and_then(|index| index.frame(frame));
+        entry.with_context(|| format!("pack {pack} of the lineage has no frame {frame}"))
+    }
+
+    /// Bytes of a pack, and what they are for an error.
+    async fn read_range(&self, pack: usize, start: u64, end: u64) -> Result<(Bytes, String)> {
+        let (id, name) = &self.0.packs[pack];
+        let about = format!("reading {}@{id}/{name}", self.0.vm);
+        let repository = &self.0.repository;
+        let read = repository.read_pack_range(&self.0.vm, *id, name.as_str(), start, end - start);
+        let bytes = read.await.with_context(|| about.clone())?;
+        self.0.bytes_read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok((bytes, about))
+    }
+
     /// The runs of data pages in an order that reads each pack from its beginning to its end, a few
     /// reads ahead.
     pub fn read(&self, map: &PageMap) -> impl Stream<Item = Result<Vec<Run>>> + Send + use<> {
@@ -171,10 +225,7 @@ impl Source {
         let mut batches: Vec<Batch> = Vec::new();
         for read in frames {
             let pack = read.pack.0 as usize;
-            let entry = self.0.indexes.get(pack).and_then(|index| index.frame(read.frame));
-            let entry = entry.with_context(|| {
-                format!("pack {pack} of the lineage has no frame {}", read.frame)
-            })?;
+            let entry = self.frame_entry(read.pack, read.frame)?;
             let (range, raw_bytes) = (entry.byte_range(), entry.raw_len() as u64);
             match batches.last_mut() {
                 Some(last) if last.takes(pack, range.start, range.end) => {
@@ -195,23 +246,13 @@ impl Source {
     }
 
     async fn load(self, batch: Batch) -> Result<Vec<Run>> {
-        let (id, name) = &self.0.packs[batch.pack];
-        let about = || format!("reading {}@{id}/{name}", self.0.vm);
-        let read = self.0.repository.read_pack_range(
-            &self.0.vm,
-            *id,
-            name.as_str(),
-            batch.start,
-            batch.end - batch.start,
-        );
-        let bytes = read.await.with_context(about)?;
-        self.0.bytes_read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let (bytes, about) = self.read_range(batch.pack, batch.start, batch.end).await?;
         let source = self.clone();
         let decode = move || source.decode(&batch, &bytes);
         tokio::task::spawn_blocking(decode)
             .await
             .context("internal error: decoding panicked")?
-            .with_context(about)
+            .context(about)
     }
 
     fn decode(&self, batch: &Batch, bytes: &[u8]) -> Result<Vec<Run>> {

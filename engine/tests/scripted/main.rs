@@ -6,6 +6,7 @@
 mod between;
 mod commit;
 mod kills;
+mod on_demand;
 mod pause;
 mod prepare;
 mod rows;
