@@ -19,6 +19,7 @@ use vm::runtime_dir::{RuntimeDir, VmFile};
 
 /// The VM that is wanted.
 pub struct Request {
+    /// Its name in the store, and that of its runtime directory.
     pub name: VmName,
     /// The store's URL.
     pub store: String,
@@ -26,6 +27,7 @@ pub struct Request {
     pub runtime_base: Option<PathBuf>,
     /// Directory for temporary fleecing overlays; none for the default.
     pub fleecing: Option<PathBuf>,
+    /// QEMU's program: a path, or a name that is found on the PATH.
     pub qemu: String,
     /// QEMU's arguments, as its user wrote them.
     pub arguments: Vec<String>,
@@ -33,6 +35,7 @@ pub struct Request {
 
 /// A VM whose runtime directory and memory are there, and whose QEMU is not.
 pub struct Prepared {
+    /// Where its sockets, logs and records are.
     pub runtime: RuntimeDir,
     vm: VmFile,
     memory: GuestMemory,
@@ -42,6 +45,8 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    /// Checks the command line and this host, then makes the runtime directory and the memory.
+    ///
     /// # Errors
     /// Refused where the VM could not be checkpointed, or one of its name is there.
     pub fn of(request: &Request, progress: &dyn Progress) -> Result<Self> {

@@ -44,13 +44,13 @@ pub const POINTS: &[&str] = &[
 /// What `STILLPOINT_DAMAGE=WHAT=VALUE` asks a proof to spoil before it compares, so that tests see
 /// it found: `memory=OFFSET` inverts a byte of the guest's RAM, `layer=OFFSET` one of the first
 /// layer's local file, `monitor=LINE` gives the restored QEMU a monitor command.
-pub fn damage(what: &str) -> Option<String> {
+pub(crate) fn damage(what: &str) -> Option<String> {
     let chosen = std::env::var("STILLPOINT_DAMAGE").ok()?;
     chosen.strip_prefix(what)?.strip_prefix('=').map(str::to_owned)
 }
 
 /// Dies here if that was asked for.
-pub fn point(name: &'static str) {
+pub(crate) fn point(name: &'static str) {
     static CHOSEN: OnceLock<Option<String>> = OnceLock::new();
     debug_assert!(POINTS.contains(&name), "{name} is not listed");
     let chosen = CHOSEN.get_or_init(|| std::env::var("STILLPOINT_DIE_AT").ok());

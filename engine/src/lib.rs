@@ -7,6 +7,8 @@
 //! Nothing here prints or parses arguments; the crate `stillpoint` does. How far work is goes to a
 //! [`progress::Progress`].
 
+#![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
+
 pub mod adopt;
 pub mod boot;
 pub mod checkpoint;
@@ -14,7 +16,7 @@ pub mod doctor;
 pub mod kill_point;
 pub mod layers;
 pub mod lineage;
-pub mod pack;
+pub(crate) mod pack;
 pub mod progress;
 pub mod proof;
 pub mod restore;

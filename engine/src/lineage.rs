@@ -15,11 +15,11 @@ use std::str::FromStr;
 use vm::error::{EngineError, InPhase, Phase, damaged};
 
 /// Most checkpoints of a lineage, the full one included. A reader takes more for damage.
-pub const LONGEST_LINEAGE: usize = 100_000;
+pub(crate) const LONGEST_LINEAGE: usize = 100_000;
 /// A lineage of this many checkpoints gets no more: the next one is full and begins another. A
 /// restore reads each manifest of a lineage, one after the other, so this is also what bounds its
 /// beginning (about a minute on HDFS).
-pub const NEW_LINEAGE_AFTER: usize = LONGEST_LINEAGE / 10;
+pub(crate) const NEW_LINEAGE_AFTER: usize = LONGEST_LINEAGE / 10;
 /// The manifests of one lineage, together: those of its most checkpoints of a large VM.
 const LINEAGE_BYTES: u64 = 2 << 30;
 /// Manifests and pack indexes read from the store at once.
@@ -28,7 +28,9 @@ const READS: usize = 8;
 /// `NAME` or `NAME@ID`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointName {
+    /// The VM's name in the store.
     pub vm: VmName,
+    /// The checkpoint; none where any, or the newest, is meant.
     pub id: Option<CheckpointId>,
 }
 
@@ -51,6 +53,9 @@ impl FromStr for CheckpointName {
 }
 
 /// The checkpoint that a name means: the newest when it names none.
+///
+/// # Errors
+/// When the store has no such checkpoint, or cannot be read.
 pub async fn resolve(
     repository: &Repository,
     name: &CheckpointName,
@@ -69,8 +74,10 @@ pub async fn resolve(
     }
 }
 
-/// The checkpoints of a VM, ascending, at least one: a name that the store does not know is an
-/// error, as is one that was only claimed.
+/// The checkpoints of a VM, ascending, at least one.
+///
+/// # Errors
+/// When the store has none (the name is not known, or was only claimed), or cannot be read.
 pub async fn checkpoints(
     repository: &Repository,
     vm: &VmName,
@@ -90,7 +97,7 @@ pub async fn checkpoints(
 }
 
 /// Oldest first; the first is a full checkpoint.
-pub struct Lineage {
+pub(crate) struct Lineage {
     pub vm: VmName,
     pub manifests: Vec<Manifest>,
     /// Of [`Self::manifests`], in the same order.
@@ -98,7 +105,11 @@ pub struct Lineage {
 }
 
 impl Lineage {
-    pub async fn read(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<Self> {
+    pub(crate) async fn read(
+        repository: &Repository,
+        vm: &VmName,
+        id: CheckpointId,
+    ) -> Result<Self> {
         let (mut manifests, mut identities) = (Vec::new(), Vec::new());
         let mut next = Some(id);
         let mut bytes = 0;
@@ -120,7 +131,7 @@ impl Lineage {
     }
 
     /// Every pack, oldest first; its place in this list is its number in a page map.
-    pub fn packs(&self) -> Vec<(CheckpointId, &PackRecord)> {
+    pub(crate) fn packs(&self) -> Vec<(CheckpointId, &PackRecord)> {
         let of = |manifest: &Manifest| manifest.id;
         self.manifests
             .iter()
@@ -129,7 +140,7 @@ impl Lineage {
     }
 
     /// The indexes of [`Lineage::packs`], in that order.
-    pub async fn indexes(&self, repository: &Repository) -> Result<Vec<PackIndex>> {
+    pub(crate) async fn indexes(&self, repository: &Repository) -> Result<Vec<PackIndex>> {
         self.read_indexes(repository).try_collect().await
     }
 
@@ -144,7 +155,7 @@ impl Lineage {
 
     /// What the newest checkpoint holds, page by page. `tables` names the spaces wanted, each with
     /// the table that is filled.
-    pub async fn digests(
+    pub(crate) async fn digests(
         &self,
         repository: &Repository,
         tables: &mut [(SpaceName, DigestTable)],
@@ -171,6 +182,11 @@ impl Lineage {
     }
 }
 
+/// What a checkpoint consists of, as its manifest says.
+///
+/// # Errors
+/// When the store has no such checkpoint or cannot be read; damaged when the manifest is not one,
+/// or is another checkpoint's.
 pub async fn manifest(
     repository: &Repository,
     vm: &VmName,
@@ -200,7 +216,7 @@ async fn parsed_manifest(
     Ok((manifest, bytes))
 }
 
-pub async fn index(
+pub(crate) async fn index(
     repository: &Repository,
     vm: &VmName,
     id: CheckpointId,

@@ -5,8 +5,11 @@ use serde::{Deserialize, Serialize};
 /// How far a phase of a checkpoint or of an adoption is, as it is sent to the client of a helper.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Update {
+    /// The phase's name, as results have it.
     pub phase: String,
+    /// How much of `total` is done: bytes, or passes of the pre-copy.
     pub done: u64,
+    /// All of it, in the same unit; 0 where the phase has no measure.
     pub total: u64,
 }
 

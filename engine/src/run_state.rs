@@ -4,7 +4,7 @@
 use checkpoint_format::RunState as Saved;
 use qmp_bridge::RunState;
 
-pub fn record(state: RunState) -> Saved {
+pub(crate) fn record(state: RunState) -> Saved {
     match state {
         RunState::Running => Saved::Running,
         RunState::Suspended => Saved::Suspended,
@@ -18,6 +18,7 @@ pub fn record(state: RunState) -> Saved {
     }
 }
 
+/// QEMU's run state that a manifest records.
 pub fn of_record(saved: Saved) -> RunState {
     match saved {
         Saved::Running => RunState::Running,

@@ -15,7 +15,7 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 /// for a third.
 const TRIES: u32 = 3;
 
-pub async fn open(url: &str, mode: Mode) -> Result<Repository, EngineError> {
+pub(crate) async fn open(url: &str, mode: Mode) -> Result<Repository, EngineError> {
     let timeout = timeout()?;
     let retry = RetryPolicy { give_up_after: timeout * TRIES, ..RetryPolicy::default() };
     let options = RepositoryOptions { retry, ..RepositoryOptions::default() };
@@ -26,11 +26,19 @@ pub async fn open(url: &str, mode: Mode) -> Result<Repository, EngineError> {
 }
 
 /// The store for reading; a directory that is no store is not made one.
+///
+/// # Errors
+/// Usage when the URL is none that is known; class store when the store does not answer, refused
+/// when there is none.
 pub async fn open_existing(url: &str) -> Result<Repository, EngineError> {
     open(&absolute(url)?, Mode::MustExist).await
 }
 
-/// `file:` stores may be named relative to where the user stands; the helper stands elsewhere.
+/// The URL with an absolute path: `file:` stores may be named relative to the working directory,
+/// and the helper has another one.
+///
+/// # Errors
+/// When the working directory cannot be found.
 pub fn absolute(url: &str) -> Result<String, EngineError> {
     match url.strip_prefix("file:") {
         // Two slashes begin a host, which is always empty.
@@ -44,7 +52,10 @@ pub fn absolute(url: &str) -> Result<String, EngineError> {
     }
 }
 
-/// Checks the URL; nothing is contacted.
+/// The store of that URL; nothing is contacted yet.
+///
+/// # Errors
+/// Usage when the URL is none that is known, or `STILLPOINT_STORE_TIMEOUT` is no number of seconds.
 pub fn connect(url: &str) -> Result<Arc<dyn Store>, EngineError> {
     let timeout = timeout()?;
     let hdfs =

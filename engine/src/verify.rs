@@ -22,17 +22,29 @@ const READ_BYTES: u64 = 8 << 20;
 /// What was read back. As JSON it is what `stillpoint verify --json` prints, but for `ok`.
 #[derive(Default, Serialize)]
 pub struct Report {
+    /// Checkpoints, each with its manifest.
     pub checkpoints: u64,
+    /// Packs of those checkpoints.
     pub packs: u64,
+    /// Frames of those packs, each decompressed.
     pub frames: u64,
+    /// Pages of those frames, each compared with its digest.
     pub pages: u64,
+    /// Bytes that were read back: of frames as the store holds them, of layers as their files had
+    /// them.
     pub bytes: u64,
+    /// Layers that the checkpoints name, each counted once.
     pub layers: u64,
     /// What a restore would not find as it was stored.
     pub problems: Vec<String>,
 }
 
 /// Reads back the checkpoint that is named and what it needs, or every checkpoint of the VM.
+/// Damage that is found is no error but in [`Report::problems`].
+///
+/// # Errors
+/// When the store does not answer, or has no such checkpoint; damaged when a manifest cannot be
+/// read, so that nothing is known of the rest.
 pub async fn run(
     store: &str,
     name: &CheckpointName,
@@ -43,6 +55,9 @@ pub async fn run(
 }
 
 /// The same of a store that is open.
+///
+/// # Errors
+/// As [`run`].
 pub async fn read_back(
     repository: &Repository,
     name: &CheckpointName,

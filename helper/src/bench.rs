@@ -22,58 +22,85 @@ const LARGE_DELTA_BYTES: u64 = 4 << 20;
 
 /// A bare pause and the checkpoint after it.
 #[derive(Clone, Debug)]
-pub struct Pair {
-    pub bare_ms: f64,
-    pub checkpoint: Outcome,
+struct Pair {
+    bare_ms: f64,
+    checkpoint: Outcome,
 }
 
 /// The same with what `bench --json` says of it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Sample {
+    /// As [`Outcome::id`].
     pub id: CheckpointId,
+    /// As [`Outcome::kind`].
     pub kind: Kind,
+    /// The bare pause before it: from `stop` to `cont`, in milliseconds.
     pub bare_pause_ms: f64,
+    /// As [`Outcome::pause_ms`].
     pub pause_ms: f64,
+    /// As [`Outcome::brief_stops_ms`].
     pub brief_stops_ms: Vec<f64>,
+    /// As [`Outcome::durable_ms`].
     pub durable_ms: f64,
+    /// As [`Outcome::pages_dirty`].
     pub pages_dirty: u64,
+    /// As [`Outcome::bytes_changed`].
     pub bytes_changed: u64,
+    /// As [`Outcome::bytes_stored_raw`].
     pub bytes_stored_raw: u64,
+    /// As [`Outcome::bytes_stored`].
     pub bytes_stored: u64,
 }
 
 /// Checkpoints that stored something on a parent, added up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Deltas {
+    /// How many.
     pub count: u64,
+    /// Pages that differed from the parent's, in bytes.
     pub bytes_changed: u64,
-    /// Metadata included, before compression.
+    /// What was stored, metadata included, before compression, in bytes.
     pub bytes_stored_raw: u64,
-    /// As the store holds them.
+    /// What was stored, as the store holds it, in bytes.
     pub bytes_stored: u64,
 }
 
 /// What was measured. As JSON it is what `stillpoint bench --json` prints.
 #[derive(Debug, Serialize)]
 pub struct Report {
+    /// The helper that was measured, and its VM.
     #[serde(rename = "machine")]
     pub helper: Status,
+    /// Checkpoints in the figures.
     pub count: usize,
+    /// From the beginning of one checkpoint to that of the next, in milliseconds; more where they
+    /// took longer.
     pub interval_ms: u64,
+    /// Bare pauses: from `stop` to `cont`, in milliseconds.
     pub bare_pause_ms: Option<Spread>,
+    /// Pauses of the checkpoints, in milliseconds.
     pub pause_ms: Option<Spread>,
+    /// Ratio of each checkpoint's pause to the bare pause before it.
     pub pause_over_bare: Option<Spread>,
-    /// The brief stops of pre-copy passes, all of them.
+    /// The brief stops of pre-copy passes, all of them, in milliseconds.
     pub brief_stop_ms: Option<Spread>,
+    /// From each request until its checkpoint was durable, in milliseconds.
     pub durable_ms: Option<Spread>,
+    /// [`Deltas::stored_over_changed`] of `deltas`.
     pub stored_over_changed: Option<f64>,
+    /// The same of `deltas_above_4_mib`, in which metadata counts less.
     pub stored_over_changed_above_4_mib: Option<f64>,
+    /// All incremental checkpoints.
     pub deltas: Deltas,
+    /// Incremental checkpoints with more than 4 MiB of changed pages.
     pub deltas_above_4_mib: Deltas,
+    /// How many checkpoints were `full`, `incremental` and `unchanged`.
     pub kinds: BTreeMap<&'static str, u64>,
+    /// Median time of each phase, in milliseconds.
     pub phases_median_ms: BTreeMap<String, f64>,
     /// Before the samples, and in no figure: it may be a full one.
     pub first: Outcome,
+    /// Each checkpoint in the figures, in the order in which they were taken.
     pub samples: Vec<Sample>,
 }
 
@@ -142,14 +169,14 @@ impl Deltas {
         })
     }
 
-    /// How much more than what changed is stored; compression apart.
+    /// Bytes stored, before compression, for each byte that changed; none if nothing changed.
     pub fn stored_over_changed(&self) -> Option<f64> {
         (self.bytes_changed > 0).then(|| self.bytes_stored_raw as f64 / self.bytes_changed as f64)
     }
 }
 
 impl Report {
-    pub fn new(helper: Status, first: Outcome, pairs: &[Pair], interval: Duration) -> Self {
+    fn new(helper: Status, first: Outcome, pairs: &[Pair], interval: Duration) -> Self {
         let outcomes = || pairs.iter().map(|pair| &pair.checkpoint);
         let incremental = || outcomes().filter(|outcome| outcome.kind == Kind::Incremental);
         let deltas = Deltas::of(incremental());

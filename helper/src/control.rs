@@ -23,7 +23,10 @@ pub enum Request {
     /// Take a checkpoint; where nothing is chosen, as the VM was attached.
     Checkpoint(Choice),
     /// Move the VM into a QEMU of ours.
-    Adopt { qemu: Option<PathBuf> },
+    Adopt {
+        /// Its program; none for the one that runs the VM.
+        qemu: Option<PathBuf>,
+    },
     /// What VM is this, and what is it doing.
     Status,
     /// Time a bare `stop` and `cont`, the least that any pause costs.
@@ -45,8 +48,11 @@ impl Request {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
+    /// How far the work is.
     Progress(Update),
+    /// The result, as the request's documentation has it.
     Done(Value),
+    /// Why there is none.
     Failed(Failure),
 }
 
@@ -75,15 +81,21 @@ pub struct Status {
 /// A VM and what its helper holds of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmStatus {
+    /// Its name in the store.
     pub name: VmName,
     /// The store's URL.
     pub store: String,
+    /// This life of its QEMU: a restored VM is another instance.
     pub instance: String,
+    /// QEMU's process.
     pub qemu_pid: u32,
+    /// As `MAJOR.MINOR.MICRO`.
     pub qemu_version: String,
+    /// `kvm` or `tcg`.
     pub accelerator: String,
-    /// The most memory that a checkpoint was seen to need; none if the kernel does not say.
+    /// The most memory that the helper was seen to need for a checkpoint, in bytes; none if the kernel does not say.
     pub peak_memory_bytes: Option<u64>,
+    /// The most that it may need, in bytes.
     pub memory_limit_bytes: u64,
 }
 

@@ -8,6 +8,8 @@
 //! bring it up, [`client`] asks it over its control socket in the words of [`control`], and
 //! [`mod@bench`] measures it.
 
+#![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
+
 pub mod attach;
 pub mod bench;
 pub mod client;

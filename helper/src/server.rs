@@ -116,7 +116,7 @@ impl Server {
         match request {
             Request::Checkpoint(choice) => {
                 let _watch = memory::Watch::begin();
-                let outcome = checkpointer.take(choice, &Report(progress)).await;
+                let outcome = checkpointer.take(choice, &Report::to(progress)).await;
                 if let Err(error) = &outcome {
                     let (phase, error) = (error.phase(), error.explain());
                     tracing::error!(error, %phase, "checkpoint failed");
@@ -125,7 +125,7 @@ impl Server {
             }
             Request::Adopt { qemu } => {
                 let adopted =
-                    engine::adopt::adopt(&mut checkpointer, qemu, &Report(progress)).await;
+                    engine::adopt::adopt(&mut checkpointer, qemu, &Report::to(progress)).await;
                 if let Err(error) = &adopted {
                     let (phase, error) = (error.phase(), error.explain());
                     tracing::error!(error, %phase, "adoption failed");

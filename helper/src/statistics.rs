@@ -2,12 +2,17 @@
 
 use serde::Serialize;
 
-/// Nearest-rank percentiles; the median of an even count is the mean of the middle two.
+/// Nearest-rank percentiles, in the unit of the samples; the median of an even count is the mean of
+/// the middle two.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Spread {
+    /// The least sample.
     pub min: f64,
+    /// As many samples are below it as above.
     pub median: f64,
+    /// Nine of ten samples are at most this.
     pub p90: f64,
+    /// The greatest sample.
     pub max: f64,
 }
 

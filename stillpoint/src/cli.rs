@@ -1,10 +1,16 @@
 //! The command line.
 
+#![expect(
+    missing_docs,
+    reason = "clap takes a doc comment of what is flattened for the help of the whole command; a test \
+              finds commands and arguments without a help text"
+)]
+
 use checkpoint_format::VmName;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use engine::lineage::CheckpointName;
-use engine::restore::line::Mapping;
+use engine::restore::Mapping;
 use std::path::PathBuf;
 use std::str::FromStr;
 use strum::{EnumMessage, IntoEnumIterator};
@@ -320,6 +326,10 @@ pub struct SandboxArgs {
 }
 
 impl AttachArgs {
+    /// The VM, by whichever of the two arguments named it.
+    ///
+    /// # Errors
+    /// When neither did, which clap does not let through.
     pub fn vm(&self) -> anyhow::Result<&VmName> {
         self.name
             .as_ref()

@@ -30,14 +30,18 @@ pub use steps::adopt;
 /// What `stillpoint adopt --json` says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Adopted {
+    /// Always true: an adoption that fails is an error, not a result.
     pub adopted: bool,
-    /// From the old QEMU's STOP to the new one's RESUME.
+    /// From the old QEMU's STOP to the new one's RESUME, in milliseconds.
     pub downtime_ms: f64,
-    /// As the old QEMU counts, which does not know the new one's part.
+    /// In milliseconds, as the old QEMU counts, which does not know the new one's part; none if it
+    /// reported none.
     pub qemu_downtime_ms: Option<f64>,
-    /// From the request on.
+    /// From the request on, in milliseconds.
     pub total_ms: f64,
+    /// The old QEMU's process, which has ended.
     pub source_pid: u32,
+    /// The new QEMU's process, which runs the guest.
     pub pid: u32,
     /// What the owner should know though all went well.
     pub notes: Vec<String>,

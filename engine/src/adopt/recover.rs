@@ -17,7 +17,12 @@ use vm::runtime_dir::RuntimeDir;
 /// A QEMU that runs greets at once; one whose load is under way, as soon as it can.
 const ANSWER: Duration = Duration::from_secs(30);
 
-/// To be called by every helper before it attaches to its VM.
+/// Completes or undoes an adoption that an earlier helper of this runtime directory began; does
+/// nothing where there is none. To be called by every helper before it attaches to its VM.
+///
+/// # Errors
+/// When the record of the adoption cannot be read, or one of the two QEMUs does not do what it is
+/// asked. The record stays, so the next helper tries again.
 pub async fn recover(runtime: &RuntimeDir) -> Result<(), EngineError> {
     complete_or_undo(runtime).await.in_phase(Phase::Recover)
 }

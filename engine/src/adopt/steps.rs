@@ -11,7 +11,6 @@ use super::recover::roll_back;
 use crate::checkpoint::outcome::milliseconds;
 use crate::checkpoint::{Checkpointer, Report};
 use crate::kill_point;
-use crate::progress::Update;
 use anyhow::{Context, Result};
 use dirty_tracker::GuestMemory;
 use qmp_bridge::Qmp;
@@ -31,7 +30,13 @@ pub(super) fn stream_socket(runtime: &RuntimeDir) -> PathBuf {
     runtime.path().join("adopt.sock")
 }
 
-/// Moves the VM of `checkpointer`, which continues with the new one.
+/// Moves the VM of `checkpointer`, which continues with the new QEMU: that of `qemu`, or the
+/// program that runs the VM now.
+///
+/// # Errors
+/// Refused with what is in the way, before anything is made; failed when a step fails. The guest
+/// then continues in the old QEMU, unless it ran in the new one already: the next helper completes
+/// that.
 #[instrument(name = "adopt", skip_all)]
 pub async fn adopt(
     checkpointer: &mut Checkpointer,
@@ -115,10 +120,7 @@ impl Adoption<'_> {
             LocalMigration::begin(&self.vm.qmp, &destination, &plan.found, &plan.bitmaps, &socket)
                 .await?;
         kill_point::point("adopt.migrating");
-        let tell = |done, total| {
-            // A slow listener misses a line, the guest nothing.
-            let _ = report.0.try_send(Update { phase: "adopt".to_owned(), done, total });
-        };
+        let tell = |done, total| report.say("adopt", done, total);
         local_migration.switchover(tell).await?;
         kill_point::point("adopt.switchover");
         *phase = Phase::Switchover;

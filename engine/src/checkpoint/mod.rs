@@ -73,11 +73,17 @@ const REMOVAL: Duration = Duration::from_secs(5);
 /// A connection to a process that is killed ends with it, a moment after whatever else was noticed.
 const MONITOR_END: Duration = Duration::from_millis(200);
 
-/// Sends progress to the client that listens; never waits for it.
-pub struct Report(pub mpsc::Sender<Update>);
+/// Sends progress to the client that listens; never waits for it: an update that finds the queue
+/// full is dropped.
+pub struct Report(mpsc::Sender<Update>);
 
 impl Report {
-    fn say(&self, phase: &str, done: u64, total: u64) {
+    /// To the receiver of `updates`.
+    pub fn to(updates: mpsc::Sender<Update>) -> Self {
+        Self(updates)
+    }
+
+    pub(crate) fn say(&self, phase: &str, done: u64, total: u64) {
         // A full queue means a slow client: it misses an update, the guest misses nothing.
         let _ = self.0.try_send(Update { phase: phase.to_owned(), done, total });
     }
@@ -87,7 +93,9 @@ impl Report {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Choice {
+    /// Where the memory comes from.
     pub engine: Option<EngineChoice>,
+    /// How the stream engine gets memory of one instant.
     pub stream: Option<StreamChoice>,
     /// A full checkpoint, which begins a new lineage.
     pub full: bool,
@@ -95,6 +103,7 @@ pub struct Choice {
 
 /// Everything that lasts from one checkpoint of a VM to the next.
 pub struct Checkpointer {
+    /// The VM, with this helper attached.
     pub vm: Vm,
     staging: Staging,
     store: Option<StoreSession>,
@@ -110,6 +119,8 @@ pub struct Checkpointer {
 }
 
 impl Checkpointer {
+    /// Of a VM that this helper attached to. What its runtime directory says of the marks of written
+    /// pages is used; the store is opened by the first checkpoint.
     pub fn new(vm: Vm) -> Self {
         let marks = vm.runtime.marks();
         Self {
@@ -152,6 +163,11 @@ impl Checkpointer {
     }
 
     /// One checkpoint, complete and durable, or an error and nothing.
+    ///
+    /// # Errors
+    /// With the phase that failed, and its class: refused where the VM cannot be checkpointed as it
+    /// is, store where the store does not answer or another writer has it. The guest runs on, what
+    /// was claimed as written counts as written again, and a next call is possible.
     pub async fn take(&mut self, choice: Choice, report: &Report) -> Result<Outcome, EngineError> {
         let begun = Instant::now();
         let started_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();

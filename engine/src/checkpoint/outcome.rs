@@ -8,11 +8,14 @@ use std::time::Duration;
 use tokio::time::Instant;
 use vm::error::{EngineError, Phase};
 
+/// A checkpoint that was taken, or was not needed: what it holds, cost and stored.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
     /// The checkpoint's number; of the parent when nothing changed.
     pub id: CheckpointId,
+    /// The checkpoint that it is relative to; none for a full one.
     pub parent: Option<CheckpointId>,
+    /// How much of the VM it holds.
     pub kind: Kind,
     /// Where the memory came from: `tracker`, `pre-copy`, `background-snapshot`, `stopped` or
     /// `process-memory`.
@@ -22,39 +25,44 @@ pub struct Outcome {
     pub run_state: String,
     /// RFC 3339, UTC.
     pub started_at: String,
-    /// From the order to stop until the guest ran again.
+    /// From the order to stop until the guest ran again, in milliseconds.
     pub pause_ms: f64,
     /// Live passes before the pause; each has a pause of its own, in `brief_stops_ms`.
     #[serde(rename = "rounds")]
     pub passes: u32,
+    /// The brief stops before those passes, in order, in milliseconds.
     pub brief_stops_ms: Vec<f64>,
-    /// Written since the parent, whatever was written.
+    /// Pages written since the parent, whatever was written.
     pub pages_dirty: u64,
     /// Pages whose content differs from the parent's, in bytes.
     pub bytes_changed: u64,
-    /// What was stored, metadata included, before compression.
+    /// What was stored, metadata included, before compression, in bytes.
     pub bytes_stored_raw: u64,
-    /// What was stored, as the store holds it.
+    /// What was stored, as the store holds it, in bytes.
     pub bytes_stored: u64,
-    /// Of that, what earlier tries that failed had stored already.
+    /// Of that, the bytes that earlier tries that failed had stored already.
     #[serde(default)]
     pub bytes_carried: u64,
-    /// Read-only layers stored with this checkpoint (once for all VMs).
+    /// Bytes of read-only layers stored with this checkpoint (once for all VMs).
     pub layer_bytes_stored: u64,
-    /// From the request until another host can restore it.
+    /// From the request until another host can restore it, in milliseconds.
     pub durable_ms: f64,
-    /// Of the pack that has fewest; absent where the store does not say.
+    /// Replicas of the pack that has fewest; absent where the store does not say.
     pub replicas: Option<u16>,
+    /// Milliseconds in each phase, by its name.
     pub phases: BTreeMap<String, f64>,
     /// What the operator should know though all went well.
     pub notes: Vec<String>,
 }
 
+/// How much of the VM a checkpoint holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
+    /// All of it: the first of a lineage.
     #[default]
     Full,
+    /// What differs from its parent.
     Incremental,
     /// Nothing differs from the parent: no new checkpoint was made.
     Unchanged,
@@ -68,34 +76,34 @@ pub fn milliseconds(time: Duration) -> f64 {
 /// The phase that work is in, and the times of those that it was in; a phase that comes twice adds
 /// up.
 #[derive(Debug)]
-pub struct Phases {
+pub(crate) struct Phases {
     now: Phase,
     times: BTreeMap<String, f64>,
 }
 
 impl Phases {
-    pub fn begin(first: Phase) -> Self {
+    pub(crate) fn begin(first: Phase) -> Self {
         Self { now: first, times: BTreeMap::new() }
     }
 
-    pub fn enter(&mut self, next: Phase) {
+    pub(crate) fn enter(&mut self, next: Phase) {
         self.now = next;
     }
 
     /// The error of the phase that the work is in.
-    pub fn failed(&self, error: Error) -> EngineError {
+    pub(crate) fn failed(&self, error: Error) -> EngineError {
         EngineError::new(self.now, error)
     }
 
-    pub fn add(&mut self, name: &str, time: Duration) {
+    pub(crate) fn add(&mut self, name: &str, time: Duration) {
         *self.times.entry(name.to_owned()).or_default() += milliseconds(time);
     }
 
-    pub fn since(&mut self, name: &str, begin: Instant) {
+    pub(crate) fn since(&mut self, name: &str, begin: Instant) {
         self.add(name, begin.elapsed());
     }
 
-    pub fn into_map(self) -> BTreeMap<String, f64> {
+    pub(crate) fn into_map(self) -> BTreeMap<String, f64> {
         self.times
     }
 }

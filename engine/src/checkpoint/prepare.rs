@@ -147,6 +147,9 @@ impl Checkpointer {
     }
 
     /// Once per helper, and after a failure: what was left in QEMU, a stopped guest first of all.
+    ///
+    /// # Errors
+    /// When QEMU does not answer or refuses; the next call tries again.
     pub async fn clean_up(&mut self) -> Result<(), EngineError> {
         if !self.is_clean {
             self.clean_up_qemu().await.in_phase(Phase::Prepare)?;

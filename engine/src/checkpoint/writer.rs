@@ -9,21 +9,26 @@ use checkpoint_store::{Claim, Mode, Repository, Writer};
 use vm::error::{EngineError, InPhase, Phase};
 use vm::runtime_dir::{RuntimeDir, VmFile};
 
+/// A store in which this helper holds the VM's writer epoch.
 #[derive(Clone)]
 pub struct StoreSession {
+    /// The store.
     pub repository: Repository,
+    /// The epoch: what commits, as long as no later one is claimed.
     pub writer: Writer,
 }
 
 /// Whether a writer that may be alive is fenced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Force {
+    /// Only one that cannot be alive.
     No,
     /// The operator's order, good for one claim. It is never stored.
     TakeOver,
 }
 
 impl Force {
+    /// `take_over` is the operator's order.
     pub fn if_ordered(take_over: bool) -> Self {
         if take_over { Force::TakeOver } else { Force::No }
     }
@@ -31,6 +36,9 @@ impl Force {
 
 impl StoreSession {
     /// Opens the store and claims the VM's next writer epoch.
+    ///
+    /// # Errors
+    /// When the store does not answer, or as [`Self::claim`] does.
     pub async fn open(
         vm: &VmFile,
         runtime: &RuntimeDir,
@@ -59,7 +67,7 @@ impl StoreSession {
 
     /// Whether this is still the store that was opened, and it knows of this writer. Fails if it
     /// knows of a later one.
-    pub async fn is_current(&self) -> Result<bool> {
+    pub(super) async fn is_current(&self) -> Result<bool> {
         Ok(self.repository.is_unchanged().await? && self.writer.is_claimed().await?)
     }
 }

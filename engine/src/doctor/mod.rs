@@ -16,12 +16,16 @@ use std::borrow::Cow;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
+    /// As it should be.
     Ok,
+    /// Checkpoints are possible, and something works less well than it could.
     Warn,
+    /// No checkpoint is possible.
     No,
 }
 
 impl State {
+    /// As a table shows it.
     pub fn word(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -34,7 +38,9 @@ impl State {
 /// One thing that was tried.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Row {
+    /// Its name, in a few words.
     pub check: Cow<'static, str>,
+    /// The verdict.
     pub state: State,
     /// What was found.
     pub detail: String,
@@ -71,6 +77,7 @@ impl Row {
 pub struct Report {
     /// No row says `no`.
     pub checkpoints_possible: bool,
+    /// In the order in which they were made.
     pub checks: Vec<Row>,
 }
 

@@ -20,28 +20,37 @@ const READY_AGE: Duration = Duration::from_secs(2);
 /// takes a second at most.
 const MANY_ZERO_BLOCKS: u64 = (1 << 30) / BLOCK_SIZE as u64;
 
+/// What a file contains, as the name of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileDigest {
+    /// Of its bytes, or of its blocks.
     pub digest: ContentDigest,
+    /// Its length, holes included.
     pub len: ByteLen,
+    /// Which of the two the digest is.
     #[serde(default)]
     pub form: DigestForm,
 }
 
 /// What a file's content is known by: device, inode, size, modification and change times.
-pub fn identity(facts: &Metadata) -> String {
+pub(crate) fn identity(facts: &Metadata) -> String {
     let times = [facts.mtime(), facts.mtime_nsec(), facts.ctime(), facts.ctime_nsec()];
     format!("{:?} {times:?}", [facts.dev(), facts.ino(), facts.size()])
 }
 
-/// In the form that the content gives it. From the cache when the file is the same as when it was
-/// read last; else reads it all.
+/// The digest of a read-only file, in the form that its content gives it: of its blocks where it
+/// has many blocks of zeros, else of its bytes. From the cache when the file is the same as when it
+/// was read last; else reads it all.
+///
+/// # Errors
+/// When the file cannot be read or changes meanwhile; refused when it is larger than a layer can
+/// be.
 pub fn of_file(path: &Path) -> Result<FileDigest> {
     known_or(path, None)
 }
 
 /// In the form asked for, to compare with a digest of that form.
-pub fn of_file_as(path: &Path, form: DigestForm) -> Result<FileDigest> {
+pub(crate) fn of_file_as(path: &Path, form: DigestForm) -> Result<FileDigest> {
     known_or(path, Some(form))
 }
 

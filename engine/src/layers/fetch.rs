@@ -23,7 +23,7 @@ const UNFINISHED: &str = ".fetch-";
 const LOCKED_AFTER: Duration = Duration::from_secs(60);
 
 /// A layer ready to be used, and what it took.
-pub struct Provided {
+pub(crate) struct Provided {
     pub path: PathBuf,
     /// Zero when a local copy served.
     pub bytes_read: u64,
@@ -31,7 +31,7 @@ pub struct Provided {
 
 /// Looks where the layer was on the host of the checkpoint (a relative path counts from
 /// `directory`), then in the cache.
-pub async fn provide(
+pub(crate) async fn provide(
     repository: &Repository,
     layer: &LayerRef,
     directory: &Path,

@@ -14,7 +14,7 @@ const BLOCK: u64 = BLOCK_SIZE as u64;
 
 /// The file's extents of data, each grown to whole blocks, in order: what lies between them is
 /// zero. A file system that knows no holes has one extent. Not a list: a file may have millions.
-pub struct DataExtents<'a> {
+pub(crate) struct DataExtents<'a> {
     file: &'a File,
     len: u64,
     at: u64,
@@ -23,7 +23,7 @@ pub struct DataExtents<'a> {
 }
 
 impl<'a> DataExtents<'a> {
-    pub fn of(file: &'a File, len: u64) -> Self {
+    pub(crate) fn of(file: &'a File, len: u64) -> Self {
         Self { file, len, at: 0, open: None }
     }
 
@@ -57,7 +57,7 @@ impl Iterator for DataExtents<'_> {
 
 /// The blocks of a file that have to be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Blocks {
+pub(crate) enum Blocks {
     All,
     NoHoles,
 }
@@ -79,7 +79,7 @@ fn seek(file: &File, from: u64, len: u64, whence: Whence) -> io::Result<Option<u
 
 /// Calls `visit` with number and content of each block, in order. The last block of the file may be
 /// short.
-pub fn each_block<E: From<io::Error>>(
+pub(crate) fn each_block<E: From<io::Error>>(
     file: &File,
     len: u64,
     which: Blocks,
@@ -112,7 +112,7 @@ fn each_of<E: From<io::Error>>(
 }
 
 /// A block as its digest is taken: padded with zeros to whole pages.
-pub fn padded(block: &[u8]) -> Vec<u8> {
+pub(crate) fn padded(block: &[u8]) -> Vec<u8> {
     let mut block = block.to_vec();
     block.resize(block.len().next_multiple_of(PAGE_SIZE), 0);
     block

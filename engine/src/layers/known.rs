@@ -11,13 +11,13 @@ use vm::drives::Drives;
 /// By path and identity: a layer that was stored stays stored, another file under its path is
 /// another layer.
 #[derive(Default)]
-pub struct Known(HashMap<PathBuf, (String, LayerRef)>);
+pub(crate) struct Known(HashMap<PathBuf, (String, LayerRef)>);
 
 impl Known {
     /// Digests and stores what the VM only reads, and returns how many bytes that stored. A layer
     /// is what QEMU has open: a file that was deleted is read all the same, one that was replaced
     /// is refused.
-    pub async fn ensure_all(
+    pub(crate) async fn ensure_all(
         &mut self,
         repository: &Repository,
         drives: &Drives,
@@ -79,7 +79,7 @@ impl Known {
 
     /// A layer of these disks whose file is not what it was when it was stored: written to, or
     /// another.
-    pub fn changed(&self, drives: &Drives) -> Option<PathBuf> {
+    pub(crate) fn changed(&self, drives: &Drives) -> Option<PathBuf> {
         let is_same = |path: &Path| {
             let now =
                 drives.open.readable(path).ok().and_then(|source| std::fs::metadata(source).ok());
@@ -90,7 +90,7 @@ impl Known {
         layers.map(|image| image.file).find(|path| !is_same(path))
     }
 
-    pub fn get(&self, path: &Path) -> Option<&LayerRef> {
+    pub(crate) fn get(&self, path: &Path) -> Option<&LayerRef> {
         self.0.get(path).map(|(_, layer)| layer)
     }
 }

@@ -1,16 +1,17 @@
 //! Read-only files of a VM (base images, backing files, kernels): found by content, stored once for
 //! all VMs, taken from a local copy at restore when its digest matches.
 
-pub mod digest;
+pub(crate) mod digest;
 mod fetch;
-pub mod image;
+pub(crate) mod image;
 mod known;
 mod read;
 mod upload;
 
-pub use fetch::provide;
-pub use known::Known;
-pub use read::{Content, StoredLayer};
+pub use digest::{FileDigest, of_file};
+pub(crate) use fetch::provide;
+pub(crate) use known::Known;
+pub(crate) use read::{Content, StoredLayer};
 pub use upload::ensure;
 
 /// Files of a layer in the store, besides its packs.

@@ -27,7 +27,7 @@ const READS: usize = 4;
 /// the next.
 const KEPT: usize = 8;
 
-pub struct StoredLayer {
+pub(crate) struct StoredLayer {
     repository: Repository,
     pub manifest: Arc<LayerManifest>,
     pub table: Arc<BlockTable>,
@@ -50,15 +50,18 @@ struct BatchBlock {
 }
 
 /// Where a block's bytes are, and its content, exactly as long as the layer has bytes there.
-pub type Content = (u64, Bytes);
+pub(crate) type Content = (u64, Bytes);
 
 impl StoredLayer {
-    pub async fn open(repository: &Repository, digest: &ContentDigest) -> Result<Self> {
+    pub(crate) async fn open(repository: &Repository, digest: &ContentDigest) -> Result<Self> {
         let manifest = read_manifest(repository, digest).await?;
         Self::with_manifest(repository, manifest).await
     }
 
-    pub async fn with_manifest(repository: &Repository, manifest: LayerManifest) -> Result<Self> {
+    pub(crate) async fn with_manifest(
+        repository: &Repository,
+        manifest: LayerManifest,
+    ) -> Result<Self> {
         let about = || format!("the block table of layer {}", manifest.digest);
         let bytes = repository
             .read_layer_file(&manifest.digest, TABLE_FILE, manifest.table.len.0)
@@ -72,12 +75,12 @@ impl StoredLayer {
         })
     }
 
-    pub fn len(&self) -> ByteLen {
+    pub(crate) fn len(&self) -> ByteLen {
         self.manifest.len
     }
 
     /// The blocks that are not zero, in order, each checked against its digest, a few reads ahead.
-    pub fn blocks(&self) -> impl Stream<Item = Result<Vec<Content>>> + Send + use<> {
+    pub(crate) fn blocks(&self) -> impl Stream<Item = Result<Vec<Content>>> + Send + use<> {
         let plan = Plan {
             repository: self.repository.clone(),
             manifest: Arc::clone(&self.manifest),

@@ -26,7 +26,12 @@ const MOST_KNOWN_BLOCKS: usize = 1 << 18;
 /// A table that names each zero block is not read for its few others beyond this length.
 const MOST_TABLE_BLOCKS: u64 = 1 << 22;
 
-/// Stores the file unless the store has it. Returns how many bytes were stored.
+/// Stores the file, whose digest is `file`, as a layer unless the store has it. Returns how many
+/// bytes were stored: 0 for a layer that is there.
+///
+/// # Errors
+/// When the file cannot be read, or does not have that digest any more; class store when the store
+/// does not take it. Nothing of a layer is visible before all of it is stored.
 pub async fn ensure(repository: &Repository, path: &Path, file: FileDigest) -> Result<u64> {
     if repository.has_layer(&file.digest).await? {
         return Ok(0);

@@ -9,7 +9,7 @@
 
 mod target;
 
-pub use target::PackTarget;
+pub(crate) use target::PackTarget;
 
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
@@ -31,7 +31,7 @@ use tokio::task::JoinHandle;
 /// A pack is closed when its frames reach this length. HDFS keeps a few hundred bytes of NameNode
 /// memory for each file, and a pack under way is held in memory so that it can be written again
 /// from its start.
-pub const PACK_BYTES: ByteLen = ByteLen(24 << 20);
+pub(crate) const PACK_BYTES: ByteLen = ByteLen(24 << 20);
 /// And when its index reaches this length: pages that compress to next to nothing need as much of
 /// it as others, and it is in memory four times when a pack is closed. 240,000 pages.
 const INDEX_BYTES: ByteLen = ByteLen(4 << 20);
@@ -44,13 +44,13 @@ const QUEUE: usize = 16;
 const ZSTD_LEVEL: i32 = 1;
 
 /// Up to 64 pages of one space and their content.
-pub struct FrameJob {
+pub(crate) struct FrameJob {
     pub space: SpaceId,
     pub pages: Vec<(PageIndex, PageDigest)>,
     pub raw: Vec<u8>,
 }
 
-pub enum PackJob {
+pub(crate) enum PackJob {
     Data(FrameJob),
     /// These pages hold zeros.
     Zero(SpaceId, PageRange),
@@ -63,7 +63,7 @@ enum Encoded {
 
 /// A pack of this pipeline that the store has acknowledged.
 #[derive(Clone, Debug)]
-pub struct NumberedPack {
+pub(crate) struct NumberedPack {
     /// Of two records of a page the one in the pack of the higher number counts.
     pub number: u32,
     pub record: PackRecord,
@@ -71,7 +71,7 @@ pub struct NumberedPack {
 
 /// The packs that the store has acknowledged so far, whatever becomes of the pipeline.
 #[derive(Clone, Default)]
-pub struct StoredPacks(Arc<Mutex<Vec<NumberedPack>>>);
+pub(crate) struct StoredPacks(Arc<Mutex<Vec<NumberedPack>>>);
 
 impl StoredPacks {
     fn push(&self, pack: NumberedPack) {
@@ -79,7 +79,7 @@ impl StoredPacks {
     }
 
     /// By number.
-    pub fn list(&self) -> Vec<NumberedPack> {
+    pub(crate) fn list(&self) -> Vec<NumberedPack> {
         let mut packs = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         packs.sort_by_key(|pack| pack.number);
         packs
@@ -87,7 +87,7 @@ impl StoredPacks {
 }
 
 /// The entrance of the pipeline. Dropping it unfinished stops the pipeline and its uploads.
-pub struct Packer {
+pub(crate) struct Packer {
     jobs: mpsc::Sender<PackJob>,
     task: JoinHandle<Result<()>>,
     stored: StoredPacks,
@@ -95,12 +95,12 @@ pub struct Packer {
 
 impl Packer {
     /// `label` makes the packs' ids: the same for no two checkpoints or layers.
-    pub fn new(target: Arc<dyn PackTarget>, spaces: SpaceTable, label: String) -> Self {
+    pub(crate) fn new(target: Arc<dyn PackTarget>, spaces: SpaceTable, label: String) -> Self {
         Self::after(target, spaces, label, 0)
     }
 
     /// The packs' numbers begin behind `last`.
-    pub fn after(
+    pub(crate) fn after(
         target: Arc<dyn PackTarget>,
         spaces: SpaceTable,
         label: String,
@@ -122,13 +122,13 @@ impl Packer {
         Self { jobs, task: tokio::spawn(pipeline.run(queue)), stored }
     }
 
-    pub fn stored(&self) -> StoredPacks {
+    pub(crate) fn stored(&self) -> StoredPacks {
         self.stored.clone()
     }
 
     /// Waits while the queue is full. An error here only says that the pipeline ended;
     /// [`Packer::finish`] tells why.
-    pub async fn send(&self, jobs: &mut Vec<PackJob>) -> Result<()> {
+    pub(crate) async fn send(&self, jobs: &mut Vec<PackJob>) -> Result<()> {
         for job in jobs.drain(..) {
             self.jobs.send(job).await.map_err(|_| ended())?;
         }
@@ -136,13 +136,13 @@ impl Packer {
     }
 
     /// The entrance for threads that may block.
-    pub fn entrance(&self) -> Entrance {
+    pub(crate) fn entrance(&self) -> Entrance {
         Entrance { jobs: self.jobs.clone(), timeout: None }
     }
 
     /// Ends the pipeline, and says what really went wrong, when `seen` may only be that the
     /// pipeline has ended. What was sent before is stored if the store takes it within `grace`.
-    pub async fn why(mut self, seen: anyhow::Error, grace: Duration) -> anyhow::Error {
+    pub(crate) async fn why(mut self, seen: anyhow::Error, grace: Duration) -> anyhow::Error {
         if self.jobs.is_closed() {
             return self.finish().await.err().unwrap_or(seen);
         }
@@ -156,7 +156,7 @@ impl Packer {
     }
 
     /// Waits until every pack is stored.
-    pub async fn finish(mut self) -> Result<Vec<PackRecord>> {
+    pub(crate) async fn finish(mut self) -> Result<Vec<PackRecord>> {
         self.close();
         (&mut self.task).await.context("internal error: the pack pipeline panicked")??;
         Ok(self.stored.list().into_iter().map(|pack| pack.record).collect())
@@ -169,18 +169,18 @@ impl Packer {
 }
 
 /// [`Packer::send`] for a thread outside the asynchronous runtime.
-pub struct Entrance {
+pub(crate) struct Entrance {
     jobs: mpsc::Sender<PackJob>,
     timeout: Option<Duration>,
 }
 
 impl Entrance {
     /// Gives up when the pipeline takes no job for so long: where a guest waits for who sends.
-    pub fn with_timeout(self, timeout: Duration) -> Self {
+    pub(crate) fn with_timeout(self, timeout: Duration) -> Self {
         Self { timeout: Some(timeout), ..self }
     }
 
-    pub fn send(&self, jobs: &mut Vec<PackJob>) -> Result<()> {
+    pub(crate) fn send(&self, jobs: &mut Vec<PackJob>) -> Result<()> {
         jobs.drain(..).try_for_each(|job| self.send_one(job))
     }
 

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use checkpoint_store::{PartialCheckpoint, PartialLayer, StoredPack};
 use futures::future::BoxFuture;
 
-pub trait PackTarget: Send + Sync {
+pub(crate) trait PackTarget: Send + Sync {
     fn put_pack<'a>(
         &'a self,
         stem: &'a str,

@@ -11,24 +11,25 @@ const MAX_RANGES: usize = 64;
 pub struct Difference {
     /// `ram:pc.ram`, `disk:sp-data`, `layer:<digest>` or `state:device/<section>`.
     pub space: String,
-    /// Ascending.
+    /// Offsets in the space, in bytes, ascending; the first ones if there are many.
     pub ranges: Vec<Range<u64>>,
+    /// Bytes that differ, those of ranges that are not listed included.
     pub bytes: u64,
     /// What is wrong where it is not the content, as a size; or more about the content.
     pub note: Option<String>,
 }
 
 impl Difference {
-    pub fn new(space: impl Into<String>) -> Self {
+    pub(super) fn new(space: impl Into<String>) -> Self {
         Self { space: space.into(), ranges: Vec::new(), bytes: 0, note: None }
     }
 
     /// One that no range describes.
-    pub fn noted(space: impl Into<String>, note: impl Into<String>) -> Self {
+    pub(super) fn noted(space: impl Into<String>, note: impl Into<String>) -> Self {
         Self { note: Some(note.into()), ..Self::new(space) }
     }
 
-    pub fn push(&mut self, range: Range<u64>) {
+    pub(super) fn push(&mut self, range: Range<u64>) {
         self.bytes += range.end - range.start;
         let has_room = self.ranges.len() < MAX_RANGES;
         match self.ranges.last_mut() {
@@ -39,13 +40,13 @@ impl Difference {
     }
 
     /// None if nothing differs.
-    pub fn found(self) -> Option<Self> {
+    pub(super) fn found(self) -> Option<Self> {
         (self.bytes > 0 || self.note.is_some()).then_some(self)
     }
 
     /// Without the pages of `excused`, which are returned by their names. More ranges than are kept
     /// stay a difference.
-    pub fn without(
+    pub(super) fn without(
         self,
         excused: &[(Range<u64>, &'static str)],
         page: u64,
@@ -64,7 +65,7 @@ impl Difference {
         (left, names)
     }
 
-    pub fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         let ranges: Vec<Value> = self
             .ranges
             .iter()

@@ -36,14 +36,14 @@ use crate::run_state::of_record;
 use crate::stores;
 use anyhow::{Context, Result, anyhow};
 use checkpoint_format::{CheckpointId, Checksum, PAGE_SIZE, SpaceKind, SpaceName, VmName};
-use difference::Difference;
+pub use difference::Difference;
 use dirty_tracker::GuestMemory;
 use expected::Expected;
 use qemu_cmdline::restorable::Wishes;
 use qmp_bridge::device_state::DeviceState;
 use qmp_bridge::migration::{Incoming, resave};
 use qmp_bridge::{Qmp, ramblock};
-use running::Ran;
+pub use running::Ran;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -59,19 +59,27 @@ const STARTUP: Duration = Duration::from_secs(60);
 
 /// What was proven, or not.
 pub struct Report {
+    /// The VM that was restored.
     pub vm: VmName,
+    /// The checkpoint that it was restored from.
     pub id: CheckpointId,
     /// Of the checkpoint's manifest: a number may be used again by a store that lost its newest.
     manifest: Checksum,
+    /// Of the QEMU that restored it, as `MAJOR.MINOR.MICRO`.
     pub qemu_version: String,
+    /// Where the restored VM is not what is stored; none if it is proven.
     pub differences: Vec<Difference>,
     /// Sections that may differ, and why.
     pub excused: Vec<(String, &'static str)>,
     /// Device sections that were compared.
     pub sections: usize,
+    /// How the guest ran on; none where it did not.
     pub ran: Option<Ran>,
+    /// Memory that was compared: all RAM blocks.
     pub memory_bytes: u64,
+    /// Virtual sizes of the disks that were compared.
     pub disk_bytes: u64,
+    /// From the request on.
     pub total: Duration,
     /// Whether the proof is remembered in the store.
     pub noted: bool,
@@ -96,6 +104,7 @@ impl Report {
         })
     }
 
+    /// Nothing differs, and the guest ran if it was to.
     pub fn is_proven(&self) -> bool {
         self.differences.is_empty() && self.ran.as_ref().is_none_or(|ran| ran.trouble.is_empty())
     }
@@ -103,18 +112,28 @@ impl Report {
 
 /// What is to be proven, and how.
 pub struct Request {
+    /// Which one; the newest if it names none.
     pub checkpoint: CheckpointName,
     /// The store's URL.
     pub store: String,
+    /// QEMU's program; none for one of this host, as [`restore::Request::qemu`] has it.
     pub qemu: Option<String>,
     /// How long the guest runs after the comparison; none if it does not.
     pub run: Option<Duration>,
+    /// Values of the saved command line that are replaced: `--map`.
     pub map: Vec<Mapping>,
+    /// Things of this host that QEMU may have: `--allow`.
     pub allow: Vec<String>,
+    /// Is shown how much has been read, and what the user should know.
     pub progress: Arc<dyn Progress>,
 }
 
-/// In the process inside the sandbox's process namespace.
+/// Restores the checkpoint in the sandbox, compares, and notes the proof in the store. To be called
+/// in the process that [`sandbox::supervise`] started.
+///
+/// # Errors
+/// When there is no comparison: the checkpoint cannot be restored here, is damaged, or the proof is
+/// interrupted. A restored VM that differs is no error but a [`Report`].
 pub async fn run(request: &Request) -> Result<Report, EngineError> {
     let mut phase = Phase::Plan;
     run_in_sandbox(request, &mut phase).await.in_phase(phase)

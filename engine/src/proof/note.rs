@@ -16,20 +16,24 @@ const FORMAT: u32 = 1;
 /// What `show --json` has under `proofs`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Note {
+    /// That of the version that wrote it; others are not read.
     pub format: u32,
     /// Of the manifest that was proven.
     pub manifest: Checksum,
     /// RFC 3339, UTC.
     pub proven_at: String,
+    /// Of the QEMU that restored it, as `MAJOR.MINOR.MICRO`.
     pub qemu_version: String,
+    /// The name of the host where it was proven.
     pub host: String,
+    /// Of this program.
     pub stillpoint_version: String,
-    /// How long the guest ran on after the comparison; absent where it did not.
+    /// How long the guest ran on after the comparison, in milliseconds; absent where it did not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ran_ms: Option<u64>,
 }
 
-pub async fn manifest_checksum(
+pub(super) async fn manifest_checksum(
     repository: &Repository,
     vm: &VmName,
     id: CheckpointId,
@@ -42,7 +46,7 @@ pub async fn manifest_checksum(
 }
 
 /// One note for each QEMU version and host, and one more where the guest ran.
-pub async fn write(store: &str, report: &Report) -> Result<()> {
+pub(super) async fn write(store: &str, report: &Report) -> Result<()> {
     let note = Note {
         format: FORMAT,
         manifest: report.manifest,
@@ -66,6 +70,9 @@ pub async fn write(store: &str, report: &Report) -> Result<()> {
 
 /// Proofs of this very checkpoint, oldest first. A note that is not understood is another
 /// version's.
+///
+/// # Errors
+/// When the store cannot be read, or has no such checkpoint.
 pub async fn read(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<Vec<Note>> {
     let manifest = manifest_checksum(repository, vm, id).await?;
     let notes = repository.proofs(vm, id).await.context("reading the notes of proofs")?;

@@ -22,13 +22,14 @@ const TROUBLE: &[&str] = &[
 
 /// How the guest ran.
 pub struct Ran {
+    /// From `cont` until it was looked at last.
     pub time: Duration,
     /// Events and states that a restored guest must not show; none if it ran on.
     pub trouble: Vec<String>,
 }
 
 impl Ran {
-    pub fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         json!({ "ms": self.time.as_millis() as u64, "trouble": self.trouble })
     }
 }

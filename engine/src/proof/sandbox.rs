@@ -44,7 +44,11 @@ pub fn workspace() -> Option<PathBuf> {
     std::env::var_os(WORKSPACE).filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
-/// Runs this very command again, inside, and takes its exit code.
+/// Runs this very command again, inside, and takes its exit code. The private directory is made in
+/// `fleecing` and removed when all that ran inside has ended.
+///
+/// # Errors
+/// When the directory cannot be made; refused when the kernel gives no namespaces.
 pub fn supervise(fleecing: &Path) -> Result<ExitCode, EngineError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -99,7 +103,7 @@ fn exit_code(status: std::process::ExitStatus) -> ExitCode {
 }
 
 /// In the process inside, before anything else: it must not outlive the supervisor.
-pub fn die_with_supervisor() -> Result<()> {
+pub(super) fn die_with_supervisor() -> Result<()> {
     set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
         .context("asking the kernel to end this process with its supervisor")?;
     // The supervisor may have died before that.
@@ -112,7 +116,7 @@ pub fn die_with_supervisor() -> Result<()> {
 }
 
 /// The number by which `/proc`, which is the host's, has a process of this namespace.
-pub fn pid_in_proc(pid: u32) -> Result<u32> {
+pub(super) fn pid_in_proc(pid: u32) -> Result<u32> {
     let namespace = |process: &Process| process::namespace(process, "pid").ok().flatten();
     let ours = namespace(&Process::myself().context("reading /proc")?);
     let is_it = |process: &Process| {
@@ -194,7 +198,7 @@ fn remove(path: &Path) {
 }
 
 /// The command that becomes a QEMU without a host, running in `directory`: its arguments follow.
-pub fn command(workspace: &Path, directory: &Path, program: &Path) -> Result<Command> {
+pub(super) fn command(workspace: &Path, directory: &Path, program: &Path) -> Result<Command> {
     let mut command =
         Command::new(std::env::current_exe().context("finding this program's own path")?);
     command
@@ -209,8 +213,12 @@ pub fn command(workspace: &Path, directory: &Path, program: &Path) -> Result<Com
     Ok(command)
 }
 
-/// `stillpoint sandbox`: becomes the program. Returns only on failure.
-/// `private`: the one directory that stays writable. `words`: the program and its arguments.
+/// `stillpoint sandbox`: becomes the program, and returns only on failure. `private` is the one
+/// directory that stays writable, `directory` the program's working directory, `words` the program
+/// and its arguments.
+///
+/// # Errors
+/// Refused when the kernel gives no namespaces; failed when a mount or the program cannot be made.
 pub fn become_program(
     private: &Path,
     directory: &Path,

@@ -14,7 +14,7 @@ use vm::launch::paths;
 
 /// Every disk must be on the new command line, or QEMU would open files of the old host. Disks on
 /// block devices get the driver for those.
-pub fn on_the_line(
+pub(crate) fn on_the_line(
     places: &Places<'_>,
     layers: &LocalLayers,
     mut options: Vec<QemuOption>,
@@ -35,7 +35,7 @@ pub fn on_the_line(
 }
 
 /// Before the guest runs: each disk is the one of the checkpoint, on its layers.
-pub fn in_qemu(places: &Places<'_>, layers: &LocalLayers, found: &Drives) -> Result<()> {
+pub(crate) fn in_qemu(places: &Places<'_>, layers: &LocalLayers, found: &Drives) -> Result<()> {
     let records = &places.manifest.disks;
     for disk in &found.disks {
         let record = records.iter().find(|record| record.node == disk.name);

@@ -23,16 +23,18 @@ const FLUSH_EVERY: u64 = 256 << 20;
 
 /// Where each disk of a checkpoint comes to be.
 pub struct Places<'a> {
+    /// Of the checkpoint.
     pub manifest: &'a Manifest,
+    /// Where images are made that `map` has nowhere else.
     pub dir: &'a Path,
-    /// `--map OLD=NEW`.
+    /// `--map OLD=NEW`, each split into its two values.
     pub map: &'a [(String, String)],
 }
 
 impl Places<'_> {
     /// The file or block device that the drive of the restored VM has: an image of its own, or for
     /// a read-only disk that is one layer, that layer.
-    pub fn file(&self, layers: &LocalLayers, disk: &DiskRecord) -> Result<PathBuf> {
+    pub(crate) fn file(&self, layers: &LocalLayers, disk: &DiskRecord) -> Result<PathBuf> {
         Ok(if needs_image(layers, disk)? {
             self.image(disk)
         } else {
@@ -41,7 +43,7 @@ impl Places<'_> {
     }
 
     /// Where the image of a disk is made, if it gets one.
-    pub fn image(&self, disk: &DiskRecord) -> PathBuf {
+    pub(crate) fn image(&self, disk: &DiskRecord) -> PathBuf {
         let directory = Path::new(&self.manifest.vm_record.directory);
         let mapped = self
             .map
@@ -53,7 +55,7 @@ impl Places<'_> {
 
     /// Every file that may be made: images, and links of their chains. A block device is there
     /// already.
-    pub fn made(&self) -> Vec<PathBuf> {
+    pub(crate) fn made(&self) -> Vec<PathBuf> {
         let mut made = Vec::new();
         for disk in
             self.manifest.disks.iter().filter(|disk| !disk.read_only || disk.format == "qcow2")
@@ -90,7 +92,7 @@ fn needs_image(layers: &LocalLayers, disk: &DiskRecord) -> Result<bool> {
 }
 
 /// Makes and fills the images. `binary` serves as the worker, `runtime` holds its sockets.
-pub async fn restore(
+pub(crate) async fn restore(
     source: &Source,
     layers: &LocalLayers,
     places: &Places<'_>,
@@ -125,7 +127,7 @@ pub async fn restore(
 
 /// A name of the new image: the node's, since two disks may have had files of one name in different
 /// directories.
-pub fn file_name(disk: &DiskRecord) -> String {
+pub(crate) fn file_name(disk: &DiskRecord) -> String {
     format!("{}.{}", stem(disk), disk.format)
 }
 
@@ -225,7 +227,7 @@ fn refuse_existing(path: &Path) -> Result<()> {
     Ok(())
 }
 
-pub fn is_block_device(path: &Path) -> bool {
+pub(crate) fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|facts| facts.file_type().is_block_device())
 }
 

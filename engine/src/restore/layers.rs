@@ -8,14 +8,14 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 #[derive(Default)]
-pub struct LocalLayers {
+pub(crate) struct LocalLayers {
     by_digest: HashMap<ContentDigest, PathBuf>,
     pub bytes_read: u64,
 }
 
 impl LocalLayers {
     /// Each layer once: the copy that is here, else fetched.
-    pub async fn provide(source: &Source) -> Result<Self> {
+    pub(crate) async fn provide(source: &Source) -> Result<Self> {
         let mut local = Self::default();
         let directory = Path::new(&source.manifest().vm_record.directory);
         for layer in source.manifest().layers() {
@@ -32,7 +32,7 @@ impl LocalLayers {
         Ok(local)
     }
 
-    pub fn path<'a>(&'a self, layer: &'a LayerRef) -> &'a Path {
+    pub(crate) fn path<'a>(&'a self, layer: &'a LayerRef) -> &'a Path {
         self.by_digest.get(&layer.digest).map_or(Path::new(&layer.path), PathBuf::as_path)
     }
 }

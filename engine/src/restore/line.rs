@@ -41,7 +41,7 @@ pub struct Mapping(String);
 
 impl Mapping {
     /// Every OLD and NEW that it may mean.
-    pub fn splits(&self) -> Vec<(String, String)> {
+    pub(crate) fn splits(&self) -> Vec<(String, String)> {
         let split = |(at, _): (usize, &str)| (self.0[..at].to_owned(), self.0[at + 1..].to_owned());
         self.0.match_indices('=').map(split).filter(|(old, _)| !old.is_empty()).collect()
     }
@@ -76,6 +76,11 @@ pub struct Planned {
 }
 
 impl Planned {
+    /// Rewrites the command line of the checkpoint.
+    ///
+    /// # Errors
+    /// Damaged when it is none; refused when it names something of another host that `wishes` do
+    /// not replace or allow.
     pub fn of(places: &Places<'_>, wishes: &Wishes) -> Result<Self> {
         let manifest = places.manifest;
         let words = &manifest.vm_record.arguments;
@@ -100,7 +105,7 @@ impl Planned {
 
     /// The files and sockets that QEMU makes: in the VM's directory, or where the user wants them.
     /// What is there already is a terminal or a pipe, once nothing is replaced.
-    pub fn made(&self) -> Vec<PathBuf> {
+    pub(crate) fn made(&self) -> Vec<PathBuf> {
         let mut made = Vec::new();
         visit(&self.options, |site| {
             let path = self.dir.join(site.value);
@@ -115,7 +120,7 @@ impl Planned {
     }
 
     /// Refuses what would take something away: a file or socket that exists, a port or tap in use.
-    pub fn check_free(&self) -> Result<()> {
+    pub(crate) fn check_free(&self) -> Result<()> {
         let mut taken = Vec::new();
         visit(&self.options, |site| {
             let path = self.dir.join(site.value);
@@ -139,7 +144,7 @@ impl Planned {
     }
 
     /// What the user of a copy should know of the network that it shares with its original.
-    pub fn note_of_copy(&self) -> String {
+    pub(crate) fn note_of_copy(&self) -> String {
         let is_shared = |option: &QemuOption| {
             matches!(option.name.as_str(), "netdev" | "nic" | "net")
                 && Form::of(option)
@@ -190,7 +195,7 @@ fn renamed(words: &[String], wishes: &Wishes) -> Result<Vec<(String, String)>> {
 
 /// A copy's guest has to notice that it is one: its random state and its tokens are the original's,
 /// too.
-pub fn as_copy(options: Vec<QemuOption>, wishes: &Wishes) -> Vec<QemuOption> {
+pub(crate) fn as_copy(options: Vec<QemuOption>, wishes: &Wishes) -> Vec<QemuOption> {
     let is_wish = |value: &str| wishes.map.iter().any(|(_, new)| new == value);
     rewrite(options, |site| {
         let is_id = matches!(site.option, "device" | "global")
@@ -202,7 +207,7 @@ pub fn as_copy(options: Vec<QemuOption>, wishes: &Wishes) -> Vec<QemuOption> {
 
 /// Splits each `OLD=NEW` where OLD is a value of the saved command line, which may hold `=` itself;
 /// of several such OLDs the longest is meant.
-pub fn resolve(words: &[String], map: &[Mapping]) -> Result<Vec<(String, String)>> {
+pub(crate) fn resolve(words: &[String], map: &[Mapping]) -> Result<Vec<(String, String)>> {
     let options = arguments::parse(words)?;
     map.iter().map(|wish| resolve_one(&options, wish)).collect()
 }

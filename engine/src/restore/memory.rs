@@ -14,7 +14,7 @@ use qmp_bridge::stream::{StreamBlock, StreamWriter};
 const PIECE: usize = 1 << 20;
 
 /// Writes every page that is not zero; the memory is new, so all others are.
-pub async fn fill(source: Source, block: String, memory: GuestMemory) -> Result<()> {
+pub(crate) async fn fill(source: Source, block: String, memory: GuestMemory) -> Result<()> {
     let map = source.map(&SpaceName::ram(&block)?)?;
     let total: u64 = map
         .frame_reads()
@@ -40,7 +40,7 @@ pub async fn fill(source: Source, block: String, memory: GuestMemory) -> Result<
 
 /// The content of the RAM blocks that travel in the stream, in the manifest's order; none for the
 /// main block.
-pub async fn small_blocks(source: &Source) -> Result<Vec<Option<Vec<u8>>>> {
+pub(crate) async fn small_blocks(source: &Source) -> Result<Vec<Option<Vec<u8>>>> {
     let manifest = source.manifest();
     let mut contents = Vec::new();
     for block in &manifest.ram_blocks {
@@ -56,7 +56,7 @@ pub async fn small_blocks(source: &Source) -> Result<Vec<Option<Vec<u8>>>> {
     Ok(contents)
 }
 
-pub async fn device_state(source: &Source) -> Result<DeviceState> {
+pub(crate) async fn device_state(source: &Source) -> Result<DeviceState> {
     let name = SpaceName::device_state();
     let record = source.manifest().space(&name).context("the checkpoint has no device state")?;
     let bytes = source.read_whole(record).await.context("reading the device state")?;
@@ -64,7 +64,7 @@ pub async fn device_state(source: &Source) -> Result<DeviceState> {
 }
 
 /// Gives QEMU the stream that a live migration would have given it.
-pub async fn load(
+pub(crate) async fn load(
     mut incoming: Incoming,
     source: &Source,
     contents: &[Option<Vec<u8>>],

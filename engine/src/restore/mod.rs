@@ -5,18 +5,18 @@
 //! whatever fails before `cont` leaves the checkpoint as it was, and a new QEMU that is ended.
 
 mod chain;
-pub mod check;
-pub mod disks;
-pub mod layers;
-pub mod line;
+pub(crate) mod check;
+pub(crate) mod disks;
+pub(crate) mod layers;
+pub(crate) mod line;
 mod link;
-pub mod memory;
+pub(crate) mod memory;
 pub mod on_demand;
 mod ports;
-pub mod program;
-pub mod qemu;
-pub mod run_state;
-pub mod source;
+pub(crate) mod program;
+pub(crate) mod qemu;
+pub(crate) mod run_state;
+pub(crate) mod source;
 mod undo;
 
 use crate::checkpoint::outcome::{Phases, milliseconds};
@@ -28,19 +28,19 @@ use crate::stores;
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointId, Manifest, VmName};
 use dirty_tracker::GuestMemory;
-use disks::Places;
+pub use disks::Places;
 use layers::LocalLayers;
-use line::{Mapping, Planned};
+pub use line::{Mapping, Planned};
 use qemu::NewQemu;
 use qemu_cmdline::restorable::Wishes;
 use qmp_bridge::capture::{BitmapTag, CapturePlaces, start_recording};
 use qmp_bridge::migration::Incoming;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::{Qmp, RunState};
-use run_state::Transition;
+pub use run_state::Transition;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use source::Source;
+pub use source::Source;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -55,6 +55,7 @@ use vm::runtime_dir::{HelperLock, Marks, RestoreTarget, RuntimeDir, VmFile};
 /// What is to be restored, and how.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Request {
+    /// Which one; the newest if it names none.
     pub checkpoint: CheckpointName,
     /// The store's URL.
     pub store: String,
@@ -62,12 +63,16 @@ pub struct Request {
     pub runtime_base: Option<PathBuf>,
     /// Another name, under which it is a VM of its own.
     pub new_name: Option<VmName>,
-    /// Of the restored disks; none for one of the VM's name here.
+    /// Directory of the restored disks; none for one of the VM's name here.
     pub dir: Option<PathBuf>,
+    /// QEMU's program; none for the first of this host that knows the machine type and is not older
+    /// than the QEMU that the checkpoint was taken of.
     pub qemu: Option<String>,
     /// Directory for temporary fleecing overlays; none for the default.
     pub fleecing: Option<PathBuf>,
+    /// Values of the saved command line that are replaced.
     pub map: Vec<Mapping>,
+    /// Things of this host that the VM may have: `OPTION.KEY` or `OPTION.KEY=VALUE`.
     pub allow: Vec<String>,
     /// The operator's order to fence the current writer.
     pub take_over: bool,
@@ -92,28 +97,40 @@ impl Request {
 /// A VM that was restored and may run, with all that the restore knows and holds of it: the process
 /// that restored it is its helper.
 pub struct Restored {
+    /// With this process attached.
     pub vm: Vm,
     /// The store, and the writer epoch that was claimed in it.
     pub session: StoreSession,
     /// What the marks of written pages count from; none for a copy.
     pub marks: Option<Marks>,
+    /// Makes this process the only helper of the VM.
     pub lock: HelperLock,
+    /// For the command that asked.
     pub report: Report,
 }
 
 /// What came of a restore. As JSON it is what `stillpoint restore --json` prints.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
+    /// The restored VM.
     pub name: VmName,
     /// The VM whose checkpoint it was.
     pub restored: VmName,
+    /// Which checkpoint.
     pub id: CheckpointId,
+    /// Whether the guest runs.
     pub running: bool,
+    /// What it does, in QEMU's word.
     pub run_state: String,
+    /// From the request until the guest may run, in milliseconds.
     pub resume_ms: f64,
+    /// Bytes read from the store, layers included.
     pub bytes_read: u64,
+    /// Of those, the bytes of layers that had no copy here.
     pub layer_bytes_read: u64,
+    /// Directory of its disks.
     pub dir: PathBuf,
+    /// Milliseconds in each phase, by its name.
     pub phases: BTreeMap<String, f64>,
     /// What the operator should know though all went well.
     pub notes: Vec<String>,
@@ -436,7 +453,7 @@ impl Restore {
 
 /// The new QEMU must have built the same RAM blocks, or the state would be loaded into the wrong
 /// place.
-pub fn check_blocks(manifest: &Manifest, blocks: &[RamBlock]) -> Result<()> {
+pub(crate) fn check_blocks(manifest: &Manifest, blocks: &[RamBlock]) -> Result<()> {
     for block in &manifest.ram_blocks {
         let found = blocks.iter().find(|found| found.name == block.name);
         let fits = found.is_some_and(|found| block.used.0 <= found.total);
@@ -452,7 +469,7 @@ pub fn check_blocks(manifest: &Manifest, blocks: &[RamBlock]) -> Result<()> {
 
 /// After a load QEMU keeps the disks inactive until `cont`; a checkpoint of a VM that has not run
 /// yet needs them. QEMU before 10.0 lacks the command and does not ask for it.
-pub async fn activate_disks(qmp: &Qmp) {
+pub(crate) async fn activate_disks(qmp: &Qmp) {
     if let Err(error) = qmp.execute_json("blockdev-set-active", json!({ "active": true })).await {
         tracing::debug!(%error, "blockdev-set-active");
     }

@@ -19,7 +19,11 @@ const BESIDE: &str = "/opt/stillpoint";
 /// The program that its user names, else the first of this host that knows the machine type and is
 /// as new as the QEMU that the checkpoint was taken of: an older one may lack what the device state
 /// has, and not every machine type has a version in its name.
-pub fn find(named: Option<&str>, record: &VmRecord, plugin: &Path) -> Result<(PathBuf, QemuFacts)> {
+pub(crate) fn find(
+    named: Option<&str>,
+    record: &VmRecord,
+    plugin: &Path,
+) -> Result<(PathBuf, QemuFacts)> {
     let programs = match named {
         Some(name) => vec![launch::find_program(name)?],
         None => candidates(base_name(&record.program))?,

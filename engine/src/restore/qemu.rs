@@ -14,14 +14,14 @@ use vm::runtime_dir::{RuntimeDir, VmFile};
 const LAST_MOMENTS: Duration = Duration::from_millis(200);
 
 /// Dropping it ends QEMU, unless it was left to itself.
-pub struct NewQemu {
+pub(crate) struct NewQemu {
     child: Option<Child>,
     log: std::path::PathBuf,
 }
 
 impl NewQemu {
     /// In a session of its own.
-    pub fn start(
+    pub(crate) fn start(
         file: &VmFile,
         runtime: &RuntimeDir,
         plugin: &Path,
@@ -31,7 +31,7 @@ impl NewQemu {
     }
 
     /// `command` becomes the QEMU that its arguments follow.
-    pub fn spawn(
+    pub(crate) fn spawn(
         command: Command,
         file: &VmFile,
         runtime: &RuntimeDir,
@@ -42,12 +42,12 @@ impl NewQemu {
         Ok(Self { child: Some(child), log: runtime.qemu_log() })
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.as_ref().map_or(0, Child::id)
     }
 
     /// It runs on by itself, also when this process ends.
-    pub fn leave(mut self) {
+    pub(crate) fn leave(mut self) {
         if let Some(mut child) = self.child.take() {
             // When it ends it must not stay a zombie for as long as this process lives.
             std::thread::spawn(move || child.wait());
@@ -55,7 +55,7 @@ impl NewQemu {
     }
 
     /// The error with what QEMU itself said, and how it ended if it crashed: then it says nothing.
-    pub fn explain(mut self, error: Error) -> Error {
+    pub(crate) fn explain(mut self, error: Error) -> Error {
         let said = said::quote_log(&self.log);
         match self.crash() {
             Some(status) => {

@@ -14,12 +14,16 @@ use vm::running::Vm;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transition {
     saved: RunState,
+    /// What the restored VM enters.
     pub wanted: RunState,
 }
 
 impl Transition {
     /// `paused` and `run` are the command's words. A VM that does not run stays in its own state
     /// with `paused`.
+    ///
+    /// # Errors
+    /// Refused with `run` for a VM that QEMU lets run only after a reset.
     pub fn choose(saved: Option<Saved>, paused: bool, run: bool) -> Result<Self> {
         // An earlier version did not record it, and let every VM run.
         let saved = saved.map_or(RunState::Running, of_record);
@@ -38,7 +42,7 @@ impl Transition {
 
     /// The devices' state carries the run state that QEMU enters when it has loaded it. A guest
     /// that is to run is paused then, and a suspended one knows by itself that it is.
-    pub fn write(self, devices: DeviceState) -> Result<DeviceState> {
+    pub(crate) fn write(self, devices: DeviceState) -> Result<DeviceState> {
         if self.saved.is_live() {
             return Ok(devices);
         }
@@ -47,7 +51,7 @@ impl Transition {
     }
 
     /// After the load, of a VM that is not to run.
-    pub async fn check(self, vm: &Vm) -> Result<()> {
+    pub(crate) async fn check(self, vm: &Vm) -> Result<()> {
         let is = run_state(&vm.qmp).await.context("asking for the run state")?;
         ensure!(
             is == self.wanted.name(),
@@ -58,7 +62,7 @@ impl Transition {
     }
 
     /// In a sentence about the VM.
-    pub fn words(self) -> String {
+    pub(crate) fn words(self) -> String {
         match self.wanted {
             RunState::Running => "runs again".to_owned(),
             RunState::Paused if self.saved.is_live() => "is paused".to_owned(),

@@ -30,8 +30,10 @@ const GAP_BYTES: u64 = 256 << 10;
 const READS: usize = 4;
 
 /// Pages next to each other and their content.
-pub type Run = (PageRange, Bytes);
+pub(crate) type Run = (PageRange, Bytes);
 
+/// A checkpoint whose pages can be read: its manifests and pack indexes are in memory, the pages are
+/// in the store. Clones share them.
 #[derive(Clone)]
 pub struct Source(Arc<Inner>);
 
@@ -58,7 +60,10 @@ struct Batch {
 }
 
 impl Source {
-    /// `progress` shows how far the content is read.
+    /// Reads the lineage's manifests and pack indexes. `progress` shows how far the content is read.
+    ///
+    /// # Errors
+    /// When the store cannot be read; damaged when the lineage is not complete and sound.
     pub async fn open(
         repository: &Repository,
         vm: &VmName,
@@ -85,29 +90,35 @@ impl Source {
         })))
     }
 
-    pub fn identity(&self) -> CheckpointIdentity {
+    pub(crate) fn identity(&self) -> CheckpointIdentity {
         self.0.identity
     }
 
     /// Of the checkpoint that is restored.
+    ///
+    /// # Panics
+    /// Never: [`Self::open`] refuses a lineage without its newest checkpoint.
     pub fn manifest(&self) -> &Manifest {
         self.0.manifests.last().expect("a lineage holds the checkpoint that it was read for")
     }
 
-    pub fn repository(&self) -> &Repository {
+    pub(crate) fn repository(&self) -> &Repository {
         &self.0.repository
     }
 
-    pub fn progress(&self) -> &Arc<dyn Progress> {
+    pub(crate) fn progress(&self) -> &Arc<dyn Progress> {
         &self.0.progress
     }
 
-    pub fn bytes_read(&self) -> u64 {
+    pub(crate) fn bytes_read(&self) -> u64 {
         self.0.bytes_read.load(Ordering::Relaxed)
     }
 
     /// Where the newest content of each page of a space is. A space that shrank or grew over the
     /// lineage is followed through its sizes.
+    ///
+    /// # Errors
+    /// Damaged when a pack does not fit into the space; failed when the checkpoint has no such space.
     pub fn map(&self, name: &SpaceName) -> Result<PageMap> {
         let record = self
             .manifest()
@@ -186,7 +197,7 @@ impl Source {
     }
 
     /// The runs of data pages in an order that reads each pack from its beginning to its end, a few
-    /// reads ahead.
+    /// reads ahead. Each run is checked against the digests of its pages; pages of zeros are in none.
     pub fn read(&self, map: &PageMap) -> impl Stream<Item = Result<Vec<Run>>> + Send + use<> {
         let mut reads: Vec<BoxFuture<'static, Result<Vec<Run>>>> = Vec::new();
         match self.batches(map.frame_reads()) {
@@ -201,6 +212,10 @@ impl Source {
     }
 
     /// All of a space that fits into memory; pages that no pack has are zero.
+    ///
+    /// # Errors
+    /// When the store cannot be read; damaged when the space is larger than 1 GiB or a frame is not
+    /// what its digests say.
     pub async fn read_whole(&self, record: &SpaceRecord) -> Result<Vec<u8>> {
         if record.bytes.0 > MAX_WHOLE {
             return Err(damaged(format!(

@@ -12,7 +12,7 @@ use checkpoint_store::{
 use engine::checkpoint::outcome::{Kind, Outcome};
 use engine::checkpoint::{Checkpointer, Choice, Force, Report, StoreSession};
 use engine::progress::Silent;
-use engine::restore::source::Source;
+use engine::restore::Source;
 use scripted_vm::{Act, Body, Gate, ScriptedQemu, State, Version};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -324,7 +324,7 @@ impl Helper {
         };
         let choice = Choice { engine: Some(engine), stream: None, full };
         let (report, _) = tokio::sync::mpsc::channel(1);
-        Ok(self.checkpointer.take(choice, &Report(report)).await?)
+        Ok(self.checkpointer.take(choice, &Report::to(report)).await?)
     }
 
     /// That it fails with these words; returns the class of the error.

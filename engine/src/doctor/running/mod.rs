@@ -32,6 +32,7 @@ const START_AGAIN: &str = "see docs/attach.md; start the VM without it, or by 's
 /// What was found out of one running VM.
 #[derive(Debug, Serialize)]
 pub struct VmReport {
+    /// The checks.
     #[serde(flatten)]
     pub report: Report,
     /// By name; none where QEMU could not be asked.
@@ -43,14 +44,18 @@ pub struct VmReport {
 /// Whether an engine can take the VM's memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct EngineReport {
+    /// Whether it can.
     pub possible: bool,
+    /// Why not; none if it can.
     pub why_not: Option<String>,
 }
 
 /// Something of the command line that no other host could have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LeftOut {
+    /// The option, or part of one.
     pub what: String,
+    /// Why another host could not have it.
     pub why: &'static str,
 }
 

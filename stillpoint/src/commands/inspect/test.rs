@@ -10,10 +10,10 @@ use checkpoint_store::{LocalStore, Mode, Repository};
 use engine::layers;
 use engine::lineage::{self, CheckpointName, checkpoints, resolve};
 use engine::progress::Silent;
-use engine::restore::disks::Places;
-use engine::restore::line::Planned;
-use engine::restore::run_state::Transition;
-use engine::restore::source::Source;
+use engine::restore::Places;
+use engine::restore::Planned;
+use engine::restore::Transition;
+use engine::restore::Source;
 use engine::verify;
 use futures::TryStreamExt;
 use serde_json::{Value, json};
@@ -56,7 +56,7 @@ impl Sample {
             [vec![7; BLOCK_SIZE], vec![0; BLOCK_SIZE], common::noise(1), vec![1; 8]].concat(),
         )
         .unwrap();
-        let found = layers::digest::of_file(&image).unwrap();
+        let found = layers::of_file(&image).unwrap();
         layers::ensure(&repository, &image, found).await.unwrap();
         let manifest = manifest(LayerRef {
             digest: found.digest,
