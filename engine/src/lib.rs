@@ -8,6 +8,7 @@
 //! [`progress::Progress`].
 
 #![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 pub mod adopt;
 pub mod boot;

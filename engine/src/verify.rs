@@ -8,7 +8,7 @@ use crate::stores;
 use anyhow::{Context, Result};
 use checkpoint_format::{
     ContentDigest, ContentHasher, DigestForm, FOOTER_LEN, HEADER_LEN, Manifest, PAGE_SIZE,
-    PackFooter, PackHeader, PackIndex, PackRecord, PageDigest, PageRun, RunSource, Slot,
+    PackFooter, PackHeader, PackIndex, PackRecord, PageDigest, PageRun, RunSource, Slot, as_index,
 };
 use checkpoint_store::Repository;
 use futures::TryStreamExt;
@@ -160,7 +160,7 @@ async fn check_pack(
             repository.read_pack_range(vm, id, pack.name.as_str(), begin, end - begin).await?;
         for number in next..next + fits {
             let range = frames[number].byte_range();
-            let part = &bytes[(range.start - begin) as usize..(range.end - begin) as usize];
+            let part = &bytes[as_index(range.start - begin)..as_index(range.end - begin)];
             report.pages += check_frame(&index, number, &runs[number], part)
                 .with_context(|| format!("frame {number}"))?;
         }
@@ -176,7 +176,7 @@ fn runs_by_frame(index: &PackIndex) -> Vec<Vec<(Slot, &PageRun)>> {
     let mut runs = vec![Vec::new(); index.frames().len()];
     for run in index.runs() {
         if let RunSource::Frame { frame, first_slot } = run.source
-            && let Some(list) = runs.get_mut(frame.0 as usize)
+            && let Some(list) = runs.get_mut(frame.as_usize())
         {
             list.push((first_slot, run));
         }
@@ -260,7 +260,7 @@ impl LayerContent {
         static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
         while self.form == DigestForm::Content && self.at < end {
             let len = (end - self.at).min(ZEROS.len() as u64);
-            self.hasher.update(&ZEROS[..len as usize]);
+            self.hasher.update(&ZEROS[..as_index(len)]);
             self.at += len;
         }
     }

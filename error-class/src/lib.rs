@@ -32,6 +32,7 @@
 //! ```
 
 #![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 #![forbid(unsafe_code)]
 
 use serde::{Deserialize, Serialize};

@@ -9,6 +9,7 @@
 //! [`mod@bench`] measures it.
 
 #![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 pub mod attach;
 pub mod bench;

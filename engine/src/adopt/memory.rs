@@ -14,6 +14,7 @@
 //! skipped. The rest of the stream then brings what the source knew to be dirty.
 
 use anyhow::{Context, Result, bail};
+use checkpoint_format::as_index;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use procfs::process::{MMPermissions, MemoryMap, MemoryMaps};
@@ -133,7 +134,7 @@ impl MemoryComparison {
         }
         let mut count = 0;
         for (index, (old, new)) in
-            old.chunks(PAGE as usize).zip(new.chunks(PAGE as usize)).enumerate()
+            old.chunks(as_index(PAGE)).zip(new.chunks(as_index(PAGE))).enumerate()
         {
             if old != new {
                 let at = piece.to + run.start + index as u64 * PAGE;
@@ -152,7 +153,7 @@ struct Buffers {
 
 impl Buffers {
     fn new() -> Self {
-        Self { old: vec![0; PIECE as usize], new: vec![0; PIECE as usize] }
+        Self { old: vec![0; as_index(PIECE)], new: vec![0; as_index(PIECE)] }
     }
 }
 
@@ -182,8 +183,8 @@ fn existing(pagemap: &File, piece: &Piece) -> Result<Vec<Range<u64>>> {
     pagemap
         .read_exact_at(&mut entries, piece.from / PAGE * ENTRY)
         .context("reading the old QEMU's page map")?;
-    let exists = entries.chunks_exact(ENTRY as usize).map(|entry| {
-        let entry: [u8; ENTRY as usize] = entry.try_into().unwrap_or_default();
+    let exists = entries.chunks_exact(as_index(ENTRY)).map(|entry| {
+        let entry: [u8; as_index(ENTRY)] = entry.try_into().unwrap_or_default();
         u64::from_ne_bytes(entry) & EXISTS != 0
     });
     let mut runs: Vec<Range<u64>> = Vec::new();
@@ -274,19 +275,19 @@ mod test {
 
     /// A copy at another address, page-aligned as RAM blocks are.
     fn pages(fill: u8, count: usize) -> (Vec<u8>, usize) {
-        let bytes = vec![fill; (count + 1) * PAGE as usize];
+        let bytes = vec![fill; (count + 1) * as_index(PAGE)];
         let skip =
-            (bytes.as_ptr() as usize).next_multiple_of(PAGE as usize) - bytes.as_ptr() as usize;
+            (bytes.as_ptr() as usize).next_multiple_of(as_index(PAGE)) - bytes.as_ptr() as usize;
         (bytes, skip)
     }
 
     #[test]
     fn what_differs_is_copied_and_counted() {
         let count = 200;
-        let len = count * PAGE as usize;
+        let len = count * as_index(PAGE);
         let ((mut old, skip), (mut new, other)) = (pages(7, count), pages(7, count));
         for page in [0, 63, 64, 199] {
-            old[skip + page * PAGE as usize + 17] = 9;
+            old[skip + page * as_index(PAGE) + 17] = 9;
         }
         let comparison = own(&old[skip..skip + len], &new[other..other + len]);
         assert_eq!(comparison.run().unwrap(), 4);

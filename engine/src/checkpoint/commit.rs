@@ -173,7 +173,7 @@ impl Uploaded {
             parent: underway.parent,
             kind: if underway.parent.is_some() { Kind::Incremental } else { Kind::Full },
             pause_ms: milliseconds(moment.pause),
-            passes: moment.brief_stops.len() as u32,
+            passes: moment.brief_stops.len(),
             brief_stops_ms: moment.brief_stops.iter().copied().map(milliseconds).collect(),
             engine: underway.engine.name().to_owned(),
             run_state: moment.run_state.name().to_owned(),

@@ -235,7 +235,7 @@ impl Delta {
         frame.pages.push((page, digest));
         frame.raw.extend_from_slice(bytes);
         if frame.pages.len() == FRAME_PAGES {
-            self.close_frame(space, jobs);
+            self.close_frame(usize::from(space), jobs);
         }
     }
 
@@ -376,15 +376,15 @@ impl Delta {
     /// Ends a pass: everything offered so far comes before whatever follows.
     pub(super) fn flush(&mut self, jobs: &mut Vec<PackJob>) {
         for space in 0..self.frames.len() {
-            self.close_frame(space as SpaceNumber, jobs);
+            self.close_frame(space, jobs);
         }
         self.close_zeros(jobs);
     }
 
-    fn close_frame(&mut self, space: SpaceNumber, jobs: &mut Vec<PackJob>) {
-        let frame = std::mem::take(&mut self.frames[usize::from(space)]);
+    fn close_frame(&mut self, space: usize, jobs: &mut Vec<PackJob>) {
+        let frame = std::mem::take(&mut self.frames[space]);
         if !frame.pages.is_empty() {
-            let space = self.ids[usize::from(space)];
+            let space = self.ids[space];
             jobs.push(PackJob::Data(FrameJob { space, pages: frame.pages, raw: frame.raw }));
         }
     }

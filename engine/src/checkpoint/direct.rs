@@ -126,14 +126,15 @@ fn read_all(memory: &ProcessMemory, delta: &mut Delta, entrance: &Entrance) -> R
     ensure!(ram.len() == memory.blocks().len(), "the VM's RAM blocks have changed; try again");
     let (mut buffer, mut jobs, mut read) =
         (vec![0; FRAME_PAGES * PAGE_SIZE], Vec::new(), PageCount(0));
-    for (number, (name, pages)) in ram.iter().enumerate() {
-        if memory.blocks()[number].name != name.local() {
+    for (number, (name, pages)) in (0..).zip(&ram) {
+        let block = usize::from(number);
+        if memory.blocks()[block].name != name.local() {
             bail!("the VM's RAM blocks have changed; try again");
         }
         for piece in pages.all().chunks(PageCount(FRAME_PAGES as u64)) {
             let bytes = &mut buffer[..piece.byte_len().as_usize()];
-            memory.read(number, piece, bytes)?;
-            delta.offer(number as u16, piece.start, bytes, &mut jobs);
+            memory.read(block, piece, bytes)?;
+            delta.offer(number, piece.start, bytes, &mut jobs);
             entrance.send(&mut jobs)?;
             read.0 += piece.byte_len().0 / PAGE_SIZE as u64;
         }

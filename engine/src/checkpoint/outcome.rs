@@ -29,7 +29,7 @@ pub struct Outcome {
     pub pause_ms: f64,
     /// Live passes before the pause; each has a pause of its own, in `brief_stops_ms`.
     #[serde(rename = "rounds")]
-    pub passes: u32,
+    pub passes: usize,
     /// The brief stops before those passes, in order, in milliseconds.
     pub brief_stops_ms: Vec<f64>,
     /// Pages written since the parent, whatever was written.
@@ -71,6 +71,11 @@ pub enum Kind {
 /// Milliseconds with the precision that a clock has here.
 pub fn milliseconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// Whole milliseconds, as results of a proof have them.
+pub(crate) fn whole_milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The phase that work is in, and the times of those that it was in; a phase that comes twice adds

@@ -9,7 +9,7 @@ use super::buffers::{Aborted, Buffers, OrKeep, blocking};
 use super::delta::Delta;
 use super::pause::TrackerSource;
 use super::source::{CaptureContext, flush};
-use super::staging::{SpaceNumber, Staging};
+use super::staging::{SpaceNumber, Staging, space_number};
 use crate::kill_point;
 use crate::pack::{Entrance, Packer};
 use anyhow::{Context, Result, anyhow};
@@ -24,7 +24,7 @@ use vm::error::Phase;
 use vm::running::lock;
 
 /// Pre-copy passes that a checkpoint may make; what is left then is copied in the pause.
-pub(super) const MAX_PASSES: u32 = 6;
+pub(super) const MAX_PASSES: usize = 6;
 /// What the pause may copy without a pass before it: 16 MiB take about 4 ms.
 pub(super) const PAUSE_PAGES: PageCount = PageCount(4096);
 /// A pause that would copy more than this is not begun: about 100 ms of copying.
@@ -50,8 +50,8 @@ impl TrackerSource {
         (buffers, dirty) = look(&mut lock(&self.tracker)).or_keep(buffers)?;
         // Until the tracker is exact, its first claim has every page: never inside the pause.
         let mut is_first = !self.is_exact;
-        while is_first || is_worth_it(self.brief_stops.len() as u32, dirty, before) {
-            context.report.say("pre-copy", self.brief_stops.len() as u64, u64::from(MAX_PASSES));
+        while is_first || is_worth_it(self.brief_stops.len(), dirty, before) {
+            context.report.say("pre-copy", self.brief_stops.len() as u64, MAX_PASSES as u64);
             buffers = self.pass(buffers, disks, is_first, context.packer).await?;
             is_first = false;
             before = Some(dirty);
@@ -163,7 +163,7 @@ pub(super) fn look(tracker: &mut Tracker) -> Result<PageCount> {
 }
 
 /// Whether another pre-copy pass shortens the pause.
-pub(super) fn is_worth_it(passes: u32, dirty: PageCount, before: Option<PageCount>) -> bool {
+pub(super) fn is_worth_it(passes: usize, dirty: PageCount, before: Option<PageCount>) -> bool {
     let shrinks = before.is_none_or(|before| (dirty.0 as f64) < before.0 as f64 * WORTH);
     dirty > PAUSE_PAGES && passes < MAX_PASSES && shrinks
 }
@@ -171,7 +171,7 @@ pub(super) fn is_worth_it(passes: u32, dirty: PageCount, before: Option<PageCoun
 /// Takes and protects every dirty page. Only while the guest is stopped.
 pub(super) fn take(tracker: &mut Tracker, claim: &mut DirtyClaim) -> Result<Taken> {
     let ids: Vec<BlockId> = tracker.blocks().map(|(id, _)| id).collect();
-    let take = |id: BlockId| Ok((id.index() as SpaceNumber, tracker.claim(id, claim)?));
+    let take = |id: BlockId| Ok((space_number(id.index())?, tracker.claim(id, claim)?));
     ids.into_iter().map(take).collect()
 }
 /// Copies what was taken into the staging memory, where the pause can still replace it.

@@ -394,7 +394,7 @@ fn notes(chosen: Chosen) -> Vec<String> {
 fn ground_ram(delta: &mut Delta, jobs: &mut Vec<PackJob>) {
     let is_ram = |space: &Space| space.name.kind() == SpaceKind::Ram;
     let count = delta.spaces().iter().filter(|space| is_ram(space)).count();
-    (0..count).for_each(|number| delta.ground(number as u16, jobs));
+    (0..).take(count).for_each(|number| delta.ground(number, jobs));
 }
 
 /// What the disks' content is called and how large it is; read-only disks have none.

@@ -9,7 +9,7 @@
 use super::buffers::Buffers;
 use super::delta::Delta;
 use super::precopy;
-use super::staging::SpaceNumber;
+use super::staging::{SpaceNumber, space_number};
 use crate::pack::Entrance;
 use anyhow::{Context, Result, bail, ensure};
 use checkpoint_format::{
@@ -98,7 +98,7 @@ impl Receiver {
             block.name,
             block.used
         );
-        Ok(number as SpaceNumber)
+        space_number(number)
     }
 
     fn page(&mut self, block: usize, offset: u64, bytes: &[u8]) -> Result<()> {

@@ -5,7 +5,7 @@
 //! while the guest is paused, so both copies stay and [`Staging::newest`] takes the later one. That
 //! is what keeps a page that was dirtied twice from being stored twice.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use checkpoint_format::{PAGE_SIZE, PageCount, PageIndex, PageRange};
 
 /// Room for copied pages: 160 MiB. With packs being filled, written and waiting (96 MiB) that is
@@ -14,6 +14,15 @@ const STAGING_PAGES: PageCount = PageCount((160 << 20) / 4096);
 
 /// Which space of the VM, as the checkpoint numbers them.
 pub(super) type SpaceNumber = u16;
+
+/// The number of the space at a place in the checkpoint's list.
+///
+/// # Errors
+/// For a list that no manifest could have: their limit is far below 65,536 spaces.
+pub(super) fn space_number(place: usize) -> Result<SpaceNumber> {
+    SpaceNumber::try_from(place)
+        .with_context(|| format!("the VM has more than {place} RAM blocks and disks"))
+}
 
 pub(super) struct Staging {
     memory: Vec<u8>,

@@ -8,7 +8,7 @@ use super::carried::Resumed;
 use super::delta::Delta;
 use super::outcome::Phases;
 use super::source::{SavedState, Taken};
-use super::staging::SpaceNumber;
+use super::staging::{SpaceNumber, space_number};
 use super::underway::{Captured, Failed, FailedStore, Site, Storing, Underway, Uploaded};
 use super::window::Window;
 use crate::kill_point;
@@ -182,7 +182,7 @@ impl Upload<'_> {
         let len = ByteLen(state.len() as u64);
         state.resize(state.len().next_multiple_of(PAGE_SIZE), 0);
         let number = delta.spaces().iter().position(|space| space.name.kind() == SpaceKind::State);
-        let number = number.context("the device state has no space")? as SpaceNumber;
+        let number = space_number(number.context("the device state has no space")?)?;
         // A restore forgets the pages that a shrunken space lost, so the table must too.
         delta.truncate(number, PageCount::covering(len));
         let mut jobs = Vec::new();
@@ -202,7 +202,7 @@ fn disk_number(delta: &Delta, disk: &CapturedDisk) -> Option<SpaceNumber> {
         .spaces()
         .iter()
         .position(|space| is_disk(&space.name, disk))
-        .map(|number| number as SpaceNumber)
+        .and_then(|place| SpaceNumber::try_from(place).ok())
 }
 
 /// Owns the queue: when this ends, whatever for, the readers find it closed and end too.
@@ -295,11 +295,10 @@ async fn read_window(
     let reads = futures::stream::iter(cut).map(|range| async move {
         Ok::<_, anyhow::Error>(match range.content {
             Content::Zero => Piece::Zero(space, pages(range)),
-            Content::Data => Piece::Data(
-                space,
-                range.start,
-                client.read(range.start, (range.end - range.start) as u32).await?,
-            ),
+            Content::Data => {
+                let len = u32::try_from(range.end - range.start).context("a read of a frame")?;
+                Piece::Data(space, range.start, client.read(range.start, len).await?)
+            }
         })
     });
     let mut reads = reads.buffered(READS);

@@ -2,6 +2,7 @@
 
 use checkpoint_format::{
     DigestTable, PackIndex, PageCount, PageDigest, PageIndex, PageRange, RunSource, SpaceName,
+    as_index,
 };
 
 /// What the packs record for the pages of one part of a disk: 16 bytes a page of the part.
@@ -24,7 +25,7 @@ impl Window {
                 self.table.set_zero(part);
                 continue;
             }
-            let skipped = (self.pages.start.0 + part.start.0 - run.pages.start.0) as usize;
+            let skipped = as_index(self.pages.start.0 + part.start.0 - run.pages.start.0);
             for (page, digest) in part.iter().zip(&index.run_digests(run)[skipped..]) {
                 self.table.set(page, *digest);
             }

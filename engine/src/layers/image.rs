@@ -1,6 +1,6 @@
 //! The blocks of an image file, without reading its holes.
 
-use checkpoint_format::{BLOCK_SIZE, PAGE_SIZE};
+use checkpoint_format::{BLOCK_SIZE, PAGE_SIZE, as_index};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
@@ -101,7 +101,7 @@ fn each_of<E: From<io::Error>>(
 ) -> Result<(), E> {
     let mut at = extent.start;
     while at < extent.end {
-        let wanted = (extent.end - at).min(BUFFER_BYTES as u64) as usize;
+        let wanted = as_index((extent.end - at).min(BUFFER_BYTES as u64));
         file.read_exact_at(&mut buffer[..wanted], at)?;
         for (number, block) in (at / BLOCK..).zip(buffer[..wanted].chunks(BLOCK_SIZE)) {
             visit(number, block)?;

@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
     BlockRef, BlockTable, ByteLen, ContentDigest, FrameEntry, FrameNo, LayerManifest,
-    MAX_LAYER_BODY, PAGE_SIZE, PackIndex, PackName, PackNo,
+    MAX_LAYER_BODY, PAGE_SIZE, PackIndex, PackName, PackNo, as_index,
 };
 use checkpoint_store::Repository;
 use futures::{Stream, StreamExt};
@@ -240,8 +240,7 @@ fn decode(manifest: &LayerManifest, batch: &Batch, bytes: &[u8]) -> Result<Vec<C
     let decoded = batch.blocks.iter().map(|block| {
         let about = || format!("block {} of layer {}", block.number, manifest.digest);
         let range = block.entry.byte_range();
-        let stored =
-            &bytes[(range.start - batch.start) as usize..(range.end - batch.start) as usize];
+        let stored = &bytes[as_index(range.start - batch.start)..as_index(range.end - batch.start)];
         decode_block(manifest, block, stored).with_context(about)
     });
     decoded.collect()
@@ -256,7 +255,7 @@ fn decode_block(manifest: &LayerManifest, block: &BatchBlock, stored: &[u8]) -> 
         return Err(damaged("its content does not have the digest that the table names"));
     }
     let start = block.number * u64::from(manifest.block_size);
-    let len = (manifest.len.0 - start).min(content.len() as u64) as usize;
+    let len = as_index((manifest.len.0 - start).min(content.len() as u64));
     Ok((start, Bytes::from(content).slice(..len)))
 }
 

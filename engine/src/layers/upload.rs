@@ -139,8 +139,9 @@ fn place(table: &mut BlockTable, packs: &[PackRecord]) -> Result<()> {
     table.place_own(|ordinal| {
         let pack = ends.partition_point(|end| *end <= u64::from(ordinal));
         let first = pack.checked_sub(1).map_or(0, |before| ends[before]);
-        (pack < ends.len())
-            .then(|| (PackNo(pack as u32), FrameNo((u64::from(ordinal) - first) as u32)))
+        let frame = u64::from(ordinal) - first;
+        let place = (PackNo(u32::try_from(pack).ok()?), FrameNo(u32::try_from(frame).ok()?));
+        (pack < ends.len()).then_some(place)
     })?;
     Ok(())
 }

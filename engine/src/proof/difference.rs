@@ -1,5 +1,6 @@
 //! Where a restored VM is not what its checkpoint says.
 
+use checkpoint_format::as_index;
 use serde_json::{Value, json};
 use std::ops::Range;
 
@@ -54,7 +55,7 @@ impl Difference {
         let kept: u64 = self.ranges.iter().map(|range| range.end - range.start).sum();
         let mut left = Self { bytes: self.bytes - kept, ranges: Vec::new(), ..self.clone() };
         let mut names = Vec::new();
-        for at in self.ranges.into_iter().flat_map(|range| range.step_by(page as usize)) {
+        for at in self.ranges.into_iter().flat_map(|range| range.step_by(as_index(page))) {
             match excused.iter().find(|(range, _)| range.start < at + page && at < range.end) {
                 Some((_, why)) => {
                     names.push((format!("{} {at:#x}..{:#x}", left.space, at + page), *why))

@@ -15,7 +15,9 @@ use crate::restore::disks::Places;
 use crate::restore::layers::LocalLayers;
 use crate::restore::source::Source;
 use anyhow::{Context, Result};
-use checkpoint_format::{ContentDigest, DiskRecord, PAGE_SIZE, PageDigest, SpaceName, is_zero};
+use checkpoint_format::{
+    ContentDigest, DiskRecord, PAGE_SIZE, PageDigest, SpaceName, as_index, is_zero,
+};
 use qmp_bridge::Qmp;
 use qmp_bridge::disks::{self, Disk};
 use qmp_bridge::nbd::{NbdClient, context};
@@ -147,8 +149,9 @@ impl Reader {
             return Ok(None);
         }
         let have = end.min(self.client.size());
-        let mut bytes = self.client.read(start, (have - start) as u32).await?;
-        bytes.resize((end - start) as usize, 0);
+        let len = u32::try_from(have - start).context("a read of a piece")?;
+        let mut bytes = self.client.read(start, len).await?;
+        bytes.resize(as_index(end - start), 0);
         Ok(Some(bytes))
     }
 }
@@ -239,7 +242,7 @@ async fn compare_one(
     let mut actual = exports.open(&disk.node).await?;
     let mut below = exports.open_chain(layers, record).await?;
     let progress = progress.begin(&format!("disk {}", record.node), disk.virtual_size);
-    for start in (0..disk.virtual_size).step_by(WINDOW as usize) {
+    for start in (0..disk.virtual_size).step_by(as_index(WINDOW)) {
         let end = (start + WINDOW).min(disk.virtual_size);
         actual.look(start, end).await?;
         if let Some(below) = &mut below {
@@ -249,7 +252,7 @@ async fn compare_one(
             progress.advance(end - start);
             continue;
         }
-        for piece in (start..end).step_by(READ as usize) {
+        for piece in (start..end).step_by(as_index(READ)) {
             let last = (piece + READ).min(end);
             compare_piece(&actual, below.as_ref(), table, piece, last, &mut difference).await?;
         }
@@ -295,7 +298,7 @@ async fn compare_piece(
         None => None,
     };
     for page in first..last {
-        let place = ((page - first) * PAGE) as usize;
+        let place = as_index((page - first) * PAGE);
         let part = |bytes: &Option<Vec<u8>>| {
             bytes.as_ref().map(|bytes| padded(&bytes[place..bytes.len().min(place + PAGE_SIZE)]))
         };

@@ -5,7 +5,9 @@
 
 use crate::lineage::Lineage;
 use anyhow::{Context, Result};
-use checkpoint_format::{Manifest, PackIndex, PageDigest, PageRange, RunSource, SpaceName};
+use checkpoint_format::{
+    Manifest, PackIndex, PageDigest, PageRange, RunSource, SpaceName, as_index,
+};
 use std::collections::HashMap;
 
 /// Pages in a chunk of a table: 1 MiB of a space in 4 KiB of memory.
@@ -17,7 +19,7 @@ const UNKNOWN: PageDigest = PageDigest([0; 16]);
 enum Chunk {
     /// All of it is zero; disks have many of these.
     Zero,
-    Pages(Box<[PageDigest; CHUNK as usize]>),
+    Pages(Box<[PageDigest; as_index(CHUNK)]>),
 }
 
 /// The pages of one space.
@@ -33,7 +35,7 @@ impl Expected {
         match self.chunks.get(&(page / CHUNK))? {
             Chunk::Zero => Some(PageDigest::ZERO_PAGE),
             Chunk::Pages(pages) => {
-                Some(pages[(page % CHUNK) as usize]).filter(|digest| *digest != UNKNOWN)
+                Some(pages[as_index(page % CHUNK)]).filter(|digest| *digest != UNKNOWN)
             }
         }
     }
@@ -67,12 +69,12 @@ impl Expected {
         let chunk = self
             .chunks
             .entry(page / CHUNK)
-            .or_insert_with(|| Chunk::Pages(Box::new([UNKNOWN; CHUNK as usize])));
+            .or_insert_with(|| Chunk::Pages(Box::new([UNKNOWN; as_index(CHUNK)])));
         if let Chunk::Zero = chunk {
-            *chunk = Chunk::Pages(Box::new([PageDigest::ZERO_PAGE; CHUNK as usize]));
+            *chunk = Chunk::Pages(Box::new([PageDigest::ZERO_PAGE; as_index(CHUNK)]));
         }
         if let Chunk::Pages(pages) = chunk {
-            pages[(page % CHUNK) as usize] = digest;
+            pages[as_index(page % CHUNK)] = digest;
         }
     }
 

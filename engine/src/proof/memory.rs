@@ -3,7 +3,7 @@
 use super::difference::Difference;
 use super::expected::Expected;
 use anyhow::{Context, Result};
-use checkpoint_format::{PAGE_SIZE, PageDigest, SpaceName, is_zero};
+use checkpoint_format::{PAGE_SIZE, PageDigest, SpaceName, as_index, is_zero};
 use dirty_tracker::GuestMemory;
 use qmp_bridge::device_sections::Layout;
 use qmp_bridge::device_state::DeviceState;
@@ -48,9 +48,9 @@ fn data(
     expected: &Expected,
     difference: &mut Difference,
 ) -> Result<()> {
-    let mut buffer = vec![0; READ as usize];
-    for at in (start..end).step_by(READ as usize) {
-        let piece = &mut buffer[..(end - at).min(READ) as usize];
+    let mut buffer = vec![0; as_index(READ)];
+    for at in (start..end).step_by(as_index(READ)) {
+        let piece = &mut buffer[..as_index((end - at).min(READ))];
         memory.read(at, piece)?;
         for (number, page) in piece.chunks(PAGE_SIZE).enumerate() {
             check(at / PAGE + number as u64, digest(page), expected, difference);

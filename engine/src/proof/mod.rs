@@ -22,6 +22,7 @@ mod running;
 pub mod sandbox;
 mod tpm;
 
+use crate::checkpoint::outcome::whole_milliseconds;
 use crate::kill_point;
 use crate::lineage::{self, CheckpointName, Lineage};
 use crate::progress::Progress;
@@ -100,7 +101,7 @@ impl Report {
             "disk_bytes": self.disk_bytes,
             "ran": self.ran.as_ref().map(Ran::json),
             "noted": self.noted,
-            "total_ms": self.total.as_millis() as u64,
+            "total_ms": whole_milliseconds(self.total),
         })
     }
 

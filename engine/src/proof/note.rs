@@ -3,6 +3,7 @@
 //! For people. Nothing depends on a note, and a store that cannot be written is proven as well.
 
 use super::Report;
+use crate::checkpoint::outcome::whole_milliseconds;
 use crate::stores;
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -56,7 +57,7 @@ pub(super) async fn write(store: &str, report: &Report) -> Result<()> {
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default(),
         stillpoint_version: env!("CARGO_PKG_VERSION").to_owned(),
-        ran_ms: report.ran.as_ref().map(|ran| ran.time.as_millis() as u64),
+        ran_ms: report.ran.as_ref().map(|ran| whole_milliseconds(ran.time)),
     };
     let key = Checksum::of(
         format!("{} {} {} {}", note.manifest, note.qemu_version, note.host, note.ran_ms.is_some())

@@ -1,5 +1,6 @@
 //! Lets the restored guest run on for a while, and watches whether it can.
 
+use crate::checkpoint::outcome::whole_milliseconds;
 use anyhow::{Context, Result};
 use qmp_bridge::Qmp;
 use qmp_bridge::paused::run_state;
@@ -30,7 +31,7 @@ pub struct Ran {
 
 impl Ran {
     pub(super) fn json(&self) -> Value {
-        json!({ "ms": self.time.as_millis() as u64, "trouble": self.trouble })
+        json!({ "ms": whole_milliseconds(self.time), "trouble": self.trouble })
     }
 }
 

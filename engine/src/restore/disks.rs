@@ -5,7 +5,7 @@ use super::chain::{Chain, Layer, image_format};
 use super::layers::LocalLayers;
 use super::source::Source;
 use anyhow::{Context, Result};
-use checkpoint_format::{ByteLen, DiskRecord, Manifest, PageRange, Qcow2Record};
+use checkpoint_format::{ByteLen, DiskRecord, Manifest, PageRange, Qcow2Record, as_index};
 use futures::{StreamExt, TryStreamExt};
 use qmp_bridge::disks::{ImageFormat, Qcow2Layout};
 use qmp_bridge::images::{BackingMode, ImageSpec, ImageWorker, ImageWorkers};
@@ -308,7 +308,7 @@ async fn fill(source: &Source, disk: &DiskRecord, client: &NbdClient) -> Result<
         for (pages, bytes) in batch? {
             let (start, len) = clip(pages, disk.virtual_size)?;
             unflushed += len;
-            writes.push(client.write(start, bytes.slice(..len as usize)));
+            writes.push(client.write(start, bytes.slice(..as_index(len))));
         }
         futures::stream::iter(writes).buffer_unordered(WRITES).try_collect::<Vec<()>>().await?;
         progress.advance(0);

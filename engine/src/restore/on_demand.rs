@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
     ByteLen, FRAME_PAGES, FrameNo, LocatedRun, PAGE_SIZE, PackNo, PageCount, PageIndex,
-    PageLocation, PageRange, Slot, SpaceName,
+    PageLocation, PageRange, Slot, SpaceName, as_index,
 };
 use futures::{StreamExt, TryStreamExt};
 use quick_cache::sync::{Cache, DefaultLifecycle};
@@ -58,9 +58,12 @@ impl Weighter<(PackNo, FrameNo), Bytes> for Length {
 
 impl OnDemand {
     /// `budget`: what the kept frames may take, uncompressed.
+    ///
+    /// # Panics
+    /// Never: the cache is given all that it needs.
     pub fn new(source: Source, budget: ByteLen) -> Self {
         let options = OptionsBuilder::new()
-            .estimated_items_capacity(budget.0.div_ceil(FRAME_BYTES).max(1) as usize)
+            .estimated_items_capacity(as_index(budget.0.div_ceil(FRAME_BYTES).max(1)))
             .weight_capacity(budget.0)
             // Each would have its share of the budget, and few tasks ask at once.
             .shards(1)
@@ -71,6 +74,7 @@ impl OnDemand {
         Self { source, frames }
     }
 
+    /// The checkpoint that is read.
     pub fn source(&self) -> &Source {
         &self.source
     }

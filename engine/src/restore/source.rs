@@ -8,6 +8,7 @@ use bytes::Bytes;
 use checkpoint_format::{
     CheckpointId, CheckpointIdentity, FrameEntry, FrameNo, FrameRead, LocatedRun, Manifest,
     PAGE_SIZE, PackIndex, PackName, PackNo, PageMap, PageRange, SpaceName, SpaceRecord, VmName,
+    as_index,
 };
 use checkpoint_store::Repository;
 use futures::future::BoxFuture;
@@ -148,7 +149,11 @@ impl Source {
     }
 
     /// Where these pages of a space are, in order, in runs; pages beyond the space are left out.
-    pub async fn locate(&self, name: &SpaceName, pages: PageRange) -> Result<Vec<LocatedRun>> {
+    pub(super) async fn locate(
+        &self,
+        name: &SpaceName,
+        pages: PageRange,
+    ) -> Result<Vec<LocatedRun>> {
         Ok(self.kept_map(name).await?.runs_in(pages).collect())
     }
 
@@ -168,10 +173,10 @@ impl Source {
     }
 
     /// The content of all pages of one frame, slot by slot, by one read.
-    pub async fn read_frame(&self, pack: PackNo, frame: FrameNo) -> Result<Bytes> {
+    pub(super) async fn read_frame(&self, pack: PackNo, frame: FrameNo) -> Result<Bytes> {
         let entry = *self.frame_entry(pack, frame)?;
         let range = entry.byte_range();
-        let (bytes, about) = self.read_range(pack.0 as usize, range.start, range.end).await?;
+        let (bytes, about) = self.read_range(pack.as_usize(), range.start, range.end).await?;
         let decode = move || entry.decode(&bytes).map(Bytes::from);
         tokio::task::spawn_blocking(decode)
             .await
@@ -181,7 +186,7 @@ impl Source {
     }
 
     fn frame_entry(&self, pack: PackNo, frame: FrameNo) -> Result<&FrameEntry> {
-        let entry = self.0.indexes.get(pack.0 as usize).and_then(|index| index.frame(frame));
+        let entry = self.0.indexes.get(pack.as_usize()).and_then(|index| index.frame(frame));
         entry.with_context(|| format!("pack {pack} of the lineage has no frame {frame}"))
     }
 
@@ -229,7 +234,7 @@ impl Source {
         while let Some(batch) = runs.next().await {
             for (pages, bytes) in batch? {
                 let range = pages.bytes();
-                content[range.start as usize..range.end as usize].copy_from_slice(&bytes);
+                content[as_index(range.start)..as_index(range.end)].copy_from_slice(&bytes);
             }
         }
         content.truncate(record.bytes.as_usize());
@@ -239,7 +244,7 @@ impl Source {
     fn batches(&self, frames: Vec<FrameRead>) -> Result<Vec<Batch>> {
         let mut batches: Vec<Batch> = Vec::new();
         for read in frames {
-            let pack = read.pack.0 as usize;
+            let pack = read.pack.as_usize();
             let entry = self.frame_entry(read.pack, read.frame)?;
             let (range, raw_bytes) = (entry.byte_range(), entry.raw_len() as u64);
             match batches.last_mut() {
@@ -278,7 +283,7 @@ impl Source {
                 .context("a frame is missing from its index")?;
             let range = entry.byte_range();
             let stored =
-                &bytes[(range.start - batch.start) as usize..(range.end - batch.start) as usize];
+                &bytes[as_index(range.start - batch.start)..as_index(range.end - batch.start)];
             let content = Bytes::from(
                 entry
                     .decode(stored)

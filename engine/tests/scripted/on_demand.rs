@@ -6,8 +6,8 @@ use std::sync::Arc;
 use checkpoint_format::{ByteLen, CheckpointId, PageIndex, PageLocation, PageRange, SpaceName};
 use checkpoint_store::{Fault, FaultRule, FaultyStore, Op};
 use engine::progress::Silent;
+use engine::restore::Source;
 use engine::restore::on_demand::{Content, OnDemand};
-use engine::restore::source::Source;
 use vm::error::{Class, class_of};
 
 use super::scene::{By, DISK, PAGE, Scene, name, open};
