@@ -1,5 +1,6 @@
 //! Facts about the VM that a checkpoint records and a restore needs.
 
+use crate::migration::Progress;
 use crate::qmp::replies::{CpuInfo, MemoryInfo};
 use crate::qmp::{QemuVersion, Qmp, QmpError};
 
@@ -88,7 +89,7 @@ impl Composition {
         Ok(Self {
             vcpus: qmp.query_cpus().await?,
             memory: qmp.query_memory_size().await?,
-            migration_blockers: qmp.query_migration_blockers().await?.blocked_reasons,
+            migration_blockers: Progress::query(qmp).await?.blocked_reasons,
         })
     }
 

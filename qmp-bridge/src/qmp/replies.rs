@@ -46,6 +46,8 @@ queries! {
     query_block_graph: "x-debug-query-block-graph" => BlockGraph;
     /// Character devices.
     query_chardev: "query-chardev" => Vec<ChardevInfo>;
+    /// The commands that this QEMU has.
+    query_commands: "query-commands" => Vec<CommandInfo>;
     /// The virtual CPUs.
     query_cpus: "query-cpus-fast" => Vec<CpuInfo>;
     /// Descriptors that QEMU holds under file names.
@@ -60,8 +62,6 @@ queries! {
     query_machine_types: "query-machines" => Vec<MachineType>;
     /// The sizes of the VM's memory.
     query_memory_size: "query-memory-size-summary" => MemoryInfo;
-    /// Why the VM cannot be migrated, if it cannot.
-    query_migration_blockers: "query-migrate" => MigrationBlockers;
     /// The run state.
     query_status: "query-status" => StatusInfo;
 }
@@ -200,6 +200,13 @@ pub struct ChardevInfo {
     pub filename: String,
 }
 
+/// A command of QMP.
+#[derive(Debug, Clone, Deserialize)]
+pub struct CommandInfo {
+    /// What a client sends.
+    pub name: String,
+}
+
 /// A virtual CPU.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -283,15 +290,6 @@ pub struct MemoryInfo {
     /// Hot-plugged bytes; not there in a QEMU that cannot plug memory.
     #[serde(default)]
     pub plugged_memory: u64,
-}
-
-/// Why the VM cannot be migrated.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct MigrationBlockers {
-    /// Not there where it can.
-    #[serde(default)]
-    pub blocked_reasons: Vec<String>,
 }
 
 /// A member of an object of QEMU's object tree.

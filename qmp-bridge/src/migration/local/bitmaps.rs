@@ -4,9 +4,9 @@
 //! The two QEMUs may call a disk's node by different names (`#block123` and one that the command
 //! line gives), so the stream carries the name that the destination has.
 
-use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::qmp::replies::{BlockDeviceInfo, BlockDirtyInfo};
 use crate::qmp::{Qmp, QmpError};
 
 /// QEMU's limit for a bitmap's name in a stream.
@@ -32,22 +32,17 @@ impl BitmapMap {
     /// # Errors
     /// When QEMU does not answer.
     pub async fn survey(source: &Qmp, nodes: &[(String, String)]) -> Result<Self, QmpError> {
-        let rows: Vec<NodeRow> =
-            source.query("query-named-block-nodes", json!({ "flat": true })).await?;
-        Ok(Self::of(&rows, nodes))
+        Ok(Self::of(&source.query_block_nodes().await?, nodes))
     }
 
-    fn of(rows: &[NodeRow], nodes: &[(String, String)]) -> Self {
+    fn of(known: &[BlockDeviceInfo], nodes: &[(String, String)]) -> Self {
         let mut map = Self::default();
         for (from, to) in nodes {
-            let rows = rows.iter().filter(|row| row.node_name.as_deref() == Some(from));
-            let bitmaps = rows.flat_map(|row| &row.dirty_bitmaps).filter_map(BitmapRow::in_memory);
-            let (carried, left): (Vec<_>, Vec<_>) = bitmaps.partition(|(_, row)| row.is_sound());
-            let names = |list: Vec<(&String, &BitmapRow)>| {
-                list.into_iter().map(|(name, _)| name.clone()).collect::<Vec<_>>()
-            };
-            map.left.extend(names(left));
-            let bitmaps = names(carried);
+            let known = known.iter().filter(|node| node.node_name == *from);
+            let mut bitmaps = Vec::new();
+            for (name, can_go) in known.flat_map(|node| &node.dirty_bitmaps).filter_map(in_memory) {
+                if can_go { &mut bitmaps } else { &mut map.left }.push(name.clone());
+            }
             if !bitmaps.is_empty() {
                 map.nodes.push(Node { from: from.clone(), to: to.clone(), bitmaps });
             }
@@ -83,35 +78,11 @@ impl BitmapMap {
     }
 }
 
-/// A row of `query-named-block-nodes`.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct NodeRow {
-    node_name: Option<String>,
-    #[serde(default)]
-    dirty_bitmaps: Vec<BitmapRow>,
-}
-
-#[derive(Deserialize)]
-struct BitmapRow {
-    name: Option<String>,
-    persistent: bool,
-    busy: bool,
-    #[serde(default)]
-    inconsistent: bool,
-}
-
-impl BitmapRow {
-    /// A nameless one belongs to a job.
-    fn in_memory(&self) -> Option<(&String, &Self)> {
-        let name = self.name.as_ref().filter(|name| !name.is_empty() && !self.persistent)?;
-        Some((name, self))
-    }
-
-    fn is_sound(&self) -> bool {
-        let is_short = self.name.as_ref().is_some_and(|name| name.len() <= MAX_NAME);
-        !self.busy && !self.inconsistent && is_short
-    }
+/// The name of a bitmap that lives in memory only, and whether QEMU can migrate it. A nameless one
+/// belongs to a job.
+fn in_memory(bitmap: &BlockDirtyInfo) -> Option<(&String, bool)> {
+    let name = bitmap.name.as_ref().filter(|name| !name.is_empty() && !bitmap.persistent)?;
+    Some((name, !bitmap.busy && !bitmap.inconsistent && name.len() <= MAX_NAME))
 }
 
 #[cfg(test)]
@@ -120,17 +91,29 @@ mod test {
 
     #[test]
     fn bitmaps_in_memory_go_under_the_new_nodes_name() {
-        let reply = json!([
-            { "node-name": "#block1", "dirty-bitmaps": [
-                { "name": "a", "persistent": false, "busy": false }, { "name": "disk", "persistent": true, "busy": false },
-                { "name": "b", "persistent": false, "busy": true }, { "persistent": false, "busy": false } ] },
-            { "node-name": "#block2" },
-            { "node-name": "other", "dirty-bitmaps": [{ "name": "c", "persistent": false, "busy": false }] },
+        let bitmap = |name: Option<&str>, persistent: bool, busy: bool| {
+            json!({ "name": name, "persistent": persistent, "busy": busy, "recording": true,
+                    "granularity": 65536, "count": 0 })
+        };
+        let node = |name: &str, bitmaps: &[Value]| {
+            json!({ "node-name": name, "drv": "qcow2", "file": "x", "ro": false, "encrypted": false,
+                    "image": { "virtual-size": 1 }, "dirty-bitmaps": bitmaps })
+        };
+        let several = [
+            bitmap(Some("a"), false, false),
+            bitmap(Some("disk"), true, false),
+            bitmap(Some("b"), false, true),
+            bitmap(None, false, false),
+        ];
+        let known = json!([
+            node("#block1", &several),
+            node("#block2", &[]),
+            node("other", &[bitmap(Some("c"), false, false)]),
         ]);
         let nodes =
             [("#block1".to_owned(), "sp-x".to_owned()), ("#block2".to_owned(), "sp-y".to_owned())];
-        let rows: Vec<NodeRow> = serde_json::from_value(reply).expect("a reply");
-        let map = BitmapMap::of(&rows, &nodes);
+        let known: Vec<BlockDeviceInfo> = serde_json::from_value(known).expect("a reply");
+        let map = BitmapMap::of(&known, &nodes);
         let bitmaps = json!([{ "name": "a", "alias": "a" }]);
         assert_eq!(
             map.for_source().expect("a mapping"),
@@ -141,6 +124,6 @@ mod test {
             json!([{ "node-name": "sp-x", "alias": "sp-x", "bitmaps": bitmaps }])
         );
         assert_eq!(map.left_behind(), ["b"]);
-        assert_eq!(BitmapMap::of(&rows, &nodes[1..]).for_source(), None);
+        assert_eq!(BitmapMap::of(&known, &nodes[1..]).for_source(), None);
     }
 }

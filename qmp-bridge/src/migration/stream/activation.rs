@@ -10,7 +10,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::jobs::remove_exports;
 use crate::migration::MigrationError;
@@ -33,11 +33,7 @@ impl Activation {
     /// Finds the way while the guest runs. `socket`: where the NBD server may listen if none runs
     /// yet.
     pub(super) async fn plan(qmp: &Qmp, socket: &Path) -> Result<Self, MigrationError> {
-        let commands = qmp.execute_json("query-commands", Value::Null).await?;
-        if commands
-            .as_array()
-            .is_some_and(|list| list.iter().any(|command| command["name"] == SET_ACTIVE))
-        {
+        if qmp.query_commands().await?.iter().any(|command| command.name == SET_ACTIVE) {
             return Ok(Self::Command);
         }
         let roots = writable_roots(qmp).await?;
