@@ -93,7 +93,8 @@ pub struct VmStatus {
     pub qemu_version: String,
     /// `kvm` or `tcg`.
     pub accelerator: String,
-    /// The most memory that the helper was seen to need for a checkpoint, in bytes; none if the kernel does not say.
+    /// The most memory that the helper was seen to need for a checkpoint, in bytes; none if the
+    /// kernel does not say.
     pub peak_memory_bytes: Option<u64>,
     /// The most that it may need, in bytes.
     pub memory_limit_bytes: u64,

@@ -2,8 +2,8 @@
 
 #![expect(
     missing_docs,
-    reason = "clap takes a doc comment of what is flattened for the help of the whole command; a test \
-              finds commands and arguments without a help text"
+    reason = "clap takes a doc comment of what is flattened for the help of the whole command; \
+              a test finds commands and arguments without a help text"
 )]
 
 use checkpoint_format::VmName;

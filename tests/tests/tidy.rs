@@ -77,8 +77,6 @@ const CLASSES: &str = "vm/src/error.rs";
 const UNTYPED: &[&str] = &[
     // The status in an event.
     "qmp-bridge/src/migration/watch.rs",
-    // Whether a command exists.
-    "qmp-bridge/src/migration/stream/activation.rs",
 ];
 
 /// One place: file, line and the line's text.

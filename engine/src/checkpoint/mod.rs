@@ -119,8 +119,8 @@ pub struct Checkpointer {
 }
 
 impl Checkpointer {
-    /// Of a VM that this helper attached to. What its runtime directory says of the marks of written
-    /// pages is used; the store is opened by the first checkpoint.
+    /// Of a VM that this helper attached to. What its runtime directory says of the marks of
+    /// written pages is used; the store is opened by the first checkpoint.
     pub fn new(vm: Vm) -> Self {
         let marks = vm.runtime.marks();
         Self {

@@ -33,8 +33,8 @@ const READS: usize = 4;
 /// Pages next to each other and their content.
 pub(crate) type Run = (PageRange, Bytes);
 
-/// A checkpoint whose pages can be read: its manifests and pack indexes are in memory, the pages are
-/// in the store. Clones share them.
+/// A checkpoint whose pages can be read: its manifests and pack indexes are in memory, the pages
+/// are in the store. Clones share them.
 #[derive(Clone)]
 pub struct Source(Arc<Inner>);
 
@@ -61,7 +61,8 @@ struct Batch {
 }
 
 impl Source {
-    /// Reads the lineage's manifests and pack indexes. `progress` shows how far the content is read.
+    /// Reads the lineage's manifests and pack indexes. `progress` shows how far the content is
+    /// read.
     ///
     /// # Errors
     /// When the store cannot be read; damaged when the lineage is not complete and sound.
@@ -119,7 +120,8 @@ impl Source {
     /// lineage is followed through its sizes.
     ///
     /// # Errors
-    /// Damaged when a pack does not fit into the space; failed when the checkpoint has no such space.
+    /// Damaged when a pack does not fit into the space; failed when the checkpoint has no such
+    /// space.
     pub fn map(&self, name: &SpaceName) -> Result<PageMap> {
         let record = self
             .manifest()
@@ -202,7 +204,7 @@ impl Source {
     }
 
     /// The runs of data pages in an order that reads each pack from its beginning to its end, a few
-    /// reads ahead. Each run is checked against the digests of its pages; pages of zeros are in none.
+    /// reads ahead. Each frame is checked as it is decoded; pages of zeros are in none.
     pub fn read(&self, map: &PageMap) -> impl Stream<Item = Result<Vec<Run>>> + Send + use<> {
         let mut reads: Vec<BoxFuture<'static, Result<Vec<Run>>>> = Vec::new();
         match self.batches(map.frame_reads()) {
