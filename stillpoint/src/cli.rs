@@ -28,7 +28,7 @@ const EXIT_CODES: &str = "Exit codes:
 #[derive(Parser)]
 #[command(name = "stillpoint", version, after_help = EXIT_CODES)]
 pub struct Cli {
-    /// Say more on stderr (RUST_LOG is read too)
+    /// Log at debug level on stderr (RUST_LOG, if set, takes precedence)
     #[arg(short, long, global = true)]
     pub verbose: bool,
     #[command(subcommand)]
@@ -37,7 +37,7 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Start QEMU so that it can be checkpointed; this process becomes QEMU
+    /// Start QEMU as a managed VM with a helper beside it; this process becomes QEMU
     Run(RunArgs),
     /// Attach a helper to a running VM: a managed VM by name, any other by its QMP socket
     Attach(AttachArgs),
@@ -45,40 +45,40 @@ pub enum Command {
     Adopt(AdoptArgs),
     /// Take a checkpoint of a running VM
     Checkpoint(CheckpointArgs),
-    /// Restore a VM from the store
+    /// Restore a VM from its checkpoint in the store
     Restore(RestoreArgs),
     /// List VMs, or the checkpoints of one
     Ls(LsArgs),
-    /// Show one checkpoint
+    /// Show what one checkpoint holds
     Show(ShowArgs),
-    /// Read back every frame and digest of a checkpoint; with --restore, restore it in a sandbox
-    /// and compare everything
+    /// Read back checkpoints and check every digest; with --restore, restore one in a sandbox and
+    /// compare everything
     Verify(VerifyArgs),
-    /// Check what this host can do
+    /// Check this host, or with --qmp a running QEMU, and name a remedy for what is missing
     Doctor(DoctorArgs),
     /// Measure pauses and sizes on a running VM
     Bench(BenchArgs),
     /// The helper itself; 'run', 'attach' and 'restore' start it
     #[command(hide = true)]
     Helper(HelperArgs),
-    /// Become a program without network and with read-only file systems; 'verify --restore' starts
-    /// it
+    /// Run a program in place of this process, without network and with read-only file systems;
+    /// 'verify --restore' starts it
     #[command(hide = true)]
     Sandbox(SandboxArgs),
 }
 
 #[derive(Args)]
 pub struct Runtime {
-    /// Directory of the running VMs' sockets and logs [default: /run/stillpoint; a
-    /// user's is $XDG_RUNTIME_DIR/stillpoint, else /run/user/UID/stillpoint, else
-    /// /tmp/stillpoint-UID]
+    /// Directory of the running VMs' sockets and logs [default: /run/stillpoint for root, else
+    /// $XDG_RUNTIME_DIR/stillpoint, /run/user/UID/stillpoint or /tmp/stillpoint-UID]
     #[arg(long, env = "STILLPOINT_RUNTIME_DIR", value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,
 }
 
 #[derive(Args)]
 pub struct Store {
-    /// file:///DIR, hdfs://NAMENODE:PORT/PATH or hdfs://NAMESERVICE/PATH
+    /// Store of the checkpoints: file:///DIR, hdfs://NAMENODE:PORT/PATH or
+    /// hdfs://NAMESERVICE/PATH
     #[arg(long, env = "STILLPOINT_STORE", value_name = "URL")]
     pub store: String,
 }
@@ -109,21 +109,22 @@ pub struct AttachArgs {
     /// The VM's name (the same as NAME)
     #[arg(id = "long_name", long = "name", value_name = "NAME", conflicts_with = "name")]
     pub long_name: Option<VmName>,
-    /// Monitor of a running QEMU that Stillpoint did not start (a unix socket)
+    /// QMP socket of a running QEMU that Stillpoint did not start; no other client may use it
     #[arg(long, env = "STILLPOINT_QMP", value_name = "SOCKET", requires = "store")]
     pub qmp: Option<PathBuf>,
-    /// With --qmp: file:///DIR, hdfs://NAMENODE:PORT/PATH or hdfs://NAMESERVICE/PATH
+    /// With --qmp: store of the checkpoints: file:///DIR, hdfs://NAMENODE:PORT/PATH or
+    /// hdfs://NAMESERVICE/PATH
     #[arg(long, env = "STILLPOINT_STORE", value_name = "URL")]
     pub store: Option<String>,
     /// With --qmp: directory for temporary fleecing overlays; needs free space on a disk-backed
     /// file system [default: /var/tmp]
     #[arg(long, alias = "scratch-dir", env = "STILLPOINT_FLEECING_DIR", value_name = "DIR")]
     pub fleecing_dir: Option<PathBuf>,
-    /// With --qmp: where memory comes from
+    /// With --qmp: engine that finds and reads changed memory
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     #[arg(value_parser = choice::<EngineChoice>())]
     pub engine: EngineChoice,
-    /// With --qmp: how the stream engine gets memory of one instant
+    /// With --qmp: how the stream engine gets the memory of one instant
     #[arg(long, value_name = "MODE", default_value = "auto")]
     #[arg(value_parser = choice::<StreamChoice>())]
     pub stream: StreamChoice,
@@ -132,8 +133,8 @@ pub struct AttachArgs {
     /// Stay in the foreground (for a service manager)
     #[arg(long)]
     pub foreground: bool,
-    /// Take over the VM's writer epoch now and fence the current writer, once; do not put it into a
-    /// service's unit
+    /// Take over the VM's writer epoch now and fence the current writer, once; never put this into
+    /// a service's unit
     #[arg(long)]
     pub take_over: bool,
 }
@@ -144,7 +145,7 @@ pub struct AdoptArgs {
     pub name: VmName,
     #[command(flatten)]
     pub runtime: Runtime,
-    /// QEMU to move it into [default: the program that runs it]
+    /// QEMU program to move it into [default: the one that runs it now]
     #[arg(long, value_name = "PROGRAM")]
     pub qemu: Option<String>,
     /// Print the result as JSON on stdout
@@ -158,17 +159,18 @@ pub struct CheckpointArgs {
     pub name: VmName,
     #[command(flatten)]
     pub runtime: Runtime,
-    /// Where this checkpoint's memory comes from [default: what the VM was attached with]
+    /// Engine that finds and reads changed memory [default: what the VM was attached with]
     #[arg(long, value_name = "ENGINE", value_parser = choice::<EngineChoice>())]
     pub engine: Option<EngineChoice>,
-    /// How the stream engine gets memory of one instant [default: what the VM was attached with]
+    /// How the stream engine gets the memory of one instant [default: what the VM was attached
+    /// with]
     #[arg(long, value_name = "MODE", value_parser = choice::<StreamChoice>())]
     pub stream: Option<StreamChoice>,
-    /// Take a full checkpoint, which begins a new lineage: it needs no earlier one
+    /// Take a full checkpoint: it needs no earlier one and begins a new lineage
     #[arg(long)]
     pub full: bool,
-    /// Then prove it, as 'verify --restore' does, at the lowest priority; needs room for the VM's
-    /// memory and disks
+    /// Then prove that it restores, as 'verify --restore' does, at the lowest priority; needs free
+    /// memory and disk space for a second copy of the VM
     #[arg(long)]
     pub verify: bool,
     /// Print the result as JSON on stdout
@@ -178,7 +180,7 @@ pub struct CheckpointArgs {
 
 #[derive(Args)]
 pub struct RestoreArgs {
-    /// NAME for the newest checkpoint, NAME@ID for a certain one
+    /// NAME for its newest checkpoint, NAME@ID for the one with that ID
     pub checkpoint: CheckpointName,
     #[command(flatten)]
     pub store: Store,
@@ -187,29 +189,30 @@ pub struct RestoreArgs {
     /// Restore under another name, as a VM of its own beside the original (docs/copies.md)
     #[arg(long = "as", value_name = "NEW")]
     pub new_name: Option<VmName>,
-    /// Directory of the restored disks [default: ./NAME]
+    /// Directory for the restored disks, logs and sockets [default: ./NAME]
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
-    /// QEMU to use [default: of the same name on the PATH, else qemu-system-x86_64]
+    /// QEMU program [default: on the PATH, by the file name of the one that the checkpoint was
+    /// taken with, else qemu-system-x86_64]
     #[arg(long, value_name = "PROGRAM")]
     pub qemu: Option<String>,
     /// Directory for temporary fleecing overlays [default: /var/tmp]
     #[arg(long, alias = "scratch-dir", env = "STILLPOINT_FLEECING_DIR", value_name = "DIR")]
     pub fleecing_dir: Option<PathBuf>,
-    /// Use NEW where the VM's command line says OLD (a whole value; repeatable)
+    /// On the VM's command line, replace the value OLD by NEW (whole values only; repeatable)
     #[arg(long, value_name = "OLD=NEW")]
     pub map: Vec<Mapping>,
-    /// Let the restored VM have something of this host that its command line names: OPTION.KEY, or
-    /// OPTION.KEY=VALUE (repeatable)
+    /// Let the restored VM use something of this host that its command line names:
+    /// OPTION.KEY=VALUE, or OPTION.KEY for any value (repeatable)
     #[arg(long, value_name = "WHAT")]
     pub allow: Vec<String>,
     /// Take over the VM's writer epoch and fence the current writer, which must be dead
     #[arg(long)]
     pub take_over: bool,
-    /// Leave the restored VM paused, though its guest ran
+    /// Leave the restored VM paused even if its guest ran
     #[arg(long)]
     pub paused: bool,
-    /// Let the restored VM run, though its guest was stopped when the checkpoint was taken
+    /// Let the restored VM run even if its guest was stopped when the checkpoint was taken
     #[arg(long, conflicts_with = "paused")]
     pub run: bool,
     /// Print the result as JSON on stdout
@@ -230,7 +233,7 @@ pub struct LsArgs {
 
 #[derive(Args)]
 pub struct ShowArgs {
-    /// NAME@ID, or NAME for the newest
+    /// NAME for its newest checkpoint, NAME@ID for the one with that ID
     pub checkpoint: CheckpointName,
     #[command(flatten)]
     pub store: Store,
@@ -241,7 +244,8 @@ pub struct ShowArgs {
 
 #[derive(Args)]
 pub struct VerifyArgs {
-    /// NAME for every checkpoint (with --restore: the newest), NAME@ID for one and what it needs
+    /// NAME for all of its checkpoints (with --restore: the newest), NAME@ID for one and its
+    /// ancestors
     pub checkpoint: CheckpointName,
     #[command(flatten)]
     pub store: Store,
@@ -249,15 +253,15 @@ pub struct VerifyArgs {
     /// the store
     #[arg(long)]
     pub restore: bool,
-    /// With --restore: QEMU to use [default: the program that the checkpoint names, else
-    /// qemu-system-x86_64]
+    /// With --restore: QEMU program [default: as for 'restore']
     #[arg(long, value_name = "PROGRAM", requires = "restore")]
     pub qemu: Option<String>,
-    /// With --restore: then let the guest run for so long (as in 5s) and report whether it died,
+    /// With --restore: then let the guest run for TIME, such as 5s, and report whether it died,
     /// panicked or reset
     #[arg(long, value_name = "TIME", requires = "restore", value_parser = humantime::parse_duration)]
     pub run: Option<std::time::Duration>,
-    /// With --restore: use NEW where the VM's command line says OLD (a whole value; repeatable)
+    /// With --restore: on the VM's command line, replace the value OLD by NEW (whole values only;
+    /// repeatable)
     #[arg(long, value_name = "OLD=NEW", requires = "restore")]
     pub map: Vec<Mapping>,
     /// With --restore: as 'restore --allow'
@@ -276,7 +280,8 @@ pub struct DoctorArgs {
     /// The QEMU program to check
     #[arg(long, default_value = "qemu-system-x86_64", value_name = "PROGRAM")]
     pub qemu: String,
-    /// Look at a running QEMU through its monitor: what can be done with it, and what is in the way
+    /// Check a running QEMU by its QMP socket instead: which engines it can have, and what prevents
+    /// checkpoints
     #[arg(long, value_name = "SOCKET", conflicts_with = "qemu")]
     pub qmp: Option<PathBuf>,
     /// Print the result as JSON on stdout
@@ -291,10 +296,11 @@ pub struct BenchArgs {
     #[command(flatten)]
     pub runtime: Runtime,
     /// Checkpoints to take
-    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub count: u32,
     /// Milliseconds between two checkpoints
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 1000, value_name = "MS")]
     pub interval_ms: u64,
     /// Print the result as JSON on stdout
     #[arg(long)]
@@ -307,7 +313,7 @@ pub struct HelperArgs {
     pub name: VmName,
     #[command(flatten)]
     pub runtime: Runtime,
-    /// Restore the VM first, as the command at the other end of standard input says
+    /// Restore the VM first, by the request that comes on standard input
     #[arg(long)]
     pub restore: bool,
 }
@@ -317,7 +323,7 @@ pub struct SandboxArgs {
     /// The one directory that stays writable
     #[arg(long, value_name = "DIR")]
     pub dir: PathBuf,
-    /// Its working directory
+    /// The program's working directory
     #[arg(long, value_name = "DIR")]
     pub cwd: PathBuf,
     /// The program and its arguments, after '--'
@@ -338,7 +344,7 @@ impl AttachArgs {
     }
 }
 
-/// The choices of a library by their words, each with its documentation as help.
+/// The values of a library's enum by their names, each with its documentation as help.
 fn choice<T>() -> impl TypedValueParser<Value = T>
 where
     T: IntoEnumIterator + EnumMessage + Into<&'static str>,

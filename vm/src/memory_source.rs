@@ -34,12 +34,12 @@ use strum::{EnumIter, EnumMessage, EnumString, IntoStaticStr};
 #[serde(rename_all = "kebab-case")]
 #[strum(serialize_all = "kebab-case")]
 pub enum EngineChoice {
-    /// The tracker where the plugin sits in QEMU, else the stream
+    /// 'tracker' if Stillpoint's plugin is loaded in QEMU, else 'stream'
     #[default]
     Auto,
-    /// Changed pages, as the kernel saw them written
+    /// The kernel records which pages are written; only those are read
     Tracker,
-    /// QEMU's own migration stream, compared with the last checkpoint
+    /// All memory is read by QEMU's migration stream and compared with the last checkpoint
     Stream,
 }
 
@@ -61,12 +61,12 @@ pub enum EngineChoice {
 #[serde(rename_all = "kebab-case")]
 #[strum(serialize_all = "kebab-case")]
 pub enum StreamChoice {
-    /// Pre-copy where this QEMU does it without fault, else stopped
+    /// 'pre-copy', but 'stopped' if this QEMU loses pages of a running guest (TCG before 9.0)
     #[default]
     Auto,
-    /// Memory is read while the guest runs, and what changed meanwhile in the pause
+    /// Memory is read while the guest runs; what changed meanwhile is read in the pause
     PreCopy,
-    /// Memory is write-protected in the pause and read while the guest runs on
+    /// Memory is write-protected in the pause, then read while the guest runs
     BackgroundSnapshot,
     /// The guest is paused while all of its memory is read
     Stopped,
