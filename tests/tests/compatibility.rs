@@ -19,22 +19,22 @@ const BASE: &str = "-m 16 -accel tcg -display none -monitor none -nodefaults \
                     -drive file=boot.raw,format=raw,if=none,id=boot -device ide-hd,drive=boot";
 const HEAD: &str = "# What a checkpoint carries
 
-Each row was tried under TCG by `cargo test -p stillpoint-tests --test vms -- compatibility`, which
-compares this page with what it finds. A managed VM is one that `stillpoint run` or `restore`
-started; an external VM was started by anything else and attached by its QMP socket.
+`cargo test --workspace --test vms -- compatibility` tries each row under TCG and compares this page
+with what it finds. A managed VM was started by `stillpoint run` or `restore`; an external VM was
+started by anything else and attached by its QMP socket.
 
 - *carried*: a VM with this option or in this state was checkpointed and killed, its files were
   moved away, and `verify --restore` found the same memory, disks and device state in the restored
-  VM. A few VMs have all options of these rows together.
-- *refused*: exit code 3, with these words (the same for both if they are given once), before any
-  checkpoint is durable: by `run` before QEMU starts, by `attach`, or by `checkpoint`. A guest that
-  runs is not disturbed.
+  VM. The test uses a few VMs, each with many of these options.
+- *refused*: exit code 3 with this message (for external VMs the same one, if they have none),
+  before any checkpoint is durable: by `run` before QEMU starts, by `attach`, or by `checkpoint`. A
+  running guest is not disturbed.
 - *not tried*: by this test.
 
-For a VM that has what this page lacks, `stillpoint doctor --qmp SOCKET` says whether it can be
+If a VM has something that this page lacks, `stillpoint doctor --qmp SOCKET` says whether it can be
 attached, and `stillpoint checkpoint NAME --verify` proves its checkpoint. [disks.md](disks.md) says
-how disks come back, [limits.md](limits.md) how large things may be, [security.md](security.md) what
-a restore may open.
+how disks are restored, [limits.md](limits.md) how large things may be, and
+[security.md](security.md) what a restore may open.
 ";
 
 #[test]

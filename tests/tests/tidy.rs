@@ -22,7 +22,7 @@ const KEPT: &str = r#"(?xi)
   | ["`\[]machine | query-machines | ["`]machines["`] | --?scratch-dir | "scratch-dir" | fsfreeze | guest-fsfreeze[-a-z]*
   | \.drain\( | seq\ cst | seq\ access | (visit|deserialize)\ seq | ["`<]seq[">`] | ["`]rounds["`]
   | announce[\ -]rounds | ["`]unprepared["`] | \.freeze\(\)
-  | runas\ nobody | user=nobody | "nobody" | lease\ expired | page\ region | "scratch" | "seq" | \.seq\b | "seq\ is | machine\ {3,} | vm\ \(machine
+  | runas\ nobody | user=nobody | "nobody" | lease\ expired | dhcp\ leases | page\ region | "scratch" | "seq" | \.seq\b | "seq\ is | machine\ {3,} | vm\ \(machine
 "#;
 
 /// Words that have a better one in this field, and the better one.
