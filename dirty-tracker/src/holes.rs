@@ -1,16 +1,16 @@
 //! Pages that QEMU discarded unseen by the write tracking: holes punched into the guest's memory
 //! file.
 //!
-//! A balloon (inflated, or with free page reporting) has QEMU punch holes into the file that is the
-//! guest's RAM. Such a page is zero from then on, and no write-protect fault tells: the kernel
-//! keeps the page's protection mark where the page was. And a hole that the guest only reads is a
-//! page again, of zeros, so the file's holes at a checkpoint do not tell either.
+//! For a balloon (inflated, or with free page reporting) QEMU punches holes into the file that is
+//! the guest's RAM. Such a page is zero from then on, and no write-protect fault reports it: the
+//! kernel keeps the page's protection mark. A hole that the guest reads becomes a page of zeros, so
+//! the holes that the file has at a checkpoint do not show it either.
 //!
 //! The helper therefore maps the file once more ([`WatchMapping`]). A punched hole takes its pages
 //! out of that mapping, and they stay out, whatever the guest reads later. So a page that is in the
-//! mapping, and was when the last claim was made, was not discarded since; and only a page that
-//! turned from something into zeros can have been discarded unseen, since one that was written
-//! afterwards is dirty anyway.
+//! mapping now, and was at the last claim, was not discarded since. And only a page that had
+//! content and is zero now can have been discarded unseen: one that was written afterwards is dirty
+//! anyway.
 
 use std::ops::Range;
 
@@ -26,18 +26,18 @@ use crate::sys::watch_mapping::WatchMapping;
 /// guest changes much.
 const MAX_MAPPED: PageCount = PageCount(4096);
 
-/// Runs of pages of which a claim asks whether they are holes; a call takes about half a
-/// microsecond, in the pause.
+/// Runs of pages that a claim checks for holes; each call takes about half a microsecond, in the
+/// pause.
 const MAX_QUESTIONS: usize = 8192;
 
-/// What is known of each page since the last claim. A page of which neither is known may have been
-/// discarded unseen.
+/// What is known of each page since the last claim. A page in neither set may have been discarded
+/// unseen.
 #[derive(Debug)]
 struct Known {
     /// In the watching mapping since the last claim; or since a moment after it at which the page
     /// was seen not to be zero.
     mapped: PageSet,
-    /// Zero at the last claim or at a moment since: to give it back changes nothing.
+    /// Zero at the last claim or at a moment since: a discard changes nothing.
     zero: PageSet,
 }
 
@@ -58,7 +58,7 @@ impl Known {
         self.mapped.intersect_with(mapped);
     }
 
-    /// What was written may be zero no more. Returns the pages of which that was known.
+    /// Pages that were written may no longer be zero. Returns those that were known to be zero.
     fn written(&mut self, written: &PageSet) -> PageSet {
         let mut doubtful = written.clone();
         doubtful.intersect_with(&self.zero);
@@ -82,13 +82,12 @@ pub(crate) struct HoleWatch {
     mapping: WatchMapping,
     buffer: ScanBuffer,
     known: Known,
-    /// What the mapping holds.
+    /// The pages in the mapping.
     present: PageSet,
 }
 
 impl HoleWatch {
-    /// Nothing is watched in private memory: there the kernel itself reports pages that were given
-    /// back.
+    /// `None` for private memory: there the kernel itself reports pages that were discarded.
     pub(crate) fn of(block: &TrackedBlock) -> Result<Option<Self>, TrackerError> {
         let BlockMemory::Shared(memory) = &block.memory else { return Ok(None) };
         let mapping = WatchMapping::new(memory.fd(), block.bytes);
@@ -174,8 +173,7 @@ impl HoleWatch {
     /// With the guest stopped: pages that may have been discarded since the last claim and were not
     /// in an answer of [`Self::look`]. `written` is what the same claim found written.
     pub(crate) fn claim(&mut self, written: &PageSet) -> Result<PageSet, TrackerError> {
-        // First of all: that a written page is not zero any more must be known also after a
-        // failure.
+        // First, so that it is known even after a failure: a written page may no longer be zero.
         let mut doubtful = self.known.written(written);
         self.scan()?;
         self.known.keep(&self.present);
@@ -188,7 +186,7 @@ impl HoleWatch {
     }
 
     /// Pages that were written and then discarded (a guest clears what its balloon takes): zero at
-    /// this claim. Without this the next look would report them once more.
+    /// this claim. Without this the next [`Self::look`] would report them once more.
     fn ask_for_holes(&mut self, doubtful: &PageSet) -> Result<(), TrackerError> {
         for run in doubtful.ranges().take(MAX_QUESTIONS) {
             let data = self.memory.data_in(run.bytes())?;

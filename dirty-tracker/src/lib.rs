@@ -6,11 +6,10 @@
 //! 1. [`GuestMemory::create`] makes the RAM file that QEMU is started with.
 //! 2. [`PluginHandles::connect`] fetches QEMU's descriptors, [`Tracker::attach`] registers its RAM
 //!    blocks.
-//! 3. With the guest stopped, [`Tracker::claim`] takes the dirty pages into a [`DirtyClaim`]; with
-//!    the guest running again
-//!    [`Tracker::read_pages`] copies them.
-//! 4. [`DirtyClaim::acknowledge`] with the receipt that this checkpoint is durable; otherwise the
-//!    pages are restored and come again.
+//! 3. With the guest stopped, [`Tracker::claim`] takes the dirty pages into a [`DirtyClaim`]; when
+//!    the guest runs again, [`Tracker::read_pages`] copies them.
+//! 4. [`DirtyClaim::acknowledge`] drops the claim for the receipt that this checkpoint is durable;
+//!    without it the pages are restored, and the next checkpoint claims them again.
 //!
 //! Unsafe code is in `sys/` only.
 //!

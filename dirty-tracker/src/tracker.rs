@@ -1,4 +1,4 @@
-//! Which pages of the guest were written: asked of the kernel, from outside QEMU.
+//! Which pages of the guest were written, as the kernel reports it to another process than QEMU.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -19,14 +19,14 @@ use crate::sys::write_protect::{protect, register};
 struct Tracked {
     block: TrackedBlock,
     knowledge: Knowledge,
-    /// In a VM with a balloon.
+    /// Only in a VM with a balloon.
     holes: Option<HoleWatch>,
 }
 
 /// What this tracker knows about a RAM block.
 #[derive(Debug)]
 enum Knowledge {
-    /// Nothing; pages may be protected or not, by whom ever.
+    /// Nothing; some pages may be protected by an earlier tracker.
     None,
     /// Every page was protected once, while the guest ran; these existed before.
     Prepared { existing: PageSet },
@@ -43,7 +43,7 @@ enum Knowledge {
 /// again.
 ///
 /// What it costs, per GiB on two cores of a VM (Linux 6.18; `tests/measure.rs` prints it again): a
-/// claim or a look that finds nothing 0.5 ms, 2,048 scattered pages 0.9 ms, half of memory 5 to 9
+/// claim or a scan that finds nothing 0.5 ms, 2,048 scattered pages 0.9 ms, half of memory 5 to 9
 /// ms, every other page 7 to 15 ms; a first claim 0.6 ms when prepared, else 10 to 20 ms;
 /// [`Self::prepare`] 30 ms, while the guest runs.
 ///
@@ -116,7 +116,7 @@ impl Tracker {
         Ok(())
     }
 
-    /// That [`Self::watch_holes`] can be done for these RAM blocks; nothing is watched yet.
+    /// Checks that [`Self::watch_holes`] is possible for these RAM blocks; nothing is watched yet.
     ///
     /// # Errors
     /// When the kernel lacks what is needed.
@@ -166,8 +166,8 @@ impl Tracker {
                 let mut existing = PageSet::new(self.blocks[index].block.pages());
                 self.populated_into(BlockId(index), &mut existing)?;
                 self.protect_ahead(BlockId(index))?;
-                // A page born between the two calls is protected by now, so nothing else would ever
-                // tell of it.
+                // A page that was allocated between the two calls is protected by now, so nothing
+                // else would ever report it.
                 self.born_meanwhile_into(BlockId(index), &mut existing)?;
                 self.blocks[index].holes.as_mut().map_or(Ok(()), HoleWatch::begin)?;
                 self.blocks[index].knowledge = Knowledge::Prepared { existing };
@@ -285,17 +285,18 @@ impl Tracker {
         Ok(())
     }
 
-    /// The first claim of a RAM block, external: every page that exists, and protection for all.
+    /// The first claim of a RAM block without [`Self::prepare`]: every page that exists, and
+    /// protection for all.
     fn take_everything(&self, id: BlockId, pages: &mut PageSet) -> Result<(), TrackerError> {
         self.populated_into(id, pages)?;
         self.protect_now(id)?;
         self.born_meanwhile_into(id, pages)
     }
 
-    /// Pages that came into being between a look at what exists and the end of its protection.
+    /// Pages that were allocated between the scan of what exists and the end of its protection.
     ///
-    /// Protected private pages that do not exist look swapped out from here on; those born just now
-    /// are in memory.
+    /// From here on the kernel reports protected private pages that do not exist as swapped out;
+    /// pages that were allocated just now are reported as present.
     fn born_meanwhile_into(&self, id: BlockId, pages: &mut PageSet) -> Result<(), TrackerError> {
         if let BlockMemory::Shared(_) = self.tracked(id)?.block.memory {
             self.populated_into(id, pages)?;
@@ -303,8 +304,7 @@ impl Tracker {
         self.scan_into(id, Categories::PRESENT, Then::Leave, pages)
     }
 
-    /// The dirty pages as they are now, taking nothing and protecting nothing: a look, good while
-    /// the guest runs.
+    /// The dirty pages as they are now. Claims and protects nothing; the guest may run.
     ///
     /// Where holes are watched this finds most of them; a claim right after it has little of that
     /// to do.
@@ -377,7 +377,7 @@ impl Tracker {
         .map_err(|source| TrackerError::Scan { block: block.name.clone(), source })
     }
 
-    /// Copies the content of `pages` to `out`, which must have just that size.
+    /// Copies the content of `pages` to `out`, which must have exactly that size.
     ///
     /// # Panics
     /// When `out` has another size.

@@ -1,4 +1,4 @@
-//! Reads back what a store holds of a VM, and tells by class what went wrong:
+//! Reads back what a store holds of a VM, and reports the class of a failure:
 //! `cargo run -p engine --example verify-store -- file:///srv/checkpoints web1`
 
 use engine::progress::Silent;

@@ -1,5 +1,5 @@
-//! VMs of every shape: checkpointed under load, killed without warning, brought back, and
-//! checkpointed again.
+//! VMs with different boards and disks: checkpointed under load, killed, restored, and checkpointed
+//! again.
 
 use std::path::Path;
 use std::time::Duration;
@@ -22,7 +22,7 @@ fn take(vm: &TestVm, count: usize) -> Vec<Taken> {
     all
 }
 
-/// The whole life of one VM and of two that are made from its checkpoints.
+/// Checkpoints, kill and restore of one VM, and of two that are made from its checkpoints.
 fn survives(qemu: &Path, recipe: &Recipe) {
     let lab = Lab::new(qemu);
     let vm = lab.start("m", recipe);

@@ -1,5 +1,5 @@
-//! Files that are read whole, none of them without a limit: also a file of the kernel's can be as
-//! long as another process makes it. And locks on files.
+//! Reads whole files, each with a limit, because even a file of the kernel can be as long as
+//! another process makes it; and locks files.
 
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
@@ -8,14 +8,14 @@ use std::io::{Error, ErrorKind, Read};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// A file of the kernel's about a process or the host. The largest are memory maps, command lines
-/// and environments.
+/// Limit in bytes for files of the kernel about a process or the host. The largest are memory maps,
+/// command lines and environments.
 const MAX_KERNEL_FILE: u64 = 16 << 20;
-/// A killed process keeps its locks until the last of its threads is gone.
+/// A killed process keeps its locks until the last of its threads has ended.
 const RELEASE: Duration = Duration::from_secs(1);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// A file of the kernel or of this project, up to a limit.
+/// Reads a file of the kernel or of this project, of at most 16 MiB.
 ///
 /// # Errors
 /// If it cannot be read or is longer.
@@ -23,7 +23,7 @@ pub fn read(path: impl AsRef<Path>) -> std::io::Result<Vec<u8>> {
     read_at_most(path.as_ref(), MAX_KERNEL_FILE)
 }
 
-/// The same as text.
+/// Reads such a file as text.
 ///
 /// # Errors
 /// If it cannot be read, is longer or no UTF-8.
@@ -31,12 +31,12 @@ pub fn read_text(path: impl AsRef<Path>) -> std::io::Result<String> {
     String::from_utf8(read(path)?).map_err(|error| Error::new(ErrorKind::InvalidData, error))
 }
 
-/// The same of any file.
+/// Reads any file, of at most `limit` bytes.
 pub(crate) fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
     read_at_most(path, limit).with_context(|| format!("reading {}", path.display()))
 }
 
-/// Locks a file for this process alone; gives it back where another holds the lock.
+/// Locks a file for this process alone. Waits up to one second.
 ///
 /// # Errors
 /// The file, if another process holds the lock for longer than the timeout.

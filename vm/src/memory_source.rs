@@ -133,12 +133,12 @@ pub fn choose_tracker(
             "the tracker cannot follow this VM: {why}; use --engine stream, or 'stillpoint adopt'"
         ))),
         (EngineChoice::Tracker, Ok(())) => chosen("as wanted"),
-        (EngineChoice::Auto, Ok(())) => chosen("the plugin sits in this QEMU"),
+        (EngineChoice::Auto, Ok(())) => chosen("the plugin is loaded in this QEMU"),
         (EngineChoice::Auto, Err(_)) | (EngineChoice::Stream, _) => Ok(None),
     }
 }
 
-/// `live`: what [`can_pre_copy_live`] says. `has_plugin`: our plugin sits in this QEMU, and may
+/// `live`: what [`can_pre_copy_live`] says. `has_plugin`: our plugin is loaded in this QEMU, and may
 /// have registered its memory.
 /// `process_memory`: whether the memory of a guest that does not run can be read from QEMU's
 /// process.

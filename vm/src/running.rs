@@ -49,7 +49,7 @@ pub struct Vm {
     pub last_devices: Mutex<Vec<String>>,
     /// No other helper works on this QEMU meanwhile.
     _lock: QemuLock,
-    /// None where no plugin sits in that QEMU: memory comes by stream only.
+    /// None where no plugin is loaded in that QEMU: memory comes by stream only.
     tracker: Option<Arc<Mutex<Tracker>>>,
 }
 
@@ -106,7 +106,7 @@ impl Vm {
     /// # Errors
     /// If there is none.
     pub fn tracker(&self) -> Result<Arc<Mutex<Tracker>>> {
-        self.tracker.clone().context("no plugin sits in this QEMU, so nothing tracks its memory")
+        self.tracker.clone().context("this QEMU has no plugin, so nothing tracks its memory")
     }
 
     /// Whether a tracker follows its memory.
@@ -131,7 +131,7 @@ impl Vm {
         self.tracker
             .as_deref()
             .map(lock)
-            .context("no plugin sits in this QEMU, so nothing tracks its memory")
+            .context("this QEMU has no plugin, so nothing tracks its memory")
     }
 
     /// Whether QEMU's process is gone.

@@ -1,4 +1,4 @@
-//! The RAM of a VM: QEMU's RAM blocks as RAM blocks of the tracker.
+//! The RAM of a VM: QEMU's RAM blocks, and the tracker that follows them.
 
 use crate::error::refused;
 use anyhow::{Context, Result};
@@ -17,7 +17,7 @@ use std::time::Duration;
 const PLUGIN_ANSWER: Duration = Duration::from_secs(2);
 const PAGE: u64 = checkpoint_format::PAGE_SIZE as u64;
 
-/// What memory there is, and who watches it.
+/// The RAM blocks, and the tracker that follows them if QEMU has the plugin.
 pub(crate) async fn watch(
     qmp: &Qmp,
     handles: Option<PluginHandles>,
@@ -75,7 +75,7 @@ pub(crate) async fn whole_blocks(qmp: &Qmp) -> Result<Vec<RamBlock>> {
     Ok(blocks)
 }
 
-/// That they are pages, all of them.
+/// Checks that each RAM block has a whole number of pages.
 ///
 /// # Errors
 /// Refused if one is not.
@@ -89,8 +89,8 @@ pub fn check_whole(blocks: &[RamBlock]) -> Result<()> {
     }
 }
 
-/// An external VM's plugin listens where its owner wants. Another process that took the path would
-/// have other memory recorded as that VM's.
+/// Checks that QEMU itself answers at the plugin's socket. The owner of an external VM chooses that
+/// path; if another process had it, other memory would be recorded as the VM's.
 pub(crate) fn check_plugin(
     socket: &Path,
     handles: PluginHandles,
@@ -171,7 +171,7 @@ fn main_memory(handles: &PluginHandles, host_address: u64, main: &str) -> Result
     Ok(BlockMemory::Private)
 }
 
-/// A memory file that QEMU has open and mapped. It has no path of its own.
+/// Opens a memory file that QEMU has mapped, by its file descriptor, since it has no path.
 fn own_file(pid: u32, mapping: &MemoryMap) -> Result<File> {
     let folder = format!("/proc/{pid}/fd");
     let files = std::fs::read_dir(&folder)

@@ -14,13 +14,13 @@ use crate::error::{Op, Result, StoreError};
 use crate::path::StorePath;
 use crate::store::{PutReceipt, total_len};
 
-/// Bytes handed over at a time; each hand-over is a sign of life.
+/// Bytes written at a time; each such write counts as progress.
 const SLICE: usize = 1 << 20;
 /// HDFS wants blocks of whole checksum chunks, and by default none below 1 MiB.
 const BLOCK_UNIT: u64 = 1 << 20;
-/// For the last sync and the close, when all data is with the DataNodes. The client waits for ever
-/// for an acknowledgement if a DataNode's connection broke after everything was sent; a retry must
-/// not wait the whole stall limit each time.
+/// Limit of the last sync and the close, after all data was sent. If a DataNode's connection breaks
+/// then, the client waits for ever for an acknowledgement; a retry must not wait the whole stall
+/// limit each time.
 const FINISH_LIMIT: Duration = Duration::from_secs(5);
 const FINISH_PER_MIB: Duration = Duration::from_millis(100);
 const MAX_RENAME_TRIES: u32 = 3;
@@ -39,7 +39,7 @@ pub(super) struct Job {
 
 impl Job {
     pub(super) async fn run(self) -> Result<PutReceipt> {
-        // Only to spare the upload: what decides is the rename.
+        // This only saves an upload: the rename decides.
         if self.exists(&self.target).await? {
             return Err(StoreError::already_exists(self.op, &self.path));
         }
@@ -65,7 +65,7 @@ impl Job {
         }
     }
 
-    /// Hands all data over. Says whether the last block is still to be synced.
+    /// Writes all data. Returns whether the last block still has to be synced.
     async fn write(&self) -> hdfs_native::Result<(FileWriter, bool)> {
         let block_size = (self.options.block_size / BLOCK_UNIT).max(1) * BLOCK_UNIT;
         let options = WriteOptions {
@@ -94,7 +94,7 @@ impl Job {
         Ok((writer, syncing && in_block > 0))
     }
 
-    /// Not a time-out whose outcome is open: without the rename the file does not exist under its
+    /// The outcome of this timeout is certain: without the rename the file does not exist under its
     /// name, now or later.
     fn unfinished_after(&self, limit: Duration) -> StoreError {
         let reason = format!("the DataNodes did not acknowledge all data within {limit:?}");
@@ -111,7 +111,7 @@ impl Job {
         Ok(())
     }
 
-    /// The hidden name is ours alone, so once it is gone and the target is there, it was this
+    /// No other client uses the hidden name, so if it is gone and the target exists, it was this
     /// rename.
     async fn rename(&self) -> Result<()> {
         let mut tries = 0;
@@ -133,7 +133,7 @@ impl Job {
         }
     }
 
-    /// What the NameNode says is there now.
+    /// Compares the length that the NameNode reports with what was written.
     async fn verify(&self) -> Result<PutReceipt> {
         let len = total_len(&self.data);
         let status = self.client.get_file_info(&self.target).await;

@@ -1,8 +1,7 @@
-//! Every call to the store ends, even if the store does not.
+//! A time limit on every call to the store.
 //!
-//! Stores have limits of their own on what they wait for. This one is over the whole call, for
-//! whatever a store did not think of (a hung NFS mount, say): a checkpoint may fail, but not wait
-//! for ever.
+//! Stores limit most of what they wait for. This limit is on the whole call, for what a store
+//! cannot limit (a hung NFS mount, for example): a checkpoint may fail, but not wait for ever.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +12,7 @@ use crate::error::{Op, Result, StoreError};
 use crate::path::StorePath;
 use crate::store::{Entry, PutOptions, PutReceipt, Stat, Store, total_len};
 
-/// Slower than this is hung.
+/// A store that is slower than this is considered hung.
 const BYTES_PER_SECOND: u64 = 1 << 20;
 
 #[derive(Debug)]

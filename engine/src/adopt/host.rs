@@ -1,4 +1,5 @@
-//! What of this host and of the old process must fit, so that a second process can take its place.
+//! Checks whether a second QEMU process of this host can replace the old one: its manager, user,
+//! namespaces and memory.
 
 use anyhow::{Context, Result};
 use std::path::Path;
@@ -78,13 +79,14 @@ fn check_memory(available: u64, ram_bytes: u64) -> Result<()> {
     )))
 }
 
-/// What the kernel thinks it can give, or less where our control group may have less.
+/// Available memory in bytes, of the host or of our control group, whichever is less.
 fn available_memory() -> Result<u64> {
     let available = process::available_memory()?;
     Ok(group_room().map_or(available, |room| room.min(available)))
 }
 
-/// The new QEMU is in the helper's control group.
+/// Bytes that the helper's control group may still use, since the new QEMU is in it; `None` without
+/// a limit.
 fn group_room() -> Option<u64> {
     let own = process::control_group(&Process::myself().ok()?)?;
     let number = |folder: &Path, file: &str| {
@@ -103,7 +105,7 @@ fn group_room() -> Option<u64> {
     room
 }
 
-/// A service manager that started QEMU takes its end for the VM's.
+/// The systemd service that QEMU is in: its manager takes the end of that QEMU for the VM's.
 pub(super) fn service_of(pid: u32) -> Option<String> {
     service(&process::control_group(&process::open(pid).ok()?)?)
 }

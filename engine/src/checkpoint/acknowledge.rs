@@ -1,5 +1,5 @@
-//! Phase `acknowledge`, and how a checkpoint ends that has no such phase: who owns the dirty bits
-//! after it.
+//! Phase `acknowledge`, and what replaces it if the checkpoint failed or nothing changed: the
+//! claimed dirty bits are dropped, or restored.
 
 use super::base::{Base, History};
 use super::buffers::Buffers;
@@ -22,8 +22,8 @@ use vm::memory_source::Engine;
 /// Staging memory that stays between checkpoints, already faulted in.
 const KEPT_STAGING: PageCount = PageCount((16 << 20) / 4096);
 
-/// How long a checkpoint that has failed continues storing what was read for it, which counts for
-/// the next one: the packs under way at 1 MiB a second.
+/// How long a failed checkpoint continues to store what was read for it, for the next one to use:
+/// enough for the packs under way at 1 MiB a second.
 const UPLOAD_GRACE: Duration = Duration::from_secs(60);
 
 impl Checkpointer {
@@ -71,8 +71,8 @@ impl Checkpointer {
         outcome
     }
 
-    /// A checkpoint has failed, in whichever phase: everything that it claimed is dirty again, for
-    /// the next one, and what it stored counts for that. Returns why it failed.
+    /// Ends a checkpoint that failed, in whichever phase: everything that it claimed is dirty again
+    /// for the next one, which also uses what was stored. Returns why it failed.
     pub(super) async fn fail(&mut self, failed: Failed, report: &Report) -> Error {
         let Failed { error, underway, store, buffers, claim, disks } = failed;
         // The guest and its disks first: the store may take its time.
@@ -89,10 +89,7 @@ impl Checkpointer {
         match underway.inventory.change(&self.vm).await {
             None => error,
             change => {
-                tracing::info!(
-                    error = format!("{error:#}"),
-                    "what was noticed first of a change of the VM"
-                );
+                tracing::info!(error = format!("{error:#}"), "first symptom of a change of the VM");
                 unchanged(change).err().unwrap_or(error)
             }
         }
@@ -107,7 +104,7 @@ impl Checkpointer {
         }
     }
 
-    /// For the next checkpoint.
+    /// Keeps history, staging memory and digest tables for the next checkpoint.
     fn keep(&mut self, history: History, (mut staging, spaces): (Staging, Vec<Space>)) {
         staging.clear(KEPT_STAGING);
         self.staging = staging;

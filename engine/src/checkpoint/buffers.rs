@@ -1,9 +1,8 @@
-//! Page buffers and digest tables: what a checkpoint fills with pages and what it compares them
-//! with. They move as one value, from phase to phase, and into a task that may block and back.
+//! Page buffers, and the digest tables that the pages are compared with. They move as one value
+//! from phase to phase, into a task that may block, and back.
 //!
-//! A task that panics loses them. Tables that were changed half may say of a page that a checkpoint
-//! holds it when none does, so they are not used again: the next checkpoint reads new ones from the
-//! store.
+//! A task that panics loses them. A table that was partly changed could name a page that no
+//! checkpoint holds, so it is not used again: the next checkpoint reads new ones from the store.
 
 use super::delta::{Delta, Space};
 use super::precopy;

@@ -182,7 +182,7 @@ impl Checkpointer {
         let tracker = if has_tracker {
             Ok(())
         } else {
-            Err("no plugin of ours sits in this QEMU".to_owned())
+            Err("this QEMU has no plugin of Stillpoint".to_owned())
         };
         if let Some(chosen) = choose_tracker(engine, &tracker)? {
             return Ok(chosen);

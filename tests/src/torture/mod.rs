@@ -1,4 +1,4 @@
-//! Random command lines, each of which must be refused or brought back exactly.
+//! Random command lines, each of which must be refused or restored exactly.
 //!
 //! A line is one that plain QEMU itself rejects; or Stillpoint refuses it, with a reason, before
 //! its first checkpoint is durable; or its checkpoint is proven by `verify --restore` after the VM
@@ -28,9 +28,9 @@ pub enum Mode {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// By plain QEMU, with its words.
+    /// By plain QEMU, with its message.
     Rejected(String),
-    /// By Stillpoint, with its words.
+    /// By Stillpoint, with its message.
     Refused(String),
     Proven,
     Finding(String),
@@ -72,7 +72,7 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Lines that plain QEMU takes.
+    /// Lines that plain QEMU accepts.
     pub fn accepted(&self) -> u64 {
         self.refused + self.proven + self.findings.len() as u64
     }
@@ -159,7 +159,7 @@ fn message(panic: &(dyn std::any::Any + Send)) -> String {
     text.unwrap_or_default()
 }
 
-/// To be pasted into a shell.
+/// The command, quoted for a shell.
 fn shell(qemu: &Path, words: &[String]) -> String {
     let is_plain = |word: &str| {
         !word.is_empty()

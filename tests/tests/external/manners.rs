@@ -111,7 +111,7 @@ fn a_background_snapshot_that_could_hang_the_guest_is_refused() {
     });
 }
 
-/// A unix socket of QEMU serves one client at a time; who comes second waits for ever.
+/// A monitor of QEMU serves one client at a time; a second one waits for ever.
 #[test]
 fn a_busy_monitor_is_refused() {
     on_each_qemu(|qemu| {

@@ -1,7 +1,8 @@
 //! Which process is behind a monitor's socket.
 //!
-//! The kernel knows who listens. Where a manager made the socket and handed it over (libvirt's own
-//! monitor), that is the manager; then the QEMU is looked for that holds the socket too.
+//! The kernel knows which process made a socket listen. If a manager made the socket and passed it
+//! to QEMU (libvirt's own monitor), that is the manager; then the QEMU that holds the socket is
+//! searched for.
 
 use crate::error::refused;
 use crate::files::read_limited;
@@ -16,21 +17,21 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// A QEMU that runs greets at once, unless another client holds its monitor.
+/// A running QEMU sends its greeting at once, unless another client holds its monitor.
 const ANSWER: Duration = Duration::from_secs(5);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// A busy host has some thousand sockets of 100 bytes a line.
 const MAX_SOCKETS_BYTES: u64 = 64 << 20;
 
-/// A connection that nothing was said on yet. QEMU serves one client of a monitor at a time, so
-/// there is one for all.
+/// A connection on which nothing was sent yet. QEMU serves one client of a monitor at a time, so
+/// all checks share one connection.
 pub(super) struct MonitorConnection {
     stream: UnixStream,
     listener: u32,
 }
 
 impl MonitorConnection {
-    /// Waits a moment where others wait too: a client that has just left may still be in the queue.
+    /// Waits a moment if the queue is full: a client that has just left may still be in it.
     pub(super) async fn open(monitor: &Path) -> Result<Self> {
         let end = Instant::now() + ANSWER;
         let polls = ConstantBuilder::new().with_delay(POLL_INTERVAL).without_max_times();
@@ -92,7 +93,7 @@ fn no_rights(error: Error) -> Error {
     refused(format!("{error:#}"))
 }
 
-/// The next client waits without a word.
+/// The message when the monitor does not answer: QEMU lets a second client wait without a reply.
 fn busy(monitor: &Path) -> String {
     format!(
         "the monitor {} does not answer: another client holds it (its manager, or a helper of Stillpoint); give QEMU a second one, \

@@ -88,7 +88,7 @@ impl Probe {
     /// Why not, in words.
     pub async fn tracker(&self, found: &ExternalVm) -> Result<(), String> {
         let Some(socket) = &found.plugin else {
-            return Err("Stillpoint's plugin does not sit in this QEMU".to_owned());
+            return Err("Stillpoint's plugin is not loaded in this QEMU".to_owned());
         };
         tracked_blocks::can_track(&self.qmp, socket.clone(), self.process.pid, &found.ram_block)
             .await

@@ -1,9 +1,9 @@
-//! KVM where it can run the guest, TCG elsewhere, and it says which.
+//! Chooses KVM if it can run the guest, else TCG, and says why.
 //!
-//! That `/dev/kvm` opens says little: inside some VMs it runs real-mode code and hangs on anything
-//! more. So a firmware of 142 bytes (`long_mode.S`) is run under KVM first: it switches to long
-//! mode with paging, as every operating system does, and ends QEMU with a status that nothing else
-//! gives. The answer is kept until the next boot.
+//! That `/dev/kvm` opens is not enough: inside some VMs KVM runs real-mode code and hangs on
+//! anything more. So a firmware of 142 bytes (`long_mode.S`) is run under KVM first: it switches to
+//! long mode with paging, as every operating system does, and ends QEMU with an exit status that
+//! nothing else produces. The result is cached until the next boot.
 
 use super::arguments::{KeyList, QemuOption};
 use super::form::Form;
@@ -35,8 +35,8 @@ pub struct Accelerator {
     pub reason: String,
 }
 
-/// What the user asked for: of several, as QEMU does, the first that this host has. Else KVM when
-/// it can run an operating system on this host.
+/// The accelerator that the command line names; of several, as QEMU does, the first that this host
+/// has. If it names none: KVM if it can run an operating system on this host, else TCG.
 ///
 /// # Errors
 /// Refused if this host has none of those that the user asked for.
@@ -57,7 +57,8 @@ pub fn choose(options: &[QemuOption], qemu: &Path) -> Result<Accelerator> {
     Ok(Accelerator { name: name.to_owned(), reason })
 }
 
-/// Of one there is no choice; if none is there, the last is what QEMU complains of.
+/// One accelerator is taken as it is. If the host has none of several, the last is taken, which
+/// QEMU reports as an error.
 fn first(wanted: &[String], has_kvm: impl Fn() -> bool) -> Option<&str> {
     let is_there = |value: &&String| match value.split(',').next().unwrap_or_default() {
         "kvm" => has_kvm(),
@@ -68,19 +69,19 @@ fn first(wanted: &[String], has_kvm: impl Fn() -> bool) -> Option<&str> {
     hit.or(wanted.last()).map(String::as_str)
 }
 
-/// What QEMU itself looks at.
+/// Whether QEMU would consider KVM available.
 fn has_kvm() -> bool {
     std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
-/// What a running VM has: in the words of its command line where they fit, else by name.
+/// The `-accel` value of a running VM: as on its command line if that matches, else its name.
 pub fn of_running(options: &[QemuOption], name: &str) -> String {
     let mut accels = options.iter().filter(|option| option.name == "accel").map(QemuOption::value);
     let named = accels.rfind(|value| value.split(',').next() == Some(name));
     named.unwrap_or(name).to_owned()
 }
 
-/// The options without the accelerator, which is said apart.
+/// The options without the accelerator, which is given separately.
 pub fn without(options: Vec<QemuOption>) -> Vec<QemuOption> {
     let kept = options
         .into_iter()
@@ -119,10 +120,10 @@ fn wanted(options: &[QemuOption]) -> Vec<String> {
     last.split(':').filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
-/// `Err` says why not.
+/// Checks that KVM runs a guest in long mode.
 ///
 /// # Errors
-/// Why not, in words.
+/// Why it does not, as text for the user.
 pub fn kvm_works(qemu: &Path) -> Result<(), String> {
     if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
         return Err(format!("/dev/kvm: {error}"));
@@ -141,7 +142,7 @@ pub fn kvm_works(qemu: &Path) -> Result<(), String> {
     }
 }
 
-/// None: QEMU ended in a way that says nothing about KVM.
+/// Whether the probe ran; `None` if QEMU ended in a way that says nothing about KVM.
 fn run_probe(qemu: &Path) -> Result<Option<bool>> {
     let mut rom = vec![0; ROM_BYTES];
     rom[..LONG_MODE.len()].copy_from_slice(LONG_MODE);

@@ -1,5 +1,5 @@
-//! From an ordinary QEMU command line to one of a managed VM, and what is known of QEMU's programs
-//! and processes.
+//! Turns an ordinary QEMU command line into that of a managed VM; finds QEMU programs and reads
+//! QEMU processes.
 
 pub mod accelerator;
 pub mod command;
@@ -27,7 +27,7 @@ use crate::runtime_dir::RuntimeDir;
 use anyhow::{Context, Result, anyhow};
 use std::path::{Path, PathBuf};
 
-/// Where the old content of disk blocks waits during a checkpoint: on a disk, never on a tmpfs.
+/// The directory for temporary fleecing overlays: `wanted`, else `/var/tmp`, which is not a tmpfs.
 ///
 /// # Errors
 /// If the path cannot be made absolute.
@@ -44,10 +44,10 @@ pub fn new_instance() -> Result<String> {
     procfs::sys::kernel::random::uuid().context("asking the kernel for a random id")
 }
 
-/// A VM of this name has its QEMU.
+/// Checks that no VM of this name is running.
 ///
 /// # Errors
-/// Refused if it does.
+/// Refused if one is.
 pub fn refuse_alive(runtime: &RuntimeDir) -> Result<()> {
     if std::os::unix::net::UnixStream::connect(runtime.plugin()).is_ok() {
         return Err(refused(format!(
@@ -65,10 +65,10 @@ pub fn refuse_alive(runtime: &RuntimeDir) -> Result<()> {
     }
 }
 
-/// What a killed restore left is half a VM, which may have an original that lives.
+/// Checks that no killed restore of this name has left an incomplete VM.
 ///
 /// # Errors
-/// Refused if it is there.
+/// Refused if one has.
 pub fn refuse_half_restored(runtime: &RuntimeDir) -> Result<()> {
     if !runtime.restore_record().exists() {
         return Ok(());
@@ -79,10 +79,10 @@ pub fn refuse_half_restored(runtime: &RuntimeDir) -> Result<()> {
     )))
 }
 
-/// `$STILLPOINT_PLUGIN`, or the file beside this program, or in the library folder next to it.
+/// The QEMU plugin: `$STILLPOINT_PLUGIN`, else beside this program, else in `../lib/stillpoint`.
 ///
 /// # Errors
-/// If it is at none of these places.
+/// If it is in none of these places.
 pub fn plugin_path() -> Result<PathBuf> {
     const FILE: &str = "libstillpoint_plugin.so";
     let program = std::env::current_exe().context("finding this program's own path")?;

@@ -173,7 +173,7 @@ fn who(look: &Probe, found: Option<&ExternalVm>) -> Vec<Row> {
             "QEMU",
             format!("{}{package}, accelerator {}", facts.qemu, facts.accelerator.as_str()),
         ),
-        Row::ok("machine", format!("{}, {} processors, {memory}", facts.machine_type, facts.vcpus)),
+        Row::ok("machine", format!("{}, {} vCPUs, {memory}", facts.machine_type, facts.vcpus)),
     ]
 }
 
