@@ -25,6 +25,12 @@ quietly() { # LOG COMMAND...
   "$@" >"$log" 2>&1 </dev/null || { tail -n 30 "$log" >&2; die "'$*' failed; its output: $log"; }
 }
 
+# The packages of 'make build', so that the same features are built, and built once.
+release_build() { # CARGO-OPTION...
+  (cd "$root" && cargo build --release --quiet -p stillpoint -p stillpoint-plugin -p stillpoint-documents "$@") ||
+    die "the build failed"
+}
+
 # 10.0 beside the system's where there is one (Debian 12), else the system's.
 newest_qemu() {
   local beside=${STILLPOINT_QEMU_PREFIX:-/opt/stillpoint/qemu-10.0}/usr/bin/qemu-system-x86_64
@@ -58,7 +64,7 @@ wait_gone() { # SECONDS PID...
   done
 }
 
-# Kindly, then not.
+# SIGTERM, and SIGKILL for those that do not end.
 end_processes() { # PID...
   signal TERM "$@"
   wait_gone 5 "$@" && return
