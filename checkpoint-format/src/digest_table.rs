@@ -11,8 +11,8 @@ use crate::units::{ByteLen, PageCount, PageIndex, PageRange};
 
 /// Pages in a chunk of a sparse table: 1 MiB of the disk in 4 KiB of memory.
 const CHUNK_PAGES: usize = 256;
-/// Bytes of a sparse table's limit for each range of zeros that it may know besides, of some 50
-/// bytes.
+/// A sparse table may also have one range of zeros (some 50 bytes) for each so many bytes of its
+/// limit.
 const LIMIT_PER_RANGE: usize = 256;
 
 /// A page's digest. "Unknown" is all zeros, so that no room is spent on an `Option`: a page that
@@ -29,10 +29,11 @@ type Pages = SparsePages<Known, CHUNK_PAGES>;
 
 /// The digests of the pages of one space as the last durable checkpoint has them.
 ///
-/// Not knowing a page is always right and only costs bytes: it is stored though it may be equal. So
-/// the table may forget at any time, but must never remember what is no longer so. Hence the two
-/// shapes: RAM is dense (all of it is written sooner or later), disks are sparse with a ceiling,
-/// past which new pages stay unknown. Zeros of a disk are ranges: a hole costs as much as a page.
+/// A page may always be unknown; that only costs bytes, since it is stored even if it is equal. So
+/// the table may forget a digest at any time, but must never keep one that is no longer right.
+/// Hence the two shapes: RAM is dense (all of it is written sooner or later), disks are sparse with
+/// a limit, beyond which new pages stay unknown. Zeros of a disk are ranges: a hole costs as much
+/// as a page.
 #[derive(Clone)]
 pub struct DigestTable(Shape);
 
@@ -160,7 +161,7 @@ impl DigestTable {
         }
     }
 
-    /// Pages whose content is known. Looks at all of them.
+    /// Number of pages whose content is known. Reads the whole table.
     pub fn known(&self) -> PageCount {
         PageCount(match &self.0 {
             Shape::Dense(slots) => {
@@ -170,7 +171,7 @@ impl DigestTable {
         })
     }
 
-    /// Takes in what a pack of the durable lineage holds for `space`; apply packs oldest to newest.
+    /// Adds what a pack of the durable lineage holds for `space`; apply packs oldest to newest.
     pub fn apply_pack(&mut self, space: &SpaceName, index: &PackIndex) {
         for run in index.runs_of(space) {
             match run.source {

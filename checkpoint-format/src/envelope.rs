@@ -39,7 +39,7 @@ pub enum EnvelopeError {
     )]
     BadHeader { kind: &'static str, found: String },
     #[error(
-        "read the {kind}: the body is {found} bytes long, the limit is {limit}; the file is not of our making"
+        "read the {kind}: the body is {found} bytes long, the limit is {limit}; the file was not written by Stillpoint"
     )]
     TooLong { kind: &'static str, found: u64, limit: u64 },
     #[error(
@@ -97,7 +97,7 @@ impl Envelope {
             return Err(bad());
         }
         let version: u32 = words.next().and_then(number).ok_or_else(bad)?;
-        // Before the rest: a later version may say other things there.
+        // Before the rest: a later version may have other fields there.
         self.check_version(version)?;
         let digest = words.next().and_then(|word| word.parse().ok());
         let len = words.next().and_then(number);

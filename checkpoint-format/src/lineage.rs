@@ -29,7 +29,7 @@ pub enum LineageError {
 /// Where the content of a page is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageLocation {
-    /// No checkpoint of the lineage recorded it. For a disk that means: look into the layer below.
+    /// No checkpoint of the lineage recorded it; a disk's page has the content of the layer below.
     Unknown,
     /// The page is all zeros.
     Zero,
@@ -188,7 +188,7 @@ impl PageMap {
         self.pages.set_zero(PageRange::new(PageIndex(before.0), PageIndex(size.0)));
     }
 
-    /// Takes in what the pack holds for this space. Pages beyond the space's size are ignored.
+    /// Adds what the pack holds for this space. Pages beyond the space's size are ignored.
     ///
     /// # Errors
     /// When `pack` is older than one already applied, or beyond the limit of packs.

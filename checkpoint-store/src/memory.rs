@@ -26,7 +26,7 @@ impl Node {
 
 type Tree = BTreeMap<StorePath, Node>;
 
-/// An entry came to the directory that holds `path`, or went.
+/// An entry was added to the directory that holds `path`, or removed: sets its modification time.
 fn touch_parent(tree: &mut Tree, path: &StorePath) {
     if let Some(Node::Dir { modified }) =
         tree.get_mut(&path.parent().unwrap_or_else(StorePath::root))
@@ -55,7 +55,7 @@ impl MemoryStore {
         MemoryStore { tree: Arc::new(Mutex::new(tree)), default_replicas: None }
     }
 
-    /// One that says it keeps copies, as HDFS does.
+    /// An empty store that reports `default` replicas of each file, as HDFS does.
     pub fn with_replicas(default: u16) -> Self {
         MemoryStore { default_replicas: Some(default), ..Self::new() }
     }

@@ -1,5 +1,5 @@
-//! What a QEMU that failed has said, as an error quotes it: its last lines, without those that say
-//! nothing about the failure.
+//! The output of a QEMU that failed, as an error quotes it: its last lines, without those that do
+//! not concern the failure.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -7,9 +7,9 @@ use std::path::Path;
 
 /// How many lines are quoted.
 const QUOTED_LINES: usize = 5;
-/// A log is read from here before its end.
+/// Bytes at the end of a log that are read.
 const MAX_TAIL: u64 = 64 << 10;
-/// Said by every start on some hosts (half-installed modules), or by our own end of it.
+/// Printed at every start on some hosts (half-installed modules), or when we end QEMU.
 const NOISE: &[&str] = &["failed to open module", "terminating on signal"];
 /// Not what ended it, if there is anything else.
 const HINTS: &[&str] = &["warning:", "info:"];

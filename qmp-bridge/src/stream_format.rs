@@ -7,13 +7,13 @@ pub const STREAM_PAGE: usize = 4096;
 /// `QEVM`, then the stream version.
 pub(crate) const STREAM_HEADER: [u8; 8] = *b"QEVM\0\0\0\x03";
 
-/// What the next byte of a stream says.
+/// The bytes that begin the parts of a stream.
 pub(crate) mod mark {
     /// Last byte of a stream, but for the description.
     pub(crate) const END_OF_STREAM: u8 = 0;
     /// First section of something that comes in passes: its name and what there is of it.
     pub(crate) const SECTION_START: u8 = 1;
-    /// One round.
+    /// One pass.
     pub(crate) const SECTION_PART: u8 = 2;
     /// The last pass.
     pub(crate) const SECTION_END: u8 = 3;
@@ -35,7 +35,7 @@ pub(crate) mod configuration {
     pub(crate) const PAGE_BITS: &str = "configuration/target-page-bits";
     pub(crate) const UUID: &str = "configuration/uuid";
     pub(crate) const VERSION: u32 = 1;
-    /// The only capability that changes the stream and is understood here.
+    /// The only capability that changes the stream and is supported here.
     pub(crate) const IGNORE_SHARED: &str = "x-ignore-shared";
 }
 

@@ -11,17 +11,17 @@ use crate::units::{FrameNo, PackNo};
 pub struct BlockHome {
     /// The layer whose pack has the block.
     pub layer: ContentDigest,
-    /// Among the packs of that layer.
+    /// The number of the pack in that layer.
     pub pack: PackNo,
-    /// The frame of that pack.
+    /// The number of the frame in that pack.
     pub frame: FrameNo,
 }
 
 /// The blocks of existing layers by content.
 ///
-/// Only blocks in a layer's *own* packs are taken in, so a new layer refers to where the content is
-/// and never to another reference: no chains to follow, and a layer's `owners` are all that must be
-/// kept for it.
+/// Only blocks in a layer's *own* packs are indexed, so a new layer refers to the pack that has the
+/// content and never to another reference: there are no chains to follow, and a layer's `owners`
+/// are all that must be kept for it.
 #[derive(Clone, Debug, Default)]
 pub struct BlockIndex {
     homes: HashMap<ContentDigest, BlockHome>,
@@ -33,7 +33,7 @@ impl BlockIndex {
         Self::default()
     }
 
-    /// Takes in the layer's own blocks. Content that is known already keeps its home.
+    /// Adds the layer's own blocks. Content that is already known keeps its place.
     pub fn add_layer(&mut self, manifest: &LayerManifest, table: &BlockTable) {
         let own = table.stored().filter(|(_, at)| at.owner == OwnerIndex::OWN);
         for (_, at) in own {
@@ -50,7 +50,7 @@ impl BlockIndex {
         self.homes.get(digest).copied()
     }
 
-    /// Different blocks known.
+    /// Number of different blocks.
     pub fn len(&self) -> usize {
         self.homes.len()
     }

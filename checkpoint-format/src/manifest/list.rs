@@ -1,6 +1,6 @@
-//! Lists of a manifest, not read to their end when they are far too long: an empty text takes three
-//! bytes in a file and twenty-four in memory. What is a little too long is counted and refused by
-//! the validation.
+//! Lists of a manifest. Reading stops when a list is far too long, because an empty text takes
+//! three bytes in a file and twenty-four in memory. The validation refuses a list that is a little
+//! too long, with its length.
 
 use std::fmt;
 use std::marker::PhantomData;

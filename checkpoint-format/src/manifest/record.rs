@@ -35,11 +35,11 @@ pub struct Manifest {
     pub created_at: String,
     /// The version of Stillpoint that took it.
     pub stillpoint_version: String,
-    /// What VM it is.
+    /// The VM's configuration.
     #[serde(rename = "machine")]
     pub vm_record: VmRecord,
-    /// What the guest was doing. None in a checkpoint of a version that did not say: such a VM is
-    /// let run, as that version did. (A reader that skips this does the same with every VM.)
+    /// The guest's run state. None in a checkpoint of an earlier version: such a VM is run, as that
+    /// version did. (A reader that skips this does the same with every VM.)
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run_state: Option<RunState>,
     /// All page spaces that the checkpoint holds.
@@ -97,7 +97,7 @@ pub enum RunState {
 pub struct VmRecord {
     /// The version of the QEMU that ran it.
     pub qemu_version: String,
-    /// Path of the QEMU program on the host of the checkpoint: what a restore tries first.
+    /// Path of the QEMU program on the host of the checkpoint. A restore uses its file name alone.
     pub program: String,
     /// Its versioned name (`pc-q35-10.0`), so that a newer QEMU builds the same VM.
     pub machine_type: String,
@@ -176,8 +176,8 @@ pub struct DiskRecord {
     /// The layers below, top to bottom; a read-only disk's own image is the first.
     #[serde(deserialize_with = "backing_list")]
     pub backing: Vec<LayerRef>,
-    /// How the image was made. The guest cannot see it: a reader that skips it makes an image that
-    /// shows the same.
+    /// How the image was made. The guest cannot see it: if a reader skips it, the image has the
+    /// same content.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qcow2: Option<Qcow2Record>,
 }
@@ -227,10 +227,10 @@ pub struct PackRecord {
     pub replicas: Option<u16>,
 }
 
-/// What the checkpoint moved.
+/// Sums over a checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Totals {
-    /// Pages that the trackers called dirty.
+    /// Pages that were reported as dirty.
     pub pages_dirty: PageCount,
     /// Content of the pages that differ from the parent.
     pub bytes_changed: ByteLen,

@@ -35,7 +35,7 @@ pub const MAX_STATE_LEN: ByteLen = ByteLen(256 << 20);
 pub const MAX_CARRIED_RAM: ByteLen = ByteLen(1 << 30);
 /// Largest page size of any host.
 const MAX_PAGE_SIZE: u64 = 1 << 30;
-/// Most virtual processors that can be meant.
+/// Most vCPUs; a higher number is damage.
 const MAX_VCPUS: u32 = 1 << 16;
 
 pub(super) const MANIFEST: Check = Check("manifest");
@@ -278,7 +278,7 @@ fn is_format(format: &str) -> bool {
 }
 
 /// The shape `2026-01-31T23:59:59Z`, with or without a fraction of the second. Whether the day
-/// exists is not asked.
+/// exists is not checked.
 fn is_rfc3339_utc(text: &str) -> bool {
     const SHAPE: &[u8] = b"0000-00-00T00:00:00";
     const LONGEST_FRACTION: usize = 9;

@@ -11,8 +11,8 @@ use super::error::{EncodeError, PackError, PackPart};
 /// gain a few percent and cost several times the CPU, while the guest wants that CPU too.
 pub const ZSTD_LEVEL: i32 = 1;
 
-/// Compression that saves less than one part in this many is not worth the time to undo it at
-/// restore.
+/// Compression that saves less than one part in this many is not worth the time that decompression
+/// takes at a restore.
 const WORTHWHILE_PART: usize = 32;
 
 /// How the content of a frame is stored.

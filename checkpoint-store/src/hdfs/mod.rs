@@ -1,21 +1,21 @@
-//! A store in HDFS, and what it takes to make one of it.
+//! A store in HDFS, and how HDFS is used to keep the promises of a store.
 //!
 //! - A file is written under a hidden name, synced, closed, renamed without overwriting: HDFS would
 //!   show an open file under its name, keep it there after the writer died, and let a second writer
-//!   at it.
+//!   open it.
 //! - No call creates a missing parent: a directory that was removed stays removed, whatever arrives
 //!   late.
-//! - A stopped NameNode or DataNode leaves calls hanging for ever, so each call is watched for
-//!   progress and dropped when there is none. The request may still be carried out when the node
-//!   wakes up. That is why every unfinished name is used once.
+//! - A stopped NameNode or DataNode leaves calls hanging for ever, so each call has a progress
+//!   timeout. The node may still execute the request when it continues, so every name of an
+//!   unfinished file is used once.
 //! - When an answer is lost, the error says that the effect is unknown; nothing here guesses.
 //! - Directories with an erasure coding policy are refused: with XOR-2-1 and one DataNode killed
-//!   and started again, files that were closed came back as garbage, also to Hadoop's own client,
-//!   and no such file can be synced. A policy is looked for when the store is opened, and again
+//!   and started again, files that were closed had wrong content, also for Hadoop's own client,
+//!   and no such file can be synced. The policy is checked when the store is opened, and again
 //!   with each file, because a directory below may get one later.
-//! - A DataNode lost from a write pipeline is not replaced (there may be no other) but missed: the
-//!   NameNode makes up the copy. A DataNode that is dead when a block is opened fails the put; the
-//!   retry policy of the repository deals with it.
+//! - A DataNode lost from a write pipeline is not replaced (there may be no other); the NameNode
+//!   makes the missing replica later. A DataNode that is dead when a block is opened fails the put;
+//!   the retry policy of the repository deals with it.
 
 mod errors;
 mod read;
@@ -49,14 +49,14 @@ const DIR_MODE: u32 = 0o750;
 pub struct HdfsOptions {
     /// How long the NameNode may take to answer.
     pub call_timeout: Duration,
-    /// How long a transfer may be stopped. Reads turn to another copy after a third of it.
+    /// How long a transfer may be stopped. Reads switch to another replica after a third of it.
     pub stall_timeout: Duration,
     /// Whether the DataNodes sync to disk before a put counts as done. Without, a power cut of all
     /// of them at once can lose a file that was stored. Not possible for erasure-coded files, which
     /// are refused.
     pub sync: bool,
-    /// Bytes in an HDFS block; a multiple of 1 MiB. A pack that fits into one has one chance less
-    /// to meet a dead node.
+    /// Bytes in an HDFS block; a multiple of 1 MiB. A pack that fits into one block
+    /// depends on fewer DataNodes.
     pub block_size: u64,
     /// Client configuration that overrides the user's Hadoop configuration.
     pub config: Vec<(String, String)>,
@@ -108,7 +108,7 @@ impl HdfsStore {
         self.url.path_of(path)
     }
 
-    /// One or a few questions to the NameNode.
+    /// One or a few calls to the NameNode.
     async fn call<T: Send + 'static>(
         &self,
         op: Op,
@@ -166,7 +166,7 @@ impl HdfsStore {
     }
 }
 
-/// What we need of the client whatever the user's configuration says, then what our caller says.
+/// Settings that override the user's configuration: ours, then the caller's.
 fn configuration(url: &HdfsUrl, options: &HdfsOptions) -> Vec<(String, String)> {
     let socket_timeout = (options.stall_timeout / 3).max(Duration::from_millis(100));
     let mut config = vec![
@@ -256,7 +256,7 @@ impl Store for HdfsStore {
         }
         let result = read::transfer(self, Op::ReadRange, path, &reader, offset, len).await;
         if result.is_err() {
-            // The copies may have moved since the reader was made.
+            // The replicas may have moved since the reader was made.
             self.readers.forget(path);
         }
         result
@@ -320,7 +320,7 @@ impl Store for HdfsStore {
         self.call(Op::Remove, path, Effect::Idempotent, call).await.map(|_| ())
     }
 
-    /// The client does not tell a file's policy, but the NameNode sets the replication of
+    /// The client does not report a file's policy, but the NameNode sets the replication of
     /// replicated files only.
     async fn check_redundancy(&self) -> Result<()> {
         let root = StorePath::root();

@@ -16,9 +16,9 @@ use crate::error::{Op, Result, StoreError};
 use crate::path::StorePath;
 
 const IO_THREADS: usize = 2;
-/// How often a task is looked at before it counts as standing still; it may be noticed one look
+/// How often a task is polled within its limit; that it makes no progress may be detected one poll
 /// late.
-const LOOKS_PER_LIMIT: u32 = 8;
+const POLLS_PER_LIMIT: u32 = 8;
 
 pub(super) fn runtime() -> io::Result<Handle> {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
@@ -71,7 +71,7 @@ pub(super) async fn watched<T: Send + 'static>(
     let mut task = AbortOnDrop(handle.spawn(work));
     let (mut seen, mut since) = (progress.steps(), Instant::now());
     loop {
-        match tokio::time::timeout(limit / LOOKS_PER_LIMIT, &mut task.0).await {
+        match tokio::time::timeout(limit / POLLS_PER_LIMIT, &mut task.0).await {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(join)) => {
                 return Err(StoreError::failed(op, path, format!("the HDFS client broke: {join}")));

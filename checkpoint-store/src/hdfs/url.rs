@@ -1,4 +1,4 @@
-//! Where in which HDFS.
+//! An HDFS URL: the cluster, and the directory in it.
 
 use crate::error::{Result, StoreError};
 use crate::path::StorePath;

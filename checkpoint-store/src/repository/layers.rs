@@ -6,8 +6,8 @@
 //! An interrupted upload leaves its partial directory. The next upload, of any layer, removes the
 //! partial directories that no process can need: those of layers that are there, and those where
 //! nothing was stored for a day by the store's own clock (the new upload's directory shows the
-//! time). An upload that still runs but was considered dead finds its directory gone, fails, and
-//! looks again.
+//! time). An upload that still runs but was considered dead finds its directory gone and fails;
+//! the next checkpoint begins it again.
 
 use std::collections::HashSet;
 use std::time::SystemTime;

@@ -24,8 +24,8 @@ pub struct ContentRange {
     pub content: Content,
 }
 
-/// In an export of a fleecing overlay: 1 is the overlay, 2 the disk. More is a layer, stored on its
-/// own.
+/// Allocation depths that belong to the disk in an export of a fleecing overlay: 1 is the overlay,
+/// 2 the disk. Greater depths are layers, which are stored by themselves.
 const OWN_DEPTHS: std::ops::RangeInclusive<u32> = 1..=2;
 
 /// Combines the two contexts of a capture over a window: `allocation` (`base:allocation`) tells
@@ -106,7 +106,7 @@ impl Output {
         self.emit(whole_end, self.up(end), Content::Data);
     }
 
-    /// Only data can overlap what is there, and only data: zero runs were cut to whole pieces.
+    /// Two runs overlap only if both are data: zero runs were cut to whole pieces.
     fn emit(&mut self, start: u64, end: u64, content: Content) {
         if start >= end {
             return;

@@ -56,7 +56,7 @@ pub(super) const CHUNK_STATUS: u16 = 5;
 pub(super) const CHUNK_ERROR_BIT: u16 = 1 << 15;
 pub(super) const CHUNK_ERROR_OFFSET: u16 = CHUNK_ERROR_BIT | 2;
 
-/// Reads big-endian numbers off the front of a slice.
+/// Reads big-endian numbers from the front of a slice.
 pub(super) struct Fields<'a>(pub(super) &'a [u8]);
 
 impl<'a> Fields<'a> {

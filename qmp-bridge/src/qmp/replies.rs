@@ -1,8 +1,8 @@
 //! What QEMU's replies hold, as far as it is read: each command once, with the type of its reply.
 //!
 //! The types have QEMU's names, so that its documentation of QMP is found by them. Fields that are
-//! not read are not here, so a QEMU that has more of them, or other ones, is understood. A field
-//! that is missing or of another type is an error; an `Option` says what its absence means. Words
+//! not read are not here, so a QEMU that has more of them, or other ones, is accepted. A field
+//! that is missing or of another type is an error; an `Option` says what its absence means. Values
 //! of enumerations stay text where they are only compared or shown: QEMU gets new ones.
 
 use std::fmt;
@@ -42,7 +42,7 @@ queries! {
     query_block_exports: "query-block-exports" => Vec<BlockExportInfo>;
     /// Jobs on block devices.
     query_block_jobs: "query-block-jobs" => Vec<BlockJobInfo>;
-    /// How block nodes, devices and jobs stand on one another.
+    /// Which block nodes, devices and jobs use which nodes.
     query_block_graph: "x-debug-query-block-graph" => BlockGraph;
     /// Character devices.
     query_chardev: "query-chardev" => Vec<ChardevInfo>;
@@ -120,7 +120,7 @@ impl QmpEvent {
     }
 }
 
-/// Reads what QEMU says to a command, or with an event.
+/// Reads QEMU's reply to a command, or the data of an event.
 pub(crate) fn parse<T: DeserializeOwned>(command: &str, reply: Value) -> Result<T, QmpError> {
     serde_path_to_error::deserialize(reply).map_err(|error| QmpError::Reply {
         command: command.into(),
@@ -129,7 +129,7 @@ pub(crate) fn parse<T: DeserializeOwned>(command: &str, reply: Value) -> Result<
     })
 }
 
-/// What a monitor says first.
+/// The greeting of a monitor.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Greeting {
     /// QEMU's version.
@@ -161,30 +161,30 @@ pub struct JobInfo {
     pub id: String,
     /// `create`, `backup` or another kind.
     pub r#type: String,
-    /// How far it is.
+    /// Its status.
     pub status: JobStatus,
     /// Why it failed; none while it runs, and when it did not.
     pub error: Option<String>,
 }
 
-/// How far a job is.
+/// The status of a job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum JobStatus {
-    /// At work.
+    /// It runs.
     Running,
-    /// Over, and waits to be dismissed.
+    /// It has ended and waits to be dismissed.
     Concluded,
-    /// On its way out.
+    /// It failed or was cancelled, and cleans up.
     Aborting,
-    /// Gone.
+    /// It was dismissed.
     Null,
-    /// By QEMU's word.
+    /// Another status, by QEMU's name.
     #[serde(untagged)]
     Other(String),
 }
 
-/// QEMU's word.
+/// QEMU's name of the status.
 impl fmt::Display for JobStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.serialize(f)
@@ -196,7 +196,7 @@ impl fmt::Display for JobStatus {
 pub struct ChardevInfo {
     /// Its id.
     pub label: String,
-    /// What is behind it, in QEMU's words.
+    /// What is behind it, as QEMU describes it.
     pub filename: String,
 }
 
@@ -240,7 +240,7 @@ pub struct FdsetInfo {
 pub struct FdsetFdInfo {
     /// Its number in QEMU.
     pub fd: i32,
-    /// What its giver called it; none where it was given no name.
+    /// The name that its sender gave it, if any.
     pub opaque: Option<String>,
 }
 

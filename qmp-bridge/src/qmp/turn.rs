@@ -1,15 +1,15 @@
-//! Whose turn it is to have a capture in a QEMU.
+//! A lock: one QEMU has one capture at a time.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::OwnedMutexGuard;
 
-/// Of one connection.
+/// The lock of one connection.
 #[derive(Debug, Default)]
 pub(crate) struct CaptureTurn {
     turn: Arc<tokio::sync::Mutex<()>>,
-    /// The directory that keeps the holder from its clean-up.
+    /// The hung directory for which the holder waits before it cleans up.
     hung: Mutex<Option<PathBuf>>,
 }
 
@@ -23,7 +23,7 @@ impl CaptureTurn {
         self.hung.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The holder says what it waits for, or that it does not any more.
+    /// Records for which directory the holder waits; `None` when it no longer does.
     pub(crate) fn set_hung(&self, directory: Option<PathBuf>) {
         *self.hung.lock().unwrap_or_else(PoisonError::into_inner) = directory;
     }

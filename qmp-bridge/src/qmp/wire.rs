@@ -30,23 +30,23 @@ const MAX_PENDING: usize = 1024;
 /// How long QEMU may leave our lines unread with its socket buffer full before the connection
 /// counts as dead.
 const WRITE_TIMEOUT_MS: u16 = 5_000;
-/// Pause between two looks for the reply of a lingering command.
+/// Interval between two checks for the reply of a lingering command.
 const LINGER_LOOK: Duration = Duration::from_micros(200);
-/// How far into the unread bytes those looks go; events before the reply have some hundred bytes.
+/// How many unread bytes those checks read; events before the reply have some hundred bytes.
 const PEEKED: usize = 64 << 10;
 /// Pause between attempts to reach a socket that is not there yet.
 const CONNECT_RETRY: Duration = Duration::from_millis(5);
-/// A socket that refuses for so long was left by a QEMU that is gone: between bind(2) and listen(2)
-/// are microseconds.
+/// A socket that refuses connections for so long was left by a QEMU that has ended: bind(2) and
+/// listen(2) are only microseconds apart.
 const DESERTED: Duration = Duration::from_secs(2);
 /// A listening socket younger than this is left alone.
 ///
 /// While QEMU (all versions known) starts, the main thread watches a `server=on,wait=off` socket
 /// from the moment it is bound, and hands it over to the monitor's thread a little later, without a
-/// lock. To a client that comes in between one of these happens, about once in a thousand starts of
-/// a host with more to do than processors: both threads accept, and one waits in accept(2) for
-/// ever; both then read the connection, byte by byte, and no command arrives whole; or the client
-/// is greeted twice. The local migration takes less than a millisecond of a free processor.
+/// lock. To a client that connects in between, one of these happens, about once in a thousand
+/// starts on an overloaded host: both threads accept, and one waits in accept(2) for ever; both
+/// then read the connection, byte by byte, and no command arrives whole; or the client is greeted
+/// twice. The migration to the other thread takes less than a millisecond on an idle CPU.
 const SETTLING: Duration = Duration::from_millis(250);
 
 /// What QEMU said to a command, and when that was read.
