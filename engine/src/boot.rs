@@ -1,6 +1,6 @@
-//! An ordinary QEMU command line becomes a VM that can be checkpointed: everything up to the `exec`
-//! by which the process that asked *becomes* QEMU: same pid, same terminal, same exit status. So a
-//! wrapper can put it where QEMU stood.
+//! Turns an ordinary QEMU command line into a managed VM: everything up to the `exec` by which the
+//! calling process *becomes* QEMU, with the same pid, terminal and exit status. So a wrapper can
+//! take the place of QEMU's program.
 
 use crate::progress::Progress;
 use crate::stores;
@@ -33,14 +33,14 @@ pub struct Request {
     pub arguments: Vec<String>,
 }
 
-/// A VM whose runtime directory and memory are there, and whose QEMU is not.
+/// A VM whose runtime directory and memory exist, and whose QEMU does not run yet.
 pub struct Prepared {
     /// Where its sockets, logs and records are.
     pub runtime: RuntimeDir,
     vm: VmFile,
     memory: GuestMemory,
     plugin: PathBuf,
-    /// What its first start alone has on the command line.
+    /// Arguments of its first start only, which are not saved.
     first: Vec<String>,
 }
 
@@ -117,7 +117,7 @@ fn describe(
     Ok((vm, first))
 }
 
-/// Before the guest starts: what the tracker needs of this kernel, and of our rights.
+/// Checks, before the guest starts, that the kernel and our rights let the tracker work.
 fn check_host() -> Result<()> {
     let host = HostSupport::probe();
     if host.can_track {
@@ -143,7 +143,7 @@ fn refuse_running(runtime: &RuntimeDir) -> Result<()> {
     let _free = runtime.lock_helper()?;
     launch::refuse_half_restored(runtime)?;
     for socket in [runtime.qmp(), runtime.plugin(), runtime.control(), runtime.nbd()] {
-        // Left by a VM that is gone; QEMU makes them again.
+        // Left by a VM that has ended; QEMU makes them again.
         let _ = std::fs::remove_file(socket);
     }
     Ok(())

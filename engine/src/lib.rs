@@ -1,10 +1,10 @@
-//! Checkpoints of running VMs: [`checkpoint`] takes them, [`restore`] brings one back, [`boot`]
+//! Checkpoints of running VMs: [`checkpoint`] takes them, [`restore`] restores one, [`boot`]
 //! prepares a new VM and [`adopt`] moves an external one into a managed QEMU, [`verify`] reads back
-//! what is stored and [`proof`] restores it in a sandbox and compares, [`doctor`] finds out what a
-//! host can do; [`layers`] and [`pack`] carry data, [`lineage`] is a
-//! checkpoint with its ancestors.
+//! what is stored and [`proof`] restores it in a sandbox and compares, [`doctor`] checks what a
+//! host can do; [`layers`] and [`pack`] store and read data, [`lineage`] is a checkpoint with its
+//! ancestors.
 //!
-//! Nothing here prints or parses arguments; the crate `stillpoint` does. How far work is goes to a
+//! Nothing here prints or parses arguments; the crate `stillpoint` does. Progress is reported to a
 //! [`progress::Progress`].
 
 #![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]

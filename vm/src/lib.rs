@@ -1,7 +1,7 @@
 //! What is known of one running VM: its QEMU (program, process, command line, monitor), its memory
-//! and disks, and the runtime directory in which that is kept. [`launch`] makes an ordinary command
-//! line one of a managed VM, [`external`] finds out the same of a QEMU that runs, [`running::Vm`]
-//! is either with a helper attached.
+//! and disks, and the runtime directory in which that is kept. [`launch`] turns an ordinary command
+//! line into that of a managed VM, [`external`] reads the same facts from a QEMU that Stillpoint
+//! did not start, [`running::Vm`] is a VM of either kind with a helper attached.
 //!
 //! Nothing here takes or restores a checkpoint; the crate `engine` does.
 

@@ -1,4 +1,5 @@
-//! After the decision: the new QEMU is the VM, and the old one goes. Every step can be done twice.
+//! After the decision: the new QEMU is the VM, and the old one is ended. Every step can be
+//! repeated.
 
 use super::destination;
 use super::line::Later;
@@ -12,11 +13,11 @@ use std::future::ready;
 use std::time::Duration;
 use vm::runtime_dir::RuntimeDir;
 
-/// What the old QEMU gets to end in order; it has no guest any more.
+/// Time for the old QEMU to end in order; it has no guest any more.
 const QUIT: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
-/// `source`: the old QEMU's monitor, if it still answers. Tells what could not be carried over.
+/// `source`: the old QEMU's monitor, if it still answers. Returns notes on what could not be moved.
 pub(super) async fn finish(
     record: &Record,
     runtime: &RuntimeDir,
@@ -28,7 +29,7 @@ pub(super) async fn finish(
     runtime.forget_exact_marks()?;
     runtime.save_vm(&record.file)?;
     end_source(record.source, source).await?;
-    // What its owner had set for migrations, and nothing of this one.
+    // The owner's settings for migrations replace those of this one.
     if let Err(error) = record.found.give_to(destination).await {
         tracing::warn!(%error, "the new QEMU's migration settings are not those of the old one");
     }
@@ -38,7 +39,7 @@ pub(super) async fn finish(
     Ok(notes)
 }
 
-/// Tells the network where the VM is now; a VM without a network does not mind.
+/// Announces on the network where the VM is now; without a network nothing is done.
 async fn announce(destination: &Qmp) {
     let arguments = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
     if let Err(error) = destination.execute_json("announce-self", arguments).await {
@@ -59,7 +60,7 @@ async fn end_source(process: Process, monitor: Option<&Qmp>) -> Result<()> {
     destination::end(process).await.context("ending the old QEMU")
 }
 
-/// Sockets get their own names, ports are forwarded: the old QEMU has let go of them.
+/// Renames sockets and forwards ports, which the old QEMU has released.
 async fn take_over(later: &Later, destination: &Qmp) -> Vec<String> {
     let mut notes = Vec::new();
     for socket in later.sockets.iter().filter(|socket| socket.waits.exists()) {

@@ -1,4 +1,4 @@
-//! An adoption that came to nothing, or whose helper was killed: exactly one of the two QEMUs
+//! Ends an adoption that failed, or whose helper was killed: exactly one of the two QEMUs
 //! continues.
 
 use super::destination;
@@ -14,7 +14,7 @@ use std::time::Duration;
 use vm::error::{EngineError, InPhase, Phase, explain, refused};
 use vm::runtime_dir::RuntimeDir;
 
-/// A QEMU that runs greets at once; one whose load is under way, as soon as it can.
+/// A running QEMU sends its greeting at once, one that loads a state when it has finished.
 const ANSWER: Duration = Duration::from_secs(30);
 
 /// Completes or undoes an adoption that an earlier helper of this runtime directory began; does
@@ -135,7 +135,7 @@ async fn undo(
 fn died(record: &Record) -> Error {
     let name = &record.file.name;
     refused(format!(
-        "{name} died while it was adopted; 'stillpoint restore {name} --store {}' brings it back as of its last checkpoint",
+        "{name} died while it was adopted; 'stillpoint restore {name} --store {}' restores its last checkpoint",
         record.file.store
     ))
 }

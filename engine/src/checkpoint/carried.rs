@@ -1,17 +1,17 @@
-//! What a failed checkpoint has stored counts for the next one.
+//! The packs of a failed checkpoint are used by the next one.
 //!
-//! A first checkpoint of a large disk stores for hours and may fail late: the store goes away, the
-//! guest overwrites more than the fleecing overlays have room for. The packs that the store has
-//! acknowledged until then stay in the partial directory. The helper's next checkpoint gives that
-//! directory a name of its own, and the packs are its first ones: later records override theirs, as
-//! within any checkpoint. So nothing has to be known of the earlier try but the packs, and they say
-//! themselves what they hold: their indexes are read again, which also shows that they are there.
+//! The first checkpoint of a large disk takes hours and may fail late: the store becomes
+//! unreachable, or the guest overwrites more than the fleecing overlays have room for. The packs
+//! that the store has acknowledged until then stay in the partial directory. The helper's next
+//! checkpoint renames that directory, and the packs are its first ones: later records override
+//! theirs, as within any checkpoint. Nothing else of the earlier try is needed: the indexes of the
+//! packs list what they hold, and reading them again shows that they are there.
 //!
-//! A record of an earlier try is right only if this one has looked at its page: then the page is
+//! A record of an earlier try is right only if this one has compared its page: then the page is
 //! equal, or it is stored again. What the earlier try claimed was restored, so it is dirty again.
-//! Beyond that, pages of a disk that nothing else asks for are read because they are in a carried
-//! pack ([`Resumed::window`]), and a commit with carried memory that was not offered is refused
-//! ([`Delta::unconfirmed`]).
+//! Beyond that, pages of a disk that would not be read otherwise are read because they are in a
+//! carried pack ([`Resumed::window`]), and a commit with carried memory that was not offered is
+//! refused ([`Delta::unconfirmed`]).
 //!
 //! Digests of memory go into the tables, where there is room for all of them. Those of disks are
 //! read part by part as the disk is, so that the size of a disk costs nothing.
@@ -28,7 +28,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use tokio::sync::Mutex;
 
-/// Less than this is stored again as quickly as it is looked up.
+/// Less than this is stored again as quickly as it is compared.
 pub(super) const WORTH_KEEPING: ByteLen = ByteLen(16 << 20);
 
 /// A manifest has to hold them and as many more: 768 GiB.

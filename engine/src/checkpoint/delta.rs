@@ -1,13 +1,14 @@
 //! What differs from the parent, page by page, as jobs for the packer.
 //!
-//! Each space has a table of digests: what a restore of the parent, plus what this checkpoint has
-//! stored so far, would give. A page is stored when its digest is not the table's, and the table
-//! then takes the new one. So a page that was written with its old content costs nothing, and one
-//! that was stored in a pre-copy pass and changed again is stored again, also when it went back to
-//! what the parent holds.
+//! Each space has a table of digests: those of the pages that a restore of the parent, plus what
+//! this checkpoint has stored so far, would have. A page is stored when its digest is not the
+//! table's, and the table then takes the new one. So a page that was written with its old content
+//! costs nothing, and one that was stored in a pre-copy pass and changed again is stored again,
+//! also when it went back to what the parent holds.
 //!
-//! When the checkpoint fails, the tables tell of pages that no checkpoint holds: [`Delta::fail`]
-//! forgets them. What a failed try has stored all the same is "stored so far" for the next one
+//! When the checkpoint fails, the tables have digests of pages that no checkpoint holds:
+//! [`Delta::fail`] forgets them. The packs that a failed try has stored are "stored so far" for the
+//! next one
 //! ([`Delta::carry`]): memory in the tables, a disk's part that is being read in a [`Window`].
 
 use super::staging::SpaceNumber;
@@ -69,7 +70,7 @@ impl Space {
         carried.map_or_else(|| self.table.holds(page, digest), |carried| carried == digest)
     }
 
-    /// The pages were looked at: what a pack of an earlier try holds of them is confirmed or
+    /// The pages were compared: what a pack of an earlier try holds of them is confirmed or
     /// overridden.
     fn confirm(&mut self, pages: PageRange) {
         self.carried.unconfirmed.iter_mut().for_each(|left| left.remove_range(pages));
@@ -320,7 +321,7 @@ impl Delta {
         self.missed.0 += passed.map_or(0, |window| window.left().0);
     }
 
-    /// Nothing is known of what any memory page holds: a full checkpoint begins.
+    /// Forgets the digests of all memory pages: a full checkpoint begins.
     pub(super) fn forget_memory(&mut self) {
         let memory = self.spaces.iter_mut().filter(|space| space.name.kind() == SpaceKind::Ram);
         memory.for_each(|space| space.table.truncate(PageCount(0)));
@@ -349,7 +350,7 @@ impl Delta {
         self.spaces[usize::from(space)].table.truncate(pages);
     }
 
-    /// Whether the page is news.
+    /// Whether the page differs and must be stored.
     fn take(&mut self, space: SpaceNumber, page: PageIndex, digest: PageDigest) -> bool {
         let space = &mut self.spaces[usize::from(space)];
         let is_held = space.holds(page, digest);

@@ -1,9 +1,8 @@
-//! A guest that does not run, in a QEMU without our plugin: it is read as it stands, and nothing is
-//! ordered of QEMU that would change its run state. What `pre-copy passes` and `pause` are for
-//! others.
+//! The memory of a guest that does not run, in a QEMU without our plugin: read from QEMU's process,
+//! without any command that would change the run state. Replaces `pre-copy` and `pause`.
 //!
-//! No guest waits for it, so it may take its time. If its owner lets it run meanwhile, the
-//! checkpoint fails.
+//! The guest does not wait for it, so there is no time limit. If the owner resumes the guest
+//! meanwhile, the checkpoint fails.
 
 use super::buffers::{Aborted, Buffers, blocking};
 use super::delta::Delta;
@@ -62,7 +61,7 @@ impl ProcessMemorySource {
         let entrance = context.packer.entrance();
         let taken = take(buffers, disks, &paused, &state_file, memory, entrance).await;
         let ended =
-            paused.resume().await.map(drop).context("looking whether the guest was left alone");
+            paused.resume().await.map(drop).context("checking that the guest was not resumed");
         context.phases.since("memory", begun);
         let (buffers, disks, pages_dirty) = taken?;
         if let Err(error) = ended {
@@ -98,7 +97,7 @@ async fn take(
     entrance: Entrance,
 ) -> Result<(Buffers, CapturedDisks, PageCount), NotTaken> {
     if paused.before().is_live() {
-        let error = anyhow!("the guest was let run since this checkpoint began; take it again");
+        let error = anyhow!("the guest was resumed since this checkpoint began; take it again");
         return Err(NotTaken::before(Aborted::new(error, buffers), disks));
     }
     let disks = match capture_disks(disks, paused).await {

@@ -6,14 +6,14 @@
 //! prepare      guest runs    engine, writer epoch, layers, fleecing overlays, room for the copies
 //! precopy      guest runs    live copies, each after a brief stop
 //! pause        guest paused  scan, copy, disk transaction, device state
-//! (stream      instead of precopy and pause, where QEMU's own migration brings the memory)
+//! (stream      instead of precopy and pause, if memory comes by QEMU's own migration)
 //! upload       guest runs    compare, compress, store; disks over NBD
 //! commit       guest runs    manifest, one rename
 //! acknowledge  guest runs    claims, bitmaps, tables
 //! ```
 //! Between `prepare` and `acknowledge` each phase is a type that owns its data (`underway`), and
 //! becomes the next one. When one fails, `Checkpointer::fail` restores the dirty set that the
-//! checkpoint claimed, and the next checkpoint carries it. `source` is the seam to what brings the
+//! checkpoint claimed, and the next checkpoint carries it. `source` is the trait of what reads
 //! memory.
 
 mod acknowledge;

@@ -1,4 +1,4 @@
-//! What a checkpoint tells about itself: the JSON of `stillpoint checkpoint --json`.
+//! The result of a checkpoint: the JSON of `stillpoint checkpoint --json`.
 
 use anyhow::Error;
 use checkpoint_format::CheckpointId;
@@ -11,7 +11,7 @@ use vm::error::{EngineError, Phase};
 /// A checkpoint that was taken, or was not needed: what it holds, cost and stored.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// The checkpoint's number; of the parent when nothing changed.
+    /// The checkpoint's ID; that of the parent when nothing changed.
     pub id: CheckpointId,
     /// The checkpoint that it is relative to; none for a full one.
     pub parent: Option<CheckpointId>,
@@ -20,19 +20,19 @@ pub struct Outcome {
     /// Where the memory came from: `tracker`, `pre-copy`, `background-snapshot`, `stopped` or
     /// `process-memory`.
     pub engine: String,
-    /// What the guest was doing, in QEMU's word: `running`, `paused`, …
+    /// The guest's run state, by QEMU's name: `running`, `paused`, …
     #[serde(default)]
     pub run_state: String,
     /// RFC 3339, UTC.
     pub started_at: String,
-    /// From the order to stop until the guest ran again, in milliseconds.
+    /// From the command `stop` until the guest ran again, in milliseconds.
     pub pause_ms: f64,
     /// Live passes before the pause; each has a pause of its own, in `brief_stops_ms`.
     #[serde(rename = "rounds")]
     pub passes: usize,
     /// The brief stops before those passes, in order, in milliseconds.
     pub brief_stops_ms: Vec<f64>,
-    /// Pages written since the parent, whatever was written.
+    /// Pages written since the parent, also those with the same content as before.
     pub pages_dirty: u64,
     /// Pages whose content differs from the parent's, in bytes.
     pub bytes_changed: u64,
@@ -47,11 +47,11 @@ pub struct Outcome {
     pub layer_bytes_stored: u64,
     /// From the request until another host can restore it, in milliseconds.
     pub durable_ms: f64,
-    /// Replicas of the pack that has fewest; absent where the store does not say.
+    /// Replicas of the pack that has the fewest; absent if the store does not report them.
     pub replicas: Option<u16>,
     /// Milliseconds in each phase, by its name.
     pub phases: BTreeMap<String, f64>,
-    /// What the operator should know though all went well.
+    /// What the operator should know although the checkpoint succeeded.
     pub notes: Vec<String>,
 }
 

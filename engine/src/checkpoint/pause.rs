@@ -1,8 +1,8 @@
 //! The tracker engine's memory, and phase `pause`: what happens between `stop` and `cont`.
 //!
-//! The pause does two things side by side: a thread scans, protects and copies memory; QMP takes
-//! the disks' instant in one transaction and writes the device state to a file. The guest runs
-//! again when both are done, whatever they did.
+//! The pause does two things side by side: a thread scans, protects and copies memory; QMP captures
+//! the disks in one transaction and writes the device state to a file. The guest runs again when
+//! both have ended, whatever their results.
 
 use super::buffers::{Aborted, Buffers, OrKeep, blocking};
 use super::outcome::{Phases, milliseconds};
@@ -31,7 +31,7 @@ use vm::running::lock;
 const LATE_PASSES: u32 = 3;
 const MOST_LATE_PAGES: PageCount = PageCount(256);
 
-/// The pages that the kernel saw written.
+/// The pages that the kernel recorded as written.
 pub(super) struct TrackerSource {
     pub qmp: Qmp,
     /// For the file of the device state.
@@ -245,7 +245,8 @@ struct Ended {
     pause: Duration,
 }
 
-/// Of several errors the first in this order is why; a claim that is dropped restores its pages.
+/// Of several errors the first in this order is returned; a claim that is dropped restores its
+/// pages.
 fn conclude(
     copied: Result<(Copies, Duration), Aborted<Copies>>,
     devices: Result<Devices>,

@@ -1,9 +1,9 @@
 //! Copying dirty pages: pre-copy passes while the guest runs, and the copy inside the pause.
 //!
 //! A pre-copy pass begins with a brief stop (`stop`, scan and protect, `cont`), because a page
-//! under block I/O can be written without a fault when it is protected under a running guest. What
-//! it took is then copied while the guest runs; a page that the guest changes meanwhile is dirty
-//! again and comes again.
+//! under block I/O can be written without a fault when it is protected under a running guest. The
+//! pages that it claimed are then copied while the guest runs; a page that the guest changes
+//! meanwhile is dirty again and is claimed again.
 
 use super::buffers::{Aborted, Buffers, OrKeep, blocking};
 use super::delta::Delta;
@@ -25,11 +25,11 @@ use vm::running::lock;
 
 /// Pre-copy passes that a checkpoint may make; what is left then is copied in the pause.
 pub(super) const MAX_PASSES: usize = 6;
-/// What the pause may copy without a pass before it: 16 MiB take about 4 ms.
+/// Dirty pages that are copied in the pause without another pass: 16 MiB take about 4 ms.
 pub(super) const PAUSE_PAGES: PageCount = PageCount(4096);
 /// A pause that would copy more than this is not begun: about 100 ms of copying.
 const MOST_PAUSE_PAGES: PageCount = PageCount(96 * 256);
-/// A pass that leaves more than this share of what it took is not worth another.
+/// If a pass leaves more than this share of the pages that it claimed, no further pass follows.
 const WORTH: f64 = 0.7;
 
 /// What a claim took from each RAM space, by number.

@@ -1,5 +1,5 @@
-//! Phase `prepare`: all that can be done while the guest runs, so that the pause has nothing to
-//! wait for.
+//! Phase `prepare`: all that can be done while the guest runs, so that the pause does not wait for
+//! it.
 
 use super::base::{Base, Chains, History};
 use super::buffers::Buffers;
@@ -119,7 +119,7 @@ impl Checkpointer {
         let disks = PreparedDisks::prepare(&self.vm.qmp, &drives.disks, plan)
             .await
             .context("preparing the disks")?;
-        let outlook = disks.outlook().await.context("looking what the disks will need")?;
+        let outlook = disks.outlook().await.context("estimating what the disks will need")?;
         tracing::info!(?outlook, "what the disks will need");
         let (partial, earlier) = self.begin_partial(session, history).await?;
         let boot_files =
@@ -138,15 +138,16 @@ impl Checkpointer {
             );
             (self.store, self.base, self.carried) = (None, None, None);
         }
-        // A store that has this VM's checkpoints is there already; where it is missing, its file
-        // system is not mounted, say.
+        // A store that has this VM's checkpoints must exist. If it does not, its file system may
+        // not be mounted.
         let mode =
             if is_full || self.marks.is_none() { Mode::CreateIfMissing } else { Mode::MustExist };
         let session = StoreSession::open(&self.vm.file, &self.vm.runtime, mode, Force::No).await?;
         Ok(self.store.insert(session).clone())
     }
 
-    /// Once per helper, and after a failure: what was left in QEMU, a stopped guest first of all.
+    /// Once per helper, and after a failure: resumes a guest that was left stopped, then removes
+    /// what was left in QEMU.
     ///
     /// # Errors
     /// When QEMU does not answer or refuses; the next call tries again.
@@ -162,7 +163,7 @@ impl Checkpointer {
         let journal = self.vm.runtime.migration_journal();
         migration::recover(&self.vm.qmp, &journal)
             .await
-            .context("taking back an earlier helper's migration")?;
+            .context("undoing an earlier helper's migration")?;
         let places = CapturePlaces {
             fleecing_dir: &self.vm.file.fleecing,
             nbd_socket: &self.vm.runtime.nbd(),
@@ -173,7 +174,7 @@ impl Checkpointer {
         Ok(())
     }
 
-    /// What is wanted, if it can be had.
+    /// The engine that is wanted, if it can be used.
     async fn choose_engine(&mut self, choice: Choice) -> Result<Chosen> {
         let there = self.vm.file.external.as_ref();
         let engine = choice.engine.or(there.map(|there| there.engine)).unwrap_or_default();
@@ -329,7 +330,7 @@ impl Checkpointer {
         Ok((Arc::new(partial), Vec::new()))
     }
 
-    /// A store that fails now may have the packs when it is asked again.
+    /// A store that fails now may have the packs at the next try.
     fn keep_earlier(
         &mut self,
         partial: Arc<PartialCheckpoint>,
@@ -381,7 +382,7 @@ fn room_note(outlook: Outlook) -> Option<String> {
     })
 }
 
-/// A guest that is stopped longer than usual is worth a word.
+/// A note if the guest is stopped for longer than usual.
 fn notes(chosen: Chosen) -> Vec<String> {
     Some(chosen)
         .filter(|chosen| chosen.engine == Engine::Stopped)

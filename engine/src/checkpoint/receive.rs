@@ -1,10 +1,10 @@
 //! The stream engine's memory: pages as QEMU's migration sends them, compared with what the last
 //! checkpoint holds.
 //!
-//! A thread reads the stream. A page that is what the tables say is dropped at once; another is
-//! staged, where a later copy of it replaces the earlier one, so that a page that the guest writes
-//! again and again is stored once. When the staging memory fills up it is sent on its way, unless
-//! the guest waits for us: then there must be room left.
+//! A thread reads the stream. A page whose digest is that of the tables is dropped at once; any
+//! other page is staged, where a later copy of it replaces the earlier one, so that a page that the
+//! guest writes repeatedly is stored once. When the staging memory fills up, its pages are stored;
+//! not while the guest waits for us: then there must be room left.
 
 use super::buffers::Buffers;
 use super::delta::Delta;
@@ -29,11 +29,11 @@ const RESERVE: PageCount = PageCount((64 << 20) / PAGE_SIZE as u64);
 pub(super) struct Receiver {
     pub buffers: Buffers,
     entrance: Entrance,
-    /// Nothing may wait for the store now: the guest is stopped for as long as the thread takes.
+    /// The thread must not wait for the store now: the guest is stopped until the thread has ended.
     guest_waits: Arc<AtomicBool>,
     /// Spaces of the stream's RAM blocks.
     blocks: Vec<SpaceNumber>,
-    /// By space: pages that came at all, and pages that are staged.
+    /// By space: pages that the stream had, and pages that are staged.
     seen: Vec<PageSet>,
     staged: Vec<PageSet>,
     /// Pages that were not what the last checkpoint holds.
@@ -140,7 +140,8 @@ impl Receiver {
         Ok(())
     }
 
-    /// A page that never came would silently be that of the last checkpoint.
+    /// Without this check a page that the stream lacks would silently be that of the last
+    /// checkpoint.
     fn check_complete(&mut self) -> Result<()> {
         for (number, seen) in self.seen.iter().enumerate() {
             let missing = seen.len().0 - seen.count().0;

@@ -1,6 +1,6 @@
-//! Where a checkpoint's memory comes from: the seam between the phases and the engines.
+//! Where a checkpoint's memory comes from: the trait between the phases and the engines.
 //!
-//! A source takes memory, disks and device state of one instant. The phases before it (what the
+//! A source captures memory, disks and device state of one instant. The phases before it (what the
 //! checkpoint builds on) and after it (upload, commit, acknowledge) are the same for all of them.
 
 use super::Report;
@@ -17,13 +17,14 @@ use qmp_bridge::{Paused, RunState};
 use std::time::Duration;
 use vm::inventory::Inventory;
 
-/// A disk that needs longer for what its guest has written would hold the guest for as long.
+/// If a disk needs longer to write what is buffered, `stop` would hold the guest for as long.
 const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 
 /// One engine, ready for one checkpoint.
 pub(super) trait MemorySource: Send {
-    /// Takes memory, disks and device state of one instant. Whatever comes of it, the guest is in
-    /// its run state again, and what was claimed is in the result or restored, when this returns.
+    /// Captures memory, disks and device state of one instant. When this returns, with whatever
+    /// result, the guest is in its run state again, and what was claimed is in the result or
+    /// restored.
     fn capture<'a>(
         self: Box<Self>,
         buffers: Buffers,
@@ -75,7 +76,7 @@ impl SavedState {
 /// The checkpoint's point in time.
 #[derive(Debug)]
 pub(super) struct Moment {
-    /// What the guest was doing.
+    /// The guest's run state.
     pub run_state: RunState,
     pub pause: Duration,
     /// Of the pre-copy passes before it.
@@ -83,7 +84,7 @@ pub(super) struct Moment {
     pub pages_dirty: PageCount,
 }
 
-/// No instant was taken: why, and what is left of the checkpoint.
+/// The capture failed: why, and what is left of the checkpoint.
 pub(super) struct NotTaken {
     pub error: Error,
     /// `None`: a task that panicked had them.
@@ -93,13 +94,13 @@ pub(super) struct NotTaken {
 }
 
 impl NotTaken {
-    /// The instant of the disks was not begun.
+    /// The disks were not captured yet.
     pub(super) fn before(aborted: Aborted<Buffers>, disks: PreparedDisks) -> Self {
         let Aborted { error, left } = aborted;
         Self { error, buffers: left, disks: Some(FailedDisks::Prepared(disks)) }
     }
 
-    /// The instant of the disks was taken.
+    /// The disks were captured.
     pub(super) fn after(error: Error, buffers: Option<Buffers>, disks: CapturedDisks) -> Self {
         Self { error, buffers, disks: Some(FailedDisks::Captured(disks)) }
     }
@@ -133,13 +134,12 @@ impl From<Aborted<CapturedDisks>> for Aborted<FailedDisks> {
     }
 }
 
-/// To be called right before each `stop`, which writes what is not written yet while the guest
-/// waits.
+/// To be called right before each `stop`, since that writes what is buffered while the guest waits.
 pub(super) async fn flush(disks: &PreparedDisks) -> Result<()> {
     disks.flush(FLUSH_LIMIT).await.context("flushing the disks before the guest is stopped")
 }
 
-/// The disks' instant, in a pause that has nothing to do beside it.
+/// Captures the disks in a pause that does nothing else at the same time.
 pub(super) async fn capture_disks(disks: PreparedDisks, paused: &Paused) -> Result<CapturedDisks> {
     let captured = paused.within("the disks' point in time", disks.capture(paused)).await?;
     captured.context("taking the disks' instant")

@@ -1,7 +1,7 @@
-//! Where copied pages wait: one block of memory of a fixed capacity, filled in the pause by plain
+//! Staging memory for copied pages: one block of a fixed capacity, filled in the pause by plain
 //! copying.
 //!
-//! A page may be staged again (dirtied between a pre-copy pass and the pause); nothing is looked up
+//! A page may be staged again (dirtied between a pre-copy pass and the pause); nothing is searched
 //! while the guest is paused, so both copies stay and [`Staging::newest`] takes the later one. That
 //! is what keeps a page that was dirtied twice from being stored twice.
 
@@ -107,7 +107,7 @@ impl Staging {
         &self.memory[staged.offset..staged.offset + PAGE_SIZE]
     }
 
-    /// Empty again, its memory kept for the next use up to `keep`.
+    /// Empties it, and keeps up to `keep` of its memory for the next use.
     pub(super) fn clear(&mut self, keep: PageCount) {
         self.used = 0;
         self.ranges.clear();

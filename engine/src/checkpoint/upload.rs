@@ -115,7 +115,7 @@ impl Upload<'_> {
         Ok((buffers, state_bytes))
     }
 
-    /// When nothing of the capture is above the disks any more.
+    /// To be called when no node of the capture is above the disks any more.
     async fn check_unchanged(&self) -> Result<()> {
         let Inventory { drives, .. } = &self.underway.inventory;
         self.underway.inventory.check_disks(self.site.vm).await?;
@@ -158,10 +158,10 @@ impl Upload<'_> {
             futures::stream::iter(readers).buffer_unordered(DISKS).try_collect::<Vec<()>>();
         let collector = collect(delta, packer, queue);
         let (read, collected) = tokio::join!(readers, collector);
-        // A reader that found its queue closed only says so; the collector knows why.
+        // A reader only reports that its queue was closed; the collector knows why.
         collected?;
         if read.is_err() {
-            // A copy that is broken fails each read; why is known elsewhere.
+            // A broken point-in-time copy fails each read; this returns the cause.
             captured.verify().await?;
         }
         read?;
@@ -205,7 +205,7 @@ fn disk_number(delta: &Delta, disk: &CapturedDisk) -> Option<SpaceNumber> {
         .and_then(|place| SpaceNumber::try_from(place).ok())
 }
 
-/// Owns the queue: when this ends, whatever for, the readers find it closed and end too.
+/// Owns the queue: when this ends, for any reason, the readers find it closed and end too.
 async fn collect(
     delta: &mut Delta,
     packer: &Packer,

@@ -23,7 +23,7 @@ pub struct StoreSession {
 pub enum Force {
     /// Only one that cannot be alive.
     No,
-    /// The operator's order, good for one claim. It is never stored.
+    /// `--take-over`, for one claim. It is never stored.
     TakeOver,
 }
 
@@ -74,8 +74,8 @@ impl StoreSession {
 
 /// Claims the next writer epoch of a VM for one instance of it.
 ///
-/// An epoch that another instance holds is not taken without an order, unless that holder cannot be
-/// alive; and never by an instance that was itself replaced before.
+/// An epoch that another instance holds is not taken without `--take-over`, unless that holder
+/// cannot be alive; and never by an instance that was itself replaced before.
 pub(crate) async fn claim(
     repository: &Repository,
     vm_name: &VmName,
@@ -91,7 +91,7 @@ pub(crate) async fn claim(
         .claim_writer(vm_name, holder::record(instance)?, ground)
         .await
         .with_context(about)?;
-    // Without it the store's records still tell, until they are pruned.
+    // Without it the store's records suffice, until they are pruned.
     if let Err(error) = runtime.set_writer_epoch(writer.epoch()) {
         tracing::warn!(error = format!("{error:#}"), "the claimed epoch was not written down");
     }

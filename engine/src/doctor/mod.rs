@@ -1,5 +1,5 @@
-//! What this host can do, found out by trying each thing as `run` and the helper would ([`host`]),
-//! and what can be done with one running VM ([`running::look`]).
+//! What this host can do, found by trying each thing as `run` and the helper would ([`host`]), and
+//! what can be done with one running VM ([`running::look`]).
 //!
 //! Nothing is left behind and no store is touched. A row that says `no` makes checkpoints
 //! impossible; `warn` names something that works less well than it could.

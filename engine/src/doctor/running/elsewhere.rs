@@ -1,4 +1,4 @@
-//! What another host must have, or its user must hand over, so that the VM can be restored there.
+//! What another host must have, or its user must allow, so that the VM can be restored there.
 
 use super::super::Row;
 use qemu_cmdline::restorable::{self, Carried, Problem};
