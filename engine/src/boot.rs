@@ -89,7 +89,7 @@ fn describe(
     unsupported::check(&options, unsupported::Rules::Launched, &directory)
         .map_err(|error| refused(error.to_string()))?;
     check_host()?;
-    let accelerator = accelerator::choose(&options, &qemu)?;
+    let accelerator = accelerator::choose(&options, &qemu);
     progress
         .note(&format!("{} runs on {} ({})", request.name, accelerator.name, accelerator.reason));
     let options = accelerator::without(options);

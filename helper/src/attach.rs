@@ -32,7 +32,7 @@ fn check_running(vm: &VmFile, runtime: &RuntimeDir) -> Result<()> {
         return Ok(());
     }
     if vm.external.is_some() {
-        return external::check_alive(runtime, vm);
+        return Ok(external::check_alive(runtime, vm)?);
     }
     let socket = runtime.plugin();
     match std::os::unix::net::UnixStream::connect(&socket) {

@@ -1,7 +1,8 @@
 //! What kind of failure an error is, of what work, and its message with each fact once.
 //!
-//! Below its public functions the engine passes `anyhow` errors with context. [`InPhase`] makes
-//! them an [`EngineError`] where a public function returns.
+//! Below public functions errors are passed as `anyhow` errors with context. A public function of
+//! this crate returns a [`VmError`]; [`InPhase`] makes an [`EngineError`] of it, or of any other,
+//! where a phase ends.
 
 use anyhow::Error;
 use checkpoint_format::{
@@ -32,7 +33,48 @@ use serde::{Deserialize, Serialize};
 use std::error::Error as StdError;
 use std::fmt;
 
-/// The error of a public function: what kind of failure it is, of what work, and its cause.
+/// The error of a function of this crate: what kind of failure it is, and its cause. What work it
+/// was done for is its caller's to say.
+///
+/// It displays as its outermost cause, and with `{:#}` as all of them; [`StdError::source`] leads
+/// to those below.
+#[derive(Debug)]
+pub struct VmError {
+    class: Class,
+    cause: Error,
+}
+
+impl VmError {
+    /// What kind of failure it is.
+    pub fn class(&self) -> Class {
+        self.class
+    }
+
+    /// All causes on one line, each fact once.
+    pub fn explain(&self) -> String {
+        explain(&self.cause)
+    }
+}
+
+impl From<Error> for VmError {
+    fn from(cause: Error) -> Self {
+        Self { class: class_of(&cause), cause }
+    }
+}
+
+impl fmt::Display for VmError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.cause.fmt(f)
+    }
+}
+
+impl StdError for VmError {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.cause.source()
+    }
+}
+
+/// The error of a phase: what kind of failure it is, of what work, and its cause.
 ///
 /// It displays as its outermost cause; [`StdError::source`] leads to those below.
 #[derive(Debug)]
@@ -169,6 +211,12 @@ impl Classified for Stated {
     }
 }
 
+impl Classified for VmError {
+    fn class(&self) -> Class {
+        self.class
+    }
+}
+
 impl Classified for EngineError {
     fn class(&self) -> Class {
         self.class
@@ -219,7 +267,7 @@ macro_rules! class_of_cause {
 
 // Every type with a class; a test of the tree finds one that is missing.
 class_of_cause! {
-    EngineError, Stated, ArgumentError, SizeError, ConfigError, StoreError, TrackerError,
+    EngineError, VmError, Stated, ArgumentError, SizeError, ConfigError, StoreError, TrackerError,
     EnvelopeError, ManifestError, PackError, LayerError, LineageError, EncodeError, NameError,
     DigestParseError, OtherCheckpoint,
     QmpError, LineError, JobError, ServerError, NbdError, DiskError, CaptureError, BadTag,

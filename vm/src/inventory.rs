@@ -3,7 +3,7 @@
 //! between.
 
 use crate::drives::Drives;
-use crate::error::{Class, classed};
+use crate::error::{Class, VmError, classed};
 use crate::running::Vm;
 use anyhow::{Context, Result};
 use qmp_bridge::devices::{self, GuestDevice};
@@ -42,7 +42,7 @@ impl Inventory {
     ///
     /// # Errors
     /// If QEMU does not answer, or a disk cannot be part of a checkpoint.
-    pub async fn take(vm: &Vm) -> Result<Self> {
+    pub async fn take(vm: &Vm) -> Result<Self, VmError> {
         let watch = vm.qmp.watch(EVENTS);
         let begun = Instant::now();
         let devices =
@@ -65,7 +65,7 @@ impl Inventory {
     ///
     /// # Errors
     /// If they are not, or QEMU does not answer.
-    pub async fn check_vm(&self, vm: &Vm) -> Result<()> {
+    pub async fn check_vm(&self, vm: &Vm) -> Result<(), VmError> {
         unchanged(self.vm_change(vm).await?)
     }
 
@@ -74,7 +74,7 @@ impl Inventory {
     ///
     /// # Errors
     /// If they are not, or QEMU does not answer.
-    pub async fn check_disks(&self, vm: &Vm) -> Result<()> {
+    pub async fn check_disks(&self, vm: &Vm) -> Result<(), VmError> {
         unchanged(self.disk_change(vm).await?)
     }
 
@@ -176,7 +176,7 @@ fn difference(then: &[String], now: &[String]) -> Option<String> {
 ///
 /// # Errors
 /// If there is a difference.
-pub fn unchanged(difference: Option<String>) -> Result<()> {
+pub fn unchanged(difference: Option<String>) -> Result<(), VmError> {
     match difference {
         None => Ok(()),
         Some(what) => Err(classed(
@@ -184,7 +184,8 @@ pub fn unchanged(difference: Option<String>) -> Result<()> {
             format!(
                 "the VM changed while the checkpoint was taken: {what}; nothing was stored, take it again when the change is over"
             ),
-        )),
+        )
+        .into()),
     }
 }
 

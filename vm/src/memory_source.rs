@@ -7,7 +7,7 @@
 //! reads all memory inside the pause before it can protect it (512 MiB: 200 to 650 ms on a busy
 //! host, where pre-copy took 8 to 60), and lets a guest that writes wait for us.
 
-use crate::error::refused;
+use crate::error::{VmError, refused};
 use anyhow::Result;
 use qmp_bridge::migration::{StreamMode, Support};
 use qmp_bridge::qmp::QemuVersion;
@@ -126,12 +126,13 @@ pub struct Chosen {
 pub fn choose_tracker(
     wanted: EngineChoice,
     tracker: &Result<(), String>,
-) -> Result<Option<Chosen>> {
+) -> Result<Option<Chosen>, VmError> {
     let chosen = |why: &str| Ok(Some(Chosen { engine: Engine::Tracker, why: why.to_owned() }));
     match (wanted, tracker) {
         (EngineChoice::Tracker, Err(why)) => Err(refused(format!(
             "the tracker cannot follow this VM: {why}; use --engine stream, or 'stillpoint adopt'"
-        ))),
+        ))
+        .into()),
         (EngineChoice::Tracker, Ok(())) => chosen("as wanted"),
         (EngineChoice::Auto, Ok(())) => chosen("the plugin is loaded in this QEMU"),
         (EngineChoice::Auto, Err(_)) | (EngineChoice::Stream, _) => Ok(None),
@@ -151,14 +152,15 @@ pub fn choose_stream(
     live: Result<(), String>,
     has_plugin: bool,
     process_memory: &Result<(), String>,
-) -> Result<Chosen> {
+) -> Result<Chosen, VmError> {
     let (engine, why) = match support.stopped {
         true => choose_for_stopped_guest(support, has_plugin, process_memory)?,
         false => choose_for_running_guest(wanted, live, has_plugin)?,
     };
     match engine.mode().map(|mode| support.of(mode)) {
         Some(Err(no)) => {
-            Err(refused(format!("this QEMU's memory cannot be read by {}: {no}", engine.name())))
+            Err(refused(format!("this QEMU's memory cannot be read by {}: {no}", engine.name()))
+                .into())
         }
         _ => Ok(Chosen { engine, why }),
     }
@@ -225,7 +227,7 @@ pub fn can_pre_copy_live(qemu: &QemuVersion, accelerator: Accelerator) -> Result
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::error;
+    use crate::error::Class;
 
     fn live(major: u32, accelerator: Accelerator) -> Result<(), String> {
         let qemu = QemuVersion { major, minor: 0, micro: 0, package: String::new() };
@@ -236,14 +238,14 @@ mod test {
         Support { background_snapshot: Ok(()), pre_copy: Ok(()), stopped: false }
     }
 
-    fn stream(wanted: StreamChoice, live: &Result<(), String>) -> Result<Engine> {
+    fn stream(wanted: StreamChoice, live: &Result<(), String>) -> Result<Engine, VmError> {
         choose_stream(wanted, &able(), live.clone(), false, &Ok(())).map(|chosen| chosen.engine)
     }
 
-    fn assert_refused<T: std::fmt::Debug>(result: Result<T>, reason: &str) {
+    fn assert_refused<T: std::fmt::Debug>(result: Result<T, VmError>, reason: &str) {
         let error = result.unwrap_err();
         assert!(error.to_string().contains(reason), "{error}");
-        assert_eq!(error::class_of(&error), error::Class::Refused);
+        assert_eq!(error.class(), Class::Refused);
     }
 
     #[test]

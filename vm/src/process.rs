@@ -9,7 +9,8 @@
 //! The kernel bounds the length of its records (`stat`, `status`). What a process can make as long
 //! as it likes (command line, environment, memory map) is read here, with a limit.
 
-use anyhow::{Context, Result, bail};
+use crate::error::VmError;
+use anyhow::{Context, anyhow};
 use procfs::process::{MemoryMaps, all_processes};
 use procfs::{Current, FromRead, Meminfo, ProcError, ProcResult, ProcessCGroups};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -108,17 +109,17 @@ pub fn control_group(process: &Process) -> Option<String> {
 ///
 /// # Errors
 /// Where the kernel does not say.
-pub fn available_memory() -> Result<u64> {
+pub fn available_memory() -> Result<u64, VmError> {
     let facts = Meminfo::current().context("asking the kernel for free memory")?;
-    facts.mem_available.context("the kernel does not say how much memory is available")
+    Ok(facts.mem_available.context("the kernel does not say how much memory is available")?)
 }
 
 /// Of the kernel that runs, from its boot to its end.
 ///
 /// # Errors
 /// Where `/proc` is not mounted.
-pub fn boot_id() -> Result<String> {
-    procfs::sys::kernel::random::boot_id().context("asking for the boot's id")
+pub fn boot_id() -> Result<String, VmError> {
+    Ok(procfs::sys::kernel::random::boot_id().context("asking for the boot's id")?)
 }
 
 /// One process, whatever becomes of its number.
@@ -130,13 +131,13 @@ impl ProcessFd {
     ///
     /// # Errors
     /// When `pid` is no process id, or the kernel gives no descriptor.
-    pub fn open(pid: u32) -> Result<Option<Self>> {
+    pub fn open(pid: u32) -> Result<Option<Self>, VmError> {
         let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
         let number = number.with_context(|| format!("{pid} is no process id"))?;
         match pidfd_open(number, PidfdFlags::empty()) {
             Ok(descriptor) => Ok(Some(Self(descriptor))),
             Err(rustix::io::Errno::SRCH) => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("opening process {pid}")),
+            Err(error) => Err(anyhow!(error).context(format!("opening process {pid}")).into()),
         }
     }
 
@@ -144,10 +145,10 @@ impl ProcessFd {
     ///
     /// # Errors
     /// When this user may not signal it.
-    pub fn signal(&self, signal: Signal) -> Result<()> {
+    pub fn signal(&self, signal: Signal) -> Result<(), VmError> {
         match pidfd_send_signal(&self.0, signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
-            Err(error) => Err(error).context("signalling the process"),
+            Err(error) => Err(anyhow!(error).context("signalling the process").into()),
         }
     }
 
@@ -155,7 +156,7 @@ impl ProcessFd {
     ///
     /// # Errors
     /// When the kernel does not wait for it.
-    pub fn wait(&self, timeout: Duration) -> Result<bool> {
+    pub fn wait(&self, timeout: Duration) -> Result<bool, VmError> {
         let timeout = timeout.try_into().context("a timeout is at most some years")?;
         let mut ended = [PollFd::new(&self.0, PollFlags::IN)];
         Ok(poll(&mut ended, Some(&timeout)).context("waiting for the end of a process")? == 1)
@@ -167,7 +168,7 @@ impl ProcessFd {
 ///
 /// # Errors
 /// When it cannot be ended, or does not end within 30 s.
-pub fn end(pid: u32, began: u64) -> Result<()> {
+pub fn end(pid: u32, began: u64) -> Result<(), VmError> {
     let Some(process) = ProcessFd::open(pid)? else { return Ok(()) };
     // Asked after the pidfd was opened: it is that very process's.
     if started(pid) != Some(began) {
@@ -175,7 +176,7 @@ pub fn end(pid: u32, began: u64) -> Result<()> {
     }
     process.signal(Signal::KILL).with_context(|| format!("ending process {pid}"))?;
     if !process.wait(END)? {
-        bail!("process {pid} does not end; end it by hand");
+        return Err(anyhow!("process {pid} does not end; end it by hand").into());
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
 //! The memory of a guest that does not run, read from QEMU's process: nothing is asked of QEMU for
 //! it, so the guest's run state stays what it is. QEMU's own migration would leave it in another.
 
-use crate::error::refused;
+use crate::error::{VmError, refused};
 use crate::process;
 use crate::tracked_blocks::whole_blocks;
-use anyhow::{Context, Result};
+use anyhow::Context;
 use checkpoint_format::PageRange;
 use qmp_bridge::Qmp;
 use qmp_bridge::host_finder;
@@ -24,7 +24,7 @@ impl ProcessMemory {
     ///
     /// # Errors
     /// If this user may not read it, or a RAM block is not found in it.
-    pub async fn open(qmp: &Qmp, pid: u32) -> Result<Self> {
+    pub async fn open(qmp: &Qmp, pid: u32) -> Result<Self, VmError> {
         let path = format!("/proc/{pid}/mem");
         let memory = File::open(&path).map_err(|error| {
             refused(format!(
@@ -64,14 +64,15 @@ impl ProcessMemory {
     ///
     /// # Errors
     /// If there is no such block, or the process has ended.
-    pub fn read(&self, block: usize, pages: PageRange, out: &mut [u8]) -> Result<()> {
+    pub fn read(&self, block: usize, pages: PageRange, out: &mut [u8]) -> Result<(), VmError> {
         let block = self.blocks.get(block).context("no such RAM block")?;
         let host = block
             .host
             .with_context(|| format!("the address of RAM block {} is unknown", block.name))?;
         let place = host + pages.bytes().start;
-        self.memory.read_exact_at(out, place).with_context(|| {
+        let read = self.memory.read_exact_at(out, place);
+        Ok(read.with_context(|| {
             format!("reading {pages} of RAM block {} in QEMU's memory", block.name)
-        })
+        })?)
     }
 }

@@ -6,7 +6,7 @@
 //! the guest would write to that one from then on. So such a VM is not migrated.
 
 use crate::drives::Drives;
-use crate::error::refused;
+use crate::error::{VmError, refused};
 use crate::process;
 use anyhow::{Context, Result};
 use nix::unistd::{Gid, Uid, geteuid, setfsgid, setfsuid};
@@ -19,9 +19,9 @@ use std::path::{Path, PathBuf};
 ///
 /// # Errors
 /// As said.
-pub fn check(pid: u32, drives: &Drives) -> Result<()> {
+pub fn check(pid: u32, drives: &Drives) -> Result<(), VmError> {
     check_paths(drives)?;
-    check_rights(pid, &drives.disks)
+    Ok(check_rights(pid, &drives.disks)?)
 }
 
 /// Refused where the path of a disk that the guest writes leads to another file than the one that
@@ -29,7 +29,7 @@ pub fn check(pid: u32, drives: &Drives) -> Result<()> {
 ///
 /// # Errors
 /// As said.
-pub fn check_paths(drives: &Drives) -> Result<()> {
+pub fn check_paths(drives: &Drives) -> Result<(), VmError> {
     let written = drives.disks.iter().filter(|disk| !disk.read_only);
     match written.filter_map(|disk| Some((disk, drives.open.moved(&disk.file)?))).next() {
         None => Ok(()),
@@ -38,7 +38,8 @@ pub fn check_paths(drives: &Drives) -> Result<()> {
              attach with --stream background-snapshot",
             disk.name,
             disk.file.display()
-        ))),
+        ))
+        .into()),
     }
 }
 

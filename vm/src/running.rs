@@ -2,7 +2,7 @@
 //! consists of.
 
 use crate::drives::{self, Drives, Started};
-use crate::error::{EngineError, InPhase, Phase, refused};
+use crate::error::{EngineError, InPhase, Phase, VmError, refused};
 use crate::external;
 use crate::launch::own_files::Running;
 use crate::launch::process::QemuProcess;
@@ -28,6 +28,7 @@ const STARTUP: Duration = Duration::from_secs(60);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// ISA devices have no path that would be part of the name.
 const SAVED_AS_ONE: &[&str] = &["isa-ide", "isa-ipmi-bt", "isa-ipmi-kcs"];
+const NO_PLUGIN: &str = "no plugin sits in this QEMU, so nothing tracks its memory";
 const RAMFB: &str = "QEMU before 8.2, and machine types from before it, save nothing of its state; use VGA, or a newer machine type";
 const FREE_PAGE_HINT: &str = "by free-page-hint=on it keeps pages out of QEMU's migration stream; start the VM without free-page-hint";
 
@@ -105,8 +106,8 @@ impl Vm {
     ///
     /// # Errors
     /// If there is none.
-    pub fn tracker(&self) -> Result<Arc<Mutex<Tracker>>> {
-        self.tracker.clone().context("this QEMU has no plugin, so nothing tracks its memory")
+    pub fn tracker(&self) -> Result<Arc<Mutex<Tracker>>, VmError> {
+        Ok(self.tracker.clone().context(NO_PLUGIN)?)
     }
 
     /// Whether a tracker follows its memory.
@@ -127,11 +128,8 @@ impl Vm {
     ///
     /// # Errors
     /// If there is none.
-    pub fn lock_tracker(&self) -> Result<MutexGuard<'_, Tracker>> {
-        self.tracker
-            .as_deref()
-            .map(lock)
-            .context("this QEMU has no plugin, so nothing tracks its memory")
+    pub fn lock_tracker(&self) -> Result<MutexGuard<'_, Tracker>, VmError> {
+        Ok(self.tracker.as_deref().map(lock).context(NO_PLUGIN)?)
     }
 
     /// Whether QEMU's process is gone.
@@ -151,11 +149,11 @@ impl Vm {
     ///
     /// # Errors
     /// If QEMU does not list them, or one cannot be part of a checkpoint.
-    pub async fn disks(&self) -> Result<Drives> {
+    pub async fn disks(&self) -> Result<Drives, VmError> {
         let directory = self.directory();
         let found =
             disks::list(&self.qmp, Some(&directory)).await.context("asking QEMU for its disks")?;
-        let options = arguments::parse(&self.file.arguments)?;
+        let options = self.options()?;
         let started = Started {
             options: &options,
             machine_type: &self.file.machine_type,
@@ -165,13 +163,18 @@ impl Vm {
         drives::examine(found, &started)
     }
 
+    fn options(&self) -> Result<Vec<arguments::QemuOption>> {
+        Ok(arguments::parse(&self.file.arguments)?)
+    }
+
     /// The guest's memory: one space for each RAM block, in the order of the tracker's RAM blocks.
     ///
     /// # Errors
     /// If a RAM block has a name that no space can have.
-    pub fn ram_spaces(&self) -> Result<Vec<(SpaceName, PageCount)>> {
+    pub fn ram_spaces(&self) -> Result<Vec<(SpaceName, PageCount)>, VmError> {
         let space = |block: &RamBlock| {
-            Ok((SpaceName::ram(&block.name)?, PageCount::covering(ByteLen(block.used))))
+            let name = SpaceName::ram(&block.name).map_err(anyhow::Error::from)?;
+            Ok((name, PageCount::covering(ByteLen(block.used))))
         };
         self.blocks.iter().map(space).collect()
     }
@@ -181,7 +184,7 @@ impl Vm {
     ///
     /// # Errors
     /// Refused if one came or went, or cannot be part of a checkpoint.
-    pub async fn check_devices(&self) -> Result<()> {
+    pub async fn check_devices(&self) -> Result<(), VmError> {
         self.check_listed(
             &devices::guest_devices(&self.qmp).await.context("asking QEMU for its devices")?,
         )
@@ -192,13 +195,13 @@ impl Vm {
     ///
     /// # Errors
     /// As for these.
-    pub async fn check_listed(&self, devices: &[GuestDevice]) -> Result<()> {
+    pub async fn check_listed(&self, devices: &[GuestDevice]) -> Result<(), VmError> {
         if let Some(why) = refusals(&self.qmp, devices).await?.into_iter().next() {
-            return Err(refused(why));
+            return Err(refused(why).into());
         }
         match self.difference(devices)? {
             None => Ok(()),
-            Some(what) => Err(refused(not_as_started(&what))),
+            Some(what) => Err(refused(not_as_started(&what)).into()),
         }
     }
 
@@ -206,8 +209,7 @@ impl Vm {
     /// the first helper saw tells more of a managed VM, but a device may have come before that
     /// helper looked.
     fn difference(&self, devices: &[GuestDevice]) -> Result<Option<String>> {
-        let difference =
-            expected_devices::difference(&arguments::parse(&self.file.arguments)?, devices);
+        let difference = expected_devices::difference(&self.options()?, devices);
         if difference.is_some() || self.file.external.is_some() {
             return Ok(difference);
         }
@@ -229,9 +231,9 @@ impl Vm {
     ///
     /// # Errors
     /// Refused if it names a file that is in no checkpoint.
-    pub fn check_command_line(&self, drives: &Drives) -> Result<()> {
+    pub fn check_command_line(&self, drives: &Drives) -> Result<(), VmError> {
         let qemu = Running { program: &self.file.qemu, pid: self.pid };
-        drives::check_command_line(&self.file.arguments, &self.directory(), drives, qemu)
+        Ok(drives::check_command_line(&self.file.arguments, &self.directory(), drives, qemu)?)
     }
 
     /// Hot-plug or a reboot may change the list of RAM blocks: then they are tracked again, from
@@ -239,7 +241,7 @@ impl Vm {
     ///
     /// # Errors
     /// If QEMU does not list them, or they cannot be tracked.
-    pub async fn refresh_blocks(&mut self) -> Result<bool> {
+    pub async fn refresh_blocks(&mut self) -> Result<bool, VmError> {
         let now =
             ramblock::ram_blocks(&self.qmp).await.context("asking QEMU for its RAM blocks")?;
         let place = |block: &RamBlock| (block.name.clone(), block.used, block.offset);
@@ -270,7 +272,7 @@ impl Vm {
 ///
 /// # Errors
 /// If QEMU does not answer.
-pub async fn refusals(qmp: &Qmp, devices: &[GuestDevice]) -> Result<Vec<String>> {
+pub async fn refusals(qmp: &Qmp, devices: &[GuestDevice]) -> Result<Vec<String>, VmError> {
     let board = devices::board_devices(qmp).await.context("asking QEMU for its board's devices")?;
     let mut found = Vec::new();
     if qmp.version().has(quirks::EQUAL_DEVICES_SAVED_AS_ONE) {
@@ -384,14 +386,15 @@ fn connect(socket: &Path, pid: Option<u32>) -> Result<PluginHandles> {
 ///
 /// # Errors
 /// Refused if there are any that count.
-pub fn check_blockers(blockers: &[String]) -> Result<()> {
+pub fn check_blockers(blockers: &[String]) -> Result<(), VmError> {
     if blockers.is_empty() {
         return Ok(());
     }
     let why = blockers.join("; ");
     Err(refused(format!(
         "QEMU says that this VM's device state cannot be saved: {why}; remove that device"
-    )))
+    ))
+    .into())
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The RAM of a VM: QEMU's RAM blocks, and the tracker that follows them.
 
-use crate::error::refused;
+use crate::error::{VmError, refused};
 use anyhow::{Context, Result};
 use dirty_tracker::{BlockMemory, GuestMemory, PluginHandles, TrackedBlock, Tracker, shown_path};
 use procfs::process::{MMPermissions, MemoryMap};
@@ -79,13 +79,14 @@ pub(crate) async fn whole_blocks(qmp: &Qmp) -> Result<Vec<RamBlock>> {
 ///
 /// # Errors
 /// Refused if one is not.
-pub fn check_whole(blocks: &[RamBlock]) -> Result<()> {
+pub fn check_whole(blocks: &[RamBlock]) -> Result<(), VmError> {
     match blocks.iter().find(|block| block.used % PAGE != 0) {
         None => Ok(()),
         Some(odd) => Err(refused(format!(
             "RAM block {} has {} bytes, which are no whole pages",
             odd.name, odd.used
-        ))),
+        ))
+        .into()),
     }
 }
 

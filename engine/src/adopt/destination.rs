@@ -72,7 +72,8 @@ pub(super) async fn connect(process: Process, runtime: &RuntimeDir) -> Result<Qm
 /// Ends a process for good, and waits until it has let go of everything.
 pub(super) async fn end(process: Process) -> Result<()> {
     let end = move || process::end(process.pid, process.started);
-    tokio::task::spawn_blocking(end).await.context("internal error: ending QEMU panicked")?
+    let ended = tokio::task::spawn_blocking(end).await;
+    Ok(ended.context("internal error: ending QEMU panicked")??)
 }
 
 /// The error with what the new QEMU itself said.

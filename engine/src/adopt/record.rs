@@ -162,7 +162,8 @@ impl Record {
 
     /// It need not survive a power cut, which neither QEMU survives.
     pub(super) fn save(&self, runtime: &RuntimeDir) -> Result<()> {
-        runtime.replace("adopt.json", &serde_json::to_vec(self).context("encoding adopt.json")?)
+        let text = serde_json::to_vec(self).context("encoding adopt.json")?;
+        Ok(runtime.replace("adopt.json", &text)?)
     }
 
     pub(super) fn read(runtime: &RuntimeDir) -> Result<Option<Self>> {

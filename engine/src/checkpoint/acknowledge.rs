@@ -90,7 +90,7 @@ impl Checkpointer {
             None => error,
             change => {
                 tracing::info!(error = format!("{error:#}"), "first symptom of a change of the VM");
-                unchanged(change).err().unwrap_or(error)
+                unchanged(change).err().map_or(error, Error::from)
             }
         }
     }

@@ -192,7 +192,8 @@ impl Checkpointer {
             migration::probe(&self.vm.qmp).await.context("asking what QEMU's migration can do")?;
         let process_memory = ProcessMemory::check(&self.vm.qmp, self.vm.pid, support.stopped).await;
         let live = can_pre_copy_live(&self.vm.facts.qemu, self.vm.facts.accelerator);
-        choose_stream(stream, &support, live, self.vm.has_plugin(), &process_memory)
+        let has_plugin = self.vm.has_plugin();
+        Ok(choose_stream(stream, &support, live, has_plugin, &process_memory)?)
     }
 
     /// Bitmaps serve one lineage: that of this instance.

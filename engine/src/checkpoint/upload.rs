@@ -119,12 +119,9 @@ impl Upload<'_> {
     async fn check_unchanged(&self) -> Result<()> {
         let Inventory { drives, .. } = &self.underway.inventory;
         self.underway.inventory.check_disks(self.site.vm).await?;
-        unchanged(
-            self.site
-                .layers
-                .changed(drives)
-                .map(|path| format!("the layer {} was written to", path.display())),
-        )
+        let written = self.site.layers.changed(drives);
+        let what = written.map(|path| format!("the layer {} was written to", path.display()));
+        Ok(unchanged(what)?)
     }
 
     async fn read_disks(&self, captured: &mut CapturedDisks, delta: &mut Delta) -> Result<()> {

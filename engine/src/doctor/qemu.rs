@@ -1,9 +1,8 @@
 //! QEMU: there, new enough, taking the plugin, and with which accelerator.
 
 use super::Row;
-use anyhow::Result;
 use std::path::{Path, PathBuf};
-use vm::error::explain;
+use vm::error::VmError;
 use vm::launch::qemu_binary::{self, QemuFacts};
 use vm::launch::{accelerator, find_program, plugin_path};
 
@@ -29,10 +28,10 @@ pub(super) fn check(name: &str) -> Vec<Row> {
     rows
 }
 
-fn found(check: &'static str, place: &Result<PathBuf>, remedy: &str) -> Row {
+fn found(check: &'static str, place: &Result<PathBuf, VmError>, remedy: &str) -> Row {
     match place {
         Ok(path) => Row::ok(check, path.display().to_string()),
-        Err(error) => Row::no(check, explain(error), remedy),
+        Err(error) => Row::no(check, error.explain(), remedy),
     }
 }
 
@@ -44,7 +43,7 @@ fn accepts(qemu: &Path, plugin: &Path) -> Row {
         }
         Err(error) => Row::no(
             CHECK,
-            one_line(&explain(&error)),
+            one_line(&error.explain()),
             "use a QEMU 7.2 or later for x86_64 that is built with plugins (Debian's are)",
         ),
     }

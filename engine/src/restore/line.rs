@@ -98,7 +98,7 @@ impl Planned {
         manifest.disks.iter().for_each(|disk| paths.add_disk(&disk.file, &places.image(disk)));
         let options = match saved::restored(words, &paths, wishes) {
             Ok(restored) => restored.options,
-            Err(error) => return Err(with_taken(error, words, wishes)),
+            Err(error) => return Err(with_taken(error.into(), words, wishes)),
         };
         Ok(Self { options, dir: places.dir.to_owned(), renamed: renamed(words, wishes)? })
     }
@@ -349,7 +349,7 @@ mod test {
         let error = saved::restored(&line, &NewPaths::new(Path::new("/vm")), &Wishes::default())
             .err()
             .unwrap();
-        let error = with_taken(error, &line, &Wishes::default());
+        let error = with_taken(error.into(), &line, &Wishes::default());
         assert!(
             class_of(&error) == Class::Refused
                 && error.to_string().contains(&format!("use --map :{display}=:")),

@@ -41,8 +41,8 @@ pub(crate) fn find(
             Err(error) => older = older.or(Some(Err(error))),
         }
     }
-    let facts =
-        older.unwrap_or_else(|| Err(refused("this host has no QEMU; name one by --qemu")))?;
+    let facts = older
+        .unwrap_or_else(|| Err(refused("this host has no QEMU; name one by --qemu").into()))?;
     Err(too_old(&facts, record))
 }
 

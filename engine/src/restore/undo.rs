@@ -148,7 +148,7 @@ impl Undo {
     fn save(&self) -> Result<()> {
         let text =
             serde_json::to_vec(&self.record).context("internal error: encoding restore.json")?;
-        self.runtime.replace(FILE, &text)
+        Ok(self.runtime.replace(FILE, &text)?)
     }
 
     /// The guest is about to run: no later restore undoes this one.

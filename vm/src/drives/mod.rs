@@ -15,11 +15,11 @@ mod saved;
 #[cfg(test)]
 mod test;
 
-use crate::error::refused;
+use crate::error::{VmError, refused};
 use crate::launch;
 use crate::launch::arguments::QemuOption;
 use crate::launch::own_files::Running;
-use anyhow::Result;
+use anyhow::{Error, Result};
 use auto_id::Board;
 use line::Line;
 use qmp_bridge::disks::{self, BackingImage, Disk, EmptyDrive};
@@ -60,7 +60,7 @@ pub struct Started<'a> {
 /// # Errors
 /// A refusal that names the disk and says what to do, where no command line could build the VM's
 /// drives as they are.
-pub fn examine(found: disks::Disks, started: &Started<'_>) -> Result<Drives> {
+pub fn examine(found: disks::Disks, started: &Started<'_>) -> Result<Drives, VmError> {
     let line = Line {
         options: started.options,
         directory: started.directory,
@@ -70,7 +70,7 @@ pub fn examine(found: disks::Disks, started: &Started<'_>) -> Result<Drives> {
     for (node, disk) in unused {
         // Other nodes were added at run time, by another QMP client; they are no part of the VM.
         if line.defines_node(&node) {
-            disks.push(disk?);
+            disks.push(disk.map_err(Error::from)?);
         }
     }
     line.name(&mut disks);

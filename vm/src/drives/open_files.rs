@@ -1,7 +1,7 @@
 //! The files that QEMU has open. A path may lead to another file by now, or to none; what the guest
 //! sees is the open one.
 
-use crate::error::refused;
+use crate::error::{VmError, refused};
 use anyhow::{Context, Result};
 use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::MetadataExt;
@@ -25,7 +25,7 @@ pub struct OpenFiles {
 impl OpenFiles {
     /// # Errors
     /// Where `/proc/PID/fd` cannot be read: another user's process, or one that has ended.
-    pub fn of(pid: u32) -> Result<Self> {
+    pub fn of(pid: u32) -> Result<Self, VmError> {
         let folder = format!("/proc/{pid}/fd");
         let entries = std::fs::read_dir(&folder)
             .with_context(|| format!("reading QEMU's open files in {folder}"))?;
@@ -67,7 +67,7 @@ impl OpenFiles {
     ///
     /// # Errors
     /// A refusal where another file is at that path, and the open one cannot be identified.
-    pub fn readable(&self, path: &Path) -> Result<PathBuf> {
+    pub fn readable(&self, path: &Path) -> Result<PathBuf, VmError> {
         let here = std::fs::metadata(path);
         if here.as_ref().is_ok_and(|facts| self.open.contains(&(facts.dev(), facts.ino()))) {
             return Ok(path.to_owned());
@@ -77,7 +77,8 @@ impl OpenFiles {
             Some([_, _, ..]) => Err(refused(format!(
                 "QEMU has several deleted files open that were all {}; which one a disk shows is unknown: change the medium, or start the VM again",
                 path.display()
-            ))),
+            ))
+            .into()),
             _ => Err(refused(match here {
                 Ok(_) => format!(
                     "{} was replaced by another file since QEMU opened it; put the old one back, or start the VM again",
@@ -87,7 +88,8 @@ impl OpenFiles {
                     "{}: {error}; put the file back where it was, or start the VM again",
                     path.display()
                 ),
-            })),
+            })
+            .into()),
         }
     }
 }
@@ -148,7 +150,7 @@ mod test {
         let second = File::open(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let error = OpenFiles::of(std::process::id()).unwrap().readable(&path).unwrap_err();
-        assert_eq!(crate::error::class_of(&error), crate::error::Class::Refused, "{error}");
+        assert_eq!(error.class(), crate::error::Class::Refused, "{error}");
         drop((first, second));
         assert!(OpenFiles::of(std::process::id()).unwrap().readable(&path).is_err());
     }

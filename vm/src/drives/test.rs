@@ -1,7 +1,7 @@
 //! Disks as QEMU tells of them, and the command lines that make them.
 
 use super::*;
-use crate::error;
+use crate::error::{Class, VmError};
 use crate::launch::arguments::{parse, words};
 use qmp_bridge::disks::{Disks, EmptyDrive, ImageFormat};
 
@@ -56,7 +56,7 @@ fn found(
     disks: Vec<Disk>,
     empty: Vec<EmptyDrive>,
     unused: Vec<Disk>,
-) -> Result<Drives> {
+) -> Result<Drives, VmError> {
     let unused = unused.into_iter().map(|disk| (disk.node.clone(), Ok(disk))).collect();
     let started = Started {
         options: &options(line),
@@ -73,7 +73,7 @@ fn saved(line: &str, disks: Vec<Disk>, empty: Vec<EmptyDrive>) -> String {
 
 fn assert_refused(line: &str, disks: Vec<Disk>, word: &str) {
     let error = found(line, disks, Vec::new(), Vec::new()).unwrap_err();
-    assert_eq!(error::class_of(&error), error::Class::Refused);
+    assert_eq!(error.class(), Class::Refused);
     assert!(error.to_string().contains(word), "{error}");
 }
 
@@ -92,7 +92,7 @@ fn device_with_another_node_than_at_its_start_is_refused() {
     let spare = |node: &str| disk(node, node, &format!("/vm/{node}.img"));
     found(line, vec![has("a")], Vec::new(), vec![spare("b")]).unwrap();
     let error = found(line, vec![has("b")], Vec::new(), vec![spare("a")]).unwrap_err();
-    assert_eq!(error::class_of(&error), error::Class::Refused, "{error}");
+    assert_eq!(error.class(), Class::Refused, "{error}");
     let line = "-drive file=a.img,id=a,if=none,node-name=a -drive file=b.img,id=b,if=none,node-name=b -device ide-hd,drive=a";
     let named = |node: &str| Disk {
         qdev: Some("/machine/peripheral-anon/device[0]".to_owned()),

@@ -10,7 +10,7 @@ pub(crate) mod owner;
 pub mod probe;
 
 use crate::drives;
-use crate::error::{EngineError, InPhase, Phase, refused};
+use crate::error::{EngineError, InPhase, Phase, VmError, refused};
 use crate::launch::command::MONITOR_CHARDEV;
 use crate::launch::external::ExternalVm;
 use crate::launch::process::QemuProcess;
@@ -131,7 +131,8 @@ async fn choose_from_streams(
     let support = look.support().await?;
     let process_memory = ProcessMemory::check(&look.qmp, look.process.pid, support.stopped).await;
     let live = can_pre_copy_live(&look.facts.qemu, look.facts.accelerator);
-    choose_stream(wanted, &support, live, found.plugin.is_some(), &process_memory)
+    let has_plugin = found.plugin.is_some();
+    Ok(choose_stream(wanted, &support, live, has_plugin, &process_memory)?)
 }
 
 /// What is known under that name already; refused if a VM of that name runs that is not this
@@ -170,7 +171,7 @@ fn save(runtime: &RuntimeDir, file: &VmFile, earlier: Option<&VmFile>) -> Result
     if earlier.is_none_or(|earlier| earlier.instance != file.instance) {
         runtime.forget_earlier()?;
     }
-    runtime.save_vm(file)
+    Ok(runtime.save_vm(file)?)
 }
 
 /// A VM of ours has its monitor and its helper already.
@@ -212,16 +213,17 @@ fn refuse_taken(runtime: &RuntimeDir, pid: u32, started: u64) -> Result<()> {
 ///
 /// # Errors
 /// Refused if it has ended, is another process, or has another helper.
-pub fn check_alive(runtime: &RuntimeDir, file: &VmFile) -> Result<()> {
+pub fn check_alive(runtime: &RuntimeDir, file: &VmFile) -> Result<(), VmError> {
     let (Some(there), Some(pid)) = (&file.external, file.pid) else { return Ok(()) };
     let known = instance::of_process(pid, there.started, &file.store, &file.name)?;
     if known != file.instance || process::started(pid) != Some(there.started) {
         return Err(refused(format!(
             "{} does not run: its QEMU (pid {pid}) has ended; attach to the one that runs now by --qmp SOCKET, or restore it",
             file.name
-        )));
+        ))
+        .into());
     }
-    refuse_taken(runtime, pid, there.started)
+    Ok(refuse_taken(runtime, pid, there.started)?)
 }
 
 /// The monitor of a VM that was written down.

@@ -4,7 +4,7 @@
 //! to QEMU (libvirt's own monitor), that is the manager; then the QEMU that holds the socket is
 //! searched for.
 
-use crate::error::refused;
+use crate::error::{VmError, refused};
 use crate::files::read_limited;
 use crate::launch::process::{QemuProcess, qemus_with_socket, runs_qemu};
 use crate::process;
@@ -54,7 +54,7 @@ impl MonitorConnection {
     /// The QEMU at the other end of `monitor`.
     pub(super) fn qemu(&self, monitor: &Path) -> Result<QemuProcess> {
         if runs_qemu(self.listener) {
-            return QemuProcess::read(self.listener).map_err(no_rights);
+            return QemuProcess::read(self.listener).map_err(|error| no_rights(&error));
         }
         if self.listener == 0 {
             return Err(refused(format!(
@@ -63,7 +63,7 @@ impl MonitorConnection {
             )));
         }
         match qemus_with_socket(&inodes(monitor)?).as_slice() {
-            [only] => QemuProcess::read(*only).map_err(no_rights),
+            [only] => QemuProcess::read(*only).map_err(|error| no_rights(&error)),
             [] => Err(refused(no_qemu(monitor, self.listener))),
             many => Err(refused(format!(
                 "{} QEMUs hold {}; name the monitor of one",
@@ -89,7 +89,7 @@ impl MonitorConnection {
 }
 
 /// Without access to its process, nothing is known of the VM: a refusal.
-fn no_rights(error: Error) -> Error {
+fn no_rights(error: &VmError) -> Error {
     refused(format!("{error:#}"))
 }
 

@@ -2,7 +2,7 @@
 
 use super::monitor::MonitorConnection;
 use crate::drives::{self, Drives, Started};
-use crate::error::refused;
+use crate::error::{VmError, refused};
 use crate::launch::arguments;
 use crate::launch::external::{self, ExternalVm, Said};
 use crate::launch::host_specific::Hold;
@@ -47,8 +47,8 @@ impl Probe {
     /// If no QEMU answers there, it refuses a question, or `check` refuses the process.
     pub async fn at(
         monitor: &Path,
-        check: impl FnOnce(&QemuProcess) -> Result<()>,
-    ) -> Result<Self> {
+        check: impl FnOnce(&QemuProcess) -> Result<(), VmError>,
+    ) -> Result<Self, VmError> {
         let line = MonitorConnection::open(monitor).await?;
         let process = line.qemu(monitor)?;
         check(&process)?;
@@ -68,18 +68,15 @@ impl Probe {
     ///
     /// # Errors
     /// Refused if its command line has what cannot be restored.
-    pub fn understand(&self) -> Result<ExternalVm> {
+    pub fn understand(&self) -> Result<ExternalVm, VmError> {
         let hold = Hold {
             monitor: &self.monitor,
             directory: &self.process.directory,
             tap: &|descriptor| self.process.tap(descriptor),
             fd_path: &|path| self.fd_paths.get(path).cloned(),
         };
-        external::understand(
-            &self.process.words,
-            &hold,
-            &Said { facts: &self.facts, types: &self.types, blocks: &self.blocks },
-        )
+        let said = Said { facts: &self.facts, types: &self.types, blocks: &self.blocks };
+        Ok(external::understand(&self.process.words, &hold, &said)?)
     }
 
     /// Whether the tracker can follow the VM's memory, or why not.
@@ -99,7 +96,7 @@ impl Probe {
     ///
     /// # Errors
     /// If QEMU does not list its disks, or one cannot be part of a checkpoint.
-    pub async fn drives(&self, found: &ExternalVm) -> Result<Drives> {
+    pub async fn drives(&self, found: &ExternalVm) -> Result<Drives, VmError> {
         let directory = &self.process.directory;
         let listed =
             disks::list(&self.qmp, Some(directory)).await.context("asking QEMU for its disks")?;
@@ -120,13 +117,9 @@ impl Probe {
     ///
     /// # Errors
     /// Refused if one would not be.
-    pub fn check_files(&self, found: &ExternalVm, drives: &Drives) -> Result<()> {
-        drives::check_command_line(
-            &arguments::words(&found.options),
-            &self.process.directory,
-            drives,
-            self.running(),
-        )
+    pub fn check_files(&self, found: &ExternalVm, drives: &Drives) -> Result<(), VmError> {
+        let (words, directory) = (arguments::words(&found.options), &self.process.directory);
+        Ok(drives::check_command_line(&words, directory, drives, self.running())?)
     }
 
     /// What the drives are compared with.
@@ -138,8 +131,8 @@ impl Probe {
     ///
     /// # Errors
     /// If QEMU does not answer.
-    pub async fn support(&self) -> Result<Support> {
-        migration::probe(&self.qmp).await.context("asking what QEMU's migration can do")
+    pub async fn support(&self) -> Result<Support, VmError> {
+        Ok(migration::probe(&self.qmp).await.context("asking what QEMU's migration can do")?)
     }
 }
 

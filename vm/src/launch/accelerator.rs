@@ -37,10 +37,7 @@ pub struct Accelerator {
 
 /// The accelerator that the command line names; of several, as QEMU does, the first that this host
 /// has. If it names none: KVM if it can run an operating system on this host, else TCG.
-///
-/// # Errors
-/// Refused if this host has none of those that the user asked for.
-pub fn choose(options: &[QemuOption], qemu: &Path) -> Result<Accelerator> {
+pub fn choose(options: &[QemuOption], qemu: &Path) -> Accelerator {
     let wanted = wanted(options);
     if let Some(name) = first(&wanted, has_kvm) {
         let reason = if wanted.len() > 1 {
@@ -48,13 +45,13 @@ pub fn choose(options: &[QemuOption], qemu: &Path) -> Result<Accelerator> {
         } else {
             "as the command line says"
         };
-        return Ok(Accelerator { name: name.to_owned(), reason: reason.to_owned() });
+        return Accelerator { name: name.to_owned(), reason: reason.to_owned() };
     }
     let (name, reason) = match kvm_works(qemu) {
         Ok(()) => ("kvm", "it runs long mode on this host".to_owned()),
         Err(why) => ("tcg", format!("KVM cannot be used: {why}")),
     };
-    Ok(Accelerator { name: name.to_owned(), reason })
+    Accelerator { name: name.to_owned(), reason }
 }
 
 /// One accelerator is taken as it is. If the host has none of several, the last is taken, which

@@ -73,8 +73,8 @@ pub(crate) fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> 
         host_specific::without_process(memory.options, hold).map_err(refuse)?;
     dropped.extend(memory.dropped);
     let accelerator = accelerator::of_running(&options, said.facts.accelerator.as_str());
-    let normalized =
-        normalize::normalize(accelerator::without(options), &facts(said)).map_err(refuse)?;
+    let normalized = normalize::normalize(accelerator::without(options), &facts(said));
+    let normalized = normalized.map_err(|error| refused(error.explain()))?;
     let ram_block = memory.block.unwrap_or_else(|| normalized.ram_block.clone());
     let (machine_type, ram_bytes) = (normalized.machine_type.clone(), normalized.ram_bytes);
     check(&normalized, &ram_block, said)?;

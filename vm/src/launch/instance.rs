@@ -5,8 +5,8 @@
 //! QEMU's dirty bitmaps carry the instance, and those of one name must never be taken for
 //! another's.
 
+use crate::error::VmError;
 use crate::process;
-use anyhow::Result;
 use checkpoint_format::VmName;
 
 const PREFIX: &str = "process-";
@@ -16,7 +16,7 @@ const DIGEST_LETTERS: usize = 16;
 ///
 /// # Errors
 /// If the kernel does not tell which boot this is.
-pub fn of_process(pid: u32, started: u64, store: &str, name: &VmName) -> Result<String> {
+pub fn of_process(pid: u32, started: u64, store: &str, name: &VmName) -> Result<String, VmError> {
     let boot = process::boot_id()?;
     let digest = blake3::hash(format!("{boot}\n{store}\n{name}").as_bytes()).to_hex();
     Ok(format!("{PREFIX}{pid}-{started}-{}", &digest[..DIGEST_LETTERS]))

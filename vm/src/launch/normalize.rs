@@ -5,7 +5,7 @@
 use super::arguments::{KeyList, QemuOption};
 use super::form::Form;
 use super::qemu_binary::QemuFacts;
-use crate::error::refused;
+use crate::error::{VmError, refused};
 use anyhow::{Context, Result};
 use qemu_cmdline::size;
 use qmp_bridge::quirks::{self, Release};
@@ -48,26 +48,29 @@ pub struct Normalized {
 /// # Errors
 /// Refused where they ask for memory that cannot be ours; of class usage where QEMU would not read
 /// them.
-pub fn normalize(options: Vec<QemuOption>, facts: &QemuFacts) -> Result<Normalized> {
+pub fn normalize(options: Vec<QemuOption>, facts: &QemuFacts) -> Result<Normalized, VmError> {
     let wanted = machine_type(&options);
     let kind = facts.machine_type(wanted.as_deref())?;
     if kind.name == "none" {
         return Err(refused(
             "machine type none has no guest to checkpoint; name another by -machine",
-        ));
+        )
+        .into());
     }
     let Some(ram_block) = kind.default_ram_id.clone() else {
         return Err(refused(format!(
             "machine type {} has no main RAM of its own; Stillpoint knows pc, q35 and microvm",
             kind.name
-        )));
+        ))
+        .into());
     };
     let release = Release::of_machine_type(&kind.name);
     if release.is_some_and(|release| release.has(quirks::MACHINE_TYPE_HAS_SHORT_STREAM)) {
         return Err(refused(format!(
             "machine type {} writes its state in a form of QEMU 2.3 and before, which Stillpoint does not read; use a machine type of 2.4 or later",
             kind.name
-        )));
+        ))
+        .into());
     }
     let ram_bytes = ram_bytes(&options)?;
     let options = name_drives(options);

@@ -3,7 +3,7 @@
 //!
 //! Which values are files says the table of `qemu-cmdline`, never how a value is spelled.
 
-use anyhow::Result;
+use qemu_cmdline::arguments::ArgumentError;
 use qemu_cmdline::{QemuOption, Site, Use, visit};
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -28,7 +28,10 @@ pub fn boot_files(options: &[QemuOption]) -> Vec<String> {
 ///
 /// # Errors
 /// If the arguments are no QEMU command line.
-pub fn boot_files_of(words: &[String], directory: &Path) -> Result<Vec<(String, PathBuf)>> {
+pub fn boot_files_of(
+    words: &[String],
+    directory: &Path,
+) -> Result<Vec<(String, PathBuf)>, ArgumentError> {
     let options = qemu_cmdline::arguments::parse(words)?;
     let theirs = options
         .iter()

@@ -1,6 +1,7 @@
 //! A QEMU process as the kernel shows it: who it is, so that it is not taken for a later one of the
 //! same number, and how it was started.
 
+use crate::error::VmError;
 use crate::process::{self, Process, started};
 use anyhow::{Context, Result, bail};
 use procfs::process::FDTarget;
@@ -32,7 +33,7 @@ impl QemuProcess {
     ///
     /// # Errors
     /// If it does not, or this user may not read it.
-    pub fn read(pid: u32) -> Result<Self> {
+    pub fn read(pid: u32) -> Result<Self, VmError> {
         let about = || {
             format!(
                 "reading /proc/{pid}; Stillpoint must run as root or as the user of that QEMU, \

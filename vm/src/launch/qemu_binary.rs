@@ -3,7 +3,7 @@
 //! directory.
 
 use crate::cache;
-use crate::error::{explain, refused, usage};
+use crate::error::{VmError, explain, refused, usage};
 use anyhow::{Context, Result, anyhow, bail};
 use qmp_bridge::qmp::QemuVersion;
 use qmp_bridge::qmp::replies::{Greeting, MachineType};
@@ -41,12 +41,12 @@ impl QemuFacts {
     ///
     /// # Errors
     /// Refused if this QEMU has no such type.
-    pub fn machine_type(&self, wanted: Option<&str>) -> Result<&MachineType> {
+    pub fn machine_type(&self, wanted: Option<&str>) -> Result<&MachineType, VmError> {
         let hit = self.machine_types.iter().find(|known| match wanted {
             Some(name) => known.name == name || known.alias.as_deref() == Some(name),
             None => known.is_default,
         });
-        hit.ok_or_else(|| match wanted {
+        let missing = || match wanted {
             Some(name) => usage(format!(
                 "QEMU {} has no machine type '{name}'; '-machine help' lists its types",
                 self.version
@@ -55,7 +55,8 @@ impl QemuFacts {
                 "QEMU {} has no default machine type; name one by -machine",
                 self.version
             )),
-        })
+        };
+        Ok(hit.ok_or_else(missing)?)
     }
 }
 
@@ -63,7 +64,7 @@ impl QemuFacts {
 ///
 /// # Errors
 /// Refused if it is no QEMU that runs with our plugin.
-pub fn probe(binary: &Path, plugin: &Path) -> Result<QemuFacts> {
+pub fn probe(binary: &Path, plugin: &Path) -> Result<QemuFacts, VmError> {
     let about = |path: &Path| {
         std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()))
     };

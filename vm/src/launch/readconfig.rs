@@ -2,6 +2,7 @@
 //! can be saved with its checkpoints and used on a host that lacks the file.
 
 use super::arguments::QemuOption;
+use crate::error::VmError;
 use crate::files;
 use anyhow::{Context, Result, bail};
 use qemu_cmdline::config;
@@ -14,8 +15,8 @@ const MAX_CONFIG_BYTES: u64 = 1 << 20;
 ///
 /// # Errors
 /// Refused if a file cannot be read or says what no option can.
-pub fn expand(options: Vec<QemuOption>) -> Result<Vec<QemuOption>> {
-    expand_in(options, Path::new(""))
+pub fn expand(options: Vec<QemuOption>) -> Result<Vec<QemuOption>, VmError> {
+    Ok(expand_in(options, Path::new(""))?)
 }
 
 /// The same for a process whose relative paths belong to `directory`.

@@ -7,7 +7,7 @@
 use super::arguments::{self, QemuOption};
 use super::form::Form;
 use super::paths::{NewPaths, new_path};
-use crate::error::refused;
+use crate::error::{VmError, refused};
 use anyhow::Result;
 use checkpoint_format::VmRecord;
 use qemu_cmdline::restorable::{self, Carried, Finding, Wishes};
@@ -33,7 +33,7 @@ pub struct Restored {
 ///
 /// # Errors
 /// Refused as said, with what to write; of class usage for a line that is no command line.
-pub fn restored(words: &[String], paths: &NewPaths, wishes: &Wishes) -> Result<Restored> {
+pub fn restored(words: &[String], paths: &NewPaths, wishes: &Wishes) -> Result<Restored, VmError> {
     // What this host's QEMU lacks of its own files it says itself.
     let made = make(words, paths, wishes, &|_| true)?;
     if made.findings.is_empty() {
@@ -42,7 +42,8 @@ pub fn restored(words: &[String], paths: &NewPaths, wishes: &Wishes) -> Result<R
     Err(refused(format!(
         "the saved command line asks for more than a restored VM may have unasked: {}",
         list(&made.findings)
-    )))
+    ))
+    .into())
 }
 
 fn make(
@@ -193,7 +194,7 @@ impl FileId {
 ///
 /// # Errors
 /// Refused if it holds what could be read as another option.
-pub fn check_record(record: &VmRecord) -> Result<()> {
+pub fn check_record(record: &VmRecord) -> Result<(), VmError> {
     let is_letter = |letter: char| letter.is_ascii_alphanumeric() || "-._".contains(letter);
     let is_id = |text: &str| {
         text.starts_with(|letter: char| letter.is_ascii_alphabetic()) && text.chars().all(is_letter)
@@ -202,7 +203,8 @@ pub fn check_record(record: &VmRecord) -> Result<()> {
         return Err(refused(format!(
             "the checkpoint calls the VM's memory '{}', which is no name of a memory object",
             record.ram_block
-        )));
+        ))
+        .into());
     }
     let accelerator = arguments::KeyList::parse(&record.accelerator);
     let is_known = matches!(accelerator.iter().next(), Some((None, "kvm" | "tcg")));
@@ -213,7 +215,8 @@ pub fn check_record(record: &VmRecord) -> Result<()> {
     Err(refused(format!(
         "the checkpoint asks for accelerator '{}'; Stillpoint starts kvm and tcg",
         record.accelerator
-    )))
+    ))
+    .into())
 }
 
 #[cfg(test)]
@@ -259,7 +262,7 @@ mod test {
             ("pc.ram", ""),
         ] {
             assert_eq!(
-                class_of(&check_record(&record(block, accelerator)).unwrap_err()),
+                check_record(&record(block, accelerator)).unwrap_err().class(),
                 Class::Refused,
                 "{block} {accelerator}"
             );
@@ -289,7 +292,7 @@ mod test {
             },
         ] {
             assert_eq!(
-                class_of(&restored(&line(text), &paths, &wishes).err().unwrap()),
+                restored(&line(text), &paths, &wishes).err().unwrap().class(),
                 Class::Refused,
                 "{wishes:?}"
             );

@@ -1,9 +1,10 @@
 //! The start of QEMU as a process of its own, and the end of programs that are asked one thing.
 
 use super::command::{self, Start};
+use crate::error::VmError;
 use crate::process::ProcessFd;
 use crate::runtime_dir::{RuntimeDir, VmFile};
-use anyhow::{Context, Result};
+use anyhow::Context;
 use dirty_tracker::GuestMemory;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -28,22 +29,23 @@ pub fn qemu(
     runtime: &RuntimeDir,
     plugin: Option<&Path>,
     memory: &GuestMemory,
-) -> Result<Child> {
+) -> Result<Child, VmError> {
     let output = runtime.create_qemu_log()?;
     let errors = output.try_clone().context("opening QEMU's log twice")?;
     command.args(command::arguments(file, runtime, plugin, memory.raw_fd(), Start::Incoming));
     command.current_dir(&file.directory).stdin(Stdio::null()).stdout(output).stderr(errors);
-    memory.set_inheritable(true)?;
-    let child = command.spawn().with_context(|| format!("starting {}", file.qemu.display()));
-    memory.set_inheritable(false)?;
-    child
+    let about = || format!("starting {}", file.qemu.display());
+    memory.set_inheritable(true).with_context(about)?;
+    let child = command.spawn().with_context(about);
+    memory.set_inheritable(false).with_context(about)?;
+    Ok(child?)
 }
 
 /// How it ended, if it does within `timeout`.
 ///
 /// # Errors
 /// If the kernel does not tell.
-pub fn ended_within(child: &mut Child, timeout: Duration) -> Result<Option<ExitStatus>> {
+pub fn ended_within(child: &mut Child, timeout: Duration) -> Result<Option<ExitStatus>, VmError> {
     // Our child: its number is its own until it has been waited for.
     let has_ended = match ProcessFd::open(child.id())? {
         Some(process) => process.wait(timeout)?,

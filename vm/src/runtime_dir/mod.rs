@@ -5,10 +5,10 @@
 mod private;
 mod records;
 
-use crate::error::refused;
+use crate::error::{VmError, refused};
 use crate::files;
 use crate::process;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow};
 use checkpoint_format::{Epoch, VmName};
 use nix::fcntl::{Flock, OFlag};
 use nix::unistd::Pid;
@@ -47,7 +47,7 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// Refused as said; of class usage if the path is too long for a socket in it.
-    pub fn new(base: Option<&Path>, name: &VmName) -> Result<Self> {
+    pub fn new(base: Option<&Path>, name: &VmName) -> Result<Self, VmError> {
         let directory = Self::locate(base, name)?;
         private::open(&directory.base, name.as_str(), Owner::Trusted)?;
         Ok(directory)
@@ -57,7 +57,7 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// Refused if others could change it.
-    pub fn of_helper(base: Option<&Path>, name: &VmName) -> Result<Self> {
+    pub fn of_helper(base: Option<&Path>, name: &VmName) -> Result<Self, VmError> {
         let directory = Self::locate(base, name)?;
         private::open(&directory.base, name.as_str(), Owner::Asked)?;
         Ok(directory)
@@ -98,8 +98,8 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// Refused if what is there is not a directory of this user.
-    pub fn create(&self) -> Result<()> {
-        private::create(&self.base, self.name())
+    pub fn create(&self) -> Result<(), VmError> {
+        Ok(private::create(&self.base, self.name())?)
     }
 
     fn name(&self) -> &str {
@@ -116,20 +116,20 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// If it cannot be read or is longer.
-    pub fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>> {
+    pub fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, VmError> {
         let directory = self.directory()?;
-        private::read_file(&directory, name, limit)
-            .with_context(|| format!("reading {}/{name}", self.path.display()))
+        let read = private::read_file(&directory, name, limit);
+        Ok(read.with_context(|| format!("reading {}/{name}", self.path.display()))?)
     }
 
     /// Writes a file of it, at once or not at all.
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
+    pub fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), VmError> {
         let directory = self.directory()?;
-        private::replace_file(&directory, name, bytes)
-            .with_context(|| format!("writing {}/{name}", self.path.display()))
+        let written = private::replace_file(&directory, name, bytes);
+        Ok(written.with_context(|| format!("writing {}/{name}", self.path.display()))?)
     }
 
     fn open(&self, name: &str, flags: OFlag) -> Result<File> {
@@ -142,8 +142,8 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// If it cannot be opened.
-    pub fn open_helper_log(&self) -> Result<File> {
-        self.open("helper.log", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND)
+    pub fn open_helper_log(&self) -> Result<File, VmError> {
+        Ok(self.open("helper.log", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND)?)
     }
 
     /// Why the helper that was started last has ended, if it failed.
@@ -163,16 +163,16 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// If the file cannot be removed.
-    pub fn forget_helper_failure(&self) -> Result<()> {
-        self.forget(HELPER_FAILURE)
+    pub fn forget_helper_failure(&self) -> Result<(), VmError> {
+        Ok(self.forget(HELPER_FAILURE)?)
     }
 
     /// QEMU's log, empty.
     ///
     /// # Errors
     /// If it cannot be made.
-    pub fn create_qemu_log(&self) -> Result<File> {
-        self.open("qemu.log", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC)
+    pub fn create_qemu_log(&self) -> Result<File, VmError> {
+        Ok(self.open("qemu.log", OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC)?)
     }
 
     /// The directory itself.
@@ -235,21 +235,21 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// If the kernel lists no holder.
-    pub fn helper_pid_of_holder(&self) -> Result<Pid> {
+    pub fn helper_pid_of_holder(&self) -> Result<Pid, VmError> {
         let text = self.read("helper.pid", 32)?;
         let pid = std::str::from_utf8(&text)
             .ok()
             .and_then(|text| text.trim().parse().ok())
             .filter(|pid| *pid > 1);
-        pid.map(Pid::from_raw)
-            .with_context(|| format!("{} holds no process id", self.helper_pid().display()))
+        let pid = pid.map(Pid::from_raw);
+        Ok(pid.with_context(|| format!("{} holds no process id", self.helper_pid().display()))?)
     }
 
     /// Writes down what was launched.
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn save_vm(&self, vm: &VmFile) -> Result<()> {
+    pub fn save_vm(&self, vm: &VmFile) -> Result<(), VmError> {
         let text = serde_json::to_vec_pretty(vm).context("encoding machine.json")?;
         self.replace("machine.json", &text)
     }
@@ -266,20 +266,22 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// Refused if there is no VM of this name; fails if its file is of another format or damaged.
-    pub fn vm(&self) -> Result<VmFile> {
+    pub fn vm(&self) -> Result<VmFile, VmError> {
         let path = self.path.join("machine.json");
         if !path.exists() {
             return Err(refused(format!(
                 "no VM is known at {}; start one by 'stillpoint run', attach one by --qmp, or name its --runtime-dir",
                 self.path.display()
-            )));
+            ))
+            .into());
         }
         let text = self.read("machine.json", MAX_VM_FILE_BYTES)?;
         let vm: VmFile = serde_json::from_slice(&text)
             .with_context(|| format!("{} is damaged", path.display()))?;
         let (has, reads) = (vm.format, VmFile::FORMAT);
         if has != reads {
-            bail!("{} has format {has}; this build reads {reads}", path.display());
+            let path = path.display();
+            return Err(anyhow!("{path} has format {has}; this build reads {reads}").into());
         }
         Ok(vm)
     }
@@ -301,13 +303,13 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// If a file cannot be removed.
-    pub fn forget_earlier(&self) -> Result<()> {
+    pub fn forget_earlier(&self) -> Result<(), VmError> {
         self.forget("devices.json")?;
         // The settings of another process: restoring them here would change settings that no helper
         // has changed.
         self.forget("migration.json")?;
         self.forget("writer-epoch")?;
-        self.forget(MARKS)
+        Ok(self.forget(MARKS)?)
     }
 
     /// What an earlier helper left behind in the way of marks of written pages. None if that is not
@@ -320,7 +322,7 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn set_marks(&self, marks: Marks) -> Result<()> {
+    pub fn set_marks(&self, marks: Marks) -> Result<(), VmError> {
         self.replace(MARKS, &serde_json::to_vec(&marks).context("encoding the record of marks")?)
     }
 
@@ -329,10 +331,10 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn forget_exact_marks(&self) -> Result<()> {
+    pub fn forget_exact_marks(&self) -> Result<(), VmError> {
         match self.marks() {
             Some(marks) => self.set_marks(Marks { is_exact: false, ..marks }),
-            None => self.forget(MARKS),
+            None => Ok(self.forget(MARKS)?),
         }
     }
 
@@ -346,7 +348,7 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn set_writer_epoch(&self, epoch: Epoch) -> Result<()> {
+    pub fn set_writer_epoch(&self, epoch: Epoch) -> Result<(), VmError> {
         self.replace("writer-epoch", epoch.0.to_string().as_bytes())
     }
 
@@ -360,7 +362,7 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// Refused while another helper holds it.
-    pub fn lock_helper(&self) -> Result<HelperLock> {
+    pub fn lock_helper(&self) -> Result<HelperLock, VmError> {
         let file = self.open("helper.lock", OFlag::O_WRONLY | OFlag::O_CREAT)?;
         files::lock(file).map_err(|_| {
             let pid = self
@@ -369,6 +371,7 @@ impl RuntimeDir {
             refused(format!(
                 "a helper (pid {pid}) is attached to this VM already; use it, or replace it by 'stillpoint attach --take-over'"
             ))
+            .into()
         })
     }
 }
@@ -475,7 +478,7 @@ mod test {
     fn runtime_directory_must_be_short_enough_for_sockets() {
         let long = PathBuf::from(format!("/{}", "x".repeat(100)));
         let error = RuntimeDir::new(Some(&long), &"m".parse().unwrap()).unwrap_err();
-        assert_eq!(crate::error::class_of(&error), crate::error::Class::Refused);
+        assert_eq!(error.class(), Class::Refused);
     }
 
     #[test]

@@ -59,11 +59,17 @@ async fn rows(
 async fn together(look: &Probe, found: &ExternalVm) -> Option<Row> {
     match look.drives(found).await {
         Ok(drives) => {
-            look.check_files(found, &drives).err().map(|error| cannot("files", &error, ELSEWHERE))
+            let refusal = look.check_files(found, &drives).err();
+            refusal.map(|error| cannot("files", &error.into(), ELSEWHERE))
         }
-        // It has a row of its own.
-        Err(error) if matches!(error.downcast_ref(), Some(DiskError::Job { .. })) => None,
-        Err(error) => Some(cannot("disks", &error, ELSEWHERE)),
+        Err(error) => {
+            let error = Error::from(error);
+            // A job has a row of its own.
+            let is_job = error
+                .chain()
+                .any(|cause| matches!(cause.downcast_ref(), Some(DiskError::Job { .. })));
+            (!is_job).then(|| cannot("disks", &error, ELSEWHERE))
+        }
     }
 }
 

@@ -32,7 +32,7 @@ pub(super) async fn check(
         None => Err("the VM is not understood".to_owned()),
     };
     let support = look.support().await.map_err(|error| {
-        cannot("engine", &error, "wait until that migration has ended, and try again")
+        cannot("engine", &error.into(), "wait until that migration has ended, and try again")
     })?;
     let live = can_pre_copy_live(&look.facts.qemu, look.facts.accelerator);
     let has_plugin = found.is_some_and(|found| found.plugin.is_some());

@@ -66,7 +66,7 @@ pub async fn look(monitor: &Path) -> VmReport {
         Ok(look) => look,
         Err(error) => {
             return VmReport {
-                report: vec![cannot("monitor", &error, ANOTHER_MONITOR)].into(),
+                report: vec![cannot("monitor", &error.into(), ANOTHER_MONITOR)].into(),
                 engines: None,
                 left_out: Vec::new(),
             };
@@ -78,7 +78,7 @@ pub async fn look(monitor: &Path) -> VmReport {
         look.qmp = look.qmp.for_instance(&file.instance);
     }
     let server = helper.map(|(runtime, _)| runtime.nbd());
-    let understood = look.understand();
+    let understood = look.understand().map_err(Error::from);
     let found = understood.as_ref().ok();
     let mut rows = who(&look, found);
     rows.push(command_line(&understood));
@@ -109,8 +109,8 @@ pub async fn look(monitor: &Path) -> VmReport {
 
 /// What QEMU as a whole is in the way of.
 fn whole(look: &Probe) -> Vec<Row> {
-    let blockers = running::check_blockers(&look.facts.migration_blockers).err();
-    let blocks = tracked_blocks::check_whole(&look.blocks).err();
+    let blockers = running::check_blockers(&look.facts.migration_blockers).err().map(Error::from);
+    let blocks = tracked_blocks::check_whole(&look.blocks).err().map(Error::from);
     let user = look.foreign_user().map(Error::msg);
     [("migration", blockers), ("memory", blocks), ("QEMU's user", user)]
         .into_iter()
@@ -202,7 +202,7 @@ async fn plugged(look: &Probe, found: Option<&ExternalVm>) -> Vec<Row> {
         Ok(refusals) => {
             refusals.into_iter().map(|why| cannot(CHECK, &Error::msg(why), START_AGAIN)).collect()
         }
-        Err(error) => return vec![cannot(CHECK, &error, "try again")],
+        Err(error) => return vec![cannot(CHECK, &error.into(), "try again")],
     };
     let options = arguments::parse(&look.process.words).unwrap_or_default();
     let options = found.map_or(options, |found| found.options.clone());
