@@ -6,6 +6,29 @@
 //!
 //! Nothing here prints or parses arguments; the crate `stillpoint` does. Progress is reported to a
 //! [`progress::Progress`].
+//!
+//! # Example
+//!
+//! A read-only image is stored as a layer, once for all VMs on it:
+//!
+//! ```
+//! use checkpoint_store::{MemoryStore, Mode, Repository};
+//! use engine::layers;
+//! use std::sync::Arc;
+//!
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let repository = Repository::open(Arc::new(MemoryStore::new()), Mode::CreateIfMissing).await?;
+//! let image = tempfile::NamedTempFile::new()?;
+//! std::fs::write(image.path(), [7; 100_000])?;
+//!
+//! let file = layers::of_file(image.path())?;
+//! assert_eq!(file.len.0, 100_000);
+//! assert!(layers::ensure(&repository, image.path(), file).await? > 0);
+//! assert_eq!(layers::ensure(&repository, image.path(), file).await?, 0);
+//! # Ok(())
+//! # }
+//! ```
 
 #![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]

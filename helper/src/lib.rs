@@ -7,6 +7,39 @@
 //! [`serve`] is the process, or [`restore`] where it restores the VM first; [`start`] and [`attach`]
 //! bring it up, [`client`] asks it over its control socket in the words of [`control`], and
 //! [`mod@bench`] measures it.
+//!
+//! # Example
+//!
+//! A helper is asked what it is doing. Here a thread plays the helper's part:
+//!
+//! ```
+//! use helper::client;
+//! use helper::control::Request;
+//! use std::io::{BufRead, BufReader, Write};
+//! use std::os::unix::net::UnixListener;
+//! use vm::runtime_dir::RuntimeDir;
+//!
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let base = tempfile::tempdir()?;
+//! let runtime = RuntimeDir::new(Some(base.path()), &"web1".parse()?)?;
+//! runtime.create()?;
+//! let listener = UnixListener::bind(runtime.control())?;
+//! let helper = std::thread::spawn(move || -> std::io::Result<String> {
+//!     let (mut stream, _) = listener.accept()?;
+//!     let mut request = String::new();
+//!     BufReader::new(stream.try_clone()?).read_line(&mut request)?;
+//!     writeln!(stream, r#"{{"done": {{"pid": 4711, "busy": true}}}}"#)?;
+//!     Ok(request)
+//! });
+//!
+//! let status = client::status(&runtime).await?;
+//! assert_eq!((status.pid, status.busy), (4711, true));
+//! let request = helper.join().map_err(|_| "the thread panicked")??;
+//! assert_eq!(Request::parse(&request)?, Request::Status);
+//! # Ok(())
+//! # }
+//! ```
 
 #![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]

@@ -12,6 +12,21 @@
 //!
 //! A helper that is killed is modelled by [`ScriptedQemu::sever`]: all its connections end, as they
 //! do with its process. Then its task is dropped, whose guards have no connection any more.
+//!
+//! # Example
+//!
+//! ```
+//! use scripted_vm::{Ram, ScriptedQemu, Version};
+//! use serde_json::json;
+//!
+//! # fn main() -> Result<(), String> {
+//! let qemu = ScriptedQemu::new(Version::V10_0, Ram::plain(256));
+//! assert_eq!(qemu.execute("query-status", &json!({}))?["status"], "running");
+//! qemu.execute("stop", &json!({}))?;
+//! assert_eq!(qemu.execute("query-status", &json!({}))?["status"], "paused");
+//! # Ok(())
+//! # }
+//! ```
 
 mod body;
 mod monitor;
