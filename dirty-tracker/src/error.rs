@@ -37,7 +37,7 @@ pub enum TrackerError {
     Maps { source: io::Error },
 
     #[error(
-        "QEMU's memory map has a line that cannot be understood: {error}; please report it with the kernel version"
+        "QEMU's memory map has a line that cannot be parsed: {error}; please report it with the kernel version"
     )]
     MapsForm { error: String },
 

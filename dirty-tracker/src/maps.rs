@@ -1,4 +1,4 @@
-//! `/proc/PID/maps`, read and understood.
+//! Parses `/proc/PID/maps`.
 
 use std::fs::File;
 use std::io;

@@ -11,7 +11,7 @@ use vm::runtime_dir::{RuntimeDir, VmFile};
 
 /// What a helper gets to end in order.
 const GRACE: Duration = Duration::from_secs(5);
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The VM that a helper of this directory would attach to.
 ///
@@ -60,7 +60,7 @@ pub async fn end_other(runtime: &RuntimeDir) -> Result<()> {
             if let Some(other) = OtherHelper::find(runtime)? {
                 other.signal(signal);
             }
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
     bail!(

@@ -156,7 +156,7 @@ async fn measure<S: Fn(&Update)>(
 }
 
 async fn checkpoint(runtime: &RuntimeDir, show: impl Fn(&Update)) -> Result<Outcome> {
-    client::understood(client::checkpoint(runtime, Choice::default(), show).await?)
+    client::decode(client::checkpoint(runtime, Choice::default(), show).await?)
 }
 
 impl Deltas {

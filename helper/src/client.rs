@@ -72,7 +72,7 @@ pub async fn checkpoint(
 /// # Errors
 /// When no helper answers.
 pub async fn status(runtime: &RuntimeDir) -> Result<Status> {
-    understood(ask(runtime, &Request::Status, |_| ()).await?)
+    decode(ask(runtime, &Request::Status, |_| ()).await?)
 }
 
 /// Asks for a bare `stop` and `cont`.
@@ -80,15 +80,15 @@ pub async fn status(runtime: &RuntimeDir) -> Result<Status> {
 /// # Errors
 /// The helper's, with its class; or when no helper answers.
 pub async fn bare_pause(runtime: &RuntimeDir) -> Result<BarePause> {
-    understood(ask(runtime, &Request::BarePause, |_| ()).await?)
+    decode(ask(runtime, &Request::BarePause, |_| ()).await?)
 }
 
 /// A helper of another version may answer in another form.
 ///
 /// # Errors
 /// When the answer lacks what is expected of it.
-pub fn understood<T: DeserializeOwned>(answer: Value) -> Result<T> {
-    serde_json::from_value(answer).context("the helper's answer is not understood")
+pub fn decode<T: DeserializeOwned>(answer: Value) -> Result<T> {
+    serde_json::from_value(answer).context("the helper's answer cannot be parsed")
 }
 
 /// Sends one request and waits for its result, showing progress meanwhile.

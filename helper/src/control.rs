@@ -40,7 +40,7 @@ impl Request {
     /// When it is none of these requests.
     pub fn parse(line: &str) -> Result<Self> {
         serde_json::from_str(line)
-            .context("the request is not understood; are command and helper of one version?")
+            .context("the request cannot be parsed; are command and helper of the same version?")
     }
 }
 
@@ -62,7 +62,7 @@ impl Reply {
     /// # Errors
     /// When it is none of these replies.
     pub fn parse(line: &str) -> Result<Self> {
-        serde_json::from_str(line).context("the helper's answer is not understood")
+        serde_json::from_str(line).context("the helper's answer cannot be parsed")
     }
 }
 

@@ -13,7 +13,7 @@ use vm::runtime_dir::RuntimeDir;
 
 /// A helper is up in tens of milliseconds; a busy host may need longer.
 const TIMEOUT: Duration = Duration::from_secs(30);
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Starts the helper in a session of its own, not as a child of what will be QEMU.
 ///
@@ -80,6 +80,6 @@ pub async fn wait(runtime: &RuntimeDir) -> Result<Status> {
                 said::quote_log(&runtime.helper_log())
             );
         }
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }

@@ -12,8 +12,8 @@ use crate::qmp::{Qmp, QmpError};
 /// How long ending a job may take.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 /// First and longest pause between two looks.
-const FIRST_LOOK: Duration = Duration::from_micros(500);
-const LONGEST_LOOK: Duration = Duration::from_millis(20);
+const FIRST_POLL: Duration = Duration::from_micros(500);
+const LONGEST_POLL: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Error)]
 #[expect(missing_docs, reason = "the message of each variant documents it and its fields")]
@@ -55,7 +55,7 @@ impl Looks {
     }
 
     fn within(timeout: Duration) -> Self {
-        Self { begun: Instant::now(), timeout, pause: FIRST_LOOK }
+        Self { begun: Instant::now(), timeout, pause: FIRST_POLL }
     }
 
     pub(crate) async fn again(&mut self, what: impl Fn() -> String) -> Result<(), JobError> {
@@ -63,7 +63,7 @@ impl Looks {
             return Err(JobError::Stuck { what: what(), after: self.timeout });
         }
         tokio::time::sleep(self.pause).await;
-        self.pause = (self.pause * 2).min(LONGEST_LOOK);
+        self.pause = (self.pause * 2).min(LONGEST_POLL);
         Ok(())
     }
 }

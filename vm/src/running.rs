@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 /// QEMU opens its monitor within 100 ms; a large VM that preallocates takes longer.
 const STARTUP: Duration = Duration::from_secs(60);
 /// Between two looks whether QEMU still lives.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// ISA devices have no path that would be part of the name.
 const SAVED_AS_ONE: &[&str] = &["isa-ide", "isa-ipmi-bt", "isa-ipmi-kcs"];
 const NO_PLUGIN: &str = "no plugin sits in this QEMU, so nothing tracks its memory";
@@ -367,7 +367,7 @@ async fn connect_later(socket: PathBuf, file: &VmFile) -> Result<PluginHandles> 
 fn connect(socket: &Path, pid: Option<u32>) -> Result<PluginHandles> {
     let end = Instant::now() + STARTUP;
     loop {
-        let error = match PluginHandles::connect(socket, LOOK_EVERY) {
+        let error = match PluginHandles::connect(socket, POLL_INTERVAL) {
             Ok(handles) => return Ok(handles),
             Err(error) => error,
         };

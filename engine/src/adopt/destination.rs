@@ -15,7 +15,7 @@ use vm::runtime_dir::{RuntimeDir, VmFile};
 
 /// QEMU opens its monitor within 100 ms; a loaded host takes longer.
 const STARTUP: Duration = Duration::from_secs(60);
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Variables of ours that the new QEMU does not get from the old one's environment.
 const NOT_INHERITED: &str = "STILLPOINT_";
@@ -61,7 +61,7 @@ pub(super) async fn connect(process: Process, runtime: &RuntimeDir) -> Result<Qm
     let is_up = || {
         ready(if runtime.qmp().exists() { Some(true) } else { (!process.lives()).then_some(false) })
     };
-    match poll_until(STARTUP, LOOK_EVERY, is_up).await {
+    match poll_until(STARTUP, POLL_INTERVAL, is_up).await {
         Some(true) => {}
         Some(false) => bail!("the new QEMU did not come up"),
         None => bail!("the new QEMU did not open its monitor within {STARTUP:?}"),

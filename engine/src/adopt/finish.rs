@@ -15,7 +15,7 @@ use vm::runtime_dir::RuntimeDir;
 
 /// Time for the old QEMU to end in order; it has no guest any more.
 const QUIT: Duration = Duration::from_secs(10);
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// `source`: the old QEMU's monitor, if it still answers. Returns notes on what could not be moved.
 pub(super) async fn finish(
@@ -54,7 +54,7 @@ async fn end_source(process: Process, monitor: Option<&Qmp>) -> Result<()> {
         tracing::debug!(%error, "quit");
     }
     if monitor.is_some() {
-        poll_until(QUIT, LOOK_EVERY, || ready((!process.lives()).then_some(()))).await;
+        poll_until(QUIT, POLL_INTERVAL, || ready((!process.lives()).then_some(()))).await;
     }
     // Stopped, and without its disks: nothing of it is needed.
     destination::end(process).await.context("ending the old QEMU")

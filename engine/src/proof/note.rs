@@ -69,7 +69,7 @@ pub(super) async fn write(store: &str, report: &Report) -> Result<()> {
     Ok(())
 }
 
-/// Proofs of this very checkpoint, oldest first. A note that is not understood is another
+/// Proofs of this very checkpoint, oldest first. A note that cannot be parsed is another
 /// version's.
 ///
 /// # Errors

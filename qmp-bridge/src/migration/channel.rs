@@ -26,7 +26,7 @@ const FD_NAME: &str = "stream";
 /// 0.3 to 0.5 s, whatever the size.)
 const BUFFER: usize = 4 << 20;
 /// Pause between two looks whether QEMU has closed its end.
-const LOOK: Duration = Duration::from_millis(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 #[derive(Debug)]
 pub(super) struct Channel {
@@ -86,7 +86,7 @@ impl Channel {
             if hung_up || Instant::now() >= deadline {
                 return hung_up;
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 }

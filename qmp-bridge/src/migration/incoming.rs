@@ -8,7 +8,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
 use super::settings::{set_capabilities, set_parameter};
-use super::watch::{PAUSED_LOOK, Watch};
+use super::watch::{PAUSED_POLL, Watch};
 use super::{MigrationError, MigrationStatus};
 use crate::qmp::{Qmp, QmpError};
 use crate::quirks;
@@ -89,7 +89,7 @@ impl Incoming {
 
     async fn wait_loaded(&self, timeout: Duration) -> Result<(), MigrationError> {
         let mut watch = Watch::new(&self.qmp, "the loading of the stream", "");
-        let loaded = watch.wait_for(MigrationStatus::Completed, PAUSED_LOOK, timeout).await;
+        let loaded = watch.wait_for(MigrationStatus::Completed, PAUSED_POLL, timeout).await;
         loaded.map_err(|error| match error {
             MigrationError::Failed { why, .. } => MigrationError::Load { why },
             other => other.or_gone(MigrationError::DestinationEnded),

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::channel::Channel;
 use super::settings::set_parameter;
-use super::watch::{PAUSED_LOOK, Watch};
+use super::watch::{PAUSED_POLL, Watch};
 use super::{MigrationError, MigrationStatus};
 use crate::qmp::Qmp;
 
@@ -39,5 +39,5 @@ pub async fn start(qmp: &Qmp) -> Result<UnixStream, MigrationError> {
 /// When the migration fails or does not end in time.
 pub async fn finish(qmp: &Qmp) -> Result<(), MigrationError> {
     let mut watch = Watch::new(qmp, "the saving of QEMU's state", " though its stream has ended");
-    watch.wait_for(MigrationStatus::Completed, PAUSED_LOOK, END_TIMEOUT).await
+    watch.wait_for(MigrationStatus::Completed, PAUSED_POLL, END_TIMEOUT).await
 }

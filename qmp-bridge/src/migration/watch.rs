@@ -13,9 +13,9 @@ use crate::qmp::{Qmp, QmpEvent};
 
 /// Between two queries while the guest runs: for progress and the downtime policy alone, since the
 /// event of a new status ends the wait.
-pub(super) const IDLE_LOOK: Duration = Duration::from_millis(50);
+pub(super) const IDLE_POLL: Duration = Duration::from_millis(50);
 /// While it waits.
-pub(super) const PAUSED_LOOK: Duration = Duration::from_millis(1);
+pub(super) const PAUSED_POLL: Duration = Duration::from_millis(1);
 /// How long a cancelled migration may take to be over.
 pub(super) const CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -140,6 +140,6 @@ pub(super) async fn cancel(qmp: &Qmp) -> Result<(), MigrationError> {
         if progress.status != MigrationStatus::Cancelling {
             qmp.execute_json("migrate_cancel", Value::Null).await?;
         }
-        watch.next(PAUSED_LOOK).await;
+        watch.next(PAUSED_POLL).await;
     }
 }

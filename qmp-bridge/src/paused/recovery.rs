@@ -12,7 +12,7 @@ use crate::run_state;
 
 /// How long a cancelled migration may take to let the guest run again.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
-const CANCEL_LOOK: Duration = Duration::from_millis(1);
+const CANCEL_POLL: Duration = Duration::from_millis(1);
 
 /// `cont` if the migration has completed; else it is cancelled, and QEMU lets a guest that ran run
 /// again.
@@ -69,7 +69,7 @@ pub(super) async fn leave_finish_migrate(qmp: &Qmp) -> Result<(), QmpError> {
     };
     let late =
         || Err(QmpError::Timeout { command: "migrate_cancel".into(), after: CANCEL_TIMEOUT });
-    poll_until(CANCEL_TIMEOUT, CANCEL_LOOK, left).await.unwrap_or_else(late)
+    poll_until(CANCEL_TIMEOUT, CANCEL_POLL, left).await.unwrap_or_else(late)
 }
 
 async fn in_switchover(qmp: &Qmp) -> Result<bool, QmpError> {

@@ -31,7 +31,7 @@ const MAX_PENDING: usize = 1024;
 /// counts as dead.
 const WRITE_TIMEOUT_MS: u16 = 5_000;
 /// Interval between two checks for the reply of a lingering command.
-const LINGER_LOOK: Duration = Duration::from_micros(200);
+const LINGER_POLL: Duration = Duration::from_micros(200);
 /// How many unread bytes those checks read; events before the reply have some hundred bytes.
 const PEEKED: usize = 64 << 10;
 /// Pause between attempts to reach a socket that is not there yet.
@@ -144,7 +144,7 @@ impl Reply<'_> {
             if Instant::now() >= deadline {
                 return None;
             }
-            std::thread::sleep(LINGER_LOOK);
+            std::thread::sleep(LINGER_POLL);
         }
     }
 }

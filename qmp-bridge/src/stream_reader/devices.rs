@@ -49,7 +49,7 @@ impl DeviceSection {
     }
 }
 
-/// A device part, understood.
+/// A parsed device part.
 pub(super) struct Cut {
     pub(super) state: DeviceState,
     pub(super) sections: Vec<DeviceSection>,

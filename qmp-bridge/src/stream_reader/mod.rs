@@ -136,7 +136,7 @@ pub struct StreamReader<R: Read> {
     ram: Option<Ram>,
     /// Each block in the list has an address.
     addresses: bool,
-    /// The one command that is understood stands once in a stream.
+    /// The one command that is supported is once in a stream.
     had_command: bool,
     device_sections: Vec<DeviceSection>,
     description: Vec<u8>,

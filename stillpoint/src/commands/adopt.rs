@@ -17,7 +17,7 @@ pub(crate) async fn run(args: &AdoptArgs) -> Result<()> {
     if args.json {
         return print_json(&result);
     }
-    let adopted: Adopted = client::understood(result)?;
+    let adopted: Adopted = client::decode(result)?;
     out!("{}", describe(&args.name, &adopted));
     adopted.notes.iter().for_each(|note| out!("  note: {note}"));
     Ok(())

@@ -14,7 +14,7 @@ pub(crate) async fn run(args: &CheckpointArgs) -> Result<()> {
     let runtime = RuntimeDir::of_helper(args.runtime.runtime_dir.as_deref(), &args.name)?;
     let choice = Choice { engine: args.engine, stream: args.stream, full: args.full };
     let mut result = client::checkpoint(&runtime, choice, show_updates()).await?;
-    let outcome: Outcome = client::understood(result.clone())?;
+    let outcome: Outcome = client::decode(result.clone())?;
     if !args.json {
         out!("{}", describe(&args.name, &outcome));
         outcome.notes.iter().for_each(|note| out!("  note: {note}"));

@@ -33,7 +33,7 @@ pub(crate) async fn prove(
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     if output.status.success() {
         return serde_json::from_slice(&output.stdout)
-            .context("the proof's result is not understood");
+            .context("the proof's result cannot be parsed");
     }
     let code = output.status.code().and_then(|code| u8::try_from(code).ok());
     let class = code.map_or(Class::Failed, Class::of_exit_code);

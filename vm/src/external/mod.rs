@@ -79,7 +79,7 @@ async fn probe_and_save(runtime: &RuntimeDir, name: &VmName, wanted: Wanted) -> 
     if let Some(why) = look.foreign_user() {
         return Err(refused(why));
     }
-    let found = look.understand()?;
+    let found = look.parse()?;
     let drives = look.drives(&found).await?;
     let tracker = look.tracker(&found).await;
     let chosen = match choose_tracker(engine, &tracker)? {

@@ -68,7 +68,7 @@ impl Probe {
     ///
     /// # Errors
     /// Refused if its command line has what cannot be restored.
-    pub fn understand(&self) -> Result<ExternalVm, VmError> {
+    pub fn parse(&self) -> Result<ExternalVm, VmError> {
         let hold = Hold {
             monitor: &self.monitor,
             directory: &self.process.directory,
@@ -76,7 +76,7 @@ impl Probe {
             fd_path: &|path| self.fd_paths.get(path).cloned(),
         };
         let said = Said { facts: &self.facts, types: &self.types, blocks: &self.blocks };
-        Ok(external::understand(&self.process.words, &hold, &said)?)
+        Ok(external::parse(&self.process.words, &hold, &said)?)
     }
 
     /// Whether the tracker can follow the VM's memory, or why not.

@@ -51,7 +51,7 @@ pub(crate) struct Said<'a> {
 }
 
 /// Reads `words`, the arguments of the process, against what QEMU says.
-pub(crate) fn understand(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<ExternalVm> {
+pub(crate) fn parse(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Result<ExternalVm> {
     // It runs, so QEMU takes it: what Stillpoint does not read is no fault of the user's command
     // line.
     let refuse = |error: anyhow::Error| refused(explain(&error));

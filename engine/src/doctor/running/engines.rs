@@ -29,7 +29,7 @@ pub(super) async fn check(
 ) -> Result<(BTreeMap<String, EngineReport>, Vec<Row>), Row> {
     let tracker = match found {
         Some(found) => look.tracker(found).await,
-        None => Err("the VM is not understood".to_owned()),
+        None => Err("the command line cannot be restored, see its row".to_owned()),
     };
     let support = look.support().await.map_err(|error| {
         cannot("engine", &error.into(), "wait until that migration has ended, and try again")

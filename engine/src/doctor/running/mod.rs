@@ -78,10 +78,10 @@ pub async fn look(monitor: &Path) -> VmReport {
         look.qmp = look.qmp.for_instance(&file.instance);
     }
     let server = helper.map(|(runtime, _)| runtime.nbd());
-    let understood = look.understand().map_err(Error::from);
-    let found = understood.as_ref().ok();
+    let parsed = look.parse().map_err(Error::from);
+    let found = parsed.as_ref().ok();
     let mut rows = who(&look, found);
-    rows.push(command_line(&understood));
+    rows.push(command_line(&parsed));
     rows.push(run_state(&look).await);
     let engines = match engines::check(&look, found).await {
         Ok((engines, of_engines)) => {
@@ -177,9 +177,9 @@ fn who(look: &Probe, found: Option<&ExternalVm>) -> Vec<Row> {
     ]
 }
 
-fn command_line(understood: &Result<ExternalVm>) -> Row {
+fn command_line(parsed: &Result<ExternalVm>) -> Row {
     const CHECK: &str = "command line";
-    match understood {
+    match parsed {
         Ok(found) => Row::ok(
             CHECK,
             format!(

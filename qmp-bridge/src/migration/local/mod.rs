@@ -27,7 +27,7 @@ pub use bitmaps::BitmapMap;
 use super::downtime::DowntimePolicy;
 use super::settings::{Found, Settings, Wanted, set_downtime_limit};
 use super::status::check_idle;
-use super::watch::{IDLE_LOOK, News, PAUSED_LOOK, Watch, cancel};
+use super::watch::{IDLE_POLL, News, PAUSED_POLL, Watch, cancel};
 use super::{MIGRATION, MigrationError, MigrationStatus, Progress, incoming};
 use crate::paused::run_state;
 use crate::qmp::{EventWatch, Qmp};
@@ -127,7 +127,7 @@ impl LocalMigration {
     ) -> Result<(), MigrationError> {
         let mut moved = (0, Instant::now());
         loop {
-            match self.source_watch.next(IDLE_LOOK).await {
+            match self.source_watch.next(IDLE_POLL).await {
                 News::Status(MigrationStatus::PreSwitchover) => break,
                 News::Stop | News::Resume => {}
                 News::Status(_) | News::Look => match self.look(&mut moved, &mut tell).await {
@@ -246,7 +246,7 @@ impl LocalMigration {
             return source_gone(error);
         }
         // A QEMU that could not load ends at once, or says why.
-        tokio::time::sleep(PAUSED_LOOK * 5).await;
+        tokio::time::sleep(PAUSED_POLL * 5).await;
         let Ok(destination) = Progress::query(&self.destination).await else {
             return MigrationError::DestinationEnded;
         };
@@ -261,7 +261,7 @@ impl LocalMigration {
 }
 
 async fn completed(watch: &mut Watch, gone: MigrationError) -> Result<(), MigrationError> {
-    let completed = watch.wait_for(MigrationStatus::Completed, PAUSED_LOOK, STALL_TIMEOUT).await;
+    let completed = watch.wait_for(MigrationStatus::Completed, PAUSED_POLL, STALL_TIMEOUT).await;
     completed.map_err(|error| error.or_gone(gone))
 }
 
@@ -321,7 +321,7 @@ async fn resume_guest(source: &Qmp, is_ours: bool) -> Result<(), MigrationError>
             // A guest that failed by itself meanwhile is its owner's affair.
             "running" | "suspended" | "shutdown" | "guest-panicked" | "internal-error"
             | "io-error" => return Ok(()),
-            "finish-migrate" => drop(watch.next(PAUSED_LOOK).await),
+            "finish-migrate" => drop(watch.next(PAUSED_POLL).await),
             "postmigrate" if !is_ours => return Err(MigrationError::MigratedSince),
             // Its owner has stopped it.
             _ if !is_ours => return Ok(()),

@@ -18,7 +18,7 @@ use crate::migration::channel::Channel;
 use crate::migration::downtime::DowntimePolicy;
 use crate::migration::settings::{Found, Wanted};
 use crate::migration::status::check_idle;
-use crate::migration::watch::{IDLE_LOOK, PAUSED_LOOK, Watch};
+use crate::migration::watch::{IDLE_POLL, PAUSED_POLL, Watch};
 use crate::migration::{MigrationError, MigrationStatus, Progress};
 use crate::paused::{self, PAUSE_LIMIT, Paused, run_state};
 use crate::qmp::{EventWatch, Qmp};
@@ -234,7 +234,7 @@ impl Migration {
     async fn wait_switched(&mut self) -> Result<(), MigrationError> {
         self.qmp.execute_json("migrate-continue", json!({ "state": "pre-switchover" })).await?;
         let timeout = self.options.timeout;
-        self.watch.wait_for(MigrationStatus::Completed, PAUSED_LOOK, timeout).await?;
+        self.watch.wait_for(MigrationStatus::Completed, PAUSED_POLL, timeout).await?;
         // `completed` is said a little before the guest's state follows, and `cont` is refused
         // until then.
         while run_state(&self.qmp).await? == "finish-migrate" {}
@@ -273,7 +273,7 @@ impl Migration {
             if self.watch.look().await?.ram.pages() > 0 {
                 return Ok(());
             }
-            self.watch.next(PAUSED_LOOK).await;
+            self.watch.next(PAUSED_POLL).await;
         }
     }
 
@@ -340,7 +340,7 @@ impl Migration {
             return Ok(progress);
         }
         let timeout = self.options.timeout.saturating_sub(self.started.elapsed());
-        self.watch.wait_for(MigrationStatus::Completed, IDLE_LOOK, timeout).await?;
+        self.watch.wait_for(MigrationStatus::Completed, IDLE_POLL, timeout).await?;
         self.progress().await
     }
 

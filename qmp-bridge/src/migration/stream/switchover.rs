@@ -6,7 +6,7 @@ use super::StreamMode;
 use super::session::{Migration, Stage};
 use crate::migration::downtime::DowntimePolicy;
 use crate::migration::settings::set_downtime_limit;
-use crate::migration::watch::{IDLE_LOOK, News, PAUSED_LOOK};
+use crate::migration::watch::{IDLE_POLL, News, PAUSED_POLL};
 use crate::migration::{MigrationError, MigrationStatus};
 use crate::paused::{PauseError, Paused, run_state};
 
@@ -27,7 +27,7 @@ impl Migration {
         let mut policy = DowntimePolicy::of_stream(&self.options, self.started);
         let mut is_stopped = false;
         loop {
-            match self.watch.next(if is_stopped { PAUSED_LOOK } else { IDLE_LOOK }).await {
+            match self.watch.next(if is_stopped { PAUSED_POLL } else { IDLE_POLL }).await {
                 News::Status(MigrationStatus::PreSwitchover) => break,
                 // The owner may stop the guest, or QEMU for the switch-over: the state tells which.
                 News::Stop => match run_state(&self.qmp).await?.as_str() {

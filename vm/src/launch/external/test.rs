@@ -73,7 +73,7 @@ impl Case<'_> {
             tap: &|descriptor| (descriptor == "35").then(|| "vnet3".to_owned()),
             fd_path: &|path| (path == "/dev/fdset/0").then(|| PathBuf::from("/srv/m72/serial.log")),
         };
-        understand(arguments, &hold, &Said { facts: &facts, types: &types, blocks: &[block] })
+        parse(arguments, &hold, &Said { facts: &facts, types: &types, blocks: &[block] })
     }
 
     fn file(&self, text: &str) -> (ExternalVm, String) {
