@@ -65,6 +65,7 @@ fn sample() -> Option<u64> {
 #[cfg(test)]
 mod test {
     use super::*;
+    use std::time::Instant;
 
     #[test]
     fn helper_memory_peak_outlives_what_was_held() {
@@ -72,7 +73,12 @@ mod test {
         let before = sample().unwrap();
         let watch = Watch::begin();
         let held = std::hint::black_box(vec![1_u8; HELD]);
-        std::thread::sleep(INTERVAL * 4);
+        let seen = || PEAK.load(Ordering::Relaxed) >= before + HELD as u64 / 2;
+        let end = Instant::now() + Duration::from_secs(30);
+        while !seen() {
+            assert!(Instant::now() < end, "no look has seen what is held");
+            std::thread::yield_now();
+        }
         drop((held, watch));
         assert!(peak().unwrap() >= before + HELD as u64 / 2);
     }

@@ -56,6 +56,13 @@ impl Cluster {
         kill(self.pid(role), Signal::SIGKILL).expect("a process of the cluster");
     }
 
+    /// How many blocks a DataNode has begun to receive, by its log; of a cluster to harm.
+    pub fn blocks_begun(&self, role: &str) -> usize {
+        let directory = self.own.as_ref().expect("a cluster of its own");
+        let log = std::fs::read_to_string(directory.join(format!("log/{role}.log")));
+        log.unwrap_or_default().matches("Receiving BP-").count()
+    }
+
     /// Starts a killed process again and waits until the cluster is whole.
     pub fn restart(&self, role: &str) {
         self.hdfs_dev(&["start", role]);

@@ -5,6 +5,7 @@ use crate::process;
 use crate::recipe::Recipe;
 use crate::slots::{Slots, shared_directory};
 use crate::vm::TestVm;
+use checkpoint_format::CheckpointId;
 use serde_json::Value;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -132,7 +133,7 @@ impl Lab {
     }
 
     /// The same where there may be no store yet.
-    pub fn list_if_any(&self, name: &str) -> Vec<u64> {
+    pub fn list_if_any(&self, name: &str) -> Vec<CheckpointId> {
         if self.store_directory().join("store.json").exists() {
             self.list(name)
         } else {
@@ -142,14 +143,14 @@ impl Lab {
 
     /// Ids of the checkpoints that a VM has in the store; a VM without any is an error of the
     /// command.
-    pub fn list(&self, name: &str) -> Vec<u64> {
+    pub fn list(&self, name: &str) -> Vec<CheckpointId> {
         let listed = self.run(&["ls", name, "--json"]);
         if listed.code == 1 && listed.err.contains("no checkpoint") {
             return Vec::new();
         }
         let listed = listed.expect_success().json();
         let rows = listed["checkpoints"].as_array().expect("a list").iter();
-        rows.map(|row| row["id"].as_u64().expect("a number")).collect()
+        rows.map(|row| CheckpointId(row["id"].as_u64().expect("a number"))).collect()
     }
 
     /// Neither a QEMU nor a helper of that name answers.

@@ -10,8 +10,10 @@ use crate::process::wait_until;
 use crate::qmp::QmpClient;
 use crate::random::Random;
 use crate::recipe::SCRIBBLER_RAM_BYTES;
-use crate::taken::Outcome;
+
 use crate::vm::TestVm;
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::Outcome;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -42,7 +44,7 @@ pub struct Scribbled<'lab> {
     lab: &'lab Lab,
     seed: u64,
     disks: Vec<ModelDisk>,
-    truths: BTreeMap<u64, Truth>,
+    truths: BTreeMap<CheckpointId, Truth>,
     /// For the message of a failure.
     pub story: Vec<String>,
 }
@@ -103,7 +105,7 @@ impl<'lab> Scribbled<'lab> {
         let outcome = self.vm.checkpoint_with(words).outcome;
         assert!(!self.monitor.is_running(), "it was stopped before the checkpoint, so it stays so");
         self.monitor.cont();
-        self.story.push(format!("checkpoint {} {} {}", outcome.id, outcome.kind, outcome.engine));
+        self.story.push(format!("checkpoint {} {:?} {}", outcome.id, outcome.kind, outcome.engine));
         self.truths.insert(outcome.id, truth);
         outcome
     }
@@ -114,7 +116,7 @@ impl<'lab> Scribbled<'lab> {
     }
 
     /// Restores a checkpoint of the store as it is now, beside the VM: byte for byte what it was.
-    pub fn check_beside(&self, id: u64) {
+    pub fn check_beside(&self, id: CheckpointId) {
         let wrong =
             compare(self.lab, &format!("{}@{id}", self.vm.name), &self.truths[&id], &self.disks);
         assert!(
@@ -127,13 +129,13 @@ impl<'lab> Scribbled<'lab> {
 
     /// Ends the VM, and restores what `choose` takes of its checkpoints (newest first): each is
     /// what it was, byte for byte.
-    pub fn check(self, choose: impl Fn(&[u64]) -> Vec<u64>) {
+    pub fn check(self, choose: impl Fn(&[CheckpointId]) -> Vec<CheckpointId>) {
         let Self { lab, vm, truths, disks, story, seed, .. } = self;
         let name = vm.name.clone();
         lab.verify(&name);
         let listed = lab.list(&name);
         vm.kill();
-        let newest_first: Vec<u64> = truths.keys().rev().copied().collect();
+        let newest_first: Vec<CheckpointId> = truths.keys().rev().copied().collect();
         for id in choose(&newest_first) {
             assert!(listed.contains(&id));
             let wrong = compare(lab, &format!("{name}@{id}"), &truths[&id], &disks);

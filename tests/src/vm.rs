@@ -5,7 +5,7 @@ use crate::guest::{Guest, TIMEOUT};
 use crate::lab::{Lab, Ran};
 use crate::process::{self, Pid, wait_until};
 use crate::recipe::Recipe;
-use crate::taken::{Outcome, Taken};
+use crate::taken::Taken;
 use serde_json::Value;
 use std::fs::File;
 use std::ops::Deref;
@@ -154,7 +154,8 @@ impl<'lab> TestVm<'lab> {
         let before = self.step();
         let ran = self.try_checkpoint_with(words);
         assert_eq!(ran.code, 0, "checkpoint of {}: {}\n{}", self.name, ran.err, self.said());
-        let outcome: Outcome = serde_json::from_value(ran.json()).expect("the documented form");
+        let outcome: engine::checkpoint::outcome::Outcome =
+            serde_json::from_value(ran.json()).expect("the documented form");
         Taken { name: format!("{}@{}", self.name, outcome.id), outcome, before, after: self.step() }
     }
 

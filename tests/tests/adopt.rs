@@ -1,15 +1,18 @@
 //! Adoption: an external VM moves into a managed QEMU while it runs. Whichever process dies,
 //! exactly one VM continues, never two.
 
+use engine::checkpoint::outcome::Kind;
+use engine::kill_point::POINTS;
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Line, Pid, Recipe, Taken, TestVm, kill_hard, kill_points, on_each_qemu, processor_time,
-    qemus, thorough, wait_until,
+    Lab, Line, Pid, Recipe, Taken, TestVm, kill_hard, on_each_qemu, processor_time, qemus,
+    thorough, wait_until,
 };
 
 /// A guest that works takes a fifth of a processor and more; a stopped one none.
 const WORK_SEEN_IN: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(20);
 const WORK: Duration = Duration::from_millis(60);
 
 fn recipe() -> Recipe {
@@ -52,8 +55,8 @@ fn a_vm_is_adopted_in_the_middle_of_its_lineage() {
         assert_eq!(vm.qemus(), [vm.qemu()], "the QEMU that it came from has ended");
         let next = vm.checkpoint();
         assert_eq!(
-            (next.outcome.engine.as_str(), next.outcome.kind.as_str()),
-            ("tracker", "incremental")
+            (next.outcome.engine.as_str(), next.outcome.kind),
+            ("tracker", Kind::Incremental)
         );
         assert_eq!(next.outcome.parent, Some(taken[1].outcome.id));
         let full = taken[0].outcome.bytes_stored;
@@ -102,16 +105,16 @@ fn assert_one_continues(lab: &Lab, vm: &mut TestVm, what: &str, last: &Line, tak
     assert_never_back(vm, last);
     let next = vm.checkpoint();
     assert_eq!(next.outcome.parent, taken.last().map(|last| last.outcome.id), "{what}");
-    assert_eq!(next.outcome.kind, "incremental", "{what}");
+    assert_eq!(next.outcome.kind, Kind::Incremental, "{what}");
     vm.kill_helper();
     vm.kill_qemu();
     vm.qemus().into_iter().for_each(kill_hard);
     lab.restore(&next.name, "restored", &[]).assert_continues(&next);
 }
 
-fn points() -> Vec<String> {
-    let points: Vec<String> =
-        kill_points().into_iter().filter(|point| point.starts_with("adopt.")).collect();
+fn points() -> Vec<&'static str> {
+    let points: Vec<&str> =
+        POINTS.iter().copied().filter(|point| point.starts_with("adopt.")).collect();
     assert!(!points.is_empty(), "no kill points of an adoption");
     points
 }
@@ -138,7 +141,7 @@ fn one_vm_continues_wherever_the_helper_dies() {
             .into_iter()
             .enumerate()
             .filter(|(number, _)| thorough() || number % all.len() == own);
-        points.for_each(|(_, point)| die_at(qemu, &point));
+        points.for_each(|(_, point)| die_at(qemu, point));
     });
 }
 
@@ -152,19 +155,26 @@ fn destination(vm: &TestVm) -> Option<Pid> {
     other
 }
 
-/// Kills the destination some time after it is there.
-fn destination_dies(qemu: &Path, after: Duration) {
+/// The stage of the adoption under way, as its record has it.
+fn stage(lab: &Lab) -> Option<String> {
+    let record = std::fs::read(lab.runtime().join("m/adopt.json")).ok()?;
+    let record: serde_json::Value = serde_json::from_slice(&record).ok()?;
+    Some(record["stage"].as_str()?.to_owned())
+}
+
+/// Kills the destination when the adoption is at a stage.
+fn destination_dies(qemu: &Path, at: &str) {
     let lab = Lab::new(qemu);
     let (mut vm, taken) = started(&lab);
     let last = vm.lines().pop().expect("it works");
     let ran = std::thread::scope(|scope| {
         let adoption = scope.spawn(|| vm.try_adopt());
         let pid = destination(&vm).expect("a destination comes up");
-        std::thread::sleep(after);
+        wait_until(TIMEOUT, || stage(&lab).is_none_or(|stage| stage == at));
         kill_hard(pid);
         adoption.join().expect("it says above why not")
     });
-    let what = format!("the destination killed after {after:?} ({})", ran.err.trim());
+    let what = format!("the destination killed when {at} ({})", ran.err.trim());
     if ran.code == 0 {
         // It was over: the VM's own QEMU has been killed, and so has the VM.
         assert!(at_work(&vm).is_empty(), "{what}: the source continues after its successor");
@@ -176,10 +186,9 @@ fn destination_dies(qemu: &Path, after: Duration) {
 
 #[test]
 fn a_destination_that_dies_leaves_the_source_running() {
-    let moments: &[u64] = if thorough() { &[0, 60, 200] } else { &[60] };
-    on_each_qemu(|qemu| {
-        moments.iter().for_each(|after| destination_dies(qemu, Duration::from_millis(*after)))
-    });
+    let stages: &[&str] =
+        if thorough() { &["started", "moving", "decided", "running"] } else { &["moving"] };
+    on_each_qemu(|qemu| stages.iter().for_each(|stage| destination_dies(qemu, stage)));
 }
 
 #[test]
@@ -191,7 +200,7 @@ fn a_source_that_dies_leaves_one_vm_or_none() {
         let ran = std::thread::scope(|scope| {
             let adoption = scope.spawn(|| vm.try_adopt());
             destination(&vm).expect("a destination comes up");
-            std::thread::sleep(Duration::from_millis(60));
+            wait_until(TIMEOUT, || stage(&lab).is_none_or(|stage| stage == "moving"));
             kill_hard(source);
             adoption.join().expect("it says above why not")
         });

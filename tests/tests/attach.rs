@@ -1,6 +1,8 @@
 //! Attaching to an external QEMU: when it is refused, what the runtime directory keeps, and what
 //! `doctor` reports.
 
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::Kind;
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 use std::os::unix::net::UnixListener;
@@ -133,19 +135,23 @@ fn attach_to_the_same_process_continues_and_to_another_begins_again() {
             !first["arguments"].to_string().contains("qmp.sock"),
             "the helper's monitor belongs to this process: {first}"
         );
-        assert_eq!(vm.checkpoint().outcome.kind, "full");
+        assert_eq!(vm.checkpoint().outcome.kind, Kind::Full);
         end_helper(&vm);
         vm.attach_plain(&[]);
         assert_eq!(saved(&lab, "m")["instance"], first["instance"]);
-        assert_eq!(vm.checkpoint().outcome.parent, Some(1), "the same process continues");
+        assert_eq!(
+            vm.checkpoint().outcome.parent,
+            Some(CheckpointId(1)),
+            "the same process continues"
+        );
         end_helper(&vm);
         // What was written down is enough; and a directory that was lost is no loss.
         lab.run(&["attach", "m"]).expect_success();
-        assert_eq!(vm.checkpoint().outcome.parent, Some(2));
+        assert_eq!(vm.checkpoint().outcome.parent, Some(CheckpointId(2)));
         end_helper(&vm);
         std::fs::remove_dir_all(lab.runtime().join("m")).expect("a directory");
         vm.attach_plain(&[]);
-        assert_eq!(vm.checkpoint().outcome.parent, Some(3));
+        assert_eq!(vm.checkpoint().outcome.parent, Some(CheckpointId(3)));
 
         let other = lab.start_plain("other", &Recipe::scribbler(5));
         end_helper(&vm);
@@ -251,7 +257,7 @@ fn the_tracker_follows_memory_that_qemu_made_itself() {
             end_helper(&scribbled.vm);
             scribbled.vm.attach_plain(&[]);
             scribbled.checkpoint();
-            scribbled.check(<[u64]>::to_vec);
+            scribbled.check(<[CheckpointId]>::to_vec);
         }
     });
 }
@@ -278,7 +284,7 @@ fn marks_that_another_name_has_used_are_not_believed() {
     kill_hard(stillpoint_tests::Pid::from_raw(pid));
     scribbled.vm.attach_plain(&[]);
     scribbled.checkpoint();
-    scribbled.check(<[u64]>::to_vec);
+    scribbled.check(<[CheckpointId]>::to_vec);
 }
 
 #[test]
@@ -482,7 +488,7 @@ fn a_vm_as_libvirt_starts_one_is_restored() {
         for gone in ["masterKey0", "memory-backend", "fdset", "\"-S\"", "debug-threads", "-msg"] {
             assert!(!arguments.contains(gone), "{gone} is in {arguments}");
         }
-        scribbled.check(<[u64]>::to_vec);
+        scribbled.check(<[CheckpointId]>::to_vec);
     });
 }
 

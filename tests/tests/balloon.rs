@@ -1,6 +1,7 @@
 //! VMs whose guests give memory back: by a balloon, by free page reporting. A page that was given
 //! back is zero in the restored VM.
 
+use checkpoint_format::CheckpointId;
 use serde_json::json;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -78,7 +79,7 @@ fn balloon_holes_are_in_the_next_checkpoint_also_after_they_were_read() {
             scribbled.pause_between();
         }
         scribbled.checkpoint();
-        scribbled.check(<[u64]>::to_vec);
+        scribbled.check(<[CheckpointId]>::to_vec);
     });
 }
 

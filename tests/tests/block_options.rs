@@ -1,6 +1,7 @@
 //! Disks in every spelling that QEMU knows: each comes back as it was, on a host that has nothing
 //! but the store, or is refused by its name before anything is taken.
 
+use engine::checkpoint::outcome::Kind;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -139,7 +140,7 @@ fn block_options_in_every_spelling_come_back() {
         {
             monitor.disk_io(name, &format!("write -P {} 128k 4k", number + 101));
         }
-        assert_eq!(vm.checkpoint().outcome.kind, "incremental");
+        assert_eq!(vm.checkpoint().outcome.kind, Kind::Incremental);
         let rows: Vec<Value> = CARRIED.iter().map(|(name, _)| node(&mut monitor, name)).collect();
         let truths: Vec<Vec<u8>> = rows.iter().map(|row| content(&lab, &vm, row)).collect();
         drop(monitor);
@@ -164,8 +165,8 @@ fn block_options_in_every_spelling_come_back() {
         drop(monitor);
         let outcome = restored.checkpoint().outcome;
         assert_eq!(
-            (outcome.kind.as_str(), outcome.layer_bytes_stored),
-            ("incremental", 0),
+            (outcome.kind, outcome.layer_bytes_stored),
+            (Kind::Incremental, 0),
             "links are no layers: {outcome:?}"
         );
     });
@@ -488,7 +489,7 @@ fn host_device_comes_back_as_a_file_or_on_a_device() {
         "as a file"
     );
     assert_eq!(node(&mut restored.qmp(), "s")["drv"], "host_device");
-    assert_eq!(restored.checkpoint().outcome.kind, "incremental");
+    assert_eq!(restored.checkpoint().outcome.kind, Kind::Incremental);
 }
 
 /// A restored VM opens layers as the checkpoint has them, whatever files of the old names are on

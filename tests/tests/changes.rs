@@ -1,6 +1,8 @@
 //! What changes under a VM, while it runs or between its lives: a checkpoint follows it, or says
 //! that it cannot.
 
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::Kind;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -39,9 +41,9 @@ fn a_chain_that_was_streamed_together_is_stored_again() {
         let lab = Lab::new(qemu);
         let mut scribbled = Scribbled::new(&lab, lab.start("m", &Recipe::scribbler(21)), 21);
         scribbled.write_disks();
-        assert_eq!(scribbled.checkpoint().kind, "full");
+        assert_eq!(scribbled.checkpoint().kind, Kind::Full);
         scribbled.write_disks();
-        assert_eq!(scribbled.checkpoint().kind, "incremental");
+        assert_eq!(scribbled.checkpoint().kind, Kind::Incremental);
         let layers = backing_files(&mut scribbled.monitor, "cow");
         scribbled.monitor.execute("block-stream", json!({ "job-id": "stream", "device": "cow" }));
         let jobs = |monitor: &mut QmpClient| monitor.execute("query-block-jobs", json!({}));
@@ -56,7 +58,7 @@ fn a_chain_that_was_streamed_together_is_stored_again() {
         );
         scribbled.write_disks();
         let again = scribbled.checkpoint();
-        assert_eq!((again.kind.as_str(), again.parent), ("full", None), "{again:?}");
+        assert_eq!((again.kind, again.parent), (Kind::Full, None), "{again:?}");
         scribbled.write_disks();
         assert_eq!(scribbled.checkpoint().parent, Some(again.id));
         // Nothing that the old chain was made of may be needed.
@@ -161,7 +163,7 @@ fn file_that_was_replaced_below_qemu_is_never_opened() {
         assert_eq!((new, old), (0, 5), "the guest is on the disk that it was started on");
         drop(monitor);
         std::fs::rename(&away, &path).expect("the test's directory");
-        assert_eq!(vm.checkpoint().outcome.kind, "incremental");
+        assert_eq!(vm.checkpoint().outcome.kind, Kind::Incremental);
         vm.kill();
         let restored = lab.restore("m", "m", &["--paused"]);
         assert_eq!(restored.disk("d")[4096], 5);
@@ -229,7 +231,7 @@ fn a_layer_replaced_while_the_vm_runs_is_seen() {
     // Other content in the same file: QEMU reads it, too, so it is another layer.
     patch(&base, PLACE as u64, b"written from outside");
     let again = vm.checkpoint().outcome;
-    assert_eq!((again.kind.as_str(), again.parent), ("full", None), "{again:?}");
+    assert_eq!((again.kind, again.parent), (Kind::Full, None), "{again:?}");
     assert!(again.layer_bytes_stored > 0, "{again:?}");
     drop(monitor);
     let expected = vm.disk("cow");
@@ -263,7 +265,7 @@ fn a_layer_replaced_between_two_lives_is_another_layer() {
     vm.kill();
     let vm = lab.start("m", &recipe.patch("base.raw", PLACE as u64, b"another base image"));
     let second = vm.checkpoint().outcome;
-    assert_eq!((second.kind.as_str(), second.id), ("full", 2));
+    assert_eq!((second.kind, second.id), (Kind::Full, CheckpointId(2)));
     vm.kill();
     lab.verify("m");
     check_base(&lab, "m@1", &[], &pattern());

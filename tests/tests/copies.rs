@@ -1,6 +1,7 @@
 //! A restore harms neither the original, nor another VM, nor the host; and one that fails leaves
 //! everything as it was.
 
+use checkpoint_format::CheckpointId;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
@@ -239,7 +240,7 @@ fn killed_restore_can_be_repeated() {
         .parse()
         .expect("a number");
     lab.run(&["checkpoint", "o"]).expect_success();
-    assert_eq!(lab.list("o"), [1, 2]);
+    assert_eq!(lab.list("o"), [1, 2].map(CheckpointId));
     let mut monitor = QmpClient::connect(&dir.join("extra.sock"));
     // It may be gone before the last byte of that is written.
     let _ = monitor.try_execute("quit", json!({}));
@@ -278,7 +279,7 @@ fn command_killed_once_the_guest_runs_leaves_it_a_helper() {
     kill(pid, Signal::SIGKILL).expect("ours");
     assert_eq!(command.wait().expect("a child").code(), None);
     lab.run(&["checkpoint", "o"]).expect_success();
-    assert_eq!(lab.list("o"), [1, 2, 3]);
+    assert_eq!(lab.list("o"), [1, 2, 3].map(CheckpointId));
 }
 
 /// In a network namespace of its own: there /sys shows the devices of another, and a tap without a

@@ -1,16 +1,20 @@
 //! Damaged and hostile stores: every command says which file is wrong, none panics, and no VM runs
 //! from it.
 
+use checkpoint_format::CheckpointId;
 use std::path::{Path, PathBuf};
-use stillpoint_tests::{Damage, Lab, Recipe, copy_tree, files_below, newest_qemu};
+use stillpoint_tests::{
+    Damage, Lab, Recipe, copy_tree, files_below, newest_qemu, wait_for_scribbles,
+};
 
 const DAMAGED: i32 = 5;
 
 /// A store with two checkpoints of one VM, the second on the first.
 fn fill(lab: &Lab) {
     let vm = lab.start("m", &Recipe::scribbler(9));
-    std::thread::sleep(std::time::Duration::from_millis(1500));
+    wait_for_scribbles(&mut vm.qmp());
     vm.checkpoint();
+    // It writes.
     std::thread::sleep(std::time::Duration::from_millis(500));
     vm.checkpoint();
     vm.kill();
@@ -161,11 +165,11 @@ fn leftovers_of_a_crash_are_no_checkpoints() {
     let checkpoints = lab.store_directory().join("vms/m/checkpoints");
     copy_tree(&checkpoints.join("2"), &checkpoints.join("3.1-1.partial"));
     std::fs::create_dir_all(checkpoints.join("4.1-1.partial")).expect("the test's directory");
-    assert_eq!(lab.list("m"), [1, 2]);
+    assert_eq!(lab.list("m"), [1, 2].map(CheckpointId));
     lab.verify("m");
     let vm = lab.restore("m", "m", &[]);
     let outcome = vm.checkpoint().outcome;
-    assert_eq!((outcome.id, outcome.parent), (3, Some(2)));
+    assert_eq!((outcome.id, outcome.parent), (CheckpointId(3), Some(CheckpointId(2))));
     let left = std::fs::read_dir(&checkpoints).expect("a directory").flatten();
     let partial = left.filter(|entry| entry.file_name().to_string_lossy().ends_with("partial"));
     assert_eq!(partial.count(), 0, "the next writer removes what a dead one left");

@@ -1,7 +1,9 @@
 //! VMs on a real HDFS: the ordinary way, with DataNodes that die, and with a NameNode that hangs.
 
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::Kind;
 use std::time::{Duration, Instant};
-use stillpoint_tests::{Cluster, Lab, Recipe, TestVm, newest_qemu, stop_and_continue};
+use stillpoint_tests::{Cluster, Lab, Recipe, TestVm, newest_qemu, stop_and_continue, wait_until};
 
 const REPLICAS: u16 = 3;
 /// A hung NameNode is given up after this; with two more tries and what lies between a checkpoint
@@ -31,17 +33,14 @@ fn a_vm_lives_on_hdfs() {
     vm.checkpoint();
     vm.assert_makes_progress();
     let second = vm.checkpoint();
-    assert_eq!(
-        (second.outcome.kind.as_str(), second.outcome.replicas),
-        ("incremental", Some(REPLICAS))
-    );
+    assert_eq!((second.outcome.kind, second.outcome.replicas), (Kind::Incremental, Some(REPLICAS)));
     vm.assert_makes_progress();
     vm.kill();
     std::fs::remove_dir_all(lab.path().join("m")).expect("the test's directory");
     let restored = lab.restore("m", "m", &[]);
     restored.assert_continues(&second);
     assert_eq!(restored.checkpoint().outcome.parent, Some(second.outcome.id));
-    assert_eq!(lab.list("m"), [1, 2, 3]);
+    assert_eq!(lab.list("m"), [1, 2, 3].map(CheckpointId));
     lab.verify("m");
 }
 
@@ -61,9 +60,11 @@ fn a_datanode_that_dies_costs_copies_and_no_checkpoint() {
         "no note about missing replicas: {outcome:?}"
     );
     cluster.restart("datanode-2");
+    let before = cluster.blocks_begun("datanode-3");
     let taken = std::thread::scope(|scope| {
         let upload = scope.spawn(|| vm.checkpoint());
-        std::thread::sleep(Duration::from_millis(150));
+        let is_under_way = || cluster.blocks_begun("datanode-3") > before || upload.is_finished();
+        assert!(wait_until(Duration::from_secs(60), is_under_way), "it receives nothing");
         cluster.kill("datanode-3");
         upload.join().expect("durable all the same")
     });
@@ -102,7 +103,10 @@ fn a_namenode_that_hangs_fails_the_checkpoint_and_stops_no_guest() {
     vm.assert_makes_progress();
     drop(hung);
     let taken = vm.checkpoint();
-    assert_eq!((taken.outcome.kind.as_str(), taken.outcome.parent), ("incremental", Some(1)));
+    assert_eq!(
+        (taken.outcome.kind, taken.outcome.parent),
+        (Kind::Incremental, Some(CheckpointId(1)))
+    );
     assert_eq!(replicas(&vm), REPLICAS);
     lab.verify("m");
     vm.kill();

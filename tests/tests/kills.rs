@@ -1,20 +1,20 @@
 //! The helper dies at every point of a checkpoint; the guest does not notice, and nothing is lost.
 
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::Kind;
+use engine::kill_point::POINTS;
 use nix::sys::signal::{Signal, kill};
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Pid, Ran, Recipe, Taken, TestVm, is_running, kill_points, newest_qemu, on_each_qemu,
-    wait_until,
+    Lab, Pid, Ran, Recipe, Taken, TestVm, is_running, newest_qemu, on_each_qemu, wait_until,
 };
 
 /// The points that the tracker passes.
-fn points() -> Vec<String> {
+fn points() -> impl Iterator<Item = &'static str> {
     let others = ["stream.", "adopt.", "restore."];
-    kill_points()
-        .into_iter()
-        .filter(|point| !others.iter().any(|other| point.starts_with(other)))
-        .collect()
+    let is_other = move |point: &str| others.iter().any(|other| point.starts_with(other));
+    POINTS.iter().copied().filter(move |point| !is_other(point))
 }
 
 fn recipe() -> Recipe {
@@ -42,7 +42,7 @@ fn die_attached(vm: &TestVm, point: &str) {
 
 /// After a death at `point`: the guest continues, the store has whole checkpoints only, the next
 /// one is complete.
-fn recover(lab: &Lab, vm: &TestVm, point: &str, known: &[u64]) -> Taken {
+fn recover(lab: &Lab, vm: &TestVm, point: &str, known: &[CheckpointId]) -> Taken {
     // Only a guest that was stopped at that moment needs a new helper to let it continue.
     if !point.ends_with(".paused") {
         vm.assert_makes_progress();
@@ -59,7 +59,7 @@ fn recover(lab: &Lab, vm: &TestVm, point: &str, known: &[u64]) -> Taken {
 }
 
 /// Every checkpoint by itself brings a VM back.
-fn restore_all(lab: &Lab, taken: &[(String, Taken)]) {
+fn restore_all(lab: &Lab, taken: &[(&str, Taken)]) {
     for (point, taken) in taken {
         eprintln!("restoring {}, taken after a death at {point}", taken.name);
         lab.restore(&taken.name, "restored", &[]).assert_continues(taken);
@@ -80,8 +80,8 @@ fn a_helper_may_die_at_every_point_of_a_checkpoint() {
                 // has changed.
                 die_attached(&vm, "prepared");
             }
-            die_attached(&vm, &point);
-            let taken = recover(&lab, &vm, &point, &known);
+            die_attached(&vm, point);
+            let taken = recover(&lab, &vm, point, &known);
             known = lab.list("m");
             assert_eq!(known.last(), Some(&taken.outcome.id));
             all.push((point, taken));
@@ -104,15 +104,15 @@ fn a_helper_may_die_at_every_point_of_the_first_checkpoint() {
             ["pre-copy", "pause.paused", "pause.captured", "upload", "uploaded", "commit"];
         for point in first_points {
             die_attached(&vm, point);
-            assert_eq!(lab.list("m"), [0; 0], "{point}");
+            assert_eq!(lab.list("m"), [] as [CheckpointId; 0], "{point}");
         }
         vm.attach();
         vm.assert_makes_progress();
         let taken = vm.checkpoint();
-        assert_eq!(taken.outcome.kind, "full");
+        assert_eq!(taken.outcome.kind, Kind::Full);
         lab.verify("m");
         vm.kill();
-        restore_all(&lab, &[("commit".to_owned(), taken)]);
+        restore_all(&lab, &[("commit", taken)]);
     });
 }
 
@@ -131,8 +131,8 @@ fn a_helper_may_die_between_checkpoints() {
         vm.attach();
         let second = vm.checkpoint();
         assert_eq!(
-            (second.outcome.kind.as_str(), second.outcome.parent),
-            ("incremental", Some(first.outcome.id))
+            (second.outcome.kind, second.outcome.parent),
+            (Kind::Incremental, Some(first.outcome.id))
         );
         assert!(
             second.outcome.bytes_stored_raw < first.outcome.bytes_stored_raw / 4,
@@ -141,7 +141,7 @@ fn a_helper_may_die_between_checkpoints() {
         );
         lab.verify("m");
         vm.kill();
-        restore_all(&lab, &[("nothing".to_owned(), second)]);
+        restore_all(&lab, &[("nothing", second)]);
     });
 }
 

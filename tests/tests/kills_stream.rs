@@ -1,24 +1,28 @@
 //! The helper dies at every point of a stream, and the owner cuts streams off: the guest continues,
 //! QEMU is left as it was found, and nothing is lost.
 
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::Kind;
+use engine::kill_point::POINTS;
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Mutex;
 use std::time::Duration;
 use stillpoint_tests::{
-    Footprint, Lab, QmpClient, Ran, Recipe, Taken, TestVm, kill_points, on_each_qemu,
-    stop_and_continue, stream_modes, thorough, wait_until,
+    Footprint, Lab, QmpClient, Ran, Recipe, Taken, TestVm, on_each_qemu, stop_and_continue,
+    stream_modes, thorough, wait_until,
 };
 
 /// Points that every checkpoint passes; `kills.rs` has the tracker's.
 const COMMON: &[&str] = &["prepared", "uploaded", "commit", "committed"];
 
-fn points() -> Vec<String> {
-    let stream: Vec<String> =
-        kill_points().into_iter().filter(|point| point.starts_with("stream.")).collect();
+fn points() -> Vec<&'static str> {
+    let stream: Vec<&str> =
+        POINTS.iter().copied().filter(|point| point.starts_with("stream.")).collect();
     assert!(!stream.is_empty(), "no kill points of the stream");
-    stream.into_iter().chain(COMMON.iter().map(|point| (*point).to_owned())).collect()
+    assert!(COMMON.iter().all(|point| POINTS.contains(point)), "{COMMON:?}");
+    stream.into_iter().chain(COMMON.iter().copied()).collect()
 }
 
 fn recipe() -> Recipe {
@@ -31,7 +35,7 @@ struct Killed<'lab> {
     mode: &'static str,
     /// QEMU as its owner has it.
     found: Footprint,
-    known: Vec<u64>,
+    known: Vec<CheckpointId>,
 }
 
 impl<'lab> Killed<'lab> {
@@ -105,18 +109,18 @@ impl<'lab> Killed<'lab> {
 
 /// What was taken after deaths, by the points. Each point of the stream is passed in one of the
 /// modes at least.
-fn die_everywhere(qemu: &Path, mode: &'static str, passed: &Mutex<BTreeSet<String>>) {
+fn die_everywhere(qemu: &Path, mode: &'static str, passed: &Mutex<BTreeSet<&'static str>>) {
     let lab = Lab::new(qemu);
     let mut killed = Killed::start(&lab, mode);
     let mut all = Vec::new();
     for point in points() {
         let is_known = passed.lock().expect("no other test panicked").contains(&point);
-        if is_known && COMMON.contains(&point.as_str()) && !thorough() {
+        if is_known && COMMON.contains(&point) && !thorough() {
             continue;
         }
-        if killed.dies_at(&point) {
-            passed.lock().expect("no other test panicked").insert(point.clone());
-            let taken = killed.recover(&point);
+        if killed.dies_at(point) {
+            passed.lock().expect("no other test panicked").insert(point);
+            let taken = killed.recover(point);
             all.push((point, taken));
         } else {
             assert!(point.starts_with("stream."), "{point} is passed by every checkpoint");
@@ -146,7 +150,7 @@ fn a_helper_may_die_at_every_point_of_a_stream() {
         let passed = passed.into_inner().expect("no other test panicked");
         // Of the two kinds of streams each passes points that the other does not.
         let has_both = stream_modes(qemu).len() > 1;
-        let missed: Vec<String> =
+        let missed: Vec<&str> =
             points().into_iter().filter(|point| has_both && !passed.contains(point)).collect();
         assert!(missed.is_empty(), "no checkpoint passes {missed:?}");
     });
@@ -198,8 +202,8 @@ fn a_stream_that_the_owner_cuts_off_fails_one_checkpoint() {
             assert_eq!(lab.list("m"), killed.known, "{mode}");
             let next = killed.vm.checkpoint();
             assert_eq!(
-                (next.outcome.kind.as_str(), next.outcome.parent),
-                ("incremental", killed.known.last().copied()),
+                (next.outcome.kind, next.outcome.parent),
+                (Kind::Incremental, killed.known.last().copied()),
                 "{mode}"
             );
             killed.assert_left_as_found("the checkpoint after it");

@@ -1,6 +1,8 @@
 //! What cannot be checkpointed is refused before a guest runs, and every refusal says what to do
 //! instead.
 
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::Kind;
 use std::path::Path;
 use stillpoint_tests::{Lab, QmpClient, Recipe, newest_qemu, on_each_qemu, wait_until};
 
@@ -250,8 +252,8 @@ fn a_running_vm_keeps_its_name_and_a_dead_one_gives_it_back() {
     let vm = lab.start("m", &recipe);
     let outcome = vm.checkpoint().outcome;
     assert_eq!(
-        (outcome.kind.as_str(), outcome.id),
-        ("full", 2),
+        (outcome.kind, outcome.id),
+        (Kind::Full, CheckpointId(2)),
         "another life of the same name is another lineage"
     );
     lab.verify("m");

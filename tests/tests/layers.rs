@@ -1,6 +1,7 @@
 //! What VMs only read is stored once for all of them, and comes from the nearest place at restore.
 
-use stillpoint_tests::{Lab, Outcome, Recipe, TestVm, newest_qemu, on_each_qemu};
+use engine::checkpoint::outcome::Outcome;
+use stillpoint_tests::{Lab, Recipe, TestVm, newest_qemu, on_each_qemu};
 
 fn one_checkpoint(lab: &Lab, name: &str, recipe: &Recipe) -> Outcome {
     let vm = lab.start(name, recipe);

@@ -1,6 +1,8 @@
 //! VMs with different boards and disks: checkpointed under load, killed, restored, and checkpointed
 //! again.
 
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::Kind;
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{Lab, Recipe, Taken, TestVm, on_each_qemu};
@@ -11,9 +13,9 @@ fn take(vm: &TestVm, count: usize) -> Vec<Taken> {
     let mut all: Vec<Taken> = Vec::new();
     for _ in 0..count {
         let taken = vm.checkpoint();
-        let expected = if all.is_empty() { "full" } else { "incremental" };
+        let expected = if all.is_empty() { Kind::Full } else { Kind::Incremental };
         assert_eq!(
-            (taken.outcome.kind.as_str(), taken.outcome.parent),
+            (taken.outcome.kind, taken.outcome.parent),
             (expected, all.last().map(|last| last.outcome.id))
         );
         all.push(taken);
@@ -33,7 +35,7 @@ fn survives(qemu: &Path, recipe: &Recipe) {
     let newest = lab.restore("m", "m", &[]);
     newest.assert_continues(&taken[3]);
     let next = newest.checkpoint().outcome;
-    assert_eq!((next.kind.as_str(), next.parent), ("incremental", Some(taken[3].outcome.id)));
+    assert_eq!((next.kind, next.parent), (Kind::Incremental, Some(taken[3].outcome.id)));
     assert!(next.bytes_stored_raw < taken[0].outcome.bytes_stored_raw / 4, "not small: {next:?}");
     newest.assert_makes_progress();
     newest.kill();
@@ -41,7 +43,7 @@ fn survives(qemu: &Path, recipe: &Recipe) {
     let middle = lab.restore(&taken[1].name, "middle", &[]);
     middle.assert_continues(&taken[1]);
     middle.kill();
-    assert_eq!(lab.list("m"), [1, 2, 3, 4, 5]);
+    assert_eq!(lab.list("m"), [1, 2, 3, 4, 5].map(CheckpointId));
     lab.verify("m");
 }
 

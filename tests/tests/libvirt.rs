@@ -2,6 +2,8 @@
 //! starts it, and the service files. The snippets of docs/libvirt.md and docs/proxmox.md are those
 //! used here.
 
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::{Kind, Outcome};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -10,8 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use stillpoint_tests::{
-    Domain, Lab, Libvirt, Outcome, Recipe, Shape, Taken, built, kill_hard, newest_qemu,
-    on_each_qemu, project, wait_until,
+    Domain, Lab, Libvirt, Recipe, Shape, Taken, built, kill_hard, newest_qemu, on_each_qemu,
+    project, wait_until,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -62,8 +64,8 @@ fn a_domain_is_checkpointed_by_its_second_monitor() {
         domain.assert_makes_progress();
         let last = checkpoint(&lab, &domain);
         assert_eq!(
-            (last.outcome.parent, last.outcome.kind.as_str()),
-            (Some(2), "incremental"),
+            (last.outcome.parent, last.outcome.kind),
+            (Some(CheckpointId(2)), Kind::Incremental),
             "{:?}",
             last.outcome
         );
@@ -311,7 +313,7 @@ fn proxmox_throttle_nodes_are_carried() {
     lab.run(&["attach", "--qmp", text(&monitor), "--store", lab.store(), "--name", "100"])
         .expect_success();
     vm.checkpoint();
-    assert_eq!(vm.checkpoint().outcome.kind, "incremental");
+    assert_eq!(vm.checkpoint().outcome.kind, Kind::Incremental);
     let shown = lab.run(&["show", "100@2", "--json"]).expect_success().json();
     let disk =
         shown["disks"].as_array().into_iter().flatten().find(|disk| disk["read_only"] == false);

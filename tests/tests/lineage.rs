@@ -1,6 +1,7 @@
 //! What a checkpoint is relative to: a store that has lost, or holds another, than what the helper
 //! knows, gets no checkpoint that builds on a hole.
 
+use checkpoint_format::CheckpointId;
 use std::path::{Path, PathBuf};
 use stillpoint_tests::{Lab, Recipe, Scribbled, copy_tree, newest_qemu};
 
@@ -21,7 +22,7 @@ fn step(scribbled: &mut Scribbled, words: &[&str], id: u64, parent: Option<u64>)
     let outcome = scribbled.checkpoint_with(words);
     assert_eq!(
         (outcome.id, outcome.parent),
-        (id, parent),
+        (CheckpointId(id), parent.map(CheckpointId)),
         "{outcome:?} after {:#?}",
         scribbled.story
     );
@@ -49,19 +50,19 @@ fn lineage_is_what_the_store_holds() {
         std::fs::remove_dir_all(checkpoint_directory(&lab, *id)).expect("the test's directory")
     });
     step(&mut scribbled, &[], 2, Some(1));
-    scribbled.check_beside(2);
+    scribbled.check_beside(CheckpointId(2));
 
     // It loses one between two checkpoints.
     step(&mut scribbled, &[], 3, Some(2));
     std::fs::remove_dir_all(checkpoint_directory(&lab, 3)).expect("the test's directory");
     step(&mut scribbled, &[], 3, Some(2));
-    scribbled.check_beside(3);
+    scribbled.check_beside(CheckpointId(3));
 
     // Another checkpoint has the parent's number.
     std::fs::remove_dir_all(checkpoint_directory(&lab, 3)).expect("the test's directory");
     set_back(&lab, &copy);
     step(&mut scribbled, &[], 3, Some(2));
-    scribbled.check_beside(3);
+    scribbled.check_beside(CheckpointId(3));
 
     // The same while no helper lives.
     step(&mut scribbled, &[], 4, Some(3));
@@ -69,13 +70,13 @@ fn lineage_is_what_the_store_holds() {
     set_back(&lab, &copy);
     scribbled.vm.attach();
     step(&mut scribbled, &[], 3, Some(2));
-    scribbled.check_beside(3);
+    scribbled.check_beside(CheckpointId(3));
 
     // What the parent builds on is gone, so nothing builds on it.
     std::fs::remove_dir_all(checkpoint_directory(&lab, 2)).expect("the test's directory");
     step(&mut scribbled, &[], 4, None);
     step(&mut scribbled, &[], 5, Some(4));
-    scribbled.check_beside(5);
+    scribbled.check_beside(CheckpointId(5));
 
     step(&mut scribbled, &["--full"], 6, None);
     step(&mut scribbled, &[], 7, Some(6));
@@ -85,5 +86,7 @@ fn lineage_is_what_the_store_holds() {
     scribbled.vm.try_checkpoint().expect_failure(4);
     step(&mut scribbled, &["--full"], 1, None);
     step(&mut scribbled, &[], 2, Some(1));
-    scribbled.check(|newest_first| newest_first.iter().copied().filter(|id| *id <= 2).collect());
+    scribbled.check(|newest_first| {
+        newest_first.iter().copied().filter(|id| *id <= CheckpointId(2)).collect()
+    });
 }

@@ -2,6 +2,7 @@
 //! program are here.
 
 use nix::fcntl::{Flock, FlockArg};
+use qmp_bridge::paused::PAUSE_LIMIT;
 use serde_json::{Value, json};
 use std::fs::{File, Permissions};
 use std::io::{BufRead, BufReader, Write};
@@ -11,7 +12,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, QmpClient, Recipe, TestVm, assert_root, built, newest_qemu, on_each_qemu, tree, wait_until,
+    Lab, QmpClient, Recipe, Registry, TestVm, assert_root, built, newest_qemu, on_each_qemu, pages,
+    wait_until,
 };
 
 const FLOODER: &[u8; 512] = include_bytes!("../src/flooder.bin");
@@ -25,8 +27,6 @@ const SECTIONS: &[&str] = &[
 /// What a flood of clients may cost the helper: a request's limit for each that is served, and as
 /// much again.
 const CLIENTS_MAY_COST: u64 = 16 << 20;
-/// The longest that a checkpoint lets the guest wait (docs/limits.md), in seconds.
-const LONGEST_PAUSE: f64 = 2.0;
 
 fn mode(path: &Path) -> u32 {
     std::fs::symlink_metadata(path)
@@ -39,17 +39,15 @@ fn mode(path: &Path) -> u32 {
 /// The last cell of each row names tests.
 #[test]
 fn promises_name_tests_that_are_there() {
-    let tests = tree::test_names();
+    let tests = Registry::get();
     let mut wrong = Vec::new();
     for section in SECTIONS {
-        let rows = tree::rows("security.md", section);
+        let rows = pages::rows("security.md", section);
         assert!(rows.len() > 3, "{section}: no table");
         for row in rows {
             let last = row.last().map(String::as_str).unwrap_or_default();
             let names: Vec<&str> = last.split('`').skip(1).step_by(2).collect();
-            let missing = names
-                .iter()
-                .filter(|name| !tests.contains(name.rsplit("::").next().unwrap_or_default()));
+            let missing = names.iter().filter(|name| !tests.has(name));
             wrong.extend(missing.map(|name| format!("{section}: no test `{name}`")));
             if names.is_empty() {
                 wrong.push(format!("{section}: no test for '{}'", row[0]));
@@ -93,7 +91,10 @@ fn hostile_guest_that_dirties_memory_loses_its_checkpoint_and_no_time() {
     let message = vm.try_checkpoint().expect_failure(1);
     assert!(message.contains("faster than it can be copied"), "{message}");
     let pauses = pauses(&monitor.events());
-    assert!(!pauses.is_empty() && pauses.iter().all(|pause| *pause < LONGEST_PAUSE), "{pauses:?}");
+    assert!(
+        !pauses.is_empty() && pauses.iter().all(|pause| *pause < PAUSE_LIMIT.as_secs_f64()),
+        "{pauses:?}"
+    );
     assert!(monitor.is_running());
     assert!(lab.list_if_any("m").is_empty());
     monitor.stop();

@@ -2,6 +2,7 @@
 //! checkpoints, random failures in between, and expected content that is computed without the
 //! program under test (`src/truth.rs`).
 
+use engine::kill_point::POINTS;
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
@@ -11,7 +12,7 @@ use stillpoint_tests::{
 const SEEDS: &[u64] = &[1, 7, 20_260_711];
 const ACTIONS: usize = 40;
 /// Where a helper dies in these runs; `kills.rs` has them all.
-const POINTS: &[&str] =
+const DIE_AT: &[&str] =
     &["prepared", "pre-copy", "pause.captured", "upload", "commit", "committed"];
 
 struct Run<'lab> {
@@ -38,7 +39,8 @@ impl<'lab> Run<'lab> {
 
     fn die_in_a_checkpoint(&mut self) {
         let Scribbled { vm, random, story, .. } = &mut self.scribbled;
-        let point = *random.pick(POINTS);
+        let point = *random.pick(DIE_AT);
+        assert!(POINTS.contains(&point), "{point}");
         story.push(format!("the helper dies at {point}"));
         vm.kill_helper();
         vm.attach_with(&[], &[("STILLPOINT_DIE_AT", point)]);

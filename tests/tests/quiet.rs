@@ -1,9 +1,12 @@
 //! What a checkpoint costs: next to nothing for a guest that does nothing, and little more than its
 //! changes otherwise.
 
+use engine::checkpoint::outcome::Kind;
 use std::time::Duration;
 use stillpoint_tests::cost::{IDLE_BYTES, MANY_BYTES, OVERHEAD, TIMELESS};
-use stillpoint_tests::{Lab, Recipe, newest_qemu, on_each_qemu, wait_for_scribbles};
+use stillpoint_tests::{
+    Lab, Recipe, newest_qemu, on_each_qemu, stored_over_changed, wait_for_scribbles,
+};
 
 #[test]
 fn an_idle_guest_costs_next_to_nothing() {
@@ -39,15 +42,12 @@ fn nothing_is_stored_when_nothing_changed() {
         monitor.stop();
         let first = vm.checkpoint().outcome;
         let second = vm.checkpoint().outcome;
-        assert_eq!(
-            (second.kind.as_str(), second.id, second.bytes_stored),
-            ("unchanged", first.id, 0)
-        );
+        assert_eq!((second.kind, second.id, second.bytes_stored), (Kind::Unchanged, first.id, 0));
         assert_eq!(lab.list("still"), [first.id]);
         assert!(!monitor.is_running(), "it was stopped before the checkpoint, so it stays so");
         monitor.disk_io("cow", "write -P 7 0 4096");
         let third = vm.checkpoint().outcome;
-        assert_eq!((third.kind.as_str(), third.parent), ("incremental", Some(first.id)));
+        assert_eq!((third.kind, third.parent), (Kind::Incremental, Some(first.id)));
         monitor.cont();
         std::thread::sleep(Duration::from_millis(500));
         assert_eq!(vm.checkpoint().outcome.parent, Some(third.id));
@@ -60,7 +60,7 @@ fn a_vm_restored_paused_can_be_checkpointed_before_it_runs() {
     on_each_qemu(|qemu| {
         let lab = Lab::new(qemu);
         let vm = lab.start("m", &Recipe::scribbler(8));
-        std::thread::sleep(Duration::from_secs(2));
+        wait_for_scribbles(&mut vm.qmp());
         let first = vm.checkpoint().outcome;
         vm.kill();
         let restored = lab.restore("m", "m", &["--paused"]);
@@ -68,7 +68,7 @@ fn a_vm_restored_paused_can_be_checkpointed_before_it_runs() {
         // What QEMU itself wrote while it loaded the state may count as a change, and is all that
         // does.
         assert!(
-            second.kind == "unchanged"
+            second.kind == Kind::Unchanged
                 || second.parent == Some(first.id) && second.bytes_changed < 1 << 20,
             "{second:?}"
         );
@@ -90,7 +90,7 @@ fn a_large_change_is_stored_with_little_besides() {
         std::thread::sleep(Duration::from_secs(1));
         let outcome = vm.checkpoint().outcome;
         assert!(outcome.bytes_changed > MANY_BYTES, "the guest is not busy enough: {outcome:?}");
-        let ratio = outcome.bytes_stored_raw as f64 / outcome.bytes_changed as f64;
+        let ratio = stored_over_changed(&outcome);
         assert!(ratio <= OVERHEAD, "{ratio:.3}: {outcome:?}");
     }
     vm.assert_no_contradiction();

@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Mutex;
 use stillpoint_tests::torture::{Mode, Trial, Verdict, templates};
-use stillpoint_tests::{Lab, Ran, major_version, on_each_qemu, tree};
+use stillpoint_tests::{Lab, Ran, Registry, major_version, on_each_qemu, pages};
 
 /// VMs of one QEMU at once.
 const WORKERS: usize = 2;
@@ -20,12 +20,12 @@ const BASE: &str = "-m 16 -accel tcg -display none -monitor none -nodefaults \
 
 #[test]
 fn refusals_each_item_of_the_tables_has_a_case() {
-    let tests = tree::test_names();
+    let tests = Registry::get();
     let mut wrong = Vec::new();
     for page in PAGES {
-        let listed: Vec<String> = tree::first_cells(page.file, page.heading)
+        let listed: Vec<String> = pages::first_cells(page.file, page.heading)
             .iter()
-            .flat_map(|cell| tree::items(cell))
+            .flat_map(|cell| pages::items(cell))
             .collect();
         assert!(listed.len() > 10, "docs/{} has no table below '{}'", page.file, page.heading);
         let cases: HashSet<&str> = page.cases.iter().map(|case| case.item).collect();
@@ -33,19 +33,19 @@ fn refusals_each_item_of_the_tables_has_a_case() {
         wrong.extend(without.map(|item| format!("docs/{}: no case for '{item}'", page.file)));
         let gone = page.cases.iter().filter(|case| !listed.iter().any(|item| item == case.item));
         wrong.extend(gone.map(|case| format!("docs/{} does not list '{}'", page.file, case.item)));
-        wrong.extend(page.cases.iter().filter_map(|case| covered(case, &tests)));
+        wrong.extend(page.cases.iter().filter_map(|case| covered(case, tests)));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 /// What is wrong with a case that is tried elsewhere.
-fn covered(case: &Case, tests: &HashSet<String>) -> Option<String> {
+fn covered(case: &Case, tests: &Registry) -> Option<String> {
     let is_there = match case.way {
         Way::Row(item) => {
             let row = ROWS.iter().flat_map(|(_, rows)| *rows).find(|row| row.item == item);
             row.is_some_and(|row| row.kind.is_refused())
         }
-        Way::Test(name) => tests.contains(name),
+        Way::Test(name) => tests.has(name),
         _ => true,
     };
     (!is_there).then(|| format!("'{}': {:?} is not there", case.item, case.way))

@@ -1,5 +1,6 @@
 //! A checkpoint that fails late: what it stored counts for the next one.
 
+use checkpoint_format::CheckpointId;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -54,7 +55,7 @@ fn resume_after_a_full_store_stores_only_the_rest() {
     let full = small.fill_but(100 * MIB);
     let message = vm.try_checkpoint().expect_failure(4);
     assert!(message.contains("No space left") && message.contains("next one"), "{message}");
-    assert_eq!(lab.list_if_any("m"), [0; 0], "a failed checkpoint is listed");
+    assert_eq!(lab.list_if_any("m"), [] as [CheckpointId; 0], "a failed checkpoint is listed");
     drop(full);
     let kept = bytes_below(&store);
     assert!(kept > 70 * MIB, "{kept} bytes are kept");

@@ -1,12 +1,14 @@
 //! Run states: what a guest was doing is part of its checkpoint, taking one changes nothing about
 //! it, and a restored VM does the same.
 
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::{Kind, Outcome};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Outcome, QmpClient, Recipe, SCRIBBLER_RAM_BYTES, SmallStore, TestVm, major_version,
-    newest_qemu, on_each_qemu, stream_modes, wait_for_scribbles, wait_until,
+    Lab, QmpClient, Recipe, SCRIBBLER_RAM_BYTES, SmallStore, TestVm, major_version, newest_qemu,
+    on_each_qemu, stream_modes, wait_for_scribbles, wait_until,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -42,7 +44,7 @@ fn enter(monitor: &mut QmpClient, wanted: &str) {
 
 /// What a stopped guest is made of.
 struct Truth {
-    id: u64,
+    id: CheckpointId,
     state: &'static str,
     memory: Vec<u8>,
 }
@@ -90,7 +92,7 @@ fn check(lab: &Lab, truth: &Truth) {
     assert_eq!(state(&mut monitor), truth.state);
     assert!(monitor.memory(SCRIBBLER_RAM_BYTES) == truth.memory, "{}: another memory", truth.state);
     // It is a VM like the one that it comes from.
-    assert_eq!(restored.checkpoint().outcome.kind, "full");
+    assert_eq!(restored.checkpoint().outcome.kind, Kind::Full);
     assert_eq!(state(&mut monitor), truth.state);
     if truth.state == "shutdown" {
         assert!(monitor.try_execute("cont", json!({})).is_err(), "a guest that was shut down runs");
@@ -115,7 +117,7 @@ fn run_states(lab: &Lab, vm: TestVm) {
             .as_array()
             .expect("rows")
             .iter()
-            .find(|row| row["id"] == truth.id);
+            .find(|row| row["id"] == truth.id.get());
         assert_eq!(row.expect("it is listed")["run_state"], truth.state);
         let shown = lab.run(&["show", &format!("m@{}", truth.id)]).expect_success().out;
         assert!(shown.contains(truth.state), "{shown}");
@@ -193,7 +195,7 @@ fn run_state_without_a_guest_is_refused() {
         refuse(&lab, &managed, &mut monitor, "restore-vm");
         monitor.cont();
         wait_for_state(&mut monitor, "running");
-        assert_eq!(managed.checkpoint().outcome.parent, Some(1));
+        assert_eq!(managed.checkpoint().outcome.parent, Some(CheckpointId(1)));
         let file = lab.path().join("away.stream");
         migrate_away(&mut monitor, &file);
         refuse(&lab, &managed, &mut monitor, "postmigrate");
@@ -298,7 +300,7 @@ fn run_state_of_a_guest_that_was_reset_in_the_pause_of_a_dead_helper_is_running_
     vm.attach();
     wait_for_state(&mut monitor, "running");
     let before: Value = monitor.execute("query-status", json!({}));
-    assert_eq!(vm.checkpoint().outcome.kind, "full", "{before}");
+    assert_eq!(vm.checkpoint().outcome.kind, Kind::Full, "{before}");
 }
 
 /// Where the guest's write is, which waits for room on the host.

@@ -1,6 +1,7 @@
 //! A VM with an emulated TPM: its state is the checkpoint's, and a restored VM has it in another
 //! `swtpm`.
 
+use checkpoint_format::CheckpointId;
 use serde_json::json;
 use std::path::Path;
 use stillpoint_tests::{
@@ -88,6 +89,6 @@ fn tpm_of_other_kinds() {
     let vm = lab.start("old", &recipe(63, &old, "tpm-tis"));
     let message = lab.run(&["checkpoint", "old", "--verify"]).expect_failure(3);
     assert!(message.contains("TPM 1.2"), "{message}");
-    assert_eq!(lab.list("old"), [1]);
+    assert_eq!(lab.list("old"), [1].map(CheckpointId));
     assert_eq!(vm.qmp().execute("query-tpm", json!({}))[0]["model"], "tpm-tis");
 }

@@ -1,6 +1,8 @@
 //! What changes between the checks of a checkpoint and its pause, or within the pause: no such
 //! checkpoint becomes durable.
 
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::Kind;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -111,11 +113,11 @@ fn window_with_a_change_makes_no_checkpoint() {
     given_up(&mut monitor, &mut layer, "late (usb-tablet)", &plug);
     assert!(vm.try_checkpoint().expect_failure(3).contains("late"), "the next one refuses it");
     unplug(&mut monitor);
-    assert_eq!(vm.checkpoint().outcome.kind, "full");
+    assert_eq!(vm.checkpoint().outcome.kind, Kind::Full);
     given_up(&mut monitor, &mut layer, "odd", &|monitor| {
         drop(monitor.execute("block_resize", json!({ "device": "odd", "size": 4 << 20 })))
     });
-    assert_eq!(vm.checkpoint().outcome.parent, Some(1));
+    assert_eq!(vm.checkpoint().outcome.parent, Some(CheckpointId(1)));
     given_up(&mut monitor, &mut layer, "cd", &|monitor| {
         drop(monitor.execute("eject", json!({ "id": "cd0", "force": true })))
     });
@@ -141,7 +143,7 @@ fn window_of_a_stream_with_a_change_makes_no_checkpoint() {
             message.contains("late (usb-tablet)") || message.contains("RAM block"),
             "{message}"
         );
-        assert_eq!(lab.list_if_any("m"), [] as [u64; 0]);
+        assert_eq!(lab.list_if_any("m"), [] as [CheckpointId; 0]);
         unplug(&mut monitor);
         vm.checkpoint();
     });

@@ -111,7 +111,7 @@ mod tests {
     /// Long enough to print a panic with its backtrace.
     const PATIENT: Duration = Duration::from_secs(30);
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn slow_but_moving_is_fine() {
         let progress = Progress::default();
         let steps = progress.clone();

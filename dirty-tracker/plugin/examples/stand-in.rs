@@ -1,9 +1,10 @@
 //! Stands in for QEMU in tests: loads the real plugin the way QEMU does, and writes to its memory
 //! when told to.
 //!
-//! `stand-in PLUGIN SOCKET RAMFD SHARED_PAGES PRIVATE_PAGES` prints `ready SHARED PRIVATE`
+//! `stand-in PLUGIN SOCKET RAMFD SHARED_PAGES PRIVATE_PAGES …` prints `ready SHARED PRIVATE`
 //! (addresses in hex) or `failed CODE`, then obeys lines on standard input, each answered with
-//! `ok`: an operation, a memory (`s`hared or `p`rivate), page numbers.
+//! `ok`: an operation, a memory (`s`hared or `p`rivate), page numbers. More arguments are those of
+//! the QEMU for which it stands, seen in the list of processes.
 //!
 //! ```text
 //! w write one byte in each page          r read one byte of each page
@@ -120,7 +121,7 @@ fn call(install: Install, socket: &str, ram_fd: &str) -> c_int {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [plugin, socket, ram_fd, shared_pages, private_pages] = arguments.as_slice() else {
+    let [plugin, socket, ram_fd, shared_pages, private_pages, ..] = arguments.as_slice() else {
         panic!("stand-in PLUGIN SOCKET RAMFD SHARED_PAGES PRIVATE_PAGES");
     };
     let fd = ram_fd.parse().expect("a descriptor");

@@ -112,3 +112,32 @@ impl Phases {
         self.times
     }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use serde_json::json;
+
+    /// Scripts read it: names and forms stay.
+    #[test]
+    fn outcome_as_json_has_the_names_that_scripts_read() {
+        let outcome = Outcome {
+            id: CheckpointId(7),
+            parent: Some(CheckpointId(6)),
+            kind: Kind::Incremental,
+            passes: 2,
+            ..Outcome::default()
+        };
+        let expected = json!({
+            "id": 7, "parent": 6, "kind": "incremental", "engine": "", "run_state": "",
+            "started_at": "", "pause_ms": 0.0, "rounds": 2, "brief_stops_ms": [], "pages_dirty": 0,
+            "bytes_changed": 0, "bytes_stored_raw": 0, "bytes_stored": 0, "bytes_carried": 0,
+            "layer_bytes_stored": 0, "durable_ms": 0.0, "replicas": null, "phases": {},
+            "notes": [],
+        });
+        assert_eq!(serde_json::to_value(&outcome).unwrap(), expected);
+        assert_eq!(serde_json::from_value::<Outcome>(expected).unwrap(), outcome);
+        let kinds = [Kind::Full, Kind::Unchanged].map(|kind| json!(kind));
+        assert_eq!(kinds, [json!("full"), json!("unchanged")]);
+    }
+}

@@ -26,7 +26,7 @@ async fn changed(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn device_that_comes_or_goes_meanwhile_is_named() {
+async fn device_that_comes_or_goes_meanwhile_is_named() {
     for by in BOTH {
         let add = |state: &mut State| {
             state.devices.push(("/machine/peripheral/new".into(), "virtio-net-pci".into()));
@@ -50,7 +50,7 @@ pub(crate) async fn device_that_comes_or_goes_meanwhile_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn disk_that_changes_its_size_meanwhile_is_named() {
+async fn disk_that_changes_its_size_meanwhile_is_named() {
     for by in BOTH {
         let grow = |state: &mut State| state.blocks.resize(DISK, 2 << 20);
         let (mut scene, mut helper) = changed(by, grow, "2097152 bytes").await;
@@ -59,7 +59,7 @@ pub(crate) async fn disk_that_changes_its_size_meanwhile_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn disk_that_grew_counts_as_changed_there() {
+async fn disk_that_grew_counts_as_changed_there() {
     for by in BOTH {
         let (mut scene, mut helper) = Scene::begun().await;
         scene.qemu.with(|state| {
@@ -71,7 +71,7 @@ pub(crate) async fn disk_that_grew_counts_as_changed_there() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn disk_that_was_shorter_is_compared_as_a_whole() {
+async fn disk_that_was_shorter_is_compared_as_a_whole() {
     for by in BOTH {
         let (mut scene, mut helper) = Scene::begun().await;
         scene.qemu.with(|state| state.blocks.resize(DISK, 512 << 10));
@@ -86,7 +86,7 @@ pub(crate) async fn disk_that_was_shorter_is_compared_as_a_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn qemu_that_ends_releases_the_epoch() {
+async fn qemu_that_ends_releases_the_epoch() {
     let (mut scene, mut helper) = Scene::begun().await;
     helper.checkpointer.release().await;
     let is_released = async |scene: &Scene| {

@@ -6,7 +6,7 @@ use scripted_vm::Act;
 use crate::scene::{BOTH, By, Scene};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn rename_whose_answer_is_lost_is_looked_up() {
+async fn rename_whose_answer_is_lost_is_looked_up() {
     for by in BOTH {
         let (mut scene, mut helper) = Scene::begun().await;
         helper.store.inject(FaultRule::once(Op::RenameDir, Fault::FailAfter).on("checkpoints"));
@@ -18,7 +18,7 @@ pub(crate) async fn rename_whose_answer_is_lost_is_looked_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn commit_that_cannot_be_determined_is_not_durable_and_is_looked_up_again() {
+async fn commit_that_cannot_be_determined_is_not_durable_and_is_looked_up_again() {
     for by in BOTH {
         let (mut scene, mut helper) = Scene::begun().await;
         scene.guest_works();
@@ -36,7 +36,7 @@ pub(crate) async fn commit_that_cannot_be_determined_is_not_durable_and_is_looke
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn bitmap_that_cannot_be_dropped_is_no_failure() {
+async fn bitmap_that_cannot_be_dropped_is_no_failure() {
     let (mut scene, mut helper) = Scene::begun().await;
     scene.guest_works();
     // The first is the instant's, the second drops the older bitmap.

@@ -36,7 +36,7 @@ async fn recover(by: By, mut scene: Scene, about: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn helper_killed_anywhere_is_replaced_by_the_next() {
+async fn helper_killed_anywhere_is_replaced_by_the_next() {
     let places: [Place; 9] = [
         ("qom-list", 0, false),
         ("nbd-server-start", 0, true),
@@ -55,7 +55,7 @@ pub(crate) async fn helper_killed_anywhere_is_replaced_by_the_next() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn guest_of_a_helper_killed_in_the_pause_waits_for_the_next() {
+async fn guest_of_a_helper_killed_in_the_pause_waits_for_the_next() {
     let places: [Place; 6] = [
         ("stop", 0, true),
         ("transaction", 0, false),
@@ -73,7 +73,7 @@ pub(crate) async fn guest_of_a_helper_killed_in_the_pause_waits_for_the_next() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn stream_of_a_killed_helper_fails_by_itself() {
+async fn stream_of_a_killed_helper_fails_by_itself() {
     let places: [Place; 4] = [
         ("migrate-set-capabilities", 2, true),
         ("getfd", 1, true),
@@ -87,7 +87,7 @@ pub(crate) async fn stream_of_a_killed_helper_fails_by_itself() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn guest_of_a_helper_killed_in_the_pause_of_a_stream_waits_for_the_next() {
+async fn guest_of_a_helper_killed_in_the_pause_of_a_stream_waits_for_the_next() {
     let places: [Place; 6] = [
         ("migrate-continue", 0, false),
         ("migrate-continue", 0, true),
@@ -118,14 +118,14 @@ async fn killed_at_rename(fault: Fault) -> Scene {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn helper_killed_before_the_rename_leaves_what_the_next_removes() {
+async fn helper_killed_before_the_rename_leaves_what_the_next_removes() {
     let scene = killed_at_rename(Fault::HangBefore).await;
     assert_eq!(scene.checkpoints().await, [1]);
     recover(By::Tracker, scene, "before the rename").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn checkpoint_of_a_helper_killed_after_the_rename_exists() {
+async fn checkpoint_of_a_helper_killed_after_the_rename_exists() {
     let mut scene = killed_at_rename(Fault::HangAfter).await;
     assert_eq!(scene.checkpoints().await, [1, 2]);
     scene.assert_exact(CheckpointId(2)).await;

@@ -1,7 +1,7 @@
 //! Every phase of a checkpoint beside a scripted VM, in milliseconds: each row of docs/protocol.md.
 //!
-//! `rows` says which test stands for which row. The tests of whole VMs (`tests/tests/`) are beside
-//! these, with real QEMUs, guests and kills.
+//! `tests/tests/rows.rs` says which test stands for which row. The tests of whole VMs there are
+//! beside these, with real QEMUs, guests and kills.
 
 mod between;
 mod commit;
@@ -9,7 +9,6 @@ mod kills;
 mod on_demand;
 mod pause;
 mod prepare;
-mod rows;
 mod scene;
 mod stream;
 mod upload;

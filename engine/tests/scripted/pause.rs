@@ -16,7 +16,7 @@ fn in_pause(by: By) -> &'static [&'static str] {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn refused_command_resumes_the_guest() {
+async fn refused_command_resumes_the_guest() {
     for by in BOTH {
         for command in in_pause(by) {
             let (mut scene, mut helper) = Scene::begun().await;
@@ -29,7 +29,7 @@ pub(crate) async fn refused_command_resumes_the_guest() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn command_without_an_answer_resumes_the_guest() {
+async fn command_without_an_answer_resumes_the_guest() {
     for by in BOTH {
         for command in ["transaction", "qom-set"] {
             let (mut scene, helper) = Scene::begun().await;
@@ -42,7 +42,7 @@ pub(crate) async fn command_without_an_answer_resumes_the_guest() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn lost_answer_to_the_transaction_loses_no_change() {
+async fn lost_answer_to_the_transaction_loses_no_change() {
     for by in BOTH {
         let (mut scene, helper) = Scene::begun().await;
         let mut helper = helper.wait_for_qemu(Duration::from_millis(200));
@@ -54,7 +54,7 @@ pub(crate) async fn lost_answer_to_the_transaction_loses_no_change() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn late_answers_only_make_the_pause_longer() {
+async fn late_answers_only_make_the_pause_longer() {
     for by in BOTH {
         let (mut scene, mut helper) = Scene::begun().await;
         scene.qemu.on("transaction", Act::Late(Duration::from_millis(50)));
@@ -64,7 +64,7 @@ pub(crate) async fn late_answers_only_make_the_pause_longer() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn pause_ends_after_two_seconds() {
+async fn pause_ends_after_two_seconds() {
     let (mut scene, mut helper) = Scene::begun().await;
     scene.qemu.on("xen-save-devices-state", Act::Silence);
     let begun = Instant::now();
@@ -74,7 +74,7 @@ pub(crate) async fn pause_ends_after_two_seconds() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn device_state_that_cannot_be_saved_is_qemus_own_error() {
+async fn device_state_that_cannot_be_saved_is_qemus_own_error() {
     let (mut scene, mut helper) = Scene::begun().await;
     scene.qemu.refuse("xen-save-devices-state", "State blocked by the device x");
     scene.assert_fails(&mut helper, By::Tracker, "State blocked by the device x").await;
@@ -94,7 +94,7 @@ async fn disturb(by: By, order: fn(&mut State), run_state: &str, words: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn cont_and_stop_of_another_monitor_stay() {
+async fn cont_and_stop_of_another_monitor_stay() {
     for by in BOTH {
         disturb(by, State::cont, "running", "let run").await;
         let both = |state: &mut State| {
@@ -106,20 +106,20 @@ pub(crate) async fn cont_and_stop_of_another_monitor_stay() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn reset_of_another_monitor_stays_and_the_guest_runs() {
+async fn reset_of_another_monitor_stays_and_the_guest_runs() {
     for by in BOTH {
         disturb(by, State::reset, "running", "reset").await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn migration_of_another_monitor_in_the_pause_stays() {
+async fn migration_of_another_monitor_in_the_pause_stays() {
     let migrated = |state: &mut State| state.run_state = "postmigrate".into();
     disturb(By::Tracker, migrated, "postmigrate", "postmigrate").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn flush_that_fails_comes_before_the_pause() {
+async fn flush_that_fails_comes_before_the_pause() {
     let (mut scene, mut helper) = Scene::begun().await;
     let stops = scene.qemu.heard("stop");
     // The connection through which disks are flushed is made with the overlays.

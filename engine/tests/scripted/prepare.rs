@@ -12,7 +12,7 @@ use vm::error::Class;
 use crate::scene::{BOTH, By, DISK, Scene, name, noise, open};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn checkpoint_holds_what_the_guest_has() {
+async fn checkpoint_holds_what_the_guest_has() {
     for version in [Version::V8_2, Version::V10_0] {
         for by in BOTH {
             let mut scene = Scene::with(version, 1 << 20);
@@ -27,7 +27,7 @@ pub(crate) async fn checkpoint_holds_what_the_guest_has() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn nothing_changed_makes_no_checkpoint() {
+async fn nothing_changed_makes_no_checkpoint() {
     let (scene, mut helper) = Scene::begun().await;
     for by in BOTH {
         let taken = helper.take(by).await.unwrap();
@@ -37,7 +37,7 @@ pub(crate) async fn nothing_changed_makes_no_checkpoint() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn store_that_fails_takes_nothing() {
+async fn store_that_fails_takes_nothing() {
     for fault in [Fault::FailBefore, Fault::Full, Fault::HangBefore] {
         let (mut scene, mut helper) = Scene::begun().await;
         helper.store.inject(FaultRule::any(fault.clone()));
@@ -59,7 +59,7 @@ async fn lose(scene: &Scene, ids: &[u64]) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn next_builds_on_what_the_store_has_left() {
+async fn next_builds_on_what_the_store_has_left() {
     for by in BOTH {
         let (mut scene, mut helper) = Scene::begun().await;
         scene.assert_next(&mut helper, by, "second").await;
@@ -77,7 +77,7 @@ pub(crate) async fn next_builds_on_what_the_store_has_left() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn another_store_in_the_place_of_the_first_is_refused_until_full() {
+async fn another_store_in_the_place_of_the_first_is_refused_until_full() {
     let scene = Scene::new();
     let mut helper = scene.helper_by_url().await;
     let first = helper.take(By::Tracker).await.unwrap();
@@ -93,7 +93,7 @@ pub(crate) async fn another_store_in_the_place_of_the_first_is_refused_until_ful
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn another_writer_is_refused_and_a_take_over_fences_the_first() {
+async fn another_writer_is_refused_and_a_take_over_fences_the_first() {
     let (mut scene, mut helper) = Scene::begun().await;
     let repository = open(scene.store.clone()).await;
     let other = tempfile::tempdir().unwrap();
@@ -115,7 +115,7 @@ pub(crate) async fn another_writer_is_refused_and_a_take_over_fences_the_first()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn device_that_was_plugged_in_is_named() {
+async fn device_that_was_plugged_in_is_named() {
     for by in BOTH {
         let (mut scene, mut helper) = Scene::begun().await;
         let plugged = |kind: &str| serde_json::json!({ "driver": kind, "id": "new" });
@@ -130,7 +130,7 @@ pub(crate) async fn device_that_was_plugged_in_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn layer_whose_upload_was_cut_is_stored_by_the_next() {
+async fn layer_whose_upload_was_cut_is_stored_by_the_next() {
     let mut scene = Scene::with_layer(noise(64 << 10));
     let mut helper = scene.helper().await;
     helper.store.inject(FaultRule::once(Op::RenameDir, Fault::Full).on("layers"));
@@ -146,7 +146,7 @@ pub(crate) async fn layer_whose_upload_was_cut_is_stored_by_the_next() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn run_state_without_a_guest_is_refused_by_its_name() {
+async fn run_state_without_a_guest_is_refused_by_its_name() {
     for state in ["inmigrate", "restore-vm", "postmigrate", "colo"] {
         let (scene, mut helper) = Scene::begun().await;
         scene.qemu.with(|qemu| qemu.run_state = state.to_owned());
@@ -161,7 +161,7 @@ pub(crate) async fn run_state_without_a_guest_is_refused_by_its_name() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn overlays_without_a_directory_leave_the_disks_alone() {
+async fn overlays_without_a_directory_leave_the_disks_alone() {
     for by in BOTH {
         let (mut scene, mut helper) = Scene::begun().await;
         let nowhere = scene.path("nowhere");
@@ -174,7 +174,7 @@ pub(crate) async fn overlays_without_a_directory_leave_the_disks_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn nbd_server_of_another_tool_is_left_alone() {
+async fn nbd_server_of_another_tool_is_left_alone() {
     for by in BOTH {
         let (mut scene, mut helper) = Scene::begun().await;
         let place = scene.path("other-nbd");
@@ -191,7 +191,7 @@ pub(crate) async fn nbd_server_of_another_tool_is_left_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn migration_of_another_client_is_not_disturbed() {
+async fn migration_of_another_client_is_not_disturbed() {
     let (mut scene, mut helper) = Scene::begun().await;
     scene.qemu.with(|qemu| qemu.set_migration("active"));
     scene.assert_fails(&mut helper, By::Stream, "`active`").await;
@@ -201,7 +201,7 @@ pub(crate) async fn migration_of_another_client_is_not_disturbed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn cancelled_before_the_pause_changes_nothing() {
+async fn cancelled_before_the_pause_changes_nothing() {
     let (mut scene, helper) = Scene::begun().await;
     scene.qemu.on("blockdev-add", Act::Refuse("no more nodes".into()));
     let mut helper = helper;

@@ -7,7 +7,7 @@ use scripted_vm::{Act, State, StreamFault};
 use crate::scene::{By, Scene};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn stream_takes_what_the_guest_writes_meanwhile() {
+async fn stream_takes_what_the_guest_writes_meanwhile() {
     let (mut scene, mut helper) = Scene::begun().await;
     scene.qemu.with(|state| state.migration.written_meanwhile = vec![(0, 9, 0xab), (1, 2, 0xcd)]);
     scene.assert_next(&mut helper, By::Stream, "written meanwhile").await;
@@ -15,7 +15,7 @@ pub(crate) async fn stream_takes_what_the_guest_writes_meanwhile() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn damaged_stream_is_cancelled_and_the_byte_is_named() {
+async fn damaged_stream_is_cancelled_and_the_byte_is_named() {
     let faults = [
         (StreamFault::CutAfter(5000), "Broken pipe"),
         (StreamFault::Damaged(40), "byte "),
@@ -31,7 +31,7 @@ pub(crate) async fn damaged_stream_is_cancelled_and_the_byte_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn guest_that_writes_too_fast_is_never_stopped() {
+async fn guest_that_writes_too_fast_is_never_stopped() {
     let (mut scene, mut helper) = Scene::begun().await;
     scene.qemu.with(|state| state.migration.fault = Some(StreamFault::NeverConverges));
     let stops = scene.qemu.heard("stop");
@@ -42,7 +42,7 @@ pub(crate) async fn guest_that_writes_too_fast_is_never_stopped() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn migration_that_its_owner_cancels_fails_and_the_guest_runs() {
+async fn migration_that_its_owner_cancels_fails_and_the_guest_runs() {
     let (mut scene, mut helper) = Scene::begun().await;
     let cancel = |state: &mut State| {
         state.order("migrate_cancel");
@@ -53,7 +53,7 @@ pub(crate) async fn migration_that_its_owner_cancels_fails_and_the_guest_runs() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn refused_settings_are_put_back() {
+async fn refused_settings_are_put_back() {
     // Capabilities are set, and put back, to find out what this QEMU can do.
     let commands = [
         ("migrate-set-capabilities", 2),

@@ -11,7 +11,7 @@ use vm::error::Class;
 use crate::scene::{BOTH, By, DISK, Helper, Scene, name, open};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn copy_that_breaks_fails_the_checkpoint_and_not_the_guest() {
+async fn copy_that_breaks_fails_the_checkpoint_and_not_the_guest() {
     for version in [Version::V8_2, Version::V10_0] {
         let mut scene = Scene::with(version, 1 << 20);
         let mut helper = scene.helper().await;
@@ -34,7 +34,7 @@ pub(crate) async fn copy_that_breaks_fails_the_checkpoint_and_not_the_guest() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn disk_that_cannot_be_read_fails_the_checkpoint() {
+async fn disk_that_cannot_be_read_fails_the_checkpoint() {
     for by in BOTH {
         for fault in [NbdFault::ReadsFail, NbdFault::ReadsCut] {
             let (mut scene, mut helper) = Scene::begun().await;
@@ -47,7 +47,7 @@ pub(crate) async fn disk_that_cannot_be_read_fails_the_checkpoint() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn export_of_another_tool_stays_and_the_server_with_it() {
+async fn export_of_another_tool_stays_and_the_server_with_it() {
     for by in BOTH {
         let (mut scene, helper) = Scene::begun().await;
         scene.guest_works();
@@ -68,7 +68,7 @@ pub(crate) async fn export_of_another_tool_stays_and_the_server_with_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn dead_data_node_leaves_fewer_replicas_and_a_note() {
+async fn dead_data_node_leaves_fewer_replicas_and_a_note() {
     let mut scene = Scene::new();
     scene.store = MemoryStore::with_replicas(3);
     let mut helper = scene.helper().await;
@@ -80,7 +80,7 @@ pub(crate) async fn dead_data_node_leaves_fewer_replicas_and_a_note() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn store_that_stops_answering_fails_the_checkpoint() {
+async fn store_that_stops_answering_fails_the_checkpoint() {
     for by in BOTH {
         for fault in [Fault::HangBefore, Fault::FailBefore, Fault::ShortWrite(10)] {
             let (mut scene, mut helper) = Scene::begun().await;
@@ -106,14 +106,14 @@ async fn failed_late() -> (Scene, Helper) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn packs_of_a_failed_try_count_for_the_next() {
+async fn packs_of_a_failed_try_count_for_the_next() {
     let (mut scene, mut helper) = failed_late().await;
     let taken = scene.assert_next(&mut helper, By::Tracker, "carried").await;
     assert!(taken.bytes_carried > 16 << 20, "{}", taken.bytes_carried);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn packs_of_a_failed_try_that_are_missing_or_cut_are_stored_again() {
+async fn packs_of_a_failed_try_that_are_missing_or_cut_are_stored_again() {
     for is_cut in [false, true] {
         let (mut scene, mut helper) = failed_late().await;
         let folder = StorePath::new("vms/vm/checkpoints").unwrap();
@@ -130,7 +130,7 @@ pub(crate) async fn packs_of_a_failed_try_that_are_missing_or_cut_are_stored_aga
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn packs_of_a_failed_try_are_gone_when_another_has_claimed() {
+async fn packs_of_a_failed_try_are_gone_when_another_has_claimed() {
     let (scene, mut helper) = failed_late().await;
     take_over(&scene).await;
     assert_eq!(helper.fails(By::Tracker, "").await, Class::Refused);
@@ -148,7 +148,7 @@ async fn take_over(scene: &Scene) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn fenced_writer_stores_nothing_and_its_guest_runs() {
+async fn fenced_writer_stores_nothing_and_its_guest_runs() {
     for by in BOTH {
         let (mut scene, helper) = Scene::begun().await;
         scene.guest_works();
@@ -166,7 +166,7 @@ pub(crate) async fn fenced_writer_stores_nothing_and_its_guest_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn parent_lost_meanwhile_fails_before_the_commit() {
+async fn parent_lost_meanwhile_fails_before_the_commit() {
     let (mut scene, helper) = Scene::begun().await;
     scene.guest_works();
     let mut gate = scene.qemu.hold_answer("cont");

@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use nix::fcntl::AT_FDCWD;
+use nix::sys::stat::{UtimensatFlags, utimensat};
+use nix::sys::time::TimeSpec;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
@@ -146,8 +149,7 @@ async fn a_socket_that_was_just_made_is_let_alone() {
     let directory = tempfile::tempdir().expect("directory");
     let path = directory.path().join("qmp");
     let late = async {
-        // Not there yet when the client begins.
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        // The client was polled before: nothing was there when it began.
         let listener = UnixListener::bind(&path).expect("bind");
         let bound = Instant::now();
         let _peer = Peer::accept(&listener).await;
@@ -166,7 +168,8 @@ async fn an_old_socket_is_connected_to_at_once() {
     let directory = tempfile::tempdir().expect("directory");
     let path = directory.path().join("qmp");
     let listener = UnixListener::bind(&path).expect("bind");
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let past = TimeSpec::new(1_000_000_000, 0);
+    utimensat(AT_FDCWD, &path, &past, &past, UtimensatFlags::NoFollowSymlink).expect("set");
     let begun = Instant::now();
     let (qmp, _peer) =
         tokio::join!(Qmp::connect(&path, Duration::from_secs(20)), Peer::accept(&listener));
@@ -186,7 +189,7 @@ async fn a_deserted_socket_is_not_waited_for() {
     assert!((2..15).contains(&begun.elapsed().as_secs()), "it took {:?}", begun.elapsed());
 
     let late = async {
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        // The client was polled before: it waits for the one that is not there any more.
         std::fs::remove_file(&path).expect("remove");
         let listener = UnixListener::bind(&path).expect("bind");
         Peer::accept(&listener).await

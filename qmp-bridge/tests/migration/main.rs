@@ -448,13 +448,14 @@ async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
             let mut reader = migration.take_reader().expect("reader");
             let stop = Arc::new(AtomicBool::new(false));
             let stopped = stop.clone();
+            let (release, held) = std::sync::mpsc::channel::<()>();
             std::thread::spawn(move || {
                 let mut buffer = vec![0; 256 << 10];
                 while !stopped.load(Ordering::Relaxed)
                     && reader.read(&mut buffer).is_ok_and(|count| count > 0)
                 {}
-                // Held open, as by a process that was stopped.
-                std::thread::sleep(Duration::from_secs(30));
+                // Held open to the end, as by a process that was stopped.
+                let _ = held.recv();
             });
             migration.start().await.expect("start");
             let paused = migration.switchover().await.expect("switchover");
@@ -475,6 +476,7 @@ async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
             assert!(begun.elapsed() < Duration::from_secs(3));
             migration.cancel().await.expect("cancel");
             assert_as_before(&vm, &before, "stopped in the pause").await;
+            drop(release);
         }
     })
     .await;

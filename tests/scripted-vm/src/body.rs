@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Lines, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::ram::PAGE;
 use crate::{Ram, RamPart};
@@ -52,15 +53,26 @@ fn built() -> &'static Built {
     })
 }
 
+/// The program that loads the plugin as QEMU does.
+pub(crate) fn stand_in() -> &'static Path {
+    &built().program
+}
+
 /// Inheriting a descriptor is a matter of the whole process: one start at a time.
 static STARTING: Mutex<()> = Mutex::new(());
+
+/// Of `vga.vram`, in a QEMU that is started by its program.
+const VIDEO_PAGES: usize = 16;
 
 /// A process with the plugin in it and two blocks of memory: `pc.ram`, a file that it shares, and
 /// `vga.vram`, its own. Killed on drop.
 pub struct Body {
-    child: Child,
-    input: ChildStdin,
-    output: Lines<BufReader<ChildStdout>>,
+    /// None if another process started it.
+    child: Option<Child>,
+    pid: u32,
+    process: Arc<OwnedFd>,
+    input: File,
+    output: Lines<BufReader<File>>,
     memory: File,
     shared: u64,
     private: u64,
@@ -91,19 +103,48 @@ impl Body {
             .spawn()
             .expect("it starts");
         inherit(FdFlags::CLOEXEC);
-        let input = child.stdin.take().expect("piped");
-        let mut output = BufReader::new(child.stdout.take().expect("piped")).lines();
-        let ready = output.next().expect("an answer").expect("a line");
+        let input = File::from(OwnedFd::from(child.stdin.take().expect("piped")));
+        let output = File::from(OwnedFd::from(child.stdout.take().expect("piped")));
+        let pipes = (input, BufReader::new(output).lines());
+        let mut body = Self::ready(child.id(), pipes, memory, pages).expect("it answers");
+        body.child = Some(child);
+        body
+    }
+
+    /// One that another process has started, when it is ready; none if it ends before.
+    pub(crate) fn of_program(
+        pid: u32,
+        pipes: (File, Lines<BufReader<File>>),
+        memory: File,
+        pages: usize,
+    ) -> Option<Self> {
+        Self::ready(pid, pipes, memory, (pages, VIDEO_PAGES))
+    }
+
+    fn ready(
+        pid: u32,
+        (input, mut output): (File, Lines<BufReader<File>>),
+        memory: File,
+        pages: (usize, usize),
+    ) -> Option<Self> {
+        let number = Pid::from_raw(pid.cast_signed()).expect("a process");
+        let process = Arc::new(pidfd_open(number, PidfdFlags::empty()).ok()?);
+        let ready = output.next()?.ok()?;
         let addresses = ready.strip_prefix("ready ").unwrap_or_else(|| panic!("{ready}"));
         let (shared, private) = addresses.split_once(' ').expect("two addresses");
         let address = |text| u64::from_str_radix(text, 16).expect("hexadecimal");
         let (shared, private) = (address(shared), address(private));
-        Self { child, input, output, memory, shared, private, pages }
+        Some(Self { child: None, pid, process, input, output, memory, shared, private, pages })
     }
 
-    /// Its process.
+    /// Its process ID.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid
+    }
+
+    /// Its process, whatever becomes of its number.
+    pub(crate) fn process(&self) -> &Arc<OwnedFd> {
+        &self.process
     }
 
     /// The memory, for the scripted QEMU.
@@ -135,14 +176,15 @@ impl Body {
 
     /// QEMU is killed.
     pub fn kill(&mut self) {
-        self.child.kill().expect("ours");
-        self.child.wait().expect("ours");
+        let _ = pidfd_send_signal(&self.process, Signal::KILL);
+        if let Some(child) = &mut self.child {
+            child.wait().expect("ours");
+        }
     }
 }
 
 impl Drop for Body {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.kill();
     }
 }

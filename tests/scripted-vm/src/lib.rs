@@ -31,6 +31,7 @@
 mod body;
 mod monitor;
 mod nbd;
+mod program;
 mod ram;
 mod state;
 mod stream;
@@ -43,6 +44,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde_json::Value;
 
 pub use body::Body;
+pub use program::{Program, Started};
 pub use ram::{Ram, RamPart};
 pub use state::State;
 pub use state::blocks::NbdFault;
@@ -60,6 +62,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 /// Starts what a command has given work to.
 fn start_threads(shared: &Shared) {
     state::migration::start_if_due(shared);
+    state::incoming::start_if_due(shared);
     let mut state = lock(shared);
     if std::mem::take(&mut state.serves_nbd)
         && let Some(listener) = state.blocks.listener()
@@ -192,6 +195,12 @@ impl ScriptedQemu {
             state.script.clear();
             state.disconnect();
         });
+    }
+
+    /// Its process has ended: connections end, and no other client is served.
+    pub fn end(&self) {
+        self.with(|state| state.has_ended = true);
+        self.sever();
     }
 
     /// How often clients under test have sent `command`.

@@ -18,6 +18,9 @@ pub(crate) fn serve(shared: Shared, stream: UnixStream) {
     let out = Arc::new(stream.try_clone().expect("a socket"));
     {
         let mut state = lock(&shared);
+        if state.has_ended {
+            return;
+        }
         let version = state.version;
         let version = json!({
             "qemu": { "major": version.major, "minor": version.minor, "micro": version.micro },

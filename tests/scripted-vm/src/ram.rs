@@ -49,9 +49,13 @@ impl Ram {
 
     /// The guest writes a page; no tracker sees it.
     pub fn fill(&self, part: usize, page: usize, byte: u8) {
+        self.write(part, page, &[byte; PAGE]);
+    }
+
+    /// A page is loaded.
+    pub(crate) fn write(&self, part: usize, page: usize, bytes: &[u8]) {
         let RamPart { file, offset, .. } = &self.parts[part];
-        let at = offset + (page * PAGE) as u64;
-        file.write_all_at(&[byte; PAGE], at).expect("memory is there");
+        file.write_all_at(bytes, offset + (page * PAGE) as u64).expect("memory is there");
     }
 
     /// What `info ramblock` prints; `has_host`: from 8.0 on.

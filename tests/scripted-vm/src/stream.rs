@@ -4,26 +4,33 @@
 use crate::Ram;
 use crate::ram::PAGE;
 
-const HEADER: [u8; 8] = *b"QEVM\0\0\0\x03";
+pub(crate) const HEADER: [u8; 8] = *b"QEVM\0\0\0\x03";
 const RAM_SECTION: u32 = 2;
 const RAM_VERSION: u32 = 4;
+/// The device whose section has the run state.
+pub(crate) const RUN_STATE: &str = "globalstate";
+/// All devices, and the bytes of each one's section.
+pub(crate) const DEVICES: [(&str, usize); 2] = [("timer", 9), (RUN_STATE, 104)];
 
-mod mark {
-    pub(super) const END: u8 = 0;
-    pub(super) const START: u8 = 1;
-    pub(super) const PART: u8 = 2;
-    pub(super) const LAST: u8 = 3;
-    pub(super) const FULL: u8 = 4;
-    pub(super) const DESCRIPTION: u8 = 6;
-    pub(super) const CONFIGURATION: u8 = 7;
-    pub(super) const FOOTER: u8 = 0x7e;
+pub(crate) mod mark {
+    pub(crate) const END: u8 = 0;
+    pub(crate) const START: u8 = 1;
+    pub(crate) const PART: u8 = 2;
+    pub(crate) const LAST: u8 = 3;
+    pub(crate) const FULL: u8 = 4;
+    pub(crate) const SUBSECTION: u8 = 5;
+    pub(crate) const DESCRIPTION: u8 = 6;
+    pub(crate) const CONFIGURATION: u8 = 7;
+    pub(crate) const FOOTER: u8 = 0x7e;
 }
 
-mod flag {
-    pub(super) const ZERO: u64 = 0x02;
-    pub(super) const SIZES: u64 = 0x04;
-    pub(super) const PAGE: u64 = 0x08;
-    pub(super) const END: u64 = 0x10;
+pub(crate) mod flag {
+    pub(crate) const ZERO: u64 = 0x02;
+    pub(crate) const SIZES: u64 = 0x04;
+    pub(crate) const PAGE: u64 = 0x08;
+    pub(crate) const END: u64 = 0x10;
+    /// Of the same block as the record before.
+    pub(crate) const CONTINUES: u64 = 0x20;
 }
 
 fn name(bytes: &mut Vec<u8>, name: &str) {
@@ -86,7 +93,7 @@ fn sections(run_state: &str) -> Vec<u8> {
     state[..4].copy_from_slice(&length.to_be_bytes());
     state[4..4 + run_state.len()].copy_from_slice(run_state.as_bytes());
     let mut bytes = Vec::new();
-    for (id, device, content) in [(0, "timer", &[7; 9][..]), (3, "globalstate", &state)] {
+    for (id, device, content) in [(0, "timer", &[7; 9][..]), (3, RUN_STATE, &state)] {
         bytes.push(mark::FULL);
         number(&mut bytes, id);
         name(&mut bytes, device);

@@ -1,12 +1,13 @@
 //! Byte for byte: what a stream brings back is what the VM was, stopped or running, and whichever
 //! engine took the checkpoint before.
 
+use checkpoint_format::CheckpointId;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use stillpoint_tests::{
     Lab, QmpClient, Random, Recipe, Scribbled, Scribbles, TestVm, newest_qemu, on_each_qemu,
-    stream_modes, thorough,
+    stream_modes, thorough, wait_for_scribbles,
 };
 
 const ACTIONS: usize = 14;
@@ -76,7 +77,7 @@ fn engines_may_be_switched_at_any_checkpoint() {
             scribbled.write_disks();
             scribbled.pause_between();
         }
-        scribbled.check(<[u64]>::to_vec);
+        scribbled.check(<[CheckpointId]>::to_vec);
     });
 }
 
@@ -165,7 +166,7 @@ fn one_instant(qemu: &Path, mode: &str) {
     let lab = Lab::new(qemu);
     let seed = 23;
     let vm = attached(&lab, seed, mode);
-    std::thread::sleep(Duration::from_secs(3));
+    wait_for_scribbles(&mut vm.qmp());
     let mut writes = Writes::new(&vm);
     let next = AtomicU64::new(0);
     let taken: Vec<_> = (0..3)
@@ -202,7 +203,7 @@ fn a_running_vm_is_caught_at_one_instant() {
 fn a_tracked_vm_is_caught_at_one_instant() {
     let lab = Lab::new(&newest_qemu());
     let vm = lab.start("p", &Recipe::scribbler(31));
-    std::thread::sleep(Duration::from_secs(3));
+    wait_for_scribbles(&mut vm.qmp());
     let mut writes = Writes::new(&vm);
     let (checkpoint, during) =
         checkpoint_while_written(&vm, "tracker", &writes, &AtomicU64::new(0));

@@ -5,6 +5,8 @@
 //! processors) and (format, processors) is in one of them.
 
 use super::memory_limit;
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::Kind;
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
@@ -121,12 +123,12 @@ fn take(vm: &TestVm, count: usize) -> Vec<Taken> {
         let taken = vm.checkpoint();
         let outcome = &taken.outcome;
         eprintln!(
-            "{}: {} by {}, paused {:.1} ms, {} changed",
+            "{}: {:?} by {}, paused {:.1} ms, {} changed",
             taken.name, outcome.kind, outcome.engine, outcome.pause_ms, outcome.bytes_changed
         );
-        let expected = if all.is_empty() { "full" } else { "incremental" };
+        let expected = if all.is_empty() { Kind::Full } else { Kind::Incremental };
         assert_eq!(
-            (outcome.kind.as_str(), outcome.parent),
+            (outcome.kind, outcome.parent),
             (expected, all.last().map(|last| last.outcome.id))
         );
         assert_ne!(outcome.engine, "tracker");
@@ -214,8 +216,8 @@ fn a_vm_from_a_configuration_file() {
         restored.assert_continues(&taken[1]);
         let next = restored.checkpoint().outcome;
         assert_eq!(
-            (next.engine.as_str(), next.kind.as_str(), next.parent),
-            ("tracker", "incremental", Some(2))
+            (next.engine.as_str(), next.kind, next.parent),
+            ("tracker", Kind::Incremental, Some(CheckpointId(2)))
         );
     });
 }

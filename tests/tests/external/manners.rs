@@ -1,13 +1,14 @@
 //! A guest in an external QEMU: the owner's settings are kept, the owner's operations have
 //! priority, and the helper leaves nothing behind.
 
+use engine::checkpoint::outcome::Kind;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 use stillpoint_tests::{
     Footprint, Lab, QmpClient, Recipe, TestVm, descriptors, major_version, newest_qemu,
-    on_each_qemu, stream_modes, wait_until,
+    on_each_qemu, stream_modes, wait_for_scribbles, wait_until,
 };
 
 /// Other values than QEMU's own, and a capability that does not go together with a background
@@ -34,7 +35,7 @@ fn leaves_nothing(qemu: &Path, mode: &str) {
     for _ in 0..3 {
         monitor.disk_io("odd", "write -P 1 0 1M");
         std::thread::sleep(Duration::from_millis(200));
-        assert_eq!(vm.checkpoint().outcome.kind, "incremental");
+        assert_eq!(vm.checkpoint().outcome.kind, Kind::Incremental);
     }
     let (mut after, files_after) = (Footprint::of(&mut monitor), descriptors(vm.qemu()));
     let bitmaps = after.take_bitmaps();
@@ -77,8 +78,8 @@ fn a_guest_that_its_owner_stopped_stays_stopped() {
         for mode in stream_modes(qemu) {
             let lab = Lab::new(qemu);
             let vm = lab.start_plain("m", &Recipe::scribbler(6));
-            std::thread::sleep(Duration::from_secs(2));
             let mut monitor = vm.qmp();
+            wait_for_scribbles(&mut monitor);
             vm.attach_plain(&["--stream", mode]);
             vm.checkpoint();
             monitor.stop();
@@ -89,7 +90,7 @@ fn a_guest_that_its_owner_stopped_stays_stopped() {
             assert!(!ran, "{mode}: it ran for a moment");
             monitor.cont();
             std::thread::sleep(Duration::from_millis(300));
-            assert_eq!(vm.checkpoint().outcome.kind, "incremental", "{mode}");
+            assert_eq!(vm.checkpoint().outcome.kind, Kind::Incremental, "{mode}");
             assert!(monitor.is_running(), "{mode}");
         }
     });
@@ -170,11 +171,7 @@ fn a_migration_of_the_owner_goes_first() {
             });
             assert!(is_over, "{}", migration_status(&mut monitor));
             let next = vm.checkpoint().outcome;
-            assert_eq!(
-                (next.kind.as_str(), next.parent),
-                ("incremental", Some(first.id)),
-                "{mode}"
-            );
+            assert_eq!((next.kind, next.parent), (Kind::Incremental, Some(first.id)), "{mode}");
             attach_meanwhile(&vm, &mut monitor);
             lab.verify("m");
         }

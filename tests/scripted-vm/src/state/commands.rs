@@ -70,7 +70,9 @@ impl State {
                 self.devices.retain(|(known, _)| *known != path);
                 self.event("DEVICE_DELETED", json!({ "device": arguments["id"], "path": path }));
             }
-            "quit" => self.disconnect(),
+            "quit" => self.quit(),
+            "announce-self" => {}
+            "migrate-incoming" => return self.migrate_incoming(text(arguments, "uri")),
             _ if command.starts_with("migrate") => return self.migrate_command(command, arguments),
             _ => return self.block_command(command, arguments),
         }
@@ -106,7 +108,7 @@ impl State {
                 "base-memory": self.ram.parts[0].bytes, "plugged-memory": self.plugged_memory,
             }),
             "query-kvm" => json!({ "enabled": false, "present": true }),
-            "query-iothreads" => json!([]),
+            "query-iothreads" | "query-chardev" => json!([]),
             "query-fdsets" => self
                 .sets
                 .iter()
@@ -158,6 +160,13 @@ impl State {
             ("/machine", "memory-backend") => Ok(json!("/objects/pc.ram")),
             _ => Err(Refusal::generic(format!("Property '{path}.{property}' not found"))),
         }
+    }
+
+    fn quit(&mut self) {
+        if let Some(process) = &self.process {
+            let _ = rustix::process::pidfd_send_signal(process, rustix::process::Signal::KILL);
+        }
+        self.disconnect();
     }
 
     fn order_cont(&mut self) -> Reply {

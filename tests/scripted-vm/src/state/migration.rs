@@ -14,6 +14,9 @@ use crate::{Shared, State, lock, stream};
 /// How long the thread sleeps between two looks at what clients have ordered.
 const LOOK: Duration = Duration::from_micros(200);
 
+/// A parameter that is there only when it is set.
+const BITMAPS: &str = "block-bitmap-mapping";
+
 /// What is wrong with the next stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StreamFault {
@@ -83,12 +86,16 @@ impl State {
             "migrate-set-capabilities" => return self.set_capabilities(&arguments["capabilities"]),
             "migrate-set-parameters" => {
                 let given = arguments.as_object().cloned().unwrap_or_default();
-                if let Some(unknown) =
-                    given.keys().find(|name| !self.parameters.contains_key(*name))
-                {
+                let is_known =
+                    |name: &String| name == BITMAPS || self.parameters.contains_key(name);
+                if let Some(unknown) = given.keys().find(|name| !is_known(name)) {
                     return Err(Refusal::generic(format!("Parameter '{unknown}' is unexpected")));
                 }
                 self.parameters.extend(given);
+                // QEMU does not list it where there is none.
+                if self.parameters.get(BITMAPS) == Some(&json!([])) {
+                    self.parameters.remove(BITMAPS);
+                }
             }
             _ => return Err(unknown(command)),
         }
@@ -143,18 +150,30 @@ impl State {
         if self.run_state == "postmigrate" {
             return Err(Refusal::generic("Can't migrate the vm that was already migrated"));
         }
-        let name = uri.strip_prefix("fd:").unwrap_or_default();
-        let Some(fd) = self.fds.remove(name) else {
-            let why = format!("File descriptor named '{name}' has not been found");
-            (self.migration.status, self.migration.error) = ("failed".into(), Some(why.clone()));
-            return Err(Refusal::generic(why));
+        let socket = match self.open_target(uri) {
+            Ok(socket) => socket,
+            Err(why) => {
+                let failed = ("failed".into(), Some(why.clone()));
+                (self.migration.status, self.migration.error) = failed;
+                return Err(Refusal::generic(why));
+            }
         };
         let before = std::mem::take(&mut self.migration);
         self.migration.fault = before.fault;
         self.migration.written_meanwhile = before.written_meanwhile;
-        self.migration.socket = Some(UnixStream::from(fd));
+        self.migration.socket = Some(socket);
         self.set_migration("setup");
         Ok(json!({}))
+    }
+
+    fn open_target(&mut self, uri: &str) -> Result<UnixStream, String> {
+        if let Some(path) = uri.strip_prefix("unix:") {
+            let connected = UnixStream::connect(path);
+            return connected.map_err(|error| format!("Failed to connect to '{path}': {error}"));
+        }
+        let name = uri.strip_prefix("fd:").unwrap_or_default();
+        let given = self.fds.remove(name).map(UnixStream::from);
+        given.ok_or_else(|| format!("File descriptor named '{name}' has not been found"))
     }
 
     fn cancel(&mut self) {

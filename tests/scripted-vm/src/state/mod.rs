@@ -2,6 +2,7 @@
 
 pub(crate) mod blocks;
 mod commands;
+pub(crate) mod incoming;
 pub(crate) mod migration;
 pub(crate) mod script;
 
@@ -16,6 +17,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{Ram, Version};
 use blocks::Blocks;
+use incoming::Incoming;
 use migration::Migration;
 use script::Script;
 
@@ -72,11 +74,17 @@ pub struct State {
     pub blocks: Blocks,
     /// The migration that is under way, or was last.
     pub migration: Migration,
+    /// What is loaded, of one that was started to load.
+    pub incoming: Incoming,
     /// What clients under test have sent.
     pub log: Vec<String>,
     pub(crate) fds: HashMap<String, OwnedFd>,
     pub(crate) sets: BTreeMap<u64, FdSet>,
     pub(crate) script: Script,
+    /// Its process, to be ended by `quit`.
+    pub(crate) process: Option<Arc<OwnedFd>>,
+    /// Its process has ended: no client is served any more.
+    pub(crate) has_ended: bool,
     pub(crate) connections: Vec<Arc<UnixStream>>,
     /// The NBD server was started, and its thread not yet.
     pub(crate) serves_nbd: bool,
@@ -102,7 +110,7 @@ impl State {
         .into();
         let mut parameters = json!({
             "max-bandwidth": 128 << 20, "downtime-limit": 300, "tls-creds": "",
-            "multifd-channels": 2,
+            "multifd-channels": 2, "announce-rounds": 5,
         });
         if since_8_2 {
             capabilities.insert("mapped-ram".into(), false);
@@ -124,6 +132,9 @@ impl State {
             parameters,
             blocks: Blocks::default(),
             migration: Migration::default(),
+            incoming: Incoming::default(),
+            process: None,
+            has_ended: false,
             log: Vec::new(),
             fds: HashMap::new(),
             sets: BTreeMap::new(),

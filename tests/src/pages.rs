@@ -1,49 +1,6 @@
-//! The project's own files, as far as tests hold them against each other.
+//! Tables of the pages in docs/, as far as tests hold them against the program.
 
 use crate::built::project;
-use std::collections::HashSet;
-use std::path::{Path, PathBuf};
-
-/// Directories of built and stored things, which are none of the project's text.
-const NOT_READ: &[&str] = &["target", ".git"];
-
-/// Names of all tests of the project, wherever they are.
-pub fn test_names() -> HashSet<String> {
-    sources(project())
-        .iter()
-        .flat_map(|file| tests_in(&std::fs::read_to_string(file).unwrap_or_default()))
-        .collect()
-}
-
-fn sources(directory: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let paths = entries
-        .map(|entry| entry.path())
-        .filter(|path| !NOT_READ.iter().any(|name| path.ends_with(name)));
-    let (directories, files): (Vec<PathBuf>, Vec<PathBuf>) = paths.partition(|path| path.is_dir());
-    let files =
-        files.into_iter().filter(|path| path.extension().is_some_and(|ending| ending == "rs"));
-    files.chain(directories.iter().flat_map(|directory| sources(directory))).collect()
-}
-
-/// The first function behind each attribute that makes it a test (`proptest!` and `tokio::test`
-/// too).
-fn tests_in(text: &str) -> Vec<String> {
-    let mut names = Vec::new();
-    let mut is_test = false;
-    for line in text.lines().map(str::trim_start) {
-        is_test |= line.starts_with("#[test]") || line.starts_with("#[tokio::test");
-        let function =
-            line.trim_start_matches("pub ").trim_start_matches("async ").strip_prefix("fn ");
-        if let Some(name) =
-            function.filter(|_| is_test).and_then(|rest| rest.split(['(', '<']).next())
-        {
-            names.push(name.to_owned());
-            is_test = false;
-        }
-    }
-    names
-}
 
 /// The first cell of each row of the tables below a heading of a page of docs/, up to the next
 /// heading.
@@ -100,13 +57,7 @@ mod test {
     use super::*;
 
     #[test]
-    fn tree_items_are_split_outside_of_parentheses_and_code() {
+    fn page_items_are_split_outside_of_parentheses_and_code() {
         assert_eq!(items("`a, b`, c (d, e); f"), ["`a, b`", "c (d, e)", "f"]);
-    }
-
-    #[test]
-    fn tree_tests_are_found_behind_their_attribute() {
-        let text = "#[test]\nfn one() {}\nfn two() {}\n    #[tokio::test(flavor = \"x\")]\n    async fn three<T>() {}\n";
-        assert_eq!(tests_in(text), ["one", "three"]);
     }
 }

@@ -1,0 +1,359 @@
+//! Which tests stand for which rows of docs/protocol.md.
+
+use stillpoint_tests::{Registry, pages};
+
+/// The first cells of a row, the fault by what it begins with, and its tests: PROGRAM::MODULE::NAME.
+type Row = (&'static str, &'static str, &'static [&'static str]);
+
+/// The program of the quick tests, beside a scripted QEMU.
+const SCRIPTED: &str = "scripted::";
+
+const CHECKPOINT: &[Row] = &[
+    ("prepare", "store unreachable", &["scripted::prepare::store_that_fails_takes_nothing"]),
+    (
+        "prepare",
+        "the store has lost",
+        &["scripted::prepare::next_builds_on_what_the_store_has_left"],
+    ),
+    (
+        "prepare",
+        "another store is in the place",
+        &["scripted::prepare::another_store_in_the_place_of_the_first_is_refused_until_full"],
+    ),
+    (
+        "upload",
+        "the store loses the parent",
+        &["scripted::upload::parent_lost_meanwhile_fails_before_the_commit"],
+    ),
+    (
+        "prepare",
+        "another writer holds",
+        &["scripted::prepare::another_writer_is_refused_and_a_take_over_fences_the_first"],
+    ),
+    ("prepare", "device or RAM", &["scripted::prepare::device_that_was_plugged_in_is_named"]),
+    (
+        "prepare",
+        "helper killed, or store lost, while a layer",
+        &["scripted::prepare::layer_whose_upload_was_cut_is_stored_by_the_next"],
+    ),
+    ("prepare", "the store's HDFS directory", &["hdfs::erasure_coded_directories_are_refused"]),
+    (
+        "prepare",
+        "the run state holds no guest",
+        &["scripted::prepare::run_state_without_a_guest_is_refused_by_its_name"],
+    ),
+    (
+        "between prepare and commit",
+        "a device, vCPU",
+        &[
+            "scripted::between::device_that_comes_or_goes_meanwhile_is_named",
+            "scripted::between::disk_that_changes_its_size_meanwhile_is_named",
+        ],
+    ),
+    (
+        "pre-copy, pause, stream",
+        "another monitor sends",
+        &[
+            "scripted::pause::cont_and_stop_of_another_monitor_stay",
+            "scripted::pause::reset_of_another_monitor_stays_and_the_guest_runs",
+            "scripted::pause::migration_of_another_monitor_in_the_pause_stays",
+        ],
+    ),
+    ("pre-copy, pause", "the pause lasts 2 s", &["scripted::pause::pause_ends_after_two_seconds"]),
+    (
+        "prepare",
+        "no room for fleecing overlays",
+        &["scripted::prepare::overlays_without_a_directory_leave_the_disks_alone"],
+    ),
+    (
+        "prepare",
+        "another tool's NBD server",
+        &["scripted::prepare::nbd_server_of_another_tool_is_left_alone"],
+    ),
+    ("any", "helper killed", &["scripted::kills::helper_killed_anywhere_is_replaced_by_the_next"]),
+    (
+        "pre-copy, pause",
+        "QMP error or timeout",
+        &[
+            "scripted::pause::refused_command_resumes_the_guest",
+            "scripted::pause::command_without_an_answer_resumes_the_guest",
+            "scripted::pause::lost_answer_to_the_transaction_loses_no_change",
+        ],
+    ),
+    (
+        "pre-copy",
+        "the guest writes faster than passes",
+        &["vms::promises::hostile_guest_that_dirties_memory_loses_its_checkpoint_and_no_time"],
+    ),
+    (
+        "pre-copy, pause, stream",
+        "a disk cannot be flushed",
+        &["scripted::pause::flush_that_fails_comes_before_the_pause"],
+    ),
+    (
+        "between",
+        "a disk is shortened",
+        &["scripted::between::disk_that_was_shorter_is_compared_as_a_whole"],
+    ),
+    ("between", "a disk grows", &["scripted::between::disk_that_grew_counts_as_changed_there"]),
+    (
+        "pause",
+        "device state cannot be saved",
+        &["scripted::pause::device_state_that_cannot_be_saved_is_qemus_own_error"],
+    ),
+    (
+        "pause",
+        "helper killed between",
+        &["scripted::kills::guest_of_a_helper_killed_in_the_pause_waits_for_the_next"],
+    ),
+    (
+        "stream",
+        "another client is migrating",
+        &["scripted::prepare::migration_of_another_client_is_not_disturbed"],
+    ),
+    (
+        "stream",
+        "the guest writes faster than the stream",
+        &["scripted::stream::guest_that_writes_too_fast_is_never_stopped"],
+    ),
+    (
+        "stream",
+        "the stream is cut",
+        &["scripted::stream::damaged_stream_is_cancelled_and_the_byte_is_named"],
+    ),
+    (
+        "stream",
+        "helper killed while the guest runs",
+        &["scripted::kills::stream_of_a_killed_helper_fails_by_itself"],
+    ),
+    (
+        "stream",
+        "helper killed in the pause",
+        &["scripted::kills::guest_of_a_helper_killed_in_the_pause_of_a_stream_waits_for_the_next"],
+    ),
+    (
+        "stream",
+        "the owner cancels",
+        &["scripted::stream::migration_that_its_owner_cancels_fails_and_the_guest_runs"],
+    ),
+    (
+        "upload",
+        "directory of the fleecing overlays full",
+        &["scripted::upload::copy_that_breaks_fails_the_checkpoint_and_not_the_guest"],
+    ),
+    (
+        "upload",
+        "write-back of a fleecing overlay",
+        &["harmless::capture_overlay_whose_write_back_failed_breaks_it"],
+    ),
+    (
+        "upload",
+        "that directory hangs",
+        &["harmless::capture_overlay_directory_that_hangs_costs_no_write"],
+    ),
+    (
+        "upload",
+        "another tool adds an export",
+        &["scripted::upload::export_of_another_tool_stays_and_the_server_with_it"],
+    ),
+    (
+        "upload",
+        "DataNode dies",
+        &["scripted::upload::dead_data_node_leaves_fewer_replicas_and_a_note"],
+    ),
+    (
+        "upload",
+        "NameNode or DataNode stops answering",
+        &["scripted::upload::store_that_stops_answering_fails_the_checkpoint"],
+    ),
+    (
+        "any before the rename",
+        "anything but a killed helper",
+        &["scripted::upload::packs_of_a_failed_try_count_for_the_next"],
+    ),
+    (
+        "prepare",
+        "packs of an earlier try are missing",
+        &["scripted::upload::packs_of_a_failed_try_that_are_missing_or_cut_are_stored_again"],
+    ),
+    (
+        "prepare",
+        "another writer has claimed",
+        &["scripted::upload::packs_of_a_failed_try_are_gone_when_another_has_claimed"],
+    ),
+    (
+        "upload",
+        "fenced by a newer writer",
+        &["scripted::upload::fenced_writer_stores_nothing_and_its_guest_runs"],
+    ),
+    (
+        "commit",
+        "the answer to the rename is lost",
+        &[
+            "scripted::commit::rename_whose_answer_is_lost_is_looked_up",
+            "scripted::commit::commit_that_cannot_be_determined_is_not_durable_and_is_looked_up_again",
+        ],
+    ),
+    (
+        "commit",
+        "helper killed before the rename",
+        &["scripted::kills::helper_killed_before_the_rename_leaves_what_the_next_removes"],
+    ),
+    (
+        "acknowledge",
+        "helper killed after the rename",
+        &["scripted::kills::checkpoint_of_a_helper_killed_after_the_rename_exists"],
+    ),
+    (
+        "acknowledge",
+        "old bitmap cannot be dropped",
+        &["scripted::commit::bitmap_that_cannot_be_dropped_is_no_failure"],
+    ),
+    (
+        "between",
+        "QEMU ends or is killed",
+        &["scripted::between::qemu_that_ends_releases_the_epoch"],
+    ),
+    ("between", "QEMU and helper killed", &["vms::copies::killed_restore_can_be_repeated"]),
+];
+
+/// Without phases.
+const RESTORE: &[Row] = &[
+    ("", "damaged or missing pack", &["vms::damage::damage_is_found_and_named"]),
+    (
+        "",
+        "QEMU lacks the machine type",
+        &["engine::restore::program::test::older_qemu_is_found_by_major_and_minor_version"],
+    ),
+    ("", "disks exist", &["engine::restore::undo::test::restore_touches_nothing_that_exists"]),
+    (
+        "",
+        "device state refused",
+        &["vms::changes::a_restore_ends_soon_when_qemu_does_and_quotes_it"],
+    ),
+    (
+        "",
+        "a port, display or tap",
+        &["vms::copies::copy_tap_in_use_is_named_with_a_map_that_helps"],
+    ),
+    (
+        "",
+        "another checkpoint was committed",
+        &["vms::copies::failed_restore_leaves_everything_as_it_was"],
+    ),
+    ("", "SIGINT, SIGTERM", &["vms::copies::failed_restore_leaves_everything_as_it_was"]),
+    ("", "the command killed before", &["vms::copies::failed_restore_leaves_everything_as_it_was"]),
+    ("", "that process killed before", &["vms::copies::killed_restore_can_be_repeated"]),
+    (
+        "",
+        "the command killed after",
+        &["vms::copies::command_killed_once_the_guest_runs_leaves_it_a_helper"],
+    ),
+    ("", "that process killed after", &["vms::copies::killed_restore_can_be_repeated"]),
+];
+
+const ADOPTION: &[Row] = &[
+    (
+        "plan",
+        "anything that cannot be moved",
+        &["vms::attach::an_engine_that_cannot_be_had_is_refused_at_once"],
+    ),
+    (
+        "start",
+        "the new QEMU does not come up",
+        &["vms::adopt::a_destination_that_dies_leaves_the_source_running"],
+    ),
+    ("moving", "new QEMU ends", &["vms::adopt::a_destination_that_dies_leaves_the_source_running"]),
+    (
+        "moving",
+        "the guest writes too fast",
+        &[
+            "qmp_bridge::migration::local::test::a_move_under_way_is_cancelled_and_the_guest_awaited",
+        ],
+    ),
+    ("moving", "old QEMU ends", &["vms::adopt::a_source_that_dies_leaves_one_vm_or_none"]),
+    (
+        "any before `decided`",
+        "helper killed",
+        &["vms::adopt::one_vm_continues_wherever_the_helper_dies"],
+    ),
+    (
+        "switched, completed",
+        "new QEMU killed",
+        &["vms::adopt::a_destination_that_dies_leaves_the_source_running"],
+    ),
+    (
+        "decided, resuming",
+        "new QEMU killed before",
+        &["vms::adopt::a_destination_that_dies_leaves_the_source_running"],
+    ),
+    (
+        "resuming",
+        "new QEMU killed after",
+        &["vms::adopt::a_destination_that_dies_leaves_the_source_running"],
+    ),
+    (
+        "resuming",
+        "`cont` refused",
+        &["qmp_bridge::migration::local::test::cont_resumes_the_source_of_a_completed_move"],
+    ),
+    (
+        "decided, resuming",
+        "helper killed",
+        &["vms::adopt::one_vm_continues_wherever_the_helper_dies"],
+    ),
+    (
+        "from `decided`",
+        "old QEMU killed",
+        &["vms::adopt::a_source_that_dies_leaves_one_vm_or_none"],
+    ),
+    (
+        "running, finishing",
+        "helper killed",
+        &["vms::adopt::one_vm_continues_wherever_the_helper_dies"],
+    ),
+    ("running", "new QEMU killed", &["vms::window::window_in_which_qemu_is_killed_names_that"]),
+    ("finishing", "a socket or port", &["vms::adopt::one_vm_continues_wherever_the_helper_dies"]),
+];
+
+/// Each row has its tests, and each entry its row.
+fn wrong_with(heading: &str, entries: &[Row], tests: &Registry) -> Vec<String> {
+    let rows = pages::rows("protocol.md", heading);
+    assert!(rows.len() > 5, "{heading}: {rows:?}");
+    let is = |row: &[String], (phase, fault, _): &Row| match *phase {
+        "" => row[0].starts_with(fault),
+        phase => row[0] == phase && row[1].starts_with(fault),
+    };
+    let mut wrong = Vec::new();
+    for row in &rows {
+        if !entries.iter().any(|entry| is(row, entry)) {
+            wrong.push(format!("{heading}: no test in tests/tests/rows.rs for the row {row:?}"));
+        }
+    }
+    for entry in entries {
+        let (phase, fault, names) = entry;
+        let found = rows.iter().filter(|row| is(row, entry)).count();
+        if found != 1 || names.is_empty() {
+            wrong.push(format!("{heading}: {found} rows for ({phase}, {fault}), tests {names:?}"));
+        }
+        let missing = names.iter().filter(|name| !tests.has(name));
+        wrong.extend(missing.map(|name| format!("{heading}: ({phase}, {fault}): no test {name}")));
+    }
+    wrong
+}
+
+fn is_quick(name: &&&str) -> bool {
+    name.starts_with(SCRIPTED)
+}
+
+#[test]
+fn rows_of_the_protocol_have_tests() {
+    let tests = Registry::get();
+    let tables =
+        [("Phase x fault -> outcome", CHECKPOINT), ("Restore", RESTORE), ("Adoption", ADOPTION)];
+    let wrong = tables.iter().flat_map(|(heading, rows)| wrong_with(heading, rows, tests));
+    let wrong: Vec<String> = wrong.collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let quick = CHECKPOINT.iter().flat_map(|(.., names)| *names).filter(is_quick);
+    assert!(quick.count() > 40);
+}
