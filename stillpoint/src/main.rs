@@ -1,6 +1,8 @@
 //! The `stillpoint` command: its arguments, what it prints, its exit codes. What it does is in the
 //! crates `engine` and `helper`; ARCHITECTURE.md has the picture.
 
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
+
 mod commands;
 mod terminal;
 

@@ -11,6 +11,7 @@
 //! it decides nothing: the tracker makes every ioctl from its own process; and when the tracker
 //! dies the guest does not notice. It must not panic into QEMU, so each way in is wrapped, and a
 //! failure while QEMU starts stops QEMU with one line that says why.
+#![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
 #![allow(unsafe_code, reason = "QEMU calls in, with pointers")]
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 

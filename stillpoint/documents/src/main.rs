@@ -2,6 +2,8 @@
 //! command line: a program of its own, so that the one that is installed does not carry what is
 //! needed once.
 
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
+
 use clap::CommandFactory;
 use clap_complete::{Shell, generate};
 use std::path::Path;
