@@ -95,7 +95,7 @@ impl HostSupport {
             }
         };
         let scan = match track_a_few_pages(open) {
-            Ok(()) => HostCheck::fine("PAGEMAP_SCAN", "finds just the pages that were written"),
+            Ok(()) => HostCheck::fine("PAGEMAP_SCAN", "finds exactly the pages that were written"),
             Err(error) => HostCheck::failed("PAGEMAP_SCAN", error.to_string(), KERNEL_REMEDY),
         };
         let (can_track, can_fill) = (scan.ok, fill.ok);

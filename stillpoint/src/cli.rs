@@ -56,7 +56,7 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Check this host, or with --qmp a running QEMU, and name a remedy for what is missing
     Doctor(DoctorArgs),
-    /// Measure pauses and sizes on a running VM
+    /// Measure pauses and sizes on a running VM, then prove its last checkpoint
     Bench(BenchArgs),
     /// The helper itself; 'run', 'attach' and 'restore' start it
     #[command(hide = true)]

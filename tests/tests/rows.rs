@@ -2,7 +2,8 @@
 
 use stillpoint_tests::{Registry, pages};
 
-/// The first cells of a row, the fault by what it begins with, and its tests: PROGRAM::MODULE::NAME.
+/// The first cells of a row, the fault by what it begins with, and its tests:
+/// PROGRAM::MODULE::NAME.
 type Row = (&'static str, &'static str, &'static [&'static str]);
 
 /// The program of the quick tests, beside a scripted QEMU.

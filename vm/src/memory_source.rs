@@ -139,10 +139,9 @@ pub fn choose_tracker(
     }
 }
 
-/// `live`: what [`can_pre_copy_live`] says. `has_plugin`: our plugin is loaded in this QEMU, and may
-/// have registered its memory.
-/// `process_memory`: whether the memory of a guest that does not run can be read from QEMU's
-/// process.
+/// `live`: what [`can_pre_copy_live`] says. `has_plugin`: our plugin is loaded in this QEMU, and
+/// may have registered its memory. `process_memory`: whether the memory of a guest that does not
+/// run can be read from QEMU's process.
 ///
 /// # Errors
 /// Refused if none can be had, with the reason of each.

@@ -10,7 +10,7 @@
 //! w write one byte in each page          r read one byte of each page
 //! d discard each page (MADV_DONTNEED)    h ask for huge pages, for the whole memory
 //! o write through another mapping        i install the plugin again; answers with the code
-//! x FIRST COUNT give pages back in one call, as QEMU's balloon does: a hole in the file, and MADV_DONTNEED
+//! x FIRST COUNT discard pages in one call, as QEMU's balloon does: a hole, and MADV_DONTNEED
 //! ```
 #![allow(unsafe_code, reason = "it stands in for QEMU, which calls the plugin")]
 

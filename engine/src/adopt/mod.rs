@@ -1,11 +1,11 @@
-//! Adoption: a VM that is attached by its monitor moves into a QEMU of ours while it runs.
+//! Adoption: a VM that is attached by its monitor moves, while it runs, into a managed QEMU.
 //!
 //! ```text
 //! plan      nothing done   what is in the way is refused, with what to do
 //! start     guest runs     a second QEMU of the same VM, paused, its RAM in our memory
 //! move      guest runs     QEMU's own live migration, over a unix socket
-//! switch    guest stands   rest of memory, devices, disks; the decision; `cont` in the new QEMU
-//! finish    guest runs     the old QEMU ends, sockets get their names, machine.json says what there is now
+//! switch    guest paused   rest of memory, devices, disks; the decision; `cont` in the new QEMU
+//! finish    guest runs     the old QEMU ends, sockets are renamed, machine.json is updated
 //! ```
 //! The files come in that order: `plan` (with `line`, `sockets` and `host`), `destination`, `steps`
 //! (with `memory`), `record` (how far it is, on disk), `finish`, `recover` (back, or on, after a

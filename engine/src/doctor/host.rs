@@ -57,7 +57,7 @@ fn memory() -> Row {
 
 fn setsid() -> Row {
     const CHECK: &str = "setsid";
-    const REMEDY: &str = "install util-linux (Debian: apt-get install util-linux); the launcher leaves the helper behind through it";
+    const REMEDY: &str = "install util-linux (Debian: apt-get install util-linux); 'stillpoint run' starts the helper with it";
     let tried = Command::new("setsid")
         .args(["--fork", "true"])
         .stdin(Stdio::null())

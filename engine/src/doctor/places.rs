@@ -73,7 +73,7 @@ fn try_fleecing(wanted: Option<&Path>) -> Result<Row> {
     let about = || format!("{} cannot be written", path.display());
     tempfile::tempfile_in(&path).and_then(|mut file| file.write_all(b"x")).with_context(about)?;
     let facts =
-        statfs(&path).with_context(|| format!("asking {} for its free room", path.display()))?;
+        statfs(&path).with_context(|| format!("querying the free space of {}", path.display()))?;
     let room = facts.blocks_available().saturating_mul(facts.block_size().unsigned_abs());
     Ok(judge_fleecing(&path, room, facts.filesystem_type()))
 }
@@ -83,7 +83,7 @@ fn judge_fleecing(path: &Path, room: u64, kind: FsType) -> Row {
     if kind == TMPFS_MAGIC {
         return Row::warn(
             FLEECING,
-            format!("{detail}, but it is in memory"),
+            format!("{detail}, but it is a tmpfs"),
             "name a directory on a disk by --fleecing-dir or STILLPOINT_FLEECING_DIR",
         );
     }
@@ -91,7 +91,7 @@ fn judge_fleecing(path: &Path, room: u64, kind: FsType) -> Row {
         let remedy = "free some, or name a directory on another disk by --fleecing-dir or STILLPOINT_FLEECING_DIR";
         return Row::warn(
             FLEECING,
-            format!("{detail}; a checkpoint needs room for what the guest overwrites meanwhile"),
+            format!("{detail}; a checkpoint needs space for what the guest overwrites meanwhile"),
             remedy,
         );
     }

@@ -56,8 +56,8 @@ fn accelerated(qemu: &Path) -> Row {
         Ok(()) => Row::ok(CHECK, "it runs a guest in long mode"),
         Err(why) => Row::warn(
             CHECK,
-            format!("{why}; guests run on TCG, which emulates and is slower"),
-            "allow this user /dev/kvm; inside a VM, have nested virtualization switched on",
+            format!("{why}; guests run under TCG, which is slower"),
+            "give this user access to /dev/kvm; inside a VM, enable nested virtualization",
         ),
     }
 }

@@ -53,12 +53,8 @@ fn need(option: &QemuOption) -> Option<Row> {
             ))
         }
         "cpu" if option.keys().get_or_implied("model").is_some_and(|model| model == "host") => {
-            let what = "a processor like this host's (-cpu host)";
-            Some(Row::warn(
-                CHECK,
-                what.to_owned(),
-                "restore only on hosts of the same processor model",
-            ))
+            let what = "a CPU like this host's (-cpu host)";
+            Some(Row::warn(CHECK, what.to_owned(), "restore only on hosts of the same CPU model"))
         }
         _ => None,
     }
