@@ -448,7 +448,7 @@ async fn a_reader_that_stops_in_the_pause_does_not_prolong_it() {
             let mut reader = migration.take_reader().expect("reader");
             let stop = Arc::new(AtomicBool::new(false));
             let stopped = stop.clone();
-            let (release, held) = std::sync::mpsc::channel::<()>();
+            let (release, held) = std::sync::mpsc::sync_channel::<()>(1);
             std::thread::spawn(move || {
                 let mut buffer = vec![0; 256 << 10];
                 while !stopped.load(Ordering::Relaxed)
