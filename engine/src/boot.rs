@@ -86,7 +86,7 @@ fn describe(
     let facts = qemu_binary::probe(&qemu, plugin)?;
     let options = readconfig::expand(arguments::parse(&request.arguments)?)?;
     let directory = std::env::current_dir().context("asking for the current directory")?;
-    unsupported::check(&options, unsupported::Rules::Launched, &directory)
+    unsupported::check(&options, qemu_cmdline::unsupported::Command::Run, &directory)
         .map_err(|error| refused(error.to_string()))?;
     check_host()?;
     let accelerator = accelerator::choose(&options, &qemu);

@@ -4,7 +4,7 @@
 //!
 //! [`arguments`], [`config`] and [`form`] are the syntax, [`table`] the meaning, [`sites`] visits and
 //! rewrites values by their meaning, [`restorable`] says what a command line may do on the host that
-//! restores it.
+//! restores it, [`unsupported`] what on it cannot be checkpointed or adopted.
 //!
 //! # Example
 //!
@@ -36,6 +36,7 @@ pub mod restorable;
 pub mod sites;
 pub mod size;
 pub mod table;
+pub mod unsupported;
 
 pub use arguments::{KeyList, QemuOption, parse, words};
 pub use form::Form;

@@ -9,6 +9,7 @@
 use crate::arguments::{KeyList, QemuOption};
 use crate::form::Form;
 use crate::sites::{Site, monitor_chardevs, rewrite, visit};
+use crate::table::unsupported::OTHER_USER;
 use crate::table::{self, Use};
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -75,7 +76,8 @@ impl Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let equals = if self.key.is_empty() { String::new() } else { format!("{}=", self.key) };
-        write!(f, "-{} {equals}{} {}", self.option, self.value, reason(self.problem))
+        write!(f, "-{} {equals}{} {}", self.option, self.value, reason(self.problem))?;
+        if self.problem == Problem::Host(Use::User) { write!(f, ": {OTHER_USER}") } else { Ok(()) }
     }
 }
 
@@ -95,7 +97,7 @@ fn reason(problem: Problem) -> &'static str {
             Use::HostDevice => "is a device of the host",
             Use::Connect => "is another process of the host",
             Use::Process => "is about the old process",
-            Use::User => "would make QEMU another user, who can open nothing of a restored VM",
+            Use::User => "would make QEMU another user",
             Use::Never => "is nothing that a checkpoint saves",
             _ => "is something of the host",
         },

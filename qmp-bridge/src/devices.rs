@@ -1,8 +1,4 @@
-//! Guest devices that a live checkpoint would miss or could not bring back.
-//!
-//! Memory is tracked by write protection in QEMU's own page tables. A device whose other half is
-//! another process or real hardware writes guest memory past them: the change would be in no
-//! checkpoint.
+//! The guest's devices, as QEMU lists them in its object tree.
 
 use crate::qmp::replies::ObjectPropertyInfo;
 use crate::qmp::{Qmp, QmpError};
@@ -26,59 +22,13 @@ impl GuestDevice {
     pub fn is_balloon(&self) -> bool {
         self.kind.starts_with("virtio-balloon") || self.kind.starts_with("hv-balloon")
     }
-
-    /// Why a checkpoint with this device would be wrong, whatever takes it; `None` if it is fine.
-    pub fn refusal(&self) -> Option<&'static str> {
-        let kind = self.kind.as_str();
-        if kind.starts_with("vhost-user") {
-            Some(
-                "its daemon writes guest memory through a mapping of its own; use the device without vhost-user",
-            )
-        } else if kind.starts_with("vfio") || kind.starts_with("vhost-vdpa") {
-            Some(
-                "its hardware writes guest memory unseen and its state stays in it; use an emulated device",
-            )
-        } else if kind.starts_with("virtio-mem") || kind == "pc-dimm" {
-            Some("a checkpoint knows one memory, the VM's own; unplug it")
-        } else if kind == "scsi-block" || kind == "scsi-generic" {
-            Some(
-                "it sends the guest's writes to the hardware past QEMU's bitmaps; use scsi-hd on the same device",
-            )
-        } else if kind.starts_with("ivshmem") {
-            Some("other processes write the memory it shares")
-        } else if kind.starts_with("vhost-vsock") || kind.starts_with("vhost-scsi") {
-            Some("its state is in the kernel of this host; use the device without vhost")
-        } else if kind == "vmbus-bridge" || kind == "pci-serial-2x" {
-            // Seen with 7.2 and 10.0: an assertion in vmstate_save_state_v.
-            Some(
-                "QEMU aborts, guest and all, when it saves the state of this device; use pci-serial or pci-serial-4x, or no VMBus",
-            )
-        } else if kind.starts_with("virtio-pmem") || kind == "nvdimm" {
-            Some("its memory is a file outside of the disks and the main RAM; use a disk instead")
-        } else {
-            None
-        }
-    }
 }
 
-/// Whether a balloon keeps the guest's free pages out of the migration stream
-/// (`free-page-hint=on`).
+/// Whether a switch of the device is on; one that its model lacks is off.
 ///
 /// # Errors
 /// When QEMU does not answer.
-pub async fn hints_free_pages(qmp: &Qmp, balloon: &GuestDevice) -> Result<bool, QmpError> {
-    is_on(qmp, balloon, "free-page-hint").await
-}
-
-/// Whether a `ramfb` is in the saved state: QEMU 8.2 and newer, machine types since then.
-///
-/// # Errors
-/// When QEMU does not answer.
-pub async fn saves_ramfb(qmp: &Qmp, ramfb: &GuestDevice) -> Result<bool, QmpError> {
-    is_on(qmp, ramfb, "x-migrate").await
-}
-
-async fn is_on(qmp: &Qmp, device: &GuestDevice, property: &str) -> Result<bool, QmpError> {
+pub async fn is_on(qmp: &Qmp, device: &GuestDevice, property: &str) -> Result<bool, QmpError> {
     match qmp.qom_get(&device.path, property).await {
         Err(error) if error.is_refusal() => Ok(false),
         said => said,
@@ -120,27 +70,7 @@ mod test {
     use super::*;
 
     #[test]
-    fn devices_with_a_foreign_writer_are_refused() {
-        let refused =
-            |kind: &str| GuestDevice { path: "/x".into(), kind: kind.into() }.refusal().is_some();
-        assert!(
-            [
-                "vhost-user-fs-pci",
-                "vfio-pci",
-                "ivshmem-plain",
-                "vhost-vsock-pci",
-                "nvdimm",
-                "scsi-block",
-                "pci-serial-2x"
-            ]
-            .into_iter()
-            .all(refused)
-        );
-        assert!(
-            !["virtio-blk-pci", "virtio-net-pci", "e1000e", "virtio-rng-pci", "virtio-balloon-pci"]
-                .into_iter()
-                .any(refused)
-        );
+    fn devices_are_read_from_the_object_tree() {
         let balloon =
             |kind: &str| GuestDevice { path: "/x".into(), kind: kind.into() }.is_balloon();
         assert!(

@@ -2,6 +2,7 @@
 
 use qemu_cmdline::Use;
 use qemu_cmdline::table::{self, Group, Kind};
+use qemu_cmdline::unsupported;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Output};
@@ -85,7 +86,7 @@ fn table_knows_every_alias_of_a_device() {
 #[test]
 fn unmigratable_devices_are_those_of_qemu() {
     on_each_qemu(|qemu| {
-        for device in table::UNMIGRATABLE {
+        for device in unsupported::UNMIGRATABLE {
             let words = [
                 "-machine",
                 "q35,accel=tcg",

@@ -7,11 +7,12 @@ mod special;
 
 use crate::compatibility::rows::ROWS;
 use cases::{Case, PAGES, Way};
+use qemu_cmdline::unsupported::{self, Command};
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Mutex;
 use stillpoint_tests::torture::{Mode, Trial, Verdict, templates};
-use stillpoint_tests::{Lab, Ran, Registry, major_version, on_each_qemu, pages};
+use stillpoint_tests::{Lab, Ran, Registry, major_version, newest_qemu, on_each_qemu, pages};
 
 /// VMs of one QEMU at once.
 const WORKERS: usize = 2;
@@ -72,6 +73,24 @@ fn refusals_are_what_the_pages_say() {
         let wrong = wrong.into_inner().expect("no panic");
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     });
+}
+
+/// The rows that name `run` in the table of what is unsupported, each thing of them.
+#[test]
+fn refusals_of_run_are_the_rows_of_the_table() {
+    let qemu = newest_qemu();
+    let lab = Lab::new(&qemu);
+    let qemu = qemu.to_str().expect("UTF-8");
+    let rows = unsupported::ROWS.iter().filter(|row| row.is_refused_by(Command::Run));
+    for row in rows {
+        for line in unsupported::examples(row) {
+            let words = ["run", "--name", "row", "--", qemu].into_iter().chain(line.split(' '));
+            let message = lab.run(&words.collect::<Vec<_>>()).expect_failure(3);
+            let says_all = message.contains(row.reason()) && message.contains(row.remedy());
+            assert!(says_all, "{line}: {message}");
+        }
+    }
+    assert!(!lab.runtime().join("row").exists(), "a refused VM leaves nothing behind");
 }
 
 /// None if it is refused as its case says.

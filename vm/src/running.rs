@@ -6,7 +6,7 @@ use crate::error::{EngineError, InPhase, Phase, VmError, refused};
 use crate::external;
 use crate::launch::own_files::Running;
 use crate::launch::process::QemuProcess;
-use crate::launch::{arguments, expected_devices, unsupported};
+use crate::launch::{arguments, expected_devices};
 use crate::process;
 use crate::qemu_lock::QemuLock;
 use crate::runtime_dir::{RuntimeDir, VmFile};
@@ -14,6 +14,7 @@ use crate::tracked_blocks;
 use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, PageCount, SpaceName};
 use dirty_tracker::{PluginHandles, Tracker};
+use qemu_cmdline::unsupported::{self, Refusal, USER_NETWORKS};
 use qmp_bridge::devices::GuestDevice;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::vm::VmFacts;
@@ -26,11 +27,7 @@ use std::time::{Duration, Instant};
 const STARTUP: Duration = Duration::from_secs(60);
 /// Between two looks whether QEMU still lives.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
-/// ISA devices have no path that would be part of the name.
-const SAVED_AS_ONE: &[&str] = &["isa-ide", "isa-ipmi-bt", "isa-ipmi-kcs"];
 const NO_PLUGIN: &str = "no plugin sits in this QEMU, so nothing tracks its memory";
-const RAMFB: &str = "QEMU before 8.2, and machine types from before it, save nothing of its state; use VGA, or a newer machine type";
-const FREE_PAGE_HINT: &str = "by free-page-hint=on it keeps pages out of QEMU's migration stream; start the VM without free-page-hint";
 
 /// A running VM with a helper attached.
 pub struct Vm {
@@ -276,59 +273,51 @@ pub async fn refusals(qmp: &Qmp, devices: &[GuestDevice]) -> Result<Vec<String>,
     let board = devices::board_devices(qmp).await.context("asking QEMU for its board's devices")?;
     let mut found = Vec::new();
     if qmp.version().has(quirks::EQUAL_DEVICES_SAVED_AS_ONE) {
-        found.extend(twice(devices.iter().chain(&board)).map(saved_as_one));
         let networks =
             qmp.hmp("info usernet").await.context("asking QEMU for its user networks")?;
-        found.extend((user_networks(&networks) > 1).then(|| saved_as_one("user networks")));
+        let kinds: Vec<&str> =
+            devices.iter().chain(&board).map(|device| device.kind.as_str()).collect();
+        found.extend(saved_as_one(&kinds, user_networks(&networks)));
     }
     for device in devices.iter().chain(&board) {
-        if let Some(why) = refusal(qmp, device).await? {
-            found.push(format!(
-                "device {} ({}) cannot be checkpointed: {why}",
-                device.path, device.kind
-            ));
-        }
+        found.extend(refusal(qmp, device).await?);
     }
-    Ok(found)
+    Ok(found.iter().map(Refusal::to_string).collect())
 }
 
-async fn refusal(qmp: &Qmp, device: &GuestDevice) -> Result<Option<String>> {
-    if let Some(why) = unsupported::device_refusal(device) {
-        return Ok(Some(why));
+async fn refusal(qmp: &Qmp, device: &GuestDevice) -> Result<Option<Refusal>> {
+    let place = format!("device {} ({})", device.path, device.kind);
+    if let Some(refusal) = unsupported::device(&device.kind, &place) {
+        return Ok(Some(refusal));
     }
-    if device.kind == "ramfb"
-        && !devices::saves_ramfb(qmp, device).await.context("asking QEMU for its ramfb")?
-    {
-        return Ok(Some(RAMFB.to_owned()));
-    }
-    if device.is_balloon()
-        && devices::hints_free_pages(qmp, device).await.context("asking QEMU for its balloon")?
-    {
-        return Ok(Some(FREE_PAGE_HINT.to_owned()));
+    for (key, value, row) in unsupported::properties(&device.kind) {
+        let is_on = devices::is_on(qmp, device, key)
+            .await
+            .with_context(|| format!("asking QEMU for {key} of {}", device.path))?;
+        if value.has(is_on.then_some("on")) {
+            return Ok(Some(unsupported::refusal_of_running(row, &place)));
+        }
     }
     Ok(None)
 }
 
 /// Several devices whose state QEMU saves under one name, and loads into the first of them.
-fn saved_as_one(kind: &str) -> String {
-    format!(
-        "there are several {kind}, and QEMU before 8.2 saves the state of all of them under one \
-         name, so that only one could be restored; leave one, use another machine type, or a newer \
-         QEMU"
-    )
+fn saved_as_one(kinds: &[&str], networks: usize) -> Vec<Refusal> {
+    let count = |model: &str| match model {
+        USER_NETWORKS => networks,
+        _ => kinds.iter().filter(|kind| **kind == model).count(),
+    };
+    let several = unsupported::several().filter(|(model, _)| count(model) > 1);
+    several
+        .map(|(model, row)| {
+            unsupported::refusal_of_running(row, &format!("a VM with several {model}"))
+        })
+        .collect()
 }
 
 /// How many user networks (slirp) QEMU has, by its answer to `info usernet`.
 fn user_networks(answer: &str) -> usize {
     answer.lines().filter(|line| line.starts_with("Hub ")).count()
-}
-
-fn twice<'a>(devices: impl Iterator<Item = &'a GuestDevice>) -> Option<&'static str> {
-    let kinds: Vec<&str> = devices.map(|device| device.kind.as_str()).collect();
-    SAVED_AS_ONE
-        .iter()
-        .copied()
-        .find(|kind| kinds.iter().filter(|there| *there == kind).count() > 1)
 }
 
 /// `what` was plugged in or out.
@@ -411,16 +400,13 @@ mod test {
 
     #[test]
     fn devices_saved_under_one_name_are_found() {
-        let devices = |kinds: &[&str]| -> Vec<GuestDevice> {
-            kinds
-                .iter()
-                .map(|kind| GuestDevice { path: String::new(), kind: (*kind).to_owned() })
-                .collect()
+        let found = |kinds: &[&str], networks| {
+            let refusals = saved_as_one(kinds, networks);
+            refusals.iter().map(Refusal::to_string).collect::<String>()
         };
-        assert_eq!(twice(devices(&["isa-ide", "ide-hd", "isa-ide"]).iter()), Some("isa-ide"));
-        assert_eq!(
-            twice(devices(&["isa-ide", "ide-hd", "ide-hd", "isa-serial", "isa-serial"]).iter()),
-            None
-        );
+        assert!(found(&["isa-ide", "ide-hd", "isa-ide"], 1).contains("several isa-ide"));
+        let one = ["isa-ide", "ide-hd", "ide-hd", "isa-serial", "isa-serial"];
+        assert_eq!(found(&one, 1), "");
+        assert!(found(&one, 2).contains("several user networks"));
     }
 }

@@ -3,15 +3,17 @@
 //!
 //! A unix socket that QEMU serves is made under another name and gets its own when the old QEMU has
 //! let go; forwarded ports and a debugger's come by monitor commands then. A log is opened for
-//! appending. What one process alone can have is refused, before anything is done.
+//! appending. What one process alone can have is refused (`qemu_cmdline::unsupported`), before
+//! anything is done.
 
 use super::sockets::{self, Socket};
 use anyhow::Result;
+use qemu_cmdline::unsupported::{self, Command};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use std::path::Path;
 use vm::error::refused;
 use vm::launch::arguments::{KeyList, QemuOption};
+use vm::launch::form::Form;
 
 /// What is done when the old QEMU is gone.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,56 +42,11 @@ pub(super) struct Line {
 const DROPPED: &[&str] =
     &["S", "D", "d", "daemonize", "incoming", "loadvm", "pidfile", "preconfig"];
 
-/// Whole options that one process alone can have, why, and what to do.
-const ALONE: &[(&str, &str, &str)] = &[
-    ("add-fd", "its descriptor belongs to the old process", "open the file by its path"),
-    ("chroot", "the new QEMU could not open the same paths", "start the VM without it"),
-    (
-        "curses",
-        "its terminal is the old process's",
-        "use -display none or a VNC display on a unix socket",
-    ),
-    (
-        "nographic",
-        "its serial port and monitor are on the old process's terminal",
-        "use -display none -serial unix:PATH,server=on,wait=off",
-    ),
-    ("sdl", "its window is the old process's", "use -display none"),
-    ("spice", "its port is the old process's", "start the VM without it"),
-    ("tpmdev", "the TPM serves one process only", "start the VM without it"),
-    ("runas", "the new process cannot be set up so", "start the VM as that user"),
-    ("run-with", "the new process cannot be set up so", "start the VM without it"),
-    ("xen-domid-restrict", "Xen owns the guest's memory", "run the guest under KVM or TCG"),
-];
-
-/// Devices (a prefix of the driver) that hold something of the host.
-const DEVICES: &[(&str, &str)] = &[
-    ("usb-host", "a USB device of the host belongs to one process"),
-    ("usb-redir", "the other end of its connection knows the old process only"),
-    ("usb-mtp", "its state is in the old process"),
-    ("ccid-card-passthru", "the other end of its connection knows the old process only"),
-    ("ccid-card-emulated", "the card reader belongs to one process"),
-    ("vhost-", "its state is in the kernel or in a daemon of this host"),
-];
-
-/// Objects (a prefix of the type) that hold something of the host.
-const OBJECTS: &[(&str, &str)] = &[
-    ("filter-", "a filter's file or peer belongs to the old process"),
-    ("input-linux", "an input device of the host belongs to one process"),
-    (
-        "memory-backend-",
-        "it gives the guest RAM of its own, which the new QEMU would have to have twice",
-    ),
-    ("rng-egd", "the other end of its connection knows the old process only"),
-    ("x-remote", "a remote device's process knows the old QEMU only"),
-    ("x-vfio-user", "a remote device's process knows the old QEMU only"),
-];
-
-/// Network backends that any number of processes can have side by side.
-const NETWORKS: &[&str] = &["user", "bridge", "hubport", "none", "tap"];
-
 /// Builds it from the options of the VM. `directory` is the QEMU's own.
 pub(super) fn rewrite(options: &[QemuOption], directory: &Path) -> Result<Line> {
+    if let Some(refusal) = unsupported::on_line(options, Command::Adopt) {
+        return Err(refused(refusal.to_string()));
+    }
     let mut walk =
         Walk { directory, line: Line::default(), serials: 0, networks: 0, has_display: false };
     for option in options {
@@ -123,9 +80,6 @@ impl Walk<'_> {
     }
 
     fn visit(&mut self, option: &QemuOption) -> Result<()> {
-        if let Some((_, why, remedy)) = ALONE.iter().find(|(name, ..)| *name == option.name) {
-            return Err(cannot(option, why, remedy));
-        }
         if DROPPED.contains(&option.name.as_str()) {
             return Ok(());
         }
@@ -135,84 +89,23 @@ impl Walk<'_> {
                 sockets::shorthand(self, option)
             }
             "netdev" | "nic" | "net" => self.network(option),
-            "display" => self.display(option),
-            "vnc" => self.vnc(option),
-            "device" => self.check(option, "driver", DEVICES),
-            "object" => self.check(option, "qom-type", OBJECTS),
             "gdb" | "s" => {
                 self.note("no debugger can connect any more: say 'gdbserver' in its monitor");
                 Ok(())
             }
-            "audiodev" if text(option, "driver").as_deref() == Some("wav") => Err(cannot(
-                option,
-                "the new QEMU would write over its file",
-                "use another audio backend",
-            )),
-            _ => {
+            name => {
+                self.has_display |= ["display", "vnc"].contains(&name);
                 self.keep(option.clone());
                 Ok(())
             }
         }
     }
 
-    fn check(&mut self, option: &QemuOption, implied: &str, table: &[(&str, &str)]) -> Result<()> {
-        let kind = text(option, implied).unwrap_or_default();
-        if let Some((_, why)) = table.iter().find(|(prefix, _)| kind.starts_with(prefix)) {
-            return Err(cannot(option, why, "start the VM without it"));
-        }
-        self.keep(option.clone());
-        Ok(())
-    }
-
-    fn display(&mut self, option: &QemuOption) -> Result<()> {
-        self.has_display = true;
-        let kind = text(option, "type").unwrap_or_default();
-        if !["none", "egl-headless"].contains(&kind.as_str()) {
-            return Err(cannot(option, "it belongs to the old process", "use -display none"));
-        }
-        self.keep(option.clone());
-        Ok(())
-    }
-
-    /// A display that no client uses. Its port stays in use until the old QEMU has ended.
-    fn vnc(&mut self, option: &QemuOption) -> Result<()> {
-        self.has_display = true;
-        if option.value().split(',').next() != Some("none") {
-            return Err(cannot(
-                option,
-                "its port belongs to the old process",
-                "start the VM with -display none or -vnc none",
-            ));
-        }
-        self.keep(option.clone());
-        Ok(())
-    }
-
     fn network(&mut self, option: &QemuOption) -> Result<()> {
-        let kind = text(option, "type").unwrap_or_default();
-        let has = |key: &str| text(option, key).is_some();
+        let kind = Form::of(option).get("type").unwrap_or_default();
         if option.name == "net" && kind == "nic" {
             self.keep(option.clone());
             return Ok(());
-        }
-        if !NETWORKS.contains(&kind.as_str()) {
-            return Err(cannot(
-                option,
-                "only one process can have this network backend",
-                "use user networking or a bridge",
-            ));
-        }
-        if ["fd", "fds", "vhostfd", "vhostfds"].into_iter().any(has) {
-            return Err(cannot(
-                option,
-                "its descriptors belong to the old process",
-                "use -netdev bridge, which makes a tap for each process",
-            ));
-        }
-        if kind == "tap" && has("ifname") {
-            let remedy =
-                "use -netdev bridge, or tap without ifname, which make a tap for each process";
-            return Err(cannot(option, "one process alone can open that tap", remedy));
         }
         self.networks += 1;
         if kind != "user" {
@@ -262,24 +155,10 @@ impl Walk<'_> {
     }
 }
 
-/// A scalar of the option's value, however it is written.
-pub(super) fn text(option: &QemuOption, key: &str) -> Option<String> {
-    if option.value().starts_with('{')
-        && let Ok(Value::Object(members)) = serde_json::from_str(option.value())
-    {
-        return members
-            .get(key)
-            .map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned));
-    }
-    let keys = option.keys();
-    let is_implied = ["driver", "qom-type", "type", "backend"].contains(&key);
-    if is_implied { keys.get_or_implied(key) } else { keys.get(key) }.map(str::to_owned)
-}
-
 pub(super) fn cannot(option: &QemuOption, why: &str, remedy: &str) -> anyhow::Error {
     let what = option.value.as_ref().map_or_else(String::new, |value| format!(" {value}"));
     refused(format!(
-        "-{}{what} cannot be taken along: {why}; {remedy}, or checkpoint it by stream as it is",
+        "-{}{what} cannot be adopted: {why}; {remedy}, or checkpoint it by stream as it is",
         option.name
     ))
 }
@@ -344,6 +223,15 @@ mod test {
                 "{option}: {text}"
             );
             assert_eq!(vm::error::class_of(&error), vm::error::Class::Refused);
+        }
+    }
+
+    #[test]
+    fn unsupported_row_of_an_adoption_is_refused() {
+        let rows = unsupported::ROWS.iter().filter(|row| row.is_refused_by(Command::Adopt));
+        for option in rows.flat_map(unsupported::examples) {
+            let error = line(&option).expect_err(&option);
+            assert_eq!(vm::error::class_of(&error), vm::error::Class::Refused, "{option}");
         }
     }
 

@@ -222,22 +222,6 @@ pub(super) const OBJECTS: &[(&str, Rows)] = &[
     ("tls-creds-x509", &[("dir", Directory)]),
 ];
 
-/// Devices (a prefix of the driver) that are a piece of this host.
-pub(super) const HOST_DEVICES: &[&str] = &[
-    "ccid-card-emulated",
-    "pvrdma",
-    "u2f-passthru",
-    "usb-host",
-    "vfio-",
-    "vhost-scsi",
-    "vhost-user-",
-    "vhost-vdpa",
-    "vhost-vsock",
-    "virtio-input-host",
-    "x-pci-proxy-dev",
-    "xen-",
-];
-
 /// Files of `/dev` that are the same on every host, and harmless.
 pub(super) const EVERYWHERE: &[&str] =
     &["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/hwrng"];

@@ -8,8 +8,10 @@
 mod devices;
 mod keys;
 mod options;
+pub mod unsupported;
 
-pub use devices::{UNMIGRATABLE, audio_model, device_model, unsaved};
+pub(crate) use devices::matches;
+pub use devices::{SHORTHANDS, audio_model, device_model};
 use keys::*;
 use options::{NOT_SAVED, OPTIONS};
 
@@ -276,7 +278,7 @@ fn chardev(kind: Kind<'_>, last: &str) -> Use {
 
 fn device(kind: Kind<'_>, key: &str, value: &str) -> Use {
     if key == "driver" {
-        let is_host = HOST_DEVICES.iter().any(|prefix| value.starts_with(prefix));
+        let is_host = unsupported::device(value, unsupported::Command::Restore).is_some();
         return if is_host { HostDevice } else { Plain };
     }
     // The host of a VFIO device or of an RDMA one; `host` of others is a port of the guest's.

@@ -137,7 +137,7 @@ const ATTACH: &[Case] = &[
     row("ivshmem", "`ivshmem-plain`"),
     test("SEV", NO_ENGINE),
     test("TDX", NO_ENGINE),
-    test("`vmbus-bridge`", "devices_with_a_foreign_writer_are_refused"),
+    test("`vmbus-bridge`", "unsupported_models_are_found_by_name_or_family"),
     attach("`pci-serial-2x`", "-chardev null,id=a -chardev null,id=b -device pci-serial-2x,chardev1=a,chardev2=b")
         .says(&["pci-serial-2x", "QEMU aborts"]),
     test("`scsi-block`", NO_ENGINE),
@@ -148,7 +148,7 @@ const ATTACH: &[Case] = &[
         "balloon with `free-page-hint=on`",
         "-object iothread,id=t -device virtio-balloon-pci,iothread=t -global virtio-balloon-device.free-page-hint=on",
     )
-    .says(&["free-page-hint", "leave it out"]),
+    .says(&["free-page-hint", "leave free-page-hint out"]),
     special("network backend … is a descriptor … cannot be identified", special::network_descriptor),
     row("a device was plugged in or out", "device plugged in since the start (`device_add`)"),
     row("a disk is on another file now", "disk moved to another file since the start (`blockdev-snapshot-sync`)"),
@@ -329,7 +329,7 @@ const DISKS: &[Case] = &[
     row("vhdx", "`format=vhdx`"),
     run("vpc", "-drive file=x,if=none,format=vpc").says(&["vpc", "convert"]),
     run("qed", "-drive file=x,if=none,format=qed").says(&["qed", "convert"]),
-    run("qcow", "-drive file=x,if=none,format=qcow").says(&["format=qcow:", "convert"]),
+    run("qcow", "-drive file=x,if=none,format=qcow").says(&["format=qcow ", "convert"]),
     run("parallels", "-drive file=x,if=none,format=parallels").says(&["parallels", "convert"]),
     run("dmg", "-drive file=x,if=none,format=dmg").says(&["dmg", "convert"]),
     run("bochs", "-drive file=x,if=none,format=bochs").says(&["bochs", "convert"]),

@@ -13,14 +13,6 @@ use qmp_bridge::devices::GuestDevice;
 
 const NAMED: &str = "/machine/peripheral/";
 
-/// Options other than `-device` that make a device: its id, if it gets one, and its model; empty
-/// for any.
-const SHORTHANDS: &[(&str, Option<&str>, &str)] = &[
-    ("virtfs", None, "virtio-9p-pci"),
-    ("debugcon", Some("debugcon"), "isa-debugcon"),
-    ("watchdog", None, ""),
-];
-
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Expected {
     /// Its QOM path; none where it has no id.
@@ -65,7 +57,7 @@ fn expected(option: &QemuOption) -> Option<Expected> {
     if option.name == "drive" && form.get("if").as_deref() == Some("virtio") {
         return made(None, "virtio-blk-pci".to_owned());
     }
-    let (_, id, driver) = SHORTHANDS.iter().find(|(name, ..)| *name == option.name)?;
+    let (_, id, driver) = table::SHORTHANDS.iter().find(|(name, ..)| *name == option.name)?;
     let is_none = option.name == "debugcon" && option.value() == "none";
     if is_none { None } else { made(id.map(str::to_owned), (*driver).to_owned()) }
 }

@@ -11,10 +11,11 @@ use super::form::Form;
 use super::host_specific::{self, Dropped, Hold, Manager};
 use super::normalize::{self, Normalized};
 use super::qemu_binary::QemuFacts;
-use super::unsupported::{self, Rules};
+use super::unsupported;
 use super::{accelerator, arguments, memory, readconfig};
 use crate::error::{explain, refused};
 use anyhow::{Context, Result};
+use qemu_cmdline::unsupported::Command;
 use qmp_bridge::qmp::replies::MachineType;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::vm::VmFacts;
@@ -62,7 +63,7 @@ pub(crate) fn parse(words: &[String], hold: &Hold<'_>, said: &Said<'_>) -> Resul
     let options = readconfig::expand_in(options, hold.directory).map_err(config_gone)?;
     let options = with_default_network(options, said_network);
     let options: Vec<QemuOption> = options.into_iter().map(without_revision).collect();
-    unsupported::check(&options, Rules::Always, hold.directory).map_err(refuse)?;
+    unsupported::check(&options, Command::Attach, hold.directory).map_err(refuse)?;
     let manager = Manager::of(&options);
     let plugin = options
         .iter()

@@ -18,7 +18,6 @@ pub mod readconfig;
 pub mod saved;
 pub mod spawn;
 pub mod unsupported;
-mod unsupported_disks;
 
 pub use qemu_cmdline::{arguments, form};
 

@@ -1,194 +1,23 @@
 //! What cannot be checkpointed is refused before anything is done, with the reason and what to do
-//! instead.
-//!
-//! The tracker sees every write that goes through QEMU's own mapping of guest RAM: vCPUs, emulated
-//! devices, vhost in the kernel. It does not see a process or a piece of hardware that writes
-//! through a mapping of its own. Such a VM would be saved wrongly without a sign, so it is not
-//! started.
-//!
-//! QEMU's own migration stream does not ask whose memory it is. So a VM that is attached by its
-//! monitor may have what one of ours may not; what no engine can save is refused to both.
+//! instead: the rows of `qemu_cmdline::table::unsupported`, and what the tables do not know.
 
 use super::arguments::QemuOption;
-use super::form::{Form, is_on};
-use super::unsupported_disks;
+use super::form::Form;
 use anyhow::{Result, bail};
+use qemu_cmdline::unsupported::{self, Command};
 use qemu_cmdline::{Use, table, visit};
-use qmp_bridge::devices::GuestDevice;
 use std::path::Path;
 
-/// For whom a rule stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rules {
-    /// No engine can save it.
-    Always,
-    /// Only a VM that we start: it gets memory of ours, and must come up by itself.
-    Launched,
-}
-
-impl Rules {
-    /// A VM of ours obeys all of them.
-    fn include(self, rule: Self) -> bool {
-        self == rule || self == Self::Launched
-    }
-}
-
-const LEAVE_MEMORY: &str = "leave it out: Stillpoint gives the VM sealed shared memory";
-const OVERLAY: &str = "make an overlay: qemu-img create -f qcow2 -b BASE -F qcow2 OVERLAY";
-
-type Rule = (&'static str, Rules, &'static str, &'static str);
-
-/// Device models (a prefix of the `-device` driver) and why they cannot be saved.
-const DEVICES: &[Rule] = &[
-    (
-        "vmbus-bridge",
-        Rules::Always,
-        "QEMU aborts, guest and all, when it saves this device's state",
-        "leave VMBus out",
-    ),
-    (
-        "pci-serial-2x",
-        Rules::Always,
-        "QEMU aborts, guest and all, when it saves this device's state",
-        "use pci-serial or pci-serial-4x",
-    ),
-    (
-        "vhost-user",
-        Rules::Always,
-        "a vhost-user daemon writes guest RAM through a mapping of its own",
-        "use the virtio device that QEMU emulates",
-    ),
-    (
-        "vhost-vdpa",
-        Rules::Always,
-        "its hardware writes guest RAM by DMA, past the page tables",
-        "use an emulated or vhost (kernel) device",
-    ),
-    (
-        "vfio-",
-        Rules::Always,
-        "an assigned device writes guest RAM by DMA, past the page tables",
-        "use an emulated or vhost (kernel) device",
-    ),
-    (
-        "virtio-mem",
-        Rules::Always,
-        "a checkpoint knows one memory, the VM's own",
-        "give the VM all of its memory by -m",
-    ),
-    (
-        "virtio-pmem",
-        Rules::Always,
-        "virtio-pmem maps a file that is no part of the checkpoint",
-        "use a virtio-blk disk",
-    ),
-    (
-        "nvdimm",
-        Rules::Always,
-        "an NVDIMM maps a file that is no part of the checkpoint",
-        "use a virtio-blk disk",
-    ),
-    (
-        "pc-dimm",
-        Rules::Always,
-        "a checkpoint knows one memory, the VM's own",
-        "give the VM all of its memory by -m",
-    ),
-    (
-        "ivshmem",
-        Rules::Always,
-        "other processes write the shared memory of ivshmem",
-        "use a virtio-serial or network device",
-    ),
-    (
-        "scsi-block",
-        Rules::Always,
-        "it sends the guest's writes to the hardware past QEMU's bitmaps",
-        "use scsi-hd on the same device",
-    ),
-    (
-        "scsi-generic",
-        Rules::Always,
-        "it sends the guest's writes to the hardware past QEMU's bitmaps",
-        "use scsi-hd on the same device",
-    ),
-    (
-        "virtio-9p",
-        Rules::Launched,
-        "a mounted 9p share blocks QEMU's migration",
-        "use a disk or a network file system",
-    ),
-];
-
-/// Whole options that cannot go together with checkpoints.
-const OPTIONS: &[Rule] = &[
-    ("mem-path", Rules::Launched, "it gives the guest RAM of its own", LEAVE_MEMORY),
-    (
-        "incoming",
-        Rules::Launched,
-        "it waits for the VM of another QEMU",
-        "use 'stillpoint restore', or start the VM without it",
-    ),
-    ("runas", Rules::Launched, OTHER_USER, OWN_USER),
-    ("snapshot", Rules::Always, "it writes to disks that vanish with QEMU", OVERLAY),
-    (
-        "preconfig",
-        Rules::Launched,
-        "the VM would not exist when the helper attaches",
-        "leave it out",
-    ),
-    (
-        "virtfs",
-        Rules::Launched,
-        "a mounted 9p share blocks QEMU's migration",
-        "use a disk or a network file system",
-    ),
-    ("xen-attach", Rules::Always, "Xen owns the guest's memory", "run the guest under KVM or TCG"),
-    ("add-fd", Rules::Launched, "a descriptor is no other process's", "name the file by its path"),
-];
-
-/// Objects by the beginning of their type.
-const OBJECTS: &[Rule] = &[
-    (
-        "memory-backend-epc",
-        Rules::Always,
-        "SGX memory cannot be read by the host",
-        "run the guest without it",
-    ),
-    (
-        "memory-backend-",
-        Rules::Launched,
-        "it gives the guest RAM that the tracker cannot map",
-        "leave it out: Stillpoint gives the VM sealed shared memory of the size of -m",
-    ),
-    ("sev-guest", Rules::Always, ENCRYPTED, UNENCRYPTED),
-    ("sev-snp-guest", Rules::Always, ENCRYPTED, UNENCRYPTED),
-    ("tdx-guest", Rules::Always, ENCRYPTED, UNENCRYPTED),
-    (
-        "x-remote-object",
-        Rules::Always,
-        "a process of its own holds the device",
-        "use the device that QEMU emulates",
-    ),
-];
-
-const OTHER_USER: &str =
-    "a restored VM's files and sockets are open to the user of the restore alone";
-const OWN_USER: &str = "start 'stillpoint run' as that user";
-const ENCRYPTED: &str = "encrypted guest memory cannot be read by the helper";
-const UNENCRYPTED: &str = "run the guest without it";
-
-/// `directory` is QEMU's working directory.
+/// `directory` is QEMU's working directory; `command` is `Run` or `Attach`.
 ///
 /// # Errors
 /// Refused at the first option that no checkpoint can have, with the reason and what to do.
-pub fn check(options: &[QemuOption], rules: Rules, directory: &Path) -> Result<()> {
+pub fn check(options: &[QemuOption], command: Command, directory: &Path) -> Result<()> {
     check_known(options, directory)?;
-    unsupported_disks::check(options)?;
-    if rules == Rules::Launched {
-        check_descriptors(options)?;
+    match unsupported::on_line(options, command) {
+        Some(refusal) => bail!("{refusal}"),
+        None => Ok(()),
     }
-    options.iter().try_for_each(|option| check_option(option, rules))
 }
 
 /// What the table does not know and could be a file is not guessed at.
@@ -233,204 +62,6 @@ fn is_word(text: &str) -> bool {
     WORDS.contains(&text) || text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// A restored VM is another process, which has none of this one's descriptors.
-fn check_descriptors(options: &[QemuOption]) -> Result<()> {
-    let mut found = None;
-    visit(options, |site| {
-        let is_key = matches!(
-            site.key.rsplit('.').next(),
-            Some("fd" | "fds" | "vhostfd" | "vhostfds" | "sock_fd" | "sock-fds")
-        );
-        if site.means == Use::Process && is_key || site.value.starts_with("/dev/fdset/") {
-            found.get_or_insert_with(|| format!("-{} {}={}", site.option, site.key, site.value));
-        }
-    });
-    match found {
-        None => Ok(()),
-        Some(what) => bail!(
-            "{what} is a descriptor of this process, and no other process has it; name the file, socket or tap instead"
-        ),
-    }
-}
-
-fn find(table: &[Rule], rules: Rules, fits: impl Fn(&str) -> bool) -> Option<&Rule> {
-    table.iter().find(|(name, rule, ..)| rules.include(*rule) && fits(name))
-}
-
-fn check_option(option: &QemuOption, rules: Rules) -> Result<()> {
-    if let Some((name, _, why, remedy)) = find(OPTIONS, rules, |name| name == option.name) {
-        bail!("QEMU option -{name} cannot be used with checkpoints: {why}; {remedy}");
-    }
-    let form = Form::of(option);
-    match option.name.as_str() {
-        "device" => check_device(&form, rules),
-        "audio" => {
-            check_state("audio model", table::audio_model(&form.get("model").unwrap_or_default()))
-        }
-        "usbdevice" => check_state("usbdevice", &format!("usb-{}", option.value())),
-        "object" => check_object(&form, rules),
-        "run-with" if rules == Rules::Launched && form.has("user") => {
-            bail!("-run-with user= cannot be used with checkpoints: {OTHER_USER}; {OWN_USER}")
-        }
-        "machine" | "M" => check_vm(&form, rules),
-        "numa" if rules == Rules::Launched && form.has("memdev") => {
-            bail!(
-                "-numa memdev=… gives the guest RAM of its own, which the tracker does not map; leave -numa out (QEMU takes no node without \
-                 memdev), or start QEMU without 'stillpoint run' and attach to it by 'stillpoint attach --qmp'"
-            )
-        }
-        "global" => check_global(option),
-        "icount" if form.has("rr") => {
-            bail!("-icount rr=… records or replays, and QEMU saves no state of that; leave rr out")
-        }
-        "netdev" | "nic" => check_network(&option.name, &form),
-        _ => Ok(()),
-    }
-}
-
-fn check_device(form: &Form, rules: Rules) -> Result<()> {
-    let driver = form.get("driver").unwrap_or_default();
-    if let Some((_, _, why, remedy)) = find(DEVICES, rules, |prefix| driver.starts_with(prefix)) {
-        bail!("-device {driver} cannot be checkpointed: {why}; {remedy}");
-    }
-    check_state("device", &driver)?;
-    if driver == "loader" && form.has("data") {
-        bail!(
-            "-device loader,data=… cannot be checkpointed: QEMU writes it into the guest's memory whenever it starts, also when it \
-             starts for a restore; use -device loader,file=…"
-        );
-    }
-    for key in ["failover", "failover_pair_id"] {
-        if let Some(value) = form.get(key) {
-            check_failover(&format!("device {driver}"), key, &value)?;
-        }
-    }
-    if form.is_on("free-page-hint") {
-        bail!(
-            "-device {driver},free-page-hint=on keeps pages out of QEMU's migration stream; leave free-page-hint out"
-        );
-    }
-    Ok(())
-}
-
-/// Why a checkpoint with a device that QEMU has would be wrong; none if it is fine.
-pub fn device_refusal(device: &GuestDevice) -> Option<String> {
-    let unsaved = || table::unsaved(&device.kind).map(|(why, remedy)| format!("{why}; {remedy}"));
-    device.refusal().map(str::to_owned).or_else(unsaved)
-}
-
-/// That QEMU can save what the device model holds.
-fn check_state(option: &str, model: &str) -> Result<()> {
-    if table::UNMIGRATABLE.contains(&model) {
-        bail!(
-            "-{option} {model} cannot be checkpointed: QEMU itself cannot save its state; use another device"
-        );
-    }
-    match table::unsaved(model) {
-        Some((why, remedy)) => bail!("-{option} {model} cannot be checkpointed: {why}; {remedy}"),
-        None => Ok(()),
-    }
-}
-
-fn check_object(form: &Form, rules: Rules) -> Result<()> {
-    let kind = form.get("qom-type").unwrap_or_default();
-    match find(OBJECTS, rules, |prefix| kind.starts_with(prefix)) {
-        Some((_, _, why, remedy)) => {
-            bail!("-object {kind} cannot be checkpointed: {why}; {remedy}")
-        }
-        None => Ok(()),
-    }
-}
-
-fn check_vm(form: &Form, rules: Rules) -> Result<()> {
-    if let Some(backend) = form.get("memory-backend").filter(|_| rules == Rules::Launched) {
-        bail!("-machine memory-backend={backend} gives the guest RAM of its own; {LEAVE_MEMORY}");
-    }
-    for key in ["confidential-guest-support", "memory-encryption"] {
-        if let Some(object) = form.get(key) {
-            bail!("-machine {key}={object}: {ENCRYPTED}; {UNENCRYPTED}");
-        }
-    }
-    Ok(())
-}
-
-/// One half of a failover pair: the primary exists only while the guest's driver wants it, and not
-/// during a migration.
-fn check_failover(option: &str, key: &str, value: &str) -> Result<()> {
-    if key == "failover_pair_id" || key == "failover" && is_on(value) {
-        bail!(
-            "-{option} {key}={value}: QEMU takes the primary device of a failover pair from the guest at each migration, and has it again \
-             only when the guest's driver asks for it; leave failover and failover_pair_id out"
-        );
-    }
-    Ok(())
-}
-
-/// Some change what QEMU's stream looks like, and a restored QEMU would read another. Others are a
-/// key that a device may not have.
-fn check_global(option: &QemuOption) -> Result<()> {
-    let Some(Global { driver, property, value }) = Global::of(option) else { return Ok(()) };
-    if driver == "migration" {
-        bail!("-global {} changes the form of the saved state; leave it out", option.value());
-    }
-    check_failover("global", &property, &value)?;
-    if driver.starts_with("virtio-balloon") && property == "free-page-hint" && is_on(&value) {
-        bail!(
-            "-global {driver}.{property}={value} keeps pages out of QEMU's migration stream; leave it out"
-        );
-    }
-    if driver == "loader" && property == "data" {
-        bail!(
-            "-global loader.data={value} cannot be checkpointed: QEMU writes it into the guest's memory whenever it starts; use -device \
-             loader,file=…"
-        );
-    }
-    Ok(())
-}
-
-/// `-global DRIVER.PROPERTY=VALUE`, or the three by their keys.
-struct Global {
-    driver: String,
-    property: String,
-    value: String,
-}
-
-impl Global {
-    fn of(option: &QemuOption) -> Option<Self> {
-        let form = Form::of(option);
-        if let Some(driver) = form.get("driver") {
-            return Some(Self {
-                driver,
-                property: form.get("property")?,
-                value: form.get("value").unwrap_or_default(),
-            });
-        }
-        let (driver, rest) = option.value().split_once('.')?;
-        let (property, value) = rest.split_once('=')?;
-        Some(Self {
-            driver: driver.to_owned(),
-            property: property.to_owned(),
-            value: value.to_owned(),
-        })
-    }
-}
-
-fn check_network(option: &str, form: &Form) -> Result<()> {
-    match form.get("type").as_deref() {
-        Some("vhost-user") => {
-            bail!(
-                "-{option} vhost-user: a vhost-user daemon writes guest RAM through a mapping of its own; use tap, user or bridge"
-            )
-        }
-        Some("vhost-vdpa") => {
-            bail!(
-                "-{option} vhost-vdpa: its hardware writes guest RAM by DMA, past the page tables; use tap, user or bridge"
-            )
-        }
-        _ => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod test {
     use super::super::arguments::parse;
@@ -438,7 +69,7 @@ mod test {
 
     fn refused(line: &str) -> String {
         let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
-        check(&parse(&words).unwrap(), Rules::Launched, Path::new("/vm")).unwrap_err().to_string()
+        check(&parse(&words).unwrap(), Command::Run, Path::new("/vm")).unwrap_err().to_string()
     }
 
     #[test]
@@ -477,12 +108,12 @@ mod test {
     fn an_ordinary_vm_passes() {
         let line = "-m 1G -smp 4 -machine q35 -drive file=a.qcow2,if=virtio -netdev tap,id=n,vhost=on -device virtio-net-pci,netdev=n";
         let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
-        check(&parse(&words).unwrap(), Rules::Launched, Path::new("/vm")).unwrap();
+        check(&parse(&words).unwrap(), Command::Run, Path::new("/vm")).unwrap();
     }
 
-    fn judged(line: &str, rules: Rules) -> bool {
+    fn judged(line: &str, command: Command) -> bool {
         let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
-        check(&parse(&words).unwrap(), rules, Path::new("/vm")).is_ok()
+        check(&parse(&words).unwrap(), command, Path::new("/vm")).is_ok()
     }
 
     #[test]
@@ -497,7 +128,7 @@ mod test {
             net,
             hint,
         ] {
-            assert!(judged(line, Rules::Always) && judged(line, Rules::Launched), "{line}");
+            assert!(judged(line, Command::Attach) && judged(line, Command::Run), "{line}");
         }
     }
 
@@ -512,7 +143,7 @@ mod test {
             "-runas nobody",
             "-run-with user=nobody",
         ] {
-            assert!(judged(line, Rules::Always) && !judged(line, Rules::Launched), "{line}");
+            assert!(judged(line, Command::Attach) && !judged(line, Command::Run), "{line}");
         }
     }
 
@@ -557,7 +188,50 @@ mod test {
             "-usbdevice braille",
             "-icount shift=1,rr=record,rrfile=x",
         ] {
-            assert!(!judged(line, Rules::Always), "{line}");
+            assert!(!judged(line, Command::Attach), "{line}");
+        }
+    }
+
+    #[test]
+    fn disks_that_would_be_others_are_refused_in_every_form() {
+        for line in [
+            "-drive file=a,snapshot=on",
+            "-drive file=a,snapshot",
+            "-drive snapshot,file=a",
+            r#"-drive file=json:{"driver":"raw",,"offset":512,,"file":{"driver":"file",,"filename":"a"}}"#,
+            "-drive file=a,format=raw,offset=1048576",
+            "-blockdev driver=raw,node-name=d,size=4096,file.driver=file,file.filename=a",
+            r#"-blockdev {"driver":"raw","node-name":"d","offset":512,"file":"f"}"#,
+            "-blockdev driver=qcow2,node-name=d,file=f,data-file.driver=file,data-file.filename=x",
+            "-blockdev driver=qcow2,node-name=d,file=f,data-file=x",
+            r#"-blockdev {"driver":"qcow2","node-name":"d","file":"f","data-file":{"driver":"file","filename":"x"}}"#,
+            "-blockdev driver=quorum,node-name=q,children.0=a,children.1=b",
+            "-blockdev blkdebug,node-name=b,image=a",
+            "-blockdev driver=raw,node-name=b,file.driver=nbd,file.server.type=unix,file.server.path=/x",
+            "-blockdev null-co,node-name=n,size=1G",
+            "-blockdev snapshot-access,node-name=n,file=f",
+            "-drive driver=null-co,size=1G",
+            "-drive file=a.vmdk,format=vmdk",
+            "-drive file=nbd:host:1",
+            "-drive file=nbd+unix:///x?socket=/y",
+            "-hda http://host/x.img",
+            "-cdrom fat:rw:dir",
+            "-drive file=blkdebug::a",
+        ] {
+            assert!(!judged(line, Command::Attach) && !judged(line, Command::Run), "{line}");
+        }
+    }
+
+    #[test]
+    fn ordinary_disks_pass() {
+        for line in [
+            "-drive file=/a:b.img,format=raw,snapshot=off -hda ./c:d.img -drive file=file:x,if=virtio,cache=none,bps-size=1 -drive if=none,id=cd",
+            r#"-blockdev {"driver":"qcow2","node-name":"d","backing":null,"file":{"driver":"file","filename":"a"}}"#,
+            "-blockdev driver=raw,offset=0,node-name=d,file.driver=host_device,file.filename=/dev/vg/lv -cdrom x.iso",
+            "-drive file=host_device:/dev/vg/lv,format=raw -blockdev driver=file,filename=spare,node-name=unused",
+            "-drive file=snapshot,id=offset,format=raw",
+        ] {
+            assert!(judged(line, Command::Attach) && judged(line, Command::Run), "{line}");
         }
     }
 }

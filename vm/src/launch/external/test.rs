@@ -3,6 +3,7 @@
 use super::super::arguments::words;
 use super::*;
 use crate::error::{Class, class_of};
+use qemu_cmdline::unsupported as table;
 use qmp_bridge::qmp::QemuVersion;
 use qmp_bridge::vm::Accelerator;
 use std::path::Path;
@@ -328,4 +329,14 @@ fn the_default_network_of_a_vm_from_a_file_is_written_out() {
     assert_eq!(line("-netdev user,id=n", false)[2..], ["-net", "nic", "-net", "user"]);
     assert_eq!(line("-netdev user,id=n", true).len(), 2, "the command line itself named a network");
     assert_eq!(line("-m 1G", false).len(), 2, "QEMU's default comes by itself");
+}
+
+#[test]
+fn unsupported_row_of_an_external_vm_is_refused() {
+    let case = Case::default();
+    let rows = table::ROWS.iter().filter(|row| row.is_refused_by(Command::Attach));
+    for line in rows.flat_map(table::examples) {
+        let error = case.line(&line).expect_err(&line);
+        assert_eq!(class_of(&error), Class::Refused, "{line}: {error:#}");
+    }
 }
