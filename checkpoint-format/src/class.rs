@@ -3,12 +3,13 @@
 use error_class::classes;
 
 use crate::{
-    DigestParseError, EncodeError, EnvelopeError, LayerError, LineageError, ManifestError,
-    NameError, OtherCheckpoint, PackError,
+    DigestParseError, EncodeError, EnvelopeError, IndexError, LayerError, LineageError,
+    ManifestError, NameError, OtherCheckpoint, PackError,
 };
 
 classes! {
     EnvelopeError = Damaged;
+    IndexError = Damaged;
     LayerError = Damaged;
     ManifestError = Damaged;
     PackError = Damaged;

@@ -12,6 +12,7 @@
 use thiserror::Error;
 
 use crate::digest::ContentDigest;
+use crate::units::as_index;
 
 /// Longest header line, its newline included.
 pub const MAX_HEADER_LINE: usize = 256;
@@ -75,6 +76,27 @@ impl Envelope {
         self.check_len(len, body.len() as u64)?;
         self.check_digest(digest, ContentDigest::of(body))?;
         Ok(body)
+    }
+
+    /// The body, when everything that the header line says about it is true; more may follow it.
+    pub(crate) fn unwrap_front<'a>(&self, bytes: &'a [u8]) -> Result<&'a [u8], EnvelopeError> {
+        let len = as_index(self.front_len(bytes)?);
+        self.unwrap(&bytes[..bytes.len().min(len)])
+    }
+
+    /// Bytes of header line and body, as the line says.
+    pub(crate) fn front_len(&self, bytes: &[u8]) -> Result<u64, EnvelopeError> {
+        let (line, _) = self.split(bytes)?;
+        let (_, len) = self.parse_line(line)?;
+        self.check_limit(len)?;
+        Ok(line.len() as u64 + 1 + len)
+    }
+
+    /// Whether the header line says that the file has this version.
+    pub(crate) fn is_version(&self, version: u32, bytes: &[u8]) -> bool {
+        let words = self.split(bytes).ok().map(|(line, _)| line.split(' '));
+        let mut words = words.into_iter().flatten();
+        words.next() == Some(self.kind) && words.next().and_then(number) == Some(version)
     }
 
     fn split<'a>(&self, bytes: &'a [u8]) -> Result<(&'a str, &'a [u8]), EnvelopeError> {

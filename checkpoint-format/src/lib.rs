@@ -50,6 +50,7 @@ mod digest_form;
 mod digest_table;
 mod envelope;
 mod identity;
+mod index;
 mod layer;
 mod lineage;
 mod manifest;
@@ -67,6 +68,12 @@ pub use digest_form::{BlocksHasher, DigestForm};
 pub use digest_table::DigestTable;
 pub use envelope::{EnvelopeError, MAX_HEADER_LINE};
 pub use identity::CheckpointIdentity;
+pub use index::{
+    BlockRow, EncodedSegment, IndexBlock, IndexDirectory, IndexError, IndexFrame, IndexPart,
+    MAX_BLOCK_FRAMES, MAX_BLOCK_RAW_LEN, MAX_BLOCK_RUNS, MAX_DIRECTORY_RAW_LEN, MAX_SEGMENT_BLOCKS,
+    MAX_SEGMENT_LEN, MAX_SEGMENT_PACKS, MergePolicy, Overlay, PackPlace, Placed, PlacedRun,
+    Records, Segment, SegmentBuilder, SegmentInfo, merge_segments,
+};
 pub use layer::{
     BLOCK_PAGES, BLOCK_SIZE, BlockHome, BlockIndex, BlockRef, BlockTable, BlockTableBuilder,
     BlockTableInfo, LAYER_VERSION, LayerError, LayerManifest, MAX_LAYER_BLOCKS, MAX_LAYER_BODY,
@@ -76,10 +83,10 @@ pub use lineage::{
     FramePart, FrameRead, LineageError, LocatedRun, MAX_LINEAGE_PACKS, PageLocation, PageMap,
 };
 pub use manifest::{
-    CheckpointKind, DiskRecord, LayerRef, MANIFEST_VERSION, MAX_ARGUMENTS, MAX_BACKING_DEPTH,
-    MAX_CARRIED_RAM, MAX_DISKS, MAX_MANIFEST_BODY, MAX_PACKS, MAX_RAM_BLOCKS, MAX_SPACES,
-    MAX_STATE_LEN, MAX_TEXT, Manifest, ManifestError, PackRecord, Qcow2Record, RamBlockRecord,
-    RunState, SpaceRecord, Totals, VmRecord,
+    CheckpointKind, DiskRecord, IndexRecord, LayerRef, MANIFEST_VERSION, MAX_ARGUMENTS,
+    MAX_BACKING_DEPTH, MAX_CARRIED_RAM, MAX_DISKS, MAX_MANIFEST_BODY, MAX_PACKS, MAX_RAM_BLOCKS,
+    MAX_SEGMENTS, MAX_SPACES, MAX_STATE_LEN, MAX_TEXT, Manifest, ManifestError, PackRecord,
+    Qcow2Record, RamBlockRecord, RunState, SegmentRecord, SpaceRecord, Totals, VmRecord,
 };
 pub use names::{
     MAX_PACK_NAME, MAX_SPACE_NAME, MAX_VM_NAME, NameError, PackName, SpaceKind, SpaceName, VmName,

@@ -51,6 +51,41 @@ impl<'a> Reader<'a> {
     pub(crate) fn u64(&mut self) -> Result<u64, Short> {
         self.array().map(u64::from_le_bytes)
     }
+
+    /// A number of [`put_varint`]. What does not fit into 64 bits, or has no end within ten bytes,
+    /// is as if the bytes had ended.
+    pub(crate) fn varint(&mut self) -> Result<u64, Short> {
+        let short = Short { at: self.at, wanted: MAX_VARINT + 1 };
+        let mut value = 0;
+        for nth in 0..MAX_VARINT {
+            let byte = u64::from(self.u8()?);
+            let bits = byte & 0x7f;
+            if nth == MAX_VARINT - 1 && byte > 1 {
+                return Err(short);
+            }
+            value |= bits << (7 * nth);
+            if byte == bits {
+                return Ok(value);
+            }
+        }
+        Err(short)
+    }
+}
+
+/// Bytes of the longest varint.
+const MAX_VARINT: usize = 10;
+
+/// Appends a number in as few bytes as it needs (LEB128): seven bits a byte, the lowest first, the
+/// top bit set in all bytes but the last.
+pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
+    loop {
+        let [low, ..] = value.to_le_bytes();
+        value >>= 7;
+        if value == 0 {
+            return out.push(low);
+        }
+        out.push(low | 0x80);
+    }
 }
 
 #[cfg(test)]
@@ -66,5 +101,20 @@ mod test {
         assert_eq!(reader.u64(), Err(Short { at: 7, wanted: 8 }));
         assert_eq!(reader.take(usize::MAX), Err(Short { at: 7, wanted: usize::MAX }));
         assert_eq!((reader.rest(), reader.u8()), (1, Ok(9)));
+    }
+
+    #[test]
+    fn varints_come_back_and_what_is_too_long_is_refused() {
+        for value in [0, 1, 127, 128, 300, u64::from(u32::MAX), u64::MAX - 1, u64::MAX] {
+            let mut bytes = Vec::new();
+            put_varint(&mut bytes, value);
+            let mut reader = Reader::new(&bytes);
+            assert_eq!((reader.varint(), reader.rest()), (Ok(value), 0), "{value}");
+        }
+        let mut two = [0xff; 10];
+        two[9] = 2;
+        for bytes in [&[][..], &[0x80], &[0xff; 11], &two] {
+            assert!(Reader::new(bytes).varint().is_err(), "{bytes:x?}");
+        }
     }
 }

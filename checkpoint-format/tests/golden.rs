@@ -13,6 +13,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use checkpoint_format::*;
+use common::index::*;
 use common::*;
 
 const PACK: &str = "pack-v1.bin";
@@ -21,6 +22,7 @@ const LAYER: &str = "layer-v1.txt";
 const BLOCKS: &str = "layer-v1.blocks";
 const LAYER_2: &str = "layer-v2.txt";
 const BLOCKS_2: &str = "layer-v2.blocks";
+const MANIFEST_2: &str = "manifest-v2.bin";
 
 fn path(file: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file)
@@ -62,7 +64,7 @@ fn damaged(file: &'static str, bytes: Vec<u8>, error: &'static str) -> Damaged {
     Damaged { file, bytes, error }
 }
 
-fn sound() -> [(&'static str, Vec<u8>); 6] {
+fn sound() -> [(&'static str, Vec<u8>); 7] {
     let (layer, blocks) = sample_layer();
     let (sparse, sparse_blocks) = sample_sparse_layer();
     [
@@ -72,6 +74,7 @@ fn sound() -> [(&'static str, Vec<u8>); 6] {
         (BLOCKS, blocks),
         (LAYER_2, sparse.encode().expect("sound")),
         (BLOCKS_2, sparse_blocks),
+        (MANIFEST_2, sample_file_2()),
     ]
 }
 
@@ -217,7 +220,7 @@ fn damaged_manifests() -> Vec<Damaged> {
     let with = |from, to| replaced(&good, KIND, from, to);
     let later = [b"stillpoint-manifest 2".as_slice(), &good[KIND.len() + 2..]].concat();
     vec![
-        damaged("manifest-v1-later.txt", later, "format version 2, this program reads version 1"),
+        damaged("manifest-v1-later.txt", later, "index is missing though the version has one"),
         damaged(
             "manifest-v1-body.txt",
             flipped(&good, good.len() - 10),
@@ -265,6 +268,211 @@ fn damaged_manifests() -> Vec<Damaged> {
             "the record of pack 0000.pack is wrong",
         ),
     ]
+}
+
+/// Of version 2: header line, body and their parts.
+fn damaged_manifests_2() -> Vec<Damaged> {
+    const KIND: &str = "stillpoint-manifest";
+    let good = sample_file_2();
+    let head = Manifest::head_len(&good).expect("sound").as_usize();
+    let (text, segment) = good.split_at(head);
+    let with = |from: &str, to: &str| {
+        let text = std::str::from_utf8(body(text)).expect("JSON is text");
+        assert!(text.contains(from), "the sample has no {from}");
+        let text = text.replacen(from, to, 1);
+        let digest = ContentDigest::of(text.as_bytes());
+        let line = format!("{KIND} 2 {digest} {}\n", text.len());
+        [line.as_bytes(), text.as_bytes(), segment].concat()
+    };
+    let later = [b"stillpoint-manifest 3".as_slice(), &good[KIND.len() + 2..]].concat();
+    let directory = sample_segment().info.directory_len as usize;
+    vec![
+        damaged("manifest-v3-later.bin", later, "format version 3, this program reads version 2"),
+        damaged(
+            "manifest-v2-body.bin",
+            flipped(&good, head - 10),
+            "verify the stillpoint-manifest: the body's digest is",
+        ),
+        damaged("manifest-v2-head-cut.bin", good[..head - 1].to_vec(), "the file is cut short"),
+        damaged(
+            "manifest-v2-gap.bin",
+            with("5,\n        \"first\"", "4,\n        \"first\""),
+            "index is with a gap between its segments",
+        ),
+        damaged(
+            "manifest-v2-order.bin",
+            with("\"first\": 2", "\"first\": 6"),
+            "index is of segments that don't follow one another",
+        ),
+        damaged(
+            "manifest-v2-no-place.bin",
+            with("\"at\": 5000", "\"at\": null"),
+            "index is with a segment of which no place is given",
+        ),
+        damaged(
+            "manifest-v2-checkpoints.bin",
+            with("\"checkpoints\": 3", "\"checkpoints\": 8"),
+            "index.checkpoints is a number that the lineage can't have",
+        ),
+        damaged(
+            "manifest-v2-long.bin",
+            with("\"blocks_len\": 40000", "\"blocks_len\": 1099511627776"),
+            "index is with a segment that is longer than any",
+        ),
+        damaged(
+            "manifest-v2-directory.bin",
+            flipped(&good, head + 10),
+            "verify the index directory: checksum is",
+        ),
+        damaged(
+            "manifest-v2-block.bin",
+            flipped(&good, head + directory + 10),
+            "verify the index block 0: checksum is",
+        ),
+        damaged("manifest-v2-cut.bin", good[..good.len() - 1].to_vec(), "read the index directory"),
+    ]
+}
+
+/// Offsets into the raw directory of the sample: names of three spaces, of one pack, then the
+/// columns of three blocks.
+const INDEX_PACKS_AT: usize = 4 + (2 + 9) + (2 + 10) + (2 + 12);
+const INDEX_BLOCKS_AT: usize = INDEX_PACKS_AT + 4 + 1 + (2 + 9);
+
+/// Of version 2: the directory, behind right checksums.
+fn damaged_directories() -> Vec<Damaged> {
+    let with = |at: usize, value: &'static [u8]| {
+        file_of(&resealed(|raw| raw[at..at + value.len()].copy_from_slice(value), |_| ()))
+    };
+    vec![
+        damaged(
+            "manifest-v2-spaces-count.bin",
+            with(0, &[0xff; 4]),
+            "check the index directory: spaces is 4294967295, the limit is",
+        ),
+        damaged(
+            "manifest-v2-space-name.bin",
+            with(6, b"cpu"),
+            "entry 0 of the space table has an unusable name",
+        ),
+        damaged(
+            "manifest-v2-packs-count.bin",
+            with(INDEX_PACKS_AT, &[0xff; 4]),
+            "check the index directory: packs is 4294967295, the limit is",
+        ),
+        damaged(
+            "manifest-v2-pack-name.bin",
+            with(INDEX_PACKS_AT + 7, b"/"),
+            "entry 0 of the pack table has an unusable name",
+        ),
+        damaged(
+            "manifest-v2-blocks-count.bin",
+            with(INDEX_BLOCKS_AT, &[0xff; 4]),
+            "check the index directory: blocks is 4294967295, the limit is",
+        ),
+        damaged(
+            "manifest-v2-block-space.bin",
+            with(INDEX_BLOCKS_AT + 5, &[9]),
+            "entry 1 of the block table: its space is not in the list",
+        ),
+        damaged(
+            "manifest-v2-directory-more.bin",
+            file_of(&resealed(|raw| raw.push(0), |_| ())),
+            "bytes behind the last column is 1",
+        ),
+        damaged(
+            "manifest-v2-directory-short.bin",
+            file_of(&resealed(|raw| raw.truncate(raw.len() - 1), |_| ())),
+            "parse the index directory: it ends before",
+        ),
+    ]
+}
+
+/// Of version 2: the first block, behind right checksums. It has a page of data, a zero page, and
+/// the zeros that its space grew by; its fields are counted from the end.
+fn damaged_index_blocks() -> Vec<Damaged> {
+    let from_end = |back: usize, value: u8| {
+        file_of(&resealed(
+            |_| (),
+            |raw| {
+                let at = raw.len() - back;
+                raw[at] = value;
+            },
+        ))
+    };
+    let with = |change: fn(&mut Vec<u8>)| file_of(&resealed(|_| (), change));
+    vec![
+        damaged(
+            "manifest-v2-frames-count.bin",
+            with(|raw| raw[..4].fill(0xff)),
+            "check the index block 0: frames is 4294967295, the limit is 4096",
+        ),
+        damaged(
+            "manifest-v2-runs-count.bin",
+            with(|raw| raw[4..8].fill(0xff)),
+            "check the index block 0: runs is 4294967295, the limit is 16384",
+        ),
+        damaged(
+            "manifest-v2-frame-pack.bin",
+            with(|raw| raw[8] = 1),
+            "its pack is not in the list",
+        ),
+        damaged(
+            "manifest-v2-frame-codec.bin",
+            from_end(32, 7),
+            "entry 0 of the frame table: unknown codec",
+        ),
+        damaged(
+            "manifest-v2-frame-unused.bin",
+            from_end(5, 1),
+            "entry 0 of the frame table: no run is in it",
+        ),
+        damaged(
+            "manifest-v2-run-kind.bin",
+            from_end(4, 9),
+            "entry 1 of the run table: unknown kind of run",
+        ),
+        damaged(
+            "manifest-v2-run-frame.bin",
+            from_end(2, 5),
+            "entry 0 of the run table: it has no frame",
+        ),
+        damaged(
+            "manifest-v2-run-slot.bin",
+            from_end(1, 1),
+            "entry 0 of the run table: it reaches beyond its frame",
+        ),
+        damaged(
+            "manifest-v2-run-far.bin",
+            from_end(14, 100),
+            "entry 2 of the run table: it reaches beyond its block",
+        ),
+        damaged(
+            "manifest-v2-run-first.bin",
+            with(|raw| {
+                let at = raw.len() - 15;
+                raw[at] = 1;
+                raw[at + 1] -= 1;
+            }),
+            "entry 3 of the run table: the runs don't fill the block",
+        ),
+        damaged(
+            "manifest-v2-block-more.bin",
+            with(|raw| raw.push(0)),
+            "check the index block 0: bytes behind the last column is 1",
+        ),
+        damaged(
+            "manifest-v2-block-short.bin",
+            with(|raw| raw.truncate(raw.len() - 1)),
+            "parse the index block 0: it ends before",
+        ),
+    ]
+}
+
+fn damaged_files_2() -> Vec<Damaged> {
+    [damaged_manifests_2(), damaged_directories(), damaged_index_blocks()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 fn damaged_layers() -> Vec<Damaged> {
@@ -337,7 +545,13 @@ fn damaged_blocks() -> Vec<Damaged> {
 }
 
 fn all_files() -> Vec<(&'static str, Vec<u8>)> {
-    let damaged = [damaged_packs(), damaged_manifests(), damaged_layers(), damaged_blocks()];
+    let damaged = [
+        damaged_packs(),
+        damaged_manifests(),
+        damaged_files_2(),
+        damaged_layers(),
+        damaged_blocks(),
+    ];
     let damaged = damaged.into_iter().flatten().map(|d| (d.file, d.bytes));
     sound().into_iter().chain(damaged).collect()
 }
@@ -348,12 +562,12 @@ fn chain(error: &dyn std::error::Error) -> String {
     links.map(|error| error.to_string()).collect::<Vec<_>>().join(": ")
 }
 
-fn assert_refused<T: std::fmt::Debug, E: std::error::Error + 'static>(
+fn assert_refused<T: std::fmt::Debug, E: Into<Box<dyn std::error::Error>>>(
     damaged: &Damaged,
     parse: impl Fn(&[u8]) -> Result<T, E>,
 ) {
-    let error = parse(&read(damaged.file)).expect_err(damaged.file);
-    let text = chain(&error);
+    let error = parse(&read(damaged.file)).err().map(Into::into).expect(damaged.file);
+    let text = chain(&*error);
     assert!(text.contains(damaged.error), "{}: {text:?}", damaged.file);
 }
 
@@ -386,6 +600,38 @@ fn the_sound_pack_holds_what_was_written() {
 #[test]
 fn the_sound_manifest_says_what_was_written() {
     assert_eq!(Manifest::parse(&read(MANIFEST)).expect("sound"), sample_manifest());
+}
+
+#[test]
+fn the_sound_index_says_what_was_written() {
+    let file = read(MANIFEST_2);
+    assert_eq!(Manifest::parse(&file).expect("sound"), sample_manifest_2());
+    let frames: Vec<u64> = sample_index().frames().iter().map(|frame| frame.offset.0).collect();
+    let at = |run: &PlacedRun| (run.pages.start.0, run.pages.end.0);
+    let places: Vec<_> = read_file_2(&file)
+        .expect("sound")
+        .iter()
+        .map(|run| match run.content {
+            Placed::Unknown => (at(run), "unknown", 0, 0),
+            Placed::Zero => (at(run), "zero", 0, 0),
+            Placed::Data { frame, first_slot, .. } => {
+                (at(run), "data", frame.offset.0, first_slot.0)
+            }
+        })
+        .collect();
+    assert_eq!(
+        places,
+        [
+            ((7, 8), "data", frames[1], 0),
+            ((100, 101), "zero", 0, 0),
+            ((200_000, 262_144), "zero", 0, 0),
+            ((0, 1), "data", frames[0], 0),
+            ((1, 2), "data", frames[2], 0),
+            ((5, 6), "data", frames[0], 2),
+            ((6, 16), "zero", 0, 0),
+            ((0, 4), "unknown", 0, 0),
+        ]
+    );
 }
 
 #[test]
@@ -427,6 +673,13 @@ fn damaged_manifests_are_refused() {
 }
 
 #[test]
+fn damaged_indexes_are_refused() {
+    for damaged in damaged_files_2() {
+        assert_refused(&damaged, read_file_2);
+    }
+}
+
+#[test]
 fn damaged_layers_are_refused() {
     for damaged in damaged_layers() {
         assert_refused(&damaged, LayerManifest::parse);
@@ -447,6 +700,10 @@ fn damages_have_distinct_messages() {
         damaged_manifests()
             .iter()
             .map(|d| chain(&Manifest::parse(&d.bytes).expect_err(d.file)))
+            .collect(),
+        damaged_files_2()
+            .iter()
+            .map(|d| chain(&*read_file_2(&d.bytes).expect_err(d.file)))
             .collect(),
         damaged_layers()
             .iter()

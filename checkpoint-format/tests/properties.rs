@@ -5,6 +5,7 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 
 use checkpoint_format::*;
+use common::index::{file_of, read_file_2, resealed, sample_file_2};
 use common::*;
 use proptest::prelude::*;
 
@@ -276,6 +277,7 @@ fn parse_everything(bytes: &[u8]) {
         let again = manifest.encode().expect("what was read can be written");
         assert_eq!(Manifest::parse(&again).expect("and read"), manifest);
     }
+    let _ = read_file_2(bytes);
     let (layer, _) = sample_layer();
     let _ = layer.parse_table(bytes);
     if let Ok(layer) = LayerManifest::parse(bytes) {
@@ -295,6 +297,7 @@ proptest! {
         let files = [
             bytes(&sample_pack(PackId([5; 16]))),
             sample_manifest().encode().expect("sound"),
+            sample_file_2(),
             layer.encode().expect("sound"),
             blocks,
         ];
@@ -324,6 +327,18 @@ proptest! {
             prop_assert!(map.frame_reads().iter().all(|read| index.frame(read.frame).is_some()));
             let mut table = DigestTable::dense(PageCount(1000));
             table.apply_pack(&name("ram:pc.ram"), &index);
+        }
+    }
+
+    /// The directory or a block of an index behind right checksums.
+    #[test]
+    fn changed_segments_never_panic(changes in changes(), in_block in any::<bool>()) {
+        let change = |raw: &mut Vec<u8>| mutate(raw, &changes);
+        let segment = if in_block { resealed(|_| (), change) } else { resealed(change, |_| ()) };
+        let _ = read_file_2(&file_of(&segment));
+        if let Ok(segment) = Segment::new(&segment.bytes, &segment.info) {
+            let spaces = [(name("disk:root"), PageCount(262_144)), (name("ram:pc.ram"), PageCount(9))];
+            let _ = merge_segments(&[segment.clone(), segment], &spaces, false);
         }
     }
 

@@ -8,6 +8,7 @@ use std::marker::PhantomData;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, SeqAccess, Visitor};
 
+use super::index::MAX_SEGMENTS;
 use super::validate::{
     MAX_ARGUMENTS, MAX_BACKING_DEPTH, MAX_BOOT_FILES, MAX_DISKS, MAX_PACKS, MAX_RAM_BLOCKS,
     MAX_SPACES,
@@ -58,4 +59,5 @@ lists! {
     arguments_list MAX_ARGUMENTS;
     boot_file_list MAX_BOOT_FILES;
     backing_list MAX_BACKING_DEPTH;
+    segment_list MAX_SEGMENTS;
 }

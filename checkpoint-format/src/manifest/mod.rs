@@ -3,6 +3,7 @@
 //! Written last, so its presence under the committed name means that all it speaks of is there. Its
 //! body is JSON, for an operator's eyes and tools; all bulk is in the packs.
 
+mod index;
 mod list;
 mod record;
 mod validate;
@@ -11,7 +12,9 @@ use thiserror::Error;
 
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::pack::PackError;
+use crate::units::ByteLen;
 
+pub use index::{IndexRecord, MAX_SEGMENTS, SegmentRecord};
 pub(crate) use list::{at_most, pack_list};
 pub use record::{
     CheckpointKind, DiskRecord, LayerRef, Manifest, PackRecord, Qcow2Record, RamBlockRecord,
@@ -23,8 +26,8 @@ pub use validate::{
     MAX_SPACES, MAX_STATE_LEN, MAX_TEXT,
 };
 
-/// The version that this program writes and reads.
-pub const MANIFEST_VERSION: u32 = 1;
+/// The newest version that this program reads: the one with an index. It reads version 1, too.
+pub const MANIFEST_VERSION: u32 = 2;
 /// Longest body of a manifest.
 pub const MAX_MANIFEST_BODY: usize = 64 << 20;
 
@@ -33,6 +36,9 @@ const ENVELOPE: Envelope = Envelope {
     version: MANIFEST_VERSION,
     max_body: MAX_MANIFEST_BODY,
 };
+
+/// Of a manifest without an index.
+const ENVELOPE_1: Envelope = Envelope { version: 1, ..ENVELOPE };
 
 /// A manifest that can't be read, or must not be written. The caller adds the file's name.
 #[derive(Debug, Error)]
@@ -60,8 +66,9 @@ impl ManifestError {
 }
 
 impl Manifest {
-    /// The bytes of the file. Refuses what [`parse`](Self::parse) would refuse: better no
-    /// checkpoint than one that is found unreadable when it is needed.
+    /// The bytes of the file; with an index, those in front of the checkpoint's own segment.
+    /// Refuses what [`parse`](Self::parse) would refuse: better no checkpoint than one that is
+    /// found unreadable when it is needed.
     ///
     /// # Errors
     /// When a field is beyond its limit or contradicts another.
@@ -69,19 +76,40 @@ impl Manifest {
         self.validate()?;
         let mut body = serde_json::to_vec_pretty(self).map_err(json_error)?;
         body.push(b'\n');
-        Ok(ENVELOPE.wrap(&body)?)
+        let envelope = if self.index.is_some() { ENVELOPE } else { ENVELOPE_1 };
+        Ok(envelope.wrap(&body)?)
     }
 
-    /// Verifies the file's digest, reads it, and checks that its parts fit one another.
+    /// Verifies the body's digest, reads it, and checks that its parts fit one another. What stands
+    /// behind the body of a version with an index is not looked at, and need not be there.
     ///
     /// # Errors
     /// When the bytes are damaged, of another version, or a field is beyond its limit or
     /// contradicts another.
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
-        let body = ENVELOPE.unwrap(bytes)?;
-        let manifest: Self = serde_json::from_slice(body).map_err(json_error)?;
+        let is_first = ENVELOPE.is_version(1, bytes);
+        let body = if is_first { ENVELOPE_1.unwrap(bytes) } else { ENVELOPE.unwrap_front(bytes) };
+        let mut manifest: Self = serde_json::from_slice(body?).map_err(json_error)?;
+        if is_first {
+            manifest.index = None;
+        } else {
+            let has_index = manifest.index.is_some();
+            validate::MANIFEST.that(has_index, "index", "missing though the version has one")?;
+        }
         manifest.validate()?;
         Ok(manifest)
+    }
+
+    /// Bytes of header line and body, from the first bytes of the file: those that
+    /// [`parse`](Self::parse) needs. [`MAX_HEADER_LINE`](crate::MAX_HEADER_LINE) bytes are always
+    /// enough to tell.
+    ///
+    /// # Errors
+    /// When the header line is damaged, of another version, or the body is too long.
+    pub fn head_len(start: &[u8]) -> Result<ByteLen, ManifestError> {
+        let is_first = ENVELOPE.is_version(1, start);
+        let envelope = if is_first { ENVELOPE_1 } else { ENVELOPE };
+        Ok(ByteLen(envelope.front_len(start)?))
     }
 }
 

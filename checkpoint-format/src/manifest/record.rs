@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::index::IndexRecord;
 use super::list::{
     arguments_list, backing_list, boot_file_list, disk_list, pack_list, ram_block_list, space_list,
 };
@@ -13,8 +14,8 @@ use crate::units::{ByteLen, CheckpointId, Epoch, PageCount};
 
 /// One checkpoint.
 ///
-/// Fields are only ever added, with a default, and only such as a reader may ignore: a reader of
-/// version 1 skips what it doesn't know. Whatever changes how a checkpoint must be restored takes a
+/// Fields are only ever added, with a default, and only such as a reader may ignore: a reader skips
+/// what it doesn't know. Whatever changes how a checkpoint must be restored takes a
 /// new version.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -54,6 +55,9 @@ pub struct Manifest {
     /// In the order of their numbers; of two records of a page the later pack's counts.
     #[serde(deserialize_with = "pack_list")]
     pub packs: Vec<PackRecord>,
+    /// Where the index of the lineage is. None in a file of version 1, which has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<IndexRecord>,
     /// Sums over the whole checkpoint.
     pub totals: Totals,
 }

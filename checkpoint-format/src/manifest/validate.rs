@@ -103,7 +103,9 @@ impl Manifest {
         self.check_spaces()?;
         self.check_ram_blocks()?;
         self.check_disks()?;
-        check_packs(MANIFEST, &self.packs)
+        check_packs(MANIFEST, &self.packs)?;
+        let index = self.index.as_ref();
+        index.map_or(Ok(()), |index| index.validate(self.id, self.parent))
     }
 
     fn check_descent(&self) -> Result<(), ManifestError> {

@@ -25,14 +25,14 @@ pub enum Codec {
 }
 
 impl Codec {
-    pub(super) const fn to_wire(self) -> u8 {
+    pub(crate) const fn to_wire(self) -> u8 {
         match self {
             Self::None => 0,
             Self::Zstd => 1,
         }
     }
 
-    pub(super) const fn from_wire(value: u8) -> Option<Self> {
+    pub(crate) const fn from_wire(value: u8) -> Option<Self> {
         match value {
             0 => Some(Self::None),
             1 => Some(Self::Zstd),

@@ -69,7 +69,7 @@ impl PackIndex {
         Self::resolve(Trailer::parse(&raw, footer.trailer_offset)?)
     }
 
-    fn resolve(trailer: Trailer) -> Result<Self, PackError> {
+    pub(super) fn resolve(trailer: Trailer) -> Result<Self, PackError> {
         let runs = Resolver::new(&trailer.frames).resolve(&trailer.runs)?;
         let first_digest = first_pages(&trailer.frames);
         let pages: u64 = trailer.frames.iter().map(|f| u64::from(f.pages)).sum();

@@ -28,6 +28,7 @@ pub(crate) mod testing;
 mod trailer;
 
 pub(crate) use codec::{compress_whole, decompress_whole};
+pub(crate) use trailer::check_frame;
 
 pub use builder::{FinishedPack, PackBuilder};
 pub use codec::{Codec, ZSTD_LEVEL};

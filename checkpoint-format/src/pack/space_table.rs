@@ -8,7 +8,7 @@ use crate::names::SpaceName;
 
 /// A space by its place in the [`SpaceTable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SpaceId(pub(super) u16);
+pub struct SpaceId(pub(crate) u16);
 
 /// Gives the spaces of a checkpoint their numbers, once, before anything is encoded.
 ///

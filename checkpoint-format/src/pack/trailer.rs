@@ -221,7 +221,7 @@ fn parse_frame(
     Ok(frame)
 }
 
-fn check_frame(frame: &FrameEntry) -> Result<(), &'static str> {
+pub(crate) fn check_frame(frame: &FrameEntry) -> Result<(), &'static str> {
     let stored_len = frame.stored_len as usize;
     if !(1..=FRAME_PAGES).contains(&usize::from(frame.pages)) {
         return Err("it has no pages or more than a frame can");

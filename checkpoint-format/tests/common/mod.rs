@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub(crate) mod index;
+
 use std::collections::BTreeMap;
 
 use checkpoint_format::*;
@@ -141,6 +143,7 @@ pub(crate) fn sample_manifest() -> Manifest {
         }],
         disks: sample_disks(),
         packs: vec![sample_pack_record()],
+        index: None,
         totals: Totals {
             pages_dirty: PageCount(20),
             bytes_changed: ByteLen(81920),

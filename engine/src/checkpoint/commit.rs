@@ -244,6 +244,7 @@ impl Uploaded {
                 .map(|disk| disk_record(site.layers, drives, disk))
                 .collect::<Result<_>>()?,
             packs,
+            index: None,
             totals,
         })
     }

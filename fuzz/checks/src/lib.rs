@@ -7,6 +7,7 @@
 
 pub mod command_line;
 pub mod control_socket;
+pub mod index_segment;
 pub mod layer_table;
 pub mod manifest;
 pub mod nbd;
@@ -23,6 +24,7 @@ pub type Check = fn(&[u8]) -> bool;
 pub const TARGETS: &[(&str, Check)] = &[
     ("command_line", command_line::check),
     ("control_socket", control_socket::check),
+    ("index_segment", index_segment::check),
     ("layer_table", layer_table::check),
     ("manifest", manifest::check),
     ("nbd", nbd::check),
