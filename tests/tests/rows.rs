@@ -192,7 +192,7 @@ const CHECKPOINT: &[Row] = &[
         "the answer to the rename is lost",
         &[
             "scripted::commit::rename_whose_answer_is_lost_is_looked_up",
-            "scripted::commit::commit_that_cannot_be_determined_is_not_durable_and_is_looked_up_again",
+            "scripted::commit::commit_that_cannot_be_determined_is_looked_up_again",
         ],
     ),
     (
@@ -220,101 +220,217 @@ const CHECKPOINT: &[Row] = &[
 
 /// Without phases.
 const RESTORE: &[Row] = &[
-    ("", "damaged or missing pack", &["vms::damage::damage_is_found_and_named"]),
+    (
+        "",
+        "damaged or missing pack",
+        &[
+            "scripted::restore::damaged_or_missing_file_is_named_and_nothing_runs",
+            "vms::damage::damage_is_found_and_named",
+        ],
+    ),
     (
         "",
         "QEMU lacks the machine type",
-        &["engine::restore::program::test::older_qemu_is_found_by_major_and_minor_version"],
+        &[
+            "scripted::restore::machine_type_that_qemu_lacks_is_refused_before_anything_is_made",
+            "engine::restore::program::test::older_qemu_is_found_by_major_and_minor_version",
+        ],
     ),
-    ("", "disks exist", &["engine::restore::undo::test::restore_touches_nothing_that_exists"]),
+    (
+        "",
+        "disks exist",
+        &[
+            "scripted::restore::disk_that_exists_is_not_overwritten",
+            "engine::restore::undo::test::restore_touches_nothing_that_exists",
+        ],
+    ),
     (
         "",
         "device state refused",
-        &["vms::changes::a_restore_ends_soon_when_qemu_does_and_quotes_it"],
+        &[
+            "scripted::restore::state_that_qemu_refuses_is_qemus_own_error",
+            "vms::changes::a_restore_ends_soon_when_qemu_does_and_quotes_it",
+        ],
     ),
     (
         "",
         "a port, display or tap",
-        &["vms::copies::copy_tap_in_use_is_named_with_a_map_that_helps"],
+        &[
+            "scripted::restore::port_in_use_is_refused_with_the_map_that_helps",
+            "vms::copies::copy_tap_in_use_is_named_with_a_map_that_helps",
+        ],
     ),
     (
         "",
         "another checkpoint was committed",
-        &["vms::copies::failed_restore_leaves_everything_as_it_was"],
+        &[
+            "scripted::restore::checkpoint_that_was_committed_meanwhile_undoes_the_restore",
+            "vms::copies::failed_restore_leaves_everything_as_it_was",
+        ],
     ),
-    ("", "SIGINT, SIGTERM", &["vms::copies::failed_restore_leaves_everything_as_it_was"]),
-    ("", "the command killed before", &["vms::copies::failed_restore_leaves_everything_as_it_was"]),
-    ("", "that process killed before", &["vms::copies::killed_restore_can_be_repeated"]),
+    (
+        "",
+        "SIGINT, SIGTERM",
+        &[
+            "scripted::restore::interrupted_restore_undoes_everything",
+            "vms::copies::failed_restore_leaves_everything_as_it_was",
+        ],
+    ),
+    (
+        "",
+        "the command killed before",
+        &[
+            "scripted::restore::command_killed_before_cont_leaves_nothing",
+            "vms::copies::failed_restore_leaves_everything_as_it_was",
+        ],
+    ),
+    (
+        "",
+        "that process killed before",
+        &[
+            "scripted::restore::process_killed_before_cont_is_undone_by_the_same_command",
+            "vms::copies::killed_restore_can_be_repeated",
+        ],
+    ),
     (
         "",
         "the command killed after",
-        &["vms::copies::command_killed_once_the_guest_runs_leaves_it_a_helper"],
+        &[
+            "scripted::restore::command_killed_after_cont_leaves_a_vm_with_its_helper",
+            "vms::copies::command_killed_once_the_guest_runs_leaves_it_a_helper",
+        ],
     ),
-    ("", "that process killed after", &["vms::copies::killed_restore_can_be_repeated"]),
+    (
+        "",
+        "that process killed after",
+        &[
+            "scripted::restore::process_killed_after_cont_leaves_a_vm_to_attach_to",
+            "vms::copies::killed_restore_can_be_repeated",
+        ],
+    ),
 ];
 
 const ADOPTION: &[Row] = &[
     (
         "plan",
         "anything that cannot be moved",
-        &["vms::attach::an_engine_that_cannot_be_had_is_refused_at_once"],
+        &[
+            "scripted::adoption::vm_that_cannot_be_moved_is_refused_and_nothing_is_done",
+            "vms::attach::an_engine_that_cannot_be_had_is_refused_at_once",
+        ],
     ),
     (
         "start",
         "the new QEMU does not come up",
-        &["vms::adopt::a_destination_that_dies_leaves_the_source_running"],
+        &[
+            "scripted::adoption::new_qemu_that_does_not_come_up_or_is_another_vm_is_ended",
+            "vms::adopt::a_destination_that_dies_leaves_the_source_running",
+        ],
     ),
-    ("moving", "new QEMU ends", &["vms::adopt::a_destination_that_dies_leaves_the_source_running"]),
+    (
+        "moving",
+        "new QEMU ends",
+        &[
+            "scripted::adoption::new_qemu_that_ends_or_refuses_the_state_undoes_the_move",
+            "vms::adopt::a_destination_that_dies_leaves_the_source_running",
+        ],
+    ),
     (
         "moving",
         "the guest writes too fast",
         &[
-            "qmp_bridge::migration::local::test::a_move_under_way_is_cancelled_and_the_guest_awaited",
+            "scripted::adoption::guest_that_writes_too_fast_stays_where_it_is",
+            "migration::local::test::a_move_under_way_is_cancelled_and_the_guest_awaited",
         ],
     ),
-    ("moving", "old QEMU ends", &["vms::adopt::a_source_that_dies_leaves_one_vm_or_none"]),
+    (
+        "moving",
+        "old QEMU ends",
+        &[
+            "scripted::adoption::old_qemu_that_ends_while_it_moves_is_the_vms_end",
+            "vms::adopt::a_source_that_dies_leaves_one_vm_or_none",
+        ],
+    ),
     (
         "any before `decided`",
         "helper killed",
-        &["vms::adopt::one_vm_continues_wherever_the_helper_dies"],
+        &[
+            "scripted::adoption::helper_killed_before_the_decision_is_undone_by_the_next",
+            "vms::adopt::one_vm_continues_wherever_the_helper_dies",
+        ],
     ),
     (
         "switched, completed",
         "new QEMU killed",
-        &["vms::adopt::a_destination_that_dies_leaves_the_source_running"],
+        &[
+            "scripted::adoption::new_qemu_killed_before_its_guest_runs_undoes_the_move",
+            "vms::adopt::a_destination_that_dies_leaves_the_source_running",
+        ],
     ),
     (
         "decided, resuming",
         "new QEMU killed before",
-        &["vms::adopt::a_destination_that_dies_leaves_the_source_running"],
+        &[
+            "scripted::adoption::new_qemu_killed_before_its_cont_undoes_the_move",
+            "vms::adopt::a_destination_that_dies_leaves_the_source_running",
+        ],
     ),
     (
         "resuming",
         "new QEMU killed after",
-        &["vms::adopt::a_destination_that_dies_leaves_the_source_running"],
+        &[
+            "scripted::adoption::new_qemu_killed_after_it_wrote_a_disk_is_the_vms_end",
+            "vms::adopt::a_destination_that_dies_leaves_the_source_running",
+        ],
     ),
     (
         "resuming",
         "`cont` refused",
-        &["qmp_bridge::migration::local::test::cont_resumes_the_source_of_a_completed_move"],
+        &[
+            "scripted::adoption::cont_that_the_new_qemu_refuses_undoes_the_move",
+            "qmp_bridge::migration::local::test::cont_resumes_the_source_of_a_completed_move",
+        ],
     ),
     (
         "decided, resuming",
         "helper killed",
-        &["vms::adopt::one_vm_continues_wherever_the_helper_dies"],
+        &[
+            "scripted::adoption::helper_killed_after_the_decision_is_finished_by_the_next",
+            "vms::adopt::one_vm_continues_wherever_the_helper_dies",
+        ],
     ),
     (
         "from `decided`",
         "old QEMU killed",
-        &["vms::adopt::a_source_that_dies_leaves_one_vm_or_none"],
+        &[
+            "scripted::adoption::old_qemu_killed_after_the_decision_costs_nothing",
+            "vms::adopt::a_source_that_dies_leaves_one_vm_or_none",
+        ],
     ),
     (
         "running, finishing",
         "helper killed",
-        &["vms::adopt::one_vm_continues_wherever_the_helper_dies"],
+        &[
+            "scripted::adoption::helper_killed_after_the_decision_is_finished_by_the_next",
+            "vms::adopt::one_vm_continues_wherever_the_helper_dies",
+        ],
     ),
-    ("running", "new QEMU killed", &["vms::window::window_in_which_qemu_is_killed_names_that"]),
-    ("finishing", "a socket or port", &["vms::adopt::one_vm_continues_wherever_the_helper_dies"]),
+    (
+        "running",
+        "new QEMU killed",
+        &[
+            "scripted::adoption::new_qemu_killed_once_it_is_the_vm_is_the_vms_end",
+            "vms::window::window_in_which_qemu_is_killed_names_that",
+        ],
+    ),
+    (
+        "finishing",
+        "a socket or port",
+        &[
+            "scripted::adoption::socket_that_cannot_be_taken_over_is_noted",
+            "vms::adopt::one_vm_continues_wherever_the_helper_dies",
+        ],
+    ),
 ];
 
 /// Each row has its tests, and each entry its row.
@@ -353,7 +469,13 @@ fn rows_of_the_protocol_have_tests() {
     let tables =
         [("Phase x fault -> outcome", CHECKPOINT), ("Restore", RESTORE), ("Adoption", ADOPTION)];
     let wrong = tables.iter().flat_map(|(heading, rows)| wrong_with(heading, rows, tests));
-    let wrong: Vec<String> = wrong.collect();
+    let mut wrong: Vec<String> = wrong.collect();
+    for (phase, fault, names) in RESTORE.iter().chain(ADOPTION) {
+        let quick = names.iter().filter(is_quick).count();
+        if quick == 0 || quick == names.len() {
+            wrong.push(format!("({phase}, {fault}) needs a scripted test and a real one"));
+        }
+    }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     let quick = CHECKPOINT.iter().flat_map(|(.., names)| *names).filter(is_quick);
     assert!(quick.count() > 40);

@@ -18,7 +18,7 @@ async fn rename_whose_answer_is_lost_is_looked_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn commit_that_cannot_be_determined_is_not_durable_and_is_looked_up_again() {
+async fn commit_that_cannot_be_determined_is_looked_up_again() {
     for by in BOTH {
         let (mut scene, mut helper) = Scene::begun().await;
         scene.guest_works();

@@ -92,25 +92,36 @@ pub(crate) fn noise(bytes: usize) -> Vec<u8> {
     (0..bytes / 8).flat_map(|_| next()).collect()
 }
 
+/// Of this scene alone: an instance is looked for among all processes of the host.
+fn instance(directory: &std::path::Path) -> String {
+    let name = directory.file_name().unwrap().to_str().unwrap();
+    format!("scripted{}", name.trim_start_matches("sp-").to_lowercase())
+}
+
 impl Scene {
     pub(crate) fn new() -> Self {
         Self::with(Version::V10_0, DISK_BYTES)
     }
 
     pub(crate) fn with(version: Version, disk_bytes: usize) -> Self {
-        Self::build(version, disk_bytes, None)
+        Self::build(version, Some(disk_bytes), None)
     }
 
     /// With a read-only disk `cd` beside the other: a layer.
     pub(crate) fn with_layer(content: Vec<u8>) -> Self {
-        Self::build(Version::V10_0, DISK_BYTES, Some(content))
+        Self::build(Version::V10_0, Some(DISK_BYTES), Some(content))
     }
 
-    fn build(version: Version, disk_bytes: usize, layer: Option<Vec<u8>>) -> Self {
+    /// With that disk alone.
+    pub(crate) fn read_only(content: Vec<u8>) -> Self {
+        Self::build(Version::V10_0, None, Some(content))
+    }
+
+    fn build(version: Version, disk_bytes: Option<usize>, layer: Option<Vec<u8>>) -> Self {
         let directory = tempfile::Builder::new().prefix("sp-").tempdir().unwrap();
         let runtime = RuntimeDir::new(Some(&directory.path().join("run")), &name()).unwrap();
         runtime.create().unwrap();
-        let disks = [(DISK, Some(noise(disk_bytes)), false), ("cd", layer, true)];
+        let disks = [(DISK, disk_bytes.map(noise), false), ("cd", layer, true)];
         let disks = disks.into_iter().filter_map(|(name, content, read_only)| {
             Some((name, directory.path().join(format!("{name}.img")), content?, read_only))
         });
@@ -144,7 +155,7 @@ impl Scene {
             format: VmFile::FORMAT,
             name: name(),
             store: format!("file://{}/store", directory.path().display()),
-            instance: "scripted".into(),
+            instance: instance(directory.path()),
             qemu: "/usr/bin/qemu-system-x86_64".into(),
             pid: Some(body.pid()),
             qemu_version: "10.0.2".into(),
@@ -313,6 +324,11 @@ impl Scene {
 }
 
 impl Helper {
+    /// Beside a VM that was restored or adopted, whose store is not the scene's.
+    pub(crate) fn of(checkpointer: Checkpointer, scene: &Scene) -> Self {
+        Self { checkpointer, store: FaultyStore::new(Arc::new(scene.store.clone())) }
+    }
+
     pub(crate) async fn take(&mut self, by: By) -> Result<Outcome, anyhow::Error> {
         self.take_with(by, false).await
     }

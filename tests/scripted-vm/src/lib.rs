@@ -109,6 +109,11 @@ impl ScriptedQemu {
         Self { shared: Arc::new(Mutex::new(State::new(version, ram))) }
     }
 
+    /// `quit` ends this process.
+    pub fn runs_in(&self, body: &Body) {
+        self.with(|state| state.process = Some(Arc::clone(body.process())));
+    }
+
     /// A monitor on one end of a socket pair; the other end is returned.
     pub fn monitor(&self) -> UnixStream {
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");

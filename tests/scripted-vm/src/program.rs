@@ -78,10 +78,8 @@ impl Program {
         let memory = File::options().read(true).write(true).open(memory).ok()?;
         let body = Body::of_program(pid, (input, lines), memory, pages as usize)?;
         let qemu = ScriptedQemu::new(version, body.ram());
-        qemu.with(|state| {
-            state.run_state = "inmigrate".into();
-            state.process = Some(Arc::clone(body.process()));
-        });
+        qemu.runs_in(&body);
+        qemu.with(|state| state.run_state = "inmigrate".into());
         prepare(&qemu, &words);
         qemu.with(|state| state.blocks.is_active = false);
         words.iter().filter_map(|word| socket(word)).for_each(|path| {
@@ -89,6 +87,14 @@ impl Program {
         });
         end_with(Arc::clone(body.process()), qemu.clone());
         Some(Started { words, qemu, body })
+    }
+}
+
+impl Started {
+    /// Its process is killed: when this returns, no client of its is served.
+    pub fn kill(&mut self) {
+        self.body.kill();
+        self.qemu.end();
     }
 }
 

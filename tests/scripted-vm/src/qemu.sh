@@ -5,10 +5,12 @@
 # has made (src/program.rs): three directories above the plugin's socket, in `qemu/`.
 case " $* " in
 *" -machine none "*)
-  echo '{"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": "scripted"}, "capabilities": []}}'
+  version='{"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": "scripted"}'
+  type='{"name": "pc-q35-10.0", "alias": "q35", "default-ram-id": "pc.ram", "is-default": true}'
+  echo '{"QMP": {"version": '"$version"', "capabilities": []}}'
   while read -r line; do
     case $line in
-    *query-machines*) echo '{"return": [{"name": "pc-q35-10.0", "alias": "q35", "default-ram-id": "pc.ram", "is-default": true}]}' ;;
+    *query-machines*) echo '{"return": ['"$type"']}' ;;
     *quit*) exit 0 ;;
     *) echo '{"return": {}}' ;;
     esac
@@ -37,4 +39,16 @@ if [ -e "$here/refusal" ]; then
   cat "$here/refusal" >&2
   exit 1
 fi
+# Its disks are open in it.
+number=3
+for word; do
+  case $word in
+  *if=none*,file=*)
+    file=${word#*,file=} file=${file%%,*}
+    [ "$number" != "$ram" ] || number=$((number + 1))
+    eval "exec $number<\"\$file\""
+    number=$((number + 1))
+    ;;
+  esac
+done
 exec "$here/stand-in" "$plugin" "$socket" "$ram" $((bytes / 4096)) 16 "$@"
