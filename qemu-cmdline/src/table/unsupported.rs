@@ -123,7 +123,7 @@ const NO_ENGINE: &[Command] = &[Run, Attach, Checkpoint, Adopt];
 /// The same of what is on a command line alone.
 const LINE: &[Command] = &[Run, Attach, Adopt];
 
-const MACHINE: &[&str] = &["machine", "M"];
+const BOARD: &[&str] = &["machine", "M"];
 const NETWORK: &[&str] = &["netdev", "nic", "net"];
 
 const OWN_RAM: &str = "it gives the guest RAM of its own, which the tracker does not map";
@@ -217,8 +217,8 @@ pub const ROWS: &[Row] = &[
         LINE,
         &[
             Objects(&["sev-guest*", "sev-snp-guest*", "tdx-guest*"]),
-            Key(MACHINE, "confidential-guest-support", Any),
-            Key(MACHINE, "memory-encryption", Any),
+            Key(BOARD, "confidential-guest-support", Any),
+            Key(BOARD, "memory-encryption", Any),
         ],
         ENCRYPTED,
         "run the guest without it",
@@ -232,7 +232,7 @@ pub const ROWS: &[Row] = &[
     Row::new(LINE, &[Options(&["xen-attach"])], "Xen owns the guest's memory", "use KVM or TCG"),
     Row::new(
         &[Run],
-        &[Options(&["mem-path"]), Key(MACHINE, "memory-backend", Any)],
+        &[Options(&["mem-path"]), Key(BOARD, "memory-backend", Any)],
         OWN_RAM,
         LEAVE_MEMORY,
     ),
