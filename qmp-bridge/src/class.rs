@@ -10,6 +10,7 @@ use crate::images::ImageError;
 use crate::jobs::JobError;
 use crate::migration::MigrationError;
 use crate::nbd::NbdError;
+use crate::nbd::server::ExportError;
 use crate::nbd_server::ServerError;
 use crate::paused::PauseError;
 use crate::qmp::QmpError;
@@ -18,6 +19,7 @@ use crate::ramblock::RamBlockError;
 use crate::run_state::{NoGuest, RunStateError};
 use crate::stream::StreamError;
 use crate::stream_reader::StreamReadError;
+use crate::synthetic_qcow2::SyntheticError;
 
 classes! {
     QmpError: Refused(NoGreeting, NotQmp)
@@ -26,6 +28,8 @@ classes! {
     JobError: (Qmp) Failed(Failed, Stuck);
     ServerError: (Qmp) Refused(InUse) Failed(Socket);
     NbdError = Failed;
+    ExportError = Failed;
+    SyntheticError: Refused(TooLarge) Failed(LongBacking);
 
     DiskError: (Qmp) Refused(Unsupported, Inconsistent, Job);
     CaptureError: (Qmp, Nbd, Job, Server, OtherCheckpoint)

@@ -40,6 +40,7 @@
 #![warn(missing_docs, clippy::missing_errors_doc, clippy::missing_panics_doc)]
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
+pub mod arriving;
 pub mod capture;
 mod class;
 pub mod device_sections;
@@ -64,6 +65,7 @@ pub mod said;
 pub mod stream;
 mod stream_format;
 pub mod stream_reader;
+pub mod synthetic_qcow2;
 pub mod vm;
 
 pub use jobs::JobError;

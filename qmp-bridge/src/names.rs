@@ -8,6 +8,8 @@
 use std::fmt::Write;
 
 const PREFIX: &str = "sp-";
+/// Of what stays for as long as a disk's blocks arrive, and is not removed with the rest.
+const ARRIVING: &str = "sa-";
 /// Of 31 bytes that a node's name may have.
 const DIGEST_LETTERS: usize = 10;
 
@@ -30,6 +32,17 @@ impl ObjectNames {
     /// The name of the one object of this kind.
     pub(crate) fn name(&self, kind: &str) -> String {
         format!("{}{kind}", self.prefix)
+    }
+
+    /// The name of one of the nodes and jobs by which a disk's blocks arrive.
+    pub(crate) fn arriving(&self, kind: &str) -> String {
+        format!("{ARRIVING}{}{kind}", &self.prefix[PREFIX.len()..])
+    }
+
+    /// Whether [`Self::arriving`] made this name.
+    pub(crate) fn is_arriving(&self, name: &str) -> bool {
+        let rest = name.strip_prefix(ARRIVING);
+        rest.is_some_and(|rest| rest.starts_with(&self.prefix[PREFIX.len()..]))
     }
 
     /// Whether something with this name was made by a helper of this instance.
@@ -56,6 +69,9 @@ mod test {
         assert!(ours.owns(&name) && !theirs.owns(&name));
         assert_eq!(ours, ObjectNames::of("process-1-2-aa"));
         assert_eq!(name.len(), PREFIX.len() + DIGEST_LETTERS + "-paused".len());
+        let arriving = ours.arriving("node-12");
+        assert!(ours.is_arriving(&arriving) && !theirs.is_arriving(&arriving));
+        assert!(!ours.owns(&arriving) && !ours.is_arriving(&name) && arriving.len() <= 31);
         for other in ["sp-data", "stillpoint-tgt", "sp-", ""] {
             assert!(!ours.owns(other), "{other}");
         }

@@ -23,11 +23,13 @@ use qmp_bridge::host_finder::HostError;
 use qmp_bridge::images::ImageError;
 use qmp_bridge::migration::MigrationError;
 use qmp_bridge::nbd::NbdError;
+use qmp_bridge::nbd::server::ExportError;
 use qmp_bridge::qmp::line::LineError;
 use qmp_bridge::ramblock::RamBlockError;
 use qmp_bridge::run_state::{NoGuest, RunStateError};
 use qmp_bridge::stream::StreamError;
 use qmp_bridge::stream_reader::StreamReadError;
+use qmp_bridge::synthetic_qcow2::SyntheticError;
 use qmp_bridge::{JobError, PauseError, QmpError, ServerError};
 use serde::{Deserialize, Serialize};
 use std::error::Error as StdError;
@@ -272,7 +274,7 @@ class_of_cause! {
     DigestParseError, OtherCheckpoint,
     QmpError, LineError, JobError, ServerError, NbdError, DiskError, CaptureError, BadTag,
     ImageError, NoGuest, RunStateError, PauseError, RamBlockError, HostError, MigrationError,
-    StreamReadError, StreamError, DeviceStateError,
+    StreamReadError, StreamError, DeviceStateError, ExportError, SyntheticError,
 }
 
 /// The chain on one line, without a cause that its context already quotes.

@@ -11,6 +11,7 @@ pub mod index_segment;
 pub mod layer_table;
 pub mod manifest;
 pub mod nbd;
+pub mod nbd_server;
 pub mod pack;
 pub mod plugin_greeting;
 pub mod qmp;
@@ -28,6 +29,7 @@ pub const TARGETS: &[(&str, Check)] = &[
     ("layer_table", layer_table::check),
     ("manifest", manifest::check),
     ("nbd", nbd::check),
+    ("nbd_server", nbd_server::check),
     ("pack", pack::check),
     ("plugin_greeting", plugin_greeting::check),
     ("qmp", qmp::check),

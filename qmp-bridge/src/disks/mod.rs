@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::qmp::replies::BlockJobInfo;
 use crate::qmp::{Qmp, QmpError};
 use crate::quirks;
 use survey::Survey;
@@ -132,6 +133,8 @@ pub struct Disk {
     pub removable: bool,
     /// Of a qcow2 image.
     pub layout: Option<Qcow2Layout>,
+    /// Some of its own blocks are not in its image yet: see [`crate::arriving`].
+    pub arriving: bool,
 }
 
 impl Disk {
@@ -222,13 +225,15 @@ pub async fn list(qmp: &Qmp, qemu_cwd: Option<&Path>) -> Result<Disks, DiskError
 }
 
 /// A job that streams, commits or mirrors changes the chain below a disk, or the disk's node, at
-/// its end.
+/// its end. What arrives by a stream of ours is in [`Disk::arriving`].
 ///
 /// # Errors
 /// When a job of another client runs, or QEMU does not answer.
 pub async fn refuse_jobs(qmp: &Qmp) -> Result<(), DiskError> {
     let jobs = qmp.query_block_jobs().await?;
-    match jobs.into_iter().find(|job| !qmp.names().owns(&job.device)) {
+    let names = qmp.names();
+    let is_other = |job: &BlockJobInfo| !names.owns(&job.device) && !names.is_arriving(&job.device);
+    match jobs.into_iter().find(is_other) {
         None => Ok(()),
         Some(job) => Err(DiskError::Job { job: job.device, kind: job.r#type }),
     }

@@ -95,6 +95,7 @@ impl<'a> Survey<'a> {
             is_device: top.is_device,
             virtual_size: info.image.virtual_size,
             backing: self.chain(&device, &node)?,
+            arriving: self.arriving(&node).is_some(),
             removable: false,
             layout: layout(&info.image).filter(|_| top.format == ImageFormat::Qcow2),
             root: root.into(),
@@ -132,6 +133,11 @@ impl<'a> Survey<'a> {
         let mut layers: Vec<BackingImage> = Vec::new();
         let mut node = top.to_owned();
         while let Some(below) = self.graph.child(&node, "backing") {
+            if self.own.is_arriving(below) {
+                // What the disk itself has in the end.
+                below.clone_into(&mut node);
+                continue;
+            }
             if layers.len() == MAX_BACKING_DEPTH {
                 let why = format!(
                     "it has more than {MAX_BACKING_DEPTH} backing files; merge some with block-commit"
@@ -142,6 +148,11 @@ impl<'a> Survey<'a> {
             below.clone_into(&mut node);
         }
         Ok(layers)
+    }
+
+    /// The node that a disk's own blocks still come from.
+    fn arriving(&self, top: &str) -> Option<&str> {
+        self.graph.child(top, "backing").filter(|below| self.own.is_arriving(below))
     }
 
     fn node(&self, device: &str, node: &str) -> Result<&BlockDeviceInfo, DiskError> {

@@ -4,6 +4,8 @@
 //! It is how disk content travels both ways: captures are read from an export of the instant,
 //! restores are written through one. Over a unix socket, without TLS. Everything the peer sends is
 //! bounded before it is believed.
+//!
+//! [`server`] is the other side: read-only exports for QEMU to read from.
 
 mod chunks;
 mod client;
@@ -12,6 +14,7 @@ mod error;
 mod extents;
 mod handshake;
 mod ranges;
+pub mod server;
 mod wire;
 
 pub(crate) use client::answers;

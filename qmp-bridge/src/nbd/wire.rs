@@ -23,21 +23,32 @@ pub(super) const CHUNK_MAGIC: u32 = 0x668e_33ef;
 pub(super) const FLAG_FIXED_NEWSTYLE: u16 = 1;
 pub(super) const FLAG_NO_ZEROES: u16 = 2;
 
+pub(super) const OPT_EXPORT_NAME: u32 = 1;
 pub(super) const OPT_ABORT: u32 = 2;
+pub(super) const OPT_LIST: u32 = 3;
+pub(super) const OPT_INFO: u32 = 6;
 pub(super) const OPT_GO: u32 = 7;
 pub(super) const OPT_STRUCTURED_REPLY: u32 = 8;
+pub(super) const OPT_LIST_META_CONTEXT: u32 = 9;
 pub(super) const OPT_SET_META_CONTEXT: u32 = 10;
 pub(super) const REP_ACK: u32 = 1;
+pub(super) const REP_SERVER: u32 = 2;
 pub(super) const REP_INFO: u32 = 3;
 pub(super) const REP_META_CONTEXT: u32 = 4;
 pub(super) const REP_ERROR: u32 = 1 << 31;
+pub(super) const REP_ERR_UNSUPPORTED: u32 = REP_ERROR | 1;
+pub(super) const REP_ERR_INVALID: u32 = REP_ERROR | 3;
+pub(super) const REP_ERR_UNKNOWN: u32 = REP_ERROR | 6;
 pub(super) const INFO_EXPORT: u16 = 0;
 pub(super) const INFO_BLOCK_SIZE: u16 = 3;
 
+pub(super) const EXPORT_HAS_FLAGS: u16 = 1;
 pub(super) const EXPORT_READ_ONLY: u16 = 1 << 1;
 pub(super) const EXPORT_SEND_FLUSH: u16 = 1 << 2;
 pub(super) const EXPORT_SEND_TRIM: u16 = 1 << 5;
 pub(super) const EXPORT_SEND_WRITE_ZEROES: u16 = 1 << 6;
+pub(super) const EXPORT_SEND_DF: u16 = 1 << 7;
+pub(super) const EXPORT_CAN_MULTI_CONN: u16 = 1 << 8;
 
 pub(super) const CMD_READ: u16 = 0;
 pub(super) const CMD_WRITE: u16 = 1;
@@ -47,6 +58,15 @@ pub(super) const CMD_TRIM: u16 = 4;
 pub(super) const CMD_WRITE_ZEROES: u16 = 6;
 pub(super) const CMD_BLOCK_STATUS: u16 = 7;
 pub(super) const CMD_FLAG_NO_HOLE: u16 = 1 << 1;
+/// Do not fragment: the data of a read in one chunk.
+pub(super) const CMD_FLAG_DF: u16 = 1 << 2;
+/// One extent is enough.
+pub(super) const CMD_FLAG_REQ_ONE: u16 = 1 << 3;
+
+pub(super) const EPERM: u32 = 1;
+pub(super) const EIO: u32 = 5;
+pub(super) const EINVAL: u32 = 22;
+pub(super) const EOVERFLOW: u32 = 75;
 
 pub(super) const CHUNK_DONE: u16 = 1;
 pub(super) const CHUNK_NONE: u16 = 0;
@@ -54,6 +74,7 @@ pub(super) const CHUNK_DATA: u16 = 1;
 pub(super) const CHUNK_HOLE: u16 = 2;
 pub(super) const CHUNK_STATUS: u16 = 5;
 pub(super) const CHUNK_ERROR_BIT: u16 = 1 << 15;
+pub(super) const CHUNK_ERROR: u16 = CHUNK_ERROR_BIT | 1;
 pub(super) const CHUNK_ERROR_OFFSET: u16 = CHUNK_ERROR_BIT | 2;
 
 /// Reads big-endian numbers from the front of a slice.

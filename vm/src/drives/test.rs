@@ -25,6 +25,7 @@ fn disk(node: &str, device: &str, file: &str) -> Disk {
         backing: Vec::new(),
         removable: false,
         layout: None,
+        arriving: false,
     }
 }
 

@@ -338,6 +338,7 @@ mod test {
             backing: Vec::new(),
             removable: false,
             layout: None,
+            arriving: false,
         }
     }
 

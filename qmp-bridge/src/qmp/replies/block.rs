@@ -66,6 +66,8 @@ pub struct ImageInfo {
     pub actual_size: Option<u64>,
     /// Bytes of a cluster; none of a format that has none.
     pub cluster_size: Option<u64>,
+    /// The backing file as the image's header names it; none where it names none.
+    pub backing_filename: Option<String>,
     /// What only this format has; none of some formats.
     pub format_specific: Option<FormatSpecific>,
 }
@@ -201,9 +203,16 @@ pub struct BlockExportInfo {
 
 /// A job on a block device.
 #[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct BlockJobInfo {
     /// The job's id.
     pub device: String,
     /// `mirror`, `commit` or another kind.
     pub r#type: String,
+    /// Where it is, in bytes of the disk for a stream.
+    pub offset: u64,
+    /// Where it ends.
+    pub len: u64,
+    /// `ok`, or the kind of the error that stopped it.
+    pub io_status: String,
 }

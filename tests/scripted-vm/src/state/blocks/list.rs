@@ -12,7 +12,12 @@ impl Blocks {
                 .jobs
                 .iter()
                 .filter(|job| job.kind == "backup")
-                .map(|job| json!({ "device": job.id, "type": job.kind, "status": job.status }))
+                .map(|job| {
+                    json!({
+                        "device": job.id, "type": job.kind, "status": job.status,
+                        "offset": 0, "len": 1, "io-status": "ok",
+                    })
+                })
                 .collect(),
             "query-jobs" => self
                 .jobs

@@ -1,0 +1,6 @@
+//! What an NBD client sends.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    fuzz_checks::nbd_server::check(data);
+});
