@@ -6,6 +6,7 @@
 
 mod chain;
 pub(crate) mod check;
+pub mod disk_export;
 pub(crate) mod disks;
 pub(crate) mod layers;
 pub(crate) mod line;

@@ -7,6 +7,7 @@
 mod adoption;
 mod between;
 mod commit;
+mod disk_export;
 mod kills;
 mod on_demand;
 mod pause;

@@ -12,14 +12,14 @@ use vm::error::{Class, class_of};
 
 use super::scene::{By, DISK, PAGE, Scene, name, open};
 
-const LARGE: ByteLen = ByteLen(64 << 20);
+pub(super) const LARGE: ByteLen = ByteLen(64 << 20);
 
 fn range(start: u64, end: u64) -> PageRange {
     PageRange::new(PageIndex(start), PageIndex(end))
 }
 
 /// Two checkpoints of a scripted VM, and a reader of the newer one with a store that can fail.
-async fn reader(budget: ByteLen) -> (Scene, FaultyStore, OnDemand) {
+pub(super) async fn reader(budget: ByteLen) -> (Scene, FaultyStore, OnDemand) {
     let (mut scene, mut helper) = Scene::begun().await;
     scene.guest_works();
     let taken = helper.take(By::Tracker).await.unwrap();
