@@ -65,6 +65,14 @@ pub enum TrackerError {
     )]
     Read { block: String, pages: PageRange, source: io::Error },
 
+    #[error("cannot fill missing pages of RAM block '{block}'; is the host out of memory?")]
+    Fill { block: String, source: io::Error },
+
+    #[error(
+        "the memory of RAM block '{block}' is still arriving, so not all of it can be read; wait until it is here"
+    )]
+    Arriving { block: String },
+
     #[error("no RAM block number {0} is attached; use the numbers of this tracker")]
     UnknownBlock(usize),
 
@@ -79,8 +87,8 @@ pub enum TrackerError {
 }
 
 error_class::classes! {
-    TrackerError: Refused(NotThePlugin, Version, MissingHandle, TrackedBlock)
-        Failed(Connect, Greeting, Maps, MapsForm, Register, Protect, Scan, Holes, Read,
+    TrackerError: Refused(NotThePlugin, Version, MissingHandle, TrackedBlock, Arriving)
+        Failed(Connect, Greeting, Maps, MapsForm, Register, Protect, Scan, Holes, Read, Fill,
             UnknownBlock, ForeignClaim, Memory, OutOfRange);
 }
 
@@ -106,6 +114,7 @@ impl TrackerError {
             Self::Register { source, .. }
             | Self::Protect { source, .. }
             | Self::Scan { source, .. }
+            | Self::Fill { source, .. }
             | Self::Maps { source } => source.raw_os_error() == Some(libc::ESRCH),
             _ => false,
         }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use memfd::{FileSeal, Memfd, MemfdOptions};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, FdFlag, fallocate, fcntl};
 use nix::unistd::{Whence, lseek};
 
 use crate::error::TrackerError;
@@ -125,6 +125,19 @@ impl GuestMemory {
         self.check_range(offset, bytes.len())?;
         let result = self.file.write_all_at(bytes, offset);
         result.map_err(|error| cannot(&self.name, "write", "is the host out of memory?", error))
+    }
+
+    /// Gives back what holds these bytes: they are a hole.
+    ///
+    /// # Errors
+    /// When the kernel refuses to punch it.
+    pub fn discard(&self, bytes: Range<u64>) -> Result<(), TrackerError> {
+        let number = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let length = bytes.end.saturating_sub(bytes.start);
+        fallocate(&*self.file, mode, number(bytes.start), number(length)).map_err(|errno| {
+            cannot(&self.name, "punch a hole into", "this is a kernel error", errno.into())
+        })
     }
 
     fn check_range(&self, offset: u64, length: usize) -> Result<(), TrackerError> {

@@ -39,6 +39,7 @@ mod handles;
 mod holes;
 mod host_support;
 mod maps;
+mod missing;
 mod sys;
 mod tracker;
 
@@ -49,4 +50,5 @@ pub use guest_memory::GuestMemory;
 pub use handles::{PluginHandles, UffdSource};
 pub use host_support::{HostCheck, HostSupport};
 pub use maps::shown_path;
+pub use missing::MissingPages;
 pub use tracker::Tracker;

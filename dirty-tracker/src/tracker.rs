@@ -21,6 +21,8 @@ struct Tracked {
     knowledge: Knowledge,
     /// Only in a VM with a balloon.
     holes: Option<HoleWatch>,
+    /// Not all of it is here: see [`Tracker::set_arriving`].
+    is_arriving: bool,
 }
 
 /// What this tracker knows about a RAM block.
@@ -95,7 +97,12 @@ impl Tracker {
         let pending = Arc::new(Pending::new(blocks.iter().map(TrackedBlock::pages)));
         let blocks = blocks
             .into_iter()
-            .map(|block| Tracked { block, knowledge: Knowledge::None, holes: None })
+            .map(|block| Tracked {
+                block,
+                knowledge: Knowledge::None,
+                holes: None,
+                is_arriving: false,
+            })
             .collect();
         Ok(Self { handles, blocks, pending, buffer: Mutex::new(ScanBuffer::new()) })
     }
@@ -122,6 +129,18 @@ impl Tracker {
     /// When the kernel lacks what is needed.
     pub fn can_watch_holes(blocks: &[TrackedBlock]) -> Result<(), TrackerError> {
         blocks.iter().try_for_each(|block| HoleWatch::of(block).map(drop))
+    }
+
+    /// Whether pages of a RAM block are still to come ([`MissingPages`](crate::MissingPages)).
+    /// Those are not zeros, and must not be read here: while it is so, all that needs the whole
+    /// block is an error.
+    ///
+    /// # Errors
+    /// When the ID is of another tracker.
+    pub fn set_arriving(&mut self, id: BlockId, is_arriving: bool) -> Result<(), TrackerError> {
+        self.tracked(id)?;
+        self.blocks[id.0].is_arriving = is_arriving;
+        Ok(())
     }
 
     /// What the plugin has sent.
@@ -349,7 +368,10 @@ impl Tracker {
     }
 
     fn populated_into(&self, id: BlockId, pages: &mut PageSet) -> Result<(), TrackerError> {
-        let block = &self.tracked(id)?.block;
+        let Tracked { block, is_arriving, .. } = self.tracked(id)?;
+        if *is_arriving {
+            return Err(TrackerError::Arriving { block: block.name.clone() });
+        }
         let BlockMemory::Shared(memory) = &block.memory else {
             return self.scan_into(id, Categories::PRESENT_OR_SWAPPED, Then::Leave, pages);
         };
@@ -407,7 +429,9 @@ impl Tracker {
             });
         }
         match &block.memory {
-            BlockMemory::Shared(memory) if self.blocks[id.0].holes.is_some() => {
+            BlockMemory::Shared(memory)
+                if self.blocks[id.0].holes.is_some() || self.blocks[id.0].is_arriving =>
+            {
                 memory.read_sparse(bytes.start, out)
             }
             BlockMemory::Shared(memory) => memory.read(bytes.start, out),

@@ -6,7 +6,11 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::path::Path;
 use std::sync::OnceLock;
+use std::time::Duration;
+
+const HOLD_POLL: Duration = Duration::from_millis(10);
 
 /// Every point, in the order in which a checkpoint passes them, then an adoption, then a restore.
 pub const POINTS: &[&str] = &[
@@ -39,6 +43,7 @@ pub const POINTS: &[&str] = &[
     "restore.started",
     "restore.loaded",
     "restore.claimed",
+    "restore.hydrated",
 ];
 
 /// What `STILLPOINT_DAMAGE=WHAT=VALUE` asks a proof to spoil before it compares, so that tests see
@@ -47,6 +52,16 @@ pub const POINTS: &[&str] = &[
 pub(crate) fn damage(what: &str) -> Option<String> {
     let chosen = std::env::var("STILLPOINT_DAMAGE").ok()?;
     chosen.strip_prefix(what)?.strip_prefix('=').map(str::to_owned)
+}
+
+/// While the file that `STILLPOINT_HOLD_FILLER=PATH` names exists, memory that is still to come
+/// comes only when the guest needs it, so that tests see a restored VM in that state for as long as
+/// they want.
+pub(crate) async fn hold_filler() {
+    let Some(path) = std::env::var_os("STILLPOINT_HOLD_FILLER") else { return };
+    while Path::new(&path).exists() {
+        tokio::time::sleep(HOLD_POLL).await;
+    }
 }
 
 /// Dies here if that was asked for.

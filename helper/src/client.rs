@@ -4,7 +4,7 @@ use crate::control::{BarePause, MAX_LINE, Reply, Request, Status};
 use anyhow::{Context, Result, anyhow};
 use backon::{ConstantBuilder, Retryable};
 use engine::checkpoint::Choice;
-use engine::progress::Update;
+use engine::progress::{Progress, Update};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::os::unix::fs::MetadataExt;
@@ -73,6 +73,22 @@ pub async fn checkpoint(
 /// When no helper answers.
 pub async fn status(runtime: &RuntimeDir) -> Result<Status> {
     decode(ask(runtime, &Request::Status, |_| ()).await?)
+}
+
+/// Until nothing of the VM's memory is to come from the store.
+///
+/// # Errors
+/// When the helper ends before that.
+pub async fn wait_until_hydrated(runtime: &RuntimeDir, progress: &dyn Progress) -> Result<()> {
+    let Some(first) = status(runtime).await?.hydration else { return Ok(()) };
+    let bar = progress.begin("memory", first.total_bytes);
+    let mut shown = 0;
+    while let Some(now) = status(runtime).await?.hydration {
+        bar.advance(now.done_bytes.saturating_sub(shown));
+        shown = shown.max(now.done_bytes);
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
+    Ok(())
 }
 
 /// Asks for a bare `stop` and `cont`.

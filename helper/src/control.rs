@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use checkpoint_format::VmName;
 use engine::checkpoint::Choice;
 use engine::progress::Update;
+use engine::restore::hydration::HydrationStatus;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -76,6 +77,9 @@ pub struct Status {
     /// The VM, unless the helper is busy.
     #[serde(flatten)]
     pub vm: Option<VmStatus>,
+    /// Memory that is still to come from the store; absent when all of it is here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hydration: Option<HydrationStatus>,
 }
 
 /// A VM and what its helper holds of it.

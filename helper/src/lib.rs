@@ -58,8 +58,10 @@ pub mod statistics;
 use anyhow::{Context, Result};
 use checkpoint_format::VmName;
 use engine::checkpoint::Checkpointer;
+use engine::restore::hydration::Hydration;
 use sd_notify::NotifyState;
 use std::path::Path;
+use std::sync::Arc;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use vm::running::Vm;
@@ -89,7 +91,7 @@ pub async fn serve(runtime: RuntimeDir) -> Result<()> {
     let socket = runtime.control();
     let attached = attach(runtime).await;
     let result = match attached {
-        Ok(checkpointer) => serve_vm(checkpointer, control).await,
+        Ok((checkpointer, hydration)) => serve_vm(checkpointer, hydration, control).await,
         Err(error) => Err(error),
     };
     remove(&socket);
@@ -103,10 +105,15 @@ fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
     server::listen(runtime)
 }
 
-async fn attach(runtime: RuntimeDir) -> Result<Checkpointer> {
+async fn attach(runtime: RuntimeDir) -> Result<(Checkpointer, Option<Hydration>)> {
+    // First of all: QEMU may answer only when a page has come that an earlier helper owed it.
+    let hydration = Hydration::resume(&runtime).await?;
     // An adoption that an earlier helper did not live to end decides which QEMU that is.
     engine::adopt::recover(&runtime).await?;
     let vm = Vm::attach(runtime).await?;
+    if let Some(hydration) = &hydration {
+        hydration.set_monitor(&vm.qmp);
+    }
     // Records the VM's first devices and disks, and warns at once if the VM cannot be checkpointed;
     // the user may fix that while the VM runs.
     for error in [vm.check_devices().await.err(), vm.disks().await.err()].into_iter().flatten() {
@@ -115,14 +122,21 @@ async fn attach(runtime: RuntimeDir) -> Result<Checkpointer> {
     let mut checkpointer = Checkpointer::new(vm);
     // A guest that a dying helper left stopped must not wait for the next checkpoint.
     checkpointer.clean_up().await?;
-    Ok(checkpointer)
+    Ok((checkpointer, hydration))
 }
 
-async fn serve_vm(checkpointer: Checkpointer, control: UnixListener) -> Result<()> {
+async fn serve_vm(
+    mut checkpointer: Checkpointer,
+    hydration: Option<Hydration>,
+    control: UnixListener,
+) -> Result<()> {
+    if let Some(hydration) = &hydration {
+        checkpointer.follow(Arc::new(hydration.clone()));
+    }
     let vm = &checkpointer.vm;
     let name = vm.file.name.clone();
     tracing::info!(%name, qemu = vm.pid, version = %vm.facts.qemu, accelerator = vm.facts.accelerator.as_str(), "attached");
-    let server = server::Server::new(checkpointer);
+    let server = server::Server::new(checkpointer, hydration);
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("attached to {name}"))]);
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     tokio::select! {

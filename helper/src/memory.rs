@@ -2,6 +2,7 @@
 //!
 //! Only private memory counts: the guest's pages are mapped here too, but they are QEMU's.
 
+use engine::restore::hydration;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -26,10 +27,12 @@ pub(crate) fn peak() -> Option<u64> {
     Some(PEAK.load(Ordering::Relaxed))
 }
 
-pub(crate) fn limit(vm: &Vm) -> u64 {
+/// `is_hydrating`: the guest's memory is still arriving.
+pub(crate) fn limit(vm: &Vm, is_hydrating: bool) -> u64 {
+    let hydration = if is_hydrating { hydration::MEMORY.0 } else { 0 };
     let pages: u64 =
         vm.blocks.iter().map(|block| block.used / checkpoint_format::PAGE_SIZE as u64).sum();
-    PROGRAM + STAGING + pages * A_PAGE
+    PROGRAM + STAGING + hydration + pages * A_PAGE
 }
 
 /// Looks at the memory often while it lives.

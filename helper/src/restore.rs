@@ -123,10 +123,11 @@ pub async fn run(progress: Arc<dyn Progress>, detached: impl FnOnce()) -> Result
     // The command may be gone; the VM needs its helper.
     let _ = write.write_all(&line).await;
     drop((write, command));
-    let Ok((Restored { vm, session, marks, lock, .. }, control)) = begun else { return Ok(()) };
+    let Ok((restored, control)) = begun else { return Ok(()) };
+    let Restored { vm, session, marks, lock, hydration, .. } = restored;
     let socket = vm.runtime.control();
     let checkpointer = Checkpointer::of_restored(vm, session, marks).await;
-    let result = crate::serve_vm(checkpointer, control).await;
+    let result = crate::serve_vm(checkpointer, hydration, control).await;
     crate::remove(&socket);
     drop(lock);
     result

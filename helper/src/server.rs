@@ -4,8 +4,9 @@ use crate::control::{BarePause, MAX_REQUEST, Reply, Request, Status, VmStatus};
 use crate::memory;
 use anyhow::{Context, Result};
 use engine::checkpoint::outcome::milliseconds;
-use engine::checkpoint::{Checkpointer, Report};
+use engine::checkpoint::{Arriving, Checkpointer, Report};
 use engine::progress::Update;
+use engine::restore::hydration::Hydration;
 use qmp_bridge::Paused;
 use serde::Serialize;
 use serde_json::Value;
@@ -50,11 +51,13 @@ pub(crate) struct Server {
     /// Written by what needs the VM for itself, read by what only looks at it: those who look are
     /// not in each other's way.
     checkpointer: Arc<RwLock<Checkpointer>>,
+    /// Not behind the lock: it is told of also during a checkpoint.
+    hydration: Option<Hydration>,
 }
 
 impl Server {
-    pub(crate) fn new(checkpointer: Checkpointer) -> Self {
-        Self { checkpointer: Arc::new(RwLock::new(checkpointer)) }
+    pub(crate) fn new(checkpointer: Checkpointer, hydration: Option<Hydration>) -> Self {
+        Self { checkpointer: Arc::new(RwLock::new(checkpointer)), hydration }
     }
 
     pub(crate) async fn run(&self, listener: UnixListener) {
@@ -139,8 +142,10 @@ impl Server {
 
     fn status(&self) -> Status {
         let pid = std::process::id();
+        let hydration = self.hydration.as_ref().filter(|hydration| !hydration.is_done());
+        let (is_hydrating, hydration) = (hydration.is_some(), hydration.map(Hydration::status));
         let Ok(checkpointer) = self.checkpointer.try_read() else {
-            return Status { pid, busy: true, vm: None };
+            return Status { pid, busy: true, vm: None, hydration };
         };
         let vm = &checkpointer.vm;
         let status = VmStatus {
@@ -151,9 +156,9 @@ impl Server {
             qemu_version: vm.facts.qemu.to_string(),
             accelerator: vm.facts.accelerator.as_str().to_owned(),
             peak_memory_bytes: memory::peak(),
-            memory_limit_bytes: memory::limit(vm),
+            memory_limit_bytes: memory::limit(vm, is_hydrating),
         };
-        Status { pid, busy: false, vm: Some(status) }
+        Status { pid, busy: false, vm: Some(status), hydration }
     }
 }
 

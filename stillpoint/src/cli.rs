@@ -54,6 +54,9 @@ pub enum Command {
     /// Read back checkpoints and check every digest; with --restore, restore one in a sandbox and
     /// compare everything
     Verify(VerifyArgs),
+    /// Show a running VM and its helper, and how far the memory of a lazily restored one has
+    /// arrived
+    Status(StatusArgs),
     /// Check this host, or with --qmp a running QEMU, and name a remedy for what is missing
     Doctor(DoctorArgs),
     /// Measure pauses and sizes on a running VM, then prove its last checkpoint
@@ -215,6 +218,24 @@ pub struct RestoreArgs {
     /// Let the restored VM run even if its guest was stopped when the checkpoint was taken
     #[arg(long, conflicts_with = "paused")]
     pub run: bool,
+    /// Let the guest run before its memory has been read; pages are read when the guest needs them,
+    /// and all others in the background
+    #[arg(long)]
+    pub lazy: bool,
+    /// Return when all memory is here, and nothing more is needed from the store
+    #[arg(long)]
+    pub wait: bool,
+    /// Print the result as JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct StatusArgs {
+    /// The VM's name
+    pub name: VmName,
+    #[command(flatten)]
+    pub runtime: Runtime,
     /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,

@@ -114,6 +114,7 @@ async fn dispatch_async(
         Command::Show(args) => commands::inspect::show(&args).await?,
         Command::Verify(args) if args.restore => commands::verify::prove(args).await?,
         Command::Verify(args) => commands::verify::read_back(&args).await?,
+        Command::Status(args) => commands::status::run(args).await?,
         Command::Bench(args) => commands::bench::run(&args).await?,
         Command::Run(_) | Command::Sandbox(_) => {
             unreachable!("handled without the asynchronous runtime")

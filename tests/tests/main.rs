@@ -21,6 +21,7 @@ mod kills_stream;
 mod launch;
 mod layers;
 mod layouts;
+mod lazy;
 mod libvirt;
 mod lineage;
 mod promises;

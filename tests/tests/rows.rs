@@ -310,6 +310,33 @@ const RESTORE: &[Row] = &[
     ),
 ];
 
+/// Without phases.
+const LAZY: &[Row] = &[
+    ("", "the store does not answer", LAZY_EXACT),
+    ("", "helper killed while", LAZY_EXACT),
+    (
+        "",
+        "helper killed when all",
+        &["vms::lazy::lazy_helper_killed_when_all_has_arrived_leaves_nothing_to_do"],
+    ),
+    (
+        "",
+        "a frame is damaged",
+        &["vms::lazy::lazy_guest_that_needs_a_damaged_page_is_stopped_until_the_store_is_repaired"],
+    ),
+    ("", "an incremental checkpoint", LAZY_EXACT),
+    (
+        "",
+        "a checkpoint that needs all memory",
+        &["vms::lazy::lazy_copy_has_the_same_bytes_and_no_checkpoint_before_all_are_here"],
+    ),
+    ("", "QEMU ends", &["vms::lazy::lazy_restored_qemu_may_end_before_its_memory_has_arrived"]),
+    ("", "a balloon", &["vms::lazy::lazy_is_not_possible_with_a_balloon_and_says_so"]),
+];
+const LAZY_EXACT: &[&str] = &[
+    "vms::lazy::lazy_restored_guest_is_exact_through_checkpoints_a_kill_and_a_store_that_is_away",
+];
+
 const ADOPTION: &[Row] = &[
     (
         "plan",
@@ -466,8 +493,12 @@ fn is_quick(name: &&&str) -> bool {
 #[test]
 fn rows_of_the_protocol_have_tests() {
     let tests = Registry::get();
-    let tables =
-        [("Phase x fault -> outcome", CHECKPOINT), ("Restore", RESTORE), ("Adoption", ADOPTION)];
+    let tables = [
+        ("Phase x fault -> outcome", CHECKPOINT),
+        ("Restore", RESTORE),
+        ("Lazy restore", LAZY),
+        ("Adoption", ADOPTION),
+    ];
     let wrong = tables.iter().flat_map(|(heading, rows)| wrong_with(heading, rows, tests));
     let mut wrong: Vec<String> = wrong.collect();
     for (phase, fault, names) in RESTORE.iter().chain(ADOPTION) {

@@ -1,6 +1,7 @@
 //! Everything that talks to the kernel in pointers: the only unsafe code of this library.
 #![allow(unsafe_code, reason = "the one place for it, see above")]
 
+pub(crate) mod missing;
 pub(crate) mod pagemap;
 pub(crate) mod read_mapping;
 pub(crate) mod receive;

@@ -8,6 +8,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use super::{check, pieces};
 use plugin_protocol::uapi;
 
+/// `UFFDIO_REGISTER_MODE_MISSING`
+const REGISTER_MODE_MISSING: u64 = 1 << 0;
 /// `UFFDIO_REGISTER_MODE_WP`
 const REGISTER_MODE_WP: u64 = 1 << 1;
 /// `UFFDIO_WRITEPROTECT_MODE_WP`
@@ -44,12 +46,19 @@ const _: () = assert!(UFFDIO_WRITEPROTECT == 0xc018_aa06 as libc::Ioctl);
 /// What is registered with this uffd already stays as it is, protection and all: a second helper
 /// takes over where the first one ended.
 pub(crate) fn register(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
-    let mut arg = Register {
-        start: range.start,
-        len: range.end - range.start,
-        mode: REGISTER_MODE_WP,
-        ioctls: 0,
-    };
+    register_as(uffd, range, REGISTER_MODE_WP)
+}
+
+/// The same, and from now on who touches a page that does not exist waits until it is made.
+///
+/// This mode ends with the mapping: the kernel does not take it from a range by registering the
+/// range without it.
+pub(crate) fn register_missing(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
+    register_as(uffd, range, REGISTER_MODE_WP | REGISTER_MODE_MISSING)
+}
+
+fn register_as(uffd: BorrowedFd<'_>, range: &Range<u64>, mode: u64) -> io::Result<()> {
+    let mut arg = Register { start: range.start, len: range.end - range.start, mode, ioctls: 0 };
     // SAFETY: `arg` is a live `struct uffdio_register` for the whole call; the addresses in it
     // belong to the process that made the uffd, and the kernel does not change what that memory
     // holds.

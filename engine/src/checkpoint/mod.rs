@@ -50,11 +50,12 @@ use qmp_bridge::said;
 use serde::{Deserialize, Serialize};
 use staging::Staging;
 use std::future::ready;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use underway::{Committed, Failed, Prepared, Site};
-use vm::error::{EngineError, Phase};
+use vm::error::{EngineError, Phase, refused};
 use vm::launch::command::is_running;
 use vm::memory_source::{EngineChoice, StreamChoice};
 use vm::running::Vm;
@@ -101,6 +102,15 @@ pub struct Choice {
     pub full: bool,
 }
 
+/// Memory of the VM that is still on its way from the store, while its guest runs.
+pub trait Arriving: Send + Sync {
+    /// Whether all of it is here.
+    fn is_done(&self) -> bool;
+
+    /// How far it is, for an error.
+    fn describe(&self) -> String;
+}
+
 /// Everything that lasts from one checkpoint of a VM to the next.
 pub struct Checkpointer {
     /// The VM, with this helper attached.
@@ -114,6 +124,8 @@ pub struct Checkpointer {
     /// the base.
     marks: Option<Marks>,
     layers: crate::layers::Known,
+    /// Of a VM whose memory is still arriving, or was when this helper began.
+    arriving: Option<Arc<dyn Arriving>>,
     /// What an earlier helper may have left in QEMU has been cleaned up.
     is_clean: bool,
 }
@@ -131,7 +143,31 @@ impl Checkpointer {
             carried: None,
             marks,
             layers: Default::default(),
+            arriving: None,
             is_clean: false,
+        }
+    }
+
+    /// The VM's memory is still arriving: until it is here, a checkpoint that needs all of it is
+    /// refused.
+    pub fn follow(&mut self, arriving: Arc<dyn Arriving>) {
+        self.arriving = Some(arriving);
+    }
+
+    fn arriving(&self) -> Option<&dyn Arriving> {
+        self.arriving.as_deref().filter(|arriving| !arriving.is_done())
+    }
+
+    /// Refuses `what` while memory is still arriving.
+    pub(crate) fn refuse_arriving(&self, what: &str) -> Result<()> {
+        match self.arriving() {
+            None => Ok(()),
+            Some(arriving) => Err(refused(format!(
+                "{what} needs all of the VM's memory, and {}; wait until all is here \
+                 ('stillpoint status {}' shows how far it is)",
+                arriving.describe(),
+                self.vm.file.name
+            ))),
         }
     }
 

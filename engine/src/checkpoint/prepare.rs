@@ -69,6 +69,7 @@ impl Checkpointer {
             self.vm.runtime.forget_exact_marks()?;
             self.distrust_marks();
         }
+        self.tell_tracker()?;
         let inventory = Inventory::take(&self.vm).await?;
         self.vm.check_listed(&inventory.devices).await?;
         check_blockers(&inventory.composition.migration_blockers)?;
@@ -103,6 +104,7 @@ impl Checkpointer {
         base.follow_chains(self.chains(drives)?);
         base.begin_lineage_if_due(choice.full);
         let chosen = self.choose_engine(choice).await?;
+        self.check_arriving(&chosen, &base.history)?;
         if chosen.engine.mode() == Some(StreamMode::PreCopy) {
             reopen::check(self.vm.pid, drives)?;
         }
@@ -125,6 +127,28 @@ impl Checkpointer {
         let boot_files =
             boot.iter().filter_map(|(_, path)| self.layers.get(path).cloned()).collect();
         Ok(Plan { chosen, layer_bytes, boot_files, disks, outlook, partial, earlier })
+    }
+
+    /// What has not arrived yet is as the parent has it, if the tracker knows all that was written
+    /// since: any other checkpoint would have to read it.
+    fn check_arriving(&self, chosen: &Chosen, history: &History) -> Result<()> {
+        let is_incremental = history.parent().is_some() && history.is_exact;
+        if is_incremental && chosen.engine == Engine::Tracker {
+            return Ok(());
+        }
+        self.refuse_arriving("this checkpoint")
+    }
+
+    /// A tracker that was made anew does not know.
+    fn tell_tracker(&self) -> Result<()> {
+        if self.arriving.is_none() {
+            return Ok(());
+        }
+        let mut tracker = self.vm.lock_tracker()?;
+        match tracker.find(&self.vm.file.ram_block) {
+            Some(id) => Ok(tracker.set_arriving(id, self.arriving().is_some())?),
+            None => Ok(()),
+        }
     }
 
     async fn ensure_session(&mut self, is_full: bool) -> Result<StoreSession> {

@@ -8,6 +8,7 @@ mod chain;
 pub(crate) mod check;
 pub mod disk_export;
 pub(crate) mod disks;
+pub mod hydration;
 pub(crate) mod layers;
 pub(crate) mod line;
 mod link;
@@ -16,6 +17,7 @@ pub mod on_demand;
 mod ports;
 pub(crate) mod program;
 pub(crate) mod qemu;
+mod request;
 pub(crate) mod run_state;
 pub(crate) mod source;
 mod undo;
@@ -23,13 +25,14 @@ mod undo;
 use crate::checkpoint::outcome::{Phases, milliseconds};
 use crate::checkpoint::{self, Force, StoreSession};
 use crate::kill_point;
-use crate::lineage::{self, CheckpointName};
+use crate::lineage;
 use crate::progress::Progress;
 use crate::stores;
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointId, Manifest, VmName};
 use dirty_tracker::GuestMemory;
 pub use disks::Places;
+use hydration::Hydration;
 use layers::LocalLayers;
 pub use line::{Mapping, Planned};
 use qemu::NewQemu;
@@ -38,13 +41,13 @@ use qmp_bridge::capture::{BitmapTag, CapturePlaces, start_recording};
 use qmp_bridge::migration::Incoming;
 use qmp_bridge::ramblock::RamBlock;
 use qmp_bridge::{Qmp, RunState};
+pub use request::{Report, Request};
 pub use run_state::Transition;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 pub use source::Source;
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use undo::Undo;
 use vm::error::{EngineError, InPhase, Phase, refused};
@@ -52,48 +55,6 @@ use vm::launch;
 use vm::launch::paths::NewPaths;
 use vm::running::Vm;
 use vm::runtime_dir::{HelperLock, Marks, RestoreTarget, RuntimeDir, VmFile};
-
-/// What is to be restored, and how.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Request {
-    /// Which one; the newest if it names none.
-    pub checkpoint: CheckpointName,
-    /// The store's URL.
-    pub store: String,
-    /// Where the runtime directories are; none for the default.
-    pub runtime_base: Option<PathBuf>,
-    /// Another name, under which it is a VM of its own.
-    pub new_name: Option<VmName>,
-    /// Directory of the restored disks; none for one of the VM's name here.
-    pub dir: Option<PathBuf>,
-    /// QEMU's program; none for the first of this host that knows the machine type and is not older
-    /// than the QEMU that the checkpoint was taken of.
-    pub qemu: Option<String>,
-    /// Directory for temporary fleecing overlays; none for the default.
-    pub fleecing: Option<PathBuf>,
-    /// Values of the saved command line that are replaced.
-    pub map: Vec<Mapping>,
-    /// Things of this host that the VM may have: `OPTION.KEY` or `OPTION.KEY=VALUE`.
-    pub allow: Vec<String>,
-    /// The operator's order to fence the current writer.
-    pub take_over: bool,
-    /// The guest stays stopped, though it ran.
-    pub paused: bool,
-    /// The guest runs, though it was stopped.
-    pub run: bool,
-}
-
-impl Request {
-    /// Of the restored VM.
-    pub fn name(&self) -> &VmName {
-        self.new_name.as_ref().unwrap_or(&self.checkpoint.vm)
-    }
-
-    /// Under its own name it is no copy.
-    fn is_copy(&self) -> bool {
-        *self.name() != self.checkpoint.vm
-    }
-}
 
 /// A VM that was restored and may run, with all that the restore knows and holds of it: the process
 /// that restored it is its helper.
@@ -106,38 +67,10 @@ pub struct Restored {
     pub marks: Option<Marks>,
     /// Makes this process the only helper of the VM.
     pub lock: HelperLock,
+    /// Of a guest that runs before all its memory has arrived.
+    pub hydration: Option<Hydration>,
     /// For the command that asked.
     pub report: Report,
-}
-
-/// What came of a restore. As JSON it is what `stillpoint restore --json` prints.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Report {
-    /// The restored VM.
-    pub name: VmName,
-    /// The VM whose checkpoint it was.
-    pub restored: VmName,
-    /// Which checkpoint.
-    pub id: CheckpointId,
-    /// Whether the guest runs.
-    pub running: bool,
-    /// What it does, in QEMU's word.
-    pub run_state: String,
-    /// From the request until the guest may run, in milliseconds.
-    pub resume_ms: f64,
-    /// Bytes read from the store, layers included.
-    pub bytes_read: u64,
-    /// Of those, the bytes of layers that had no copy here.
-    pub layer_bytes_read: u64,
-    /// Directory of its disks.
-    pub dir: PathBuf,
-    /// Milliseconds in each phase, by its name.
-    pub phases: BTreeMap<String, f64>,
-    /// What the operator should know though all went well.
-    pub notes: Vec<String>,
-    /// What the VM does, in words.
-    #[serde(skip)]
-    pub state: String,
 }
 
 /// Restores the VM, unless `interrupted` comes before its guest may run.
@@ -174,7 +107,8 @@ struct Ready {
     new: NewQemu,
     vm: Vm,
     layer_bytes: u64,
-    note: Option<String>,
+    hydration: Option<Hydration>,
+    notes: Vec<String>,
 }
 
 impl Restore {
@@ -242,11 +176,11 @@ impl Restore {
                 return Err(self.phases.failed(error));
             }
         };
-        let Ready { new, vm, layer_bytes, note } = ready;
+        let Ready { new, vm, layer_bytes, hydration, notes } = ready;
         new.leave();
         let lock = undo.keep();
-        let report = self.report(layer_bytes, note);
-        Ok(Restored { vm, session, marks, lock, report })
+        let report = self.report(layer_bytes, hydration.as_ref(), notes);
+        Ok(Restored { vm, session, marks, lock, hydration, report })
     }
 
     fn is_copy(&self) -> bool {
@@ -304,10 +238,11 @@ impl Restore {
         undo.started(new.pid())?;
         self.runtime.save_vm(&file)?;
         kill_point::point("restore.started");
-        match self.bring_up(memory, &layers).await {
-            Ok(vm) => {
-                let note = self.is_copy().then(|| planned.note_of_copy());
-                Ok(Ready { new, vm, layer_bytes: layers.bytes_read, note })
+        let mut notes: Vec<String> =
+            self.is_copy().then(|| planned.note_of_copy()).into_iter().collect();
+        match self.bring_up(memory, &layers, &mut notes).await {
+            Ok((vm, hydration)) => {
+                Ok(Ready { new, vm, layer_bytes: layers.bytes_read, hydration, notes })
             }
             Err(error) => Err(new.explain(error)),
         }
@@ -389,11 +324,15 @@ impl Restore {
     }
 
     /// QEMU with the VM's whole state, stopped.
-    async fn bring_up(&mut self, memory: GuestMemory, layers: &LocalLayers) -> Result<Vm> {
+    async fn bring_up(
+        &mut self,
+        memory: GuestMemory,
+        layers: &LocalLayers,
+        notes: &mut Vec<String>,
+    ) -> Result<(Vm, Option<Hydration>)> {
         self.phases.enter(Phase::Memory);
         let step = Instant::now();
-        let block = self.source.manifest().vm_record.ram_block.clone();
-        let filling = tokio::spawn(memory::fill(self.source.clone(), block, memory));
+        let filling = (!self.request.lazy).then(|| self.fill(memory.clone()));
         let contents = memory::small_blocks(&self.source).await?;
         let devices = self.run_state.write(memory::device_state(&self.source).await?)?;
         let vm = Vm::attach(self.runtime.clone()).await?;
@@ -403,17 +342,46 @@ impl Restore {
         if let Err(error) = vm.check_devices().await {
             tracing::warn!(error = format!("{error:#}"), "no checkpoint can be taken as the VM is");
         }
-        filling.await.context("internal error: filling the guest's memory panicked")??;
+        // QEMU has not touched the memory yet; what it writes while it loads is dirty from the
+        // first checkpoint's view.
+        let hydration = match filling {
+            Some(filling) => {
+                filling.await.context("internal error: filling the guest's memory panicked")??;
+                vm.lock_tracker()?.protect_all()?;
+                None
+            }
+            None => self.begin_hydration(&vm, memory, notes).await?,
+        };
         self.phases.since("memory", step);
         self.phases.enter(Phase::Devices);
         let step = Instant::now();
-        // QEMU has not touched the memory yet; what it writes while it loads is dirty from the
-        // first checkpoint's view.
-        vm.lock_tracker()?.protect_all()?;
         let incoming = Incoming::begin(&vm.qmp, &self.runtime.path().join("incoming.sock")).await?;
         memory::load(incoming, &self.source, &contents, &devices).await?;
         self.phases.since("devices", step);
-        Ok(vm)
+        Ok((vm, hydration))
+    }
+
+    fn fill(&self, memory: GuestMemory) -> JoinHandle<Result<()>> {
+        let block = self.source.manifest().vm_record.ram_block.clone();
+        tokio::spawn(memory::fill(self.source.clone(), block, memory))
+    }
+
+    /// Where memory cannot arrive while the guest runs it is all read now, and a note says why.
+    async fn begin_hydration(
+        &self,
+        vm: &Vm,
+        memory: GuestMemory,
+        notes: &mut Vec<String>,
+    ) -> Result<Option<Hydration>> {
+        let Some(why) = hydration::obstacle(vm).await? else {
+            let checkpoint_of = &self.request.checkpoint.vm;
+            return Ok(Some(Hydration::begin(vm, checkpoint_of, &self.source).await?));
+        };
+        notes.push(format!("all memory was read before the guest ran: {why}"));
+        let filled = self.fill(memory).await;
+        filled.context("internal error: filling the guest's memory panicked")??;
+        vm.lock_tracker()?.protect_all()?;
+        Ok(None)
     }
 
     /// The next checkpoint of the same VM is incremental: what is in RAM and on the disks now is
@@ -434,7 +402,8 @@ impl Restore {
         Ok(Some(marks))
     }
 
-    fn report(self, layer_bytes: u64, note: Option<String>) -> Report {
+    fn report(self, layer_bytes: u64, hydration: Option<&Hydration>, notes: Vec<String>) -> Report {
+        let to_come = hydration.map(Hydration::status);
         Report {
             name: self.name().clone(),
             resume_ms: milliseconds(self.begun.elapsed()),
@@ -446,7 +415,9 @@ impl Restore {
             layer_bytes_read: layer_bytes,
             dir: self.dir,
             phases: self.phases.into_map(),
-            notes: note.into_iter().collect(),
+            memory_bytes_to_come: to_come
+                .map_or(0, |status| status.total_bytes.saturating_sub(status.done_bytes)),
+            notes,
             state: self.run_state.words(),
         }
     }

@@ -130,13 +130,8 @@ impl OnDemand {
             return Ok(vec![(single, Content::Unknown)]);
         };
         let mut parts = vec![self.content(own).await?];
-        if let Some(frame) = frame_of(own.location) {
-            let before = PageRange::new(near.start, page);
-            let after = PageRange::new(single.end, near.end);
-            let same = runs.iter().filter(|run| frame_of(run.location) == Some(frame));
-            for run in same.flat_map(|run| [part_of(run, before), part_of(run, after)]).flatten() {
-                parts.push(self.content(run).await?);
-            }
+        for run in others_of_frame(&runs, own, near) {
+            parts.push(self.content(run).await?);
         }
         Ok(parts)
     }
@@ -163,6 +158,15 @@ fn frame_of(location: PageLocation) -> Option<(PackNo, FrameNo)> {
         PageLocation::Data { pack, frame, .. } => Some((pack, frame)),
         PageLocation::Unknown | PageLocation::Zero => None,
     }
+}
+
+/// What else the frame of `own` has of the pages in `near`; nothing if it is not in a frame.
+fn others_of_frame(runs: &[LocatedRun], own: LocatedRun, near: PageRange) -> Vec<LocatedRun> {
+    let Some(frame) = frame_of(own.location) else { return Vec::new() };
+    let before = PageRange::new(near.start, own.pages.start);
+    let after = PageRange::new(own.pages.end, near.end);
+    let same = runs.iter().filter(|run| frame_of(run.location) == Some(frame));
+    same.flat_map(|run| [part_of(run, before), part_of(run, after)]).flatten().collect()
 }
 
 /// What of a run lies in `pages`.

@@ -160,7 +160,7 @@ impl Source {
     }
 
     /// A map that is asked page by page is made once.
-    async fn kept_map(&self, name: &SpaceName) -> Result<Arc<PageMap>> {
+    pub(super) async fn kept_map(&self, name: &SpaceName) -> Result<Arc<PageMap>> {
         let mut maps = self.0.maps.lock().await;
         if let Some(map) = maps.get(name) {
             return Ok(Arc::clone(map));
@@ -206,13 +206,25 @@ impl Source {
     /// The runs of data pages in an order that reads each pack from its beginning to its end, a few
     /// reads ahead. Each frame is checked as it is decoded; pages of zeros are in none.
     pub fn read(&self, map: &PageMap) -> impl Stream<Item = Result<Vec<Run>>> + Send + use<> {
+        self.read_wanted(map, |_| true)
+    }
+
+    /// The same, but for frames that nobody wants any more when it is their turn.
+    pub fn read_wanted<W>(
+        &self,
+        map: &PageMap,
+        is_wanted: W,
+    ) -> impl Stream<Item = Result<Vec<Run>>> + Send + use<W>
+    where
+        W: Fn(&FrameRead) -> bool + Send + Sync + 'static,
+    {
+        let is_wanted = Arc::new(is_wanted);
         let mut reads: Vec<BoxFuture<'static, Result<Vec<Run>>>> = Vec::new();
         match self.batches(map.frame_reads()) {
-            Ok(batches) => reads.extend(
-                batches
-                    .into_iter()
-                    .map(|batch| Box::pin(self.clone().load(batch)) as BoxFuture<'static, _>),
-            ),
+            Ok(batches) => reads.extend(batches.into_iter().map(|batch| {
+                let load = self.clone().load(batch, Arc::clone(&is_wanted));
+                Box::pin(load) as BoxFuture<'static, _>
+            })),
             Err(error) => reads.push(Box::pin(async { Err(error) })),
         }
         futures::stream::iter(reads).buffered(READS)
@@ -267,7 +279,17 @@ impl Source {
         Ok(batches)
     }
 
-    async fn load(self, batch: Batch) -> Result<Vec<Run>> {
+    async fn load(
+        self,
+        mut batch: Batch,
+        is_wanted: Arc<impl Fn(&FrameRead) -> bool>,
+    ) -> Result<Vec<Run>> {
+        batch.frames.retain(|read| is_wanted(read));
+        let (Some(first), Some(last)) = (batch.frames.first(), batch.frames.last()) else {
+            return Ok(Vec::new());
+        };
+        batch.start = self.frame_entry(first.pack, first.frame)?.byte_range().start;
+        batch.end = self.frame_entry(last.pack, last.frame)?.byte_range().end;
         let (bytes, about) = self.read_range(batch.pack, batch.start, batch.end).await?;
         let source = self.clone();
         let decode = move || source.decode(&batch, &bytes);

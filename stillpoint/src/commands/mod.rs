@@ -10,4 +10,5 @@ pub(crate) mod inspect;
 pub(crate) mod prove;
 pub(crate) mod restore;
 pub(crate) mod run;
+pub(crate) mod status;
 pub(crate) mod verify;

@@ -1,14 +1,21 @@
 //! `stillpoint restore`: lets the VM's helper restore it, and prints what came of it.
 
 use crate::cli::RestoreArgs;
-use crate::terminal::{out, print_json};
+use crate::terminal::{Terminal, out, print_json};
 use anyhow::{Context, Result};
 use engine::progress::bytes;
 use engine::restore::Request;
+use helper::client;
+use vm::runtime_dir::RuntimeDir;
 
 pub(crate) async fn run(args: RestoreArgs, is_verbose: bool) -> Result<()> {
-    let json = args.json;
+    let (json, wait) = (args.json, args.wait);
+    let runtime_base = args.runtime.runtime_dir.clone();
     let restored = helper::restore::start(&request(args), is_verbose).await?;
+    if wait {
+        let runtime = RuntimeDir::new(runtime_base.as_deref(), &restored.name)?;
+        client::wait_until_hydrated(&runtime, &Terminal).await?;
+    }
     if json {
         return print_json(&serde_json::to_value(&restored).context("encoding the result")?);
     }
@@ -21,6 +28,13 @@ pub(crate) async fn run(args: RestoreArgs, is_verbose: bool) -> Result<()> {
         restored.resume_ms,
         bytes(restored.bytes_read),
     );
+    if restored.memory_bytes_to_come > 0 && !wait {
+        out!(
+            "  {} of memory arrive while it runs; 'stillpoint status {}' shows how far they are",
+            bytes(restored.memory_bytes_to_come),
+            restored.name,
+        );
+    }
     restored.notes.iter().for_each(|note| out!("  note: {note}"));
     Ok(())
 }
@@ -39,5 +53,6 @@ fn request(args: RestoreArgs) -> Request {
         take_over: args.take_over,
         paused: args.paused,
         run: args.run,
+        lazy: args.lazy,
     }
 }

@@ -1,0 +1,105 @@
+//! All pages, in the order of the packs, while nobody waits for one.
+
+use super::faults::is_process_gone;
+use super::record::Record;
+use super::{Backoff, Inner, parts_of};
+use crate::kill_point;
+use crate::restore::source::Run;
+use anyhow::{Context, Result, bail, ensure};
+use checkpoint_format::{
+    FRAME_PAGES, FrameRead, LocatedRun, PAGE_SIZE, PageCount, PageLocation, PageMap, PageRange,
+};
+use futures::StreamExt;
+use std::sync::Arc;
+use tokio::task::AbortHandle;
+
+const ZEROS: [u8; FRAME_PAGES * PAGE_SIZE] = [0; FRAME_PAGES * PAGE_SIZE];
+
+/// Whether these pages hold something else than zeros.
+pub(super) fn is_data(run: &LocatedRun) -> bool {
+    matches!(run.location, PageLocation::Data { .. })
+}
+
+/// Bytes of the pages in `runs` that are not zero.
+pub(super) fn data_bytes(runs: impl Iterator<Item = LocatedRun>) -> u64 {
+    runs.filter(is_data).map(|run| run.pages.byte_len().0).sum()
+}
+
+/// Until all pages are here, or QEMU has ended. Then nobody listens for faults any more.
+pub(super) async fn fill(inner: Arc<Inner>, faults: AbortHandle) {
+    let mut backoff = Backoff::new();
+    while let Err(error) = fill_all(&inner).await {
+        if is_process_gone(&error) {
+            return;
+        }
+        inner.state.failed(&error);
+        backoff.wait().await;
+    }
+    kill_point::point("restore.hydrated");
+    if let Err(error) = Record::remove(&inner.runtime) {
+        tracing::error!(
+            error = format!("{error:#}"),
+            "the record of the hydration is left; the next helper looks for missing pages again"
+        );
+    }
+    faults.abort();
+    inner.state.finish();
+}
+
+async fn fill_all(inner: &Arc<Inner>) -> Result<()> {
+    let reader = inner.reader().await;
+    let source = reader.source();
+    let map = source.kept_map(&inner.space).await?;
+    let of = Arc::clone(inner);
+    let is_wanted = move |read: &FrameRead| {
+        let present = of.present();
+        let is_here = |pages: PageRange| pages.iter().all(|page| present.contains(page));
+        !read.parts.iter().all(|part| is_here(part.pages))
+    };
+    let mut batches = std::pin::pin!(source.read_wanted(&map, is_wanted));
+    loop {
+        kill_point::hold_filler().await;
+        inner.state.nobody_waits().await;
+        let Some(batch) = batches.next().await else { break };
+        let batch = batch?;
+        inner.state.succeeded();
+        inner.state.nobody_waits().await;
+        install(inner, batch).await?;
+    }
+    let of = Arc::clone(inner);
+    let parts = parts_of(map.runs());
+    tokio::task::spawn_blocking(move || fill_zeros(&of, &map, &parts))
+        .await
+        .context("internal error: installing pages panicked")?
+}
+
+async fn install(inner: &Arc<Inner>, batch: Vec<Run>) -> Result<()> {
+    let inner = Arc::clone(inner);
+    let install = move || -> Result<()> {
+        for (pages, bytes) in batch {
+            let made = inner.install(pages, &bytes)?;
+            inner.state.add_done(made);
+        }
+        Ok(())
+    };
+    tokio::task::spawn_blocking(install)
+        .await
+        .context("internal error: installing pages panicked")?
+}
+
+/// The short runs of zeros between the data. All data must be here: what is missing is zero then.
+fn fill_zeros(inner: &Inner, map: &PageMap, parts: &[PageRange]) -> Result<()> {
+    for part in parts {
+        for hole in inner.missing.missing_in(*part)? {
+            if let Some(run) = map.runs_in(hole).find(is_data) {
+                bail!("internal error: pages {} have not arrived", run.pages);
+            }
+            for piece in hole.chunks(PageCount(FRAME_PAGES as u64)) {
+                inner.missing.install(piece.start, &ZEROS[..piece.byte_len().as_usize()])?;
+            }
+        }
+        let left = inner.missing.missing_in(*part)?;
+        ensure!(left.is_empty(), "pages are missing again: {:?}", left[0]);
+    }
+    Ok(())
+}

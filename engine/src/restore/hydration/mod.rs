@@ -1,0 +1,320 @@
+//! Memory that arrives while the guest runs.
+//!
+//! The RAM file of a VM that was restored lazily is empty at first. A thread of QEMU that touches a
+//! page which is not here waits in the kernel; a task reads such faults from the plugin's
+//! userfaultfd, gets the page's frame from the store and installs the page, then the frame's other
+//! pages. Beside it the filler brings all pages in the order of the packs, while nobody waits.
+//!
+//! Installed pages count as not written, and pages that are not here yet are as the checkpoint has
+//! them: so an incremental checkpoint of the running VM takes only what the guest has written,
+//! whatever has arrived. One that needs all memory is refused until it is here.
+//!
+//! Whatever fails is tried again: the guest waits for the page that it needs, and for no other. It
+//! gets no page that is not verified: one that is damaged in the store stops it. If this process
+//! ends, who waits goes on waiting, and the next helper continues by the record in the runtime
+//! directory. When all pages are here nobody waits for any again, and QEMU depends on no helper.
+
+mod faults;
+mod filler;
+mod parts;
+mod record;
+mod state;
+
+pub use state::{HydrationStatus, Trouble};
+
+use super::on_demand::OnDemand;
+use super::source::Source;
+use crate::checkpoint::Arriving;
+use crate::progress::Silent;
+use crate::stores;
+use anyhow::{Context, Result};
+use checkpoint_format::{
+    ByteLen, CheckpointIdentity, PageCount, PageIndex, PageRange, PageSet, SpaceName, VmName,
+};
+use dirty_tracker::{BlockMemory, MissingPages, PluginHandles, TrackedBlock, TrackerError};
+use parts::parts_of;
+use qmp_bridge::Qmp;
+use qmp_bridge::devices::{self, GuestDevice};
+use record::Record;
+use state::State;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+use tokio::sync::OnceCell;
+use tokio::task::AbortHandle;
+use vm::error::damaged;
+use vm::running::Vm;
+use vm::runtime_dir::RuntimeDir;
+
+/// Frames that are kept for the faults that follow.
+const CACHE: ByteLen = ByteLen(32 << 20);
+/// The most that a hydration holds in this process: frames that are kept, and those that the filler
+/// is reading or has read.
+pub const MEMORY: ByteLen = ByteLen(160 << 20);
+/// The plugin answers at once.
+const PLUGIN_TIMEOUT: Duration = Duration::from_secs(10);
+const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(2);
+
+/// A hydration under way, or done; it ends unfinished when the last of these is dropped.
+#[derive(Clone)]
+pub struct Hydration(Arc<Running>);
+
+struct Running {
+    inner: Arc<Inner>,
+    tasks: Vec<AbortHandle>,
+}
+
+struct Inner {
+    missing: MissingPages,
+    space: SpaceName,
+    runtime: RuntimeDir,
+    state: State,
+    /// Pages that exist; a page that is missing here may exist all the same.
+    present: Mutex<PageSet>,
+    /// Opened when the store answers.
+    reader: OnceCell<OnDemand>,
+    /// QEMU's monitor, once it is connected: it may answer only when a page has come.
+    qmp: OnceLock<Qmp>,
+}
+
+/// Why memory cannot arrive while the guest of this VM runs; none if it can.
+///
+/// # Errors
+/// If QEMU or the plugin does not answer.
+pub async fn obstacle(vm: &Vm) -> Result<Option<String>> {
+    if !vm.lock_tracker()?.handles().can_fill() {
+        return Ok(Some(
+            "QEMU may not wait for faults of the kernel; give its user access to /dev/userfaultfd, \
+             or set the sysctl vm.unprivileged_userfaultfd to 1 ('stillpoint doctor' shows it)"
+                .to_owned(),
+        ));
+    }
+    let devices = devices::guest_devices(&vm.qmp).await.context("asking QEMU for its devices")?;
+    Ok(devices.iter().any(GuestDevice::is_balloon).then(|| {
+        "the VM has a balloon, which discards pages, and those would be waited for".to_owned()
+    }))
+}
+
+impl Hydration {
+    /// Begins to fill the main RAM block of a VM whose guest has not run, and whose state is not
+    /// loaded yet. All its memory counts as not written from here on.
+    ///
+    /// # Errors
+    /// When QEMU's memory cannot be registered, or the runtime directory cannot be written.
+    pub async fn begin(vm: &Vm, checkpoint_of: &VmName, source: &Source) -> Result<Self> {
+        let block = &vm.file.ram_block;
+        let space = SpaceName::ram(block)?;
+        let map = source.kept_map(&space).await?;
+        let parts = parts_of(map.runs());
+        let (record, missing) = {
+            let mut tracker = vm.lock_tracker()?;
+            let id = tracker.find(block).with_context(|| format!("no RAM block {block}"))?;
+            let tracked = tracker.block(id)?.clone();
+            let record = Record {
+                store: vm.file.store.clone(),
+                vm: checkpoint_of.clone(),
+                checkpoint: source.identity(),
+                block: block.clone(),
+                host_address: tracked.host_address,
+                bytes: tracked.bytes,
+                total_bytes: filler::data_bytes(map.runs()),
+            };
+            record.save(&vm.runtime)?;
+            let missing = MissingPages::begin(tracker.handles(), tracked, &parts)?;
+            tracker.protect_all()?;
+            tracker.set_arriving(id, true)?;
+            (record, missing)
+        };
+        let reader = OnDemand::new(source.clone(), CACHE);
+        let inner = Inner::new(missing, space, vm.runtime.clone(), record, OnceCell::from(reader))?;
+        let hydration = Self::start(inner)?;
+        hydration.set_monitor(&vm.qmp);
+        Ok(hydration)
+    }
+
+    /// Goes on with what an earlier helper of this VM has begun and not ended; none if there is
+    /// nothing. To be called before anything is asked of QEMU, which may be waiting for a page.
+    ///
+    /// # Errors
+    /// When the record cannot be read, or QEMU's memory is not where it says.
+    pub async fn resume(runtime: &RuntimeDir) -> Result<Option<Self>> {
+        let Some(record) = Record::load(runtime)? else { return Ok(None) };
+        let (socket, wanted) = (runtime.plugin(), record.clone());
+        let connect = move || {
+            let handles = PluginHandles::connect(&socket, PLUGIN_TIMEOUT)?;
+            let memory = handles.ram(&wanted.block)?.with_context(|| {
+                format!("QEMU has no memory file for RAM block {}", wanted.block)
+            })?;
+            let block = TrackedBlock {
+                name: wanted.block,
+                host_address: wanted.host_address,
+                bytes: wanted.bytes,
+                memory: BlockMemory::Shared(memory),
+            };
+            Ok::<_, anyhow::Error>(MissingPages::resume(&handles, block)?)
+        };
+        let missing = tokio::task::spawn_blocking(connect)
+            .await
+            .context("internal error: the task that connects to the plugin panicked")?
+            .context("continuing to fill the guest's memory")?;
+        let space = SpaceName::ram(&record.block)?;
+        let inner = Inner::new(missing, space, runtime.clone(), record, OnceCell::new())?;
+        inner.missing.wake_all()?;
+        tracing::info!(
+            checkpoint = %inner.state.record().checkpoint.id,
+            "the guest's memory is still arriving; this helper goes on"
+        );
+        Ok(Some(Self::start(inner)?))
+    }
+
+    fn start(inner: Inner) -> Result<Self> {
+        let inner = Arc::new(inner);
+        let faults = faults::Faults::listen(&inner)?;
+        let faults = tokio::spawn(faults.serve()).abort_handle();
+        let filler = tokio::spawn(filler::fill(Arc::clone(&inner), faults.clone()));
+        let tasks = vec![filler.abort_handle(), faults];
+        Ok(Self(Arc::new(Running { inner, tasks })))
+    }
+
+    /// Of QEMU, to stop its guest if it needs what is damaged.
+    pub fn set_monitor(&self, qmp: &Qmp) {
+        // The first one stays.
+        let _ = self.0.inner.qmp.set(qmp.clone());
+    }
+
+    /// Until all memory is here.
+    pub async fn done(&self) {
+        self.0.inner.state.done().await;
+    }
+
+    pub fn status(&self) -> HydrationStatus {
+        self.0.inner.state.status()
+    }
+}
+
+impl Arriving for Hydration {
+    fn is_done(&self) -> bool {
+        self.0.inner.state.is_done()
+    }
+
+    fn describe(&self) -> String {
+        let status = self.status();
+        let (done, total) = (status.done_bytes, status.total_bytes);
+        let percent = (done * 100).checked_div(total).unwrap_or(0);
+        let away = status.store_away.or(status.damaged).map_or_else(String::new, |trouble| {
+            format!("; since {} it cannot be read: {}", trouble.since, trouble.message)
+        });
+        format!("{percent} % of its memory has arrived from {}{away}", status.store)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(AbortHandle::abort);
+    }
+}
+
+impl Inner {
+    fn new(
+        missing: MissingPages,
+        space: SpaceName,
+        runtime: RuntimeDir,
+        record: Record,
+        reader: OnceCell<OnDemand>,
+    ) -> Result<Self> {
+        let all = PageCount::covering(ByteLen(record.bytes));
+        let mut present = PageSet::full(all);
+        for hole in missing.missing_in(all.all())? {
+            present.remove_range(hole);
+        }
+        Ok(Self {
+            missing,
+            space,
+            runtime,
+            state: State::new(record),
+            present: Mutex::new(present),
+            reader,
+            qmp: OnceLock::new(),
+        })
+    }
+
+    fn present(&self) -> MutexGuard<'_, PageSet> {
+        self.present.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The checkpoint's reader, as soon as the store answers.
+    async fn reader(&self) -> &OnDemand {
+        self.reader.get_or_init(|| self.open_at_last()).await
+    }
+
+    async fn open_at_last(&self) -> OnDemand {
+        let mut backoff = Backoff::new();
+        loop {
+            match self.open().await {
+                Ok(reader) => return reader,
+                Err(error) => self.state.failed(&error),
+            };
+            backoff.wait().await;
+        }
+    }
+
+    async fn open(&self) -> Result<OnDemand> {
+        let Record { store, vm, checkpoint, .. } = self.state.record();
+        let repository = stores::open_existing(store).await?;
+        let source = Source::open(&repository, vm, checkpoint.id, Arc::new(Silent)).await?;
+        check_same(*checkpoint, source.identity())?;
+        let map = source.kept_map(&self.space).await?;
+        let data = map.runs().filter(filler::is_data);
+        let is_here = |page: &PageIndex| self.present().contains(*page);
+        let here = data.map(|run| run.pages.iter().filter(is_here).count()).sum::<usize>();
+        self.state.add_done(PageCount(here as u64).byte_len().0);
+        self.state.succeeded();
+        Ok(OnDemand::new(source, CACHE))
+    }
+
+    /// Makes those of these pages that do not exist. Returns how many bytes were made.
+    fn install(&self, pages: PageRange, bytes: &[u8]) -> Result<u64, TrackerError> {
+        let absent = {
+            let present = self.present();
+            let mut absent = PageSet::new(present.len());
+            pages
+                .iter()
+                .filter(|page| !present.contains(*page))
+                .for_each(|page| absent.insert(page));
+            absent.ranges().collect::<Vec<_>>()
+        };
+        let mut made = 0;
+        for part in absent {
+            let start = PageRange::new(pages.start, part.start).byte_len().as_usize();
+            let bytes = &bytes[start..start + part.byte_len().as_usize()];
+            made += self.missing.install(part.start, bytes)?;
+            self.present().insert_range(part);
+        }
+        Ok(made)
+    }
+}
+
+/// A store that was replaced may have another checkpoint of this ID.
+fn check_same(wanted: CheckpointIdentity, found: CheckpointIdentity) -> Result<()> {
+    if wanted == found {
+        return Ok(());
+    }
+    Err(damaged(format!(
+        "checkpoint {} in the store is not the one that the VM was restored from",
+        wanted.id
+    )))
+}
+
+/// Growing pauses between tries.
+struct Backoff(Duration);
+
+impl Backoff {
+    fn new() -> Self {
+        Self(FIRST_BACKOFF)
+    }
+
+    async fn wait(&mut self) {
+        tokio::time::sleep(self.0).await;
+        self.0 = (self.0 * 2).min(LONGEST_BACKOFF);
+    }
+}

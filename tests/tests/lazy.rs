@@ -1,0 +1,225 @@
+//! A guest that runs before its memory has arrived is the guest that was saved, whatever happens
+//! meanwhile: a checkpoint, the death of its helper, a store that is away.
+
+use serde_json::Value;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use stillpoint_tests::{
+    Lab, Recipe, SCRIBBLER_RAM_BYTES, TestVm, files_below, newest_qemu, on_each_qemu, wait_until,
+};
+
+/// The host may be busy.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// While it exists, pages come only when the guest needs them.
+struct Hold(PathBuf);
+
+impl Hold {
+    /// For helpers that are started from now on.
+    fn begin(lab: &mut Lab) -> Self {
+        let path = lab.path().join("hold");
+        lab.set("STILLPOINT_HOLD_FILLER", path.to_str().expect("UTF-8").to_owned());
+        let hold = Self(path);
+        hold.hold();
+        hold
+    }
+
+    fn hold(&self) {
+        File::create(&self.0).expect("the test's directory");
+    }
+
+    fn release(&self) {
+        std::fs::remove_file(&self.0).expect("the test's directory");
+    }
+}
+
+fn hydration(lab: &Lab, name: &str) -> Option<Value> {
+    let status = lab.run(&["status", name, "--json"]).expect_success().json();
+    status.get("hydration").cloned()
+}
+
+fn wait_until_hydrated(lab: &Lab, name: &str) {
+    let all = wait_until(TIMEOUT, || hydration(lab, name).is_none());
+    assert!(all, "memory has not arrived: {:?}", hydration(lab, name));
+}
+
+fn assert_hydrating(lab: &Lab, name: &str) {
+    let status = hydration(lab, name).expect("it should be under way");
+    let number = |key: &str| status[key].as_u64().expect("a number");
+    assert!(number("done_bytes") < number("total_bytes"), "{status}");
+}
+
+fn move_away(store: &Path) -> PathBuf {
+    let away = store.with_extension("away");
+    std::fs::rename(store, &away).expect("a store");
+    away
+}
+
+#[test]
+fn lazy_restored_guest_is_exact_through_checkpoints_a_kill_and_a_store_that_is_away() {
+    on_each_qemu(|qemu| {
+        let mut lab = Lab::for_vms(qemu, 2);
+        let hold = Hold::begin(&mut lab);
+        let vm = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
+        vm.wait_for_witness();
+        let first = vm.checkpoint();
+        vm.kill();
+
+        let vm = lab.restore("m", "m", &["--lazy"]);
+        assert!(vm.report["memory_bytes_to_come"].as_u64() > Some(0), "{}", vm.report);
+        vm.assert_makes_progress();
+        assert_hydrating(&lab, "m");
+        let during = vm.checkpoint();
+        assert_eq!(during.outcome.parent, Some(first.outcome.id), "{:?}", during.outcome);
+        assert_hydrating(&lab, "m");
+
+        vm.kill_helper();
+        let store = lab.store_directory();
+        let away = move_away(&store);
+        vm.attach();
+        let says_so = wait_until(TIMEOUT, || {
+            hydration(&lab, "m").is_some_and(|status| status["store_away"]["since"].is_string())
+        });
+        assert!(says_so, "{:?}", hydration(&lab, "m"));
+        std::fs::rename(&away, &store).expect("a store");
+        vm.assert_makes_progress();
+        assert_hydrating(&lab, "m");
+        let attached = vm.checkpoint();
+        assert_eq!(attached.outcome.parent, Some(during.outcome.id), "{:?}", attached.outcome);
+        assert_hydrating(&lab, "m");
+
+        hold.release();
+        wait_until_hydrated(&lab, "m");
+        vm.assert_continues(&first);
+        // Nobody is needed any more.
+        vm.kill_helper();
+        vm.assert_all_right(&vm.lines().pop().expect("a line"));
+        vm.attach();
+        assert_eq!(hydration(&lab, "m"), None);
+        let after = vm.checkpoint();
+        assert_eq!(after.outcome.parent, Some(attached.outcome.id), "{:?}", after.outcome);
+        vm.kill();
+        for taken in [&during, &attached, &after] {
+            lab.restore(&taken.name, "elsewhere", &[]).assert_continues(taken);
+        }
+        lab.verify("m");
+    });
+}
+
+/// What the store has of the packs of all checkpoints.
+fn packs(lab: &Lab) -> Vec<PathBuf> {
+    let files = files_below(&lab.store_directory()).into_iter();
+    files.filter(|file| file.extension().is_some_and(|name| name == "pack")).collect()
+}
+
+/// The index is read already: only what the guest still needs is damaged for it.
+#[test]
+fn lazy_guest_that_needs_a_damaged_page_is_stopped_until_the_store_is_repaired() {
+    let mut lab = Lab::new(&newest_qemu());
+    let hold = Hold::begin(&mut lab);
+    let vm = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
+    vm.wait_for_witness();
+    let taken = vm.checkpoint();
+    vm.kill();
+    let vm = lab.restore("m", "m", &["--lazy"]);
+    let whole: Vec<(PathBuf, Vec<u8>)> = packs(&lab)
+        .into_iter()
+        .map(|pack| (pack.clone(), std::fs::read(pack).expect("a pack")))
+        .collect();
+    assert!(!whole.is_empty());
+    for (pack, bytes) in &whole {
+        let inverted: Vec<u8> = bytes.iter().map(|byte| !byte).collect();
+        std::fs::write(pack, inverted).expect("a pack");
+    }
+    let says_so = wait_until(TIMEOUT, || {
+        hydration(&lab, "m").is_some_and(|status| status["damaged"]["since"].is_string())
+    });
+    assert!(says_so, "{:?}", hydration(&lab, "m"));
+    for (pack, bytes) in &whole {
+        std::fs::write(pack, bytes).expect("a pack");
+    }
+    // It is asked again, and the guest stays stopped: somebody should look at that store.
+    assert!(wait_until(TIMEOUT, || !vm.qmp().is_running()), "the guest runs");
+    vm.qmp().cont();
+    vm.assert_makes_progress();
+    hold.release();
+    wait_until_hydrated(&lab, "m");
+    vm.assert_continues(&taken);
+}
+
+/// The next helper looks again and finds that nothing is missing.
+#[test]
+fn lazy_helper_killed_when_all_has_arrived_leaves_nothing_to_do() {
+    let lab = Lab::new(&newest_qemu());
+    let vm = lab.start("m", &Recipe::scribbler(92));
+    vm.checkpoint();
+    vm.kill();
+    let mut lab = lab;
+    lab.set("STILLPOINT_DIE_AT", "restore.hydrated".to_owned());
+    let vm = lab.restore("m", "m", &["--lazy"]);
+    assert!(wait_until(TIMEOUT, || vm.helper().is_none()), "the helper lives");
+    vm.attach_with(&[], &[("STILLPOINT_DIE_AT", "")]);
+    wait_until_hydrated(&lab, "m");
+    assert_eq!(vm.checkpoint().outcome.parent, Some(1));
+    lab.verify("m");
+}
+
+/// What a balloon discards would be waited for.
+#[test]
+fn lazy_is_not_possible_with_a_balloon_and_says_so() {
+    let lab = Lab::new(&newest_qemu());
+    let vm = lab.start("m", &Recipe::scribbler(93).arguments(&["-device", "virtio-balloon-pci"]));
+    vm.checkpoint();
+    vm.kill();
+    let vm = lab.restore("m", "m", &["--lazy"]);
+    assert_eq!(vm.report["memory_bytes_to_come"], 0, "{}", vm.report);
+    assert!(vm.report["notes"].to_string().contains("balloon"), "{}", vm.report);
+    assert_eq!(hydration(&lab, "m"), None);
+}
+
+/// Also while a thread of it waits for a page.
+#[test]
+fn lazy_restored_qemu_may_end_before_its_memory_has_arrived() {
+    let mut lab = Lab::new(&newest_qemu());
+    let _hold = Hold::begin(&mut lab);
+    let vm = lab.start("m", &Recipe::scribbler(94));
+    vm.checkpoint();
+    vm.kill();
+    let mut vm = lab.restore("m", "m", &["--lazy"]);
+    assert_hydrating(&lab, "m");
+    vm.kill_qemu();
+    assert!(wait_until(TIMEOUT, || vm.helper().is_none()), "the helper lives on");
+    drop(vm);
+    lab.verify("m");
+    lab.restore("m", "m", &["--lazy"]).checkpoint();
+}
+
+fn memory(vm: &TestVm) -> Vec<u8> {
+    vm.qmp().memory(SCRIBBLER_RAM_BYTES)
+}
+
+/// A copy has no parent: what it would store first is all of its memory.
+#[test]
+fn lazy_copy_has_the_same_bytes_and_no_checkpoint_before_all_are_here() {
+    on_each_qemu(|qemu| {
+        let mut lab = Lab::for_vms(qemu, 3);
+        let hold = Hold::begin(&mut lab);
+        let vm = lab.start("m", &Recipe::scribbler(91));
+        vm.checkpoint();
+        let eager = lab.restore("m", "eager", &["--paused"]);
+        let expected = memory(&eager);
+        let lazy = lab.restore("m", "lazy", &["--paused", "--lazy"]);
+        let message = lazy.try_checkpoint().expect_failure(3);
+        assert!(message.contains("of its memory has arrived"), "{message}");
+        assert!(memory(&lazy) == expected, "read page by page, it is another");
+        hold.release();
+        wait_until_hydrated(&lab, "lazy");
+        assert!(memory(&lazy) == expected, "it is another");
+        assert_eq!(lazy.checkpoint().outcome.kind, "full");
+        let filled = lab.restore("m", "filled", &["--paused", "--lazy", "--wait"]);
+        assert_eq!(hydration(&lab, "filled"), None);
+        assert!(memory(&filled) == expected, "it is another");
+        lab.verify("lazy");
+    });
+}
