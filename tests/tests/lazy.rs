@@ -151,13 +151,14 @@ fn lazy_guest_that_needs_a_damaged_page_is_stopped_until_the_store_is_repaired()
 /// The next helper looks again and finds that nothing is missing.
 #[test]
 fn lazy_helper_killed_when_all_has_arrived_leaves_nothing_to_do() {
-    let lab = Lab::new(&newest_qemu());
+    let mut lab = Lab::new(&newest_qemu());
+    lab.set("STILLPOINT_DIE_AT", "restore.hydrated".to_owned());
+    let hold = Hold::begin(&mut lab);
     let vm = lab.start("m", &Recipe::scribbler(92));
     vm.checkpoint();
     vm.kill();
-    let mut lab = lab;
-    lab.set("STILLPOINT_DIE_AT", "restore.hydrated".to_owned());
     let vm = lab.restore("m", "m", &["--lazy"]);
+    hold.release();
     assert!(wait_until(TIMEOUT, || vm.helper().is_none()), "the helper lives");
     vm.attach_with(&[], &[("STILLPOINT_DIE_AT", "")]);
     wait_until_hydrated(&lab, "m");
