@@ -69,7 +69,8 @@ pub enum TrackerError {
     Fill { block: String, source: io::Error },
 
     #[error(
-        "the memory of RAM block '{block}' is still arriving, so not all of it can be read; wait until it is here"
+        "the memory of RAM block '{block}' is still arriving, so not all of it can be read; wait \
+         until it is here"
     )]
     Arriving { block: String },
 

@@ -127,7 +127,7 @@ impl GuestMemory {
         result.map_err(|error| cannot(&self.name, "write", "is the host out of memory?", error))
     }
 
-    /// Gives back what holds these bytes: they are a hole.
+    /// Frees the memory that holds these bytes: they are a hole then.
     ///
     /// # Errors
     /// When the kernel refuses to punch it.

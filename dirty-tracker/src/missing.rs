@@ -1,4 +1,5 @@
-//! Memory that is in use before it has arrived: pages that are made when somebody touches them.
+//! Memory that is in use before it has arrived: a thread of QEMU that touches a missing page waits
+//! until it is installed.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -15,13 +16,13 @@ use crate::sys::write_protect::register_missing;
 
 /// The pages of one RAM block that are still to come.
 ///
-/// The RAM file is empty at first. Who touches a page in one of the parts that were given to
-/// [`MissingPages::begin`], a vCPU, a device of QEMU or the kernel for either, waits until
+/// The RAM file is empty at first. A thread of QEMU that touches a page in one of the parts that
+/// were given to [`MissingPages::begin`], itself or by a system call, waits until
 /// [`MissingPages::install`] makes it. Installed pages are write-protected, so they count as not
 /// written. A page that exists is never replaced, so a page that the guest has changed stays.
 ///
-/// Whoever waits does so in the kernel, whatever becomes of this process: the plugin holds the
-/// userfaultfd too. The next process calls [`MissingPages::resume`].
+/// Threads wait in the kernel, also when this process ends: the plugin holds the userfaultfd too.
+/// The next process calls [`MissingPages::resume`].
 ///
 /// **No process may read the RAM file where pages are missing through a mapping of its own**: the
 /// kernel would make them, with zeros.
@@ -33,8 +34,8 @@ pub struct MissingPages {
 }
 
 impl MissingPages {
-    /// From now on who touches a page in `parts` that does not exist waits. To be called before
-    /// the guest may run, with write tracking registered; what QEMU has put there already is
+    /// From now on a thread that touches a page in `parts` that does not exist waits. To be called
+    /// before the guest may run, with write tracking registered; what QEMU has put there already is
     /// discarded.
     ///
     /// Each part costs two mappings in QEMU for as long as it lives.
@@ -60,8 +61,8 @@ impl MissingPages {
         Ok(pages)
     }
 
-    /// What an earlier process has begun. Who waits for a page that it did not install is to be
-    /// woken: [`MissingPages::wake_all`].
+    /// What an earlier process has begun. Threads that wait for a page which it did not install
+    /// have to be woken: [`MissingPages::wake_all`].
     ///
     /// # Errors
     /// When the RAM block is no file that QEMU shares with this process, or is not where it is
@@ -81,8 +82,8 @@ impl MissingPages {
         Ok(Self { uffd, block, memory })
     }
 
-    /// Waits until there are pages that somebody waits for and of whom no process has been told
-    /// yet; or until `stopped` can be read, or its other end closes: then there are none.
+    /// Waits until there are faults that no process has read yet, and returns their pages; or until
+    /// `stopped` can be read, or its other end closes: then there are none.
     ///
     /// # Errors
     /// When the kernel fails to wait or to read.
@@ -115,8 +116,8 @@ impl MissingPages {
         Ok(inside.map(page).collect())
     }
 
-    /// Makes pages with this content, from `first` on; those that exist stay as they are. Who
-    /// waits for them continues. Returns how many bytes were made.
+    /// Makes pages with this content, from `first` on; those that exist stay as they are. Threads
+    /// that wait for them continue. Returns how many bytes were made.
     ///
     /// # Panics
     /// When `bytes` are no whole pages.
@@ -139,8 +140,8 @@ impl MissingPages {
             .map_err(|error| self.failed(error))
     }
 
-    /// Everybody who waits tries again: a fault that an earlier process has read, and not
-    /// answered, is read once more.
+    /// All threads that wait try again: a fault that an earlier process has read, and not answered,
+    /// can be read once more.
     ///
     /// # Errors
     /// When the kernel refuses.

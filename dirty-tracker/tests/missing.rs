@@ -1,5 +1,5 @@
-//! Pages that come when they are touched: who touches one waits, gets what was installed, and no
-//! page that exists is replaced.
+//! Pages that come when they are touched: the toucher waits, reads what was installed, and no page
+//! that exists is replaced.
 
 mod support;
 
@@ -36,7 +36,7 @@ fn faults(missing: &MissingPages) -> Vec<u64> {
     faults.into_iter().map(PageIndex::get).collect()
 }
 
-/// Nobody waits.
+/// There is no fault to be read.
 fn assert_quiet(missing: &MissingPages) {
     let (stopped, stop) = std::io::pipe().unwrap();
     drop(stop);
@@ -85,7 +85,7 @@ fn missing_page_is_waited_for_and_counts_as_not_written() {
         assert_eq!(faults(&missing), [250]);
         missing.install(PageIndex(250), &content[..PAGE as usize]).unwrap();
     });
-    // Installed before it is touched; and a page that nobody waits for.
+    // Installed before it is touched; and a page outside of the parts.
     guest.write('s', &[8, 150]);
     assert_eq!(claim(&mut tracker, shared), [8, 150, 250]);
     let bytes = [7, 8, 150, 250].map(|page| page_of(&guest, page));
@@ -105,7 +105,7 @@ fn missing_page_that_exists_is_never_replaced() {
     assert_eq!(missing.missing_in(range(0, 100)).unwrap(), []);
     assert_eq!(missing.install(PageIndex(0), &many).unwrap(), 0);
     assert_eq!(claim(&mut tracker, shared), [20]);
-    // Across parts, and memory that nobody waits for.
+    // Across parts, and memory outside of them.
     let most = vec![2; 250 * PAGE as usize];
     assert_eq!(missing.install(PageIndex(90), &most).unwrap(), 240 * PAGE);
     assert!(matches!(
@@ -115,7 +115,7 @@ fn missing_page_that_exists_is_never_replaced() {
 }
 
 #[test]
-fn missing_page_that_a_dead_process_owed_comes_from_the_next() {
+fn missing_page_that_a_dead_process_has_read_comes_from_the_next() {
     let (mut guest, tracker, shared, missing) = begin();
     let block = tracker.block(shared).unwrap().clone();
     let handles = guest.handles();
@@ -125,7 +125,7 @@ fn missing_page_that_a_dead_process_owed_comes_from_the_next() {
         drop((missing, tracker));
         let next = MissingPages::resume(&handles, block).unwrap();
         assert_quiet(&next);
-        assert!(is_done.try_recv().is_err(), "it went on");
+        assert!(is_done.try_recv().is_err(), "it did not wait");
         next.wake_all().unwrap();
         assert_eq!(faults(&next), [5]);
         next.install(PageIndex(5), &[6; PAGE as usize]).unwrap();

@@ -106,7 +106,7 @@ fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
 }
 
 async fn attach(runtime: RuntimeDir) -> Result<(Checkpointer, Option<Hydration>)> {
-    // First of all: QEMU may answer only when a page has come that an earlier helper owed it.
+    // First of all: QEMU may answer only when a page has come that an earlier helper did not bring.
     let hydration = Hydration::resume(&runtime).await?;
     // An adoption that an earlier helper did not live to end decides which QEMU that is.
     engine::adopt::recover(&runtime).await?;

@@ -51,7 +51,7 @@ pub(crate) struct Server {
     /// Written by what needs the VM for itself, read by what only looks at it: those who look are
     /// not in each other's way.
     checkpointer: Arc<RwLock<Checkpointer>>,
-    /// Not behind the lock: it is told of also during a checkpoint.
+    /// Not behind the lock: its status is shown also during a checkpoint.
     hydration: Option<Hydration>,
 }
 

@@ -92,7 +92,7 @@ fn lazy_restored_guest_is_exact_through_checkpoints_a_kill_and_a_store_that_is_a
         hold.release();
         wait_until_hydrated(&lab, "m");
         vm.assert_continues(&first);
-        // Nobody is needed any more.
+        // No helper is needed any more.
         vm.kill_helper();
         vm.assert_all_right(&vm.lines().pop().expect("a line"));
         vm.attach();
@@ -139,7 +139,7 @@ fn lazy_guest_that_needs_a_damaged_page_is_stopped_until_the_store_is_repaired()
     for (pack, bytes) in &whole {
         std::fs::write(pack, bytes).expect("a pack");
     }
-    // It is asked again, and the guest stays stopped: somebody should look at that store.
+    // It is read again, and the guest stays stopped: an operator should look at that store.
     assert!(wait_until(TIMEOUT, || !vm.qmp().is_running()), "the guest runs");
     vm.qmp().cont();
     vm.assert_makes_progress();

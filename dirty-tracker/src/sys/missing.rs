@@ -1,5 +1,5 @@
-//! Pages that are filled when somebody touches them: faults read from a userfaultfd, and their
-//! answers, from outside the process that the memory belongs to.
+//! Pages that are filled when they are touched: faults read from a userfaultfd, and their answers,
+//! from outside the process that the memory belongs to.
 
 use std::io;
 use std::ops::Range;
@@ -50,7 +50,8 @@ const UFFDIO_WAKE: libc::Ioctl =
 const _: () = assert!(UFFDIO_COPY == 0xc028_aa03 as libc::Ioctl);
 const _: () = assert!(UFFDIO_WAKE == 0x8010_aa02 as libc::Ioctl);
 
-/// The addresses of faults that nobody has read yet; none if there are none now. More may follow.
+/// The addresses of faults that no process has read yet; none if there are none now. More may
+/// follow.
 pub(crate) fn read_faults(uffd: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
     let mut bytes = [0; MESSAGES * MESSAGE_LEN];
     let length = match nix::unistd::read(uffd, &mut bytes) {
@@ -77,7 +78,7 @@ enum Copied {
 }
 
 /// Makes pages with this content at `start`, write-protected: they count as not written. A page
-/// that exists stays as it is. Who waits for any of them continues. Returns how many bytes were
+/// that exists stays as it is. Threads that wait for them continue. Returns how many bytes were
 /// made.
 pub(crate) fn install(uffd: BorrowedFd<'_>, start: u64, bytes: &[u8]) -> io::Result<u64> {
     let (mut at, mut made, mut tries) = (0, 0, 0);
@@ -92,7 +93,7 @@ pub(crate) fn install(uffd: BorrowedFd<'_>, start: u64, bytes: &[u8]) -> io::Res
                 tries = 0;
             }
             Ok(Copied::Exists) => {
-                // Who waits may have begun to before the page was made.
+                // A thread may have begun to wait before the page was made.
                 let page = start + at as u64;
                 wake(uffd, &(page..page + PAGE_SIZE as u64))?;
                 at += PAGE_SIZE;
@@ -135,8 +136,8 @@ fn copy_once(uffd: BorrowedFd<'_>, start: u64, bytes: &[u8]) -> io::Result<Copie
     }
 }
 
-/// Lets who waits for a page in `range` try again: one that is still missing is a fault to be read
-/// once more.
+/// Lets the threads that wait for pages in `range` try again: a page that is still missing is a
+/// fault to be read once more.
 pub(crate) fn wake(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
     let mut arg = Addresses { start: range.start, len: range.end - range.start };
     // SAFETY: `arg` is a live `struct uffdio_range` for the whole call, which changes no memory.

@@ -49,7 +49,8 @@ pub(crate) fn register(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<(
     register_as(uffd, range, REGISTER_MODE_WP)
 }
 
-/// The same, and from now on who touches a page that does not exist waits until it is made.
+/// The same, and from now on a thread that touches a page which does not exist waits until it is
+/// made.
 ///
 /// This mode ends with the mapping: the kernel does not take it from a range by registering the
 /// range without it.

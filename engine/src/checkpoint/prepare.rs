@@ -139,7 +139,7 @@ impl Checkpointer {
         self.refuse_arriving("this checkpoint")
     }
 
-    /// A tracker that was made anew does not know.
+    /// A tracker that replaced another does not know.
     fn tell_tracker(&self) -> Result<()> {
         if self.arriving.is_none() {
             return Ok(());

@@ -209,7 +209,7 @@ impl Source {
         self.read_wanted(map, |_| true)
     }
 
-    /// The same, but for frames that nobody wants any more when it is their turn.
+    /// The same without the frames that are not wanted any more when it is their turn.
     pub fn read_wanted<W>(
         &self,
         map: &PageMap,

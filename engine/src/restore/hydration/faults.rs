@@ -1,4 +1,4 @@
-//! Who waits for a page gets it, before all others.
+//! Threads of QEMU that wait for a page get it, before all others.
 
 use super::{Backoff, Inner};
 use crate::restore::on_demand::Content;
@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-/// A read that takes longer is told of, and goes on.
+/// A read that takes longer is shown in the status, and continues.
 const SLOW: Duration = Duration::from_secs(2);
 /// QEMU stops when the vCPUs do, and one may wait for a page.
 const STOP: Duration = Duration::from_secs(2);
@@ -106,7 +106,7 @@ async fn bring(inner: &Arc<Inner>, page: PageIndex) -> Result<()> {
         Some(Content::Data(bytes)) => &bytes[..],
         Some(Content::Zero | Content::Unknown) | None => &ZEROS[..],
     };
-    // Also if it is known to exist: who waits may have begun to before.
+    // Also if it is known to exist: the thread may have begun to wait before.
     let made = inner.missing.install(page, bytes)?;
     inner.present().insert(page);
     if let Some(Content::Data(_)) = own {

@@ -1,4 +1,4 @@
-//! All pages, in the order of the packs, while nobody waits for one.
+//! All pages, in the order of the packs, while no thread waits for one.
 
 use super::faults::is_process_gone;
 use super::record::Record;
@@ -25,7 +25,7 @@ pub(super) fn data_bytes(runs: impl Iterator<Item = LocatedRun>) -> u64 {
     runs.filter(is_data).map(|run| run.pages.byte_len().0).sum()
 }
 
-/// Until all pages are here, or QEMU has ended. Then nobody listens for faults any more.
+/// Until all pages are here, or QEMU has ended. Then no faults are read any more.
 pub(super) async fn fill(inner: Arc<Inner>, faults: AbortHandle) {
     let mut backoff = Backoff::new();
     while let Err(error) = fill_all(&inner).await {
@@ -59,11 +59,11 @@ async fn fill_all(inner: &Arc<Inner>) -> Result<()> {
     let mut batches = std::pin::pin!(source.read_wanted(&map, is_wanted));
     loop {
         kill_point::hold_filler().await;
-        inner.state.nobody_waits().await;
+        inner.state.no_thread_waits().await;
         let Some(batch) = batches.next().await else { break };
         let batch = batch?;
         inner.state.succeeded();
-        inner.state.nobody_waits().await;
+        inner.state.no_thread_waits().await;
         install(inner, batch).await?;
     }
     let of = Arc::clone(inner);

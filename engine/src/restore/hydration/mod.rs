@@ -3,7 +3,7 @@
 //! The RAM file of a VM that was restored lazily is empty at first. A thread of QEMU that touches a
 //! page which is not here waits in the kernel; a task reads such faults from the plugin's
 //! userfaultfd, gets the page's frame from the store and installs the page, then the frame's other
-//! pages. Beside it the filler brings all pages in the order of the packs, while nobody waits.
+//! pages. Beside it the filler brings all pages in the order of the packs, while no thread waits.
 //!
 //! Installed pages count as not written, and pages that are not here yet are as the checkpoint has
 //! them: so an incremental checkpoint of the running VM takes only what the guest has written,
@@ -11,8 +11,9 @@
 //!
 //! Whatever fails is tried again: the guest waits for the page that it needs, and for no other. It
 //! gets no page that is not verified: one that is damaged in the store stops it. If this process
-//! ends, who waits goes on waiting, and the next helper continues by the record in the runtime
-//! directory. When all pages are here nobody waits for any again, and QEMU depends on no helper.
+//! ends, waiting threads continue to wait, and the next helper continues by the record in the
+//! runtime directory. When all pages are here no thread waits for one again, and QEMU depends on no
+//! helper.
 
 mod faults;
 mod filler;
@@ -132,7 +133,7 @@ impl Hydration {
         Ok(hydration)
     }
 
-    /// Goes on with what an earlier helper of this VM has begun and not ended; none if there is
+    /// Continues what an earlier helper of this VM has begun and not ended; none if there is
     /// nothing. To be called before anything is asked of QEMU, which may be waiting for a page.
     ///
     /// # Errors
@@ -162,7 +163,7 @@ impl Hydration {
         inner.missing.wake_all()?;
         tracing::info!(
             checkpoint = %inner.state.record().checkpoint.id,
-            "the guest's memory is still arriving; this helper goes on"
+            "the guest's memory is still arriving; this helper continues to fill it"
         );
         Ok(Some(Self::start(inner)?))
     }
@@ -182,11 +183,7 @@ impl Hydration {
         let _ = self.0.inner.qmp.set(qmp.clone());
     }
 
-    /// Until all memory is here.
-    pub async fn done(&self) {
-        self.0.inner.state.done().await;
-    }
-
+    /// How far it is, and what is in its way.
     pub fn status(&self) -> HydrationStatus {
         self.0.inner.state.status()
     }

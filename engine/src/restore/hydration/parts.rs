@@ -3,7 +3,7 @@
 //! The kernel knows per mapping whether a page that does not exist is waited for or is a zero page,
 //! and that never changes again. So long runs of zeros are left out: the guest gets such pages from
 //! the kernel, at once, and they take no memory until then. The short ones in between are waited
-//! for, and filled in the end, so that QEMU then depends on nobody.
+//! for, and filled in the end, so that QEMU then depends on no helper.
 
 use checkpoint_format::{LocatedRun, PageCount, PageLocation, PageRange};
 

@@ -1,4 +1,4 @@
-//! What the runtime directory says of a hydration, so that the next helper goes on with it.
+//! What the runtime directory says of a hydration, so that the next helper continues it.
 
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointIdentity, VmName};
@@ -29,10 +29,10 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// Before anybody waits for a page.
+    /// Before a thread can wait for a page.
     pub(super) fn save(&self, runtime: &RuntimeDir) -> Result<()> {
         let text = serde_json::to_vec(self).context("internal error: encoding hydration.json")?;
-        runtime.replace(FILE, &text)
+        Ok(runtime.replace(FILE, &text)?)
     }
 
     /// That of a hydration that has not ended.
@@ -51,7 +51,7 @@ impl Record {
         })
     }
 
-    /// Nobody waits for a page any more.
+    /// No thread waits for a page any more.
     pub(super) fn remove(runtime: &RuntimeDir) -> Result<()> {
         match std::fs::remove_file(runtime.path().join(FILE)) {
             Err(error) if error.kind() != ErrorKind::NotFound => {

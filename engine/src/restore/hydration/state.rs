@@ -4,13 +4,13 @@ use super::record::Record;
 use crate::progress::bytes;
 use checkpoint_format::CheckpointId;
 use serde::{Deserialize, Serialize};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 use tokio::sync::watch;
 use vm::error::{Class, class_of, explain};
 
-/// What is told of a hydration under way.
+/// What is known of a hydration under way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HydrationStatus {
     /// The VM whose checkpoint it is.
@@ -25,7 +25,7 @@ pub struct HydrationStatus {
     pub total_bytes: u64,
     /// Pages that the VM has waited for, or waits for now.
     pub faults: u64,
-    /// The store does not answer; who waits for a page goes on waiting.
+    /// The store does not answer; threads that wait for a page continue to wait.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub store_away: Option<Trouble>,
     /// What the store has is damaged. A guest that needed it was stopped.
@@ -49,7 +49,7 @@ pub(super) struct State {
     faults: AtomicU64,
     troubles: Mutex<Troubles>,
     waiting: watch::Sender<usize>,
-    is_done: watch::Sender<bool>,
+    is_done: AtomicBool,
 }
 
 #[derive(Default)]
@@ -58,7 +58,7 @@ struct Troubles {
     damaged: Option<Trouble>,
 }
 
-/// Somebody waits for a page as long as this lives.
+/// A thread of QEMU waits for a page as long as this lives.
 pub(super) struct Waiting<'a>(&'a State);
 
 impl State {
@@ -69,7 +69,7 @@ impl State {
             faults: AtomicU64::new(0),
             troubles: Mutex::default(),
             waiting: watch::Sender::new(0),
-            is_done: watch::Sender::new(false),
+            is_done: AtomicBool::new(false),
         }
     }
 
@@ -78,12 +78,7 @@ impl State {
     }
 
     pub(super) fn is_done(&self) -> bool {
-        *self.is_done.borrow()
-    }
-
-    pub(super) async fn done(&self) {
-        // An error means that the state is gone, which `self` excludes.
-        let _ = self.is_done.subscribe().wait_for(|done| *done).await;
+        self.is_done.load(Ordering::Acquire)
     }
 
     pub(super) fn status(&self) -> HydrationStatus {
@@ -108,7 +103,7 @@ impl State {
     pub(super) fn finish(&self) {
         self.done.store(self.record.total_bytes, Ordering::Relaxed);
         *self.troubles() = Troubles::default();
-        self.is_done.send_replace(true);
+        self.is_done.store(true, Ordering::Release);
         tracing::info!(
             memory = bytes(self.record.total_bytes),
             faults = self.faults.load(Ordering::Relaxed),
@@ -122,8 +117,8 @@ impl State {
         Waiting(self)
     }
 
-    /// Until nobody waits for a page.
-    pub(super) async fn nobody_waits(&self) {
+    /// Until no thread waits for a page.
+    pub(super) async fn no_thread_waits(&self) {
         let _ = self.waiting.subscribe().wait_for(|count| *count == 0).await;
     }
 
