@@ -1,6 +1,8 @@
 //! A guest that runs before its memory has arrived is the guest that was saved, whatever happens
 //! meanwhile: a checkpoint, the death of its helper, a store that is away.
 
+use checkpoint_format::CheckpointId;
+use engine::checkpoint::outcome::Kind;
 use serde_json::Value;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -162,7 +164,7 @@ fn lazy_helper_killed_when_all_has_arrived_leaves_nothing_to_do() {
     assert!(wait_until(TIMEOUT, || vm.helper().is_none()), "the helper lives");
     vm.attach_with(&[], &[("STILLPOINT_DIE_AT", "")]);
     wait_until_hydrated(&lab, "m");
-    assert_eq!(vm.checkpoint().outcome.parent, Some(1));
+    assert_eq!(vm.checkpoint().outcome.parent, Some(CheckpointId(1)));
     lab.verify("m");
 }
 
@@ -217,7 +219,7 @@ fn lazy_copy_has_the_same_bytes_and_no_checkpoint_before_all_are_here() {
         hold.release();
         wait_until_hydrated(&lab, "lazy");
         assert!(memory(&lazy) == expected, "it is another");
-        assert_eq!(lazy.checkpoint().outcome.kind, "full");
+        assert_eq!(lazy.checkpoint().outcome.kind, Kind::Full);
         let filled = lab.restore("m", "filled", &["--paused", "--lazy", "--wait"]);
         assert_eq!(hydration(&lab, "filled"), None);
         assert!(memory(&filled) == expected, "it is another");
