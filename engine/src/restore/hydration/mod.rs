@@ -112,6 +112,7 @@ impl Hydration {
             let id = tracker.find(block).with_context(|| format!("no RAM block {block}"))?;
             let tracked = tracker.block(id)?.clone();
             let record = Record {
+                instance: vm.file.instance.clone(),
                 store: vm.file.store.clone(),
                 vm: checkpoint_of.clone(),
                 checkpoint: source.identity(),
@@ -139,7 +140,8 @@ impl Hydration {
     /// # Errors
     /// When the record cannot be read, or QEMU's memory is not where it says.
     pub async fn resume(runtime: &RuntimeDir) -> Result<Option<Self>> {
-        let Some(record) = Record::load(runtime)? else { return Ok(None) };
+        let instance = || Ok(runtime.vm()?.instance);
+        let Some(record) = Record::load(runtime, instance)? else { return Ok(None) };
         let (socket, wanted) = (runtime.plugin(), record.clone());
         let connect = move || {
             let handles = PluginHandles::connect(&socket, PLUGIN_TIMEOUT)?;
