@@ -13,7 +13,7 @@ use futures::StreamExt;
 use std::sync::Arc;
 use tokio::task::AbortHandle;
 
-const ZEROS: [u8; FRAME_PAGES * PAGE_SIZE] = [0; FRAME_PAGES * PAGE_SIZE];
+static ZEROS: [u8; FRAME_PAGES * PAGE_SIZE] = [0; FRAME_PAGES * PAGE_SIZE];
 
 /// Whether these pages hold something else than zeros.
 pub(super) fn is_data(run: &LocatedRun) -> bool {
