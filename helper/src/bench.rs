@@ -273,7 +273,7 @@ mod test {
     }
 
     fn report(pairs: &[Pair]) -> Report {
-        let status = Status { pid: 1, busy: true, vm: None };
+        let status = Status { pid: 1, busy: true, vm: None, hydration: None };
         Report::new(status, Outcome::default(), pairs, Duration::from_secs(1))
     }
 
