@@ -45,7 +45,7 @@ fn assert_quiet(missing: &MissingPages) {
 
 /// Lets the process do `line`, and says when it is done.
 fn meanwhile<T>(guest: &mut StandIn, line: &str, work: impl FnOnce(&mpsc::Receiver<()>) -> T) -> T {
-    let (done, is_done) = mpsc::channel();
+    let (done, is_done) = mpsc::sync_channel(1);
     std::thread::scope(|scope| {
         scope.spawn(move || {
             assert_eq!(guest.tell(line), "ok");
