@@ -93,6 +93,7 @@ impl Saved {
             take_over: false,
             paused: false,
             run: false,
+            lazy: false,
         }
     }
 
