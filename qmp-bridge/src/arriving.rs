@@ -14,8 +14,11 @@
 //! count as written by the guest, so bitmaps stay exact.
 //!
 //! QEMU's requests wait while no helper listens at the socket, for [`RECONNECT_SECONDS`] at most:
-//! they are sent again to the next helper. Node and job are named after the VM's instance and the
-//! disk's number, so that helper finds them.
+//! they are sent again to the next helper. A request whose block the store does not give waits too.
+//! QEMU ends a `stop` only when no request waits, and answers no other command until then.
+//!
+//! Node and job are named after the VM's instance and the disk's number, so that the next helper
+//! finds them.
 
 use std::path::Path;
 

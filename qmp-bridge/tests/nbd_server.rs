@@ -404,6 +404,44 @@ async fn arriving_disk_becomes_what_an_eager_restore_makes() {
     .await;
 }
 
+/// QEMU is killed while blocks arrive. The image is sound, and the next QEMU on it continues.
+#[tokio::test]
+async fn arriving_disk_of_a_killed_qemu_continues_in_the_next() {
+    with_each_qemu(async |qemu| {
+        let place = tempfile::tempdir().expect("directory");
+        let dir = place.path().to_owned();
+        let (pages, readable) = Pages::new();
+        let mut worker = ImageWorker::start(&qemu, &dir).await.expect("worker");
+        let backing = make_eager(&mut worker, &dir, &pages).await;
+        let socket = dir.join("s");
+        make_lazy(&mut worker, &dir, &socket).await;
+        worker.shutdown().await.expect("shutdown");
+        let image = SyntheticQcow2::new(DISK, Some(&backing), pages.clone()).expect("image");
+        let _server = serve(&socket, image);
+        let top = dir.join("top.qcow2");
+        let drive = format!("if=none,id=d,node-name=top,format=qcow2,file={}", top.display());
+        let arguments = ["-machine", "none", "-drive", &drive];
+        let vm = TestQemu::start(&qemu, &arguments).await;
+        readable.send_replace(DISK / 2);
+        let [disk] = arriving::list(&vm.qmp).await.expect("disks").try_into().expect("one");
+        disk.begin(&vm.qmp, 0).await.expect("stream");
+        let offset = |disks: &[ArrivingDisk]| disks[0].copying.map_or(0, |copying| copying.offset);
+        until(&vm.qmp, "half of it", |disks| offset(disks) > DISK / 4).await;
+        drop(vm);
+        readable.send_replace(u64::MAX);
+        let vm = TestQemu::start(&qemu, &arguments).await;
+        let [disk] = arriving::list(&vm.qmp).await.expect("disks").try_into().expect("one");
+        assert_eq!(disk.copying, None, "the job died with its QEMU");
+        disk.begin(&vm.qmp, 0).await.expect("stream");
+        until(&vm.qmp, "all of it", <[_]>::is_empty).await;
+        vm.qmp.execute_json("quit", Value::Null).await.expect("quit");
+        until_gone(&vm).await;
+        let compare = ["compare", "-f", "qcow2", "-F", "qcow2", "top.qcow2", "eager.qcow2"];
+        tool(&qemu, "qemu-img", &dir, &compare).await;
+    })
+    .await;
+}
+
 /// Waits until QEMU is gone, and with it the locks of its images.
 async fn until_gone(vm: &TestQemu) {
     let stat = format!("/proc/{}/stat", vm.pid());
