@@ -13,7 +13,7 @@ type Prepare = Box<dyn FnOnce(&ScriptedQemu) + Send>;
 pub(crate) struct Player {
     pub program: Arc<Program>,
     prepare: Arc<Mutex<Option<Prepare>>>,
-    started: mpsc::UnboundedReceiver<Started>,
+    started: mpsc::Receiver<Started>,
 }
 
 impl Player {
@@ -21,7 +21,7 @@ impl Player {
     pub(crate) fn new(base: &Path) -> Self {
         let program = Arc::new(Program::new(base));
         let prepare = Arc::new(Mutex::new(None::<Prepare>));
-        let (send, started) = mpsc::unbounded_channel();
+        let (send, started) = mpsc::channel(16);
         let (played, next) = (Arc::clone(&program), Arc::clone(&prepare));
         std::thread::spawn(move || {
             loop {
@@ -31,7 +31,7 @@ impl Player {
                         prepare(qemu);
                     }
                 });
-                if played.is_some_and(|started| send.send(started).is_err()) {
+                if played.is_some_and(|started| send.blocking_send(started).is_err()) {
                     return;
                 }
             }
