@@ -6,8 +6,8 @@
 
 use anyhow::Error;
 use checkpoint_format::{
-    DigestParseError, EncodeError, EnvelopeError, LayerError, LineageError, ManifestError,
-    NameError, OtherCheckpoint, PackError,
+    DigestParseError, EncodeError, EnvelopeError, IndexError, LayerError, LineageError,
+    ManifestError, NameError, OtherCheckpoint, PackError,
 };
 use checkpoint_store::StoreError;
 use dirty_tracker::TrackerError;
@@ -270,8 +270,8 @@ macro_rules! class_of_cause {
 // Every type with a class; a test of the tree finds one that is missing.
 class_of_cause! {
     EngineError, VmError, Stated, ArgumentError, SizeError, ConfigError, StoreError, TrackerError,
-    EnvelopeError, ManifestError, PackError, LayerError, LineageError, EncodeError, NameError,
-    DigestParseError, OtherCheckpoint,
+    EnvelopeError, IndexError, ManifestError, PackError, LayerError, LineageError, EncodeError,
+    NameError, DigestParseError, OtherCheckpoint,
     QmpError, LineError, JobError, ServerError, NbdError, DiskError, CaptureError, BadTag,
     ImageError, NoGuest, RunStateError, PauseError, RamBlockError, HostError, MigrationError,
     StreamReadError, StreamError, DeviceStateError, ExportError, SyntheticError,
