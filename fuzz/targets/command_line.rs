@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    fuzz_checks::command_line::check(data);
+    fuzz_checks::check("command_line", data);
 });

@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    fuzz_checks::control_socket::check(data);
+    fuzz_checks::check("control_socket", data);
 });

@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    fuzz_checks::layer_table::check(data);
+    fuzz_checks::check("layer_table", data);
 });

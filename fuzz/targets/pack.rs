@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    fuzz_checks::pack::check(data);
+    fuzz_checks::check("pack", data);
 });

@@ -8,7 +8,7 @@ const LENGTH_AT: usize = 2;
 const TEXT_AT: usize = LENGTH_AT + 4;
 
 fuzz_target!(|data: &[u8]| {
-    fuzz_checks::stream_reader::check(data);
+    fuzz_checks::check("stream_reader", data);
 });
 
 fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {

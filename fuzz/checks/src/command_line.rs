@@ -11,7 +11,7 @@ use qemu_cmdline::{Form, KeyList, QemuOption, Use, config, parse, rewrite, visit
 const OTHER_PATH: &str = "/restored,a=b";
 
 /// Parses the command line or the file; whether it is one.
-pub fn check(input: &[u8]) -> bool {
+pub(crate) fn check(input: &[u8]) -> bool {
     let text = String::from_utf8_lossy(input);
     if text.starts_with(['[', '#']) {
         let Ok(options) = config::parse(&text) else { return false };

@@ -4,7 +4,7 @@ use helper::control::{Reply, Request};
 use vm::error::EngineError;
 
 /// Reads `input` as what a command asks and as what a helper answers; whether it is one of them.
-pub fn check(input: &[u8]) -> bool {
+pub(crate) fn check(input: &[u8]) -> bool {
     let Ok(line) = std::str::from_utf8(input) else { return false };
     let request = Request::parse(line).map(|request| {
         let written = serde_json::to_string(&request).expect("a request");

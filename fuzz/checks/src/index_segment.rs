@@ -12,7 +12,7 @@ use checkpoint_format::{
 };
 
 /// Reads a directory and a block whose lengths and checksums are right; whether they are sound.
-pub fn check(input: &[u8]) -> bool {
+pub(crate) fn check(input: &[u8]) -> bool {
     let mut input = input;
     let Some((blocks_len, len)) = number(&mut input, 8).zip(number(&mut input, 4)) else {
         return false;

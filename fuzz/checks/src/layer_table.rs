@@ -13,7 +13,7 @@ const MAGIC_LEN: usize = 8;
 
 /// Reads manifest and table as they are, and with lengths and digests put right; whether they
 /// are a layer's.
-pub fn check(input: &[u8]) -> bool {
+pub(crate) fn check(input: &[u8]) -> bool {
     let split = input.iter().position(|byte| *byte == 0).unwrap_or(input.len());
     let (file, table) = (&input[..split], input.get(split + 1..).unwrap_or_default());
     read(file, table);

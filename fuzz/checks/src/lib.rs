@@ -2,27 +2,27 @@
 //! production does, panics when the reader does what it promises not to do, and returns whether the
 //! input is sound.
 //!
-//! The fuzz targets (`fuzz/targets`) call it with what libFuzzer makes; the test below calls it
-//! with the seeds and past findings (`fuzz/seeds`).
+//! The fuzz targets (`fuzz/targets`) call [`check`] with what libFuzzer makes; the test below calls
+//! it with the seeds and past findings (`fuzz/seeds`).
 
-pub mod command_line;
-pub mod control_socket;
-pub mod index_segment;
-pub mod layer_table;
-pub mod manifest;
-pub mod nbd;
-pub mod nbd_server;
-pub mod pack;
-pub mod plugin_greeting;
-pub mod qmp;
+mod command_line;
+mod control_socket;
+mod index_segment;
+mod layer_table;
+mod manifest;
+mod nbd;
+mod nbd_server;
+mod pack;
+mod plugin_greeting;
+mod qmp;
 mod sealing;
-pub mod stream_reader;
+mod stream_reader;
 
 /// Reads an input and says whether it is sound.
-pub type Check = fn(&[u8]) -> bool;
+type Check = fn(&[u8]) -> bool;
 
 /// The targets by name; each has a directory of seeds.
-pub const TARGETS: &[(&str, Check)] = &[
+const TARGETS: &[(&str, Check)] = &[
     ("command_line", command_line::check),
     ("control_socket", control_socket::check),
     ("index_segment", index_segment::check),
@@ -35,6 +35,15 @@ pub const TARGETS: &[(&str, Check)] = &[
     ("qmp", qmp::check),
     ("stream_reader", stream_reader::check),
 ];
+
+/// Reads an input of a target and says whether it is sound.
+///
+/// # Panics
+/// When the reader does what it promises not to do, or there is no such target.
+pub fn check(target: &str, input: &[u8]) -> bool {
+    let (_, check) = TARGETS.iter().find(|(name, _)| *name == target).expect("a target's name");
+    check(input)
+}
 
 #[cfg(test)]
 mod test {
@@ -54,6 +63,10 @@ mod test {
         let targets: BTreeSet<String> =
             TARGETS.iter().map(|(name, _)| (*name).to_owned()).collect();
         assert_eq!(names(&seeds), targets, "each target has its seeds");
+        let programs = names(&seeds.join("../targets"));
+        let programs: BTreeSet<String> =
+            programs.iter().map(|file| file.trim_end_matches(".rs").to_owned()).collect();
+        assert_eq!(programs, targets, "each target is a program");
         for (target, check) in TARGETS {
             let directory = seeds.join(target);
             let sound = names(&directory).into_iter().filter(|name| {

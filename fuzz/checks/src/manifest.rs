@@ -4,7 +4,7 @@ use crate::sealing::sealed;
 use checkpoint_format::Manifest;
 
 /// Reads `input` as it is, and with its digest put right; whether that is a manifest.
-pub fn check(input: &[u8]) -> bool {
+pub(crate) fn check(input: &[u8]) -> bool {
     read(input);
     read(&sealed(input))
 }

@@ -25,7 +25,7 @@ thread_local! {
 }
 
 /// Lets a client talk to that server; whether it got all that it asked for.
-pub fn check(input: &[u8]) -> bool {
+pub(crate) fn check(input: &[u8]) -> bool {
     let Some((first, parts)) = input.split_first() else { return false };
     let bitmap = context::dirty_bitmap("b0");
     let contexts: &[&str] = match first % 4 {

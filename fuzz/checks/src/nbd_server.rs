@@ -63,7 +63,7 @@ impl Export for Disk {
 }
 
 /// Serves that client; whether it left in order.
-pub fn check(input: &[u8]) -> bool {
+pub(crate) fn check(input: &[u8]) -> bool {
     RUNTIME.with(|runtime| runtime.block_on(serve(input)))
 }
 

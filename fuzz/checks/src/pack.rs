@@ -19,7 +19,7 @@ const MOST_FRAMES: usize = 8;
 const MOST_PAGES: u64 = 1 << 20;
 
 /// Reads `input` as it is, and with checksums and lengths put right; whether that is a pack.
-pub fn check(input: &[u8]) -> bool {
+pub(crate) fn check(input: &[u8]) -> bool {
     let _ = read(input);
     let Some(file) = sealed(input) else { return false };
     let header = PackHeader::parse(&file[..HEADER_LEN]);

@@ -6,7 +6,7 @@ use plugin_protocol::wire::{HELLO_LEN, Hello, REPLY_LEN, Reply};
 const RESERVED_AT: usize = 60;
 
 /// Reads `input` as what a client says and as what the plugin answers; whether it is one of them.
-pub fn check(input: &[u8]) -> bool {
+pub(crate) fn check(input: &[u8]) -> bool {
     let is_hello = input.first_chunk::<HELLO_LEN>().is_some_and(hello);
     let is_reply = input.first_chunk::<REPLY_LEN>().is_some_and(reply);
     is_hello || is_reply

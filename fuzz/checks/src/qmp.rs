@@ -7,7 +7,7 @@ use qmp_bridge::qmp::line::{LineBuffer, Message};
 use serde_json::{Map, Value, json};
 
 /// Reads all lines; whether there are some and each is a message.
-pub fn check(input: &[u8]) -> bool {
+pub(crate) fn check(input: &[u8]) -> bool {
     let Some((first, bytes)) = input.split_first() else { return false };
     let (lines, rest) = lines(bytes, 1 + usize::from(*first) * 16);
     assert_eq!([lines.concat(), rest].concat(), bytes, "no byte is lost");
