@@ -326,7 +326,7 @@ pub const ROWS: &[Row] = &[
         "leave one, use another machine type, or a newer QEMU",
     ),
     Row::new(
-        &[Checkpoint, Adopt, Restore],
+        ALL,
         &[Devices(&["vhost-*"])],
         "its state is in the kernel of this host",
         "use a device that QEMU emulates, such as virtio-scsi-pci or virtio-serial",

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
-use stillpoint_tests::{Lab, QmpClient, Ran, assert_root, wait_until};
+use stillpoint_tests::{Lab, QmpClient, Ran, assert_root, major_version, wait_until};
 
 const UNPRIVILEGED_UID: &str = "65534";
 const START: Duration = Duration::from_secs(40);
@@ -97,6 +97,13 @@ pub(super) fn other_namespace(lab: &Lab, name: &str) -> Option<Ran> {
     assert_root("running a command in another namespace");
     let unshare = ["unshare", "--pid", "--fork", "--kill-child"];
     Some(External::start(lab, name, "").attach_by(lab, name, &unshare))
+}
+
+/// It sees its own directory alone.
+pub(super) fn other_root(lab: &Lab, name: &str) -> Option<Ran> {
+    assert_root("changing the root directory of a QEMU");
+    let option = if major_version(&lab.qemu) >= 9 { "-run-with chroot=." } else { "-chroot ." };
+    Some(External::start(lab, name, option).attach(lab, name))
 }
 
 /// One who may connect to the monitor, and may not look at its process.

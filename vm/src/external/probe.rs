@@ -19,6 +19,7 @@ use qmp_bridge::qmp::replies::{FdsetInfo, MachineType};
 use qmp_bridge::ramblock::{self, RamBlock};
 use qmp_bridge::vm::VmFacts;
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// What a running QEMU says of itself, and the kernel of its process.
@@ -52,6 +53,7 @@ impl Probe {
         let line = MonitorConnection::open(monitor).await?;
         let process = line.qemu(monitor)?;
         check(&process)?;
+        refuse_other_root(process.pid)?;
         let qmp = line.greet(monitor).await?;
         let facts = VmFacts::read(&qmp)
             .await
@@ -134,6 +136,20 @@ impl Probe {
     pub async fn support(&self) -> Result<Support, VmError> {
         Ok(migration::probe(&self.qmp).await.context("asking what QEMU's migration can do")?)
     }
+}
+
+/// QEMU is sent the paths of sockets and files, and has to find the same there.
+fn refuse_other_root(pid: u32) -> Result<(), VmError> {
+    let identity = |root: &str| std::fs::metadata(root).map(|root| (root.dev(), root.ino()));
+    let there = identity(&format!("/proc/{pid}/root/"))
+        .with_context(|| format!("looking at the root directory of QEMU (pid {pid})"))?;
+    if there == identity("/").context("looking at our own root directory")? {
+        return Ok(());
+    }
+    Err(refused(format!(
+        "QEMU (pid {pid}) has another root directory (-chroot, a container?), where it does not see Stillpoint's files; run Stillpoint there, or start the VM without it"
+    ))
+    .into())
 }
 
 /// A QEMU that was started with `-preconfig` answers few commands until `x-exit-preconfig`.
