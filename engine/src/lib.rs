@@ -1,7 +1,7 @@
 //! Checkpoints of running VMs: [`checkpoint`] takes them, [`restore`] restores one, [`boot`]
 //! prepares a new VM and [`adopt`] moves an external one into a managed QEMU, [`verify`] reads back
 //! what is stored and [`proof`] restores it in a sandbox and compares, [`doctor`] checks what a
-//! host can do; [`layers`] and [`pack`] store and read data, [`lineage`] is a checkpoint with its
+//! host can do; [`layers`] and `pack` store and read data, [`lineage`] is a checkpoint with its
 //! ancestors.
 //!
 //! Nothing here prints or parses arguments; the crate `stillpoint` does. Progress is reported to a
