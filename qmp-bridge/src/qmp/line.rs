@@ -1,7 +1,8 @@
 //! What QEMU's monitor sends: bytes to lines, a line to a message. No I/O.
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde::de::{DeserializeOwned, Deserializer, Error as _};
+use serde_json::{Map, Value};
 use thiserror::Error;
 
 use super::QemuVersion;
@@ -42,12 +43,13 @@ pub enum LineError {
 
 #[derive(Deserialize)]
 struct Members {
-    #[serde(rename = "QMP")]
+    #[serde(default, rename = "QMP", deserialize_with = "object_or_null")]
     greeting: Option<Greeting>,
     event: Option<String>,
     data: Option<Value>,
     #[serde(default, rename = "return", deserialize_with = "present")]
     result: Option<Value>,
+    #[serde(default, deserialize_with = "object_or_null")]
     error: Option<Refusal>,
     id: Option<Id>,
 }
@@ -67,8 +69,25 @@ struct Refusal {
 }
 
 /// A member that is `null` is there.
-fn present<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Value>, D::Error> {
+fn present<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Value>, D::Error> {
     Value::deserialize(from).map(Some)
+}
+
+/// A list would be taken for the members in their order.
+pub(super) fn object<'de, D: Deserializer<'de>, T: DeserializeOwned>(
+    from: D,
+) -> Result<T, D::Error> {
+    let members = Map::deserialize(from)?;
+    serde_json::from_value(Value::Object(members)).map_err(D::Error::custom)
+}
+
+fn object_or_null<'de, D: Deserializer<'de>, T: DeserializeOwned>(
+    from: D,
+) -> Result<Option<T>, D::Error> {
+    match Value::deserialize(from)? {
+        Value::Null => Ok(None),
+        value => object(value).map(Some).map_err(D::Error::custom),
+    }
 }
 
 impl Message {

@@ -133,6 +133,7 @@ pub(crate) fn parse<T: DeserializeOwned>(command: &str, reply: Value) -> Result<
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Greeting {
     /// QEMU's version.
+    #[serde(deserialize_with = "super::line::object")]
     pub version: VersionInfo,
 }
 
@@ -140,6 +141,7 @@ pub struct Greeting {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct VersionInfo {
     /// Its numbers.
+    #[serde(deserialize_with = "super::line::object")]
     pub qemu: VersionTriple,
     /// The distributor's suffix.
     pub package: String,
