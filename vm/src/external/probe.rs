@@ -147,7 +147,8 @@ fn refuse_other_root(pid: u32) -> Result<(), VmError> {
         return Ok(());
     }
     Err(refused(format!(
-        "QEMU (pid {pid}) has another root directory (-chroot, a container?), where it does not see Stillpoint's files; run Stillpoint there, or start the VM without it"
+        "QEMU (pid {pid}) has another root directory (-chroot, a container?), where it does not \
+         see Stillpoint's files; run Stillpoint there, or start the VM without it"
     ))
     .into())
 }
