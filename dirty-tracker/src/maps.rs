@@ -19,8 +19,14 @@ const READ_LEN: usize = 64 << 10;
 /// # Errors
 /// When a line is not of the form that the kernel writes.
 pub(crate) fn parse_maps(text: &str) -> Result<MemoryMaps, TrackerError> {
-    MemoryMaps::from_read(text.as_bytes())
+    MemoryMaps::from_read(parsable_maps(text).as_bytes())
         .map_err(|error| TrackerError::MapsForm { error: error.to_string() })
+}
+
+/// The text of a memory map, without what the crate procfs panics on: a file whose name begins as
+/// that of System V shared memory does, and is none. No mapping is looked up by such a name.
+pub fn parsable_maps(text: &str) -> String {
+    text.replace(" /SYSV", " /sysv")
 }
 
 /// What the kernel shows as the path of a mapping; empty for anonymous memory.
@@ -54,6 +60,15 @@ pub(crate) fn read_maps(maps: &File) -> io::Result<String> {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn maps_may_have_files_of_any_name() {
+        for name in ["/SYSV", "/SYSV1", "/SYSV00000000 (deleted)", "/SYSVä1234567", "[", "[]", "//"]
+        {
+            let maps = parse_maps(&format!("1000-2000 rw-s 00000000 00:01 7 {name}\n")).unwrap();
+            assert_eq!(maps.len(), 1, "{name}");
+        }
+    }
 
     #[test]
     fn maps_that_are_none_are_an_error() {

@@ -11,6 +11,7 @@
 
 use crate::error::VmError;
 use anyhow::{Context, anyhow};
+use dirty_tracker::parsable_maps;
 use procfs::process::{MemoryMaps, all_processes};
 use procfs::{Current, FromRead, Meminfo, ProcError, ProcResult, ProcessCGroups};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -61,7 +62,8 @@ pub fn environment(process: &Process) -> ProcResult<Vec<Vec<u8>>> {
 /// Where it cannot be read, or is too long.
 pub fn memory_maps(process: &Process) -> ProcResult<MemoryMaps> {
     // A path in it need not be UTF-8.
-    MemoryMaps::from_read(String::from_utf8_lossy(&read(process, "maps")?).as_bytes())
+    let text = String::from_utf8_lossy(&read(process, "maps")?).into_owned();
+    MemoryMaps::from_read(parsable_maps(&text).as_bytes())
 }
 
 fn words(process: &Process, file: &str) -> ProcResult<Vec<Vec<u8>>> {
