@@ -166,6 +166,12 @@ impl<'lab> TestVm<'lab> {
         (process::is_running(pid) && process::is_ours(pid, &self.lab.runtime())).then_some(pid)
     }
 
+    /// The same of a VM that has just been started: its helper comes up beside it.
+    pub fn wait_for_helper(&self) -> Pid {
+        self.wait_for("its helper", |vm| vm.helper().is_some());
+        self.helper().expect("it runs")
+    }
+
     pub fn kill_helper(&self) {
         if let Some(pid) = self.helper() {
             process::kill_hard(pid);

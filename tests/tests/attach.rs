@@ -44,7 +44,7 @@ fn saved(lab: &Lab, name: &str) -> Value {
 }
 
 fn end_helper(vm: &TestVm) {
-    kill_hard(vm.helper().expect("a helper runs"));
+    kill_hard(vm.wait_for_helper());
     assert!(wait_until(Duration::from_secs(10), || vm.helper().is_none()));
 }
 

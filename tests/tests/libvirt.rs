@@ -189,7 +189,7 @@ fn the_service_files_are_understood_by_systemd() {
 fn service_helper_tells_systemd_when_it_is_attached_and_when_it_ends() {
     let lab = Lab::new(&newest_qemu());
     let vm = lab.start("m", &Recipe::scribbler(45));
-    kill_hard(vm.helper().expect("a helper runs"));
+    kill_hard(vm.wait_for_helper());
     let systemd = lab.path().join("notify");
     let socket = UnixDatagram::bind(&systemd).expect("a socket");
     socket.set_read_timeout(Some(TIMEOUT)).expect("a timeout");
