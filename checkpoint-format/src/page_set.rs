@@ -139,6 +139,20 @@ impl PageSet {
         Ranges { words: self.words(), next: 0, len: self.len().0 }
     }
 
+    /// The pages of `pages` that are not in the set as maximal ranges, ascending.
+    ///
+    /// Pages beyond the space are left out.
+    pub fn absent_in(&self, pages: PageRange) -> impl Iterator<Item = PageRange> + '_ {
+        let ranges = self.ranges();
+        let end = pages.end.0.min(self.len().0);
+        let next = move |at: u64| {
+            let start = ranges.seek(at, !0);
+            let stop = ranges.seek(start, 0).min(end);
+            (start < end).then(|| PageRange::new(PageIndex(start), PageIndex(stop)))
+        };
+        std::iter::successors(next(pages.start.0), move |range| next(range.end.0))
+    }
+
     /// The pages in the set one by one, ascending.
     pub fn iter(&self) -> impl Iterator<Item = PageIndex> {
         self.ranges().flat_map(PageRange::iter)
@@ -224,6 +238,23 @@ mod test {
         let ranges: Vec<_> = set.ranges().collect();
         assert_eq!(ranges, [range(0, 1), range(60, 130), range(199, 200)]);
         assert_eq!(set.count(), PageCount(72));
+    }
+
+    #[test]
+    fn absent_pages_are_those_that_the_set_lacks() {
+        let mut set = PageSet::new(PageCount(200));
+        set.extend([range(0, 1), range(60, 130), range(199, 200)]);
+        for (start, end) in
+            [(0, 200), (1, 60), (61, 129), (50, 140), (130, 199), (70, 70), (150, 300)]
+        {
+            let pages = range(start, end);
+            let expected: Vec<_> =
+                pages.iter().filter(|page| page.0 < 200 && !set.contains(*page)).collect();
+            let found: Vec<_> = set.absent_in(pages).flat_map(PageRange::iter).collect();
+            assert_eq!(found, expected, "{pages}");
+        }
+        let all: Vec<_> = set.absent_in(range(0, 200)).collect();
+        assert_eq!(all, [range(1, 60), range(130, 199)]);
     }
 
     #[test]

@@ -50,6 +50,19 @@ impl TrackedBlock {
         PageCount::covering(ByteLen(self.bytes))
     }
 
+    /// That these bytes are in the RAM block.
+    pub(crate) fn check_inside(&self, bytes: &Range<u64>) -> Result<(), TrackerError> {
+        if bytes.end <= self.bytes {
+            return Ok(());
+        }
+        Err(TrackerError::OutOfRange {
+            name: self.name.clone(),
+            start: bytes.start,
+            end: bytes.end,
+            len: self.bytes,
+        })
+    }
+
     pub(crate) fn addresses(&self) -> Range<u64> {
         self.host_address..self.host_address + self.bytes
     }
@@ -164,12 +177,12 @@ mod test {
     }
 
     fn reason(block: &TrackedBlock, maps: &str) -> String {
-        block.check(&parse_maps(maps).unwrap()).unwrap_err().to_string()
+        block.check(&parse_maps(maps.as_bytes()).unwrap()).unwrap_err().to_string()
     }
 
     #[test]
     fn private_memory_may_span_mappings_but_no_gap() {
-        let maps = parse_maps(MAPS).unwrap();
+        let maps = parse_maps(MAPS.as_bytes()).unwrap();
         for (start, len) in
             [(0x10000, 0x8000), (0x11000, 0x1000), (0x13000, 0x2000), (0x17000, 0x1000)]
         {
@@ -208,8 +221,8 @@ mod test {
             memory: BlockMemory::Shared(memory.clone()),
         };
         let maps = format!("20000-24000 rw-s 00000000 00:01 {inode} /memfd:test (deleted)\n");
-        block(0x20000, 0x4000).check(&parse_maps(&maps).unwrap()).unwrap();
-        block(0x20000, 0x1000).check(&parse_maps(&maps).unwrap()).unwrap();
+        block(0x20000, 0x4000).check(&parse_maps(maps.as_bytes()).unwrap()).unwrap();
+        block(0x20000, 0x1000).check(&parse_maps(maps.as_bytes()).unwrap()).unwrap();
         assert!(reason(&block(0x21000, 0x1000), &maps).contains("is not byte 0 of its file"));
         assert!(reason(&block(0x20000, 0x8000), &maps).contains("its file only"));
         assert!(reason(&block(0x20000, 0x4000), MAPS).contains("memfd:other"));

@@ -158,7 +158,8 @@ impl PluginHandles {
     pub fn maps(&self) -> Result<MemoryMaps, TrackerError> {
         let remedy = "is /proc mounted where QEMU runs?";
         let maps = self.open(FdKind::Maps, "memory map", remedy, self.maps.as_ref())?;
-        parse_maps(&read_maps(maps).map_err(|source| TrackerError::Maps { source })?)
+        let bytes = read_maps(maps).map_err(|source| TrackerError::Maps { source })?;
+        parse_maps(&bytes).map_err(|error| TrackerError::MapsForm { error: error.to_string() })
     }
 
     /// The RAM file that QEMU was given with `ramfd=`, if it was.

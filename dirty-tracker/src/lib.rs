@@ -49,6 +49,6 @@ pub use error::TrackerError;
 pub use guest_memory::GuestMemory;
 pub use handles::{PluginHandles, UffdSource};
 pub use host_support::{HostCheck, HostSupport};
-pub use maps::{parsable_maps, shown_path};
+pub use maps::{parse_maps, shown_path};
 pub use missing::MissingPages;
 pub use tracker::Tracker;

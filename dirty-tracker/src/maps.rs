@@ -4,29 +4,23 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use procfs_core::FromRead;
 use procfs_core::process::{MMapPath, MemoryMap, MemoryMaps};
-
-use crate::error::TrackerError;
+use procfs_core::{FromRead, ProcResult};
 
 /// More text than this is not the memory map of a VM (some 500,000 mappings).
 const MAX_MAPS_LEN: usize = 64 << 20;
 /// The kernel answers with at most a page at a time anyway.
 const READ_LEN: usize = 64 << 10;
 
-/// The whole memory map, ascending by address.
+/// A whole `/proc/PID/maps`, ascending by address.
 ///
 /// # Errors
 /// When a line is not of the form that the kernel writes.
-pub(crate) fn parse_maps(text: &str) -> Result<MemoryMaps, TrackerError> {
-    MemoryMaps::from_read(parsable_maps(text).as_bytes())
-        .map_err(|error| TrackerError::MapsForm { error: error.to_string() })
-}
-
-/// The text of a memory map, without what the crate procfs panics on: a file whose name begins as
-/// that of System V shared memory does, and is none. No mapping is looked up by such a name.
-pub fn parsable_maps(text: &str) -> String {
-    text.replace(" /SYSV", " /sysv")
+pub fn parse_maps(bytes: &[u8]) -> ProcResult<MemoryMaps> {
+    // A path in it need not be UTF-8. The crate procfs panics on a file whose name begins as that
+    // of System V shared memory does, and is none; no mapping is looked up by such a name.
+    let text = String::from_utf8_lossy(bytes).replace(" /SYSV", " /sysv");
+    MemoryMaps::from_read(text.as_bytes())
 }
 
 /// What the kernel shows as the path of a mapping; empty for anonymous memory.
@@ -40,13 +34,13 @@ pub fn shown_path(mapping: &MemoryMap) -> String {
 
 /// Reads the text through an open `/proc/PID/maps`, which may belong to another process and may be
 /// shared: the file's position is not touched.
-pub(crate) fn read_maps(maps: &File) -> io::Result<String> {
+pub(crate) fn read_maps(maps: &File) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut chunk = vec![0; READ_LEN];
     loop {
         let length = maps.read_at(&mut chunk, bytes.len() as u64)?;
         if length == 0 {
-            return Ok(String::from_utf8_lossy(&bytes).into_owned());
+            return Ok(bytes);
         }
         bytes.extend_from_slice(&chunk[..length]);
         if bytes.len() > MAX_MAPS_LEN {
@@ -65,7 +59,8 @@ mod test {
     fn maps_may_have_files_of_any_name() {
         for name in ["/SYSV", "/SYSV1", "/SYSV00000000 (deleted)", "/SYSVä1234567", "[", "[]", "//"]
         {
-            let maps = parse_maps(&format!("1000-2000 rw-s 00000000 00:01 7 {name}\n")).unwrap();
+            let text = format!("1000-2000 rw-s 00000000 00:01 7 {name}\n");
+            let maps = parse_maps(text.as_bytes()).unwrap();
             assert_eq!(maps.len(), 1, "{name}");
         }
     }
@@ -73,7 +68,7 @@ mod test {
     #[test]
     fn maps_that_are_none_are_an_error() {
         for text in ["x", "10-20", "10-20 rw-p 0 00:00 x y", "nonsense here\n"] {
-            assert!(parse_maps(text).is_err(), "{text}");
+            assert!(parse_maps(text.as_bytes()).is_err(), "{text}");
         }
     }
 

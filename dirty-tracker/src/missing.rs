@@ -127,15 +127,7 @@ impl MissingPages {
     pub fn install(&self, first: PageIndex, bytes: &[u8]) -> Result<u64, TrackerError> {
         assert!(bytes.len().is_multiple_of(PAGE_SIZE), "{} bytes are no pages", bytes.len());
         let start = first.byte_offset().0;
-        let end = start.saturating_add(bytes.len() as u64);
-        if end > self.block.bytes {
-            return Err(TrackerError::OutOfRange {
-                name: self.block.name.clone(),
-                start,
-                end,
-                len: self.block.bytes,
-            });
-        }
+        self.block.check_inside(&(start..start.saturating_add(bytes.len() as u64)))?;
         missing::install(self.uffd.as_fd(), self.address(first), bytes)
             .map_err(|error| self.failed(error))
     }

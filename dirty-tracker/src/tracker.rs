@@ -420,14 +420,7 @@ impl Tracker {
         );
         let block = &self.tracked(id)?.block;
         let bytes = pages.bytes();
-        if pages.end.0 > block.pages().0 {
-            return Err(TrackerError::OutOfRange {
-                name: block.name.clone(),
-                start: bytes.start,
-                end: bytes.end,
-                len: block.bytes,
-            });
-        }
+        block.check_inside(&bytes)?;
         match &block.memory {
             BlockMemory::Shared(memory)
                 if self.blocks[id.0].holes.is_some() || self.blocks[id.0].is_arriving =>

@@ -47,7 +47,16 @@ pub const IOCTL_NEW: libc::Ioctl = 0xaa00;
 
 /// `_IOWR(0xAA, number, size)`
 pub const fn read_write(number: u64, size: usize) -> libc::Ioctl {
-    (3 << 30 | (size as u64) << 16 | API << 8 | number) as libc::Ioctl
+    ioctl(3, number, size)
+}
+
+/// `_IOR(0xAA, number, size)`
+pub const fn read(number: u64, size: usize) -> libc::Ioctl {
+    ioctl(2, number, size)
+}
+
+const fn ioctl(direction: u64, number: u64, size: usize) -> libc::Ioctl {
+    (direction << 30 | (size as u64) << 16 | API << 8 | number) as libc::Ioctl
 }
 
 const _: () = assert!(size_of::<Api>() == 24);

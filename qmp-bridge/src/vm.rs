@@ -3,6 +3,7 @@
 use crate::migration::Progress;
 use crate::qmp::replies::{CpuInfo, MemoryInfo};
 use crate::qmp::{QemuVersion, Qmp, QmpError};
+use serde_json::json;
 
 /// What runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +21,14 @@ impl Accelerator {
             Self::Kvm => "kvm",
             Self::Tcg => "tcg",
         }
+    }
+}
+
+/// Announces on the network where the VM is now; a VM without a network has nothing to announce.
+pub async fn announce(qmp: &Qmp) {
+    let arguments = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
+    if let Err(error) = qmp.execute_json("announce-self", arguments).await {
+        tracing::debug!(%error, "announce-self");
     }
 }
 

@@ -11,9 +11,9 @@
 
 use crate::error::VmError;
 use anyhow::{Context, anyhow};
-use dirty_tracker::parsable_maps;
+use dirty_tracker::parse_maps;
 use procfs::process::{MemoryMaps, all_processes};
-use procfs::{Current, FromRead, Meminfo, ProcError, ProcResult, ProcessCGroups};
+use procfs::{Current, Meminfo, ProcError, ProcResult, ProcessCGroups};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use std::ffi::OsStr;
@@ -61,9 +61,7 @@ pub fn environment(process: &Process) -> ProcResult<Vec<Vec<u8>>> {
 /// # Errors
 /// Where it cannot be read, or is too long.
 pub fn memory_maps(process: &Process) -> ProcResult<MemoryMaps> {
-    // A path in it need not be UTF-8.
-    let text = String::from_utf8_lossy(&read(process, "maps")?).into_owned();
-    MemoryMaps::from_read(parsable_maps(&text).as_bytes())
+    parse_maps(&read(process, "maps")?)
 }
 
 fn words(process: &Process, file: &str) -> ProcResult<Vec<Vec<u8>>> {

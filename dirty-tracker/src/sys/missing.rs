@@ -9,7 +9,7 @@ use checkpoint_format::PAGE_SIZE;
 use nix::errno::Errno;
 use plugin_protocol::uapi;
 
-use super::check;
+use super::{MAX_TRIES, check};
 
 /// `UFFDIO_COPY_MODE_WP`: the page is there, and write-protected, at once.
 const COPY_MODE_WP: u64 = 1 << 1;
@@ -21,9 +21,6 @@ const MESSAGE_LEN: usize = 32;
 const ADDRESS_AT: usize = 16;
 /// Faults taken by one read(2).
 const MESSAGES: usize = 64;
-/// How often a call is repeated that the kernel broke off because the process was changing its
-/// memory map.
-const MAX_TRIES: u32 = 64;
 
 /// `struct uffdio_copy`
 #[repr(C)]
@@ -43,9 +40,7 @@ struct Addresses {
 }
 
 const UFFDIO_COPY: libc::Ioctl = uapi::read_write(0x03, size_of::<Copy>());
-/// `_IOR(UFFDIO, 0x02, struct uffdio_range)`
-const UFFDIO_WAKE: libc::Ioctl =
-    (2 << 30 | size_of::<Addresses>() << 16 | 0xaa << 8 | 0x02) as libc::Ioctl;
+const UFFDIO_WAKE: libc::Ioctl = uapi::read(0x02, size_of::<Addresses>());
 
 const _: () = assert!(UFFDIO_COPY == 0xc028_aa03 as libc::Ioctl);
 const _: () = assert!(UFFDIO_WAKE == 0x8010_aa02 as libc::Ioctl);

@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use super::{check, pieces};
+use super::{MAX_TRIES, check, pieces};
 use plugin_protocol::uapi;
 
 /// `UFFDIO_REGISTER_MODE_MISSING`
@@ -14,9 +14,6 @@ const REGISTER_MODE_MISSING: u64 = 1 << 0;
 const REGISTER_MODE_WP: u64 = 1 << 1;
 /// `UFFDIO_WRITEPROTECT_MODE_WP`
 const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
-/// How often a call is repeated that the kernel broke off because the process was changing its
-/// memory map.
-const MAX_TRIES: u32 = 64;
 
 /// `struct uffdio_register`
 #[repr(C)]

@@ -8,7 +8,7 @@ use crate::kill_point;
 use anyhow::{Context, Result};
 use qmp_bridge::Qmp;
 use qmp_bridge::poll::poll_until;
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::future::ready;
 use std::time::Duration;
 use vm::runtime_dir::RuntimeDir;
@@ -24,7 +24,7 @@ pub(super) async fn finish(
     source: Option<&Qmp>,
     destination: &Qmp,
 ) -> Result<Vec<String>> {
-    announce(destination).await;
+    qmp_bridge::vm::announce(destination).await;
     // The kernel's marks are those of another process from now on.
     runtime.forget_exact_marks()?;
     runtime.save_vm(&record.file)?;
@@ -37,14 +37,6 @@ pub(super) async fn finish(
     kill_point::point("adopt.done");
     Record::remove(runtime)?;
     Ok(notes)
-}
-
-/// Announces on the network where the VM is now; without a network nothing is done.
-async fn announce(destination: &Qmp) {
-    let arguments = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
-    if let Err(error) = destination.execute_json("announce-self", arguments).await {
-        tracing::debug!(%error, "announce-self");
-    }
 }
 
 async fn end_source(process: Process, monitor: Option<&Qmp>) -> Result<()> {

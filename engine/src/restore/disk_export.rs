@@ -1,6 +1,7 @@
 //! The blocks of a checkpoint's disks, exported to QEMU while its guest runs: see
 //! [`qmp_bridge::arriving`].
 
+use super::backoff::Backoff;
 use super::on_demand::{Content, OnDemand};
 use anyhow::{Context, Result};
 use bytes::{Bytes, BytesMut};
@@ -16,12 +17,8 @@ use qmp_bridge::synthetic_qcow2::{MAX_DISK, OwnPages, OwnRun, SyntheticQcow2};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::sync::watch;
 use vm::error::{Class, class_of, explain};
-
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Why blocks cannot be read at the moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,7 +85,7 @@ struct DiskPages {
 impl DiskPages {
     /// Tries again until it goes well.
     async fn insist<'a, T>(&'a self, read: impl Fn() -> BoxFuture<'a, Result<T>>) -> T {
-        let mut pause = FIRST_PAUSE;
+        let mut backoff = Backoff::new();
         loop {
             match read().await {
                 Ok(read) => {
@@ -100,8 +97,7 @@ impl DiskPages {
                     message: explain(&error),
                 })),
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            backoff.wait().await;
         }
     }
 

@@ -4,6 +4,7 @@
 //! Nothing of the old host is needed but the store. Nothing runs before everything is in place;
 //! whatever fails before `cont` leaves the checkpoint as it was, and a new QEMU that is ended.
 
+mod backoff;
 mod chain;
 pub(crate) mod check;
 pub mod disk_export;
@@ -276,7 +277,7 @@ impl Restore {
         }
         vm.qmp.execute_json("cont", Value::Null).await.context("starting the guest")?;
         if !self.is_copy() {
-            announce(vm).await;
+            qmp_bridge::vm::announce(&vm.qmp).await;
         }
         Ok(())
     }
@@ -444,13 +445,5 @@ pub(crate) fn check_blocks(manifest: &Manifest, blocks: &[RamBlock]) -> Result<(
 pub(crate) async fn activate_disks(qmp: &Qmp) {
     if let Err(error) = qmp.execute_json("blockdev-set-active", json!({ "active": true })).await {
         tracing::debug!(%error, "blockdev-set-active");
-    }
-}
-
-/// Tells the network where the VM is now; a VM without a network does not mind.
-async fn announce(vm: &Vm) {
-    let arguments = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
-    if let Err(error) = vm.qmp.execute_json("announce-self", arguments).await {
-        tracing::debug!(%error, "announce-self");
     }
 }

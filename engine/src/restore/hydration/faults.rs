@@ -1,6 +1,7 @@
 //! Threads of QEMU that wait for a page get it, before all others.
 
-use super::{Backoff, Inner};
+use super::Inner;
+use crate::restore::backoff::Backoff;
 use crate::restore::on_demand::Content;
 use anyhow::{Context, Error, Result};
 use checkpoint_format::{PAGE_SIZE, PageIndex};

@@ -2,8 +2,9 @@
 
 use super::faults::is_process_gone;
 use super::record::Record;
-use super::{Backoff, Inner, parts_of};
+use super::{Inner, parts_of};
 use crate::kill_point;
+use crate::restore::backoff::Backoff;
 use crate::restore::source::Run;
 use anyhow::{Context, Result, bail, ensure};
 use checkpoint_format::{
@@ -53,8 +54,7 @@ async fn fill_all(inner: &Arc<Inner>) -> Result<()> {
     let of = Arc::clone(inner);
     let is_wanted = move |read: &FrameRead| {
         let present = of.present();
-        let is_here = |pages: PageRange| pages.iter().all(|page| present.contains(page));
-        !read.parts.iter().all(|part| is_here(part.pages))
+        read.parts.iter().any(|part| present.absent_in(part.pages).next().is_some())
     };
     let mut batches = std::pin::pin!(source.read_wanted(&map, is_wanted));
     loop {

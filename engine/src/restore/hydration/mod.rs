@@ -23,6 +23,7 @@ mod state;
 
 pub use state::{HydrationStatus, Trouble};
 
+use super::backoff::Backoff;
 use super::on_demand::OnDemand;
 use super::source::Source;
 use crate::checkpoint::Arriving;
@@ -30,7 +31,7 @@ use crate::progress::Silent;
 use crate::stores;
 use anyhow::{Context, Result};
 use checkpoint_format::{
-    ByteLen, CheckpointIdentity, PageCount, PageIndex, PageRange, PageSet, SpaceName, VmName,
+    ByteLen, CheckpointIdentity, PageCount, PageRange, PageSet, SpaceName, VmName,
 };
 use dirty_tracker::{BlockMemory, MissingPages, PluginHandles, TrackedBlock, TrackerError};
 use parts::parts_of;
@@ -53,8 +54,6 @@ const CACHE: ByteLen = ByteLen(32 << 20);
 pub const MEMORY: ByteLen = ByteLen(160 << 20);
 /// The plugin answers at once.
 const PLUGIN_TIMEOUT: Duration = Duration::from_secs(10);
-const FIRST_BACKOFF: Duration = Duration::from_millis(50);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(2);
 
 /// A hydration under way, or done; it ends unfinished when the last of these is dropped.
 #[derive(Clone)]
@@ -263,25 +262,19 @@ impl Inner {
         let source = Source::open(&repository, vm, checkpoint.id, Arc::new(Silent)).await?;
         check_same(*checkpoint, source.identity())?;
         let map = source.kept_map(&self.space).await?;
-        let data = map.runs().filter(filler::is_data);
-        let is_here = |page: &PageIndex| self.present().contains(*page);
-        let here = data.map(|run| run.pages.iter().filter(is_here).count()).sum::<usize>();
-        self.state.add_done(PageCount(here as u64).byte_len().0);
+        let to_come: u64 = {
+            let present = self.present();
+            let data = map.runs().filter(filler::is_data);
+            data.flat_map(|run| present.absent_in(run.pages)).map(|run| run.byte_len().0).sum()
+        };
+        self.state.add_done(filler::data_bytes(map.runs()) - to_come);
         self.state.succeeded();
         Ok(OnDemand::new(source, CACHE))
     }
 
     /// Makes those of these pages that do not exist. Returns how many bytes were made.
     fn install(&self, pages: PageRange, bytes: &[u8]) -> Result<u64, TrackerError> {
-        let absent = {
-            let present = self.present();
-            let mut absent = PageSet::new(present.len());
-            pages
-                .iter()
-                .filter(|page| !present.contains(*page))
-                .for_each(|page| absent.insert(page));
-            absent.ranges().collect::<Vec<_>>()
-        };
+        let absent: Vec<PageRange> = self.present().absent_in(pages).collect();
         let mut made = 0;
         for part in absent {
             let start = PageRange::new(pages.start, part.start).byte_len().as_usize();
@@ -302,18 +295,4 @@ fn check_same(wanted: CheckpointIdentity, found: CheckpointIdentity) -> Result<(
         "checkpoint {} in the store is not the one that the VM was restored from",
         wanted.id
     )))
-}
-
-/// Growing pauses between tries.
-struct Backoff(Duration);
-
-impl Backoff {
-    fn new() -> Self {
-        Self(FIRST_BACKOFF)
-    }
-
-    async fn wait(&mut self) {
-        tokio::time::sleep(self.0).await;
-        self.0 = (self.0 * 2).min(LONGEST_BACKOFF);
-    }
 }
