@@ -36,10 +36,9 @@ impl fmt::Display for Refusal {
 pub fn on_line(options: &[QemuOption], command: Command) -> Option<Refusal> {
     options.iter().find_map(|option| {
         let form = Form::of(option);
-        let rows = ROWS.iter().filter(|row| row.is_refused_by(command));
-        rows.flat_map(|row| row.what().iter().map(move |what| (row, what))).find_map(
-            |(row, what)| Some(Refusal { row, command, place: place(what, option, &form)? }),
-        )
+        refused_by(command).find_map(|(row, what)| {
+            Some(Refusal { row, command, place: place(what, option, &form)? })
+        })
     })
 }
 
@@ -72,7 +71,11 @@ pub fn refusal_of_running(row: &'static Row, place: &str) -> Refusal {
 }
 
 fn running() -> impl Iterator<Item = (&'static Row, &'static What)> {
-    let rows = ROWS.iter().filter(|row| row.is_refused_by(Command::Checkpoint));
+    refused_by(Command::Checkpoint)
+}
+
+fn refused_by(command: Command) -> impl Iterator<Item = (&'static Row, &'static What)> {
+    let rows = ROWS.iter().filter(move |row| row.is_refused_by(command));
     rows.flat_map(|row| row.what().iter().map(move |what| (row, what)))
 }
 

@@ -347,8 +347,7 @@ impl Restore {
         // first checkpoint's view.
         let hydration = match filling {
             Some(filling) => {
-                filling.await.context("internal error: filling the guest's memory panicked")??;
-                vm.lock_tracker()?.protect_all()?;
+                finish_filling(filling, &vm).await?;
                 None
             }
             None => self.begin_hydration(&vm, memory, notes).await?,
@@ -379,9 +378,7 @@ impl Restore {
             return Ok(Some(Hydration::begin(vm, checkpoint_of, &self.source).await?));
         };
         notes.push(format!("all memory was read before the guest ran: {why}"));
-        let filled = self.fill(memory).await;
-        filled.context("internal error: filling the guest's memory panicked")??;
-        vm.lock_tracker()?.protect_all()?;
+        finish_filling(self.fill(memory), vm).await?;
         Ok(None)
     }
 
@@ -422,6 +419,12 @@ impl Restore {
             state: self.run_state.words(),
         }
     }
+}
+
+/// All of the memory is here, and counts as not written from now on.
+async fn finish_filling(filling: JoinHandle<Result<()>>, vm: &Vm) -> Result<()> {
+    filling.await.context("internal error: filling the guest's memory panicked")??;
+    Ok(vm.lock_tracker()?.protect_all()?)
 }
 
 /// The new QEMU must have built the same RAM blocks, or the state would be loaded into the wrong
