@@ -10,7 +10,7 @@ use dirty_tracker::{GuestMemory, HostSupport};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use vm::error::refused;
+use vm::error::{EngineError, InPhase, Phase, refused};
 use vm::launch::command::{self, Start};
 use vm::launch::{
     self, accelerator, arguments, first_start, normalize, qemu_binary, readconfig, unsupported,
@@ -49,7 +49,11 @@ impl Prepared {
     ///
     /// # Errors
     /// Refused where the VM could not be checkpointed, or one of its name is there.
-    pub fn of(request: &Request, progress: &dyn Progress) -> Result<Self> {
+    pub fn of(request: &Request, progress: &dyn Progress) -> Result<Self, EngineError> {
+        Self::prepare(request, progress).in_phase(Phase::Plan)
+    }
+
+    fn prepare(request: &Request, progress: &dyn Progress) -> Result<Self> {
         let plugin = launch::plugin_path()?;
         let runtime = RuntimeDir::new(request.runtime_base.as_deref(), &request.name)?;
         stores::connect(&stores::absolute(&request.store)?)?;
@@ -64,7 +68,11 @@ impl Prepared {
     }
 
     /// This process becomes QEMU. Returns only on failure.
-    pub fn exec(self) -> Error {
+    pub fn exec(self) -> EngineError {
+        EngineError::new(Phase::Start, self.become_qemu())
+    }
+
+    fn become_qemu(self) -> Error {
         let Self { runtime, vm, memory, plugin, first } = self;
         if let Err(error) = memory.set_inheritable(true) {
             return error.into();

@@ -6,7 +6,6 @@
 use crate::client;
 use crate::control::Status;
 use crate::statistics::Spread;
-use anyhow::{Context, Result};
 use checkpoint_format::CheckpointId;
 use engine::checkpoint::Choice;
 use engine::checkpoint::outcome::{Kind, Outcome};
@@ -15,6 +14,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
+use vm::error::EngineError;
 use vm::runtime_dir::RuntimeDir;
 
 /// From here on a delta is more than its metadata.
@@ -114,12 +114,12 @@ pub async fn run<S: Fn(&Update)>(
     count: u32,
     interval: Duration,
     show: impl Fn() -> S,
-) -> Result<Report> {
+) -> Result<Report, EngineError> {
     // Not counted: it may be a full one, and every counted one is then a delta since about one
     // interval.
     let first = checkpoint(runtime, show())
         .await
-        .context("taking the first checkpoint, which is not counted")?;
+        .map_err(|error| error.context("taking the first checkpoint, which is not counted"))?;
     let pairs = measure(runtime, count, interval, &show).await?;
     let status = client::status(runtime).await?;
     Ok(Report::new(status, first, &pairs, interval))
@@ -130,32 +130,33 @@ async fn measure<S: Fn(&Update)>(
     count: u32,
     interval: Duration,
     show: impl Fn() -> S,
-) -> Result<Vec<Pair>> {
+) -> Result<Vec<Pair>, EngineError> {
     let mut pairs = Vec::new();
     let mut due = Instant::now() + interval / 2;
     for number in 1..=count {
         sleep_until(due).await;
         let bare = client::bare_pause(runtime).await;
-        let bare_ms = bare.with_context(|| format!("bare pause {number} of {count}"))?.pause_ms;
+        let bare =
+            bare.map_err(|error| error.context(format!("bare pause {number} of {count}")))?;
         sleep(interval / 2).await;
         let checkpoint = checkpoint(runtime, show())
             .await
-            .with_context(|| format!("checkpoint {number} of {count}"))?;
+            .map_err(|error| error.context(format!("checkpoint {number} of {count}")))?;
         tracing::info!(
             number,
-            bare_ms,
+            bare_ms = bare.pause_ms,
             pause_ms = checkpoint.pause_ms,
             changed = checkpoint.bytes_changed,
             "measured"
         );
-        pairs.push(Pair { bare_ms, checkpoint });
+        pairs.push(Pair { bare_ms: bare.pause_ms, checkpoint });
         // Checkpoints that take longer than the interval follow each other at once.
         due = (due + interval).max(Instant::now());
     }
     Ok(pairs)
 }
 
-async fn checkpoint(runtime: &RuntimeDir, show: impl Fn(&Update)) -> Result<Outcome> {
+async fn checkpoint(runtime: &RuntimeDir, show: impl Fn(&Update)) -> Result<Outcome, EngineError> {
     client::decode(client::checkpoint(runtime, Choice::default(), show).await?)
 }
 
@@ -258,6 +259,8 @@ fn sample(pair: &Pair) -> Sample {
 #[cfg(test)]
 mod test {
     use super::*;
+    use crate::scene::Scene;
+    use vm::error::{Class, Phase};
 
     fn pair(bare_ms: f64, pause_ms: f64, kind: Kind, changed: u64, stored: u64) -> Pair {
         let checkpoint = Outcome {
@@ -298,6 +301,77 @@ mod test {
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["pause_over_bare"]["median"], 2.5);
         assert_eq!(json["samples"].as_array().unwrap().len(), 4);
+    }
+
+    #[test]
+    fn bench_figures_are_of_all_samples_and_of_each_phase() {
+        let mut pairs = [
+            pair(1.0, 3.0, Kind::Incremental, 1, 1),
+            pair(0.0, 5.0, Kind::Incremental, 1, 1),
+            pair(2.0, 4.0, Kind::Incremental, 1, 1),
+        ];
+        for (number, Pair { checkpoint, .. }) in pairs.iter_mut().enumerate() {
+            checkpoint.id = CheckpointId(10 + number as u64);
+            checkpoint.brief_stops_ms = vec![0.5; number];
+            checkpoint.phases.insert("upload".to_owned(), 10.0 * number as f64);
+        }
+        pairs[1].checkpoint.phases.insert("commit".to_owned(), 7.0);
+        let report = report(&pairs);
+        assert_eq!(report.last(), CheckpointId(12));
+        assert_eq!(report.bare_pause_ms.unwrap().max, 2.0);
+        // A pause that was not measured is in no ratio.
+        let over_bare = report.pause_over_bare.unwrap();
+        assert_eq!((over_bare.min, over_bare.max), (2.0, 3.0));
+        assert_eq!(report.brief_stop_ms.unwrap().median, 0.5);
+        let phases = [("commit".to_owned(), 7.0), ("upload".to_owned(), 10.0)];
+        assert_eq!(report.phases_median_ms, BTreeMap::from(phases));
+        assert_eq!(report.samples[1].brief_stops_ms, [0.5]);
+    }
+
+    #[test]
+    fn bench_without_samples_has_its_first_checkpoint_and_no_figures() {
+        let first = Outcome { id: CheckpointId(3), ..Outcome::default() };
+        let status = Status { pid: 1, busy: true, vm: None, hydration: None };
+        let report = Report::new(status, first, &[], Duration::from_secs(1));
+        assert_eq!((report.last(), report.count), (CheckpointId(3), 0));
+        let json = serde_json::to_value(&report).unwrap();
+        assert!(json["pause_ms"].is_null() && json["stored_over_changed"].is_null());
+    }
+
+    /// Beside a scripted VM: the first checkpoint is in no figure, then pauses and checkpoints take
+    /// turns.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn bench_takes_turns() {
+        let scene = Scene::new();
+        scene.server().await;
+        let shown = std::cell::Cell::new(0);
+        let show = || {
+            shown.set(shown.get() + 1);
+            |_: &Update| ()
+        };
+        let interval = Duration::from_millis(4);
+        let report = run(&scene.runtime(), 2, interval, show).await.unwrap();
+        assert_eq!((report.first.kind, report.count, shown.get()), (Kind::Full, 2, 3));
+        assert_eq!(report.helper.vm.as_ref().unwrap().qemu_pid, scene.body.pid());
+        assert!(report.bare_pause_ms.unwrap().min > 0.0);
+        let orders = scene.qemu.orders();
+        // A bare pause is the only one with nothing in it.
+        let bare = orders.windows(2).filter(|pair| *pair == ["stop", "cont"]).count();
+        let checkpoints = orders.iter().filter(|order| *order == "xen-save-devices-state").count();
+        assert_eq!((bare >= 2, checkpoints), (true, 3), "{orders:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn bench_says_which_measurement_failed_and_of_what_class() {
+        let scene = Scene::new();
+        scene.server().await;
+        let show = || |_: &Update| ();
+        scene.qemu.refuse("xen-save-devices-state", "scripted refusal");
+        let failed = run(&scene.runtime(), 1, Duration::ZERO, show).await.unwrap_err();
+        assert_eq!((failed.class(), failed.phase()), (Class::Failed, Phase::Pause));
+        let said = failed.explain();
+        assert!(said.starts_with("taking the first checkpoint, which is not counted: "), "{said}");
+        assert!(said.contains("scripted refusal"), "{said}");
     }
 
     #[test]

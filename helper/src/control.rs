@@ -2,7 +2,7 @@
 //! a line, then lines of progress, then one result. Only the owner of the runtime directory can
 //! reach it.
 
-use anyhow::{Context, Result};
+use anyhow::Context;
 use checkpoint_format::VmName;
 use engine::checkpoint::Choice;
 use engine::progress::Update;
@@ -10,6 +10,7 @@ use engine::restore::hydration::HydrationStatus;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::PathBuf;
+use vm::error::{EngineError, InPhase, Phase};
 use vm::runtime_dir::Failure;
 
 /// The longest answer that a command takes, in bytes.
@@ -39,9 +40,10 @@ impl Request {
     ///
     /// # Errors
     /// When it is none of these requests.
-    pub fn parse(line: &str) -> Result<Self> {
+    pub fn parse(line: &str) -> Result<Self, EngineError> {
         serde_json::from_str(line)
             .context("the request cannot be parsed; are command and helper of the same version?")
+            .in_phase(Phase::Ask)
     }
 }
 
@@ -62,8 +64,10 @@ impl Reply {
     ///
     /// # Errors
     /// When it is none of these replies.
-    pub fn parse(line: &str) -> Result<Self> {
-        serde_json::from_str(line).context("the helper's answer cannot be parsed")
+    pub fn parse(line: &str) -> Result<Self, EngineError> {
+        serde_json::from_str(line)
+            .context("the helper's answer cannot be parsed")
+            .in_phase(Phase::Ask)
     }
 }
 
@@ -109,4 +113,56 @@ pub struct VmStatus {
 pub struct BarePause {
     /// From `stop` to `cont`, in milliseconds.
     pub pause_ms: f64,
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use serde_json::json;
+
+    /// A helper may be older, or newer, than the command that asks it.
+    #[test]
+    fn control_requests_have_the_form_that_other_versions_know() {
+        let choice = json!({ "engine": null, "stream": null, "full": true });
+        let full = Choice { full: true, ..Choice::default() };
+        for (request, form) in [
+            (Request::Status, json!("status")),
+            (Request::BarePause, json!("bare_pause")),
+            (Request::Checkpoint(full), json!({ "checkpoint": choice })),
+            (Request::Adopt { qemu: None }, json!({ "adopt": { "qemu": null } })),
+            (Request::Adopt { qemu: Some("/q".into()) }, json!({ "adopt": { "qemu": "/q" } })),
+        ] {
+            assert_eq!(serde_json::to_value(&request).unwrap(), form);
+            assert_eq!(Request::parse(&form.to_string()).unwrap(), request);
+        }
+    }
+
+    #[test]
+    fn control_request_with_more_than_is_known_is_none() {
+        for line in [
+            r#"{"adopt":{"qemu":null,"by":"copy"}}"#,
+            r#"{"checkpoint":{"engine":null,"stream":null,"full":true,"quiet":true}}"#,
+            r#"{"status":{}}"#,
+            r#""status" "status""#,
+            "",
+        ] {
+            let error = Request::parse(line).unwrap_err();
+            assert_eq!(error.phase(), Phase::Ask, "{line}");
+            assert!(error.to_string().contains("same version"), "{line}");
+        }
+    }
+
+    #[test]
+    fn control_status_has_the_facts_of_its_vm_beside_its_own() {
+        let busy = Status { pid: 7, busy: true, vm: None, hydration: None };
+        assert_eq!(serde_json::to_value(&busy).unwrap(), json!({ "pid": 7, "busy": true }));
+        let form = json!({
+            "pid": 7, "busy": false, "name": "m", "store": "file:///s", "instance": "i",
+            "qemu_pid": 8, "qemu_version": "10.0.2", "accelerator": "kvm",
+            "peak_memory_bytes": null, "memory_limit_bytes": 9,
+        });
+        let status: Status = serde_json::from_value(form.clone()).unwrap();
+        assert_eq!(status.vm.as_ref().map(|vm| (vm.qemu_pid, vm.memory_limit_bytes)), Some((8, 9)));
+        assert_eq!(serde_json::to_value(&status).unwrap(), form);
+    }
 }

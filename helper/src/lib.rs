@@ -51,11 +51,13 @@ pub mod control;
 mod memory;
 mod other;
 pub mod restore;
+#[cfg(test)]
+mod scene;
 mod server;
 pub mod start;
 pub mod statistics;
 
-use anyhow::{Context, Result};
+use anyhow::Context;
 use checkpoint_format::VmName;
 use engine::checkpoint::Checkpointer;
 use engine::restore::hydration::Hydration;
@@ -64,6 +66,7 @@ use std::path::Path;
 use std::sync::Arc;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
+use vm::error::{EngineError, InPhase, Phase};
 use vm::running::Vm;
 use vm::runtime_dir::{Failure, RuntimeDir};
 
@@ -72,8 +75,8 @@ use vm::runtime_dir::{Failure, RuntimeDir};
 /// # Errors
 /// When the VM cannot be attached to. The runtime directory says why, too, for the command that
 /// started this process.
-pub async fn run(runtime_base: Option<&Path>, name: &VmName) -> Result<()> {
-    let runtime = RuntimeDir::new(runtime_base, name)?;
+pub async fn run(runtime_base: Option<&Path>, name: &VmName) -> Result<(), EngineError> {
+    let runtime = RuntimeDir::new(runtime_base, name).in_phase(Phase::Open)?;
     let result = serve(runtime.clone()).await;
     if let Err(error) = &result {
         runtime.set_helper_failure(&Failure::of(error));
@@ -85,8 +88,8 @@ pub async fn run(runtime_base: Option<&Path>, name: &VmName) -> Result<()> {
 ///
 /// # Errors
 /// When another helper holds the VM, or the VM cannot be attached to.
-pub async fn serve(runtime: RuntimeDir) -> Result<()> {
-    let _lock = runtime.lock_helper()?;
+pub async fn serve(runtime: RuntimeDir) -> Result<(), EngineError> {
+    let _lock = runtime.lock_helper().in_phase(Phase::Attach)?;
     let control = listen(&runtime)?;
     let socket = runtime.control();
     let attached = attach(runtime).await;
@@ -99,13 +102,13 @@ pub async fn serve(runtime: RuntimeDir) -> Result<()> {
 }
 
 /// From now on this process is the VM's helper.
-fn listen(runtime: &RuntimeDir) -> Result<UnixListener> {
+fn listen(runtime: &RuntimeDir) -> Result<UnixListener, EngineError> {
     let pid = std::process::id().to_string();
-    runtime.replace("helper.pid", pid.as_bytes())?;
-    server::listen(runtime)
+    runtime.replace("helper.pid", pid.as_bytes()).in_phase(Phase::Attach)?;
+    server::listen(runtime).in_phase(Phase::Attach)
 }
 
-async fn attach(runtime: RuntimeDir) -> Result<(Checkpointer, Option<Hydration>)> {
+async fn attach(runtime: RuntimeDir) -> Result<(Checkpointer, Option<Hydration>), EngineError> {
     // First of all: QEMU may answer only when a page has come that an earlier helper did not bring.
     let hydration = Hydration::resume(&runtime).await?;
     // An adoption that an earlier helper did not live to end decides which QEMU that is.
@@ -129,7 +132,7 @@ async fn serve_vm(
     mut checkpointer: Checkpointer,
     hydration: Option<Hydration>,
     control: UnixListener,
-) -> Result<()> {
+) -> Result<(), EngineError> {
     if let Some(hydration) = &hydration {
         checkpointer.follow(Arc::new(hydration.clone()));
     }
@@ -138,7 +141,8 @@ async fn serve_vm(
     tracing::info!(%name, qemu = vm.pid, version = %vm.facts.qemu, accelerator = vm.facts.accelerator.as_str(), "attached");
     let server = server::Server::new(checkpointer, hydration);
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("attached to {name}"))]);
-    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let terminate = signal(SignalKind::terminate()).context("listening for SIGTERM");
+    let mut terminate = terminate.in_phase(Phase::Attach)?;
     tokio::select! {
         () = server.run(control) => {},
         () = server.vm_ended() => tracing::info!(%name, "QEMU has ended"),

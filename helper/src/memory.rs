@@ -68,7 +68,17 @@ fn sample() -> Option<u64> {
 #[cfg(test)]
 mod test {
     use super::*;
+    use crate::scene::{PAGES, Scene};
     use std::time::Instant;
+
+    /// As docs/limits.md adds it up.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn helper_memory_limit_grows_with_the_guest_and_while_memory_arrives() {
+        let vm = Scene::new().vm().await;
+        let pages = (PAGES.0 + PAGES.1) as u64;
+        assert_eq!(limit(&vm, false), (352 << 20) + 20 * pages);
+        assert_eq!(limit(&vm, true) - limit(&vm, false), 160 << 20);
+    }
 
     #[test]
     fn helper_memory_peak_outlives_what_was_held() {

@@ -6,6 +6,7 @@
 //! the order to undo what was made, as long as the guest may not run yet. Until then the standard
 //! error of the process is that of the command, later it is the helper's log.
 
+use crate::client;
 use crate::control::{MAX_LINE, Reply};
 use crate::start;
 use anyhow::{Context, Error, Result, anyhow};
@@ -18,62 +19,85 @@ use std::os::unix::net::UnixStream as Pair;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::Arc;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::process::Child;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use vm::error::EngineError;
+use vm::error::{EngineError, InPhase, Phase};
 use vm::runtime_dir::{Failure, RuntimeDir};
 
 /// Lets another process restore the VM, and waits until it is the VM's helper.
 ///
 /// # Errors
-/// The restore's own, with its class; all is undone then, unless the guest may have run.
-pub async fn start(request: &Request, is_verbose: bool) -> Result<Report> {
-    let (ours, theirs) = Pair::pair().context("making a socket pair")?;
+/// The restore's own, with its class and phase; all is undone then, unless the guest may have run.
+pub async fn start(request: &Request, is_verbose: bool) -> Result<Report, EngineError> {
+    let (ours, theirs) = Pair::pair().context("making a socket pair").in_phase(Phase::Ask)?;
+    let mut process = spawn(request, is_verbose, theirs).in_phase(Phase::Ask)?;
+    let mut interrupted = Interrupted::listen().in_phase(Phase::Ask)?;
+    match converse(ours, request, interrupted.wait()).await.in_phase(Phase::Ask)? {
+        Some(Reply::Done(result)) => {
+            let (report, state): (Report, String) = client::decode(result)?;
+            Ok(Report { state, ..report })
+        }
+        Some(Reply::Failed(failure)) => {
+            let _ = process.wait().await;
+            Err(failure.into())
+        }
+        _ => {
+            let status = process.wait().await.context("waiting for the process that restores");
+            let error = ended(status.in_phase(Phase::Ask)?, request);
+            Err(error).in_phase(Phase::Ask)
+        }
+    }
+}
+
+fn spawn(request: &Request, is_verbose: bool, socket: Pair) -> Result<Child> {
     let mut command = start::command(&[], request.name(), request.runtime_base.as_deref())?;
-    command.arg("--restore").args(is_verbose.then_some("--verbose")).stdin(OwnedFd::from(theirs));
-    let mut process = tokio::process::Command::from(command)
+    command.arg("--restore").args(is_verbose.then_some("--verbose")).stdin(OwnedFd::from(socket));
+    tokio::process::Command::from(command)
         .spawn()
-        .context("starting the process that restores, through setsid (package util-linux)")?;
-    let (read, mut write) = asynchronous(ours)?.into_split();
+        .context("starting the process that restores, through setsid (package util-linux)")
+}
+
+/// The reply to the request; none of a process that ends before, or in the middle of it. When
+/// `interrupted` ends, the process gets the order to undo, and its reply is waited for.
+async fn converse(
+    stream: Pair,
+    request: &Request,
+    interrupted: impl Future<Output = ()>,
+) -> Result<Option<Reply>> {
+    let (read, mut write) = asynchronous(stream)?.into_split();
     let mut line = serde_json::to_vec(request).context("encoding the request")?;
     line.push(b'\n');
-    let mut interrupted = Interrupted::listen()?;
     // A process that has ended already says why by its status.
     let _ = write.write_all(&line).await;
-    let mut write = Some(write);
     let mut replies = BufReader::new(read.take(MAX_LINE as u64));
     let mut reply = String::new();
     {
         let mut reading = std::pin::pin!(replies.read_line(&mut reply));
-        loop {
-            tokio::select! {
-                // One that ended in the middle of its reply has not replied.
-                _ = &mut reading => break,
-                () = interrupted.wait(), if write.is_some() => drop(write.take()),
+        tokio::select! {
+            _ = &mut reading => {}
+            () = interrupted => {
+                drop(write);
+                let _ = reading.await;
             }
         }
     }
-    match serde_json::from_str(&reply) {
-        Ok(Reply::Done(result)) => {
-            let (report, state): (Report, String) =
-                serde_json::from_value(result).context("internal error: decoding the result")?;
-            Ok(Report { state, ..report })
-        }
-        Ok(Reply::Failed(failure)) => {
-            let _ = process.wait().await;
-            Err(EngineError::from(failure).into())
-        }
-        _ => {
-            let status = process.wait().await.context("waiting for the process that restores")?;
-            Err(ended(status, request))
-        }
-    }
+    Ok(serde_json::from_str(&reply).ok())
 }
 
 /// Of a process that ended without a reply. If a signal killed it, the same one kills this process:
 /// who waits for the command sees the end of what the command is.
 fn ended(status: ExitStatus, request: &Request) -> Error {
+    let error = without_reply(status, request);
+    if let Some(signal) = status.signal().and_then(rustix::process::Signal::from_named_raw) {
+        tracing::error!("{error}");
+        let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+    }
+    error
+}
+
+fn without_reply(status: ExitStatus, request: &Request) -> Error {
     let name = request.name();
     let is_left = RuntimeDir::new(request.runtime_base.as_deref(), name)
         .is_ok_and(|runtime| runtime.restore_record().exists());
@@ -82,12 +106,7 @@ fn ended(status: ExitStatus, request: &Request) -> Error {
     } else {
         format!("if {name} runs, 'stillpoint attach {name}' starts a helper")
     };
-    let error = anyhow!("the process that restores ended ({status}); {remedy}");
-    if let Some(signal) = status.signal().and_then(rustix::process::Signal::from_named_raw) {
-        tracing::error!("{error}");
-        let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
-    }
-    error
+    anyhow!("the process that restores ended ({status}); {remedy}")
 }
 
 /// What [`start()`] starts: restores the VM, then serves until QEMU ends or a signal ends the
@@ -95,13 +114,11 @@ fn ended(status: ExitStatus, request: &Request) -> Error {
 ///
 /// # Errors
 /// When there is no request, or serving fails; a failed restore is the command's to report.
-pub async fn run(progress: Arc<dyn Progress>, detached: impl FnOnce()) -> Result<()> {
-    let (read, mut write) = command_at_stdin()?.into_split();
+pub async fn run(progress: Arc<dyn Progress>, detached: impl FnOnce()) -> Result<(), EngineError> {
+    let (read, mut write) = command_at_stdin().in_phase(Phase::Ask)?.into_split();
     let mut command = BufReader::new(read.take(MAX_LINE as u64));
-    let mut line = String::new();
-    command.read_line(&mut line).await.context("reading the request")?;
-    let request: Request = serde_json::from_str(&line).context("decoding the request")?;
-    let mut signals = Interrupted::listen()?;
+    let request = asked(&mut command).await.in_phase(Phase::Ask)?;
+    let mut signals = Interrupted::listen().in_phase(Phase::Ask)?;
     let interrupted = async {
         tokio::select! {
             // Its end: it sends nothing more.
@@ -110,18 +127,12 @@ pub async fn run(progress: Arc<dyn Progress>, detached: impl FnOnce()) -> Result
         }
     };
     let begun = begin(request, progress, interrupted).await;
-    let reply = match &begun {
-        Ok((restored, _)) => {
-            detached();
-            let result = serde_json::to_value((&restored.report, &restored.report.state));
-            Reply::Done(result.context("encoding the result")?)
-        }
-        Err(error) => Reply::Failed(Failure::of(error)),
-    };
-    let mut line = serde_json::to_vec(&reply).context("encoding the reply")?;
-    line.push(b'\n');
+    if begun.is_ok() {
+        detached();
+    }
+    let reply = reply(begun.as_ref().map(|(restored, _)| &restored.report));
     // The command may be gone; the VM needs its helper.
-    let _ = write.write_all(&line).await;
+    let _ = write.write_all(&reply.in_phase(Phase::Ask)?).await;
     drop((write, command));
     let Ok((restored, control)) = begun else { return Ok(()) };
     let Restored { vm, session, marks, lock, hydration, .. } = restored;
@@ -133,20 +144,40 @@ pub async fn run(progress: Arc<dyn Progress>, detached: impl FnOnce()) -> Result
     result
 }
 
+async fn asked(command: &mut (impl AsyncBufRead + Unpin)) -> Result<Request> {
+    let mut line = String::new();
+    command.read_line(&mut line).await.context("reading the request")?;
+    serde_json::from_str(&line).context("decoding the request")
+}
+
+/// A line for the command.
+fn reply(done: Result<&Report, &EngineError>) -> Result<Vec<u8>> {
+    let reply = match done {
+        Ok(report) => Reply::Done(
+            serde_json::to_value((report, &report.state)).context("encoding the result")?,
+        ),
+        Err(error) => Reply::Failed(Failure::of(error)),
+    };
+    let mut line = serde_json::to_vec(&reply).context("encoding the reply")?;
+    line.push(b'\n');
+    Ok(line)
+}
+
 /// A restored VM, and the control socket of its helper, which this process is now.
 async fn begin(
     request: Request,
     progress: Arc<dyn Progress>,
     interrupted: impl Future<Output = ()>,
-) -> Result<(Restored, UnixListener)> {
+) -> Result<(Restored, UnixListener), EngineError> {
     let restored = restore::run(request, progress, interrupted).await?;
     let runtime = &restored.vm.runtime;
-    let control = crate::listen(runtime).and_then(|control| detach(runtime).map(|()| control));
-    let control = control.with_context(|| {
-        format!(
+    let control = crate::listen(runtime)
+        .and_then(|control| detach(runtime).in_phase(Phase::Attach).map(|()| control));
+    let control = control.map_err(|error| {
+        error.context(format!(
             "{} is restored, but has no helper ('stillpoint attach {0}' starts one)",
             restored.report.name
-        )
+        ))
     })?;
     Ok((restored, control))
 }
@@ -192,5 +223,138 @@ impl Interrupted {
             _ = interrupt.recv() => {}
             _ = hang_up.recv() => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::scene::Place;
+    use std::future::{pending, ready};
+    use std::io::{BufRead, Write};
+    use std::path::PathBuf;
+    use std::thread::JoinHandle;
+    use vm::error::{Class, refused};
+
+    fn request(place: &Place) -> Request {
+        Request {
+            checkpoint: "web1@7".parse().unwrap(),
+            store: "file:///s".to_owned(),
+            runtime_base: Some(place.directory.path().join("run")),
+            new_name: Some("vm".parse().unwrap()),
+            dir: None,
+            qemu: None,
+            fleecing: None,
+            map: Vec::new(),
+            allow: Vec::new(),
+            take_over: false,
+            paused: true,
+            run: false,
+            lazy: false,
+        }
+    }
+
+    fn report() -> Report {
+        Report {
+            name: "vm".parse().unwrap(),
+            restored: "web1".parse().unwrap(),
+            id: checkpoint_format::CheckpointId(7),
+            running: true,
+            run_state: "running".to_owned(),
+            resume_ms: 1.5,
+            bytes_read: 9,
+            layer_bytes_read: 3,
+            dir: PathBuf::from("/srv/vm"),
+            phases: Default::default(),
+            memory_bytes_to_come: 0,
+            notes: vec!["a copy".to_owned()],
+            state: "runs".to_owned(),
+        }
+    }
+
+    /// The process that restores, played: it reads the request, waits until the command has hung up
+    /// if it is to, and answers so.
+    fn process(stream: Pair, waits: bool, answer: Vec<u8>) -> JoinHandle<String> {
+        std::thread::spawn(move || {
+            let mut lines = std::io::BufReader::new(stream);
+            let mut request = String::new();
+            lines.read_line(&mut request).unwrap();
+            if waits {
+                assert_eq!(lines.read_line(&mut String::new()).unwrap(), 0);
+            }
+            lines.get_mut().write_all(&answer).unwrap();
+            request
+        })
+    }
+
+    #[tokio::test]
+    async fn restore_command_has_the_report_of_the_process() {
+        let place = Place::new();
+        let (ours, theirs) = Pair::pair().unwrap();
+        let process = process(theirs, false, reply(Ok(&report())).unwrap());
+        let reply = converse(ours, &request(&place), pending()).await.unwrap();
+        let Some(Reply::Done(done)) = reply else { panic!("{reply:?}") };
+        let (report, state): (Report, String) = client::decode(done).unwrap();
+        assert_eq!((report.name.as_str(), report.id.0, state.as_str()), ("vm", 7, "runs"));
+        assert_eq!(report.notes, ["a copy"]);
+        // The process knows what it was asked.
+        let line = process.join().unwrap();
+        let asked = asked(&mut line.as_bytes()).await.unwrap();
+        assert_eq!((asked.name().as_str(), asked.paused), ("vm", true));
+    }
+
+    #[tokio::test]
+    async fn restore_command_has_the_failure_with_class_and_phase() {
+        let place = Place::new();
+        let (ours, theirs) = Pair::pair().unwrap();
+        let error = EngineError::new(Phase::Plan, refused("its socket is there"));
+        let process = process(theirs, false, reply(Err(&error)).unwrap());
+        let reply = converse(ours, &request(&place), pending()).await.unwrap();
+        let Some(Reply::Failed(failure)) = reply else { panic!("{reply:?}") };
+        let error = EngineError::from(failure);
+        assert_eq!((error.class(), error.phase()), (Class::Refused, Phase::Plan));
+        process.join().unwrap();
+    }
+
+    /// The order to undo is the end of what the command sends; what comes of it is waited for.
+    #[tokio::test]
+    async fn restore_command_that_is_interrupted_waits_for_what_is_undone() {
+        let place = Place::new();
+        let (ours, theirs) = Pair::pair().unwrap();
+        let error = EngineError::new(Phase::Disks, anyhow!("interrupted"));
+        let process = process(theirs, true, reply(Err(&error)).unwrap());
+        let reply = converse(ours, &request(&place), ready(())).await.unwrap();
+        assert!(matches!(reply, Some(Reply::Failed(_))), "{reply:?}");
+        process.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn restore_reply_that_is_cut_is_none() {
+        let place = Place::new();
+        let whole = reply(Ok(&report())).unwrap();
+        for answer in [&whole[..0], &whole[..whole.len() / 2], b"no JSON\n"] {
+            let (ours, theirs) = Pair::pair().unwrap();
+            let process = process(theirs, false, answer.to_vec());
+            assert!(converse(ours, &request(&place), pending()).await.unwrap().is_none());
+            process.join().unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn restore_request_that_is_none_is_refused_by_the_process() {
+        for line in [&b""[..], b"{}\n", b"\xff\n"] {
+            assert!(asked(&mut &line[..]).await.is_err(), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn restore_process_without_a_reply_is_explained_by_what_it_left() {
+        let place = Place::new();
+        let status = ExitStatus::from_raw(9);
+        let said = without_reply(status, &request(&place)).to_string();
+        assert!(said.contains("signal: 9") && said.contains("stillpoint attach vm"), "{said}");
+        place.runtime.replace("restore.json", b"{}").unwrap();
+        let said = without_reply(status, &request(&place)).to_string();
+        assert!(said.contains("undoes what it left"), "{said}");
     }
 }

@@ -1,5 +1,8 @@
 //! The control socket: requests in, progress and results out.
 
+#[cfg(test)]
+mod test;
+
 use crate::control::{BarePause, MAX_REQUEST, Reply, Request, Status, VmStatus};
 use crate::memory;
 use anyhow::{Context, Result};
@@ -17,7 +20,7 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{RwLock, Semaphore, mpsc};
-use vm::error::refused;
+use vm::error::{EngineError, InPhase, Phase, refused};
 use vm::runtime_dir::{Failure, RuntimeDir};
 
 /// Progress waits for a slow client only this far; then it is dropped, never the work.
@@ -100,40 +103,36 @@ impl Server {
         while let Some(update) = updates.recv().await {
             client.send(&Reply::Progress(update)).await?;
         }
-        let reply = match work.await.context("internal error: request task panicked")? {
+        let done = work.await.context("internal error: request task panicked");
+        let reply = match done.in_phase(Phase::Ask).flatten() {
             Ok(value) => Reply::Done(value),
             Err(error) => Reply::Failed(Failure::of(&error)),
         };
         client.send(&reply).await
     }
 
-    async fn answer(&self, line: &str, progress: mpsc::Sender<Update>) -> Result<Value> {
+    async fn answer(
+        &self,
+        line: &str,
+        progress: mpsc::Sender<Update>,
+    ) -> Result<Value, EngineError> {
         let request = Request::parse(line)?;
         if request == Request::Status {
             return encode(&self.status());
         }
         let Ok(mut checkpointer) = tokio::time::timeout(LOCK_WAIT, self.checkpointer.write()).await
         else {
-            return Err(refused("a checkpoint of this VM is under way; wait for it"));
+            return Err(refused("a checkpoint of this VM is under way; wait for it"))
+                .in_phase(Phase::Ask);
         };
         match request {
             Request::Checkpoint(choice) => {
                 let _watch = memory::Watch::begin();
-                let outcome = checkpointer.take(choice, &Report::to(progress)).await;
-                if let Err(error) = &outcome {
-                    let (phase, error) = (error.phase(), error.explain());
-                    tracing::error!(error, %phase, "checkpoint failed");
-                }
-                encode(&outcome?)
+                logged("checkpoint", checkpointer.take(choice, &Report::to(progress)).await)
             }
             Request::Adopt { qemu } => {
-                let adopted =
-                    engine::adopt::adopt(&mut checkpointer, qemu, &Report::to(progress)).await;
-                if let Err(error) = &adopted {
-                    let (phase, error) = (error.phase(), error.explain());
-                    tracing::error!(error, %phase, "adoption failed");
-                }
-                encode(&adopted?)
+                let report = Report::to(progress);
+                logged("adoption", engine::adopt::adopt(&mut checkpointer, qemu, &report).await)
             }
             Request::BarePause => encode(&bare_pause(&checkpointer).await?),
             Request::Status => Ok(Value::Null),
@@ -162,14 +161,23 @@ impl Server {
     }
 }
 
-async fn bare_pause(checkpointer: &Checkpointer) -> Result<BarePause> {
-    let paused = Paused::stop(&checkpointer.vm.qmp).await.context("stopping the guest")?;
-    let pause = paused.resume().await.context("letting the guest run again")?;
+async fn bare_pause(checkpointer: &Checkpointer) -> Result<BarePause, EngineError> {
+    let paused = Paused::stop(&checkpointer.vm.qmp).await.context("stopping the guest");
+    let pause = paused.in_phase(Phase::Pause)?.resume().await;
+    let pause = pause.context("letting the guest run again").in_phase(Phase::Pause)?;
     Ok(BarePause { pause_ms: milliseconds(pause) })
 }
 
-fn encode(result: &impl Serialize) -> Result<Value> {
-    serde_json::to_value(result).context("encoding the result")
+/// The result for the client; a failure is in the helper's log, too.
+fn logged(what: &str, done: Result<impl Serialize, EngineError>) -> Result<Value, EngineError> {
+    if let Err(error) = &done {
+        tracing::error!(error = error.explain(), phase = %error.phase(), "{what} failed");
+    }
+    encode(&done?)
+}
+
+fn encode(result: &impl Serialize) -> Result<Value, EngineError> {
+    serde_json::to_value(result).context("encoding the result").in_phase(Phase::Ask)
 }
 
 /// Accepts until it is dropped, a bounded number of connections at once.
@@ -224,69 +232,5 @@ impl<W: AsyncWrite + Unpin> Client<W> {
             self.stream = None;
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod test {
-    use super::*;
-    use serde_json::json;
-
-    const SHORT: Duration = Duration::from_millis(20);
-
-    #[tokio::test]
-    async fn control_request_is_limited_in_length_and_time() {
-        let (ours, mut theirs) = tokio::io::duplex(1 << 16);
-        theirs.write_all(b"half a li").await.unwrap();
-        assert!(request(ours, SHORT).await.is_err(), "one who stays and says nothing");
-        let (ours, mut theirs) = tokio::io::duplex(1 << 20);
-        theirs.write_all(&vec![b'x'; 1 << 19]).await.unwrap();
-        assert_eq!(request(ours, CLIENT).await.unwrap().len() as u64, MAX_REQUEST);
-        let (ours, mut theirs) = tokio::io::duplex(1 << 16);
-        theirs.write_all(b"\xff\xfe\n").await.unwrap();
-        assert!(request(ours, CLIENT).await.is_err(), "no text");
-    }
-
-    #[tokio::test]
-    async fn control_client_that_does_not_read_holds_nothing_up() {
-        let (ours, _theirs) = tokio::io::duplex(16);
-        let mut client = Client { stream: Some(ours), timeout: SHORT };
-        for _ in 0..10_000 {
-            client.send(&Reply::Done(json!("x".repeat(100)))).await.unwrap();
-        }
-        assert!(client.stream.is_none(), "it is waited for again and again");
-    }
-
-    /// More than are served at once, none of which asks anything.
-    #[tokio::test]
-    async fn control_connections_are_bounded_and_the_rest_wait() {
-        let place = tempfile::tempdir().unwrap();
-        let path = place.path().join("s");
-        let (seen, mut all) = mpsc::channel(CONNECTIONS * 2);
-        let listener = UnixListener::bind(&path).unwrap();
-        let serving = tokio::spawn(serve(listener, move |mut stream| {
-            let seen = seen.clone();
-            async move {
-                seen.send(()).await?;
-                stream.read_u8().await?;
-                Ok(())
-            }
-        }));
-        let mut clients = Vec::new();
-        for _ in 0..CONNECTIONS + 20 {
-            clients.push(UnixStream::connect(&path).await.unwrap());
-        }
-        for _ in 0..CONNECTIONS {
-            all.recv().await.unwrap();
-        }
-        assert!(
-            tokio::time::timeout(Duration::from_millis(50), all.recv()).await.is_err(),
-            "more than {CONNECTIONS} are served"
-        );
-        clients.drain(..20);
-        for _ in 0..20 {
-            all.recv().await.unwrap();
-        }
-        serving.abort();
     }
 }

@@ -52,4 +52,18 @@ mod test {
         );
         assert_eq!(Spread::of([]), None);
     }
+
+    /// By the definition: at most a tenth of the samples is above, and fewer are not.
+    #[test]
+    fn ninetieth_percentile_is_the_nearest_rank_of_any_count() {
+        for count in 1..=200_u32 {
+            let samples: Vec<f64> = (1..=count).map(f64::from).collect();
+            let spread = Spread::of(samples.iter().rev().copied()).unwrap();
+            let above = |limit: f64| samples.iter().filter(|sample| **sample > limit).count() * 10;
+            assert!(above(spread.p90) <= samples.len(), "{count}");
+            assert!(above(spread.p90 - 1.0) > samples.len(), "{count}");
+            assert_eq!((spread.min, spread.max), (1.0, f64::from(count)));
+            assert_eq!(spread.median, f64::from(count + 1) / 2.0);
+        }
+    }
 }

@@ -97,6 +97,11 @@ impl EngineError {
         Self { class, phase, cause: Error::msg(message) }
     }
 
+    /// The same error, of the same phase, with what it was needed for.
+    pub fn context(self, what: impl fmt::Display + Send + Sync + 'static) -> Self {
+        Self { cause: self.cause.context(what), ..self }
+    }
+
     /// What kind of failure it is.
     pub fn class(&self) -> Class {
         self.class
@@ -131,6 +136,8 @@ impl StdError for EngineError {
 pub enum Phase {
     /// What a request names is opened: a runtime directory, a program, a store.
     Open,
+    /// A command asks the VM's helper, or the process that is to be its helper.
+    Ask,
     /// A helper attaches to its VM.
     Attach,
     /// What an interrupted adoption left is completed or undone.
@@ -157,7 +164,7 @@ pub enum Phase {
     Layers,
     /// Restore: disks are made.
     Disks,
-    /// Restore, adoption: the new QEMU is started.
+    /// Boot, restore, adoption: the new QEMU is started.
     Start,
     /// Restore: the device state is loaded.
     Devices,
@@ -250,11 +257,6 @@ pub fn class_of(error: &Error) -> Class {
     error.chain().find_map(class_of_cause).unwrap_or(Class::Failed)
 }
 
-/// That of the outermost [`EngineError`] among the causes, if there is one.
-pub fn phase_of(error: &Error) -> Option<Phase> {
-    error.chain().find_map(|cause| cause.downcast_ref::<EngineError>()).map(EngineError::phase)
-}
-
 macro_rules! class_of_cause {
     ($($error:ty),+ $(,)?) => {
         /// None for an error of another origin: it says nothing of its class.
@@ -337,6 +339,9 @@ mod test {
             StoreError::Full { op: checkpoint_store::Op::Put, path: text(), reason: text() };
         let full = EngineError::new(Phase::Upload, Error::from(store).context(io));
         assert_eq!((full.class(), full.phase()), (Class::Store, Phase::Upload));
+        let full = full.context("measuring");
+        assert_eq!((full.class(), full.phase()), (Class::Store, Phase::Upload));
+        assert!(full.explain().starts_with("measuring: no route to host: "));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 use vm::cache;
-use vm::error::refused;
+use vm::error::{EngineError, InPhase, Phase, refused};
 
 /// A file that changed so lately may change again within the same tick of its time stamp.
 const READY_AGE: Duration = Duration::from_secs(2);
@@ -45,8 +45,8 @@ pub(crate) fn identity(facts: &Metadata) -> String {
 /// # Errors
 /// When the file cannot be read or changes meanwhile; refused when it is larger than a layer can
 /// be.
-pub fn of_file(path: &Path) -> Result<FileDigest> {
-    known_or(path, None)
+pub fn of_file(path: &Path) -> Result<FileDigest, EngineError> {
+    known_or(path, None).in_phase(Phase::Layers)
 }
 
 /// In the form asked for, to compare with a digest of that form.

@@ -19,6 +19,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use vm::error::{EngineError, InPhase, Phase};
 
 /// Blocks of other layers, and of the new one, held in memory to be found again: about 40 MB, 16
 /// GiB of layers.
@@ -32,7 +33,15 @@ const MOST_TABLE_BLOCKS: u64 = 1 << 22;
 /// # Errors
 /// When the file cannot be read, or does not have that digest any more; class store when the store
 /// does not take it. Nothing of a layer is visible before all of it is stored.
-pub async fn ensure(repository: &Repository, path: &Path, file: FileDigest) -> Result<u64> {
+pub async fn ensure(
+    repository: &Repository,
+    path: &Path,
+    file: FileDigest,
+) -> Result<u64, EngineError> {
+    ensure_stored(repository, path, file).await.in_phase(Phase::Layers)
+}
+
+async fn ensure_stored(repository: &Repository, path: &Path, file: FileDigest) -> Result<u64> {
     if repository.has_layer(&file.digest).await? {
         return Ok(0);
     }

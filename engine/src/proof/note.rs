@@ -11,6 +11,7 @@ use checkpoint_format::{CheckpointId, Checksum, VmName};
 use checkpoint_store::Repository;
 use serde::{Deserialize, Serialize};
 use std::time::SystemTime;
+use vm::error::{EngineError, InPhase, Phase};
 
 const FORMAT: u32 = 1;
 
@@ -74,7 +75,15 @@ pub(super) async fn write(store: &str, report: &Report) -> Result<()> {
 ///
 /// # Errors
 /// When the store cannot be read, or has no such checkpoint.
-pub async fn read(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<Vec<Note>> {
+pub async fn read(
+    repository: &Repository,
+    vm: &VmName,
+    id: CheckpointId,
+) -> Result<Vec<Note>, EngineError> {
+    all_of(repository, vm, id).await.in_phase(Phase::Verify)
+}
+
+async fn all_of(repository: &Repository, vm: &VmName, id: CheckpointId) -> Result<Vec<Note>> {
     let manifest = manifest_checksum(repository, vm, id).await?;
     let notes = repository.proofs(vm, id).await.context("reading the notes of proofs")?;
     let parsed = notes.iter().filter_map(|note| serde_json::from_slice::<Note>(note).ok());

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use vm::error::{explain, refused};
+use vm::error::{EngineError, InPhase, Phase, explain, refused};
 use vm::launch::arguments;
 use vm::launch::paths::NewPaths;
 use vm::launch::saved;
@@ -81,7 +81,11 @@ impl Planned {
     /// # Errors
     /// Damaged when it is none; refused when it names something of another host that `wishes` do
     /// not replace or allow.
-    pub fn of(places: &Places<'_>, wishes: &Wishes) -> Result<Self> {
+    pub fn of(places: &Places<'_>, wishes: &Wishes) -> Result<Self, EngineError> {
+        Self::rewrite(places, wishes).in_phase(Phase::Plan)
+    }
+
+    fn rewrite(places: &Places<'_>, wishes: &Wishes) -> Result<Self> {
         let manifest = places.manifest;
         let words = &manifest.vm_record.arguments;
         let mut paths = NewPaths::new(Path::new(&manifest.vm_record.directory));

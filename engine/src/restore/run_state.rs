@@ -7,7 +7,7 @@ use checkpoint_format::RunState as Saved;
 use qmp_bridge::RunState;
 use qmp_bridge::device_state::DeviceState;
 use qmp_bridge::paused::run_state;
-use vm::error::refused;
+use vm::error::{EngineError, InPhase, Phase, refused};
 use vm::running::Vm;
 
 /// The run states before and after.
@@ -24,14 +24,15 @@ impl Transition {
     ///
     /// # Errors
     /// Refused with `run` for a VM that QEMU lets run only after a reset.
-    pub fn choose(saved: Option<Saved>, paused: bool, run: bool) -> Result<Self> {
+    pub fn choose(saved: Option<Saved>, paused: bool, run: bool) -> Result<Self, EngineError> {
         // An earlier version did not record it, and let every VM run.
         let saved = saved.map_or(RunState::Running, of_record);
         let wanted = match saved {
             RunState::Shutdown | RunState::InternalError if run => {
                 return Err(refused(format!(
                     "the VM's run state was `{saved}`: QEMU lets it run only after a reset; restore it without --run, then `system_reset` and `cont`"
-                )));
+                )))
+                .in_phase(Phase::Plan);
             }
             _ if run && !saved.is_live() => RunState::Running,
             _ if paused && saved.is_live() => RunState::Paused,
@@ -74,7 +75,7 @@ impl Transition {
 #[cfg(test)]
 mod test {
     use super::*;
-    use vm::error;
+    use vm::error::Class;
 
     #[test]
     fn run_state_is_as_saved_unless_the_command_says_otherwise() {
@@ -109,8 +110,8 @@ mod test {
                     assert_eq!(wanted(saved, false, true).unwrap(), run, "{saved:?} --run")
                 }
                 None => assert_eq!(
-                    error::class_of(&wanted(saved, false, true).unwrap_err()),
-                    error::Class::Refused,
+                    wanted(saved, false, true).unwrap_err().class(),
+                    Class::Refused,
                     "{saved:?} --run"
                 ),
             }

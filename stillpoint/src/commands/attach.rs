@@ -28,7 +28,7 @@ pub(crate) async fn run(args: AttachArgs) -> Result<()> {
         StoreSession::open(&vm, &runtime, Mode::CreateIfMissing, Force::TakeOver).await?;
     }
     if args.foreground {
-        return helper::serve(runtime).await;
+        return Ok(helper::serve(runtime).await?);
     }
     start::spawn(name, args.runtime.runtime_dir.as_deref(), &runtime)?;
     let helper = start::wait(&runtime).await?;

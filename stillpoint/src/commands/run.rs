@@ -20,5 +20,5 @@ pub(crate) fn run(args: RunArgs) -> Result<std::convert::Infallible> {
     };
     let prepared = Prepared::of(&request, &Terminal)?;
     start::spawn(&request.name, request.runtime_base.as_deref(), &prepared.runtime)?;
-    Err(prepared.exec())
+    Err(prepared.exec().into())
 }

@@ -484,7 +484,7 @@ mod test {
     #[test]
     fn failure_of_a_helper_keeps_class_and_phase() {
         let error = EngineError::new(Phase::Upload, refused("it runs elsewhere"));
-        let failure = Failure::of(&anyhow::Error::from(error).context("answering"));
+        let failure = Failure::of(&error.context("answering"));
         let sent = serde_json::to_value(&failure).unwrap();
         assert_eq!(
             sent,

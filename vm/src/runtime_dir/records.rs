@@ -1,7 +1,7 @@
 //! What the files of a runtime directory say.
 
 use super::RuntimeDir;
-use crate::error::{Class, EngineError, Phase, class_of, explain, phase_of};
+use crate::error::{Class, EngineError, Phase};
 use crate::memory_source::{EngineChoice, StreamChoice};
 use checkpoint_format::{CheckpointId, CheckpointIdentity, VmName, VmRecord};
 use serde::{Deserialize, Serialize};
@@ -88,20 +88,19 @@ pub struct Failure {
     /// Absent from helpers of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub class: Option<Class>,
-    /// What was being done; absent also where no engine was at work.
+    /// What was being done; absent like the class.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
 }
 
 impl Failure {
     /// An error as it is sent to another process of ours.
-    pub fn of(error: &anyhow::Error) -> Self {
-        let class = class_of(error);
+    pub fn of(error: &EngineError) -> Self {
         Self {
-            message: explain(error),
-            exit_code: class.exit_code(),
-            class: Some(class),
-            phase: phase_of(error),
+            message: error.explain(),
+            exit_code: error.class().exit_code(),
+            class: Some(error.class()),
+            phase: Some(error.phase()),
         }
     }
 }

@@ -43,7 +43,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::sync::OnceCell;
 use tokio::task::AbortHandle;
-use vm::error::damaged;
+use vm::error::{EngineError, InPhase, Phase, damaged};
 use vm::running::Vm;
 use vm::runtime_dir::RuntimeDir;
 
@@ -81,7 +81,7 @@ struct Inner {
 ///
 /// # Errors
 /// If QEMU or the plugin does not answer.
-pub async fn obstacle(vm: &Vm) -> Result<Option<String>> {
+pub(crate) async fn obstacle(vm: &Vm) -> Result<Option<String>> {
     if !vm.lock_tracker()?.handles().can_fill() {
         return Ok(Some(
             "QEMU may not wait for faults of the kernel; give its user access to /dev/userfaultfd, \
@@ -101,7 +101,7 @@ impl Hydration {
     ///
     /// # Errors
     /// When QEMU's memory cannot be registered, or the runtime directory cannot be written.
-    pub async fn begin(vm: &Vm, checkpoint_of: &VmName, source: &Source) -> Result<Self> {
+    pub(crate) async fn begin(vm: &Vm, checkpoint_of: &VmName, source: &Source) -> Result<Self> {
         let block = &vm.file.ram_block;
         let space = SpaceName::ram(block)?;
         let map = source.kept_map(&space).await?;
@@ -138,7 +138,11 @@ impl Hydration {
     ///
     /// # Errors
     /// When the record cannot be read, or QEMU's memory is not where it says.
-    pub async fn resume(runtime: &RuntimeDir) -> Result<Option<Self>> {
+    pub async fn resume(runtime: &RuntimeDir) -> Result<Option<Self>, EngineError> {
+        Self::resumed(runtime).await.in_phase(Phase::Attach)
+    }
+
+    async fn resumed(runtime: &RuntimeDir) -> Result<Option<Self>> {
         let instance = || Ok(runtime.vm()?.instance);
         let Some(record) = Record::load(runtime, instance)? else { return Ok(None) };
         let (socket, wanted) = (runtime.plugin(), record.clone());

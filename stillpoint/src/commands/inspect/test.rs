@@ -155,7 +155,8 @@ impl Sample {
             source.read_whole(space).await?;
         }
         let places = Places { manifest, dir: Path::new("/srv/new"), map: &[] };
-        Planned::of(&places, &qemu_cmdline::restorable::Wishes::default()).map(drop)
+        Planned::of(&places, &qemu_cmdline::restorable::Wishes::default())?;
+        Ok(())
     }
 }
 
