@@ -43,7 +43,12 @@ pub const POINTS: &[&str] = &[
     "restore.started",
     "restore.loaded",
     "restore.claimed",
+    "restore.listening",
+    "restore.fault",
+    "restore.filling",
+    "restore.zeros",
     "restore.hydrated",
+    "restore.recorded",
 ];
 
 /// What `STILLPOINT_DAMAGE=WHAT=VALUE` asks a proof to spoil before it compares, so that tests see

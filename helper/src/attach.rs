@@ -32,7 +32,7 @@ fn attachable(runtime: &RuntimeDir) -> Result<VmFile> {
     Ok(vm)
 }
 
-fn check_running(vm: &VmFile, runtime: &RuntimeDir) -> Result<()> {
+pub(crate) fn check_running(vm: &VmFile, runtime: &RuntimeDir) -> Result<()> {
     if runtime.adoption().exists() {
         // Which of the two QEMUs is the VM is for the helper to find out.
         return Ok(());
@@ -68,6 +68,9 @@ async fn end_by(ending: [(Signal, Duration); 2], runtime: &RuntimeDir) -> Result
                 return Ok(());
             }
             if let Some(other) = OtherHelper::find(runtime)? {
+                if signal == Signal::KILL {
+                    other.end_supervisor(runtime);
+                }
                 other.signal(signal);
             }
             tokio::time::sleep(POLL_INTERVAL).await;

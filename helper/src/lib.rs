@@ -5,8 +5,8 @@
 //! continues from what the store and QEMU itself know.
 //!
 //! [`serve`] is the process, or [`restore`] where it restores the VM first; [`start`] and [`attach`]
-//! bring it up, [`client`] asks it over its control socket in the words of [`control`], and
-//! [`mod@bench`] measures it.
+//! bring it up, a [`supervisor`] starts another one when it dies, [`client`] asks it over its
+//! control socket in the words of [`control`], and [`mod@bench`] measures it.
 //!
 //! # Example
 //!
@@ -56,6 +56,7 @@ mod scene;
 mod server;
 pub mod start;
 pub mod statistics;
+pub mod supervisor;
 
 use anyhow::Context;
 use checkpoint_format::VmName;

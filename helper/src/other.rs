@@ -23,13 +23,27 @@ impl OtherHelper {
         let number = pid.as_raw().unsigned_abs();
         let Some(process) = ProcessFd::open(number)? else { return Ok(None) };
         // After the pidfd is open: what is proven is proven of that very process.
-        if runtime.is_locked_by(pid) || is_helper_of(number, runtime) {
+        if runtime.is_locked_by(pid) || is_ours(number, &["helper", "attach"], runtime) {
             return Ok(Some(Self { pid, process }));
         }
         Err(refused(format!(
             "{} names process {pid}, which is no helper of this VM, so it is left alone; end the helper by hand",
             runtime.helper_pid().display()
         )))
+    }
+
+    /// Before the helper is killed, so that no other takes its place.
+    pub(crate) fn end_supervisor(&self, runtime: &RuntimeDir) {
+        let stat = process::open(self.pid.as_raw().unsigned_abs()).and_then(|helper| helper.stat());
+        let Some(parent) = stat.ok().and_then(|stat| u32::try_from(stat.ppid).ok()) else { return };
+        // Opened before it is looked at, as the helper's own.
+        let Ok(Some(supervisor)) = ProcessFd::open(parent) else { return };
+        if is_ours(parent, &["supervise"], runtime)
+            && let Err(error) = supervisor.signal(Signal::KILL)
+        {
+            let error = format!("{error:#}");
+            tracing::debug!(pid = parent, error, "ending the other helper's supervisor");
+        }
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
@@ -40,9 +54,9 @@ impl OtherHelper {
     }
 }
 
-/// Where the kernel's table of locks does not show other processes: this program, as the helper of
-/// that VM.
-fn is_helper_of(pid: u32, runtime: &RuntimeDir) -> bool {
+/// This program, by one of these commands, for that VM. Of the helper asked only where the kernel's
+/// table of locks does not show other processes.
+fn is_ours(pid: u32, commands: &[&str], runtime: &RuntimeDir) -> bool {
     let program = |process: &Process| {
         let facts = process.open_relative_flags("exe", OFlags::PATH).ok()?.metadata().ok()?;
         Some((facts.dev(), facts.ino()))
@@ -52,7 +66,7 @@ fn is_helper_of(pid: u32, runtime: &RuntimeDir) -> bool {
     let name = runtime.path().file_name().unwrap_or_default();
     let is_word = |word: &[u8]| words.iter().any(|other| other == word);
     program(&process).is_some_and(|there| Some(there) == program(&own))
-        && (is_word(b"helper") || is_word(b"attach"))
+        && commands.iter().any(|command| is_word(command.as_bytes()))
         && is_word(name.as_encoded_bytes())
 }
 

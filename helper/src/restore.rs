@@ -8,7 +8,8 @@
 
 use crate::client;
 use crate::control::{MAX_LINE, Reply};
-use crate::start;
+use crate::start::{self, Supervision};
+use crate::supervisor::die_as;
 use anyhow::{Context, Error, Result, anyhow};
 use engine::checkpoint::Checkpointer;
 use engine::progress::Progress;
@@ -19,6 +20,7 @@ use std::os::unix::net::UnixStream as Pair;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::process::Child;
@@ -26,13 +28,19 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use vm::error::{EngineError, InPhase, Phase};
 use vm::runtime_dir::{Failure, RuntimeDir};
 
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
 /// Lets another process restore the VM, and waits until it is the VM's helper.
 ///
 /// # Errors
 /// The restore's own, with its class and phase; all is undone then, unless the guest may have run.
-pub async fn start(request: &Request, is_verbose: bool) -> Result<Report, EngineError> {
+pub async fn start(
+    request: &Request,
+    supervision: Supervision,
+    is_verbose: bool,
+) -> Result<Report, EngineError> {
     let (ours, theirs) = Pair::pair().context("making a socket pair").in_phase(Phase::Ask)?;
-    let mut process = spawn(request, is_verbose, theirs).in_phase(Phase::Ask)?;
+    let mut process = spawn(request, supervision, is_verbose, theirs).in_phase(Phase::Ask)?;
     let mut interrupted = Interrupted::listen().in_phase(Phase::Ask)?;
     match converse(ours, request, interrupted.wait()).await.in_phase(Phase::Ask)? {
         Some(Reply::Done(result)) => {
@@ -43,16 +51,34 @@ pub async fn start(request: &Request, is_verbose: bool) -> Result<Report, Engine
             let _ = process.wait().await;
             Err(failure.into())
         }
-        _ => {
-            let status = process.wait().await.context("waiting for the process that restores");
-            let error = ended(status.in_phase(Phase::Ask)?, request);
-            Err(error).in_phase(Phase::Ask)
-        }
+        _ => Err(lost(&mut process, request).await).in_phase(Phase::Ask),
     }
 }
 
-fn spawn(request: &Request, is_verbose: bool, socket: Pair) -> Result<Child> {
-    let mut command = start::command(&[], request.name(), request.runtime_base.as_deref())?;
+/// Why there is no reply.
+async fn lost(process: &mut Child, request: &Request) -> Error {
+    tokio::select! {
+        biased;
+        status = process.wait() => match status {
+            Ok(status) => ended(status, request),
+            Err(error) => Error::new(error).context("waiting for the process that restores"),
+        },
+        () = other_answers(request) => anyhow!(
+            "the process that restored {0} ended before it could say so; {0} runs, and has another \
+             helper now",
+            request.name()
+        ),
+    }
+}
+
+fn spawn(
+    request: &Request,
+    supervision: Supervision,
+    is_verbose: bool,
+    socket: Pair,
+) -> Result<Child> {
+    let base = request.runtime_base.as_deref();
+    let mut command = start::command(&[], request.name(), base, supervision)?;
     command.arg("--restore").args(is_verbose.then_some("--verbose")).stdin(OwnedFd::from(socket));
     tokio::process::Command::from(command)
         .spawn()
@@ -86,13 +112,25 @@ async fn converse(
     Ok(serde_json::from_str(&reply).ok())
 }
 
+/// Until the helper that a supervisor has started answers.
+async fn other_answers(request: &Request) {
+    loop {
+        tokio::time::sleep(POLL_INTERVAL).await;
+        let runtime = RuntimeDir::new(request.runtime_base.as_deref(), request.name());
+        let Ok(runtime) = runtime else { continue };
+        if !runtime.restore_record().exists() && client::status(&runtime).await.is_ok() {
+            return;
+        }
+    }
+}
+
 /// Of a process that ended without a reply. If a signal killed it, the same one kills this process:
 /// who waits for the command sees the end of what the command is.
 fn ended(status: ExitStatus, request: &Request) -> Error {
     let error = without_reply(status, request);
-    if let Some(signal) = status.signal().and_then(rustix::process::Signal::from_named_raw) {
+    if status.signal().is_some() {
         tracing::error!("{error}");
-        let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+        die_as(status);
     }
     error
 }

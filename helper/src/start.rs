@@ -16,6 +16,30 @@ use vm::runtime_dir::RuntimeDir;
 const TIMEOUT: Duration = Duration::from_secs(30);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
+/// Whether a helper that dies is started again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Supervision {
+    /// By the process that starts it.
+    On,
+    /// Not by us.
+    Off,
+}
+
+impl Supervision {
+    /// `is_off` is the operator's order.
+    pub fn unless(is_off: bool) -> Self {
+        if is_off { Self::Off } else { Self::On }
+    }
+
+    /// The command of this program that is started.
+    fn word(self) -> &'static str {
+        match self {
+            Self::On => "supervise",
+            Self::Off => "helper",
+        }
+    }
+}
+
 /// Starts the helper in a session of its own, not as a child of what will be QEMU.
 ///
 /// # Errors
@@ -24,14 +48,20 @@ pub fn spawn(
     name: &VmName,
     runtime_base: Option<&Path>,
     runtime: &RuntimeDir,
+    supervision: Supervision,
 ) -> Result<(), EngineError> {
-    start(name, runtime_base, runtime).in_phase(Phase::Attach)
+    start(name, runtime_base, runtime, supervision).in_phase(Phase::Attach)
 }
 
-fn start(name: &VmName, runtime_base: Option<&Path>, runtime: &RuntimeDir) -> Result<()> {
+fn start(
+    name: &VmName,
+    runtime_base: Option<&Path>,
+    runtime: &RuntimeDir,
+    supervision: Supervision,
+) -> Result<()> {
     let log = runtime.open_helper_log()?;
     runtime.forget_helper_failure()?;
-    let mut command = command(&["--fork"], name, runtime_base)?;
+    let mut command = command(&["--fork"], name, runtime_base, supervision)?;
     command.stdin(Stdio::null()).stderr(log).current_dir("/");
     let status =
         command.status().context("starting the helper through setsid (package util-linux)")?;
@@ -49,10 +79,11 @@ pub(crate) fn command(
     options: &[&str],
     name: &VmName,
     runtime_base: Option<&Path>,
+    supervision: Supervision,
 ) -> Result<Command> {
     let program = std::env::current_exe().context("finding this program's own path")?;
     let mut command = Command::new("setsid");
-    command.args(options).arg(program).arg("helper");
+    command.args(options).arg(program).arg(supervision.word());
     if let Some(base) = runtime_base {
         command
             .arg("--runtime-dir")
@@ -105,7 +136,10 @@ mod test {
     #[test]
     fn helper_is_started_in_a_session_of_its_own_for_its_vm() {
         let base = Path::new("run");
-        let command = command(&["--fork"], &"web1".parse().unwrap(), Some(base)).unwrap();
+        let name = "web1".parse().unwrap();
+        let command = |supervision| command(&["--fork"], &name, Some(base), supervision).unwrap();
+        let (supervised, command) = (command(Supervision::On), command(Supervision::Off));
+        assert_eq!(supervised.get_args().nth(2), Some("supervise".as_ref()));
         assert_eq!(command.get_program(), "setsid");
         let words: Vec<_> = command.get_args().collect();
         let absolute = std::path::absolute(base).unwrap();

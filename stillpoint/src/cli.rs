@@ -7,7 +7,7 @@
 )]
 
 use checkpoint_format::VmName;
-use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::builder::{FalseyValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use engine::lineage::CheckpointName;
 use engine::restore::Mapping;
@@ -64,6 +64,9 @@ pub enum Command {
     /// The helper itself; 'run', 'attach' and 'restore' start it
     #[command(hide = true)]
     Helper(HelperArgs),
+    /// Start the helper, and another one whenever it dies; 'run', 'attach' and 'restore' start it
+    #[command(hide = true)]
+    Supervise(HelperArgs),
     /// Run a program in place of this process, without network and with read-only file systems;
     /// 'verify --restore' starts it
     #[command(hide = true)]
@@ -76,6 +79,14 @@ pub struct Runtime {
     /// $XDG_RUNTIME_DIR/stillpoint, /run/user/UID/stillpoint or /tmp/stillpoint-UID]
     #[arg(long, env = "STILLPOINT_RUNTIME_DIR", value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct Supervision {
+    /// If the helper dies, leave the VM without one until 'attach' [default: another one is started
+    /// as long as QEMU runs]
+    #[arg(long, env = "STILLPOINT_NO_SUPERVISOR", value_parser = FalseyValueParser::new())]
+    pub no_supervisor: bool,
 }
 
 #[derive(Args)]
@@ -95,6 +106,8 @@ pub struct RunArgs {
     pub store: Store,
     #[command(flatten)]
     pub runtime: Runtime,
+    #[command(flatten)]
+    pub supervision: Supervision,
     /// Directory for temporary fleecing overlays; needs free space on a disk-backed file system
     /// [default: /var/tmp]
     #[arg(long, alias = "scratch-dir", env = "STILLPOINT_FLEECING_DIR", value_name = "DIR")]
@@ -133,9 +146,11 @@ pub struct AttachArgs {
     pub stream: StreamChoice,
     #[command(flatten)]
     pub runtime: Runtime,
-    /// Stay in the foreground (for a service manager)
+    /// Stay in the foreground (for a service manager, which starts another one if this one dies)
     #[arg(long)]
     pub foreground: bool,
+    #[command(flatten)]
+    pub supervision: Supervision,
     /// Take over the VM's writer epoch now and fence the current writer, once; never put this into
     /// a service's unit
     #[arg(long)]
@@ -189,6 +204,8 @@ pub struct RestoreArgs {
     pub store: Store,
     #[command(flatten)]
     pub runtime: Runtime,
+    #[command(flatten)]
+    pub supervision: Supervision,
     /// Restore under another name, as a VM of its own beside the original (docs/copies.md)
     #[arg(long = "as", value_name = "NEW")]
     pub new_name: Option<VmName>,

@@ -52,7 +52,7 @@ fn log_to_stderr(cli: &Cli) -> impl FnOnce() + use<> {
     let of_level =
         |level| EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let helper = match &cli.command {
-        Command::Helper(args) => Some(args),
+        Command::Helper(args) | Command::Supervise(args) => Some(args),
         _ => None,
     };
     let quiet = if helper.is_some_and(|args| !args.restore) { "info" } else { "warn" };
@@ -75,6 +75,8 @@ fn dispatch(cli: Cli, log_as_helper: impl FnOnce()) -> Result<ExitCode> {
     match cli.command {
         // Before any thread exists: this process becomes QEMU.
         Command::Run(args) => match commands::run::run(args)? {},
+        // Without any other thread: it only waits.
+        Command::Supervise(args) => commands::supervise::run(args, cli.verbose),
         Command::Sandbox(args) => {
             match proof::sandbox::become_program(&args.dir, &args.cwd, &args.program)? {}
         }
@@ -116,7 +118,7 @@ async fn dispatch_async(
         Command::Verify(args) => commands::verify::read_back(&args).await?,
         Command::Status(args) => commands::status::run(args).await?,
         Command::Bench(args) => commands::bench::run(&args).await?,
-        Command::Run(_) | Command::Sandbox(_) => {
+        Command::Run(_) | Command::Supervise(_) | Command::Sandbox(_) => {
             unreachable!("handled without the asynchronous runtime")
         }
     }

@@ -39,7 +39,7 @@ impl Guest {
         }
     }
 
-    pub(crate) fn said(&self) -> String {
+    pub fn said(&self) -> String {
         let serial = self.directory.join("serial.log");
         let texts =
             self.logs.iter().chain([&serial]).filter_map(|file| std::fs::read_to_string(file).ok());

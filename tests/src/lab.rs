@@ -49,6 +49,8 @@ impl Lab {
         lab.set("STILLPOINT_RUNTIME_DIR", lab.runtime().display().to_string());
         lab.set("STILLPOINT_FLEECING_DIR", lab.path().display().to_string());
         lab.set("STILLPOINT_CACHE_DIR", cache.display().to_string());
+        // A helper that a test kills stays away, unless the test says otherwise.
+        lab.set("STILLPOINT_NO_SUPERVISOR", "yes".to_owned());
         lab
     }
 
@@ -61,6 +63,11 @@ impl Lab {
     pub fn set(&mut self, name: &str, value: String) {
         self.environment.retain(|(known, _)| known != name);
         self.environment.push((name.to_owned(), value));
+    }
+
+    /// From now on a helper that dies is followed by another, as by default.
+    pub fn with_supervisor(&mut self) {
+        self.environment.retain(|(known, _)| known != "STILLPOINT_NO_SUPERVISOR");
     }
 
     pub fn path(&self) -> &Path {

@@ -56,6 +56,12 @@ pub fn qemus_below(directory: &Path) -> Vec<Pid> {
         .collect()
 }
 
+/// The process that started it, if that still runs.
+pub(crate) fn parent(pid: Pid) -> Option<Pid> {
+    let stat = Process::new(pid.as_raw()).and_then(|process| process.stat()).ok()?;
+    Some(Pid::from_raw(stat.ppid))
+}
+
 /// Processor time that it has used.
 pub fn processor_time(pid: Pid) -> Duration {
     let stat = Process::new(pid.as_raw()).and_then(|process| process.stat());

@@ -172,6 +172,11 @@ impl<'lab> TestVm<'lab> {
         self.helper().expect("it runs")
     }
 
+    /// The process that would replace the helper.
+    pub fn supervisor(&self) -> Option<Pid> {
+        process::parent(self.helper()?).filter(|pid| process::is_ours(*pid, &self.lab.runtime()))
+    }
+
     pub fn kill_helper(&self) {
         if let Some(pid) = self.helper() {
             process::kill_hard(pid);
@@ -216,6 +221,7 @@ impl<'lab> TestVm<'lab> {
     }
 
     fn end(&mut self) {
+        self.supervisor().into_iter().for_each(process::kill_hard);
         self.kill_helper();
         self.kill_qemu();
     }

@@ -15,11 +15,11 @@ use stillpoint_tests::{
 const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// While it exists, pages come only when the guest needs them.
-struct Hold(PathBuf);
+pub(crate) struct Hold(PathBuf);
 
 impl Hold {
     /// For helpers that are started from now on.
-    fn begin(lab: &mut Lab) -> Self {
+    pub(crate) fn begin(lab: &mut Lab) -> Self {
         let path = lab.path().join("hold");
         lab.set("STILLPOINT_HOLD_FILLER", path.to_str().expect("UTF-8").to_owned());
         let hold = Self(path);
@@ -27,32 +27,32 @@ impl Hold {
         hold
     }
 
-    fn hold(&self) {
+    pub(crate) fn hold(&self) {
         File::create(&self.0).expect("the test's directory");
     }
 
-    fn release(&self) {
+    pub(crate) fn release(&self) {
         std::fs::remove_file(&self.0).expect("the test's directory");
     }
 }
 
-fn hydration(lab: &Lab, name: &str) -> Option<Value> {
+pub(crate) fn hydration(lab: &Lab, name: &str) -> Option<Value> {
     let status = lab.run(&["status", name, "--json"]).expect_success().json();
     status.get("hydration").cloned()
 }
 
-fn wait_until_hydrated(lab: &Lab, name: &str) {
+pub(crate) fn wait_until_hydrated(lab: &Lab, name: &str) {
     let all = wait_until(TIMEOUT, || hydration(lab, name).is_none());
     assert!(all, "memory has not arrived: {:?}", hydration(lab, name));
 }
 
-fn assert_hydrating(lab: &Lab, name: &str) {
+pub(crate) fn assert_hydrating(lab: &Lab, name: &str) {
     let status = hydration(lab, name).expect("it should be under way");
     let number = |key: &str| status[key].as_u64().expect("a number");
     assert!(number("done_bytes") < number("total_bytes"), "{status}");
 }
 
-fn move_away(store: &Path) -> PathBuf {
+pub(crate) fn move_away(store: &Path) -> PathBuf {
     let away = store.with_extension("away");
     std::fs::rename(store, &away).expect("a store");
     away

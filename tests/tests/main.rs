@@ -15,6 +15,7 @@ mod copies;
 mod damage;
 mod external;
 mod hdfs;
+mod hydration;
 mod imports;
 mod kills;
 mod kills_stream;

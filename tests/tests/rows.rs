@@ -313,11 +313,31 @@ const RESTORE: &[Row] = &[
 /// Without phases.
 const LAZY: &[Row] = &[
     ("", "the store does not answer", LAZY_EXACT),
-    ("", "helper killed while", LAZY_EXACT),
+    (
+        "",
+        "helper killed while",
+        &[
+            LAZY_EXACT[0],
+            "vms::hydration::supervisor_replaces_a_killed_helper_and_the_guest_continues",
+        ],
+    ),
+    (
+        "",
+        "helper killed before it reads the first fault",
+        &["vms::hydration::hydration_is_exact_whatever_the_helper_was_doing_when_it_died"],
+    ),
     (
         "",
         "helper killed when all",
-        &["vms::lazy::lazy_helper_killed_when_all_has_arrived_leaves_nothing_to_do"],
+        &[
+            "vms::lazy::lazy_helper_killed_when_all_has_arrived_leaves_nothing_to_do",
+            "vms::hydration::hydration_is_exact_whatever_the_helper_was_doing_when_it_died",
+        ],
+    ),
+    (
+        "",
+        "QEMU and helper killed",
+        &["vms::hydration::hydration_that_ends_with_its_host_leaves_the_checkpoint_as_it_was"],
     ),
     (
         "",

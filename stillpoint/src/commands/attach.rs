@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use checkpoint_store::Mode;
 use engine::checkpoint::{Force, StoreSession};
 use engine::stores;
-use helper::{attach, start};
+use helper::attach;
+use helper::start::{self, Supervision};
 use std::path::Path;
 use vm::external::{self, Wanted};
 use vm::runtime_dir::RuntimeDir;
@@ -30,7 +31,8 @@ pub(crate) async fn run(args: AttachArgs) -> Result<()> {
     if args.foreground {
         return Ok(helper::serve(runtime).await?);
     }
-    start::spawn(name, args.runtime.runtime_dir.as_deref(), &runtime)?;
+    let supervision = Supervision::unless(args.supervision.no_supervisor);
+    start::spawn(name, args.runtime.runtime_dir.as_deref(), &runtime, supervision)?;
     let helper = start::wait(&runtime).await?;
     let of_qemu = helper.vm.map_or_else(
         || "QEMU ?".to_owned(),

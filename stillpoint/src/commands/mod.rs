@@ -11,4 +11,5 @@ pub(crate) mod prove;
 pub(crate) mod restore;
 pub(crate) mod run;
 pub(crate) mod status;
+pub(crate) mod supervise;
 pub(crate) mod verify;

@@ -6,12 +6,14 @@ use anyhow::{Context, Result};
 use engine::progress::bytes;
 use engine::restore::Request;
 use helper::client;
+use helper::start::Supervision;
 use vm::runtime_dir::RuntimeDir;
 
 pub(crate) async fn run(args: RestoreArgs, is_verbose: bool) -> Result<()> {
     let (json, wait) = (args.json, args.wait);
     let runtime_base = args.runtime.runtime_dir.clone();
-    let restored = helper::restore::start(&request(args), is_verbose).await?;
+    let supervision = Supervision::unless(args.supervision.no_supervisor);
+    let restored = helper::restore::start(&request(args), supervision, is_verbose).await?;
     if wait {
         let runtime = RuntimeDir::new(runtime_base.as_deref(), &restored.name)?;
         client::wait_until_hydrated(&runtime, &Terminal).await?;

@@ -5,10 +5,11 @@ use crate::cli::RunArgs;
 use crate::terminal::Terminal;
 use anyhow::{Context, Result};
 use engine::boot::{Prepared, Request};
-use helper::start;
+use helper::start::{self, Supervision};
 
 /// Returns only on failure: on success this process is QEMU.
 pub(crate) fn run(args: RunArgs) -> Result<std::convert::Infallible> {
+    let supervision = Supervision::unless(args.supervision.no_supervisor);
     let mut words = args.qemu.into_iter();
     let request = Request {
         qemu: words.next().context("no QEMU program was named after '--'")?,
@@ -19,6 +20,7 @@ pub(crate) fn run(args: RunArgs) -> Result<std::convert::Infallible> {
         fleecing: args.fleecing_dir,
     };
     let prepared = Prepared::of(&request, &Terminal)?;
-    start::spawn(&request.name, request.runtime_base.as_deref(), &prepared.runtime)?;
+    let base = request.runtime_base.as_deref();
+    start::spawn(&request.name, base, &prepared.runtime, supervision)?;
     Err(prepared.exec().into())
 }

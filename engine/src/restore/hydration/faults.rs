@@ -1,6 +1,7 @@
 //! Threads of QEMU that wait for a page get it, before all others.
 
 use super::Inner;
+use crate::kill_point;
 use crate::restore::backoff::Backoff;
 use crate::restore::on_demand::Content;
 use anyhow::{Context, Error, Result};
@@ -101,6 +102,7 @@ pub(super) fn is_process_gone(error: &Error) -> bool {
 async fn bring(inner: &Arc<Inner>, page: PageIndex) -> Result<()> {
     let reader = slowly(inner, inner.reader()).await;
     let parts = slowly(inner, reader.read_around(&inner.space, page)).await?;
+    kill_point::point("restore.fault");
     let mut parts = parts.into_iter();
     let own = parts.next().map(|(_, content)| content);
     let bytes = match &own {

@@ -43,6 +43,7 @@ pub(super) async fn fill(inner: Arc<Inner>, faults: AbortHandle) {
             "the record of the hydration is left; the next helper looks for missing pages again"
         );
     }
+    kill_point::point("restore.recorded");
     faults.abort();
     inner.state.finish();
 }
@@ -65,7 +66,9 @@ async fn fill_all(inner: &Arc<Inner>) -> Result<()> {
         inner.state.succeeded();
         inner.state.no_thread_waits().await;
         install(inner, batch).await?;
+        kill_point::point("restore.filling");
     }
+    kill_point::point("restore.zeros");
     let of = Arc::clone(inner);
     let parts = parts_of(map.runs());
     tokio::task::spawn_blocking(move || fill_zeros(&of, &map, &parts))

@@ -27,6 +27,7 @@ use super::backoff::Backoff;
 use super::on_demand::OnDemand;
 use super::source::Source;
 use crate::checkpoint::Arriving;
+use crate::kill_point;
 use crate::progress::Silent;
 use crate::stores;
 use anyhow::{Context, Result};
@@ -175,6 +176,7 @@ impl Hydration {
 
     fn start(inner: Inner) -> Result<Self> {
         let inner = Arc::new(inner);
+        kill_point::point("restore.listening");
         let faults = faults::Faults::listen(&inner)?;
         let faults = tokio::spawn(faults.serve()).abort_handle();
         let filler = tokio::spawn(filler::fill(Arc::clone(&inner), faults.clone()));
