@@ -49,6 +49,7 @@ pub const POINTS: &[&str] = &[
     "restore.zeros",
     "restore.hydrated",
     "restore.recorded",
+    "restore.disks-arrived",
 ];
 
 /// What `STILLPOINT_DAMAGE=WHAT=VALUE` asks a proof to spoil before it compares, so that tests see
@@ -63,10 +64,14 @@ pub(crate) fn damage(what: &str) -> Option<String> {
 /// comes only when the guest needs it, so that tests see a restored VM in that state for as long as
 /// they want.
 pub(crate) async fn hold_filler() {
-    let Some(path) = std::env::var_os("STILLPOINT_HOLD_FILLER") else { return };
-    while Path::new(&path).exists() {
+    while holds_filler() {
         tokio::time::sleep(HOLD_POLL).await;
     }
+}
+
+/// Whether that file exists; while it does, nothing is copied into disks either.
+pub(crate) fn holds_filler() -> bool {
+    std::env::var_os("STILLPOINT_HOLD_FILLER").is_some_and(|path| Path::new(&path).exists())
 }
 
 /// Dies here if that was asked for.

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, anyhow};
 use backon::{ConstantBuilder, Retryable};
 use engine::checkpoint::Choice;
 use engine::progress::{Progress, Update};
+use engine::restore::lazy_disks::DisksStatus;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::os::unix::fs::MetadataExt;
@@ -61,7 +62,7 @@ pub async fn status(runtime: &RuntimeDir) -> Result<Status, EngineError> {
     decode(ask(runtime, &Request::Status, |_| ()).await?)
 }
 
-/// Until nothing of the VM's memory is to come from the store.
+/// Until nothing of the VM's memory and disks is to come from the store.
 ///
 /// # Errors
 /// When the helper ends before that.
@@ -69,15 +70,22 @@ pub async fn wait_until_hydrated(
     runtime: &RuntimeDir,
     progress: &dyn Progress,
 ) -> Result<(), EngineError> {
-    let Some(first) = status(runtime).await?.hydration else { return Ok(()) };
-    let bar = progress.begin("memory", first.total_bytes);
-    let mut shown = 0;
-    while let Some(now) = status(runtime).await?.hydration {
-        bar.advance(now.done_bytes.saturating_sub(shown));
-        shown = shown.max(now.done_bytes);
+    let mut bars = [("memory", None), ("disks", None)];
+    loop {
+        let now = status(runtime).await?;
+        let memory = now.hydration.as_ref().map(|memory| (memory.done_bytes, memory.total_bytes));
+        let disks = now.disks.as_ref().map(DisksStatus::sum);
+        if (memory, disks) == (None, None) {
+            return Ok(());
+        }
+        for ((what, bar), state) in bars.iter_mut().zip([memory, disks]) {
+            let Some((done, total)) = state else { continue };
+            let (bar, shown) = bar.get_or_insert_with(|| (progress.begin(what, total), 0));
+            bar.advance(done.saturating_sub(*shown));
+            *shown = done.max(*shown);
+        }
         tokio::time::sleep(POLL_INTERVAL).await;
     }
-    Ok(())
 }
 
 /// Asks for a bare `stop` and `cont`.
@@ -324,7 +332,7 @@ mod test {
         let shown = Arc::new(Mutex::new(Vec::new()));
         wait_until_hydrated(&place.runtime, &Bar(Arc::clone(&shown))).await.unwrap();
         helper.await.unwrap();
-        assert_eq!(*shown.lock().unwrap(), [10, 40, 0, 40]);
+        assert_eq!(*shown.lock().unwrap(), [10, 0, 40, 0, 40]);
     }
 
     #[tokio::test]

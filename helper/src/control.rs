@@ -7,6 +7,7 @@ use checkpoint_format::VmName;
 use engine::checkpoint::Choice;
 use engine::progress::Update;
 use engine::restore::hydration::HydrationStatus;
+use engine::restore::lazy_disks::DisksStatus;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -84,6 +85,9 @@ pub struct Status {
     /// Memory that is still to come from the store; absent when all of it is here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hydration: Option<HydrationStatus>,
+    /// Disks whose blocks are still to come; absent when all are here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<DisksStatus>,
 }
 
 /// A VM and what its helper holds of it.
@@ -154,7 +158,7 @@ mod test {
 
     #[test]
     fn control_status_has_the_facts_of_its_vm_beside_its_own() {
-        let busy = Status { pid: 7, busy: true, vm: None, hydration: None };
+        let busy = Status { pid: 7, busy: true, vm: None, hydration: None, disks: None };
         assert_eq!(serde_json::to_value(&busy).unwrap(), json!({ "pid": 7, "busy": true }));
         let form = json!({
             "pid": 7, "busy": false, "name": "m", "store": "file:///s", "instance": "i",

@@ -62,6 +62,7 @@ use anyhow::Context;
 use checkpoint_format::VmName;
 use engine::checkpoint::Checkpointer;
 use engine::restore::hydration::Hydration;
+use engine::restore::lazy_disks::Disks;
 use sd_notify::NotifyState;
 use std::path::Path;
 use std::sync::Arc;
@@ -95,7 +96,7 @@ pub async fn serve(runtime: RuntimeDir) -> Result<(), EngineError> {
     let socket = runtime.control();
     let attached = attach(runtime).await;
     let result = match attached {
-        Ok((checkpointer, hydration)) => serve_vm(checkpointer, hydration, control).await,
+        Ok((checkpointer, to_come)) => serve_vm(checkpointer, to_come, control).await,
         Err(error) => Err(error),
     };
     remove(&socket);
@@ -109,8 +110,17 @@ fn listen(runtime: &RuntimeDir) -> Result<UnixListener, EngineError> {
     server::listen(runtime).in_phase(Phase::Attach)
 }
 
-async fn attach(runtime: RuntimeDir) -> Result<(Checkpointer, Option<Hydration>), EngineError> {
-    // First of all: QEMU may answer only when a page has come that an earlier helper did not bring.
+/// What of a lazily restored VM is still to come from the store.
+#[derive(Clone, Default)]
+struct ToCome {
+    hydration: Option<Hydration>,
+    disks: Option<Disks>,
+}
+
+async fn attach(runtime: RuntimeDir) -> Result<(Checkpointer, ToCome), EngineError> {
+    // First of all: QEMU may answer only when a page or block has come that an earlier helper did
+    // not bring.
+    let disks = Disks::resume(&runtime)?;
     let hydration = Hydration::resume(&runtime).await?;
     // An adoption that an earlier helper did not live to end decides which QEMU that is.
     engine::adopt::recover(&runtime).await?;
@@ -126,21 +136,27 @@ async fn attach(runtime: RuntimeDir) -> Result<(Checkpointer, Option<Hydration>)
     let mut checkpointer = Checkpointer::new(vm);
     // A guest that a dying helper left stopped must not wait for the next checkpoint.
     checkpointer.clean_up().await?;
-    Ok((checkpointer, hydration))
+    if let Some(disks) = &disks {
+        disks.copy(&checkpointer.vm.qmp);
+    }
+    Ok((checkpointer, ToCome { hydration, disks }))
 }
 
 async fn serve_vm(
     mut checkpointer: Checkpointer,
-    hydration: Option<Hydration>,
+    to_come: ToCome,
     control: UnixListener,
 ) -> Result<(), EngineError> {
-    if let Some(hydration) = &hydration {
+    if let Some(hydration) = &to_come.hydration {
         checkpointer.follow(Arc::new(hydration.clone()));
+    }
+    if let Some(disks) = &to_come.disks {
+        checkpointer.follow_disks(Arc::new(disks.clone()));
     }
     let vm = &checkpointer.vm;
     let name = vm.file.name.clone();
     tracing::info!(%name, qemu = vm.pid, version = %vm.facts.qemu, accelerator = vm.facts.accelerator.as_str(), "attached");
-    let server = server::Server::new(checkpointer, hydration);
+    let server = server::Server::new(checkpointer, to_come);
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("attached to {name}"))]);
     let terminate = signal(SignalKind::terminate()).context("listening for SIGTERM");
     let mut terminate = terminate.in_phase(Phase::Attach)?;

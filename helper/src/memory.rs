@@ -2,7 +2,7 @@
 //!
 //! Only private memory counts: the guest's pages are mapped here too, but they are QEMU's.
 
-use engine::restore::hydration;
+use engine::restore::{disk_export, hydration};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -27,12 +27,13 @@ pub(crate) fn peak() -> Option<u64> {
     Some(PEAK.load(Ordering::Relaxed))
 }
 
-/// `is_hydrating`: the guest's memory is still arriving.
-pub(crate) fn limit(vm: &Vm, is_hydrating: bool) -> u64 {
+/// `is_hydrating`: the guest's memory is still arriving; `exports`: blocks of its disks are.
+pub(crate) fn limit(vm: &Vm, is_hydrating: bool, exports: bool) -> u64 {
     let hydration = if is_hydrating { hydration::MEMORY.0 } else { 0 };
+    let exports = if exports { disk_export::MEMORY.0 } else { 0 };
     let pages: u64 =
         vm.blocks.iter().map(|block| block.used / checkpoint_format::PAGE_SIZE as u64).sum();
-    PROGRAM + STAGING + hydration + pages * A_PAGE
+    PROGRAM + STAGING + hydration + exports + pages * A_PAGE
 }
 
 /// Looks at the memory often while it lives.
@@ -76,8 +77,9 @@ mod test {
     async fn helper_memory_limit_grows_with_the_guest_and_while_memory_arrives() {
         let vm = Scene::new().vm().await;
         let pages = (PAGES.0 + PAGES.1) as u64;
-        assert_eq!(limit(&vm, false), (352 << 20) + 20 * pages);
-        assert_eq!(limit(&vm, true) - limit(&vm, false), 160 << 20);
+        assert_eq!(limit(&vm, false, false), (352 << 20) + 20 * pages);
+        assert_eq!(limit(&vm, true, false) - limit(&vm, false, false), 160 << 20);
+        assert_eq!(limit(&vm, true, true) - limit(&vm, true, false), 128 << 20);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! the order to undo what was made, as long as the guest may not run yet. Until then the standard
 //! error of the process is that of the command, later it is the helper's log.
 
+use crate::ToCome;
 use crate::client;
 use crate::control::{MAX_LINE, Reply};
 use crate::start::{self, Supervision};
@@ -173,10 +174,10 @@ pub async fn run(progress: Arc<dyn Progress>, detached: impl FnOnce()) -> Result
     let _ = write.write_all(&reply.in_phase(Phase::Ask)?).await;
     drop((write, command));
     let Ok((restored, control)) = begun else { return Ok(()) };
-    let Restored { vm, session, marks, lock, hydration, .. } = restored;
+    let Restored { vm, session, marks, lock, hydration, disks, .. } = restored;
     let socket = vm.runtime.control();
     let checkpointer = Checkpointer::of_restored(vm, session, marks).await;
-    let result = crate::serve_vm(checkpointer, hydration, control).await;
+    let result = crate::serve_vm(checkpointer, ToCome { hydration, disks }, control).await;
     crate::remove(&socket);
     drop(lock);
     result
@@ -305,6 +306,7 @@ mod test {
             dir: PathBuf::from("/srv/vm"),
             phases: Default::default(),
             memory_bytes_to_come: 0,
+            disks_to_come: Vec::new(),
             notes: vec!["a copy".to_owned()],
             state: "runs".to_owned(),
         }

@@ -1,5 +1,6 @@
 //! For tests: a scripted VM without disks, its runtime directory, and a thread that plays a helper.
 
+use crate::ToCome;
 use crate::server::{self, Server};
 use engine::checkpoint::Checkpointer;
 use scripted_vm::{Body, ScriptedQemu, Version};
@@ -97,7 +98,7 @@ impl Scene {
 
     /// A helper of the VM, which listens.
     pub(crate) async fn server(&self) -> Server {
-        let server = Server::new(Checkpointer::new(self.vm().await), None);
+        let server = Server::new(Checkpointer::new(self.vm().await), ToCome::default());
         let (serving, listener) = (server.clone(), server::listen(&self.place.runtime).unwrap());
         tokio::spawn(async move { serving.run(listener).await });
         server

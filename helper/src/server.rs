@@ -4,12 +4,13 @@
 mod test;
 
 use crate::control::{BarePause, MAX_REQUEST, Reply, Request, Status, VmStatus};
-use crate::memory;
+use crate::{ToCome, memory};
 use anyhow::{Context, Result};
 use engine::checkpoint::outcome::milliseconds;
 use engine::checkpoint::{Arriving, Checkpointer, Report};
 use engine::progress::Update;
 use engine::restore::hydration::Hydration;
+use engine::restore::lazy_disks::Disks;
 use qmp_bridge::Paused;
 use serde::Serialize;
 use serde_json::Value;
@@ -55,12 +56,12 @@ pub(crate) struct Server {
     /// not in each other's way.
     checkpointer: Arc<RwLock<Checkpointer>>,
     /// Not behind the lock: its status is shown also during a checkpoint.
-    hydration: Option<Hydration>,
+    to_come: ToCome,
 }
 
 impl Server {
-    pub(crate) fn new(checkpointer: Checkpointer, hydration: Option<Hydration>) -> Self {
-        Self { checkpointer: Arc::new(RwLock::new(checkpointer)), hydration }
+    pub(crate) fn new(checkpointer: Checkpointer, to_come: ToCome) -> Self {
+        Self { checkpointer: Arc::new(RwLock::new(checkpointer)), to_come }
     }
 
     pub(crate) async fn run(&self, listener: UnixListener) {
@@ -141,10 +142,12 @@ impl Server {
 
     fn status(&self) -> Status {
         let pid = std::process::id();
-        let hydration = self.hydration.as_ref().filter(|hydration| !hydration.is_done());
-        let (is_hydrating, hydration) = (hydration.is_some(), hydration.map(Hydration::status));
+        let ToCome { hydration, disks } = &self.to_come;
+        let hydration = hydration.as_ref().filter(|hydration| !hydration.is_done());
+        let hydration = hydration.map(Hydration::status);
+        let disks = disks.as_ref().and_then(Disks::status);
         let Ok(checkpointer) = self.checkpointer.try_read() else {
-            return Status { pid, busy: true, vm: None, hydration };
+            return Status { pid, busy: true, vm: None, hydration, disks };
         };
         let vm = &checkpointer.vm;
         let status = VmStatus {
@@ -155,9 +158,9 @@ impl Server {
             qemu_version: vm.facts.qemu.to_string(),
             accelerator: vm.facts.accelerator.as_str().to_owned(),
             peak_memory_bytes: memory::peak(),
-            memory_limit_bytes: memory::limit(vm, is_hydrating),
+            memory_limit_bytes: memory::limit(vm, hydration.is_some(), disks.is_some()),
         };
-        Status { pid, busy: false, vm: Some(status), hydration }
+        Status { pid, busy: false, vm: Some(status), hydration, disks }
     }
 }
 

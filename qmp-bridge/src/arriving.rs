@@ -17,22 +17,30 @@
 //! they are sent again to the next helper. A request whose block the store does not give waits too.
 //! QEMU ends a `stop` only when no request waits, and answers no other command until then.
 //!
+//! A job holds the chain, and a capture of the disk would change it: so no capture begins before
+//! [`stop_copying`]. The job begins again from the start of the disk, and passes over what the
+//! overlay has.
+//!
 //! Node and job are named after the VM's instance and the disk's number, so that the next helper
 //! finds them.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::disks::ImageFormat;
 use crate::images::Backing;
-use crate::jobs::tolerate_refusal;
+use crate::jobs::{JobError, Looks, tolerate_refusal};
 use crate::names::ObjectNames;
 use crate::qmp::replies::{BlockDeviceInfo, BlockJobInfo};
 use crate::qmp::{Qmp, QmpError};
 
 /// How long QEMU waits for a helper that died before it gives the guest an I/O error: a year.
 pub const RECONNECT_SECONDS: u32 = 365 * 24 * 3600;
+
+/// A job ends when the read that it waits for has come.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A disk that is not complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,6 +124,27 @@ pub async fn list(qmp: &Qmp) -> Result<Vec<ArrivingDisk>, QmpError> {
     }
     found.sort_unstable_by_key(|disk| disk.number);
     Ok(found)
+}
+
+/// Ends all copying; what was copied stays in the overlays, and [`ArrivingDisk::begin`] continues.
+///
+/// # Errors
+/// When QEMU does not answer, or a job does not end because the block that it reads does not come.
+pub async fn stop_copying(qmp: &Qmp) -> Result<(), JobError> {
+    let mut looks = Looks::within(STOP_TIMEOUT);
+    loop {
+        let mut jobs = qmp.query_block_jobs().await?;
+        jobs.retain(|job| qmp.names().is_arriving(&job.device));
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        for job in &jobs {
+            let cancel = json!({ "device": job.device, "force": true });
+            tolerate_refusal(qmp.execute_json("block-job-cancel", cancel).await)?;
+        }
+        let names = || jobs.iter().map(|job| job.device.as_str()).collect::<Vec<_>>().join(", ");
+        looks.again(|| format!("job {}", names())).await?;
+    }
 }
 
 impl Copying {

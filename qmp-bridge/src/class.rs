@@ -32,7 +32,7 @@ classes! {
     SyntheticError: Refused(TooLarge) Failed(LongBacking);
 
     DiskError: (Qmp) Refused(Unsupported, Inconsistent, Job);
-    CaptureError: (Qmp, Nbd, Job, Server, OtherCheckpoint)
+    CaptureError: (Qmp, Nbd, Job, Server, OtherCheckpoint) Refused(Arriving)
         Failed(Fleecing, Busy, Path, Broken, SlowFlush, Hung, FleecingFull);
     BadTag = Failed;
     ImageError: (Qmp, Nbd, Job) {Open, Silent} Failed(Start, Create, Path, Exit);

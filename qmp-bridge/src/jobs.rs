@@ -54,7 +54,7 @@ impl Looks {
         Self::within(qmp.timeout())
     }
 
-    fn within(timeout: Duration) -> Self {
+    pub(crate) fn within(timeout: Duration) -> Self {
         Self { begun: Instant::now(), timeout, pause: FIRST_POLL }
     }
 

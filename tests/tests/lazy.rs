@@ -3,12 +3,13 @@
 
 use checkpoint_format::CheckpointId;
 use engine::checkpoint::outcome::Kind;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Recipe, SCRIBBLER_RAM_BYTES, TestVm, files_below, newest_qemu, on_each_qemu, wait_until,
+    Lab, Recipe, SCRIBBLER_RAM_BYTES, TestVm, files_below, newest_qemu, on_each_qemu, qemu_img,
+    read_image, wait_until,
 };
 
 /// The host may be busy.
@@ -41,9 +42,17 @@ pub(crate) fn hydration(lab: &Lab, name: &str) -> Option<Value> {
     status.get("hydration").cloned()
 }
 
+/// Of its disks.
+fn disks_to_come(lab: &Lab, name: &str) -> Option<Value> {
+    let status = lab.run(&["status", name, "--json"]).expect_success().json();
+    status.get("disks").cloned()
+}
+
 pub(crate) fn wait_until_hydrated(lab: &Lab, name: &str) {
     let all = wait_until(TIMEOUT, || hydration(lab, name).is_none());
     assert!(all, "memory has not arrived: {:?}", hydration(lab, name));
+    let all = wait_until(TIMEOUT, || disks_to_come(lab, name).is_none());
+    assert!(all, "disks have not arrived: {:?}", disks_to_come(lab, name));
 }
 
 pub(crate) fn assert_hydrating(lab: &Lab, name: &str) {
@@ -153,8 +162,14 @@ fn lazy_guest_that_needs_a_damaged_page_is_stopped_until_the_store_is_repaired()
 /// The next helper looks again and finds that nothing is missing.
 #[test]
 fn lazy_helper_killed_when_all_has_arrived_leaves_nothing_to_do() {
+    for point in ["restore.hydrated", "restore.disks-arrived"] {
+        helper_killed_at(point);
+    }
+}
+
+fn helper_killed_at(point: &str) {
     let mut lab = Lab::new(&newest_qemu());
-    lab.set("STILLPOINT_DIE_AT", "restore.hydrated".to_owned());
+    lab.set("STILLPOINT_DIE_AT", point.to_owned());
     let hold = Hold::begin(&mut lab);
     let vm = lab.start("m", &Recipe::scribbler(92));
     vm.checkpoint();
@@ -224,5 +239,102 @@ fn lazy_copy_has_the_same_bytes_and_no_checkpoint_before_all_are_here() {
         assert_eq!(hydration(&lab, "filled"), None);
         assert!(memory(&filled) == expected, "it is another");
         lab.verify("lazy");
+    });
+}
+
+/// Both are qcow2: one on a layer, one whose options say that nothing is below it.
+const DISKS: [&str; 2] = ["cow", "alone"];
+
+fn with_two_disks(seed: u32) -> Recipe {
+    let file = json!({ "driver": "file", "filename": "alone.qcow2" });
+    let node = json!({ "driver": "qcow2", "node-name": "alone", "backing": null, "file": file });
+    let node = node.to_string();
+    Recipe::scribbler(seed)
+        .image(&["create", "-q", "-f", "qcow2", "alone.qcow2", "8M"])
+        .arguments(&["-blockdev", &node, "-device", "virtio-blk-pci,drive=alone,share-rw=on"])
+}
+
+/// What the disks of a restored VM hold, read through whatever is below their images.
+fn disks(qemu: &Path, vm: &TestVm) -> Vec<Vec<u8>> {
+    let image = |disk: &str| {
+        let name = format!("{disk}.qcow2");
+        let files = files_below(&vm.directory);
+        let named = |file: &PathBuf| file.to_string_lossy().ends_with(&name);
+        files.into_iter().find(named).expect("an image")
+    };
+    DISKS.map(|disk| read_image(qemu, &image(disk), "qcow2")).into()
+}
+
+fn write(
+    vm: &TestVm,
+    expected: &mut [Vec<u8>],
+    disk: usize,
+    (at, length, byte): (usize, usize, u8),
+) {
+    vm.qmp().disk_io(DISKS[disk], &format!("write -P {byte} {at} {length}"));
+    if let Some(expected) = expected.get_mut(disk) {
+        expected[at..at + length].fill(byte);
+    }
+}
+
+fn assert_same(found: &[Vec<u8>], expected: &[Vec<u8>], what: &str) {
+    for (number, disk) in DISKS.into_iter().enumerate() {
+        assert!(found[number] == expected[number], "{what}: {disk} is another");
+    }
+}
+
+/// Also what the guest writes meanwhile, on both sides of what has not arrived.
+#[test]
+fn lazy_disks_are_exact_through_checkpoints_and_a_kill_and_then_depend_on_nothing() {
+    on_each_qemu(|qemu| {
+        let mut lab = Lab::for_vms(qemu, 2);
+        let hold = Hold::begin(&mut lab);
+        let vm = lab.start("m", &with_two_disks(95));
+        for (disk, what) in
+            [(0, (1 << 20, 1 << 17, 0x11)), (0, (5 << 20, 4096, 0x22)), (1, (0, 1 << 20, 0x33))]
+        {
+            write(&vm, &mut [], disk, what);
+        }
+        vm.qmp().disk_io("cow", "write -z 2M 128k");
+        let first = vm.checkpoint();
+        vm.kill();
+        let mut expected = disks(qemu, &lab.restore("m", "eager", &["--paused"]));
+
+        let vm = lab.restore("m", "m", &["--paused", "--lazy"]);
+        let to_come = vm.report["disks_to_come"].as_array().expect("a list");
+        assert_eq!(to_come.len(), DISKS.len(), "{}", vm.report);
+        assert_same(&disks(qemu, &vm), &expected, "read from the store");
+        let mut taken = Vec::new();
+        for what in [(5 << 20, 512, 0x44), (9 << 20, 70_000, 0x55)] {
+            write(&vm, &mut expected, 0, what);
+            let now = vm.checkpoint();
+            assert_eq!(now.outcome.kind, Kind::Incremental);
+            taken.push((now, expected.clone()));
+            assert!(disks_to_come(&lab, "m").is_some(), "they have arrived");
+            vm.kill_helper();
+            vm.attach();
+        }
+        assert_eq!(taken[0].0.outcome.parent, Some(first.outcome.id));
+        hold.release();
+        wait_until_hydrated(&lab, "m");
+        let nodes = vm.qmp().execute("query-named-block-nodes", json!({}));
+        let nodes = nodes.as_array().expect("a list");
+        assert!(nodes.iter().all(|node| node["drv"] != "nbd"), "{nodes:?}");
+        write(&vm, &mut expected, 1, (3 << 20, 512, 0x66));
+        taken.push((vm.checkpoint(), expected.clone()));
+        vm.kill_helper();
+        assert_same(&disks(qemu, &vm), &expected, "when all has arrived");
+        vm.attach();
+        let directory = vm.directory.clone();
+        vm.kill();
+        let images = files_below(&directory).into_iter();
+        for image in images.filter(|file| file.extension().is_some_and(|kind| kind == "qcow2")) {
+            qemu_img(qemu, &directory, &["check", "-q", image.to_str().expect("UTF-8")]);
+        }
+        for (now, expected) in taken {
+            let elsewhere = lab.restore(&now.name, "elsewhere", &["--paused"]);
+            assert_same(&disks(qemu, &elsewhere), &expected, &now.name);
+        }
+        lab.verify("m");
     });
 }

@@ -315,7 +315,7 @@ const LAZY: &[Row] = &[
     ("", "the store does not answer", LAZY_EXACT),
     (
         "",
-        "helper killed while",
+        "helper killed while memory",
         &[
             LAZY_EXACT[0],
             "vms::hydration::supervisor_replaces_a_killed_helper_and_the_guest_continues",
@@ -328,7 +328,7 @@ const LAZY: &[Row] = &[
     ),
     (
         "",
-        "helper killed when all",
+        "helper killed when all memory",
         &[
             "vms::lazy::lazy_helper_killed_when_all_has_arrived_leaves_nothing_to_do",
             "vms::hydration::hydration_is_exact_whatever_the_helper_was_doing_when_it_died",
@@ -344,15 +344,32 @@ const LAZY: &[Row] = &[
         "a frame is damaged",
         &["vms::lazy::lazy_guest_that_needs_a_damaged_page_is_stopped_until_the_store_is_repaired"],
     ),
-    ("", "an incremental checkpoint", LAZY_EXACT),
+    ("", "an incremental checkpoint while memory", LAZY_EXACT),
     (
         "",
         "a checkpoint that needs all memory",
         &["vms::lazy::lazy_copy_has_the_same_bytes_and_no_checkpoint_before_all_are_here"],
     ),
     ("", "QEMU ends", &["vms::lazy::lazy_restored_qemu_may_end_before_its_memory_has_arrived"]),
+    ("", "the store does not answer a read", LAZY_BLOCKS),
+    ("", "helper killed while disks", LAZY_DISKS),
+    (
+        "",
+        "helper killed when all disks",
+        &["vms::lazy::lazy_helper_killed_when_all_has_arrived_leaves_nothing_to_do"],
+    ),
+    ("", "an incremental checkpoint while disks", LAZY_DISKS),
+    (
+        "",
+        "a checkpoint that needs all of a disk",
+        &["vms::lazy::lazy_copy_has_the_same_bytes_and_no_checkpoint_before_all_are_here"],
+    ),
     ("", "a balloon", &["vms::lazy::lazy_is_not_possible_with_a_balloon_and_says_so"]),
 ];
+const LAZY_BLOCKS: &[&str] =
+    &["scripted::disk_export::exported_disk_is_the_whole_and_waits_for_a_store_that_is_away"];
+const LAZY_DISKS: &[&str] =
+    &["vms::lazy::lazy_disks_are_exact_through_checkpoints_and_a_kill_and_then_depend_on_nothing"];
 const LAZY_EXACT: &[&str] = &[
     "vms::lazy::lazy_restored_guest_is_exact_through_checkpoints_a_kill_and_a_store_that_is_away",
 ];

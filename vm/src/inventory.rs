@@ -3,7 +3,7 @@
 //! between.
 
 use crate::drives::Drives;
-use crate::error::{Class, VmError, classed, refused};
+use crate::error::{Class, VmError, classed};
 use crate::running::Vm;
 use anyhow::{Context, Result};
 use qmp_bridge::devices::{self, GuestDevice};
@@ -58,7 +58,6 @@ impl Inventory {
         let composition =
             Composition::read(&vm.qmp).await.context("asking QEMU for its vCPUs and memory")?;
         let drives = vm.disks().await?;
-        refuse_arriving(&drives)?;
         Ok(Self { devices, composition, drives, blocks: vm.blocks.clone(), watch, since })
     }
 
@@ -140,17 +139,6 @@ struct Subject {
     device: Option<String>,
     id: Option<String>,
     path: Option<String>,
-}
-
-/// QEMU cannot copy blocks into a disk and keep its blocks of one instant at the same time.
-fn refuse_arriving(drives: &Drives) -> Result<()> {
-    match drives.disks.iter().find(|disk| disk.arriving) {
-        None => Ok(()),
-        Some(disk) => Err(refused(format!(
-            "blocks of disk {} are still arriving from the store; wait until all are here",
-            disk.device
-        ))),
-    }
 }
 
 /// QEMU sends `DEVICE_DELETED` a little after a device has left its list. That of a device which

@@ -44,6 +44,7 @@ use crate::progress::{Update, bytes};
 use anyhow::{Error, Result};
 use base::Base;
 use carried::Carried;
+use futures::future::BoxFuture;
 use outcome::{Outcome, Phases, milliseconds};
 use qmp_bridge::poll::poll_until;
 use qmp_bridge::said;
@@ -111,6 +112,21 @@ pub trait Arriving: Send + Sync {
     fn describe(&self) -> String;
 }
 
+/// Nothing is copied into arriving disks while it lives.
+pub type Held = Box<dyn Send + Sync>;
+
+/// Disks of the VM whose blocks are still on their way from the store, while its guest runs.
+pub trait ArrivingDisks: Send + Sync {
+    /// Whether all blocks of all of them are here.
+    fn is_done(&self) -> bool;
+
+    /// How far they are, for an error.
+    fn describe(&self) -> String;
+
+    /// Holds the copying; refused while blocks cannot be read.
+    fn hold(&self) -> BoxFuture<'_, Result<Held>>;
+}
+
 /// Everything that lasts from one checkpoint of a VM to the next.
 pub struct Checkpointer {
     /// The VM, with this helper attached.
@@ -126,6 +142,8 @@ pub struct Checkpointer {
     layers: crate::layers::Known,
     /// Of a VM whose memory is still arriving, or was when this helper began.
     arriving: Option<Arc<dyn Arriving>>,
+    /// The same of its disks.
+    arriving_disks: Option<Arc<dyn ArrivingDisks>>,
     /// What an earlier helper may have left in QEMU has been cleaned up.
     is_clean: bool,
 }
@@ -144,6 +162,7 @@ impl Checkpointer {
             marks,
             layers: Default::default(),
             arriving: None,
+            arriving_disks: None,
             is_clean: false,
         }
     }
@@ -158,17 +177,34 @@ impl Checkpointer {
         self.arriving.as_deref().filter(|arriving| !arriving.is_done())
     }
 
-    /// Refuses `what` while memory is still arriving.
-    pub(crate) fn refuse_arriving(&self, what: &str) -> Result<()> {
-        match self.arriving() {
-            None => Ok(()),
-            Some(arriving) => Err(refused(format!(
-                "{what} needs all of the VM's memory, and {}; wait until all is here \
-                 ('stillpoint status {}' shows how far it is)",
-                arriving.describe(),
-                self.vm.file.name
-            ))),
+    /// The same of the VM's disks: each checkpoint holds what is copied into them meanwhile.
+    pub fn follow_disks(&mut self, arriving: Arc<dyn ArrivingDisks>) {
+        self.arriving_disks = Some(arriving);
+    }
+
+    fn arriving_disks(&self) -> Option<&dyn ArrivingDisks> {
+        self.arriving_disks.as_deref().filter(|arriving| !arriving.is_done())
+    }
+
+    async fn hold_disks(&self) -> Result<Option<Held>> {
+        match self.arriving_disks() {
+            None => Ok(None),
+            Some(arriving) => arriving.hold().await.map(Some),
         }
+    }
+
+    /// Refuses `what` while memory or disks are still arriving.
+    pub(crate) fn refuse_arriving(&self, what: &str) -> Result<()> {
+        let how_far = match (self.arriving(), self.arriving_disks()) {
+            (None, None) => return Ok(()),
+            (Some(memory), _) => format!("all of the VM's memory, and {}", memory.describe()),
+            (None, Some(disks)) => format!("all of the VM's disks, and {}", disks.describe()),
+        };
+        Err(refused(format!(
+            "{what} needs {how_far}; wait until all is here ('stillpoint status {}' shows how far \
+             it is)",
+            self.vm.file.name
+        )))
     }
 
     /// The same where the writer epoch is claimed already.
@@ -208,7 +244,13 @@ impl Checkpointer {
         let begun = Instant::now();
         let started_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
         let mut phases = Phases::begin(Phase::Prepare);
-        let mut outcome = match self.run_phases(choice, &mut phases, report).await {
+        let held = match self.hold_disks().await {
+            Ok(held) => held,
+            Err(error) => return Err(phases.failed(self.cause(error).await)),
+        };
+        let taken = self.run_phases(choice, &mut phases, report).await;
+        drop(held);
+        let mut outcome = match taken {
             Ok(outcome) => outcome,
             Err(error) => return Err(phases.failed(self.cause(error).await)),
         };

@@ -225,6 +225,7 @@ impl Proof {
             &self.places(),
             &self.qemu,
             self.runtime.path(),
+            None,
         )
         .await?;
         *phase = Phase::Start;

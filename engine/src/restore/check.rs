@@ -13,12 +13,13 @@ use vm::launch::arguments::QemuOption;
 use vm::launch::paths;
 
 /// Every disk must be on the new command line, or QEMU would open files of the old host. Disks on
-/// block devices get the driver for those.
+/// block devices get the driver for those, and all stand on what their images name.
 pub(crate) fn on_the_line(
     places: &Places<'_>,
     layers: &LocalLayers,
-    mut options: Vec<QemuOption>,
+    options: Vec<QemuOption>,
 ) -> Result<Vec<QemuOption>> {
+    let mut options = drives::on_what_images_name(options);
     for disk in &places.manifest.disks {
         let file = places.file(layers, disk)?;
         if !paths::is_named(&options, places.dir, &file) {

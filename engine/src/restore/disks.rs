@@ -3,6 +3,7 @@
 
 use super::chain::{Chain, Layer, image_format};
 use super::layers::LocalLayers;
+use super::lazy_disks::LazyDisks;
 use super::source::Source;
 use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, DiskRecord, Manifest, PageRange, Qcow2Record, as_index};
@@ -91,13 +92,15 @@ fn needs_image(layers: &LocalLayers, disk: &DiskRecord) -> Result<bool> {
     }
 }
 
-/// Makes and fills the images. `binary` serves as the worker, `runtime` holds its sockets.
+/// Makes and fills the images; those that `lazy` takes stay empty. `binary` serves as the worker,
+/// `runtime` holds its sockets.
 pub(crate) async fn restore(
     source: &Source,
     layers: &LocalLayers,
     places: &Places<'_>,
     binary: &Path,
     runtime: &Path,
+    mut lazy: Option<&mut LazyDisks>,
 ) -> Result<NewPaths> {
     let manifest = source.manifest();
     let mut paths = NewPaths::new(Path::new(&manifest.vm_record.directory));
@@ -113,10 +116,11 @@ pub(crate) async fn restore(
         .iter()
         .for_each(|layer| paths.add_boot_file(&layer.path, layers.path(layer)));
     let mut workers = ImageWorkers::new(binary, runtime);
-    for disk in &manifest.disks {
+    for (number, disk) in manifest.disks.iter().enumerate() {
         let path = places.file(layers, disk)?;
         if needs_image(layers, disk)? {
-            let restored = restore_one(source, layers, &mut workers, disk, &path).await;
+            let lazy = lazy.as_deref_mut().map(|lazy| (number, lazy));
+            let restored = restore_one(source, layers, &mut workers, (disk, &path), lazy).await;
             restored.with_context(|| format!("restoring disk {}", disk.node))?;
         }
         paths.add_disk(&disk.file, &path);
@@ -143,8 +147,8 @@ async fn restore_one(
     source: &Source,
     layers: &LocalLayers,
     workers: &mut ImageWorkers,
-    disk: &DiskRecord,
-    path: &Path,
+    (disk, path): (&DiskRecord, &Path),
+    lazy: Option<(usize, &mut LazyDisks)>,
 ) -> Result<()> {
     let format = image_format(&disk.format)?;
     let found = disk
@@ -178,6 +182,12 @@ async fn restore_one(
             .run(async |worker: &mut ImageWorker| fill_device(source, disk, worker, &spec).await)
             .await?;
         return Ok(());
+    }
+    if let Some((number, lazy)) = lazy
+        && let Some(first) = lazy.add(number, disk, spec.backing.as_ref())?
+    {
+        make(workers, &ImageSpec { backing: Some(first), ..spec }).await?;
+        return sync(path);
     }
     refuse_existing(path)?;
     let mut begun = false;

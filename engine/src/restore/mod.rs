@@ -11,6 +11,7 @@ pub mod disk_export;
 pub(crate) mod disks;
 pub mod hydration;
 pub(crate) mod layers;
+pub mod lazy_disks;
 pub(crate) mod line;
 mod link;
 pub(crate) mod memory;
@@ -35,6 +36,7 @@ use dirty_tracker::GuestMemory;
 pub use disks::Places;
 use hydration::Hydration;
 use layers::LocalLayers;
+use lazy_disks::LazyDisks;
 pub use line::{Mapping, Planned};
 use qemu::NewQemu;
 use qemu_cmdline::restorable::Wishes;
@@ -70,6 +72,8 @@ pub struct Restored {
     pub lock: HelperLock,
     /// Of a guest that runs before all its memory has arrived.
     pub hydration: Option<Hydration>,
+    /// Of a guest that runs before all its disks have arrived.
+    pub disks: Option<lazy_disks::Disks>,
     /// For the command that asked.
     pub report: Report,
 }
@@ -109,6 +113,7 @@ struct Ready {
     vm: Vm,
     layer_bytes: u64,
     hydration: Option<Hydration>,
+    disks: Option<lazy_disks::Disks>,
     notes: Vec<String>,
 }
 
@@ -177,11 +182,13 @@ impl Restore {
                 return Err(self.phases.failed(error));
             }
         };
-        let Ready { new, vm, layer_bytes, hydration, notes } = ready;
+        let Ready { new, vm, layer_bytes, hydration, disks, notes } = ready;
+        disks.iter().for_each(|disks| disks.copy(&vm.qmp));
         new.leave();
         let lock = undo.keep();
-        let report = self.report(layer_bytes, hydration.as_ref(), notes);
-        Ok(Restored { vm, session, marks, lock, hydration, report })
+        let mut report = self.report(layer_bytes, hydration.as_ref(), notes);
+        report.disks_to_come = disks.as_ref().map(lazy_disks::Disks::names).unwrap_or_default();
+        Ok(Restored { vm, session, marks, lock, hydration, disks, report })
     }
 
     fn is_copy(&self) -> bool {
@@ -226,9 +233,15 @@ impl Restore {
         self.phases.enter(Phase::Disks);
         let step = Instant::now();
         let runtime_path = self.runtime.path().to_owned();
+        let mut lazy = self.lazy_disks()?;
+        let (places, lazily) = (self.places(), lazy.as_mut());
         let paths =
-            disks::restore(&self.source, &layers, &self.places(), &self.qemu, &runtime_path)
+            disks::restore(&self.source, &layers, &places, &self.qemu, &runtime_path, lazily)
                 .await?;
+        let disks = match lazy {
+            Some(lazy) => lazy.serve(&self.source, &self.runtime).await?,
+            None => None,
+        };
         self.phases.since("disks", step);
         self.phases.enter(Phase::Start);
         let mut file = self.vm_file(&layers, &paths)?;
@@ -243,10 +256,19 @@ impl Restore {
             self.is_copy().then(|| planned.note_of_copy()).into_iter().collect();
         match self.bring_up(memory, &layers, &mut notes).await {
             Ok((vm, hydration)) => {
-                Ok(Ready { new, vm, layer_bytes: layers.bytes_read, hydration, notes })
+                Ok(Ready { new, vm, layer_bytes: layers.bytes_read, hydration, disks, notes })
             }
             Err(error) => Err(new.explain(error)),
         }
+    }
+
+    fn lazy_disks(&self) -> Result<Option<LazyDisks>> {
+        if !self.request.lazy {
+            return Ok(None);
+        }
+        let store = stores::absolute(&self.request.store)?;
+        let of = &self.request.checkpoint.vm;
+        Ok(Some(LazyDisks::new(&self.source, of, store, &self.instance, &self.runtime)))
     }
 
     /// From the claim on no older helper of this VM can commit; then the guest may run.
@@ -258,7 +280,7 @@ impl Restore {
         let writer =
             checkpoint::claim(&repository, self.name(), &self.instance, &self.runtime, force)
                 .await?;
-        if let Err(error) = self.start_guest(&ready.vm, undo).await {
+        if let Err(error) = self.start_guest(ready, undo).await {
             if let Err(error) = writer.withdraw().await {
                 tracing::warn!(%error, "the writer epoch that was claimed is not released; it is free as this QEMU has ended");
             }
@@ -267,11 +289,14 @@ impl Restore {
         Ok((StoreSession { repository, writer }, marks))
     }
 
-    async fn start_guest(&self, vm: &Vm, undo: &Undo) -> Result<()> {
+    async fn start_guest(&self, ready: &Ready, undo: &Undo) -> Result<()> {
+        let vm = &ready.vm;
         self.check_newest().await?;
         activate_disks(&vm.qmp).await;
         undo.forget()?;
         kill_point::point("restore.claimed");
+        // A guest that runs may read at once, and must get no error.
+        ready.disks.iter().for_each(lazy_disks::Disks::wait_for_reads);
         if !self.run_state.wanted.is_live() {
             return self.run_state.check(vm).await;
         }
@@ -415,6 +440,7 @@ impl Restore {
             phases: self.phases.into_map(),
             memory_bytes_to_come: to_come
                 .map_or(0, |status| status.total_bytes.saturating_sub(status.done_bytes)),
+            disks_to_come: Vec::new(),
             notes,
             state: self.run_state.words(),
         }

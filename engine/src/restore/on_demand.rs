@@ -6,16 +6,21 @@
 //! read.
 
 use super::source::Source;
+use crate::progress::Silent;
+use crate::stores;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    ByteLen, FRAME_PAGES, FrameNo, LocatedRun, PAGE_SIZE, PackNo, PageCount, PageIndex,
-    PageLocation, PageRange, Slot, SpaceName, as_index,
+    ByteLen, CheckpointIdentity, FRAME_PAGES, FrameNo, LocatedRun, PAGE_SIZE, PackNo, PageCount,
+    PageIndex, PageLocation, PageRange, Slot, SpaceName, VmName, as_index,
 };
 use futures::{StreamExt, TryStreamExt};
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{OptionsBuilder, Weighter};
+use serde::{Deserialize, Serialize};
 use std::hash::RandomState;
+use std::sync::Arc;
+use vm::error::damaged;
 
 /// Frames of one request that are read at once.
 const READS: usize = 4;
@@ -38,6 +43,32 @@ pub enum Content {
 
 /// Pages one after another and what they hold.
 pub type Part = (PageRange, Content);
+
+/// A checkpoint as the runtime directory names it, for a reader that is opened later.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Origin {
+    /// The store's URL.
+    pub store: String,
+    /// The VM whose checkpoint it is; a copy has another name.
+    pub vm: VmName,
+    /// The checkpoint: another of the same ID is another.
+    pub checkpoint: CheckpointIdentity,
+}
+
+impl Origin {
+    /// Opens the checkpoint; damaged if the store has another one of its ID.
+    pub(super) async fn open(&self) -> Result<Source> {
+        let repository = stores::open_existing(&self.store).await?;
+        let id = self.checkpoint.id;
+        let source = Source::open(&repository, &self.vm, id, Arc::new(Silent)).await?;
+        if source.identity() == self.checkpoint {
+            return Ok(source);
+        }
+        Err(damaged(format!(
+            "checkpoint {id} in the store is not the one that the VM was restored from"
+        )))
+    }
+}
 
 /// Reads single pages of a checkpoint; any number of tasks may ask at once.
 pub struct OnDemand {

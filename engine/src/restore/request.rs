@@ -78,6 +78,9 @@ pub struct Report {
     /// Memory that was still to come when the guest began to run.
     #[serde(default)]
     pub memory_bytes_to_come: u64,
+    /// Disks whose blocks were still to come then, by their names in the store.
+    #[serde(default)]
+    pub disks_to_come: Vec<String>,
     /// What the operator should know though all went well.
     pub notes: Vec<String>,
     /// What the VM does, in words.

@@ -1,12 +1,10 @@
 //! Disks of a checkpoint as QEMU reads them while its guest runs.
 
-use std::pin::pin;
-use std::sync::Arc;
-
 use checkpoint_format::PAGE_SIZE;
 use checkpoint_store::{Fault, FaultRule, Op};
-use engine::restore::disk_export::{DiskExports, can_arrive};
+use engine::restore::disk_export::{DiskExports, Troubles, can_arrive};
 use qmp_bridge::nbd::NbdClient;
+use std::pin::pin;
 
 use super::on_demand::{LARGE, reader};
 
@@ -17,9 +15,9 @@ async fn exported_disk_is_the_whole_and_waits_for_a_store_that_is_away() {
     let record = reader.source().manifest().space(disk.space.as_ref().unwrap()).unwrap().clone();
     let whole = reader.source().read_whole(&record).await.unwrap();
     assert!(whole.len() % PAGE_SIZE == 0 && whole.iter().any(|byte| *byte != 0));
-    let mut disks = DiskExports::new(Arc::new(reader));
-    disks.add(&disk, None).unwrap();
-    let mut trouble = disks.trouble();
+    let mut disks = DiskExports::new(reader);
+    disks.add(&disk.node, disk.space.clone().unwrap(), disk.virtual_size, None).unwrap();
+    let mut troubles = disks.troubles();
     let exports = disks.exports().unwrap();
     let (ours, theirs) = tokio::io::duplex(64 << 10);
     let server = tokio::spawn(async move {
@@ -31,17 +29,19 @@ async fn exported_disk_is_the_whole_and_waits_for_a_store_that_is_away() {
     // A page that was not read yet, so that no frame of it is kept.
     let start = client.size() - whole.len() as u64;
     store.inject(FaultRule::always(Op::ReadRange, Fault::FailBefore).on(".pack"));
+    assert!(client.read(start, 4096).await.is_err(), "no guest runs that would wait");
+    disks.wait_for_reads();
     {
         let mut read = pin!(client.read(start, 4096));
         let found = tokio::select! {
             early = &mut read => panic!("{early:?} though the store is away"),
-            found = trouble.wait_for(Option::is_some) => found.unwrap().clone().unwrap(),
+            found = troubles.wait_for(|found| found.away.is_some()) => found.unwrap().clone(),
         };
-        assert!(!found.is_damage, "{found:?}");
+        assert!(found.damaged.is_none(), "{found:?}");
         store.heal();
         assert_eq!(read.await.unwrap(), whole[..4096]);
     }
-    assert!(trouble.borrow_and_update().is_none(), "it is over");
+    assert_eq!(*troubles.borrow_and_update(), Troubles::default(), "it is over");
     assert!(client.read(start, whole.len() as u32).await.unwrap() == whole);
     client.close().await;
     server.await.unwrap().unwrap();

@@ -53,7 +53,7 @@ async fn tell(runtime: &RuntimeDir, bytes: &[u8]) -> Option<Reply> {
 async fn server_shows_the_vm_that_it_has() {
     let scene = Scene::new();
     let server = scene.server().await;
-    let limit = memory::limit(&server.checkpointer.read().await.vm, false);
+    let limit = memory::limit(&server.checkpointer.read().await.vm, false, false);
     let status = client::status(&scene.runtime()).await.unwrap();
     assert_eq!((status.pid, status.busy), (std::process::id(), false));
     assert!(status.hydration.is_none());

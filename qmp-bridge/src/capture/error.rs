@@ -48,6 +48,11 @@ pub enum CaptureError {
         "only {free} bytes are free in the directory {path} of the fleecing overlays, fewer than the wanted {wanted}; make room there"
     )]
     FleecingFull { path: PathBuf, free: u64, wanted: u64 },
+    #[error(
+        "blocks of disk {device} are still arriving from the store, and what the guest has written \
+         to it since the last checkpoint is not known; wait until all are here"
+    )]
+    Arriving { device: String },
     #[error(transparent)]
     OtherCheckpoint(#[from] OtherCheckpoint),
 }
@@ -64,6 +69,7 @@ impl CaptureError {
             | Self::Broken { .. }
             | Self::FleecingFull { .. }
             | Self::SlowFlush { .. }
+            | Self::Arriving { .. }
             | Self::Hung { .. } => true,
             Self::Fleecing { .. } | Self::Path { .. } | Self::OtherCheckpoint(_) => false,
         }

@@ -23,6 +23,7 @@
 //!
 //! One QEMU has at most one capture at a time: the names rely on it.
 
+mod arriving;
 mod bitmaps;
 mod captured;
 mod error;

@@ -18,7 +18,7 @@ use super::guard::{self, FleecingGuard};
 use super::names::{self, BitmapTag, DiskNames};
 use super::size_marks::{self, Place, Since, SizeMark};
 use super::storage::Storage;
-use super::{CaptureError, filter, fleecing, storage, sweep, turn};
+use super::{CaptureError, arriving, filter, fleecing, storage, sweep, turn};
 use crate::disks::Disk;
 use crate::nbd::NbdClient;
 use crate::nbd_server;
@@ -144,6 +144,7 @@ impl PreparedDisks {
         let targets: Vec<Target> = writable
             .map(|(index, disk)| target(index, disk, &plan, (&kept, &marks), copying(disk)))
             .collect();
+        arriving::refuse_whole(&targets, disks)?;
         let storage =
             if targets.is_empty() { None } else { Some(Storage::open(&plan.fleecing_dir).await?) };
         // From here on a cancelled call drops the session, which undoes everything that was done.

@@ -37,6 +37,9 @@ pub(crate) async fn run(args: RestoreArgs, is_verbose: bool) -> Result<()> {
             restored.name,
         );
     }
+    if !restored.disks_to_come.is_empty() && !wait {
+        out!("  disks that arrive while it runs: {}", restored.disks_to_come.join(", "));
+    }
     restored.notes.iter().for_each(|note| out!("  note: {note}"));
     Ok(())
 }

@@ -4,7 +4,8 @@ use crate::cli::StatusArgs;
 use crate::terminal::{out, print_json};
 use anyhow::{Context, Result};
 use engine::progress::bytes;
-use engine::restore::hydration::HydrationStatus;
+use engine::restore::hydration::{HydrationStatus, Trouble};
+use engine::restore::lazy_disks::{DiskStatus, DisksStatus};
 use helper::client;
 use helper::control::Status;
 use vm::runtime_dir::RuntimeDir;
@@ -15,7 +16,7 @@ pub(crate) async fn run(args: StatusArgs) -> Result<()> {
     if args.json {
         return print_json(&serde_json::to_value(&status).context("encoding the status")?);
     }
-    let Status { pid, vm, hydration, .. } = status;
+    let Status { pid, vm, hydration, disks, .. } = status;
     match vm {
         Some(vm) => out!(
             "{}: QEMU {} ({}), pid {}, helper {pid}, store {}",
@@ -31,7 +32,32 @@ pub(crate) async fn run(args: StatusArgs) -> Result<()> {
         Some(hydration) => show(&hydration),
         None => out!("  memory: all here"),
     }
+    if let Some(disks) = disks {
+        show_disks(&disks);
+    }
     Ok(())
+}
+
+fn show_disks(status: &DisksStatus) {
+    for DiskStatus { disk, done_bytes, total_bytes } in &status.disks {
+        out!(
+            "  disk {disk}: {} of {} ({} %) have arrived from {}",
+            bytes(*done_bytes),
+            bytes(*total_bytes),
+            (done_bytes * 100).checked_div(*total_bytes).unwrap_or(100),
+            status.store
+        );
+    }
+    show_troubles(status.store_away.as_ref(), status.damaged.as_ref());
+}
+
+fn show_troubles(away: Option<&Trouble>, damaged: Option<&Trouble>) {
+    if let Some(Trouble { since, message }) = away {
+        out!("  store away since {since}: {message}");
+    }
+    if let Some(Trouble { since, message }) = damaged {
+        out!("  DAMAGED since {since}: {message}");
+    }
 }
 
 fn show(hydration: &HydrationStatus) {
@@ -46,10 +72,5 @@ fn show(hydration: &HydrationStatus) {
         hydration.store,
         hydration.faults
     );
-    if let Some(away) = &hydration.store_away {
-        out!("  store away since {}: {}", away.since, away.message);
-    }
-    if let Some(damaged) = &hydration.damaged {
-        out!("  DAMAGED since {}: {}", damaged.since, damaged.message);
-    }
+    show_troubles(hydration.store_away.as_ref(), hydration.damaged.as_ref());
 }

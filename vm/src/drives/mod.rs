@@ -8,6 +8,7 @@
 
 mod auto_id;
 mod empty_overlay;
+mod error_policy;
 mod line;
 mod open_files;
 mod option;
@@ -25,8 +26,9 @@ use line::Line;
 use qmp_bridge::disks::{self, BackingImage, Disk, EmptyDrive};
 use std::path::Path;
 
+pub use error_policy::stop_at_errors;
 pub use open_files::OpenFiles;
-pub use saved::as_device;
+pub use saved::{as_device, on_what_images_name};
 
 /// The disks of a VM, each under its name in the store, and the command line that makes them.
 #[derive(Debug)]

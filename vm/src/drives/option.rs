@@ -48,6 +48,12 @@ pub(super) fn node_names(option: &QemuOption) -> Vec<String> {
     names.into_iter().map(|(_, name)| name).collect()
 }
 
+/// Whether nothing is in the group of this key.
+pub(super) fn is_nothing(option: &QemuOption, key: &str) -> bool {
+    let inner = format!("{key}.");
+    !scalars(option).iter().any(|(name, _)| name.starts_with(&inner))
+}
+
 /// The last part of a dotted key.
 pub(super) fn last(key: &str) -> &str {
     key.rsplit('.').next().unwrap_or(key)

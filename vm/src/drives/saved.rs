@@ -275,6 +275,21 @@ fn only(option: &QemuOption, names: &[&str]) -> QemuOption {
     QemuOption::with("drive", kept.to_string())
 }
 
+/// A restored image says itself what is below it, also that nothing is, and a disk whose blocks
+/// arrive stands on something at first: so no option says that nothing is below.
+pub fn on_what_images_name(options: Vec<QemuOption>) -> Vec<QemuOption> {
+    let by_header = |option: QemuOption| {
+        if !option::is_block(&option) {
+            return option;
+        }
+        option::rewrite(&option, &mut |key, value| match (option::last(key), value) {
+            ("backing", None | Some("")) if option::is_nothing(&option, key) => Edit::Drop,
+            _ => Edit::Keep,
+        })
+    };
+    options.into_iter().map(by_header).collect()
+}
+
 /// The other way round, for a disk that a restore puts on a block device: nodes of driver `file` on
 /// that path become `host_device`.
 pub fn as_device(options: Vec<QemuOption>, path: &Path) -> Vec<QemuOption> {

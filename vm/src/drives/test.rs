@@ -364,3 +364,18 @@ fn host_device_becomes_a_file_and_back() {
         assert_eq!(words(&as_device(options(&text), Path::new("/dev/loop1"))).join(" "), text);
     }
 }
+
+#[test]
+fn restored_image_names_what_is_below_it() {
+    for (text, new) in [
+        (
+            r#"-blockdev {"driver":"qcow2","backing":null,"file":"f"}"#,
+            r#"-blockdev {"driver":"qcow2","file":"f"}"#,
+        ),
+        ("-drive file=d,backing=,id=a", "-drive file=d,id=a"),
+        ("-drive file=d,backing.node-name=b", "-drive file=d,backing.node-name=b"),
+        ("-device x,backing=", "-device x,backing="),
+    ] {
+        assert_eq!(words(&on_what_images_name(options(text))).join(" "), new);
+    }
+}

@@ -216,6 +216,12 @@ impl RuntimeDir {
         self.path.join("nbd.sock")
     }
 
+    /// The socket of the helper's own NBD server, which has the blocks of a restored VM's disks
+    /// that have not arrived.
+    pub fn blocks(&self) -> PathBuf {
+        self.path.join("blocks.sock")
+    }
+
     /// The helper's log.
     pub fn helper_log(&self) -> PathBuf {
         self.path.join("helper.log")

@@ -24,16 +24,12 @@ mod state;
 pub use state::{HydrationStatus, Trouble};
 
 use super::backoff::Backoff;
-use super::on_demand::OnDemand;
+use super::on_demand::{OnDemand, Origin};
 use super::source::Source;
 use crate::checkpoint::Arriving;
 use crate::kill_point;
-use crate::progress::Silent;
-use crate::stores;
 use anyhow::{Context, Result};
-use checkpoint_format::{
-    ByteLen, CheckpointIdentity, PageCount, PageRange, PageSet, SpaceName, VmName,
-};
+use checkpoint_format::{ByteLen, PageCount, PageRange, PageSet, SpaceName, VmName};
 use dirty_tracker::{BlockMemory, MissingPages, PluginHandles, TrackedBlock, TrackerError};
 use parts::parts_of;
 use qmp_bridge::Qmp;
@@ -44,7 +40,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::sync::OnceCell;
 use tokio::task::AbortHandle;
-use vm::error::{EngineError, InPhase, Phase, damaged};
+use vm::error::{EngineError, InPhase, Phase};
 use vm::running::Vm;
 use vm::runtime_dir::RuntimeDir;
 
@@ -263,10 +259,8 @@ impl Inner {
     }
 
     async fn open(&self) -> Result<OnDemand> {
-        let Record { store, vm, checkpoint, .. } = self.state.record();
-        let repository = stores::open_existing(store).await?;
-        let source = Source::open(&repository, vm, checkpoint.id, Arc::new(Silent)).await?;
-        check_same(*checkpoint, source.identity())?;
+        let Record { store, vm, checkpoint, .. } = self.state.record().clone();
+        let source = Origin { store, vm, checkpoint }.open().await?;
         let map = source.kept_map(&self.space).await?;
         let to_come: u64 = {
             let present = self.present();
@@ -290,15 +284,4 @@ impl Inner {
         }
         Ok(made)
     }
-}
-
-/// A store that was replaced may have another checkpoint of this ID.
-fn check_same(wanted: CheckpointIdentity, found: CheckpointIdentity) -> Result<()> {
-    if wanted == found {
-        return Ok(());
-    }
-    Err(damaged(format!(
-        "checkpoint {} in the store is not the one that the VM was restored from",
-        wanted.id
-    )))
 }
