@@ -202,6 +202,19 @@ impl PageMap {
         Ok(())
     }
 
+    /// Records where the pages of a run are, of which nothing was known. What is beyond the space
+    /// is ignored. A run of data lies in one frame.
+    pub fn record(&mut self, run: &LocatedRun) {
+        let pages = run.pages.clip(self.size);
+        match run.location {
+            PageLocation::Unknown => {}
+            PageLocation::Zero => self.pages.set_zero(pages),
+            PageLocation::Data { pack, frame, slot } => {
+                self.set_data(pages, Packed::data(pack, frame, slot));
+            }
+        }
+    }
+
     fn check_order(&self, pack: PackNo) -> Result<(), LineageError> {
         match self.last {
             Some(last) if pack <= last => Err(LineageError::OutOfOrder { pack, last }),

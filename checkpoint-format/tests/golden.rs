@@ -274,7 +274,7 @@ fn damaged_manifests() -> Vec<Damaged> {
 fn damaged_manifests_2() -> Vec<Damaged> {
     const KIND: &str = "stillpoint-manifest";
     let good = sample_file_2();
-    let head = Manifest::head_len(&good).expect("sound").as_usize();
+    let head = Manifest::head_len(&good).expect("an index").as_usize();
     let (text, segment) = good.split_at(head);
     let with = |from: &str, to: &str| {
         let text = std::str::from_utf8(body(text)).expect("JSON is text");

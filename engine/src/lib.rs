@@ -37,6 +37,7 @@ pub mod adopt;
 pub mod boot;
 pub mod checkpoint;
 pub mod doctor;
+mod index;
 pub mod kill_point;
 pub mod layers;
 pub mod lineage;

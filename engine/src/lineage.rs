@@ -1,10 +1,9 @@
 //! A checkpoint and its ancestors, as the store has them, and the names that users give them.
 
 use anyhow::{Context, Result, anyhow};
-use bytes::Bytes;
 use checkpoint_format::{
-    CheckpointId, CheckpointIdentity, DigestTable, Manifest, PackIndex, PackRecord, PageCount,
-    SpaceName, SpaceRecord, VmName,
+    CheckpointId, CheckpointIdentity, DigestTable, Manifest, PackIndex, PackPlace, PackRecord,
+    PageCount, Records, SpaceName, SpaceRecord, VmName,
 };
 use checkpoint_store::Repository;
 use futures::future::BoxFuture;
@@ -119,11 +118,12 @@ impl Lineage {
                     "the lineage of {vm}@{id} has more than {LONGEST_LINEAGE} checkpoints or {LINEAGE_BYTES} bytes of manifests"
                 )));
             }
-            let (manifest, file) = parsed_manifest(repository, vm, ancestor).await?;
+            let ManifestFile { manifest, identity, head_len } =
+                manifest_file(repository, vm, ancestor).await?;
             next = manifest.parent;
             manifests.push(manifest);
-            identities.push(CheckpointIdentity::new(ancestor, &file));
-            bytes += file.len() as u64;
+            identities.push(identity);
+            bytes += head_len;
         }
         manifests.reverse();
         identities.reverse();
@@ -151,6 +151,22 @@ impl Lineage {
             reads.push(Box::pin(index(repository, &self.vm, id, pack)));
         }
         futures::stream::iter(reads).buffered(READS).boxed()
+    }
+
+    /// What the checkpoints recorded, page by page.
+    pub(crate) async fn records(&self, repository: &Repository) -> Result<Records> {
+        let mut indexes = self.read_indexes(repository);
+        let mut records = Records::new(None);
+        for manifest in &self.manifests {
+            records.begin_checkpoint(&manifest.space_sizes());
+            for pack in &manifest.packs {
+                let index =
+                    indexes.try_next().await?.context("a pack of the lineage has no index")?;
+                let place = PackPlace { checkpoint: manifest.id, name: pack.name.clone() };
+                records.apply_pack(place, &index)?;
+            }
+        }
+        Ok(records)
     }
 
     /// What the newest checkpoint holds, page by page. `tables` names the spaces wanted, each with
@@ -192,16 +208,22 @@ pub async fn manifest(
     vm: &VmName,
     id: CheckpointId,
 ) -> Result<Manifest, EngineError> {
-    let parsed = parsed_manifest(repository, vm, id).await;
-    parsed.map(|(manifest, _)| manifest).in_phase(Phase::Open)
+    manifest_file(repository, vm, id).await.map(|file| file.manifest).in_phase(Phase::Open)
 }
 
-/// And the bytes of its file.
-async fn parsed_manifest(
+/// A manifest, and what is known of its file.
+pub(crate) struct ManifestFile {
+    pub manifest: Manifest,
+    pub identity: CheckpointIdentity,
+    /// Bytes of header line and body. The segment of the index, if there is one, follows them.
+    pub head_len: u64,
+}
+
+pub(crate) async fn manifest_file(
     repository: &Repository,
     vm: &VmName,
     id: CheckpointId,
-) -> Result<(Manifest, Bytes)> {
+) -> Result<ManifestFile> {
     let bytes = repository
         .read_manifest(vm, id)
         .await
@@ -213,7 +235,8 @@ async fn parsed_manifest(
             manifest.vm, manifest.id
         )));
     }
-    Ok((manifest, bytes))
+    let identity = CheckpointIdentity::new(id, &bytes);
+    Ok(ManifestFile { manifest, identity, head_len: bytes.len() as u64 })
 }
 
 pub(crate) async fn index(

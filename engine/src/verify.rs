@@ -1,14 +1,16 @@
 //! Verification: reads back every pack, frame, page digest and layer block that a restore could
 //! need.
 
+use crate::index;
 use crate::layers::{Content, StoredLayer};
 use crate::lineage::{self, CheckpointName, Lineage};
 use crate::progress::{Advance, Progress};
 use crate::stores;
 use anyhow::{Context, Result};
 use checkpoint_format::{
-    ContentDigest, ContentHasher, DigestForm, FOOTER_LEN, HEADER_LEN, Manifest, PAGE_SIZE,
-    PackFooter, PackHeader, PackIndex, PackRecord, PageDigest, PageRun, RunSource, Slot, as_index,
+    ContentDigest, ContentHasher, DigestForm, FOOTER_LEN, HEADER_LEN, IndexRecord, Manifest,
+    PAGE_SIZE, PackFooter, PackHeader, PackIndex, PackRecord, PageDigest, PageRun, RunSource, Slot,
+    as_index,
 };
 use checkpoint_store::Repository;
 use futures::TryStreamExt;
@@ -110,6 +112,23 @@ async fn check_checkpoint(
         let result = check_pack(repository, manifest, pack, work, report).await;
         note(report, format!("{}@{}/{}", manifest.vm, manifest.id, pack.name), result);
     }
+    let result = check_index(repository, manifest, report).await;
+    note(report, format!("the index of {}@{}", manifest.vm, manifest.id), result);
+}
+
+/// The segment in the manifest's own file: its directory and every block.
+async fn check_index(
+    repository: &Repository,
+    manifest: &Manifest,
+    report: &mut Report,
+) -> Result<()> {
+    let Some(own) = manifest.index.as_ref().and_then(IndexRecord::own) else { return Ok(()) };
+    let file = lineage::manifest_file(repository, &manifest.vm, manifest.id).await?;
+    let segment = index::read_segment(repository, &manifest.vm, own, file.head_len).await?;
+    (0..segment.directory().blocks().len())
+        .try_for_each(|number| segment.block(number).map(drop))?;
+    report.bytes += segment.len();
+    Ok(())
 }
 
 async fn check_pack(

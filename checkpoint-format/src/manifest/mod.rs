@@ -11,8 +11,9 @@ mod validate;
 use thiserror::Error;
 
 use crate::envelope::{Envelope, EnvelopeError};
+use crate::names::SpaceName;
 use crate::pack::PackError;
-use crate::units::ByteLen;
+use crate::units::{ByteLen, PageCount};
 
 pub use index::{IndexRecord, MAX_SEGMENTS, SegmentRecord};
 pub(crate) use list::{at_most, pack_list};
@@ -100,16 +101,17 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Bytes of header line and body, from the first bytes of the file: those that
-    /// [`parse`](Self::parse) needs. [`MAX_HEADER_LINE`](crate::MAX_HEADER_LINE) bytes are always
+    /// Bytes of header line and body, which are what [`parse`](Self::parse) needs of a file that
+    /// has more: one with an index. `None`: it needs the whole file, which is of version 1 or
+    /// nothing that is known. The first [`MAX_HEADER_LINE`](crate::MAX_HEADER_LINE) bytes are
     /// enough to tell.
-    ///
-    /// # Errors
-    /// When the header line is damaged, of another version, or the body is too long.
-    pub fn head_len(start: &[u8]) -> Result<ByteLen, ManifestError> {
-        let is_first = ENVELOPE.is_version(1, start);
-        let envelope = if is_first { ENVELOPE_1 } else { ENVELOPE };
-        Ok(ByteLen(envelope.front_len(start)?))
+    pub fn head_len(start: &[u8]) -> Option<ByteLen> {
+        ENVELOPE.front_len(start).ok().map(ByteLen)
+    }
+
+    /// The sizes of all spaces.
+    pub fn space_sizes(&self) -> Vec<(SpaceName, PageCount)> {
+        self.spaces.iter().map(|space| (space.name.clone(), space.pages())).collect()
     }
 }
 

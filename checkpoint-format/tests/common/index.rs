@@ -64,7 +64,7 @@ pub(crate) fn file_of(segment: &EncodedSegment) -> Vec<u8> {
 /// Manifest, directory and every block of a file, as a reader reads them.
 pub(crate) fn read_file_2(file: &[u8]) -> Result<Vec<PlacedRun>, Box<dyn std::error::Error>> {
     let manifest = Manifest::parse(file)?;
-    let head = Manifest::head_len(file)?.as_usize();
+    let head = Manifest::head_len(file).ok_or("no index")?.as_usize();
     let own = manifest.index.as_ref().and_then(IndexRecord::own).ok_or("no index")?;
     let segment = Segment::new(&file[head..], &own.info)?;
     let mut runs = Vec::new();

@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use checkpoint_format::{CheckpointId, VmName};
+use checkpoint_format::{CheckpointId, MAX_HEADER_LINE, MAX_SEGMENT_LEN, Manifest, VmName};
 
 use super::Repository;
 use super::layout;
@@ -11,8 +11,12 @@ use super::retry::retrying;
 use crate::error::{Op, Result, StoreError};
 use crate::path::StorePath;
 
-/// The longest manifest, header line included.
-pub const MAX_MANIFEST_LEN: u64 = (64 << 20) + 1024;
+/// The longest header line and body of a manifest.
+const MAX_HEAD_LEN: u64 = (64 << 20) + 1024;
+/// The longest file of a manifest, with the segment of the index behind it.
+pub const MAX_MANIFEST_LEN: u64 = MAX_HEAD_LEN + MAX_SEGMENT_LEN;
+/// A manifest's file up to this length is read by one call, whatever of it is wanted.
+const WHOLE_LEN: u64 = 256 << 10;
 
 impl Repository {
     /// The VMs that have checkpoints or had a writer, by name.
@@ -46,13 +50,43 @@ impl Repository {
         Ok(retrying(|| self.store.stat(&path)).await?.map(|stat| stat.modified))
     }
 
-    /// The sealed manifest of a checkpoint.
+    /// The sealed manifest of a checkpoint: header line and body, without the segment of the index
+    /// that may stand behind them.
     ///
     /// # Errors
     /// When the checkpoint is missing, its manifest is too long, or the store cannot be read.
     pub async fn read_manifest(&self, vm: &VmName, id: CheckpointId) -> Result<Bytes> {
         let path = layout::checkpoint(vm, id).join(layout::MANIFEST)?;
-        retrying(|| self.store.read(&path, MAX_MANIFEST_LEN)).await
+        let is_long = |error: &StoreError| matches!(error, StoreError::Limit { .. });
+        match retrying(|| self.store.read(&path, WHOLE_LEN)).await {
+            Ok(file) => Ok(front(file)),
+            Err(error) if is_long(&error) => self.read_front(&path).await,
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn read_front(&self, path: &StorePath) -> Result<Bytes> {
+        let line = MAX_HEADER_LINE as u64;
+        let start = retrying(|| self.store.read_range(path, 0, line)).await?;
+        match Manifest::head_len(&start) {
+            Some(len) => retrying(|| self.store.read_range(path, 0, len.0)).await,
+            None => retrying(|| self.store.read(path, MAX_HEAD_LEN)).await,
+        }
+    }
+
+    /// Exactly `len` bytes of a manifest's file.
+    ///
+    /// # Errors
+    /// When the range is not in the file, or cannot be read.
+    pub async fn read_manifest_range(
+        &self,
+        vm: &VmName,
+        id: CheckpointId,
+        offset: u64,
+        len: u64,
+    ) -> Result<Bytes> {
+        let path = layout::checkpoint(vm, id).join(layout::MANIFEST)?;
+        retrying(|| self.store.read_range(&path, offset, len)).await
     }
 
     /// Exactly `len` bytes of a pack.
@@ -93,5 +127,13 @@ impl Repository {
             Err(error) if error.is_not_found() => Ok(Vec::new()),
             Err(error) => Err(error),
         }
+    }
+}
+
+/// Header line and body.
+fn front(file: Bytes) -> Bytes {
+    match Manifest::head_len(&file) {
+        Some(len) if len.0 < file.len() as u64 => file.slice(..len.as_usize()),
+        _ => file,
     }
 }

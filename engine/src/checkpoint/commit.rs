@@ -1,6 +1,7 @@
 //! Phase `commit`: the manifest written, one rename. After that the checkpoint
 //! exists.
 
+use super::index::{IndexParts, NewIndex};
 use super::outcome::{Kind, Outcome, Phases, milliseconds};
 use super::underway::{
     Committed, Durable, Failed, FailedStore, Site, Unchanged, Underway, Uploaded,
@@ -27,6 +28,13 @@ use vm::drives::Drives;
 use vm::error::{self, classed};
 use vm::launch::arguments;
 use vm::running::Vm;
+
+/// The file of a manifest, in two parts, and what it says that was moved.
+struct WrittenManifest {
+    head: Vec<u8>,
+    segment: Vec<u8>,
+    totals: Totals,
+}
 
 impl Uploaded {
     #[instrument(name = "commit", level = "debug", skip_all)]
@@ -127,10 +135,10 @@ impl Uploaded {
     }
 
     async fn seal(&self, site: &Site<'_>) -> Result<(Sealed, CheckpointIdentity, Totals)> {
-        let (manifest, totals) = self.manifest(site)?;
-        let identity = CheckpointIdentity::new(self.underway.id, &manifest);
+        let WrittenManifest { head, segment, totals } = self.manifest(site).await?;
+        let identity = CheckpointIdentity::new(self.underway.id, &head);
         kill_point::point("commit");
-        let sealed = self.stored.partial.seal(Bytes::from(manifest)).await;
+        let sealed = self.stored.partial.seal(Bytes::from([head, segment].concat())).await;
         Ok((sealed.context("committing the checkpoint")?, identity, totals))
     }
 
@@ -190,16 +198,24 @@ impl Uploaded {
         }
     }
 
-    /// The manifest counts itself: its length is in its own totals.
-    fn manifest(&self, site: &Site<'_>) -> Result<(Vec<u8>, Totals)> {
+    /// The manifest counts itself: the length of its file is in its own totals.
+    async fn manifest(&self, site: &Site<'_>) -> Result<WrittenManifest> {
         let packs: Vec<PackRecord> =
             self.stored.packs.iter().map(|pack| pack.record.clone()).collect();
         let totals = self.totals(&packs);
         let mut manifest = self.describe(site, packs, totals)?;
-        let draft = manifest.encode().context("encoding the manifest")?.len() as u64;
-        manifest.totals.bytes_stored_raw.0 += draft;
-        manifest.totals.bytes_stored.0 += draft;
-        Ok((manifest.encode().context("encoding the manifest")?, manifest.totals))
+        let parts = IndexParts {
+            repository: &self.underway.session.repository,
+            partial: &self.stored.partial,
+            manifest: &manifest,
+        };
+        let NewIndex { record, segment } = parts.make().await?;
+        manifest.index = Some(record);
+        let draft = manifest.encode().context("encoding the manifest")?.len() + segment.len();
+        manifest.totals.bytes_stored_raw.0 += draft as u64;
+        manifest.totals.bytes_stored.0 += draft as u64;
+        let head = manifest.encode().context("encoding the manifest")?;
+        Ok(WrittenManifest { head, segment, totals: manifest.totals })
     }
 
     fn describe(

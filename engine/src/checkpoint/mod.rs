@@ -25,6 +25,7 @@ mod delta;
 mod direct;
 mod held;
 mod holder;
+mod index;
 pub mod outcome;
 mod pause;
 mod precopy;

@@ -302,7 +302,7 @@ fn sync(path: &Path) -> Result<()> {
 
 async fn fill(source: &Source, disk: &DiskRecord, client: &NbdClient) -> Result<()> {
     let name = disk.space.as_ref().context("a writable disk without a space")?;
-    let map = source.map(name)?;
+    let map = source.map(name).await?;
     // Without a layer below, what is not written is zero already.
     if !disk.backing.is_empty() {
         for zeros in map.zeros() {

@@ -15,7 +15,7 @@ const PIECE: usize = 1 << 20;
 
 /// Writes every page that is not zero; the memory is new, so all others are.
 pub(crate) async fn fill(source: Source, block: String, memory: GuestMemory) -> Result<()> {
-    let map = source.map(&SpaceName::ram(&block)?)?;
+    let map = source.map(&SpaceName::ram(&block)?).await?;
     let total: u64 = map
         .frame_reads()
         .iter()

@@ -16,6 +16,7 @@ pub(crate) mod line;
 mod link;
 pub(crate) mod memory;
 pub mod on_demand;
+mod places;
 mod ports;
 pub(crate) mod program;
 pub(crate) mod qemu;

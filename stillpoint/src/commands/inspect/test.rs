@@ -145,7 +145,7 @@ impl Sample {
         vm::launch::saved::check_record(&manifest.vm_record)?;
         Transition::choose(manifest.run_state, false, false)?;
         for space in &manifest.spaces {
-            let map = source.map(&space.name)?;
+            let map = source.map(&space.name).await?;
             let mut runs = std::pin::pin!(source.read(&map));
             while runs.try_next().await?.is_some() {}
         }
