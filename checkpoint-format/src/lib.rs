@@ -72,7 +72,7 @@ pub use index::{
     BlockRow, EncodedSegment, IndexBlock, IndexDirectory, IndexError, IndexFrame, IndexPart,
     MAX_BLOCK_FRAMES, MAX_BLOCK_RAW_LEN, MAX_BLOCK_RUNS, MAX_DIRECTORY_RAW_LEN, MAX_SEGMENT_BLOCKS,
     MAX_SEGMENT_LEN, MAX_SEGMENT_PACKS, MergePolicy, Overlay, PackPlace, Placed, PlacedRun,
-    Records, Segment, SegmentBuilder, SegmentInfo, merge_segments,
+    Records, Segment, SegmentBuilder, SegmentInfo, first_difference, merge_segments,
 };
 pub use layer::{
     BLOCK_PAGES, BLOCK_SIZE, BlockHome, BlockIndex, BlockRef, BlockTable, BlockTableBuilder,

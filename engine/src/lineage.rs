@@ -98,9 +98,7 @@ pub async fn checkpoints(
 /// Oldest first; the first is a full checkpoint.
 pub(crate) struct Lineage {
     pub vm: VmName,
-    pub manifests: Vec<Manifest>,
-    /// Of [`Self::manifests`], in the same order.
-    pub identities: Vec<CheckpointIdentity>,
+    pub files: Vec<ManifestFile>,
 }
 
 impl Lineage {
@@ -109,32 +107,32 @@ impl Lineage {
         vm: &VmName,
         id: CheckpointId,
     ) -> Result<Self> {
-        let (mut manifests, mut identities) = (Vec::new(), Vec::new());
+        let mut files = Vec::new();
         let mut next = Some(id);
         let mut bytes = 0;
         while let Some(ancestor) = next {
-            if manifests.len() == LONGEST_LINEAGE || bytes > LINEAGE_BYTES {
+            if files.len() == LONGEST_LINEAGE || bytes > LINEAGE_BYTES {
                 return Err(damaged(format!(
                     "the lineage of {vm}@{id} has more than {LONGEST_LINEAGE} checkpoints or {LINEAGE_BYTES} bytes of manifests"
                 )));
             }
-            let ManifestFile { manifest, identity, head_len } =
-                manifest_file(repository, vm, ancestor).await?;
-            next = manifest.parent;
-            manifests.push(manifest);
-            identities.push(identity);
-            bytes += head_len;
+            let file = manifest_file(repository, vm, ancestor).await?;
+            next = file.manifest.parent;
+            bytes += file.head_len;
+            files.push(file);
         }
-        manifests.reverse();
-        identities.reverse();
-        Ok(Self { vm: vm.clone(), manifests, identities })
+        files.reverse();
+        Ok(Self { vm: vm.clone(), files })
+    }
+
+    pub(crate) fn manifests(&self) -> impl DoubleEndedIterator<Item = &Manifest> {
+        self.files.iter().map(|file| &file.manifest)
     }
 
     /// Every pack, oldest first; its place in this list is its number in a page map.
     pub(crate) fn packs(&self) -> Vec<(CheckpointId, &PackRecord)> {
         let of = |manifest: &Manifest| manifest.id;
-        self.manifests
-            .iter()
+        self.manifests()
             .flat_map(|manifest| manifest.packs.iter().map(move |pack| (of(manifest), pack)))
             .collect()
     }
@@ -157,7 +155,7 @@ impl Lineage {
     pub(crate) async fn records(&self, repository: &Repository) -> Result<Records> {
         let mut indexes = self.read_indexes(repository);
         let mut records = Records::new(None);
-        for manifest in &self.manifests {
+        for manifest in self.manifests() {
             records.begin_checkpoint(&manifest.space_sizes());
             for pack in &manifest.packs {
                 let index =
@@ -178,7 +176,7 @@ impl Lineage {
     ) -> Result<()> {
         let mut indexes = self.read_indexes(repository);
         let mut sizes = vec![PageCount(0); tables.len()];
-        for manifest in &self.manifests {
+        for manifest in self.manifests() {
             for ((space, table), before) in tables.iter_mut().zip(&mut sizes) {
                 // As a restore sees it: what a space lost when it shrank, or was away, does not
                 // come back.

@@ -1,19 +1,21 @@
 //! Verification: reads back every pack, frame, page digest and layer block that a restore could
 //! need.
 
-use crate::index;
+mod indexes;
+
 use crate::layers::{Content, StoredLayer};
-use crate::lineage::{self, CheckpointName, Lineage};
+use crate::lineage::{self, CheckpointName, Lineage, ManifestFile};
 use crate::progress::{Advance, Progress};
 use crate::stores;
 use anyhow::{Context, Result};
 use checkpoint_format::{
-    ContentDigest, ContentHasher, DigestForm, FOOTER_LEN, HEADER_LEN, IndexRecord, Manifest,
+    CheckpointId, ContentDigest, ContentHasher, DigestForm, FOOTER_LEN, HEADER_LEN, Manifest,
     PAGE_SIZE, PackFooter, PackHeader, PackIndex, PackRecord, PageDigest, PageRun, RunSource, Slot,
     as_index,
 };
 use checkpoint_store::Repository;
 use futures::TryStreamExt;
+use indexes::Indexes;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use vm::error::{EngineError, InPhase, Phase, damaged, explain};
@@ -66,19 +68,21 @@ pub async fn read_back(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let newest = lineage::resolve(repository, name).await?;
-    let manifests = match name.id {
-        Some(_) => Lineage::read(repository, &name.vm, newest).await?.manifests,
+    let files = match name.id {
+        Some(_) => Lineage::read(repository, &name.vm, newest).await?.files,
         None => all(repository, name).await?,
     };
+    let manifests = || files.iter().map(|file| &file.manifest);
     let mut report = Report::default();
-    let packs = manifests.iter().flat_map(|manifest| &manifest.packs);
+    let packs = manifests().flat_map(|manifest| &manifest.packs);
     let total = packs.fold(0, |sum: u64, pack| sum.saturating_add(pack.info.len.0));
     let work = progress.begin("verify", total);
-    for manifest in &manifests {
-        check_checkpoint(repository, manifest, work.as_ref(), &mut report).await;
+    for manifest in manifests() {
+        check_packs(repository, manifest, work.as_ref(), &mut report).await;
     }
+    check_indexes(repository, &files, name.id, &mut report).await;
     let layers: BTreeSet<ContentDigest> =
-        manifests.iter().flat_map(Manifest::layers).map(|layer| layer.digest).collect();
+        manifests().flat_map(Manifest::layers).map(|layer| layer.digest).collect();
     for digest in layers {
         let result = check_layer(repository, &digest, &mut report).await;
         note(&mut report, format!("layer {digest}"), result);
@@ -87,12 +91,12 @@ pub async fn read_back(
     Ok(report)
 }
 
-async fn all(repository: &Repository, name: &CheckpointName) -> Result<Vec<Manifest>> {
-    let mut manifests = Vec::new();
+async fn all(repository: &Repository, name: &CheckpointName) -> Result<Vec<ManifestFile>> {
+    let mut files = Vec::new();
     for id in repository.checkpoints(&name.vm).await? {
-        manifests.push(lineage::manifest(repository, &name.vm, id).await?);
+        files.push(lineage::manifest_file(repository, &name.vm, id).await?);
     }
-    Ok(manifests)
+    Ok(files)
 }
 
 fn note(report: &mut Report, what: String, result: Result<()>) {
@@ -101,7 +105,7 @@ fn note(report: &mut Report, what: String, result: Result<()>) {
     }
 }
 
-async fn check_checkpoint(
+async fn check_packs(
     repository: &Repository,
     manifest: &Manifest,
     work: &dyn Advance,
@@ -112,23 +116,24 @@ async fn check_checkpoint(
         let result = check_pack(repository, manifest, pack, work, report).await;
         note(report, format!("{}@{}/{}", manifest.vm, manifest.id, pack.name), result);
     }
-    let result = check_index(repository, manifest, report).await;
-    note(report, format!("the index of {}@{}", manifest.vm, manifest.id), result);
 }
 
-/// The segment in the manifest's own file: its directory and every block.
-async fn check_index(
+/// Of the checkpoint that is `wanted`, else of all.
+async fn check_indexes(
     repository: &Repository,
-    manifest: &Manifest,
+    files: &[ManifestFile],
+    wanted: Option<CheckpointId>,
     report: &mut Report,
-) -> Result<()> {
-    let Some(own) = manifest.index.as_ref().and_then(IndexRecord::own) else { return Ok(()) };
-    let file = lineage::manifest_file(repository, &manifest.vm, manifest.id).await?;
-    let segment = index::read_segment(repository, &manifest.vm, own, file.head_len).await?;
-    (0..segment.directory().blocks().len())
-        .try_for_each(|number| segment.block(number).map(drop))?;
-    report.bytes += segment.len();
-    Ok(())
+) {
+    let indexes = Indexes::new(repository, files);
+    let used = indexes.used_by(wanted);
+    for file in files.iter().filter(|file| used.contains(&file.manifest.id)) {
+        let result = indexes.check(file).await;
+        let bytes = result.as_ref().map_or(0, |bytes| *bytes);
+        report.bytes += bytes;
+        let what = format!("the index of {}@{}", file.manifest.vm, file.manifest.id);
+        note(report, what, result.map(drop));
+    }
 }
 
 async fn check_pack(

@@ -27,6 +27,7 @@
 
 mod block;
 mod builder;
+mod compare;
 mod directory;
 mod error;
 mod info;
@@ -40,6 +41,7 @@ mod test;
 
 pub use block::{IndexBlock, IndexFrame, MAX_BLOCK_FRAMES, MAX_BLOCK_RUNS};
 pub use builder::{EncodedSegment, SegmentBuilder};
+pub use compare::first_difference;
 pub use directory::{
     BlockRow, IndexDirectory, MAX_BLOCK_RAW_LEN, MAX_DIRECTORY_RAW_LEN, MAX_SEGMENT_BLOCKS,
     MAX_SEGMENT_LEN, MAX_SEGMENT_PACKS, PackPlace,

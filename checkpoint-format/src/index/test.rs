@@ -114,6 +114,18 @@ fn naive(lineage: &[Stored], space: &SpaceName) -> Vec<Known> {
     (0..map.size().0).map(known).collect()
 }
 
+/// What these checkpoints recorded.
+fn records(checkpoints: &[Stored], parent: Option<&Stored>) -> Records {
+    let mut records = Records::new(parent.map(|parent| &parent.spaces[..]));
+    for checkpoint in checkpoints {
+        records.begin_checkpoint(&checkpoint.spaces);
+        for (place, index) in &checkpoint.packs {
+            records.apply_pack(place.clone(), index).expect("few packs");
+        }
+    }
+    records
+}
+
 /// The index of a lineage, and how it is written.
 struct Index {
     policy: MergePolicy,
@@ -130,13 +142,7 @@ impl Index {
 
     /// One segment for the first `covered` checkpoints, then one for each.
     fn add(&mut self, checkpoints: &[Stored], parent: Option<&Stored>, first: CheckpointId) {
-        let mut records = Records::new(parent.map(|parent| &parent.spaces[..]));
-        for checkpoint in checkpoints {
-            records.begin_checkpoint(&checkpoint.spaces);
-            for (place, index) in &checkpoint.packs {
-                records.apply_pack(place.clone(), index).expect("few packs");
-            }
-        }
+        let records = records(checkpoints, parent);
         let own = records.encode_into(self.builder()).expect("small");
         let own = Segment::new(own.bytes, &own.info).expect("sound");
         let spaces = &checkpoints.last().expect("a checkpoint").spaces;
@@ -157,6 +163,20 @@ impl Index {
         let new = Segment::new(new.bytes, &new.info).expect("sound");
         let first = firsts.into_iter().min().expect("two at least");
         self.segments.insert(0, (first, new));
+    }
+
+    /// Each segment says what its checkpoints recorded, however it was merged.
+    fn check_segments(&self, lineage: &[Stored]) {
+        let mut end = lineage.len();
+        for (first, segment) in &self.segments {
+            let start = first.0 as usize - 1;
+            let parent = start.checked_sub(1).map(|parent| &lineage[parent]);
+            let own = records(&lineage[start..end], parent).encode().expect("small");
+            let own = Segment::new(own.bytes, &own.info).expect("sound");
+            let differ = first_difference(&own, segment, &lineage[end - 1].spaces);
+            assert_eq!(differ.expect("sound"), None, "checkpoints {start}..{end}");
+            end = start;
+        }
     }
 
     /// What it knows of these pages of a space.
@@ -214,6 +234,7 @@ proptest! {
                 index.add(own, Some(parent), CheckpointId(newest as u64));
             }
             prop_assert!(index.segments.len() <= policy.most);
+            index.check_segments(&lineage[..newest]);
             for (space, size) in &lineage[newest - 1].spaces {
                 let expected = naive(&lineage[..newest], space);
                 prop_assert_eq!(&index.known(space, size.all()), &expected);
@@ -224,6 +245,36 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn segments_that_differ_name_the_first_pages() {
+    let space = table().id(&name(NAMES[0])).expect("in the table");
+    let spaces: Spaces = vec![(name(NAMES[0]), PageCount(SIZE))];
+    let segment = |records: Vec<Recorded>| {
+        let pack = BarePack::new(&table(), "1", &records).index();
+        let place = PackPlace {
+            checkpoint: CheckpointId(1),
+            name: PackName::new("0001.pack").expect("a good name"),
+        };
+        let mut records = Records::new(None);
+        records.begin_checkpoint(&spaces);
+        records.apply_pack(place, &pack).expect("one pack");
+        let own = records.encode_into(SegmentBuilder::with_blocks_of(2, 1)).expect("small");
+        Segment::new(own.bytes, &own.info).expect("sound")
+    };
+    let zeros = |start, len| Recorded::Zero(space, PageRange::of_len(PageIndex(start), PageCount(len)));
+    let frame = |pages: std::ops::Range<u64>| Recorded::Frame(space, pages.collect());
+    let differ = |one: Vec<Recorded>, other: Vec<Recorded>| {
+        let found = first_difference(&segment(one), &segment(other), &spaces).expect("sound");
+        found.map(|(_, pages)| (pages.start.0, pages.end.0))
+    };
+    assert_eq!(differ(vec![zeros(0, 3), zeros(3, 4)], vec![zeros(0, 7)]), None);
+    assert_eq!(differ(vec![frame(0..8)], vec![frame(0..8)]), None);
+    assert_eq!(differ(vec![frame(0..8)], vec![frame(0..8), zeros(20, 2)]), Some((20, 22)));
+    assert_eq!(differ(vec![frame(0..8)], vec![frame(0..8), zeros(2, 2)]), Some((2, 8)));
+    assert_eq!(differ(vec![frame(4..8)], vec![zeros(6, 4)]), Some((4, 6)));
+    assert_eq!(differ(vec![frame(4..8)], vec![zeros(4, 2)]), Some((4, 6)));
 }
 
 /// A guest that dirties `dirty` of its pages, at random, between two checkpoints.

@@ -74,6 +74,14 @@ impl Repository {
         }
     }
 
+    /// The length of a manifest's file in bytes.
+    ///
+    /// # Errors
+    /// When the checkpoint is missing, or the store cannot be read.
+    pub async fn manifest_len(&self, vm: &VmName, id: CheckpointId) -> Result<u64> {
+        self.file_len(&layout::checkpoint(vm, id).join(layout::MANIFEST)?).await
+    }
+
     /// Exactly `len` bytes of a manifest's file.
     ///
     /// # Errors

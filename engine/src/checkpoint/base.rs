@@ -64,13 +64,14 @@ impl Base {
             ));
         };
         let manifest =
-            lineage.manifests.last().context("a lineage without its newest checkpoint")?;
+            lineage.manifests().next_back().context("a lineage without its newest checkpoint")?;
         let mut tables = empty_tables(names, disks.len());
         lineage
             .digests(repository, &mut tables)
             .await
             .context("reading what the last checkpoint holds")?;
-        let marks = marks.and_then(|marks| marks.of(&lineage.identities));
+        let identities: Vec<_> = lineage.files.iter().map(|file| file.identity).collect();
+        let marks = marks.and_then(|marks| marks.of(&identities));
         let is_known = vm.has_tracker() && marks.is_some_and(|marks| marks.is_exact);
         let is_exact = is_known && vm.lock_tracker()?.resume_protection();
         tracing::info!(%vm_name, parent = %manifest.id, is_exact, has_bitmaps = marks.is_some(), "continuing a lineage");
@@ -79,7 +80,7 @@ impl Base {
             .iter_mut()
             .for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
         let chains = chains(manifest);
-        let lineage = HeldLineage::new(vm_name, lineage.identities, &listing);
+        let lineage = HeldLineage::new(vm_name, identities, &listing);
         let are_bitmaps_of_lineage = marks.is_some();
         Ok(Self { history: History { lineage, is_exact, are_bitmaps_of_lineage, chains }, spaces })
     }

@@ -99,8 +99,8 @@ impl IndexParts<'_> {
     /// The parent has no index: the new one begins with the lineage.
     async fn whole_lineage(&self, parent: CheckpointId) -> Result<Ground> {
         let lineage = Lineage::read(self.repository, self.vm(), parent).await?;
-        let first = lineage.manifests.first().context("a lineage without a checkpoint")?.id;
-        let checkpoints = lineage.manifests.len() as u64;
+        let first = lineage.manifests().next().context("a lineage without a checkpoint")?.id;
+        let checkpoints = lineage.files.len() as u64;
         let records = lineage.records(self.repository).await?;
         Ok(Ground { records, first, checkpoints, older: Vec::new() })
     }

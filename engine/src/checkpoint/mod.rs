@@ -35,6 +35,8 @@ mod source;
 mod staging;
 mod stream;
 #[cfg(test)]
+pub(crate) mod synthetic;
+#[cfg(test)]
 mod test;
 mod underway;
 mod upload;

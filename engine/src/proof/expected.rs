@@ -5,9 +5,7 @@
 
 use crate::lineage::Lineage;
 use anyhow::{Context, Result};
-use checkpoint_format::{
-    Manifest, PackIndex, PageDigest, PageRange, RunSource, SpaceName, as_index,
-};
+use checkpoint_format::{PackIndex, PageDigest, PageRange, RunSource, SpaceName, as_index};
 use std::collections::HashMap;
 
 /// Pages in a chunk of a table: 1 MiB of a space in 4 KiB of memory.
@@ -131,18 +129,18 @@ pub(super) fn of_lineage(
     lineage: &Lineage,
     indexes: &[PackIndex],
 ) -> Result<HashMap<SpaceName, Expected>> {
-    let newest = lineage.manifests.last().context("a lineage without a checkpoint")?;
+    let newest = lineage.manifests().next_back().context("a lineage without a checkpoint")?;
     newest
         .spaces
         .iter()
-        .map(|space| Ok((space.name.clone(), of_space(&space.name, &lineage.manifests, indexes)?)))
+        .map(|space| Ok((space.name.clone(), of_space(&space.name, lineage, indexes)?)))
         .collect()
 }
 
-fn of_space(name: &SpaceName, manifests: &[Manifest], indexes: &[PackIndex]) -> Result<Expected> {
+fn of_space(name: &SpaceName, lineage: &Lineage, indexes: &[PackIndex]) -> Result<Expected> {
     let mut expected: Option<Expected> = None;
     let mut next = 0;
-    for manifest in manifests {
+    for manifest in lineage.manifests() {
         let packs = next..next + manifest.packs.len();
         next = packs.end;
         // A disk of this name that comes later is another one.

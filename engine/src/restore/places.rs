@@ -47,7 +47,7 @@ impl Places {
         for ((checkpoint, pack), index) in lineage.packs().into_iter().zip(&indexes) {
             frames.add_pack(PackPlace { checkpoint, name: pack.name.clone() }, index)?;
         }
-        let manifests = lineage.manifests;
+        let manifests = lineage.files.into_iter().map(|file| file.manifest).collect();
         let trailers = Trailers { manifests, indexes, maps: tokio::sync::Mutex::default() };
         Ok(Self { known: Known::Trailers(Arc::new(trailers)), frames: Mutex::new(frames) })
     }
