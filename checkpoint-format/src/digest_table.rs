@@ -149,6 +149,20 @@ impl DigestTable {
         }
     }
 
+    /// Makes the digests of all of `pages` unknown.
+    pub fn forget_all(&mut self, pages: PageRange) {
+        match &mut self.0 {
+            Shape::Dense(slots) => {
+                let pages = pages.clip(PageCount(slots.len() as u64));
+                slots[pages.start.as_usize()..pages.end.as_usize()].fill(Known::UNKNOWN);
+            }
+            Shape::Sparse { pages: known, max_ranges, .. } => {
+                known.forget_all(pages);
+                known.keep_ranges(*max_ranges);
+            }
+        }
+    }
+
     /// Forgets the pages from `size` on: when a disk shrinks, what it held there is not what it
     /// will hold when it grows.
     pub fn truncate(&mut self, size: PageCount) {
@@ -217,6 +231,21 @@ mod test {
             assert_eq!(table.known(), PageCount(2));
             table.forget(PageIndex(999));
             assert_eq!((table.get(PageIndex(999)), table.known()), (None, PageCount(1)));
+        }
+    }
+
+    #[test]
+    fn both_shapes_forget_ranges() {
+        let range = |start, end| PageRange::new(PageIndex(start), PageIndex(end));
+        for mut table in
+            [DigestTable::dense(PageCount(2000)), DigestTable::sparse(ByteLen(1 << 20))]
+        {
+            table.set_zero(range(0, 2 * CHUNK));
+            (3 * CHUNK - 9..4 * CHUNK + 9).for_each(|page| table.set(PageIndex(page), A));
+            table.forget_all(range(CHUNK, 4 * CHUNK + 3));
+            assert_eq!(table.known(), PageCount(CHUNK + 6));
+            assert_eq!(table.get(PageIndex(4 * CHUNK + 3)), Some(A));
+            assert_eq!(table.get(PageIndex(CHUNK - 1)), Some(PageDigest::ZERO_PAGE));
         }
     }
 

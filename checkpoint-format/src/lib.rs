@@ -95,8 +95,8 @@ pub use pack::{
     Codec, EncodeError, EncodedFrame, FOOTER_LEN, FRAME_HEADER_LEN, FRAME_PAGES, FinishedPack,
     FrameEntry, HEADER_LEN, MAX_FRAMES_PER_PACK, MAX_PACK_LEN, MAX_PAGES_PER_PACK,
     MAX_SPACES_PER_PACK, MAX_TRAILER_RAW_LEN, PACK_VERSION, PackBuilder, PackError, PackFooter,
-    PackHeader, PackId, PackIndex, PackInfo, PackPart, PageRun, RunSource, SpaceId, SpaceTable,
-    ZSTD_LEVEL,
+    PackHeader, PackId, PackIndex, PackInfo, PackLayout, PackPart, PageRun, RunSource, SpaceId,
+    SpaceTable, ZSTD_LEVEL,
 };
 pub use page_set::{PageSet, Ranges};
 pub use range_set::RangeSet;

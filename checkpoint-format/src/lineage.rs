@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use crate::names::SpaceName;
-use crate::pack::{FRAME_PAGES, MAX_FRAMES_PER_PACK, PackIndex, PageRun, RunSource};
+use crate::pack::{FRAME_PAGES, MAX_FRAMES_PER_PACK, PackLayout, PageRun, RunSource};
 use crate::sparse_pages::{Cell, SparsePages};
 use crate::units::{FrameNo, PackNo, PageCount, PageIndex, PageRange, Slot, as_index};
 
@@ -192,10 +192,14 @@ impl PageMap {
     ///
     /// # Errors
     /// When `pack` is older than one already applied, or beyond the limit of packs.
-    pub fn apply_pack(&mut self, pack: PackNo, index: &PackIndex) -> Result<(), LineageError> {
+    pub fn apply_pack(
+        &mut self,
+        pack: PackNo,
+        index: &impl AsRef<PackLayout>,
+    ) -> Result<(), LineageError> {
         self.check_order(pack)?;
         let space = self.space.clone();
-        for run in index.runs_of(&space) {
+        for run in index.as_ref().runs_of(&space) {
             self.apply_run(pack, run);
         }
         self.last = Some(pack);
@@ -367,6 +371,7 @@ fn data_part(run: LocatedRun) -> Option<(PackNo, FrameNo, FramePart)> {
 #[cfg(test)]
 mod test {
     use super::*;
+    use crate::pack::PackIndex;
     use crate::pack::testing::{frame, index, ram};
 
     const SIZE: PageCount = PageCount(3 * CHUNK_PAGES as u64);

@@ -111,6 +111,18 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
         }
     }
 
+    /// Nothing is known of the pages. Costs the chunks that they meet.
+    pub(crate) fn forget_all(&mut self, pages: PageRange) {
+        self.zeros.remove(pages);
+        for (chunk, part) in self.met(pages) {
+            if part == Self::pages_of(chunk) {
+                self.chunks.remove(&chunk);
+            } else if let Some(cells) = self.chunks.get_mut(&chunk) {
+                cells[Self::within_chunk(part)].fill(C::UNKNOWN);
+            }
+        }
+    }
+
     fn within_chunk(part: PageRange) -> std::ops::Range<usize> {
         let start = Self::place(part.start).1;
         start..start + part.len().as_usize()

@@ -113,6 +113,7 @@ struct Script {
     /// State of the generator, and the share of calls (of 1000) that it makes fail.
     random: Option<(u64, u32)>,
     calls: Vec<(Op, StorePath)>,
+    reads: Vec<(StorePath, u64)>,
 }
 
 impl Script {
@@ -175,6 +176,15 @@ impl FaultyStore {
             .iter()
             .filter(|(o, path)| *o == op && path.as_str().contains(path_contains));
         matching.count()
+    }
+
+    /// The files that were read, in order, each time with the bytes that came.
+    pub fn reads(&self) -> Vec<(StorePath, u64)> {
+        self.script().reads.clone()
+    }
+
+    fn has_read(&self, path: &StorePath, read: Result<Bytes>) -> Result<Bytes> {
+        read.inspect(|bytes| self.script().reads.push((path.clone(), bytes.len() as u64)))
     }
 
     fn script(&self) -> MutexGuard<'_, Script> {
@@ -265,11 +275,13 @@ impl Store for FaultyStore {
     }
 
     async fn read(&self, path: &StorePath, limit: u64) -> Result<Bytes> {
-        self.run(Op::Read, path, self.inner.read(path, limit)).await
+        let read = self.run(Op::Read, path, self.inner.read(path, limit)).await;
+        self.has_read(path, read)
     }
 
     async fn read_range(&self, path: &StorePath, offset: u64, len: u64) -> Result<Bytes> {
-        self.run(Op::ReadRange, path, self.inner.read_range(path, offset, len)).await
+        let read = self.run(Op::ReadRange, path, self.inner.read_range(path, offset, len)).await;
+        self.has_read(path, read)
     }
 
     async fn stat(&self, path: &StorePath) -> Result<Option<Stat>> {

@@ -4,6 +4,8 @@
 //! Of each segment the directory is read when the index is opened; of its blocks those that a
 //! question is about, and they are kept, as far as there is room.
 
+mod digests;
+
 use crate::lineage::ManifestFile;
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -94,6 +96,10 @@ impl LineageIndex {
             blocks: no_blocks(),
             bytes_read: AtomicU64::new(directories.map(u64::from).sum()),
         })
+    }
+
+    pub(crate) fn vm(&self) -> &VmName {
+        &self.vm
     }
 
     /// Bytes of directories and blocks that were read.

@@ -6,19 +6,20 @@ use checkpoint_format::{
     PageCount, Records, SpaceName, SpaceRecord, VmName,
 };
 use checkpoint_store::Repository;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, join_all};
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::str::FromStr;
 use vm::error::{EngineError, InPhase, Phase, damaged};
 
 /// Most checkpoints of a lineage, the full one included. A reader takes more for damage.
 pub(crate) const LONGEST_LINEAGE: usize = 100_000;
 /// A lineage of this many checkpoints gets no more: the next one is full and begins another. A
-/// restore reads each manifest of a lineage, one after the other, so this is also what bounds its
-/// beginning (about a minute on HDFS).
-pub(crate) const NEW_LINEAGE_AFTER: usize = LONGEST_LINEAGE / 10;
+/// restore of a checkpoint without an index, `verify` and a proof read each manifest of a lineage,
+/// one after the other (about a minute on HDFS).
+pub(crate) const NEW_LINEAGE_AFTER: u64 = LONGEST_LINEAGE as u64 / 10;
 /// The manifests of one lineage, together: those of its most checkpoints of a large VM.
 const LINEAGE_BYTES: u64 = 2 << 30;
 /// Manifests and pack indexes read from the store at once.
@@ -59,6 +60,11 @@ pub async fn resolve(
     repository: &Repository,
     name: &CheckpointName,
 ) -> Result<CheckpointId, EngineError> {
+    if let Some(id) = name.id
+        && repository.has_checkpoint(&name.vm, id).await.in_phase(Phase::Open)?
+    {
+        return Ok(id);
+    }
     let known = checkpoints(repository, &name.vm).await?;
     let newest = known.last().context("internal error: an empty list of checkpoints");
     let newest = newest.in_phase(Phase::Open)?;
@@ -110,13 +116,17 @@ impl Lineage {
         let mut files = Vec::new();
         let mut next = Some(id);
         let mut bytes = 0;
+        let mut ahead = BTreeMap::new();
         while let Some(ancestor) = next {
             if files.len() == LONGEST_LINEAGE || bytes > LINEAGE_BYTES {
                 return Err(damaged(format!(
                     "the lineage of {vm}@{id} has more than {LONGEST_LINEAGE} checkpoints or {LINEAGE_BYTES} bytes of manifests"
                 )));
             }
-            let file = manifest_file(repository, vm, ancestor).await?;
+            let file = match ahead.remove(&ancestor) {
+                Some(file) => file,
+                None => read_ahead(repository, vm, ancestor, &mut ahead).await,
+            }?;
             next = file.manifest.parent;
             bytes += file.head_len;
             files.push(file);
@@ -194,6 +204,24 @@ impl Lineage {
         }
         Ok(())
     }
+}
+
+/// Reads a manifest, and those of the numbers below it, at once: most often the next ancestors.
+async fn read_ahead(
+    repository: &Repository,
+    vm: &VmName,
+    id: CheckpointId,
+    ahead: &mut BTreeMap<CheckpointId, Result<ManifestFile>>,
+) -> Result<ManifestFile> {
+    let lowest = CheckpointId(id.0.saturating_sub(READS as u64 - 1)).max(CheckpointId::FIRST);
+    let mut below: Vec<BoxFuture<'_, (CheckpointId, Result<ManifestFile>)>> = Vec::new();
+    for id in (lowest.0..id.0).map(CheckpointId) {
+        below.push(Box::pin(async move { (id, manifest_file(repository, vm, id).await) }));
+    }
+    let (file, below) = tokio::join!(manifest_file(repository, vm, id), join_all(below));
+    // What no ancestor has need not be there, nor be sound.
+    *ahead = below.into_iter().collect();
+    file
 }
 
 /// What a checkpoint consists of, as its manifest says.

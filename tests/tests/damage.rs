@@ -89,30 +89,30 @@ fn damage_is_found_and_named() {
     let lab = Lab::new(&newest_qemu());
     fill(&lab);
     let first_pack = &find(&lab, &["vms/m/checkpoints/1/", "pack"])[0];
-    for damage in [
-        Damage::Flip(300),
-        Damage::Flip(996),
-        Damage::Truncate(500),
-        Damage::Truncate(0),
-        Damage::Remove,
-    ] {
+    for damage in [Damage::Flip(300), Damage::Truncate(500), Damage::Truncate(0), Damage::Remove] {
         check(&lab, first_pack, damage);
     }
     for file in find(&lab, &["vms/m/checkpoints/2/", "pack"]) {
         check(&lab, &file, Damage::Flip(400));
     }
-    // The last byte is the footer's: a restore finds its way without it, and 'verify' reads it all
-    // the same.
-    damaged(&lab, first_pack, Damage::Flip(1000));
-    let message = lab.run(&["verify", "m"]).expect_failure(DAMAGED);
-    assert!(names(first_pack).iter().any(|name| message.contains(name)), "{message}");
     let manifest = &find(&lab, &["vms/m/checkpoints/2/manifest"])[0];
+    // A restore finds its way by the index, without trailer and footer of a pack, and does not look
+    // behind the end of the index; 'verify' reads all of it.
+    let unused = [
+        (first_pack, Damage::Flip(996)),
+        (first_pack, Damage::Flip(1000)),
+        (manifest, Damage::Append),
+    ];
+    for (file, damage) in unused {
+        damaged(&lab, file, damage);
+        let message = lab.run(&["verify", "m"]).expect_failure(DAMAGED);
+        assert!(names(file).iter().any(|name| message.contains(name)), "{message}");
+    }
     for damage in [
         Damage::Flip(0),
         Damage::Flip(500),
         Damage::Truncate(700),
         Damage::Truncate(0),
-        Damage::Append,
         Damage::Zeroes,
     ] {
         check(&lab, manifest, damage);

@@ -8,7 +8,7 @@ use super::error::IndexError;
 use super::run::{Placed, PlacedRun};
 use crate::lineage::{LineageError, PageLocation, PageMap};
 use crate::names::SpaceName;
-use crate::pack::{FrameEntry, PackIndex};
+use crate::pack::{FrameEntry, PackLayout};
 use crate::units::{PackNo, PageCount, count};
 
 /// Collects the records of checkpoints that follow one another: of each,
@@ -62,13 +62,17 @@ impl Records {
     ///
     /// # Errors
     /// When there are more packs than a lineage can have.
-    pub fn apply_pack(&mut self, place: PackPlace, index: &PackIndex) -> Result<(), LineageError> {
+    pub fn apply_pack(
+        &mut self,
+        place: PackPlace,
+        index: &impl AsRef<PackLayout>,
+    ) -> Result<(), LineageError> {
         let number = PackNo(count(self.packs.len()));
         for recorded in self.spaces.values_mut() {
             recorded.map.apply_pack(number, index)?;
         }
         self.packs.push(place);
-        self.frames.push(index.frames().to_vec());
+        self.frames.push(index.as_ref().frames().to_vec());
         Ok(())
     }
 

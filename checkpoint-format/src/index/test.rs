@@ -263,7 +263,8 @@ fn segments_that_differ_name_the_first_pages() {
         let own = records.encode_into(SegmentBuilder::with_blocks_of(2, 1)).expect("small");
         Segment::new(own.bytes, &own.info).expect("sound")
     };
-    let zeros = |start, len| Recorded::Zero(space, PageRange::of_len(PageIndex(start), PageCount(len)));
+    let zeros =
+        |start, len| Recorded::Zero(space, PageRange::of_len(PageIndex(start), PageCount(len)));
     let frame = |pages: std::ops::Range<u64>| Recorded::Frame(space, pages.collect());
     let differ = |one: Vec<Recorded>, other: Vec<Recorded>| {
         let found = first_difference(&segment(one), &segment(other), &spaces).expect("sound");

@@ -5,6 +5,7 @@ use super::error::EncodeError;
 use super::footer::{FOOTER_LEN, PackFooter};
 use super::frame::EncodedFrame;
 use super::header::{HEADER_LEN, PackHeader, PackId};
+use super::index::PackLayout;
 use super::info::PackInfo;
 use super::space_table::{SpaceId, SpaceTable};
 use super::trailer::{DIGEST_LEN, FRAME_ENTRY_LEN, RUN_LEN, RunKind, RunRecord, Trailer};
@@ -32,6 +33,8 @@ pub struct FinishedPack {
     pub chunks: Vec<Vec<u8>>,
     /// What the manifest says of the pack.
     pub info: PackInfo,
+    /// What its trailer says of its pages, but for the digests.
+    pub layout: PackLayout,
 }
 
 impl PackBuilder {
@@ -128,6 +131,9 @@ impl PackBuilder {
     ///
     /// # Errors
     /// When the index cannot be compressed, or is too long.
+    ///
+    /// # Panics
+    /// Never: the runs of a builder name all of its frames.
     pub fn finish(mut self) -> Result<FinishedPack, EncodeError> {
         let raw = self.trailer.encode();
         let stored = compress_whole(&raw)
@@ -136,7 +142,10 @@ impl PackBuilder {
         let info = self.info(&footer);
         self.chunks.push(stored);
         self.chunks.push(footer.encode());
-        Ok(FinishedPack { chunks: self.chunks, info })
+        let Trailer { spaces, frames, runs, .. } = self.trailer;
+        let layout = PackLayout::resolve(spaces, frames, &runs)
+            .expect("the runs of a builder name all of its frames");
+        Ok(FinishedPack { chunks: self.chunks, info, layout })
     }
 
     /// The trailer's lengths fit: it was kept below [`MAX_TRAILER_RAW_LEN`], and zstd adds little

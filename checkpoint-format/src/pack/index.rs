@@ -38,19 +38,69 @@ pub enum RunSource {
     },
 }
 
-/// The index of one pack, verified.
+/// Which page is in which frame of a pack: its index without the digests.
 ///
 /// The runs are in the order in which they were recorded; a later one overrides an earlier one of
 /// the same page.
 #[derive(Clone, Debug)]
-pub struct PackIndex {
-    id: PackId,
+pub struct PackLayout {
     spaces: Vec<SpaceName>,
     frames: Vec<FrameEntry>,
     runs: Vec<PageRun>,
+}
+
+/// The index of one pack, verified.
+#[derive(Clone, Debug)]
+pub struct PackIndex {
+    id: PackId,
+    layout: PackLayout,
     digests: Vec<PageDigest>,
     /// Of each frame, the number of its first page among the data pages.
     first_digest: Vec<u32>,
+}
+
+impl PackLayout {
+    pub(super) fn resolve(
+        spaces: Vec<SpaceName>,
+        frames: Vec<FrameEntry>,
+        runs: &[RunRecord],
+    ) -> Result<Self, PackError> {
+        let runs = Resolver::new(&frames).resolve(runs)?;
+        Ok(Self { spaces, frames, runs })
+    }
+
+    /// All frames, in the order in which they are stored.
+    pub fn frames(&self) -> &[FrameEntry] {
+        &self.frames
+    }
+
+    /// The runs of one space, in order.
+    pub fn runs_of(&self, space: &SpaceName) -> impl Iterator<Item = &PageRun> {
+        let id = self.space_id(space);
+        self.runs.iter().filter(move |run| Some(run.space) == id)
+    }
+
+    /// Bytes of memory that it takes, but for the spaces' names.
+    pub fn memory(&self) -> usize {
+        size_of_val(&self.frames[..]) + size_of_val(&self.runs[..])
+    }
+
+    fn space_id(&self, name: &SpaceName) -> Option<SpaceId> {
+        let at = self.spaces.iter().position(|known| known == name)?;
+        u16::try_from(at).ok().map(SpaceId)
+    }
+}
+
+impl AsRef<PackLayout> for PackLayout {
+    fn as_ref(&self) -> &PackLayout {
+        self
+    }
+}
+
+impl AsRef<PackLayout> for PackIndex {
+    fn as_ref(&self) -> &PackLayout {
+        &self.layout
+    }
 }
 
 impl PackIndex {
@@ -70,18 +120,12 @@ impl PackIndex {
     }
 
     pub(super) fn resolve(trailer: Trailer) -> Result<Self, PackError> {
-        let runs = Resolver::new(&trailer.frames).resolve(&trailer.runs)?;
-        let first_digest = first_pages(&trailer.frames);
-        let pages: u64 = trailer.frames.iter().map(|f| u64::from(f.pages)).sum();
-        equal(PART, "number of digests", trailer.digests.len() as u64, pages)?;
-        Ok(Self {
-            id: trailer.id,
-            spaces: trailer.spaces,
-            frames: trailer.frames,
-            runs,
-            digests: trailer.digests,
-            first_digest,
-        })
+        let Trailer { id, spaces, frames, runs, digests } = trailer;
+        let layout = PackLayout::resolve(spaces, frames, &runs)?;
+        let first_digest = first_pages(&layout.frames);
+        let pages: u64 = layout.frames.iter().map(|f| u64::from(f.pages)).sum();
+        equal(PART, "number of digests", digests.len() as u64, pages)?;
+        Ok(Self { id, layout, digests, first_digest })
     }
 
     /// The pack's ID.
@@ -91,13 +135,12 @@ impl PackIndex {
 
     /// The spaces by number; a space may be named without a page of it in this pack.
     pub fn spaces(&self) -> &[SpaceName] {
-        &self.spaces
+        &self.layout.spaces
     }
 
     /// The number of a space in this pack, if it has pages of it.
     pub fn space_id(&self, name: &SpaceName) -> Option<SpaceId> {
-        let at = self.spaces.iter().position(|known| known == name)?;
-        u16::try_from(at).ok().map(SpaceId)
+        self.layout.space_id(name)
     }
 
     /// The name of a space of this pack.
@@ -105,28 +148,27 @@ impl PackIndex {
     /// # Panics
     /// When the number comes from another pack.
     pub fn space_name(&self, id: SpaceId) -> &SpaceName {
-        &self.spaces[usize::from(id.0)]
+        &self.layout.spaces[usize::from(id.0)]
     }
 
     /// All frames, in the order in which they are stored.
     pub fn frames(&self) -> &[FrameEntry] {
-        &self.frames
+        self.layout.frames()
     }
 
     /// One frame.
     pub fn frame(&self, number: FrameNo) -> Option<&FrameEntry> {
-        self.frames.get(number.as_usize())
+        self.layout.frames.get(number.as_usize())
     }
 
     /// All page runs, ascending in each space.
     pub fn runs(&self) -> &[PageRun] {
-        &self.runs
+        &self.layout.runs
     }
 
     /// The runs of one space, in order.
     pub fn runs_of(&self, space: &SpaceName) -> impl Iterator<Item = &PageRun> {
-        let id = self.space_id(space);
-        self.runs.iter().filter(move |run| Some(run.space) == id)
+        self.layout.runs_of(space)
     }
 
     /// The digests of all data pages, frame by frame.
@@ -149,7 +191,7 @@ impl PackIndex {
     }
 
     pub(super) fn zero_pages(&self) -> PageCount {
-        let zero = self.runs.iter().filter(|run| run.source == RunSource::Zero);
+        let zero = self.layout.runs.iter().filter(|run| run.source == RunSource::Zero);
         PageCount(zero.map(|run| run.pages.len().0).sum())
     }
 }

@@ -36,7 +36,7 @@ pub use error::{EncodeError, PackError, PackPart};
 pub use footer::{FOOTER_LEN, PackFooter};
 pub use frame::{EncodedFrame, FRAME_HEADER_LEN, FRAME_PAGES, FrameEntry};
 pub use header::{HEADER_LEN, PACK_VERSION, PackHeader, PackId};
-pub use index::{PackIndex, PageRun, RunSource};
+pub use index::{PackIndex, PackLayout, PageRun, RunSource};
 pub use info::PackInfo;
 pub use space_table::{SpaceId, SpaceTable};
 

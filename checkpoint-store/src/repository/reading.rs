@@ -40,6 +40,15 @@ impl Repository {
         Ok(found)
     }
 
+    /// Whether a checkpoint is committed.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn has_checkpoint(&self, vm: &VmName, id: CheckpointId) -> Result<bool> {
+        let path = layout::checkpoint(vm, id);
+        Ok(retrying(|| self.store.stat(&path)).await?.is_some_and(|stat| stat.is_dir))
+    }
+
     /// When an entry of the directory of a VM's checkpoints last came or went, by the store's
     /// clock; `None`: there is no such directory.
     ///

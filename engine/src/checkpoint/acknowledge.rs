@@ -31,7 +31,7 @@ impl Checkpointer {
     #[instrument(name = "acknowledge", level = "debug", skip_all)]
     pub(super) async fn acknowledge(&mut self, durable: Durable, phases: &mut Phases) -> Outcome {
         let begun = Instant::now();
-        let Durable { underway, receipt, identity, buffers, claimed, outcome } = durable;
+        let Durable { underway, receipt, parent, buffers, claimed, outcome } = durable;
         let Claimed { claim, disks } = claimed;
         let receipt = receipt.receipt();
         if let Some(Err(error)) = claim.map(|claim| claim.acknowledge(receipt)) {
@@ -41,7 +41,7 @@ impl Checkpointer {
         // A stream leaves the tracker's marks alone: what they count from is older, so they hold
         // more than is needed.
         history.is_exact |= underway.engine == Engine::Tracker;
-        let marks = history.advance(identity);
+        let marks = history.advance(parent);
         self.marks = Some(marks);
         self.keep(history, buffers.acknowledge());
         if let Err(error) = disks.acknowledge(receipt).await {
@@ -112,7 +112,9 @@ impl Checkpointer {
     }
 
     async fn keep_or_remove(&mut self, stored: Stored, parent: Option<CheckpointId>) {
-        let Stored { partial, packs, .. } = stored;
+        let Stored { partial, mut packs, .. } = stored;
+        // Read again from the store if they are carried.
+        packs.iter_mut().for_each(|pack| pack.layout = None);
         if carried::bytes(&packs) >= WORTH_KEEPING && packs.len() <= MOST_KEPT {
             self.carried = Some(Carried { kept: partial.keep(), packs, parent });
         } else if let Err(error) = partial.abort().await {

@@ -2,14 +2,14 @@
 
 use super::delta::Space;
 use super::held::{HeldLineage, Listing};
-use crate::lineage::{Lineage, NEW_LINEAGE_AFTER};
+use super::parent::{Ancestry, Parent};
+use crate::lineage::NEW_LINEAGE_AFTER;
 use anyhow::{Context, Result};
 use checkpoint_format::{
-    ByteLen, CheckpointId, CheckpointIdentity, ContentDigest, DigestTable, Manifest, PageCount,
-    SpaceKind, SpaceName,
+    ByteLen, CheckpointId, ContentDigest, DigestTable, Manifest, PageCount, SpaceKind, SpaceName,
 };
 use checkpoint_store::{Repository, StoreError};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use vm::error;
 use vm::running::Vm;
 use vm::runtime_dir::Marks;
@@ -55,23 +55,24 @@ impl Base {
         let vm_name = &vm.file.name;
         let listing = Listing::read(repository, vm_name).await?;
         let names = names(vm, disks)?;
-        let Some(lineage) = own_lineage(vm, repository, &listing.checkpoints).await? else {
+        let Some(ancestry) = own_lineage(vm, repository, &listing.checkpoints).await? else {
             tracing::info!(%vm_name, "the store has no checkpoint of this life of the VM; the next one is full");
             return Ok(Self::full(
-                HeldLineage::new(vm_name, Vec::new(), &listing),
+                HeldLineage::new(vm_name, None, BTreeSet::new(), &listing),
                 names,
                 disks.len(),
             ));
         };
-        let manifest =
-            lineage.manifests().next_back().context("a lineage without its newest checkpoint")?;
+        let manifest = ancestry.manifest()?;
         let mut tables = empty_tables(names, disks.len());
-        lineage
+        ancestry
             .digests(repository, &mut tables)
             .await
             .context("reading what the last checkpoint holds")?;
-        let identities: Vec<_> = lineage.files.iter().map(|file| file.identity).collect();
-        let marks = marks.and_then(|marks| marks.of(&identities));
+        let marks = match marks {
+            Some(marks) => marks.of(&ancestry.identities(repository, marks.since.id).await),
+            None => None,
+        };
         let is_known = vm.has_tracker() && marks.is_some_and(|marks| marks.is_exact);
         let is_exact = is_known && vm.lock_tracker()?.resume_protection();
         tracing::info!(%vm_name, parent = %manifest.id, is_exact, has_bitmaps = marks.is_some(), "continuing a lineage");
@@ -80,7 +81,8 @@ impl Base {
             .iter_mut()
             .for_each(|space| space.in_lineage = manifest.space(&space.name).is_some());
         let chains = chains(manifest);
-        let lineage = HeldLineage::new(vm_name, identities, &listing);
+        let parent = ancestry.parent()?;
+        let lineage = HeldLineage::new(vm_name, Some(parent), ancestry.into_needed(), &listing);
         let are_bitmaps_of_lineage = marks.is_some();
         Ok(Self { history: History { lineage, is_exact, are_bitmaps_of_lineage, chains }, spaces })
     }
@@ -165,7 +167,7 @@ impl Base {
 impl History {
     /// None: the next checkpoint is full.
     pub(super) fn parent(&self) -> Option<CheckpointId> {
-        self.lineage.identities().last().map(|parent| parent.id)
+        self.lineage.parent().map(|parent| parent.identity.id)
     }
 
     /// The checkpoint that the disks' bitmaps are to be believed from.
@@ -179,22 +181,23 @@ impl History {
 
     /// Whether the lineage is so long that another has to begin.
     pub(super) fn is_long(&self) -> bool {
-        self.lineage.identities().len() >= NEW_LINEAGE_AFTER
+        self.lineage.parent().is_some_and(|parent| parent.checkpoints >= NEW_LINEAGE_AFTER)
     }
 
     /// A checkpoint is durable; what it was given of the marks counts from it. Returns the marks'
     /// new meaning.
-    pub(super) fn advance(&mut self, checkpoint: CheckpointIdentity) -> Marks {
+    pub(super) fn advance(&mut self, checkpoint: Parent) -> Marks {
+        let since = checkpoint.identity;
         self.lineage.add(checkpoint);
         // A bitmap was begun on every disk in its pause.
         self.are_bitmaps_of_lineage = true;
-        Marks { since: checkpoint, is_exact: self.is_exact }
+        Marks { since, is_exact: self.is_exact }
     }
 
     /// What the marks count from, if that is the parent.
     pub(super) fn marks(&self) -> Option<Marks> {
-        let since = self.lineage.identities().last().filter(|_| self.are_bitmaps_of_lineage);
-        since.map(|since| Marks { since: *since, is_exact: self.is_exact })
+        let parent = self.lineage.parent().filter(|_| self.are_bitmaps_of_lineage);
+        parent.map(|parent| Marks { since: parent.identity, is_exact: self.is_exact })
     }
 }
 
@@ -224,12 +227,10 @@ async fn own_lineage(
     vm: &Vm,
     repository: &Repository,
     known: &[CheckpointId],
-) -> Result<Option<Lineage>> {
+) -> Result<Option<Ancestry>> {
     let read = async {
-        match parent(vm, repository, known).await? {
-            Some(parent) => Lineage::read(repository, &vm.file.name, parent).await.map(Some),
-            None => Ok(None),
-        }
+        let Some(parent) = parent(vm, repository, known).await? else { return Ok(None) };
+        Ancestry::read(repository, &vm.file.name, parent, known).await.map(Some)
     };
     read.await.or_else(|error: anyhow::Error| {
         let is_missing = error

@@ -3,6 +3,7 @@
 
 use super::index::{IndexParts, NewIndex};
 use super::outcome::{Kind, Outcome, Phases, milliseconds};
+use super::parent::Parent;
 use super::underway::{
     Committed, Durable, Failed, FailedStore, Site, Unchanged, Underway, Uploaded,
 };
@@ -29,11 +30,11 @@ use vm::error::{self, classed};
 use vm::launch::arguments;
 use vm::running::Vm;
 
-/// The file of a manifest, in two parts, and what it says that was moved.
+/// A manifest and its file, in two parts.
 struct WrittenManifest {
     head: Vec<u8>,
     segment: Vec<u8>,
-    totals: Totals,
+    manifest: Manifest,
 }
 
 impl Uploaded {
@@ -51,11 +52,11 @@ impl Uploaded {
             return self.give_up_unchanged(parent).await.map(Committed::Unchanged);
         }
         let begun = Instant::now();
-        let (sealed, identity, totals) = match self.seal(site).await {
+        let (sealed, manifest, parent) = match self.seal(site).await {
             Ok(sealed) => sealed,
             Err(error) => return Err(self.failed(error)),
         };
-        let durable = self.publish(sealed, identity, totals).await?;
+        let durable = self.publish(sealed, manifest.totals, parent).await?;
         phases.since("commit", begun);
         kill_point::point("committed");
         Ok(Committed::Durable(durable))
@@ -134,19 +135,20 @@ impl Uploaded {
         }
     }
 
-    async fn seal(&self, site: &Site<'_>) -> Result<(Sealed, CheckpointIdentity, Totals)> {
-        let WrittenManifest { head, segment, totals } = self.manifest(site).await?;
+    async fn seal(&self, site: &Site<'_>) -> Result<(Sealed, Manifest, Parent)> {
+        let WrittenManifest { head, segment, manifest } = self.manifest(site).await?;
         let identity = CheckpointIdentity::new(self.underway.id, &head);
+        let parent = Parent::new(&manifest, identity, head.len() as u64, 1);
         kill_point::point("commit");
         let sealed = self.stored.partial.seal(Bytes::from([head, segment].concat())).await;
-        Ok((sealed.context("committing the checkpoint")?, identity, totals))
+        Ok((sealed.context("committing the checkpoint")?, manifest, parent))
     }
 
     async fn publish(
         self,
         sealed: Sealed,
-        identity: CheckpointIdentity,
         totals: Totals,
+        parent: Parent,
     ) -> Result<Durable, Failed> {
         let outcome = self.outcome();
         let Self { mut underway, stored, buffers, claimed, moment, .. } = self;
@@ -170,7 +172,7 @@ impl Uploaded {
             notes: notes(&underway.notes, moment.run_state, &receipt),
             ..outcome
         };
-        Ok(Durable { underway, receipt, identity, buffers, claimed, outcome })
+        Ok(Durable { underway, receipt, parent, buffers, claimed, outcome })
     }
 
     /// What a checkpoint tells about itself, durable or not.
@@ -207,7 +209,9 @@ impl Uploaded {
         let parts = IndexParts {
             repository: &self.underway.session.repository,
             partial: &self.stored.partial,
+            packs: &self.stored.packs,
             manifest: &manifest,
+            parent: self.underway.history.lineage.parent(),
         };
         let NewIndex { record, segment } = parts.make().await?;
         manifest.index = Some(record);
@@ -215,7 +219,7 @@ impl Uploaded {
         manifest.totals.bytes_stored_raw.0 += draft as u64;
         manifest.totals.bytes_stored.0 += draft as u64;
         let head = manifest.encode().context("encoding the manifest")?;
-        Ok(WrittenManifest { head, segment, totals: manifest.totals })
+        Ok(WrittenManifest { head, segment, manifest })
     }
 
     fn describe(

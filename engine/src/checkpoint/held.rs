@@ -4,9 +4,11 @@
 //! entry of the directory last came or went. Changes of the helper's own are known, so any other
 //! time than that of the last of them means that the directory has to be listed again.
 
+use super::parent::Parent;
 use anyhow::{Context, Result};
-use checkpoint_format::{CheckpointId, CheckpointIdentity, VmName};
+use checkpoint_format::{CheckpointId, VmName};
 use checkpoint_store::Repository;
+use std::collections::BTreeSet;
 use std::time::SystemTime;
 
 /// It is listed after so many checkpoints anyhow, and as many more as are an eighth of those
@@ -14,11 +16,14 @@ use std::time::SystemTime;
 /// store's clock, is found then.
 const LISTING_DUE: usize = 64;
 
-/// The parent with its ancestors, and what is known of their directory in the store.
+/// The parent with what it builds on, and what is known of their directory in the store.
 pub(super) struct HeldLineage {
     vm: VmName,
-    /// Oldest first. Empty: the next checkpoint is full.
-    identities: Vec<CheckpointIdentity>,
+    /// `None`: the next checkpoint is full.
+    parent: Option<Parent>,
+    /// Checkpoints that a restore of the parent needs, and perhaps some that it needed before their
+    /// pages were written again.
+    needed: BTreeSet<CheckpointId>,
     /// In the store, of this lineage or not.
     newest: Option<CheckpointId>,
     /// None: it has to be listed.
@@ -60,18 +65,24 @@ impl Listing {
 }
 
 impl HeldLineage {
-    /// `listing`: made before `identities` were read.
-    pub(super) fn new(vm: &VmName, identities: Vec<CheckpointIdentity>, listing: &Listing) -> Self {
+    /// `listing`: made before the parent was read.
+    pub(super) fn new(
+        vm: &VmName,
+        parent: Option<Parent>,
+        needed: BTreeSet<CheckpointId>,
+        listing: &Listing,
+    ) -> Self {
         Self {
             vm: vm.clone(),
-            identities,
+            parent,
+            needed,
             newest: listing.checkpoints.last().copied(),
             listed: listing.listed(),
         }
     }
 
-    pub(super) fn identities(&self) -> &[CheckpointIdentity] {
-        &self.identities
+    pub(super) fn parent(&self) -> Option<&Parent> {
+        self.parent.as_ref()
     }
 
     pub(super) fn newest(&self) -> Option<CheckpointId> {
@@ -79,15 +90,18 @@ impl HeldLineage {
     }
 
     /// A checkpoint is durable, and the parent of the next.
-    pub(super) fn add(&mut self, checkpoint: CheckpointIdentity) {
-        self.identities.push(checkpoint);
-        self.newest = Some(checkpoint.id);
+    pub(super) fn add(&mut self, checkpoint: Parent) {
+        let id = checkpoint.identity.id;
+        self.needed.insert(id);
+        self.newest = Some(id);
+        self.parent = Some(checkpoint);
         self.listed.iter_mut().for_each(|listed| listed.added += 1);
     }
 
     /// The next checkpoint is full.
     pub(super) fn clear(&mut self) {
-        self.identities.clear();
+        self.parent = None;
+        self.needed.clear();
     }
 
     /// Whether the store still holds all of the lineage, and nothing newer than what was found.
@@ -95,17 +109,19 @@ impl HeldLineage {
         if !self.is_unchanged(repository).await? {
             self.listed = None;
             let listing = Listing::read(repository, &self.vm).await?;
-            let is_there = |identity: &CheckpointIdentity| {
-                listing.checkpoints.binary_search(&identity.id).is_ok()
-            };
+            let is_complete =
+                |parent: &Parent| parent.is_complete(&self.needed, &listing.checkpoints);
             if listing.checkpoints.last().copied() != self.newest
-                || !self.identities.iter().all(is_there)
+                || !self.parent.as_ref().is_none_or(is_complete)
             {
                 return Ok(false);
             }
             self.listed = listing.listed();
         }
-        self.is_parent_held(repository).await
+        match &self.parent {
+            Some(parent) => parent.is_in(repository, &self.vm).await,
+            None => Ok(true),
+        }
     }
 
     async fn is_unchanged(&self, repository: &Repository) -> Result<bool> {
@@ -118,16 +134,6 @@ impl HeldLineage {
         let changed =
             changed.with_context(|| format!("looking for changes of {}'s checkpoints", self.vm))?;
         Ok(changed == Some(listed.changed))
-    }
-
-    async fn is_parent_held(&self, repository: &Repository) -> Result<bool> {
-        let Some(parent) = self.identities.last() else { return Ok(true) };
-        match repository.read_manifest(&self.vm, parent.id).await {
-            Ok(bytes) => Ok(CheckpointIdentity::new(parent.id, &bytes) == *parent),
-            Err(error) if error.is_not_found() => Ok(false),
-            Err(error) => Err(error)
-                .with_context(|| format!("reading the manifest of {}@{}", self.vm, parent.id)),
-        }
     }
 
     /// Runs a change of our own to the directory: a checkpoint begins in it, is committed or
@@ -152,6 +158,7 @@ impl HeldLineage {
 mod test {
     use super::*;
     use bytes::Bytes;
+    use checkpoint_format::CheckpointIdentity;
     use checkpoint_store::{
         Claim, FaultyStore, MemoryStore, Mode, Op, Store, StorePath, Writer, WriterRecord,
     };
@@ -184,6 +191,16 @@ mod test {
         "vm".parse().unwrap()
     }
 
+    fn parent(id: CheckpointId, manifest: &[u8]) -> Parent {
+        Parent {
+            identity: CheckpointIdentity::new(id, manifest),
+            head_len: manifest.len() as u64,
+            checkpoints: id.0,
+            spaces: Vec::new(),
+            segments: None,
+        }
+    }
+
     impl Lab {
         async fn new() -> Self {
             let store = FaultyStore::new(Arc::new(MemoryStore::new()));
@@ -205,17 +222,14 @@ mod test {
         /// So many checkpoints, and the lineage that they are.
         async fn with(checkpoints: u64) -> (Self, HeldLineage) {
             let lab = Self::new().await;
-            let mut lineage = HeldLineage::new(
-                &vm(),
-                Vec::new(),
-                &Listing::read(&lab.repository, &vm()).await.unwrap(),
-            );
+            let listing = Listing::read(&lab.repository, &vm()).await.unwrap();
+            let mut lineage = HeldLineage::new(&vm(), None, BTreeSet::new(), &listing);
             for _ in 0..checkpoints {
                 lab.checkpoint(&mut lineage).await;
             }
             // As a helper that begins.
             let listing = Listing::read(&lab.repository, &vm()).await.unwrap();
-            let lineage = HeldLineage::new(&vm(), lineage.identities().to_vec(), &listing);
+            let lineage = HeldLineage::new(&vm(), lineage.parent, lineage.needed, &listing);
             (lab, lineage)
         }
 
@@ -227,7 +241,7 @@ mod test {
             let partial = lineage.change(repository, writer.begin(id)).await.unwrap();
             assert!(lineage.is_held(repository).await.unwrap());
             drop(lineage.change(repository, partial.commit(manifest(id))).await.unwrap());
-            lineage.add(CheckpointIdentity::new(id, &manifest(id)));
+            lineage.add(parent(id, &manifest(id)));
         }
 
         /// All calls, and the listings of the directory of checkpoints among them.
@@ -293,10 +307,8 @@ mod test {
         assert!(!lineage.is_held(&lab.repository).await.unwrap(), "a newer one");
 
         let (lab, mut lineage) = Lab::with(2).await;
-        let other = CheckpointIdentity::new(CheckpointId(3), b"another");
         lab.checkpoint(&mut lineage).await;
-        lineage.identities.pop();
-        lineage.add(other);
+        lineage.add(parent(CheckpointId(3), b"another one"));
         assert!(!lineage.is_held(&lab.repository).await.unwrap(), "another parent");
     }
 

@@ -1,14 +1,15 @@
 //! The index of a new checkpoint: a segment of what it recorded, with the youngest segments before
 //! it merged in when it is time.
 
+use super::parent::Parent;
 use crate::index::read_segment;
-use crate::lineage::{self, Lineage};
+use crate::lineage::Lineage;
+use crate::pack::NumberedPack;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    ByteOffset, CheckpointId, EncodedSegment, IndexRecord, MAX_SEGMENT_LEN, Manifest, MergePolicy,
-    PackPlace, PackRecord, PageCount, Records, Segment, SegmentRecord, SpaceName, VmName,
-    merge_segments,
+    CheckpointId, EncodedSegment, IndexRecord, MAX_SEGMENT_LEN, Manifest, MergePolicy, PackPlace,
+    PageCount, Records, Segment, SegmentRecord, SpaceName, VmName, merge_segments,
 };
 use checkpoint_store::{PartialCheckpoint, Repository};
 
@@ -17,8 +18,12 @@ pub(super) struct IndexParts<'a> {
     pub repository: &'a Repository,
     /// Where the packs are.
     pub partial: &'a PartialCheckpoint,
+    /// Those of the manifest.
+    pub packs: &'a [NumberedPack],
     /// But for the index.
     pub manifest: &'a Manifest,
+    /// `None`: the checkpoint is full.
+    pub parent: Option<&'a Parent>,
 }
 
 /// For the manifest and behind it.
@@ -42,7 +47,7 @@ impl IndexParts<'_> {
     pub(super) async fn make(&self) -> Result<NewIndex> {
         let Ground { mut records, mut first, checkpoints, mut older } = self.ground().await?;
         records.begin_checkpoint(&self.spaces());
-        for pack in &self.manifest.packs {
+        for pack in self.packs {
             self.apply(&mut records, pack).await?;
         }
         let own = tokio::task::spawn_blocking(move || records.encode())
@@ -81,19 +86,16 @@ impl IndexParts<'_> {
     }
 
     async fn ground(&self) -> Result<Ground> {
-        let id = self.manifest.id;
-        let Some(parent) = self.manifest.parent else {
+        let first = self.manifest.id;
+        let Some(parent) = self.parent else {
             let records = Records::new(None);
-            return Ok(Ground { records, first: id, checkpoints: 0, older: Vec::new() });
+            return Ok(Ground { records, first, checkpoints: 0, older: Vec::new() });
         };
-        let file = lineage::manifest_file(self.repository, self.vm(), parent).await?;
-        let Some(index) = &file.manifest.index else { return self.whole_lineage(parent).await };
-        let mut older = index.segments.clone();
-        for segment in &mut older {
-            segment.at.get_or_insert(ByteOffset(file.head_len));
-        }
-        let records = Records::new(Some(&file.manifest.space_sizes()));
-        Ok(Ground { records, first: id, checkpoints: index.checkpoints, older })
+        let Some(segments) = &parent.segments else {
+            return self.whole_lineage(parent.identity.id).await;
+        };
+        let (records, older) = (Records::new(Some(&parent.spaces)), segments.clone());
+        Ok(Ground { records, first, checkpoints: parent.checkpoints, older })
     }
 
     /// The parent has no index: the new one begins with the lineage.
@@ -105,14 +107,18 @@ impl IndexParts<'_> {
         Ok(Ground { records, first, checkpoints, older: Vec::new() })
     }
 
-    async fn apply(&self, records: &mut Records, pack: &PackRecord) -> Result<()> {
+    async fn apply(&self, records: &mut Records, pack: &NumberedPack) -> Result<()> {
+        let NumberedPack { record: pack, layout, .. } = pack;
+        let place = PackPlace { checkpoint: self.manifest.id, name: pack.name.clone() };
+        if let Some(layout) = layout {
+            return Ok(records.apply_pack(place, &**layout)?);
+        }
         let about = || format!("the index of {}", pack.name);
         let range = pack.info.footer().trailer_range();
         let trailer =
             self.partial.read_pack_range(&pack.name, range.start, range.end - range.start);
         let index =
             pack.info.parse_index(&trailer.await.with_context(about)?).with_context(about)?;
-        let place = PackPlace { checkpoint: self.manifest.id, name: pack.name.clone() };
         records.apply_pack(place, &index).with_context(about)
     }
 

@@ -27,6 +27,7 @@ mod held;
 mod holder;
 mod index;
 pub mod outcome;
+mod parent;
 mod pause;
 mod precopy;
 mod prepare;

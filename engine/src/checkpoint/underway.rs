@@ -12,13 +12,14 @@ use super::base::History;
 use super::buffers::{Aborted, Buffers};
 use super::carried::{self, Resumed};
 use super::outcome::{Outcome, Phases};
+use super::parent::Parent;
 use super::source::{CaptureContext, Claimed, FailedDisks, MemorySource, Moment, NotTaken, Taken};
 use super::writer::StoreSession;
 use crate::kill_point;
 use crate::layers;
 use crate::pack::{NumberedPack, Packer, StoredPacks};
 use anyhow::{Context, Error, Result};
-use checkpoint_format::{ByteLen, CheckpointId, CheckpointIdentity, LayerRef};
+use checkpoint_format::{ByteLen, CheckpointId, LayerRef};
 use checkpoint_store::PartialCheckpoint;
 use dirty_tracker::DirtyClaim;
 use qmp_bridge::capture::PreparedDisks;
@@ -129,7 +130,8 @@ pub(super) enum Committed {
 pub(super) struct Durable {
     pub underway: Underway,
     pub receipt: checkpoint_store::Durable,
-    pub identity: CheckpointIdentity,
+    /// The checkpoint, as the next one's parent.
+    pub parent: Parent,
     pub buffers: Buffers,
     pub claimed: Claimed,
     pub outcome: Outcome,

@@ -14,8 +14,8 @@ pub(crate) use target::PackTarget;
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use checkpoint_format::{
-    ByteLen, EncodedFrame, FinishedPack, PackBuilder, PackId, PackRecord, PageDigest, PageIndex,
-    PageRange, SpaceId, SpaceTable,
+    ByteLen, EncodedFrame, FinishedPack, PackBuilder, PackId, PackInfo, PackLayout, PackRecord,
+    PageDigest, PageIndex, PageRange, SpaceId, SpaceTable,
 };
 use checkpoint_store::StoredPack;
 use futures::StreamExt;
@@ -35,6 +35,9 @@ pub(crate) const PACK_BYTES: ByteLen = ByteLen(24 << 20);
 /// And when its index reaches this length: pages that compress to next to nothing need as much of
 /// it as others, and it is in memory four times when a pack is closed. 240,000 pages.
 const INDEX_BYTES: ByteLen = ByteLen(4 << 20);
+/// What is kept of the indexes of all packs, for the index of the lineage: those of 250,000
+/// scattered pages, or of 40 GiB that are not. The others are read again.
+const LAYOUT_BYTES: usize = 16 << 20;
 /// Packs being written at once, besides the one being filled: HDFS gives a pipeline to each file.
 const UPLOADS: usize = 2;
 /// Frames being compressed at once.
@@ -67,6 +70,8 @@ pub(crate) struct NumberedPack {
     /// Of two records of a page the one in the pack of the higher number counts.
     pub number: u32,
     pub record: PackRecord,
+    /// What its trailer says but for the digests, if there was room to keep it.
+    pub layout: Option<Arc<PackLayout>>,
 }
 
 /// The packs that the store has acknowledged so far, whatever becomes of the pipeline.
@@ -219,6 +224,8 @@ struct Pipeline {
     begun: u32,
     uploads: FuturesUnordered<BoxFuture<'static, Result<NumberedPack>>>,
     stored: StoredPacks,
+    /// Bytes of the layouts that are kept.
+    layout_bytes: usize,
 }
 
 impl Pipeline {
@@ -240,6 +247,7 @@ impl Pipeline {
             begun: first,
             uploads: FuturesUnordered::new(),
             stored,
+            layout_bytes: 0,
         }
     }
 
@@ -312,7 +320,13 @@ impl Pipeline {
         self.begun += 1;
         let next = PackBuilder::new(pack_id(&self.label, self.begun), &self.spaces);
         let pack = std::mem::replace(&mut self.builder, next).finish().context("closing a pack")?;
-        self.uploads.push(Box::pin(upload(Arc::clone(&self.target), number, pack)));
+        let FinishedPack { chunks, info, layout } = pack;
+        let layout_bytes = self.layout_bytes + layout.memory();
+        let is_kept = layout_bytes <= LAYOUT_BYTES;
+        self.layout_bytes = if is_kept { layout_bytes } else { self.layout_bytes };
+        let layout = is_kept.then(|| Arc::new(layout));
+        let upload = upload(Arc::clone(&self.target), number, (chunks, info), layout);
+        self.uploads.push(Box::pin(upload));
         Ok(())
     }
 }
@@ -324,12 +338,13 @@ fn pack_id(label: &str, number: u32) -> PackId {
 async fn upload(
     target: Arc<dyn PackTarget>,
     number: u32,
-    pack: FinishedPack,
+    (chunks, info): (Vec<Vec<u8>>, PackInfo),
+    layout: Option<Arc<PackLayout>>,
 ) -> Result<NumberedPack> {
-    let chunks = pack.chunks.into_iter().map(Bytes::from).collect();
+    let chunks = chunks.into_iter().map(Bytes::from).collect();
     let StoredPack { name, replicas, .. } =
         target.put_pack(&format!("pack-{number:04}"), chunks).await?;
-    Ok(NumberedPack { number, record: PackRecord { name, info: pack.info, replicas } })
+    Ok(NumberedPack { number, record: PackRecord { name, info, replicas }, layout })
 }
 
 async fn encode(job: PackJob) -> Result<Encoded> {

@@ -232,3 +232,6 @@ impl Frames {
         Ok(number)
     }
 }
+
+#[cfg(test)]
+mod test;

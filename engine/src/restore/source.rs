@@ -239,7 +239,8 @@ impl Source {
         is_wanted: Arc<impl Fn(&FrameRead) -> bool>,
     ) -> Result<Vec<Run>> {
         batch.frames.retain(|(read, _)| is_wanted(read));
-        let (Some((_, first)), Some((_, last))) = (batch.frames.first(), batch.frames.last()) else {
+        let (Some((_, first)), Some((_, last))) = (batch.frames.first(), batch.frames.last())
+        else {
             return Ok(Vec::new());
         };
         batch.start = first.byte_range().start;

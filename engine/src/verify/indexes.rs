@@ -6,8 +6,8 @@ use crate::lineage::{self, ManifestFile};
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    CheckpointId, EncodedSegment, IndexRecord, Manifest, PackPlace, Records, Segment, SegmentRecord,
-    first_difference,
+    CheckpointId, EncodedSegment, IndexRecord, Manifest, PackPlace, Records, Segment,
+    SegmentRecord, first_difference,
 };
 use checkpoint_store::Repository;
 use std::collections::{BTreeMap, BTreeSet};
@@ -64,7 +64,9 @@ impl<'a> Indexes<'a> {
         if is_there {
             Ok(())
         } else {
-            Err(damaged(format!("it names a segment in the manifest of {vm}@{id} that is not there")))
+            Err(damaged(format!(
+                "it names a segment in the manifest of {vm}@{id} that is not there"
+            )))
         }
     }
 

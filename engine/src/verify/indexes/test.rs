@@ -9,8 +9,13 @@ async fn lineage(spoilt: u64, spoil: fn(&mut Manifest)) -> Synthetic {
     let mut made = Synthetic::new().await;
     made.last_of_version_1 = 2;
     for id in 1..=20 {
-        made.content[1].resize(100 + (id * 37 % 100) as usize, 0);
-        made.commit_with(id, |manifest| if id == spoilt { spoil(manifest) }).await;
+        made.resize_disk(if id % 11 == 8 { 0 } else { 100 + (id * 37 % 100) as usize });
+        made.commit_with(id, |manifest| {
+            if id == spoilt {
+                spoil(manifest)
+            }
+        })
+        .await;
     }
     made
 }
