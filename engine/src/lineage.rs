@@ -5,14 +5,14 @@ use checkpoint_format::{
     CheckpointId, CheckpointIdentity, DigestTable, Manifest, PackIndex, PackPlace, PackRecord,
     PageCount, Records, SpaceName, SpaceRecord, VmName,
 };
-use checkpoint_store::Repository;
+use checkpoint_store::{Repository, StoreError};
 use futures::future::{BoxFuture, join_all};
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::str::FromStr;
-use vm::error::{EngineError, InPhase, Phase, damaged};
+use vm::error::{Class, EngineError, InPhase, Phase, class_of, damaged};
 
 /// Most checkpoints of a lineage, the full one included. A reader takes more for damage.
 pub(crate) const LONGEST_LINEAGE: usize = 100_000;
@@ -263,6 +263,14 @@ pub(crate) async fn manifest_file(
     }
     let identity = CheckpointIdentity::new(id, &bytes);
     Ok(ManifestFile { manifest, identity, head_len: bytes.len() as u64 })
+}
+
+/// Whether what was to be read is missing or damaged, and not only out of reach.
+pub(crate) fn is_lost(error: &anyhow::Error) -> bool {
+    let is_missing = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<StoreError>().is_some_and(StoreError::is_not_found)
+    };
+    error.chain().any(is_missing) || class_of(error) == Class::Damaged
 }
 
 pub(crate) async fn index(

@@ -96,9 +96,12 @@ fn damage_is_found_and_named() {
         check(&lab, &file, Damage::Flip(400));
     }
     let manifest = &find(&lab, &["vms/m/checkpoints/2/manifest"])[0];
-    // A restore finds its way by the index, without trailer and footer of a pack, and does not look
-    // behind the end of the index; 'verify' reads all of it.
+    let first_manifest = &find(&lab, &["vms/m/checkpoints/1/manifest"])[0];
+    // A restore finds its way by the index, without trailer and footer of a pack, reads only the
+    // index of an earlier manifest, and does not look behind the end of that; 'verify' reads all of
+    // it.
     let unused = [
+        (first_manifest, Damage::Flip(300)),
         (first_pack, Damage::Flip(996)),
         (first_pack, Damage::Flip(1000)),
         (manifest, Damage::Append),
@@ -117,7 +120,7 @@ fn damage_is_found_and_named() {
     ] {
         check(&lab, manifest, damage);
     }
-    check(&lab, &find(&lab, &["vms/m/checkpoints/1/manifest"])[0], Damage::Flip(700));
+    check(&lab, first_manifest, Damage::Flip(1000));
     check(&lab, &find(&lab, &["layers/", "layer.json"])[0], Damage::Flip(500));
     check(&lab, &find(&lab, &["layers/", "blocks.table"])[0], Damage::Flip(500));
     check(&lab, &find(&lab, &["layers/", "pack"])[0], Damage::Flip(300));

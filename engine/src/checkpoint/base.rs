@@ -3,14 +3,13 @@
 use super::delta::Space;
 use super::held::{HeldLineage, Listing};
 use super::parent::{Ancestry, Parent};
-use crate::lineage::NEW_LINEAGE_AFTER;
+use crate::lineage::{NEW_LINEAGE_AFTER, is_lost};
 use anyhow::{Context, Result};
 use checkpoint_format::{
     ByteLen, CheckpointId, ContentDigest, DigestTable, Manifest, PageCount, SpaceKind, SpaceName,
 };
-use checkpoint_store::{Repository, StoreError};
+use checkpoint_store::Repository;
 use std::collections::{BTreeSet, HashMap};
-use vm::error;
 use vm::running::Vm;
 use vm::runtime_dir::Marks;
 
@@ -55,7 +54,8 @@ impl Base {
         let vm_name = &vm.file.name;
         let listing = Listing::read(repository, vm_name).await?;
         let names = names(vm, disks)?;
-        let Some(ancestry) = own_lineage(vm, repository, &listing.checkpoints).await? else {
+        let tables = empty_tables(names.clone(), disks.len());
+        let Some((ancestry, tables)) = own_lineage(vm, repository, &listing, tables).await? else {
             tracing::info!(%vm_name, "the store has no checkpoint of this life of the VM; the next one is full");
             return Ok(Self::full(
                 HeldLineage::new(vm_name, None, BTreeSet::new(), &listing),
@@ -64,11 +64,6 @@ impl Base {
             ));
         };
         let manifest = ancestry.manifest()?;
-        let mut tables = empty_tables(names, disks.len());
-        ancestry
-            .digests(repository, &mut tables)
-            .await
-            .context("reading what the last checkpoint holds")?;
         let marks = match marks {
             Some(marks) => marks.of(&ancestry.identities(repository, marks.since.id).await),
             None => None,
@@ -221,30 +216,33 @@ fn chains(manifest: &Manifest) -> Chains {
         .collect()
 }
 
-/// The lineage that the next checkpoint continues with. One that has lost an ancestor, or is
-/// damaged, is not built on: no restore could use what comes after.
+/// The lineage that the next checkpoint continues with, and the digests of what it holds. One that
+/// has lost an ancestor, or is damaged, is not built on: no restore could use what comes after.
 async fn own_lineage(
     vm: &Vm,
     repository: &Repository,
-    known: &[CheckpointId],
-) -> Result<Option<Ancestry>> {
+    listing: &Listing,
+    mut tables: Vec<(SpaceName, DigestTable)>,
+) -> Result<Option<(Ancestry, Vec<(SpaceName, DigestTable)>)>> {
+    let known = &listing.checkpoints;
     let read = async {
         let Some(parent) = parent(vm, repository, known).await? else { return Ok(None) };
-        Ancestry::read(repository, &vm.file.name, parent, known).await.map(Some)
+        let ancestry = Ancestry::read(repository, &vm.file.name, parent, known).await?;
+        let digests = ancestry.digests(repository, &mut tables).await;
+        digests.context("reading what the last checkpoint holds")?;
+        Ok(Some(ancestry))
     };
-    read.await.or_else(|error: anyhow::Error| {
-        let is_missing = error
-            .chain()
-            .any(|cause| cause.downcast_ref::<StoreError>().is_some_and(StoreError::is_not_found));
-        if !is_missing && error::class_of(&error) != error::Class::Damaged {
-            return Err(error);
+    match read.await {
+        Ok(found) => Ok(found.map(|ancestry| (ancestry, tables))),
+        Err(error) if is_lost(&error) => {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "the last checkpoint cannot be built on; the next one is full"
+            );
+            Ok(None)
         }
-        tracing::warn!(
-            error = format!("{error:#}"),
-            "the last checkpoint cannot be built on; the next one is full"
-        );
-        Ok(None)
-    })
+        Err(error) => Err(error),
+    }
 }
 
 /// The newest checkpoint that this instance took, else the one that it was restored from (which

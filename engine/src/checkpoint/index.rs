@@ -3,7 +3,7 @@
 
 use super::parent::Parent;
 use crate::index::read_segment;
-use crate::lineage::Lineage;
+use crate::lineage::{Lineage, is_lost};
 use crate::pack::NumberedPack;
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -45,7 +45,21 @@ struct Ground {
 
 impl IndexParts<'_> {
     pub(super) async fn make(&self) -> Result<NewIndex> {
-        let Ground { mut records, mut first, checkpoints, mut older } = self.ground().await?;
+        let made = self.made_on(self.ground().await?).await;
+        let Some((parent, error)) = self.parent.zip(made.as_ref().err().filter(|e| is_lost(e)))
+        else {
+            return made;
+        };
+        tracing::warn!(
+            error = format!("{error:#}"),
+            "a segment of the index is lost; the index is made again from the packs' trailers"
+        );
+        let ground = self.whole_lineage(parent.identity.id).await;
+        self.made_on(ground.context("making an index that was lost again from the packs")?).await
+    }
+
+    async fn made_on(&self, ground: Ground) -> Result<NewIndex> {
+        let Ground { mut records, mut first, checkpoints, mut older } = ground;
         records.begin_checkpoint(&self.spaces());
         for pack in self.packs {
             self.apply(&mut records, pack).await?;
@@ -64,6 +78,8 @@ impl IndexParts<'_> {
                     first = older[count - 1].first;
                     older.drain(..count);
                 }
+                // No restore could read it.
+                Err(error) if is_lost(&error) => return Err(error),
                 // The next checkpoint tries it again.
                 Err(error) => tracing::warn!(
                     error = format!("{error:#}"),

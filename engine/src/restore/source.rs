@@ -31,8 +31,8 @@ const READS: usize = 4;
 /// Pages next to each other and their content.
 pub(crate) type Run = (PageRange, Bytes);
 
-/// A checkpoint whose pages can be read: its manifest is in memory, and where its pages are is known
-/// or looked up in the store. Clones share it.
+/// A checkpoint whose pages can be read: its manifest is in memory, and where its pages are is
+/// known or looked up in the store. Clones share it.
 #[derive(Clone)]
 pub struct Source(Arc<Inner>);
 

@@ -1,5 +1,5 @@
-//! The indexes of checkpoints: whether each segment is whole, and says what the trailers of the packs
-//! say.
+//! The indexes of checkpoints: whether each segment is whole, and says what the trailers of the
+//! packs say.
 
 use crate::index::read_segment;
 use crate::lineage::{self, ManifestFile};
@@ -97,8 +97,8 @@ impl<'a> Indexes<'a> {
         }
     }
 
-    /// What the checkpoints from `first` to that of `last` recorded, by the trailers of their packs;
-    /// `None` if one of these cannot be read.
+    /// What the checkpoints from `first` to that of `last` recorded, by the trailers of their
+    /// packs; `None` if one of these cannot be read.
     async fn records(&self, last: &Manifest, first: CheckpointId) -> Result<Option<Records>> {
         let mut covered = vec![last];
         while let Some(oldest) = covered.last().filter(|oldest| oldest.id > first) {

@@ -9,7 +9,7 @@ use crate::verify;
 use checkpoint_format::{
     ByteLen, CheckpointId, DigestTable, Manifest, PAGE_SIZE, PageDigest, PageIndex, PageRange,
 };
-use checkpoint_store::{LocalStore, MemoryStore, Store};
+use checkpoint_store::{LocalStore, MemoryStore, PutOptions, Store, StorePath};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -29,6 +29,31 @@ async fn index_of_a_lineage_that_began_without_one() {
             assert!(index.segments.len() <= 10, "{index:?}");
             assert_eq!(index.segments.last().unwrap().first, CheckpointId(1));
         }
+        check_content(&made, id, &manifest).await;
+        check_digests(&made, id, &manifest).await;
+    }
+}
+
+#[tokio::test]
+async fn index_that_is_damaged_is_made_again() {
+    let mut made = Synthetic::new().await;
+    let mut last = 0;
+    let mut segments = 0;
+    while segments < 10 {
+        last += 1;
+        segments = made.commit(last).await.index.unwrap().segments.len();
+    }
+    // The next one merges the youngest of them.
+    let path = StorePath::new(&format!("vms/vm-1/checkpoints/{last}/manifest.json")).unwrap();
+    let file = made.store.read(&path, 1 << 20).await.unwrap();
+    let damaged: Vec<u8> =
+        file[..file.len() - 1].iter().copied().chain([!file[file.len() - 1]]).collect();
+    made.store.remove(&path).await.unwrap();
+    made.store.put(&path, vec![damaged.into()], PutOptions::default()).await.unwrap();
+    for id in last + 1..=last + 2 {
+        let manifest = made.commit(id).await;
+        let index = manifest.index.as_ref().unwrap();
+        assert_eq!((index.checkpoints, index.segments.len() as u64), (id, id - last));
         check_content(&made, id, &manifest).await;
         check_digests(&made, id, &manifest).await;
     }
