@@ -114,6 +114,12 @@ pub enum StoreError {
     WriterHeld { vm: VmName, epoch: Epoch, holder: String },
 
     #[error(
+        "checkpoint {id} of {vm} is in use by {reader}; it can be removed when all has arrived \
+         there, or a day after that host was lost"
+    )]
+    InUse { vm: VmName, id: CheckpointId, reader: String },
+
+    #[error(
         "checkpoint {id} of {vm}: the commit was sent but its outcome can't be learned ({reason}). Treat it as not \
          durable and take a later number for the next one"
     )]
@@ -130,7 +136,7 @@ pub enum StoreError {
 }
 
 error_class::classes! {
-    StoreError: Usage(InvalidUrl) Refused(Fenced, WriterHeld, ErasureCoded)
+    StoreError: Usage(InvalidUrl) Refused(Fenced, WriterHeld, InUse, ErasureCoded)
         Damaged(Corrupt, PastEnd)
         Store(NotFound, AlreadyExists, Timeout, Uncertain, Unavailable, Denied, Full, Failed, Limit,
             CommitUnknown, InvalidPath, WrongStore);
@@ -213,6 +219,7 @@ mod tests {
             StoreError::Corrupt { path: path.clone(), reason: reason.clone() },
             StoreError::Fenced { vm: vm.clone(), ours: Epoch(1), newest: Epoch(2) },
             StoreError::WriterHeld { vm: vm.clone(), epoch: Epoch(1), holder: "x".into() },
+            StoreError::InUse { vm: vm.clone(), id: CheckpointId(1), reader: "x".into() },
             StoreError::CommitUnknown { vm, id: CheckpointId(1), reason: reason.clone() },
             StoreError::InvalidPath { text: path.clone(), reason: "why" },
             StoreError::InvalidUrl { url: path.clone(), reason: reason.clone() },

@@ -61,7 +61,7 @@ pub use open::{StoreOptions, open};
 pub use path::StorePath;
 pub use repository::{
     Claim, Durable, KeptPartial, LayerOutcome, MAX_MANIFEST_LEN, Mode, PartialCheckpoint,
-    PartialLayer, Repository, RepositoryOptions, RetryPolicy, Sealed, StoredPack, Writer,
-    WriterInfo, WriterRecord,
+    PartialLayer, Reader, ReaderInfo, ReaderRecord, Repository, RepositoryOptions, RetryPolicy,
+    Sealed, StoredPack, Writer, WriterInfo, WriterRecord,
 };
 pub use store::{Entry, MAX_READ_LEN, PutOptions, PutReceipt, Stat, Store};

@@ -62,6 +62,7 @@ use anyhow::Context;
 use checkpoint_format::VmName;
 use engine::checkpoint::Checkpointer;
 use engine::restore::hydration::Hydration;
+use engine::restore::in_use::InUse;
 use engine::restore::lazy_disks::Disks;
 use sd_notify::NotifyState;
 use std::path::Path;
@@ -156,13 +157,19 @@ async fn serve_vm(
     let vm = &checkpointer.vm;
     let name = vm.file.name.clone();
     tracing::info!(%name, qemu = vm.pid, version = %vm.facts.qemu, accelerator = vm.facts.accelerator.as_str(), "attached");
+    let in_use = InUse::begin(&vm.file, to_come.hydration.as_ref(), to_come.disks.as_ref())?;
     let server = server::Server::new(checkpointer, to_come);
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("attached to {name}"))]);
     let terminate = signal(SignalKind::terminate()).context("listening for SIGTERM");
     let mut terminate = terminate.in_phase(Phase::Attach)?;
     tokio::select! {
         () = server.run(control) => {},
-        () = server.vm_ended() => tracing::info!(%name, "QEMU has ended"),
+        () = server.vm_ended() => {
+            tracing::info!(%name, "QEMU has ended");
+            if let Some(in_use) = &in_use {
+                in_use.end().await;
+            }
+        }
         _ = terminate.recv() => tracing::info!(%name, "asked to end"),
         _ = tokio::signal::ctrl_c() => tracing::info!(%name, "interrupted"),
     }

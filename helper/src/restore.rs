@@ -290,6 +290,7 @@ mod test {
             paused: true,
             run: false,
             lazy: false,
+            deadline: None,
         }
     }
 

@@ -239,6 +239,10 @@ pub struct RestoreArgs {
     /// and all others in the background
     #[arg(long)]
     pub lazy: bool,
+    /// With --lazy: if the guest has waited for a page for TIME, such as 5m, because the store is
+    /// away, stop it; it stays so until 'cont' [default: it waits, and continues by itself]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub deadline: Option<std::time::Duration>,
     /// Return when all memory is here, and nothing more is needed from the store
     #[arg(long)]
     pub wait: bool,

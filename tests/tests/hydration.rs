@@ -1,7 +1,7 @@
 //! Nothing that fails while a guest's memory arrives is for the guest to notice, or for an operator
 //! to repair: a helper that dies is followed by another, whatever it was doing.
 
-use crate::lazy::{Hold, assert_hydrating, wait_until_hydrated};
+use crate::lazy::{Hold, assert_hydrating, hydration, move_away, wait_until_hydrated};
 use nix::sys::signal::{Signal, kill};
 use std::time::Duration;
 use stillpoint_tests::{
@@ -127,6 +127,75 @@ fn hydration_is_exact_whatever_the_helper_was_doing_when_it_died() {
         vm.kill();
     }
     lab.verify("m");
+}
+
+/// A store that stays away: the operator has said what then.
+#[test]
+fn hydration_deadline_stops_the_guest_until_cont() {
+    let mut lab = Lab::new(&newest_qemu());
+    let hold = Hold::begin(&mut lab);
+    let vm = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
+    vm.wait_for_witness();
+    let taken = vm.checkpoint();
+    vm.kill();
+    let vm = lab.restore("m", "m", &["--lazy", "--deadline", "1s"]);
+    let store = lab.store_directory();
+    let away = move_away(&store);
+    let says = |what: &str| {
+        let status = hydration(&lab, "m").expect("it is under way");
+        (status[what]["since"].is_string()).then(|| status[what]["message"].to_string())
+    };
+    assert!(wait_until(TIMEOUT, || says("stopped").is_some()), "{:?}", hydration(&lab, "m"));
+    let message = says("stopped").expect("it was there");
+    assert!(message.contains(lab.store()), "{message}");
+    assert!(says("store_away").is_some(), "{:?}", hydration(&lab, "m"));
+    std::fs::rename(&away, &store).expect("a store");
+    // QEMU carries the order out at the latest when the page has come.
+    assert!(wait_until(TIMEOUT, || !vm.qmp().is_running()), "the guest runs");
+    assert!(wait_until(TIMEOUT, || says("store_away").is_none()), "{:?}", hydration(&lab, "m"));
+    assert!(says("stopped").is_some() && !vm.qmp().is_running());
+    vm.qmp().cont();
+    vm.assert_makes_progress();
+    hold.release();
+    wait_until_hydrated(&lab, "m");
+    vm.assert_continues(&taken);
+}
+
+/// What the store says of who needs the checkpoints of `m`.
+fn readers(lab: &Lab) -> Vec<String> {
+    let files = std::fs::read_dir(lab.store_directory().join("vms/m/readers"));
+    let names = files.into_iter().flatten().flatten().map(|file| file.file_name());
+    names.map(|name| name.to_string_lossy().into_owned()).collect()
+}
+
+#[test]
+fn hydration_protects_its_checkpoint_until_all_is_here() {
+    let mut lab = Lab::for_vms(&newest_qemu(), 2);
+    let hold = Hold::begin(&mut lab);
+    let vm = lab.start("m", &Recipe::scribbler(104));
+    vm.checkpoint();
+    vm.checkpoint();
+    vm.kill();
+    let vm = lab.restore("m@2", "copy", &["--lazy"]);
+    let is_noted = || readers(&lab).len() == 1;
+    assert!(wait_until(TIMEOUT, is_noted), "{:?}", readers(&lab));
+    assert!(readers(&lab)[0].starts_with("2."), "{:?}", readers(&lab));
+    // The next helper is the same reader.
+    let first = readers(&lab);
+    vm.kill_helper();
+    vm.attach();
+    let is_renewed = || is_noted() && readers(&lab) != first;
+    assert!(wait_until(TIMEOUT, is_renewed), "{:?} after {first:?}", readers(&lab));
+    hold.release();
+    wait_until_hydrated(&lab, "copy");
+    assert!(wait_until(TIMEOUT, || readers(&lab).is_empty()), "{:?}", readers(&lab));
+    vm.kill();
+
+    hold.hold();
+    let mut vm = lab.restore("m", "m", &["--lazy"]);
+    assert!(wait_until(TIMEOUT, is_noted), "{:?}", readers(&lab));
+    vm.kill_qemu();
+    assert!(wait_until(TIMEOUT, || readers(&lab).is_empty()), "{:?}", readers(&lab));
 }
 
 /// As when the host is lost.

@@ -147,6 +147,8 @@ fn lazy_guest_that_needs_a_damaged_page_is_stopped_until_the_store_is_repaired()
         hydration(&lab, "m").is_some_and(|status| status["damaged"]["since"].is_string())
     });
     assert!(says_so, "{:?}", hydration(&lab, "m"));
+    let message = hydration(&lab, "m").expect("it is under way")["damaged"]["message"].to_string();
+    assert!(message.contains("m@1/") && message.contains(".pack"), "no object in {message}");
     for (pack, bytes) in &whole {
         std::fs::write(pack, bytes).expect("a pack");
     }

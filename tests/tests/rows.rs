@@ -313,6 +313,15 @@ const RESTORE: &[Row] = &[
 /// Without phases.
 const LAZY: &[Row] = &[
     ("", "the store does not answer", LAZY_EXACT),
+    ("", "the same for longer", &["vms::hydration::hydration_deadline_stops_the_guest_until_cont"]),
+    (
+        "",
+        "a checkpoint in use",
+        &[
+            "readers_protect_what_they_read_and_all_before_it",
+            "vms::hydration::hydration_protects_its_checkpoint_until_all_is_here",
+        ],
+    ),
     (
         "",
         "helper killed while memory",

@@ -66,6 +66,37 @@ pub(crate) fn checkpoint(vm: &VmName, id: CheckpointId) -> StorePath {
     path(format_args!("vms/{vm}/checkpoints/{}", id.0))
 }
 
+pub(crate) fn readers(vm: &VmName) -> StorePath {
+    path(format_args!("vms/{vm}/readers"))
+}
+
+pub(crate) fn reader(vm: &VmName, name: &ReaderName) -> StorePath {
+    let ReaderName { id, key, number } = name;
+    path(format_args!("vms/{vm}/readers/{}.{key}-{number}", id.0))
+}
+
+/// One file of one reader of a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ReaderName {
+    pub id: CheckpointId,
+    /// Tells readers apart.
+    pub key: Checksum,
+    /// Counts renewals.
+    pub number: u64,
+}
+
+impl ReaderName {
+    pub(crate) fn parse(name: &str) -> Option<Self> {
+        let (id, rest) = name.split_once('.')?;
+        let (key, count) = rest.split_once('-')?;
+        Some(ReaderName {
+            id: CheckpointId(number(id)?),
+            key: key.parse().ok()?,
+            number: number(count)?,
+        })
+    }
+}
+
 pub(crate) fn proofs(vm: &VmName) -> StorePath {
     path(format_args!("vms/{vm}/proofs"))
 }
@@ -174,6 +205,18 @@ mod tests {
         assert_eq!(path.as_str(), format!("vms/vm/proofs/12.{}.json", "1b".repeat(16)));
         assert_eq!(proof_of(path.name()), Some(CheckpointId(12)));
         assert_eq!([proof_of("12.json"), proof_of("012.a.json"), proof_of("x.a.json")], [None; 3]);
+    }
+
+    #[test]
+    fn reader_names_parse_back() {
+        let vm: VmName = "vm".parse().expect("valid");
+        let name = ReaderName { id: CheckpointId(12), key: Checksum([0x1b; 16]), number: 7 };
+        let path = reader(&vm, &name);
+        assert_eq!(path.as_str(), format!("vms/vm/readers/12.{}-7", "1b".repeat(16)));
+        assert_eq!(ReaderName::parse(path.name()), Some(name));
+        for name in ["now.1-2", "12", "12.1b-7", "12.7", "012.1b-7"] {
+            assert_eq!(ReaderName::parse(name), None, "{name}");
+        }
     }
 
     #[test]

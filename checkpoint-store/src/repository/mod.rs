@@ -8,6 +8,7 @@
 //! vms/<vm>/writers/<epoch>.released                 its writer ended in order
 //! vms/<vm>/checkpoints/<seq>.<epoch>-<try>.partial/ packs, then manifest.json
 //! vms/<vm>/checkpoints/<seq>/                       the same directory after the one rename: a checkpoint
+//! vms/<vm>/readers/<seq>.<key>-<number>             the checkpoint, and all before it, are in use
 //! vms/<vm>/proofs/<seq>.<key>.json                  a note that it was restored and compared; for people
 //! ```
 
@@ -18,6 +19,7 @@ mod layers;
 mod layout;
 mod partial;
 mod proofs;
+mod readers;
 mod reading;
 mod record;
 mod retry;
@@ -30,6 +32,7 @@ pub use durable::Durable;
 pub use identity::Mode;
 pub use layers::{LayerOutcome, PartialLayer};
 pub use partial::{KeptPartial, PartialCheckpoint, Sealed};
+pub use readers::{Reader, ReaderInfo, ReaderRecord};
 pub use reading::MAX_MANIFEST_LEN;
 pub use record::{WriterInfo, WriterRecord};
 pub use retry::{RetryPolicy, StoredPack};
@@ -53,11 +56,18 @@ pub struct RepositoryOptions {
     /// An upload of a layer that stored nothing for so long, by the store's clock, is taken for
     /// abandoned.
     pub abandoned_after: Duration,
+    /// A reader that was not renewed for so long, by the store's clock, does not protect its
+    /// checkpoint any more.
+    pub readers_expire_after: Duration,
 }
 
 /// A day: the upload of a layer stores a pack every few seconds, but may first read an image of
 /// which the store has nearly all.
 const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);
+
+/// A day: a reader is renewed every half hour, but its host may be cut off from the store, and its
+/// guest waits for it then.
+const READERS_EXPIRE_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 impl Default for RepositoryOptions {
     fn default() -> Self {
@@ -66,6 +76,7 @@ impl Default for RepositoryOptions {
             replicas: None,
             call_limit: Duration::from_secs(120),
             abandoned_after: ABANDONED_AFTER,
+            readers_expire_after: READERS_EXPIRE_AFTER,
         }
     }
 }
@@ -77,6 +88,7 @@ pub struct Repository {
     retry: Arc<Retry>,
     id: Arc<str>,
     abandoned_after: Duration,
+    readers_expire_after: Duration,
 }
 
 impl Repository {
@@ -109,6 +121,7 @@ impl Repository {
             retry,
             id: id.into(),
             abandoned_after: options.abandoned_after,
+            readers_expire_after: options.readers_expire_after,
         })
     }
 

@@ -376,12 +376,31 @@ impl Writer {
 
     /// Removes a committed checkpoint. Whether others build on it is the caller's to know.
     ///
+    /// Its name is taken away first, then readers are looked for once more: one that has noted
+    /// itself meanwhile either finds no checkpoint, or is found here. In between it has the name of
+    /// a partial checkpoint, which the next claim removes if this process dies.
+    ///
     /// # Errors
-    /// When a newer writer has fenced this one, or the store cannot be written.
+    /// When the checkpoint is in use, a newer writer has fenced this one, or the store cannot be
+    /// written.
     pub async fn remove_checkpoint(&self, id: CheckpointId) -> Result<()> {
         self.check().await?;
+        let Repository { store, .. } = &self.repository;
+        self.repository.check_unused(&self.vm, id).await?;
         let path = layout::checkpoint(&self.vm, id);
-        retrying(|| self.repository.store.remove(&path)).await
+        let name = self.next_name(id);
+        let aside = layout::partial_checkpoint(&self.vm, &name);
+        match store.rename_dir(&path, &aside).await {
+            Ok(()) => {}
+            Err(error) if error.is_not_found() => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        if let Err(error) = self.repository.check_unused(&self.vm, id).await {
+            store.rename_dir(&aside, &path).await?;
+            return Err(error);
+        }
+        self.forget(&name);
+        self.remove_left().await
     }
 
     /// Most of them are gone, because they were committed or aborted.

@@ -8,8 +8,8 @@ use checkpoint_format::{
     CheckpointId, CheckpointRef, Checksum, ContentDigest, Epoch, PackName, VmName,
 };
 use checkpoint_store::{
-    Claim, Fault, FaultRule, FaultyStore, LayerOutcome, Mode, Op, PutOptions, Repository,
-    RepositoryOptions, Store, StoreError, StorePath, Writer,
+    Claim, Fault, FaultRule, FaultyStore, LayerOutcome, Mode, Op, PutOptions, ReaderInfo,
+    ReaderRecord, Repository, RepositoryOptions, Store, StoreError, StorePath, Writer,
 };
 
 use super::{bytes, noise, path, record};
@@ -36,6 +36,9 @@ macro_rules! repository_contract {
             resume_fenced_writer_gets_nothing
             resume_behind_a_claims_removal_is_noticed
             a_checkpoint_can_be_removed
+            readers_protect_what_they_read_and_all_before_it
+            readers_that_do_not_renew_expire
+            reader_of_a_checkpoint_that_is_gone_is_refused
             layers_are_stored_once
             abandoned_uploads_are_removed_by_the_next
             an_upload_that_another_makes_useless_ends
@@ -461,6 +464,77 @@ pub(crate) async fn a_checkpoint_can_be_removed(store: Shared) {
     committed(&writer, 2).await.expect("commit");
     writer.remove_checkpoint(CheckpointId(1)).await.expect("remove");
     assert_eq!(numbers(&repository).await, [2]);
+}
+
+fn reader(instance: &str) -> ReaderRecord {
+    ReaderRecord {
+        host: "host".into(),
+        vm: "copy".parse().expect("valid"),
+        instance: instance.into(),
+        version: "1".into(),
+    }
+}
+
+async fn files_of_readers(store: &Shared) -> Vec<String> {
+    let entries = store.list(&path("vms/vm-1/readers")).await.expect("list");
+    entries.into_iter().map(|entry| entry.name).collect()
+}
+
+pub(crate) async fn readers_protect_what_they_read_and_all_before_it(store: Shared) {
+    let repository = opened(store.clone()).await;
+    let writer = claimed(&repository, "a", same("a")).await;
+    for id in 1..=3 {
+        committed(&writer, id).await.expect("commit");
+    }
+    assert_eq!(repository.readers(&vm()).await.expect("readers"), []);
+    let one = repository.begin_reading(&vm(), CheckpointId(2), &reader("one")).await;
+    let one = one.expect("begin");
+    for id in [1, 2] {
+        let error = writer.remove_checkpoint(CheckpointId(id)).await.expect_err("in use");
+        assert!(matches!(error, StoreError::InUse { .. }), "{error}");
+        assert!(error.to_string().contains("copy on host"), "{error}");
+    }
+    writer.remove_checkpoint(CheckpointId(3)).await.expect("remove");
+    one.renew().await.expect("renew");
+    // The next helper of the same instance is the same reader, another instance another one.
+    let again = repository.begin_reading(&vm(), CheckpointId(2), &reader("one")).await;
+    let other = repository.begin_reading(&vm(), CheckpointId(1), &reader("other")).await;
+    let found = repository.readers(&vm()).await.expect("readers");
+    assert_eq!(found.len(), 2, "{:?}", files_of_readers(&store).await);
+    assert!(
+        found.contains(&ReaderInfo { checkpoint: CheckpointId(2), record: Some(reader("one")) })
+    );
+    again.expect("begin").release().await.expect("release");
+    writer.remove_checkpoint(CheckpointId(2)).await.expect("remove");
+    writer.remove_checkpoint(CheckpointId(1)).await.expect_err("in use by the other");
+    other.expect("begin").release().await.expect("release");
+    writer.remove_checkpoint(CheckpointId(1)).await.expect("remove");
+    assert_eq!(numbers(&repository).await, [0; 0]);
+    assert_eq!(everything_in_checkpoints(&store).await, [""; 0]);
+    assert_eq!(files_of_readers(&store).await, [""; 0]);
+}
+
+pub(crate) async fn readers_that_do_not_renew_expire(store: Shared) {
+    let repository = opened(store.clone()).await;
+    let writer = claimed(&repository, "a", same("a")).await;
+    committed(&writer, 1).await.expect("commit");
+    let reading = repository.begin_reading(&vm(), CheckpointId(1), &reader("one")).await;
+    drop(reading.expect("begin"));
+    writer.remove_checkpoint(CheckpointId(1)).await.expect_err("in use");
+    let options = RepositoryOptions { readers_expire_after: Duration::ZERO, ..Default::default() };
+    let later = Repository::open_with(store, Mode::MustExist, options).await.expect("open");
+    assert_eq!(later.readers(&vm()).await.expect("readers"), []);
+    later.check_unused(&vm(), CheckpointId(1)).await.expect("unused");
+}
+
+pub(crate) async fn reader_of_a_checkpoint_that_is_gone_is_refused(store: Shared) {
+    let repository = opened(store.clone()).await;
+    let writer = claimed(&repository, "a", same("a")).await;
+    committed(&writer, 1).await.expect("commit");
+    writer.remove_checkpoint(CheckpointId(1)).await.expect("remove");
+    let reading = repository.begin_reading(&vm(), CheckpointId(1), &reader("one")).await;
+    assert!(reading.expect_err("it is gone").is_not_found());
+    assert_eq!(repository.readers(&vm()).await.expect("readers"), []);
 }
 
 pub(crate) async fn layers_are_stored_once(store: Shared) {

@@ -296,6 +296,11 @@ impl Disks {
         }
     }
 
+    /// Where they come from.
+    pub(super) fn origin(&self) -> Origin {
+        self.0.inner.record.origin.clone()
+    }
+
     /// The names of those that are to come.
     pub fn names(&self) -> Vec<String> {
         self.0.inner.record.disks.iter().map(|disk| disk.disk.clone()).collect()

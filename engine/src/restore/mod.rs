@@ -10,6 +10,7 @@ pub(crate) mod check;
 pub mod disk_export;
 pub(crate) mod disks;
 pub mod hydration;
+pub mod in_use;
 pub(crate) mod layers;
 pub mod lazy_disks;
 pub(crate) mod line;
@@ -401,7 +402,9 @@ impl Restore {
     ) -> Result<Option<Hydration>> {
         let Some(why) = hydration::obstacle(vm).await? else {
             let checkpoint_of = &self.request.checkpoint.vm;
-            return Ok(Some(Hydration::begin(vm, checkpoint_of, &self.source).await?));
+            let deadline = self.request.deadline;
+            let begin = Hydration::begin(vm, checkpoint_of, &self.source, deadline);
+            return Ok(Some(begin.await?));
         };
         notes.push(format!("all memory was read before the guest ran: {why}"));
         finish_filling(self.fill(memory), vm).await?;

@@ -6,6 +6,7 @@ use checkpoint_format::{CheckpointId, VmName};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// What is to be restored, and how.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -38,6 +39,9 @@ pub struct Request {
     /// The guest runs before all its memory has arrived, where that is possible.
     #[serde(default)]
     pub lazy: bool,
+    /// A guest that waits for a page so long is stopped; none: it waits without end.
+    #[serde(default)]
+    pub deadline: Option<Duration>,
 }
 
 impl Request {

@@ -94,6 +94,7 @@ impl Saved {
             paused: false,
             run: false,
             lazy: false,
+            deadline: None,
         }
     }
 

@@ -59,5 +59,6 @@ fn request(args: RestoreArgs) -> Request {
         paused: args.paused,
         run: args.run,
         lazy: args.lazy,
+        deadline: args.deadline,
     }
 }

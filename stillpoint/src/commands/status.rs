@@ -73,4 +73,7 @@ fn show(hydration: &HydrationStatus) {
         hydration.faults
     );
     show_troubles(hydration.store_away.as_ref(), hydration.damaged.as_ref());
+    if let Some(stopped) = &hydration.stopped {
+        out!("  STOPPED since {} until 'cont': {}", stopped.since, stopped.message);
+    }
 }

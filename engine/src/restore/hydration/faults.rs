@@ -74,18 +74,29 @@ fn listen(missing: &MissingPages, stopped: &PipeReader, found: &mpsc::Sender<Pag
     }
 }
 
-/// However long it takes.
+/// However long it takes; from the deadline on the guest is stopped.
 async fn answer(inner: Arc<Inner>, page: PageIndex) {
     let _waiting = inner.state.begin_waiting();
+    let mut bringing = std::pin::pin!(bring_at_last(&inner, page));
+    if let Some(deadline) = inner.state.record().deadline {
+        if tokio::time::timeout(deadline, &mut bringing).await.is_ok() {
+            return;
+        }
+        stop(&inner, &inner.state.overdue(page, deadline)).await;
+    }
+    bringing.await;
+}
+
+async fn bring_at_last(inner: &Arc<Inner>, page: PageIndex) {
     let (mut backoff, mut damaged) = (Backoff::new(), 0);
-    while let Err(error) = bring(&inner, page).await {
+    while let Err(error) = bring(inner, page).await {
         if is_process_gone(&error) {
             return;
         }
         if inner.state.failed(&error.context(format!("page {page} of {}", inner.space))) {
             damaged += 1;
             if damaged == TRIES {
-                stop(&inner).await;
+                stop(inner, "it needs a page that is damaged in the store").await;
             }
         }
         backoff.wait().await;
@@ -141,8 +152,8 @@ async fn slowly<T>(inner: &Inner, work: impl Future<Output = T>) -> T {
 }
 
 /// The guest goes no further; the vCPU that needs the page cannot anyway.
-async fn stop(inner: &Inner) {
-    tracing::error!("the guest needs a page that is damaged in the store; it is stopped");
+async fn stop(inner: &Inner, why: &str) {
+    tracing::error!(why, "the guest is stopped");
     let Some(qmp) = inner.qmp.get() else { return };
     // If no answer comes: QEMU has asked all vCPUs to stop, and waits for the one that waits.
     let stop = qmp.execute_json("stop", Value::Null);

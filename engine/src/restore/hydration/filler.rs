@@ -13,6 +13,7 @@ use checkpoint_format::{
 use futures::StreamExt;
 use std::sync::Arc;
 use tokio::task::AbortHandle;
+use vm::error::{Class, class_of};
 
 static ZEROS: [u8; FRAME_PAGES * PAGE_SIZE] = [0; FRAME_PAGES * PAGE_SIZE];
 
@@ -58,15 +59,28 @@ async fn fill_all(inner: &Arc<Inner>) -> Result<()> {
         read.parts.iter().any(|part| present.absent_in(part.pages).next().is_some())
     };
     let mut batches = std::pin::pin!(source.read_wanted(&map, is_wanted));
+    let mut damage = None;
     loop {
         kill_point::hold_filler().await;
         inner.state.no_thread_waits().await;
         let Some(batch) = batches.next().await else { break };
-        let batch = batch?;
+        let batch = match batch {
+            Ok(batch) => batch,
+            // All others first.
+            Err(error) if class_of(&error) == Class::Damaged => {
+                inner.state.failed(&error);
+                damage = Some(error);
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         inner.state.succeeded();
         inner.state.no_thread_waits().await;
         install(inner, batch).await?;
         kill_point::point("restore.filling");
+    }
+    if let Some(error) = damage {
+        return Err(error);
     }
     kill_point::point("restore.zeros");
     let of = Arc::clone(inner);

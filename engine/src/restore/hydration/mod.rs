@@ -94,11 +94,17 @@ pub(crate) async fn obstacle(vm: &Vm) -> Result<Option<String>> {
 
 impl Hydration {
     /// Begins to fill the main RAM block of a VM whose guest has not run, and whose state is not
-    /// loaded yet. All its memory counts as not written from here on.
+    /// loaded yet. All its memory counts as not written from here on. If a thread of QEMU waits for
+    /// a page as long as `deadline`, the guest is stopped.
     ///
     /// # Errors
     /// When QEMU's memory cannot be registered, or the runtime directory cannot be written.
-    pub(crate) async fn begin(vm: &Vm, checkpoint_of: &VmName, source: &Source) -> Result<Self> {
+    pub(crate) async fn begin(
+        vm: &Vm,
+        checkpoint_of: &VmName,
+        source: &Source,
+        deadline: Option<Duration>,
+    ) -> Result<Self> {
         let block = &vm.file.ram_block;
         let space = SpaceName::ram(block)?;
         let map = source.kept_map(&space).await?;
@@ -116,6 +122,7 @@ impl Hydration {
                 host_address: tracked.host_address,
                 bytes: tracked.bytes,
                 total_bytes: filler::data_bytes(map.runs()),
+                deadline,
             };
             record.save(&vm.runtime)?;
             let missing = MissingPages::begin(tracker.handles(), tracked, &parts)?;
@@ -184,6 +191,11 @@ impl Hydration {
     pub fn set_monitor(&self, qmp: &Qmp) {
         // The first one stays.
         let _ = self.0.inner.qmp.set(qmp.clone());
+    }
+
+    /// Where it comes from.
+    pub(super) fn origin(&self) -> Origin {
+        self.0.inner.origin()
     }
 
     /// How far it is, and what is in its way.
@@ -258,9 +270,13 @@ impl Inner {
         }
     }
 
-    async fn open(&self) -> Result<OnDemand> {
+    fn origin(&self) -> Origin {
         let Record { store, vm, checkpoint, .. } = self.state.record().clone();
-        let source = Origin { store, vm, checkpoint }.open().await?;
+        Origin { store, vm, checkpoint }
+    }
+
+    async fn open(&self) -> Result<OnDemand> {
+        let source = self.origin().open().await?;
         let map = source.kept_map(&self.space).await?;
         let to_come: u64 = {
             let present = self.present();

@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointIdentity, VmName};
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
+use std::time::Duration;
 use vm::runtime_dir::RuntimeDir;
 
 const FILE: &str = "hydration.json";
@@ -28,6 +29,9 @@ pub(super) struct Record {
     pub bytes: u64,
     /// Bytes of all pages that are not zero.
     pub total_bytes: u64,
+    /// If a thread of QEMU waits for a page so long, the guest is stopped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Duration>,
 }
 
 impl Record {
@@ -94,9 +98,16 @@ mod test {
             host_address: 1 << 40,
             bytes: 1 << 30,
             total_bytes: 1 << 29,
+            deadline: Some(Duration::from_secs(3)),
         };
         record.save(&runtime).unwrap();
         assert_eq!(load("one").unwrap(), Some(record.clone()));
+        // As an earlier version wrote it.
+        let earlier = Record { deadline: None, ..record.clone() };
+        earlier.save(&runtime).unwrap();
+        let text = runtime.read(FILE, MAX_BYTES).unwrap();
+        assert!(!String::from_utf8(text).unwrap().contains("deadline"));
+        assert_eq!(load("one").unwrap(), Some(earlier));
         assert_eq!(load("another").unwrap(), None);
         assert_eq!(load("one").unwrap(), None, "it was removed");
         runtime.replace(FILE, b"{").unwrap();

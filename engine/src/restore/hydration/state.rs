@@ -2,11 +2,11 @@
 
 use super::record::Record;
 use crate::progress::bytes;
-use checkpoint_format::CheckpointId;
+use checkpoint_format::{CheckpointId, PageIndex};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use vm::error::{Class, class_of, explain};
 
@@ -31,6 +31,10 @@ pub struct HydrationStatus {
     /// What the store has is damaged. A guest that needed it was stopped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damaged: Option<Trouble>,
+    /// The guest waited for a page until the deadline, and was stopped for that. It stays so until
+    /// `cont`, also when the page has come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<Trouble>,
 }
 
 /// What is in the way, and since when.
@@ -56,6 +60,7 @@ pub(super) struct State {
 struct Troubles {
     away: Option<Trouble>,
     damaged: Option<Trouble>,
+    stopped: Option<Trouble>,
 }
 
 /// A thread of QEMU waits for a page as long as this lives.
@@ -93,6 +98,7 @@ impl State {
             faults: self.faults.load(Ordering::Relaxed),
             store_away: troubles.away.clone(),
             damaged: troubles.damaged.clone(),
+            stopped: troubles.stopped.clone(),
         }
     }
 
@@ -128,18 +134,33 @@ impl State {
         let is_damaged = class_of(error) == Class::Damaged;
         let mut troubles = self.troubles();
         let trouble = if is_damaged { &mut troubles.damaged } else { &mut troubles.away };
-        note(trouble, message);
+        note(trouble, message, &self.record);
         is_damaged
+    }
+
+    /// A thread has waited until the deadline; what is in its way is said again.
+    pub(super) fn overdue(&self, page: PageIndex, deadline: Duration) -> String {
+        let mut troubles = self.troubles();
+        let cause = troubles.damaged.as_ref().or(troubles.away.as_ref());
+        let cause = cause.map_or("the store has not answered yet", |cause| &cause.message);
+        let message = format!(
+            "the guest waited for page {page} for {deadline:?}, which comes from {}: {cause}",
+            self.record.store
+        );
+        troubles.stopped = Some(Trouble::now(message.clone()));
+        message
     }
 
     /// A read takes so long that the store may not answer at all.
     pub(super) fn slow(&self) {
-        note(&mut self.troubles().away, "the store has not answered yet".to_owned());
+        let message = "the store has not answered yet".to_owned();
+        note(&mut self.troubles().away, message, &self.record);
     }
 
     pub(super) fn succeeded(&self) {
         if let Some(trouble) = self.troubles().away.take() {
-            tracing::info!(since = trouble.since, "the store answers again");
+            let store = &self.record.store;
+            tracing::info!(store, since = trouble.since, "the store answers again");
         }
     }
 
@@ -148,13 +169,20 @@ impl State {
     }
 }
 
-fn note(trouble: &mut Option<Trouble>, message: String) {
+impl Trouble {
+    fn now(message: String) -> Self {
+        let since = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
+        Self { since, message }
+    }
+}
+
+fn note(trouble: &mut Option<Trouble>, message: String, record: &Record) {
     match trouble {
         Some(trouble) => trouble.message = message,
         None => {
-            tracing::warn!(error = message, "memory that is still to come cannot be read");
-            let since = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
-            *trouble = Some(Trouble { since, message });
+            let store = &record.store;
+            tracing::warn!(store, error = message, "memory that is still to come cannot be read");
+            *trouble = Some(Trouble::now(message));
         }
     }
 }
@@ -162,5 +190,47 @@ fn note(trouble: &mut Option<Trouble>, message: String) {
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.0.waiting.send_modify(|count| *count -= 1);
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use anyhow::anyhow;
+    use checkpoint_format::CheckpointIdentity;
+    use vm::error::damaged;
+
+    fn state() -> State {
+        State::new(Record {
+            instance: "one".into(),
+            store: "file:///s".into(),
+            vm: "m".parse().unwrap(),
+            checkpoint: CheckpointIdentity::new(CheckpointId(7), b"manifest"),
+            block: "pc.ram".into(),
+            host_address: 0,
+            bytes: 0,
+            total_bytes: 0,
+            deadline: None,
+        })
+    }
+
+    #[test]
+    fn hydration_status_says_what_is_in_the_way_and_since_when() {
+        let state = state();
+        assert!(!state.failed(&anyhow!("no route")));
+        let first = state.status().store_away.unwrap();
+        assert!(!state.failed(&anyhow!("still no route")));
+        let later = state.status().store_away.unwrap();
+        assert_eq!((&later.since, later.message.as_str()), (&first.since, "still no route"));
+        let said = state.overdue(PageIndex(5), Duration::from_secs(3));
+        assert!(said.contains("file:///s") && said.contains("still no route"), "{said}");
+        state.succeeded();
+        let status = state.status();
+        assert_eq!((status.store_away, status.stopped.unwrap().message), (None, said));
+        assert!(state.failed(&damaged("0-1.pack: frame 3")));
+        assert_eq!(state.status().damaged.unwrap().message, "0-1.pack: frame 3");
+        state.finish();
+        let status = state.status();
+        assert_eq!((status.store_away, status.damaged, status.stopped), (None, None, None));
     }
 }
