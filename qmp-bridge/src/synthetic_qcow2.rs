@@ -9,7 +9,8 @@
 //!
 //! A cluster is a page, so no block is rounded. A page of zeros is a zero cluster and hides the
 //! layers; a page that no checkpoint recorded is not allocated and shows them. Every page has a
-//! place of its own in the file whether or not it is there, so nothing has to be counted:
+//! place of its own in the file whether or not it is there, and so has every L2 table, also one
+//! without entries: nothing has to be counted, and an image is opened without asking for a page.
 //!
 //! ```text
 //! header | L1 table | refcount table | refcount blocks | L2 tables | page 0 | page 1 | ...
@@ -136,7 +137,7 @@ impl<P: OwnPages> SyntheticQcow2<P> {
         let layout = &self.layout;
         Ok(match part {
             Part::Header => self.header.clone(),
-            Part::L1 => layout.l1(cluster, self.used_groups(layout.groups_of(cluster)).await?),
+            Part::L1 => layout.l1(cluster),
             Part::RefcountTable => layout.refcount_table(cluster),
             Part::RefcountBlocks => {
                 let counted = layout.counted_by(cluster);
@@ -169,18 +170,6 @@ impl<P: OwnPages> SyntheticQcow2<P> {
         Err(ExportError(format!("internal error: the runs of {pages:?} end at {next}")))
     }
 
-    /// Which of these groups of pages have an L2 table.
-    async fn used_groups(&self, groups: Range<u64>) -> Result<Vec<bool>, ExportError> {
-        let mut used = vec![false; layout::index(groups.end - groups.start)];
-        let runs = self.locate(self.layout.pages_of(groups.clone())).await?;
-        for run in runs.iter().filter(|run| run.content.is_some()) {
-            let first = layout::group_of_page(run.pages.start.0) - groups.start;
-            let last = layout::group_of_page(run.pages.end.0 - 1) - groups.start;
-            used[layout::index(first)..=layout::index(last)].fill(true);
-        }
-        Ok(used)
-    }
-
     /// Runs of clusters of the file and whether anything is in them.
     async fn used_clusters(
         &self,
@@ -192,11 +181,6 @@ impl<P: OwnPages> SyntheticQcow2<P> {
             let (part, part_end) = self.layout.part(at * CLUSTER);
             let end = clusters.end.min(part_end / CLUSTER);
             match part {
-                Part::L2 => {
-                    let first = self.layout.group_of(at);
-                    let used = self.used_groups(first..first + (end - at)).await?;
-                    found.extend((at..).zip(used).map(|(at, used)| (at..at + 1, used)));
-                }
                 Part::Data => {
                     let page = |cluster: u64| PageIndex(self.layout.page_at(cluster));
                     let runs = self.locate(PageRange::new(page(at), page(end))).await?;

@@ -235,15 +235,18 @@ pub struct RestoreArgs {
     /// Let the restored VM run even if its guest was stopped when the checkpoint was taken
     #[arg(long, conflicts_with = "paused")]
     pub run: bool,
-    /// Let the guest run before its memory has been read; pages are read when the guest needs them,
-    /// and all others in the background
+    /// Read all memory and disks before the guest runs
     #[arg(long)]
+    pub eager: bool,
+    /// Let the guest run before its memory and disks have been read; pages and blocks are read when
+    /// the guest needs them, and all others in the background (the default)
+    #[arg(long, conflicts_with = "eager")]
     pub lazy: bool,
-    /// With --lazy: if the guest has waited for a page for TIME, such as 5m, because the store is
-    /// away, stop it; it stays so until 'cont' [default: it waits, and continues by itself]
+    /// If the guest has waited for a page for TIME, such as 5m, because the store is away, stop it;
+    /// it stays so until 'cont' [default: it waits, and continues by itself]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub deadline: Option<std::time::Duration>,
-    /// Return when all memory is here, and nothing more is needed from the store
+    /// Return when all memory and disks are here, and nothing more is needed from the store
     #[arg(long)]
     pub wait: bool,
     /// Print the result as JSON on stdout

@@ -105,6 +105,10 @@ impl<'lab> TestVm<'lab> {
         if checkpoint.split('@').next() != Some(new_name) {
             words.extend(["--as", new_name]);
         }
+        // Most tests look at what is there when the command has ended.
+        if !more.contains(&"--lazy") {
+            words.push("--eager");
+        }
         words.extend(more);
         let ran = lab.run(&words);
         let mut vm = Self::new(lab, new_name, directory.clone());

@@ -211,14 +211,22 @@ fn a_running_vm_is_not_restored_beside_itself() {
     end_helper(&vm);
     let directory = lab.fresh_directory("again");
     let ran = lab.run_with(
-        &["restore", "m", "--qemu", text(&lab.qemu), "--dir", text(&directory)],
+        &["restore", "--eager", "m", "--qemu", text(&lab.qemu), "--dir", text(&directory)],
         &[("STILLPOINT_RUNTIME_DIR", text(&lab.path().join("elsewhere")))],
     );
     let message = ran.expect_failure(3);
     assert!(message.contains("did not release"), "{message}");
     // Not even on order where it is known that its QEMU runs.
-    let words =
-        ["restore", "m", "--take-over", "--qemu", text(&lab.qemu), "--dir", text(&directory)];
+    let words = [
+        "restore",
+        "--eager",
+        "m",
+        "--take-over",
+        "--qemu",
+        text(&lab.qemu),
+        "--dir",
+        text(&directory),
+    ];
     let message = lab.run(&words).expect_failure(3);
     assert!(message.contains("runs"), "{message}");
     lab.run(&["attach", "m"]).expect_success();

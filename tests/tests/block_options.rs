@@ -477,7 +477,7 @@ fn host_device_comes_back_as_a_file_or_on_a_device() {
         let directory = lab.fresh_directory("refused");
         let directory = directory.to_str().expect("UTF-8").to_owned();
         let map = format!("{}={new}", one.0);
-        lab.run(&["restore", "m", "--as", "r", "--dir", &directory, "--map", &map])
+        lab.run(&["restore", "--eager", "m", "--as", "r", "--dir", &directory, "--map", &map])
             .expect_failure(3)
     };
     assert!(refused(&large.0).contains("bytes"), "another size is another disk");

@@ -293,8 +293,16 @@ fn script(lab: &Lab, name: &str, shell: &str) -> String {
 
 fn restore_with(lab: &Lab, words: &[&str]) -> Ran {
     let directory = lab.fresh_directory("back");
-    let common =
-        ["restore", "m", "--json", "--as", "back", "--dir", directory.to_str().expect("UTF-8")];
+    let common = [
+        "restore",
+        "--eager",
+        "m",
+        "--json",
+        "--as",
+        "back",
+        "--dir",
+        directory.to_str().expect("UTF-8"),
+    ];
     lab.run(&[&common, words].concat())
 }
 

@@ -143,7 +143,15 @@ fn hostile_manifest_runs_nothing_on_the_restoring_host() {
         std::fs::write(&path, manifest.encode().expect("a manifest")).expect("the store");
     }
     let target = lab.path().join("new");
-    let words = ["restore", &taken.name, "--as", "copy", "--dir", target.to_str().expect("UTF-8")];
+    let words = [
+        "restore",
+        "--eager",
+        &taken.name,
+        "--as",
+        "copy",
+        "--dir",
+        target.to_str().expect("UTF-8"),
+    ];
     let message = lab.run(&words).expect_failure(3);
     assert!(message.contains("--allow 'netdev.script=") && !trace.exists(), "{message}");
     assert!(!target.exists(), "refused before anything is made");

@@ -57,7 +57,10 @@ fn has(vm: &TestVm, bytes: &[u8]) -> bool {
 }
 
 fn restore(lab: &Lab, dir: &Path, more: &[&str]) -> Ran {
-    lab.run(&[&["restore", "o", "--qemu", text(&lab.qemu), "--dir", text(dir)], more].concat())
+    lab.run(
+        &[&["restore", "--eager", "o", "--qemu", text(&lab.qemu), "--dir", text(dir)], more]
+            .concat(),
+    )
 }
 
 /// What a message proposes; the rule has no `=`.
@@ -174,7 +177,7 @@ fn failed_restore_leaves_everything_as_it_was() {
     let dir = lab.path().join("a/new");
     let breaking = wrapper(&lab, "touch serial.log; echo 'no such luck' >&2; exit 1");
     let before = tree(&lab);
-    let first = ["restore", "o", "--qemu", text(&breaking), "--dir", text(&dir)];
+    let first = ["restore", "--eager", "o", "--qemu", text(&breaking), "--dir", text(&dir)];
     let failing = |name: &[&'static str]| [&first[..], name].concat();
     for name in [&[][..], &["--as", "copy"]] {
         let message = lab.run(&failing(name)).expect_failure(3);
@@ -220,7 +223,7 @@ fn killed_restore_can_be_repeated() {
     original.checkpoint();
     original.kill();
     let dir = lab.path().join("new");
-    let words = ["restore", "o", "--qemu", text(&lab.qemu), "--dir", text(&dir)];
+    let words = ["restore", "--eager", "o", "--qemu", text(&lab.qemu), "--dir", text(&dir)];
     for point in ["restore.started", "restore.loaded"] {
         let ran = lab.run_with(&words, &[("STILLPOINT_DIE_AT", point)]);
         assert_eq!(ran.code, -1, "{point}: {ran:?}");
@@ -251,7 +254,7 @@ fn killed_restore_can_be_repeated() {
     // Claimed, and the guest about to run: it is a VM, which only lacks its helper.
     let dir = lab.path().join("newer");
     let ran = lab.run_with(
-        &["restore", "o", "--qemu", text(&lab.qemu), "--dir", text(&dir)],
+        &["restore", "--eager", "o", "--qemu", text(&lab.qemu), "--dir", text(&dir)],
         &[("STILLPOINT_DIE_AT", "restore.claimed")],
     );
     assert_eq!(ran.code, -1, "{ran:?}");
@@ -269,7 +272,7 @@ fn command_killed_once_the_guest_runs_leaves_it_a_helper() {
     original.checkpoint();
     original.kill();
     let dir = lab.path().join("new");
-    let words = ["restore", "o", "--qemu", text(&lab.qemu), "--dir", text(&dir)];
+    let words = ["restore", "--eager", "o", "--qemu", text(&lab.qemu), "--dir", text(&dir)];
     let mut command = lab.command(&words).spawn().expect("stillpoint can be run");
     let pid = Pid::from_raw(command.id().cast_signed());
     assert!(wait_until(Duration::from_secs(30), || dir.join("sp-odd.raw").exists()), "no disk");

@@ -68,8 +68,17 @@ fn check(lab: &Lab, file: &Path, damage: Damage) {
     // With a cache of its own, so that a layer is not taken from elsewhere.
     let cache = lab.fresh_directory("cache").display().to_string();
     let environment = [("STILLPOINT_CACHE_DIR", cache.as_str())];
-    let restore =
-        ["restore", "m", "--as", "n", "--qemu", qemu, "--dir", restored.to_str().expect("UTF-8")];
+    let restore = [
+        "restore",
+        "--eager",
+        "m",
+        "--as",
+        "n",
+        "--qemu",
+        qemu,
+        "--dir",
+        restored.to_str().expect("UTF-8"),
+    ];
     for words in [&["verify", "m"][..], &restore] {
         let ran = lab.run_with(words, &environment);
         let fits = ran.code == DAMAGED || gone && ran.code == 4;
@@ -134,7 +143,7 @@ fn a_damaged_or_newer_store_file_stops_every_command() {
     let file = Path::new("store.json");
     for damage in [Damage::Truncate(500), Damage::Zeroes, Damage::Truncate(0)] {
         damaged(&lab, file, damage);
-        for words in [&["ls"][..], &["verify", "m"], &["restore", "m"]] {
+        for words in [&["ls"][..], &["verify", "m"], &["restore", "--eager", "m"]] {
             let message = lab.run(words).expect_failure(DAMAGED);
             assert!(message.contains("store.json"), "{damage:?}: {message}");
         }

@@ -340,3 +340,87 @@ fn lazy_disks_are_exact_through_checkpoints_and_a_kill_and_then_depend_on_nothin
         lab.verify("m");
     });
 }
+
+/// What it has written is in images that are not complete.
+#[test]
+fn lazy_guest_that_shuts_down_leaves_complete_disks() {
+    on_each_qemu(|qemu| {
+        let mut lab = Lab::new(qemu);
+        let hold = Hold::begin(&mut lab);
+        let vm = lab.start("m", &with_two_disks(96).arguments(&["-no-reboot"]));
+        write(&vm, &mut [], 0, (1 << 20, 1 << 17, 0x11));
+        vm.checkpoint();
+        vm.kill();
+        let vm = lab.restore("m", "m", &["--lazy"]);
+        let mut expected = disks(qemu, &vm);
+        write(&vm, &mut expected, 0, (1 << 20, 512, 0x22));
+        vm.qmp().execute("system_reset", json!({}));
+        let state = || vm.qmp().execute("query-status", json!({}))["status"].clone();
+        assert!(wait_until(TIMEOUT, || state() == "shutdown"), "{}", state());
+        hold.release();
+        assert!(wait_until(TIMEOUT, || !vm.qemu_runs()), "QEMU does not end");
+        assert!(wait_until(TIMEOUT, || vm.helper().is_none()), "the helper lives");
+        assert_same(&disks(qemu, &vm), &expected, "after the shutdown");
+    });
+}
+
+/// With all of its memory, and stopped before it has read its disk; nor has its helper, a new one.
+fn with_its_disk_to_come<'lab>(lab: &'lab Lab) -> TestVm<'lab> {
+    let vm = lab.restore("m", "m", &["--paused", "--lazy"]);
+    assert_eq!(vm.report["memory_bytes_to_come"], 0, "{}", vm.report);
+    assert_ne!(vm.report["disks_to_come"], json!([]), "{}", vm.report);
+    vm.kill_helper();
+    vm.attach();
+    vm
+}
+
+fn wait_until_stopped_by(lab: &Lab, vm: &TestVm, trouble: &str) {
+    let state = || vm.qmp().execute("query-status", json!({}))["status"].clone();
+    assert!(wait_until(TIMEOUT, || state() == "io-error"), "{}", state());
+    let status = disks_to_come(lab, "m").expect("its disk is to come");
+    assert!(status[trouble]["since"].is_string(), "{status}");
+    vm.assert_no_contradiction();
+}
+
+/// The guest gets neither a wrong block nor an error, and QEMU's monitor answers.
+#[test]
+fn lazy_guest_that_needs_a_block_is_stopped_until_it_can_be_read() {
+    on_each_qemu(|qemu| {
+        let mut lab = Lab::new(qemu);
+        let _hold = Hold::begin(&mut lab);
+        let recipe = Recipe::witness("q35-virtio.cfg");
+        let vm = lab.start("m", &recipe.arguments(&["-device", "virtio-balloon-pci"]));
+        vm.wait_for_witness();
+        let taken = vm.checkpoint();
+        vm.kill();
+
+        let vm = with_its_disk_to_come(&lab);
+        let store = lab.store_directory();
+        let away = move_away(&store);
+        vm.qmp().cont();
+        wait_until_stopped_by(&lab, &vm, "store_away");
+        std::fs::rename(&away, &store).expect("a store");
+        vm.assert_continues(&taken);
+        vm.kill();
+
+        let vm = with_its_disk_to_come(&lab);
+        let whole: Vec<(PathBuf, Vec<u8>)> = packs(&lab)
+            .into_iter()
+            .map(|pack| (pack.clone(), std::fs::read(pack).expect("a pack")))
+            .collect();
+        for (pack, bytes) in &whole {
+            let inverted: Vec<u8> = bytes.iter().map(|byte| !byte).collect();
+            std::fs::write(pack, inverted).expect("a pack");
+        }
+        vm.qmp().cont();
+        wait_until_stopped_by(&lab, &vm, "damaged");
+        for (pack, bytes) in &whole {
+            std::fs::write(pack, bytes).expect("a pack");
+        }
+        let damaged = || disks_to_come(&lab, "m").expect("to come").get("damaged").cloned();
+        assert!(wait_until(TIMEOUT, || damaged().is_none()), "{:?}", damaged());
+        assert!(!vm.qmp().is_running(), "an operator should look at that store");
+        vm.qmp().cont();
+        vm.assert_continues(&taken);
+    });
+}

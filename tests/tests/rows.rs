@@ -361,6 +361,8 @@ const LAZY: &[Row] = &[
     ),
     ("", "QEMU ends", &["vms::lazy::lazy_restored_qemu_may_end_before_its_memory_has_arrived"]),
     ("", "the store does not answer a read", LAZY_BLOCKS),
+    ("", "a block is damaged", &[LAZY_BLOCKS[0]]),
+    ("", "the guest shuts down", &["vms::lazy::lazy_guest_that_shuts_down_leaves_complete_disks"]),
     ("", "helper killed while disks", LAZY_DISKS),
     (
         "",
@@ -375,8 +377,10 @@ const LAZY: &[Row] = &[
     ),
     ("", "a balloon", &["vms::lazy::lazy_is_not_possible_with_a_balloon_and_says_so"]),
 ];
-const LAZY_BLOCKS: &[&str] =
-    &["scripted::disk_export::exported_disk_is_the_whole_and_waits_for_a_store_that_is_away"];
+const LAZY_BLOCKS: &[&str] = &[
+    "vms::lazy::lazy_guest_that_needs_a_block_is_stopped_until_it_can_be_read",
+    "scripted::disk_export::exported_disk_is_the_whole_and_waits_for_a_store_that_is_away",
+];
 const LAZY_DISKS: &[&str] =
     &["vms::lazy::lazy_disks_are_exact_through_checkpoints_and_a_kill_and_then_depend_on_nothing"];
 const LAZY_EXACT: &[&str] = &[

@@ -135,6 +135,7 @@ fn run_states(lab: &Lab, vm: TestVm) {
     let directory = lab.fresh_directory("back");
     let words = [
         "restore",
+        "--eager",
         &shut_down,
         "--as",
         "back",

@@ -51,7 +51,7 @@ fn tpm_state_is_restored_into_another_one() {
 
             let dir = lab.path().join(format!("refused-{name}"));
             let message = lab
-                .run(&["restore", name, "--qemu", text(qemu), "--dir", text(&dir)])
+                .run(&["restore", "--eager", name, "--qemu", text(qemu), "--dir", text(&dir)])
                 .expect_failure(3);
             assert!(message.contains("chardev.path=") && message.contains("--map"), "{message}");
             let second = SoftwareTpm::start(&lab.path().join(format!("second-of-{name}")));

@@ -13,8 +13,11 @@
 //! If this process ends, QEMU's requests wait, and the next helper serves the same socket by the
 //! record in the runtime directory.
 
+mod shutdown;
+
 use super::chain::image_format;
 use super::disk_export::{DiskExports, Reader, Troubles, can_arrive};
+use super::disks::Places;
 use super::hydration::Trouble;
 use super::on_demand::{OnDemand, Origin};
 use super::source::Source;
@@ -24,11 +27,13 @@ use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, DiskRecord, SpaceName, VmName};
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use qmp_bridge::Qmp;
 use qmp_bridge::arriving::{self, ArrivingDisk};
 use qmp_bridge::images::Backing;
 use qmp_bridge::nbd::server::NbdServer;
+use qmp_bridge::{Qmp, RunState};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use shutdown::Shutdown;
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,8 +41,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::task::AbortHandle;
+use vm::drives::{self, Started};
 use vm::error::{EngineError, InPhase, Phase, refused};
-use vm::runtime_dir::RuntimeDir;
+use vm::launch::arguments;
+use vm::runtime_dir::{RuntimeDir, VmFile};
 
 const FILE: &str = "arriving-disks.json";
 const MAX_BYTES: u64 = 4 << 20;
@@ -57,6 +64,9 @@ struct Record {
     origin: Origin,
     /// By their numbers among the VM's disks.
     disks: Vec<Exported>,
+    /// QEMU ends when its guest shuts down; while disks arrive it is kept.
+    #[serde(default)]
+    ends_at_shutdown: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -67,6 +77,9 @@ struct Exported {
     space: SpaceName,
     bytes: ByteLen,
     backing: Option<Below>,
+    /// QEMU stops the guest when a block cannot be read.
+    #[serde(default)]
+    stops: bool,
 }
 
 /// What the image is on in the end.
@@ -148,7 +161,12 @@ impl LazyDisks {
         runtime: &RuntimeDir,
     ) -> Self {
         let origin = Origin { store, vm: vm.clone(), checkpoint: source.identity() };
-        let record = Record { instance: instance.to_owned(), origin, disks: Vec::new() };
+        let record = Record {
+            instance: instance.to_owned(),
+            origin,
+            disks: Vec::new(),
+            ends_at_shutdown: false,
+        };
         Self { record, socket: runtime.blocks() }
     }
 
@@ -171,19 +189,47 @@ impl LazyDisks {
             space: disk.space.clone().context("a writable disk without a space")?,
             bytes: disk.virtual_size,
             backing: backing.map(Below::of),
+            stops: false,
         });
         Ok(Some(first))
     }
 
-    /// From now on QEMU can open them. None if there are none.
+    /// The command line with which QEMU of this VM is started: where a disk's device knows that, it
+    /// stops the guest when a block cannot be read, and the guest gets no error. That is no part of
+    /// the VM, and not saved.
+    pub(crate) fn command_line(&mut self, places: &Places<'_>, file: &VmFile) -> Result<VmFile> {
+        let mut stopping = file.clone();
+        for exported in &mut self.record.disks {
+            let is_it = |disk: &&DiskRecord| disk.node == exported.disk;
+            let Some(disk) = places.manifest.disks.iter().find(is_it) else { continue };
+            let options = arguments::parse(&stopping.arguments)?;
+            let started = Started {
+                options: &options,
+                machine_type: &file.machine_type,
+                directory: &file.directory,
+                pid: 0,
+            };
+            let made = drives::stop_at_errors(&started, &exported.disk, &places.image(disk));
+            if let Some(options) = made {
+                stopping.arguments = arguments::words(&options);
+                exported.stops = true;
+            }
+        }
+        Ok(stopping)
+    }
+
+    /// From now on QEMU can open them. None if there are none. `state`: what the VM will be in.
     pub(crate) async fn serve(
-        self,
+        mut self,
         source: &Source,
         runtime: &RuntimeDir,
+        (file, state): (&VmFile, RunState),
     ) -> Result<Option<Disks>> {
         if self.record.disks.is_empty() {
             return Ok(None);
         }
+        let ends = shutdown::ends_qemu(&arguments::parse(&file.arguments)?);
+        self.record.ends_at_shutdown = ends && state != RunState::Shutdown;
         let text = serde_json::to_vec(&self.record);
         runtime
             .replace(FILE, &text.with_context(|| format!("internal error: encoding {FILE}"))?)?;
@@ -248,15 +294,15 @@ impl Disks {
     fn resumed(runtime: &RuntimeDir) -> Result<Option<Self>> {
         let Some(record) = Record::load(runtime)? else { return Ok(None) };
         let exports = DiskExports::later(record.origin.clone());
-        exports.wait_for_reads();
+        exports.wait_for_reads()?;
         tracing::info!("the VM's disks are still arriving; this helper continues to serve them");
         Self::serve(record, runtime, exports).map(Some)
     }
 
     fn serve(record: Record, runtime: &RuntimeDir, mut exports: DiskExports) -> Result<Self> {
-        for Exported { disk, space, bytes, backing, .. } in &record.disks {
+        for Exported { disk, space, bytes, backing, stops, .. } in &record.disks {
             let backing = backing.as_ref().map(Below::backing).transpose()?;
-            exports.add(disk, space.clone(), *bytes, backing.as_ref())?;
+            exports.add(disk, (space.clone(), *bytes), backing.as_ref(), *stops)?;
         }
         let socket = runtime.blocks();
         // What a helper left that was killed; only one helper of a VM lives.
@@ -282,9 +328,11 @@ impl Disks {
         Ok(Self(Arc::new(Running { inner: Arc::new(inner), _server: server, copying })))
     }
 
-    /// The guest may run: what cannot be read is waited for, and is no error any more.
-    pub(crate) fn wait_for_reads(&self) {
-        self.0.inner.reader.wait_for_reads();
+    /// The guest may run: what cannot be read is waited for, and is no error any more. An error if
+    /// something could not be read before.
+    pub(crate) fn wait_for_reads(&self) -> Result<()> {
+        let failed = self.0.inner.reader.wait_for_reads();
+        failed.context("reading the disks while QEMU opened them")
     }
 
     /// Begins to copy. The disks must be active.
@@ -397,6 +445,8 @@ impl Inner {
 
 /// Until QEMU needs nothing from here.
 async fn copy(inner: Arc<Inner>, qmp: Qmp) {
+    let shutdown = Shutdown::of(&qmp, inner.record.ends_at_shutdown);
+    shutdown.hold().await;
     loop {
         {
             let _turn = inner.turn.lock().await;
@@ -409,18 +459,31 @@ async fn copy(inner: Arc<Inner>, qmp: Qmp) {
         tokio::time::sleep(POLL_INTERVAL).await;
     }
     kill_point::point("restore.disks-arrived");
+    shutdown.release().await;
     inner.finish();
 }
 
 /// Whether all are complete.
 async fn step(inner: &Inner, qmp: &Qmp) -> Result<bool> {
+    if inner.reader.retry().await {
+        resume(qmp).await?;
+    }
     let disks = arriving::list(qmp).await?;
     inner.note(&disks);
-    if !kill_point::holds_filler() {
+    if !kill_point::holds_filler() && inner.reader.troubles().damaged.is_none() {
         for disk in &disks {
             let begun = disk.begin(qmp, SPEED).await;
             begun.with_context(|| format!("copying into {}", disk.node))?;
         }
     }
     Ok(disks.is_empty())
+}
+
+/// A guest that QEMU stopped because blocks could not be read continues; its requests are repeated.
+async fn resume(qmp: &Qmp) -> Result<()> {
+    if RunState::of(qmp).await? == RunState::IoError {
+        tracing::info!("the store answers again; the guest, which was stopped, continues");
+        qmp.execute_json("cont", Value::Null).await.context("letting the guest continue")?;
+    }
+    Ok(())
 }

@@ -240,16 +240,13 @@ impl Restore {
         let paths =
             disks::restore(&self.source, &layers, &places, &self.qemu, &runtime_path, lazily)
                 .await?;
-        let disks = match lazy {
-            Some(lazy) => lazy.serve(&self.source, &self.runtime).await?,
-            None => None,
-        };
         self.phases.since("disks", step);
         self.phases.enter(Phase::Start);
         let mut file = self.vm_file(&layers, &paths)?;
         let memory = GuestMemory::create(file.name.as_ref(), file.ram_bytes)
             .context("making the guest's memory")?;
-        let new = NewQemu::start(&file, &self.runtime, &self.plugin, &memory)?;
+        let (disks, line) = self.serve_disks(lazy, &file).await?;
+        let new = NewQemu::start(&line, &self.runtime, &self.plugin, &memory)?;
         file.pid = Some(new.pid());
         undo.started(new.pid())?;
         self.runtime.save_vm(&file)?;
@@ -271,6 +268,18 @@ impl Restore {
         let store = stores::absolute(&self.request.store)?;
         let of = &self.request.checkpoint.vm;
         Ok(Some(LazyDisks::new(&self.source, of, store, &self.instance, &self.runtime)))
+    }
+
+    /// Also the command line that QEMU is started with.
+    async fn serve_disks(
+        &self,
+        lazy: Option<LazyDisks>,
+        file: &VmFile,
+    ) -> Result<(Option<lazy_disks::Disks>, VmFile)> {
+        let Some(mut lazy) = lazy else { return Ok((None, file.clone())) };
+        let line = lazy.command_line(&self.places(), file)?;
+        let served = (file, self.run_state.wanted);
+        Ok((lazy.serve(&self.source, &self.runtime, served).await?, line))
     }
 
     /// From the claim on no older helper of this VM can commit; then the guest may run.
@@ -295,10 +304,10 @@ impl Restore {
         let vm = &ready.vm;
         self.check_newest().await?;
         activate_disks(&vm.qmp).await;
+        // A guest that runs may read at once, and must get no error.
+        ready.disks.iter().try_for_each(lazy_disks::Disks::wait_for_reads)?;
         undo.forget()?;
         kill_point::point("restore.claimed");
-        // A guest that runs may read at once, and must get no error.
-        ready.disks.iter().for_each(lazy_disks::Disks::wait_for_reads);
         if !self.run_state.wanted.is_live() {
             return self.run_state.check(vm).await;
         }

@@ -16,7 +16,8 @@ async fn exported_disk_is_the_whole_and_waits_for_a_store_that_is_away() {
     let whole = reader.source().read_whole(&record).await.unwrap();
     assert!(whole.len() % PAGE_SIZE == 0 && whole.iter().any(|byte| *byte != 0));
     let mut disks = DiskExports::new(reader);
-    disks.add(&disk.node, disk.space.clone().unwrap(), disk.virtual_size, None).unwrap();
+    let whole_disk = (disk.space.clone().unwrap(), disk.virtual_size);
+    disks.add(&disk.node, whole_disk, None, false).unwrap();
     let mut troubles = disks.troubles();
     let exports = disks.exports().unwrap();
     let (ours, theirs) = tokio::io::duplex(64 << 10);
@@ -30,7 +31,7 @@ async fn exported_disk_is_the_whole_and_waits_for_a_store_that_is_away() {
     let start = client.size() - whole.len() as u64;
     store.inject(FaultRule::always(Op::ReadRange, Fault::FailBefore).on(".pack"));
     assert!(client.read(start, 4096).await.is_err(), "no guest runs that would wait");
-    disks.wait_for_reads();
+    assert!(disks.wait_for_reads().is_err(), "what failed until now is an error of the restore");
     {
         let mut read = pin!(client.read(start, 4096));
         let found = tokio::select! {

@@ -52,10 +52,6 @@ pub(super) fn index(number: u64) -> usize {
     number as usize
 }
 
-pub(super) fn group_of_page(page: u64) -> u64 {
-    page / ENTRIES
-}
-
 impl Layout {
     pub(super) fn of(virtual_size: u64) -> Self {
         let pages = virtual_size.div_ceil(CLUSTER);
@@ -130,7 +126,7 @@ impl Layout {
     }
 
     /// The groups whose entries are in this cluster of the L1 table.
-    pub(super) fn groups_of(&self, cluster: u64) -> Range<u64> {
+    fn groups_of(&self, cluster: u64) -> Range<u64> {
         let first = (cluster - 1) * ENTRIES;
         first..self.groups.min(first + ENTRIES)
     }
@@ -141,12 +137,9 @@ impl Layout {
         PageRange::new(page(groups.start), page(groups.end))
     }
 
-    /// One cluster of the L1 table; `used` says which of its groups have an L2 table.
-    pub(super) fn l1(&self, cluster: u64, used: Vec<bool>) -> Vec<u8> {
-        let entry = |(group, used): (u64, bool)| {
-            if used { COPIED | ((self.l2 + group) * CLUSTER) } else { 0 }
-        };
-        table(self.groups_of(cluster).zip(used).map(entry))
+    /// One cluster of the L1 table. All L2 tables are there.
+    pub(super) fn l1(&self, cluster: u64) -> Vec<u8> {
+        table(self.groups_of(cluster).map(|group| COPIED | ((self.l2 + group) * CLUSTER)))
     }
 
     /// One cluster of the refcount table. All blocks are there.

@@ -58,7 +58,7 @@ fn request(args: RestoreArgs) -> Request {
         take_over: args.take_over,
         paused: args.paused,
         run: args.run,
-        lazy: args.lazy,
+        lazy: !args.eager,
         deadline: args.deadline,
     }
 }
