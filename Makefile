@@ -12,7 +12,7 @@ SHARE = $(DESTDIR)$(PREFIX)/share
 MAINTAINER ?= $(or $(DEBFULLNAME),Stillpoint developers) <$(or $(DEBEMAIL),root@localhost)>
 PACKAGE = target/package
 
-.PHONY: help deps build install uninstall deb check test torture demo bench bench-adopt doctor
+.PHONY: help deps build install uninstall deb check test torture demo bench bench-adopt bench-restore doctor
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make demo [STORE=hdfs]       checkpoints, a crash and a restore, shown on a real guest'
 	@echo 'make bench [ARGS=--json]     pauses and sizes on a 1 GiB guest, by each engine'
 	@echo 'make bench-adopt             downtime of an adoption beside that of a live migration'
+	@echo 'make bench-restore           how soon a restored guest runs, beside plain QEMU'
 	@echo 'make torture N=300 [SEED=1]  random command lines: each is refused or restored exactly'
 	@echo 'make check                   format, lints, docs, licences and unit tests, in 3 minutes'
 	@echo 'make test                    format, lints, build and all tests, with QEMU and HDFS'
@@ -82,6 +83,9 @@ bench:
 
 bench-adopt:
 	@scripts/bench-adopt $(ARGS)
+
+bench-restore:
+	@scripts/bench-restore $(ARGS)
 
 doctor: build
 	@$(RELEASE)/stillpoint doctor $(ARGS)

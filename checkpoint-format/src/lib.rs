@@ -62,6 +62,7 @@ mod receipt;
 mod sparse_pages;
 mod units;
 mod wire;
+mod working_set;
 
 pub use digest::{Checksum, ContentDigest, ContentHasher, DigestParseError, PageDigest, is_zero};
 pub use digest_form::{BlocksHasher, DigestForm};
@@ -105,6 +106,7 @@ pub use units::{
     ByteLen, ByteOffset, CheckpointId, Epoch, FrameNo, MAX_SPACE_PAGES, PAGE_SIZE, PackNo,
     PageCount, PageIndex, PageRange, Slot, as_index,
 };
+pub use working_set::{MAX_WORKING_SET_LEN, MAX_WORKING_SET_RANGES, WorkingSet, WorkingSetError};
 
 /// Page numbers and lengths are `u64` in the saved forms and index memory as `usize`: the two must
 /// agree.

@@ -6,7 +6,6 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -60,18 +59,29 @@ pub(crate) fn damage(what: &str) -> Option<String> {
     chosen.strip_prefix(what)?.strip_prefix('=').map(str::to_owned)
 }
 
+/// The two parts of memory that come by themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Filling {
+    /// What the guest needed first the last time.
+    First,
+    /// All the rest.
+    Rest,
+}
+
 /// While the file that `STILLPOINT_HOLD_FILLER=PATH` names exists, memory that is still to come
 /// comes only when the guest needs it, so that tests see a restored VM in that state for as long as
-/// they want.
-pub(crate) async fn hold_filler() {
-    while holds_filler() {
+/// they want. If the file holds the word `rest`, what the guest needed first comes all the same.
+pub(crate) async fn hold_filler(part: Filling) {
+    while holds_filler(part) {
         tokio::time::sleep(HOLD_POLL).await;
     }
 }
 
-/// Whether that file exists; while it does, nothing is copied into disks either.
-pub(crate) fn holds_filler() -> bool {
-    std::env::var_os("STILLPOINT_HOLD_FILLER").is_some_and(|path| Path::new(&path).exists())
+/// Whether that file holds this part; while it exists, nothing is copied into disks either.
+pub(crate) fn holds_filler(part: Filling) -> bool {
+    let path = std::env::var_os("STILLPOINT_HOLD_FILLER");
+    let held = path.and_then(|path| std::fs::read(path).ok());
+    held.is_some_and(|held| part == Filling::Rest || held != b"rest")
 }
 
 /// Dies here if that was asked for.

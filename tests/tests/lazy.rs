@@ -32,6 +32,11 @@ impl Hold {
         File::create(&self.0).expect("the test's directory");
     }
 
+    /// All but what the guest needed first the last time.
+    pub(crate) fn hold_rest(&self) {
+        std::fs::write(&self.0, "rest").expect("the test's directory");
+    }
+
     pub(crate) fn release(&self) {
         std::fs::remove_file(&self.0).expect("the test's directory");
     }

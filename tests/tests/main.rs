@@ -37,6 +37,7 @@ mod states;
 mod torture;
 mod tpm;
 mod window;
+mod working_set;
 
 /// A file that is not in the list above would not be compiled.
 #[test]

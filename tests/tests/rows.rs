@@ -359,6 +359,11 @@ const LAZY: &[Row] = &[
         "a checkpoint that needs all memory",
         &["vms::lazy::lazy_copy_has_the_same_bytes_and_no_checkpoint_before_all_are_here"],
     ),
+    (
+        "",
+        "the working set",
+        &["vms::working_set::lazy_restore_brings_first_what_the_guest_needed_first_the_last_time"],
+    ),
     ("", "QEMU ends", &["vms::lazy::lazy_restored_qemu_may_end_before_its_memory_has_arrived"]),
     ("", "the store does not answer a read", LAZY_BLOCKS),
     ("", "a block is damaged", &[LAZY_BLOCKS[0]]),

@@ -97,6 +97,10 @@ impl ReaderName {
     }
 }
 
+pub(crate) fn working_set(vm: &VmName) -> StorePath {
+    path(format_args!("vms/{vm}/working-set"))
+}
+
 pub(crate) fn proofs(vm: &VmName) -> StorePath {
     path(format_args!("vms/{vm}/proofs"))
 }

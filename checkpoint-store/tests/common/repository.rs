@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint_format::{
-    CheckpointId, CheckpointRef, Checksum, ContentDigest, Epoch, PackName, VmName,
+    CheckpointId, CheckpointRef, Checksum, ContentDigest, Epoch, PackName, PageCount, RangeSet,
+    SpaceName, VmName, WorkingSet,
 };
 use checkpoint_store::{
     Claim, Fault, FaultRule, FaultyStore, LayerOutcome, Mode, Op, PutOptions, ReaderInfo,
@@ -43,6 +44,7 @@ macro_rules! repository_contract {
             abandoned_uploads_are_removed_by_the_next
             an_upload_that_another_makes_useless_ends
             proofs_are_noted_once
+            working_set_is_replaced
         );
     };
     (@each $make:path: $($name:ident)*) => {$(
@@ -635,4 +637,19 @@ pub(crate) async fn proofs_are_noted_once(store: Shared) {
     );
     assert!(!note(3, 0, "again").await, "a note stays as it is");
     assert_eq!(repository.proofs(&vm(), checkpoint_id).await.expect("read"), ["one", "two"]);
+}
+
+pub(crate) async fn working_set_is_replaced(store: Shared) {
+    let repository = opened(store).await;
+    claimed(&repository, "a", same("a")).await;
+    assert_eq!(repository.working_set(&vm()).await.expect("read"), None);
+    for pages in [1, 300] {
+        let mut set = WorkingSet {
+            space: SpaceName::ram("pc.ram").expect("valid"),
+            pages: RangeSet::default(),
+        };
+        set.pages.insert(PageCount(pages).all());
+        repository.replace_working_set(&vm(), &set).await.expect("write");
+        assert_eq!(repository.working_set(&vm()).await.expect("read"), Some(set));
+    }
 }

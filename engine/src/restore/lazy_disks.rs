@@ -22,7 +22,7 @@ use super::hydration::Trouble;
 use super::on_demand::{OnDemand, Origin};
 use super::source::Source;
 use crate::checkpoint::{ArrivingDisks, Held};
-use crate::kill_point;
+use crate::kill_point::{self, Filling};
 use anyhow::{Context, Result};
 use checkpoint_format::{ByteLen, DiskRecord, SpaceName, VmName};
 use futures::FutureExt;
@@ -470,7 +470,8 @@ async fn step(inner: &Inner, qmp: &Qmp) -> Result<bool> {
     }
     let disks = arriving::list(qmp).await?;
     inner.note(&disks);
-    if !kill_point::holds_filler() && inner.reader.troubles().damaged.is_none() {
+    let holds = kill_point::holds_filler(Filling::Rest);
+    if !holds && inner.reader.troubles().damaged.is_none() {
         for disk in &disks {
             let begun = disk.begin(qmp, SPEED).await;
             begun.with_context(|| format!("copying into {}", disk.node))?;

@@ -18,6 +18,7 @@ use futures::{StreamExt, TryStreamExt};
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{OptionsBuilder, Weighter};
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::hash::RandomState;
 use std::sync::Arc;
 use vm::error::damaged;
@@ -119,6 +120,22 @@ impl OnDemand {
         self.source.locate(space, pages).await
     }
 
+    /// Where the data of these pages is, and of the other pages near them that the same frames have.
+    ///
+    /// # Errors
+    /// As those of [`Self::locate`].
+    pub async fn locate_frames(
+        &self,
+        space: &SpaceName,
+        pages: PageRange,
+    ) -> Result<Vec<LocatedRun>> {
+        let mut runs = self.locate(space, neighbourhood(pages)).await?;
+        let own = runs.iter().filter(|run| part_of(run, pages).is_some());
+        let frames: HashSet<_> = own.filter_map(|run| frame_of(run.location)).collect();
+        runs.retain(|run| frame_of(run.location).is_some_and(|frame| frames.contains(&frame)));
+        Ok(runs)
+    }
+
     /// Where one page is; one beyond the space is unknown.
     ///
     /// # Errors
@@ -154,8 +171,7 @@ impl OnDemand {
     /// As those of [`Self::read`].
     pub async fn read_around(&self, space: &SpaceName, page: PageIndex) -> Result<Vec<Part>> {
         let single = PageRange::single(page);
-        let start = PageIndex(page.0.saturating_sub(NEIGHBOURHOOD.0));
-        let near = PageRange::new(start, PageIndex(page.0 + 1 + NEIGHBOURHOOD.0));
+        let near = neighbourhood(single);
         let runs = self.locate(space, near).await?;
         let Some(own) = runs.iter().find_map(|run| part_of(run, single)) else {
             return Ok(vec![(single, Content::Unknown)]);
@@ -182,6 +198,12 @@ impl OnDemand {
         };
         Ok((run.pages, content))
     }
+}
+
+/// Where the other pages of these pages' frames are looked for.
+fn neighbourhood(pages: PageRange) -> PageRange {
+    let start = PageIndex(pages.start.0.saturating_sub(NEIGHBOURHOOD.0));
+    PageRange::new(start, PageIndex(pages.end.0.saturating_add(NEIGHBOURHOOD.0)))
 }
 
 fn frame_of(location: PageLocation) -> Option<(PackNo, FrameNo)> {

@@ -7,8 +7,9 @@ use crate::progress::Progress;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use checkpoint_format::{
-    CheckpointId, CheckpointIdentity, FrameEntry, FrameNo, FrameRead, LocatedRun, Manifest,
-    PAGE_SIZE, PackNo, PackPlace, PageMap, PageRange, SpaceName, SpaceRecord, VmName, as_index,
+    ByteLen, CheckpointId, CheckpointIdentity, FrameEntry, FrameNo, FrameRead, LocatedRun,
+    Manifest, PAGE_SIZE, PackNo, PackPlace, PageMap, PageRange, RangeSet, RunSource, SpaceName,
+    SpaceRecord, VmName, as_index,
 };
 use checkpoint_store::Repository;
 use futures::future::BoxFuture;
@@ -115,6 +116,25 @@ impl Source {
     /// As those of [`Self::map`].
     pub async fn locate(&self, name: &SpaceName, pages: PageRange) -> Result<Vec<LocatedRun>> {
         self.0.places.locate(self.space(name)?, pages).await
+    }
+
+    /// The pages of a space that changed shortly before the checkpoint: those that it stores itself.
+    /// None if they are more than `most`.
+    ///
+    /// # Errors
+    /// When the indexes of its packs cannot be read.
+    pub async fn changed_last(&self, name: &SpaceName, most: ByteLen) -> Result<RangeSet> {
+        let mut pages = RangeSet::default();
+        let manifest = self.manifest();
+        if manifest.parent.is_none() || manifest.totals.bytes_changed > most {
+            return Ok(pages);
+        }
+        for pack in &manifest.packs {
+            let index = lineage::index(&self.0.repository, &self.0.vm, manifest.id, pack).await?;
+            let data = index.runs_of(name).filter(|run| run.source != RunSource::Zero);
+            data.for_each(|run| pages.insert(run.pages));
+        }
+        Ok(pages)
     }
 
     /// The same, shared; the blocks that it is made of are kept.

@@ -113,3 +113,24 @@ async fn on_demand_failure_is_not_kept() {
     store.heal();
     assert!(matches!(reader.read(&ram(), range(0, 1)).await.unwrap()[0].1, Content::Data(_)));
 }
+
+#[tokio::test]
+async fn pages_that_changed_last_are_those_of_the_checkpoint_itself() {
+    let (_scene, _, reader) = reader(LARGE).await;
+    let changed = reader.source().changed_last(&ram(), LARGE).await.unwrap();
+    assert!(changed.contains(PageIndex(4)), "{changed:?}");
+    assert!(!changed.contains(PageIndex(5)), "{changed:?}");
+    let too_many = reader.source().changed_last(&ram(), ByteLen(1)).await.unwrap();
+    assert_eq!(too_many.pages().0, 0, "more than what was asked for");
+}
+
+#[tokio::test]
+async fn frames_of_pages_are_located_whole() {
+    let (_scene, _, reader) = reader(LARGE).await;
+    let runs = reader.locate_frames(&ram(), range(5, 6)).await.unwrap();
+    let pages: Vec<u64> = runs.iter().flat_map(|run| run.pages.iter()).map(|page| page.0).collect();
+    // Page 4 was written before the second checkpoint, so it is in another frame.
+    let frame = (0..32).filter(|page| *page != 4);
+    assert_eq!(pages, frame.collect::<Vec<u64>>());
+    assert_eq!(reader.locate_frames(&ram(), range(1 << 20, 1 << 21)).await.unwrap(), []);
+}

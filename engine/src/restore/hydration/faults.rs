@@ -77,6 +77,9 @@ fn listen(missing: &MissingPages, stopped: &PipeReader, found: &mpsc::Sender<Pag
 /// However long it takes; from the deadline on the guest is stopped.
 async fn answer(inner: Arc<Inner>, page: PageIndex) {
     let _waiting = inner.state.begin_waiting();
+    if let Some(first) = &inner.first {
+        first.note(page);
+    }
     let mut bringing = std::pin::pin!(bring_at_last(&inner, page));
     if let Some(deadline) = inner.state.record().deadline {
         if tokio::time::timeout(deadline, &mut bringing).await.is_ok() {

@@ -2,10 +2,11 @@
 
 use super::faults::is_process_gone;
 use super::record::Record;
+use super::working_set::{self, FirstPages};
 use super::{Inner, parts_of};
-use crate::kill_point;
+use crate::kill_point::{self, Filling};
 use crate::restore::backoff::Backoff;
-use crate::restore::source::Run;
+use crate::restore::source::{Run, Source};
 use anyhow::{Context, Result, bail, ensure};
 use checkpoint_format::{
     FRAME_PAGES, FrameRead, LocatedRun, PAGE_SIZE, PageCount, PageLocation, PageMap, PageRange,
@@ -29,6 +30,12 @@ pub(super) fn data_bytes(runs: impl Iterator<Item = LocatedRun>) -> u64 {
 
 /// Until all pages are here, or QEMU has ended. Then no faults are read any more.
 pub(super) async fn fill(inner: Arc<Inner>, faults: AbortHandle) {
+    if let Some(first) = &inner.first
+        && let Err(error) = fill_first(&inner, first).await
+    {
+        // It is tried again with all others.
+        tracing::debug!(error = format!("{error:#}"), "reading what the guest needs first");
+    }
     let mut backoff = Backoff::new();
     while let Err(error) = fill_all(&inner).await {
         if is_process_gone(&error) {
@@ -47,21 +54,56 @@ pub(super) async fn fill(inner: Arc<Inner>, faults: AbortHandle) {
     kill_point::point("restore.recorded");
     faults.abort();
     inner.state.finish();
+    if let Some(first) = &inner.first {
+        first.save(&inner).await;
+    }
+}
+
+/// The pages that the guest needed first the last time, and those that it wrote last, in the order of the packs, in large reads.
+async fn fill_first(inner: &Arc<Inner>, first: &FirstPages) -> Result<()> {
+    let reader = inner.reader().await;
+    let source = reader.source();
+    let mut wanted = first.known(inner).await.clone();
+    let changed = source.changed_last(&inner.space, working_set::MOST).await?;
+    working_set::all(&changed).for_each(|pages| wanted.insert(pages));
+    let mut map = PageMap::new(inner.space.clone(), inner.size());
+    for pages in working_set::all(&wanted) {
+        for run in reader.locate_frames(&inner.space, pages).await? {
+            map.record(&run);
+        }
+    }
+    fill_data(inner, source, &map, Filling::First).await
 }
 
 async fn fill_all(inner: &Arc<Inner>) -> Result<()> {
     let reader = inner.reader().await;
     let source = reader.source();
     let map = source.kept_map(&inner.space).await?;
+    fill_data(inner, source, &map, Filling::Rest).await?;
+    kill_point::point("restore.zeros");
+    let of = Arc::clone(inner);
+    let parts = parts_of(map.runs());
+    tokio::task::spawn_blocking(move || fill_zeros(&of, &map, &parts))
+        .await
+        .context("internal error: installing pages panicked")?
+}
+
+/// All data of `map`, in the order of the packs.
+async fn fill_data(
+    inner: &Arc<Inner>,
+    source: &Source,
+    map: &PageMap,
+    part: Filling,
+) -> Result<()> {
     let of = Arc::clone(inner);
     let is_wanted = move |read: &FrameRead| {
         let present = of.present();
         read.parts.iter().any(|part| present.absent_in(part.pages).next().is_some())
     };
-    let mut batches = std::pin::pin!(source.read_wanted(&map, is_wanted));
+    let mut batches = std::pin::pin!(source.read_wanted(map, is_wanted));
     let mut damage = None;
     loop {
-        kill_point::hold_filler().await;
+        kill_point::hold_filler(part).await;
         inner.state.no_thread_waits().await;
         let Some(batch) = batches.next().await else { break };
         let batch = match batch {
@@ -79,15 +121,7 @@ async fn fill_all(inner: &Arc<Inner>) -> Result<()> {
         install(inner, batch).await?;
         kill_point::point("restore.filling");
     }
-    if let Some(error) = damage {
-        return Err(error);
-    }
-    kill_point::point("restore.zeros");
-    let of = Arc::clone(inner);
-    let parts = parts_of(map.runs());
-    tokio::task::spawn_blocking(move || fill_zeros(&of, &map, &parts))
-        .await
-        .context("internal error: installing pages panicked")?
+    damage.map_or(Ok(()), Err)
 }
 
 async fn install(inner: &Arc<Inner>, batch: Vec<Run>) -> Result<()> {

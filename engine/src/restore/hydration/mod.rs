@@ -20,6 +20,7 @@ mod filler;
 mod parts;
 mod record;
 mod state;
+mod working_set;
 
 pub use state::{HydrationStatus, Trouble};
 
@@ -43,6 +44,7 @@ use tokio::task::AbortHandle;
 use vm::error::{EngineError, InPhase, Phase};
 use vm::running::Vm;
 use vm::runtime_dir::RuntimeDir;
+use working_set::FirstPages;
 
 /// Frames that are kept for the faults that follow.
 const CACHE: ByteLen = ByteLen(32 << 20);
@@ -70,6 +72,8 @@ struct Inner {
     present: Mutex<PageSet>,
     /// Opened when the store answers.
     reader: OnceCell<OnDemand>,
+    /// Of a hydration that has just begun; one that continues has its first seconds behind it.
+    first: Option<Arc<FirstPages>>,
     /// QEMU's monitor, once it is connected: it may answer only when a page has come.
     qmp: OnceLock<Qmp>,
 }
@@ -131,7 +135,9 @@ impl Hydration {
             (record, missing)
         };
         let reader = OnDemand::new(source.clone(), CACHE);
-        let inner = Inner::new(missing, space, vm.runtime.clone(), record, OnceCell::from(reader))?;
+        let mut inner =
+            Inner::new(missing, space, vm.runtime.clone(), record, OnceCell::from(reader))?;
+        inner.first = Some(Arc::default());
         let hydration = Self::start(inner)?;
         hydration.set_monitor(&vm.qmp);
         Ok(hydration)
@@ -183,7 +189,11 @@ impl Hydration {
         let faults = faults::Faults::listen(&inner)?;
         let faults = tokio::spawn(faults.serve()).abort_handle();
         let filler = tokio::spawn(filler::fill(Arc::clone(&inner), faults.clone()));
-        let tasks = vec![filler.abort_handle(), faults];
+        let mut tasks = vec![filler.abort_handle(), faults];
+        if let Some(first) = &inner.first {
+            let save = working_set::save_in_time(Arc::clone(&inner), Arc::clone(first));
+            tasks.push(tokio::spawn(save).abort_handle());
+        }
         Ok(Self(Arc::new(Running { inner, tasks })))
     }
 
@@ -246,8 +256,14 @@ impl Inner {
             state: State::new(record),
             present: Mutex::new(present),
             reader,
+            first: None,
             qmp: OnceLock::new(),
         })
+    }
+
+    /// Of the whole space.
+    fn size(&self) -> PageCount {
+        PageCount::covering(ByteLen(self.state.record().bytes))
     }
 
     fn present(&self) -> MutexGuard<'_, PageSet> {

@@ -1,0 +1,283 @@
+//! How long a restore takes until the guest runs, and until it does its next step: lazy and eager,
+//! beside a QEMU that boots, and beside plain QEMU that gets its files and its migration stream.
+//!
+//! ```text
+//! bench-restore [--count N] [--ram MIB] [--age N] [--hdfs yes]
+//! ```
+//! All take turns, so that all see the same host. Run by `scripts/bench-restore`.
+
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+use stillpoint_tests::{
+    Cluster, Lab, Pid, QmpClient, Recipe, kill_hard, lines, newest_qemu, project, wait_until,
+};
+
+const USAGE: &str = "bench-restore [--count N] [--ram MIB] [--age N] [--hdfs yes]";
+/// Of the VM that is restored.
+const NAME: &str = "m";
+const TIMEOUT: Duration = Duration::from_secs(300);
+/// Of the guest's memory the witness fills all but this, for the kernel and what it unpacks.
+const KERNEL_MIB: u64 = 160;
+
+struct Options {
+    count: usize,
+    ram_mib: u64,
+    age: usize,
+    hdfs: bool,
+}
+
+fn options() -> Result<Options, String> {
+    let mut options = Options { count: 5, ram_mib: 1024, age: 1, hdfs: false };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let value = words.next().ok_or_else(|| format!("{word}: a value is missing; {USAGE}"))?;
+        let number: Option<u64> = value.parse().ok().filter(|number| *number > 0);
+        let number = || number.ok_or_else(|| format!("{word} {value}: no number; {USAGE}"));
+        match word.as_str() {
+            "--count" => options.count = usize::try_from(number()?).map_err(|_| USAGE)?,
+            "--ram" => options.ram_mib = number()?.max(KERNEL_MIB + 32),
+            "--age" => options.age = usize::try_from(number()?).map_err(|_| USAGE)?,
+            "--hdfs" => options.hdfs = value == "yes",
+            _ => return Err(format!("{word} is not known; {USAGE}")),
+        }
+    }
+    Ok(options)
+}
+
+impl Options {
+    fn recipe(&self) -> Recipe {
+        let table = self.ram_mib - KERNEL_MIB;
+        let words = format!("witness.table_mib={table} witness.report_ms=50 witness.rate=1500");
+        let memory = self.ram_mib.to_string();
+        Recipe::witness("q35-virtio.cfg").words(&words).arguments(&["-m", &memory])
+    }
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// A QEMU of the recipe's command line, beside the lab's VMs; its end is the end of this value.
+struct Bare {
+    directory: PathBuf,
+    qemu: Pid,
+}
+
+impl Bare {
+    /// With `-daemonize` the command ends when the guest may run.
+    fn start(directory: &Path, recipe: &Recipe, qemu: &Path, more: &[&str]) -> Self {
+        let words = recipe.command_line(qemu);
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).args(["-daemonize", "-pidfile", "qemu.pid"]).args(more);
+        let status = command
+            .current_dir(directory)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .expect("QEMU can be run");
+        assert!(status.success(), "QEMU did not start in {}", directory.display());
+        let pid = std::fs::read_to_string(directory.join("qemu.pid")).expect("QEMU wrote it");
+        let qemu = Pid::from_raw(pid.trim().parse().expect("a process ID"));
+        Self { directory: directory.to_owned(), qemu }
+    }
+
+    fn wait_for_step(&self) {
+        let serial = self.directory.join("serial.log");
+        let spoke = wait_until(TIMEOUT, || !lines(&serial).is_empty());
+        assert!(spoke, "the guest said nothing: {}", serial.display());
+    }
+}
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        kill_hard(self.qemu);
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn furnished(lab: &Lab, recipe: &Recipe, qemu: &Path) -> PathBuf {
+    let directory = lab.fresh_directory("bare");
+    std::fs::create_dir_all(&directory).expect("the lab");
+    recipe.furnish(qemu, &directory);
+    directory
+}
+
+/// Milliseconds until the guest of a QEMU that boots may run.
+fn boot(lab: &Lab, recipe: &Recipe, qemu: &Path) -> f64 {
+    let directory = furnished(lab, recipe, qemu);
+    let begun = Instant::now();
+    let _bare = Bare::start(&directory, recipe, qemu, &[]);
+    milliseconds(begun)
+}
+
+/// One restore; its VM is killed then.
+struct Restored {
+    /// Milliseconds from the request until the guest may run, as the restore says.
+    running: f64,
+    /// Milliseconds from the command until the guest has done a step.
+    step: f64,
+    /// Of the store, until the guest might run.
+    bytes_read: f64,
+    report: Value,
+}
+
+fn restore(lab: &Lab, more: &[&str]) -> Restored {
+    let begun = Instant::now();
+    let vm = lab.restore(NAME, NAME, more);
+    vm.wait_for_line("a step after the restore", |_| true);
+    let step = milliseconds(begun);
+    let report = vm.report.clone();
+    vm.kill();
+    let number = |key: &str| report[key].as_f64().expect("the documented form");
+    Restored { running: number("resume_ms"), step, bytes_read: number("bytes_read"), report }
+}
+
+/// What plain QEMU has to get: files of a stopped guest, in HDFS or in a directory.
+struct Plain<'a> {
+    lab: &'a Lab,
+    recipe: &'a Recipe,
+    qemu: &'a Path,
+    store: PathBuf,
+    hdfs: Option<String>,
+}
+
+const FILES: [&str; 2] = ["state", "overlay.qcow2"];
+
+impl<'a> Plain<'a> {
+    fn save(lab: &'a Lab, recipe: &'a Recipe, qemu: &'a Path, cluster: Option<&Cluster>) -> Self {
+        let vm = lab.start_plain("plain", recipe);
+        vm.wait_for_line("the guest's first line", |_| true);
+        let mut monitor = vm.qmp();
+        monitor.stop();
+        monitor.execute("migrate", json!({"uri": "exec:cat >state"}));
+        let status = |monitor: &mut QmpClient| monitor.execute("query-migrate", json!({}));
+        let is_over = wait_until(TIMEOUT, || status(&mut monitor)["status"] == "completed");
+        assert!(is_over, "QEMU did not save its state: {}", status(&mut monitor));
+        let store = vm.directory.clone();
+        vm.kill();
+        let hdfs = cluster.map(|cluster| cluster.fresh_store("plain"));
+        if let Some(url) = &hdfs {
+            hdfs_dev(&["-mkdir", "-p", url]);
+            for file in FILES {
+                hdfs_dev(&["-put", store.join(file).to_str().expect("UTF-8"), url]);
+            }
+        }
+        Self { lab, recipe, qemu, store, hdfs }
+    }
+
+    fn get(&self, file: &str, directory: &Path) {
+        let to = directory.join(file);
+        match &self.hdfs {
+            Some(url) => {
+                let _ = std::fs::remove_file(&to);
+                hdfs_dev(&["-get", &format!("{url}/{file}"), to.to_str().expect("UTF-8")]);
+            }
+            None => {
+                std::fs::copy(self.store.join(file), to).expect("the lab");
+            }
+        }
+    }
+
+    /// Milliseconds until the guest has done a step.
+    fn restore(&self) -> f64 {
+        let directory = furnished(self.lab, self.recipe, self.qemu);
+        let begun = Instant::now();
+        FILES.iter().for_each(|file| self.get(file, &directory));
+        let incoming = ["-incoming", "exec:cat state"];
+        let bare = Bare::start(&directory, self.recipe, self.qemu, &incoming);
+        bare.wait_for_step();
+        milliseconds(begun)
+    }
+}
+
+fn hdfs_dev(arguments: &[&str]) {
+    let mut command = Command::new(project().join("scripts/hdfs-dev"));
+    let output = command.arg("fs").args(arguments).output().expect("scripts/hdfs-dev can be run");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "hdfs-dev fs {arguments:?}: {said}");
+}
+
+fn median(samples: &[f64]) -> f64 {
+    let mut samples = samples.to_vec();
+    samples.sort_by(f64::total_cmp);
+    let middle = samples.len() / 2;
+    match samples.len() % 2 {
+        1 => samples[middle],
+        _ => f64::midpoint(samples[middle - 1], samples[middle]),
+    }
+}
+
+fn row(what: &str, samples: impl Iterator<Item = f64>) -> f64 {
+    let samples: Vec<f64> = samples.collect();
+    let least = samples.iter().copied().fold(f64::MAX, f64::min);
+    let most = samples.iter().copied().fold(0.0, f64::max);
+    let middle = median(&samples);
+    println!("{what:52} {least:>9.1} {middle:>9.1} {most:>9.1}");
+    middle
+}
+
+/// Milliseconds of each phase, the medians.
+fn phases(restored: &[Restored]) -> String {
+    let of = |name: &str| -> Vec<f64> {
+        restored.iter().filter_map(|one| one.report["phases"][name].as_f64()).collect()
+    };
+    let Some(known) = restored.first().and_then(|one| one.report["phases"].as_object()) else {
+        return String::new();
+    };
+    let phase = |name: &String| format!("{name} {:.0}", median(&of(name)));
+    known.keys().map(phase).collect::<Vec<_>>().join(", ")
+}
+
+/// A VM that was checkpointed as often as asked, and killed.
+fn prepare(lab: &Lab, recipe: &Recipe, age: usize) {
+    let vm = lab.start(NAME, recipe);
+    vm.wait_for_line("the guest's first line", |_| true);
+    (0..age).for_each(|_| drop(vm.checkpoint()));
+    vm.kill();
+}
+
+fn main() -> ExitCode {
+    let options = match options() {
+        Ok(options) => options,
+        Err(text) => {
+            eprintln!("{text}");
+            return ExitCode::from(2);
+        }
+    };
+    let (qemu, recipe) = (newest_qemu(), options.recipe());
+    let cluster = options.hdfs.then(Cluster::shared);
+    let mut lab = Lab::new(&qemu);
+    if let Some(cluster) = &cluster {
+        lab = lab.with_store(&cluster.fresh_store("bench-restore"));
+    }
+    prepare(&lab, &recipe, options.age);
+    let plain = Plain::save(&lab, &recipe, &qemu, cluster.as_ref());
+    let (mut booted, mut lazy, mut eager, mut by_qemu) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for number in 1..=options.count {
+        eprintln!("bench-restore: {number} of {}", options.count);
+        booted.push(boot(&lab, &recipe, &qemu));
+        lazy.push(restore(&lab, &["--lazy"]));
+        eager.push(restore(&lab, &["--eager"]));
+        by_qemu.push(plain.restore());
+    }
+    let place = if options.hdfs { "HDFS" } else { "a directory" };
+    println!("{} MiB, {} checkpoints in {place}, {}", options.ram_mib, options.age, qemu.display());
+    println!("{:52} {:>9} {:>9} {:>9}", "ms", "min", "median", "max");
+    let bare = row("a booting QEMU: the guest may run", booted.into_iter());
+    let running = row("lazy restore: the guest may run", lazy.iter().map(|one| one.running));
+    row("eager restore: the guest may run", eager.iter().map(|one| one.running));
+    let step = row("lazy restore: next step", lazy.iter().map(|one| one.step));
+    let eager_step = row("eager restore: next step", eager.iter().map(|one| one.step));
+    let plain_step = row("plain QEMU, files got and -incoming: next step", by_qemu.into_iter());
+    row("lazy restore: bytes read until it may run", lazy.iter().map(|one| one.bytes_read));
+    println!("lazy phases: {}", phases(&lazy));
+    println!("eager phases: {}", phases(&eager));
+    println!("lazy restore beyond a booting QEMU: {:.0} ms", running - bare);
+    println!("next step, eager over lazy: {:.2}", eager_step / step);
+    println!("next step, plain QEMU over lazy: {:.2}", plain_step / step);
+    ExitCode::SUCCESS
+}
