@@ -16,7 +16,7 @@ const MAX_HEAD_LEN: u64 = (64 << 20) + 1024;
 /// The longest file of a manifest, with the segment of the index behind it.
 pub const MAX_MANIFEST_LEN: u64 = MAX_HEAD_LEN + MAX_SEGMENT_LEN;
 /// A manifest's file up to this length is read by one call, whatever of it is wanted.
-const WHOLE_LEN: u64 = 256 << 10;
+const WHOLE_LEN: u64 = 64 << 10;
 
 impl Repository {
     /// The VMs that have checkpoints or had a writer, by name.

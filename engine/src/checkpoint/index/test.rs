@@ -34,6 +34,28 @@ async fn index_of_a_lineage_that_began_without_one() {
     }
 }
 
+/// Of a guest that writes to the same pages again and again.
+#[tokio::test]
+async fn reads_of_a_helper_that_begins_do_not_grow_with_the_lineage() {
+    let mut made = Synthetic::new().await;
+    made.resize(300, 0);
+    made.zeros = 0;
+    made.writes = |page, id| page < 30 && (page + id).is_multiple_of(3);
+    let mut found = Vec::new();
+    for id in 1..=300 {
+        let manifest = made.commit(id).await;
+        if id == 30 || id == 300 {
+            let before = made.store.reads().len();
+            check_digests(&made, id, &manifest).await;
+            let reads = made.store.reads().split_off(before);
+            found.push((reads.len(), reads.iter().map(|(_, bytes)| bytes).sum::<u64>()));
+        }
+    }
+    let (young, old) = (found[0], found[1]);
+    println!("calls and bytes: {young:?}, {old:?}");
+    assert!(old.0 * 10 <= young.0 * 12 && old.1 * 10 <= young.1 * 12, "{young:?} {old:?}");
+}
+
 #[tokio::test]
 async fn index_that_is_damaged_is_made_again() {
     let mut made = Synthetic::new().await;

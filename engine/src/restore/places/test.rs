@@ -17,6 +17,8 @@ struct Reads {
     objects: u64,
     calls: u64,
     bytes: u64,
+    /// Of manifests and the index.
+    metadata: u64,
 }
 
 async fn lineage() -> Synthetic {
@@ -42,7 +44,9 @@ async fn reads(made: &Synthetic, id: u64) -> Reads {
     let reads = &made.store.reads()[before..];
     let files: BTreeSet<String> = reads.iter().map(|(path, _)| path.to_string()).collect();
     let bytes = reads.iter().map(|(_, bytes)| bytes).sum();
-    Reads { objects: files.len() as u64, calls: reads.len() as u64, bytes }
+    let of_manifests = reads.iter().filter(|(path, _)| path.name() == "manifest.json");
+    let metadata = of_manifests.map(|(_, bytes)| bytes).sum();
+    Reads { objects: files.len() as u64, calls: reads.len() as u64, bytes, metadata }
 }
 
 #[tokio::test]
@@ -61,6 +65,7 @@ async fn reads_until_the_guest_runs_do_not_grow_with_the_lineage() {
     assert!(is_flat(old.objects, young.objects), "{found:?}");
     assert!(is_flat(old.calls, young.calls), "{found:?}");
     assert!(is_flat(old.bytes, young.bytes), "{found:?}");
+    assert!(is_flat(old.metadata, young.metadata), "{found:?}");
     let Metadata { written, written_without, .. } = made.metadata;
     assert!(written <= 2 * written_without, "{:?}", made.metadata);
 }
