@@ -1,7 +1,7 @@
 //! Nothing that fails while a guest's memory arrives is for the guest to notice, or for an operator
 //! to repair: a helper that dies is followed by another, whatever it was doing.
 
-use crate::lazy::{Hold, assert_hydrating, hydration, move_away, wait_until_hydrated};
+use crate::lazy::{Hold, assert_hydrating, hydration, move_away, packs, wait_until_hydrated};
 use nix::sys::signal::{Signal, kill};
 use std::time::Duration;
 use stillpoint_tests::{
@@ -158,6 +158,44 @@ fn hydration_deadline_stops_the_guest_until_cont() {
     vm.assert_makes_progress();
     hold.release();
     wait_until_hydrated(&lab, "m");
+    vm.assert_continues(&taken);
+}
+
+/// A stopped guest needs no page, so it is the filler that finds the damage.
+#[test]
+fn hydration_damaged_frame_holds_up_no_other_page() {
+    /// More than is read at once.
+    const READ: u64 = 20 << 20;
+    let mut lab = Lab::new(&newest_qemu());
+    let hold = Hold::begin(&mut lab);
+    let vm = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
+    vm.wait_for_witness();
+    let taken = vm.checkpoint();
+    vm.kill();
+    let vm = lab.restore("m", "m", &["--lazy", "--paused"]);
+    let pack = packs(&lab).into_iter().max_by_key(|pack| std::fs::metadata(pack).unwrap().len());
+    let pack = pack.expect("a pack");
+    let whole = std::fs::read(&pack).expect("a pack");
+    let mut damaged = whole.clone();
+    // Disks come before memory.
+    damaged[whole.len() / 4 * 3] ^= 0xff;
+    std::fs::write(&pack, damaged).expect("a pack");
+    hold.release();
+    let to_come = || {
+        let status = hydration(&lab, "m").expect("a page is missing");
+        let number = |key: &str| status[key].as_u64().expect("a number");
+        assert!(number("total_bytes") > 2 * READ, "{status}");
+        let message = status["damaged"]["message"].as_str().map(str::to_owned);
+        (number("total_bytes") - number("done_bytes"), message)
+    };
+    let rest_is_here = || matches!(to_come(), (1..READ, Some(_)));
+    assert!(wait_until(TIMEOUT, rest_is_here), "{:?}", hydration(&lab, "m"));
+    let (_, message) = to_come();
+    let name = pack.file_name().expect("a name").to_string_lossy().into_owned();
+    assert!(message.as_ref().is_some_and(|said| said.contains(&name)), "{message:?}: {name}");
+    std::fs::write(&pack, &whole).expect("a pack");
+    wait_until_hydrated(&lab, "m");
+    vm.qmp().cont();
     vm.assert_continues(&taken);
 }
 

@@ -124,7 +124,7 @@ fn lazy_restored_guest_is_exact_through_checkpoints_a_kill_and_a_store_that_is_a
 }
 
 /// What the store has of the packs of all checkpoints.
-fn packs(lab: &Lab) -> Vec<PathBuf> {
+pub(crate) fn packs(lab: &Lab) -> Vec<PathBuf> {
     let files = files_below(&lab.store_directory()).into_iter();
     files.filter(|file| file.extension().is_some_and(|name| name == "pack")).collect()
 }

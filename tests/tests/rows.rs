@@ -353,6 +353,7 @@ const LAZY: &[Row] = &[
         "a frame is damaged",
         &["vms::lazy::lazy_guest_that_needs_a_damaged_page_is_stopped_until_the_store_is_repaired"],
     ),
+    ("", "a frame is damaged", &["vms::hydration::hydration_damaged_frame_holds_up_no_other_page"]),
     ("", "an incremental checkpoint while memory", LAZY_EXACT),
     (
         "",
