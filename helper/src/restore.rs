@@ -19,7 +19,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as Pair;
 use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
+use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -40,50 +40,111 @@ pub async fn start(
     supervision: Supervision,
     is_verbose: bool,
 ) -> Result<Report, EngineError> {
-    let (ours, theirs) = Pair::pair().context("making a socket pair").in_phase(Phase::Ask)?;
-    let mut process = spawn(request, supervision, is_verbose, theirs).in_phase(Phase::Ask)?;
-    let mut interrupted = Interrupted::listen().in_phase(Phase::Ask)?;
-    match converse(ours, request, interrupted.wait()).await.in_phase(Phase::Ask)? {
-        Some(Reply::Done(result)) => {
-            let (report, state): (Report, String) = client::decode(result)?;
-            Ok(Report { state, ..report })
-        }
-        Some(Reply::Failed(failure)) => {
-            let _ = process.wait().await;
-            Err(failure.into())
-        }
-        _ => Err(lost(&mut process, request).await).in_phase(Phase::Ask),
+    let stderr = Stdio::inherit();
+    let (mut process, socket) = Restoring::spawn(request, supervision, is_verbose, stderr)?;
+    let done = process.report(socket, request).await;
+    if let Err(error) = &done
+        && let Some(status) = process.killed
+    {
+        // Who waits for the command sees the end of what the command is.
+        tracing::error!("{error}");
+        die_as(status);
     }
+    done
 }
 
-/// Why there is no reply.
-async fn lost(process: &mut Child, request: &Request) -> Error {
-    tokio::select! {
-        biased;
-        status = process.wait() => match status {
-            Ok(status) => ended(status, request),
-            Err(error) => Error::new(error).context("waiting for the process that restores"),
-        },
-        () = other_answers(request) => anyhow!(
-            "the process that restored {0} ended before it could say so; {0} runs, and has another \
-             helper now",
-            request.name()
-        ),
-    }
-}
-
-fn spawn(
+/// The same beside others: what its process prints is given to `say`, line by line, and its end is
+/// not this command's.
+///
+/// # Errors
+/// As those of [`start()`].
+pub async fn start_beside(
     request: &Request,
     supervision: Supervision,
     is_verbose: bool,
-    socket: Pair,
-) -> Result<Child> {
-    let base = request.runtime_base.as_deref();
-    let mut command = start::command(&[], request.name(), base, supervision)?;
-    command.arg("--restore").args(is_verbose.then_some("--verbose")).stdin(OwnedFd::from(socket));
-    tokio::process::Command::from(command)
-        .spawn()
-        .context("starting the process that restores, through setsid (package util-linux)")
+    say: impl Fn(&str),
+) -> Result<Report, EngineError> {
+    let (mut process, socket) = Restoring::spawn(request, supervision, is_verbose, Stdio::piped())?;
+    let said = process.child.stderr.take();
+    let telling = async {
+        let Some(said) = said else { return };
+        let mut lines = BufReader::new(said).lines();
+        // Until it writes to the helper's log.
+        while let Ok(Some(line)) = lines.next_line().await {
+            say(&line);
+        }
+    };
+    let (done, ()) = tokio::join!(process.report(socket, request), telling);
+    done
+}
+
+/// The process that restores, as the command sees it.
+struct Restoring {
+    child: Child,
+    /// How it ended, if a signal killed it before it replied.
+    killed: Option<ExitStatus>,
+}
+
+impl Restoring {
+    fn spawn(
+        request: &Request,
+        supervision: Supervision,
+        is_verbose: bool,
+        stderr: Stdio,
+    ) -> Result<(Self, Pair), EngineError> {
+        Self::begin(request, supervision, is_verbose, stderr).in_phase(Phase::Ask)
+    }
+
+    fn begin(
+        request: &Request,
+        supervision: Supervision,
+        is_verbose: bool,
+        stderr: Stdio,
+    ) -> Result<(Self, Pair)> {
+        let (ours, theirs) = Pair::pair().context("making a socket pair")?;
+        let base = request.runtime_base.as_deref();
+        let mut command = start::command(&[], request.name(), base, supervision)?;
+        command.arg("--restore").args(is_verbose.then_some("--verbose"));
+        command.stdin(OwnedFd::from(theirs)).stderr(stderr);
+        let child = tokio::process::Command::from(command)
+            .spawn()
+            .context("starting the process that restores, through setsid (package util-linux)")?;
+        Ok((Self { child, killed: None }, ours))
+    }
+
+    async fn report(&mut self, socket: Pair, request: &Request) -> Result<Report, EngineError> {
+        let mut interrupted = Interrupted::listen().in_phase(Phase::Ask)?;
+        match converse(socket, request, interrupted.wait()).await.in_phase(Phase::Ask)? {
+            Some(Reply::Done(result)) => {
+                let (report, state): (Report, String) = client::decode(result)?;
+                Ok(Report { state, ..report })
+            }
+            Some(Reply::Failed(failure)) => {
+                let _ = self.child.wait().await;
+                Err(failure.into())
+            }
+            _ => Err(self.lost(request).await).in_phase(Phase::Ask),
+        }
+    }
+
+    /// Why there is no reply.
+    async fn lost(&mut self, request: &Request) -> Error {
+        tokio::select! {
+            biased;
+            status = self.child.wait() => match status {
+                Ok(status) => {
+                    self.killed = status.signal().map(|_| status);
+                    without_reply(status, request)
+                }
+                Err(error) => Error::new(error).context("waiting for the process that restores"),
+            },
+            () = other_answers(request) => anyhow!(
+                "the process that restored {0} ended before it could say so; {0} runs, and has \
+                 another helper now",
+                request.name()
+            ),
+        }
+    }
 }
 
 /// The reply to the request; none of a process that ends before, or in the middle of it. When
@@ -125,17 +186,7 @@ async fn other_answers(request: &Request) {
     }
 }
 
-/// Of a process that ended without a reply. If a signal killed it, the same one kills this process:
-/// who waits for the command sees the end of what the command is.
-fn ended(status: ExitStatus, request: &Request) -> Error {
-    let error = without_reply(status, request);
-    if status.signal().is_some() {
-        tracing::error!("{error}");
-        die_as(status);
-    }
-    error
-}
-
+/// Of a process that ended without a reply.
 fn without_reply(status: ExitStatus, request: &Request) -> Error {
     let name = request.name();
     let is_left = RuntimeDir::new(request.runtime_base.as_deref(), name)
@@ -165,22 +216,29 @@ pub async fn run(progress: Arc<dyn Progress>, detached: impl FnOnce()) -> Result
             () = signals.wait() => {}
         }
     };
-    let begun = begin(request, progress, interrupted).await;
-    if begun.is_ok() {
-        detached();
-    }
-    let reply = reply(begun.as_ref().map(|(restored, _)| &restored.report));
-    // The command may be gone; the VM needs its helper.
-    let _ = write.write_all(&reply.in_phase(Phase::Ask)?).await;
-    drop((write, command));
-    let Ok((restored, control)) = begun else { return Ok(()) };
-    let Restored { vm, session, marks, lock, hydration, disks, .. } = restored;
+    let (restored, control) = match begin(request, progress, interrupted).await {
+        Ok(begun) => begun,
+        Err(error) => {
+            let _ = write.write_all(&reply(Err(&error)).in_phase(Phase::Ask)?).await;
+            return Ok(());
+        }
+    };
+    detached();
+    let Restored { vm, session, marks, lock, hydration, disks, mut report, afterwards } = restored;
     let socket = vm.runtime.control();
     let checkpointer = Checkpointer::of_restored(vm, session, marks).await;
-    let result = crate::serve_vm(checkpointer, ToCome { hydration, disks }, control).await;
+    let serving = crate::serve_vm(checkpointer, ToCome { hydration, disks }, control);
+    let telling = async {
+        report.notes.extend(afterwards.complete().await);
+        // The command may be gone; the VM needs its helper.
+        let _ = write.write_all(&reply(Ok(&report)).in_phase(Phase::Ask)?).await;
+        drop((write, command));
+        Ok(())
+    };
+    let (result, told) = tokio::join!(serving, telling);
     crate::remove(&socket);
     drop(lock);
-    result
+    result.and(told)
 }
 
 async fn asked(command: &mut (impl AsyncBufRead + Unpin)) -> Result<Request> {
@@ -291,6 +349,8 @@ mod test {
             run: false,
             lazy: false,
             deadline: None,
+            hooks: Default::default(),
+            keep_clock: false,
         }
     }
 

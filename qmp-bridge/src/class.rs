@@ -5,6 +5,7 @@ use error_class::classes;
 use crate::capture::{BadTag, CaptureError};
 use crate::device_state::DeviceStateError;
 use crate::disks::DiskError;
+use crate::guest_agent::AgentError;
 use crate::host_finder::HostError;
 use crate::images::ImageError;
 use crate::jobs::JobError;
@@ -25,6 +26,7 @@ classes! {
     QmpError: Refused(NoGreeting, NotQmp)
         Failed(Connect, NoMonitor, Encode, Timeout, Closed, Refused, Reply, Unexpected);
     LineError = Failed;
+    AgentError = Failed;
     JobError: (Qmp) Failed(Failed, Stuck);
     ServerError: (Qmp) Refused(InUse) Failed(Socket);
     NbdError = Failed;

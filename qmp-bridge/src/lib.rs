@@ -48,6 +48,7 @@ pub mod device_state;
 pub mod devices;
 pub mod disks;
 mod fdset;
+pub mod guest_agent;
 pub mod host_finder;
 pub mod images;
 mod jobs;

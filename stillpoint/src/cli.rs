@@ -206,10 +206,15 @@ pub struct RestoreArgs {
     pub runtime: Runtime,
     #[command(flatten)]
     pub supervision: Supervision,
-    /// Restore under another name, as a VM of its own beside the original (docs/copies.md)
+    /// Restore under another name, as a VM of its own beside the original (docs/copies.md); given
+    /// several times, as so many VMs at once
     #[arg(long = "as", value_name = "NEW")]
-    pub new_name: Option<VmName>,
-    /// Directory for the restored disks, logs and sockets [default: ./NAME]
+    pub new_names: Vec<VmName>,
+    /// Restore N copies at once, named NEW-1 to NEW-N (without --as: NAME-1 to NAME-N)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub copies: Option<u16>,
+    /// Directory for the restored disks, logs and sockets [default: ./NAME]; of several copies, the
+    /// directory that has one for each
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
     /// QEMU program [default: on the PATH, by the file name of the one that the checkpoint was
@@ -219,7 +224,8 @@ pub struct RestoreArgs {
     /// Directory for temporary fleecing overlays [default: /var/tmp]
     #[arg(long, alias = "scratch-dir", env = "STILLPOINT_FLEECING_DIR", value_name = "DIR")]
     pub fleecing_dir: Option<PathBuf>,
-    /// On the VM's command line, replace the value OLD by NEW (whole values only; repeatable)
+    /// On the VM's command line, replace the value OLD by NEW (whole values only; repeatable); for
+    /// several copies {name} and {number} in it are those of each
     #[arg(long, value_name = "OLD=NEW")]
     pub map: Vec<Mapping>,
     /// Let the restored VM use something of this host that its command line names:
@@ -227,7 +233,7 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "WHAT")]
     pub allow: Vec<String>,
     /// Take over the VM's writer epoch and fence the current writer, which must be dead
-    #[arg(long)]
+    #[arg(long, conflicts_with = "copies")]
     pub take_over: bool,
     /// Leave the restored VM paused even if its guest ran
     #[arg(long)]
@@ -249,6 +255,24 @@ pub struct RestoreArgs {
     /// Return when all memory and disks are here, and nothing more is needed from the store
     #[arg(long)]
     pub wait: bool,
+    /// Program that is run before anything is made; if it fails, nothing is restored
+    /// (docs/copies.md lists its environment)
+    #[arg(long, value_name = "PROGRAM")]
+    pub hook_before: Option<PathBuf>,
+    /// Program that is run when the guest may run; if it fails, the VM stays
+    #[arg(long, value_name = "PROGRAM")]
+    pub hook_after: Option<PathBuf>,
+    /// What each of these programs gets to end
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "60s",
+        value_parser = humantime::parse_duration
+    )]
+    pub hook_timeout: std::time::Duration,
+    /// Do not let the guest's agent set the guest's clock to the time of this host
+    #[arg(long)]
+    pub keep_clock: bool,
     /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,

@@ -155,6 +155,112 @@ fn copy_beside_its_original_takes_nothing_from_it() {
     });
 }
 
+/// Of VM `name`: its disks and memory, while its guest is stopped, as its original was.
+fn bytes_of(lab: &Lab, directory: &Path) -> Vec<u8> {
+    let mut monitor = QmpClient::connect(&directory.join("extra.sock"));
+    assert!(!monitor.is_running(), "{}", lab.path().display());
+    monitor.memory(SCRIBBLER_RAM_BYTES)
+}
+
+/// One command restores several VMs; one that cannot be restored leaves the others.
+#[test]
+fn copies_of_one_checkpoint_are_made_by_one_command() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::for_vms(qemu, 4);
+        let original = lab.start("o", &Recipe::scribbler(46));
+        original.checkpoint();
+        original.kill();
+        let dir = lab.path().join("copies");
+        // In the way of the second.
+        std::fs::create_dir_all(dir.join("o-2")).expect("a directory");
+        std::fs::write(dir.join("o-2/sp-odd.raw"), "theirs").expect("a file");
+        let ran = restore(&lab, &dir, &["--copies", "3", "--paused", "--wait", "--json"]);
+        assert_eq!(ran.code, 3, "{ran:?}");
+        let json: serde_json::Value = serde_json::from_str(&ran.out).expect("JSON");
+        let names = |list: &str| -> Vec<String> {
+            let rows = json[list].as_array().expect("a list").iter();
+            rows.map(|row| row["name"].as_str().expect("a name").to_owned()).collect()
+        };
+        assert_eq!(
+            (names("restored"), names("failed")),
+            (vec!["o-1".into(), "o-3".into()], vec!["o-2".into()])
+        );
+        assert_eq!(json["failed"][0]["exit_code"], 3);
+        assert!(ran.err.contains("1 of 3") && ran.err.contains("o-2: "), "{}", ran.err);
+        assert_eq!(std::fs::read(dir.join("o-2/sp-odd.raw")).expect("a file"), b"theirs");
+        // Each is a VM of its own, with all of the original's memory.
+        let memory = bytes_of(&lab, &dir.join("o-1"));
+        assert!(memory == bytes_of(&lab, &dir.join("o-3")), "the copies differ");
+        for name in ["o-1", "o-3"] {
+            lab.run(&["status", name]).expect_success();
+            lab.run(&["checkpoint", name]).expect_success();
+            assert_eq!(lab.list(name), [CheckpointId(1)]);
+        }
+        // What is left of it, under names that are given, while those run.
+        let ran = restore(
+            &lab,
+            &lab.path().join("more"),
+            &["--as", "a", "--as", "o-1", "--run", "--wait"],
+        );
+        assert_eq!(ran.code, 3, "{ran:?}");
+        assert!(ran.out.contains("a runs") && ran.err.contains("o-1: "), "{ran:?}");
+        lab.run(&["checkpoint", "a"]).expect_success();
+    });
+}
+
+/// A program of the operator's.
+fn program(lab: &Lab, name: &str, words: &str) -> PathBuf {
+    let path = lab.path().join(name);
+    std::fs::write(&path, format!("#!/bin/sh\n{words}\n")).expect("a file");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("a file");
+    path
+}
+
+/// A hook after the restore can ask the VM's helper; and the agent's port of a guest without an
+/// agent is not waited for.
+#[test]
+fn hooks_of_a_restore_are_run_around_it() {
+    on_each_qemu(|qemu| {
+        let lab = Lab::new(qemu);
+        let agent = [
+            "-device",
+            "virtio-serial-pci",
+            "-chardev",
+            "socket,id=qga0,path=vm.qga,server=on,wait=off",
+            "-device",
+            "virtserialport,chardev=qga0,name=org.qemu.guest_agent.0",
+        ];
+        let original = lab.start("o", &Recipe::scribbler(47).arguments(&agent));
+        original.checkpoint();
+        original.kill();
+        let dir = lab.path().join("new");
+        let refusing = program(&lab, "refusing", "echo 'no bridge' >&2; exit 1");
+        let before = tree(&lab);
+        let message = restore(&lab, &dir, &["--hook-before", text(&refusing)]).expect_failure(3);
+        assert!(message.contains("no bridge"), "{message}");
+        assert_eq!(tree(&lab), before);
+        let noting = program(
+            &lab,
+            "noting",
+            "echo $STILLPOINT_HOOK $STILLPOINT_NAME >> $OUT\n\
+             [ $STILLPOINT_HOOK = before ] && exit\n\
+             $PROGRAM status --json $STILLPOINT_NAME >> $OUT; echo 'no route'; exit 4",
+        );
+        let words = ["restore", "o", "--json", "--qemu", text(&lab.qemu), "--dir", text(&dir)];
+        let hooks = ["--hook-before", text(&noting), "--hook-after", text(&noting)];
+        let out = lab.path().join("hooks");
+        let environment = [("PROGRAM", text(stillpoint_tests::built())), ("OUT", text(&out))];
+        let ran = lab.run_with(&[&words[..], &hooks].concat(), &environment);
+        let notes = ran.expect_success().json()["notes"].to_string();
+        assert!(notes.contains("no guest agent has its port open"), "{notes}");
+        assert!(notes.contains("no route") && notes.contains("exit status: 4"), "{notes}");
+        let said = std::fs::read_to_string(&out).expect("the hooks wrote");
+        assert!(said.starts_with("before o\nafter o\n{"), "{said}");
+        assert!(said.contains("\"busy\": false") && said.contains("\"qemu_pid\""), "{said}");
+        lab.run(&["checkpoint", "o"]).expect_success();
+    });
+}
+
 /// A QEMU that does as `incoming` says where it should wait for a VM's state, and is one otherwise.
 fn wrapper(lab: &Lab, incoming: &str) -> PathBuf {
     let path = lab.path().join("qemu-system-wrapped");

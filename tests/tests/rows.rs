@@ -294,6 +294,35 @@ const RESTORE: &[Row] = &[
     ),
     (
         "",
+        "`--hook-before`",
+        &[
+            "scripted::hooks::hook_before_that_fails_refuses_the_restore",
+            "vms::copies::hooks_of_a_restore_are_run_around_it",
+        ],
+    ),
+    (
+        "",
+        "`--hook-after`",
+        &[
+            "scripted::hooks::hook_after_that_fails_is_a_note_and_the_vm_stays",
+            "vms::copies::hooks_of_a_restore_are_run_around_it",
+        ],
+    ),
+    (
+        "",
+        "the guest agent",
+        &[
+            "scripted::hooks::clock_that_the_agent_cannot_set_is_a_note",
+            "qmp_bridge::guest_agent::test::agent_that_does_not_answer_is_not_waited_for",
+        ],
+    ),
+    (
+        "",
+        "one of several copies",
+        &["vms::copies::copies_of_one_checkpoint_are_made_by_one_command"],
+    ),
+    (
+        "",
         "the command killed after",
         &[
             "scripted::restore::command_killed_after_cont_leaves_a_vm_with_its_helper",

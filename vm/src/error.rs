@@ -19,6 +19,7 @@ use qemu_cmdline::size::SizeError;
 use qmp_bridge::capture::{BadTag, CaptureError};
 use qmp_bridge::device_state::DeviceStateError;
 use qmp_bridge::disks::DiskError;
+use qmp_bridge::guest_agent::AgentError;
 use qmp_bridge::host_finder::HostError;
 use qmp_bridge::images::ImageError;
 use qmp_bridge::migration::MigrationError;
@@ -274,9 +275,9 @@ class_of_cause! {
     EngineError, VmError, Stated, ArgumentError, SizeError, ConfigError, StoreError, TrackerError,
     EnvelopeError, IndexError, ManifestError, PackError, LayerError, LineageError, EncodeError,
     NameError, DigestParseError, OtherCheckpoint,
-    QmpError, LineError, JobError, ServerError, NbdError, DiskError, CaptureError, BadTag,
-    ImageError, NoGuest, RunStateError, PauseError, RamBlockError, HostError, MigrationError,
-    StreamReadError, StreamError, DeviceStateError, ExportError, SyntheticError,
+    QmpError, LineError, AgentError, JobError, ServerError, NbdError, DiskError, CaptureError,
+    BadTag, ImageError, NoGuest, RunStateError, PauseError, RamBlockError, HostError,
+    MigrationError, StreamReadError, StreamError, DeviceStateError, ExportError, SyntheticError,
 }
 
 /// The chain on one line, without a cause that its context already quotes.

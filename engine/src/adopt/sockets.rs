@@ -200,7 +200,6 @@ fn is_same(one: &Path, other: &Path) -> bool {
 mod test {
     use super::super::line::{Line, rewrite};
     use super::*;
-    use serde_json::json;
     use vm::launch::arguments::{parse, words};
 
     fn line(text: &str) -> Line {
@@ -250,12 +249,16 @@ mod test {
 
     #[test]
     fn a_clients_connection_is_found() {
-        let rows = json!([
-            { "label": "compat_monitor0", "filename": "unix:q.sock,server=on" },
-            { "label": "serial0", "filename": "disconnected:unix:/run/s,server=on" },
-            { "label": "parallel0", "filename": "vc" },
-        ]);
-        let rows: Vec<ChardevInfo> = serde_json::from_value(rows).unwrap();
+        let rows = [
+            ["compat_monitor0", "unix:q.sock,server=on"],
+            ["serial0", "disconnected:unix:/run/s,server=on"],
+            ["parallel0", "vc"],
+        ];
+        let rows = rows.map(|[label, filename]| ChardevInfo {
+            label: label.to_owned(),
+            filename: filename.to_owned(),
+            frontend_open: true,
+        });
         assert_eq!(connected(&rows, Path::new("/vm"), Path::new("/vm/q.sock")), None);
         assert!(
             connected(&rows, Path::new("/vm"), Path::new("/vm/other"))

@@ -8,7 +8,9 @@ use anyhow::{Context, Result};
 use checkpoint_format::{DigestForm, LayerRef};
 use checkpoint_store::Repository;
 use futures::TryStreamExt;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use qmp_bridge::poll::poll_until;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -19,6 +21,9 @@ use vm::error::damaged;
 
 /// Begins the name of a file that is being fetched, which its process holds locked.
 const UNFINISHED: &str = ".fetch-";
+/// What another process gets to fetch a layer that this one needs, too.
+const OTHERS: Duration = Duration::from_secs(600);
+const OTHERS_POLL: Duration = Duration::from_millis(20);
 /// By then a new file is locked.
 const LOCKED_AFTER: Duration = Duration::from_secs(60);
 
@@ -72,6 +77,10 @@ async fn fetch(
     std::fs::create_dir_all(folder)
         .with_context(|| format!("making the cache {}", folder.display()))?;
     remove_abandoned(folder);
+    let _alone = wait_for_others(folder, &wanted.digest.to_string()).await;
+    if is_copy(target, wanted) {
+        return Ok(Provided { path: target.to_owned(), bytes_read: 0 });
+    }
     let file = tempfile::Builder::new()
         .prefix(UNFINISHED)
         .tempfile_in(folder)
@@ -98,6 +107,22 @@ async fn fetch(
     file.persist(target)
         .with_context(|| format!("naming the cached layer {}", target.display()))?;
     Ok(Provided { path: target.to_owned(), bytes_read })
+}
+
+/// One process fetches a layer for all that need it now. None after a long time, or where locks are
+/// not possible: then this one fetches it too.
+async fn wait_for_others(folder: &Path, digest: &str) -> Option<Flock<File>> {
+    let path = folder.join(format!("{UNFINISHED}lock-{digest}"));
+    let options = || File::options().write(true).create(true).truncate(false).open(&path);
+    let lock = || async {
+        let locked = options().ok().map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock));
+        match locked {
+            Some(Ok(lock)) => Some(Some(lock)),
+            Some(Err((_, Errno::EWOULDBLOCK))) => None,
+            _ => Some(None),
+        }
+    };
+    poll_until(OTHERS, OTHERS_POLL, lock).await.flatten()
 }
 
 /// Removes files of fetches that were killed: no process holds their lock. What cannot be removed
@@ -151,6 +176,21 @@ async fn write(layer: &StoredLayer, file: &File, progress: &dyn Progress) -> Res
 mod test {
     use super::*;
     use std::time::SystemTime;
+
+    /// The lock ends with its process.
+    #[tokio::test]
+    async fn layer_is_fetched_by_one_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = wait_for_others(folder.path(), "0123").await.unwrap();
+        assert!(wait_for_others(folder.path(), "4567").await.is_some(), "another layer");
+        let mut second = std::pin::pin!(wait_for_others(folder.path(), "0123"));
+        let short = Duration::from_millis(50);
+        assert!(tokio::time::timeout(short, &mut second).await.is_err());
+        drop(first);
+        assert!(second.await.is_some());
+        let missing = folder.path().join("missing");
+        assert!(wait_for_others(&missing, "0123").await.is_none(), "no lock is possible");
+    }
 
     #[test]
     fn cache_files_of_killed_fetches_are_removed() {

@@ -40,6 +40,11 @@ const SHARED_NETWORKS: &[&str] = &[
 pub struct Mapping(String);
 
 impl Mapping {
+    /// That of one of several copies, by its name and its number among them.
+    pub fn of_copy(&self, name: &str, number: usize) -> Self {
+        Self(self.0.replace("{name}", name).replace("{number}", &number.to_string()))
+    }
+
     /// Every OLD and NEW that it may mean.
     pub(crate) fn splits(&self) -> Vec<(String, String)> {
         let split = |(at, _): (usize, &str)| (self.0[..at].to_owned(), self.0[at + 1..].to_owned());

@@ -4,11 +4,14 @@
 //! Nothing of the old host is needed but the store. Nothing runs before everything is in place;
 //! whatever fails before `cont` leaves the checkpoint as it was, and a new QEMU that is ended.
 
+mod afterwards;
 mod backoff;
 mod chain;
 pub(crate) mod check;
 pub mod disk_export;
 pub(crate) mod disks;
+mod guest_time;
+mod hooks;
 pub mod hydration;
 pub mod in_use;
 pub(crate) mod layers;
@@ -32,10 +35,12 @@ use crate::kill_point;
 use crate::lineage;
 use crate::progress::Progress;
 use crate::stores;
+pub use afterwards::Afterwards;
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointId, Manifest, VmName};
 use dirty_tracker::GuestMemory;
 pub use disks::Places;
+pub use hooks::Hooks;
 use hydration::Hydration;
 use layers::LocalLayers;
 use lazy_disks::LazyDisks;
@@ -76,8 +81,10 @@ pub struct Restored {
     pub hydration: Option<Hydration>,
     /// Of a guest that runs before all its disks have arrived.
     pub disks: Option<lazy_disks::Disks>,
-    /// For the command that asked.
+    /// For the command that asked, without the notes of `afterwards`.
     pub report: Report,
+    /// What is left to be done when a helper serves the VM.
+    pub afterwards: Afterwards,
 }
 
 /// Restores the VM, unless `interrupted` comes before its guest may run.
@@ -188,9 +195,10 @@ impl Restore {
         disks.iter().for_each(|disks| disks.copy(&vm.qmp));
         new.leave();
         let lock = undo.keep();
+        let afterwards = self.afterwards(&vm);
         let mut report = self.report(layer_bytes, hydration.as_ref(), notes);
         report.disks_to_come = disks.as_ref().map(lazy_disks::Disks::names).unwrap_or_default();
-        Ok(Restored { vm, session, marks, lock, hydration, disks, report })
+        Ok(Restored { vm, session, marks, lock, hydration, disks, report, afterwards })
     }
 
     fn is_copy(&self) -> bool {
@@ -226,6 +234,7 @@ impl Restore {
     /// Everything but a guest that runs.
     async fn make(&mut self, undo: &mut Undo) -> Result<Ready> {
         let planned = self.check().await?;
+        self.hook_before().await?;
         let images = self.places().made();
         undo.make_directory(&self.dir, images.into_iter().chain(planned.made()).collect())?;
         self.phases.enter(Phase::Layers);

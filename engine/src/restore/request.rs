@@ -1,5 +1,6 @@
 //! What a restore is asked for, and what it answers.
 
+use super::hooks::Hooks;
 use super::line::Mapping;
 use crate::lineage::CheckpointName;
 use checkpoint_format::{CheckpointId, VmName};
@@ -42,6 +43,12 @@ pub struct Request {
     /// A guest that waits for a page so long is stopped; none: it waits without end.
     #[serde(default)]
     pub deadline: Option<Duration>,
+    /// Programs of the operator around the restore.
+    #[serde(default)]
+    pub hooks: Hooks,
+    /// The guest's clock stays as of the checkpoint, even if an agent could set it.
+    #[serde(default)]
+    pub keep_clock: bool,
 }
 
 impl Request {

@@ -8,6 +8,7 @@ mod adoption;
 mod between;
 mod commit;
 mod disk_export;
+mod hooks;
 mod kills;
 mod on_demand;
 mod pause;

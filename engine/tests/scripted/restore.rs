@@ -9,7 +9,7 @@ use checkpoint_format::CheckpointId;
 use engine::checkpoint::outcome::Kind;
 use engine::checkpoint::{Checkpointer, Force, StoreSession};
 use engine::progress::Silent;
-use engine::restore::{self, Request, Restored};
+use engine::restore::{self, Hooks, Request, Restored};
 use engine::stores;
 use scripted_vm::{Gate, Program, Started};
 use tokio::sync::oneshot;
@@ -24,16 +24,16 @@ use crate::scene::{By, Helper, PAGE, Scene, name, noise};
 const REQUEST: &str = "STILLPOINT_SCRIPTED_RESTORE";
 
 /// A VM with one checkpoint, whose QEMU and helper have ended.
-struct Saved {
-    scene: Scene,
-    player: Player,
+pub(crate) struct Saved {
+    pub scene: Scene,
+    pub player: Player,
     /// `pc.ram` as it was.
     memory: Vec<Vec<u8>>,
-    before: Vec<PathBuf>,
+    pub before: Vec<PathBuf>,
 }
 
 /// All files below a directory but sockets and pipes of the test itself.
-fn files(directory: &Path) -> Vec<PathBuf> {
+pub(crate) fn files(directory: &Path) -> Vec<PathBuf> {
     let mut all = Vec::new();
     let mut left = vec![directory.to_owned()];
     while let Some(next) = left.pop() {
@@ -58,11 +58,11 @@ fn memory(scene: &Scene) -> Vec<Vec<u8>> {
 }
 
 impl Saved {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         Self::of(Scene::read_only(noise(4 * PAGE))).await
     }
 
-    async fn of(mut scene: Scene) -> Self {
+    pub(crate) async fn of(mut scene: Scene) -> Self {
         let mut helper = scene.helper_by_url().await;
         helper.take(By::Tracker).await.unwrap();
         helper.checkpointer.release().await;
@@ -79,7 +79,7 @@ impl Saved {
         self.scene.path("store/vms/vm/checkpoints")
     }
 
-    fn request(&self) -> Request {
+    pub(crate) fn request(&self) -> Request {
         Request {
             checkpoint: "vm".parse().unwrap(),
             store: self.scene.file.store.clone(),
@@ -95,11 +95,17 @@ impl Saved {
             run: false,
             lazy: false,
             deadline: None,
+            hooks: Hooks::default(),
+            keep_clock: false,
         }
     }
 
     async fn restore(&self) -> Result<Restored, EngineError> {
-        restore::run(self.request(), Arc::new(Silent), std::future::pending()).await
+        self.restore_as(self.request()).await
+    }
+
+    pub(crate) async fn restore_as(&self, request: Request) -> Result<Restored, EngineError> {
+        restore::run(request, Arc::new(Silent), std::future::pending()).await
     }
 
     /// It fails so, and nothing of it is left, in files and in processes.
@@ -108,7 +114,7 @@ impl Saved {
         self.assert_undone(error, class, words);
     }
 
-    fn assert_undone(&mut self, error: EngineError, class: Class, words: &[&str]) {
+    pub(crate) fn assert_undone(&mut self, error: EngineError, class: Class, words: &[&str]) {
         let error = anyhow::Error::from(error);
         let said = explain(&error);
         assert!(words.iter().all(|word| said.contains(word)), "{said:?} has not all of {words:?}");
@@ -128,7 +134,7 @@ impl Saved {
     }
 
     /// The restored VM is the VM, it runs, and its next checkpoint builds on the one restored.
-    async fn assert_restored(&mut self, restored: Restored) {
+    pub(crate) async fn assert_restored(&mut self, restored: Restored) {
         let Restored { vm, session, marks, .. } = restored;
         let checkpointer = Checkpointer::of_restored(vm, session, marks).await;
         self.assert_is_the_vm(checkpointer).await;

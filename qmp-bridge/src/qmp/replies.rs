@@ -200,6 +200,9 @@ pub struct ChardevInfo {
     pub label: String,
     /// What is behind it, as QEMU describes it.
     pub filename: String,
+    /// Whether the guest has opened the port before it; always so for devices without such a state.
+    #[serde(rename = "frontend-open")]
+    pub frontend_open: bool,
 }
 
 /// A command of QMP.

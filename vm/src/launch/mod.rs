@@ -114,12 +114,15 @@ pub fn find_program(name: &str) -> Result<PathBuf, VmError> {
         let found = Path::new(name).canonicalize();
         return Ok(found.with_context(|| format!("looking for the program {name}"))?);
     }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let hit =
-        std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file());
-    Ok(hit.with_context(|| {
+    Ok(on_path(name).with_context(|| {
         format!(
             "there is no {name} on the PATH; install QEMU (Debian: apt-get install qemu-system-x86)"
         )
     })?)
+}
+
+/// The first file of that name on the PATH.
+pub fn on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file())
 }

@@ -108,7 +108,14 @@ impl State {
                 "base-memory": self.ram.parts[0].bytes, "plugged-memory": self.plugged_memory,
             }),
             "query-kvm" => json!({ "enabled": false, "present": true }),
-            "query-iothreads" | "query-chardev" => json!([]),
+            "query-iothreads" => json!([]),
+            "query-chardev" => {
+                let row = |(id, is_open): &(String, bool)| {
+                    let filename = "unix:x,server=on";
+                    json!({ "label": id, "filename": filename, "frontend-open": is_open })
+                };
+                self.chardevs.iter().map(row).collect()
+            }
             "query-fdsets" => self
                 .sets
                 .iter()

@@ -70,6 +70,8 @@ pub struct State {
     pub capabilities: BTreeMap<String, bool>,
     /// All parameters of a migration.
     pub parameters: Map<String, Value>,
+    /// Ids of character devices, and whether the guest has opened the port before each.
+    pub chardevs: Vec<(String, bool)>,
     /// The disks.
     pub blocks: Blocks,
     /// The migration that is under way, or was last.
@@ -128,6 +130,7 @@ impl State {
             objects: Vec::new(),
             vcpus: 1,
             plugged_memory: 0,
+            chardevs: Vec::new(),
             capabilities,
             parameters,
             blocks: Blocks::default(),
