@@ -11,7 +11,8 @@ use std::time::Duration;
 
 const HOLD_POLL: Duration = Duration::from_millis(10);
 
-/// Every point, in the order in which a checkpoint passes them, then an adoption, then a restore.
+/// Every point, in the order in which a checkpoint passes them, then an adoption, then a
+/// restore, then a rollback.
 pub const POINTS: &[&str] = &[
     "prepare",
     "prepared",
@@ -49,11 +50,20 @@ pub const POINTS: &[&str] = &[
     "restore.hydrated",
     "restore.recorded",
     "restore.disks-arrived",
+    "rollback.staged",
+    "rollback.paused",
+    "rollback.begun",
+    "rollback.disks",
+    "rollback.memory",
+    "rollback.loaded",
+    "rollback.recorded",
 ];
 
 /// What `STILLPOINT_DAMAGE=WHAT=VALUE` asks a proof to spoil before it compares, so that tests see
 /// it found: `memory=OFFSET` inverts a byte of the guest's RAM, `layer=OFFSET` one of the first
-/// layer's local file, `monitor=LINE` gives the restored QEMU a monitor command.
+/// layer's local file, `monitor=LINE` gives the restored QEMU a monitor command, and so does a
+/// rollback before it loads the device state. `state=BYTES` cuts
+/// so many off the device state that a rollback loads.
 pub(crate) fn damage(what: &str) -> Option<String> {
     let chosen = std::env::var("STILLPOINT_DAMAGE").ok()?;
     chosen.strip_prefix(what)?.strip_prefix('=').map(str::to_owned)

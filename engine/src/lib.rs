@@ -45,6 +45,7 @@ pub(crate) mod pack;
 pub mod progress;
 pub mod proof;
 pub mod restore;
+pub mod rollback;
 pub mod run_state;
 pub mod stores;
 pub mod verify;

@@ -276,7 +276,8 @@ mod test {
     }
 
     fn report(pairs: &[Pair]) -> Report {
-        let status = Status { pid: 1, busy: true, vm: None, hydration: None, disks: None };
+        let status =
+            Status { pid: 1, busy: true, vm: None, hydration: None, disks: None, rollback: None };
         Report::new(status, Outcome::default(), pairs, Duration::from_secs(1))
     }
 
@@ -331,7 +332,8 @@ mod test {
     #[test]
     fn bench_without_samples_has_its_first_checkpoint_and_no_figures() {
         let first = Outcome { id: CheckpointId(3), ..Outcome::default() };
-        let status = Status { pid: 1, busy: true, vm: None, hydration: None, disks: None };
+        let status =
+            Status { pid: 1, busy: true, vm: None, hydration: None, disks: None, rollback: None };
         let report = Report::new(status, first, &[], Duration::from_secs(1));
         assert_eq!((report.last(), report.count), (CheckpointId(3), 0));
         let json = serde_json::to_value(&report).unwrap();

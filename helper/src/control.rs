@@ -8,11 +8,12 @@ use engine::checkpoint::Choice;
 use engine::progress::Update;
 use engine::restore::hydration::HydrationStatus;
 use engine::restore::lazy_disks::DisksStatus;
+use engine::rollback;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::PathBuf;
 use vm::error::{EngineError, InPhase, Phase};
-use vm::runtime_dir::Failure;
+use vm::runtime_dir::{Failure, RollbackUnderWay};
 
 /// The longest answer that a command takes, in bytes.
 pub const MAX_LINE: usize = 1 << 20;
@@ -30,6 +31,8 @@ pub enum Request {
         /// Its program; none for the one that runs the VM.
         qemu: Option<PathBuf>,
     },
+    /// Set the VM back, in place, to a checkpoint that it descends from.
+    Rollback(rollback::Request),
     /// What VM is this, and what is it doing.
     Status,
     /// Time a bare `stop` and `cont`, the least that any pause costs.
@@ -88,6 +91,9 @@ pub struct Status {
     /// Disks whose blocks are still to come; absent when all are here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disks: Option<DisksStatus>,
+    /// A rollback that has begun and is not complete: the guest is stopped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<RollbackUnderWay>,
 }
 
 /// A VM and what its helper holds of it.
@@ -158,7 +164,8 @@ mod test {
 
     #[test]
     fn control_status_has_the_facts_of_its_vm_beside_its_own() {
-        let busy = Status { pid: 7, busy: true, vm: None, hydration: None, disks: None };
+        let busy =
+            Status { pid: 7, busy: true, vm: None, hydration: None, disks: None, rollback: None };
         assert_eq!(serde_json::to_value(&busy).unwrap(), json!({ "pid": 7, "busy": true }));
         let form = json!({
             "pid": 7, "busy": false, "name": "m", "store": "file:///s", "instance": "i",

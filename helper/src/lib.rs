@@ -51,6 +51,7 @@ pub mod control;
 mod memory;
 mod other;
 pub mod restore;
+mod rollback;
 #[cfg(test)]
 mod scene;
 mod server;
@@ -137,6 +138,7 @@ async fn attach(runtime: RuntimeDir) -> Result<(Checkpointer, ToCome), EngineErr
     let mut checkpointer = Checkpointer::new(vm);
     // A guest that a dying helper left stopped must not wait for the next checkpoint.
     checkpointer.clean_up().await?;
+    rollback::warn_of_half(&checkpointer);
     if let Some(disks) = &disks {
         disks.copy(&checkpointer.vm.qmp);
     }

@@ -11,6 +11,7 @@ use engine::checkpoint::{Arriving, Checkpointer, Report};
 use engine::progress::Update;
 use engine::restore::hydration::Hydration;
 use engine::restore::lazy_disks::Disks;
+use engine::rollback;
 use qmp_bridge::Paused;
 use serde::Serialize;
 use serde_json::Value;
@@ -135,6 +136,10 @@ impl Server {
                 let report = Report::to(progress);
                 logged("adoption", engine::adopt::adopt(&mut checkpointer, qemu, &report).await)
             }
+            Request::Rollback(request) => {
+                let report = Report::to(progress);
+                logged("rollback", rollback::run(&mut checkpointer, request, &report).await)
+            }
             Request::BarePause => encode(&bare_pause(&checkpointer).await?),
             Request::Status => Ok(Value::Null),
         }
@@ -147,7 +152,7 @@ impl Server {
         let hydration = hydration.map(Hydration::status);
         let disks = disks.as_ref().and_then(Disks::status);
         let Ok(checkpointer) = self.checkpointer.try_read() else {
-            return Status { pid, busy: true, vm: None, hydration, disks };
+            return Status { pid, busy: true, vm: None, hydration, disks, rollback: None };
         };
         let vm = &checkpointer.vm;
         let status = VmStatus {
@@ -160,7 +165,8 @@ impl Server {
             peak_memory_bytes: memory::peak(),
             memory_limit_bytes: memory::limit(vm, hydration.is_some(), disks.is_some()),
         };
-        Status { pid, busy: false, vm: Some(status), hydration, disks }
+        let rollback = checkpointer.half_rolled_back().ok().flatten();
+        Status { pid, busy: false, vm: Some(status), hydration, disks, rollback }
     }
 }
 

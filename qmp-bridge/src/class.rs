@@ -34,7 +34,8 @@ classes! {
     SyntheticError: Refused(TooLarge) Failed(LongBacking);
 
     DiskError: (Qmp) Refused(Unsupported, Inconsistent, Job);
-    CaptureError: (Qmp, Nbd, Job, Server, OtherCheckpoint) Refused(Arriving)
+    CaptureError: (Qmp, Nbd, Job, Server, OtherCheckpoint)
+        Refused(Arriving, Unrecorded, NotAlone)
         Failed(Fleecing, Busy, Path, Broken, SlowFlush, Hung, FleecingFull);
     BadTag = Failed;
     ImageError: (Qmp, Nbd, Job) {Open, Silent} Failed(Start, Create, Path, Exit);
@@ -48,7 +49,7 @@ classes! {
     MigrationError: (Qmp, Pause, Export, Server) {Setup, Start}
         Refused(Busy, Missing, Unsupported, MigratedSince)
         Failed(Failed, Stuck, TooFast, PauseTooLong, Socket, Journal, BadJournal, Order, Activate,
-            SourceEnded, DestinationEnded, NotWaiting, Send, Load, Path);
+            SourceEnded, DestinationEnded, NotWaiting, Send, Load, State, Path);
     StreamReadError: Refused(Unsupported, NoDescription)
         Failed(Io, CutOff, NotUnderstood, Malformed, TooLarge, Description, GivenUp);
 

@@ -71,6 +71,11 @@ impl Looks {
 /// Runs a `blockdev-create` job to its end.
 pub(crate) async fn create_image(qmp: &Qmp, job: &str, options: Value) -> Result<(), JobError> {
     qmp.execute_json("blockdev-create", json!({ "job-id": job, "options": options })).await?;
+    conclude(qmp, job).await
+}
+
+/// Waits until a job that was started has ended, and takes it off QEMU's list.
+pub(crate) async fn conclude(qmp: &Qmp, job: &str) -> Result<(), JobError> {
     let mut looks = Looks::on(qmp);
     loop {
         let found = qmp.query_jobs().await?.into_iter().find(|row| row.id == job);

@@ -32,8 +32,8 @@ use thiserror::Error;
 use crate::qmp::{EventWatch, Qmp, QmpError};
 pub use crate::run_state::name as run_state;
 use crate::run_state::{NoGuest, RunState, RunStateError};
-pub use recovery::resume_abandoned;
 use recovery::{end_switchover, leave_finish_migrate};
+pub use recovery::{leave_stopped, resume_abandoned, resume_later};
 pub(crate) use recovery::{
     marker_present, place_marker, remove_marker, resume_switched_over, withdraw_switchover,
 };
@@ -316,6 +316,24 @@ impl Paused {
             Some(what) => Err(PauseError::Disturbed { what }),
             None => Ok(paused),
         }
+    }
+
+    /// The guest stays stopped, whatever becomes of this process: what follows makes it another
+    /// guest. Fails if another client changed the VM meanwhile; then it is resumed.
+    ///
+    /// # Errors
+    /// As those of [`Self::resume`].
+    pub async fn hold(mut self) -> Result<(), PauseError> {
+        let state = self.state_now().await?;
+        if state.as_deref() != Some(self.expected) {
+            let state = state.unwrap_or_else(|| "unknown".to_owned());
+            return Err(PauseError::Disturbed { what: format!("its run state is `{state}`") });
+        }
+        if let Some(marker) = self.marker {
+            recovery::remove_marker(&self.qmp, marker).await?;
+        }
+        (self.marker, self.pending) = (None, Pending::Nothing);
+        Ok(())
     }
 
     /// None if the guest has waited too long already, or QEMU takes too long to say.

@@ -47,6 +47,8 @@ pub enum Command {
     Checkpoint(CheckpointArgs),
     /// Restore a VM from its checkpoint in the store
     Restore(RestoreArgs),
+    /// Set a running VM back, in place, to a checkpoint that it descends from
+    Rollback(RollbackArgs),
     /// List VMs, or the checkpoints of one
     Ls(LsArgs),
     /// Show what one checkpoint holds
@@ -273,6 +275,20 @@ pub struct RestoreArgs {
     /// Do not let the guest's agent set the guest's clock to the time of this host
     #[arg(long)]
     pub keep_clock: bool,
+    /// Print the result as JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct RollbackArgs {
+    /// NAME@ID: the VM, and the checkpoint that it is set back to
+    pub checkpoint: CheckpointName,
+    #[command(flatten)]
+    pub runtime: Runtime,
+    /// Take no checkpoint of the present first: what the VM did since its last one is lost
+    #[arg(long)]
+    pub discard: bool,
     /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,

@@ -112,6 +112,7 @@ async fn dispatch_async(
         }
         Command::Checkpoint(args) => commands::checkpoint::run(&args).await?,
         Command::Restore(args) => commands::restore::run(args, is_verbose).await?,
+        Command::Rollback(args) => commands::rollback::run(&args).await?,
         Command::Ls(args) => commands::inspect::ls(&args).await?,
         Command::Show(args) => commands::inspect::show(&args).await?,
         Command::Verify(args) if args.restore => commands::verify::prove(args).await?,

@@ -12,7 +12,7 @@ use stillpoint_tests::{
 
 /// The points that the tracker passes.
 fn points() -> impl Iterator<Item = &'static str> {
-    let others = ["stream.", "adopt.", "restore."];
+    let others = ["stream.", "adopt.", "restore.", "rollback."];
     let is_other = move |point: &str| others.iter().any(|other| point.starts_with(other));
     POINTS.iter().copied().filter(move |point| !is_other(point))
 }

@@ -31,6 +31,7 @@ mod property;
 mod quiet;
 mod refusals;
 mod resume;
+mod rollback;
 mod rows;
 mod scripted;
 mod states;

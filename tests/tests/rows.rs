@@ -545,6 +545,37 @@ const ADOPTION: &[Row] = &[
     ),
 ];
 
+const ROLLBACK: &[Row] = &[
+    (
+        "",
+        "external VM, another lineage",
+        &[
+            "vms::rollback::rollback_is_refused_before_anything_is_touched",
+            "vms::rollback::rollback_of_an_external_vm_is_refused",
+        ],
+    ),
+    ("", "the store fails", &["vms::rollback::rollback_that_fails_early_leaves_the_guest_running"]),
+    (
+        "",
+        "helper killed before `rollback.json`",
+        &["vms::rollback::rollback_helper_may_die_at_every_point"],
+    ),
+    ("", "helper killed after that", &["vms::rollback::rollback_helper_may_die_at_every_point"]),
+    (
+        "",
+        "QEMU does not load",
+        &["vms::rollback::rollback_that_fails_late_leaves_the_guest_stopped"],
+    ),
+    (
+        "",
+        "another client sends `cont`",
+        &[
+            "qmp_bridge::paused::test::held_pause_is_not_resumed_and_fails_if_it_was_disturbed",
+            "vms::rollback::rollback_that_another_monitor_disturbs_leaves_the_guest_stopped",
+        ],
+    ),
+];
+
 /// Each row has its tests, and each entry its row.
 fn wrong_with(heading: &str, entries: &[Row], tests: &Registry) -> Vec<String> {
     let rows = pages::rows("protocol.md", heading);
@@ -583,6 +614,7 @@ fn rows_of_the_protocol_have_tests() {
         ("Restore", RESTORE),
         ("Lazy restore", LAZY),
         ("Adoption", ADOPTION),
+        ("Rollback", ROLLBACK),
     ];
     let wrong = tables.iter().flat_map(|(heading, rows)| wrong_with(heading, rows, tests));
     let mut wrong: Vec<String> = wrong.collect();

@@ -245,14 +245,17 @@ async fn own_lineage(
     }
 }
 
-/// The newest checkpoint that this instance took, else the one that it was restored from (which
-/// need not be the newest).
+/// The one that this instance was set back to, if it has taken none since; else the newest that it
+/// took, else the one that it was restored from (which need not be the newest).
 async fn parent(
     vm: &Vm,
     repository: &Repository,
     known: &[CheckpointId],
 ) -> Result<Option<CheckpointId>> {
     let Some(newest) = known.last() else { return Ok(None) };
+    if let Some(to) = vm.runtime.rolled_back(&vm.file.instance, *newest) {
+        return Ok(Some(to).filter(|to| known.contains(to)));
+    }
     let manifest = crate::lineage::manifest(repository, &vm.file.name, *newest).await?;
     if manifest.instance == vm.file.instance {
         return Ok(Some(*newest));

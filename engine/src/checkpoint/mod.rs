@@ -17,6 +17,7 @@
 //! memory.
 
 mod acknowledge;
+mod back;
 mod base;
 mod buffers;
 mod carried;
@@ -66,6 +67,7 @@ use vm::memory_source::{EngineChoice, StreamChoice};
 use vm::running::Vm;
 use vm::runtime_dir::Marks;
 
+pub(crate) use back::Standing;
 pub use writer::{Force, StoreSession};
 pub(crate) use writer::{claim, may_claim};
 

@@ -28,6 +28,7 @@ use qmp_bridge::capture::{
 };
 use qmp_bridge::disks::{BackingImage, Disk};
 use qmp_bridge::migration::{self, StreamMode};
+use qmp_bridge::paused::leave_stopped;
 use std::sync::Arc;
 use tokio::time::Instant;
 use tracing::instrument;
@@ -64,6 +65,7 @@ impl Checkpointer {
         report.say("prepare", 0, 0);
         kill_point::point("prepare");
         self.clean_up().await?;
+        self.refuse_half_rolled_back("this checkpoint")?;
         RunState::of(&self.vm.qmp).await.context("asking for the run state")?;
         if self.vm.refresh_blocks().await? {
             self.vm.runtime.forget_exact_marks()?;
@@ -140,7 +142,7 @@ impl Checkpointer {
     }
 
     /// A tracker that replaced another does not know.
-    fn tell_tracker(&self) -> Result<()> {
+    pub(super) fn tell_tracker(&self) -> Result<()> {
         if self.arriving.is_none() {
             return Ok(());
         }
@@ -151,7 +153,7 @@ impl Checkpointer {
         }
     }
 
-    async fn ensure_session(&mut self, is_full: bool) -> Result<StoreSession> {
+    pub(super) async fn ensure_session(&mut self, is_full: bool) -> Result<StoreSession> {
         if let Some(session) = &self.store {
             if session.is_current().await? {
                 return Ok(session.clone());
@@ -184,6 +186,9 @@ impl Checkpointer {
     }
 
     async fn clean_up_qemu(&self) -> Result<()> {
+        if self.half_rolled_back()?.is_some() {
+            leave_stopped(&self.vm.qmp).await.context("leaving the guest stopped")?;
+        }
         let journal = self.vm.runtime.migration_journal();
         migration::recover(&self.vm.qmp, &journal)
             .await
@@ -221,13 +226,13 @@ impl Checkpointer {
     }
 
     /// Bitmaps serve one lineage: that of this instance.
-    fn tag(&self) -> Result<BitmapTag> {
+    pub(super) fn tag(&self) -> Result<BitmapTag> {
         self.vm.file.instance.parse().context("naming the dirty bitmaps")
     }
 
     /// The store may have changed since the last checkpoint: it lost some (a snapshot of it was
     /// restored), or a commit whose answer was lost took place.
-    async fn take_base(
+    pub(super) async fn take_base(
         &mut self,
         session: &StoreSession,
         disks: &[(SpaceName, PageCount)],
@@ -250,7 +255,7 @@ impl Checkpointer {
     }
 
     /// The layers that each writable disk stands on.
-    fn chains(&self, drives: &Drives) -> Result<Chains> {
+    pub(super) fn chains(&self, drives: &Drives) -> Result<Chains> {
         let writable = drives.disks.iter().filter(|disk| !disk.read_only);
         let digest = |image: &BackingImage| {
             let layer = self.layers.get(&image.file).context("a layer was not stored")?;

@@ -89,6 +89,24 @@ pub(crate) async fn load(
     incoming.finish().await.context("loading the VM's state into QEMU")
 }
 
+/// The whole of that stream, for a load in place.
+pub(crate) fn stream(
+    source: &Source,
+    contents: &[Option<Vec<u8>>],
+    devices: &DeviceState,
+) -> Result<Vec<u8>> {
+    let manifest = source.manifest();
+    let blocks = manifest.ram_blocks.iter().map(stream_block).collect();
+    let mut writer = StreamWriter::new(&manifest.vm_record.machine_type, blocks)?;
+    for (block, content) in contents.iter().enumerate() {
+        let pages = content.iter().flat_map(|content| content.chunks_exact(PAGE_SIZE));
+        for (page, bytes) in pages.enumerate() {
+            writer.page(block, (page * PAGE_SIZE) as u64, bytes)?;
+        }
+    }
+    Ok(writer.finish(devices)?)
+}
+
 fn stream_block(block: &RamBlockRecord) -> StreamBlock {
     StreamBlock { name: block.name.clone(), used: block.used.0, address: 0, shared: block.shared }
 }

@@ -160,6 +160,11 @@ impl Source {
             .context(about)
     }
 
+    /// Which pack that is, whatever its number in this lineage.
+    pub(crate) fn pack(&self, pack: PackNo) -> Result<PackPlace> {
+        self.0.places.pack(pack)
+    }
+
     /// Bytes of a pack, and what they are for an error.
     async fn read_range(&self, pack: PackNo, start: u64, end: u64) -> Result<(Bytes, String)> {
         let PackPlace { checkpoint: id, name } = self.0.places.pack(pack)?;

@@ -152,6 +152,24 @@ pub async fn start_recording(
     Ok(transaction(qmp, disks.iter().filter(|disk| !disk.read_only).map(add).collect()).await?)
 }
 
+/// As [`start_recording`], of disks that recorded since another checkpoint: what they hold now is
+/// what checkpoint `id` has.
+///
+/// # Errors
+/// As those of [`start_recording`].
+pub async fn restart_recording(
+    qmp: &Qmp,
+    tag: &BitmapTag,
+    id: u64,
+    disks: &[Disk],
+    places: CapturePlaces<'_>,
+) -> Result<(), CaptureError> {
+    let found = find(&tag.on(qmp), tag).await?;
+    transaction(qmp, found.iter().map(action_remove).collect()).await?;
+    size_marks::remove(&tag.on(qmp), tag, |_, _, _| true).await?;
+    start_recording(qmp, tag, id, disks, places).await
+}
+
 /// Drops the bitmaps that record since any other checkpoint than the durable one.
 pub(super) async fn keep_only(
     qmp: &Qmp,

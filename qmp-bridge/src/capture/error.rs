@@ -53,6 +53,16 @@ pub enum CaptureError {
          to it since the last checkpoint is not known; wait until all are here"
     )]
     Arriving { device: String },
+    #[error(
+        "what was written to disk node `{node}` since the last checkpoint is not known; \
+         take a checkpoint first"
+    )]
+    Unrecorded { node: String },
+    #[error(
+        "disk node `{node}` has no device of its own, or another client writes to it, so it \
+         cannot be written in place"
+    )]
+    NotAlone { node: String },
     #[error(transparent)]
     OtherCheckpoint(#[from] OtherCheckpoint),
 }
@@ -71,7 +81,11 @@ impl CaptureError {
             | Self::SlowFlush { .. }
             | Self::Arriving { .. }
             | Self::Hung { .. } => true,
-            Self::Fleecing { .. } | Self::Path { .. } | Self::OtherCheckpoint(_) => false,
+            Self::Fleecing { .. }
+            | Self::Path { .. }
+            | Self::Unrecorded { .. }
+            | Self::NotAlone { .. }
+            | Self::OtherCheckpoint(_) => false,
         }
     }
 }

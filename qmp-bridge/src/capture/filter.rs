@@ -17,7 +17,7 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
-use super::names::DiskNames;
+use super::names::{self, DiskNames};
 use crate::jobs::tolerate_refusal;
 use crate::qmp::replies::{BlockGraph, BlockInfo, GraphEdge};
 use crate::qmp::{Qmp, QmpError};
@@ -65,7 +65,7 @@ pub(super) async fn insert(qmp: &Qmp, names: &DiskNames, device: &str) -> Result
     set_drive(qmp, device, &names.filter()).await
 }
 
-async fn set_drive(qmp: &Qmp, device: &str, node: &str) -> Result<(), QmpError> {
+pub(super) async fn set_drive(qmp: &Qmp, device: &str, node: &str) -> Result<(), QmpError> {
     let arguments = json!({ "path": device, "property": "drive", "value": node });
     qmp.execute_json("qom-set", arguments).await.map(drop)
 }
@@ -85,8 +85,8 @@ pub(super) async fn missing(qmp: &Qmp, filters: &[String]) -> Result<Option<Stri
     Ok(filters.iter().find(|filter| !inserted.contains(&filter.as_str())).cloned())
 }
 
-/// Takes every filter of ours out again: its device gets the disk's node back. Nothing may stand on
-/// the filters by now.
+/// Takes every filter and placeholder of ours out again: its device gets the disk's node back.
+/// Nothing may stand on the filters by now.
 pub(super) async fn remove_all(qmp: &Qmp) -> Result<(), QmpError> {
     let block = qmp.query_block().await?;
     let ours: Vec<(&str, &str)> = block
@@ -99,7 +99,9 @@ pub(super) async fn remove_all(qmp: &Qmp) -> Result<(), QmpError> {
     }
     let graph = qmp.query_block_graph().await?;
     for (filter, qdev) in ours {
-        let Some(below) = graph.child(filter, "file") else { continue };
+        let hold = names::hold_of(filter);
+        let above = hold.as_deref().unwrap_or(filter);
+        let Some(below) = graph.child(above, "file") else { continue };
         tolerate_refusal(set_drive(qmp, &path(qdev), below).await.map(|()| Value::Null))?;
     }
     Ok(())

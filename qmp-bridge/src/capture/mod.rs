@@ -26,6 +26,7 @@
 mod arriving;
 mod bitmaps;
 mod captured;
+mod changes;
 mod error;
 mod filter;
 mod fleecing;
@@ -33,14 +34,17 @@ mod guard;
 mod leftovers;
 mod names;
 mod prepare;
+mod rewrite;
 mod size_marks;
 mod storage;
 mod sweep;
 mod turn;
 
-pub use bitmaps::{KeptBitmap, start_recording};
+pub use bitmaps::{KeptBitmap, restart_recording, start_recording};
 pub use captured::{CapturedDisk, CapturedDisks};
+pub use changes::{DiskChanges, changes_since};
 pub use error::CaptureError;
 pub use leftovers::{CapturePlaces, Leftovers, cleanup_leftovers};
 pub use names::{BadTag, BitmapTag};
 pub use prepare::{CapturePlan, DEFAULT_FLEECING_RESERVE, Outlook, PreparedDisks};
+pub use rewrite::{DiskRewrite, RewrittenDisk, write_differing};

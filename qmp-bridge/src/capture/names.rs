@@ -81,6 +81,19 @@ pub(super) fn parse_size_mark(tag: &BitmapTag, name: &str) -> Option<(u64, u64)>
     Some((id.parse().ok()?, bytes.parse().ok()?))
 }
 
+/// A copy of a disk's bitmap, to be read.
+pub(super) fn bitmap_copy(tag: &BitmapTag) -> String {
+    format!("{PREFIX}/{tag}/copy")
+}
+
+const HOLD: &str = "hold";
+const PLACEHOLDER: &str = "placeholder";
+
+/// The node that keeps the disk for which this one is the placeholder, if it is one.
+pub(super) fn hold_of(node: &str) -> Option<String> {
+    node.strip_suffix(PLACEHOLDER).map(|start| format!("{start}{HOLD}"))
+}
+
 /// The names for one disk of a capture. One QEMU has at most one capture of ours at a time.
 #[derive(Debug, Clone)]
 pub(super) struct DiskNames {
@@ -126,6 +139,31 @@ impl DiskNames {
         self.name("mark-w")
     }
 
+    /// Keeps the disk's node while its device has the placeholder.
+    pub(super) fn hold(&self) -> String {
+        self.name(HOLD)
+    }
+
+    /// What the device has while the disk is written.
+    pub(super) fn placeholder(&self) -> String {
+        self.name(PLACEHOLDER)
+    }
+
+    /// The NBD export of the disk while it is written.
+    pub(super) fn rewrite_export(&self) -> String {
+        self.name("rewrite")
+    }
+
+    /// The NBD export of the layer below the disk.
+    pub(super) fn backing_export(&self) -> String {
+        self.name("backing")
+    }
+
+    /// The NBD export with a copy of the disk's bitmap.
+    pub(super) fn changes_export(&self) -> String {
+        self.name("changes")
+    }
+
     pub(super) fn create_job(&self) -> String {
         self.name("create")
     }
@@ -153,9 +191,24 @@ mod test {
     fn node_names_fit_into_qemu() {
         let tag: BitmapTag = "a".repeat(MAX_TAG).parse().expect("tag");
         let names = DiskNames::new(&tag, 9_999);
-        for name in [names.overlay(), names.file(), names.filter(), names.access(), names.mark()] {
+        for name in [
+            names.overlay(),
+            names.file(),
+            names.filter(),
+            names.access(),
+            names.mark(),
+            names.hold(),
+            names.placeholder(),
+        ] {
             assert!(name.len() <= 31 && tag.names().owns(&name), "{name}");
         }
+    }
+
+    #[test]
+    fn placeholder_leads_to_the_node_that_keeps_its_disk() {
+        let names = DiskNames::new(&"a".parse().expect("tag"), 3);
+        assert_eq!(hold_of(&names.placeholder()), Some(names.hold()));
+        assert_eq!(hold_of(&names.filter()), None);
     }
 
     #[test]

@@ -76,6 +76,11 @@ pub enum MigrationError {
         "QEMU could not load the stream: {why}; the VM must have the same devices, in the same places, as the saved one"
     )]
     Load { why: String },
+    #[error(
+        "cannot write the device state to {path}: {source}; name another directory \
+         by --fleecing-dir"
+    )]
+    State { path: PathBuf, source: std::io::Error },
     #[error("the path {path} is not UTF-8, and QMP can carry no other")]
     Path { path: PathBuf },
 }

@@ -10,15 +10,18 @@
 mod channel;
 mod downtime;
 mod error;
+mod in_place;
 mod incoming;
 mod local;
 pub mod resave;
 mod settings;
+mod state_image;
 mod status;
 mod stream;
 mod watch;
 
 pub use error::MigrationError;
+pub use in_place::LoadableState;
 pub use incoming::{Incoming, LOAD_TIMEOUT};
 pub use local::{BitmapMap, Downtime, LocalMigration, resume_source};
 pub use settings::Found;

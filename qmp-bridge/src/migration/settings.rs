@@ -111,6 +111,11 @@ impl Found {
         }
     }
 
+    /// Whether it is switched on.
+    pub(super) fn has(&self, capability: &str) -> bool {
+        self.capabilities.get(capability).copied().unwrap_or_default()
+    }
+
     /// Gives another QEMU the same, as far as it knows them.
     ///
     /// # Errors

@@ -94,6 +94,22 @@ pub async fn resume_abandoned(qmp: &Qmp) -> Result<bool, QmpError> {
     Ok(stopped)
 }
 
+/// A guest that an earlier helper stopped is not resumed by the next.
+///
+/// # Errors
+/// When QEMU does not answer.
+pub async fn leave_stopped(qmp: &Qmp) -> Result<(), QmpError> {
+    if marker_present(qmp, MARKER).await? { remove_marker(qmp, MARKER).await } else { Ok(()) }
+}
+
+/// If this process ends from here on, the next helper resumes the guest, which is stopped.
+///
+/// # Errors
+/// When QEMU does not answer.
+pub async fn resume_later(qmp: &Qmp) -> Result<(), QmpError> {
+    place_marker(qmp, MARKER).await
+}
+
 /// Puts an object into QEMU that does nothing but say something to a later helper.
 pub(crate) async fn place_marker(qmp: &Qmp, marker: &str) -> Result<(), QmpError> {
     let made = qmp

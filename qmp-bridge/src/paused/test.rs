@@ -70,6 +70,28 @@ async fn a_refused_cont_is_sent_again_by_the_drop() {
 }
 
 #[tokio::test]
+async fn held_pause_is_not_resumed_and_fails_if_it_was_disturbed() {
+    let (qmp, peer, _directory) = pair().await;
+    let peer = tokio::spawn(serve(peer, "running", false));
+    Paused::stop(&qmp).await.expect("stop").hold().await.expect("held");
+    drop(qmp);
+    let seen = peer.await.expect("peer");
+    assert_eq!(seen.last().map(String::as_str), Some("object-del"), "no later helper resumes it");
+    assert!(!seen.contains(&"cont".to_owned()), "{seen:?}");
+
+    let (qmp, mut peer, _directory) = pair().await;
+    let script = async {
+        // Whatever was ordered, the guest runs.
+        while let Some((_, id)) = peer.command().await {
+            peer.answer(id, json!({ "status": "running" })).await;
+        }
+    };
+    let hold = async { Paused::stop(&qmp).await.expect("stop").hold().await };
+    let held = tokio::select! { held = hold => held, () = script => unreachable!("it continues") };
+    assert!(matches!(held, Err(PauseError::Disturbed { .. })), "{held:?}");
+}
+
+#[tokio::test]
 async fn a_guest_stopped_by_its_owner_stays_stopped() {
     let (qmp, peer, _directory) = pair().await;
     let peer = tokio::spawn(serve(peer, "paused", false));

@@ -16,7 +16,7 @@ pub(crate) async fn run(args: StatusArgs) -> Result<()> {
     if args.json {
         return print_json(&serde_json::to_value(&status).context("encoding the status")?);
     }
-    let Status { pid, vm, hydration, disks, .. } = status;
+    let Status { pid, vm, hydration, disks, rollback, .. } = status;
     match vm {
         Some(vm) => out!(
             "{}: QEMU {} ({}), pid {}, helper {pid}, store {}",
@@ -26,7 +26,10 @@ pub(crate) async fn run(args: StatusArgs) -> Result<()> {
             vm.qemu_pid,
             vm.store
         ),
-        None => out!("{}: helper {pid} is taking a checkpoint or adopting the VM", args.name),
+        None => out!(
+            "{}: helper {pid} is taking a checkpoint, adopting the VM or setting it back",
+            args.name
+        ),
     }
     match hydration {
         Some(hydration) => show(&hydration),
@@ -34,6 +37,15 @@ pub(crate) async fn run(args: StatusArgs) -> Result<()> {
     }
     if let Some(disks) = disks {
         show_disks(&disks);
+    }
+    if let Some(rollback) = rollback {
+        out!(
+            "  NOT COMPLETE: a rollback to {}@{} that began at {}; the guest stays stopped \
+             until it is repeated",
+            args.name,
+            rollback.to,
+            rollback.since
+        );
     }
     Ok(())
 }

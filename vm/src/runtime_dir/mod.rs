@@ -4,6 +4,7 @@
 
 mod private;
 mod records;
+mod rollback;
 
 use crate::error::{VmError, refused};
 use crate::files;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use records::{External, Failure, Marks, RestoreTarget, VmFile};
+pub use rollback::{RollbackUnderWay, RolledBack};
 
 /// `sun_path` of a unix socket, less its final zero.
 const MAX_SOCKET_PATH: usize = 107;
@@ -315,6 +317,7 @@ impl RuntimeDir {
         // has changed.
         self.forget("migration.json")?;
         self.forget("writer-epoch")?;
+        self.forget_rollbacks()?;
         Ok(self.forget(MARKS)?)
     }
 
