@@ -395,7 +395,7 @@ const LAZY: &[Row] = &[
         &["vms::working_set::lazy_restore_brings_first_what_the_guest_needed_first_the_last_time"],
     ),
     ("", "QEMU ends", &["vms::lazy::lazy_restored_qemu_may_end_before_its_memory_has_arrived"]),
-    ("", "the store does not answer a read", LAZY_BLOCKS),
+    ("", "a block cannot be read", LAZY_BLOCKS),
     ("", "a block is damaged", &[LAZY_BLOCKS[0]]),
     ("", "the guest shuts down", &["vms::lazy::lazy_guest_that_shuts_down_leaves_complete_disks"]),
     ("", "helper killed while disks", LAZY_DISKS),
