@@ -30,7 +30,10 @@ impl<'a> Shutdown<'a> {
 
     /// QEMU stays from now on, with the guest stopped.
     pub(super) async fn hold(&self) {
-        while self.ends_qemu {
+        if !self.ends_qemu {
+            return;
+        }
+        loop {
             match self.set("pause").await {
                 Ok(()) => return,
                 Err(error) => tracing::warn!(error = format!("{error:#}"), "keeping QEMU"),
@@ -41,7 +44,10 @@ impl<'a> Shutdown<'a> {
 
     /// As its command line has it again; of a guest that has shut down QEMU ends now.
     pub(super) async fn release(&self) {
-        while self.ends_qemu {
+        if !self.ends_qemu {
+            return;
+        }
+        loop {
             match self.end().await {
                 Ok(()) => return,
                 Err(error) => tracing::warn!(error = format!("{error:#}"), "not keeping QEMU"),
