@@ -4,7 +4,7 @@ use error_class::classes;
 
 use crate::{
     DigestParseError, EncodeError, EnvelopeError, IndexError, LayerError, LineageError,
-    ManifestError, NameError, OtherCheckpoint, PackError,
+    ManifestError, NameError, OtherCheckpoint, PackError, WorkingSetError,
 };
 
 classes! {
@@ -13,6 +13,7 @@ classes! {
     LayerError = Damaged;
     ManifestError = Damaged;
     PackError = Damaged;
+    WorkingSetError = Damaged;
 
     DigestParseError = Failed;
     EncodeError = Failed;

@@ -90,7 +90,7 @@ pub(crate) async fn hold_filler(part: Filling) {
 /// Whether that file holds this part; while it exists, nothing is copied into disks either.
 pub(crate) fn holds_filler(part: Filling) -> bool {
     let path = std::env::var_os("STILLPOINT_HOLD_FILLER");
-    let held = path.and_then(|path| std::fs::read(path).ok());
+    let held = path.and_then(|path| vm::files::read(path).ok());
     held.is_some_and(|held| part == Filling::Rest || held != b"rest")
 }
 

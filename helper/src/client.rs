@@ -202,13 +202,15 @@ mod test {
         assert_eq!(helper.join().unwrap(), "\"status\"\n");
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn client_does_not_wait_for_a_helper_that_has_failed() {
+        let begun = tokio::time::Instant::now();
         let place = Place::new();
         place.runtime.save_vm(&place.file(1)).unwrap();
         let error = EngineError::new(Phase::Attach, refused("another QEMU"));
         place.runtime.set_helper_failure(&Failure::of(&error));
         assert_eq!(status(&place.runtime).await.unwrap_err().class(), Class::Refused);
+        assert!(begun.elapsed() < POLL_INTERVAL, "it waited for {:?}", begun.elapsed());
     }
 
     #[tokio::test]

@@ -7,7 +7,7 @@
 use anyhow::Error;
 use checkpoint_format::{
     DigestParseError, EncodeError, EnvelopeError, IndexError, LayerError, LineageError,
-    ManifestError, NameError, OtherCheckpoint, PackError,
+    ManifestError, NameError, OtherCheckpoint, PackError, WorkingSetError,
 };
 use checkpoint_store::StoreError;
 use dirty_tracker::TrackerError;
@@ -274,7 +274,7 @@ macro_rules! class_of_cause {
 class_of_cause! {
     EngineError, VmError, Stated, ArgumentError, SizeError, ConfigError, StoreError, TrackerError,
     EnvelopeError, IndexError, ManifestError, PackError, LayerError, LineageError, EncodeError,
-    NameError, DigestParseError, OtherCheckpoint,
+    NameError, DigestParseError, OtherCheckpoint, WorkingSetError,
     QmpError, LineError, AgentError, JobError, ServerError, NbdError, DiskError, CaptureError,
     BadTag, ImageError, NoGuest, RunStateError, PauseError, RamBlockError, HostError,
     MigrationError, StreamReadError, StreamError, DeviceStateError, ExportError, SyntheticError,

@@ -10,7 +10,7 @@
 //! vms/<vm>/checkpoints/<seq>/                       the same directory after the one rename: a checkpoint
 //! vms/<vm>/readers/<seq>.<key>-<number>             the checkpoint, and all before it, are in use
 //! vms/<vm>/proofs/<seq>.<key>.json                  a note that it was restored and compared; for people
-//! vms/<vm>/working-set                              what its guest needed first after a restore; a hint
+//! vms/<vm>/working-set                              what its guest needed first; a hint
 //! ```
 
 mod bounded;

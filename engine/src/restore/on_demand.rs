@@ -120,7 +120,8 @@ impl OnDemand {
         self.source.locate(space, pages).await
     }
 
-    /// Where the data of these pages is, and of the other pages near them that the same frames have.
+    /// Where the data of these pages is, and of the other pages near them that the same frames
+    /// have.
     ///
     /// # Errors
     /// As those of [`Self::locate`].

@@ -118,8 +118,8 @@ impl Source {
         self.0.places.locate(self.space(name)?, pages).await
     }
 
-    /// The pages of a space that changed shortly before the checkpoint: those that it stores itself.
-    /// None if they are more than `most`.
+    /// The pages of a space that changed shortly before the checkpoint: those that it stores
+    /// itself. None if they are more than `most`.
     ///
     /// # Errors
     /// When the indexes of its packs cannot be read.

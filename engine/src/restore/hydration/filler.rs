@@ -59,7 +59,8 @@ pub(super) async fn fill(inner: Arc<Inner>, faults: AbortHandle) {
     }
 }
 
-/// The pages that the guest needed first the last time, and those that it wrote last, in the order of the packs, in large reads.
+/// The pages that the guest needed first the last time, and those that it wrote last, in the order
+/// of the packs, in large reads.
 async fn fill_first(inner: &Arc<Inner>, first: &FirstPages) -> Result<()> {
     let reader = inner.reader().await;
     let source = reader.source();

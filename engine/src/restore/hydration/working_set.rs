@@ -1,8 +1,9 @@
 //! What the guest needed first after the last restore comes first after this one.
 //!
-//! The pages that the guest waits for in its first seconds are recorded in the store, one small file
-//! for each VM. The pages that it wrote shortly before the checkpoint need no record: the checkpoint
-//! itself stores them. A hint: without it, or with a wrong one, pages come in another order.
+//! The pages that the guest waits for in its first seconds are recorded in the store, one small
+//! file for each VM. The pages that it wrote shortly before the checkpoint need no record: the
+//! checkpoint itself stores them. A hint: without it, or with a wrong one, pages come in another
+//! order.
 
 use super::Inner;
 use anyhow::{Context, Result};
