@@ -56,8 +56,7 @@ pub enum Command {
     /// Read back checkpoints and check every digest; with --restore, restore one in a sandbox and
     /// compare everything
     Verify(VerifyArgs),
-    /// Show a running VM and its helper, and how far the memory of a lazily restored one has
-    /// arrived
+    /// Show a running VM, its helper, and how much of a restored VM's memory and disks has arrived
     Status(StatusArgs),
     /// Check this host, or with --qmp a running QEMU, and name a remedy for what is missing
     Doctor(DoctorArgs),
@@ -85,8 +84,8 @@ pub struct Runtime {
 
 #[derive(Args)]
 pub struct Supervision {
-    /// If the helper dies, leave the VM without one until 'attach' [default: another one is started
-    /// as long as QEMU runs]
+    /// If the helper dies, leave the VM without one until 'attach' [default: a supervisor starts
+    /// another one as long as QEMU runs]
     #[arg(long, env = "STILLPOINT_NO_SUPERVISOR", value_parser = FalseyValueParser::new())]
     pub no_supervisor: bool,
 }
@@ -208,26 +207,27 @@ pub struct RestoreArgs {
     pub runtime: Runtime,
     #[command(flatten)]
     pub supervision: Supervision,
-    /// Restore under another name, as a VM of its own beside the original (docs/copies.md); given
-    /// several times, as so many VMs at once
+    /// Restore under another name, as a VM of its own beside the original (docs/copies.md);
+    /// repeatable, for several copies at once
     #[arg(long = "as", value_name = "NEW")]
     pub new_names: Vec<VmName>,
     /// Restore N copies at once, named NEW-1 to NEW-N (without --as: NAME-1 to NAME-N)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub copies: Option<u16>,
-    /// Directory for the restored disks, logs and sockets [default: ./NAME]; of several copies, the
-    /// directory that has one for each
+    /// Directory for the restored disks, logs and sockets [default: ./NAME]; for several copies,
+    /// the directory in which each has its own [default: .]
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
-    /// QEMU program [default: on the PATH, by the file name of the one that the checkpoint was
-    /// taken with, else qemu-system-x86_64]
+    /// QEMU program [default: the first one that is new enough: on the PATH by the file name of the
+    /// one that the checkpoint was taken with, then qemu-system-x86_64, then those in
+    /// /opt/stillpoint]
     #[arg(long, value_name = "PROGRAM")]
     pub qemu: Option<String>,
     /// Directory for temporary fleecing overlays [default: /var/tmp]
     #[arg(long, alias = "scratch-dir", env = "STILLPOINT_FLEECING_DIR", value_name = "DIR")]
     pub fleecing_dir: Option<PathBuf>,
     /// On the VM's command line, replace the value OLD by NEW (whole values only; repeatable); for
-    /// several copies {name} and {number} in it are those of each
+    /// several copies, {name} and {number} stand for those of each copy
     #[arg(long, value_name = "OLD=NEW")]
     pub map: Vec<Mapping>,
     /// Let the restored VM use something of this host that its command line names:
@@ -250,21 +250,21 @@ pub struct RestoreArgs {
     /// the guest needs them, and all others in the background (the default)
     #[arg(long, conflicts_with = "eager")]
     pub lazy: bool,
-    /// If the guest has waited for a page for TIME, such as 5m, because the store is away, stop it;
-    /// it stays so until 'cont' [default: it waits, and continues by itself]
+    /// Stop the guest when it has waited for a page of memory for TIME, such as 5m, because the
+    /// store does not answer; it stays stopped until 'cont' [default: it waits for the store]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub deadline: Option<std::time::Duration>,
-    /// Return when all memory and disks are here, and nothing more is needed from the store
+    /// Return only when all memory and disks are here, and nothing more is needed from the store
     #[arg(long)]
     pub wait: bool,
     /// Program that is run before anything is made; if it fails, nothing is restored
     /// (docs/copies.md lists its environment)
     #[arg(long, value_name = "PROGRAM")]
     pub hook_before: Option<PathBuf>,
-    /// Program that is run when the guest may run; if it fails, the VM stays
+    /// Program that is run when the guest may run and the helper listens; if it fails, the VM stays
     #[arg(long, value_name = "PROGRAM")]
     pub hook_after: Option<PathBuf>,
-    /// What each of these programs gets to end
+    /// How long each of these programs may take; then it is killed, and has failed
     #[arg(
         long,
         value_name = "TIME",
