@@ -325,9 +325,11 @@ impl Paused {
     /// As those of [`Self::resume`].
     pub async fn hold(mut self) -> Result<(), PauseError> {
         let state = self.state_now().await?;
-        if state.as_deref() != Some(self.expected) {
-            let state = state.unwrap_or_else(|| "unknown".to_owned());
-            return Err(PauseError::Disturbed { what: format!("its run state is `{state}`") });
+        let state = state.unwrap_or_else(|| "unknown".to_owned());
+        let events = self.watch.since(self.watched_from);
+        let verdict = verdict::judge(self.before.is_live(), self.expected, Some(&state), &events);
+        if let Some(what) = verdict.disturbance {
+            return Err(PauseError::Disturbed { what });
         }
         if let Some(marker) = self.marker {
             recovery::remove_marker(&self.qmp, marker).await?;

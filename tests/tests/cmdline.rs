@@ -136,11 +136,13 @@ fn hostile_manifest_runs_nothing_on_the_restoring_host() {
         .into_iter()
         .filter(|path| path.ends_with("manifest.json"));
     for path in manifests {
-        let mut manifest =
-            Manifest::parse(&std::fs::read(&path).expect("the store")).expect("a manifest");
+        let whole = std::fs::read(&path).expect("the store");
+        let mut manifest = Manifest::parse(&whole).expect("a manifest");
+        let index = &whole[Manifest::head_len(&whole).expect("a manifest").as_usize()..];
         manifest.vm_record.program = program.display().to_string();
         manifest.vm_record.arguments.extend(["-netdev".to_owned(), script.clone()]);
-        std::fs::write(&path, manifest.encode().expect("a manifest")).expect("the store");
+        let changed = [&manifest.encode().expect("a manifest"), index].concat();
+        std::fs::write(&path, changed).expect("the store");
     }
     let target = lab.path().join("new");
     let words = [

@@ -253,11 +253,15 @@ async fn parent(
     known: &[CheckpointId],
 ) -> Result<Option<CheckpointId>> {
     let Some(newest) = known.last() else { return Ok(None) };
-    if let Some(to) = vm.runtime.rolled_back(&vm.file.instance, *newest) {
-        return Ok(Some(to).filter(|to| known.contains(to)));
-    }
     let manifest = crate::lineage::manifest(repository, &vm.file.name, *newest).await?;
-    if manifest.instance == vm.file.instance {
+    let is_own = manifest.instance == vm.file.instance;
+    if let Some(back) = vm.runtime.rolled_back(&vm.file.instance) {
+        // What this instance took before it was set back is another branch, also if the store has
+        // lost the newest of it: the marks of what was written say nothing of that.
+        let is_since = is_own && *newest > back.newest;
+        return Ok(Some(if is_since { *newest } else { back.to }).filter(|id| known.contains(id)));
+    }
+    if is_own {
         return Ok(Some(*newest));
     }
     Ok(vm.file.restored_from.filter(|id| known.contains(id)))

@@ -29,6 +29,7 @@ use qmp_bridge::capture::{
 use qmp_bridge::disks::{BackingImage, Disk};
 use qmp_bridge::migration::{self, StreamMode};
 use qmp_bridge::paused::leave_stopped;
+use serde_json::Value;
 use std::sync::Arc;
 use tokio::time::Instant;
 use tracing::instrument;
@@ -188,6 +189,12 @@ impl Checkpointer {
     async fn clean_up_qemu(&self) -> Result<()> {
         if self.half_rolled_back()?.is_some() {
             leave_stopped(&self.vm.qmp).await.context("leaving the guest stopped")?;
+            let state = RunState::of(&self.vm.qmp).await.context("asking for the run state")?;
+            if state.is_live() {
+                tracing::error!("another client let a guest run that is set back by half");
+                let stop = self.vm.qmp.execute_json("stop", Value::Null).await;
+                stop.context("stopping a guest that is set back by half")?;
+            }
         }
         let journal = self.vm.runtime.migration_journal();
         migration::recover(&self.vm.qmp, &journal)

@@ -109,9 +109,23 @@ async fn fetch(
     Ok(Provided { path: target.to_owned(), bytes_read })
 }
 
+/// Of the one process that fetches a layer. Its file goes with it: a process that has opened it
+/// before finds the layer fetched.
+struct Alone {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        // One that is left is removed by the next fetch.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
 /// One process fetches a layer for all that need it now. None after a long time, or where locks are
 /// not possible: then this one fetches it too.
-async fn wait_for_others(folder: &Path, digest: &str) -> Option<Flock<File>> {
+async fn wait_for_others(folder: &Path, digest: &str) -> Option<Alone> {
     let path = folder.join(format!("{UNFINISHED}lock-{digest}"));
     let options = || File::options().write(true).create(true).truncate(false).open(&path);
     let lock = || async {
@@ -122,7 +136,8 @@ async fn wait_for_others(folder: &Path, digest: &str) -> Option<Flock<File>> {
             _ => Some(None),
         }
     };
-    poll_until(OTHERS, OTHERS_POLL, lock).await.flatten()
+    let lock = poll_until(OTHERS, OTHERS_POLL, lock).await.flatten()?;
+    Some(Alone { path: path.clone(), _lock: lock })
 }
 
 /// Removes files of fetches that were killed: no process holds their lock. What cannot be removed

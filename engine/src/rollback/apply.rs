@@ -13,11 +13,11 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use checkpoint_format::{PAGE_SIZE, SpaceName};
 use dirty_tracker::{BlockMemory, GuestMemory};
-use qmp_bridge::RunState;
 use qmp_bridge::capture::{DiskRewrite, RewrittenDisk, write_differing};
 use qmp_bridge::migration::LoadableState;
 use qmp_bridge::nbd::NbdClient;
 use qmp_bridge::qmp::EventWatch;
+use qmp_bridge::{Qmp, RunState};
 use serde_json::Value;
 use std::time::Instant;
 use vm::running::Vm;
@@ -51,10 +51,29 @@ pub(super) struct Apply<'a> {
     pub disks: &'a DiskRewrite,
     pub state: &'a LoadableState,
     pub origin: Origin,
+    pub alone: &'a Alone,
+}
+
+/// That no other client orders anything while the VM is of two instants.
+pub(super) struct Alone {
     /// Of [`EVENTS`].
-    pub watch: &'a EventWatch,
-    /// Since then no other client may order anything.
+    pub watch: EventWatch,
     pub since: Instant,
+}
+
+impl Alone {
+    /// A guest that another client let run is stopped again: it runs on in nothing but an error.
+    pub(super) async fn check(&self, qmp: &Qmp) -> Result<()> {
+        // An event that came before this reply has been read.
+        let state = RunState::of(qmp).await.context("asking for the run state")?;
+        let Some(event) = self.watch.since(self.since).into_iter().next() else {
+            return Ok(());
+        };
+        if state.is_live() {
+            qmp.execute_json("stop", Value::Null).await.context("stopping the guest again")?;
+        }
+        bail!("another client changed the VM while it was written to ({})", event.name)
+    }
 }
 
 impl Apply<'_> {
@@ -72,7 +91,7 @@ impl Apply<'_> {
         if let Some(line) = kill_point::damage("monitor") {
             self.checkpointer.vm.qmp.hmp(&line).await?;
         }
-        self.check_undisturbed().await?;
+        self.alone.check(&self.checkpointer.vm.qmp).await?;
         self.state.load().await.context("loading the device state")?;
         kill_point::point("rollback.loaded");
         // What a reset writes to memory (ROMs) is not the checkpoint's.
@@ -80,22 +99,8 @@ impl Apply<'_> {
         let mut wanted = Wanted::default();
         wanted.insert(&self.plan.main_memory, &touched);
         written.pages += self.write_fetched(&wanted).await.context("writing memory again")?;
-        self.check_undisturbed().await?;
+        self.alone.check(&self.checkpointer.vm.qmp).await?;
         Ok(written)
-    }
-
-    /// A guest that another client let run is stopped again: it runs on in nothing but an error.
-    async fn check_undisturbed(&self) -> Result<()> {
-        let qmp = &self.checkpointer.vm.qmp;
-        // An event that came before this reply has been read.
-        let state = RunState::of(qmp).await.context("asking for the run state")?;
-        let Some(event) = self.watch.since(self.since).into_iter().next() else {
-            return Ok(());
-        };
-        if state.is_live() {
-            qmp.execute_json("stop", Value::Null).await.context("stopping the guest again")?;
-        }
-        bail!("another client changed the VM while it was written to ({})", event.name)
     }
 
     fn staging(&self) -> Result<Staging> {

@@ -25,7 +25,7 @@ use crate::checkpoint::{self, Checkpointer, Choice};
 use crate::kill_point;
 use crate::restore::memory;
 use anyhow::{Context, Error, Result};
-use apply::{Apply, Origin, Written};
+use apply::{Alone, Apply, Origin, Written};
 use check::Plan;
 use checkpoint_format::{CheckpointId, PageCount, VmName};
 use qmp_bridge::capture::{CapturePlaces, DiskRewrite, restart_recording};
@@ -190,19 +190,19 @@ impl Rollback {
                  'stillpoint restore {name}' (QEMU said: {said})"
             ))
         };
+        let alone = Alone { watch, since };
         let applied = Apply {
             checkpointer,
             plan: &self.plan,
             disks: &self.disks,
             state: &self.state,
             origin,
-            watch: &watch,
-            since,
+            alone: &alone,
         };
         let written = applied.run().await.map_err(advice)?;
         phases.since("apply", step);
         phases.enter(Phase::Resume);
-        self.complete(checkpointer, written, begun).await.map_err(advice)
+        self.complete(checkpointer, &alone, written, begun).await.map_err(advice)
     }
 
     /// Stages all that may differ and stops the guest for good. If it fails the guest runs on.
@@ -290,6 +290,7 @@ impl Rollback {
     async fn complete(
         self,
         checkpointer: &mut Checkpointer,
+        alone: &Alone,
         written: Written,
         begun: Instant,
     ) -> Result<Report> {
@@ -304,6 +305,8 @@ impl Rollback {
         restart_recording(&qmp, &tag, request.id.0, drives, places)
             .await
             .context("beginning to record the disks' changes")?;
+        // What was written before that is in no bitmap.
+        alone.check(&qmp).await?;
         let marks = Marks { since: plan.to.source().identity(), is_exact: true };
         let instance = checkpointer.vm.file.instance.clone();
         let newest = plan.standing.newest;

@@ -186,8 +186,10 @@ impl<'a> Plain<'a> {
         let directory = furnished(self.lab, self.recipe, self.qemu);
         let begun = Instant::now();
         FILES.iter().for_each(|file| self.get(file, &directory));
-        let incoming = ["-incoming", "exec:cat state"];
-        let bare = Bare::start(&directory, self.recipe, self.qemu, &incoming);
+        // A QEMU that is a daemon works in another directory.
+        let incoming = format!("exec:cat {}", directory.join("state").display());
+        let more = ["-incoming", &incoming];
+        let bare = Bare::start(&directory, self.recipe, self.qemu, &more);
         bare.wait_for_step();
         milliseconds(begun)
     }
@@ -261,7 +263,8 @@ fn main() -> ExitCode {
         eprintln!("bench-restore: {number} of {}", options.count);
         booted.push(boot(&lab, &recipe, &qemu));
         lazy.push(restore(&lab, &["--lazy"]));
-        eager.push(restore(&lab, &["--eager"]));
+        // The lab asks for --eager if nothing else is said.
+        eager.push(restore(&lab, &[]));
         by_qemu.push(plain.restore());
     }
     let place = if options.hdfs { "HDFS" } else { "a directory" };

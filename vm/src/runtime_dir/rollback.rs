@@ -28,7 +28,8 @@ pub struct RolledBack {
     pub instance: String,
     /// The checkpoint that it was set back to.
     pub to: CheckpointId,
-    /// The newest in the store then. With a newer one this record says nothing any more.
+    /// The newest in the store then: of those that this instance took, only newer ones descend from
+    /// `to`.
     pub newest: CheckpointId,
 }
 
@@ -64,11 +65,11 @@ impl RuntimeDir {
         Ok(self.forget(UNDER_WAY)?)
     }
 
-    /// Where this instance was set back to, if `newest` is still the newest in the store.
-    pub fn rolled_back(&self, instance: &str, newest: CheckpointId) -> Option<CheckpointId> {
+    /// Where this instance was set back to the last time.
+    pub fn rolled_back(&self, instance: &str) -> Option<RolledBack> {
         let text = self.read(DONE, MAX_MARKS_BYTES).ok()?;
         let record: RolledBack = serde_json::from_slice(&text).ok()?;
-        (record.instance == instance && record.newest == newest).then_some(record.to)
+        Some(record).filter(|record| record.instance == instance)
     }
 
     /// Writes down where the VM was set back to.
@@ -107,9 +108,9 @@ mod test {
         assert_eq!(runtime.rollback("a").unwrap(), None);
 
         let (to, newest) = (CheckpointId(3), CheckpointId(5));
-        runtime.set_rolled_back(&RolledBack { instance: "a".into(), to, newest }).unwrap();
-        assert_eq!(runtime.rolled_back("a", newest), Some(to));
-        assert_eq!(runtime.rolled_back("a", CheckpointId(6)), None, "a checkpoint was taken since");
-        assert_eq!(runtime.rolled_back("b", newest), None);
+        let back = RolledBack { instance: "a".into(), to, newest };
+        runtime.set_rolled_back(&back).unwrap();
+        assert_eq!(runtime.rolled_back("a"), Some(back));
+        assert_eq!(runtime.rolled_back("b"), None);
     }
 }
