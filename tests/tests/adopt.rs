@@ -61,7 +61,7 @@ fn a_vm_is_adopted_in_the_middle_of_its_lineage() {
         assert_eq!(next.outcome.parent, Some(taken[1].outcome.id));
         let full = taken[0].outcome.bytes_stored;
         assert!(
-            next.outcome.bytes_stored < full / 4,
+            next.outcome.bytes_stored < full / 2,
             "not small: {} after {full} for a full one",
             next.outcome.bytes_stored
         );

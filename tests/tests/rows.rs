@@ -319,7 +319,10 @@ const RESTORE: &[Row] = &[
     (
         "",
         "one of several copies",
-        &["vms::copies::copies_of_one_checkpoint_are_made_by_one_command"],
+        &[
+            "scripted::restore::disk_that_exists_is_not_overwritten",
+            "vms::copies::copies_of_one_checkpoint_are_made_by_one_command",
+        ],
     ),
     (
         "",
