@@ -24,7 +24,7 @@ help:
 	@echo 'make demo [STORE=hdfs]       checkpoints, a crash and a restore, shown on a real guest'
 	@echo 'make bench [ARGS=--json]     pauses and sizes on a 1 GiB guest, by each engine'
 	@echo 'make bench-adopt             downtime of an adoption beside that of a live migration'
-	@echo 'make bench-restore           how soon a restored guest runs, beside plain QEMU'
+	@echo 'make bench-restore           how soon a restored guest runs, beside a QEMU that boots'
 	@echo 'make torture N=300 [SEED=1]  random command lines: each is refused or restored exactly'
 	@echo 'make check                   format, lints, docs, licences and unit tests, in 3 minutes'
 	@echo 'make test                    format, lints, build and all tests, with QEMU and HDFS'

@@ -1,23 +1,20 @@
 //! How long a restore takes until the guest runs, and until it does its next step: lazy and eager,
-//! beside a QEMU that boots, and beside plain QEMU that gets its files and its migration stream.
+//! beside a QEMU that boots.
 //!
 //! ```text
 //! bench-restore [--count N] [--ram MIB] [--age N] [--hdfs yes]
 //! ```
 //! All take turns, so that all see the same host. Run by `scripts/bench-restore`.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
-use stillpoint_tests::{
-    Cluster, Lab, Pid, QmpClient, Recipe, kill_hard, lines, newest_qemu, project, wait_until,
-};
+use std::time::Instant;
+use stillpoint_tests::{Cluster, Lab, Pid, Recipe, kill_hard, newest_qemu};
 
 const USAGE: &str = "bench-restore [--count N] [--ram MIB] [--age N] [--hdfs yes]";
 /// Of the VM that is restored.
 const NAME: &str = "m";
-const TIMEOUT: Duration = Duration::from_secs(300);
 /// Of the guest's memory the witness fills all but this, for the kernel and what it unpacks.
 const KERNEL_MIB: u64 = 160;
 
@@ -67,10 +64,10 @@ struct Bare {
 
 impl Bare {
     /// With `-daemonize` the command ends when the guest may run.
-    fn start(directory: &Path, recipe: &Recipe, qemu: &Path, more: &[&str]) -> Self {
+    fn start(directory: &Path, recipe: &Recipe, qemu: &Path) -> Self {
         let words = recipe.command_line(qemu);
         let mut command = Command::new(&words[0]);
-        command.args(&words[1..]).args(["-daemonize", "-pidfile", "qemu.pid"]).args(more);
+        command.args(&words[1..]).args(["-daemonize", "-pidfile", "qemu.pid"]);
         let status = command
             .current_dir(directory)
             .stdin(Stdio::null())
@@ -82,12 +79,6 @@ impl Bare {
         let pid = std::fs::read_to_string(directory.join("qemu.pid")).expect("QEMU wrote it");
         let qemu = Pid::from_raw(pid.trim().parse().expect("a process ID"));
         Self { directory: directory.to_owned(), qemu }
-    }
-
-    fn wait_for_step(&self) {
-        let serial = self.directory.join("serial.log");
-        let spoke = wait_until(TIMEOUT, || !lines(&serial).is_empty());
-        assert!(spoke, "the guest said nothing: {}", serial.display());
     }
 }
 
@@ -109,7 +100,7 @@ fn furnished(lab: &Lab, recipe: &Recipe, qemu: &Path) -> PathBuf {
 fn boot(lab: &Lab, recipe: &Recipe, qemu: &Path) -> f64 {
     let directory = furnished(lab, recipe, qemu);
     let begun = Instant::now();
-    let _bare = Bare::start(&directory, recipe, qemu, &[]);
+    let _bare = Bare::start(&directory, recipe, qemu);
     milliseconds(begun)
 }
 
@@ -133,73 +124,6 @@ fn restore(lab: &Lab, more: &[&str]) -> Restored {
     vm.kill();
     let number = |key: &str| report[key].as_f64().expect("the documented form");
     Restored { running: number("resume_ms"), step, bytes_read: number("bytes_read"), report }
-}
-
-/// What plain QEMU has to get: files of a stopped guest, in HDFS or in a directory.
-struct Plain<'a> {
-    lab: &'a Lab,
-    recipe: &'a Recipe,
-    qemu: &'a Path,
-    store: PathBuf,
-    hdfs: Option<String>,
-}
-
-const FILES: [&str; 2] = ["state", "overlay.qcow2"];
-
-impl<'a> Plain<'a> {
-    fn save(lab: &'a Lab, recipe: &'a Recipe, qemu: &'a Path, cluster: Option<&Cluster>) -> Self {
-        let vm = lab.start_plain("plain", recipe);
-        vm.wait_for_line("the guest's first line", |_| true);
-        let mut monitor = vm.qmp();
-        monitor.stop();
-        monitor.execute("migrate", json!({"uri": "exec:cat >state"}));
-        let status = |monitor: &mut QmpClient| monitor.execute("query-migrate", json!({}));
-        let is_over = wait_until(TIMEOUT, || status(&mut monitor)["status"] == "completed");
-        assert!(is_over, "QEMU did not save its state: {}", status(&mut monitor));
-        let store = vm.directory.clone();
-        vm.kill();
-        let hdfs = cluster.map(|cluster| cluster.fresh_store("plain"));
-        if let Some(url) = &hdfs {
-            hdfs_dev(&["-mkdir", "-p", url]);
-            for file in FILES {
-                hdfs_dev(&["-put", store.join(file).to_str().expect("UTF-8"), url]);
-            }
-        }
-        Self { lab, recipe, qemu, store, hdfs }
-    }
-
-    fn get(&self, file: &str, directory: &Path) {
-        let to = directory.join(file);
-        match &self.hdfs {
-            Some(url) => {
-                let _ = std::fs::remove_file(&to);
-                hdfs_dev(&["-get", &format!("{url}/{file}"), to.to_str().expect("UTF-8")]);
-            }
-            None => {
-                std::fs::copy(self.store.join(file), to).expect("the lab");
-            }
-        }
-    }
-
-    /// Milliseconds until the guest has done a step.
-    fn restore(&self) -> f64 {
-        let directory = furnished(self.lab, self.recipe, self.qemu);
-        let begun = Instant::now();
-        FILES.iter().for_each(|file| self.get(file, &directory));
-        // A QEMU that is a daemon works in another directory.
-        let incoming = format!("exec:cat {}", directory.join("state").display());
-        let more = ["-incoming", &incoming];
-        let bare = Bare::start(&directory, self.recipe, self.qemu, &more);
-        bare.wait_for_step();
-        milliseconds(begun)
-    }
-}
-
-fn hdfs_dev(arguments: &[&str]) {
-    let mut command = Command::new(project().join("scripts/hdfs-dev"));
-    let output = command.arg("fs").args(arguments).output().expect("scripts/hdfs-dev can be run");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "hdfs-dev fs {arguments:?}: {said}");
 }
 
 fn median(samples: &[f64]) -> f64 {
@@ -256,16 +180,13 @@ fn main() -> ExitCode {
         lab = lab.with_store(&cluster.fresh_store("bench-restore"));
     }
     prepare(&lab, &recipe, options.age);
-    let plain = Plain::save(&lab, &recipe, &qemu, cluster.as_ref());
-    let (mut booted, mut lazy, mut eager, mut by_qemu) =
-        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut booted, mut lazy, mut eager) = (Vec::new(), Vec::new(), Vec::new());
     for number in 1..=options.count {
         eprintln!("bench-restore: {number} of {}", options.count);
         booted.push(boot(&lab, &recipe, &qemu));
         lazy.push(restore(&lab, &["--lazy"]));
         // The lab asks for --eager if nothing else is said.
         eager.push(restore(&lab, &[]));
-        by_qemu.push(plain.restore());
     }
     let place = if options.hdfs { "HDFS" } else { "a directory" };
     println!("{} MiB, {} checkpoints in {place}, {}", options.ram_mib, options.age, qemu.display());
@@ -275,12 +196,10 @@ fn main() -> ExitCode {
     row("eager restore: the guest may run", eager.iter().map(|one| one.running));
     let step = row("lazy restore: next step", lazy.iter().map(|one| one.step));
     let eager_step = row("eager restore: next step", eager.iter().map(|one| one.step));
-    let plain_step = row("plain QEMU, files got and -incoming: next step", by_qemu.into_iter());
     row("lazy restore: bytes read until it may run", lazy.iter().map(|one| one.bytes_read));
     println!("lazy phases: {}", phases(&lazy));
     println!("eager phases: {}", phases(&eager));
     println!("lazy restore beyond a booting QEMU: {:.0} ms", running - bare);
     println!("next step, eager over lazy: {:.2}", eager_step / step);
-    println!("next step, plain QEMU over lazy: {:.2}", plain_step / step);
     ExitCode::SUCCESS
 }
