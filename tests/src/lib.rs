@@ -16,6 +16,7 @@
 mod built;
 pub mod cost;
 mod damage;
+pub mod figures;
 mod footprint;
 mod guest;
 mod hdfs;

@@ -51,9 +51,10 @@ fn a_vm_is_adopted_in_the_middle_of_its_lineage() {
         vm.adopt();
         eprintln!("adopted: {}", vm.report);
         assert!(vm.report["downtime_ms"].as_f64().is_some(), "{}", vm.report);
+        // Before the guest has written all that it writes at all.
+        let next = vm.checkpoint();
         assert_never_back(&vm, &last);
         assert_eq!(vm.qemus(), [vm.qemu()], "the QEMU that it came from has ended");
-        let next = vm.checkpoint();
         assert_eq!(
             (next.outcome.engine.as_str(), next.outcome.kind),
             ("tracker", Kind::Incremental)
@@ -61,7 +62,7 @@ fn a_vm_is_adopted_in_the_middle_of_its_lineage() {
         assert_eq!(next.outcome.parent, Some(taken[1].outcome.id));
         let full = taken[0].outcome.bytes_stored;
         assert!(
-            next.outcome.bytes_stored < full / 2,
+            next.outcome.bytes_stored < full / 4,
             "not small: {} after {full} for a full one",
             next.outcome.bytes_stored
         );

@@ -1,7 +1,9 @@
 //! Nothing that fails while a guest's memory arrives is for the guest to notice, or for an operator
 //! to repair: a helper that dies is followed by another, whatever it was doing.
 
-use crate::lazy::{Hold, assert_hydrating, hydration, move_away, packs, wait_until_hydrated};
+use crate::lazy::{
+    Hold, assert_hydrating, hydration, move_away, packs, saved_witness, wait_until_hydrated,
+};
 use nix::sys::signal::{Signal, kill};
 use std::time::Duration;
 use stillpoint_tests::{
@@ -134,10 +136,7 @@ fn hydration_is_exact_whatever_the_helper_was_doing_when_it_died() {
 fn hydration_deadline_stops_the_guest_until_cont() {
     let mut lab = Lab::new(&newest_qemu());
     let hold = Hold::begin(&mut lab);
-    let vm = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
-    vm.wait_for_witness();
-    let taken = vm.checkpoint();
-    vm.kill();
+    let taken = saved_witness(&lab);
     let vm = lab.restore("m", "m", &["--lazy", "--deadline", "1s"]);
     let store = lab.store_directory();
     let away = move_away(&store);
@@ -168,10 +167,7 @@ fn hydration_damaged_frame_holds_up_no_other_page() {
     const READ: u64 = 20 << 20;
     let mut lab = Lab::new(&newest_qemu());
     let hold = Hold::begin(&mut lab);
-    let vm = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
-    vm.wait_for_witness();
-    let taken = vm.checkpoint();
-    vm.kill();
+    let taken = saved_witness(&lab);
     let vm = lab.restore("m", "m", &["--lazy", "--paused"]);
     let pack = packs(&lab).into_iter().max_by_key(|pack| std::fs::metadata(pack).unwrap().len());
     let pack = pack.expect("a pack");

@@ -8,8 +8,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use stillpoint_tests::{
-    Lab, Recipe, SCRIBBLER_RAM_BYTES, TestVm, files_below, newest_qemu, on_each_qemu, qemu_img,
-    read_image, wait_until,
+    Lab, Recipe, SCRIBBLER_RAM_BYTES, Taken, TestVm, files_below, newest_qemu, on_each_qemu,
+    qemu_img, read_image, wait_until,
 };
 
 /// The host may be busy.
@@ -40,6 +40,15 @@ impl Hold {
     pub(crate) fn release(&self) {
         std::fs::remove_file(&self.0).expect("the test's directory");
     }
+}
+
+/// A VM `m` that worked, and has a checkpoint; it is gone.
+pub(crate) fn saved_witness(lab: &Lab) -> Taken {
+    let vm = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
+    vm.wait_for_witness();
+    let taken = vm.checkpoint();
+    vm.kill();
+    taken
 }
 
 pub(crate) fn hydration(lab: &Lab, name: &str) -> Option<Value> {
@@ -77,10 +86,7 @@ fn lazy_restored_guest_is_exact_through_checkpoints_a_kill_and_a_store_that_is_a
     on_each_qemu(|qemu| {
         let mut lab = Lab::for_vms(qemu, 2);
         let hold = Hold::begin(&mut lab);
-        let vm = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
-        vm.wait_for_witness();
-        let first = vm.checkpoint();
-        vm.kill();
+        let first = saved_witness(&lab);
 
         let vm = lab.restore("m", "m", &["--lazy"]);
         assert!(vm.report["memory_bytes_to_come"].as_u64() > Some(0), "{}", vm.report);
@@ -134,10 +140,7 @@ pub(crate) fn packs(lab: &Lab) -> Vec<PathBuf> {
 fn lazy_guest_that_needs_a_damaged_page_is_stopped_until_the_store_is_repaired() {
     let mut lab = Lab::new(&newest_qemu());
     let hold = Hold::begin(&mut lab);
-    let vm = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
-    vm.wait_for_witness();
-    let taken = vm.checkpoint();
-    vm.kill();
+    let taken = saved_witness(&lab);
     let vm = lab.restore("m", "m", &["--lazy"]);
     let whole: Vec<(PathBuf, Vec<u8>)> = packs(&lab)
         .into_iter()

@@ -1,9 +1,9 @@
 //! What a guest needed first after a restore comes first after the next one.
 
-use crate::lazy::{Hold, assert_hydrating, hydration, wait_until_hydrated};
+use crate::lazy::{Hold, assert_hydrating, hydration, saved_witness, wait_until_hydrated};
 use checkpoint_format::WorkingSet;
 use std::time::Duration;
-use stillpoint_tests::{Lab, Recipe, on_each_qemu, wait_until};
+use stillpoint_tests::{Lab, on_each_qemu, wait_until};
 
 /// The host may be busy.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -17,10 +17,7 @@ fn lazy_restore_brings_first_what_the_guest_needed_first_the_last_time() {
     on_each_qemu(|qemu| {
         let mut lab = Lab::new(qemu);
         let hold = Hold::begin(&mut lab);
-        let vm = lab.start("m", &Recipe::witness("q35-virtio.cfg"));
-        vm.wait_for_witness();
-        let taken = vm.checkpoint();
-        vm.kill();
+        let taken = saved_witness(&lab);
 
         let vm = lab.restore("m", "m", &["--lazy"]);
         vm.assert_makes_progress();

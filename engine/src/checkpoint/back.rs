@@ -10,9 +10,7 @@ use checkpoint_format::CheckpointId;
 use qmp_bridge::capture::BitmapTag;
 use vm::drives::Drives;
 use vm::error::refused;
-use vm::inventory::Inventory;
 use vm::launch::paths::boot_files_of;
-use vm::running::check_blockers;
 use vm::runtime_dir::RollbackUnderWay;
 
 /// The VM as it is, and what is known of what was written to it since its last checkpoint.
@@ -55,14 +53,7 @@ impl Checkpointer {
     pub(crate) async fn standing(&mut self, report: &Report) -> Result<Standing> {
         report.say("plan", 0, 0);
         self.clean_up().await?;
-        if self.vm.refresh_blocks().await? {
-            self.vm.runtime.forget_exact_marks()?;
-            self.distrust_marks();
-        }
-        self.tell_tracker()?;
-        let inventory = Inventory::take(&self.vm).await?;
-        self.vm.check_listed(&inventory.devices).await?;
-        check_blockers(&inventory.composition.migration_blockers)?;
+        let inventory = self.survey().await?;
         let session = self.ensure_session(false).await?;
         let drives = inventory.drives;
         let base = self.take_base(&session, &disk_spaces(&drives.disks)?).await?;

@@ -68,14 +68,7 @@ impl Checkpointer {
         self.clean_up().await?;
         self.refuse_half_rolled_back("this checkpoint")?;
         RunState::of(&self.vm.qmp).await.context("asking for the run state")?;
-        if self.vm.refresh_blocks().await? {
-            self.vm.runtime.forget_exact_marks()?;
-            self.distrust_marks();
-        }
-        self.tell_tracker()?;
-        let inventory = Inventory::take(&self.vm).await?;
-        self.vm.check_listed(&inventory.devices).await?;
-        check_blockers(&inventory.composition.migration_blockers)?;
+        let inventory = self.survey().await?;
         let session = self.ensure_session(choice.full).await?;
         self.vm.check_command_line(&inventory.drives)?;
         let spaces = disk_spaces(&inventory.drives.disks)?;
@@ -171,6 +164,19 @@ impl Checkpointer {
             if is_full || self.marks.is_none() { Mode::CreateIfMissing } else { Mode::MustExist };
         let session = StoreSession::open(&self.vm.file, &self.vm.runtime, mode, Force::No).await?;
         Ok(self.store.insert(session).clone())
+    }
+
+    /// What the VM is made of now. Refuses what cannot be saved.
+    pub(super) async fn survey(&mut self) -> Result<Inventory> {
+        if self.vm.refresh_blocks().await? {
+            self.vm.runtime.forget_exact_marks()?;
+            self.distrust_marks();
+        }
+        self.tell_tracker()?;
+        let inventory = Inventory::take(&self.vm).await?;
+        self.vm.check_listed(&inventory.devices).await?;
+        check_blockers(&inventory.composition.migration_blockers)?;
+        Ok(inventory)
     }
 
     /// Once per helper, and after a failure: resumes a guest that was left stopped, then removes

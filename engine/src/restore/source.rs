@@ -137,11 +137,6 @@ impl Source {
         Ok(pages)
     }
 
-    /// The same, shared; the blocks that it is made of are kept.
-    pub(super) async fn kept_map(&self, name: &SpaceName) -> Result<Arc<PageMap>> {
-        self.map(name).await.map(Arc::new)
-    }
-
     fn space(&self, name: &SpaceName) -> Result<&SpaceRecord> {
         let record = self.manifest().space(name);
         record.with_context(|| format!("the checkpoint has no space {name}"))

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
+use stillpoint_tests::figures::{heading, row};
 use stillpoint_tests::{Lab, QmpClient, Recipe, TestVm, newest_qemu, wait_until};
 
 /// What an adoption may take, as a multiple of QEMU's own migration.
@@ -126,25 +127,6 @@ fn adopt(qemu: &Path, recipe: &Recipe) -> Value {
     vm.report.clone()
 }
 
-fn median(mut samples: Vec<f64>) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    let middle = samples.len() / 2;
-    if samples.len() % 2 == 1 {
-        samples[middle]
-    } else {
-        f64::midpoint(samples[middle - 1], samples[middle])
-    }
-}
-
-fn row(what: &str, samples: &[f64]) -> f64 {
-    let (least, most) = samples
-        .iter()
-        .fold((f64::MAX, 0.0_f64), |(least, most), sample| (least.min(*sample), most.max(*sample)));
-    let middle = median(samples.to_vec());
-    println!("{what:44} {least:>9.2} {middle:>9.2} {most:>9.2}");
-    middle
-}
-
 fn main() -> ExitCode {
     let options = match options() {
         Ok(options) => options,
@@ -166,7 +148,7 @@ fn main() -> ExitCode {
         by_qemu.extend(report["qemu_downtime_ms"].as_f64());
     }
     println!("{} MiB, {} pages/s, {}", options.ram_mib, options.rate, qemu.display());
-    println!("{:44} {:>9} {:>9} {:>9}", "downtime, ms", "min", "median", "max");
+    heading("downtime, ms");
     row("QEMU's own migration, as query-migrate says", &counted);
     let own = row("QEMU's own migration, STOP to RESUME", &seen);
     let ours = row("adoption, as the helper saw it", &adopted);

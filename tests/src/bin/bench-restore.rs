@@ -10,6 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
+use stillpoint_tests::figures::{heading, median, row};
 use stillpoint_tests::{Cluster, Lab, Pid, Recipe, kill_hard, newest_qemu};
 
 const USAGE: &str = "bench-restore [--count N] [--ram MIB] [--age N] [--hdfs yes]";
@@ -126,23 +127,8 @@ fn restore(lab: &Lab, more: &[&str]) -> Restored {
     Restored { running: number("resume_ms"), step, bytes_read: number("bytes_read"), report }
 }
 
-fn median(samples: &[f64]) -> f64 {
-    let mut samples = samples.to_vec();
-    samples.sort_by(f64::total_cmp);
-    let middle = samples.len() / 2;
-    match samples.len() % 2 {
-        1 => samples[middle],
-        _ => f64::midpoint(samples[middle - 1], samples[middle]),
-    }
-}
-
-fn row(what: &str, samples: impl Iterator<Item = f64>) -> f64 {
-    let samples: Vec<f64> = samples.collect();
-    let least = samples.iter().copied().fold(f64::MAX, f64::min);
-    let most = samples.iter().copied().fold(0.0, f64::max);
-    let middle = median(&samples);
-    println!("{what:52} {least:>9.1} {middle:>9.1} {most:>9.1}");
-    middle
+fn each(restored: &[Restored], figure: impl Fn(&Restored) -> f64) -> Vec<f64> {
+    restored.iter().map(figure).collect()
 }
 
 /// Milliseconds of each phase, the medians.
@@ -190,13 +176,13 @@ fn main() -> ExitCode {
     }
     let place = if options.hdfs { "HDFS" } else { "a directory" };
     println!("{} MiB, {} checkpoints in {place}, {}", options.ram_mib, options.age, qemu.display());
-    println!("{:52} {:>9} {:>9} {:>9}", "ms", "min", "median", "max");
-    let bare = row("a booting QEMU: the guest may run", booted.into_iter());
-    let running = row("lazy restore: the guest may run", lazy.iter().map(|one| one.running));
-    row("eager restore: the guest may run", eager.iter().map(|one| one.running));
-    let step = row("lazy restore: next step", lazy.iter().map(|one| one.step));
-    let eager_step = row("eager restore: next step", eager.iter().map(|one| one.step));
-    row("lazy restore: bytes read until it may run", lazy.iter().map(|one| one.bytes_read));
+    heading("ms");
+    let bare = row("a booting QEMU: the guest may run", &booted);
+    let running = row("lazy restore: the guest may run", &each(&lazy, |one| one.running));
+    row("eager restore: the guest may run", &each(&eager, |one| one.running));
+    let step = row("lazy restore: next step", &each(&lazy, |one| one.step));
+    let eager_step = row("eager restore: next step", &each(&eager, |one| one.step));
+    row("lazy restore: bytes read until it may run", &each(&lazy, |one| one.bytes_read));
     println!("lazy phases: {}", phases(&lazy));
     println!("eager phases: {}", phases(&eager));
     println!("lazy restore beyond a booting QEMU: {:.0} ms", running - bare);

@@ -29,7 +29,12 @@ pub(super) fn data_bytes(runs: impl Iterator<Item = LocatedRun>) -> u64 {
 }
 
 /// Until all pages are here, or QEMU has ended. Then no faults are read any more.
-pub(super) async fn fill(inner: Arc<Inner>, faults: AbortHandle) {
+pub(super) async fn fill(inner: Arc<Inner>, map: Option<PageMap>, faults: AbortHandle) {
+    let map = match map {
+        Some(map) => map,
+        None => inner.open_at_last().await,
+    };
+    let map = Arc::new(map);
     if let Some(first) = &inner.first
         && let Err(error) = fill_first(&inner, first).await
     {
@@ -37,7 +42,7 @@ pub(super) async fn fill(inner: Arc<Inner>, faults: AbortHandle) {
         tracing::debug!(error = format!("{error:#}"), "reading what the guest needs first");
     }
     let mut backoff = Backoff::new();
-    while let Err(error) = fill_all(&inner).await {
+    while let Err(error) = fill_all(&inner, &map).await {
         if is_process_gone(&error) {
             return;
         }
@@ -76,13 +81,10 @@ async fn fill_first(inner: &Arc<Inner>, first: &FirstPages) -> Result<()> {
     fill_data(inner, source, &map, Filling::First).await
 }
 
-async fn fill_all(inner: &Arc<Inner>) -> Result<()> {
-    let reader = inner.reader().await;
-    let source = reader.source();
-    let map = source.kept_map(&inner.space).await?;
-    fill_data(inner, source, &map, Filling::Rest).await?;
+async fn fill_all(inner: &Arc<Inner>, map: &Arc<PageMap>) -> Result<()> {
+    fill_data(inner, inner.reader().await.source(), map, Filling::Rest).await?;
     kill_point::point("restore.zeros");
-    let of = Arc::clone(inner);
+    let (of, map) = (Arc::clone(inner), Arc::clone(map));
     let parts = parts_of(map.runs());
     tokio::task::spawn_blocking(move || fill_zeros(&of, &map, &parts))
         .await

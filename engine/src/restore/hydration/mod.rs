@@ -30,7 +30,7 @@ use super::source::Source;
 use crate::checkpoint::Arriving;
 use crate::kill_point;
 use anyhow::{Context, Result};
-use checkpoint_format::{ByteLen, PageCount, PageRange, PageSet, SpaceName, VmName};
+use checkpoint_format::{ByteLen, PageCount, PageMap, PageRange, PageSet, SpaceName, VmName};
 use dirty_tracker::{BlockMemory, MissingPages, PluginHandles, TrackedBlock, TrackerError};
 use parts::parts_of;
 use qmp_bridge::Qmp;
@@ -39,7 +39,7 @@ use record::Record;
 use state::State;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
-use tokio::sync::OnceCell;
+use tokio::sync::SetOnce;
 use tokio::task::AbortHandle;
 use vm::error::{EngineError, InPhase, Phase};
 use vm::running::Vm;
@@ -70,8 +70,8 @@ struct Inner {
     state: State,
     /// Pages that exist; a page that is missing here may exist all the same.
     present: Mutex<PageSet>,
-    /// Opened when the store answers.
-    reader: OnceCell<OnDemand>,
+    /// Of a hydration that continues the filler opens it, when the store answers.
+    reader: SetOnce<OnDemand>,
     /// Of a hydration that has just begun; one that continues has its first seconds behind it.
     first: Option<Arc<FirstPages>>,
     /// QEMU's monitor, once it is connected: it may answer only when a page has come.
@@ -111,7 +111,7 @@ impl Hydration {
     ) -> Result<Self> {
         let block = &vm.file.ram_block;
         let space = SpaceName::ram(block)?;
-        let map = source.kept_map(&space).await?;
+        let map = source.map(&space).await?;
         let parts = parts_of(map.runs());
         let (record, missing) = {
             let mut tracker = vm.lock_tracker()?;
@@ -135,10 +135,10 @@ impl Hydration {
             (record, missing)
         };
         let reader = OnDemand::new(source.clone(), CACHE);
-        let mut inner =
-            Inner::new(missing, space, vm.runtime.clone(), record, OnceCell::from(reader))?;
+        let reader = SetOnce::new_with(Some(reader));
+        let mut inner = Inner::new(missing, space, vm.runtime.clone(), record, reader)?;
         inner.first = Some(Arc::default());
-        let hydration = Self::start(inner)?;
+        let hydration = Self::start(inner, Some(map))?;
         hydration.set_monitor(&vm.qmp);
         Ok(hydration)
     }
@@ -174,21 +174,22 @@ impl Hydration {
             .context("internal error: the task that connects to the plugin panicked")?
             .context("continuing to fill the guest's memory")?;
         let space = SpaceName::ram(&record.block)?;
-        let inner = Inner::new(missing, space, runtime.clone(), record, OnceCell::new())?;
+        let inner = Inner::new(missing, space, runtime.clone(), record, SetOnce::new())?;
         inner.missing.wake_all()?;
         tracing::info!(
             checkpoint = %inner.state.record().checkpoint.id,
             "the guest's memory is still arriving; this helper continues to fill it"
         );
-        Ok(Some(Self::start(inner)?))
+        Ok(Some(Self::start(inner, None)?))
     }
 
-    fn start(inner: Inner) -> Result<Self> {
+    /// `map`: where the pages are; none if that is still to be read.
+    fn start(inner: Inner, map: Option<PageMap>) -> Result<Self> {
         let inner = Arc::new(inner);
         kill_point::point("restore.listening");
         let faults = faults::Faults::listen(&inner)?;
         let faults = tokio::spawn(faults.serve()).abort_handle();
-        let filler = tokio::spawn(filler::fill(Arc::clone(&inner), faults.clone()));
+        let filler = tokio::spawn(filler::fill(Arc::clone(&inner), map, faults.clone()));
         let mut tasks = vec![filler.abort_handle(), faults];
         if let Some(first) = &inner.first {
             let save = working_set::save_in_time(Arc::clone(&inner), Arc::clone(first));
@@ -242,7 +243,7 @@ impl Inner {
         space: SpaceName,
         runtime: RuntimeDir,
         record: Record,
-        reader: OnceCell<OnDemand>,
+        reader: SetOnce<OnDemand>,
     ) -> Result<Self> {
         let all = PageCount::covering(ByteLen(record.bytes));
         let mut present = PageSet::full(all);
@@ -272,14 +273,15 @@ impl Inner {
 
     /// The checkpoint's reader, as soon as the store answers.
     async fn reader(&self) -> &OnDemand {
-        self.reader.get_or_init(|| self.open_at_last()).await
+        self.reader.wait().await
     }
 
-    async fn open_at_last(&self) -> OnDemand {
+    /// Where the pages are, as soon as the store answers: then there is a reader, too.
+    async fn open_at_last(&self) -> PageMap {
         let mut backoff = Backoff::new();
         loop {
             match self.open().await {
-                Ok(reader) => return reader,
+                Ok(map) => return map,
                 Err(error) => self.state.failed(&error),
             };
             backoff.wait().await;
@@ -291,9 +293,9 @@ impl Inner {
         Origin { store, vm, checkpoint }
     }
 
-    async fn open(&self) -> Result<OnDemand> {
+    async fn open(&self) -> Result<PageMap> {
         let source = self.origin().open().await?;
-        let map = source.kept_map(&self.space).await?;
+        let map = source.map(&self.space).await?;
         let to_come: u64 = {
             let present = self.present();
             let data = map.runs().filter(filler::is_data);
@@ -301,7 +303,9 @@ impl Inner {
         };
         self.state.add_done(filler::data_bytes(map.runs()) - to_come);
         self.state.succeeded();
-        Ok(OnDemand::new(source, CACHE))
+        let reader = OnDemand::new(source, CACHE);
+        self.reader.set(reader).ok().context("internal error: a reader was opened twice")?;
+        Ok(map)
     }
 
     /// Makes those of these pages that do not exist. Returns how many bytes were made.
