@@ -90,6 +90,11 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
     /// All of `pages` hold zeros. Costs the chunks that they meet.
     pub(crate) fn set_zero(&mut self, pages: PageRange) {
         self.zeros.insert(pages);
+        self.fill_met(pages, C::ZERO);
+    }
+
+    /// Gives those of the pages that are in chunks this value; drops chunks of no others.
+    fn fill_met(&mut self, pages: PageRange, cell: C) {
         for (chunk, part) in self.met(pages) {
             if part == Self::pages_of(chunk) {
                 self.chunks.remove(&chunk);
@@ -97,7 +102,7 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
             }
             self.zeros.remove(part);
             if let Some(cells) = self.chunks.get_mut(&chunk) {
-                cells[Self::within_chunk(part)].fill(C::ZERO);
+                cells[Self::within_chunk(part)].fill(cell);
             }
         }
     }
@@ -114,13 +119,7 @@ impl<C: Cell, const N: usize> SparsePages<C, N> {
     /// Nothing is known of the pages. Costs the chunks that they meet.
     pub(crate) fn forget_all(&mut self, pages: PageRange) {
         self.zeros.remove(pages);
-        for (chunk, part) in self.met(pages) {
-            if part == Self::pages_of(chunk) {
-                self.chunks.remove(&chunk);
-            } else if let Some(cells) = self.chunks.get_mut(&chunk) {
-                cells[Self::within_chunk(part)].fill(C::UNKNOWN);
-            }
-        }
+        self.fill_met(pages, C::UNKNOWN);
     }
 
     fn within_chunk(part: PageRange) -> std::ops::Range<usize> {

@@ -206,6 +206,24 @@ impl Lineage {
     }
 }
 
+/// Whether `id` is `of` or one of its ancestors. The IDs of a lineage descend.
+pub(crate) async fn is_ancestor(
+    repository: &Repository,
+    vm: &VmName,
+    of: CheckpointId,
+    id: CheckpointId,
+) -> Result<bool> {
+    let (mut next, mut ahead) = (Some(of), BTreeMap::new());
+    while let Some(ancestor) = next.filter(|ancestor| *ancestor > id) {
+        let file = match ahead.remove(&ancestor) {
+            Some(file) => file,
+            None => read_ahead(repository, vm, ancestor, &mut ahead).await,
+        };
+        next = file.in_phase(Phase::Open)?.manifest.parent;
+    }
+    Ok(next == Some(id))
+}
+
 /// Reads a manifest, and those of the numbers below it, at once: most often the next ancestors.
 async fn read_ahead(
     repository: &Repository,

@@ -82,12 +82,8 @@ impl Repository {
         record: &ReaderRecord,
     ) -> Result<Reader> {
         let checkpoint = layout::checkpoint(vm, id);
-        let is_there = || async {
-            let stat = retrying(|| self.store.stat(&checkpoint)).await?;
-            Ok::<_, StoreError>(stat.is_some())
-        };
         let lost = || StoreError::not_found(Op::Stat, &checkpoint);
-        if !is_there().await? {
+        if !self.has_checkpoint(vm, id).await? {
             return Err(lost());
         }
         self.store.create_dir_all(&layout::readers(vm)).await?;
@@ -105,7 +101,7 @@ impl Repository {
         reader.renew().await?;
         // Who removes a checkpoint takes its name away before the last look at the readers: so one
         // of the two sees the other.
-        if is_there().await? {
+        if self.has_checkpoint(vm, id).await? {
             info!(%vm, %id, "the checkpoint is noted as in use");
             return Ok(reader);
         }

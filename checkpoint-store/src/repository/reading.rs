@@ -66,10 +66,9 @@ impl Repository {
     /// When the checkpoint is missing, its manifest is too long, or the store cannot be read.
     pub async fn read_manifest(&self, vm: &VmName, id: CheckpointId) -> Result<Bytes> {
         let path = layout::checkpoint(vm, id).join(layout::MANIFEST)?;
-        let is_long = |error: &StoreError| matches!(error, StoreError::Limit { .. });
         match retrying(|| self.store.read(&path, WHOLE_LEN)).await {
             Ok(file) => Ok(front(file)),
-            Err(error) if is_long(&error) => self.read_front(&path).await,
+            Err(StoreError::Limit { .. }) => self.read_front(&path).await,
             Err(error) => Err(error),
         }
     }

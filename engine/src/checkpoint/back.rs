@@ -7,7 +7,6 @@ use super::{Checkpointer, Marks, Report};
 use crate::lineage::checkpoints;
 use anyhow::{Context, Result};
 use checkpoint_format::CheckpointId;
-use qmp_bridge::capture::BitmapTag;
 use vm::drives::Drives;
 use vm::error::refused;
 use vm::launch::paths::boot_files_of;
@@ -72,10 +71,6 @@ impl Checkpointer {
         let newest = *known.last().context("internal error: an empty list of checkpoints")?;
         let is_chain_same = before == self.chains(&drives)?;
         Ok(Standing { session, drives, parent, newest, is_exact, has_bitmaps, is_chain_same })
-    }
-
-    pub(crate) fn bitmap_tag(&self) -> Result<BitmapTag> {
-        self.tag()
     }
 
     /// The VM is about to be written to: nothing that is known of it holds any more.

@@ -239,7 +239,7 @@ impl Checkpointer {
     }
 
     /// Bitmaps serve one lineage: that of this instance.
-    pub(super) fn tag(&self) -> Result<BitmapTag> {
+    pub(crate) fn tag(&self) -> Result<BitmapTag> {
         self.vm.file.instance.parse().context("naming the dirty bitmaps")
     }
 

@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use tokio::sync::{OnceCell, watch};
 use vm::error::{Class, class_of, explain};
 
@@ -292,8 +292,7 @@ impl Reader {
                 Some(known) => known.message = message,
                 None => {
                     tracing::warn!(error = message, "blocks that are still to come cannot be read");
-                    let since = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
-                    *known = Some(Trouble { since, message });
+                    *known = Some(Trouble::now(message));
                 }
             }
             true

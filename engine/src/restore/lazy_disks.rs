@@ -34,7 +34,6 @@ use qmp_bridge::{Qmp, RunState};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use shutdown::Shutdown;
-use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -198,11 +197,10 @@ impl LazyDisks {
     /// stops the guest when a block cannot be read, and the guest gets no error. That is no part of
     /// the VM, and not saved.
     pub(crate) fn command_line(&mut self, places: &Places<'_>, file: &VmFile) -> Result<VmFile> {
-        let mut stopping = file.clone();
+        let mut options = arguments::parse(&file.arguments)?;
         for exported in &mut self.record.disks {
             let is_it = |disk: &&DiskRecord| disk.node == exported.disk;
             let Some(disk) = places.manifest.disks.iter().find(is_it) else { continue };
-            let options = arguments::parse(&stopping.arguments)?;
             let started = Started {
                 options: &options,
                 machine_type: &file.machine_type,
@@ -210,12 +208,12 @@ impl LazyDisks {
                 pid: 0,
             };
             let made = drives::stop_at_errors(&started, &exported.disk, &places.image(disk));
-            if let Some(options) = made {
-                stopping.arguments = arguments::words(&options);
+            if let Some(stopping) = made {
+                options = stopping;
                 exported.stops = true;
             }
         }
-        Ok(stopping)
+        Ok(VmFile { arguments: arguments::words(&options), ..file.clone() })
     }
 
     /// From now on QEMU can open them. None if there are none. `state`: what the VM will be in.
@@ -272,12 +270,7 @@ impl Record {
     }
 
     fn remove(runtime: &RuntimeDir) -> Result<()> {
-        match std::fs::remove_file(runtime.path().join(FILE)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("removing {FILE}"))
-            }
-            _ => Ok(()),
-        }
+        Ok(runtime.forget(FILE)?)
     }
 }
 

@@ -70,19 +70,11 @@ pub(crate) async fn load(
     contents: &[Option<Vec<u8>>],
     devices: &DeviceState,
 ) -> Result<()> {
-    let manifest = source.manifest();
-    let mut writer = StreamWriter::new(
-        &manifest.vm_record.machine_type,
-        manifest.ram_blocks.iter().map(stream_block).collect(),
-    )?;
-    for (block, content) in contents.iter().enumerate() {
-        for (page, bytes) in
-            content.iter().flat_map(|content| content.chunks_exact(PAGE_SIZE)).enumerate()
-        {
-            writer.page(block, (page * PAGE_SIZE) as u64, bytes)?;
-            if writer.buffered() >= PIECE {
-                incoming.send(&writer.take()).await?;
-            }
+    let mut writer = writer(source)?;
+    for (block, at, bytes) in pages(contents) {
+        writer.page(block, at, bytes)?;
+        if writer.buffered() >= PIECE {
+            incoming.send(&writer.take()).await?;
         }
     }
     incoming.send(&writer.finish(devices)?).await?;
@@ -95,16 +87,25 @@ pub(crate) fn stream(
     contents: &[Option<Vec<u8>>],
     devices: &DeviceState,
 ) -> Result<Vec<u8>> {
-    let manifest = source.manifest();
-    let blocks = manifest.ram_blocks.iter().map(stream_block).collect();
-    let mut writer = StreamWriter::new(&manifest.vm_record.machine_type, blocks)?;
-    for (block, content) in contents.iter().enumerate() {
-        let pages = content.iter().flat_map(|content| content.chunks_exact(PAGE_SIZE));
-        for (page, bytes) in pages.enumerate() {
-            writer.page(block, (page * PAGE_SIZE) as u64, bytes)?;
-        }
+    let mut writer = writer(source)?;
+    for (block, at, bytes) in pages(contents) {
+        writer.page(block, at, bytes)?;
     }
     Ok(writer.finish(devices)?)
+}
+
+fn writer(source: &Source) -> Result<StreamWriter> {
+    let manifest = source.manifest();
+    let blocks = manifest.ram_blocks.iter().map(stream_block).collect();
+    Ok(StreamWriter::new(&manifest.vm_record.machine_type, blocks)?)
+}
+
+/// The pages of the blocks that travel in the stream: the block's number, the offset, the bytes.
+fn pages(contents: &[Option<Vec<u8>>]) -> impl Iterator<Item = (usize, u64, &[u8])> {
+    contents.iter().enumerate().flat_map(|(block, content)| {
+        let pages = content.iter().flat_map(|content| content.chunks_exact(PAGE_SIZE));
+        pages.enumerate().map(move |(page, bytes)| (block, (page * PAGE_SIZE) as u64, bytes))
+    })
 }
 
 fn stream_block(block: &RamBlockRecord) -> StreamBlock {

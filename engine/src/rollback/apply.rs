@@ -5,7 +5,7 @@
 //! because a device whose disk is replaced may write to the guest's memory.
 
 use super::check::Plan;
-use super::staging::{Part, Reader, Staging, differing, pieces};
+use super::staging::{Part, Reader, Staging, pieces};
 use super::wanted::{Wanted, written_to_memory};
 use crate::checkpoint::Checkpointer;
 use crate::kill_point;
@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use checkpoint_format::{PAGE_SIZE, SpaceName};
 use dirty_tracker::{BlockMemory, GuestMemory};
-use qmp_bridge::capture::{DiskRewrite, RewrittenDisk, write_differing};
+use qmp_bridge::capture::{DiskRewrite, RewrittenDisk, differing, write_differing};
 use qmp_bridge::migration::LoadableState;
 use qmp_bridge::nbd::NbdClient;
 use qmp_bridge::qmp::EventWatch;
@@ -203,8 +203,10 @@ fn write_memory(memory: &GuestMemory, parts: &[Part], reader: &Reader) -> Result
         let start = part.pages.bytes().start;
         let mut there = vec![0; content.len()];
         memory.read_sparse(start, &mut there)?;
-        written +=
-            differing(&there, &content, |at, page| Ok(memory.write(start + at as u64, page)?))?;
+        for (from, to) in differing(&there, &content, PAGE_SIZE) {
+            memory.write(start + from as u64, &content[from..to])?;
+            written += ((to - from) / PAGE_SIZE) as u64;
+        }
     }
     Ok(written)
 }

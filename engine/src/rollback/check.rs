@@ -11,7 +11,6 @@ use anyhow::{Context, Error, Result};
 use checkpoint_format::{
     ByteLen, CheckpointId, DiskRecord, Manifest, PageCount, RamBlockRecord, SpaceName, VmName,
 };
-use checkpoint_store::Repository;
 use qmp_bridge::RunState;
 use qmp_bridge::device_sections::sections_like;
 use qmp_bridge::device_state::DeviceState;
@@ -109,7 +108,7 @@ pub(super) async fn plan(
     let repository = &standing.session.repository;
     let parent = standing.parent.filter(|parent| *parent >= request.id);
     let parent = parent.ok_or_else(|| other_lineage(name, request.id))?;
-    if !is_ancestor(repository, name, parent, request.id).await? {
+    if !lineage::is_ancestor(repository, name, parent, request.id).await? {
         return Err(other_lineage(name, request.id));
     }
     is_known(&standing, name, parent, must_be_exact)?;
@@ -126,20 +125,6 @@ pub(super) async fn plan(
     let on_demand = |source: Source| OnDemand::new(source, FRAMES);
     let (to, now) = (on_demand(to), on_demand(now));
     Ok(Plan { to, now, parent, standing, main_memory, devices, wanted, is_continued })
-}
-
-/// Each step reads one manifest. The IDs of a lineage descend.
-async fn is_ancestor(
-    repository: &Repository,
-    name: &VmName,
-    of: CheckpointId,
-    id: CheckpointId,
-) -> Result<bool> {
-    let mut next = Some(of);
-    while let Some(ancestor) = next.filter(|ancestor| *ancestor > id) {
-        next = lineage::manifest(repository, name, ancestor).await?.parent;
-    }
-    Ok(next == Some(id))
 }
 
 /// What was written since the last checkpoint is known.

@@ -126,7 +126,7 @@ async fn go_back(
     phases.since("plan", begun);
     phases.enter(Phase::Prepare);
     let vm = &checkpointer.vm;
-    let tag = checkpointer.bitmap_tag()?;
+    let tag = checkpointer.tag()?;
     let places = CapturePlaces { fleecing_dir: &vm.file.fleecing, nbd_socket: &vm.runtime.nbd() };
     let drives = &plan.standing.drives.disks;
     let disks = DiskRewrite::prepare(&vm.qmp, &tag, drives, places).await?;
@@ -298,7 +298,7 @@ impl Rollback {
         state.remove().await?;
         disks.remove().await?;
         let (qmp, runtime) = (checkpointer.vm.qmp.clone(), checkpointer.vm.runtime.clone());
-        let tag = checkpointer.bitmap_tag()?;
+        let tag = checkpointer.tag()?;
         let fleecing = checkpointer.vm.file.fleecing.clone();
         let places = CapturePlaces { fleecing_dir: &fleecing, nbd_socket: &runtime.nbd() };
         let drives = &plan.standing.drives.disks;

@@ -6,7 +6,7 @@ use crate::progress::bytes;
 use crate::restore::on_demand::{Content, OnDemand};
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use checkpoint_format::{PAGE_SIZE, PageCount, PageRange, PageSet, SpaceKind, SpaceName};
+use checkpoint_format::{PageCount, PageRange, PageSet, SpaceKind, SpaceName};
 use futures::{StreamExt, TryStreamExt};
 use nix::sys::statvfs::statvfs;
 use qmp_bridge::capture::{DEFAULT_FLEECING_RESERVE, DiskRewrite};
@@ -145,22 +145,6 @@ impl Reader {
     }
 }
 
-/// Calls `write` for each run of pages in which `content` differs from `there`, with the byte at
-/// which it begins. Returns how many pages that were.
-pub(super) fn differing(
-    there: &[u8],
-    content: &[u8],
-    mut write: impl FnMut(usize, &[u8]) -> Result<()>,
-) -> Result<u64> {
-    let mut count = 0;
-    let pages = there.chunks(PAGE_SIZE).zip(content.chunks(PAGE_SIZE)).enumerate();
-    for (number, (_, new)) in pages.filter(|(_, (old, new))| old != new) {
-        write(number * PAGE_SIZE, new)?;
-        count += 1;
-    }
-    Ok(count)
-}
-
 /// All pages of a space, in pieces that are staged one after another.
 pub(super) fn pieces(space: &SpaceName, size: PageCount) -> impl Iterator<Item = Wanted> {
     /// 64 MiB.
@@ -173,21 +157,4 @@ pub(super) fn pieces(space: &SpaceName, size: PageCount) -> impl Iterator<Item =
         wanted.insert(&space, &pages);
         wanted
     })
-}
-
-#[cfg(test)]
-mod test {
-    use super::*;
-
-    #[test]
-    fn pages_that_are_the_same_are_not_written() {
-        let (old, mut new) = (vec![7; 3 * PAGE_SIZE], vec![7; 3 * PAGE_SIZE]);
-        new[PAGE_SIZE + 9] = 8;
-        let mut written = Vec::new();
-        let count = differing(&old, &new, |at, page| {
-            written.push((at, page.len()));
-            Ok(())
-        });
-        assert_eq!((count.unwrap(), written), (1, vec![(PAGE_SIZE, PAGE_SIZE)]));
-    }
 }

@@ -58,7 +58,7 @@ pub(super) async fn written(checkpointer: &Checkpointer, plan: &Plan) -> Result<
     wanted.insert(&plan.main_memory, &written_to_memory(checkpointer).await?);
     let places = CapturePlaces { fleecing_dir: &vm.file.fleecing, nbd_socket: &vm.runtime.nbd() };
     let (disks, parent) = (&plan.standing.drives.disks, plan.parent.0);
-    let tag = checkpointer.bitmap_tag()?;
+    let tag = checkpointer.tag()?;
     for changes in changes_since(&vm.qmp, &tag, parent, disks, places).await? {
         let disk = disks.iter().find(|disk| disk.node == changes.node);
         let disk = disk.context("internal error: changes of no disk")?;

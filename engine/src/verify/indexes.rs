@@ -1,7 +1,7 @@
 //! The indexes of checkpoints: whether each segment is whole, and says what the trailers of the
 //! packs say.
 
-use crate::index::read_segment;
+use crate::index::{place, read_segment};
 use crate::lineage::{self, ManifestFile};
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -57,7 +57,7 @@ impl<'a> Indexes<'a> {
         let holder = self.files.get(&named.id);
         let own = holder.and_then(|file| file.manifest.index.as_ref()).and_then(IndexRecord::own);
         let is_there = own.zip(holder).is_some_and(|(own, holder)| {
-            let at = named.at.map_or(file.head_len, |at| at.0);
+            let at = place(named, file.head_len).at;
             (own.first, own.info, holder.head_len) == (named.first, named.info, at)
         });
         let (vm, id) = (&file.manifest.vm, named.id);

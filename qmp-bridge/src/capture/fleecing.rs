@@ -131,7 +131,8 @@ pub(super) async fn delete(qmp: &Qmp, names: &DiskNames) -> Result<(), CaptureEr
     Ok(())
 }
 
-pub(super) fn unnamed(path: &Path) -> std::io::Result<File> {
+/// A file without a name, made in the directory of `path`.
+pub(crate) fn unnamed(path: &Path) -> std::io::Result<File> {
     let file = created(path)?;
     std::fs::remove_file(path)?;
     Ok(file)

@@ -206,8 +206,9 @@ pub async fn write_differing(
     Ok(written)
 }
 
-/// Runs of pages that differ.
-fn differing(there: &[u8], content: &[u8], page: usize) -> Vec<(usize, usize)> {
+/// Where the runs of pages that differ begin and end, in bytes. A page is of `page` bytes, the last
+/// one may be short.
+pub fn differing(there: &[u8], content: &[u8], page: usize) -> Vec<(usize, usize)> {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     let pages = there.chunks(page).zip(content.chunks(page)).enumerate();
     for (number, (_, new)) in pages.filter(|(_, (old, new))| old != new) {

@@ -10,15 +10,14 @@
 //! QEMU's device code reads the guest's memory while it loads, so that must be the checkpoint's
 //! already.
 
-use std::fs::OpenOptions;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::json;
 
 use super::settings::{Found, set_capabilities};
 use super::{MigrationError, state_image};
+use crate::capture::unnamed;
 use crate::fdset::FdSet;
 use crate::jobs::{self, tolerate_refusal};
 use crate::qmp::{Qmp, QmpError};
@@ -50,7 +49,12 @@ impl LoadableState {
         let node = qmp.names().name(NODE);
         let path = directory.join(format!("{node}.{}", std::process::id()));
         let about = path.clone();
-        let written = tokio::task::spawn_blocking(move || unnamed(&path, &stream)).await;
+        let write = move || {
+            let file = unnamed(&path)?;
+            state_image::write(&file, &stream)?;
+            Ok(file)
+        };
+        let written = tokio::task::spawn_blocking(write).await;
         let written = written.map_err(std::io::Error::other).flatten();
         let file = written.map_err(|source| MigrationError::State { path: about, source })?;
         let set = FdSet::add(qmp, file.as_fd(), FD_KIND).await?;
@@ -100,14 +104,4 @@ impl LoadableState {
         let arguments = json!({ "node-name": self.node });
         tolerate_refusal(self.qmp.execute_json("blockdev-del", arguments).await)
     }
-}
-
-fn unnamed(path: &PathBuf, stream: &[u8]) -> std::io::Result<std::fs::File> {
-    // A file of that name can only be what an ended helper with our process id left.
-    let _ = std::fs::remove_file(path);
-    let mut options = OpenOptions::new();
-    let file = options.read(true).write(true).create_new(true).mode(0o600).open(path)?;
-    std::fs::remove_file(path)?;
-    state_image::write(&file, stream)?;
-    Ok(file)
 }

@@ -166,7 +166,7 @@ impl RuntimeDir {
     /// # Errors
     /// If the file cannot be removed.
     pub fn forget_helper_failure(&self) -> Result<(), VmError> {
-        Ok(self.forget(HELPER_FAILURE)?)
+        self.forget(HELPER_FAILURE)
     }
 
     /// QEMU's log, empty.
@@ -318,7 +318,7 @@ impl RuntimeDir {
         self.forget("migration.json")?;
         self.forget("writer-epoch")?;
         self.forget_rollbacks()?;
-        Ok(self.forget(MARKS)?)
+        self.forget(MARKS)
     }
 
     /// What an earlier helper left behind in the way of marks of written pages. None if that is not
@@ -361,10 +361,14 @@ impl RuntimeDir {
         self.replace("writer-epoch", epoch.0.to_string().as_bytes())
     }
 
-    fn forget(&self, name: &str) -> Result<()> {
+    /// Removes a file of the directory; one that is missing is fine.
+    ///
+    /// # Errors
+    /// If it cannot be removed.
+    pub fn forget(&self, name: &str) -> Result<(), VmError> {
         let directory = self.directory()?;
-        private::remove_file(&directory, name)
-            .with_context(|| format!("removing {}/{name}", self.path.display()))
+        let removed = private::remove_file(&directory, name);
+        Ok(removed.with_context(|| format!("removing {}/{name}", self.path.display()))?)
     }
 
     /// One helper per VM: the lock ends with the process that holds it, however it dies.

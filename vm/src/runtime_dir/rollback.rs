@@ -62,7 +62,7 @@ impl RuntimeDir {
     /// # Errors
     /// If the record cannot be removed.
     pub fn end_rollback(&self) -> Result<(), VmError> {
-        Ok(self.forget(UNDER_WAY)?)
+        self.forget(UNDER_WAY)
     }
 
     /// Where this instance was set back to the last time.
@@ -83,7 +83,7 @@ impl RuntimeDir {
 
     pub(super) fn forget_rollbacks(&self) -> Result<(), VmError> {
         self.forget(UNDER_WAY)?;
-        Ok(self.forget(DONE)?)
+        self.forget(DONE)
     }
 }
 

@@ -3,7 +3,6 @@
 use anyhow::{Context, Result};
 use checkpoint_format::{CheckpointIdentity, VmName};
 use serde::{Deserialize, Serialize};
-use std::io::ErrorKind;
 use std::time::Duration;
 use vm::runtime_dir::RuntimeDir;
 
@@ -67,12 +66,7 @@ impl Record {
 
     /// No thread waits for a page any more.
     pub(super) fn remove(runtime: &RuntimeDir) -> Result<()> {
-        match std::fs::remove_file(runtime.path().join(FILE)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("removing {FILE}"))
-            }
-            _ => Ok(()),
-        }
+        Ok(runtime.forget(FILE)?)
     }
 }
 

@@ -170,7 +170,7 @@ impl State {
 }
 
 impl Trouble {
-    fn now(message: String) -> Self {
+    pub(in crate::restore) fn now(message: String) -> Self {
         let since = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
         Self { since, message }
     }
